@@ -1,0 +1,1 @@
+"""Checkpoint files: reading them strictly, walking folders safely, importing other layouts."""

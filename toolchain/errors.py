@@ -1,0 +1,48 @@
+"""Every error that a user can cause: what is wrong, where, and what to do next."""
+
+from __future__ import annotations
+
+
+class WeightsmithError(Exception):
+    """An expected failure: one message, one hint, one exit code, never a traceback."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(WeightsmithError):
+    """The command line or the recipe asks for something that cannot be (exit 2)."""
+
+    exit_code = 2
+
+
+class InputRefused(WeightsmithError):
+    """An input is unsafe, incomplete or does not match (exit 3)."""
+
+    exit_code = 3
+
+
+class CheckFailed(WeightsmithError):
+    """A check or a gate said no (exit 4)."""
+
+    exit_code = 4
+
+
+class EnvironmentFailure(WeightsmithError):
+    """The machine lacks something: engine, registry, disk, memory, network (exit 5)."""
+
+    exit_code = 5
+
+
+_BY_CODE = {
+    kind.exit_code: kind for kind in (UsageError, InputRefused, CheckFailed, EnvironmentFailure)
+}
+
+
+def from_code(code: int, message: str, hint: str = "") -> WeightsmithError:
+    """Rebuild an error that crossed a process boundary from its exit code."""
+    return _BY_CODE.get(code, WeightsmithError)(message, hint=hint)

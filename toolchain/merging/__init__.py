@@ -1,0 +1,1 @@
+"""The merge engine: names and plan, deltas, rounding, streamed writer, checks."""

@@ -1,0 +1,1 @@
+"""Images as values: lazy layers, deterministic tar, layout, archive, registry client."""

@@ -1,0 +1,134 @@
+"""The outside world as the stages see it: Protocols of at most six methods each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from toolchain.values import Digest, FileEntry, Job, Json, Snapshot, Tree
+
+
+class Progress(Protocol):
+    """Shows what goes on; never on stdout."""
+
+    def stage(self, name: str, detail: str) -> None:
+        """Say that a stage starts."""
+
+    def advance(self, done: int, total: int, unit: str) -> None:
+        """Report work done so far in the current stage (`unit`: `bytes`, `items`, `steps`)."""
+
+    def finish(self, name: str, seconds: float, cached: bool) -> None:
+        """Say that a stage ended."""
+
+    def note(self, text: str) -> None:
+        """Print one line for the user."""
+
+    def warn(self, text: str) -> None:
+        """Print one warning line; it is kept for the report."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One finished, immutable result in the store."""
+
+    key: Digest
+    tree: Tree
+    meta: Mapping[str, Json]
+    cached: bool
+    """True when it was there before this call."""
+
+
+class Store(Protocol):
+    """Content-addressed results: whole or absent, never half-written."""
+
+    def find(self, key: Digest) -> Entry | None:
+        """Return the entry and mark it used, or None."""
+
+    def produce(
+        self, key: Digest, note: Mapping[str, Json], make: Callable[[Path], Mapping[str, Json]]
+    ) -> Entry:
+        """Return the entry, made by `make(folder)` under the key's lock if it is not there.
+
+        `make` returns the entry's meta. Raises EnvironmentFailure for a full or read-only disk.
+        """
+
+    def digest_file(self, path: Path) -> FileEntry:
+        """Return size and digest of a file, read again only when it changed."""
+
+    def require_room(self, needed: int, what: str) -> None:
+        """Raise EnvironmentFailure unless `needed` bytes are free beside the store."""
+
+    def clean(self, keep_bytes: int) -> Mapping[str, Json]:
+        """Delete least recently used entries above the budget, none that a build holds."""
+
+
+class SourceReader(Protocol):
+    """Brings one kind of source (`hf://`, `pypi://`, a folder) to local disk."""
+
+    scheme: str
+
+    def fetch(self, source: str, revision: str, sha256: str, progress: Progress) -> Snapshot:
+        """Return the source's files by digest; raises InputRefused or EnvironmentFailure."""
+
+
+class Runner(Protocol):
+    """Runs jobs in a builder: a container or a virtual environment of the same pins."""
+
+    name: str
+
+    def prepare(self, builder: str, progress: Progress) -> None:
+        """Make the builder ready; says what it does and how long that may take."""
+
+    def ready(self, builder: str) -> bool:
+        """Say whether the builder is there already."""
+
+    def run(self, job: Job, progress: Progress) -> Mapping[str, Json]:
+        """Run the job to its end and return its result; raises the job's own error."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """A started server: where it answers and what it printed."""
+
+    url: str
+    logs: Callable[[int], str]
+    """Return the last n lines."""
+    alive: Callable[[], bool]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartSpec:
+    """How to start an image."""
+
+    port: int
+    env: Mapping[str, str]
+    memory_bytes: int = 0
+    use_gpu: bool = False
+
+
+class Launcher(Protocol):
+    """Starts an image and stops it: a container engine, or the image's own root file system."""
+
+    name: str
+
+    def serve(self, image: str, spec: StartSpec) -> AbstractContextManager[Endpoint]:
+        """Start `image` (an engine's reference, or `oci:DIR`), stop it when the context ends."""
+
+
+class ContainerEngine(Protocol):
+    """What we need of a container engine beside running jobs."""
+
+    def answers(self) -> bool:
+        """Say whether an engine is there."""
+
+    def load(self, archive: Iterator[bytes], reference: str) -> str:
+        """Load an image archive stream; return the image id."""
+
+    def layer_chains(self, reference: str) -> tuple[str, ...]:
+        """Return the diff ids of an image that the engine holds, or ()."""
+
+    def describe(self) -> Mapping[str, Json]:
+        """Version, storage driver, GPU runtime: for `doctor`."""

@@ -1,0 +1,1 @@
+"""Names, versions and statements about what was made from what."""

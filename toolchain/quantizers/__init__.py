@@ -1,0 +1,1 @@
+"""Quantizers; each is one file here and one builder folder."""

@@ -1,0 +1,1 @@
+"""Serving engines and the memory planner; an engine is one file here and one template folder."""

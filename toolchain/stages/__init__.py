@@ -1,0 +1,1 @@
+"""One verb each: functions from frozen values to a frozen value."""

@@ -1,0 +1,262 @@
+"""The frozen values that flow between stages; each knows what it was made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+Json: TypeAlias = Any
+"""A JSON value; narrowed where it is read."""
+
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+class Digest(str):
+    """A content digest in OCI form, `sha256:` and 64 hexadecimal digits."""
+
+    __slots__ = ()
+
+    def __new__(cls, text: str) -> Digest:
+        """Raise ValueError for anything that is not a sha256 digest."""
+        if not _DIGEST.fullmatch(text):
+            raise ValueError(f"not a sha256 digest: {text!r}")
+        return super().__new__(cls, text)
+
+    @classmethod
+    def of(cls, data: bytes) -> Digest:
+        """Return the digest of bytes in memory."""
+        return cls("sha256:" + hashlib.sha256(data).hexdigest())
+
+    @property
+    def hex(self) -> str:
+        """The 64 digits alone."""
+        return self[7:]
+
+    @property
+    def short(self) -> str:
+        """The first 12 digits, for people."""
+        return self[7:19]
+
+
+def canonical(value: Json) -> bytes:
+    """Return the one JSON spelling of a value: sorted keys, no spaces, UTF-8."""
+    return json.dumps(
+        plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False
+    ).encode()
+
+
+def key_of(value: Json) -> Digest:
+    """Return the digest of a value's canonical JSON: the store's key."""
+    return Digest.of(canonical(value))
+
+
+def plain(value: Json) -> Json:
+    """Turn dataclasses, paths and tuples into plain JSON values."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, Digest | Path):
+        return str(value)
+    if isinstance(value, str | bytes | bool | int | float) or value is None:
+        return value
+    if isinstance(value, set | frozenset):
+        return sorted(plain(v) for v in value)
+    if isinstance(value, Iterable):
+        return [plain(v) for v in value]
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileEntry:
+    """One regular file of a tree: its relative POSIX path, size in bytes and digest."""
+
+    path: str
+    size: int
+    digest: Digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tree:
+    """A folder whose content is known: the files under `root`, sorted by path."""
+
+    root: Path
+    files: tuple[FileEntry, ...]
+
+    @property
+    def digest(self) -> Digest:
+        """The content's identity: sha256 over the sorted `sha256sum` list, whatever the folder."""
+        return tree_digest(self.files)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(entry.size for entry in self.files)
+
+    def path(self, name: str) -> Path:
+        """Return the file's place on disk."""
+        return self.root / name
+
+    def has(self, name: str) -> bool:
+        """Say whether the tree holds a file of that relative path."""
+        return any(entry.path == name for entry in self.files)
+
+
+def tree_digest(files: Iterable[FileEntry]) -> Digest:
+    """Return the digest of a sorted `sha256sum` list: independent of place, order and packing."""
+    lines = sorted(f"{entry.digest.hex}  {entry.path}\n" for entry in files)
+    return Digest.of("".join(lines).encode())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """A resolved source: a tree on disk and the pin that names it for ever."""
+
+    tree: Tree
+    source: str
+    """As the user wrote it."""
+    pin: str
+    """Source with revision or hash: enough to get the same bytes again."""
+    pinned: bool
+    """False where the user gave no pin and the build found one."""
+    made_from: tuple[Digest, ...] = ()
+
+    @property
+    def digest(self) -> Digest:
+        """The tree's digest."""
+        return self.tree.digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSnapshot:
+    """One adapter of a merge: its files, weight, and the user's names for it."""
+
+    snapshot: Snapshot
+    weight: float = 1.0
+    version: str = ""
+    run_id: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """All inputs of a build, resolved to digests."""
+
+    base: Snapshot
+    adapters: tuple[AdapterSnapshot, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A plain Hugging Face checkpoint in a folder."""
+
+    tree: Tree
+    made_from: tuple[Digest, ...]
+    details: Mapping[str, Json] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> Digest:
+        """The tree's digest."""
+        return self.tree.digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """A weight format that an engine may load, such as `q4_k_m` or `safetensors`."""
+
+    name: str
+    kind: str
+    """What engines match on: `safetensors`, `gguf`, `awq`, `gptq`, `fp8`."""
+    bits_per_weight: float
+    """Nominal; used to plan disk and memory before the file exists."""
+
+
+SAFETENSORS = Format(name="safetensors", kind="safetensors", bits_per_weight=16.0)
+"""The merged checkpoint as it is: what a target without a suffix serves."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """What an engine loads: a checkpoint or a quantized file, in one format."""
+
+    format: Format
+    tree: Tree
+    made_from: tuple[Digest, ...]
+    details: Mapping[str, Json] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> Digest:
+        """The tree's digest."""
+        return self.tree.digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingConfig:
+    """Rendered files and the process that an image starts."""
+
+    target: str
+    files: Mapping[str, str]
+    """Relative path -> text, as written beside `build.json`."""
+    image_files: Mapping[str, str]
+    """Absolute path in the image -> text."""
+    entrypoint: tuple[str, ...]
+    command: tuple[str, ...]
+    env: Mapping[str, str]
+    port: int
+    health_path: str
+    healthcheck: tuple[str, ...]
+    """Command inside the image that exits 0 when it serves; empty where there is none."""
+    served_name: str
+    plan: Mapping[str, Json]
+    made_from: tuple[Digest, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """A task score over a data file."""
+
+    score: float
+    n: int
+    metric: str
+    per_item: tuple[Mapping[str, Json], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Everything a heavy stage needs, and nothing else; a runner carries it to a builder."""
+
+    stage: str
+    builder: str
+    inputs: Mapping[str, Path]
+    """Name -> file or folder, read-only inside the builder."""
+    parameters: Mapping[str, Json] = field(default_factory=dict)
+    output: Path
+    """An existing empty folder; the only place the job writes."""
+    memory_bytes: int = 0
+    """Limit for the container; 0 for none."""
+    use_gpu: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blob:
+    """A blob that a registry or a layout holds, by its descriptor alone."""
+
+    digest: Digest
+    size: int
+    media_type: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """Where an image went, and what it cost to bring it there."""
+
+    reference: str
+    digest: Digest
+    layers: Sequence[Mapping[str, Json]]
+    uploaded_bytes: int = 0
+    mounted: int = 0
+    seconds: float = 0.0
