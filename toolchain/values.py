@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 Json: TypeAlias = Any
 """A JSON value; narrowed where it is read."""
@@ -21,7 +21,7 @@ class Digest(str):
 
     __slots__ = ()
 
-    def __new__(cls, text: str) -> Digest:
+    def __new__(cls, text: str) -> Self:
         """Raise ValueError for anything that is not a sha256 digest."""
         if not _DIGEST.fullmatch(text):
             raise ValueError(f"not a sha256 digest: {text!r}")

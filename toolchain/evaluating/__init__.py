@@ -1,0 +1,1 @@
+"""Questions, answers and scores: data files, metrics, the client that asks a server."""
