@@ -30,6 +30,25 @@ class Progress(Protocol):
         """Print one warning line; it is kept for the report."""
 
 
+class Silent:
+    """A Progress that shows nothing."""
+
+    def stage(self, name: str, detail: str) -> None:
+        """Say nothing."""
+
+    def advance(self, done: int, total: int, unit: str) -> None:
+        """Say nothing."""
+
+    def finish(self, name: str, seconds: float, cached: bool) -> None:
+        """Say nothing."""
+
+    def note(self, text: str) -> None:
+        """Say nothing."""
+
+    def warn(self, text: str) -> None:
+        """Say nothing."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
     """One finished, immutable result in the store."""
@@ -82,6 +101,9 @@ class SourceReader(Protocol):
 
     def fetch(self, source: str, revision: str, sha256: str, progress: Progress) -> Snapshot:
         """Return the source's files by digest; raises InputRefused or EnvironmentFailure."""
+
+    def known(self, source: str, revision: str, sha256: str) -> Snapshot | None:
+        """Return what `fetch` would, if that needs no network and no copying; else None."""
 
 
 class Runner(Protocol):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+from toolchain.errors import UsageError
+from toolchain.values import Digest, key_of
 
 _PACKAGE = Path(__file__).resolve().parent
 _INSTALLED = _PACKAGE / "_resources"
@@ -22,3 +26,41 @@ def images() -> Path:
 def package() -> Path:
     """Return the folder that holds the `toolchain` package itself, for builders to import."""
     return _PACKAGE
+
+
+def builder_pins(name: str) -> Digest:
+    """Return the digest of all that defines a builder: its folder and the sources it compiles.
+
+    Raises UsageError for a builder that is not there.
+    """
+    folder = images() / "builders" / name
+    if not folder.is_dir():
+        raise UsageError(
+            f"no builder `{name}`: {folder} is missing",
+            hint="a quantizer's builder is a folder of that name under images/builders/",
+        )
+    parts = [folder, *(images() / "engines" / engine for engine in compiled_engines(name))]
+    return key_of([[path.name, _fingerprint(path)] for path in parts])
+
+
+def engine_pins(name: str) -> Digest:
+    """Return the digest of the folder that defines an engine layer of our own."""
+    return key_of(_fingerprint(images() / "engines" / name))
+
+
+def compiled_engines(builder: str) -> tuple[str, ...]:
+    """Return the engine folders whose tools a builder holds: those that name it in source.json."""
+    found = []
+    for source in sorted((images() / "engines").glob("*/source.json")):
+        if builder in json.loads(source.read_text("utf-8")).get("builders", ()):
+            found.append(source.parent.name)
+    return tuple(found)
+
+
+def _fingerprint(folder: Path) -> list[list[str]]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    return [
+        [p.relative_to(folder).as_posix(), Digest.of(p.read_bytes())]
+        for p in files
+        if p.suffix != ".md"
+    ]

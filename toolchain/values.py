@@ -260,3 +260,26 @@ class Published:
     uploaded_bytes: int = 0
     mounted: int = 0
     seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageInputs:
+    """All that a stage's result depends on; its digest is the store's key."""
+
+    stage: str
+    recipe_number: int
+    """Raised whenever the same inputs would give other bytes."""
+    inputs: Mapping[str, Json]
+
+    @property
+    def key(self) -> Digest:
+        """The store's key."""
+        return key_of(self)
+
+    def changed_since(self, earlier: Mapping[str, Json] | None) -> str:
+        """Say which inputs differ from an earlier build's, for people; empty when none do."""
+        if not earlier:
+            return "never built here"
+        now = plain(self.inputs)
+        changed = [k for k in sorted(now | earlier) if now.get(k) != earlier.get(k)]
+        return ", ".join(changed)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from toolchain.drivers.folders import read_tree
 from toolchain.errors import EnvironmentFailure, InputRefused
-from toolchain.ports import Progress, Store
+from toolchain.ports import Progress, Silent, Store
 from toolchain.values import Snapshot
 
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*")
@@ -31,14 +31,30 @@ class HubReader:
         """
         if sha256:
             raise InputRefused(f"{source}: `sha256` pins a pypi:// source; use `revision` here")
-        repository, _, suffix = source.removeprefix("hf://").partition("@")
-        revision = revision or suffix
+        repository, revision = _split(source, revision)
         pinned = bool(_COMMIT.fullmatch(revision))
         root, commit = self._download(repository, revision, progress, pinned=pinned)
         pin = f"hf://{repository}@{commit}"
         return Snapshot(
             tree=read_tree(root, self._store, progress), source=source, pin=pin, pinned=pinned
         )
+
+    def known(self, source: str, revision: str, sha256: str) -> Snapshot | None:
+        """Return the repository where its commit is pinned and lies in the hub's cache."""
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+        repository, revision = _split(source, revision)
+        if sha256 or not _COMMIT.fullmatch(revision):
+            return None
+        try:
+            root = snapshot_download(
+                repository, revision=revision, allow_patterns=list(_WANTED), local_files_only=True
+            )
+        except (LocalEntryNotFoundError, HFValidationError, OSError):
+            return None
+        tree = read_tree(Path(root), self._store, Silent())
+        return Snapshot(tree=tree, source=source, pin=f"hf://{repository}@{revision}", pinned=True)
 
     def _download(
         self, repository: str, revision: str, progress: Progress, *, pinned: bool
@@ -81,3 +97,8 @@ class HubReader:
                 "a folder with the files works as a source too",
             ) from None
         return Path(root), commit
+
+
+def _split(source: str, revision: str) -> tuple[str, str]:
+    repository, _, suffix = source.removeprefix("hf://").partition("@")
+    return repository, revision or suffix

@@ -17,7 +17,7 @@ import httpx
 
 from toolchain.errors import EnvironmentFailure, InputRefused
 from toolchain.ports import Progress, Store
-from toolchain.values import Json, Snapshot, key_of
+from toolchain.values import Digest, Json, Snapshot, key_of
 
 _SOURCE = re.compile(r"pypi://(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.!+]+)")
 _RECIPE_NUMBER = 1
@@ -49,7 +49,7 @@ class PypiReader:
         if not sha256:
             files = _wheels(name, version)
             sha256 = files[0]["hashes"]["sha256"]
-        key = key_of({"stage": "pypi", "recipe": _RECIPE_NUMBER, "sha256": sha256})
+        key = _key(sha256)
         note = {"stage": "pypi", "source": source, "sha256": sha256}
 
         def make(folder: Path) -> dict[str, Json]:
@@ -62,6 +62,15 @@ class PypiReader:
         entry = self._store.find(key) or self._store.produce(key, note, make)
         pin = f"{source}#sha256={sha256}"
         return Snapshot(tree=entry.tree, source=source, pin=pin, pinned=files is None)
+
+    def known(self, source: str, revision: str, sha256: str) -> Snapshot | None:
+        """Return the model files where the wheel is pinned and was brought before."""
+        entry = self._store.find(_key(sha256)) if sha256 and not revision else None
+        if entry is None:
+            return None
+        return Snapshot(
+            tree=entry.tree, source=source, pin=f"{source}#sha256={sha256}", pinned=True
+        )
 
     def _bring(self, name: str, version: str, wanted: str, wheel: Path, progress: Progress) -> None:
         if local := _local_wheel(name, version):
@@ -80,6 +89,10 @@ class PypiReader:
             found = file_digest(file, "sha256").hexdigest()
         if found != wanted:
             raise InputRefused(f"pypi://{name}=={version}: sha256 is {found}, not {wanted}")
+
+
+def _key(sha256: str) -> Digest:
+    return key_of({"stage": "pypi", "recipe": _RECIPE_NUMBER, "sha256": sha256})
 
 
 def _local_wheel(name: str, version: str) -> Path | None:

@@ -1,0 +1,98 @@
+"""Sources -> Checkpoint: adapters merged into the base, in a builder, rounded once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from toolchain.merging.plan import check_merge
+from toolchain.ports import Entry, Tools
+from toolchain.recipe import Merge
+from toolchain.resources import builder_pins
+from toolchain.values import Checkpoint, Job, Json, Sources, StageInputs
+
+BUILDER = "merge"
+RECIPE_NUMBER = 1
+MEMORY_BYTES = 2 << 30
+"""Limit of the merge container; the merge itself needs a fraction, whatever the model."""
+
+
+def inputs(sources: Sources, options: Merge) -> StageInputs:
+    """Return all that the merged checkpoint depends on."""
+    return StageInputs(
+        stage="merge",
+        recipe_number=RECIPE_NUMBER,
+        inputs={
+            "base": sources.base.digest,
+            "adapters": [a.snapshot.digest for a in sources.adapters],
+            "weights": [a.weight for a in sources.adapters],
+            "method": options.method,
+            "dtype": options.dtype,
+            "precision": options.precision,
+            "builder": builder_pins(BUILDER),
+        },
+    )
+
+
+def check(sources: Sources, options: Merge) -> None:
+    """Refuse, from headers alone, what the merge would refuse; raises InputRefused."""
+    check_merge(sources.base.tree.root, [a.snapshot.tree.root for a in sources.adapters])
+
+
+def merge(sources: Sources, options: Merge, tools: Tools) -> Checkpoint:
+    """Return the merged checkpoint; without adapters, the base as it is.
+
+    Raises InputRefused where an adapter does not fit the base in every key.
+    """
+    if not sources.adapters:
+        return Checkpoint(tree=sources.base.tree, made_from=(sources.base.digest,))
+    stage = inputs(sources, options)
+    entry = tools.store.find(stage.key)
+    if entry is None:
+        check(sources, options)
+        entry = tools.store.produce(
+            stage.key,
+            {"stage": "merge", "inputs": stage.inputs},
+            lambda folder: _run(folder, sources, options, tools),
+            resume=True,
+        )
+    return found(sources, entry)
+
+
+def found(sources: Sources, entry: Entry) -> Checkpoint:
+    """Return the checkpoint that a store entry holds."""
+    made_from = (sources.base.digest, *(a.snapshot.digest for a in sources.adapters))
+    return Checkpoint(
+        tree=entry.tree, made_from=made_from, details={**entry.meta, "cached": entry.cached}
+    )
+
+
+def _run(folder: Path, sources: Sources, options: Merge, tools: Tools) -> Mapping[str, Json]:
+    tools.store.require_room(int(sources.base.tree.size * 1.05), "the merged checkpoint")
+    tools.runner.prepare(BUILDER, tools.progress)
+    names = [f"adapter{i}" for i in range(len(sources.adapters))]
+    adapters = {n: a.snapshot.tree.root for n, a in zip(names, sources.adapters, strict=True)}
+    result = dict(
+        tools.runner.run(
+            Job(
+                stage="merge",
+                builder=BUILDER,
+                inputs={"base": sources.base.tree.root, **adapters},
+                parameters={
+                    "adapters": names,
+                    "weights": [a.weight for a in sources.adapters],
+                    "method": options.method,
+                    "dtype": options.dtype,
+                    "precision": options.precision,
+                    "device": "auto",
+                },
+                output=folder,
+                memory_bytes=MEMORY_BYTES,
+                use_gpu=True,
+            ),
+            tools.progress,
+        )
+    )
+    files = result.pop("files", [])
+    result.pop("out", None)
+    return {**result, "sha256": {f["path"]: f["sha256"] for f in files}}

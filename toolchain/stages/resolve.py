@@ -1,0 +1,134 @@
+"""Recipe -> Sources: every source on disk, by digest, with the pin that names it for ever."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from toolchain.checkpoints.folder import check_adapter_folder, check_model_folder
+from toolchain.errors import InputRefused, UsageError
+from toolchain.ports import Entry, SourceReader, Tools
+from toolchain.recipe import Adapter, Base, RecipeFile
+from toolchain.resources import builder_pins
+from toolchain.values import AdapterSnapshot, Job, Snapshot, Sources, StageInputs
+
+_IMPORT_BUILDER = "merge"
+_IMPORT_RECIPE = 1
+
+
+def resolve(file: RecipeFile, tools: Tools) -> Sources:
+    """Bring all sources of a recipe to local disk and check that they are what they say.
+
+    Raises InputRefused for unsafe or incomplete inputs, EnvironmentFailure for the network.
+    """
+    base = _fetch(file.recipe.base, file, tools)
+    if _is_gguf(base):
+        base = _import_gguf(base, tools)
+    check_model_folder(base.tree.root)
+    adapters = []
+    for adapter in file.recipe.adapters:
+        snapshot = _fetch(adapter, file, tools)
+        check_adapter_folder(snapshot.tree.root)
+        _check_task(snapshot)
+        adapters.append(_named(adapter, snapshot))
+    return Sources(base=base, adapters=tuple(adapters))
+
+
+def known(file: RecipeFile, tools: Tools) -> Sources | None:
+    """Return what `resolve` would, if that needs no network and no work; else None."""
+    base = _known(file.recipe.base, file, tools)
+    if base and _is_gguf(base):
+        entry = tools.store.find(import_inputs(base).key)
+        base = _imported(base, entry) if entry else None
+    adapters = [(_known(a, file, tools), a) for a in file.recipe.adapters]
+    if base is None or any(snapshot is None for snapshot, _ in adapters):
+        return None
+    return Sources(base=base, adapters=tuple(_named(a, s) for s, a in adapters if s))
+
+
+def import_inputs(source: Snapshot) -> StageInputs:
+    """Return what the conversion of a GGUF source to a checkpoint depends on."""
+    return StageInputs(
+        stage="import",
+        recipe_number=_IMPORT_RECIPE,
+        inputs={"source": source.digest, "builder": builder_pins(_IMPORT_BUILDER)},
+    )
+
+
+def _fetch(source: Base | Adapter, file: RecipeFile, tools: Tools) -> Snapshot:
+    reader, name = _reader(source, file, tools)
+    sha256 = source.sha256 if isinstance(source, Base) else ""
+    snapshot = reader.fetch(name, source.revision, sha256, tools.progress)
+    if not snapshot.pinned:
+        tools.progress.warn(f"{source.source} is not pinned; it is now {snapshot.pin}")
+    return snapshot
+
+
+def _known(source: Base | Adapter, file: RecipeFile, tools: Tools) -> Snapshot | None:
+    reader, name = _reader(source, file, tools)
+    sha256 = source.sha256 if isinstance(source, Base) else ""
+    return reader.known(name, source.revision, sha256)
+
+
+def _reader(source: Base | Adapter, file: RecipeFile, tools: Tools) -> tuple[SourceReader, str]:
+    scheme, separator, _ = source.source.partition("://")
+    if not separator:
+        path = Path(source.source).expanduser()
+        return tools.readers[""], str(path if path.is_absolute() else file.folder / path)
+    if scheme not in tools.readers:
+        schemes = ", ".join(f"{s}://" for s in sorted(tools.readers) if s)
+        raise UsageError(f"{source.source}: unknown kind of source", hint=f"known: {schemes}")
+    return tools.readers[scheme], source.source
+
+
+def _named(adapter: Adapter, snapshot: Snapshot) -> AdapterSnapshot:
+    return AdapterSnapshot(
+        snapshot=snapshot, weight=adapter.weight, version=adapter.version, run_id=adapter.run_id
+    )
+
+
+def _check_task(snapshot: Snapshot) -> None:
+    """Refuse an adapter whose configuration cannot be read before anything long starts."""
+    path = snapshot.tree.path("adapter_config.json")
+    try:
+        json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputRefused(f"{path}: not readable JSON: {error}") from None
+
+
+def _is_gguf(snapshot: Snapshot) -> bool:
+    files = snapshot.tree.files
+    return not snapshot.tree.has("config.json") and any(f.path.endswith(".gguf") for f in files)
+
+
+def _import_gguf(source: Snapshot, tools: Tools) -> Snapshot:
+    """Turn a source that holds one GGUF file into a checkpoint, once."""
+    names = [f.path for f in source.tree.files if f.path.endswith(".gguf")]
+    if len(names) > 1:
+        raise InputRefused(f"{source.source}: holds {len(names)} GGUF files, one is expected")
+    inputs = import_inputs(source)
+
+    def make(folder: Path) -> dict[str, str]:
+        tools.store.require_room(8 * source.tree.size, "converting the GGUF source")
+        tools.runner.prepare(_IMPORT_BUILDER, tools.progress)
+        job = Job(
+            stage="import-gguf",
+            builder=_IMPORT_BUILDER,
+            inputs={"gguf": source.tree.path(names[0])},
+            output=folder,
+        )
+        tools.runner.run(job, tools.progress)
+        return {}
+
+    entry = tools.store.produce(inputs.key, {"stage": "import", "from": source.pin}, make)
+    return _imported(source, entry)
+
+
+def _imported(source: Snapshot, entry: Entry) -> Snapshot:
+    return Snapshot(
+        tree=entry.tree,
+        source=source.source,
+        pin=source.pin,
+        pinned=source.pinned,
+        made_from=(source.digest,),
+    )
