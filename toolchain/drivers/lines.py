@@ -1,0 +1,72 @@
+"""Reads a running program's output by lines, on the caller's own thread."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import time
+from collections.abc import Callable
+from typing import IO
+
+Hear = Callable[[str], None]
+
+_LONGEST = 1 << 20
+_CHUNK = 1 << 16
+
+
+class Lines:
+    """Cuts bytes into lines; a carriage return ends one too, as progress bars use it."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, chunk: bytes) -> list[str]:
+        """Return the lines that are now complete; an empty chunk ends the last one."""
+        *whole, rest = (self._rest + chunk.replace(b"\r", b"\n")).split(b"\n")
+        # A line without an end must not grow for ever.
+        if not chunk or len(rest) > _LONGEST:
+            whole, rest = [*whole, rest], b""
+        self._rest = rest
+        return [line.decode(errors="replace") for line in whole if line]
+
+
+def pump(
+    pid: int,
+    streams: list[tuple[IO[bytes], Hear]],
+    deadline: float | None,
+    on_exit: Callable[[], None],
+) -> None:
+    """Hand on each stream's lines until the process ended and all its output is read.
+
+    `on_exit` is called once the process has ended, before the rest is read: it must end children
+    that were left behind, because they hold the pipes open. Raises TimeoutError at `deadline`
+    (of `time.monotonic`), and whatever the listeners raise.
+    """
+    watch = os.pidfd_open(pid)
+    try:
+        with selectors.DefaultSelector() as selector:
+            selector.register(watch, selectors.EVENT_READ, None)
+            for stream, hear in streams:
+                selector.register(stream, selectors.EVENT_READ, (Lines(), hear))
+            while selector.get_map():
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    raise TimeoutError
+                for key, _ in selector.select(left):
+                    if key.data is None:
+                        on_exit()
+                        selector.unregister(watch)
+                    elif not _read(key.fd, *key.data):
+                        selector.unregister(key.fileobj)
+    finally:
+        os.close(watch)
+        for stream, _ in streams:
+            stream.close()
+
+
+def _read(source: int, lines: Lines, hear: Hear) -> bool:
+    """Hand on what there is; False at the end of the stream."""
+    chunk = os.read(source, _CHUNK)
+    for line in lines.feed(chunk):
+        hear(line)
+    return bool(chunk)

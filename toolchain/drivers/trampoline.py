@@ -1,0 +1,124 @@
+"""Becomes another program after putting this process in order: limits, namespaces, user.
+
+Run as a file by `process.py`, never imported: `python -I -S trampoline.py SETTINGS PROGRAM [ARG…]`
+with SETTINGS a JSON object. It stands between so that no Python code has to run in a forked copy
+of the (threaded) control plane, and so that the death signal is set last: the kernel forgets it
+whenever a process changes its user or gets new capabilities.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+NEW_MOUNTS, NEW_USER, NEW_NETWORK = 0x0002_0000, 0x1000_0000, 0x4000_0000
+BIND, RECURSIVE, PRIVATE = 0x1000, 0x4000, 0x4_0000
+SET_DEATH_SIGNAL, NO_NEW_PRIVILEGES = 1, 38
+FAILED = 125
+"""Exit code for a failure before the program started, as other tools of this kind use it."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def check(result: int, what: str) -> None:
+    """Raise OSError for a failed call of the C library."""
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+
+
+def unshare(flags: int) -> None:
+    """Leave the parent's namespaces of these kinds."""
+    check(_libc.unshare(flags), "unshare")
+
+
+def bind(source: str, target: Path) -> None:
+    """Show `source` at `target` too."""
+    flags = BIND | RECURSIVE
+    check(_libc.mount(source.encode(), os.fsencode(target), None, flags, None), f"mount {source}")
+
+
+def map_ids(user: int, group: int) -> None:
+    """Call the caller's own user and group by these numbers inside the new user namespace."""
+    outside_user, outside_group = os.getuid(), os.getgid()
+    unshare(NEW_USER)
+    for name, text in (
+        ("setgroups", "deny"),
+        ("uid_map", f"{user} {outside_user} 1"),
+        ("gid_map", f"{group} {outside_group} 1"),
+    ):
+        Path("/proc/self", name).write_text(text)
+
+
+def leave_network() -> None:
+    """Go where there is no network, by root's right or inside a user namespace of our own."""
+    try:
+        unshare(NEW_NETWORK)
+    except OSError:
+        map_ids(os.getuid(), os.getgid())
+        unshare(NEW_NETWORK)
+
+
+def enter_root(root: Path, user: int, group: int, workdir: str) -> None:
+    """Make `root` the file system, with the host's /dev and /proc in it, as the given user."""
+    as_root = os.getuid() == 0
+    if not as_root:
+        map_ids(user, group)
+    unshare(NEW_MOUNTS)
+    check(_libc.mount(None, b"/", None, RECURSIVE | PRIVATE, None), "mount /")
+    for name in ("dev", "proc"):
+        target = root / name
+        if not target.is_symlink():
+            target.mkdir(exist_ok=True)
+            bind(f"/{name}", target)
+    os.chroot(root)
+    os.chdir(workdir)
+    if as_root:
+        os.setgroups([])
+        os.setgid(group)
+        os.setuid(user)
+
+
+def die_with_parent(parent: int) -> None:
+    """Be killed when the thread that started us ends, and at once if it has ended already."""
+    check(_libc.prctl(SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0), "prctl")
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def prepare(settings: dict[str, Any]) -> None:
+    """Apply all settings, the death signal last."""
+    if not settings.get("network", True):
+        leave_network()
+    if settings.get("root"):
+        user, group = settings["user"]
+        enter_root(Path(settings["root"]), user, group, settings["workdir"])
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if settings.get("memory_bytes"):
+        # Counts what the process writes to, not the weight files that it maps.
+        resource.setrlimit(resource.RLIMIT_DATA, (settings["memory_bytes"],) * 2)
+    if settings.get("root") or not settings.get("network", True):
+        check(_libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0), "prctl")
+    die_with_parent(settings["parent"])
+
+
+def attempt(what: str, action: Callable[[], object]) -> None:
+    """Do it, or say in one line what could not be done and end."""
+    try:
+        action()
+    except OSError as problem:
+        os.write(2, f"cannot {what}: {problem}\n".encode())
+        os._exit(FAILED)
+
+
+if __name__ == "__main__":
+    program = sys.argv[2:]
+    attempt(f"prepare for {program[0]}", lambda: prepare(json.loads(sys.argv[1])))
+    attempt(f"start {program[0]}", lambda: os.execvp(program[0], program))  # noqa: S606
