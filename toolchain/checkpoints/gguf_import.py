@@ -103,7 +103,7 @@ def _open(source: Path) -> GGUFReader:
 
 
 def _hugging_face_name(name: str) -> str:
-    """The checkpoint's name of a GGUF tensor; a tensor that plain Llama lacks is refused."""
+    """Translate a GGUF tensor's name, refusing a tensor that plain Llama lacks."""
     if name in _GLOBAL_TENSORS:
         return _GLOBAL_TENSORS[name]
     match = _LAYER_NAME.fullmatch(name)
@@ -117,7 +117,7 @@ def _hugging_face_name(name: str) -> str:
 
 
 def _model_config(facts: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
-    """The config.json that describes the same Llama model."""
+    """Describe the same Llama model as config.json does."""
     if facts.get("llama.rope.scaling.type", "none") != "none":
         raise InputRefused(
             f"rope scaling {facts['llama.rope.scaling.type']!r} cannot be imported",
@@ -159,7 +159,7 @@ def _model_config(facts: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
 
 
 def _shortest(value: float) -> float:
-    """The decimal that was meant: GGUF keeps 1e-05 as the float32 9.999999747378752e-06."""
+    """Give the decimal that was meant: GGUF keeps 1e-05 as the float32 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
@@ -208,7 +208,7 @@ def _expected_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int
 
 
 def _generation_config(facts: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Generation stops at the end token and, where the file names another, at the end of a turn."""
+    """Stop at the end token and, where the file names another, at the end of a turn."""
     ends = [config["eos_token_id"], facts.get("tokenizer.ggml.eot_token_id")]
     ends = [token for token in dict.fromkeys(ends) if token is not None]
     return {
@@ -220,7 +220,7 @@ def _generation_config(facts: Mapping[str, Any], config: Mapping[str, Any]) -> d
 
 
 def _tokenizer_files(facts: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
-    """The tokenizer's files by name, each as text."""
+    """Give the text of each of the tokenizer's files, by file name."""
     kind, split = facts["tokenizer.ggml.model"], facts.get("tokenizer.ggml.pre")
     if kind != "gpt2" or split not in _PRE_TOKENIZERS:
         raise InputRefused(
@@ -229,6 +229,11 @@ def _tokenizer_files(facts: Mapping[str, Any], config: Mapping[str, Any]) -> dic
             "the original Hugging Face checkpoint",
         )
     tokens: list[str] = facts["tokenizer.ggml.tokens"]
+    if len(set(tokens)) != len(tokens):
+        raise InputRefused(
+            "the GGUF vocabulary names a token twice, which tokenizer.json cannot",
+            hint="start from the original Hugging Face checkpoint",
+        )
     names = _special_tokens(facts, tokens)
     add_bos = bool(facts.get("tokenizer.ggml.add_bos_token", split == "llama-bpe"))
     added = _added_tokens(tokens, facts.get("tokenizer.ggml.token_type", []))
@@ -254,7 +259,7 @@ def _tokenizer_files(facts: Mapping[str, Any], config: Mapping[str, Any]) -> dic
 
 
 def _special_tokens(facts: Mapping[str, Any], tokens: list[str]) -> dict[str, str]:
-    """The text of the begin, end, unknown and padding tokens that the file names."""
+    """Look up the begin, end, unknown and padding tokens that the file names."""
     keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     ids = {name: facts.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
     outside = {name: number for name, number in ids.items() if number and number >= len(tokens)}
@@ -267,7 +272,7 @@ def _special_tokens(facts: Mapping[str, Any], tokens: list[str]) -> dict[str, st
 
 
 def _added_tokens(tokens: list[str], types: list[int]) -> list[dict[str, Any]]:
-    """The tokens that text must never be cut inside of: control tokens and the user's own."""
+    """List the tokens that are never cut into pieces: control tokens and the user's own."""
     whole = (TokenType.CONTROL, TokenType.USER_DEFINED)
     return [
         {
@@ -290,7 +295,7 @@ def _tokenizer(
     added: list[dict[str, Any]],
     bos: int | None,
 ) -> dict[str, Any]:
-    """The tokenizer.json of a byte-level BPE vocabulary."""
+    """Describe a byte-level BPE vocabulary as tokenizer.json does."""
     tokens: list[str] = facts["tokenizer.ggml.tokens"]
     return {
         "version": "1.0",
@@ -319,7 +324,7 @@ def _tokenizer(
 
 
 def _begin_with(token: str, number: int) -> dict[str, Any]:
-    """A post-processor that puts the begin token before each sequence."""
+    """Describe a post-processor that puts the begin token before each sequence."""
     begin = {"SpecialToken": {"id": token, "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     return {
@@ -354,7 +359,7 @@ def _write_weights(
 def _float16_blocks(
     name: str, tensor: ReaderTensor, config: Mapping[str, Any]
 ) -> Iterator[npt.NDArray[np.float16]]:
-    """The rows of a tensor as the checkpoint wants them, in blocks that keep memory small."""
+    """Yield a tensor's rows in the checkpoint's order, in blocks that keep memory small."""
     half = config["head_dim"] // 2
     rotated = name.endswith(("q_proj.weight", "k_proj.weight"))
     rows = 2 * half if rotated else _ROWS_PER_BLOCK
@@ -374,4 +379,4 @@ def _float16_blocks(
 
 
 def _json(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
