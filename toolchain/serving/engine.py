@@ -64,7 +64,7 @@ class Engine:
     plan: Callable[[Mapping[str, Json], int, Wishes], ServingPlan]
     """(config.json, weight bytes, wishes) -> plan; raises UsageError where it cannot fit."""
     env: Callable[[ServingPlan, Mapping[str, Json]], Mapping[str, str]]
-    """(plan, names) -> environment of the started process; names has `model_path`, `served_name`."""
+    """(plan, names) -> environment of the process; names has `model_path`, `served_name`."""
     entrypoint: tuple[str, ...]
     command: Callable[[ServingPlan, Mapping[str, Json]], tuple[str, ...]]
     healthcheck: tuple[str, ...]

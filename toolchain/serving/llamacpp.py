@@ -1,0 +1,55 @@
+"""llama.cpp's own server: GGUF files on CPUs and NVIDIA GPUs, with an OpenAI-compatible API."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from toolchain.serving.engine import Engine, EngineBase, ServingPlan
+from toolchain.serving.llamacpp_options import as_arguments, as_environment
+from toolchain.serving.llamacpp_plan import plan
+from toolchain.values import Json
+
+CUDA_IMAGE = "ghcr.io/ggml-org/llama.cpp:server-cuda-b11434"
+"""Upstream's CUDA build; images/bases.lock has its digest."""
+
+_PORT = 8080
+
+
+def env(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, str]:
+    """Return the LLAMA_ARG_ variables of a plan.
+
+    `names` has `model_path` and `served_name`. Everything a plan depends on is explicit, so the
+    server neither fits nor downloads anything of its own (`--fit off`, `--offline`).
+    """
+    served: dict[str, Json] = {
+        "model": names["model_path"],
+        "alias": names["served_name"],
+        "host": "0.0.0.0",  # noqa: S104  # a container is reached through its published port
+        "port": _PORT,
+        "metrics": True,
+        "jinja": True,
+        "ui": False,
+        "offline": True,
+    }
+    return as_environment({**served, **plan.settings})
+
+
+def command(plan: ServingPlan, names: Mapping[str, Json]) -> tuple[str, ...]:
+    """Return the arguments for the few options of `serve.extra` that have no variable."""
+    del names
+    return as_arguments(plan.settings)
+
+
+ENGINE = Engine(
+    name="llamacpp",
+    accepts=frozenset({"gguf"}),
+    base=EngineBase(cpu="engine:llamacpp", gpu=CUDA_IMAGE),
+    port=_PORT,
+    health_path="/health",
+    plan=plan,
+    env=env,
+    entrypoint=("/app/llama-server",),
+    command=command,
+    healthcheck=("/app/healthcheck",),
+    image_files={"/etc/weightsmith/llamacpp.env": "llamacpp.env"},
+)
