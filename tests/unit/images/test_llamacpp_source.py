@@ -1,0 +1,245 @@
+"""The pins of the llama.cpp build agree, and its source is fetched only as pinned and safely."""
+
+import hashlib
+import importlib.util
+import io
+import json
+import random
+import re
+import sys
+import tarfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ENGINE = Path(__file__).parents[3] / "images/engines/llamacpp"
+BUILDER = Path(__file__).parents[3] / "images/builders/gguf"
+NAME = "llama_cpp_python-0.3.36"
+TREE = f"{NAME}/vendor/llama.cpp"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"llamacpp_{name}", ENGINE / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+fetch = load("fetch")
+compile_ = load("compile")
+
+
+def pins() -> dict:
+    return json.loads((ENGINE / "source.json").read_text())
+
+
+def member(name: str, data: bytes = b"x", **fields: object) -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info, data
+
+
+def archive(folder: Path, *members: tuple[tarfile.TarInfo, bytes]) -> Path:
+    path = folder / f"{NAME}.tar.gz"
+    with tarfile.open(path, "w:gz") as out:
+        for info, data in members:
+            out.addfile(info, io.BytesIO(data))
+    return path
+
+
+def pin_for(path: Path):
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return fetch.Pin("llama-cpp-python", "0.3.36", digest, "vendor/llama.cpp")
+
+
+def unpacked(path: Path, out: Path) -> Path:
+    fetch.fetch(pin_for(path), out, [str(path)], required=True, index="unused")
+    return out
+
+
+# Pins
+
+
+def test_requirements_pin_the_versions_of_source_json():
+    text = (ENGINE / "requirements.txt").read_text()
+    assert dict(re.findall(r"^([a-z]+)==(\S+)", text, re.MULTILINE)) == pins()["compiler"]
+
+
+@pytest.mark.parametrize("path", [ENGINE / "requirements.txt", BUILDER / "requirements.txt",
+                                  BUILDER / "requirements-cpu.txt"])  # fmt: skip
+def test_every_requirement_has_a_hash(path):
+    lines = path.read_text().splitlines()
+    pinned = [n for n, line in enumerate(lines) if re.match(r"[a-z0-9._-]+==", line)]
+    assert pinned
+    assert all("--hash=sha256:" in lines[n + 1] for n in pinned)
+
+
+def test_builder_requirements_leave_torch_to_the_flavour():
+    text = (BUILDER / "requirements.txt").read_text()
+    assert not re.findall(r"^(?:torch|triton|nvidia-\S+)==", text, re.MULTILINE)
+
+
+def test_builder_requirements_are_those_asked_for():
+    asked, given = (
+        set(re.findall(r"^([a-z0-9-]+==\S+)", (BUILDER / name).read_text(), re.MULTILINE))
+        for name in ("requirements.in", "requirements.txt")
+    )
+    assert asked
+    assert asked <= given
+
+
+@pytest.mark.parametrize("arch", ["x86_64", "aarch64"])
+def test_launcher_knows_exactly_the_variants_that_are_built(arch):
+    launcher = (ENGINE / "launcher.c").read_text()
+    known = re.findall(r'^    \{"([^"]+)", runs_', launcher, re.MULTILINE)
+    mine = [name for name in known if name.startswith("x86") == (arch == "x86_64")]
+    assert mine == list(reversed(pins()["variants"][arch]))
+
+
+def test_source_json_can_be_read_as_a_pin():
+    pin = fetch.read_pin(ENGINE / "source.json")
+    assert pin.filename == f"{NAME}.tar.gz"
+    assert str(pin.prefix) == TREE
+    assert re.fullmatch("[0-9a-f]{64}", pin.sha256)
+
+
+# Fetching
+
+
+def test_only_the_wanted_folder_is_unpacked(tmp_path):
+    path = archive(tmp_path, member(f"{TREE}/ggml/a.c", b"int a;"), member(f"{NAME}/setup.py"),
+                   member(f"{TREE}/run.sh", mode=0o755))  # fmt: skip
+    out = unpacked(path, tmp_path / "out")
+    assert sorted(str(p.relative_to(out)) for p in out.rglob("*")) == ["ggml", "ggml/a.c", "run.sh"]
+    assert (out / "ggml/a.c").read_bytes() == b"int a;"
+    assert (out / "run.sh").stat().st_mode & 0o777 == 0o755
+
+
+def test_wrong_digest_is_refused(tmp_path, capsys, monkeypatch):
+    archive(tmp_path, member(f"{TREE}/ggml/a.c"))
+    code = fetch.main(["--out", str(tmp_path / "out"), "--find-links", str(tmp_path)])
+    assert code == 3
+    assert "pinned is" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", [f"{TREE}/../../../evil", "/evil", f"{TREE}/a/../../b"])
+def test_paths_that_leave_the_folder_are_refused(tmp_path, name):
+    path = archive(tmp_path, member(f"{TREE}/ok"), member(name))
+    with pytest.raises(fetch.RefusedError, match="unsafe path"):
+        unpacked(path, tmp_path / "out")
+    assert [path] == sorted(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_links_are_left_out(tmp_path, kind):
+    link = member(f"{TREE}/link", b"", type=kind, linkname="/etc/passwd")
+    path = archive(tmp_path, member(f"{TREE}/ok"), link)
+    assert [p.name for p in unpacked(path, tmp_path / "out").iterdir()] == ["ok"]
+
+
+def test_nothing_is_written_through_a_link(tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    link = member(f"{TREE}/dir", b"", type=tarfile.SYMTYPE, linkname=str(outside))
+    path = archive(tmp_path, link, member(f"{TREE}/dir/file"))
+    out = unpacked(path, tmp_path / "out")
+    assert not list(outside.iterdir())
+    assert (out / "dir/file").is_file()
+
+
+def test_special_files_are_refused(tmp_path):
+    path = archive(tmp_path, member(f"{TREE}/pipe", b"", type=tarfile.FIFOTYPE))
+    with pytest.raises(fetch.RefusedError, match="special file"):
+        unpacked(path, tmp_path / "out")
+
+
+def test_an_archive_cut_short_is_refused(tmp_path):
+    path = archive(tmp_path, member(f"{TREE}/ok", random.Random(1).randbytes(99_999)))
+    path.write_bytes(path.read_bytes()[:50_000])
+    with pytest.raises(fetch.RefusedError, match="not a readable archive"):
+        unpacked(path, tmp_path / "out")
+
+
+def test_an_existing_folder_is_left_alone(tmp_path):
+    path = archive(tmp_path, member(f"{TREE}/ok"))
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(fetch.RefusedError, match="exists"):
+        unpacked(path, out)
+
+
+def test_a_place_without_the_file_says_how_to_get_it(tmp_path, capsys):
+    code = fetch.main(["--out", str(tmp_path / "out"), "--find-links", str(tmp_path)])
+    assert code == 5
+    assert "pip download" in capsys.readouterr().err
+
+
+def test_an_unreachable_index_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PIP_INDEX_URL", "http://user:secret@127.0.0.1:9/simple")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    code = fetch.main(["--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert code == 5
+    assert said.count("\n") == 1
+    assert "PIP_INDEX_URL" in said
+    assert "secret" not in said
+
+
+def test_the_index_is_asked_for_json_and_relative_addresses_are_resolved(tmp_path, monkeypatch):
+    path = archive(tmp_path, member(f"{TREE}/ok"))
+    pin = pin_for(path)
+    page = json.dumps({"files": [{"filename": pin.filename, "url": "../../files/it.tar.gz"}]})
+    served = {
+        "https://index.example/simple/llama-cpp-python/": page.encode(),
+        "https://index.example/files/it.tar.gz": path.read_bytes(),
+    }
+
+    class Answer(io.BytesIO):
+        url = ""
+
+        def geturl(self) -> str:
+            return self.url
+
+    def get(url: str, accept: str = "*/*") -> Answer:
+        assert url.endswith(".gz") or accept == "application/vnd.pypi.simple.v1+json"
+        answer = Answer(served[url])
+        answer.url = url
+        return answer
+
+    monkeypatch.setattr(fetch, "get", get)
+    out = tmp_path / "out"
+    fetch.fetch(pin, out, [], required=False, index="https://index.example/simple")
+    assert (out / "ok").is_file()
+
+
+# Compiling
+
+
+def test_a_folder_that_is_no_llama_cpp_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="3"):
+        compile_.main(["--source", str(tmp_path), "--out", str(tmp_path / "o"), "--arch", "x86_64"])
+    assert "fetch.py" in capsys.readouterr().err
+
+
+def test_another_compiler_than_the_pinned_one_is_refused(capsys):
+    with pytest.raises(SystemExit, match="3"):
+        compile_.find_compiler({"ziglang": "0.0.0"})
+    assert "ziglang 0.0.0 is needed" in capsys.readouterr().err
+
+
+def test_no_host_path_reaches_the_compiler_unmapped(tmp_path):
+    compiler = compile_.Compiler(tmp_path / "zig", tmp_path / "cmake", tmp_path / "ninja")
+    job = compile_.Job(Path("/s"), tmp_path, "x86_64", pins()["variants"]["x86_64"], "c" * 40,
+                       compiler, 1)  # fmt: skip
+    settings = compile_.cmake_settings(job, dict.fromkeys(["cc", "c++", "ar", "ranlib"], tmp_path))
+    assert "-ffile-prefix-map=/s=llama.cpp" in settings["CMAKE_CXX_FLAGS"]
+    assert "-mcpu=x86_64_v2" in settings["CMAKE_CXX_FLAGS"]
+    assert settings["GGML_NATIVE"] == "OFF"
+    assert settings["WEIGHTSMITH_VARIANTS"].startswith("x86-64-v3=-mcpu=x86_64_v3;")
