@@ -1,0 +1,206 @@
+"""What an `adapter_config.json` says, read strictly: what cannot be merged rightly is refused."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from toolchain.checkpoints.safetensors import read_json
+from toolchain.errors import InputRefused
+
+_MUTATING = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""Initialisations that change the base weights too, so that B·A alone is not the adapter."""
+
+_UNSUPPORTED = {
+    "use_dora": "DoRA adapters cannot be merged yet",
+    "lora_bias": "LoRA biases cannot be merged yet",
+    "modules_to_save": "fully trained modules (modules_to_save) cannot be merged yet",
+    "target_parameters": "LoRA on bare parameters (target_parameters) cannot be merged yet",
+    "trainable_token_indices": "trained tokens (trainable_token_indices) cannot be merged yet",
+    "layer_replication": "layer_replication cannot be merged yet",
+    "kasa_config": "KaSA adapters cannot be merged yet",
+    "use_bdlora": "block-diagonal LoRA cannot be merged yet",
+    "use_qalora": "QALoRA has no merged form on an unquantized base",
+    "alora_invocation_tokens": "activated LoRA (aLoRA) depends on the input and cannot be merged",
+    "arrow_config": "Arrow routing depends on the input and cannot be merged",
+    "megatron_config": "Megatron adapters are not supported",
+}
+_HINT = "serve this adapter unmerged, or train it as plain LoRA (bias none, no modules_to_save)"
+_PLAIN = (
+    "alpha_pattern auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying "
+    "eva_config exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern "
+    "layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config megatron_core "
+    "monteclora_config peft_type peft_version qalora_group_size r rank_pattern revision "
+    "runtime_config target_modules task_type use_rslora velora_config"
+)
+"""Fields that are read here, or that change nothing in a merge."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterConfig:
+    """The part of a LoRA configuration that decides what is added to which module."""
+
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    fan_in_fan_out: bool
+    target_modules: str | tuple[str, ...] | None
+    exclude_modules: str | tuple[str, ...]
+    layers_to_transform: tuple[int, ...]
+    layers_pattern: tuple[str, ...]
+    base_model: str = ""
+    unknown: tuple[str, ...] = field(default=())
+    """Set fields that this version does not know; worth a warning, as PEFT gives."""
+
+    def rank(self, module: str) -> int:
+        """Return the rank that the configuration gives to a module."""
+        return int(_by_pattern(self.rank_pattern, module, self.r))
+
+    def scaling(self, module: str) -> float:
+        """Return the factor on B·A: alpha/r, or alpha/√r for rank-stabilised LoRA.
+
+        One float64 formula, so that it is the same everywhere; PEFT's `LoraLayer.update_layer`.
+        """
+        alpha, rank = _by_pattern(self.alpha_pattern, module, self.lora_alpha), self.rank(module)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def targets(self, module: str) -> bool:
+        """Say whether PEFT would put an adapter on the module (`check_target_module_exists`)."""
+        if _names(self.exclude_modules, module):
+            return False
+        if isinstance(self.target_modules, str):
+            return re.fullmatch(self.target_modules, module) is not None
+        if self.target_modules is None or not _names(self.target_modules, module):
+            return False
+        return not self.layers_to_transform or self._layer(module) in self.layers_to_transform
+
+    def _layer(self, module: str) -> int:
+        for pattern in self.layers_pattern or (r"[^.]*",):
+            prefix = r"(?:^|.*?\.)" if self.layers_pattern else r".*?\."
+            if match := re.match(rf"{prefix}{pattern}\.(?P<layer>\d+)\.", module):
+                return int(match["layer"])
+        return -1
+
+
+def read_adapter_config(root: Path) -> AdapterConfig:
+    """Return the adapter's configuration; raise InputRefused for what cannot be merged rightly."""
+    path = root / "adapter_config.json"
+    raw = read_json(path)
+    _check_kind(path, raw)
+    try:
+        config = _read(raw)
+        _check_patterns(config)
+    except (TypeError, ValueError, OverflowError, re.error) as error:
+        raise InputRefused(
+            f"{path} is not a valid LoRA configuration: {error}",
+            hint="export the adapter again with PEFT's save_pretrained",
+        ) from error
+    return config
+
+
+def _read(raw: Mapping[str, Any]) -> AdapterConfig:
+    targets = raw.get("target_modules")
+    return AdapterConfig(
+        r=_rank(raw.get("r", 8)),
+        lora_alpha=_number(raw.get("lora_alpha", 8)),
+        use_rslora=_flag(raw, "use_rslora"),
+        rank_pattern={
+            key: _rank(rank) for key, rank in dict(raw.get("rank_pattern") or {}).items()
+        },
+        alpha_pattern={
+            key: _number(alpha) for key, alpha in dict(raw.get("alpha_pattern") or {}).items()
+        },
+        fan_in_fan_out=_flag(raw, "fan_in_fan_out"),
+        # PEFT expands `all-linear` before it saves, so a config that kept it says nothing.
+        target_modules=None if targets in (None, "all-linear") else _texts(targets),
+        exclude_modules=_texts(raw.get("exclude_modules") or ()),
+        layers_to_transform=_numbers(raw.get("layers_to_transform")),
+        layers_pattern=_several(_texts(raw.get("layers_pattern") or ())),
+        base_model=str(raw.get("base_model_name_or_path") or ""),
+        unknown=tuple(
+            sorted(k for k, v in raw.items() if v and k not in _PLAIN | set(_UNSUPPORTED))
+        ),
+    )
+
+
+def _check_kind(path: Path, raw: Mapping[str, Any]) -> None:
+    """Refuse every kind of adapter that is not plain LoRA."""
+    kind, init = raw.get("peft_type"), raw.get("init_lora_weights", True)
+    if kind != "LORA":
+        raise InputRefused(f"{path} is of type {kind!r}; only LORA can be merged", hint=_HINT)
+    for name, reason in _UNSUPPORTED.items():
+        if raw.get(name):
+            raise InputRefused(f"{path} sets {name}: {reason}", hint=_HINT)
+    if raw.get("bias", "none") != "none":
+        raise InputRefused(f"{path} trains biases ({raw['bias']!r}); not yet mergeable", hint=_HINT)
+    if isinstance(init, str) and init.lower().startswith(_MUTATING):
+        raise InputRefused(
+            f"{path} was initialised with {init!r}, which changed the base weights too",
+            hint="convert it to plain LoRA: save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=<the adapter as initialised>)",
+        )
+
+
+def _check_patterns(config: AdapterConfig) -> None:
+    patterns = [rf"(.*\.)?({key})$" for key in (*config.rank_pattern, *config.alpha_pattern)]
+    patterns += [p for p in (config.target_modules, config.exclude_modules) if isinstance(p, str)]
+    for pattern in (*patterns, *config.layers_pattern):
+        re.compile(pattern)
+
+
+def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
+    """Return the first pattern's value whose regex fits, as PEFT's `get_pattern_key` does."""
+    for key, value in patterns.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def _names(wanted: str | tuple[str, ...], module: str) -> bool:
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in wanted)
+
+
+def _rank(value: Any) -> int:
+    if type(value) is not int or not 0 < value <= 1 << 20:
+        raise ValueError(f"a rank must be a positive whole number, not {value!r}")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"an alpha must be a finite number, not {value!r}")
+    return float(value)
+
+
+def _flag(raw: Mapping[str, Any], name: str) -> bool:
+    value = raw.get(name) or False
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be true or false, not {value!r}")
+    return value
+
+
+def _texts(value: Any) -> str | tuple[str, ...]:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+        raise TypeError(f"expected a text or a list of texts, not {value!r}")
+    return tuple(value)
+
+
+def _several(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value
+
+
+def _numbers(value: Any) -> tuple[int, ...]:
+    numbers = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(number) is int for number in numbers):
+        raise TypeError(f"layers_to_transform must hold whole numbers, not {value!r}")
+    return tuple(numbers)

@@ -1,0 +1,230 @@
+"""The merge of one tensor, block by block: W + Σ factor · B·A, correctly rounded at float32 speed.
+
+A first pass computes in `work` precision and bounds its own error rigorously. Rounding is monotone:
+where both ends of the error interval round to the same value, that value is the correctly rounded
+one, whatever the order of summation, thread count, block size, BLAS or device. The other elements,
+about one in ten thousand, go to `repair`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from toolchain.errors import EnvironmentFailure, InputRefused
+from toolchain.merging.repair import Factors, Repairs, repair
+from toolchain.merging.rounding import FORMATS, round_once
+
+BLOCK = 1 << 18
+"""Elements per block on the CPU: what the second-level cache holds."""
+
+_SLACK = 8
+"""Half units that an interval is widened by, for the roundings of W + δ and of its own ends."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """One tensor's addition, ready to be applied to its row blocks."""
+
+    name: str
+    factors: Factors
+    """On the CPU, exact."""
+    left: torch.Tensor
+    """(rows, K), gains multiplied in, in the working type, on the device."""
+    right: torch.Tensor
+    """(K, columns)."""
+    bound: torch.Tensor
+    """(rows, 1): what the matrix product may be off by, in any order of summation."""
+    still: torch.Tensor
+    """Rows that nothing is added to, on the CPU."""
+    dtype: torch.dtype
+    """Of the result."""
+
+    @property
+    def work(self) -> torch.dtype:
+        """The type of the first pass: one step above the result's."""
+        return self.left.dtype
+
+
+class Space:
+    """One worker's buffers, so that blocks cost no allocation."""
+
+    def __init__(self, elements: int, dtype: torch.dtype, work: torch.dtype, device: str) -> None:
+        form = FORMATS[dtype]
+        self.sums, self.spare, self.signed = (
+            torch.empty(elements, dtype=work, device=device) for _ in range(3)
+        )
+        self.low = torch.empty(elements, dtype=dtype, device=device)
+        self.same = torch.empty(elements, dtype=form.bits, device=device)
+        self.flags = torch.empty(elements, dtype=torch.bool, device=device)
+
+
+def work_type(dtype: torch.dtype) -> torch.dtype:
+    """Return the first pass's type: float32 for 16-bit results, float64 for float32."""
+    return torch.float64 if dtype == torch.float32 else torch.float32
+
+
+def prepare(name: str, factors: Factors, dtype: torch.dtype, device: str = "cpu") -> Prepared:
+    """Return the addition in the working type, with the error bound of each row."""
+    work = work_type(dtype)
+    scaled = factors.left.double() * factors.gains
+    left = torch.linalg.vector_norm(scaled, dim=1)
+    right = torch.linalg.vector_norm(factors.right.double(), dim=0).max()
+    bound = _bound(left, float(right), len(factors.gains), work)
+    return Prepared(
+        name=name,
+        factors=factors,
+        left=scaled.to(work).to(device),
+        right=factors.right.to(work).to(device),
+        bound=bound.to(work).unsqueeze(1).to(device),
+        still=(left == 0).nonzero().flatten(),
+        dtype=dtype,
+    )
+
+
+def _bound(left: torch.Tensor, right: float, terms: int, work: torch.dtype) -> torch.Tensor:
+    """Bound |computed - exact| of a row of the product, given its norms: γₙ · ‖bᵢ‖ · maxⱼ‖aⱼ‖.
+
+    γₙ = n·u / (1 - n·u) holds for any order of summation, fused or not (Higham, section 3.5); n
+    counts the K products and sums, the rounding of the gains, and room to spare. The second part
+    covers underflow, even where subnormals are flushed. A row that nothing is added to is exact,
+    and one whose partial sums could overflow has no bound.
+    """
+    unit, tiny = torch.finfo(work).eps / 2, torch.finfo(work).tiny
+    n = (terms + 4) * unit
+    product = left * right
+    bound = (n / (1 - n)) * 1.01 * product + 4 * (terms + 2) * tiny * (1 + left + right)
+    bound[product > torch.finfo(work).max / 256] = math.inf
+    bound[left == 0] = 0.0
+    return bound
+
+
+def merge_rows(
+    prepared: Prepared, weight: torch.Tensor, first: int, space: Space
+) -> tuple[torch.Tensor, Repairs]:
+    """Return rows `first` and following of W + δ, correctly rounded, ties to even; on the CPU.
+
+    `weight` (rows, columns) is on the CPU in the base's type. Rows without addition keep W's bits.
+    Raises InputRefused where W is not finite or the result overflows.
+    """
+    rows, columns = weight.shape
+    sums = _sums(prepared, weight, first, space)
+    out, flags = _round_interval(prepared, sums, first, space)
+    least, most = (float(end) for end in torch.aminmax(sums))
+    limit = FORMATS[prepared.dtype].largest * 0.99
+    if not (-limit < least and most < limit):
+        _check_base(prepared.name, weight)
+        flags = flags | ~torch.isfinite(sums)
+    flagged = torch.from_numpy(flags.cpu().flatten().numpy().nonzero()[0])
+    out, done = out.cpu(), Repairs()
+    if len(flagged):
+        row = flagged // columns
+        values, done = repair(
+            prepared.factors,
+            weight.flatten()[flagged],
+            row + first,
+            flagged - row * columns,
+            prepared.dtype,
+        )
+        out.view(-1)[flagged] = values
+    if len(prepared.still):
+        inside = prepared.still[(prepared.still >= first) & (prepared.still < first + rows)] - first
+        out[inside] = round_once(weight[inside], prepared.dtype)
+    if not (-limit < least and most < limit):
+        _check_result(prepared, out)
+    return out, done
+
+
+def _sums(prepared: Prepared, weight: torch.Tensor, first: int, space: Space) -> torch.Tensor:
+    """Compute fl(W + fl(B·A)) in the working type."""
+    rows, size = len(weight), weight.numel()
+    sums = space.sums[:size].view(weight.shape)
+    torch.mm(prepared.left[first : first + rows], prepared.right, out=sums)
+    if weight.dtype != prepared.work or sums.device != weight.device:
+        # One copy and one add of equal types is 12 times faster than torch's mixed add.
+        weight = space.spare[:size].view(weight.shape).copy_(weight)
+    return sums.add_(weight)
+
+
+def _round_interval(
+    prepared: Prepared, sums: torch.Tensor, first: int, space: Space
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round both ends of |sum| ± error; return one, and where the two differ.
+
+    With e = the row's bound with the sum's sign and u = the working unit, the ends are
+    (1 ± 8u)·sum ± e. The lower one is computed negated, so ends that agree differ in the sign bit
+    alone, and an interval around zero does not pass for one.
+    """
+    form, shape, size = FORMATS[prepared.dtype], sums.shape, sums.numel()
+    widen = _SLACK * torch.finfo(prepared.work).eps / 2
+    signed = space.signed[:size].view(shape)
+    torch.copysign(prepared.bound[first : first + len(sums)], sums, out=signed)
+    high = torch.add(signed, sums, alpha=1 + widen, out=space.spare[:size].view(shape))
+    low = torch.add(signed, sums, alpha=widen - 1, out=signed)
+    out = high.to(prepared.dtype)
+    negated = space.low[:size].view(shape).copy_(low)
+    same = torch.bitwise_xor(
+        out.view(form.bits), negated.view(form.bits), out=space.same[:size].view(shape)
+    )
+    return out, torch.ne(same, -(1 << (form.width - 1)), out=space.flags[:size].view(shape))
+
+
+def merge_rows_fast(prepared: Prepared, weight: torch.Tensor, first: int) -> torch.Tensor:
+    """Return rows of W + (B·A)·s in float32, rounded once: for one adapter, PEFT's own bits."""
+    factors, rows = prepared.factors, len(weight)
+    gains, counts = torch.unique_consecutive(factors.gains, return_counts=True)
+    delta, start = torch.zeros(()), 0
+    for gain, count in zip(gains.tolist(), counts.tolist(), strict=True):
+        part = slice(start, start + count)
+        product = torch.mm(factors.left[first : first + rows, part], factors.right[part])
+        delta = product.mul_(gain) if start == 0 else delta.add_(product.mul_(gain))
+        start += count
+    out = delta.add_(weight.float()).to(prepared.dtype)
+    if not torch.isfinite(out).all():
+        _check_base(prepared.name, weight)
+        _check_result(prepared, out)
+    return out
+
+
+def check_arithmetic(device: str) -> None:
+    """Raise EnvironmentFailure where this machine's float32 is not what the bounds assume.
+
+    Reduced-precision products (TF32, bfloat16 "fast math") and conversions that flush subnormals
+    are settings and compilers' options, so they are looked for, not trusted to be off.
+    """
+    generator = torch.Generator().manual_seed(1)
+    left, right = (torch.randn(96, 96, generator=generator) for _ in range(2))
+    exact = left.double() @ right.double()
+    found = torch.mm(left.to(device), right.to(device)).cpu().double()
+    room = 100 * 2.0**-24 * (left.double().abs() @ right.double().abs())
+    small = torch.tensor([2.0**-133, 2.0**-127, 2.0**-24]).repeat(32)
+    kept = small.to(device).to(torch.bfloat16).cpu().float()
+    half = small[2].to(device).to(torch.float16).cpu().float()
+    if (found - exact).abs().gt(room).any() or not torch.equal(kept, small) or half != small[2]:
+        raise EnvironmentFailure(
+            f"{device} computes float32 with reduced precision or flushes small numbers to zero",
+            hint="unset DNNL_DEFAULT_FPMATH_MODE, NVIDIA_TF32_OVERRIDE and the like, or merge with "
+            "another device",
+        )
+
+
+def _check_base(name: str, weight: torch.Tensor) -> None:
+    if not torch.isfinite(weight).all():
+        raise InputRefused(
+            f"the base's {name} holds NaN or infinite values",
+            hint="the base checkpoint is damaged; download it again",
+        )
+
+
+def _check_result(prepared: Prepared, out: torch.Tensor) -> None:
+    if torch.isfinite(out).all():
+        return
+    factors = prepared.factors
+    largest = ((factors.left.double() * factors.gains).abs() @ factors.right.double().abs()).max()
+    raise InputRefused(
+        f"{prepared.name} overflows {str(prepared.dtype).removeprefix('torch.')}, which ends at "
+        f"{FORMATS[prepared.dtype].largest:g}: the adapter adds up to {float(largest):.3g}",
+        hint="merge with dtype bfloat16 or float32, or lower the adapter's weight",
+    )
