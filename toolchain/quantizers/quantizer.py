@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from toolchain.values import Format, Json
@@ -16,6 +16,8 @@ class Step:
     title: str
     argv: tuple[str, ...]
     env: Mapping[str, str]
+    writes: Mapping[Path, str] = field(default_factory=dict)
+    """Small files that the command reads, written before it runs."""
     removes: tuple[Path, ...] = ()
     """Intermediate files deleted once the step succeeded."""
 
@@ -27,8 +29,9 @@ class QuantizeRequest:
     model: Path
     format: Format
     output: Path
+    """The folder that the result is written into."""
     name: str
-    """Base name of the output file, without suffix."""
+    """The model's name, and the output file's without suffix."""
     tools: Path
     """Folder of the builder's own programs."""
     python: str
@@ -46,8 +49,10 @@ class Quantizer:
     formats: tuple[Format, ...]
     recipe_number: int
     """Raised whenever the same inputs would give other bytes; part of the store's key."""
+    check_input: Callable[[Mapping[str, Json]], None]
+    """(config.json) -> None; raises InputRefused for a model that it cannot quantize."""
     steps: Callable[[QuantizeRequest], tuple[Step, ...]]
-    """Pure: the commands, in order."""
+    """The commands, in order; starts nothing and writes nothing."""
     check: Callable[[QuantizeRequest], Mapping[str, Json]]
     """Re-read the output and describe it; raises CheckFailed where it is not what was asked."""
     peak_disk: Callable[[int, Format], int]

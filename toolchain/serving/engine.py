@@ -68,9 +68,11 @@ class Engine:
     entrypoint: tuple[str, ...]
     command: Callable[[ServingPlan, Mapping[str, Json]], tuple[str, ...]]
     healthcheck: tuple[str, ...]
-    """Command inside the image; empty where the image has no program for it."""
+    """Command inside the CPU image; empty where there is no program for it."""
     model_dir: str = "/models"
     image_files: Mapping[str, str] = field(default_factory=dict)
     """Absolute path in the image -> template name in the engine's template folder."""
+    threads_variable: str = ""
+    """The variable for its number of threads, where it would count the machine's CPUs itself."""
     legacy: str = ""
     """Why one should choose another engine, or empty."""

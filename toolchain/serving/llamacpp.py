@@ -51,5 +51,6 @@ ENGINE = Engine(
     entrypoint=("/app/llama-server",),
     command=command,
     healthcheck=("/app/healthcheck",),
+    threads_variable="LLAMA_ARG_THREADS",
     image_files={"/etc/weightsmith/llamacpp.env": "llamacpp.env"},
 )

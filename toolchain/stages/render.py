@@ -1,0 +1,218 @@
+"""Artifact facts -> ServingConfig: the memory plan and the files rendered from it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+from jinja2 import (
+    Environment,
+    FileSystemLoader,
+    StrictUndefined,
+    TemplateError,
+    TemplateNotFound,
+    UndefinedError,
+)
+
+from toolchain.errors import UsageError
+from toolchain.resources import templates
+from toolchain.serving.engine import ServingPlan, Wishes
+from toolchain.serving.memory import human
+from toolchain.serving.targets import Target
+from toolchain.values import Digest, Json, ServingConfig, plain
+
+USER_ID = 65532
+"""The unprivileged user that images run as, as in distroless images."""
+
+_SLOWEST_DISK = 50_000_000
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def render(
+    *,
+    target: Target,
+    name: str,
+    version: str,
+    model_config: Mapping[str, Json],
+    model_file: str,
+    weight_bytes: int,
+    wishes: Wishes,
+    image: str,
+    made_from: tuple[Digest, ...],
+) -> ServingConfig:
+    """Plan the memory and render every file of a target; nothing is written.
+
+    `image` is a reference, or "" where it is not known yet: manifests then say `name:version`.
+    Raises UsageError for a wish that does not fit or a template that does not render, and
+    InputRefused for a lying config.json.
+    """
+    engine = target.engine
+    plan = engine.plan(model_config, weight_bytes, wishes)
+    names = {"model_path": f"{engine.model_dir}/{model_file}", "served_name": name}
+    env = dict(engine.env(plan, names))
+    # Upstream's GPU images bring a check of their own.
+    healthcheck = engine.healthcheck if plan.device == "cpu" else ()
+    facts = {
+        "name": name,
+        "version": version,
+        "image": image or f"{name}:{version}",
+        "plan": plan,
+        "env": env,
+        "port": engine.port,
+        "health_path": engine.health_path,
+        "healthcheck": list(healthcheck),
+        "gpu_count": wishes.gpu_count,
+        "memory_limit": memory_limit(plan),
+        "startup_seconds": startup_seconds(weight_bytes),
+        "user_id": USER_ID,
+        "cpu_count_variable": engine.threads_variable,
+    }
+    files = render_files((templates() / engine.name, templates() / "deploy"), facts)
+    plan_json = json.dumps(plan_facts(plan, wishes), indent=2, sort_keys=True) + "\n"
+    inside = {path: files[file] for path, file in engine.image_files.items()}
+    return ServingConfig(
+        target=target.name,
+        files={**files, "plan.json": plan_json},
+        image_files={**inside, "/etc/weightsmith/plan.json": plan_json},
+        entrypoint=engine.entrypoint,
+        command=engine.command(plan, names),
+        env=env,
+        port=engine.port,
+        health_path=engine.health_path,
+        healthcheck=healthcheck,
+        served_name=name,
+        plan=plan_facts(plan, wishes),
+        made_from=made_from,
+    )
+
+
+def plan_facts(plan: ServingPlan, wishes: Wishes) -> Mapping[str, Json]:
+    """Return the plan under the names that every engine's plan has, and its own; sizes in bytes."""
+    gpus = wishes.gpu_count if plan.device != "cpu" else 1
+    per_request = plan.kv_bytes_total // plan.max_num_seqs
+    for_cache = plan.usable_bytes - plan.weight_bytes - plan.overhead_bytes
+    fits = for_cache >= plan.kv_bytes_total
+    common = {
+        "weights_bytes_per_gpu": -(-plan.weight_bytes // gpus),
+        "kv_bytes_per_request": per_request,
+        "kv_cache_bytes": max(0, for_cache) // gpus,
+        "max_num_batched_tokens": plan.settings.get("batch-size"),
+        "max_concurrency": max(0, for_cache) // per_request if per_request else 0,
+        "gpu_memory_utilization": None,
+        "margin_bytes": for_cache - plan.kv_bytes_total,
+        "fits": fits,
+        "nearest": None if fits else list(plan.notes),
+    }
+    facts: Mapping[str, Json] = {**plain(plan), **common}
+    return facts
+
+
+def memory_limit(plan: ServingPlan) -> int:
+    """Return what to limit the container to: the plan's need and a tenth, in whole 64 MiB.
+
+    On a GPU the host holds the file's pages while they are copied, and what stayed on the CPU.
+    """
+    need = plan.weight_bytes + plan.kv_bytes_total + plan.overhead_bytes
+    step = 64 << 20
+    return -(-need * 11 // 10 // step) * step
+
+
+def startup_seconds(weight_bytes: int) -> int:
+    """Return how long a start may take: ten minutes, or longer for weights from a slow disk."""
+    return max(600, 60 + weight_bytes // _SLOWEST_DISK // 10 * 10)
+
+
+def render_files(folders: tuple[Path, ...], facts: Mapping[str, Json]) -> dict[str, str]:
+    """Render every template of these folders; an earlier folder's file hides a later one's."""
+    environment = Environment(
+        loader=FileSystemLoader(folders),
+        undefined=StrictUndefined,
+        autoescape=False,  # noqa: S701  # not HTML; every value goes through a filter of its format
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(
+        comment=_comment,
+        dnslabel=_dns_label,
+        envvalue=_env_value,
+        json=lambda value: json.dumps(value, ensure_ascii=False),
+        labelvalue=_label_value,
+        shell=shlex.quote,
+        size=human,
+        yaml=_yaml,
+    )
+    return {
+        template.removesuffix(".j2"): _one(environment, template, facts)
+        for template in sorted(environment.list_templates(extensions=["j2"]))
+    }
+
+
+def _one(environment: Environment, template: str, facts: Mapping[str, Json]) -> str:
+    try:
+        return environment.get_template(template).render(facts)
+    except UndefinedError as error:
+        raise UsageError(
+            f"template {template}: {error.message}",
+            hint=f"templates may use: {', '.join(sorted(facts))}",
+        ) from None
+    except TemplateNotFound as error:
+        raise UsageError(
+            f"template {template} includes {error.name}, which is not there",
+            hint="put it into the engine's template folder",
+        ) from None
+    except TemplateError as error:
+        where = f", line {error.lineno}" if hasattr(error, "lineno") else ""
+        raise UsageError(
+            f"template {template}{where}: {error.message}", hint="correct the template"
+        ) from None
+
+
+def _yaml(value: Json) -> str:
+    """Return a value in YAML's flow style; strings double-quoted, with nothing left to read."""
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_yaml(item) for item in value) + "]"
+    if value is None or isinstance(value, bool | int | float):
+        return json.dumps(value)
+    return '"' + "".join(map(_escaped, str(value))) + '"'
+
+
+def _escaped(character: str) -> str:
+    # YAML 1.2, section 5.7: \x, \u and \U escapes; JSON's surrogate pairs mean something else.
+    code = ord(character)
+    if character in {'"', "\\"}:
+        return "\\" + character
+    if 0x20 <= code < 0x7F:
+        return character
+    if code < 0x100:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def _env_value(value: str, key: str) -> str:
+    """Return a value of an env file, which has no quoting: one line is all it can hold."""
+    if _CONTROL.search(value):
+        raise UsageError(
+            f"{key} has a line break or another control character, which an env file cannot hold",
+            hint=f"remove it from the value: {value!r}",
+        )
+    return value
+
+
+def _comment(value: str) -> str:
+    """Return text that stays on its line."""
+    return _CONTROL.sub(" ", value)
+
+
+def _dns_label(value: str) -> str:
+    """Return the nearest name that Kubernetes takes for a Service (RFC 1035, 63 characters)."""
+    label = re.sub(r"[^a-z0-9]+", "-", value.lower()).strip("-")[:60].rstrip("-")
+    return label if label[:1].isalpha() else f"m-{label}".rstrip("-")
+
+
+def _label_value(value: str) -> str:
+    """Return the nearest value that Kubernetes takes for a label."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", value)[:63].strip("-_.")
