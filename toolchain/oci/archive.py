@@ -1,0 +1,80 @@
+"""The stream that `docker load` reads: an OCI layout and a `manifest.json` in one tar.
+
+https://github.com/moby/docker-image-spec/blob/main/v1.2.md (combined image JSON + file system)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from toolchain.oci import manifests, tar
+from toolchain.oci.image import Image
+from toolchain.oci.layout import MARKER, REF_NAME
+from toolchain.oci.references import Reference
+from toolchain.values import Digest, canonical
+
+
+def docker_archive(
+    image: Image, reference: Reference, skip_diff_ids: Sequence[str] = ()
+) -> Iterator[bytes]:
+    """Yield the archive in chunks of about 1 MiB; nothing is written to disk.
+
+    `skip_diff_ids` are the layers, bottom first, of an image that the engine holds: those that
+    both images start with are left out. Only Docker's own image store (overlay2) allows that;
+    the containerd image store needs every blob.
+    """
+    held = _held(image, skip_diff_ids)
+    yield from _file("oci-layout", MARKER)
+    for blob, opener in image.blobs():
+        if blob.digest in held:
+            continue
+        yield tar.header(_place(blob.digest), size=blob.size, mode=0o644, mtime=0)
+        yield from opener()
+        yield tar.padding(blob.size)
+    blob = image.manifest_blob
+    yield from _file(_place(blob.digest), image.manifest_bytes)
+    name = f"{reference.name}:{reference.tag or 'latest'}"
+    index = {
+        "schemaVersion": 2,
+        "mediaType": manifests.OCI_INDEX,
+        "manifests": [
+            {
+                "mediaType": blob.media_type,
+                "digest": blob.digest,
+                "size": blob.size,
+                "annotations": {
+                    "io.containerd.image.name": name,
+                    REF_NAME: reference.tag or "latest",
+                },
+            }
+        ],
+    }
+    yield from _file("index.json", canonical(index))
+    row = {
+        "Config": _place(image.config_blob.digest),
+        "RepoTags": [name],
+        "Layers": [_place(layer.digest) for layer in image.layers],
+    }
+    yield from _file("manifest.json", canonical([row]))
+    yield tar.END
+
+
+def _held(image: Image, skip_diff_ids: Sequence[str]) -> set[Digest]:
+    """Return the blobs that may be left out: a common start, and in no layer after it."""
+    common = 0
+    for layer, diff_id in zip(image.layers, skip_diff_ids, strict=False):
+        if layer.diff_id != diff_id:
+            break
+        common += 1
+    needed = {layer.digest for layer in image.layers[common:]}
+    return {layer.digest for layer in image.layers[:common]} - needed
+
+
+def _place(digest: Digest) -> str:
+    return f"blobs/sha256/{digest.hex}"
+
+
+def _file(path: str, data: bytes) -> Iterator[bytes]:
+    yield tar.header(path, size=len(data), mode=0o644, mtime=0)
+    yield data
+    yield tar.padding(len(data))

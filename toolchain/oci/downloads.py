@@ -1,0 +1,106 @@
+"""The reading half of the distribution protocol: manifests and blobs, verified."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from toolchain.errors import InputRefused
+from toolchain.oci import manifests
+from toolchain.oci.layers import CHUNK, verified
+from toolchain.oci.references import Reference
+from toolchain.oci.session import Reply, Session, Transient
+from toolchain.values import Blob, Digest
+
+_ACCEPT = {"Accept": ", ".join((*manifests.MANIFESTS, *manifests.INDEXES))}
+_OK, _PARTIAL, _MISSING = 200, 206, 404
+
+
+def digest_of(session: Session, reference: Reference) -> Digest | None:
+    """Return what a tag or digest names now, or None where it is not there."""
+    name = reference.digest or reference.tag
+    what = f"cannot look up {reference}"
+    reply = session.attempt(
+        what, lambda: session.call("HEAD", f"manifests/{name}", headers=_ACCEPT)
+    )
+    if reply.status == _MISSING:
+        return None
+    if reply.status != _OK:
+        raise session.refusal(what, reply)
+    # The header is optional in the specification; without it the bytes have to tell.
+    return promised(reply, str(reference)) or Digest.of(manifest(session, reference)[0])
+
+
+def manifest(session: Session, reference: Reference) -> tuple[bytes, str]:
+    """Return a manifest's or index's bytes and media type; InputRefused for a wrong digest."""
+    name = reference.digest or reference.tag
+    what = f"cannot read {reference}"
+    reply = session.attempt(
+        what,
+        lambda: session.call(
+            "GET", f"manifests/{name}", headers=_ACCEPT, limit=manifests.LARGEST_MANIFEST
+        ),
+    )
+    if reply.status != _OK:
+        raise session.refusal(what, reply)
+    digest = Digest.of(reply.body)
+    if {reference.digest or digest, promised(reply, str(reference)) or digest} != {digest}:
+        raise _mismatch(reference, digest)
+    kind = reply.headers.get("content-type", "").partition(";")[0].strip()
+    if kind not in (*manifests.MANIFESTS, *manifests.INDEXES):
+        kind = str(manifests.read_json(reply.body, str(reference)).get("mediaType", kind))
+    return reply.body, kind
+
+
+def blob(session: Session, wanted: Blob) -> Iterator[bytes]:
+    """Yield a blob in chunks of about 1 MiB, resumed where the connection breaks.
+
+    Raises InputRefused at its end if it is not what the digest promises.
+    """
+    return verified(_resumed(session, wanted), wanted, session.registry)
+
+
+def promised(reply: Reply, where: str) -> Digest | None:
+    """Return the digest that the registry says it has, or None where it says nothing."""
+    text = reply.headers.get("docker-content-digest", "")
+    try:
+        return Digest(text) if text else None
+    except ValueError:
+        raise InputRefused(f"{where}: the registry answered with a malformed digest") from None
+
+
+def _resumed(session: Session, wanted: Blob) -> Iterator[bytes]:
+    at = failures = 0
+    while at < wanted.size:
+        try:
+            for chunk in _from(session, wanted, at):
+                at += len(chunk)
+                failures = 0
+                yield chunk
+            if at < wanted.size:
+                raise Transient("the connection ended early")
+        except Transient as trouble:
+            failures += 1
+            what = f"cannot read the blob {wanted.digest.short} from {session.registry}"
+            session.wait_after(what, trouble, failures)
+
+
+def _from(session: Session, wanted: Blob, at: int) -> Iterator[bytes]:
+    headers = {"Range": f"bytes={at}-"} if at else {}
+    url = f"blobs/{wanted.digest}"
+    with session.stream("GET", url, headers=headers) as response:
+        if response.status_code not in (_OK, _PARTIAL):
+            session.check(f"cannot read the blob {wanted.digest.short}", response)
+        skip = at if response.status_code == _OK else 0
+        for chunk in response.iter_raw(CHUNK):
+            rest = chunk[skip:]
+            skip -= len(chunk) - len(rest)
+            if rest:
+                yield rest
+
+
+def _mismatch(reference: Reference, digest: Digest) -> InputRefused:
+    return InputRefused(
+        f"{reference}: the registry sent a manifest with the digest {digest.short}, "
+        "which is not the one it should have",
+        hint="do not use it; ask who runs the registry",
+    )

@@ -1,0 +1,304 @@
+"""Lazy layers: a layer knows its digest and size, and makes its bytes only when asked."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
+from toolchain.oci import tar
+from toolchain.oci.references import Reference
+from toolchain.values import Blob, Digest, Tree, key_of
+
+LAYER_TAR = "application/vnd.oci.image.layer.v1.tar"
+CHUNK = 1 << 20
+OWN_LAYER = 32 << 20
+"""Bytes from which a weight file gets a layer of its own; 32 MiB."""
+MOST_WEIGHT_LAYERS = 64
+"""Above this, neighbours share layers: engines hold at most 125, and the base needs its own."""
+TAR_RECIPE = 1
+"""Raised when the same members would give other bytes, so that no remembered digest is wrong."""
+
+Memo: TypeAlias = Callable[[str, Callable[[], str]], str]
+"""`memo(key, make)` returns what it remembers for the key, or calls `make` and remembers that."""
+
+
+class Layer(Protocol):
+    """One file system layer."""
+
+    @property
+    def digest(self) -> Digest:
+        """Digest of the bytes as stored."""
+
+    @property
+    def diff_id(self) -> Digest:
+        """Digest of the uncompressed tar."""
+
+    @property
+    def size(self) -> int:
+        """Bytes as stored."""
+
+    @property
+    def media_type(self) -> str:
+        """The layer's media type, which says how it is compressed."""
+
+    @property
+    def file(self) -> str:
+        """What it holds, for reports; empty where that is not known."""
+
+    def open(self) -> Iterator[bytes]:
+        """Yield the stored bytes in chunks of about 1 MiB.
+
+        The iterator closes what it opened when it ends or is closed; the caller opens nothing.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One regular file of a layer: its path in the image, and where its bytes come from."""
+
+    path: str
+    size: int
+    mode: int
+    """Only whether the owner may execute it counts: it becomes 0755 or 0644."""
+    source: Path | bytes
+    digest: Digest | None = None
+    """Digest of the content where it is known: the key under which a layer is remembered."""
+
+    @classmethod
+    def of_bytes(cls, path: str, data: bytes, mode: int = 0o644) -> Member:
+        """Return a member whose content is in memory."""
+        return cls(path, len(data), mode, data, Digest.of(data))
+
+    @classmethod
+    def of_file(cls, path: str, source: Path, digest: Digest | None = None) -> Member:
+        """Return a member that is read from a file when the layer is; OSError if it is absent."""
+        status = source.stat()
+        return cls(path, status.st_size, status.st_mode, source, digest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarLayer:
+    """An uncompressed layer made of files on the fly; same files, same bytes, on every machine.
+
+    Owner and group are 0, times are `epoch`, parent folders are entries of mode 0755.
+    Raises UsageError for paths that leave the image or meet twice.
+    """
+
+    members: tuple[Member, ...]
+    epoch: int = field(default_factory=tar.source_date_epoch)
+    memo: Memo | None = None
+    known_digest: Digest | None = None
+
+    media_type = LAYER_TAR
+
+    def __post_init__(self) -> None:
+        """Normalise, check and sort the members."""
+        cleaned = [_clean(member) for member in self.members]
+        cleaned.sort(key=lambda member: member.path.split("/"))
+        object.__setattr__(self, "members", tuple(cleaned))
+        paths = [member.path for member in cleaned]
+        twice = {path for path, n in Counter(paths).items() if n > 1}
+        clash = twice | (set(paths) & set(self.folders))
+        if clash:
+            raise UsageError(f"the image path /{min(clash)} is written twice in one layer")
+
+    @cached_property
+    def folders(self) -> tuple[str, ...]:
+        """All parent folders, without a slash at the end, parents first."""
+        found: set[str] = set()
+        for member in self.members:
+            parts = member.path.split("/")
+            found.update("/".join(parts[:n]) for n in range(1, len(parts)))
+        return tuple(sorted(found, key=lambda path: path.split("/")))
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of the tar, worked out without reading a file."""
+        headers = sum(len(head) for head, _ in self._entries())
+        bodies = sum(-(-member.size // tar.BLOCK) * tar.BLOCK for member in self.members)
+        return headers + bodies + len(tar.END)
+
+    @cached_property
+    def digest(self) -> Digest:
+        """Digest of the tar: known, remembered, or worked out in one pass over the files."""
+        if self.known_digest:
+            return self.known_digest
+        key = self.key
+        return Digest(self.memo(key, self._hash) if self.memo and key else self._hash())
+
+    @property
+    def diff_id(self) -> Digest:
+        """The digest: nothing is compressed."""
+        return self.digest
+
+    @property
+    def key(self) -> str:
+        """What the bytes depend on, or empty where a member's content digest is not known."""
+        if any(member.digest is None for member in self.members):
+            return ""
+        facts = [(m.path, m.size, m.mode, m.digest) for m in self.members]
+        return key_of({"layer": facts, "epoch": self.epoch, "recipe": TAR_RECIPE})
+
+    @property
+    def file(self) -> str:
+        """The one member's path, or the first one's and how many more there are."""
+        if not self.members:
+            return ""
+        more = len(self.members) - 1
+        return self.members[0].path + (f" and {more} more" if more else "")
+
+    def open(self) -> Iterator[bytes]:
+        """Yield the tar; InputRefused names a file that changed since it was looked at."""
+        for head, member in self._entries():
+            yield head
+            if member is None:
+                continue
+            source = member.source
+            yield from [source] if isinstance(source, bytes) else _read(source, member.size)
+            yield tar.padding(member.size)
+        yield tar.END
+
+    def _entries(self) -> Iterator[tuple[bytes, Member | None]]:
+        rows: list[tuple[str, Member | None]] = [(path, None) for path in self.folders]
+        rows += [(member.path, member) for member in self.members]
+        for path, member in sorted(rows, key=lambda row: row[0].split("/")):
+            size, mode = (member.size, member.mode) if member else (0, 0o755)
+            yield (
+                tar.header(path, size=size, mode=mode, mtime=self.epoch, folder=member is None),
+                member,
+            )
+
+    def _hash(self) -> str:
+        state = hashlib.sha256()
+        for chunk in self.open():
+            state.update(chunk)
+        return f"sha256:{state.hexdigest()}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlobLayer:
+    """A layer that a registry or a layout already holds."""
+
+    blob: Blob
+    diff_id: Digest
+    opener: Callable[[], Iterator[bytes]]
+    """Yields verified bytes."""
+    file: str = ""
+    origin: Reference | None = None
+    """The repository it is in, where it can be mounted from."""
+
+    @property
+    def digest(self) -> Digest:
+        """Digest of the bytes as stored."""
+        return self.blob.digest
+
+    @property
+    def size(self) -> int:
+        """Bytes as stored."""
+        return self.blob.size
+
+    @property
+    def media_type(self) -> str:
+        """As its manifest gave it."""
+        return self.blob.media_type
+
+    def open(self) -> Iterator[bytes]:
+        """Yield the stored bytes; InputRefused at the end if they are not what was promised."""
+        return self.opener()
+
+
+def weight_layers(
+    tree: Tree,
+    prefix: str = "/models",
+    *,
+    epoch: int | None = None,
+    memo: Memo | None = None,
+    own_layer: int = OWN_LAYER,
+    most: int = MOST_WEIGHT_LAYERS,
+) -> tuple[TarLayer, ...]:
+    """Return the tree as layers: each large file alone, the small ones together, sorted.
+
+    Modes on disk do not count: weights are data, 0644 wherever they were kept.
+    """
+    when = tar.source_date_epoch() if epoch is None else epoch
+    large: list[Member] = []
+    small: list[Member] = []
+    for entry in sorted(tree.files, key=lambda entry: entry.path):
+        place = f"{prefix.rstrip('/')}/{entry.path}"
+        member = Member(place, entry.size, 0o644, tree.path(entry.path), entry.digest)
+        (large if entry.size >= own_layer else small).append(member)
+    together = max(1, -(-len(large) // most))
+    groups = [large[start : start + together] for start in range(0, len(large), together)]
+    return tuple(
+        TarLayer(members=tuple(group), epoch=when, memo=memo) for group in [*groups, small] if group
+    )
+
+
+def verified(chunks: Iterable[bytes], blob: Blob, where: str) -> Iterator[bytes]:
+    """Pass chunks on; InputRefused if they are not exactly the blob's size and digest."""
+    state = hashlib.sha256()
+    size = 0
+    for chunk in chunks:
+        state.update(chunk)
+        size += len(chunk)
+        if size > blob.size:
+            break
+        yield chunk
+    if size != blob.size or state.hexdigest() != blob.digest.hex:
+        raise InputRefused(
+            f"{where}: the blob {blob.digest.short} does not have the content its digest promises",
+            hint="it is damaged or was tampered with; write or push the image again",
+        )
+
+
+def _clean(member: Member) -> Member:
+    path = member.path.lstrip("/")
+    parts = path.split("/")
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise InputRefused(
+            f"the file name {member.path!r} is not UTF-8", hint="rename the file"
+        ) from None
+    if "\0" in path or any(part in ("", ".", "..") for part in parts):
+        raise UsageError(f"{member.path!r} is not a path inside an image")
+    if any(part.startswith(".wh.") for part in parts):
+        raise UsageError(f"{member.path!r} would delete files: '.wh.' marks whiteouts in layers")
+    mode = 0o755 if member.mode & 0o100 else 0o644
+    return Member(path, member.size, mode, member.source, member.digest)
+
+
+def _read(source: Path, size: int) -> Iterator[bytes]:
+    try:
+        with source.open("rb", buffering=0) as file:
+            before = os.fstat(file.fileno())
+            if not stat.S_ISREG(before.st_mode) or before.st_size != size:
+                raise _changed(source)
+            left = size
+            while left and (chunk := file.read(min(CHUNK, left))):
+                left -= len(chunk)
+                yield chunk
+            after = os.fstat(file.fileno())
+            if left or (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+                raise _changed(source)
+    except FileNotFoundError:
+        raise _changed(source) from None
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"cannot read {source}: {error.strerror}", hint="check the disk and the permissions"
+        ) from None
+
+
+def _changed(source: Path) -> InputRefused:
+    return InputRefused(
+        f"{source} changed while it was put into the image",
+        hint="stop what writes it, then build again",
+    )

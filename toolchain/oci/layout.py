@@ -1,0 +1,194 @@
+"""OCI image layout folders: written whole or not at all, read with distrust.
+
+https://github.com/opencontainers/image-spec/blob/main/image-layout.md
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
+from toolchain.oci import manifests
+from toolchain.oci.image import Image, Opener, load_image
+from toolchain.oci.layers import CHUNK, verified
+from toolchain.oci.progress import Advance, Meter
+from toolchain.values import Blob, Digest, Json, canonical
+
+REF_NAME = "org.opencontainers.image.ref.name"
+MARKER = canonical({"imageLayoutVersion": "1.0.0"})
+
+
+def write_layout(
+    image: Image, folder: Path, *, ref: str = "latest", progress: Advance | None = None
+) -> Digest:
+    """Add the image to a layout folder under the name `ref`, and return its digest.
+
+    Blobs that are there and right are kept; `index.json` comes last, so a reader never meets
+    half an image. Raises InputRefused for a source that changed, EnvironmentFailure for the disk.
+    """
+    try:
+        store = folder / "blobs" / "sha256"
+        store.mkdir(parents=True, exist_ok=True)
+        blobs = list(image.blobs())
+        meter = Meter(sum(blob.size for blob, _ in blobs), progress)
+        for blob, opener in blobs:
+            _put(store, blob, opener, meter)
+        _put(store, image.manifest_blob, lambda: iter((image.manifest_bytes,)), Meter(0))
+        _replace(folder / "oci-layout", [MARKER])
+        _replace(folder / "index.json", [canonical(_index(image, ref, folder))])
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"cannot write the image layout {folder}: {error.strerror or error}",
+            hint="check free space and permissions, then run it again: finished blobs are kept",
+        ) from None
+    return image.digest
+
+
+def read_layout(folder: Path, ref: str | None = None, *, platform: str | None = None) -> Image:
+    """Return the image of that name (the only one by default) for a platform, this host's.
+
+    Every blob is verified when it is read. Raises InputRefused for anything malformed,
+    UsageError where the layout does not hold what is asked for.
+    """
+    rows = manifests.listed(_index_document(folder), "manifests", f"{folder}/index.json")
+    blob = _pick(rows, ref, platform, str(folder))
+    for _ in range(4):
+        if blob.media_type not in manifests.INDEXES:
+            break
+        inner = manifests.read_json(_read(folder, blob), str(folder))
+        blob = manifests.choose(
+            manifests.listed(inner, "manifests", str(folder)), platform, str(folder)
+        )
+    return load_image(
+        _read(folder, blob),
+        blob.media_type,
+        read=lambda found: _read(folder, found),
+        opener=lambda found: lambda: _open(folder, found),
+        where=str(folder),
+    )
+
+
+def _put(store: Path, blob: Blob, opener: Opener, meter: Meter) -> None:
+    target = store / blob.digest.hex
+    if _is_right(target, blob):
+        meter.reach(blob.digest, blob.size)
+        return
+    _replace(target, meter.counted(blob.digest, verified(opener(), blob, target.name)))
+
+
+def _is_right(path: Path, blob: Blob) -> bool:
+    if path.is_symlink() or not path.is_file() or path.stat().st_size != blob.size:
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == blob.digest.hex
+
+
+def _replace(path: Path, chunks: Iterable[bytes]) -> None:
+    """Write a file beside its place, flush it to the disk, and rename it."""
+    handle, name = tempfile.mkstemp(prefix=".new-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb", buffering=0) as file:
+            for chunk in chunks:
+                rest = memoryview(chunk)
+                while rest:
+                    rest = rest[file.write(rest) :]
+            os.fchmod(file.fileno(), 0o644)
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _index(image: Image, ref: str, folder: Path) -> Mapping[str, Json]:
+    """Return the folder's index with the image in it; other names stay."""
+    kept: list[Json] = []
+    if (folder / "index.json").exists():
+        rows = manifests.listed(_index_document(folder), "manifests", f"{folder}/index.json")
+        kept = [row for row in rows if _name(row) not in ("", ref)]
+    blob = image.manifest_blob
+    system, _, machine = image.platform.partition("/")
+    row = {
+        "mediaType": blob.media_type,
+        "digest": blob.digest,
+        "size": blob.size,
+        "platform": {"os": system, "architecture": machine},
+        "annotations": {REF_NAME: ref},
+    }
+    return {
+        "schemaVersion": 2,
+        "mediaType": manifests.OCI_INDEX,
+        "manifests": sorted([*kept, row], key=_name),
+    }
+
+
+def _index_document(folder: Path) -> Mapping[str, Json]:
+    if not (folder / "oci-layout").is_file():
+        raise InputRefused(
+            f"{folder} is not an OCI layout: it has no file 'oci-layout'",
+            hint="give the folder that `--layout` wrote",
+        )
+    return manifests.read_json(_slurp(folder / "index.json"), f"{folder}/index.json")
+
+
+def _pick(rows: Sequence[Json], ref: str | None, platform: str | None, where: str) -> Blob:
+    named = [row for row in rows if ref is None or _name(row) == ref]
+    if not named:
+        names = sorted({_name(row) for row in rows} - {""})
+        raise UsageError(
+            f"{where} holds no image named {ref!r}", hint=f"it holds: {', '.join(names)[:200]}"
+        )
+    if len(named) == 1:
+        return manifests.descriptor(
+            named[0], where, (*manifests.MANIFESTS, *manifests.INDEXES), manifests.LARGEST_MANIFEST
+        )
+    if ref is None and len({_name(row) for row in named}) > 1:
+        names = sorted({_name(row) for row in named} - {""})
+        raise UsageError(f"{where} holds several images", hint=f"name one: {', '.join(names)}")
+    return manifests.choose(named, platform, where)
+
+
+def _name(row: Json) -> str:
+    notes = row.get("annotations") if isinstance(row, dict) else None
+    return str(notes.get(REF_NAME, "")) if isinstance(notes, dict) else ""
+
+
+def _read(folder: Path, blob: Blob) -> bytes:
+    return b"".join(_open(folder, blob))
+
+
+def _open(folder: Path, blob: Blob) -> Iterator[bytes]:
+    path = folder / "blobs" / "sha256" / blob.digest.hex
+    return verified(_chunks(path, blob.size), blob, str(folder))
+
+
+def _slurp(path: Path) -> bytes:
+    return b"".join(_chunks(path, None))
+
+
+def _chunks(path: Path, size: int | None) -> Iterator[bytes]:
+    """Yield a regular file; links, pipes, devices and wrong sizes are refused before reading."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise InputRefused(
+            f"{path} cannot be read: {error.strerror}", hint="write the layout again"
+        ) from None
+    with os.fdopen(handle, "rb", buffering=0) as file:
+        status = os.fstat(file.fileno())
+        limit = manifests.LARGEST_MANIFEST if size is None else size
+        wrong = status.st_size > limit if size is None else status.st_size != size
+        if not stat.S_ISREG(status.st_mode) or wrong:
+            raise InputRefused(f"{path} is not a regular file of the size that it should have")
+        while chunk := file.read(CHUNK):
+            yield chunk

@@ -1,0 +1,170 @@
+"""Pushes images to registries and reads them back, streaming; nothing is put on disk.
+
+https://github.com/opencontainers/distribution-spec/blob/main/spec.md
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Self
+
+import httpx
+
+from toolchain.errors import UsageError
+from toolchain.oci import downloads, manifests, uploads
+from toolchain.oci.auth import Credentials, anonymous
+from toolchain.oci.image import Image, Opener, load_image
+from toolchain.oci.progress import Advance
+from toolchain.oci.references import Reference
+from toolchain.oci.session import Session
+from toolchain.values import Blob, Digest, Published
+
+
+class Registry:
+    """Talks to registries; safe to use from several threads, closed by `close()` or `with`.
+
+    Plain HTTP is used for loopback hosts and where `insecure` says so. Errors name the host,
+    the status and what to do: EnvironmentFailure for the registry and its access, InputRefused
+    for what it sent, UsageError for what was asked.
+    """
+
+    def __init__(
+        self,
+        *,
+        credentials: Credentials = anonymous,
+        insecure: bool = False,
+        transport: httpx.BaseTransport | None = None,
+        pause: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._client = httpx.Client(transport=transport, timeout=60)
+        self._credentials = credentials
+        self._insecure = insecure
+        self._pause = pause
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the connections."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def push(
+        self,
+        image: Image,
+        reference: Reference,
+        *,
+        force: bool = False,
+        mount_from: Sequence[str] = (),
+        progress: Advance | None = None,
+        parallel: int = 2,
+    ) -> Published:
+        """Bring the image there: blobs that are missing, then the manifest, then the tag.
+
+        `mount_from` are repositories of the same registry that may hold layers already. A tag
+        that names another digest is a UsageError unless `force`.
+        """
+        began = time.monotonic()
+        if reference.digest and reference.digest != image.digest:
+            raise UsageError(
+                f"the image has the digest {image.digest}, not the one in {reference}",
+                hint="leave the digest out of the reference",
+            )
+        sources = uploads.mount_sources(image, reference, mount_from)
+        session = self._session(reference, "pull,push", sources)
+        _guard_tag(session, reference, image, force)
+        sent = uploads.bring_all(session, image, sources, progress, parallel)
+        uploads.put_manifest(session, image.digest, image.manifest_bytes, image.media_type)
+        if reference.tag:
+            # Asked again: the upload may have taken an hour, in which others push too.
+            _guard_tag(session, reference, image, force)
+            uploads.put_manifest(session, reference.tag, image.manifest_bytes, image.media_type)
+        return Published(
+            reference=str(reference),
+            digest=image.digest,
+            layers=[
+                {"digest": layer.digest, "size": layer.size, "file": layer.file}
+                for layer in image.layers
+            ],
+            uploaded_bytes=sum(size for how, size in sent if how is uploads.Way.SENT),
+            mounted=sum(how is uploads.Way.MOUNTED for how, _ in sent),
+            seconds=time.monotonic() - began,
+        )
+
+    def pull(self, reference: Reference, *, platform: str | None = None) -> Image:
+        """Return the image for a platform, this host's by default; layers are read when opened."""
+        session = self._session(reference, "pull")
+        body, kind = downloads.manifest(session, reference)
+        for _ in range(4):
+            if kind not in manifests.INDEXES:
+                break
+            index = manifests.read_json(body, str(reference))
+            rows = manifests.listed(index, "manifests", str(reference))
+            chosen = manifests.choose(rows, platform, str(reference))
+            body, kind = downloads.manifest(session, reference.at(chosen.digest))
+        return load_image(
+            body,
+            kind,
+            read=lambda blob: b"".join(downloads.blob(session, blob)),
+            opener=lambda blob: lambda: downloads.blob(session, blob),
+            where=str(reference),
+            origin=reference,
+        )
+
+    def digest_of(self, reference: Reference) -> Digest | None:
+        """Return what the reference names now (of an index: the index's), or None."""
+        return downloads.digest_of(self._session(reference, "pull"), reference)
+
+    def read_manifest(self, reference: Reference) -> tuple[bytes, str]:
+        """Return a manifest's bytes, checked against its digest, and its media type."""
+        return downloads.manifest(self._session(reference, "pull"), reference)
+
+    def push_manifest(
+        self,
+        reference: Reference,
+        manifest: bytes,
+        media_type: str,
+        blobs: Sequence[tuple[Blob, Opener]] = (),
+    ) -> Digest:
+        """Put any manifest and its blobs there, such as a statement about an image.
+
+        By its digest, and under the reference's tag, which is overwritten, if it has one.
+        """
+        session = self._session(reference, "pull,push")
+        for blob, opener in blobs:
+            uploads.bring(session, blob, opener)
+        digest = Digest.of(manifest)
+        uploads.put_manifest(session, digest, manifest, media_type)
+        if reference.tag:
+            uploads.put_manifest(session, reference.tag, manifest, media_type)
+        return digest
+
+    def _session(self, reference: Reference, actions: str, also: Sequence[str] = ()) -> Session:
+        return Session(
+            self._client,
+            reference,
+            actions=actions,
+            also=tuple(also),
+            credentials=self._credentials,
+            insecure=self._insecure,
+            pause=self._pause,
+        )
+
+
+def _guard_tag(session: Session, reference: Reference, image: Image, force: bool) -> None:
+    """Refuse to move a tag; asks for the image's digest, so hashes it, only if the tag exists."""
+    if force or not reference.tag:
+        return
+    found = downloads.digest_of(
+        session, Reference(reference.registry, reference.repository, reference.tag)
+    )
+    if found and found != image.digest:
+        raise UsageError(
+            f"{reference} exists and is another image ({found.short})",
+            hint="choose another tag, or pass --force to move this one",
+        )

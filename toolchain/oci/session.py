@@ -1,0 +1,390 @@
+"""One conversation with one registry: authorisation, redirects, limits, retries.
+
+https://github.com/opencontainers/distribution-spec/blob/main/spec.md
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import re
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import TypeAlias, TypeVar
+from urllib.parse import urljoin, urlsplit
+
+import httpx
+
+from toolchain.errors import EnvironmentFailure, InputRefused, WeightsmithError
+from toolchain.oci.auth import IDENTITY, Credentials, basic, parse_challenge
+from toolchain.oci.references import DOCKER_HUB, Reference
+from toolchain.values import Json
+
+T = TypeVar("T")
+Body: TypeAlias = Callable[[], Iterator[bytes]]
+"""Makes the request's bytes anew, for every try."""
+
+LARGEST_REPLY = 64 << 10
+LARGEST_TOKEN = 1 << 20
+TRIES = 6
+LONGEST_PAUSE = 60.0
+"""Seconds; a registry that asks for more is asked again after this."""
+_TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_MOST_REDIRECTS = 5
+_TOKEN = re.compile(r"[\x21-\x7e]+")
+_EARLY = 10
+"""Seconds before its end at which a token is renewed."""
+
+
+class Transient(Exception):
+    """One try failed; another may not."""
+
+    def __init__(self, why: str, pause: float | None = None) -> None:
+        super().__init__(why)
+        self.pause = pause
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A small reply, read whole."""
+
+    status: int
+    headers: httpx.Headers
+    body: bytes
+    url: str
+
+
+class Session:
+    """Asks one registry, for one repository and the scopes that the work needs."""
+
+    def __init__(
+        self,
+        client: httpx.Client,
+        reference: Reference,
+        *,
+        actions: str,
+        also: tuple[str, ...] = (),
+        credentials: Credentials,
+        insecure: bool = False,
+        pause: Callable[[float], None] = time.sleep,
+    ) -> None:
+        host = "registry-1.docker.io" if reference.registry == DOCKER_HUB else reference.registry
+        scheme = "http" if insecure or reference.is_loopback else "https"
+        self.registry = reference.registry
+        self.root = f"{scheme}://{host}"
+        self.base = f"{self.root}/v2/{reference.repository}/"
+        self._scopes = [f"repository:{reference.repository}:{actions}"]
+        self._scopes += [f"repository:{name}:pull" for name in also]
+        self._client = client
+        self._credentials = credentials
+        self._pause = pause
+        self._lock = threading.Lock()
+        self._header = ""
+        self._ends = float("inf")
+        self._challenges: list[str] = []
+        self._secrets: set[str] = set()
+
+    def call(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        body: Body | bytes | None = None,
+        limit: int = LARGEST_REPLY,
+        wait: float = 60,
+    ) -> Reply:
+        """Ask once and read the reply, at most `limit` bytes; raises Transient for a bad moment."""
+        with self.stream(method, url, headers=headers, body=body, wait=wait) as response:
+            data = b"" if method == "HEAD" else _limited(response, limit, self.registry)
+            reply = Reply(response.status_code, response.headers, data, str(response.url))
+        self._check_transient(reply)
+        return reply
+
+    @contextmanager
+    def stream(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        body: Body | bytes | None = None,
+        wait: float = 60,
+    ) -> Iterator[httpx.Response]:
+        """Ask once, authorised and through redirects; raises Transient for a broken connection."""
+        try:
+            response = self._ask(method, urljoin(self.base, url), headers or {}, body, wait)
+            try:
+                yield response
+            finally:
+                response.close()
+        except (httpx.TransportError, httpx.InvalidURL) as error:
+            raise self._broken(error) from None
+
+    def attempt(self, what: str, action: Callable[[], T]) -> T:
+        """Run `action` until it does not raise Transient; EnvironmentFailure after six tries."""
+        for failures in itertools.count(1):
+            try:
+                return action()
+            except Transient as trouble:
+                self.wait_after(what, trouble, failures)
+        raise AssertionError("unreachable")
+
+    def wait_after(self, what: str, trouble: Transient, failures: int) -> None:
+        """Pause before the next try: exponentially, or as the registry asks; else give up."""
+        if failures >= TRIES:
+            raise EnvironmentFailure(
+                f"{what}: {trouble}",
+                hint="check that the registry runs, has disk space and is reachable, "
+                "then run it again: what arrived is not sent twice",
+            ) from None
+        # Jitter, so that many clients do not come back at the same moment.
+        wished = 0.5 * 2 ** (failures - 1) * random.uniform(0.5, 1)  # noqa: S311 - no secret here
+        self._pause(min(LONGEST_PAUSE, max(trouble.pause or 0.0, wished)))
+
+    def check(self, what: str, response: httpx.Response) -> None:
+        """Raise what a failed reply, not yet read, means."""
+        data = _limited(response, LARGEST_REPLY, self.registry)
+        reply = Reply(response.status_code, response.headers, data, str(response.url))
+        self._check_transient(reply)
+        raise self.refusal(what, reply)
+
+    def _check_transient(self, reply: Reply) -> None:
+        if reply.status in _TRANSIENT:
+            raise Transient(self.explain(reply), _retry_after(reply.headers))
+
+    def refusal(self, what: str, reply: Reply) -> WeightsmithError:
+        """Return the error for a status that another try does not change."""
+        text = f"{what}: {self.explain(reply)}"
+        if reply.status in (401, 403):
+            return EnvironmentFailure(
+                text, hint=f"run `docker login {self.registry}`, or ask for access"
+            )
+        if reply.status == 404:
+            return InputRefused(text, hint="check the name; some registries want it created first")
+        if reply.status in (413, 507):
+            return EnvironmentFailure(
+                text, hint="the registry has no room or a size limit; see its settings"
+            )
+        return EnvironmentFailure(text, hint="see the registry's own log for the reason")
+
+    def explain(self, reply: Reply) -> str:
+        """Say what the registry answered, in one line and without secrets."""
+        return f"{self.registry} answered {reply.status}{self._said(reply.body)}"
+
+    def _ask(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: Body | bytes | None,
+        wait: float,
+    ) -> httpx.Response:
+        renewed = False
+        for _ in range(_MOST_REDIRECTS + 2):
+            own = _origin(url) == _origin(self.root)
+            used = self._authorization() if own else ""
+            response = self._send(method, url, {**headers, **_auth(used)}, body, wait)
+            if response.status_code == 401 and own and not renewed:
+                renewed = True
+                if not self._renew(response.headers.get_list("www-authenticate"), used):
+                    return response
+                response.close()
+            elif response.status_code in _REDIRECTS and "location" in response.headers:
+                response.close()
+                url = self._next(url, response.headers["location"])
+            else:
+                return response
+        raise EnvironmentFailure(f"{self.registry} redirects in circles", hint="see its settings")
+
+    def _send(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: Body | bytes | None,
+        wait: float,
+    ) -> httpx.Response:
+        content = body() if callable(body) else body
+        request = self._client.build_request(
+            method,
+            url,
+            headers={"Accept-Encoding": "identity", **headers},
+            content=content,
+            timeout=httpx.Timeout(30, read=wait, pool=None),
+        )
+        return self._client.send(request, stream=True, follow_redirects=False)
+
+    def _next(self, url: str, location: str) -> str:
+        """Return a redirect's target; never from HTTPS to HTTP, where anyone could listen."""
+        target = urljoin(url, location)
+        allowed = ("https", "http") if self.root.startswith("http:") else ("https",)
+        if urlsplit(target).scheme not in allowed:
+            raise EnvironmentFailure(
+                f"{self.registry} redirects to an address without HTTPS",
+                hint="correct the registry's public address, or pass --insecure",
+            )
+        return target
+
+    def location(self, reply: Reply) -> str:
+        """Return where an upload goes on; EnvironmentFailure where the reply does not say."""
+        if not reply.headers.get("location"):
+            raise EnvironmentFailure(
+                f"{self.registry} opened an upload without saying where",
+                hint="is there a proxy in between that drops the Location header?",
+            )
+        return self._next(reply.url, reply.headers["location"])
+
+    def _authorization(self) -> str:
+        with self._lock:
+            used, late = self._header, time.monotonic() > self._ends
+        if late:
+            self._renew(self._challenges, used)
+        return self._header
+
+    def _renew(self, challenges: list[str], used: str) -> bool:
+        """Get a new Authorization header unless another thread just did; False if there is none."""
+        with self._lock:
+            if self._header != used:
+                return True
+            challenge = parse_challenge(challenges)
+            pair = self._credentials(self.registry)
+            if pair:
+                self._secrets.update({pair[1], basic(pair)[6:]})
+            if challenge is None or (challenge.kind == "basic" and not pair):
+                return False
+            self._challenges = challenges
+            if challenge.kind == "basic" and pair:
+                self._header = basic(pair)
+                return self._header != used
+            self._token(challenge.realm, challenge.service, pair)
+            return True
+
+    def _token(self, realm: str, service: str, pair: tuple[str, str] | None) -> None:
+        url = self._next(self.root, realm)
+        fields: dict[str, str | list[str]] = {"service": service, "scope": self._scopes}
+        headers: dict[str, str] = {}
+        method = "GET"
+        if pair and pair[0] == IDENTITY:
+            method = "POST"
+            fields |= {
+                "grant_type": "refresh_token",
+                "refresh_token": pair[1],
+                "client_id": "weightsmith",
+            }
+            fields["scope"] = " ".join(self._scopes)
+        elif pair:
+            headers = _auth(basic(pair))
+        what = f"cannot get a token for {self.registry}"
+        reply = self.attempt(what, lambda: self._token_reply(method, url, fields, headers))
+        if reply.status != 200:
+            raise self.refusal(what, reply)
+        self._keep(_object(reply.body))
+
+    def _token_reply(
+        self,
+        method: str,
+        url: str,
+        fields: Mapping[str, str | list[str]],
+        headers: Mapping[str, str],
+    ) -> Reply:
+        given = {"data": fields} if method == "POST" else {"params": fields}
+        try:
+            with self._client.stream(method, url, headers=headers, **given) as response:  # type: ignore[arg-type]
+                body = _limited(response, LARGEST_TOKEN, self.registry)
+                reply = Reply(response.status_code, response.headers, body, "")
+        except httpx.TransportError as error:
+            raise self._broken(error) from None
+        self._check_transient(reply)
+        return reply
+
+    def _keep(self, answer: Mapping[str, Json]) -> None:
+        token = answer.get("token") or answer.get("access_token")
+        if not isinstance(token, str) or not _TOKEN.fullmatch(token):
+            raise EnvironmentFailure(
+                f"the token service of {self.registry} gave no token",
+                hint="is there a login page or proxy in between?",
+            )
+        seconds = answer.get("expires_in")
+        # Without a figure a token is good for 60 seconds, says the token specification.
+        lasts = float(seconds) if isinstance(seconds, int | float) and seconds > 0 else 60.0
+        self._secrets.add(token)
+        self._header = f"Bearer {token}"
+        self._ends = time.monotonic() + max(lasts - _EARLY, lasts / 2)
+
+    def _said(self, body: bytes) -> str:
+        errors = _object(body).get("errors")
+        said = errors[0] if isinstance(errors, list) and errors else {}
+        parts = (
+            [said.get("code"), said.get("message"), _texts(said.get("detail"))]
+            if isinstance(said, dict)
+            else []
+        )
+        text = "; ".join(str(part) for part in parts if part)
+        for secret in self._secrets:
+            text = text.replace(secret, "***") if secret else text
+        text = "".join(c for c in text if c.isprintable())[:200]
+        return f" ({text})" if text else ""
+
+    def _broken(self, error: Exception) -> Exception:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            return EnvironmentFailure(
+                f"the certificate of {self.registry} cannot be verified",
+                hint="set SSL_CERT_FILE to your authority's certificates, or pass --insecure "
+                "where the registry speaks plain HTTP",
+            )
+        why = re.sub(r"\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
+        return Transient(f"{self.registry} does not answer ({why[:100]})")
+
+
+def _auth(header: str) -> dict[str, str]:
+    return {"Authorization": header} if header else {}
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+def _limited(response: httpx.Response, limit: int, registry: str) -> bytes:
+    data = bytearray()
+    for chunk in response.iter_raw():
+        data += chunk
+        if len(data) > limit:
+            raise InputRefused(
+                f"{registry} answered with more than {limit} bytes where few were due"
+            )
+    return bytes(data)
+
+
+def _retry_after(headers: httpx.Headers) -> float | None:
+    """Return Retry-After in seconds, whether given as a number or as a date (RFC 9110)."""
+    text = headers.get("retry-after", "")
+    if text.isascii() and text.isdigit():
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, TypeError):
+        return None
+
+
+def _object(body: bytes) -> Mapping[str, Json]:
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _texts(detail: Json) -> str:
+    return detail if isinstance(detail, str) else json.dumps(detail)[:200] if detail else ""

@@ -1,0 +1,225 @@
+"""The writing half of the distribution protocol: blobs skipped, mounted or streamed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from enum import Enum
+from urllib.parse import quote
+
+from toolchain.errors import InputRefused
+from toolchain.oci.downloads import promised
+from toolchain.oci.image import Image, Opener, blob_of
+from toolchain.oci.layers import BlobLayer, Layer
+from toolchain.oci.progress import Advance, Meter
+from toolchain.oci.references import Reference
+from toolchain.oci.session import Reply, Session, Transient
+from toolchain.values import Blob, Digest
+
+_OK, _CREATED, _ACCEPTED, _BAD, _MISSING, _TOO_LARGE, _OUT_OF_STEP = (
+    200,
+    201,
+    202,
+    400,
+    404,
+    413,
+    416,
+)
+_CHUNK = 32 << 20
+_LARGEST_CHUNK = 256 << 20
+_BINARY = "application/octet-stream"
+_FINISH = 1800
+"""Seconds that a registry may take after the last byte: some copy a layer to another store."""
+
+
+class Way(Enum):
+    """How a blob got there."""
+
+    THERE = "there"
+    MOUNTED = "mounted"
+    SENT = "sent"
+
+
+class _Stopped(Exception):
+    """Another blob failed, or the user stopped the push."""
+
+
+def mount_sources(image: Image, reference: Reference, more: Sequence[str]) -> tuple[str, ...]:
+    """Return the repositories of the same registry that may hold some of the layers."""
+    found = {
+        layer.origin.repository: None
+        for layer in image.layers
+        if isinstance(layer, BlobLayer)
+        and layer.origin
+        and layer.origin.registry == reference.registry
+    }
+    return tuple(name for name in {**found, **dict.fromkeys(more)} if name != reference.repository)
+
+
+def bring_all(
+    session: Session,
+    image: Image,
+    sources: Sequence[str],
+    progress: Advance | None,
+    parallel: int,
+) -> list[tuple[Way, int]]:
+    """Bring every layer and the configuration there; return how, and the bytes of each.
+
+    A layer that has to be hashed first is hashed in its own thread, beside other uploads.
+    """
+    stop = threading.Event()
+    meter = Meter(sum(layer.size for layer in image.layers), progress)
+
+    def work(layer: Layer) -> tuple[Way, int]:
+        if stop.is_set():
+            raise _Stopped
+        blob = blob_of(layer)
+        return bring(session, blob, layer.open, sources, meter, stop), blob.size
+
+    with ThreadPoolExecutor(max(1, parallel)) as pool:
+        futures = [pool.submit(work, layer) for layer in image.layers]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+        except BaseException:
+            # The pool waits for its threads, so they have to be told.
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    config = image.config_blob
+    way = bring(session, config, lambda: iter((image.config_bytes,)))
+    return [*(future.result() for future in futures), (way, config.size)]
+
+
+def bring(
+    session: Session,
+    blob: Blob,
+    opener: Opener,
+    sources: Sequence[str] = (),
+    meter: Meter | None = None,
+    stop: threading.Event | None = None,
+) -> Way:
+    """Make sure that the repository holds the blob; a broken upload starts again from its start."""
+    meter = meter or Meter(blob.size)
+    what = f"cannot upload the blob {blob.digest.short}"
+
+    def body() -> Iterator[bytes]:
+        for chunk in meter.counted(blob.digest, opener()):
+            if stop and stop.is_set():
+                raise _Stopped
+            yield chunk
+
+    def once() -> Way:
+        url = f"blobs/{blob.digest}"
+        found = session.call("HEAD", url)
+        if found.status == _OK:
+            return Way.THERE
+        if found.status != _MISSING:
+            raise session.refusal(what, found)
+        opened = _mount(session, blob, sources)
+        if opened is None:
+            return Way.MOUNTED
+        _send(session, blob, body, opened, what)
+        return Way.SENT
+
+    way = session.attempt(what, once)
+    meter.reach(blob.digest, blob.size)
+    return way
+
+
+def put_manifest(session: Session, name: str, manifest: bytes, media_type: str) -> None:
+    """Put a manifest under a digest or a tag; InputRefused if another digest comes back."""
+    what = f"cannot put the manifest {name}"
+    headers = {"Content-Type": media_type}
+    reply = session.attempt(
+        what, lambda: session.call("PUT", f"manifests/{name}", headers=headers, body=manifest)
+    )
+    _check_created(session, reply, Digest.of(manifest), what)
+
+
+def _mount(session: Session, blob: Blob, sources: Sequence[str]) -> Reply | None:
+    """Return None if the blob was mounted, else the reply that opened an upload."""
+    for source in sources:
+        url = f"blobs/uploads/?mount={blob.digest}&from={quote(source, safe='')}"
+        reply = session.call("POST", url, headers={"Content-Length": "0"})
+        if reply.status == _CREATED:
+            return None
+        if reply.status == _ACCEPTED:
+            # Not there: an upload was opened instead, which the next question replaces.
+            session.call("DELETE", session.location(reply))
+    return session.call("POST", "blobs/uploads/", headers={"Content-Length": "0"})
+
+
+def _send(session: Session, blob: Blob, body: Opener, opened: Reply, what: str) -> None:
+    if opened.status != _ACCEPTED:
+        raise session.refusal(what, opened)
+    least = opened.headers.get("oci-chunk-min-length", "")
+    if least.isascii() and least.isdigit() and blob.size > int(least):
+        reply = _in_chunks(session, body, opened, blob, max(int(least), _CHUNK))
+    else:
+        headers = {"Content-Length": str(blob.size), "Content-Type": _BINARY}
+        url = _finishing(session.location(opened), blob)
+        reply = session.call("PUT", url, headers=headers, body=body, wait=_FINISH)
+        if reply.status == _TOO_LARGE and blob.size > _CHUNK:
+            again = session.call("POST", "blobs/uploads/", headers={"Content-Length": "0"})
+            if again.status != _ACCEPTED:
+                raise session.refusal(what, again)
+            reply = _in_chunks(session, body, again, blob, _CHUNK)
+    if reply.status in (_MISSING, _OUT_OF_STEP):
+        # The registry lost the upload, as it does when it starts anew.
+        raise Transient(session.explain(reply))
+    if reply.status == _BAD and b"DIGEST_INVALID" in reply.body:
+        raise InputRefused(
+            f"{what}: {session.explain(reply)}: the bytes are not what their digest says",
+            hint="a file changed since it was hashed; build again",
+        )
+    _check_created(session, reply, blob.digest, what)
+
+
+def _in_chunks(session: Session, body: Opener, opened: Reply, blob: Blob, size: int) -> Reply:
+    """Send pieces with PATCH, as registries ask that cannot take a large body at once."""
+    at = 0
+    reply = opened
+    for piece in _pieces(body(), min(size, _LARGEST_CHUNK)):
+        headers = {
+            "Content-Length": str(len(piece)),
+            "Content-Range": f"{at}-{at + len(piece) - 1}",
+            "Content-Type": _BINARY,
+        }
+        reply = session.call(
+            "PATCH", session.location(reply), headers=headers, body=piece, wait=600
+        )
+        if reply.status != _ACCEPTED:
+            return reply
+        at += len(piece)
+    url = _finishing(session.location(reply), blob)
+    return session.call("PUT", url, headers={"Content-Length": "0"}, wait=_FINISH)
+
+
+def _pieces(chunks: Iterator[bytes], size: int) -> Iterator[bytes]:
+    held = bytearray()
+    for chunk in chunks:
+        held += chunk
+        while len(held) >= size:
+            yield bytes(held[:size])
+            del held[:size]
+    if held:
+        yield bytes(held)
+
+
+def _finishing(location: str, blob: Blob) -> str:
+    # Joined as text: the registry's own query is signed in places and must stay as it is.
+    return f"{location}{'&' if '?' in location else '?'}digest={quote(blob.digest, safe='')}"
+
+
+def _check_created(session: Session, reply: Reply, digest: Digest, what: str) -> None:
+    if reply.status not in (_OK, _CREATED, _ACCEPTED):
+        raise session.refusal(what, reply)
+    there = promised(reply, session.registry)
+    if there and there != digest:
+        raise InputRefused(
+            f"{what}: {session.registry} stored {there.short} instead",
+            hint="a proxy or the registry changes what it is given; see its settings",
+        )
