@@ -1,0 +1,352 @@
+"""The container engine: runs jobs in builder containers, starts images, takes image archives."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import docker
+from docker.context import ContextAPI
+from docker.errors import APIError, DockerException, ImageNotFound, NotFound
+from docker.models.containers import Container
+from docker.utils.socket import SocketError, frames_iter
+from requests.exceptions import RequestException
+
+from toolchain.drivers.docker_images import build_image, image_tag
+from toolchain.drivers.docker_requests import (
+    LABEL_OWNER,
+    NOBODY,
+    OUTPUT,
+    Bounds,
+    Place,
+    inside,
+    job_request,
+    server_request,
+)
+from toolchain.drivers.handover import owned_by, readable
+from toolchain.drivers.hardware import gpu_names
+from toolchain.drivers.lines import Lines
+from toolchain.drivers.local import worker_environment
+from toolchain.drivers.ownership import is_dead, owner_token
+from toolchain.drivers.wire import Conversation, job_file, open_log
+from toolchain.errors import EnvironmentFailure
+from toolchain.ports import Endpoint, Progress, StartSpec
+from toolchain.resources import package
+from toolchain.values import Job, Json
+
+_GONE = (DockerException, RequestException, OSError)
+"""What the client library raises for an engine that is not there or went away."""
+_ANSWER_SECONDS = 120
+_UNPACK_SECONDS = 24 * 3600
+"""The engine says nothing while it unpacks a large layer."""
+
+
+def engine_host() -> str:
+    """Return the address of the user's engine: DOCKER_HOST, or the docker command's context."""
+    if named := os.environ.get("DOCKER_HOST"):
+        return named
+    try:
+        context = ContextAPI.get_current_context()
+    except (DockerException, OSError, ValueError):
+        context = None
+    return (context.Host if context else None) or "unix:///var/run/docker.sock"
+
+
+class DockerEngine:
+    """The engine itself: whether it is there, what it holds, and how it takes an image."""
+
+    def __init__(self) -> None:
+        self._opened: docker.DockerClient | None = None
+
+    @property
+    def client(self) -> docker.DockerClient:
+        """The connection, made when first needed; EnvironmentFailure without an engine."""
+        if self._opened is None:
+            self._opened = _connect(_ANSWER_SECONDS)
+        return self._opened
+
+    def answers(self) -> bool:
+        """Say whether an engine is there."""
+        try:
+            return bool(self.client.ping())
+        except (EnvironmentFailure, *_GONE):
+            return False
+
+    def load(self, archive: Iterator[bytes], reference: str) -> str:
+        """Load an image archive, streamed; return the image id.
+
+        Raises EnvironmentFailure where the engine refuses it or goes away.
+        """
+        with engine_errors(f"loading {reference} into the container engine"):
+            client: Any = _connect(_UNPACK_SECONDS)
+            for told in client.api.load_image(archive):
+                if "error" in told:
+                    raise EnvironmentFailure(
+                        f"the container engine did not take {reference}: {told['error']}",
+                        hint="see its free disk space with `docker system df`",
+                    )
+            return str(self.client.images.get(reference).id)
+
+    def layer_chains(self, reference: str) -> tuple[str, ...]:
+        """Return the diff ids of an image that the engine holds, or ()."""
+        with engine_errors(f"asking the container engine for {reference}"):
+            try:
+                attributes = self.client.images.get(reference).attrs or {}
+            except ImageNotFound:
+                return ()
+            return tuple(attributes.get("RootFS", {}).get("Layers") or ())
+
+    def describe(self) -> Mapping[str, Json]:
+        """Return version, storage driver and GPU runtime; {} without an engine."""
+        if not self.answers():
+            return {}
+        with engine_errors("asking the container engine about itself"):
+            told = self.client.info()
+        return {
+            "host": engine_host(),
+            "version": told.get("ServerVersion", ""),
+            "storage": told.get("Driver", ""),
+            "root": told.get("DockerRootDir", ""),
+            "gpu": _passes_gpus(told),
+            "rootless": any("rootless" in option for option in told.get("SecurityOptions") or ()),
+        }
+
+    def has_gpu(self) -> bool:
+        """Say whether containers can be given this machine's GPUs."""
+        if not gpu_names():
+            return False
+        with engine_errors("asking the container engine about itself"):
+            return _passes_gpus(self.client.info())
+
+    def holds(self, reference: str) -> bool:
+        """Say whether the engine has an image."""
+        return bool(self.layer_chains(reference))
+
+    def reap(self) -> None:
+        """Remove containers whose owner was killed before it could."""
+        with engine_errors("looking for left-over containers"):
+            mine = self.client.containers.list(
+                all=True, filters={"label": LABEL_OWNER}, ignore_removed=True
+            )
+            for container in mine:
+                if is_dead(container.labels[LABEL_OWNER]):
+                    remove(container)
+
+
+class DockerRunner:
+    """Runs each job in a container of its builder's image, without network and rights.
+
+    `cache` holds logs and private copies of inputs that the container's user could not read.
+    """
+
+    name = "docker"
+
+    def __init__(self, engine: DockerEngine, cache: Path) -> None:
+        self._engine = engine
+        self._cache = cache
+
+    def prepare(self, builder: str, progress: Progress) -> None:
+        """Build the builder's image, if the engine does not hold it; minutes, once."""
+        self._engine.reap()
+        if not self.ready(builder):
+            build_image(builder, self._flavour(), engine_host(), self._cache, progress)
+
+    def ready(self, builder: str) -> bool:
+        """Say whether the engine holds the builder's image."""
+        return self._engine.holds(image_tag(builder, self._flavour()))
+
+    def run(self, job: Job, progress: Progress) -> Mapping[str, Json]:
+        """Run the job to its end; raises the job's own error, EnvironmentFailure where it died."""
+        self.prepare(job.builder, progress)
+        root = os.getuid() == 0
+        user, group = (NOBODY, NOBODY) if root else (os.getuid(), os.getgid())
+        gpu = job.use_gpu and self._engine.has_gpu()
+        bounds = Bounds(user=user, group=group, owner=owner_token(), gpu=gpu)
+        with contextlib.ExitStack() as stack:
+            place = _hand_over(job, stack.enter_context(self._staging()), by_others=root)
+            log = stack.enter_context(open_log(self._cache, job.stage))
+            if root:
+                stack.enter_context(owned_by(job.output, user, group))
+            image = image_tag(job.builder, self._flavour())
+            request = job_request(job, image, place, bounds, worker_environment())
+            conversation = Conversation(job=job, progress=progress, log=log)
+            with engine_errors(f"running the {job.stage} job"):
+                returncode = _converse(self._engine.client, request, conversation)
+            return conversation.result(returncode)
+
+    def _flavour(self) -> str:
+        return "cuda" if self._engine.has_gpu() else "cpu"
+
+    @contextlib.contextmanager
+    def _staging(self) -> Iterator[Path]:
+        """Make a folder that nobody else can enter; containers see what is mounted from it."""
+        jobs = self._cache / "jobs"
+        jobs.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="job-", dir=jobs))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class DockerLauncher:
+    """Starts an image that the engine holds, as the image's own user, on a loopback port."""
+
+    name = "docker"
+
+    def __init__(self, engine: DockerEngine) -> None:
+        self._engine = engine
+
+    @contextlib.contextmanager
+    def serve(self, image: str, spec: StartSpec) -> Iterator[Endpoint]:
+        """Start `image`, and remove its container when the context ends.
+
+        Waits for nothing: the caller asks the server's health. Raises EnvironmentFailure for an
+        image that is not there or does not start.
+        """
+        self._engine.reap()
+        gpu = spec.use_gpu and self._engine.has_gpu()
+        request = server_request(image, spec, owner_token(), gpu=gpu)
+        with engine_errors(f"starting {image}"):
+            container = self._engine.client.containers.create(**request)
+        try:
+            with engine_errors(f"starting {image}"):
+                container.start()
+                container.reload()
+                port = _published(container, spec.port)
+            yield Endpoint(
+                url=f"http://127.0.0.1:{port}",
+                logs=lambda count: _logs(container, count),
+                alive=lambda: _alive(container),
+            )
+        finally:
+            remove(container)
+
+
+def remove(container: Container) -> None:
+    """Remove a container, running or not; one that is gone already, with its engine, is fine."""
+    with contextlib.suppress(*_GONE):
+        container.remove(force=True, v=True)
+
+
+@contextlib.contextmanager
+def engine_errors(doing: str) -> Iterator[None]:
+    """Turn the client library's exceptions into one EnvironmentFailure that says what to do."""
+    try:
+        yield
+    except NotFound as problem:
+        raise EnvironmentFailure(
+            f"{doing}: {problem.explanation}",
+            hint="load or pull the image first; `docker images` lists what the engine holds",
+        ) from problem
+    except APIError as problem:
+        raise EnvironmentFailure(
+            f"{doing}: the container engine says: {problem.explanation}",
+            hint="see `docker info` and the engine's own log",
+        ) from problem
+    except (DockerException, RequestException, SocketError, ConnectionError) as problem:
+        raise EnvironmentFailure(
+            f"{doing}: the container engine went away: {problem}",
+            hint="start it again (`systemctl status docker`), then run the same command: "
+            "stages that ended are kept",
+        ) from problem
+
+
+def _connect(timeout: int) -> docker.DockerClient:
+    """Open a connection on which the engine may be silent for `timeout` seconds."""
+    environment = {**os.environ, "DOCKER_HOST": engine_host()}
+    try:
+        return docker.from_env(environment=environment, timeout=timeout)
+    except _GONE as problem:
+        raise EnvironmentFailure(
+            f"no container engine answers at {engine_host()}: {problem}",
+            hint="start it, set DOCKER_HOST, or use `--runner local`, which needs none",
+        ) from problem
+
+
+def _passes_gpus(info: Mapping[str, Any]) -> bool:
+    devices = info.get("DiscoveredDevices") or ()
+    return "nvidia" in (info.get("Runtimes") or {}) or any(
+        "nvidia.com/gpu" in str(device.get("ID", "")) for device in devices
+    )
+
+
+def _hand_over(job: Job, staging: Path, *, by_others: bool) -> Place:
+    """Lay out what the container will see, readable for its user."""
+    inputs = {
+        name: readable(path, staging / "in" / name, by_others=by_others)
+        for name, path in job.inputs.items()
+    }
+    place = Place(
+        inputs=inputs,
+        output=job.output.resolve(),
+        job_file=staging / "job.json",
+        package=readable(package(), staging / "toolchain", by_others=by_others),
+    )
+    place.job_file.write_text(job_file(job, inside(job, place), OUTPUT), encoding="utf-8")
+    place.job_file.chmod(0o444)
+    return place
+
+
+def _converse(
+    client: docker.DockerClient, request: Mapping[str, Any], conversation: Conversation
+) -> int:
+    """Start the container, listen to it until it ends, and return its exit code."""
+    container = client.containers.create(**request)
+    api: Any = client.api
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        try:
+            streams = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
+            socket = api.attach_socket(container.id, params=streams)
+            with contextlib.closing(socket):
+                # Asked before it starts: the container is gone as soon as it has ended.
+                ended = pool.submit(api.wait, container.id, None, "removed")
+                container.start()
+                _listen(socket, conversation)
+                return int(ended.result()["StatusCode"])
+        finally:
+            remove(container)
+
+
+def _listen(socket: Any, conversation: Conversation) -> None:
+    hearers = {1: (Lines(), conversation.hear), 2: (Lines(), conversation.hear_error)}
+    frames: Any = frames_iter
+    for number, chunk in frames(socket, tty=False):
+        lines, hear = hearers.get(number, hearers[2])
+        for line in lines.feed(chunk):
+            hear(line)
+    for lines, hear in hearers.values():
+        for line in lines.feed(b""):
+            hear(line)
+
+
+def _published(container: Container, port: int) -> int:
+    bindings = container.ports.get(f"{port}/tcp") or ()
+    for binding in bindings:
+        return int(binding["HostPort"])
+    raise EnvironmentFailure(
+        f"the container of {container.image} ended before its port {port} was published: "
+        f"{_logs(container, 5)}",
+        hint="start the image by hand to see why: `docker run --rm IMAGE`",
+    )
+
+
+def _logs(container: Container, count: int) -> str:
+    try:
+        return container.logs(tail=count).decode(errors="replace").rstrip("\n")
+    except _GONE as problem:
+        return f"(no logs: {problem})"
+
+
+def _alive(container: Container) -> bool:
+    try:
+        container.reload()
+    except _GONE:
+        return False
+    return bool(container.status == "running")

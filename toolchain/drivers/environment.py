@@ -1,0 +1,229 @@
+"""Makes a builder's virtual environment from its pinned requirements."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from filelock import FileLock
+
+from toolchain.drivers import process
+from toolchain.drivers.wire import open_log
+from toolchain.errors import UsageError
+from toolchain.ports import Progress
+from toolchain.resources import images
+from toolchain.values import key_of
+
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+"""Where torch's CPU builds live; PyPI has only those that bring 3 GB of CUDA libraries."""
+_CUDA_SIZE = "about 3 GB to download, 6 GB on disk"
+_COMPLETE = ".complete"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pins:
+    """One builder's requirements, for one flavour (`cpu` or `cuda`) and this Python."""
+
+    name: str
+    flavour: str
+
+    @property
+    def folder(self) -> Path:
+        """The builder's folder; UsageError where there is none of that name."""
+        folder = images() / "builders" / self.name
+        if not (folder / "requirements.txt").is_file():
+            known = sorted(p.parent.name for p in folder.parent.glob("*/requirements.txt"))
+            raise UsageError(
+                f"there is no builder {self.name!r}", hint=f"one of: {', '.join(known)}"
+            )
+        return folder
+
+    @property
+    def light(self) -> Path:
+        """Everything but torch."""
+        return self.folder / "requirements.txt"
+
+    @property
+    def torch(self) -> Path | None:
+        """Torch alone, as this flavour wants it; None for a builder without torch."""
+        files = [self.folder / f"requirements-{kind}.txt" for kind in (self.flavour, "cpu")]
+        return next((file for file in files if file.is_file()), None)
+
+    @property
+    def cuda(self) -> Path | None:
+        """Torch with its CUDA libraries, or None."""
+        file = self.folder / "requirements-cuda.txt"
+        return file if file.is_file() else None
+
+    @property
+    def key(self) -> str:
+        """Name and a digest of the pins, the Python version and the machine's kind."""
+        files = [file for file in (self.light, self.torch) if file is not None]
+        facts = [
+            sys.version_info[:2],
+            platform.machine(),
+            [file.read_text("utf-8") for file in files],
+        ]
+        return f"{self.name}-{key_of(facts).short}"
+
+
+def environment_folder(cache: Path, pins: Pins) -> Path:
+    """Return where the builder's environment is or will be."""
+    return cache / "builders" / pins.key
+
+
+def is_complete(folder: Path) -> bool:
+    """Say whether an environment was made to its end."""
+    return (folder / _COMPLETE).is_file()
+
+
+def make_environment(cache: Path, pins: Pins, progress: Progress) -> Path:
+    """Return the builder's environment, made now if it is not there.
+
+    It is made where it will stay, because its scripts hold their own path; a marker written last
+    says that it is complete, and one without the marker is made anew. Raises EnvironmentFailure
+    where packages cannot be had.
+    """
+    folder = environment_folder(cache, pins)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if is_complete(folder):
+        return folder
+    with FileLock(folder.with_name(folder.name + ".lock")):
+        if is_complete(folder):
+            return folder
+        shutil.rmtree(folder, ignore_errors=True)
+        with open_log(cache, f"builder-{pins.name}") as log:
+            _fill(pins, _Installer(folder, log, progress))
+        (folder / _COMPLETE).write_text("")
+    return folder
+
+
+def make_bare_environment(
+    folder: Path, requirements: Path, log: TextIO, progress: Progress
+) -> Path:
+    """Make an environment for a tool of ours at `folder`; return its Python."""
+    installer = _Installer(folder, log, progress)
+    installer.create()
+    installer.install(requirements)
+    return installer.python
+
+
+def _fill(pins: Pins, installer: _Installer) -> None:
+    installer.create()
+    installer.install(pins.light)
+    if pins.torch is not None:
+        _install_torch(pins, installer)
+    installer.check()
+
+
+def _install_torch(pins: Pins, installer: _Installer) -> None:
+    """Find torch: pip's own configuration and our wheels, then torch's index, then PyPI."""
+    assert pins.torch is not None  # noqa: S101 - the caller asked
+    if pins.torch != pins.cuda:
+        if installer.try_install(pins.torch):
+            return
+        if _answers(TORCH_CPU_INDEX) and installer.try_install(
+            pins.torch, "--extra-index-url", TORCH_CPU_INDEX
+        ):
+            return
+        if pins.cuda is None:
+            installer.install(pins.torch)
+            return
+        installer.progress.warn(
+            f"no CPU build of torch can be had from {TORCH_CPU_INDEX}, pip's configuration or "
+            f"WEIGHTSMITH_WHEELS: taking PyPI's with CUDA libraries ({_CUDA_SIZE})"
+        )
+    assert pins.cuda is not None  # noqa: S101 - it is the file just compared
+    installer.install(pins.cuda)
+
+
+def _answers(url: str) -> bool:
+    request = urllib.request.Request(f"{url}/torch/", method="HEAD")  # noqa: S310 - ours, https
+    try:
+        with urllib.request.urlopen(request, timeout=3):  # noqa: S310
+            return True
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Installer:
+    """pip in one environment; its output goes to the log, its steps to the progress."""
+
+    folder: Path
+    log: TextIO
+    progress: Progress
+
+    @property
+    def python(self) -> Path:
+        return self.folder / "bin" / "python"
+
+    def create(self) -> None:
+        # The base interpreter: an environment made from an environment would die with it.
+        base = getattr(sys, "_base_executable", sys.executable)
+        process.run(
+            [base, "-m", "venv", self.folder], env=process.scrubbed(), on_line=self._keep
+        ).require(
+            "making a virtual environment",
+            hint="install Python's venv module (Debian and Ubuntu: apt-get install python3-venv)",
+        )
+
+    def install(self, requirements: Path, *options: str) -> None:
+        self._pip(requirements, options).require(
+            f"installing {requirements.parent.name}/{requirements.name}",
+            hint="see that the package index can be reached: pip's own configuration and the proxy "
+            "variables are used, WEIGHTSMITH_WHEELS may name a folder of wheels; "
+            f"log: {self.log.name}",
+        )
+
+    def try_install(self, requirements: Path, *options: str) -> bool:
+        return self._pip(requirements, options).returncode == 0
+
+    def check(self) -> None:
+        """Make sure that the packages fit together: they were installed without resolving."""
+        process.run(
+            [self.python, "-m", "pip", "check"], env=self._env(), on_line=self._keep
+        ).require(
+            "pip check of the new environment",
+            hint=f"the builder's requirements do not fit together; log: {self.log.name}",
+        )
+
+    def _pip(self, requirements: Path, options: Sequence[str]) -> process.Completed:
+        words = requirements.read_text("utf-8").splitlines()
+        total = sum(1 for word in words if re.match(r"[A-Za-z0-9]", word))
+        seen = 0
+
+        def hear(line: str) -> None:
+            nonlocal seen
+            self._keep(line)
+            if line.startswith("Collecting "):
+                seen += 1
+                self.progress.advance(min(seen, total), total, "packages")
+
+        wheels = os.environ.get("WEIGHTSMITH_WHEELS")
+        return process.run(
+            [
+                *(self.python, "-m", "pip", "install", "--require-hashes", "--no-deps"),
+                *("--only-binary", ":all:", "--no-input", "--progress-bar", "off"),
+                *(("--find-links", wheels) if wheels else ()),
+                *options,
+                *("-r", requirements),
+            ],
+            env=self._env(),
+            on_line=hear,
+        )
+
+    def _env(self) -> dict[str, str]:
+        return process.scrubbed(network=True, prefixes=("PIP_", "XDG_"))
+
+    def _keep(self, line: str) -> None:
+        self.log.write(line + "\n")

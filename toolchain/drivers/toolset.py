@@ -1,0 +1,89 @@
+"""Compiles the programs that a builder needs beside Python packages, once per machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TextIO
+
+from filelock import FileLock
+
+from toolchain.drivers import process
+from toolchain.drivers.environment import make_bare_environment
+from toolchain.drivers.hardware import cores
+from toolchain.drivers.wire import open_log
+from toolchain.errors import EnvironmentFailure
+from toolchain.ports import Progress
+from toolchain.resources import engine_pins, images
+
+_STEP = re.compile(r"\[(\d+)/(\d+)\]")
+
+
+def toolset_folder(cache: Path, engine: str) -> Path:
+    """Return where the engine's compiled tools are or will be; it exists only when complete."""
+    return cache / "toolsets" / f"{engine}-{engine_pins(engine).short}"
+
+
+def make_toolset(cache: Path, engine: str, progress: Progress) -> Path:
+    """Return the folder of the engine's compiled tools, compiled now if it is not there.
+
+    `fetch.py` and `compile.py` of `images/engines/<engine>/` do the work, with compilers from
+    PyPI in an environment that is deleted afterwards; neither root nor a system compiler is
+    needed. Raises EnvironmentFailure where the sources cannot be had or do not compile.
+    """
+    folder = toolset_folder(cache, engine)
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(folder.name + ".lock")):
+        if not folder.is_dir():
+            progress.note(
+                f"compiling {engine}'s tools with {cores()} cores, once for this machine: "
+                "about ten minutes on four cores"
+            )
+            _clear_leftovers(folder)
+            with (
+                open_log(cache, f"toolset-{engine}") as log,
+                tempfile.TemporaryDirectory(
+                    prefix=f"{folder.name}.work-", dir=folder.parent
+                ) as work,
+            ):
+                _compile(images() / "engines" / engine, folder, Path(work), log, progress)
+    return folder
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Delete what a killed compilation left; nobody else can be at it, the lock is ours."""
+    for left in folder.parent.glob(f"{folder.name}.work-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _compile(recipe: Path, folder: Path, work: Path, log: TextIO, progress: Progress) -> None:
+    python = make_bare_environment(work / "env", recipe / "requirements.txt", log, progress)
+
+    def hear(line: str) -> None:
+        log.write(line + "\n")
+        if step := _STEP.match(line):
+            progress.advance(int(step[1]), int(step[2]), "files")
+
+    def run(script: str, *words: str | Path) -> None:
+        done = process.run(
+            [python, recipe / script, *words],
+            env=process.scrubbed(network=True, prefixes=("PIP_",)),
+            on_line=hear,
+        )
+        done.require(f"{recipe.name}'s {script}", hint=f"its whole output is in {log.name}")
+
+    wheels = os.environ.get("WEIGHTSMITH_WHEELS")
+    run("fetch.py", "--out", work / "source", *(("--find-links", wheels) if wheels else ()))
+    made = work / "tools"
+    run("compile.py", "--source", work / "source", "--out", made, "--jobs", str(cores()))
+    if not made.is_dir():
+        raise EnvironmentFailure(
+            f"compiling {recipe.name} left no tools", hint=f"its whole output is in {log.name}"
+        )
+    # Complete before it is seen under its own name.
+    made.rename(folder)

@@ -1,0 +1,112 @@
+"""The control plane's side of a worker: its JSON lines become progress, a result or an error."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+from toolchain.drivers.process import describe_exit
+from toolchain.errors import EnvironmentFailure, WeightsmithError, from_code
+from toolchain.ports import Progress
+from toolchain.values import Job, Json, plain
+
+_LOGS_KEPT = 40
+_KILLED = (-9, 137)
+
+
+@dataclass(slots=True)
+class Conversation:
+    """Listens to one worker until it has said its result."""
+
+    job: Job
+    progress: Progress
+    log: TextIO
+    _result: Mapping[str, Json] | None = None
+    _error: WeightsmithError | None = None
+    _stderr: list[str] = field(default_factory=list)
+
+    def hear(self, line: str) -> None:
+        """Take one line of the worker's standard output."""
+        try:
+            told = json.loads(line)
+        except ValueError:
+            told = None
+        if not isinstance(told, dict):
+            self.hear_error(line)
+            return
+        match told:
+            case {"progress": [int(done), int(total), str(unit)]}:
+                self.progress.advance(done, total, unit)
+            case {"note": str(text)}:
+                self.progress.note(text)
+            case {"warn": str(text)}:
+                self.progress.warn(text)
+            case {"result": dict(result)}:
+                self._result = result
+            case {"error": {"message": str(message), "hint": str(hint), "exit_code": int(code)}}:
+                self._error = from_code(code, message, hint)
+            case _:
+                self.hear_error(line)
+
+    def hear_error(self, line: str) -> None:
+        """Take one line of the worker's standard error: it goes to the log."""
+        self.log.write(line + "\n")
+        self._stderr.append(line)
+        del self._stderr[:-20]
+
+    def answered(self) -> bool:
+        """Say whether the worker has said its result or error."""
+        return self._result is not None or self._error is not None
+
+    def result(self, returncode: int) -> Mapping[str, Json]:
+        """Return what the worker returned; raise its error, or what its silence must mean."""
+        self.log.flush()
+        if self._error is not None:
+            if self._error.exit_code == 1:
+                self._error.hint = f"{self._error.hint}: {self.log.name}"
+            raise self._error
+        if self._result is not None and returncode == 0:
+            return self._result
+        name = self.job.stage
+        if returncode in _KILLED:
+            limit = f" (limit {self.job.memory_bytes:,} bytes)" if self.job.memory_bytes else ""
+            raise EnvironmentFailure(
+                f"the {name} job was killed, most likely for want of memory{limit}",
+                hint=f"free memory or use a larger machine; log: {self.log.name}",
+            )
+        last = self._stderr[-1] if self._stderr else "it printed nothing"
+        raise WeightsmithError(
+            f"the {name} job ended without a result ({describe_exit(returncode)}): {last}",
+            hint=f"its log is {self.log.name}",
+        )
+
+
+def job_file(job: Job, inputs: Mapping[str, str], output: str) -> str:
+    """Return the job as JSON text, with the paths that hold inside the builder."""
+    told = {
+        "stage": job.stage,
+        "builder": job.builder,
+        "inputs": dict(inputs),
+        "parameters": plain(job.parameters),
+        "output": output,
+    }
+    return json.dumps(told, ensure_ascii=False)
+
+
+@contextmanager
+def open_log(cache: Path, name: str) -> Iterator[TextIO]:
+    """Open a new log file below the cache folder; only the newest ones are kept."""
+    folder = cache / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in sorted(folder.glob("*.log"))[:-_LOGS_KEPT]:
+        old.unlink(missing_ok=True)
+    stamp = time.strftime("%Y%m%dT%H%M%S")
+    path = folder / f"{stamp}-{os.getpid()}-{time.monotonic_ns() % 1000:03d}-{name}.log"
+    with path.open("w", encoding="utf-8", buffering=1) as log:
+        yield log

@@ -1,0 +1,283 @@
+"""The entry point inside a builder: `python -m toolchain.worker job.json` runs one job.
+
+What the other side sees is a stream of JSON lines on standard output: `{"progress": [done, total,
+unit]}`, `{"note": text}`, `{"warn": text}`, and last either `{"result": {…}}` or `{"error":
+{"message", "hint", "exit_code"}}`. Everything else that is printed goes to standard error. The end
+of standard input means that the other side is gone: the worker ends at once (exit code 130).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import socket
+import stat
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from toolchain.errors import EnvironmentFailure, InputRefused, WeightsmithError, from_code
+from toolchain.values import Job, Json, plain
+
+if TYPE_CHECKING:
+    from toolchain.quantizers.quantizer import QuantizeRequest, Step
+
+Report = Callable[[int, int, str], None]
+"""Report work done: done, total, unit."""
+
+PARENT_GONE = 130
+
+
+class Wire:
+    """The line to the control plane: the original standard output, kept for JSON alone."""
+
+    def __init__(self) -> None:
+        self._file: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+        # Also what C libraries print must not get between the JSON lines.
+        os.dup2(2, 1)
+        self._last = 0.0
+
+    def send(self, message: Mapping[str, Json]) -> None:
+        """Write one JSON line."""
+        self._file.write(json.dumps(plain(message), ensure_ascii=False) + "\n")
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        """Report work done, ten times a second at most."""
+        now = time.monotonic()
+        if done >= total or now - self._last >= 0.1:
+            self._last = now
+            self.send({"progress": [done, total, unit]})
+
+
+_wire: Wire | None = None
+
+
+def note(text: str) -> None:
+    """Say one line to the user; a stage may import this."""
+    if _wire is not None:
+        _wire.send({"note": text})
+
+
+def warn(text: str) -> None:
+    """Say one warning line to the user, kept for the report; a stage may import this."""
+    if _wire is not None:
+        _wire.send({"warn": text})
+
+
+def _merge(job: Job, report: Report) -> Mapping[str, Json]:
+    engine: Any = importlib.import_module("toolchain.merging.engine")
+    wanted = dict(job.parameters)
+    names = wanted.pop("adapters")
+    request = engine.MergeRequest(
+        base=job.inputs["base"],
+        adapters=tuple(job.inputs[name] for name in names),
+        weights=tuple(wanted.pop("weights")),
+        out=job.output,
+        **wanted,
+    )
+    return _mapping(engine.merge(request, report))
+
+
+def _import_gguf(job: Job, report: Report) -> Mapping[str, Json]:
+    gguf_import: Any = importlib.import_module("toolchain.checkpoints.gguf_import")
+    gguf_import.import_gguf(job.inputs["gguf"], job.output)
+    report(1, 1, "items")
+    return {}
+
+
+def _quantize(job: Job, report: Report) -> Mapping[str, Json]:
+    from toolchain.quantizers.quantizer import QuantizeRequest
+
+    name = str(job.parameters["quantizer"])
+    if not name.isidentifier():
+        raise InputRefused(f"{name!r} is not the name of a quantizer")
+    quantizer = importlib.import_module(f"toolchain.quantizers.{name}").QUANTIZER
+    wanted = job.parameters["format"]
+    request = QuantizeRequest(
+        model=job.inputs["model"],
+        format=next(f for f in quantizer.formats if f.name == wanted),
+        output=job.output,
+        name=str(job.parameters["name"]),
+        tools=Path(os.environ.get("WEIGHTSMITH_TOOLS", "/opt/llamacpp")),
+        python=sys.executable,
+        calibration=job.inputs.get("calibration"),
+        options=dict(job.parameters.get("options", {})),
+    )
+    _run_steps(quantizer.steps(request), request, report)
+    return _mapping(quantizer.check(request))
+
+
+def _run_steps(steps: tuple[Step, ...], request: QuantizeRequest, report: Report) -> None:
+    from toolchain.drivers import process
+
+    for number, step in enumerate(steps):
+        report(number, len(steps), "steps")
+        note(step.title)
+        print(f"$ {' '.join(step.argv)}", file=sys.stderr, flush=True)  # noqa: T201
+        process.run(
+            step.argv,
+            cwd=request.output,
+            env=process.scrubbed({**_inherited(), **step.env}),
+            on_line=lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201
+        ).require(
+            f"{step.title} ({Path(step.argv[0]).name})",
+            hint="the lines above are the program's own; the job's log has all of them",
+        )
+        for path in step.removes:
+            path.unlink(missing_ok=True)
+    report(len(steps), len(steps), "steps")
+
+
+def _inherited() -> dict[str, str]:
+    """Return the variables by which the runner keeps libraries offline and within their share."""
+    prefixes = ("HF_", "TRANSFORMERS_", "OMP_", "PYTHON")
+    return {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
+
+
+def _reference(job: Job, report: Report) -> Mapping[str, Json]:
+    reference: Any = importlib.import_module("toolchain.merging.reference")
+    weights = job.parameters.get("weights", [])
+    adapters = [(job.inputs[f"adapter{i}"], weight) for i, weight in enumerate(weights)]
+    answers = reference.answer(
+        job.inputs["model"],
+        adapters,
+        job.parameters["items"],
+        job.parameters["max_tokens"],
+        report,
+    )
+    return _mapping(answers) if isinstance(answers, Mapping) else {"answers": plain(answers)}
+
+
+def _echo(job: Job, report: Report) -> Mapping[str, Json]:
+    """Copy the input `text` to the output and say how the builder confines this process."""
+    wanted = job.parameters
+    if "fail" in wanted:
+        raise from_code(int(wanted["fail"]), "asked to fail", "ask for something else")
+    if "crash" in wanted:
+        raise ValueError(str(wanted["crash"]))
+    print("printed by the stage")  # noqa: T201
+    note("echo begins")
+    time.sleep(float(wanted.get("sleep", 0)))
+    text = job.inputs["text"].read_text("utf-8")
+    (job.output / "echo.txt").write_text(text, encoding="utf-8")
+    report(1, 1, "items")
+    return {
+        "text": text,
+        "uid": os.getuid(),
+        "network": _network_reachable(),
+        "writable": [path for path in wanted.get("try_to_write", []) if _writable(Path(path))],
+        "input_writable": _writable(job.inputs["text"].parent / "intruder"),
+        "secrets": sorted(n for n in os.environ if "TOKEN" in n or "PASSWORD" in n),
+    }
+
+
+def _network_reachable() -> bool:
+    # Connecting a datagram socket sends nothing; it fails where there is no route.
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            return False
+    return True
+
+
+def _writable(path: Path) -> bool:
+    try:
+        path.touch()
+        path.unlink()
+    except OSError:
+        return False
+    return True
+
+
+STAGES: dict[str, Callable[[Job, Report], Mapping[str, Json]]] = {
+    "merge": _merge,
+    "import-gguf": _import_gguf,
+    "quantize": _quantize,
+    "reference": _reference,
+    "echo": _echo,
+}
+"""Name -> function; each imports what it needs when it is called."""
+
+
+def read_job(path: Path) -> Job:
+    """Read a job file; paths in it are the builder's own."""
+    told = json.loads(path.read_text("utf-8"))
+    return Job(
+        stage=told["stage"],
+        builder=told["builder"],
+        inputs={name: Path(where) for name, where in told["inputs"].items()},
+        parameters=told["parameters"],
+        output=Path(told["output"]),
+    )
+
+
+def run_job(job: Job, wire: Wire) -> int:
+    """Run the job's stage, send its result or error, and return the exit code."""
+    try:
+        stage = STAGES.get(job.stage)
+        if stage is None:
+            raise InputRefused(
+                f"the builder does not know the stage {job.stage!r}",
+                hint=f"it knows {', '.join(sorted(STAGES))}; builder and control plane must match",
+            )
+        result = stage(job, wire.progress)
+    except WeightsmithError as error:
+        return _send_error(wire, error)
+    except MemoryError:
+        traceback.print_exc()
+        what = f"the {job.stage} job ran out of memory"
+        hint = "close other programs or use a machine with more memory"
+        return _send_error(wire, EnvironmentFailure(what, hint=hint))
+    except Exception as problem:  # noqa: BLE001 - the last frame: reported, with its traceback
+        traceback.print_exc()
+        what = f"unexpected {type(problem).__name__} in the {job.stage} job: {problem}"
+        return _send_error(wire, WeightsmithError(what, hint="the traceback is in the job's log"))
+    wire.send({"result": result})
+    return 0
+
+
+def _send_error(wire: Wire, error: WeightsmithError) -> int:
+    said = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
+    wire.send({"error": said})
+    return error.exit_code
+
+
+def _mapping(value: object) -> Mapping[str, Json]:
+    told = plain(value)
+    return told if isinstance(told, dict) else {}
+
+
+def end_with_parent() -> None:
+    """Watch standard input, where it is a pipe, and end the moment its other side is gone."""
+    kind = os.fstat(0).st_mode
+    if stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind):
+        threading.Thread(target=_watch_stdin, daemon=True).start()
+
+
+def _watch_stdin() -> None:
+    while os.read(0, 1024):
+        pass
+    os._exit(PARENT_GONE)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the job of the given file; return the exit code."""
+    global _wire
+    if len(arguments) != 1:
+        print("usage: python -m toolchain.worker job.json", file=sys.stderr)  # noqa: T201
+        return 2
+    end_with_parent()
+    _wire = Wire()
+    return run_job(read_job(Path(arguments[0])), _wire)
+
+
+if __name__ == "__main__":
+    # Run under its real name too, so that `note` imported by a stage is this module's.
+    sys.modules["toolchain.worker"] = sys.modules["__main__"]
+    raise SystemExit(main(sys.argv[1:]))
