@@ -123,9 +123,7 @@ def _read(raw: Mapping[str, Any]) -> AdapterConfig:
         layers_to_transform=_numbers(raw.get("layers_to_transform")),
         layers_pattern=_several(_texts(raw.get("layers_pattern") or ())),
         base_model=str(raw.get("base_model_name_or_path") or ""),
-        unknown=tuple(
-            sorted(k for k, v in raw.items() if v and k not in _PLAIN | set(_UNSUPPORTED))
-        ),
+        unknown=tuple(sorted(k for k, v in raw.items() if v and k not in _PLAIN.split())),
     )
 
 

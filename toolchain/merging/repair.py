@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -23,6 +23,12 @@ class Factors:
     left: torch.Tensor
     right: torch.Tensor
     gains: torch.Tensor
+    columns: torch.Tensor = field(init=False)
+    """`right` transposed, so that a column is read from one place."""
+
+    def __post_init__(self) -> None:
+        """Lay the columns out."""
+        object.__setattr__(self, "columns", self.right.T.contiguous())
 
 
 @dataclass(slots=True)
@@ -49,7 +55,7 @@ def repair(
     for start in range(0, len(weights), step):
         part = slice(start, start + step)
         left = factors.left[rows[part]].double()
-        right = factors.right[:, columns[part]].T.double()
+        right = factors.columns[columns[part]].double()
         parts.append(_decide(left, right, factors.gains, weights[part], dtype, done))
     return torch.cat(parts), done
 

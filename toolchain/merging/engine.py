@@ -1,0 +1,209 @@
+"""The merge: base and adapters in, a plain checkpoint out, in the memory of a few blocks."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from toolchain.checkpoints.safetensors import BITS
+from toolchain.errors import EnvironmentFailure, UsageError
+from toolchain.merging.companions import companion_files, index_json, write_file
+from toolchain.merging.kernel import BLOCK, check_arithmetic
+from toolchain.merging.plan import MergePlan, make_plan
+from toolchain.merging.shards import Settings, ShardMaker, Tally
+from toolchain.merging.stream import Journal, sha256_file, sync_folder
+from toolchain.values import key_of
+
+_JOURNAL = ".merge-journal.json"
+_RECIPE = 1
+"""Raised when the same inputs would give other bytes."""
+_MOST_WORKERS = 16
+_GPU_BLOCK = 1 << 24
+_SHOWN = 5
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeRequest:
+    """What to merge, and how."""
+
+    base: Path
+    adapters: tuple[tuple[Path, float], ...]
+    """Folder and weight, in order."""
+    out: Path
+    dtype: str = "auto"
+    precision: str = "exact"
+    method: str = "sequential"
+    device: str = "auto"
+    workers: int = 0
+    """Threads; 0 for one per CPU."""
+
+
+def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, Any]:
+    """Write base + adapters as a checkpoint in `out`, and return what was written.
+
+    Exact merges are the correctly rounded result of the real number W + Σ weight·scaling·B·A, so
+    their bytes do not depend on threads, blocks or machine. A killed merge goes on at the first
+    unfinished shard. `progress` is called with bytes done and bytes in all.
+    """
+    started = time.monotonic()
+    plan = make_plan(request.base, request.adapters, dtype=request.dtype, method=request.method)
+    settings = _settings(request)
+    journal = _open_out(request, plan)
+    tally, findings = Tally(), list(plan.findings)
+    with _one_thread_per_worker():
+        check_arithmetic(settings.device)
+        shards = _write_shards(plan, settings, journal, tally, progress or (lambda *_: None))
+    extra, notes = companion_files(plan)
+    if plan.base.index_file:
+        extra[plan.base.index_file] = _index(plan)
+    small = [write_file(request.out, name, data) for name, data in sorted(extra.items())]
+    sync_folder(request.out)
+    journal.path.unlink(missing_ok=True)
+    findings += _silent(plan, tally) + notes
+    files = [{"path": s["file"], "size": s["size"], "sha256": s["sha256"]} for s in shards] + small
+    return {
+        "out": str(request.out),
+        "tensors": {
+            "merged": len(plan.terms),
+            "copied": len(plan.base.tensors) - len(plan.terms),
+            "replaced": 0,
+        },
+        "shards": shards,
+        "files": sorted(files, key=lambda entry: str(entry["path"])),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "seconds": time.monotonic() - started,
+        "findings": findings,
+        "repairs": {"float64": tally.repairs.float64, "exact": tally.repairs.exact},
+    }
+
+
+def _settings(request: MergeRequest) -> Settings:
+    if request.precision not in ("exact", "fast"):
+        raise UsageError(f"unknown precision {request.precision!r}", hint="one of exact, fast")
+    has_gpu = torch.cuda.is_available()
+    if request.device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"unknown device {request.device!r}", hint="one of auto, cpu, cuda")
+    if request.device == "cuda" and not has_gpu:
+        raise EnvironmentFailure("torch finds no CUDA device", hint="merge with device cpu")
+    device = "cuda" if has_gpu and request.device != "cpu" else "cpu"
+    workers = request.workers or len(os.sched_getaffinity(0))
+    return Settings(
+        exact=request.precision == "exact",
+        device=device,
+        workers=2 if device == "cuda" else min(max(1, workers), _MOST_WORKERS),
+        block=_GPU_BLOCK if device == "cuda" else BLOCK,
+    )
+
+
+def _open_out(request: MergeRequest, plan: MergePlan) -> Journal:
+    """Make the output folder; an earlier run of the same merge may be in it, nothing else."""
+    out = request.out.resolve()
+    for source in (request.base, *(path for path, _ in request.adapters)):
+        if out == source.resolve() or out.is_relative_to(source.resolve()):
+            raise UsageError(f"{out} lies in the input {source}", hint="give another output folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        held = [name for name in os.listdir(out) if not name.endswith(".partial")]  # noqa: PTH208
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"{out} cannot be made: {error.strerror}", hint="give another output folder"
+        ) from error
+    journal = Journal(path=request.out / _JOURNAL, key=_key(request, plan))
+    if held and not journal.matches():
+        raise UsageError(
+            f"{out} is not empty, and what it holds is not the start of this merge",
+            hint="empty it, or give another output folder",
+        )
+    for left in out.glob("*.partial"):
+        left.unlink()
+    if not held:
+        journal.record({})
+    return journal
+
+
+def _key(request: MergeRequest, plan: MergePlan) -> str:
+    """Name the inputs: adapters by content, the base's large files by place, size and time."""
+    base = [
+        (shard.path.name, shard.file_size, shard.path.stat().st_mtime_ns, str(shard.path.resolve()))
+        for shard in plan.base.shards
+    ]
+    adapters = [
+        (
+            sha256_file(adapter.header.path),
+            sha256_file(adapter.root / "adapter_config.json"),
+            repr(adapter.weight),
+        )
+        for adapter in plan.adapters
+    ]
+    return key_of([_RECIPE, base, adapters, request.dtype, request.precision, request.method])
+
+
+@contextmanager
+def _one_thread_per_worker() -> Iterator[None]:
+    """Let blocks, not operations, run in parallel: idle OpenMP threads would spin between them."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+
+
+def _write_shards(
+    plan: MergePlan, settings: Settings, journal: Journal, tally: Tally, progress: Progress
+) -> list[dict[str, Any]]:
+    """Write what is not there yet; return all shards in their order."""
+    total = sum(shard.file_size for shard in plan.base.shards)
+    finished = journal.finished(journal.path.parent)
+    done = 0
+
+    def advance(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(min(done, total), total)
+
+    maker = ShardMaker(plan, settings, tally)
+    try:
+        for shard in plan.base.shards:
+            name = shard.path.name
+            if name in finished:
+                advance(shard.file_size)
+                continue
+            finished[name] = maker.write(shard, journal.path.parent / name, advance)
+            journal.record(finished)
+    finally:
+        maker.close()
+    progress(total, total)
+    return [finished[shard.path.name] for shard in plan.base.shards]
+
+
+def _index(plan: MergePlan) -> bytes:
+    """Return the index of the written shards, tensors in the order of their names."""
+    places = {i.name: shard.path.name for shard in plan.base.shards for i in shard.tensors}
+    size = elements = 0
+    for info in plan.base.tensors.values():
+        count = info.size * 8 // BITS[info.dtype]
+        elements += count
+        size += count * BITS[plan.out_dtype(info)] // 8
+    return index_json(dict(sorted(places.items())), size, elements)
+
+
+def _silent(plan: MergePlan, tally: Tally) -> list[str]:
+    """Say which adapters add nothing to some of their modules."""
+    return [
+        f"{plan.adapters[number].root.name}: lora_B is all zero for {len(names)} of its tensors, "
+        f"such as {', '.join(names[:_SHOWN])}: it was not trained there"
+        for number, names in sorted(tally.silent.items())
+    ]

@@ -1,0 +1,170 @@
+"""Shards, read and written block by block: positioned reads in, hashed and renamed files out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from toolchain.checkpoints.safetensors import BITS, TensorInfo
+from toolchain.errors import EnvironmentFailure, InputRefused
+
+TORCH_TYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+_MODE = 0o644
+
+
+class Reader:
+    """An open file that several threads may read from, each at its own place."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        """Give the file back."""
+        os.close(self._fd)
+
+    def read(self, start: int, size: int) -> torch.Tensor:
+        """Return exactly `size` bytes from the offset; raise InputRefused where the file ends."""
+        data = torch.empty(size, dtype=torch.uint8)
+        view, done = as_bytes(data), 0
+        while done < size:
+            count = os.preadv(self._fd, [view[done:]], start + done)
+            if not count:
+                raise InputRefused(
+                    f"{self.path} became shorter while it was read",
+                    hint="something else writes to it; start again when it is done",
+                )
+            done += count
+        return data
+
+    def rows(self, info: TensorInfo, first: int, count: int) -> torch.Tensor:
+        """Return rows of a matrix, (count, columns), in its own type."""
+        row = info.shape[1] * BITS[info.dtype] // 8
+        data = self.read(info.start + first * row, count * row)
+        return data.view(TORCH_TYPES[info.dtype]).view(count, info.shape[1])
+
+    def matrix(self, info: TensorInfo) -> torch.Tensor:
+        """Return a whole matrix as float32, which holds every supported type exactly."""
+        return self.rows(info, 0, info.shape[0]).float()
+
+
+class Writer:
+    """A file that appears under its name only when it is whole, with its sha256."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.size = path, 0
+        self._temporary = path.with_name(f".{path.name}.partial")
+        self._hash = hashlib.sha256()
+        try:
+            self._file = self._temporary.open("wb", buffering=0)
+        except OSError as error:
+            raise _disk(path, error) from error
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append, and hash in the same pass."""
+        self._hash.update(data)
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[self._file.write(view) or 0 :]
+        except OSError as error:
+            raise _disk(self.path, error) from error
+        self.size += len(data)
+
+    def finish(self) -> dict[str, Any]:
+        """Flush to the disk, rename into place, and return path, size and sha256."""
+        try:
+            self._file.flush()
+            os.fchmod(self._file.fileno(), _MODE)
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._temporary.rename(self.path)
+            sync_folder(self.path.parent)
+        except OSError as error:
+            raise _disk(self.path, error) from error
+        return {"file": self.path.name, "size": self.size, "sha256": self._hash.hexdigest()}
+
+    def abandon(self) -> None:
+        """Close and delete what is not finished."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+@dataclass(slots=True)
+class Journal:
+    """Which shards of one merge are finished; it is worthless to a merge of anything else."""
+
+    path: Path
+    key: str
+    """Identity of the merge's inputs and parameters."""
+
+    def matches(self) -> bool:
+        """Say whether there is a journal of this very merge."""
+        return self._read() is not None
+
+    def finished(self, root: Path) -> dict[str, dict[str, Any]]:
+        """Return the finished shards that are still there, byte for byte."""
+        shards: Mapping[str, dict[str, Any]] = (self._read() or {}).get("shards", {})
+        return {name: entry for name, entry in shards.items() if _matches(root / name, entry)}
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            kept = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            return None
+        return kept if isinstance(kept, dict) and kept.get("key") == self.key else None
+
+    def record(self, shards: Mapping[str, Mapping[str, Any]]) -> None:
+        """Replace the journal with one that names these shards."""
+        text = json.dumps({"key": self.key, "shards": shards}, sort_keys=True)
+        temporary = self.path.with_name(f"{self.path.name}.partial")
+        temporary.write_text(text)
+        temporary.replace(self.path)
+
+
+def sha256_file(path: Path) -> str:
+    """Return a file's sha256 in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames within the folder durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return a contiguous CPU tensor's memory, without a copy."""
+    data: Any = tensor.flatten().view(torch.uint8).numpy()
+    return memoryview(data)
+
+
+def _matches(path: Path, entry: Mapping[str, Any]) -> bool:
+    return (
+        path.is_file()
+        and path.stat().st_size == entry.get("size")
+        and sha256_file(path) == entry.get("sha256")
+    )
+
+
+def _disk(path: Path, error: OSError) -> EnvironmentFailure:
+    return EnvironmentFailure(
+        f"{path} cannot be written: {error.strerror}",
+        hint="check free space and permissions; finished shards are kept and need not be redone",
+    )
