@@ -59,7 +59,7 @@ class Merge(_Part):
         "auto", description="Type of the merged weights; `auto` keeps the base's."
     )
     precision: Literal["exact", "fast"] = Field(
-        "exact", description="`exact`: the float64 sum rounded once; `fast`: float32 sums."
+        "exact", description="`exact`: the float64 sum rounded once; `fast`: float32."
     )
     quantized_base: Literal["refuse"] = Field(
         "refuse", description="What to do with a quantized base."

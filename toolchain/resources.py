@@ -50,11 +50,11 @@ def engine_pins(name: str) -> Digest:
 
 def compiled_engines(builder: str) -> tuple[str, ...]:
     """Return the engine folders whose tools a builder holds: those that name it in source.json."""
-    found = []
-    for source in sorted((images() / "engines").glob("*/source.json")):
-        if builder in json.loads(source.read_text("utf-8")).get("builders", ()):
-            found.append(source.parent.name)
-    return tuple(found)
+    return tuple(
+        source.parent.name
+        for source in sorted((images() / "engines").glob("*/source.json"))
+        if builder in json.loads(source.read_text("utf-8")).get("builders", ())
+    )
 
 
 def _fingerprint(folder: Path) -> list[list[str]]:

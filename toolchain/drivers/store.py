@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from hashlib import file_digest, sha256
 from pathlib import Path
-from typing import IO
 
 from toolchain.errors import EnvironmentFailure
 from toolchain.ports import Entry
@@ -34,13 +33,21 @@ class FileStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._held: dict[Digest, IO[bytes]] = {}
+        self._held: dict[Digest, int] = {}
+        """Open descriptors whose shared lock lives as long as this process."""
 
     def find(self, key: Digest) -> Entry | None:
         """Return the entry, kept from deletion while this process lives, or None."""
-        with suppress(OSError):  # a read-only store still serves what it has
+        try:
             self._hold(key)
-        return self._read(key, cached=True)
+        except BlockingIOError:
+            return None  # another process is making or deleting it right now
+        except OSError:
+            pass  # a read-only store still serves what it has
+        entry = self._read(key, cached=True)
+        if entry is None:
+            self._release(key)
+        return entry
 
     def produce(
         self,
@@ -53,12 +60,11 @@ class FileStore:
         """Return the entry, made under the key's lock where it is not there yet."""
         if entry := self.find(key):
             return entry
-        with self._writing("making a result"):
-            with self._exclusive(key):
-                if entry := self._read(key, cached=True):
-                    return entry
-                self._make(key, note, make, resume=resume)
-            self._hold(key)
+        with self._writing("making a result"), self._exclusive(key):
+            if entry := self._read(key, cached=True):
+                return entry
+            self._make(key, note, make, resume=resume)
+        self.find(key)  # holds it
         entry = self._read(key, cached=False)
         if entry is None:
             raise EnvironmentFailure(
@@ -216,35 +222,53 @@ class FileStore:
 
     def _hold(self, key: Digest) -> None:
         if key not in self._held:
-            file = self._lock_file(key.hex)
-            fcntl.flock(file, fcntl.LOCK_SH)
-            self._held[key] = file
+            descriptor = self._open_lock(key.hex)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                raise
+            self._held[key] = descriptor
 
-    def _lock_file(self, name: str) -> IO[bytes]:
+    def close(self) -> None:
+        """Let go of everything held; other processes may then delete it."""
+        for key in list(self._held):
+            self._release(key)
+
+    def _release(self, key: Digest) -> None:
+        descriptor = self._held.pop(key, None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def _open_lock(self, name: str) -> int:
         path = self.root / "locks" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("ab")
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     @contextmanager
     def _exclusive(self, key: Digest) -> Iterator[None]:
-        if held := self._held.pop(key, None):
-            held.close()
-        with self._lock_file(key.hex) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # the kernel frees it when we die
+        self._release(key)
+        descriptor = self._open_lock(key.hex)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # the kernel frees it when we die
             yield
+        finally:
+            os.close(descriptor)
 
     @contextmanager
     def _try_exclusive(self, name: str) -> Iterator[bool]:
         if Digest("sha256:" + name) in self._held:
             yield False
             return
-        with self._lock_file(name) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-            else:
-                yield True
+        descriptor = self._open_lock(name)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+        finally:
+            os.close(descriptor)
 
     @contextmanager
     def _writing(self, what: str) -> Iterator[None]:

@@ -1,0 +1,62 @@
+# Front door for people and CI. `make help` lists the targets; each says what it does as it runs.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A folder of wheels for sites without a package index, and for a CPU build of torch.
+PIP_FLAGS := --disable-pip-version-check $(if $(WEIGHTSMITH_WHEELS),--find-links $(WEIGHTSMITH_WHEELS))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev demo check fix generate test test-real docs bench clean
+
+help: ## Show this help
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.ready ## Make the virtual environment with the `invoke` command (about a minute)
+
+setup-dev: $(VENV)/.ready-dev ## The same with the tests' tools and torch (some minutes)
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@echo "setup: making $(VENV) with the command line tool; about a minute"
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3,11) <= v <= (3,13) else f"setup: Python 3.11 to 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}: run `make setup PYTHON=python3.12`, say")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "setup: python's venv module is missing: apt-get install python3-venv" >&2; exit 1; }
+	@$(BIN)/pip install -q $(PIP_FLAGS) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	@echo "setup: adding test tools and torch; two to five minutes, torch may be a large download"
+	@$(BIN)/pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup ## Build the support bot from base and adapter, and ask it (about 10 minutes the first time)
+	@$(BIN)/python examples/support-bot/demo.py
+
+check: setup-dev ## Lint, format, types, import contracts, generated files
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python docs/generate.py --check
+
+fix: setup-dev ## Repair what `check` can repair by itself
+	@$(BIN)/ruff check --fix-only . && $(BIN)/ruff format .
+	@$(BIN)/python docs/generate.py
+
+generate: setup-dev ## Write the generated reference pages and the JSON Schema
+	@$(BIN)/python docs/generate.py
+
+test: setup-dev ## Every test that needs no GPU; starts a container engine where it may
+	@bash tests/engine.sh || test -z "$(WEIGHTSMITH_REQUIRE_DOCKER)"
+	@$(BIN)/python -m pytest -m "not real and not gpu" $(PYTEST_FLAGS)
+
+test-real: setup-dev ## The heavy tests on real weights as well
+	@bash tests/engine.sh || test -z "$(WEIGHTSMITH_REQUIRE_DOCKER)"
+	@$(BIN)/python -m pytest -m "not gpu" $(PYTEST_FLAGS)
+
+docs: generate ## Generate the reference pages
+
+bench: setup-dev ## Run the benchmarks and print their tables (tens of minutes)
+	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+clean: ## Remove what was built here; the user's cache stays
+	@rm -rf dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis benchmarks/work

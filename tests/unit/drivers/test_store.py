@@ -1,0 +1,173 @@
+"""The store gives whole results or none, whatever happens while they are made."""
+
+import errno
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from toolchain.drivers.store import FileStore
+from toolchain.errors import EnvironmentFailure
+from toolchain.values import Digest, key_of
+
+KEY = key_of("a result")
+
+
+def write(text: str):
+    def make(folder: Path) -> dict[str, str]:
+        (folder / "sub").mkdir(exist_ok=True)
+        (folder / "sub" / "file").write_text(text)
+        return {"text": text}
+
+    return make
+
+
+def test_produces_once_and_finds_again(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    first = store.produce(KEY, {}, write("one"))
+    again = FileStore(tmp_path).produce(KEY, {}, write("two"))
+
+    assert not first.cached
+    assert again.cached
+    assert again.tree.path("sub/file").read_text() == "one"
+    assert again.meta == {"text": "one"}
+    assert again.tree.files[0].digest == Digest.of(b"one")
+
+
+def test_failed_maker_leaves_nothing_visible(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+
+    def fail(folder: Path) -> dict[str, str]:
+        (folder / "half").write_text("ha")
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        store.produce(KEY, {}, fail)
+    assert store.find(KEY) is None
+    assert store.produce(KEY, {}, write("whole")).meta == {"text": "whole"}
+
+
+def test_full_disk_is_explained_and_gives_its_room_back(tmp_path: Path) -> None:
+    def full(folder: Path) -> dict[str, str]:
+        (folder / "half").write_text("ha")
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder / "half"))
+
+    with pytest.raises(EnvironmentFailure, match="disk is full"):
+        FileStore(tmp_path).produce(KEY, {}, full)
+    assert not list((tmp_path / "partial").iterdir())
+
+
+def test_damaged_result_is_made_again(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    entry = store.produce(KEY, {}, write("whole"))
+    store.close()
+    entry.tree.path("sub/file").write_text("w")
+
+    assert FileStore(tmp_path).find(KEY) is None
+    assert FileStore(tmp_path).produce(KEY, {}, write("whole")).meta == {"text": "whole"}
+
+
+def test_a_resumable_maker_finds_what_was_left(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+
+    def fail(folder: Path) -> dict[str, str]:
+        (folder / "shard-1").write_text("done")
+        raise ValueError
+
+    def finish(folder: Path) -> dict[str, bool]:
+        return {"resumed": (folder / "shard-1").exists()}
+
+    with pytest.raises(ValueError):
+        store.produce(KEY, {}, fail, resume=True)
+    assert store.produce(KEY, {}, finish, resume=True).meta == {"resumed": True}
+
+
+def test_file_digest_is_read_again_only_when_the_file_changed(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store")
+    file = tmp_path / "file"
+    file.write_text("one")
+    old = time.time() - 60
+    os.utime(file, (old, old))
+    assert store.digest_file(file).digest == Digest.of(b"one")
+    file.write_text("two")
+    os.utime(file, (old, old))
+
+    assert store.digest_file(file).digest == Digest.of(b"two")  # ctime tells
+
+
+def test_clean_spares_what_a_build_holds_and_the_newest(tmp_path: Path) -> None:
+    holder, cleaner = FileStore(tmp_path), FileStore(tmp_path)
+    keys = [key_of(i) for i in range(3)]
+    for age, key in enumerate(keys):
+        cleaner.produce(key, {}, write("x" * 100))
+        cleaner.close()
+        manifest = tmp_path / "results" / key.hex / "manifest.json"
+        os.utime(manifest, (age, age))
+    assert holder.find(keys[0])  # now in use, and newest
+
+    report = cleaner.clean(0)
+
+    assert report == {"deleted": 2, "in_use": 1, "bytes_before": 300, "bytes_after": 100}
+    assert FileStore(tmp_path).find(keys[0])
+    assert FileStore(tmp_path).find(keys[1]) is None
+
+
+def _slow_maker(root: Path, marker: Path) -> None:
+    def make(folder: Path) -> dict[str, str]:
+        (folder / "half").write_text("ha")
+        marker.write_text("started")
+        time.sleep(60)
+        return {}
+
+    FileStore(root).produce(KEY, {}, make)
+
+
+def test_kill_9_frees_the_lock_and_leaves_nothing_visible(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=_slow_maker, args=(tmp_path, tmp_path / "marker"))
+    process.start()
+    while not (tmp_path / "marker").exists():
+        time.sleep(0.01)
+    assert FileStore(tmp_path).find(KEY) is None or pytest.fail("half-made result is visible")
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+
+    assert FileStore(tmp_path).produce(KEY, {}, write("whole")).meta == {"text": "whole"}
+
+
+def _maker(root: Path, results: "multiprocessing.Queue[bool]") -> None:
+    def make(folder: Path) -> dict[str, str]:
+        time.sleep(0.2)
+        (folder / "f").write_text("x")
+        return {}
+
+    results.put(FileStore(root).produce(KEY, {}, make).cached)
+
+
+def test_two_builds_at_once_make_a_result_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    processes = [context.Process(target=_maker, args=(tmp_path, results)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+    assert sorted(results.get() for _ in processes) == [False, True, True]
+
+
+def test_read_only_store_serves_and_explains(tmp_path: Path, monkeypatch) -> None:
+    FileStore(tmp_path).produce(KEY, {}, write("whole"))
+
+    def refuse(self: Path, *args: object, **kwargs: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+    store = FileStore(tmp_path)
+    monkeypatch.setattr(FileStore, "_open_lock", lambda self, name: refuse(self.root / name))
+
+    assert store.find(KEY)
+    with pytest.raises(EnvironmentFailure, match="cannot write to the store"):
+        store.produce(key_of("another"), {}, write("x"))

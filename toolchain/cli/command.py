@@ -1,0 +1,90 @@
+"""What every command shares: `--json`, errors in a few lines, exit codes, interrupts."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from invoke.exceptions import Exit
+from invoke.tasks import task
+
+from toolchain.errors import WeightsmithError
+from toolchain.values import Json, plain
+
+Body = Callable[..., tuple[Mapping[str, Json], str]]
+"""A command's body returns its JSON object and the same for people."""
+
+
+def command(
+    *, positional: tuple[str, ...] = (), many: tuple[str, ...] = ()
+) -> Callable[[Body], Any]:
+    """Turn a function into an Invoke task of the contract: results on stdout, the rest on stderr.
+
+    `positional` names arguments without a flag, `many` those that may be given more than once.
+    """
+
+    def wrap(body: Body) -> Any:
+        @functools.wraps(body)
+        def run(context: object, **arguments: Any) -> None:
+            as_json = bool(arguments.get("json"))
+            try:
+                result, text = _guarded(body, context, arguments)
+            except WeightsmithError as error:
+                _fail(error.message, error.hint, error.exit_code, as_json=as_json)
+            except KeyboardInterrupt:
+                _fail("interrupted; what was finished is kept", "", 130, as_json=as_json)
+            else:
+                print(json.dumps(plain(result)) if as_json else text, flush=True)  # noqa: T201
+
+        return task(positional=list(positional), iterable=list(many))(run)
+
+    return wrap
+
+
+def _guarded(
+    body: Body, context: object, arguments: dict[str, Any]
+) -> tuple[Mapping[str, Json], str]:
+    """Run a body; SIGTERM ends it like Ctrl-C, and a fault of ours leaves its trace in a file."""
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return body(context, **arguments)
+    except WeightsmithError:
+        raise
+    except Exception as error:
+        if os.environ.get("WEIGHTSMITH_DEBUG"):
+            raise
+        raise WeightsmithError(
+            f"unexpected {type(error).__name__}: {error}",
+            hint=f"this is a fault of weightsmith; the trace is in {_save_trace()}",
+        ) from error
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _save_trace() -> Path:
+    descriptor, name = tempfile.mkstemp(prefix="weightsmith-", suffix=".log", text=True)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(traceback.format_exc())
+    return Path(name)
+
+
+def _fail(message: str, hint: str, code: int, *, as_json: bool) -> None:
+    if as_json:
+        error = {"message": message, "hint": hint, "exit_code": code}
+        print(json.dumps({"error": error}), flush=True)  # noqa: T201
+    text = f"error: {message}" + (f"\n  hint: {hint}" if hint else "")
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
+    raise Exit(code=code)

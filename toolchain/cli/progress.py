@@ -1,0 +1,155 @@
+"""Progress on stderr: a live bar on a terminal, plain lines everywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+from toolchain.ports import Progress
+
+_PLAIN_EVERY_S = 10.0
+"""Seconds between two plain lines of one stage: a CI log stays readable."""
+
+
+def progress_for(stream: TextIO | None = None) -> Progress:
+    """Return the progress that suits where stderr goes."""
+    stream = stream or sys.stderr
+    return LiveProgress() if stream.isatty() else PlainProgress(stream)
+
+
+class PlainProgress:
+    """One line when a stage starts and ends, and now and then between."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._started = self._printed = time.monotonic()
+
+    def stage(self, name: str, detail: str) -> None:
+        """Print the stage's name and what it will do."""
+        self._started = self._printed = time.monotonic()
+        self._print(f"{name}: {detail}" if detail else name)
+
+    def advance(self, done: int, total: int, unit: str) -> None:
+        """Print done, total, rate and time left, at most every ten seconds."""
+        now = time.monotonic()
+        if now - self._printed >= _PLAIN_EVERY_S:
+            self._printed = now
+            self._print("  " + describe(done, total, unit, now - self._started))
+
+    def finish(self, name: str, seconds: float, cached: bool) -> None:
+        """Print how long the stage took."""
+        self._print(f"{name}: {'cached' if cached else 'done'} ({seconds:.1f} s)")
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        self._print("  " + text)
+
+    def warn(self, text: str) -> None:
+        """Print a warning."""
+        self._print("  warning: " + text)
+
+    def _print(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+
+class LiveProgress:
+    """A bar with rate and time left, by rich."""
+
+    def __init__(self) -> None:
+        # Imported here: only a terminal needs it, and `invoke --list` must answer at once.
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TaskID,
+            TextColumn,
+            TimeElapsedColumn,
+        )
+
+        self._console = Console(stderr=True, highlight=False)
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[detail]}"),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+        self._began = time.monotonic()
+
+    def stage(self, name: str, detail: str) -> None:
+        """Start the stage's bar."""
+        self._stop()
+        self._console.print(f"[bold]{name}[/bold]  {detail}" if detail else f"[bold]{name}[/bold]")
+        self._began = time.monotonic()
+        self._task = self._bars.add_task(name, total=None, detail="")
+        self._bars.start()
+
+    def advance(self, done: int, total: int, unit: str) -> None:
+        """Move the bar."""
+        if self._task is not None:
+            detail = describe(done, total, unit, time.monotonic() - self._began)
+            self._bars.update(self._task, completed=done, total=total or None, detail=detail)
+
+    def finish(self, name: str, seconds: float, cached: bool) -> None:
+        """Replace the bar by one line."""
+        self._stop()
+        mark = "[dim]cached[/dim]" if cached else "[green]done[/green]"
+        self._console.print(f"[bold]{name}[/bold]  {mark} ({seconds:.1f} s)")
+
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print("  " + text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """Print a warning above the bar."""
+        self._console.print("  warning: " + text, style="yellow", markup=False)
+
+    def _stop(self) -> None:
+        if self._task is not None:
+            self._bars.stop()
+            self._bars.remove_task(self._task)
+            self._task = None
+
+
+class Recorder:
+    """Passes everything on and keeps the warnings for the report."""
+
+    def __init__(self, inner: Progress) -> None:
+        self._inner = inner
+        self.warnings: list[str] = []
+        self.stage = inner.stage
+        self.advance = inner.advance
+        self.finish = inner.finish
+        self.note = inner.note
+
+    def warn(self, text: str) -> None:
+        """Keep the warning and show it."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            self._inner.warn(text)
+
+
+def describe(done: int, total: int, unit: str, seconds: float) -> str:
+    """Return `done of total, rate, time left` in a unit for people."""
+    amount = _megabytes if unit == "bytes" else str
+    text = f"{amount(done)} of {amount(total)}" if total else amount(done)
+    if unit != "bytes":
+        text += f" {unit}"
+    if seconds > 0.5 and done:
+        rate = done / seconds
+        text += f", {_megabytes(int(rate))}/s" if unit == "bytes" else f", {rate:.1f}/s"
+        if total > done:
+            text += f", {_clock((total - done) / rate)} left"
+    return text
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}:{rest:02d}"
