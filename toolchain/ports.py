@@ -159,8 +159,17 @@ class ContainerEngine(Protocol):
     def load(self, archive: Iterator[bytes], reference: str) -> str:
         """Load an image archive stream; return the image id."""
 
-    def layer_chains(self, reference: str) -> tuple[str, ...]:
-        """Return the diff ids of an image that the engine holds, or ()."""
+    def chains_of(self, *repositories: str) -> tuple[tuple[str, ...], ...]:
+        """Return the diff ids, bottom first, of each image that the engine holds of these.
+
+        Empty where the engine's image store needs every layer in an archive.
+        """
+
+    def image_id(self, reference: str) -> str:
+        """Return the id (the configuration's digest) that a reference names, or an empty text."""
+
+    def untag(self, reference: str) -> None:
+        """Remove a name; the image goes too when it was the last one. Absent is fine."""
 
     def describe(self) -> Mapping[str, Json]:
         """Version, storage driver, GPU runtime: for `doctor`."""

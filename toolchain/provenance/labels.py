@@ -1,0 +1,62 @@
+"""What an image says of itself: names, labels, and what it was made from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from toolchain.recipe import Recipe
+from toolchain.values import Artifact, Score, ServingConfig, Sources
+
+PREFIX = "dev.weightsmith."
+"""Our labels; the others are the OCI annotations of image-spec annotations.md."""
+
+
+def tag(recipe: Recipe, target: str) -> str:
+    """Return the image's tag, `VERSION-TARGET`."""
+    return f"{recipe.version}-{target}"
+
+
+def reference(recipe: Recipe, target: str) -> str:
+    """Return `REPOSITORY:VERSION-TARGET`; the repository is the recipe's name by default."""
+    return f"{recipe.image.repository or recipe.name}:{tag(recipe, target)}"
+
+
+def labels(
+    recipe: Recipe, sources: Sources, artifact: Artifact, config: ServingConfig
+) -> dict[str, str]:
+    """Return the labels that name every source by digest, and the plan.
+
+    They depend on nothing but the inputs, so that the same inputs give the same digest.
+    """
+    found = {
+        "org.opencontainers.image.title": recipe.name,
+        "org.opencontainers.image.version": recipe.version,
+        PREFIX + "target": config.target,
+        PREFIX + "format": artifact.format.name,
+        PREFIX + "artifact.digest": artifact.digest,
+        PREFIX + "base.source": sources.base.source,
+        PREFIX + "base.pin": sources.base.pin,
+        PREFIX + "base.digest": sources.base.digest,
+        PREFIX + "merge.method": recipe.merge.method,
+        PREFIX + "merge.precision": recipe.merge.precision,
+        PREFIX + "plan": json.dumps(config.plan, sort_keys=True, separators=(",", ":")),
+    }
+    for number, adapter in enumerate(sources.adapters):
+        stem = f"{PREFIX}adapter.{number}."
+        found |= {
+            stem + "pin": adapter.snapshot.pin,
+            stem + "digest": adapter.snapshot.digest,
+            stem + "weight": repr(adapter.weight),
+            stem + "version": adapter.version,
+            stem + "run_id": adapter.run_id,
+        }
+    return {key: value for key, value in {**found, **recipe.image.labels}.items() if value}
+
+
+def score_labels(scores: Mapping[str, Score]) -> dict[str, str]:
+    """Return one label per score: `base`, `adapter`, `image`, each from 0 to 1 over n items."""
+    return {
+        f"{PREFIX}score.{name}": f"{score.score:.4f} {score.metric} n={score.n}"
+        for name, score in scores.items()
+    }

@@ -1,0 +1,152 @@
+"""Image -> Published: first as a candidate for its own tests, then under its name."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from toolchain.oci.archive import docker_archive
+from toolchain.oci.image import Image
+from toolchain.oci.layout import read_layout, write_layout
+from toolchain.oci.references import Reference
+from toolchain.oci.registry import Registry
+from toolchain.ports import Tools
+from toolchain.values import Published
+
+_CANDIDATES = "weightsmith-candidate"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outputs:
+    """Where images go; several at once are fine."""
+
+    load: bool = False
+    layout: Path | None = None
+    """Folder of one OCI layout."""
+    push: bool = False
+    force: bool = False
+
+
+@contextmanager
+def candidate(image: Image, outputs: Outputs, tools: Tools) -> Iterator[str]:
+    """Make the image startable without giving it its name; yield what a launcher starts.
+
+    In the container engine where one will hold it, else in a layout beside the final one.
+    """
+    if outputs.load or outputs.layout is None:
+        name = f"{_CANDIDATES}:{image.digest.short}"
+        _load(image, Reference.parse(name), tools)
+        try:
+            yield name
+        finally:
+            tools.engine.untag(name)
+        return
+    folder = _beside(outputs.layout)
+    _layout(image, folder, tools)
+    yield f"oci:{folder}"
+
+
+def publish(
+    image: Image, reference: str, outputs: Outputs, registry: Registry, tools: Tools
+) -> Published:
+    """Bring the image to every output; the registry last, so that nothing unproven is public.
+
+    Raises EnvironmentFailure where an engine or a registry fails, UsageError for a tag that
+    holds another image already.
+    """
+    began = time.monotonic()
+    layers = [{"digest": x.digest, "size": x.size, "file": x.file} for x in image.layers]
+    place = Reference.parse(reference)
+    done = Published(reference=reference, digest=image.digest, layers=layers)
+    if outputs.load:
+        _load(image, place, tools)
+    if outputs.layout is not None:
+        _settle(image, outputs.layout, tools)
+        done = Published(reference=f"oci:{outputs.layout}", digest=image.digest, layers=layers)
+    if outputs.push:
+        done = registry.push(
+            image,
+            place,
+            force=outputs.force,
+            progress=lambda sent, total: tools.progress.advance(sent, total, "bytes"),
+        )
+    return Published(
+        reference=done.reference,
+        digest=done.digest,
+        layers=layers,
+        uploaded_bytes=done.uploaded_bytes,
+        mounted=done.mounted,
+        seconds=time.monotonic() - began,
+    )
+
+
+def is_published(image: Image, reference: str, outputs: Outputs, tools: Tools) -> bool:
+    """Say whether every local output holds this very image already."""
+    if outputs.load and tools.engine.image_id(reference) != image.config_blob.digest:
+        return False
+    if outputs.layout is not None and _held(outputs.layout) != image.digest:
+        return False
+    return not outputs.push
+
+
+def _load(image: Image, reference: Reference, tools: Tools) -> None:
+    name = f"{reference.name}:{reference.tag or 'latest'}"
+    if tools.engine.image_id(name) == image.config_blob.digest:
+        return
+    tools.engine.load(docker_archive(image, reference, _like(image, reference, tools)), name)
+
+
+def _like(image: Image, reference: Reference, tools: Tools) -> tuple[str, ...]:
+    """Return the layers of an engine's image that shares most with this one from the bottom."""
+    ids = [layer.diff_id for layer in image.layers]
+    best: tuple[str, ...] = ()
+    for held in tools.engine.chains_of(reference.name, _CANDIDATES):
+        shared = next((n for n, (a, b) in enumerate(zip(held, ids, strict=False)) if a != b), None)
+        shared = min(len(held), len(ids)) if shared is None else shared
+        if shared > len(best):
+            best = held[:shared]
+    return best
+
+
+def _layout(image: Image, folder: Path, tools: Tools) -> None:
+    tools.store.require_room(sum(layer.size for layer in image.layers), "the image layout")
+    write_layout(
+        image, folder, progress=lambda done, total: tools.progress.advance(done, total, "bytes")
+    )
+
+
+def _settle(image: Image, folder: Path, tools: Tools) -> None:
+    """Give the candidate's layout its final place in one rename."""
+    beside = _beside(folder)
+    stale = _held(beside)
+    _layout(image, beside, tools)
+    if stale is not None and stale != image.digest:
+        _forget_unnamed(beside, image)
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    beside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _forget_unnamed(folder: Path, image: Image) -> None:
+    """Delete blobs that the layout no longer names: the candidate's manifest and configuration."""
+    named = {blob.digest.hex for blob, _ in image.blobs()} | {image.digest.hex}
+    for path in (folder / "blobs" / "sha256").iterdir():
+        if path.name not in named:
+            path.unlink()
+
+
+def _held(folder: Path) -> str | None:
+    if not (folder / "index.json").is_file():
+        return None
+    return read_layout(folder).digest
+
+
+def _beside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.candidate")
