@@ -58,7 +58,6 @@ class Space:
         )
         self.low = torch.empty(elements, dtype=dtype, device=device)
         self.same = torch.empty(elements, dtype=form.bits, device=device)
-        self.flags = torch.empty(elements, dtype=torch.bool, device=device)
 
 
 def work_type(dtype: torch.dtype) -> torch.dtype:
@@ -111,13 +110,13 @@ def merge_rows(
     """
     rows, columns = weight.shape
     sums = _sums(prepared, weight, first, space)
-    out, flags = _round_interval(prepared, sums, first, space)
+    out, same = _round_interval(prepared, sums, first, space)
+    flagged = _differing(same)
     least, most = (float(end) for end in torch.aminmax(sums))
     limit = FORMATS[prepared.dtype].largest * 0.99
     if not (-limit < least and most < limit):
         _check_base(prepared.name, weight)
-        flags = flags | ~torch.isfinite(sums)
-    flagged = torch.from_numpy(flags.cpu().flatten().numpy().nonzero()[0])
+        flagged = torch.arange(weight.numel())
     out, done = out.cpu(), Repairs()
     if len(flagged):
         row = flagged // columns
@@ -151,7 +150,7 @@ def _sums(prepared: Prepared, weight: torch.Tensor, first: int, space: Space) ->
 def _round_interval(
     prepared: Prepared, sums: torch.Tensor, first: int, space: Space
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round both ends of |sum| ± error; return one, and where the two differ.
+    """Round both ends of |sum| ± error; return one, and both ends' bits exclusively or-ed.
 
     With e = the row's bound with the sum's sign and u = the working unit, the ends are
     (1 ± 8u)·sum ± e. The lower one is computed negated, so ends that agree differ in the sign bit
@@ -168,7 +167,22 @@ def _round_interval(
     same = torch.bitwise_xor(
         out.view(form.bits), negated.view(form.bits), out=space.same[:size].view(shape)
     )
-    return out, torch.ne(same, -(1 << (form.width - 1)), out=space.flags[:size].view(shape))
+    return out, same
+
+
+def _differing(same: torch.Tensor) -> torch.Tensor:
+    """Return the flat places, on the CPU, where more than the sign bit is left or it is not."""
+    same = same.flatten()
+    sign = torch.iinfo(same.dtype).min
+    lanes = 8 // same.element_size()
+    if same.device.type != "cpu" or len(same) % lanes:
+        return (same != sign).nonzero().flatten().cpu()
+    # Eight bytes at a time: nearly all of them are as expected.
+    signs = torch.full((lanes,), sign, dtype=same.dtype).view(torch.int64)
+    words = (same.view(torch.int64) != signs).numpy().nonzero()[0]
+    places = torch.from_numpy(words).mul_(lanes).unsqueeze(1) + torch.arange(lanes)
+    places = places.flatten()
+    return places[same[places] != sign]
 
 
 def merge_rows_fast(prepared: Prepared, weight: torch.Tensor, first: int) -> torch.Tensor:

@@ -75,13 +75,14 @@ def _decide(
     (Higham, "Accuracy and Stability of Numerical Algorithms", section 3.1). The bound is generous.
     """
     form = FORMATS[dtype]
-    terms = left * right * gains
+    terms = (left * right).mul_(gains)
     base = weights.double()
     total = base + terms.sum(1)
-    error = terms.abs().sum(1) * ((len(gains) + 8) * 2 * _UNIT) + 2.0**-1000
-    error += total.abs() * (8 * _UNIT)
-    high, low = round_once(total + error, dtype), round_once(total - error, dtype)
-    unsure = (high.view(form.bits) != low.view(form.bits)) | ~torch.isfinite(error + total)
+    error = torch.linalg.vector_norm(terms, 1, dim=1) * ((len(gains) + 8) * 2 * _UNIT)
+    error += total.abs() * (8 * _UNIT) + 2.0**-1000
+    rounded = round_once(torch.stack((total + error, total - error)), dtype)
+    high: torch.Tensor = rounded[0]
+    unsure = (high.view(form.bits) != rounded[1].view(form.bits)) | ~torch.isfinite(error)
     undecided = unsure.nonzero().flatten()
     done.float64 += len(weights)
     done.exact += len(undecided)

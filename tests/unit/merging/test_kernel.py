@@ -1,0 +1,303 @@
+"""The kernel against Fraction arithmetic: every bit, on shapes and numbers chosen to be hard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from toolchain.errors import InputRefused
+from toolchain.merging import kernel
+from toolchain.merging.kernel import Space, merge_rows, merge_rows_fast, prepare, work_type
+from toolchain.merging.repair import Factors
+from toolchain.merging.rounding import FORMATS, round_dyadic, round_once
+
+DTYPES = list(FORMATS)
+
+
+def neighbours(value: Fraction, dtype: torch.dtype) -> tuple[list[float], torch.Tensor]:
+    """Candidates around a number: the float nearest by torch's own rounding, and those beside it."""
+    form = FORMATS[dtype]
+    start = torch.tensor(float(value), dtype=torch.float64).to(dtype)
+    bits = start.view(form.bits).long() & ((1 << form.width) - 1)
+    near = torch.stack([bits + step for step in range(-3, 4)]) & ((1 << form.width) - 1)
+    signed = torch.where(near >= 1 << (form.width - 1), near - (1 << form.width), near)
+    floats = signed.to(form.bits).view(dtype)
+    return [float(f) for f in floats.double()], signed
+
+
+def oracle(value: Fraction, dtype: torch.dtype) -> int:
+    """Bits of the nearest float, ties to even: by comparing distances, as the definition says."""
+    floats, bits = neighbours(value, dtype)
+    options = [
+        (abs(Fraction(f) - value), int(b) & 1, int(b))
+        for f, b in zip(floats, bits, strict=True)
+        if abs(f) != float("inf") and f == f and (f != 0 or (int(b) < 0) == (value < 0))
+    ]
+    return min(options)[2]
+
+
+def exact_sums(
+    weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, gains: Sequence[float]
+) -> list[tuple[Fraction, Fraction]]:
+    """(W, delta) of each element, flat, as fractions."""
+    w, b, a = weight.double().tolist(), left.double().tolist(), right.double().tolist()
+    return [
+        (
+            Fraction(w[i][j]),
+            sum(
+                (Fraction(b[i][k]) * Fraction(a[k][j]) * Fraction(g) for k, g in enumerate(gains)),
+                Fraction(0),
+            ),
+        )
+        for i in range(len(w))
+        for j in range(len(w[0]))
+    ]
+
+
+def expected_bits(
+    weight: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    gains: Sequence[float],
+    dtype: torch.dtype,
+) -> list[int]:
+    flat = weight.flatten()
+    found = []
+    for place, (w, delta) in enumerate(exact_sums(weight, left, right, gains)):
+        if delta == 0:
+            # Nothing added: the weight itself, its sign included.
+            kept = round_once(flat[place].reshape(1), dtype)
+            found.append(int(kept.view(FORMATS[dtype].bits)))
+        else:
+            found.append(oracle(w + delta, dtype) if w + delta else 0)
+    return found
+
+
+def merged(
+    weight: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    gains: Sequence[float],
+    dtype: torch.dtype,
+    rows: int = 1 << 20,
+) -> torch.Tensor:
+    factors = Factors(
+        left=left.float(), right=right.float(), gains=torch.tensor(gains, dtype=torch.float64)
+    )
+    prepared = prepare("w", factors, dtype)
+    space = Space(weight.numel(), dtype, work_type(dtype), "cpu")
+    blocks = [
+        merge_rows(prepared, weight[first : first + rows], first, space)[0]
+        for first in range(0, len(weight), rows)
+    ]
+    return torch.cat(blocks)
+
+
+def check(*case: Any, rows: int = 1 << 20) -> None:
+    weight, left, right, gains, dtype = case
+    got = merged(weight, left, right, gains, dtype, rows).flatten().view(FORMATS[dtype].bits)
+    assert expected_bits(weight, left, right, gains, dtype) == got.tolist()
+
+
+KINDS = ("gaussian", "integers", "cancelling", "tiny", "spread", "sparse")
+
+
+def make_case(
+    seed: int, kind: str, shape: tuple[int, int, int], base: torch.dtype, out: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[float], torch.dtype]:
+    """Random factors of one kind; `shape` is rows, rank, columns."""
+    rows, rank, columns = shape
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=random)
+
+    weight, left, right = normal(rows, columns), normal(rows, rank), normal(rank, columns)
+    gains = [[1.0, 0.5, 0.3, 2.0, -0.7][seed % 5]] * rank
+    match kind:
+        case "integers":
+            # Sums of small integers land on ties again and again.
+            weight = torch.randint(-300, 300, weight.shape, generator=random).float()
+            left = torch.randint(-3, 4, left.shape, generator=random).float()
+            right = torch.randint(-3, 4, right.shape, generator=random).float() / 2
+        case "cancelling":
+            left, right = left.bfloat16().float(), right.bfloat16().float()
+            weight = -(left.double() @ right.double() * gains[0]).float()
+        case "tiny":
+            scale = 2.0**-24 if out == torch.float16 else 2.0**-131
+            weight, left, right = weight * scale, left * scale, right * 3
+        case "spread":
+            weight = weight * torch.exp2(torch.randint(-20, 5, weight.shape, generator=random))
+            left = left * torch.exp2(torch.randint(-20, 5, left.shape, generator=random))
+        case "sparse":
+            weight[:, ::2] = -0.0
+            right[:, ::3] = 0.0
+            left[::2] = 0.0
+        case _:
+            weight, left = weight / 32, left / 64
+    if out == torch.float16:
+        weight = weight.clamp(-1000, 1000)
+    return weight.to(base), left, right, gains, out
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 1 << 30),
+    kind=st.sampled_from(KINDS),
+    shape=st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 7)),
+    base=st.sampled_from(DTYPES),
+    out=st.sampled_from(DTYPES),
+    rows=st.integers(1, 6),
+    adapter=st.sampled_from(DTYPES),
+)
+@example(1, "integers", (6, 4, 7), torch.bfloat16, torch.bfloat16, 2, torch.float32)
+def test_every_bit_is_the_correctly_rounded_sum(
+    seed: int,
+    kind: str,
+    shape: tuple[int, int, int],
+    base: torch.dtype,
+    out: torch.dtype,
+    rows: int,
+    adapter: torch.dtype,
+) -> None:
+    weight, left, right, gains, _ = make_case(seed, kind, shape, base, out)
+    left, right = left.to(adapter), right.to(adapter)
+
+    check(weight, left, right, gains, out, rows=rows)
+
+
+@pytest.mark.parametrize("out", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_larger_blocks(kind: str, out: torch.dtype) -> None:
+    base = torch.bfloat16 if out == torch.float32 else out
+
+    check(*make_case(7, kind, (12, 16, 36), base, out))
+
+
+@pytest.mark.parametrize("out", DTYPES)
+def test_several_adapters_are_one_sum_rounded_once(out: torch.dtype) -> None:
+    weight, left, right, _, _ = make_case(3, "gaussian", (9, 8, 20), out, out)
+
+    check(weight, left, right, [0.7] * 3 + [-1 / 3] * 5, out)
+
+
+@pytest.mark.parametrize("out", DTYPES)
+def test_bytes_do_not_depend_on_threads_or_blocks(out: torch.dtype) -> None:
+    weight, left, right, gains, _ = make_case(5, "gaussian", (150, 64, 500), out, out)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count, rows in ((1, 150), (2, 150), (1, 1), (2, 7), (1, 64)):
+            torch.set_num_threads(count)
+            results.append(merged(weight, left, right, gains, out, rows).view(FORMATS[out].bits))
+    finally:
+        torch.set_num_threads(threads)
+
+    assert all(torch.equal(results[0], other) for other in results)
+
+
+def ties() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[float], torch.dtype]:
+    """Sums that lie 2**-30 beside a midpoint of bfloat16, where float32 sees the midpoint itself."""
+    rows, columns = 8, 16
+    weight = torch.ones(rows, columns).bfloat16()
+    side = torch.ones(rows, 1)
+    side[::2] = -1.0
+    left = torch.cat([torch.full((rows, 1), 2.0**-8), side * 2.0**-30], 1)
+    return weight, left, torch.ones(2, columns), [1.0, 1.0], torch.bfloat16
+
+
+def test_near_ties_are_decided_by_the_exact_sum() -> None:
+    check(*ties())
+
+
+def test_without_the_error_bound_the_same_case_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound is what makes the kernel exact: leave it out and the ties go wrong."""
+    monkeypatch.setattr(kernel, "_bound", lambda left, *_: torch.zeros_like(left))
+    monkeypatch.setattr(kernel, "_SLACK", 0)
+
+    with pytest.raises(AssertionError):
+        check(*ties())
+
+
+@pytest.mark.parametrize("out", [torch.bfloat16, torch.float16])
+def test_rounding_float64_once(out: torch.dtype) -> None:
+    """torch's own conversion goes through float32; this value shows the difference."""
+    tie, step = 1 + 2.0 ** -FORMATS[out].precision, 2.0 ** (1 - FORMATS[out].precision)
+    beside = torch.tensor(
+        [tie + 2.0**-40, -tie - 2.0**-40, tie - 2.0**-40, tie], dtype=torch.float64
+    )
+
+    assert round_once(beside, out).tolist() == [1 + step, -1 - step, 1.0, 1.0]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    numerator=st.integers(-(1 << 70), 1 << 70).filter(bool),
+    exponent=st.integers(-200, 40),
+    out=st.sampled_from(DTYPES),
+)
+def test_rounding_exact_numbers(numerator: int, exponent: int, out: torch.dtype) -> None:
+    form, value = FORMATS[out], Fraction(numerator) * Fraction(2) ** exponent
+    bits = round_dyadic(numerator, exponent, form)
+    signed = bits - (1 << form.width) if bits >> (form.width - 1) else bits
+    if abs(value) < Fraction(form.largest):
+        assert oracle(value, out) == signed
+    elif abs(value) > Fraction(form.largest) * 2:
+        assert abs(float(torch.tensor(signed, dtype=form.bits).view(out))) == float("inf")
+
+
+def test_rows_without_addition_keep_their_bits() -> None:
+    weight = torch.tensor([[-0.0, 1.0], [-0.0, 2.0]]).bfloat16()
+    left = torch.tensor([[0.0], [2.0**-120]])
+
+    out = merged(weight, left, torch.tensor([[1.0, 0.0]]), [1.0], torch.bfloat16)
+
+    assert torch.equal(weight[0].view(torch.int16), out[0].view(torch.int16))
+    assert out[1].tolist() == [2.0**-120, 2.0]
+
+
+@pytest.mark.parametrize("merge", ["exact", "fast"])
+def test_overflow_is_refused_by_name(merge: str) -> None:
+    factors = Factors(
+        left=torch.tensor([[60000.0]]), right=torch.ones(1, 1), gains=torch.ones(1).double()
+    )
+    prepared = prepare("model.up.weight", factors, torch.float16)
+    weight = torch.tensor([[60000.0]]).half()
+
+    with pytest.raises(InputRefused, match=r"model\.up\.weight overflows float16"):
+        if merge == "exact":
+            merge_rows(prepared, weight, 0, Space(1, torch.float16, torch.float32, "cpu"))
+        else:
+            merge_rows_fast(prepared, weight, 0)
+
+
+def test_the_largest_float16_is_not_an_overflow() -> None:
+    weight, left = torch.tensor([[65504.0, 65504.0]]).half(), torch.tensor([[1.0]])
+
+    out = merged(weight, left, torch.tensor([[15.99, -70000.0]]), [1.0], torch.float16)
+
+    assert out.tolist() == [[65504.0, -4496.0]]
+
+
+def test_not_finite_weights_are_refused_by_name() -> None:
+    weight = torch.tensor([[float("nan"), 1.0]]).bfloat16()
+
+    with pytest.raises(InputRefused, match="the base's w holds NaN"):
+        merged(weight, torch.ones(1, 1), torch.ones(1, 2), [1.0], torch.bfloat16)
+
+
+def test_factors_whose_partial_sums_overflow_are_still_exact() -> None:
+    left = torch.tensor([[2.0**120, -(2.0**120), 1.0]])
+    right = torch.tensor([[2.0**10], [2.0**10], [3.0]])
+
+    check(torch.tensor([[1.0]]).bfloat16(), left, right, [1.0] * 3, torch.bfloat16)
+
+
+def test_this_machine_passes_the_arithmetic_check() -> None:
+    kernel.check_arithmetic("cpu")

@@ -1,0 +1,177 @@
+"""What the model should answer: base, or base with unmerged adapters, greedy, in float32."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from toolchain.checkpoints.folder import check_adapter_folder, check_model_folder
+from toolchain.errors import InputRefused
+
+Message = Mapping[str, str]
+Progress = Callable[[int, int], None]
+
+_BATCH_TOKENS = 2048
+"""Prompt tokens of one batch: enough to share the weights' way through memory, few to hold."""
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_TEMPLATE = "chat_template.jinja"
+
+
+def answer(
+    model: Path,
+    adapters: Sequence[tuple[Path, float]],
+    items: Sequence[Sequence[Message]],
+    max_tokens: int,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Return one greedy answer per item, in order, from local files alone.
+
+    Adapters stay unmerged and act side by side, each times its weight: what training saw. Items are
+    chat messages in the folder's own chat template (an adapter's, where it brings one); without a
+    template, an item's single message is completed as plain text. `progress` is told items done
+    and items in all. Raises InputRefused for folders that need code of their own.
+    """
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    tokenizer = _tokenizer(model, adapters)
+    network = _network(model, adapters)
+    prompts = [_prompt(tokenizer, item, model) for item in items]
+    answers = [""] * len(items)
+    done = 0
+    for batch in _batches(prompts):
+        texts = _generate(network, tokenizer, [prompts[i] for i in batch], max_tokens)
+        for place, text in zip(batch, texts, strict=True):
+            answers[place] = text
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(items))
+    return answers
+
+
+def _tokenizer(model: Path, adapters: Sequence[tuple[Path, float]]) -> Any:
+    """Load the tokenizer of the last adapter that has one, or the base's; likewise the template."""
+    from transformers import AutoTokenizer
+
+    folder, template = model, ""
+    for root, _ in adapters:
+        files = check_adapter_folder(root)
+        if any(name in files for name in _TOKENIZERS):
+            folder, template = root, ""
+        if _TEMPLATE in files:
+            template = (root / _TEMPLATE).read_text()
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False, padding_side="left"
+    )
+    if folder != model and not tokenizer.chat_template:
+        base = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+        tokenizer.chat_template = base.chat_template
+    if template:
+        tokenizer.chat_template = template
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _network(model: Path, adapters: Sequence[tuple[Path, float]]) -> Any:
+    """Load the model in float32, and the adapters on it, all active at once."""
+    from transformers import AutoModelForCausalLM
+
+    check_model_folder(model)
+    network = AutoModelForCausalLM.from_pretrained(
+        model,
+        dtype=torch.float32,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+    if adapters:
+        network = _with_adapters(network, adapters)
+    return network.eval()
+
+
+def _with_adapters(network: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    names = [f"adapter_{number}" for number in range(len(adapters))]
+    for number, (root, _) in enumerate(adapters):
+        if number == 0:
+            network = PeftModel.from_pretrained(network, root, adapter_name=names[0])
+        else:
+            network.load_adapter(root, adapter_name=names[number])
+    network.base_model.set_adapter(names)
+    for layer in network.modules():
+        if isinstance(layer, LoraLayer):
+            for name, (_, weight) in zip(names, adapters, strict=True):
+                if name in layer.scaling:
+                    layer.scaling[name] *= weight
+    return network
+
+
+def _prompt(tokenizer: Any, item: Sequence[Message], model: Path) -> list[int]:
+    """Return an item's token ids."""
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in item], add_generation_prompt=True, tokenize=False
+        )
+        # The template writes the begin token itself.
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if len(item) != 1:
+        raise InputRefused(
+            f"{model} has no chat template, and an item has {len(item)} messages",
+            hint="give plain prompts, or add chat_template.jinja to the model or the adapter",
+        )
+    return list(tokenizer(item[0]["content"])["input_ids"])
+
+
+def _batches(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Yield places of prompts of like length, so that little is padded."""
+    batch: list[int] = []
+    for place in sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i)):
+        if batch and (len(batch) + 1) * len(prompts[place]) > _BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def _generate(
+    network: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_tokens: int
+) -> list[str]:
+    """Complete a batch, padded on the left; the masked padding does not change any text."""
+    from transformers import GenerationConfig
+
+    width = max(1, max(len(prompt) for prompt in prompts))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    # Greedy whatever generation_config.json says of sampling and penalties; only its ends count.
+    greedy = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_tokens,
+        pad_token_id=pad,
+        eos_token_id=_ends(network, tokenizer),
+    )
+    network.generation_config = greedy
+    found = network.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
+    return [
+        str(text) for text in tokenizer.batch_decode(found[:, width:], skip_special_tokens=True)
+    ]
+
+
+def _ends(network: Any, tokenizer: Any) -> list[int] | None:
+    """Return every token that ends an answer for the model, its generation config or tokenizer."""
+    ends: list[int] = []
+    given = (
+        network.generation_config.eos_token_id,
+        network.config.eos_token_id,
+        tokenizer.eos_token_id,
+    )
+    for value in given:
+        ends += value if isinstance(value, list) else [] if value is None else [value]
+    return sorted(set(ends)) or None
