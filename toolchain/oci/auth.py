@@ -6,7 +6,6 @@ https://distribution.github.io/distribution/spec/auth/token/ and RFC 9110 sectio
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -83,8 +82,10 @@ def _stored(entry: Mapping[str, Json], host: str) -> tuple[str, str] | None:
     if entry.get("username"):
         return str(entry["username"]), str(entry.get("password", ""))
     try:
-        user, colon, secret = base64.b64decode(entry.get("auth") or "").decode().partition(":")
-    except (binascii.Error, UnicodeDecodeError, TypeError):
+        user, colon, secret = (
+            base64.b64decode(entry.get("auth") or "", validate=True).decode().partition(":")
+        )
+    except (ValueError, TypeError):
         raise InputRefused(
             f"the entry for {host} in Docker's config.json is damaged",
             hint=f"run `docker login {host}` again",

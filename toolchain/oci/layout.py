@@ -184,11 +184,13 @@ def _chunks(path: Path, size: int | None) -> Iterator[bytes]:
         raise InputRefused(
             f"{path} cannot be read: {error.strerror}", hint="write the layout again"
         ) from None
-    with os.fdopen(handle, "rb", buffering=0) as file:
-        status = os.fstat(file.fileno())
+    try:
+        status = os.fstat(handle)
         limit = manifests.LARGEST_MANIFEST if size is None else size
         wrong = status.st_size > limit if size is None else status.st_size != size
         if not stat.S_ISREG(status.st_mode) or wrong:
             raise InputRefused(f"{path} is not a regular file of the size that it should have")
-        while chunk := file.read(CHUNK):
+        while chunk := os.read(handle, CHUNK):
             yield chunk
+    finally:
+        os.close(handle)

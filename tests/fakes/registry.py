@@ -1,0 +1,235 @@
+"""A registry in this process, with the faults that real ones have."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import socket
+import struct
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
+
+
+class FakeRegistry:
+    """State that tests look at and set; `faults` are used up one request at a time."""
+
+    def __init__(self) -> None:
+        self.blobs: dict[tuple[str, str], bytes] = {}
+        self.manifests: dict[tuple[str, str], tuple[str, bytes]] = {}
+        self.uploads: dict[str, bytes] = {}
+        self.log: list[tuple[str, str]] = []
+        self.authorizations: list[tuple[str, str]] = []
+        self.faults: list[tuple[str, str, str]] = []
+        """(method, part of the path, kind): `reset`, `cut`, a status, `429`, `digest`, `redirect:URL`."""
+        self.auth = ""
+        """Empty, `basic` or `bearer`."""
+        self.user, self.password = "ann", "s3cret-password"
+        self.tokens: set[str] = set()
+        self.tokens_given = 0
+        self.chunk_min = 0
+        self.largest_body = 0
+        self.mount_allowed = True
+        self.url = ""
+
+    @property
+    def host(self) -> str:
+        return urlsplit(self.url).netloc
+
+    def expire_tokens(self) -> None:
+        self.tokens.clear()
+
+    def counts(self) -> Counter[str]:
+        return Counter(method for method, _ in self.log)
+
+    def fault(self, method: str, path: str) -> str:
+        for row in self.faults:
+            if row[0] == method and row[1] in path:
+                self.faults.remove(row)
+                return row[2]
+        return ""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    state: FakeRegistry
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def fail(self, status: int, code: str, message: str = "", **headers: str) -> None:
+        body = json.dumps({"errors": [{"code": code, "message": message}]}).encode()
+        self.answer(status, body, **headers)
+
+    def handle_one(self) -> None:
+        state = self.state
+        path = urlsplit(self.path).path
+        state.log.append((self.command, self.path))
+        state.authorizations.append((path, self.headers.get("Authorization", "")))
+        fault = state.fault(self.command, self.path)
+        if fault in ("reset", "cut"):
+            self.rfile.read(min(1000, int(self.headers.get("Content-Length") or 0)))
+            return self.reset()
+        if path == "/token":
+            return self.token(fault)
+        if state.auth and not self.authorized():
+            self.body()
+            return self.challenge()
+        if fault.startswith("redirect:"):
+            self.body()
+            return self.answer(307, Location=fault.removeprefix("redirect:"))
+        if fault.isdigit():
+            self.body()
+            extra = {"Retry_After": "7"} if fault == "429" else {}
+            secret = self.headers.get("Authorization", "").partition(" ")[2]
+            return self.fail(int(fault), "TROUBLE", f"no space left on device {secret}", **extra)
+        return self.route(path, parse_qs(urlsplit(self.path).query), fault)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_PATCH = do_DELETE = handle_one
+
+    def reset(self) -> None:
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+        self.close_connection = True
+
+    def body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def authorized(self) -> bool:
+        kind, _, value = self.headers.get("Authorization", "").partition(" ")
+        if self.state.auth == "basic":
+            wanted = f"{self.state.user}:{self.state.password}".encode()
+            return kind == "Basic" and base64.b64decode(value) == wanted
+        return kind == "Bearer" and value in self.state.tokens
+
+    def challenge(self) -> None:
+        header = 'Basic realm="x"'
+        if self.state.auth == "bearer":
+            header = f'Bearer realm="{self.state.url}/token",service="fake",scope="wrong"'
+        self.fail(401, "UNAUTHORIZED", "authentication required", WWW_Authenticate=header)
+
+    def token(self, fault: str) -> None:
+        wanted = base64.b64encode(f"{self.state.user}:{self.state.password}".encode()).decode()
+        form = self.body().decode()
+        given = self.headers.get("Authorization", "")
+        identity = f"refresh_token={self.state.password}" in form
+        if (given and given != f"Basic {wanted}") or (form and not identity) or fault == "401":
+            return self.fail(401, "UNAUTHORIZED", "wrong password")
+        self.state.tokens_given += 1
+        token = f"token-{self.state.tokens_given}-hush"
+        self.state.tokens.add(token)
+        return self.answer(200, json.dumps({"token": token, "expires_in": 300}).encode())
+
+    def route(self, path: str, query: dict[str, list[str]], fault: str) -> None:
+        if found := re.fullmatch(r"/v2/(.+)/manifests/([^/]+)", path):
+            return self.manifest(found[1], found[2], fault)
+        if found := re.fullmatch(r"/v2/(.+)/blobs/uploads/(.*)", path):
+            return self.upload(found[1], found[2], query, fault)
+        if found := re.fullmatch(r"/v2/(.+)/blobs/([^/]+)", path):
+            return self.blob(found[1], found[2], fault)
+        return self.fail(404, "NAME_UNKNOWN")
+
+    def manifest(self, repository: str, name: str, fault: str) -> None:
+        if self.command == "PUT":
+            data = self.body()
+            digest = "sha256:" + hashlib.sha256(data).hexdigest()
+            for key in (name, digest):
+                self.state.manifests[repository, key] = self.headers["Content-Type"], data
+            return self.answer(201, Docker_Content_Digest=_wrong(digest) if fault else digest)
+        found = self.state.manifests.get((repository, name))
+        if not found:
+            return self.fail(404, "MANIFEST_UNKNOWN")
+        data = found[1] + b" " if fault == "digest" else found[1]
+        return self.answer(200, data, Content_Type=found[0])
+
+    def blob(self, repository: str, digest: str, fault: str) -> None:
+        data = self.state.blobs.get((repository, digest))
+        if data is None:
+            return self.fail(404, "BLOB_UNKNOWN")
+        if fault == "digest":
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        if fault == "half":
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2])
+            self.wfile.flush()
+            self.close_connection = True
+            return None
+        start = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        return self.answer(206 if start else 200, data[int(start[1]) if start else 0 :])
+
+    def upload(self, repository: str, name: str, query: dict[str, list[str]], fault: str) -> None:
+        if self.command == "POST":
+            return self.open_upload(repository, query)
+        data = self.body()
+        if name not in self.state.uploads:
+            return self.fail(404, "BLOB_UPLOAD_UNKNOWN")
+        if self.command == "DELETE":
+            del self.state.uploads[name]
+            return self.answer(204)
+        if self.state.largest_body and len(data) > self.state.largest_body:
+            return self.fail(413, "SIZE_INVALID")
+        self.state.uploads[name] += data
+        place = f"/v2/{repository}/blobs/uploads/{name}?_state=a%2Bb%3D"
+        if self.command == "PATCH":
+            return self.answer(202, Location=place)
+        whole = self.state.uploads.pop(name)
+        digest = "sha256:" + hashlib.sha256(whole).hexdigest()
+        if digest != query["digest"][0] or query.get("_state") != ["a+b="]:
+            return self.fail(400, "DIGEST_INVALID", "provided digest did not match")
+        self.state.blobs[repository, digest] = whole
+        return self.answer(201, Docker_Content_Digest=_wrong(digest) if fault else digest)
+
+    def open_upload(self, repository: str, query: dict[str, list[str]]) -> None:
+        if "mount" in query and self.state.mount_allowed:
+            data = self.state.blobs.get((query["from"][0], query["mount"][0]))
+            if data is not None:
+                self.state.blobs[repository, query["mount"][0]] = data
+                return self.answer(201)
+        name = f"u{len(self.state.log)}"
+        self.state.uploads[name] = b""
+        extra = {"OCI_Chunk_Min_Length": str(self.state.chunk_min)} if self.state.chunk_min else {}
+        place = f"/v2/{repository}/blobs/uploads/{name}?_state=a%2Bb%3D"
+        return self.answer(202, Location=place, **extra)
+
+
+def _wrong(digest: str) -> str:
+    return "sha256:" + digest[:6:-1]
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        """Stay silent: broken connections are what tests ask for."""
+
+
+@contextmanager
+def fake_registry() -> Iterator[FakeRegistry]:
+    """Serve a fake registry on a free loopback port."""
+    state = FakeRegistry()
+    server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"state": state}))
+    state.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield state
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -1,0 +1,37 @@
+"""The docker archive: complete by itself, or without what the engine holds."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+from tests.fakes.images import tiny_image
+from toolchain.oci.archive import docker_archive
+from toolchain.oci.references import Reference
+from toolchain.values import Digest
+
+
+def _names(data: bytes) -> dict[str, bytes]:
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        return {m.name: archive.extractfile(m).read() for m in archive}  # type: ignore[union-attr]
+
+
+def test_layout_and_docker_manifest_in_one(tmp_path: Path) -> None:
+    image = tiny_image(tmp_path)
+    found = _names(b"".join(docker_archive(image, Reference.parse("team/app:1"))))
+    row = json.loads(found["manifest.json"])[0]
+    assert row["RepoTags"] == ["docker.io/team/app:1"]
+    assert [Digest.of(found[name]) for name in row["Layers"]] == [x.digest for x in image.layers]
+    assert found[row["Config"]] == image.config_bytes
+    for name, data in found.items():
+        if name.startswith("blobs/"):
+            assert name.endswith(Digest.of(data).hex)
+
+
+def test_a_common_start_is_left_out(tmp_path: Path) -> None:
+    image = tiny_image(tmp_path)
+    ids = [layer.diff_id for layer in image.layers]
+    skip = [*ids[:2], ids[3], ids[2]]
+    found = _names(b"".join(docker_archive(image, Reference.parse("a"), skip)))
+    there = [f"blobs/sha256/{layer.digest.hex}" in found for layer in image.layers]
+    assert there == [False, False, True, True]

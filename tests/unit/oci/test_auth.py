@@ -1,0 +1,75 @@
+"""Credentials as Docker keeps them, challenges as registries send them."""
+
+import base64
+
+import pytest
+
+from toolchain.errors import InputRefused
+from toolchain.oci.auth import Challenge, docker_config, parse_challenge
+
+
+def _auth(text: str) -> dict[str, str]:
+    return {"auth": base64.b64encode(text.encode()).decode()}
+
+
+def test_docker_config() -> None:
+    config = {
+        "auths": {
+            "r.example:5000": _auth("ann:a:b"),
+            "https://index.docker.io/v1/": _auth("hub:pw"),
+            "id.example": {"identitytoken": "refresh"},
+            "plain.example": {"username": "u", "password": "p"},
+            "empty.example": {},
+        }
+    }
+    find = docker_config(config)
+    assert find("r.example:5000") == ("ann", "a:b")
+    assert find("docker.io") == ("hub", "pw")
+    assert find("id.example") == ("<token>", "refresh")
+    assert find("plain.example") == ("u", "p")
+    assert find("empty.example") is None
+    assert find("other.example") is None
+
+
+def test_helpers_come_first() -> None:
+    asked = []
+
+    def helper(program: str, server: str) -> tuple[str, str] | None:
+        asked.append((program, server))
+        return None if server == "b.example" else ("h", "s")
+
+    config = {
+        "credHelpers": {"a.example": "gcr"},
+        "credsStore": "desktop",
+        "auths": {"b.example": _auth("b:c")},
+    }
+    find = docker_config(config, helper)
+    assert find("a.example") == ("h", "s")
+    assert find("b.example") == ("b", "c")
+    assert find("docker.io") == ("h", "s")
+    assert asked == [
+        ("gcr", "a.example"), ("desktop", "b.example"), ("desktop", "https://index.docker.io/v1/"),
+    ]  # fmt: skip
+
+
+def test_a_damaged_entry_is_not_shown() -> None:
+    with pytest.raises(InputRefused, match=r"r\.example") as caught:
+        docker_config({"auths": {"r.example": {"auth": "c2VjcmV0*"}}})("r.example")
+    assert "c2VjcmV0" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("headers", "found"),
+    [
+        (
+            ['Bearer realm="https://a/t",service="s",scope="x,y"'],
+            Challenge("bearer", "https://a/t", "s"),
+        ),
+        (['BASIC realm="r"'], Challenge("basic")),
+        (['Basic realm="r"', 'Bearer realm="https://a/t"'], Challenge("bearer", "https://a/t")),
+        (["Negotiate"], None),
+        ([], None),
+    ],
+)
+def test_challenges(headers: list[str], found: Challenge | None) -> None:
+    assert parse_challenge(headers) == found

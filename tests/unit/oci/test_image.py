@@ -1,0 +1,171 @@
+"""Images: one digest for the same inputs, and a base that stays what it was."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.images import entry, foreign_image, tar_of, tiny_image
+from toolchain.errors import InputRefused, UsageError
+from toolchain.oci.image import Healthcheck, Image, ImageConfig, assemble, load_image
+from toolchain.oci.inspect import describe
+from toolchain.oci.layers import Member, TarLayer
+from toolchain.values import Digest
+
+
+def _layer(name: str) -> TarLayer:
+    return TarLayer(members=(Member.of_bytes(name, name.encode()),), epoch=0)
+
+
+def test_golden_digest(tmp_path: Path) -> None:
+    assert (
+        tiny_image(tmp_path).digest
+        == "sha256:9a24f8e716e9bb540b918eb4dc3644d56dfa92ba2bab889fda4001a552aaa51c"
+    )
+
+
+def test_the_folder_does_not_count(tmp_path: Path) -> None:
+    assert tiny_image(tmp_path / "a").digest == tiny_image(tmp_path / "b").digest
+
+
+def test_configuration(tmp_path: Path) -> None:
+    image = tiny_image(tmp_path)
+    document = json.loads(image.config_bytes)
+    assert document["created"] == "1970-01-01T00:00:00Z"
+    assert {row["created"] for row in document["history"]} == {"1970-01-01T00:00:00Z"}
+    assert document["rootfs"]["diff_ids"] == [layer.digest for layer in image.layers]
+    assert document["config"] == {
+        "Env": ["HF_HUB_OFFLINE=1"],
+        "Labels": {"org.opencontainers.image.version": "1.2.0"},
+        "User": "1000:1000",
+        "Entrypoint": ["/models/serve"],
+        "Cmd": ["--port", "8000"],
+        "WorkingDir": "/models",
+        "ExposedPorts": {"8000/tcp": {}},
+        "Healthcheck": {
+            "Test": ["CMD", "/bin/true"],
+            "Interval": 10_000_000_000,
+            "Timeout": 5_000_000_000,
+            "StartPeriod": 900_000_000_000,
+            "Retries": 3,
+        },
+    }
+
+
+def test_a_base_is_kept_and_overridden() -> None:
+    base = foreign_image(tar_of((entry("bin/sh"), b"sh")))
+    config = ImageConfig(entrypoint=("/serve",), env={"A": "new", "B": "1"}, labels={"x": "y"})
+    image = assemble([_layer("/w")], [_layer("/c")], config=config, base=base, epoch=0)
+    assert image.config["Env"] == ["PATH=/bin", "A=new", "B=1"]
+    assert image.labels == {"from": "base", "x": "y"}
+    assert "Cmd" not in image.config, "a base's command was meant for the base's entrypoint"
+    manifest = json.loads(image.manifest_bytes)
+    assert [row["mediaType"].rpartition(".")[2] for row in manifest["layers"]] == [
+        "tar+gzip",
+        "tar",
+        "tar",
+    ]
+    assert manifest["layers"][0]["digest"] == base.layers[0].digest
+    assert json.loads(image.config_bytes)["rootfs"]["diff_ids"][0] == base.layers[0].diff_id
+
+
+def test_weights_below_the_base() -> None:
+    base = foreign_image(tar_of((entry("bin/sh"), b"sh")))
+    weights, files = _layer("/w"), _layer("/c")
+    image = assemble(
+        [weights], [files], config=ImageConfig(), base=base, order="weights-first", epoch=0
+    )
+    assert [layer.digest for layer in image.layers] == [
+        weights.digest, base.layers[0].digest, files.digest,
+    ]  # fmt: skip
+    history = json.loads(image.config_bytes)["history"]
+    assert [row["created_by"] for row in history] == ["weightsmith: w", "base", "weightsmith: c"]
+
+
+def test_at_most_125_layers() -> None:
+    layers = [_layer(f"/{n}") for n in range(125)]
+    assemble(layers, config=ImageConfig())
+    with pytest.raises(UsageError, match="126 layers") as caught:
+        assemble(layers, [_layer("/c")], config=ImageConfig())
+    assert caught.value.hint
+
+
+def test_described_from_the_image_alone(tmp_path: Path) -> None:
+    image = tiny_image(tmp_path, annotations={"k": "v"})
+    found = describe(image)
+    assert json.loads(json.dumps(found)) == found
+    assert found["digest"] == image.digest
+    assert found["config"]["ports"] == ["8000/tcp"]
+    assert found["annotations"] == {"k": "v"}
+    assert [row["file"] for row in found["layers"]] == [layer.file for layer in image.layers]
+    assert found["size"] == sum(layer.size for layer in image.layers)
+
+
+GOOD = json.loads(foreign_image(b"x").manifest_bytes)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schemaVersion": 1},
+        {"config": None},
+        {"config": {**GOOD["config"], "mediaType": "text/html"}},
+        {"config": {**GOOD["config"], "size": 1 << 40}},
+        {"config": {**GOOD["config"], "digest": "sha256:../../etc/passwd"}},
+        {"layers": {}},
+        {"layers": []},
+        {"layers": [None]},
+        {"layers": [{**GOOD["layers"][0], "size": -1}]},
+        {"layers": [{**GOOD["layers"][0], "size": True}]},
+        {"layers": [{**GOOD["layers"][0], "mediaType": "application/vnd.evil"}]},
+        {"layers": [{**GOOD["layers"][0], "annotations": {"org.opencontainers.image.title": 1}}]},
+        {"annotations": [1]},
+    ],
+)
+def test_malformed_manifests_are_refused(change: dict[str, object]) -> None:
+    good = foreign_image(b"x")
+    with pytest.raises(InputRefused):
+        load_image(
+            json.dumps({**GOOD, **change}).encode(),
+            good.media_type,
+            read=lambda _: good.config_bytes,
+            opener=lambda _: lambda: iter(()),
+            where="x",
+        )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"Env": "A=1"},
+        {"Env": [1]},
+        {"Labels": ["a"]},
+        {"Labels": {"a": 1}},
+        {"Entrypoint": {}},
+        {"User": 5},
+    ],
+)
+def test_malformed_configurations_are_refused(config: dict[str, object]) -> None:
+    with pytest.raises(InputRefused):
+        foreign_image(b"x", config=config)
+
+
+def test_a_health_check_replaces_the_bases() -> None:
+    base = foreign_image(b"x", config={"Healthcheck": {"Test": ["NONE"]}})
+    check = Healthcheck(command=("/h",), retries=9)
+    image = assemble([], config=ImageConfig(healthcheck=check), base=base)
+    assert image.config["Healthcheck"]["Retries"] == 9
+
+
+def test_read_again_is_the_same(tmp_path: Path) -> None:
+    image = tiny_image(tmp_path)
+    blobs = {blob.digest: b"".join(opener()) for blob, opener in image.blobs()}
+    again: Image = load_image(
+        image.manifest_bytes,
+        image.media_type,
+        read=lambda blob: blobs[blob.digest],
+        opener=lambda blob: lambda: iter((blobs[blob.digest],)),
+        where="x",
+    )
+    assert again.digest == image.digest == Digest.of(image.manifest_bytes)
+    assert describe(again) == describe(image)

@@ -1,0 +1,230 @@
+"""Layers: the same bytes everywhere, and nothing read before it has to be."""
+
+import io
+import os
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.fakes.images import FILES, tree_of
+from toolchain.errors import InputRefused, UsageError
+from toolchain.oci.layers import Member, TarLayer, weight_layers
+from toolchain.values import Digest
+
+
+def _bytes(layer: TarLayer) -> bytes:
+    return b"".join(layer.open())
+
+
+def test_golden_digest_of_a_tiny_layer() -> None:
+    layer = TarLayer(
+        members=(Member.of_bytes("/a/b.txt", b"hello\n"), Member.of_bytes("a/run", b"x", 0o700)),
+        epoch=0,
+    )
+    assert layer.digest == "sha256:aa2827f2910396eb898fa02b4c9ad66fd35967abfa7c9980ec0d7f86bda92a48"
+
+
+def test_size_digest_and_content_as_promised() -> None:
+    layer = TarLayer(
+        members=(Member.of_bytes("/m/x", b"1" * 513), Member.of_bytes("/m/y", b"")), epoch=7
+    )
+    data = _bytes(layer)
+    assert layer.size == len(data)
+    assert layer.digest == layer.diff_id == Digest.of(data)
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        rows = [(e.name, e.mode, e.mtime, e.uid, e.uname, e.isdir()) for e in archive]
+    assert rows == [
+        ("m", 0o755, 7, 0, "", True),
+        ("m/x", 0o644, 7, 0, "", False),
+        ("m/y", 0o644, 7, 0, "", False),
+    ]
+
+
+def test_nothing_of_the_machine_is_in_the_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
+    first = weight_layers(tree_of(tmp_path / "one", FILES), own_layer=50_000)
+    old = os.umask(0o077)
+    try:
+        other = tree_of(tmp_path / "two", dict(reversed(FILES.items())))
+        for entry in other.files:
+            os.utime(other.path(entry.path), (5, 5))
+            other.path(entry.path).chmod(0o700)
+        second = weight_layers(other, own_layer=50_000)
+    finally:
+        os.umask(old)
+    assert [layer.digest for layer in first] == [layer.digest for layer in second]
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    third = weight_layers(other, own_layer=50_000)
+    assert third[0].digest != first[0].digest
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
+    with pytest.raises(UsageError, match="SOURCE_DATE_EPOCH"):
+        weight_layers(other)
+
+
+def test_large_files_alone_and_small_ones_together(tmp_path: Path) -> None:
+    layers = weight_layers(tree_of(tmp_path, FILES), own_layer=50_000)
+    assert [layer.file for layer in layers] == [
+        "models/model-00001-of-00002.safetensors",
+        "models/model-00002-of-00002.safetensors",
+        "models/config.json and 1 more",
+    ]
+
+
+def test_many_shards_share_layers(tmp_path: Path) -> None:
+    tree = tree_of(tmp_path, {f"model-{n:05}.safetensors": b"w" for n in range(191)})
+    layers = weight_layers(tree, own_layer=1, most=64)
+    assert len(layers) == 64
+    assert sum(len(layer.members) for layer in layers) == 191
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "d/" * 60 + "f",
+        "n" * 101,
+        "é/ü.json",
+        "x" * 100 + "/y",
+        "a" * 150 + "/" + "b" * 100,
+        "p" * 300,
+    ],
+)
+def test_long_and_foreign_names_are_read_back(name: str, tmp_path: Path) -> None:
+    data = _bytes(TarLayer(members=(Member.of_bytes(name, b"1"),), epoch=0))
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        assert archive.getnames()[-1] == name
+    (tmp_path / "x.tar").write_bytes(data)
+    listed = subprocess.run(
+        ["tar", "--quoting-style=literal", "-tf", tmp_path / "x.tar"],
+        check=True,
+        capture_output=True,
+    )
+    assert listed.stdout.decode().splitlines()[-1] == name
+    assert not listed.stderr
+
+
+_NAMES = st.lists(st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/"), min_size=1, max_size=60).filter(lambda t: t not in (".", "..") and not t.startswith(".wh.")), min_size=1, max_size=4)  # fmt: skip
+
+
+@given(_NAMES, st.binary(max_size=1500), st.integers(0, 2**33 - 1))
+def test_python_reads_every_member(parts: list[str], data: bytes, epoch: int) -> None:
+    layer = TarLayer(members=(Member.of_bytes("/".join(parts), data),), epoch=epoch)
+    whole = _bytes(layer)
+    assert layer.size == len(whole)
+    with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
+        last = archive.getmembers()[-1]
+        assert (last.name, last.mtime) == ("/".join(parts), epoch)
+        found = archive.extractfile(last)
+        assert found is not None
+        assert found.read() == data
+
+
+@pytest.mark.parametrize("path", ["../x", "a/../../x", "", "/", "a//b", "a/./b", "a\0b", "a/.wh.b"])
+def test_paths_that_leave_or_hide_are_refused(path: str) -> None:
+    with pytest.raises(UsageError):
+        TarLayer(members=(Member.of_bytes(path, b""),))
+
+
+def test_a_path_twice_and_a_file_as_folder_are_refused() -> None:
+    with pytest.raises(UsageError, match="twice"):
+        TarLayer(members=(Member.of_bytes("/a", b""), Member.of_bytes("a", b"")))
+    with pytest.raises(UsageError, match="twice"):
+        TarLayer(members=(Member.of_bytes("/a", b""), Member.of_bytes("a/b", b"")))
+
+
+def test_names_that_are_not_text_are_refused() -> None:
+    with pytest.raises(InputRefused, match="UTF-8"):
+        TarLayer(members=(Member.of_bytes("a\udcff", b""),))
+
+
+def test_a_file_that_changes_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "w.bin"
+    path.write_bytes(bytes(3 << 20))
+    layer = TarLayer(members=(Member.of_file("/w.bin", path),))
+    chunks = layer.open()
+    next(chunks), next(chunks)
+    with path.open("r+b") as file:
+        file.truncate(1 << 20)
+    with pytest.raises(InputRefused, match=r"w\.bin changed"):
+        list(chunks)
+    with pytest.raises(InputRefused, match=r"w\.bin changed"):
+        list(layer.open())
+    path.unlink()
+    with pytest.raises(InputRefused, match=r"w\.bin changed"):
+        list(layer.open())
+
+
+def test_a_file_rewritten_in_place_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "w.bin"
+    path.write_bytes(bytes(3 << 20))
+    chunks = TarLayer(members=(Member.of_file("/w.bin", path),)).open()
+    next(chunks), next(chunks)
+    path.write_bytes(bytes([1]) * (3 << 20))
+    os.utime(path, (1, 1))
+    with pytest.raises(InputRefused, match=r"w\.bin changed"):
+        list(chunks)
+
+
+def test_a_remembered_digest_is_not_worked_out_again(tmp_path: Path) -> None:
+    known: dict[str, str] = {}
+    calls = []
+
+    def memo(key: str, make: object) -> str:
+        calls.append(key)
+        if key not in known:
+            known[key] = make()  # type: ignore[operator]
+        return known[key]
+
+    tree = tree_of(tmp_path, FILES)
+    first = [layer.digest for layer in weight_layers(tree, own_layer=50_000, memo=memo)]
+    for entry in tree.files:
+        tree.path(entry.path).unlink()
+    again = [layer.digest for layer in weight_layers(tree, own_layer=50_000, memo=memo)]
+    assert first == again
+    other = weight_layers(tree, own_layer=50_000, memo=memo, epoch=1)
+    with pytest.raises(InputRefused):
+        _ = other[0].digest
+    assert len(set(calls)) == 4
+
+
+@pytest.mark.real
+def test_more_than_8_gib(tmp_path: Path) -> None:
+    """A sparse 9 GiB file, its layer read by GNU tar as it streams by."""
+    path = tmp_path / "big.bin"
+    with path.open("wb") as file:
+        file.truncate(9 << 30)
+    layer = TarLayer(members=(Member.of_file("/models/big.bin", path),), epoch=0)
+    with subprocess.Popen(
+        ["tar", "-tvf", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as reader:
+        assert reader.stdin is not None
+        assert reader.stdout is not None
+        sent = 0
+        for chunk in layer.open():
+            reader.stdin.write(chunk)
+            sent += len(chunk)
+        reader.stdin.close()
+        listed = reader.stdout.read().decode()
+    assert reader.returncode == 0
+    assert sent == layer.size
+    assert f" {9 << 30} " in listed
+
+
+def test_the_header_above_8_gib_is_read_by_python(tmp_path: Path) -> None:
+    path = tmp_path / "big.bin"
+    with path.open("wb") as file:
+        file.truncate((8 << 30) + 5)
+    layer = TarLayer(members=(Member.of_file("/models/big.bin", path),), epoch=0)
+    chunks = layer.open()
+    head = next(chunks) + next(chunks)
+    chunks.close()  # type: ignore[attr-defined]
+    with tarfile.open(fileobj=io.BytesIO(head)) as archive:
+        archive.next()
+        big = archive.next()
+    assert big is not None
+    assert (big.name, big.size) == ("models/big.bin", (8 << 30) + 5)

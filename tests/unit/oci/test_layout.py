@@ -1,0 +1,167 @@
+"""Layout folders: whole or not at all, and read with distrust."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.images import tiny_image
+from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
+from toolchain.oci.image import Image
+from toolchain.oci.layers import Member, TarLayer
+from toolchain.oci.layout import read_layout, write_layout
+from toolchain.values import Digest, Json
+
+AMD64 = "linux/amd64"
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Image:
+    return tiny_image(tmp_path / "model")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, image: Image) -> Path:
+    write_layout(image, tmp_path / "out", ref="1.2.0")
+    return tmp_path / "out"
+
+
+def _edit(path: Path, change: Json) -> None:
+    path.write_bytes(json.dumps({**json.loads(path.read_bytes()), **change}).encode())
+
+
+def test_written_and_read_back(folder: Path, image: Image) -> None:
+    back = read_layout(folder)
+    assert back.digest == image.digest
+    for ours, theirs in zip(image.layers, back.layers, strict=True):
+        assert b"".join(ours.open()) == b"".join(theirs.open())
+    assert (folder / "blobs/sha256" / image.digest.hex).stat().st_mode & 0o777 == 0o644
+    assert not list(folder.rglob(".new-*"))
+
+
+def test_right_blobs_stay_and_wrong_ones_go(folder: Path, image: Image) -> None:
+    first, second = (folder / "blobs/sha256" / layer.digest.hex for layer in image.layers[:2])
+    before = first.stat().st_ino
+    second.write_bytes(bytes(second.stat().st_size))
+    seen: list[tuple[int, int]] = []
+    write_layout(image, folder, ref="1.2.0", progress=lambda *row: seen.append(row))
+    assert first.stat().st_ino == before
+    assert Digest.of(second.read_bytes()) == image.layers[1].digest
+    assert seen[-1][0] == seen[-1][1]
+
+
+def test_other_names_stay(folder: Path, image: Image, tmp_path: Path) -> None:
+    other = tiny_image(tmp_path / "model", annotations={"a": "b"})
+    write_layout(other, folder, ref="other")
+    assert read_layout(folder, "1.2.0").digest == image.digest
+    assert read_layout(folder, "other").digest == other.digest
+    with pytest.raises(UsageError, match="several"):
+        read_layout(folder)
+    with pytest.raises(UsageError, match="'none'") as caught:
+        read_layout(folder, "none")
+    assert "1.2.0, other" in caught.value.hint
+
+
+def test_an_interrupted_write_leaves_no_image(tmp_path: Path) -> None:
+    broken = TarLayer(
+        members=(Member("/w", 5, 0o644, tmp_path / "absent"),), known_digest=Digest.of(b"")
+    )
+    with pytest.raises(InputRefused):
+        write_layout(Image(layers=(broken,), settings={}), tmp_path / "out")
+    assert not (tmp_path / "out/index.json").exists()
+    assert not list((tmp_path / "out").rglob(".new-*"))
+
+
+def test_a_folder_that_cannot_be(tmp_path: Path, image: Image) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(EnvironmentFailure, match="cannot write"):
+        write_layout(image, tmp_path / "file")
+
+
+def test_a_platform_is_chosen(folder: Path, image: Image) -> None:
+    index = folder / "index.json"
+    row = json.loads(index.read_bytes())["manifests"][0]
+    arm = {
+        **row,
+        "digest": "sha256:" + "0" * 64,
+        "platform": {"os": "linux", "architecture": "arm64"},
+    }
+    _edit(index, {"manifests": [arm, row]})
+    assert read_layout(folder, platform=AMD64).digest == image.digest
+    with pytest.raises(InputRefused, match="cannot be read"):
+        read_layout(folder, platform="linux/arm64")
+    with pytest.raises(UsageError, match="riscv64"):
+        read_layout(folder, platform="linux/riscv64")
+
+
+def test_a_nested_index_is_followed(folder: Path, image: Image) -> None:
+    index = folder / "index.json"
+    inner = index.read_bytes()
+    digest = Digest.of(inner)
+    (folder / "blobs/sha256" / digest.hex).write_bytes(inner)
+    kind = json.loads(inner)["mediaType"]
+    _edit(index, {"manifests": [{"mediaType": kind, "digest": digest, "size": len(inner)}]})
+    assert read_layout(folder, platform=AMD64).digest == image.digest
+
+
+def test_changed_blobs_are_noticed_on_use(folder: Path, image: Image) -> None:
+    layer = folder / "blobs/sha256" / image.layers[0].digest.hex
+    layer.write_bytes(bytes(layer.stat().st_size))
+    back = read_layout(folder)
+    with pytest.raises(InputRefused, match="digest promises"):
+        list(back.layers[0].open())
+    config = folder / "blobs/sha256" / image.config_blob.digest.hex
+    config.write_bytes(b" " * config.stat().st_size)
+    with pytest.raises(InputRefused, match="digest promises"):
+        read_layout(folder)
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "longer", "folder"])
+def test_blobs_must_be_plain_files(folder: Path, image: Image, tmp_path: Path, kind: str) -> None:
+    manifest = folder / "blobs/sha256" / image.digest.hex
+    data = manifest.read_bytes()
+    manifest.unlink()
+    if kind == "link":
+        (tmp_path / "elsewhere").write_bytes(data)
+        manifest.symlink_to(tmp_path / "elsewhere")
+    elif kind == "pipe":
+        os.mkfifo(manifest)
+    elif kind == "longer":
+        manifest.write_bytes(data + b" ")
+    else:
+        manifest.mkdir()
+    with pytest.raises(InputRefused):
+        read_layout(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"manifests": {}},
+        {"manifests": [5]},
+        {"digest": "sha256:../../../../etc/passwd"},
+        {"digest": "md5:0"},
+        {"size": 5 << 20},
+        {"size": "9"},
+        {"mediaType": "application/vnd.docker.distribution.manifest.v1+json"},
+    ],
+)
+def test_hostile_indexes_are_refused(folder: Path, change: Json) -> None:
+    index = folder / "index.json"
+    row = json.loads(index.read_bytes())["manifests"][0]
+    _edit(index, change if "manifests" in change else {"manifests": [{**row, **change}]})
+    with pytest.raises(InputRefused):
+        read_layout(folder)
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"[" * 100_000, b"\xff", b" " * (5 << 20)])
+def test_indexes_that_are_no_objects(folder: Path, data: bytes) -> None:
+    (folder / "index.json").write_bytes(data)
+    with pytest.raises(InputRefused):
+        read_layout(folder)
+
+
+def test_not_a_layout(tmp_path: Path) -> None:
+    with pytest.raises(InputRefused, match="not an OCI layout"):
+        read_layout(tmp_path)

@@ -1,0 +1,365 @@
+"""The registry client against a registry with faults."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.images import foreign_image, tar_of, tiny_image
+from tests.fakes.images import entry as tar_entry
+from tests.fakes.registry import FakeRegistry, fake_registry
+from toolchain.errors import EnvironmentFailure, InputRefused, UsageError, WeightsmithError
+from toolchain.oci.image import Image
+from toolchain.oci.layers import BlobLayer, Member, TarLayer
+from toolchain.oci.references import Reference
+from toolchain.oci.registry import Registry
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Image:
+    return tiny_image(tmp_path / "model")
+
+
+def at(fake: FakeRegistry, text: str = "team/app:1") -> Reference:
+    return Reference.parse(f"{fake.host}/{text}")
+
+
+def test_pushed_and_pulled_whole(fake: FakeRegistry, client: Registry, image: Image) -> None:
+    seen: list[tuple[int, int]] = []
+    done = client.push(image, at(fake), progress=lambda n, total: seen.append((n, total)))
+    assert done.digest == image.digest
+    assert done.uploaded_bytes == sum(blob.size for blob, _ in image.blobs())
+    assert seen[-1][0] == seen[-1][1] == sum(layer.size for layer in image.layers)
+    assert fake.manifests["team/app", "1"][1] == image.manifest_bytes
+    back = client.pull(at(fake), platform="linux/amd64")
+    assert back.digest == image.digest
+    for ours, theirs in zip(image.layers, back.layers, strict=True):
+        assert b"".join(ours.open()) == b"".join(theirs.open())
+        assert ours.file == theirs.file
+    assert client.digest_of(at(fake)) == image.digest
+    assert client.digest_of(at(fake, "team/app:none")) is None
+
+
+def test_what_is_there_is_not_sent_again(
+    fake: FakeRegistry, client: Registry, image: Image
+) -> None:
+    client.push(image, at(fake))
+    fake.log.clear()
+    assert client.push(image, at(fake)).uploaded_bytes == 0
+    assert fake.counts()["POST"] == 0
+
+
+def test_the_tag_comes_last(fake: FakeRegistry, client: Registry, image: Image) -> None:
+    client.push(image, at(fake))
+    puts = [path for method, path in fake.log if method == "PUT" and "manifests" in path]
+    assert puts == [
+        f"/v2/team/app/manifests/{image.digest}",
+        "/v2/team/app/manifests/1",
+    ]
+
+
+def test_a_tag_is_moved_only_by_force(
+    fake: FakeRegistry, client: Registry, image: Image, tmp_path: Path
+) -> None:
+    client.push(image, at(fake))
+    other = tiny_image(tmp_path / "model", annotations={"a": "b"})
+    with pytest.raises(UsageError, match="is another image") as caught:
+        client.push(other, at(fake))
+    assert "--force" in caught.value.hint
+    client.push(other, at(fake), force=True)
+    assert client.digest_of(at(fake)) == other.digest
+
+
+def test_layers_are_mounted_from_another_repository(
+    fake: FakeRegistry, client: Registry, image: Image
+) -> None:
+    client.push(image, at(fake))
+    fake.log.clear()
+    done = client.push(image, at(fake, "team/other:1"), mount_from=["team/none", "team/app"])
+    assert done.mounted == 4
+    assert done.uploaded_bytes == image.config_blob.size
+    assert not fake.uploads, "what a refused mount opened is closed"
+
+
+def test_a_mount_that_is_refused_becomes_an_upload(
+    fake: FakeRegistry, client: Registry, image: Image
+) -> None:
+    client.push(image, at(fake))
+    fake.mount_allowed = False
+    done = client.push(image, at(fake, "team/other:1"), mount_from=["team/app"])
+    assert done.mounted == 0
+    assert done.uploaded_bytes > 140_000
+
+
+def test_a_pulled_base_is_mounted_or_copied(
+    fake: FakeRegistry, client: Registry, image: Image
+) -> None:
+    client.push(image, at(fake))
+    pulled = client.pull(at(fake), platform="linux/amd64")
+    assert client.push(pulled, at(fake, "else/app:1")).mounted == 4
+    with fake_registry() as second:
+        done = client.push(pulled, at(second))
+        assert done.uploaded_bytes > 140_000
+        assert second.manifests["team/app", "1"][1] == image.manifest_bytes
+
+
+@pytest.mark.parametrize("kind", ["reset", "429", "500", "503"])
+@pytest.mark.parametrize("place", [("HEAD", "/blobs/"), ("POST", "/uploads/"), ("PUT", "/uploads/"), ("PUT", "/manifests/")])  # fmt: skip
+def test_a_bad_moment_is_survived(
+    fake: FakeRegistry, client: Registry, image: Image, pauses: list[float], kind: str, place: tuple[str, str]
+) -> None:  # fmt: skip
+    fake.faults = [(*place, kind)] * 2
+    seen: list[int] = []
+    client.push(image, at(fake), progress=lambda done, _: seen.append(done))
+    assert len(pauses) == 2
+    assert seen[-1] == sum(layer.size for layer in image.layers)
+    if kind == "429":
+        assert pauses == [7, 7]
+    assert client.digest_of(at(fake)) == image.digest
+
+
+def test_patience_ends(
+    fake: FakeRegistry, client: Registry, image: Image, pauses: list[float]
+) -> None:
+    fake.faults = [("PUT", "/uploads/", "500")] * 100
+    with pytest.raises(EnvironmentFailure, match="answered 500.*no space left") as caught:
+        client.push(image, at(fake))
+    assert fake.host in caught.value.message
+    assert "disk space" in caught.value.hint
+    assert ("team/app", "1") not in fake.manifests
+    assert len(pauses) >= 5
+
+
+def test_nobody_answers(client: Registry, image: Image) -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+        with pytest.raises(EnvironmentFailure, match="does not answer.*refused"):
+            client.push(image, Reference.parse(f"127.0.0.1:{port}/a:1"))
+
+
+def test_wrong_digests_are_noticed(fake: FakeRegistry, client: Registry, image: Image) -> None:
+    fake.faults = [("PUT", "/uploads/", "digest")]
+    with pytest.raises(InputRefused, match="stored"):
+        client.push(image, at(fake))
+    client.push(image, at(fake))
+    fake.faults = [("GET", "/manifests/", "digest")]
+    with pytest.raises(InputRefused, match="not the one it should have"):
+        client.pull(at(fake).at(image.digest))
+    pulled = client.pull(at(fake), platform="linux/amd64")
+    fake.faults = [("GET", "/blobs/", "digest")]
+    with pytest.raises(InputRefused, match="digest promises"):
+        list(pulled.layers[0].open())
+
+
+def test_a_file_changed_since_it_was_hashed(
+    fake: FakeRegistry, client: Registry, image: Image
+) -> None:
+    layer = TarLayer(members=(Member.of_bytes("/a", b"1"),), known_digest=image.digest)
+    with pytest.raises(InputRefused, match="not what their digest says"):
+        client.push(Image(layers=(layer,), settings=image.settings), at(fake))
+
+
+def test_a_broken_download_goes_on_where_it_stopped(
+    fake: FakeRegistry, client: Registry, image: Image, pauses: list[float]
+) -> None:
+    client.push(image, at(fake))
+    pulled = client.pull(at(fake), platform="linux/amd64")
+    fake.faults = [("GET", "/blobs/", "half"), ("GET", "/blobs/", "503")]
+    assert b"".join(pulled.layers[0].open()) == b"".join(image.layers[0].open())
+    assert len(pauses) == 2
+
+
+@pytest.mark.parametrize("limits", [(1000, 0), (0, 50_000)])
+def test_chunks_where_the_registry_asks(
+    fake: FakeRegistry, client: Registry, image: Image, limits: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setattr("toolchain.oci.uploads._CHUNK", 20_000)
+    fake.chunk_min, fake.largest_body = limits
+    client.push(image, at(fake))
+    assert fake.counts()["PATCH"] >= 8
+    assert client.pull(at(fake), platform="linux/amd64").digest == image.digest
+
+
+@pytest.mark.parametrize("kind", ["basic", "bearer"])
+def test_signed_in(fake: FakeRegistry, image: Image, kind: str) -> None:
+    fake.auth = kind
+    asked: list[str] = []
+
+    def credentials(host: str) -> tuple[str, str]:
+        asked.append(host)
+        return fake.user, fake.password
+
+    with Registry(credentials=credentials) as client:
+        client.push(image, at(fake), mount_from=["team/base"])
+        assert client.digest_of(at(fake)) == image.digest
+    assert set(asked) == {fake.host}
+    if kind == "bearer":
+        token = next(path for method, path in fake.log if "/token" in path)
+        assert "scope=repository%3Ateam%2Fapp%3Apull%2Cpush" in token
+        assert "scope=repository%3Ateam%2Fbase%3Apull" in token
+
+
+def test_an_anonymous_token(fake: FakeRegistry, client: Registry, image: Image) -> None:
+    fake.auth = "bearer"
+    client.push(image, at(fake))
+    assert fake.tokens_given == 1
+
+
+def test_an_identity_token(fake: FakeRegistry, image: Image) -> None:
+    fake.auth = "bearer"
+    with Registry(credentials=lambda _: ("<token>", fake.password)) as client:
+        client.push(image, at(fake))
+    assert ("POST", "/token") in fake.log
+
+
+def test_a_token_that_ends_in_the_middle(fake: FakeRegistry, image: Image, tmp_path: Path) -> None:
+    fake.auth = "bearer"
+    (tmp_path / "w").write_bytes(bytes(3 << 20))
+    layer = TarLayer(members=(Member.of_file("/w", tmp_path / "w"),))
+
+    class Slow:
+        digest, diff_id, size = layer.digest, layer.diff_id, layer.size
+        media_type, file = layer.media_type, layer.file
+
+        def open(self) -> object:
+            if fake.tokens_given == 1:
+                fake.expire_tokens()
+            return layer.open()
+
+    with Registry(pause=lambda _: None) as client:
+        client.push(Image(layers=(Slow(), *image.layers), settings=image.settings), at(fake))  # type: ignore[arg-type]
+    assert fake.tokens_given == 2
+
+
+@pytest.mark.parametrize("kind", ["basic", "bearer"])
+def test_a_wrong_password_is_named_but_not_shown(
+    fake: FakeRegistry, image: Image, kind: str
+) -> None:
+    fake.auth = kind
+    with Registry(credentials=lambda _: ("ann", "wr0ng")) as client:
+        with pytest.raises(EnvironmentFailure, match="401") as caught:
+            client.push(image, at(fake))
+    assert "docker login" in caught.value.hint
+    assert "wr0ng" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("status", "kind"), [("403", EnvironmentFailure), ("404", InputRefused)])
+def test_refusals_name_host_and_status(
+    fake: FakeRegistry, client: Registry, status: str, kind: type[WeightsmithError]
+) -> None:
+    fake.faults = [("GET", "/manifests/", status)]
+    with pytest.raises(kind, match=status) as caught:
+        client.pull(at(fake))
+    assert fake.host in caught.value.message
+    assert caught.value.hint
+
+
+def test_no_secret_in_a_message(fake: FakeRegistry, image: Image) -> None:
+    fake.auth = "bearer"
+    fake.faults = [("PUT", "/uploads/", "403")] * 9
+    with Registry(credentials=lambda _: (fake.user, fake.password)) as client:
+        with pytest.raises(EnvironmentFailure, match=r"no space left on device \*\*\*") as caught:
+            client.push(image, at(fake))
+    assert "hush" not in str(caught.value)
+
+
+def test_a_redirect_to_another_host_gets_no_authorization(fake: FakeRegistry, image: Image) -> None:
+    fake.auth = "basic"
+    with (
+        fake_registry() as other,
+        Registry(credentials=lambda _: (fake.user, fake.password)) as client,
+    ):
+        client.push(image, at(fake))
+        layer = image.layers[0]
+        path = f"/v2/team/app/blobs/{layer.digest}"
+        other.blobs["team/app", layer.digest] = b"".join(layer.open())
+        pulled = client.pull(at(fake), platform="linux/amd64")
+        fake.faults = [("GET", path, f"redirect:{other.url}{path}?signature=abc")]
+        assert b"".join(pulled.layers[0].open()) == b"".join(layer.open())
+        assert other.authorizations == [(path, "")]
+
+
+def test_an_upload_may_be_sent_on(fake: FakeRegistry, client: Registry, image: Image) -> None:
+    fake.faults = [("POST", "/uploads/", f"redirect:{fake.url}/v2/team/app/blobs/uploads/")]
+    client.push(image, at(fake))
+
+
+def test_circles_and_other_schemes_are_refused(fake: FakeRegistry, client: Registry) -> None:
+    fake.faults = [("GET", "/manifests/", f"redirect:{fake.url}/v2/team/app/manifests/1")] * 20
+    with pytest.raises(EnvironmentFailure, match="circles"):
+        client.pull(at(fake))
+    fake.faults = [("GET", "/manifests/", "redirect:file:///etc/passwd")]
+    with pytest.raises(EnvironmentFailure, match="redirects"):
+        client.pull(at(fake))
+
+
+def test_huge_manifests_are_not_read(fake: FakeRegistry, client: Registry) -> None:
+    fake.manifests["team/app", "1"] = ("application/json", b" " * (5 << 20))
+    with pytest.raises(InputRefused, match="more than"):
+        client.pull(at(fake))
+
+
+def test_https_unless_loopback_or_insecure() -> None:
+    from toolchain.oci.session import Session
+
+    def root(text: str, **options: bool) -> str:
+        reference = Reference.parse(text)
+        return Session(None, reference, actions="pull", credentials=lambda _: None, **options).root  # type: ignore[arg-type]
+
+    assert root("ubuntu") == "https://registry-1.docker.io"
+    assert root("r.example/a") == "https://r.example"
+    assert root("localhost:5000/a") == "http://localhost:5000"
+    assert root("r.example/a", insecure=True) == "http://r.example"
+
+
+def test_an_index_is_read_for_a_platform(
+    fake: FakeRegistry, client: Registry, image: Image
+) -> None:
+    client.push(image, at(fake))
+    row = {"mediaType": image.media_type, "digest": image.digest, "size": len(image.manifest_bytes)}
+    index = {
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.index.v1+json",
+        "manifests": [
+            {
+                **row,
+                "digest": "sha256:" + "0" * 64,
+                "platform": {"os": "linux", "architecture": "arm64"},
+            },
+            {**row, "platform": {"os": "linux", "architecture": "amd64"}},
+        ],
+    }
+    data = json.dumps(index).encode()
+    digest = client.push_manifest(at(fake, "team/app:all"), data, index["mediaType"])  # type: ignore[arg-type]
+    assert client.digest_of(at(fake, "team/app:all")) == digest
+    assert client.pull(at(fake, "team/app:all"), platform="linux/amd64").digest == image.digest
+    with pytest.raises(UsageError, match="s390x") as caught:
+        client.pull(at(fake, "team/app:all"), platform="linux/s390x")
+    assert "linux/amd64, linux/arm64" in caught.value.hint
+
+
+def test_a_docker_base_keeps_its_layers(fake: FakeRegistry, client: Registry) -> None:
+    base = foreign_image(tar_of((tar_entry("bin/sh"), b"sh")), docker=True)
+    client.push(base, at(fake, "base/engine:1"))
+    pulled = client.pull(at(fake, "base/engine:1"), platform="linux/amd64")
+    assert pulled.digest == base.digest
+    assert pulled.layers[0].media_type == "application/vnd.docker.image.rootfs.diff.tar.gzip"
+    assert isinstance(pulled.layers[0], BlobLayer)
+
+
+def test_a_failed_layer_stops_the_others(
+    fake: FakeRegistry, client: Registry, tmp_path: Path
+) -> None:
+    before = threading.active_count()
+    layers = tuple(
+        TarLayer(members=(Member("/w", 5, 0o644, tmp_path / f"{n}"),)) for n in range(20)
+    )
+    with pytest.raises(InputRefused, match="changed"):
+        client.push(Image(layers=layers, settings={"os": "linux"}), at(fake), parallel=3)
+    assert threading.active_count() <= before + 10
+    assert not fake.manifests

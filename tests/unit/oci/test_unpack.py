@@ -1,0 +1,151 @@
+"""Unpacking: what an engine would see, and nothing outside the root."""
+
+import gzip
+import hashlib
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.images import FILES, entry, foreign_image, tar_of, tiny_image
+from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
+from toolchain.oci.image import Image
+from toolchain.oci.layers import BlobLayer
+from toolchain.oci.unpack import unpack
+from toolchain.values import Blob, Digest
+
+DIR, SYM, LNK = tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "work" / "root"
+
+
+def test_our_own_image(tmp_path: Path, root: Path) -> None:
+    unpack(tiny_image(tmp_path / "model"), root)
+    for name, data in FILES.items():
+        assert (root / "models" / name).read_bytes() == data
+    assert list(root.parent.iterdir()) == [root]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_modes_links_and_whiteouts(root: Path, packed: bool) -> None:
+    lower = tar_of(
+        entry("usr", DIR, 0o755), entry("usr/lib", DIR, 0o555), entry("lib", SYM, to="usr/lib"),
+        (entry("usr/lib/a"), b"a"), (entry("usr/lib/b"), b"b"), entry("old", DIR), (entry("old/x"), b"x"),
+        (entry("bin/su", mode=0o4755), b"su"), entry("bin/hard", LNK, to="bin/su"), entry("dev/null", tarfile.CHRTYPE),
+    )  # fmt: skip
+    upper = tar_of(
+        entry("usr/lib/.wh.a"), (entry("lib/c", mode=0o600), b"c"), (entry("old/new"), b"new"), entry("old/.wh..wh..opq"),
+        entry("./bin/../../x".replace("../", ""), mode=0o755),
+    )  # fmt: skip
+    unpack(foreign_image(lower, upper, packed=packed), root)
+    assert sorted(p.name for p in (root / "usr/lib").iterdir()) == ["b", "c"]
+    assert (root / "lib").is_symlink()
+    assert (root / "usr/lib").stat().st_mode & 0o7777 == 0o555
+    assert (root / "usr/lib/c").stat().st_mode & 0o7777 == 0o600
+    assert [p.name for p in (root / "old").iterdir()] == ["new"]
+    assert (root / "bin/su").stat().st_mode & 0o7777 == 0o755, "no set-user-id"
+    assert (root / "bin/su").stat().st_nlink == 2
+    assert not (root / "dev/null").exists()
+    os.chmod(root / "usr/lib", 0o755)  # so that the folder can be removed
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [(entry("../evil"), b"1")],
+        [(entry("a/../../evil"), b"1")],
+        [entry("a/.wh..", DIR), entry(".wh...")],
+        [entry("x/.wh.")],
+        [entry("hard", LNK, to="../../evil")],
+        [entry("hard", LNK, to="absent")],
+        [entry("a", SYM, to="b"), entry("b", SYM, to="a"), (entry("a/x"), b"1")],
+    ],
+)
+def test_escapes_are_refused(root: Path, entries: list[tarfile.TarInfo]) -> None:
+    with pytest.raises(InputRefused):
+        unpack(foreign_image(tar_of(*entries)), root)
+    assert list(root.parent.iterdir()) == [], "nothing is left behind"
+
+
+@pytest.mark.parametrize("to", ["..", "../../..", "/", "OUT"])
+def test_links_are_followed_only_inside(root: Path, tmp_path: Path, to: str) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").write_bytes(b"kept")
+    before = sorted(tmp_path.rglob("*"))
+    place = str(outside) if to == "OUT" else to
+    layer = tar_of(
+        entry("door", SYM, to=place), (entry("door/evil"), b"1"),
+        entry("file", SYM, to=f"{outside}/kept"), (entry("file"), b"2"), (entry("/abs/file"), b"3"),
+    )  # fmt: skip
+    upper = tar_of(entry("door/.wh.kept"), entry("hard", LNK, to="abs/file"))
+    unpack(foreign_image(layer, upper), root)
+    assert (outside / "kept").read_bytes() == b"kept"
+    assert [p for p in sorted(tmp_path.rglob("*")) if root.parent not in (p, *p.parents)] == before
+    assert (root / "file").read_bytes() == b"2"
+    assert (root / "abs/file").read_bytes() == b"3"
+
+
+def test_a_hard_link_to_a_link_does_not_reach_out(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"s")
+    layer = tar_of(
+        entry("l", SYM, to=str(tmp_path / "secret")), entry("h", LNK, to="l"), (entry("h"), b"x")
+    )
+    unpack(foreign_image(layer), root)
+    assert (tmp_path / "secret").read_bytes() == b"s"
+    assert (tmp_path / "secret").stat().st_nlink == 1
+
+
+def _image(data: bytes, media_type: str, diff_id: Digest) -> Image:
+    blob = Blob(digest=Digest.of(data), size=len(data), media_type=media_type)
+    return Image(
+        layers=(BlobLayer(blob=blob, diff_id=diff_id, opener=lambda: iter((data,))),), settings={}
+    )
+
+
+GZIP = "application/vnd.oci.image.layer.v1.tar+gzip"
+
+
+@pytest.mark.parametrize("harm", ["diff", "cut", "noise", "header"])
+def test_damaged_layers_are_refused(root: Path, harm: str) -> None:
+    tar = tar_of((entry("a"), b"1" * 5000))
+    data = gzip.compress(tar)
+    diff = Digest("sha256:" + hashlib.sha256(tar).hexdigest())
+    image = {
+        "diff": lambda: _image(data, GZIP, Digest.of(b"")),
+        "cut": lambda: _image(data[:-20], GZIP, diff),
+        "noise": lambda: _image(b"noise" * 100, GZIP, diff),
+        "header": lambda: _image(gzip.compress(b"x" * 2048), GZIP, Digest.of(b"x" * 2048)),
+    }[harm]()
+    with pytest.raises(InputRefused, match="cannot be unpacked"):
+        unpack(image, root)
+    assert not root.exists()
+
+
+def test_gzip_of_several_members(root: Path) -> None:
+    tar = tar_of((entry("a"), b"1" * 5000))
+    data = gzip.compress(tar[:700]) + gzip.compress(tar[700:])
+    unpack(_image(data, GZIP, Digest.of(tar)), root)
+    assert (root / "a").read_bytes() == b"1" * 5000
+
+
+def test_zstd_is_refused_with_what_to_do(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    kind = "application/vnd.oci.image.layer.v1.tar+zstd"
+    with pytest.raises(InputRefused, match="zstd") as caught:
+        unpack(_image(b"x", kind, Digest.of(b"x")), root)
+    assert "zstandard" in caught.value.hint
+
+
+def test_a_folder_in_use_is_left_alone(root: Path, tmp_path: Path) -> None:
+    root.mkdir(parents=True)
+    (root / "mine").write_bytes(b"")
+    with pytest.raises(UsageError, match="not empty"):
+        unpack(tiny_image(tmp_path / "model"), root)
+    assert (root / "mine").exists()
+    with pytest.raises(EnvironmentFailure):
+        unpack(tiny_image(tmp_path / "model"), root / "mine" / "below")
