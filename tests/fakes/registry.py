@@ -26,7 +26,7 @@ class FakeRegistry:
         self.log: list[tuple[str, str]] = []
         self.authorizations: list[tuple[str, str]] = []
         self.faults: list[tuple[str, str, str]] = []
-        """(method, part of the path, kind): `reset`, `cut`, a status, `429`, `digest`, `redirect:URL`."""
+        """Method, part of the path, kind: `reset`, `half`, a status, `digest`, `redirect:URL`."""
         self.auth = ""
         """Empty, `basic` or `bearer`."""
         self.user, self.password = "ann", "s3cret-password"
@@ -81,7 +81,7 @@ class _Handler(BaseHTTPRequestHandler):
         state.log.append((self.command, self.path))
         state.authorizations.append((path, self.headers.get("Authorization", "")))
         fault = state.fault(self.command, self.path)
-        if fault in ("reset", "cut"):
+        if fault == "reset":
             self.rfile.read(min(1000, int(self.headers.get("Content-Length") or 0)))
             return self.reset()
         if path == "/token":
@@ -99,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.fail(int(fault), "TROUBLE", f"no space left on device {secret}", **extra)
         return self.route(path, parse_qs(urlsplit(self.path).query), fault)
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_PATCH = do_DELETE = handle_one
+    do_GET = do_HEAD = do_PUT = do_POST = do_PATCH = do_DELETE = handle_one  # noqa: N815 - the names http.server calls
 
     def reset(self) -> None:
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes.images import foreign_image, tar_of, tiny_image
 from tests.fakes.images import entry as tar_entry
+from tests.fakes.images import foreign_image, tar_of, tiny_image
 from tests.fakes.registry import FakeRegistry, fake_registry
 from toolchain.errors import EnvironmentFailure, InputRefused, UsageError, WeightsmithError
 from toolchain.oci.image import Image
@@ -108,11 +108,14 @@ def test_a_pulled_base_is_mounted_or_copied(
 
 
 @pytest.mark.parametrize("kind", ["reset", "429", "500", "503"])
-@pytest.mark.parametrize("place", [("HEAD", "/blobs/"), ("POST", "/uploads/"), ("PUT", "/uploads/"), ("PUT", "/manifests/")])  # fmt: skip
+@pytest.mark.parametrize(
+    "place", ["HEAD /blobs/", "POST /uploads/", "PUT /uploads/", "PUT /manifests/"]
+)
 def test_a_bad_moment_is_survived(
-    fake: FakeRegistry, client: Registry, image: Image, pauses: list[float], kind: str, place: tuple[str, str]
-) -> None:  # fmt: skip
-    fake.faults = [(*place, kind)] * 2
+    fake: FakeRegistry, client: Registry, image: Image, pauses: list[float], kind: str, place: str
+) -> None:
+    method, path = place.split()
+    fake.faults = [(method, path, kind)] * 2
     seen: list[int] = []
     client.push(image, at(fake), progress=lambda done, _: seen.append(done))
     assert len(pauses) == 2
@@ -126,7 +129,7 @@ def test_patience_ends(
     fake: FakeRegistry, client: Registry, image: Image, pauses: list[float]
 ) -> None:
     fake.faults = [("PUT", "/uploads/", "500")] * 100
-    with pytest.raises(EnvironmentFailure, match="answered 500.*no space left") as caught:
+    with pytest.raises(EnvironmentFailure, match=r"answered 500.*no space left") as caught:
         client.push(image, at(fake))
     assert fake.host in caught.value.message
     assert "disk space" in caught.value.hint
@@ -138,7 +141,7 @@ def test_nobody_answers(client: Registry, image: Image) -> None:
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         port = held.getsockname()[1]
-        with pytest.raises(EnvironmentFailure, match="does not answer.*refused"):
+        with pytest.raises(EnvironmentFailure, match=r"does not answer.*refused"):
             client.push(image, Reference.parse(f"127.0.0.1:{port}/a:1"))
 
 
@@ -176,8 +179,12 @@ def test_a_broken_download_goes_on_where_it_stopped(
 
 @pytest.mark.parametrize("limits", [(1000, 0), (0, 50_000)])
 def test_chunks_where_the_registry_asks(
-    fake: FakeRegistry, client: Registry, image: Image, limits: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+    fake: FakeRegistry,
+    client: Registry,
+    image: Image,
+    limits: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("toolchain.oci.uploads._CHUNK", 20_000)
     fake.chunk_min, fake.largest_body = limits
     client.push(image, at(fake))
@@ -241,9 +248,11 @@ def test_a_wrong_password_is_named_but_not_shown(
     fake: FakeRegistry, image: Image, kind: str
 ) -> None:
     fake.auth = kind
-    with Registry(credentials=lambda _: ("ann", "wr0ng")) as client:
-        with pytest.raises(EnvironmentFailure, match="401") as caught:
-            client.push(image, at(fake))
+    with (
+        Registry(credentials=lambda _: ("ann", "wr0ng")) as client,
+        pytest.raises(EnvironmentFailure, match="401") as caught,
+    ):
+        client.push(image, at(fake))
     assert "docker login" in caught.value.hint
     assert "wr0ng" not in str(caught.value)
 
@@ -262,9 +271,11 @@ def test_refusals_name_host_and_status(
 def test_no_secret_in_a_message(fake: FakeRegistry, image: Image) -> None:
     fake.auth = "bearer"
     fake.faults = [("PUT", "/uploads/", "403")] * 9
-    with Registry(credentials=lambda _: (fake.user, fake.password)) as client:
-        with pytest.raises(EnvironmentFailure, match=r"no space left on device \*\*\*") as caught:
-            client.push(image, at(fake))
+    with (
+        Registry(credentials=lambda _: (fake.user, fake.password)) as client,
+        pytest.raises(EnvironmentFailure, match=r"no space left on device \*\*\*") as caught,
+    ):
+        client.push(image, at(fake))
     assert "hush" not in str(caught.value)
 
 
