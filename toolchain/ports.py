@@ -136,7 +136,10 @@ class StartSpec:
     """How to start an image."""
 
     port: int
+    """Where the server listens inside the image."""
     env: Mapping[str, str]
+    port_variable: str = ""
+    """Variable that moves the port, for launchers that share the host's network."""
     memory_bytes: int = 0
     use_gpu: bool = False
 

@@ -53,7 +53,7 @@ class Merge(_Part):
 
     method: Literal["sequential", "linear"] = Field(
         "sequential",
-        description="`sequential`: the sum of all deltas, rounded once; `linear`: the same with weights.",
+        description="`sequential`: all deltas summed, rounded once; `linear`: the same.",
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Type of the merged weights; `auto` keeps the base's."

@@ -72,7 +72,11 @@ class Engine:
     model_dir: str = "/models"
     image_files: Mapping[str, str] = field(default_factory=dict)
     """Absolute path in the image -> template name in the engine's template folder."""
+    port_variable: str = ""
+    """The variable that moves the port."""
     threads_variable: str = ""
     """The variable for its number of threads, where it would count the machine's CPUs itself."""
+    neutral_settings: frozenset[str] = frozenset()
+    """Settings of a plan that change no answer: slots, total context, threads."""
     legacy: str = ""
     """Why one should choose another engine, or empty."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from toolchain.merging.plan import check_merge
+from toolchain.merging.plan import estimate, make_plan
 from toolchain.ports import Entry, Tools
 from toolchain.recipe import Merge
 from toolchain.resources import builder_pins
@@ -34,9 +34,14 @@ def inputs(sources: Sources, options: Merge) -> StageInputs:
     )
 
 
-def check(sources: Sources, options: Merge) -> None:
-    """Refuse, from headers alone, what the merge would refuse; raises InputRefused."""
-    check_merge(sources.base.tree.root, [a.snapshot.tree.root for a in sources.adapters])
+def check(sources: Sources, options: Merge) -> Mapping[str, int]:
+    """Refuse, from headers alone, what the merge would refuse; return what it will cost.
+
+    Bytes: `read_bytes`, `write_bytes`, `peak_memory_bytes`. Raises InputRefused.
+    """
+    adapters = [(a.snapshot.tree.root, a.weight) for a in sources.adapters]
+    plan = make_plan(sources.base.tree.root, adapters, dtype=options.dtype, method=options.method)
+    return estimate(plan)
 
 
 def merge(sources: Sources, options: Merge, tools: Tools) -> Checkpoint:
@@ -49,7 +54,6 @@ def merge(sources: Sources, options: Merge, tools: Tools) -> Checkpoint:
     stage = inputs(sources, options)
     entry = tools.store.find(stage.key)
     if entry is None:
-        check(sources, options)
         entry = tools.store.produce(
             stage.key,
             {"stage": "merge", "inputs": stage.inputs},
@@ -68,7 +72,7 @@ def found(sources: Sources, entry: Entry) -> Checkpoint:
 
 
 def _run(folder: Path, sources: Sources, options: Merge, tools: Tools) -> Mapping[str, Json]:
-    tools.store.require_room(int(sources.base.tree.size * 1.05), "the merged checkpoint")
+    tools.store.require_room(check(sources, options)["write_bytes"], "the merged checkpoint")
     tools.runner.prepare(BUILDER, tools.progress)
     names = [f"adapter{i}" for i in range(len(sources.adapters))]
     adapters = {n: a.snapshot.tree.root for n, a in zip(names, sources.adapters, strict=True)}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from toolchain.oci.archive import docker_archive
@@ -15,7 +15,7 @@ from toolchain.oci.layout import read_layout, write_layout
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.ports import Tools
-from toolchain.values import Published
+from toolchain.values import Json, Published
 
 _CANDIDATES = "weightsmith-candidate"
 
@@ -32,12 +32,12 @@ class Outputs:
 
 
 @contextmanager
-def candidate(image: Image, outputs: Outputs, tools: Tools) -> Iterator[str]:
+def candidate(image: Image, layout: Path | None, tools: Tools) -> Iterator[str]:
     """Make the image startable without giving it its name; yield what a launcher starts.
 
-    In the container engine where one will hold it, else in a layout beside the final one.
+    In the container engine where `layout` is None, else in a layout beside the final one.
     """
-    if outputs.load or outputs.layout is None:
+    if layout is None:
         name = f"{_CANDIDATES}:{image.digest.short}"
         _load(image, Reference.parse(name), tools)
         try:
@@ -45,7 +45,7 @@ def candidate(image: Image, outputs: Outputs, tools: Tools) -> Iterator[str]:
         finally:
             tools.engine.untag(name)
         return
-    folder = _beside(outputs.layout)
+    folder = _beside(layout)
     _layout(image, folder, tools)
     yield f"oci:{folder}"
 
@@ -59,14 +59,12 @@ def publish(
     holds another image already.
     """
     began = time.monotonic()
-    layers = [{"digest": x.digest, "size": x.size, "file": x.file} for x in image.layers]
     place = Reference.parse(reference)
-    done = Published(reference=reference, digest=image.digest, layers=layers)
+    done = describe(image, reference, outputs)
     if outputs.load:
         _load(image, place, tools)
     if outputs.layout is not None:
         _settle(image, outputs.layout, tools)
-        done = Published(reference=f"oci:{outputs.layout}", digest=image.digest, layers=layers)
     if outputs.push:
         done = registry.push(
             image,
@@ -74,13 +72,16 @@ def publish(
             force=outputs.force,
             progress=lambda sent, total: tools.progress.advance(sent, total, "bytes"),
         )
+    return replace(done, layers=_rows(image), seconds=time.monotonic() - began)
+
+
+def describe(image: Image, reference: str, outputs: Outputs) -> Published:
+    """Return where the image is once it is published, at no cost."""
+    local = outputs.layout is not None and not outputs.load and not outputs.push
     return Published(
-        reference=done.reference,
-        digest=done.digest,
-        layers=layers,
-        uploaded_bytes=done.uploaded_bytes,
-        mounted=done.mounted,
-        seconds=time.monotonic() - began,
+        reference=f"oci:{outputs.layout}" if local else reference,
+        digest=image.digest,
+        layers=_rows(image),
     )
 
 
@@ -91,6 +92,10 @@ def is_published(image: Image, reference: str, outputs: Outputs, tools: Tools) -
     if outputs.layout is not None and _held(outputs.layout) != image.digest:
         return False
     return not outputs.push
+
+
+def _rows(image: Image) -> list[Mapping[str, Json]]:
+    return [{"digest": x.digest, "size": x.size, "file": x.file} for x in image.layers]
 
 
 def _load(image: Image, reference: Reference, tools: Tools) -> None:

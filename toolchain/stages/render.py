@@ -103,6 +103,7 @@ def plan_facts(plan: ServingPlan, wishes: Wishes) -> Mapping[str, Json]:
         "max_concurrency": max(0, for_cache) // per_request if per_request else 0,
         "gpu_memory_utilization": None,
         "margin_bytes": for_cache - plan.kv_bytes_total,
+        "memory_limit_bytes": memory_limit(plan),
         "fits": fits,
         "nearest": None if fits else list(plan.notes),
     }

@@ -1,0 +1,137 @@
+"""`build` and `plan`: the whole pipeline, done or told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from toolchain.cli.command import command
+from toolchain.values import Json
+
+RECIPE_HELP = "recipe file; default recipe.yaml where it exists"
+
+
+@command(many=("target", "adapter", "set"))
+def build(
+    _context: object,
+    *,
+    target: Sequence[str] = (),
+    recipe: str = "",
+    runner: str = "auto",
+    push: bool = False,
+    load: bool = False,
+    layout: str = "",
+    base: str = "",
+    adapter: Sequence[str] = (),
+    set: Sequence[str] = (),  # noqa: A002 - the flag's name
+    force: bool = False,
+    insecure: bool = False,
+    dist: str = "dist",
+    json: bool = False,
+) -> tuple[Mapping[str, Json], str]:
+    """Build, prove and publish the images of a recipe (or of --base and --adapter)."""
+    del json
+    from toolchain.cli.progress import Recorder, progress_for
+    from toolchain.pipeline import build as run
+    from toolchain.planning import BuildRequest, chosen_targets
+    from toolchain.stages.publish import Outputs
+    from toolchain.wiring import make_registry, make_tools
+
+    file = recipe_file(recipe, base, adapter, set)
+    targets = chosen_targets(file, tuple(target))
+    tools, engine = make_tools(runner, Recorder(progress_for()))
+    request = BuildRequest(
+        file=file,
+        targets=targets,
+        outputs=Outputs(
+            load=load, layout=Path(layout).absolute() if layout else None, push=push, force=force
+        ),
+        dist=Path(dist).absolute(),
+        engine_answers=engine,
+    )
+    with make_registry(insecure=insecure) as registry:
+        built = list(run(request, registry, tools))
+    result = {
+        b.target.name: {
+            "image": b.published.reference,
+            "digest": b.published.digest,
+            "scores": {name: score.score for name, score in b.scores.items()},
+            "uploaded_bytes": b.published.uploaded_bytes,
+            "stages": b.stages,
+            "report": b.report,
+        }
+        for b in built
+    }
+    return {"targets": result}, "\n".join(_line(name, facts) for name, facts in result.items())
+
+
+def _line(name: str, facts: Mapping[str, Any]) -> str:
+    scores = ", ".join(f"{who} {score:.3f}" for who, score in facts["scores"].items())
+    return (
+        f"{name}: {facts['image']}@{facts['digest']}\n"
+        + (f"  scores: {scores}\n" if scores else "")
+        + f"  report: {facts['report']}"
+    )
+
+
+@command(many=("target", "adapter", "set"))
+def plan(
+    _context: object,
+    *,
+    target: Sequence[str] = (),
+    recipe: str = "",
+    runner: str = "auto",
+    push: bool = False,
+    load: bool = False,
+    layout: str = "",
+    base: str = "",
+    adapter: Sequence[str] = (),
+    set: Sequence[str] = (),  # noqa: A002 - the flag's name
+    dist: str = "dist",
+    json: bool = False,
+) -> tuple[Mapping[str, Json], str]:
+    """Say what `build` would do: stages, cached or why not, bytes, memory, disk; no work."""
+    del json, push, load, layout
+    from toolchain.forecast import forecast, table
+    from toolchain.planning import chosen_targets
+    from toolchain.ports import Silent
+    from toolchain.wiring import make_tools
+
+    file = recipe_file(recipe, base, adapter, set)
+    targets = chosen_targets(file, tuple(target))
+    tools, _ = make_tools(runner, Silent())
+    result = forecast(file, targets, Path(dist).absolute(), tools)
+    return result, table(result)
+
+
+def recipe_file(recipe: str, base: str, adapters: Sequence[str], settings: Sequence[str]) -> Any:
+    """Return the recipe of a file, or the one that --base and --adapter describe."""
+    from toolchain.errors import UsageError
+    from toolchain.recipe import RecipeFile, check_recipe, read_recipe, with_settings
+
+    if not base:
+        if adapters:
+            raise UsageError("--adapter needs --base", hint="or name both in a recipe")
+        return read_recipe(Path(recipe or "recipe.yaml"), settings)
+    if recipe:
+        raise UsageError("--recipe and --base exclude each other", hint="use --set base.source=…")
+    data = with_settings(
+        {
+            "name": _name_of(adapters[-1] if adapters else base),
+            "base": {"source": base},
+            "adapters": [{"source": source} for source in adapters],
+        },
+        settings,
+    )
+    return RecipeFile(recipe=check_recipe(data, "the command line"), folder=Path())
+
+
+def _name_of(source: str) -> str:
+    """Return a recipe name from a source's last part."""
+    last = source.rstrip("/").rpartition("/")[2].partition("==")[0].lower()
+    cleaned = "".join(c if c.isascii() and c.isalnum() else "-" for c in last).strip("-")
+    return "-".join(part for part in cleaned.split("-") if part) or "model"
+
+
+COMMANDS = (build, plan)

@@ -1,0 +1,28 @@
+"""The `weightsmith` program: the same commands as `invoke`, wherever the package is installed."""
+
+from __future__ import annotations
+
+import sys
+
+from invoke.exceptions import ParseError
+from invoke.program import Program
+
+from toolchain import __version__
+from toolchain.cli import namespace
+
+
+class _Program(Program):  # type: ignore[misc]  # invoke has no types
+    def parse_collection(self) -> None:
+        super().parse_collection()
+
+    def parse_tasks(self) -> None:
+        try:
+            super().parse_tasks()
+        except ParseError as error:
+            print(f"error: {error}", file=sys.stderr)  # noqa: T201
+            sys.exit(2)
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    _Program(name="weightsmith", version=__version__, namespace=namespace).run()

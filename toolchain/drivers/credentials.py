@@ -1,0 +1,54 @@
+"""Registry credentials: Docker's config.json and the helper programs that it names."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from toolchain.drivers import process
+from toolchain.errors import EnvironmentFailure, InputRefused
+
+_PROGRAM = re.compile(r"[A-Za-z0-9._-]+")
+
+
+def docker_config() -> Mapping[str, Any]:
+    """Return the user's config.json (DOCKER_CONFIG, else ~/.docker); {} where there is none."""
+    try:
+        folder = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
+        text = (folder / "config.json").read_text("utf-8")
+    except (OSError, RuntimeError):  # RuntimeError: no home folder
+        return {}
+    try:
+        config = json.loads(text)
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise InputRefused(
+            f"{folder}/config.json is not a JSON object", hint="repair it, or log in again"
+        )
+    return config
+
+
+def ask_helper(name: str, server: str) -> tuple[str, str] | None:
+    """Run `docker-credential-NAME get` for a server; None where it knows nothing.
+
+    https://github.com/docker/docker-credential-helpers
+    """
+    if not _PROGRAM.fullmatch(name):
+        raise InputRefused(f"credential helper {name!r} has no plain name")
+    try:
+        done = process.run(
+            [f"docker-credential-{name}", "get"],
+            env=process.scrubbed(os.environ),
+            input=server.encode(),
+            timeout=30,
+        )
+        found = json.loads("\n".join(done.tail)) if done.returncode == 0 else {}
+    except (EnvironmentFailure, ValueError):
+        return None
+    user, secret = found.get("Username"), found.get("Secret")
+    return (str(user), str(secret)) if user and secret else None

@@ -1,0 +1,179 @@
+"""What a build will do, before it does it: targets, wishes, cost, and what is there already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from toolchain.errors import UsageError
+from toolchain.evaluating.items import Item, read_items
+from toolchain.evaluating.metrics import check_metric
+from toolchain.ports import Tools
+from toolchain.provenance.labels import reference
+from toolchain.quantizers import formats, of_format
+from toolchain.recipe import RecipeFile, Serve
+from toolchain.serving import targets as serving_targets
+from toolchain.serving.engine import Wishes
+from toolchain.serving.memory import parse_size
+from toolchain.serving.targets import Target
+from toolchain.stages import merge as merging
+from toolchain.stages import quantize as quantizing
+from toolchain.stages.publish import Outputs
+from toolchain.stages.quantize import model_config
+from toolchain.stages.render import render
+from toolchain.values import (
+    SAFETENSORS,
+    Digest,
+    Format,
+    ServingConfig,
+    Sources,
+    Tree,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildRequest:
+    """A recipe, the targets wanted of it, and where results go."""
+
+    file: RecipeFile
+    targets: tuple[Target, ...]
+    outputs: Outputs
+    dist: Path
+    """Folder that gets NAME/VERSION/TARGET/."""
+    engine_answers: bool
+    """Images are tried in the container engine, else from a layout."""
+
+    def folder(self, target: Target) -> Path:
+        """Where a target's results go."""
+        recipe = self.file.recipe
+        return self.dist / recipe.name / recipe.version / target.name
+
+    def outputs_of(self, target: Target) -> Outputs:
+        """Return the outputs of one target; several get a folder each below one layout folder."""
+        layout = self.outputs.layout
+        if layout is not None and len(self.targets) > 1:
+            layout = layout / target.name
+        if not (layout or self.outputs.load or self.outputs.push):
+            layout = None if self.engine_answers else self.folder(target) / "image"
+            load = self.engine_answers
+        else:
+            load = self.outputs.load
+        return Outputs(load=load, layout=layout, push=self.outputs.push, force=self.outputs.force)
+
+    def trial_layout(self, target: Target) -> Path | None:
+        """Where the image is tried: None for the container engine, else beside this layout."""
+        if self.engine_answers:
+            return None
+        return self.outputs_of(target).layout or self.folder(target) / "image"
+
+
+def chosen_targets(file: RecipeFile, names: tuple[str, ...]) -> tuple[Target, ...]:
+    """Return the targets to build: those asked for, else the recipe's. Raises UsageError."""
+    known = all_targets()
+    wanted = names or file.recipe.targets
+    if not wanted:
+        raise UsageError(
+            "no target: neither --target nor the recipe names one",
+            hint="`invoke targets` lists them",
+        )
+    return tuple(serving_targets.find(name, known) for name in dict.fromkeys(wanted))
+
+
+def all_targets() -> Mapping[str, Target]:
+    """Return every target there is: engines by formats, found by listing their folders."""
+    return serving_targets.targets(formats().values())
+
+
+def questions(file: RecipeFile) -> tuple[Item, ...]:
+    """Return the recipe's evaluation questions; () without any. Raises UsageError."""
+    wanted = file.recipe.evaluate
+    if wanted is None:
+        return ()
+    items = read_items(file.folder / wanted.data)
+    check_metric(wanted.metric, items)
+    return items
+
+
+def wishes_of(serve: Serve) -> Wishes:
+    """Return the recipe's wishes in the planner's units."""
+    return Wishes(
+        gpu=serve.gpu,
+        gpu_count=serve.gpu_count,
+        gpu_memory_bytes=parse_size(serve.gpu_memory) if serve.gpu_memory else 0,
+        max_model_len=None if serve.max_model_len == "auto" else serve.max_model_len,
+        max_num_seqs=None if serve.max_num_seqs == "auto" else serve.max_num_seqs,
+        extra=serve.extra,
+    )
+
+
+def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> None:
+    """Refuse, before anything long starts, what would be refused after it.
+
+    Adapters that do not fit the base, wishes that do not fit the memory, a disk that is too small.
+    """
+    recipe = request.file.recipe
+    written = 0
+    if sources.adapters:
+        written += merging.check(sources, recipe.merge)["write_bytes"]
+    else:
+        tools.progress.warn("the recipe has no adapter: the base is built as it is")
+    if recipe.evaluate is None:
+        tools.progress.warn("the recipe has no `evaluate`: nothing proves what the image knows")
+    for target in request.targets:
+        size = estimated_bytes(sources.base.tree.size, target.format)
+        serving_config(request.file, target, sources.base.tree, size, weights="", made_from=())
+    if not everything_cached(request, sources, tools):
+        written += max(disk_peak(sources.base.tree.size, t.format) for t in request.targets)
+        tools.store.require_room(written, "the build")
+
+
+def everything_cached(request: BuildRequest, sources: Sources, tools: Tools) -> bool:
+    """Say whether merging and quantizing are done already."""
+    merged = tools.store.find(merging.inputs(sources, request.file.recipe.merge).key)
+    checkpoint = merged.tree if merged else (None if sources.adapters else sources.base.tree)
+    return checkpoint is not None and all(
+        target.format == SAFETENSORS
+        or tools.store.find(
+            quantizing.inputs(checkpoint.digest, request.file.recipe.name, target.format, {}).key
+        )
+        for target in request.targets
+    )
+
+
+def estimated_bytes(checkpoint_bytes: int, format_: Format) -> int:
+    """Return the artifact's size before it exists, from nominal bits; the checkpoint has 16."""
+    if format_ == SAFETENSORS:
+        return checkpoint_bytes
+    return int(checkpoint_bytes * format_.bits_per_weight / 16)
+
+
+def disk_peak(checkpoint_bytes: int, format_: Format) -> int:
+    """Return the bytes on disk at the worst moment of making and keeping an artifact."""
+    if format_ == SAFETENSORS:
+        return checkpoint_bytes
+    return of_format(format_.name).peak_disk(checkpoint_bytes, format_)
+
+
+def serving_config(
+    file: RecipeFile,
+    target: Target,
+    model: Tree,
+    weight_bytes: int,
+    *,
+    weights: str,
+    made_from: tuple[Digest, ...],
+) -> ServingConfig:
+    """Plan and render a target; `weights` is the file that is served, empty before there is one."""
+    recipe = file.recipe
+    return render(
+        target=target,
+        name=recipe.name,
+        version=recipe.version,
+        model_config=model_config(model.root),
+        model_file=weights,
+        weight_bytes=weight_bytes,
+        wishes=wishes_of(recipe.serve),
+        image=reference(recipe, target.name),
+        made_from=made_from,
+    )

@@ -1,0 +1,164 @@
+"""Everything -> build.json: each digest, parameter, time and score of one target."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from toolchain.errors import EnvironmentFailure
+from toolchain.recipe import Recipe
+from toolchain.values import (
+    Artifact,
+    Checkpoint,
+    Json,
+    Published,
+    Score,
+    ServingConfig,
+    Snapshot,
+    Sources,
+    plain,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What a finished target is recorded with."""
+
+    recipe: Recipe
+    sources: Sources
+    checkpoint: Checkpoint
+    artifact: Artifact
+    config: ServingConfig
+    published: Published
+    scores: Mapping[str, Score]
+    stages: Mapping[str, Mapping[str, Json]]
+    warnings: tuple[str, ...]
+
+
+def write_record(facts: Facts, folder: Path) -> Mapping[str, Json]:
+    """Write build.json and the rendered files into a folder; return build.json's content.
+
+    Each file is replaced in one rename. Raises EnvironmentFailure where that fails.
+    """
+    document = build_document(facts)
+    files = {**facts.config.files, "build.json": json.dumps(document, indent=2) + "\n"}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            _replace(folder / name, text)
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"cannot write results to {folder}: {error.strerror}",
+            hint="run it where you may write, or make room on the disk",
+        ) from None
+    return document
+
+
+def build_document(facts: Facts) -> dict[str, Json]:
+    """Return build.json; the report's BuildFacts describes the keys that it shows."""
+    recipe, merged = facts.recipe, facts.checkpoint.details
+    document = {
+        "schema": 1,
+        "name": recipe.name,
+        "version": recipe.version,
+        "target": facts.config.target,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "base": _source(facts.sources.base),
+        "adapters": [
+            {
+                **_source(adapter.snapshot),
+                "version": adapter.version,
+                "run_id": adapter.run_id,
+                "weight": adapter.weight,
+            }
+            for adapter in facts.sources.adapters
+        ],
+        "merge": {
+            **recipe.merge.model_dump(),
+            "digest": facts.checkpoint.digest,
+            "tensors": merged.get("tensors", {}),
+            "findings": merged.get("findings", []),
+            "repairs": merged.get("repairs", {}),
+            "shards": merged.get("shards", []),
+        },
+        "artifact": _artifact(facts.artifact),
+        "plan": facts.config.plan,
+        "image": {
+            "reference": facts.published.reference,
+            "digest": facts.published.digest,
+            "layers": facts.published.layers,
+            "uploaded_bytes": facts.published.uploaded_bytes,
+            "mounted": facts.published.mounted,
+        },
+        "scores": {
+            name: {"score": s.score, "n": s.n, "metric": s.metric}
+            for name, s in facts.scores.items()
+        },
+        "items": _items(facts.scores),
+        "stages": facts.stages,
+        "warnings": facts.warnings,
+        "next": _next(facts),
+    }
+    return dict(plain(document))
+
+
+def _source(snapshot: Snapshot) -> dict[str, Json]:
+    return {
+        "source": snapshot.source,
+        "pin": snapshot.pin,
+        "digest": snapshot.digest,
+        "files": [plain(file) for file in snapshot.tree.files],
+    }
+
+
+def _artifact(artifact: Artifact) -> dict[str, Json]:
+    largest = max(artifact.tree.files, key=lambda file: file.size)
+    details = {k: v for k, v in artifact.details.items() if k != "cached"}
+    return {
+        "format": artifact.format.name,
+        "size": artifact.tree.size,
+        "bits_per_weight": details.get("bits_per_weight", artifact.format.bits_per_weight),
+        "file": largest.path,
+        "digest": artifact.digest,
+        "files": [plain(file) for file in artifact.tree.files],
+        "details": details,
+    }
+
+
+def _items(scores: Mapping[str, Score]) -> list[dict[str, Json]]:
+    """Return the questions with the answers of every subject side by side."""
+    names = [name for name in scores if scores[name].per_item]
+    rows = zip(*(scores[name].per_item for name in names), strict=True)
+    return [
+        {
+            "prompt": row[0]["prompt"],
+            "expected": row[0]["expected"],
+            **{name: answer["answer"] for name, answer in zip(names, row, strict=True)},
+            "ok": {name: answer["ok"] for name, answer in zip(names, row, strict=True)},
+        }
+        for row in rows
+    ]
+
+
+def _next(facts: Facts) -> list[str]:
+    reference, port = facts.published.reference, facts.config.port
+    if reference.startswith("oci:"):
+        return [f"skopeo copy {reference} docker-daemon:{facts.recipe.name}:latest"]
+    return [
+        f"docker run --rm -p {port}:{port} {reference}",
+        f"curl http://127.0.0.1:{port}/v1/models",
+    ]
+
+
+def _replace(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)

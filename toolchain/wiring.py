@@ -1,0 +1,101 @@
+"""The one place that builds the outside world."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+from toolchain.drivers.credentials import ask_helper, docker_config
+from toolchain.drivers.docker import DockerEngine, DockerLauncher, DockerRunner
+from toolchain.drivers.folders import FolderReader
+from toolchain.drivers.hub import HubReader
+from toolchain.drivers.local import LocalRunner
+from toolchain.drivers.pypi import PypiReader
+from toolchain.drivers.rootfs import RootfsLauncher, StartInfo
+from toolchain.drivers.store import FileStore
+from toolchain.errors import EnvironmentFailure, UsageError
+from toolchain.oci import auth
+from toolchain.oci.layout import read_layout
+from toolchain.oci.registry import Registry
+from toolchain.oci.unpack import unpack
+from toolchain.ports import Launcher, Progress, Runner, Tools
+
+RUNNERS = ("auto", "docker", "local")
+
+
+def cache_folder() -> Path:
+    """Return where builders and logs live: WEIGHTSMITH_CACHE, else the user's cache folder.
+
+    Raises EnvironmentFailure where the user has no home folder.
+    """
+    if named := os.environ.get("WEIGHTSMITH_CACHE"):
+        return Path(named).absolute()
+    try:
+        folder = Path(platformdirs.user_cache_dir("weightsmith")).expanduser()
+    except (RuntimeError, KeyError):
+        folder = Path("~")
+    if not folder.is_absolute():
+        raise EnvironmentFailure(
+            "there is no home folder to keep the cache in",
+            hint="set HOME, or WEIGHTSMITH_CACHE and WEIGHTSMITH_STORE to folders of your choice",
+        )
+    return folder
+
+
+def store_folder() -> Path:
+    """Return where results are kept: WEIGHTSMITH_STORE, else `store` in the cache folder."""
+    named = os.environ.get("WEIGHTSMITH_STORE")
+    return Path(named).absolute() if named else cache_folder() / "store"
+
+
+def make_store() -> FileStore:
+    """Return the user's store."""
+    return FileStore(store_folder())
+
+
+def make_registry(*, insecure: bool = False) -> Registry:
+    """Return a registry client with the user's Docker credentials."""
+    return Registry(credentials=auth.docker_config(docker_config(), ask_helper), insecure=insecure)
+
+
+def make_tools(runner: str, progress: Progress) -> tuple[Tools, bool]:
+    """Return the outside world of a build, and whether a container engine is part of it.
+
+    `auto` takes the container engine where one answers. Raises UsageError for an unknown runner,
+    EnvironmentFailure where `docker` is asked for and no engine answers.
+    """
+    if runner not in RUNNERS:
+        raise UsageError(f"--runner {runner}: unknown", hint=f"one of {', '.join(RUNNERS)}")
+    store, engine = make_store(), DockerEngine()
+    answers = runner != "local" and engine.answers()
+    if runner == "docker" and not answers:
+        engine.client  # noqa: B018 - raises what is wrong and what to do
+    chosen: Runner = (
+        DockerRunner(engine, cache_folder()) if answers else LocalRunner(cache_folder())
+    )
+    launcher: Launcher = DockerLauncher(engine) if answers else RootfsLauncher(start_info)
+    readers = (FolderReader(store), HubReader(store), PypiReader(store))
+    return Tools(
+        store=store,
+        readers={reader.scheme: reader for reader in readers},
+        runner=chosen,
+        engine=engine,
+        launcher=launcher,
+        progress=progress,
+    ), answers
+
+
+def start_info(layout: str, root: Path) -> StartInfo:
+    """Unpack the image of a layout folder, and return how its configuration starts it."""
+    image = read_layout(Path(layout))
+    unpack(image, root)
+    config = image.config
+    env = dict(pair.partition("=")[::2] for pair in config.get("Env") or ())
+    return StartInfo(
+        argv=(*(config.get("Entrypoint") or ()), *(config.get("Cmd") or ())),
+        env=env,
+        workdir=config.get("WorkingDir") or "/",
+        user=config.get("User") or "",
+    )
