@@ -172,7 +172,9 @@ def _echo(job: Job, report: Report) -> Mapping[str, Json]:
         "network": _network_reachable(),
         "writable": [path for path in wanted.get("try_to_write", []) if _writable(Path(path))],
         "input_writable": _writable(job.inputs["text"].parent / "intruder"),
-        "secrets": sorted(n for n in os.environ if "TOKEN" in n or "PASSWORD" in n),
+        "secrets": sorted(
+            n for n in os.environ if n.endswith(("TOKEN", "PASSWORD", "SECRET", "KEY"))
+        ),
     }
 
 

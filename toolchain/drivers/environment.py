@@ -68,12 +68,13 @@ class Pins:
     def key(self) -> str:
         """Name and a digest of the pins, the Python version and the machine's kind."""
         files = [file for file in (self.light, self.torch) if file is not None]
-        facts = [
-            sys.version_info[:2],
-            platform.machine(),
-            [file.read_text("utf-8") for file in files],
-        ]
+        pins = [_without_comments(file) for file in files]
+        facts = [sys.version_info[:2], platform.machine(), pins]
         return f"{self.name}-{key_of(facts).short}"
+
+
+def _without_comments(file: Path) -> list[str]:
+    return [line for line in file.read_text("utf-8").splitlines() if not line.startswith("#")]
 
 
 def environment_folder(cache: Path, pins: Pins) -> Path:
@@ -129,9 +130,9 @@ def _install_torch(pins: Pins, installer: _Installer) -> None:
     """Find torch: pip's own configuration and our wheels, then torch's index, then PyPI."""
     assert pins.torch is not None  # noqa: S101 - the caller asked
     if pins.torch != pins.cuda:
-        if installer.try_install(pins.torch):
+        if installer.try_torch(pins.torch):
             return
-        if _answers(TORCH_CPU_INDEX) and installer.try_install(
+        if _answers(TORCH_CPU_INDEX) and installer.try_torch(
             pins.torch, "--extra-index-url", TORCH_CPU_INDEX
         ):
             return
@@ -139,8 +140,8 @@ def _install_torch(pins: Pins, installer: _Installer) -> None:
             installer.install(pins.torch)
             return
         installer.progress.warn(
-            f"no CPU build of torch can be had from {TORCH_CPU_INDEX}, pip's configuration or "
-            f"WEIGHTSMITH_WHEELS: taking PyPI's with CUDA libraries ({_CUDA_SIZE})"
+            f"no CPU build of torch that runs here comes from {TORCH_CPU_INDEX}, pip's "
+            f"configuration or WEIGHTSMITH_WHEELS: taking PyPI's with CUDA libraries ({_CUDA_SIZE})"
         )
     assert pins.cuda is not None  # noqa: S101 - it is the file just compared
     installer.install(pins.cuda)
@@ -185,8 +186,12 @@ class _Installer:
             f"log: {self.log.name}",
         )
 
-    def try_install(self, requirements: Path, *options: str) -> bool:
-        return self._pip(requirements, options).returncode == 0
+    def try_torch(self, requirements: Path, *options: str) -> bool:
+        """Install torch and load it: a build for a newer C library installs but does not load."""
+        if self._pip(requirements, ["--force-reinstall", *options]).returncode != 0:
+            return False
+        load: list[str | Path] = [self.python, "-c", "import torch"]
+        return process.run(load, env=process.scrubbed(), on_line=self._keep).returncode == 0
 
     def check(self) -> None:
         """Make sure that the packages fit together: they were installed without resolving."""

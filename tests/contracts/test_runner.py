@@ -1,0 +1,218 @@
+"""One suite for every runner: the fake, virtual environments and containers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.runner import FakeRunner, RecordingProgress
+from toolchain.drivers.docker import DockerEngine, DockerRunner
+from toolchain.drivers.docker_requests import LABEL_JOB
+from toolchain.drivers.local import LocalRunner
+from toolchain.errors import CheckFailed, InputRefused, WeightsmithError
+from toolchain.ports import Runner
+from toolchain.values import Job
+
+ROOT = Path(__file__).parents[2]
+CACHE = Path(os.environ.get("WEIGHTSMITH_TEST_CACHE", Path.home() / ".cache/weightsmith-tests"))
+"""Builders are made once and kept here, because that takes minutes."""
+REAL = [
+    pytest.param("local", marks=pytest.mark.builders),
+    pytest.param("docker", marks=[pytest.mark.builders, pytest.mark.docker]),
+]
+
+
+def make_runner(kind: str) -> Runner:
+    if kind == "local":
+        return LocalRunner(CACHE)
+    if kind == "docker":
+        return DockerRunner(DockerEngine(), CACHE)
+    return FakeRunner()
+
+
+@pytest.fixture(params=["fake", *REAL])
+def runner(request: pytest.FixtureRequest) -> Runner:
+    return make_runner(request.param)
+
+
+@pytest.fixture(params=REAL)
+def real_runner(request: pytest.FixtureRequest) -> Runner:
+    return make_runner(request.param)
+
+
+@pytest.fixture
+def progress() -> RecordingProgress:
+    return RecordingProgress()
+
+
+def echo(tmp_path: Path, **parameters: object) -> Job:
+    (tmp_path / "in").mkdir(exist_ok=True)
+    text = tmp_path / "in" / "text.txt"
+    text.write_text("grüße\n", encoding="utf-8")
+    output = tmp_path / "out"
+    output.mkdir(exist_ok=True)
+    return Job(
+        stage="echo",
+        builder="merge",
+        inputs={"text": text},
+        parameters=parameters,
+        output=output,
+        memory_bytes=1 << 30,
+    )
+
+
+def test_a_job_reads_its_input_and_writes_its_output(runner, tmp_path, progress):
+    job = echo(tmp_path)
+
+    result = runner.run(job, progress)
+
+    assert result["text"] == "grüße\n"
+    assert (job.output / "echo.txt").read_text("utf-8") == "grüße\n"
+    assert ("advance", "1", "1", "items") in progress.lines
+
+
+def test_the_output_belongs_to_the_caller(runner, tmp_path, progress):
+    job = echo(tmp_path)
+
+    runner.run(job, progress)
+
+    for path in (job.output, job.output / "echo.txt"):
+        assert (path.stat().st_uid, path.stat().st_gid) == (os.getuid(), os.getgid())
+
+
+def test_an_error_of_the_job_crosses_with_its_class_message_and_hint(runner, tmp_path, progress):
+    for code, kind in ((3, InputRefused), (4, CheckFailed)):
+        with pytest.raises(kind, match="asked to fail") as caught:
+            runner.run(echo(tmp_path, fail=code), progress)
+        assert caught.value.hint == "ask for something else"
+
+
+def test_a_crash_of_the_job_is_an_unexpected_error(runner, tmp_path, progress):
+    with pytest.raises(WeightsmithError, match=r"unexpected ValueError.*boom") as caught:
+        runner.run(echo(tmp_path, crash="boom"), progress)
+
+    assert caught.value.exit_code == 1
+
+
+def test_a_prepared_builder_is_ready(runner, progress):
+    runner.prepare("merge", progress)
+
+    assert runner.ready("merge")
+
+
+def test_a_crash_leaves_its_traceback_in_the_log(real_runner, tmp_path, progress):
+    with pytest.raises(WeightsmithError) as caught:
+        real_runner.run(echo(tmp_path, crash="boom"), progress)
+
+    log = Path(caught.value.hint.rpartition(": ")[2])
+    assert "Traceback" in log.read_text("utf-8")
+
+
+def test_a_job_has_no_network_and_no_secrets(real_runner, tmp_path, progress, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+
+    result = real_runner.run(echo(tmp_path), progress)
+
+    assert result["network"] is False
+    assert result["secrets"] == []
+
+
+def test_what_a_stage_prints_does_not_disturb_the_protocol(real_runner, tmp_path, progress):
+    real_runner.run(echo(tmp_path), progress)
+
+    assert ("note", "echo begins") in progress.lines
+    assert not any("printed by the stage" in line for line in progress.lines)
+
+
+@pytest.mark.docker
+@pytest.mark.builders
+def test_a_container_can_write_nothing_but_its_output(tmp_path, progress):
+    wanted = ["/in/x", "/weightsmith/x", "/opt/x", "/etc/x", "/root/x", "/out/x"]
+
+    result = make_runner("docker").run(echo(tmp_path, try_to_write=wanted), progress)
+
+    assert result["writable"] == ["/out/x"]
+    assert result["input_writable"] is False
+    assert result["uid"] != 0
+
+
+@pytest.mark.docker
+@pytest.mark.builders
+def test_inputs_that_others_cannot_read_are_handed_over(tmp_path, progress):
+    job = echo(tmp_path)
+    job.inputs["text"].chmod(0o600)
+
+    assert make_runner("docker").run(job, progress)["text"] == "grüße\n"
+    assert job.inputs["text"].stat().st_mode & 0o777 == 0o600
+
+
+SLEEPER = """
+import sys
+from pathlib import Path
+from tests.contracts.test_runner import echo, make_runner
+from toolchain.ports import Silent
+
+class Loud(Silent):
+    def note(self, text):
+        print(text, flush=True)
+
+make_runner(sys.argv[1]).run(echo(Path(sys.argv[2]), sleep=120), Loud())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
+@pytest.mark.parametrize("kind", REAL)
+def test_a_job_ends_with_its_parent(kind, number, tmp_path):
+    make_runner(kind).prepare("merge", RecordingProgress())
+    parent = subprocess.Popen(
+        [sys.executable, "-c", SLEEPER, kind, str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "WEIGHTSMITH_TEST_CACHE": str(CACHE)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    with parent:
+        assert any("echo begins" in line for line in iter(parent.stdout.readline, ""))
+        assert running(kind, tmp_path)
+
+        parent.send_signal(number)
+        parent.wait(timeout=30)
+
+    deadline = time.monotonic() + 15
+    while running(kind, tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not running(kind, tmp_path)
+
+
+def running(kind: str, tmp_path: Path) -> list[str]:
+    """Return the workers of the job whose output lies in the folder."""
+    if kind == "docker":
+        found = DockerEngine().client.containers.list(filters={"label": f"{LABEL_JOB}=echo"})
+        return [
+            container.id
+            for container in found
+            if any(str(tmp_path) in json.dumps(mount) for mount in container.attrs["Mounts"])
+        ]
+    jobs = [
+        path.parent for path in CACHE.glob("jobs/*/job.json") if str(tmp_path) in path.read_text()
+    ]
+    return [
+        process.name
+        for process in Path("/proc").iterdir()
+        if process.name.isdecimal() and any(str(job) in command_of(process) for job in jobs)
+    ]
+
+
+def command_of(process: Path) -> str:
+    try:
+        return (process / "cmdline").read_text(errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,148 @@
+"""Starts an image without a container engine: its own programs on its own root file system."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from toolchain.drivers import process
+from toolchain.errors import EnvironmentFailure, UsageError
+from toolchain.ports import Endpoint, StartSpec
+
+_SCHEME = "oci:"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartInfo:
+    """What an image's configuration says of starting it."""
+
+    argv: tuple[str, ...]
+    """Entrypoint and command together."""
+    env: Mapping[str, str]
+    workdir: str = "/"
+    user: str = ""
+    """`user[:group]`, by name or number, as in the configuration; empty for root."""
+
+
+Unpack = Callable[[str, Path], StartInfo]
+"""Unpacks the image in a layout folder (first argument, without `oci:`) into an empty folder."""
+
+
+class RootfsLauncher:
+    """Starts an image that lies in an OCI layout folder, with no engine.
+
+    The root file system is unpacked to a temporary folder and entered: by root as the image's own
+    user, by others in a user namespace. Where the kernel allows neither, the program is started
+    directly, with the paths in its arguments and environment pointed into the folder; only
+    programs that need no libraries of the image work that way. It shares the host's network, so
+    the server must listen on `spec.port`; choose one with `free_port`.
+    """
+
+    name = "rootfs"
+
+    def __init__(self, unpack: Unpack) -> None:
+        self._unpack = unpack
+
+    @contextlib.contextmanager
+    def serve(self, image: str, spec: StartSpec) -> Iterator[Endpoint]:
+        """Start `image` (`oci:DIR`), stop it and delete its files when the context ends.
+
+        Waits for nothing: the caller asks the server's health. Raises UsageError for another kind
+        of reference, EnvironmentFailure where the program cannot be started.
+        """
+        if not image.startswith(_SCHEME):
+            raise UsageError(
+                f"{image!r} cannot be started without a container engine",
+                hint="start an engine, or give the image as oci:DIR",
+            )
+        with tempfile.TemporaryDirectory(prefix="weightsmith-rootfs-") as folder:
+            root = Path(folder)
+            # Other users must get in: the image's user is one of them.
+            root.chmod(0o755)
+            info = self._unpack(image.removeprefix(_SCHEME), root)
+            if not info.argv:
+                raise EnvironmentFailure(
+                    f"{image} names no program to start", hint="bake it again, with an entrypoint"
+                )
+            with _started(root, info, spec) as server:
+                yield Endpoint(
+                    url=f"http://127.0.0.1:{spec.port}", logs=server.logs, alive=server.alive
+                )
+
+
+def free_port() -> int:
+    """Return a loopback port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _started(root: Path, info: StartInfo, spec: StartSpec) -> Iterator[process.Server]:
+    limits = process.Limits(memory_bytes=0 if spec.use_gpu else spec.memory_bytes)
+    environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp"}  # noqa: S108 - inside
+    environment |= {**info.env, **spec.env}
+    if process.can_enter_root(root):
+        user, group = user_ids(root, info.user)
+        inside = process.Root(folder=root, user=user, group=group, workdir=info.workdir or "/")
+        with process.start(info.argv, env=environment, limits=limits, root=inside) as server:
+            yield server
+        return
+    argv = pointed_into(root, info.argv)
+    env = dict(zip(environment, pointed_into(root, tuple(environment.values())), strict=True))
+    with process.start(argv, cwd=root, env=env, limits=limits) as server:
+        yield server
+
+
+def user_ids(root: Path, user: str) -> tuple[int, int]:
+    """Return user and group numbers of an image's user, looked up in its own /etc.
+
+    Raises EnvironmentFailure for a name that the image does not know.
+    """
+    name, _, group = user.partition(":")
+    known = _table(root / "etc" / "passwd")
+    number, own_group = (int(name or "0"), 0) if (name or "0").isdecimal() else (-1, 0)
+    for entry in known:
+        if name == entry[0] or (number >= 0 and entry[2] == str(number)):
+            number, own_group = int(entry[2]), int(entry[3])
+            break
+    if group.isdecimal():
+        own_group = int(group)
+    elif group:
+        own_group = next((int(e[2]) for e in _table(root / "etc" / "group") if e[0] == group), -1)
+    if number < 0 or own_group < 0:
+        raise EnvironmentFailure(
+            f"the image's user {user!r} is not in its /etc/passwd or /etc/group",
+            hint="name the user by number in the image's configuration",
+        )
+    return number, own_group
+
+
+def _table(path: Path) -> list[list[str]]:
+    try:
+        text = path.read_text("utf-8", errors="replace")
+    except OSError:
+        return []
+    return [entry for line in text.splitlines() if len(entry := line.split(":")) >= 4]
+
+
+def pointed_into(root: Path, words: Sequence[str]) -> tuple[str, ...]:
+    """Return the words with every path of the root file system pointed into its folder.
+
+    A word is such a path where it begins, alone or after `=` or `:`, with a top-level folder of
+    the root file system.
+    """
+    tops = {f"/{path.name}" for path in root.iterdir() if path.name not in {"dev", "proc", "sys"}}
+    return tuple(_pointed(str(root), tops, word) for word in words)
+
+
+def _pointed(root: str, tops: set[str], word: str) -> str:
+    for separator in ("=", ":"):
+        if separator in word:
+            return separator.join(_pointed(root, tops, part) for part in word.split(separator))
+    top = "/" + word[1:].partition("/")[0]
+    return f"{root}{word}" if word.startswith("/") and top in tops else word
