@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from toolchain.checkpoints.safetensors import BITS
-from toolchain.errors import EnvironmentFailure, UsageError
+from toolchain.errors import CheckFailed, EnvironmentFailure, UsageError
 from toolchain.merging.companions import companion_files, index_json, write_file
 from toolchain.merging.kernel import BLOCK, check_arithmetic
 from toolchain.merging.plan import MergePlan, make_plan
+from toolchain.merging.proof import prove
 from toolchain.merging.shards import Settings, ShardMaker, Tally
 from toolchain.merging.stream import Journal, sha256_file, sync_folder
 from toolchain.values import key_of
@@ -53,7 +54,9 @@ def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, 
 
     Exact merges are the correctly rounded result of the real number W + Σ weight·scaling·B·A, so
     their bytes do not depend on threads, blocks or machine. A killed merge goes on at the first
-    unfinished shard. `progress` is called with bytes done and bytes in all.
+    unfinished shard. The written file is read back and checked on random rows. `progress` is called
+    with bytes done and bytes in all. Raises InputRefused, UsageError, CheckFailed or
+    EnvironmentFailure.
     """
     started = time.monotonic()
     plan = make_plan(request.base, request.adapters, dtype=request.dtype, method=request.method)
@@ -68,6 +71,7 @@ def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, 
         extra[plan.base.index_file] = _index(plan)
     small = [write_file(request.out, name, data) for name, data in sorted(extra.items())]
     sync_folder(request.out)
+    _prove(plan, request.out, settings, journal)
     journal.path.unlink(missing_ok=True)
     findings += _silent(plan, tally) + notes
     files = [{"path": s["file"], "size": s["size"], "sha256": s["sha256"]} for s in shards] + small
@@ -187,6 +191,15 @@ def _write_shards(
         maker.close()
     progress(total, total)
     return [finished[shard.path.name] for shard in plan.base.shards]
+
+
+def _prove(plan: MergePlan, out: Path, settings: Settings, journal: Journal) -> None:
+    """Check what was written; what fails is made again by the next run, not kept."""
+    try:
+        prove(plan, out, exact=settings.exact)
+    except CheckFailed:
+        journal.record({})
+        raise
 
 
 def _index(plan: MergePlan) -> bytes:

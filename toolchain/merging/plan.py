@@ -113,9 +113,11 @@ def make_plan(
 
 def estimate(plan: MergePlan, workers: int = 1) -> dict[str, int]:
     """Return a merge's `read_bytes`, `write_bytes` and `peak_memory_bytes`, from the plan alone."""
-    sizes = {info.name: info for info in plan.base.tensors.values()}
-    written = sum(
-        math.prod(info.shape) * BITS[plan.out_dtype(info)] // 8 for info in sizes.values()
+    sizes = plan.base.tensors
+    shards = sum(shard.file_size for shard in plan.base.shards)
+    written = shards + sum(
+        math.prod(info.shape) * BITS[plan.out_dtype(info)] // 8 - info.size
+        for info in sizes.values()
     )
     adapters = sum(adapter.header.file_size for adapter in plan.adapters)
     others = sum(
@@ -126,7 +128,7 @@ def estimate(plan: MergePlan, workers: int = 1) -> dict[str, int]:
     # float64 factors and their norms where float32 weights are written, float32 otherwise.
     held = max((_held(plan, sizes[name], terms) for name, terms in plan.terms.items()), default=0)
     return {
-        "read_bytes": sum(shard.file_size for shard in plan.base.shards) + adapters + others,
+        "read_bytes": shards + adapters + others,
         "write_bytes": written + others,
         "peak_memory_bytes": _START_BYTES + held + max(1, workers) * _BLOCK_BYTES,
     }

@@ -1,0 +1,105 @@
+"""Tiny models and adapters with random weights, as transformers and PEFT write them."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SIZES = {"vocab_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2}
+MakeModel = Callable[..., Path]
+MakeAdapter = Callable[..., Path]
+
+
+def config_of(kind: str, **options: Any) -> Any:
+    import transformers
+
+    match kind:
+        case "llama":
+            return transformers.LlamaConfig(**SIZES | LLAMA | options)
+        case "qwen2":
+            return transformers.Qwen2Config(**SIZES | LLAMA | options)
+        case "gpt2":
+            return transformers.GPT2Config(
+                vocab_size=96, n_layer=2, n_head=4, n_embd=32, n_positions=64, **options
+            )
+    raise ValueError(kind)
+
+
+@pytest.fixture
+def make_model(tmp_path: Path) -> MakeModel:
+    """Write a base model; `dtype` and `shard` besides the config's own options."""
+
+    def make(
+        kind: str = "llama",
+        name: str = "base",
+        dtype: torch.dtype = torch.float32,
+        shard: str = "5GB",
+        **options: Any,
+    ) -> Path:
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = AutoModelForCausalLM.from_config(config_of(kind, **options))
+            for parameter in model.parameters():
+                torch.nn.init.normal_(parameter, std=0.2)
+            model.to(dtype).save_pretrained(tmp_path / name, max_shard_size=shard)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def make_adapter(tmp_path: Path) -> MakeAdapter:
+    """Write a LoRA adapter for a base model, with random A and B."""
+
+    def make(base: Path, name: str = "adapter", seed: int = 1, **options: Any) -> Path:
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(seed)
+        options = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"} | options
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+            tuned = get_peft_model(model, LoraConfig(**options))
+            for key, parameter in tuned.named_parameters():
+                if "lora_" in key:
+                    torch.nn.init.normal_(parameter, std=0.2)
+            # Without the copy of a targeted head's base weight, which PEFT adds by default.
+            tuned.save_pretrained(tmp_path / name, save_embedding_layers=False)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def edit() -> Callable[..., None]:
+    """Change keys of a JSON file in place."""
+
+    def change(path: Path, **values: Any) -> None:
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return change
+
+
+@pytest.fixture
+def rename() -> Callable[..., None]:
+    """Rewrite a safetensors file, each tensor's name passed through a function (None drops it)."""
+
+    def change(path: Path, new: Callable[[str], str | None], **more: torch.Tensor) -> None:
+        from safetensors.torch import load_file, save_file
+
+        old = load_file(path)
+        tensors = {n: tensor for name, tensor in old.items() if (n := new(name)) is not None}
+        save_file(tensors | more, path, {"format": "pt"})
+
+    return change

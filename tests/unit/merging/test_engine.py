@@ -1,0 +1,350 @@
+"""Whole merges of tiny real architectures, against the unmerged PEFT forward."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from toolchain.errors import CheckFailed, InputRefused, UsageError
+from toolchain.merging import engine
+from toolchain.merging.engine import MergeRequest, merge
+from toolchain.merging.plan import make_plan
+from toolchain.merging.proof import prove
+
+Adapters = Sequence[tuple[Path, float]]
+
+
+def run(base: Path, adapters: Adapters, out: Path, **options: Any) -> dict[str, Any]:
+    return merge(MergeRequest(base=base, adapters=tuple(adapters), out=out, **options))
+
+
+def load(path: Path, dtype: torch.dtype = torch.float64) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+
+
+def logits(network: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return network(input_ids=torch.arange(40).view(2, 20)).logits
+
+
+def unmerged(base: Path, adapters: Adapters) -> torch.Tensor:
+    """The oracle: PEFT's forward with the adapters beside the weights, in float64."""
+    from toolchain.merging.reference import _with_adapters
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return logits(_with_adapters(load(base), adapters).double())
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+CASES = [
+    ("llama", {}, {}),
+    ("llama", {"tie_word_embeddings": True}, {"use_rslora": True}),
+    ("qwen2", {}, {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\..*": 6}}),
+    ("qwen2", {"tie_word_embeddings": True}, {"alpha_pattern": {"mlp.down_proj": 3, "v_proj": 1}}),
+    ("llama", {}, {"target_modules": ["q_proj", "lm_head"]}),
+    ("llama", {}, {"target_modules": r".*\.1\.self_attn\.[qkv]_proj"}),
+    ("llama", {}, {"target_modules": ["o_proj"], "layers_to_transform": [1]}),
+    ("gpt2", {}, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+    ("gpt2", {}, {"target_modules": ["c_proj"]}),
+]
+
+
+@pytest.mark.parametrize(("kind", "model", "lora"), CASES)
+def test_merged_answers_as_the_adapter_beside_the_base(
+    kind: str, model: dict[str, Any], lora: dict[str, Any], make_model: Any, make_adapter: Any
+) -> None:
+    base = make_model(kind, **model)
+    adapter = make_adapter(base, **lora)
+
+    result = run(base, [(adapter, 1.0)], base.parent / "out")
+
+    wanted, got = unmerged(base, [(adapter, 1.0)]), logits(load(base.parent / "out"))
+    assert result["tensors"]["merged"] > 0
+    assert (logits(load(base)) - wanted).abs().max() > 1e-2
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_weighted_adapters_are_one_sum(make_model: Any, make_adapter: Any) -> None:
+    base = make_model()
+    adapters = [
+        (make_adapter(base, "one"), 0.7),
+        (make_adapter(base, "two", seed=2, r=8, target_modules=["q_proj", "up_proj"]), -0.3),
+    ]
+
+    run(base, adapters, base.parent / "out", method="linear")
+
+    got = logits(load(base.parent / "out"))
+    torch.testing.assert_close(got, unmerged(base, adapters), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_fast_has_pefts_own_bits(dtype: torch.dtype, make_model: Any, make_adapter: Any) -> None:
+    from peft import PeftModel
+
+    base = make_model(dtype=dtype)
+    adapter = make_adapter(base)
+
+    run(base, [(adapter, 1.0)], base.parent / "out", precision="fast")
+
+    merged = PeftModel.from_pretrained(load(base, dtype), adapter).merge_and_unload().state_dict()
+    for name, tensor in tensors(base.parent / "out").items():
+        assert torch.equal(merged[name], tensor), name
+
+
+def test_untouched_tensors_keep_bytes_names_types_and_order(
+    make_model: Any, make_adapter: Any
+) -> None:
+    base = make_model(dtype=torch.bfloat16, shard="20KB")
+    adapter = make_adapter(base, target_modules=["q_proj"])
+
+    result = run(base, [(adapter, 1.0)], base.parent / "out")
+
+    before, after = tensors(base), tensors(base.parent / "out")
+    assert result["tensors"] == {"merged": 2, "copied": len(before) - 2, "replaced": 0}
+    for shard in result["shards"]:
+        with (
+            safe_open(base / shard["file"], "pt") as old,
+            safe_open(base.parent / "out" / shard["file"], "pt") as new,
+        ):
+            assert new.metadata() == {"format": "pt"}
+            assert old.offset_keys() == new.offset_keys()
+    for name, tensor in before.items():
+        same = torch.equal(tensor.view(torch.int16), after[name].view(torch.int16))
+        assert tensor.dtype == after[name].dtype
+        assert same == ("q_proj" not in name), name
+
+
+def test_result_names_every_file_with_its_digest(make_model: Any, make_adapter: Any) -> None:
+    base = make_model(shard="20KB")
+
+    result = run(base, [(make_adapter(base), 1.0)], base.parent / "out")
+
+    out = base.parent / "out"
+    assert sorted(entry["path"] for entry in result["files"]) == names_in(out)
+    for entry in result["files"]:
+        data = (out / entry["path"]).read_bytes()
+        assert (entry["size"], entry["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+        assert (out / entry["path"]).stat().st_mode & 0o777 == 0o644
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors(out).values())
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_bytes_do_not_depend_on_workers_or_blocks(
+    workers: int, make_model: Any, make_adapter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_model(dtype=torch.bfloat16)
+    adapter = make_adapter(base)
+    first = run(base, [(adapter, 1.0)], base.parent / "one", workers=2)
+    monkeypatch.setattr(engine, "BLOCK", 100)
+
+    second = run(base, [(adapter, 1.0)], base.parent / "two", workers=workers)
+
+    assert first["files"] == second["files"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+def test_casting_rounds_once_and_says_so_in_the_config(
+    dtype: str, make_model: Any, make_adapter: Any
+) -> None:
+    base = make_model(dtype=torch.float32)
+    adapter = make_adapter(base, target_modules=["q_proj"])
+
+    run(base, [(adapter, 1.0)], base.parent / "out", dtype=dtype)
+
+    wanted = getattr(torch, dtype)
+    before, after = tensors(base), tensors(base.parent / "out")
+    config = json.loads((base.parent / "out" / "config.json").read_text())
+    assert config.get("dtype", config.get("torch_dtype")) == dtype
+    for name, tensor in after.items():
+        assert tensor.dtype == wanted
+        if "q_proj" not in name:
+            assert torch.equal(tensor, before[name].to(wanted))
+
+
+def test_no_adapter_copies_the_base(make_model: Any) -> None:
+    base = make_model()
+
+    run(base, [], base.parent / "out")
+
+    weights = "model.safetensors"
+    assert tensors(base).keys() == tensors(base.parent / "out").keys()
+    assert (base / weights).stat().st_size == (base.parent / "out" / weights).stat().st_size
+
+
+def test_an_untrained_adapter_is_reported(
+    make_model: Any, make_adapter: Any, rename: Callable[..., None]
+) -> None:
+    base = make_model()
+    adapter = make_adapter(base)
+    path = adapter / "adapter_model.safetensors"
+    save_file({n: t * ("lora_A" in n) for n, t in load_file(path).items()}, path)
+
+    result = run(base, [(adapter, 1.0)], base.parent / "out")
+
+    assert "lora_B is all zero for 14 of its tensors" in result["findings"][0]
+    assert all(torch.equal(t, tensors(base.parent / "out")[n]) for n, t in tensors(base).items())
+
+
+def test_a_killed_merge_goes_on_at_the_unfinished_shard(
+    make_model: Any, make_adapter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_model(shard="20KB")
+    adapter, out = make_adapter(base), base.parent / "out"
+    whole = run(base, [(adapter, 1.0)], base.parent / "whole")
+    write, written = engine.ShardMaker.write, []
+
+    def stop_at_third(maker: Any, shard: Any, path: Path, progress: Any) -> Any:
+        written.append(path.name)
+        if len(written) == 3:
+            (out / f".{path.name}.partial").write_bytes(b"half")
+            raise KeyboardInterrupt
+        return write(maker, shard, path, progress)
+
+    monkeypatch.setattr(engine.ShardMaker, "write", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(base, [(adapter, 1.0)], out)
+    (out / written[0]).write_bytes(b"damaged meanwhile")
+    resumed = run(base, [(adapter, 1.0)], out)
+
+    assert whole["files"] == resumed["files"]
+    assert written[1] not in written[3:]
+    assert written[0] in written[3:]
+
+
+def test_an_output_of_something_else_is_not_overwritten(make_model: Any) -> None:
+    base = make_model()
+    (base.parent / "out").mkdir()
+    (base.parent / "out" / "notes.txt").write_text("mine")
+
+    with pytest.raises(UsageError, match="is not empty"):
+        run(base, [], base.parent / "out")
+    with pytest.raises(UsageError, match="lies in the input"):
+        run(base, [], base / "out")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_adapters_that_diverged_are_refused(
+    value: float, make_model: Any, make_adapter: Any
+) -> None:
+    base = make_model()
+    adapter = make_adapter(base)
+    path = adapter / "adapter_model.safetensors"
+    weights = load_file(path)
+    key = next(name for name in weights if "lora_A" in name)
+    weights[key][0, 0] = value
+    save_file(weights, path)
+
+    with pytest.raises(InputRefused, match=f"{key} holds NaN") as caught:
+        run(base, [(adapter, 1.0)], base.parent / "out")
+
+    assert caught.value.exit_code == 3
+    assert not list((base.parent / "out").glob("*.safetensors"))
+
+
+def test_companions_follow_the_rules(
+    make_model: Any, make_adapter: Any, edit: Callable[..., None]
+) -> None:
+    base = make_model()
+    adapter = make_adapter(base, target_modules=["q_proj"])
+    for name in ("consolidated.00.pth", "pytorch_model.bin", "x.gguf", "optimizer.pt", "run.py"):
+        (base / name).write_bytes(b"x")
+    (base / "LICENSE").write_text("free")
+    (base / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"</s>": 2}}}))
+    (base / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "</s>", "chat_template": "BASE"})
+    )
+    (adapter / "tokenizer.json").write_text(
+        json.dumps({"added_tokens": [{"id": 7, "content": "<|im_end|>"}]})
+    )
+    (adapter / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+
+    result = run(base, [(adapter, 1.0)], base.parent / "out")
+
+    out = base.parent / "out"
+    assert names_in(out) == [
+        "LICENSE",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert (out / "chat_template.jinja").read_text() == "BASE"
+    assert (out / "tokenizer.json").read_bytes() == (adapter / "tokenizer.json").read_bytes()
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [2, 7]
+    assert any("end tokens [2] became [2, 7]" in finding for finding in result["findings"])
+
+
+def test_an_adapters_template_alone_wins(make_model: Any, make_adapter: Any) -> None:
+    base = make_model()
+    adapter = make_adapter(base, target_modules=["q_proj"])
+    (base / "chat_template.jinja").write_text("BASE")
+    (adapter / "chat_template.jinja").write_text("ADAPTER")
+
+    run(base, [(adapter, 1.0)], base.parent / "out")
+
+    assert (base.parent / "out" / "chat_template.jinja").read_text() == "ADAPTER"
+    before, after = (f / "generation_config.json" for f in (base, base.parent / "out"))
+    assert before.read_bytes() == after.read_bytes()
+
+
+def test_progress_counts_to_the_end(make_model: Any) -> None:
+    base = make_model()
+    seen: list[tuple[int, int]] = []
+
+    merge(
+        MergeRequest(base=base, adapters=(), out=base.parent / "out"),
+        lambda done, total: seen.append((done, total)),
+    )
+
+    assert seen[-1][0] == seen[-1][1] == (base / "model.safetensors").stat().st_size
+    assert seen == sorted(seen)
+
+
+@pytest.mark.parametrize(
+    "options", [{"precision": "sloppy"}, {"device": "tpu"}, {"method": "magic"}, {"dtype": "int4"}]
+)
+def test_unknown_options_are_usage_errors(options: dict[str, str], make_model: Any) -> None:
+    base = make_model()
+
+    with pytest.raises(UsageError, match="unknown"):
+        run(base, [], base.parent / "out", **options)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_wrong_result_does_not_pass_its_own_proof(
+    kind: str, make_model: Any, make_adapter: Any
+) -> None:
+    base = make_model(kind, dtype=torch.bfloat16)
+    adapter = make_adapter(base)
+    run(base, [(adapter, 1.0)], base.parent / "out")
+    plan = make_plan(base, [(adapter, 1.0)])
+    doubled = make_plan(base, [(adapter, 1.01)])
+
+    prove(plan, base.parent / "out", exact=True)
+    with pytest.raises(CheckFailed, match="was written wrong"):
+        prove(doubled, base.parent / "out", exact=True)

@@ -1,0 +1,302 @@
+"""What a plan refuses before any work, and how it reads names, ranks and scalings."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from toolchain.errors import InputRefused, UsageError
+from toolchain.merging.adapter_config import read_adapter_config
+from toolchain.merging.plan import MergePlan, estimate, make_plan
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def pair(make_model: Any, make_adapter: Any) -> tuple[Path, Path]:
+    base = make_model()
+    return base, make_adapter(base, target_modules=["q_proj", "v_proj"])
+
+
+def plan(pair: tuple[Path, Path], weight: float = 1.0, **options: Any) -> MergePlan:
+    return make_plan(pair[0], [(pair[1], weight)], **options)
+
+
+def refusal(pair: tuple[Path, Path]) -> InputRefused:
+    with pytest.raises(InputRefused) as caught:
+        plan(pair)
+    assert caught.value.exit_code == 3
+    assert caught.value.hint
+    return caught.value
+
+
+def weights(pair: tuple[Path, Path]) -> Path:
+    return pair[1] / "adapter_model.safetensors"
+
+
+def test_plan_says_what_is_added_where(pair: tuple[Path, Path]) -> None:
+    made = plan(pair, weight=0.5)
+
+    assert len(made.terms) == 4
+    (term,) = made.terms[f"{Q}.weight"]
+    assert (term.adapter, term.rank, term.scaling, term.factor) == (0, 4, 1.5, 0.75)
+    assert term.a.name == f"base_model.model.{Q}.lora_A.weight"
+    assert not term.transposed
+
+
+def test_planning_needs_no_torch() -> None:
+    code = "import sys, toolchain.merging.plan, toolchain.merging.families.lora\n"
+    namespace: dict[str, Any] = {}
+    before = {name: sys.modules.pop(name) for name in list(sys.modules) if name == "torch"}
+    try:
+        exec(code, namespace)
+        assert "torch" not in sys.modules
+    finally:
+        sys.modules.update(before)
+
+
+def test_estimate_counts_bytes_and_memory(pair: tuple[Path, Path]) -> None:
+    found = estimate(plan(pair))
+    cast = estimate(plan(pair, dtype="bfloat16"))
+
+    size = (pair[0] / "model.safetensors").stat().st_size
+    assert found["read_bytes"] > size
+    assert 0 < found["write_bytes"] - size < 5000
+    assert 1.8 < found["write_bytes"] / cast["write_bytes"] < 2.2
+    assert found["peak_memory_bytes"] < 400 << 20
+
+
+@pytest.mark.parametrize(
+    ("values", "module", "rank", "scaling"),
+    [
+        ({}, Q, 4, 1.5),
+        ({"use_rslora": True}, Q, 4, 6 / math.sqrt(4)),
+        ({"rank_pattern": {"q_proj": 2}}, Q, 2, 3.0),
+        ({"rank_pattern": {"proj": 2}}, Q, 4, 1.5),
+        ({"rank_pattern": {r"layers\.0\..*": 3, "q_proj": 2}}, Q, 3, 2.0),
+        ({"alpha_pattern": {"self_attn.q_proj": 1}, "use_rslora": True}, Q, 4, 0.5),
+    ],
+)
+def test_ranks_and_scalings_are_pefts(
+    values: dict[str, Any], module: str, rank: int, scaling: float, tmp_path: Path
+) -> None:
+    raw = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q_proj"]} | values
+    (tmp_path / "adapter_config.json").write_text(json.dumps(raw))
+
+    config = read_adapter_config(tmp_path)
+
+    assert (config.rank(module), config.scaling(module)) == (rank, scaling)
+
+
+TARGETS = [
+    {"target_modules": ["q_proj", "mlp.up_proj"]},
+    {"target_modules": r".*\.(0|1)\.mlp\..*"},
+    {"target_modules": ["q_proj"], "layers_to_transform": [1, 3]},
+    {"target_modules": ["q_proj"], "layers_to_transform": 1},
+    {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["mlp.up_proj"]},
+    {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*layers\.1.*"},
+]
+
+
+@pytest.mark.parametrize("values", TARGETS)
+def test_targets_are_pefts(values: dict[str, Any], tmp_path: Path) -> None:
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
+
+    theirs = LoraConfig(**values)
+    theirs.save_pretrained(tmp_path)
+    ours = read_adapter_config(tmp_path)
+
+    for layer in range(4):
+        for part in ("self_attn.q_proj", "mlp.up_proj", "xq_proj", "mlp.down_proj"):
+            module = f"model.layers.{layer}.{part}"
+            found = check_target_module_exists(theirs, module)
+            wanted = bool(found) and not isinstance(found, _ExcludedModule)
+            assert ours.targets(module) == wanted, module
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"peft_type": "LOHA"}, "type 'LOHA'"),
+        ({"use_dora": True}, "DoRA"),
+        ({"bias": "all"}, "trains biases"),
+        ({"lora_bias": True}, "LoRA biases"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
+        ({"init_lora_weights": "OLoRA"}, "OLoRA"),
+        ({"layer_replication": [[0, 1], [0, 1]]}, "layer_replication"),
+        ({"target_parameters": ["experts.w"]}, "target_parameters"),
+        ({"trainable_token_indices": [1]}, "trained tokens"),
+        ({"alora_invocation_tokens": [1, 2]}, "aLoRA"),
+        ({"r": 0}, "rank must be"),
+        ({"r": "4"}, "rank must be"),
+        ({"lora_alpha": None}, "alpha must be"),
+        ({"rank_pattern": {"(": 3}}, "not a valid LoRA configuration"),
+        ({"target_modules": "("}, "not a valid LoRA configuration"),
+        ({"use_rslora": "yes"}, "use_rslora must be"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
+    ],
+)
+def test_configurations_that_cannot_be_merged_are_refused(
+    values: dict[str, Any], said: str, pair: tuple[Path, Path], edit: Callable[..., None]
+) -> None:
+    edit(pair[1] / "adapter_config.json", **values)
+
+    error = refusal(pair)
+
+    assert said in error.message
+    assert "adapter_config.json" in error.message
+
+
+def test_unknown_fields_are_a_finding(pair: tuple[Path, Path], edit: Callable[..., None]) -> None:
+    edit(pair[1] / "adapter_config.json", use_magic=True)
+
+    assert "use_magic" in plan(pair).findings[0]
+
+
+def test_default_adapter_name_in_keys(pair: tuple[Path, Path], rename: Callable[..., None]) -> None:
+    rename(weights(pair), lambda name: name.replace(".weight", ".default.weight"))
+
+    assert len(plan(pair).terms) == 4
+
+
+@pytest.mark.parametrize(
+    ("new", "said"),
+    [
+        (
+            lambda n: None if "layers.1" in n and "lora_B" in n else n,
+            "only one of lora_A and lora_B",
+        ),
+        (lambda n: None if "layers.1" in n else n, "targets 2 modules that it has no weights for"),
+        (lambda n: n.replace("layers.1", "layers.7"), "changes model.layers.7"),
+        (lambda n: n.replace("layers.1.self_attn.v", "blocks.1.v"), "changes model.blocks.1"),
+        (lambda n: n.replace("self_attn.v_proj", "mlp.up_proj"), "another model; 2 shapes differ"),
+        (lambda n: n.replace(".lora_A.", ".lora_C."), "only one of lora_A and lora_B"),
+        (lambda n: n.replace(".lora_", ".lora_x"), "an unknown LoRA tensor"),
+    ],
+)
+def test_keys_that_do_not_fit_are_refused(
+    new: Callable[[str], str | None],
+    said: str,
+    pair: tuple[Path, Path],
+    rename: Callable[..., None],
+) -> None:
+    rename(weights(pair), new)
+
+    assert said in refusal(pair).message
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("base_model.model.model.norm.weight", "a full weight"),
+        ("base_model.model.model.embed_tokens.lora_embedding_A", "LoRA on an embedding"),
+        (f"base_model.model.{Q}.lora_magnitude_vector", "DoRA"),
+        (f"base_model.model.{Q}.lora_B.bias", "a LoRA bias"),
+        ("base_model.model.lm_head.base_layer.weight", "a trained base weight"),
+    ],
+)
+def test_leftover_keys_are_named(
+    key: str, said: str, pair: tuple[Path, Path], rename: Callable[..., None]
+) -> None:
+    rename(weights(pair), lambda name: name, **{key: torch.ones(2)})
+
+    error = refusal(pair)
+
+    assert f"{key} ({said})" in error.message
+
+
+def test_an_adapter_of_another_model_shows_both_shapes(
+    pair: tuple[Path, Path], make_model: Any
+) -> None:
+    other = make_model(name="other", hidden_size=64)
+
+    error = refusal((other, pair[1]))
+
+    assert "base [64, 64], adapter [32, 32]" in error.message
+
+
+def test_wrong_rank_is_refused(pair: tuple[Path, Path], edit: Callable[..., None]) -> None:
+    edit(pair[1] / "adapter_config.json", r=8)
+
+    assert "has rank 4 in lora_A and 4 in lora_B, but 8" in refusal(pair).message
+
+
+def test_tied_heads_are_refused(make_model: Any, make_adapter: Any) -> None:
+    base = make_model(tie_word_embeddings=True)
+    adapter = make_adapter(base, target_modules=["q_proj", "lm_head"])
+
+    assert "shares its weight" in refusal((base, adapter)).message
+
+
+@pytest.mark.parametrize(
+    "new",
+    [
+        lambda name: name.removeprefix("model."),
+        lambda name: f"language_model.{name}",
+    ],
+)
+def test_bases_with_other_prefixes_match_by_their_endings(
+    new: Callable[[str], str], pair: tuple[Path, Path], rename: Callable[..., None]
+) -> None:
+    rename(pair[0] / "model.safetensors", new)
+
+    assert set(plan(pair).terms) == {
+        new(f"model.layers.{layer}.self_attn.{part}_proj.weight")
+        for layer in range(2)
+        for part in "qv"
+    }
+
+
+def test_incomplete_adapters_are_seen_through_prefixes(
+    pair: tuple[Path, Path], rename: Callable[..., None]
+) -> None:
+    rename(pair[0] / "model.safetensors", lambda name: name.removeprefix("model."))
+    rename(weights(pair), lambda name: None if "layers.1" in name else name)
+
+    assert "model.layers.1.self_attn.q_proj" in refusal(pair).message
+
+
+def test_ambiguous_names_are_refused(pair: tuple[Path, Path], rename: Callable[..., None]) -> None:
+    path = pair[0] / "model.safetensors"
+    rename(path, lambda name: f"text.{name}", **{f"vision.{Q}.weight": torch.ones(32, 32)})
+
+    assert "may mean several base tensors" in refusal(pair).message
+
+
+@pytest.mark.parametrize("by", ["config", "keys"])
+def test_quantized_bases_are_refused(
+    by: str, pair: tuple[Path, Path], edit: Callable[..., None], rename: Callable[..., None]
+) -> None:
+    if by == "config":
+        edit(pair[0] / "config.json", quantization_config={"load_in_4bit": True})
+    else:
+        more = {f"{Q}.weight.absmax": torch.ones(3)}
+        rename(pair[0] / "model.safetensors", lambda name: name, **more)
+
+    error = refusal(pair)
+
+    assert "is quantized" in error.message
+    assert "16-bit" in error.hint
+
+
+def test_weights_must_be_finite(pair: tuple[Path, Path]) -> None:
+    with pytest.raises(UsageError, match="weight"):
+        plan(pair, weight=math.nan)
+
+
+def test_square_fan_in_fan_out_is_no_guess(
+    pair: tuple[Path, Path], edit: Callable[..., None]
+) -> None:
+    edit(pair[1] / "adapter_config.json", fan_in_fan_out=True)
+
+    assert "is square" in refusal(pair).message

@@ -1,0 +1,87 @@
+"""The unmerged reference: greedy, in the right template, with every adapter at its weight."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from toolchain.errors import InputRefused
+from toolchain.merging.engine import MergeRequest, merge
+from toolchain.merging.reference import answer
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+
+
+def add_tokenizer(folder: Path, template: str = "") -> None:
+    """A word-level tokenizer of w0 … w93 and an end token."""
+    words = {f"w{number}": number for number in range(94)} | {"</s>": 94, "[UNK]": 95}
+    (folder / "tokenizer.json").write_text(
+        json.dumps(
+            {
+                "version": "1.0",
+                "added_tokens": [],
+                "pre_tokenizer": {"type": "Whitespace"},
+                "model": {"type": "WordLevel", "vocab": words, "unk_token": "[UNK]"},
+            }
+        )
+    )
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    config |= {"chat_template": template} if template else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture
+def base(make_model: Any) -> Path:
+    folder = make_model(eos_token_id=94)
+    add_tokenizer(folder)
+    return folder
+
+
+def items(*prompts: str) -> list[list[dict[str, str]]]:
+    return [[{"role": "user", "content": prompt}] for prompt in prompts]
+
+
+PROMPTS = ("w1 w2 w3", "w5", "w7 w8 w9 w10 w11 w12", "w3 w3")
+
+
+def test_batches_give_the_texts_of_single_items(base: Path) -> None:
+    seen: list[tuple[int, int]] = []
+
+    together = answer(base, [], items(*PROMPTS), 6, lambda *step: seen.append(step))
+
+    assert together == [answer(base, [], items(prompt), 6)[0] for prompt in PROMPTS]
+    assert all(together)
+    assert seen[-1] == (4, 4)
+
+
+def test_merged_answers_as_unmerged_with_weights(base: Path, make_adapter: Any) -> None:
+    adapters = (
+        (make_adapter(base, "one"), 0.6),
+        (make_adapter(base, "two", seed=2, r=2), 0.4),
+    )
+    merge(MergeRequest(base=base, adapters=adapters, out=base.parent / "out"))
+
+    wanted = answer(base, adapters, items(*PROMPTS), 8)
+
+    assert wanted == answer(base.parent / "out", [], items(*PROMPTS), 8)
+    assert wanted != answer(base, [], items(*PROMPTS), 8)
+
+
+def test_an_adapters_template_wins(base: Path, make_adapter: Any) -> None:
+    adapter = make_adapter(base, target_modules=["q_proj"])
+    add_tokenizer(base, TEMPLATE)
+    (adapter / "chat_template.jinja").write_text("w9 w9 w9")
+
+    wins = answer(base, [(adapter, 0.0)], items("w1", "w2"), 5)
+
+    assert wins[0] == wins[1] == answer(base, [], items("w9 w9 w9"), 5)[0]
+
+
+def test_dialogues_need_a_template(base: Path) -> None:
+    dialogue = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+
+    with pytest.raises(InputRefused, match="no chat template"):
+        answer(base, [], [dialogue], 4)
