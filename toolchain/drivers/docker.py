@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ class DockerEngine:
         """The connection, made when first needed; EnvironmentFailure without an engine."""
         if self._opened is None:
             self._opened = _connect(_ANSWER_SECONDS)
+            weakref.finalize(self, self._opened.close)
         return self._opened
 
     def answers(self) -> bool:
@@ -84,23 +86,41 @@ class DockerEngine:
         Raises EnvironmentFailure where the engine refuses it or goes away.
         """
         with engine_errors(f"loading {reference} into the container engine"):
-            client: Any = _connect(_UNPACK_SECONDS)
-            for told in client.api.load_image(archive):
-                if "error" in told:
-                    raise EnvironmentFailure(
-                        f"the container engine did not take {reference}: {told['error']}",
-                        hint="see its free disk space with `docker system df`",
-                    )
+            with contextlib.closing(_connect(_UNPACK_SECONDS)) as client:
+                api: Any = client.api
+                for told in api.load_image(archive):
+                    if "error" in told:
+                        raise EnvironmentFailure(
+                            f"the container engine did not take {reference}: {told['error']}",
+                            hint="see its free disk space with `docker system df`",
+                        )
             return str(self.client.images.get(reference).id)
 
-    def layer_chains(self, reference: str) -> tuple[str, ...]:
-        """Return the diff ids of an image that the engine holds, or ()."""
+    def chains_of(self, *repositories: str) -> tuple[tuple[str, ...], ...]:
+        """Return the diff ids, bottom first, of each image that the engine holds of these.
+
+        Empty where the engine keeps images in containerd, whose import needs every layer.
+        """
+        with engine_errors("asking the container engine for its images"):
+            if self.client.info().get("Driver") != "overlay2":
+                return ()
+            found = [i for name in repositories for i in self.client.images.list(name=name)]
+            return tuple(
+                tuple((image.attrs or {}).get("RootFS", {}).get("Layers") or ()) for image in found
+            )
+
+    def inspect(self, reference: str) -> Mapping[str, Json]:
+        """Return an image's `Id` (its configuration's digest) and `Config`; {} where absent."""
         with engine_errors(f"asking the container engine for {reference}"):
             try:
-                attributes = self.client.images.get(reference).attrs or {}
+                return dict(self.client.images.get(reference).attrs or {})
             except ImageNotFound:
-                return ()
-            return tuple(attributes.get("RootFS", {}).get("Layers") or ())
+                return {}
+
+    def untag(self, reference: str) -> None:
+        """Remove a name; the image goes too when it was the last one. Absent is fine."""
+        with engine_errors(f"removing the name {reference}"), contextlib.suppress(ImageNotFound):
+            self.client.images.remove(reference, noprune=False)
 
     def describe(self) -> Mapping[str, Json]:
         """Return version, storage driver and GPU runtime; {} without an engine."""
@@ -126,7 +146,7 @@ class DockerEngine:
 
     def holds(self, reference: str) -> bool:
         """Say whether the engine has an image."""
-        return bool(self.layer_chains(reference))
+        return bool(self.inspect(reference))
 
     def reap(self) -> None:
         """Remove containers whose owner was killed before it could."""
@@ -304,7 +324,7 @@ def _converse(
         try:
             streams = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
             socket = api.attach_socket(container.id, params=streams)
-            with contextlib.closing(socket):
+            with contextlib.closing(socket), contextlib.closing(socket._sock):  # noqa: SLF001
                 # Asked before it starts: the container is gone as soon as it has ended.
                 ended = pool.submit(api.wait, container.id, None, "removed")
                 container.start()

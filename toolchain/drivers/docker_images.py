@@ -75,7 +75,8 @@ def build_image(builder: str, flavour: str, host: str, cache: Path, progress: Pr
 def _only_said(done: process.Completed) -> process.Completed:
     """Leave of a failed build's output what its programs printed, without BuildKit's frame."""
     said = tuple(match[1] for line in done.tail if (match := _SAID.match(line)))
-    return dataclasses.replace(done, tail=said[-8:] or done.tail[-3:])
+    errors = tuple(line for line in done.tail if line.startswith("ERROR"))
+    return dataclasses.replace(done, tail=said[-8:] or errors or done.tail[-3:])
 
 
 def _require_buildx(host: str) -> None:

@@ -73,8 +73,10 @@ def job_request(
         "network_mode": "none",
         "cap_drop": ["ALL"],
         "pids_limit": 2048,
-        # Standard input stays open to us alone: its end tells the worker that we are gone.
+        # Standard input is ours and closes with our connection (the client library asks for that
+        # unless `detach` is set): its end tells the worker that we are gone.
         "stdin_open": True,
+        "detach": False,
         "auto_remove": True,
     }
     request["labels"] = {**request["labels"], LABEL_JOB: job.stage}
@@ -113,7 +115,6 @@ def _confined(memory_bytes: int, owner: str, *, gpu: bool) -> dict[str, Any]:
         "security_opt": ["no-new-privileges"],
         "init": True,
         "labels": {LABEL_OWNER: owner},
-        "detach": True,
     }
     if memory_bytes:
         # The same limit for both: no swap beside it.
