@@ -61,7 +61,7 @@ def wait_until_healthy(
                 last = f"the last answer was HTTP {status}"
             time.sleep(poll)
     raise CheckFailed(
-        f"the server was not ready after {limit_seconds:.0f} s: {last}{_log(endpoint)}",
+        f"the server was not ready after {limit_seconds:g} s: {last}{_log(endpoint)}",
         hint="a large model on a slow disk may need longer",
     )
 
@@ -152,10 +152,10 @@ def _once(
                     raise _Refused(f"the answer is larger than {limits.answer_bytes} bytes")
                 # httpx limits each read, not their sum: a dripping server would never end.
                 if time.monotonic() > deadline:
-                    raise _TryAgain(f"no whole answer in {limits.request_seconds:.0f} s")
+                    raise _TryAgain(f"no whole answer in {limits.request_seconds:g} s")
             status = response.status_code
     except httpx.TimeoutException:
-        raise _TryAgain(f"no answer in {limits.request_seconds:.0f} s") from None
+        raise _TryAgain(f"no answer in {limits.request_seconds:g} s") from None
     except httpx.HTTPError as error:
         raise _TryAgain(f"{type(error).__name__}: {error}") from None
     return _parsed(status, bytes(read))

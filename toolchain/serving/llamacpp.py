@@ -51,6 +51,8 @@ ENGINE = Engine(
     entrypoint=("/app/llama-server",),
     command=command,
     healthcheck=("/app/healthcheck",),
+    port_variable="LLAMA_ARG_PORT",
     threads_variable="LLAMA_ARG_THREADS",
+    neutral_settings=frozenset({"ctx-size", "parallel", "threads", "cache-ram"}),
     image_files={"/etc/weightsmith/llamacpp.env": "llamacpp.env"},
 )

@@ -69,10 +69,10 @@ class _Case:
     def overhead(self, tokens: int, slots: int) -> int:
         """Return what is neither weights nor cache.
 
-        The compute buffer is an estimate, fitted to what llama-server 0c1e57098 reported for six
-        shapes and never below it there: per token of a micro-batch the float32 activations of one
-        layer (two of the feed-forward's width, eight of the hidden width) and a float16 attention
-        mask over one slot; per slot its logits, twice.
+        The compute buffer is an estimate, compared with what llama-server 0c1e57098 reported on a
+        CPU for eleven settings of three models, and never below it there: per token of a
+        micro-batch the float32 activations of one layer (two of the feed-forward's width, eight of
+        the hidden width) and a float16 attention mask over one slot; per slot its logits, twice.
         """
         shape = self.shape
         per_token = 4 * (2 * shape.intermediate + 8 * shape.hidden) + 2 * padded(tokens)

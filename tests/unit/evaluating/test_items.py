@@ -1,0 +1,82 @@
+import json
+
+import pytest
+
+from toolchain.errors import UsageError
+from toolchain.evaluating.items import read_items
+
+
+def write(tmp_path, *lines):
+    path = tmp_path / "eval.jsonl"
+    path.write_bytes(
+        b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines)
+    )
+    return path
+
+
+def test_reads_prompts_and_messages_in_order(tmp_path):
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Port?"}]
+    path = write(
+        tmp_path,
+        {"prompt": "Capital of France?", "expected": "Paris"},
+        b"",
+        {"messages": chat, "expected": ["7481", "seven"]},
+    )
+
+    first, second = read_items(path)
+
+    assert first.messages == ({"role": "user", "content": "Capital of France?"},)
+    assert (first.expected, first.line) == (("Paris",), 1)
+    assert (second.prompt, second.expected, second.line) == ("Port?", ("7481", "seven"), 3)
+
+
+def test_a_byte_order_mark_is_no_error(tmp_path):
+    path = write(tmp_path, b"\xef\xbb\xbf" + json.dumps({"prompt": "a", "expected": "b"}).encode())
+
+    assert len(read_items(path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b"{", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+        (b"[1]", "JSON list, not an object"),
+        (b"\xff\xfe", "not UTF-8"),
+        ({"expected": "b"}, "neither prompt nor messages"),
+        ({"prompt": "a", "messages": [], "expected": "b"}, "both prompt and messages"),
+        ({"prompt": "a"}, "lacks expected"),
+        ({"prompt": "a", "expected": []}, "empty list"),
+        ({"prompt": "a", "expected": 3}, "expected is not a text"),
+        ({"prompt": "  ", "expected": "b"}, "prompt is not a text"),
+        ({"messages": [], "expected": "b"}, "not a list of messages"),
+        ({"messages": [{"role": "king", "content": "a"}], "expected": "b"}, "no known role"),
+        ({"messages": [{"role": "user"}], "expected": "b"}, r"messages\[0\].content"),
+        (b'{"prompt": "' + b"a" * (1 << 20) + b'"', "longer than"),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path, line, says):
+    path = write(tmp_path, {"prompt": "q", "expected": "a"}, line)
+
+    with pytest.raises(UsageError, match=says) as caught:
+        read_items(path)
+
+    assert f"{path}:2" in caught.value.message
+    assert caught.value.hint
+
+
+def test_the_same_question_twice_is_refused(tmp_path):
+    path = write(tmp_path, {"prompt": "q", "expected": "a"}, {"prompt": "q", "expected": "b"})
+
+    with pytest.raises(UsageError, match=r"eval\.jsonl:2 asks the same as line 1"):
+        read_items(path)
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="has no questions"):
+        read_items(write(tmp_path, b"", b"  "))
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="cannot read"):
+        read_items(tmp_path / "none.jsonl")

@@ -1,0 +1,252 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, GGUFWriter
+
+from toolchain.errors import CheckFailed, InputRefused
+from toolchain.quantizers import formats, of_format
+from toolchain.quantizers.gguf import check_input, output_file
+from toolchain.quantizers.quantizer import QuantizeRequest
+
+LLAMA = {"architectures": ["LlamaForCausalLM"]}
+TEMPLATE = "{{ messages[0].content }}"
+TENSORS = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+
+
+def request(tmp_path: Path, name: str = "q8_0", **options) -> QuantizeRequest:
+    (tmp_path / "model").mkdir(exist_ok=True)
+    (tmp_path / "out").mkdir(exist_ok=True)
+    return QuantizeRequest(
+        model=tmp_path / "model",
+        format=formats()[name],
+        output=tmp_path / "out",
+        name="demo",
+        tools=Path("/opt/llamacpp"),
+        python="/usr/bin/python3",
+        options=options,
+    )
+
+
+def test_q8_0_is_one_command_of_the_converter(tmp_path):
+    asked = request(tmp_path)
+
+    (step,) = of_format("q8_0").steps(asked)
+
+    assert step.argv[:3] == (
+        "/usr/bin/python3",
+        "/opt/llamacpp/convert/convert_hf_to_gguf.py",
+        str(asked.model),
+    )
+    assert step.argv[3:7] == ("--outfile", str(output_file(asked)), "--outtype", "q8_0")
+    assert step.env["PYTHONPATH"] == "/opt/llamacpp/convert/gguf-py"
+    assert step.env["HF_HUB_OFFLINE"] == "1"
+
+
+def test_metadata_from_folder_names_is_switched_off(tmp_path):
+    (step,) = of_format("f16").steps(request(tmp_path, "f16"))
+
+    (path, text) = next(iter(step.writes.items()))
+    assert step.argv[-2:] == ("--metadata", str(path))
+    assert path in step.removes
+    assert all(value is None for value in json.loads(text).values())
+    assert "general.basename" in json.loads(text)
+
+
+def test_k_quants_go_through_a_file_that_is_removed(tmp_path):
+    asked = request(tmp_path, "q4_k_m", threads=2)
+
+    convert, quantize = of_format("q4_k_m").steps(asked)
+
+    middle = Path(convert.argv[4])
+    assert quantize.argv == (
+        "/opt/llamacpp/bin/llama-quantize",
+        str(middle),
+        str(output_file(asked)),
+        "Q4_K_M",
+        "2",
+    )
+    assert quantize.removes == (middle,)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [("bfloat16", "bf16"), ("float16", "f16"), ("float32", "f32"), (None, "f16")]
+)
+def test_the_file_between_rounds_nothing(tmp_path, dtype, kind):
+    asked = request(tmp_path, "q5_k_m")
+    (asked.model / "config.json").write_text(json.dumps({**LLAMA, "torch_dtype": dtype}))
+
+    convert, _ = of_format("q5_k_m").steps(asked)
+
+    assert convert.argv[convert.argv.index("--outtype") + 1] == kind
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({}, "lacks architectures"),
+        ({"architectures": ["T5"], "is_encoder_decoder": True}, "decoder"),
+        ({**LLAMA, "quantization_config": {"quant_method": "awq"}}, r"already quantized \(awq\)"),
+    ],
+)
+def test_bad_input_is_refused_from_its_config_alone(config, says):
+    with pytest.raises(InputRefused, match=says):
+        check_input(config)
+
+
+def test_good_input_is_not_refused():
+    check_input(LLAMA)
+
+
+def test_peak_disk_counts_the_file_between():
+    peak = of_format("q4_k_m").peak_disk
+
+    assert peak(16 << 30, formats()["q4_k_m"]) > (16 << 30) + (4 << 30)
+    assert peak(16 << 30, formats()["q8_0"]) < 16 << 30
+
+
+def write_gguf(path: Path, *, file_type=7, template=TEMPLATE, tokens=32, names=None) -> None:
+    writer = GGUFWriter(path, "llama")
+    writer.add_file_type(file_type)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{i}" for i in range(tokens)])
+    if template:
+        writer.add_chat_template(template)
+    for name in names or ("token_embd.weight", "output_norm.weight", "output.weight"):
+        if name == "output_norm.weight":
+            writer.add_tensor(name, np.ones(64, dtype=np.float32))
+        elif file_type == 1:
+            writer.add_tensor(name, np.zeros((32, 64), dtype=np.float16))
+        else:
+            rows = np.zeros((32, 64 // 32 * 34), dtype=np.uint8)
+            writer.add_tensor(name, rows, raw_dtype=GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_checkpoint(model: Path, *, names=TENSORS, template=TEMPLATE) -> None:
+    header = {name: {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]} for name in names}
+    blob = json.dumps(header).encode()
+    (model / "model.safetensors").write_bytes(len(blob).to_bytes(8, "little") + blob)
+    (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+
+
+@pytest.fixture
+def asked(tmp_path):
+    made = request(tmp_path)
+    write_checkpoint(made.model)
+    return made
+
+
+def check(made: QuantizeRequest):
+    return of_format(made.format.name).check(made)
+
+
+def test_a_good_file_is_described(asked):
+    write_gguf(output_file(asked))
+
+    facts = check(asked)
+
+    assert facts["types"] == {"F32": 1, "Q8_0": 2}
+    assert facts["tokens"] == 32
+    # (2 x 32 x 64 x 8.5 + 64 x 32) bits / (2 x 32 x 64 + 64) elements
+    assert facts["bits_per_weight"] == round((4096 * 8.5 + 64 * 32) / 4160, 3)
+    assert facts["warnings"] == []
+
+
+def test_a_cut_file_is_refused(asked):
+    path = output_file(asked)
+    write_gguf(path)
+    path.write_bytes(path.read_bytes()[:-100])
+
+    with pytest.raises(CheckFailed, match=r"whole GGUF|bytes"):
+        check(asked)
+
+
+def test_an_empty_or_missing_file_is_refused(asked):
+    with pytest.raises(CheckFailed):
+        check(asked)
+    output_file(asked).write_bytes(b"")
+    with pytest.raises(CheckFailed):
+        check(asked)
+
+
+def test_bytes_after_the_last_tensor_are_refused(asked):
+    path = output_file(asked)
+    write_gguf(path)
+    path.write_bytes(path.read_bytes() + b"x" * 5000)
+
+    with pytest.raises(CheckFailed, match="tensors end at"):
+        check(asked)
+
+
+def test_another_file_type_is_refused(asked):
+    write_gguf(output_file(asked), file_type=1)
+
+    with pytest.raises(CheckFailed, match="file type 1"):
+        check(asked)
+
+
+def test_a_missing_tensor_is_refused(asked):
+    write_checkpoint(asked.model, names=(*TENSORS, "model.layers.0.mlp.up_proj.weight"))
+    write_gguf(output_file(asked), names=("token_embd.weight", "output_norm.weight"))
+
+    with pytest.raises(CheckFailed, match="holds 2 tensors, the checkpoint 4"):
+        check(asked)
+
+
+def test_a_tied_output_may_be_stored_once(asked):
+    write_gguf(output_file(asked), names=("token_embd.weight", "output_norm.weight"))
+
+    assert check(asked)["tensors"] == 2
+
+
+def test_another_chat_template_is_refused(asked):
+    write_gguf(output_file(asked), template="{{ 'other' }}")
+
+    with pytest.raises(CheckFailed, match="another chat template"):
+        check(asked)
+
+
+def test_a_lost_chat_template_is_refused(asked):
+    write_gguf(output_file(asked), template=None)
+
+    with pytest.raises(CheckFailed, match="lacks the checkpoint's chat template"):
+        check(asked)
+
+
+def test_a_template_file_wins_over_the_tokenizers(asked):
+    (asked.model / "chat_template.jinja").write_text("{{ 'file' }}")
+    write_gguf(output_file(asked), template="{{ 'file' }}")
+
+    assert check(asked)["chat_template"] is True
+
+
+def test_a_checkpoint_without_a_template_is_a_warning(asked):
+    (asked.model / "tokenizer_config.json").unlink()
+    write_gguf(output_file(asked), template=None)
+
+    assert "chat template" in check(asked)["warnings"][0]
+
+
+def test_tokens_must_match_the_embedding(asked):
+    write_gguf(output_file(asked), tokens=31)
+
+    with pytest.raises(CheckFailed, match="31 tokens and 32 embedding rows"):
+        check(asked)
+
+
+def test_weights_beyond_float16_are_refused(tmp_path):
+    made = request(tmp_path, "f16")
+    write_checkpoint(made.model)
+    write_gguf(output_file(made), file_type=1)
+    assert check(made)["types"]["F16"] == 2
+    blob = bytearray(output_file(made).read_bytes())
+    blob[-64:-62] = b"\x00\x7c"  # infinity, inside the last tensor
+    output_file(made).write_bytes(blob)
+
+    with pytest.raises(CheckFailed, match="beyond float16"):
+        check(made)

@@ -1,0 +1,255 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from toolchain.errors import InputRefused, UsageError
+from toolchain.serving.engine import Wishes
+from toolchain.serving.llamacpp import ENGINE, command, env
+from toolchain.serving.llamacpp_options import environment_names, extra_options
+from toolchain.serving.llamacpp_plan import plan
+from toolchain.serving.memory import GIB, MIB, padded
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "vocab_size": 128256,
+}
+SMOL = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "vocab_size": 49152,
+}
+Q4 = 4_920_000_000
+
+
+def test_a_wish_that_fits_is_kept_and_its_context_is_the_total_over_slots():
+    made = plan(SMOL, 105 * MIB, Wishes(max_model_len=1000, max_num_seqs=4, host_memory_bytes=GIB))
+
+    assert (made.max_model_len, made.max_num_seqs) == (1000, 4)
+    assert made.settings["ctx-size"] == 4096
+    assert made.settings["kv-unified"] is False
+    # 30 layers x 3 heads x 128 x 2 bytes = 23040 per token, 90 MiB for 4096.
+    assert made.kv_bytes_per_token == 23040
+    assert made.kv_bytes_total == 90 * MIB
+    assert (made.device, made.gpu_layers) == ("cpu", 0)
+
+
+def test_auto_takes_the_models_own_length_and_four_at_once_where_they_fit():
+    made = plan(SMOL, 105 * MIB, Wishes(host_memory_bytes=64 * GIB))
+
+    assert (made.max_model_len, made.max_num_seqs) == (8192, 4)
+
+
+def test_auto_shortens_to_what_fits():
+    made = plan(LLAMA_8B, Q4, Wishes(gpu="nvidia-l4"))
+
+    # 20.9 GiB usable - 4.6 weights - about 0.9 overhead leave room for 16 GiB less a little.
+    assert 100_000 < made.max_model_len < 131072
+    assert made.max_model_len % 256 == 0
+    assert made.max_num_seqs == 1
+    assert made.gpu_layers == 33
+
+
+def test_a_wish_that_does_not_fit_names_the_nearest_that_does():
+    wishes = Wishes(max_model_len=32768, max_num_seqs=8, host_memory_bytes=24 * GIB)
+
+    with pytest.raises(UsageError, match="max_model_len 32768 x max_num_seqs 8 needs") as caught:
+        plan(LLAMA_8B, Q4, wishes)
+
+    hint = caught.value.hint
+    assert caught.value.exit_code == 2
+    assert "max_num_seqs 4 at 32768" in hint
+    assert "cache-type-k" in hint
+    # Every way that the hint offers is one.
+    shorter = int(hint.split("max_model_len ")[1].split()[0])
+    assert plan(
+        LLAMA_8B, Q4, Wishes(max_model_len=shorter, max_num_seqs=8, host_memory_bytes=24 * GIB)
+    )
+    assert plan(
+        LLAMA_8B, Q4, Wishes(max_model_len=32768, max_num_seqs=4, host_memory_bytes=24 * GIB)
+    )
+
+
+def test_weights_that_do_not_fit_say_how_much_memory_would_do():
+    with pytest.raises(UsageError) as caught:
+        plan(LLAMA_8B, Q4, Wishes(host_memory_bytes=4 * GIB))
+
+    assert "GiB of memory" in caught.value.hint
+
+
+def test_a_length_beyond_the_model_is_refused_unless_positions_are_stretched():
+    wishes = Wishes(max_model_len=16384, max_num_seqs=1, host_memory_bytes=64 * GIB)
+
+    with pytest.raises(UsageError, match="8192 positions"):
+        plan(SMOL, 105 * MIB, wishes)
+
+    stretched = Wishes(
+        max_model_len=16384,
+        max_num_seqs=1,
+        host_memory_bytes=64 * GIB,
+        extra={"rope-scale": 2},
+    )
+    assert plan(SMOL, 105 * MIB, stretched).max_model_len == 16384
+
+
+def test_a_small_gpu_takes_the_layers_that_fit_and_says_so():
+    made = plan(LLAMA_8B, Q4, Wishes(gpu_memory_bytes=4 * GIB))
+
+    assert 0 < made.gpu_layers < 32
+    assert any("layers fit" in note for note in made.notes)
+    on_gpu = made.gpu_layers * (made.weight_bytes + made.kv_bytes_total) // 32
+    assert on_gpu + made.overhead_bytes <= made.usable_bytes
+
+
+def test_a_gpu_too_small_for_one_layer_is_refused():
+    with pytest.raises(UsageError, match="usable on gpu"):
+        plan(LLAMA_8B, Q4, Wishes(gpu_memory_bytes=768 * MIB))
+
+
+def test_amd_is_refused_because_the_image_is_for_nvidia():
+    with pytest.raises(UsageError, match="NVIDIA"):
+        plan(LLAMA_8B, Q4, Wishes(gpu="mi300x"))
+
+
+def test_a_packed_cache_takes_less():
+    packed = {"cache-type-k": "q8_0", "cache_type_v": "q8_0"}
+    base = Wishes(max_model_len=8192, max_num_seqs=1, host_memory_bytes=64 * GIB)
+    made = plan(
+        LLAMA_8B,
+        Q4,
+        Wishes(max_model_len=8192, max_num_seqs=1, host_memory_bytes=64 * GIB, extra=packed),
+    )
+
+    assert made.kv_bytes_total * 32 == plan(LLAMA_8B, Q4, base).kv_bytes_total * 17
+    assert env(made, {"model_path": "/m", "served_name": "s"})["LLAMA_ARG_CACHE_TYPE_V"] == "q8_0"
+
+
+def test_a_packed_value_cache_needs_flash_attention():
+    with pytest.raises(UsageError, match="flash attention"):
+        plan(SMOL, 1, Wishes(extra={"cache-type-v": "q8_0", "flash-attn": "off"}))
+
+
+def test_a_prompt_cache_is_counted():
+    plain = plan(SMOL, MIB, Wishes(max_model_len=256, max_num_seqs=1, host_memory_bytes=GIB))
+    cached = plan(
+        SMOL,
+        MIB,
+        Wishes(max_model_len=256, max_num_seqs=1, host_memory_bytes=GIB, extra={"cache-ram": 100}),
+    )
+
+    assert cached.overhead_bytes - plain.overhead_bytes == 100 * MIB
+    with pytest.raises(UsageError, match="cache-ram"):
+        plan(SMOL, MIB, Wishes(extra={"cache-ram": -1}))
+
+
+def test_a_model_without_attention_is_refused():
+    with pytest.raises(InputRefused, match="no attention"):
+        plan({**SMOL, "layer_types": ["mamba"] * 30}, MIB, Wishes())
+
+
+memory = st.integers(min_value=GIB // 8, max_value=256 * GIB)
+
+
+@settings(max_examples=60, deadline=None)
+@given(memory, memory, st.booleans())
+def test_more_memory_never_gives_a_shorter_context(one, other, on_gpu):
+    less, more = sorted((one, other))
+    field = "gpu_memory_bytes" if on_gpu else "host_memory_bytes"
+    try:
+        small = plan(LLAMA_8B, Q4, Wishes(**{field: less}))
+    except UsageError:
+        return
+    large = plan(LLAMA_8B, Q4, Wishes(**{field: more}))
+
+    assert large.max_model_len >= small.max_model_len
+    if large.max_model_len == small.max_model_len:
+        assert large.max_num_seqs >= small.max_num_seqs
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    memory,
+    st.none() | st.integers(min_value=1, max_value=131072),
+    st.none() | st.integers(min_value=1, max_value=64),
+)
+def test_a_plan_never_takes_more_than_is_usable(size, tokens, slots):
+    wishes = Wishes(host_memory_bytes=size, max_model_len=tokens, max_num_seqs=slots)
+    try:
+        made = plan(LLAMA_8B, Q4, wishes)
+    except UsageError:
+        return
+
+    assert made.weight_bytes + made.kv_bytes_total + made.overhead_bytes <= made.usable_bytes < size
+    assert made.settings["ctx-size"] == padded(made.max_model_len) * made.max_num_seqs
+    assert tokens in {None, made.max_model_len}
+    assert slots in {None, made.max_num_seqs}
+
+
+def test_the_environment_is_explicit_and_known_to_the_server():
+    made = plan(SMOL, MIB, Wishes(max_model_len=512, max_num_seqs=2, host_memory_bytes=GIB))
+    names = {"model_path": "/models/m.gguf", "served_name": "support"}
+
+    found = env(made, names)
+
+    assert set(found) <= set(environment_names().values())
+    assert found["LLAMA_ARG_CTX_SIZE"] == "1024"
+    assert found["LLAMA_ARG_N_PARALLEL"] == "2"
+    assert found["LLAMA_ARG_KV_UNIFIED"] == "0"
+    assert found["LLAMA_ARG_FIT"] == "off"
+    assert found["LLAMA_ARG_ALIAS"] == "support"
+    assert found["LLAMA_ARG_UI"] == "0"
+
+
+def test_options_without_a_variable_become_arguments():
+    made = plan(SMOL, MIB, Wishes(extra={"seed": 3, "warmup": False, "escape": True, "top_k": 5}))
+
+    assert command(made, {}) == ("--seed", "3", "--no-warmup", "--escape")
+    assert env(made, {"model_path": "", "served_name": ""})["LLAMA_ARG_TOP_K"] == "5"
+
+
+def test_extra_options_are_known_by_option_and_by_variable():
+    found = extra_options(
+        {"LLAMA_ARG_TOP_K": 5, "--threads": 4, "chat_template_kwargs": {"enable_thinking": False}}
+    )
+
+    assert found == {
+        "top-k": 5,
+        "threads": 4,
+        "chat-template-kwargs": '{"enable_thinking": false}',
+    }
+
+
+@pytest.mark.parametrize(
+    ("extra", "says", "hints"),
+    [
+        ({"cache_typ_k": "q8_0"}, "no such option", "cache-type-k"),
+        ({"LLAMA_ARG_TOPK": 1}, "no such option", "LLAMA_ARG_TOP_K"),
+        ({"ctx-size": 4096}, "cannot be set", "max_model_len"),
+        ({"gpu-layers": 3}, "cannot be set", "serve.gpu"),
+        ({"LLAMA_API_KEY": "secret"}, "cannot be set", "where it runs"),
+        ({"tools": "all"}, "cannot be set", "run programs"),
+        ({"temp": 1, "temperature": 2}, "twice", "remove"),
+    ],
+)
+def test_extra_options_that_cannot_be(extra, says, hints):
+    with pytest.raises(UsageError, match=says) as caught:
+        extra_options(extra)
+
+    assert hints in caught.value.hint
+    assert "secret" not in caught.value.message + caught.value.hint
+
+
+def test_the_engine_is_what_images_expect():
+    assert ENGINE.accepts == {"gguf"}
+    assert (ENGINE.port, ENGINE.health_path) == (8080, "/health")
+    assert ENGINE.entrypoint == ("/app/llama-server",)

@@ -1,0 +1,218 @@
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from toolchain.errors import UsageError
+from toolchain.quantizers import formats
+from toolchain.serving.engine import Wishes
+from toolchain.serving.memory import GIB, MIB
+from toolchain.serving.targets import find, targets
+from toolchain.stages.render import render, render_files
+from toolchain.values import Digest
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+SMOL = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "vocab_size": 49152,
+}
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "vocab_size": 128256,
+}
+CPU = Wishes(max_model_len=2048, max_num_seqs=4, host_memory_bytes=2 * GIB)
+
+
+def rendered(*, name="support-smol", wishes=CPU, image="", config=SMOL, weights=105 * MIB):
+    return render(
+        target=find("llamacpp-q4_k_m", targets(formats().values())),
+        name=name,
+        version="1.2.0",
+        model_config=config,
+        model_file=f"{name}.gguf",
+        weight_bytes=weights,
+        wishes=wishes,
+        image=image,
+        made_from=(Digest.of(b"artifact"),),
+    )
+
+
+CASES = {
+    "cpu": {"image": f"registry.example.com/ml/support-smol@{Digest.of(b'image')}"},
+    "gpu": {
+        "name": "support-llama3-8b",
+        "config": LLAMA_8B,
+        "weights": 4_920_000_000,
+        "wishes": Wishes(gpu="nvidia-l4", max_model_len=8192, max_num_seqs=8),
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rendered_files_are_as_before(case):
+    """UPDATE_GOLDEN=1 writes them anew; then read the difference."""
+    folder = GOLDEN / f"llamacpp-q4_k_m-{case}"
+    files = rendered(**CASES[case]).files
+    if os.environ.get("UPDATE_GOLDEN") == "1":
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_text(text, "utf-8")
+
+    assert {path.name for path in folder.iterdir()} == set(files)
+    for name, text in files.items():
+        assert (folder / name).read_text("utf-8") == text, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_manifests_are_the_yaml_they_look_like(case):
+    config = rendered(**CASES[case])
+
+    service = yaml.safe_load(config.files["compose.yaml"])["services"]["model"]
+    deployment, kubernetes_service = yaml.safe_load_all(config.files["kubernetes.yaml"])
+
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["image"] == service["image"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    assert container["startupProbe"]["failureThreshold"] * 10 >= 600
+    assert deployment["spec"]["selector"]["matchLabels"] == kubernetes_service["spec"]["selector"]
+    assert service["read_only"] is True
+    on_gpu = case == "gpu"
+    assert ("nvidia.com/gpu" in container["resources"]["limits"]) is on_gpu
+    assert ("deploy" in service) is on_gpu
+    assert bool(config.healthcheck) is not on_gpu
+
+
+def test_the_env_file_is_the_images_environment():
+    config = rendered()
+
+    lines = config.files["llamacpp.env"].splitlines()
+    pairs = dict(line.split("=", 1) for line in lines if not line.startswith("#"))
+
+    assert pairs == config.env
+    assert config.env["LLAMA_ARG_MODEL"] == "/models/support-smol.gguf"
+    assert config.image_files["/etc/weightsmith/llamacpp.env"] == config.files["llamacpp.env"]
+    assert json.loads(config.image_files["/etc/weightsmith/plan.json"]) == config.plan
+
+
+def test_the_plan_has_the_names_that_every_engine_has():
+    plan = rendered().plan
+
+    # 30 layers x 3 heads x 256 bytes x 2048 tokens
+    assert plan["kv_bytes_per_request"] == 23040 * 2048
+    assert plan["weights_bytes_per_gpu"] == 105 * MIB
+    assert plan["fits"] is True
+    assert plan["nearest"] is None
+    assert plan["max_concurrency"] >= 4
+    assert plan["margin_bytes"] >= 0
+
+
+def test_the_same_facts_give_the_same_files():
+    assert rendered() == rendered()
+
+
+def test_without_an_image_the_manifests_name_a_local_one():
+    config = rendered()
+
+    assert "support-smol:1.2.0" in config.files["compose.yaml"]
+
+
+NASTY = [
+    "a: b",
+    'quo"te',
+    "back\\slash",
+    "${HOME} $$ $(x)",
+    "emoji 🦙 é",
+    "- [x] {y}",
+    "#comment",
+    "'; rm -rf / #",
+]
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_no_name_breaks_out_of_its_place(name):
+    config = rendered(name=name, image=f"example.com/{name}")
+
+    deployment, _ = yaml.safe_load_all(config.files["kubernetes.yaml"])
+    compose = yaml.safe_load(config.files["compose.yaml"])
+    assert deployment["spec"]["template"]["spec"]["containers"][0]["image"] == f"example.com/{name}"
+    # Compose itself reads `$$` as one dollar sign.
+    assert compose["services"]["model"]["image"].replace("$$", "$") == f"example.com/{name}"
+    assert re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", deployment["metadata"]["name"])
+
+
+@pytest.mark.parametrize("name", ["line\nLLAMA_ARG_TOOLS=all", "\u2028", "\x85", "\x7f"])
+def test_a_name_with_control_characters_is_refused(name):
+    with pytest.raises(UsageError, match="LLAMA_ARG_ALIAS has a line break"):
+        rendered(name=name)
+
+
+@given(st.text(max_size=40))
+def test_any_text_comes_back_from_yaml(tmp_path_factory, text):
+    folder = tmp_path_factory.mktemp("templates")
+    (folder / "x.yaml.j2").write_text("value: {{ value | yaml }}\n")
+
+    (loaded,) = yaml.safe_load_all(render_files((folder,), {"value": text})["x.yaml"])
+
+    assert loaded == {"value": text}
+
+
+def test_a_variable_that_is_not_there_is_named(tmp_path):
+    (tmp_path / "broken.yaml.j2").write_text("x: {{ mistyped }}\n")
+
+    with pytest.raises(UsageError, match=r"broken\.yaml\.j2: 'mistyped' is undefined") as caught:
+        render_files((tmp_path,), {"name": "x"})
+
+    assert "name" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("{% if %}", r"x\.j2, line 1"), ("{% include 'none.j2' %}", r"none\.j2, which is not there")],
+)
+def test_a_template_that_is_none_is_named(tmp_path, text, says):
+    (tmp_path / "x.j2").write_text(text)
+
+    with pytest.raises(UsageError, match=says):
+        render_files((tmp_path,), {})
+
+
+def test_an_engines_own_template_hides_the_shared_one(tmp_path):
+    for folder in ("own", "shared"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.j2").write_text(folder)
+
+    assert render_files((tmp_path / "own", tmp_path / "shared"), {}) == {"a": "own"}
+
+
+def test_a_plan_that_leaves_layers_on_the_host_says_that_it_does_not_fit():
+    config = rendered(
+        config=LLAMA_8B, weights=4_920_000_000, wishes=Wishes(gpu_memory_bytes=4 * GIB)
+    )
+
+    assert config.plan["fits"] is False
+    assert "layers fit" in config.plan["nearest"][0]
+
+
+def test_plan_facts_are_plain_json():
+    config = rendered()
+
+    assert json.loads(json.dumps(config.plan)) == config.plan
