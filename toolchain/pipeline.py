@@ -17,17 +17,26 @@ from toolchain.ports import Tools
 from toolchain.provenance.labels import labels, reference, score_labels
 from toolchain.recipe import RecipeFile
 from toolchain.serving.targets import Target
+from toolchain.stages import merge as merging
 from toolchain.stages import publish as publishing
+from toolchain.stages import quantize as quantizing
 from toolchain.stages import reference as references
 from toolchain.stages.bake import bake
 from toolchain.stages.base import base_image, base_reference
-from toolchain.stages.merge import merge
-from toolchain.stages.quantize import quantize
 from toolchain.stages.record import Facts, write_record
 from toolchain.stages.report import write_report
 from toolchain.stages.resolve import resolve
 from toolchain.stages.trial import Trial, ask, is_proven, known_answers
-from toolchain.values import Artifact, Checkpoint, Json, Published, Score, ServingConfig, Sources
+from toolchain.values import (
+    SAFETENSORS,
+    Artifact,
+    Checkpoint,
+    Json,
+    Published,
+    Score,
+    ServingConfig,
+    Sources,
+)
 
 
 def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[Built]:
@@ -38,14 +47,14 @@ def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[B
         sources = resolve(request.file, tools)
         check_before_work(request, sources, tools)
     with clock.stage("merge", f"{len(sources.adapters)} adapter(s), {recipe.merge.method}") as said:
-        checkpoint = merge(sources, recipe.merge, tools)
+        checkpoint = merging.merge(sources, recipe.merge, tools)
         said["cached"] = checkpoint.details.get("cached", True)
     with clock.stage("reference", f"{len(items)} questions to base and adapter") as said:
         expected = reference_scores(request.file, sources, items, tools, said)
     for target in request.targets:
         timed = Clock(tools, dict(clock.stages))
         with timed.stage("quantize", target.format.name) as said:
-            artifact = quantize(checkpoint, recipe.name, target.format, {}, tools)
+            artifact = quantizing.quantize(checkpoint, recipe.name, target.format, {}, tools)
             said["cached"] = artifact.details.get("cached", True)
         with timed.stage("render", target.name):
             config = config_of(request, target, checkpoint, artifact)
@@ -252,8 +261,25 @@ def keep_record(
         scores=scores,
         stages=stages,
         warnings=tuple(getattr(baking.tools.progress, "warnings", ())),
+        inputs=stage_inputs(baking, checkpoint),
     )
     html, _ = write_report(write_record(facts, folder), folder)
     return Built(
         target=baking.target, published=published, scores=scores, stages=stages, report=html
     )
+
+
+def stage_inputs(baking: Baking, checkpoint: Checkpoint) -> Mapping[str, Json]:
+    """Return what each cached stage depended on."""
+    recipe, sources = baking.request.file.recipe, baking.sources
+    found = {"merge": merging.inputs(sources, recipe.merge).inputs}
+    if recipe.evaluate is not None:
+        items = questions(baking.request.file)
+        found["reference"] = references.inputs(
+            sources, sources.adapters, items, recipe.evaluate.max_tokens
+        ).inputs
+    if baking.artifact.format != SAFETENSORS:
+        found["quantize"] = quantizing.inputs(
+            checkpoint.digest, recipe.name, baking.artifact.format, {}
+        ).inputs
+    return found

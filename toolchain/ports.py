@@ -168,8 +168,8 @@ class ContainerEngine(Protocol):
         Empty where the engine's image store needs every layer in an archive.
         """
 
-    def image_id(self, reference: str) -> str:
-        """Return the id (the configuration's digest) that a reference names, or an empty text."""
+    def inspect(self, reference: str) -> Mapping[str, Json]:
+        """Return an image's `Id` (its configuration's digest) and `Config`; {} where absent."""
 
     def untag(self, reference: str) -> None:
         """Remove a name; the image goes too when it was the last one. Absent is fine."""
@@ -189,3 +189,5 @@ class Tools:
     engine: ContainerEngine
     launcher: Launcher
     progress: Progress
+    scratch: Callable[[], AbstractContextManager[Path]]
+    """Makes a folder for a job's output and deletes it afterwards."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import platformdirs
 
+from toolchain.drivers.checkup import examine_machine
 from toolchain.drivers.credentials import ask_helper, docker_config
 from toolchain.drivers.docker import DockerEngine, DockerLauncher, DockerRunner
 from toolchain.drivers.folders import FolderReader
@@ -21,6 +25,7 @@ from toolchain.oci.layout import read_layout
 from toolchain.oci.registry import Registry
 from toolchain.oci.unpack import unpack
 from toolchain.ports import Launcher, Progress, Runner, Tools
+from toolchain.values import Json
 
 RUNNERS = ("auto", "docker", "local")
 
@@ -84,6 +89,7 @@ def make_tools(runner: str, progress: Progress) -> tuple[Tools, bool]:
         engine=engine,
         launcher=launcher,
         progress=progress,
+        scratch=_scratch,
     ), answers
 
 
@@ -99,3 +105,17 @@ def start_info(layout: str, root: Path) -> StartInfo:
         workdir=config.get("WorkingDir") or "/",
         user=config.get("User") or "",
     )
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """Make a folder in the cache for one job's output, and delete it afterwards."""
+    parent = cache_folder() / "scratch"
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
+        yield Path(folder)
+
+
+def examine() -> Mapping[str, Json]:
+    """Return what `doctor` says: each check with what was found and what to do."""
+    return examine_machine(DockerEngine(), cache_folder(), store_folder())

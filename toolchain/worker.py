@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import socket
 import stat
 import sys
@@ -73,14 +74,27 @@ def _merge(job: Job, report: Report) -> Mapping[str, Json]:
     engine: Any = importlib.import_module("toolchain.merging.engine")
     wanted = dict(job.parameters)
     names = wanted.pop("adapters")
+    weights = wanted.pop("weights")
     request = engine.MergeRequest(
         base=job.inputs["base"],
-        adapters=tuple(job.inputs[name] for name in names),
-        weights=tuple(wanted.pop("weights")),
+        adapters=tuple((job.inputs[n], w) for n, w in zip(names, weights, strict=True)),
         out=job.output,
         **wanted,
     )
-    return _mapping(engine.merge(request, report))
+    return _mapping(engine.merge(request, lambda done, total: report(done, total, "bytes")))
+
+
+def _export_engine(job: Job, report: Report) -> Mapping[str, Json]:
+    """Copy the engine's programs, which the builder compiled, to the output."""
+    source = _tools() / "app"
+    if not source.is_dir():
+        raise EnvironmentFailure(
+            f"the builder {job.builder!r} has no engine programs in {source}",
+            hint="delete the builder so that it is made again",
+        )
+    shutil.copytree(source, job.output, dirs_exist_ok=True)
+    report(1, 1, "items")
+    return {}
 
 
 def _import_gguf(job: Job, report: Report) -> Mapping[str, Json]:
@@ -103,13 +117,18 @@ def _quantize(job: Job, report: Report) -> Mapping[str, Json]:
         format=next(f for f in quantizer.formats if f.name == wanted),
         output=job.output,
         name=str(job.parameters["name"]),
-        tools=Path(os.environ.get("WEIGHTSMITH_TOOLS", "/opt/llamacpp")),
+        tools=_tools(),
         python=sys.executable,
         calibration=job.inputs.get("calibration"),
         options=dict(job.parameters.get("options", {})),
     )
     _run_steps(quantizer.steps(request), request, report)
     return _mapping(quantizer.check(request))
+
+
+def _tools() -> Path:
+    """Return the folder of the builder's own programs."""
+    return Path(os.environ.get("WEIGHTSMITH_TOOLS", "/opt/llamacpp"))
 
 
 def _run_steps(steps: tuple[Step, ...], request: QuantizeRequest, report: Report) -> None:
@@ -202,6 +221,7 @@ STAGES: dict[str, Callable[[Job, Report], Mapping[str, Json]]] = {
     "import-gguf": _import_gguf,
     "quantize": _quantize,
     "reference": _reference,
+    "export-engine": _export_engine,
     "echo": _echo,
 }
 """Name -> function; each imports what it needs when it is called."""

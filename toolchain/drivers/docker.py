@@ -324,7 +324,7 @@ def _converse(
         try:
             streams = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
             socket = api.attach_socket(container.id, params=streams)
-            with contextlib.closing(socket), contextlib.closing(socket._sock):  # noqa: SLF001
+            with contextlib.closing(socket), contextlib.closing(_beneath(socket)):
                 # Asked before it starts: the container is gone as soon as it has ended.
                 ended = pool.submit(api.wait, container.id, None, "removed")
                 container.start()
@@ -332,6 +332,11 @@ def _converse(
                 return int(ended.result()["StatusCode"])
         finally:
             remove(container)
+
+
+def _beneath(socket: Any) -> Any:
+    """Return the socket below the file that the client library hands out: it does not close it."""
+    return getattr(socket, "_sock", socket)
 
 
 def _listen(socket: Any, conversation: Conversation) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from toolchain.drivers import process
@@ -39,7 +39,7 @@ class RootfsLauncher:
     user, by others in a user namespace. Where the kernel allows neither, the program is started
     directly, with the paths in its arguments and environment pointed into the folder; only
     programs that need no libraries of the image work that way. It shares the host's network, so
-    the server must listen on `spec.port`; choose one with `free_port`.
+    the server is moved to a free loopback port by the variable that `spec.port_variable` names.
     """
 
     name = "rootfs"
@@ -68,10 +68,10 @@ class RootfsLauncher:
                 raise EnvironmentFailure(
                     f"{image} names no program to start", hint="bake it again, with an entrypoint"
                 )
-            with _started(root, info, spec) as server:
-                yield Endpoint(
-                    url=f"http://127.0.0.1:{spec.port}", logs=server.logs, alive=server.alive
-                )
+            port = free_port() if spec.port_variable else spec.port
+            moved = {spec.port_variable: str(port)} if spec.port_variable else {}
+            with _started(root, info, replace(spec, env={**spec.env, **moved})) as server:
+                yield Endpoint(url=f"http://127.0.0.1:{port}", logs=server.logs, alive=server.alive)
 
 
 def free_port() -> int:

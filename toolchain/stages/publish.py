@@ -87,7 +87,7 @@ def describe(image: Image, reference: str, outputs: Outputs) -> Published:
 
 def is_published(image: Image, reference: str, outputs: Outputs, tools: Tools) -> bool:
     """Say whether every local output holds this very image already."""
-    if outputs.load and tools.engine.image_id(reference) != image.config_blob.digest:
+    if outputs.load and tools.engine.inspect(reference).get("Id") != image.config_blob.digest:
         return False
     if outputs.layout is not None and _held(outputs.layout) != image.digest:
         return False
@@ -100,7 +100,7 @@ def _rows(image: Image) -> list[Mapping[str, Json]]:
 
 def _load(image: Image, reference: Reference, tools: Tools) -> None:
     name = f"{reference.name}:{reference.tag or 'latest'}"
-    if tools.engine.image_id(name) == image.config_blob.digest:
+    if tools.engine.inspect(name).get("Id") == image.config_blob.digest:
         return
     tools.engine.load(docker_archive(image, reference, _like(image, reference, tools)), name)
 

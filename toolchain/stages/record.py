@@ -37,6 +37,8 @@ class Facts:
     scores: Mapping[str, Score]
     stages: Mapping[str, Mapping[str, Json]]
     warnings: tuple[str, ...]
+    inputs: Mapping[str, Json]
+    """Stage -> what its result depends on: the next plan says what changed since."""
 
 
 def write_record(facts: Facts, folder: Path) -> Mapping[str, Json]:
@@ -45,7 +47,12 @@ def write_record(facts: Facts, folder: Path) -> Mapping[str, Json]:
     Each file is replaced in one rename. Raises EnvironmentFailure where that fails.
     """
     document = build_document(facts)
-    files = {**facts.config.files, "build.json": json.dumps(document, indent=2) + "\n"}
+    write_files({**facts.config.files, "build.json": json.dumps(document, indent=2) + "\n"}, folder)
+    return document
+
+
+def write_files(files: Mapping[str, str], folder: Path) -> None:
+    """Write texts into a folder, each replaced in one rename; EnvironmentFailure where it fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
@@ -55,7 +62,6 @@ def write_record(facts: Facts, folder: Path) -> Mapping[str, Json]:
             f"cannot write results to {folder}: {error.strerror}",
             hint="run it where you may write, or make room on the disk",
         ) from None
-    return document
 
 
 def build_document(facts: Facts) -> dict[str, Json]:
@@ -100,6 +106,7 @@ def build_document(facts: Facts) -> dict[str, Json]:
         },
         "items": _items(facts.scores),
         "stages": facts.stages,
+        "inputs": facts.inputs,
         "warnings": facts.warnings,
         "next": _next(facts),
     }

@@ -1,0 +1,44 @@
+"""The shape of a GGUF file's model, in the terms of config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from toolchain.errors import InputRefused
+from toolchain.values import Json
+
+_NAMES = {
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.value_length": "v_head_dim",
+    "attention.sliding_window": "sliding_window",
+    "context_length": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+}
+"""GGUF keys below the architecture's name: https://github.com/ggml-org/ggml docs/gguf.md."""
+
+
+def gguf_config(path: Path) -> Mapping[str, Json]:
+    """Return what a GGUF file says of its model's shape; InputRefused where it is not readable."""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        fields = reader.fields
+        architecture = str(fields["general.architecture"].contents())
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise InputRefused(
+            f"{path}: not a readable GGUF file: {error}", hint="is it cut off? fetch it again"
+        ) from None
+    config: dict[str, Json] = {"model_type": architecture, "architectures": [architecture]}
+    for key, name in _NAMES.items():
+        if field := fields.get(f"{architecture}.{key}"):
+            config[name] = field.contents()
+    if "vocab_size" not in config and (tokens := fields.get("tokenizer.ggml.tokens")):
+        config["vocab_size"] = len(tokens.data)
+    return config

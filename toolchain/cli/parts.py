@@ -1,0 +1,220 @@
+"""One stage at a time: `merge`, `quantize`, `render`, `bake`, `evaluate`, `push`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from toolchain.cli.command import command
+from toolchain.values import Json
+
+
+@command(many=("adapter",))
+def merge(
+    _context: object,
+    *,
+    base: str = "",
+    adapter: Sequence[str] = (),
+    out: str = "",
+    weights: str = "",
+    method: str = "sequential",
+    dtype: str = "auto",
+    precision: str = "exact",
+    quantized_base: str = "refuse",
+    runner: str = "auto",
+    json: bool = False,
+) -> tuple[Mapping[str, Json], str]:
+    """Merge adapters into a base: a plain Hugging Face checkpoint in --out."""
+    del json
+    from toolchain.cli.progress import progress_for
+    from toolchain.singles.arguments import parse_weights, required
+    from toolchain.singles.merge import merge_folders
+    from toolchain.wiring import make_tools
+
+    required(base=base, adapter=adapter, out=out)
+    tools, _ = make_tools(runner, progress_for())
+    result = merge_folders(
+        Path(base),
+        tuple(Path(folder) for folder in adapter),
+        parse_weights(weights, len(adapter)),
+        Path(out),
+        {
+            "method": method,
+            "dtype": dtype,
+            "precision": precision,
+            "quantized_base": quantized_base,
+        },
+        tools,
+    )
+    counts = ", ".join(f"{count} {what}" for what, count in result["tensors"].items())
+    return result, f"{result['out']}: {counts} tensors, {result['seconds']:.1f} s"
+
+
+@command()
+def quantize(
+    _context: object,
+    *,
+    model: str = "",
+    format: str = "",  # noqa: A002 - the flag's name
+    out: str = "",
+    calibration: str = "",
+    imatrix: str = "off",
+    group_size: int = 128,
+    runner: str = "auto",
+    json: bool = False,
+) -> tuple[Mapping[str, Json], str]:
+    """Quantize a checkpoint to --format and read the result back."""
+    del json, group_size
+    from toolchain.cli.progress import progress_for
+    from toolchain.errors import UsageError
+    from toolchain.singles.arguments import required
+    from toolchain.singles.quantize import quantize_folder
+    from toolchain.wiring import make_tools
+
+    required(model=model, format=format, out=out)
+    if calibration or imatrix != "off":
+        raise UsageError(
+            "none of the formats here is calibrated", hint="leave --calibration and --imatrix out"
+        )
+    tools, _ = make_tools(runner, progress_for())
+    result = quantize_folder(Path(model), format, Path(out), tools)
+    return result, f"{result['out']}: {result['format']}, {result['bits_per_weight']:.2f} bits"
+
+
+@command(many=("set",))
+def render(
+    _context: object,
+    *,
+    model: str = "",
+    target: str = "",
+    out: str = "",
+    name: str = "",
+    gpu: str = "",
+    gpu_memory: str = "",
+    gpu_count: int = 1,
+    max_model_len: str = "auto",
+    max_num_seqs: str = "auto",
+    set: Sequence[str] = (),  # noqa: A002 - the flag's name
+    json: bool = False,
+) -> tuple[Mapping[str, Json], str]:
+    """Plan the memory and render serving configs and manifests of a target into --out."""
+    del json
+    from toolchain.singles.arguments import required, serve_wishes
+    from toolchain.singles.serve import render_model
+
+    required(model=model, target=target, out=out)
+    wishes = serve_wishes(
+        {
+            "gpu": gpu,
+            "gpu_memory": gpu_memory,
+            "gpu_count": gpu_count,
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_num_seqs,
+        },
+        set,
+    )
+    result = render_model(Path(model), target, name, wishes, Path(out))
+    return result, "\n".join(str(path) for path in result["files"])
+
+
+@command()
+def bake(
+    _context: object,
+    *,
+    model: str = "",
+    target: str = "",
+    config: str = "",
+    name: str = "",
+    base_image: str = "",
+    order: str = "engine-first",
+    kind: str = "image",
+    push: str = "",
+    load: str = "",
+    layout: str = "",
+    force: bool = False,
+    insecure: bool = False,
+    runner: str = "auto",
+    json: bool = False,
+) -> tuple[Mapping[str, Json], str]:
+    """Assemble the image of a model, and push it, load it or write it as an OCI layout."""
+    del json
+    from toolchain.cli.progress import progress_for
+    from toolchain.singles.arguments import required
+    from toolchain.singles.serve import BakeRequest, bake_model
+    from toolchain.wiring import make_registry, make_tools
+
+    required(model=model, target=target)
+    tools, _ = make_tools(runner, progress_for())
+    request = BakeRequest(
+        model=Path(model),
+        target=target,
+        config=Path(config) if config else None,
+        name=name,
+        base_image=base_image,
+        order=order,
+        kind=kind,
+        push=push,
+        load=load,
+        layout=Path(layout).absolute() if layout else None,
+        force=force,
+    )
+    with make_registry(insecure=insecure) as registry:
+        result = bake_model(request, registry, tools)
+    return result, f"{result['reference']}@{result['digest']}"
+
+
+@command(many=("adapter",))
+def evaluate(
+    _context: object,
+    *,
+    data: str = "",
+    metric: str = "contains",
+    image: str = "",
+    url: str = "",
+    model: str = "",
+    adapter: Sequence[str] = (),
+    served_name: str = "",
+    max_tokens: int = 64,
+    runner: str = "auto",
+    json: bool = False,
+) -> tuple[Mapping[str, Json], str]:
+    """Score a started image, a server, or a checkpoint with or without adapter on --data."""
+    del json
+    from toolchain.cli.progress import progress_for
+    from toolchain.singles.arguments import required
+    from toolchain.singles.evaluate import Subject, evaluate_subject
+    from toolchain.wiring import make_tools
+
+    required(data=data)
+    tools, _ = make_tools(runner, progress_for())
+    subject = Subject(
+        image=image, url=url, model=model, adapters=tuple(adapter), served_name=served_name
+    )
+    result = evaluate_subject(subject, Path(data), metric, max_tokens, tools)
+    return result, f"{result['score']:.4f} ({metric}, n={result['n']})"
+
+
+@command(positional=("source",))
+def push(
+    _context: object,
+    source: str,
+    *,
+    to: str = "",
+    force: bool = False,
+    insecure: bool = False,
+    json: bool = False,
+) -> tuple[Mapping[str, Json], str]:
+    """Copy an image, from a registry or an OCI layout, to a registry; the digest stays."""
+    del json
+    from toolchain.cli.progress import progress_for
+    from toolchain.singles.arguments import required
+    from toolchain.singles.images import copy_image
+    from toolchain.wiring import make_registry
+
+    required(to=to)
+    with make_registry(insecure=insecure) as registry:
+        result = copy_image(source, to, registry, progress_for(), force=force)
+    return result, f"{result['reference']}@{result['digest']}"
+
+
+COMMANDS = (merge, quantize, render, bake, evaluate, push)

@@ -1,0 +1,109 @@
+"""What `doctor` looks at: engine, GPU, memory, disk, credentials, builders."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from toolchain.drivers.credentials import docker_config
+from toolchain.drivers.docker import DockerEngine, DockerRunner
+from toolchain.drivers.hardware import cores, gpu_names
+from toolchain.drivers.local import LocalRunner
+from toolchain.errors import WeightsmithError
+from toolchain.ports import Runner
+from toolchain.resources import images
+from toolchain.values import Json
+
+_ENOUGH_DISK = 20 * 10**9
+_ENOUGH_MEMORY = 4 * 10**9
+
+
+def examine_machine(engine: DockerEngine, cache: Path, store: Path) -> Mapping[str, Json]:
+    """Return `{checks: {name: {ok, found, todo}}, …}`; looks only, changes nothing."""
+    checks = {
+        "engine": _engine(engine),
+        "gpu": _gpu(engine),
+        "memory": _memory(),
+        "disk": _disk(store),
+        "credentials": _credentials(),
+        "builders": _builders(engine, cache),
+    }
+    return {
+        "checks": checks,
+        "cores": cores(),
+        "cache": str(cache),
+        "store": str(store),
+        "runner": "docker" if checks["engine"]["ok"] else "local",
+    }
+
+
+def _engine(engine: DockerEngine) -> dict[str, Json]:
+    facts = engine.describe()
+    if not facts:
+        return _check(
+            "no container engine answers",
+            todo="builds use the local runner and write OCI layouts; to load images, start docker",
+        )
+    return _check(f"docker {facts['version']} ({facts['storage']})", ok=True)
+
+
+def _gpu(engine: DockerEngine) -> dict[str, Json]:
+    names = gpu_names()
+    if not names:
+        return _check("no NVIDIA GPU answers", todo="everything runs on the CPU, more slowly")
+    if engine.answers() and not engine.has_gpu():
+        return _check(
+            ", ".join(names), todo="the engine cannot hand it on: install nvidia-container-toolkit"
+        )
+    return _check(", ".join(names), ok=True)
+
+
+def _memory() -> dict[str, Json]:
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    enough = size >= _ENOUGH_MEMORY
+    return _check(
+        f"{size / 1e9:.0f} GB, {cores()} core(s)",
+        ok=enough,
+        todo="" if enough else "evaluation holds the base in float32: use a smaller model",
+    )
+
+
+def _disk(store: Path) -> dict[str, Json]:
+    place = next(p for p in (store, *store.parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    enough = free >= _ENOUGH_DISK
+    return _check(
+        f"{free / 1e9:.0f} GB free at {store}",
+        ok=enough,
+        todo="" if enough else "`invoke clean --keep 0`, or set WEIGHTSMITH_STORE elsewhere",
+    )
+
+
+def _credentials() -> dict[str, Json]:
+    """Name the registries that the user is logged in to; never a secret."""
+    try:
+        config = docker_config()
+    except WeightsmithError as error:
+        return _check(error.message, todo=error.hint)
+    hosts = sorted({*(config.get("auths") or {}), *(config.get("credHelpers") or {})})
+    if hosts or config.get("credsStore"):
+        return _check(", ".join(hosts) or f"kept by {config['credsStore']}", ok=True)
+    return _check("none", todo="`docker login HOST` before pushing to a registry that asks")
+
+
+def _builders(engine: DockerEngine, cache: Path) -> dict[str, Json]:
+    runner: Runner = DockerRunner(engine, cache) if engine.answers() else LocalRunner(cache)
+    names = sorted(p.name for p in (images() / "builders").iterdir() if p.is_dir())
+    ready = [name for name in names if runner.ready(name)]
+    missing = [name for name in names if name not in ready]
+    return _check(
+        f"ready: {', '.join(ready) or 'none'}",
+        ok=not missing,
+        todo=f"{', '.join(missing)}: made by the first build that needs it" if missing else "",
+    )
+
+
+def _check(found: str, *, ok: bool = False, todo: str = "") -> dict[str, Json]:
+    return {"ok": ok, "found": found, "todo": todo}

@@ -1,0 +1,234 @@
+"""What `invoke plan` says: every stage of a build, cached or why not, and what it costs."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from toolchain.evaluating.items import Item
+from toolchain.planning import disk_peak, estimated_bytes, questions, serving_config
+from toolchain.ports import Tools
+from toolchain.quantizers import of_format
+from toolchain.recipe import RecipeFile
+from toolchain.serving.memory import human
+from toolchain.serving.targets import Target
+from toolchain.stages import merge as merging
+from toolchain.stages import quantize as quantizing
+from toolchain.stages import reference as references
+from toolchain.stages.resolve import known
+from toolchain.values import SAFETENSORS, Json, Sources, StageInputs, Tree
+
+_REFERENCE_MEMORY = 3 << 30
+"""Python, torch and transformers beside the float32 weights, in bytes."""
+_QUANTIZE_MEMORY = 4 << 30
+
+
+def forecast(
+    file: RecipeFile, targets: Sequence[Target], dist: Path, tools: Tools
+) -> Mapping[str, Json]:
+    """Return stages, serving plans and totals of a build without doing any of it.
+
+    Sizes in bytes. Raises what the build would raise before its first long step.
+    """
+    items = questions(file)
+    sources = known(file, tools)
+    if sources is None:
+        return _unresolved(file, targets)
+    earlier = _earlier(file, targets, dist)
+    rows = [_row("resolve", cached=True, why="", read=sources.base.tree.size)]
+    merged = _merge_row(file, sources, earlier, tools)
+    rows += [merged, *_reference_rows(file, sources, items, earlier, tools)]
+    checkpoint = _checkpoint(file, sources, tools)
+    plans, size = {}, sources.base.tree.size
+    for target in targets:
+        row, artifact = _quantize_row(file, target, checkpoint, size, earlier, tools)
+        rows.append(row)
+        weight = artifact.size if artifact else estimated_bytes(size, target.format)
+        config = serving_config(file, target, sources.base.tree, weight, weights="", made_from=())
+        plans[target.name] = config.plan
+        rows.append(
+            _row(
+                "publish", target=target.name, cached=False, read=weight, write=weight,
+                why="known once the image is assembled" if artifact else "its weights are not made",
+            )
+        )  # fmt: skip
+    todo = [row for row in rows if not row["cached"]]
+    return {
+        "name": file.recipe.name,
+        "version": file.recipe.version,
+        "stages": rows,
+        "serving": plans,
+        "read_bytes": sum(int(row["read_bytes"]) for row in todo),
+        "write_bytes": sum(int(row["write_bytes"]) for row in todo),
+        "peak_memory_bytes": max((int(row["peak_memory_bytes"]) for row in todo), default=0),
+        "peak_disk_bytes": sum(int(row["disk_bytes"]) for row in todo),
+    }
+
+
+def table(result: Mapping[str, Json]) -> str:
+    """Return a forecast as a table for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = Table(title=f"{result['name']} {result['version']}", title_justify="left")
+    for heading in ("stage", "target", "state", "reads", "writes", "memory"):
+        rows.add_column(heading, justify="right" if heading in _NUMBERS else "left")
+    for row in result["stages"]:
+        state = "cached" if row["cached"] else f"to do: {row['why']}"
+        numbers = (row["read_bytes"], row["write_bytes"], row["peak_memory_bytes"])
+        shown = ("" if row["cached"] else human(int(n)) if n else "" for n in numbers)
+        rows.add_row(row["stage"], row["target"], state, *shown)
+    text = io.StringIO()
+    console = Console(file=text, width=110, highlight=False)
+    console.print(rows)
+    for name, plan in result["serving"].items():
+        console.print(
+            f"{name}: {plan['max_num_seqs']} requests of {plan['max_model_len']} tokens on "
+            f"{plan['device']}: weights {human(int(plan['weight_bytes']))}, cache "
+            f"{human(int(plan['kv_bytes_total']))}, other {human(int(plan['overhead_bytes']))}"
+        )
+    console.print(
+        f"at most {human(int(result['peak_memory_bytes']))} of memory and "
+        f"{human(int(result['peak_disk_bytes']))} of disk"
+    )
+    return text.getvalue().rstrip()
+
+
+_NUMBERS = frozenset({"reads", "writes", "memory"})
+
+
+def _unresolved(file: RecipeFile, targets: Sequence[Target]) -> Mapping[str, Json]:
+    """Return the forecast of a build whose sources are not on this machine."""
+    why = "its sources are not on this machine yet; their sizes are known after `resolve`"
+    rows = [_row("resolve", cached=False, why="not fetched")]
+    rows += [_row(stage, cached=False, why=why) for stage in ("merge", "reference")]
+    rows += [_row("quantize", target=t.name, cached=False, why=why) for t in targets]
+    rows += [_row("publish", target=t.name, cached=False, why=why) for t in targets]
+    zeros = ("read_bytes", "write_bytes", "peak_memory_bytes", "peak_disk_bytes")
+    return {
+        "name": file.recipe.name,
+        "version": file.recipe.version,
+        "stages": rows,
+        "serving": {},
+        **dict.fromkeys(zeros, 0),
+    }
+
+
+def _earlier(file: RecipeFile, targets: Sequence[Target], dist: Path) -> Mapping[str, Json]:
+    """Return what the last build's stages were made from, by stage and target."""
+    found: dict[str, Json] = {}
+    for target in targets:
+        path = dist / file.recipe.name / file.recipe.version / target.name / "build.json"
+        try:
+            inputs = json.loads(path.read_text("utf-8")).get("inputs", {})
+        except (OSError, ValueError):
+            continue
+        found |= {stage: inputs[stage] for stage in ("merge", "reference") if stage in inputs}
+        found[f"quantize {target.name}"] = inputs.get("quantize")
+    return found
+
+
+def _merge_row(
+    file: RecipeFile, sources: Sources, earlier: Mapping[str, Json], tools: Tools
+) -> dict[str, Json]:
+    if not sources.adapters:
+        return _row("merge", cached=True, why="")
+    stage = merging.inputs(sources, file.recipe.merge)
+    cost = merging.check(sources, file.recipe.merge)
+    cached, why = _state(stage, earlier.get("merge"), tools)
+    return _row(
+        "merge",
+        cached=cached,
+        why=why,
+        read=cost["read_bytes"],
+        write=cost["write_bytes"],
+        memory=cost["peak_memory_bytes"],
+    )
+
+
+def _reference_rows(
+    file: RecipeFile,
+    sources: Sources,
+    items: Sequence[Item],
+    earlier: Mapping[str, Json],
+    tools: Tools,
+) -> list[dict[str, Json]]:
+    wanted = file.recipe.evaluate
+    if wanted is None:
+        return []
+    stage = references.inputs(sources, sources.adapters, items, wanted.max_tokens)
+    cached, why = _state(stage, earlier.get("reference"), tools)
+    size = sources.base.tree.size
+    memory = _REFERENCE_MEMORY + 2 * size
+    return [_row("reference", cached=cached, why=why, read=size, memory=memory)]
+
+
+def _checkpoint(file: RecipeFile, sources: Sources, tools: Tools) -> Tree | None:
+    if not sources.adapters:
+        return sources.base.tree
+    entry = tools.store.find(merging.inputs(sources, file.recipe.merge).key)
+    return entry.tree if entry else None
+
+
+def _quantize_row(
+    file: RecipeFile,
+    target: Target,
+    checkpoint: Tree | None,
+    size: int,
+    earlier: Mapping[str, Json],
+    tools: Tools,
+) -> tuple[dict[str, Json], Tree | None]:
+    if target.format == SAFETENSORS:
+        return _row("quantize", target=target.name, cached=True, why=""), checkpoint
+    row: dict[str, Json] = {
+        "target": target.name,
+        "read": size,
+        "write": estimated_bytes(size, target.format),
+        "memory": _QUANTIZE_MEMORY + size,
+        "disk": disk_peak(size, target.format),
+    }
+    if checkpoint is None:
+        return _row("quantize", cached=False, why="merge comes first", **row), None
+    stage = quantizing.inputs(checkpoint.digest, file.recipe.name, target.format, {})
+    cached, why = _state(stage, earlier.get(f"quantize {target.name}"), tools)
+    entry = tools.store.find(stage.key)
+    quantizer = of_format(target.format.name).name
+    why = why and f"{why} ({quantizer})"
+    return _row("quantize", cached=cached, why=why, **row), entry.tree if entry else None
+
+
+def _state(
+    stage: StageInputs, earlier: Mapping[str, Json] | None, tools: Tools
+) -> tuple[bool, str]:
+    """Return whether a stage's result is there, and which inputs changed where it is not."""
+    if tools.store.find(stage.key):
+        return True, ""
+    changed = stage.changed_since(earlier)
+    if changed == "":
+        return False, "its result was cleaned from the store"
+    return False, changed if changed.startswith("never") else f"changed: {changed}"
+
+
+def _row(
+    stage: str,
+    *,
+    cached: bool,
+    why: str,
+    target: str = "",
+    read: int = 0,
+    write: int = 0,
+    memory: int = 0,
+    disk: int | None = None,
+) -> dict[str, Json]:
+    return {
+        "stage": stage,
+        "target": target,
+        "cached": cached,
+        "why": why,
+        "read_bytes": read,
+        "write_bytes": write,
+        "peak_memory_bytes": memory,
+        "disk_bytes": write if disk is None else disk,
+    }

@@ -1,0 +1,56 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from toolchain.errors import UsageError
+from toolchain.planning import wishes_of
+from toolchain.recipe import Serve, check_recipe, with_settings
+from toolchain.serving.engine import Wishes
+
+
+def required(**values: object) -> None:
+    """Raise UsageError naming the flags that are not given."""
+    missing = [f"--{name.replace('_', '-')}" for name, value in values.items() if not value]
+    if missing:
+        raise UsageError(f"missing: {', '.join(missing)}", hint="`invoke --help COMMAND` has all")
+
+
+def parse_weights(text: str, count: int) -> tuple[float, ...]:
+    """Return `0.7,0.3` as numbers, one per adapter; all 1 where none is given."""
+    if not text:
+        return (1.0,) * count
+    try:
+        weights = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--weights {text}: numbers with commas between are expected") from None
+    if len(weights) != count:
+        raise UsageError(f"--weights has {len(weights)} numbers for {count} adapter(s)")
+    return weights
+
+
+def serve_wishes(flags: Mapping[str, Any], settings: Sequence[str]) -> Wishes:
+    """Return serving wishes from flags and `--set serve.KEY=VALUE`; raises UsageError."""
+    given = {key: _number(value) for key, value in flags.items() if value not in ("", None)}
+    data = with_settings({"serve": given}, settings)
+    extra = sorted(set(data) - {"serve"})
+    if extra:
+        raise UsageError(f"--set {extra[0]}: only serve.KEY can be set here")
+    skeleton = {"name": "x", "base": {"source": "x"}, "serve": data["serve"]}
+    serve: Serve = check_recipe(skeleton, "the command line").serve
+    return wishes_of(serve)
+
+
+def new_folder(path: Path, what: str) -> Path:
+    """Return the path, absolute, of a folder that is to be made; UsageError where it is in use."""
+    path = path.absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UsageError(f"{path} exists already", hint=f"name a new folder for {what}")
+    return path
+
+
+def _number(value: object) -> object:
+    return int(value) if isinstance(value, str) and value.lstrip("-").isdigit() else value

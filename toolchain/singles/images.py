@@ -1,0 +1,81 @@
+"""`invoke push` and `invoke inspect`: images in registries and layouts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from toolchain.errors import UsageError
+from toolchain.oci.image import Image
+from toolchain.oci.inspect import describe
+from toolchain.oci.layout import read_layout
+from toolchain.oci.references import Reference
+from toolchain.oci.registry import Registry
+from toolchain.ports import Progress
+from toolchain.provenance.labels import PREFIX
+from toolchain.serving.memory import human
+from toolchain.values import Json, plain
+
+
+def open_image(source: str, registry: Registry) -> Image:
+    """Return the image of `oci:DIR`, of a layout folder, or of a registry reference."""
+    path = Path(source.removeprefix("oci:"))
+    if source.startswith("oci:") or (path / "oci-layout").is_file():
+        return read_layout(path)
+    if path.is_dir():
+        raise UsageError(f"{source} is a folder, but not an OCI layout")
+    return registry.pull(Reference.parse(source))
+
+
+def copy_image(
+    source: str, to: str, registry: Registry, progress: Progress, *, force: bool
+) -> Mapping[str, Json]:
+    """Bring an image to a registry without changing a byte; layers there already are not sent."""
+    image, place = open_image(source, registry), Reference.parse(to)
+    progress.stage("push", to)
+    published = registry.push(
+        image,
+        place,
+        force=force,
+        progress=lambda done, total: progress.advance(done, total, "bytes"),
+    )
+    progress.finish("push", published.seconds, cached=published.uploaded_bytes == 0)
+    return dict(plain(published))
+
+
+def inspect_image(source: str, registry: Registry) -> Mapping[str, Json]:
+    """Return what an image says of itself: provenance, plan, scores, layers, configuration."""
+    image = open_image(source, registry)
+    found = describe(image)
+    own = {k.removeprefix(PREFIX): v for k, v in image.labels.items() if k.startswith(PREFIX)}
+    plan = own.pop("plan", "")
+    scores = {
+        name.removeprefix("score."): float(own.pop(name).split()[0])
+        for name in sorted(own)
+        if name.startswith("score.")
+    }
+    return {
+        "reference": source,
+        **found,
+        "provenance": own,
+        "plan": json.loads(plan) if plan else {},
+        "scores": scores,
+    }
+
+
+def inspect_text(found: Mapping[str, Json]) -> str:
+    """Return an inspection for people."""
+    lines = [f"{found['reference']}", f"  digest    {found['digest']}"]
+    lines += [f"  {name:<9} {value:.4f}" for name, value in found["scores"].items()]
+    lines += [f"  {name:<24} {value}" for name, value in sorted(found["provenance"].items())]
+    if plan := found["plan"]:
+        lines.append(
+            f"  serves {plan['max_num_seqs']} requests of {plan['max_model_len']} tokens "
+            f"on {plan['device']}"
+        )
+    lines += [
+        f"  {layer['digest'][7:19]}  {human(int(layer['size'])):>10}  {layer['file']}"
+        for layer in found["layers"]
+    ]
+    return "\n".join(lines)
