@@ -168,12 +168,13 @@ def daemon_of_our_own() -> Iterator[tuple[str, dict[str, int]]]:
     words = [
         "dockerd", f"--data-root={folder}/data", f"--exec-root={folder}/exec", f"--host={where}",
         f"--pidfile={folder}/pid", "--bridge=none", "--iptables=false", "--ip6tables=false",
-        "--containerd-namespace=weightsmith-bench", "--containerd-plugins-namespace=weightsmith-bench-p",
+        "--containerd-namespace=wsbench", "--containerd-plugins-namespace=wsbench-plugins",
     ]  # fmt: skip
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen(words, stdout=log, stderr=log)
     try:
-        wait_for(lambda: subprocess.run(["docker", "-H", where, "info"], check=True, capture_output=True))  # fmt: skip
+        info = ["docker", "-H", where, "info"]
+        wait_for(lambda: subprocess.run(info, check=True, capture_output=True))
         yield where, {"dockerd": server.pid}
     finally:
         stop(server, folder)
@@ -196,7 +197,6 @@ def stop(server: subprocess.Popen[bytes], folder: Path) -> None:
     """End a server and delete what it kept."""
     server.terminate()
     server.wait(60)
-    subprocess.run(["umount", "-q", str(folder / "data")], check=False)
     shutil.rmtree(folder)
 
 
@@ -205,8 +205,7 @@ def table(rows: dict[str, list[dict[str, float]]], options: argparse.Namespace) 
     keys = ("wall", "client", "daemon", "registry")
     titles = {"ours": "assemble + push", "docker": "docker build + docker push"}
     lines = [
-        f"{options.gib:g} GiB in 4 random files, median of {options.rounds} interleaved rounds, "
-        f"{os.cpu_count()} cores, seconds:",
+        f"{options.gib:g} GiB in 4 random files, {options.rounds} rounds, {os.cpu_count()} cores; seconds:",
         "",
         "| | wall | wall of each round | CPU client | CPU dockerd | CPU registry |",
         "|---|---|---|---|---|---|",

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.fakes.debian_registry import real_registry
+from tests.fakes.debian_registry import real_registry, stop_registry
 from tests.fakes.images import entry, foreign_image, tar_of, tiny_image
 from tests.fakes.registry import fake_registry
-from toolchain.errors import InputRefused, UsageError
+from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
 from toolchain.oci.image import Image, ImageConfig, assemble
-from toolchain.oci.layers import Member, TarLayer
+from toolchain.oci.layers import BlobLayer, Layer, Member, TarLayer
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
-from toolchain.values import Digest
+from toolchain.values import Blob, Digest
 
 AMD64 = "linux/amd64"
 
@@ -115,6 +117,57 @@ def test_bytes_that_are_not_what_they_should_be(client: Registry, place: Referen
     layer = TarLayer(members=(Member.of_bytes("/a", b"1"),), known_digest=Digest.of(b"other"))
     with pytest.raises(InputRefused, match="not what their digest says"):
         client.push(Image(layers=(layer,), settings={}), place)
+
+
+def _slowly(layer: TarLayer, act: Callable[[], None]) -> Layer:
+    """Return the layer again, with something that happens in the middle of its upload."""
+
+    def chunks() -> Iterator[bytes]:
+        for n, chunk in enumerate(layer.open()):
+            yield chunk
+            if n == 3:
+                act()
+
+    blob = Blob(digest=layer.digest, size=layer.size, media_type=layer.media_type)
+    return BlobLayer(blob=blob, diff_id=layer.diff_id, opener=chunks)
+
+
+def _large(folder: Path) -> TarLayer:
+    (folder / "w").write_bytes(bytes(16 << 20))
+    return TarLayer(members=(Member.of_file("/w", folder / "w"),), epoch=0)
+
+
+@pytest.mark.registry
+@pytest.mark.skipif(not shutil.which("docker-registry"), reason="docker-registry is not installed")
+def test_a_registry_that_dies_in_the_middle(client: Registry, tmp_path: Path) -> None:
+    layer = _large(tmp_path)
+    with real_registry(tmp_path) as host:
+        place = Reference.parse(f"{host}/a/b:1")
+        stopped = _slowly(layer, lambda: stop_registry(host))
+        with pytest.raises(EnvironmentFailure, match="does not answer") as caught:
+            client.push(Image(layers=(stopped,), settings={}), place)
+    assert "run it again" in caught.value.hint
+
+
+@pytest.mark.registry
+@pytest.mark.root
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("docker-registry"),
+    reason="needs root and docker-registry",
+)
+def test_a_registry_without_room(client: Registry, tmp_path: Path) -> None:
+    layer = _large(tmp_path)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], check=False)
+    if mounted.returncode:
+        pytest.skip("mounts are not allowed here")
+    try:
+        with real_registry(disk) as host, pytest.raises(EnvironmentFailure, match="500") as caught:
+            client.push(Image(layers=(layer,), settings={}), Reference.parse(f"{host}/a/b:1"))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert "room" in caught.value.hint
 
 
 def test_in_chunks(

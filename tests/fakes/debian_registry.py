@@ -18,6 +18,15 @@ http: {{addr: "127.0.0.1:{port}"}}
 """
 
 
+_RUNNING: dict[str, subprocess.Popen[bytes]] = {}
+
+
+def stop_registry(host: str) -> None:
+    """End a registry at once, as a power cut would."""
+    _RUNNING[host].kill()
+    _RUNNING[host].wait()
+
+
 @contextmanager
 def real_registry(folder: Path) -> Iterator[str]:
     """Serve Debian's docker-registry on a free loopback port; yield its host."""
@@ -37,6 +46,7 @@ def real_registry(folder: Path) -> Iterator[str]:
             except OSError:
                 assert server.poll() is None, (folder / "log").read_text()
                 time.sleep(0.05)
+        _RUNNING[f"127.0.0.1:{port}"] = server
         yield f"127.0.0.1:{port}"
     finally:
         server.terminate()

@@ -26,7 +26,8 @@ class FakeRegistry:
         self.log: list[tuple[str, str]] = []
         self.authorizations: list[tuple[str, str]] = []
         self.faults: list[tuple[str, str, str]] = []
-        """Method, part of the path, kind: `reset`, `half`, a status, `digest`, `redirect:URL`."""
+        """Method, part of the path, and `reset`, `half`, `norange`, `digest`, `full`, a status
+        or `redirect:URL`."""
         self.auth = ""
         """Empty, `basic` or `bearer`."""
         self.user, self.password = "ann", "s3cret-password"
@@ -92,11 +93,14 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.startswith("redirect:"):
             self.body()
             return self.answer(307, Location=fault.removeprefix("redirect:"))
+        if fault == "full":
+            self.body()
+            return self.answer(500, b'{"errors":[{"code":"UNKNOWN","detail":{"Err":28}}]}')
         if fault.isdigit():
             self.body()
             extra = {"Retry_After": "7"} if fault == "429" else {}
             secret = self.headers.get("Authorization", "").partition(" ")[2]
-            return self.fail(int(fault), "TROUBLE", f"no space left on device {secret}", **extra)
+            return self.fail(int(fault), "TROUBLE", f"bad moment {secret}", **extra)
         return self.route(path, parse_qs(urlsplit(self.path).query), fault)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_PATCH = do_DELETE = handle_one  # noqa: N815 - the names http.server calls
@@ -170,7 +174,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self.close_connection = True
             return None
-        start = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        ranges = "" if fault == "norange" else self.headers.get("Range", "")
+        start = re.fullmatch(r"bytes=(\d+)-", ranges)
         return self.answer(206 if start else 200, data[int(start[1]) if start else 0 :])
 
     def upload(self, repository: str, name: str, query: dict[str, list[str]], fault: str) -> None:

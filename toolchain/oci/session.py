@@ -157,7 +157,7 @@ class Session:
         raise self.refusal(what, reply)
 
     def _check_transient(self, reply: Reply) -> None:
-        if reply.status in _TRANSIENT:
+        if reply.status in _TRANSIENT and not _is_full(reply):
             raise Transient(self.explain(reply), _retry_after(reply.headers))
 
     def refusal(self, what: str, reply: Reply) -> WeightsmithError:
@@ -169,7 +169,7 @@ class Session:
             )
         if reply.status == 404:
             return InputRefused(text, hint="check the name; some registries want it created first")
-        if reply.status in (413, 507):
+        if reply.status == 413 or _is_full(reply):
             return EnvironmentFailure(
                 text, hint="the registry has no room or a size limit; see its settings"
             )
@@ -218,7 +218,7 @@ class Session:
             url,
             headers={"Accept-Encoding": "identity", **headers},
             content=content,
-            timeout=httpx.Timeout(30, read=wait, pool=None),
+            timeout=httpx.Timeout(30, read=wait, write=300, pool=None),
         )
         return self._client.send(request, stream=True, follow_redirects=False)
 
@@ -376,6 +376,12 @@ def _retry_after(headers: httpx.Headers) -> float | None:
         return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
     except (ValueError, TypeError):
         return None
+
+
+def _is_full(reply: Reply) -> bool:
+    # docker-registry says it as errno 28 of its own file system, with status 500.
+    full = b"no space left" in reply.body or b'"Err":28' in reply.body
+    return reply.status == 507 or (reply.status == 500 and full)
 
 
 def _object(body: bytes) -> Mapping[str, Json]:

@@ -26,6 +26,14 @@ _WHITEOUT = ".wh."
 _OPAQUE = ".wh..wh..opq"
 _MOST_LINKS = 40
 _BUFFER = 1 << 20
+_EXTENDED = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+_LARGEST_EXTENDED = 1 << 20
 
 
 def unpack(image: Image, root: Path) -> None:
@@ -55,6 +63,19 @@ def unpack(image: Image, root: Path) -> None:
             f"cannot unpack into {root}: {error.strerror or error}",
             hint="check free space and permissions",
         ) from None
+
+
+class _Entry(tarfile.TarInfo):
+    """An entry whose extended header is small, since tarfile reads one whole into memory."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _EXTENDED and self.size > _LARGEST_EXTENDED:
+            raise InputRefused(
+                f"a layer has an extended header of {self.size} bytes",
+                hint="the image is damaged or hostile; do not use it",
+            )
+        found: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
+        return found
 
 
 class _Tree:
@@ -163,7 +184,9 @@ def _apply(tree: _Tree, layer: Layer) -> None:
     stream = _Stream(_uncompressed(layer))
     made: set[Path] = set()
     try:
-        with tarfile.open(fileobj=cast("IO[bytes]", stream), mode="r|", bufsize=_BUFFER) as archive:
+        with tarfile.open(
+            fileobj=cast("IO[bytes]", stream), mode="r|", bufsize=_BUFFER, tarinfo=_Entry
+        ) as archive:
             while (entry := archive.next()) is not None:
                 _apply_entry(tree, archive, entry, made)
                 archive.members.clear()  # type: ignore[attr-defined]  # they would pile up

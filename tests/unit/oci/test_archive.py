@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tests.fakes.images import tiny_image
 from toolchain.oci.archive import docker_archive
+from toolchain.oci.image import Image
 from toolchain.oci.references import Reference
 from toolchain.values import Digest
 
@@ -35,3 +36,12 @@ def test_a_common_start_is_left_out(tmp_path: Path) -> None:
     found = _names(b"".join(docker_archive(image, Reference.parse("a"), skip)))
     there = [f"blobs/sha256/{layer.digest.hex}" in found for layer in image.layers]
     assert there == [False, False, True, True]
+
+
+def test_a_layer_that_comes_again_is_not_left_out(tmp_path: Path) -> None:
+    image = tiny_image(tmp_path)
+    twice = Image(layers=(*image.layers, image.layers[0]), settings=image.settings)
+    skip = [layer.diff_id for layer in image.layers]
+    found = _names(b"".join(docker_archive(twice, Reference.parse("a"), skip)))
+    there = [f"blobs/sha256/{layer.digest.hex}" in found for layer in image.layers]
+    assert there == [True, False, False, False]

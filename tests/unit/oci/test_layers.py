@@ -67,6 +67,17 @@ def test_nothing_of_the_machine_is_in_the_digest(
         weight_layers(other)
 
 
+def test_the_members_order_does_not_count() -> None:
+    members = (
+        Member.of_bytes("/b", b"1"),
+        Member.of_bytes("/a/x", b"2"),
+        Member.of_bytes("/a-", b"3"),
+    )
+    one, other = TarLayer(members=members, epoch=0), TarLayer(members=members[::-1], epoch=0)
+    assert (one.digest, one.key, one.file) == (other.digest, other.key, other.file)
+    assert one.file == "a/x and 2 more"
+
+
 def test_large_files_alone_and_small_ones_together(tmp_path: Path) -> None:
     layers = weight_layers(tree_of(tmp_path, FILES), own_layer=50_000)
     assert [layer.file for layer in layers] == [
