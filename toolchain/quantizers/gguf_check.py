@@ -27,6 +27,8 @@ _ONE_TO_ONE = frozenset(
 _COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _NOT_WEIGHTS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+# What the converter would guess from folder names; gguf.py switches it off.
+_GUESSED = ("general.basename", "general.finetune", "general.organization", "general.version")
 _MAX_HEADER = 100_000_000
 
 
@@ -42,6 +44,7 @@ def check_file(path: Path, model: Path, format_name: str) -> Mapping[str, Json]:
     architecture = str(facts.value("general.architecture"))
     _check_size(reader, path)
     _check_type(facts, format_name)
+    _check_guesses(facts)
     _check_count(reader, model, architecture, path)
     tokens = _check_tokens(reader, facts)
     template = _check_template(facts, model)
@@ -132,6 +135,16 @@ def _check_type(facts: _Facts, format_name: str) -> None:
         raise CheckFailed(
             f"the file says file type {found}, {format_name} is {wanted}",
             hint="the quantizer did something else than asked; look at its output",
+        )
+
+
+def _check_guesses(facts: _Facts) -> None:
+    guessed = [key for key in _GUESSED if facts.get(key) is not None]
+    if guessed:
+        raise CheckFailed(
+            f"the file holds {', '.join(guessed)}, guessed from a folder's name: the same"
+            " checkpoint would give other bytes elsewhere",
+            hint="the converter did not read its metadata overrides; look at its output",
         )
 
 

@@ -19,7 +19,7 @@ from jinja2 import (
 
 from toolchain.errors import UsageError
 from toolchain.resources import templates
-from toolchain.serving.engine import ServingPlan, Wishes
+from toolchain.serving.engine import Engine, ServingPlan, Wishes
 from toolchain.serving.memory import human
 from toolchain.serving.targets import Target
 from toolchain.values import Digest, Json, ServingConfig, plain
@@ -59,16 +59,11 @@ def render(
         "name": name,
         "version": version,
         "image": image or f"{name}:{version}",
-        "plan": plan,
         "env": env,
-        "port": engine.port,
-        "health_path": engine.health_path,
         "healthcheck": list(healthcheck),
         "gpu_count": wishes.gpu_count,
-        "memory_limit": memory_limit(plan),
         "startup_seconds": startup_seconds(weight_bytes),
-        "user_id": USER_ID,
-        "cpu_count_variable": engine.threads_variable,
+        **_engine_facts(engine, plan),
     }
     files = render_files((templates() / engine.name, templates() / "deploy"), facts)
     plan_json = json.dumps(plan_facts(plan, wishes), indent=2, sort_keys=True) + "\n"
@@ -87,6 +82,17 @@ def render(
         plan=plan_facts(plan, wishes),
         made_from=made_from,
     )
+
+
+def _engine_facts(engine: Engine, plan: ServingPlan) -> Mapping[str, Json]:
+    return {
+        "plan": plan,
+        "port": engine.port,
+        "health_path": engine.health_path,
+        "memory_limit": memory_limit(plan),
+        "user_id": USER_ID,
+        "cpu_count_variable": engine.threads_variable,
+    }
 
 
 def plan_facts(plan: ServingPlan, wishes: Wishes) -> Mapping[str, Json]:

@@ -106,8 +106,12 @@ def test_peak_disk_counts_the_file_between():
     assert peak(16 << 30, formats()["q8_0"]) < 16 << 30
 
 
-def write_gguf(path: Path, *, file_type=7, template=TEMPLATE, tokens=32, names=None) -> None:
+def write_gguf(
+    path: Path, *, file_type=7, template=TEMPLATE, tokens=32, names=None, basename=None
+) -> None:
     writer = GGUFWriter(path, "llama")
+    if basename:
+        writer.add_basename(basename)
     writer.add_file_type(file_type)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"t{i}" for i in range(tokens)])
@@ -187,6 +191,13 @@ def test_another_file_type_is_refused(asked):
     write_gguf(output_file(asked), file_type=1)
 
     with pytest.raises(CheckFailed, match="file type 1"):
+        check(asked)
+
+
+def test_metadata_guessed_from_a_folder_is_refused(asked):
+    write_gguf(output_file(asked), basename="tmp")
+
+    with pytest.raises(CheckFailed, match=r"general\.basename"):
         check(asked)
 
 
