@@ -147,10 +147,19 @@ int main(int argc, char **argv) {
     }
     const char *named = getenv("WEIGHTSMITH_CPU_VARIANT");
     if (named && *named) return start_named(own, named, argv);
-    for (size_t i = 0; i < COUNT; i++)
-        if (VARIANTS[i].runs_here() && variant_path(target, sizeof target, own, VARIANTS[i].name) &&
-            access(target, X_OK) == 0)
-            return start(target, argv);
+    int there = 0;
+    for (size_t i = 0; i < COUNT; i++) {
+        if (!variant_path(target, sizeof target, own, VARIANTS[i].name) ||
+            access(target, X_OK) != 0)
+            continue;
+        if (VARIANTS[i].runs_here()) return start(target, argv);
+        there++;
+    }
+    if (!there) {
+        fprintf(stderr, "error: no program beside %s in cpu/%s: copy the whole folder\n", own,
+                VARIANTS[COUNT - 1].name);
+        return ENVIRONMENT;
+    }
     fprintf(stderr, "error: no build of this program runs here: the CPU needs %s; "
                     "use a newer machine, or pass the host's CPU through to the guest\n",
             VARIANTS[COUNT - 1].needs);

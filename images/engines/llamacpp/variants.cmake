@@ -47,12 +47,12 @@ function(weightsmith_variant name flag)
     target_compile_options(ggml-cpu-${name} PRIVATE ${flag}) # the last -mcpu wins
 
     foreach(program ${WEIGHTSMITH_PROGRAMS})
-        weightsmith_sources(${program})
         get_target_property(libraries ${program} LINK_LIBRARIES)
         # These objects define every symbol of libggml-cpu.a, so nothing is taken from it; a symbol
         # that they lacked would pull an archive member in and fail as a duplicate.
-        add_executable(${program}-${name} ${sources} $<TARGET_OBJECTS:ggml-cpu-${name}>)
-        weightsmith_compile_like(${program}-${name} ${program})
+        add_executable(${program}-${name}
+            $<TARGET_OBJECTS:${program}> $<TARGET_OBJECTS:ggml-cpu-${name}>)
+        set_target_properties(${program}-${name} PROPERTIES LINKER_LANGUAGE CXX)
         target_link_libraries(${program}-${name} PRIVATE ${libraries})
     endforeach()
 endfunction()
