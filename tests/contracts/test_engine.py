@@ -1,0 +1,197 @@
+"""A real container engine: taking archives, starting servers, and going away in mid-job."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import os
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+import warnings
+from pathlib import Path
+
+import pytest
+
+from tests.contracts.test_runner import CACHE, echo
+from tests.fakes.runner import RecordingProgress
+from toolchain.drivers.docker import DockerEngine, DockerLauncher, DockerRunner, engine_host
+from toolchain.drivers.docker_images import base_reference
+from toolchain.drivers.docker_requests import LABEL_OWNER
+from toolchain.drivers.ownership import owner_token
+from toolchain.errors import EnvironmentFailure
+from toolchain.ports import Silent, StartSpec
+
+pytestmark = pytest.mark.docker
+
+
+@pytest.fixture(autouse=True)
+def forgiven():
+    """The client library leaves its socket open where nobody answers; that is not our leak."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return DockerEngine()
+
+
+@pytest.fixture(scope="module")
+def server_image(engine):
+    """A small web server as a plain user on the builders' base."""
+    recipe = f"""
+        FROM {base_reference("cpu")}
+        USER 1234:1234
+        WORKDIR /etc
+        ENTRYPOINT ["python3", "-m", "http.server", "8000"]
+    """
+    tag = f"weightsmith-test-server:{os.getpid()}"
+    engine.client.images.build(fileobj=io.BytesIO(recipe.encode()), rm=True, tag=tag)
+    yield tag
+    engine.client.images.remove(tag, force=True)
+
+
+def test_an_engine_says_what_it_is(engine):
+    assert engine.answers()
+    assert {"version", "storage", "gpu"} <= engine.describe().keys()
+
+
+def test_no_engine_is_said_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none.sock")
+    engine = DockerEngine()
+
+    assert not engine.answers()
+    assert engine.describe() == {}
+    with pytest.raises(EnvironmentFailure, match="no container engine answers") as caught:
+        engine.inspect("x")
+    assert "--runner local" in caught.value.hint
+
+
+def test_an_archive_is_loaded_from_a_stream_and_its_name_removed(engine, server_image):
+    image = engine.client.images.get(server_image)
+    name = f"weightsmith-test-load:{os.getpid()}"
+    image.tag(*name.split(":"))
+    archive = engine.client.images.get(name).save(named=True)
+
+    assert engine.load(archive, name) == image.id
+    assert engine.inspect(name)["Id"] == image.id
+    if engine.describe()["storage"] == "overlay2":
+        assert engine.chains_of(name) == (tuple(image.attrs["RootFS"]["Layers"]),)
+
+    engine.untag(name)
+    engine.untag(name)
+    assert engine.inspect(name) == {}
+    assert engine.inspect(server_image)["Id"] == image.id
+
+
+def test_an_archive_that_is_none_is_refused(engine):
+    with pytest.raises(EnvironmentFailure, match="nonsense"):
+        engine.load(iter([b"no tar"] * 200), "nonsense:1")
+
+
+def fetch(url: str, seconds: float = 20) -> str:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                return answer.read().decode()
+        except (urllib.error.URLError, ConnectionError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def test_an_image_serves_on_loopback_and_is_removed(engine, server_image):
+    spec = StartSpec(port=8000, env={}, memory_bytes=256 << 20)
+
+    with DockerLauncher(engine).serve(server_image, spec) as endpoint:
+        assert endpoint.url.startswith("http://127.0.0.1:")
+        assert "Debian" in fetch(f"{endpoint.url}/os-release")
+        assert endpoint.alive()
+        assert "GET /os-release" in endpoint.logs(5)
+    assert not endpoint.alive()
+
+
+def test_an_image_that_is_not_there_is_named(engine):
+    launcher = DockerLauncher(engine)
+
+    with pytest.raises(EnvironmentFailure, match="no-such-image") as caught:
+        launcher.serve("no-such-image:1", StartSpec(port=1, env={})).__enter__()
+    assert "load or pull" in caught.value.hint
+
+
+def test_containers_of_dead_owners_are_reaped_and_others_left_alone(engine, server_image):
+    realm, pid, started = owner_token().rsplit("/", 2)
+    owners = {"dead": f"{realm}/{pid}/{int(started) + 1}", "alive": owner_token()}
+    made = {
+        name: engine.client.containers.create(server_image, labels={LABEL_OWNER: owner})
+        for name, owner in owners.items()
+    }
+    try:
+        engine.reap()
+
+        left = {c.id for c in engine.client.containers.list(all=True)}
+        assert made["dead"].id not in left
+        assert made["alive"].id in left
+    finally:
+        made["alive"].remove(force=True)
+
+
+class Relay:
+    """A socket before the engine's own, which can be cut."""
+
+    def __init__(self, path: Path, target: str) -> None:
+        self._target = target
+        self._open: list[socket.socket] = []
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.socket(socket.AF_UNIX)
+                far.connect(self._target)
+                self._open += [near, far]
+                for a, b in ((near, far), (far, near)):
+                    threading.Thread(target=self._copy, args=(a, b), daemon=True).start()
+
+    def _copy(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while chunk := source.recv(65536):
+                target.sendall(chunk)
+            target.shutdown(socket.SHUT_WR)
+
+    def cut(self) -> None:
+        for each in [self._listener, *self._open]:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+
+@pytest.mark.builders
+def test_an_engine_that_goes_away_in_mid_job_is_an_environment_failure(
+    tmp_path, monkeypatch, engine
+):
+    if not engine_host().startswith("unix://"):
+        pytest.skip("the engine is not on a local socket")
+    DockerRunner(engine, CACHE).prepare("merge", RecordingProgress())
+    relay = Relay(tmp_path / "relay.sock", engine_host().removeprefix("unix://"))
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/relay.sock")
+
+    class Cutting(Silent):
+        def note(self, text):
+            relay.cut()
+
+    with pytest.raises(EnvironmentFailure, match="container engine went away") as caught:
+        DockerRunner(DockerEngine(), CACHE).run(echo(tmp_path, sleep=60), Cutting())
+    assert "stages that ended are kept" in caught.value.hint
+    assert (tmp_path / "out").stat().st_uid == os.getuid()

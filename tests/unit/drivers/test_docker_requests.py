@@ -1,0 +1,138 @@
+"""What the container engine is asked for, as values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from toolchain.drivers.docker_images import _only_said, base_reference
+from toolchain.drivers.docker_requests import (
+    Bounds,
+    Place,
+    build_command,
+    job_request,
+    server_request,
+)
+from toolchain.drivers.process import Completed
+from toolchain.ports import StartSpec
+from toolchain.values import Job
+
+PLACE = Place(
+    inputs={"base": Path("/models/base"), "adapter0": Path("/models/lora")},
+    output=Path("/store/tmp/out"),
+    job_file=Path("/staging/job.json"),
+    package=Path("/src/toolchain"),
+)
+
+
+def request(*, gpu: bool = False, memory: int = 1 << 30):
+    job = Job(
+        stage="merge",
+        builder="merge",
+        inputs=PLACE.inputs,
+        output=PLACE.output,
+        memory_bytes=memory,
+        use_gpu=gpu,
+    )
+    bounds = Bounds(user=1000, group=1001, owner="me", gpu=gpu)
+    return job_request(job, "builder:1", PLACE, bounds, {"OMP_NUM_THREADS": "2"})
+
+
+def test_a_job_has_no_network_no_rights_and_no_writable_root():
+    asked = request()
+
+    assert asked["network_mode"] == "none"
+    assert asked["cap_drop"] == ["ALL"]
+    assert asked["security_opt"] == ["no-new-privileges"]
+    assert asked["read_only"] is True
+    assert asked["user"] == "1000:1001"
+    assert asked["tmpfs"] == {"/tmp": "rw,nosuid,nodev,mode=1777,noexec"}
+    assert asked["init"] is True
+    assert asked["auto_remove"] is True
+    assert asked["pids_limit"] > 0
+
+
+def test_a_job_sees_its_inputs_read_only_and_writes_one_folder():
+    mounts = {
+        mount["Target"]: (mount["Source"], mount["ReadOnly"]) for mount in request()["mounts"]
+    }
+
+    assert mounts == {
+        "/in/adapter0": ("/models/lora", True),
+        "/in/base": ("/models/base", True),
+        "/job/job.json": ("/staging/job.json", True),
+        "/weightsmith/toolchain": ("/src/toolchain", True),
+        "/out": ("/store/tmp/out", False),
+    }
+
+
+def test_memory_is_limited_without_swap_beside_it():
+    asked = request(memory=5 << 30)
+
+    assert asked["mem_limit"] == asked["memswap_limit"] == 5 << 30
+    assert "mem_limit" not in request(memory=0)
+
+
+def test_the_owner_is_on_the_label():
+    assert request()["labels"] == {"weightsmith.owner": "me", "weightsmith.job": "merge"}
+
+
+def test_gpus_are_asked_for_only_when_there_are_any():
+    assert "device_requests" not in request()
+
+    (device,) = request(gpu=True)["device_requests"]
+
+    assert device["Count"] == -1
+    assert device["Capabilities"] == [["gpu", "compute", "utility"]]
+    assert "exec" in request(gpu=True)["tmpfs"]["/tmp"].split(",")
+
+
+def test_a_server_is_published_on_loopback_alone_and_keeps_its_user():
+    spec = StartSpec(port=8080, env={"A": "b"}, memory_bytes=1 << 30)
+
+    asked = server_request("image:1", spec, "me", gpu=False)
+
+    assert asked["ports"] == {"8080/tcp": ("127.0.0.1", None)}
+    assert asked["environment"] == {"HOME": "/tmp", "A": "b"}
+    assert "user" not in asked
+    assert "network_mode" not in asked
+    assert asked["read_only"] is True
+    assert asked["mem_limit"] == 1 << 30
+
+
+def test_the_build_command_names_everything_once_and_in_order():
+    command = build_command(
+        containerfile=Path("/i/builders/merge/Containerfile"),
+        context=Path("/i"),
+        tag="t:1",
+        arguments={"FLAVOUR": "cpu", "BASE": "debian"},
+        secrets={"ca_bundle": Path("/ca.pem")},
+        contexts={"wheels": Path("/w")},
+    )
+
+    assert command[:3] == ["docker", "buildx", "build"]
+    assert " ".join(command[3:]) == (
+        "--load --progress=plain --provenance=false --file /i/builders/merge/Containerfile "
+        "--tag t:1 --build-arg BASE=debian --build-arg FLAVOUR=cpu "
+        "--secret id=ca_bundle,src=/ca.pem --build-context wheels=/w /i"
+    )
+
+
+@pytest.mark.parametrize("flavour", ["cpu", "cuda"])
+def test_builders_start_from_the_lock_unless_told_otherwise(flavour, monkeypatch):
+    monkeypatch.delenv("WEIGHTSMITH_BUILDER_BASE", raising=False)
+    assert "docker.io/" in base_reference(flavour)
+
+    monkeypatch.setenv("WEIGHTSMITH_BUILDER_BASE", "mirror/python:3.12")
+    assert base_reference(flavour) == "mirror/python:3.12"
+
+
+def test_of_a_failed_build_the_programs_own_words_are_shown():
+    tail = ("#10 0.19 /bin/sh: 1: nope: not found", " 42 | >>> nope", "ERROR: failed to solve: x")
+
+    def shown(lines):
+        return _only_said(Completed(argv=("d",), returncode=1, seconds=0, tail=lines)).tail
+
+    assert shown(tail) == ("/bin/sh: 1: nope: not found",)
+    assert shown(tail[1:]) == ("ERROR: failed to solve: x",)

@@ -1,0 +1,218 @@
+"""Programs start without secrets, are heard line by line, and end with us."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from toolchain.drivers import process
+from toolchain.drivers.lines import Lines
+from toolchain.errors import EnvironmentFailure
+
+ROOT = Path(__file__).parents[3]
+
+
+def sh(text: str, **options):
+    return process.run(["/bin/sh", "-c", text], **options)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def wait_until_gone(pid: int) -> bool:
+    deadline = time.monotonic() + 10
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not is_running(pid)
+
+
+def test_lines_of_both_streams_are_handed_on_in_order():
+    heard = []
+
+    done = sh("echo one; echo two >&2; printf three", on_line=heard.append)
+
+    assert heard == ["one", "two", "three"]
+    assert done.returncode == 0
+
+
+def test_streams_can_be_told_apart():
+    out, err = [], []
+
+    sh("echo out; echo err >&2", on_line=out.append, on_error_line=err.append)
+
+    assert (out, err) == (["out"], ["err"])
+
+
+def test_the_exit_code_is_returned_and_required_on_demand():
+    done = sh("echo the reason; exit 7")
+
+    assert done.returncode == 7
+    with pytest.raises(EnvironmentFailure, match=r"compiling failed \(exit code 7\)") as caught:
+        done.require("compiling", hint="look")
+    assert "the reason" in caught.value.message
+    assert caught.value.hint == "look"
+
+
+def test_a_signal_is_named():
+    assert process.describe_exit(-9) == "killed by SIGKILL"
+    assert sh("kill -9 $$").returncode == -9
+
+
+def test_only_the_last_lines_are_kept():
+    done = sh("seq 1 1000")
+
+    assert done.tail[-1] == "1000"
+    assert len(done.tail) == 200
+
+
+def test_input_is_given_and_ends():
+    assert process.run(["cat"], input=b"a\nb\n").tail == ("a", "b")
+
+
+def test_without_input_there_is_nothing_to_read():
+    assert sh("cat; echo done").tail == ("done",)
+
+
+def test_a_missing_program_is_named():
+    with pytest.raises(EnvironmentFailure, match="no-such-program") as caught:
+        process.run(["no-such-program"])
+    assert "PATH" in caught.value.hint
+
+
+def test_a_file_that_is_no_program_is_named(tmp_path):
+    broken = tmp_path / "broken"
+    broken.write_bytes(b"\x7fELF nonsense")
+    broken.chmod(0o755)
+
+    with pytest.raises(EnvironmentFailure, match="broken could not be started"):
+        process.run([broken])
+
+
+def test_a_timeout_ends_the_program_and_its_children():
+    pids = []
+    with pytest.raises(EnvironmentFailure, match=r"did not end within 0\.5 s"):
+        sh("echo $$; sleep 60 & echo $!; wait", timeout=0.5, on_line=lambda x: pids.append(int(x)))
+
+    assert len(pids) == 2
+    assert all(wait_until_gone(pid) for pid in pids)
+
+
+def test_an_exception_of_a_listener_ends_the_program():
+    pids = []
+
+    def hear(line):
+        pids.append(int(line))
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        sh("echo $$; sleep 60", on_line=hear)
+    assert wait_until_gone(pids[0])
+
+
+def test_a_program_that_ignores_the_polite_signal_is_killed(monkeypatch):
+    monkeypatch.setattr(process, "_PATIENCE", 0.3)
+    started = time.monotonic()
+
+    with pytest.raises(EnvironmentFailure, match="did not end"):
+        sh("trap '' TERM; while :; do sleep 0.1; done", timeout=0.3)
+
+    assert time.monotonic() - started < 10
+
+
+def test_children_left_behind_do_not_hold_us_up():
+    started = time.monotonic()
+
+    done = sh("sleep 60 & echo $!")
+
+    assert time.monotonic() - started < 10
+    assert wait_until_gone(int(done.tail[0]))
+
+
+def test_secrets_do_not_reach_the_program(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("PIP_INDEX_URL", "https://index.example")
+
+    assert "hf_secret" not in "\n".join(process.run(["env"]).tail)
+    assert "PIP_INDEX_URL" not in process.scrubbed(network=True)
+    assert process.scrubbed(prefixes=["PIP_"])["PIP_INDEX_URL"] == "https://index.example"
+
+
+def test_an_allocation_beyond_the_limit_fails():
+    limits = process.Limits(memory_bytes=200 << 20)
+    wanted = [sys.executable, "-c", "bytearray(1 << 30)"]
+
+    done = process.run(wanted, limits=limits)
+
+    assert done.returncode == 1
+    assert "MemoryError" in done.tail[-1]
+
+
+def test_a_program_can_be_put_where_there_is_no_network():
+    if not process.can_leave_network():
+        pytest.skip("this kernel gives no network namespaces")
+
+    done = process.run(["cat", "/proc/net/dev"], limits=process.Limits(network=False))
+
+    assert [line.split(":")[0].strip() for line in done.tail[2:]] == ["lo"]
+
+
+PARENT = """
+from toolchain.drivers import process
+process.run(["/bin/sh", "-c", "echo $$; exec sleep 60"], on_line=lambda x: print(x, flush=True))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_the_program_dies_with_us(number):
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    with parent:
+        pid = int(parent.stdout.readline())
+        assert is_running(pid)
+        parent.send_signal(number)
+
+    assert wait_until_gone(pid)
+
+
+def test_a_server_is_heard_and_stopped():
+    with process.start(["/bin/sh", "-c", "echo up; sleep 60"]) as server:
+        deadline = time.monotonic() + 10
+        while "up" not in server.logs(5) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert server.logs(5) == "up"
+        assert server.alive()
+    assert not server.alive()
+
+
+def test_a_server_that_ended_by_itself_is_not_alive():
+    with process.start(["/bin/sh", "-c", "echo sorry; exit 3"]) as server:
+        deadline = time.monotonic() + 10
+        while server.alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not server.alive()
+    assert server.logs(1) == "sorry"
+
+
+def test_a_line_without_an_end_does_not_grow_for_ever():
+    lines = Lines()
+
+    assert lines.feed(b"a\rb") == ["a"]
+    assert lines.feed(b"c\n") == ["bc"]
+    assert lines.feed(b"x" * (1 << 20) + b"x") == ["x" * ((1 << 20) + 1)]
+    assert lines.feed(b"rest") == []
+    assert lines.feed(b"") == ["rest"]
