@@ -25,7 +25,10 @@ from toolchain.drivers.ownership import owner_token
 from toolchain.errors import EnvironmentFailure
 from toolchain.ports import Silent, StartSpec
 
-pytestmark = pytest.mark.docker
+pytestmark = [
+    pytest.mark.docker,
+    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
