@@ -205,7 +205,7 @@ def table(rows: dict[str, list[dict[str, float]]], options: argparse.Namespace) 
     keys = ("wall", "client", "daemon", "registry")
     titles = {"ours": "assemble + push", "docker": "docker build + docker push"}
     lines = [
-        f"{options.gib:g} GiB in 4 random files, {options.rounds} rounds, {os.cpu_count()} cores; seconds:",
+        f"Medians, seconds: {options.gib:g} GiB, {options.rounds} rounds, {os.cpu_count()} cores.",
         "",
         "| | wall | wall of each round | CPU client | CPU dockerd | CPU registry |",
         "|---|---|---|---|---|---|",

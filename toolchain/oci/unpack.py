@@ -111,6 +111,7 @@ class _Tree:
         elif entry.issym():
             target.symlink_to(entry.linkname)
             _own(target, entry)
+            _touch(target, entry)
         elif entry.islnk():
             source = self.place(entry.linkname)
             if source is None or not _is_file(source):
@@ -294,7 +295,7 @@ def _is_file(path: Path) -> bool:
 
 def _touch(path: Path, entry: tarfile.TarInfo) -> None:
     when = max(0, min(entry.mtime, 1 << 33))
-    os.utime(path, (when, when))
+    os.utime(path, (when, when), follow_symlinks=False)
 
 
 def _own(path: Path, entry: tarfile.TarInfo) -> None:
