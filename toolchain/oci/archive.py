@@ -31,25 +31,9 @@ def docker_archive(
         yield tar.header(_place(blob.digest), size=blob.size, mode=0o644, mtime=0)
         yield from opener()
         yield tar.padding(blob.size)
-    blob = image.manifest_blob
-    yield from _file(_place(blob.digest), image.manifest_bytes)
+    yield from _file(_place(image.digest), image.manifest_bytes)
     name = f"{reference.name}:{reference.tag or 'latest'}"
-    index = {
-        "schemaVersion": 2,
-        "mediaType": manifests.OCI_INDEX,
-        "manifests": [
-            {
-                "mediaType": blob.media_type,
-                "digest": blob.digest,
-                "size": blob.size,
-                "annotations": {
-                    "io.containerd.image.name": name,
-                    REF_NAME: reference.tag or "latest",
-                },
-            }
-        ],
-    }
-    yield from _file("index.json", canonical(index))
+    yield from _file("index.json", _index(image, name, reference.tag or "latest"))
     row = {
         "Config": _place(image.config_blob.digest),
         "RepoTags": [name],
@@ -68,6 +52,17 @@ def _held(image: Image, skip_diff_ids: Sequence[str]) -> set[Digest]:
         common += 1
     needed = {layer.digest for layer in image.layers[common:]}
     return {layer.digest for layer in image.layers[:common]} - needed
+
+
+def _index(image: Image, name: str, tag: str) -> bytes:
+    blob = image.manifest_blob
+    row = {
+        "mediaType": blob.media_type,
+        "digest": blob.digest,
+        "size": blob.size,
+        "annotations": {"io.containerd.image.name": name, REF_NAME: tag},
+    }
+    return canonical({"schemaVersion": 2, "mediaType": manifests.OCI_INDEX, "manifests": [row]})
 
 
 def _place(digest: Digest) -> str:

@@ -87,10 +87,7 @@ class Registry:
         return Published(
             reference=str(reference),
             digest=image.digest,
-            layers=[
-                {"digest": layer.digest, "size": layer.size, "file": layer.file}
-                for layer in image.layers
-            ],
+            layers=[{"digest": x.digest, "size": x.size, "file": x.file} for x in image.layers],
             uploaded_bytes=sum(size for how, size in sent if how is uploads.Way.SENT),
             mounted=sum(how is uploads.Way.MOUNTED for how, _ in sent),
             seconds=time.monotonic() - began,
