@@ -187,6 +187,9 @@ def cmake_settings(job: Job, wrappers: dict[str, Path]) -> dict[str, str]:
         "CMAKE_EXE_LINKER_FLAGS": f"-static -s -Wl,-z,stack-size=8388608 -mcpu={job.oldest}",
         "CMAKE_TRY_COMPILE_TARGET_TYPE": "STATIC_LIBRARY",  # checks need no C library yet
         "CMAKE_PROJECT_llama.cpp_INCLUDE": str(HERE / "variants.cmake"),
+        # Without git, or the commit of whatever repository is around the tree would be compiled in.
+        "GIT_EXE": "OFF",
+        "GIT_EXECUTABLE": "OFF",
         "GGML_SSE42": x86,
         "LLAMA_BUILD_NUMBER": "0",
         "LLAMA_BUILD_COMMIT": job.commit[:9],

@@ -242,4 +242,5 @@ def test_no_host_path_reaches_the_compiler_unmapped(tmp_path):
     assert "-ffile-prefix-map=/s=llama.cpp" in settings["CMAKE_CXX_FLAGS"]
     assert "-mcpu=x86_64_v2" in settings["CMAKE_CXX_FLAGS"]
     assert settings["GGML_NATIVE"] == "OFF"
+    assert settings["GIT_EXE"] == settings["GIT_EXECUTABLE"] == "OFF"
     assert settings["WEIGHTSMITH_VARIANTS"].startswith("x86-64-v3=-mcpu=x86_64_v3;")
