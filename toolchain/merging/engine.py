@@ -16,10 +16,10 @@ import torch
 from toolchain.checkpoints.safetensors import BITS
 from toolchain.errors import CheckFailed, EnvironmentFailure, UsageError
 from toolchain.merging.companions import companion_files, index_json, write_file
-from toolchain.merging.kernel import BLOCK, check_arithmetic
+from toolchain.merging.kernel import PIECE, check_arithmetic
 from toolchain.merging.plan import MergePlan, make_plan
 from toolchain.merging.proof import prove
-from toolchain.merging.shards import Settings, ShardMaker, Tally
+from toolchain.merging.shards import BLOCK, Settings, ShardMaker, Tally
 from toolchain.merging.stream import Journal, sha256_file, sync_folder
 from toolchain.values import key_of
 
@@ -66,12 +66,8 @@ def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, 
     with _one_thread_per_worker():
         check_arithmetic(settings.device)
         shards = _write_shards(plan, settings, journal, tally, progress or (lambda *_: None))
-    extra, notes = companion_files(plan)
-    if plan.base.index_file:
-        extra[plan.base.index_file] = _index(plan)
-    small = [write_file(request.out, name, data) for name, data in sorted(extra.items())]
-    sync_folder(request.out)
-    _prove(plan, request.out, settings, journal)
+        small, notes = _write_companions(plan, request.out)
+        _prove(plan, request.out, settings, journal)
     journal.path.unlink(missing_ok=True)
     findings += _silent(plan, tally) + notes
     files = [{"path": s["file"], "size": s["size"], "sha256": s["sha256"]} for s in shards] + small
@@ -106,6 +102,7 @@ def _settings(request: MergeRequest) -> Settings:
         device=device,
         workers=2 if device == "cuda" else min(max(1, workers), _MOST_WORKERS),
         block=_GPU_BLOCK if device == "cuda" else BLOCK,
+        piece=_GPU_BLOCK if device == "cuda" else PIECE,
     )
 
 
@@ -191,6 +188,16 @@ def _write_shards(
         maker.close()
     progress(total, total)
     return [finished[shard.path.name] for shard in plan.base.shards]
+
+
+def _write_companions(plan: MergePlan, out: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Write everything that is not a shard; return the files, and what is worth knowing."""
+    extra, notes = companion_files(plan)
+    if plan.base.index_file:
+        extra[plan.base.index_file] = _index(plan)
+    written = [write_file(out, name, data) for name, data in sorted(extra.items())]
+    sync_folder(out)
+    return written, notes
 
 
 def _prove(plan: MergePlan, out: Path, settings: Settings, journal: Journal) -> None:

@@ -17,8 +17,8 @@ from toolchain.errors import EnvironmentFailure, InputRefused
 from toolchain.merging.repair import Factors, Repairs, repair
 from toolchain.merging.rounding import FORMATS, round_once
 
-BLOCK = 1 << 18
-"""Elements per block on the CPU: what the second-level cache holds."""
+PIECE = 1 << 18
+"""Elements that are worked on at once on the CPU: what the second-level cache holds."""
 
 _SLACK = 8
 """Half units that an interval is widened by, for the roundings of W + δ and of its own ends."""
@@ -49,10 +49,10 @@ class Prepared:
 
 
 class Space:
-    """One worker's buffers, so that blocks cost no allocation."""
+    """One worker's buffers for pieces of `elements`, so that these cost no allocation."""
 
     def __init__(self, elements: int, dtype: torch.dtype, work: torch.dtype, device: str) -> None:
-        form = FORMATS[dtype]
+        form, self.elements = FORMATS[dtype], elements
         self.sums, self.spare, self.signed = (
             torch.empty(elements, dtype=work, device=device) for _ in range(3)
         )
@@ -109,15 +109,11 @@ def merge_rows(
     Raises InputRefused where W is not finite or the result overflows.
     """
     rows, columns = weight.shape
-    sums = _sums(prepared, weight, first, space)
-    out, same = _round_interval(prepared, sums, first, space)
-    flagged = _differing(same)
-    least, most = (float(end) for end in torch.aminmax(sums))
-    limit = FORMATS[prepared.dtype].largest * 0.99
-    if not (-limit < least and most < limit):
+    out, flagged, safe = _first_pass(prepared, weight, first, space)
+    if not safe:
         _check_base(prepared.name, weight)
         flagged = torch.arange(weight.numel())
-    out, done = out.cpu(), Repairs()
+    done = Repairs()
     if len(flagged):
         row = flagged // columns
         values, done = repair(
@@ -131,9 +127,31 @@ def merge_rows(
     if len(prepared.still):
         inside = prepared.still[(prepared.still >= first) & (prepared.still < first + rows)] - first
         out[inside] = round_once(weight[inside], prepared.dtype)
-    if not (-limit < least and most < limit):
+    if not safe:
         _check_result(prepared, out)
     return out, done
+
+
+def _first_pass(
+    prepared: Prepared, weight: torch.Tensor, first: int, space: Space
+) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Round what the working type can decide, in pieces of the size of `space`.
+
+    Returns the rounded rows, the flat places of what could not be decided, and whether every sum
+    stays clear of overflow.
+    """
+    rows, columns = weight.shape
+    out = torch.empty(weight.shape, dtype=prepared.dtype)
+    step, safe, rest = max(1, space.elements // max(1, columns)), True, []
+    limit = FORMATS[prepared.dtype].largest * 0.99
+    for start in range(0, rows, step):
+        part = weight[start : start + step]
+        sums = _sums(prepared, part, first + start, space)
+        same = _round_interval(prepared, sums, first + start, space, out[start : start + step])
+        rest.append(_differing(same).add_(start * columns))
+        least, most = (float(end) for end in torch.aminmax(sums))
+        safe = safe and -limit < least and most < limit
+    return out, torch.cat(rest), safe
 
 
 def _sums(prepared: Prepared, weight: torch.Tensor, first: int, space: Space) -> torch.Tensor:
@@ -148,9 +166,9 @@ def _sums(prepared: Prepared, weight: torch.Tensor, first: int, space: Space) ->
 
 
 def _round_interval(
-    prepared: Prepared, sums: torch.Tensor, first: int, space: Space
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round both ends of |sum| ± error; return one, and both ends' bits exclusively or-ed.
+    prepared: Prepared, sums: torch.Tensor, first: int, space: Space, out: torch.Tensor
+) -> torch.Tensor:
+    """Round both ends of |sum| ± error, one into `out`; return both ends' bits exclusively or-ed.
 
     With e = the row's bound with the sum's sign and u = the working unit, the ends are
     (1 ± 8u)·sum ± e. The lower one is computed negated, so ends that agree differ in the sign bit
@@ -162,12 +180,14 @@ def _round_interval(
     torch.copysign(prepared.bound[first : first + len(sums)], sums, out=signed)
     high = torch.add(signed, sums, alpha=1 + widen, out=space.spare[:size].view(shape))
     low = torch.add(signed, sums, alpha=widen - 1, out=signed)
-    out = high.to(prepared.dtype)
+    rounded = out.copy_(high) if high.device == out.device else high.to(out.dtype)
     negated = space.low[:size].view(shape).copy_(low)
     same = torch.bitwise_xor(
-        out.view(form.bits), negated.view(form.bits), out=space.same[:size].view(shape)
+        rounded.view(form.bits), negated.view(form.bits), out=space.same[:size].view(shape)
     )
-    return out, same
+    if rounded is not out:
+        out.copy_(rounded)
+    return same
 
 
 def _differing(same: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ _QUANTIZED_KEYS = (".absmax", ".quant_map", ".qweight", ".qzeros", ".SCB", ".wei
 _SHOWN = 5
 _START_BYTES = 250 << 20
 """Resident memory of Python with torch imported."""
-_BLOCK_BYTES = 14 << 20
+_BLOCK_BYTES = 24 << 20
 """Buffers of one worker."""
 
 

@@ -60,11 +60,14 @@ def _wanted(
     """Return W + Σ factor · (B·A) of the drawn rows in float64."""
     places, total = _places(info), _rows(base, info).double()
     for term in terms:
-        a, b = (adapters[term.adapter].matrix(side) for side in (term.a, term.b))
+        reader = adapters[term.adapter]
+        a = reader.matrix(term.a).double()
         if term.transposed:
-            total += term.factor * (b.double() @ a[:, places].double()).T
+            b = reader.matrix(term.b).double()
+            total += term.factor * (b @ a[:, places]).T
         else:
-            total += term.factor * (b[places].double() @ a.double())
+            b = torch.cat([reader.rows(term.b, place, 1) for place in places]).double()
+            total += term.factor * (b @ a)
     return total
 
 

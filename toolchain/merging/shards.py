@@ -16,12 +16,14 @@ import torch
 from toolchain.checkpoints.safetensors import BITS, Header, TensorInfo, build_header
 from toolchain.errors import InputRefused
 from toolchain.merging.families.family import Term
-from toolchain.merging.kernel import BLOCK, Prepared, Space, merge_rows, merge_rows_fast, prepare
+from toolchain.merging.kernel import PIECE, Prepared, Space, merge_rows, merge_rows_fast, prepare
 from toolchain.merging.plan import MergePlan
 from toolchain.merging.repair import Factors, Repairs
 from toolchain.merging.rounding import round_once
 from toolchain.merging.stream import TORCH_TYPES, Reader, Writer, as_bytes
 
+BLOCK = 1 << 20
+"""Elements per block on the CPU: repairs and hand-overs cost the less, the larger it is."""
 _COPY_BYTES = 1 << 20
 _AHEAD = 2
 """Blocks in flight per worker: enough that nobody waits, few enough to keep memory small."""
@@ -47,6 +49,7 @@ class Settings:
     device: str
     workers: int
     block: int = BLOCK
+    piece: int = PIECE
 
 
 Block = Callable[[], torch.Tensor]
@@ -159,18 +162,18 @@ class ShardMaker:
         weight = reader.rows(info, first, count)
         if not self._settings.exact:
             return merge_rows_fast(prepared, weight, first)
-        out, done = merge_rows(prepared, weight, first, self._space(prepared, weight.numel()))
+        out, done = merge_rows(prepared, weight, first, self._space(prepared, info.shape[1]))
         with self._lock:
             self._tally.repairs.float64 += done.float64
             self._tally.repairs.exact += done.exact
         return out
 
-    def _space(self, prepared: Prepared, elements: int) -> Space:
+    def _space(self, prepared: Prepared, columns: int) -> Space:
         """Return this worker's buffers, larger or of another type only when they must be."""
         key = (prepared.dtype, prepared.work)
         held: tuple[Any, int, Space] | None = getattr(self._local, "space", None)
-        if held is None or held[0] != key or held[1] < elements:
-            size = max(elements, self._settings.block)
+        if held is None or held[0] != key or held[1] < columns:
+            size = max(columns, self._settings.piece)
             held = (key, size, Space(size, *key, self._settings.device))
             self._local.space = held
         return held[2]

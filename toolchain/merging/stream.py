@@ -22,6 +22,7 @@ TORCH_TYPES = {
     "F64": torch.float64,
 }
 _MODE = 0o644
+_PIECE = 1 << 18
 
 
 class Reader:
@@ -73,12 +74,14 @@ class Writer:
             raise _disk(path, error) from error
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append, and hash in the same pass."""
-        self._hash.update(data)
+        """Append, and hash in the same pass, piece by piece while it is in the cache."""
         view = memoryview(data)
         try:
-            while view:
-                view = view[self._file.write(view) or 0 :]
+            for start in range(0, len(view), _PIECE):
+                part = view[start : start + _PIECE]
+                self._hash.update(part)
+                while part:
+                    part = part[self._file.write(part) or 0 :]
         except OSError as error:
             raise _disk(self.path, error) from error
         self.size += len(data)

@@ -159,6 +159,7 @@ def test_bytes_do_not_depend_on_workers_or_blocks(
     adapter = make_adapter(base)
     first = run(base, [(adapter, 1.0)], base.parent / "one", workers=2)
     monkeypatch.setattr(engine, "BLOCK", 100)
+    monkeypatch.setattr(engine, "PIECE", 40)
 
     second = run(base, [(adapter, 1.0)], base.parent / "two", workers=workers)
 

@@ -92,7 +92,8 @@ def merged(
         left=left.float(), right=right.float(), gains=torch.tensor(gains, dtype=torch.float64)
     )
     prepared = prepare("w", factors, dtype)
-    space = Space(weight.numel(), dtype, work_type(dtype), "cpu")
+    # Pieces of two rows, so that blocks have several.
+    space = Space(2 * weight.shape[1], dtype, work_type(dtype), "cpu")
     blocks = [
         merge_rows(prepared, weight[first : first + rows], first, space)[0]
         for first in range(0, len(weight), rows)
