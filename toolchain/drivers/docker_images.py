@@ -7,13 +7,16 @@ import os
 import platform
 import re
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from toolchain.drivers import process
 from toolchain.drivers.bases import base
 from toolchain.drivers.docker_requests import build_command
+from toolchain.drivers.environment import Pins
 from toolchain.drivers.toolset import toolset_folder
+from toolchain.drivers.wheels import configured_wheels, pick_wheels
 from toolchain.drivers.wire import open_log
 from toolchain.errors import EnvironmentFailure, UsageError
 from toolchain.ports import Progress
@@ -48,15 +51,18 @@ def build_image(builder: str, flavour: str, host: str, cache: Path, progress: Pr
         raise UsageError(f"there is no builder {builder!r}", hint=f"{containerfile} is missing")
     reference = base_reference(flavour)
     progress.note(f"building the {flavour} image of the builder {builder!r} on {reference}, once")
-    command = build_command(
-        containerfile=containerfile,
-        context=context,
-        tag=image_tag(builder, flavour),
-        arguments=_arguments(flavour, reference),
-        secrets=_secrets(),
-        contexts=_contexts(builder, cache),
-    )
-    with open_log(cache, f"image-{builder}") as log:
+    with (
+        open_log(cache, f"image-{builder}") as log,
+        tempfile.TemporaryDirectory(prefix="weightsmith-wheels-") as wheels,
+    ):
+        command = build_command(
+            containerfile=containerfile,
+            context=context,
+            tag=image_tag(builder, flavour),
+            arguments=_arguments(flavour, reference),
+            secrets=_secrets(),
+            contexts=_contexts(builder, cache, Path(wheels)),
+        )
 
         def hear(line: str) -> None:
             log.write(line + "\n")
@@ -114,13 +120,16 @@ def _secrets() -> dict[str, Path]:
     return {"ca_bundle": Path(named)}
 
 
-def _contexts(builder: str, cache: Path) -> Mapping[str, Path]:
-    wheels = os.environ.get("WEIGHTSMITH_WHEELS")
-    contexts = {"wheels": Path(wheels)} if wheels else {}
+def _contexts(builder: str, cache: Path, wheels: Path) -> Mapping[str, Path]:
+    """Return the named contexts: wheels that no index has, and tools compiled here already."""
+    contexts = {}
+    if named := os.environ.get("WEIGHTSMITH_WHEELS"):
+        contexts["wheels"] = Path(named)
+    elif pick_wheels(configured_wheels(), Pins(name=builder, flavour="cpu"), wheels):
+        contexts["wheels"] = wheels
     for engine in compiled_engines(builder):
         tools = toolset_folder(cache, engine)
         if tools.is_dir():
-            # Compiled on this machine already: not again inside the build.
             contexts[engine] = tools
     return contexts
 

@@ -1,0 +1,58 @@
+"""Which tests can run on this machine, and what they find there."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ENGINE_SCRIPT = Path(__file__).with_name("engine.sh")
+
+
+@functools.cache
+def engine_answers() -> bool:
+    """Say whether a container engine is there, as the `docker` command sees it."""
+    if shutil.which("docker") is None:
+        return False
+    asked = subprocess.run(
+        ["docker", "version", "--format", "{{.Server.Version}}"], check=False, capture_output=True
+    )
+    return asked.returncode == 0
+
+
+NEEDS = {
+    "docker": (engine_answers, "no container engine answers: run tests/engine.sh as root"),
+    "registry": (
+        lambda: shutil.which("docker-registry") is not None,
+        "the docker-registry program is not installed",
+    ),
+    "gpu": (lambda: shutil.which("nvidia-smi") is not None, "no NVIDIA GPU"),
+    "root": (lambda: os.geteuid() == 0, "needs root"),
+}
+"""Marker -> whether this machine has it, and what to say where it has not."""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what cannot run here; with WEIGHTSMITH_REQUIRE_DOCKER a missing engine is a failure."""
+    for name, (there, reason) in NEEDS.items():
+        if item.get_closest_marker(name) and not there():
+            if name == "docker" and os.environ.get("WEIGHTSMITH_REQUIRE_DOCKER"):
+                pytest.fail(reason)
+            pytest.skip(reason)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def builder_base() -> None:
+    """Build builders on the base that tests/engine.sh made, where the locked one is not there."""
+    if "WEIGHTSMITH_BUILDER_BASE" in os.environ or not engine_answers():
+        return
+    said = subprocess.run(
+        ["bash", ENGINE_SCRIPT, "--env"], capture_output=True, text=True, check=False
+    )
+    for line in said.stdout.splitlines():
+        name, _, value = line.removeprefix("export ").partition("=")
+        os.environ[name] = value

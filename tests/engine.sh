@@ -1,0 +1,136 @@
+#!/usr/bin/env bash
+# Makes a container engine and a base for builder images available to the tests, as root on Debian
+# or Ubuntu. What is there already is kept. Exit code 0: both are there; 1: they are not.
+#
+#   tests/engine.sh && eval "$(tests/engine.sh --env)"
+#
+# --env prints the variables that the tests need, for `eval`; all else goes to standard error.
+set -euo pipefail
+
+# The base for machines that cannot pull one: Debian's current release with Python 3.11, the oldest
+# that the builders support, from the release before.
+readonly BASE=weightsmith-test-base:python3.11
+readonly SUITE=trixie PYTHON_SUITE=bookworm
+readonly MIRROR=${WEIGHTSMITH_TEST_MIRROR:-http://deb.debian.org/debian}
+readonly PACKAGES=(docker.io docker-cli docker-buildx docker-registry skopeo umoci mmdebstrap)
+readonly LOG=${TMPDIR:-/tmp}/weightsmith-dockerd.log
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+readonly HERE
+
+say() { printf '%4d s  %s\n' "$SECONDS" "$*" >&2; }
+
+fail() {
+  say "error: $*"
+  exit 1
+}
+
+answers() { timeout 20 docker version --format '{{.Server.Version}}' >/dev/null 2>&1; }
+
+require_root_on_debian() {
+  [ "$(id -u)" = 0 ] || fail "no engine answers, and only root can install one"
+  command -v apt-get >/dev/null || fail "no engine answers, and there is no apt-get to install one"
+}
+
+install_packages() {
+  local wanted=() package
+  apt-get update -qq >&2 || fail "apt-get update failed"
+  for package in "${PACKAGES[@]}"; do
+    # Older releases have the client inside docker.io.
+    if apt-cache show "$package" >/dev/null 2>&1; then wanted+=("$package"); fi
+  done
+  say "installing ${wanted[*]}"
+  # No service is started by the installation itself: docker-registry would take port 5000.
+  local policy=/usr/sbin/policy-rc.d made=no
+  if [ ! -e "$policy" ]; then
+    printf '#!/bin/sh\nexit 101\n' >"$policy"
+    chmod 755 "$policy"
+    made=yes
+  fi
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${wanted[@]}" \
+    iptables >&2 || { [ $made = no ] || rm -f "$policy"; fail "apt-get install failed"; }
+  [ $made = no ] || rm -f "$policy"
+  stop_registry_service
+}
+
+stop_registry_service() {
+  if command -v systemctl >/dev/null && systemctl is-active --quiet docker-registry 2>/dev/null; then
+    say "disabling the system's docker-registry, which holds port 5000"
+    systemctl disable --now docker-registry >&2 || true
+  fi
+}
+
+start_engine() {
+  say "starting dockerd, log: $LOG"
+  nohup dockerd >"$LOG" 2>&1 </dev/null &
+  local pid=$! waited
+  for waited in $(seq 1 60); do
+    if answers; then
+      say "dockerd answers after $waited s"
+      return
+    fi
+    kill -0 "$pid" 2>/dev/null || break
+    sleep 1
+  done
+  tail -n 5 "$LOG" >&2
+  fail "dockerd does not answer, see $LOG"
+}
+
+locked_base() {
+  sed -n '/"builder-cpu"/,/reference/s/.*"reference": "\(.*\)".*/\1/p' "$HERE/../images/bases.lock"
+}
+
+have_base() {
+  docker image inspect "$(locked_base)" >/dev/null 2>&1 && return
+  docker image inspect "$BASE" >/dev/null 2>&1 && return
+  say "pulling $(locked_base)"
+  timeout 300 docker pull --quiet "$(locked_base)" >&2 2>/dev/null
+}
+
+bootstrap_base() {
+  [ "$(id -u)" = 0 ] || fail "the base cannot be pulled, and only root can bootstrap one"
+  command -v mmdebstrap >/dev/null || { require_root_on_debian; install_packages; }
+  say "the base cannot be pulled: bootstrapping $BASE from $MIRROR (about a minute)"
+  local work
+  work=$(mktemp -d)
+  # shellcheck disable=SC2064  # the folder of now is meant
+  trap "rm -rf '$work'" EXIT
+  cat >"$work/python" <<EOF
+Package: *
+Pin: release n=$PYTHON_SUITE
+Pin-Priority: 100
+
+Package: python3* libpython3*
+Pin: release n=$PYTHON_SUITE
+Pin-Priority: 990
+EOF
+  mmdebstrap --quiet --variant=minbase --include=ca-certificates,python3,python3-venv \
+    --aptopt='Acquire::Check-Valid-Until "false"' \
+    --setup-hook="install -D -m 644 '$work/python' \"\$1/etc/apt/preferences.d/python\"" \
+    --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
+    --dpkgopt='path-exclude=/usr/share/locale/*' \
+    "$SUITE" "$work/base.tar" "deb $MIRROR $SUITE main" "deb $MIRROR $PYTHON_SUITE main" >&2 ||
+    fail "mmdebstrap failed"
+  docker import "$work/base.tar" "$BASE" >&2
+}
+
+print_environment() {
+  if ! docker image inspect "$(locked_base)" >/dev/null 2>&1; then
+    echo "export WEIGHTSMITH_BUILDER_BASE=$BASE"
+  fi
+}
+
+main() {
+  if [ "${1:-}" = --env ]; then
+    print_environment
+    return
+  fi
+  if ! answers; then
+    require_root_on_debian
+    command -v dockerd >/dev/null || install_packages
+    start_engine
+  fi
+  have_base || bootstrap_base
+  say "ready: docker $(docker version --format '{{.Server.Version}}')"
+}
+
+main "$@"

@@ -1,0 +1,164 @@
+"""Builders are whole or absent: environments, compiled tools, and the wheels they take."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.runner import RecordingProgress
+from toolchain.drivers import docker_images, environment, toolset
+from toolchain.drivers.environment import Pins, environment_folder, is_complete
+from toolchain.drivers.wheels import configured_wheels, pick_wheels
+from toolchain.errors import EnvironmentFailure, UsageError
+
+TORCH = "torch-2.13.0+cpu-cp311-cp311-linux_x86_64.whl"
+
+
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    """A folder of builders and engines of our own; the builder `tiny` needs no package."""
+    root = tmp_path / "images"
+    tiny, engine = root / "builders" / "tiny", root / "engines" / "toy"
+    for folder in (tiny, engine):
+        folder.mkdir(parents=True)
+        (folder / "requirements.txt").write_text("# nothing\n")
+    (engine / "source.json").write_text('{"builders": ["tiny"]}')
+    (engine / "fetch.py").write_text(
+        "import pathlib, sys; pathlib.Path(sys.argv[sys.argv.index('--out') + 1]).mkdir()"
+    )
+    (engine / "compile.py").write_text(
+        "import pathlib, sys\n"
+        "print('[1/2] first'); print('[2/2] second')\n"
+        "out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1]); out.mkdir()\n"
+        "(out / 'tool').write_text('compiled')\n"
+    )
+    for module in (environment, toolset, docker_images):
+        monkeypatch.setattr(module, "images", lambda: root)
+    monkeypatch.setattr("toolchain.resources.images", lambda: root)
+    return root
+
+
+def test_an_environment_is_made_once_and_marked_when_complete(images, tmp_path):
+    pins = Pins(name="tiny", flavour="cpu")
+    progress = RecordingProgress()
+
+    folder = environment.make_environment(tmp_path / "cache", pins, progress)
+
+    assert is_complete(folder)
+    assert (folder / "bin" / "python").exists()
+    before = (folder / ".complete").stat().st_mtime_ns
+    assert environment.make_environment(tmp_path / "cache", pins, progress) == folder
+    assert (folder / ".complete").stat().st_mtime_ns == before
+
+
+def test_an_environment_that_was_interrupted_is_made_anew(images, tmp_path):
+    pins = Pins(name="tiny", flavour="cpu")
+    folder = environment_folder(tmp_path / "cache", pins)
+    folder.mkdir(parents=True)
+    (folder / "half").write_text("")
+
+    environment.make_environment(tmp_path / "cache", pins, RecordingProgress())
+
+    assert is_complete(folder)
+    assert not (folder / "half").exists()
+
+
+def test_packages_that_cannot_be_had_are_an_environment_failure(images, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    (images / "builders" / "tiny" / "requirements.txt").write_text(
+        f"no-such-package==1.0 --hash=sha256:{'0' * 64}\n"
+    )
+    pins = Pins(name="tiny", flavour="cpu")
+
+    with pytest.raises(EnvironmentFailure, match=r"installing tiny/requirements\.txt") as caught:
+        environment.make_environment(tmp_path / "cache", pins, RecordingProgress())
+    assert "WEIGHTSMITH_WHEELS" in caught.value.hint
+    assert not is_complete(environment_folder(tmp_path / "cache", pins))
+
+
+def test_the_environment_follows_the_pins_but_not_the_comments(images):
+    pins = Pins(name="tiny", flavour="cpu")
+    file = images / "builders" / "tiny" / "requirements.txt"
+    before = pins.key
+
+    file.write_text("# something else\n")
+    assert pins.key == before
+
+    file.write_text("numpy==2.0\n")
+    assert pins.key != before
+
+
+def test_an_unknown_builder_is_named_with_those_there_are(images):
+    with pytest.raises(UsageError, match="nope") as caught:
+        _ = Pins(name="nope", flavour="cpu").folder
+    assert "tiny" in caught.value.hint
+
+
+def test_tools_are_compiled_once_with_progress_and_nothing_left(images, tmp_path):
+    cache, progress = tmp_path / "cache", RecordingProgress()
+
+    folder = toolset.make_toolset(cache, "toy", progress)
+
+    assert (folder / "tool").read_text() == "compiled"
+    assert ("advance", "2", "2", "files") in progress.lines
+    assert [p.name for p in folder.parent.iterdir() if p.is_dir()] == [folder.name]
+    assert toolset.make_toolset(cache, "toy", progress) == folder
+
+
+def test_tools_that_do_not_compile_leave_nothing_that_looks_ready(images, tmp_path):
+    (images / "engines" / "toy" / "compile.py").write_text("raise SystemExit('no compiler')")
+
+    with pytest.raises(EnvironmentFailure, match=r"toy's compile\.py failed"):
+        toolset.make_toolset(tmp_path / "cache", "toy", RecordingProgress())
+    assert not toolset.toolset_folder(tmp_path / "cache", "toy").exists()
+
+
+def test_only_pinned_wheels_are_picked(images, tmp_path):
+    (images / "builders" / "tiny" / "requirements-cpu.txt").write_text("torch==2.13.0+cpu\n")
+    wheels, target = tmp_path / "wheels", tmp_path / "target"
+    wheels.mkdir()
+    target.mkdir()
+    for name in (
+        TORCH,
+        "torch-2.12.0+cpu-cp311-cp311-linux_x86_64.whl",
+        "other-1-py3-none-any.whl",
+    ):
+        (wheels / name).write_text("")
+
+    assert pick_wheels([wheels], Pins(name="tiny", flavour="cpu"), target)
+    assert [path.name for path in target.iterdir()] == [TORCH]
+    assert not pick_wheels([tmp_path / "in"], Pins(name="tiny", flavour="cpu"), target)
+
+
+def test_folders_of_pips_own_configuration_are_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_FIND_LINKS", f"{tmp_path} https://wheels.example")
+
+    assert tmp_path in configured_wheels()
+    assert all(isinstance(folder, Path) and folder.is_dir() for folder in configured_wheels())
+
+
+def test_certificates_are_a_secret_of_the_build(tmp_path, monkeypatch):
+    for name in ("WEIGHTSMITH_CA_BUNDLE", "SSL_CERT_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    assert docker_images._secrets() == {}
+
+    for name in ("default.pem", "own.pem"):
+        (tmp_path / name).write_text("")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "default.pem"))
+    assert docker_images._secrets() == {"ca_bundle": tmp_path / "default.pem"}
+    monkeypatch.setenv("WEIGHTSMITH_CA_BUNDLE", str(tmp_path / "own.pem"))
+    assert docker_images._secrets() == {"ca_bundle": tmp_path / "own.pem"}
+    monkeypatch.setenv("WEIGHTSMITH_CA_BUNDLE", str(tmp_path / "absent.pem"))
+    with pytest.raises(UsageError, match=r"absent\.pem"):
+        docker_images._secrets()
+
+
+def test_an_index_with_a_password_is_not_written_into_the_image(monkeypatch):
+    monkeypatch.setenv("PIP_INDEX_URL", "https://index.example/simple")
+    assert docker_images._arguments("cpu", "b")["PIP_INDEX_URL"] == os.environ["PIP_INDEX_URL"]
+
+    monkeypatch.setenv("PIP_INDEX_URL", "https://me:secret@index.example/simple")
+    assert "PIP_INDEX_URL" not in docker_images._arguments("cpu", "b")
