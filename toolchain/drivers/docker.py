@@ -5,8 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import os
-import shutil
-import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -34,7 +32,7 @@ from toolchain.drivers.handover import owned_by, readable
 from toolchain.drivers.hardware import gpu_names
 from toolchain.drivers.lines import Lines
 from toolchain.drivers.local import worker_environment
-from toolchain.drivers.ownership import is_dead, owner_token
+from toolchain.drivers.ownership import is_dead, owner_token, private_folder
 from toolchain.drivers.wire import Conversation, job_file, open_log
 from toolchain.errors import EnvironmentFailure
 from toolchain.ports import Endpoint, Progress, StartSpec
@@ -189,7 +187,8 @@ class DockerRunner:
         gpu = job.use_gpu and self._engine.has_gpu()
         bounds = Bounds(user=user, group=group, owner=owner_token(), gpu=gpu)
         with contextlib.ExitStack() as stack:
-            place = _hand_over(job, stack.enter_context(self._staging()), by_others=root)
+            staging = stack.enter_context(private_folder(self._cache))
+            place = _hand_over(job, staging, by_others=root)
             log = stack.enter_context(open_log(self._cache, job.stage))
             if root:
                 stack.enter_context(owned_by(job.output, user, group))
@@ -202,17 +201,6 @@ class DockerRunner:
 
     def _flavour(self) -> str:
         return "cuda" if self._engine.has_gpu() else "cpu"
-
-    @contextlib.contextmanager
-    def _staging(self) -> Iterator[Path]:
-        """Make a folder that nobody else can enter; containers see what is mounted from it."""
-        jobs = self._cache / "jobs"
-        jobs.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="job-", dir=jobs))
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 class DockerLauncher:

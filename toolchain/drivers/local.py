@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from toolchain.drivers import process
@@ -16,6 +13,7 @@ from toolchain.drivers.environment import (
     make_environment,
 )
 from toolchain.drivers.hardware import cores, gpu_names
+from toolchain.drivers.ownership import private_folder
 from toolchain.drivers.toolset import make_toolset, toolset_folder
 from toolchain.drivers.wire import Conversation, job_file, open_log
 from toolchain.ports import Progress
@@ -59,7 +57,8 @@ class LocalRunner:
         """Run the job to its end; raises the job's own error, EnvironmentFailure where it died."""
         self.prepare(job.builder, progress)
         python = environment_folder(self._cache, _pins(job.builder)) / "bin" / "python"
-        with self._folder() as folder, open_log(self._cache, job.stage) as log:
+        with private_folder(self._cache) as folder, open_log(self._cache, job.stage) as log:
+            _furnish(folder)
             conversation = Conversation(job=job, progress=progress, log=log)
             (folder / "job.json").write_text(_local_job(job), encoding="utf-8")
             isolated = process.can_leave_network()
@@ -80,20 +79,6 @@ class LocalRunner:
             )
             return conversation.result(done.returncode)
 
-    @contextmanager
-    def _folder(self) -> Iterator[Path]:
-        """Make the job's private folder, with nothing importable in it but our package."""
-        jobs = self._cache / "jobs"
-        jobs.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="job-", dir=jobs))
-        try:
-            (folder / "lib").mkdir()
-            (folder / "tmp").mkdir()
-            (folder / "lib" / "toolchain").symlink_to(package())
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
     def _environment(self, job: Job, folder: Path) -> dict[str, str]:
         own = {
             **worker_environment(),
@@ -105,6 +90,13 @@ class LocalRunner:
         for engine in compiled_engines(job.builder):
             own["WEIGHTSMITH_TOOLS"] = str(toolset_folder(self._cache, engine))
         return process.scrubbed(own)
+
+
+def _furnish(folder: Path) -> None:
+    """Give the job a temporary folder, and nothing to import but our package."""
+    (folder / "tmp").mkdir()
+    (folder / "lib").mkdir()
+    (folder / "lib" / "toolchain").symlink_to(package())
 
 
 def worker_environment() -> dict[str, str]:

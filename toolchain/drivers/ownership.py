@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+_OWNER = "owner"
 
 
 def owner_token() -> str:
@@ -23,6 +29,27 @@ def is_dead(token: str) -> bool:
     if realm != _realm() or not rest.isdecimal():
         return False
     return _started(int(rest)) != started
+
+
+@contextmanager
+def private_folder(cache: Path) -> Iterator[Path]:
+    """Make a folder below the cache that only we can enter, deleted when the block ends.
+
+    What killed processes left there before is deleted first.
+    """
+    jobs = cache / "jobs"
+    jobs.mkdir(parents=True, exist_ok=True)
+    for left in jobs.glob(f"*/{_OWNER}"):
+        # Another process may be ending, and deleting it, at this moment.
+        with suppress(OSError):
+            if is_dead(left.read_text("ascii")):
+                shutil.rmtree(left.parent, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix="job-", dir=jobs))
+    try:
+        (folder / _OWNER).write_text(owner_token(), encoding="ascii")
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _realm() -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from toolchain.drivers.bases import Base, base, read_bases
 from toolchain.drivers.handover import owned_by, readable
-from toolchain.drivers.ownership import is_dead, owner_token
+from toolchain.drivers.ownership import is_dead, owner_token, private_folder
 from toolchain.errors import UsageError
 from toolchain.values import Digest
 
@@ -103,6 +103,22 @@ def test_owners_that_cannot_be_seen_are_left_alone():
 
     assert not is_dead(f"another-boot/1/{pid}/1{started}")
     assert not is_dead("nonsense")
+
+
+def test_folders_of_dead_owners_are_deleted_and_others_left_alone(tmp_path):
+    realm, pid, started = owner_token().rsplit("/", 2)
+    for name, owner in {
+        "dead": f"{realm}/{pid}/{int(started) + 1}",
+        "alive": owner_token(),
+    }.items():
+        (tmp_path / "jobs" / name).mkdir(parents=True)
+        (tmp_path / "jobs" / name / "owner").write_text(owner)
+
+    with private_folder(tmp_path) as folder:
+        assert folder.stat().st_mode & 0o777 == 0o700
+        left = {path.name for path in folder.parent.iterdir()}
+        assert left == {"alive", folder.name}
+    assert not folder.exists()
 
 
 def test_the_lock_names_a_base_for_each_flavour():
