@@ -137,6 +137,8 @@ def _run_steps(steps: tuple[Step, ...], request: QuantizeRequest, report: Report
     for number, step in enumerate(steps):
         report(number, len(steps), "steps")
         note(step.title)
+        for path, text in step.writes.items():
+            path.write_text(text, encoding="utf-8")
         print(f"$ {' '.join(step.argv)}", file=sys.stderr, flush=True)  # noqa: T201
         process.run(
             step.argv,
@@ -167,7 +169,7 @@ def _reference(job: Job, report: Report) -> Mapping[str, Json]:
         adapters,
         job.parameters["items"],
         job.parameters["max_tokens"],
-        report,
+        lambda done, total: report(done, total, "items"),
     )
     return _mapping(answers) if isinstance(answers, Mapping) else {"answers": plain(answers)}
 

@@ -9,6 +9,7 @@ about one in ten thousand, go to `repair`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,12 @@ class Space:
         self.low = torch.empty(elements, dtype=dtype, device=device)
         self.same = torch.empty(elements, dtype=form.bits, device=device)
 
+    def pieces(self, rows: torch.Tensor) -> Iterator[slice]:
+        """Yield the row ranges of a matrix that fit, one row at least."""
+        step = max(1, self.elements // max(1, rows.shape[1]))
+        for start in range(0, len(rows), step):
+            yield slice(start, min(start + step, len(rows)))
+
 
 def work_type(dtype: torch.dtype) -> torch.dtype:
     """Return the first pass's type: float32 for 16-bit results, float64 for float32."""
@@ -101,15 +108,15 @@ def _bound(left: torch.Tensor, right: float, terms: int, work: torch.dtype) -> t
 
 
 def merge_rows(
-    prepared: Prepared, weight: torch.Tensor, first: int, space: Space
-) -> tuple[torch.Tensor, Repairs]:
-    """Return rows `first` and following of W + δ, correctly rounded, ties to even; on the CPU.
+    prepared: Prepared, weight: torch.Tensor, first: int, space: Space, out: torch.Tensor
+) -> Repairs:
+    """Fill `out` with rows `first` and following of W + δ, correctly rounded, ties to even.
 
-    `weight` (rows, columns) is on the CPU in the base's type. Rows without addition keep W's bits.
-    Raises InputRefused where W is not finite or the result overflows.
+    `weight` (rows, columns) in the base's type and `out` in the result's are on the CPU. Rows
+    without addition keep W's bits. Raises InputRefused where W is not finite or `out` overflows.
     """
     rows, columns = weight.shape
-    out, flagged, safe = _first_pass(prepared, weight, first, space)
+    flagged, safe = _first_pass(prepared, weight, first, space, out)
     if not safe:
         _check_base(prepared.name, weight)
         flagged = torch.arange(weight.numel())
@@ -129,29 +136,27 @@ def merge_rows(
         out[inside] = round_once(weight[inside], prepared.dtype)
     if not safe:
         _check_result(prepared, out)
-    return out, done
+    return done
 
 
 def _first_pass(
-    prepared: Prepared, weight: torch.Tensor, first: int, space: Space
-) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    prepared: Prepared, weight: torch.Tensor, first: int, space: Space, out: torch.Tensor
+) -> tuple[torch.Tensor, bool]:
     """Round what the working type can decide, in pieces of the size of `space`.
 
-    Returns the rounded rows, the flat places of what could not be decided, and whether every sum
-    stays clear of overflow.
+    Returns the flat places of what could not be decided, and whether every sum stays clear of
+    overflow.
     """
-    rows, columns = weight.shape
-    out = torch.empty(weight.shape, dtype=prepared.dtype)
-    step, safe, rest = max(1, space.elements // max(1, columns)), True, []
+    safe, rest = True, []
     limit = FORMATS[prepared.dtype].largest * 0.99
-    for start in range(0, rows, step):
-        part = weight[start : start + step]
-        sums = _sums(prepared, part, first + start, space)
-        same = _round_interval(prepared, sums, first + start, space, out[start : start + step])
-        rest.append(_differing(same).add_(start * columns))
+    for part in space.pieces(weight):
+        place = first + part.start
+        sums = _sums(prepared, weight[part], place, space)
+        same = _round_interval(prepared, sums, place, space, out[part])
+        rest.append(_differing(same).add_(part.start * weight.shape[1]))
         least, most = (float(end) for end in torch.aminmax(sums))
         safe = safe and -limit < least and most < limit
-    return out, torch.cat(rest), safe
+    return torch.cat(rest), safe
 
 
 def _sums(prepared: Prepared, weight: torch.Tensor, first: int, space: Space) -> torch.Tensor:
@@ -205,21 +210,26 @@ def _differing(same: torch.Tensor) -> torch.Tensor:
     return places[same[places] != sign]
 
 
-def merge_rows_fast(prepared: Prepared, weight: torch.Tensor, first: int) -> torch.Tensor:
-    """Return rows of W + (B·A)·s in float32, rounded once: for one adapter, PEFT's own bits."""
-    factors, rows = prepared.factors, len(weight)
+def merge_rows_fast(
+    prepared: Prepared, weight: torch.Tensor, first: int, space: Space, out: torch.Tensor
+) -> None:
+    """Fill `out` with W + (B·A)·s in float32, rounded once: for one adapter, PEFT's own bits.
+
+    Runs on the CPU; shapes and errors are those of `merge_rows`.
+    """
+    factors = prepared.factors
     gains, counts = torch.unique_consecutive(factors.gains, return_counts=True)
-    delta, start = torch.zeros(()), 0
-    for gain, count in zip(gains.tolist(), counts.tolist(), strict=True):
-        part = slice(start, start + count)
-        product = torch.mm(factors.left[first : first + rows, part], factors.right[part])
-        delta = product.mul_(gain) if start == 0 else delta.add_(product.mul_(gain))
-        start += count
-    out = delta.add_(weight.float()).to(prepared.dtype)
+    ends = counts.cumsum(0)
+    groups = list(zip(gains.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True))
+    for part in space.pieces(weight):
+        left = factors.left[first + part.start : first + part.stop]
+        delta = torch.zeros(weight[part].shape)
+        for gain, start, end in groups:
+            delta += (left[:, start:end] @ factors.right[start:end]).mul_(gain)
+        out[part] = delta.add_(weight[part].float())
     if not torch.isfinite(out).all():
         _check_base(prepared.name, weight)
         _check_result(prepared, out)
-    return out
 
 
 def check_arithmetic(device: str) -> None:

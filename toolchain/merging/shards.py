@@ -20,7 +20,7 @@ from toolchain.merging.kernel import PIECE, Prepared, Space, merge_rows, merge_r
 from toolchain.merging.plan import MergePlan
 from toolchain.merging.repair import Factors, Repairs
 from toolchain.merging.rounding import round_once
-from toolchain.merging.stream import TORCH_TYPES, Reader, Writer, as_bytes
+from toolchain.merging.stream import TORCH_TYPES, Buffers, Reader, Writer, as_bytes
 
 BLOCK = 1 << 20
 """Elements per block on the CPU: repairs and hand-overs cost the less, the larger it is."""
@@ -52,7 +52,10 @@ class Settings:
     piece: int = PIECE
 
 
-Block = Callable[[], torch.Tensor]
+Filled = tuple[torch.Tensor, int]
+"""A buffer and how many of its bytes are to be written."""
+
+Block = Callable[[], Filled]
 
 
 class ShardMaker:
@@ -64,6 +67,7 @@ class ShardMaker:
         self._pool = ThreadPoolExecutor(
             settings.workers, "merge", initializer=torch.set_num_threads, initargs=(1,)
         )
+        self._buffers = Buffers()
         self._local, self._lock = threading.local(), threading.Lock()
 
     def close(self) -> None:
@@ -79,16 +83,16 @@ class ShardMaker:
         """
         reader, writer = Reader(shard.path), Writer(path)
         tensors = [(i.name, self._plan.out_dtype(i), i.shape) for i in shard.tensors]
-        waiting: deque[Future[torch.Tensor]] = deque()
+        waiting: deque[Future[Filled]] = deque()
         try:
             writer.write(build_header(tensors, {"format": "pt"}))
             blocks = (block for info in shard.tensors for block in self._blocks(reader, info))
             for block in blocks:
                 waiting.append(self._pool.submit(block))
                 if len(waiting) >= _AHEAD * self._settings.workers:
-                    progress(_append(writer, waiting))
+                    progress(self._append(writer, waiting))
             while waiting:
-                progress(_append(writer, waiting))
+                progress(self._append(writer, waiting))
             return writer.finish()
         except BaseException:
             for future in waiting:
@@ -116,7 +120,7 @@ class ShardMaker:
             self._tally.copied += 1
             for start in range(info.start, info.end, _COPY_BYTES):
                 size = min(_COPY_BYTES, info.end - start)
-                yield partial(reader.read, start, size)
+                yield partial(self._copy, reader, start, size)
 
     def _prepare(self, info: TensorInfo, terms: tuple[Term, ...]) -> Prepared | None:
         """Read the factors of one tensor; None where they add nothing at all."""
@@ -156,21 +160,42 @@ class ShardMaker:
             count = min(step, rows - first)
             yield partial(self._merge, prepared, reader, info, first, count)
 
+    def _append(self, writer: Writer, waiting: deque[Future[Filled]]) -> int:
+        """Write the oldest block; return its bytes."""
+        buffer, size = waiting.popleft().result()
+        writer.write(as_bytes(buffer[:size]))
+        self._buffers.give(buffer)
+        return size
+
+    def _copy(self, reader: Reader, start: int, size: int) -> Filled:
+        buffer = self._buffers.take(size)
+        reader.read_into(buffer[:size], start)
+        return buffer, size
+
     def _merge(
         self, prepared: Prepared, reader: Reader, info: TensorInfo, first: int, count: int
-    ) -> torch.Tensor:
-        weight = reader.rows(info, first, count)
-        if not self._settings.exact:
-            return merge_rows_fast(prepared, weight, first)
-        out, done = merge_rows(prepared, weight, first, self._space(prepared, info.shape[1]))
-        with self._lock:
-            self._tally.repairs.float64 += done.float64
-            self._tally.repairs.exact += done.exact
-        return out
+    ) -> Filled:
+        elements = count * info.shape[1]
+        size = elements * prepared.dtype.itemsize
+        held, buffer = (
+            self._buffers.take(elements * BITS[info.dtype] // 8),
+            self._buffers.take(size),
+        )
+        weight = reader.rows(info, first, count, held)
+        out, space = buffer[:size].view(prepared.dtype).view(count, -1), self._space(prepared, info)
+        if self._settings.exact:
+            done = merge_rows(prepared, weight, first, space, out)
+            with self._lock:
+                self._tally.repairs.float64 += done.float64
+                self._tally.repairs.exact += done.exact
+        else:
+            merge_rows_fast(prepared, weight, first, space, out)
+        self._buffers.give(held)
+        return buffer, size
 
-    def _space(self, prepared: Prepared, columns: int) -> Space:
+    def _space(self, prepared: Prepared, info: TensorInfo) -> Space:
         """Return this worker's buffers, larger or of another type only when they must be."""
-        key = (prepared.dtype, prepared.work)
+        key, columns = (prepared.dtype, prepared.work), info.shape[1]
         held: tuple[Any, int, Space] | None = getattr(self._local, "space", None)
         if held is None or held[0] != key or held[1] < columns:
             size = max(columns, self._settings.piece)
@@ -184,8 +209,9 @@ class ShardMaker:
             size = min(BLOCK * width, info.end - start)
             yield partial(self._cast, reader, info, start, size)
 
-    def _cast(self, reader: Reader, info: TensorInfo, start: int, size: int) -> torch.Tensor:
-        values = reader.read(start, size).view(TORCH_TYPES[info.dtype])
+    def _cast(self, reader: Reader, info: TensorInfo, start: int, size: int) -> Filled:
+        held = torch.empty(size, dtype=torch.uint8)
+        values = reader.read_into(held, start).view(TORCH_TYPES[info.dtype])
         out = round_once(values, TORCH_TYPES[self._plan.out_dtype(info)])
         if not torch.equal(torch.isfinite(out), torch.isfinite(values)):
             raise InputRefused(
@@ -193,11 +219,4 @@ class ShardMaker:
                 f"{str(out.dtype).removeprefix('torch.')} cannot hold",
                 hint="merge with dtype bfloat16 or float32",
             )
-        return out
-
-
-def _append(writer: Writer, waiting: deque[Future[torch.Tensor]]) -> int:
-    """Write the oldest block; return its bytes."""
-    data = as_bytes(waiting.popleft().result())
-    writer.write(data)
-    return len(data)
+        return out.view(torch.uint8), out.nbytes

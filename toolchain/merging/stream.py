@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
@@ -36,11 +37,10 @@ class Reader:
         """Give the file back."""
         os.close(self._fd)
 
-    def read(self, start: int, size: int) -> torch.Tensor:
-        """Return exactly `size` bytes from the offset; raise InputRefused where the file ends."""
-        data = torch.empty(size, dtype=torch.uint8)
+    def read_into(self, data: torch.Tensor, start: int) -> torch.Tensor:
+        """Fill bytes from the offset and return them; raise InputRefused where the file ends."""
         view, done = as_bytes(data), 0
-        while done < size:
+        while done < len(view):
             count = os.preadv(self._fd, [view[done:]], start + done)
             if not count:
                 raise InputRefused(
@@ -50,15 +50,37 @@ class Reader:
             done += count
         return data
 
-    def rows(self, info: TensorInfo, first: int, count: int) -> torch.Tensor:
-        """Return rows of a matrix, (count, columns), in its own type."""
+    def rows(
+        self, info: TensorInfo, first: int, count: int, into: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return rows of a matrix, (count, columns), in its own type; in bytes of `into` if given."""
         row = info.shape[1] * BITS[info.dtype] // 8
-        data = self.read(info.start + first * row, count * row)
+        data = torch.empty(count * row, dtype=torch.uint8) if into is None else into[: count * row]
+        self.read_into(data, info.start + first * row)
         return data.view(TORCH_TYPES[info.dtype]).view(count, info.shape[1])
 
     def matrix(self, info: TensorInfo) -> torch.Tensor:
         """Return a whole matrix as float32, which holds every supported type exactly."""
         return self.rows(info, 0, info.shape[0]).float()
+
+
+class Buffers:
+    """Byte buffers that threads take and give back: fresh memory would be zeroed each time."""
+
+    def __init__(self) -> None:
+        self._free: SimpleQueue[torch.Tensor] = SimpleQueue()
+
+    def take(self, size: int) -> torch.Tensor:
+        """Return a buffer of at least `size` bytes."""
+        try:
+            buffer = self._free.get_nowait()
+        except Empty:
+            buffer = torch.empty(0, dtype=torch.uint8)
+        return buffer if len(buffer) >= size else torch.empty(size, dtype=torch.uint8)
+
+    def give(self, buffer: torch.Tensor) -> None:
+        """Take a buffer back that nobody reads any more."""
+        self._free.put(buffer)
 
 
 class Writer:
