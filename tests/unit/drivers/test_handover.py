@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from toolchain.drivers.bases import Base, base, read_bases
 from toolchain.drivers.handover import owned_by, readable
 from toolchain.drivers.ownership import is_dead, owner_token, private_folder
-from toolchain.errors import UsageError
+from toolchain.errors import EnvironmentFailure, UsageError
 from toolchain.values import Digest
 
 
@@ -69,6 +70,23 @@ def test_a_private_file_is_copied(tmp_path):
 
     assert given != file
     assert given.stat().st_mode & 0o444 == 0o444
+
+
+def test_a_copy_that_would_fill_the_disk_is_refused_with_the_cheaper_way(tmp_path, monkeypatch):
+    file = tmp_path / "model.safetensors"
+    file.write_text("weights")
+    file.chmod(0o600)
+    full = shutil._ntuple_diskusage(10, 10, 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    monkeypatch.setattr("fcntl.ioctl", refuse)
+
+    with pytest.raises(EnvironmentFailure, match="no room") as caught:
+        readable(file, tmp_path / "staging", by_others=True)
+    assert "chmod o+r" in caught.value.hint
+
+
+def refuse(*arguments):
+    raise OSError
 
 
 @pytest.mark.root
