@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 
@@ -223,9 +224,12 @@ def merge_rows_fast(
     groups = list(zip(gains.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True))
     for part in space.pieces(weight):
         left = factors.left[first + part.start : first + part.stop]
-        delta = torch.zeros(weight[part].shape)
-        for gain, start, end in groups:
-            delta += (left[:, start:end] @ factors.right[start:end]).mul_(gain)
+        products = [
+            (left[:, start:end] @ factors.right[start:end]).mul_(gain)
+            for gain, start, end in groups
+        ]
+        # The first product itself, since adding it to zero would turn -0 into 0.
+        delta = reduce(torch.Tensor.add_, products)
         out[part] = delta.add_(weight[part].float())
     if not torch.isfinite(out).all():
         _check_base(prepared.name, weight)

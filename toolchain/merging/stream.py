@@ -53,7 +53,7 @@ class Reader:
     def rows(
         self, info: TensorInfo, first: int, count: int, into: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return rows of a matrix, (count, columns), in its own type; in bytes of `into` if given."""
+        """Return rows of a matrix, (count, columns), in its own type; in `into` if it is given."""
         row = info.shape[1] * BITS[info.dtype] // 8
         data = torch.empty(count * row, dtype=torch.uint8) if into is None else into[: count * row]
         self.read_into(data, info.start + first * row)
