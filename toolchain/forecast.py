@@ -33,9 +33,9 @@ def forecast(
     Sizes in bytes. Raises what the build would raise before its first long step.
     """
     items = questions(file)
-    sources = known(file, tools)
+    sources, why = known(file, tools)
     if sources is None:
-        return _unresolved(file, targets)
+        return _unresolved(file, targets, why)
     earlier = _earlier(file, targets, dist)
     rows = [_row("resolve", cached=True, why="", read=sources.base.tree.size)]
     merged = _merge_row(file, sources, earlier, tools)
@@ -99,10 +99,10 @@ def table(result: Mapping[str, Json]) -> str:
 _NUMBERS = frozenset({"reads", "writes", "memory"})
 
 
-def _unresolved(file: RecipeFile, targets: Sequence[Target]) -> Mapping[str, Json]:
+def _unresolved(file: RecipeFile, targets: Sequence[Target], missing: str) -> Mapping[str, Json]:
     """Return the forecast of a build whose sources are not on this machine."""
-    why = "its sources are not on this machine yet; their sizes are known after `resolve`"
-    rows = [_row("resolve", cached=False, why="not fetched")]
+    why = "its inputs are known after `resolve`"
+    rows = [_row("resolve", cached=False, why=missing)]
     rows += [_row(stage, cached=False, why=why) for stage in ("merge", "reference")]
     rows += [_row("quantize", target=t.name, cached=False, why=why) for t in targets]
     rows += [_row("publish", target=t.name, cached=False, why=why) for t in targets]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
 import signal
@@ -45,9 +46,20 @@ def command(
             else:
                 print(json.dumps(plain(result)) if as_json else text, flush=True)  # noqa: T201
 
-        return task(positional=list(positional), iterable=list(many))(run)
+        # Invoke reads the signature, and takes a list's default only from None.
+        run.__signature__ = _with_none(inspect.signature(body), many)  # type: ignore[attr-defined]
+        return task(positional=list(positional), iterable=list(many), auto_shortflags=False)(run)
 
     return wrap
+
+
+def _with_none(signature: inspect.Signature, many: tuple[str, ...]) -> inspect.Signature:
+    return signature.replace(
+        parameters=[
+            parameter.replace(default=None) if name in many else parameter
+            for name, parameter in signature.parameters.items()
+        ]
+    )
 
 
 def _guarded(

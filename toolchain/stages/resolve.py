@@ -34,16 +34,20 @@ def resolve(file: RecipeFile, tools: Tools) -> Sources:
     return Sources(base=base, adapters=tuple(adapters))
 
 
-def known(file: RecipeFile, tools: Tools) -> Sources | None:
-    """Return what `resolve` would, if that needs no network and no work; else None."""
+def known(file: RecipeFile, tools: Tools) -> tuple[Sources | None, str]:
+    """Return what `resolve` would, if that needs no network and no work; else None and why not."""
     base = _known(file.recipe.base, file, tools)
     if base and _is_gguf(base):
         entry = tools.store.find(import_inputs(base).key)
-        base = _imported(base, entry) if entry else None
+        if entry is None:
+            return None, f"{base.source} is here, but not converted to a checkpoint yet"
+        base = _imported(base, entry)
     adapters = [(_known(a, file, tools), a) for a in file.recipe.adapters]
-    if base is None or any(snapshot is None for snapshot, _ in adapters):
-        return None
-    return Sources(base=base, adapters=tuple(_named(a, s) for s, a in adapters if s))
+    missing = [a.source for snapshot, a in adapters if snapshot is None]
+    missing += [file.recipe.base.source] if base is None else []
+    if base is None or missing:
+        return None, f"not on this machine: {', '.join(missing)}"
+    return Sources(base=base, adapters=tuple(_named(a, s) for s, a in adapters if s)), ""
 
 
 def import_inputs(source: Snapshot) -> StageInputs:

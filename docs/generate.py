@@ -1,0 +1,133 @@
+"""Writes the reference pages from the code; `--check` fails where one is out of date."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from toolchain.cli import namespace
+from toolchain.drivers import bases
+from toolchain.planning import all_targets
+from toolchain.recipe import Recipe
+from toolchain.serving.gpus import GPUS
+
+REFERENCE = Path(__file__).parent / "reference"
+_GENERATED = "<!-- Written by docs/generate.py; `make generate` writes it again. -->\n\n"
+
+
+def pages() -> dict[str, str]:
+    """Return every generated file by its name."""
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "weightsmith recipe",
+        **Recipe.model_json_schema(),
+    }
+    return {
+        "recipe.schema.json": json.dumps(schema, indent=2) + "\n",
+        "recipe.md": _GENERATED + "# Recipe\n\n" + "\n".join(_recipe(Recipe, "")) + "\n",
+        "commands.md": _GENERATED + "# Commands\n\n" + "\n".join(_commands()) + "\n",
+        "targets.md": _GENERATED + "# Targets\n\n" + "\n".join(_targets()) + "\n",
+    }
+
+
+def _recipe(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    if not prefix:
+        yield "| key | type | default | meaning |\n|---|---|---|---|"
+    for name, field in model.model_fields.items():
+        inner, many = _inner(field.annotation)
+        place = f"{prefix}{name}" + ("[]" if many else "")
+        if inner:
+            yield f"| `{place}` | {'list' if many else 'mapping'} | | {_oneline(field.description or inner.__doc__)} |"
+            yield from _recipe(inner, f"{place}.")
+        else:
+            default = (
+                "required"
+                if field.is_required()
+                else f"`{json.dumps(field.get_default(call_default_factory=True))}`"
+            )
+            yield f"| `{place}` | {_type(field.annotation)} | {default} | {_oneline(field.description)} |"
+
+
+def _inner(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    choices = [annotation, *getattr(annotation, "__args__", ())]
+    found = [c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)]
+    return (found[0] if found else None), getattr(annotation, "__origin__", None) is tuple
+
+
+def _type(annotation: Any) -> str:
+    values = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, str)]
+    if values:
+        return " or ".join(f"`{value}`" for value in values)
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    text = text.replace("typing.", "").replace("tuple[str, ...]", "list of text")
+    return text.replace("Literal['auto']", "`auto`").replace(" | ", " or ").replace("str", "text")
+
+
+def _oneline(text: str | None) -> str:
+    return " ".join((text or "").split()).replace("|", "\\|")
+
+
+def _commands() -> Iterator[str]:
+    yield (
+        "Run as `invoke NAME` from a checkout or `weightsmith NAME` where the package is "
+        "installed. Every command takes `--json`: one JSON object on standard output, nothing else "
+        "there. Flags marked * may be given more than once.\n"
+    )
+    for name in sorted(namespace.task_names):
+        task = namespace[name]
+        yield f"## {name}\n\n{inspect.getdoc(task.body)}\n"
+        yield "| flag | default |\n|---|---|"
+        for argument in task.get_arguments():
+            flag = "--" + argument.name.replace("_", "-")
+            if argument.positional:
+                flag = argument.name.upper()
+            star = "*" if argument.kind is list else ""
+            default = argument.default if argument.default not in (None, [], "") else ""
+            yield f"| `{flag}`{star} | {f'`{default}`' if default != '' else ''} |"
+        yield ""
+
+
+def _targets() -> Iterator[str]:
+    yield "A target is an engine and a weight format.\n"
+    yield "| target | engine | format | bits per weight |\n|---|---|---|---|"
+    for name, target in all_targets().items():
+        yield (
+            f"| `{name}` | {target.engine.name} | {target.format.name} | "
+            f"{target.format.bits_per_weight:g} |"
+        )
+    yield "\n## Base images\n\n| purpose | image |\n|---|---|"
+    for purpose, base in sorted(bases.read_bases().items()):
+        yield f"| {purpose} | `{base.reference}` |"
+    yield "\n## GPUs\n\n| name | memory | compute capability |\n|---|---|---|"
+    for name, gpu in sorted(GPUS.items()):
+        capability = (
+            ".".join(map(str, gpu.compute_capability)) if any(gpu.compute_capability) else ""
+        )
+        yield f"| `{name}` | {gpu.total_bytes >> 30} GiB | {capability} |"
+
+
+def main(arguments: list[str]) -> int:
+    """Write the pages, or say which are stale; the exit code is how many."""
+    stale = []
+    for name, text in pages().items():
+        path = REFERENCE / name
+        if path.is_file() and path.read_text("utf-8") == text:
+            continue
+        stale.append(name)
+        if "--check" not in arguments:
+            REFERENCE.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, "utf-8")
+    if stale and "--check" in arguments:
+        print(f"out of date: {', '.join(stale)}: run `make generate`", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

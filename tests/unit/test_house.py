@@ -1,0 +1,159 @@
+"""The house keeps its own rules: imports one way, light start, one file per engine."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HEAVY = {"torch", "transformers", "peft", "docker", "huggingface_hub", "numpy", "httpx", "jinja2"}
+
+
+def run(*argv: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = None):
+    return subprocess.run(
+        [str(word) for word in argv],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the house that a test may spoil."""
+    for name in ("toolchain", "templates", "images"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "tasks.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def lint_imports(folder: Path):
+    # Through the interpreter, so that the copy and not the installed package is looked at.
+    code = "import sys; sys.path.insert(0, '.'); from importlinter.cli import lint_imports_command"
+    return run(sys.executable, "-c", code + "; lint_imports_command(['--no-cache'])", cwd=folder)
+
+
+def test_import_contracts_hold(copy: Path) -> None:
+    result = lint_imports(copy)
+
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "contract"),
+    [
+        ("stages/bake.py", "import toolchain.stages.merge", "Stages do not know each other"),
+        ("stages/bake.py", "import subprocess", "Only drivers start processes"),
+        ("stages/bake.py", "import toolchain.drivers.store", "reached through ports"),
+        ("planning.py", "import torch", "The control plane is light"),
+        ("serving/llamacpp.py", "import jinja2", "Templates are rendered in one place"),
+        ("values.py", "import toolchain.recipe", "One direction"),
+        ("utils.py", "", "One direction"),
+    ],
+)
+def test_each_contract_bites(copy: Path, file: str, line: str, contract: str) -> None:
+    path = copy / "toolchain" / file
+    before = path.read_text() if path.exists() else ""
+    path.write_text(f"{before}\n{line}\n")
+
+    result = lint_imports(copy)
+
+    assert result.returncode != 0
+    broken = [row for row in result.stdout.splitlines() if "BROKEN" in row]
+    assert any(contract in row for row in broken), result.stdout
+
+
+ENGINE = """
+from dataclasses import replace
+from toolchain.serving.llamacpp import ENGINE as _LIKE
+
+ENGINE = replace(_LIKE, name="example")
+"""
+
+QUANTIZER = """
+from dataclasses import replace
+from toolchain.quantizers.gguf import QUANTIZER as _LIKE
+from toolchain.values import Format
+
+QUANTIZER = replace(
+    _LIKE, name="example", formats=(Format(name="q9_x", kind="gguf", bits_per_weight=9.0),)
+)
+"""
+
+
+def test_an_engine_and_a_quantizer_are_one_file_each(copy: Path) -> None:
+    (copy / "toolchain" / "serving" / "example.py").write_text(ENGINE)
+    (copy / "templates" / "example").mkdir()
+    (copy / "toolchain" / "quantizers" / "example.py").write_text(QUANTIZER)
+
+    result = run(
+        sys.executable, "-m", "invoke", "targets", "--json", cwd=copy, env={"PYTHONPATH": str(copy)}
+    )
+
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)["targets"]
+    assert {"example-q4_k_m", "llamacpp-q9_x", "example-q9_x"} <= set(found)
+
+
+def test_listing_commands_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['invoke', '--list']\n"
+        "from invoke.main import program\n"
+        "try: program.run()\n"
+        "except SystemExit: pass\n"
+        "print('MODULES', *sys.modules)"
+    )
+    result = run(sys.executable, "-c", code)
+    modules = set(result.stdout.rpartition("MODULES")[2].split())
+
+    assert "build" in result.stdout
+    assert not HEAVY & modules
+    assert "toolchain.pipeline" not in modules
+
+
+def test_the_control_plane_never_imports_torch() -> None:
+    code = (
+        "import sys, toolchain.pipeline, toolchain.forecast, toolchain.wiring\n"
+        "import toolchain.singles.merge, toolchain.singles.serve, toolchain.singles.evaluate\n"
+        "print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    )
+
+    assert run(sys.executable, "-c", code).stdout.strip() == "[]"
+
+
+def test_tasks_file_is_three_lines() -> None:
+    assert len((ROOT / "tasks.py").read_text().splitlines()) == 3
+
+
+def test_no_port_is_wider_than_six_methods() -> None:
+    import ast
+
+    tree = ast.parse((ROOT / "toolchain" / "ports.py").read_text())
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and any(
+            isinstance(base, ast.Name) and base.id == "Protocol" for base in node.bases
+        ):
+            methods = [item for item in node.body if isinstance(item, ast.FunctionDef)]
+            assert len(methods) <= 6, node.name
+
+
+def test_main_function_of_the_pipeline_fits_a_screen() -> None:
+    import ast
+
+    tree = ast.parse((ROOT / "toolchain" / "pipeline.py").read_text())
+    build = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "build")
+
+    assert (build.end_lineno or 0) - build.lineno < 40
+
+
+def test_generated_files_are_up_to_date() -> None:
+    result = run(sys.executable, "docs/generate.py", "--check")
+
+    assert result.returncode == 0, result.stderr
