@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from toolchain.drivers.docker import _passes_gpus, engine_host
 from toolchain.drivers.docker_images import _only_said, base_reference
 from toolchain.drivers.docker_requests import (
     Bounds,
@@ -136,3 +137,19 @@ def test_of_a_failed_build_the_programs_own_words_are_shown():
 
     assert shown(tail) == ("/bin/sh: 1: nope: not found",)
     assert shown(tail[1:]) == ("ERROR: failed to solve: x",)
+
+
+def test_an_engine_passes_gpus_by_its_runtime_or_by_device_names():
+    assert _passes_gpus({"Runtimes": {"runc": {}, "nvidia": {}}})
+    assert _passes_gpus({"DiscoveredDevices": [{"Source": "cdi", "ID": "nvidia.com/gpu=all"}]})
+    assert not _passes_gpus({"Runtimes": {"runc": {}}, "DiscoveredDevices": None})
+    assert not _passes_gpus({})
+
+
+def test_the_engine_is_the_one_that_the_docker_command_uses(monkeypatch, tmp_path):
+    monkeypatch.setenv("DOCKER_HOST", "tcp://engine:2375")
+    assert engine_host() == "tcp://engine:2375"
+
+    monkeypatch.delenv("DOCKER_HOST")
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    assert engine_host().startswith("unix://")
