@@ -244,7 +244,8 @@ def build_small(job: Job, name: str, out: Path) -> None:
     """Compile one of our own small C programs for the oldest CPU of the architecture."""
     flags = ["-std=gnu11", "-O2", "-g0", "-s", "-static", "-Wall", "-Wextra", "-Werror"]
     flags += ["-fno-sanitize=undefined", f"-ffile-prefix-map={HERE}=."]
-    command = [str(job.compiler.zig), "cc", *job.target(job.oldest), *flags]
+    # As C++ in name only: that way zig takes the C library it has compiled for the large programs.
+    command = [str(job.compiler.zig), "c++", "-x", "c", *job.target(job.oldest), *flags]
     run_quietly(job, [*command, str(HERE / f"{name}.c"), "-o", str(out)], f"compiling {name}.c")
 
 
