@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 
+import numpy as np
 import torch
 
 from toolchain.errors import EnvironmentFailure, InputRefused
@@ -76,17 +77,14 @@ def work_type(dtype: torch.dtype) -> torch.dtype:
 def prepare(name: str, factors: Factors, dtype: torch.dtype, device: str = "cpu") -> Prepared:
     """Return the addition in the working type, with the error bound of each row."""
     work = work_type(dtype)
-    scaled = factors.left.double() * factors.gains
-    left = torch.linalg.vector_norm(scaled, dim=1)
-    right = torch.linalg.vector_norm(factors.right.double(), dim=0).max()
-    bound = _bound(left, float(right), len(factors.gains), work)
+    bound = _bound(factors.norms, factors.norm, len(factors.gains), work)
     return Prepared(
         name=name,
         factors=factors,
-        left=scaled.to(work).to(device),
+        left=factors.left.double().mul_(factors.gains).to(work).to(device),
         right=factors.right.to(work).to(device),
         bound=bound.to(work).unsqueeze(1).to(device),
-        still=(left == 0).nonzero().flatten(),
+        still=(factors.norms == 0).nonzero().flatten(),
         dtype=dtype,
     )
 
@@ -155,8 +153,7 @@ def _first_pass(
         sums = _sums(prepared, weight[part], place, space)
         same = _round_interval(prepared, sums, place, space, out[part])
         rest.append(_differing(same).add_(part.start * weight.shape[1]))
-        least, most = (float(end) for end in torch.aminmax(sums))
-        safe = safe and -limit < least and most < limit
+        safe = safe and _stays_below(sums, limit)
     return torch.cat(rest), safe
 
 
@@ -196,19 +193,27 @@ def _round_interval(
     return same
 
 
+def _stays_below(sums: torch.Tensor, limit: float) -> bool:
+    """Say whether all are finite and below the limit; the sum of squares says so at a third."""
+    flat = sums.flatten()
+    if float(torch.dot(flat, flat)) < limit * limit / 4:
+        return True
+    least, most = (float(end) for end in torch.aminmax(flat))
+    return -limit < least and most < limit
+
+
 def _differing(same: torch.Tensor) -> torch.Tensor:
     """Return the flat places, on the CPU, where more than the sign bit is left or it is not."""
     same = same.flatten()
-    sign = torch.iinfo(same.dtype).min
-    lanes = 8 // same.element_size()
+    sign, lanes = torch.iinfo(same.dtype).min, 8 // same.element_size()
     if same.device.type != "cpu" or len(same) % lanes:
         return (same != sign).nonzero().flatten().cpu()
-    # Eight bytes at a time: nearly all of them are as expected.
-    signs = torch.full((lanes,), sign, dtype=same.dtype).view(torch.int64)
-    words = (same.view(torch.int64) != signs).numpy().nonzero()[0]
-    places = torch.from_numpy(words).mul_(lanes).unsqueeze(1) + torch.arange(lanes)
-    places = places.flatten()
-    return places[same[places] != sign]
+    # numpy, eight bytes at a time: nearly all of them are as expected.
+    bits = same.numpy()
+    signs = np.full(lanes, sign, bits.dtype).view(np.int64)
+    words = np.flatnonzero(bits.view(np.int64) != signs)
+    places = (words[:, None] * lanes + np.arange(lanes)).ravel()
+    return torch.from_numpy(places[bits[places] != sign])
 
 
 def merge_rows_fast(

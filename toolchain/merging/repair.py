@@ -25,10 +25,19 @@ class Factors:
     gains: torch.Tensor
     columns: torch.Tensor = field(init=False)
     """`right` transposed, so that a column is read from one place."""
+    norms: torch.Tensor = field(init=False)
+    """(rows,): ‖gains · left[i]‖ in float64."""
+    norm: float = field(init=False)
+    """The largest ‖right[:, j]‖, so that norms[i] · norm bounds Σₖ|terms| (Cauchy-Schwarz)."""
 
     def __post_init__(self) -> None:
-        """Lay the columns out."""
-        object.__setattr__(self, "columns", self.right.T.contiguous())
+        """Lay the columns out and measure both sides."""
+        columns = self.right.T.contiguous()
+        scaled = self.left.double().mul_(self.gains)
+        object.__setattr__(self, "columns", columns)
+        object.__setattr__(self, "norms", torch.linalg.vector_norm(scaled, dim=1))
+        norms = torch.linalg.vector_norm(columns, dim=1, dtype=torch.float64)
+        object.__setattr__(self, "norm", float(norms.max()))
 
 
 @dataclass(slots=True)
@@ -56,7 +65,8 @@ def repair(
         part = slice(start, start + step)
         left = factors.left[rows[part]].double()
         right = factors.columns[columns[part]].double()
-        parts.append(_decide(left, right, factors.gains, weights[part], dtype, done))
+        reach = factors.norms[rows[part]] * factors.norm
+        parts.append(_decide(left, right, factors.gains, reach, weights[part], dtype, done))
     return torch.cat(parts), done
 
 
@@ -64,11 +74,12 @@ def _decide(
     left: torch.Tensor,
     right: torch.Tensor,
     gains: torch.Tensor,
+    reach: torch.Tensor,
     weights: torch.Tensor,
     dtype: torch.dtype,
     done: Repairs,
 ) -> torch.Tensor:
-    """Round n sums, given their factors (n, K) in float64.
+    """Round n sums, given their factors (n, K) in float64 and what Σ|terms| cannot exceed.
 
     A product of two float32 is exact in float64, so each term has one rounding and the sum of K of
     them an error below (K + 1) · 2**-53 · Σ|terms| to first order, in any order of summation
@@ -78,7 +89,7 @@ def _decide(
     terms = (left * right).mul_(gains)
     base = weights.double()
     total = base + terms.sum(1)
-    error = torch.linalg.vector_norm(terms, 1, dim=1) * ((len(gains) + 8) * 2 * _UNIT)
+    error = reach * ((len(gains) + 8) * 2 * _UNIT)
     error += total.abs() * (8 * _UNIT) + 2.0**-1000
     rounded = round_once(torch.stack((total + error, total - error)), dtype)
     high: torch.Tensor = rounded[0]
