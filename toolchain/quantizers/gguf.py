@@ -103,7 +103,8 @@ def _convert(request: QuantizeRequest, out: Path, kind: str) -> Step:
             *("--model-name", request.name, "--metadata", str(overrides)),
         ),
         env={
-            "PYTHONPATH": str(converter / "gguf-py"),
+            # Both by name: a safe path keeps the script's own folder out.
+            "PYTHONPATH": f"{converter}:{converter / 'gguf-py'}",
             "PYTHONDONTWRITEBYTECODE": "1",
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_OFFLINE": "1",

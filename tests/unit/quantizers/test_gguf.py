@@ -40,7 +40,7 @@ def test_q8_0_is_one_command_of_the_converter(tmp_path):
         str(asked.model),
     )
     assert step.argv[3:7] == ("--outfile", str(output_file(asked)), "--outtype", "q8_0")
-    assert step.env["PYTHONPATH"] == "/opt/llamacpp/convert/gguf-py"
+    assert step.env["PYTHONPATH"] == "/opt/llamacpp/convert:/opt/llamacpp/convert/gguf-py"
     assert step.env["HF_HUB_OFFLINE"] == "1"
 
 
