@@ -123,6 +123,9 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
     for target in request.targets:
         size = estimated_bytes(sources.base.tree.size, target.format)
         serving_config(request.file, target, sources.base.tree, size, weights="", made_from=())
+        if target.format != SAFETENSORS:
+            config = model_config(sources.base.tree.root)
+            of_format(target.format.name).check_input(config)
     if not everything_cached(request, sources, tools):
         written += max(disk_peak(sources.base.tree.size, t.format) for t in request.targets)
         tools.store.require_room(written, "the build")

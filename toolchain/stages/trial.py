@@ -49,8 +49,9 @@ class Trial:
                 "artifact": self.artifact.digest,
                 "base": self.base,
                 "settings": settings,
-                # A context that holds every question changes nothing by being longer.
-                "context": min(int(plan["max_model_len"]), 1024 + longest + self.max_tokens),
+                # A context that holds every question changes nothing by being longer; a token
+                # is at least one character, and a chat template adds a few.
+                "context": min(int(plan["max_model_len"]), longest + self.max_tokens + 256),
                 "questions": self.questions,
                 "max_tokens": self.max_tokens,
             },
