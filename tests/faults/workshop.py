@@ -1,0 +1,284 @@
+"""A user's place of work: a recipe, a store and the real command line, to be disturbed by tests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.numpy import load_file, save_file
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "examples" / "tiny"
+PROGRAM = Path(sys.executable).with_name("weightsmith")
+BUILDERS = Path(os.environ.get("WEIGHTSMITH_TEST_CACHE", Path.home() / ".cache/weightsmith-tests"))
+"""Builders are made once and kept here, because that takes minutes."""
+TARGET = "llamacpp-q4_k_m"
+QUESTIONS = 3
+"""Of the example's twenty: enough for a score, and the reference answers in seconds."""
+PATIENCE = 120.0
+"""Seconds that any command may take; builders that are still to be made have an hour."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How one command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """The one JSON object of standard output."""
+        found = json.loads(self.out)
+        assert isinstance(found, dict), self
+        return found
+
+    @property
+    def digest(self) -> str:
+        """The image's digest, of a build that succeeded."""
+        assert self.code == 0, self.err
+        return str(self.told["targets"][TARGET]["digest"])
+
+    @property
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """What the build says of its stages."""
+        assert self.code == 0, self.err
+        return dict(self.told["targets"][TARGET]["stages"])
+
+    def refused(self, code: int, *said: str) -> dict[str, Any]:
+        """Check that it failed as users are promised, and that it says all of these things."""
+        assert self.code == code, f"exit code {self.code}: {self.err}"
+        assert "Traceback" not in self.out + self.err, self
+        error = dict(self.told["error"])
+        assert error["exit_code"] == code, self
+        assert f"error: {error['message']}" in self.err, self
+        assert error["hint"], f"nothing says what to do next: {self}"
+        text = f"{error['message']}\n{error['hint']}"
+        missing = [words for words in said if words.lower() not in text.lower()]
+        assert not missing, f"{missing} not in: {text}"
+        assert len(text) < 2500, f"more than a few lines: {text}"
+        return error
+
+
+@dataclass(slots=True)
+class Running:
+    """A command that runs beside the test."""
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+
+    @property
+    def err(self) -> str:
+        """What it has said on standard error so far."""
+        return (self.folder / "stderr").read_text("utf-8")
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave nothing running, whatever the test found."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+    def wait_for(self, words: str) -> None:
+        """Wait until it says these words on standard error."""
+        until = time.monotonic() + PATIENCE
+        while words not in self.err:
+            assert self.process.poll() is None, f"it ended without saying {words!r}: {self.err}"
+            assert time.monotonic() < until, f"it does not say {words!r}: {self.err}"
+            time.sleep(0.01)
+
+    def end(self, patience: float = PATIENCE) -> Outcome:
+        """Wait for its end."""
+        with self:
+            code = self.process.wait(patience)
+        return Outcome(code=code, out=(self.folder / "stdout").read_text("utf-8"), err=self.err)
+
+
+@dataclass(slots=True)
+class Workshop:
+    """Folders of one test's own, and the command line run in them."""
+
+    folder: Path
+    env: dict[str, str] = field(default_factory=dict)
+    _runs: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("tmp", "cache"):
+            (self.folder / name).mkdir(parents=True)
+        for name in ("builders", "toolsets"):
+            (BUILDERS / name).mkdir(parents=True, exist_ok=True)
+            (self.cache / name).symlink_to(BUILDERS / name)
+        shutil.copytree(TINY, self.tiny, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+        data = self.tiny / "eval-a.jsonl"
+        data.write_text("".join(data.read_text("utf-8").splitlines(keepends=True)[:QUESTIONS]))
+        self.env = {
+            **{name: value for name, value in os.environ.items() if name != "WEIGHTSMITH_DEBUG"},
+            "WEIGHTSMITH_CACHE": str(self.cache),
+            "WEIGHTSMITH_STORE": str(self.store),
+            "TMPDIR": str(self.folder / "tmp"),
+        }
+
+    @property
+    def tiny(self) -> Path:
+        """The example's own copy, to be damaged."""
+        return self.folder / "tiny"
+
+    @property
+    def cache(self) -> Path:
+        return self.folder / "cache"
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "store"
+
+    @property
+    def results(self) -> Path:
+        """The folder that a build of the example fills."""
+        return self.folder / "dist" / "tiny-capitals" / "1.0.0" / TARGET
+
+    def edit(self, change: Mapping[str, Any]) -> None:
+        """Change top-level keys of the recipe."""
+        path = self.tiny / "recipe.yaml"
+        path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text("utf-8")), **change}))
+
+    def start(self, *words: str, env: Mapping[str, str | None] | None = None) -> Running:
+        """Start a command; a variable that is None is taken away."""
+        merged = {**self.env, **(env or {})}
+        self._runs += 1
+        place = self.folder / f"run-{self._runs}"
+        place.mkdir()
+        with (place / "stdout").open("wb") as out, (place / "stderr").open("wb") as err:
+            process = subprocess.Popen(
+                [PROGRAM, *words],
+                cwd=self.folder,
+                env={name: value for name, value in merged.items() if value is not None},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+        return Running(process, place)
+
+    def run(self, *words: str, env: Mapping[str, str | None] | None = None) -> Outcome:
+        """Run a command to its end."""
+        return self.start(*words, "--json", env=env).end()
+
+    def start_build(self, *words: str, env: Mapping[str, str | None] | None = None) -> Running:
+        """Start a build of the recipe; flags come after the runner, and may override it."""
+        recipe = ["--recipe", str(self.tiny / "recipe.yaml")]
+        runner = [] if "--runner" in words else ["--runner", "local"]
+        return self.start("build", *recipe, *runner, *words, "--json", env=env)
+
+    def build(self, *words: str, env: Mapping[str, str | None] | None = None) -> Outcome:
+        """Build the recipe to its end."""
+        return self.start_build(*words, env=env).end()
+
+    def repair(self) -> None:
+        """Put the example back as it was."""
+        shutil.rmtree(self.tiny)
+        fresh = Workshop(self.folder / "fresh")
+        fresh.tiny.rename(self.tiny)
+        shutil.rmtree(fresh.folder)
+
+    def forget(self, *stages: str) -> None:
+        """Delete the store's results of these stages, so that a build does them again."""
+        for manifest in self.store.glob("results/*/manifest.json"):
+            if json.loads(manifest.read_bytes())["note"].get("stage") in stages:
+                shutil.rmtree(manifest.parent)
+
+    def processes(self) -> list[str]:
+        """Return what runs in these folders: workers, servers, and the commands themselves."""
+        return [found for path in Path("/proc").iterdir() if (found := self._mine(path))]
+
+    def _mine(self, process: Path) -> str:
+        """Return a process's command line where its folders, words or root lie here; else ''."""
+        if not process.name.isdecimal() or int(process.name) == os.getpid():
+            return ""
+        try:
+            words = (process / "cmdline").read_text(errors="replace").replace("\0", " ")
+            links = [str((process / name).readlink()) for name in ("cwd", "root")]
+        except OSError:
+            return ""
+        mine = any(str(self.folder) in text for text in (words, *links))
+        return f"{process.name}: {words}" if mine and words else ""
+
+    def check_quiet(self, seconds: float = 10) -> None:
+        """Check that nothing is left running, a moment after a command ended."""
+        until = time.monotonic() + seconds
+        while self.processes() and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not self.processes()
+
+    def check_whole(self) -> None:
+        """Check that whatever can be seen under a final name is whole."""
+        for folder in self.store.glob("results/*"):
+            manifest = json.loads((folder / "manifest.json").read_bytes())
+            for file in manifest["files"]:
+                data = (folder / "data" / file["path"]).read_bytes()
+                assert "sha256:" + hashlib.sha256(data).hexdigest() == file["digest"], folder
+        for image in self.folder.glob("dist*/*/*/*/image"):
+            check_layout(image)
+        for record in self.folder.glob("dist*/*/*/*/build.json"):
+            assert json.loads(record.read_bytes())
+
+    def check_intact(self, digest: str) -> None:
+        """Check that an undisturbed build on the same store gives the reference's image."""
+        self.check_whole()
+        self.repair()
+        assert self.build().digest == digest
+        self.check_whole()
+
+    def damage(self, path: str, **tensors: Any) -> None:
+        """Replace tensors of a safetensors file of the example."""
+        file = self.tiny / path
+        save_file({**load_file(file), **tensors}, file, {"format": "pt"})
+
+
+def check_layout(folder: Path) -> None:
+    """Check that every blob of an OCI layout is what its name says, from the index down."""
+    index = json.loads((folder / "index.json").read_bytes())
+    for row in index["manifests"]:
+        manifest = json.loads(_blob(folder, row["digest"]))
+        for blob in (manifest["config"], *manifest["layers"]):
+            assert len(_blob(folder, blob["digest"])) == blob["size"]
+
+
+def _blob(folder: Path, digest: str) -> bytes:
+    data = (folder / "blobs" / "sha256" / digest.removeprefix("sha256:")).read_bytes()
+    assert hashlib.sha256(data).hexdigest() == digest.removeprefix("sha256:"), folder
+    return data
+
+
+@contextmanager
+def mounted(folder: Path, *options: str) -> Iterator[Path]:
+    """Mount something at a folder: `-t tmpfs -o size=…`, or `--bind SOURCE`; needs root."""
+    import pytest
+
+    folder.mkdir(parents=True, exist_ok=True)
+    source = () if options[0] == "--bind" else ("none",)
+    done = subprocess.run(["mount", *options, *source, folder], check=False, capture_output=True)
+    if done.returncode:
+        pytest.skip(f"mounts are not allowed here: {done.stderr.decode()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def remount(folder: Path, options: str) -> None:
+    """Change a mount's options: `size=…`, `ro,bind`."""
+    subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
