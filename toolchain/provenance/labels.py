@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 from toolchain.recipe import Recipe
 from toolchain.values import Artifact, Score, ServingConfig, Sources
@@ -35,7 +36,7 @@ def labels(
         PREFIX + "target": config.target,
         PREFIX + "format": artifact.format.name,
         PREFIX + "artifact.digest": artifact.digest,
-        PREFIX + "base.source": sources.base.source,
+        PREFIX + "base.source": public_name(sources.base.source),
         PREFIX + "base.pin": sources.base.pin,
         PREFIX + "base.digest": sources.base.digest,
         PREFIX + "merge.method": recipe.merge.method,
@@ -52,6 +53,14 @@ def labels(
             stem + "run_id": adapter.run_id,
         }
     return {key: value for key, value in {**found, **recipe.image.labels}.items() if value}
+
+
+def public_name(source: str) -> str:
+    """Return what an image may say of a source: a folder's name without the path to it.
+
+    The path is this machine's own; with it the same inputs would give another digest elsewhere.
+    """
+    return source if "://" in source else Path(source).absolute().name
 
 
 def score_labels(scores: Mapping[str, Score]) -> dict[str, str]:
