@@ -174,13 +174,21 @@ def read_recipe(path: Path, settings: Sequence[str] = ()) -> RecipeFile:
             hint="give one with --recipe FILE, or --base and --adapter for a one-off build",
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}") from None
+        raise UsageError(
+            f"{path}: cannot be read: {error}", hint="give a file of UTF-8 text with --recipe"
+        ) from None
     try:
         data = yaml.load(text, _StrictLoader)  # noqa: S506 - a SafeLoader that refuses duplicates
     except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UsageError(
+            f"{path}: not valid YAML: {_yaml_fault(error)}",
+            hint="correct that line; docs/reference/recipe.md has an example of every key",
+        ) from None
     if not isinstance(data, dict):
-        raise UsageError(f"{path}: a recipe is a mapping of keys, this is not")
+        raise UsageError(
+            f"{path}: a recipe is a mapping of keys, this is not",
+            hint="it begins with `name: …` and `base: {source: …}`",
+        )
     return RecipeFile(
         recipe=check_recipe(with_settings(data, settings), str(path)), folder=path.parent
     )
@@ -204,7 +212,10 @@ def with_settings(data: Mapping[str, Any], settings: Sequence[str]) -> dict[str,
     for setting in settings:
         path, equals, text = setting.partition("=")
         if not equals or not path:
-            raise UsageError(f"--set {setting}: expected key.path=value")
+            raise UsageError(
+                f"--set {setting}: expected key.path=value",
+                hint="as in --set serve.max_model_len=4096",
+            )
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
@@ -214,7 +225,10 @@ def with_settings(data: Mapping[str, Any], settings: Sequence[str]) -> dict[str,
         for parent in parents:
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
-                raise UsageError(f"--set {setting}: {parent} is not a mapping of keys")
+                raise UsageError(
+                    f"--set {setting}: {parent} is not a mapping of keys",
+                    hint=f"set it as a whole: --set {parent}=… takes any YAML value",
+                )
         place[last] = value
     return result
 
@@ -237,6 +251,14 @@ def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
 
 
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def _yaml_fault(error: yaml.YAMLError) -> str:
+    """Return the problem and its place in one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return " ".join(str(error).split())
 
 
 def _fault(error: Any) -> str:
