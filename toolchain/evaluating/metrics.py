@@ -91,14 +91,14 @@ def gate(image: Score, reference: Score | None, max_drop: float, min_score: floa
     if image.score < min_score:
         raise CheckFailed(
             f"the image scores {_shown(image)}, below the lowest that passes, {min_score:.3f}",
-            hint=_changed(image, reference) or "look at the answers in the report",
+            hint=_changed(image, reference) or _changed(image, None),
         )
     # Scores are multiples of 1/n: a drop of exactly max_drop passes, whatever floats make of it.
     if reference is not None and reference.score - image.score > max_drop + 1e-9:
         raise CheckFailed(
             f"the image scores {_shown(image)}, {reference.score - image.score:.3f} below the"
             f" reference, {_shown(reference)}; at most {max_drop:.3f} is allowed",
-            hint=_changed(image, reference) or "look at the answers in the report",
+            hint=_changed(image, reference),
         )
 
 
