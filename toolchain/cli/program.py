@@ -26,3 +26,7 @@ class _Program(Program):  # type: ignore[misc]  # invoke has no types
 def main() -> None:
     """Run the command line and exit with its code."""
     _Program(name="weightsmith", version=__version__, namespace=namespace).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Whole builds through the command line: the same bytes from every runner, and pushed once."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.debian_registry import real_registry
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
+TARGET = "llamacpp-q4_k_m"
+pytestmark = pytest.mark.builders
+
+
+def weightsmith(*words: object, store: Path, expect: int = 0) -> dict:
+    """Run a command with --json and return its object."""
+    result = subprocess.run(
+        [sys.executable, "-m", "toolchain.cli.program", *map(str, words), "--json"],
+        env={**os.environ, "WEIGHTSMITH_STORE": str(store)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == expect, result.stderr[-3000:]
+    assert "Traceback" not in result.stderr
+    return json.loads(result.stdout)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict]:
+    """Store, results folder and JSON of a local build."""
+    folder = tmp_path_factory.mktemp("local")
+    store, dist = folder / "store", folder / "dist"
+    built = weightsmith("build", "--recipe", TINY, "--runner", "local", "--dist", dist, store=store)
+    return store, dist, built["targets"][TARGET]
+
+
+def record(dist: Path) -> dict:
+    return json.loads((dist / "tiny-capitals" / "1.0.0" / TARGET / "build.json").read_text())
+
+
+def test_a_local_build_proves_its_image_and_writes_a_layout(local) -> None:
+    _, dist, built = local
+    layout = dist / "tiny-capitals" / "1.0.0" / TARGET / "image"
+
+    assert built["image"] == f"oci:{layout}"
+    assert built["scores"]["base"] <= 0.1
+    assert built["scores"]["image"] >= 0.9
+    assert (
+        json.loads((layout / "index.json").read_text())["manifests"][0]["digest"]
+        == (built["digest"])
+    )
+    assert {"resolve", "merge", "quantize", "render", "bake", "evaluate", "publish"} <= set(
+        built["stages"]
+    )
+    assert Path(built["report"]).is_file()
+    assert sorted(p.name for p in layout.parent.iterdir()) == [
+        "README.md", "build.json", "compose.yaml", "image", "kubernetes.yaml", "llamacpp.env",
+        "plan.json", "report.html", "report.md",
+    ]  # fmt: skip
+
+
+def test_a_second_build_does_nothing(local) -> None:
+    store, dist, built = local
+    again = weightsmith(
+        "build", "--recipe", TINY, "--runner", "local", "--dist", dist, store=store
+    )["targets"][TARGET]
+
+    assert again["digest"] == built["digest"]
+    cached = {name for name, facts in again["stages"].items() if facts["cached"]}
+    assert {"merge", "reference", "quantize", "evaluate", "publish"} <= cached
+
+
+@pytest.mark.docker
+def test_docker_and_local_give_the_same_bytes(local, tmp_path: Path) -> None:
+    _, dist, built = local
+    weightsmith(
+        "build", "--recipe", TINY, "--runner", "docker", "--dist", tmp_path / "dist",
+        "--layout", tmp_path / "layout", store=tmp_path / "store",
+    )  # fmt: skip
+    here, there = record(dist), record(tmp_path / "dist")
+
+    assert [s["sha256"] for s in here["merge"]["shards"]] == [
+        s["sha256"] for s in there["merge"]["shards"]
+    ]
+    assert here["artifact"]["files"] == there["artifact"]["files"]
+    assert there["image"]["digest"] == built["digest"]
+    assert sha256(tmp_path / "layout" / "index.json") == sha256(
+        dist / "tiny-capitals" / "1.0.0" / TARGET / "image" / "index.json"
+    )
+
+
+@pytest.mark.registry
+def test_a_changed_context_uploads_no_weights(local, tmp_path: Path) -> None:
+    store, _, _ = local
+    with real_registry(tmp_path) as host:
+        words = (
+            "build", "--recipe", TINY, "--runner", "local", "--push", "--dist", tmp_path / "dist",
+            "--set", f"image.repository={host}/tiny",
+        )  # fmt: skip
+        first = weightsmith(*words, store=store)["targets"][TARGET]
+        changed = ("--set", "serve.max_model_len=256", "--force")
+        second = weightsmith(*words, *changed, store=store)["targets"][TARGET]
+        seen = subprocess.run(
+            ["skopeo", "inspect", "--tls-verify=false", f"docker://{second['image']}"],
+            capture_output=True, check=True, text=True,
+        )  # fmt: skip
+
+    assert first["uploaded_bytes"] > 1_000_000
+    assert 0 < second["uploaded_bytes"] < 50_000
+    assert json.loads(seen.stdout)["Digest"] == second["digest"]
+
+
+def test_an_image_says_what_it_is_made_of(local) -> None:
+    store, _, built = local
+    found = weightsmith("inspect", built["image"], store=store)
+
+    assert found["digest"] == built["digest"]
+    assert found["scores"]["image"] == pytest.approx(built["scores"]["image"], abs=1e-4)
+    assert found["plan"]["max_model_len"] > 0
+    assert found["provenance"]["base.digest"].startswith("sha256:")
+    assert any(layer["file"].endswith(".gguf") for layer in found["layers"])
+
+
+def test_plan_names_what_changed(local) -> None:
+    store, dist, _ = local
+    words = ("plan", "--recipe", TINY, "--runner", "local", "--dist", dist)
+    same = weightsmith(*words, store=store)
+    other = weightsmith(*words, "--set", "merge.precision=fast", store=store)
+    rows = {row["stage"]: row for row in other["stages"]}
+
+    assert all(row["cached"] for row in same["stages"] if row["stage"] != "publish")
+    assert rows["merge"]["why"] == "changed: precision"
+    assert rows["quantize"]["why"] == "merge comes first"
+    assert rows["merge"]["write_bytes"] > 0
+
+
+def test_single_commands_make_the_same_artifact(local, tmp_path: Path) -> None:
+    store, dist, _ = local
+    example = TINY.parent
+    merged = weightsmith(
+        "merge", "--base", example / "base", "--adapter", example / "adapters" / "a",
+        "--out", tmp_path / "merged", "--runner", "local", store=store,
+    )  # fmt: skip
+    quantized = weightsmith(
+        "quantize", "--model", tmp_path / "merged", "--format", "q4_k_m",
+        "--out", tmp_path / "tiny-capitals.gguf", "--runner", "local", store=store,
+    )  # fmt: skip
+    weightsmith(
+        "render", "--model", tmp_path / "tiny-capitals.gguf", "--target", TARGET, "--max-model-len", 256,
+        "--max-num-seqs", 2, "--out", tmp_path / "config", store=store,
+    )  # fmt: skip
+    baked = weightsmith(
+        "bake", "--model", tmp_path / "tiny-capitals.gguf", "--target", TARGET, "--config",
+        tmp_path / "config", "--layout", tmp_path / "image", "--runner", "local", store=store,
+    )  # fmt: skip
+    score = weightsmith(
+        "evaluate", "--image", f"oci:{tmp_path}/image", "--data", example / "eval-a.jsonl",
+        "--runner", "local", "--max-tokens", 32, store=store,
+    )  # fmt: skip
+
+    assert [s["sha256"] for s in merged["shards"]] == [
+        s["sha256"] for s in record(dist)["merge"]["shards"]
+    ]
+    assert quantized["bits_per_weight"] < 8
+    assert (
+        sha256(tmp_path / "tiny-capitals.gguf")
+        == record(dist)["artifact"]["files"][0]["digest"][7:]
+    )
+    assert baked["digest"].startswith("sha256:")
+    assert score["score"] >= 0.9
