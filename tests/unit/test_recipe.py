@@ -1,0 +1,67 @@
+"""The recipe: its faults are named with the nearest right spelling, its schema is what it checks."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from toolchain.errors import UsageError
+from toolchain.recipe import check_recipe, read_recipe, with_settings
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted(ROOT.glob("examples/*/recipe*.yaml"))
+SMALLEST = {"name": "bot", "base": {"source": "./base"}}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_examples_pass_the_published_schema(path: Path) -> None:
+    schema = json.loads((ROOT / "docs/reference/recipe.schema.json").read_text())
+    jsonschema.validate(yaml.safe_load(path.read_text()), schema)
+
+    assert read_recipe(path).recipe.targets
+    assert path.read_text().startswith("# yaml-language-server: $schema=")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"adaptors": []}, "unknown key `adaptors`, did you mean `adapters`"),
+        ({"merge": {"presicion": "exact"}}, "did you mean `precision`"),
+        (
+            {"adapters": [{"source": "a", "wieght": 2}]},
+            "`adapters.0.wieght`, did you mean `weight`",
+        ),
+        ({"name": "Not A Name"}, "`name`"),
+        ({"serve": {"max_model_len": 0}}, "`serve.max_model_len"),
+        ({"base": {}}, "`base.source` is missing"),
+        ({"merge": {"method": "soup"}}, "`merge.method`"),
+        ({"adapters": [{"source": "a", "weight": float("nan")}]}, "`adapters.0.weight`"),
+    ],
+)
+def test_faults_are_named(change: dict, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_recipe(SMALLEST | change, "recipe.yaml")
+
+    assert message in str(caught.value)
+    assert caught.value.hint
+
+
+def test_settings_override_and_leave_the_original_alone() -> None:
+    data = {"serve": {"gpu": "x"}}
+    changed = with_settings(
+        data, ["serve.max_model_len=4096", "serve.extra.flash-attn=on", "a=1.5"]
+    )
+
+    assert changed == {
+        "serve": {"gpu": "x", "max_model_len": 4096, "extra": {"flash-attn": True}},
+        "a": 1.5,
+    }
+    assert data == {"serve": {"gpu": "x"}}
+
+
+@pytest.mark.parametrize("setting", ["novalue", "=x", "name.first=x"])
+def test_settings_that_are_none(setting: str) -> None:
+    with pytest.raises(UsageError, match="--set"):
+        with_settings(SMALLEST, [setting])
