@@ -21,7 +21,7 @@ from toolchain.ports import Runner
 from toolchain.values import Job
 
 ROOT = Path(__file__).parents[2]
-CACHE = Path(os.environ.get("WEIGHTSMITH_TEST_CACHE", Path.home() / ".cache/weightsmith-tests"))
+CACHE = Path(os.environ.get("WEIGHTSMITH_TEST_CACHE", Path.home() / ".cache/weightsmith"))
 """Builders are made once and kept here, because that takes minutes."""
 REAL = [
     pytest.param("local", marks=pytest.mark.builders),
