@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,6 +48,8 @@ class MergeRequest:
     device: str = "auto"
     workers: int = 0
     """Threads; 0 for one per CPU."""
+    own_out: bool = False
+    """`out` is a folder of the caller's making: what it holds of another merge is deleted."""
 
 
 def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, Any]:
@@ -107,7 +110,7 @@ def _settings(request: MergeRequest) -> Settings:
 
 
 def _open_out(request: MergeRequest, plan: MergePlan) -> Journal:
-    """Make the output folder; an earlier run of the same merge may be in it, nothing else."""
+    """Make the output folder; an earlier run of the same merge may go on in it."""
     out = request.out.resolve()
     for source in (request.base, *(path for path, _ in request.adapters)):
         if out == source.resolve() or out.is_relative_to(source.resolve()):
@@ -121,6 +124,11 @@ def _open_out(request: MergeRequest, plan: MergePlan) -> Journal:
         ) from error
     journal = Journal(path=request.out / _JOURNAL, key=_key(request, plan))
     if held and not journal.matches():
+        if request.own_out:
+            # Killed after the journal's end but before the folder got its name, or begun from
+            # other files: worth nothing, and nobody else could clear it.
+            shutil.rmtree(out)
+            return _open_out(request, plan)
         raise UsageError(
             f"{out} is not empty, and what it holds is not the start of this merge",
             hint="empty it, or give another output folder",

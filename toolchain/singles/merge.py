@@ -67,6 +67,7 @@ def _job(base: Path, pairs: list[tuple[Path, float]], out: Path, options: Mappin
             "dtype": options["dtype"],
             "precision": options["precision"],
             "device": "auto",
+            "own_out": True,
         },
         output=out,
         memory_bytes=MEMORY_BYTES,

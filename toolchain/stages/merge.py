@@ -89,6 +89,7 @@ def _run(folder: Path, sources: Sources, options: Merge, tools: Tools) -> Mappin
                     "dtype": options.dtype,
                     "precision": options.precision,
                     "device": "auto",
+                    "own_out": True,
                 },
                 output=folder,
                 memory_bytes=MEMORY_BYTES,

@@ -349,3 +349,18 @@ def test_a_wrong_result_does_not_pass_its_own_proof(
     prove(plan, base.parent / "out", exact=True)
     with pytest.raises(CheckFailed, match="was written wrong"):
         prove(doubled, base.parent / "out", exact=True)
+
+
+def test_a_folder_of_the_callers_own_is_cleared_of_what_is_no_start(
+    make_model: Any, make_adapter: Any
+) -> None:
+    """Killed between the journal's end and the folder's renaming, a merge must begin again."""
+    base = make_model()
+    adapter, out = make_adapter(base), base.parent / "out"
+    whole = run(base, [(adapter, 1.0)], out)
+
+    with pytest.raises(UsageError, match="not the start of this merge"):
+        run(base, [(adapter, 1.0)], out)
+    again = run(base, [(adapter, 1.0)], out, own_out=True)
+
+    assert whole["files"] == again["files"]
