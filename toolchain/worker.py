@@ -8,6 +8,7 @@ of standard input means that the other side is gone: the worker ends at once (ex
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -258,12 +259,28 @@ def run_job(job: Job, wire: Wire) -> int:
         what = f"the {job.stage} job ran out of memory"
         hint = "close other programs or use a machine with more memory"
         return _send_error(wire, EnvironmentFailure(what, hint=hint))
+    except OSError as problem:
+        traceback.print_exc()
+        return _send_error(wire, _of_the_disk(problem, job))
     except Exception as problem:  # noqa: BLE001 - the last frame: reported, with its traceback
         traceback.print_exc()
         what = f"unexpected {type(problem).__name__} in the {job.stage} job: {problem}"
         return _send_error(wire, WeightsmithError(what, hint="the traceback is in the job's log"))
     wire.send({"result": result})
     return 0
+
+
+def _of_the_disk(problem: OSError, job: Job) -> WeightsmithError:
+    """Return what a failed call of the operating system means for the user."""
+    # shutil gathers several failures into one that has no number.
+    if problem.errno in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(problem):
+        return EnvironmentFailure(
+            f"the disk is full while the {job.stage} job writes to {job.output}",
+            hint="free some (`invoke clean --keep 0` empties the store) or set WEIGHTSMITH_STORE "
+            "to a folder on a larger disk",
+        )
+    what = f"unexpected {type(problem).__name__} in the {job.stage} job: {problem}"
+    return WeightsmithError(what, hint="the traceback is in the job's log")
 
 
 def _send_error(wire: Wire, error: WeightsmithError) -> int:

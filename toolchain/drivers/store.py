@@ -168,8 +168,9 @@ class FileStore:
         data.mkdir(parents=True, exist_ok=True)
         try:
             meta = dict(make(data))
-        except OSError:
-            shutil.rmtree(partial, ignore_errors=True)  # gives a full disk its room back
+        except BaseException as problem:
+            if not resume or isinstance(problem, OSError):
+                shutil.rmtree(partial, ignore_errors=True)  # gives a full disk its room back
             raise
         files = self._seal(data, meta.pop("sha256", {}))
         manifest = {"key": key, "note": note, "meta": meta, "files": files}
@@ -278,7 +279,9 @@ class FileStore:
             raise self._explain(error, what) from error
 
     def _explain(self, error: OSError, what: str) -> Exception:
-        place = error.filename or self.root
+        place = error.filename if isinstance(error.filename, str | Path) else self.root
+        if not Path(place).is_relative_to(self.root):
+            return error  # not the store's own: whoever knows the place explains it
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return EnvironmentFailure(
                 f"the disk is full while {what} ({place})",
