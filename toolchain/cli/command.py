@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import inspect
 import json
@@ -18,8 +19,13 @@ from typing import Any
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
-from toolchain.errors import WeightsmithError
+from toolchain.errors import EnvironmentFailure, WeightsmithError
 from toolchain.values import Json, plain
+
+_OF_THE_MACHINE = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+)
+"""What a disk or its permissions refuse: for the user to change, no fault of ours."""
 
 Body = Callable[..., tuple[Mapping[str, Json], str]]
 """A command's body returns its JSON object and the same for people."""
@@ -71,15 +77,28 @@ def _guarded(
         return body(context, **arguments)
     except WeightsmithError:
         raise
-    except Exception as error:
-        if os.environ.get("WEIGHTSMITH_DEBUG"):
-            raise
-        raise WeightsmithError(
-            f"unexpected {type(error).__name__}: {error}",
-            hint=f"this is a fault of weightsmith; the trace is in {_save_trace()}",
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE:
+            raise _unexpected(error) from error
+        place = error.filename or "a file"
+        raise EnvironmentFailure(
+            f"cannot write {place}: {error.strerror}",
+            hint="make room or get the right to write there, or set WEIGHTSMITH_CACHE, "
+            "WEIGHTSMITH_STORE and TMPDIR to folders where you may write",
         ) from error
+    except Exception as error:
+        raise _unexpected(error) from error
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _unexpected(error: Exception) -> Exception:
+    if os.environ.get("WEIGHTSMITH_DEBUG"):
+        return error
+    return WeightsmithError(
+        f"unexpected {type(error).__name__}: {error}",
+        hint=f"this is a fault of weightsmith; the trace is in {_save_trace()}",
+    )
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> None:
