@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from toolchain.drivers.docker import DockerEngine, DockerLauncher, DockerRunner
 from toolchain.drivers.folders import FolderReader
 from toolchain.drivers.hub import HubReader
 from toolchain.drivers.local import LocalRunner
+from toolchain.drivers.ownership import private_folder
 from toolchain.drivers.pypi import PypiReader
 from toolchain.drivers.rootfs import RootfsLauncher, StartInfo
 from toolchain.drivers.store import FileStore
@@ -80,7 +80,9 @@ def make_tools(runner: str, progress: Progress) -> tuple[Tools, bool]:
     chosen: Runner = (
         DockerRunner(engine, cache_folder()) if answers else LocalRunner(cache_folder())
     )
-    launcher: Launcher = DockerLauncher(engine) if answers else RootfsLauncher(start_info)
+    launcher: Launcher = (
+        DockerLauncher(engine) if answers else RootfsLauncher(start_info, cache_folder())
+    )
     readers = (FolderReader(store), HubReader(store), PypiReader(store))
     return Tools(
         store=store,
@@ -110,10 +112,10 @@ def start_info(layout: str, root: Path) -> StartInfo:
 @contextmanager
 def _scratch() -> Iterator[Path]:
     """Make a folder in the cache for one job's output, and delete it afterwards."""
-    parent = cache_folder() / "scratch"
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent) as folder:
-        yield Path(folder)
+    with private_folder(cache_folder()) as folder:
+        output = folder / "out"
+        output.mkdir()
+        yield output
 
 
 def examine() -> Mapping[str, Json]:

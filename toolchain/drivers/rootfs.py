@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from toolchain.drivers import process
+from toolchain.drivers.ownership import private_folder
 from toolchain.errors import EnvironmentFailure, UsageError
 from toolchain.ports import Endpoint, StartSpec
 
@@ -35,17 +35,18 @@ Unpack = Callable[[str, Path], StartInfo]
 class RootfsLauncher:
     """Starts an image that lies in an OCI layout folder, with no engine.
 
-    The root file system is unpacked to a temporary folder and entered: by root as the image's own
-    user, by others in a user namespace. Where the kernel allows neither, the program is started
-    directly, with the paths in its arguments and environment pointed into the folder; only
-    programs that need no libraries of the image work that way. It shares the host's network, so
-    the server is moved to a free loopback port by the variable that `spec.port_variable` names.
+    The root file system is unpacked to a folder below `cache` and entered: by root as the image's
+    own user, by others in a user namespace. Where the kernel allows neither, the program is
+    started directly, with the paths in its arguments and environment pointed into the folder;
+    only programs that need no libraries of the image work that way. It shares the host's network,
+    so the server is moved to a free loopback port by the variable that `spec.port_variable` names.
     """
 
     name = "rootfs"
 
-    def __init__(self, unpack: Unpack) -> None:
+    def __init__(self, unpack: Unpack, cache: Path) -> None:
         self._unpack = unpack
+        self._cache = cache
 
     @contextlib.contextmanager
     def serve(self, image: str, spec: StartSpec) -> Iterator[Endpoint]:
@@ -59,8 +60,10 @@ class RootfsLauncher:
                 f"{image!r} cannot be started without a container engine",
                 hint="start an engine, or give the image as oci:DIR",
             )
-        with tempfile.TemporaryDirectory(prefix="weightsmith-rootfs-") as folder:
-            root = Path(folder)
+        # Below the cache, where what a killed process leaves is found and deleted.
+        with private_folder(self._cache) as folder:
+            root = folder / "root"
+            root.mkdir()
             # Other users must get in: the image's user is one of them.
             root.chmod(0o755)
             info = self._unpack(image.removeprefix(_SCHEME), root)

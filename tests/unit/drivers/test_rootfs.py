@@ -61,7 +61,7 @@ def test_the_image_is_started_inside_its_own_files_as_its_own_user(tmp_path):
         pytest.skip("this kernel lets us enter no root file system")
     spec = StartSpec(port=free_port(), env={"GREETING": "from the caller"})
 
-    with RootfsLauncher(unpack).serve("oci:some-layout", spec) as endpoint:
+    with RootfsLauncher(unpack, tmp_path / "cache").serve("oci:some-layout", spec) as endpoint:
         lines = wait_for_lines(endpoint, 4)
         assert lines == ["from the caller", "7", "/models", "some-layout"]
         assert endpoint.alive()
@@ -69,7 +69,7 @@ def test_the_image_is_started_inside_its_own_files_as_its_own_user(tmp_path):
     assert not endpoint.alive()
 
 
-def test_without_the_right_to_enter_paths_are_pointed_into_the_files(monkeypatch):
+def test_without_the_right_to_enter_paths_are_pointed_into_the_files(monkeypatch, tmp_path):
     monkeypatch.setattr(process, "can_enter_root", lambda folder: False)
 
     def simple(layout: str, root: Path) -> StartInfo:
@@ -77,12 +77,14 @@ def test_without_the_right_to_enter_paths_are_pointed_into_the_files(monkeypatch
         (root / "models" / "name").write_text("inside\n")
         return StartInfo(argv=("cat", "/models/name"), env={})
 
-    with RootfsLauncher(simple).serve("oci:x", StartSpec(port=1, env={})) as endpoint:
+    with RootfsLauncher(simple, tmp_path / "cache").serve(
+        "oci:x", StartSpec(port=1, env={})
+    ) as endpoint:
         assert wait_for_lines(endpoint, 1) == ["inside"]
 
 
-def test_only_layouts_are_started_and_only_with_a_program():
-    launcher = RootfsLauncher(lambda layout, root: StartInfo(argv=(), env={}))
+def test_only_layouts_are_started_and_only_with_a_program(tmp_path):
+    launcher = RootfsLauncher(lambda layout, root: StartInfo(argv=(), env={}), tmp_path / "cache")
     spec = StartSpec(port=1, env={})
 
     with pytest.raises(UsageError, match="without a container engine"):
