@@ -65,6 +65,8 @@ def main() -> int:
 
 def invoke(*words: str | Path) -> dict[str, Any]:
     """Run a command of weightsmith and return its JSON; its progress and errors pass through."""
+    if not INVOKE.is_file():
+        sys.exit(f"error: {INVOKE} is not there\n  hint: run `make setup`, then `make demo`")
     print(f"\n   $ invoke {' '.join(map(str, words))} --json", flush=True)
     done = subprocess.run(
         [INVOKE, *words, "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
@@ -130,4 +132,7 @@ def one_line(answer: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)  # the command said so

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -248,6 +249,41 @@ def test_looking_commands_run(page: str, checkout: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("page", BUILDING)
 def test_whole_page_runs(page: str, checkout: Path, shared_store: Path) -> None:
     run_blocks(runnable(page), checkout, shared_store)
+
+
+def run_demo(folder: Path, store: Path) -> subprocess.CompletedProcess[str]:
+    """Run the demo in a copy, since it writes beside itself."""
+    shutil.copytree(ROOT / "examples/support-bot", folder / "examples/support-bot")
+    (folder / "tasks.py").symlink_to(ROOT / "tasks.py")
+    return subprocess.run(
+        [sys.executable, folder / "examples/support-bot/demo.py", "--runner", "local"],
+        env={**os.environ, "WEIGHTSMITH_CACHE": str(CACHE), "WEIGHTSMITH_STORE": str(store)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.builders
+@pytest.mark.timeout(3600)
+def test_demo_asks_the_built_image(tmp_path: Path, shared_store: Path) -> None:
+    done = run_demo(tmp_path, shared_store)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("     image  ") == 3
+    assert "(wrong)" not in done.stdout
+    assert "base 0 | base+adapter 33 | image 33" in done.stdout
+    assert (tmp_path / "dist/support-bot/1.0.0/llamacpp-q4_k_m/report.html").is_file()
+
+
+def test_demo_fails_as_its_command_does(tmp_path: Path) -> None:
+    (tmp_path / "store").write_text("no folder")
+
+    done = run_demo(tmp_path, tmp_path / "store")
+
+    assert done.returncode == 5, done.stderr
+    assert "error: " in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.fixture(scope="session")
