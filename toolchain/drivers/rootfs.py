@@ -71,10 +71,11 @@ class RootfsLauncher:
                 raise EnvironmentFailure(
                     f"{image} names no program to start", hint="bake it again, with an entrypoint"
                 )
-            port = free_port() if spec.port_variable else spec.port
-            moved = {spec.port_variable: str(port)} if spec.port_variable else {}
-            with _started(root, info, replace(spec, env={**spec.env, **moved})) as server:
-                yield Endpoint(url=f"http://127.0.0.1:{port}", logs=server.logs, alive=server.alive)
+            with _port(spec) as port:
+                moved = {spec.port_variable: str(port)} if spec.port_variable else {}
+                with _started(root, info, replace(spec, env={**spec.env, **moved})) as server:
+                    url = f"http://127.0.0.1:{port}"
+                    yield Endpoint(url=url, logs=server.logs, alive=server.alive)
 
 
 def free_port() -> int:
@@ -82,6 +83,26 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _port(spec: StartSpec) -> Iterator[int]:
+    """Yield the port to serve on, kept from other builds until the block ends.
+
+    Between finding it free and the server's taking it lies a moment, and servers that share ports
+    would even answer each other's questions.
+    """
+    while spec.port_variable:
+        port = free_port()
+        # A name in the abstract namespace, which is the ports' own: gone when we are.
+        with socket.socket(socket.AF_UNIX) as mark:
+            try:
+                mark.bind(f"\0weightsmith-port-{port}")
+            except OSError:
+                continue
+            yield port
+            return
+    yield spec.port
 
 
 @contextlib.contextmanager

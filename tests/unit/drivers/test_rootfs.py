@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from toolchain.drivers import process
+from toolchain.drivers import process, rootfs
 from toolchain.drivers.rootfs import (
     RootfsLauncher,
     StartInfo,
@@ -122,3 +122,19 @@ def test_users_are_looked_up_in_the_image(tmp_path):
     for unknown in ("nobody", "app:nogroup"):
         with pytest.raises(EnvironmentFailure, match="not in its /etc/passwd"):
             user_ids(tmp_path, unknown)
+
+
+def test_two_servers_never_get_one_port(monkeypatch, tmp_path):
+    """Free when it was looked for is not free when the server takes it."""
+    monkeypatch.setattr(process, "can_enter_root", lambda folder: False)
+    found = iter([free_port(), free_port()])
+    first = next(found)
+    offers = iter([first, first, next(found)])
+    monkeypatch.setattr(rootfs, "free_port", lambda: next(offers))
+    launcher = RootfsLauncher(
+        lambda layout, root: StartInfo(argv=("sleep", "60"), env={}), tmp_path / "cache"
+    )
+    spec = StartSpec(port=1, env={}, port_variable="PORT")
+
+    with launcher.serve("oci:a", spec) as one, launcher.serve("oci:b", spec) as two:
+        assert one.url != two.url
