@@ -23,6 +23,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 WORK = HERE / "work" / "bake"
+BRIDGE = "wsbench0"
 TICK = os.sysconf("SC_CLK_TCK")
 CONFIG = """version: 0.1
 log: {{level: error, accesslog: {{disabled: true}}}}
@@ -167,9 +168,12 @@ def daemon_of_our_own() -> Iterator[tuple[str, dict[str, int]]]:
     where = f"unix://{folder}/docker.sock"
     words = [
         "dockerd", f"--data-root={folder}/data", f"--exec-root={folder}/exec", f"--host={where}",
-        f"--pidfile={folder}/pid", "--bridge=none", "--iptables=false", "--ip6tables=false",
+        f"--pidfile={folder}/pid", f"--bridge={BRIDGE}", "--iptables=false", "--ip6tables=false",
         "--containerd-namespace=wsbench", "--containerd-plugins-namespace=wsbench-plugins",
     ]  # fmt: skip
+    # A bridge of its own: with none, dockerd takes away the default bridge of the host's daemon.
+    subprocess.run(["ip", "link", "add", BRIDGE, "type", "bridge"], check=True)
+    subprocess.run(["ip", "addr", "add", "172.31.255.1/24", "dev", BRIDGE], check=True)
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen(words, stdout=log, stderr=log)
     try:
@@ -178,6 +182,7 @@ def daemon_of_our_own() -> Iterator[tuple[str, dict[str, int]]]:
         yield where, {"dockerd": server.pid}
     finally:
         stop(server, folder)
+        subprocess.run(["ip", "link", "delete", BRIDGE], check=False)
 
 
 def wait_for(ready: object) -> None:
