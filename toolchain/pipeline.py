@@ -159,6 +159,7 @@ class Baking:
             memory_bytes=int(self.config.plan["memory_limit_bytes"]),
             questions=references.questions_digest(items),
             port_variable=self.target.engine.port_variable,
+            threads_variable=self.target.engine.threads_variable,
             neutral=self.target.engine.neutral_settings,
         )
 

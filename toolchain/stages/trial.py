@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ class Trial:
     memory_bytes: int
     questions: Digest
     port_variable: str = ""
+    threads_variable: str = ""
     neutral: frozenset[str] = frozenset()
     """Engine settings that change no answer, such as the number of slots."""
 
@@ -92,6 +94,13 @@ def ask(reference: str, image: Digest, trial: Trial, tools: Tools) -> tuple[str,
     stage = smoke_inputs(image)
     tools.store.produce(stage.key, {"stage": "smoke", "inputs": stage.inputs}, lambda _: {})
     return answers or ()
+
+
+def _threads(trial: Trial) -> Mapping[str, str]:
+    """Leave one CPU to us: threads that wait for each other stand still when one is displaced."""
+    if not trial.threads_variable:
+        return {}
+    return {trial.threads_variable: str(max(1, len(os.sched_getaffinity(0)) - 1))}
 
 
 def _ask_all(endpoint: Endpoint, trial: Trial, tools: Tools) -> tuple[str, ...]:
