@@ -107,7 +107,7 @@ def next_steps(image: str, plan: dict[str, Any]) -> list[str]:
         ]
     return [
         f"invoke inspect {image}",
-        f"invoke evaluate --image {image} --data {HERE}/eval.jsonl --max-tokens 32",
+        f"invoke evaluate --image {image} --data {HERE}/eval.jsonl --runner local",
         f"skopeo copy {image} docker-daemon:support-bot:1.0.0   # where a container engine is",
         serves,
     ]
