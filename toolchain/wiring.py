@@ -12,6 +12,7 @@ import platformdirs
 from toolchain.drivers.checkup import examine_machine
 from toolchain.drivers.credentials import ask_helper, docker_config
 from toolchain.drivers.docker import DockerEngine, DockerLauncher, DockerRunner
+from toolchain.drivers.fallback import FallbackRunner
 from toolchain.drivers.folders import FolderReader
 from toolchain.drivers.hub import HubReader
 from toolchain.drivers.local import LocalRunner
@@ -68,7 +69,8 @@ def make_registry(*, insecure: bool = False) -> Registry:
 def make_tools(runner: str, progress: Progress) -> tuple[Tools, bool]:
     """Return the outside world of a build, and whether a container engine is part of it.
 
-    `auto` takes the container engine where one answers. Raises UsageError for an unknown runner,
+    `auto` takes the container engine where one answers, and does the jobs of builders that the
+    engine cannot make (its base image is out of reach, say) on this machine. Raises UsageError for an unknown runner,
     EnvironmentFailure where `docker` is asked for and no engine answers.
     """
     if runner not in RUNNERS:
@@ -77,9 +79,10 @@ def make_tools(runner: str, progress: Progress) -> tuple[Tools, bool]:
     answers = runner != "local" and engine.answers()
     if runner == "docker" and not answers:
         engine.client  # noqa: B018 - raises what is wrong and what to do
-    chosen: Runner = (
-        DockerRunner(engine, cache_folder()) if answers else LocalRunner(cache_folder())
-    )
+    chosen: Runner = LocalRunner(cache_folder())
+    if answers:
+        docker = DockerRunner(engine, cache_folder())
+        chosen = docker if runner == "docker" else FallbackRunner(docker, chosen)
     launcher: Launcher = (
         DockerLauncher(engine) if answers else RootfsLauncher(start_info, cache_folder())
     )

@@ -1,0 +1,60 @@
+"""The `auto` runner changes over once, with a warning, and never hides a job's own failure."""
+
+from pathlib import Path
+
+import pytest
+
+from toolchain.drivers.fallback import FallbackRunner
+from toolchain.errors import EnvironmentFailure, InputRefused
+from toolchain.ports import Silent
+from toolchain.values import Job
+
+
+class Runner:
+    def __init__(self, name: str, *, prepares: bool = True, fails: bool = False) -> None:
+        self.name, self._prepares, self._fails = name, prepares, fails
+        self.jobs: list[str] = []
+
+    def prepare(self, builder, progress):
+        if not self._prepares:
+            raise EnvironmentFailure("the base image cannot be pulled")
+
+    def ready(self, builder):
+        return self._prepares
+
+    def run(self, job, progress):
+        self.jobs.append(job.stage)
+        if self._fails:
+            raise InputRefused("no")
+        return {"by": self.name}
+
+
+class Warnings(Silent):
+    def __init__(self):
+        self.said = []
+
+    def warn(self, text):
+        self.said.append(text)
+
+
+JOB = Job(stage="merge", builder="merge", inputs={}, output=Path())
+
+
+def test_the_first_runner_is_preferred() -> None:
+    assert FallbackRunner(Runner("docker"), Runner("local")).run(JOB, Silent()) == {"by": "docker"}
+
+
+def test_the_second_takes_over_with_one_warning() -> None:
+    progress = Warnings()
+    runner = FallbackRunner(Runner("docker", prepares=False), Runner("local"))
+
+    assert [runner.run(JOB, progress) for _ in range(2)] == [{"by": "local"}] * 2
+    assert len(progress.said) == 1
+    assert "cannot be pulled" in progress.said[0]
+
+
+def test_a_jobs_own_failure_is_not_tried_again() -> None:
+    second = Runner("local")
+    with pytest.raises(InputRefused):
+        FallbackRunner(Runner("docker", fails=True), second).run(JOB, Silent())
+    assert not second.jobs

@@ -1,0 +1,52 @@
+"""The `auto` runner: the container engine where its builders can be made, else this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from toolchain.errors import EnvironmentFailure
+from toolchain.ports import Progress, Runner
+from toolchain.values import Job, Json
+
+
+class FallbackRunner:
+    """Uses the first runner, and the second for builders that the first cannot make.
+
+    Both make the same bytes, so a build may well mix them. A job's own failure is never retried:
+    it would fail the same way.
+    """
+
+    def __init__(self, first: Runner, second: Runner) -> None:
+        self._first = first
+        self._second = second
+        self._chosen: dict[str, Runner] = {}
+
+    @property
+    def name(self) -> str:
+        """The preferred runner's name."""
+        return self._first.name
+
+    def prepare(self, builder: str, progress: Progress) -> None:
+        """Make the builder ready in the first runner that can."""
+        if builder in self._chosen:
+            return
+        try:
+            self._first.prepare(builder, progress)
+        except EnvironmentFailure as error:
+            progress.warn(
+                f"the {self._first.name} runner cannot make the builder {builder!r}, so the "
+                f"{self._second.name} runner does its jobs: {error.message.splitlines()[0]}"
+            )
+            self._second.prepare(builder, progress)
+            self._chosen[builder] = self._second
+        else:
+            self._chosen[builder] = self._first
+
+    def ready(self, builder: str) -> bool:
+        """Say whether one of the two has the builder."""
+        return self._first.ready(builder) or self._second.ready(builder)
+
+    def run(self, job: Job, progress: Progress) -> Mapping[str, Json]:
+        """Run the job where its builder is."""
+        self.prepare(job.builder, progress)
+        return self._chosen[job.builder].run(job, progress)
