@@ -70,8 +70,8 @@ def make_tools(runner: str, progress: Progress) -> tuple[Tools, bool]:
     """Return the outside world of a build, and whether a container engine is part of it.
 
     `auto` takes the container engine where one answers, and does the jobs of builders that the
-    engine cannot make (its base image is out of reach, say) on this machine. Raises UsageError for an unknown runner,
-    EnvironmentFailure where `docker` is asked for and no engine answers.
+    engine cannot make (its base image is out of reach, say) on this machine. Raises UsageError
+    for an unknown runner, EnvironmentFailure where `docker` is asked for and no engine answers.
     """
     if runner not in RUNNERS:
         raise UsageError(f"--runner {runner}: unknown", hint=f"one of {', '.join(RUNNERS)}")

@@ -19,12 +19,8 @@ class FallbackRunner:
     def __init__(self, first: Runner, second: Runner) -> None:
         self._first = first
         self._second = second
+        self.name = first.name
         self._chosen: dict[str, Runner] = {}
-
-    @property
-    def name(self) -> str:
-        """The preferred runner's name."""
-        return self._first.name
 
     def prepare(self, builder: str, progress: Progress) -> None:
         """Make the builder ready in the first runner that can."""
