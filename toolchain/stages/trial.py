@@ -82,7 +82,13 @@ def ask(reference: str, image: Digest, trial: Trial, tools: Tools) -> tuple[str,
 
     Raises CheckFailed, with the server's last lines, for an image that does not start or answer.
     """
-    spec = StartSpec(port=trial.config.port, env={}, memory_bytes=trial.memory_bytes, use_gpu=False)
+    spec = StartSpec(
+        port=trial.config.port,
+        env=_threads(trial),
+        port_variable=trial.port_variable,
+        memory_bytes=trial.memory_bytes,
+        use_gpu=False,
+    )
     with tools.launcher.serve(reference, spec) as endpoint:
         limit = max(_START_SECONDS, trial.artifact.tree.size / _SLOWEST_DISK)
         wait_until_healthy(endpoint, trial.config.health_path, limit, poll=0.05)
