@@ -53,6 +53,6 @@ def empty(tmp_path: Path, reference: Reference) -> Iterator[Workshop]:
 
 @pytest.fixture
 def workshop(empty: Workshop, reference: Reference) -> Workshop:
-    """A workshop whose store holds the whole build, so that only what is disturbed is done again."""
+    """A workshop whose store holds the whole build, so that little is done again."""
     shutil.copytree(reference.workshop.store, empty.store)
     return empty

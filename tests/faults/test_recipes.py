@@ -49,9 +49,7 @@ def test_a_faulty_recipe(
         ("version=a/b", ["version"]),
     ],
 )
-def test_a_faulty_setting(
-    workshop: Workshop, digest: str, setting: str, said: list[str]
-) -> None:
+def test_a_faulty_setting(workshop: Workshop, digest: str, setting: str, said: list[str]) -> None:
     workshop.build("--set", setting).refused(2, *said)
 
     workshop.check_intact(digest)

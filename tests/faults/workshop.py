@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 from safetensors.numpy import load_file, save_file
@@ -84,7 +84,7 @@ class Running:
         """What it has said on standard error so far."""
         return (self.folder / "stderr").read_text("utf-8")
 
-    def __enter__(self) -> Running:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -155,15 +155,20 @@ class Workshop:
         path = self.tiny / "recipe.yaml"
         path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text("utf-8")), **change}))
 
-    def start(self, *words: str, env: Mapping[str, str | None] | None = None) -> Running:
-        """Start a command; a variable that is None is taken away."""
+    def start(
+        self,
+        *words: str,
+        env: Mapping[str, str | None] | None = None,
+        under: tuple[str, ...] = (),
+    ) -> Running:
+        """Start a command, `under` another; a variable that is None is taken away."""
         merged = {**self.env, **(env or {})}
         self._runs += 1
         place = self.folder / f"run-{self._runs}"
         place.mkdir()
         with (place / "stdout").open("wb") as out, (place / "stderr").open("wb") as err:
             process = subprocess.Popen(
-                [PROGRAM, *words],
+                [*under, PROGRAM, *words],
                 cwd=self.folder,
                 env={name: value for name, value in merged.items() if value is not None},
                 stdin=subprocess.DEVNULL,

@@ -1,0 +1,180 @@
+"""A container engine that is not there, or goes away in the middle of a build."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.faults.workshop import Running, Workshop
+
+pytestmark = pytest.mark.builders
+
+SOCKET = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock").removeprefix("unix://")
+
+
+def docker(*words: str) -> str:
+    return subprocess.run(["docker", *words], check=True, capture_output=True, text=True).stdout
+
+
+def containers(workshop: Workshop) -> list[str]:
+    """Return the running containers that have something of the workshop mounted."""
+    found = docker("ps", "--quiet", "--no-trunc").split()
+    return [
+        name
+        for name in found
+        if subprocess.run(
+            ["docker", "inspect", name], check=False, capture_output=True, text=True
+        ).stdout.count(str(workshop.folder))
+    ]
+
+
+def wait_for_container(workshop: Workshop, running: Running) -> str:
+    until = time.monotonic() + 60
+    while not (found := containers(workshop)):
+        assert running.process.poll() is None, running.err
+        assert time.monotonic() < until, running.err
+        time.sleep(0.05)
+    return found[0]
+
+
+def check_no_container(workshop: Workshop) -> None:
+    until = time.monotonic() + 15
+    while containers(workshop) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not containers(workshop)
+
+
+@contextmanager
+def way_to_engine(folder: Path) -> Iterator[tuple[str, threading.Event]]:
+    """Yield an address that leads to the engine until the event is set: then the engine is gone."""
+    gone, ends = threading.Event(), list[socket.socket]()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(folder / "engine.sock"))
+    listener.listen()
+
+    def forward(source: socket.socket, target: socket.socket) -> None:
+        try:
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+
+    def serve() -> None:
+        while not gone.is_set():
+            try:
+                inner, _ = listener.accept()
+            except OSError:
+                return
+            outer = socket.socket(socket.AF_UNIX)
+            outer.connect(SOCKET)
+            ends.extend((inner, outer))
+            for pair in ((inner, outer), (outer, inner)):
+                threading.Thread(target=forward, args=pair, daemon=True).start()
+
+    def cut() -> None:
+        gone.wait()
+        for end in (listener, *ends):
+            try:
+                end.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+            end.close()
+
+    threading.Thread(target=serve, daemon=True).start()
+    cutter = threading.Thread(target=cut, daemon=True)
+    cutter.start()
+    try:
+        yield f"unix://{folder}/engine.sock", gone
+    finally:
+        gone.set()
+        cutter.join(10)
+
+
+@pytest.mark.parametrize(
+    "address", ["tcp://127.0.0.1:9", "unix:///nowhere/docker.sock", "nonsense://x"]
+)
+def test_no_engine(workshop: Workshop, digest: str, address: str) -> None:
+    outcome = workshop.build("--runner", "docker", env={"DOCKER_HOST": address})
+
+    outcome.refused(5, address.partition("://")[2], "--runner local")
+    workshop.check_intact(digest)
+
+
+def test_no_engine_is_no_fault_where_none_is_asked_for(workshop: Workshop, digest: str) -> None:
+    outcome = workshop.build("--runner", "auto", env={"DOCKER_HOST": "tcp://127.0.0.1:9"})
+
+    assert outcome.digest == digest
+
+
+@pytest.mark.docker
+def test_an_engine_that_goes_away(workshop: Workshop, digest: str, tmp_path: Path) -> None:
+    workshop.forget("reference")
+    with way_to_engine(tmp_path) as (address, gone):
+        running = workshop.start_build("--runner", "docker", env={"DOCKER_HOST": address})
+        wait_for_container(workshop, running)
+        gone.set()
+        outcome = running.end()
+
+    outcome.refused(5, "engine went away", "run the same command")
+    check_no_container(workshop)
+    assert workshop.build("--runner", "docker", *layout(workshop)).digest == digest
+    workshop.check_intact(digest)
+
+
+@pytest.mark.docker
+def test_a_container_that_is_killed(workshop: Workshop, digest: str) -> None:
+    workshop.forget("reference")
+    running = workshop.start_build("--runner", "docker")
+    docker("kill", wait_for_container(workshop, running))
+    outcome = running.end()
+
+    outcome.refused(5, "reference", "killed")
+    check_no_container(workshop)
+    workshop.check_intact(digest)
+
+
+@pytest.mark.docker
+def test_a_killed_build_leaves_no_container(workshop: Workshop, digest: str) -> None:
+    workshop.forget("reference")
+    running = workshop.start_build("--runner", "docker")
+    wait_for_container(workshop, running)
+    running.process.kill()
+    running.end()
+
+    check_no_container(workshop)
+    workshop.check_intact(digest)
+
+
+def layout(workshop: Workshop) -> tuple[str, str]:
+    """Name a folder for the image, so that nothing stays in the engine."""
+    return "--layout", str(workshop.folder / "layout")
+
+
+@pytest.mark.docker
+def test_an_interrupted_trial_leaves_no_container_and_no_name(
+    workshop: Workshop, digest: str
+) -> None:
+    import signal
+
+    workshop.forget("smoke", "trial")
+    before = json.dumps(sorted(docker("images", "--format", "{{.Repository}}:{{.Tag}}").split()))
+    running = workshop.start_build("--runner", "docker", *layout(workshop))
+    running.wait_for("evaluate:")
+    time.sleep(0.3)
+    running.process.send_signal(signal.SIGTERM)
+
+    assert running.end().code in (130, 0)
+    after = docker("images", "--format", "{{.Repository}}:{{.Tag}}").split()
+    assert not [name for name in after if "weightsmith-candidate" in name and name not in before]
+    check_no_container(workshop)
+    workshop.check_intact(digest)

@@ -1,0 +1,173 @@
+"""Disks that are full or read-only, folders that cannot be written, a user without a home."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.faults.workshop import Workshop, mounted, remount
+
+pytestmark = pytest.mark.builders
+
+
+@pytest.mark.root
+def test_a_disk_too_small_is_refused_before_any_work(empty: Workshop, digest: str) -> None:
+    with mounted(empty.store, "-t", "tmpfs", "-o", "size=8m"):
+        outcome = empty.build()
+
+        outcome.refused(5, str(empty.store), "free", "WEIGHTSMITH_STORE")
+        assert "merge:" not in outcome.err
+        assert not list(empty.store.glob("results/*"))
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("stage", ["merge", "quantize", "bake"])
+def test_a_disk_that_fills_during_a_stage(
+    empty: Workshop, digest: str, stage: str, tmp_path: Path, reference: object
+) -> None:
+    with mounted(empty.store, "-t", "tmpfs", "-o", "size=200m"):
+        fill_store(empty, reference, stage)
+        running = empty.start_build()
+        running.wait_for(f"{stage}:")
+        fill(empty.store / "filler")
+        outcome = running.end()
+
+        outcome.refused(5, "disk", "WEIGHTSMITH_STORE")
+        empty.check_whole()
+        (empty.store / "filler").unlink()
+        remount(empty.store, "size=400m")
+        empty.check_intact(digest)
+        assert not list(empty.store.glob("partial/*"))
+
+
+def fill_store(workshop: Workshop, reference: object, stage: str) -> None:
+    """Put the reference's results in the store, but for those from a stage on."""
+    source = reference.workshop.store  # type: ignore[attr-defined]
+    shutil.copytree(source, workshop.store, dirs_exist_ok=True)
+    names = {"merge": ("merge",), "quantize": ("quantize",), "bake": ("base",)}[stage]
+    workshop.forget(*names)
+    shutil.rmtree(workshop.store / "memos", ignore_errors=True)
+
+
+def fill(path: Path) -> None:
+    """Leave a file system no room."""
+    with path.open("wb", buffering=0) as file:
+        for size in (1 << 20, 1 << 12):
+            try:
+                while True:
+                    file.write(bytes(size))
+            except OSError:
+                continue
+
+
+@pytest.mark.root
+def test_a_full_disk_for_the_results(workshop: Workshop, digest: str) -> None:
+    with mounted(workshop.folder / "dist", "-t", "tmpfs", "-o", "size=4m"):
+        workshop.build().refused(5, str(workshop.folder / "dist"), "free space")
+
+        assert not (workshop.results / "image").exists()
+        remount(workshop.folder / "dist", "size=200m")
+        workshop.check_intact(digest)
+
+
+@pytest.mark.root
+def test_a_read_only_store_serves_what_it_has(workshop: Workshop, digest: str) -> None:
+    with mounted(workshop.store, "--bind", str(workshop.store)):
+        remount(workshop.store, "ro,bind")
+
+        assert workshop.build().digest == digest
+
+
+@pytest.mark.root
+def test_a_read_only_store_takes_nothing_new(workshop: Workshop, digest: str) -> None:
+    with mounted(workshop.store, "--bind", str(workshop.store)):
+        remount(workshop.store, "ro,bind")
+        data = workshop.tiny / "eval-a.jsonl"
+        data.write_text(data.read_text("utf-8").splitlines()[0] + "\n")
+
+        workshop.build().refused(5, "cannot write to the store", "WEIGHTSMITH_STORE")
+
+    workshop.check_intact(digest)
+
+
+@pytest.mark.root
+def test_read_only_results(workshop: Workshop, digest: str) -> None:
+    dist = workshop.folder / "dist"
+    with mounted(dist, "--bind", str(workshop.tiny)):
+        remount(dist, "ro,bind")
+
+        workshop.build().refused(5, str(dist), "permissions")
+
+    workshop.check_intact(digest)
+
+
+def test_no_home_folder(workshop: Workshop, digest: str) -> None:
+    nothing = dict.fromkeys(
+        ("HOME", "XDG_CACHE_HOME", "WEIGHTSMITH_CACHE", "WEIGHTSMITH_STORE", "USER", "LOGNAME")
+    )
+    # A number that no account database knows, as containers are often started with.
+    stranger = ("unshare", "--user", "--map-user=4242")
+    if subprocess.run([*stranger, "true"], check=False).returncode:
+        pytest.skip("no user namespaces here")
+    words = ("build", "--recipe", str(workshop.tiny / "recipe.yaml"), "--json")
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        workshop.start(*words, env={**nothing, name: ""}, under=stranger).end().refused(
+            5, "home", "HOME", "WEIGHTSMITH_CACHE"
+        )
+
+    workshop.check_intact(digest)
+
+
+def test_no_home_folder_is_needed_where_places_are_named(workshop: Workshop, digest: str) -> None:
+    outcome = workshop.build(env={"HOME": None, "USER": None, "LOGNAME": None})
+
+    assert outcome.digest == digest
+
+
+@pytest.mark.parametrize("name", ["WEIGHTSMITH_CACHE", "WEIGHTSMITH_STORE"])
+def test_a_file_where_a_folder_should_be(workshop: Workshop, digest: str, name: str) -> None:
+    place = workshop.folder / "a-file"
+    place.write_text("")
+    workshop.forget("merge")
+
+    workshop.build(env={name: str(place / "in-it")}).refused(5, str(place), name)
+
+    workshop.check_intact(digest)
+
+
+@pytest.mark.root
+def test_a_cache_that_cannot_be_written(workshop: Workshop, digest: str) -> None:
+    workshop.forget("merge")
+    with mounted(workshop.folder / "sealed", "-t", "tmpfs", "-o", "size=1m,ro"):
+        outcome = workshop.build(env={"WEIGHTSMITH_CACHE": str(workshop.folder / "sealed")})
+
+        outcome.refused(5, str(workshop.folder / "sealed"), "WEIGHTSMITH_CACHE")
+
+    workshop.check_intact(digest)
+
+
+@pytest.mark.root
+def test_a_full_cache(workshop: Workshop, digest: str) -> None:
+    """The image that is tried is unpacked there."""
+    workshop.forget("smoke", "trial")
+    with mounted(workshop.folder / "small", "-t", "tmpfs", "-o", "size=1m"):
+        small = workshop.folder / "small"
+        outcome = workshop.build(env={"WEIGHTSMITH_CACHE": str(small)})
+
+        outcome.refused(5, str(small), "no space", "free space")
+        assert not list(small.glob("jobs/*"))
+
+    workshop.check_intact(digest)
+
+
+def test_an_unwritable_lock_of_another_user(workshop: Workshop, digest: str) -> None:
+    for lock in (workshop.store / "locks").iterdir():
+        lock.chmod(0o444)
+
+    assert workshop.build().digest == digest
+    assert os.access(workshop.store, os.W_OK)
