@@ -82,14 +82,15 @@ def _commands() -> Iterator[str]:
     for name in sorted(namespace.task_names):
         task = namespace[name]
         yield f"## {name}\n\n{inspect.getdoc(task.body)}\n"
-        yield "| flag | default |\n|---|---|"
+        yield "| flag | default | meaning |\n|---|---|---|"
         for argument in task.get_arguments():
             flag = "--" + argument.name.replace("_", "-")
             if argument.positional:
                 flag = argument.name.upper()
             star = "*" if argument.kind is list else ""
             default = argument.default if argument.default not in (None, [], "") else ""
-            yield f"| `{flag}`{star} | {f'`{default}`' if default != '' else ''} |"
+            shown = "" if default in ("", False) else f"`{default}`"
+            yield f"| `{flag}`{star} | {shown} | {_oneline(argument.help)} |"
         yield ""
 
 

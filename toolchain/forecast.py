@@ -89,6 +89,9 @@ def table(result: Mapping[str, Json]) -> str:
             f"{plan['device']}: weights {human(int(plan['weight_bytes']))}, cache "
             f"{human(int(plan['kv_bytes_total']))}, other {human(int(plan['overhead_bytes']))}"
         )
+    if not result["serving"]:
+        console.print("sizes are known once the sources are on this machine")
+        return text.getvalue().rstrip()
     console.print(
         f"at most {human(int(result['peak_memory_bytes']))} of memory and "
         f"{human(int(result['peak_disk_bytes']))} of disk"

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from toolchain.errors import CheckFailed
 from toolchain.evaluating.items import Item
 from toolchain.evaluating.metrics import gate, score_answers
 from toolchain.oci.image import Image
@@ -24,6 +25,7 @@ from toolchain.stages import reference as references
 from toolchain.stages.bake import bake
 from toolchain.stages.base import base_image, base_reference
 from toolchain.stages.record import Facts, write_record
+from toolchain.stages.render import portable
 from toolchain.stages.report import write_report
 from toolchain.stages.resolve import resolve
 from toolchain.stages.trial import Trial, ask, is_proven, known_answers
@@ -63,7 +65,7 @@ def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[B
             image = baking.image({})
         with timed.stage("evaluate", f"{len(items)} questions to the started image") as said:
             scores = expected | image_scores(baking, image, items, said)
-            check_gate(request.file, scores)
+        judge(baking, checkpoint, image, scores, timed.stages)
         with timed.stage("publish", reference(recipe, target.name)) as said:
             published = deliver(baking, baking.image(scores), registry, said)
         yield keep_record(baking, checkpoint, published, scores, timed.stages)
@@ -137,7 +139,8 @@ class Baking:
 
     def image(self, scores: Mapping[str, Score]) -> Image:
         """Return the image; scores become labels, so that it can be judged by itself."""
-        said = labels(self.request.file.recipe, self.sources, self.artifact, self.config)
+        plan = portable(self.config.plan)
+        said = labels(self.request.file.recipe, self.sources, self.artifact, self.config, plan)
         return bake(
             self.artifact,
             self.config,
@@ -159,6 +162,7 @@ class Baking:
             memory_bytes=int(self.config.plan["memory_limit_bytes"]),
             questions=references.questions_digest(items),
             port_variable=self.target.engine.port_variable,
+            host_variable=self.target.engine.host_variable,
             threads_variable=self.target.engine.threads_variable,
             neutral=self.target.engine.neutral_settings,
         )
@@ -212,6 +216,9 @@ def image_scores(
 ) -> dict[str, Score]:
     """Start the image unless this very one was proven before, and score its answers."""
     request, tools, trial = baking.request, baking.tools, baking.trial(items)
+    if baking.config.plan["device"] != "cpu" and not tools.engine.describe().get("gpu"):
+        tools.progress.warn("the image is for a GPU and none is here: it was not started")
+        return {}
     said["cached"] = is_proven(image.digest, trial, tools)
     if said["cached"]:
         answers = known_answers(trial, tools) or ()
@@ -223,12 +230,28 @@ def image_scores(
     return {"image": score_answers(answers, items, wanted.metric)} if wanted else {}
 
 
-def check_gate(file: RecipeFile, scores: Mapping[str, Score]) -> None:
-    """Raise CheckFailed when the image lost more than the recipe allows."""
-    wanted = file.recipe.evaluate
-    if wanted is not None:
+def judge(
+    baking: Baking,
+    checkpoint: Checkpoint,
+    image: Image,
+    scores: Mapping[str, Score],
+    stages: Mapping[str, Mapping[str, Json]],
+) -> None:
+    """Raise CheckFailed when the image lost more than the recipe allows; the report is kept."""
+    wanted = baking.request.file.recipe.evaluate
+    if wanted is None or "image" not in scores:
+        return
+    try:
         against = scores.get("adapter", scores.get("base"))
         gate(scores["image"], against, wanted.max_drop, wanted.min_score)
+    except CheckFailed as error:
+        layout = baking.request.trial_layout(baking.target)
+        if layout is not None:
+            publishing.discard_candidate(layout)
+        baking.tools.progress.warn(f"not published: {error.message}")
+        unpublished = Published(reference="", digest=image.digest, layers=())
+        built = keep_record(baking, checkpoint, unpublished, scores, stages)
+        raise CheckFailed(error.message, hint=f"{error.hint}\n  report: {built.report}") from None
 
 
 def deliver(baking: Baking, image: Image, registry: Registry, said: dict[str, Json]) -> Published:

@@ -101,6 +101,7 @@ def wishes_of(serve: Serve) -> Wishes:
         gpu=serve.gpu,
         gpu_count=serve.gpu_count,
         gpu_memory_bytes=parse_size(serve.gpu_memory) if serve.gpu_memory else 0,
+        host_memory_bytes=parse_size(serve.memory) if serve.memory else 0,
         max_model_len=None if serve.max_model_len == "auto" else serve.max_model_len,
         max_num_seqs=None if serve.max_num_seqs == "auto" else serve.max_num_seqs,
         extra=serve.extra,

@@ -140,6 +140,8 @@ class StartSpec:
     env: Mapping[str, str]
     port_variable: str = ""
     """Variable that moves the port, for launchers that share the host's network."""
+    host_variable: str = ""
+    """Variable that keeps it to loopback there."""
     memory_bytes: int = 0
     use_gpu: bool = False
 

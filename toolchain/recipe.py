@@ -98,6 +98,11 @@ class Serve(_Part):
         pattern=r"^(\d+(\.\d+)?\s*([KMGT]i?B)?)?$",
         description="Memory per GPU instead of a name: `24GiB`.",
     )
+    memory: str = Field(
+        "",
+        pattern=r"^(\d+(\.\d+)?\s*([KMGT]i?B)?)?$",
+        description="Memory that a CPU server may use; without it `auto` plans for this machine's.",
+    )
     max_model_len: int | Literal["auto"] = Field(
         "auto", description="Tokens of prompt and answer together."
     )
@@ -268,6 +273,8 @@ def _fault(error: Any) -> str:
         return f"unknown key `{place}`" + (f", did you mean `{near[0]}`?" if near else "")
     if error["type"] == "missing":
         return f"`{place}` is missing"
+    if error["type"] == "string_type" and isinstance(error.get("input"), int | float):
+        return f"`{place}`: YAML reads {error['input']} as a number; write it in quotes"
     return f"`{place}`: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 

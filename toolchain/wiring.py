@@ -18,7 +18,7 @@ from toolchain.drivers.hub import HubReader
 from toolchain.drivers.local import LocalRunner
 from toolchain.drivers.ownership import private_folder
 from toolchain.drivers.pypi import PypiReader
-from toolchain.drivers.rootfs import RootfsLauncher, StartInfo
+from toolchain.drivers.rootfs import EitherLauncher, RootfsLauncher, StartInfo
 from toolchain.drivers.store import FileStore
 from toolchain.errors import EnvironmentFailure, UsageError
 from toolchain.oci import auth
@@ -61,6 +61,11 @@ def make_store() -> FileStore:
     return FileStore(store_folder())
 
 
+def make_engine() -> DockerEngine:
+    """Return the container engine, whether it answers or not."""
+    return DockerEngine()
+
+
 def make_registry(*, insecure: bool = False) -> Registry:
     """Return a registry client with the user's Docker credentials."""
     return Registry(credentials=auth.docker_config(docker_config(), ask_helper), insecure=insecure)
@@ -83,9 +88,9 @@ def make_tools(runner: str, progress: Progress) -> tuple[Tools, bool]:
     if answers:
         docker = DockerRunner(engine, cache_folder())
         chosen = docker if runner == "docker" else FallbackRunner(docker, chosen)
-    launcher: Launcher = (
-        DockerLauncher(engine) if answers else RootfsLauncher(start_info, cache_folder())
-    )
+    launcher: Launcher = RootfsLauncher(start_info, cache_folder())
+    if answers:
+        launcher = EitherLauncher(DockerLauncher(engine), launcher)
     readers = (FolderReader(store), HubReader(store), PypiReader(store))
     return Tools(
         store=store,

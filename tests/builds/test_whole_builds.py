@@ -157,8 +157,8 @@ def test_single_commands_make_the_same_artifact(local, tmp_path: Path) -> None:
         "--out", tmp_path / "tiny-capitals.gguf", "--runner", "local", store=store,
     )  # fmt: skip
     weightsmith(
-        "render", "--model", tmp_path / "tiny-capitals.gguf", "--target", TARGET, "--max-model-len", 256,
-        "--max-num-seqs", 2, "--out", tmp_path / "config", store=store,
+        "render", "--model", tmp_path / "tiny-capitals.gguf", "--target", TARGET,
+        "--max-model-len", 256, "--max-num-seqs", 2, "--out", tmp_path / "config", store=store,
     )  # fmt: skip
     baked = weightsmith(
         "bake", "--model", tmp_path / "tiny-capitals.gguf", "--target", TARGET, "--config",

@@ -1,4 +1,4 @@
-"""The recipe: its faults are named with the nearest right spelling; its schema is what it checks."""
+"""The recipe: faults are named with the nearest right spelling, the schema is what is checked."""
 
 import json
 from pathlib import Path

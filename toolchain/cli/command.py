@@ -19,6 +19,7 @@ from typing import Any
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
+from toolchain.cli.flags import FLAGS
 from toolchain.errors import EnvironmentFailure, WeightsmithError
 from toolchain.values import Json, plain
 
@@ -50,13 +51,26 @@ def command(
             except KeyboardInterrupt:
                 _fail("interrupted; what was finished is kept", "", 130, as_json=as_json)
             else:
-                print(json.dumps(plain(result)) if as_json else text, flush=True)  # noqa: T201
+                _say(json.dumps(plain(result)) if as_json else text)
 
         # Invoke reads the signature, and takes a list's default only from None.
         run.__signature__ = _with_none(inspect.signature(body), many)  # type: ignore[attr-defined]
-        return task(positional=list(positional), iterable=list(many), auto_shortflags=False)(run)
+        names = inspect.signature(body).parameters
+        return task(
+            positional=list(positional),
+            iterable=list(many),
+            auto_shortflags=False,
+            help={name: text for name, text in FLAGS.items() if name in names},
+        )(run)
 
     return wrap
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, flush=True)  # noqa: T201
+    except BrokenPipeError:  # the reader, such as `head`, had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _with_none(signature: inspect.Signature, many: tuple[str, ...]) -> inspect.Signature:

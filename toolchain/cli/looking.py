@@ -15,10 +15,10 @@ def inspect(
     """Say what an image is made of: provenance, plan, scores, layers, from the image alone."""
     del json
     from toolchain.singles.images import inspect_image, inspect_text
-    from toolchain.wiring import make_registry
+    from toolchain.wiring import make_engine, make_registry
 
     with make_registry(insecure=insecure) as registry:
-        result = inspect_image(source, registry)
+        result = inspect_image(source, registry, make_engine())
     return result, inspect_text(result)
 
 

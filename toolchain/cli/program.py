@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from invoke.exceptions import ParseError
@@ -25,7 +26,10 @@ class _Program(Program):  # type: ignore[misc]  # invoke has no types
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    _Program(name="weightsmith", version=__version__, namespace=namespace).run()
+    try:
+        _Program(name="weightsmith", version=__version__, namespace=namespace).run()
+    except BrokenPipeError:  # the reader, such as `head`, had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

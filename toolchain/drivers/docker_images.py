@@ -100,6 +100,8 @@ def _arguments(flavour: str, reference: str) -> dict[str, str]:
     # An argument is readable in the image's history, so an index with a password is not passed.
     if index and "@" not in index:
         arguments["PIP_INDEX_URL"] = index
+    if os.environ.get("PIP_NO_INDEX"):
+        arguments["PIP_NO_INDEX"] = "1"
     return arguments
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from toolchain.drivers import process
 from toolchain.drivers.ownership import private_folder
 from toolchain.errors import EnvironmentFailure, UsageError
-from toolchain.ports import Endpoint, StartSpec
+from toolchain.ports import Endpoint, Launcher, StartSpec
 
 _SCHEME = "oci:"
 
@@ -73,9 +74,25 @@ class RootfsLauncher:
                 )
             with _port(spec) as port:
                 moved = {spec.port_variable: str(port)} if spec.port_variable else {}
+                if spec.host_variable:
+                    moved[spec.host_variable] = "127.0.0.1"
                 with _started(root, info, replace(spec, env={**spec.env, **moved})) as server:
                     url = f"http://127.0.0.1:{port}"
                     yield Endpoint(url=url, logs=server.logs, alive=server.alive)
+
+
+class EitherLauncher:
+    """Starts layouts from their own root file system, and all else in the container engine."""
+
+    def __init__(self, engine: Launcher, layouts: Launcher) -> None:
+        self._engine = engine
+        self._layouts = layouts
+        self.name = engine.name
+
+    def serve(self, image: str, spec: StartSpec) -> AbstractContextManager[Endpoint]:
+        """Start `image` where it is."""
+        launcher = self._layouts if image.startswith(_SCHEME) else self._engine
+        return launcher.serve(image, spec)
 
 
 def free_port() -> int:

@@ -3,7 +3,7 @@
 A first pass computes in `work` precision and bounds its own error rigorously. Rounding is monotone:
 where both ends of the error interval round to the same value, that value is the correctly rounded
 one, whatever the order of summation, thread count, block size, BLAS or device. The other elements,
-about one in ten thousand, go to `repair`.
+about one in a thousand, go to `repair`.
 """
 
 from __future__ import annotations

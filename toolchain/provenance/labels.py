@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from toolchain.recipe import Recipe
-from toolchain.values import Artifact, Score, ServingConfig, Sources
+from toolchain.values import Artifact, Json, Score, ServingConfig, Sources
 
 PREFIX = "dev.weightsmith."
 """Our labels; the others are the OCI annotations of image-spec annotations.md."""
@@ -24,11 +24,16 @@ def reference(recipe: Recipe, target: str) -> str:
 
 
 def labels(
-    recipe: Recipe, sources: Sources, artifact: Artifact, config: ServingConfig
+    recipe: Recipe,
+    sources: Sources,
+    artifact: Artifact,
+    config: ServingConfig,
+    plan: Mapping[str, Json],
 ) -> dict[str, str]:
     """Return the labels that name every source by digest, and the plan.
 
-    They depend on nothing but the inputs, so that the same inputs give the same digest.
+    `plan` is the serving plan without what is the planning machine's own: labels depend on
+    nothing but the inputs, so that the same inputs give the same digest.
     """
     found = {
         "org.opencontainers.image.title": recipe.name,
@@ -41,7 +46,7 @@ def labels(
         PREFIX + "base.digest": sources.base.digest,
         PREFIX + "merge.method": recipe.merge.method,
         PREFIX + "merge.precision": recipe.merge.precision,
-        PREFIX + "plan": json.dumps(config.plan, sort_keys=True, separators=(",", ":")),
+        PREFIX + "plan": json.dumps(plan, sort_keys=True, separators=(",", ":")),
     }
     for number, adapter in enumerate(sources.adapters):
         stem = f"{PREFIX}adapter.{number}."

@@ -74,6 +74,8 @@ class Engine:
     """Absolute path in the image -> template name in the engine's template folder."""
     port_variable: str = ""
     """The variable that moves the port."""
+    host_variable: str = ""
+    """The variable that says which address it listens on."""
     threads_variable: str = ""
     """The variable for its number of threads, where it would count the machine's CPUs itself."""
     neutral_settings: frozenset[str] = frozenset()

@@ -52,6 +52,7 @@ ENGINE = Engine(
     command=command,
     healthcheck=("/app/healthcheck",),
     port_variable="LLAMA_ARG_PORT",
+    host_variable="LLAMA_ARG_HOST",
     threads_variable="LLAMA_ARG_THREADS",
     neutral_settings=frozenset({"ctx-size", "parallel", "threads", "cache-ram"}),
     image_files={"/etc/weightsmith/llamacpp.env": "llamacpp.env"},

@@ -90,6 +90,7 @@ def _endpoint(subject: Subject, tools: Tools) -> Iterator[Endpoint]:
         port=ports[0] if ports else 8000,
         env={},
         port_variable=target.engine.port_variable if target else "",
+        host_variable=target.engine.host_variable if target else "",
     )
     with tools.launcher.serve(subject.image, spec) as endpoint:
         path = target.engine.health_path if target else "/health"

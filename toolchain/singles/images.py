@@ -12,7 +12,7 @@ from toolchain.oci.inspect import describe
 from toolchain.oci.layout import read_layout
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
-from toolchain.ports import Progress
+from toolchain.ports import ContainerEngine, Progress
 from toolchain.provenance.labels import PREFIX
 from toolchain.serving.memory import human
 from toolchain.values import Json, plain
@@ -44,11 +44,36 @@ def copy_image(
     return dict(plain(published))
 
 
-def inspect_image(source: str, registry: Registry) -> Mapping[str, Json]:
-    """Return what an image says of itself: provenance, plan, scores, layers, configuration."""
-    image = open_image(source, registry)
-    found = describe(image)
-    own = {k.removeprefix(PREFIX): v for k, v in image.labels.items() if k.startswith(PREFIX)}
+def inspect_image(source: str, registry: Registry, engine: ContainerEngine) -> Mapping[str, Json]:
+    """Return what an image says of itself: provenance, plan, scores, layers, configuration.
+
+    A reference that the container engine holds is read there, any other in its registry.
+    """
+    if not _is_layout(source) and engine.answers() and (held := engine.inspect(source)):
+        return _told(source, _described_by_engine(held))
+    return _told(source, describe(open_image(source, registry)))
+
+
+def _is_layout(source: str) -> bool:
+    return source.startswith("oci:") or Path(source).is_dir()
+
+
+def _described_by_engine(held: Mapping[str, Json]) -> dict[str, Json]:
+    """Return an engine's image in the words of `describe`; it keeps no manifest, so no digest."""
+    config = held.get("Config") or {}
+    ids = held.get("RootFS", {}).get("Layers") or ()
+    return {
+        "digest": "",
+        "config_digest": held["Id"],
+        "size": held.get("Size", 0),
+        "labels": config.get("Labels") or {},
+        "layers": [{"digest": i, "diff_id": i, "size": 0, "file": ""} for i in ids],
+    }
+
+
+def _told(source: str, found: Mapping[str, Json]) -> Mapping[str, Json]:
+    labels = found["labels"]
+    own = {k.removeprefix(PREFIX): v for k, v in labels.items() if k.startswith(PREFIX)}
     plan = own.pop("plan", "")
     scores = {
         name.removeprefix("score."): float(own.pop(name).split()[0])
@@ -66,7 +91,8 @@ def inspect_image(source: str, registry: Registry) -> Mapping[str, Json]:
 
 def inspect_text(found: Mapping[str, Json]) -> str:
     """Return an inspection for people."""
-    lines = [f"{found['reference']}", f"  digest    {found['digest']}"]
+    identity = found["digest"] or f"{found['config_digest']} (image id)"
+    lines = [f"{found['reference']}", f"  digest    {identity}"]
     lines += [f"  {name:<9} {value:.4f}" for name, value in found["scores"].items()]
     lines += [f"  {name:<24} {value}" for name, value in sorted(found["provenance"].items())]
     if plan := found["plan"]:

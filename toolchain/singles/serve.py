@@ -22,7 +22,7 @@ from toolchain.stages.base import base_image, base_reference
 from toolchain.stages.publish import Outputs, publish
 from toolchain.stages.quantize import model_config
 from toolchain.stages.record import write_files
-from toolchain.stages.render import render
+from toolchain.stages.render import portable, render
 from toolchain.values import Artifact, FileEntry, Json, ServingConfig, Tree, plain
 
 _CONFIG = "serving.json"
@@ -137,7 +137,7 @@ def bake_model(request: BakeRequest, registry: Registry, tools: Tools) -> Mappin
             "dev.weightsmith.target": target.name,
             "dev.weightsmith.format": target.format.name,
             "dev.weightsmith.artifact.digest": artifact.digest,
-            "dev.weightsmith.plan": json.dumps(config.plan, sort_keys=True),
+            "dev.weightsmith.plan": json.dumps(portable(config.plan), sort_keys=True),
         },
         store=tools.store,
         model_dir=target.engine.model_dir,

@@ -8,6 +8,7 @@ from pathlib import Path
 from toolchain.oci.image import Image, ImageConfig, assemble
 from toolchain.oci.layers import Member, TarLayer
 from toolchain.oci.layout import read_layout
+from toolchain.oci.manifests import host_platform
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.ports import Entry, Tools
@@ -64,7 +65,7 @@ def _own(name: str, tools: Tools) -> Image:
         ),
         memo=tools.store.memo,
     )
-    return assemble((), (layer,), config=ImageConfig())
+    return assemble((), (layer,), config=ImageConfig(), platform=host_platform())
 
 
 def _export(folder: Path, tools: Tools) -> Mapping[str, Json]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -9,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from toolchain.errors import EnvironmentFailure
 from toolchain.oci.archive import docker_archive
 from toolchain.oci.image import Image
 from toolchain.oci.layout import read_layout, write_layout
@@ -45,9 +48,9 @@ def candidate(image: Image, layout: Path | None, tools: Tools) -> Iterator[str]:
         finally:
             tools.engine.untag(name)
         return
-    folder = _beside(layout)
-    _layout(image, folder, tools)
-    yield f"oci:{folder}"
+    with _alone(_beside(layout)) as folder:
+        _layout(image, folder, tools)
+        yield f"oci:{folder}"
 
 
 def publish(
@@ -126,17 +129,50 @@ def _layout(image: Image, folder: Path, tools: Tools) -> None:
 
 def _settle(image: Image, folder: Path, tools: Tools) -> None:
     """Give the candidate's layout its final place in one rename."""
-    beside = _beside(folder)
-    stale = _held(beside)
-    _layout(image, beside, tools)
-    if stale is not None and stale != image.digest:
-        _forget_unnamed(beside, image)
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    beside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with _alone(_beside(folder)) as beside:
+        stale = _held(beside)
+        _layout(image, beside, tools)
+        if stale is not None and stale != image.digest:
+            _forget_unnamed(beside, image)
+        if folder.exists():
+            folder.rename(folder.with_name(f".{folder.name}.old-{os.getpid()}"))
+        beside.rename(folder)
+    for old in folder.parent.glob(f".{folder.name}.old-*"):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[Path]:
+    """Yield a folder that no other build of the same results writes to or renames meanwhile.
+
+    Raises EnvironmentFailure where it cannot be made.
+    """
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # renamed between the two
+        except OSError as error:
+            raise EnvironmentFailure(
+                f"cannot write the image layout {folder}: {error.strerror}",
+                hint="check free space and permissions, then run it again",
+            ) from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # the kernel frees it when we die
+            if _is_still(folder, descriptor):
+                yield folder
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _is_still(folder: Path, descriptor: int) -> bool:
+    """Say whether the folder has not been renamed while its lock was waited for."""
+    try:
+        return os.path.samestat(folder.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _forget_unnamed(folder: Path, image: Image) -> None:
@@ -145,6 +181,11 @@ def _forget_unnamed(folder: Path, image: Image) -> None:
     for path in (folder / "blobs" / "sha256").iterdir():
         if path.name not in named:
             path.unlink()
+
+
+def discard_candidate(layout: Path) -> None:
+    """Delete what a candidate that did not pass left beside its layout."""
+    shutil.rmtree(_beside(layout), ignore_errors=True)
 
 
 def _held(folder: Path) -> str | None:

@@ -153,10 +153,14 @@ def _items(scores: Mapping[str, Score]) -> list[dict[str, Json]]:
 
 def _next(facts: Facts) -> list[str]:
     reference, port = facts.published.reference, facts.config.port
+    if not reference:
+        return [
+            "raise the quality (a larger format, a better adapter) or max_drop, and build again"
+        ]
     if reference.startswith("oci:"):
         return [f"skopeo copy {reference} docker-daemon:{facts.recipe.name}:latest"]
     return [
-        f"docker run --rm -p {port}:{port} {reference}",
+        f"docker run --rm -p 127.0.0.1:{port}:{port} {reference}",
         f"curl http://127.0.0.1:{port}/v1/models",
     ]
 

@@ -27,6 +27,9 @@ from toolchain.values import Digest, Json, ServingConfig, plain
 USER_ID = 65532
 """The unprivileged user that images run as, as in distroless images."""
 
+_OF_THE_MACHINE = frozenset(
+    {"usable_bytes", "kv_cache_bytes", "margin_bytes", "max_concurrency", "notes", "nearest"}
+)
 _SLOWEST_DISK = 50_000_000
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -66,12 +69,14 @@ def render(
         **_engine_facts(engine, plan),
     }
     files = render_files((templates() / engine.name, templates() / "deploy"), facts)
-    plan_json = json.dumps(plan_facts(plan, wishes), indent=2, sort_keys=True) + "\n"
+    told = plan_facts(plan, wishes)
+    plan_json = json.dumps(told, indent=2, sort_keys=True) + "\n"
+    inside_json = json.dumps(portable(told), indent=2, sort_keys=True) + "\n"
     inside = {path: files[file] for path, file in engine.image_files.items()}
     return ServingConfig(
         target=target.name,
         files={**files, "plan.json": plan_json},
-        image_files={**inside, "/etc/weightsmith/plan.json": plan_json},
+        image_files={**inside, "/etc/weightsmith/plan.json": inside_json},
         entrypoint=engine.entrypoint,
         command=engine.command(plan, names),
         env=env,
@@ -79,7 +84,7 @@ def render(
         health_path=engine.health_path,
         healthcheck=healthcheck,
         served_name=name,
-        plan=plan_facts(plan, wishes),
+        plan=told,
         made_from=made_from,
     )
 
@@ -115,6 +120,15 @@ def plan_facts(plan: ServingPlan, wishes: Wishes) -> Mapping[str, Json]:
     }
     facts: Mapping[str, Json] = {**plain(plan), **common}
     return facts
+
+
+def portable(plan: Mapping[str, Json]) -> Mapping[str, Json]:
+    """Return what of a plan goes into the image: on a CPU, nothing of the planning machine.
+
+    Else the same build would have another digest on a machine with more memory.
+    """
+    own = _OF_THE_MACHINE if plan["device"] == "cpu" else frozenset()
+    return {key: value for key, value in plan.items() if key not in own}
 
 
 def memory_limit(plan: ServingPlan) -> int:

@@ -34,6 +34,7 @@ class Trial:
     memory_bytes: int
     questions: Digest
     port_variable: str = ""
+    host_variable: str = ""
     threads_variable: str = ""
     neutral: frozenset[str] = frozenset()
     """Engine settings that change no answer, such as the number of slots."""
@@ -86,8 +87,9 @@ def ask(reference: str, image: Digest, trial: Trial, tools: Tools) -> tuple[str,
         port=trial.config.port,
         env=_threads(trial),
         port_variable=trial.port_variable,
+        host_variable=trial.host_variable,
         memory_bytes=trial.memory_bytes,
-        use_gpu=False,
+        use_gpu=trial.config.plan["device"] != "cpu",
     )
     with tools.launcher.serve(reference, spec) as endpoint:
         limit = max(_START_SECONDS, trial.artifact.tree.size / _SLOWEST_DISK)

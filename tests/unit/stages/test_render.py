@@ -13,7 +13,7 @@ from toolchain.quantizers import formats
 from toolchain.serving.engine import Wishes
 from toolchain.serving.memory import GIB, MIB
 from toolchain.serving.targets import find, targets
-from toolchain.stages.render import render, render_files
+from toolchain.stages.render import portable, render, render_files
 from toolchain.values import Digest
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -110,7 +110,19 @@ def test_the_env_file_is_the_images_environment():
     assert pairs == config.env
     assert config.env["LLAMA_ARG_MODEL"] == "/models/support-smol.gguf"
     assert config.image_files["/etc/weightsmith/llamacpp.env"] == config.files["llamacpp.env"]
-    assert json.loads(config.image_files["/etc/weightsmith/plan.json"]) == config.plan
+    assert json.loads(config.image_files["/etc/weightsmith/plan.json"]) == portable(config.plan)
+
+
+def test_a_cpu_image_holds_nothing_of_the_machine_that_planned_it():
+    wishes = {"max_model_len": 1024, "max_num_seqs": 2}
+    small, large = (
+        rendered(wishes=Wishes(host_memory_bytes=size << 30, **wishes)) for size in (4, 400)
+    )
+
+    assert small.image_files == large.image_files
+    assert small.env == large.env
+    assert portable(small.plan) == portable(large.plan)
+    assert small.plan["usable_bytes"] != large.plan["usable_bytes"]
 
 
 def test_the_plan_has_the_names_that_every_engine_has():
