@@ -47,10 +47,13 @@ generate: setup-dev ## Write the generated reference pages and the JSON Schema
 
 test: setup-dev ## Every test that needs no GPU; starts a container engine where it may
 	@bash tests/engine.sh || test -z "$(WEIGHTSMITH_REQUIRE_DOCKER)"
+	@echo "test: making builders; ten minutes the first time, nothing afterwards"
+	@$(BIN)/python -m tests.builders
 	@$(BIN)/python -m pytest -m "not real and not gpu" $(PYTEST_FLAGS)
 
 test-real: setup-dev ## The heavy tests on real weights as well
 	@bash tests/engine.sh || test -z "$(WEIGHTSMITH_REQUIRE_DOCKER)"
+	@$(BIN)/python -m tests.builders
 	@$(BIN)/python -m pytest -m "not gpu" $(PYTEST_FLAGS)
 
 docs: generate ## Generate the reference pages

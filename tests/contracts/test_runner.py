@@ -19,9 +19,10 @@ from toolchain.drivers.local import LocalRunner
 from toolchain.errors import CheckFailed, InputRefused, WeightsmithError
 from toolchain.ports import Runner
 from toolchain.values import Job
+from toolchain.wiring import cache_folder
 
 ROOT = Path(__file__).parents[2]
-CACHE = Path(os.environ.get("WEIGHTSMITH_TEST_CACHE", Path.home() / ".cache/weightsmith"))
+CACHE = Path(os.environ.get("WEIGHTSMITH_TEST_CACHE") or cache_folder())
 """Builders are made once and kept here, because that takes minutes."""
 REAL = [
     pytest.param("local", marks=pytest.mark.builders),

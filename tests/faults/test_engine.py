@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.relay import Relay
 from tests.faults.workshop import Running, Workshop
 
 pytestmark = pytest.mark.builders
@@ -54,50 +55,19 @@ def check_no_container(workshop: Workshop) -> None:
 
 
 @contextmanager
-def way_to_engine(folder: Path) -> Iterator[tuple[str, threading.Event]]:
-    """Yield an address that leads to the engine until the event is set: then the engine is gone."""
-    gone, ends = threading.Event(), list[socket.socket]()
+def way_to_engine(folder: Path) -> Iterator[tuple[str, Relay]]:
+    """Yield an address that leads to the engine until the relay is cut: then the engine is gone."""
+
+    def connect() -> socket.socket:
+        outer = socket.socket(socket.AF_UNIX)
+        outer.connect(SOCKET)
+        return outer
+
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(folder / "engine.sock"))
     listener.listen()
-
-    def forward(source: socket.socket, target: socket.socket) -> None:
-        try:
-            while data := source.recv(1 << 16):
-                target.sendall(data)
-            target.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass
-
-    def serve() -> None:
-        while not gone.is_set():
-            try:
-                inner, _ = listener.accept()
-            except OSError:
-                return
-            outer = socket.socket(socket.AF_UNIX)
-            outer.connect(SOCKET)
-            ends.extend((inner, outer))
-            for pair in ((inner, outer), (outer, inner)):
-                threading.Thread(target=forward, args=pair, daemon=True).start()
-
-    def cut() -> None:
-        gone.wait()
-        for end in (listener, *ends):
-            try:
-                end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
-            end.close()
-
-    threading.Thread(target=serve, daemon=True).start()
-    cutter = threading.Thread(target=cut, daemon=True)
-    cutter.start()
-    try:
-        yield f"unix://{folder}/engine.sock", gone
-    finally:
-        gone.set()
-        cutter.join(10)
+    with Relay(listener, connect) as relay:
+        yield f"unix://{folder}/engine.sock", relay
 
 
 @pytest.mark.parametrize(
@@ -119,10 +89,10 @@ def test_no_engine_is_no_fault_where_none_is_asked_for(workshop: Workshop, diges
 @pytest.mark.docker
 def test_an_engine_that_goes_away(workshop: Workshop, digest: str, tmp_path: Path) -> None:
     workshop.forget("reference")
-    with way_to_engine(tmp_path) as (address, gone):
+    with way_to_engine(tmp_path) as (address, relay):
         running = workshop.start_build("--runner", "docker", env={"DOCKER_HOST": address})
         wait_for_container(workshop, running)
-        gone.set()
+        relay.cut()
         outcome = running.end()
 
     outcome.refused(5, "engine went away", "run the same command")
@@ -164,8 +134,6 @@ def layout(workshop: Workshop) -> tuple[str, str]:
 def test_an_interrupted_trial_leaves_no_container_and_no_name(
     workshop: Workshop, digest: str
 ) -> None:
-    import signal
-
     workshop.forget("smoke", "trial")
     before = json.dumps(sorted(docker("images", "--format", "{{.Repository}}:{{.Tag}}").split()))
     running = workshop.start_build("--runner", "docker", *layout(workshop))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.debian_registry import real_registry, stop_registry
+from tests.faults.relay import Relay
 from tests.faults.workshop import Workshop
 
 pytestmark = [pytest.mark.builders, pytest.mark.registry]
@@ -38,53 +38,18 @@ def tagged(host: str, tag: str = TAG) -> str:
         with urllib.request.urlopen(request, timeout=10) as answer:
             return str(answer.headers["Docker-Content-Digest"])
     except urllib.error.HTTPError as error:
-        assert error.code == 404
-        return ""
+        return "" if error.code == 404 else f"HTTP {error.code}"
 
 
 @contextmanager
 def cutting(host: str, after: int) -> Iterator[str]:
-    """Forward to a registry, and kill it once so many bytes went up; yield the way's own host."""
-    sent = 0
-    lock = threading.Lock()
-
-    def forward(source: socket.socket, target: socket.socket, *, counted: bool) -> None:
-        nonlocal sent
-        try:
-            while data := source.recv(1 << 16):
-                with lock:
-                    sent += len(data) if counted else 0
-                    if sent > after:
-                        stop_registry(host)
-                        return
-                target.sendall(data)
-        except OSError:
-            pass
-        finally:
-            for end in (source, target):
-                end.close()
-
-    def serve() -> None:
-        while True:
-            try:
-                inner, _ = listener.accept()
-            except OSError:
-                return
-            try:
-                outer = socket.create_connection((host.partition(":")[0], int(host[10:])))
-            except OSError:
-                inner.close()
-                continue
-            for source, target, counted in ((inner, outer, True), (outer, inner, False)):
-                threading.Thread(
-                    target=forward, args=(source, target), kwargs={"counted": counted}, daemon=True
-                ).start()
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=serve, daemon=True).start()
+    """Lead to a registry, and kill it once so many bytes went up; yield the way's own host."""
+    name, _, port = host.partition(":")
+    listener = socket.create_server(("127.0.0.1", 0))
+    with Relay(listener, lambda: socket.create_connection((name, int(port))), after) as relay:
+        relay.at_cut = lambda: stop_registry(host)
         yield f"127.0.0.1:{listener.getsockname()[1]}"
-        # Closing does not wake a thread that waits in accept.
-        listener.shutdown(socket.SHUT_RDWR)
+        assert relay.is_cut
 
 
 def test_a_registry_that_is_down(workshop: Workshop, digest: str, tmp_path: Path) -> None:

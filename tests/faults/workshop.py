@@ -18,10 +18,12 @@ from typing import Any, Self
 import yaml
 from safetensors.numpy import load_file, save_file
 
+from toolchain.wiring import cache_folder
+
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny"
 PROGRAM = Path(sys.executable).with_name("weightsmith")
-BUILDERS = Path(os.environ.get("WEIGHTSMITH_TEST_CACHE", Path.home() / ".cache/weightsmith-tests"))
+BUILDERS = Path(os.environ.get("WEIGHTSMITH_TEST_CACHE") or cache_folder())
 """Builders are made once and kept here, because that takes minutes."""
 TARGET = "llamacpp-q4_k_m"
 QUESTIONS = 3

@@ -1,0 +1,86 @@
+"""A way to a server that a test can watch and cut."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Self
+
+Connect = Callable[[], socket.socket]
+
+
+class Relay:
+    """Passes connections on from a listening socket until it is cut; counts what goes up."""
+
+    def __init__(self, listener: socket.socket, connect: Connect, after: int | None = None) -> None:
+        self._listener = listener
+        self._connect = connect
+        self._left = after
+        self._lock = threading.Lock()
+        self._ends: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self.is_cut = False
+        self.at_cut: Callable[[], None] = lambda: None
+        """Called once, when so many bytes went up as `after` says."""
+
+    def __enter__(self) -> Self:
+        self._start(self._accept)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cut()
+        for thread in self._threads:
+            thread.join(10)
+        for end in (self._listener, *self._ends):
+            end.close()
+
+    def cut(self) -> None:
+        """End every connection, and take no more."""
+        self.is_cut = True
+        for end in (self._listener, *self._ends):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _start(self, target: Callable[..., None], *words: object) -> None:
+        thread = threading.Thread(target=target, args=words, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        while not self.is_cut:
+            try:
+                inner, _ = self._listener.accept()
+            except OSError:
+                return
+            self._ends.append(inner)
+            try:
+                outer = self._connect()
+            except OSError:
+                inner.shutdown(socket.SHUT_RDWR)
+                continue
+            self._ends.append(outer)
+            self._start(self._pass_on, inner, outer, True)
+            self._start(self._pass_on, outer, inner, False)
+
+    def _pass_on(self, source: socket.socket, target: socket.socket, upwards: bool) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                if upwards and self._is_enough(len(data)):
+                    self.cut()
+                    return
+                target.sendall(data)
+        with suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+    def _is_enough(self, size: int) -> bool:
+        """Count, and say whether this is the moment to cut."""
+        with self._lock:
+            if self._left is None or self.is_cut:
+                return self.is_cut
+            self._left -= size
+            if self._left < 0:
+                self.is_cut = True
+                self.at_cut()
+        return self.is_cut
