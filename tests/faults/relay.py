@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,15 +34,17 @@ class Relay:
         self.cut()
         for thread in self._threads:
             thread.join(10)
-        for end in (self._listener, *self._ends):
-            end.close()
+        self.cut()
 
     def cut(self) -> None:
         """End every connection, and take no more."""
         self.is_cut = True
         for end in (self._listener, *self._ends):
             with suppress(OSError):
+                # Wakes who waits; then the other side gets a reset, as from a server that died.
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 end.shutdown(socket.SHUT_RDWR)
+            end.close()
 
     def _start(self, target: Callable[..., None], *words: object) -> None:
         thread = threading.Thread(target=target, args=words, daemon=True)
