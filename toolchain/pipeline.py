@@ -133,7 +133,7 @@ class Baking:
             sources=sources,
             artifact=artifact,
             config=config,
-            base=base_image(name, registry, tools),
+            base=base_image(name, target.engine.name, registry, tools),
             tools=tools,
         )
 

@@ -131,7 +131,7 @@ def bake_model(request: BakeRequest, registry: Registry, tools: Tools) -> Mappin
     image = bake(
         artifact,
         config,
-        base=base_image(wanted, registry, tools),
+        base=base_image(wanted, target.engine.name, registry, tools),
         labels={
             "org.opencontainers.image.title": model.name,
             "dev.weightsmith.target": target.name,

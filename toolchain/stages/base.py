@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from toolchain.errors import InputRefused
 from toolchain.oci.image import Image, ImageConfig, assemble
 from toolchain.oci.layers import Member, TarLayer
 from toolchain.oci.layout import read_layout
@@ -18,6 +19,9 @@ from toolchain.values import Job, Json, StageInputs
 
 OWN = "engine:"
 """Prefix of bases that are a folder of images/engines/, assembled here from its tools."""
+
+ENGINE_LABEL = "dev.weightsmith.engine"
+"""How an image says which engine it holds."""
 
 _BUILDER = "gguf"
 _RECIPE_NUMBER = 1
@@ -41,16 +45,27 @@ def base_inputs(name: str) -> StageInputs:
     )
 
 
-def base_image(reference: str, registry: Registry, tools: Tools) -> Image:
-    """Return the base; its layers are read when they are needed.
+def base_image(reference: str, engine: str, registry: Registry, tools: Tools) -> Image:
+    """Return the base for an engine; its layers are read when they are needed.
 
-    Raises EnvironmentFailure where a registry cannot be reached, InputRefused for a broken image.
+    What a base does not say of itself is a warning. Raises InputRefused for a broken image and
+    for one that says it holds another engine, EnvironmentFailure where a registry is out of reach.
     """
     if reference.startswith(OWN):
         return _own(reference.removeprefix(OWN), tools)
     if reference.startswith("oci:"):
-        return read_layout(Path(reference.removeprefix("oci:")))
-    return registry.pull(Reference.parse(reference))
+        image = read_layout(Path(reference.removeprefix("oci:")))
+    else:
+        image = registry.pull(Reference.parse(reference))
+    said = image.labels.get(ENGINE_LABEL, "")
+    if not said:
+        tools.progress.warn(f"{reference} does not say which engine it holds, {engine} is assumed")
+    elif said != engine:
+        raise InputRefused(
+            f"{reference} says that it holds {said}, and the target needs {engine}",
+            hint="choose a base of that engine, or another target",
+        )
+    return image
 
 
 def _own(name: str, tools: Tools) -> Image:
@@ -65,7 +80,9 @@ def _own(name: str, tools: Tools) -> Image:
         ),
         memo=tools.store.memo,
     )
-    return assemble((), (layer,), config=ImageConfig(), platform=host_platform())
+    return assemble(
+        (), (layer,), config=ImageConfig(labels={ENGINE_LABEL: name}), platform=host_platform()
+    )
 
 
 def _export(folder: Path, tools: Tools) -> Mapping[str, Json]:
