@@ -117,19 +117,28 @@ def test_a_gate_that_is_not_passed_publishes_nothing(workshop: Workshop, digest:
 
     outcome = workshop.build("--set", "evaluate.min_score=0.5")
 
-    outcome.refused(4, "0.000", "0.500", rows[0]["prompt"])
+    outcome.refused(4, "0.000", "0.500", rows[0]["prompt"], "report.html")
     assert not (workshop.results / "image").exists()
-    assert not (workshop.results / "build.json").exists()
+    assert not list(workshop.results.glob(".*"))
+    assert told(workshop)["reference"] == ""
     workshop.check_intact(digest)
+    assert told(workshop)["digest"] == digest
+
+
+def told(workshop: Workshop) -> dict[str, str]:
+    """What the build's record says of the image."""
+    return dict(json.loads((workshop.results / "build.json").read_bytes())["image"])
 
 
 def test_a_gate_that_is_not_passed_keeps_the_image_before(workshop: Workshop, digest: str) -> None:
     assert workshop.build().digest == digest
-    before = {path: path.stat().st_mtime_ns for path in workshop.results.rglob("*")}
+    image = workshop.results / "image"
+    before = {path: path.stat().st_mtime_ns for path in image.rglob("*")}
     data = workshop.tiny / "eval-a.jsonl"
     data.write_text(data.read_text("utf-8").replace("Galdistad", "Atlantis"))
 
     workshop.build("--set", "evaluate.min_score=1.0").refused(4, "1.000")
 
-    assert before == {path: path.stat().st_mtime_ns for path in workshop.results.rglob("*")}
+    assert before == {path: path.stat().st_mtime_ns for path in image.rglob("*")}
+    assert told(workshop)["reference"] == ""
     workshop.check_intact(digest)
