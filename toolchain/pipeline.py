@@ -250,7 +250,9 @@ def judge(
             publishing.discard_candidate(layout)
         baking.tools.progress.warn(f"not published: {error.message}")
         unpublished = Published(reference="", digest=image.digest, layers=())
-        built = keep_record(baking, checkpoint, unpublished, scores, stages)
+        # Apart: the record of an earlier image that passed belongs to that image.
+        folder = baking.request.folder(baking.target) / "refused"
+        built = keep_record(baking, checkpoint, unpublished, scores, stages, folder)
         raise CheckFailed(error.message, hint=f"{error.hint}\n  report: {built.report}") from None
 
 
@@ -271,10 +273,11 @@ def keep_record(
     published: Published,
     scores: Mapping[str, Score],
     stages: Mapping[str, Mapping[str, Json]],
+    folder: Path | None = None,
 ) -> Built:
     """Write build.json, the report and the rendered files of one target."""
     request = baking.request
-    folder = request.folder(baking.target)
+    folder = folder or request.folder(baking.target)
     facts = Facts(
         recipe=request.file.recipe,
         sources=baking.sources,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -120,25 +121,26 @@ def test_a_gate_that_is_not_passed_publishes_nothing(workshop: Workshop, digest:
     outcome.refused(4, "0.000", "0.500", rows[0]["prompt"], "report.html")
     assert not (workshop.results / "image").exists()
     assert not list(workshop.results.glob(".*"))
-    assert told(workshop)["reference"] == ""
+    assert not (workshop.results / "build.json").exists()
+    assert told(workshop.results / "refused")["reference"] == ""
     workshop.check_intact(digest)
-    assert told(workshop)["digest"] == digest
+    assert told(workshop.results)["digest"] == digest
 
 
-def told(workshop: Workshop) -> dict[str, str]:
-    """What the build's record says of the image."""
-    return dict(json.loads((workshop.results / "build.json").read_bytes())["image"])
+def told(folder: Path) -> dict[str, str]:
+    """What a record says of its image."""
+    return dict(json.loads((folder / "build.json").read_bytes())["image"])
 
 
 def test_a_gate_that_is_not_passed_keeps_the_image_before(workshop: Workshop, digest: str) -> None:
     assert workshop.build().digest == digest
-    image = workshop.results / "image"
-    before = {path: path.stat().st_mtime_ns for path in image.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in workshop.results.rglob("*")}
     data = workshop.tiny / "eval-a.jsonl"
     data.write_text(data.read_text("utf-8").replace("Galdistad", "Atlantis"))
 
     workshop.build("--set", "evaluate.min_score=1.0").refused(4, "1.000")
 
-    assert before == {path: path.stat().st_mtime_ns for path in image.rglob("*")}
-    assert told(workshop)["reference"] == ""
+    after = {path: path.stat().st_mtime_ns for path in before}
+    assert before == after
+    assert told(workshop.results / "refused")["reference"] == ""
     workshop.check_intact(digest)
