@@ -13,9 +13,6 @@ from toolchain.cli import namespace
 
 
 class _Program(Program):  # type: ignore[misc]  # invoke has no types
-    def parse_collection(self) -> None:
-        super().parse_collection()
-
     def parse_tasks(self) -> None:
         try:
             super().parse_tasks()
@@ -28,6 +25,8 @@ def main() -> None:
     """Run the command line and exit with its code."""
     try:
         _Program(name="weightsmith", version=__version__, namespace=namespace).run()
+    except KeyboardInterrupt:  # before a command began; commands handle it themselves
+        sys.exit(130)
     except BrokenPipeError:  # the reader, such as `head`, had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
