@@ -246,8 +246,7 @@ def judge(
         gate(scores["image"], against, wanted.max_drop, wanted.min_score)
     except CheckFailed as error:
         layout = baking.request.trial_layout(baking.target)
-        if layout is not None:
-            publishing.discard_candidate(layout)
+        publishing.discard_candidate(image, layout, baking.tools)
         baking.tools.progress.warn(f"not published: {error.message}")
         unpublished = Published(reference="", digest=image.digest, layers=())
         # Apart: the record of an earlier image that passed belongs to that image.
@@ -263,6 +262,7 @@ def deliver(baking: Baking, image: Image, registry: Registry, said: dict[str, Js
     name = reference(request.file.recipe, baking.target.name)
     said["cached"] = publishing.is_published(image, name, outputs, tools)
     if said["cached"]:
+        publishing.discard_candidate(image, request.trial_layout(baking.target), tools)
         return publishing.describe(image, name, outputs)
     return publishing.publish(image, name, outputs, registry, tools)
 

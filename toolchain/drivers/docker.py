@@ -57,6 +57,9 @@ def engine_host() -> str:
     return (context.Host if context else None) or "unix:///var/run/docker.sock"
 
 
+_CONFLICT = 409
+
+
 class DockerEngine:
     """The engine itself: whether it is there, what it holds, and how it takes an image."""
 
@@ -116,9 +119,16 @@ class DockerEngine:
                 return {}
 
     def untag(self, reference: str) -> None:
-        """Remove a name; the image goes too when it was the last one. Absent is fine."""
+        """Remove a name; the image goes too when it was the last one.
+
+        Absent is fine, and so is one that another build's container still runs from.
+        """
         with engine_errors(f"removing the name {reference}"), contextlib.suppress(ImageNotFound):
-            self.client.images.remove(reference, noprune=False)
+            try:
+                self.client.images.remove(reference, noprune=False)
+            except APIError as problem:
+                if problem.status_code != _CONFLICT:
+                    raise
 
     def describe(self) -> Mapping[str, Json]:
         """Return version, storage driver and GPU runtime; {} without an engine."""

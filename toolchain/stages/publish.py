@@ -18,7 +18,7 @@ from toolchain.oci.layout import read_layout, write_layout
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.ports import Tools
-from toolchain.values import Json, Published
+from toolchain.values import Json, Published, key_of
 
 _CANDIDATES = "weightsmith-candidate"
 
@@ -38,15 +38,17 @@ class Outputs:
 def candidate(image: Image, layout: Path | None, tools: Tools) -> Iterator[str]:
     """Make the image startable without giving it its name; yield what a launcher starts.
 
-    In the container engine where `layout` is None, else in a layout beside the final one.
+    In the container engine where `layout` is None, else in a layout beside the final one. It
+    stays until `publish` or `discard_candidate`, so that its layers are not brought twice.
     """
     if layout is None:
-        name = f"{_CANDIDATES}:{image.digest.short}"
+        name = _candidate_name(image)
         _load(image, Reference.parse(name), tools)
         try:
             yield name
-        finally:
+        except BaseException:
             tools.engine.untag(name)
+            raise
         return
     with _alone(_beside(layout)) as folder:
         _layout(image, folder, tools)
@@ -66,6 +68,8 @@ def publish(
     done = describe(image, reference, outputs)
     if outputs.load:
         _load(image, place, tools)
+    if tools.engine.answers():
+        tools.engine.untag(_candidate_name(image))
     if outputs.layout is not None:
         _settle(image, outputs.layout, tools)
     if outputs.push:
@@ -183,9 +187,17 @@ def _forget_unnamed(folder: Path, image: Image) -> None:
             path.unlink()
 
 
-def discard_candidate(layout: Path) -> None:
-    """Delete what a candidate that did not pass left beside its layout."""
-    shutil.rmtree(_beside(layout), ignore_errors=True)
+def discard_candidate(image: Image, layout: Path | None, tools: Tools) -> None:
+    """Delete a candidate that did not pass, from the engine or beside its layout."""
+    if layout is None:
+        tools.engine.untag(_candidate_name(image))
+    else:
+        shutil.rmtree(_beside(layout), ignore_errors=True)
+
+
+def _candidate_name(image: Image) -> str:
+    """Return a name by the layers alone: the final image has these, and other labels."""
+    return f"{_CANDIDATES}:{key_of([layer.digest for layer in image.layers]).short}"
 
 
 def _held(folder: Path) -> str | None:
