@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import httpx
 
 from toolchain.errors import CheckFailed, WeightsmithError
 from toolchain.evaluating.items import Item
-from toolchain.ports import Endpoint
+from toolchain.ports import Endpoint, Progress
 from toolchain.values import Json
 
 _POLL_SECONDS = 0.25
@@ -112,6 +112,26 @@ def chat(
         "answer": content if isinstance(content, str) else "",
         "finish_reason": choice.get("finish_reason"),
     }
+
+
+def ask_all(
+    endpoint: Endpoint,
+    served_name: str,
+    items: Sequence[Item],
+    max_tokens: int,
+    progress: Progress,
+    limits: Limits | None = None,
+) -> tuple[str, ...]:
+    """Return the greedy answers of a server, in order, asked one at a time.
+
+    One at a time because batching changes the order of sums, and so an answer that is nearly a
+    tie. Raises what `chat` raises.
+    """
+    answers = []
+    for number, item in enumerate(items, start=1):
+        answers.append(str(chat(endpoint, served_name, item, max_tokens, limits)["answer"]))
+        progress.advance(number, len(items), "items")
+    return tuple(answers)
 
 
 def _ask(

@@ -11,7 +11,7 @@ import httpx
 
 from toolchain.checkpoints.folder import check_adapter_folder, check_model_folder
 from toolchain.errors import CheckFailed, UsageError
-from toolchain.evaluating.client import chat, wait_until_healthy
+from toolchain.evaluating.client import ask_all, wait_until_healthy
 from toolchain.evaluating.items import Item, read_items
 from toolchain.evaluating.metrics import check_metric, score_answers, wilson
 from toolchain.oci.layout import read_layout
@@ -70,11 +70,8 @@ def _answers(
     if subject.model:
         return _ask_checkpoint(subject, items, max_tokens, tools)
     with _endpoint(subject, tools) as endpoint:
-        name, answers = subject.served_name or _first_name(endpoint), []
-        for number, item in enumerate(items, start=1):
-            answers.append(str(chat(endpoint, name, item, max_tokens)["answer"]))
-            tools.progress.advance(number, len(items), "items")
-    return tuple(answers)
+        name = subject.served_name or _first_name(endpoint)
+        return ask_all(endpoint, name, items, max_tokens, tools.progress)
 
 
 @contextmanager

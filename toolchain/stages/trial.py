@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolchain.evaluating.client import chat, check_served_name, wait_until_healthy
+from toolchain.evaluating.client import ask_all, chat, check_served_name, wait_until_healthy
 from toolchain.evaluating.items import Item
 from toolchain.ports import Endpoint, StartSpec, Tools
 from toolchain.values import Artifact, Digest, Json, ServingConfig, StageInputs
@@ -112,11 +112,9 @@ def _threads(trial: Trial) -> Mapping[str, str]:
 
 
 def _ask_all(endpoint: Endpoint, trial: Trial, tools: Tools) -> tuple[str, ...]:
-    """One at a time: batching changes the order of sums, and so answers that are nearly ties."""
-    name, answers = trial.config.served_name, []
-    for number, item in enumerate(trial.items, start=1):
-        answers.append(str(chat(endpoint, name, item, trial.max_tokens)["answer"]))
-        tools.progress.advance(number, len(trial.items), "items")
+    """Ask every question, and remember the answers by what they depend on."""
+    name = trial.config.served_name
+    answers = ask_all(endpoint, name, trial.items, trial.max_tokens, tools.progress)
     stage = trial.inputs
 
     def make(folder: Path) -> Mapping[str, Json]:
@@ -124,4 +122,4 @@ def _ask_all(endpoint: Endpoint, trial: Trial, tools: Tools) -> tuple[str, ...]:
         return {"n": len(answers)}
 
     tools.store.produce(stage.key, {"stage": "trial", "inputs": stage.inputs}, make)
-    return tuple(answers)
+    return answers

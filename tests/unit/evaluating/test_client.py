@@ -6,10 +6,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from toolchain.errors import CheckFailed
-from toolchain.evaluating.client import Limits, chat, check_served_name, wait_until_healthy
+from toolchain.evaluating.client import Limits, ask_all, chat, check_served_name, wait_until_healthy
 from toolchain.evaluating.items import Item
 from toolchain.ports import Endpoint
-from toolchain.stages.evaluate import score_endpoint
 
 QUICK = Limits(request_seconds=0.5, tries=2, pause_seconds=0.01, answer_bytes=100_000)
 ASKED = Item(messages=({"role": "user", "content": "Port?"},), expected=("7481",), line=1)
@@ -212,7 +211,7 @@ class Quiet:
         self.seen.append((done, total, unit))
 
 
-def test_scores_a_server(serve):
+def test_asks_everything_in_order(serve):
     def behave(handler, body):
         handler.send(200, answer(f"You said {body['messages'][-1]['content']}"))
 
@@ -222,7 +221,7 @@ def test_scores_a_server(serve):
     ]
     progress = Quiet()
 
-    score = score_endpoint(serve(behave).endpoint, "support", items, "contains", 9, progress, QUICK)
+    answers = ask_all(serve(behave).endpoint, "support", items, 9, progress, QUICK)
 
-    assert (score.score, score.n) == (0.5, 2)
+    assert answers == ("You said red", "You said blue")
     assert progress.seen[-1] == (2, 2, "items")
