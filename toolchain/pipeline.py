@@ -262,7 +262,8 @@ def deliver(baking: Baking, image: Image, registry: Registry, said: dict[str, Js
     name = reference(request.file.recipe, baking.target.name)
     said["cached"] = publishing.is_published(image, name, outputs, tools)
     if said["cached"]:
-        publishing.discard_candidate(image, request.trial_layout(baking.target), tools)
+        if request.engine_answers:
+            publishing.discard_candidate(image, None, tools)
         return publishing.describe(image, name, outputs)
     return publishing.publish(image, name, outputs, registry, tools)
 

@@ -191,8 +191,9 @@ def discard_candidate(image: Image, layout: Path | None, tools: Tools) -> None:
     """Delete a candidate that did not pass, from the engine or beside its layout."""
     if layout is None:
         tools.engine.untag(_candidate_name(image))
-    else:
-        shutil.rmtree(_beside(layout), ignore_errors=True)
+    elif _beside(layout).exists():
+        with _alone(_beside(layout)) as folder:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _candidate_name(image: Image) -> str:
