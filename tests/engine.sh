@@ -60,6 +60,11 @@ stop_registry_service() {
 }
 
 start_engine() {
+  local old=/var/run/docker.pid
+  # Left by a daemon that was killed; its number may be a zombie's or another program's by now.
+  if [ -s "$old" ] && [ "$(readlink "/proc/$(cat "$old")/exe" 2>/dev/null | xargs -r basename)" != dockerd ]; then
+    rm -f "$old" /var/run/docker/containerd/containerd.pid
+  fi
   say "starting dockerd, log: $LOG"
   nohup dockerd >"$LOG" 2>&1 </dev/null &
   local pid=$! waited
