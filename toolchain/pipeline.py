@@ -12,6 +12,7 @@ from toolchain.errors import CheckFailed
 from toolchain.evaluating.items import Item
 from toolchain.evaluating.metrics import gate, score_answers
 from toolchain.oci.image import Image
+from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.planning import BuildRequest, check_before_work, questions, serving_config
 from toolchain.ports import Tools
@@ -45,6 +46,7 @@ def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[B
     """Yield each target's image: merged, quantized, planned, baked, proven, published."""
     recipe, clock = request.file.recipe, Clock(tools)
     items = questions(request.file)
+    check_outputs(request, registry)
     with clock.stage("resolve", recipe.base.source):
         sources = resolve(request.file, tools)
         check_before_work(request, sources, tools)
@@ -166,6 +168,13 @@ class Baking:
             threads_variable=self.target.engine.threads_variable,
             neutral=self.target.engine.neutral_settings,
         )
+
+
+def check_outputs(request: BuildRequest, registry: Registry) -> None:
+    """Notice before the work that what it makes could not be pushed."""
+    if request.outputs.push:
+        target = request.targets[0].name
+        registry.check_push(Reference.parse(reference(request.file.recipe, target)))
 
 
 def config_of(

@@ -57,7 +57,9 @@ def test_a_registry_that_is_down(workshop: Workshop, digest: str, tmp_path: Path
         stop_registry(host)
         push = ("--push", "--set", f"image.repository={host}/{NAME}")
 
-        workshop.build(*push).refused(5, host, "does not answer", "run it again")
+        outcome = workshop.build(*push)
+        outcome.refused(5, host, "does not answer", "run it again")
+        assert "resolve" not in outcome.err, "work began before the registry was asked"
 
     workshop.check_intact(digest)
 

@@ -54,6 +54,14 @@ class Registry:
         """Close the connections."""
         self._client.close()
 
+    def check_push(self, reference: Reference) -> None:
+        """Ask for leave to push, before work that would be lost without it; nothing stays there.
+
+        An upload is opened and given up, which asks for all that a push needs. Raises
+        EnvironmentFailure for a registry that is out of reach or refuses the credentials.
+        """
+        uploads.try_upload(self._session(reference, "pull,push"), str(reference))
+
     def push(
         self,
         image: Image,

@@ -128,18 +128,18 @@ class Session:
         except (httpx.TransportError, httpx.InvalidURL) as error:
             raise self._broken(error) from None
 
-    def attempt(self, what: str, action: Callable[[], T]) -> T:
+    def attempt(self, what: str, action: Callable[[], T], tries: int = TRIES) -> T:
         """Run `action` until it does not raise Transient; EnvironmentFailure after six tries."""
         for failures in itertools.count(1):
             try:
                 return action()
             except Transient as trouble:
-                self.wait_after(what, trouble, failures)
+                self.wait_after(what, trouble, failures, tries)
         raise AssertionError("unreachable")
 
-    def wait_after(self, what: str, trouble: Transient, failures: int) -> None:
+    def wait_after(self, what: str, trouble: Transient, failures: int, tries: int = TRIES) -> None:
         """Pause before the next try: exponentially, or as the registry asks; else give up."""
-        if failures >= TRIES:
+        if failures >= tries:
             raise EnvironmentFailure(
                 f"{what}: {trouble}",
                 hint="check that the registry runs, has disk space and is reachable, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
 from enum import Enum
 from urllib.parse import quote
 
@@ -29,6 +30,8 @@ _OK, _CREATED, _ACCEPTED, _BAD, _MISSING, _TOO_LARGE, _OUT_OF_STEP = (
 _CHUNK = 32 << 20
 _LARGEST_CHUNK = 256 << 20
 _BINARY = "application/octet-stream"
+_FEW = 3
+"""Tries of a first look: long enough for a hiccup, short enough to wait for."""
 _FINISH = 1800
 """Seconds that a registry may take after the last byte: some copy a layer to another store."""
 
@@ -127,6 +130,21 @@ def bring(
     way = session.attempt(what, once)
     meter.reach(blob.digest, blob.size)
     return way
+
+
+def try_upload(session: Session, where: str) -> None:
+    """Open an upload and give it up; raises what a push would, after seconds and not minutes."""
+    what = f"cannot push to {where}"
+    headers = {"Content-Length": "0"}
+    opened = session.attempt(
+        what, lambda: session.call("POST", "blobs/uploads/", headers=headers), tries=_FEW
+    )
+    if opened.status != _ACCEPTED:
+        raise session.refusal(what, opened)
+    if opened.headers.get("location"):
+        # Some registries cannot cancel, and forget uploads by themselves.
+        with suppress(Transient):
+            session.call("DELETE", session.location(opened))
 
 
 def put_manifest(session: Session, name: str, manifest: bytes, media_type: str) -> None:

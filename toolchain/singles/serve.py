@@ -11,6 +11,7 @@ from pathlib import Path
 from toolchain.checkpoints.folder import scan
 from toolchain.checkpoints.gguf_config import gguf_config
 from toolchain.errors import InputRefused, UsageError
+from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.planning import all_targets, estimated_bytes
 from toolchain.ports import Store, Tools
@@ -118,6 +119,8 @@ def bake_model(request: BakeRequest, registry: Registry, tools: Tools) -> Mappin
     """Assemble a model's image and bring it where it is asked for; starts nothing."""
     began = time.monotonic()
     _check(request)
+    if request.push:
+        registry.check_push(Reference.parse(request.push))
     target = find(request.target, all_targets())
     model = open_model(request.model, request.name)
     place = request.push or request.load or f"{model.name}:latest"

@@ -268,6 +268,33 @@ def test_a_wrong_password_is_named_but_not_shown(
     assert "wr0ng" not in str(caught.value)
 
 
+def test_leave_to_push_is_asked_for_and_leaves_nothing(
+    fake: FakeRegistry, client: Registry
+) -> None:
+    client.check_push(at(fake))
+    assert [method for method, _ in fake.log] == ["POST", "DELETE"]
+    assert not fake.uploads
+
+
+@pytest.mark.parametrize("kind", ["basic", "bearer"])
+def test_a_push_that_would_be_refused_is_noticed_first(fake: FakeRegistry, kind: str) -> None:
+    fake.auth = kind
+    with (
+        Registry(credentials=lambda _: ("ann", "wr0ng")) as client,
+        pytest.raises(EnvironmentFailure, match="401"),
+    ):
+        client.check_push(at(fake))
+
+
+def test_a_first_look_is_short(client: Registry, pauses: list[float]) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        place = Reference.parse(f"127.0.0.1:{closed.getsockname()[1]}/a/b:1")
+        with pytest.raises(EnvironmentFailure, match="does not answer"):
+            client.check_push(place)
+    assert sum(pauses) < 2
+
+
 @pytest.mark.parametrize(("status", "kind"), [("403", EnvironmentFailure), ("404", InputRefused)])
 def test_refusals_name_host_and_status(
     fake: FakeRegistry, client: Registry, status: str, kind: type[WeightsmithError]
