@@ -44,6 +44,8 @@ _PLAIN = (
 class AdapterConfig:
     """The part of a LoRA configuration that decides what is added to which module."""
 
+    kind: str
+    """PEFT's `peft_type`."""
     r: int
     lora_alpha: float
     use_rslora: bool
@@ -55,6 +57,8 @@ class AdapterConfig:
     layers_to_transform: tuple[int, ...]
     layers_pattern: tuple[str, ...]
     base_model: str = ""
+    raw: Mapping[str, Any] = field(default_factory=dict)
+    """The file, for what only one family reads."""
     unknown: tuple[str, ...] = field(default=())
     """Set fields that this version does not know; worth a warning, as PEFT gives."""
 
@@ -107,6 +111,8 @@ def read_adapter_config(root: Path) -> AdapterConfig:
 def _read(raw: Mapping[str, Any]) -> AdapterConfig:
     targets = raw.get("target_modules")
     return AdapterConfig(
+        kind=str(raw["peft_type"]),
+        raw=raw,
         r=_rank(raw.get("r", 8)),
         lora_alpha=_number(raw.get("lora_alpha", 8)),
         use_rslora=_flag(raw, "use_rslora"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import shutil
@@ -14,7 +15,6 @@ from typing import Any
 
 import torch
 
-from toolchain.checkpoints.safetensors import BITS
 from toolchain.errors import CheckFailed, EnvironmentFailure, UsageError
 from toolchain.merging.companions import companion_files, index_json, write_file
 from toolchain.merging.kernel import PIECE, check_arithmetic
@@ -77,9 +77,9 @@ def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, 
     return {
         "out": str(request.out),
         "tensors": {
-            "merged": len(plan.terms),
-            "copied": len(plan.base.tensors) - len(plan.terms),
-            "replaced": 0,
+            "merged": plan.count("merged"),
+            "copied": plan.count("copied"),
+            "replaced": plan.count("replaced"),
         },
         "shards": shards,
         "files": sorted(files, key=lambda entry: str(entry["path"])),
@@ -174,7 +174,7 @@ def _write_shards(
     plan: MergePlan, settings: Settings, journal: Journal, tally: Tally, progress: Progress
 ) -> list[dict[str, Any]]:
     """Write what is not there yet; return all shards in their order."""
-    total = sum(shard.file_size for shard in plan.base.shards)
+    total = sum(shard.size for shard in plan.shards)
     finished = journal.finished(journal.path.parent)
     done = 0
 
@@ -183,19 +183,18 @@ def _write_shards(
         done += size
         progress(min(done, total), total)
 
-    maker = ShardMaker(plan, settings, tally)
+    maker = ShardMaker(settings, tally)
     try:
-        for shard in plan.base.shards:
-            name = shard.path.name
-            if name in finished:
-                advance(shard.file_size)
+        for shard in plan.shards:
+            if shard.name in finished:
+                advance(shard.size)
                 continue
-            finished[name] = maker.write(shard, journal.path.parent / name, advance)
+            finished[shard.name] = maker.write(shard, journal.path.parent / shard.name, advance)
             journal.record(finished)
     finally:
         maker.close()
     progress(total, total)
-    return [finished[shard.path.name] for shard in plan.base.shards]
+    return [finished[shard.name] for shard in plan.shards]
 
 
 def _write_companions(plan: MergePlan, out: Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -219,19 +218,16 @@ def _prove(plan: MergePlan, out: Path, settings: Settings, journal: Journal) -> 
 
 def _index(plan: MergePlan) -> bytes:
     """Return the index of the written shards, tensors in the order of their names."""
-    places = {i.name: shard.path.name for shard in plan.base.shards for i in shard.tensors}
-    size = elements = 0
-    for info in plan.base.tensors.values():
-        count = info.size * 8 // BITS[info.dtype]
-        elements += count
-        size += count * BITS[plan.out_dtype(info)] // 8
+    places = {output.name: shard.name for shard in plan.shards for output in shard.outputs}
+    elements = sum(math.prod(output.shape) for output in plan.outputs.values())
+    size = sum(shard.size for shard in plan.shards)
     return index_json(dict(sorted(places.items())), size, elements)
 
 
 def _silent(plan: MergePlan, tally: Tally) -> list[str]:
     """Say which adapters add nothing to some of their modules."""
     return [
-        f"{plan.adapters[number].root.name}: lora_B is all zero for {len(names)} of its tensors, "
-        f"such as {', '.join(names[:_SHOWN])}: it was not trained there"
+        f"{plan.adapters[number].root.name}: a factor (lora_B) is all zero for {len(names)} of its "
+        f"tensors, such as {', '.join(names[:_SHOWN])}: it was not trained there"
         for number, names in sorted(tally.silent.items())
     ]

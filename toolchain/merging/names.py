@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 
-from toolchain.checkpoints.safetensors import TensorInfo
-
 _WRAPPER = "base_model.model."
 _LEADING = 3
 """Prefixes such as `model.` or `model.language_model.` have at most this many parts."""
@@ -15,7 +13,7 @@ _LEADING = 3
 class BaseNames:
     """The base's tensors by module name: exact first, then the one tensor with the same ending."""
 
-    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
+    def __init__(self, tensors: Mapping[str, object]) -> None:
         self._tensors = tensors
         self._endings: dict[str, list[str]] = defaultdict(list)
         for name in tensors:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from toolchain.checkpoints.safetensors import TensorInfo, open_checkpoint
+from toolchain.checkpoints.safetensors import open_checkpoint
 from toolchain.errors import CheckFailed
-from toolchain.merging.families.family import Term
+from toolchain.merging.outputs import Output, Term
 from toolchain.merging.plan import MergePlan
 from toolchain.merging.rounding import FORMATS
-from toolchain.merging.stream import Reader
+from toolchain.merging.stream import Files
 
 ROWS = 16
 """Rows per tensor: a wrong scaling, order, place or transposition shows in any of them."""
@@ -25,50 +25,42 @@ def prove(plan: MergePlan, out: Path, *, exact: bool) -> None:
     are read afresh, with all their checks. Raises CheckFailed naming the first tensor that is off.
     """
     written = {i.name: (s.path, i) for s in open_checkpoint(out).shards for i in s.tensors}
-    adapters = [Reader(adapter.header.path) for adapter in plan.adapters]
+    files = Files()
     try:
-        for shard in plan.base.shards:
-            base = Reader(shard.path)
-            found = Reader(out / shard.path.name)
-            try:
-                for info in shard.tensors:
-                    if info.name in plan.terms and info.size:
-                        place = written[info.name][1]
-                        wanted = _wanted(base, adapters, info, plan.terms[info.name])
-                        _compare(info.name, wanted, _rows(found, place), exact=exact)
-            finally:
-                base.close()
-                found.close()
+        for output in plan.outputs.values():
+            if output.kind == "merged" and output.size and not output.change:
+                path, info = written[output.name]
+                found = torch.cat(
+                    [files.rows(path, info, row, 1, output.columns) for row in _places(output)]
+                )
+                _compare(output.name, _wanted(output, files), found, exact=exact)
     finally:
-        for reader in adapters:
-            reader.close()
+        files.close()
 
 
-def _places(info: TensorInfo) -> list[int]:
-    seed = int.from_bytes(hashlib.sha256(info.name.encode()).digest()[:7], "little")
+def _places(output: Output) -> list[int]:
+    seed = int.from_bytes(hashlib.sha256(output.name.encode()).digest()[:7], "little")
     random = torch.Generator().manual_seed(seed)
-    return torch.randint(0, info.shape[0], (ROWS,), generator=random).tolist()
+    return torch.randint(0, output.rows, (ROWS,), generator=random).tolist()
 
 
-def _rows(reader: Reader, info: TensorInfo) -> torch.Tensor:
-    return torch.cat([reader.rows(info, place, 1) for place in _places(info)])
-
-
-def _wanted(
-    base: Reader, adapters: list[Reader], info: TensorInfo, terms: tuple[Term, ...]
-) -> torch.Tensor:
+def _wanted(output: Output, files: Files) -> torch.Tensor:
     """Return W + Σ factor · (B·A) of the drawn rows in float64."""
-    places, total = _places(info), _rows(base, info).double()
-    for term in terms:
-        reader = adapters[term.adapter]
-        a = reader.matrix(term.a).double()
-        if term.transposed:
-            b = reader.matrix(term.b).double()
-            total += term.factor * (b @ a[:, places]).T
-        else:
-            b = torch.cat([reader.rows(term.b, place, 1) for place in places]).double()
-            total += term.factor * (b @ a)
+    return torch.cat([_row(output, files, row) for row in _places(output)])
+
+
+def _row(output: Output, files: Files, row: int) -> torch.Tensor:
+    total = output.source.rows(files, row, 1, output.columns).double()
+    for term in output.terms:
+        if term.first <= row < term.first + term.shape[0]:
+            total += _product(term, files, row - term.first)
     return total
+
+
+def _product(term: Term, files: Files, row: int) -> torch.Tensor:
+    left = files.matrix(term.left)[row : row + 1].double()
+    right = files.matrix(term.right).double() if term.right else torch.ones(1, 1).double()
+    return term.factor * (left @ right)
 
 
 def _compare(name: str, wanted: torch.Tensor, found: torch.Tensor, *, exact: bool) -> None:

@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 
-from toolchain.checkpoints.safetensors import BITS, Header, TensorInfo, build_header
+from toolchain.checkpoints.safetensors import BITS, build_header
 from toolchain.errors import InputRefused
-from toolchain.merging.families.family import Term
 from toolchain.merging.kernel import PIECE, Prepared, Space, merge_rows, merge_rows_fast, prepare
-from toolchain.merging.plan import MergePlan
+from toolchain.merging.outputs import Band, Output, OutputShard, Patch, Rows, Stored, bands
 from toolchain.merging.repair import Factors, Repairs
 from toolchain.merging.rounding import round_once
-from toolchain.merging.stream import TORCH_TYPES, Buffers, Reader, Writer, as_bytes
+from toolchain.merging.stream import TORCH_TYPES, Buffers, Files, Writer, as_bytes
 
 BLOCK = 1 << 20
 """Elements per block on the CPU: repairs and hand-overs cost the less, the larger it is."""
@@ -33,12 +32,9 @@ _AHEAD = 2
 class Tally:
     """What happened to the tensors, counted while they stream by."""
 
-    merged: int = 0
-    copied: int = 0
-    cast: int = 0
     repairs: Repairs = field(default_factory=Repairs)
     silent: dict[int, list[str]] = field(default_factory=dict)
-    """Adapter -> its modules whose B is all zero."""
+    """Adapter -> tensors that it adds nothing to, because a factor is all zero."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +57,9 @@ Block = Callable[[], Filled]
 class ShardMaker:
     """Writes the shards of one plan."""
 
-    def __init__(self, plan: MergePlan, settings: Settings, tally: Tally) -> None:
-        self._plan, self._settings, self._tally = plan, settings, tally
-        self._adapters = [Reader(adapter.header.path) for adapter in plan.adapters]
+    def __init__(self, settings: Settings, tally: Tally) -> None:
+        self._settings, self._tally = settings, tally
+        self.files = Files()
         self._pool = ThreadPoolExecutor(
             settings.workers, "merge", initializer=torch.set_num_threads, initargs=(1,)
         )
@@ -73,20 +69,21 @@ class ShardMaker:
     def close(self) -> None:
         """Stop the workers and give the files back."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-        for reader in self._adapters:
-            reader.close()
+        self.files.close()
 
-    def write(self, shard: Header, path: Path, progress: Callable[[int], None]) -> dict[str, Any]:
-        """Write a shard's merged form: same tensors, same order; return file, size and sha256.
+    def write(
+        self, shard: OutputShard, path: Path, progress: Callable[[int], None]
+    ) -> dict[str, Any]:
+        """Write a shard, its tensors in their order; return file, size and sha256.
 
         `progress` is told the bytes of each block once they are written.
         """
-        reader, writer = Reader(shard.path), Writer(path)
-        tensors = [(i.name, self._plan.out_dtype(i), i.shape) for i in shard.tensors]
+        writer = Writer(path)
+        tensors = [(output.name, output.dtype, output.shape) for output in shard.outputs]
         waiting: deque[Future[Filled]] = deque()
         try:
             writer.write(build_header(tensors, {"format": "pt"}))
-            blocks = (block for info in shard.tensors for block in self._blocks(reader, info))
+            blocks = (block for output in shard.outputs for block in self._blocks(output))
             for block in blocks:
                 waiting.append(self._pool.submit(block))
                 if len(waiting) >= _AHEAD * self._settings.workers:
@@ -100,38 +97,58 @@ class ShardMaker:
             writer.abandon()
             raise
         finally:
-            # Workers may still read; the file must stay open until the last of them is done.
+            # Workers may still compute: nothing of theirs may end up in the next shard.
             for future in waiting:
                 if not future.cancelled():
                     future.exception()
-            reader.close()
 
-    def _blocks(self, reader: Reader, info: TensorInfo) -> Iterator[Block]:
+    def _blocks(self, output: Output) -> Iterator[Block]:
         """Yield the work of one tensor, in the order of its bytes."""
-        terms = self._plan.terms.get(info.name, ())
-        prepared = self._prepare(info, terms) if terms and info.size else None
-        if prepared is not None:
-            self._tally.merged += 1
-            yield from self._merged(reader, info, prepared)
-        elif self._plan.out_dtype(info) != info.dtype:
-            self._tally.cast += 1
-            yield from self._casts(reader, info)
-        else:
-            self._tally.copied += 1
+        if not output.size:
+            return
+        if output.as_is and isinstance(output.source, Stored):
+            info = output.source.info
             for start in range(info.start, info.end, _COPY_BYTES):
                 size = min(_COPY_BYTES, info.end - start)
-                yield partial(self._copy, reader, start, size)
+                yield partial(self._copy, output.source.path, start, size)
+        elif output.change is not None:
+            rows = output.change.begin(output, self.files)
+            step = output.rows if output.change.whole else self._step(output)
+            for first in range(0, output.rows, step):
+                count = min(step, output.rows - first)
+                yield partial(self._computed, output, rows, first, count)
+        else:
+            for band in bands(output):
+                yield from self._band(output, band)
 
-    def _prepare(self, info: TensorInfo, terms: tuple[Term, ...]) -> Prepared | None:
-        """Read the factors of one tensor; None where they add nothing at all."""
+    def _step(self, output: Output) -> int:
+        return max(1, self._settings.block // output.columns)
+
+    def _band(self, output: Output, band: Band) -> Iterator[Block]:
+        """Yield the work of rows to which the same is added."""
+        prepared = self._prepare(output, band)
+        step = self._step(output)
+        for first in range(band.first, band.end, step):
+            count = min(step, band.end - first)
+            if prepared is None:
+                yield partial(self._unchanged, output, first, count)
+            else:
+                yield partial(self._merge, output, prepared, band.first, first, count)
+
+    def _prepare(self, output: Output, band: Band) -> Prepared | None:
+        """Read the factors of one band; None where they add nothing at all."""
         lefts, rights, gains = [], [], []
-        for term in terms:
-            a, b = (self._factor(term, side) for side in (term.a, term.b))
-            if not b.any():
-                self._tally.silent.setdefault(term.adapter, []).append(info.name)
+        for term in band.terms:
+            start = band.first - term.first
+            left = self.files.matrix(term.left)[start : start + band.end - band.first]
+            right = torch.ones(1, 1) if term.right is None else self.files.matrix(term.right)
+            if not left.any() or not right.any():
+                silent = self._tally.silent.setdefault(term.adapter, [])
+                if output.name not in silent:
+                    silent.append(output.name)
                 continue
-            lefts.append(a.T if term.transposed else b)
-            rights.append(b.T if term.transposed else a)
+            lefts.append(left)
+            rights.append(right)
             gains += [term.factor] * term.rank
         if not lefts:
             return None
@@ -141,24 +158,7 @@ class ShardMaker:
             right=rights[0].contiguous() if one else torch.cat(rights, 0),
             gains=torch.tensor(gains, dtype=torch.float64),
         )
-        dtype = TORCH_TYPES[self._plan.out_dtype(info)]
-        return prepare(info.name, factors, dtype, self._settings.device)
-
-    def _factor(self, term: Term, info: TensorInfo) -> torch.Tensor:
-        matrix = self._adapters[term.adapter].matrix(info)
-        if not torch.isfinite(matrix).all():
-            raise InputRefused(
-                f"{self._adapters[term.adapter].path}: {info.name} holds NaN or infinite values",
-                hint="the training diverged or the file is damaged; use an earlier checkpoint",
-            )
-        return matrix
-
-    def _merged(self, reader: Reader, info: TensorInfo, prepared: Prepared) -> Iterator[Block]:
-        rows, columns = info.shape
-        step = max(1, self._settings.block // columns)
-        for first in range(0, rows, step):
-            count = min(step, rows - first)
-            yield partial(self._merge, prepared, reader, info, first, count)
+        return prepare(output.name, factors, TORCH_TYPES[output.dtype], self._settings.device)
 
     def _append(self, writer: Writer, waiting: deque[Future[Filled]]) -> int:
         """Write the oldest block; return its bytes."""
@@ -167,35 +167,36 @@ class ShardMaker:
         self._buffers.give(buffer)
         return size
 
-    def _copy(self, reader: Reader, start: int, size: int) -> Filled:
+    def _copy(self, path: Path, start: int, size: int) -> Filled:
         buffer = self._buffers.take(size)
-        reader.read_into(buffer[:size], start)
+        self.files.reader(path).read_into(buffer[:size], start)
         return buffer, size
 
     def _merge(
-        self, prepared: Prepared, reader: Reader, info: TensorInfo, first: int, count: int
+        self, output: Output, prepared: Prepared, offset: int, first: int, count: int
     ) -> Filled:
-        elements = count * info.shape[1]
+        elements = count * output.columns
         size = elements * prepared.dtype.itemsize
-        held, buffer = (
-            self._buffers.take(elements * BITS[info.dtype] // 8),
-            self._buffers.take(size),
-        )
-        weight = reader.rows(info, first, count, held)
-        out, space = buffer[:size].view(prepared.dtype).view(count, -1), self._space(prepared, info)
+        held, buffer = self._held(output, elements), self._buffers.take(size)
+        weight = output.source.rows(self.files, first, count, output.columns, held)
+        out = buffer[:size].view(prepared.dtype).view(count, -1)
+        space = self._space(prepared, output.columns)
         if self._settings.exact:
-            done = merge_rows(prepared, weight, first, space, out)
+            done = merge_rows(prepared, weight, first - offset, space, out)
             with self._lock:
                 self._tally.repairs.float64 += done.float64
                 self._tally.repairs.exact += done.exact
         else:
-            merge_rows_fast(prepared, weight, first, space, out)
+            merge_rows_fast(prepared, weight, first - offset, space, out)
         self._buffers.give(held)
         return buffer, size
 
-    def _space(self, prepared: Prepared, info: TensorInfo) -> Space:
+    def _held(self, output: Output, elements: int) -> torch.Tensor:
+        return self._buffers.take(elements * BITS[output.source.dtype] // 8)
+
+    def _space(self, prepared: Prepared, columns: int) -> Space:
         """Return this worker's buffers, larger or of another type only when they must be."""
-        key, columns = (prepared.dtype, prepared.work), info.shape[1]
+        key = (prepared.dtype, prepared.work)
         held: tuple[Any, int, Space] | None = getattr(self._local, "space", None)
         if held is None or held[0] != key or held[1] < columns:
             size = max(columns, self._settings.piece)
@@ -203,20 +204,42 @@ class ShardMaker:
             self._local.space = held
         return held[2]
 
-    def _casts(self, reader: Reader, info: TensorInfo) -> Iterator[Block]:
-        width = BITS[info.dtype] // 8
-        for start in range(info.start, info.end, BLOCK * width):
-            size = min(BLOCK * width, info.end - start)
-            yield partial(self._cast, reader, info, start, size)
+    def _unchanged(self, output: Output, first: int, count: int) -> Filled:
+        """Rows that nothing is added to: patched and cast, with one rounding."""
+        held = self._held(output, count * output.columns)
+        weight = output.source.rows(self.files, first, count, output.columns, held)
+        weight = patched(output.patches, self.files, weight, first)
+        return self._rounded(output, weight)
 
-    def _cast(self, reader: Reader, info: TensorInfo, start: int, size: int) -> Filled:
-        held = torch.empty(size, dtype=torch.uint8)
-        values = reader.read_into(held, start).view(TORCH_TYPES[info.dtype])
-        out = round_once(values, TORCH_TYPES[self._plan.out_dtype(info)])
+    def _computed(self, output: Output, rows: Rows, first: int, count: int) -> Filled:
+        values = rows(first, count)
+        if not torch.isfinite(values).all():
+            raise InputRefused(
+                f"{output.name} becomes NaN or infinite",
+                hint="the base or the adapter is damaged, or a weight is far too large",
+            )
+        return self._rounded(output, values)
+
+    def _rounded(self, output: Output, values: torch.Tensor) -> Filled:
+        dtype = TORCH_TYPES[output.dtype]
+        out = values if values.dtype == dtype else round_once(values, dtype)
         if not torch.equal(torch.isfinite(out), torch.isfinite(values)):
             raise InputRefused(
-                f"the base's {info.name} reaches {float(values.abs().max()):g}, which "
-                f"{str(out.dtype).removeprefix('torch.')} cannot hold",
+                f"{output.name} reaches {float(values.abs().max()):g}, which "
+                f"{str(dtype).removeprefix('torch.')} cannot hold",
                 hint="merge with dtype bfloat16 or float32",
             )
-        return out.view(torch.uint8), out.nbytes
+        return out.reshape(-1).view(torch.uint8), out.nbytes
+
+
+def patched(
+    patches: tuple[Patch, ...], files: Files, weight: torch.Tensor, first: int
+) -> torch.Tensor:
+    """Return rows `first` and following with the patches' rows put in; float64 where there are."""
+    columns = weight.shape[1]
+    for patch in patches:
+        for row, place in enumerate(patch.places):
+            if first <= place < first + len(weight):
+                weight = weight.double()
+                weight[place - first] = patch.stored.rows(files, row, 1, columns)[0].double()
+    return weight

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 
 from toolchain.checkpoints.safetensors import BITS, TensorInfo
 from toolchain.errors import EnvironmentFailure, InputRefused
+from toolchain.merging.outputs import Part
 
 TORCH_TYPES = {
     "BF16": torch.bfloat16,
@@ -24,6 +27,8 @@ TORCH_TYPES = {
 }
 _MODE = 0o644
 _PIECE = 1 << 18
+_KEPT = 4
+"""Factors kept for the next part of them: those of a layer's experts, both projections."""
 
 
 class Reader:
@@ -51,17 +56,84 @@ class Reader:
         return data
 
     def rows(
-        self, info: TensorInfo, first: int, count: int, into: torch.Tensor | None = None
+        self,
+        info: TensorInfo,
+        first: int,
+        count: int,
+        columns: int,
+        into: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return rows of a matrix, (count, columns), in its own type; in `into` if it is given."""
-        row = info.shape[1] * BITS[info.dtype] // 8
+        """Return rows of a tensor seen as a matrix, in its own type; in `into` if it is given."""
+        row = columns * BITS[info.dtype] // 8
         data = torch.empty(count * row, dtype=torch.uint8) if into is None else into[: count * row]
         self.read_into(data, info.start + first * row)
-        return data.view(TORCH_TYPES[info.dtype]).view(count, info.shape[1])
+        return data.view(TORCH_TYPES[info.dtype]).view(count, columns)
 
-    def matrix(self, info: TensorInfo) -> torch.Tensor:
-        """Return a whole matrix as float32, which holds every supported type exactly."""
-        return self.rows(info, 0, info.shape[0]).float()
+
+class Files:
+    """The files that a merge reads, each opened once; safe for several threads."""
+
+    def __init__(self) -> None:
+        self._readers: dict[Path, Reader] = {}
+        self._kept: OrderedDict[tuple[Path, str, int, int], torch.Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def reader(self, path: Path) -> Reader:
+        """Return the file, open."""
+        with self._lock:
+            if path not in self._readers:
+                self._readers[path] = Reader(path)
+            return self._readers[path]
+
+    def close(self) -> None:
+        """Give all files back."""
+        for reader in self._readers.values():
+            reader.close()
+        self._readers.clear()
+        self._kept.clear()
+
+    def rows(
+        self,
+        path: Path,
+        info: TensorInfo,
+        first: int,
+        count: int,
+        columns: int,
+        into: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return rows of a stored tensor, see `Reader.rows`."""
+        return self.reader(path).rows(info, first, count, columns, into)
+
+    def matrix(self, part: Part) -> torch.Tensor:
+        """Return a factor as float32, which holds every supported type exactly.
+
+        Raises InputRefused where it is not finite.
+        """
+        whole = self._finite(part)[part.rows, part.columns]
+        return whole.T if part.transposed else whole
+
+    def _finite(self, part: Part) -> torch.Tensor:
+        """Return the whole tensor that a part is of; those that are cut are kept for the next."""
+        path, info = part.stored.path, part.stored.info
+        key = (path, info.name, part.height, part.blocks)
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        tensor = self.rows(path, info, 0, part.height, part.width).float()
+        if not torch.isfinite(tensor).all():
+            raise InputRefused(
+                f"{path}: {info.name} holds NaN or infinite values",
+                hint="the training diverged or the file is damaged; use an earlier checkpoint",
+            )
+        if part.blocks > 1:
+            tensor = torch.block_diag(*tensor.chunk(part.blocks))  # type: ignore[no-untyped-call]
+        if not part.whole:
+            with self._lock:
+                self._kept[key] = tensor
+                while len(self._kept) > _KEPT:
+                    self._kept.popitem(last=False)
+        return tensor
 
 
 class Buffers:

@@ -205,7 +205,7 @@ def test_an_untrained_adapter_is_reported(
 
     result = run(base, [(adapter, 1.0)], base.parent / "out")
 
-    assert "lora_B is all zero for 14 of its tensors" in result["findings"][0]
+    assert "is all zero for 14 of its " in result["findings"][0]
     assert all(torch.equal(t, tensors(base.parent / "out")[n]) for n, t in tensors(base).items())
 
 
@@ -322,7 +322,7 @@ def test_progress_counts_to_the_end(make_model: Any) -> None:
         lambda done, total: seen.append((done, total)),
     )
 
-    assert seen[-1][0] == seen[-1][1] == (base / "model.safetensors").stat().st_size
+    assert seen[-1][0] == seen[-1][1] == sum(t.nbytes for t in tensors(base).values())
     assert seen == sorted(seen)
 
 

@@ -1,71 +1,117 @@
-"""What a family of adapter weights is: it recognises its keys and says what they add, and where."""
+"""What a family of adapter weights is: it recognises its keys and says what they do, and where."""
 
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from toolchain.checkpoints.safetensors import TensorInfo
+from toolchain.errors import InputRefused
 from toolchain.merging.adapter_config import AdapterConfig
 from toolchain.merging.names import BaseNames
+from toolchain.merging.outputs import Change, Patch, Source, Stored, Term
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Term:
-    """One low-rank addition to a base tensor: factor · B·A, or its transpose."""
-
-    adapter: int
-    """Which adapter, by its place in the request."""
-    a: TensorInfo
-    """(rank, in features)."""
-    b: TensorInfo
-    """(out features, rank)."""
-    scaling: float
-    """What the adapter's configuration says."""
-    factor: float
-    """weight · scaling, rounded once to float64: the exact number that the merge uses."""
-    transposed: bool
-    """True where the base stores (in, out), as GPT-2's Conv1D does."""
-
-    @property
-    def rank(self) -> int:
-        """Columns of B, rows of A."""
-        return self.a.shape[0]
-
-    @property
-    def delta_shape(self) -> tuple[int, int]:
-        """Shape of the addition as the base stores it."""
-        shape = (self.b.shape[0], self.a.shape[1])
-        return (shape[1], shape[0]) if self.transposed else shape
+SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """Adapter keys that a family understood, the base tensor they change, and how."""
+    """Adapter keys that a family understood, the base tensor they change, and how: one way of it.
+
+    `terms` are added, `patch` replaces rows, `replacement` the tensor, `change` computes it.
+    """
 
     keys: tuple[str, ...]
+    """Each key of the adapter is in one claim; further claims of the same key leave them out."""
     module: str
     """The module's name in the model."""
     target: str
     """The base tensor's name."""
-    term: Term
+    columns: int = 0
+    """Width of the matrix that the target is seen as; 0 for what its shape says."""
+    terms: tuple[Term, ...] = ()
+    patch: Patch | None = None
+    replacement: Stored | None = None
+    change: Change | None = None
+
+    @property
+    def kind(self) -> str:
+        """Which of the ways it is."""
+        ways = ("terms", "patch", "replacement", "change")
+        return next(way for way in ways if getattr(self, way))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterView:
-    """What a family may look at: one adapter's keys and configuration, and the base's names."""
+    """What a family may look at: one adapter's keys and configuration, and the base's tensors."""
 
     index: int
-    path: str
+    """The adapter's place in the request."""
+    path: Path
+    """The adapter's folder."""
+    file: Path
+    """The file that holds `keys`."""
     weight: float
     keys: Mapping[str, TensorInfo]
     config: AdapterConfig
-    base: BaseNames
-    base_tensors: Mapping[str, TensorInfo]
+    names: BaseNames
+    sources: Mapping[str, Source]
+    """The base's tensors, quantized ones as what they decode to."""
     base_config: Mapping[str, object]
+
+    def stored(self, key: str) -> Stored:
+        """Return one of the adapter's tensors."""
+        return Stored(path=self.file, info=self.keys[key])
+
+    def factor(self, scaling: float) -> float:
+        """Return weight · scaling; raise InputRefused where that overflows."""
+        factor = self.weight * scaling
+        if not math.isfinite(factor):
+            raise InputRefused(
+                f"{self.path}: weight {self.weight} times scaling {scaling} overflows",
+                hint="give a smaller weight",
+            )
+        return factor
+
+    def find(self, module: str, parameter: str = "weight") -> str:
+        """Return the one base tensor that a module's parameter means, or nothing.
+
+        Raises InputRefused where several could be meant.
+        """
+        found = self.names.find(f"{module}.{parameter}")
+        if len(found) > 1:
+            raise InputRefused(
+                f"{self.path}: {module} may mean several base tensors: {', '.join(found[:SHOWN])}",
+                hint="rename the adapter's keys so that they carry the full module path",
+            )
+        return found[0] if found else ""
+
+    def need(self, module: str, parameter: str = "weight") -> str:
+        """Return the one base tensor that a module's parameter means; raise where there is none."""
+        found = self.find(module, parameter)
+        if not found:
+            raise InputRefused(
+                f"{self.path} changes {module}, which the base has not",
+                hint="the adapter belongs to another model: "
+                f"{self.config.base_model or '(not named)'!r}",
+            )
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One row of the reference's table of what can be merged."""
+
+    name: str
+    """As users know it."""
+    how: str
+    """What the merge does, or why there is none and what to do instead."""
+    merged: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +119,11 @@ class Family:
     """One kind of adapter weights; a file of this folder holds it as `FAMILY`."""
 
     name: str
+    kinds: frozenset[str]
+    """The `peft_type`s that it looks at."""
     claim: Callable[[AdapterView], Iterable[Claim]]
     """Yield what it understands; raise InputRefused for keys of its own that make no sense."""
+    variants: tuple[Variant, ...] = ()
 
 
 @cache

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 
 from toolchain.checkpoints.safetensors import TensorInfo
 from toolchain.errors import InputRefused
-from toolchain.merging.families.family import AdapterView, Claim, Family, Term
+from toolchain.merging.families.family import AdapterView, Claim, Family
 from toolchain.merging.names import module_key
+from toolchain.merging.outputs import Part, Term
 
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?!weight$)[^.]+)?\.weight")
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
@@ -30,20 +30,22 @@ def _claim(view: AdapterView) -> Iterator[Claim]:
         a, b = (view.keys[sides[side]] for side in "AB")
         _check_rank(view, module, a, b)
         target = _target(view, module)
-        transposed = _is_transposed(view, module, target, a, b)
         scaling = view.config.scaling(module)
+        left = Part(stored=view.stored(b.name), height=b.shape[0])
+        right = Part(stored=view.stored(a.name), height=a.shape[0])
+        if _is_transposed(view, module, target, a, b):
+            left, right = right.turned, left.turned
         term = Term(
             adapter=view.index,
-            a=a,
-            b=b,
+            left=left,
+            right=right,
             scaling=scaling,
-            factor=_factor(view, scaling),
-            transposed=transposed,
+            factor=view.factor(scaling),
         )
-        shape = view.base_tensors[target].shape
-        if shape != term.delta_shape:
-            misfits.append(f"{target}: base {list(shape)}, adapter {list(term.delta_shape)}")
-        yield Claim(keys=(sides["A"], sides["B"]), module=module, target=target, term=term)
+        shape = view.sources[target].shape
+        if shape != term.shape:
+            misfits.append(f"{target}: base {list(shape)}, adapter {list(term.shape)}")
+        yield Claim(keys=(sides["A"], sides["B"]), module=module, target=target, terms=(term,))
     if misfits:
         raise InputRefused(
             f"{view.path} was trained on another model; {len(misfits)} shapes differ, such as "
@@ -52,7 +54,7 @@ def _claim(view: AdapterView) -> Iterator[Claim]:
         )
 
 
-FAMILY = Family(name="lora", claim=_claim)
+FAMILY = Family(name="lora", kinds=frozenset({"LORA"}), claim=_claim)
 
 
 def _pairs(view: AdapterView) -> dict[str, dict[str, str]]:
@@ -69,16 +71,6 @@ def _pairs(view: AdapterView) -> dict[str, dict[str, str]]:
                 )
             sides[match["side"]] = key
     return pairs
-
-
-def _factor(view: AdapterView, scaling: float) -> float:
-    factor = view.weight * scaling
-    if not math.isfinite(factor):
-        raise InputRefused(
-            f"{view.path}: weight {view.weight} times scaling {scaling} overflows",
-            hint="give a smaller weight",
-        )
-    return factor
 
 
 def _check_rank(view: AdapterView, module: str, a: TensorInfo, b: TensorInfo) -> None:
@@ -106,28 +98,18 @@ def _check_rank(view: AdapterView, module: str, a: TensorInfo, b: TensorInfo) ->
 def _target(view: AdapterView, module: str) -> str:
     """Return the name of the one base tensor that a module means; never a guess."""
     last = module.rpartition(".")[2]
-    found = view.base.find(f"{module}.weight")
-    tied = _is_tied(view.base_config, view.base_tensors)
+    found = view.names.find(f"{module}.weight")
+    tied = _is_tied(view.base_config, view.sources)
     if last in _EMBEDDINGS or (last in _HEADS and (tied or not found)):
         raise InputRefused(
             f"{view.path} has LoRA on {module}, an embedding or a head that shares its weight",
             hint="train without it in target_modules, or serve this adapter unmerged: adding to a "
             "shared weight would change both its uses",
         )
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise InputRefused(
-            f"{view.path}: {module} may mean several base tensors: {', '.join(found[:_SHOWN])}",
-            hint="rename the adapter's keys so that they carry the full module path",
-        )
-    raise InputRefused(
-        f"{view.path} changes {module}, which the base has not",
-        hint=f"the adapter belongs to another model: {view.config.base_model or '(not named)'!r}",
-    )
+    return view.need(module)
 
 
-def _is_tied(config: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> bool:
+def _is_tied(config: Mapping[str, object], tensors: Mapping[str, object]) -> bool:
     has_head = any(name.split(".")[-2:] == [head, "weight"] for name in tensors for head in _HEADS)
     text = config.get("text_config")
     nested = text.get("tie_word_embeddings") if isinstance(text, dict) else None
@@ -142,7 +124,7 @@ def _is_transposed(
     The layer's class decides, as in PEFT, which overrules `fan_in_fan_out`; where the class is not
     known, the shape does, and a square matrix that only `fan_in_fan_out` speaks about is refused.
     """
-    shape, straight = view.base_tensors[target].shape, (b.shape[0], a.shape[1])
+    shape, straight = view.sources[target].shape, (b.shape[0], a.shape[1])
     kind = str(view.base_config.get("model_type", ""))
     if kind in _CONV1D_MODELS:
         return module.rpartition(".")[2] in _CONV1D_MODULES

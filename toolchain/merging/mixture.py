@@ -1,0 +1,90 @@
+"""Changes of one tensor by several adapters, of which some are no low-rank sums."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from toolchain.merging.families.family import Claim
+from toolchain.merging.outputs import Output, Rows, Term
+
+if TYPE_CHECKING:
+    import torch
+
+    from toolchain.merging.stream import Files
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What one adapter claims of a tensor, and its weight in the merge."""
+
+    claim: Claim
+    weight: float
+    path: Path
+    """The adapter's folder."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixture:
+    """W + Σ weight · (changed - W) in float64: each adapter's whole change, in delta space."""
+
+    shares: tuple[Share, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Say whether any of the changes needs the whole tensor."""
+        return any(share.claim.change and share.claim.change.whole for share in self.shares)
+
+    def held_elements(self, output: Output) -> int:
+        """Return how many float64 elements are in memory at a time."""
+        held = output.rows * output.columns * 3 if self.whole else 0
+        for share in self.shares:
+            held += sum(term.rank * sum(term.shape) for term in share.claim.terms)
+            if share.claim.change:
+                held += share.claim.change.held_elements(output)
+        return held
+
+    def begin(self, output: Output, files: Files) -> Rows:
+        """Return what computes rows of the sum."""
+        plain = replace(output, change=None)
+        changed = [
+            (share, share.claim.change.begin(plain, files) if share.claim.change else None)
+            for share in self.shares
+        ]
+
+        def rows(first: int, count: int) -> torch.Tensor:
+            base = output.source.rows(files, first, count, output.columns).double()
+            total = base.clone()
+            for share, change in changed:
+                claim = share.claim
+                for term in claim.terms:
+                    add_term(total, term, files, first)
+                if change is not None:
+                    total += share.weight * (change(first, count) - base)
+                elif claim.replacement is not None:
+                    new = claim.replacement.rows(files, first, count, output.columns)
+                    total += share.weight * (new.double() - base)
+                elif claim.patch is not None:
+                    for row, place in enumerate(claim.patch.places):
+                        if first <= place < first + count:
+                            new = claim.patch.stored.rows(files, row, 1, output.columns)
+                            at = place - first
+                            total[at] += share.weight * (new[0].double() - base[at])
+            return total
+
+        return rows
+
+
+def add_term(total: torch.Tensor, term: Term, files: Files, first: int) -> None:
+    """Add a term's part of rows `first` and following, in float64 and in place."""
+    begin = max(first, term.first)
+    end = min(first + len(total), term.first + term.shape[0])
+    if begin >= end:
+        return
+    left = files.matrix(term.left)[begin - term.first : end - term.first].double()
+    if term.right is None:
+        total[begin - first : end - first] += term.factor * left
+    else:
+        right = files.matrix(term.right).double()
+        total[begin - first : end - first] += term.factor * (left @ right)
