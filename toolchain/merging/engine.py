@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from threadpoolctl import threadpool_limits
 
 from toolchain.errors import CheckFailed, EnvironmentFailure, UsageError
 from toolchain.merging.companions import companion_files, index_json, write_file
@@ -66,8 +66,7 @@ def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, 
     settings = _settings(request)
     journal = _open_out(request, plan)
     tally, findings = Tally(), list(plan.findings)
-    with _one_thread_per_worker():
-        check_arithmetic(settings.device)
+    with _one_thread_per_worker(settings):
         shards = _write_shards(plan, settings, journal, tally, progress or (lambda *_: None))
         small, notes = _write_companions(plan, request.out)
         _prove(plan, request.out, settings, journal)
@@ -93,12 +92,12 @@ def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, 
 def _settings(request: MergeRequest) -> Settings:
     if request.precision not in ("exact", "fast"):
         raise UsageError(f"unknown precision {request.precision!r}", hint="one of exact, fast")
-    has_gpu = torch.cuda.is_available()
     if request.device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"unknown device {request.device!r}", hint="one of auto, cpu, cuda")
+    has_gpu = request.device != "cpu" and _has_gpu()
     if request.device == "cuda" and not has_gpu:
         raise EnvironmentFailure("torch finds no CUDA device", hint="merge with device cpu")
-    device = "cuda" if has_gpu and request.device != "cpu" else "cpu"
+    device = "cuda" if has_gpu else "cpu"
     workers = request.workers or len(os.sched_getaffinity(0))
     return Settings(
         exact=request.precision == "exact",
@@ -107,6 +106,15 @@ def _settings(request: MergeRequest) -> Settings:
         block=_GPU_BLOCK if device == "cuda" else BLOCK,
         piece=_GPU_BLOCK if device == "cuda" else PIECE,
     )
+
+
+def _has_gpu() -> bool:
+    """Say whether torch sees a GPU; it is imported only where the system has a driver for one."""
+    if not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
+        return False
+    import torch
+
+    return bool(torch.cuda.is_available())
 
 
 def _open_out(request: MergeRequest, plan: MergePlan) -> Journal:
@@ -158,16 +166,26 @@ def _key(request: MergeRequest, plan: MergePlan) -> str:
 
 
 @contextmanager
-def _one_thread_per_worker() -> Iterator[None]:
-    """Let blocks, not operations, run in parallel: idle OpenMP threads would spin between them."""
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)
+def _one_thread_per_worker(settings: Settings) -> Iterator[None]:
+    """Let blocks, not operations, run in parallel: idle threads would spin between them."""
+    with threadpool_limits(limits=1):
+        if settings.exact and settings.device == "cpu":
+            check_arithmetic()
+            yield
+            return
+        import torch
+
+        from toolchain.merging import torch_kernel
+
+        threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+        torch.set_num_threads(1)
+        torch.set_float32_matmul_precision("highest")
+        try:
+            torch_kernel.check_arithmetic(settings.device)
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            torch.set_float32_matmul_precision(precision)
 
 
 def _write_shards(

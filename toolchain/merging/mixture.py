@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from toolchain.merging.families.family import Claim
 from toolchain.merging.outputs import Output, Rows, Term
+from toolchain.merging.rounding import F64
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
 
     from toolchain.merging.stream import Files
 
@@ -53,9 +54,9 @@ class Mixture:
             for share in self.shares
         ]
 
-        def rows(first: int, count: int) -> torch.Tensor:
-            base = output.source.rows(files, first, count, output.columns).double()
-            total = base.clone()
+        def rows(first: int, count: int) -> np.ndarray:
+            base = output.source.rows(files, first, count, output.columns).astype(F64)
+            total = base.copy()
             for share, change in changed:
                 claim = share.claim
                 for term in claim.terms:
@@ -64,27 +65,27 @@ class Mixture:
                     total += share.weight * (change(first, count) - base)
                 elif claim.replacement is not None:
                     new = claim.replacement.rows(files, first, count, output.columns)
-                    total += share.weight * (new.double() - base)
+                    total += share.weight * (new.astype(F64) - base)
                 elif claim.patch is not None:
                     for row, place in enumerate(claim.patch.places):
                         if first <= place < first + count:
                             new = claim.patch.stored.rows(files, row, 1, output.columns)
                             at = place - first
-                            total[at] += share.weight * (new[0].double() - base[at])
+                            total[at] += share.weight * (new[0].astype(F64) - base[at])
             return total
 
         return rows
 
 
-def add_term(total: torch.Tensor, term: Term, files: Files, first: int) -> None:
+def add_term(total: np.ndarray, term: Term, files: Files, first: int) -> None:
     """Add a term's part of rows `first` and following, in float64 and in place."""
     begin = max(first, term.first)
     end = min(first + len(total), term.first + term.shape[0])
     if begin >= end:
         return
-    left = files.matrix(term.left)[begin - term.first : end - term.first].double()
+    left = files.matrix(term.left)[begin - term.first : end - term.first].astype(F64)
     if term.right is None:
         total[begin - first : end - first] += term.factor * left
     else:
-        right = files.matrix(term.right).double()
+        right = files.matrix(term.right).astype(F64)
         total[begin - first : end - first] += term.factor * (left @ right)

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Protocol
 from toolchain.checkpoints.safetensors import BITS, TensorInfo
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
 
     from toolchain.merging.stream import Files
 
-Rows = Callable[[int, int], "torch.Tensor"]
+Rows = Callable[[int, int], "np.ndarray"]
 """(first, count) -> rows of a tensor's matrix, (count, columns); called by several threads."""
 
 
@@ -38,8 +38,8 @@ class Source(Protocol):
         first: int,
         count: int,
         columns: int,
-        into: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        into: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Return rows of the tensor seen as a matrix with `columns` columns, in its own type.
 
         `into` is a buffer of bytes, large enough, that the result may lie in.
@@ -69,8 +69,8 @@ class Stored:
         first: int,
         count: int,
         columns: int,
-        into: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        into: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Return rows of the tensor seen as a matrix with `columns` columns, in its own type."""
         return files.rows(self.path, self.info, first, count, columns, into)
 

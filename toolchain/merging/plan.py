@@ -27,8 +27,10 @@ from toolchain.merging.outputs import Output, OutputShard, Source, Stored
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 METHODS = ("sequential", "linear")
 _QUANTIZED_KEYS = (".absmax", ".quant_map", ".qweight", ".qzeros", ".SCB", ".weight_packed")
-_START_BYTES = 250 << 20
-"""Resident memory of Python with torch imported."""
+_START_BYTES = 100 << 20
+"""Resident memory of Python with numpy imported, generously."""
+_TORCH_BYTES = 200 << 20
+"""What importing torch adds, for `fast`."""
 _BLOCK_BYTES = 24 << 20
 """Buffers of one worker."""
 
@@ -113,7 +115,7 @@ def stored_sources(index: CheckpointIndex) -> dict[str, Source]:
     }
 
 
-def estimate(plan: MergePlan, workers: int = 1) -> dict[str, int]:
+def estimate(plan: MergePlan, workers: int = 1, *, exact: bool = True) -> dict[str, int]:
     """Return a merge's `read_bytes`, `write_bytes` and `peak_memory_bytes`, from the plan alone."""
     shards = sum(shard.file_size for shard in plan.base.shards)
     headers = sum(
@@ -129,7 +131,10 @@ def estimate(plan: MergePlan, workers: int = 1) -> dict[str, int]:
     return {
         "read_bytes": shards + adapters + others,
         "write_bytes": headers + sum(shard.size for shard in plan.shards) + others,
-        "peak_memory_bytes": _START_BYTES + held + max(1, workers) * _BLOCK_BYTES,
+        "peak_memory_bytes": _START_BYTES
+        + (0 if exact else _TORCH_BYTES)
+        + held
+        + max(1, workers) * _BLOCK_BYTES,
     }
 
 

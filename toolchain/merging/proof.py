@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from toolchain.checkpoints.safetensors import open_checkpoint
 from toolchain.errors import CheckFailed
 from toolchain.merging.outputs import Output, Term
 from toolchain.merging.plan import MergePlan
-from toolchain.merging.rounding import FORMATS
+from toolchain.merging.rounding import F64, FORMATS
 from toolchain.merging.stream import Files
 
 ROWS = 16
@@ -30,7 +30,7 @@ def prove(plan: MergePlan, out: Path, *, exact: bool) -> None:
         for output in plan.outputs.values():
             if output.kind == "merged" and output.size and not output.change:
                 path, info = written[output.name]
-                found = torch.cat(
+                found = np.concatenate(
                     [files.rows(path, info, row, 1, output.columns) for row in _places(output)]
                 )
                 _compare(output.name, _wanted(output, files), found, exact=exact)
@@ -40,40 +40,41 @@ def prove(plan: MergePlan, out: Path, *, exact: bool) -> None:
 
 def _places(output: Output) -> list[int]:
     seed = int.from_bytes(hashlib.sha256(output.name.encode()).digest()[:7], "little")
-    random = torch.Generator().manual_seed(seed)
-    return torch.randint(0, output.rows, (ROWS,), generator=random).tolist()
+    places: list[int] = np.random.default_rng(seed).integers(0, output.rows, ROWS).tolist()
+    return places
 
 
-def _wanted(output: Output, files: Files) -> torch.Tensor:
+def _wanted(output: Output, files: Files) -> np.ndarray:
     """Return W + Σ factor · (B·A) of the drawn rows in float64."""
-    return torch.cat([_row(output, files, row) for row in _places(output)])
+    return np.concatenate([_row(output, files, row) for row in _places(output)])
 
 
-def _row(output: Output, files: Files, row: int) -> torch.Tensor:
-    total = output.source.rows(files, row, 1, output.columns).double()
+def _row(output: Output, files: Files, row: int) -> np.ndarray:
+    total = output.source.rows(files, row, 1, output.columns).astype(F64)
     for term in output.terms:
         if term.first <= row < term.first + term.shape[0]:
             total += _product(term, files, row - term.first)
     return total
 
 
-def _product(term: Term, files: Files, row: int) -> torch.Tensor:
-    left = files.matrix(term.left)[row : row + 1].double()
-    right = files.matrix(term.right).double() if term.right else torch.ones(1, 1).double()
-    return term.factor * (left @ right)
+def _product(term: Term, files: Files, row: int) -> np.ndarray:
+    left = files.matrix(term.left)[row : row + 1].astype(F64)
+    right = files.matrix(term.right).astype(F64) if term.right else np.ones((1, 1))
+    product: np.ndarray = term.factor * (left @ right)
+    return product
 
 
-def _compare(name: str, wanted: torch.Tensor, found: torch.Tensor, *, exact: bool) -> None:
+def _compare(name: str, wanted: np.ndarray, found: np.ndarray, *, exact: bool) -> None:
     """Allow half a unit in the last place, and what float64 or, for `fast`, float32 may be off."""
     form = FORMATS[found.dtype]
-    size = wanted.abs()
+    size = np.abs(wanted)
     room = size * 2.0**-form.precision * (1 + 2.0**-20) + 2.0 ** (form.least - form.precision)
     # Sums that cancel are off by a part of what went in, which the row's largest value bounds.
-    room += size.amax(1, keepdim=True) * (2.0**-40 if exact else 2.0**-16)
-    off = (found.double() - wanted).abs() > room
-    if off.any() or not torch.isfinite(found).all():
+    room += size.max(1, keepdims=True) * (2.0**-40 if exact else 2.0**-16)
+    off = np.abs(found.astype(F64) - wanted) > room
+    if off.any() or not np.isfinite(found).all():
         raise CheckFailed(
-            f"{name} was written wrong: {int(off.sum())} of {off.numel()} elements that were "
+            f"{name} was written wrong: {int(off.sum())} of {off.size} elements that were "
             "recomputed differ",
             hint="memory or disk may be faulty: merge again, on another machine if it recurs",
         )

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
-from toolchain.merging.rounding import FORMATS, Binary, round_dyadic, round_once
+from toolchain.merging.rounding import F64, FORMATS, Binary, round_dyadic, round_once
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
+"""Products at once: what the second-level cache holds, in float64."""
 _UNIT = 2.0**-53
 
 
@@ -20,24 +20,33 @@ class Factors:
     `left` (rows, K) and `right` (K, columns) are float32 and finite, `gains` (K,) is float64.
     """
 
-    left: torch.Tensor
-    right: torch.Tensor
-    gains: torch.Tensor
-    columns: torch.Tensor = field(init=False)
+    left: np.ndarray
+    right: np.ndarray
+    gains: np.ndarray
+    columns: np.ndarray = field(init=False)
     """`right` transposed, so that a column is read from one place."""
-    norms: torch.Tensor = field(init=False)
+    norms: np.ndarray = field(init=False)
     """(rows,): ‖gains · left[i]‖ in float64."""
     norm: float = field(init=False)
     """The largest ‖right[:, j]‖, so that norms[i] · norm bounds Σₖ|terms| (Cauchy-Schwarz)."""
 
     def __post_init__(self) -> None:
         """Lay the columns out and measure both sides."""
-        columns = self.right.T.contiguous()
-        scaled = self.left.double().mul_(self.gains)
+        columns = np.ascontiguousarray(self.right.T)
         object.__setattr__(self, "columns", columns)
-        object.__setattr__(self, "norms", torch.linalg.vector_norm(scaled, dim=1))
-        norms = torch.linalg.vector_norm(columns, dim=1, dtype=torch.float64)
-        object.__setattr__(self, "norm", float(norms.max()))
+        object.__setattr__(self, "norms", _norms(self.left, self.gains))
+        object.__setattr__(self, "norm", float(_norms(columns, np.ones(1)).max(initial=0.0)))
+
+
+def _norms(matrix: np.ndarray, gains: np.ndarray) -> np.ndarray:
+    """Return ‖gains · row‖ of each row in float64, some rows at a time to keep memory small."""
+    step = max(1, _CHUNK // max(1, matrix.shape[1]))
+    parts = [np.empty(0)]
+    for start in range(0, len(matrix), step):
+        with np.errstate(over="ignore"):
+            scaled = matrix[start : start + step] * gains
+            parts.append(np.sqrt(np.einsum("ij,ij->i", scaled, scaled)))
+    return np.concatenate(parts)
 
 
 @dataclass(slots=True)
@@ -50,61 +59,56 @@ class Repairs:
 
 def repair(
     factors: Factors,
-    weights: torch.Tensor,
-    rows: torch.Tensor,
-    columns: torch.Tensor,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, Repairs]:
+    weights: np.ndarray,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    dtype: np.dtype,
+) -> tuple[np.ndarray, Repairs]:
     """Return the correctly rounded sums at (rows[i], columns[i]); `weights[i]` is the base's value.
 
-    `rows` are rows of `factors.left`; all tensors lie on the CPU.
+    `rows` are rows of `factors.left`.
     """
     step = max(1, _CHUNK // max(1, len(factors.gains)))
-    done, parts = Repairs(), []
+    done, out = Repairs(), np.empty(len(weights), dtype)
     for start in range(0, len(weights), step):
         part = slice(start, start + step)
-        left = factors.left[rows[part]].double()
-        right = factors.columns[columns[part]].double()
+        left, right = factors.left[rows[part]], factors.columns[columns[part]]
         reach = factors.norms[rows[part]] * factors.norm
-        parts.append(_decide(left, right, factors.gains, reach, weights[part], dtype, done))
-    return torch.cat(parts), done
+        base = weights[part].astype(F64)
+        out[part] = _decide(left, right, factors.gains, reach, base, dtype, done)
+    return out, done
 
 
 def _decide(
-    left: torch.Tensor,
-    right: torch.Tensor,
-    gains: torch.Tensor,
-    reach: torch.Tensor,
-    weights: torch.Tensor,
-    dtype: torch.dtype,
+    left: np.ndarray,
+    right: np.ndarray,
+    gains: np.ndarray,
+    reach: np.ndarray,
+    base: np.ndarray,
+    dtype: np.dtype,
     done: Repairs,
-) -> torch.Tensor:
-    """Round n sums, given their factors (n, K) in float64 and what Σ|terms| cannot exceed.
+) -> np.ndarray:
+    """Round n sums, given their factors (n, K) and what Σ|terms| cannot exceed.
 
-    A product of two float32 is exact in float64, so each term has one rounding and the sum of K of
-    them an error below (K + 1) · 2**-53 · Σ|terms| to first order, in any order of summation
-    (Higham, "Accuracy and Stability of Numerical Algorithms", section 3.1). The bound is generous.
+    The product of a gain and a float32 is rounded once, and its product with another float32 once
+    more at most, so that the sum of K of them has an error below (K + 2) · 2**-53 · Σ|terms| to
+    first order, in any order of summation (Higham, "Accuracy and Stability of Numerical
+    Algorithms", section 3.1). The bound is generous.
     """
     form = FORMATS[dtype]
-    terms = (left * right).mul_(gains)
-    base = weights.double()
-    total = base + terms.sum(1)
-    error = reach * ((len(gains) + 8) * 2 * _UNIT)
-    error += total.abs() * (8 * _UNIT) + 2.0**-1000
-    rounded = round_once(torch.stack((total + error, total - error)), dtype)
-    high: torch.Tensor = rounded[0]
-    unsure = (high.view(form.bits) != rounded[1].view(form.bits)) | ~torch.isfinite(error)
-    undecided = unsure.nonzero().flatten()
-    done.float64 += len(weights)
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = base + np.einsum("ij,ij->i", left * gains, right.astype(F64))
+        error = reach * ((len(gains) + 8) * 2 * _UNIT)
+        error += np.abs(total) * (8 * _UNIT) + 2.0**-1000
+    high = round_once(total + error, dtype)
+    low = round_once(total - error, dtype)
+    unsure = (high.view(form.bits) != low.view(form.bits)) | ~np.isfinite(error)
+    done.float64 += len(base)
+    undecided = np.flatnonzero(unsure)
     done.exact += len(undecided)
-    if len(undecided):
-        bits = [
-            _exact(left[i].numpy(), right[i].numpy(), gains.numpy(), float(base[i]), form)
-            for i in undecided.tolist()
-        ]
-        # Unsigned bits above the middle stand for negative integers.
-        signed = [b - (b >> (form.width - 1) << form.width) for b in bits]
-        high.view(form.bits)[undecided] = torch.tensor(signed, dtype=form.bits)
+    for i in undecided:
+        exact = _exact(left[i].astype(F64), right[i].astype(F64), gains, float(base[i]), form)
+        high.view(form.bits)[i] = exact
     return high
 
 

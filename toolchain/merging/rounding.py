@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+import ml_dtypes
+import numpy as np
+
+BF16, F16, F32, F64 = (
+    np.dtype(kind) for kind in (ml_dtypes.bfloat16, np.float16, np.float32, np.float64)
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Binary:
     """An IEEE-like binary format."""
 
-    dtype: torch.dtype
-    bits: torch.dtype
-    """The integer type of the same width."""
+    dtype: np.dtype
+    bits: np.dtype
+    """The unsigned integer of the same width."""
     width: int
     precision: int
     """Bits of the significand, the implicit one included."""
@@ -23,34 +28,36 @@ class Binary:
     @property
     def largest(self) -> float:
         """The largest finite value."""
-        return float(torch.finfo(self.dtype).max)
+        return (2 - 2.0 ** (1 - self.precision)) * 2.0 ** (1 - self.least)
 
 
-FORMATS = {
-    torch.bfloat16: Binary(
-        dtype=torch.bfloat16, bits=torch.int16, width=16, precision=8, least=-126
-    ),
-    torch.float16: Binary(dtype=torch.float16, bits=torch.int16, width=16, precision=11, least=-14),
-    torch.float32: Binary(
-        dtype=torch.float32, bits=torch.int32, width=32, precision=24, least=-126
-    ),
-}
+def _binary(dtype: np.dtype, precision: int, least: int) -> Binary:
+    bits = np.dtype(f"u{dtype.itemsize}")
+    return Binary(
+        dtype=dtype, bits=bits, width=8 * dtype.itemsize, precision=precision, least=least
+    )
 
 
-def round_once(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+FORMATS = {BF16: _binary(BF16, 8, -126), F16: _binary(F16, 11, -14), F32: _binary(F32, 24, -126)}
+
+
+def round_once(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Return float64 or float32 values rounded once to bfloat16, float16 or float32.
 
-    torch goes from float64 to bfloat16 through float32 and so rounds twice. Here the float32 step
+    numpy goes from float64 to bfloat16 through float32 and so rounds twice. Here the float32 step
     rounds to odd, which keeps the second rounding right because float32 has more than two bits to
     spare (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
     """
-    if values.dtype != torch.float64 or dtype == torch.float32:
-        return values.to(dtype)
-    single = values.to(torch.float32)
-    back = single.to(torch.float64)
-    inexact = (back != values) & ~torch.isnan(values)
-    bits = single.view(torch.int32) - (back.abs() > values.abs()).to(torch.int32)
-    return torch.where(inexact, bits | 1, bits).view(torch.float32).to(dtype)
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        if values.dtype != F64 or dtype == F32:
+            return values.astype(dtype)
+        single = values.astype(F32)
+        back = single.astype(F64)
+        inexact = (back != values) & ~np.isnan(values)
+        bits = single.view(np.uint32) - (np.abs(back) > np.abs(values))
+        bits |= inexact
+        rounded: np.ndarray = bits.view(F32).astype(dtype)
+        return rounded
 
 
 def round_dyadic(numerator: int, exponent: int, form: Binary) -> int:

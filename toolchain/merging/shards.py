@@ -11,15 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from toolchain.checkpoints.safetensors import BITS, build_header
 from toolchain.errors import InputRefused
-from toolchain.merging.kernel import PIECE, Prepared, Space, merge_rows, merge_rows_fast, prepare
+from toolchain.merging.kernel import PIECE, Prepared, Space, finish_rows, merge_rows, prepare
 from toolchain.merging.outputs import Band, Output, OutputShard, Patch, Rows, Stored, bands
 from toolchain.merging.repair import Factors, Repairs
-from toolchain.merging.rounding import round_once
-from toolchain.merging.stream import TORCH_TYPES, Buffers, Files, Writer, as_bytes
+from toolchain.merging.rounding import F32, F64, round_once
+from toolchain.merging.stream import ARRAY_TYPES, Buffers, Files, Writer, as_bytes
 
 BLOCK = 1 << 20
 """Elements per block on the CPU: repairs and hand-overs cost the less, the larger it is."""
@@ -48,7 +48,7 @@ class Settings:
     piece: int = PIECE
 
 
-Filled = tuple[torch.Tensor, int]
+Filled = tuple[np.ndarray, int]
 """A buffer and how many of its bytes are to be written."""
 
 Block = Callable[[], Filled]
@@ -60,11 +60,10 @@ class ShardMaker:
     def __init__(self, settings: Settings, tally: Tally) -> None:
         self._settings, self._tally = settings, tally
         self.files = Files()
-        self._pool = ThreadPoolExecutor(
-            settings.workers, "merge", initializer=torch.set_num_threads, initargs=(1,)
-        )
+        self._pool = ThreadPoolExecutor(settings.workers, "merge")
         self._buffers = Buffers()
         self._local, self._lock = threading.local(), threading.Lock()
+        self._on_device: tuple[Prepared, Any] | None = None
 
     def close(self) -> None:
         """Stop the workers and give the files back."""
@@ -141,7 +140,7 @@ class ShardMaker:
         for term in band.terms:
             start = band.first - term.first
             left = self.files.matrix(term.left)[start : start + band.end - band.first]
-            right = torch.ones(1, 1) if term.right is None else self.files.matrix(term.right)
+            right = np.ones((1, 1), F32) if term.right is None else self.files.matrix(term.right)
             if not left.any() or not right.any():
                 silent = self._tally.silent.setdefault(term.adapter, [])
                 if output.name not in silent:
@@ -154,11 +153,11 @@ class ShardMaker:
             return None
         one = len(lefts) == 1
         factors = Factors(
-            left=lefts[0].contiguous() if one else torch.cat(lefts, 1),
-            right=rights[0].contiguous() if one else torch.cat(rights, 0),
-            gains=torch.tensor(gains, dtype=torch.float64),
+            left=np.ascontiguousarray(lefts[0]) if one else np.concatenate(lefts, 1),
+            right=np.ascontiguousarray(rights[0]) if one else np.concatenate(rights, 0),
+            gains=np.array(gains, F64),
         )
-        return prepare(output.name, factors, TORCH_TYPES[output.dtype], self._settings.device)
+        return prepare(output.name, factors, ARRAY_TYPES[output.dtype])
 
     def _append(self, writer: Writer, waiting: deque[Future[Filled]]) -> int:
         """Write the oldest block; return its bytes."""
@@ -179,20 +178,36 @@ class ShardMaker:
         size = elements * prepared.dtype.itemsize
         held, buffer = self._held(output, elements), self._buffers.take(size)
         weight = output.source.rows(self.files, first, count, output.columns, held)
-        out = buffer[:size].view(prepared.dtype).view(count, -1)
-        space = self._space(prepared, output.columns)
-        if self._settings.exact:
-            done = merge_rows(prepared, weight, first - offset, space, out)
-            with self._lock:
-                self._tally.repairs.float64 += done.float64
-                self._tally.repairs.exact += done.exact
-        else:
-            merge_rows_fast(prepared, weight, first - offset, space, out)
+        out = buffer[:size].view(prepared.dtype).reshape(count, -1)
+        done = self._apply(prepared, weight, first - offset, out)
+        with self._lock:
+            self._tally.repairs.float64 += done.float64
+            self._tally.repairs.exact += done.exact
         self._buffers.give(held)
         return buffer, size
 
-    def _held(self, output: Output, elements: int) -> torch.Tensor:
+    def _held(self, output: Output, elements: int) -> np.ndarray:
         return self._buffers.take(elements * BITS[output.source.dtype] // 8)
+
+    def _apply(
+        self, prepared: Prepared, weight: np.ndarray, first: int, out: np.ndarray
+    ) -> Repairs:
+        """Merge rows the way the settings ask for; torch is imported for `fast` and GPUs only."""
+        if self._settings.exact and self._settings.device == "cpu":
+            space = self._space(prepared, weight.shape[1])
+            return merge_rows(prepared, weight, first, space, out)
+        from toolchain.merging import torch_kernel
+
+        if not self._settings.exact:
+            torch_kernel.merge_rows_fast(prepared, weight, first, out)
+            return Repairs()
+        with self._lock:
+            if self._on_device is None or self._on_device[0] is not prepared:
+                held = torch_kernel.to_device(prepared, self._settings.device)
+                self._on_device = (prepared, held)
+            held = self._on_device[1]
+        flagged, safe = torch_kernel.first_pass(held, weight, first, out)
+        return finish_rows(prepared, weight, first, out, flagged, safe)
 
     def _space(self, prepared: Prepared, columns: int) -> Space:
         """Return this worker's buffers, larger or of another type only when they must be."""
@@ -200,7 +215,7 @@ class ShardMaker:
         held: tuple[Any, int, Space] | None = getattr(self._local, "space", None)
         if held is None or held[0] != key or held[1] < columns:
             size = max(columns, self._settings.piece)
-            held = (key, size, Space(size, *key, self._settings.device))
+            held = (key, size, Space(size, *key))
             self._local.space = held
         return held[2]
 
@@ -213,33 +228,31 @@ class ShardMaker:
 
     def _computed(self, output: Output, rows: Rows, first: int, count: int) -> Filled:
         values = rows(first, count)
-        if not torch.isfinite(values).all():
+        if not np.isfinite(values).all():
             raise InputRefused(
                 f"{output.name} becomes NaN or infinite",
                 hint="the base or the adapter is damaged, or a weight is far too large",
             )
         return self._rounded(output, values)
 
-    def _rounded(self, output: Output, values: torch.Tensor) -> Filled:
-        dtype = TORCH_TYPES[output.dtype]
+    def _rounded(self, output: Output, values: np.ndarray) -> Filled:
+        dtype = ARRAY_TYPES[output.dtype]
         out = values if values.dtype == dtype else round_once(values, dtype)
-        if not torch.equal(torch.isfinite(out), torch.isfinite(values)):
+        if not np.array_equal(np.isfinite(out), np.isfinite(values)):
             raise InputRefused(
-                f"{output.name} reaches {float(values.abs().max()):g}, which "
-                f"{str(dtype).removeprefix('torch.')} cannot hold",
+                f"{output.name} reaches {float(np.abs(values).max()):g}, which "
+                f"{dtype.name} cannot hold",
                 hint="merge with dtype bfloat16 or float32",
             )
-        return out.reshape(-1).view(torch.uint8), out.nbytes
+        return out.reshape(-1).view(np.uint8), out.nbytes
 
 
-def patched(
-    patches: tuple[Patch, ...], files: Files, weight: torch.Tensor, first: int
-) -> torch.Tensor:
+def patched(patches: tuple[Patch, ...], files: Files, weight: np.ndarray, first: int) -> np.ndarray:
     """Return rows `first` and following with the patches' rows put in; float64 where there are."""
     columns = weight.shape[1]
     for patch in patches:
         for row, place in enumerate(patch.places):
             if first <= place < first + len(weight):
-                weight = weight.double()
-                weight[place - first] = patch.stored.rows(files, row, 1, columns)[0].double()
+                weight = weight.astype(F64)
+                weight[place - first] = patch.stored.rows(files, row, 1, columns)[0].astype(F64)
     return weight

@@ -13,18 +13,14 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-import torch
+import numpy as np
 
 from toolchain.checkpoints.safetensors import BITS, TensorInfo
 from toolchain.errors import EnvironmentFailure, InputRefused
 from toolchain.merging.outputs import Part
+from toolchain.merging.rounding import BF16, F16, F32, F64
 
-TORCH_TYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
+ARRAY_TYPES = {"BF16": BF16, "F16": F16, "F32": F32, "F64": F64}
 _MODE = 0o644
 _PIECE = 1 << 18
 _KEPT = 4
@@ -42,7 +38,7 @@ class Reader:
         """Give the file back."""
         os.close(self._fd)
 
-    def read_into(self, data: torch.Tensor, start: int) -> torch.Tensor:
+    def read_into(self, data: np.ndarray, start: int) -> np.ndarray:
         """Fill bytes from the offset and return them; raise InputRefused where the file ends."""
         view, done = as_bytes(data), 0
         while done < len(view):
@@ -61,13 +57,13 @@ class Reader:
         first: int,
         count: int,
         columns: int,
-        into: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        into: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Return rows of a tensor seen as a matrix, in its own type; in `into` if it is given."""
         row = columns * BITS[info.dtype] // 8
-        data = torch.empty(count * row, dtype=torch.uint8) if into is None else into[: count * row]
+        data = np.empty(count * row, np.uint8) if into is None else into[: count * row]
         self.read_into(data, info.start + first * row)
-        return data.view(TORCH_TYPES[info.dtype]).view(count, columns)
+        return data.view(ARRAY_TYPES[info.dtype]).reshape(count, columns)
 
 
 class Files:
@@ -75,7 +71,7 @@ class Files:
 
     def __init__(self) -> None:
         self._readers: dict[Path, Reader] = {}
-        self._kept: OrderedDict[tuple[Path, str, int, int], torch.Tensor] = OrderedDict()
+        self._kept: OrderedDict[tuple[Path, str, int, int], np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
 
     def reader(self, path: Path) -> Reader:
@@ -99,12 +95,12 @@ class Files:
         first: int,
         count: int,
         columns: int,
-        into: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        into: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Return rows of a stored tensor, see `Reader.rows`."""
         return self.reader(path).rows(info, first, count, columns, into)
 
-    def matrix(self, part: Part) -> torch.Tensor:
+    def matrix(self, part: Part) -> np.ndarray:
         """Return a factor as float32, which holds every supported type exactly.
 
         Raises InputRefused where it is not finite.
@@ -112,7 +108,7 @@ class Files:
         whole = self._finite(part)[part.rows, part.columns]
         return whole.T if part.transposed else whole
 
-    def _finite(self, part: Part) -> torch.Tensor:
+    def _finite(self, part: Part) -> np.ndarray:
         """Return the whole tensor that a part is of; those that are cut are kept for the next."""
         path, info = part.stored.path, part.stored.info
         key = (path, info.name, part.height, part.blocks)
@@ -120,14 +116,14 @@ class Files:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
-        tensor = self.rows(path, info, 0, part.height, part.width).float()
-        if not torch.isfinite(tensor).all():
+        tensor = self.rows(path, info, 0, part.height, part.width).astype(F32, copy=False)
+        if not np.isfinite(tensor).all():
             raise InputRefused(
                 f"{path}: {info.name} holds NaN or infinite values",
                 hint="the training diverged or the file is damaged; use an earlier checkpoint",
             )
         if part.blocks > 1:
-            tensor = torch.block_diag(*tensor.chunk(part.blocks))  # type: ignore[no-untyped-call]
+            tensor = _block_diagonal(np.split(tensor, part.blocks))
         if not part.whole:
             with self._lock:
                 self._kept[key] = tensor
@@ -140,17 +136,17 @@ class Buffers:
     """Byte buffers that threads take and give back: fresh memory would be zeroed each time."""
 
     def __init__(self) -> None:
-        self._free: SimpleQueue[torch.Tensor] = SimpleQueue()
+        self._free: SimpleQueue[np.ndarray] = SimpleQueue()
 
-    def take(self, size: int) -> torch.Tensor:
+    def take(self, size: int) -> np.ndarray:
         """Return a buffer of at least `size` bytes."""
         try:
             buffer = self._free.get_nowait()
         except Empty:
-            buffer = torch.empty(0, dtype=torch.uint8)
-        return buffer if len(buffer) >= size else torch.empty(size, dtype=torch.uint8)
+            buffer = np.empty(0, np.uint8)
+        return buffer if len(buffer) >= size else np.empty(size, np.uint8)
 
-    def give(self, buffer: torch.Tensor) -> None:
+    def give(self, buffer: np.ndarray) -> None:
         """Take a buffer back that nobody reads any more."""
         self._free.put(buffer)
 
@@ -246,10 +242,19 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return a contiguous CPU tensor's memory, without a copy."""
-    data: Any = tensor.flatten().view(torch.uint8).numpy()
+def as_bytes(array: np.ndarray) -> memoryview:
+    """Return a contiguous array's memory, without a copy."""
+    data: Any = array.reshape(-1).view(np.uint8)
     return memoryview(data)
+
+
+def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
+    """Return a matrix of zeros with the blocks, all of one shape, along its diagonal."""
+    (rows, columns), count = blocks[0].shape, len(blocks)
+    out = np.zeros((rows * count, columns * count), blocks[0].dtype)
+    for place, block in enumerate(blocks):
+        out[place * rows : (place + 1) * rows, place * columns : (place + 1) * columns] = block
+    return out
 
 
 def _matches(path: Path, entry: Mapping[str, Any]) -> bool:

@@ -41,7 +41,7 @@ def check(sources: Sources, options: Merge) -> Mapping[str, int]:
     """
     adapters = [(a.snapshot.tree.root, a.weight) for a in sources.adapters]
     plan = make_plan(sources.base.tree.root, adapters, dtype=options.dtype, method=options.method)
-    return estimate(plan)
+    return estimate(plan, exact=options.precision == "exact")
 
 
 def merge(sources: Sources, options: Merge, tools: Tools) -> Checkpoint:

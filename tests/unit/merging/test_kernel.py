@@ -3,21 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_limits
 
 from toolchain.errors import InputRefused
-from toolchain.merging import kernel
-from toolchain.merging.kernel import Space, merge_rows, merge_rows_fast, prepare, work_type
+from toolchain.merging import kernel, rounding, torch_kernel
+from toolchain.merging.kernel import Prepared, Space, finish_rows, merge_rows, prepare, work_type
 from toolchain.merging.repair import Factors
-from toolchain.merging.rounding import FORMATS, round_dyadic, round_once
+from toolchain.merging.rounding import BF16, F16, F32, round_dyadic, round_once
+from toolchain.merging.torch_kernel import as_tensor, merge_rows_fast
 
+
+@dataclass(frozen=True)
+class Form:
+    """A format as torch knows it, and numpy's type of the same name."""
+
+    bits: torch.dtype
+    width: int
+    array: np.dtype
+
+
+FORMATS = {
+    torch.bfloat16: Form(torch.int16, 16, BF16),
+    torch.float16: Form(torch.int16, 16, F16),
+    torch.float32: Form(torch.int32, 32, F32),
+}
 DTYPES = list(FORMATS)
+
+
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's own bits as a numpy array."""
+    bits = tensor.contiguous().view(FORMATS[tensor.dtype].bits).numpy()
+    return bits.view(FORMATS[tensor.dtype].array)
 
 
 def neighbours(value: Fraction, dtype: torch.dtype) -> tuple[list[float], torch.Tensor]:
@@ -72,11 +97,24 @@ def expected_bits(
     for place, (w, delta) in enumerate(exact_sums(weight, left, right, gains)):
         if delta == 0:
             # Nothing added: the weight itself, its sign included.
-            kept = round_once(flat[place].reshape(1), dtype)
+            kept = flat[place].reshape(1).to(dtype)
             found.append(int(kept.view(FORMATS[dtype].bits)))
         else:
             found.append(oracle(w + delta, dtype) if w + delta else 0)
     return found
+
+
+def on_cpu(prepared: Prepared, weight: np.ndarray, first: int, out: np.ndarray) -> None:
+    # Pieces of two rows, so that blocks have several.
+    space = Space(2 * weight.shape[1], prepared.dtype, work_type(prepared.dtype))
+    merge_rows(prepared, weight, first, space, out)
+
+
+def on_device(prepared: Prepared, weight: np.ndarray, first: int, out: np.ndarray) -> None:
+    """As on a GPU: torch's first pass, the same end."""
+    held = torch_kernel.to_device(prepared, "cuda" if torch.cuda.is_available() else "cpu")
+    flagged, safe = torch_kernel.first_pass(held, weight, first, out)
+    finish_rows(prepared, weight, first, out, flagged, safe)
 
 
 def merged(
@@ -86,24 +124,25 @@ def merged(
     gains: Sequence[float],
     dtype: torch.dtype,
     rows: int = 1 << 20,
+    way: Any = on_cpu,
 ) -> torch.Tensor:
     factors = Factors(
-        left=left.float(), right=right.float(), gains=torch.tensor(gains, dtype=torch.float64)
+        left=as_array(left.float()), right=as_array(right.float()), gains=np.array(gains)
     )
-    prepared = prepare("w", factors, dtype)
-    # Pieces of two rows, so that blocks have several.
-    space = Space(2 * weight.shape[1], dtype, work_type(dtype), "cpu")
-    out = torch.empty(weight.shape, dtype=dtype)
+    prepared = prepare("w", factors, FORMATS[dtype].array)
+    out = np.empty(weight.shape, FORMATS[dtype].array)
     for first in range(0, len(weight), rows):
         part = slice(first, first + rows)
-        merge_rows(prepared, weight[part], first, space, out[part])
-    return out
+        way(prepared, as_array(weight)[part], first, out[part])
+    return as_tensor(out)
 
 
 def check(*case: Any, rows: int = 1 << 20) -> None:
     weight, left, right, gains, dtype = case
-    got = merged(weight, left, right, gains, dtype, rows).flatten().view(FORMATS[dtype].bits)
-    assert expected_bits(weight, left, right, gains, dtype) == got.tolist()
+    expected = expected_bits(weight, left, right, gains, dtype)
+    for way in (on_cpu, on_device):
+        got = merged(weight, left, right, gains, dtype, rows, way).flatten()
+        assert expected == got.view(FORMATS[dtype].bits).tolist()
 
 
 KINDS = ("gaussian", "integers", "cancelling", "tiny", "spread", "sparse")
@@ -191,14 +230,12 @@ def test_several_adapters_are_one_sum_rounded_once(out: torch.dtype) -> None:
 @pytest.mark.parametrize("out", DTYPES)
 def test_bytes_do_not_depend_on_threads_or_blocks(out: torch.dtype) -> None:
     weight, left, right, gains, _ = make_case(5, "gaussian", (150, 64, 500), out, out)
-    threads = torch.get_num_threads()
     results = []
-    try:
-        for count, rows in ((1, 150), (2, 150), (1, 1), (2, 7), (1, 64)):
-            torch.set_num_threads(count)
-            results.append(merged(weight, left, right, gains, out, rows).view(FORMATS[out].bits))
-    finally:
-        torch.set_num_threads(threads)
+    for count, rows in ((1, 150), (2, 150), (1, 1), (2, 7), (1, 64)):
+        with threadpool_limits(limits=count):
+            for way in (on_cpu, on_device):
+                got = merged(weight, left, right, gains, out, rows, way)
+                results.append(got.view(FORMATS[out].bits))
 
     assert all(torch.equal(results[0], other) for other in results)
 
@@ -219,8 +256,8 @@ def test_near_ties_are_decided_by_the_exact_sum() -> None:
 
 def test_without_the_error_bound_the_same_case_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bound is what makes the kernel exact: leave it out and the ties go wrong."""
-    monkeypatch.setattr(kernel, "_bound", lambda left, *_: torch.zeros_like(left))
-    monkeypatch.setattr(kernel, "_SLACK", 0)
+    monkeypatch.setattr(kernel, "_bound", lambda left, *_: np.zeros_like(left))
+    monkeypatch.setattr(kernel, "SLACK", 0)
 
     with pytest.raises(AssertionError):
         check(*ties())
@@ -228,13 +265,12 @@ def test_without_the_error_bound_the_same_case_fails(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("out", [torch.bfloat16, torch.float16])
 def test_rounding_float64_once(out: torch.dtype) -> None:
-    """torch's own conversion goes through float32; this value shows the difference."""
-    tie, step = 1 + 2.0 ** -FORMATS[out].precision, 2.0 ** (1 - FORMATS[out].precision)
-    beside = torch.tensor(
-        [tie + 2.0**-40, -tie - 2.0**-40, tie - 2.0**-40, tie], dtype=torch.float64
-    )
+    """A conversion through float32 rounds twice; this value shows the difference."""
+    form = rounding.FORMATS[FORMATS[out].array]
+    tie, step = 1 + 2.0**-form.precision, 2.0 ** (1 - form.precision)
+    beside = np.array([tie + 2.0**-40, -tie - 2.0**-40, tie - 2.0**-40, tie])
 
-    assert round_once(beside, out).tolist() == [1 + step, -1 - step, 1.0, 1.0]
+    assert round_once(beside, form.dtype).tolist() == [1 + step, -1 - step, 1.0, 1.0]
 
 
 @settings(max_examples=300, deadline=None)
@@ -244,13 +280,15 @@ def test_rounding_float64_once(out: torch.dtype) -> None:
     out=st.sampled_from(DTYPES),
 )
 def test_rounding_exact_numbers(numerator: int, exponent: int, out: torch.dtype) -> None:
-    form, value = FORMATS[out], Fraction(numerator) * Fraction(2) ** exponent
+    form = rounding.FORMATS[FORMATS[out].array]
+    value = Fraction(numerator) * Fraction(2) ** exponent
     bits = round_dyadic(numerator, exponent, form)
     signed = bits - (1 << form.width) if bits >> (form.width - 1) else bits
     if abs(value) < Fraction(form.largest):
         assert oracle(value, out) == signed
     elif abs(value) > Fraction(form.largest) * 2:
-        assert abs(float(torch.tensor(signed, dtype=form.bits).view(out))) == float("inf")
+        infinity = torch.tensor(signed, dtype=FORMATS[out].bits).view(out)
+        assert abs(float(infinity)) == float("inf")
 
 
 def test_rows_without_addition_keep_their_bits() -> None:
@@ -265,16 +303,13 @@ def test_rows_without_addition_keep_their_bits() -> None:
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_overflow_is_refused_by_name(fast: bool) -> None:
-    factors = Factors(
-        left=torch.tensor([[60000.0]]), right=torch.ones(1, 1), gains=torch.ones(1).double()
-    )
-    prepared = prepare("model.up.weight", factors, torch.float16)
-    weight = torch.tensor([[60000.0]]).half()
-    space = Space(1, torch.float16, torch.float32, "cpu")
-    run = merge_rows_fast if fast else merge_rows
+    factors = Factors(left=np.array([[60000.0]], F32), right=np.ones((1, 1), F32), gains=np.ones(1))
+    prepared = prepare("model.up.weight", factors, F16)
+    weight = np.array([[60000.0]], F16)
+    run = merge_rows_fast if fast else on_cpu
 
     with pytest.raises(InputRefused, match=r"model\.up\.weight overflows float16"):
-        run(prepared, weight, 0, space, torch.empty_like(weight))
+        run(prepared, weight, 0, np.empty_like(weight))
 
 
 def test_the_largest_float16_is_not_an_overflow() -> None:
@@ -300,4 +335,13 @@ def test_factors_whose_partial_sums_overflow_are_still_exact() -> None:
 
 
 def test_this_machine_passes_the_arithmetic_check() -> None:
-    kernel.check_arithmetic("cpu")
+    kernel.check_arithmetic()
+    torch_kernel.check_arithmetic("cpu")
+
+
+@pytest.mark.parametrize("out", [torch.bfloat16, torch.float32])
+def test_infinite_halves_do_not_pass_for_large_numbers(out: torch.dtype) -> None:
+    weight = torch.tensor([[float("inf"), 1.0]]).half()
+
+    with pytest.raises(InputRefused, match="the base's w holds NaN or infinite"):
+        merged(weight, torch.ones(1, 1), torch.full((1, 2), -5000.0), [1.0], out)
