@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from toolchain.merging.families.family import Claim
 from toolchain.merging.outputs import Output, Rows, Term
-from toolchain.merging.rounding import F64
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,7 +54,7 @@ class Mixture:
         ]
 
         def rows(first: int, count: int) -> np.ndarray:
-            base = output.source.rows(files, first, count, output.columns).astype(F64)
+            base = output.source.rows(files, first, count, output.columns).astype("float64")
             total = base.copy()
             for share, change in changed:
                 claim = share.claim
@@ -65,13 +64,13 @@ class Mixture:
                     total += share.weight * (change(first, count) - base)
                 elif claim.replacement is not None:
                     new = claim.replacement.rows(files, first, count, output.columns)
-                    total += share.weight * (new.astype(F64) - base)
+                    total += share.weight * (new.astype("float64") - base)
                 elif claim.patch is not None:
                     for row, place in enumerate(claim.patch.places):
                         if first <= place < first + count:
                             new = claim.patch.stored.rows(files, row, 1, output.columns)
                             at = place - first
-                            total[at] += share.weight * (new[0].astype(F64) - base[at])
+                            total[at] += share.weight * (new[0].astype("float64") - base[at])
             return total
 
         return rows
@@ -83,9 +82,9 @@ def add_term(total: np.ndarray, term: Term, files: Files, first: int) -> None:
     end = min(first + len(total), term.first + term.shape[0])
     if begin >= end:
         return
-    left = files.matrix(term.left)[begin - term.first : end - term.first].astype(F64)
+    left = files.matrix(term.left)[begin - term.first : end - term.first].astype("float64")
     if term.right is None:
         total[begin - first : end - first] += term.factor * left
     else:
-        right = files.matrix(term.right).astype(F64)
+        right = files.matrix(term.right).astype("float64")
         total[begin - first : end - first] += term.factor * (left @ right)
