@@ -7,8 +7,13 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from toolchain.evaluating.items import Item
-from toolchain.planning import disk_peak, estimated_bytes, questions, serving_config
+from toolchain.planning import (
+    Trialed,
+    disk_peak,
+    estimated_bytes,
+    serving_config,
+    tasks_of,
+)
 from toolchain.ports import Tools
 from toolchain.quantizers import of_format
 from toolchain.recipe import RecipeFile
@@ -32,14 +37,14 @@ def forecast(
 
     Sizes in bytes. Raises what the build would raise before its first long step.
     """
-    items = questions(file)
+    tasks = tasks_of(file)
     sources, why = known(file, tools)
     if sources is None:
         return _unresolved(file, targets, why)
     earlier = _earlier(file, targets, dist)
     rows = [_row("resolve", cached=True, why="", read=sources.base.tree.size)]
     merged = _merge_row(file, sources, earlier, tools)
-    rows += [merged, *_reference_rows(file, sources, items, earlier, tools)]
+    rows += [merged, *_reference_rows(sources, tasks, earlier, tools)]
     checkpoint = _checkpoint(file, sources, tools)
     plans, size = {}, sources.base.tree.size
     for target in targets:
@@ -152,17 +157,18 @@ def _merge_row(
 
 
 def _reference_rows(
-    file: RecipeFile,
-    sources: Sources,
-    items: Sequence[Item],
-    earlier: Mapping[str, Json],
-    tools: Tools,
+    sources: Sources, tasks: Sequence[Trialed], earlier: Mapping[str, Json], tools: Tools
 ) -> list[dict[str, Json]]:
-    wanted = file.recipe.evaluate
-    if wanted is None:
+    if not tasks:
         return []
-    stage = references.inputs(sources, sources.adapters, items, wanted.max_tokens)
-    cached, why = _state(stage, earlier.get("reference"), tools)
+    told = earlier.get("reference")
+    states = []
+    for tried in tasks:
+        asked = references.subjects(sources, tried.adapter)
+        subject = asked.get("adapter", asked["base"])
+        states.append(_state(references.inputs(subject, tried.task), told, tools))
+    cached = all(there for there, _ in states)
+    why = next((why for there, why in states if not there), "")
     size = sources.base.tree.size
     memory = _REFERENCE_MEMORY + 2 * size
     return [_row("reference", cached=cached, why=why, read=size, memory=memory)]

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from toolchain.errors import CheckFailed
-from toolchain.evaluating.items import Item
-from toolchain.evaluating.metrics import gate, score_answers
 from toolchain.oci.image import Image
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
-from toolchain.planning import BuildRequest, check_before_work, questions, serving_config
+from toolchain.planning import BuildRequest, check_before_work, serving_config, tasks_of
 from toolchain.ports import Tools
 from toolchain.provenance.labels import labels, reference, score_labels
-from toolchain.recipe import RecipeFile
+from toolchain.proving import Result, ask_references, with_image
 from toolchain.serving.targets import Target
 from toolchain.stages import merge as merging
 from toolchain.stages import publish as publishing
@@ -25,11 +23,11 @@ from toolchain.stages import quantize as quantizing
 from toolchain.stages import reference as references
 from toolchain.stages.bake import bake
 from toolchain.stages.base import base_image, base_reference
-from toolchain.stages.record import Facts, write_record
+from toolchain.stages.record import Facts, TaskFacts, write_record
 from toolchain.stages.render import portable
 from toolchain.stages.report import write_report
 from toolchain.stages.resolve import resolve
-from toolchain.stages.trial import Trial, ask, is_proven, known_answers
+from toolchain.stages.trial import Trial, ask, checks_of, is_proven, known_answers
 from toolchain.values import (
     SAFETENSORS,
     Artifact,
@@ -45,7 +43,8 @@ from toolchain.values import (
 def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[Built]:
     """Yield each target's image: merged, quantized, planned, baked, proven, published."""
     recipe, clock = request.file.recipe, Clock(tools)
-    items = questions(request.file)
+    tasks = tasks_of(request.file)
+    count = sum(len(tried.task.items) for tried in tasks)
     check_outputs(request, registry)
     with clock.stage("resolve", recipe.base.source):
         sources = resolve(request.file, tools)
@@ -53,8 +52,9 @@ def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[B
     with clock.stage("merge", f"{len(sources.adapters)} adapter(s), {recipe.merge.method}") as said:
         checkpoint = merging.merge(sources, recipe.merge, tools)
         said["cached"] = checkpoint.details.get("cached", True)
-    with clock.stage("reference", f"{len(items)} questions to base and adapter") as said:
-        expected = reference_scores(request.file, sources, items, tools, said)
+    with clock.stage("reference", f"{count} questions to base, adapter and merged model") as said:
+        expected = ask_references(tasks, sources, checkpoint, tools, said)
+    judge(Record(request, sources, checkpoint, tools), expected, clock.stages)
     for target in request.targets:
         timed = Clock(tools, dict(clock.stages))
         with timed.stage("quantize", target.format.name) as said:
@@ -65,12 +65,13 @@ def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[B
         with timed.stage("bake", reference(recipe, target.name)):
             baking = Baking.of(request, target, sources, artifact, config, registry, tools)
             image = baking.image({})
-        with timed.stage("evaluate", f"{len(items)} questions to the started image") as said:
-            scores = expected | image_scores(baking, image, items, said)
-        judge(baking, checkpoint, image, scores, timed.stages)
+        with timed.stage("evaluate", f"{count} questions to the started image") as said:
+            results = prove(baking, image, expected, said)
+        record = Record(request, sources, checkpoint, tools, baking, image)
+        judge(record, results, timed.stages)
         with timed.stage("publish", reference(recipe, target.name)) as said:
-            published = deliver(baking, baking.image(scores), registry, said)
-        yield keep_record(baking, checkpoint, published, scores, timed.stages)
+            published = deliver(baking, baking.image(main_scores(results)), registry, said)
+        yield record.keep(published, results, timed.stages)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,9 +80,14 @@ class Built:
 
     target: Target
     published: Published
-    scores: Mapping[str, Score]
+    results: tuple[Result, ...]
     stages: Mapping[str, Mapping[str, Json]]
     report: Path
+
+    @property
+    def scores(self) -> Mapping[str, Score]:
+        """The scores of the first task; empty without any."""
+        return main_scores(self.results)
 
 
 @dataclass(slots=True)
@@ -152,17 +158,15 @@ class Baking:
             model_dir=self.target.engine.model_dir,
         )
 
-    def trial(self, items: tuple[Item, ...]) -> Trial:
+    def trial(self, results: Sequence[Result]) -> Trial:
         """Return what the image is asked, and what its answers depend on."""
-        wanted = self.request.file.recipe.evaluate
         return Trial(
             artifact=self.artifact,
             config=self.config,
             base=self.base.digest,
-            items=items,
-            max_tokens=wanted.max_tokens if wanted else 1,
+            tasks=tuple(result.tried.task for result in results),
+            ends=tuple(result.ends for result in results),
             memory_bytes=int(self.config.plan["memory_limit_bytes"]),
-            questions=references.questions_digest(items),
             port_variable=self.target.engine.port_variable,
             host_variable=self.target.engine.host_variable,
             threads_variable=self.target.engine.threads_variable,
@@ -192,76 +196,40 @@ def config_of(
     )
 
 
-def reference_scores(
-    file: RecipeFile,
-    sources: Sources,
-    items: tuple[Item, ...],
-    tools: Tools,
-    said: dict[str, Json],
-) -> dict[str, Score]:
-    """Return the scores of the base and of base+adapter on the recipe's questions."""
-    wanted = file.recipe.evaluate
-    if wanted is None:
-        return {}
-    subjects = {"base": sources.adapters[:0]}
-    if sources.adapters:
-        subjects["adapter"] = sources.adapters
-    said["cached"] = all(
-        tools.store.find(references.inputs(sources, adapters, items, wanted.max_tokens).key)
-        for adapters in subjects.values()
-    )
-    return {
-        name: score_answers(
-            references.answers(sources, adapters, items, wanted.max_tokens, tools),
-            items,
-            wanted.metric,
-        )
-        for name, adapters in subjects.items()
-    }
+def main_scores(results: Sequence[Result]) -> Mapping[str, Score]:
+    """Return the scores of the first task, which stand for the build where one line must do."""
+    return results[0].scores if results else {}
 
 
-def image_scores(
-    baking: Baking, image: Image, items: tuple[Item, ...], said: dict[str, Json]
-) -> dict[str, Score]:
+def prove(
+    baking: Baking, image: Image, expected: tuple[Result, ...], said: dict[str, Json]
+) -> tuple[Result, ...]:
     """Start the image unless this very one was proven before, and score its answers."""
-    request, tools, trial = baking.request, baking.tools, baking.trial(items)
+    request, tools, trial = baking.request, baking.tools, baking.trial(expected)
     if baking.config.plan["device"] != "cpu" and not tools.engine.describe().get("gpu"):
         tools.progress.warn("the image is for a GPU and none is here: it was not started")
-        return {}
+        return expected
     said["cached"] = is_proven(image.digest, trial, tools)
     if said["cached"]:
-        answers = known_answers(trial, tools) or ()
+        answers = tuple(known_answers(trial, task, tools) or () for task in trial.tasks)
     else:
         layout = request.trial_layout(baking.target)
         with publishing.candidate(image, layout, tools) as started:
             answers = ask(started, image.digest, trial, tools)
-    wanted = request.file.recipe.evaluate
-    return {"image": score_answers(answers, items, wanted.metric)} if wanted else {}
+    return with_image(expected, answers, tools)
 
 
 def judge(
-    baking: Baking,
-    checkpoint: Checkpoint,
-    image: Image,
-    scores: Mapping[str, Score],
-    stages: Mapping[str, Mapping[str, Json]],
+    record: Record, results: tuple[Result, ...], stages: Mapping[str, Mapping[str, Json]]
 ) -> None:
-    """Raise CheckFailed when the image lost more than the recipe allows; the report is kept."""
-    wanted = baking.request.file.recipe.evaluate
-    if wanted is None or "image" not in scores:
-        return
+    """Raise CheckFailed when a model lost more than the recipe allows; the report is kept."""
     try:
-        against = scores.get("adapter", scores.get("base"))
-        gate(scores["image"], against, wanted.max_drop, wanted.min_score)
+        for result in results:
+            result.require()
     except CheckFailed as error:
-        layout = baking.request.trial_layout(baking.target)
-        publishing.discard_candidate(image, layout, baking.tools)
-        baking.tools.progress.warn(f"not published: {error.message}")
-        unpublished = Published(reference="", digest=image.digest, layers=())
-        # Apart: the record of an earlier image that passed belongs to that image.
-        folder = baking.request.folder(baking.target) / "refused"
-        built = keep_record(baking, checkpoint, unpublished, scores, stages, folder)
-        raise CheckFailed(error.message, hint=f"{error.hint}\n  report: {built.report}") from None
+        record.tools.progress.warn(f"not published: {error.message}")
+        built = record.refuse(results, stages)
+        raise CheckFailed(error.message, hint=f"{error.hint}\n  report: {built}") from None
 
 
 def deliver(baking: Baking, image: Image, registry: Registry, said: dict[str, Json]) -> Published:
@@ -277,46 +245,90 @@ def deliver(baking: Baking, image: Image, registry: Registry, said: dict[str, Js
     return publishing.publish(image, name, outputs, registry, tools)
 
 
-def keep_record(
-    baking: Baking,
-    checkpoint: Checkpoint,
-    published: Published,
-    scores: Mapping[str, Score],
-    stages: Mapping[str, Mapping[str, Json]],
-    folder: Path | None = None,
-) -> Built:
-    """Write build.json, the report and the rendered files of one target."""
-    request = baking.request
-    folder = folder or request.folder(baking.target)
-    facts = Facts(
-        recipe=request.file.recipe,
-        sources=baking.sources,
-        checkpoint=checkpoint,
-        artifact=baking.artifact,
-        config=baking.config,
-        published=published,
-        scores=scores,
-        stages=stages,
-        warnings=tuple(getattr(baking.tools.progress, "warnings", ())),
-        inputs=stage_inputs(baking, checkpoint),
-    )
-    html, _ = write_report(write_record(facts, folder), folder)
-    return Built(
-        target=baking.target, published=published, scores=scores, stages=stages, report=html
-    )
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What is written down of a target, or of a merge that no target was made of."""
+
+    request: BuildRequest
+    sources: Sources
+    checkpoint: Checkpoint
+    tools: Tools
+    baking: Baking | None = None
+    image: Image | None = None
+
+    def keep(
+        self,
+        published: Published,
+        results: tuple[Result, ...],
+        stages: Mapping[str, Mapping[str, Json]],
+    ) -> Built:
+        """Write build.json, the report and the rendered files of a target that passed."""
+        if self.baking is None:
+            raise AssertionError("only a target is published")
+        target = self.baking.target
+        report = self._write(published, results, stages, self.request.folder(target))
+        return Built(
+            target=target, published=published, results=results, stages=stages, report=report
+        )
+
+    def refuse(self, results: tuple[Result, ...], stages: Mapping[str, Mapping[str, Json]]) -> Path:
+        """Write the same of what did not pass, apart, and forget its image; return the report.
+
+        Apart, because the record of an earlier image that passed belongs to that image.
+        """
+        if self.baking is None or self.image is None:
+            folder = self.request.dist.joinpath(
+                self.request.file.recipe.name, self.request.file.recipe.version, "refused"
+            )
+            return self._write(None, results, stages, folder)
+        layout = self.request.trial_layout(self.baking.target)
+        publishing.discard_candidate(self.image, layout, self.tools)
+        unpublished = Published(reference="", digest=self.image.digest, layers=())
+        folder = self.request.folder(self.baking.target) / "refused"
+        return self._write(unpublished, results, stages, folder)
+
+    def _write(
+        self,
+        published: Published | None,
+        results: tuple[Result, ...],
+        stages: Mapping[str, Mapping[str, Json]],
+        folder: Path,
+    ) -> Path:
+        facts = Facts(
+            recipe=self.request.file.recipe,
+            sources=self.sources,
+            checkpoint=self.checkpoint,
+            artifact=self.baking.artifact if self.baking else None,
+            config=self.baking.config if self.baking else None,
+            published=published,
+            tasks=tuple(_task_facts(result) for result in results),
+            checks=checks_of(self.image.digest, self.tools) if self.image else (),
+            stages=stages,
+            warnings=tuple(getattr(self.tools.progress, "warnings", ())),
+            inputs=self._inputs(results),
+        )
+        return write_report(write_record(facts, folder), folder).html
+
+    def _inputs(self, results: tuple[Result, ...]) -> Mapping[str, Json]:
+        """Return what each cached stage depended on."""
+        recipe, sources = self.request.file.recipe, self.sources
+        found = {"merge": merging.inputs(sources, recipe.merge).inputs}
+        for result in results[:1]:
+            asked = references.subjects(sources, result.tried.adapter)
+            subject = asked.get("adapter", asked["base"])
+            found["reference"] = references.inputs(subject, result.tried.task).inputs
+        if self.baking and self.baking.artifact.format != SAFETENSORS:
+            found["quantize"] = quantizing.inputs(
+                self.checkpoint.digest, recipe.name, self.baking.artifact.format, {}
+            ).inputs
+        return found
 
 
-def stage_inputs(baking: Baking, checkpoint: Checkpoint) -> Mapping[str, Json]:
-    """Return what each cached stage depended on."""
-    recipe, sources = baking.request.file.recipe, baking.sources
-    found = {"merge": merging.inputs(sources, recipe.merge).inputs}
-    if recipe.evaluate is not None:
-        items = questions(baking.request.file)
-        found["reference"] = references.inputs(
-            sources, sources.adapters, items, recipe.evaluate.max_tokens
-        ).inputs
-    if baking.artifact.format != SAFETENSORS:
-        found["quantize"] = quantizing.inputs(
-            checkpoint.digest, recipe.name, baking.artifact.format, {}
-        ).inputs
-    return found
+def _task_facts(result: Result) -> TaskFacts:
+    return TaskFacts(
+        name=result.tried.task.name,
+        metric=result.tried.task.metric,
+        max_drop=result.tried.wanted.max_drop,
+        scores=result.scores,
+        verdicts=tuple(verdict.facts for verdict in result.verdicts),
+    )

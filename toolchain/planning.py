@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolchain.errors import UsageError
-from toolchain.evaluating.items import Item, read_items
+from toolchain.errors import InputRefused, UsageError
+from toolchain.evaluating.gate import Limit
+from toolchain.evaluating.items import read_items
+from toolchain.evaluating.leaks import describe, find_leaks
 from toolchain.evaluating.metrics import check_metric
-from toolchain.ports import Tools
+from toolchain.evaluating.task import Task
+from toolchain.ports import Progress, Tools
 from toolchain.provenance.labels import reference
 from toolchain.quantizers import formats, of_format
-from toolchain.recipe import RecipeFile, Serve
+from toolchain.recipe import Evaluate, RecipeFile, Serve
 from toolchain.serving import targets as serving_targets
 from toolchain.serving.engine import Wishes
 from toolchain.serving.memory import parse_size
@@ -85,14 +88,67 @@ def all_targets() -> Mapping[str, Target]:
     return serving_targets.targets(formats().values())
 
 
-def questions(file: RecipeFile) -> tuple[Item, ...]:
-    """Return the recipe's evaluation questions; () without any. Raises UsageError."""
-    wanted = file.recipe.evaluate
-    if wanted is None:
-        return ()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trialed:
+    """One task of a build, whose adapters it is held against, and what may be lost."""
+
+    task: Task
+    wanted: Evaluate
+    adapter: int | None = None
+    """Number of the one adapter whose own task it is; None for all of them together."""
+
+    @property
+    def limit(self) -> Limit:
+        """What the merged model and the image may lose."""
+        return Limit(
+            max_drop=self.wanted.max_drop,
+            min_score=self.wanted.min_score,
+            proven=self.wanted.certainty == "proven",
+        )
+
+
+def tasks_of(file: RecipeFile) -> tuple[Trialed, ...]:
+    """Return the recipe's task and each adapter's own; () without any. Raises UsageError."""
+    recipe = file.recipe
+    wishes: list[tuple[int | None, str, Evaluate | None]] = [(None, "", recipe.evaluate)]
+    wishes += [
+        (number, adapter.version or f"adapter {number + 1}", adapter.evaluate)
+        for number, adapter in enumerate(recipe.adapters)
+    ]
+    return tuple(
+        Trialed(task=_task(file, name, wanted), wanted=wanted, adapter=number)
+        for number, name, wanted in wishes
+        if wanted is not None
+    )
+
+
+def _task(file: RecipeFile, name: str, wanted: Evaluate) -> Task:
     items = read_items(file.folder / wanted.data)
     check_metric(wanted.metric, items)
-    return items
+    return Task(
+        items=items,
+        metric=wanted.metric,
+        max_tokens=wanted.max_tokens,
+        command=wanted.command,
+        name=name,
+    )
+
+
+def check_leaks(file: RecipeFile, tasks: tuple[Trialed, ...], progress: Progress) -> None:
+    """Warn of questions that stand in the recipe's training or calibration text.
+
+    Raises InputRefused instead where the task is strict.
+    """
+    calibration = file.recipe.calibration
+    for tried in tasks:
+        for other in (tried.wanted.training, calibration.data if calibration else ""):
+            if not other:
+                continue
+            told = describe(find_leaks(tried.task.items, file.folder / other))
+            if told and tried.wanted.strict:
+                raise InputRefused(told, hint="remove them from either file")
+            if told:
+                progress.warn(told)
 
 
 def wishes_of(serve: Serve) -> Wishes:
@@ -119,7 +175,9 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
         written += merging.check(sources, recipe.merge)["write_bytes"]
     else:
         tools.progress.warn("the recipe has no adapter: the base is built as it is")
-    if recipe.evaluate is None:
+    tasks = tasks_of(request.file)
+    check_leaks(request.file, tasks, tools.progress)
+    if not tasks:
         tools.progress.warn("the recipe has no `evaluate`: nothing proves what the image knows")
     for target in request.targets:
         size = estimated_bytes(sources.base.tree.size, target.format)

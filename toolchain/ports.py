@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +129,29 @@ class Endpoint:
     logs: Callable[[int], str]
     """Return the last n lines."""
     alive: Callable[[], bool]
+    stop: Callable[[float], int | None] | None = None
+    """Send SIGTERM and wait so many seconds; return the exit code, None where it still runs."""
+    restart: Callable[[], Endpoint] | None = None
+    """Start the stopped server again, in the same place."""
+    confinement: tuple[str, ...] = ()
+    """How it is kept apart, for people: `no network`, `read-only root`, …"""
+
+
+class RunCommand(Protocol):
+    """Runs a program of the user's own to its end."""
+
+    def __call__(
+        self,
+        argv: Sequence[str],
+        environment: Mapping[str, str],
+        stdin: bytes,
+        seconds: float,
+    ) -> str:
+        """Return its standard output; its standard error goes to ours.
+
+        The user's environment is passed on, with these variables added. Raises CheckFailed for
+        an exit code other than 0 or too long a run, EnvironmentFailure where it is not there.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,3 +216,5 @@ class Tools:
     progress: Progress
     scratch: Callable[[], AbstractContextManager[Path]]
     """Makes a folder for a job's output and deletes it afterwards."""
+    command: RunCommand
+    """Runs the user's own evaluation program."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from toolchain.errors import UsageError
 
@@ -38,6 +38,40 @@ class Base(_Part):
     )
 
 
+class Evaluate(_Part):
+    """The task that the image must still do."""
+
+    data: str = Field(min_length=1, description="JSON Lines: `{prompt | messages, expected}`.")
+    metric: Literal["contains", "exact", "regex", "choice", "json-schema", "command"] = Field(
+        "contains", description="How an answer is judged."
+    )
+    command: tuple[str, ...] = Field(
+        (), description="Program and arguments that judge the answers, for metric `command`."
+    )
+    max_drop: float = Field(
+        0.01, ge=0, le=1, description="Largest loss of score against base+adapter."
+    )
+    certainty: Literal["observed", "proven"] = Field(
+        "observed",
+        description="What must be within `max_drop`: the loss as observed, or the whole of its"
+        " 95 % interval.",
+    )
+    min_score: float = Field(0.0, ge=0, le=1, description="Lowest score that passes.")
+    max_tokens: int = Field(64, ge=1, le=8192, description="Length of an answer in tokens.")
+    training: str = Field(
+        "", description="JSON Lines that the adapter was trained on: questions in it are told."
+    )
+    strict: bool = Field(
+        False, description="Refuse questions found in training or calibration text."
+    )
+
+    @model_validator(mode="after")
+    def _with_command(self) -> Evaluate:
+        if (self.metric == "command") != bool(self.command):
+            raise ValueError("metric: command and command: [program, …] belong together")
+        return self
+
+
 class Adapter(_Part):
     """One adapter, in the order of merging."""
 
@@ -46,6 +80,9 @@ class Adapter(_Part):
     version: str = Field("", description="The adapter's version, kept as a label.")
     run_id: str = Field("", description="The training run, kept as a label.")
     weight: float = Field(1.0, description="Factor on the adapter's delta.", allow_inf_nan=False)
+    evaluate: Evaluate | None = Field(
+        None, description="The adapter's own task, held against base and this adapter alone."
+    )
 
 
 class Merge(_Part):
@@ -64,20 +101,6 @@ class Merge(_Part):
     quantized_base: Literal["refuse"] = Field(
         "refuse", description="What to do with a quantized base."
     )
-
-
-class Evaluate(_Part):
-    """The task that the image must still do."""
-
-    data: str = Field(min_length=1, description="JSON Lines: `{prompt | messages, expected}`.")
-    metric: Literal["contains", "exact", "regex"] = Field(
-        "contains", description="How an answer is judged."
-    )
-    max_drop: float = Field(
-        0.01, ge=0, le=1, description="Largest loss of score against base+adapter."
-    )
-    min_score: float = Field(0.0, ge=0, le=1, description="Lowest score that passes.")
-    max_tokens: int = Field(64, ge=1, le=8192, description="Length of an answer in tokens.")
 
 
 class Calibration(_Part):

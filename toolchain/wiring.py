@@ -10,8 +10,10 @@ from pathlib import Path
 import platformdirs
 
 from toolchain.drivers.checkup import examine_machine
+from toolchain.drivers.commands import run_command
 from toolchain.drivers.credentials import ask_helper, docker_config
-from toolchain.drivers.docker import DockerEngine, DockerLauncher, DockerRunner
+from toolchain.drivers.docker import DockerEngine, DockerRunner
+from toolchain.drivers.docker_launcher import DockerLauncher
 from toolchain.drivers.fallback import FallbackRunner
 from toolchain.drivers.folders import FolderReader
 from toolchain.drivers.hub import HubReader
@@ -100,6 +102,7 @@ def make_tools(runner: str, progress: Progress) -> tuple[Tools, bool]:
         launcher=launcher,
         progress=progress,
         scratch=_scratch,
+        command=run_command,
     ), answers
 
 

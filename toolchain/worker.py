@@ -162,17 +162,25 @@ def _inherited() -> dict[str, str]:
 
 
 def _reference(job: Job, report: Report) -> Mapping[str, Json]:
-    reference: Any = importlib.import_module("toolchain.merging.reference")
     weights = job.parameters.get("weights", [])
     adapters = [(job.inputs[f"adapter{i}"], weight) for i, weight in enumerate(weights)]
+    wanted = job.parameters
+
+    def tell(done: int, total: int) -> None:
+        report(done, total, "items")
+
+    if "choices" in wanted:
+        choices: Any = importlib.import_module("toolchain.merging.choices")
+        columns = (wanted["items"], wanted["choices"], wanted["plain"])
+        items = [
+            {"messages": m, "choices": c, "plain": p} for m, c, p in zip(*columns, strict=True)
+        ]
+        return {"answers": choices.likelihoods(job.inputs["model"], adapters, items, tell)}
+    reference: Any = importlib.import_module("toolchain.merging.reference")
     answers = reference.answer(
-        job.inputs["model"],
-        adapters,
-        job.parameters["items"],
-        job.parameters["max_tokens"],
-        lambda done, total: report(done, total, "items"),
+        job.inputs["model"], adapters, wanted["items"], wanted["max_tokens"], tell
     )
-    return _mapping(answers) if isinstance(answers, Mapping) else {"answers": plain(answers)}
+    return {"answers": plain(answers)}
 
 
 def _echo(job: Job, report: Report) -> Mapping[str, Json]:

@@ -18,8 +18,9 @@ import pytest
 
 from tests.contracts.test_runner import CACHE, echo
 from tests.fakes.runner import RecordingProgress
-from toolchain.drivers.docker import DockerEngine, DockerLauncher, DockerRunner, engine_host
+from toolchain.drivers.docker import DockerEngine, DockerRunner, engine_host
 from toolchain.drivers.docker_images import base_reference
+from toolchain.drivers.docker_launcher import DockerLauncher
 from toolchain.drivers.docker_requests import LABEL_OWNER
 from toolchain.drivers.ownership import owner_token
 from toolchain.errors import EnvironmentFailure
@@ -114,7 +115,7 @@ def test_an_image_serves_on_loopback_and_is_removed(engine, server_image):
     spec = StartSpec(port=8000, env={}, memory_bytes=256 << 20)
 
     with DockerLauncher(engine).serve(server_image, spec) as endpoint:
-        assert endpoint.url.startswith("http://127.0.0.1:")
+        assert "user 1234:1234" in endpoint.confinement
         assert "Debian" in fetch(f"{endpoint.url}/os-release")
         assert endpoint.alive()
         assert "GET /os-release" in endpoint.logs(5)

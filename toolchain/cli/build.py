@@ -57,6 +57,7 @@ def build(
             "image": b.published.reference,
             "digest": b.published.digest,
             "scores": {name: score.score for name, score in b.scores.items()},
+            "verdicts": [v.facts for result in b.results for v in result.verdicts],
             "uploaded_bytes": b.published.uploaded_bytes,
             "stages": b.stages,
             "report": b.report,

@@ -174,24 +174,53 @@ def evaluate(
     model: str = "",
     adapter: Sequence[str] = (),
     served_name: str = "",
+    command: str = "",
     max_tokens: int = 64,
+    concurrency: int = 1,
+    timeout: float = 120.0,
+    retries: int = 2,
+    training: str = "",
+    calibration: str = "",
+    strict: bool = False,
+    against: str = "",
+    max_drop: str = "",
+    min_score: float = 0.0,
     runner: str = "auto",
     json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
     """Score a started image, a server, or a checkpoint with or without adapter on --data."""
     del json
     from toolchain.cli.progress import progress_for
-    from toolchain.singles.arguments import required
-    from toolchain.singles.evaluate import Subject, evaluate_subject
+    from toolchain.singles.arguments import number, required
+    from toolchain.singles.evaluate import Subject, Wishes, check_subject, evaluate_subject
     from toolchain.wiring import make_tools
 
     required(data=data)
-    tools, _ = make_tools(runner, progress_for())
     subject = Subject(
         image=image, url=url, model=model, adapters=tuple(adapter), served_name=served_name
     )
-    result = evaluate_subject(subject, Path(data), metric, max_tokens, tools)
-    return result, f"{result['score']:.4f} ({metric}, n={result['n']})"
+    check_subject(subject)
+    tools, _ = make_tools(runner, progress_for())
+    wishes = Wishes(
+        metric=metric,
+        command=command,
+        max_tokens=max_tokens,
+        concurrency=concurrency,
+        timeout=timeout,
+        retries=retries,
+        training=training,
+        calibration=calibration,
+        strict=strict,
+        against=against,
+        max_drop=number(max_drop, "--max-drop") if max_drop else None,
+        min_score=min_score,
+    )
+    result = evaluate_subject(subject, Path(data), wishes, tools)
+    low, high = result["interval"]
+    text = f"{result['score']:.4f} ({metric}, n={result['n']}, 95 %: {low:.3f} to {high:.3f})"
+    if "comparison" in result:
+        text += f"\n{result['comparison']['reason']}"
+    return result, text
 
 
 @command(positional=("source",))

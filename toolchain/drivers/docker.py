@@ -1,4 +1,4 @@
-"""The container engine: runs jobs in builder containers, starts images, takes image archives."""
+"""The container engine: runs jobs in builder containers, takes image archives."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from toolchain.drivers.docker_requests import (
     Place,
     inside,
     job_request,
-    server_request,
 )
 from toolchain.drivers.handover import owned_by, readable
 from toolchain.drivers.hardware import gpu_names
@@ -35,11 +34,11 @@ from toolchain.drivers.local import worker_environment
 from toolchain.drivers.ownership import is_dead, owner_token, private_folder
 from toolchain.drivers.wire import Conversation, job_file, open_log
 from toolchain.errors import EnvironmentFailure
-from toolchain.ports import Endpoint, Progress, StartSpec
+from toolchain.ports import Progress
 from toolchain.resources import package
 from toolchain.values import Job, Json
 
-_GONE = (DockerException, RequestException, OSError)
+GONE = (DockerException, RequestException, OSError)
 """What the client library raises for an engine that is not there or went away."""
 _ANSWER_SECONDS = 120
 _UNPACK_SECONDS = 24 * 3600
@@ -78,7 +77,7 @@ class DockerEngine:
         """Say whether an engine is there."""
         try:
             return bool(self.client.ping())
-        except (EnvironmentFailure, *_GONE):
+        except (EnvironmentFailure, *GONE):
             return False
 
     def load(self, archive: Iterator[bytes], reference: str) -> str:
@@ -157,7 +156,7 @@ class DockerEngine:
         return bool(self.inspect(reference))
 
     def reap(self) -> None:
-        """Remove containers whose owner was killed before it could."""
+        """Remove containers and networks whose owner was killed before it could."""
         with engine_errors("looking for left-over containers"):
             mine = self.client.containers.list(
                 all=True, filters={"label": LABEL_OWNER}, ignore_removed=True
@@ -165,6 +164,10 @@ class DockerEngine:
             for container in mine:
                 if is_dead(container.labels[LABEL_OWNER]):
                     remove(container)
+            for network in self.client.networks.list(filters={"label": LABEL_OWNER}):
+                if is_dead((network.attrs.get("Labels") or {}).get(LABEL_OWNER, "")):
+                    with contextlib.suppress(*GONE):
+                        network.remove()
 
 
 class DockerRunner:
@@ -213,43 +216,9 @@ class DockerRunner:
         return "cuda" if self._engine.has_gpu() else "cpu"
 
 
-class DockerLauncher:
-    """Starts an image that the engine holds, as the image's own user, on a loopback port."""
-
-    name = "docker"
-
-    def __init__(self, engine: DockerEngine) -> None:
-        self._engine = engine
-
-    @contextlib.contextmanager
-    def serve(self, image: str, spec: StartSpec) -> Iterator[Endpoint]:
-        """Start `image`, and remove its container when the context ends.
-
-        Waits for nothing: the caller asks the server's health. Raises EnvironmentFailure for an
-        image that is not there or does not start.
-        """
-        self._engine.reap()
-        gpu = spec.use_gpu and self._engine.has_gpu()
-        request = server_request(image, spec, owner_token(), gpu=gpu)
-        with engine_errors(f"starting {image}"):
-            container = self._engine.client.containers.create(**request)
-        try:
-            with engine_errors(f"starting {image}"):
-                container.start()
-                container.reload()
-                port = _published(container, spec.port)
-            yield Endpoint(
-                url=f"http://127.0.0.1:{port}",
-                logs=lambda count: _logs(container, count),
-                alive=lambda: _alive(container),
-            )
-        finally:
-            remove(container)
-
-
 def remove(container: Container) -> None:
     """Remove a container, running or not; one that is gone already, with its engine, is fine."""
-    with contextlib.suppress(*_GONE):
+    with contextlib.suppress(*GONE):
         container.remove(force=True, v=True)
 
 
@@ -281,7 +250,7 @@ def _connect(timeout: int) -> docker.DockerClient:
     environment = {**os.environ, "DOCKER_HOST": engine_host()}
     try:
         return docker.from_env(environment=environment, timeout=timeout)
-    except _GONE as problem:
+    except GONE as problem:
         raise EnvironmentFailure(
             f"no container engine answers at {engine_host()}: {problem}",
             hint="start it, set DOCKER_HOST, or use `--runner local`, which needs none",
@@ -347,29 +316,3 @@ def _listen(socket: Any, conversation: Conversation) -> None:
     for lines, hear in hearers.values():
         for line in lines.feed(b""):
             hear(line)
-
-
-def _published(container: Container, port: int) -> int:
-    bindings = container.ports.get(f"{port}/tcp") or ()
-    for binding in bindings:
-        return int(binding["HostPort"])
-    raise EnvironmentFailure(
-        f"the container of {container.image} ended before its port {port} was published: "
-        f"{_logs(container, 5)}",
-        hint="start the image by hand to see why: `docker run --rm IMAGE`",
-    )
-
-
-def _logs(container: Container, count: int) -> str:
-    try:
-        return container.logs(tail=count).decode(errors="replace").rstrip("\n")
-    except _GONE as problem:
-        return f"(no logs: {problem})"
-
-
-def _alive(container: Container) -> bool:
-    try:
-        container.reload()
-    except _GONE:
-        return False
-    return bool(container.status == "running")

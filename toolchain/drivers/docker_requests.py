@@ -88,21 +88,27 @@ def inside(job: Job, place: Place) -> dict[str, str]:
     return {name: f"{INPUTS}/{name}" for name in sorted(job.inputs) if name in place.inputs}
 
 
-def server_request(image: str, spec: StartSpec, owner: str, *, gpu: bool) -> dict[str, Any]:
-    """Return the create request of a server: the image as it is, on a port of loopback.
+def server_request(
+    image: str, spec: StartSpec, owner: str, *, gpu: bool, network: str = ""
+) -> dict[str, Any]:
+    """Return the create request of a server: the image as it is, with the image's own user.
 
-    It keeps the default bridge network, because without a network no port can be published; and
-    the image's own user. Its root file system is read-only, its home is the temporary folder.
+    It is on `network`, which leads nowhere, where there is one; else on the default bridge, from
+    where its port is published on loopback. Its root file system is read-only, its home is the
+    temporary folder, and it is process 1, as it will be where it is deployed.
     """
-    return {
+    request = {
         **_confined(spec.memory_bytes, owner, gpu=gpu),
         "image": image,
         "environment": {"HOME": "/tmp", **spec.env},  # noqa: S108 - inside the container
-        "ports": {f"{spec.port}/tcp": ("127.0.0.1", None)},
         "cap_drop": ["ALL"],
+        "init": False,
         # Engines with several workers share tensors there; the default is 64 MiB.
         "shm_size": "1g" if gpu else None,
     }
+    if network:
+        return {**request, "network": network}
+    return {**request, "ports": {f"{spec.port}/tcp": ("127.0.0.1", None)}}
 
 
 def _confined(memory_bytes: int, owner: str, *, gpu: bool) -> dict[str, Any]:

@@ -185,6 +185,11 @@ class Server:
         """Say whether it still runs."""
         return self.process.poll() is None
 
+    def stop(self, seconds: float) -> int | None:
+        """Send SIGTERM to it and its children; return its exit code, None where it still runs."""
+        _signal_group(self.process, signal.SIGTERM)
+        return self.process.wait() if _exited(self.process, seconds) else None
+
     def listen(self) -> None:
         """Keep its output until it closes it; runs on a thread of its own."""
         with self.process.stdout or open(os.devnull, "rb") as stream:  # noqa: PTH123

@@ -76,9 +76,26 @@ class RootfsLauncher:
                 moved = {spec.port_variable: str(port)} if spec.port_variable else {}
                 if spec.host_variable:
                     moved[spec.host_variable] = "127.0.0.1"
-                with _started(root, info, replace(spec, env={**spec.env, **moved})) as server:
-                    url = f"http://127.0.0.1:{port}"
-                    yield Endpoint(url=url, logs=server.logs, alive=server.alive)
+                with contextlib.ExitStack() as servers:
+                    moved_spec = replace(spec, env={**spec.env, **moved})
+                    yield _served(root, info, moved_spec, port, servers)
+
+
+def _served(
+    root: Path, info: StartInfo, spec: StartSpec, port: int, servers: contextlib.ExitStack
+) -> Endpoint:
+    """Start the server, to be ended with the stack, and return where it answers."""
+    server = servers.enter_context(_started(root, info, spec))
+    limit = f"{spec.memory_bytes / 2**20:.0f} MiB of memory" if spec.memory_bytes else ""
+    apart = (f"user {info.user or 'root'}" if process.can_enter_root(root) else "", limit)
+    return Endpoint(
+        url=f"http://127.0.0.1:{port}",
+        logs=server.logs,
+        alive=server.alive,
+        stop=server.stop,
+        restart=lambda: _served(root, info, spec, port, servers),
+        confinement=tuple(word for word in apart if word),
+    )
 
 
 class EitherLauncher:

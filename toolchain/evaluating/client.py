@@ -1,41 +1,28 @@
-"""Asks an OpenAI-compatible server, and gives up in time."""
+"""Asks an OpenAI-compatible server: is it ready, what does it serve, what does it answer."""
 
 from __future__ import annotations
 
 import json
+import re
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
 
 import httpx
 
-from toolchain.errors import CheckFailed, WeightsmithError
+from toolchain.errors import CheckFailed
 from toolchain.evaluating.items import Item
+from toolchain.evaluating.session import Session, died, excerpt
 from toolchain.ports import Endpoint, Progress
 from toolchain.values import Json
 
 _POLL_SECONDS = 0.25
-_LOG_LINES = 15
+_DATED = re.compile(r"-\d{4}-\d\d-\d\d")
+"""What hosted servers add to a model's name to say which of its versions answered."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What an answer may cost, in seconds and bytes."""
-
-    request_seconds: float = 120.0
-    """From sending a question to the last byte of its answer."""
-    tries: int = 3
-    pause_seconds: float = 1.0
-    """Before the second try; doubled before each further one."""
-    answer_bytes: int = 4 << 20
-
-
-class _TryAgain(Exception):
-    """A failure that another try may not meet."""
-
-
-class _Refused(Exception):
-    """A failure that every try would meet."""
+Ask = Callable[[Item], Mapping[str, Json]]
 
 
 def wait_until_healthy(
@@ -50,7 +37,7 @@ def wait_until_healthy(
     with httpx.Client(base_url=endpoint.url, timeout=5.0, trust_env=False) as http:
         while (waited := time.monotonic() - started) < limit_seconds:
             if not endpoint.alive():
-                raise _died(endpoint, f"before it was ready, after {waited:.1f} s")
+                raise died(endpoint, f"before it was ready, after {waited:.1f} s")
             try:
                 status = http.get(health_path).status_code
             except httpx.HTTPError as error:
@@ -60,17 +47,17 @@ def wait_until_healthy(
                     return time.monotonic() - started
                 last = f"the last answer was HTTP {status}"
             time.sleep(poll)
+    lines = endpoint.logs(15).strip()
     raise CheckFailed(
-        f"the server was not ready after {limit_seconds:g} s: {last}{_log(endpoint)}",
+        f"the server was not ready after {limit_seconds:g} s: {last}"
+        + (f"\n{lines}" if lines else ""),
         hint="a large model on a slow disk may need longer",
     )
 
 
-def check_served_name(endpoint: Endpoint, served_name: str, limits: Limits | None = None) -> None:
+def check_served_name(session: Session, served_name: str) -> None:
     """Raise CheckFailed unless the server lists the model by that name."""
-    answer = _ask(endpoint, "GET", "/v1/models", None, limits or Limits())
-    rows = answer.get("data")
-    names = [str(row.get("id")) for row in rows if isinstance(row, dict)] if rows else []
+    names = served_names(session)
     if served_name not in names:
         raise CheckFailed(
             f"the server has no model {served_name!r}; it serves {', '.join(names) or 'nothing'}",
@@ -78,34 +65,53 @@ def check_served_name(endpoint: Endpoint, served_name: str, limits: Limits | Non
         )
 
 
-def chat(
-    endpoint: Endpoint,
-    served_name: str,
-    item: Item,
-    max_tokens: int,
-    limits: Limits | None = None,
-) -> Mapping[str, Json]:
-    """Return `{answer, finish_reason}` of one greedy chat request.
+def served_names(session: Session) -> list[str]:
+    """Return the models that the server lists."""
+    rows = session.get("/v1/models").get("data")
+    if not isinstance(rows, list):
+        return []
+    return [str(row["id"]) for row in rows if isinstance(row, dict) and "id" in row]
 
-    Raises CheckFailed, after retries where they may help, when the server fails, hangs, sends
-    half an answer or too large a one; and with its last log lines when it died.
-    """
-    body = {
+
+def first_name(session: Session) -> str:
+    """Return the first model that the server lists; CheckFailed where it lists none."""
+    names = served_names(session)
+    if not names:
+        raise CheckFailed(
+            f"{session.endpoint.url}/v1/models lists no model",
+            hint="is it an OpenAI-compatible server? else name the model with --served-name",
+        )
+    return names[0]
+
+
+def chat_body(served_name: str, item: Item, max_tokens: int, *, stream: bool = False) -> Json:
+    """Return a greedy chat request."""
+    return {
         "model": served_name,
         "messages": [dict(message) for message in item.messages],
         "max_tokens": max_tokens,
         "temperature": 0.0,
         "top_p": 1.0,
         "seed": 0,
-        "stream": False,
+        "stream": stream,
     }
-    answer = _ask(endpoint, "POST", "/v1/chat/completions", body, limits or Limits())
+
+
+def chat(session: Session, served_name: str, item: Item, max_tokens: int) -> Mapping[str, Json]:
+    """Return `{answer, finish_reason}` of one greedy chat request.
+
+    Raises CheckFailed, after retries where they may help, when the server fails, hangs, sends
+    half an answer, too large a one or another model's; and with its last lines when it died.
+    """
+    path = "/v1/chat/completions"
+    answer = session.post(path, chat_body(served_name, item, max_tokens))
+    check_model(session, path, served_name, answer)
     try:
         choice = answer["choices"][0]
         content = choice["message"]["content"]
     except (KeyError, IndexError, TypeError):
         raise CheckFailed(
-            f"the server's answer has no message: {_excerpt(json.dumps(answer))}",
+            f"the server's answer has no message: {excerpt(json.dumps(answer))}",
             hint="does it speak the OpenAI chat API?",
         ) from None
     return {
@@ -114,107 +120,61 @@ def chat(
     }
 
 
-def ask_all(
-    endpoint: Endpoint,
-    served_name: str,
-    items: Sequence[Item],
-    max_tokens: int,
-    progress: Progress,
-    limits: Limits | None = None,
-) -> tuple[str, ...]:
-    """Return the greedy answers of a server, in order, asked one at a time.
+def check_model(session: Session, path: str, served_name: str, answer: Mapping[str, Json]) -> None:
+    """Raise CheckFailed where an answer says that another model gave it."""
+    said = answer.get("model")
+    if not isinstance(said, str) or said == served_name:
+        return
+    if said.startswith(served_name) and _DATED.fullmatch(said.removeprefix(served_name)):
+        return
+    raise session.failed(path, f"asked for {served_name!r}, the model {said!r} answered")
 
-    One at a time because batching changes the order of sums, and so an answer that is nearly a
-    tie. Raises what `chat` raises.
+
+def ask_all(
+    items: Sequence[Item], ask: Ask, progress: Progress, *, concurrency: int = 1
+) -> tuple[Mapping[str, Json], ...]:
+    """Return what a server answers, in order, each with the `seconds` that it took.
+
+    One at a time by default: batching changes the order of sums in a server, and so an answer
+    that is nearly a tie. Raises what `ask` raises; what was not yet asked then stays unasked.
     """
+
+    def timed(item: Item) -> Mapping[str, Json]:
+        began = time.monotonic()
+        said = ask(item)
+        return {**said, "seconds": round(time.monotonic() - began, 4)}
+
     answers = []
-    for number, item in enumerate(items, start=1):
-        answers.append(str(chat(endpoint, served_name, item, max_tokens, limits)["answer"]))
-        progress.advance(number, len(items), "items")
+    with _mapping(concurrency) as in_order:
+        for number, answer in enumerate(in_order(timed, items), start=1):
+            answers.append(answer)
+            progress.advance(number, len(items), "items")
     return tuple(answers)
 
 
-def _ask(
-    endpoint: Endpoint, method: str, path: str, body: Json, limits: Limits
-) -> Mapping[str, Json]:
-    pause = limits.pause_seconds
-    for attempt in range(1, limits.tries + 1):
+_Map = Callable[
+    [Callable[[Item], Mapping[str, Json]], Sequence[Item]], Iterator[Mapping[str, Json]]
+]
+
+
+@contextmanager
+def _mapping(concurrency: int) -> Iterator[_Map]:
+    """Yield a `map` with so many calls at once, that starts no more than are wanted soon."""
+    if concurrency <= 1:
+        yield map
+        return
+    with ThreadPoolExecutor(concurrency) as pool:
+
+        def ahead(
+            call: Callable[[Item], Mapping[str, Json]], items: Sequence[Item]
+        ) -> Iterator[Mapping[str, Json]]:
+            waiting = iter(items)
+            pending = [pool.submit(call, item) for item in islice(waiting, 4 * concurrency)]
+            while pending:
+                yield pending.pop(0).result()
+                pending += [pool.submit(call, item) for item in islice(waiting, 1)]
+
         try:
-            return _once(endpoint, method, path, body, limits)
-        except _Refused as refusal:
-            raise _failed(endpoint, path, str(refusal)) from None
-        except _TryAgain as failure:
-            if not endpoint.alive():
-                raise _died(endpoint, f"while it was asked {path}") from None
-            if attempt == limits.tries:
-                raise _failed(endpoint, path, f"{failure} ({attempt} tries)") from None
-        time.sleep(pause)
-        pause *= 2
-    raise AssertionError("a request is tried at least once")
-
-
-def _once(
-    endpoint: Endpoint, method: str, path: str, body: Json, limits: Limits
-) -> Mapping[str, Json]:
-    deadline = time.monotonic() + limits.request_seconds
-    read = bytearray()
-    try:
-        with httpx.stream(
-            method,
-            endpoint.url + path,
-            json=body,
-            timeout=httpx.Timeout(limits.request_seconds, connect=10.0),
-            trust_env=False,
-        ) as response:
-            for part in response.iter_bytes():
-                read += part
-                if len(read) > limits.answer_bytes:
-                    raise _Refused(f"the answer is larger than {limits.answer_bytes} bytes")
-                # httpx limits each read, not their sum: a dripping server would never end.
-                if time.monotonic() > deadline:
-                    raise _TryAgain(f"no whole answer in {limits.request_seconds:g} s")
-            status = response.status_code
-    except httpx.TimeoutException:
-        raise _TryAgain(f"no answer in {limits.request_seconds:g} s") from None
-    except httpx.HTTPError as error:
-        raise _TryAgain(f"{type(error).__name__}: {error}") from None
-    return _parsed(status, bytes(read))
-
-
-def _parsed(status: int, read: bytes) -> Mapping[str, Json]:
-    text = read.decode("utf-8", "replace")
-    if status >= httpx.codes.INTERNAL_SERVER_ERROR or status == httpx.codes.TOO_MANY_REQUESTS:
-        raise _TryAgain(f"HTTP {status}: {_excerpt(text)}")
-    if status != httpx.codes.OK:
-        raise _Refused(f"HTTP {status}: {_excerpt(text)}")
-    try:
-        answer = json.loads(text)
-    except ValueError:
-        raise _TryAgain(f"half an answer: {_excerpt(text)}") from None
-    if not isinstance(answer, dict):
-        raise _Refused(f"an answer that is no object: {_excerpt(text)}")
-    return answer
-
-
-def _failed(endpoint: Endpoint, path: str, what: str) -> WeightsmithError:
-    return CheckFailed(
-        f"{endpoint.url}{path}: {what}{_log(endpoint)}",
-        hint="ask the server by hand with curl; its log says more",
-    )
-
-
-def _died(endpoint: Endpoint, when: str) -> WeightsmithError:
-    return CheckFailed(
-        f"the server stopped {when}{_log(endpoint)}",
-        hint="its last lines say why; too little memory is a common cause",
-    )
-
-
-def _log(endpoint: Endpoint) -> str:
-    lines = endpoint.logs(_LOG_LINES).strip()
-    return f"\n{lines}" if lines else ""
-
-
-def _excerpt(text: str) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= 200 else flat[:199] + "…"
+            yield ahead
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

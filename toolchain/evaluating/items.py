@@ -13,7 +13,10 @@ from toolchain.values import Json
 _LONGEST_LINE = 1 << 20
 _MOST_ITEMS = 100_000
 _ROLES = frozenset({"system", "user", "assistant", "developer", "tool"})
-_SHAPE = 'a line is {"prompt": "…", "expected": "…"} or {"messages": […], "expected": "…"}'
+_SHAPE = (
+    'a line is {"prompt": "…", "expected": "…"} or {"messages": […], "expected": "…"};'
+    ' for metric choice it has "choices": ["…", "…"] too'
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +25,12 @@ class Item:
 
     messages: tuple[Mapping[str, str], ...]
     expected: tuple[str, ...]
+    """Texts, patterns, or JSON schemas as JSON; for `choice`, some of the choices."""
     line: int
+    choices: tuple[str, ...] = ()
+    """What metric `choice` chooses from."""
+    plain: bool = False
+    """Given as one prompt: metric `choice` continues it without a chat template."""
 
     @property
     def prompt(self) -> str:
@@ -40,7 +48,8 @@ def read_items(path: Path) -> tuple[Item, ...]:
     asked: dict[str, int] = {}
     for number, line in _lines(path):
         item = _item(_parse(line, f"{path}:{number}"), number, f"{path}:{number}")
-        key = json.dumps([dict(message) for message in item.messages], sort_keys=True)
+        asks = [[dict(message) for message in item.messages], item.choices]
+        key = json.dumps(asks, sort_keys=True)
         if key in asked:
             raise UsageError(
                 f"{path}:{number} asks the same as line {asked[key]}",
@@ -102,7 +111,14 @@ def _item(value: Mapping[str, Json], number: int, where: str) -> Item:
         messages = ({"role": "user", "content": _text(value["prompt"], "prompt", where)},)
     else:
         messages = _messages(value["messages"], where)
-    return Item(messages=messages, expected=_expected(value, where), line=number)
+    choices = _choices(value, where)
+    return Item(
+        messages=messages,
+        expected=_expected(value, choices, where),
+        line=number,
+        choices=choices,
+        plain="prompt" in value,
+    )
 
 
 def _messages(value: Json, where: str) -> tuple[dict[str, str], ...]:
@@ -120,14 +136,46 @@ def _messages(value: Json, where: str) -> tuple[dict[str, str], ...]:
     return tuple(found)
 
 
-def _expected(value: Mapping[str, Json], where: str) -> tuple[str, ...]:
+def _choices(value: Mapping[str, Json], where: str) -> tuple[str, ...]:
+    choices = value.get("choices", [])
+    if not isinstance(choices, list):
+        raise UsageError(f"{where}: choices is not a list of texts", hint=_SHAPE)
+    texts = tuple(_text(choice, "a choice", where) for choice in choices)
+    if texts and len(set(texts)) < max(2, len(texts)):
+        raise UsageError(
+            f"{where}: choices are fewer than two, or the same twice", hint="name each once"
+        )
+    return texts
+
+
+def _expected(value: Mapping[str, Json], choices: tuple[str, ...], where: str) -> tuple[str, ...]:
     if "expected" not in value:
         raise UsageError(f"{where} lacks expected", hint=_SHAPE)
     expected = value["expected"]
     answers = expected if isinstance(expected, list) else [expected]
     if not answers:
         raise UsageError(f"{where}: expected is an empty list", hint=_SHAPE)
-    return tuple(_text(answer, "expected", where) for answer in answers)
+    return tuple(_answer(answer, choices, where) for answer in answers)
+
+
+def _answer(answer: Json, choices: tuple[str, ...], where: str) -> str:
+    """Return an expected answer as text: a schema as JSON, a choice's number as the choice."""
+    if isinstance(answer, dict):
+        return json.dumps(answer, sort_keys=True)
+    if choices and isinstance(answer, int) and not isinstance(answer, bool):
+        if not 0 <= answer < len(choices):
+            raise UsageError(
+                f"{where}: expected {answer} is no number of a choice",
+                hint=f"they count from 0 to {len(choices) - 1}",
+            )
+        return choices[answer]
+    text = _text(answer, "expected", where)
+    if choices and text not in choices:
+        raise UsageError(
+            f"{where}: expected {text!r} is not one of its choices",
+            hint=f"it has {', '.join(map(repr, choices[:6]))}",
+        )
+    return text
 
 
 def _text(value: Json, name: str, where: str) -> str:

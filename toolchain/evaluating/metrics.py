@@ -1,8 +1,8 @@
-"""Judges answers and scores: pure functions of text and numbers."""
+"""Judges answers: pure functions of text."""
 
 from __future__ import annotations
 
-import math
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -10,9 +10,8 @@ from toolchain.errors import CheckFailed, UsageError
 from toolchain.evaluating.items import Item
 from toolchain.values import Json, Score
 
-METRICS = ("contains", "exact", "regex")
-_MOST_SHOWN = 3
-_SHOWN_LENGTH = 120
+METRICS = ("contains", "exact", "regex", "choice", "json-schema", "command")
+_FENCE = re.compile(r"```(?:json)?\s*\n(.*?)\n?\s*```", re.DOTALL | re.IGNORECASE)
 
 
 def judge(metric: str, expected: str | Sequence[str], answer: str) -> bool:
@@ -20,34 +19,91 @@ def judge(metric: str, expected: str | Sequence[str], answer: str) -> bool:
 
     contains: the expected text is somewhere in the answer, without regard to case and to how
     much white space there is. exact: the answer is the expected text, but for white space around
-    it. regex: `re.search` finds the pattern in the answer.
+    it. regex: `re.search` finds the pattern in the answer. choice: the answer, the likeliest of
+    the item's choices, is an expected one. json-schema: the answer, which may stand in a Markdown
+    fence, is JSON that the schema allows. command: judged elsewhere, by the user's own program.
     """
     alternatives = (expected,) if isinstance(expected, str) else expected
     match metric:
         case "contains":
             return any(_loose(text) in _loose(answer) for text in alternatives)
-        case "exact":
+        case "exact" | "choice":
             return any(text.strip() == answer.strip() for text in alternatives)
         case "regex":
             return any(re.search(text, answer) is not None for text in alternatives)
+        case "json-schema":
+            return any(_is_valid(text, answer) for text in alternatives)
         case _:
             raise UsageError(f"unknown metric {metric!r}", hint=f"one of: {', '.join(METRICS)}")
 
 
 def check_metric(metric: str, items: Iterable[Item]) -> None:
-    """Raise UsageError before anything is asked: an unknown metric, a pattern that is none."""
-    judge(metric, "x", "x")
-    if metric != "regex":
-        return
+    """Raise UsageError, naming the line, before anything is asked.
+
+    For an unknown metric, an item without choices, a pattern or a schema that is none.
+    """
+    if metric not in METRICS:
+        raise UsageError(f"unknown metric {metric!r}", hint=f"one of: {', '.join(METRICS)}")
     for item in items:
-        for pattern in item.expected:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise UsageError(
-                    f"line {item.line}: {pattern!r} is not a regular expression: {error}",
-                    hint="escape special characters with a backslash, or use metric contains",
-                ) from None
+        where = f"line {item.line}"
+        if metric == "choice" and not item.choices:
+            raise UsageError(
+                f"{where} has no choices, which metric choice chooses from",
+                hint='give "choices": ["…", "…"], and expected as one of them',
+            )
+        for expected in item.expected:
+            if metric == "regex":
+                _check_pattern(expected, where)
+            elif metric == "json-schema":
+                _check_schema(expected, where)
+
+
+def _check_pattern(pattern: str, where: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UsageError(
+            f"{where}: {pattern!r} is not a regular expression: {error}",
+            hint="escape special characters with a backslash, or use metric contains",
+        ) from None
+
+
+def _check_schema(schema: str, where: str) -> None:
+    from jsonschema import SchemaError
+    from jsonschema.validators import validator_for
+
+    hint = 'expected is the schema itself: "expected": {"type": "object", …}'
+    try:
+        value = json.loads(schema)
+        validator_for(value).check_schema(value)
+    except SchemaError as error:
+        raise UsageError(
+            f"{where}: expected is no JSON schema: {error.message}", hint=hint
+        ) from None
+    except ValueError:
+        raise UsageError(f"{where}: expected is no JSON schema", hint=hint) from None
+
+
+def _is_valid(schema: str, answer: str) -> bool:
+    from jsonschema.validators import validator_for
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable
+
+    fenced = _FENCE.fullmatch(answer.strip())
+    try:
+        value = json.loads(fenced.group(1) if fenced else answer)
+    except (ValueError, RecursionError):
+        return False
+    wanted = json.loads(schema)
+    # An empty registry: the library would else fetch a reference to another document.
+    validator = validator_for(wanted)(wanted, registry=Registry())
+    try:
+        return bool(validator.is_valid(value))
+    except Unresolvable as error:
+        raise UsageError(
+            f"the JSON schema refers to what it does not hold: {error}",
+            hint="put the definition into the schema itself, under $defs",
+        ) from None
 
 
 def score_answers(
@@ -55,7 +111,8 @@ def score_answers(
 ) -> Score:
     """Return the score of answers in the items' order.
 
-    An answer is a text, or a mapping with `answer` and facts to keep beside it.
+    An answer is a text, or a mapping with `answer` and facts to keep beside it; metric `command`
+    needs its own judgement there, `ok`.
     """
     if len(answers) != len(items):
         raise CheckFailed(
@@ -70,70 +127,18 @@ def score_answers(
     )
 
 
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Return the Wilson score interval of a share (95 % for the default z); (0, 1) for n = 0.
-
-    Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
-    """
-    if n == 0:
-        return 0.0, 1.0
-    share = right / n
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def gate(image: Score, reference: Score | None, max_drop: float, min_score: float) -> None:
-    """Raise CheckFailed when the image scores too low, or too far below the reference.
-
-    The message has both scores with their intervals, the hint up to three items that changed.
-    """
-    if image.score < min_score:
-        raise CheckFailed(
-            f"the image scores {_shown(image)}, below the lowest that passes, {min_score:.3f}",
-            hint=_changed(image, reference) or _changed(image, None),
-        )
-    # Scores are multiples of 1/n: a drop of exactly max_drop passes, whatever floats make of it.
-    if reference is not None and reference.score - image.score > max_drop + 1e-9:
-        raise CheckFailed(
-            f"the image scores {_shown(image)}, {reference.score - image.score:.3f} below the"
-            f" reference, {_shown(reference)}; at most {max_drop:.3f} is allowed",
-            hint=_changed(image, reference),
-        )
-
-
 def _row(item: Item, answer: str | Mapping[str, Json], metric: str) -> Mapping[str, Json]:
     facts: Mapping[str, Json] = {"answer": answer} if isinstance(answer, str) else answer
     return {
         "prompt": item.prompt,
         "expected": list(item.expected),
+        **({"choices": list(item.choices)} if item.choices else {}),
         **facts,
-        "ok": judge(metric, item.expected, str(facts["answer"])),
+        "ok": facts["ok"]
+        if metric == "command"
+        else judge(metric, item.expected, str(facts["answer"])),
     }
 
 
 def _loose(text: str) -> str:
     return " ".join(text.casefold().split())
-
-
-def _shown(score: Score) -> str:
-    low, high = wilson(round(score.score * score.n), score.n)
-    return f"{score.score:.3f} ({low:.2f} to {high:.2f}, n={score.n})"
-
-
-def _changed(image: Score, reference: Score | None) -> str:
-    """Return up to three items that went wrong: those that were right before, if that is known."""
-    earlier = reference.per_item if reference else ()
-    lines = []
-    for position, now in enumerate(image.per_item):
-        before = earlier[position] if position < len(earlier) else None
-        if now["ok"] or (before and not before["ok"]):
-            continue
-        was = f", was {_short(before['answer'])}" if before else ""
-        lines.append(f"{_short(now['prompt'])} now gives {_short(now['answer'])}{was}")
-    return "; ".join(lines[:_MOST_SHOWN])
-
-
-def _short(text: Json) -> str:
-    flat = " ".join(str(text).split())
-    return repr(flat if len(flat) <= _SHOWN_LENGTH else flat[: _SHOWN_LENGTH - 1] + "…")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +28,38 @@ def answer(
     items: Sequence[Sequence[Message]],
     max_tokens: int,
     progress: Progress | None = None,
-) -> list[str]:
+) -> list[dict[str, str]]:
     """Return one greedy answer per item, in order, from local files alone.
+
+    Each has `answer` and `finish_reason`: `stop` where the model ended it, `length` where it was
+    cut off.
 
     Adapters stay unmerged and act side by side, each times its weight: what training saw. Items are
     chat messages in the folder's own chat template (an adapter's, where it brings one); without a
     template, an item's single message is completed as plain text. `progress` is told items done
     and items in all. Raises InputRefused for folders that need code of their own.
     """
+    stay_offline()
+    with modest_threads():
+        return _answer(model, adapters, items, max_tokens, progress)
+
+
+def stay_offline() -> None:
+    """Keep the libraries from the network, whoever started us."""
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    # One CPU is left to others: OpenMP's barriers wait for a thread that was preempted, which on
-    # a busy machine with two CPUs made answers five times slower than a single thread.
+
+
+@contextmanager
+def modest_threads() -> Iterator[None]:
+    """Leave one CPU to others while the block runs.
+
+    OpenMP's barriers wait for a thread that was preempted, which on a busy machine with two CPUs
+    made answers five times slower than a single thread.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
     try:
-        return _answer(model, adapters, items, max_tokens, progress)
+        yield
     finally:
         torch.set_num_threads(threads)
 
@@ -52,23 +70,23 @@ def _answer(
     items: Sequence[Sequence[Message]],
     max_tokens: int,
     progress: Progress | None,
-) -> list[str]:
-    tokenizer = _tokenizer(model, adapters)
-    network = _network(model, adapters)
-    prompts = [_prompt(tokenizer, item, model) for item in items]
-    answers = [""] * len(items)
+) -> list[dict[str, str]]:
+    tokenizer = load_tokenizer(model, adapters)
+    network = load_network(model, adapters)
+    prompts = [prompt_tokens(tokenizer, item, model) for item in items]
+    answers: list[dict[str, str]] = [{}] * len(items)
     done = 0
     for batch in _batches(prompts):
-        texts = _generate(network, tokenizer, [prompts[i] for i in batch], max_tokens)
-        for place, text in zip(batch, texts, strict=True):
-            answers[place] = text
+        found = _generate(network, tokenizer, [prompts[i] for i in batch], max_tokens)
+        for place, answer in zip(batch, found, strict=True):
+            answers[place] = answer
         done += len(batch)
         if progress is not None:
             progress(done, len(items))
     return answers
 
 
-def _tokenizer(model: Path, adapters: Sequence[tuple[Path, float]]) -> Any:
+def load_tokenizer(model: Path, adapters: Sequence[tuple[Path, float]]) -> Any:
     """Load the tokenizer of the last adapter that has one, or the base's; likewise the template."""
     from transformers import AutoTokenizer
 
@@ -92,7 +110,7 @@ def _tokenizer(model: Path, adapters: Sequence[tuple[Path, float]]) -> Any:
     return tokenizer
 
 
-def _network(model: Path, adapters: Sequence[tuple[Path, float]]) -> Any:
+def load_network(model: Path, adapters: Sequence[tuple[Path, float]]) -> Any:
     """Load the model in float32, and the adapters on it, all active at once."""
     from transformers import AutoModelForCausalLM
 
@@ -128,7 +146,7 @@ def _with_adapters(network: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
     return network
 
 
-def _prompt(tokenizer: Any, item: Sequence[Message], model: Path) -> list[int]:
+def prompt_tokens(tokenizer: Any, item: Sequence[Message], model: Path) -> list[int]:
     """Return an item's token ids."""
     if tokenizer.chat_template:
         text = tokenizer.apply_chat_template(
@@ -159,7 +177,7 @@ def _batches(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
 @torch.inference_mode()
 def _generate(
     network: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_tokens: int
-) -> list[str]:
+) -> list[dict[str, str]]:
     """Complete a batch, padded on the left; padding is masked and positions count without it."""
     from transformers import GenerationConfig
 
@@ -168,16 +186,24 @@ def _generate(
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     # Greedy whatever generation_config.json says of sampling and penalties; only its ends count.
+    ends = _ends(network, tokenizer)
     greedy = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_tokens,
         pad_token_id=pad,
-        eos_token_id=_ends(network, tokenizer),
+        eos_token_id=ends,
     )
     network.generation_config = greedy
     found = network.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
+    rows = found[:, width:]
     return [
-        str(text) for text in tokenizer.batch_decode(found[:, width:], skip_special_tokens=True)
+        {
+            "answer": str(text),
+            "finish_reason": "stop" if set(row.tolist()) & set(ends or ()) else "length",
+        }
+        for text, row in zip(
+            tokenizer.batch_decode(rows, skip_special_tokens=True), rows, strict=True
+        )
     ]
 
 

@@ -19,6 +19,28 @@ def required(**values: object) -> None:
         raise UsageError(f"missing: {', '.join(missing)}", hint="`invoke --help COMMAND` has all")
 
 
+def number(text: str, flag: str) -> float:
+    """Return a share from 0 to 1; UsageError naming the flag for anything else."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise UsageError(f"{flag} {text}: a number from 0 to 1 is expected")
+    return value
+
+
+def counts(text: str, flag: str) -> tuple[int, ...]:
+    """Return `1,4,16` as positive numbers; UsageError naming the flag for anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(
+            f"{flag} {text}: positive numbers with commas between are expected",
+            hint=f"as in {flag} 1,4,16",
+        )
+    return tuple(int(part) for part in parts)
+
+
 def parse_weights(text: str, count: int) -> tuple[float, ...]:
     """Return `0.7,0.3` as numbers, one per adapter; all 1 where none is given."""
     if not text:

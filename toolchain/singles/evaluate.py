@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import json
+import os
+import shlex
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
-
 from toolchain.checkpoints.folder import check_adapter_folder, check_model_folder
-from toolchain.errors import CheckFailed, UsageError
-from toolchain.evaluating.client import ask_all, wait_until_healthy
-from toolchain.evaluating.items import Item, read_items
-from toolchain.evaluating.metrics import check_metric, score_answers, wilson
-from toolchain.oci.layout import read_layout
-from toolchain.planning import all_targets
-from toolchain.ports import Endpoint, StartSpec, Tools
+from toolchain.errors import CheckFailed, InputRefused, UsageError
+from toolchain.evaluating.gate import Limit, judge_drop, too_few
+from toolchain.evaluating.items import read_items
+from toolchain.evaluating.leaks import describe, find_leaks
+from toolchain.evaluating.metrics import check_metric
+from toolchain.evaluating.session import Limits, Session
+from toolchain.evaluating.statistics import wilson
+from toolchain.evaluating.task import Answers, Task, ask_server, score_task
+from toolchain.ports import Tools
 from toolchain.singles.serve import open_model
+from toolchain.singles.server import Place, served, served_name
 from toolchain.stages.quantize import model_config
-from toolchain.values import Job, Json
-
-_START_SECONDS = 900.0
-_BUILDER = "merge"
+from toolchain.stages.reference import BUILDER, reference_job
+from toolchain.values import Json, Score
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,116 +39,153 @@ class Subject:
     """The model's name at the server; the first that it lists by default."""
 
 
-def evaluate_subject(
-    subject: Subject, data: Path, metric: str, max_tokens: int, tools: Tools
-) -> Mapping[str, Json]:
-    """Return `{score, n, interval, per_item}` of greedy answers.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes:
+    """How it is asked and judged."""
 
-    Raises UsageError for the data or the metric, CheckFailed for a server that fails.
+    metric: str = "contains"
+    command: str = ""
+    """Program and arguments of metric `command`, as a shell would read them."""
+    max_tokens: int = 64
+    concurrency: int = 1
+    timeout: float = 120.0
+    """Seconds for one answer."""
+    retries: int = 2
+    training: str = ""
+    calibration: str = ""
+    strict: bool = False
+    against: str = ""
+    """What an earlier `evaluate --json` printed, to compare with item by item."""
+    max_drop: float | None = None
+    min_score: float = 0.0
+
+
+def evaluate_subject(
+    subject: Subject, data: Path, wishes: Wishes, tools: Tools
+) -> Mapping[str, Json]:
+    """Return `{score, n, metric, interval, per_item}` and, with `against`, `comparison`.
+
+    Raises UsageError for the data or the wishes, InputRefused for leaked questions where that is
+    strict, CheckFailed for a server that fails or a score that is too low.
     """
-    given = [name for name in ("image", "url", "model") if getattr(subject, name)]
-    if len(given) != 1:
-        raise UsageError("give exactly one of --image, --url and --model")
-    if subject.adapters and not subject.model:
-        raise UsageError("--adapter needs --model", hint="an image holds its merged weights")
-    items = read_items(data)
-    check_metric(metric, items)
-    tools.progress.stage("evaluate", f"{len(items)} questions")
-    answers = _answers(subject, items, max_tokens, tools)
-    score = score_answers(answers, items, metric)
+    check_subject(subject)
+    task = _task(data, wishes)
+    _check_leaks(task, wishes, tools)
+    before = _earlier(wishes.against) if wishes.against else None
+    tools.progress.stage("evaluate", f"{len(task.items)} questions")
+    score = _score(subject, task, wishes, tools)
     right = sum(bool(row["ok"]) for row in score.per_item)
-    return {
+    result: dict[str, Json] = {
         "score": score.score,
         "n": score.n,
-        "metric": metric,
-        "interval": wilson(right, score.n),
+        "metric": score.metric,
+        "interval": wilson(right if score.per_item else round(score.score * score.n), score.n),
         "per_item": list(score.per_item),
     }
-
-
-def _answers(
-    subject: Subject, items: tuple[Item, ...], max_tokens: int, tools: Tools
-) -> tuple[str, ...]:
-    if subject.model:
-        return _ask_checkpoint(subject, items, max_tokens, tools)
-    with _endpoint(subject, tools) as endpoint:
-        name = subject.served_name or _first_name(endpoint)
-        return ask_all(endpoint, name, items, max_tokens, tools.progress)
-
-
-@contextmanager
-def _endpoint(subject: Subject, tools: Tools) -> Iterator[Endpoint]:
-    if subject.url:
-        url = subject.url.rstrip("/").removesuffix("/v1")
-        yield Endpoint(url=url, logs=lambda _: "", alive=lambda: True)
-        return
-    config = _image_config(subject.image, tools)
-    target = all_targets().get((config.get("Labels") or {}).get("dev.weightsmith.target", ""))
-    ports = sorted(int(port.partition("/")[0]) for port in config.get("ExposedPorts") or ())
-    spec = StartSpec(
-        port=ports[0] if ports else 8000,
-        env={},
-        port_variable=target.engine.port_variable if target else "",
-        host_variable=target.engine.host_variable if target else "",
+    limit = Limit(
+        max_drop=1.0 if wishes.max_drop is None else wishes.max_drop, min_score=wishes.min_score
     )
-    with tools.launcher.serve(subject.image, spec) as endpoint:
-        path = target.engine.health_path if target else "/health"
-        wait_until_healthy(endpoint, path, _START_SECONDS, poll=0.05)
-        yield endpoint
+    verdict = judge_drop("this", score, "other", before, limit)
+    if before is not None:
+        check_same_questions(score, before)
+        result["comparison"] = verdict.facts
+        if wishes.max_drop is not None and (few := too_few(verdict, wishes.max_drop)):
+            tools.progress.warn(few)
+    verdict.require()
+    return result
 
 
-def _image_config(image: str, tools: Tools) -> Mapping[str, Json]:
-    if image.startswith("oci:"):
-        return read_layout(Path(image.removeprefix("oci:"))).config
-    found = tools.engine.inspect(image)
-    if not found:
+def check_subject(subject: Subject) -> None:
+    """Raise UsageError unless exactly one thing is to be asked."""
+    given = [name for name in ("image", "url", "model") if getattr(subject, name)]
+    if len(given) != 1:
         raise UsageError(
-            f"the container engine holds no image {image}",
-            hint="pull or load it first, or give a layout as oci:DIR",
+            "give exactly one of --image, --url and --model",
+            hint="--image REF starts an image, --url asks a server, --model loads a checkpoint",
         )
-    config: Mapping[str, Json] = found.get("Config") or {}
-    return config
+    if subject.adapters and not subject.model:
+        raise UsageError("--adapter needs --model", hint="an image holds its merged weights")
 
 
-def _first_name(endpoint: Endpoint) -> str:
-    """Return the first model that the server lists."""
-    try:
-        rows = httpx.get(f"{endpoint.url}/v1/models", timeout=30, trust_env=False).json()["data"]
-        return str(rows[0]["id"])
-    except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise CheckFailed(
-            f"{endpoint.url}/v1/models lists no model: {type(error).__name__}",
-            hint="is it an OpenAI-compatible server? else name the model with --served-name",
-        ) from None
+def _task(data: Path, wishes: Wishes) -> Task:
+    command = tuple(shlex.split(wishes.command))
+    if (wishes.metric == "command") != bool(command):
+        raise UsageError(
+            "--metric command and --command belong together",
+            hint="as in --metric command --command 'python judge.py'",
+        )
+    items = read_items(data)
+    check_metric(wishes.metric, items)
+    return Task(items=items, metric=wishes.metric, max_tokens=wishes.max_tokens, command=command)
 
 
-def _ask_checkpoint(
-    subject: Subject, items: tuple[Item, ...], max_tokens: int, tools: Tools
-) -> tuple[str, ...]:
+def _check_leaks(task: Task, wishes: Wishes, tools: Tools) -> None:
+    for other in (wishes.training, wishes.calibration):
+        told = describe(find_leaks(task.items, Path(other))) if other else ""
+        if told and wishes.strict:
+            raise InputRefused(told, hint="remove them from either file, or leave --strict out")
+        if told:
+            tools.progress.warn(told)
+
+
+def _score(subject: Subject, task: Task, wishes: Wishes, tools: Tools) -> Score:
+    if subject.model:
+        return score_task(task, _ask_checkpoint(subject, task, tools), tools.command)
+    place = Place(image=subject.image, url=subject.url)
+    limits = Limits(request_seconds=wishes.timeout, tries=wishes.retries + 1)
+    with ExitStack() as stack:
+        endpoint = stack.enter_context(served(place, tools))
+        key = os.environ.get("WEIGHTSMITH_API_KEY", "") if subject.url else ""
+        session = stack.enter_context(Session(endpoint, limits, key=key))
+        name = served_name(session, subject.served_name)
+        answers = ask_server(session, name, task, tools.progress, concurrency=wishes.concurrency)
+        # While the server is there: the command may ask it on its own.
+        environment = {"WEIGHTSMITH_URL": f"{endpoint.url}/v1", "WEIGHTSMITH_MODEL": name}
+        return score_task(task, answers, tools.command, environment)
+
+
+def _ask_checkpoint(subject: Subject, task: Task, tools: Tools) -> Answers:
     model = Path(subject.model)
     check_model_folder(model)
     model_config(model)
-    trees = {}
-    for number, adapter in enumerate(subject.adapters):
-        check_adapter_folder(Path(adapter))
-        trees[f"adapter{number}"] = Path(adapter).resolve()
-    tools.runner.prepare(_BUILDER, tools.progress)
+    adapters = [Path(adapter).resolve() for adapter in subject.adapters]
+    for adapter in adapters:
+        check_adapter_folder(adapter)
+    tools.runner.prepare(BUILDER, tools.progress)
     size = open_model(model).weight_bytes
     with tools.scratch() as folder:
-        result = tools.runner.run(
-            Job(
-                stage="reference",
-                builder=_BUILDER,
-                inputs={"model": model.resolve(), **trees},
-                parameters={
-                    "weights": [1.0] * len(trees),
-                    "items": [[dict(m) for m in item.messages] for item in items],
-                    "max_tokens": max_tokens,
-                },
-                output=folder,
-                memory_bytes=(3 << 30) + 5 * size,
-                use_gpu=True,
-            ),
-            tools.progress,
+        job = reference_job(model.resolve(), size, adapters, [1.0] * len(adapters), task, folder)
+        return task.answers_of(tools.runner.run(job, tools.progress)["answers"])
+
+
+def _earlier(path: str) -> Score:
+    """Return the score that an earlier run printed with --json."""
+    try:
+        told = json.loads(Path(path).read_text("utf-8"))
+        rows = tuple({**row, "ok": bool(row["ok"])} for row in told["per_item"])
+        return Score(
+            score=float(told["score"]),
+            n=int(told["n"]),
+            metric=str(told.get("metric", "")),
+            per_item=rows,
         )
-    return tuple(str(answer) for answer in result["answers"])
+    except OSError as error:
+        raise UsageError(
+            f"cannot read {path}: {error.strerror}",
+            hint="save one with `evaluate … --json > before.json`",
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UsageError(
+            f"{path} is not what `evaluate --json` prints",
+            hint="save one with `evaluate … --json > before.json`",
+        ) from None
+
+
+def check_same_questions(now: Score, before: Score) -> None:
+    """Raise CheckFailed where two runs were asked different questions."""
+    asked = [[row["prompt"] for row in score.per_item] for score in (now, before)]
+    if asked[0] != asked[1]:
+        raise CheckFailed(
+            "the two runs were asked different questions",
+            hint="compare runs on the same data file",
+        )

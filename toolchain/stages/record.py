@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from toolchain.errors import EnvironmentFailure
+from toolchain.evaluating.statistics import wilson
 from toolchain.recipe import Recipe
 from toolchain.values import (
     Artifact,
@@ -25,16 +26,29 @@ from toolchain.values import (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TaskFacts:
+    """One task as it was answered and judged."""
+
+    name: str
+    metric: str
+    max_drop: float
+    scores: Mapping[str, Score]
+    verdicts: tuple[Mapping[str, Json], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What a finished target is recorded with."""
+    """What a target is recorded with, or a merge that was refused before there was one."""
 
     recipe: Recipe
     sources: Sources
     checkpoint: Checkpoint
-    artifact: Artifact
-    config: ServingConfig
-    published: Published
-    scores: Mapping[str, Score]
+    artifact: Artifact | None
+    config: ServingConfig | None
+    published: Published | None
+    tasks: tuple[TaskFacts, ...]
+    checks: Sequence[Mapping[str, Json]]
+    """What the started image was checked for, and what was seen."""
     stages: Mapping[str, Mapping[str, Json]]
     warnings: tuple[str, ...]
     inputs: Mapping[str, Json]
@@ -47,7 +61,8 @@ def write_record(facts: Facts, folder: Path) -> Mapping[str, Json]:
     Each file is replaced in one rename. Raises EnvironmentFailure where that fails.
     """
     document = build_document(facts)
-    write_files({**facts.config.files, "build.json": json.dumps(document, indent=2) + "\n"}, folder)
+    files = facts.config.files if facts.config else {}
+    write_files({**files, "build.json": json.dumps(document, indent=2) + "\n"}, folder)
     return document
 
 
@@ -71,7 +86,7 @@ def build_document(facts: Facts) -> dict[str, Json]:
         "schema": 1,
         "name": recipe.name,
         "version": recipe.version,
-        "target": facts.config.target,
+        "target": facts.config.target if facts.config else "",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "base": _source(facts.sources.base),
         "adapters": [
@@ -91,20 +106,13 @@ def build_document(facts: Facts) -> dict[str, Json]:
             "repairs": merged.get("repairs", {}),
             "shards": merged.get("shards", []),
         },
-        "artifact": _artifact(facts.artifact),
-        "plan": facts.config.plan,
-        "image": {
-            "reference": facts.published.reference,
-            "digest": facts.published.digest,
-            "layers": facts.published.layers,
-            "uploaded_bytes": facts.published.uploaded_bytes,
-            "mounted": facts.published.mounted,
-        },
-        "scores": {
-            name: {"score": s.score, "n": s.n, "metric": s.metric}
-            for name, s in facts.scores.items()
-        },
-        "items": _items(facts.scores),
+        "validation": merged.get("validation"),
+        "artifact": _artifact(facts.artifact) if facts.artifact else None,
+        "plan": facts.config.plan if facts.config else None,
+        "image": _image(facts.published) if facts.published else None,
+        **(_task(facts.tasks[0]) if facts.tasks else _task(NO_TASK)),
+        "more_tasks": [{"name": t.name, **_task(t)} for t in facts.tasks[1:]],
+        "checks": facts.checks,
         "stages": facts.stages,
         "inputs": facts.inputs,
         "warnings": facts.warnings,
@@ -136,9 +144,41 @@ def _artifact(artifact: Artifact) -> dict[str, Json]:
     }
 
 
+NO_TASK = TaskFacts(name="", metric="", max_drop=0.0, scores={}, verdicts=())
+
+
+def _image(published: Published) -> dict[str, Json]:
+    return {
+        "reference": published.reference,
+        "digest": published.digest,
+        "layers": published.layers,
+        "uploaded_bytes": published.uploaded_bytes,
+        "mounted": published.mounted,
+    }
+
+
+def _task(task: TaskFacts) -> dict[str, Json]:
+    return {
+        "task": {"name": task.name, "metric": task.metric, "max_drop": task.max_drop},
+        "scores": {
+            name: {"score": s.score, "n": s.n, "metric": s.metric, "interval": _interval(s)}
+            for name, s in task.scores.items()
+        },
+        "verdicts": list(task.verdicts),
+        "items": _items(task.scores),
+    }
+
+
+def _interval(score: Score) -> tuple[float, float]:
+    low, high = wilson(round(score.score * score.n), score.n)
+    return round(low, 6), round(high, 6)
+
+
 def _items(scores: Mapping[str, Score]) -> list[dict[str, Json]]:
     """Return the questions with the answers of every subject side by side."""
     names = [name for name in scores if scores[name].per_item]
+    if len({len(scores[name].per_item) for name in names}) > 1:  # a command's own choice of rows
+        names = names[-1:]
     rows = zip(*(scores[name].per_item for name in names), strict=True)
     return [
         {
@@ -152,7 +192,8 @@ def _items(scores: Mapping[str, Score]) -> list[dict[str, Json]]:
 
 
 def _next(facts: Facts) -> list[str]:
-    reference, port = facts.published.reference, facts.config.port
+    reference = facts.published.reference if facts.published else ""
+    port = facts.config.port if facts.config else 0
     if not reference:
         return [
             "raise the quality (a larger format, a better adapter) or max_drop, and build again"

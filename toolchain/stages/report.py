@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError, select_autoescape
 
 from toolchain.errors import EnvironmentFailure, UsageError
-from toolchain.evaluating.metrics import wilson
+from toolchain.evaluating.statistics import wilson
 from toolchain.resources import templates
 from toolchain.serving.memory import human
 from toolchain.values import Json
@@ -128,7 +129,15 @@ _OPTIONAL: Mapping[str, Json] = {
 _PATHS = ("base", "adapter", "image")
 
 
-def write_report(build: Mapping[str, Json], folder: Path) -> tuple[Path, Path]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """Where a report is."""
+
+    html: Path
+    markdown: Path
+
+
+def write_report(build: Mapping[str, Json], folder: Path) -> Written:
     """Write report.html and report.md of a build (see BuildFacts) and return their paths.
 
     Both stand alone: no script, font or image comes from elsewhere. Raises UsageError for facts
@@ -146,7 +155,7 @@ def write_report(build: Mapping[str, Json], folder: Path) -> tuple[Path, Path]:
                 f"cannot write {path}: {error.strerror}", hint="choose another output folder"
             ) from None
         written.append(path)
-    return written[0], written[1]
+    return Written(html=written[0], markdown=written[1])
 
 
 def render_report(build: Mapping[str, Json], template: str) -> str:
@@ -160,7 +169,7 @@ def render_report(build: Mapping[str, Json], template: str) -> str:
         keep_trailing_newline=True,
     )
     environment.filters.update(size=human, cell=_cell, pretty=_pretty, seconds=_seconds)
-    facts = {**_OPTIONAL, **build}
+    facts = {**_OPTIONAL, **{k: v for k, v in build.items() if v is not None}}
     facts["paths"] = [path for path in _PATHS if path in facts["scores"]]
     facts["intervals"] = {
         path: wilson(round(score["score"] * score["n"]), score["n"])

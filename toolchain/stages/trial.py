@@ -1,24 +1,26 @@
-"""Image -> answers: the built image is started as its users will start it, and asked."""
+"""Image -> answers: the built image is started as its users will start it, checked and asked."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolchain.evaluating.client import ask_all, chat, check_served_name, wait_until_healthy
-from toolchain.evaluating.items import Item
+from toolchain.errors import CheckFailed
+from toolchain.evaluating.client import wait_until_healthy
+from toolchain.evaluating.session import Session
+from toolchain.evaluating.smoke import Promise, Smoke, check_life, check_serving
+from toolchain.evaluating.task import Answers, Task, ask_server
 from toolchain.ports import Endpoint, StartSpec, Tools
 from toolchain.values import Artifact, Digest, Json, ServingConfig, StageInputs
 
-RECIPE_NUMBER = 1
+RECIPE_NUMBER = 2
 _ANSWERS = "answers.json"
 _START_SECONDS = 600.0
 _SLOWEST_DISK = 50_000_000
 """Bytes a second that weights are read with at the worst."""
-_GREETING = Item(messages=({"role": "user", "content": "Hello"},), expected=("",), line=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,22 +31,21 @@ class Trial:
     config: ServingConfig
     base: Digest
     """Digest of the image below the weights."""
-    items: tuple[Item, ...]
-    max_tokens: int
+    tasks: tuple[Task, ...]
+    ends: tuple[int, ...]
+    """Per task, how many answers of the reference ended by themselves."""
     memory_bytes: int
-    questions: Digest
     port_variable: str = ""
     host_variable: str = ""
     threads_variable: str = ""
     neutral: frozenset[str] = frozenset()
     """Engine settings that change no answer, such as the number of slots."""
 
-    @property
-    def inputs(self) -> StageInputs:
-        """All that the answers depend on: not the names, labels and limits of the image."""
+    def inputs(self, task: Task) -> StageInputs:
+        """All that a task's answers depend on: not the names, labels and limits of the image."""
         plan = self.config.plan
         settings = {k: v for k, v in dict(plan["settings"]).items() if k not in self.neutral}
-        longest = max((sum(len(m["content"]) for m in i.messages) for i in self.items), default=0)
+        longest = max((sum(len(m["content"]) for m in i.messages) for i in task.items), default=0)
         return StageInputs(
             stage="trial",
             recipe_number=RECIPE_NUMBER,
@@ -54,16 +55,27 @@ class Trial:
                 "settings": settings,
                 # A context that holds every question changes nothing by being longer; a token
                 # is at least one character, and a chat template adds a few.
-                "context": min(int(plan["max_model_len"]), longest + self.max_tokens + 256),
-                "questions": self.questions,
-                "max_tokens": self.max_tokens,
+                "context": min(int(plan["max_model_len"]), longest + task.max_tokens + 256),
+                "questions": task.digest,
+                "max_tokens": task.max_tokens,
             },
         )
 
+    @property
+    def promise(self) -> Promise:
+        """What the checks hold the server to."""
+        return Promise(
+            served_name=self.config.served_name,
+            health_path=self.config.health_path,
+            max_model_len=int(self.config.plan["max_model_len"]),
+            max_num_seqs=int(self.config.plan["max_num_seqs"]),
+            start_seconds=max(_START_SECONDS, self.artifact.tree.size / _SLOWEST_DISK),
+        )
 
-def known_answers(trial: Trial, tools: Tools) -> tuple[str, ...] | None:
+
+def known_answers(trial: Trial, task: Task, tools: Tools) -> Answers | None:
     """Return the answers if an image of the same weights and engine was asked before."""
-    entry = tools.store.find(trial.inputs.key)
+    entry = tools.store.find(trial.inputs(task).key)
     return tuple(json.loads(entry.tree.path(_ANSWERS).read_text("utf-8"))) if entry else None
 
 
@@ -72,16 +84,23 @@ def smoke_inputs(image: Digest) -> StageInputs:
     return StageInputs(stage="smoke", recipe_number=RECIPE_NUMBER, inputs={"image": image})
 
 
+def checks_of(image: Digest, tools: Tools) -> Sequence[Mapping[str, Json]]:
+    """Return what the checks of an image saw when it passed them; () where it was not started."""
+    entry = tools.store.find(smoke_inputs(image).key)
+    return tuple(entry.meta.get("checks", ())) if entry else ()
+
+
 def is_proven(image: Digest, trial: Trial, tools: Tools) -> bool:
     """Say whether this very image was started before and its questions are answered."""
     started = tools.store.find(smoke_inputs(image).key) is not None
-    return started and (not trial.items or known_answers(trial, tools) is not None)
+    return started and all(known_answers(trial, task, tools) is not None for task in trial.tasks)
 
 
-def ask(reference: str, image: Digest, trial: Trial, tools: Tools) -> tuple[str, ...]:
-    """Start the image, wait for its health, ask one greeting and every unanswered question.
+def ask(reference: str, image: Digest, trial: Trial, tools: Tools) -> tuple[Answers, ...]:
+    """Start the image, check it, ask every unanswered question; return each task's answers.
 
-    Raises CheckFailed, with the server's last lines, for an image that does not start or answer.
+    Raises CheckFailed, with the server's last lines, for an image that does not start, does not
+    answer, or does not keep what its plan promises.
     """
     spec = StartSpec(
         port=trial.config.port,
@@ -91,17 +110,28 @@ def ask(reference: str, image: Digest, trial: Trial, tools: Tools) -> tuple[str,
         memory_bytes=trial.memory_bytes,
         use_gpu=trial.config.plan["device"] != "cpu",
     )
-    with tools.launcher.serve(reference, spec) as endpoint:
-        limit = max(_START_SECONDS, trial.artifact.tree.size / _SLOWEST_DISK)
-        wait_until_healthy(endpoint, trial.config.health_path, limit, poll=0.05)
-        check_served_name(endpoint, trial.config.served_name)
-        chat(endpoint, trial.config.served_name, _GREETING, 4)
-        answers = known_answers(trial, tools)
-        if answers is None and trial.items:
-            answers = _ask_all(endpoint, trial, tools)
+    smoke, promise = Smoke(), trial.promise
+    with tools.launcher.serve(reference, spec) as endpoint, Session(endpoint) as session:
+        smoke.check("health", session, lambda: _healthy(endpoint, promise))
+        check_serving(smoke, session, promise)
+        answers = tuple(
+            known_answers(trial, task, tools) or _ask_task(session, trial, number, tools)
+            for number, task in enumerate(trial.tasks)
+        )
+        check_life(smoke, endpoint, promise)
     stage = smoke_inputs(image)
-    tools.store.produce(stage.key, {"stage": "smoke", "inputs": stage.inputs}, lambda _: {})
-    return answers or ()
+    tools.store.produce(
+        stage.key,
+        {"stage": "smoke", "inputs": stage.inputs},
+        lambda _: {"checks": smoke.checks},
+    )
+    return answers
+
+
+def _healthy(endpoint: Endpoint, promise: Promise) -> str:
+    waited = wait_until_healthy(endpoint, promise.health_path, promise.start_seconds, poll=0.05)
+    apart = ", ".join(endpoint.confinement)
+    return f"ready after {waited:.1f} s" + (f"; {apart}" if apart else "")
 
 
 def _threads(trial: Trial) -> Mapping[str, str]:
@@ -111,11 +141,12 @@ def _threads(trial: Trial) -> Mapping[str, str]:
     return {trial.threads_variable: str(max(1, len(os.sched_getaffinity(0)) - 1))}
 
 
-def _ask_all(endpoint: Endpoint, trial: Trial, tools: Tools) -> tuple[str, ...]:
-    """Ask every question, and remember the answers by what they depend on."""
-    name = trial.config.served_name
-    answers = ask_all(endpoint, name, trial.items, trial.max_tokens, tools.progress)
-    stage = trial.inputs
+def _ask_task(session: Session, trial: Trial, number: int, tools: Tools) -> Answers:
+    """Ask every question of a task, and remember the answers by what they depend on."""
+    task = trial.tasks[number]
+    answers = ask_server(session, trial.config.served_name, task, tools.progress)
+    _check_ends(answers, trial.ends[number], session)
+    stage = trial.inputs(task)
 
     def make(folder: Path) -> Mapping[str, Json]:
         (folder / _ANSWERS).write_text(json.dumps(answers, ensure_ascii=False), "utf-8")
@@ -123,3 +154,18 @@ def _ask_all(endpoint: Endpoint, trial: Trial, tools: Tools) -> tuple[str, ...]:
 
     tools.store.produce(stage.key, {"stage": "trial", "inputs": stage.inputs}, make)
     return answers
+
+
+def _check_ends(answers: Answers, expected: int, session: Session) -> None:
+    """Raise CheckFailed where answers no longer end by themselves, as when the end token is lost.
+
+    Half as many as the reference's is the limit: other weights may say a thing at more length.
+    """
+    ends = sum(answer.get("finish_reason") == "stop" for answer in answers)
+    if 2 * ends < expected:
+        raise CheckFailed(
+            f"only {ends} of {len(answers)} answers end by themselves, of the reference's"
+            f" {expected}{session.log()}",
+            hint="the end token may be lost: compare eos_token_id in generation_config.json and"
+            " the chat template with the adapter's",
+        )

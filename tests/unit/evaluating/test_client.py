@@ -6,12 +6,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from toolchain.errors import CheckFailed
-from toolchain.evaluating.client import Limits, ask_all, chat, check_served_name, wait_until_healthy
+from toolchain.evaluating.client import ask_all, chat, check_served_name, wait_until_healthy
 from toolchain.evaluating.items import Item
+from toolchain.evaluating.session import Limits, Session
 from toolchain.ports import Endpoint
 
 QUICK = Limits(request_seconds=0.5, tries=2, pause_seconds=0.01, answer_bytes=100_000)
 ASKED = Item(messages=({"role": "user", "content": "Port?"},), expected=("7481",), line=1)
+
+
+def ask(server, limits=QUICK):
+    with Session(server.endpoint, limits) as session:
+        return chat(session, "support", ASKED, 9)
 
 
 def answer(text="7481"):
@@ -80,7 +86,7 @@ def serve():
 def test_asks_greedily_under_the_served_name(serve):
     server = serve()
 
-    assert chat(server.endpoint, "support", ASKED, 9, QUICK) == {
+    assert ask(server) == {
         "answer": "7481",
         "finish_reason": "stop",
     }
@@ -93,7 +99,7 @@ def test_a_server_that_hangs_is_given_up(serve):
     started = time.monotonic()
 
     with pytest.raises(CheckFailed, match=r"no answer in 0.5 s \(2 tries\)"):
-        chat(server.endpoint, "support", ASKED, 9, QUICK)
+        ask(server)
 
     assert time.monotonic() - started < 5
 
@@ -111,7 +117,7 @@ def test_a_server_that_drips_is_given_up(serve):
             pass
 
     with pytest.raises(CheckFailed, match="no whole answer"):
-        chat(serve(drip).endpoint, "support", ASKED, 9, QUICK)
+        ask(serve(drip))
 
 
 def test_a_server_error_is_tried_again(serve):
@@ -119,14 +125,14 @@ def test_a_server_error_is_tried_again(serve):
         first = len(handler.server.asked) == 1
         handler.send(500 if first else 200, {"error": "busy"} if first else answer())
 
-    assert chat(serve(behave).endpoint, "support", ASKED, 9, QUICK)["answer"] == "7481"
+    assert ask(serve(behave))["answer"] == "7481"
 
 
 def test_a_lasting_server_error_is_told(serve):
     server = serve(lambda handler, body: handler.send(500, {"error": "slot exploded"}))
 
     with pytest.raises(CheckFailed, match=r"HTTP 500: .*slot exploded"):
-        chat(server.endpoint, "support", ASKED, 9, QUICK)
+        ask(server)
 
     assert len(server.asked) == 2
 
@@ -135,7 +141,7 @@ def test_a_refusal_is_not_tried_again(serve):
     server = serve(lambda handler, body: handler.send(400, {"error": "too long"}))
 
     with pytest.raises(CheckFailed, match=r"HTTP 400: .*too long"):
-        chat(server.endpoint, "support", ASKED, 9, QUICK)
+        ask(server)
 
     assert len(server.asked) == 1
 
@@ -145,14 +151,14 @@ def test_half_an_answer_is_told(serve, cut):
     server = serve(lambda handler, body: handler.send(200, answer(), cut=cut))
 
     with pytest.raises(CheckFailed, match="2 tries"):
-        chat(server.endpoint, "support", ASKED, 9, QUICK)
+        ask(server)
 
 
 def test_an_answer_without_a_message_is_told(serve):
     server = serve(lambda handler, body: handler.send(200, {"choices": []}))
 
     with pytest.raises(CheckFailed, match="has no message"):
-        chat(server.endpoint, "support", ASKED, 9, QUICK)
+        ask(server)
 
 
 def test_an_answer_of_100_megabytes_is_not_read(serve):
@@ -166,12 +172,12 @@ def test_an_answer_of_100_megabytes_is_not_read(serve):
             pass
 
     with pytest.raises(CheckFailed, match="larger than 100000 bytes"):
-        chat(serve(flood).endpoint, "support", ASKED, 9, QUICK)
+        ask(serve(flood))
 
 
 def test_another_model_is_told(serve):
     with pytest.raises(CheckFailed, match=r"no model 'other'; it serves support"):
-        check_served_name(serve().endpoint, "other", QUICK)
+        check_served_name(Session(serve().endpoint, QUICK), "other")
 
 
 def test_a_server_that_died_shows_its_last_lines(serve):
@@ -179,7 +185,7 @@ def test_a_server_that_died_shows_its_last_lines(serve):
     server.living = False
 
     with pytest.raises(CheckFailed, match=r"stopped while it was asked[^$]*out of memory"):
-        chat(server.endpoint, "support", ASKED, 9, QUICK)
+        ask(server)
     with pytest.raises(CheckFailed, match=r"stopped before it was ready[^$]*out of memory"):
         wait_until_healthy(server.endpoint, "/health", 5, poll=0.01)
 
@@ -221,7 +227,88 @@ def test_asks_everything_in_order(serve):
     ]
     progress = Quiet()
 
-    answers = ask_all(serve(behave).endpoint, "support", items, 9, progress, QUICK)
+    with Session(serve(behave).endpoint, QUICK) as session:
+        answers = ask_all(items, lambda item: chat(session, "support", item, 9), progress)
 
-    assert answers == ("You said red", "You said blue")
+    assert [a["answer"] for a in answers] == ["You said red", "You said blue"]
+    assert all(a["seconds"] > 0 for a in answers)
     assert progress.seen[-1] == (2, 2, "items")
+
+
+def test_many_at_once_stay_in_order(serve):
+    together = threading.Barrier(4, timeout=10)
+
+    def behave(handler, body):
+        together.wait()  # broken, and so no answer, unless four are asked at once
+        handler.send(200, answer(body["messages"][-1]["content"]))
+
+    items = [
+        Item(messages=({"role": "user", "content": f"q{i}"},), expected=("x",), line=i)
+        for i in range(12)
+    ]
+    with Session(serve(behave).endpoint, Limits(request_seconds=20)) as session:
+        answers = ask_all(
+            items, lambda item: chat(session, "support", item, 9), Quiet(), concurrency=4
+        )
+
+    assert [a["answer"] for a in answers] == [f"q{i}" for i in range(12)]
+
+
+def test_a_failure_among_many_ends_the_rest(serve):
+    def behave(handler, body):
+        handler.send(400, {"error": "no"})
+
+    server = serve(behave)
+    items = [ASKED] * 500
+    with Session(server.endpoint, QUICK) as session, pytest.raises(CheckFailed, match="HTTP 400"):
+        ask_all(items, lambda item: chat(session, "support", item, 9), Quiet(), concurrency=4)
+
+    assert len(server.asked) < 100
+
+
+def test_another_models_answer_is_told(serve):
+    def behave(handler, body):
+        handler.send(200, {**answer(), "model": "someone-else"})
+
+    with pytest.raises(CheckFailed, match=r"asked for 'support', the model 'someone-else'"):
+        ask(serve(behave))
+
+
+@pytest.mark.parametrize("said", ["support", "support-2024-08-06", None])
+def test_its_own_name_in_the_answer_is_fine(serve, said):
+    server = serve(lambda handler, body: handler.send(200, {**answer(), "model": said}))
+
+    assert ask(server)["answer"] == "7481"
+
+
+def test_connections_are_kept(serve):
+    ports = set()
+
+    def behave(handler, body):
+        ports.add(handler.client_address[1])
+        handler.send(200, answer())
+
+    _Handler.protocol_version = "HTTP/1.1"
+    try:
+        with Session(serve(behave).endpoint, QUICK) as session:
+            for _ in range(5):
+                chat(session, "support", ASKED, 9)
+    finally:
+        _Handler.protocol_version = "HTTP/1.0"
+
+    assert len(ports) == 1
+
+
+def test_a_compressed_answer_is_not_unpacked(serve):
+    import gzip
+
+    def behave(handler, body):
+        bomb = gzip.compress(b" " * 50_000_000)
+        handler.send_response(200)
+        handler.send_header("Content-Encoding", "gzip")
+        handler.send_header("Content-Length", str(len(bomb)))
+        handler.end_headers()
+        handler.wfile.write(bomb)
+
+    with pytest.raises(CheckFailed, match="half an answer"):
+        ask(serve(behave))

@@ -80,3 +80,37 @@ def test_an_empty_file_is_refused(tmp_path):
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(UsageError, match="cannot read"):
         read_items(tmp_path / "none.jsonl")
+
+
+def test_reads_choices_and_schemas(tmp_path):
+    path = write(
+        tmp_path,
+        {"prompt": "a", "choices": ["x", "y"], "expected": "y"},
+        {"prompt": "b", "choices": ["x", "y"], "expected": 0},
+        {"prompt": "c", "expected": {"type": "object"}},
+        {"messages": [{"role": "user", "content": "d"}], "choices": ["x", "y"], "expected": ["x"]},
+    )
+
+    first, second, third, fourth = read_items(path)
+
+    assert (first.choices, first.expected, first.plain) == (("x", "y"), ("y",), True)
+    assert second.expected == ("x",)
+    assert third.expected == ('{"type": "object"}',)
+    assert not fourth.plain
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ({"prompt": "a", "choices": "xy", "expected": "x"}, "not a list"),
+        ({"prompt": "a", "choices": ["x"], "expected": "x"}, "fewer than two"),
+        ({"prompt": "a", "choices": ["x", "x"], "expected": "x"}, "the same twice"),
+        ({"prompt": "a", "choices": ["x", "y"], "expected": "z"}, "not one of its choices"),
+        ({"prompt": "a", "choices": ["x", "y"], "expected": 2}, "no number of a choice"),
+        ({"prompt": "a", "choices": ["x", "y"], "expected": True}, "not a text"),
+    ],
+)
+def test_wrong_choices_are_named(tmp_path, line, says):
+    with pytest.raises(UsageError, match=says) as caught:
+        read_items(write(tmp_path, {"prompt": "q", "expected": "a"}, line))
+    assert ":2" in caught.value.message

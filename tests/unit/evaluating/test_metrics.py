@@ -1,10 +1,9 @@
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from toolchain.errors import CheckFailed, UsageError
+from toolchain.evaluating.gate import Limit, judge_drop, too_few
 from toolchain.evaluating.items import Item
-from toolchain.evaluating.metrics import check_metric, gate, judge, score_answers, wilson
+from toolchain.evaluating.metrics import check_metric, judge, score_answers
 from toolchain.values import Score
 
 
@@ -58,29 +57,19 @@ def test_answers_must_be_as_many_as_questions():
         score_answers([], [item("a", "x")], "exact")
 
 
-def test_wilson_by_hand():
-    # p = 0.8, n = 10, z = 1.96: (0.8 + 0.19208) / 1.38416 -+ 1.96 / 1.38416 * sqrt(0.025604)
-    low, high = wilson(8, 10)
-
-    assert (round(low, 4), round(high, 4)) == (0.4902, 0.9433)
-    assert wilson(0, 0) == (0.0, 1.0)
-
-
-@given(st.integers(min_value=1, max_value=10**6), st.data())
-def test_wilson_holds_the_share(n, data):
-    right = data.draw(st.integers(min_value=0, max_value=n))
-    low, high = wilson(right, n)
-
-    assert 0 <= low <= right / n + 1e-12
-    assert right / n - 1e-12 <= high <= 1
-
-
 def scored(*right):
     rows = tuple(
         {"prompt": f"q{i}", "expected": ["x"], "answer": f"answer {i} {ok}", "ok": ok}
         for i, ok in enumerate(right)
     )
     return Score(score=sum(right) / len(right), n=len(right), metric="contains", per_item=rows)
+
+
+def gate(image, reference, max_drop, min_score, **more):
+    limit = Limit(max_drop=max_drop, min_score=min_score, **more)
+    verdict = judge_drop("image", image, "adapter", reference, limit)
+    verdict.require()
+    return verdict
 
 
 def test_the_gate_lets_an_equal_score_through():
@@ -110,3 +99,82 @@ def test_a_low_score_fails_even_where_the_reference_is_as_low():
         gate(scored(False, True), None, 1.0, 0.9)
 
     assert "'q0' now gives" in caught.value.hint
+
+
+def test_a_loss_is_told_with_its_uncertainty():
+    before = scored(*[True] * 30)
+    verdict = gate(scored(*[True] * 29, False), before, 0.05, 0.0)
+
+    assert "0.033 below" in verdict.reason
+    assert "may be chance (p=1)" in verdict.reason
+    assert (verdict.facts["lost"], verdict.facts["won"], verdict.facts["p"]) == (1, 0, 1.0)
+    assert verdict.facts["interval"][0] < 1 / 30 < verdict.facts["interval"][1]
+
+
+def test_a_loss_that_must_be_shown_to_be_small_needs_enough_questions():
+    with pytest.raises(CheckFailed, match=r"at most 0\.050 must be shown"):
+        gate(scored(*[True] * 33), scored(*[True] * 33), 0.05, 0.0, proven=True)
+    gate(scored(*[True] * 60), scored(*[True] * 60), 0.05, 0.0, proven=True)
+
+
+def test_too_few_questions_are_said_with_how_many_would_do():
+    few = judge_drop(
+        "image", scored(*[True] * 33), "adapter", scored(*[True] * 33), Limit(max_drop=0.05)
+    )
+    enough = judge_drop(
+        "image", scored(*[True] * 54), "adapter", scored(*[True] * 54), Limit(max_drop=0.05)
+    )
+
+    assert "33 questions are too few" in too_few(few, 0.05)
+    assert "takes 54" in too_few(few, 0.05)
+    assert too_few(enough, 0.05) == ""
+
+
+def test_a_choice_is_judged_by_its_text():
+    rows = score_answers(
+        [{"answer": "Paris", "log_likelihoods": [-1.0, -2.0]}],
+        [Item(messages=({"role": "user", "content": "q"},), expected=("Paris",), line=1,
+              choices=("Paris", "Rome"))],
+        "choice",
+    ).per_item  # fmt: skip
+
+    assert rows[0]["ok"] is True
+    assert rows[0]["choices"] == ["Paris", "Rome"]
+    assert rows[0]["log_likelihoods"] == [-1.0, -2.0]
+
+
+def test_a_question_without_choices_is_named():
+    with pytest.raises(UsageError, match="line 3 has no choices"):
+        check_metric("choice", [item("q", "a", line=3)])
+
+
+SCHEMA = '{"type": "object", "required": ["port"], "properties": {"port": {"type": "integer"}}}'
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ('{"port": 7481}', True),
+        ('```json\n{"port": 7481}\n```', True),
+        ('{"port": "7481"}', False),
+        ("{}", False),
+        ("7481", False),
+        ('The answer is {"port": 7481}', False),
+        ("[" * 100_000, False),
+        ("", False),
+    ],
+)
+def test_an_answer_must_be_json_of_the_schema(answer, right):
+    assert judge("json-schema", SCHEMA, answer) is right
+
+
+def test_a_schema_that_is_none_is_named():
+    with pytest.raises(UsageError, match=r"line 2: expected is no JSON schema: .*circle"):
+        check_metric("json-schema", [item("q", '{"type": "circle"}', line=2)])
+    with pytest.raises(UsageError, match="line 2: expected is no JSON schema"):
+        check_metric("json-schema", [item("q", "no schema", line=2)])
+
+
+def test_a_schema_fetches_nothing():
+    with pytest.raises(UsageError, match="refers to what it does not hold"):
+        judge("json-schema", '{"$ref": "http://127.0.0.1:9/schema.json"}', "{}")

@@ -67,10 +67,10 @@ SMALLEST = {key: BUILD[key] for key in ("name", "version", "target", "created", 
 
 
 def test_both_reports_are_written(tmp_path):
-    page, text = write_report(BUILD, tmp_path / "new")
+    written = write_report(BUILD, tmp_path / "new")
 
-    assert (page.name, text.name) == ("report.html", "report.md")
-    assert "support-smol" in page.read_text("utf-8")
+    assert (written.html.name, written.markdown.name) == ("report.html", "report.md")
+    assert "support-smol" in written.html.read_text("utf-8")
 
 
 @pytest.mark.parametrize("template", ["report.html.j2", "report.md.j2"])

@@ -1,0 +1,140 @@
+"""Starts an image that the container engine holds, the way its users will, but alone."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from docker.errors import APIError
+from docker.models.containers import Container
+from docker.models.networks import Network
+from requests.exceptions import RequestException
+
+from toolchain.drivers.docker import GONE, DockerEngine, engine_errors, engine_host, remove
+from toolchain.drivers.docker_requests import LABEL_OWNER, server_request
+from toolchain.drivers.ownership import owner_token
+from toolchain.errors import EnvironmentFailure
+from toolchain.ports import Endpoint, StartSpec
+
+
+class DockerLauncher:
+    """Starts an image as its own user, read-only, in a network without a way out.
+
+    Where this machine cannot reach such a network (the engine is in a virtual machine or on
+    another host), the server's port is published on loopback instead.
+    """
+
+    name = "docker"
+
+    def __init__(self, engine: DockerEngine) -> None:
+        self._engine = engine
+
+    @contextlib.contextmanager
+    def serve(self, image: str, spec: StartSpec) -> Iterator[Endpoint]:
+        """Start `image`, and remove its container when the context ends.
+
+        Waits for nothing: the caller asks the server's health. Raises EnvironmentFailure for an
+        image that is not there or does not start.
+        """
+        self._engine.reap()
+        gpu = spec.use_gpu and self._engine.has_gpu()
+        with self._no_way_out() as network:
+            name = (network.name or "") if network else ""
+            request = server_request(image, spec, owner_token(), gpu=gpu, network=name)
+            with engine_errors(f"starting {image}"):
+                container = self._engine.client.containers.create(**request)
+            try:
+                yield self._started(container, image, spec, name)
+            finally:
+                remove(container)
+
+    def _started(self, container: Container, image: str, spec: StartSpec, network: str) -> Endpoint:
+        with engine_errors(f"starting {image}"):
+            container.start()
+            container.reload()
+        address = _inside(container, network) if network else ""
+        limit = f"{spec.memory_bytes / 2**20:.0f} MiB of memory" if spec.memory_bytes else ""
+        user = ((container.attrs or {}).get("Config") or {}).get("User") or "root"
+        apart = (f"user {user}", "read-only root", "no network" if network else "", limit)
+        return Endpoint(
+            url=f"http://{address}:{spec.port}"
+            if network
+            else f"http://127.0.0.1:{_published(container, spec.port)}",
+            logs=lambda count: _logs(container, count),
+            alive=lambda: _alive(container),
+            stop=lambda seconds: _stop(container, seconds),
+            restart=lambda: self._started(container, image, spec, network),
+            confinement=tuple(word for word in apart if word),
+        )
+
+    @contextlib.contextmanager
+    def _no_way_out(self) -> Iterator[Network | None]:
+        """Yield a network of our own that leads nowhere, or None where we could not reach it."""
+        network = self._made()
+        try:
+            # The bridge is this machine's own only where the engine runs right here.
+            bridge = Path("/sys/class/net", f"br-{(network.id or '')[:12]}") if network else None
+            yield network if bridge and bridge.exists() else None
+        finally:
+            if network is not None:
+                with contextlib.suppress(*GONE):
+                    network.remove()
+
+    def _made(self) -> Network | None:
+        if not engine_host().startswith("unix://"):
+            return None
+        name = f"weightsmith-{secrets.token_hex(6)}"
+        labels = {LABEL_OWNER: owner_token()}
+        try:
+            return self._engine.client.networks.create(name, internal=True, labels=labels)
+        except (APIError, RequestException):  # no address range is left, say
+            return None
+
+
+def _inside(container: Container, network: str) -> str:
+    """Return a container's address in a network; EnvironmentFailure where it ended already."""
+    networks: dict[str, Any] = (
+        (container.attrs or {}).get("NetworkSettings", {}).get("Networks", {})
+    )
+    address = str((networks.get(network) or {}).get("IPAddress") or "")
+    # One that has ended has none; whoever asks its health is told of its last lines.
+    return address or "127.0.0.1"
+
+
+def _published(container: Container, port: int) -> int:
+    bindings = container.ports.get(f"{port}/tcp") or ()
+    for binding in bindings:
+        return int(binding["HostPort"])
+    raise EnvironmentFailure(
+        f"the container of {container.image} ended before its port {port} was published: "
+        f"{_logs(container, 5)}",
+        hint="start the image by hand to see why: `docker run --rm IMAGE`",
+    )
+
+
+def _logs(container: Container, count: int) -> str:
+    try:
+        return container.logs(tail=count).decode(errors="replace").rstrip("\n")
+    except GONE as problem:
+        return f"(no logs: {problem})"
+
+
+def _alive(container: Container) -> bool:
+    try:
+        container.reload()
+    except GONE:
+        return False
+    return bool(container.status == "running")
+
+
+def _stop(container: Container, seconds: float) -> int | None:
+    """Send SIGTERM, nothing harder, and wait for the end."""
+    with engine_errors("stopping the server"):
+        container.kill("SIGTERM")
+        try:
+            return int(container.wait(timeout=seconds)["StatusCode"])
+        except RequestException:  # the client library's way of saying that the time is over
+            return None

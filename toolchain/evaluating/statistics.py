@@ -1,0 +1,98 @@
+"""Shares and paired comparisons with their uncertainty: pure arithmetic, no dependency."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Z95 = 1.96
+"""Standard normal quantile of a two-sided 95 % interval."""
+
+
+def wilson(right: int, n: int, z: float = Z95) -> tuple[float, float]:
+    """Return the Wilson score interval of a share (95 % for the default z); (0, 1) for n = 0.
+
+    Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
+    """
+    if n == 0:
+        return 0.0, 1.0
+    share = right / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mcnemar(lost: int, won: int) -> float:
+    """Return the exact two-sided p value that as many were lost as won only by chance.
+
+    The smaller of the two counts under a fair coin, doubled: McNemar, "Note on the sampling
+    error of the difference between correlated proportions", 1947, in its exact form.
+    """
+    n = lost + won
+    tail = sum(math.comb(n, k) for k in range(min(lost, won) + 1))
+    # Python's integers divide exactly where floats would overflow.
+    return min(1.0, 2 * tail / (1 << n))
+
+
+def paired_interval(lost: int, won: int, n: int, z: float = Z95) -> tuple[float, float]:
+    """Return the interval of (lost - won) / n, the drop of a score over the same n items.
+
+    Bonett and Price, "Adjusted Wald confidence interval for a difference of binomial proportions
+    based on paired data", 2012; (-1, 1) for n = 0.
+    """
+    if n == 0:
+        return -1.0, 1.0
+    lost_share, won_share = (lost + 1) / (n + 2), (won + 1) / (n + 2)
+    middle = lost_share - won_share
+    half = z * math.sqrt((lost_share + won_share - middle**2) / (n + 2))
+    return max(-1.0, middle - half), min(1.0, middle + half)
+
+
+def items_needed(max_drop: float, z: float = Z95) -> int:
+    """Return how many items can show that a drop is at most `max_drop` when no answer changes.
+
+    Where the upper end of `paired_interval(0, 0, n)` comes down to it; 0 for a `max_drop` of 0,
+    which no number shows.
+    """
+    if max_drop <= 0:
+        return 0
+    return max(1, math.ceil(z * math.sqrt(2) / max_drop - 2 - 1e-9))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One subject against another over the same items; shares from 0 to 1."""
+
+    lost: int
+    """Items that were right and are wrong now."""
+    won: int
+    n: int
+
+    @property
+    def drop(self) -> float:
+        """How much lower the score is; negative where it rose."""
+        return (self.lost - self.won) / self.n if self.n else 0.0
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the drop."""
+        return paired_interval(self.lost, self.won, self.n)
+
+    @property
+    def p(self) -> float:
+        """McNemar's exact p value."""
+        return mcnemar(self.lost, self.won)
+
+
+def compare(now: Sequence[bool], before: Sequence[bool]) -> Comparison:
+    """Return the comparison of two subjects' right and wrong, in the items' order.
+
+    Raises ValueError for different numbers of items.
+    """
+    pairs = list(zip(now, before, strict=True))
+    return Comparison(
+        lost=sum(was and not is_ for is_, was in pairs),
+        won=sum(is_ and not was for is_, was in pairs),
+        n=len(pairs),
+    )

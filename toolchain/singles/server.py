@@ -1,0 +1,93 @@
+"""A server to ask: an image that is started for it, or one that runs already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from toolchain.errors import CheckFailed, UsageError
+from toolchain.evaluating.client import check_served_name, first_name, wait_until_healthy
+from toolchain.evaluating.session import Session
+from toolchain.oci.layout import read_layout
+from toolchain.planning import all_targets
+from toolchain.ports import Endpoint, StartSpec, Tools
+from toolchain.values import Json
+
+_START_SECONDS = 900.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Exactly one of an image, by reference or as `oci:DIR`, and a URL."""
+
+    image: str = ""
+    url: str = ""
+
+
+@contextmanager
+def served(place: Place, tools: Tools) -> Iterator[Endpoint]:
+    """Yield a ready server; one that was started for it ends with the block.
+
+    Raises UsageError for an image that is not there or an address that is none, CheckFailed for
+    an image that does not become ready.
+    """
+    if place.url:
+        parts = urlsplit(place.url)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise UsageError(
+                f"--url {place.url}: not the address of a server",
+                hint="as in --url http://127.0.0.1:8000",
+            )
+        url = place.url.rstrip("/").removesuffix("/v1")
+        yield Endpoint(url=url, logs=lambda _: "", alive=lambda: True)
+        return
+    config = _image_config(place.image, tools)
+    target = all_targets().get((config.get("Labels") or {}).get("dev.weightsmith.target", ""))
+    ports = sorted(int(port.partition("/")[0]) for port in config.get("ExposedPorts") or ())
+    spec = StartSpec(
+        port=ports[0] if ports else 8000,
+        env={},
+        port_variable=target.engine.port_variable if target else "",
+        host_variable=target.engine.host_variable if target else "",
+        use_gpu=True,
+    )
+    with tools.launcher.serve(place.image, spec) as endpoint:
+        path = target.engine.health_path if target else "/health"
+        wait_until_healthy(endpoint, path, _START_SECONDS, poll=0.05)
+        yield endpoint
+
+
+def _image_config(image: str, tools: Tools) -> Mapping[str, Json]:
+    if image.startswith("oci:"):
+        return read_layout(Path(image.removeprefix("oci:"))).config
+    found = tools.engine.inspect(image)
+    if not found:
+        raise UsageError(
+            f"the container engine holds no image {image}",
+            hint="pull or load it first, or give a layout as oci:DIR",
+        )
+    config: Mapping[str, Json] = found.get("Config") or {}
+    return config
+
+
+def served_name(session: Session, wanted: str) -> str:
+    """Return the model's name: the one that is wanted, if the server has it, else its first.
+
+    Raises CheckFailed where the server lists other models, or none and none is wanted.
+    """
+    # Asked with little patience: a server that does not even list its models hangs.
+    patient = session.limits
+    session.limits = replace(patient, request_seconds=min(30.0, patient.request_seconds), tries=2)
+    try:
+        if not wanted:
+            return first_name(session)
+        check_served_name(session, wanted)
+    except CheckFailed as error:
+        if not wanted or "HTTP 404" not in error.message:
+            raise
+    finally:
+        session.limits = patient
+    return wanted
