@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class WeightsmithError(Exception):
     """An expected failure: one message, one hint, one exit code, never a traceback."""
 
     exit_code = 1
 
-    def __init__(self, message: str, *, hint: str = "") -> None:
+    def __init__(
+        self, message: str, *, hint: str = "", details: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.details = details or {}
+        """What `--json` tells beside the error, under keys of its own."""
 
 
 class UsageError(WeightsmithError):

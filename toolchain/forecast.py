@@ -9,6 +9,7 @@ from pathlib import Path
 
 from toolchain.planning import (
     Trialed,
+    can_make,
     disk_peak,
     estimated_bytes,
     serving_config,
@@ -22,6 +23,7 @@ from toolchain.serving.targets import Target
 from toolchain.stages import merge as merging
 from toolchain.stages import quantize as quantizing
 from toolchain.stages import reference as references
+from toolchain.stages.quantize import model_config
 from toolchain.stages.resolve import known
 from toolchain.values import SAFETENSORS, Json, Sources, StageInputs, Tree
 
@@ -47,10 +49,11 @@ def forecast(
     rows += [merged, *_reference_rows(sources, tasks, earlier, tools)]
     checkpoint = _checkpoint(file, sources, tools)
     plans, size = {}, sources.base.tree.size
+    shape = model_config(sources.base.tree.root)
     for target in targets:
         row, artifact = _quantize_row(file, target, checkpoint, size, earlier, tools)
         rows.append(row)
-        weight = artifact.size if artifact else estimated_bytes(size, target.format)
+        weight = artifact.size if artifact else estimated_bytes(size, target.format, shape)
         config = serving_config(file, target, sources.base.tree, weight, weights="", made_from=())
         plans[target.name] = config.plan
         rows.append(
@@ -191,6 +194,9 @@ def _quantize_row(
 ) -> tuple[dict[str, Json], Tree | None]:
     if target.format == SAFETENSORS:
         return _row("quantize", target=target.name, cached=True, why=""), checkpoint
+    if not can_make(target.format):
+        why = f"no quantizer here makes {target.format.name}"
+        return _row("quantize", target=target.name, cached=False, why=why, read=size), None
     row: dict[str, Json] = {
         "target": target.name,
         "read": size,

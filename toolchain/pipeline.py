@@ -185,7 +185,9 @@ def config_of(
     request: BuildRequest, target: Target, checkpoint: Checkpoint, artifact: Artifact
 ) -> ServingConfig:
     """Plan and render for the artifact as it came out."""
-    files = [f.path for f in artifact.tree.files if f.path.endswith(f".{artifact.format.kind}")]
+    suffix = artifact.format.suffix
+    # Checkpoints are served as the folder that they are.
+    files = [f.path for f in artifact.tree.files if suffix == ".gguf" and f.path.endswith(suffix)]
     return serving_config(
         request.file,
         target,

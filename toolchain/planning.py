@@ -19,6 +19,7 @@ from toolchain.recipe import Evaluate, RecipeFile, Serve
 from toolchain.serving import targets as serving_targets
 from toolchain.serving.engine import Wishes
 from toolchain.serving.memory import parse_size
+from toolchain.serving.model import ModelShape
 from toolchain.serving.targets import Target
 from toolchain.stages import merge as merging
 from toolchain.stages import quantize as quantizing
@@ -26,9 +27,13 @@ from toolchain.stages.publish import Outputs
 from toolchain.stages.quantize import model_config
 from toolchain.stages.render import render
 from toolchain.values import (
+    AWQ,
+    FP8,
+    GPTQ,
     SAFETENSORS,
     Digest,
     Format,
+    Json,
     ServingConfig,
     Sources,
     Tree,
@@ -71,8 +76,13 @@ class BuildRequest:
         return self.outputs_of(target).layout or self.folder(target) / "image"
 
 
-def chosen_targets(file: RecipeFile, names: tuple[str, ...]) -> tuple[Target, ...]:
-    """Return the targets to build: those asked for, else the recipe's. Raises UsageError."""
+def chosen_targets(
+    file: RecipeFile, names: tuple[str, ...], *, to_build: bool = False
+) -> tuple[Target, ...]:
+    """Return the targets to build: those asked for, else the recipe's.
+
+    Raises UsageError for an unknown one; `to_build` also for one whose weights nothing here makes.
+    """
     known = all_targets()
     wanted = names or file.recipe.targets
     if not wanted:
@@ -80,12 +90,31 @@ def chosen_targets(file: RecipeFile, names: tuple[str, ...]) -> tuple[Target, ..
             "no target: neither --target nor the recipe names one",
             hint="`invoke targets` lists them",
         )
-    return tuple(serving_targets.find(name, known) for name in dict.fromkeys(wanted))
+    chosen = tuple(serving_targets.find(name, known) for name in dict.fromkeys(wanted))
+    for target in chosen:
+        if to_build and not can_make(target.format):
+            buildable = [name for name, t in known.items() if can_make(t.format)]
+            raise UsageError(
+                f"{target.name} serves {target.format.name} weights, and no quantizer here makes"
+                " them",
+                hint=f"these can be built: {', '.join(buildable)}",
+            )
+    return chosen
+
+
+def can_make(format_: Format) -> bool:
+    """Say whether a quantizer here makes that format, or none is needed."""
+    return format_ == SAFETENSORS or format_.name in formats()
 
 
 def all_targets() -> Mapping[str, Target]:
     """Return every target there is: engines by formats, found by listing their folders."""
-    return serving_targets.targets(formats().values())
+    return serving_targets.targets(all_formats().values())
+
+
+def all_formats() -> Mapping[str, Format]:
+    """Return the formats that quantizers make, and those that engines load all the same."""
+    return {format_.name: format_ for format_ in (AWQ, GPTQ, FP8)} | dict(formats())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,10 +187,23 @@ def wishes_of(serve: Serve) -> Wishes:
         gpu_count=serve.gpu_count,
         gpu_memory_bytes=parse_size(serve.gpu_memory) if serve.gpu_memory else 0,
         host_memory_bytes=parse_size(serve.memory) if serve.memory else 0,
-        max_model_len=None if serve.max_model_len == "auto" else serve.max_model_len,
-        max_num_seqs=None if serve.max_num_seqs == "auto" else serve.max_num_seqs,
+        max_model_len=_number(serve.max_model_len),
+        max_num_seqs=_number(serve.max_num_seqs),
+        max_num_batched_tokens=_number(serve.max_num_batched_tokens),
+        kv_cache_dtype=serve.kv_cache_dtype,
+        dtype=serve.dtype,
+        tensor_parallel_size=_number(serve.tensor_parallel_size) or 0,
+        pipeline_parallel_size=_number(serve.pipeline_parallel_size) or 0,
+        gpu_memory_utilization=(
+            0.0 if serve.gpu_memory_utilization == "auto" else serve.gpu_memory_utilization
+        ),
+        served_model_name=serve.served_model_name,
         extra=serve.extra,
     )
+
+
+def _number(wish: int | str) -> int | None:
+    return None if isinstance(wish, str) else wish
 
 
 def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> None:
@@ -180,10 +222,10 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
     if not tasks:
         tools.progress.warn("the recipe has no `evaluate`: nothing proves what the image knows")
     for target in request.targets:
-        size = estimated_bytes(sources.base.tree.size, target.format)
+        config = model_config(sources.base.tree.root)
+        size = estimated_bytes(sources.base.tree.size, target.format, config)
         serving_config(request.file, target, sources.base.tree, size, weights="", made_from=())
         if target.format != SAFETENSORS:
-            config = model_config(sources.base.tree.root)
             of_format(target.format.name).check_input(config)
     if not everything_cached(request, sources, tools):
         written += max(disk_peak(sources.base.tree.size, t.format) for t in request.targets)
@@ -203,11 +245,21 @@ def everything_cached(request: BuildRequest, sources: Sources, tools: Tools) -> 
     )
 
 
-def estimated_bytes(checkpoint_bytes: int, format_: Format) -> int:
-    """Return the artifact's size before it exists, from nominal bits; the checkpoint has 16."""
+def estimated_bytes(
+    checkpoint_bytes: int, format_: Format, config: Mapping[str, Json] | None = None
+) -> int:
+    """Return the artifact's size before it exists, from nominal bits; the checkpoint has 16.
+
+    Packed checkpoints keep the embeddings, and an output layer of its own, in 16 bits.
+    """
     if format_ == SAFETENSORS:
         return checkpoint_bytes
-    return int(checkpoint_bytes * format_.bits_per_weight / 16)
+    kept = 0
+    if config is not None and format_.suffix != ".gguf":
+        shape = ModelShape.from_config(config)
+        tables = 1 if config.get("tie_word_embeddings") else 2
+        kept = min(checkpoint_bytes, tables * 2 * shape.vocab * shape.hidden)
+    return kept + int((checkpoint_bytes - kept) * format_.bits_per_weight / 16)
 
 
 def disk_peak(checkpoint_bytes: int, format_: Format) -> int:

@@ -130,11 +130,38 @@ class Serve(_Part):
         "auto", description="Tokens of prompt and answer together."
     )
     max_num_seqs: int | Literal["auto"] = Field("auto", description="Requests served at once.")
+    max_num_batched_tokens: int | Literal["auto"] = Field(
+        "auto", description="Tokens computed in one step."
+    )
+    kv_cache_dtype: str = Field(
+        "auto", description="Type of the cache: `auto`, `fp8`, or one of the engine's own names."
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Type that activations are computed in."
+    )
+    tensor_parallel_size: int | Literal["auto"] = Field(
+        "auto", description="GPUs that share each layer; `auto`: as many as the heads allow."
+    )
+    pipeline_parallel_size: int | Literal["auto"] = Field(
+        "auto", description="Groups of GPUs that hold different layers."
+    )
+    gpu_memory_utilization: float | Literal["auto"] = Field(
+        "auto", description="The engine's fraction of a GPU's memory; `auto`: its default."
+    )
+    served_model_name: str = Field(
+        "", max_length=200, description="The model's name at the server; default: the recipe's."
+    )
     extra: dict[str, Any] = Field(
         default_factory=dict, description="Engine options passed through."
     )
 
-    @field_validator("max_model_len", "max_num_seqs")
+    @field_validator(
+        "max_model_len",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+    )
     @classmethod
     def _positive(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value < 1:

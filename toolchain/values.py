@@ -174,9 +174,20 @@ class Format:
     bits_per_weight: float
     """Nominal; used to plan disk and memory before the file exists."""
 
+    @property
+    def suffix(self) -> str:
+        """The ending of its weight files."""
+        return ".gguf" if self.kind == "gguf" else ".safetensors"
+
 
 SAFETENSORS = Format(name="safetensors", kind="safetensors", bits_per_weight=16.0)
 """The merged checkpoint as it is: what a target without a suffix serves."""
+
+# Checkpoints with packed weights, which need no quantizer of ours to be planned and served: four
+# bits, with a 16-bit scale and a 4-bit zero point per 128 weights; eight bits.
+AWQ = Format(name="awq", kind="awq", bits_per_weight=4.16)
+GPTQ = Format(name="gptq", kind="gptq", bits_per_weight=4.16)
+FP8 = Format(name="fp8", kind="fp8", bits_per_weight=8.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

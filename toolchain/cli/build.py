@@ -39,7 +39,7 @@ def build(
     from toolchain.wiring import make_registry, make_tools
 
     file = recipe_file(recipe, base, adapter, set)
-    targets = chosen_targets(file, tuple(target))
+    targets = chosen_targets(file, tuple(target), to_build=True)
     tools, engine = make_tools(runner, Recorder(progress_for()))
     request = BuildRequest(
         file=file,

@@ -47,9 +47,9 @@ def command(
             try:
                 result, text = _guarded(body, context, arguments)
             except WeightsmithError as error:
-                _fail(error.message, error.hint, error.exit_code, as_json=as_json)
+                _fail(error.message, error.hint, error.exit_code, error.details, as_json=as_json)
             except KeyboardInterrupt:
-                _fail("interrupted; what was finished is kept", "", 130, as_json=as_json)
+                _fail("interrupted; what was finished is kept", "", 130, {}, as_json=as_json)
             else:
                 _say(json.dumps(plain(result)) if as_json else text)
 
@@ -126,10 +126,12 @@ def _save_trace() -> Path:
     return Path(name)
 
 
-def _fail(message: str, hint: str, code: int, *, as_json: bool) -> None:
+def _fail(
+    message: str, hint: str, code: int, details: Mapping[str, Json], *, as_json: bool
+) -> None:
     if as_json:
         error = {"message": message, "hint": hint, "exit_code": code}
-        print(json.dumps({"error": error}), flush=True)  # noqa: T201
+        print(json.dumps({**plain(details), "error": error}), flush=True)  # noqa: T201
     text = f"error: {message}" + (f"\n  hint: {hint}" if hint else "")
     print(text, file=sys.stderr, flush=True)  # noqa: T201
     raise Exit(code=code)

@@ -10,7 +10,7 @@ from toolchain.values import Json
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wishes:
-    """What the user asks of a serving plan; None stands for `auto`."""
+    """What the user asks of a serving plan; None, 0 and "" stand for `auto`."""
 
     gpu: str = ""
     gpu_count: int = 1
@@ -18,24 +18,65 @@ class Wishes:
     host_memory_bytes: int = 0
     max_model_len: int | None = None
     max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    kv_cache_dtype: str = ""
+    dtype: str = ""
+    tensor_parallel_size: int = 0
+    pipeline_parallel_size: int = 0
+    gpu_memory_utilization: float = 0.0
+    served_model_name: str = ""
+    weight_bits: float = 16.0
+    """Nominal bits of a weight in the target's format."""
     extra: Mapping[str, Json] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingPlan:
-    """Memory worked out for one engine, model and machine; bytes throughout."""
+    """Memory worked out for one engine, model and machine; bytes throughout.
 
-    max_model_len: int
-    max_num_seqs: int
-    kv_bytes_per_token: int
-    kv_bytes_total: int
-    weight_bytes: int
-    usable_bytes: int
-    overhead_bytes: int
-    gpu_layers: int
-    """Layers on the GPU; 0 on CPU."""
+    On a GPU: `weights_bytes_per_gpu + kv_cache_bytes + margin_bytes` and each GPU's part of
+    `overhead_bytes` are what the engine may take of one GPU.
+    """
+
     device: str
     """`cpu` or the GPU's name."""
+    gpus: int = 0
+    """GPUs of one replica; 0 on a CPU."""
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_concurrency: float
+    """Requests of `max_model_len` that the cache holds at once."""
+    weight_bytes: int
+    """All weights; on several GPUs together."""
+    weights_bytes_per_gpu: int
+    kv_bytes_per_token: int
+    """What a request grows by with each token, on all GPUs together."""
+    kv_bytes_per_request: int
+    """A request of `max_model_len` by the engine's own rules, on all GPUs together."""
+    kv_bytes_total: int
+    """`max_num_seqs` such requests."""
+    kv_cache_bytes: int
+    """What is left for the cache, per GPU."""
+    overhead_bytes: int
+    """Neither weights nor cache, on all GPUs together: an estimate."""
+    usable_bytes: int
+    """What the plan may use, on all GPUs together."""
+    margin_bytes: int
+    """Held back per GPU, because the overhead is an estimate."""
+    host_bytes: int
+    """Memory that the server's container needs on the host."""
+    shm_bytes: int = 0
+    """Shared memory that several GPUs' processes talk through; 0 where the default does."""
+    gpu_memory_utilization: float | None = None
+    """The engine's own fraction, where it has one."""
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    gpu_layers: int = 0
+    """Layers on the GPU; 0 on CPU."""
+    fits: bool = True
+    nearest: tuple[Mapping[str, Json], ...] | None = None
+    """Where it does not fit: changed wishes that do, each with a `text` for people."""
     settings: Mapping[str, Json] = field(default_factory=dict)
     """Engine options that follow from the plan, in the engine's own names."""
     notes: tuple[str, ...] = ()
@@ -64,9 +105,16 @@ class Engine:
     plan: Callable[[Mapping[str, Json], int, Wishes], ServingPlan]
     """(config.json, weight bytes, wishes) -> plan; raises UsageError where it cannot fit."""
     env: Callable[[ServingPlan, Mapping[str, Json]], Mapping[str, str]]
-    """(plan, names) -> environment of the process; names has `model_path`, `served_name`."""
+    """(plan, names) -> environment of the process.
+
+    `names` has `model_path`, `served_name` and `startup_seconds`.
+    """
     entrypoint: tuple[str, ...]
     command: Callable[[ServingPlan, Mapping[str, Json]], tuple[str, ...]]
+    file_settings: Callable[[ServingPlan, Mapping[str, Json]], Mapping[str, Json]] = field(
+        default=lambda _plan, _names: {}
+    )
+    """(plan, names) -> what the engine's own file says, for its template."""
     healthcheck: tuple[str, ...]
     """Command inside the CPU image; empty where there is no program for it."""
     model_dir: str = "/models"

@@ -43,7 +43,12 @@ _CUDA = 640 * MIB
 class _Machine:
     device: str
     gpus: int
-    usable: int
+    total: int
+    held_back: int
+
+    @property
+    def usable(self) -> int:
+        return self.total - self.held_back
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,9 +177,11 @@ def _machine(wishes: Wishes) -> _Machine:
         each = wishes.gpu_memory_bytes or (named.usable_bytes if named else 0)
         total = each * wishes.gpu_count
         device = named.name if named else "gpu"
-        return _Machine(device=device, gpus=wishes.gpu_count, usable=total - total // _MARGIN)
+        return _Machine(
+            device=device, gpus=wishes.gpu_count, total=total, held_back=total // _MARGIN
+        )
     total = wishes.host_memory_bytes or host_memory()
-    return _Machine(device="cpu", gpus=0, usable=total - total // _MARGIN)
+    return _Machine(device="cpu", gpus=0, total=total, held_back=total // _MARGIN)
 
 
 def _whole(extra: Mapping[str, Json], option: str, default: int, *, least: int) -> int:
@@ -308,16 +315,31 @@ def _result(
         "cache-ram": 0,
         "fit": "off",
     }
+    machine, kv = case.machine, case.kv(tokens, slots)
+    gpus, overhead = max(1, machine.gpus), case.overhead(tokens, slots)
+    room = max(0, machine.usable - case.weights - overhead)
+    fits = case.fits(tokens, slots)
     return ServingPlan(
+        device=machine.device,
+        gpus=machine.gpus,
         max_model_len=tokens,
         max_num_seqs=slots,
-        kv_bytes_per_token=growing * case.layer_bytes,
-        kv_bytes_total=case.kv(tokens, slots),
+        max_num_batched_tokens=int(str({**settings, **extra}["batch-size"])),
+        max_concurrency=room // (kv // slots),
         weight_bytes=case.weights,
-        usable_bytes=case.machine.usable,
-        overhead_bytes=case.overhead(tokens, slots),
+        weights_bytes_per_gpu=-(-case.weights // gpus),
+        kv_bytes_per_token=growing * case.layer_bytes,
+        kv_bytes_per_request=kv // slots,
+        kv_bytes_total=kv,
+        kv_cache_bytes=room // gpus,
+        overhead_bytes=overhead,
+        usable_bytes=machine.usable,
+        margin_bytes=machine.held_back // gpus,
+        host_bytes=case.weights + kv + overhead,
+        pipeline_parallel_size=gpus,
         gpu_layers=gpu_layers,
-        device=case.machine.device,
+        fits=fits,
+        nearest=None if fits else tuple({"text": note} for note in notes),
         settings={**settings, **extra},
         notes=tuple(notes),
     )

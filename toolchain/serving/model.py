@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from toolchain.errors import InputRefused
+from toolchain.serving.attention import CacheLayers, cache_layers
 from toolchain.values import Json
 
 _LARGEST = {
@@ -49,6 +50,8 @@ class ModelShape:
     kv_lora_rank: int = 0
     """Width of the compressed cache of multi-head latent attention; 0 for other models."""
     rope_head_dim: int = 0
+    cache: tuple[CacheLayers, ...] = ()
+    """What its layers keep, by kind."""
 
     @property
     def sliding_layers(self) -> int:
@@ -76,8 +79,10 @@ class ModelShape:
                 f" num_key_value_heads {kv_heads}",
                 hint=_HINT,
             )
+        architecture, window = _architecture(config), _sliding_window(inner)
+        kinds = _layer_types(inner, layers)
         return cls(
-            architecture=_architecture(config),
+            architecture=architecture,
             layers=layers,
             hidden=hidden,
             intermediate=_number(inner, "intermediate_size", "n_inner", default=4 * hidden),
@@ -87,11 +92,12 @@ class ModelShape:
             v_head_dim=_number(inner, "v_head_dim", default=0) or head_dim,
             max_positions=_number(inner, "max_position_embeddings", "n_positions", default=0),
             vocab=_number(inner, "vocab_size"),
-            sliding_window=_sliding_window(inner),
-            layer_types=_layer_types(inner, layers),
+            sliding_window=window,
+            layer_types=kinds,
             dtype=_dtype(config, inner),
             kv_lora_rank=_number(inner, "kv_lora_rank", default=0),
             rope_head_dim=_number(inner, "qk_rope_head_dim", default=0),
+            cache=cache_layers(architecture, inner, layers, window),
         )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from toolchain.checkpoints.folder import scan
 from toolchain.checkpoints.gguf_config import gguf_config
+from toolchain.checkpoints.packing import weight_kinds
 from toolchain.errors import InputRefused, UsageError
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
@@ -71,20 +72,51 @@ def open_model(path: Path, name: str = "") -> Model:
 
 def serving_config(model: Model, target: Target, wishes: Wishes, image: str = "") -> ServingConfig:
     """Plan and render a target for a model; raises UsageError where it does not fit."""
-    kind = target.format.kind
-    own = [name for name in model.weights if name.endswith(f".{kind}")]
-    size = model.weight_bytes if own else estimated_bytes(model.weight_bytes, target.format)
+    own = own_weights(model, target)
+    size = model.weight_bytes
+    if not own:
+        size = estimated_bytes(model.weight_bytes, target.format, model.config)
     return render(
         target=target,
         name=model.name,
         version="0",
         model_config=model.config,
-        model_file=own[0] if len(own) == 1 else "",
+        model_file=own[0] if len(own) == 1 and target.format.suffix == ".gguf" else "",
         weight_bytes=size,
         wishes=wishes,
         image=image,
         made_from=(),
     )
+
+
+def own_weights(model: Model, target: Target) -> tuple[str, ...]:
+    """Return the files that are in the target's format already; () where it is yet to be made.
+
+    Raises InputRefused for a model that cannot become it: a GGUF file for an engine that loads
+    none, a checkpoint that is packed in another way.
+    """
+    suffix = target.format.suffix
+    own = tuple(name for name in model.weights if name.endswith(suffix))
+    if suffix == ".gguf":
+        return own
+    if not own:
+        raise InputRefused(
+            f"{model.path} is GGUF, which {target.engine.name} does not load",
+            hint="GGUF files are for llamacpp targets; give the Hugging Face checkpoint",
+        )
+    kinds = weight_kinds(model.config)
+    if target.format.kind in kinds:
+        return own
+    if "safetensors" not in kinds:
+        packed = ", ".join(sorted(kinds)) or "in a way that no target serves"
+        raise InputRefused(
+            f"{model.path}: its weights are packed ({packed}), {target.name} serves"
+            f" {target.format.name}",
+            hint=f"choose {' or '.join(f'{target.engine.name}-{kind}' for kind in sorted(kinds))}"
+            if kinds
+            else "start from the 16-bit checkpoint",
+        )
+    return ()
 
 
 def render_model(
@@ -175,9 +207,9 @@ def _outputs(request: BakeRequest, *, push: bool) -> Outputs:
 
 def _artifact(model: Model, target: Target, store: Store) -> Artifact:
     """Return the files that go into the image; InputRefused where they are of another format."""
-    if not any(name.endswith(f".{target.format.kind}") for name in model.weights):
+    if not own_weights(model, target):
         raise InputRefused(
-            f"{model.path}: no .{target.format.kind} file, which {target.name} serves",
+            f"{model.path}: no {target.format.name} weights, which {target.name} serves",
             hint=f"run `invoke quantize --format {target.format.name}` first",
         )
     names = scan(model.root) if model.path.is_dir() else [model.path.name]

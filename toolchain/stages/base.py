@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from toolchain.errors import InputRefused
+from toolchain.errors import InputRefused, UsageError
 from toolchain.oci.image import Image, ImageConfig, assemble
 from toolchain.oci.layers import Member, TarLayer
 from toolchain.oci.layout import read_layout
@@ -13,7 +13,7 @@ from toolchain.oci.manifests import host_platform
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.ports import Entry, Tools
-from toolchain.resources import engine_pins
+from toolchain.resources import engine_pins, images
 from toolchain.serving.engine import Engine
 from toolchain.values import Job, Json, StageInputs
 
@@ -69,6 +69,11 @@ def base_image(reference: str, engine: str, registry: Registry, tools: Tools) ->
 
 
 def _own(name: str, tools: Tools) -> Image:
+    if not (images() / "engines" / name).is_dir():
+        raise UsageError(
+            f"there is no base image of our own for {name} here",
+            hint="name one with --base-image or image.base, or plan for a GPU",
+        )
     stage = base_inputs(name)
     entry = tools.store.find(stage.key) or tools.store.produce(
         stage.key, {"stage": "base", "inputs": stage.inputs}, lambda folder: _export(folder, tools)

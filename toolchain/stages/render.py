@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from jinja2 import (
@@ -53,8 +54,13 @@ def render(
     InputRefused for a lying config.json.
     """
     engine = target.engine
+    wishes = replace(wishes, weight_bits=target.format.bits_per_weight)
     plan = engine.plan(model_config, weight_bytes, wishes)
-    names = {"model_path": f"{engine.model_dir}/{model_file}", "served_name": name}
+    names = {
+        "model_path": f"{engine.model_dir}/{model_file}".rstrip("/"),
+        "served_name": wishes.served_model_name or name,
+        "startup_seconds": startup_seconds(weight_bytes),
+    }
     env = dict(engine.env(plan, names))
     # Upstream's GPU images bring a check of their own.
     healthcheck = engine.healthcheck if plan.device == "cpu" else ()
@@ -64,12 +70,13 @@ def render(
         "image": image or f"{name}:{version}",
         "env": env,
         "healthcheck": list(healthcheck),
-        "gpu_count": wishes.gpu_count,
-        "startup_seconds": startup_seconds(weight_bytes),
+        "gpu_count": plan.gpus,
+        "file_settings": engine.file_settings(plan, names),
+        **names,
         **_engine_facts(engine, plan),
     }
     files = render_files((templates() / engine.name, templates() / "deploy"), facts)
-    told = plan_facts(plan, wishes)
+    told = plan_facts(plan)
     plan_json = json.dumps(told, indent=2, sort_keys=True) + "\n"
     inside_json = json.dumps(portable(told), indent=2, sort_keys=True) + "\n"
     inside = {path: files[file] for path, file in engine.image_files.items()}
@@ -83,7 +90,7 @@ def render(
         port=engine.port,
         health_path=engine.health_path,
         healthcheck=healthcheck,
-        served_name=name,
+        served_name=str(names["served_name"]),
         plan=told,
         made_from=made_from,
     )
@@ -100,25 +107,9 @@ def _engine_facts(engine: Engine, plan: ServingPlan) -> Mapping[str, Json]:
     }
 
 
-def plan_facts(plan: ServingPlan, wishes: Wishes) -> Mapping[str, Json]:
-    """Return the plan under the names that every engine's plan has, and its own; sizes in bytes."""
-    gpus = wishes.gpu_count if plan.device != "cpu" else 1
-    per_request = plan.kv_bytes_total // plan.max_num_seqs
-    for_cache = plan.usable_bytes - plan.weight_bytes - plan.overhead_bytes
-    fits = for_cache >= plan.kv_bytes_total
-    common = {
-        "weights_bytes_per_gpu": -(-plan.weight_bytes // gpus),
-        "kv_bytes_per_request": per_request,
-        "kv_cache_bytes": max(0, for_cache) // gpus,
-        "max_num_batched_tokens": plan.settings.get("batch-size"),
-        "max_concurrency": max(0, for_cache) // per_request if per_request else 0,
-        "gpu_memory_utilization": None,
-        "margin_bytes": for_cache - plan.kv_bytes_total,
-        "memory_limit_bytes": memory_limit(plan),
-        "fits": fits,
-        "nearest": None if fits else list(plan.notes),
-    }
-    facts: Mapping[str, Json] = {**plain(plan), **common}
+def plan_facts(plan: ServingPlan) -> Mapping[str, Json]:
+    """Return the plan as plain JSON, with what to limit a container to; sizes in bytes."""
+    facts: Mapping[str, Json] = {**plain(plan), "memory_limit_bytes": memory_limit(plan)}
     return facts
 
 
@@ -132,13 +123,9 @@ def portable(plan: Mapping[str, Json]) -> Mapping[str, Json]:
 
 
 def memory_limit(plan: ServingPlan) -> int:
-    """Return what to limit the container to: the plan's need and a tenth, in whole 64 MiB.
-
-    On a GPU the host holds the file's pages while they are copied, and what stayed on the CPU.
-    """
-    need = plan.weight_bytes + plan.kv_bytes_total + plan.overhead_bytes
+    """Return what to limit the container to: its need on the host and a tenth, in whole 64 MiB."""
     step = 64 << 20
-    return -(-need * 11 // 10 // step) * step
+    return -(-plan.host_bytes * 11 // 10 // step) * step
 
 
 def startup_seconds(weight_bytes: int) -> int:
@@ -194,6 +181,8 @@ def _one(environment: Environment, template: str, facts: Mapping[str, Json]) -> 
 
 def _yaml(value: Json) -> str:
     """Return a value in YAML's flow style; strings double-quoted, with nothing left to read."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_yaml(str(k))}: {_yaml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_yaml(item) for item in value) + "]"
     if value is None or isinstance(value, bool | int | float):

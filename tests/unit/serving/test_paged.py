@@ -1,0 +1,192 @@
+"""The block rules of vLLM against the values that its own formula gives."""
+
+import pytest
+
+from toolchain.serving.memory import GIB
+from toolchain.serving.model import ModelShape
+from toolchain.serving.paged import paged_cache
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "vocab_size": 128256,
+    "dtype": "bfloat16",
+}
+QWEN3_8B = {
+    **LLAMA_8B,
+    "architectures": ["Qwen3ForCausalLM"],
+    "num_hidden_layers": 36,
+    "head_dim": 128,
+}
+GEMMA3_27B = {
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "text_config": {
+        "num_hidden_layers": 62,
+        "hidden_size": 5376,
+        "intermediate_size": 21504,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 16,
+        "head_dim": 128,
+        "max_position_embeddings": 131072,
+        "sliding_window": 1024,
+        "sliding_window_pattern": 6,
+        "vocab_size": 262208,
+        "dtype": "bfloat16",
+    },
+}
+GPT_OSS_20B = {
+    "architectures": ["GptOssForCausalLM"],
+    "num_hidden_layers": 24,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131072,
+    "sliding_window": 128,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "vocab_size": 201088,
+}
+DEEPSEEK_V3 = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "num_hidden_layers": 61,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "max_position_embeddings": 163840,
+    "vocab_size": 129280,
+}
+
+
+def pool(config, *, element=2.0, **options):
+    return paged_cache(
+        ModelShape.from_config(config),
+        **{"block": 16, "element": element, "state_element": 2, **options},
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "element", "tokens", "inflight", "blocks", "need"),
+    [
+        (LLAMA_8B, 2, 131072, 16384, 8192, 16.00),
+        (LLAMA_8B, 2, 8192, 16384, 512, 1.00),
+        (QWEN3_8B, 1, 32768, 16384, 2048, 2.25),
+        (GEMMA3_27B, 2, 32768, 16384, 8582, 10.48),
+        (GPT_OSS_20B, 2, 131072, 16384, 9225, 3.38),
+    ],
+)
+def test_a_request_takes_what_vllm_says(config, element, tokens, inflight, blocks, need):
+    cache = pool(config, element=element)
+
+    assert cache.blocks(tokens, inflight) == blocks
+    assert round(blocks * cache.bytes_per_block / GIB, 2) == need
+
+
+@pytest.mark.parametrize(
+    ("config", "element", "per_token"),
+    [(LLAMA_8B, 2, 131072), (QWEN3_8B, 1, 73728), (DEEPSEEK_V3, 2, 70272)],
+)
+def test_bytes_per_token(config, element, per_token):
+    cache = pool(config, element=element)
+
+    assert cache.bytes_per_block == 16 * per_token
+
+
+def test_fifteen_gib_hold_fifteen_requests_by_vllms_figure_and_one_less_for_sure():
+    cache = pool(LLAMA_8B)
+
+    assert cache.concurrency(15 * GIB, 8192, 16384) == 15.0
+    # The null block is reserved, so the fifteenth request would lack one.
+    assert cache.usable(15 * GIB) // cache.blocks(8192, 16384) == 14
+
+
+def test_hybrid_groups_are_of_the_smaller_kinds_size():
+    gemma = pool(GEMMA3_27B)
+
+    assert [(group.kind, group.count) for group in gemma.groups] == [("full", 1), ("sliding", 6)]
+    assert gemma.padding_layers == 8
+    assert gemma.bytes_per_block == 10 * 16 * 16 * 256 * 2
+
+
+def test_kinds_of_nearly_equal_number_share_one_size():
+    kinds = ["full_attention"] * 10 + ["sliding_attention"] * 14
+    cache = pool({**GPT_OSS_20B, "layer_types": kinds})
+
+    assert [group.count for group in cache.groups] == [1, 1]
+    assert cache.padding_layers == 4
+
+
+def test_without_the_hybrid_manager_every_layer_keeps_all():
+    cache = pool(GPT_OSS_20B, hybrid=False)
+
+    assert cache.blocks(131072, 16384) == 8192
+    assert cache.bytes_per_block == 24 * 16 * 8 * 128 * 2
+
+
+@pytest.mark.parametrize(("shards", "heads"), [(1, 8), (2, 4), (8, 1), (16, 1)])
+def test_key_value_heads_are_divided_and_then_repeated(shards, heads):
+    cache = pool(LLAMA_8B, tensor_parallel=shards)
+
+    assert cache.bytes_per_block == 32 * 16 * heads * 256 * 2
+
+
+def test_latent_attention_is_not_divided():
+    assert pool(DEEPSEEK_V3, tensor_parallel=8) == pool(DEEPSEEK_V3)
+    sparse = pool(DEEPSEEK_V3, element=1, sparse=True)
+    assert sparse.bytes_per_block == 61 * 16 * 656
+
+
+def test_stages_hold_their_part_of_the_layers():
+    assert pool(LLAMA_8B, pipeline_parallel=3).bytes_per_block == 11 * 16 * 8 * 256 * 2
+
+
+def test_shared_layers_keep_nothing():
+    shared = {**LLAMA_8B, "num_kv_shared_layers": 12}
+
+    assert pool(shared).bytes_per_block == 20 * 16 * 8 * 256 * 2
+
+
+def test_chunked_layers_keep_a_chunk():
+    config = {**LLAMA_8B, "attention_chunk_size": 8192, "no_rope_layers": [1, 1, 1, 0] * 8}
+    cache = pool(config)
+
+    # 8 full and 24 chunked layers: groups of 8, 1 + 3; (8192 + 8192) / 16 = 1024 blocks each.
+    assert cache.blocks(131072, 8192) == 8192 + 3 * 1024
+
+
+NEXT = {
+    **LLAMA_8B,
+    "architectures": ["Qwen3NextForCausalLM"],
+    "num_hidden_layers": 48,
+    "hidden_size": 2048,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 12,
+    "linear_num_key_heads": 16,
+    "linear_key_head_dim": 128,
+    "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}
+
+
+def test_states_make_attention_blocks_as_large_as_they_are():
+    cache = pool(NEXT)
+
+    # A state: convolution (2 x 2048 + 4096) x 3 and 32 x 128 x 128 numbers of 2 bytes, 1097728;
+    # a token: 2 heads x 512 x 2 = 2048 bytes; 536 tokens would do, blocks go in steps of 16.
+    assert cache.block == 544
+    assert [(g.kind, g.count) for g in cache.groups] == [("full", 1), ("state", 3)]
+    assert cache.blocks(5440, 0) == 10 + 3 * 2
+    assert pool(NEXT, prefix_caching=False).blocks(5440, 0) == 10 + 3

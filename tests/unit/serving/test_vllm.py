@@ -1,0 +1,133 @@
+import pytest
+import yaml
+
+from toolchain.errors import UsageError
+from toolchain.planning import all_targets
+from toolchain.serving.engine import Wishes
+from toolchain.serving.memory import GIB
+from toolchain.serving.vllm import CONFIG_FILE, ENGINE, options, plan
+from toolchain.stages.render import render
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "vocab_size": 128256,
+    "dtype": "bfloat16",
+}
+WEIGHTS = 16_060_522_496
+
+
+def rendered(target="vllm", *, config=LLAMA_8B, weights=WEIGHTS, name="support", **wishes):
+    return render(
+        target=all_targets()[target],
+        name=name,
+        version="1.0.0",
+        model_config=config,
+        model_file="",
+        weight_bytes=weights,
+        wishes=Wishes(**wishes),
+        image="",
+        made_from=(),
+    )
+
+
+def settings_of(config) -> dict:
+    return yaml.safe_load(config.files["vllm.yaml"])
+
+
+def test_there_is_a_target_for_each_format():
+    assert {"vllm", "vllm-awq", "vllm-gptq", "vllm-fp8"} <= set(all_targets())
+
+
+def test_the_image_starts_vllm_with_its_file_in_two_words():
+    config = rendered(gpu="nvidia-l40s")
+
+    assert config.entrypoint == ("vllm", "serve")
+    assert config.command == ("--config", CONFIG_FILE)
+    assert config.image_files[CONFIG_FILE] == config.files["vllm.yaml"]
+    assert settings_of(config)["model"] == "/models"
+
+
+def test_keys_have_dashes_and_are_known_to_the_pinned_version():
+    wishes = {"gpu": "nvidia-h100-80gb", "gpu_count": 2, "kv_cache_dtype": "fp8"}
+    extra = {"enable_prefix_caching": False, "override_generation_config": {"temperature": 0.2}}
+    settings = settings_of(rendered(extra=extra, **wishes))
+
+    assert set(settings) <= set(options().kinds)
+    assert None not in settings.values()
+    assert settings["enable-prefix-caching"] is False
+    assert settings["override-generation-config"] == {"temperature": 0.2}
+    assert settings["tensor-parallel-size"] == 2
+
+
+def test_a_cpu_server_gets_its_cache_in_bytes_and_no_more():
+    config = rendered(max_model_len=4096, max_num_seqs=2, host_memory_bytes=64 * GIB)
+    settings = settings_of(config)
+
+    # 2 requests x 128 blocks of 32 tokens and the null block, 4 MiB each.
+    assert settings["kv-cache-memory-bytes"] == (2 * 128 + 1) * 32 * 131072
+    assert settings["block-size"] == 32
+    assert "gpu-memory-utilization" not in settings
+    assert config.env["VLLM_CPU_INT4_W4A8"] == "0"
+
+
+def test_it_writes_below_tmp_and_asks_nobody():
+    env = rendered(gpu="nvidia-l40s").env
+
+    assert env["HF_HUB_OFFLINE"] == env["VLLM_NO_USAGE_STATS"] == "1"
+    assert all(env[key].startswith("/tmp") for key in ("HOME", "VLLM_CACHE_ROOT"))
+    assert int(env["VLLM_ENGINE_READY_TIMEOUT_S"]) >= 600
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        ({"enable-prefx-caching": True}, "no such option"),
+        ({"max-num-seqs": 4}, "max_num_seqs"),
+        ({"quantization": "awq"}, "quantization"),
+        ({"trust_remote_code": True}, "trust-remote-code"),
+        ({"api-key": "x"}, "api-key"),
+        ({"seed": None}, "null"),
+        ({"disable-log-stats": False}, "no way to say"),
+        ({"enforce-eager": "yes"}, "enforce-eager"),
+        ({"no-enable-prefix-caching": True}, "set it to false"),
+        ({"seed": 1, "--seed": 2}, "twice"),
+    ],
+)
+def test_options_that_vllm_would_misread_are_refused(extra, says):
+    with pytest.raises(UsageError) as caught:
+        plan(LLAMA_8B, WEIGHTS, Wishes(gpu="nvidia-l40s", extra=extra))
+
+    assert says in caught.value.message + caught.value.hint
+
+
+def test_an_unknown_option_gets_near_misses():
+    with pytest.raises(UsageError) as caught:
+        plan(LLAMA_8B, WEIGHTS, Wishes(gpu="nvidia-l40s", extra={"enable_prefix_cachng": True}))
+
+    assert "enable-prefix-caching" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["--api-key", "-x", " ", "a\nhost: evil", "x\x00"])
+def test_a_name_that_is_an_option_or_a_line_is_refused(name):
+    with pytest.raises(UsageError, match="served name"):
+        rendered(name=name, gpu="nvidia-l40s")
+
+
+@pytest.mark.parametrize(
+    "name", ["a: b", "x # y", "'q\"", "{{ x }}", "!!python/none", "null", "8k"]
+)
+def test_no_name_breaks_out_of_the_file(name):
+    settings = settings_of(rendered(name=name, gpu="nvidia-l40s"))
+
+    assert settings["served-model-name"] == name
+    assert settings["model"] == "/models"
+
+
+def test_the_engine_is_pinned():
+    assert ENGINE.base.gpu.endswith("v" + options().version)
