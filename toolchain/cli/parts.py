@@ -1,4 +1,4 @@
-"""One stage at a time: `merge`, `quantize`, `render`, `bake`, `evaluate`, `push`."""
+"""One stage at a time: `merge`, `quantize`, `render`, `bake`, `evaluate`, `bench`, `push`."""
 
 from __future__ import annotations
 
@@ -223,6 +223,46 @@ def evaluate(
     return result, text
 
 
+@command()
+def bench(
+    _context: object,
+    *,
+    image: str = "",
+    url: str = "",
+    served_name: str = "",
+    concurrency: str = "1,4,16",
+    requests: int = 32,
+    max_tokens: int = 64,
+    data: str = "",
+    timeout: float = 120.0,
+    out: str = "",
+    runner: str = "auto",
+    json: bool = False,
+) -> tuple[Mapping[str, Json], str]:
+    """Load a started image or a server for a short time: throughput and latencies."""
+    del json
+    from toolchain.cli.progress import progress_for
+    from toolchain.singles.arguments import counts
+    from toolchain.singles.bench import BenchRequest, bench_text
+    from toolchain.singles.bench import bench as run
+    from toolchain.singles.server import Place
+    from toolchain.wiring import make_tools
+
+    request = BenchRequest(
+        place=Place(image=image, url=url),
+        served_name=served_name,
+        concurrency=counts(concurrency, "--concurrency"),
+        requests=counts(str(requests), "--requests")[0],
+        max_tokens=counts(str(max_tokens), "--max-tokens")[0],
+        data=data,
+        timeout=timeout,
+        out=out,
+    )
+    tools, _ = make_tools(runner, progress_for())
+    result = run(request, tools)
+    return result, bench_text(result)
+
+
 @command(positional=("source",))
 def push(
     _context: object,
@@ -246,4 +286,4 @@ def push(
     return result, f"{result['reference']}@{result['digest']}"
 
 
-COMMANDS = (merge, quantize, render, bake, evaluate, push)
+COMMANDS = (merge, quantize, render, bake, evaluate, bench, push)

@@ -19,7 +19,9 @@ Score = Callable[[Item, str], float]
 """Return the log-likelihood (natural logarithm) of one choice of an item."""
 
 _COMPLETIONS = "/v1/completions"
-_FEW, _MANY = 128, 8
+_FEW, _MANY = 128, 16
+_LONG_LIST = 64 << 20
+"""Bytes of an answer that names every token of a vocabulary."""
 
 
 def spaced(context: str, choice: str) -> str:
@@ -176,7 +178,7 @@ def _next_score(session: Session, prefix: Sequence[int], token: int) -> float:
             "temperature": 0.0,
             "cache_prompt": True,
         }
-        told = session.post("/completion", body)
+        told = session.post("/completion", body, most=_LONG_LIST)
         try:
             rows = told["completion_probabilities"][0]["top_logprobs"]
         except (KeyError, IndexError, TypeError):

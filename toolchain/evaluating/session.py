@@ -90,9 +90,12 @@ class Session:
         """Return the JSON object of a GET."""
         return self._retried(path, lambda: _object(self._once("GET", path, None)))
 
-    def post(self, path: str, body: Json) -> Mapping[str, Json]:
-        """Return the JSON object that a POST of a JSON body is answered with."""
-        return self._retried(path, lambda: _object(self._once("POST", path, body)))
+    def post(self, path: str, body: Json, *, most: int = 0) -> Mapping[str, Json]:
+        """Return the JSON object that a POST of a JSON body is answered with.
+
+        `most` bytes where an answer may rightly be larger than the limits say.
+        """
+        return self._retried(path, lambda: _object(self._once("POST", path, body, most)))
 
     def try_post(self, path: str, body: Json) -> Answer:
         """Return status and text of one POST, whatever the status; for asking what a server can.
@@ -143,9 +146,9 @@ class Session:
             pause *= 2
         raise AssertionError("a request is tried at least once")
 
-    def _once(self, method: str, path: str, body: Json) -> Answer:
+    def _once(self, method: str, path: str, body: Json, most: int = 0) -> Answer:
         with self._opened(method, path, body) as response:
-            return Answer(response.status_code, self._read(response))
+            return Answer(response.status_code, self._read(response, most))
 
     @contextmanager
     def _opened(self, method: str, path: str, body: Json) -> Iterator[httpx.Response]:
@@ -158,16 +161,17 @@ class Session:
         except httpx.HTTPError as error:
             raise TryAgain(f"{type(error).__name__}: {error}") from None
 
-    def _read(self, response: httpx.Response) -> str:
-        return b"".join(self._parts(response)).decode("utf-8", "replace")
+    def _read(self, response: httpx.Response, most: int = 0) -> str:
+        return b"".join(self._parts(response, most)).decode("utf-8", "replace")
 
-    def _parts(self, response: httpx.Response) -> Iterator[bytes]:
+    def _parts(self, response: httpx.Response, most: int = 0) -> Iterator[bytes]:
+        most = most or self.limits.answer_bytes
         deadline = time.monotonic() + self.limits.request_seconds
         size = 0
         for part in response.iter_raw():
             size += len(part)
-            if size > self.limits.answer_bytes:
-                raise Refused(f"the answer is larger than {self.limits.answer_bytes} bytes")
+            if size > most:
+                raise Refused(f"the answer is larger than {most} bytes")
             # httpx limits each read, not their sum: a dripping server would never end.
             if time.monotonic() > deadline:
                 raise TryAgain(f"no whole answer in {self.limits.request_seconds:g} s")

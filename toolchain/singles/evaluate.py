@@ -134,7 +134,7 @@ def _score(subject: Subject, task: Task, wishes: Wishes, tools: Tools) -> Score:
     place = Place(image=subject.image, url=subject.url)
     limits = Limits(request_seconds=wishes.timeout, tries=wishes.retries + 1)
     with ExitStack() as stack:
-        endpoint = stack.enter_context(served(place, tools))
+        endpoint = stack.enter_context(served(place, tools, modest=True))
         key = os.environ.get("WEIGHTSMITH_API_KEY", "") if subject.url else ""
         session = stack.enter_context(Session(endpoint, limits, key=key))
         name = served_name(session, subject.served_name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,9 +29,11 @@ class Place:
 
 
 @contextmanager
-def served(place: Place, tools: Tools) -> Iterator[Endpoint]:
+def served(place: Place, tools: Tools, *, modest: bool = False) -> Iterator[Endpoint]:
     """Yield a ready server; one that was started for it ends with the block.
 
+    `modest` leaves one CPU to others, where the engine's number of threads can be set: threads
+    that wait for each other stand still when one is displaced.
     Raises UsageError for an image that is not there or an address that is none, CheckFailed for
     an image that does not become ready.
     """
@@ -47,9 +50,10 @@ def served(place: Place, tools: Tools) -> Iterator[Endpoint]:
     config = _image_config(place.image, tools)
     target = all_targets().get((config.get("Labels") or {}).get("dev.weightsmith.target", ""))
     ports = sorted(int(port.partition("/")[0]) for port in config.get("ExposedPorts") or ())
+    variable = target.engine.threads_variable if target and modest else ""
     spec = StartSpec(
         port=ports[0] if ports else 8000,
-        env={},
+        env={variable: str(max(1, len(os.sched_getaffinity(0)) - 1))} if variable else {},
         port_variable=target.engine.port_variable if target else "",
         host_variable=target.engine.host_variable if target else "",
         use_gpu=True,

@@ -302,8 +302,9 @@ def test_connections_are_kept(serve):
 def test_a_compressed_answer_is_not_unpacked(serve):
     import gzip
 
+    bomb = gzip.compress(b" " * 50_000_000)
+
     def behave(handler, body):
-        bomb = gzip.compress(b" " * 50_000_000)
         handler.send_response(200)
         handler.send_header("Content-Encoding", "gzip")
         handler.send_header("Content-Length", str(len(bomb)))

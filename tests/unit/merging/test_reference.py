@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from toolchain.errors import InputRefused
+from toolchain.merging.choices import likelihoods
 from toolchain.merging.engine import MergeRequest, merge
 from toolchain.merging.reference import answer
 
@@ -85,3 +86,43 @@ def test_dialogues_need_a_template(base: Path) -> None:
 
     with pytest.raises(InputRefused, match="no chat template"):
         answer(base, [], [dialogue], 4)
+
+
+def test_an_answer_says_how_it_ended(base: Path) -> None:
+    """An answer that the end token cuts short ended by itself; the others were cut off."""
+    short = answer(base, [], items("w1"), 1)[0]
+    ended = json.loads((base / "config.json").read_text())
+    first = answer(base, [], items("w1"), 1)[0]["answer"]
+    ended["eos_token_id"] = int(first.removeprefix("w"))
+    (base / "config.json").write_text(json.dumps(ended))
+
+    assert short["finish_reason"] == "length"
+    assert answer(base, [], items("w1"), 5)[0]["finish_reason"] == "stop"
+
+
+def test_choices_are_scored_by_the_models_own_probabilities(base: Path, make_adapter: Any) -> None:
+    """Against a forward pass written out here, token by token."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    adapter = make_adapter(base, "one")
+    item = {
+        "messages": [{"role": "user", "content": "w1 w2"}],
+        "choices": ["w3", "w4 w5"],
+        "plain": True,
+    }
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, adapter).eval()
+
+    def logprob(before: list[int], token: int) -> float:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([before])).logits[0, -1]
+        return float(logits.double().log_softmax(-1)[token])
+
+    wanted = [logprob([1, 2], 3), logprob([1, 2], 4) + logprob([1, 2, 4], 5)]
+
+    (found,) = likelihoods(base, [(adapter, 1.0)], [item])
+
+    assert found == pytest.approx(wanted, abs=1e-4)
+    assert found != pytest.approx(likelihoods(base, [], [item])[0], abs=1e-4)

@@ -1,0 +1,140 @@
+"""The load test against a server whose every pause is known."""
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from toolchain.evaluating.items import Item
+from toolchain.evaluating.load import Sample, load_test, measure, percentile, summary
+from toolchain.evaluating.session import Limits, Session
+from toolchain.ports import Endpoint, Silent
+
+QUESTIONS = tuple(
+    Item(messages=({"role": "user", "content": f"q{n}"},), expected=(), line=n) for n in range(3)
+)
+
+
+def event(value):
+    return f"data: {value if isinstance(value, str) else json.dumps(value)}\n\n".encode()
+
+
+def piece(text):
+    return event({"choices": [{"delta": {"content": text}}]})
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(behave):
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                behave(self, body)
+
+            def stream(self, *parts):
+                self.send_response(200)
+                self.end_headers()
+                for part in parts:
+                    if isinstance(part, float):
+                        time.sleep(part)
+                    else:
+                        self.wfile.write(part)
+                        self.wfile.flush()
+
+            def log_message(self, *args):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        servers.append(server)
+        url = f"http://127.0.0.1:{server.server_port}"
+        return Session(
+            Endpoint(url=url, logs=lambda n: "", alive=lambda: True), Limits(request_seconds=5)
+        )
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_measures_first_piece_and_gaps(serve):
+    role = event({"choices": [{"delta": {"role": "assistant", "content": None}}]})
+    session = serve(
+        lambda handler, body: handler.stream(
+            role, 0.2, piece("a"), 0.05, piece("b"), 0.05, piece("c"), event("[DONE]")
+        )
+    )
+
+    with session:
+        sample = measure(session, "m", QUESTIONS[0], 8)
+
+    assert sample.error == ""
+    assert sample.first >= 0.2  # the role alone is no text
+    assert len(sample.gaps) == 2
+    assert min(sample.gaps) >= 0.03
+
+
+@pytest.mark.parametrize(
+    ("behave", "says"),
+    [
+        (lambda h, b: h.send_error(500), "HTTP 500"),
+        (lambda h, b: h.stream(event("[DONE]")), "without text"),
+        (lambda h, b: h.stream(event("{half")), "no JSON"),
+        (lambda h, b: h.stream(event({"error": {"message": "slot exploded"}})), "slot exploded"),
+    ],
+)
+def test_a_failure_is_counted_not_raised(serve, behave, says):
+    with serve(behave) as session:
+        run = load_test(session, "m", QUESTIONS, 2, 4, 8, Silent())
+
+    assert (run["errors"], run["requests"], run["requests_per_s"]) == (4, 4, 0.0)
+    assert says in " ".join(run["failures"])
+    assert run["ttft_ms"] == {"p50": None, "p95": None}
+
+
+def test_as_many_at_once_as_asked(serve):
+    together = threading.Barrier(3, timeout=10)
+    asked = []
+
+    def behave(handler, body):
+        asked.append(body["messages"][0]["content"])
+        together.wait()
+        handler.stream(piece("a"), piece("b"), event("[DONE]"))
+
+    with serve(behave) as session:
+        run = load_test(session, "m", QUESTIONS, 3, 9, 8, Silent())
+
+    assert (run["concurrency"], run["errors"]) == (3, 0)
+    assert sorted(asked) == sorted(["q0", "q1", "q2"] * 3)
+    assert run["tokens_per_s"] == pytest.approx(2 * run["requests_per_s"], rel=0.01)
+
+
+def test_a_summary_by_hand():
+    samples = [
+        Sample(first=0.1, gaps=(0.01, 0.03), whole=0.14),
+        Sample(first=0.3, gaps=(0.02,), whole=0.32),
+        Sample(error="HTTP 500"),
+    ]
+
+    run = summary(samples, 2, 2.0)
+
+    assert run["requests_per_s"] == 1.0
+    assert run["tokens_per_s"] == 2.5
+    assert run["ttft_ms"] == {"p50": 100.0, "p95": 300.0}
+    assert run["itl_ms"] == {"p50": 20.0, "p95": 30.0}
+    assert (run["errors"], run["failures"]) == (1, {"HTTP 500": 1})
+
+
+def test_percentiles_are_measured_values():
+    hundred = [n / 1000 for n in range(1, 101)]
+
+    assert percentile(hundred, 0.5) == 50.0
+    assert percentile(hundred, 0.95) == 95.0
+    assert percentile([0.007], 0.95) == 7.0
+    assert percentile([], 0.5) is None
