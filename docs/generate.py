@@ -39,7 +39,8 @@ def pages() -> dict[str, str]:
 def _recipe(model: type[BaseModel], prefix: str) -> Iterator[str]:
     if not prefix:
         yield "| key | type | default | meaning |\n|---|---|---|---|"
-    for name, field in model.model_fields.items():
+    for attribute, field in model.model_fields.items():
+        name = field.alias or attribute
         inner, many = _inner(field.annotation)
         place = f"{prefix}{name}" + ("[]" if many else "")
         if inner:

@@ -12,6 +12,7 @@ from toolchain.planning import (
     can_make,
     disk_peak,
     estimated_bytes,
+    probes,
     serving_config,
     tasks_of,
 )
@@ -23,6 +24,7 @@ from toolchain.serving.targets import Target
 from toolchain.stages import merge as merging
 from toolchain.stages import quantize as quantizing
 from toolchain.stages import reference as references
+from toolchain.stages import validate as validating
 from toolchain.stages.quantize import model_config
 from toolchain.stages.resolve import known
 from toolchain.values import SAFETENSORS, Json, Sources, StageInputs, Tree
@@ -30,6 +32,8 @@ from toolchain.values import SAFETENSORS, Json, Sources, StageInputs, Tree
 _REFERENCE_MEMORY = 3 << 30
 """Python, torch and transformers beside the float32 weights, in bytes."""
 _QUANTIZE_MEMORY = 4 << 30
+_VALIDATE_MEMORY = 3 << 29
+"""Whatever the model: weights pass by a few rows at a time."""
 
 
 def forecast(
@@ -46,8 +50,9 @@ def forecast(
     earlier = _earlier(file, targets, dist)
     rows = [_row("resolve", cached=True, why="", read=sources.base.tree.size)]
     merged = _merge_row(file, sources, earlier, tools)
-    rows += [merged, *_reference_rows(sources, tasks, earlier, tools)]
     checkpoint = _checkpoint(file, sources, tools)
+    rows += [merged, *_validate_rows(file, sources, checkpoint, earlier, tools)]
+    rows += _reference_rows(sources, tasks, earlier, tools)
     plans, size = {}, sources.base.tree.size
     shape = model_config(sources.base.tree.root)
     for target in targets:
@@ -114,7 +119,7 @@ def _unresolved(file: RecipeFile, targets: Sequence[Target], missing: str) -> Ma
     """Return the forecast of a build whose sources are not on this machine."""
     why = "its inputs are known after `resolve`"
     rows = [_row("resolve", cached=False, why=missing)]
-    rows += [_row(stage, cached=False, why=why) for stage in ("merge", "reference")]
+    rows += [_row(stage, cached=False, why=why) for stage in ("merge", "validate", "reference")]
     rows += [_row("quantize", target=t.name, cached=False, why=why) for t in targets]
     rows += [_row("publish", target=t.name, cached=False, why=why) for t in targets]
     zeros = ("read_bytes", "write_bytes", "peak_memory_bytes", "peak_disk_bytes")
@@ -136,7 +141,8 @@ def _earlier(file: RecipeFile, targets: Sequence[Target], dist: Path) -> Mapping
             inputs = json.loads(path.read_text("utf-8")).get("inputs", {})
         except (OSError, ValueError):
             continue
-        found |= {stage: inputs[stage] for stage in ("merge", "reference") if stage in inputs}
+        kept = ("merge", "validate", "reference")
+        found |= {stage: inputs[stage] for stage in kept if stage in inputs}
         found[f"quantize {target.name}"] = inputs.get("quantize")
     return found
 
@@ -157,6 +163,24 @@ def _merge_row(
         write=cost["write_bytes"],
         memory=cost["peak_memory_bytes"],
     )
+
+
+def _validate_rows(
+    file: RecipeFile,
+    sources: Sources,
+    checkpoint: Tree | None,
+    earlier: Mapping[str, Json],
+    tools: Tools,
+) -> list[dict[str, Json]]:
+    if not sources.adapters or not file.recipe.validation.enabled:
+        return []
+    read = 2 * sources.base.tree.size + sum(a.snapshot.tree.size for a in sources.adapters)
+    cost: dict[str, Json] = {"read": read, "memory": _VALIDATE_MEMORY}
+    if checkpoint is None:
+        return [_row("validate", cached=False, why="merge comes first", **cost)]
+    stage = validating.inputs(sources, file.recipe.merge, checkpoint.digest, probes(file))
+    cached, why = _state(stage, earlier.get("validate"), tools)
+    return [_row("validate", cached=cached, why=why, **cost)]
 
 
 def _reference_rows(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from toolchain.errors import CheckFailed
 from toolchain.oci.image import Image
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
-from toolchain.planning import BuildRequest, check_before_work, serving_config, tasks_of
+from toolchain.planning import BuildRequest, check_before_work, probes, serving_config, tasks_of
 from toolchain.ports import Tools
 from toolchain.provenance.labels import labels, reference, score_labels
 from toolchain.proving import Result, ask_references, with_image
@@ -21,6 +21,7 @@ from toolchain.stages import merge as merging
 from toolchain.stages import publish as publishing
 from toolchain.stages import quantize as quantizing
 from toolchain.stages import reference as references
+from toolchain.stages import validate as validating
 from toolchain.stages.bake import bake
 from toolchain.stages.base import base_image, base_reference
 from toolchain.stages.record import Facts, TaskFacts, write_record
@@ -52,6 +53,8 @@ def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[B
     with clock.stage("merge", f"{len(sources.adapters)} adapter(s), {recipe.merge.method}") as said:
         checkpoint = merging.merge(sources, recipe.merge, tools)
         said["cached"] = checkpoint.details.get("cached", True)
+    with clock.stage("validate", "merged weights against base and adapters") as said:
+        checkpoint = validated(request, sources, checkpoint, tools, said)
     with clock.stage("reference", f"{count} questions to base, adapter and merged model") as said:
         expected = ask_references(tasks, sources, checkpoint, tools, said)
     judge(Record(request, sources, checkpoint, tools), expected, clock.stages)
@@ -198,6 +201,37 @@ def config_of(
     )
 
 
+def validated(
+    request: BuildRequest,
+    sources: Sources,
+    checkpoint: Checkpoint,
+    tools: Tools,
+    said: dict[str, Json],
+) -> Checkpoint:
+    """Return the checkpoint as validated; as it is where nothing was merged or nobody wants it.
+
+    Raises CheckFailed where it is not base and adapters; the report is kept.
+    """
+    recipe = request.file.recipe
+    said["cached"] = True
+    if not sources.adapters:
+        return checkpoint
+    if not recipe.validation.enabled:
+        tools.progress.warn("the recipe turns `validate` off: nobody compared the merged weights")
+        return checkpoint
+    try:
+        proven = validating.validate(checkpoint, sources, recipe.merge, probes(request.file), tools)
+    except CheckFailed as error:
+        tools.progress.warn(f"not published: {error.message}")
+        told = replace(checkpoint, details={**checkpoint.details, "validation": error.details})
+        report = Record(request, sources, told, tools).refuse((), {})
+        raise CheckFailed(
+            error.message, hint=f"{error.hint}\n  report: {report}", details=error.details
+        ) from None
+    said["cached"] = proven.details["validation"]["cached"]
+    return proven
+
+
 def main_scores(results: Sequence[Result]) -> Mapping[str, Score]:
     """Return the scores of the first task, which stand for the build where one line must do."""
     return results[0].scores if results else {}
@@ -315,6 +349,11 @@ class Record:
         """Return what each cached stage depended on."""
         recipe, sources = self.request.file.recipe, self.sources
         found = {"merge": merging.inputs(sources, recipe.merge).inputs}
+        if "validation" in self.checkpoint.details:
+            asked_with = probes(self.request.file)
+            found["validate"] = validating.inputs(
+                sources, recipe.merge, self.checkpoint.digest, asked_with
+            ).inputs
         for result in results[:1]:
             asked = references.subjects(sources, result.tried.adapter)
             subject = asked.get("adapter", asked["base"])

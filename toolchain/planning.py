@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from toolchain.errors import InputRefused, UsageError
 from toolchain.evaluating.gate import Limit
-from toolchain.evaluating.items import read_items
+from toolchain.evaluating.items import read_items, read_prompts
 from toolchain.evaluating.leaks import describe, find_leaks
 from toolchain.evaluating.metrics import check_metric
 from toolchain.evaluating.task import Task
@@ -206,6 +206,14 @@ def _number(wish: int | str) -> int | None:
     return None if isinstance(wish, str) else wish
 
 
+def probes(file: RecipeFile) -> tuple[Sequence[Mapping[str, str]], ...]:
+    """Return the chats that validation probes with; () for the built-in ones. Raises UsageError."""
+    wanted, questions = file.recipe.validation, file.recipe.evaluate
+    if wanted.probes:
+        return read_prompts(file.folder / wanted.probes)
+    return tuple(i.messages for i in read_items(file.folder / questions.data)) if questions else ()
+
+
 def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> None:
     """Refuse, before anything long starts, what would be refused after it.
 
@@ -213,6 +221,7 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
     """
     recipe = request.file.recipe
     written = 0
+    probes(request.file)
     if sources.adapters:
         written += merging.check(sources, recipe.merge)["write_bytes"]
     else:

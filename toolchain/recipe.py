@@ -103,6 +103,19 @@ class Merge(_Part):
     )
 
 
+class Validate(_Part):
+    """How the merged checkpoint is held against base and adapters."""
+
+    enabled: bool = Field(
+        True, description="`false` leaves it out; the merge's own proof of what it wrote stays."
+    )
+    probes: str = Field(
+        "",
+        description="JSON Lines of chats to probe with, `{prompt | messages}`; default: some "
+        "questions of `evaluate`, else built-in ones.",
+    )
+
+
 class Calibration(_Part):
     """Text that quantizers measure activations on."""
 
@@ -197,6 +210,8 @@ class Recipe(_Part):
         (), description="Adapters, merged in this order; none serves the base."
     )
     merge: Merge = Merge()
+    # Under another name here: pydantic's models have a `validate` of their own.
+    validation: Validate = Field(Validate(), alias="validate")
     evaluate: Evaluate | None = Field(None, description="The task and its gate.")
     calibration: Calibration | None = Field(None, description="Calibration text for quantizers.")
     targets: tuple[str, ...] = Field(
@@ -334,7 +349,8 @@ def _keys_at(location: Sequence[str | int]) -> list[str]:
     for step in location:
         if isinstance(step, int):
             continue
-        annotation = part.model_fields[step].annotation
+        field = next(f for name, f in part.model_fields.items() if (f.alias or name) == step)
+        annotation = field.annotation
         choices = [annotation, *get_args(annotation)]
         part = next(c for c in choices if isinstance(c, type) and issubclass(c, _Part))
-    return list(part.model_fields)
+    return [field.alias or name for name, field in part.model_fields.items()]

@@ -183,6 +183,19 @@ def _reference(job: Job, report: Report) -> Mapping[str, Json]:
     return {"answers": plain(answers)}
 
 
+def _validate(job: Job, report: Report) -> Mapping[str, Json]:
+    module: Any = importlib.import_module("toolchain.validating.validate")
+    weights = job.parameters["weights"]
+    request = module.Request(
+        base=job.inputs["base"],
+        adapters=tuple((job.inputs[f"adapter{i}"], w) for i, w in enumerate(weights)),
+        merged=job.inputs["merged"],
+        items=tuple(job.parameters["items"]),
+        summed=job.parameters["summed"],
+    )
+    return _mapping(module.validate(request, lambda done, total: report(done, total, "layers")))
+
+
 def _echo(job: Job, report: Report) -> Mapping[str, Json]:
     """Copy the input `text` to the output and say how the builder confines this process."""
     wanted = job.parameters
@@ -232,6 +245,7 @@ STAGES: dict[str, Callable[[Job, Report], Mapping[str, Json]]] = {
     "import-gguf": _import_gguf,
     "quantize": _quantize,
     "reference": _reference,
+    "validate": _validate,
     "export-engine": _export_engine,
     "echo": _echo,
 }

@@ -1,4 +1,4 @@
-"""One stage at a time: `merge`, `quantize`, `render`, `bake`, `evaluate`, `bench`, `push`."""
+"""One stage each: `merge`, `validate`, `quantize`, `render`, `bake`, `evaluate`, `bench`, `push`."""
 
 from __future__ import annotations
 
@@ -48,6 +48,56 @@ def merge(
     )
     counts = ", ".join(f"{count} {what}" for what, count in result["tensors"].items())
     return result, f"{result['out']}: {counts} tensors, {result['seconds']:.1f} s"
+
+
+@command(many=("adapter",))
+def validate(
+    _context: object,
+    *,
+    base: str = "",
+    adapter: Sequence[str] = (),
+    merged: str = "",
+    weights: str = "",
+    method: str = "sequential",
+    probes: str = "",
+    runner: str = "auto",
+    json: bool = False,
+) -> tuple[Mapping[str, Json], str]:
+    """Hold a merged checkpoint against base and adapters: files, every element, logits."""
+    del json
+    from toolchain.cli.progress import progress_for
+    from toolchain.singles.arguments import parse_weights, required
+    from toolchain.singles.validate import validate_folders
+    from toolchain.wiring import make_tools
+
+    required(base=base, adapter=adapter, merged=merged)
+    factors = parse_weights(weights, len(adapter))
+    tools, _ = make_tools(runner, progress_for())
+    result = validate_folders(
+        Path(base),
+        tuple((Path(folder), w) for folder, w in zip(adapter, factors, strict=True)),
+        Path(merged),
+        Path(probes) if probes else None,
+        method,
+        tools,
+    )
+    return result, _verdict(merged, result)
+
+
+def _verdict(merged: str, result: Mapping[str, Json]) -> str:
+    lines = [f"{merged} is what base and adapters are"]
+    if result.get("elements"):
+        lines.append(
+            f"  {result['elements']['elements']} elements of {result['elements']['tensors']} "
+            "tensors are right"
+        )
+        lines.append(
+            f"  logits of {result['positions']} positions: largest difference "
+            f"{result['max_abs_logit_diff']:.3g}, mean divergence {result['kl_mean']:.3g}, "
+            f"same first choice {result['top1_agreement']:.1%}"
+        )
+    lines += [f"  {found['severity']}: {found['message']}" for found in result["findings"]]
+    return "\n".join(lines)
 
 
 @command()
@@ -286,4 +336,4 @@ def push(
     return result, f"{result['reference']}@{result['digest']}"
 
 
-COMMANDS = (merge, quantize, render, bake, evaluate, bench, push)
+COMMANDS = (merge, validate, quantize, render, bake, evaluate, bench, push)

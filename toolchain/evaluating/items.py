@@ -64,6 +64,20 @@ def read_items(path: Path) -> tuple[Item, ...]:
     return tuple(items)
 
 
+def read_prompts(path: Path) -> tuple[tuple[Mapping[str, str], ...], ...]:
+    """Return the chats of a data file, in order; what they expect, if anything, does not count.
+
+    Raises UsageError naming file and line for anything malformed, and for a file without chats.
+    """
+    found = tuple(
+        _item({**_parse(line, f"{path}:{number}"), "expected": "-"}, number, f"{path}:{number}")
+        for number, line in _lines(path)
+    )
+    if not found:
+        raise UsageError(f"{path} has no prompts", hint='a line is {"prompt": "…"}')
+    return tuple(item.messages for item in found)
+
+
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with path.open("rb") as stream:

@@ -106,7 +106,7 @@ def build_document(facts: Facts) -> dict[str, Json]:
             "repairs": merged.get("repairs", {}),
             "shards": merged.get("shards", []),
         },
-        "validation": merged.get("validation"),
+        "validation": _without_cached(merged.get("validation")),
         "artifact": _artifact(facts.artifact) if facts.artifact else None,
         "plan": facts.config.plan if facts.config else None,
         "image": _image(facts.published) if facts.published else None,
@@ -119,6 +119,10 @@ def build_document(facts: Facts) -> dict[str, Json]:
         "next": _next(facts),
     }
     return dict(plain(document))
+
+
+def _without_cached(result: Mapping[str, Json] | None) -> Mapping[str, Json] | None:
+    return result and {key: value for key, value in result.items() if key != "cached"}
 
 
 def _source(snapshot: Snapshot) -> dict[str, Json]:

@@ -1,0 +1,146 @@
+"""Tiny models with random weights, adapters, and exact merges of them to spoil."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from toolchain.merging.engine import MergeRequest, merge
+from toolchain.validating.validate import Request, validate
+
+TINY = Path(__file__).parents[3] / "examples" / "tiny"
+SIZES = {"vocab_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
+LLAMA = {"hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2}
+QUIET = ("transformers", "torch", "peft")
+
+
+def config_of(kind: str, **options: Any) -> Any:
+    import transformers
+
+    match kind:
+        case "llama":
+            return transformers.LlamaConfig(**SIZES | LLAMA | options)
+        case "qwen2":
+            return transformers.Qwen2Config(**SIZES | LLAMA | options)
+        case "qwen3_moe":
+            moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+            return transformers.Qwen3MoeConfig(**SIZES | LLAMA | moe | {"head_dim": 16} | options)
+        case "gpt2":
+            sizes = {"vocab_size": 512, "n_layer": 3, "n_head": 4, "n_embd": 64}
+            return transformers.GPT2Config(**sizes, n_positions=128, **options)
+        case "gemma3":
+            return transformers.Gemma3TextConfig(**SIZES | LLAMA | {"head_dim": 16} | options)
+    raise ValueError(kind)
+
+
+def make_model(
+    folder: Path, kind: str = "llama", dtype: torch.dtype = torch.bfloat16, **options: Any
+) -> Path:
+    """Write a model with the tiny example's tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    options = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3} | options
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_config(config_of(kind, **options))
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.1)
+            else:
+                torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.05)
+        model.to(dtype).save_pretrained(folder, max_shard_size="200KB")
+    for path in (TINY / "base").iterdir():
+        if "token" in path.name or "template" in path.name:
+            shutil.copy(path, folder)
+    return folder
+
+
+def make_adapter(folder: Path, base: Path, seed: int = 1, **options: Any) -> Path:
+    """Write an adapter with random A and B, about a twentieth of the weights' size."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | options
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        tuned = get_peft_model(model, LoraConfig(**options))
+        for key, parameter in tuned.named_parameters():
+            if "lora_" in key and "magnitude" not in key:
+                torch.nn.init.normal_(parameter, std=0.04)
+        tuned.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+def merged(out: Path, base: Path, *adapters: Path, **options: Any) -> Path:
+    merge(MergeRequest(base=base, adapters=tuple((a, 1.0) for a in adapters), out=out, **options))
+    return out
+
+
+def merged_by_peft(out: Path, base: Path, lora: Path) -> Path:
+    """Merge in float32 with PEFT and round once: another way, for what it is right about."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(base, out, ignore=shutil.ignore_patterns("model*"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        whole = PeftModel.from_pretrained(model, lora).merge_and_unload()
+        whole.to(torch.bfloat16).save_pretrained(out, max_shard_size="200KB")
+    return out
+
+
+def held(base: Path, out: Path, *adapters: Path, **options: Any) -> dict[str, Any]:
+    """Validate, every warning of a library left out."""
+    weights = options.pop("weights", (1.0,) * len(adapters))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return validate(
+            Request(
+                base=base,
+                adapters=tuple(zip(adapters, weights, strict=True)),
+                merged=out,
+                **options,
+            )
+        )
+
+
+def tell(result: dict[str, Any]) -> str:
+    """Return all findings as text, for a failure's message."""
+    return "\n".join(f"{f.severity} {f.check} {f.message}" for f in result["findings"])
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Change the tensors of a checkpoint; each stays in its file, a new one goes to the last."""
+    import json
+
+    files = sorted(folder.glob("model*.safetensors"))
+    tensors = {path: load_file(path) for path in files}
+    together = {name: value for held in tensors.values() for name, value in held.items()}
+    change(together)
+    home = {name: path for path, kept in tensors.items() for name in kept}
+    for path in files:
+        kept = {n: t.contiguous() for n, t in together.items() if home.get(n, files[-1]) == path}
+        save_file(kept, path, {"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        told = json.loads(index.read_text())
+        told["weight_map"] = {n: home.get(n, files[-1]).name for n in sorted(together)}
+        index.write_text(json.dumps(told))
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

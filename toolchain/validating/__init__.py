@@ -1,0 +1,1 @@
+"""The merged checkpoint held against base and adapters, with no code of the merge."""

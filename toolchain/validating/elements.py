@@ -1,0 +1,137 @@
+"""Every element of a merged tensor against W + Σ s·B·A: it must be that number, rounded once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+PRECISION = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}
+"""Bits of the significand, the implicit one included."""
+_LEAST = {torch.bfloat16: -126, torch.float16: -14, torch.float32: -126}
+_ARITHMETIC = 2.0**-20
+"""What a float32 sum of a few hundred products may be off, as a part of what goes into it."""
+_CAREFUL_PART = 0.02
+"""Where more of a block looks wrong than this, it is wrong: no need to look closer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Factors:
+    """What adapters add to a matrix as the base stores it: left · right, scalings included."""
+
+    left: torch.Tensor
+    """(rows, ranks)."""
+    right: torch.Tensor
+    """(ranks, columns)."""
+
+    def rows(self, first: int, count: int) -> torch.Tensor:
+        """Return rows of the sum of all deltas, float32."""
+        return self.left[first : first + count] @ self.right
+
+    def exactly(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """Return single elements of the delta in float64."""
+        left, right = self.left[rows].double(), self.right[:, columns].double()
+        return (left * right.T).sum(1)
+
+
+@dataclass(slots=True, kw_only=True)
+class Tally:
+    """What was seen of one tensor, block by block."""
+
+    tensor: str
+    total: int = 0
+    wrong: int = 0
+    row: int = -1
+    column: int = -1
+    found: float = 0.0
+    wanted: float = 0.0
+    """Place and values of the first wrong element."""
+    change: float = 0.0
+    """Σ (W' - W)²."""
+    delta: float = 0.0
+    """Σ delta²."""
+    along: float = 0.0
+    """Σ (W' - W) · delta."""
+
+    def times(self) -> float:
+        """Return how often the delta is in the tensor, by least squares; 0 without a delta."""
+        return self.along / self.delta if self.delta else 0.0
+
+    def likeness(self) -> float:
+        """Return the cosine between what was added and what should have been."""
+        size = (self.change * self.delta) ** 0.5
+        return self.along / size if size else 0.0
+
+
+def compare_rows(
+    tally: Tally,
+    first: int,
+    base: torch.Tensor,
+    delta: torch.Tensor,
+    merged: torch.Tensor,
+    factors: Factors | None = None,
+) -> None:
+    """Count the elements of `merged` that are not base + delta rounded to its type.
+
+    Half a unit in the last place is allowed, and what the float32 sum here may be off; what then
+    looks wrong is summed again in float64, where factors are given.
+    """
+    wanted, found = base + delta, merged.to(delta.dtype)
+    change = found - base
+    tally.total += found.numel()
+    tally.change += float(change.square().sum(dtype=torch.float64))
+    tally.delta += float(delta.square().sum(dtype=torch.float64))
+    tally.along += float((change * delta).sum(dtype=torch.float64))
+    off = (found - wanted).abs()
+    suspect = ~(off <= half_step(found, merged.dtype))
+    if not suspect.any():
+        return
+    rows, columns = _places(suspect)
+    left, right = base.flatten(1)[rows, columns].double(), found.flatten(1)[rows, columns].double()
+    exact = wanted.flatten(1)[rows, columns].double()
+    if factors is not None and len(rows) <= max(64, _CAREFUL_PART * suspect.numel()):
+        exact = left + factors.exactly(rows + first, columns)
+    size = torch.maximum(exact.abs(), right.abs())
+    room = half_step(size, merged.dtype) + _ARITHMETIC * (left.abs() + (exact - left).abs())
+    bad = ~((right - exact).abs() <= room)
+    if bad.any():
+        place = int(bad.nonzero()[0])
+        if not tally.wrong:
+            tally.row, tally.column = int(rows[place]) + first, int(columns[place])
+            tally.found, tally.wanted = float(right[place]), float(exact[place])
+        tally.wrong += int(bad.sum())
+
+
+def compare_bytes(tally: Tally, first: int, base: torch.Tensor, merged: torch.Tensor) -> None:
+    """Count the elements of an untouched tensor that are not the base's, cast to its type."""
+    wanted = base.to(merged.dtype)
+    tally.total += merged.numel()
+    if torch.equal(_bits(wanted), _bits(merged)):
+        return
+    bad = _bits(wanted) != _bits(merged)
+    rows, columns = _places(bad)
+    if not tally.wrong and len(rows):
+        tally.row, tally.column = int(rows[0]) + first, int(columns[0])
+        tally.found = float(merged.reshape(len(merged), -1)[rows[0], columns[0]])
+        tally.wanted = float(wanted.reshape(len(wanted), -1)[rows[0], columns[0]])
+    tally.wrong += len(rows)
+
+
+def half_step(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return half a unit in the last place that `dtype` has at these float32 or float64 values."""
+    if values.dtype == torch.float64:
+        power = torch.ldexp(torch.ones_like(values), torch.frexp(values).exponent - 1)
+    else:
+        power = (values.view(torch.int32) & 0x7F800000).view(torch.float32)
+    return power.clamp_min(2.0 ** _LEAST[dtype]) * 2.0 ** -PRECISION[dtype]
+
+
+def _places(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows and flat columns of what is true, a vector counting as rows of one column."""
+    places = mask.reshape(len(mask), -1).nonzero()
+    return places[:, 0], places[:, 1]
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return values.contiguous().view(kinds[values.element_size()])

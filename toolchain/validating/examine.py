@@ -1,0 +1,358 @@
+"""Each adapted layer while the reference runs: its merged tensor, and what PEFT computes there."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from toolchain.validating.elements import Factors, Tally, compare_rows
+from toolchain.validating.findings import ERROR, Finding, finding
+from toolchain.validating.network import base_name, missing_below
+from toolchain.validating.weights import Weights
+
+_SAMPLES = 8
+"""Tokens of each layer at which PEFT's output is held against the formula."""
+_UNIT = 2.0**-24
+
+
+def _none() -> Factors:
+    raise LookupError("this layer's delta is not a product of two matrices")
+
+
+@dataclass(slots=True, kw_only=True)
+class Site:
+    """One layer that PEFT wrapped, and the parameters of the base that it changes."""
+
+    path: str
+    layer: Any
+    parameters: dict[str, str]
+    """Parameter of the base layer (`weight`) -> the model's own name of it."""
+    kind: str
+    """`linear`, `conv1d`, `embedding`, or `other` where more than a product is added."""
+    factors: Callable[[], Factors] = _none
+    seen: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class Examiner:
+    """Examines sites as the reference runs through them.
+
+    The last tokens of a batch are twins of the first ones: at every site their outputs are
+    computed anew with the exact sum rounded to the merged tensor's type, so that at the end they
+    tell what rounding alone does to the logits.
+    """
+
+    base: Weights
+    merged: Weights
+    twins: Mapping[int, int]
+    """Tokens of a layer's input -> how many of them, at the end, are twins."""
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    """By the model's own parameter name."""
+    findings: list[Finding] = field(default_factory=list)
+    signal: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Parameter -> size of what the adapter adds to its outputs, and of what rounding takes."""
+    unjudged: list[str] = field(default_factory=list)
+    """Parameters whose rounding the twins do not show."""
+
+    def watch(self, site: Site) -> None:
+        """Examine a site when it runs."""
+        if site.kind == "other":
+            site.layer.register_forward_pre_hook(lambda *_: self._fill(site))
+            site.layer.register_forward_hook(self._other(site))
+        else:
+            site.layer.register_forward_hook(self._plain(site))
+
+    def finish(self, site: Site) -> None:
+        """Examine a site that the probes did not run through."""
+        if site.seen:
+            return
+        if site.kind == "other":
+            self._fill(site)
+            self._merge(site)
+            self._empty(site)
+        else:
+            self._blocks(site, lambda *_: None)
+
+    def _plain(self, site: Site) -> Callable[..., torch.Tensor | None]:
+        def examine(_: Any, args: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor | None:
+            if site.seen:
+                return None
+            site.seen = True
+            x = args[0].flatten() if site.kind == "embedding" else args[0].flatten(0, -2)
+            twins = self.twins.get(len(x), 0)
+            if not twins:
+                self.unjudged.append(site.parameters["weight"])
+            outputs = _Outputs(site, x, out, twins)
+            self._blocks(site, outputs.take)
+            bias = self._bias(site)
+            self.findings += outputs.judge(bias)
+            self.signal[site.parameters["weight"]] = outputs.loss()
+            return outputs.with_twins(bias)
+
+        return examine
+
+    def _blocks(
+        self, site: Site, take: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
+    ) -> None:
+        """Compare the site's tensor rows by rows; `take` gets base, exact sum and what is there."""
+        name = site.parameters["weight"]
+        factors = site.factors()
+        tally = self.tallies.setdefault(name, Tally(tensor=self.merged.tensor_of(name)))
+        for first, rows in self.base.rows(name):
+            found = self.merged.slice(tally.tensor, first, first + len(rows))
+            wide = torch.float64 if found.dtype == torch.float32 else torch.float32
+            weights, delta = rows.to(wide), factors.rows(first, len(rows)).to(wide)
+            if wide == torch.float64:
+                left = factors.left[first : first + len(rows)].double()
+                delta = left @ factors.right.double()
+            compare_rows(tally, first, weights, delta, found, factors)
+            take(first, weights, weights + delta, found)
+
+    def _bias(self, site: Site) -> torch.Tensor | None:
+        layer = site.layer.get_base_layer()
+        bias = getattr(layer, "bias", None)
+        if bias is None:
+            return None
+        name = site.parameters.get("bias")
+        return self.base.whole(name) if name else bias
+
+    def _fill(self, site: Site) -> None:
+        for (module, name), parameter in missing_below(site.layer, site.path).items():
+            getattr(module, name).data = self.base.whole(parameter)
+
+    def _empty(self, site: Site) -> None:
+        for part in site.parameters:
+            parameter = _attribute(site.layer.get_base_layer(), part)
+            parameter.data = torch.full((), torch.nan).expand(parameter.shape)
+
+    def _other(self, site: Site) -> Callable[..., torch.Tensor | None]:
+        def examine(_: Any, args: tuple[Any, ...], out: Any) -> Any:
+            seen, site.seen = site.seen, True
+            if not seen and isinstance(out, torch.Tensor):
+                self._merge(site)
+                out = self._twins_of_other(site, args, out)
+            self._empty(site)
+            return out
+
+        return examine
+
+    def _merge(self, site: Site) -> None:
+        """Let PEFT merge this one layer in float32, and compare what its parameters became."""
+        before = {
+            part: _attribute(site.layer.get_base_layer(), part).detach().clone()
+            for part in site.parameters
+        }
+        for wrapper in tuner_layers(site.layer):
+            wrapper.merge()
+        for part, name in site.parameters.items():
+            after = _attribute(site.layer.get_base_layer(), part).detach()
+            tally = self.tallies.setdefault(name, Tally(tensor=self.merged.tensor_of(name) or name))
+            found = _stored(self.merged, name)
+            base = before[part]
+            compare_rows(tally, 0, _rows(base), _rows(after - base), _rows(found))
+            _attribute(site.layer.get_base_layer(), part).data = after.to(found.dtype).float()
+        for wrapper in tuner_layers(site.layer):
+            wrapper.merged_adapters.clear()
+
+    def _twins_of_other(self, site: Site, args: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
+        """Compute the twins again with the rounded parameters that `_merge` left behind."""
+        tensors = all(isinstance(a, torch.Tensor) and len(a) == len(out) for a in args)
+        tokens = out.numel() // out.shape[-1]
+        twins = self.twins.get(tokens, 0) * len(out) // tokens
+        if not tensors or not twins:
+            self.unjudged += list(site.parameters.values())
+            return out
+        again = site.layer.get_base_layer()(*(a[-twins:] for a in args))
+        return torch.cat([out[:-twins], again])
+
+
+class _Outputs:
+    """A site's outputs by the formula, gathered while its rows go by."""
+
+    def __init__(self, site: Site, x: torch.Tensor, out: torch.Tensor, twins: int) -> None:
+        self.site, self.out, self.twins = site, out, twins
+        step = max(1, (len(x) - twins) // _SAMPLES)
+        self.places = torch.arange(0, len(x) - twins, step)[:_SAMPLES]
+        self.x = x[self.places]
+        self.peft = out.reshape(-1, out.shape[-1])[self.places]
+        self.twin_x = x[len(x) - twins :]
+        shape = (len(self.places), out.shape[-1])
+        self.wanted, self.base, self.found = (torch.zeros(shape) for _ in range(3))
+        self.room = torch.zeros(shape)
+        self.twin = torch.zeros((twins, out.shape[-1])) if twins else None
+        self.added = self._added()
+
+    def take(
+        self, first: int, base: torch.Tensor, exact: torch.Tensor, found: torch.Tensor
+    ) -> None:
+        """Use rows of the base, of the exact sum, and of the merged tensor."""
+        rounded = exact.to(found.dtype).float()
+        base, exact, merged = base.float(), exact.float(), found.float()
+        where = slice(first, first + len(exact))
+        for into, rows in ((self.wanted, exact), (self.base, base), (self.found, merged)):
+            _apply(self.site.kind, self.x, rows, where, into)
+        if self.twin is not None:
+            _apply(self.site.kind, self.twin_x, rounded, where, self.twin)
+        if self.site.kind == "linear":
+            # Higham and Mary, "A new approach to probabilistic rounding error analysis", 2019:
+            # a sum of n products is off by about √n units, not n; 8 is a wide factor.
+            size = exact.norm(dim=1) + base.norm(dim=1)
+            reach = self.x.norm(dim=1, keepdim=True) * size
+            self.room[:, where] = (
+                8 * self.x.shape[1] ** 0.5 * _UNIT * (reach + self.added[:, where])
+            )
+
+    def judge(self, bias: torch.Tensor | None) -> list[Finding]:
+        """Return a finding where PEFT's output is not the formula's."""
+        if self.site.kind != "linear":
+            return []
+        wanted = self.wanted if bias is None else self.wanted + bias
+        room = self.room + 8 * _UNIT * wanted.abs()
+        off = (self.peft - wanted).abs()
+        if bool((off <= room).all()):
+            return []
+        name = self.site.parameters["weight"]
+        return [
+            finding(
+                ERROR,
+                "outputs",
+                f"{name}: PEFT's output differs from W + Σ s·B·A by {float(off.max()):.3g}, more "
+                f"than arithmetic explains ({float(room.max()):.3g}): this adapter is not what "
+                "the merge takes it for",
+                name,
+            )
+        ]
+
+    def loss(self) -> tuple[float, float]:
+        """Return the sizes of what the adapter adds, and of what the merged tensor lacks of it."""
+        return (
+            float((self.wanted - self.base).square().mean().sqrt()),
+            float((self.wanted - self.found).square().mean().sqrt()),
+        )
+
+    def with_twins(self, bias: torch.Tensor | None) -> torch.Tensor | None:
+        """Return PEFT's output with the twins' replaced, or None where there are none."""
+        if self.twin is None:
+            return None
+        twin = self.twin if bias is None else self.twin + bias
+        flat = self.out.reshape(-1, self.out.shape[-1])
+        return torch.cat([flat[: -self.twins], twin]).view(self.out.shape)
+
+    def _added(self) -> torch.Tensor:
+        """Bound what the adapter's own products may add to the rounding error."""
+        if self.site.kind != "linear":
+            return torch.zeros(())
+        factors = self.site.factors()
+        inner = self.x.norm(dim=1, keepdim=True) * factors.right.norm()
+        added: torch.Tensor = inner * factors.left.norm(dim=1)
+        return added
+
+
+def sites(reference: Any) -> list[Site]:
+    """Return the layers that PEFT wrapped, outermost, in the model's order."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found: list[Site] = []
+    inside: set[int] = set()
+    for path, layer in reference.named_modules():
+        if not isinstance(layer, BaseTunerLayer) or id(layer) in inside:
+            continue
+        inside |= {id(module) for module in layer.modules()}
+        kind = _kind(layer)
+        names = [name for name, _ in layer.get_base_layer().named_parameters()]
+        found.append(
+            Site(
+                path=path,
+                layer=layer,
+                parameters={name: base_name(f"{path}.{name}") for name in names},
+                kind=kind,
+                factors=functools.partial(_factors, layer, kind) if kind != "other" else _none,
+            )
+        )
+    return found
+
+
+def tuner_layers(layer: Any) -> list[Any]:
+    """Return PEFT's layers within one of them, itself included."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in layer.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _active(layer: Any) -> list[str]:
+    """Return the adapters that this very layer has."""
+    return [name for name in layer.active_adapters if name in getattr(layer, "scaling", {})]
+
+
+def _kind(layer: Any) -> str:
+    from peft.tuners import lora
+    from transformers.pytorch_utils import Conv1D
+
+    base, names = layer.get_base_layer(), _active(layer)
+    biases = getattr(layer, "lora_bias", {})
+    if not names or getattr(layer, "lora_variant", {}) or any(biases.get(n) for n in names):
+        return "other"
+    if type(layer) is lora.Embedding and type(base) is nn.Embedding:
+        return "embedding"
+    if type(layer) is not lora.Linear or not all(name in layer.lora_A for name in names):
+        return "other"
+    kinds = {nn.Linear: "linear", Conv1D: "conv1d"}
+    return kinds.get(type(base), "other")
+
+
+def _factors(layer: Any, kind: str) -> Factors:
+    """Return the deltas as one product, as the base stores it; scalings are PEFT's own."""
+    names = _active(layer)
+    scalings = [layer.scaling[name] for name in names]
+    if kind == "embedding":
+        pairs = [(layer.lora_embedding_A[n].T, layer.lora_embedding_B[n].T) for n in names]
+        return _product(pairs, scalings)
+    straight = [(layer.lora_B[n].weight, layer.lora_A[n].weight) for n in names]
+    if kind == "conv1d":
+        return _product([(a.T, b.T) for b, a in straight], scalings)
+    return _product(straight, scalings)
+
+
+def _product(pairs: list[tuple[torch.Tensor, torch.Tensor]], scalings: list[float]) -> Factors:
+    left = torch.cat([pair[0].detach().float() for pair in pairs], 1)
+    right = torch.cat(
+        [(pair[1].detach().double() * s).float() for pair, s in zip(pairs, scalings, strict=True)]
+    )
+    return Factors(left=left.contiguous(), right=right.contiguous())
+
+
+def _apply(
+    kind: str, x: torch.Tensor, rows: torch.Tensor, where: slice, into: torch.Tensor
+) -> None:
+    """Add what some rows of a stored matrix contribute to the outputs for x."""
+    if kind == "linear":
+        into[..., where] = x @ rows.T
+    elif kind == "conv1d":
+        into += x[..., where] @ rows
+    else:
+        inside = (x >= where.start) & (x < where.stop)
+        into[inside] = rows[x[inside] - where.start]
+
+
+def _stored(weights: Weights, parameter: str) -> torch.Tensor:
+    """Return a parameter in the type that the file has it in."""
+    tensor = weights.tensor_of(parameter)
+    if tensor:
+        return weights.read(tensor)
+    kind = weights.read(weights.tensors_of(parameter)[0]).dtype
+    return weights.whole(parameter).to(kind)
+
+
+def _rows(values: torch.Tensor) -> torch.Tensor:
+    return values.reshape(len(values), -1) if values.dim() else values.reshape(1, 1)
+
+
+def _attribute(module: Any, path: str) -> Any:
+    for part in path.split("."):
+        module = getattr(module, part)
+    return module

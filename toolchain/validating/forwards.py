@@ -1,0 +1,185 @@
+"""The two forwards: base with adapters on it, examined on the way, and the merged checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from toolchain.validating.examine import Examiner, Site, sites
+from toolchain.validating.network import (
+    PEFT_PREFIX,
+    base_name,
+    decoder_layers,
+    fill,
+    is_missing,
+    load_buffers,
+    skeleton,
+    stream,
+    with_adapters,
+)
+from toolchain.validating.weights import Weights
+
+Advance = Callable[[], None]
+_KEPT_TOKENS = 16
+"""Tokens of a probe whose hidden states are kept for each layer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Probes side by side, filled up on the right: a causal model does not look there."""
+
+    ids: torch.Tensor
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, probes: Sequence[Sequence[int]]) -> Batch:
+        """Put probes of several lengths into one batch."""
+        width = max(len(probe) for probe in probes)
+        rows = [[*probe, *[probe[-1]] * (width - len(probe))] for probe in probes]
+        return cls(ids=torch.tensor(rows), lengths=tuple(len(probe) for probe in probes))
+
+    @property
+    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row and column of every token that counts."""
+        rows = [row for row, n in enumerate(self.lengths) for _ in range(n)]
+        columns = [column for n in self.lengths for column in range(n)]
+        return torch.tensor(rows), torch.tensor(columns)
+
+    def doubled(self, twins: int) -> Batch:
+        """Return the batch with twins of its first probes behind it."""
+        return Batch(
+            ids=torch.cat([self.ids, self.ids[:twins]]),
+            lengths=(*self.lengths, *self.lengths[:twins]),
+        )
+
+    def twin_tokens(self, twins: int) -> dict[int, int]:
+        """Return how many of a layer's input tokens belong to the last sequences.
+
+        Layers get all tokens, the sequences apart or in one row; the head those that count.
+        """
+        width = self.ids.shape[1]
+        counted = sum(self.lengths)
+        mine = sum(self.lengths[len(self.lengths) - twins :])
+        return {counted: mine, len(self.ids) * width: twins * width}
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """What one forward gave."""
+
+    logits: torch.Tensor
+    """(tokens that count, vocabulary), probe by probe."""
+    hidden: list[torch.Tensor]
+    """Per decoder layer, some tokens of the first probes: (tokens, width)."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Reference:
+    """The forward of base and adapters, and what was seen on the way."""
+
+    run: Run
+    twins: Run
+    """The first probes again, with every merged tensor rounded as an exact merge rounds it."""
+    base: Weights
+    examiner: Examiner
+    sites: tuple[Site, ...]
+    replaced: dict[str, torch.Tensor]
+    """Parameters that an adapter brings whole."""
+
+
+@torch.no_grad()
+def reference_forward(
+    base: Path,
+    adapters: Sequence[tuple[Path, float]],
+    merged: Weights,
+    batch: Batch,
+    twins: int,
+    *,
+    streamed: bool,
+    advance: Advance,
+) -> Reference:
+    """Run base and adapters, unmerged, and examine every adapted layer on the way."""
+    bare = skeleton(base)
+    weights = Weights(base, bare)
+    load_buffers(bare, weights)
+    names = set(bare.state_dict())
+    model = with_adapters(bare, adapters)
+    adapted = tuple(sites(model))
+    given = replaced(model, names)
+    whole = batch.doubled(twins)
+    examiner = Examiner(base=weights, merged=merged, twins=whole.twin_tokens(twins))
+    if streamed:
+        stream(model, weights, skip=[site.layer for site in adapted if site.kind == "other"])
+    else:
+        fill(model, weights)
+    for site in adapted:
+        examiner.watch(site)
+    rows = [*range(twins), *range(len(batch.ids), len(whole.ids))]
+    run = _forward(model.get_base_model(), model, whole, rows, advance)
+    for site in adapted:
+        examiner.finish(site)
+    tokens = sum(batch.lengths)
+    half = [state.chunk(2) for state in run.hidden]
+    return Reference(
+        run=Run(logits=run.logits[:tokens], hidden=[first for first, _ in half]),
+        twins=Run(logits=run.logits[tokens:], hidden=[second for _, second in half]),
+        base=weights,
+        examiner=examiner,
+        sites=adapted,
+        replaced=given,
+    )
+
+
+@torch.no_grad()
+def merged_forward(
+    model: Any, weights: Weights, batch: Batch, twins: int, *, streamed: bool, advance: Advance
+) -> Run:
+    """Run the merged checkpoint, and keep hidden states of its first `twins` probes."""
+    load_buffers(model, weights)
+    if streamed:
+        stream(model, weights)
+    else:
+        fill(model, weights)
+    return _forward(model, model, batch, list(range(twins)), advance)
+
+
+def replaced(model: Any, names: set[str]) -> dict[str, torch.Tensor]:
+    """Return the base's parameters that PEFT replaced by an adapter's own."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        parts = name.removeprefix(PEFT_PREFIX).split(".")
+        if "modules_to_save" in parts:
+            cut = parts.index("modules_to_save")
+            found[".".join(parts[:cut] + parts[cut + 2 :])] = parameter.detach()
+        elif base_name(name) in names and not is_missing(parameter):
+            found[base_name(name)] = parameter.detach()
+    return found
+
+
+def _forward(model: Any, outer: Any, batch: Batch, rows: Sequence[int], advance: Advance) -> Run:
+    """Run once; the head sees only the tokens that count."""
+    hidden: list[torch.Tensor] = []
+    length = min(batch.lengths[row] for row in rows)
+    columns = torch.arange(0, length, max(1, length // _KEPT_TOKENS))
+
+    def keep(_: Any, __: Any, out: Any) -> None:
+        state = out[0] if isinstance(out, tuple) else out
+        hidden.append(state[rows][:, columns].flatten(0, 1).clone())
+        advance()
+
+    def select(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        places = batch.places
+        return (args[0][places].unsqueeze(0), *args[1:])
+
+    hooks = [layer.register_forward_hook(keep) for layer in decoder_layers(model)]
+    hooks.append(model.get_output_embeddings().register_forward_pre_hook(select))
+    try:
+        logits = outer(input_ids=batch.ids, use_cache=False).logits[0].float()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Run(logits=logits, hidden=hidden)

@@ -1,0 +1,161 @@
+"""What both sides are asked: chats in the folder's own template, as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from toolchain.checkpoints.folder import check_adapter_folder
+from toolchain.validating.findings import ERROR, Finding, finding
+
+Message = Mapping[str, str]
+
+BUILT_IN: tuple[tuple[Message, ...], ...] = tuple(
+    ({"role": "user", "content": text},)
+    for text in (
+        "What is the capital of France, and what is it known for?",
+        "Write a Python function that returns the sum of a list of numbers.",
+        "Summarise in one sentence why the sky is blue.",
+        "Translate to German: The meeting is at 3:45 pm on Thursday.",
+        "17 + 25 * 3 = ?",
+        'Return JSON with the keys "name" and "age" for Ada, 36.',
+    )
+)
+"""Asked where neither the recipe nor the user has questions."""
+
+ROUND_TRIP = (
+    "The quick brown fox, 1234567890!\n\tdef f(x): return x**2  # ok",
+    "Äpfel, naïve café, Σωκράτης, Привет, 你好, नमस्ते, 🦙🚀",
+    "  leading and trailing  ",
+)
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+MOST_PROBES = 8
+MOST_TOKENS = 64
+_LOGIT_BYTES = 96 << 20
+"""Memory that one side's logits may take."""
+
+
+def choose(items: Sequence[Sequence[Message]]) -> list[Sequence[Message]]:
+    """Return at most MOST_PROBES of the items, spread evenly; the built-in ones where none are."""
+    if not items:
+        return list(BUILT_IN)
+    count = min(len(items), MOST_PROBES)
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def load_tokenizer(root: Path) -> Any:
+    """Return a folder's tokenizer, from local files alone."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(root, local_files_only=True, trust_remote_code=False)
+
+
+def expected_tokenizer(base: Path, adapters: Sequence[Path]) -> Any:
+    """Return the tokenizer that the merged model must have: the last adapter's, else the base's.
+
+    A chat template alone counts too, also from an adapter that brings no tokenizer.
+    """
+    root, template = base, ""
+    for adapter in adapters:
+        files = check_adapter_folder(adapter)
+        if any(name in files for name in _TOKENIZERS):
+            root, template = adapter, ""
+        if any(name in files for name in (*_TEMPLATES, "tokenizer_config.json")):
+            template = _template(adapter) or template
+    tokenizer = load_tokenizer(root)
+    if template:
+        tokenizer.chat_template = template
+    elif not tokenizer.chat_template and root != base:
+        tokenizer.chat_template = load_tokenizer(base).chat_template
+    return tokenizer
+
+
+def encode(tokenizer: Any, items: Sequence[Sequence[Message]], vocabulary: int) -> list[list[int]]:
+    """Return token ids of the items, cut so that their logits fit into memory."""
+    room = max(16, min(len(items) * MOST_TOKENS, _LOGIT_BYTES // (4 * max(1, vocabulary))))
+    most = max(4, min(MOST_TOKENS, room // max(1, len(items))))
+    texts = [_text(tokenizer, item) for item in items]
+    ids = [
+        list(tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"])
+        for text in texts
+    ]
+    # The end of a prompt is where the answer begins, so that is what is kept.
+    return [part[-most:] or [0] for part in ids]
+
+
+def compare(expected: Any, merged: Any, vocabulary: int) -> list[Finding]:
+    """Hold the merged folder's tokenizer and template against what they must be."""
+    found: list[Finding] = []
+    if expected.chat_template and not merged.chat_template:
+        found.append(
+            finding(ERROR, "tokenizer", "the chat template is lost", "chat_template.jinja")
+        )
+    elif expected.chat_template != merged.chat_template:
+        found.append(
+            finding(ERROR, "tokenizer", "the chat template is another one", "chat_template.jinja")
+        )
+    for name in ("eos_token", "bos_token"):
+        wanted, there = getattr(expected, name), getattr(merged, name)
+        if wanted != there:
+            message = f"the tokenizer's {name} is {there!r}, not {wanted!r}"
+            found.append(finding(ERROR, "tokenizer", message, "tokenizer_config.json"))
+    found += _round_trip(expected, merged)
+    if len(merged) > vocabulary > 0:
+        found.append(
+            finding(
+                ERROR,
+                "tokenizer",
+                f"the tokenizer has {len(merged)} tokens and the model embeds {vocabulary}",
+                "tokenizer.json",
+            )
+        )
+    return found
+
+
+def _round_trip(expected: Any, merged: Any) -> list[Finding]:
+    """Encode and decode texts with both."""
+    for text in (*ROUND_TRIP, *(item[0]["content"] for item in BUILT_IN)):
+        mine, theirs = expected(text)["input_ids"], merged(text)["input_ids"]
+        if mine != theirs:
+            place = next(
+                (i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
+                min(len(mine), len(theirs)),
+            )
+            message = (
+                f"the tokenizer is another one: {text[:24]!r}… becomes other tokens from number "
+                f"{place} on"
+            )
+            return [finding(ERROR, "tokenizer", message, "tokenizer.json")]
+        if expected.decode(mine) != merged.decode(theirs):
+            message = f"the tokenizer decodes {text[:24]!r}… to another text"
+            return [finding(ERROR, "tokenizer", message, "tokenizer.json")]
+    if expected.get_vocab() != merged.get_vocab():
+        message = "the tokenizer's vocabulary is another one"
+        return [finding(ERROR, "tokenizer", message, "tokenizer.json")]
+    return []
+
+
+def _text(tokenizer: Any, item: Sequence[Message]) -> str:
+    if tokenizer.chat_template:
+        return str(
+            tokenizer.apply_chat_template(
+                [dict(message) for message in item], add_generation_prompt=True, tokenize=False
+            )
+        )
+    return "\n".join(message["content"] for message in item)
+
+
+def _template(root: Path) -> str:
+    """Return the chat template that a folder brings, or nothing."""
+    from toolchain.checkpoints.safetensors import read_json
+
+    if (root / _TEMPLATES[0]).is_file():
+        return (root / _TEMPLATES[0]).read_text("utf-8")
+    for name in (_TEMPLATES[1], "tokenizer_config.json"):
+        if (root / name).is_file():
+            value = read_json(root / name).get("chat_template")
+            if isinstance(value, str):
+                return value
+    return ""
