@@ -1,4 +1,4 @@
-"""One stage each: `merge`, `validate`, `quantize`, `render`, `bake`, `evaluate`, `bench`, `push`."""
+"""Single stages: `merge`, `validate`, `quantize`, `render`, `bake`, `evaluate`, `bench`, `push`."""
 
 from __future__ import annotations
 
