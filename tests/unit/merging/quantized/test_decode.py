@@ -1,0 +1,256 @@
+"""Decoded weights, bit for bit, against the libraries that wrote them and formats' definitions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.unit.merging.quantized.conftest import Decode, bits
+from toolchain.errors import InputRefused
+from toolchain.merging.quantized.nf4 import dynamic_code, round_trip
+from toolchain.merging.stream import ARRAY_TYPES
+
+GOLDEN = load_file(Path(__file__).parent / "data" / "golden.safetensors")
+BF16 = {"dtype": "bfloat16"}
+NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+
+
+def golden(prefix: str) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in GOLDEN.items() if name.startswith(prefix)}
+
+
+def array(tensor: torch.Tensor) -> np.ndarray:
+    return bits(tensor).view(ARRAY_TYPES[NAMES[tensor.dtype]])
+
+
+def of_bitsandbytes(**more: Any) -> dict[str, Any]:
+    return BF16 | more | {"quantization_config": {"quant_method": "bitsandbytes"}}
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_4bit_is_bitsandbytes_own(number: int, decode_file: Decode) -> None:
+    name = f"bnb{number}.weight"
+    layout, decoded = decode_file(golden(name), of_bitsandbytes())
+    wanted = GOLDEN[f"decoded.{name}"]
+    assert layout.method == "bitsandbytes"
+    assert layout.packed[name].shape == tuple(wanted.shape)
+    assert decoded[name].dtype == ARRAY_TYPES[NAMES[wanted.dtype]]
+    assert np.array_equal(bits(decoded[name]), bits(wanted))
+
+
+def test_int8_is_bitsandbytes_own(decode_file: Decode) -> None:
+    _, decoded = decode_file(golden("int8"), of_bitsandbytes(dtype="float16"))
+    assert np.array_equal(bits(decoded["int8.weight"]), bits(GOLDEN["decoded.int8.weight"]))
+
+
+@pytest.mark.parametrize(("number", "double"), [(0, False), (1, True), (2, True), (3, False)])
+def test_the_round_trip_is_bitsandbytes_own(number: int, double: bool) -> None:
+    original = array(GOLDEN[f"original.bnb{number}.weight"])
+    wanted = GOLDEN[f"decoded.bnb{number}.weight"]
+    assert np.array_equal(bits(round_trip(original, double=double)), bits(wanted))
+
+
+def test_the_round_trip_does_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = array(GOLDEN["original.bnb1.weight"])
+    whole = round_trip(original)
+    monkeypatch.setattr("toolchain.merging.quantized.nf4._CHUNK", 128)
+    assert np.array_equal(bits(round_trip(original)), bits(whole))
+
+
+def test_the_dynamic_code_is_bitsandbytes_own() -> None:
+    stored = GOLDEN["bnb1.weight.nested_quant_map"].numpy()
+    assert np.array_equal(dynamic_code(), stored)
+
+
+@pytest.mark.parametrize("name", ["w4g", "w4a", "w3c", "w8c", "i8c", "f8c", "f8t", "f8b"])
+def test_compressed_tensors(name: str, decode_file: Decode) -> None:
+    told: dict[str, Any] = {"quant_method": "compressed-tensors"}
+    if name == "f8b":
+        told["config_groups"] = {"group_0": {"weights": {"block_structure": [16, 32]}}}
+    layout, decoded = decode_file(golden(f"{name}."), BF16 | {"quantization_config": told})
+    wanted = GOLDEN[f"decoded.{name}.weight"]
+    got = decoded[f"{name}.weight"]
+    assert layout.method == "compressed-tensors"
+    # The library computes in the scale's bfloat16: small integers and a product, rounded once too.
+    assert got.shape == tuple(wanted.shape)
+    assert np.array_equal(bits(got), bits(wanted))
+
+
+def pack(codes: np.ndarray, width: int) -> torch.Tensor:
+    """Pack each row's codes into 32-bit words by Python's integers."""
+    rows = []
+    for row in codes.tolist():
+        number = sum(code << (width * place) for place, code in enumerate(row))
+        words = -(-len(row) * width // 32)
+        rows.append([(number >> (32 * word)) & 0xFFFFFFFF for word in range(words)])
+    return torch.from_numpy(np.array(rows, np.uint32).view(np.int32))
+
+
+@pytest.mark.parametrize("width", [2, 3, 4, 8])
+@pytest.mark.parametrize("form", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptq(width: int, form: str, act_order: bool, decode_file: Decode) -> None:
+    random = np.random.default_rng(width)
+    columns, rows, group = 64, 32, 16
+    codes = random.integers(0, 1 << width, (rows, columns))
+    zeros = random.integers(0, 1 << width, (columns // group, rows))
+    scales = random.random((columns // group, rows)).astype(np.float16)
+    groups = np.arange(columns) // group
+    if act_order:
+        random.shuffle(groups)
+    kept = zeros if form == "gptq_v2" else (zeros - 1) % (1 << width)
+    tensors = {
+        "m.qweight": pack(codes, width).T.contiguous(),
+        "m.qzeros": pack(kept, width),
+        "m.scales": torch.from_numpy(scales),
+    }
+    if act_order:
+        tensors["m.g_idx"] = torch.from_numpy(groups.astype(np.int32))
+    told = {
+        "quant_method": "gptq",
+        "bits": width,
+        "group_size": group,
+        "desc_act": act_order,
+        "checkpoint_format": form,
+    }
+    _, decoded = decode_file(tensors, {"dtype": "float16", "quantization_config": told})
+    wanted = np.empty((rows, columns), np.float16)
+    for i in range(rows):
+        for j in range(columns):
+            g = groups[j]
+            wanted[i, j] = np.float16(float(scales[g, i]) * int(codes[i, j] - zeros[g, i]))
+    assert np.array_equal(bits(decoded["m.weight"]), bits(wanted))
+
+
+def test_awq(decode_file: Decode) -> None:
+    random = np.random.default_rng(1)
+    columns, rows, group = 48, 32, 16
+    codes = random.integers(0, 16, (columns, rows))
+    zeros = random.integers(0, 16, (columns // group, rows))
+    scales = random.random((columns // group, rows)).astype(np.float16)
+
+    def shuffled(values: np.ndarray) -> torch.Tensor:
+        order = [0, 2, 4, 6, 1, 3, 5, 7]
+        blocks = values.reshape(len(values), -1, 8)[:, :, order]
+        return pack(blocks.reshape(len(values), -1), 4)
+
+    tensors = {
+        "m.qweight": shuffled(codes),
+        "m.qzeros": shuffled(zeros),
+        "m.scales": torch.from_numpy(scales),
+    }
+    told = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm"}
+    _, decoded = decode_file(tensors, {"dtype": "float16", "quantization_config": told})
+    spread = scales.astype(np.float64).repeat(group, 0) * (codes - zeros.repeat(group, 0))
+    assert np.array_equal(bits(decoded["m.weight"]), bits(spread.T.astype(np.float16)))
+
+
+@pytest.mark.parametrize("name", ["weight_scale_inv", "weight_scale"])
+def test_fp8_in_blocks(name: str, decode_file: Decode) -> None:
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randn(40, 72, generator=generator).to(torch.float8_e4m3fn)
+    scale = torch.rand(3, 5, generator=generator)
+    told = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    layout, decoded = decode_file(
+        {"m.weight": codes, f"m.{name}": scale, "m.input_scale": torch.ones(1)},
+        BF16 | {"quantization_config": told},
+    )
+    wanted = torch.empty(40, 72, dtype=torch.bfloat16)
+    for i in range(40):
+        for j in range(72):
+            wanted[i, j] = codes[i, j].float() * scale[i // 16, j // 16]
+    assert np.array_equal(bits(decoded["m.weight"]), bits(wanted))
+    assert layout.dropped == {"m.input_scale"}
+    assert layout.parts == {"m.weight": "m.weight", f"m.{name}": "m.weight"}
+
+
+def test_mxfp4_as_transformers_decodes_it(decode_file: Decode) -> None:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    generator = torch.Generator().manual_seed(2)
+    blocks = torch.randint(0, 256, (3, 8, 2, 16), generator=generator).to(torch.uint8)
+    scales = torch.randint(110, 132, (3, 8, 2), generator=generator).to(torch.uint8)
+    told = {"quant_method": "mxfp4"}
+    layout, decoded = decode_file(
+        {"e.gate_up_proj_blocks": blocks, "e.gate_up_proj_scales": scales},
+        BF16 | {"quantization_config": told},
+    )
+    wanted = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
+    assert layout.packed["e.gate_up_proj"].shape == tuple(wanted.shape)
+    assert np.array_equal(bits(decoded["e.gate_up_proj"]), bits(wanted))
+
+
+def test_nvfp4(decode_file: Decode) -> None:
+    generator = torch.Generator().manual_seed(3)
+    packed = torch.randint(0, 256, (6, 16), generator=generator).to(torch.uint8)
+    scale = (torch.rand(6, 2, generator=generator) * 4).to(torch.float8_e4m3fn)
+    told = {"quant_method": "compressed-tensors"}
+    _, decoded = decode_file(
+        {
+            "m.weight_packed": packed,
+            "m.weight_scale": scale,
+            "m.weight_global_scale": torch.tensor([8.0]),
+            "m.input_global_scale": torch.tensor([3.0]),
+        },
+        {"dtype": "float32", "quantization_config": told},
+    )
+    table = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    for i in range(6):
+        for j in range(32):
+            code = (int(packed[i, j // 2]) >> (4 * (j % 2))) & 15
+            value = table[code & 7] * (-1 if code & 8 else 1) * float(scale[i, j // 16]) / 8
+            assert decoded["m.weight"][i, j] == pytest.approx(value, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "told", "what"),
+    [
+        ({"m.weight": torch.zeros(2, 2)}, {"quant_method": "aqlm"}, "'aqlm', which cannot"),
+        ({"m.weight": torch.zeros(2, 2, dtype=torch.int8)}, {"quant_method": "gptq"}, "no weight"),
+        ({"m.qweight": torch.zeros(2, 2, dtype=torch.int32)}, {"quant_method": "awq"}, "missing"),
+        (
+            {"m.qweight": torch.zeros(2, 2, dtype=torch.int32)},
+            {"quant_method": "awq", "version": "gemv"},
+            "gemv",
+        ),
+        (
+            {"m.qweight": torch.zeros(2, 2, dtype=torch.int32)},
+            {"quant_method": "gptq", "checkpoint_format": "marlin"},
+            "marlin",
+        ),
+        (
+            {"m.weight": torch.zeros(2, 2).to(torch.float8_e4m3fn)},
+            {"quant_method": "fp8"},
+            "no scale",
+        ),
+        (
+            # Three blocks over 40 rows may be 14, 15 or 16 high.
+            {
+                "m.weight": torch.zeros(40, 2).to(torch.float8_e4m3fn),
+                "m.weight_scale_inv": torch.ones(3, 1),
+            },
+            {"quant_method": "fp8"},
+            "do not fit together",
+        ),
+        (
+            {
+                "m.qweight": torch.zeros(2, 8, dtype=torch.int32),
+                "m.qzeros": torch.zeros(1, 3, dtype=torch.int32),
+                "m.scales": torch.zeros(1, 8).half(),
+            },
+            {"quant_method": "gptq", "bits": 4, "group_size": 16},
+            "do not fit together",
+        ),
+    ],
+)
+def test_what_cannot_be_decoded_is_refused(
+    tensors: dict[str, torch.Tensor], told: dict[str, Any], what: str, decode_file: Decode
+) -> None:
+    with pytest.raises(InputRefused, match=what) as caught:
+        decode_file(tensors, BF16 | {"quantization_config": told})
+    assert caught.value.hint

@@ -1,0 +1,1 @@
+"""Several adapters into one change per tensor: sums, truncations, votes and prunings."""
