@@ -110,17 +110,19 @@ def read_adapter_config(root: Path) -> AdapterConfig:
 
 def _read(raw: Mapping[str, Any]) -> AdapterConfig:
     targets = raw.get("target_modules")
+    # Ranks and alphas of other methods mean other things; PEFT reads them itself.
+    lora = raw if raw.get("peft_type") == "LORA" else {}
     return AdapterConfig(
         kind=str(raw["peft_type"]),
         raw=raw,
-        r=_rank(raw.get("r", 8)),
-        lora_alpha=_number(raw.get("lora_alpha", 8)),
-        use_rslora=_flag(raw, "use_rslora"),
+        r=_rank(lora.get("r", 8)),
+        lora_alpha=_number(lora.get("lora_alpha", 8)),
+        use_rslora=_flag(lora, "use_rslora"),
         rank_pattern={
-            key: _rank(rank) for key, rank in dict(raw.get("rank_pattern") or {}).items()
+            key: _rank(rank) for key, rank in dict(lora.get("rank_pattern") or {}).items()
         },
         alpha_pattern={
-            key: _number(alpha) for key, alpha in dict(raw.get("alpha_pattern") or {}).items()
+            key: _number(alpha) for key, alpha in dict(lora.get("alpha_pattern") or {}).items()
         },
         fan_in_fan_out=_flag(raw, "fan_in_fan_out"),
         # PEFT expands `all-linear` before it saves, so a config that kept it says nothing.
@@ -129,7 +131,7 @@ def _read(raw: Mapping[str, Any]) -> AdapterConfig:
         layers_to_transform=_numbers(raw.get("layers_to_transform")),
         layers_pattern=_several(_texts(raw.get("layers_pattern") or ())),
         base_model=str(raw.get("base_model_name_or_path") or ""),
-        unknown=tuple(sorted(k for k, v in raw.items() if v and k not in _PLAIN.split())),
+        unknown=tuple(sorted(k for k, v in lora.items() if v and k not in _PLAIN.split())),
     )
 
 
@@ -137,7 +139,7 @@ def _check_kind(path: Path, raw: Mapping[str, Any]) -> None:
     """Refuse every kind of adapter that is not plain LoRA."""
     kind, init = raw.get("peft_type"), raw.get("init_lora_weights", True)
     if kind != "LORA":
-        raise InputRefused(f"{path} is of type {kind!r}; only LORA can be merged", hint=_HINT)
+        return
     for name, reason in _UNSUPPORTED.items():
         if raw.get(name):
             raise InputRefused(f"{path} sets {name}: {reason}", hint=_HINT)

@@ -10,7 +10,6 @@ import json
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,23 +20,11 @@ from torch import nn
 
 from toolchain.errors import InputRefused
 from toolchain.merging.rounding import F32
+from toolchain.merging.tuned import Layer
 
 Arrays = Mapping[str, np.ndarray]
 _lock = threading.Lock()
 """One layer at a time: memory stays that of one tensor, and PEFT draws from global generators."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layer:
-    """A layer of the base that an adapter changes."""
-
-    module: str
-    """Its path in the model, which patterns in the configuration may speak about."""
-    kind: str
-    """`linear`, `conv1d` (GPT-2's, which stores (in, out)), `conv`, `embedding` or `norm`."""
-    shape: tuple[int, ...]
-    """Of the base's weight."""
-    bias: bool
 
 
 def merge_layer(layer: Layer, raw: str, base: Arrays, adapter: Arrays) -> dict[str, np.ndarray]:
@@ -48,29 +35,57 @@ def merge_layer(layer: Layer, raw: str, base: Arrays, adapter: Arrays) -> dict[s
     """
     with _lock, _quiet():
         model = _build((layer,), raw, {layer.module: base})
-        _load(model, adapter, layer.module)
+        _load(model, {name: _tensor(value) for name, value in adapter.items()}, layer.module)
         return _merged(model, layer)
 
 
 def merge_shared_layer(
-    layer: Layer, layers: tuple[Layer, ...], raw: str, base: Arrays, file: Path
+    layer: Layer,
+    layers: tuple[Layer, ...],
+    raw: str,
+    base: Arrays,
+    file: Path,
+    folder: Path | None = None,
 ) -> dict[str, np.ndarray]:
     """Return a layer's merged parameters where layers share projections or banks.
 
-    All `layers` are built once, around weights that take no memory, and the adapter is loaded
-    once; each layer gets its real weight only while it is merged.
+    All `layers` are built once, around weights that take no memory, and the adapter's `file` is
+    loaded once; each layer gets its real weight only while it is merged. With the base's `folder`,
+    layers come in the order of its model.
     """
     with _lock, _quiet():
-        return _merged(_shared(layers, raw, file), layer, base)
+        return _merged(_shared(layers, raw, file, folder), layer, base)
 
 
 @lru_cache(maxsize=1)
-def _shared(layers: tuple[Layer, ...], raw: str, file: Path) -> Any:
+def _shared(layers: tuple[Layer, ...], raw: str, file: Path, folder: Path | None) -> Any:
     from safetensors.torch import load_file
 
-    model = _build(layers, raw, {})
-    _load(model, {name: t.float().numpy() for name, t in load_file(file).items()}, "its layers")
+    model = _build(_ordered(layers, folder) if folder else layers, raw, {})
+    tensors = {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in load_file(file).items()
+    }
+    _load(model, tensors, "its layers")
     return model
+
+
+def _ordered(layers: Sequence[Layer], folder: Path) -> list[Layer]:
+    """Return the layers as the base's model has them, which is built without weights."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    if strange := [layer.module for layer in layers if layer.module not in order]:
+        raise InputRefused(
+            f"a {config.model_type} model has no {strange[0]}: the order of layers is unknown",
+            hint="serve this adapter unmerged with PEFT",
+        )
+    return sorted(layers, key=lambda layer: order[layer.module])
 
 
 def _build(layers: Sequence[Layer], raw: str, base: Mapping[str, Arrays]) -> Any:
@@ -103,7 +118,7 @@ def _plain(layer: Layer, base: Arrays | None) -> nn.Module:
     made = _empty(layer)
     for name, parameter in list(made.named_parameters()):
         if base is not None and name in base:
-            tensor = torch.from_numpy(np.array(base[name], F32)).view(parameter.shape)
+            tensor = _tensor(base[name]).view(parameter.shape)
         else:
             tensor = torch.zeros(1).expand(parameter.shape)
         setattr(made, name, nn.Parameter(tensor, requires_grad=False))
@@ -121,10 +136,7 @@ def _empty(layer: Layer) -> nn.Module:
         case "conv":
             kinds = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
             size: Any = shape[2:]
-            made = kinds[len(shape)](shape[1], shape[0], size, bias=layer.bias, device=device)
-            return made  # type: ignore[no-any-return]
-        case "embedding":
-            return nn.Embedding(shape[0], shape[1], device=device)
+            return kinds[len(shape)](shape[1], shape[0], size, bias=layer.bias, device=device)
         case "norm":
             return nn.LayerNorm(shape[0], bias=layer.bias, device=device)
         case _:
@@ -165,25 +177,42 @@ def _named(module: str, names: str | list[str]) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
-def _load(model: Any, adapter: Arrays, what: str) -> None:
+def _tensor(value: np.ndarray) -> torch.Tensor:
+    """Return floats as float32, and indices as they are."""
+    kept = value.dtype.kind in "iu" or value.dtype == np.bool_
+    return torch.from_numpy(value.copy() if kept else value.astype(F32))
+
+
+def _load(model: Any, tensors: Mapping[str, torch.Tensor], what: str) -> None:
     from peft import set_peft_model_state_dict
 
-    tensors = {name: torch.from_numpy(np.array(value, F32)) for name, value in adapter.items()}
     try:
-        result = set_peft_model_state_dict(model, tensors)
+        result = set_peft_model_state_dict(model, dict(tensors))
     except (RuntimeError, ValueError, KeyError) as error:
         raise InputRefused(
             f"the adapter's tensors of {what} do not fit: {error}",
             hint="configuration and weights are of different trainings; export both together",
         ) from error
     strange = list(result.unexpected_keys)
-    missing = [name for name in result.missing_keys if model.base_model.prefix in name]
-    if strange or missing:
+    strange += _missing(model, result.missing_keys)
+    if strange:
         raise InputRefused(
-            f"the adapter's tensors of {what} are incomplete or unknown: "
-            + ", ".join((strange + missing)[:5]),
+            f"the adapter's tensors of {what} are incomplete or unknown: {', '.join(strange[:5])}",
             hint="export the adapter again with PEFT's save_pretrained",
         )
+
+
+def _missing(model: Any, names: Sequence[str]) -> list[str]:
+    """Return trained parameters that were not loaded, under any of the names that they have."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    loaded = {id(parameter) for name, parameter in parameters.items() if name not in names}
+    return [
+        name
+        for name in names
+        if model.base_model.prefix in name
+        and name in parameters
+        and id(parameters[name]) not in loaded
+    ]
 
 
 def _merged(model: Any, layer: Layer, base: Arrays | None = None) -> dict[str, np.ndarray]:
@@ -192,9 +221,15 @@ def _merged(model: Any, layer: Layer, base: Arrays | None = None) -> dict[str, n
     plain = tuned.get_base_layer()
     stand_ins = {name: parameter.data for name, parameter in plain.named_parameters()}
     for name, value in (base or {}).items():
-        plain.get_parameter(name).data = torch.from_numpy(np.array(value, F32))
-    with torch.no_grad():
-        tuned.merge(safe_merge=False)
+        plain.get_parameter(name).data = _tensor(value)
+    try:
+        with torch.no_grad():
+            tuned.merge(safe_merge=False)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise InputRefused(
+            f"PEFT cannot merge {layer.module}: {error}",
+            hint="serve this adapter unmerged with PEFT",
+        ) from error
     # The layer may have been replaced by one that was trained as a whole.
     result = {name: p.data.float().numpy() for name, p in tuned.get_base_layer().named_parameters()}
     if base is not None:

@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 _WRAPPER = "base_model.model."
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+_CONV1D_MODULES = ("c_attn", "q_attn", "c_proj", "c_fc")
 _LEADING = 3
 """Prefixes such as `model.` or `model.language_model.` have at most this many parts."""
 
@@ -49,3 +51,8 @@ def added_prefix(module: str, base: str) -> tuple[str, str]:
     if base.endswith(module):
         return base[: len(base) - len(module)], ""
     return "", module[: len(module) - len(base)]
+
+
+def is_conv1d(model_type: str, module: str) -> bool:
+    """Say whether a module is transformers' Conv1D, which stores its weight as (in, out)."""
+    return model_type in _CONV1D_MODELS and module.rpartition(".")[2] in _CONV1D_MODULES

@@ -152,8 +152,9 @@ class Patch:
 class Change(Protocol):
     """A new value of a tensor that is no sum of low-rank terms: computed, then rounded once."""
 
-    whole: bool
-    """True where rows cannot be computed apart: the tensor is then one block."""
+    @property
+    def whole(self) -> bool:
+        """True where rows cannot be computed apart: the tensor is then one block."""
 
     def held_elements(self, output: Output) -> int:
         """Return how many float64 elements are in memory at a time, for the plan."""

@@ -7,12 +7,13 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from toolchain.checkpoints.safetensors import BITS, TensorInfo
@@ -21,10 +22,25 @@ from toolchain.merging.outputs import Part
 from toolchain.merging.rounding import BF16, F16, F32, F64
 
 ARRAY_TYPES = {"BF16": BF16, "F16": F16, "F32": F32, "F64": F64}
+STORED_TYPES = {
+    **ARRAY_TYPES,
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "I16": np.dtype(np.int16),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(np.uint8),
+}
+"""Types of codes, indices and scales as well; exponents alone are kept as bytes."""
 _MODE = 0o644
 _PIECE = 1 << 18
 _KEPT = 4
 """Factors kept for the next part of them: those of a layer's experts, both projections."""
+_MADE = 2
+"""Decoded tensors kept."""
 
 
 class Reader:
@@ -72,7 +88,8 @@ class Files:
     def __init__(self) -> None:
         self._readers: dict[Path, Reader] = {}
         self._kept: OrderedDict[tuple[Path, str, int, int], np.ndarray] = OrderedDict()
-        self._lock = threading.Lock()
+        self._made: OrderedDict[object, np.ndarray] = OrderedDict()
+        self._lock, self._making = threading.Lock(), threading.Lock()
 
     def reader(self, path: Path) -> Reader:
         """Return the file, open."""
@@ -87,6 +104,7 @@ class Files:
             reader.close()
         self._readers.clear()
         self._kept.clear()
+        self._made.clear()
 
     def rows(
         self,
@@ -99,6 +117,24 @@ class Files:
     ) -> np.ndarray:
         """Return rows of a stored tensor, see `Reader.rows`."""
         return self.reader(path).rows(info, first, count, columns, into)
+
+    def array(self, path: Path, info: TensorInfo) -> np.ndarray:
+        """Return a whole stored tensor of any type, in its own shape."""
+        data = self.reader(path).read_into(np.empty(info.size, np.uint8), info.start)
+        array: np.ndarray = data.view(STORED_TYPES[info.dtype]).reshape(info.shape)
+        return array
+
+    def once(self, key: object, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return what `make` returned for the key, one of the last two: not made twice at a time.
+
+        Blocks of one tensor, and of the one before, are in flight together, never more.
+        """
+        with self._making:
+            if key not in self._made:
+                self._made[key] = make()
+                while len(self._made) > _MADE:
+                    self._made.popitem(last=False)
+            return self._made[key]
 
     def matrix(self, part: Part) -> np.ndarray:
         """Return a factor as float32, which holds every supported type exactly.

@@ -127,7 +127,6 @@ def test_targets_are_pefts(values: dict[str, Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"peft_type": "LOHA"}, "type 'LOHA'"),
         ({"use_dora": True}, "DoRA"),
         ({"bias": "all"}, "trains biases"),
         ({"lora_bias": True}, "LoRA biases"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import ml_dtypes
 import numpy as np
 
 from toolchain.errors import InputRefused
@@ -14,18 +13,6 @@ from toolchain.merging.rounding import F32, round_once
 from toolchain.merging.stream import ARRAY_TYPES
 
 Parts = Mapping[str, np.ndarray]
-STORED_TYPES = {
-    **ARRAY_TYPES,
-    "BOOL": np.dtype(np.bool_),
-    "U8": np.dtype(np.uint8),
-    "I8": np.dtype(np.int8),
-    "I32": np.dtype(np.int32),
-    "I64": np.dtype(np.int64),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "F8_E8M0": np.dtype(np.uint8),
-}
-"""Array types of what codes and scales are stored in; exponents alone are kept as bytes."""
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Column that nibble i of a word holds; AutoAWQ's `order_map`."""
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from toolchain.checkpoints.safetensors import TensorInfo, read_header
-from toolchain.merging.quantized.decode import STORED_TYPES, decode
+from toolchain.merging.quantized.decode import decode
 from toolchain.merging.quantized.layout import Layout, read_layout
+from toolchain.merging.stream import STORED_TYPES
 
 Decode = Callable[..., tuple[Layout, dict[str, np.ndarray]]]
 

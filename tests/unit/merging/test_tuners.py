@@ -1,0 +1,194 @@
+"""Each of PEFT's other tuners, merged, against its own unmerged forward pass."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.unit.merging.conftest import config_of
+from toolchain.errors import InputRefused
+from toolchain.merging.engine import MergeRequest, merge
+from toolchain.merging.families.tuners import FAMILY
+
+TARGETS = ["q_proj", "down_proj"]
+CASES: dict[str, dict[str, Any]] = {
+    "ADALORA": {"r": 4, "init_r": 6, "target_r": 4, "lora_alpha": 6, "total_step": 10}
+    | {"tinit": 1, "tfinal": 2, "deltaT": 1},
+    "BEFT": {"target_modules": ["q_proj"]},
+    "BOFT": {"boft_block_size": 4},
+    "C3A": {"block_size": 16},
+    "DEFT": {"r": 4},
+    "DELORA": {"r": 4},
+    "FOURIERFT": {"n_frequency": 20},
+    "GLORA": {"r": 4},
+    "GRALORA": {"r": 4},
+    "HIRA": {"r": 4},
+    "HRA": {"r": 4},
+    "IA3": {"feedforward_modules": ["down_proj"]},
+    "LN_TUNING": {"target_modules": ["input_layernorm", "norm"]},
+    "LOHA": {"r": 4, "alpha": 6, "rank_pattern": {"down_proj": 2}},
+    "LOKR": {"r": 4, "alpha": 6},
+    "MISS": {"r": 4},
+    "OFT": {"oft_block_size": 8, "r": 0},
+    "OSF": {},
+    "PEANUT": {"r": 4},
+    "PSOFT": {"r": 4},
+    "PVERA": {"r": 8},
+    "RANDLORA": {"r": 4},
+    "ROAD": {"group_size": 16},
+    "SHIRA": {"r": 4},
+    "SUPERTUNING": {},
+    "TINYLORA": {},
+    "UNILORA": {"r": 4, "theta_d_length": 64},
+    "VBLORA": {"r": 4, "num_vectors": 16, "vector_length": 16},
+    "VERA": {"r": 8},
+    "WAVEFT": {"n_frequency": 20},
+}
+MORE = [
+    ("VERA", {"r": 8, "save_projection": False}),
+    ("LOHA", {"r": 4, "layers_to_transform": [1]}),
+    ("VBLORA", {"r": 4, "num_vectors": 16, "vector_length": 16, "save_only_topk_weights": True}),
+    ("OFT", {"oft_block_size": 8, "r": 0, "block_share": True}),
+]
+IDS = torch.arange(20).view(1, -1)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def network(folder: Path, **options: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tuners") / "base"
+    model = AutoModelForCausalLM.from_config(config_of("llama", attention_bias=True))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def trained(base: Path, folder: Path, kind: str, options: dict[str, Any]) -> torch.Tensor:
+    """Save an adapter whose parameters are moved from where they start; return its logits."""
+    from peft import get_peft_model
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    torch.manual_seed(1)
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[kind](**{"target_modules": TARGETS} | options)
+    model = get_peft_model(network(base), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter) * 0.1
+    model.eval().save_pretrained(folder)
+    if options.get("save_only_topk_weights"):
+        # What is saved is not what was trained: the judge is the adapter as it loads.
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(network(base), folder).eval()
+    with torch.no_grad():
+        return model(IDS).logits  # type: ignore[no-any-return]
+
+
+def logits(folder: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return network(folder)(IDS).logits  # type: ignore[no-any-return]
+
+
+def run(base: Path, adapter: Path, out: Path, weight: float = 1.0) -> dict[str, Any]:
+    return merge(MergeRequest(base=base, adapters=((adapter, weight),), out=out, device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [*CASES.items(), *MORE], ids=[*CASES, *(f"{k}-more" for k, _ in MORE)]
+)
+def test_merged_as_unmerged(kind: str, options: dict[str, Any], base: Path, tmp_path: Path) -> None:
+    wanted = trained(base, tmp_path / "adapter", kind, options)
+    result = run(base, tmp_path / "adapter", tmp_path / "out")
+    found, before = logits(tmp_path / "out"), logits(base)
+    signal = (wanted - before).abs().max()
+    assert signal > 1e-4
+    assert (found - wanted).abs().max() < 2e-3 * signal
+    assert result["tensors"]["merged"] + result["tensors"]["replaced"] > 0
+
+
+def test_every_tuner_of_the_table_has_a_case() -> None:
+    assert set(CASES) == FAMILY.kinds
+
+
+def test_gpt2_stores_its_weights_the_other_way_round(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_of("gpt2"))
+    model.save_pretrained(tmp_path / "base")
+    options = {"target_modules": ["c_attn", "c_proj"], "feedforward_modules": ["c_proj"]}
+    wanted = trained(tmp_path / "base", tmp_path / "adapter", "IA3", options)
+    run(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert (logits(tmp_path / "out") - wanted).abs().max() < 1e-5
+
+
+def test_sixteen_bits_are_rounded_once(base: Path, tmp_path: Path) -> None:
+    trained(base, tmp_path / "adapter", "LOKR", CASES["LOKR"])
+    low = tmp_path / "low"
+    shutil.copytree(base, low)
+    tensors = {n: t.to(torch.bfloat16) for n, t in load_file(base / "model.safetensors").items()}
+    save_file(tensors, low / "model.safetensors", {"format": "pt"})
+    high = tmp_path / "high"
+    shutil.copytree(base, high)
+    wide = {name: tensor.float() for name, tensor in tensors.items()}
+    save_file(wide, high / "model.safetensors", {"format": "pt"})
+    run(low, tmp_path / "adapter", tmp_path / "out-low")
+    run(high, tmp_path / "adapter", tmp_path / "out-high")
+    found = load_file(tmp_path / "out-low" / "model.safetensors")
+    wanted = load_file(tmp_path / "out-high" / "model.safetensors")
+    assert all(torch.equal(t, wanted[n].to(torch.bfloat16)) for n, t in found.items())
+
+
+def test_a_weight_scales_the_change(base: Path, tmp_path: Path) -> None:
+    trained(base, tmp_path / "adapter", "BOFT", CASES["BOFT"])
+    run(base, tmp_path / "adapter", tmp_path / "whole")
+    run(base, tmp_path / "adapter", tmp_path / "half", 0.5)
+    before = load_file(base / "model.safetensors")
+    whole, half = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "half"))
+    for name, tensor in before.items():
+        wanted = tensor.double() + 0.5 * (whole[name].double() - tensor.double())
+        assert torch.allclose(half[name].double(), wanted, atol=1e-7)
+
+
+def test_missing_tensors_are_refused(base: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    trained(base, adapter, "LOHA", CASES["LOHA"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    key = next(name for name in tensors if name.endswith("hada_w2_b"))
+    del tensors[key]
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(InputRefused, match="incomplete"):
+        run(base, adapter, tmp_path / "out")
+
+
+def test_another_rank_is_refused(base: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    trained(base, adapter, "LOHA", {"r": 4})
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"r": 3}))
+    with pytest.raises(InputRefused, match="do not fit"):
+        run(base, adapter, tmp_path / "out")

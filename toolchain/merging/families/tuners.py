@@ -1,0 +1,170 @@
+"""PEFT's other tuners: each layer's merged weight comes from PEFT's own code (`layer.py`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from toolchain.errors import InputRefused
+from toolchain.merging.families.family import AdapterView, Claim, Family, Variant
+from toolchain.merging.names import is_conv1d, module_key
+from toolchain.merging.outputs import Stored
+from toolchain.merging.tuned import BIASED, Layer, Tuned
+
+_OWN = {
+    "ADALORA": "AdaLoRA",
+    "BEFT": "BEFT",
+    "BOFT": "BOFT",
+    "C3A": "C3A",
+    "DEFT": "DEFT",
+    "DELORA": "DeLoRA",
+    "FOURIERFT": "FourierFT",
+    "GLORA": "GLoRA",
+    "GRALORA": "GraLoRA",
+    "HIRA": "HiRA",
+    "HRA": "HRA",
+    "IA3": "IA³",
+    "LOHA": "LoHa",
+    "LOKR": "LoKr",
+    "MISS": "MiSS",
+    "OFT": "OFT",
+    "OSF": "OSF",
+    "PEANUT": "PEANuT",
+    "PSOFT": "PSOFT",
+    "ROAD": "RoAd",
+    "SHIRA": "SHiRA",
+    "SUPERTUNING": "SuperTuning",
+    "WAVEFT": "WaveFT",
+}
+"""`peft_type` -> name of tuners whose layers stand alone."""
+_SHARED = {
+    "PVERA": "PVeRA",
+    "RANDLORA": "RandLoRA",
+    "TINYLORA": "TinyLoRA",
+    "UNILORA": "UniLoRA",
+    "VBLORA": "VB-LoRA",
+    "VERA": "VeRA",
+}
+"""Tuners whose layers share projections or banks."""
+_ORDERED = ("TINYLORA", "UNILORA")
+"""Tuners that give layers numbers in the order of the model."""
+_NORM = "LN_TUNING"
+
+
+def _claim(view: AdapterView) -> Iterator[Claim]:
+    if view.config.kind == _NORM:
+        yield from _norms(view)
+        return
+    modules, rest = _sorted(view)
+    kind = view.config.kind
+    shared = kind in _SHARED
+    if shared and not modules:
+        modules = dict.fromkeys(_targeted(view), ())
+    if not modules:
+        raise InputRefused(
+            f"{view.path} changes no module of the base",
+            hint=f"the adapter belongs to another model: {view.config.base_model!r}",
+        )
+    raw = json.dumps(dict(view.config.raw), sort_keys=True)
+    layers = {module: _layer(view, module) for module in modules}
+    for number, (module, keys) in enumerate(modules.items()):
+        own = keys + (rest if shared and not number else ())
+        tuned: dict[str, Any] = {
+            "layer": layers[module],
+            "base": tuple(
+                (name, view.sources[target])
+                for name in ("weight", "bias")
+                if (target := view.find(module, name))
+            ),
+            "keys": tuple(view.stored(key) for key in keys),
+            "raw": raw,
+            "file": view.file,
+            "shared": tuple(layers.values()) if shared else (),
+            "folder": _folder(view, module) if kind in _ORDERED else None,
+        }
+        if kind != "BEFT":
+            yield Claim(
+                keys=own,
+                module=module,
+                target=view.need(module),
+                change=Tuned(parameter="weight", **tuned),
+            )
+        if kind in BIASED and (bias := view.find(module, "bias")):
+            yield Claim(
+                keys=own if kind == "BEFT" else (),
+                module=module,
+                target=bias,
+                change=Tuned(parameter="bias", **tuned),
+            )
+
+
+def _sorted(view: AdapterView) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+    """Return the keys by the module of the base that they begin with, and those of none."""
+    modules: dict[str, tuple[str, ...]] = {}
+    rest: list[str] = []
+    for key in view.keys:
+        parts = module_key(key).split(".")
+        names = (".".join(parts[:cut]) for cut in range(len(parts) - 1, 0, -1))
+        module = next((name for name in names if view.find(name)), "")
+        if module and module_key(key) not in (f"{module}.weight", f"{module}.bias"):
+            modules[module] = (*modules.get(module, ()), key)
+        elif view.config.kind in _SHARED and not module:
+            rest.append(key)
+    return modules, tuple(rest)
+
+
+def _targeted(view: AdapterView) -> list[str]:
+    """Return the modules that the configuration names, for tuners that save nothing per module."""
+    names = [name.removesuffix(".weight") for name in view.sources if name.endswith(".weight")]
+    return [name for name in names if view.config.targets(name)]
+
+
+def _layer(view: AdapterView, module: str) -> Layer:
+    target = view.need(module)
+    shape = view.sources[target].shape
+    kinds = {1: "norm", 2: "linear", 3: "conv", 4: "conv", 5: "conv"}
+    if len(shape) not in kinds:
+        raise InputRefused(
+            f"{view.path}: {module} has the shape {list(shape)}, of no layer that is known",
+            hint="serve this adapter unmerged with PEFT",
+        )
+    kind = kinds[len(shape)]
+    if kind == "linear" and is_conv1d(str(view.base_config.get("model_type", "")), module):
+        kind = "conv1d"
+    return Layer(module=module, kind=kind, shape=shape, bias=bool(view.find(module, "bias")))
+
+
+def _folder(view: AdapterView, module: str) -> Path | None:
+    """Return the base's folder, whose configuration gives the model's order of layers."""
+    source = view.sources[view.need(module)]
+    return source.path.parent if isinstance(source, Stored) else None
+
+
+def _norms(view: AdapterView) -> Iterator[Claim]:
+    """Trained norms are whole tensors that take the base's place."""
+    for key in view.keys:
+        module, _, parameter = module_key(key).rpartition(".")
+        module = module.removesuffix(".ln_tuning_layers")
+        yield Claim(
+            keys=(key,),
+            module=module,
+            target=view.need(module, parameter),
+            replacement=view.stored(key),
+        )
+
+
+_ALONE = "PEFT's layer, built around one base tensor at a time, float32, rounded once"
+_TOGETHER = "the same; what the layers share is loaded once"
+
+FAMILY = Family(
+    name="tuners",
+    kinds=frozenset({*_OWN, *_SHARED, _NORM}),
+    claim=_claim,
+    variants=(
+        *(Variant(name=name, how=_ALONE) for name in _OWN.values()),
+        *(Variant(name=name, how=_TOGETHER) for name in _SHARED.values()),
+        Variant(name="LayerNorm tuning", how="the adapter's tensor takes the base's place"),
+    ),
+)

@@ -1,0 +1,103 @@
+"""A layer that one of PEFT's other tuners changes: what is known before PEFT is imported."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from toolchain.errors import InputRefused
+from toolchain.merging.outputs import Output, Rows, Source, Stored
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from toolchain.merging.stream import Files
+
+BIASED = frozenset({"BEFT", "GLORA", "IA3", "ROAD"})
+"""Tuners that change a layer's bias as well."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """A layer of the base that an adapter changes."""
+
+    module: str
+    """Its path in the model, which patterns in the configuration may speak about."""
+    kind: str
+    """`linear`, `conv1d` (GPT-2's, which stores (in, out)), `conv` or `norm`."""
+    shape: tuple[int, ...]
+    """Of the base's weight."""
+    bias: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuned:
+    """A layer's weight or bias as PEFT merges it; the whole tensor at once, in float32."""
+
+    layer: Layer
+    parameter: str
+    """`weight` or `bias`."""
+    base: tuple[tuple[str, Source], ...]
+    """The layer's parameters by name."""
+    keys: tuple[Stored, ...]
+    """The layer's own tensors of the adapter."""
+    raw: str
+    """adapter_config.json."""
+    file: Path
+    shared: tuple[Layer, ...] = ()
+    """All layers of the adapter, where they share something."""
+    folder: Path | None = None
+    """The base's, where the order of its layers counts."""
+
+    @property
+    def whole(self) -> bool:
+        """The tensor is one block."""
+        return True
+
+    def held_elements(self, output: Output) -> int:
+        """Return how many float64 elements are in memory: base, delta and result in float32."""
+        own = sum(stored.info.size for stored in self.keys) // 8
+        return 2 * output.rows * output.columns + own
+
+    def begin(self, output: Output, files: Files) -> Rows:
+        """Return what computes the whole tensor."""
+
+        def rows(first: int, count: int) -> np.ndarray:
+            from toolchain.merging.layer import merge_layer, merge_shared_layer
+
+            base = {name: _array(source, files) for name, source in self.base}
+            if self.shared:
+                merged = merge_shared_layer(
+                    self.layer, self.shared, self.raw, base, self.file, self.folder
+                )
+            else:
+                adapter = {stored.info.name: _array(stored, files) for stored in self.keys}
+                merged = merge_layer(self.layer, self.raw, base, adapter)
+            self._check(merged, base)
+            return merged[self.parameter].reshape(output.rows, output.columns)[first:][:count]
+
+        return rows
+
+    def _check(self, merged: dict[str, np.ndarray], base: dict[str, np.ndarray]) -> None:
+        """Refuse a changed bias that nobody would write."""
+        import numpy as np
+
+        kind = json.loads(self.raw)["peft_type"]
+        if "bias" in base and kind not in BIASED:
+            same = np.array_equal(merged["bias"], base["bias"].astype(np.float32).reshape(-1))
+            if not same:
+                raise InputRefused(
+                    f"{kind} changes the bias of {self.layer.module}, which is not expected",
+                    hint="serve this adapter unmerged, and report it with the version of PEFT",
+                )
+
+
+def _array(source: Source, files: Files) -> np.ndarray:
+    """Return a whole tensor in its own type."""
+    if isinstance(source, Stored):
+        return files.array(source.path, source.info)
+    count, columns = math.prod(source.shape[:-1]), source.shape[-1]
+    return source.rows(files, 0, count, columns).reshape(source.shape)
