@@ -231,6 +231,8 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
     if not tasks:
         tools.progress.warn("the recipe has no `evaluate`: nothing proves what the image knows")
     for target in request.targets:
+        if target.engine.legacy:
+            tools.progress.warn(target.engine.legacy)
         config = model_config(sources.base.tree.root)
         size = estimated_bytes(sources.base.tree.size, target.format, config)
         serving_config(request.file, target, sources.base.tree, size, weights="", made_from=())

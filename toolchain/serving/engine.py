@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from toolchain.values import Json
+from toolchain.values import SAFETENSORS, Format, Json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,8 +25,8 @@ class Wishes:
     pipeline_parallel_size: int = 0
     gpu_memory_utilization: float = 0.0
     served_model_name: str = ""
-    weight_bits: float = 16.0
-    """Nominal bits of a weight in the target's format."""
+    format: Format = SAFETENSORS
+    """The target's, not a wish: what the weights are packed in."""
     extra: Mapping[str, Json] = field(default_factory=dict)
 
 
@@ -97,6 +97,8 @@ class Engine:
     """A serving engine: what it loads, how it is planned, started and asked."""
 
     name: str
+    title: str
+    """For people."""
     accepts: frozenset[str]
     """Kinds of Format (`gguf`, `safetensors`, `awq` …)."""
     base: EngineBase
@@ -128,5 +130,9 @@ class Engine:
     """The variable for its number of threads, where it would count the machine's CPUs itself."""
     neutral_settings: frozenset[str] = frozenset()
     """Settings of a plan that change no answer: slots, total context, threads."""
+    probe_seconds: int = 3
+    """How long a health probe may take."""
+    fixed_name: str = ""
+    """The model's name at the server, where nothing can change it."""
     legacy: str = ""
     """Why one should choose another engine, or empty."""

@@ -42,6 +42,7 @@ def command(plan: ServingPlan, names: Mapping[str, Json]) -> tuple[str, ...]:
 
 ENGINE = Engine(
     name="llamacpp",
+    title="llama.cpp's server",
     accepts=frozenset({"gguf"}),
     base=EngineBase(cpu="engine:llamacpp", gpu=CUDA_IMAGE),
     port=_PORT,

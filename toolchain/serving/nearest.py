@@ -79,7 +79,7 @@ def _smaller_cache(case: Case, tokens: int, requests: int) -> Mapping[str, Json]
 
 
 def _smaller_weights(case: Case, tokens: int, requests: int) -> Mapping[str, Json]:
-    bits = case.wishes.weight_bits
+    bits = case.wishes.format.bits_per_weight
     if bits <= 8:
         return {}
     outside = min(case.weights, case.shape.vocab * case.shape.hidden * 2)

@@ -21,7 +21,7 @@ from toolchain.serving.memory import GIB, MIB, human
 from toolchain.serving.model import ModelShape
 from toolchain.serving.nearest import alternatives
 from toolchain.serving.paged import PagedCache, paged_cache
-from toolchain.values import Json
+from toolchain.values import SAFETENSORS, Json
 
 _MARGIN = 20
 """One part in twenty of what the engine may take stays free, because the rest is estimated."""
@@ -279,7 +279,9 @@ def _shrinks(config: Mapping[str, Json], shape: ModelShape, wishes: Wishes, dtyp
     """Say whether a float32 checkpoint is served in 16 bits; it must say that it is one."""
     parts = [config, config.get("text_config") or {}]
     stated = any(name in part for part in parts for name in ("dtype", "torch_dtype"))
-    return stated and (wishes.weight_bits, shape.dtype) == (16, "float32") and dtype != "float32"
+    return (
+        stated and (wishes.format, shape.dtype) == (SAFETENSORS, "float32") and dtype != "float32"
+    )
 
 
 def _stretched(wishes: Wishes) -> bool:
@@ -366,8 +368,15 @@ def _plan(case: Case, tokens: int, requests: int) -> ServingPlan:
         pipeline_parallel_size=machine.pipeline_parallel,
         gpu_layers=case.shape.layers if machine.gpus else 0,
         fits=fits,
-        notes=case.notes,
+        notes=(*case.notes, *_lowered(case, fraction)),
     )
+
+
+def _lowered(case: Case, fraction: float) -> tuple[str, ...]:
+    wish = case.wishes.gpu_memory_utilization
+    if not wish or fraction >= wish:
+        return ()
+    return (f"gpu_memory_utilization {fraction} instead of {wish}: activations need the rest",)
 
 
 def _growth(case: Case, groups: int) -> int:

@@ -207,6 +207,7 @@ def file_settings(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, 
 
 ENGINE = Engine(
     name="vllm",
+    title="vLLM",
     accepts=frozenset({"safetensors", "awq", "gptq", "fp8"}),
     base=EngineBase(cpu="engine:vllm-cpu", gpu=GPU_IMAGE),
     port=_PORT,

@@ -32,8 +32,17 @@ _ACCOUNTS = {
 
 
 def base_reference(engine: Engine, device: str, override: str) -> str:
-    """Return what the image is built on: the user's word, else the engine's for the device."""
-    return override or (engine.base.cpu if device == "cpu" else engine.base.gpu)
+    """Return what the image is built on: the user's word, else the engine's for the device.
+
+    Raises UsageError where there is none.
+    """
+    chosen = override or (engine.base.cpu if device == "cpu" else engine.base.gpu)
+    if not chosen:
+        raise UsageError(
+            f"{engine.name} has no image for a {device}",
+            hint="set serve.gpu, or name a base with --base-image or image.base",
+        )
+    return chosen
 
 
 def base_inputs(name: str) -> StageInputs:

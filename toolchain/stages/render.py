@@ -54,11 +54,13 @@ def render(
     InputRefused for a lying config.json.
     """
     engine = target.engine
-    wishes = replace(wishes, weight_bits=target.format.bits_per_weight)
+    wishes = replace(wishes, format=target.format)
     plan = engine.plan(model_config, weight_bytes, wishes)
+    if engine.legacy:
+        plan = replace(plan, notes=(*plan.notes, engine.legacy))
     names = {
         "model_path": f"{engine.model_dir}/{model_file}".rstrip("/"),
-        "served_name": wishes.served_model_name or name,
+        "served_name": engine.fixed_name or wishes.served_model_name or name,
         "startup_seconds": startup_seconds(weight_bytes),
     }
     env = dict(engine.env(plan, names))
@@ -71,6 +73,10 @@ def render(
         "env": env,
         "healthcheck": list(healthcheck),
         "gpu_count": plan.gpus,
+        "engine_title": engine.title,
+        "start_command": [*engine.entrypoint, *engine.command(plan, names)],
+        "deploys_with_kserve": False,
+        "production_stack": False,
         "file_settings": engine.file_settings(plan, names),
         **names,
         **_engine_facts(engine, plan),
@@ -103,6 +109,7 @@ def _engine_facts(engine: Engine, plan: ServingPlan) -> Mapping[str, Json]:
         "health_path": engine.health_path,
         "memory_limit": memory_limit(plan),
         "user_id": USER_ID,
+        "probe_seconds": engine.probe_seconds,
         "cpu_count_variable": engine.threads_variable,
     }
 

@@ -1,0 +1,325 @@
+"""Rules that every engine on GPUs keeps, and the traps of each."""
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from toolchain.errors import InputRefused, UsageError
+from toolchain.planning import all_targets
+from toolchain.serving import engines, sglang, tgi, trtllm
+from toolchain.serving.engine import Wishes
+from toolchain.serving.gpus import GPUS
+from toolchain.serving.memory import GIB
+from toolchain.stages.render import render
+from toolchain.values import AWQ
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "vocab_size": 128256,
+    "dtype": "bfloat16",
+}
+WEIGHTS = 16_060_522_496
+ON_GPUS = ["vllm", "tgi", "sglang", "trtllm"]
+L40S = {"gpu": "nvidia-l40s", "max_model_len": 8192, "max_num_seqs": 4}
+
+
+def rendered(target, *, config=LLAMA_8B, weights=WEIGHTS, name="support", **wishes):
+    return render(
+        target=all_targets()[target],
+        name=name,
+        version="1.0.0",
+        model_config=config,
+        model_file="",
+        weight_bytes=weights,
+        wishes=Wishes(**wishes),
+        image="",
+        made_from=(),
+    )
+
+
+def test_the_engines_and_what_they_load():
+    wanted = {"vllm", "vllm-awq", "tgi", "tgi-awq", "llamacpp-q4_k_m", "sglang", "sglang-awq"}
+
+    assert wanted | {"trtllm"} <= set(all_targets())
+    # GGUF left vLLM in 0.24.
+    assert not any("gguf" in engines()[name].accepts for name in ON_GPUS)
+
+
+@pytest.mark.parametrize("engine", ON_GPUS)
+def test_memory_adds_up(engine):
+    plan = rendered(engine, **L40S).plan
+    whole = GPUS["nvidia-l40s"].usable_bytes
+
+    taken = plan["weights_bytes_per_gpu"] + plan["kv_cache_bytes"] + plan["overhead_bytes"]
+    assert taken + plan["margin_bytes"] <= whole
+    assert plan["kv_bytes_total"] <= plan["kv_cache_bytes"]
+    assert plan["max_concurrency"] >= plan["max_num_seqs"]
+    assert plan["kv_bytes_per_token"] == 131072
+    assert 0 <= plan["kv_bytes_per_request"] - 8192 * 131072 < 64 * 131072
+
+
+@pytest.mark.parametrize("engine", ON_GPUS)
+def test_two_gpus_share_weights_and_cache(engine):
+    plan = rendered(engine, **L40S, gpu_count=2).plan
+
+    assert plan["tensor_parallel_size"] == 2
+    assert plan["weights_bytes_per_gpu"] == WEIGHTS // 2
+    assert plan["kv_bytes_per_token"] == 131072
+    assert plan["shm_bytes"] >= GIB
+
+
+wishes = st.fixed_dictionaries(
+    {
+        "gpu": st.sampled_from(["nvidia-a10g", "nvidia-l40s", "nvidia-a100-80gb"]),
+        "gpu_count": st.sampled_from([1, 2, 4]),
+        "max_model_len": st.none() | st.integers(16, 131072),
+        "max_num_seqs": st.none() | st.integers(1, 300),
+        "kv_cache_dtype": st.sampled_from(["", "fp8_e5m2"]),
+    }
+)
+
+
+def planned(engine, wish):
+    try:
+        return engines()[engine].plan(LLAMA_8B, WEIGHTS, Wishes(**wish))
+    except UsageError:
+        return None
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.sampled_from(["vllm", "tgi", "sglang"]), wishes, st.data())
+def test_what_fits_still_fits_when_less_is_wished(engine, wish, data):
+    plan = planned(engine, wish)
+    if plan is None:
+        return
+    fewer = data.draw(st.integers(1, plan.max_num_seqs))
+    shorter = data.draw(st.integers(1 if engine != "tgi" else 2, plan.max_model_len))
+
+    for change in ({"max_num_seqs": fewer}, {"max_model_len": shorter}, {"gpu_count": 4}):
+        asked = {"max_model_len": plan.max_model_len, "max_num_seqs": plan.max_num_seqs}
+        assert planned(engine, {**wish, **asked, **change}) is not None, change
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(ON_GPUS), wishes)
+def test_a_plan_holds_its_requests_and_leaves_the_margin(engine, wish):
+    if engine == "trtllm":
+        wish = {**wish, "kv_cache_dtype": ""}
+    plan = planned(engine, wish)
+    if plan is None:
+        return
+    each = plan.weights_bytes_per_gpu + plan.kv_cache_bytes + plan.overhead_bytes // plan.gpus
+    assert each + plan.margin_bytes <= GPUS[plan.device].usable_bytes
+    assert plan.kv_bytes_total <= plan.kv_cache_bytes * plan.gpus
+    assert plan.max_num_seqs <= plan.max_concurrency
+    assert plan.max_num_batched_tokens >= plan.max_num_seqs
+
+
+@pytest.mark.parametrize("engine", ON_GPUS)
+def test_every_way_out_of_a_misfit_is_one(engine):
+    wish = {"gpu": "nvidia-l4", "max_model_len": 32768, "max_num_seqs": 4}
+    with pytest.raises(UsageError, match="does not fit on nvidia-l4") as caught:
+        engines()[engine].plan(LLAMA_8B, WEIGHTS, Wishes(**wish))
+
+    told = caught.value.details["plan"]
+    assert (told.fits, told.max_model_len) == (False, 32768)
+    kinds = {tuple(sorted(set(way) - {"text"})) for way in told.nearest}
+    assert ("max_model_len", "max_num_seqs") in kinds
+    assert ("gpu", "gpu_count") in kinds
+    assert ("gpu_count",) in kinds
+    for way in told.nearest:
+        changed = {key: value for key, value in way.items() if key in Wishes.__slots__}
+        size = way.get("weight_bytes", WEIGHTS)
+        assert engines()[engine].plan(LLAMA_8B, size, Wishes(**{**wish, **changed})).fits
+
+
+@pytest.mark.parametrize("engine", ON_GPUS[1:])
+def test_it_needs_a_gpu(engine):
+    with pytest.raises(UsageError, match="needs a GPU"):
+        rendered(engine)
+
+
+@pytest.mark.parametrize("engine", ON_GPUS)
+@pytest.mark.parametrize(
+    ("wish", "says"),
+    [
+        ({"gpu_count": 3, "tensor_parallel_size": 3}, "does not divide the model's 32"),
+        (
+            {"gpu_count": 4, "tensor_parallel_size": 2, "pipeline_parallel_size": 1},
+            "gpu_count is 4",
+        ),
+        ({"max_model_len": 200_000}, "131072 positions"),
+        ({"kv_cache_dtype": "q3_0"}, "no such type"),
+        ({"gpu_memory_utilization": 1.5}, "outside"),
+        ({"max_num_batched_tokens": 2, "max_num_seqs": 8}, "at least one token"),
+        ({"extra": {"nonsense-option": 1}}, "no such option"),
+    ],
+)
+def test_wishes_that_cannot_be(engine, wish, says):
+    with pytest.raises(UsageError, match=says):
+        rendered(engine, gpu="nvidia-a100-80gb", **wish)
+
+
+def test_heads_that_three_gpus_cannot_share_are_split_by_layers():
+    plan = rendered("vllm", gpu="nvidia-l40s", gpu_count=3).plan
+
+    assert (plan["tensor_parallel_size"], plan["pipeline_parallel_size"]) == (1, 3)
+
+
+def test_float16_on_old_gpus_and_not_for_models_that_overflow():
+    plan = rendered("vllm", weights=4 * GIB, gpu="nvidia-t4").plan
+    assert plan["settings"]["dtype"] == "float16"
+    assert any("no bfloat16" in note for note in plan["notes"])
+
+    with pytest.raises(UsageError, match="has no bfloat16"):
+        rendered("vllm", weights=4 * GIB, gpu="nvidia-t4", dtype="bfloat16")
+    gemma = {**LLAMA_8B, "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}
+    with pytest.raises(UsageError, match="overflows in float16"):
+        rendered("vllm", config=gemma, weights=4 * GIB, gpu="nvidia-t4")
+
+
+def test_eight_bit_caches_need_the_hardware():
+    with pytest.raises(UsageError, match=r"needs compute capability 8\.9"):
+        rendered("vllm", gpu="nvidia-a100-80gb", kv_cache_dtype="fp8")
+    assert rendered("vllm", gpu="nvidia-a100-80gb", kv_cache_dtype="fp8_e5m2").plan["fits"]
+
+
+# TGI: launcher/src/main.rs and backends/v3/src/main.rs of 3.3.
+
+
+@settings(max_examples=60, deadline=None)
+@given(wishes)
+def test_tgi_accepts_its_own_budgets(wish):
+    plan = planned("tgi", {**wish, "kv_cache_dtype": ""})
+    if plan is None:
+        return
+    env = tgi.env(plan, {"model_path": "/models"})
+    total, batch = int(env["MAX_TOTAL_TOKENS"]), plan.kv_cache_bytes * plan.gpus // 131072
+    assert int(env["MAX_INPUT_TOKENS"]) < total <= batch
+    assert int(env["MAX_BATCH_PREFILL_TOKENS"]) <= batch
+    assert 0 < int(env["MAX_BATCH_SIZE"]) <= int(env["MAX_CONCURRENT_REQUESTS"])
+    # With both of them the launcher stops; the batch's total is measured where it is unset.
+    assert not {"MAX_INPUT_LENGTH", "MAX_BATCH_TOTAL_TOKENS", "QUANTIZE"} & set(env)
+
+
+def test_tgi_says_that_it_is_over():
+    config = rendered("tgi", **L40S)
+
+    assert any("archived" in note for note in config.plan["notes"])
+    assert engines()["tgi"].legacy
+
+
+def test_tgi_needs_no_root_for_its_port_and_no_arguments():
+    config = rendered("tgi", **L40S, extra={"max-best-of": 1, "json_output": True})
+
+    assert int(config.env["PORT"]) == config.port >= 1024
+    assert config.command == ()
+    assert (config.env["MAX_BEST_OF"], config.env["JSON_OUTPUT"]) == ("1", "true")
+    assert config.env.get("KV_CACHE_DTYPE", True)
+
+
+def test_tgi_names_its_eight_bit_type_in_full():
+    config = rendered("tgi", **L40S, kv_cache_dtype="fp8")
+
+    assert config.env["KV_CACHE_DTYPE"] == "fp8_e4m3fn"
+
+
+@pytest.mark.parametrize("gpu", ["nvidia-b200", "nvidia-rtx-5090", "nvidia-t4", "amd-mi300x"])
+def test_tgi_has_kernels_for_some_gpus_only(gpu):
+    with pytest.raises(UsageError, match="no kernels"):
+        rendered("tgi", weights=4 * GIB, gpu=gpu, max_model_len=1024, max_num_seqs=1)
+
+
+def test_tgi_knows_no_later_models():
+    with pytest.raises(InputRefused, match="qwen3"):
+        rendered("tgi", config={**LLAMA_8B, "model_type": "qwen3"}, **L40S)
+
+
+# SGLang: srt/utils/server_args_config_parser.py of 0.5.23.
+
+
+def test_sglangs_file_holds_what_it_can_read():
+    extra = {
+        "enable-mixed-chunk": True,
+        "enable-tf32-matmul": False,
+        "gc-threshold": [700, 10],
+        "max-prefill-tokens": 8192,
+    }
+    config = rendered("sglang", **L40S, extra=extra)
+    told = yaml.safe_load(config.files["sglang.yaml"])
+
+    assert set(told) <= set(sglang.options().kinds)
+    assert all(sglang.options().kinds[key] in {"value", "flag"} for key in told)
+    assert not any(
+        isinstance(value, list | dict) or value in (None, False) for value in told.values()
+    )
+    assert config.command[:2] == ("--config", sglang.CONFIG_FILE)
+    assert config.command[2:] == ("--no-enable-tf32-matmul", "--gc-threshold", "700", "10")
+    assert (told["host"], told["port"], told["enable-metrics"]) == ("0.0.0.0", 30000, True)
+
+
+def test_sglangs_fraction_leaves_room_for_activations():
+    plan = rendered("sglang", **L40S).plan
+    whole = GPUS["nvidia-l40s"].usable_bytes
+
+    assert 0.5 < plan["gpu_memory_utilization"] <= 0.9
+    static = plan["weights_bytes_per_gpu"] + plan["kv_cache_bytes"]
+    assert static == int(whole * plan["gpu_memory_utilization"])
+    assert whole - static >= plan["overhead_bytes"] + plan["margin_bytes"]
+
+
+def test_sglang_is_probed_patiently_because_health_generates():
+    config = rendered("sglang", **L40S)
+    deployment = next(yaml.safe_load_all(config.files["kubernetes.yaml"]))
+    container = deployment["spec"]["template"]["spec"]["containers"][0]
+
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["timeoutSeconds"] >= 20
+
+
+def test_sglang_computes_awq_in_float16():
+    plan = sglang.plan(LLAMA_8B, 6 * GIB, Wishes(**L40S, format=AWQ))
+
+    assert plan.settings["dtype"] == "float16"
+
+
+def test_a_flag_that_sglang_cannot_turn_off_is_refused():
+    with pytest.raises(UsageError, match="no way to say that"):
+        rendered("sglang", **L40S, extra={"enable-mixed-chunk": False})
+
+
+# TensorRT-LLM: commands/serve.py.
+
+
+def test_nothing_stands_in_trtllms_file_and_arguments():
+    config = rendered("trtllm", **L40S)
+    told = yaml.safe_load(config.files["trtllm.yaml"])
+    given = {word.removeprefix("--") for word in config.command if word.startswith("--")}
+
+    assert config.command[0] == "/models"
+    assert config.command[1:3] == ("--host", "0.0.0.0")
+    assert not given & set(told)
+    assert told["kv_cache_config"]["free_gpu_memory_fraction"] == 0.9
+    assert config.command[-2:] == ("--extra_llm_api_options", trtllm.CONFIG_FILE)
+    assert set(told) <= set(trtllm.options().kinds)
+
+
+def test_trtllm_takes_a_part_of_what_is_free_beside_weights():
+    plan = rendered("trtllm", **L40S).plan
+    free = GPUS["nvidia-l40s"].usable_bytes - plan["weights_bytes_per_gpu"] - plan["overhead_bytes"]
+
+    assert plan["kv_cache_bytes"] == int(free * 0.9)
+
+
+def test_trtllm_serves_under_its_folders_name():
+    assert rendered("trtllm", **L40S).served_name == "models"
+    with pytest.raises(UsageError, match="no option for another name"):
+        rendered("trtllm", **L40S, served_model_name="mine")
