@@ -15,27 +15,25 @@ from toolchain.errors import InputRefused
 _MUTATING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """Initialisations that change the base weights too, so that B·A alone is not the adapter."""
 
-_UNSUPPORTED = {
-    "use_dora": "DoRA adapters cannot be merged yet",
-    "lora_bias": "LoRA biases cannot be merged yet",
-    "modules_to_save": "fully trained modules (modules_to_save) cannot be merged yet",
-    "target_parameters": "LoRA on bare parameters (target_parameters) cannot be merged yet",
-    "trainable_token_indices": "trained tokens (trainable_token_indices) cannot be merged yet",
-    "layer_replication": "layer_replication cannot be merged yet",
-    "kasa_config": "KaSA adapters cannot be merged yet",
-    "use_bdlora": "block-diagonal LoRA cannot be merged yet",
-    "use_qalora": "QALoRA has no merged form on an unquantized base",
-    "alora_invocation_tokens": "activated LoRA (aLoRA) depends on the input and cannot be merged",
-    "arrow_config": "Arrow routing depends on the input and cannot be merged",
-    "megatron_config": "Megatron adapters are not supported",
+_REFUSED = {
+    "use_qalora": "QALoRA's factors act on groups of inputs of a GPTQ base and have no merged form",
+    "alora_invocation_tokens": "activated LoRA (aLoRA) acts only after its invocation tokens",
+    "arrow_config": "Arrow routes every token to other adapters",
+    "megatron_config": "Megatron's parallel layers split the weights in a way of their own",
 }
-_HINT = "serve this adapter unmerged, or train it as plain LoRA (bias none, no modules_to_save)"
+"""What depends on the input, so that no single weight can stand for it."""
+_UNMERGED = (
+    "serve it unmerged: vLLM takes plain adapters beside a base (--enable-lora), PEFT all of them"
+)
 _PLAIN = (
-    "alpha_pattern auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying "
+    "alora_invocation_tokens alpha_pattern arrow_config auto_mapping base_model_name_or_path bias "
+    "corda_config ensure_weight_tying "
     "eva_config exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern "
     "layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config megatron_core "
     "monteclora_config peft_type peft_version qalora_group_size r rank_pattern revision "
-    "runtime_config target_modules task_type use_rslora velora_config"
+    "runtime_config target_modules task_type use_rslora velora_config use_dora lora_bias "
+    "modules_to_save target_parameters trainable_token_indices layer_replication kasa_config "
+    "use_bdlora use_qalora megatron_config token_indices init_weights peft_type"
 )
 """Fields that are read here, or that change nothing in a merge."""
 
@@ -56,6 +54,7 @@ class AdapterConfig:
     exclude_modules: str | tuple[str, ...]
     layers_to_transform: tuple[int, ...]
     layers_pattern: tuple[str, ...]
+    ensure_weight_tying: bool = False
     base_model: str = ""
     raw: Mapping[str, Any] = field(default_factory=dict)
     """The file, for what only one family reads."""
@@ -113,7 +112,7 @@ def _read(raw: Mapping[str, Any]) -> AdapterConfig:
     # Ranks and alphas of other methods mean other things; PEFT reads them itself.
     lora = raw if raw.get("peft_type") == "LORA" else {}
     return AdapterConfig(
-        kind=str(raw["peft_type"]),
+        kind=str(raw.get("peft_type")),
         raw=raw,
         r=_rank(lora.get("r", 8)),
         lora_alpha=_number(lora.get("lora_alpha", 8)),
@@ -130,26 +129,28 @@ def _read(raw: Mapping[str, Any]) -> AdapterConfig:
         exclude_modules=_texts(raw.get("exclude_modules") or ()),
         layers_to_transform=_numbers(raw.get("layers_to_transform")),
         layers_pattern=_several(_texts(raw.get("layers_pattern") or ())),
+        ensure_weight_tying=_flag(raw, "ensure_weight_tying"),
         base_model=str(raw.get("base_model_name_or_path") or ""),
         unknown=tuple(sorted(k for k, v in lora.items() if v and k not in _PLAIN.split())),
     )
 
 
 def _check_kind(path: Path, raw: Mapping[str, Any]) -> None:
-    """Refuse every kind of adapter that is not plain LoRA."""
-    kind, init = raw.get("peft_type"), raw.get("init_lora_weights", True)
-    if kind != "LORA":
+    """Refuse the variants of LoRA that no weights can stand for, or that lack their base."""
+    init = raw.get("init_lora_weights", True)
+    if raw.get("peft_type") != "LORA":
         return
-    for name, reason in _UNSUPPORTED.items():
+    for name, reason in _REFUSED.items():
         if raw.get(name):
-            raise InputRefused(f"{path} sets {name}: {reason}", hint=_HINT)
-    if raw.get("bias", "none") != "none":
-        raise InputRefused(f"{path} trains biases ({raw['bias']!r}); not yet mergeable", hint=_HINT)
+            raise InputRefused(f"{path} sets {name}: {reason}", hint=_UNMERGED)
     if isinstance(init, str) and init.lower().startswith(_MUTATING):
         raise InputRefused(
-            f"{path} was initialised with {init!r}, which changed the base weights too",
+            f"{path} was initialised with {init!r}, which changed the base weights too: on the "
+            "original base, B·A alone is not the adapter",
             hint="convert it to plain LoRA: save_pretrained(..., "
-            "path_initial_model_for_weight_conversion=<the adapter as initialised>)",
+            "path_initial_model_for_weight_conversion=<the adapter as initialised>); or give the "
+            "residual base that the training saved, with init_lora_weights set to true in "
+            "adapter_config.json",
         )
 
 

@@ -19,7 +19,7 @@ def claims_of(view: AdapterView) -> list[Claim]:
     claims = [
         claim
         for family in families()
-        if view.config.kind in family.kinds
+        if family.every or view.config.kind in family.kinds
         for claim in family.claim(view)
     ]
     used = Counter(key for claim in claims for key in claim.keys)
@@ -38,6 +38,7 @@ def claims_of(view: AdapterView) -> list[Claim]:
             hint="export the adapter again with PEFT's save_pretrained",
         )
     _check_complete(view, claims)
+    _check_promises(view, claims)
     return claims
 
 
@@ -61,7 +62,7 @@ def _check_complete(view: AdapterView, claims: Sequence[Claim]) -> None:
     if not claims or view.config.target_modules is None:
         return
     # The base's names are translated as the first module's was: they may lack `model.`.
-    plain = next((c for c in claims if c.target.endswith(".weight") and c.terms), None)
+    plain = next((c for c in claims if _same_end(f"{c.module}.weight", c.target)), None)
     if plain is None:
         return
     cut, put = added_prefix(f"{plain.module}.weight", plain.target)
@@ -78,3 +79,45 @@ def _check_complete(view: AdapterView, claims: Sequence[Claim]) -> None:
             + ", ".join(missing[:SHOWN]),
             hint="the adapter file is incomplete or its keys were renamed; export it again",
         )
+
+
+def _check_promises(view: AdapterView, claims: Sequence[Claim]) -> None:
+    """Refuse where the configuration names more that was trained than the file holds."""
+    raw, keys = view.config.raw, list(view.keys)
+    missing = [
+        f"modules_to_save {name}"
+        for name in raw.get("modules_to_save") or ()
+        if not any(f"{name}." in key for key in keys)
+    ]
+    missing += [
+        f"target_parameters {name}"
+        for name in raw.get("target_parameters") or ()
+        if not any(f".{claim.module}.weight".endswith(f".{name}") for claim in claims)
+        and not any(f".{claim.module}".endswith(f".{name}") for claim in claims)
+    ]
+    if raw.get("trainable_token_indices") and not any(claim.patch for claim in claims):
+        missing.append("trainable_token_indices")
+    missing += [f"the bias {name}" for name in _missing_biases(view, claims)]
+    if missing:
+        raise InputRefused(
+            f"{view.path}: adapter_config.json says that these were trained, and the file has no "
+            f"weights for them: {', '.join(missing[:SHOWN])}",
+            hint="the adapter file is incomplete or its keys were renamed; export it again",
+        )
+
+
+def _missing_biases(view: AdapterView, claims: Sequence[Claim]) -> list[str]:
+    """Return the base's biases that `bias` says were trained, without a claim."""
+    bias = view.config.raw.get("bias", "none")
+    have = {claim.target for claim in claims if claim.replacement}
+    if bias == "all":
+        return [name for name in view.sources if name.endswith("bias") and name not in have]
+    if bias != "lora_only":
+        return []
+    modules = [claim.module for claim in claims if claim.terms or claim.change]
+    found = [view.find(module, "bias") for module in modules]
+    return sorted({name for name in found if name and name not in have})
+
+
+def _same_end(module: str, target: str) -> bool:
+    return bool(target) and (module.endswith(target) or target.endswith(module))

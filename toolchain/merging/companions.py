@@ -43,6 +43,7 @@ def companion_files(plan: MergePlan) -> tuple[dict[str, bytes], list[str]]:
     for adapter in plan.adapters:
         findings += _overlay(files, adapter.root, adapter.files)
     _set_dtype(files, plan.dtype)
+    _apply(files, plan.settings)
     findings += _join_ends(files, plan)
     return files, findings
 
@@ -110,6 +111,21 @@ def _set_dtype(files: dict[str, bytes], dtype: str) -> None:
         for key in ("dtype", "torch_dtype"):
             if key in part or (part is config and key == "torch_dtype" and "dtype" not in part):
                 part[key] = _NAMES[dtype]
+    files["config.json"] = _json(config)
+
+
+def _apply(files: dict[str, bytes], settings: Mapping[str, Any]) -> None:
+    """Change config.json, its text part where that holds the setting."""
+    if not settings:
+        return
+    config = json.loads(files["config.json"])
+    text = config.get("text_config")
+    for name, value in settings.items():
+        held = isinstance(text, dict) and name in text
+        if held:
+            text[name] = value
+        if name in config or not held:
+            config[name] = value
     files["config.json"] = _json(config)
 
 

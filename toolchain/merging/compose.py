@@ -1,18 +1,19 @@
-"""Claims -> outputs: every tensor of the merged checkpoint, shard by shard."""
+"""Claims -> outputs: every tensor of the merged checkpoint, file by file."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from toolchain.checkpoints.safetensors import CheckpointIndex
 from toolchain.errors import InputRefused
+from toolchain.merging.base import BaseTensors
 from toolchain.merging.families.family import SHOWN, AdapterView, Claim
 from toolchain.merging.mixture import Mixture, Share
 from toolchain.merging.outputs import Output, OutputShard, Source, matrix_columns
+from toolchain.merging.tying import Tie, is_embedding, is_head
 
 MERGEABLE = frozenset({"BF16", "F16", "F32"})
 _FLOATS = MERGEABLE | {"F64"}
@@ -24,12 +25,12 @@ class Composition:
 
     shards: tuple[OutputShard, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
-    findings: list[str] = field(default_factory=list)
+    findings: tuple[str, ...] = ()
 
 
 def compose(
-    index: CheckpointIndex,
-    sources: Mapping[str, Source],
+    base: BaseTensors,
+    tie: Tie | None,
     views: Sequence[AdapterView],
     claims: Sequence[Sequence[Claim]],
     dtype: str,
@@ -41,23 +42,67 @@ def compose(
     shares: dict[str, list[Share]] = defaultdict(list)
     for view, some in zip(views, claims, strict=True):
         for claim in some:
-            shares[claim.target].append(Share(claim=claim, weight=view.weight, path=view.path))
-    shards = [
-        OutputShard(
-            name=shard.path.name,
-            outputs=tuple(
-                compose_output(info.name, sources[info.name], shares[info.name], dtype)
-                for info in shard.tensors
-            ),
-        )
-        for shard in index.shards
-    ]
-    return Composition(shards=tuple(shards))
+            if claim.target:
+                share = Share(claim=claim, weight=view.weight, path=view.path)
+                shares[claim.target].append(share)
+    untied = _untie(tie, shares)
+    outputs: dict[str, Output] = {}
+    for name, source in base.sources.items():
+        outputs[name] = compose_output(name, source, shares[name], dtype)
+    layout = {shard: list(names) for shard, names in base.layout}
+    if tie and untied:
+        source = base.sources[tie.embedding]
+        # Without a change of its own the head is the shared weight as it was: a copy of it.
+        outputs[tie.head] = compose_output(tie.head, source, shares[tie.head], dtype)
+        home = next(names for names in layout.values() if tie.embedding in names)
+        place = home.index(tie.embedding) + 1
+        if tie.head not in base.sources:
+            home.insert(place, tie.head)
+        for name, shared in tie.also:
+            outputs[name] = replace(outputs[shared], name=name)
+            home.insert(place, name)
+    settings: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
+    return Composition(
+        shards=tuple(
+            OutputShard(name=shard, outputs=tuple(outputs[name] for name in names))
+            for shard, names in layout.items()
+        ),
+        settings=settings | _vocabulary(base, outputs, tie),
+        findings=(untied,) if untied else _kept(tie, shares),
+    )
 
 
 def out_dtype(source: Source, dtype: str) -> str:
     """Return the type that a base tensor is written in."""
     return dtype if dtype != "auto" and source.dtype in _FLOATS else source.dtype
+
+
+def _untie(tie: Tie | None, shares: dict[str, list[Share]]) -> str:
+    """Give the head its own shares where it changes otherwise than the embedding; say why.
+
+    Changes of both stay with the shared weight, where the head's own copy, if the base has one,
+    gets them too.
+    """
+    if tie is None:
+        return ""
+    shared = [share for share in shares[tie.embedding] if share.claim.both]
+    alone = [share for share in shares[tie.embedding] if not share.claim.both]
+    own = shares[tie.head]
+    if not alone and not own:
+        shares[tie.head] = list(shared)
+        return ""
+    shares[tie.head] = shared + own
+    modules = sorted({share.claim.module for share in (*alone, *own)})
+    return (
+        f"untied: the adapter changes {' and '.join(modules)} alone, so {tie.head} is written "
+        f"beside {tie.embedding} and tie_word_embeddings becomes false"
+    )
+
+
+def _kept(tie: Tie | None, shares: Mapping[str, Sequence[Share]]) -> tuple[str, ...]:
+    if tie is None or not shares.get(tie.embedding):
+        return ()
+    return (f"still tied: {tie.embedding} is changed once, for the embedding and the head",)
 
 
 def compose_output(name: str, source: Source, shares: Sequence[Share], dtype: str) -> Output:
@@ -76,67 +121,86 @@ def compose_output(name: str, source: Source, shares: Sequence[Share], dtype: st
             hint="adapters can be merged onto bfloat16, float16 and float32 weights",
         )
     claims = [share.claim for share in shares]
-    columns = next((claim.columns for claim in claims if claim.columns), columns)
-    _check_overlaps(shares)
+    plain = replace(plain, columns=next((c.columns for c in claims if c.columns), columns))
+    _check_overlaps(name, shares)
     if all(claim.terms for claim in claims):
         terms = tuple(term for claim in claims for term in claim.terms)
-        return _with(plain, columns, terms=terms)
+        return replace(plain, terms=terms, kind="merged")
     if len({share.path for share in shares}) == 1 and shares[0].weight == 1.0:
-        return _of_one(plain, columns, claims)
-    return _with(plain, columns, change=Mixture(shares=tuple(shares)))
+        return _of_one(plain, claims)
+    resized = [c.replacement for c in claims if c.replacement]
+    if any(stored.shape != source.shape for stored in resized):
+        raise InputRefused(
+            f"an adapter with another vocabulary size replaces {name}: {list(resized[0].shape)} "
+            f"for {list(source.shape)}",
+            hint="merge it alone and at weight 1; then merge the others onto the result",
+        )
+    return replace(plain, change=Mixture(shares=tuple(shares)), kind="merged")
 
 
-def _of_one(plain: Output, columns: int, claims: Sequence[Claim]) -> Output:
+def _of_one(plain: Output, claims: Sequence[Claim]) -> Output:
     """Return what a single adapter at weight 1 makes of a tensor."""
+    made, kind = plain, "merged"
     replacement = next((claim.replacement for claim in claims if claim.replacement), None)
     if replacement is not None:
-        terms = tuple(term for claim in claims for term in claim.terms)
-        return Output(
-            name=plain.name,
-            dtype=plain.dtype,
-            shape=replacement.shape,
-            source=replacement,
-            columns=columns,
-            terms=terms,
-            kind="merged" if terms else "replaced",
+        made = replace(made, source=replacement, shape=replacement.shape)
+        kind = "merged" if len(claims) > 1 else "replaced"
+    terms = tuple(term for claim in claims for term in claim.terms)
+    patches = tuple(claim.patch for claim in claims if claim.patch)
+    for patch in patches:
+        if max(patch.places, default=0) >= made.rows:
+            raise InputRefused(
+                f"the adapter trains token {max(patch.places)}, but {plain.name} has {made.rows}",
+                hint="resize the base's vocabulary as the training did, or export the adapter with "
+                "save_embedding_layers=True",
+            )
+    change = next((claim.change for claim in claims if claim.change), None)
+    return replace(made, terms=terms, patches=patches, change=change, kind=kind)
+
+
+def _vocabulary(
+    base: BaseTensors, outputs: Mapping[str, Output], tie: Tie | None
+) -> dict[str, Any]:
+    """Return the new `vocab_size`, where embeddings and heads have one and the same new one."""
+    sizes: dict[str, int] = {}
+    for name, output in outputs.items():
+        module = name.removesuffix(".weight")
+        if (is_embedding(module) or is_head(module)) and output.shape:
+            source = base.sources.get(name) or base.sources[tie.embedding if tie else name]
+            sizes[name] = output.shape[0] if output.shape != source.shape else -1
+    changed = {size for size in sizes.values() if size > 0}
+    if not changed:
+        return {}
+    if len(set(sizes.values())) > 1:
+        raise InputRefused(
+            f"the adapter resizes {', '.join(n for n, s in sizes.items() if s > 0)} alone: "
+            "embedding and head would differ in their number of tokens",
+            hint="export the adapter with save_pretrained(..., save_embedding_layers=True)",
         )
-    (claim,) = claims
-    if claim.patch:
-        return _with(plain, columns, patches=(claim.patch,))
-    return _with(plain, columns, change=claim.change)
+    return {"vocab_size": changed.pop()}
 
 
-def _with(plain: Output, columns: int, **changed: Any) -> Output:
-    return Output(
-        name=plain.name,
-        dtype=plain.dtype,
-        shape=plain.shape,
-        source=plain.source,
-        columns=columns,
-        kind="merged",
-        **changed,
-    )
-
-
-def _check_overlaps(shares: Sequence[Share]) -> None:
+def _check_overlaps(name: str, shares: Sequence[Share]) -> None:
     """Refuse an adapter that changes the same rows twice: its modules mean the same tensor."""
     for path in {share.path for share in shares}:
         mine = [share.claim for share in shares if share.path == path]
-        kinds = [claim.kind for claim in mine if not claim.terms]
         spans = sorted(
             (term.first, term.first + term.shape[0], claim.module)
             for claim in mine
             for term in claim.terms
         )
-        modules = [
+        doubled = [
             f"{one[2]} and {other[2]}"
             for one, other in pairwise(spans)
             if other[0] < one[1] and one[2] != other[2]
         ]
-        legal = kinds in ([], ["replacement"]) or (len(mine) == 1)
-        if modules or not legal:
-            what = modules[:SHOWN] or sorted({claim.module for claim in mine})
+        kinds = [claim.kind for claim in mine if not claim.terms]
+        # A copy of the base that comes with factors or rows for it is what they are added to.
+        legal = len(kinds) == len(set(kinds)) and not ({"change", "patch"} <= set(kinds))
+        legal = legal and (not spans or set(kinds) <= {"replacement"})
+        if doubled or not legal:
+            what = doubled[:SHOWN] or sorted({claim.module for claim in mine})
             raise InputRefused(
-                f"{path} changes {mine[0].target} twice: {', '.join(what)}",
+                f"{path} changes {name} twice: {', '.join(what)}",
                 hint="two of its modules mean the same base tensor; export one adapter per folder",
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     import numpy as np
 
     from toolchain.merging.stream import Files
+
+
+Adder = Callable[["np.ndarray", int], None]
+"""Adds to rows in place; the number is the first row's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,14 +57,15 @@ class Mixture:
             (share, share.claim.change.begin(plain, files) if share.claim.change else None)
             for share in self.shares
         ]
+        adders = [adder(term, files) for share in self.shares for term in share.claim.terms]
 
         def rows(first: int, count: int) -> np.ndarray:
             base = output.source.rows(files, first, count, output.columns).astype("float64")
             total = base.copy()
+            for add in adders:
+                add(total, first)
             for share, change in changed:
                 claim = share.claim
-                for term in claim.terms:
-                    add_term(total, term, files, first)
                 if change is not None:
                     total += share.weight * (change(first, count) - base)
                 elif claim.replacement is not None:
@@ -76,15 +82,16 @@ class Mixture:
         return rows
 
 
-def add_term(total: np.ndarray, term: Term, files: Files, first: int) -> None:
-    """Add a term's part of rows `first` and following, in float64 and in place."""
-    begin = max(first, term.first)
-    end = min(first + len(total), term.first + term.shape[0])
-    if begin >= end:
-        return
-    left = files.matrix(term.left)[begin - term.first : end - term.first].astype("float64")
-    if term.right is None:
-        total[begin - first : end - first] += term.factor * left
-    else:
-        right = files.matrix(term.right).astype("float64")
-        total[begin - first : end - first] += term.factor * (left @ right)
+def adder(term: Term, files: Files) -> Adder:
+    """Return what adds a term's part of rows `first` and following, in float64 and in place."""
+    left = files.matrix(term.left).astype("float64") * term.factor
+    right = files.matrix(term.right).astype("float64") if term.right else None
+
+    def add(total: np.ndarray, first: int) -> None:
+        begin = max(first, term.first)
+        end = min(first + len(total), term.first + len(left))
+        if begin < end:
+            part = left[begin - term.first : end - term.first]
+            total[begin - first : end - first] += part if right is None else part @ right
+
+    return add

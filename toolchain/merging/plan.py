@@ -18,11 +18,20 @@ from toolchain.checkpoints.safetensors import (
 )
 from toolchain.errors import InputRefused, UsageError
 from toolchain.merging.adapter_config import AdapterConfig, read_adapter_config
+from toolchain.merging.base import (
+    BaseTensors,
+    replicate,
+    replicated_settings,
+    same_layers,
+    stored_tensors,
+)
 from toolchain.merging.claims import claims_of
 from toolchain.merging.compose import compose
-from toolchain.merging.families.family import AdapterView
+from toolchain.merging.families.family import AdapterView, families
 from toolchain.merging.names import BaseNames
-from toolchain.merging.outputs import Output, OutputShard, Source, Stored
+from toolchain.merging.outputs import Output, OutputShard
+from toolchain.merging.refused import REFUSED, UNMERGED
+from toolchain.merging.tying import Tie, find_tie
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 METHODS = ("sequential", "linear")
@@ -89,11 +98,14 @@ def make_plan(
     config = read_json(base / "config.json")
     index = open_checkpoint(base)
     _refuse_quantized(base, config, index)
-    sources = stored_sources(index)
     planned = tuple(_open_adapter(root, weight) for root, weight in adapters)
-    views = [_view(number, adapter, sources, config) for number, adapter in enumerate(planned)]
+    tensors, settings = stored_tensors(index), {}
+    if layers := same_layers([adapter.config.raw.get("layer_replication") for adapter in planned]):
+        tensors, settings = replicate(tensors, layers), replicated_settings(config, layers)
+    tie = find_tie(config, tensors.sources)
+    views = [_view(n, adapter, tensors, config, tie) for n, adapter in enumerate(planned)]
     claims = [claims_of(view) for view in views]
-    made = compose(index, sources, views, claims, DTYPES.get(dtype, "auto"))
+    made = compose(tensors, tie, views, claims, DTYPES.get(dtype, "auto"))
     return MergePlan(
         base=index,
         base_files=tuple(files),
@@ -101,18 +113,9 @@ def make_plan(
         adapters=planned,
         shards=made.shards,
         dtype=DTYPES.get(dtype, "auto"),
-        settings=made.settings,
-        findings=tuple(_unknown_fields(planned) + made.findings),
+        settings={**settings, **made.settings},
+        findings=(*_unknown_fields(planned), *made.findings, *_replicated(settings)),
     )
-
-
-def stored_sources(index: CheckpointIndex) -> dict[str, Source]:
-    """Return the base's tensors as its files hold them, in the order of their bytes."""
-    return {
-        info.name: Stored(path=shard.path, info=info)
-        for shard in index.shards
-        for info in shard.tensors
-    }
 
 
 def estimate(plan: MergePlan, workers: int = 1, *, exact: bool = True) -> dict[str, int]:
@@ -160,6 +163,7 @@ def _check_request(adapters: Sequence[tuple[Path, float]], dtype: str, method: s
 def _open_adapter(root: Path, weight: float) -> PlannedAdapter:
     files = check_adapter_folder(root)
     config = read_adapter_config(root)
+    _check_method(root, config.kind)
     header = read_header(root / "adapter_model.safetensors")
     if not header.tensors:
         raise InputRefused(
@@ -170,11 +174,30 @@ def _open_adapter(root: Path, weight: float) -> PlannedAdapter:
     )
 
 
+def _check_method(root: Path, kind: str) -> None:
+    """Refuse methods of PEFT that no family merges, with the reason."""
+    if any(kind in family.kinds for family in families()):
+        return
+    reason = REFUSED.get(kind, "this version does not know the method")
+    raise InputRefused(
+        f"{root / 'adapter_config.json'} is of type {kind!r}, which cannot be merged: {reason}",
+        hint=UNMERGED,
+    )
+
+
+def _replicated(settings: Mapping[str, Any]) -> list[str]:
+    if not settings:
+        return []
+    told = ", ".join(f"{name} {value}" for name, value in settings.items() if type(value) is int)
+    return [f"layer_replication: every replica is written out; config.json says {told}"]
+
+
 def _view(
     number: int,
     adapter: PlannedAdapter,
-    sources: Mapping[str, Source],
+    tensors: BaseTensors,
     config: Mapping[str, Any],
+    tie: Tie | None,
 ) -> AdapterView:
     return AdapterView(
         index=number,
@@ -183,9 +206,10 @@ def _view(
         weight=adapter.weight,
         keys={info.name: info for info in adapter.header.tensors},
         config=adapter.config,
-        names=BaseNames(sources),
-        sources=sources,
+        names=BaseNames(tensors.sources),
+        sources=tensors.sources,
         base_config=config,
+        tie=tie,
     )
 
 

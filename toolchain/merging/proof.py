@@ -51,6 +51,10 @@ def _wanted(output: Output, files: Files) -> np.ndarray:
 
 def _row(output: Output, files: Files, row: int) -> np.ndarray:
     total = output.source.rows(files, row, 1, output.columns).astype(F64)
+    for patch in output.patches:
+        if row in patch.places:
+            place = len(patch.places) - 1 - patch.places[::-1].index(row)
+            total = patch.stored.rows(files, place, 1, output.columns).astype(F64)
     for term in output.terms:
         if term.first <= row < term.first + term.shape[0]:
             total += _product(term, files, row - term.first)

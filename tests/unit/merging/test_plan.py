@@ -127,15 +127,18 @@ def test_targets_are_pefts(values: dict[str, Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"use_dora": True}, "DoRA"),
-        ({"bias": "all"}, "trains biases"),
-        ({"lora_bias": True}, "LoRA biases"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"peft_type": "PREFIX_TUNING"}, "changes no weight"),
+        ({"use_dora": True}, "no lora_magnitude_vector"),
+        ({"kasa_config": {"beta": 1}}, "no lora_diag"),
+        ({"lora_bias": True}, "no lora_B.bias"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save lm_head"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
         ({"init_lora_weights": "OLoRA"}, "OLoRA"),
-        ({"layer_replication": [[0, 1], [0, 1]]}, "layer_replication"),
-        ({"target_parameters": ["experts.w"]}, "target_parameters"),
-        ({"trainable_token_indices": [1]}, "trained tokens"),
+        ({"layer_replication": [[0, 1], [4, 5]]}, "layers [4]"),
+        ({"target_parameters": ["experts.w"]}, "target_parameters experts.w"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"arrow_config": {"top_k": 1}}, "Arrow"),
+        ({"use_qalora": True}, "QALoRA"),
         ({"alora_invocation_tokens": [1, 2]}, "aLoRA"),
         ({"r": 0}, "rank must be"),
         ({"r": "4"}, "rank must be"),
@@ -198,11 +201,14 @@ def test_keys_that_do_not_fit_are_refused(
 @pytest.mark.parametrize(
     ("key", "said"),
     [
-        ("base_model.model.model.norm.weight", "a full weight"),
-        ("base_model.model.model.embed_tokens.lora_embedding_A", "LoRA on an embedding"),
-        (f"base_model.model.{Q}.lora_magnitude_vector", "DoRA"),
-        (f"base_model.model.{Q}.lora_B.bias", "a LoRA bias"),
-        ("base_model.model.lm_head.base_layer.weight", "a trained base weight"),
+        ("base_model.model.model.norm.weight", "(a full weight)"),
+        (f"base_model.model.{Q}.lora_magnitude_vector.x.y", "(DoRA)"),
+        (f"base_model.model.{Q}.base_layer.weight", "(a trained base weight)"),
+        (f"base_model.model.{Q}.base_layer.bias", "(a trained base weight)"),
+        (f"base_model.model.{Q}.lora_C.weight", "(an unknown LoRA tensor)"),
+        ("base_model.model.model.embed_tokens.lora_embedding_A", "only one of lora_A"),
+        (f"base_model.model.{Q}.lora_B.bias", "has no bias to add it to"),
+        ("base_model.model.lm_head.base_layer.weight", "has the shape [2]"),
     ],
 )
 def test_leftover_keys_are_named(
@@ -210,9 +216,7 @@ def test_leftover_keys_are_named(
 ) -> None:
     rename(weights(pair), lambda name: name, **{key: torch.ones(2)})
 
-    error = refusal(pair)
-
-    assert f"{key} ({said})" in error.message
+    assert said in refusal(pair).message
 
 
 def test_an_adapter_of_another_model_shows_both_shapes(
@@ -229,13 +233,6 @@ def test_wrong_rank_is_refused(pair: tuple[Path, Path], edit: Callable[..., None
     edit(pair[1] / "adapter_config.json", r=8)
 
     assert "has rank 4 in lora_A and 4 in lora_B, but 8" in refusal(pair).message
-
-
-def test_tied_heads_are_refused(make_model: Any, make_adapter: Any) -> None:
-    base = make_model(tie_word_embeddings=True)
-    adapter = make_adapter(base, target_modules=["q_proj", "lm_head"])
-
-    assert "shares its weight" in refusal((base, adapter)).message
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from toolchain.errors import InputRefused
 from toolchain.merging.adapter_config import AdapterConfig
 from toolchain.merging.names import BaseNames
 from toolchain.merging.outputs import Change, Patch, Source, Stored, Term
+from toolchain.merging.tying import Tie, is_head
 
 SHOWN = 5
 
@@ -30,8 +31,10 @@ class Claim:
     """Each key of the adapter is in one claim; further claims of the same key leave them out."""
     module: str
     """The module's name in the model."""
-    target: str
-    """The base tensor's name."""
+    target: str = ""
+    """The base tensor's name; empty for keys that only training needs."""
+    both: bool = False
+    """True where a weight that embedding and head share changes for both of them."""
     columns: int = 0
     """Width of the matrix that the target is seen as; 0 for what its shape says."""
     terms: tuple[Term, ...] = ()
@@ -63,10 +66,18 @@ class AdapterView:
     sources: Mapping[str, Source]
     """The base's tensors, quantized ones as what they decode to."""
     base_config: Mapping[str, object]
+    tie: Tie | None = None
+    """The weight that the base's embedding and head share."""
 
     def stored(self, key: str) -> Stored:
         """Return one of the adapter's tensors."""
         return Stored(path=self.file, info=self.keys[key])
+
+    def shape(self, target: str) -> tuple[int, ...]:
+        """Return a target's shape; a tied head has its embedding's."""
+        if self.tie and target == self.tie.head:
+            return self.sources[self.tie.embedding].shape
+        return self.sources[target].shape
 
     def factor(self, scaling: float) -> float:
         """Return weight · scaling; raise InputRefused where that overflows."""
@@ -83,6 +94,8 @@ class AdapterView:
 
         Raises InputRefused where several could be meant.
         """
+        if self.tie and parameter == "weight" and is_head(module):
+            return self.tie.head
         found = self.names.find(f"{module}.{parameter}")
         if len(found) > 1:
             raise InputRefused(
@@ -124,6 +137,8 @@ class Family:
     claim: Callable[[AdapterView], Iterable[Claim]]
     """Yield what it understands; raise InputRefused for keys of its own that make no sense."""
     variants: tuple[Variant, ...] = ()
+    every: bool = False
+    """True where adapters of all other kinds may have such keys too."""
 
 
 @cache

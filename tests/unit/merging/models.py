@@ -1,0 +1,73 @@
+"""Tiny models of real architectures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SIZES = {"vocab_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+NARROW = {"hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2}
+EXPERTS = {"num_experts_per_tok": 2}
+
+
+def model_class(kind: str) -> Any:
+    """Return the class that loads a model of a kind."""
+    import transformers
+
+    special = {
+        "t5": "AutoModelForSeq2SeqLM",
+        "bert": "AutoModelForMaskedLM",
+        "vit": "AutoModelForImageClassification",
+        "cnn": "AutoModelForImageClassification",
+    }
+    return getattr(transformers, special.get(kind, "AutoModelForCausalLM"))
+
+
+def build(kind: str, **options: Any) -> Any:
+    """Return a model with random weights."""
+    return model_class(kind).from_config(config_of(kind, **options))
+
+
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", SIZES | NARROW),
+    "qwen2": ("Qwen2Config", SIZES | NARROW),
+    "qwen3": ("Qwen3Config", SIZES | NARROW | {"head_dim": 8}),
+    "gemma2": ("Gemma2Config", SIZES | NARROW | {"head_dim": 8}),
+    "gemma3": ("Gemma3TextConfig", SIZES | NARROW | {"head_dim": 8}),
+    "phi3": ("Phi3Config", SIZES | NARROW | {"pad_token_id": 0}),
+    "gpt2": ("GPT2Config", {"vocab_size": 96, "n_layer": 2, "n_head": 4, "n_embd": 32}),
+    "falcon": ("FalconConfig", SIZES | {"hidden_size": 32}),
+    "t5": (
+        "T5Config",
+        {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
+    ),
+    "bert": ("BertConfig", SIZES | {"hidden_size": 32, "intermediate_size": 48}),
+    "vit": (
+        "ViTConfig",
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "image_size": 16,
+            "patch_size": 4,
+        },
+    ),
+    "cnn": (
+        "ResNetConfig",
+        {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        SIZES | NARROW | EXPERTS | {"moe_intermediate_size": 24, "num_experts": 4, "head_dim": 8},
+    ),
+    "mixtral": ("MixtralConfig", SIZES | NARROW | {"num_local_experts": 4}),
+    "gpt_oss": ("GptOssConfig", SIZES | NARROW | EXPERTS | {"num_local_experts": 4, "head_dim": 8}),
+}
+
+
+def config_of(kind: str, **options: Any) -> Any:
+    """Return a kind's configuration, as small as it goes."""
+    import transformers
+
+    name, sizes = CONFIGS[kind]
+    return getattr(transformers, name)(**sizes | options)

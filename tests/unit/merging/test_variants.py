@@ -1,0 +1,271 @@
+"""Every variant of LoRA on tiny real architectures, against PEFT's unmerged forward pass."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.unit.merging.models import build, model_class
+from toolchain.errors import InputRefused
+from toolchain.merging.engine import MergeRequest, merge
+
+MakeBase = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
+    """Return the folder of a tiny base model, each made once."""
+    made: dict[str, Path] = {}
+
+    def base(kind: str, **options: Any) -> Path:
+        key = json.dumps([kind, options], sort_keys=True)
+        if key not in made:
+            folder = tmp_path_factory.mktemp(f"{kind}-base")
+            torch.manual_seed(0)
+            model = build(kind, **options)
+            for name, parameter in model.named_parameters():
+                scale, shift = (0.1, 1.0) if "norm" in name and "weight" in name else (0.2, 0.0)
+                torch.nn.init.normal_(parameter, mean=shift, std=scale)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model.save_pretrained(folder)
+            made[key] = folder
+        return made[key]
+
+    return base
+
+
+def train(base: Path, kind: str, folder: Path, config: Any, resize: int = 0) -> Path:
+    """Save an adapter whose trained tensors are all random."""
+    from peft import get_peft_model
+
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = model_class(kind).from_pretrained(base, dtype=torch.float32)
+        if resize:
+            model.resize_token_embeddings(resize)
+        tuned = get_peft_model(model, config)
+        for name, parameter in tuned.named_parameters():
+            if parameter.requires_grad:
+                shift = 1.0 if "magnitude" in name or "norm" in name else 0.0
+                torch.nn.init.normal_(parameter, mean=shift, std=0.2)
+        tuned.save_pretrained(folder)
+    return folder
+
+
+def answers(model: Any, kind: str) -> torch.Tensor:
+    """What a model makes of fixed inputs, in float64."""
+    model = model.double().eval()
+    if hasattr(model, "set_experts_implementation"):
+        # The fast ones have no float64.
+        model.set_experts_implementation("eager")
+    with torch.no_grad():
+        if kind in ("vit", "cnn"):
+            pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+            found = model(pixel_values=pixels.double())
+            return next(iter(found.values()))
+        ids = torch.arange(40).view(2, 20) % 90
+        more = {"decoder_input_ids": ids} if kind == "t5" else {}
+        return model(input_ids=ids, **more).logits
+
+
+def unmerged(base: Path, kind: str, adapter: Path, resize: int = 0) -> torch.Tensor:
+    """The oracle."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = model_class(kind).from_pretrained(base, dtype=torch.float32)
+        if resize:
+            model.resize_token_embeddings(resize)
+        return answers(PeftModel.from_pretrained(model, adapter), kind)
+
+
+def merged(folder: Path, kind: str) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, told = model_class(kind).from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True
+        )
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    assert not told["mismatched_keys"]
+    return answers(model, kind)
+
+
+def check(
+    base: Path,
+    kind: str,
+    tmp_path: Path,
+    lora: dict[str, Any],
+    resize: int = 0,
+    room: float = 2e-6,
+) -> dict[str, Any]:
+    """Train, merge, and compare; return the merge's result."""
+    from peft import LoraConfig
+
+    options = {"r": 4, "lora_alpha": 6} | lora
+    adapter = train(base, kind, tmp_path / "adapter", LoraConfig(**options), resize)
+    out = tmp_path / "out"
+    result = merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=out, workers=2))
+
+    wanted, got = unmerged(base, kind, adapter, resize), merged(out, kind)
+    scale = float(wanted.abs().max())
+    if not resize:
+        assert (merged(base, kind) - wanted).abs().max() > 1e-3 * scale
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=room * max(1.0, scale))
+    return result
+
+
+Q = {"target_modules": ["q_proj", "v_proj"]}
+TIED = {"tie_word_embeddings": True}
+BIASED = {"attention_bias": True, "mlp_bias": True}
+
+
+def nested(kind: str, **options: Any) -> Any:
+    from peft.tuners.lora import config
+
+    return getattr(config, kind)(**options)
+
+
+def blocks(where: str) -> dict[str, Any]:
+    return {
+        "use_bdlora": ("BdLoraConfig", {"nblocks": 2, "match_strict": False, where: ["q_proj"]})
+    }
+
+
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "rslora": ({}, Q | {"use_rslora": True}),
+    "patterns": ({}, Q | {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}),
+    "dora": ({}, Q | {"use_dora": True}),
+    "dora-embedding": ({}, {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True}),
+    "dora-head": ({}, {"target_modules": ["lm_head"], "use_dora": True}),
+    "lora-bias": (BIASED, Q | {"lora_bias": True}),
+    "bias-all": (BIASED, Q | {"bias": "all"}),
+    "bias-lora-only": (BIASED, Q | {"bias": "lora_only"}),
+    "modules-to-save": ({}, Q | {"modules_to_save": ["embed_tokens", "lm_head", "norm"]}),
+    "embedding": ({}, {"target_modules": ["embed_tokens", "q_proj"]}),
+    "head": ({}, {"target_modules": ["lm_head"]}),
+    "tokens": ({}, Q | {"trainable_token_indices": [1, 5, 17]}),
+    "tokens-both": (
+        {},
+        Q | {"trainable_token_indices": {"embed_tokens": [1, 5], "lm_head": [3]}},
+    ),
+    "kasa": ({}, Q | {"kasa_config": ("KasaConfig", {})}),
+    "bdlora-a": ({}, Q | blocks("target_modules_bd_a")),
+    "bdlora-b": ({}, Q | blocks("target_modules_bd_b")),
+    "mica": ({}, Q | {"init_lora_weights": "mica"}),
+    "velora": ({}, Q | {"velora_config": ("VeloraConfig", {})}),
+    "monteclora": ({}, Q | {"monteclora_config": ("MontecloraConfig", {})}),
+    "orthogonal": ({}, Q | {"init_lora_weights": "orthogonal"}),
+    "replication": ({}, Q | {"layer_replication": [[0, 2], [1, 2], [0, 1]]}),
+    "tied-embedding": (TIED, {"target_modules": ["embed_tokens", "q_proj"]}),
+    "tied-embedding-once": (
+        TIED,
+        {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+    ),
+    "tied-head": (TIED, {"target_modules": ["lm_head", "q_proj"]}),
+    "tied-head-once": (TIED, {"target_modules": ["lm_head"], "ensure_weight_tying": True}),
+    "tied-both": (TIED, {"target_modules": ["lm_head", "embed_tokens"]}),
+    "tied-dora": (TIED, {"target_modules": ["embed_tokens"], "use_dora": True}),
+    "tied-saved": (TIED, Q | {"modules_to_save": ["embed_tokens"]}),
+    "tied-saved-head": (TIED, Q | {"modules_to_save": ["lm_head"]}),
+    "tied-saved-once": (
+        TIED,
+        Q | {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
+    "tied-tokens": (TIED, Q | {"trainable_token_indices": [1, 5, 17]}),
+}
+UNTIED = {"tied-embedding", "tied-head", "tied-both", "tied-dora", "tied-saved", "tied-saved-head"}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_llama(name: str, bases: MakeBase, tmp_path: Path) -> None:
+    model, lora = VARIANTS[name]
+    lora = {
+        key: nested(value[0], **value[1]) if isinstance(value, tuple) else value
+        for key, value in lora.items()
+    }
+
+    # PEFT truncates KaSA's base in float32.
+    room = 1e-4 if name == "kasa" else 2e-6
+    check(bases("llama", **model), "llama", tmp_path, lora, room=room)
+
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    names = load_file(tmp_path / "out" / "model.safetensors").keys()
+    assert config["tie_word_embeddings"] == (model == TIED and name not in UNTIED)
+    assert ("lm_head.weight" in names) != config["tie_word_embeddings"]
+
+
+@pytest.mark.parametrize("model", [{}, TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        Q,
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        Q | {"trainable_token_indices": [1, 93, 97]},
+    ],
+    ids=["plain", "embedding", "tokens"],
+)
+def test_resized_vocabularies(
+    model: dict[str, Any], lora: dict[str, Any], bases: MakeBase, tmp_path: Path
+) -> None:
+    if not model and "embed_tokens" in lora["target_modules"]:
+        # PEFT saves the embedding alone, and the head's new rows are lost.
+        with pytest.raises(InputRefused, match="embedding and head would differ"):
+            check(bases("llama"), "llama", tmp_path, lora, resize=101)
+        return
+    check(bases("llama", **model), "llama", tmp_path, lora, resize=101)
+
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["vocab_size"] == 101
+
+
+STACKED = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+ATTENTION = ["q_proj", "v_proj", "o_proj"]
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "qwen2": ("qwen2", TIED, {"target_modules": "all-linear"}),
+    "qwen3": ("qwen3", {}, {"target_modules": "all-linear", "use_dora": True}),
+    "gemma2": ("gemma2", {}, {"target_modules": ["embed_tokens", *ATTENTION]}),
+    "gemma3": ("gemma3", {}, {"target_modules": [*ATTENTION, "gate_proj"]}),
+    "phi3": ("phi3", {}, {"target_modules": ["qkv_proj", "gate_up_proj", "o_proj"]}),
+    "gpt2": ("gpt2", {}, {"target_modules": ["c_attn", "c_fc"], "use_dora": True}),
+    "gpt2-wte": ("gpt2", {}, {"target_modules": ["wte", "c_proj"]}),
+    "gpt2-bias": ("gpt2", {}, {"target_modules": ["c_attn"], "lora_bias": True, "bias": "all"}),
+    "falcon": ("falcon", {}, {"target_modules": ["query_key_value", "dense_h_to_4h"]}),
+    "t5": ("t5", {}, {"target_modules": ["q", "v", "wo"]}),
+    "bert": ("bert", {}, {"target_modules": ["query", "value"], "bias": "lora_only"}),
+    "bert-words": ("bert", {}, {"target_modules": ["word_embeddings", "query"]}),
+    "vit": ("vit", {}, {"target_modules": ["q_proj", "fc1", "projection"]}),
+    "vit-head": ("vit", {}, {"target_modules": ["q_proj"], "modules_to_save": ["classifier"]}),
+    "cnn": ("cnn", {}, {"target_modules": ["convolution"], "use_dora": False}),
+    "cnn-dora": ("cnn", {}, {"target_modules": ["convolution"], "use_dora": True}),
+    "qwen3-moe": ("qwen3_moe", {}, {"target_modules": ATTENTION} | STACKED),
+    "qwen3-moe-down": (
+        "qwen3_moe",
+        {},
+        {"target_modules": [], "target_parameters": ["experts.down_proj"]},
+    ),
+    "qwen3-moe-router": (
+        "qwen3_moe",
+        {},
+        {"target_modules": [], "target_parameters": ["mlp.gate.weight"]},
+    ),
+    "mixtral": ("mixtral", {}, {"target_modules": ATTENTION, "use_rslora": True} | STACKED),
+    "gpt-oss": ("gpt_oss", {}, {"target_modules": ATTENTION} | STACKED),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures(name: str, bases: MakeBase, tmp_path: Path) -> None:
+    kind, model, lora = ARCHITECTURES[name]
+
+    check(bases(kind, **model), kind, tmp_path, lora)

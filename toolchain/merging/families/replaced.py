@@ -1,0 +1,135 @@
+"""Whole tensors that an adapter brings: trained modules, biases, resized or copied embeddings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from toolchain.errors import InputRefused
+from toolchain.merging.families.family import AdapterView, Claim, Family, Variant
+from toolchain.merging.names import module_key, plain_module
+from toolchain.merging.twins import same_bytes
+from toolchain.merging.tying import is_embedding, is_head
+
+_OTHERS = re.compile(r".*(?:lora_|trainable_tokens_delta|ln_tuning_layers).*")
+
+
+def _claim(view: AdapterView) -> Iterator[Claim]:
+    for key in view.keys:
+        name = module_key(key)
+        if _OTHERS.fullmatch(name):
+            continue
+        owner, _, parameter = name.rpartition(".")
+        module = plain_module(owner.removesuffix(".token_adapter.base_layer"))
+        module = re.sub(r"\.(?:original_module|modules_to_save(?:\.[^.]+)?)$", "", module)
+        if _legal(view, owner, module, parameter):
+            yield _one(view, key, owner, module, parameter)
+
+
+FAMILY = Family(
+    name="replaced",
+    kinds=frozenset({"LORA", "TRAINABLE_TOKENS"}),
+    every=True,
+    claim=_claim,
+    variants=(
+        Variant(name="`modules_to_save`", how="the adapter's tensor takes the base's place"),
+        Variant(name="`bias` all or lora_only", how="the adapter's bias takes the base's place"),
+        Variant(
+            name="resized vocabularies",
+            how="the adapter's embeddings take the base's place; `vocab_size` follows",
+        ),
+    ),
+)
+
+
+def _legal(view: AdapterView, owner: str, module: str, parameter: str) -> bool:
+    """Say whether the configuration, or PEFT's saving of embeddings, explains a whole tensor."""
+    if _is_saved(view, module):
+        return True
+    if parameter == "bias":
+        wrapped = owner.endswith(".base_layer")
+        bias = view.config.raw.get("bias", "none")
+        return bias == "all" or (bias == "lora_only" and wrapped)
+    return parameter == "weight" and (is_embedding(module) or is_head(module))
+
+
+def _is_saved(view: AdapterView, module: str) -> bool:
+    """Say whether the module, or one that it is part of, is among `modules_to_save`.
+
+    PEFT compares the ends of names, not of their parts: `norm` means `input_layernorm` too.
+    """
+    saved = tuple(view.config.raw.get("modules_to_save") or ())
+    parts = module.split(".")
+    return any(".".join(parts[:end]).endswith(saved) for end in range(1, len(parts) + 1))
+
+
+def _one(view: AdapterView, key: str, owner: str, module: str, parameter: str) -> Claim:
+    info = view.keys[key]
+    if info.dtype not in ("F32", "F16", "BF16"):
+        raise InputRefused(
+            f"{view.path}: {key} is of type {info.dtype}",
+            hint="save the adapter in float32, float16 or bfloat16",
+        )
+    if view.tie and parameter == "weight" and (is_embedding(module) or is_head(module)):
+        return _tied(view, key, owner, module)
+    target = view.find(module, parameter)
+    if not target:
+        raise InputRefused(
+            f"{view.path} brings {module}.{parameter}, which the base has not",
+            hint="a new head belongs to another architecture than the base's: save the adapted "
+            "model with transformers instead, or export the adapter from the base's own class",
+        )
+    _check_shape(view, key, module, target)
+    return Claim(keys=(key,), module=module, target=target, replacement=view.stored(key))
+
+
+def _tied(view: AdapterView, key: str, owner: str, module: str) -> Claim:
+    """Return what a tensor of an embedding or a head does whose weight they share.
+
+    A tensor saved for both stays tied; one of two that differ, and a module that was trained by
+    itself (`modules_to_save`), is its module's own.
+    """
+    tie = view.tie
+    assert tie is not None  # noqa: S101 - the caller looked
+    twin = _twin(view, key, is_embedding(module))
+    _check_shape(view, key, module, tie.embedding)
+    if twin and same_bytes(view.file, view.keys[key], view.keys[twin]):
+        if is_head(module):
+            return Claim(keys=(key,), module=module)
+        alone = False
+    else:
+        wrapped = owner.endswith("base_layer")
+        tying = view.config.ensure_weight_tying
+        alone = bool(twin) or (_is_saved(view, module) and not wrapped and not tying)
+    own = tie.head if is_head(module) else tie.embedding
+    return Claim(
+        keys=(key,),
+        module=module,
+        target=own if alone else tie.embedding,
+        replacement=view.stored(key),
+        both=not alone,
+    )
+
+
+def _twin(view: AdapterView, key: str, embedding: bool) -> str:
+    """Return the key of the other one of embedding and head, saved in the same way."""
+    for other in view.keys:
+        name = module_key(other)
+        owner, _, parameter = name.rpartition(".")
+        module = plain_module(owner.removesuffix(".token_adapter.base_layer"))
+        right = is_head(module) if embedding else is_embedding(module)
+        if other != key and right and parameter == "weight" and not _OTHERS.fullmatch(name):
+            return other
+    return ""
+
+
+def _check_shape(view: AdapterView, key: str, module: str, target: str) -> None:
+    shape, wanted = view.keys[key].shape, view.shape(target)
+    resizable = is_embedding(module) or is_head(module)
+    if shape == wanted or (resizable and shape[1:] == wanted[1:] and len(shape) == len(wanted)):
+        return
+    raise InputRefused(
+        f"{view.path}: {key} has the shape {list(shape)}, the base's {target} {list(wanted)}",
+        hint="the adapter was trained on another model: its configuration names "
+        f"{view.config.base_model or '(none)'!r}",
+    )

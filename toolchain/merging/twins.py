@@ -1,0 +1,38 @@
+"""Whether two tensors of an adapter hold the same numbers: tied layers are saved twice."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from toolchain.checkpoints.safetensors import BITS, TensorInfo
+
+_PIECE = 1 << 24
+
+
+def same_bytes(path: Path, one: TensorInfo, other: TensorInfo) -> bool:
+    """Say whether two tensors of a file are equal, byte for byte."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with path.open("rb") as file:
+        fd = file.fileno()
+        return all(
+            os.pread(fd, min(_PIECE, one.size - at), one.start + at)
+            == os.pread(fd, min(_PIECE, one.size - at), other.start + at)
+            for at in range(0, one.size, _PIECE)
+        )
+
+
+def same_transposed(path: Path, one: TensorInfo, other: TensorInfo) -> bool:
+    """Say whether one matrix of a file is the other's transpose, byte for byte."""
+    if one.dtype != other.dtype or one.shape != other.shape[::-1] or len(one.shape) != 2:
+        return False
+    import numpy as np
+
+    kind = f"u{BITS[one.dtype] // 8}"
+    with path.open("rb") as file:
+        first, second = (
+            np.frombuffer(os.pread(file.fileno(), info.size, info.start), kind).reshape(info.shape)
+            for info in (one, other)
+        )
+    return bool(np.array_equal(first, second.T))

@@ -1,0 +1,77 @@
+"""Embeddings and heads that share one weight: which tensor, and what a model without a head is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
+HEADS = ("lm_head", "embed_out", "output_layer")
+_HEAD_NAMES = {
+    "gpt_neox": "embed_out",
+    "bert": "cls.predictions.decoder",
+    "roberta": "lm_head.decoder",
+    "xlm-roberta": "lm_head.decoder",
+}
+_WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tie:
+    """A weight that the model uses twice: to look tokens up, and to score them."""
+
+    embedding: str
+    """The base tensor's name."""
+    head: str
+    """The name that the head's own weight has, or would have."""
+    also: tuple[tuple[str, str], ...] = ()
+    """More tensors that are tied with it: (name when untied, base tensor)."""
+
+
+def is_embedding(module: str) -> bool:
+    """Say whether a module looks tokens up."""
+    return module.rpartition(".")[2] in EMBEDDINGS
+
+
+def is_head(module: str) -> bool:
+    """Say whether a module scores tokens."""
+    last = module.rpartition(".")[2]
+    return last in HEADS or module.endswith(tuple(_HEAD_NAMES.values()))
+
+
+def find_tie(config: Mapping[str, object], names: Mapping[str, object]) -> Tie | None:
+    """Return the shared weight of a model with tied embeddings, or None.
+
+    transformers ties where `tie_word_embeddings` is true or absent, whatever the file holds; a
+    checkpoint without a head's weight can only be tied.
+    """
+    embeddings = [name for name in names if is_embedding(name.removesuffix(".weight"))]
+    embeddings = [name for name in embeddings if name.endswith(".weight")]
+    architectures = config.get("architectures")
+    listed = architectures if isinstance(architectures, list) else []
+    kinds = [str(kind) for kind in listed]
+    with_head = not kinds or any(
+        kind.endswith(_WITH_HEAD) or "ConditionalGeneration" in kind for kind in kinds
+    )
+    heads = [name for name in names if is_head(name.removesuffix(".weight"))]
+    if not embeddings or not with_head or not (_flag(config) or not heads):
+        return None
+    embedding = min(embeddings, key=lambda name: (name.count("."), name))
+    head = heads[0] if heads else _head_name(config, embedding)
+    bias, outer = f"{head.removesuffix('.weight')}.bias", head.rpartition(".decoder.")[0]
+    # BERT's decoder has a second name for the head's bias too.
+    twice = head.endswith(".decoder.weight") and f"{outer}.bias" in names and bias not in names
+    also = ((bias, f"{outer}.bias"),) if twice else ()
+    return Tie(embedding=embedding, head=head, also=also)
+
+
+def _flag(config: Mapping[str, object]) -> bool:
+    text = config.get("text_config")
+    nested = text.get("tie_word_embeddings") if isinstance(text, dict) else None
+    return bool(config.get("tie_word_embeddings", nested))
+
+
+def _head_name(config: Mapping[str, object], embedding: str) -> str:
+    head = _HEAD_NAMES.get(str(config.get("model_type", "")), "lm_head")
+    outer = "language_model." if embedding.startswith("language_model.model.") else ""
+    return f"{outer}{head}.weight"
