@@ -60,9 +60,13 @@ class Pins:
 
     @property
     def cuda(self) -> Path | None:
-        """Torch with its CUDA libraries, or None."""
-        file = self.folder / "requirements-cuda.txt"
-        return file if file.is_file() else None
+        """Torch with its CUDA libraries: the builder's own, or the merge builder's same version."""
+        own = self.folder / "requirements-cuda.txt"
+        if own.is_file():
+            return own
+        shared = self.folder.with_name("merge") / own.name
+        same = self.torch is not None and _torch_version(self.torch) == _torch_version(shared)
+        return shared if same else None
 
     @property
     def key(self) -> str:
@@ -71,6 +75,12 @@ class Pins:
         pins = [_without_comments(file) for file in files]
         facts = [sys.version_info[:2], platform.machine(), pins]
         return f"{self.name}-{key_of(facts).short}"
+
+
+def _torch_version(file: Path) -> str:
+    """Return the pinned version of torch without its build's tag, such as `+cpu`."""
+    found = re.search(r"^torch==([\d.]+)", file.read_text("utf-8"), re.MULTILINE)
+    return found[1] if found else ""
 
 
 def _without_comments(file: Path) -> list[str]:

@@ -79,6 +79,19 @@ def test_packages_that_cannot_be_had_are_an_environment_failure(images, tmp_path
     assert not is_complete(environment_folder(tmp_path / "cache", pins))
 
 
+@pytest.mark.parametrize(("version", "found"), [("2.13.0+cpu", "merge"), ("2.12.0+cpu", None)])
+def test_a_builder_without_cuda_pins_falls_back_to_the_merge_builders(images, version, found):
+    """A machine for whose Python there is no CPU build needs some torch for every builder."""
+    builders = images / "builders"
+    (builders / "merge").mkdir(exist_ok=True)
+    (builders / "merge" / "requirements-cuda.txt").write_text("nvidia==1\ntorch==2.13.0 \\\n")
+    (builders / "tiny" / "requirements-cpu.txt").write_text(f"torch=={version} \\\n")
+
+    fallback = Pins(name="tiny", flavour="cpu").cuda
+
+    assert (fallback.parent.name if fallback else None) == found
+
+
 def test_the_environment_follows_the_pins_but_not_the_comments(images):
     pins = Pins(name="tiny", flavour="cpu")
     file = images / "builders" / "tiny" / "requirements.txt"
