@@ -90,6 +90,8 @@ class EngineBase:
     """Reference, or `engine:NAME` for a folder of `images/engines/` that we assemble ourselves."""
     gpu: str
     """Upstream reference, pinned by `images/bases.lock`."""
+    rocm: str = ""
+    """The same for AMD's GPUs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +124,8 @@ class Engine:
     model_dir: str = "/models"
     image_files: Mapping[str, str] = field(default_factory=dict)
     """Absolute path in the image -> template name in the engine's template folder."""
+    key_variable: str = ""
+    """The variable that sets a password, for manifests to take from a secret."""
     port_variable: str = ""
     """The variable that moves the port."""
     host_variable: str = ""

@@ -52,6 +52,7 @@ ENGINE = Engine(
     entrypoint=("/app/llama-server",),
     command=command,
     healthcheck=("/app/healthcheck",),
+    key_variable="LLAMA_API_KEY",
     port_variable="LLAMA_ARG_PORT",
     host_variable="LLAMA_ARG_HOST",
     threads_variable="LLAMA_ARG_THREADS",

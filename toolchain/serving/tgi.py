@@ -175,6 +175,7 @@ ENGINE = Engine(
     entrypoint=("/tgi-entrypoint.sh",),
     command=lambda _plan, _names: (),
     healthcheck=(),
+    key_variable="API_KEY",
     port_variable="PORT",
     host_variable="HOSTNAME",
     neutral_settings=frozenset({"max-batch-size", "max-concurrent-requests"}),

@@ -19,6 +19,8 @@ from toolchain.values import Json
 GPU_IMAGE = "docker.io/vllm/vllm-openai:v0.33.0"
 """Upstream's CUDA 13 build; images/bases.lock has its digest."""
 
+ROCM_IMAGE = "docker.io/vllm/vllm-openai-rocm:v0.33.0"
+
 CONFIG_FILE = "/etc/weightsmith/vllm.yaml"
 
 _PORT = 8000
@@ -209,7 +211,7 @@ ENGINE = Engine(
     name="vllm",
     title="vLLM",
     accepts=frozenset({"safetensors", "awq", "gptq", "fp8"}),
-    base=EngineBase(cpu="engine:vllm-cpu", gpu=GPU_IMAGE),
+    base=EngineBase(cpu="engine:vllm-cpu", gpu=GPU_IMAGE, rocm=ROCM_IMAGE),
     port=_PORT,
     health_path="/health",
     plan=plan,
@@ -222,6 +224,7 @@ ENGINE = Engine(
         "-c",
         f"import urllib.request as u; u.urlopen('http://127.0.0.1:{_PORT}/health', timeout=4)",
     ),
+    key_variable="VLLM_API_KEY",
     neutral_settings=frozenset(
         {"max-num-seqs", "max-model-len", "kv-cache-memory-bytes", "gpu-memory-utilization"}
     ),

@@ -36,7 +36,9 @@ def base_reference(engine: Engine, device: str, override: str) -> str:
 
     Raises UsageError where there is none.
     """
-    chosen = override or (engine.base.cpu if device == "cpu" else engine.base.gpu)
+    bases = engine.base
+    own = bases.rocm if device.startswith("amd-") else bases.gpu
+    chosen = override or (bases.cpu if device == "cpu" else own)
     if not chosen:
         raise UsageError(
             f"{engine.name} has no image for a {device}",

@@ -72,12 +72,12 @@ def render(
         "image": image or f"{name}:{version}",
         "env": env,
         "healthcheck": list(healthcheck),
-        "gpu_count": plan.gpus,
+        "gpu_resource": "amd.com/gpu" if plan.device.startswith("amd-") else "nvidia.com/gpu",
         "engine_title": engine.title,
         "start_command": [*engine.entrypoint, *engine.command(plan, names)],
-        "deploys_with_kserve": False,
-        "production_stack": False,
         "file_settings": engine.file_settings(plan, names),
+        "plan_arguments": _as_arguments(plan.settings),
+        "image_parts": _parts(image or f"{name}:{version}"),
         **names,
         **_engine_facts(engine, plan),
     }
@@ -110,8 +110,33 @@ def _engine_facts(engine: Engine, plan: ServingPlan) -> Mapping[str, Json]:
         "memory_limit": memory_limit(plan),
         "user_id": USER_ID,
         "probe_seconds": engine.probe_seconds,
+        "key_variable": engine.key_variable,
         "cpu_count_variable": engine.threads_variable,
     }
+
+
+def _as_arguments(settings: Mapping[str, Json]) -> list[str]:
+    """Return settings as words of a command line, for manifests that take arguments only."""
+    words: list[str] = []
+    for key, value in settings.items():
+        if isinstance(value, bool):
+            words.append(f"--{key}" if value else f"--no-{key}")
+        else:
+            text = json.dumps(value) if isinstance(value, Mapping | list | tuple) else str(value)
+            words += [f"--{key}", text]
+    return words
+
+
+def _parts(image: str) -> Mapping[str, Json]:
+    """Return a reference as repository and tag, the digest with the tag: `a/b`, `1@sha256:…`.
+
+    Charts write them as `repository:tag`; a digest alone gets a tag that it overrides.
+    """
+    name, at, digest = image.partition("@")
+    repository, colon, tag = name.rpartition(":")
+    if not colon or "/" in tag:
+        repository, tag = name, "latest"
+    return {"repository": repository, "tag": f"{tag}{at}{digest}"}
 
 
 def plan_facts(plan: ServingPlan) -> Mapping[str, Json]:
@@ -160,10 +185,9 @@ def render_files(folders: tuple[Path, ...], facts: Mapping[str, Json]) -> dict[s
         size=human,
         yaml=_yaml,
     )
-    return {
-        template.removesuffix(".j2"): _one(environment, template, facts)
-        for template in sorted(environment.list_templates(extensions=["j2"]))
-    }
+    names = sorted(environment.list_templates(extensions=["j2"]))
+    known = {**facts, "files": [name.removesuffix(".j2") for name in names]}
+    return {name.removesuffix(".j2"): _one(environment, name, known) for name in names}
 
 
 def _one(environment: Environment, template: str, facts: Mapping[str, Json]) -> str:

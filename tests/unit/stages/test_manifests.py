@@ -1,0 +1,195 @@
+"""Rendered manifests against the schemas of those who read them."""
+
+import json
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from toolchain.planning import all_targets
+from toolchain.serving.engine import Wishes
+from toolchain.stages.render import render
+from toolchain.values import Digest
+
+# What our documents use of serving.kserve.io/v1beta1 and v1alpha1, KServe at aaac4e29 (August
+# 2026), config/crd/full: names and types, nothing else allowed. Pods are held against Kubernetes.
+KSERVE = json.loads(Path(__file__).with_name("kserve.schema.json").read_text("utf-8"))
+# The same of vLLM's production-stack chart at a6c01db0, helm/values.schema.json.
+PRODUCTION_STACK = json.loads(
+    Path(__file__).with_name("production-stack.schema.json").read_text("utf-8")
+)
+# The oldest and the newest release that are looked after when this is written, and between.
+KUBERNETES = ("1.33", "1.35", "1.37")
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "vocab_size": 128256,
+    "dtype": "bfloat16",
+}
+IMAGE = f"registry.example.com:5000/ml/support:1.0-vllm@{Digest.of(b'image')}"
+CASES = {
+    "vllm": {"gpu": "nvidia-l40s"},
+    "vllm-awq": {"gpu": "nvidia-h100-80gb", "gpu_count": 2},
+    "vllm-fp8": {"gpu": "amd-mi300x", "extra": {"override-generation-config": {"top_k": 5}}},
+    "vllm-gptq": {"max_model_len": 2048, "max_num_seqs": 2},
+    "llamacpp-q4_k_m": {"max_model_len": 2048, "max_num_seqs": 2, "host_memory_bytes": 64 << 30},
+    "llamacpp-q8_0": {"gpu": "nvidia-l40s"},
+    "tgi": {"gpu": "nvidia-l40s"},
+    "sglang": {"gpu": "nvidia-h100-80gb", "gpu_count": 4},
+    "trtllm": {"gpu": "nvidia-h100-80gb", "gpu_count": 2},
+}
+
+
+def rendered(target, name="support", image=IMAGE, **wishes):
+    return render(
+        target=all_targets()[target],
+        name=name,
+        version="1.0.0",
+        model_config=LLAMA,
+        model_file="",
+        weight_bytes=16_000_000_000,
+        wishes=Wishes(**{**CASES[target], "max_num_seqs": 4, "max_model_len": 4096, **wishes}),
+        image=image,
+        made_from=(),
+    )
+
+
+@pytest.fixture(params=CASES)
+def config(request):
+    return rendered(request.param)
+
+
+def documents(config, name):
+    return list(yaml.safe_load_all(config.files[name]))
+
+
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_kubernetes_takes_the_deployment_and_its_service(config, version):
+    found = documents(config, "kubernetes.yaml")
+
+    assert [document["kind"] for document in found] == ["Deployment", "Service"]
+    for document in found:
+        kubernetes_validate.validate(document, version, strict=True)
+
+
+def test_the_pod_is_asked_for_what_was_planned(config):
+    deployment, service = documents(config, "kubernetes.yaml")
+    template = deployment["spec"]["template"]
+    (container,) = template["spec"]["containers"]
+    plan = config.plan
+
+    assert container["image"] == IMAGE
+    annotations = template["metadata"]["annotations"]
+    assert annotations["prometheus.io/scrape"] == "true"
+    assert annotations["prometheus.io/port"] == str(config.port)
+    assert int(container["resources"]["limits"]["memory"]) == plan["memory_limit_bytes"]
+    gpus = [value for key, value in container["resources"]["limits"].items() if "gpu" in key]
+    assert gpus == ([plan["gpus"]] if plan["gpus"] else [])
+    probe = container["startupProbe"]
+    assert probe["failureThreshold"] * probe["periodSeconds"] >= 600
+    assert template["spec"]["securityContext"]["runAsNonRoot"] is True
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert "/tmp" in mounted
+    assert ("/dev/shm" in mounted) == (plan["gpus"] > 1 and plan["shm_bytes"] > 0)
+    assert service["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"]
+
+
+def test_kserve_takes_its_documents(config):
+    found = documents(config, "kserve.yaml")
+
+    assert found[0]["kind"] == "InferenceService"
+    for document in found:
+        jsonschema.validate(document, KSERVE[document["kind"]])
+    predictor = found[0]["spec"]["predictor"]
+    own = {"minReplicas", "deploymentStrategy"}
+    pod = {key: value for key, value in predictor.items() if key not in own}
+    as_pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": pod}
+    kubernetes_validate.validate(as_pod, "1.35", strict=True)
+    assert pod["containers"][0]["name"] == "kserve-container"
+
+
+def test_kserves_own_vllm_gets_the_plan_as_words_of_a_shell():
+    config = rendered("vllm-fp8", extra={"override-generation-config": {"a": "$(x) 'y'"}})
+    _, service = documents(config, "kserve.yaml")
+    (container,) = service["spec"]["template"]["containers"]
+    text = {entry["name"]: entry["value"] for entry in container["env"]}["VLLM_ADDITIONAL_ARGS"]
+
+    # Kubernetes reads $(x) as a variable, and $$( as itself.
+    words = shlex.split(text.replace("$$(", "$("))
+    assert words[words.index("--max-model-len") + 1] == "4096"
+    assert json.loads(words[words.index("--override-generation-config") + 1]) == {"a": "$(x) 'y'"}
+    assert service["spec"]["model"] == {"uri": f"oci://{IMAGE}", "name": "support"}
+
+
+@pytest.mark.parametrize("target", ["vllm", "vllm-awq", "vllm-fp8"])
+def test_production_stack_takes_its_values(target):
+    config = rendered(target)
+    (values,) = documents(config, "production-stack.yaml")
+    (model,) = values["servingEngineSpec"]["modelSpec"]
+
+    jsonschema.validate(values, PRODUCTION_STACK)
+    assert f"{model['repository']}:{model['tag']}" == IMAGE
+    assert model["requestGPU"] == config.plan["gpus"]
+    # The chart turns prefix caching off where nothing is said.
+    assert model["vllmConfig"]["enablePrefixCaching"] is True
+
+
+def test_only_vllm_has_values_for_vllms_chart(config):
+    assert ("production-stack.yaml" in config.files) == config.target.startswith("vllm")
+    assert ("production-stack.yaml" in config.files["README.md"]) == config.target.startswith(
+        "vllm"
+    )
+
+
+def compose():
+    """The command, or None."""
+    if shutil.which("docker-compose"):
+        return ["docker-compose"]
+    if not shutil.which("docker"):
+        return None
+    probe = subprocess.run(["docker", "compose", "version"], capture_output=True, check=False)
+    return ["docker", "compose"] if probe.returncode == 0 else None
+
+
+@pytest.mark.skipif(compose() is None, reason="docker compose is not installed")
+def test_compose_takes_its_file(config, tmp_path):
+    path = tmp_path / "compose.yaml"
+    path.write_text(config.files["compose.yaml"])
+    command = [*(compose() or []), "--file", str(path), "config", "--format", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    service = json.loads(done.stdout)["services"]["model"]
+    assert service["image"] == IMAGE
+
+
+@pytest.mark.parametrize("name", ['a: b"', "#x", "${HOME}", "$(x)", "{{ name }}", "ümläut 🦙"])
+@pytest.mark.parametrize("target", CASES)
+def test_no_name_breaks_a_manifest(target, name):
+    config = rendered(target, name=name, image=f"example.com/{name}")
+
+    for file in (name for name in config.files if name.endswith(".yaml")):
+        assert documents(config, file)
+    for document in documents(config, "kubernetes.yaml"):
+        kubernetes_validate.validate(document, "1.35", strict=True)
+
+
+def test_the_readme_says_how_to_ask(config):
+    line = next(row for row in config.files["README.md"].splitlines() if "--data" in row)
+    body = json.loads(shlex.split(line.strip())[1])
+
+    assert body["model"] == config.served_name
+    assert f"127.0.0.1:{config.port}" in config.files["README.md"]
