@@ -65,8 +65,8 @@ def test_a_local_build_proves_its_image_and_writes_a_layout(local) -> None:
     )
     assert Path(built["report"]).is_file()
     assert sorted(p.name for p in layout.parent.iterdir()) == [
-        "README.md", "build.json", "compose.yaml", "image", "kserve.yaml", "kubernetes.yaml", "llamacpp.env",
-        "plan.json", "report.html", "report.md",
+        "README.md", "build.json", "compose.yaml", "image", "kserve.yaml", "kubernetes.yaml",
+        "llamacpp.env", "plan.json", "report.html", "report.md",
     ]  # fmt: skip
 
 
