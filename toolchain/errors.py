@@ -33,6 +33,10 @@ class InputRefused(WeightsmithError):
     exit_code = 3
 
 
+class Unmeasurable(InputRefused):
+    """A model that the quality gate cannot look into; it is then judged by its answers alone."""
+
+
 class CheckFailed(WeightsmithError):
     """A check or a gate said no (exit 4)."""
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from toolchain.artifacts import texts_of, wanted_of
 from toolchain.planning import (
     Trialed,
     can_make,
@@ -22,10 +23,11 @@ from toolchain.recipe import RecipeFile
 from toolchain.serving.memory import human
 from toolchain.serving.targets import Target
 from toolchain.stages import merge as merging
+from toolchain.stages import quality
 from toolchain.stages import quantize as quantizing
 from toolchain.stages import reference as references
 from toolchain.stages import validate as validating
-from toolchain.stages.quantize import model_config
+from toolchain.stages.quantize import Wanted, model_config
 from toolchain.stages.resolve import known
 from toolchain.values import SAFETENSORS, Json, Sources, StageInputs, Tree
 
@@ -34,6 +36,8 @@ _REFERENCE_MEMORY = 3 << 30
 _QUANTIZE_MEMORY = 4 << 30
 _VALIDATE_MEMORY = 3 << 29
 """Whatever the model: weights pass by a few rows at a time."""
+_QUALITY_MEMORY = 3 << 30
+"""Python, torch and transformers beside one layer's weights and the embedding, in bytes."""
 
 
 def forecast(
@@ -56,8 +60,9 @@ def forecast(
     plans, size = {}, sources.base.tree.size
     shape = model_config(sources.base.tree.root)
     for target in targets:
-        row, artifact = _quantize_row(file, target, checkpoint, size, earlier, tools)
-        rows.append(row)
+        wanted = wanted_of(file, target.format, sources.base, tools)
+        row, artifact = _quantize_row(wanted, target, checkpoint, size, earlier, tools)
+        rows += [row, *_quality_rows(file, target, checkpoint, artifact, tools)]
         weight = artifact.size if artifact else estimated_bytes(size, target.format, shape)
         config = serving_config(file, target, sources.base.tree, weight, weights="", made_from=())
         plans[target.name] = config.plan
@@ -76,7 +81,9 @@ def forecast(
         "read_bytes": sum(int(row["read_bytes"]) for row in todo),
         "write_bytes": sum(int(row["write_bytes"]) for row in todo),
         "peak_memory_bytes": max((int(row["peak_memory_bytes"]) for row in todo), default=0),
-        "peak_disk_bytes": sum(int(row["disk_bytes"]) for row in todo),
+        # What stays, and the largest of what is deleted again: one stage runs at a time.
+        "peak_disk_bytes": sum(int(row["write_bytes"]) for row in todo)
+        + max((int(row["disk_bytes"]) - int(row["write_bytes"]) for row in todo), default=0),
     }
 
 
@@ -209,7 +216,7 @@ def _checkpoint(file: RecipeFile, sources: Sources, tools: Tools) -> Tree | None
 
 
 def _quantize_row(
-    file: RecipeFile,
+    wanted: Wanted,
     target: Target,
     checkpoint: Tree | None,
     size: int,
@@ -230,12 +237,33 @@ def _quantize_row(
     }
     if checkpoint is None:
         return _row("quantize", cached=False, why="merge comes first", **row), None
-    stage = quantizing.inputs(checkpoint.digest, file.recipe.name, target.format, {})
+    stage = quantizing.inputs(checkpoint.digest, wanted)
     cached, why = _state(stage, earlier.get(f"quantize {target.name}"), tools)
     entry = tools.store.find(stage.key)
     quantizer = of_format(target.format.name).name
     why = why and f"{why} ({quantizer})"
     return _row("quantize", cached=cached, why=why, **row), entry.tree if entry else None
+
+
+def _quality_rows(
+    file: RecipeFile, target: Target, checkpoint: Tree | None, artifact: Tree | None, tools: Tools
+) -> list[dict[str, Json]]:
+    if target.format == SAFETENSORS or not can_make(target.format):
+        return []
+    texts, why = texts_of(file), "its weights are not made"
+    cached = False
+    if checkpoint and artifact:
+        stage = quality.inputs(
+            checkpoint.digest, artifact.digest, texts, file.recipe.quality.tokens
+        )
+        cached, why = _state(stage, None, tools)
+    size = checkpoint.size if checkpoint else 0
+    return [
+        _row(
+            "quality", target=target.name, cached=cached, why=why, read=size,
+            memory=_QUALITY_MEMORY,
+        )
+    ]  # fmt: skip
 
 
 def _state(

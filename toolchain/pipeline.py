@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from toolchain.artifacts import quality_fault, wanted_of, with_quality
 from toolchain.errors import CheckFailed
 from toolchain.oci.image import Image
 from toolchain.oci.references import Reference
@@ -61,16 +62,21 @@ def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[B
     for target in request.targets:
         timed = Clock(tools, dict(clock.stages))
         with timed.stage("quantize", target.format.name) as said:
-            artifact = quantizing.quantize(checkpoint, recipe.name, target.format, {}, tools)
+            wanted = wanted_of(request.file, target.format, sources.base, tools)
+            artifact = quantizing.quantize(checkpoint, wanted, tools)
             said["cached"] = artifact.details.get("cached", True)
+        with timed.stage("quality", target.format.name) as said:
+            artifact = with_quality(request.file, checkpoint, artifact, tools)
+            said["cached"] = artifact.details.get("quality", {}).get("cached", True)
         with timed.stage("render", target.name):
             config = config_of(request, target, checkpoint, artifact)
         with timed.stage("bake", reference(recipe, target.name)):
             baking = Baking.of(request, target, sources, artifact, config, registry, tools)
             image = baking.image({})
+        record = Record(request, sources, checkpoint, tools, baking, image)
+        judge_quality(record, artifact, expected, timed.stages)
         with timed.stage("evaluate", f"{count} questions to the started image") as said:
             results = prove(baking, image, expected, said)
-        record = Record(request, sources, checkpoint, tools, baking, image)
         judge(record, results, timed.stages)
         with timed.stage("publish", reference(recipe, target.name)) as said:
             published = deliver(baking, baking.image(main_scores(results)), registry, said)
@@ -268,6 +274,21 @@ def judge(
         raise CheckFailed(error.message, hint=f"{error.hint}\n  report: {built}") from None
 
 
+def judge_quality(
+    record: Record,
+    artifact: Artifact,
+    results: tuple[Result, ...],
+    stages: Mapping[str, Mapping[str, Json]],
+) -> None:
+    """Raise CheckFailed where quantizing lost too much; the report is kept."""
+    for text in artifact.details.get("warnings", ()):
+        record.tools.progress.warn(text)
+    if fault := quality_fault(record.request.file, artifact):
+        record.tools.progress.warn(f"not published: {fault.message}")
+        built = record.refuse(results, stages)
+        raise CheckFailed(fault.message, hint=f"{fault.hint}\n  report: {built}")
+
+
 def deliver(baking: Baking, image: Image, registry: Registry, said: dict[str, Json]) -> Published:
     """Publish, unless every output holds this very image already."""
     request, tools = baking.request, baking.tools
@@ -359,9 +380,10 @@ class Record:
             subject = asked.get("adapter", asked["base"])
             found["reference"] = references.inputs(subject, result.tried.task).inputs
         if self.baking and self.baking.artifact.format != SAFETENSORS:
-            found["quantize"] = quantizing.inputs(
-                self.checkpoint.digest, recipe.name, self.baking.artifact.format, {}
-            ).inputs
+            wanted = wanted_of(
+                self.request.file, self.baking.artifact.format, sources.base, self.tools
+            )
+            found["quantize"] = quantizing.inputs(self.checkpoint.digest, wanted).inputs
         return found
 
 

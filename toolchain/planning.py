@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from toolchain.artifacts import check_model, say_texts, wanted_of
 from toolchain.errors import InputRefused, UsageError
 from toolchain.evaluating.gate import Limit
 from toolchain.evaluating.items import read_items, read_prompts
@@ -237,7 +238,10 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
         size = estimated_bytes(sources.base.tree.size, target.format, config)
         serving_config(request.file, target, sources.base.tree, size, weights="", made_from=())
         if target.format != SAFETENSORS:
-            of_format(target.format.name).check_input(config)
+            wanted = wanted_of(request.file, target.format, sources.base, tools)
+            check_model(wanted, config)
+    if any(target.format != SAFETENSORS for target in request.targets):
+        say_texts(request.file, tools.progress)
     if not everything_cached(request, sources, tools):
         written += max(disk_peak(sources.base.tree.size, t.format) for t in request.targets)
         tools.store.require_room(written, "the build")
@@ -250,7 +254,9 @@ def everything_cached(request: BuildRequest, sources: Sources, tools: Tools) -> 
     return checkpoint is not None and all(
         target.format == SAFETENSORS
         or tools.store.find(
-            quantizing.inputs(checkpoint.digest, request.file.recipe.name, target.format, {}).key
+            quantizing.inputs(
+                checkpoint.digest, wanted_of(request.file, target.format, sources.base, tools)
+            ).key
         )
         for target in request.targets
     )

@@ -36,6 +36,9 @@ class Base(_Part):
     sha256: str = Field(
         "", pattern=r"^([0-9a-f]{64})?$", description="SHA-256 of a `pypi://` wheel."
     )
+    license: str = Field(
+        "", max_length=100, description="SPDX name of its licence, where its model card says none."
+    )
 
 
 class Evaluate(_Part):
@@ -117,9 +120,70 @@ class Validate(_Part):
 
 
 class Calibration(_Part):
-    """Text that quantizers measure activations on."""
+    """Text that quantizers measure activations on, a part of which is held out for the gate."""
 
     data: str = Field(min_length=1, description="JSON Lines: `{text}` or `{messages}`.")
+    n: int = Field(512, ge=1, description="Most texts to use, chosen by `seed`.")
+    min_length: int = Field(1, ge=1, description="Characters below which a text is left out.")
+    max_length: int = Field(
+        8192, ge=16, description="Characters above which a text is cut into pieces."
+    )
+    seed: int = Field(0, description="Order of the texts, and so which are held out.")
+    held_out: float = Field(
+        0.25, gt=0, lt=1, description="Share of the texts kept for the quality gate."
+    )
+
+
+class Quantize(_Part):
+    """How weights are quantized; each format takes the keys that concern it."""
+
+    allow_low_bits: bool = Field(
+        False, description="Allow GGUF types below four bits, which lose what fine-tuning changed."
+    )
+    imatrix: str = Field(
+        "",
+        description="Importance matrix of GGUF types: `auto` makes it from the calibration text, "
+        "`off`, or a file; empty is `auto` below five bits.",
+    )
+    split_max_size: str = Field(
+        "",
+        pattern=r"^([1-9]\d*[MG])?$",
+        description="Largest GGUF file, such as `4G`; a larger one is split.",
+    )
+    tensor_types: dict[str, str] = Field(
+        default_factory=dict,
+        description="GGUF type per tensor, by a regular expression of its name: `{attn_v: q8_0}`.",
+    )
+
+
+class Limits(_Part):
+    """What a quantized model may differ from the merged one; empty keeps the format's default."""
+
+    kl_mean: float | None = Field(
+        None, ge=0, description="Mean Kullback-Leibler divergence per token, in nats."
+    )
+    kl_p99: float | None = Field(None, ge=0, description="Its 99th percentile.")
+    top1: float | None = Field(
+        None, ge=0, le=1, description="Least share of tokens whose likeliest successor agrees."
+    )
+    perplexity_ratio: float | None = Field(
+        None, ge=0, description="Perplexity by the merged model's."
+    )
+    layer_error: float | None = Field(
+        None,
+        ge=0,
+        description="Largest error of one layer's output, by what that layer adds to its input.",
+    )
+
+
+class Quality(_Part):
+    """The gate after each quantization: held-out text, against the merged checkpoint."""
+
+    gate: bool = Field(True, description="`false` measures and reports, and stops nothing.")
+    tokens: int = Field(1024, ge=64, description="Held-out tokens to measure on, at most.")
+    limits: dict[str, Limits] = Field(
+        default_factory=dict, description="Limits by format, such as `{q4_k_m: {kl_mean: 0.1}}`."
+    )
 
 
 class Serve(_Part):
@@ -214,6 +278,8 @@ class Recipe(_Part):
     validation: Validate = Field(Validate(), alias="validate")
     evaluate: Evaluate | None = Field(None, description="The task and its gate.")
     calibration: Calibration | None = Field(None, description="Calibration text for quantizers.")
+    quantize: Quantize = Quantize()
+    quality: Quality = Quality()
     targets: tuple[str, ...] = Field(
         (), description="Engine x format, such as `vllm-awq`; see `invoke targets`."
     )

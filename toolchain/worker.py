@@ -9,6 +9,7 @@ of standard input means that the other side is gone: the worker ends at once (ex
 from __future__ import annotations
 
 import errno
+import hashlib
 import importlib
 import json
 import os
@@ -23,7 +24,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from toolchain.errors import EnvironmentFailure, InputRefused, WeightsmithError, from_code
+from toolchain.errors import (
+    CheckFailed,
+    EnvironmentFailure,
+    InputRefused,
+    Unmeasurable,
+    WeightsmithError,
+    from_code,
+)
 from toolchain.values import Job, Json, plain
 
 if TYPE_CHECKING:
@@ -108,11 +116,17 @@ def _import_gguf(job: Job, report: Report) -> Mapping[str, Json]:
 def _quantize(job: Job, report: Report) -> Mapping[str, Json]:
     from toolchain.quantizers.quantizer import QuantizeRequest
 
-    name = str(job.parameters["quantizer"])
-    if not name.isidentifier():
-        raise InputRefused(f"{name!r} is not the name of a quantizer")
-    quantizer = importlib.import_module(f"toolchain.quantizers.{name}").QUANTIZER
+    quantizer = _quantizer(str(job.parameters["quantizer"]))
     wanted = job.parameters["format"]
+    calibration, measured = None, job.output / (quantizer.statistics or ".none")
+    if texts := job.parameters.get("texts"):
+        calibration = job.output / ".calibration.jsonl"
+        rendering: Any = importlib.import_module("toolchain.quality.texts")
+        calibration.write_text(rendering.as_lines(job.inputs["model"], texts), encoding="utf-8")
+    given = "statistics" in job.inputs
+    if given:
+        measured.unlink(missing_ok=True)
+        measured.symlink_to(job.inputs["statistics"])
     request = QuantizeRequest(
         model=job.inputs["model"],
         format=next(f for f in quantizer.formats if f.name == wanted),
@@ -120,11 +134,27 @@ def _quantize(job: Job, report: Report) -> Mapping[str, Json]:
         name=str(job.parameters["name"]),
         tools=_tools(),
         python=sys.executable,
-        calibration=job.inputs.get("calibration"),
+        calibration=calibration,
+        measured=given,
         options=dict(job.parameters.get("options", {})),
     )
-    _run_steps(quantizer.steps(request), request, report)
-    return _mapping(quantizer.check(request))
+    try:
+        _run_steps(quantizer.steps(request), request, report)
+        result = _mapping(quantizer.check(request))
+    except CheckFailed:
+        _forget_steps(job.output)  # a second try must not trust what this one left
+        raise
+    for path in (calibration, measured if given else None):
+        if path is not None:
+            path.unlink()
+    _forget_steps(job.output)
+    return result
+
+
+def _quantizer(name: str) -> Any:
+    if not name.isidentifier():
+        raise InputRefused(f"{name!r} is not the name of a quantizer")
+    return importlib.import_module(f"toolchain.quantizers.{name}").QUANTIZER
 
 
 def _tools() -> Path:
@@ -133,16 +163,22 @@ def _tools() -> Path:
 
 
 def _run_steps(steps: tuple[Step, ...], request: QuantizeRequest, report: Report) -> None:
+    """Run the commands in order; those that an interrupted run finished are not run again."""
     from toolchain.drivers import process
 
     for number, step in enumerate(steps):
         report(number, len(steps), "steps")
+        argv = _filled(step, request.output)
+        done = request.output / f"{_DONE}{number}"
+        if done.is_file() and done.read_text("utf-8") == " ".join(argv):
+            note(f"{step.title}: done before")
+            continue
         note(step.title)
         for path, text in step.writes.items():
             path.write_text(text, encoding="utf-8")
-        print(f"$ {' '.join(step.argv)}", file=sys.stderr, flush=True)  # noqa: T201
+        print(f"$ {' '.join(argv)}", file=sys.stderr, flush=True)  # noqa: T201
         process.run(
-            step.argv,
+            argv,
             cwd=request.output,
             env=process.scrubbed({**_inherited(), **step.env}),
             on_line=lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201
@@ -150,9 +186,37 @@ def _run_steps(steps: tuple[Step, ...], request: QuantizeRequest, report: Report
             f"{step.title} ({Path(step.argv[0]).name})",
             hint="the lines above are the program's own; the job's log has all of them",
         )
+        # Before its inputs go: a run that is killed between the two has both, not neither.
+        done.write_text(" ".join(argv), encoding="utf-8")
         for path in step.removes:
-            path.unlink(missing_ok=True)
+            for found in path.parent.glob(path.name):
+                found.unlink()
     report(len(steps), len(steps), "steps")
+
+
+_DONE = ".done-"
+
+
+def _filled(step: Step, output: Path) -> tuple[str, ...]:
+    """Return a command with its `{name}`s replaced by digests and names of files."""
+    known = {f"{{{name}}}": path for name, path in step.digests.items()}
+    found = {f"{{{name}}}": pattern for name, pattern in step.finds.items()}
+    words = []
+    for word in step.argv:
+        for name, path in known.items():
+            if name in word and path.is_file():
+                with path.open("rb") as file:
+                    word = word.replace(name, hashlib.file_digest(file, "sha256").hexdigest())
+        for name, pattern in found.items():
+            if name in word and (first := min(output.glob(pattern), default=None)):
+                word = word.replace(name, str(first))
+        words.append(word)
+    return tuple(words)
+
+
+def _forget_steps(output: Path) -> None:
+    for path in output.glob(f"{_DONE}*"):
+        path.unlink()
 
 
 def _inherited() -> dict[str, str]:
@@ -194,6 +258,24 @@ def _validate(job: Job, report: Report) -> Mapping[str, Json]:
         summed=job.parameters["summed"],
     )
     return _mapping(module.validate(request, lambda done, total: report(done, total, "layers")))
+
+
+def _quality(job: Job, report: Report) -> Mapping[str, Json]:
+    measure: Any = importlib.import_module("toolchain.quality.measure")
+    quantizer = _quantizer(str(job.parameters["quantizer"]))
+    model = job.inputs["model"]
+    try:
+        return _mapping(
+            measure.measure(
+                model,
+                quantizer.view(job.inputs["artifact"], model),
+                job.parameters["texts"],
+                int(job.parameters["tokens"]),
+                lambda done, total: report(done, total, "layers"),
+            )
+        )
+    except Unmeasurable as error:
+        return {"skipped": error.message}
 
 
 def _echo(job: Job, report: Report) -> Mapping[str, Json]:
@@ -246,6 +328,7 @@ STAGES: dict[str, Callable[[Job, Report], Mapping[str, Json]]] = {
     "quantize": _quantize,
     "reference": _reference,
     "validate": _validate,
+    "quality": _quality,
     "export-engine": _export_engine,
     "echo": _echo,
 }

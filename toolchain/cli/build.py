@@ -25,6 +25,7 @@ def build(
     base: str = "",
     adapter: Sequence[str] = (),
     set: Sequence[str] = (),  # noqa: A002 - the flag's name
+    allow_low_bits: bool = False,
     force: bool = False,
     insecure: bool = False,
     dist: str = "dist",
@@ -38,6 +39,8 @@ def build(
     from toolchain.stages.publish import Outputs
     from toolchain.wiring import make_registry, make_tools
 
+    if allow_low_bits:
+        set = (*set, "quantize.allow_low_bits=true")  # noqa: A001
     file = recipe_file(recipe, base, adapter, set)
     targets = chosen_targets(file, tuple(target), to_build=True)
     tools, engine = make_tools(runner, Recorder(progress_for()))

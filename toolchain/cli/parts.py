@@ -100,35 +100,59 @@ def _verdict(merged: str, result: Mapping[str, Json]) -> str:
     return "\n".join(lines)
 
 
-@command()
+@command(many=("tensor_type",))
 def quantize(
     _context: object,
     *,
     model: str = "",
-    format: str = "",  # noqa: A002 - the flag's name
+    format: str = "q4_k_m",  # noqa: A002 - the flag's name
     out: str = "",
     calibration: str = "",
-    imatrix: str = "off",
+    imatrix: str = "",
     group_size: int = 128,
+    tensor_type: Sequence[str] = (),
+    split_max_size: str = "",
+    allow_low_bits: bool = False,
+    no_gate: bool = False,
     runner: str = "auto",
     json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
-    """Quantize a checkpoint to --format and read the result back."""
-    del json, group_size
+    """Quantize a checkpoint to --format, read the result back and measure what was lost."""
+    del json
     from toolchain.cli.progress import progress_for
-    from toolchain.errors import UsageError
-    from toolchain.singles.arguments import required
-    from toolchain.singles.quantize import quantize_folder
+    from toolchain.singles.arguments import quantize_wishes, required
+    from toolchain.singles.quantize import QuantizeWish, quantize_folder
     from toolchain.wiring import make_tools
 
     required(model=model, format=format, out=out)
-    if calibration or imatrix != "off":
-        raise UsageError(
-            "none of the formats here is calibrated", hint="leave --calibration and --imatrix out"
-        )
+    wishes = quantize_wishes(
+        {
+            "imatrix": imatrix,
+            "allow_low_bits": allow_low_bits,
+            "split_max_size": split_max_size,
+            "tensor_types": dict(pair.partition("=")[::2] for pair in tensor_type),
+        }
+    )
+    del group_size
     tools, _ = make_tools(runner, progress_for())
-    result = quantize_folder(Path(model), format, Path(out), tools)
-    return result, f"{result['out']}: {result['format']}, {result['bits_per_weight']:.2f} bits"
+    asked = QuantizeWish(
+        model=Path(model),
+        format_name=format,
+        out=Path(out),
+        wishes=wishes,
+        calibration=Path(calibration) if calibration else None,
+        gate=not no_gate,
+    )
+    result = quantize_folder(asked, tools)
+    said = ", ".join(
+        f"{key} {result['quality'][key]:.4g}"
+        for key in ("kl_mean", "top1", "perplexity_ratio")
+        if key in result["quality"]
+    )
+    return result, (
+        f"{result['out']}: {result['format']}, {result['bits_per_weight']:.2f} bits"
+        + (f"; {said}" if said else "")
+    )
 
 
 @command(many=("set",))

@@ -48,6 +48,7 @@ def labels(
         PREFIX + "merge.precision": recipe.merge.precision,
         PREFIX + "plan": json.dumps(plan, sort_keys=True, separators=(",", ":")),
     }
+    found |= _quality(artifact)
     for number, adapter in enumerate(sources.adapters):
         stem = f"{PREFIX}adapter.{number}."
         found |= {
@@ -58,6 +59,15 @@ def labels(
             stem + "run_id": adapter.run_id,
         }
     return {key: value for key, value in {**found, **recipe.image.labels}.items() if value}
+
+
+def _quality(artifact: Artifact) -> dict[str, str]:
+    """Return what quantizing lost, rounded: the last digits are the measuring machine's own."""
+    measured = artifact.details.get("quality", {})
+    keys = ("kl_mean", "kl_p99", "top1", "perplexity_ratio")
+    if any(key not in measured for key in keys):
+        return {}
+    return {PREFIX + "quality": " ".join(f"{key}={float(measured[key]):.2g}" for key in keys)}
 
 
 def public_name(source: str) -> str:

@@ -1,22 +1,20 @@
-"""Re-reads a finished GGUF file: whether it is whole, what was asked, and able to chat."""
+"""Re-reads a finished GGUF model: whether it is whole, what was asked, and able to chat."""
 
 from __future__ import annotations
 
 import json
 import re
-import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from toolchain.errors import CheckFailed
+from toolchain.quantizers.gguf_file import GGUFModel
+from toolchain.quantizers.gguf_tokens import check_tokenizer
+from toolchain.quantizers.gguf_types import BLOCKS_OF_32, FILE_TYPES
 from toolchain.values import Json
 
-# llama.h's llama_ftype.
-_FILE_TYPES = {"f16": 1, "q8_0": 7, "q4_k_m": 15, "q5_k_m": 17}
-# What a K-quant takes for a matrix whose rows are not a multiple of 256 (llama-quant.cpp).
-_FALLBACKS = frozenset({"Q4_0", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "F16", "BF16"})
 # Architectures where one tensor of the checkpoint becomes one of the file.
 _ONE_TO_ONE = frozenset(
     {
@@ -29,108 +27,80 @@ _NOT_WEIGHTS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 # What the converter would guess from folder names; gguf.py switches it off.
 _GUESSED = ("general.basename", "general.finetune", "general.organization", "general.version")
+_FLOATS = frozenset({"F32", "F16", "BF16", "F64"})
+_UNQUANTIZED_SHARE = 0.01
+"""Share of the weights that may stay in 16 or 32 bits: norms, routers and other small tensors."""
 _MAX_HEADER = 100_000_000
+# Byte offsets of the float16 scales inside a block (ggml-common.h); the block sizes are gguf's.
+_SCALES: Mapping[str, tuple[int, ...]] = {
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS", "IQ1_S", "Q1_0"), (0,)),
+    **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), (0,)),
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q6_K": (208,),
+    "TQ1_0": (52,),
+    "TQ2_0": (64,),
+}
 
 
-def check_file(path: Path, model: Path, format_name: str) -> Mapping[str, Json]:
-    """Return what the report says of a GGUF file; raises CheckFailed if anything is off.
+def check_files(
+    files: Sequence[Path], model: Path, format_name: str, options: Mapping[str, Json]
+) -> dict[str, Json]:
+    """Return what the report says of a GGUF model; raises CheckFailed if anything is off.
 
-    Checked: every tensor lies inside the file and nothing follows the last; the file type; the
-    tensor count against the checkpoint's; tokens against the embedding; the chat template
-    against the checkpoint's; float16 overflow.
+    Checked: every tensor lies inside its file and nothing follows the last; the file type; the
+    tensor count against the checkpoint's; tokens, merges and special tokens against the
+    checkpoint's tokenizer, and its chat template; that scales are finite; that next to nothing
+    stayed in 16 bits that should not; the size.
     """
-    reader = _open(path)
-    facts = _Facts(reader, path)
-    architecture = str(facts.value("general.architecture"))
-    _check_size(reader, path)
-    _check_type(facts, format_name)
-    _check_guesses(facts)
-    _check_count(reader, model, architecture, path)
-    tokens = _check_tokens(reader, facts)
-    template = _check_template(facts, model)
-    if format_name == "f16":
-        _check_finite(reader, path)
-    types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
-    elements = sum(int(tensor.n_elements) for tensor in reader.tensors)
-    stored = sum(int(tensor.n_bytes) for tensor in reader.tensors)
-    fallbacks = sum(types[kind] for kind in _FALLBACKS) if "_k_" in format_name else 0
+    read = GGUFModel(files)
+    architecture = str(read.value("general.architecture"))
+    _check_type(read, format_name)
+    _check_guesses(read)
+    _check_count(read, model, architecture)
+    tokens = check_tokenizer(read, model)
+    template = _check_template(read, model)
+    _check_finite(read)
+    fallbacks = _fallbacks(read, format_name, options.get("tensor_types", {}))
+    elements = sum(int(t.n_elements) for t in read.tensors.values())
+    stored = sum(int(t.n_bytes) for t in read.tensors.values())
+    _check_quantized(read, format_name, elements)
+    types = Counter(tensor.tensor_type.name for tensor in read.tensors.values())
     return {
-        "file": path.name,
-        "size": path.stat().st_size,
+        "file": read.name,
+        "files": [path.name for path in read.files],
+        "size": sum(path.stat().st_size for path in read.files),
         "architecture": architecture,
         "file_type": format_name,
-        "tensors": len(reader.tensors),
+        "tensors": len(read.tensors),
         "types": dict(sorted(types.items())),
+        "tensor_types": {name: t.tensor_type.name for name, t in read.tensors.items()},
         "fallbacks": fallbacks,
         "bits_per_weight": round(stored * 8 / elements, 3),
         "tokens": tokens,
         "chat_template": template,
-        "warnings": _warnings(fallbacks, len(reader.tensors), template=template),
+        "imatrix": read.get("weightsmith.imatrix.digest") or "",
+        "warnings": _warnings(fallbacks, len(read.tensors), template=template),
     }
 
 
-def _warnings(fallbacks: int, tensors: int, *, template: bool) -> list[str]:
+def _warnings(
+    fallbacks: Sequence[Mapping[str, Json]], tensors: int, *, template: bool
+) -> list[str]:
     warnings = []
     if fallbacks:
         warnings.append(
-            f"{fallbacks} of {tensors} tensors have rows that are not a multiple of 256 and took"
-            " a larger type: the file is bigger than its name says"
+            f"{len(fallbacks)} of {tensors} tensors have rows that are not a multiple of 256 and"
+            " took a larger type: the file is bigger than its name says"
         )
     if not template:
         warnings.append("the checkpoint has no chat template: the server falls back to ChatML")
     return warnings
 
 
-class _Facts:
-    """The file's key-value entries, with an error that names what is missing."""
-
-    def __init__(self, reader: Any, path: Path) -> None:
-        self._reader = reader
-        self._path = path
-
-    def value(self, key: str) -> Json:
-        value = self.get(key)
-        if value is None:
-            raise CheckFailed(f"{self._path.name} lacks {key}", hint="convert it again")
-        return value
-
-    def get(self, key: str) -> Json:
-        field = self._reader.fields.get(key)
-        return None if field is None else field.contents()
-
-    def length(self, key: str) -> int:
-        field = self._reader.fields.get(key)
-        return 0 if field is None else len(field.data)
-
-
-def _open(path: Path) -> Any:
-    import gguf  # here, so that listing the formats stays light
-
-    try:
-        return gguf.GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError, struct.error) as error:
-        raise CheckFailed(
-            f"{path.name} is not a whole GGUF file: {error}",
-            hint="make it again; a full disk is a common cause",
-        ) from None
-
-
-def _check_size(reader: Any, path: Path) -> None:
-    last = max(reader.tensors, key=lambda tensor: int(tensor.data_offset), default=None)
-    if last is None:
-        raise CheckFailed(f"{path.name} holds no tensors", hint="convert it again")
-    end = int(last.data_offset) + int(last.n_bytes)
-    padded = -(-end // reader.alignment) * reader.alignment
-    size = path.stat().st_size
-    if size not in {end, padded}:
-        raise CheckFailed(
-            f"{path.name} has {size} bytes, its tensors end at {padded}",
-            hint="make it again; a full disk is a common cause",
-        )
-
-
-def _check_type(facts: _Facts, format_name: str) -> None:
-    found, wanted = facts.value("general.file_type"), _FILE_TYPES[format_name]
+def _check_type(read: GGUFModel, format_name: str) -> None:
+    found, wanted = read.value("general.file_type"), FILE_TYPES[format_name]
     if found != wanted:
         raise CheckFailed(
             f"the file says file type {found}, {format_name} is {wanted}",
@@ -138,8 +108,8 @@ def _check_type(facts: _Facts, format_name: str) -> None:
         )
 
 
-def _check_guesses(facts: _Facts) -> None:
-    guessed = [key for key in _GUESSED if facts.get(key) is not None]
+def _check_guesses(read: GGUFModel) -> None:
+    guessed = [key for key in _GUESSED if read.get(key) is not None]
     if guessed:
         raise CheckFailed(
             f"the file holds {', '.join(guessed)}, guessed from a folder's name: the same"
@@ -148,17 +118,17 @@ def _check_guesses(facts: _Facts) -> None:
         )
 
 
-def _check_count(reader: Any, model: Path, architecture: str, path: Path) -> None:
+def _check_count(read: GGUFModel, model: Path, architecture: str) -> None:
     names = _checkpoint_tensors(model)
     if architecture not in _ONE_TO_ONE or not names:
         return
     merged = {_EXPERT.sub(".experts.", name) for name in names}
     weights = {name for name in merged if not name.endswith(_NOT_WEIGHTS)}
-    written = sum(tensor.name not in _COMPUTED for tensor in reader.tensors)
+    written = sum(name not in _COMPUTED for name in read.tensors)
     # A tied output may be stored twice in the checkpoint and once in the file.
     if written not in {len(weights), len(weights - {"lm_head.weight"})}:
         raise CheckFailed(
-            f"{path.name} holds {written} tensors, the checkpoint {len(weights)}",
+            f"{read.name} holds {written} tensors, the checkpoint {len(weights)}",
             hint="the converter left some out or made some up; look at its output",
         )
 
@@ -174,20 +144,9 @@ def _checkpoint_tensors(model: Path) -> set[str]:
     return names - {"__metadata__"}
 
 
-def _check_tokens(reader: Any, facts: _Facts) -> int:
-    tokens = facts.length("tokenizer.ggml.tokens")
-    rows = next((int(t.shape[1]) for t in reader.tensors if t.name == "token_embd.weight"), tokens)
-    if not tokens or tokens != rows:
-        raise CheckFailed(
-            f"the file has {tokens} tokens and {rows} embedding rows",
-            hint="check the checkpoint's tokenizer files",
-        )
-    return tokens
-
-
-def _check_template(facts: _Facts, model: Path) -> bool:
+def _check_template(read: GGUFModel, model: Path) -> bool:
     expected = _chat_template(model)
-    found = facts.get("tokenizer.chat_template")
+    found = read.get("tokenizer.chat_template")
     if expected is not None and found != expected:
         what = "lacks" if found is None else "has another chat template than"
         raise CheckFailed(
@@ -212,16 +171,76 @@ def _chat_template(model: Path) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _check_finite(reader: Any, path: Path) -> None:
+def _fallbacks(
+    read: GGUFModel, format_name: str, overrides: Mapping[str, str]
+) -> list[dict[str, Json]]:
+    """Return the tensors whose rows no block of 256 fits, in a format that has such blocks."""
+    if "_k" not in format_name and not format_name.startswith(("iq", "tq")):
+        return []
+    smaller = BLOCKS_OF_32 | _FLOATS
+    return [
+        {
+            "tensor": name,
+            "type": tensor.tensor_type.name,
+            "reason": f"rows of {int(tensor.shape[0])} weights are no multiple of 256",
+        }
+        for name, tensor in read.tensors.items()
+        if len(tensor.shape) > 1
+        and int(tensor.shape[0]) % 256
+        and tensor.tensor_type.name in smaller
+        and not any(re.search(pattern, name) for pattern in overrides)
+        and (tensor.tensor_type.name not in _FLOATS or int(tensor.shape[0]) % 32)
+    ]
+
+
+def _check_quantized(read: GGUFModel, format_name: str, elements: int) -> None:
+    """Refuse a quantized model with matrices in 16 or 32 bits that blocks of 32 would fit."""
+    if FILE_TYPES[format_name] in {FILE_TYPES[name] for name in ("f32", "f16", "bf16")}:
+        return
+    left = {
+        name: int(tensor.n_elements)
+        for name, tensor in read.tensors.items()
+        if len(tensor.shape) > 1
+        and tensor.tensor_type.name in _FLOATS
+        and int(tensor.shape[0]) % 32 == 0
+    }
+    if sum(left.values()) > _UNQUANTIZED_SHARE * elements:
+        worst = sorted(left, key=lambda name: -left[name])[:3]
+        raise CheckFailed(
+            f"{read.name}: {len(left)} matrices were left unquantized, such as {', '.join(worst)}",
+            hint="the quantizer skipped them; look at its output",
+        )
+
+
+def _check_finite(read: GGUFModel) -> None:
+    """Refuse scales and float16 weights that are infinite or not a number."""
+    for name, tensor in read.tensors.items():
+        kind = tensor.tensor_type.name
+        if kind == "F16":
+            # bfloat16 reaches further than float16: a large weight becomes an infinity, silently.
+            if _has_infinities(tensor.data):
+                raise CheckFailed(
+                    f"{read.name}: {name} has weights beyond float16's range",
+                    hint="choose q8_0, or a format with its own scales",
+                )
+            continue
+        for offset in _SCALES.get(kind, ()):
+            blocks = tensor.data.reshape(-1, _block_bytes(tensor))
+            if _has_infinities(blocks[:, offset : offset + 2].copy()):
+                raise CheckFailed(
+                    f"{read.name}: {name} ({kind}) has scales that are no finite numbers",
+                    hint="check the merged weights for outliers; quantize again",
+                )
+
+
+def _block_bytes(tensor: Any) -> int:
+    import gguf
+
+    return int(gguf.GGML_QUANT_SIZES[tensor.tensor_type][1])
+
+
+def _has_infinities(data: Any) -> bool:
     import numpy as np
 
-    # bfloat16 reaches further than float16: a large weight becomes an infinity, silently.
-    for tensor in reader.tensors:
-        if tensor.tensor_type.name != "F16":
-            continue
-        bits = np.asarray(tensor.data).view(np.uint16)
-        if bool(((bits & 0x7C00) == 0x7C00).any()):
-            raise CheckFailed(
-                f"{path.name}: {tensor.name} has weights beyond float16's range",
-                hint="choose q8_0, or a format with its own scales",
-            )
+    bits = np.asarray(data).view(np.uint16)
+    return bool(((bits & 0x7C00) == 0x7C00).any())

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from toolchain.values import Format, Json
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +24,11 @@ class Step:
     writes: Mapping[Path, str] = field(default_factory=dict)
     """Small files that the command reads, written before it runs."""
     removes: tuple[Path, ...] = ()
-    """Intermediate files deleted once the step succeeded."""
+    """Intermediate files deleted once the step succeeded; a name may be a pattern."""
+    digests: Mapping[str, Path] = field(default_factory=dict)
+    """`{name}` in argv -> the file that an earlier step made, whose sha256 takes its place."""
+    finds: Mapping[str, str] = field(default_factory=dict)
+    """`{name}` in argv -> pattern of files in the output; the first of them takes its place."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +46,29 @@ class QuantizeRequest:
     python: str
     """The builder's Python."""
     calibration: Path | None = None
+    """JSON Lines `{text, tokens}`: the chat template is applied, `tokens` is their number."""
+    measured: bool = False
+    """What calibration measures lies in the output already, under `Quantizer.statistics`."""
     options: Mapping[str, Json]
+
+
+class View(Protocol):
+    """A quantized model seen as the checkpoint it was made from, one tensor at a time."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The checkpoint's tensors that it holds, by their names there."""
+
+    def tensor(self, name: str) -> npt.NDArray[np.float32]:
+        """Return one tensor as float32 in the checkpoint's shape and order."""
+
+
+def _no_options(_format: Format, _wanted: Mapping[str, Json]) -> Mapping[str, Json]:
+    return {}
+
+
+def _never(_format: Format, _options: Mapping[str, Json]) -> bool:
+    return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,3 +88,15 @@ class Quantizer:
     """Re-read the output and describe it; raises CheckFailed where it is not what was asked."""
     peak_disk: Callable[[int, Format], int]
     """(checkpoint bytes, format) -> bytes on disk at the worst moment, output included."""
+    options: Callable[[Format, Mapping[str, Json]], Mapping[str, Json]] = _no_options
+    """(format, the recipe's `quantize`) -> those that change this format's bytes; UsageError."""
+    calibrated: Callable[[Format, Mapping[str, Json]], bool] = _never
+    """(format, options) -> whether it measures activations on calibration text."""
+    view: Callable[[Path, Path], View] | None = None
+    """(artifact folder, checkpoint folder) -> its tensors for the quality gate; Unmeasurable
+    for an architecture whose tensors it cannot bring back. None: the gate is left out."""
+    statistics: str = ""
+    """Name of the file in the output that calibration measured: kept in the store by itself, so
+    that the next format of the same checkpoint need not measure again."""
+    check_statistics: Callable[[Path, Mapping[str, Json]], None] | None = None
+    """(file, config.json) -> None; raises InputRefused for statistics of another model."""

@@ -66,6 +66,13 @@ def serve_wishes(flags: Mapping[str, Any], settings: Sequence[str]) -> Wishes:
     return wishes_of(serve)
 
 
+def quantize_wishes(flags: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the recipe's `quantize` keys from flags; raises UsageError."""
+    given = {key: value for key, value in flags.items() if value}
+    skeleton = {"name": "x", "base": {"source": "x"}, "quantize": given}
+    return check_recipe(skeleton, "the command line").quantize.model_dump()
+
+
 def new_folder(path: Path, what: str) -> Path:
     """Return the path, absolute, of a folder that is to be made; UsageError where it is in use."""
     path = path.absolute()

@@ -5,64 +5,124 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from toolchain.artifacts import check_model, make_wanted, needs_text
 from toolchain.checkpoints.folder import check_model_folder
 from toolchain.errors import UsageError
+from toolchain.evaluating.limits import judge, limits_for, refusal
 from toolchain.ports import Tools
 from toolchain.quantizers import of_format
-from toolchain.values import Job, Json
+from toolchain.quantizers.calibration import GENERAL, Bounds, Texts, read_texts
+from toolchain.recipe import Quality
+from toolchain.stages.quality import measured
+from toolchain.stages.quantize import Wanted, job_of, model_config
+from toolchain.values import Json
 
 
-def quantize_folder(model: Path, format_name: str, out: Path, tools: Tools) -> Mapping[str, Json]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeWish:
+    """One `quantize` command: `wishes` has the recipe's `quantize` keys."""
+
+    model: Path
+    format_name: str
+    out: Path
+    wishes: Mapping[str, Json]
+    calibration: Path | None = None
+    gate: bool = True
+
+
+def quantize_folder(asked: QuantizeWish, tools: Tools) -> Mapping[str, Json]:
     """Quantize a checkpoint; a single file goes to `out` itself where `out` names one.
 
-    Raises UsageError for an unknown format, InputRefused for a checkpoint that is not one,
-    CheckFailed for an output that is not what was asked.
+    Raises UsageError for an unknown format or option, InputRefused for a checkpoint, calibration
+    text or importance matrix that is not one, CheckFailed for an output that is not what was
+    asked or lost too much; then nothing is left at `out`.
     """
-    quantizer = of_format(format_name)
-    format_ = next(f for f in quantizer.formats if f.name == format_name)
-    check_model_folder(model)
-    out = out.absolute()
+    quantizer = of_format(asked.format_name)
+    format_ = next(f for f in quantizer.formats if f.name == asked.format_name)
+    check_model_folder(asked.model)
+    out = asked.out.absolute()
     if out.exists():
         raise UsageError(f"{out} exists already", hint="name a new file or folder with --out")
-    size = sum(path.stat().st_size for path in model.iterdir() if path.is_file())
-    tools.store.require_room(quantizer.peak_disk(size, format_), f"quantizing to {format_name}")
+    wanted = make_wanted(out.stem or asked.model.name, format_, asked.wishes, {}, tools)
+    check_model(wanted, model_config(asked.model))
+    texts = _texts(asked, tools)
+    if needs_text(wanted):
+        wanted = replace(wanted, texts=texts)
+    size = sum(path.stat().st_size for path in asked.model.iterdir() if path.is_file())
+    tools.store.require_room(quantizer.peak_disk(size, format_), f"quantizing to {format_.name}")
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        tools.progress.stage("quantize", format_name)
-        tools.runner.prepare(quantizer.builder, tools.progress)
-        details = tools.runner.run(
-            Job(
-                stage="quantize",
-                builder=quantizer.builder,
-                inputs={"model": model.resolve()},
-                parameters={
-                    "quantizer": quantizer.name,
-                    "format": format_name,
-                    "name": out.stem or model.name,
-                    "options": {},
-                },
-                output=beside,
-                memory_bytes=(4 << 30) + 2 * size,
-            ),
-            tools.progress,
-        )
-        files = sorted(path for path in beside.rglob("*") if path.is_file())
-        if len(files) == 1 and out.suffix == files[0].suffix:
-            files[0].rename(out)
-        else:
-            beside.chmod(0o755)
-            beside.rename(out)
+        details = _quantized(asked, wanted, size, beside, tools)
+        quality = _judged(asked, wanted, texts, beside, tools)
+        _place(beside, out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     written = [out] if out.is_file() else sorted(p for p in out.rglob("*") if p.is_file())
     return {
         "out": str(out),
-        "format": format_name,
+        "format": format_.name,
         "bits_per_weight": details.get("bits_per_weight"),
         "files": [str(path) for path in written],
-        "quality": {},
+        "quality": quality,
         "details": details,
     }
+
+
+def _texts(asked: QuantizeWish, tools: Tools) -> Texts:
+    if asked.calibration is not None:
+        return read_texts(asked.calibration, Bounds())
+    texts = read_texts(GENERAL, Bounds())
+    tools.progress.warn(
+        f"no --calibration: {len(texts.calibration) + len(texts.held_out)} general texts are used"
+    )
+    return texts
+
+
+def _quantized(
+    asked: QuantizeWish, wanted: Wanted, size: int, folder: Path, tools: Tools
+) -> Mapping[str, Json]:
+    quantizer = of_format(wanted.format.name)
+    tools.progress.stage("quantize", wanted.format.name)
+    tools.runner.prepare(quantizer.builder, tools.progress)
+    details = tools.runner.run(job_of(asked.model.resolve(), size, wanted, folder), tools.progress)
+    if quantizer.statistics:
+        (folder / quantizer.statistics).unlink(missing_ok=True)
+    for text in details.get("warnings", ()):
+        tools.progress.warn(text)
+    return details
+
+
+def _judged(
+    asked: QuantizeWish, wanted: Wanted, texts: Texts, made: Path, tools: Tools
+) -> Mapping[str, Json]:
+    """Return what was lost; CheckFailed over the format's limits unless the gate is off."""
+    tools.progress.stage("quality", f"{len(texts.held_out)} held-out texts")
+    limits = Quality()
+    with tools.scratch() as folder:
+        found = dict(
+            measured(
+                folder, asked.model.resolve(), made, wanted.format.name, texts, limits.tokens, tools
+            )
+        )
+    if "skipped" in found:
+        tools.progress.warn(f"quality not measured: {found['skipped']}")
+        return found
+    verdict = judge(found, limits_for(wanted.format, limits))
+    found |= {"limits": verdict.limits, "exceeded": verdict.exceeded}
+    if verdict.exceeded and asked.gate:
+        raise refusal(wanted.format, found)
+    return found
+
+
+def _place(beside: Path, out: Path) -> None:
+    """Give the result its name: the one file that `out` names, or the folder."""
+    files = sorted(path for path in beside.rglob("*") if path.is_file())
+    if len(files) == 1 and out.suffix == files[0].suffix:
+        files[0].rename(out)
+    else:
+        beside.chmod(0o755)
+        beside.rename(out)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from toolchain.errors import InputRefused
 from toolchain.ports import Entry, Tools
 from toolchain.quantizers import of_format
+from toolchain.quantizers.calibration import Texts
+from toolchain.quantizers.quantizer import Quantizer
 from toolchain.resources import builder_pins
 from toolchain.values import (
     SAFETENSORS,
@@ -22,42 +26,69 @@ from toolchain.values import (
 )
 
 
-def inputs(
-    checkpoint: Digest, name: str, format_: Format, options: Mapping[str, Json]
-) -> StageInputs:
-    """Return all that the quantized artifact depends on; `name` is in the file's metadata."""
-    quantizer = of_format(format_.name)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """One artifact as the user wants it; `options` are those that its format takes."""
+
+    name: str
+    """The model's name; in the file's metadata."""
+    format: Format
+    options: Mapping[str, Json] = field(default_factory=dict)
+    texts: Texts | None = None
+    """Calibration text; None where the format measures nothing."""
+    statistics: Path | None = None
+    """What was measured elsewhere, such as the user's importance matrix."""
+
+
+def inputs(checkpoint: Digest, wanted: Wanted) -> StageInputs:
+    """Return all that the quantized artifact depends on."""
+    quantizer = of_format(wanted.format.name)
     return StageInputs(
         stage="quantize",
         recipe_number=quantizer.recipe_number,
         inputs={
             "checkpoint": checkpoint,
             "quantizer": quantizer.name,
-            "format": format_.name,
-            "name": name,
-            "options": dict(options),
+            "format": wanted.format.name,
+            "name": wanted.name,
+            "options": dict(wanted.options),
+            "calibration": wanted.texts.calibration_digest if wanted.texts else "",
             "builder": builder_pins(quantizer.builder),
         },
     )
 
 
-def quantize(
-    checkpoint: Checkpoint, name: str, format_: Format, options: Mapping[str, Json], tools: Tools
-) -> Artifact:
+def statistics_inputs(checkpoint: Digest, texts: Texts, quantizer: Quantizer) -> StageInputs:
+    """Return what calibration's measurement depends on: the same for all formats of one family."""
+    return StageInputs(
+        stage="statistics",
+        recipe_number=quantizer.recipe_number,
+        inputs={
+            "checkpoint": checkpoint,
+            "quantizer": quantizer.name,
+            "calibration": texts.calibration_digest,
+            "builder": builder_pins(quantizer.builder),
+        },
+    )
+
+
+def quantize(checkpoint: Checkpoint, wanted: Wanted, tools: Tools) -> Artifact:
     """Return the checkpoint in a format, quantized in its builder and read back.
 
     Raises InputRefused for a model that the quantizer cannot read, CheckFailed for an output
     that is not what was asked.
     """
+    format_ = wanted.format
     if format_ == SAFETENSORS:
         return Artifact(format=format_, tree=checkpoint.tree, made_from=(checkpoint.digest,))
-    stage = inputs(checkpoint.digest, name, format_, options)
+    stage = inputs(checkpoint.digest, wanted)
     entry = tools.store.find(stage.key)
     if entry is None:
         entry = tools.store.produce(
             stage.key,
             {"stage": "quantize", "inputs": stage.inputs},
-            lambda folder: _run(folder, checkpoint, name, format_, options, tools),
+            lambda folder: _run(folder, checkpoint, wanted, tools),
+            resume=True,
         )
     return found(checkpoint.digest, format_, entry)
 
@@ -84,31 +115,54 @@ def model_config(tree_root: Path) -> Mapping[str, Json]:
     return config
 
 
-def _run(
-    folder: Path,
-    checkpoint: Checkpoint,
-    name: str,
-    format_: Format,
-    options: Mapping[str, Json],
-    tools: Tools,
-) -> Mapping[str, Json]:
-    quantizer = of_format(format_.name)
-    peak = quantizer.peak_disk(checkpoint.tree.size, format_)
-    tools.store.require_room(peak, f"quantizing to {format_.name}")
+def _run(folder: Path, checkpoint: Checkpoint, wanted: Wanted, tools: Tools) -> Mapping[str, Json]:
+    quantizer = of_format(wanted.format.name)
+    peak = quantizer.peak_disk(checkpoint.tree.size, wanted.format)
+    tools.store.require_room(peak, f"quantizing to {wanted.format.name}")
+    known = None
+    if wanted.texts and quantizer.statistics:
+        known = statistics_inputs(checkpoint.digest, wanted.texts, quantizer)
+        if entry := tools.store.find(known.key):
+            wanted = replace(wanted, statistics=entry.tree.path(quantizer.statistics))
     tools.runner.prepare(quantizer.builder, tools.progress)
-    return tools.runner.run(
-        Job(
-            stage="quantize",
-            builder=quantizer.builder,
-            inputs={"model": checkpoint.tree.root},
-            parameters={
-                "quantizer": quantizer.name,
-                "format": format_.name,
-                "name": name,
-                "options": dict(options),
-            },
-            output=folder,
-            memory_bytes=(4 << 30) + 2 * checkpoint.tree.size,
-        ),
-        tools.progress,
+    job = job_of(checkpoint.tree.root, checkpoint.tree.size, wanted, folder)
+    result = tools.runner.run(job, tools.progress)
+    if quantizer.statistics:
+        _keep_statistics(folder / quantizer.statistics, known, tools)
+    return result
+
+
+def job_of(model: Path, size: int, wanted: Wanted, folder: Path) -> Job:
+    """Return the job that quantizes a checkpoint of `size` bytes into a folder."""
+    quantizer = of_format(wanted.format.name)
+    given = {"statistics": wanted.statistics} if wanted.statistics else {}
+    return Job(
+        stage="quantize",
+        builder=quantizer.builder,
+        inputs={"model": model, **given},
+        parameters={
+            "quantizer": quantizer.name,
+            "format": wanted.format.name,
+            "name": wanted.name,
+            "options": dict(wanted.options),
+            "texts": [dict(row) for row in wanted.texts.calibration] if wanted.texts else [],
+        },
+        output=folder,
+        memory_bytes=(4 << 30) + 2 * size,
     )
+
+
+def _keep_statistics(measured: Path, stage: StageInputs | None, tools: Tools) -> None:
+    """Move what calibration measured into the store, for the next format of this checkpoint."""
+    if stage is not None and measured.is_file():
+        tools.store.produce(
+            stage.key,
+            {"stage": "statistics", "inputs": stage.inputs},
+            lambda folder: _copied(measured, folder),
+        )
+    measured.unlink(missing_ok=True)
+
+
+def _copied(file: Path, folder: Path) -> Mapping[str, Json]:
+    shutil.copyfile(file, folder / file.name)
+    return {}

@@ -108,6 +108,7 @@ def build_document(facts: Facts) -> dict[str, Json]:
         },
         "validation": _without_cached(merged.get("validation")),
         "artifact": _artifact(facts.artifact) if facts.artifact else None,
+        "quality": _quality(facts.artifact) if facts.artifact else None,
         "plan": facts.config.plan if facts.config else None,
         "image": _image(facts.published) if facts.published else None,
         **(_task(facts.tasks[0]) if facts.tasks else _task(NO_TASK)),
@@ -136,7 +137,7 @@ def _source(snapshot: Snapshot) -> dict[str, Json]:
 
 def _artifact(artifact: Artifact) -> dict[str, Json]:
     largest = max(artifact.tree.files, key=lambda file: file.size)
-    details = {k: v for k, v in artifact.details.items() if k != "cached"}
+    details = {k: v for k, v in artifact.details.items() if k not in {"cached", "quality"}}
     return {
         "format": artifact.format.name,
         "size": artifact.tree.size,
@@ -146,6 +147,13 @@ def _artifact(artifact: Artifact) -> dict[str, Json]:
         "files": [plain(file) for file in artifact.tree.files],
         "details": details,
     }
+
+
+def _quality(artifact: Artifact) -> dict[str, Json] | None:
+    """Return what quantizing lost, as measured on held-out text; None for what was not."""
+    found = dict(artifact.details.get("quality", {}))
+    found.pop("cached", None)
+    return found or None
 
 
 NO_TASK = TaskFacts(name="", metric="", max_drop=0.0, scores={}, verdicts=())

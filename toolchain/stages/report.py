@@ -48,6 +48,19 @@ class ArtifactFacts(TypedDict):
     details: Mapping[str, Json]
 
 
+class QualityFacts(TypedDict):
+    """What quantizing lost on held-out text; `skipped` says why it was not measured."""
+
+    kl_mean: NotRequired[float]
+    kl_p99: NotRequired[float]
+    top1: NotRequired[float]
+    perplexity_ratio: NotRequired[float]
+    limits: NotRequired[Mapping[str, float]]
+    exceeded: NotRequired[list[str]]
+    worst_layers: NotRequired[list[Mapping[str, Json]]]
+    skipped: NotRequired[str]
+
+
 class LayerFacts(TypedDict):
     """One layer: size in bytes, and the file or purpose it holds."""
 
@@ -105,6 +118,7 @@ class BuildFacts(TypedDict):
     adapters: NotRequired[list[SourceFacts]]
     merge: NotRequired[MergeFacts]
     artifact: NotRequired[ArtifactFacts]
+    quality: NotRequired[QualityFacts]
     plan: NotRequired[Mapping[str, Json]]
     image: NotRequired[ImageFacts]
     scores: NotRequired[Mapping[str, ScoreFacts]]
@@ -118,6 +132,7 @@ _OPTIONAL: Mapping[str, Json] = {
     "adapters": [],
     "merge": None,
     "artifact": None,
+    "quality": None,
     "plan": None,
     "image": None,
     "scores": {},

@@ -1,13 +1,15 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 
-from toolchain.errors import CheckFailed, InputRefused
+from toolchain.errors import CheckFailed, InputRefused, UsageError
 from toolchain.quantizers import formats, of_format
 from toolchain.quantizers.gguf import check_input, output_file
+from toolchain.quantizers.gguf_types import FILE_TYPES
 from toolchain.quantizers.quantizer import QuantizeRequest
 
 LLAMA = {"architectures": ["LlamaForCausalLM"]}
@@ -125,6 +127,10 @@ def write_gguf(
         else:
             rows = np.zeros((32, 64 // 32 * 34), dtype=np.uint8)
             writer.add_tensor(name, rows, raw_dtype=GGMLQuantizationType.Q8_0)
+    finish(writer)
+
+
+def finish(writer: GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -261,3 +267,186 @@ def test_weights_beyond_float16_are_refused(tmp_path):
 
     with pytest.raises(CheckFailed, match="beyond float16"):
         check(made)
+
+
+def chosen(name, **wanted):
+    return of_format(name).options(formats()[name], wanted)
+
+
+@pytest.mark.parametrize("name", ["q2_k", "q3_k_m", "iq1_s", "iq2_xxs", "iq3_m", "tq1_0"])
+def test_low_bits_need_to_be_asked_for(name):
+    with pytest.raises(UsageError, match="few erase"):
+        chosen(name)
+
+    assert chosen(name, allow_low_bits=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("q4_k_m", "auto"), ("iq4_xs", "auto"), ("q5_k_m", "off"), ("q8_0", "off"), ("f16", "off")],
+)
+def test_an_importance_matrix_is_made_below_five_bits(name, mode):
+    assert chosen(name)["imatrix"] == mode
+    assert of_format(name).calibrated(formats()[name], chosen(name)) == (mode == "auto")
+
+
+def test_the_user_decides_about_the_importance_matrix():
+    assert chosen("q4_k_m", imatrix="off")["imatrix"] == "off"
+    assert chosen("q5_k_m", imatrix="auto")["imatrix"] == "auto"
+    assert chosen("q4_k_m", imatrix="mine.gguf")["imatrix"] == "mine.gguf"
+    with pytest.raises(UsageError, match="no iq2_xxs without an importance matrix"):
+        chosen("iq2_xxs", allow_low_bits=True, imatrix="off")
+
+
+def test_types_of_single_tensors_are_checked():
+    assert chosen("q4_k_m", tensor_types={"attn_v": "Q8_0"})["tensor_types"] == {"attn_v": "q8_0"}
+    for types in ({"attn_v": "q9"}, {"attn v": "q8_0"}, {"(": "q8_0"}):
+        with pytest.raises(UsageError, match="tensor_types"):
+            chosen("q4_k_m", tensor_types=types)
+    with pytest.raises(UsageError, match="one type for all tensors"):
+        chosen("q8_0", tensor_types={"attn_v": "q6_k"})
+
+
+def with_text(made: QuantizeRequest, tokens: int = 3000) -> QuantizeRequest:
+    path = made.output / ".calibration.jsonl"
+    path.write_text(json.dumps({"text": "some text", "tokens": tokens}) + "\n")
+    return replace(made, calibration=path)
+
+
+def test_the_matrix_is_measured_between_and_its_digest_written(tmp_path):
+    made = with_text(request(tmp_path, "q4_k_m", imatrix="auto"))
+
+    convert, measure, quantize = of_format("q4_k_m").steps(made)
+
+    assert measure.argv[measure.argv.index("-m") + 1] == convert.argv[4]
+    assert measure.env["WEIGHTSMITH_CPU_VARIANT"] in {"x86-64-v3", "armv8-a"}
+    assert quantize.argv[quantize.argv.index("--imatrix") + 1] == "imatrix.gguf"
+    assert quantize.digests == {"imatrix": made.output / "imatrix.gguf"}
+    assert "weightsmith.imatrix.digest=str:sha256:{imatrix}" in quantize.argv
+
+
+def test_what_was_measured_before_is_not_measured_again(tmp_path):
+    made = replace(request(tmp_path, "q4_k_m", imatrix="auto"), measured=True)
+
+    _, quantize = of_format("q4_k_m").steps(made)
+
+    assert "--imatrix" in quantize.argv
+
+
+def test_too_few_calibration_tokens_are_told_with_numbers(tmp_path):
+    made = with_text(request(tmp_path, "q4_k_m", imatrix="auto"), tokens=100)
+
+    with pytest.raises(InputRefused, match=r"1 calibration texts have 100 tokens.*at least 256"):
+        of_format("q4_k_m").steps(made)
+
+
+def test_a_split_file_is_split_by_what_it_becomes(tmp_path):
+    made = request(tmp_path, "q4_k_m", imatrix="off", split_max_size="1G")
+
+    convert, quantize = of_format("q4_k_m").steps(made)
+
+    size = convert.argv[convert.argv.index("--split-max-size") + 1]
+    assert 1000 < int(size.removesuffix("M")) < 1000 * 16 / 4.9
+    assert "--keep-split" in quantize.argv
+    assert quantize.finds == {"first": ".demo.f16*.gguf"}
+    assert {path.name for path in quantize.removes} == {".demo.f16.gguf", ".demo.f16-*.gguf"}
+
+
+def test_origin_and_licence_go_into_the_file(tmp_path):
+    about = {"base_models": [{"name": "base", "repo_url": "https://x"}], "license": "mit"}
+
+    convert, quantize = of_format("q4_k_m").steps(request(tmp_path, "q4_k_m", about=about))
+
+    (text,) = convert.writes.values()
+    assert json.loads(text)["general.base_models"] == about["base_models"]
+    assert "general.license=str:mit" in quantize.argv
+
+
+def test_every_type_has_its_number_and_can_be_read_back():
+    known = {kind.name.partition("_")[2].lower(): int(kind) for kind in LlamaFileType}
+
+    assert {name: known[name] for name in FILE_TYPES} == FILE_TYPES
+    assert FILE_TYPES.keys() == {format_.name for format_ in of_format("q4_k_m").formats}
+
+
+def test_an_architecture_that_the_converter_lacks_is_refused():
+    with pytest.raises(InputRefused, match="converts no MambaVisionForever"):
+        check_input({"architectures": ["MambaVisionForever"]})
+
+
+def test_a_matrix_left_unquantized_is_refused(asked):
+    writer = GGUFWriter(output_file(asked), "llama")
+    writer.add_file_type(7)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{i}" for i in range(32)])
+    writer.add_chat_template(TEMPLATE)
+    writer.add_tensor("token_embd.weight", np.zeros((32, 64), np.float16))
+    writer.add_tensor("output_norm.weight", np.ones(64, np.float32))
+    finish(writer)
+
+    with pytest.raises(CheckFailed, match=r"left unquantized, such as token_embd\.weight"):
+        check(asked)
+
+
+def test_scales_that_are_no_numbers_are_refused(asked):
+    path = output_file(asked)
+    write_gguf(path)
+    blob = bytearray(path.read_bytes())
+    blob[-34:-32] = b"\x00\x7e"  # not a number, the scale of the last block
+    path.write_bytes(blob)
+
+    with pytest.raises(CheckFailed, match=r"\(Q8_0\) has scales that are no finite numbers"):
+        check(asked)
+
+
+def test_fallbacks_are_listed_with_their_reason(tmp_path):
+    made = request(tmp_path, "q4_k_m")
+    write_checkpoint(made.model)
+    write_gguf(output_file(made), file_type=15)
+
+    facts = check(made)
+
+    assert facts["fallbacks"][0] == {
+        "tensor": "token_embd.weight",
+        "type": "Q8_0",
+        "reason": "rows of 64 weights are no multiple of 256",
+    }
+    assert "2 of 3 tensors have rows" in facts["warnings"][0]
+
+
+def tokenizer(made: QuantizeRequest, *, tokens=32, other=None, merges=()):
+    vocab = {f"t{i}": i for i in range(tokens)}
+    if other is not None:
+        vocab = {("wrong" if i == other else t): i for t, i in vocab.items()}
+    told = {"model": {"vocab": vocab, "merges": list(merges)}, "added_tokens": []}
+    (made.model / "tokenizer.json").write_text(json.dumps(told))
+
+
+def test_the_checkpoints_tokens_pass(asked):
+    tokenizer(asked)
+    write_gguf(output_file(asked))
+
+    assert check(asked)["tokens"] == 32
+
+
+def test_another_token_is_refused(asked):
+    tokenizer(asked, other=7)
+    write_gguf(output_file(asked))
+
+    with pytest.raises(CheckFailed, match="token 7 is 't7' in the file and 'wrong'"):
+        check(asked)
+
+
+def test_parts_of_one_model_are_read_together(asked):
+    for number, names in enumerate(
+        (("token_embd.weight", "output.weight"), ("output_norm.weight",))
+    ):
+        write_gguf(asked.output / f"demo-0000{number + 1}-of-00002.gguf", names=names)
+
+    facts = check(asked)
+
+    assert facts["tensors"] == 3
+    assert len(facts["files"]) == 2
+    (asked.output / "demo-00002-of-00002.gguf").unlink()
+    with pytest.raises(CheckFailed, match="not all parts"):
+        check(asked)

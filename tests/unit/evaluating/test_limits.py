@@ -1,0 +1,67 @@
+import pytest
+
+from toolchain.evaluating.limits import judge, limits_for, refusal
+from toolchain.quantizers import formats
+from toolchain.recipe import Limits, Quality
+
+GOOD = {"kl_mean": 0.0, "kl_p99": 0.0, "top1": 1.0, "perplexity_ratio": 1.0, "layer_error": 0.0}
+
+
+def test_smaller_formats_may_lose_more_but_none_below_four_bits():
+    allowed = [
+        limits_for(formats()[name], Quality())["kl_mean"]
+        for name in ("f16", "q8_0", "q5_k_m", "q4_k_m", "q2_k")
+    ]
+
+    assert allowed == sorted(allowed)
+    assert allowed[-1] == allowed[-2]
+    assert len(set(allowed)) == 4
+
+
+def test_a_formats_own_limit_wins_over_that_of_all():
+    quality = Quality(limits={"*": Limits(kl_mean=0.5, top1=0.1), "q4_k_m": Limits(kl_mean=0.25)})
+
+    found = limits_for(formats()["q4_k_m"], quality)
+
+    assert (found["kl_mean"], found["top1"]) == (0.25, 0.1)
+    assert limits_for(formats()["q8_0"], quality)["kl_mean"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("kl_mean", 9.0),
+        ("kl_p99", 99.0),
+        ("top1", 0.5),
+        ("perplexity_ratio", 3.0),
+        ("layer_error", 0.6),
+    ],
+)
+def test_each_measure_can_stop_a_model(key, value):
+    limits = limits_for(formats()["q4_k_m"], Quality())
+
+    assert judge(GOOD, limits).exceeded == ()
+    (told,) = judge({**GOOD, key: value}, limits).exceeded
+    assert told.startswith(f"{key} {value:g}")
+
+
+def test_not_a_number_stops_a_model():
+    limits = limits_for(formats()["q4_k_m"], Quality())
+
+    assert judge({**GOOD, "kl_mean": float("nan")}, limits).exceeded
+
+
+def test_the_refusal_names_the_worst_and_what_to_try():
+    found = {
+        **GOOD,
+        "exceeded": ["kl_mean 1, at most 0.08"],
+        "worst_layers": [{"layer": 7, "error": 0.5}],
+        "worst_tensors": [{"tensor": "model.layers.7.mlp.down_proj.weight", "error": 0.2}],
+    }
+
+    error = refusal(formats()["q2_k"], found)
+
+    assert error.exit_code == 4
+    assert "7 (0.5)" in error.message
+    assert "model.layers.7.mlp.down_proj.weight" in error.message
+    assert "q5_k_m" in error.hint

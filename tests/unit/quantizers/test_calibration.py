@@ -1,0 +1,100 @@
+import json
+
+import pytest
+
+from toolchain.errors import InputRefused
+from toolchain.quantizers.calibration import GENERAL, Bounds, read_texts
+
+LONG = "Some words that are long enough to count, and then some more of them. " * 3
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write(tmp_path / "texts.jsonl", [{"text": f"{LONG} {n}"} for n in range(20)])
+
+
+def test_no_text_is_in_both_parts(data):
+    texts = read_texts(data, Bounds())
+
+    assert len(texts.held_out) == 5
+    assert len(texts.calibration) == 15
+    assert not {r["text"] for r in texts.held_out} & {r["text"] for r in texts.calibration}
+
+
+def test_the_seed_decides_which_are_held_out(data):
+    first, second = (read_texts(data, Bounds(seed=seed)) for seed in (0, 1))
+
+    assert read_texts(data, Bounds()) == first
+    assert first.held_out_digest != second.held_out_digest
+
+
+def test_a_text_that_is_added_moves_no_other(data):
+    before = {r["text"] for r in read_texts(data, Bounds()).held_out}
+    with data.open("a") as file:
+        file.write(json.dumps({"text": LONG + "new"}) + "\n")
+
+    after = {r["text"] for r in read_texts(data, Bounds()).held_out}
+
+    assert len(after - before) <= 1
+
+
+def test_a_text_that_is_there_twice_is_used_once(data):
+    data.write_text(data.read_text() * 2)
+
+    texts = read_texts(data, Bounds())
+
+    assert len(texts.held_out) + len(texts.calibration) == 20
+
+
+def test_long_text_is_cut_and_not_dropped(tmp_path):
+    path = write(tmp_path / "t.jsonl", [{"text": "".join(f"{n:07d} " for n in range(1000))}])
+
+    texts = read_texts(path, Bounds(max_length=800))
+
+    pieces = [r["text"] for r in (*texts.calibration, *texts.held_out)]
+    assert min(pieces).startswith("0000000")
+    assert sum(map(len, pieces)) == 8000
+
+
+def test_short_texts_are_left_out_and_too_few_is_told_with_numbers(data):
+    with pytest.raises(InputRefused, match=r"gives 0 texts of 0 characters.*at least 8 texts"):
+        read_texts(data, Bounds(min_length=10_000))
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (b"", "gives 0 texts"),
+        (b'{"text": "\xff"}\n', r"t\.jsonl:1 is not UTF-8"),
+        (b"not json\n", r"t\.jsonl:1 is not JSON"),
+        (b'{"text": 5}\n', "neither text nor messages"),
+        (b'{"messages": []}\n', "neither text nor messages"),
+        (b'{"messages": [{"role": "user"}]}\n', "neither text nor messages"),
+        (b'{"text": "a", "messages": [{"role": "user", "content": "b"}]}\n', "neither"),
+        (b'["text"]\n', "neither text nor messages"),
+    ],
+)
+def test_bad_files_are_refused_with_their_line(tmp_path, raw, says):
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(raw)
+
+    with pytest.raises(InputRefused, match=says):
+        read_texts(path, Bounds())
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(InputRefused, match="cannot be read"):
+        read_texts(tmp_path / "no.jsonl", Bounds())
+
+
+def test_the_general_texts_are_enough_for_both_parts():
+    texts = read_texts(GENERAL, Bounds())
+
+    assert texts.source == "general"
+    assert len(texts.held_out) >= 8
+    assert len(texts.calibration) >= 24

@@ -1,0 +1,82 @@
+"""What a quantized model may differ from the one it was made from, per format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from toolchain.errors import CheckFailed
+from toolchain.recipe import Limits, Quality
+from toolchain.values import Format, Json
+
+
+def _limits(mean: float, p99: float, top1: float, ratio: float, layer: float) -> Limits:
+    return Limits(kl_mean=mean, kl_p99=p99, top1=top1, perplexity_ratio=ratio, layer_error=layer)
+
+
+# By bits per weight, down to which they hold. Measured on both examples (benchmarks/README.md):
+# each is about three times what a sound file of that size showed on the worse of the two. Below
+# four bits nothing more is allowed: that is where fine-tuning is lost.
+_DEFAULTS = (
+    (15.0, _limits(0.001, 0.02, 0.99, 1.01, 0.02)),
+    (7.5, _limits(0.005, 0.1, 0.97, 1.03, 0.1)),
+    (5.2, _limits(0.03, 0.5, 0.95, 1.1, 0.2)),
+    (0.0, _limits(0.08, 1.5, 0.93, 1.2, 0.25)),
+)
+_ANY = "*"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What was found against what is allowed; `exceeded` is empty when all is well."""
+
+    limits: Mapping[str, float]
+    exceeded: tuple[str, ...]
+
+
+def limits_for(format_: Format, quality: Quality) -> Mapping[str, float]:
+    """Return a format's limits: the defaults of its size, changed by the recipe's.
+
+    The recipe's `*` changes all formats, a format's own name only that one.
+    """
+    found = next(limits for bits, limits in _DEFAULTS if format_.bits_per_weight >= bits)
+    merged = found.model_dump()
+    for name in (_ANY, format_.name):
+        if name in quality.limits:
+            merged |= quality.limits[name].model_dump(exclude_none=True)
+    return {key: float(value) for key, value in merged.items()}
+
+
+def judge(measured: Mapping[str, Json], limits: Mapping[str, float]) -> Verdict:
+    """Compare what was measured with limits; `top1` is a least, the others are most."""
+    exceeded = []
+    for key, limit in limits.items():
+        value = float(measured[key])
+        # Turned so that a value that is no number exceeds any limit.
+        if not (value >= limit if key == "top1" else value <= limit):
+            exceeded.append(
+                f"{key} {value:g}, {'at least' if key == 'top1' else 'at most'} {limit:g}"
+            )
+    return Verdict(limits=limits, exceeded=tuple(exceeded))
+
+
+def refusal(format_: Format, measured: Mapping[str, Json]) -> CheckFailed:
+    """Return the error for a model over its limits: where the loss is and what to try."""
+    layers = ", ".join(
+        f"{worst['layer']} ({worst['error']:.2g})" for worst in measured.get("worst_layers", ())
+    )
+    tensors = ", ".join(worst["tensor"] for worst in measured.get("worst_tensors", ())[:1])
+    where = f"; worst layers: {layers}" if layers else ""
+    where += f"; worst weights: {tensors}" if tensors else ""
+    tries = {
+        "gguf": "a larger type (q5_k_m), an imatrix, quantize.tensor_types for the worst weights, "
+        "or more calibration text",
+        "awq": "a smaller group size, or more calibration text like the task",
+        "gptq": "a smaller group size, or more calibration text like the task",
+    }
+    hint = tries.get(format_.kind, "a format with more bits, or more calibration text")
+    much = "; ".join(measured["exceeded"])
+    return CheckFailed(
+        f"{format_.name} lost too much of the merged model: {much}{where}",
+        hint=f"try {hint}; quality.limits.{format_.name} sets what may be lost",
+    )

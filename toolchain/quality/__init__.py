@@ -1,0 +1,1 @@
+"""How much a quantized model differs from the one it was made from."""
