@@ -15,16 +15,26 @@ from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.planning import BuildRequest, check_before_work, probes, serving_config, tasks_of
 from toolchain.ports import Tools
+from toolchain.provenance.evidence import Evidence
 from toolchain.provenance.labels import labels, reference, score_labels
 from toolchain.proving import Result, ask_references, with_image
+from toolchain.quantizers import of_format
 from toolchain.serving.targets import Target
 from toolchain.stages import merge as merging
 from toolchain.stages import publish as publishing
 from toolchain.stages import quantize as quantizing
 from toolchain.stages import reference as references
 from toolchain.stages import validate as validating
+from toolchain.stages.attest import Made, evidence, public_recipe
 from toolchain.stages.bake import bake
-from toolchain.stages.base import base_image, base_reference
+from toolchain.stages.base import (
+    ENGINE_LABEL,
+    base_image,
+    base_reference,
+    bills_of,
+    engine_version,
+    public_base,
+)
 from toolchain.stages.record import Facts, TaskFacts, write_record
 from toolchain.stages.render import portable
 from toolchain.stages.report import write_report
@@ -79,7 +89,9 @@ def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[B
             results = prove(baking, image, expected, said)
         judge(record, results, timed.stages)
         with timed.stage("publish", reference(recipe, target.name)) as said:
-            published = deliver(baking, baking.image(main_scores(results)), registry, said)
+            proven = baking.image(main_scores(results))
+            told = evidence(baking.made(checkpoint, proven, main_scores(results), registry))
+            published = deliver(baking, proven, told, registry, said)
         yield record.keep(published, results, timed.stages)
 
 
@@ -128,6 +140,7 @@ class Baking:
     artifact: Artifact
     config: ServingConfig
     base: Image
+    base_name: str
     tools: Tools
 
     @classmethod
@@ -151,6 +164,7 @@ class Baking:
             artifact=artifact,
             config=config,
             base=base_image(name, target.engine.name, registry, tools),
+            base_name=public_base(name),
             tools=tools,
         )
 
@@ -162,9 +176,32 @@ class Baking:
             self.artifact,
             self.config,
             base=self.base,
-            labels={**said, **score_labels(scores)},
+            base_name=self.base_name,
+            engine_version=engine_version(self.base),
+            labels={ENGINE_LABEL: self.target.engine.name, **said, **score_labels(scores)},
             store=self.tools.store,
             model_dir=self.target.engine.model_dir,
+        )
+
+    def made(
+        self, checkpoint: Checkpoint, image: Image, scores: Mapping[str, Score], registry: Registry
+    ) -> Made:
+        """Return what the image was made of, for those who will ask."""
+        recipe, format_ = self.request.file.recipe, self.artifact.format
+        return Made(
+            image=image,
+            artifact=self.artifact,
+            base=self.base,
+            base_name=self.base_name,
+            name=recipe.name,
+            version=recipe.version,
+            parameters={"target": self.target.name, "recipe": public_recipe(recipe)},
+            sources=self.sources,
+            checkpoint=checkpoint,
+            recipe=recipe,
+            quantizer_builder="" if format_ == SAFETENSORS else of_format(format_.name).builder,
+            scores=scores,
+            base_bills=bills_of(self.base_name, self.base, registry),
         )
 
     def trial(self, results: Sequence[Result]) -> Trial:
@@ -289,7 +326,9 @@ def judge_quality(
         raise CheckFailed(fault.message, hint=f"{fault.hint}\n  report: {built}")
 
 
-def deliver(baking: Baking, image: Image, registry: Registry, said: dict[str, Json]) -> Published:
+def deliver(
+    baking: Baking, image: Image, told: Evidence, registry: Registry, said: dict[str, Json]
+) -> Published:
     """Publish, unless every output holds this very image already."""
     request, tools = baking.request, baking.tools
     outputs = request.outputs_of(baking.target)
@@ -299,7 +338,7 @@ def deliver(baking: Baking, image: Image, registry: Registry, said: dict[str, Js
         if request.engine_answers:
             publishing.discard_candidate(image, None, tools)
         return publishing.describe(image, name, outputs)
-    return publishing.publish(image, name, outputs, registry, tools)
+    return publishing.publish(image, name, outputs, told, registry, tools)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from toolchain.artifacts import check_model, say_texts, wanted_of
@@ -68,7 +68,7 @@ class BuildRequest:
             load = self.engine_answers
         else:
             load = self.outputs.load
-        return Outputs(load=load, layout=layout, push=self.outputs.push, force=self.outputs.force)
+        return replace(self.outputs, load=load, layout=layout)
 
     def trial_layout(self, target: Target) -> Path | None:
         """Where the image is tried: None for the container engine, else beside this layout."""

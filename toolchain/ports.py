@@ -218,3 +218,5 @@ class Tools:
     """Makes a folder for a job's output and deletes it afterwards."""
     command: RunCommand
     """Runs the user's own evaluation program."""
+    sign: Callable[[bytes], bytes] | None = None
+    """Signs with the user's key, where there is one."""

@@ -256,6 +256,15 @@ class ImageNames(_Part):
     base: str = Field("", description="Engine base image instead of the pinned one.")
 
 
+class Card(_Part):
+    """What the model's card says; it goes into the bill of materials."""
+
+    description: str = Field("", max_length=2000, description="What the model is.")
+    license: str = Field("", max_length=100, description="Licence; default: the base's.")
+    intended_use: str = Field("", max_length=2000, description="What it is meant for.")
+    limitations: str = Field("", max_length=2000, description="What it is not good for.")
+
+
 class Recipe(_Part):
     """One build: what goes in, what it must prove, what comes out."""
 
@@ -285,6 +294,7 @@ class Recipe(_Part):
     )
     serve: Serve = Serve()
     image: ImageNames = ImageNames()
+    card: Card = Card()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

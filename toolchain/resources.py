@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from toolchain.errors import UsageError
-from toolchain.values import Digest, key_of
+from toolchain.values import Digest, Json, key_of
 
 _PACKAGE = Path(__file__).resolve().parent
 _INSTALLED = _PACKAGE / "_resources"
@@ -46,6 +47,14 @@ def builder_pins(name: str) -> Digest:
 def engine_pins(name: str) -> Digest:
     """Return the digest of the folder that defines an engine layer of our own."""
     return key_of(_fingerprint(images() / "engines" / name))
+
+
+def engine_source(name: str) -> Mapping[str, Json]:
+    """Return the `source.json` of an engine of our own."""
+    told: Mapping[str, Json] = json.loads(
+        (images() / "engines" / name / "source.json").read_text("utf-8")
+    )
+    return told
 
 
 def compiled_engines(builder: str) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from toolchain.drivers.local import LocalRunner
 from toolchain.drivers.ownership import private_folder
 from toolchain.drivers.pypi import PypiReader
 from toolchain.drivers.rootfs import EitherLauncher, RootfsLauncher, StartInfo
+from toolchain.drivers.signer import open_signer
 from toolchain.drivers.store import FileStore
 from toolchain.errors import EnvironmentFailure, UsageError
 from toolchain.oci import auth
@@ -73,7 +74,7 @@ def make_registry(*, insecure: bool = False) -> Registry:
     return Registry(credentials=auth.docker_config(docker_config(), ask_helper), insecure=insecure)
 
 
-def make_tools(runner: str, progress: Progress) -> tuple[Tools, bool]:
+def make_tools(runner: str, progress: Progress, *, sign_key: str = "") -> tuple[Tools, bool]:
     """Return the outside world of a build, and whether a container engine is part of it.
 
     `auto` takes the container engine where one answers, and does the jobs of builders that the
@@ -103,6 +104,7 @@ def make_tools(runner: str, progress: Progress) -> tuple[Tools, bool]:
         progress=progress,
         scratch=_scratch,
         command=run_command,
+        sign=open_signer(sign_key) if sign_key else None,
     ), answers
 
 

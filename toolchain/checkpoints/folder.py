@@ -30,10 +30,11 @@ _CODE_CONFIGS = (
 _MAX_DEPTH = 16
 
 
-def scan(root: Path) -> list[str]:
+def scan(root: Path, *, gguf: bool = False) -> list[str]:
     """Return the relative POSIX paths of the files that belong to a model, sorted.
 
-    Left out: hidden names, code, pickles, other formats and what training leaves behind.
+    Left out: hidden names, code, pickles, other formats (with `gguf`, that one stays) and what
+    training leaves behind.
     Links are followed to regular files inside the folder, or inside the model's own hub cache
     folder. Raises InputRefused for other links, devices, pipes, sockets and names that a second
     machine could read otherwise.
@@ -41,7 +42,7 @@ def scan(root: Path) -> list[str]:
     if not root.is_dir():
         raise InputRefused(f"{root} is not a folder", hint="give the folder that holds the files")
     real = root.resolve()
-    names = sorted(_walk(real, "", _home(real), 0))
+    names = sorted(_walk(real, "", _home(real), 0, gguf))
     seen: dict[str, str] = {}
     for name in names:
         folded = unicodedata.normalize("NFC", name).casefold()
@@ -82,7 +83,7 @@ def _home(real: Path) -> Path:
     return cache if real.parent.name == "snapshots" and cache.name.startswith("models--") else real
 
 
-def _walk(root: Path, prefix: str, home: Path, depth: int) -> Iterator[str]:
+def _walk(root: Path, prefix: str, home: Path, depth: int, gguf: bool) -> Iterator[str]:
     """Yield the files below `prefix`, pickles included."""
     if depth > _MAX_DEPTH:
         raise InputRefused(f"{root} is nested deeper than {_MAX_DEPTH} folders: {prefix!r}")
@@ -94,8 +95,8 @@ def _walk(root: Path, prefix: str, home: Path, depth: int) -> Iterator[str]:
             _check_name(root, name)
             if entry.is_dir(follow_symlinks=False):
                 if not _JUNK_FOLDERS.fullmatch(entry.name):
-                    yield from _walk(root, f"{name}/", home, depth + 1)
-            elif not _JUNK_FILES.fullmatch(entry.name):
+                    yield from _walk(root, f"{name}/", home, depth + 1, gguf)
+            elif (gguf and entry.name.endswith(".gguf")) or not _JUNK_FILES.fullmatch(entry.name):
                 _check_file(root, name, home)
                 yield name
 

@@ -28,6 +28,7 @@ def build(
     allow_low_bits: bool = False,
     force: bool = False,
     insecure: bool = False,
+    sign_key: str = "",
     dist: str = "dist",
     json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
@@ -43,12 +44,16 @@ def build(
         set = (*set, "quantize.allow_low_bits=true")  # noqa: A001
     file = recipe_file(recipe, base, adapter, set)
     targets = chosen_targets(file, tuple(target), to_build=True)
-    tools, engine = make_tools(runner, Recorder(progress_for()))
+    tools, engine = make_tools(runner, Recorder(progress_for()), sign_key=sign_key)
     request = BuildRequest(
         file=file,
         targets=targets,
         outputs=Outputs(
-            load=load, layout=Path(layout).absolute() if layout else None, push=push, force=force
+            load=load,
+            layout=Path(layout).absolute() if layout else None,
+            push=push,
+            force=force,
+            tag_digest=push,
         ),
         dist=Path(dist).absolute(),
         engine_answers=engine,

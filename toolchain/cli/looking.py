@@ -22,6 +22,21 @@ def inspect(
     return result, inspect_text(result)
 
 
+@command(positional=("source",))
+def verify(
+    _context: object, source: str, *, key: str = "", insecure: bool = False, json: bool = False
+) -> tuple[Mapping[str, Json], str]:
+    """Check an image's signature, its layers' digests, and the chain from sources to layers."""
+    del json
+    from toolchain.cli.progress import progress_for
+    from toolchain.singles.verify import key_path, table, verify_image
+    from toolchain.wiring import make_registry
+
+    with make_registry(insecure=insecure) as registry:
+        result = verify_image(source, key_path(key), registry, progress_for())
+    return result, f"{result['reference']}@{result['digest']} holds\n{table(result)}"
+
+
 @command()
 def targets(_context: object, *, json: bool = False) -> tuple[Mapping[str, Json], str]:
     """List the targets there are: engines by formats."""
@@ -77,4 +92,4 @@ def clean(
     )
 
 
-COMMANDS = (inspect, targets, doctor, clean)
+COMMANDS = (inspect, verify, targets, doctor, clean)

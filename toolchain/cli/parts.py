@@ -207,6 +207,7 @@ def bake(
     layout: str = "",
     force: bool = False,
     insecure: bool = False,
+    sign_key: str = "",
     runner: str = "auto",
     json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
@@ -214,11 +215,11 @@ def bake(
     del json
     from toolchain.cli.progress import progress_for
     from toolchain.singles.arguments import required
-    from toolchain.singles.serve import BakeRequest, bake_model
+    from toolchain.singles.bake import BakeRequest, bake_model
     from toolchain.wiring import make_registry, make_tools
 
     required(model=model, target=target)
-    tools, _ = make_tools(runner, progress_for())
+    tools, _ = make_tools(runner, progress_for(), sign_key=sign_key)
     request = BakeRequest(
         model=Path(model),
         target=target,
@@ -360,4 +361,32 @@ def push(
     return result, f"{result['reference']}@{result['digest']}"
 
 
-COMMANDS = (merge, validate, quantize, render, bake, evaluate, bench, push)
+@command(positional=("source",))
+def rebase(
+    _context: object,
+    source: str,
+    *,
+    onto: str = "",
+    to: str = "",
+    smoke: bool = True,
+    force: bool = False,
+    insecure: bool = False,
+    sign_key: str = "",
+    json: bool = False,
+) -> tuple[Mapping[str, Json], str]:
+    """Put an image on another engine base and push it; no weight byte is moved."""
+    del json
+    from toolchain.cli.progress import progress_for
+    from toolchain.singles.arguments import required
+    from toolchain.singles.rebase import RebaseRequest, rebase_image
+    from toolchain.wiring import make_registry, make_tools
+
+    required(onto=onto, to=to)
+    tools, _ = make_tools("auto", progress_for(), sign_key=sign_key)
+    request = RebaseRequest(source=source, onto=onto, to=to, smoke=smoke, force=force)
+    with make_registry(insecure=insecure) as registry:
+        result = rebase_image(request, registry, tools)
+    return result, f"{result['reference']}@{result['digest']}"
+
+
+COMMANDS = (merge, validate, quantize, render, bake, evaluate, bench, push, rebase)

@@ -162,7 +162,7 @@ class TarLayer:
             if member is None:
                 continue
             source = member.source
-            yield from [source] if isinstance(source, bytes) else _read(source, member.size)
+            yield from [source] if isinstance(source, bytes) else read_file(source, member.size)
             yield tar.padding(member.size)
         yield tar.END
 
@@ -276,7 +276,8 @@ def _clean(member: Member) -> Member:
     return Member(path, member.size, mode, member.source, member.digest)
 
 
-def _read(source: Path, size: int) -> Iterator[bytes]:
+def read_file(source: Path, size: int) -> Iterator[bytes]:
+    """Yield a regular file in chunks; InputRefused where it is not of that size or changes."""
     try:
         with source.open("rb", buffering=0) as file:
             before = os.fstat(file.fileno())

@@ -37,10 +37,10 @@ def write_layout(
         blobs = list(image.blobs())
         meter = Meter(sum(blob.size for blob, _ in blobs), progress)
         for blob, opener in blobs:
-            _put(store, blob, opener, meter)
-        _put(store, image.manifest_blob, lambda: iter((image.manifest_bytes,)), Meter(0))
-        _replace(folder / "oci-layout", [MARKER])
-        _replace(folder / "index.json", [canonical(_index(image, ref, folder))])
+            put_blob(store, blob, opener, meter)
+        put_blob(store, image.manifest_blob, lambda: iter((image.manifest_bytes,)), Meter(0))
+        replace_file(folder / "oci-layout", [MARKER])
+        replace_file(folder / "index.json", [canonical(_index(image, ref, folder))])
     except OSError as error:
         raise EnvironmentFailure(
             f"cannot write the image layout {folder}: {error.strerror or error}",
@@ -55,30 +55,31 @@ def read_layout(folder: Path, ref: str | None = None, *, platform: str | None = 
     Every blob is verified when it is read. Raises InputRefused for anything malformed,
     UsageError where the layout does not hold what is asked for.
     """
-    rows = manifests.listed(_index_document(folder), "manifests", f"{folder}/index.json")
+    rows = manifests.listed(index_document(folder), "manifests", f"{folder}/index.json")
     blob = _pick(rows, ref, platform, str(folder))
     for _ in range(4):
         if blob.media_type not in manifests.INDEXES:
             break
-        inner = manifests.read_json(_read(folder, blob), str(folder))
+        inner = manifests.read_json(read_blob(folder, blob), str(folder))
         blob = manifests.choose(
             manifests.listed(inner, "manifests", str(folder)), platform, str(folder)
         )
     return load_image(
-        _read(folder, blob),
+        read_blob(folder, blob),
         blob.media_type,
-        read=lambda found: _read(folder, found),
-        opener=lambda found: lambda: _open(folder, found),
+        read=lambda found: read_blob(folder, found),
+        opener=lambda found: lambda: open_blob(folder, found),
         where=str(folder),
     )
 
 
-def _put(store: Path, blob: Blob, opener: Opener, meter: Meter) -> None:
+def put_blob(store: Path, blob: Blob, opener: Opener, meter: Meter) -> None:
+    """Make sure that `blobs/sha256` holds a blob, whole and right."""
     target = store / blob.digest.hex
     if _is_right(target, blob):
         meter.reach(blob.digest, blob.size)
         return
-    _replace(target, meter.counted(blob.digest, verified(opener(), blob, target.name)))
+    replace_file(target, meter.counted(blob.digest, verified(opener(), blob, target.name)))
 
 
 def _is_right(path: Path, blob: Blob) -> bool:
@@ -88,7 +89,7 @@ def _is_right(path: Path, blob: Blob) -> bool:
         return hashlib.file_digest(file, "sha256").hexdigest() == blob.digest.hex
 
 
-def _replace(path: Path, chunks: Iterable[bytes]) -> None:
+def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
     """Write a file beside its place, flush it to the disk, and rename it."""
     handle, name = tempfile.mkstemp(prefix=".new-", dir=path.parent)
     try:
@@ -114,8 +115,10 @@ def _index(image: Image, ref: str, folder: Path) -> Mapping[str, Json]:
     """Return the folder's index with the image in it; other names stay."""
     kept: list[Json] = []
     if (folder / "index.json").exists():
-        rows = manifests.listed(_index_document(folder), "manifests", f"{folder}/index.json")
+        rows = manifests.listed(index_document(folder), "manifests", f"{folder}/index.json")
         kept = [row for row in rows if _name(row) not in ("", ref)]
+        # What hangs on images stays as long as another image is there that it may hang on.
+        kept += [row for row in rows if kept and is_attachment(row)]
     blob = image.manifest_blob
     system, _, machine = image.platform.partition("/")
     row = {
@@ -128,11 +131,12 @@ def _index(image: Image, ref: str, folder: Path) -> Mapping[str, Json]:
     return {
         "schemaVersion": 2,
         "mediaType": manifests.OCI_INDEX,
-        "manifests": sorted([*kept, row], key=_name),
+        "manifests": sorted([*kept, row], key=lambda row: (_name(row), str(row["digest"]))),
     }
 
 
-def _index_document(folder: Path) -> Mapping[str, Json]:
+def index_document(folder: Path) -> Mapping[str, Json]:
+    """Return a layout's index.json; InputRefused for a folder that is none."""
     if not (folder / "oci-layout").is_file():
         raise InputRefused(
             f"{folder} is not an OCI layout: it has no file 'oci-layout'",
@@ -142,9 +146,10 @@ def _index_document(folder: Path) -> Mapping[str, Json]:
 
 
 def _pick(rows: Sequence[Json], ref: str | None, platform: str | None, where: str) -> Blob:
-    named = [row for row in rows if ref is None or _name(row) == ref]
+    images = [row for row in rows if not is_attachment(row)]
+    named = [row for row in images if ref is None or _name(row) == ref]
     if not named:
-        names = sorted({_name(row) for row in rows} - {""})
+        names = sorted({_name(row) for row in images} - {""})
         raise UsageError(
             f"{where} holds no image named {ref!r}", hint=f"it holds: {', '.join(names)[:200]}"
         )
@@ -158,16 +163,23 @@ def _pick(rows: Sequence[Json], ref: str | None, platform: str | None, where: st
     return manifests.choose(named, platform, where)
 
 
+def is_attachment(row: Json) -> bool:
+    """Say whether an index's row is not an image but hangs on one."""
+    return isinstance(row, dict) and "artifactType" in row
+
+
 def _name(row: Json) -> str:
     notes = row.get("annotations") if isinstance(row, dict) else None
     return str(notes.get(REF_NAME, "")) if isinstance(notes, dict) else ""
 
 
-def _read(folder: Path, blob: Blob) -> bytes:
-    return b"".join(_open(folder, blob))
+def read_blob(folder: Path, blob: Blob) -> bytes:
+    """Return a small blob, verified."""
+    return b"".join(open_blob(folder, blob))
 
 
-def _open(folder: Path, blob: Blob) -> Iterator[bytes]:
+def open_blob(folder: Path, blob: Blob) -> Iterator[bytes]:
+    """Yield a blob in chunks; InputRefused at its end if it is not what its digest says."""
     path = folder / "blobs" / "sha256" / blob.digest.hex
     return verified(_chunks(path, blob.size), blob, str(folder))
 

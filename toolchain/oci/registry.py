@@ -5,6 +5,7 @@ https://github.com/opencontainers/distribution-spec/blob/main/spec.md
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Self
@@ -12,7 +13,8 @@ from typing import Self
 import httpx
 
 from toolchain.errors import UsageError
-from toolchain.oci import downloads, manifests, uploads
+from toolchain.oci import downloads, manifests, referrers, uploads
+from toolchain.oci.attachments import Attachment
 from toolchain.oci.auth import Credentials, anonymous
 from toolchain.oci.image import Image, Opener, load_image
 from toolchain.oci.progress import Advance
@@ -41,6 +43,8 @@ class Registry:
         self._credentials = credentials
         self._insecure = insecure
         self._pause = pause
+        self._sessions: dict[tuple[str, str, tuple[str, ...]], Session] = {}
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -69,13 +73,17 @@ class Registry:
         *,
         force: bool = False,
         mount_from: Sequence[str] = (),
+        also_tags: Sequence[str] = (),
+        before_tag: Callable[[], None] = lambda: None,
         progress: Advance | None = None,
-        parallel: int = 2,
+        parallel: int = 4,
     ) -> Published:
         """Bring the image there: blobs that are missing, then the manifest, then the tag.
 
-        `mount_from` are repositories of the same registry that may hold layers already. A tag
-        that names another digest is a UsageError unless `force`.
+        `mount_from` are repositories of the same registry that may hold layers already;
+        `before_tag` is called when the image is there by its digest, and `also_tags` are set
+        before the reference's own. A tag that names another digest is a UsageError unless
+        `force`.
         """
         began = time.monotonic()
         if reference.digest and reference.digest != image.digest:
@@ -88,10 +96,12 @@ class Registry:
         _guard_tag(session, reference, image, force)
         sent = uploads.bring_all(session, image, sources, progress, parallel)
         uploads.put_manifest(session, image.digest, image.manifest_bytes, image.media_type)
-        if reference.tag:
+        before_tag()
+        for tag in (*also_tags, *([reference.tag] if reference.tag else [])):
             # Asked again: the upload may have taken an hour, in which others push too.
-            _guard_tag(session, reference, image, force)
-            uploads.put_manifest(session, reference.tag, image.manifest_bytes, image.media_type)
+            place = Reference(reference.registry, reference.repository, tag)
+            _guard_tag(session, place, image, force)
+            uploads.put_manifest(session, tag, image.manifest_bytes, image.media_type)
         return Published(
             reference=str(reference),
             digest=image.digest,
@@ -149,16 +159,33 @@ class Registry:
             uploads.put_manifest(session, reference.tag, manifest, media_type)
         return digest
 
+    def attach(self, reference: Reference, attachment: Attachment) -> None:
+        """Put an attachment into the reference's repository, beside its image."""
+        referrers.attach(self._session(reference, "pull,push"), reference, attachment)
+
+    def attached(self, reference: Reference, subject: Digest) -> list[tuple[Blob, str]]:
+        """Return the manifests attached to an image, each with its own tag or empty."""
+        return referrers.find(self._session(reference, "pull"), reference, subject)
+
+    def read_attachment(self, reference: Reference, blob: Blob, tag: str = "") -> Attachment:
+        """Return an attachment; InputRefused where it is not what its digest says."""
+        return referrers.read(self._session(reference, "pull"), reference, blob, tag)
+
     def _session(self, reference: Reference, actions: str, also: Sequence[str] = ()) -> Session:
-        return Session(
-            self._client,
-            reference,
-            actions=actions,
-            also=tuple(also),
-            credentials=self._credentials,
-            insecure=self._insecure,
-            pause=self._pause,
-        )
+        """Return the conversation about a repository; kept, so that its token is."""
+        key = (reference.name, actions, tuple(also))
+        with self._lock:
+            if key not in self._sessions:
+                self._sessions[key] = Session(
+                    self._client,
+                    reference,
+                    actions=actions,
+                    also=tuple(also),
+                    credentials=self._credentials,
+                    insecure=self._insecure,
+                    pause=self._pause,
+                )
+            return self._sessions[key]
 
 
 def _guard_tag(session: Session, reference: Reference, image: Image, force: bool) -> None:

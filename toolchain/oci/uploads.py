@@ -147,7 +147,7 @@ def try_upload(session: Session, where: str) -> None:
             session.call("DELETE", session.location(opened))
 
 
-def put_manifest(session: Session, name: str, manifest: bytes, media_type: str) -> None:
+def put_manifest(session: Session, name: str, manifest: bytes, media_type: str) -> Reply:
     """Put a manifest under a digest or a tag; InputRefused if another digest comes back."""
     what = f"cannot put the manifest {name}"
     headers = {"Content-Type": media_type}
@@ -155,6 +155,7 @@ def put_manifest(session: Session, name: str, manifest: bytes, media_type: str) 
         what, lambda: session.call("PUT", f"manifests/{name}", headers=headers, body=manifest)
     )
     _check_created(session, reply, Digest.of(manifest), what)
+    return reply
 
 
 def _mount(session: Session, blob: Blob, sources: Sequence[str]) -> Reply | None:

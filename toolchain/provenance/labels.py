@@ -11,6 +11,8 @@ from toolchain.values import Artifact, Json, Score, ServingConfig, Sources
 
 PREFIX = "dev.weightsmith."
 """Our labels; the others are the OCI annotations of image-spec annotations.md."""
+ENGINE_VERSION = PREFIX + "engine.version"
+"""The version of the engine that an image holds, so that the plan was made for."""
 
 
 def tag(recipe: Recipe, target: str) -> str:

@@ -4,44 +4,49 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from toolchain.errors import UsageError
-from toolchain.oci.image import Image
 from toolchain.oci.inspect import describe
-from toolchain.oci.layout import read_layout
+from toolchain.oci.places import Place, RegistryPlace, open_place
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.ports import ContainerEngine, Progress
+from toolchain.provenance.evidence import cosign_tag, limited
 from toolchain.provenance.labels import PREFIX
 from toolchain.serving.memory import human
-from toolchain.values import Json, plain
-
-
-def open_image(source: str, registry: Registry) -> Image:
-    """Return the image of `oci:DIR`, of a layout folder, or of a registry reference."""
-    path = Path(source.removeprefix("oci:"))
-    if source.startswith("oci:") or (path / "oci-layout").is_file():
-        return read_layout(path)
-    if path.is_dir():
-        raise UsageError(f"{source} is a folder, but not an OCI layout")
-    return registry.pull(Reference.parse(source))
+from toolchain.values import Blob, Digest, Json, plain
 
 
 def copy_image(
     source: str, to: str, registry: Registry, progress: Progress, *, force: bool
 ) -> Mapping[str, Json]:
-    """Bring an image to a registry without changing a byte; layers there already are not sent."""
-    image, place = open_image(source, registry), Reference.parse(to)
+    """Bring an image to a registry without changing a byte, with all that hangs on it.
+
+    Layers that are there already are not sent.
+    """
+    origin, place = open_place(source, registry), Reference.parse(to)
+    image, there = origin.image(), RegistryPlace(registry, place)
     progress.stage("push", to)
     published = registry.push(
         image,
         place,
         force=force,
+        before_tag=lambda: copy_attachments(image.digest, origin, there),
         progress=lambda done, total: progress.advance(done, total, "bytes"),
     )
     progress.finish("push", published.seconds, cached=published.uploaded_bytes == 0)
     return dict(plain(published))
+
+
+def copy_attachments(image: Digest, origin: Place, there: Place) -> None:
+    """Bring everything that hangs on an image to its new place, under cosign's tags as well."""
+    for blob, tag in limited(origin.attached(image)):
+        attachment = origin.read(blob, tag)
+        if attachment.subject.digest != image:
+            # Found by cosign's tag alone: such a manifest names no subject.
+            attachment = replace(attachment, subject=Blob(digest=image, size=0, media_type=""))
+        there.attach(replace(attachment, tag=cosign_tag(attachment)))
 
 
 def inspect_image(source: str, registry: Registry, engine: ContainerEngine) -> Mapping[str, Json]:
@@ -51,7 +56,7 @@ def inspect_image(source: str, registry: Registry, engine: ContainerEngine) -> M
     """
     if not _is_layout(source) and engine.answers() and (held := engine.inspect(source)):
         return _told(source, _described_by_engine(held))
-    return _told(source, describe(open_image(source, registry)))
+    return _told(source, describe(open_place(source, registry).image()))
 
 
 def _is_layout(source: str) -> bool:

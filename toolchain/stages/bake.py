@@ -3,51 +3,76 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from toolchain.oci.image import Healthcheck, Image, ImageConfig, Order, assemble
 from toolchain.oci.layers import Member, TarLayer, weight_layers
 from toolchain.ports import Store
+from toolchain.provenance.labels import ENGINE_VERSION
+from toolchain.provenance.roles import ADDED, LAYERS, config_label, roles_label
 from toolchain.values import Artifact, ServingConfig
 
 USER = "65532:65532"
 """The unprivileged user that images run as, by number: the image may have no user database."""
 
+_BASE = "org.opencontainers.image.base."
+
 
 def bake(
     artifact: Artifact,
-    config: ServingConfig,
+    config: ServingConfig | None,
     *,
-    base: Image,
+    base: Image | None,
     labels: Mapping[str, str],
     store: Store,
+    base_name: str = "",
+    engine_version: str = "",
     model_dir: str = "/models",
     order: Order = "engine-first",
 ) -> Image:
-    """Return the image that serves an artifact: the base, a layer per weight file, a small one.
+    """Return an image of an artifact: the base, a layer per weight file, a small one on top.
 
-    Layer digests are remembered in the store, so an unchanged file is not hashed again.
-    Raises UsageError above 125 layers.
+    Without `config` the image serves nothing: it holds the weights for others to mount. The
+    weight layers are the same for every kind of image. Layer digests are remembered in the
+    store, so an unchanged file is not hashed again. Raises UsageError above 125 layers.
     """
+    weights = weight_layers(artifact.tree, model_dir, memo=store.memo)
+    inside = config.image_files if config else {}
     files = tuple(
-        Member.of_bytes(path.lstrip("/"), text.encode())
-        for path, text in sorted(config.image_files.items())
+        Member.of_bytes(path.lstrip("/"), text.encode()) for path, text in sorted(inside.items())
     )
-    check = Healthcheck(command=config.healthcheck) if config.healthcheck else None
+    settings = (TarLayer(members=files),) if files else ()
+    below, middle = ("base", len(base.layers) if base else 0), ("weights", len(weights))
+    if order == "weights-first":
+        below, middle = middle, below
+    said = {
+        **labels,
+        **({_BASE + "name": base_name} if base_name else {}),
+        **({_BASE + "digest": base.digest} if base else {}),
+        **({ENGINE_VERSION: engine_version} if engine_version else {}),
+        LAYERS: roles_label(below, middle, ("settings", len(settings))),
+    }
+    added = _added(config, said)
+    added = replace(added, labels={**said, ADDED: config_label(added)})
     return assemble(
-        weight_layers(artifact.tree, model_dir, memo=store.memo),
-        (TarLayer(members=files),) if files else (),
-        config=ImageConfig(
-            user=USER,
-            env=config.env,
-            entrypoint=config.entrypoint or None,
-            cmd=config.command,
-            ports=(config.port,),
-            healthcheck=check,
-            labels=labels,
-        ),
+        weights,
+        settings,
+        config=added,
         base=base,
-        annotations={
-            key: value for key, value in labels.items() if key.startswith("org.opencontainers.")
-        },
+        annotations={k: v for k, v in said.items() if k.startswith("org.opencontainers.")},
         order=order,
+    )
+
+
+def _added(config: ServingConfig | None, labels: Mapping[str, str]) -> ImageConfig:
+    if config is None:
+        return ImageConfig(user=USER, labels=labels)
+    return ImageConfig(
+        user=USER,
+        env=dict(sorted(config.env.items())),  # an order that survives the label
+        entrypoint=config.entrypoint or None,
+        cmd=config.command,
+        ports=(config.port,),
+        healthcheck=Healthcheck(command=config.healthcheck) if config.healthcheck else None,
+        labels=labels,
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from toolchain.errors import InputRefused, UsageError
+from toolchain.errors import InputRefused, UsageError, WeightsmithError
+from toolchain.oci.attachments import LARGEST_PART
 from toolchain.oci.image import Image, ImageConfig, assemble
 from toolchain.oci.layers import Member, TarLayer
 from toolchain.oci.layout import read_layout
@@ -13,18 +14,27 @@ from toolchain.oci.manifests import host_platform
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.ports import Entry, Tools
-from toolchain.resources import engine_pins, images
+from toolchain.provenance.evidence import SPDX_TYPE, Document
+from toolchain.provenance.labels import ENGINE_VERSION
+from toolchain.provenance.mlbom import MEDIA_TYPE
+from toolchain.resources import engine_pins, engine_source, images
 from toolchain.serving.engine import Engine
 from toolchain.values import Job, Json, StageInputs
 
 OWN = "engine:"
 """Prefix of bases that are a folder of images/engines/, assembled here from its tools."""
 
+MODELCAR = "docker.io/library/busybox:1.37.0-musl"
+"""A shell and nothing else."""
+
 ENGINE_LABEL = "dev.weightsmith.engine"
 """How an image says which engine it holds."""
 
 _BUILDER = "gguf"
 _RECIPE_NUMBER = 1
+_OCI_VERSION = "org.opencontainers.image.version"
+_BILLS = (MEDIA_TYPE, SPDX_TYPE)
+_MOST_BILLS = 20
 _ACCOUNTS = {
     "etc/passwd": "root:x:0:0:root:/:/sbin/nologin\nmodel:x:65532:65532:model:/tmp:/sbin/nologin\n",
     "etc/group": "root:x:0:\nmodel:x:65532:\n",
@@ -47,6 +57,15 @@ def base_reference(engine: Engine, device: str, override: str) -> str:
     return chosen
 
 
+def data_base(kind: str, override: str) -> str:
+    """Return what an image that serves nothing is built on; empty for nothing.
+
+    KServe starts a modelcar with a shell, which links `/models` for the server beside it.
+    https://kserve.github.io/website/docs/model-serving/storage/providers/oci
+    """
+    return override or (MODELCAR if kind == "modelcar" else "")
+
+
 def base_inputs(name: str) -> StageInputs:
     """Return what an engine layer of our own depends on."""
     return StageInputs(
@@ -56,19 +75,24 @@ def base_inputs(name: str) -> StageInputs:
     )
 
 
-def base_image(reference: str, engine: str, registry: Registry, tools: Tools) -> Image:
+def base_image(
+    reference: str, engine: str, registry: Registry, tools: Tools, *, platform: str | None = None
+) -> Image:
     """Return the base for an engine; its layers are read when they are needed.
 
-    What a base does not say of itself is a warning. Raises InputRefused for a broken image and
-    for one that says it holds another engine, EnvironmentFailure where a registry is out of reach.
+    Without an engine nothing is asked of it. What it does not say of itself is a warning. Raises
+    InputRefused for a broken image and for one that says it holds another engine,
+    EnvironmentFailure where a registry is out of reach.
     """
     if reference.startswith(OWN):
         return _own(reference.removeprefix(OWN), tools)
     if reference.startswith("oci:"):
-        image = read_layout(Path(reference.removeprefix("oci:")))
+        image = read_layout(Path(reference.removeprefix("oci:")), platform=platform)
     else:
-        image = registry.pull(Reference.parse(reference))
+        image = registry.pull(Reference.parse(reference), platform=platform)
     said = image.labels.get(ENGINE_LABEL, "")
+    if not engine:
+        return image
     if not said:
         tools.progress.warn(f"{reference} does not say which engine it holds, {engine} is assumed")
     elif said != engine:
@@ -77,6 +101,31 @@ def base_image(reference: str, engine: str, registry: Registry, tools: Tools) ->
             hint="choose a base of that engine, or another target",
         )
     return image
+
+
+def public_base(reference: str) -> str:
+    """Return what an image may say of its base's name: nothing for a folder of this machine."""
+    return "" if reference.startswith("oci:") else reference
+
+
+def bills_of(reference: str, base: Image, registry: Registry) -> tuple[Document, ...]:
+    """Return the bills of materials that a base's makers attached to it; () where none can be read.
+
+    They are a help and no condition, so a registry that does not tell is not an error here.
+    """
+    if not reference or reference.startswith(OWN):
+        return ()
+    place = Reference.parse(reference).at(base.digest)
+    try:
+        rows = registry.attached(place, base.digest)[:_MOST_BILLS]
+        found = [registry.read_attachment(place, blob) for blob, _ in rows]
+    except WeightsmithError:
+        return ()
+    return tuple(
+        Document(artifact_type=a.artifact_type, parts=a.parts, annotations=a.annotations)
+        for a in found
+        if a.artifact_type in _BILLS and sum(part.blob.size for part in a.parts) <= LARGEST_PART
+    )
 
 
 def _own(name: str, tools: Tools) -> Image:
@@ -97,8 +146,19 @@ def _own(name: str, tools: Tools) -> Image:
         memo=tools.store.memo,
     )
     return assemble(
-        (), (layer,), config=ImageConfig(labels={ENGINE_LABEL: name}), platform=host_platform()
+        (), (layer,), config=ImageConfig(labels=_own_labels(name)), platform=host_platform()
     )
+
+
+def _own_labels(name: str) -> dict[str, str]:
+    source = engine_source(name)
+    versions = [str(v["version"]) for v in source.values() if isinstance(v, dict) and "commit" in v]
+    return {ENGINE_LABEL: name, **({ENGINE_VERSION: versions[0]} if versions else {})}
+
+
+def engine_version(base: Image) -> str:
+    """Return the version that a base says its engine has, or empty."""
+    return base.labels.get(ENGINE_VERSION) or base.labels.get(_OCI_VERSION, "")
 
 
 def _export(folder: Path, tools: Tools) -> Mapping[str, Json]:

@@ -15,9 +15,11 @@ from toolchain.errors import EnvironmentFailure
 from toolchain.oci.archive import docker_archive
 from toolchain.oci.image import Image
 from toolchain.oci.layout import read_layout, write_layout
+from toolchain.oci.places import LayoutPlace, Place, RegistryPlace
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.ports import Tools
+from toolchain.provenance.evidence import Evidence, seal
 from toolchain.values import Json, Published, key_of
 
 _CANDIDATES = "weightsmith-candidate"
@@ -32,6 +34,8 @@ class Outputs:
     """Folder of one OCI layout."""
     push: bool = False
     force: bool = False
+    tag_digest: bool = False
+    """Push a second tag that ends with the digest's first twelve digits, and never moves."""
 
 
 @contextmanager
@@ -56,9 +60,16 @@ def candidate(image: Image, layout: Path | None, tools: Tools) -> Iterator[str]:
 
 
 def publish(
-    image: Image, reference: str, outputs: Outputs, registry: Registry, tools: Tools
+    image: Image,
+    reference: str,
+    outputs: Outputs,
+    evidence: Evidence,
+    registry: Registry,
+    tools: Tools,
 ) -> Published:
     """Bring the image to every output; the registry last, so that nothing unproven is public.
+
+    The evidence goes with it, signed where there is a key; an engine has no place for it.
 
     Raises EnvironmentFailure where an engine or a registry fails, UsageError for a tag that
     holds another image already.
@@ -72,14 +83,25 @@ def publish(
         tools.engine.untag(_candidate_name(image))
     if outputs.layout is not None:
         _settle(image, outputs.layout, tools)
+        _attach(image, evidence, LayoutPlace(outputs.layout), place, tools)
     if outputs.push:
+        there = RegistryPlace(registry, place)
         done = registry.push(
             image,
             place,
             force=outputs.force,
+            also_tags=(f"{place.tag}-{image.digest.short}",) if outputs.tag_digest else (),
+            before_tag=lambda: _attach(image, evidence, there, place, tools),
             progress=lambda sent, total: tools.progress.advance(sent, total, "bytes"),
         )
     return replace(done, layers=_rows(image), seconds=time.monotonic() - began)
+
+
+def _attach(
+    image: Image, evidence: Evidence, place: Place, reference: Reference, tools: Tools
+) -> None:
+    for attachment in seal(evidence, image.manifest_blob, reference.name, tools.sign):
+        place.attach(attachment)
 
 
 def describe(image: Image, reference: str, outputs: Outputs) -> Published:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from toolchain.errors import EnvironmentFailure
 from toolchain.evaluating.statistics import wilson
+from toolchain.provenance.evaluation import side_by_side
 from toolchain.recipe import Recipe
 from toolchain.values import (
     Artifact,
@@ -177,30 +178,13 @@ def _task(task: TaskFacts) -> dict[str, Json]:
             for name, s in task.scores.items()
         },
         "verdicts": list(task.verdicts),
-        "items": _items(task.scores),
+        "items": side_by_side(task.scores),
     }
 
 
 def _interval(score: Score) -> tuple[float, float]:
     low, high = wilson(round(score.score * score.n), score.n)
     return round(low, 6), round(high, 6)
-
-
-def _items(scores: Mapping[str, Score]) -> list[dict[str, Json]]:
-    """Return the questions with the answers of every subject side by side."""
-    names = [name for name in scores if scores[name].per_item]
-    if len({len(scores[name].per_item) for name in names}) > 1:  # a command's own choice of rows
-        names = names[-1:]
-    rows = zip(*(scores[name].per_item for name in names), strict=True)
-    return [
-        {
-            "prompt": row[0]["prompt"],
-            "expected": row[0]["expected"],
-            **{name: answer["answer"] for name, answer in zip(names, row, strict=True)},
-            "ok": {name: answer["ok"] for name, answer in zip(names, row, strict=True)},
-        }
-        for row in rows
-    ]
 
 
 def _next(facts: Facts) -> list[str]:

@@ -1,0 +1,87 @@
+"""Bakes small images without a container engine, and spoils them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from toolchain.drivers.signer import open_signer
+from toolchain.oci.image import ImageConfig, assemble
+from toolchain.oci.layers import Member, TarLayer
+from toolchain.oci.references import Reference
+from toolchain.oci.registry import Registry
+from toolchain.ports import Silent, Tools
+from toolchain.singles.bake import BakeRequest, bake_model
+from toolchain.wiring import make_tools
+
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+    "max_position_embeddings": 512,
+}
+
+
+def make_model(folder: Path) -> Path:
+    """Write a folder that looks like a GGUF model, of two files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "tiny.gguf").write_bytes(b"GGUF" + bytes(range(256)) * 200)
+    return folder
+
+
+def make_key(folder: Path, name: str = "key") -> tuple[Path, Path]:
+    """Return a new private and public key, made by openssl."""
+    private, public = folder / f"{name}.pem", folder / f"{name}.pub"
+    make = ["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", private]
+    subprocess.run(make, check=True, capture_output=True)
+    show = ["openssl", "ec", "-in", private, "-pubout", "-out", public]
+    subprocess.run(show, check=True, capture_output=True)
+    return private, public
+
+
+def push_base(
+    registry: Registry,
+    reference: str,
+    labels: Mapping[str, str],
+    files: Mapping[str, bytes],
+    platform: str = "linux/amd64",
+) -> str:
+    """Push an engine base of a few files; return its digest."""
+    layer = TarLayer(members=tuple(Member.of_bytes(p, b) for p, b in files.items()), epoch=0)
+    image = assemble((), (layer,), config=ImageConfig(labels=labels), platform=platform, epoch=0)
+    return registry.push(image, Reference.parse(reference), force=True).digest
+
+
+def tools_for(key: Path | None = None) -> Tools:
+    """Return the local outside world, with a signer where there is a key."""
+    tools, _ = make_tools("local", Silent())
+    return replace(tools, sign=open_signer(str(key))) if key else tools
+
+
+def bake(registry: Registry, model: Path, base: str, key: Path | None = None, **more: Any) -> Any:
+    """Bake a model for llama.cpp."""
+    request = {
+        "model": model,
+        "target": "llamacpp-q8_0",
+        "config": None,
+        "name": "",
+        "base_image": base,
+        "order": "engine-first",
+        "kind": "image",
+        "push": "",
+        "load": "",
+        "layout": None,
+        "force": False,
+        **more,
+    }
+    return bake_model(BakeRequest(**request), registry, tools_for(key))

@@ -1,0 +1,161 @@
+"""An image on another base: weights stay, provenance stays, and what cannot be is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fakes.baking import bake, make_key, make_model, push_base, tools_for
+from tests.fakes.images import entry, foreign_image, tar_of
+from tests.fakes.registry import FakeRegistry, fake_registry
+from toolchain.errors import InputRefused, UsageError
+from toolchain.oci.image import Image
+from toolchain.oci.references import Reference
+from toolchain.oci.registry import Registry
+from toolchain.ports import Silent
+from toolchain.singles.rebase import RebaseRequest, rebase_image
+from toolchain.singles.verify import verify_image
+
+ENGINE = "dev.weightsmith.engine"
+VERSION = "org.opencontainers.image.version"
+
+
+class Scene:
+    def __init__(self, fake: FakeRegistry, client: Registry, folder: Path) -> None:
+        self.fake, self.client, self.folder = fake, client, folder
+        self.key, self.public = make_key(folder)
+        self.model = make_model(folder / "model")
+
+    def base(self, tag: str, labels: dict[str, str], files: dict[str, bytes], **more: str) -> str:
+        name = f"{self.fake.host}/base/engine:{tag}"
+        push_base(self.client, name, labels, {"app/llama-server": tag.encode(), **files}, **more)
+        return name
+
+    def bake(self, base: str, **more: Any) -> str:
+        name = f"{self.fake.host}/team/app:1"
+        bake(self.client, self.model, base, self.key, push=name, **more)
+        return name
+
+    def rebase(self, source: str, onto: str, to: str = "team/app:2", **more: Any) -> Any:
+        request = {"smoke": False, "force": False, **more}
+        place = f"{self.fake.host}/{to}"
+        return rebase_image(
+            RebaseRequest(source=source, onto=onto, to=place, **request),
+            self.client,
+            tools_for(self.key),
+        )
+
+    def image(self, name: str) -> Image:
+        place = Reference.parse(f"{self.fake.host}/{name}")
+        return self.client.pull(place, platform="linux/amd64")
+
+
+@pytest.fixture
+def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
+    monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
+    with fake_registry() as fake, Registry(pause=lambda _: None) as client:
+        yield Scene(fake, client, tmp_path)
+
+
+def first_base(scene: Scene) -> str:
+    return scene.base("1", {ENGINE: "llamacpp", VERSION: "1.0.0"}, {})
+
+
+@pytest.mark.parametrize("order", ["engine-first", "weights-first"])
+def test_weights_and_settings_stay_and_the_base_goes(scene: Scene, order: str) -> None:
+    source = scene.bake(first_base(scene), order=order)
+    onto = scene.base("2", {ENGINE: "llamacpp", VERSION: "1.1.0", "new": "yes"}, {"lib/x": b"x"})
+    done = scene.rebase(source, onto)
+    before, after = scene.image("team/app:1"), scene.image("team/app:2")
+    place = 1 if order == "engine-first" else 0
+    assert after.layers[place].digest == before.layers[place].digest
+    assert after.layers[2].digest == before.layers[2].digest
+    base = scene.image("base/engine:2").layers[0].digest
+    assert after.layers[1 - place].digest == base
+    assert done["digest"] == after.digest
+    assert (done["mounted"], done["uploaded_bytes"]) == (1, after.config_blob.size)
+    assert after.config["Entrypoint"] == before.config["Entrypoint"]
+    assert after.config["Env"] == before.config["Env"]
+    assert after.labels["new"] == "yes"
+    assert after.labels["dev.weightsmith.engine.version"] == "1.1.0"
+    assert after.labels["dev.weightsmith.rebased.from"] == before.digest
+
+
+def test_provenance_stays_with_a_new_link(scene: Scene) -> None:
+    source = scene.bake(first_base(scene))
+    scene.rebase(source, scene.base("2", {ENGINE: "llamacpp", VERSION: "1.1.0"}, {}))
+    second = f"{scene.fake.host}/team/app:2"
+    third = scene.base("3", {ENGINE: "llamacpp", VERSION: "1.2.0"}, {})
+    scene.rebase(second, third, "team/app:3")
+    for name in (source, second, f"{scene.fake.host}/team/app:3"):
+        result = verify_image(name, scene.public, scene.client, Silent())
+        assert result["ok"]
+    found = {row["check"]: row["found"] for row in result["checks"]}
+    assert scene.image("team/app:1").digest.short in found["rebase"]
+    assert "4" not in found["weights"]
+
+
+def test_to_another_repository_of_the_registry(scene: Scene) -> None:
+    source = scene.bake(first_base(scene))
+    onto = scene.base("2", {ENGINE: "llamacpp", VERSION: "1.1.0"}, {})
+    done = scene.rebase(source, onto, "prod/app:1")
+    assert done["mounted"] == 3
+
+
+@pytest.mark.parametrize(
+    ("labels", "files", "why"),
+    [
+        ({ENGINE: "vllm"}, {}, "says that it holds vllm"),
+        ({ENGINE: "llamacpp", VERSION: "2.0.0"}, {}, "planned for 1.0.0"),
+        ({ENGINE: "llamacpp"}, {"models/tiny.gguf": b"x"}, "/models/tiny.gguf"),
+        ({ENGINE: "llamacpp"}, {"models": b"x"}, "has /models where"),
+        ({ENGINE: "llamacpp"}, {"etc/weightsmith/plan.json": b"x"}, "/etc/weightsmith/plan.json"),
+    ],
+)
+def test_a_broken_contract_is_refused(
+    scene: Scene, labels: dict[str, str], files: dict[str, bytes], why: str
+) -> None:
+    source = scene.bake(first_base(scene))
+    onto = scene.base("2", labels, files)
+    with pytest.raises(InputRefused, match=why):
+        scene.rebase(source, onto)
+    assert ("team/app", "2") not in scene.fake.manifests
+
+
+def test_a_base_that_deletes_the_weights_is_refused(scene: Scene) -> None:
+    source = scene.bake(first_base(scene))
+    name = f"{scene.fake.host}/base/engine:2"
+    scene.client.push(foreign_image(tar_of(entry(".wh.models"))), Reference.parse(name))
+    with pytest.raises(InputRefused, match="where the image keeps its own files"):
+        scene.rebase(source, name)
+
+
+def test_another_platform_is_refused(scene: Scene) -> None:
+    source = scene.bake(first_base(scene))
+    onto = scene.base("2", {ENGINE: "llamacpp"}, {}, platform="linux/arm64")
+    with pytest.raises(InputRefused, match="is for linux/arm64"):
+        scene.rebase(source, onto)
+
+
+def test_folders_of_the_base_do_not_collide(scene: Scene) -> None:
+    source = scene.bake(first_base(scene))
+    name = f"{scene.fake.host}/base/engine:2"
+    tar = tar_of(entry("models", b"5", 0o755), entry("etc", b"5", 0o755), (entry("etc/x"), b"1"))
+    scene.client.push(foreign_image(tar), Reference.parse(name))
+    scene.rebase(source, name)
+
+
+def test_only_our_own_images_can_be_taken_apart(scene: Scene) -> None:
+    with pytest.raises(InputRefused, match="which of its layers are weights"):
+        scene.rebase(first_base(scene), scene.base("2", {}, {}))
+
+
+def test_a_tag_that_exists_needs_force(scene: Scene) -> None:
+    source = scene.bake(first_base(scene))
+    onto = scene.base("2", {ENGINE: "llamacpp", VERSION: "1.1.0"}, {})
+    with pytest.raises(UsageError, match="another image"):
+        scene.rebase(source, onto, "team/app:1")
+    scene.rebase(source, onto, "team/app:1", force=True)

@@ -1,0 +1,297 @@
+"""An image is what it is stated to be, or `verify` says what of it is not."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.baking import bake, make_key, make_model, push_base
+from tests.fakes.debian_registry import real_registry
+from tests.fakes.registry import FakeRegistry, fake_registry
+from toolchain.errors import CheckFailed, InputRefused, UsageError
+from toolchain.oci.image import Image
+from toolchain.oci.layers import Member, TarLayer
+from toolchain.oci.places import RegistryPlace
+from toolchain.oci.references import Reference
+from toolchain.oci.registry import Registry
+from toolchain.ports import Silent
+from toolchain.singles.images import copy_attachments, copy_image
+from toolchain.singles.verify import verify_image
+
+ENGINE = {"dev.weightsmith.engine": "llamacpp", "org.opencontainers.image.version": "1.0.0"}
+
+
+@dataclass
+class Scene:
+    fake: FakeRegistry
+    client: Registry
+    model: Path
+    key: Path
+    public: Path
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.fake.host}/team/app:1"
+
+    def check(self, name: str = "", key: Path | None = None) -> dict[str, str]:
+        """Return what does not hold: check -> what was found; {} where all does."""
+        try:
+            verify_image(name or self.name, key or self.public, self.client, Silent())
+        except CheckFailed as error:
+            rows = error.details["checks"]
+            return {row["check"]: row["found"] for row in rows if row["ok"] is False}
+        return {}
+
+    def image(self) -> Image:
+        return self.client.pull(Reference.parse(self.name), platform="linux/amd64")
+
+
+@pytest.fixture
+def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
+    monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
+    key, public = make_key(tmp_path)
+    with fake_registry() as fake, Registry(pause=lambda _: None) as client:
+        push_base(client, f"{fake.host}/base/engine:1", ENGINE, {"app/llama-server": b"1"})
+        made = Scene(fake, client, make_model(tmp_path / "model"), key, public, tmp_path)
+        bake(client, made.model, f"{fake.host}/base/engine:1", key, push=made.name)
+        yield made
+
+
+def test_an_untouched_image_holds(scene: Scene) -> None:
+    result = verify_image(scene.name, scene.public, scene.client, Silent())
+    assert result["ok"]
+    assert {"signature", "contents", "weights", "documents"} <= {
+        row["check"] for row in result["checks"]
+    }
+    assert verify_image(scene.name, None, scene.client, Silent())["ok"]
+
+
+def test_openssl_agrees_with_the_signature(scene: Scene) -> None:
+    place = RegistryPlace(scene.client, Reference.parse(scene.name))
+    parts = [
+        part
+        for blob, tag in place.attached(scene.image().digest)
+        for part in place.read(blob, tag).parts
+        if "simplesigning" in part.blob.media_type
+    ]
+    (part,) = parts
+    (scene.folder / "payload").write_bytes(part.read())
+    signature = base64.b64decode(part.annotations["dev.cosignproject.cosign/signature"])
+    (scene.folder / "signature").write_bytes(signature)
+    said = subprocess.run(
+        ["openssl", "dgst", "-sha256", "-verify", scene.public,
+         "-signature", scene.folder / "signature", scene.folder / "payload"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "Verified OK" in said.stdout
+
+
+def test_another_key(scene: Scene) -> None:
+    _, other = make_key(scene.folder, "other")
+    assert "none by this key" in scene.check(key=other)["signature"]
+
+
+def test_signed_by_another_key(scene: Scene) -> None:
+    key, _ = make_key(scene.folder, "other")
+    name = f"{scene.fake.host}/team/theirs:1"
+    bake(scene.client, scene.model, f"{scene.fake.host}/base/engine:1", key, push=name)
+    assert {"signature", "statement provenance/v1"} <= set(scene.check(name))
+
+
+def spoil(scene: Scene, digest: str, old: bytes, new: bytes) -> None:
+    """Change bytes in the registry's own storage."""
+    key = ("team/app", digest)
+    assert old in scene.fake.blobs[key]
+    scene.fake.blobs[key] = scene.fake.blobs[key].replace(old, new, 1)
+
+
+def test_a_layer_changed_in_storage(scene: Scene) -> None:
+    layer = scene.image().layers[1]
+    spoil(scene, layer.digest, b"GGUF", b"EVIL")
+    assert list(scene.check()) == ["layer 1", "weights"]
+
+
+def test_the_configuration_changed_in_storage(scene: Scene) -> None:
+    spoil(scene, scene.image().config_blob.digest, b"llamacpp", b"evilcpp!")
+    assert "manifest" in scene.check()
+
+
+def retag(scene: Scene, image: Image, *, move: bool) -> None:
+    """Push a changed image under the tag, with the old one's attachments where `move`."""
+    before = scene.image()
+    place = Reference.parse(scene.name)
+    scene.client.push(image, place, force=True)
+    if move:
+        here = RegistryPlace(scene.client, place)
+        for blob, tag in here.attached(before.digest):
+            old = here.read(blob, tag)
+            here.attach(replace(old.about(image.manifest_blob), tag=""))
+
+
+def changed_label(scene: Scene) -> Image:
+    old = scene.image()
+    config = {**old.config, "Labels": {**old.labels, "dev.weightsmith.format": "f16"}}
+    return replace(old, settings={**old.settings, "config": config}, raw=None)
+
+
+def swapped_layer(scene: Scene) -> Image:
+    old = scene.image()
+    evil = TarLayer(members=(Member.of_bytes("models/tiny.gguf", b"evil"),), epoch=0)
+    return replace(old, layers=(old.layers[0], evil, *old.layers[2:]), raw=None)
+
+
+def test_a_label_changed_under_the_tag(scene: Scene) -> None:
+    retag(scene, changed_label(scene), move=False)
+    found = scene.check()
+    assert found["signature"] == "not signed"
+    assert "statement" in found
+
+
+def test_a_label_changed_and_everything_moved_along(scene: Scene) -> None:
+    retag(scene, changed_label(scene), move=True)
+    found = scene.check()
+    assert "another image" in found["signature"]
+    assert "labels or configuration" in found["statement"]
+    assert "layer" not in found["statement"]
+
+
+def test_a_layer_swapped_and_everything_moved_along(scene: Scene) -> None:
+    retag(scene, swapped_layer(scene), move=True)
+    assert "layer 1" in scene.check()["statement"]
+
+
+def test_a_statement_changed(scene: Scene) -> None:
+    place = RegistryPlace(scene.client, Reference.parse(scene.name))
+    image = scene.image()
+    rows = [
+        (blob, tag)
+        for blob, tag in place.attached(image.digest)
+        if "dsse" in place.read(blob, tag).artifact_type
+    ]
+    attachment = place.read(*rows[0])
+    envelope = json.loads(attachment.parts[0].read())
+    told = json.loads(base64.b64decode(envelope["payload"]))
+    told["predicate"]["buildDefinition"]["externalParameters"]["target"] = "vllm"
+    envelope["payload"] = base64.b64encode(json.dumps(told).encode()).decode()
+    part = replace(attachment.parts[0])
+    evil = type(part).of_bytes(json.dumps(envelope).encode(), part.blob.media_type,
+                               **part.annotations)  # fmt: skip
+    place.attach(replace(attachment, parts=(evil,), raw=None))
+    found = scene.check()
+    assert "changed since" in found["statement provenance/v1"]
+    assert "signature" not in found
+
+
+def test_a_document_changed_in_storage(scene: Scene) -> None:
+    digest = next(digest for (_, digest), data in scene.fake.blobs.items() if b"CycloneDX" in data)
+    spoil(scene, digest, b"CycloneDX", b"Cycl0neDX")
+    assert {"document model.cdx.json", "documents"} <= set(scene.check())
+
+
+def test_a_document_taken_away(scene: Scene) -> None:
+    image = scene.image()
+    tag = f"sha256-{image.digest.hex}"
+    kind, data = scene.fake.manifests["team/app", tag]
+    index = json.loads(data)
+    index["manifests"] = [r for r in index["manifests"] if "cyclonedx" not in r["artifactType"]]
+    scene.fake.manifests["team/app", tag] = (kind, json.dumps(index).encode())
+    assert scene.check() == {"documents": "missing or changed: model.cdx.json"}
+
+
+def test_what_is_copied_still_holds(scene: Scene, tmp_path: Path) -> None:
+    other = f"{scene.fake.host}/prod/app:1"
+    copied = copy_image(scene.name, other, scene.client, Silent(), force=False)
+    assert copied["mounted"] == 3
+    assert copied["uploaded_bytes"] == scene.image().config_blob.size
+    assert scene.check(other) == {}
+
+
+def test_a_layout_holds_and_is_pushed_with_all_that_hangs_on_it(
+    scene: Scene, tmp_path: Path
+) -> None:
+    layout = tmp_path / "layout"
+    base = f"{scene.fake.host}/base/engine:1"
+    made = bake(scene.client, scene.model, base, scene.key, layout=layout)
+    assert made["digest"] == scene.image().digest
+    assert scene.check(f"oci:{layout}") == {}
+    other = f"{scene.fake.host}/prod/app:2"
+    copy_image(str(layout), other, scene.client, Silent(), force=False)
+    assert scene.check(other) == {}
+    blob = layout / "blobs" / "sha256" / scene.image().layers[1].digest.hex
+    blob.write_bytes(blob.read_bytes().replace(b"GGUF", b"EVIL"))
+    assert "layer 1" in scene.check(f"oci:{layout}")
+
+
+def test_unsigned(scene: Scene) -> None:
+    name = f"{scene.fake.host}/team/plain:1"
+    base = f"{scene.fake.host}/base/engine:1"
+    bake(scene.client, scene.model, base, push=name)
+    assert verify_image(name, None, scene.client, Silent())["ok"]
+    assert scene.check(name)["signature"] == "not signed"
+
+
+def test_what_is_not_there_is_not_a_failed_check(scene: Scene) -> None:
+    with pytest.raises(InputRefused, match="404"):
+        scene.check(f"{scene.fake.host}/team/none:1")
+    with pytest.raises(UsageError, match="not a public key"):
+        scene.check(key=scene.model / "config.json")
+
+
+def test_the_same_again_adds_nothing(scene: Scene) -> None:
+    before = set(scene.fake.blobs) | {("m", *key) for key in scene.fake.manifests}
+    base = f"{scene.fake.host}/base/engine:1"
+    bake(scene.client, scene.model, base, scene.key, push=scene.name)
+    assert set(scene.fake.blobs) | {("m", *key) for key in scene.fake.manifests} == before
+
+
+@pytest.mark.registry
+@pytest.mark.skipif(not shutil.which("cosign"), reason="cosign is not installed")
+def test_cosign_agrees(scene: Scene, tmp_path: Path) -> None:
+    with real_registry(tmp_path) as host:
+        name = f"{host}/real/app:1"
+        copy_image(scene.name, name, scene.client, Silent(), force=False)
+        assert scene.check(name) == {}
+        flags = ["--key", str(scene.public), "--insecure-ignore-tlog=true",
+                 "--private-infrastructure", "--allow-http-registry", name]  # fmt: skip
+        for words in (["verify"], ["verify-attestation", "--type", "slsaprovenance1"]):
+            subprocess.run(["cosign", *words, *flags], check=True, capture_output=True)
+        if shutil.which("oras"):
+            told = subprocess.run(
+                ["oras", "discover", "--plain-http", "--format", "json", name],
+                check=True, capture_output=True, text=True,
+            )  # fmt: skip
+            kinds = {row["artifactType"] for row in json.loads(told.stdout)["manifests"]}
+            assert {
+                "application/vnd.cyclonedx+json",
+                "application/vnd.dsse.envelope.v1+json",
+            } <= kinds
+
+
+@pytest.mark.skipif(not shutil.which("cosign"), reason="cosign is not installed")
+def test_a_key_of_cosigns_own_and_a_signature_by_cosign(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COSIGN_PASSWORD", "pa55")
+    subprocess.run(["cosign", "generate-key-pair"], check=True, capture_output=True, cwd=tmp_path)
+    name = f"{scene.fake.host}/team/own:1"
+    base = f"{scene.fake.host}/base/engine:1"
+    bake(scene.client, scene.model, base, tmp_path / "cosign.key", push=name)
+    assert scene.check(name, tmp_path / "cosign.pub") == {}
+
+
+def test_attachments_are_copied_once(scene: Scene) -> None:
+    place = Reference.parse(f"{scene.fake.host}/other/app:1")
+    here = RegistryPlace(scene.client, Reference.parse(scene.name))
+    there = RegistryPlace(scene.client, place)
+    digest = scene.image().digest
+    for _ in range(2):
+        copy_attachments(digest, here, there)
+    assert len(there.attached(digest)) == len(here.attached(digest))

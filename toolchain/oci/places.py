@@ -1,0 +1,90 @@
+"""Where an image is, with what hangs on it: a registry's reference or a layout folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from toolchain.errors import UsageError
+from toolchain.oci import layout_attachments
+from toolchain.oci.attachments import Attachment
+from toolchain.oci.image import Image
+from toolchain.oci.layout import read_layout
+from toolchain.oci.references import Reference
+from toolchain.oci.registry import Registry
+from toolchain.values import Blob, Digest
+
+
+class Place(Protocol):
+    """An image and its attachments, read when they are asked for."""
+
+    def image(self) -> Image:
+        """Return the image for this machine's platform."""
+
+    def attached(self, subject: Digest) -> list[tuple[Blob, str]]:
+        """Return the manifests attached to an image, each with its own tag or empty."""
+
+    def read(self, blob: Blob, tag: str = "") -> Attachment:
+        """Return an attachment; InputRefused where it is not what its digest says."""
+
+    def attach(self, attachment: Attachment) -> None:
+        """Put an attachment beside its image."""
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryPlace:
+    """An image in a registry."""
+
+    registry: Registry
+    reference: Reference
+
+    def image(self) -> Image:
+        """Return the image for this machine's platform."""
+        return self.registry.pull(self.reference)
+
+    def attached(self, subject: Digest) -> list[tuple[Blob, str]]:
+        """Return the manifests attached to an image, each with its own tag or empty."""
+        return self.registry.attached(self.reference, subject)
+
+    def read(self, blob: Blob, tag: str = "") -> Attachment:
+        """Return an attachment; InputRefused where it is not what its digest says."""
+        return self.registry.read_attachment(self.reference, blob, tag)
+
+    def attach(self, attachment: Attachment) -> None:
+        """Put an attachment beside its image."""
+        self.registry.attach(self.reference, attachment)
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutPlace:
+    """An image in an OCI layout folder."""
+
+    folder: Path
+
+    def image(self) -> Image:
+        """Return the image for this machine's platform."""
+        return read_layout(self.folder)
+
+    def attached(self, subject: Digest) -> list[tuple[Blob, str]]:
+        """Return the manifests attached to an image; a layout has no tags for them."""
+        return layout_attachments.attached(self.folder, subject)
+
+    def read(self, blob: Blob, tag: str = "") -> Attachment:
+        """Return an attachment; InputRefused where it is not what its digest says."""
+        del tag
+        return layout_attachments.read_attachment(self.folder, blob)
+
+    def attach(self, attachment: Attachment) -> None:
+        """Put an attachment beside its image."""
+        layout_attachments.attach(self.folder, attachment)
+
+
+def open_place(source: str, registry: Registry) -> Place:
+    """Return the place of `oci:DIR`, of a layout folder, or of a registry reference."""
+    path = Path(source.removeprefix("oci:"))
+    if source.startswith("oci:") or (path / "oci-layout").is_file():
+        return LayoutPlace(path)
+    if path.is_dir():
+        raise UsageError(f"{source} is a folder, but not an OCI layout")
+    return RegistryPlace(registry, Reference.parse(source))

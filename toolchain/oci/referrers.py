@@ -1,0 +1,110 @@
+"""Attaches things to images in registries and finds them: by the referrers API or by tags.
+
+https://github.com/opencontainers/distribution-spec/blob/main/spec.md#listing-referrers
+"""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import urljoin
+
+from toolchain.errors import InputRefused
+from toolchain.oci import downloads, manifests, uploads
+from toolchain.oci.attachments import Attachment, fallback_tag, load_attachment, with_row
+from toolchain.oci.references import Reference
+from toolchain.oci.session import Reply, Session
+from toolchain.values import Blob, Digest, Json
+
+_OK, _MISSING = 200, 404
+_MOST_PAGES = 20
+_COSIGN = (".sig", ".att")
+"""Suffixes of the tags that cosign keeps its signatures and statements under."""
+
+
+def attach(session: Session, reference: Reference, attachment: Attachment) -> None:
+    """Put an attachment beside its image, where every reader will find it."""
+    for blob, opener in attachment.blobs():
+        uploads.bring(session, blob, opener)
+    data = attachment.manifest_bytes
+    digest = attachment.blob.digest
+    reply = uploads.put_manifest(session, digest, data, manifests.OCI_MANIFEST)
+    if attachment.tag:
+        uploads.put_manifest(session, attachment.tag, data, manifests.OCI_MANIFEST)
+    if attachment.raw is not None and b'"subject"' not in attachment.raw:
+        return
+    # Without this header the registry does not know referrers, and the client keeps the list.
+    if "oci-subject" not in reply.headers:
+        tag = fallback_tag(attachment.subject.digest)
+        index = with_row(_by_tag(session, reference, tag), attachment)
+        uploads.put_manifest(session, tag, index, manifests.OCI_INDEX)
+
+
+def find(session: Session, reference: Reference, subject: Digest) -> list[tuple[Blob, str]]:
+    """Return the manifests attached to an image, each with the tag it has, if it has one."""
+    rows = _by_api(session, reference, subject)
+    if rows is None:
+        rows = _by_tag(session, reference, fallback_tag(subject))
+    kinds = (manifests.OCI_MANIFEST,)
+    found = {
+        blob.digest: (blob, "")
+        for row in rows
+        if isinstance(row, dict) and row.get("mediaType") in kinds
+        for blob in [manifests.descriptor(row, str(reference), kinds, manifests.LARGEST_MANIFEST)]
+    }
+    for suffix in _COSIGN:
+        tag = fallback_tag(subject, suffix)
+        place = Reference(reference.registry, reference.repository, tag)
+        digest = downloads.digest_of(session, place)
+        if digest:
+            blob = found[digest][0] if digest in found else Blob(
+                digest=digest, size=0, media_type=manifests.OCI_MANIFEST
+            )  # fmt: skip
+            found[digest] = (blob, tag)
+    return list(found.values())
+
+
+def read(session: Session, reference: Reference, blob: Blob, tag: str = "") -> Attachment:
+    """Return an attachment; InputRefused where it is not what its digest says."""
+    place = reference.at(blob.digest)
+    data, _ = downloads.manifest(session, place)
+    return load_attachment(
+        data, lambda part: lambda: downloads.blob(session, part), str(place), tag
+    )
+
+
+def _by_api(session: Session, reference: Reference, subject: Digest) -> list[Json] | None:
+    """Return the API's list, or None where the registry has no such API."""
+    url = f"referrers/{subject}"
+    rows: list[Json] = []
+    for _ in range(_MOST_PAGES):
+        reply = session.attempt(
+            f"cannot list what is attached to {reference}",
+            lambda url=url: session.call("GET", url, limit=manifests.LARGEST_MANIFEST),  # type: ignore[misc]
+        )
+        if reply.status != _OK:
+            return rows or None
+        try:
+            document = manifests.read_json(reply.body, str(reference))
+            rows += manifests.listed(document, "manifests", str(reference))
+        except InputRefused:
+            return None  # some proxies answer a page for paths that they do not know
+        url = _next_page(reply)
+        if not url:
+            break
+    return rows
+
+
+def _next_page(reply: Reply) -> str:
+    """Return the next page's address (RFC 8288), or empty."""
+    found = re.search(r'<([^>]+)>\s*;\s*rel="?next"?', reply.headers.get("link", ""))
+    return urljoin(reply.url, found[1]) if found else ""
+
+
+def _by_tag(session: Session, reference: Reference, tag: str) -> list[Json]:
+    place = Reference(reference.registry, reference.repository, tag)
+    if downloads.digest_of(session, place) is None:
+        return []
+    body, kind = downloads.manifest(session, place)
+    if kind not in manifests.INDEXES:
+        raise InputRefused(f"{place} is not a list of what is attached to an image")
+    return manifests.listed(manifests.read_json(body, str(place)), "manifests", str(place))

@@ -1,0 +1,125 @@
+"""Reads layers as tar archives, whatever they are compressed with."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import tarfile
+import zlib
+from collections.abc import Iterator
+from typing import IO, cast
+
+from toolchain.errors import InputRefused
+from toolchain.oci import manifests
+from toolchain.oci.layers import LAYER_TAR, Layer
+
+_EXTENDED = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+_LARGEST_EXTENDED = 1 << 20
+_BUFFER = 1 << 20
+
+
+def entries(layer: Layer) -> Iterator[tarfile.TarInfo]:
+    """Yield a layer's entries without their content; InputRefused for a damaged layer."""
+    stream = ChunkFile(uncompressed(layer))
+    try:
+        with tarfile.open(
+            fileobj=cast("IO[bytes]", stream), mode="r|", bufsize=_BUFFER, tarinfo=Entry
+        ) as archive:
+            while (entry := archive.next()) is not None:
+                archive.members.clear()  # type: ignore[attr-defined]  # they would pile up
+                yield entry
+    except (tarfile.TarError, zlib.error, ValueError, EOFError) as error:
+        raise InputRefused(
+            f"the layer {layer.digest.short} cannot be read: {str(error)[:200]}",
+            hint="the image is damaged; pull or build it again",
+        ) from None
+    stream.drain()
+
+
+class Entry(tarfile.TarInfo):
+    """An entry whose extended header is small, since tarfile reads one whole into memory."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _EXTENDED and self.size > _LARGEST_EXTENDED:
+            raise InputRefused(
+                f"a layer has an extended header of {self.size} bytes",
+                hint="the image is damaged or hostile; do not use it",
+            )
+        found: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
+        return found
+
+
+class ChunkFile:
+    """Chunks as a file that can only be read on, hashed as it goes."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._held = b""
+        self._state = hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        """Return up to `size` bytes, fewer only at the end."""
+        pieces = [self._held]
+        have = len(self._held)
+        while have < size and (chunk := next(self._chunks, None)) is not None:
+            self._state.update(chunk)
+            pieces.append(chunk)
+            have += len(chunk)
+        data = b"".join(pieces)
+        self._held = data[size:]
+        return data[:size]
+
+    def drain(self) -> None:
+        """Read what follows the archive's end: it belongs to the digest."""
+        for chunk in self._chunks:
+            self._state.update(chunk)
+
+    @property
+    def digest(self) -> str:
+        """The digest of all bytes so far."""
+        return f"sha256:{self._state.hexdigest()}"
+
+
+def uncompressed(layer: Layer) -> Iterator[bytes]:
+    """Yield a layer's tar, whatever it is compressed with; InputRefused where it cannot be."""
+    if layer.media_type in (LAYER_TAR, manifests.DOCKER_TAR):
+        return layer.open()
+    if layer.media_type == manifests.LAYER_ZSTD:
+        return _zstd(layer)
+    return _gunzip(layer.open())
+
+
+def _gunzip(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield a gzip stream's content, of all its members (RFC 1952), in bounded pieces."""
+    machine = zlib.decompressobj(31)
+    for chunk in chunks:
+        rest = chunk
+        while rest:
+            if machine.eof:
+                machine = zlib.decompressobj(31)
+            yield machine.decompress(rest, _BUFFER)
+            rest = machine.unused_data if machine.eof else machine.unconsumed_tail
+    yield machine.flush()
+    if not machine.eof:
+        raise EOFError("the gzip stream ends early")
+
+
+def _zstd(layer: Layer) -> Iterator[bytes]:
+    if importlib.util.find_spec("zstandard") is None:
+        raise InputRefused(
+            f"the layer {layer.digest.short} is compressed with zstd, which cannot be read here",
+            hint="pip install zstandard, or take an image with gzip layers",
+        )
+    zstandard = importlib.import_module("zstandard")
+    reader = zstandard.ZstdDecompressor().stream_reader(
+        ChunkFile(layer.open()), read_across_frames=True
+    )
+    while piece := reader.read(_BUFFER):
+        yield piece

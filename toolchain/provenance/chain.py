@@ -1,0 +1,194 @@
+"""Whether an image is what its statements say: each question is one check with its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from toolchain.oci.image import Image
+from toolchain.provenance import statements
+from toolchain.provenance.evidence import Document, Told, document_digest
+from toolchain.provenance.labels import PREFIX
+from toolchain.provenance.statements import dependencies_of, kind_of, subjects_of
+from toolchain.values import Digest, FileEntry, Json, tree_digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One question and its answer; `ok` is None where it could not be asked."""
+
+    name: str
+    ok: bool | None
+    found: str
+
+
+def check_chain(
+    image: Image, told: Sequence[Told], documents: Sequence[Document], files: Mapping[str, str]
+) -> Iterator[Check]:
+    """Yield what the statements say against what the image is.
+
+    `files` are the files of the weight layers as they were read: path -> digest.
+    """
+    by_kind = {kind_of(one.statement): one.statement for one in told}
+    own = _about(image, told)
+    if own is None:
+        yield Check(name="statement", ok=False, found=_unknown(image, told))
+        return
+    kind = kind_of(own)
+    yield Check(name="statement", ok=True, found=f"{kind} of {image.digest.short}")
+    yield _contents(image, own)
+    baked = own if kind == "bake" else by_kind.get("bake")
+    if kind == "rebase":
+        yield _rebased(own, baked)
+    if baked is None:
+        yield Check(name="weights", ok=False, found="no statement says how the weights got in")
+        return
+    yield _weights(baked, files)
+    yield from _sources(image, baked, by_kind)
+    yield _documents(own, documents)
+    if gate := _gate(image, told):
+        yield gate
+
+
+def _about(image: Image, told: Sequence[Told]) -> Mapping[str, Json] | None:
+    found = [
+        one.statement
+        for one in told
+        if kind_of(one.statement) in ("bake", "rebase")
+        and subjects_of(one.statement).get("image") == image.digest
+    ]
+    return found[-1] if found else None
+
+
+def _unknown(image: Image, told: Sequence[Told]) -> str:
+    others = [s for one in told if (s := subjects_of(one.statement).get("image"))]
+    if not others:
+        return "none says how this image was made"
+    changed = _changes(image, told)
+    return f"about another image ({others[0][7:19]}), not this one{changed}"
+
+
+def _changes(image: Image, told: Sequence[Told]) -> str:
+    """Say which layers differ from those of the image that a statement is about."""
+    for one in told:
+        named = subjects_of(one.statement)
+        if "config" not in named:
+            continue
+        layers = [row.digest for row in statements.layer_resources(image)]
+        wanted = list(named.values())[1:]
+        if len(layers) != len(wanted):
+            return f": it has {len(layers) - 1} layers instead of {len(wanted) - 1}"
+        rows = zip(statements.layer_resources(image), wanted, strict=True)
+        bad = [row.name for row, digest in rows if row.digest != digest]
+        spelled = ["labels or configuration" if name == "config" else name for name in bad]
+        return f": changed are {', '.join(spelled)}" if spelled else ""
+    return ""
+
+
+def _contents(image: Image, own: Mapping[str, Json]) -> Check:
+    named = subjects_of(own)
+    bad = [
+        row.name for row in statements.layer_resources(image) if named.get(row.name) != row.digest
+    ]
+    more = len(named) - 1 - len(statements.layer_resources(image))
+    if bad or more:
+        what = ", ".join(bad) or f"{abs(more)} layers too few or too many"
+        return Check(name="contents", ok=False, found=f"not as stated: {what}")
+    return Check(name="contents", ok=True, found="layers and configuration are as stated")
+
+
+def _rebased(own: Mapping[str, Json], baked: Mapping[str, Json] | None) -> Check:
+    before = dependencies_of(own).get("image", "")
+    if baked is None:
+        return Check(name="rebase", ok=False, found="the statement of the first image is missing")
+    first = subjects_of(baked)
+    origin = str(statements.parameters_of(own).get("first_image") or before)
+    ok = first.get("image") == origin
+    found = f"from {before[7:19]}, first baked as {origin[7:19]}"
+    return Check(name="rebase", ok=ok, found=found if ok else "its first image is another one")
+
+
+def _weights(baked: Mapping[str, Json], files: Mapping[str, str]) -> Check:
+    stated = {
+        name.removeprefix("file:"): digest
+        for name, digest in dependencies_of(baked).items()
+        if name.startswith("file:")
+    }
+    bad = sorted(
+        {path for path in stated if files.get(path) != stated[path]} | (set(files) - set(stated))
+    )
+    if bad:
+        return Check(name="weights", ok=False, found=f"not the stated files: {', '.join(bad[:5])}")
+    artifact = dependencies_of(baked).get("artifact")
+    if _tree(stated) != artifact:
+        return Check(name="weights", ok=False, found="the statement's own list does not add up")
+    return Check(name="weights", ok=True, found=f"{len(stated)} files are the stated ones")
+
+
+def _sources(
+    image: Image, baked: Mapping[str, Json], by_kind: Mapping[str, Mapping[str, Json]]
+) -> Iterator[Check]:
+    artifact = dependencies_of(baked).get("artifact", "")
+    label = image.labels.get(PREFIX + "artifact.digest", "")
+    yield Check(
+        name="label artifact",
+        ok=label == artifact,
+        found=f"{label[7:19]}" + ("" if label == artifact else f", stated is {artifact[7:19]}"),
+    )
+    checkpoint = artifact
+    if quantized := by_kind.get("quantize"):
+        yield _link("quantize", quantized, artifact)
+        checkpoint = dependencies_of(quantized).get("checkpoint", "")
+    if merged := by_kind.get("merge"):
+        yield _link("merge", merged, checkpoint)
+        yield from _labels(image, dependencies_of(merged))
+    elif PREFIX + "base.digest" in image.labels:
+        told = image.labels[PREFIX + "base.digest"]
+        found = "served as it is" if told == checkpoint else "not what was quantized or served"
+        yield Check(name="base", ok=told == checkpoint, found=found)
+
+
+def _link(name: str, told: Mapping[str, Json], wanted: str) -> Check:
+    made = _tree(subjects_of(told))
+    ok = made == wanted
+    found = f"made {made[7:19]}" if ok else f"made {made[7:19]}, and {wanted[7:19]} was used"
+    return Check(name=name, ok=ok, found=found)
+
+
+def _labels(image: Image, sources: Mapping[str, str]) -> Iterator[Check]:
+    for name, digest in sources.items():
+        key = PREFIX + name.replace(":", ".") + ".digest"
+        label = image.labels.get(key, "")
+        found = digest[7:19] if label == digest else f"{label[7:19] or 'none'}: not as stated"
+        yield Check(name=f"label {name}", ok=label == digest, found=found)
+
+
+def _documents(own: Mapping[str, Json], documents: Sequence[Document]) -> Check:
+    stated = statements.byproducts_of(own)
+    there = {document_digest(document) for document in documents}
+    missing = sorted(name for name, digest in stated.items() if digest not in there)
+    if missing:
+        return Check(name="documents", ok=False, found=f"missing or changed: {', '.join(missing)}")
+    return Check(name="documents", ok=True, found=", ".join(sorted(stated)) or "none")
+
+
+def _gate(image: Image, told: Sequence[Told]) -> Check | None:
+    results = [
+        one.statement
+        for one in told
+        if one.statement.get("predicateType") == statements.TEST_RESULT
+    ]
+    if not results:
+        scored = any(key.startswith(PREFIX + "score.image") for key in image.labels)
+        return Check(name="gate", ok=False, found="scores without a result") if scored else None
+    predicate = results[-1].get("predicate")
+    result = predicate.get("result") if isinstance(predicate, dict) else None
+    passed = predicate.get("passedTests") if isinstance(predicate, dict) else None
+    said = "; ".join(str(row) for row in passed or ())[:200]
+    return Check(name="gate", ok=result == "PASSED", found=f"{result}: {said}")
+
+
+def _tree(files: Mapping[str, str]) -> Digest:
+    return tree_digest(
+        FileEntry(path=path, size=0, digest=Digest(digest)) for path, digest in files.items()
+    )

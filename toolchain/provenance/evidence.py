@@ -1,0 +1,176 @@
+"""What is known of an image, gathered, sealed into attachments, and read back.
+
+Statements are signed one by one in the envelopes that cosign reads, or are plain without a key.
+Everything else (bills of materials, the evaluation, adapters) is named by digest in the image's
+own statement, so its signature covers them too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from toolchain.errors import InputRefused
+from toolchain.oci.attachments import Attachment, Part, fallback_tag
+from toolchain.provenance import signing
+from toolchain.values import Blob, Digest, FileEntry, Json, tree_digest
+
+EVALUATION_TYPE = "application/vnd.weightsmith.evaluation.v1+json"
+ADAPTER_TYPE = "application/vnd.weightsmith.adapter.v1"
+SPDX_TYPE = "application/spdx+json"
+_PREDICATE = "in-toto.io/predicate-type"
+_STATEMENTS = (signing.STATEMENT_TYPE, signing.ENVELOPE_TYPE)
+_MOST_ATTACHED = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """A file beside the image, by its kind."""
+
+    artifact_type: str
+    parts: tuple[Part, ...]
+    annotations: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """All that goes beside an image."""
+
+    statements: tuple[Mapping[str, Json], ...] = ()
+    """Those that we make and sign."""
+    envelopes: tuple[Part, ...] = ()
+    """Signed before, by whoever made the image that this one came from: kept as they are."""
+    documents: tuple[Document, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """A statement as found."""
+
+    statement: Mapping[str, Json]
+    part: Part
+    signed: bool
+    """By the key that was asked for; False without a key."""
+
+
+def seal(
+    evidence: Evidence, image: Blob, name: str, sign: signing.Sign | None
+) -> tuple[Attachment, ...]:
+    """Return the attachments that hold the evidence; `name` is the image's repository."""
+    documents = tuple(
+        Attachment(
+            artifact_type=document.artifact_type,
+            subject=image,
+            parts=document.parts,
+            annotations=document.annotations,
+        )
+        for document in evidence.documents
+    )
+    kept = evidence.envelopes
+    if sign is None:
+        plain = [signing.statement_part(told) for told in evidence.statements]
+        return (*documents, *(_one_statement(part, image) for part in (*kept, *plain)))
+    envelopes = tuple(
+        signing.envelope_part(signing.sign_statement(told, sign), str(told["predicateType"]))
+        for told in evidence.statements
+    )
+    statements = signing.cosign_manifest(
+        (*(part for part in kept if part.blob.media_type == signing.ENVELOPE_TYPE), *envelopes),
+        image,
+        signing.ENVELOPE_TYPE,
+        fallback_tag(image.digest, ".att"),
+    )
+    loose = [part for part in kept if part.blob.media_type != signing.ENVELOPE_TYPE]
+    signature = signing.cosign_manifest(
+        (signing.sign_image(image, name, sign),),
+        image,
+        signing.SIGNATURE_TYPE,
+        fallback_tag(image.digest, ".sig"),
+    )
+    return (*documents, *(_one_statement(part, image) for part in loose), statements, signature)
+
+
+def cosign_tag(attachment: Attachment) -> str:
+    """Return the tag under which cosign looks for an attachment of this kind, or empty."""
+    if attachment.tag:
+        return attachment.tag
+    kinds = {signing.SIGNATURE_TYPE: ".sig", signing.ENVELOPE_TYPE: ".att"}
+    suffix = kinds.get(attachment.artifact_type, "")
+    return fallback_tag(attachment.subject.digest, suffix) if suffix else ""
+
+
+def signatures_in(attachments: Iterable[Attachment]) -> list[Part]:
+    """Return the signed claims about image digests."""
+    return [
+        part
+        for attachment in attachments
+        for part in attachment.parts
+        if part.blob.media_type == signing.SIMPLE_SIGNING
+    ]
+
+
+def read_statement(part: Part, check: signing.Check | None) -> Told:
+    """Return a statement, plain or in an envelope; InputRefused for what is none."""
+    data = part.read()
+    if part.blob.media_type == signing.ENVELOPE_TYPE:
+        told, signed = signing.open_envelope(data, check)
+        return Told(statement=told, part=part, signed=signed)
+    try:
+        plain = json.loads(data)
+    except (ValueError, RecursionError):
+        plain = None
+    if not isinstance(plain, dict):
+        raise InputRefused("a statement is not a JSON object")
+    return Told(statement=plain, part=part, signed=False)
+
+
+def statement_parts(attachments: Iterable[Attachment]) -> list[Part]:
+    """Return the statements, each once."""
+    found = {
+        part.blob.digest: part
+        for attachment in attachments
+        for part in attachment.parts
+        if part.blob.media_type in _STATEMENTS
+    }
+    return list(found.values())
+
+
+def documents_in(attachments: Iterable[Attachment]) -> list[Document]:
+    """Return everything attached that is neither statement nor signature."""
+    return [
+        Document(
+            artifact_type=attachment.artifact_type,
+            parts=attachment.parts,
+            annotations=attachment.annotations,
+        )
+        for attachment in attachments
+        if not any(
+            part.blob.media_type in (*_STATEMENTS, signing.SIMPLE_SIGNING)
+            for part in attachment.parts
+        )
+    ]
+
+
+def limited(rows: Sequence[tuple[Blob, str]]) -> Sequence[tuple[Blob, str]]:
+    """Return the rows; InputRefused where more hangs on an image than anybody would attach."""
+    if len(rows) > _MOST_ATTACHED:
+        raise InputRefused(f"{len(rows)} manifests are attached to the image")
+    return rows
+
+
+def document_digest(document: Document) -> Digest:
+    """Return a document's content by digest: its only part's, or of the list of its parts."""
+    if len(document.parts) == 1 and document.artifact_type != ADAPTER_TYPE:
+        return document.parts[0].blob.digest
+    return tree_digest(
+        FileEntry(path=part.title, size=part.blob.size, digest=part.blob.digest)
+        for part in document.parts
+    )
+
+
+def _one_statement(part: Part, image: Blob) -> Attachment:
+    notes = {_PREDICATE: part.annotations.get("predicateType", "")}
+    return Attachment(
+        artifact_type=part.blob.media_type, subject=image, parts=(part,), annotations=notes
+    )

@@ -1,0 +1,227 @@
+"""`invoke bake`: a model on disk becomes an image; nothing is started."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, get_args
+
+from toolchain.checkpoints.folder import scan
+from toolchain.errors import InputRefused, UsageError
+from toolchain.oci.image import Image, Order
+from toolchain.oci.references import Reference
+from toolchain.oci.registry import Registry
+from toolchain.planning import all_targets
+from toolchain.ports import Store, Tools
+from toolchain.provenance.labels import PREFIX
+from toolchain.serving.engine import ServingPlan, Wishes
+from toolchain.serving.targets import Target, find
+from toolchain.singles.arguments import required
+from toolchain.singles.serve import Model, open_model, own_weights, read_config, serving_config
+from toolchain.stages.attest import Made, evidence
+from toolchain.stages.bake import bake
+from toolchain.stages.base import (
+    ENGINE_LABEL,
+    base_image,
+    base_reference,
+    bills_of,
+    data_base,
+    engine_version,
+    public_base,
+)
+from toolchain.stages.publish import Outputs, publish
+from toolchain.stages.render import portable
+from toolchain.values import Artifact, FileEntry, Json, ServingConfig, Tree, plain
+
+KINDS = ("image", "modelcar", "volume")
+"""`image` serves; `modelcar` is KServe's, with a shell; `volume` is the weights alone."""
+_DEFAULT_NAME = "model"
+_MEMORY = 4 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BakeRequest:
+    """What `invoke bake` is asked."""
+
+    model: Path
+    target: str
+    config: Path | None
+    name: str
+    base_image: str
+    order: str
+    kind: str
+    push: str
+    load: str
+    layout: Path | None
+    force: bool
+
+
+def bake_model(request: BakeRequest, registry: Registry, tools: Tools) -> Mapping[str, Json]:
+    """Assemble a model's image and bring it where it is asked for; starts nothing."""
+    began = time.monotonic()
+    _check(request)
+    if request.push:
+        registry.check_push(Reference.parse(request.push))
+    target = find(request.target, all_targets())
+    model = open_model(request.model, request.name or _name(request.model))
+    artifact = _artifact(model, target, tools.store)
+    place = request.push or request.load or f"{model.name}:latest"
+    config = None
+    if request.kind == "image":
+        config = _config(request, model, target, place, tools)
+    image, made = _made(request, model, target, artifact, config, registry, tools)
+    tools.progress.stage("publish", place)
+    told = evidence(made)
+    outputs = _outputs(request, push=bool(request.push))
+    published = publish(image, place, outputs, told, registry, tools)
+    if request.push and request.load and request.load != request.push:
+        publish(image, request.load, Outputs(load=True), told, registry, tools)
+    seconds = round(time.monotonic() - began, 3)
+    tools.progress.finish("publish", seconds, cached=False)
+    return {**plain(published), "seconds": seconds}
+
+
+def _check(request: BakeRequest) -> None:
+    if not (request.push or request.load or request.layout):
+        required(**{"push (or --load, --layout)": ""})
+    orders = get_args(Order)
+    if request.order not in orders:
+        raise UsageError(f"--order {request.order}: unknown", hint=f"one of {', '.join(orders)}")
+    if request.kind not in KINDS:
+        raise UsageError(f"--kind {request.kind}: unknown", hint=f"one of {', '.join(KINDS)}")
+
+
+def _name(path: Path) -> str:
+    """Return a name that is the same wherever the model lies: the file's own, else a fixed one."""
+    if path.is_file():
+        return path.stem
+    files = sorted(path.glob("*.gguf")) if path.is_dir() else []
+    return files[0].stem if len(files) == 1 else _DEFAULT_NAME
+
+
+def _config(
+    request: BakeRequest, model: Model, target: Target, place: str, tools: Tools
+) -> ServingConfig:
+    """Return what `render` wrote, or a plan; the engine's own defaults where none can be made."""
+    if request.config:
+        return read_config(request.config)
+    # A size that follows from the model, not from this machine: so the digest does, too.
+    wishes = Wishes(host_memory_bytes=_MEMORY + 2 * model.weight_bytes)
+    try:
+        return serving_config(model, target, wishes, place)
+    except (UsageError, InputRefused) as error:
+        tools.progress.warn(f"no memory plan: {error.message}; the engine's defaults are used")
+        return _default_config(model, target)
+
+
+def _default_config(model: Model, target: Target) -> ServingConfig:
+    engine = target.engine
+    device = "cpu" if engine.base.cpu else "gpu"
+    path = engine.model_dir
+    if target.format.suffix == ".gguf":
+        path += "/" + next(name for name in model.weights if name.endswith(".gguf"))
+    names = {"model_path": path, "served_name": model.name}
+    nothing: dict[str, Any] = {
+        f.name: 0
+        for f in fields(ServingPlan)
+        if f.default is MISSING and f.default_factory is MISSING
+    }
+    plan = ServingPlan(**{**nothing, "weight_bytes": model.weight_bytes, "device": device})
+    return ServingConfig(
+        target=target.name,
+        files={},
+        image_files={},
+        entrypoint=engine.entrypoint,
+        command=engine.command(plan, names),
+        env=engine.env(plan, names),
+        port=engine.port,
+        health_path=engine.health_path,
+        healthcheck=engine.healthcheck,
+        served_name=model.name,
+        plan={"device": device},
+        made_from=(),
+    )
+
+
+def _made(
+    request: BakeRequest,
+    model: Model,
+    target: Target,
+    artifact: Artifact,
+    config: ServingConfig | None,
+    registry: Registry,
+    tools: Tools,
+) -> tuple[Image, Made]:
+    if config is None:
+        wanted = data_base(request.kind, request.base_image)
+        base = base_image(wanted, "", registry, tools) if wanted else None
+    else:
+        device = str(config.plan["device"])
+        wanted = base_reference(target.engine, device, request.base_image)
+        base = base_image(wanted, target.engine.name, registry, tools)
+    labels = {
+        "org.opencontainers.image.title": model.name,
+        PREFIX + "target": target.name,
+        PREFIX + "kind": request.kind,
+        PREFIX + "format": target.format.name,
+        PREFIX + "artifact.digest": artifact.digest,
+    }
+    if config is not None:
+        labels[ENGINE_LABEL] = target.engine.name
+        labels[PREFIX + "plan"] = json.dumps(portable(config.plan), sort_keys=True)
+    name = public_base(wanted)
+    image = bake(
+        artifact,
+        config,
+        base=base,
+        base_name=name,
+        engine_version=engine_version(base) if base and config else "",
+        labels=labels,
+        store=tools.store,
+        model_dir=target.engine.model_dir,
+        order="weights-first" if request.order == "weights-first" else "engine-first",
+    )
+    return image, Made(
+        image=image,
+        artifact=artifact,
+        base=base,
+        base_name=name,
+        name=model.name,
+        version="0",
+        parameters={"target": target.name, "kind": request.kind, "order": request.order},
+        base_bills=bills_of(name, base, registry) if base else (),
+    )
+
+
+def _outputs(request: BakeRequest, *, push: bool) -> Outputs:
+    same = not push or request.load == request.push
+    return Outputs(
+        load=bool(request.load) and same, layout=request.layout, push=push, force=request.force
+    )
+
+
+def _artifact(model: Model, target: Target, store: Store) -> Artifact:
+    """Return the files that go into the image; InputRefused where they are of another format."""
+    ending = target.format.suffix
+    if not any(name.endswith(ending) for name in model.weights) or not _is_ready(model, target):
+        raise InputRefused(
+            f"{model.path}: no {target.format.name} weights, which {target.name} serves",
+            hint=f"run `invoke quantize --format {target.format.name}` first",
+        )
+    names = scan(model.root, gguf=True) if model.path.is_dir() else [model.path.name]
+    others = {name for name in model.weights if not name.endswith(ending)}
+    files = []
+    for name in sorted({*names} - others):
+        entry = store.digest_file(model.root / name)
+        files.append(FileEntry(path=name, size=entry.size, digest=entry.digest))
+    return Artifact(
+        format=target.format, tree=Tree(root=model.root, files=tuple(files)), made_from=()
+    )
+
+
+def _is_ready(model: Model, target: Target) -> bool:
+    """Say whether the weights are in the target's format; so too where nobody can tell."""
+    return not model.config or bool(own_weights(model, target))

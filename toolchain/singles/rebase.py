@@ -1,0 +1,245 @@
+"""`invoke rebase`: an image on another engine base; its weights stay where they are."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from toolchain.errors import InputRefused
+from toolchain.evaluating.client import chat, first_name
+from toolchain.evaluating.items import Item
+from toolchain.evaluating.session import Session
+from toolchain.oci.image import Image, assemble
+from toolchain.oci.layers import Layer
+from toolchain.oci.places import Place as ImagePlace
+from toolchain.oci.places import RegistryPlace, open_place
+from toolchain.oci.references import Reference
+from toolchain.oci.registry import Registry
+from toolchain.oci.streams import entries
+from toolchain.ports import Tools
+from toolchain.provenance import evidence as gathered
+from toolchain.provenance import statements
+from toolchain.provenance.evidence import Document, Evidence, seal
+from toolchain.provenance.labels import ENGINE_VERSION, PREFIX
+from toolchain.provenance.mlbom import MEDIA_TYPE
+from toolchain.provenance.roles import ADDED, LAYERS, Roles, config_label, roles_label, roles_of
+from toolchain.provenance.statements import Resource
+from toolchain.singles.server import Place, served
+from toolchain.stages.attest import ENGINE_BILL, base_documents
+from toolchain.stages.base import ENGINE_LABEL, base_image, bills_of, engine_version, public_base
+from toolchain.stages.publish import candidate, discard_candidate
+from toolchain.values import Digest, Json, plain
+
+_BASE = "org.opencontainers.image.base."
+_REBASED = PREFIX + "rebased.from"
+_GREETING = Item(messages=({"role": "user", "content": "Hello"},), expected=("",), line=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RebaseRequest:
+    """What `invoke rebase` is asked."""
+
+    source: str
+    onto: str
+    to: str
+    smoke: bool
+    force: bool
+
+
+def rebase_image(request: RebaseRequest, registry: Registry, tools: Tools) -> Mapping[str, Json]:
+    """Push the image on its new base; weight layers are mounted or there, never sent again.
+
+    Raises InputRefused where base and image do not go together, CheckFailed where the new image
+    does not start.
+    """
+    began = time.monotonic()
+    to = Reference.parse(request.to)
+    registry.check_push(to)
+    tools.progress.stage("rebase", f"{request.source} onto {request.onto}")
+    origin = open_place(request.source, registry)
+    old = origin.image()
+    roles = roles_of(old, request.source)
+    base = base_image(
+        request.onto, old.labels.get(ENGINE_LABEL, ""), registry, tools, platform=old.platform
+    )
+    check_contract(old, roles, base, request.onto, tools)
+    new = exchange(old, roles, base, public_base(request.onto))
+    if request.smoke:
+        _smoke(new, tools)
+    told = _evidence(old, new, base, request, origin, registry)
+    there = RegistryPlace(registry, to)
+
+    def attach() -> None:
+        for attachment in seal(told, new.manifest_blob, to.name, tools.sign):
+            there.attach(attachment)
+
+    published = registry.push(
+        new,
+        to,
+        force=request.force,
+        before_tag=attach,
+        progress=lambda done, total: tools.progress.advance(done, total, "bytes"),
+    )
+    seconds = round(time.monotonic() - began, 3)
+    tools.progress.finish("rebase", seconds, cached=False)
+    return {**plain(published), "rebased_from": old.digest, "seconds": seconds}
+
+
+def exchange(old: Image, roles: Roles, base: Image, base_name: str) -> Image:
+    """Return the image with another base: the same weights, settings and additions."""
+    below, middle = ("base", len(base.layers)), ("weights", len(roles.weights))
+    if roles.weights_first:
+        below, middle = middle, below
+    dropped = (_BASE + "name", _BASE + "digest", ENGINE_VERSION)
+    version = engine_version(base)
+    labels = {
+        **{key: text for key, text in roles.config.labels.items() if key not in dropped},
+        **({_BASE + "name": base_name} if base_name else {}),
+        **({ENGINE_VERSION: version} if version else {}),
+        _BASE + "digest": base.digest,
+        LAYERS: roles_label(below, middle, ("settings", len(roles.settings))),
+        _REBASED: old.digest,
+    }
+    config = replace(roles.config, labels=labels)
+    return assemble(
+        roles.weights,
+        roles.settings,
+        config=replace(config, labels={**labels, ADDED: config_label(config)}),
+        base=base,
+        annotations={k: v for k, v in labels.items() if k.startswith("org.opencontainers.")},
+        order="weights-first" if roles.weights_first else "engine-first",
+    )
+
+
+def check_contract(old: Image, roles: Roles, base: Image, name: str, tools: Tools) -> None:
+    """Raise InputRefused where the new base cannot carry the image.
+
+    Engine and platform must be the same, the major version the one that the plan was made for,
+    and no file of the base may lie where the image's own are.
+    """
+    if base.platform != old.platform:
+        raise InputRefused(f"{name} is for {base.platform}, the image for {old.platform}")
+    before, after = old.labels.get(ENGINE_VERSION, ""), engine_version(base)
+    if before and after and _major(before) != _major(after):
+        raise InputRefused(
+            f"{name} holds version {after}, and the image was planned for {before}",
+            hint="another major version may read other settings: build again for it",
+        )
+    if not after:
+        tools.progress.warn(f"{name} does not say which version of the engine it holds")
+    prefixes = _prefixes(roles)
+    for layer in base.layers:
+        key = json.dumps(["collisions", layer.digest, sorted(prefixes)])
+        found = tools.store.memo(key, lambda layer=layer: next(_collisions(layer, prefixes), ""))  # type: ignore[misc]
+        if found:
+            raise InputRefused(
+                f"{name} has /{found} where the image keeps its own files",
+                hint="choose a base that leaves these paths alone",
+            )
+
+
+def _major(version: str) -> str:
+    found = re.match(r"v?(\d+)\.", version)
+    return found[1] if found else ""
+
+
+def _prefixes(roles: Roles) -> frozenset[str]:
+    """Return the folders that weights and settings are in, from the layers' own titles."""
+    paths = [layer.file.partition(" and ")[0] for layer in (*roles.weights, *roles.settings)]
+    folders = {path.rpartition("/")[0] for path in paths if "/" in path}
+    return frozenset(folder.split("/")[0] if folder.startswith("models") else folder
+                     for folder in folders)  # fmt: skip
+
+
+def _collisions(layer: Layer, prefixes: frozenset[str]) -> Iterator[str]:
+    for entry in entries(layer):
+        path = "/".join(part for part in entry.name.split("/") if part not in ("", "."))
+        shown = path.replace(".wh..wh..opq", "").replace(".wh.", "")
+        for prefix in prefixes:
+            inside = f"{shown}/".startswith(f"{prefix}/")
+            above = f"{prefix}/".startswith(f"{shown}/") and bool(shown)
+            if (inside or above) and not (entry.isdir() and path == shown):
+                yield path
+
+
+def _smoke(image: Image, tools: Tools) -> None:
+    """Start the image once, where an engine and what it needs are there."""
+    if not tools.engine.answers():
+        tools.progress.warn("no container engine answers: the image was not started")
+        return
+    plan = json.loads(image.labels.get(PREFIX + "plan", "{}"))
+    if plan.get("device", "cpu") != "cpu" and not tools.engine.describe().get("gpu"):
+        tools.progress.warn("the image is for a GPU and none is here: it was not started")
+        return
+    try:
+        with (
+            candidate(image, None, tools) as name,
+            served(Place(image=name), tools, modest=True) as endpoint,
+            Session(endpoint) as asked,
+        ):
+            chat(asked, first_name(asked), _GREETING, 4)
+    finally:
+        discard_candidate(image, None, tools)
+
+
+def _evidence(
+    old: Image,
+    new: Image,
+    base: Image,
+    request: RebaseRequest,
+    origin: ImagePlace,
+    registry: Registry,
+) -> Evidence:
+    """Return what was known of the old image, and how the new one came from it."""
+    rows = gathered.limited(origin.attached(old.digest))
+    attachments = [origin.read(blob, tag) for blob, tag in rows]
+    kept = gathered.statement_parts(attachments)
+    name = public_base(request.onto)
+    below = base_documents(base, name, bills_of(name, base, registry) if name else ())
+    documents = (*_own(gathered.documents_in(attachments)), *below)
+    first = _first(old.digest, [gathered.read_statement(part, None).statement for part in kept])
+    told = statements.provenance(
+        "rebase",
+        [
+            statements.image_resource(new.manifest_blob),
+            *statements.layer_resources(new),
+        ],
+        parameters={"first_image": first},
+        dependencies=[
+            statements.image_resource(old.manifest_blob),
+            Resource(name="base image", digest=base.digest, uri=name),
+        ],
+        byproducts=[
+            Resource(
+                name=document.parts[0].title or document.artifact_type,
+                digest=gathered.document_digest(document),
+                media_type=document.artifact_type,
+            )
+            for document in documents
+        ],
+    )
+    return Evidence(statements=(told,), envelopes=tuple(kept), documents=documents)
+
+
+def _own(documents: list[Document]) -> list[Document]:
+    """Leave out the bills of the base that goes."""
+    bills = (MEDIA_TYPE, gathered.SPDX_TYPE)
+    return [
+        d
+        for d in documents
+        if d.artifact_type not in bills
+        or (d.parts[0].title not in ("", ENGINE_BILL) and d.parts[0].title == "model.cdx.json")
+    ]
+
+
+def _first(image: Digest, told: list[Mapping[str, Json]]) -> str:
+    """Return the digest of the image that was baked, before any exchange."""
+    for one in told:
+        if statements.kind_of(one) == "rebase" and (
+            statements.subjects_of(one).get("image") == image
+        ):
+            return str(statements.parameters_of(one).get("first_image") or image)
+    return image

@@ -1,0 +1,250 @@
+"""`invoke verify`: an image against its digests, its signature, and what is stated of it."""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, cast
+
+from toolchain.errors import CheckFailed, InputRefused, UsageError
+from toolchain.oci.attachments import Attachment, Part
+from toolchain.oci.image import Image, blob_of
+from toolchain.oci.layers import LAYER_TAR, Layer, verified
+from toolchain.oci.places import Place, RegistryPlace, open_place
+from toolchain.oci.registry import Registry
+from toolchain.oci.streams import ChunkFile
+from toolchain.ports import Progress
+from toolchain.provenance import evidence, signing
+from toolchain.provenance.chain import Check, check_chain
+from toolchain.provenance.evidence import Document, Told
+from toolchain.provenance.roles import roles_of
+from toolchain.provenance.statements import TEST_RESULT, kind_of
+from toolchain.values import Digest, Json
+
+_BUFFER = 1 << 20
+_READERS = 3
+
+
+@dataclass(slots=True)
+class _Found:
+    """What was read, and what of it does not hold."""
+
+    checks: list[Check] = field(default_factory=list)
+    attachments: list[Attachment] = field(default_factory=list)
+    told: list[Told] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
+
+    def say(self, name: str, ok: bool | None, found: str) -> None:
+        self.checks.append(Check(name=name, ok=ok, found=found))
+
+
+def verify_image(
+    source: str, key: Path | None, registry: Registry, progress: Progress
+) -> Mapping[str, Json]:
+    """Return every check with its answer; CheckFailed, with all of them, where one says no."""
+    check = signing.read_public_key(key) if key else None
+    place, found = open_place(source, registry), _Found()
+    image = _image(place, found)
+    if image is not None:
+        _attachments(place, image.digest, found)
+        _signature(image, check, found)
+        _statements(check, found)
+        _layers(image, source, found, progress)
+        documents = _documents(found)
+        found.checks += check_chain(image, found.told, documents, found.files)
+    result = _result(source, image, found)
+    bad = [one.name for one in found.checks if one.ok is False]
+    if bad:
+        raise CheckFailed(
+            f"{source} does not hold: {', '.join(dict.fromkeys(bad))}\n{table(result)}",
+            hint="do not use it; if you moved or rebuilt it, verify what you pushed",
+            details=result,
+        )
+    return result
+
+
+def table(result: Mapping[str, Json]) -> str:
+    """Return the checks for people."""
+    width = max((len(row["check"]) for row in result["checks"]), default=0)
+    words = {True: "ok", False: "NO", None: "-"}
+    return "\n".join(
+        f"  {words[row['ok']]:<3} {row['check']:<{width}}  {row['found']}"
+        for row in result["checks"]
+    )
+
+
+def _result(source: str, image: Image | None, found: _Found) -> dict[str, Json]:
+    return {
+        "reference": source,
+        "digest": image.digest if image else "",
+        "ok": all(one.ok is not False for one in found.checks),
+        "checks": [{"check": c.name, "ok": c.ok, "found": c.found} for c in found.checks],
+    }
+
+
+def _image(place: Place, found: _Found) -> Image | None:
+    try:
+        image = place.image()
+    except InputRefused as error:
+        if isinstance(place, RegistryPlace) and place.registry.digest_of(place.reference) is None:
+            raise
+        found.say("manifest", False, error.message)
+        return None
+    found.say("manifest", True, f"{image.digest}, configuration {image.config_blob.digest.short}")
+    return image
+
+
+def _attachments(place: Place, subject: Digest, found: _Found) -> None:
+    """Read what hangs on the image; a thing that is not what its digest says is a finding."""
+    try:
+        rows = evidence.limited(place.attached(subject))
+    except InputRefused as error:
+        found.say("attachments", False, error.message)
+        return
+    for blob, tag in rows:
+        try:
+            found.attachments.append(place.read(blob, tag))
+        except InputRefused as error:
+            found.say("attachments", False, error.message)
+
+
+def _signature(image: Image, check: signing.Check | None, found: _Found) -> None:
+    parts = evidence.signatures_in(found.attachments)
+    if check is None:
+        said = f"{len(parts)} there, give --key to check" if parts else "not signed"
+        found.say("signature", None, said)
+        return
+    claims = set()
+    for part in parts:
+        try:
+            claims.add(signing.signed_digest(part, check))
+        except InputRefused as error:
+            found.say("signature", False, error.message)
+            return
+    if image.digest in claims:
+        found.say("signature", True, f"of {image.digest.short} by this key")
+    elif not parts:
+        found.say("signature", False, "not signed")
+    elif claims == {""}:
+        found.say("signature", False, f"{len(parts)} there, none by this key")
+    else:
+        found.say("signature", False, "by this key, but of another image")
+
+
+def _statements(check: signing.Check | None, found: _Found) -> None:
+    for part in evidence.statement_parts(found.attachments):
+        name = f"statement {_short_type(part)}"
+        try:
+            told = evidence.read_statement(part, check)
+        except InputRefused as error:
+            found.say(name, False, error.message)
+            continue
+        if check is None or told.signed:
+            found.told.append(told)
+        if check is not None:
+            # What others state of the image is theirs to sign; what we state has to be ours.
+            ok = True if told.signed else (False if _is_ours(told) else None)
+            found.say(name, ok, "signed by this key" if told.signed else _why(part))
+
+
+def _is_ours(told: Told) -> bool:
+    kinds = ("merge", "quantize", "bake", "rebase")
+    test = told.statement.get("predicateType") == TEST_RESULT
+    return test or kind_of(told.statement) in kinds
+
+
+def _short_type(part: Part) -> str:
+    words = part.annotations.get("predicateType", "").rstrip("/").split("/")
+    return "/".join(words[-2:]) or part.blob.digest.short
+
+
+def _why(part: Part) -> str:
+    if part.blob.media_type == signing.ENVELOPE_TYPE:
+        return "not signed by this key, or changed since"
+    return "not signed"
+
+
+def _documents(found: _Found) -> list[Document]:
+    """Return what hangs on the image beside statements, each part read and right."""
+    right = []
+    for document in evidence.documents_in(found.attachments):
+        try:
+            for part in document.parts:
+                for _ in part.open():
+                    pass
+        except InputRefused as error:
+            name = document.parts[0].title or document.artifact_type
+            found.say(f"document {name}", False, error.message)
+        else:
+            right.append(document)
+    return right
+
+
+def _layers(image: Image, source: str, found: _Found, progress: Progress) -> None:
+    """Read every layer, a few at once: its digest, and the files of those that hold weights."""
+    try:
+        weights = {layer.digest for layer in roles_of(image, source).weights}
+    except InputRefused as error:
+        found.say("roles", False, error.message)
+        weights = set()
+    prefix = "models/"
+    total, done = sum(layer.size for layer in image.layers), 0
+    with ThreadPoolExecutor(_READERS) as pool:
+        results = pool.map(
+            lambda layer: _read(layer, source, layer.digest in weights), image.layers
+        )
+        for number, (layer, (fault, files)) in enumerate(zip(image.layers, results, strict=True)):
+            name = f"layer {number}"
+            found.say(name, not fault, fault or f"{layer.digest.short} {layer.file}".rstrip())
+            found.files.update({p.removeprefix(prefix): d for p, d in files.items()})
+            done += layer.size
+            progress.advance(done, total, "bytes")
+
+
+def _read(layer: Layer, source: str, look_inside: bool) -> tuple[str, dict[str, str]]:
+    """Return what is wrong with a layer, or empty, and its files by digest where asked."""
+    chunks = verified(layer.open(), blob_of(layer), source)
+    try:
+        if look_inside and layer.media_type == LAYER_TAR:
+            return _diff(layer, source), dict(_files(chunks))
+        for _ in chunks:
+            pass
+    except (InputRefused, tarfile.TarError) as error:
+        said = error.message if isinstance(error, InputRefused) else str(error)
+        return f"{layer.file or layer.digest.short}: {said}", {}
+    return _diff(layer, source), {}
+
+
+def _diff(layer: Layer, source: str) -> str:
+    if layer.media_type == LAYER_TAR and layer.diff_id != layer.digest:
+        return f"{source}: the configuration names other content for {layer.file}"
+    return ""
+
+
+def _files(chunks: Iterator[bytes]) -> Iterator[tuple[str, str]]:
+    stream = ChunkFile(chunks)
+    with tarfile.open(fileobj=cast("IO[bytes]", stream), mode="r|", bufsize=_BUFFER) as archive:
+        while (entry := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]  # they would pile up
+            content = archive.extractfile(entry) if entry.isreg() else None
+            if content is None:
+                continue
+            state = hashlib.sha256()
+            while piece := content.read(_BUFFER):
+                state.update(piece)
+            yield entry.name, f"sha256:{state.hexdigest()}"
+    stream.drain()
+
+
+def key_path(text: str) -> Path | None:
+    """Return the file of a public key; UsageError where there is none."""
+    if not text:
+        return None
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise UsageError(f"--key {text}: no such file", hint="give the PEM file of the public key")
+    return path
