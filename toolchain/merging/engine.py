@@ -15,13 +15,15 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
+from toolchain.checkpoints.safetensors import open_checkpoint
 from toolchain.errors import CheckFailed, EnvironmentFailure, UsageError
 from toolchain.merging.companions import companion_files, index_json, write_file
 from toolchain.merging.kernel import PIECE, check_arithmetic
+from toolchain.merging.outputs import OutputShard
 from toolchain.merging.plan import MergePlan, make_plan
-from toolchain.merging.proof import prove
+from toolchain.merging.proof import Proof, prove
 from toolchain.merging.shards import BLOCK, Settings, ShardMaker, Tally
-from toolchain.merging.stream import Journal, sha256_file, sync_folder
+from toolchain.merging.stream import Checksum, Journal, sha256_file, sync_folder
 from toolchain.values import key_of
 
 _JOURNAL = ".merge-journal.json"
@@ -69,9 +71,9 @@ def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, 
     with _one_thread_per_worker(settings):
         shards = _write_shards(plan, settings, journal, tally, progress or (lambda *_: None))
         small, notes = _write_companions(plan, request.out)
-        _prove(plan, request.out, settings, journal)
+        _check_index(plan, request.out)
     journal.path.unlink(missing_ok=True)
-    findings += _silent(plan, tally) + notes
+    findings += _silent(plan, tally) + _unchanged(plan, tally) + notes
     files = [{"path": s["file"], "size": s["size"], "sha256": s["sha256"]} for s in shards] + small
     return {
         "out": str(request.out),
@@ -207,7 +209,10 @@ def _write_shards(
             if shard.name in finished:
                 advance(shard.size)
                 continue
-            finished[shard.name] = maker.write(shard, journal.path.parent / shard.name, advance)
+            path = journal.path.parent / shard.name
+            finished[shard.name], checksums = maker.write(shard, path, advance)
+            proof = _prove(shard, path, checksums, maker, exact=settings.exact)
+            tally.unchanged += proof.unchanged
             journal.record(finished)
     finally:
         maker.close()
@@ -225,13 +230,31 @@ def _write_companions(plan: MergePlan, out: Path) -> tuple[list[dict[str, Any]],
     return written, notes
 
 
-def _prove(plan: MergePlan, out: Path, settings: Settings, journal: Journal) -> None:
-    """Check what was written; what fails is made again by the next run, not kept."""
+def _prove(
+    shard: OutputShard,
+    path: Path,
+    checksums: tuple[Checksum, ...],
+    maker: ShardMaker,
+    *,
+    exact: bool,
+) -> Proof:
+    """Check what was written; what fails is not kept."""
     try:
-        prove(plan, out, exact=settings.exact)
+        return prove(shard, path, checksums, maker.files, maker.pool, exact=exact)
     except CheckFailed:
-        journal.record({})
+        path.unlink(missing_ok=True)
         raise
+
+
+def _check_index(plan: MergePlan, out: Path) -> None:
+    """Read the finished checkpoint as anyone would: index, headers, every planned tensor."""
+    found = open_checkpoint(out).tensors
+    missing = sorted(plan.outputs.keys() ^ found.keys())
+    if missing:
+        raise CheckFailed(
+            f"{out} was written wrong: {', '.join(missing[:_SHOWN])} is missing or too much",
+            hint="memory or disk may be faulty: merge again, on another machine if it recurs",
+        )
 
 
 def _index(plan: MergePlan) -> bytes:
@@ -249,3 +272,14 @@ def _silent(plan: MergePlan, tally: Tally) -> list[str]:
         f"tensors, such as {', '.join(names[:_SHOWN])}: it was not trained there"
         for number, names in sorted(tally.silent.items())
     ]
+
+
+def _unchanged(plan: MergePlan, tally: Tally) -> list[str]:
+    """Say which changes were lost in rounding: they are smaller than half a unit everywhere."""
+    silent = {name for names in tally.silent.values() for name in names}
+    lost = [name for name in tally.unchanged if name not in silent]
+    if not lost:
+        return []
+    share = f"{len(lost)} of {plan.count('merged')} merged tensors have the base's bits"
+    few = ", ".join(lost[:_SHOWN])
+    return [f"{share}, such as {few}: the change is too small for the checkpoint's type, or none"]

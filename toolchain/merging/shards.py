@@ -19,7 +19,7 @@ from toolchain.merging.kernel import PIECE, Prepared, Space, finish_rows, merge_
 from toolchain.merging.outputs import Band, Output, OutputShard, Patch, Rows, Stored, bands
 from toolchain.merging.repair import Factors, Repairs
 from toolchain.merging.rounding import F32, F64, round_once
-from toolchain.merging.stream import ARRAY_TYPES, Buffers, Files, Writer, as_bytes
+from toolchain.merging.stream import ARRAY_TYPES, Buffers, Checksum, Files, Writer, as_bytes
 
 BLOCK = 1 << 20
 """Elements per block on the CPU: repairs and hand-overs cost the less, the larger it is."""
@@ -35,6 +35,8 @@ class Tally:
     repairs: Repairs = field(default_factory=Repairs)
     silent: dict[int, list[str]] = field(default_factory=dict)
     """Adapter -> tensors that it adds nothing to, because a factor is all zero."""
+    unchanged: tuple[str, ...] = ()
+    """Tensors that are to be changed and have the base's bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,20 +62,20 @@ class ShardMaker:
     def __init__(self, settings: Settings, tally: Tally) -> None:
         self._settings, self._tally = settings, tally
         self.files = Files()
-        self._pool = ThreadPoolExecutor(settings.workers, "merge")
+        self.pool = ThreadPoolExecutor(settings.workers, "merge")
         self._buffers = Buffers()
         self._local, self._lock = threading.local(), threading.Lock()
         self._on_device: tuple[Prepared, Any] | None = None
 
     def close(self) -> None:
         """Stop the workers and give the files back."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self.pool.shutdown(wait=True, cancel_futures=True)
         self.files.close()
 
     def write(
         self, shard: OutputShard, path: Path, progress: Callable[[int], None]
-    ) -> dict[str, Any]:
-        """Write a shard, its tensors in their order; return file, size and sha256.
+    ) -> tuple[dict[str, Any], tuple[Checksum, ...]]:
+        """Write a shard, its tensors in their order; return file, size, sha256, and checksums.
 
         `progress` is told the bytes of each block once they are written.
         """
@@ -84,12 +86,12 @@ class ShardMaker:
             writer.write(build_header(tensors, {"format": "pt"}))
             blocks = (block for output in shard.outputs for block in self._blocks(output))
             for block in blocks:
-                waiting.append(self._pool.submit(block))
+                waiting.append(self.pool.submit(block))
                 if len(waiting) >= _AHEAD * self._settings.workers:
                     progress(self._append(writer, waiting))
             while waiting:
                 progress(self._append(writer, waiting))
-            return writer.finish()
+            return writer.finish(), tuple(writer.checksums)
         except BaseException:
             for future in waiting:
                 future.cancel()

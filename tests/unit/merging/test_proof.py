@@ -1,0 +1,148 @@
+"""The proof of the written file: a wrong byte or a wrong sum, anywhere, is caught."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from toolchain.checkpoints.safetensors import read_header
+from toolchain.errors import CheckFailed
+from toolchain.merging import engine
+from toolchain.merging.engine import MergeRequest, merge
+from toolchain.merging.outputs import OutputShard
+from toolchain.merging.plan import make_plan
+from toolchain.merging.proof import prove
+from toolchain.merging.stream import Checksum, Files
+
+
+@pytest.fixture
+def merged(make_model: Any, make_adapter: Any) -> tuple[OutputShard, Path]:
+    """A written shard, and the plan that it was made from."""
+    base = make_model("gpt2", dtype=torch.bfloat16)
+    adapter = make_adapter(base, target_modules=["c_attn", "c_fc"])
+    out = base.parent / "out"
+    merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=out))
+    (shard,) = make_plan(base, [(adapter, 1.0)]).shards
+    return shard, out / "model.safetensors"
+
+
+def check(shard: OutputShard, path: Path) -> None:
+    """Prove what the file says, as if it had been computed so."""
+    data = memoryview(path.read_bytes())
+    files = Files()
+    with ThreadPoolExecutor(2) as pool:
+        prove(shard, path, (Checksum.of(data, 0),), files, pool, exact=True)
+    files.close()
+
+
+def rows_of(path: Path, name: str) -> np.memmap:
+    """A 16-bit tensor of a file, to be changed in place."""
+    info = next(info for info in read_header(path).tensors if info.name == name)
+    return np.memmap(path, np.uint16, "r+", info.start, info.shape)
+
+
+def test_what_was_merged_passes(merged: tuple[OutputShard, Path]) -> None:
+    check(*merged)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda rows: rows.__ixor__(np.uint16(1)),
+        lambda rows: rows[5].__ixor__(np.uint16(0x8000)),
+        lambda rows: rows.__setitem__(slice(None), rows[::-1].copy()),
+        lambda rows: rows.__setitem__(3, rows[4].copy()),
+        lambda rows: rows.__setitem__((0, 0), 0x7F80),
+    ],
+    ids=["last-bits", "signs-of-a-row", "order", "a-row-twice", "infinity"],
+)
+def test_a_wrong_sum_is_caught(
+    damage: Callable[[Any], Any], merged: tuple[OutputShard, Path]
+) -> None:
+    shard, path = merged
+    damage(rows_of(path, "transformer.h.0.attn.c_attn.weight"))
+
+    with pytest.raises(CheckFailed, match=r"h\.0\.attn\.c_attn\.weight was written wrong"):
+        check(shard, path)
+
+
+def test_a_wrong_copy_is_caught(merged: tuple[OutputShard, Path]) -> None:
+    shard, path = merged
+    rows_of(path, "transformer.wte.weight")[95, 31] ^= 1
+
+    with pytest.raises(CheckFailed, match=r"wte\.weight was written wrong: 1 of"):
+        check(shard, path)
+
+
+def test_a_wrong_scaling_is_caught(merged: tuple[OutputShard, Path]) -> None:
+    shard, path = merged
+
+    def scaled(output: Any) -> Any:
+        return replace(
+            output, terms=tuple(replace(t, factor=t.factor * 1.01) for t in output.terms)
+        )
+
+    with pytest.raises(CheckFailed, match="was written wrong"):
+        check(replace(shard, outputs=tuple(scaled(o) for o in shard.outputs)), path)
+
+
+def test_a_missing_tensor_is_caught(merged: tuple[OutputShard, Path]) -> None:
+    shard, path = merged
+
+    with pytest.raises(CheckFailed, match="its header is not what was planned"):
+        check(replace(shard, outputs=shard.outputs[1:]), path)
+
+
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.999])
+def test_any_byte_that_changes_on_the_disk_fails_the_merge(
+    place: float, make_model: Any, make_adapter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_model(dtype=torch.bfloat16)
+    adapter, out = make_adapter(base), base.parent / "out"
+    write = engine.ShardMaker.write
+
+    def damaged(maker: Any, shard: Any, path: Path, progress: Any) -> Any:
+        done = write(maker, shard, path, progress)
+        data = bytearray(path.read_bytes())
+        data[int(place * len(data))] ^= 1
+        path.write_bytes(data)
+        return done
+
+    monkeypatch.setattr(engine.ShardMaker, "write", damaged)
+
+    with pytest.raises(CheckFailed):
+        merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=out))
+
+    assert not list(out.glob("*.safetensors"))
+
+
+@given(
+    data=st.binary(min_size=1, max_size=300),
+    place=st.floats(0, 1, exclude_max=True),
+    other=st.integers(1, 255),
+)
+def test_one_wrong_byte_changes_the_checksum(data: bytes, place: float, other: int) -> None:
+    changed = bytearray(data)
+    changed[int(place * len(data))] ^= other
+
+    one, two = (Checksum.of(memoryview(bytes(some)), 0) for some in (data, changed))
+
+    assert one != two
+
+
+def test_a_change_that_rounding_swallows_is_reported(make_model: Any, make_adapter: Any) -> None:
+    base = make_model(dtype=torch.bfloat16)
+    adapter = make_adapter(base, target_modules=["q_proj"], lora_alpha=1e-9)
+
+    found = merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=base.parent / "out"))
+
+    assert "2 of 2 merged tensors have the base's bits" in found["findings"][0]
