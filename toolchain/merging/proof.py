@@ -29,7 +29,7 @@ ROWS = 16
 _BLOCK = 1 << 18
 """Elements per block."""
 _COPY = 1 << 20
-_VECTORS = 4
+_VECTORS = 2
 """Random vectors per tensor: one alone misses a wrong row in about a hundred."""
 _SIGMAS = 6.0
 """How odd a row's projection must be, in standard deviations of its roundings, to be recomputed."""
@@ -119,8 +119,8 @@ def _project(
     """Compare W'x with Wx + Σ factor · B(Ax), x random signs; recompute rows that look odd."""
     work = F64 if output.dtype == "F32" else F32
     random = np.random.default_rng(_seed(output.name))
-    signs = random.integers(0, 2, (output.columns, _VECTORS)).astype(work) * 2 - 1
-    wanted = _added(output, files, signs.astype(F64))
+    signs = random.integers(0, 2, (_VECTORS, output.columns)).astype(work) * 2 - 1
+    wanted = _added(output, files, signs.T.astype(F64))
     sample = set(random.integers(0, output.rows, ROWS).tolist())
     odd: list[int] = []
     moved = output.kind == "replaced"
@@ -132,9 +132,11 @@ def _project(
         found = reader.rows(info, first, count, output.columns)
         moved = moved or _differ(base, found)
         wide = found.astype(work)
-        off = wide @ signs - (base.astype(work) @ signs + wanted[first : first + count])
         # A rounding is off by at most half a unit: uniform, its variance is a third of its square.
         size = np.einsum("ij,ij->i", wide, wide) * 4.0**-form.precision / 3
+        wide -= base.astype(work)
+        # One vector at a time: numpy is slow with narrow matrices.
+        off = np.stack([wide @ some for some in signs], 1) - wanted[first : first + count]
         size += output.columns * 4.0 ** (form.least - form.precision)
         fine = (np.abs(off).max(1) <= _SIGMAS * np.sqrt(size)) & np.isfinite(size)
         rows = np.flatnonzero(~fine) + first
