@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.fakes.auth_server import PASSWORD, USER, make_certificate, token_server
 from tests.fakes.debian_registry import real_registry, stop_registry
 from tests.fakes.images import entry, foreign_image, tar_of, tiny_image
 from tests.fakes.registry import fake_registry
@@ -188,3 +190,56 @@ def test_in_chunks(
     monkeypatch.setattr("toolchain.oci.uploads._CHUNK", 20_000)
     client.push(image, place)
     assert client.digest_of(place) == image.digest
+
+
+@pytest.mark.registry
+def test_tls_is_verified(tmp_path: Path, image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = make_certificate(tmp_path, "registry")
+    with real_registry(tmp_path, tls=pair) as host:
+        place = Reference.parse(f"{host}/a/b:1")
+        with Registry() as client, pytest.raises(EnvironmentFailure, match="certificate") as caught:
+            client.check_push(place)
+        assert "SSL_CERT_FILE" in caught.value.hint
+        with Registry(insecure=True) as client:
+            client.push(image, place)
+        monkeypatch.setenv("SSL_CERT_FILE", str(pair[1]))
+        with Registry() as client:
+            assert client.pull(place, platform=AMD64).digest == image.digest
+            assert client.push(image, place).uploaded_bytes == 0
+
+
+@pytest.mark.registry
+def test_tokens_over_tls(tmp_path: Path, image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = make_certificate(tmp_path, "registry")
+    monkeypatch.setenv("SSL_CERT_FILE", str(pair[1]))
+    with (
+        token_server(tmp_path) as tokens,
+        real_registry(tmp_path, tls=pair, tokens=(tokens.url, tokens.certificate)) as host,
+    ):
+        place = Reference.parse(f"{host}/team/app:1")
+        with Registry(credentials=lambda _: (USER, PASSWORD)) as client:
+            client.push(image, place)
+            other = Reference.parse(f"{host}/team/other:1")
+            done = client.push(image, other, mount_from=["team/app"])
+            assert done.mounted == len(image.layers)
+            assert client.pull(other, platform=AMD64).digest == image.digest
+        assert any("repository%3Ateam%2Fapp%3Apull" in path for path in tokens.asked)
+        wrong = Registry(credentials=lambda _: (USER, "wr0ng"))
+        with wrong, pytest.raises(EnvironmentFailure, match="401") as caught:
+            wrong.check_push(place)
+        assert "docker login" in caught.value.hint
+        assert "wr0ng" not in f"{caught.value} {caught.value.hint}"
+
+
+@pytest.mark.registry
+def test_a_token_is_renewed_between_layers(tmp_path: Path, image: Image) -> None:
+    with (
+        token_server(tmp_path) as tokens,
+        real_registry(tmp_path, tokens=(tokens.url, tokens.certificate)) as host,
+    ):
+        tokens.lasts = 2
+        slow = _slowly(_large(tmp_path), lambda: time.sleep(2.5))
+        layers = (slow, *image.layers)
+        with Registry(credentials=lambda _: (USER, PASSWORD)) as client:
+            client.push(Image(layers=layers, settings={}), Reference.parse(f"{host}/a/b:1"))
+        assert len(tokens.asked) > 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import subprocess
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,12 +27,29 @@ def stop_registry(host: str) -> None:
 
 
 @contextmanager
-def real_registry(folder: Path) -> Iterator[str]:
-    """Serve Debian's docker-registry on a free loopback port; yield its host."""
+def real_registry(
+    folder: Path,
+    *,
+    tls: tuple[Path, Path] | None = None,
+    tokens: tuple[str, Path] | None = None,
+) -> Iterator[str]:
+    """Serve Debian's docker-registry on a free loopback port; yield its host.
+
+    With `tls`, a key and its certificate; with `tokens`, a token server's address and certificate.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    (folder / "config.yml").write_text(CONFIG.format(folder=folder / "data", port=port))
+    config = CONFIG.format(folder=folder / "data", port=port)
+    if tls:
+        pair = f'{{key: "{tls[0]}", certificate: "{tls[1]}"}}'
+        config = config.replace(f'"127.0.0.1:{port}"', f'"127.0.0.1:{port}", tls: {pair}')
+    if tokens:
+        config += (
+            f'auth: {{token: {{realm: "{tokens[0]}", service: registry, issuer: tests, '
+            f'rootcertbundle: "{tokens[1]}"}}}}\n'
+        )
+    (folder / "config.yml").write_text(config)
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen(
             ["docker-registry", "serve", folder / "config.yml"], stdout=log, stderr=log
@@ -41,7 +57,7 @@ def real_registry(folder: Path) -> Iterator[str]:
     try:
         for _ in range(200):
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/", timeout=5).close()
+                socket.create_connection(("127.0.0.1", port), timeout=5).close()
                 break
             except OSError:
                 assert server.poll() is None, (folder / "log").read_text()

@@ -13,7 +13,7 @@ from typing import Self
 import httpx
 
 from toolchain.errors import UsageError
-from toolchain.oci import downloads, manifests, referrers, uploads
+from toolchain.oci import downloads, manifests, referrers, tls, uploads
 from toolchain.oci.attachments import Attachment
 from toolchain.oci.auth import Credentials, anonymous
 from toolchain.oci.image import Image, Opener, load_image
@@ -26,7 +26,8 @@ from toolchain.values import Blob, Digest, Published
 class Registry:
     """Talks to registries; safe to use from several threads, closed by `close()` or `with`.
 
-    Plain HTTP is used for loopback hosts and where `insecure` says so. Errors name the host,
+    Plain HTTP is used for loopback hosts and where `insecure` says so, if they speak no TLS;
+    certificates are verified unless `insecure`. Errors name the host,
     the status and what to do: EnvironmentFailure for the registry and its access, InputRefused
     for what it sent, UsageError for what was asked.
     """
@@ -39,7 +40,13 @@ class Registry:
         transport: httpx.BaseTransport | None = None,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._client = httpx.Client(transport=transport, timeout=60)
+        verify = tls.unverified() if insecure else tls.trusted()
+        self._client = httpx.Client(
+            transport=transport,
+            timeout=60,
+            verify=verify,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=16),
+        )
         self._credentials = credentials
         self._insecure = insecure
         self._pause = pause

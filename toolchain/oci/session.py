@@ -24,6 +24,7 @@ import httpx
 from toolchain.errors import EnvironmentFailure, InputRefused, WeightsmithError
 from toolchain.oci.auth import IDENTITY, Credentials, basic, parse_challenge
 from toolchain.oci.references import DOCKER_HUB, Reference
+from toolchain.oci.tls import speaks_tls
 from toolchain.values import Json
 
 T = TypeVar("T")
@@ -38,6 +39,7 @@ LONGEST_PAUSE = 60.0
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MOST_REDIRECTS = 5
+_BAD = 400
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 _EARLY = 10
 """Seconds before its end at which a token is renewed."""
@@ -77,6 +79,9 @@ class Session:
     ) -> None:
         host = "registry-1.docker.io" if reference.registry == DOCKER_HUB else reference.registry
         scheme = "http" if insecure or reference.is_loopback else "https"
+        self._may_switch = scheme == "http"
+        """Plain HTTP is allowed here; whether the registry speaks it, the first answer tells."""
+        self._is_loopback = reference.is_loopback
         self.registry = reference.registry
         self.root = f"{scheme}://{host}"
         self.base = f"{self.root}/v2/{reference.repository}/"
@@ -191,7 +196,18 @@ class Session:
         for _ in range(_MOST_REDIRECTS + 2):
             own = _origin(url) == _origin(self.root)
             used = self._authorization() if own else ""
-            response = self._send(method, url, {**headers, **_auth(used)}, body, wait)
+            try:
+                response = self._send(method, url, {**headers, **_auth(used)}, body, wait)
+            except httpx.TransportError:
+                if not (own and self._switch()):
+                    raise
+                url = f"https{url.removeprefix('http')}"
+                continue
+            if response.status_code == _BAD and own and self._switch():
+                response.close()
+                url = f"https{url.removeprefix('http')}"
+                continue
+            self._may_switch = False
             if response.status_code == 401 and own and not renewed:
                 renewed = True
                 if not self._renew(response.headers.get_list("www-authenticate"), used):
@@ -203,6 +219,19 @@ class Session:
             else:
                 return response
         raise EnvironmentFailure(f"{self.registry} redirects in circles", hint="see its settings")
+
+    def _switch(self) -> bool:
+        """Go over to HTTPS where plain HTTP was tried first and the registry speaks only TLS."""
+        with self._lock:
+            parts = urlsplit(self.root)
+            if not self._may_switch or parts.scheme != "http":
+                return False
+            self._may_switch = False
+            if not speaks_tls(parts.hostname or "", parts.port or 443):
+                return False
+            self.root = f"https{self.root.removeprefix('http')}"
+            self.base = f"https{self.base.removeprefix('http')}"
+            return True
 
     def _send(
         self,
@@ -225,8 +254,8 @@ class Session:
     def _next(self, url: str, location: str) -> str:
         """Return a redirect's target; never from HTTPS to HTTP, where anyone could listen."""
         target = urljoin(url, location)
-        allowed = ("https", "http") if self.root.startswith("http:") else ("https",)
-        if urlsplit(target).scheme not in allowed:
+        plain = self.root.startswith("http:") or (self._is_loopback and _is_loopback(target))
+        if urlsplit(target).scheme not in (("https", "http") if plain else ("https",)):
             raise EnvironmentFailure(
                 f"{self.registry} redirects to an address without HTTPS",
                 hint="correct the registry's public address, or pass --insecure",
@@ -340,11 +369,15 @@ class Session:
         if cause is not None:
             return EnvironmentFailure(
                 f"the certificate of {self.registry} cannot be verified",
-                hint="set SSL_CERT_FILE to your authority's certificates, or pass --insecure "
-                "where the registry speaks plain HTTP",
+                hint="set SSL_CERT_FILE to your authority's certificates, or pass --insecure",
             )
         why = re.sub(r"\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
         return Transient(f"{self.registry} does not answer ({why[:100]})")
+
+
+def _is_loopback(url: str) -> bool:
+    """Say whether an address is on this machine, so that plain HTTP stays on it."""
+    return Reference(urlsplit(url).netloc, "", None).is_loopback
 
 
 def _auth(header: str) -> dict[str, str]:

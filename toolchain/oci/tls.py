@@ -1,0 +1,41 @@
+"""Which certificates are trusted, and whether a registry on this machine speaks TLS at all."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+
+import certifi
+
+_SECONDS = 2.0
+
+
+def trusted() -> ssl.SSLContext:
+    """Return a context that trusts the system's authorities, or those of SSL_CERT_FILE.
+
+    Where the system has none, those that Mozilla trusts, as the certifi package has them.
+    """
+    context = ssl.create_default_context()
+    if not context.cert_store_stats()["x509_ca"]:
+        context.load_verify_locations(certifi.where())
+    return context
+
+
+def unverified() -> ssl.SSLContext:
+    """Return a context that takes any certificate: for `--insecure`."""
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def speaks_tls(host: str, port: int) -> bool:
+    """Say whether a TLS handshake succeeds there; nothing is sent in it but the handshake."""
+    try:
+        with (
+            socket.create_connection((host, port), _SECONDS) as plain,
+            unverified().wrap_socket(plain, server_hostname=host),
+        ):
+            return True
+    except (OSError, ValueError):
+        return False
