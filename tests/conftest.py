@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -29,11 +30,24 @@ def engine_answers() -> bool:
     return asked.returncode == 0
 
 
+@functools.cache
+def chromium_path() -> str:
+    """Return Chromium's program, or '' where it or the library that drives it is missing."""
+    if importlib.util.find_spec("playwright") is None:
+        return ""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    return next((found for name in names if (found := shutil.which(name))), "")
+
+
 NEEDS = {
     "docker": (engine_answers, "no container engine answers: run tests/engine.sh as root"),
     "registry": (
         lambda: shutil.which("docker-registry") is not None,
         "the docker-registry program is not installed",
+    ),
+    "browser": (
+        lambda: bool(chromium_path()),
+        "no Chromium (apt-get install chromium), or no playwright",
     ),
     "gpu": (lambda: shutil.which("nvidia-smi") is not None, "no NVIDIA GPU"),
     "root": (lambda: os.geteuid() == 0, "needs root"),

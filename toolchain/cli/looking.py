@@ -1,8 +1,10 @@
-"""Commands that look and tidy: `inspect`, `targets`, `doctor`, `clean`."""
+"""Commands that look and tidy: `inspect`, `report`, `targets`, `doctor`, `clean`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from toolchain.cli.command import command
 from toolchain.values import Json
@@ -35,6 +37,45 @@ def verify(
     with make_registry(insecure=insecure) as registry:
         result = verify_image(source, key_path(key), registry, progress_for())
     return result, f"{result['reference']}@{result['digest']} holds\n{table(result)}"
+
+
+def _folders(words: Sequence[str]) -> tuple[str, ...]:
+    """Return the positional arguments of `report` that a command line has words for.
+
+    Invoke knows only positional arguments that must be given, and `report [DIR] --compare A B`
+    has none to two: DIR, and B.
+    """
+    words = list(words)
+    if "report" not in words:
+        return ()
+    bare, values = 0, {"--compare", "--out"}
+    rest = words[words.index("report") + 1 :]
+    for before, word in zip(["", *rest], rest, strict=False):
+        bare += not word.startswith("-") and before not in values
+    return ("folder", "other")[: min(bare, 2)]
+
+
+@command(positional=_folders(sys.argv))
+def report(
+    _context: object,
+    *,
+    folder: str | None = None,
+    other: str | None = None,
+    compare: str = "",
+    out: str = "",
+    json: bool = False,
+) -> tuple[Mapping[str, Json], str]:
+    """Write the report of the builds in a folder (dist), or of two builds with --compare A B."""
+    del json
+    from toolchain.singles.report import compare_builds, report_builds
+
+    if compare:
+        # With one word it is B; with two, DIR and B.
+        place = Path(out) if out else Path(folder) if other and folder else None
+        result = compare_builds(compare, other or folder or "", place)
+        return result, str(result["html"])
+    result = report_builds(Path(folder or "dist"))
+    return result, "\n".join(str(written["html"]) for written in result["reports"])
 
 
 @command()
@@ -92,4 +133,4 @@ def clean(
     )
 
 
-COMMANDS = (inspect, verify, targets, doctor, clean)
+COMMANDS = (inspect, verify, report, targets, doctor, clean)

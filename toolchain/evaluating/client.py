@@ -115,7 +115,8 @@ def chat(session: Session, served_name: str, item: Item, max_tokens: int) -> Map
             hint="does it speak the OpenAI chat API?",
         ) from None
     return {
-        "answer": content if isinstance(content, str) else "",
+        # JSON can hold halves of a surrogate pair, which no file can.
+        "answer": content.encode("utf-8", "replace").decode() if isinstance(content, str) else "",
         "finish_reason": choice.get("finish_reason"),
     }
 

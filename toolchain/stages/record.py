@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from toolchain import __version__
 from toolchain.errors import EnvironmentFailure
 from toolchain.evaluating.statistics import wilson
 from toolchain.provenance.evaluation import side_by_side
@@ -118,6 +119,8 @@ def build_document(facts: Facts) -> dict[str, Json]:
         "stages": facts.stages,
         "inputs": facts.inputs,
         "warnings": facts.warnings,
+        "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
+        "reproduce": _reproduce(facts),
         "next": _next(facts),
     }
     return dict(plain(document))
@@ -185,6 +188,19 @@ def _task(task: TaskFacts) -> dict[str, Json]:
 def _interval(score: Score) -> tuple[float, float]:
     low, high = wilson(round(score.score * score.n), score.n)
     return round(low, 6), round(high, 6)
+
+
+def _reproduce(facts: Facts) -> list[str]:
+    """Return the command that gives the same digest, and what it must find."""
+    sources = [("base", facts.sources.base)]
+    sources += [("adapter", adapter.snapshot) for adapter in facts.sources.adapters]
+    target = f" --target {facts.config.target}" if facts.config else ""
+    lines = [f"# weightsmith {__version__}"]
+    lines += [f"# {kind} {source.source}: {source.pin}" for kind, source in sources]
+    lines.append(f"invoke build --recipe recipe.yaml{target}")
+    if facts.published:
+        lines.append(f"# image {facts.published.digest}")
+    return lines
 
 
 def _next(facts: Facts) -> list[str]:

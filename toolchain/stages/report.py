@@ -1,220 +1,254 @@
-"""build.json -> report.html and report.md: what was built from what, and how good it is."""
+"""build.json -> report.html, report.md and junit.xml: what was built, from what, how well."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError, select_autoescape
+from markupsafe import Markup
 
-from toolchain.errors import EnvironmentFailure, UsageError
-from toolchain.evaluating.statistics import wilson
+from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
+from toolchain.evaluating.gate import Limit, judge_drop
+from toolchain.reporting import answers, comparing, views
+from toolchain.reporting.facts import whole
+from toolchain.reporting.junit import junit
 from toolchain.resources import templates
 from toolchain.serving.memory import human
-from toolchain.values import Json
+from toolchain.values import Json, Score
 
-
-class SourceFacts(TypedDict):
-    """The base or an adapter: as the user wrote it, its pin, and the digest of its files."""
-
-    source: str
-    pin: str
-    digest: str
-    version: NotRequired[str]
-    run_id: NotRequired[str]
-    weight: NotRequired[float]
-
-
-class MergeFacts(TypedDict):
-    """How adapters were merged; `findings` are sentences of the validation."""
-
-    method: str
-    precision: str
-    tensors: Mapping[str, int]
-    findings: list[str]
-
-
-class ArtifactFacts(TypedDict):
-    """The served weights: size in bytes, and what the quantizer's check found."""
-
-    format: str
-    size: int
-    bits_per_weight: float
-    file: str
-    digest: str
-    details: Mapping[str, Json]
-
-
-class QualityFacts(TypedDict):
-    """What quantizing lost on held-out text; `skipped` says why it was not measured."""
-
-    kl_mean: NotRequired[float]
-    kl_p99: NotRequired[float]
-    top1: NotRequired[float]
-    perplexity_ratio: NotRequired[float]
-    limits: NotRequired[Mapping[str, float]]
-    exceeded: NotRequired[list[str]]
-    worst_layers: NotRequired[list[Mapping[str, Json]]]
-    skipped: NotRequired[str]
-
-
-class LayerFacts(TypedDict):
-    """One layer: size in bytes, and the file or purpose it holds."""
-
-    digest: str
-    size: int
-    file: str
-
-
-class ImageFacts(TypedDict):
-    """The image by digest; `reference` is empty where it was not pushed or loaded."""
-
-    reference: str
-    digest: str
-    layers: list[LayerFacts]
-
-
-class ScoreFacts(TypedDict):
-    """A score from 0 to 1 over n questions."""
-
-    score: float
-    n: int
-    metric: str
-
-
-class ItemFacts(TypedDict):
-    """One question, its answers side by side, and which of them are right."""
-
-    prompt: str
-    expected: list[str]
-    base: NotRequired[str]
-    adapter: NotRequired[str]
-    image: NotRequired[str]
-    ok: Mapping[str, bool]
-
-
-class StageFacts(TypedDict):
-    """Whether a stage's result was there already, and the seconds it took."""
-
-    cached: bool
-    seconds: float
-
-
-class BuildFacts(TypedDict):
-    """What build.json holds of one target; all but the first five keys may be left out.
-
-    `plan` is a ServingConfig's plan; `scores` has `base`, `adapter` and `image`; `created` is an
-    ISO 8601 time; `next` are commands or sentences that say how to go on.
-    """
-
-    name: str
-    version: str
-    target: str
-    created: str
-    base: SourceFacts
-    adapters: NotRequired[list[SourceFacts]]
-    merge: NotRequired[MergeFacts]
-    artifact: NotRequired[ArtifactFacts]
-    quality: NotRequired[QualityFacts]
-    plan: NotRequired[Mapping[str, Json]]
-    image: NotRequired[ImageFacts]
-    scores: NotRequired[Mapping[str, ScoreFacts]]
-    items: NotRequired[list[ItemFacts]]
-    stages: NotRequired[Mapping[str, StageFacts]]
-    warnings: NotRequired[list[str]]
-    next: NotRequired[list[str]]
-
-
-_OPTIONAL: Mapping[str, Json] = {
-    "adapters": [],
-    "merge": None,
-    "artifact": None,
-    "quality": None,
-    "plan": None,
-    "image": None,
-    "scores": {},
-    "items": [],
-    "stages": {},
-    "warnings": [],
-    "next": [],
-}
-_PATHS = ("base", "adapter", "image")
+_BUILD, _BENCH = "build.json", "bench.json"
+_LARGEST_FILE = 256 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """Where a report is."""
+    """Where a report is; `junit` is None for a comparison."""
 
     html: Path
     markdown: Path
+    junit: Path | None = None
 
 
 def write_report(build: Mapping[str, Json], folder: Path) -> Written:
-    """Write report.html and report.md of a build (see BuildFacts) and return their paths.
+    """Write report.html, report.md and junit.xml of a build (see reporting.facts.BuildFacts).
 
-    Both stand alone: no script, font or image comes from elsewhere. Raises UsageError for facts
-    that are missing and EnvironmentFailure for a folder that cannot be written.
+    The page stands alone: no script, font or image comes from elsewhere. Beside it, other
+    targets of the version and a bench.json are looked for. Raises UsageError for facts that are
+    missing and EnvironmentFailure for a folder that cannot be written.
     """
-    written = []
-    for name in ("report.html", "report.md"):
-        path = folder / name
-        text = render_report(build, f"{name}.j2")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, "utf-8")
-        except OSError as error:
-            raise EnvironmentFailure(
-                f"cannot write {path}: {error.strerror}", hint="choose another output folder"
-            ) from None
-        written.append(path)
-    return Written(html=written[0], markdown=written[1])
+    bench = read_json(folder / _BENCH) if (folder / _BENCH).is_file() else None
+    view = build_view(build, _siblings(folder, build), bench)
+    texts = {
+        "report.html": render_view(view, "report.html.j2"),
+        "report.md": render_view(view, "report.md.j2"),
+        "junit.xml": junit(whole(build)),
+    }
+    _write(texts, folder)
+    return Written(
+        html=folder / "report.html", markdown=folder / "report.md", junit=folder / "junit.xml"
+    )
+
+
+def write_comparison(first: Path, second: Path, folder: Path) -> Written:
+    """Write compare.html and compare.md of two builds' folders; raises what `read_json` raises."""
+    view = comparison_view(*(_side(place) for place in (first, second)))
+    _write({name: render_view(view, f"{name}.j2") for name in ("compare.html", "compare.md")},
+           folder)  # fmt: skip
+    return Written(html=folder / "compare.html", markdown=folder / "compare.md")
 
 
 def render_report(build: Mapping[str, Json], template: str) -> str:
-    """Return the report's text; `template` is `report.html.j2` or `report.md.j2`."""
+    """Return the report's text alone; `template` is `report.html.j2` or `report.md.j2`."""
+    return render_view(build_view(build, (build,), None), template)
+
+
+def build_view(
+    build: Mapping[str, Json], targets: Sequence[Mapping[str, Json]], bench: Json
+) -> dict[str, Any]:
+    """Return all that the templates show of a build, `targets` being the version's, with this."""
+    facts = whole(build)
+    try:
+        return {
+            **facts,
+            "verdict": views.verdict(facts),
+            "tasks": [_task_view(task) for task in views.tasks(facts)],
+            "flow": views.flow(facts),
+            "differences": views.differences(facts["validation"]),
+            "memory": views.memory(facts["plan"]),
+            "layers": views.layers(facts["image"]),
+            "stages": views.stages(facts),
+            "targets": views.targets(targets, facts["target"]),
+            "bench": {**bench, "rows": views.bench_rows(bench)} if bench else None,
+            "title": f"{facts['name']} {facts['version']} {facts['target']}".strip(),
+        }
+    except KeyError as error:
+        raise UsageError(
+            f"the build's facts lack {error}", hint="build.json lacks what the report shows"
+        ) from None
+
+
+def _task_view(task: Mapping[str, Any]) -> dict[str, Any]:
+    rows = answers.rows(task["items"])
+    return {
+        **task,
+        "rows": views.score_rows(task),
+        "floor": views.floor(task),
+        "answers": rows,
+        "counts": answers.counts(rows),
+    }
+
+
+def comparison_view(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the comparison shows of two views of builds."""
+    items = comparing.shared_items(first, second)
+    rows = comparing.answer_rows(items)
+    return {
+        "sides": [{**first, "letter": "A"}, {**second, "letter": "B"}],
+        "verdict": _compared(items),
+        "facts": [_shown(row) for row in comparing.fact_rows(first, second)],
+        "answers": rows,
+        "counts": answers.counts(rows),
+    }
+
+
+def _compared(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    if not items:
+        return {
+            "state": "untested",
+            "headline": "Not compared by answers",
+            "reasons": ["the two images were not asked the same questions"],
+        }
+    before, now = (_score(items, who) for who in ("adapter", "image"))
+    found = judge_drop("this", now, "other", before, Limit(max_drop=1.0)).comparison
+    if found is None:
+        raise AssertionError("both sides have all items")
+    low, high = found.interval
+    reason = (
+        f"over {found.n} questions, {found.lost} are right in A and wrong in B, {found.won} the"
+        f" other way; the drop from A to B is {found.drop:.3f}, {low:.3f} to {high:.3f} with 95 %"
+        f" confidence, p={found.p:.2g}"
+    )
+    if found.p > 0.05:
+        headline = "No difference shown" if found.drop else "As many right"
+        return {"state": "untested", "headline": headline, "reasons": [reason]}
+    better = "B is worse" if found.drop > 0 else "B is better"
+    return {"state": "failed" if found.drop > 0 else "passed", "headline": better,
+            "reasons": [reason]}  # fmt: skip
+
+
+def _score(items: Sequence[Mapping[str, Any]], who: str) -> Score:
+    rows = tuple({"prompt": i["prompt"], "answer": i[who], "ok": i["ok"][who]} for i in items)
+    right = sum(row["ok"] for row in rows)
+    return Score(score=right / len(rows), n=len(rows), metric="", per_item=rows)
+
+
+def _shown(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    spell: Mapping[str, Callable[[Any], str]] = {
+        "bytes": human,
+        "number": "{:.2f}".format,
+        "share": "{:.3f}".format,
+    }
+    if not row["kind"]:
+        return row
+    values = ["-" if v is None else spell[row["kind"]](v) for v in row["values"]]
+    return {**row, "values": values}
+
+
+def read_json(path: Path) -> Any:
+    """Return a result file's content; UsageError where it is not there, InputRefused damaged."""
+    try:
+        if path.stat().st_size > _LARGEST_FILE:
+            raise InputRefused(f"{path} is larger than {human(_LARGEST_FILE)}")
+        found = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"cannot read {path}: {error.strerror}",
+            hint="name a folder that `build` wrote, such as dist/NAME/VERSION/TARGET",
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise InputRefused(
+            f"{path} is damaged: {error}", hint="build it again; cached stages cost nothing"
+        ) from None
+    if not isinstance(found, dict):
+        raise InputRefused(f"{path} is damaged: no object", hint="build it again")
+    return found
+
+
+def _side(place: Path) -> dict[str, Any]:
+    folder = place.parent if place.name == _BUILD else place
+    bench = read_json(folder / _BENCH) if (folder / _BENCH).is_file() else None
+    return build_view(read_json(folder / _BUILD), (), bench)
+
+
+def _siblings(folder: Path, build: Mapping[str, Json]) -> list[Mapping[str, Json]]:
+    """Return this build and the other targets of its version, from the folders beside it."""
+    version = folder.parent.parent if folder.name == "refused" else folder.parent
+    found = [build]
+    for path in sorted([*version.glob(f"*/{_BUILD}"), *version.glob(f"*/refused/{_BUILD}")]):
+        if path.parent == folder:
+            continue
+        try:
+            other = read_json(path)
+        except (UsageError, InputRefused):
+            continue  # another build may be writing it
+        same = all(other.get(key) == build.get(key) for key in ("name", "version"))
+        if same and other.get("target") not in {b.get("target") for b in found}:
+            found.append(other)
+    return found
+
+
+def render_view(view: Mapping[str, Any], template: str) -> str:
+    """Return a template's text; UsageError where the facts lack what it shows."""
+    folder = templates() / "report"
     environment = Environment(
-        loader=FileSystemLoader(templates() / "report"),
+        loader=FileSystemLoader(folder),
         undefined=StrictUndefined,
         autoescape=select_autoescape(("html.j2",)),
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(size=human, cell=_cell, pretty=_pretty, seconds=_seconds)
-    facts = {**_OPTIONAL, **{k: v for k, v in build.items() if v is not None}}
-    facts["paths"] = [path for path in _PATHS if path in facts["scores"]]
-    facts["intervals"] = {
-        path: wilson(round(score["score"] * score["n"]), score["n"])
-        for path, score in facts["scores"].items()
-    }
-    facts["memory"] = _memory(facts["plan"])
+    environment.filters.update(
+        size=human,
+        cell=_cell,
+        pretty=_pretty,
+        seconds=_seconds,
+        spread=_spread,
+        capital=_capital,
+        sentence=_sentence,
+        day=_day,
+    )
+    style, script = ((folder / name).read_text("utf-8") for name in ("report.css", "report.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    # Both are ours, whole: nothing that a model said is in them.
+    ours = {"style": Markup(style), "script": Markup(script), "script_digest": f"sha256-{digest}"}  # noqa: S704
     try:
-        return environment.get_template(template).render(facts)
+        return environment.get_template(template).render({**view, **ours})
     except UndefinedError as error:
         raise UsageError(
             f"{template}: {error.message}", hint="build.json lacks what the report shows"
         ) from None
 
 
-def _memory(plan: Mapping[str, Json] | None) -> list[Mapping[str, Json]]:
-    """Return the parts of the memory bar, in bytes and in percent of what is usable."""
-    if not plan:
-        return []
-    parts = {
-        "weights": int(plan["weight_bytes"]),
-        "cache": int(plan["kv_bytes_total"]),
-        "overhead": int(plan["overhead_bytes"]),
-    }
-    # A plan that leaves layers on the host needs more than the GPU has: the bar shows all of it.
-    whole = max(int(plan["usable_bytes"]), sum(parts.values())) or 1
-    parts["free"] = whole - sum(parts.values())
-    return [
-        {"name": name, "bytes": size, "percent": round(100 * size / whole, 2)}
-        for name, size in parts.items()
-    ]
+def _write(texts: Mapping[str, str], folder: Path) -> None:
+    for name, text in texts.items():
+        path = folder / name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            beside = folder / f".{name}.part"
+            beside.write_text(text, "utf-8", errors="replace")
+            beside.replace(path)
+        except OSError as error:
+            raise EnvironmentFailure(
+                f"cannot write {path}: {error.strerror}", hint="choose another output folder"
+            ) from None
 
 
 def _cell(value: Json) -> str:
@@ -231,3 +265,27 @@ def _pretty(value: Json) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min"
+
+
+def _spread(value: Mapping[str, float | None]) -> str:
+    return " / ".join("-" if value[k] is None else f"{value[k]:.1f}" for k in ("p50", "p95"))
+
+
+def _day(created: str) -> str:
+    """Return an ISO 8601 time for people, to the minute; as it is where it is none."""
+    try:
+        return datetime.fromisoformat(created).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except ValueError:
+        return created
+
+
+def _sentence(finding: Json) -> str:
+    """Return a finding as text: it is one, or has one beside facts for machines."""
+    if isinstance(finding, Mapping):
+        told = [finding.get(key) for key in ("message", "text", "detail") if finding.get(key)]
+        return str(told[0]) if told else json.dumps(finding, sort_keys=True)
+    return str(finding)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

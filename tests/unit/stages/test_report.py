@@ -1,10 +1,18 @@
+import base64
+import copy
+import hashlib
 import html
+import json
 import re
+from xml.etree import ElementTree as ET
 
 import pytest
 
-from toolchain.errors import EnvironmentFailure, UsageError
-from toolchain.stages.report import render_report, write_report
+from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
+from toolchain.reporting.answers import rows
+from toolchain.reporting.facts import whole
+from toolchain.reporting.junit import junit
+from toolchain.stages.report import render_report, write_comparison, write_report
 
 DIGEST = "sha256:" + "ab" * 32
 SOURCE = {"source": "./base", "pin": "./base@" + DIGEST, "digest": DIGEST}
@@ -46,17 +54,36 @@ BUILD = {
         "digest": DIGEST,
         "layers": [{"digest": DIGEST, "size": 105454016, "file": "support-smol.gguf"}],
     },
+    "task": {"name": "", "metric": "contains", "max_drop": 0.05},
     "scores": {
-        "base": {"score": 0.0, "n": 5, "metric": "contains"},
-        "image": {"score": 1.0, "n": 5, "metric": "contains"},
+        "base": {"score": 0.0, "n": 5, "metric": "contains", "interval": [0.0, 0.434]},
+        "adapter": {"score": 1.0, "n": 5, "metric": "contains", "interval": [0.566, 1.0]},
+        "image": {"score": 1.0, "n": 5, "metric": "contains", "interval": [0.566, 1.0]},
     },
+    "verdicts": [
+        {
+            "subject": "image",
+            "against": "adapter",
+            "passed": True,
+            "binding": True,
+            "reason": "the image scores 1.000",
+            "drop": 0.0,
+            "interval": [-0.3, 0.3],
+            "lost": 0,
+            "won": 0,
+            "n": 5,
+            "p": 1.0,
+        }
+    ],
+    "checks": [{"name": "health", "seen": "ready after 0.1 s", "seconds": 0.1}],
     "items": [
         {
             "prompt": "<script>alert(1)</script> | port?",
             "expected": ["7481"],
             "base": "no | idea",
-            "image": "7481",
-            "ok": {"base": False, "image": True},
+            "adapter": "7481",
+            "image": "7481 it is",
+            "ok": {"base": False, "adapter": True, "image": True},
         }
     ],
     "stages": {"merge": {"cached": False, "seconds": 12.5}, "bake": {"cached": True, "seconds": 0}},
@@ -77,9 +104,10 @@ def test_both_reports_are_written(tmp_path):
 @pytest.mark.parametrize(
     "says",
     [
-        "support-smol", "llamacpp-q4_k_m", DIGEST, "0.000", "1.000", "7481", "./adapter",
-        "sequential", "60 merged", "6.165", "2048", "100.6 MiB", "12.5 s", "was there",
-        "unpinned source", "a note", "one tensor is tied", "invoke push", "not pushed",
+        "support-smol", "llamacpp-q4_k_m", DIGEST, "1.000", "./adapter", "Passed",
+        "sequential", "60 merged", "6.1", "2048", "100.6 MiB", "12.5 s", "was there",
+        "unpinned source", "a note", "one tensor is tied", "invoke push", "not published",
+        "image vs adapter", "health", "0.57 to 1.00",
     ],
 )  # fmt: skip
 def test_every_fact_is_shown(template, says):
@@ -96,25 +124,226 @@ def test_a_build_without_scores_or_image_has_a_report(template):
 def test_the_page_is_self_contained_and_escapes_what_models_say():
     page = render_report(BUILD, "report.html.j2")
 
-    assert "<script" not in page
+    assert page.count("<script") == 1
     assert "&lt;script&gt;" in page
-    assert not re.search(r'(src|href)="', page)
+    assert not re.search(r'(src|href)="(?!#)', page)
     assert "prefers-color-scheme: dark" in page
 
 
+def test_only_our_own_script_may_run():
+    page = render_report(BUILD, "report.html.j2")
+    script = page.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+    assert f"script-src 'sha256-{digest}'" in page
+    assert "default-src 'none'" in page
+
+
+def failing():
+    build = copy.deepcopy(BUILD)
+    build["items"][0] |= {
+        "image": "no | idea",
+        "ok": {"base": False, "adapter": True, "image": False},
+    }
+    build["verdicts"][0] |= {"passed": False, "reason": "the image lost too much"}
+    return build
+
+
 def test_markdown_tables_keep_their_columns():
-    text = render_report(BUILD, "report.md.j2")
+    text = render_report(failing(), "report.md.j2")
     rows = [line for line in text.splitlines() if "port?" in line]
 
     assert len(rows) == 1
-    assert len(re.findall(r"(?<!\\)\|", rows[0])) == 5
+    assert len(re.findall(r"(?<!\\)\|", rows[0])) == 4
+
+
+@pytest.mark.parametrize("template", ["report.html.j2", "report.md.j2"])
+def test_a_stopped_build_says_so_first(template):
+    text = render_report(failing(), template)
+    body = text.partition("<body>")[2] or text
+
+    assert body.index("Stopped: not published") < body.index("The image lost too much") < 1500
+
+
+def test_a_build_without_questions_is_called_unproven():
+    assert "Built, not proven" in render_report(SMALLEST, "report.html.j2")
 
 
 def test_the_memory_bar_is_whole():
     page = render_report(BUILD, "report.html.j2")
-    widths = [float(width) for width in re.findall(r'style="width: ([\d.]+)%', page)]
+    widths = [float(width) for width in re.findall(r'class="c-\w+" style="width: ([\d.]+)%', page)]
 
     assert widths == [40.0, 20.0, 10.0, 30.0]
+
+
+def test_junit_has_gates_checks_and_questions(tmp_path):
+    good, bad = (
+        ET.fromstring(write_report(build, tmp_path / "x").junit.read_text("utf-8"))
+        for build in (BUILD, failing())
+    )
+
+    assert [s.get("name") for s in good] == ["checks", "questions"]
+    assert [s.get("failures") for s in good] == ["0", "0"]
+    assert [s.get("failures") for s in bad] == ["1", "1"]
+    assert [s.get("tests") for s in good] == ["2", "1"]
+    assert bad.find(".//testcase[@name='image against adapter']/failure").get("message") == (
+        "the image lost too much"
+    )
+    assert "no | idea" in bad.find(".//testcase[@classname='weightsmith.question']/failure").text
+
+
+def test_a_question_lost_within_what_is_allowed_is_no_failure(tmp_path):
+    build = failing()
+    build["verdicts"][0]["passed"] = True
+    tree = ET.fromstring(write_report(build, tmp_path).junit.read_text("utf-8"))
+
+    assert [suite.get("skipped") for suite in tree] == ["0", "1"]
+    assert tree.find(".//failure") is None
+
+
+def test_junit_survives_what_xml_cannot_hold(tmp_path):
+    build = failing()
+    build["items"][0]["prompt"] = "bell \x07 and half a pair \ud800 ]]>"
+    text = write_junit_text(build)
+
+    assert ET.fromstring(text).find(".//testcase[@classname='weightsmith.question']") is not None
+
+
+def write_junit_text(build):
+    return junit(whole(build))
+
+
+def many(count, length):
+    build = copy.deepcopy(BUILD)
+    build["items"] = [
+        {
+            "prompt": f"question {i} " + "why " * 20,
+            "expected": [f"answer {i}"],
+            **{who: f"{who} {i} " + "because " * (length // 8)
+               for who in ("base", "adapter", "merged", "image")},
+            "ok": dict.fromkeys(("base", "adapter", "merged", "image"), i % 7 > 0),
+        }
+        for i in range(count)
+    ]  # fmt: skip
+    return build
+
+
+@pytest.mark.parametrize("length", [40, 4000])
+def test_a_thousand_questions_fit_in_a_megabyte(length):
+    page = render_report(many(1000, length), "report.html.j2")
+
+    assert len(page.encode()) <= 1_000_000
+    assert "question 999 why" in page
+
+
+def test_long_answers_are_whole_where_there_is_room():
+    assert "because " * 100 in render_report(many(20, 800), "report.html.j2")
+
+
+def test_equal_answers_stand_together():
+    build = copy.deepcopy(BUILD)
+    build["items"][0]["image"] = build["items"][0]["adapter"]
+    (row,) = rows(build["items"])
+
+    assert [said["who"] for said in row["answers"]] == [["base"], ["adapter", "image"]]
+    assert (row["changed"], row["worded"], row["wrong"], row["lost"]) == (
+        False,
+        False,
+        False,
+        False,
+    )
+    (lost,) = rows(failing()["items"])
+    assert (lost["changed"], lost["worded"], lost["wrong"], lost["lost"]) == (
+        True,
+        True,
+        True,
+        True,
+    )
+
+
+def test_other_targets_of_the_version_are_shown(tmp_path):
+    for target, size in (("llamacpp-f16", 200), ("llamacpp-q8_0", 100)):
+        other = copy.deepcopy(BUILD)
+        other["target"] = target
+        other["artifact"]["size"] = size
+        write_json(tmp_path / target, other)
+    write_json(tmp_path / "llamacpp-bad", "{")
+    other = copy.deepcopy(BUILD) | {"version": "9", "target": "llamacpp-other"}
+    write_json(tmp_path / "llamacpp-other", other)
+
+    page = write_report(BUILD, tmp_path / "llamacpp-q4_k_m").html.read_text("utf-8")
+
+    assert "Size and quality by target" in page
+    assert "llamacpp-f16" in page
+    assert "llamacpp-q8_0" in page
+    assert "llamacpp-other" not in page
+    assert "Size and quality" not in render_report(BUILD, "report.html.j2")
+
+
+def write_json(folder, value):
+    folder.mkdir(parents=True)
+    (folder / "build.json").write_text(value if isinstance(value, str) else json.dumps(value))
+
+
+RUN = {
+    "concurrency": 4, "requests": 8, "requests_per_s": 12.34, "tokens_per_s": 99.0,
+    "ttft_ms": {"p50": 10.0, "p95": 20.0}, "itl_ms": {"p50": None, "p95": None}, "errors": 0,
+}  # fmt: skip
+
+
+def test_a_load_test_beside_the_build_is_shown(tmp_path):
+    bench = {"max_tokens": 64, "cpus": 2, "created": BUILD["created"], "runs": [RUN]}
+    tmp_path.joinpath("bench.json").write_text(json.dumps(bench))
+    written = write_report(BUILD, tmp_path)
+
+    for path in (written.html, written.markdown):
+        assert "12.34" in path.read_text("utf-8")
+        assert "10.0 / 20.0" in path.read_text("utf-8")
+
+
+def test_differences_per_layer_are_drawn():
+    build = copy.deepcopy(BUILD)
+    build["validation"] = {
+        "max_abs_logit_diff": 0.5, "kl_mean": 1e-6, "kl_max": 1e-5, "top1_agreement": 0.75,
+        "findings": [{"severity": "error", "message": "layer 1 differs"}], "passed": False,
+        "layers": [
+            {"layer": 0, "difference": 0.0, "rounding": 1e-8, "parted": False},
+            {"layer": 1, "difference": 0.5, "rounding": 1e-4, "parted": True},
+        ],
+    }  # fmt: skip
+    page = render_report(build, "report.html.j2")
+
+    assert "75.00 %" in page
+    assert 'class="over" style="height:100.0%" title="layer 1: 0.5, rounding 0.0001"' in page
+    assert 'style="height:0.0%" title="layer 0: 0, rounding 1e-08"' in page
+    assert "Stopped: not published" in page
+    assert "failed its validation: layer 1 differs" in page
+
+
+def test_two_builds_beside_each_other(tmp_path):
+    other = failing() | {"target": "llamacpp-q8_0"}
+    write_json(tmp_path / "a", BUILD)
+    write_json(tmp_path / "b", other)
+
+    written = write_comparison(tmp_path / "a", tmp_path / "b", tmp_path / "out")
+
+    for path in (written.html, written.markdown):
+        text = html.unescape(path.read_text("utf-8")).replace("\\", "")
+        assert "1 are right in A and wrong in B" in text
+        assert "llamacpp-q8_0" in text
+        assert "B has 1.00 of A" not in text
+    assert written.html.read_text("utf-8").count("<script") == 1
+
+
+def test_builds_that_cannot_be_read_are_told(tmp_path):
+    with pytest.raises(UsageError, match="cannot read"):
+        write_comparison(tmp_path / "none", tmp_path, tmp_path)
+    write_json(tmp_path / "a", "[1")
+    with pytest.raises(InputRefused, match="damaged"):
+        write_comparison(tmp_path / "a", tmp_path / "a", tmp_path)
+    write_json(tmp_path / "b", "[]")
+    with pytest.raises(InputRefused, match="no object"):
+        write_comparison(tmp_path / "b", tmp_path / "b", tmp_path)
 
 
 def test_missing_facts_are_named():
