@@ -13,6 +13,8 @@ from pydantic import BaseModel
 
 from toolchain.cli import namespace
 from toolchain.drivers import bases
+from toolchain.merging.families.family import families
+from toolchain.merging.refused import REFUSED, SETTINGS, UNMERGED
 from toolchain.planning import all_targets
 from toolchain.recipe import Recipe
 from toolchain.serving.gpus import GPUS
@@ -32,6 +34,7 @@ def pages() -> dict[str, str]:
         "recipe.schema.json": json.dumps(schema, indent=2) + "\n",
         "recipe.md": _GENERATED + "# Recipe\n\n" + "\n".join(_recipe(Recipe, "")) + "\n",
         "commands.md": _GENERATED + "# Commands\n\n" + "\n".join(_commands()) + "\n",
+        "adapters.md": _GENERATED + "# Adapters\n\n" + "\n".join(_adapters()) + "\n",
         "targets.md": _GENERATED + "# Targets\n\n" + "\n".join(_targets()) + "\n",
     }
 
@@ -93,6 +96,25 @@ def _commands() -> Iterator[str]:
             shown = "" if default in ("", False) else f"`{default}`"
             yield f"| `{flag}`{star} | {shown} | {_oneline(argument.help)} |"
         yield ""
+
+
+def _adapters() -> Iterator[str]:
+    yield (
+        "What PEFT can write, and what `merge` makes of it. Nothing is left out in silence: what "
+        f"is not merged is refused with the reason; {UNMERGED}.\n"
+    )
+    yield "| adapter | merged | how, or why not |\n|---|---|---|"
+    for family in families():
+        for variant in family.variants:
+            yield f"| {variant.name} | yes | {_oneline(variant.how)} |"
+    for name, reason in SETTINGS.items():
+        yield f"| `{name}` | no | {_oneline(reason)} |"
+    for kind, reason in REFUSED.items():
+        yield f"| `{kind}` | no | {_oneline(reason)} |"
+    yield (
+        "| PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ | converted | their initialisation changed the base: "
+        "convert with `path_initial_model_for_weight_conversion`, or give the residual base |"
+    )
 
 
 def _targets() -> Iterator[str]:

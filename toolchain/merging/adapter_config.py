@@ -11,20 +11,11 @@ from typing import Any
 
 from toolchain.checkpoints.safetensors import read_json
 from toolchain.errors import InputRefused
+from toolchain.merging.refused import SETTINGS, UNMERGED
 
 _MUTATING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """Initialisations that change the base weights too, so that B·A alone is not the adapter."""
 
-_REFUSED = {
-    "use_qalora": "QALoRA's factors act on groups of inputs of a GPTQ base and have no merged form",
-    "alora_invocation_tokens": "activated LoRA (aLoRA) acts only after its invocation tokens",
-    "arrow_config": "Arrow routes every token to other adapters",
-    "megatron_config": "Megatron's parallel layers split the weights in a way of their own",
-}
-"""What depends on the input, so that no single weight can stand for it."""
-_UNMERGED = (
-    "serve it unmerged: vLLM takes plain adapters beside a base (--enable-lora), PEFT all of them"
-)
 _PLAIN = (
     "alora_invocation_tokens alpha_pattern arrow_config auto_mapping base_model_name_or_path bias "
     "corda_config ensure_weight_tying "
@@ -140,9 +131,9 @@ def _check_kind(path: Path, raw: Mapping[str, Any]) -> None:
     init = raw.get("init_lora_weights", True)
     if raw.get("peft_type") != "LORA":
         return
-    for name, reason in _REFUSED.items():
+    for name, reason in SETTINGS.items():
         if raw.get(name):
-            raise InputRefused(f"{path} sets {name}: {reason}", hint=_UNMERGED)
+            raise InputRefused(f"{path} sets {name}: {reason}", hint=UNMERGED)
     if isinstance(init, str) and init.lower().startswith(_MUTATING):
         raise InputRefused(
             f"{path} was initialised with {init!r}, which changed the base weights too: on the "

@@ -24,6 +24,7 @@ _TOKENIZER = (
     "sentencepiece.bpe.model",
     "tekken.json",
 )
+_GENERATION = "generation_config.json"
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
@@ -32,7 +33,8 @@ def companion_files(plan: MergePlan) -> tuple[dict[str, bytes], list[str]]:
     """Return the files to write beside the weights, by relative path, and what is worth knowing.
 
     The last adapter that has tokenizer files wins over the base as a whole set, since mixing two
-    tokenizers' files makes a third one; a chat template alone wins by itself.
+    tokenizers' files makes a third one; a chat template or a generation_config.json alone wins by
+    itself.
     """
     files = {
         name: (plan.base.root / name).read_bytes()
@@ -40,11 +42,15 @@ def companion_files(plan: MergePlan) -> tuple[dict[str, bytes], list[str]]:
         if not name.endswith((".safetensors", ".safetensors.index.json"))
     }
     findings: list[str] = []
+    before = json.loads(files.get(_GENERATION, b"{}"))
     for adapter in plan.adapters:
         findings += _overlay(files, adapter.root, adapter.files)
+        if _GENERATION in adapter.files:
+            files[_GENERATION] = (adapter.root / _GENERATION).read_bytes()
+            findings.append(f"{_GENERATION} taken from the adapter {adapter.root.name}")
     _set_dtype(files, plan.dtype)
     _apply(files, plan.settings)
-    findings += _join_ends(files, plan)
+    findings += _join_ends(files, plan, before)
     return files, findings
 
 
@@ -129,7 +135,7 @@ def _apply(files: dict[str, bytes], settings: Mapping[str, Any]) -> None:
     files["config.json"] = _json(config)
 
 
-def _join_ends(files: dict[str, bytes], plan: MergePlan) -> list[str]:
+def _join_ends(files: dict[str, bytes], plan: MergePlan, base: Mapping[str, Any]) -> list[str]:
     """Make generation_config.json name every end-of-sequence token that any input names.
 
     A fine-tuned model that may end its turns with another token than its base never stops where
@@ -137,7 +143,7 @@ def _join_ends(files: dict[str, bytes], plan: MergePlan) -> list[str]:
     """
     generation = json.loads(files.get("generation_config.json", b"{}"))
     ends: dict[int, None] = dict.fromkeys(_ids(generation))
-    for source in (json.loads(files["config.json"]), *_generation_configs(plan)):
+    for source in (base, json.loads(files["config.json"]), *_generation_configs(plan)):
         ends.update(dict.fromkeys(_ids(source)))
     ends.update(dict.fromkeys(_tokenizer_end(files)))
     if not ends or set(ends) == set(_ids(generation)):

@@ -20,7 +20,7 @@ from toolchain.errors import CheckFailed, EnvironmentFailure, UsageError
 from toolchain.merging.companions import companion_files, index_json, write_file
 from toolchain.merging.kernel import PIECE, check_arithmetic
 from toolchain.merging.outputs import OutputShard
-from toolchain.merging.plan import MergePlan, make_plan
+from toolchain.merging.plan import KINDS, MergePlan, make_plan
 from toolchain.merging.proof import Proof, prove
 from toolchain.merging.shards import BLOCK, Settings, ShardMaker, Tally
 from toolchain.merging.stream import Checksum, Journal, sha256_file, sync_folder
@@ -77,11 +77,8 @@ def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, 
     files = [{"path": s["file"], "size": s["size"], "sha256": s["sha256"]} for s in shards] + small
     return {
         "out": str(request.out),
-        "tensors": {
-            "merged": plan.count("merged"),
-            "copied": plan.count("copied"),
-            "replaced": plan.count("replaced"),
-        },
+        "tensors": {kind: plan.count(kind) for kind in KINDS},
+        "tensor_bytes": {kind: plan.bytes_of(kind) for kind in KINDS},
         "shards": shards,
         "files": sorted(files, key=lambda entry: str(entry["path"])),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

@@ -35,6 +35,8 @@ from toolchain.merging.tying import Tie, find_tie
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 METHODS = ("sequential", "linear")
+KINDS = ("merged", "copied", "replaced")
+"""What becomes of a tensor."""
 _QUANTIZED_KEYS = (".absmax", ".quant_map", ".qweight", ".qzeros", ".SCB", ".weight_packed")
 _START_BYTES = 100 << 20
 """Resident memory of Python with numpy imported, generously."""
@@ -77,8 +79,12 @@ class MergePlan:
         return {output.name: output for shard in self.shards for output in shard.outputs}
 
     def count(self, kind: str) -> int:
-        """Return how many outputs are `merged`, `copied` or `replaced`."""
+        """Return how many outputs are of a kind."""
         return sum(output.kind == kind for output in self.outputs.values())
+
+    def bytes_of(self, kind: str) -> int:
+        """Return the bytes of all outputs of a kind."""
+        return sum(output.size for output in self.outputs.values() if output.kind == kind)
 
 
 def make_plan(

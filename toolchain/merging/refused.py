@@ -21,4 +21,12 @@ REFUSED = {
 }
 """`peft_type` -> why there is no merge."""
 
+SETTINGS = {
+    "use_qalora": "QALoRA's factors act on groups of inputs of a GPTQ base and have no merged form",
+    "alora_invocation_tokens": "activated LoRA (aLoRA) acts only after its invocation tokens",
+    "arrow_config": "Arrow routes every token to other adapters",
+    "megatron_config": "Megatron's parallel layers split the weights in a way of their own",
+}
+"""Setting of a LoRA configuration -> why there is no merge."""
+
 UNMERGED = "serve it unmerged, with PEFT's own forward pass"

@@ -14,7 +14,7 @@ from toolchain.values import Checkpoint, Job, Json, Sources, StageInputs
 BUILDER = "merge"
 RECIPE_NUMBER = 1
 MEMORY_BYTES = 2 << 30
-"""Limit of the merge container; the merge itself needs a fraction, whatever the model."""
+"""Least limit of the merge container; nearly all merges need a fraction, whatever the model."""
 
 
 def inputs(sources: Sources, options: Merge) -> StageInputs:
@@ -72,7 +72,8 @@ def found(sources: Sources, entry: Entry) -> Checkpoint:
 
 
 def _run(folder: Path, sources: Sources, options: Merge, tools: Tools) -> Mapping[str, Json]:
-    tools.store.require_room(check(sources, options)["write_bytes"], "the merged checkpoint")
+    cost = check(sources, options)
+    tools.store.require_room(cost["write_bytes"], "the merged checkpoint")
     tools.runner.prepare(BUILDER, tools.progress)
     names = [f"adapter{i}" for i in range(len(sources.adapters))]
     adapters = {n: a.snapshot.tree.root for n, a in zip(names, sources.adapters, strict=True)}
@@ -92,7 +93,7 @@ def _run(folder: Path, sources: Sources, options: Merge, tools: Tools) -> Mappin
                     "own_out": True,
                 },
                 output=folder,
-                memory_bytes=MEMORY_BYTES,
+                memory_bytes=max(MEMORY_BYTES, 2 * cost["peak_memory_bytes"]),
                 use_gpu=True,
             ),
             tools.progress,

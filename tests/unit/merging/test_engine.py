@@ -347,3 +347,21 @@ def test_a_folder_of_the_callers_own_is_cleared_of_what_is_no_start(
     again = run(base, [(adapter, 1.0)], out, own_out=True)
 
     assert whole["files"] == again["files"]
+
+
+def test_an_adapters_generation_config_wins_with_the_ends_of_both(
+    make_model: Any, make_adapter: Any
+) -> None:
+    base = make_model(eos_token_id=2)
+    adapter = make_adapter(base, target_modules=["q_proj"])
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 9], "top_k": 5}))
+    (adapter / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": 7, "temperature": 0.3})
+    )
+
+    run(base, [(adapter, 1.0)], base.parent / "out")
+
+    told = json.loads((base.parent / "out" / "generation_config.json").read_text())
+    assert told["temperature"] == 0.3
+    assert "top_k" not in told
+    assert set(told["eos_token_id"]) == {2, 7, 9}

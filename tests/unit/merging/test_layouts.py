@@ -1,0 +1,268 @@
+"""Where factors go when checkpoints and adapters name or stack things differently."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from toolchain.errors import InputRefused
+from toolchain.merging.engine import MergeRequest, merge
+
+
+def save(folder: Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:
+    """Write a checkpoint or, with a peft_type, an adapter of arbitrary tensors."""
+    folder.mkdir()
+    kind = "adapter" if "peft_type" in config else "model"
+    name = "adapter_config.json" if kind == "adapter" else "config.json"
+    (folder / name).write_text(json.dumps(config))
+    file = "adapter_model" if kind == "adapter" else "model"
+    save_file({k: t.contiguous() for k, t in tensors.items()}, folder / f"{file}.safetensors")
+    return folder
+
+
+def run(tmp_path: Path, base: Any, adapter: Any, config: dict[str, Any], **model: Any) -> Any:
+    """Merge tensors with tensors; return the result's."""
+    base_folder = save(tmp_path / "base", base, **model)
+    lora = {"peft_type": "LORA", "r": 2, "lora_alpha": 3} | config
+    wrapped = {f"base_model.model.{key}": tensor for key, tensor in adapter.items()}
+    adapter_folder = save(tmp_path / "adapter", wrapped, **lora)
+    out = tmp_path / "out"
+    merge(MergeRequest(base=base_folder, adapters=((adapter_folder, 1.0),), out=out))
+    return load_file(out / "model.safetensors")
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-7)
+
+
+def delta(a: torch.Tensor, b: torch.Tensor, scaling: float = 1.5) -> torch.Tensor:
+    return scaling * b.double().flatten(1) @ a.double().flatten(1)
+
+
+@pytest.mark.parametrize("module", ["conv", "attention.conv"])
+@pytest.mark.parametrize("kernel", [(3,), (1, 1), (3, 2), (2, 2, 3)])
+def test_convolutions(kernel: tuple[int, ...], module: str, tmp_path: Path) -> None:
+    """The delta is what PEFT's layer of that kind computes."""
+    from peft import LoraConfig, get_peft_model
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            kind = getattr(torch.nn, f"Conv{len(kernel)}d")
+            self.conv = kind(4, 6, kernel)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = LoraConfig(r=2, lora_alpha=3, target_modules=["conv"])
+        layer = get_peft_model(Net(), config).base_model.model.conv
+    a, b = random(2, 4, *kernel), random(6, 2, *(1 for _ in kernel))
+    layer.lora_A.default.weight.data, layer.lora_B.default.weight.data = a, b
+    weight = random(6, 4, *kernel)
+
+    found = run(
+        tmp_path,
+        {f"{module}.weight": weight},
+        {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b},
+        {"target_modules": ["conv"]},
+    )
+
+    wanted = layer.get_delta_weight("default").detach().double()
+    torch.testing.assert_close(
+        found[f"{module}.weight"].double(), weight.double() + wanted, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_multihead_attention(tmp_path: Path) -> None:
+    base = {
+        "attn.in_proj_weight": random(24, 8),
+        "attn.in_proj_bias": random(24),
+        "attn.out_proj.weight": random(8, 8),
+    }
+    a, b, c, d = random(2, 8), random(24, 2), random(2, 8) * 2, random(8, 2)
+
+    found = run(
+        tmp_path,
+        base,
+        {
+            "attn.lora_A.weight": a,
+            "attn.lora_B.weight": b,
+            "attn.base_layer.out_proj.lora_A.weight": c,
+            "attn.base_layer.out_proj.lora_B.weight": d,
+        },
+        {"target_modules": ["attn"]},
+    )
+
+    close(found["attn.in_proj_weight"], base["attn.in_proj_weight"].double() + delta(a, b))
+    close(found["attn.out_proj.weight"], base["attn.out_proj.weight"].double() + delta(c, d))
+    assert torch.equal(found["attn.in_proj_bias"], base["attn.in_proj_bias"])
+
+
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+def stacked_factors() -> dict[str, torch.Tensor]:
+    """Factors of three experts of width 4, intermediate 5, rank 2, as PEFT stacks them."""
+    return {
+        f"{EXPERTS}.base_layer.lora_A.weight": random(6, 4),
+        f"{EXPERTS}.base_layer.lora_B.weight": random(10, 6),
+        f"{EXPERTS}.lora_A.weight": random(6, 5),
+        f"{EXPERTS}.lora_B.weight": random(4, 6),
+    }
+
+
+STACKED = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+
+
+def expert_deltas(up: bool) -> list[torch.Tensor]:
+    """Each expert's delta, (out, in), by the words of PEFT's get_delta_weight."""
+    inner = "base_layer." if up else ""
+    factors = stacked_factors()
+    a = factors[f"{EXPERTS}.{inner}lora_A.weight"].double().reshape(3, 2, -1)
+    b = factors[f"{EXPERTS}.{inner}lora_B.weight"].double()
+    b = b.reshape(len(b), 2, 3)
+    return list(torch.einsum("ore,eri->eoi", b, a) * 1.5)
+
+
+def test_stacked_experts(tmp_path: Path) -> None:
+    base = {f"{EXPERTS}.gate_up_proj": random(3, 10, 4), f"{EXPERTS}.down_proj": random(3, 4, 5)}
+
+    found = run(tmp_path, base, stacked_factors(), STACKED)
+
+    for name, up in (("gate_up_proj", True), ("down_proj", False)):
+        key = f"{EXPERTS}.{name}"
+        close(found[key], base[key].double() + torch.stack(expert_deltas(up)))
+
+
+def test_transposed_experts(tmp_path: Path) -> None:
+    """gpt-oss stores (experts, in, out), square ones included."""
+    a, b = random(6, 4), random(4, 6)
+    base = {f"{EXPERTS}.down_proj": random(3, 4, 4)}
+
+    found = run(
+        tmp_path,
+        base,
+        {f"{EXPERTS}.lora_A.weight": a, f"{EXPERTS}.lora_B.weight": b},
+        {"target_parameters": ["experts.down_proj"]},
+        model_type="gpt_oss",
+    )
+
+    wanted = torch.einsum("ore,eri->eio", b.double().reshape(4, 2, 3), a.double().reshape(3, 2, 4))
+    key = f"{EXPERTS}.down_proj"
+    close(found[key], base[key].double() + 1.5 * wanted)
+
+
+@pytest.mark.parametrize(
+    ("stack", "names"),
+    [
+        (EXPERTS, ("gate_proj", "up_proj", "down_proj")),
+        ("model.layers.0.block_sparse_moe.experts", ("w1", "w3", "w2")),
+    ],
+)
+def test_stacked_factors_on_single_experts(
+    stack: str, names: tuple[str, str, str], tmp_path: Path
+) -> None:
+    gate, up, down = names
+    base = {}
+    for number in range(3):
+        base |= {
+            f"{stack}.{number}.{gate}.weight": random(5, 4) + number,
+            f"{stack}.{number}.{up}.weight": random(5, 4) - number,
+            f"{stack}.{number}.{down}.weight": random(4, 5) + number,
+        }
+
+    found = run(tmp_path, base, stacked_factors(), STACKED)
+
+    for number, (fused, last) in enumerate(
+        zip(expert_deltas(True), expert_deltas(False), strict=True)
+    ):
+        for name, wanted in ((gate, fused[:5]), (up, fused[5:]), (down, last)):
+            key = f"{stack}.{number}.{name}.weight"
+            close(found[key], base[key].double() + wanted)
+
+
+def test_single_experts_factors_on_a_stack(tmp_path: Path) -> None:
+    """Adapters of transformers 4 speak of each expert's layers."""
+    base = {f"{EXPERTS}.gate_up_proj": random(3, 10, 4), f"{EXPERTS}.down_proj": random(3, 4, 5)}
+    shapes = {"gate_proj": (5, 4), "up_proj": (5, 4), "down_proj": (4, 5)}
+    adapter = {}
+    for number in range(3):
+        for name, (rows, columns) in shapes.items():
+            key = f"{EXPERTS}.{number}.{name}"
+            adapter[f"{key}.lora_A.weight"] = random(2, columns) + number
+            adapter[f"{key}.lora_B.weight"] = random(rows, 2) - number
+
+    found = run(tmp_path, base, adapter, {"target_modules": list(shapes)})
+
+    def of(number: int, name: str) -> torch.Tensor:
+        key = f"{EXPERTS}.{number}.{name}"
+        return delta(adapter[f"{key}.lora_A.weight"], adapter[f"{key}.lora_B.weight"])
+
+    for number in range(3):
+        fused = torch.cat([of(number, "gate_proj"), of(number, "up_proj")])
+        key = f"{EXPERTS}.gate_up_proj"
+        close(found[key][number], base[key][number].double() + fused)
+        key = f"{EXPERTS}.down_proj"
+        close(found[key][number], base[key][number].double() + of(number, "down_proj"))
+
+
+def test_experts_of_another_size_are_refused(tmp_path: Path) -> None:
+    base = {f"{EXPERTS}.gate_up_proj": random(3, 10, 4), f"{EXPERTS}.down_proj": random(3, 4, 7)}
+
+    with pytest.raises(InputRefused, match="2 pairs of factors, which do not fit"):
+        run(tmp_path, base, stacked_factors(), STACKED)
+
+
+def test_experts_of_another_rank_are_refused(tmp_path: Path) -> None:
+    base = {f"{EXPERTS}.gate_up_proj": random(3, 10, 4), f"{EXPERTS}.down_proj": random(3, 4, 5)}
+
+    with pytest.raises(InputRefused, match="has rank 2 for each expert, but 6"):
+        run(tmp_path, base, stacked_factors(), STACKED | {"r": 6})
+
+
+def test_grouped_convolutions_are_refused(tmp_path: Path) -> None:
+    """PEFT cannot merge them; here the shapes give them away."""
+    base = {"conv.weight": random(6, 2, 3, 3)}
+    adapter = {"conv.lora_A.weight": random(2, 4, 3, 3), "conv.lora_B.weight": random(6, 1, 1, 1)}
+
+    with pytest.raises(InputRefused, match="rank 2 in lora_A and 1 in lora_B"):
+        run(tmp_path, base, adapter, {"target_modules": ["conv"]})
+
+
+def test_a_head_that_the_base_has_not_is_refused(tmp_path: Path) -> None:
+    base = {"model.q.weight": random(4, 4)}
+    adapter = {
+        "model.q.lora_A.weight": random(2, 4),
+        "model.q.lora_B.weight": random(4, 2),
+        "score.weight": random(3, 4),
+    }
+
+    with pytest.raises(InputRefused, match=r"brings score\.weight, which the base has not"):
+        run(tmp_path, base, adapter, {"target_modules": ["q"], "modules_to_save": ["score"]})
+
+
+def test_older_names_of_vision_models(tmp_path: Path) -> None:
+    """A ViT checkpoint keeps the names of transformers 4, adapters have those of their version."""
+    old, new = "vit.encoder.layer.1.attention.attention.query", "vit.layers.1.attention.q_proj"
+    a, b, weight = random(2, 8), random(8, 2), random(8, 8)
+    for number, name in enumerate((old, new)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+
+        found = run(
+            folder,
+            {f"{old}.weight": weight},
+            {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b},
+            {"target_modules": [name.rpartition(".")[2]]},
+        )
+
+        close(found[f"{old}.weight"], weight.double() + delta(a, b))
