@@ -1,0 +1,100 @@
+"""Validation of a merge against one forward of the same probes in transformers.
+
+    python benchmarks/validate.py [--rounds 3] [--scale 1.0] [--work benchmarks/work]
+
+Uses the base and adapter of benchmarks/merge.py (about 1 GB, rank 64 on every linear layer) with
+the tiny example's tokenizer, and runs each way in turn. `forward` loads the merged checkpoint with
+transformers in float32 and runs the probes once; its imports and loading count, as ours do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from merge import ROOT, make_inputs, run
+
+OURS = """
+import sys
+from pathlib import Path
+from toolchain.validating.validate import Request, validate
+base, adapter, merged = map(Path, sys.argv[1:4])
+assert validate(Request(base=base, adapters=((adapter, 1.0),), merged=merged))["passed"]
+"""
+FORWARD = """
+import sys, torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+from toolchain.validating import probes
+from toolchain.validating.forwards import Batch
+torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+merged = Path(sys.argv[1])
+ids = probes.encode(probes.load_tokenizer(merged), probes.choose(()), 32000)
+model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+with torch.inference_mode():
+    model(input_ids=Batch.of(ids).ids, use_cache=False)
+"""
+MERGE = """
+import sys
+from pathlib import Path
+from toolchain.merging.engine import MergeRequest, merge
+base, adapter, out = map(Path, sys.argv[1:4])
+merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=out))
+"""
+
+
+def make_merged(work: Path) -> Path:
+    """Merge once, and give both folders a tokenizer."""
+    out = work / "validated"
+    for path in (ROOT / "examples" / "tiny" / "base").iterdir():
+        if "token" in path.name or "template" in path.name:
+            shutil.copy(path, work / "base")
+    if not (out / "config.json").exists():
+        words = [sys.executable, "-c", MERGE, str(work / "base"), str(work / "adapter"), str(out)]
+        subprocess.run(words, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    return out
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / "work")
+    parser.add_argument("--make", action="store_true", help="make the inputs, run nothing")
+    options = parser.parse_args()
+    if options.make:
+        make_inputs(options.work, options.scale)
+        make_merged(options.work)
+        return
+    # In a process of its own: a child's peak memory starts at its parent's.
+    subprocess.run([sys.executable, __file__, *sys.argv[1:], "--make"], check=True)
+    base, adapter, out = (options.work / name for name in ("base", "adapter", "validated"))
+    python = [sys.executable, "-c"]
+    ways = {
+        "validate": [*python, OURS, str(base), str(adapter), str(out)],
+        "one forward": [*python, FORWARD, str(out)],
+    }
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    for _ in range(options.rounds):
+        for name, argv in ways.items():
+            found[name].append(run(argv))
+    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    print(f"Checkpoint {size / 1e9:.2f} GB, {os.cpu_count()} CPUs, median of {options.rounds}.\n")
+    print("| way | CPU s | wall s | peak RSS MiB |\n|---|---|---|---|")
+    for name, runs in found.items():
+        cpu, wall, rss = (statistics.median(r[key] for r in runs) for key in ("cpu", "wall", "rss"))
+        print(f"| {name} | {cpu:.1f} | {wall:.1f} | {rss:.0f} |")
+    (options.work / "validate.json").write_text(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()
