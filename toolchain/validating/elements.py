@@ -46,8 +46,10 @@ class Tally:
     found: float = 0.0
     wanted: float = 0.0
     """Place and values of the first wrong element."""
+    changed: bool = False
+    """An adapter adds something here."""
     change: float = 0.0
-    """Σ (W' - W)²."""
+    """Σ (W' - W)², as the next two over blocks with wrong elements."""
     delta: float = 0.0
     """Σ delta²."""
     along: float = 0.0
@@ -77,12 +79,9 @@ def compare_rows(
     looks wrong is summed again in float64, where factors are given.
     """
     wanted, found = base + delta, merged.to(delta.dtype)
-    change = found - base
     tally.total += found.numel()
-    tally.change += float(change.square().sum(dtype=torch.float64))
-    tally.delta += float(delta.square().sum(dtype=torch.float64))
-    tally.along += float((change * delta).sum(dtype=torch.float64))
-    off = (found - wanted).abs()
+    tally.changed = tally.changed or bool(delta.any())
+    off = (found - wanted).abs_()
     suspect = ~(off <= half_step(found, merged.dtype))
     if not suspect.any():
         return
@@ -100,6 +99,10 @@ def compare_rows(
             tally.row, tally.column = int(rows[place]) + first, int(columns[place])
             tally.found, tally.wanted = float(right[place]), float(exact[place])
         tally.wrong += int(bad.sum())
+        change = found - base
+        tally.change += float(change.double().square().sum())
+        tally.delta += float(delta.double().square().sum())
+        tally.along += float((change.double() * delta).sum())
 
 
 def compare_bytes(tally: Tally, first: int, base: torch.Tensor, merged: torch.Tensor) -> None:

@@ -103,8 +103,8 @@ class Examiner:
         name = site.parameters["weight"]
         factors = site.factors()
         tally = self.tallies.setdefault(name, Tally(tensor=self.merged.tensor_of(name)))
-        for first, rows in self.base.rows(name):
-            found = self.merged.slice(tally.tensor, first, first + len(rows))
+        both = zip(self.base.rows(name), self.merged.rows(name), strict=True)
+        for (first, rows), (_, found) in both:
             wide = torch.float64 if found.dtype == torch.float32 else torch.float32
             weights, delta = rows.to(wide), factors.rows(first, len(rows)).to(wide)
             if wide == torch.float64:
@@ -185,6 +185,9 @@ class _Outputs:
         self.wanted, self.base, self.found = (torch.zeros(shape) for _ in range(3))
         self.room = torch.zeros(shape)
         self.twin = torch.zeros((twins, out.shape[-1])) if twins else None
+        self.reach = self.x.norm(dim=1, keepdim=True) if site.kind == "linear" else torch.zeros(())
+        # W·x and B·A·x apart are each as large as the sum and the other together.
+        self.unit = 16 * float(self.x.shape[-1]) ** 0.5 * _UNIT
         self.added = self._added()
 
     def take(
@@ -200,12 +203,9 @@ class _Outputs:
             _apply(self.site.kind, self.twin_x, rounded, where, self.twin)
         if self.site.kind == "linear":
             # Higham and Mary, "A new approach to probabilistic rounding error analysis", 2019:
-            # a sum of n products is off by about √n units, not n; 8 is a wide factor.
-            size = exact.norm(dim=1) + base.norm(dim=1)
-            reach = self.x.norm(dim=1, keepdim=True) * size
-            self.room[:, where] = (
-                8 * self.x.shape[1] ** 0.5 * _UNIT * (reach + self.added[:, where])
-            )
+            # a sum of n products is off by about √n units, not n; `unit` has a wide factor.
+            reach = self.reach * exact.norm(dim=1)
+            self.room[:, where] = self.unit * (reach + self.added[:, where])
 
     def judge(self, bias: torch.Tensor | None) -> list[Finding]:
         """Return a finding where PEFT's output is not the formula's."""
@@ -248,7 +248,7 @@ class _Outputs:
         if self.site.kind != "linear":
             return torch.zeros(())
         factors = self.site.factors()
-        inner = self.x.norm(dim=1, keepdim=True) * factors.right.norm()
+        inner = self.reach * factors.right.norm()
         added: torch.Tensor = inner * factors.left.norm(dim=1)
         return added
 

@@ -17,6 +17,7 @@ from toolchain.validating.network import (
     fill,
     is_missing,
     load_buffers,
+    replication,
     skeleton,
     stream,
     with_adapters,
@@ -108,6 +109,8 @@ def reference_forward(
     load_buffers(bare, weights)
     names = set(bare.state_dict())
     model = with_adapters(bare, adapters)
+    if (layers := replication(model)) is not None:
+        weights.replicate(layers)
     adapted = tuple(sites(model))
     given = replaced(model, names)
     whole = batch.doubled(twins)

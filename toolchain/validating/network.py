@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,15 @@ def skeleton(root: Path) -> Any:
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, trust_remote_code=False
         )
+    _hollow(model)
+    return model.eval()
+
+
+def _hollow(model: Any) -> None:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, _missing(parameter.shape))
-    return model.eval()
+            if parameter.device.type == "meta":
+                setattr(module, name, _missing(parameter.shape))
 
 
 def load_buffers(model: Any, weights: Weights) -> None:
@@ -69,7 +74,31 @@ def with_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
             for name, (_, weight) in zip(names, adapters, strict=True):
                 if name in layer.scaling:
                     layer.scaling[name] *= weight
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        _load_again(model, dict(zip(names, adapters, strict=True)))
     return model.eval().requires_grad_(requires_grad=False)
+
+
+def _load_again(model: Any, adapters: Mapping[str, tuple[Path, float]]) -> None:
+    """Bring what PEFT left on the meta device, where it puts the layers that it replicates."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    _hollow(model)
+    for name, (root, _) in adapters.items():
+        weights = load_peft_weights(str(root), device="cpu", use_safetensors=True)
+        set_peft_model_state_dict(model, weights, adapter_name=name, low_cpu_mem_usage=True)
+    for parameter in model.parameters():
+        if parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+
+
+def replication(model: Any) -> list[int] | None:
+    """Return which layer of the base each layer is, where an adapter replicates them."""
+    for config in model.peft_config.values():
+        spans = getattr(config, "layer_replication", None)
+        if spans:
+            return [layer for first, last in spans for layer in range(first, last)]
+    return None
 
 
 def is_missing(parameter: torch.Tensor) -> bool:

@@ -289,7 +289,7 @@ def _untouched(reference: Reference, weights: Weights, touched: set[str]) -> dic
 def _shared(reference: Reference, weights: Weights, touched: set[str]) -> list[Finding]:
     """Return a finding where one tensor is two parameters, of which an adapter changes one."""
     base = reference.base
-    changed = {t.tensor: n for n, t in reference.examiner.tallies.items() if t.delta}
+    changed = {t.tensor: n for n, t in reference.examiner.tallies.items() if t.changed}
     return [
         finding(
             ERROR,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,11 @@ from safetensors import safe_open
 
 from toolchain.checkpoints.safetensors import TensorInfo, open_checkpoint
 
-BLOCK = 1 << 22
-"""Elements that are held at a time: 16 MiB in float32."""
+BLOCK = 1 << 19
+"""Elements that are held at a time: few enough that one pass over them stays in the cache."""
+
+_LAYER = re.compile(r"(.*\.layers\.)(\d+)(\..+)")
+"""What PEFT replicates is called so in every architecture that it knows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +51,21 @@ class Weights:
             if target not in self._direct and source in self._direct:
                 self._direct[target] = self._direct[source]
 
+    def replicate(self, sources: Sequence[int]) -> None:
+        """Follow a model whose layers were replicated: layer i now is the file's `sources[i]`."""
+        if self._fused:
+            raise NotImplementedError("replicated layers of an architecture with stacked weights")
+        old, self._direct = self._direct, {}
+        for name, tensor in old.items():
+            match = _LAYER.fullmatch(name)
+            if match is None:
+                self._direct[name] = tensor
+                continue
+            for place, source in enumerate(sources):
+                if int(match[2]) == source:
+                    self._direct[f"{match[1]}{place}{match[3]}"] = tensor
+        self.parameters = tuple(self._direct)
+
     def has(self, parameter: str) -> bool:
         """Say whether the checkpoint has what the parameter needs."""
         return parameter in self._direct or parameter in self._fused
@@ -72,8 +91,10 @@ class Weights:
             yield 0, self.read(tensor)
             return
         step = max(1, BLOCK // max(1, math.prod(shape[1:])))
-        for first in range(0, shape[0], step):
-            yield first, self.slice(tensor, first, min(first + step, shape[0]))
+        with safe_open(self._files[tensor], framework="pt") as file:
+            part = file.get_slice(tensor)
+            for first in range(0, shape[0], step):
+                yield first, part[first : first + step].clone()
 
     def slice(self, tensor: str, first: int, last: int) -> torch.Tensor:
         """Return rows of a tensor, a copy in the file's type."""
