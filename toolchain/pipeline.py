@@ -19,6 +19,7 @@ from toolchain.provenance.evidence import Evidence
 from toolchain.provenance.labels import labels, reference, score_labels
 from toolchain.proving import Result, ask_references, with_image
 from toolchain.quantizers import of_format
+from toolchain.recipe import RecipeFile
 from toolchain.serving.targets import Target
 from toolchain.stages import merge as merging
 from toolchain.stages import publish as publishing
@@ -56,7 +57,7 @@ def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[B
     """Yield each target's image: merged, quantized, planned, baked, proven, published."""
     recipe, clock = request.file.recipe, Clock(tools)
     tasks = tasks_of(request.file)
-    count = sum(len(tried.task.items) for tried in tasks)
+    asked = f"{sum(len(tried.task.items) for tried in tasks)} questions to"
     check_outputs(request, registry)
     with clock.stage("resolve", recipe.base.source):
         sources = resolve(request.file, tools)
@@ -66,14 +67,13 @@ def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[B
         said["cached"] = checkpoint.details.get("cached", True)
     with clock.stage("validate", "merged weights against base and adapters") as said:
         checkpoint = validated(request, sources, checkpoint, tools, said)
-    with clock.stage("reference", f"{count} questions to base, adapter and merged model") as said:
+    with clock.stage("reference", f"{asked} base, adapter and merged model") as said:
         expected = ask_references(tasks, sources, checkpoint, tools, said)
     judge(Record(request, sources, checkpoint, tools), expected, clock.stages)
     for target in request.targets:
         timed = Clock(tools, dict(clock.stages))
         with timed.stage("quantize", target.format.name) as said:
-            wanted = wanted_of(request.file, target.format, sources.base, tools)
-            artifact = quantizing.quantize(checkpoint, wanted, tools)
+            artifact = quantized(request.file, target, sources, checkpoint, tools)
             said["cached"] = artifact.details.get("cached", True)
         with timed.stage("quality", target.format.name) as said:
             artifact = with_quality(request.file, checkpoint, artifact, tools)
@@ -85,7 +85,7 @@ def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[B
             image = baking.image({})
         record = Record(request, sources, checkpoint, tools, baking, image)
         judge_quality(record, artifact, expected, timed.stages)
-        with timed.stage("evaluate", f"{count} questions to the started image") as said:
+        with timed.stage("evaluate", f"{asked} the started image") as said:
             results = prove(baking, image, expected, said)
         judge(record, results, timed.stages)
         with timed.stage("publish", reference(recipe, target.name)) as said:
@@ -242,6 +242,14 @@ def config_of(
         weights=files[0] if files else "",
         made_from=(artifact.digest,),
     )
+
+
+def quantized(
+    file: RecipeFile, target: Target, sources: Sources, checkpoint: Checkpoint, tools: Tools
+) -> Artifact:
+    """Return the weights in the target's format, by the recipe's options for it."""
+    wanted = wanted_of(file, target.format, sources.base, tools)
+    return quantizing.quantize(checkpoint, wanted, tools)
 
 
 def validated(

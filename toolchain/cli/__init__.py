@@ -1,5 +1,13 @@
 """The command line: parse, call, print. No decisions."""
 
+import os
+import sys
+
+from toolchain.interrupts import leave_quietly
+
+if os.path.basename(sys.argv[0]) in ("invoke", "inv"):  # noqa: PTH119 - no pathlib before this
+    leave_quietly()  # the imports below take longer than an impatient Ctrl-C
+
 from invoke.collection import Collection
 
 from toolchain.cli import build, looking, parts

@@ -21,6 +21,7 @@ from invoke.tasks import task
 
 from toolchain.cli.flags import FLAGS
 from toolchain.errors import EnvironmentFailure, WeightsmithError
+from toolchain.interrupts import raise_it
 from toolchain.values import Json, plain
 
 _OF_THE_MACHINE = frozenset(
@@ -86,6 +87,7 @@ def _guarded(
     body: Body, context: object, arguments: dict[str, Any]
 ) -> tuple[Mapping[str, Json], str]:
     """Run a body; SIGTERM ends it like Ctrl-C, and a fault of ours leaves its trace in a file."""
+    raise_it()
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         return body(context, **arguments)

@@ -1,0 +1,55 @@
+"""Ctrl-C before a command begins: one line, exit code 130, no traceback."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STRIKE = """
+import builtins, os, signal, sys, time
+true = builtins.__import__
+def strike(name, *rest):
+    if name.split(".")[0] == {module!r}:
+        builtins.__import__ = true
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+    return true(name, *rest)
+builtins.__import__ = strike
+sys.argv = [{program!r}, "targets"]
+{start}
+"""
+"""Send this process a SIGINT in the moment in which it begins to import a module."""
+STARTS = {
+    "weightsmith": "from toolchain.__main__ import main; main()",
+    "invoke": "sys.path.insert(0, '.'); import tasks",
+}
+
+
+def run(source, **options):
+    return subprocess.run(
+        [sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=False,
+        **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("module", ["invoke", "json"])
+def test_it_ends_at_once_while_python_imports(start, module):
+    done = run(STRIKE.format(module=module, program=start, start=STARTS[start]))
+
+    assert done.returncode == 130
+    assert done.stderr == "error: interrupted before it began\n"
+    assert done.stdout == ""
+
+
+def test_a_background_job_stays_deaf():
+    done = run(
+        STRIKE.format(module="invoke", program="weightsmith", start=STARTS["weightsmith"]),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+
+    assert done.returncode == 0
+    assert "llamacpp" in done.stdout

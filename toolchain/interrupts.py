@@ -1,0 +1,28 @@
+"""Ctrl-C while Python still imports: one line and exit code 130, no traceback.
+
+Imports next to nothing, so that it can be called before everything else.
+"""
+
+import os
+import signal
+
+
+def leave_quietly() -> None:
+    """End at once on Ctrl-C from now on, unless it is ignored as in a background job.
+
+    For the time before a command begins, which has nothing to undo; commands raise
+    KeyboardInterrupt instead (`raise_it`).
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _leave)
+
+
+def raise_it() -> None:
+    """Raise KeyboardInterrupt on Ctrl-C again, as Python does, unless it is ignored."""
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _leave(_number: int, _frame: object) -> None:
+    os.write(2, b"error: interrupted before it began\n")
+    os._exit(130)
