@@ -195,9 +195,12 @@ def _check_overlaps(name: str, shares: Sequence[Share]) -> None:
             if other[0] < one[1] and one[2] != other[2]
         ]
         kinds = [claim.kind for claim in mine if not claim.terms]
-        # A copy of the base that comes with factors or rows for it is what they are added to.
+        # A copy of the base that comes with factors or rows for it is what they are added to; PEFT
+        # writes one for embeddings and heads alone.
+        copied = all(is_embedding(claim.module) or is_head(claim.module) for claim in mine)
         legal = len(kinds) == len(set(kinds)) and not ({"change", "patch"} <= set(kinds))
         legal = legal and (not spans or set(kinds) <= {"replacement"})
+        legal = legal and (len(mine) == 1 or copied or "replacement" not in kinds)
         if doubled or not legal:
             what = doubled[:SHOWN] or sorted({claim.module for claim in mine})
             raise InputRefused(

@@ -107,7 +107,7 @@ class ShardMaker:
         """Yield the work of one tensor, in the order of its bytes."""
         if not output.size:
             return
-        if output.as_is and isinstance(output.source, Stored):
+        if output.as_is and output.kind == "copied" and isinstance(output.source, Stored):
             info = output.source.info
             for start in range(info.start, info.end, _COPY_BYTES):
                 size = min(_COPY_BYTES, info.end - start)
@@ -226,6 +226,11 @@ class ShardMaker:
         held = self._held(output, count * output.columns)
         weight = output.source.rows(self.files, first, count, output.columns, held)
         weight = patched(output.patches, self.files, weight, first)
+        if output.kind != "copied" and not np.isfinite(weight).all():
+            raise InputRefused(
+                f"what becomes of {output.name} holds NaN or infinite values",
+                hint="the training diverged or a file is damaged; use an earlier checkpoint",
+            )
         return self._rounded(output, weight)
 
     def _computed(self, output: Output, rows: Rows, first: int, count: int) -> Filled:

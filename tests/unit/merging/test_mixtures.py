@@ -1,0 +1,139 @@
+"""Several adapters of one tensor that are no low-rank sums: W + Σ weight · (changed - W)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.unit.merging.test_layouts import delta, random, save
+from toolchain.errors import InputRefused
+from toolchain.merging.engine import MergeRequest, merge
+
+Q = "model.layers.0.q_proj"
+W = random(6, 4)
+A, B, M = random(2, 4), random(6, 2), random(6).abs() + 0.5
+
+
+def adapter(folder: Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:
+    lora = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["q_proj"]} | config
+    return save(folder, {f"base_model.model.{k}": t for k, t in tensors.items()}, **lora)
+
+
+def factors(scale: float = 1.0) -> dict[str, torch.Tensor]:
+    return {f"{Q}.lora_A.weight": A * scale, f"{Q}.lora_B.weight": B}
+
+
+def plain(folder: Path) -> tuple[Path, torch.Tensor]:
+    return adapter(folder, factors(0.5)), delta(A * 0.5, B)
+
+
+def directed(folder: Path) -> tuple[Path, torch.Tensor]:
+    """DoRA, and what it changes."""
+    sums = W.double() + delta(A, B)
+    lengths = sums.norm(dim=1, keepdim=True)
+    changed = M.double()[:, None] * sums / lengths
+    made = adapter(folder, factors() | {f"{Q}.lora_magnitude_vector": M}, use_dora=True)
+    return made, changed - W.double()
+
+
+def saved(folder: Path) -> tuple[Path, torch.Tensor]:
+    whole = {f"{Q}.weight": W * 2 + 1}
+    made = adapter(folder, whole, modules_to_save=["q_proj"], target_modules=[])
+    return made, (W * 2 + 1 - W).double()
+
+
+def run(tmp_path: Path, parts: list[tuple[Path, float]], **options: Any) -> torch.Tensor:
+    base = save(tmp_path / "base", {f"{Q}.weight": W}, model_type="llama")
+    out = tmp_path / "out"
+    merge(MergeRequest(base=base, adapters=tuple(parts), out=out, **options))
+    return load_file(out / "model.safetensors")[f"{Q}.weight"]
+
+
+@pytest.mark.parametrize("kinds", [(directed, plain), (plain, saved), (directed, saved)])
+def test_changes_are_summed_with_their_weights(kinds: Any, tmp_path: Path) -> None:
+    made = [kind(tmp_path / f"adapter{number}") for number, kind in enumerate(kinds)]
+    weights = (0.7, -0.3)
+
+    found = run(tmp_path, [(path, w) for (path, _), w in zip(made, weights, strict=True)])
+
+    wanted = W.double() + sum(w * change for (_, change), w in zip(made, weights, strict=True))
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_one_weighted_dora_is_a_part_of_its_change(tmp_path: Path) -> None:
+    path, change = directed(tmp_path / "adapter")
+
+    found = run(tmp_path, [(path, 0.25)])
+
+    torch.testing.assert_close(found.double(), W.double() + 0.25 * change, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_bytes_of_computed_tensors_do_not_depend_on_workers(workers: int, tmp_path: Path) -> None:
+    path, _ = directed(tmp_path / "adapter")
+    (tmp_path / "other").mkdir()
+
+    one = run(tmp_path, [(path, 1.0)], workers=2)
+    two = run(tmp_path / "other", [(path, 1.0)], workers=workers)
+
+    assert torch.equal(one, two)
+
+
+def test_tokens_of_two_adapters(tmp_path: Path) -> None:
+    name = "model.embed_tokens"
+    words = random(8, 4)
+    base = save(tmp_path / "base", {f"{name}.weight": words, "lm_head.weight": words * 1})
+    parts = []
+    for number, places in enumerate(([1, 5], [5, 7])):
+        rows = random(2, 4) * (number + 2)
+        made = adapter(
+            tmp_path / f"adapter{number}",
+            {f"{name}.token_adapter.trainable_tokens_delta": rows},
+            trainable_token_indices=places,
+            target_modules=[],
+        )
+        parts.append((made, places, rows))
+    out = tmp_path / "out"
+
+    merge(MergeRequest(base=base, adapters=tuple((made, 1.0) for made, _, _ in parts), out=out))
+
+    wanted = words.double()
+    for _, places, rows in parts:
+        wanted[places] += rows.double() - words[places].double()
+    found = load_file(out / "model.safetensors")[f"{name}.weight"]
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_one_tensor_changed_twice_by_one_adapter_is_refused(tmp_path: Path) -> None:
+    both = factors() | {f"{Q}.weight": W * 2}
+    path = adapter(
+        tmp_path / "adapter", both | {f"{Q}.lora_magnitude_vector": M}, modules_to_save=["q_proj"]
+    )
+
+    with pytest.raises(InputRefused, match=r"changes model\.layers\.0\.q_proj\.weight twice"):
+        run(tmp_path, [(path, 1.0)])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["saved", "magnitude"])
+def test_trained_tensors_that_diverged_are_refused(
+    value: float, where: str, tmp_path: Path
+) -> None:
+    bad = torch.full((6, 4), value) if where == "saved" else torch.full((6,), value)
+    if where == "saved":
+        path = adapter(
+            tmp_path / "adapter",
+            {f"{Q}.weight": bad},
+            modules_to_save=["q_proj"],
+            target_modules=[],
+        )
+    else:
+        tensors = factors() | {f"{Q}.lora_magnitude_vector": bad}
+        path = adapter(tmp_path / "adapter", tensors, use_dora=True)
+
+    with pytest.raises(InputRefused, match="NaN or infinite"):
+        run(tmp_path, [(path, 1.0)])
