@@ -142,22 +142,28 @@ class Examiner:
         return examine
 
     def _merge(self, site: Site) -> None:
-        """Let PEFT merge this one layer in float32, and compare what its parameters became."""
-        before = {
-            part: _attribute(site.layer.get_base_layer(), part).detach().clone()
-            for part in site.parameters
-        }
-        for wrapper in tuner_layers(site.layer):
-            wrapper.merge()
+        """Let PEFT merge this one layer in float32, and compare what its parameters became.
+
+        Each adapter by itself, and their changes summed, as they act side by side: merged one onto
+        the other, those that scale the base would scale the others' changes too.
+        """
+        inner = site.layer.get_base_layer()
+        before = {part: _attribute(inner, part).detach().clone() for part in site.parameters}
+        total = {part: torch.zeros_like(values) for part, values in before.items()}
+        for adapter in site.layer.active_adapters:
+            for wrapper in tuner_layers(site.layer):
+                wrapper.merge(adapter_names=[adapter])
+                wrapper.merged_adapters.clear()
+            for part, values in before.items():
+                total[part] += _attribute(inner, part).detach() - values
+                _attribute(inner, part).data = values.clone()
         for part, name in site.parameters.items():
-            after = _attribute(site.layer.get_base_layer(), part).detach()
-            tally = self.tallies.setdefault(name, Tally(tensor=self.merged.tensor_of(name) or name))
+            tensor = self.merged.tensor_of(name) or name
+            tally = self.tallies.setdefault(name, Tally(tensor=tensor))
             found = _stored(self.merged, name)
-            base = before[part]
-            compare_rows(tally, 0, _rows(base), _rows(after - base), _rows(found))
-            _attribute(site.layer.get_base_layer(), part).data = after.to(found.dtype).float()
-        for wrapper in tuner_layers(site.layer):
-            wrapper.merged_adapters.clear()
+            compare_rows(tally, 0, _rows(before[part]), _rows(total[part]), _rows(found))
+            exact = before[part] + total[part]
+            _attribute(inner, part).data = exact.to(found.dtype).float()
 
     def _twins_of_other(self, site: Site, args: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
         """Compute the twins again with the rounded parameters that `_merge` left behind."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from toolchain.checkpoints.safetensors import read_json
 from toolchain.errors import InputRefused
 from toolchain.validating import probes as asked
 from toolchain.validating.elements import Tally, compare_bytes, compare_rows
@@ -78,24 +80,35 @@ def _validate(request: Request, progress: Progress) -> dict[str, Any]:
     result: dict[str, Any] = dict.fromkeys(
         ("max_abs_logit_diff", "mean_abs_logit_diff", "kl_mean", "kl_max", "top1_agreement")
     )
-    if request.summed:
-        result |= _compare(request, expected, findings, progress)
+    if why := _no_reference(request):
+        findings.append(finding(NOTE, "logits", f"{why}: files and tokenizer were judged alone"))
     else:
-        findings.append(
-            finding(
-                NOTE,
-                "logits",
-                "the adapters were not summed, so base with adapters is no reference: files and "
-                "tokenizer were judged alone",
-            )
-        )
+        result |= _compare(request, expected, findings, progress)
     return {
-        **result,
+        **_finite(result),
         "passed": not failed(findings),
         "findings": _first(findings),
         "seconds": round(time.monotonic() - began, 3),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+
+
+def _no_reference(request: Request) -> str:
+    """Say why base with adapters is no reference for this merge; nothing where it is one."""
+    if not request.summed:
+        return "the adapters were not summed, so base with adapters is no reference"
+    if read_json(request.base / "config.json").get("quantization_config"):
+        return "the base is quantized, and what it computes depends on how it is unpacked"
+    return ""
+
+
+def _finite(value: Any) -> Any:
+    """Return a result that JSON can hold: a number that is none becomes null."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _tokenizers(request: Request, expected: Any) -> list[Finding]:

@@ -82,7 +82,9 @@ def make_adapter(folder: Path, base: Path, seed: int = 1, **options: Any) -> Pat
 
 
 def merged(out: Path, base: Path, *adapters: Path, **options: Any) -> Path:
-    merge(MergeRequest(base=base, adapters=tuple((a, 1.0) for a in adapters), out=out, **options))
+    weights = options.pop("weights", (1.0,) * len(adapters))
+    pairs = tuple(zip(adapters, weights, strict=True))
+    merge(MergeRequest(base=base, adapters=pairs, out=out, **options))
     return out
 
 

@@ -81,3 +81,79 @@ def test_what_peft_merges_exactly_passes(tmp_path: Path, kind: str, adapter: dic
     assert result["passed"], tell(result)
     assert result["streamed"], tell(result)
     assert result["elements"]["wrong"] == 0
+
+
+@pytest.mark.parametrize(
+    ("adapters", "weights", "options"),
+    [
+        (({}, {"r": 2}), (1.0, 1.0), {}),
+        (({}, {"r": 2}), (0.7, -0.3), {}),
+        (({"use_dora": True}, {"use_dora": True}), (1.0, 1.0), {}),
+        (({},), (1.0,), {"dtype": "float32"}),
+        (({},), (1.0,), {"dtype": "float16"}),
+        (({},), (1.0,), {"precision": "fast"}),
+    ],
+    ids=["two", "weighted", "two-dora", "to-float32", "to-float16", "fast"],
+)
+def test_ways_to_merge_pass(
+    tmp_path: Path, adapters: tuple[dict, ...], weights: tuple[float, ...], options: dict
+) -> None:
+    base = make_model(tmp_path / "base")
+    loras = [
+        make_adapter(tmp_path / f"lora{i}", base, seed=i, **told) for i, told in enumerate(adapters)
+    ]
+    out = merged(tmp_path / "out", base, *loras, weights=weights, **options)
+
+    result = held(base, out, *loras, weights=weights)
+
+    assert result["passed"], tell(result)
+    assert result["streamed"], tell(result)
+    assert result["elements"]["wrong"] == 0
+
+
+def test_a_wrong_weight_is_told(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    lora = make_adapter(tmp_path / "lora", base)
+    out = merged(tmp_path / "out", base, lora, weights=(0.5,))
+
+    result = held(base, out, lora)
+
+    assert not result["passed"]
+    assert "the adapter is in it 0.5 times" in tell(result)
+
+
+def test_a_small_adapter_passes_and_its_loss_is_told(tmp_path: Path) -> None:
+    """Where all of it is below half a step of bfloat16, the exact merge is the base."""
+    base = make_model(tmp_path / "base")
+    lora = make_adapter(tmp_path / "lora", base, lora_alpha=0.02)
+    out = merged(tmp_path / "out", base, lora)
+
+    result = held(base, out, lora)
+
+    assert result["passed"], tell(result)
+    assert "merge with dtype float32" in tell(result)
+    assert result["lost_to_rounding"] > 0.5
+
+
+def test_probes_of_ones_own(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    lora = make_adapter(tmp_path / "lora", base)
+    out = merged(tmp_path / "out", base, lora)
+    items = (({"role": "user", "content": "What is the price of salt?"},),)
+
+    result = held(base, out, lora, items=items)
+
+    assert result["passed"], tell(result)
+    assert result["probes"] == 1
+
+
+def test_a_method_that_does_not_sum_has_no_reference(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    lora = make_adapter(tmp_path / "lora", base)
+    out = merged(tmp_path / "out", base, lora, weights=(0.5,))
+
+    result = held(base, out, lora, summed=False)
+
+    assert result["passed"], tell(result)
+    assert result["max_abs_logit_diff"] is None
+    assert "no reference" in tell(result)

@@ -1,0 +1,173 @@
+"""The stage keeps what passed, and a wrong merge ends the build before anything is made of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.fakes.runner import FakeRunner, RecordingProgress
+from toolchain.drivers.folders import FolderReader
+from toolchain.drivers.store import FileStore
+from toolchain.errors import CheckFailed, UsageError
+from toolchain.oci.registry import Registry
+from toolchain.pipeline import build
+from toolchain.planning import BuildRequest, chosen_targets
+from toolchain.ports import Tools
+from toolchain.recipe import Merge, read_recipe
+from toolchain.singles.validate import validate_folders
+from toolchain.stages.publish import Outputs
+from toolchain.stages.validate import validate
+from toolchain.values import Checkpoint, Job, Json, Snapshot, Sources, Tree
+from toolchain.worker import STAGES
+
+TINY = Path(__file__).parents[3] / "examples" / "tiny"
+GOOD = {"passed": True, "findings": [{"severity": "warning", "message": "small"}], "seconds": 1.0}
+BAD = {"severity": "error", "check": "elements", "message": "x.weight: wrong"}
+
+
+class NoEngine:
+    def answers(self) -> bool:
+        return False
+
+    def describe(self) -> Mapping[str, Json]:
+        return {}
+
+
+def make_tools(folder: Path, stages: Mapping[str, Any]) -> Tools:
+    @contextmanager
+    def scratch() -> Iterator[Path]:
+        (folder / "scratch").mkdir()
+        yield folder / "scratch"
+
+    store = FileStore(folder / "store")
+    return Tools(
+        store=store,
+        readers={"": FolderReader(store)},
+        runner=FakeRunner(stages=stages),
+        engine=NoEngine(),
+        launcher=None,
+        progress=RecordingProgress(),
+        scratch=scratch,
+        command=None,
+    )
+
+
+def sources(tools: Tools) -> tuple[Sources, Checkpoint]:
+    tree = Tree(root=TINY / "base", files=())
+    snapshot = Snapshot(tree=tree, source="x", pin="x", pinned=True)
+    return Sources(base=snapshot), Checkpoint(tree=tree, made_from=())
+
+
+def test_what_passed_is_kept(tmp_path: Path) -> None:
+    tools = make_tools(tmp_path, {"validate": lambda job, report: GOOD})
+    inputs, checkpoint = sources(tools)
+
+    first = validate(checkpoint, inputs, Merge(), (), tools)
+    again = validate(checkpoint, inputs, Merge(), (), tools)
+
+    assert not first.details["validation"]["cached"]
+    assert again.details["validation"]["cached"]
+    assert len(tools.runner.jobs) == 1
+    assert ("warn", "small") in tools.progress.lines
+
+
+def test_what_failed_is_not_kept(tmp_path: Path) -> None:
+    result = {**GOOD, "passed": False, "findings": [BAD]}
+    tools = make_tools(tmp_path, {"validate": lambda job, report: result})
+    inputs, checkpoint = sources(tools)
+
+    for _ in range(2):
+        with pytest.raises(CheckFailed, match="wrong") as caught:
+            validate(checkpoint, inputs, Merge(), (), tools)
+
+    assert caught.value.exit_code == 4
+    assert caught.value.details["findings"] == [BAD]
+    assert len(tools.runner.jobs) == 2
+
+
+def test_the_command_fails_with_its_findings(tmp_path: Path) -> None:
+    result = {**GOOD, "passed": False, "findings": [BAD]}
+    tools = make_tools(tmp_path, {"validate": lambda job, report: result})
+    adapter = (TINY / "adapters" / "a", 0.5)
+
+    with pytest.raises(CheckFailed, match="is not what base and adapters are") as caught:
+        validate_folders(TINY / "base", (adapter,), TINY / "base", None, "ties", tools)
+
+    assert caught.value.details["findings"] == [BAD]
+    assert tools.runner.jobs[0].parameters["weights"] == [0.5]
+    assert not tools.runner.jobs[0].parameters["summed"]
+
+
+def test_probes_are_read_before_anything_runs(tmp_path: Path) -> None:
+    tools = make_tools(tmp_path, {})
+    (tmp_path / "probes.jsonl").write_text('{"prompt": "Hi"}\n{"text": "no"}\n')
+    adapter = (TINY / "adapters" / "a", 1.0)
+
+    with pytest.raises(UsageError, match=r"probes\.jsonl:2"):
+        validate_folders(
+            TINY / "base", (adapter,), TINY / "base", tmp_path / "probes.jsonl", "linear", tools
+        )
+
+
+def wrong_merge(job: Job, report: Any) -> Any:
+    """Merge, and flip one sign in one of four million elements."""
+    result = STAGES["merge"](job, report)
+    path = job.output / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.2.mlp.up_proj.weight"].view(torch.int16)[7, 9] ^= -0x8000
+    save_file(tensors, path, {"format": "pt"})
+    return {**result, "files": [f for f in result["files"] if f["path"] != path.name]}
+
+
+def request_for(folder: Path, *settings: str) -> BuildRequest:
+    shutil.copytree(TINY, folder / "tiny", ignore=shutil.ignore_patterns("*.py"))
+    file = read_recipe(folder / "tiny" / "recipe.yaml", settings)
+    return BuildRequest(
+        file=file,
+        targets=chosen_targets(file, ()),
+        outputs=Outputs(load=False, layout=None, push=False, force=False),
+        dist=folder / "dist",
+        engine_answers=False,
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_wrong_merge_ends_the_build(tmp_path: Path) -> None:
+    request = request_for(tmp_path)
+    tools = make_tools(tmp_path, {**STAGES, "merge": wrong_merge})
+
+    with pytest.raises(CheckFailed, match="sign is flipped") as caught:
+        list(build(request, Registry(), tools))
+
+    kept = tmp_path / "dist" / "tiny-capitals" / "1.0.0" / "refused" / "build.json"
+    record = json.loads(kept.read_text())["validation"]
+    assert [job.stage for job in tools.runner.jobs] == ["merge", "validate"]
+    assert "report: " in caught.value.hint
+    assert record["elements"]["wrong"] == 1
+    assert record["findings"][0]["tensor"] == "model.layers.2.mlp.up_proj.weight"
+    assert record["findings"][0]["layer"] == 2
+
+
+def test_a_recipe_may_leave_it_out(tmp_path: Path) -> None:
+    class Enough(Exception):
+        pass
+
+    def stop(job: Job, report: Any) -> Any:
+        raise Enough
+
+    request = request_for(tmp_path, "validate.enabled=false")
+    tools = make_tools(tmp_path, {"merge": STAGES["merge"], "reference": stop})
+
+    with pytest.raises(Exception, match="Enough"):
+        list(build(request, Registry(), tools))
+
+    assert [job.stage for job in tools.runner.jobs] == ["merge", "reference"]
+    assert any("turns `validate` off" in str(line) for line in tools.progress.lines)
