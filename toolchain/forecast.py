@@ -21,6 +21,7 @@ from toolchain.ports import Tools
 from toolchain.quantizers import of_format
 from toolchain.recipe import RecipeFile
 from toolchain.serving.memory import human
+from toolchain.serving.picture import picture
 from toolchain.serving.targets import Target
 from toolchain.stages import merge as merging
 from toolchain.stages import quality
@@ -104,11 +105,7 @@ def table(result: Mapping[str, Json]) -> str:
     console = Console(file=text, width=110, highlight=False)
     console.print(rows)
     for name, plan in result["serving"].items():
-        console.print(
-            f"{name}: {plan['max_num_seqs']} requests of {plan['max_model_len']} tokens on "
-            f"{plan['device']}: weights {human(int(plan['weight_bytes']))}, cache "
-            f"{human(int(plan['kv_bytes_total']))}, other {human(int(plan['overhead_bytes']))}"
-        )
+        console.print(picture(name, plan), markup=False, soft_wrap=True)
     if not result["serving"]:
         console.print("sizes are known once the sources are on this machine")
         return text.getvalue().rstrip()

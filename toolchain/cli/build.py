@@ -24,6 +24,11 @@ def build(
     layout: str = "",
     base: str = "",
     adapter: Sequence[str] = (),
+    gpu: str = "",
+    gpu_memory: str = "",
+    gpu_count: int = 0,
+    max_model_len: str = "",
+    max_num_seqs: str = "",
     set: Sequence[str] = (),  # noqa: A002 - the flag's name
     allow_low_bits: bool = False,
     force: bool = False,
@@ -42,7 +47,14 @@ def build(
 
     if allow_low_bits:
         set = (*set, "quantize.allow_low_bits=true")  # noqa: A001
-    file = recipe_file(recipe, base, adapter, set)
+    wishes = {
+        "gpu": gpu,
+        "gpu_memory": gpu_memory,
+        "gpu_count": gpu_count,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+    }
+    file = recipe_file(recipe, base, adapter, [*serve_settings(wishes), *set])
     targets = chosen_targets(file, tuple(target), to_build=True)
     tools, engine = make_tools(runner, Recorder(progress_for()), sign_key=sign_key)
     request = BuildRequest(
@@ -96,6 +108,11 @@ def plan(
     layout: str = "",
     base: str = "",
     adapter: Sequence[str] = (),
+    gpu: str = "",
+    gpu_memory: str = "",
+    gpu_count: int = 0,
+    max_model_len: str = "",
+    max_num_seqs: str = "",
     set: Sequence[str] = (),  # noqa: A002 - the flag's name
     dist: str = "dist",
     json: bool = False,
@@ -107,11 +124,23 @@ def plan(
     from toolchain.ports import Silent
     from toolchain.wiring import make_tools
 
-    file = recipe_file(recipe, base, adapter, set)
+    wishes = {
+        "gpu": gpu,
+        "gpu_memory": gpu_memory,
+        "gpu_count": gpu_count,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+    }
+    file = recipe_file(recipe, base, adapter, [*serve_settings(wishes), *set])
     targets = chosen_targets(file, tuple(target))
     tools, _ = make_tools(runner, Silent())
     result = forecast(file, targets, Path(dist).absolute(), tools)
     return result, table(result)
+
+
+def serve_settings(wishes: Mapping[str, Any]) -> list[str]:
+    """Return the given serving flags as the settings that they stand for."""
+    return [f"serve.{key}={value}" for key, value in wishes.items() if value]
 
 
 def recipe_file(recipe: str, base: str, adapters: Sequence[str], settings: Sequence[str]) -> Any:

@@ -173,6 +173,7 @@ def render(
 ) -> tuple[Mapping[str, Json], str]:
     """Plan the memory and render serving configs and manifests of a target into --out."""
     del json
+    from toolchain.serving.picture import picture
     from toolchain.singles.arguments import required, serve_wishes
     from toolchain.singles.serve import render_model
 
@@ -188,7 +189,8 @@ def render(
         set,
     )
     result = render_model(Path(model), target, name, wishes, Path(out))
-    return result, "\n".join(str(path) for path in result["files"])
+    lines = [*map(str, result["files"]), "", picture(target, result["plan"])]
+    return result, "\n".join(lines)
 
 
 @command()

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from toolchain.errors import UsageError
+from toolchain.serving.architectures import check_architecture
 from toolchain.serving.engine import ServingPlan, Wishes
 from toolchain.serving.gpus import gpu
 from toolchain.serving.llamacpp_options import extra_options
@@ -126,9 +127,11 @@ def plan(config: Mapping[str, Json], weight_bytes: int, wishes: Wishes) -> Servi
     """
     shape = ModelShape.from_config(config)
     require_attention(shape)
-    extra = extra_options(wishes.extra)
+    extra = _with_wishes(extra_options(wishes.extra), wishes)
     case = _case(shape, weight_bytes, wishes, extra)
     notes = _shape_notes(shape)
+    if said := check_architecture(shape, config):
+        notes.append(said)
     limit = _length_limit(shape, wishes, extra)
     tokens, slots = _choose(case, wishes, limit)
     if case.fits(tokens, slots):
@@ -142,6 +145,39 @@ def plan(config: Mapping[str, Json], weight_bytes: int, wishes: Wishes) -> Servi
     else:
         raise _too_much(case, tokens, slots)
     return _result(case, tokens, slots, layers, extra, notes)
+
+
+_CACHE_TYPES = {"fp8": "q8_0", "fp8_e4m3": "q8_0", "float16": "f16", "bfloat16": "bf16"}
+"""Other engines' names -> the nearest of llama.cpp's own."""
+
+
+def _with_wishes(extra: dict[str, Json], wishes: Wishes) -> dict[str, Json]:
+    """Return the options that the wishes of every engine stand for; `extra` wins.
+
+    Raises UsageError for a wish that llama.cpp has nothing for.
+    """
+    if wishes.dtype not in {"", "auto"}:
+        raise UsageError(
+            f"dtype {wishes.dtype}: a GGUF file has its types already", hint="choose another target"
+        )
+    if wishes.tensor_parallel_size > 1:
+        raise UsageError(
+            "tensor_parallel_size: llama.cpp gives whole layers to each GPU",
+            hint="set serve.gpu_count alone",
+        )
+    if wishes.pipeline_parallel_size not in {0, wishes.gpu_count}:
+        raise UsageError(
+            f"pipeline_parallel_size {wishes.pipeline_parallel_size} is not gpu_count"
+            f" {wishes.gpu_count}",
+            hint="leave it out: llama.cpp spreads the layers over all GPUs",
+        )
+    found: dict[str, Json] = {}
+    if wishes.kv_cache_dtype not in {"", "auto"}:
+        kind = _CACHE_TYPES.get(wishes.kv_cache_dtype, wishes.kv_cache_dtype)
+        found |= {"cache-type-k": kind, "cache-type-v": kind}
+    if batch := wishes.max_num_batched_tokens:
+        found |= {"batch-size": batch, "ubatch-size": min(_UBATCH, batch)}
+    return {**found, **extra}
 
 
 def _case(shape: ModelShape, weights: int, wishes: Wishes, extra: Mapping[str, Json]) -> _Case:
@@ -177,9 +213,10 @@ def _machine(wishes: Wishes) -> _Machine:
         each = wishes.gpu_memory_bytes or (named.usable_bytes if named else 0)
         total = each * wishes.gpu_count
         device = named.name if named else "gpu"
-        return _Machine(
-            device=device, gpus=wishes.gpu_count, total=total, held_back=total // _MARGIN
-        )
+        held = total // _MARGIN
+        if wishes.gpu_memory_utilization:
+            held = total - int(total * wishes.gpu_memory_utilization)
+        return _Machine(device=device, gpus=wishes.gpu_count, total=total, held_back=held)
     total = wishes.host_memory_bytes or host_memory()
     return _Machine(device="cpu", gpus=0, total=total, held_back=total // _MARGIN)
 
@@ -253,26 +290,37 @@ def _too_much(case: _Case, tokens: int, slots: int) -> UsageError:
         f" {human(machine.usable)} are usable on {machine.device}: weights {human(case.weights)},"
         f" cache {human(case.kv(tokens, slots))}, overhead {human(case.overhead(tokens, slots))}",
         hint=f"nearest that fits: {_nearest(case, tokens, slots)}",
+        details={"plan": _result(case, tokens, slots, 0, {}, [])},
     )
 
 
 def _nearest(case: _Case, tokens: int, slots: int) -> str:
     """Return the wishes closest to these that fit, for people."""
-    ways = []
+    return "; or ".join(str(way["text"]) for way in _ways(case, tokens, slots))
+
+
+def _ways(case: _Case, tokens: int, slots: int) -> list[dict[str, Json]]:
+    """Return the wishes closest to these that fit: `text` for people, the rest as `serve` keys."""
+    both: dict[str, Json] = {"max_model_len": tokens, "max_num_seqs": slots}
+    ways: list[dict[str, Json]] = []
     if shorter := case.longest(slots, tokens):
-        ways.append(f"max_model_len {shorter} with {slots} at once")
+        text = f"max_model_len {shorter} with {slots} at once"
+        ways.append({"text": text, **both, "max_model_len": shorter})
     if fewer := case.most_slots(tokens, slots):
-        ways.append(f"max_num_seqs {fewer} at {tokens}")
+        text = f"max_num_seqs {fewer} at {tokens}"
+        ways.append({"text": text, **both, "max_num_seqs": fewer})
     packed = _packed(case)
-    if packed and packed.fits(tokens, slots):
-        ways.append("the same with serve.extra.cache-type-k=q8_0 and cache-type-v=q8_0")
-    elif packed and (longer := packed.longest(slots, tokens)) > shorter:
-        ways.append(f"max_model_len {longer} with cache-type-k and cache-type-v q8_0")
+    longer = packed.longest(slots, tokens) if packed else 0
+    if longer > shorter:
+        text = "the same" if longer == tokens else f"max_model_len {longer}"
+        text += " with serve.extra.cache-type-k=q8_0 and cache-type-v=q8_0"
+        ways.append({"text": text, **both, "max_model_len": longer, "kv_cache_dtype": "q8_0"})
     needed = case.needs(tokens, slots) * _MARGIN // (_MARGIN - 1) + MIB
     gpus = max(1, case.machine.gpus)
     memory = f"{human(-(-needed // gpus))} of {'GPU ' if case.machine.gpus else ''}memory"
-    ways.append(memory + (" each" if gpus > 1 else ""))
-    return "; or ".join(ways)
+    key = "gpu_memory" if case.machine.gpus else "memory"
+    ways.append({"text": memory + (" each" if gpus > 1 else ""), key: -(-needed // gpus)})
+    return ways
 
 
 def _packed(case: _Case) -> _Case | None:
@@ -339,7 +387,7 @@ def _result(
         pipeline_parallel_size=gpus,
         gpu_layers=gpu_layers,
         fits=fits,
-        nearest=None if fits else tuple({"text": note} for note in notes),
+        nearest=None if fits else tuple(_ways(case, tokens, slots)),
         settings={**settings, **extra},
         notes=tuple(notes),
     )

@@ -71,7 +71,7 @@ class ModelShape:
         layers = _number(inner, "num_hidden_layers", "n_layer")
         hidden = _number(inner, "hidden_size", "n_embd")
         heads = _number(inner, "num_attention_heads", "n_head")
-        kv_heads = _number(inner, "num_key_value_heads", default=heads)
+        kv_heads = _kv_heads(inner, heads)
         head_dim = _number(inner, "head_dim", default=0) or _head_dim(inner, hidden, heads)
         if heads % kv_heads:
             raise InputRefused(
@@ -99,6 +99,15 @@ class ModelShape:
             rope_head_dim=_number(inner, "qk_rope_head_dim", default=0),
             cache=cache_layers(architecture, inner, layers, window),
         )
+
+
+def _kv_heads(config: Mapping[str, Json], heads: int) -> int:
+    """Return the key-value heads by the names that there are (vLLM 0.33, config/model.py)."""
+    # Falcon before its second architecture, and GPT-BigCode: one head for all queries.
+    if config.get("multi_query") is True and not config.get("new_decoder_architecture"):
+        return 1
+    names = ("num_key_value_heads", "n_head_kv", "num_kv_heads", "multi_query_group_num")
+    return _number(config, *names, default=heads)
 
 
 def _number(config: Mapping[str, Json], *names: str, default: int | None = None) -> int:

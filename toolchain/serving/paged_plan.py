@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Literal
 
 from toolchain.errors import UsageError
+from toolchain.serving.architectures import check_architecture
 from toolchain.serving.engine import ServingPlan, Wishes
 from toolchain.serving.length import Lengths, lengths
 from toolchain.serving.machine import Machine, choose_dtype, dtype_bytes, machine_for
@@ -254,7 +255,7 @@ def make_case(
     dtype, note = choose_dtype(shape, machine, wishes.dtype)
     _check_cache_dtype(rules, machine, dtype, wishes.kv_cache_dtype)
     _check_fraction(wishes)
-    notes = [note] if note else []
+    notes = [said for said in (note, check_architecture(shape, config)) if said]
     if wishes.gpu_memory_bytes and machine.gpu is None:
         notes.append("a GPU without a name: its number formats are not checked")
     if not shape.max_positions:

@@ -14,6 +14,7 @@ from toolchain.serving.machine import Machine
 from toolchain.serving.memory import GIB
 from toolchain.serving.options import OptionList, load_options
 from toolchain.serving.paged_plan import Case, Rules, Switches, plan_paged
+from toolchain.serving.vllm_packing import check_packing
 from toolchain.values import Json
 
 GPU_IMAGE = "docker.io/vllm/vllm-openai:v0.33.0"
@@ -116,7 +117,8 @@ def plan(config: Mapping[str, Json], weight_bytes: int, wishes: Wishes) -> Servi
     on_cpu = wishes.gpu in {"", "cpu"} and not wishes.gpu_memory_bytes
     extra = options(cpu=on_cpu).checked(wishes.extra)
     planned, case = plan_paged(config, weight_bytes, wishes, RULES, switches(extra))
-    return replace(planned, settings={**_settings(planned, case), **extra})
+    notes = (*planned.notes, *check_packing(config, case.machine))
+    return replace(planned, notes=notes, settings={**_settings(planned, case), **extra})
 
 
 def switches(extra: Mapping[str, Json]) -> Switches:

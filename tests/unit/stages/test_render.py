@@ -222,7 +222,8 @@ def test_a_plan_that_leaves_layers_on_the_host_says_that_it_does_not_fit():
     )
 
     assert config.plan["fits"] is False
-    assert "layers fit" in config.plan["nearest"][0]["text"]
+    assert "layers fit" in config.plan["notes"][0]
+    assert config.plan["nearest"]
 
 
 def test_plan_facts_are_plain_json():

@@ -1,0 +1,73 @@
+import pytest
+
+from toolchain.errors import InputRefused, UsageError
+from toolchain.serving.engine import Wishes
+from toolchain.serving.machine import machine_for
+from toolchain.serving.model import ModelShape
+from toolchain.serving.vllm_packing import check_packing
+
+SHAPE = ModelShape.from_config(
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "vocab_size": 100,
+    }
+)
+GPU = machine_for(Wishes(gpu="nvidia-l4"), SHAPE)
+OLD = machine_for(Wishes(gpu="nvidia-a100-80gb"), SHAPE)
+CPU = machine_for(Wishes(host_memory_bytes=1 << 33), SHAPE)
+
+
+def packed(method, **more):
+    return {"quantization_config": {"quant_method": method, **more}}
+
+
+@pytest.mark.parametrize("machine", [GPU, CPU])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        packed("awq", bits=4, version="gemm", group_size=128),
+        packed("gptq", bits=4, sym=True, desc_act=False, group_size=128),
+        packed("gptq", bits=4, sym=True, desc_act=True, group_size=-1),
+        packed("compressed-tensors"),
+    ],
+)
+def test_what_vllm_loads_everywhere(config, machine):
+    assert check_packing(config, machine) == ()
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (packed("gptq", bits=4, desc_act=True, group_size=128), "desc_act"),
+        (packed("gptq", bits=4, sym=False), "sym=false"),
+        (packed("gptq", bits=3), "3 bits"),
+        (packed("awq", bits=8), "8 bits"),
+        (packed("gguf"), "gguf"),
+        (packed("bitsandbytes"), "bitsandbytes"),
+        (packed("fbgemm_fp8"), "fbgemm"),
+    ],
+)
+def test_what_vllm_no_longer_loads(config, says):
+    with pytest.raises(InputRefused, match=says):
+        check_packing(config, GPU)
+
+
+def test_eight_bit_gptq_is_for_gpus():
+    eight = packed("gptq", bits=8, sym=True, group_size=128)
+
+    assert check_packing(eight, GPU) == ()
+    with pytest.raises(UsageError, match="CPU"):
+        check_packing(eight, CPU)
+
+
+def test_what_is_slow_or_needs_more_is_said():
+    assert "group_size 256" in check_packing(packed("gptq", group_size=256), GPU)[0]
+    assert "AMX" in check_packing(packed("fp8"), CPU)[0]
+    assert "widened" in check_packing(packed("fp8"), OLD)[0]
+    assert check_packing(packed("fp8"), GPU) == ()
+    with pytest.raises(UsageError, match="blocks"):
+        check_packing(packed("fp8", weight_block_size=[64, 64]), CPU)
