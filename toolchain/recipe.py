@@ -91,9 +91,33 @@ class Adapter(_Part):
 class Merge(_Part):
     """How adapters are merged."""
 
-    method: Literal["sequential", "linear"] = Field(
+    method: Literal[
         "sequential",
-        description="`sequential`: all deltas summed, rounded once; `linear`: the same.",
+        "linear",
+        "cat",
+        "svd",
+        "ties",
+        "dare_linear",
+        "dare_ties",
+        "magnitude_prune",
+        "ties_svd",
+        "dare_linear_svd",
+        "dare_ties_svd",
+        "magnitude_prune_svd",
+    ] = Field(
+        "sequential",
+        description="`sequential`, `linear`, `cat`: the weighted sum of all deltas, rounded once; "
+        "`svd`: that of bounded rank; the others prune or vote.",
+    )
+    density: float | None = Field(
+        None, gt=0, le=1, description="Share of each delta that a pruning method keeps."
+    )
+    rank: int | None = Field(
+        None, ge=1, description="Rank of an `svd` method; default: the adapters' largest."
+    )
+    seed: int = Field(0, ge=0, description="Seed of the `dare` methods' draws.")
+    space: Literal["delta", "factors"] = Field(
+        "delta", description="`delta`: methods act on B·A; `factors`: on A and B, as in PEFT."
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Type of the merged weights; `auto` keeps the base's."
@@ -101,8 +125,11 @@ class Merge(_Part):
     precision: Literal["exact", "fast"] = Field(
         "exact", description="`exact`: the float64 sum rounded once; `fast`: float32."
     )
-    quantized_base: Literal["refuse"] = Field(
-        "refuse", description="What to do with a quantized base."
+    quantized_base: Literal["refuse", "dequantize", "simulate-nf4", "simulate-nf4-double"] = Field(
+        "refuse",
+        description="`refuse` a quantized base; `dequantize`: merge onto what its codes stand for; "
+        "`simulate-nf4`: round a 16-bit base's linear layers to 4 bits and back first, as QLoRA "
+        "training saw them (`-double`: with double quantization).",
     )
 
 

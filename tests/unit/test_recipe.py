@@ -65,3 +65,16 @@ def test_settings_override_and_leave_the_original_alone() -> None:
 def test_settings_that_are_none(setting: str) -> None:
     with pytest.raises(UsageError, match="--set"):
         with_settings(SMALLEST, [setting])
+
+
+def test_the_recipe_knows_every_way_to_merge() -> None:
+    from typing import get_args
+
+    from toolchain.merging.combining.combination import METHODS, SPACES
+    from toolchain.merging.quantized.choice import CHOICES
+    from toolchain.recipe import Merge
+
+    fields = Merge.model_fields
+    assert get_args(fields["method"].annotation) == METHODS
+    assert get_args(fields["space"].annotation) == SPACES
+    assert get_args(fields["quantized_base"].annotation) == CHOICES

@@ -18,6 +18,11 @@ def merge(
     out: str = "",
     weights: str = "",
     method: str = "sequential",
+    density: str = "",
+    rank: str = "",
+    seed: int = 0,
+    space: str = "delta",
+    keep_adapter: str = "",
     dtype: str = "auto",
     precision: str = "exact",
     quantized_base: str = "refuse",
@@ -28,24 +33,32 @@ def merge(
     del json
     from toolchain.cli.progress import progress_for
     from toolchain.singles.arguments import parse_weights, required
-    from toolchain.singles.merge import merge_folders
+    from toolchain.singles.merge import Folders, keep_folder, merge_folders, merge_options
     from toolchain.wiring import make_tools
 
-    required(base=base, adapter=adapter, out=out)
-    tools, _ = make_tools(runner, progress_for())
-    result = merge_folders(
-        Path(base),
-        tuple(Path(folder) for folder in adapter),
-        parse_weights(weights, len(adapter)),
-        Path(out),
+    required(base=base, adapter=adapter, **({} if keep_adapter else {"out": out}))
+    options = merge_options(
         {
             "method": method,
+            "density": density,
+            "rank": rank,
+            "seed": seed,
+            "space": space,
             "dtype": dtype,
             "precision": precision,
             "quantized_base": quantized_base,
-        },
-        tools,
+        }
     )
+    folders = Folders(
+        base=Path(base),
+        adapters=tuple(Path(folder) for folder in adapter),
+        weights=parse_weights(weights, len(adapter)),
+    )
+    tools, _ = make_tools(runner, progress_for())
+    kept = keep_folder(folders, Path(keep_adapter), options, tools) if keep_adapter else {}
+    result = merge_folders(folders, Path(out), options, tools) if out else kept
+    if kept and out:
+        result = {**result, "adapter": kept}
     counts = ", ".join(f"{count} {what}" for what, count in result["tensors"].items())
     return result, f"{result['out']}: {counts} tensors, {result['seconds']:.1f} s"
 

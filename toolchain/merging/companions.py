@@ -121,12 +121,15 @@ def _set_dtype(files: dict[str, bytes], dtype: str) -> None:
 
 
 def _apply(files: dict[str, bytes], settings: Mapping[str, Any]) -> None:
-    """Change config.json, its text part where that holds the setting."""
+    """Change config.json, its text part where that holds the setting; None leaves a key out."""
     if not settings:
         return
     config = json.loads(files["config.json"])
     text = config.get("text_config")
     for name, value in settings.items():
+        if value is None:
+            config.pop(name, None)
+            continue
         held = isinstance(text, dict) and name in text
         if held:
             text[name] = value

@@ -10,6 +10,8 @@ from typing import Any
 
 from toolchain.errors import InputRefused
 from toolchain.merging.base import BaseTensors
+from toolchain.merging.combining.changes import combined
+from toolchain.merging.combining.combination import Combination
 from toolchain.merging.families.family import SHOWN, AdapterView, Claim
 from toolchain.merging.mixture import Mixture, Share
 from toolchain.merging.outputs import Output, OutputShard, Source, matrix_columns
@@ -34,6 +36,7 @@ def compose(
     views: Sequence[AdapterView],
     claims: Sequence[Sequence[Claim]],
     dtype: str,
+    combination: Combination,
 ) -> Composition:
     """Return every output, in the order of the base's bytes; `claims[i]` are those of `views[i]`.
 
@@ -48,12 +51,12 @@ def compose(
     untied = _untie(tie, shares)
     outputs: dict[str, Output] = {}
     for name, source in base.sources.items():
-        outputs[name] = compose_output(name, source, shares[name], dtype)
+        outputs[name] = compose_output(name, source, shares[name], dtype, combination)
     layout = {shard: list(names) for shard, names in base.layout}
     if tie and untied:
         source = base.sources[tie.embedding]
         # Without a change of its own the head is the shared weight as it was: a copy of it.
-        outputs[tie.head] = compose_output(tie.head, source, shares[tie.head], dtype)
+        outputs[tie.head] = compose_output(tie.head, source, shares[tie.head], dtype, combination)
         home = next(names for names in layout.values() if tie.embedding in names)
         place = home.index(tie.embedding) + 1
         if tie.head not in base.sources:
@@ -105,11 +108,14 @@ def _kept(tie: Tie | None, shares: Mapping[str, Sequence[Share]]) -> tuple[str, 
     return (f"still tied: {tie.embedding} is changed once, for the embedding and the head",)
 
 
-def compose_output(name: str, source: Source, shares: Sequence[Share], dtype: str) -> Output:
+def compose_output(
+    name: str, source: Source, shares: Sequence[Share], dtype: str, combination: Combination
+) -> Output:
     """Return one output: the source with all that is claimed to change it.
 
     Low-rank terms alone are summed exactly; a tensor or rows that one adapter replaces are taken
-    as they are; everything else is W + Σ weight · (changed - W) in float64 (`Mixture`).
+    as they are; everything else is W + Σ weight · (changed - W) in float64 (`Mixture`), or what
+    the method makes of these deltas (`Combined`).
     """
     out, columns = out_dtype(source, dtype), matrix_columns(source.shape)
     plain = Output(name=name, dtype=out, shape=source.shape, source=source, columns=columns)
@@ -123,10 +129,13 @@ def compose_output(name: str, source: Source, shares: Sequence[Share], dtype: st
     claims = [share.claim for share in shares]
     plain = replace(plain, columns=next((c.columns for c in claims if c.columns), columns))
     _check_overlaps(name, shares)
-    if all(claim.terms for claim in claims):
+    if combination.sums and all(claim.terms for claim in claims):
         terms = tuple(term for claim in claims for term in claim.terms)
         return replace(plain, terms=terms, kind="merged")
-    if len({share.path for share in shares}) == 1 and shares[0].weight == 1.0:
+    alone = len({share.path for share in shares}) == 1 and shares[0].weight == 1.0
+    taken = any(claim.replacement or claim.patch for claim in claims)
+    # What one adapter alone brings as a whole is no delta that could be voted on or pruned.
+    if alone and (combination.sums or taken):
         return _of_one(plain, claims)
     resized = [c.replacement for c in claims if c.replacement]
     if any(stored.shape != source.shape for stored in resized):
@@ -135,7 +144,9 @@ def compose_output(name: str, source: Source, shares: Sequence[Share], dtype: st
             f"for {list(source.shape)}",
             hint="merge it alone and at weight 1; then merge the others onto the result",
         )
-    return replace(plain, change=Mixture(shares=tuple(shares)), kind="merged")
+    if combination.sums:
+        return replace(plain, change=Mixture(shares=tuple(shares)), kind="merged")
+    return replace(plain, change=combined(name, shares, combination), kind="merged")
 
 
 def _of_one(plain: Output, claims: Sequence[Claim]) -> Output:

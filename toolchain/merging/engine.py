@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from threadpoolctl import threadpool_limits
 
 from toolchain.checkpoints.safetensors import open_checkpoint
 from toolchain.errors import CheckFailed, EnvironmentFailure, UsageError
+from toolchain.merging.combining.combination import Combination
+from toolchain.merging.combining.keep import keep_adapter
+from toolchain.merging.combining.measure import measure
 from toolchain.merging.companions import companion_files, index_json, write_file
 from toolchain.merging.kernel import PIECE, check_arithmetic
 from toolchain.merging.outputs import OutputShard
@@ -47,11 +50,29 @@ class MergeRequest:
     dtype: str = "auto"
     precision: str = "exact"
     method: str = "sequential"
+    density: float | None = None
+    rank: int | None = None
+    seed: int = 0
+    space: str = "delta"
+    quantized_base: str = "refuse"
+    keep_adapter: bool = False
+    """Write the combined adapter to `out` instead of merging it."""
     device: str = "auto"
     workers: int = 0
     """Threads; 0 for one per CPU."""
     own_out: bool = False
     """`out` is a folder of the caller's making: what it holds of another merge is deleted."""
+
+    @property
+    def combination(self) -> Combination:
+        """How the adapters become one; raises UsageError where the parameters do not fit."""
+        return Combination(
+            method=self.method,
+            density=self.density,
+            rank=self.rank,
+            seed=self.seed,
+            space=self.space,
+        )
 
 
 def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, Any]:
@@ -64,7 +85,15 @@ def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, 
     EnvironmentFailure.
     """
     started = time.monotonic()
-    plan = make_plan(request.base, request.adapters, dtype=request.dtype, method=request.method)
+    plan = make_plan(
+        request.base,
+        request.adapters,
+        dtype=request.dtype,
+        combination=request.combination,
+        quantized_base=request.quantized_base,
+    )
+    if request.keep_adapter:
+        return _keep(request, plan, started)
     settings = _settings(request)
     journal = _open_out(request, plan)
     tally, findings = Tally(), list(plan.findings)
@@ -73,7 +102,8 @@ def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, 
         small, notes = _write_companions(plan, request.out)
         _check_index(plan, request.out)
     journal.path.unlink(missing_ok=True)
-    findings += _silent(plan, tally) + _unchanged(plan, tally) + notes
+    conflicts, warnings = _conflicts(plan)
+    findings += _silent(plan, tally) + _unchanged(plan, tally) + warnings + notes
     files = [{"path": s["file"], "size": s["size"], "sha256": s["sha256"]} for s in shards] + small
     return {
         "out": str(request.out),
@@ -84,8 +114,35 @@ def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, 
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "seconds": time.monotonic() - started,
         "findings": findings,
+        "conflicts": conflicts,
+        "quantized_base": dict(plan.quantized_base),
         "repairs": {"float64": tally.repairs.float64, "exact": tally.repairs.exact},
     }
+
+
+def _keep(request: MergeRequest, plan: MergePlan, started: float) -> dict[str, Any]:
+    """Write the combined adapter instead."""
+    if not request.adapters:
+        raise UsageError("there is no adapter to keep", hint="give --adapter")
+    request.out.mkdir(parents=True, exist_ok=True)
+    with threadpool_limits(1, "blas"):
+        made = keep_adapter(plan, request.combination, request.out)
+    conflicts, warnings = _conflicts(plan)
+    return {
+        **made,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "seconds": time.monotonic() - started,
+        "findings": [*plan.findings, *warnings],
+        "conflicts": conflicts,
+    }
+
+
+def _conflicts(plan: MergePlan) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return how the adapters relate, in numbers, and warnings where they conflict."""
+    names = [adapter.root.name for adapter in plan.adapters]
+    with threadpool_limits(1, "blas"):
+        conflicts = measure(plan.outputs.values())
+    return conflicts.report(names), conflicts.findings(names)
 
 
 def _settings(request: MergeRequest) -> Settings:
@@ -161,7 +218,9 @@ def _key(request: MergeRequest, plan: MergePlan) -> str:
         )
         for adapter in plan.adapters
     ]
-    return key_of([_RECIPE, base, adapters, request.dtype, request.precision, request.method])
+    combination = asdict(request.combination)
+    how = [request.dtype, request.precision, combination, request.quantized_base]
+    return key_of([_RECIPE, base, adapters, *how])
 
 
 @contextmanager

@@ -23,21 +23,21 @@ from toolchain.merging.base import (
     replicate,
     replicated_settings,
     same_layers,
-    stored_tensors,
 )
 from toolchain.merging.claims import claims_of
+from toolchain.merging.combining.combination import Combination
 from toolchain.merging.compose import compose
 from toolchain.merging.families.family import AdapterView, families
 from toolchain.merging.names import BaseNames
 from toolchain.merging.outputs import Output, OutputShard
+from toolchain.merging.quantized.base import STALE, see_base
+from toolchain.merging.quantized.sources import held_bytes
 from toolchain.merging.refused import REFUSED, UNMERGED
 from toolchain.merging.tying import Tie, find_tie
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-METHODS = ("sequential", "linear")
 KINDS = ("merged", "copied", "replaced")
 """What becomes of a tensor."""
-_QUANTIZED_KEYS = (".absmax", ".quant_map", ".qweight", ".qzeros", ".SCB", ".weight_packed")
 _START_BYTES = 100 << 20
 """Resident memory of Python with numpy imported, generously."""
 _TORCH_BYTES = 200 << 20
@@ -70,7 +70,9 @@ class MergePlan:
     dtype: str
     """`auto`, or the safetensors type that all floating tensors are cast to."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What config.json says differently afterwards."""
+    """What config.json says differently afterwards; None is left out."""
+    quantized_base: Mapping[str, Any] = field(default_factory=dict)
+    """What was chosen for a quantized base, and how much of it that concerned."""
     findings: tuple[str, ...] = ()
 
     @property
@@ -92,35 +94,44 @@ def make_plan(
     adapters: Sequence[tuple[Path, float]],
     *,
     dtype: str = "auto",
-    method: str = "sequential",
+    combination: Combination | None = None,
+    quantized_base: str = "refuse",
 ) -> MergePlan:
     """Read both sides' headers and configurations, and return what becomes of which tensor.
 
     Every adapter key is used exactly once. Raises InputRefused for anything left over, missing,
     ambiguous, quantized or of another shape, UsageError for an unknown dtype, method or weight.
     """
-    _check_request(adapters, dtype, method)
+    _check_request(adapters, dtype)
+    combination = _for_adapters(combination or Combination(), len(adapters))
     files = check_model_folder(base)
-    config = read_json(base / "config.json")
     index = open_checkpoint(base)
-    _refuse_quantized(base, config, index)
+    seen = see_base(index, read_json(base / "config.json"), quantized_base)
     planned = tuple(_open_adapter(root, weight) for root, weight in adapters)
-    tensors, settings = stored_tensors(index), {}
+    _check_factor_space(combination, planned)
+    tensors, config = seen.tensors, seen.config
+    settings: dict[str, Any] = {}
     if layers := same_layers([adapter.config.raw.get("layer_replication") for adapter in planned]):
         tensors, settings = replicate(tensors, layers), replicated_settings(config, layers)
     tie = find_tie(config, tensors.sources)
     views = [_view(n, adapter, tensors, config, tie) for n, adapter in enumerate(planned)]
     claims = [claims_of(view) for view in views]
-    made = compose(tensors, tie, views, claims, DTYPES.get(dtype, "auto"))
+    made = compose(tensors, tie, views, claims, DTYPES.get(dtype, "auto"), combination)
     return MergePlan(
         base=index,
-        base_files=tuple(files),
+        base_files=tuple(name for name in files if not (seen.dropped and name in STALE)),
         config=config,
         adapters=planned,
         shards=made.shards,
         dtype=DTYPES.get(dtype, "auto"),
-        settings={**settings, **made.settings},
-        findings=(*_unknown_fields(planned), *made.findings, *_replicated(settings)),
+        settings={**dict.fromkeys(seen.dropped), **settings, **made.settings},
+        quantized_base=seen.record,
+        findings=(
+            *seen.findings,
+            *_unknown_fields(planned),
+            *made.findings,
+            *_replicated(settings),
+        ),
     )
 
 
@@ -149,21 +160,37 @@ def estimate(plan: MergePlan, workers: int = 1, *, exact: bool = True) -> dict[s
 
 def _held(output: Output) -> int:
     """Return the bytes that one output's factors take, or what computes it."""
+    source = held_bytes(output.source)
     if output.change is not None:
-        return 8 * output.change.held_elements(output)
+        return source + 8 * output.change.held_elements(output)
     elements = sum(term.rank * sum(term.shape) for term in output.terms)
     # float64 factors and their norms where float32 weights are written, float32 otherwise.
-    return elements * (24 if output.dtype == "F32" else 12)
+    return source + elements * (24 if output.dtype == "F32" else 12)
 
 
-def _check_request(adapters: Sequence[tuple[Path, float]], dtype: str, method: str) -> None:
+def _check_request(adapters: Sequence[tuple[Path, float]], dtype: str) -> None:
     if dtype not in ("auto", *DTYPES):
         raise UsageError(f"unknown dtype {dtype!r}", hint=f"one of auto, {', '.join(DTYPES)}")
-    if method not in METHODS:
-        raise UsageError(f"unknown merge method {method!r}", hint=f"one of {', '.join(METHODS)}")
     for root, weight in adapters:
         if not math.isfinite(weight):
             raise UsageError(f"the weight of {root} is {weight}", hint="give a finite number")
+
+
+def _for_adapters(combination: Combination, count: int) -> Combination:
+    """Return the method for so many adapters: on factors, a single one is `linear`, as in PEFT."""
+    if combination.space == "factors" and count == 1:
+        return Combination(method="linear", space="factors")
+    return combination
+
+
+def _check_factor_space(combination: Combination, adapters: Sequence[PlannedAdapter]) -> None:
+    """Refuse where PEFT's own combination is wrong: the first adapter's rslora is inherited."""
+    if combination.space == "factors" and adapters and adapters[0].config.use_rslora:
+        raise InputRefused(
+            f"{adapters[0].root} uses rslora, which PEFT's combined adapter inherits: it would "
+            "count the root of its rank too often",
+            hint="leave --space out: in delta space every scaling counts as what it is",
+        )
 
 
 def _open_adapter(root: Path, weight: float) -> PlannedAdapter:
@@ -225,15 +252,3 @@ def _unknown_fields(adapters: Sequence[PlannedAdapter]) -> list[str]:
         for adapter in adapters
         for name in adapter.config.unknown
     ]
-
-
-def _refuse_quantized(base: Path, config: Mapping[str, Any], index: CheckpointIndex) -> None:
-    marks = [name for name in index.tensors if name.endswith(_QUANTIZED_KEYS)]
-    marks += [name for name in index.tensors if ".quant_state." in name]
-    if config.get("quantization_config") or marks:
-        what = f"tensors such as {marks[0]}" if marks else "quantization_config in config.json"
-        raise InputRefused(
-            f"{base} is quantized: it has {what}",
-            hint="merge onto the original 16-bit checkpoint and quantize afterwards: adding to a "
-            "quantized base and quantizing again erases small changes",
-        )

@@ -18,6 +18,8 @@ REFUSED = {
     "POLY": _ROUTED,
     "LILY": "its factors are shared between layers and chosen by a router",
     "SHADOW": _LAYERS,
+    "FROD": "its projections are decomposed from the base weights of all layers at once",
+    "ADAMSS": "it clusters the base's weights with scikit-learn each time it is loaded",
 }
 """`peft_type` -> why there is no merge."""
 

@@ -1,48 +1,75 @@
-"""`invoke merge`: folders in, a checkpoint folder out."""
+"""`invoke merge`: folders in, a checkpoint folder out, or the combined adapter."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from toolchain.errors import UsageError
 from toolchain.merging.plan import KINDS, estimate, make_plan
 from toolchain.ports import Tools
+from toolchain.recipe import Merge, check_recipe
 from toolchain.singles.arguments import new_folder
-from toolchain.stages.merge import BUILDER, MEMORY_BYTES
+from toolchain.stages.merge import BUILDER, combination_of, memory_limit, parameters
 from toolchain.values import Job, Json
 
-_METHODS = ("sequential", "linear")
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Folders:
+    """What goes in: a base, and adapters in order with their weights."""
+
+    base: Path
+    adapters: tuple[Path, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def pairs(self) -> list[tuple[Path, float]]:
+        """Adapters with their weights."""
+        return list(zip(self.adapters, self.weights, strict=True))
 
 
-def merge_folders(
-    base: Path,
-    adapters: tuple[Path, ...],
-    weights: tuple[float, ...],
-    out: Path,
-    options: Mapping[str, str],
-    tools: Tools,
-) -> Mapping[str, Json]:
+def merge_options(flags: Mapping[str, Json]) -> Merge:
+    """Return the options that flags give, checked as a recipe's; raises UsageError."""
+    given = {name: value for name, value in flags.items() if value not in ("", None)}
+    skeleton = {"name": "x", "base": {"source": "x"}, "merge": given}
+    return check_recipe(skeleton, "the command line").merge
+
+
+def merge_folders(folders: Folders, out: Path, options: Merge, tools: Tools) -> Mapping[str, Json]:
     """Merge adapters into `out`, which appears when it is whole; a killed merge goes on.
 
-    Raises UsageError for options that are not there, InputRefused for inputs that do not fit.
+    Raises UsageError for options that do not fit, InputRefused for inputs that do not.
     """
-    if options["method"] not in _METHODS:
-        raise UsageError(
-            f"--method {options['method']}: unknown", hint=f"one of {', '.join(_METHODS)}"
-        )
-    if options["quantized_base"] != "refuse":
-        raise UsageError("--quantized-base: only `refuse` is there", hint="use a 16-bit base")
-    out = new_folder(out, "the merged checkpoint")
-    pairs = list(zip(adapters, weights, strict=True))
-    plan = make_plan(base, pairs, dtype=options["dtype"], method=options["method"])
-    cost = estimate(plan)
-    tools.store.require_room(cost["write_bytes"], "the merged checkpoint")
-    tools.progress.stage("merge", f"{len(adapters)} adapter(s) into {base}")
+    return _run(folders, new_folder(out, "the merged checkpoint"), options, tools, keep=False)
+
+
+def keep_folder(folders: Folders, out: Path, options: Merge, tools: Tools) -> Mapping[str, Json]:
+    """Write the combined adapter to `out`, which appears when it is whole.
+
+    Raises UsageError for methods whose result is no adapter, InputRefused for inputs of more than
+    plain factors.
+    """
+    return _run(folders, new_folder(out, "the combined adapter"), options, tools, keep=True)
+
+
+def _run(
+    folders: Folders, out: Path, options: Merge, tools: Tools, *, keep: bool
+) -> Mapping[str, Json]:
+    plan = make_plan(
+        folders.base,
+        folders.pairs,
+        dtype=options.dtype,
+        combination=combination_of(options),
+        quantized_base=options.quantized_base,
+    )
+    cost = estimate(plan, exact=options.precision == "exact")
+    tools.store.require_room(0 if keep else cost["write_bytes"], "the merged checkpoint")
+    what = "of" if keep else "into"
+    tools.progress.stage("merge", f"{len(folders.adapters)} adapter(s) {what} {folders.base}")
     tools.runner.prepare(BUILDER, tools.progress)
     beside = out.with_name(f".{out.name}.partial")
     beside.mkdir(parents=True, exist_ok=True)
-    job = _job(base, pairs, beside, options, cost["peak_memory_bytes"])
+    job = _job(folders, beside, options, memory_limit(cost), keep=keep)
     result = tools.runner.run(job, tools.progress)
     if out.exists():
         out.rmdir()  # it is empty
@@ -63,31 +90,24 @@ def summary(result: Mapping[str, Json]) -> list[str]:
     return [*lines, f"  {'refused':<10}{0:>8}{0:>12,.1f}"]
 
 
-def _job(
-    base: Path,
-    pairs: list[tuple[Path, float]],
-    out: Path,
-    options: Mapping[str, str],
-    peak: int,
-) -> Job:
-    names = [f"adapter{i}" for i in range(len(pairs))]
+def _job(folders: Folders, out: Path, options: Merge, memory: int, *, keep: bool) -> Job:
+    names = [f"adapter{i}" for i in range(len(folders.adapters))]
     return Job(
         stage="merge",
         builder=BUILDER,
         inputs={
-            "base": base.resolve(),
-            **{name: path.resolve() for name, (path, _) in zip(names, pairs, strict=True)},
+            "base": folders.base.resolve(),
+            **{n: path.resolve() for n, path in zip(names, folders.adapters, strict=True)},
         },
         parameters={
             "adapters": names,
-            "weights": [weight for _, weight in pairs],
-            "method": options["method"],
-            "dtype": options["dtype"],
-            "precision": options["precision"],
+            "weights": list(folders.weights),
+            **parameters(options),
             "device": "auto",
             "own_out": True,
+            "keep_adapter": keep,
         },
         output=out,
-        memory_bytes=max(MEMORY_BYTES, 2 * peak),
+        memory_bytes=memory,
         use_gpu=True,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from toolchain.merging.combining.combination import Combination
 from toolchain.merging.plan import estimate, make_plan
 from toolchain.ports import Entry, Tools
 from toolchain.recipe import Merge
@@ -13,8 +14,8 @@ from toolchain.values import Checkpoint, Job, Json, Sources, StageInputs
 
 BUILDER = "merge"
 RECIPE_NUMBER = 1
-MEMORY_BYTES = 2 << 30
-"""Least limit of the merge container; nearly all merges need a fraction, whatever the model."""
+_MEMORY_BYTES = 2 << 30
+"""Least limit of the merge container; a sum of deltas needs a fraction, whatever the model."""
 
 
 def inputs(sources: Sources, options: Merge) -> StageInputs:
@@ -26,12 +27,43 @@ def inputs(sources: Sources, options: Merge) -> StageInputs:
             "base": sources.base.digest,
             "adapters": [a.snapshot.digest for a in sources.adapters],
             "weights": [a.weight for a in sources.adapters],
-            "method": options.method,
-            "dtype": options.dtype,
-            "precision": options.precision,
+            **parameters(options),
             "builder": builder_pins(BUILDER),
         },
     )
+
+
+def parameters(options: Merge) -> dict[str, Json]:
+    """Return what the options tell the merge job, and what its result depends on."""
+    return {
+        "method": options.method,
+        "density": options.density,
+        "rank": options.rank,
+        "seed": options.seed,
+        "space": options.space,
+        "dtype": options.dtype,
+        "precision": options.precision,
+        "quantized_base": options.quantized_base,
+    }
+
+
+def combination_of(options: Merge) -> Combination:
+    """Return how the adapters become one; raises UsageError where parameters do not fit."""
+    return Combination(
+        method=options.method,
+        density=options.density,
+        rank=options.rank,
+        seed=options.seed,
+        space=options.space,
+    )
+
+
+def memory_limit(cost: Mapping[str, int]) -> int:
+    """Return the limit of the merge container: twice what the plan needs, for what it cannot see.
+
+    Methods that vote or prune hold whole deltas of one tensor, one per adapter.
+    """
+    return max(_MEMORY_BYTES, 2 * cost["peak_memory_bytes"])
 
 
 def check(sources: Sources, options: Merge) -> Mapping[str, int]:
@@ -40,7 +72,13 @@ def check(sources: Sources, options: Merge) -> Mapping[str, int]:
     Bytes: `read_bytes`, `write_bytes`, `peak_memory_bytes`. Raises InputRefused.
     """
     adapters = [(a.snapshot.tree.root, a.weight) for a in sources.adapters]
-    plan = make_plan(sources.base.tree.root, adapters, dtype=options.dtype, method=options.method)
+    plan = make_plan(
+        sources.base.tree.root,
+        adapters,
+        dtype=options.dtype,
+        combination=combination_of(options),
+        quantized_base=options.quantized_base,
+    )
     return estimate(plan, exact=options.precision == "exact")
 
 
@@ -86,14 +124,12 @@ def _run(folder: Path, sources: Sources, options: Merge, tools: Tools) -> Mappin
                 parameters={
                     "adapters": names,
                     "weights": [a.weight for a in sources.adapters],
-                    "method": options.method,
-                    "dtype": options.dtype,
-                    "precision": options.precision,
+                    **parameters(options),
                     "device": "auto",
                     "own_out": True,
                 },
                 output=folder,
-                memory_bytes=max(MEMORY_BYTES, 2 * cost["peak_memory_bytes"]),
+                memory_bytes=memory_limit(cost),
                 use_gpu=True,
             ),
             tools.progress,

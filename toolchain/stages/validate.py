@@ -25,6 +25,12 @@ _SHOWN = 3
 Messages = Sequence[Mapping[str, str]]
 
 
+def is_summed(options: Merge) -> bool:
+    """Say whether merging only added deltas to the base's own weights, which can be compared."""
+    plain = options.space == "delta" and options.quantized_base == "refuse"
+    return plain and options.method in SUMMED
+
+
 def inputs(
     sources: Sources, options: Merge, checkpoint: Digest, items: Sequence[Messages]
 ) -> StageInputs:
@@ -36,7 +42,7 @@ def inputs(
             "base": sources.base.digest,
             "adapters": [a.snapshot.digest for a in sources.adapters],
             "weights": [a.weight for a in sources.adapters],
-            "summed": options.method in SUMMED,
+            "summed": is_summed(options),
             "checkpoint": checkpoint,
             "probes": key_of([[dict(message) for message in item] for item in items]),
             "builder": builder_pins(BUILDER),
@@ -129,7 +135,7 @@ def _run(
             [(a.snapshot.tree.root, a.weight) for a in sources.adapters],
             checkpoint.tree.root,
             items,
-            summed=options.method in SUMMED,
+            summed=is_summed(options),
             output=folder,
         ),
         tools.progress,

@@ -28,8 +28,13 @@ def check_choice(choice: str) -> None:
         )
 
 
-def refuse(base: Path, method: str) -> InputRefused:
+def refuse(base: Path, method: str, *, simulates: bool = False) -> InputRefused:
     """Return the refusal of a quantized base, with both ways on and their price."""
+    if simulates:
+        return InputRefused(
+            f"{base} is quantized ({method}) already, and simulate-nf4 rounds a 16-bit base",
+            hint="--quantized-base dequantize merges onto what this base's codes stand for",
+        )
     return InputRefused(f"{base} is quantized ({method})", hint=_ADVICE)
 
 

@@ -77,7 +77,7 @@ def quantization_of(config: Mapping[str, Any], tensors: Tensors) -> str:
             return "bitsandbytes"
         return known.get(method, method) or "unknown"
     for name, info in tensors.items():
-        if ".quant_state.bitsandbytes__" in name or name.endswith(".SCB"):
+        if ".quant_state." in name or name.endswith((".SCB", ".absmax", ".quant_map")):
             return "bitsandbytes"
         if name.endswith((".qweight", ".qzeros")):
             return "gptq or awq"

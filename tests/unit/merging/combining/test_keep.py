@@ -1,0 +1,137 @@
+"""The combined adapter, loaded by PEFT, against the merge; and what the merge says of conflicts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.unit.merging.conftest import MakeAdapter, MakeModel
+from toolchain.errors import InputRefused, UsageError
+from toolchain.merging.engine import MergeRequest, merge
+
+WEIGHTS = (0.7, -0.4)
+IDS = torch.arange(20).view(1, -1)
+
+
+@pytest.fixture
+def pair(make_model: MakeModel, make_adapter: MakeAdapter) -> tuple[Path, list[Path]]:
+    base = make_model()
+    return base, [
+        make_adapter(base, "one", 1, r=4, lora_alpha=6),
+        make_adapter(base, "two", 2, r=6, use_rslora=True, target_modules=["q_proj", "up_proj"]),
+    ]
+
+
+def run(base: Path, adapters: list[Path], out: Path, **options: Any) -> dict[str, Any]:
+    pairs = tuple(zip(adapters, WEIGHTS, strict=False))
+    return merge(MergeRequest(base=base, adapters=pairs, out=out, device="cpu", **options))
+
+
+def logits(base: Path, adapter: Path | None = None) -> torch.Tensor:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter)
+    with torch.no_grad():
+        return model.eval()(IDS).logits  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "linear"},
+        {"method": "cat"},
+        {"method": "svd", "rank": 3},
+        {"method": "svd"},
+        {"method": "ties_svd", "density": 0.5, "rank": 5},
+        {"method": "cat", "space": "factors"},
+    ],
+    ids=str,
+)
+def test_peft_loads_what_is_kept(
+    kind: str,
+    options: dict[str, Any],
+    make_model: MakeModel,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
+) -> None:
+    base = make_model(kind)
+    narrow = ["q_proj", "up_proj"] if kind == "llama" else ["c_attn"]
+    wide = "all-linear" if kind == "llama" else ["c_attn", "c_proj"]
+    adapters = [
+        make_adapter(base, "one", 1, r=4, lora_alpha=6, target_modules=wide),
+        make_adapter(base, "two", 2, r=6, lora_alpha=8, target_modules=narrow),
+    ]
+    result = run(base, adapters, tmp_path / "kept", keep_adapter=True, **options)
+    run(base, adapters, tmp_path / "merged", **options)
+    assert {entry["path"] for entry in result["files"]} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    wanted, before = logits(tmp_path / "merged"), logits(base)
+    found = logits(base, tmp_path / "kept")
+    signal = (wanted - before).abs().max()
+    assert signal > 1e-3
+    assert (found - wanted).abs().max() < 1e-4 * signal
+    # And the kept adapter, merged, is the merge.
+    pairs = ((tmp_path / "kept", 1.0),)
+    merge(MergeRequest(base=base, adapters=pairs, out=tmp_path / "again"))
+    one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("merged", "again"))
+    assert all(torch.allclose(tensor, two[name], atol=1e-6) for name, tensor in one.items())
+
+
+def test_a_truncated_adapter_has_its_rank(pair: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, adapters = pair
+    result = run(base, adapters, tmp_path / "kept", keep_adapter=True, method="svd", rank=3)
+    assert result["ranks"] == [3]
+    tensors = load_file(tmp_path / "kept" / "adapter_model.safetensors")
+    assert {min(tensor.shape) for tensor in tensors.values()} == {3}
+
+
+def test_what_is_no_adapter_is_not_kept(
+    pair: tuple[Path, list[Path]], make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    base, adapters = pair
+    with pytest.raises(UsageError, match="full rank"):
+        run(base, adapters, tmp_path / "k", keep_adapter=True, method="ties", density=0.5)
+    dora = make_adapter(base, "dora", 3, use_dora=True)
+    with pytest.raises(InputRefused, match="more than pairs"):
+        run(base, [adapters[0], dora], tmp_path / "k2", keep_adapter=True)
+    assert not list(tmp_path.glob("k*/*.safetensors"))
+
+
+def test_conflicts_are_measured_and_told(pair: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, adapters = pair
+    against = tmp_path / "against"
+    against.mkdir()
+    tensors = load_file(adapters[0] / "adapter_model.safetensors")
+    turned = {n: -2 * t if "lora_B" in n else t for n, t in tensors.items()}
+    save_file(turned, against / "adapter_model.safetensors")
+    (against / "adapter_config.json").write_bytes(
+        (adapters[0] / "adapter_config.json").read_bytes()
+    )
+    # The second weight is negative, so that the turned adapter pulls the same way.
+    for method in ("sequential", "svd"):
+        result = run(base, [adapters[0], against], tmp_path / f"same-{method}", method=method)
+        (numbers,) = result["conflicts"]
+        assert numbers["adapters"] == ["one", "against"]
+        assert numbers["cosine"] == pytest.approx(1.0)
+        assert numbers["opposing_signs"] == 0.0
+        assert numbers["norm_ratio"] == pytest.approx(0.8 / 0.7, rel=1e-3)
+        assert not [f for f in result["findings"] if "conflict" in f]
+    pairs = ((adapters[0], 1.0), (against, 1.0))
+    result = merge(MergeRequest(base=base, adapters=pairs, out=tmp_path / "opposed"))
+    (numbers,) = result["conflicts"]
+    assert numbers["cosine"] == pytest.approx(-1.0)
+    assert numbers["opposing_signs"] == 1.0
+    assert len(numbers["cosine_per_tensor"]) == 14
+    (warning,) = [f for f in result["findings"] if "conflict" in f]
+    assert "-1.000" in warning
+    assert "100%" in warning

@@ -1,0 +1,219 @@
+"""Whole merges by every method, against deltas formed and combined with other code."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft.utils import merge_utils
+from safetensors.torch import load_file
+
+from tests.unit.merging.conftest import MakeAdapter, MakeModel
+from toolchain.errors import InputRefused
+from toolchain.merging.combining.changes import adapter_digest
+from toolchain.merging.combining.pruning import drop_at_random
+from toolchain.merging.engine import MergeRequest, merge
+
+WEIGHTS = (0.7, -0.4, 1.2)
+PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+Deltas = dict[str, list[torch.Tensor]]
+
+
+@pytest.fixture
+def three(make_model: MakeModel, make_adapter: MakeAdapter) -> tuple[Path, list[Path]]:
+    """Adapters of different ranks, scalings and modules; one of them rank-stabilised."""
+    base = make_model()
+    return base, [
+        make_adapter(base, "one", 1, r=4, lora_alpha=6),
+        make_adapter(base, "two", 2, r=6, lora_alpha=3, use_rslora=True),
+        make_adapter(base, "three", 3, r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"]),
+    ]
+
+
+def run(base: Path, adapters: list[Path], out: Path, **options: Any) -> dict[str, Any]:
+    pairs = tuple(zip(adapters, WEIGHTS, strict=False))
+    return merge(MergeRequest(base=base, adapters=pairs, out=out, device="cpu", **options))
+
+
+def deltas_of(adapters: list[Path]) -> Deltas:
+    """Return each adapter's delta of each tensor in float64, from its files alone."""
+    found: Deltas = {}
+    for adapter in adapters:
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        root = math.sqrt(config["r"]) if config["use_rslora"] else config["r"]
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        for key, a in tensors.items():
+            if "lora_A" in key:
+                b = tensors[key.replace("lora_A", "lora_B")]
+                name = key.removeprefix("base_model.model.").replace(".lora_A", "")
+                delta = b.double() @ a.double() * (config["lora_alpha"] / root)
+                found.setdefault(name, []).append(delta)
+    return found
+
+
+def weights_of(name: str, deltas: Deltas) -> list[float]:
+    return list(WEIGHTS[: len(deltas[name])])
+
+
+def masked(name: str, parts: list[torch.Tensor], adapters: list[Path], seed: int) -> list[Any]:
+    made = []
+    for part, adapter in zip(parts, adapters, strict=False):
+        array = part.numpy().astype(np.float32)
+        drop_at_random(array, 0.4, str(seed), name, adapter_digest(adapter))
+        made.append(torch.from_numpy(array).double())
+    return made
+
+
+def wanted(
+    method: str, name: str, deltas: Deltas, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> torch.Tensor:
+    weights = torch.tensor(weights_of(name, deltas), dtype=torch.float64)
+    rule = method.removesuffix("_svd")
+    if rule in ("linear", "cat", "sequential", "svd"):
+        delta = merge_utils.task_arithmetic(deltas[name], weights)
+    else:
+        parts = [part.float().double() for part in deltas[name]]
+        if rule.startswith("dare"):
+            given = iter(masked(name, parts, adapters, 5))
+            monkeypatch.setattr(merge_utils, "prune", lambda *_, **__: next(given))
+        delta = getattr(merge_utils, rule)(parts, weights, 0.4)
+        monkeypatch.undo()
+    if method.endswith("svd"):
+        rank = 3
+        u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+        delta = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    return delta  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "method", ["sequential", "linear", "cat", "svd", *PRUNING, *(f"{m}_svd" for m in PRUNING)]
+)
+def test_methods_in_delta_space(
+    method: str, three: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapters = three
+    options: dict[str, Any] = {"method": method}
+    if method.startswith(PRUNING):
+        options["density"] = 0.4
+    if method.startswith("dare"):
+        options["seed"] = 5
+    if method.endswith("svd"):
+        options["rank"] = 3
+    result = run(base, adapters, tmp_path / "out", **options)
+    deltas = deltas_of(adapters)
+    before = load_file(base / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert result["tensors"]["merged"] == len(deltas) == 14
+    for name, tensor in before.items():
+        delta = (
+            wanted(method, name, deltas, adapters, monkeypatch)
+            if name in deltas
+            else torch.zeros_like(tensor)
+        )
+        # Half a unit of float32, and what float32 factors of a truncation are off by.
+        off = (after[name].double() - (tensor.double() + delta)).abs().max()
+        assert off < (1e-6 if method.endswith("svd") else 3e-7), name
+
+
+@pytest.mark.parametrize("method", ["dare_ties", "ties_svd"])
+def test_bytes_do_not_depend_on_threads(
+    method: str, three: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    base, adapters = three
+    made = [
+        run(base, adapters, tmp_path / str(workers), method=method, density=0.5, workers=workers)
+        for workers in (1, 3)
+    ]
+    assert made[0]["shards"] == made[1]["shards"]
+
+
+def test_the_seed_and_the_order_of_adapters(three: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, adapters = three
+    pairs = tuple(zip(adapters, WEIGHTS, strict=True))
+
+    def shards(name: str, seed: int, order: Callable[[Any], Any] = tuple) -> Any:
+        request = MergeRequest(
+            base=base,
+            adapters=order(pairs),
+            out=tmp_path / f"out-{name}",
+            method="dare_linear",
+            density=0.5,
+            seed=seed,
+            dtype="bfloat16",
+        )
+        return merge(request)["shards"]
+
+    one = shards("one", 1)
+    assert shards("again", 1) == one
+    assert shards("other", 2) != one
+    # float64 sums in another order round to the same bfloat16.
+    assert shards("turned", 1, lambda p: tuple(reversed(p))) == one
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "svd"])
+def test_dora_is_combined_by_its_whole_change(
+    method: str, make_model: MakeModel, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    """With one adapter and nothing pruned, every method is the adapter itself."""
+    base = make_model()
+    adapter = make_adapter(base, "dora", 1, use_dora=True)
+    options: dict[str, Any] = {"ties": {"density": 1.0}, "svd": {"rank": 32}}.get(method, {})
+    pairs = ((adapter, 1.0),)
+    merge(MergeRequest(base=base, adapters=pairs, out=tmp_path / "plain"))
+    merge(MergeRequest(base=base, adapters=pairs, out=tmp_path / "out", method=method, **options))
+    plain = load_file(tmp_path / "plain" / "model.safetensors")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in plain.items():
+        assert torch.allclose(found[name], tensor, atol=2e-6), name
+
+
+@pytest.mark.parametrize("method", ["linear", "cat", "ties", "magnitude_prune"])
+def test_factor_space_is_pefts(
+    method: str, make_model: MakeModel, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = make_model()
+    adapters = [
+        make_adapter(base, "one", 1, r=4, lora_alpha=6, target_modules=["q_proj", "up_proj"]),
+        make_adapter(base, "two", 2, r=4, lora_alpha=3, target_modules=["q_proj", "v_proj"]),
+    ]
+    density = 0.5 if method in ("ties", "magnitude_prune") else None
+    run(base, adapters, tmp_path / "out", method=method, density=density, space="factors")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, adapters[0], adapter_name="one")
+    model.load_adapter(adapters[1], adapter_name="two")
+    model.add_weighted_adapter(
+        ["one", "two"], list(WEIGHTS[:2]), "both", combination_type=method, density=density
+    )
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    layer: Any
+    for name, layer in model.base_model.model.named_modules():
+        if hasattr(layer, "lora_A") and "both" in layer.lora_A:
+            b, a = layer.lora_B["both"].weight, layer.lora_A["both"].weight
+            delta = b.double() @ a.double() * layer.scaling["both"]
+            exact = (layer.base_layer.weight.double() + delta).float()
+            assert torch.equal(after[f"{name}.weight"], exact), name
+
+
+def test_what_peft_gets_wrong_is_refused(
+    make_model: MakeModel, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    base = make_model()
+    plain = make_adapter(base, "plain", 1)
+    for name, options, what in (
+        ("stabilised", {"use_rslora": True}, "rslora"),
+        ("dora", {"use_dora": True}, "more than one pair"),
+        ("ranks", {"r": 3}, "ranks .* differ"),
+    ):
+        other = make_adapter(base, name, 2, **options)
+        with pytest.raises(InputRefused, match=what) as caught:
+            run(base, [other, plain], tmp_path / "out", method="linear", space="factors")
+        assert "--space" in caught.value.hint
