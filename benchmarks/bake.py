@@ -1,8 +1,9 @@
-"""Weights into a registry: our assembly against `docker build` and `docker push`.
+"""Weights into a registry: our assembly against docker, buildah, skopeo and oras.
 
-Run as root from a checkout: `python benchmarks/bake.py [--rounds 3] [--gib 2]`. Needs docker,
-dockerd and docker-registry, and about seven times the weights' size of free disk. Every round has
-a fresh registry, and docker's also a fresh daemon with its own folder; all is deleted at the end.
+Run as root from a checkout: `python benchmarks/bake.py [--rounds 3] [--gib 2] [--only ours,oras]`.
+Needs docker, dockerd and docker-registry, and about seven times the weights' size of free disk;
+buildah, skopeo and oras are measured where they are installed. Every round has a fresh registry,
+and docker's also a fresh daemon with its own folder; all is deleted at the end.
 """
 
 from __future__ import annotations
@@ -37,20 +38,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gib", type=float, default=2.0)
-    parser.add_argument("--push", nargs=2, metavar=("DIR", "REF"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", default="", help="names with commas between; default: all")
+    parser.add_argument("--act", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.push:
-        push(Path(options.push[0]), options.push[1])
+    if options.act:
+        ACTS[options.act[0]](*options.act[1:])
         return
+    wanted = [n for n in options.only.split(",") if n] or list(MEASURES)
+    subjects = {name: MEASURES[name] for name in wanted if there(name)}
     need = int(7 * options.gib * 2**30)
     WORK.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(WORK).free < need:
         raise SystemExit(f"needs {need >> 30} GiB of free disk under {WORK}")
-    rows: dict[str, list[dict[str, float]]] = {"ours": [], "docker": []}
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in subjects}
     try:
         weights = make_weights(int(options.gib * 2**30))
         for n in range(options.rounds):
-            for name, measure in (("ours", ours), ("docker", docker)):
+            for name, measure in subjects.items():
                 rows[name].append(measure(weights))
                 print(f"round {n + 1} {name}: {rows[name][-1]}", file=sys.stderr)
     finally:
@@ -58,7 +62,7 @@ def main() -> None:
     print(table(rows, options))
 
 
-def push(folder: Path, reference: str) -> None:
+def push(folder: str, reference: str, streams: str = "4", label: str = "1") -> None:
     """Assemble and push, as `bake --push` does, with no digest known before."""
     sys.path.insert(0, str(HERE.parent))
     from toolchain.oci.image import ImageConfig, assemble
@@ -68,11 +72,46 @@ def push(folder: Path, reference: str) -> None:
 
     layers = [
         TarLayer(members=(Member.of_file(f"/models/{path.name}", path),))
-        for path in sorted(folder.glob("*.safetensors"))
+        for path in sorted(Path(folder).glob("*.safetensors"))
     ]
-    image = assemble(layers, config=ImageConfig(env={"HF_HUB_OFFLINE": "1"}))
+    if known := os.environ.get("WEIGHTSMITH_BENCH_DIGESTS"):
+        from dataclasses import replace
+
+        digests = known.split(",")
+        layers = [replace(layer, known_digest=d) for layer, d in zip(layers, digests, strict=True)]
+    config = ImageConfig(env={"HF_HUB_OFFLINE": "1"}, labels={"label": label})
     with Registry() as registry:
-        print(registry.push(image, Reference.parse(reference)).digest)
+        place = Reference.parse(reference)
+        done = registry.push(assemble(layers, config=config), place, parallel=int(streams))
+    print(",".join(row["digest"] for row in done.layers))
+
+
+def layout(folder: str, out: str) -> None:
+    """Write the same image as a layout, for tools that copy one."""
+    sys.path.insert(0, str(HERE.parent))
+    from toolchain.oci.image import ImageConfig, assemble
+    from toolchain.oci.layers import Member, TarLayer
+    from toolchain.oci.layout import write_layout
+
+    layers = [
+        TarLayer(members=(Member.of_file(f"/models/{path.name}", path),))
+        for path in sorted(Path(folder).glob("*.safetensors"))
+    ]
+    write_layout(assemble(layers, config=ImageConfig()), Path(out), ref="v1")
+
+
+def rebase(source: str, onto: str, to: str) -> None:
+    """Exchange the base of an image that is in the registry, as `rebase` does."""
+    sys.path.insert(0, str(HERE.parent))
+    from toolchain.oci.image import ImageConfig, assemble
+    from toolchain.oci.references import Reference
+    from toolchain.oci.registry import Registry
+
+    with Registry() as registry:
+        old = registry.pull(Reference.parse(source))
+        base = registry.pull(Reference.parse(onto))
+        new = assemble(old.layers, config=ImageConfig(), base=base)
+        registry.push(new, Reference.parse(to))
 
 
 def make_weights(size: int) -> Path:
@@ -90,11 +129,101 @@ def make_weights(size: int) -> Path:
     return folder
 
 
+def act(*words: object) -> list[str]:
+    """Return the command that does one of our acts in a process of its own."""
+    return [sys.executable, __file__, "--act", *map(str, words)]
+
+
 def ours(weights: Path) -> dict[str, float]:
     """Time one assembly and push."""
     with registry() as (host, pids):
-        command = [sys.executable, __file__, "--push", str(weights), f"{host}/bench/app:1"]
-        return timed([(command, {})], pids, {})
+        return timed([(act("push", weights, f"{host}/bench/app:1"), {})], pids, {})
+
+
+def one_stream(weights: Path) -> dict[str, float]:
+    """Time the same with one upload at a time."""
+    with registry() as (host, pids):
+        return timed([(act("push", weights, f"{host}/bench/app:1", 1), {})], pids, {})
+
+
+def known(weights: Path) -> dict[str, float]:
+    """Time the same where the digests are known, as they are after a merge."""
+    with registry() as (host, pids):
+        words = act("push", weights, f"{host}/bench/first:1")
+        digests = subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
+    with registry() as (host, pids):
+        env = {"WEIGHTSMITH_BENCH_DIGESTS": digests}
+        return timed([(act("push", weights, f"{host}/bench/app:1"), env)], pids, {})
+
+
+def again(weights: Path) -> dict[str, float]:
+    """Time a second push after the configuration changed, digests remembered."""
+    with registry() as (host, pids):
+        words = act("push", weights, f"{host}/bench/app:1")
+        digests = subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
+        env = {"WEIGHTSMITH_BENCH_DIGESTS": digests}
+        return timed([(act("push", weights, f"{host}/bench/app:2", 4, "2"), env)], pids, {})
+
+
+def rebased(weights: Path) -> dict[str, float]:
+    """Time an exchange of the base, into another repository."""
+    with registry() as (host, pids):
+        for words in (
+            act("push", weights, f"{host}/bench/app:1"),
+            act("base", f"{host}/bench/base:2"),
+        ):
+            subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+        words = act("rebase", f"{host}/bench/app:1", f"{host}/bench/base:2", f"{host}/bench/new:2")
+        return timed([(words, {})], pids, {})
+
+
+def base(reference: str) -> None:
+    """Push a small base."""
+    sys.path.insert(0, str(HERE.parent))
+    from toolchain.oci.image import ImageConfig, assemble
+    from toolchain.oci.layers import Member, TarLayer
+    from toolchain.oci.references import Reference
+    from toolchain.oci.registry import Registry
+
+    layer = TarLayer(members=(Member.of_bytes("/app/engine", bytes(1 << 20)),))
+    with Registry() as registry:
+        registry.push(assemble((), (layer,), config=ImageConfig()), Reference.parse(reference))
+
+
+def skopeo(weights: Path) -> dict[str, float]:
+    """Time a layout's writing and skopeo's copy of it, digests kept."""
+    with registry() as (host, pids):
+        out = WORK / "layout"
+        copy = ["skopeo", "copy", "-q", "--preserve-digests", "--dest-tls-verify=false",
+                f"oci:{out}:v1", f"docker://{host}/bench/app:1"]  # fmt: skip
+        try:
+            return timed([(act("layout", weights, out), {}), (copy, {})], pids, {})
+        finally:
+            shutil.rmtree(out, ignore_errors=True)
+
+
+def buildah(weights: Path) -> dict[str, float]:
+    """Time buildah's copy, commit and push, in a storage of its own."""
+    with registry() as (host, pids):
+        root = WORK / "buildah"
+        store = ["buildah", "--root", f"{root}/root", "--runroot", f"{root}/run",
+                 "--storage-driver", "vfs"]  # fmt: skip
+        build = [*store, "build", "-q", "--isolation", "chroot", "--layers=false",
+                 "-t", "bench", str(weights)]  # fmt: skip
+        push = [*store, "push", "-q", "--disable-compression", "--tls-verify=false", "bench",
+                f"docker://{host}/bench/app:1"]  # fmt: skip
+        try:
+            return timed([(build, {}), (push, {})], pids, {})
+        finally:
+            shutil.rmtree(root, ignore_errors=True)
+
+
+def oras(weights: Path) -> dict[str, float]:
+    """Time oras's push of the files as they are: an artifact, which nothing can run."""
+    with registry() as (host, pids):
+        names = [path.name for path in sorted(weights.glob("*.safetensors"))]
+        push = ["oras", "push", "--plain-http", f"{host}/bench/app:1", *names]
+        return timed([(push, {})], pids, {}, cwd=weights)
 
 
 def docker(weights: Path) -> dict[str, float]:
@@ -112,16 +241,26 @@ def timed(
     commands: list[tuple[list[str], dict[str, str]]],
     registry: dict[str, int],
     daemon: dict[str, int],
+    cwd: Path | None = None,
 ) -> dict[str, float]:
-    """Run the commands; return seconds of wall and of CPU per party."""
+    """Run the commands; return seconds of wall and of CPU per party, and the client's peak MB."""
     before = [cpu(registry), cpu(daemon), children()]
-    start = time.perf_counter()
+    start, peak = time.perf_counter(), 0
     for command, env in commands:
-        subprocess.run(command, check=True, env={**os.environ, **env}, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, env={**os.environ, **env}, stdout=subprocess.DEVNULL, cwd=cwd
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(f"{command[0]} failed")
+        peak = max(peak, usage.ru_maxrss)
     wall = time.perf_counter() - start
     after = [cpu(registry), cpu(daemon), children()]
     spent = [b - a for a, b in zip(before, after, strict=True)]
-    return {"wall": wall, "client": spent[2], "daemon": spent[1], "registry": spent[0]}
+    return {
+        "wall": wall, "client": spent[2], "daemon": spent[1], "registry": spent[0],
+        "peak": peak / 1000,
+    }  # fmt: skip
 
 
 def cpu(pids: dict[str, int]) -> float:
@@ -205,27 +344,48 @@ def stop(server: subprocess.Popen[bytes], folder: Path) -> None:
     shutil.rmtree(folder)
 
 
+TITLES = {
+    "ours": "assemble + push",
+    "one": "the same, one stream",
+    "known": "the same, digests known",
+    "again": "second push, configuration changed",
+    "rebase": "another base, another repository",
+    "docker": "docker build + docker push",
+    "skopeo": "write a layout + skopeo copy",
+    "buildah": "buildah build + push",
+    "oras": "oras push (files, not an image)",
+}
+MEASURES = {
+    "ours": ours, "docker": docker, "one": one_stream, "known": known, "again": again,
+    "rebase": rebased, "skopeo": skopeo, "buildah": buildah, "oras": oras,
+}  # fmt: skip
+ACTS = {"push": push, "layout": layout, "rebase": rebase, "base": base}
+
+
+def there(name: str) -> bool:
+    """Say whether what a measurement needs is installed."""
+    return name not in ("skopeo", "buildah", "oras") or shutil.which(name) is not None
+
+
 def table(rows: dict[str, list[dict[str, float]]], options: argparse.Namespace) -> str:
     """Return medians as Markdown."""
-    keys = ("wall", "client", "daemon", "registry")
-    titles = {"ours": "assemble + push", "docker": "docker build + docker push"}
+    keys = ("wall", "client", "daemon", "registry", "peak")
     lines = [
         f"Medians, seconds: {options.gib:g} GiB, {options.rounds} rounds, {os.cpu_count()} cores.",
         "",
-        "| | wall | wall of each round | CPU client | CPU dockerd | CPU registry |",
-        "|---|---|---|---|---|---|",
+        "| | wall | wall of each round | CPU client | CPU dockerd | CPU registry | peak MB |",
+        "|---|---|---|---|---|---|---|",
     ]
     middle = {n: {k: statistics.median(r[k] for r in rows[n]) for k in keys} for n in rows}
     for name, found in middle.items():
         each = ", ".join(f"{row['wall']:.1f}" for row in rows[name])
         cells = " | ".join(f"{found[key]:.1f}" for key in keys[1:])
-        lines.append(f"| {titles[name]} | {found['wall']:.1f} | {each} | {cells} |")
-    ratio = middle["docker"]["wall"] / middle["ours"]["wall"]
-    spent = [sum(middle[n][k] for k in keys[1:]) for n in ("docker", "ours")]
-    lines += [
-        "",
-        f"Docker takes {ratio:.1f} times the wall and {spent[0] / spent[1]:.1f} times the CPU.",
-    ]
+        lines.append(f"| {TITLES[name]} | {found['wall']:.1f} | {each} | {cells} |")
+    if {"ours", "docker"} <= set(middle):
+        ratio = middle["docker"]["wall"] / middle["ours"]["wall"]
+        spent = [sum(middle[n][k] for k in keys[1:4]) for n in ("docker", "ours")]
+        told = f"{ratio:.1f} times the wall and {spent[0] / spent[1]:.1f} times the CPU."
+        lines += ["", f"Docker takes {told}"]
     return "\n".join(lines)
 
 

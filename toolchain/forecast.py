@@ -28,6 +28,7 @@ from toolchain.stages import quality
 from toolchain.stages import quantize as quantizing
 from toolchain.stages import reference as references
 from toolchain.stages import validate as validating
+from toolchain.stages.lock import pinned, read_lock
 from toolchain.stages.quantize import Wanted, model_config
 from toolchain.stages.resolve import known
 from toolchain.values import SAFETENSORS, Json, Sources, StageInputs, Tree
@@ -49,6 +50,7 @@ def forecast(
     Sizes in bytes. Raises what the build would raise before its first long step.
     """
     tasks = tasks_of(file)
+    file = pinned(file, read_lock(file))
     sources, why = known(file, tools)
     if sources is None:
         return _unresolved(file, targets, why)

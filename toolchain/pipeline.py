@@ -11,6 +11,7 @@ from pathlib import Path
 from toolchain.artifacts import quality_fault, wanted_of, with_quality
 from toolchain.errors import CheckFailed
 from toolchain.oci.image import Image
+from toolchain.oci.manifests import host_platform
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.planning import BuildRequest, check_before_work, probes, serving_config, tasks_of
@@ -36,6 +37,7 @@ from toolchain.stages.base import (
     engine_version,
     public_base,
 )
+from toolchain.stages.lock import pinned, read_lock, with_sources, write_lock
 from toolchain.stages.record import Facts, TaskFacts, write_record
 from toolchain.stages.render import portable
 from toolchain.stages.report import write_report
@@ -60,7 +62,7 @@ def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[B
     asked = f"{sum(len(tried.task.items) for tried in tasks)} questions to"
     check_outputs(request, registry)
     with clock.stage("resolve", recipe.base.source):
-        sources = resolve(request.file, tools)
+        request, sources = resolved(request, tools)
         check_before_work(request, sources, tools)
     with clock.stage("merge", f"{len(sources.adapters)} adapter(s), {recipe.merge.method}") as said:
         checkpoint = merging.merge(sources, recipe.merge, tools)
@@ -157,13 +159,17 @@ class Baking:
         """Bring the base image, and put it beside the rest."""
         wanted = request.file.recipe.image.base
         name = base_reference(target.engine, str(config.plan["device"]), wanted)
+        lock = read_lock(request.file)
+        pin = lock.base(name, host_platform())
+        base = base_image(pin, target.engine.name, registry, tools)
+        write_lock(lock, lock.with_base(name, base), tools.progress)
         return cls(
             request=request,
             target=target,
             sources=sources,
             artifact=artifact,
             config=config,
-            base=base_image(name, target.engine.name, registry, tools),
+            base=base,
             base_name=public_base(name),
             tools=tools,
         )
@@ -218,6 +224,16 @@ class Baking:
             threads_variable=self.target.engine.threads_variable,
             neutral=self.target.engine.neutral_settings,
         )
+
+
+def resolved(request: BuildRequest, tools: Tools) -> tuple[BuildRequest, Sources]:
+    """Bring the sources as the lock beside the recipe pins them; keep what it did not know."""
+    lock = read_lock(request.file)
+    file = pinned(request.file, lock)
+    sources = resolve(file, tools)
+    now = with_sources(lock, file, sources, locked=request.locked, progress=tools.progress)
+    write_lock(lock, now, tools.progress)
+    return replace(request, file=file), sources
 
 
 def check_outputs(request: BuildRequest, registry: Registry) -> None:

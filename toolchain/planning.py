@@ -52,6 +52,8 @@ class BuildRequest:
     """Folder that gets NAME/VERSION/TARGET/."""
     engine_answers: bool
     """Images are tried in the container engine, else from a layout."""
+    locked: bool = False
+    """Sources that are not as in the recipe's lock are refused."""
 
     def folder(self, target: Target) -> Path:
         """Where a target's results go."""

@@ -330,6 +330,8 @@ class RecipeFile:
 
     recipe: Recipe
     folder: Path
+    path: Path | None = None
+    """The file, unless the command line changed its sources."""
 
 
 def read_recipe(path: Path, settings: Sequence[str] = ()) -> RecipeFile:
@@ -362,8 +364,11 @@ def read_recipe(path: Path, settings: Sequence[str] = ()) -> RecipeFile:
             f"{path}: a recipe is a mapping of keys, this is not",
             hint="it begins with `name: …` and `base: {source: …}`",
         )
+    own = not any(setting.startswith(("base", "adapters")) for setting in settings)
     return RecipeFile(
-        recipe=check_recipe(with_settings(data, settings), str(path)), folder=path.parent
+        recipe=check_recipe(with_settings(data, settings), str(path)),
+        folder=path.parent,
+        path=path if own else None,
     )
 
 

@@ -19,6 +19,7 @@ from toolchain.drivers.folders import FolderReader
 from toolchain.drivers.hub import HubReader
 from toolchain.drivers.local import LocalRunner
 from toolchain.drivers.ownership import private_folder
+from toolchain.drivers.pushed import PushedLayers
 from toolchain.drivers.pypi import PypiReader
 from toolchain.drivers.rootfs import EitherLauncher, RootfsLauncher, StartInfo
 from toolchain.drivers.signer import open_signer
@@ -71,7 +72,11 @@ def make_engine() -> DockerEngine:
 
 def make_registry(*, insecure: bool = False) -> Registry:
     """Return a registry client with the user's Docker credentials."""
-    return Registry(credentials=auth.docker_config(docker_config(), ask_helper), insecure=insecure)
+    return Registry(
+        credentials=auth.docker_config(docker_config(), ask_helper),
+        insecure=insecure,
+        memory=PushedLayers(cache_folder()),
+    )
 
 
 def make_tools(runner: str, progress: Progress, *, sign_key: str = "") -> tuple[Tools, bool]:

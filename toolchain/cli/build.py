@@ -34,6 +34,7 @@ def build(
     force: bool = False,
     insecure: bool = False,
     sign_key: str = "",
+    locked: bool = False,
     dist: str = "dist",
     json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
@@ -69,6 +70,7 @@ def build(
         ),
         dist=Path(dist).absolute(),
         engine_answers=engine,
+        locked=locked,
     )
     with make_registry(insecure=insecure) as registry:
         built = list(run(request, registry, tools))

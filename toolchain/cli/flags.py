@@ -33,6 +33,7 @@ FLAGS = {
     "layout": "write an OCI layout into this folder",
     "load": "load the image into the container engine",
     "max_drop": "largest loss of score against --against, from 0 to 1",
+    "locked": "refuse sources that are not as in the lock file beside the recipe",
     "max_model_len": "tokens of prompt and answer together, or auto",
     "max_num_seqs": "requests served at once, or auto",
     "max_tokens": "longest answer, in tokens",

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Self
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, Self
 
 import httpx
 
@@ -21,6 +21,19 @@ from toolchain.oci.progress import Advance
 from toolchain.oci.references import Reference
 from toolchain.oci.session import Session
 from toolchain.values import Blob, Digest, Published
+
+_WORTH_MOUNTING = 1 << 20
+"""Bytes; a smaller layer is sent in the time of asking whether it may be mounted."""
+
+
+class Memory(Protocol):
+    """Remembers which repository of a registry has which layers."""
+
+    def repository(self, registry: str, digest: Digest) -> str:
+        """Return a repository that had the layer when it was last pushed, or empty."""
+
+    def record(self, registry: str, repository: str, digests: Iterable[Digest]) -> None:
+        """Remember that a repository has these layers."""
 
 
 class Registry:
@@ -39,7 +52,9 @@ class Registry:
         insecure: bool = False,
         transport: httpx.BaseTransport | None = None,
         pause: Callable[[float], None] = time.sleep,
+        memory: Memory | None = None,
     ) -> None:
+        self._memory = memory
         verify = tls.unverified() if insecure else tls.trusted()
         self._client = httpx.Client(
             transport=transport,
@@ -101,7 +116,14 @@ class Registry:
         sources = uploads.mount_sources(image, reference, mount_from)
         session = self._session(reference, "pull,push", sources)
         _guard_tag(session, reference, image, force)
-        sent = uploads.bring_all(session, image, sources, progress, parallel)
+        sent = uploads.bring_all(
+            session,
+            image,
+            sources,
+            progress,
+            parallel,
+            lambda blob: self._elsewhere(reference, blob),
+        )
         uploads.put_manifest(session, image.digest, image.manifest_bytes, image.media_type)
         before_tag()
         for tag in (*also_tags, *([reference.tag] if reference.tag else [])):
@@ -109,6 +131,9 @@ class Registry:
             place = Reference(reference.registry, reference.repository, tag)
             _guard_tag(session, place, image, force)
             uploads.put_manifest(session, tag, image.manifest_bytes, image.media_type)
+        if self._memory:
+            large = [layer.digest for layer in image.layers if layer.size >= _WORTH_MOUNTING]
+            self._memory.record(reference.registry, reference.repository, large)
         return Published(
             reference=str(reference),
             digest=image.digest,
@@ -177,6 +202,17 @@ class Registry:
     def read_attachment(self, reference: Reference, blob: Blob, tag: str = "") -> Attachment:
         """Return an attachment; InputRefused where it is not what its digest says."""
         return referrers.read(self._session(reference, "pull"), reference, blob, tag)
+
+    def _elsewhere(self, reference: Reference, blob: Blob) -> tuple[Session, str] | None:
+        """Return where else on the registry a layer was pushed to, and who may ask there."""
+        if self._memory is None or blob.size < _WORTH_MOUNTING:
+            return None
+        name = self._memory.repository(reference.registry, blob.digest)
+        if not name or name == reference.repository:
+            return None
+        # A conversation of its own: a registry may refuse the other repository, and with it the
+        # whole token.
+        return self._session(reference, "pull,push", (name,)), name
 
     def _session(self, reference: Reference, actions: str, also: Sequence[str] = ()) -> Session:
         """Return the conversation about a repository; kept, so that its token is."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from enum import Enum
+from typing import TypeAlias
 from urllib.parse import quote
 
-from toolchain.errors import InputRefused
+from toolchain.errors import InputRefused, WeightsmithError
 from toolchain.oci.downloads import promised
 from toolchain.oci.image import Image, Opener, blob_of
 from toolchain.oci.layers import BlobLayer, Layer
@@ -34,6 +35,10 @@ _FEW = 3
 """Tries of a first look: long enough for a hiccup, short enough to wait for."""
 _FINISH = 1800
 """Seconds that a registry may take after the last byte: some copy a layer to another store."""
+
+
+Elsewhere: TypeAlias = Callable[[Blob], tuple[Session, str] | None]
+"""Blob -> a repository that had it before, and a conversation that may ask there; or None."""
 
 
 class Way(Enum):
@@ -66,6 +71,7 @@ def bring_all(
     sources: Sequence[str],
     progress: Advance | None,
     parallel: int,
+    elsewhere: Elsewhere | None = None,
 ) -> list[tuple[Way, int]]:
     """Bring every layer and the configuration there; return how, and the bytes of each.
 
@@ -78,7 +84,8 @@ def bring_all(
         if stop.is_set():
             raise _Stopped
         blob = blob_of(layer)
-        return bring(session, blob, layer.open, sources, meter, stop), blob.size
+        way = bring(session, blob, layer.open, sources, meter, stop, elsewhere)
+        return way, blob.size
 
     with ThreadPoolExecutor(max(1, parallel)) as pool:
         futures = [pool.submit(work, layer) for layer in image.layers]
@@ -103,6 +110,7 @@ def bring(
     sources: Sequence[str] = (),
     meter: Meter | None = None,
     stop: threading.Event | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> Way:
     """Make sure that the repository holds the blob; a broken upload starts again from its start."""
     meter = meter or Meter(blob.size)
@@ -121,6 +129,8 @@ def bring(
             return Way.THERE
         if found.status != _MISSING:
             raise session.refusal(what, found)
+        if elsewhere and (place := elsewhere(blob)) and _mounted(*place, blob):
+            return Way.MOUNTED
         opened = _mount(session, blob, sources)
         if opened is None:
             return Way.MOUNTED
@@ -169,6 +179,18 @@ def _mount(session: Session, blob: Blob, sources: Sequence[str]) -> Reply | None
             # Not there: an upload was opened instead, which the next question replaces.
             session.call("DELETE", session.location(reply))
     return session.call("POST", "blobs/uploads/", headers={"Content-Length": "0"})
+
+
+def _mounted(session: Session, source: str, blob: Blob) -> bool:
+    """Say whether a blob was mounted from where it was once pushed; it may be gone, or private."""
+    url = f"blobs/uploads/?mount={blob.digest}&from={quote(source, safe='')}"
+    try:
+        reply = session.call("POST", url, headers={"Content-Length": "0"})
+        if reply.status == _ACCEPTED and reply.headers.get("location"):
+            session.call("DELETE", session.location(reply))
+    except (Transient, WeightsmithError):
+        return False
+    return reply.status == _CREATED
 
 
 def _send(session: Session, blob: Blob, body: Opener, opened: Reply, what: str) -> None:

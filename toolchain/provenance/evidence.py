@@ -18,6 +18,8 @@ from toolchain.values import Blob, Digest, FileEntry, Json, tree_digest
 
 EVALUATION_TYPE = "application/vnd.weightsmith.evaluation.v1+json"
 ADAPTER_TYPE = "application/vnd.weightsmith.adapter.v1"
+NUMBER = "dev.weightsmith.number"
+"""Annotation of an adapter: its place in the order of merging, from 0."""
 SPDX_TYPE = "application/spdx+json"
 _PREDICATE = "in-toto.io/predicate-type"
 _STATEMENTS = (signing.STATEMENT_TYPE, signing.ENVELOPE_TYPE)
@@ -157,6 +159,14 @@ def limited(rows: Sequence[tuple[Blob, str]]) -> Sequence[tuple[Blob, str]]:
     if len(rows) > _MOST_ATTACHED:
         raise InputRefused(f"{len(rows)} manifests are attached to the image")
     return rows
+
+
+def document_name(document: Document) -> str:
+    """Return what statements call a document: its file's name, or which adapter it is."""
+    number = document.annotations.get(NUMBER)
+    if document.artifact_type == ADAPTER_TYPE:
+        return f"adapter:{number or 0}"
+    return document.parts[0].title or document.artifact_type
 
 
 def document_digest(document: Document) -> Digest:

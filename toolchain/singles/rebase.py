@@ -214,7 +214,7 @@ def _evidence(
         ],
         byproducts=[
             Resource(
-                name=document.parts[0].title or document.artifact_type,
+                name=gathered.document_name(document),
                 digest=gathered.document_digest(document),
                 media_type=document.artifact_type,
             )

@@ -177,8 +177,7 @@ def _documents(found: _Found) -> list[Document]:
                 for _ in part.open():
                     pass
         except InputRefused as error:
-            name = document.parts[0].title or document.artifact_type
-            found.say(f"document {name}", False, error.message)
+            found.say(f"document {evidence.document_name(document)}", False, error.message)
         else:
             right.append(document)
     return right

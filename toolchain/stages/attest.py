@@ -16,9 +16,11 @@ from toolchain.provenance.evaluation import evaluation, test_result
 from toolchain.provenance.evidence import (
     ADAPTER_TYPE,
     EVALUATION_TYPE,
+    NUMBER,
     Document,
     Evidence,
     document_digest,
+    document_name,
 )
 from toolchain.provenance.labels import public_name
 from toolchain.provenance.mlbom import (
@@ -152,7 +154,7 @@ def _baked(made: Made, documents: Sequence[Document]) -> Mapping[str, Json]:
         dependencies=[tree_resource("artifact", made.artifact.digest), *base, *files],
         byproducts=[
             Resource(
-                name=document.parts[0].title or document.artifact_type,
+                name=document_name(document),
                 digest=document_digest(document),
                 media_type=document.artifact_type,
             )
@@ -255,7 +257,7 @@ def _adapters(made: Made) -> list[Document]:
                     TITLE: public_name(a.snapshot.source),
                     "org.opencontainers.image.version": a.version,
                     "dev.weightsmith.run_id": a.run_id,
-                    "dev.weightsmith.number": str(number),
+                    NUMBER: str(number),
                 }.items()
                 if value
             },

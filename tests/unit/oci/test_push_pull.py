@@ -12,6 +12,7 @@ import pytest
 from tests.fakes.images import entry as tar_entry
 from tests.fakes.images import foreign_image, tar_of, tiny_image
 from tests.fakes.registry import FakeRegistry, fake_registry
+from toolchain.drivers.pushed import PushedLayers
 from toolchain.errors import EnvironmentFailure, InputRefused, UsageError, WeightsmithError
 from toolchain.oci.image import Image
 from toolchain.oci.layers import BlobLayer, Member, TarLayer
@@ -83,6 +84,25 @@ def test_layers_are_mounted_from_another_repository(
     assert done.mounted == 4
     assert done.uploaded_bytes == image.config_blob.size
     assert not fake.uploads, "what a refused mount opened is closed"
+
+
+def test_what_was_pushed_before_is_mounted(fake: FakeRegistry, tmp_path: Path) -> None:
+    memory = PushedLayers(tmp_path / "cache")
+    fake.auth = "bearer"
+    (tmp_path / "w").write_bytes(bytes(2 << 20))
+    layer = TarLayer(members=(Member.of_file("/w", tmp_path / "w"),), epoch=0)
+    image = Image(layers=(layer,), settings={})
+
+    def push(name: str) -> tuple[int, int]:
+        credentials = (fake.user, fake.password)
+        with Registry(credentials=lambda _: credentials, memory=memory) as client:
+            done = client.push(image, at(fake, name))
+            return done.mounted, done.uploaded_bytes
+
+    assert push("team/first:1")[0] == 0
+    assert push("team/second:1") == (1, image.config_blob.size)
+    fake.blobs = {key: data for key, data in fake.blobs.items() if key[0] == "nobody"}
+    assert push("team/third:1") == (0, layer.size + image.config_blob.size)
 
 
 def test_a_mount_that_is_refused_becomes_an_upload(

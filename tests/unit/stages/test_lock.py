@@ -1,0 +1,111 @@
+"""What was reached once is what later builds take, until somebody says otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from toolchain.errors import InputRefused, UsageError
+from toolchain.oci.image import ImageConfig, assemble
+from toolchain.ports import Silent
+from toolchain.recipe import RecipeFile, read_recipe
+from toolchain.stages.lock import Lock, pinned, read_lock, with_sources, write_lock
+from toolchain.values import AdapterSnapshot, Digest, FileEntry, Snapshot, Sources, Tree
+
+COMMIT = "c" * 40
+
+
+class Told(Silent):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+    warn = note
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> RecipeFile:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("name: x\nbase: {source: hf://a/b}\nadapters: [{source: ./adapter}]\n")
+    return read_recipe(path)
+
+
+def snapshot(source: str, pin: str, content: bytes = b"1") -> Snapshot:
+    entry = FileEntry(path="f", size=1, digest=Digest.of(content))
+    return Snapshot(tree=Tree(root=Path(), files=(entry,)), source=source, pin=pin, pinned=False)
+
+
+def sources(content: bytes = b"1") -> Sources:
+    base = snapshot("hf://a/b", f"hf://a/b@{COMMIT}")
+    adapter = AdapterSnapshot(snapshot=snapshot("/abs/adapter", "sha", content))
+    return Sources(base=base, adapters=(adapter,))
+
+
+def locked(
+    file: RecipeFile, found: Sources, *, only: bool = False, told: Told | None = None
+) -> Lock:
+    before, progress = read_lock(file), told or Told()
+    after = with_sources(before, file, found, locked=only, progress=progress)
+    write_lock(before, after, progress)
+    return read_lock(file)
+
+
+def test_a_revision_found_once_is_the_one_taken(file: RecipeFile) -> None:
+    assert pinned(file, read_lock(file)).recipe.base.revision == ""
+    lock = locked(file, sources())
+    assert pinned(file, lock).recipe.base.revision == COMMIT
+    assert lock.path is not None
+    assert "/abs" not in lock.path.read_text()
+    own = replace(file, recipe=file.recipe.model_copy(
+        update={"base": file.recipe.base.model_copy(update={"revision": "mine"})}))  # fmt: skip
+    assert pinned(own, lock).recipe.base.revision == "mine"
+
+
+def test_the_file_is_byte_stable(file: RecipeFile) -> None:
+    path = locked(file, sources()).path
+    assert path is not None
+    before = path.stat()
+    locked(file, sources())
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_a_change_is_told_or_refused(file: RecipeFile) -> None:
+    with pytest.raises(InputRefused, match="hf://a/b"):
+        locked(file, sources(), only=True)
+    locked(file, sources())
+    locked(file, sources(), only=True)
+    with pytest.raises(InputRefused, match="adapter"):
+        locked(file, sources(b"2"), only=True)
+    told = Told()
+    locked(file, sources(b"2"), told=told)
+    assert "changed since" in told.said[0]
+
+
+def test_a_base_is_pinned_when_it_is_reached(file: RecipeFile) -> None:
+    image = assemble((), (), config=ImageConfig(), platform="linux/amd64", epoch=0)
+    lock = read_lock(file)
+    name = "r.example/engine:1"
+    assert lock.base(name, "linux/amd64") == name
+    write_lock(lock, lock.with_base(name, image), Told())
+    lock = read_lock(file)
+    assert lock.base(name, "linux/amd64") == f"{name}@{image.digest}"
+    assert lock.base(name, "linux/arm64") == name
+    given = f"{name}@{Digest.of(b'x')}"
+    assert lock.base(given, "linux/amd64") == given
+    assert lock.with_base("engine:llamacpp", image) == lock
+
+
+def test_no_file_no_lock(file: RecipeFile) -> None:
+    found = locked(replace(file, path=None), sources())
+    assert found == Lock(path=None)
+    assert read_recipe(file.folder / "recipe.yaml", ["base.source=./x"]).path is None
+
+
+def test_a_damaged_lock_is_named(file: RecipeFile) -> None:
+    (file.folder / "recipe.lock").write_text('{"bases": {"a": {"linux/amd64": "sha256:1"}}}')
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_lock(file)

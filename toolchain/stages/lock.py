@@ -1,0 +1,123 @@
+"""recipe.lock: what a recipe's sources and bases were when first reached, for later builds.
+
+No digest in it is invented: each was seen. It lies beside the recipe, under its name, so that it
+is kept and reviewed with it; a one-off build without a recipe file has none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from toolchain.errors import InputRefused, UsageError
+from toolchain.oci.image import Image
+from toolchain.ports import Progress
+from toolchain.recipe import Adapter, Base, RecipeFile
+from toolchain.values import Digest, Snapshot, Sources, plain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lock:
+    """What was found: sources and base images as the recipe writes them -> what they were."""
+
+    path: Path | None
+    sources: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Source -> `pin` (with revision or hash) and `digest` of its files."""
+    bases: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Image reference -> platform -> digest."""
+
+    def base(self, reference: str, platform: str) -> str:
+        """Return a base by its digest where that is known; a digest in the recipe wins."""
+        digest = self.bases.get(reference, {}).get(platform)
+        return f"{reference}@{digest}" if digest and "@" not in reference else reference
+
+    def with_base(self, reference: str, image: Image) -> Lock:
+        """Return the lock with a base as it was reached."""
+        if reference.startswith(("engine:", "oci:")) or "@" in reference:
+            return self
+        row = {**self.bases.get(reference, {}), image.platform: image.digest}
+        return replace(self, bases={**self.bases, reference: row})
+
+
+def read_lock(file: RecipeFile) -> Lock:
+    """Return the lock beside a recipe; empty where there is none, UsageError for a damaged one."""
+    path = file.path.with_suffix(".lock") if file.path else None
+    if path is None or not path.is_file():
+        return Lock(path=path)
+    try:
+        told = json.loads(path.read_text("utf-8"))
+        bases = {
+            str(name): {str(key): str(Digest(digest)) for key, digest in row.items()}
+            for name, row in told["bases"].items()
+        }
+        sources = {
+            str(name): {"pin": str(row["pin"]), "digest": str(Digest(row["digest"]))}
+            for name, row in told["sources"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{path} cannot be read: {error}", hint="restore it, or delete it to pin anew"
+        ) from None
+    return Lock(path=path, sources=sources, bases=bases)
+
+
+def pinned(file: RecipeFile, lock: Lock) -> RecipeFile:
+    """Return the recipe with the revisions of the lock, where it gives none itself."""
+    recipe = file.recipe
+    adapters = tuple(
+        adapter.model_copy(update=_revision(adapter, lock)) for adapter in recipe.adapters
+    )
+    base = recipe.base.model_copy(update=_revision(recipe.base, lock))
+    return replace(file, recipe=recipe.model_copy(update={"base": base, "adapters": adapters}))
+
+
+def with_sources(
+    lock: Lock, file: RecipeFile, sources: Sources, *, locked: bool, progress: Progress
+) -> Lock:
+    """Return the lock with the sources as they are.
+
+    What changed since is told; with `locked` it raises InputRefused.
+    """
+    snapshots = [sources.base, *(adapter.snapshot for adapter in sources.adapters)]
+    written = [file.recipe.base.source, *(a.source for a in file.recipe.adapters)]
+    found = {name: _row(snapshot) for name, snapshot in zip(written, snapshots, strict=True)}
+    changed = [name for name, row in found.items() if lock.sources.get(name, row) != row]
+    missing = [name for name in found if name not in lock.sources]
+    if locked and (changed or missing):
+        names = ", ".join((*changed, *missing))
+        raise InputRefused(
+            f"not as in {lock.path or 'recipe.lock'}: {names}",
+            hint="build without --locked to take the new ones, and keep the lock",
+        )
+    for name in changed:
+        progress.note(f"{name} changed since {lock.path}: now {found[name]['pin']}")
+    return replace(lock, sources=found)
+
+
+def write_lock(before: Lock, after: Lock, progress: Progress) -> None:
+    """Write the lock where it changed; a folder that cannot be written to is a warning."""
+    path = after.path
+    if path is None or before == after:
+        return
+    told = {"bases": after.bases, "sources": after.sources}
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(json.dumps(plain(told), indent=2, sort_keys=True) + "\n", "utf-8")
+        beside.replace(path)
+    except OSError as error:
+        progress.warn(f"{path} was not written: {error.strerror}")
+
+
+def _revision(source: Base | Adapter, lock: Lock) -> dict[str, str]:
+    pin = lock.sources.get(source.source, {}).get("pin", "")
+    known, at, revision = pin.partition("@")
+    if source.revision or not at or known != source.source or not known.startswith("hf://"):
+        return {}
+    return {"revision": revision}
+
+
+def _row(snapshot: Snapshot) -> dict[str, str]:
+    return {"pin": snapshot.pin, "digest": str(snapshot.digest)}
