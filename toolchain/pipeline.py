@@ -16,7 +16,6 @@ from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.planning import BuildRequest, check_before_work, probes, serving_config, tasks_of
 from toolchain.ports import Tools
-from toolchain.provenance.evidence import Evidence
 from toolchain.provenance.labels import labels, reference, score_labels
 from toolchain.proving import Result, ask_references, with_image
 from toolchain.quantizers import of_format
@@ -91,9 +90,7 @@ def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[B
             results = prove(baking, image, expected, said)
         judge(record, results, timed.stages)
         with timed.stage("publish", reference(recipe, target.name)) as said:
-            proven = baking.image(main_scores(results))
-            told = evidence(baking.made(checkpoint, proven, main_scores(results), registry))
-            published = deliver(baking, proven, told, registry, said)
+            published = deliver(baking, checkpoint, main_scores(results), registry, said)
         yield record.keep(published, results, timed.stages)
 
 
@@ -351,10 +348,15 @@ def judge_quality(
 
 
 def deliver(
-    baking: Baking, image: Image, told: Evidence, registry: Registry, said: dict[str, Json]
+    baking: Baking,
+    checkpoint: Checkpoint,
+    scores: Mapping[str, Score],
+    registry: Registry,
+    said: dict[str, Json],
 ) -> Published:
-    """Publish, unless every output holds this very image already."""
+    """Publish with what is known of it, unless every output holds this very image already."""
     request, tools = baking.request, baking.tools
+    image = baking.image(scores)
     outputs = request.outputs_of(baking.target)
     name = reference(request.file.recipe, baking.target.name)
     said["cached"] = publishing.is_published(image, name, outputs, tools)
@@ -362,6 +364,7 @@ def deliver(
         if request.engine_answers:
             publishing.discard_candidate(image, None, tools)
         return publishing.describe(image, name, outputs)
+    told = evidence(baking.made(checkpoint, image, scores, registry))
     return publishing.publish(image, name, outputs, told, registry, tools)
 
 
