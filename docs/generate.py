@@ -83,6 +83,7 @@ def _commands() -> Iterator[str]:
         "installed. Every command takes `--json`: one JSON object on standard output, nothing else "
         "there. Flags marked * may be given more than once.\n"
     )
+    namespace["report"].positional = ("folder", "other")  # as many as a command line has words
     for name in sorted(namespace.task_names):
         task = namespace[name]
         yield f"## {name}\n\n{inspect.getdoc(task.body)}\n"

@@ -144,7 +144,7 @@ def tasks_of(file: RecipeFile) -> tuple[Trialed, ...]:
     recipe = file.recipe
     wishes: list[tuple[int | None, str, Evaluate | None]] = [(None, "", recipe.evaluate)]
     wishes += [
-        (number, adapter.version or f"adapter {number + 1}", adapter.evaluate)
+        (number, f"{_short(adapter.source)} {adapter.version}".strip(), adapter.evaluate)
         for number, adapter in enumerate(recipe.adapters)
     ]
     return tuple(
@@ -152,6 +152,11 @@ def tasks_of(file: RecipeFile) -> tuple[Trialed, ...]:
         for number, name, wanted in wishes
         if wanted is not None
     )
+
+
+def _short(source: str) -> str:
+    """Return the last part of a source's name."""
+    return source.rstrip("/").rpartition("/")[2] or source
 
 
 def _task(file: RecipeFile, name: str, wanted: Evaluate) -> Task:

@@ -20,6 +20,7 @@ from invoke.program import Program
 from tests.fakes.registry import fake_registry
 from toolchain import errors
 from toolchain.cli import namespace
+from toolchain.cli.looking import report_words
 from toolchain.recipe import check_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -146,6 +147,7 @@ def shell_blocks() -> list[Block]:
 
 def parse(words: list[str]) -> None:
     """Parse as the program does; ParseError for an unknown flag or a missing value."""
+    namespace["report"].positional = report_words(words)
     parser = Parser(initial=Program().initial_context, contexts=namespace.to_contexts())
     parser.parse_argv(words[1:])
 

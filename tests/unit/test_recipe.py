@@ -78,3 +78,16 @@ def test_the_recipe_knows_every_way_to_merge() -> None:
     assert get_args(fields["method"].annotation) == METHODS
     assert get_args(fields["space"].annotation) == SPACES
     assert get_args(fields["quantized_base"].annotation) == CHOICES
+
+
+def test_elements_of_a_list_are_set_by_number():
+    data = {"adapters": [{"source": "a"}, {"source": "b"}]}
+
+    assert with_settings(data, ["adapters.1.weight=0.5"])["adapters"][1] == {
+        "source": "b",
+        "weight": 0.5,
+    }
+    assert with_settings(data, ["adapters.0={source: c}"])["adapters"][0] == {"source": "c"}
+    for setting in ("adapters.2={source: c}", "adapters.x=1", "adapters.7.weight=1"):
+        with pytest.raises(UsageError, match="--set"):
+            with_settings(data, [setting])

@@ -39,7 +39,7 @@ def verify(
     return result, f"{result['reference']}@{result['digest']} holds\n{table(result)}"
 
 
-def _folders(words: Sequence[str]) -> tuple[str, ...]:
+def report_words(words: Sequence[str]) -> tuple[str, ...]:
     """Return the positional arguments of `report` that a command line has words for.
 
     Invoke knows only positional arguments that must be given, and `report [DIR] --compare A B`
@@ -55,7 +55,7 @@ def _folders(words: Sequence[str]) -> tuple[str, ...]:
     return ("folder", "other")[: min(bare, 2)]
 
 
-@command(positional=_folders(sys.argv))
+@command(positional=report_words(sys.argv))
 def report(
     _context: object,
     *,
