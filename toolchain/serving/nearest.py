@@ -80,7 +80,7 @@ def _smaller_cache(case: Case, tokens: int, requests: int) -> Mapping[str, Json]
 
 def _smaller_weights(case: Case, tokens: int, requests: int) -> Mapping[str, Json]:
     bits = case.wishes.format.bits_per_weight
-    if bits <= 8:
+    if bits <= 8 or not case.rules.small_target:
         return {}
     outside = min(case.weights, case.shape.vocab * case.shape.hidden * 2)
     size = outside + int((case.weights - outside) * _FOUR_BITS / bits)
@@ -88,9 +88,9 @@ def _smaller_weights(case: Case, tokens: int, requests: int) -> Mapping[str, Jso
     if not packed.fits(tokens, requests):
         return {}
     return {
-        "text": f"the same with 4-bit weights of about {human(size)}, as in target"
-        f" {case.rules.name}-awq",
-        "target": f"{case.rules.name}-awq",
+        "text": f"the same with 4-bit weights of about {human(size)}: target"
+        f" {case.rules.small_target}",
+        "target": case.rules.small_target,
         "weight_bytes": size,
     }
 

@@ -17,7 +17,7 @@ from toolchain.errors import UsageError
 from toolchain.serving.architectures import check_architecture
 from toolchain.serving.engine import ServingPlan, Wishes
 from toolchain.serving.length import Lengths, lengths
-from toolchain.serving.machine import Machine, choose_dtype, dtype_bytes, machine_for
+from toolchain.serving.machine import Machine, can_split, choose_dtype, dtype_bytes, machine_for
 from toolchain.serving.memory import GIB, MIB, human
 from toolchain.serving.model import ModelShape
 from toolchain.serving.nearest import alternatives
@@ -66,6 +66,10 @@ class Rules:
     wiggle: float = 1.0
     """A further factor that the engine itself applies to its fraction."""
     runs_on_cpu: bool = False
+    splits_by_layers: bool = True
+    """It knows pipeline parallelism."""
+    small_target: str = ""
+    """The engine's target with 4-bit weights, to point to where weights are too large."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +256,13 @@ def make_case(
             f"{rules.name} needs a GPU",
             hint="set serve.gpu (such as nvidia-l4), or choose a llamacpp target for a CPU",
         )
+    if machine.pipeline_parallel > 1 and not rules.splits_by_layers:
+        fitting = [n for n in range(1, machine.gpus + 1) if can_split(shape, n)]
+        raise UsageError(
+            f"{rules.name} cannot spread this model over {machine.gpus} GPUs: its {shape.heads}"
+            " heads do not divide, and it does not split by layers",
+            hint=f"nearest: gpu_count {max(fitting)}",
+        )
     dtype, note = choose_dtype(shape, machine, wishes.dtype)
     _check_cache_dtype(rules, machine, dtype, wishes.kv_cache_dtype)
     _check_fraction(wishes)
@@ -411,6 +422,8 @@ def _too_much(case: Case, plan: ServingPlan) -> UsageError:
         f" {where}{each}: weights {human(plan.weights_bytes_per_gpu)}, other"
         f" {human(plan.overhead_bytes // gpus)}, {human(plan.kv_cache_bytes)} are left for a cache"
         f" of {human(plan.kv_bytes_total // gpus)}",
-        hint="nearest that fits: " + "; or ".join(str(way["text"]) for way in ways),
+        hint=f"nearest that fits: {'; or '.join(texts)}"
+        if (texts := [str(way["text"]) for way in ways])
+        else "nothing near fits, up to 16 GPUs of this kind: choose a smaller model",
         details={"plan": told},
     )

@@ -75,6 +75,7 @@ RULES = Rules(
     null_block=True,  # slot 0 takes the padding's writes
     fraction=0.9,
     fraction_of="static",
+    small_target="sglang-awq",
     batched_tokens=_batched_tokens,
     most_requests=_most_requests,
     cache_dtypes={"bf16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1},

@@ -87,6 +87,7 @@ RULES = Rules(
     null_block=True,
     fraction=0.92,
     fraction_of="all",
+    small_target="vllm-awq",
     batched_tokens=_batched_tokens,
     most_requests=_most_requests,
     cache_dtypes={

@@ -96,6 +96,8 @@ def own_weights(model: Model, target: Target) -> tuple[str, ...]:
             f"{model.path} is GGUF, which {target.engine.name} does not load",
             hint="GGUF files are for llamacpp targets; give the Hugging Face checkpoint",
         )
+    if target.format == SAFETENSORS:
+        return own  # as it is: the engine sees how it is packed
     kinds = weight_kinds(model.config)
     if target.format.kind in kinds:
         return own
