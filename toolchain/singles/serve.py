@@ -17,7 +17,7 @@ from toolchain.serving.targets import Target, find
 from toolchain.stages.quantize import model_config
 from toolchain.stages.record import write_files
 from toolchain.stages.render import render
-from toolchain.values import Json, ServingConfig, plain
+from toolchain.values import SAFETENSORS, Json, ServingConfig, plain
 
 _CONFIG = "serving.json"
 """Everything that `bake` needs of a rendered folder."""
