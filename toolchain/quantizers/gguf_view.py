@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 _PERMUTED = frozenset({"llama", "granite", "smollm3", "arcee"})
 """Rows of Q and K go from the two halves of a head to neighbouring pairs (LlamaModel.permute)."""
 _NORM_PLUS_ONE = frozenset({"gemma", "gemma2", "gemma3"})
-_AS_THEY_ARE = frozenset(
-    {"qwen2", "qwen3", "qwen2moe", "qwen3moe", "phi3", "starcoder2", "olmo2", "cohere2"}
-)
+_AS_THEY_ARE = frozenset({"qwen2", "qwen3", "qwen2moe", "qwen3moe", "phi3", "starcoder2", "olmo2"})
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 

@@ -1,0 +1,150 @@
+"""GGUF files by llama.cpp's own programs, read back and measured."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MixtralConfig,
+    Phi3Config,
+)
+
+from tests.fakes.runner import RecordingProgress
+from toolchain.checkpoints.tensors import CheckpointTensors
+from toolchain.drivers.local import LocalRunner
+from toolchain.quantizers import formats, of_format
+from toolchain.stages.quantize import Wanted, job_of
+from toolchain.wiring import cache_folder
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "examples" / "tiny"
+pytestmark = pytest.mark.builders
+
+
+def quantize(out: Path, *words: object, expect: int = 0) -> dict:
+    done = subprocess.run(
+        [sys.executable, "-m", "toolchain.cli.program", "quantize", "--model", TINY / "base",
+         "--calibration", TINY / "calibration.jsonl", "--runner", "local", "--out", out,
+         *words, "--json"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == expect, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    return {**json.loads(done.stdout), "stderr": done.stderr}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> dict:
+    """The tiny base in q4_k_m, in parts, with an importance matrix and one tensor kept larger."""
+    out = tmp_path_factory.mktemp("q4") / "tiny"
+    return quantize(out, "--split-max-size", "1M", "--tensor-type", "ffn_down=q8_0")
+
+
+def test_a_type_of_four_bits_is_real_measured_and_says_its_matrix(made):
+    details, quality = made["details"], made["quality"]
+
+    assert details["fallbacks"] == []
+    assert details["types"] == {"F32": 9, "Q4_K": 23, "Q6_K": 3, "Q8_0": 4}
+    assert details["imatrix"].startswith("sha256:")
+    assert 0 < quality["kl_mean"] < quality["limits"]["kl_mean"]
+    assert quality["exceeded"] == []
+
+
+def test_parts_are_no_larger_than_asked_and_nothing_else_is_left(made):
+    files = [Path(name) for name in made["files"]]
+
+    assert len(files) > 1
+    assert all(path.stat().st_size <= 1_000_000 for path in files)
+    assert {path.suffix for path in files} == {".gguf"}
+    assert sorted(path.name for path in Path(made["out"]).iterdir()) == [p.name for p in files]
+
+
+def test_a_broken_file_is_stopped_with_its_layer_named(tmp_path):
+    """Two bits with half of a layer's scales swapped by hand, as a faulty packer would."""
+    done = quantize(tmp_path / "t.gguf", "--format", "q4_0", "--imatrix", "off")
+    reader = gguf.GGUFReader(done["out"], "r+")
+    tensor = next(t for t in reader.tensors if t.name == "blk.2.ffn_up.weight")
+    blocks = tensor.data.reshape(-1, 18)
+    blocks[:, :2] = np.random.default_rng(0).permutation(blocks[:, :2])
+    reader.data.flush()
+
+    from toolchain.quality.measure import measure
+
+    rows = [json.loads(line) for line in (TINY / "calibration.jsonl").open()][:12]
+    view = of_format("q4_0").view(Path(done["out"]), TINY / "base")
+    found = measure(TINY / "base", view, rows, 300, lambda *_: None)
+
+    assert found["layer_error"] > 2 * done["quality"]["layer_error"]
+    assert found["worst_layers"][0]["layer"] == 2
+    assert found["worst_tensors"][0]["tensor"] == "model.layers.2.mlp.up_proj.weight"
+
+
+def test_low_bits_are_refused_before_any_work(tmp_path):
+    refused = quantize(tmp_path / "t.gguf", "--format", "q2_k", expect=2)
+
+    assert "few erase" in refused["stderr"]
+    assert "converting" not in refused["stderr"]
+
+
+SHAPE = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "max_position_embeddings": 128,
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SHAPE, tie_word_embeddings=True),
+        MixtralConfig(**SHAPE, num_local_experts=4),
+        Gemma2Config(**SHAPE, head_dim=16),
+        Phi3Config(**SHAPE),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_what_the_converter_does_to_tensors_is_undone(tmp_path, config):
+    torch.manual_seed(0)
+    model = tmp_path / "model"
+    network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    network.save_pretrained(model)
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(TINY / "base" / name, model)
+    out = tmp_path / "out"
+    out.mkdir()
+    wanted = Wanted(name="demo", format=formats()["f32"], options={"imatrix": "off"})
+
+    LocalRunner(cache_folder()).run(job_of(model, 1 << 20, wanted, out), RecordingProgress())
+
+    truth, view = CheckpointTensors(model), of_format("f32").view(out, model)
+    assert view.names == truth.names
+    for name in sorted(truth.names):
+        np.testing.assert_allclose(view.tensor(name), truth.tensor(name), atol=1e-6, err_msg=name)
+
+
+def test_the_architectures_are_those_of_the_pinned_converter():
+    from toolchain.quantizers.gguf import _architectures
+
+    cache = cache_folder()
+    tools = next((cache / "toolsets").glob("llamacpp-*/convert"))
+    text = (tools / "conversion" / "__init__.py").read_text()
+    table = text[text.index("TEXT_MODEL_MAP") : text.index("}", text.index("TEXT_MODEL_MAP"))]
+
+    assert _architectures() == {line.split('"')[1] for line in table.splitlines() if '": "' in line}

@@ -1,0 +1,180 @@
+"""Quantizing in the store: what is resumed, what is shared, and what a change does again."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.runner import FakeRunner, RecordingProgress
+from toolchain import worker
+from toolchain.drivers.store import FileStore
+from toolchain.errors import CheckFailed, EnvironmentFailure
+from toolchain.ports import Tools
+from toolchain.quantizers import formats, of_format
+from toolchain.quantizers.calibration import GENERAL, Bounds, read_texts
+from toolchain.quantizers.quantizer import QuantizeRequest, Step
+from toolchain.stages.quantize import Wanted, quantize
+from toolchain.values import Checkpoint, Digest, FileEntry, Tree
+
+TEXTS = read_texts(GENERAL, Bounds())
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    (tmp_path / "model").mkdir()
+    entry = FileEntry(path="config.json", size=2, digest=Digest.of(b"{}"))
+    return Checkpoint(tree=Tree(root=tmp_path / "model", files=(entry,)), made_from=())
+
+
+def quantizer_job(job, _report):
+    """Do what the worker does to the output, without the programs."""
+    given = job.inputs.get("statistics")
+    if job.parameters["texts"] and not given:
+        (job.output / "imatrix.gguf").write_text("measured")
+    (job.output / "demo.gguf").write_text(f"{job.parameters['format']}")
+    return {"given": given.read_text() if given else ""}
+
+
+@pytest.fixture
+def tools(tmp_path):
+    return Tools(
+        store=FileStore(tmp_path / "store"),
+        readers={},
+        runner=FakeRunner(stages={"quantize": quantizer_job}),
+        engine=None,
+        launcher=None,
+        progress=RecordingProgress(),
+        scratch=None,
+        **({"command": None} if "command" in Tools.__dataclass_fields__ else {}),
+    )
+
+
+def wanted(name="q4_k_m", texts=TEXTS):
+    options = of_format(name).options(formats()[name], {})
+    return Wanted(name="demo", format=formats()[name], options=options, texts=texts)
+
+
+def test_a_second_type_takes_the_importance_matrix_of_the_first(checkpoint, tools):
+    first = quantize(checkpoint, wanted("q4_k_m"), tools)
+    second = quantize(checkpoint, wanted("iq4_xs"), tools)
+
+    assert first.details["given"] == ""
+    assert second.details["given"] == "measured"
+    assert [file.path for file in first.tree.files] == ["demo.gguf"]
+
+
+def test_other_texts_measure_again(checkpoint, tools):
+    quantize(checkpoint, wanted(), tools)
+    fewer = replace(TEXTS, calibration=TEXTS.calibration[:-1])
+
+    again = quantize(checkpoint, wanted("iq4_xs", fewer), tools)
+
+    assert again.details["given"] == ""
+
+
+def test_the_same_wish_is_not_quantized_again(checkpoint, tools):
+    quantize(checkpoint, wanted(), tools)
+    quantize(checkpoint, wanted(), tools)
+
+    assert len(tools.runner.jobs) == 1
+
+
+def test_calibration_text_changes_nothing_for_a_type_that_measures_nothing(checkpoint, tools):
+    quantize(checkpoint, wanted("q8_0", None), tools)
+
+    assert of_format("q8_0").calibrated(formats()["q8_0"], wanted("q8_0").options) is False
+
+
+def python(code: str, **more) -> Step:
+    return Step(title=code[:20], argv=(sys.executable, "-c", code), env={}, **more)
+
+
+def add(name: str) -> str:
+    return f"open({name!r}, 'a').write('x')"
+
+
+@pytest.fixture
+def request_(tmp_path):
+    (tmp_path / "out").mkdir()
+    return QuantizeRequest(
+        model=tmp_path,
+        format=formats()["q4_k_m"],
+        output=tmp_path / "out",
+        name="demo",
+        tools=tmp_path,
+        python=sys.executable,
+        options={},
+    )
+
+
+def run(steps, request_):
+    worker._run_steps(steps, request_, lambda *_: None)
+
+
+def test_a_killed_quantization_does_not_repeat_what_it_finished(request_):
+    good, bad = python(add("first")), python("raise SystemExit(9)")
+    with pytest.raises(EnvironmentFailure):
+        run((good, bad), request_)
+
+    run((good, python(add("second"))), request_)
+
+    assert (request_.output / "first").read_text() == "x"
+    assert (request_.output / "second").read_text() == "x"
+
+
+def test_a_step_of_another_command_is_run_again(request_):
+    run((python(add("first")),), request_)
+    run((python(add("first") + "  "),), request_)
+
+    assert (request_.output / "first").read_text() == "xx"
+
+
+def test_what_a_step_needs_no_more_is_removed_after_it(request_):
+    between = request_.output / ".demo.f16.gguf"
+    split = request_.output / ".demo.f16-00001-of-00002.gguf"
+    between.write_text("")
+    split.write_text("")
+
+    run((python("", removes=(between, between.with_name(".demo.f16-*.gguf"))),), request_)
+
+    assert not between.exists()
+    assert not split.exists()
+
+
+def test_digests_and_names_of_files_are_filled_in(request_):
+    (request_.output / "m-2.gguf").write_text("")
+    (request_.output / "m-1.gguf").write_text("abc")
+    step = Step(
+        title="",
+        argv=("x={m}", "{first}"),
+        env={},
+        digests={"m": request_.output / "m-1.gguf"},
+        finds={"first": "m-*.gguf"},
+    )
+
+    assert worker._filled(step, request_.output) == (
+        "x=ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+        str(request_.output / "m-1.gguf"),
+    )
+
+
+def test_a_refused_file_is_made_from_the_start_the_next_time(request_, monkeypatch, tmp_path):
+    def check(_):
+        raise CheckFailed("wrong")
+
+    quantizer = replace(of_format("q4_k_m"), steps=lambda _: (python(add("first")),), check=check)
+    monkeypatch.setattr(worker, "_quantizer", lambda _: quantizer)
+    job = worker.Job(
+        stage="quantize",
+        builder="gguf",
+        inputs={"model": tmp_path},
+        parameters={"quantizer": "gguf", "format": "q4_k_m", "name": "demo"},
+        output=request_.output,
+    )
+    for _ in range(2):
+        with pytest.raises(CheckFailed):
+            worker.STAGES["quantize"](job, lambda *_: None)
+
+    assert (request_.output / "first").read_text() == "xx"
+    assert Path(request_.output).is_dir()
