@@ -112,12 +112,15 @@ def with_quality(
     if artifact.format == SAFETENSORS:
         return artifact
     wanted = file.recipe.quality
-    found = dict(quality(checkpoint, artifact, texts_of(file), wanted.tokens, tools))
+    texts = texts_of(file)
+    found = dict(quality(checkpoint, artifact, texts, wanted.tokens, tools))
     if "skipped" in found:
         tools.progress.warn(f"quality not measured: {found['skipped']}")
     else:
-        verdict = judge(found, limits_for(artifact.format, wanted))
+        general = file.recipe.calibration is None
+        verdict = judge(found, limits_for(artifact.format, wanted, general=general))
         found |= {"limits": verdict.limits, "exceeded": verdict.exceeded}
+        found["calibration"] = texts.described()
     return replace(artifact, details={**artifact.details, "quality": found})
 
 

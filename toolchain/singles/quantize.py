@@ -111,8 +111,10 @@ def _judged(
     if "skipped" in found:
         tools.progress.warn(f"quality not measured: {found['skipped']}")
         return found
-    verdict = judge(found, limits_for(wanted.format, limits))
+    general = asked.calibration is None
+    verdict = judge(found, limits_for(wanted.format, limits, general=general))
     found |= {"limits": verdict.limits, "exceeded": verdict.exceeded}
+    found["calibration"] = texts.described()
     if verdict.exceeded and asked.gate:
         raise refusal(wanted.format, found)
     return found

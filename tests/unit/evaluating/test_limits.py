@@ -65,3 +65,15 @@ def test_the_refusal_names_the_worst_and_what_to_try():
     assert "7 (0.5)" in error.message
     assert "model.layers.7.mlp.down_proj.weight" in error.message
     assert "q5_k_m" in error.hint
+
+
+def test_general_text_widens_the_defaults_and_not_what_the_recipe_says():
+    quality = Quality(limits={"*": Limits(kl_p99=0.5)})
+    own = limits_for(formats()["q4_k_m"], quality)
+
+    general = limits_for(formats()["q4_k_m"], quality, general=True)
+
+    assert general["kl_mean"] > own["kl_mean"]
+    assert general["top1"] < own["top1"]
+    assert general["kl_p99"] == 0.5
+    assert general["layer_error"] == own["layer_error"]
