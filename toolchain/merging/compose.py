@@ -65,6 +65,9 @@ def compose(
             outputs[name] = replace(outputs[shared], name=name)
             home.insert(place, name)
     settings: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
+    if tie is None and _touches_both(shares, outputs):
+        # Said aloud, for classes that would tie where config.json is silent.
+        settings["tie_word_embeddings"] = False
     return Composition(
         shards=tuple(
             OutputShard(name=shard, outputs=tuple(outputs[name] for name in names))
@@ -73,6 +76,14 @@ def compose(
         settings=settings | _vocabulary(base, outputs, tie),
         findings=(untied,) if untied else _kept(tie, shares),
     )
+
+
+def _touches_both(shares: Mapping[str, Sequence[Share]], outputs: Mapping[str, Output]) -> bool:
+    """Say whether an embedding or a head changes in a checkpoint that has one of each."""
+    names = [name.removesuffix(".weight") for name in outputs]
+    changed = [name.removesuffix(".weight") for name, some in shares.items() if some]
+    both = any(map(is_head, names)) and any(map(is_embedding, names))
+    return both and any(is_head(name) or is_embedding(name) for name in changed)
 
 
 def out_dtype(source: Source, dtype: str) -> str:

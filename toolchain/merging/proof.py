@@ -120,7 +120,10 @@ def _project(
     work = F64 if output.dtype == "F32" else F32
     random = np.random.default_rng(_seed(output.name))
     signs = random.integers(0, 2, (_VECTORS, output.columns)).astype(work) * 2 - 1
-    wanted = _added(output, files, signs.T.astype(F64))
+    factors = _loaded(output, files)
+    wanted = np.zeros((output.rows, _VECTORS))
+    for some in factors:
+        some.projected(signs.T.astype(F64), wanted)
     sample = set(random.integers(0, output.rows, ROWS).tolist())
     odd: list[int] = []
     moved = output.kind == "replaced"
@@ -142,32 +145,47 @@ def _project(
         rows = np.flatnonzero(~fine) + first
         odd += rows.tolist()
     for row in sorted(sample | set(odd)):
-        _compare(output, _row(output, files, row), reader.rows(info, row, 1, output.columns), exact)
+        total = _source_row(output, files, row)
+        for some in factors:
+            some.add_row(row, total)
+        _compare(output, total, reader.rows(info, row, 1, output.columns), exact)
     return moved
 
 
-def _added(output: Output, files: Files, signs: np.ndarray) -> np.ndarray:
-    """Return Σ factor · B(Ax) of every row and vector, in float64."""
-    added = np.zeros((output.rows, signs.shape[1]))
-    for term in output.terms:
-        right = np.ones((1, 1)) if term.right is None else files.matrix(term.right).astype(F64)
-        left = files.matrix(term.left)
-        step = max(1, _BLOCK // left.shape[1])
-        inner = right @ signs
-        for first in range(0, len(left), step):
-            part = left[first : first + step].astype(F64)
-            place = term.first + first
-            added[place : place + len(part)] += term.factor * (part @ inner)
-    return added
+@dataclass(frozen=True, slots=True)
+class _Factors:
+    """A term with its matrices in memory."""
+
+    term: Term
+    left: np.ndarray
+    right: np.ndarray
+
+    def projected(self, signs: np.ndarray, into: np.ndarray) -> None:
+        """Add factor · B(Ax) of its rows, in float64."""
+        step = max(1, _BLOCK // self.left.shape[1])
+        inner = self.right.astype(F64) @ signs
+        for first in range(0, len(self.left), step):
+            part = self.left[first : first + step].astype(F64)
+            place = self.term.first + first
+            into[place : place + len(part)] += self.term.factor * (part @ inner)
+
+    def add_row(self, row: int, total: np.ndarray) -> None:
+        """Add its part of one row of the output, (1, columns), in float64."""
+        at = row - self.term.first
+        if 0 <= at < len(self.left):
+            product = self.left[at : at + 1].astype(F64) @ self.right.astype(F64)
+            total += self.term.factor * product
 
 
-def _row(output: Output, files: Files, row: int) -> np.ndarray:
-    """Return one row of W + Σ factor · B·A in float64."""
-    total = _source_row(output, files, row)
-    for term in output.terms:
-        if term.first <= row < term.first + term.shape[0]:
-            total += _product(term, files, row - term.first)
-    return total
+def _loaded(output: Output, files: Files) -> list[_Factors]:
+    return [
+        _Factors(
+            term,
+            files.matrix(term.left),
+            np.ones((1, 1)) if term.right is None else files.matrix(term.right),
+        )
+        for term in output.terms
+    ]
 
 
 def _source_row(output: Output, files: Files, row: int) -> np.ndarray:
@@ -180,13 +198,6 @@ def _source_row(output: Output, files: Files, row: int) -> np.ndarray:
 def _patched(patch: Patch, files: Files, row: int, columns: int) -> np.ndarray:
     place = len(patch.places) - 1 - patch.places[::-1].index(row)
     return patch.stored.rows(files, place, 1, columns).astype(F64)
-
-
-def _product(term: Term, files: Files, row: int) -> np.ndarray:
-    left = files.matrix(term.left)[row : row + 1].astype(F64)
-    right = files.matrix(term.right).astype(F64) if term.right else np.ones((1, 1))
-    product: np.ndarray = term.factor * (left @ right)
-    return product
 
 
 def _compare(output: Output, wanted: np.ndarray, found: np.ndarray, exact: bool) -> None:

@@ -13,6 +13,11 @@ _HEAD_NAMES = {
     "roberta": "lm_head.decoder",
     "xlm-roberta": "lm_head.decoder",
 }
+_TIED_MODELS = (
+    *("gpt2", "gemma", "gemma2", "gemma3", "gemma3_text", "falcon", "bloom", "opt", "mpt"),
+    *("cohere", "cohere2", "t5", "bert", "roberta"),
+)
+"""Models whose class ties where config.json does not say: older files leave defaults out."""
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining")
 
 
@@ -42,8 +47,8 @@ def is_head(module: str) -> bool:
 def find_tie(config: Mapping[str, object], names: Mapping[str, object]) -> Tie | None:
     """Return the shared weight of a model with tied embeddings, or None.
 
-    transformers ties where `tie_word_embeddings` is true or absent, whatever the file holds; a
-    checkpoint without a head's weight can only be tied.
+    transformers ties where `tie_word_embeddings` is true, whatever the file holds; a checkpoint
+    without a head's weight can only be tied. Where config.json is silent, the class decides.
     """
     embeddings = [name for name in names if is_embedding(name.removesuffix(".weight"))]
     embeddings = [name for name in embeddings if name.endswith(".weight")]
@@ -68,7 +73,9 @@ def find_tie(config: Mapping[str, object], names: Mapping[str, object]) -> Tie |
 def _flag(config: Mapping[str, object]) -> bool:
     text = config.get("text_config")
     nested = text.get("tie_word_embeddings") if isinstance(text, dict) else None
-    return bool(config.get("tie_word_embeddings", nested))
+    absent = str(config.get("model_type", "")) in _TIED_MODELS
+    found = config.get("tie_word_embeddings", nested)
+    return absent if found is None else bool(found)
 
 
 def _head_name(config: Mapping[str, object], embedding: str) -> str:

@@ -266,3 +266,39 @@ def test_older_names_of_vision_models(tmp_path: Path) -> None:
         )
 
         close(found[f"{old}.weight"], weight.double() + delta(a, b))
+
+
+@pytest.mark.parametrize(
+    ("config", "head", "untied"),
+    [
+        ({"model_type": "gpt2"}, False, True),
+        ({"model_type": "gemma2"}, True, True),
+        ({"model_type": "llama"}, True, False),
+        ({"model_type": "llama", "tie_word_embeddings": True}, True, True),
+        ({"model_type": "llama", "tie_word_embeddings": False}, True, False),
+        ({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}, False, None),
+    ],
+)
+def test_what_counts_as_tied(
+    config: dict[str, Any], head: bool, untied: bool | None, tmp_path: Path
+) -> None:
+    """An adapter on the embedding alone leaves the head as it was, whoever ties it."""
+    name, words = "model.embed_tokens", random(8, 4)
+    own = words.clone() if untied else words + 1
+    base = {f"{name}.weight": words} | ({"lm_head.weight": own} if head else {})
+    a, b = random(2, 8), random(4, 2)
+
+    found = run(
+        tmp_path,
+        base,
+        {f"{name}.lora_embedding_A": a, f"{name}.lora_embedding_B": b},
+        {"target_modules": ["embed_tokens"]},
+        **config,
+    )
+
+    close(found[f"{name}.weight"], words.double() + delta(a, b).T)
+    assert ("lm_head.weight" in found) == (untied is not None)
+    told = json.loads((tmp_path / "out" / "config.json").read_text())
+    if untied is not None:
+        assert torch.equal(found["lm_head.weight"], own)
+        assert told["tie_word_embeddings"] is False
