@@ -1,0 +1,134 @@
+"""A server that was planned for N requests of L tokens serves N requests of L tokens, at once."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from toolchain.drivers.toolset import toolset_folder
+from toolchain.serving.memory import padded
+from toolchain.wiring import cache_folder
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "examples" / "tiny" / "base"
+LENGTH, REQUESTS, ANSWER = 500, 6, 16
+pytestmark = pytest.mark.builders
+
+
+def weightsmith(*words: object) -> dict:
+    done = subprocess.run(
+        [sys.executable, "-m", "toolchain.cli.program", *map(str, words), "--json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory) -> tuple[Path, dict]:
+    """A GGUF file and what was rendered for it."""
+    folder = tmp_path_factory.mktemp("planned")
+    made = weightsmith(
+        "quantize", "--model", TINY, "--format", "q8_0", "--out", folder / "model",
+        "--runner", "local",
+    )  # fmt: skip
+    weightsmith(
+        "render", "--model", folder / "model", "--target", "llamacpp-q8_0", "--name", "planned",
+        "--max-model-len", LENGTH, "--max-num-seqs", REQUESTS, "--out", folder / "rendered",
+    )  # fmt: skip
+    (gguf,) = (
+        Path(made["out"]).glob("*.gguf") if Path(made["out"]).is_dir() else [Path(made["out"])]
+    )
+    return gguf, json.loads((folder / "rendered" / "serving.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def server(planned, tmp_path_factory):
+    """The server, started with the rendered environment and nothing else."""
+    gguf, config = planned
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    moved = {
+        "LLAMA_ARG_MODEL": str(gguf),
+        "LLAMA_ARG_HOST": "127.0.0.1",
+        "LLAMA_ARG_PORT": str(port),
+        "LLAMA_ARG_THREADS": "2",
+    }
+    assert set(moved) - {"LLAMA_ARG_THREADS"} <= set(config["env"])
+    program = toolset_folder(cache_folder(), "llamacpp") / "app" / "llama-server"
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [program, *config["command"]],
+            env={"PATH": os.environ["PATH"], **config["env"], **moved},
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as client:
+            wait(client, process, log)
+            yield client
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def wait(client, process, log) -> None:
+    for _ in range(600):
+        assert process.poll() is None, log.read_text()[-3000:]
+        try:
+            if client.get("/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)
+    raise AssertionError(log.read_text()[-3000:])
+
+
+def test_it_reports_the_planned_context_and_slots(server, planned):
+    _, config = planned
+    props = server.get("/props").json()
+
+    assert props["total_slots"] == config["plan"]["max_num_seqs"] == REQUESTS
+    assert props["default_generation_settings"]["n_ctx"] == padded(LENGTH)
+    assert server.get("/v1/models").json()["data"][0]["id"] == "planned"
+
+
+def test_all_its_requests_run_at_once_at_full_length(server):
+    prompt = [token for number in range(LENGTH - ANSWER) for token in [5 + number % 200]]
+
+    def ask(number: int) -> httpx.Response:
+        # No two begin alike, so that none rests on another's cache.
+        own = [5 + number, *prompt[1:]]
+        body = {"prompt": own, "n_predict": ANSWER, "ignore_eos": True, "temperature": 0}
+        return server.post("/completion", json=body)
+
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        answers = list(pool.map(ask, range(REQUESTS)))
+
+    assert [answer.status_code for answer in answers] == [200] * REQUESTS
+    for answer in answers:
+        told = answer.json()
+        assert told["truncated"] is False
+        assert (told["tokens_evaluated"], told["tokens_predicted"]) == (LENGTH - ANSWER, ANSWER)
+        assert told["stop_type"] == "limit"
+    assert len({answer.json()["id_slot"] for answer in answers}) == REQUESTS
+
+
+def test_one_token_more_than_planned_is_an_error_of_its_own(server):
+    asked = server.post("/completion", json={"prompt": [5] * (padded(LENGTH) + 1), "n_predict": 1})
+
+    assert asked.status_code == 400
+    assert "exceed" in asked.text
+    assert server.get("/health").status_code == 200
