@@ -15,6 +15,7 @@ from toolchain.cli import namespace
 from toolchain.drivers import bases
 from toolchain.merging.families.family import families
 from toolchain.merging.refused import REFUSED, SETTINGS, UNMERGED
+from toolchain.oci.limits import REGISTRIES
 from toolchain.planning import all_targets
 from toolchain.recipe import Recipe
 from toolchain.serving.gpus import GPUS
@@ -35,8 +36,19 @@ def pages() -> dict[str, str]:
         "recipe.md": _GENERATED + "# Recipe\n\n" + "\n".join(_recipe(Recipe, "")) + "\n",
         "commands.md": _GENERATED + "# Commands\n\n" + "\n".join(_commands()) + "\n",
         "adapters.md": _GENERATED + "# Adapters\n\n" + "\n".join(_adapters()) + "\n",
+        "registries.md": _GENERATED + "# Registries\n\n" + "\n".join(_registries()) + "\n",
         "targets.md": _GENERATED + "# Targets\n\n" + "\n".join(_targets()) + "\n",
     }
+
+
+def _registries() -> Iterator[str]:
+    yield "What registries say that they take, in bytes and seconds. Nobody tried these figures here. A layer that is too large for the registry is refused before anything is sent; `bake --max-layer-size` splits safetensors files, `quantize --split-max-size` GGUF. Every image has at most 125 layers, the base's included: Docker's overlay2 holds no more.\n"
+    yield "| registry | largest layer | longest upload | layers | in chunks | source |\n|---|---|---|---|---|---|"
+    for limits in REGISTRIES:
+        figures = [limits.largest_layer, limits.upload_seconds, limits.most_layers]
+        cells = [f"{figure:,}" if figure else "" for figure in figures]
+        chunks = "no" if limits.in_one_piece else "yes"
+        yield f"| {limits.name} | {' | '.join(cells)} | {chunks} | {limits.source} |"
 
 
 def _recipe(model: type[BaseModel], prefix: str) -> Iterator[str]:

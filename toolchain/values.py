@@ -82,6 +82,19 @@ class FileEntry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Slice:
+    """A part of a file on disk, by its place in bytes."""
+
+    path: Path
+    offset: int
+    size: int
+
+
+Pieces: TypeAlias = tuple[bytes | Slice, ...]
+"""A file's content that is not on disk as one file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tree:
     """A folder whose content is known: the files under `root`, sorted by path."""
 

@@ -217,6 +217,7 @@ def bake(
     base_image: str = "",
     order: str = "engine-first",
     kind: str = "image",
+    max_layer_size: str = "",
     push: str = "",
     load: str = "",
     layout: str = "",
@@ -229,6 +230,7 @@ def bake(
     """Assemble the image of a model, and push it, load it or write it as an OCI layout."""
     del json
     from toolchain.cli.progress import progress_for
+    from toolchain.serving.memory import parse_size
     from toolchain.singles.arguments import required
     from toolchain.singles.bake import BakeRequest, bake_model
     from toolchain.wiring import make_registry, make_tools
@@ -243,6 +245,7 @@ def bake(
         base_image=base_image,
         order=order,
         kind=kind,
+        max_layer_size=parse_size(max_layer_size) if max_layer_size else 0,
         push=push,
         load=load,
         layout=Path(layout).absolute() if layout else None,

@@ -6,16 +6,17 @@ import hashlib
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
+from toolchain.checkpoints.reshard import read_pieces
 from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
 from toolchain.oci import tar
 from toolchain.oci.references import Reference
-from toolchain.values import Blob, Digest, Tree, key_of
+from toolchain.values import Blob, Digest, Pieces, Tree, key_of
 
 LAYER_TAR = "application/vnd.oci.image.layer.v1.tar"
 CHUNK = 1 << 20
@@ -68,7 +69,7 @@ class Member:
     size: int
     mode: int
     """Only whether the owner may execute it counts: it becomes 0755 or 0644."""
-    source: Path | bytes
+    source: Path | bytes | Pieces
     digest: Digest | None = None
     """Digest of the content where it is known: the key under which a layer is remembered."""
 
@@ -161,8 +162,7 @@ class TarLayer:
             yield head
             if member is None:
                 continue
-            source = member.source
-            yield from [source] if isinstance(source, bytes) else read_file(source, member.size)
+            yield from _content(member)
             yield tar.padding(member.size)
         yield tar.END
 
@@ -223,23 +223,46 @@ def weight_layers(
     memo: Memo | None = None,
     own_layer: int = OWN_LAYER,
     most: int = MOST_WEIGHT_LAYERS,
+    largest: int = 0,
+    contents: Mapping[str, Pieces] | None = None,
 ) -> tuple[TarLayer, ...]:
     """Return the tree as layers: each large file alone, the small ones together, sorted.
 
-    Modes on disk do not count: weights are data, 0644 wherever they were kept.
+    Modes on disk do not count: weights are data, 0644 wherever they were kept. Files that share
+    a layer stay below `largest` bytes together, where that is given. `contents` are files that
+    are not on disk.
     """
     when = tar.source_date_epoch() if epoch is None else epoch
     large: list[Member] = []
     small: list[Member] = []
     for entry in sorted(tree.files, key=lambda entry: entry.path):
         place = f"{prefix.rstrip('/')}/{entry.path}"
-        member = Member(place, entry.size, 0o644, tree.path(entry.path), entry.digest)
+        source = (contents or {}).get(entry.path, tree.path(entry.path))
+        member = Member(place, entry.size, 0o644, source, entry.digest)
         (large if entry.size >= own_layer else small).append(member)
     together = max(1, -(-len(large) // most))
     groups = [large[start : start + together] for start in range(0, len(large), together)]
     return tuple(
-        TarLayer(members=tuple(group), epoch=when, memo=memo) for group in [*groups, small] if group
+        TarLayer(members=tuple(part), epoch=when, memo=memo)
+        for group in [*groups, small]
+        for part in _below(group, largest)
+        if part
     )
+
+
+def _below(group: list[Member], largest: int) -> list[list[Member]]:
+    """Cut a group of files where its layer would become larger than `largest`; 0 never does."""
+    parts: list[list[Member]] = [[]]
+    used = 0
+    for member in group:
+        # Headers, padding and folders: an upper bound that no path of an image exceeds.
+        need = member.size + 8 * tar.BLOCK
+        if largest and parts[-1] and used + need > largest:
+            parts.append([])
+            used = 0
+        parts[-1].append(member)
+        used += need
+    return parts
 
 
 def verified(chunks: Iterable[bytes], blob: Blob, where: str) -> Iterator[bytes]:
@@ -257,6 +280,16 @@ def verified(chunks: Iterable[bytes], blob: Blob, where: str) -> Iterator[bytes]
             f"{where}: the blob {blob.digest.short} does not have the content its digest promises",
             hint="it is damaged or was tampered with; write or push the image again",
         )
+
+
+def _content(member: Member) -> Iterator[bytes]:
+    match member.source:
+        case bytes() as data:
+            yield data
+        case tuple() as pieces:
+            yield from read_pieces(pieces)
+        case path:
+            yield from read_file(path, member.size)
 
 
 def _clean(member: Member) -> Member:

@@ -17,6 +17,7 @@ from toolchain.oci import downloads, manifests, referrers, tls, uploads
 from toolchain.oci.attachments import Attachment
 from toolchain.oci.auth import Credentials, anonymous
 from toolchain.oci.image import Image, Opener, load_image
+from toolchain.oci.limits import limits_of
 from toolchain.oci.progress import Advance
 from toolchain.oci.references import Reference
 from toolchain.oci.session import Session
@@ -113,6 +114,7 @@ class Registry:
                 f"the image has the digest {image.digest}, not the one in {reference}",
                 hint="leave the digest out of the reference",
             )
+        _check_limits(image, reference)
         sources = uploads.mount_sources(image, reference, mount_from)
         session = self._session(reference, "pull,push", sources)
         _guard_tag(session, reference, image, force)
@@ -229,6 +231,21 @@ class Registry:
                     pause=self._pause,
                 )
             return self._sessions[key]
+
+
+def _check_limits(image: Image, reference: Reference) -> None:
+    """Refuse, before anything is sent, a layer that the registry is known not to take."""
+    limits = limits_of(reference.registry)
+    if limits is None or not limits.largest_layer:
+        return
+    for layer in image.layers:
+        if layer.size > limits.largest_layer:
+            raise UsageError(
+                f"{limits.name} takes layers of up to {limits.largest_layer} bytes, and "
+                f"{layer.file or layer.digest.short} has {layer.size}",
+                hint="split it: --max-layer-size for safetensors, `quantize --split-max-size` for "
+                f"GGUF; the limit is from {limits.source}",
+            )
 
 
 def _guard_tag(session: Session, reference: Reference, image: Image, force: bool) -> None:

@@ -14,6 +14,7 @@ from toolchain.errors import InputRefused, WeightsmithError
 from toolchain.oci.downloads import promised
 from toolchain.oci.image import Image, Opener, blob_of
 from toolchain.oci.layers import BlobLayer, Layer
+from toolchain.oci.limits import limits_of
 from toolchain.oci.progress import Advance, Meter
 from toolchain.oci.references import Reference
 from toolchain.oci.session import Reply, Session, Transient
@@ -203,7 +204,9 @@ def _send(session: Session, blob: Blob, body: Opener, opened: Reply, what: str) 
         headers = {"Content-Length": str(blob.size), "Content-Type": _BINARY}
         url = _finishing(session.location(opened), blob)
         reply = session.call("PUT", url, headers=headers, body=body, wait=_FINISH)
-        if reply.status == _TOO_LARGE and blob.size > _CHUNK:
+        limits = limits_of(session.registry)
+        whole_only = limits is not None and limits.in_one_piece
+        if reply.status == _TOO_LARGE and blob.size > _CHUNK and not whole_only:
             again = session.call("POST", "blobs/uploads/", headers={"Content-Length": "0"})
             if again.status != _ACCEPTED:
                 raise session.refusal(what, again)

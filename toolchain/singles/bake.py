@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from toolchain.checkpoints.folder import scan
+from toolchain.checkpoints.reshard import Resharded, reshard
 from toolchain.errors import InputRefused, UsageError
 from toolchain.oci.image import Image, Order
 from toolchain.oci.references import Reference
@@ -34,7 +35,7 @@ from toolchain.stages.base import (
 )
 from toolchain.stages.publish import Outputs, publish
 from toolchain.stages.render import portable
-from toolchain.values import Artifact, FileEntry, Json, ServingConfig, Tree, plain
+from toolchain.values import Artifact, FileEntry, Json, Pieces, ServingConfig, Tree, plain
 
 KINDS = ("image", "modelcar", "volume")
 """`image` serves; `modelcar` is KServe's, with a shell; `volume` is the weights alone."""
@@ -57,6 +58,8 @@ class BakeRequest:
     load: str
     layout: Path | None
     force: bool
+    max_layer_size: int = 0
+    """Bytes; larger safetensors files are split. 0: as large as they are."""
 
 
 def bake_model(request: BakeRequest, registry: Registry, tools: Tools) -> Mapping[str, Json]:
@@ -68,11 +71,15 @@ def bake_model(request: BakeRequest, registry: Registry, tools: Tools) -> Mappin
     target = find(request.target, all_targets())
     model = open_model(request.model, request.name or _name(request.model))
     artifact = _artifact(model, target, tools.store)
+    split = Resharded(artifact.tree, {})
+    if request.max_layer_size:
+        split = reshard(artifact.tree, request.max_layer_size, tools.store.memo)
+        artifact = replace(artifact, tree=split.tree)
     place = request.push or request.load or f"{model.name}:latest"
     config = None
     if request.kind == "image":
         config = _config(request, model, target, place, tools)
-    image, made = _made(request, model, target, artifact, config, registry, tools)
+    image, made = _made(request, model, target, artifact, config, registry, tools, split.contents)
     tools.progress.stage("publish", place)
     told = evidence(made)
     outputs = _outputs(request, push=bool(request.push))
@@ -154,6 +161,7 @@ def _made(
     config: ServingConfig | None,
     registry: Registry,
     tools: Tools,
+    contents: Mapping[str, Pieces],
 ) -> tuple[Image, Made]:
     if config is None:
         wanted = data_base(request.kind, request.base_image)
@@ -183,6 +191,8 @@ def _made(
         store=tools.store,
         model_dir=target.engine.model_dir,
         order="weights-first" if request.order == "weights-first" else "engine-first",
+        largest=request.max_layer_size,
+        contents=contents,
     )
     return image, Made(
         image=image,

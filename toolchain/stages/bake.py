@@ -10,7 +10,7 @@ from toolchain.oci.layers import Member, TarLayer, weight_layers
 from toolchain.ports import Store
 from toolchain.provenance.labels import ENGINE_VERSION
 from toolchain.provenance.roles import ADDED, LAYERS, config_label, roles_label
-from toolchain.values import Artifact, ServingConfig
+from toolchain.values import Artifact, Pieces, ServingConfig
 
 USER = "65532:65532"
 """The unprivileged user that images run as, by number: the image may have no user database."""
@@ -29,6 +29,8 @@ def bake(
     engine_version: str = "",
     model_dir: str = "/models",
     order: Order = "engine-first",
+    largest: int = 0,
+    contents: Mapping[str, Pieces] | None = None,
 ) -> Image:
     """Return an image of an artifact: the base, a layer per weight file, a small one on top.
 
@@ -36,7 +38,9 @@ def bake(
     weight layers are the same for every kind of image. Layer digests are remembered in the
     store, so an unchanged file is not hashed again. Raises UsageError above 125 layers.
     """
-    weights = weight_layers(artifact.tree, model_dir, memo=store.memo)
+    weights = weight_layers(
+        artifact.tree, model_dir, memo=store.memo, largest=largest, contents=contents
+    )
     inside = config.image_files if config else {}
     files = tuple(
         Member.of_bytes(path.lstrip("/"), text.encode()) for path, text in sorted(inside.items())
