@@ -46,8 +46,10 @@ def _of_change(tally: Tally) -> str:
     if not tally.change:
         return "the adapter is missing from it, it is the base's"
     times = tally.times()
-    if tally.likeness() < _ALIKE:
+    if abs(tally.likeness()) < _ALIKE:
         return ""
+    if abs(times + 1) < 0.05:
+        return "the adapter was taken out of it; are base and merged the right way round?"
     if abs(times - 2) < 0.05:
         return "the adapter is in it twice, or its scaling is doubled"
     return f"the adapter is in it {times:.3g} times, so its scaling or weight is off"

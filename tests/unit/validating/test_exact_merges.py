@@ -122,6 +122,17 @@ def test_a_wrong_weight_is_told(tmp_path: Path) -> None:
     assert "the adapter is in it 0.5 times" in tell(result)
 
 
+def test_base_and_merged_the_wrong_way_round(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    lora = make_adapter(tmp_path / "lora", base)
+    out = merged(tmp_path / "out", base, lora)
+
+    result = held(out, base, lora)
+
+    assert not result["passed"]
+    assert "right way round" in tell(result)
+
+
 def test_a_small_adapter_passes_and_its_loss_is_told(tmp_path: Path) -> None:
     """Where all of it is below half a step of bfloat16, the exact merge is the base."""
     base = make_model(tmp_path / "base")

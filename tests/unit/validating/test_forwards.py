@@ -1,0 +1,77 @@
+"""Streamed forwards against transformers and PEFT with everything in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.validating.conftest import held, make_adapter, make_model, merged, tell
+from toolchain.validating.forwards import Batch, merged_forward, reference_forward
+from toolchain.validating.network import skeleton
+from toolchain.validating.weights import Weights
+
+PROBES = [[1, 7, 9, 200, 31], [1, 50, 60], [1, 300, 301, 302, 303, 304, 305, 306]]
+
+
+def whole_logits(root: Path, adapters: tuple[tuple[Path, float], ...] = ()) -> torch.Tensor:
+    """Return the logits of each probe run alone, one below the other."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32)
+    for adapter, _ in adapters:
+        model = PeftModel.from_pretrained(model, adapter)
+    with torch.no_grad():
+        return torch.cat([model(input_ids=torch.tensor([ids])).logits[0] for ids in PROBES])
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "gemma3", "qwen3_moe"])
+def test_streamed_is_whole(tmp_path: Path, kind: str) -> None:
+    base = make_model(tmp_path / "base", kind)
+    targets = ["c_attn", "c_proj"] if kind == "gpt2" else ["q_proj", "o_proj"]
+    lora = make_adapter(tmp_path / "lora", base, target_modules=targets)
+    batch = Batch.of(PROBES)
+
+    model = skeleton(base)
+    run = merged_forward(model, Weights(base, model), batch, 1, streamed=True, advance=lambda: None)
+    reference = reference_forward(
+        base,
+        ((lora, 1.0),),
+        Weights(base, skeleton(base)),
+        batch,
+        2,
+        streamed=True,
+        advance=lambda: None,
+    )
+
+    assert torch.allclose(run.logits, whole_logits(base), atol=1e-4, rtol=1e-4)
+    wanted = whole_logits(base, ((lora, 1.0),))
+    assert torch.allclose(reference.run.logits, wanted, atol=1e-4, rtol=1e-4)
+    assert len(run.hidden) == len(reference.run.hidden) == len(reference.twins.hidden) == 3
+    # No weight stayed behind.
+    kept = sum(p.untyped_storage().nbytes() for p in model.parameters())
+    assert kept < 8 * len(list(model.parameters()))
+
+
+def test_an_architecture_that_cannot_be_streamed_is_loaded_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    def reaching(self: Any, x: torch.Tensor) -> torch.Tensor:
+        up = self.act_fn(self.gate_proj(x)) * torch.nn.functional.linear(x, self.up_proj.weight)
+        return self.down_proj(up)
+
+    base = make_model(tmp_path / "base")
+    lora = make_adapter(tmp_path / "lora", base, target_modules=["q_proj"])
+    out = merged(tmp_path / "out", base, lora)
+    monkeypatch.setattr(LlamaMLP, "forward", reaching)
+
+    result = held(base, out, lora)
+
+    assert result["passed"], tell(result)
+    assert not result["streamed"]
+    assert "loaded whole" in tell(result)
