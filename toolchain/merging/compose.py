@@ -218,8 +218,9 @@ def _check_overlaps(name: str, shares: Sequence[Share]) -> None:
         ]
         kinds = [claim.kind for claim in mine if not claim.terms]
         # A copy of the base that comes with factors or rows for it is what they are added to; PEFT
-        # writes one for embeddings and heads alone.
-        copied = all(is_embedding(claim.module) or is_head(claim.module) for claim in mine)
+        # writes one for embeddings, heads and biases alone.
+        modules = [claim.module for claim in mine]
+        copied = name.endswith("bias") or all(is_embedding(m) or is_head(m) for m in modules)
         legal = len(kinds) == len(set(kinds)) and not ({"change", "patch"} <= set(kinds))
         legal = legal and (not spans or set(kinds) <= {"replacement"})
         legal = legal and (len(mine) == 1 or copied or "replacement" not in kinds)
