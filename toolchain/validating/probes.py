@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from toolchain.checkpoints.folder import check_adapter_folder
+from toolchain.errors import InputRefused
 from toolchain.validating.findings import ERROR, Finding, finding
 
 Message = Mapping[str, str]
@@ -52,11 +54,29 @@ def load_tokenizer(root: Path) -> Any:
     return AutoTokenizer.from_pretrained(root, local_files_only=True, trust_remote_code=False)
 
 
+def has_tokenizer(root: Path) -> bool:
+    """Say whether a folder brings a tokenizer."""
+    return any((root / name).is_file() for name in _TOKENIZERS)
+
+
 def expected_tokenizer(base: Path, adapters: Sequence[Path]) -> Any:
     """Return the tokenizer that the merged model must have: the last adapter's, else the base's.
 
-    A chat template alone counts too, also from an adapter that brings no tokenizer.
+    A chat template alone counts too, also from an adapter that brings no tokenizer. None where
+    nobody has one. Raises InputRefused where it cannot be loaded.
     """
+    if not any(has_tokenizer(root) for root in (base, *adapters)):
+        return None
+    try:
+        return _expected(base, adapters)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputRefused(
+            f"the tokenizer of base and adapters cannot be loaded: {str(error)[:200]}",
+            hint="check that its files are complete and of one model",
+        ) from error
+
+
+def _expected(base: Path, adapters: Sequence[Path]) -> Any:
     root, template = base, ""
     for adapter in adapters:
         files = check_adapter_folder(adapter)
@@ -67,13 +87,15 @@ def expected_tokenizer(base: Path, adapters: Sequence[Path]) -> Any:
     tokenizer = load_tokenizer(root)
     if template:
         tokenizer.chat_template = template
-    elif not tokenizer.chat_template and root != base:
+    elif not tokenizer.chat_template and root != base and has_tokenizer(base):
         tokenizer.chat_template = load_tokenizer(base).chat_template
     return tokenizer
 
 
 def encode(tokenizer: Any, items: Sequence[Sequence[Message]], vocabulary: int) -> list[list[int]]:
     """Return token ids of the items, cut so that their logits fit into memory."""
+    if tokenizer is None:
+        return _made_up(vocabulary)
     room = max(16, min(len(items) * MOST_TOKENS, _LOGIT_BYTES // (4 * max(1, vocabulary))))
     most = max(4, min(MOST_TOKENS, room // max(1, len(items))))
     texts = [_text(tokenizer, item) for item in items]
@@ -83,6 +105,12 @@ def encode(tokenizer: Any, items: Sequence[Sequence[Message]], vocabulary: int) 
     ]
     # The end of a prompt is where the answer begins, so that is what is kept.
     return [part[-most:] or [0] for part in ids]
+
+
+def _made_up(vocabulary: int) -> list[list[int]]:
+    """Return tokens drawn with a fixed seed, for models that come without a tokenizer."""
+    draw = random.Random(0)  # noqa: S311 - nothing secret
+    return [[draw.randrange(max(1, vocabulary)) for _ in range(24)] for _ in BUILT_IN]
 
 
 def compare(expected: Any, merged: Any, vocabulary: int) -> list[Finding]:

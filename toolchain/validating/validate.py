@@ -112,6 +112,9 @@ def _finite(value: Any) -> Any:
 
 
 def _tokenizers(request: Request, expected: Any) -> list[Finding]:
+    if expected is None:
+        text = "neither base nor adapters have a tokenizer: the probes are tokens drawn at random"
+        return [finding(NOTE, "tokenizer", text)]
     try:
         merged = asked.load_tokenizer(request.merged)
     except (OSError, ValueError, TypeError) as error:
@@ -230,12 +233,16 @@ def _judge(
     lost, swallowed = _swallowed(reference)
     # Of a wrong merge the rest says nothing about rounding.
     findings += [] if elements["wrong"] else lost
-    return {
+    measured = {
         "max_abs_logit_diff": seen.max_abs,
         "mean_abs_logit_diff": seen.mean_abs,
         "kl_mean": seen.kl_mean,
         "kl_max": seen.kl_max,
         "top1_agreement": seen.top1,
+    }
+    return {
+        # Of logits that are no numbers nothing was measured, the agreement included.
+        **(measured if math.isfinite(seen.max_abs) else dict.fromkeys(measured)),
         "limits": _told(allowed),
         "rounding": _told(rounding),
         "from_exact": _told(off),
@@ -330,13 +337,18 @@ def _layers(reference: Reference, run: Run) -> list[dict[str, Any]]:
         rows.append(
             {
                 "layer": number,
-                "difference": float((there - mine).norm()) / size,
-                "rounding": rounding,
-                "off": off,
+                "difference": _bounded(float((there - mine).norm()) / size),
+                "rounding": _bounded(rounding),
+                "off": _bounded(off),
                 "parted": not off <= rounding + 2.0**-14,
             }
         )
     return rows
+
+
+def _bounded(value: float) -> float:
+    """Return a number that can be drawn: what is none is as far off as can be."""
+    return value if math.isfinite(value) else 1e9
 
 
 def _where(parted: int, examined: Sequence[Finding]) -> Finding:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -117,14 +117,19 @@ def test_probes_are_read_before_anything_runs(tmp_path: Path) -> None:
         )
 
 
-def wrong_merge(job: Job, report: Any) -> Any:
-    """Merge, and flip one sign in one of four million elements."""
-    result = STAGES["merge"](job, report)
-    path = job.output / "model.safetensors"
-    tensors = load_file(path)
-    tensors["model.layers.2.mlp.up_proj.weight"].view(torch.int16)[7, 9] ^= -0x8000
-    save_file(tensors, path, {"format": "pt"})
-    return {**result, "files": [f for f in result["files"] if f["path"] != path.name]}
+def wrong_merge(change: Callable[[int], int]) -> Any:
+    """Merge, and change the bits of one of four million elements."""
+
+    def run(job: Job, report: Any) -> Any:
+        result = STAGES["merge"](job, report)
+        path = job.output / "model.safetensors"
+        tensors = load_file(path)
+        bits = tensors["model.layers.2.mlp.up_proj.weight"].view(torch.int16)
+        bits[7, 9] = change(int(bits[7, 9]))
+        save_file(tensors, path, {"format": "pt"})
+        return {**result, "files": [f for f in result["files"] if f["path"] != path.name]}
+
+    return run
 
 
 def request_for(folder: Path, *settings: str) -> BuildRequest:
@@ -140,17 +145,25 @@ def request_for(folder: Path, *settings: str) -> BuildRequest:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_wrong_merge_ends_the_build(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [(lambda bits: bits ^ -0x8000, "sign is flipped"), (lambda _: 0x7FC0, "is nan, not")],
+    ids=["sign", "nan"],
+)
+def test_a_wrong_merge_ends_the_build(
+    tmp_path: Path, change: Callable[[int], int], says: str
+) -> None:
     request = request_for(tmp_path)
-    tools = make_tools(tmp_path, {**STAGES, "merge": wrong_merge})
+    tools = make_tools(tmp_path, {**STAGES, "merge": wrong_merge(change)})
 
-    with pytest.raises(CheckFailed, match="sign is flipped") as caught:
+    with pytest.raises(CheckFailed, match=says) as caught:
         list(build(request, Registry(), tools))
 
     kept = tmp_path / "dist" / "tiny-capitals" / "1.0.0" / "refused" / "build.json"
     record = json.loads(kept.read_text())["validation"]
     assert [job.stage for job in tools.runner.jobs] == ["merge", "validate"]
     assert "report: " in caught.value.hint
+    assert (kept.parent / "report.html").is_file()
     assert record["elements"]["wrong"] == 1
     assert record["findings"][0]["tensor"] == "model.layers.2.mlp.up_proj.weight"
     assert record["findings"][0]["layer"] == 2

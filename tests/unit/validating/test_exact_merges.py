@@ -158,6 +158,22 @@ def test_probes_of_ones_own(tmp_path: Path) -> None:
     assert result["probes"] == 1
 
 
+def test_a_model_without_a_tokenizer_is_probed_too(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    for path in base.iterdir():
+        if "token" in path.name or "template" in path.name:
+            path.unlink()
+    lora = make_adapter(tmp_path / "lora", base)
+    out = merged(tmp_path / "out", base, lora)
+
+    result = held(base, out, lora)
+    wrong = held(base, out, lora, weights=(2.0,))
+
+    assert result["passed"], tell(result)
+    assert result["probes"] == 6
+    assert not wrong["passed"]
+
+
 def test_a_method_that_does_not_sum_has_no_reference(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     lora = make_adapter(tmp_path / "lora", base)
