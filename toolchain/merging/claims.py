@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from toolchain.errors import InputRefused
 from toolchain.merging.families.family import SHOWN, AdapterView, Claim, families
 from toolchain.merging.names import added_prefix
+from toolchain.merging.tasks import TASKS
 
 
 def claims_of(view: AdapterView) -> list[Claim]:
@@ -84,10 +85,12 @@ def _check_complete(view: AdapterView, claims: Sequence[Claim]) -> None:
 def _check_promises(view: AdapterView, claims: Sequence[Claim]) -> None:
     """Refuse where the configuration names more that was trained than the file holds."""
     raw, keys = view.config.raw, list(view.keys)
+    # For classifiers PEFT lists all the names that a head may have.
+    heads = ("classifier", "score") if raw.get("task_type") in TASKS else ()
     missing = [
         f"modules_to_save {name}"
         for name in raw.get("modules_to_save") or ()
-        if not any(f"{name}." in key for key in keys)
+        if not any(f"{name}." in key for key in keys) and name not in heads
     ]
     missing += [
         f"target_parameters {name}"

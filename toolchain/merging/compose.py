@@ -64,6 +64,10 @@ def compose(
         for name, shared in tie.also:
             outputs[name] = replace(outputs[shared], name=name)
             home.insert(place, name)
+    for name, mine in shares.items():
+        if any(share.claim.new for share in mine):
+            layout[base.layout[-1][0]].append(name)
+            outputs[name] = _added(name, mine, base, dtype)
     settings: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
     if tie is None and _touches_both(shares, outputs):
         # Said aloud, for classes that would tie where config.json is silent.
@@ -158,6 +162,23 @@ def compose_output(
     if combination.sums:
         return replace(plain, change=Mixture(shares=tuple(shares)), kind="merged")
     return replace(plain, change=combined(name, shares, combination), kind="merged")
+
+
+def _added(name: str, shares: Sequence[Share], base: BaseTensors, dtype: str) -> Output:
+    """Return a tensor that the base has not, in the type of the base's matrices."""
+    (share,) = shares
+    stored = share.claim.replacement
+    assert stored is not None  # noqa: S101 - new tensors are an adapter's own
+    kinds = [source.dtype for source in base.sources.values() if len(source.shape) == 2]
+    usual = next((kind for kind in kinds if kind in MERGEABLE), stored.dtype)
+    return Output(
+        name=name,
+        dtype=usual if dtype == "auto" else dtype,
+        shape=stored.shape,
+        source=stored,
+        columns=matrix_columns(stored.shape),
+        kind="replaced",
+    )
 
 
 def _of_one(plain: Output, claims: Sequence[Claim]) -> Output:

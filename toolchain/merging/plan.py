@@ -33,6 +33,7 @@ from toolchain.merging.outputs import Output, OutputShard
 from toolchain.merging.quantized.base import STALE, see_base
 from toolchain.merging.quantized.sources import held_bytes
 from toolchain.merging.refused import REFUSED, UNMERGED
+from toolchain.merging.tasks import task_settings
 from toolchain.merging.tying import Tie, find_tie
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -124,7 +125,12 @@ def make_plan(
         adapters=planned,
         shards=made.shards,
         dtype=DTYPES.get(dtype, "auto"),
-        settings={**dict.fromkeys(seen.dropped), **settings, **made.settings},
+        settings={
+            **dict.fromkeys(seen.dropped),
+            **settings,
+            **made.settings,
+            **task_settings(config, views, claims),
+        },
         quantized_base=seen.record,
         findings=(
             *seen.findings,

@@ -269,3 +269,42 @@ def test_architectures(name: str, bases: MakeBase, tmp_path: Path) -> None:
     kind, model, lora = ARCHITECTURES[name]
 
     check(bases(kind, **model), kind, tmp_path, lora)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_heads_of_another_task(kind: str, bases: MakeBase, tmp_path: Path) -> None:
+    """A classifier trained on a causal base becomes a classifier's checkpoint."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    def load(folder: Path) -> Any:
+        return AutoModelForSequenceClassification.from_pretrained(
+            folder, num_labels=3, pad_token_id=0, dtype=torch.float32
+        )
+
+    base, ids = bases(kind), torch.arange(1, 21).view(2, 10)
+    config = LoraConfig(r=4, target_modules=["q_proj", "c_attn"], task_type="SEQ_CLS")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuned = get_peft_model(load(base), config)
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.2)
+        tuned.save_pretrained(tmp_path / "adapter")
+        oracle = PeftModel.from_pretrained(load(base), tmp_path / "adapter").eval()
+        result = merge(
+            MergeRequest(
+                base=base, adapters=((tmp_path / "adapter", 1.0),), out=tmp_path / "out", workers=2
+            )
+        )
+        merged_model = AutoModelForSequenceClassification.from_pretrained(
+            tmp_path / "out", pad_token_id=0, dtype=torch.float32
+        ).eval()
+
+    with torch.no_grad():
+        wanted, got = oracle(input_ids=ids).logits, merged_model(input_ids=ids).logits
+    told = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert told["architectures"][0].endswith("ForSequenceClassification")
+    assert result["tensors"]["replaced"] == 1
+    assert got.shape == (2, 3)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)

@@ -41,6 +41,8 @@ class Claim:
     patch: Patch | None = None
     replacement: Stored | None = None
     change: Change | None = None
+    new: bool = False
+    """True where the base has no such tensor: the head of another task."""
 
     @property
     def kind(self) -> str:

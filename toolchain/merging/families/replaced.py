@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from toolchain.errors import InputRefused
 from toolchain.merging.families.family import AdapterView, Claim, Family, Variant
 from toolchain.merging.names import module_key, plain_module
+from toolchain.merging.tasks import TASKS
 from toolchain.merging.twins import same_bytes
 from toolchain.merging.tying import is_embedding, is_head
 
@@ -34,6 +35,10 @@ FAMILY = Family(
     variants=(
         Variant(name="`modules_to_save`", how="the adapter's tensor takes the base's place"),
         Variant(name="`bias` all or lora_only", how="the adapter's bias takes the base's place"),
+        Variant(
+            name="heads of another task (`task_type` SEQ_CLS, TOKEN_CLS, QUESTION_ANS)",
+            how="the head is added; `architectures` and labels in config.json follow",
+        ),
         Variant(
             name="resized vocabularies",
             how="the adapter's embeddings take the base's place; `vocab_size` follows",
@@ -73,11 +78,19 @@ def _one(view: AdapterView, key: str, owner: str, module: str, parameter: str) -
     if view.tie and parameter == "weight" and (is_embedding(module) or is_head(module)):
         return _tied(view, key, owner, module)
     target = view.find(module, parameter)
+    if not target and str(view.config.raw.get("task_type")) in TASKS and _is_saved(view, module):
+        return Claim(
+            keys=(key,),
+            module=module,
+            target=f"{module}.{parameter}",
+            replacement=view.stored(key),
+            new=True,
+        )
     if not target:
         raise InputRefused(
             f"{view.path} brings {module}.{parameter}, which the base has not",
-            hint="a new head belongs to another architecture than the base's: save the adapted "
-            "model with transformers instead, or export the adapter from the base's own class",
+            hint="a new head needs an architecture: set task_type in adapter_config.json to "
+            + ", ".join(TASKS),
         )
     _check_shape(view, key, module, target)
     return Claim(keys=(key,), module=module, target=target, replacement=view.stored(key))
