@@ -192,6 +192,9 @@ def command(plan: ServingPlan, names: Mapping[str, Json]) -> tuple[str, ...]:
 def file_settings(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, Json]:
     """Return everything that vllm.yaml says.
 
+    What is off is said twice: `vllm serve` looks for `--no-KEY` among the options of the wrong
+    parser and drops `KEY: false` (0.33, utils/argparse_utils.py); `no-KEY: true` it reads.
+
     Raises UsageError for a name that an argument parser would take for an option.
     """
     served = str(names["served_name"])
@@ -207,6 +210,7 @@ def file_settings(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, 
         "port": _PORT,
         "disable-access-log-for-endpoints": "/health,/metrics,/ping",
         **plan.settings,
+        **{f"no-{key}": True for key, value in plan.settings.items() if value is False},
     }
 
 
