@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import json
 import os
 import socket
 import threading
@@ -22,7 +23,7 @@ from toolchain.drivers.docker import DockerEngine, DockerRunner, engine_host
 from toolchain.drivers.docker_images import base_reference
 from toolchain.drivers.docker_launcher import DockerLauncher
 from toolchain.drivers.docker_requests import LABEL_OWNER
-from toolchain.drivers.ownership import owner_token
+from toolchain.drivers.ownership import is_dead, owner_token
 from toolchain.errors import EnvironmentFailure
 from toolchain.ports import Silent, StartSpec
 
@@ -119,6 +120,66 @@ def test_an_image_serves_on_loopback_and_is_removed(engine, server_image):
         assert "Debian" in fetch(f"{endpoint.url}/os-release")
         assert endpoint.alive()
         assert "GET /os-release" in endpoint.logs(5)
+    assert not endpoint.alive()
+
+
+def test_a_server_cannot_reach_the_world_and_writes_nowhere(engine, server_image):
+    """Asked from inside: no way out, a read-only root, process 1 without an init, its limit."""
+    look = """
+import http.server, json, os, pathlib, socket
+def reach():
+    try:
+        socket.create_connection(("192.0.2.1", 80), 2)
+    except OSError as error:
+        return error.strerror or str(error)
+    return "reached"
+def write():
+    try:
+        pathlib.Path("/etc/x").touch()
+    except OSError as error:
+        return error.strerror
+    return "written"
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+        routes = pathlib.Path("/proc/net/route").read_text().splitlines()[1:]
+        out = any(route.split()[1] == "00000000" for route in routes)
+        self.wfile.write(json.dumps({"reach": reach(), "write": write(), "pid": os.getpid(),
+            "uid": os.getuid(), "default": out}).encode())
+http.server.HTTPServer(("0.0.0.0", 8000), Handler).serve_forever()
+"""
+    image = engine.client.images.get(server_image)
+    recipe = f"""
+        FROM {image.id}
+        ENTRYPOINT ["python3", "-c", {json.dumps(look)}]
+    """
+    tag = f"weightsmith-test-look:{os.getpid()}"
+    engine.client.images.build(fileobj=io.BytesIO(recipe.encode()), rm=True, tag=tag)
+    try:
+        spec = StartSpec(port=8000, env={}, memory_bytes=256 << 20)
+        with DockerLauncher(engine).serve(tag, spec) as endpoint:
+            seen = json.loads(fetch(endpoint.url))
+            confinement = endpoint.confinement
+    finally:
+        engine.client.images.remove(tag, force=True)
+
+    assert (seen["write"], seen["pid"], seen["uid"]) == ("Read-only file system", 1, 1234)
+    if "no network" in confinement:
+        assert not seen["default"]
+        assert seen["reach"] != "reached"
+    assert "256 MiB of memory" in confinement
+    assert not [n for n in engine.client.networks.list() if n.name.startswith("weightsmith-")
+                and is_dead(n.attrs["Labels"][LABEL_OWNER])]  # fmt: skip
+
+
+def test_a_server_is_stopped_and_started_again(engine, server_image):
+    spec = StartSpec(port=8000, env={})
+
+    with DockerLauncher(engine).serve(server_image, spec) as endpoint:
+        fetch(f"{endpoint.url}/os-release")
+        # Python's web server, process 1, has no handler for SIGTERM: the kernel then ignores it.
+        assert endpoint.stop(0.5) is None
+        assert endpoint.alive()
     assert not endpoint.alive()
 
 

@@ -1,0 +1,194 @@
+"""The checks of a started image, each against a server that breaks exactly that promise."""
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from toolchain.errors import CheckFailed
+from toolchain.evaluating.session import Limits, Session
+from toolchain.evaluating.smoke import Promise, Smoke, check_life, check_serving
+from toolchain.ports import Endpoint
+
+QUICK = Limits(request_seconds=5, tries=1, pause_seconds=0.01)
+PROMISE = Promise(
+    served_name="support", health_path="/health", max_model_len=64, max_num_seqs=3, start_seconds=5
+)
+
+
+class Server(ThreadingHTTPServer):
+    """A good server, but for what a test changes."""
+
+    daemon_threads = True
+    name = "support"
+    text = "Hello there"
+    finish = "stop"
+    events = ("Hello", " there")
+    done = True
+    long_status, long_error = 400, "request (99 tokens) exceeds the available context size"
+    most_at_once = 100
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.busy, self.together = 0, 0
+        self.lock = threading.Lock()
+        self.alive, self.exit_code, self.restarts = True, 0, 0
+
+    @property
+    def endpoint(self):
+        return Endpoint(
+            url=f"http://127.0.0.1:{self.server_port}",
+            logs=lambda n: "the last words of the server",
+            alive=lambda: True,
+            stop=lambda seconds: self.exit_code,
+            restart=self._restart,
+        )
+
+    def _restart(self):
+        self.restarts += 1
+        return self.endpoint
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.reply(200, {"data": [{"id": self.server.name}]})
+
+    def do_POST(self):
+        server, body = self.server, self.body()
+        if len(body["messages"][0]["content"].split()) > 64:
+            self.reply(server.long_status, {"error": {"message": server.long_error}})
+            return
+        with server.lock:
+            server.busy += 1
+            server.together = max(server.together, server.busy)
+        time.sleep(0.05)
+        with server.lock:
+            text = server.text if server.busy <= server.most_at_once else ""
+            server.busy -= 1
+        if body["stream"]:
+            self.stream()
+            return
+        message = {"message": {"content": text}, "finish_reason": server.finish}
+        self.reply(200, {"choices": [message]})
+
+    def stream(self):
+        self.send_response(200)
+        self.end_headers()
+        for text in self.server.events:
+            value = {"choices": [{"delta": {"content": text}}]}
+            self.wfile.write(f"data: {json.dumps(value)}\n\n".encode())
+        if self.server.done:
+            self.wfile.write(b"data: [DONE]\n\n")
+
+    def body(self):
+        return json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+
+    def reply(self, status, value):
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def look(server):
+    smoke = Smoke()
+    with Session(server.endpoint, QUICK) as session:
+        check_serving(smoke, session, PROMISE)
+    return {check["name"]: check["seen"] for check in smoke.checks}
+
+
+def test_a_good_server_passes_and_what_was_seen_is_kept(server):
+    seen = look(server)
+
+    assert list(seen) == [
+        "model list", "chat", "streaming", "end of answer", "context limit", "3 requests at once",
+    ]  # fmt: skip
+    assert seen["chat"] == "Hello there"
+    assert seen["end of answer"] == "an answer ends by itself"
+    assert "exceeds the available context" in seen["context limit"]
+    assert server.together == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "check", "says"),
+    [
+        ({"name": "other"}, "model list", "no model 'support'; it serves other"),
+        ({"text": " "}, "chat", "is empty"),
+        ({"events": ()}, "streaming", "has no text"),
+        ({"done": False}, "streaming", r"does not end with \[DONE\]"),
+        ({"long_status": 200}, "context limit", "HTTP 200, not refused"),
+        ({"long_status": 500}, "context limit", "HTTP 500, not refused"),
+        ({"long_error": "nope"}, "context limit", "does not say why"),
+        ({"most_at_once": 2}, "3 requests at once", "got an empty answer"),
+    ],
+)
+def test_a_broken_promise_is_named_with_the_servers_last_words(server, change, check, says):
+    for name, value in change.items():
+        setattr(server, name, value)
+
+    with pytest.raises(CheckFailed, match=f"check '{check}': .*{says}") as caught:
+        look(server)
+    assert "the last words of the server" in caught.value.message
+
+
+def test_an_answer_without_an_end_is_told_and_no_failure(server):
+    server.finish = "length"
+
+    assert "did not end" in look(server)["end of answer"]
+
+
+def life(server):
+    smoke = Smoke()
+    check_life(smoke, server.endpoint, PROMISE)
+    return [check["name"] for check in smoke.checks]
+
+
+@pytest.mark.parametrize("code", [0, 143, -15])
+def test_it_ends_and_starts_again(server, code):
+    server.exit_code = code
+
+    assert life(server) == ["SIGTERM", "restart"]
+    assert server.restarts == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "says"), [(None, "still runs 10 s after SIGTERM"), (139, "exit code 139")]
+)
+def test_an_end_that_is_none_is_told(server, code, says):
+    server.exit_code = code
+
+    with pytest.raises(CheckFailed, match=f"check 'SIGTERM': .*{says}"):
+        life(server)
+
+
+def test_a_server_that_answers_nothing_after_its_restart_is_told(server):
+    server._restart = lambda: Endpoint(
+        url="http://127.0.0.1:9", logs=lambda n: "cannot bind", alive=lambda: False
+    )
+
+    with pytest.raises(CheckFailed, match=r"check 'restart': the server stopped[^$]*cannot bind"):
+        life(server)
+
+
+def test_what_cannot_be_stopped_is_not_checked(server):
+    endpoint = Endpoint(url="http://127.0.0.1:9", logs=lambda n: "", alive=lambda: True)
+    smoke = Smoke()
+
+    check_life(smoke, endpoint, PROMISE)
+
+    assert smoke.checks == []
