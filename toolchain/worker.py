@@ -255,7 +255,7 @@ def _validate(job: Job, report: Report) -> Mapping[str, Json]:
         adapters=tuple((job.inputs[f"adapter{i}"], w) for i, w in enumerate(weights)),
         merged=job.inputs["merged"],
         items=tuple(job.parameters["items"]),
-        summed=job.parameters["summed"],
+        scope=job.parameters["scope"],
     )
     return _mapping(module.validate(request, lambda done, total: report(done, total, "layers")))
 

@@ -72,6 +72,8 @@ def validate(
     merged: str = "",
     weights: str = "",
     method: str = "sequential",
+    space: str = "delta",
+    quantized_base: str = "refuse",
     probes: str = "",
     runner: str = "auto",
     json: bool = False,
@@ -91,7 +93,7 @@ def validate(
         tuple((Path(folder), w) for folder, w in zip(adapter, factors, strict=True)),
         Path(merged),
         Path(probes) if probes else None,
-        method,
+        {"method": method, "space": space, "quantized_base": quantized_base},
         tools,
     )
     return result, _verdict(merged, result)

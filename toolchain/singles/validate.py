@@ -8,7 +8,7 @@ from pathlib import Path
 from toolchain.checkpoints.folder import check_adapter_folder, check_model_folder
 from toolchain.evaluating.items import read_prompts
 from toolchain.ports import Tools
-from toolchain.stages.validate import BUILDER, SUMMED, job, require_passed
+from toolchain.stages.validate import BUILDER, job, require_passed, scope
 from toolchain.values import Json
 
 
@@ -17,10 +17,10 @@ def validate_folders(
     adapters: tuple[tuple[Path, float], ...],
     merged: Path,
     probes: Path | None,
-    method: str,
+    options: Mapping[str, str],
     tools: Tools,
 ) -> Mapping[str, Json]:
-    """Return what was compared and found, by the contract's keys and more.
+    """Return what was compared and found; `options` say how it was merged.
 
     Raises CheckFailed with the same as details where the folder is not base and adapters,
     InputRefused for a folder that is none, UsageError for the probes.
@@ -39,7 +39,7 @@ def validate_folders(
                 [(folder.resolve(), weight) for folder, weight in adapters],
                 merged.resolve(),
                 items,
-                summed=method in SUMMED,
+                scope=scope(options["method"], options["space"], options["quantized_base"]),
                 output=output,
             ),
             tools.progress,

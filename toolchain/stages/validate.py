@@ -17,18 +17,12 @@ BUILDER = "merge"
 RECIPE_NUMBER = 1
 MEMORY_BYTES = 4 << 30
 """Limit of the container beside a checkpoint that has to be loaded whole."""
-SUMMED = ("sequential", "linear", "cat")
+SUMS = ("sequential", "linear", "cat")
 """Methods whose result is the weighted sum that adapters side by side compute."""
 _RESULT = "validation.json"
 _SHOWN = 3
 
 Messages = Sequence[Mapping[str, str]]
-
-
-def is_summed(options: Merge) -> bool:
-    """Say whether merging only added deltas to the base's own weights, which can be compared."""
-    plain = options.space == "delta" and options.quantized_base == "refuse"
-    return plain and options.method in SUMMED
 
 
 def inputs(
@@ -42,12 +36,23 @@ def inputs(
             "base": sources.base.digest,
             "adapters": [a.snapshot.digest for a in sources.adapters],
             "weights": [a.weight for a in sources.adapters],
-            "summed": is_summed(options),
+            "scope": scope(options.method, options.space, options.quantized_base),
             "checkpoint": checkpoint,
             "probes": key_of([[dict(message) for message in item] for item in items]),
             "builder": builder_pins(BUILDER),
         },
     )
+
+
+def scope(method: str, space: str, quantized_base: str) -> str:
+    """Return how much of a merge made so base and adapters can judge.
+
+    `all` of a weighted sum; `rest`, what no adapter changes, of other methods; `files` where every
+    layer was rounded to four bits first.
+    """
+    if quantized_base.startswith("simulate"):
+        return "files"
+    return "all" if method in SUMS and space == "delta" else "rest"
 
 
 def validate(
@@ -82,7 +87,7 @@ def job(
     merged: Path,
     items: Sequence[Messages],
     *,
-    summed: bool,
+    scope: str,
     output: Path,
 ) -> Job:
     """Return the job that compares three folders."""
@@ -97,7 +102,7 @@ def job(
         parameters={
             "weights": [weight for _, weight in adapters],
             "items": [[dict(message) for message in item] for item in items],
-            "summed": summed,
+            "scope": scope,
         },
         output=output,
         # Only an architecture that cannot be streamed takes more than a fraction of this.
@@ -135,7 +140,7 @@ def _run(
             [(a.snapshot.tree.root, a.weight) for a in sources.adapters],
             checkpoint.tree.root,
             items,
-            summed=is_summed(options),
+            scope=scope(options.method, options.space, options.quantized_base),
             output=folder,
         ),
         tools.progress,

@@ -34,6 +34,10 @@ from toolchain.validating.suspicion import explain
 from toolchain.validating.weights import Weights
 
 Progress = Callable[[int, int], None]
+_NOT_SUMMED = (
+    "this method is no plain sum, which the reference is: how far the two are apart is told and "
+    "not judged; the evaluation judges it"
+)
 _SHOWN = 20
 """Findings of one kind that are told one by one."""
 _SWALLOWED = 0.5
@@ -50,8 +54,9 @@ class Request:
     merged: Path
     items: tuple[Sequence[Message], ...] = ()
     """Chats to probe with; built-in ones where there are none."""
-    summed: bool = True
-    """False where the method is no weighted sum: then only files and tokenizer are judged."""
+    scope: str = "all"
+    """What base and adapters can judge: `all` of a weighted sum; `rest`, what no adapter changes;
+    `files` and tokenizer."""
 
 
 def validate(request: Request, progress: Progress | None = None) -> dict[str, Any]:
@@ -95,8 +100,8 @@ def _validate(request: Request, progress: Progress) -> dict[str, Any]:
 
 def _no_reference(request: Request) -> str:
     """Say why base with adapters is no reference for this merge; nothing where it is one."""
-    if not request.summed:
-        return "the adapters were not summed, so base with adapters is no reference"
+    if request.scope == "files":
+        return "the base was rounded before it was merged onto"
     if read_json(request.base / "config.json").get("quantization_config"):
         return "the base is quantized, and what it computes depends on how it is unpacked"
     return ""
@@ -154,7 +159,7 @@ def _compare(
         )
         reference, run = sides.forwards(progress, streamed=False)
     streamed = not any("loaded whole" in found.message for found in findings)
-    told = _judge(reference, run, sides.weights, batch, sides.twins, findings)
+    told = _judge(reference, run, sides, findings)
     return told | {"probes": len(ids), "positions": len(run.logits), "streamed": streamed}
 
 
@@ -171,6 +176,11 @@ class Sides:
     weights: Weights
     """Of the merged checkpoint."""
     batch: Batch
+
+    @property
+    def summed(self) -> bool:
+        """Say whether the merge is the sum that the reference computes."""
+        return self.request.scope == "all"
 
     @property
     def twins(self) -> int:
@@ -205,18 +215,11 @@ class Sides:
         return reference, run
 
 
-def _judge(
-    reference: Reference,
-    run: Run,
-    weights: Weights,
-    batch: Batch,
-    twins: int,
-    findings: list[Finding],
-) -> dict[str, Any]:
-    examined, elements = _elements(reference, weights)
+def _judge(reference: Reference, run: Run, sides: Sides, findings: list[Finding]) -> dict[str, Any]:
+    examined, elements = _elements(reference, sides.weights, summed=sides.summed)
     findings += reference.examiner.findings
     findings += examined
-    mine = sum(batch.lengths[:twins])
+    mine = sum(sides.batch.lengths[: sides.twins])
     exact, there = reference.twins.logits, run.logits[:mine]
     rounding = distance(reference.run.logits[:mine], exact)
     seen, off = distance(reference.run.logits, run.logits), distance(exact, there)
@@ -225,14 +228,16 @@ def _judge(
     told = judge(off, allowed) + judge_choices(exact, there, allowed)
     if not bool(torch.isfinite(run.logits).all()):
         told = [finding(ERROR, "logits", "the merged model's logits are not finite")]
+    if not sides.summed:
+        told = [finding(NOTE, "logits", _NOT_SUMMED)]
     layers = _layers(reference, run)
     parted = next((row["layer"] for row in layers if row["parted"]), None)
-    if told and parted is not None:
+    if failed(told) and parted is not None:
         findings.append(_where(parted, examined))
     findings += told
     lost, swallowed = _swallowed(reference)
     # Of a wrong merge the rest says nothing about rounding.
-    findings += [] if elements["wrong"] else lost
+    findings += lost if sides.summed and not elements["wrong"] else []
     measured = {
         "max_abs_logit_diff": seen.max_abs,
         "mean_abs_logit_diff": seen.mean_abs,
@@ -253,8 +258,10 @@ def _judge(
     }
 
 
-def _elements(reference: Reference, weights: Weights) -> tuple[list[Finding], dict[str, int]]:
-    """Judge every tensor of the merged checkpoint."""
+def _elements(
+    reference: Reference, weights: Weights, *, summed: bool
+) -> tuple[list[Finding], dict[str, int]]:
+    """Judge every tensor of the merged checkpoint; where it is no sum, those not adapted."""
     examiner = reference.examiner
     tallies = dict(examiner.tallies)
     places = {name: site for site in reference.sites for name in site.parameters.values()}
@@ -264,8 +271,11 @@ def _elements(reference: Reference, weights: Weights) -> tuple[list[Finding], di
             there = weights.read(tally.tensor) if weights.tensor_of(name) else weights.whole(name)
             flat = value.reshape(len(value), -1).float()
             compare_rows(tally, 0, flat, torch.zeros_like(flat), there.reshape(len(there), -1))
-    tallies |= _untouched(reference, weights, set(tallies))
-    shared = _shared(reference, weights, set(tallies))
+    touched = set(tallies)
+    tallies |= _untouched(reference, weights, touched)
+    if not summed:
+        tallies = {name: tally for name, tally in tallies.items() if name not in touched}
+    shared = _shared(reference, weights, touched)
     wrong = {name: tally for name, tally in tallies.items() if tally.wrong}
     found = [
         explain(tally, name, places.get(name), reference.sites, examiner)

@@ -30,6 +30,7 @@ from toolchain.worker import STAGES
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny"
 GOOD = {"passed": True, "findings": [{"severity": "warning", "message": "small"}], "seconds": 1.0}
+TIES = {"method": "ties", "space": "delta", "quantized_base": "refuse"}
 BAD = {"severity": "error", "check": "elements", "message": "x.weight: wrong"}
 
 
@@ -99,11 +100,11 @@ def test_the_command_fails_with_its_findings(tmp_path: Path) -> None:
     adapter = (TINY / "adapters" / "a", 0.5)
 
     with pytest.raises(CheckFailed, match="is not what base and adapters are") as caught:
-        validate_folders(TINY / "base", (adapter,), TINY / "base", None, "ties", tools)
+        validate_folders(TINY / "base", (adapter,), TINY / "base", None, TIES, tools)
 
     assert caught.value.details["findings"] == [BAD]
     assert tools.runner.jobs[0].parameters["weights"] == [0.5]
-    assert not tools.runner.jobs[0].parameters["summed"]
+    assert tools.runner.jobs[0].parameters["scope"] == "rest"
 
 
 def test_probes_are_read_before_anything_runs(tmp_path: Path) -> None:
@@ -113,7 +114,7 @@ def test_probes_are_read_before_anything_runs(tmp_path: Path) -> None:
 
     with pytest.raises(UsageError, match=r"probes\.jsonl:2"):
         validate_folders(
-            TINY / "base", (adapter,), TINY / "base", tmp_path / "probes.jsonl", "linear", tools
+            TINY / "base", (adapter,), TINY / "base", tmp_path / "probes.jsonl", TIES, tools
         )
 
 

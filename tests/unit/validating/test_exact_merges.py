@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.unit.validating.conftest import (
+    edit_tensors,
     held,
     make_adapter,
     make_model,
@@ -174,13 +175,33 @@ def test_a_model_without_a_tokenizer_is_probed_too(tmp_path: Path) -> None:
     assert not wrong["passed"]
 
 
-def test_a_method_that_does_not_sum_has_no_reference(tmp_path: Path) -> None:
+def test_of_other_methods_the_rest_is_judged(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    loras = [
+        make_adapter(tmp_path / f"lora{i}", base, seed=i, target_modules=["q_proj"]) for i in (1, 2)
+    ]
+    out = merged(tmp_path / "out", base, *loras, method="ties", density=0.5)
+
+    result = held(base, out, *loras, scope="rest")
+
+    assert result["passed"], tell(result)
+    assert result["max_abs_logit_diff"] > 0
+    assert "not judged" in tell(result)
+
+    edit_tensors(out, lambda t: t["model.layers.2.mlp.up_proj.weight"][3].zero_())
+    wrong = held(base, out, *loras, scope="rest")
+
+    assert not wrong["passed"]
+    assert "model.layers.2.mlp.up_proj.weight" in tell(wrong)
+
+
+def test_a_rounded_base_is_judged_by_its_files(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     lora = make_adapter(tmp_path / "lora", base)
     out = merged(tmp_path / "out", base, lora, weights=(0.5,))
 
-    result = held(base, out, lora, summed=False)
+    result = held(base, out, lora, scope="files")
 
     assert result["passed"], tell(result)
     assert result["max_abs_logit_diff"] is None
-    assert "no reference" in tell(result)
+    assert "judged alone" in tell(result)
