@@ -15,7 +15,7 @@ from toolchain.evaluating.metrics import check_metric
 from toolchain.evaluating.task import Task
 from toolchain.ports import Progress, Tools
 from toolchain.provenance.labels import reference
-from toolchain.quantizers import formats, of_format
+from toolchain.quantizers import formats, of_format, quantizers
 from toolchain.recipe import Evaluate, RecipeFile, Serve
 from toolchain.serving import targets as serving_targets
 from toolchain.serving.engine import Wishes
@@ -93,7 +93,8 @@ def chosen_targets(
             "no target: neither --target nor the recipe names one",
             hint="`invoke targets` lists them",
         )
-    chosen = tuple(serving_targets.find(name, known) for name in dict.fromkeys(wanted))
+    names = dict.fromkeys(_whole_name(name, known) for name in wanted)
+    chosen = tuple(serving_targets.find(name, known) for name in names)
     for target in chosen:
         if to_build and not can_make(target.format):
             buildable = [name for name, t in known.items() if can_make(t.format)]
@@ -103,6 +104,12 @@ def chosen_targets(
                 hint=f"these can be built: {', '.join(buildable)}",
             )
     return chosen
+
+
+def _whole_name(name: str, known: Mapping[str, Target]) -> str:
+    """Return `llamacpp-q4_k_m` for `llamacpp`: the default of what such an engine loads."""
+    defaults = (f"{name}-{quantizer.default}" for quantizer in quantizers().values())
+    return name if name in known else next((d for d in defaults if d in known), name)
 
 
 def can_make(format_: Format) -> bool:

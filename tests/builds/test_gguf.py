@@ -69,7 +69,7 @@ def test_parts_are_no_larger_than_asked_and_nothing_else_is_left(made):
 
 
 def test_a_broken_file_is_stopped_with_its_layer_named(tmp_path):
-    """Two bits with half of a layer's scales swapped by hand, as a faulty packer would."""
+    """One tensor's scales are shuffled by hand, as a faulty packer would."""
     done = quantize(tmp_path / "t.gguf", "--format", "q4_0", "--imatrix", "off")
     reader = gguf.GGUFReader(done["out"], "r+")
     tensor = next(t for t in reader.tensors if t.name == "blk.2.ffn_up.weight")
@@ -79,7 +79,8 @@ def test_a_broken_file_is_stopped_with_its_layer_named(tmp_path):
 
     from toolchain.quality.measure import measure
 
-    rows = [json.loads(line) for line in (TINY / "calibration.jsonl").open()][:12]
+    lines = (TINY / "calibration.jsonl").read_text("utf-8").splitlines()[:12]
+    rows = [json.loads(line) for line in lines]
     view = of_format("q4_0").view(Path(done["out"]), TINY / "base")
     found = measure(TINY / "base", view, rows, 300, lambda *_: None)
 

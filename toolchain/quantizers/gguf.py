@@ -313,6 +313,7 @@ QUANTIZER = Quantizer(
     check=check,
     peak_disk=peak_disk,
     view=open_view,
+    default="q4_k_m",
     statistics=IMATRIX,
     check_statistics=check_imatrix,
 )

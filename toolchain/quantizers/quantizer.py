@@ -98,5 +98,7 @@ class Quantizer:
     statistics: str = ""
     """Name of the file in the output that calibration measured: kept in the store by itself, so
     that the next format of the same checkpoint need not measure again."""
+    default: str = ""
+    """The format that an engine's bare name stands for, where it loads no plain checkpoint."""
     check_statistics: Callable[[Path, Mapping[str, Json]], None] | None = None
     """(file, config.json) -> None; raises InputRefused for statistics of another model."""

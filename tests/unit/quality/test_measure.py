@@ -189,9 +189,14 @@ def test_experts_are_put_together_as_transformers_does(tmp_path, config):
             raise KeyError(name)
         return torch.from_numpy(truth.tensor(name).copy())
 
-    streamed = StreamedModel(tmp_path)
-    states = streamed.hidden(ids, weights, lambda _, s: s, lambda _, s: None)
+    streamed, filled = StreamedModel(tmp_path), []
+
+    def count(*_):
+        filled.append([all(p.is_meta for p in layer.parameters()) for layer in streamed.layers])
+
+    states = streamed.hidden(ids, weights, lambda _, s: s, count)
 
     with torch.inference_mode():
         torch.testing.assert_close(streamed.logits(states), model(ids).logits)
+    assert filled == [[False, True], [True, False]], "one layer in memory at a time"
     assert all(p.is_meta for layer in streamed.layers for p in layer.parameters())
