@@ -93,8 +93,8 @@ def chosen_targets(
             "no target: neither --target nor the recipe names one",
             hint="`invoke targets` lists them",
         )
-    names = dict.fromkeys(_whole_name(name, known) for name in wanted)
-    chosen = tuple(serving_targets.find(name, known) for name in names)
+    whole = dict.fromkeys(_whole_name(name, known) for name in wanted)
+    chosen = tuple(serving_targets.find(name, known) for name in whole)
     for target in chosen:
         if to_build and not can_make(target.format):
             buildable = [name for name, t in known.items() if can_make(t.format)]

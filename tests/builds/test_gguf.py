@@ -1,6 +1,7 @@
 """GGUF files by llama.cpp's own programs, read back and measured."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,9 @@ from transformers import (
 from tests.fakes.runner import RecordingProgress
 from toolchain.checkpoints.tensors import CheckpointTensors
 from toolchain.drivers.local import LocalRunner
+from toolchain.drivers.toolset import toolset_folder
 from toolchain.quantizers import formats, of_format
+from toolchain.quantizers.calibration import GENERAL
 from toolchain.stages.quantize import Wanted, job_of
 from toolchain.wiring import cache_folder
 
@@ -143,9 +146,38 @@ def test_what_the_converter_does_to_tensors_is_undone(tmp_path, config):
 def test_the_architectures_are_those_of_the_pinned_converter():
     from toolchain.quantizers.gguf import _architectures
 
-    cache = cache_folder()
-    tools = next((cache / "toolsets").glob("llamacpp-*/convert"))
-    text = (tools / "conversion" / "__init__.py").read_text()
+    tools = toolset_folder(cache_folder(), "llamacpp")
+    text = (tools / "convert" / "conversion" / "__init__.py").read_text()
     table = text[text.index("TEXT_MODEL_MAP") : text.index("}", text.index("TEXT_MODEL_MAP"))]
 
     assert _architectures() == {line.split('"')[1] for line in table.splitlines() if '": "' in line}
+
+
+def test_the_divergence_is_near_what_llama_cpp_says_of_its_own(tmp_path):
+    """llama.cpp counts the second half of each window, and rounds activations as well."""
+    programs = toolset_folder(cache_folder(), "llamacpp") / "bin"
+    text = "\n".join(json.loads(line)["text"] for line in GENERAL.read_text().splitlines())
+    (tmp_path / "text").write_text(text)
+    whole = quantize(tmp_path / "f16.gguf", "--format", "f16")["out"]
+    small = quantize(tmp_path / "q2.gguf", "--format", "q2_k", "--allow-low-bits", "--no-gate")[
+        "out"
+    ]
+
+    def perplexity(file: str, *words: str) -> str:
+        command = [programs / "llama-perplexity", "-m", file, "-f", "text", "-c", "256"]
+        command += ["--kl-divergence-base", "base", *words]
+        return subprocess.run(
+            command, cwd=tmp_path, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ).stdout.decode()
+
+    perplexity(whole)
+    told = perplexity(small, "--kl-divergence")
+    theirs = float(re.search(r"Mean\s+KLD:\s+([\d.]+)", told)[1])
+    rows = [{"text": text[i : i + 280]} for i in range(0, len(text), 280)]
+
+    from toolchain.quality.measure import measure
+
+    view = of_format("q2_k").view(Path(small), TINY / "base")
+    ours = measure(TINY / "base", view, rows, 100_000, lambda *_: None)["kl_mean"]
+
+    assert ours == pytest.approx(theirs, rel=0.25)
