@@ -77,7 +77,9 @@ def push(folder: str, reference: str, streams: str = "4", label: str = "1") -> N
     if known := os.environ.get("WEIGHTSMITH_BENCH_DIGESTS"):
         from dataclasses import replace
 
-        digests = known.split(",")
+        from toolchain.values import Digest
+
+        digests = map(Digest, known.split(","))
         layers = [replace(layer, known_digest=d) for layer, d in zip(layers, digests, strict=True)]
     config = ImageConfig(env={"HF_HUB_OFFLINE": "1"}, labels={"label": label})
     with Registry() as registry:

@@ -1,0 +1,146 @@
+"""The CI templates are YAML, use flags that exist, and their scripts do what they should."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from toolchain.cli import namespace
+
+ROOT = Path(__file__).parents[2]
+CI = ROOT / "examples" / "ci"
+TEMPLATES = sorted(path for path in CI.iterdir() if path.suffix in (".yml", ".yaml"))
+DIGEST = "sha256:" + "a" * 64
+STANDIN = f"""#!{sys.executable}
+import json, os, sys
+with open(os.environ["SEEN"], "w") as file:
+    json.dump(sys.argv[1:], file)
+os.makedirs("dist/x/1/t", exist_ok=True)
+open("dist/x/1/t/report.md", "w").write("# the report")
+print(json.dumps({{"targets": {{"llamacpp-q4_k_m": {{
+    "image": "r.example:5000/a/b:1-t", "digest": "{DIGEST}"}}}}}}))
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to run scripts in, with programs that only say what they were given."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (
+        ("weightsmith", STANDIN),
+        ("cosign", '#!/bin/sh\necho "$@" >> "$SIGNED"\n'),
+        ("python3", f'#!/bin/sh\nexec {sys.executable} "$@"\n'),
+    ):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
+    monkeypatch.setenv("SIGNED", str(tmp_path / "signed"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(script: str, shell: str = "bash", **env: str) -> None:
+    words = [shell, "-eu", "-c", script]
+    subprocess.run(words, check=True, env={**os.environ, **env}, capture_output=True)
+
+
+def seen(place: Path) -> list[str]:
+    words: list[str] = json.loads((place / "seen").read_text())
+    return words
+
+
+def load(name: str) -> Any:
+    return yaml.safe_load((CI / name).read_text("utf-8"))
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.name)
+def test_every_flag_exists(path: Path) -> None:
+    text = path.read_text("utf-8").replace("\\\n", " ")
+    commands = re.findall(r"weightsmith (build|verify|plan)\b([^>|]*)", text)
+    assert commands
+    for name, rest in commands:
+        known = {
+            f"--{key.replace('_', '-')}"
+            for key in namespace.tasks[name].body.__signature__.parameters
+        }
+        assert set(re.findall(r"--[a-z-]+", rest)) <= known
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.name)
+def test_nothing_from_outside_is_put_into_a_script(path: Path) -> None:
+    scripts = [value for key, value in walk(yaml.safe_load(path.read_text())) if key in
+               ("run", "script", "before_script")]  # fmt: skip
+    assert scripts
+    assert not [s for s in scripts if "${{" in str(s) or "$(params" in str(s)]
+
+
+def walk(value: Any) -> Any:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield key, inner
+            yield from walk(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from walk(inner)
+
+
+def settings(words: list[str]) -> dict[str, Any]:
+    pairs = [words[n + 1] for n, word in enumerate(words) if word == "--set"]
+    return {p.partition("=")[0]: yaml.safe_load(p.partition("=")[2]) for p in pairs}
+
+
+def test_github(place: Path) -> None:
+    if not shutil.which("jq"):
+        pytest.skip("jq is not installed")
+    steps = {
+        step.get("name"): step for step in load("github-actions.yml")["jobs"]["image"]["steps"]
+    }
+    run(steps["build"]["run"], ADAPTER="v3", VERSION="1.10", REPOSITORY="ghcr.io/a/b")
+    found = settings(seen(place))
+    assert found == {
+        "adapters": [{"source": "./adapters/v3", "version": "v3"}],
+        "version": "1.10",
+        "image.repository": "ghcr.io/a/b",
+    }
+    run(steps["sign"]["run"])
+    assert (place / "signed").read_text() == f"sign --yes r.example:5000/a/b@{DIGEST}\n"
+    run(steps["summary"]["run"], GITHUB_STEP_SUMMARY=str(place / "summary"))
+    assert (place / "summary").read_text() == "# the report"
+
+
+def test_gitlab(place: Path) -> None:
+    job = load("gitlab-ci.yml")["image"]
+    variables = {"CI_REGISTRY": "r.example", "CI_REGISTRY_USER": "u", "CI_REGISTRY_PASSWORD": "p",
+                 "DOCKER_CONFIG": str(place / "docker"), "ADAPTER": "v3", "CI_COMMIT_TAG": "1.10",
+                 "REPOSITORY": "r.example/a"}  # fmt: skip
+    for script in (*job["before_script"][1:], *job["script"]):
+        run(script, **variables)
+    config = json.loads((place / "docker" / "config.json").read_text())
+    assert config == {"auths": {"r.example": {"auth": "dTpw"}}}
+    assert settings(seen(place))["version"] == "1.10"
+    assert (place / "signed").read_text() == f"sign --yes r.example:5000/a/b@{DIGEST}\n"
+
+
+def test_tekton(place: Path) -> None:
+    (step,) = load("tekton-task.yaml")["spec"]["steps"]
+    env = {row["name"]: "" for row in step["env"]}
+    env |= {"RECIPE": "recipe.yaml", "ADAPTER": "./adapters/v3", "REPOSITORY": "r.example/a",
+            "TARGET": "llamacpp-q4_k_m", "URL_RESULT": str(place / "url"),
+            "DIGEST_RESULT": str(place / "digest")}  # fmt: skip
+    run(step["script"], shell="sh", **env)
+    assert (place / "digest").read_text() == DIGEST
+    assert (place / "url").read_text() == "r.example:5000/a/b:1-t"
+    assert settings(seen(place))["adapters"] == [{"source": "./adapters/v3"}]
+    assert shlex.join(seen(place)).startswith("build --recipe recipe.yaml --target llamacpp-q4_k_m")
