@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -64,6 +65,14 @@ class Root:
     user: int
     group: int
     workdir: str = "/"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Relay:
+    """A way into the network of a program that has none: a listening socket, and its port there."""
+
+    listener: socket.socket
+    port: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,15 +214,19 @@ def start(
     env: Mapping[str, str] | None = None,
     limits: Limits = NO_LIMITS,
     root: Root | None = None,
+    relay: Relay | None = None,
 ) -> Iterator[Server]:
     """Start a server, and stop it with all its children when the context ends.
 
-    Raises EnvironmentFailure where the program is missing; whether it then serves is for the
-    caller to find out.
+    `relay` passes connections on to a server without network (`limits.network` False). Raises
+    EnvironmentFailure where the program is missing; whether it then serves is for the caller to
+    find out.
     """
     words = tuple(str(word) for word in argv)
     with _stdin(None, hold=False) as stdin:
-        process = _spawn(words, cwd=cwd, env=env, stdin=stdin, limits=limits, merge=True, root=root)
+        process = _spawn(
+            words, cwd=cwd, env=env, stdin=stdin, limits=limits, merge=True, root=root, relay=relay
+        )
     server = Server(process)
     listener = threading.Thread(target=server.listen, daemon=True)
     listener.start()
@@ -231,21 +244,25 @@ def can_leave_network() -> bool:
     return done.returncode == 0
 
 
-@functools.cache
 def can_enter_root(folder: Path) -> bool:
     """Say whether a program could be started in a root file system; found out once by trying.
 
     The probe has nothing to start, so a missing program is the good answer.
     """
+    return any("cannot start" in line for line in _probe_root(folder))
+
+
+def is_sealed_root(folder: Path) -> bool:
+    """Say whether such a program could write nowhere but to /tmp."""
+    return can_enter_root(folder) and not any("stays writable" in x for x in _probe_root(folder))
+
+
+@functools.cache
+def _probe_root(folder: Path) -> tuple[str, ...]:
     probe = Root(folder=folder, user=os.getuid(), group=os.getgid())
-    done = _run_in_root(("/weightsmith-probe",), probe)
-    return any("cannot start" in line for line in done)
-
-
-def _run_in_root(words: tuple[str, ...], root: Root) -> list[str]:
-    with start(words, root=root, env=scrubbed()) as server:
+    with start(("/weightsmith-probe",), root=probe, env=scrubbed()) as server:
         server.process.wait(timeout=30)
-    return server.logs(20).splitlines()
+    return tuple(server.logs(20).splitlines())
 
 
 def _spawn(
@@ -257,6 +274,7 @@ def _spawn(
     limits: Limits,
     merge: bool,
     root: Root | None = None,
+    relay: Relay | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start the trampoline that becomes the program."""
     environment = dict(scrubbed() if env is None else env)
@@ -275,6 +293,8 @@ def _spawn(
             "user": [root.user, root.group],
             "workdir": root.workdir,
         }
+    if relay is not None:
+        settings["relay"] = [relay.listener.fileno(), relay.port]
     return subprocess.Popen(
         [sys.executable, "-I", "-S", str(_TRAMPOLINE), json.dumps(settings), *words],
         cwd=cwd,
@@ -283,6 +303,7 @@ def _spawn(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT if merge else subprocess.PIPE,
         start_new_session=True,
+        pass_fds=(relay.listener.fileno(),) if relay else (),
     )
 
 

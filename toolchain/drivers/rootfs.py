@@ -39,8 +39,9 @@ class RootfsLauncher:
     The root file system is unpacked to a folder below `cache` and entered: by root as the image's
     own user, by others in a user namespace. Where the kernel allows neither, the program is
     started directly, with the paths in its arguments and environment pointed into the folder;
-    only programs that need no libraries of the image work that way. It shares the host's network,
-    so the server is moved to a free loopback port by the variable that `spec.port_variable` names.
+    only programs that need no libraries of the image work that way. It has a network of its own
+    with a relay as the one way in; where the kernel does not allow that it shares the host's, and
+    the server is moved to a free loopback port by the variable that `spec.port_variable` names.
     """
 
     name = "rootfs"
@@ -72,13 +73,44 @@ class RootfsLauncher:
                 raise EnvironmentFailure(
                     f"{image} names no program to start", hint="bake it again, with an entrypoint"
                 )
-            with _port(spec) as port:
+            with contextlib.ExitStack() as servers:
+                if process.can_leave_network() and process.can_enter_root(root):
+                    yield _relayed(root, info, spec, servers)
+                    return
+                port = servers.enter_context(_port(spec))
                 moved = {spec.port_variable: str(port)} if spec.port_variable else {}
                 if spec.host_variable:
                     moved[spec.host_variable] = "127.0.0.1"
-                with contextlib.ExitStack() as servers:
-                    moved_spec = replace(spec, env={**spec.env, **moved})
-                    yield _served(root, info, moved_spec, port, servers)
+                yield _served(root, info, replace(spec, env={**spec.env, **moved}), port, servers)
+
+
+def _relayed(
+    root: Path, info: StartInfo, spec: StartSpec, servers: contextlib.ExitStack
+) -> Endpoint:
+    """Start the server in a network of its own, with a relay as the one way in."""
+    listener = servers.enter_context(socket.socket())
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(128)
+    relay = process.Relay(listener=listener, port=spec.port)
+    server = servers.enter_context(_started(root, info, spec, relay))
+    return Endpoint(
+        url=f"http://127.0.0.1:{listener.getsockname()[1]}",
+        logs=server.logs,
+        alive=server.alive,
+        stop=server.stop,
+        restart=lambda: _relayed(root, info, spec, servers),
+        confinement=_confinement(root, info, spec, "no network"),
+    )
+
+
+def _confinement(root: Path, info: StartInfo, spec: StartSpec, network: str) -> tuple[str, ...]:
+    found = (
+        f"user {info.user or 'root'}" if process.can_enter_root(root) else "",
+        "read-only root" if process.is_sealed_root(root) else "",
+        network,
+        f"{spec.memory_bytes / 2**20:.0f} MiB of memory" if spec.memory_bytes else "",
+    )
+    return tuple(word for word in found if word)
 
 
 def _served(
@@ -86,15 +118,13 @@ def _served(
 ) -> Endpoint:
     """Start the server, to be ended with the stack, and return where it answers."""
     server = servers.enter_context(_started(root, info, spec))
-    limit = f"{spec.memory_bytes / 2**20:.0f} MiB of memory" if spec.memory_bytes else ""
-    apart = (f"user {info.user or 'root'}" if process.can_enter_root(root) else "", limit)
     return Endpoint(
         url=f"http://127.0.0.1:{port}",
         logs=server.logs,
         alive=server.alive,
         stop=server.stop,
         restart=lambda: _served(root, info, spec, port, servers),
-        confinement=tuple(word for word in apart if word),
+        confinement=_confinement(root, info, spec, ""),
     )
 
 
@@ -140,14 +170,19 @@ def _port(spec: StartSpec) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _started(root: Path, info: StartInfo, spec: StartSpec) -> Iterator[process.Server]:
-    limits = process.Limits(memory_bytes=0 if spec.use_gpu else spec.memory_bytes)
+def _started(
+    root: Path, info: StartInfo, spec: StartSpec, relay: process.Relay | None = None
+) -> Iterator[process.Server]:
+    memory = 0 if spec.use_gpu else spec.memory_bytes
+    limits = process.Limits(memory_bytes=memory, network=relay is None)
     environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp"}  # noqa: S108 - inside
     environment |= {**info.env, **spec.env}
     if process.can_enter_root(root):
         user, group = user_ids(root, info.user)
         inside = process.Root(folder=root, user=user, group=group, workdir=info.workdir or "/")
-        with process.start(info.argv, env=environment, limits=limits, root=inside) as server:
+        with process.start(
+            info.argv, env=environment, limits=limits, root=inside, relay=relay
+        ) as server:
             yield server
         return
     argv = pointed_into(root, info.argv)

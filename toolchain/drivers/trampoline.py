@@ -20,6 +20,8 @@ from typing import Any
 
 NEW_MOUNTS, NEW_USER, NEW_NETWORK = 0x0002_0000, 0x1000_0000, 0x4000_0000
 BIND, RECURSIVE, PRIVATE = 0x1000, 0x4000, 0x4_0000
+READ_ONLY, NO_SETUID, NO_DEVICES, NO_PROGRAMS, REMOUNT = 1, 2, 4, 8, 32
+NO_ACCESS_TIMES, RELATIVE_ACCESS_TIMES = 1024, 0x20_0000
 SET_DEATH_SIGNAL, NO_NEW_PRIVILEGES = 1, 38
 FAILED = 125
 """Exit code for a failure before the program started, as other tools of this kind use it."""
@@ -66,24 +68,112 @@ def leave_network() -> None:
         unshare(NEW_NETWORK)
 
 
+def raise_loopback() -> None:
+    """Bring up `lo`, which is down in a new network namespace."""
+    import fcntl
+    import socket
+    import struct
+
+    set_flags, up = 0x8914, 1  # SIOCSIFFLAGS, IFF_UP
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, set_flags, struct.pack("16sh14x", b"lo", up))
+
+
+def relay(listening: int, port: int) -> None:
+    """Pass connections from outside to a port of the network that we are in, until it ends.
+
+    A socket stays in the network that it was made in: `listening` is the outside's.
+    """
+    import socket
+    import threading
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the server may still have something to say
+    for number in (0, 1, 2):
+        os.dup2(os.open(os.devnull, os.O_RDWR), number)
+
+    def copy(source: socket.socket, target: socket.socket) -> None:
+        try:
+            while chunk := source.recv(65536):
+                target.sendall(chunk)
+            target.shutdown(socket.SHUT_WR)
+        except OSError:
+            for each in (source, target):
+                each.close()
+
+    def carry(outer: socket.socket) -> None:
+        try:
+            inner = socket.create_connection(("127.0.0.1", port))
+        except OSError:
+            outer.close()  # it does not listen yet
+            return
+        back = threading.Thread(target=copy, args=(inner, outer), daemon=True)
+        back.start()
+        copy(outer, inner)
+        back.join()
+        for each in (outer, inner):
+            each.close()
+
+    listener = socket.socket(fileno=listening)
+    while True:
+        outer, _ = listener.accept()
+        threading.Thread(target=carry, args=(outer,), daemon=True).start()
+
+
+def start_relay(listening: int, port: int) -> None:
+    """Leave a relay behind as a child of what we become; it ends with that."""
+    parent = os.getpid()
+    if os.fork() == 0:
+        try:
+            die_with_parent(parent)
+            relay(listening, port)
+        finally:
+            os._exit(0)
+    os.close(listening)
+
+
 def enter_root(root: Path, user: int, group: int, workdir: str) -> None:
-    """Make `root` the file system, with the host's /dev and /proc in it, as the given user."""
+    """Make `root` the file system, with the host's /dev and /proc in it, as the given user.
+
+    Nothing of it can be written to but /tmp, which is new and in memory; where the kernel does
+    not allow that, a line on standard error says so.
+    """
     as_root = os.getuid() == 0
     if not as_root:
         map_ids(user, group)
     unshare(NEW_MOUNTS)
     check(_libc.mount(None, b"/", None, RECURSIVE | PRIVATE, None), "mount /")
+    bind(str(root), root)
     for name in ("dev", "proc"):
         target = root / name
         if not target.is_symlink():
             target.mkdir(exist_ok=True)
             bind(f"/{name}", target)
+    seal(root)
     os.chroot(root)
     os.chdir(workdir)
     if as_root:
         os.setgroups([])
         os.setgid(group)
         os.setuid(user)
+
+
+def seal(root: Path) -> None:
+    """Make a mounted root read-only, with a /tmp of its own."""
+    temporary = root / "tmp"
+    try:
+        if not temporary.is_symlink():
+            temporary.mkdir(exist_ok=True)
+            flags = NO_SETUID | NO_DEVICES
+            where, options = os.fsencode(temporary), b"mode=1777"
+            check(_libc.mount(b"tmpfs", where, b"tmpfs", flags, options), "mount /tmp")
+        # What the place has already must be said again, or the kernel refuses.
+        told = os.statvfs(root).f_flag
+        flags = READ_ONLY | (told & (NO_SETUID | NO_DEVICES | NO_PROGRAMS | NO_ACCESS_TIMES))
+        flags |= RELATIVE_ACCESS_TIMES if told & getattr(os, "ST_RELATIME", 4096) else 0
+        remount = REMOUNT | BIND | flags
+        check(_libc.mount(None, os.fsencode(root), None, remount, None), "remount /")
+    except OSError as problem:
+        os.write(2, f"the root file system stays writable: {problem}\n".encode())
 
 
 def die_with_parent(parent: int) -> None:
@@ -97,6 +187,9 @@ def prepare(settings: dict[str, Any]) -> None:
     """Apply all settings, the death signal last."""
     if not settings.get("network", True):
         leave_network()
+    if settings.get("relay"):
+        raise_loopback()
+        start_relay(*settings["relay"])
     if settings.get("root"):
         user, group = settings["user"]
         enter_root(Path(settings["root"]), user, group, settings["workdir"])

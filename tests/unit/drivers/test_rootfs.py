@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
 import subprocess
+import sys
+import sysconfig
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from toolchain.drivers import process, rootfs
@@ -65,8 +69,87 @@ def test_the_image_is_started_inside_its_own_files_as_its_own_user(tmp_path):
         lines = wait_for_lines(endpoint, 4)
         assert lines == ["from the caller", "7", "/models", "some-layout"]
         assert endpoint.alive()
-        assert endpoint.url == f"http://127.0.0.1:{spec.port}"
+        assert "user 7:8" in endpoint.confinement
     assert not endpoint.alive()
+
+
+LISTEN = """
+import http.server, json, os, pathlib, socket, sys
+def attempt(action):
+    try:
+        action()
+    except OSError as error:
+        return error.strerror or str(error)
+    return "done"
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        said = {
+            "root": attempt(lambda: pathlib.Path("/models/x").touch()),
+            "tmp": attempt(lambda: pathlib.Path("/tmp/x").touch()),
+            "out": attempt(lambda: socket.create_connection(("192.0.2.1", 80), 2)),
+            "host": attempt(lambda: socket.create_connection(("127.0.0.1", int(self.path[1:])), 2)),
+        }
+        data = json.dumps(said).encode()
+        self.send_response(200); self.end_headers(); self.wfile.write(data)
+    def log_message(self, *args): pass
+print("listens", flush=True)
+http.server.ThreadingHTTPServer(("0.0.0.0", 8000), Handler).serve_forever()
+"""
+
+
+def python_root(layout: str, root: Path) -> StartInfo:
+    """Make a root file system of this Python."""
+    python = Path(sys.executable).resolve()
+    copy_with_libraries(python, root)
+    library = Path(sysconfig.get_path("stdlib"))
+    shutil.copytree(
+        library,
+        root / library.relative_to("/"),
+        ignore=shutil.ignore_patterns(
+            "site-packages", "test", "idlelib", "__pycache__", "config-*"
+        ),
+    )
+    for extension in (root / library.relative_to("/") / "lib-dynload").glob("*.so"):
+        copy_with_libraries(library / "lib-dynload" / extension.name, root)
+    for name in ("models", "tmp"):
+        (root / name).mkdir(mode=0o777)
+    (root / "models").chmod(0o777)
+    env = {"PYTHONHOME": sys.base_prefix, "PYTHONDONTWRITEBYTECODE": "1"}
+    return StartInfo(argv=(f"/bin/{python.name}", "-c", LISTEN), env=env, user="7:8")
+
+
+def ask(endpoint, port: int) -> dict[str, str]:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return httpx.get(f"{endpoint.url}/{port}", timeout=20, trust_env=False).json()
+        except httpx.HTTPError:
+            assert endpoint.alive(), endpoint.logs(20)
+            assert time.monotonic() < deadline, endpoint.logs(20)
+            time.sleep(0.05)
+
+
+def test_a_server_is_reached_and_reaches_nothing(tmp_path):
+    if not (process.can_leave_network() and process.is_sealed_root(tmp_path)):
+        pytest.skip("this kernel gives us no network and no read-only root of our own")
+    launcher = RootfsLauncher(python_root, tmp_path / "cache")
+    with (
+        socket.create_server(("127.0.0.1", 0)) as neighbour,
+        launcher.serve("oci:x", StartSpec(port=8000, env={})) as endpoint,
+    ):
+        said = ask(endpoint, neighbour.getsockname()[1])
+        assert endpoint.stop(10) == -15
+        assert not endpoint.alive()
+        again = endpoint.restart()
+        assert again.url != endpoint.url
+        assert ask(again, neighbour.getsockname()[1]) == said
+
+    assert said["root"] == "Read-only file system"
+    assert said["tmp"] == "done"
+    assert "unreachable" in said["out"]
+    assert "refused" in said["host"]
+    assert {"no network", "read-only root", "user 7:8"} <= set(endpoint.confinement)
+    assert not again.alive()
 
 
 def test_without_the_right_to_enter_paths_are_pointed_into_the_files(monkeypatch, tmp_path):
