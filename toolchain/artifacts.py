@@ -15,7 +15,7 @@ from toolchain.quantizers.calibration import GENERAL, Bounds, Texts, read_texts
 from toolchain.recipe import RecipeFile
 from toolchain.stages.quality import quality
 from toolchain.stages.quantize import Wanted
-from toolchain.values import SAFETENSORS, Artifact, Checkpoint, Format, Json, Snapshot
+from toolchain.values import Artifact, Checkpoint, Format, Json, Snapshot
 
 
 def texts_of(file: RecipeFile) -> Texts:
@@ -109,7 +109,7 @@ def with_quality(
     file: RecipeFile, checkpoint: Checkpoint, artifact: Artifact, tools: Tools
 ) -> Artifact:
     """Return the artifact with its measured `quality`, limits and verdict among its details."""
-    if artifact.format == SAFETENSORS:
+    if not artifact.format.packed:
         return artifact
     wanted = file.recipe.quality
     texts = texts_of(file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from toolchain.artifacts import texts_of, wanted_of
@@ -16,10 +17,12 @@ from toolchain.planning import (
     probes,
     serving_config,
     tasks_of,
+    unmerged_adapters,
 )
 from toolchain.ports import Tools
 from toolchain.quantizers import of_format
 from toolchain.recipe import RecipeFile
+from toolchain.serving.advice import advise
 from toolchain.serving.memory import human
 from toolchain.serving.picture import picture
 from toolchain.serving.targets import Target
@@ -31,7 +34,7 @@ from toolchain.stages import validate as validating
 from toolchain.stages.lock import pinned, read_lock
 from toolchain.stages.quantize import Wanted, model_config
 from toolchain.stages.resolve import known
-from toolchain.values import SAFETENSORS, Json, Sources, StageInputs, Tree
+from toolchain.values import Json, Sources, StageInputs, Tree
 
 _REFERENCE_MEMORY = 3 << 30
 """Python, torch and transformers beside the float32 weights, in bytes."""
@@ -67,7 +70,15 @@ def forecast(
         row, artifact = _quantize_row(wanted, target, checkpoint, size, earlier, tools)
         rows += [row, *_quality_rows(file, target, checkpoint, artifact, tools)]
         weight = artifact.size if artifact else estimated_bytes(size, target.format, shape)
-        config = serving_config(file, target, sources.base.tree, weight, weights="", made_from=())
+        config = serving_config(
+            file,
+            target,
+            sources.base.tree,
+            weight,
+            weights="",
+            made_from=(),
+            adapters=unmerged_adapters(file, target, sources),
+        )
         plans[target.name] = config.plan
         rows.append(
             _row(
@@ -81,6 +92,7 @@ def forecast(
         "version": file.recipe.version,
         "stages": rows,
         "serving": plans,
+        "advice": _advice(file, targets, sources, dist, tools),
         "read_bytes": sum(int(row["read_bytes"]) for row in todo),
         "write_bytes": sum(int(row["write_bytes"]) for row in todo),
         "peak_memory_bytes": max((int(row["peak_memory_bytes"]) for row in todo), default=0),
@@ -108,6 +120,9 @@ def table(result: Mapping[str, Json]) -> str:
     console.print(rows)
     for name, plan in result["serving"].items():
         console.print(picture(name, plan), markup=False, soft_wrap=True)
+    if advice := result["advice"]:
+        what = {True: "merge", False: "serve the adapters beside the base", None: "as it is"}
+        console.print(f"advice: {what[advice['merge']]}: {'; '.join(advice['why'])}", markup=False)
     if not result["serving"]:
         console.print("sizes are known once the sources are on this machine")
         return text.getvalue().rstrip()
@@ -116,6 +131,32 @@ def table(result: Mapping[str, Json]) -> str:
         f"{human(int(result['peak_disk_bytes']))} of disk"
     )
     return text.getvalue().rstrip()
+
+
+def _advice(
+    file: RecipeFile, targets: Sequence[Target], sources: Sources, dist: Path, tools: Tools
+) -> Mapping[str, Json]:
+    """Return whether to merge, from the recipe, the merge's measurement and the builds so far."""
+    entry = tools.store.find(merging.inputs(sources, file.recipe.merge).key)
+    return advise(
+        adapters=len(sources.adapters),
+        packed=any(target.format.packed for target in targets),
+        changes=_changes(dist / file.recipe.name),
+        conflicts=entry.meta.get("conflicts") or () if entry and sources.adapters else (),
+    )
+
+
+def _changes(folder: Path) -> int:
+    """Return how many different sets of adapters were built there within a week."""
+    since, seen = (datetime.now(UTC) - timedelta(days=7)).isoformat(), set()
+    for path in folder.glob("*/*/build.json"):
+        try:
+            told = json.loads(path.read_text("utf-8"))
+            if str(told["created"]) >= since:
+                seen.add(tuple(str(adapter["digest"]) for adapter in told["adapters"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return len(seen)
 
 
 _NUMBERS = frozenset({"reads", "writes", "memory"})
@@ -134,6 +175,7 @@ def _unresolved(file: RecipeFile, targets: Sequence[Target], missing: str) -> Ma
         "version": file.recipe.version,
         "stages": rows,
         "serving": {},
+        "advice": None,
         **dict.fromkeys(zeros, 0),
     }
 
@@ -222,7 +264,7 @@ def _quantize_row(
     earlier: Mapping[str, Json],
     tools: Tools,
 ) -> tuple[dict[str, Json], Tree | None]:
-    if target.format == SAFETENSORS:
+    if not target.format.packed:
         return _row("quantize", target=target.name, cached=True, why=""), checkpoint
     if not can_make(target.format):
         why = f"no quantizer here makes {target.format.name}"
@@ -247,7 +289,7 @@ def _quantize_row(
 def _quality_rows(
     file: RecipeFile, target: Target, checkpoint: Tree | None, artifact: Tree | None, tools: Tools
 ) -> list[dict[str, Json]]:
-    if target.format == SAFETENSORS or not can_make(target.format):
+    if not target.format.packed or not can_make(target.format):
         return []
     texts, why = texts_of(file), "its weights are not made"
     cached = False

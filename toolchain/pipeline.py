@@ -14,7 +14,14 @@ from toolchain.oci.image import Image
 from toolchain.oci.manifests import host_platform
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
-from toolchain.planning import BuildRequest, check_before_work, probes, serving_config, tasks_of
+from toolchain.planning import (
+    BuildRequest,
+    check_before_work,
+    probes,
+    serving_config,
+    tasks_of,
+    unmerged_adapters,
+)
 from toolchain.ports import Tools
 from toolchain.provenance.labels import labels, reference, score_labels
 from toolchain.proving import Result, ask_references, with_image
@@ -42,8 +49,9 @@ from toolchain.stages.render import portable
 from toolchain.stages.report import write_report
 from toolchain.stages.resolve import resolve
 from toolchain.stages.trial import Trial, ask, checks_of, is_proven, known_answers
+from toolchain.stages.unmerged import unmerged
 from toolchain.values import (
-    SAFETENSORS,
+    LORA,
     Artifact,
     Checkpoint,
     Json,
@@ -80,7 +88,7 @@ def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[B
             artifact = with_quality(request.file, checkpoint, artifact, tools)
             said["cached"] = artifact.details.get("quality", {}).get("cached", True)
         with timed.stage("render", target.name):
-            config = config_of(request, target, checkpoint, artifact)
+            config = config_of(request, target, sources, checkpoint, artifact)
         with timed.stage("bake", reference(recipe, target.name)):
             baking = Baking.of(request, target, sources, artifact, config, registry, tools)
             image = baking.image({})
@@ -202,7 +210,7 @@ class Baking:
             sources=self.sources,
             checkpoint=checkpoint,
             recipe=recipe,
-            quantizer_builder="" if format_ == SAFETENSORS else of_format(format_.name).builder,
+            quantizer_builder=of_format(format_.name).builder if format_.packed else "",
             scores=scores,
             base_bills=bills_of(self.base_name, self.base, registry),
         )
@@ -241,7 +249,11 @@ def check_outputs(request: BuildRequest, registry: Registry) -> None:
 
 
 def config_of(
-    request: BuildRequest, target: Target, checkpoint: Checkpoint, artifact: Artifact
+    request: BuildRequest,
+    target: Target,
+    sources: Sources,
+    checkpoint: Checkpoint,
+    artifact: Artifact,
 ) -> ServingConfig:
     """Plan and render for the artifact as it came out."""
     suffix = artifact.format.suffix
@@ -250,10 +262,11 @@ def config_of(
     return serving_config(
         request.file,
         target,
-        checkpoint.tree,
+        sources.base.tree if target.format == LORA else checkpoint.tree,
         artifact.tree.size,
         weights=files[0] if files else "",
         made_from=(artifact.digest,),
+        adapters=unmerged_adapters(request.file, target, sources),
     )
 
 
@@ -261,6 +274,8 @@ def quantized(
     file: RecipeFile, target: Target, sources: Sources, checkpoint: Checkpoint, tools: Tools
 ) -> Artifact:
     """Return the weights in the target's format, by the recipe's options for it."""
+    if target.format == LORA:
+        return unmerged(sources)
     wanted = wanted_of(file, target.format, sources.base, tools)
     return quantizing.quantize(checkpoint, wanted, tools)
 
@@ -445,7 +460,7 @@ class Record:
             asked = references.subjects(sources, result.tried.adapter)
             subject = asked.get("adapter", asked["base"])
             found["reference"] = references.inputs(subject, result.tried.task).inputs
-        if self.baking and self.baking.artifact.format != SAFETENSORS:
+        if self.baking and self.baking.artifact.format.packed:
             wanted = wanted_of(
                 self.request.file, self.baking.artifact.format, sources.base, self.tools
             )

@@ -18,7 +18,7 @@ from toolchain.provenance.labels import reference
 from toolchain.quantizers import formats, of_format, quantizers
 from toolchain.recipe import Evaluate, RecipeFile, Serve
 from toolchain.serving import targets as serving_targets
-from toolchain.serving.engine import Wishes
+from toolchain.serving.engine import ServedAdapter, Wishes
 from toolchain.serving.memory import parse_size
 from toolchain.serving.model import ModelShape
 from toolchain.serving.targets import Target
@@ -27,11 +27,12 @@ from toolchain.stages import quantize as quantizing
 from toolchain.stages.publish import Outputs
 from toolchain.stages.quantize import model_config
 from toolchain.stages.render import render
+from toolchain.stages.unmerged import served_adapters
 from toolchain.values import (
     AWQ,
     FP8,
     GPTQ,
-    SAFETENSORS,
+    LORA,
     Digest,
     Format,
     Json,
@@ -114,7 +115,7 @@ def _whole_name(name: str, known: Mapping[str, Target]) -> str:
 
 def can_make(format_: Format) -> bool:
     """Say whether a quantizer here makes that format, or none is needed."""
-    return format_ == SAFETENSORS or format_.name in formats()
+    return not format_.packed or format_.name in formats()
 
 
 def all_targets() -> Mapping[str, Target]:
@@ -124,7 +125,7 @@ def all_targets() -> Mapping[str, Target]:
 
 def all_formats() -> Mapping[str, Format]:
     """Return the formats that quantizers make, and those that engines load all the same."""
-    return {format_.name: format_ for format_ in (AWQ, GPTQ, FP8)} | dict(formats())
+    return {format_.name: format_ for format_ in (AWQ, GPTQ, FP8, LORA)} | dict(formats())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,15 +251,43 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
             tools.progress.warn(target.engine.legacy)
         config = model_config(sources.base.tree.root)
         size = estimated_bytes(sources.base.tree.size, target.format, config)
-        serving_config(request.file, target, sources.base.tree, size, weights="", made_from=())
-        if target.format != SAFETENSORS:
+        adapters = unmerged_adapters(request.file, target, sources)
+        serving_config(
+            request.file,
+            target,
+            sources.base.tree,
+            size,
+            weights="",
+            made_from=(),
+            adapters=adapters,
+        )
+        if target.format.packed:
             wanted = wanted_of(request.file, target.format, sources.base, tools)
             check_model(wanted, config)
-    if any(target.format != SAFETENSORS for target in request.targets):
+    if any(target.format.packed for target in request.targets):
         say_texts(request.file, tools.progress)
     if not everything_cached(request, sources, tools):
         written += max(disk_peak(sources.base.tree.size, t.format) for t in request.targets)
         tools.store.require_room(written, "the build")
+
+
+def unmerged_adapters(
+    file: RecipeFile, target: Target, sources: Sources
+) -> tuple[ServedAdapter, ...]:
+    """Return the adapters that a target serves beside the base; () for a merged one.
+
+    Raises UsageError where the recipe's gate cannot judge them, InputRefused for adapters that
+    cannot be served.
+    """
+    if target.format != LORA:
+        return ()
+    if len(sources.adapters) > 1 and file.recipe.evaluate is not None:
+        raise UsageError(
+            f"{target.name} serves {len(sources.adapters)} adapters apart, and `evaluate` judges"
+            " them together",
+            hint="build an image per adapter, or leave `evaluate` out for this target",
+        )
+    return served_adapters(sources)
 
 
 def everything_cached(request: BuildRequest, sources: Sources, tools: Tools) -> bool:
@@ -266,7 +295,7 @@ def everything_cached(request: BuildRequest, sources: Sources, tools: Tools) -> 
     merged = tools.store.find(merging.inputs(sources, request.file.recipe.merge).key)
     checkpoint = merged.tree if merged else (None if sources.adapters else sources.base.tree)
     return checkpoint is not None and all(
-        target.format == SAFETENSORS
+        not target.format.packed
         or tools.store.find(
             quantizing.inputs(
                 checkpoint.digest, wanted_of(request.file, target.format, sources.base, tools)
@@ -283,7 +312,7 @@ def estimated_bytes(
 
     Packed checkpoints keep the embeddings, and an output layer of its own, in 16 bits.
     """
-    if format_ == SAFETENSORS:
+    if not format_.packed:
         return checkpoint_bytes
     kept = 0
     if config is not None and format_.suffix != ".gguf":
@@ -295,7 +324,7 @@ def estimated_bytes(
 
 def disk_peak(checkpoint_bytes: int, format_: Format) -> int:
     """Return the bytes on disk at the worst moment of making and keeping an artifact."""
-    if format_ == SAFETENSORS:
+    if not format_.packed:
         return checkpoint_bytes
     return of_format(format_.name).peak_disk(checkpoint_bytes, format_)
 
@@ -308,6 +337,7 @@ def serving_config(
     *,
     weights: str,
     made_from: tuple[Digest, ...],
+    adapters: tuple[ServedAdapter, ...] = (),
 ) -> ServingConfig:
     """Plan and render a target; `weights` is the file that is served, empty before there is one."""
     recipe = file.recipe
@@ -318,7 +348,7 @@ def serving_config(
         model_config=model_config(model.root),
         model_file=weights,
         weight_bytes=weight_bytes,
-        wishes=wishes_of(recipe.serve),
+        wishes=replace(wishes_of(recipe.serve), adapters=adapters),
         image=reference(recipe, target.name),
         made_from=made_from,
     )

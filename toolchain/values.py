@@ -100,6 +100,8 @@ class Tree:
 
     root: Path
     files: tuple[FileEntry, ...]
+    places: Mapping[str, Path] = field(default_factory=dict)
+    """Files that lie elsewhere than below `root`."""
 
     @property
     def digest(self) -> Digest:
@@ -113,7 +115,7 @@ class Tree:
 
     def path(self, name: str) -> Path:
         """Return the file's place on disk."""
-        return self.root / name
+        return self.places.get(name, self.root / name)
 
     def has(self, name: str) -> bool:
         """Say whether the tree holds a file of that relative path."""
@@ -188,6 +190,11 @@ class Format:
     """Nominal; used to plan disk and memory before the file exists."""
 
     @property
+    def packed(self) -> bool:
+        """Whether a quantizer makes it from the checkpoint."""
+        return self.kind not in {"safetensors", "lora"}
+
+    @property
     def suffix(self) -> str:
         """The ending of its weight files."""
         return ".gguf" if self.kind == "gguf" else ".safetensors"
@@ -201,6 +208,8 @@ SAFETENSORS = Format(name="safetensors", kind="safetensors", bits_per_weight=16.
 AWQ = Format(name="awq", kind="awq", bits_per_weight=4.16)
 GPTQ = Format(name="gptq", kind="gptq", bits_per_weight=4.16)
 FP8 = Format(name="fp8", kind="fp8", bits_per_weight=8.0)
+LORA = Format(name="lora", kind="lora", bits_per_weight=16.0)
+"""The base with its adapters beside it, added when requests come and never merged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,17 @@ from toolchain.values import SAFETENSORS, Format, Json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServedAdapter:
+    """A LoRA adapter that is served beside its base."""
+
+    name: str
+    """What clients ask for."""
+    folder: str
+    """Below the model's folder in the image."""
+    rank: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Wishes:
     """What the user asks of a serving plan; None, 0 and "" stand for `auto`."""
 
@@ -25,6 +36,8 @@ class Wishes:
     pipeline_parallel_size: int = 0
     gpu_memory_utilization: float = 0.0
     served_model_name: str = ""
+    adapters: tuple[ServedAdapter, ...] = ()
+    """Served beside the base, for formats that do not merge them."""
     format: Format = SAFETENSORS
     """The target's, not a wish: what the weights are packed in."""
     extra: Mapping[str, Json] = field(default_factory=dict)

@@ -40,7 +40,7 @@ class Switches:
     overlapping: bool = True
     """The next batch is scheduled while one runs, so windows slide one batch later."""
     graphs: bool = True
-    prompt_state: int = 0
+    beside: int = 0
     """Further bytes per GPU, such as adapters that are loaded."""
 
 
@@ -157,7 +157,7 @@ class Case:
                 min(1536 * MIB, 300 * MIB + 15 * MIB * shape.layers) if self.switches.graphs else 0
             )
             fixed = GIB + (GIB // 2 if tensor > 1 else 0) + graphs
-        return activations + logits + fixed + self.switches.prompt_state
+        return activations + logits + fixed + self.switches.beside
 
     def budget(self, tokens: int, requests: int) -> tuple[int, int, float]:
         """Return (bytes for the cache, bytes held back, the engine's fraction), per GPU."""

@@ -12,6 +12,7 @@ from toolchain.errors import UsageError
 from toolchain.serving.engine import Engine, EngineBase, ServingPlan, Wishes
 from toolchain.serving.machine import Machine
 from toolchain.serving.memory import GIB
+from toolchain.serving.model import ModelShape
 from toolchain.serving.options import OptionList, load_options
 from toolchain.serving.paged_plan import Case, Rules, Switches, plan_paged
 from toolchain.serving.vllm_packing import check_packing
@@ -117,7 +118,10 @@ def plan(config: Mapping[str, Json], weight_bytes: int, wishes: Wishes) -> Servi
     """
     on_cpu = wishes.gpu in {"", "cpu"} and not wishes.gpu_memory_bytes
     extra = options(cpu=on_cpu).checked(wishes.extra)
-    planned, case = plan_paged(config, weight_bytes, wishes, RULES, switches(extra))
+    chosen = switches(extra)
+    if wishes.adapters:
+        chosen = replace(chosen, beside=_adapter_slots(config, wishes))
+    planned, case = plan_paged(config, weight_bytes, wishes, RULES, chosen)
     notes = (*planned.notes, *check_packing(config, case.machine))
     return replace(planned, notes=notes, settings={**_settings(planned, case), **extra})
 
@@ -139,6 +143,31 @@ def switches(extra: Mapping[str, Json]) -> Switches:
     )
 
 
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of max-lora-rank (0.33, config/lora.py)."""
+
+
+def _lora_rank(wishes: Wishes) -> int:
+    largest = max(adapter.rank for adapter in wishes.adapters)
+    for rank in _RANKS:
+        if rank >= largest:
+            return rank
+    raise UsageError(
+        f"an adapter of rank {largest}: vLLM serves up to {_RANKS[-1]}", hint="merge it"
+    )
+
+
+def _adapter_slots(config: Mapping[str, Json], wishes: Wishes) -> int:
+    """Return the bytes of vLLM's buffers for adapters: every linear layer's A and B, per adapter.
+
+    They are for the largest rank and for all seven linear layers, whatever an adapter has.
+    """
+    shape = ModelShape.from_config(config)
+    heads, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    ends = 4 * shape.hidden + 2 * heads + 2 * kv + 3 * (shape.hidden + shape.intermediate)
+    return 2 * len(wishes.adapters) * _lora_rank(wishes) * shape.layers * ends
+
+
 def _settings(planned: ServingPlan, case: Case) -> dict[str, Json]:
     """Return the keys of vLLM's file: dashed, none of them null, no `false` without a `--no-`."""
     settings: dict[str, Json] = {
@@ -149,6 +178,12 @@ def _settings(planned: ServingPlan, case: Case) -> dict[str, Json]:
     }
     if case.wishes.kv_cache_dtype not in {"", "auto"}:
         settings["kv-cache-dtype"] = case.wishes.kv_cache_dtype
+    if case.wishes.adapters:
+        settings |= {
+            "enable-lora": True,
+            "max-loras": len(case.wishes.adapters),
+            "max-lora-rank": _lora_rank(case.wishes),
+        }
     if planned.gpus:
         settings["gpu-memory-utilization"] = planned.gpu_memory_utilization
         settings["tensor-parallel-size"] = planned.tensor_parallel_size
@@ -203,9 +238,12 @@ def file_settings(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, 
             f"the served name {served!r} would be read as an option, or not at all",
             hint="choose a name of letters, digits, dots and dashes",
         )
+    adapters = names.get("adapters") or {}
     return {
         "model": names["model_path"],
-        "served-model-name": served,
+        # A single adapter has the model's name, so that clients ask for it.
+        "served-model-name": f"{served}-base" if served in adapters else served,
+        **({"lora-modules": [f"{n}={path}" for n, path in adapters.items()]} if adapters else {}),
         "host": "0.0.0.0",  # noqa: S104  # a container is reached through its published port
         "port": _PORT,
         "disable-access-log-for-endpoints": "/health,/metrics,/ping",
@@ -217,7 +255,7 @@ def file_settings(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, 
 ENGINE = Engine(
     name="vllm",
     title="vLLM",
-    accepts=frozenset({"safetensors", "awq", "gptq", "fp8"}),
+    accepts=frozenset({"safetensors", "awq", "gptq", "fp8", "lora"}),
     base=EngineBase(cpu="engine:vllm-cpu", gpu=GPU_IMAGE, rocm=ROCM_IMAGE),
     port=_PORT,
     health_path="/health",

@@ -10,7 +10,7 @@ from toolchain.ports import Tools
 from toolchain.quantizers import of_format
 from toolchain.quantizers.calibration import Texts
 from toolchain.resources import builder_pins
-from toolchain.values import SAFETENSORS, Artifact, Checkpoint, Digest, Job, Json, StageInputs
+from toolchain.values import Artifact, Checkpoint, Digest, Job, Json, StageInputs
 
 BUILDER = "merge"
 RECIPE_NUMBER = 1
@@ -40,7 +40,7 @@ def quality(
     Empty for the merged checkpoint itself; `skipped` says why where an architecture cannot be
     measured. Raises CheckFailed for weights that are no numbers.
     """
-    if artifact.format == SAFETENSORS:
+    if not artifact.format.packed:
         return {}
     stage = inputs(checkpoint.digest, artifact.digest, texts, tokens)
     entry = tools.store.find(stage.key) or tools.store.produce(

@@ -58,9 +58,11 @@ def render(
     plan = engine.plan(model_config, weight_bytes, wishes)
     if engine.legacy:
         plan = replace(plan, notes=(*plan.notes, engine.legacy))
-    names = {
+    served = engine.fixed_name or wishes.served_model_name or name
+    names: dict[str, Json] = {
         "model_path": f"{engine.model_dir}/{model_file}".rstrip("/"),
-        "served_name": engine.fixed_name or wishes.served_model_name or name,
+        "served_name": served,
+        "adapters": {a.name or served: f"{engine.model_dir}/{a.folder}" for a in wishes.adapters},
         "startup_seconds": startup_seconds(weight_bytes),
     }
     env = dict(engine.env(plan, names))

@@ -1,0 +1,140 @@
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from toolchain.errors import InputRefused, UsageError
+from toolchain.planning import all_targets
+from toolchain.serving.engine import Wishes
+from toolchain.stages.render import render
+from toolchain.stages.unmerged import served_adapters, unmerged
+from toolchain.values import AdapterSnapshot, Digest, FileEntry, Snapshot, Sources, Tree
+
+TINY = Path(__file__).parents[3] / "examples" / "tiny"
+
+
+def snapshot(folder: Path) -> Snapshot:
+    files = tuple(
+        FileEntry(
+            path=path.name,
+            size=path.stat().st_size,
+            digest=Digest("sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()),
+        )
+        for path in sorted(folder.iterdir())
+    )
+    tree = Tree(root=folder, files=files)
+    return Snapshot(tree=tree, source=str(folder), pin="", pinned=True)
+
+
+def sources(*adapters: AdapterSnapshot) -> Sources:
+    return Sources(base=snapshot(TINY / "base"), adapters=adapters)
+
+
+A = AdapterSnapshot(snapshot=snapshot(TINY / "adapters" / "a"))
+B = AdapterSnapshot(snapshot=snapshot(TINY / "adapters" / "b"), version="v2")
+
+
+def rendered(made: Sources, **wishes):
+    return render(
+        target=all_targets()["vllm-lora"],
+        name="capitals",
+        version="1",
+        model_config=json.loads((TINY / "base" / "config.json").read_text()),
+        model_file="",
+        weight_bytes=unmerged(made).tree.size,
+        wishes=Wishes(adapters=served_adapters(made), **wishes),
+        image="",
+        made_from=(),
+    )
+
+
+def test_base_and_adapters_lie_side_by_side_and_nothing_is_copied():
+    artifact = unmerged(sources(A, B))
+    tree = artifact.tree
+
+    paths = {entry.path for entry in tree.files}
+    assert {"config.json", "model.safetensors"} <= paths
+    assert {"adapters/a/adapter_config.json", "adapters/b-v2/adapter_model.safetensors"} <= paths
+    assert tree.path("adapters/a/adapter_model.safetensors").parent == TINY / "adapters" / "a"
+    for entry in tree.files:
+        data = tree.path(entry.path).read_bytes()
+        assert entry.digest.hex == hashlib.sha256(data).hexdigest()
+    assert len(artifact.made_from) == 3
+
+
+def test_a_single_adapter_is_served_under_the_models_name():
+    config = rendered(sources(A), gpu="nvidia-l4")
+    told = yaml.safe_load(config.files["vllm.yaml"])
+
+    assert config.served_name == "capitals"
+    assert told["served-model-name"] == "capitals-base"
+    assert told["lora-modules"] == ["capitals=/models/adapters/a"]
+    assert (told["enable-lora"], told["max-loras"], told["max-lora-rank"]) == (True, 1, 8)
+
+
+def test_several_adapters_keep_their_names():
+    told = yaml.safe_load(rendered(sources(A, B), gpu="nvidia-l4").files["vllm.yaml"])
+
+    assert told["served-model-name"] == "capitals"
+    assert told["lora-modules"] == ["a=/models/adapters/a", "b-v2=/models/adapters/b-v2"]
+    assert told["max-loras"] == 2
+
+
+def test_adapters_take_memory_of_their_own():
+    one, two = (rendered(sources(*found), gpu="nvidia-l4").plan for found in ((A,), (A, B)))
+    config = json.loads((TINY / "base" / "config.json").read_text())
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    heads = config["num_attention_heads"] * config["head_dim"]
+    kv = config["num_key_value_heads"] * config["head_dim"]
+
+    # Inputs and outputs of seven linear layers, of rank 8 and two bytes each.
+    each = (
+        8
+        * 2
+        * config["num_hidden_layers"]
+        * (4 * hidden + 2 * heads + 2 * kv + 3 * (hidden + inner))
+    )
+    assert two["overhead_bytes"] - one["overhead_bytes"] == each
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "replaces parts"),
+        ({"modules_to_save": ["lm_head"]}, "replaces parts"),
+        ({"target_modules": ["embed_tokens"]}, "embeddings"),
+        ({"r": 0}, "not a rank"),
+        ({"r": None}, "not a rank"),
+    ],
+)
+def test_what_engines_do_not_add_at_run_time_is_refused(tmp_path, change, says):
+    config = json.loads((TINY / "adapters" / "a" / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **change}))
+
+    with pytest.raises(InputRefused, match=says):
+        served_adapters(sources(AdapterSnapshot(snapshot=snapshot(tmp_path))))
+
+
+def test_the_largest_rank_counts_and_has_a_limit(tmp_path):
+    config = json.loads((TINY / "adapters" / "a" / "adapter_config.json").read_text())
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**config, "rank_pattern": {"q_proj": 65}}))
+    made = sources(AdapterSnapshot(snapshot=snapshot(tmp_path)))
+    assert served_adapters(made)[0].rank == 65
+    assert rendered(made, gpu="nvidia-l4").plan["settings"]["max-lora-rank"] == 128
+
+    path.write_text(json.dumps({**config, "r": 1024}))
+    with pytest.raises(UsageError, match="rank 1024"):
+        rendered(sources(AdapterSnapshot(snapshot=snapshot(tmp_path))), gpu="nvidia-l4")
+
+
+def test_weights_and_double_names_are_refused():
+    with pytest.raises(UsageError, match="weight"):
+        served_adapters(sources(AdapterSnapshot(snapshot=A.snapshot, weight=0.5)))
+    with pytest.raises(UsageError, match="two adapters are called a"):
+        served_adapters(sources(A, A))
+    with pytest.raises(UsageError, match="no adapter"):
+        served_adapters(sources())

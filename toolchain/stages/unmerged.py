@@ -1,0 +1,95 @@
+"""Sources -> Artifact: the base with its adapters beside it, nothing merged and nothing copied."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from toolchain.errors import InputRefused, UsageError
+from toolchain.serving.engine import ServedAdapter
+from toolchain.values import LORA, AdapterSnapshot, Artifact, FileEntry, Json, Sources, Tree
+
+FOLDER = "adapters"
+"""Where adapters lie, below the base."""
+
+_FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
+
+
+def unmerged(sources: Sources) -> Artifact:
+    """Return base and adapters as one tree: the base's files, and a folder for each adapter."""
+    base = sources.base.tree
+    files = [entry for entry in base.files if not entry.path.startswith(f"{FOLDER}/")]
+    places: dict[str, Path] = {}
+    for served, adapter in zip(served_adapters(sources), sources.adapters, strict=True):
+        tree = adapter.snapshot.tree
+        for entry in tree.files:
+            if entry.path in _FILES:
+                path = f"{served.folder}/{entry.path}"
+                files.append(FileEntry(path=path, size=entry.size, digest=entry.digest))
+                places[path] = tree.path(entry.path)
+    tree = Tree(
+        root=base.root, files=tuple(sorted(files, key=lambda entry: entry.path)), places=places
+    )
+    made_from = (base.digest, *(adapter.snapshot.digest for adapter in sources.adapters))
+    return Artifact(format=LORA, tree=tree, made_from=made_from)
+
+
+def served_adapters(sources: Sources) -> tuple[ServedAdapter, ...]:
+    """Return each adapter's name, folder and rank.
+
+    A single one has no name of its own: it is served under the model's. Raises UsageError where
+    there is none or one is weighted, InputRefused for what engines do not add at run time.
+    """
+    if not sources.adapters:
+        raise UsageError("no adapter to serve beside the base", hint="add one to the recipe")
+    found: list[ServedAdapter] = []
+    for adapter in sources.adapters:
+        if adapter.weight != 1.0:
+            raise UsageError(
+                f"adapter {adapter.snapshot.source} has weight {adapter.weight}: engines add it"
+                " whole",
+                hint="merge it, or remove the weight",
+            )
+        name = _name(adapter)
+        if any(other.folder == f"{FOLDER}/{name}" for other in found):
+            raise UsageError(f"two adapters are called {name}", hint="give them different versions")
+        rank = _rank(adapter)
+        alone = len(sources.adapters) == 1
+        found.append(
+            ServedAdapter(name="" if alone else name, folder=f"{FOLDER}/{name}", rank=rank)
+        )
+    return tuple(found)
+
+
+def _name(adapter: AdapterSnapshot) -> str:
+    """Return the last part of an adapter's source, and its version, as a name for clients."""
+    last = adapter.snapshot.source.rstrip("/").rpartition("/")[2]
+    name = f"{last}-{adapter.version}" if adapter.version else last
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "adapter"
+
+
+def _rank(adapter: AdapterSnapshot) -> int:
+    path = adapter.snapshot.tree.path("adapter_config.json")
+    try:
+        config: Mapping[str, Json] = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputRefused(f"{path}: not readable JSON: {error}") from None
+    for key, wrong in (("use_dora", True), ("lora_bias", True)):
+        if config.get(key) is wrong:
+            raise InputRefused(f"{path}: engines do not serve {key} unmerged", hint="merge it")
+    if config.get("bias", "none") != "none" or config.get("modules_to_save"):
+        raise InputRefused(
+            f"{path}: it replaces parts of the base, which engines do not do unmerged",
+            hint="merge it",
+        )
+    targets = config.get("target_modules")
+    if isinstance(targets, list) and {"embed_tokens", "lm_head"} & set(targets):
+        raise InputRefused(
+            f"{path}: it changes the embeddings, which engines do not do unmerged", hint="merge it"
+        )
+    ranks = [config.get("r"), *dict(config.get("rank_pattern") or {}).values()]
+    if not all(isinstance(rank, int) and 0 < rank <= 10_000 for rank in ranks):
+        raise InputRefused(f"{path}: r is {config.get('r')!r}, not a rank")
+    return max(int(rank) for rank in ranks)
