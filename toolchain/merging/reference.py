@@ -12,6 +12,7 @@ import torch
 
 from toolchain.checkpoints.folder import check_adapter_folder, check_model_folder
 from toolchain.errors import InputRefused
+from toolchain.merging.adapter_config import read_adapter_config
 
 Message = Mapping[str, str]
 Progress = Callable[[int, int], None]
@@ -131,6 +132,7 @@ def _with_adapters(network: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
+    _check_together(adapters)
     names = [f"adapter_{number}" for number in range(len(adapters))]
     for number, (root, _) in enumerate(adapters):
         if number == 0:
@@ -144,6 +146,27 @@ def _with_adapters(network: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
                 if name in layer.scaling:
                     layer.scaling[name] *= weight
     return network
+
+
+def _check_together(adapters: Sequence[tuple[Path, float]]) -> None:
+    """Refuse what PEFT's forward pass cannot say: weights and sums of other than low-rank terms.
+
+    PEFT scales B·A alone, also inside DoRA's lengths, and activates one set of saved modules.
+    """
+    if len(adapters) == 1 and adapters[0][1] == 1.0:
+        return
+    whole = ("use_dora", "kasa_config", "modules_to_save", "trainable_token_indices")
+    for root, _ in adapters:
+        config = read_adapter_config(root)
+        used = [name for name in whole if config.raw.get(name)]
+        used += ["bias"] if config.raw.get("bias", "none") != "none" else []
+        if config.kind != "LORA" or used:
+            raise InputRefused(
+                f"{root} is {config.kind} with {', '.join(used) or 'no low-rank factors'}: "
+                "PEFT has no unmerged forward pass for its part of a weighted sum",
+                hint="evaluate it by itself at weight 1, or leave the comparison with the adapter "
+                "out",
+            )
 
 
 def prompt_tokens(tokenizer: Any, item: Sequence[Message], model: Path) -> list[int]:

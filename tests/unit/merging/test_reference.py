@@ -126,3 +126,28 @@ def test_choices_are_scored_by_the_models_own_probabilities(base: Path, make_ada
 
     assert found == pytest.approx(wanted, abs=1e-4)
     assert found != pytest.approx(likelihoods(base, [], [item])[0], abs=1e-4)
+
+
+def test_every_variant_answers_unmerged_as_merged(base: Path, make_adapter: Any) -> None:
+    """The reference of one adapter is PEFT's own forward pass, whatever the adapter is made of."""
+    for number, options in enumerate(
+        (
+            {"target_modules": ["q_proj"], "use_dora": True},
+            {"target_modules": ["embed_tokens", "v_proj"]},
+            {"target_modules": ["q_proj"], "layer_replication": [[0, 2], [1, 2]]},
+        )
+    ):
+        adapter = make_adapter(base, f"variant{number}", **options)
+        out = base.parent / f"out{number}"
+        merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=out))
+
+        wanted = answer(base, [(adapter, 1.0)], items(*PROMPTS), 6)
+
+        assert wanted == answer(out, [], items(*PROMPTS), 6), options
+
+
+def test_a_weighted_dora_has_no_unmerged_answer(base: Path, make_adapter: Any) -> None:
+    adapter = make_adapter(base, target_modules=["q_proj"], use_dora=True)
+
+    with pytest.raises(InputRefused, match="no unmerged forward pass"):
+        answer(base, [(adapter, 0.5)], items("w1"), 2)

@@ -22,7 +22,7 @@ def _claim(view: AdapterView) -> Iterator[Claim]:
             continue
         owner, _, parameter = name.rpartition(".")
         module = plain_module(owner.removesuffix(".token_adapter.base_layer"))
-        module = re.sub(r"\.(?:original_module|modules_to_save(?:\.[^.]+)?)$", "", module)
+        module = re.sub(r"\.modules_to_save(?:\.[^.]+)?$", "", module)
         if _legal(view, owner, module, parameter):
             yield _one(view, key, owner, module, parameter)
 
