@@ -106,7 +106,7 @@ def job(
         },
         output=output,
         # Only an architecture that cannot be streamed takes more than a fraction of this.
-        memory_bytes=MEMORY_BYTES + 3 * _size(merged),
+        memory_bytes=MEMORY_BYTES + 5 * _size(merged),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from toolchain.validating.examine import Examiner, Site, sites
+from toolchain.validating.examine import Examiner
 from toolchain.validating.network import (
     PEFT_PREFIX,
     base_name,
@@ -22,6 +22,7 @@ from toolchain.validating.network import (
     stream,
     with_adapters,
 )
+from toolchain.validating.sites import Site, sites
 from toolchain.validating.weights import Weights
 
 Advance = Callable[[], None]

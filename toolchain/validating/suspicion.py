@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from toolchain.validating.elements import Tally
-from toolchain.validating.examine import Examiner, Site
+from toolchain.validating.examine import Examiner
 from toolchain.validating.findings import ERROR, Finding, finding
+from toolchain.validating.sites import Site
 
 _ROWS = 64
 _NOT_THE_BASE = "no adapter changes it, and it is not the base's"

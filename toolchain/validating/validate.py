@@ -14,34 +14,21 @@ from typing import Any
 import torch
 
 from toolchain.checkpoints.safetensors import read_json
-from toolchain.errors import InputRefused
+from toolchain.errors import EnvironmentFailure, InputRefused
 from toolchain.validating import probes as asked
-from toolchain.validating.elements import Tally, compare_bytes, compare_rows
 from toolchain.validating.findings import ERROR, NOTE, WARNING, Finding, failed, finding
 from toolchain.validating.forwards import Batch, Reference, Run, merged_forward, reference_forward
-from toolchain.validating.logits import (
-    Distance,
-    Limits,
-    distance,
-    judge,
-    judge_choices,
-    limits,
-)
 from toolchain.validating.network import decoder_layers, skeleton
 from toolchain.validating.probes import Message
 from toolchain.validating.structure import compare_files, vocabulary
-from toolchain.validating.suspicion import explain
+from toolchain.validating.verdict import judge_models
 from toolchain.validating.weights import Weights
 
 Progress = Callable[[int, int], None]
-_NOT_SUMMED = (
-    "this method is no plain sum, which the reference is: how far the two are apart is told and "
-    "not judged; the evaluation judges it"
-)
+_TAIL = 80
+"""Characters of a probe that are told."""
 _SHOWN = 20
 """Findings of one kind that are told one by one."""
-_SWALLOWED = 0.5
-"""Part of the adapter's effect that rounding may take before it is worth a warning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,14 +140,50 @@ def _compare(
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         text = f"this architecture was not streamed but loaded whole ({why})"
         findings.append(finding(NOTE, "logits", text))
+        _require_memory(weights, why)
         model = skeleton(request.merged)
         sides = Sides(
             request=request, model=model, weights=Weights(request.merged, model), batch=batch
         )
         reference, run = sides.forwards(progress, streamed=False)
     streamed = not any("loaded whole" in found.message for found in findings)
-    told = _judge(reference, run, sides, findings)
-    return told | {"probes": len(ids), "positions": len(run.logits), "streamed": streamed}
+    told = judge_models(reference, run, weights, batch, sides.twins, findings, summed=sides.summed)
+    return told | {
+        "probes": len(ids),
+        "positions": len(run.logits),
+        "streamed": streamed,
+        "next_tokens": _next_tokens(expected, reference.run, run, batch),
+    }
+
+
+def _require_memory(weights: Weights, why: str) -> None:
+    """Raise EnvironmentFailure where both sides in float32 do not fit into memory."""
+    needed = 8 * sum(math.prod(info.shape) for info in weights.infos.values())
+    try:
+        told = Path("/proc/meminfo").read_text("utf-8")
+    except OSError:
+        return
+    there = next(int(row.split()[1]) for row in told.splitlines() if row.startswith("MemAvail"))
+    if needed > there << 10:
+        raise EnvironmentFailure(
+            f"this architecture cannot be validated a few rows at a time ({why}), and as a whole "
+            f"it needs {needed >> 30} GiB of memory of which {there >> 20} are there",
+            hint="use a machine with more memory, or turn it off: validate: {enabled: false}",
+        )
+
+
+def _next_tokens(tokenizer: Any, reference: Run, merged: Run, batch: Batch) -> list[dict[str, str]]:
+    """Return the end of each probe and the token that either side would answer first."""
+    if tokenizer is None:
+        return []
+    rows, end = [], 0
+    for ids, length in zip(batch.ids.tolist(), batch.lengths, strict=True):
+        end += length
+        chosen = (int(side.logits[end - 1].argmax()) for side in (reference, merged))
+        texts = (tokenizer.decode([token]) for token in chosen)
+        named = dict(zip(("reference", "merged"), texts, strict=True))
+        rows.append({"after": tokenizer.decode(ids[:length])[-_TAIL:], **named})
+    return rows
 
 
 _NOT_STREAMABLE = (RuntimeError, AttributeError, KeyError, TypeError, NotImplementedError)
@@ -215,185 +238,6 @@ class Sides:
         return reference, run
 
 
-def _judge(reference: Reference, run: Run, sides: Sides, findings: list[Finding]) -> dict[str, Any]:
-    examined, elements = _elements(reference, sides.weights, summed=sides.summed)
-    findings += reference.examiner.findings
-    findings += examined
-    mine = sum(sides.batch.lengths[: sides.twins])
-    exact, there = reference.twins.logits, run.logits[:mine]
-    rounding = distance(reference.run.logits[:mine], exact)
-    seen, off = distance(reference.run.logits, run.logits), distance(exact, there)
-    complete = not reference.examiner.unjudged
-    allowed = limits(rounding, reference.run.logits, complete=complete)
-    told = judge(off, allowed) + judge_choices(exact, there, allowed)
-    if not bool(torch.isfinite(run.logits).all()):
-        told = [finding(ERROR, "logits", "the merged model's logits are not finite")]
-    if not sides.summed:
-        told = [finding(NOTE, "logits", _NOT_SUMMED)]
-    layers = _layers(reference, run)
-    parted = next((row["layer"] for row in layers if row["parted"]), None)
-    if failed(told) and parted is not None:
-        findings.append(_where(parted, examined))
-    findings += told
-    lost, swallowed = _swallowed(reference)
-    # Of a wrong merge the rest says nothing about rounding.
-    findings += lost if sides.summed and not elements["wrong"] else []
-    measured = {
-        "max_abs_logit_diff": seen.max_abs,
-        "mean_abs_logit_diff": seen.mean_abs,
-        "kl_mean": seen.kl_mean,
-        "kl_max": seen.kl_max,
-        "top1_agreement": seen.top1,
-    }
-    return {
-        # Of logits that are no numbers nothing was measured, the agreement included.
-        **(measured if math.isfinite(seen.max_abs) else dict.fromkeys(measured)),
-        "limits": _told(allowed),
-        "rounding": _told(rounding),
-        "from_exact": _told(off),
-        "first_difference": parted,
-        "layers": layers,
-        "elements": elements,
-        "lost_to_rounding": swallowed,
-    }
-
-
-def _elements(
-    reference: Reference, weights: Weights, *, summed: bool
-) -> tuple[list[Finding], dict[str, int]]:
-    """Judge every tensor of the merged checkpoint; where it is no sum, those not adapted."""
-    examiner = reference.examiner
-    tallies = dict(examiner.tallies)
-    places = {name: site for site in reference.sites for name in site.parameters.values()}
-    for name, value in reference.replaced.items():
-        if weights.has(name) and name not in tallies:
-            tally = tallies[name] = Tally(tensor=weights.tensor_of(name) or name)
-            there = weights.read(tally.tensor) if weights.tensor_of(name) else weights.whole(name)
-            flat = value.reshape(len(value), -1).float()
-            compare_rows(tally, 0, flat, torch.zeros_like(flat), there.reshape(len(there), -1))
-    touched = set(tallies)
-    tallies |= _untouched(reference, weights, touched)
-    if not summed:
-        tallies = {name: tally for name, tally in tallies.items() if name not in touched}
-    shared = _shared(reference, weights, touched)
-    wrong = {name: tally for name, tally in tallies.items() if tally.wrong}
-    found = [
-        explain(tally, name, places.get(name), reference.sites, examiner)
-        for name, tally in wrong.items()
-    ]
-    return found + shared, {
-        "tensors": len(tallies),
-        "elements": sum(tally.total for tally in tallies.values()),
-        "wrong": sum(tally.wrong for tally in wrong.values()),
-    }
-
-
-def _untouched(reference: Reference, weights: Weights, touched: set[str]) -> dict[str, Tally]:
-    """Compare what no adapter changes, tensor by tensor; a tied head counts as the embedding."""
-    base = reference.base
-    pairs: dict[tuple[str, str], None] = {}
-    for name in base.parameters:
-        if name in touched or not weights.has(name):
-            continue
-        if base.tensor_of(name) and weights.tensor_of(name):
-            pairs[base.tensor_of(name), weights.tensor_of(name)] = None
-        else:
-            pairs.update(((t, t), None) for t in base.tensors_of(name) if t in weights.infos)
-    pairs.update(((t, t), None) for t in base.unused if t in weights.infos)
-    done = {t.tensor for n, t in reference.examiner.tallies.items()}
-    found = {}
-    for mine, theirs in pairs:
-        if theirs in done or base.infos[mine].shape != weights.infos[theirs].shape:
-            continue
-        tally = found[theirs] = Tally(tensor=theirs)
-        for first, rows in base.blocks(mine):
-            there = (
-                weights.slice(theirs, first, first + len(rows))
-                if rows.dim()
-                else weights.read(theirs)
-            )
-            compare_bytes(tally, first, rows, there)
-    return found
-
-
-def _shared(reference: Reference, weights: Weights, touched: set[str]) -> list[Finding]:
-    """Return a finding where one tensor is two parameters, of which an adapter changes one."""
-    base = reference.base
-    changed = {t.tensor: n for n, t in reference.examiner.tallies.items() if t.changed}
-    return [
-        finding(
-            ERROR,
-            "elements",
-            f"{name} and {changed[weights.tensor_of(name)]} are one tensor in the merged "
-            "checkpoint, and the adapters change only the second: they must be untied",
-            name,
-        )
-        for name in base.parameters
-        if name not in touched and weights.tensor_of(name) in changed
-    ]
-
-
-def _layers(reference: Reference, run: Run) -> list[dict[str, Any]]:
-    """Return how far the hidden states after each layer are from the reference's.
-
-    All as parts of their size: `difference` of the merged model, `rounding` of the exact merge, and
-    `off`, between those two, which is arithmetic alone where the merge is right.
-    """
-    rows: list[dict[str, Any]] = []
-    states = zip(reference.run.hidden, reference.twins.hidden, run.hidden, strict=False)
-    for number, (mine, exact, there) in enumerate(states):
-        size = float(mine.norm()) or 1.0
-        rounding, off = float((exact - mine).norm()) / size, float((there - exact).norm()) / size
-        rows.append(
-            {
-                "layer": number,
-                "difference": _bounded(float((there - mine).norm()) / size),
-                "rounding": _bounded(rounding),
-                "off": _bounded(off),
-                "parted": not off <= rounding + 2.0**-14,
-            }
-        )
-    return rows
-
-
-def _bounded(value: float) -> float:
-    """Return a number that can be drawn: what is none is as far off as can be."""
-    return value if math.isfinite(value) else 1e9
-
-
-def _where(parted: int, examined: Sequence[Finding]) -> Finding:
-    suspects = sorted({f.tensor for f in examined if f.layer == parted and f.tensor})
-    what = f"; suspect {', '.join(suspects[:3])}" if suspects else ""
-    message = f"the two part in decoder layer {parted}{what}"
-    return Finding(
-        severity=ERROR,
-        check="layers",
-        message=message,
-        tensor=suspects[0] if suspects else "",
-        layer=parted,
-    )
-
-
-def _swallowed(reference: Reference) -> tuple[list[Finding], float | None]:
-    """Return a warning where rounding took most of the adapter, and the part that it took."""
-    signal = reference.examiner.signal.values()
-    added = sum(size**2 for size, _ in signal) ** 0.5
-    lost = sum(size**2 for _, size in signal) ** 0.5
-    if not added:
-        return [], None
-    part = lost / added
-    if part < _SWALLOWED:
-        return [], part
-    return [
-        finding(
-            WARNING,
-            "outputs",
-            f"rounding changes the adapted layers' outputs by {part:.0%} of what the adapters add: "
-            "they are small against the checkpoint's type; merge with dtype float32 to keep them",
-        )
-    ], part
-
-
 def _first(findings: Sequence[Finding]) -> list[Finding]:
     """Return the findings, errors first, each kind in the model's order and not too many."""
     order = {ERROR: 0, WARNING: 1, NOTE: 2}
@@ -414,7 +258,3 @@ def _vocabulary(model: Any) -> int:
     if head is None:
         raise InputRefused("the model has no output layer, so it answers nothing")
     return int(head.weight.shape[0])
-
-
-def _told(value: Distance | Limits) -> dict[str, float]:
-    return {name: getattr(value, name) for name in value.__slots__}

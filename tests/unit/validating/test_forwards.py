@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.unit.validating.conftest import held, make_adapter, make_model, merged, tell
+from toolchain.errors import EnvironmentFailure
 from toolchain.validating.forwards import Batch, merged_forward, reference_forward
 from toolchain.validating.network import skeleton
+from toolchain.validating.validate import _require_memory
 from toolchain.validating.weights import Weights
 
 PROBES = [[1, 7, 9, 200, 31], [1, 50, 60], [1, 300, 301, 302, 303, 304, 305, 306]]
@@ -75,3 +78,7 @@ def test_an_architecture_that_cannot_be_streamed_is_loaded_whole(
     assert result["passed"], tell(result)
     assert not result["streamed"]
     assert "loaded whole" in tell(result)
+
+    huge = {"x": SimpleNamespace(shape=(1 << 40,))}
+    with pytest.raises(EnvironmentFailure, match="8192 GiB of memory"):
+        _require_memory(SimpleNamespace(infos=huge), "RuntimeError")

@@ -1,0 +1,151 @@
+"""The verdict on two forwards: measures, limits, and where the models part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from toolchain.validating.findings import ERROR, NOTE, WARNING, Finding, failed, finding
+from toolchain.validating.forwards import Batch, Reference, Run
+from toolchain.validating.logits import (
+    Distance,
+    Limits,
+    distance,
+    judge,
+    judge_choices,
+    limits,
+)
+from toolchain.validating.tensors import judge_tensors
+from toolchain.validating.weights import Weights
+
+_NOT_SUMMED = (
+    "this method is no plain sum, which the reference is: how far the two are apart is told and "
+    "not judged; the evaluation judges it"
+)
+_SWALLOWED = 0.5
+"""Part of the adapter's effect that rounding may take before it is worth a warning."""
+
+
+def judge_models(
+    reference: Reference,
+    run: Run,
+    weights: Weights,
+    batch: Batch,
+    twins: int,
+    findings: list[Finding],
+    *,
+    summed: bool,
+) -> dict[str, Any]:
+    """Return what was measured of both models, and add to the findings what is wrong.
+
+    `summed` says that the merge is the weighted sum that the reference computes; of others the
+    distance is told and not judged.
+    """
+    examined, elements = judge_tensors(reference, weights, summed=summed)
+    findings += reference.examiner.findings
+    findings += examined
+    mine = sum(batch.lengths[:twins])
+    exact, there = reference.twins.logits, run.logits[:mine]
+    rounding = distance(reference.run.logits[:mine], exact)
+    seen, off = distance(reference.run.logits, run.logits), distance(exact, there)
+    complete = not reference.examiner.unjudged
+    allowed = limits(rounding, reference.run.logits, complete=complete)
+    told = judge(off, allowed) + judge_choices(exact, there, allowed)
+    if not bool(torch.isfinite(run.logits).all()):
+        told = [finding(ERROR, "logits", "the merged model's logits are not finite")]
+    if not summed:
+        told = [finding(NOTE, "logits", _NOT_SUMMED)]
+    layers = _layers(reference, run)
+    parted = next((row["layer"] for row in layers if row["parted"]), None)
+    if failed(told) and parted is not None:
+        findings.append(_where(parted, examined))
+    findings += told
+    lost, swallowed = _swallowed(reference)
+    # Of a wrong merge the rest says nothing about rounding.
+    findings += lost if summed and not elements["wrong"] else []
+    measured = {
+        "max_abs_logit_diff": seen.max_abs,
+        "mean_abs_logit_diff": seen.mean_abs,
+        "kl_mean": seen.kl_mean,
+        "kl_max": seen.kl_max,
+        "top1_agreement": seen.top1,
+    }
+    return {
+        # Of logits that are no numbers nothing was measured, the agreement included.
+        **(measured if math.isfinite(seen.max_abs) else dict.fromkeys(measured)),
+        "limits": _told(allowed),
+        "rounding": _told(rounding),
+        "from_exact": _told(off),
+        "first_difference": parted,
+        "layers": layers,
+        "elements": elements,
+        "lost_to_rounding": swallowed,
+    }
+
+
+def _layers(reference: Reference, run: Run) -> list[dict[str, Any]]:
+    """Return how far the hidden states after each layer are from the reference's.
+
+    All as parts of their size: `difference` of the merged model, `rounding` of the exact merge, and
+    `off`, between those two, which is arithmetic alone where the merge is right.
+    """
+    rows: list[dict[str, Any]] = []
+    states = zip(reference.run.hidden, reference.twins.hidden, run.hidden, strict=False)
+    for number, (mine, exact, there) in enumerate(states):
+        size = float(mine.norm()) or 1.0
+        rounding, off = float((exact - mine).norm()) / size, float((there - exact).norm()) / size
+        rows.append(
+            {
+                "layer": number,
+                "difference": _bounded(float((there - mine).norm()) / size),
+                "rounding": _bounded(rounding),
+                "off": _bounded(off),
+                "parted": not off <= rounding + 2.0**-14,
+            }
+        )
+    return rows
+
+
+def _bounded(value: float) -> float:
+    """Return a number that can be drawn: what is none is as far off as can be."""
+    return value if math.isfinite(value) else 1e9
+
+
+def _where(parted: int, examined: Sequence[Finding]) -> Finding:
+    suspects = sorted({f.tensor for f in examined if f.layer == parted and f.tensor})
+    what = f"; suspect {', '.join(suspects[:3])}" if suspects else ""
+    message = f"the two part in decoder layer {parted}{what}"
+    return Finding(
+        severity=ERROR,
+        check="layers",
+        message=message,
+        tensor=suspects[0] if suspects else "",
+        layer=parted,
+    )
+
+
+def _swallowed(reference: Reference) -> tuple[list[Finding], float | None]:
+    """Return a warning where rounding took most of the adapter, and the part that it took."""
+    signal = reference.examiner.signal.values()
+    added = sum(size**2 for size, _ in signal) ** 0.5
+    lost = sum(size**2 for _, size in signal) ** 0.5
+    if not added:
+        return [], None
+    part = lost / added
+    if part < _SWALLOWED:
+        return [], part
+    return [
+        finding(
+            WARNING,
+            "outputs",
+            f"rounding changes the adapted layers' outputs by {part:.0%} of what the adapters add: "
+            "they are small against the checkpoint's type; merge with dtype float32 to keep them",
+        )
+    ], part
+
+
+def _told(value: Distance | Limits) -> dict[str, float]:
+    return {name: getattr(value, name) for name in value.__slots__}
