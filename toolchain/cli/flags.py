@@ -50,6 +50,7 @@ FLAGS = {
     "order": "engine-first, or weights-first so that an engine update pulls no weights",
     "other": "the second of two builds' folders",
     "out": "where the result goes; it must not exist yet (bench: a build's folder, for its report)",
+    "platform": "take the base for this platform only, such as linux/amd64; all it has without",
     "precision": "exact: the true sum rounded once; fast: float32 sums",
     "probes": "JSON Lines with prompt or messages; built-in ones by default",
     "push": "push the image",

@@ -15,6 +15,7 @@ from pathlib import Path
 from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
 from toolchain.oci import manifests
 from toolchain.oci.image import Image, Opener, load_image
+from toolchain.oci.index import Index
 from toolchain.oci.layers import CHUNK, verified
 from toolchain.oci.progress import Advance, Meter
 from toolchain.values import Blob, Digest, Json, canonical
@@ -47,6 +48,35 @@ def write_layout(
             hint="check free space and permissions, then run it again: finished blobs are kept",
         ) from None
     return image.digest
+
+
+def write_index(index: Index, folder: Path, *, ref: str = "latest") -> Digest:
+    """Add an index and all its images to a layout folder under the name `ref`."""
+    for image in index.images:
+        write_layout(image, folder, ref=ref)
+    data = index.manifest_bytes
+    try:
+        store = folder / "blobs" / "sha256"
+        put_blob(store, index.blob, lambda: iter((data,)), Meter(0))
+        rows = manifests.listed(index_document(folder), "manifests", f"{folder}/index.json")
+        row = {
+            "mediaType": manifests.OCI_INDEX,
+            "digest": index.digest,
+            "size": index.blob.size,
+            "annotations": {REF_NAME: ref},
+        }
+        document = {
+            "schemaVersion": 2,
+            "mediaType": manifests.OCI_INDEX,
+            "manifests": [*(kept for kept in rows if _name(kept) != ref), row],
+        }
+        replace_file(folder / "index.json", [canonical(document)])
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"cannot write the image layout {folder}: {error.strerror or error}",
+            hint="check free space and permissions, then run it again",
+        ) from None
+    return index.digest
 
 
 def read_layout(folder: Path, ref: str | None = None, *, platform: str | None = None) -> Image:

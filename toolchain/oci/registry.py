@@ -17,6 +17,7 @@ from toolchain.oci import downloads, manifests, referrers, tls, uploads
 from toolchain.oci.attachments import Attachment
 from toolchain.oci.auth import Credentials, anonymous
 from toolchain.oci.image import Image, Opener, load_image
+from toolchain.oci.index import Index
 from toolchain.oci.limits import limits_of
 from toolchain.oci.progress import Advance
 from toolchain.oci.references import Reference
@@ -165,6 +166,49 @@ class Registry:
             origin=reference,
         )
 
+    def push_index(
+        self,
+        index: Index,
+        reference: Reference,
+        *,
+        force: bool = False,
+        before_tag: Callable[[], None] = lambda: None,
+        progress: Advance | None = None,
+    ) -> Published:
+        """Bring every image of an index there by its digest, then the index, then the tag."""
+        session = self._session(reference, "pull,push")
+        _guard_tag(session, reference, index, force)
+        place = Reference(reference.registry, reference.repository)
+        done = [self.push(image, place, progress=progress) for image in index.images]
+        data = index.manifest_bytes
+        uploads.put_manifest(session, index.digest, data, manifests.OCI_INDEX)
+        before_tag()
+        if reference.tag:
+            _guard_tag(session, reference, index, force)
+            uploads.put_manifest(session, reference.tag, data, manifests.OCI_INDEX)
+        own = done[index.images.index(index.own)]
+        return Published(
+            reference=str(reference),
+            digest=index.digest,
+            layers=own.layers,
+            uploaded_bytes=sum(one.uploaded_bytes for one in done),
+            mounted=sum(one.mounted for one in done),
+            seconds=sum(one.seconds for one in done),
+        )
+
+    def pull_all(self, reference: Reference) -> tuple[Image, ...]:
+        """Return the image for each Linux platform that a name has; one where it is no index."""
+        body, kind = downloads.manifest(self._session(reference, "pull"), reference)
+        if kind not in manifests.INDEXES:
+            return (self.pull(reference),)
+        rows = manifests.listed(
+            manifests.read_json(body, str(reference)), "manifests", str(reference)
+        )
+        platforms = sorted({manifests.platform_of(r.get("platform")) for r in rows
+                            if isinstance(r, dict)})  # fmt: skip
+        found = [p for p in platforms if p.startswith("linux/")]
+        return tuple(self.pull(reference, platform=platform) for platform in found)
+
     def digest_of(self, reference: Reference) -> Digest | None:
         """Return what the reference names now (of an index: the index's), or None."""
         return downloads.digest_of(self._session(reference, "pull"), reference)
@@ -248,7 +292,7 @@ def _check_limits(image: Image, reference: Reference) -> None:
             )
 
 
-def _guard_tag(session: Session, reference: Reference, image: Image, force: bool) -> None:
+def _guard_tag(session: Session, reference: Reference, image: Image | Index, force: bool) -> None:
     """Refuse to move a tag; asks for the image's digest, so hashes it, only if the tag exists."""
     if force or not reference.tag:
         return

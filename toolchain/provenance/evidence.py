@@ -84,13 +84,18 @@ def seal(
         fallback_tag(image.digest, ".att"),
     )
     loose = [part for part in kept if part.blob.media_type != signing.ENVELOPE_TYPE]
-    signature = signing.cosign_manifest(
+    signature = signature_of(image, name, sign)
+    return (*documents, *(_one_statement(part, image) for part in loose), statements, signature)
+
+
+def signature_of(image: Blob, name: str, sign: signing.Sign) -> Attachment:
+    """Return the signature of an image or an index, under the tag where cosign looks for it."""
+    return signing.cosign_manifest(
         (signing.sign_image(image, name, sign),),
         image,
         signing.SIGNATURE_TYPE,
         fallback_tag(image.digest, ".sig"),
     )
-    return (*documents, *(_one_statement(part, image) for part in loose), statements, signature)
 
 
 def cosign_tag(attachment: Attachment) -> str:

@@ -13,6 +13,7 @@ from toolchain.checkpoints.folder import scan
 from toolchain.checkpoints.reshard import Resharded, reshard
 from toolchain.errors import InputRefused, UsageError
 from toolchain.oci.image import Image, Order
+from toolchain.oci.index import Index
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.planning import all_targets
@@ -26,16 +27,25 @@ from toolchain.stages.attest import Made, evidence
 from toolchain.stages.bake import bake
 from toolchain.stages.base import (
     ENGINE_LABEL,
-    base_image,
+    base_images,
     base_reference,
     bills_of,
     data_base,
     engine_version,
     public_base,
 )
-from toolchain.stages.publish import Outputs, publish
+from toolchain.stages.publish import Outputs, publish, publish_index
 from toolchain.stages.render import portable
-from toolchain.values import Artifact, FileEntry, Json, Pieces, ServingConfig, Tree, plain
+from toolchain.values import (
+    Artifact,
+    FileEntry,
+    Json,
+    Pieces,
+    Published,
+    ServingConfig,
+    Tree,
+    plain,
+)
 
 KINDS = ("image", "modelcar", "volume")
 """`image` serves; `modelcar` is KServe's, with a shell; `volume` is the weights alone."""
@@ -58,6 +68,8 @@ class BakeRequest:
     load: str
     layout: Path | None
     force: bool
+    platform: str = ""
+    """The base's only platform to take, such as linux/amd64; all of them without."""
     max_layer_size: int = 0
     """Bytes; larger safetensors files are split. 0: as large as they are."""
 
@@ -79,13 +91,11 @@ def bake_model(request: BakeRequest, registry: Registry, tools: Tools) -> Mappin
     config = None
     if request.kind == "image":
         config = _config(request, model, target, place, tools)
-    image, made = _made(request, model, target, artifact, config, registry, tools, split.contents)
+    made = _made(request, model, target, artifact, config, registry, tools, split.contents)
     tools.progress.stage("publish", place)
-    told = evidence(made)
-    outputs = _outputs(request, push=bool(request.push))
-    published = publish(image, place, outputs, told, registry, tools)
+    published = _publish(made, place, _outputs(request, push=bool(request.push)), registry, tools)
     if request.push and request.load and request.load != request.push:
-        publish(image, request.load, Outputs(load=True), told, registry, tools)
+        _publish(made, request.load, Outputs(load=True), registry, tools)
     seconds = round(time.monotonic() - began, 3)
     tools.progress.finish("publish", seconds, cached=False)
     return {**plain(published), "seconds": seconds}
@@ -162,14 +172,16 @@ def _made(
     registry: Registry,
     tools: Tools,
     contents: Mapping[str, Pieces],
-) -> tuple[Image, Made]:
+) -> list[Made]:
+    """Return the image for each platform of the base, and what it is made of."""
+    bases: tuple[Image | None, ...]
     if config is None:
         wanted = data_base(request.kind, request.base_image)
-        base = base_image(wanted, "", registry, tools) if wanted else None
+        bases = base_images(wanted, "", registry, tools) if wanted else (None,)
     else:
         device = str(config.plan["device"])
         wanted = base_reference(target.engine, device, request.base_image)
-        base = base_image(wanted, target.engine.name, registry, tools)
+        bases = base_images(wanted, target.engine.name, registry, tools)
     labels = {
         "org.opencontainers.image.title": model.name,
         PREFIX + "target": target.name,
@@ -181,29 +193,47 @@ def _made(
         labels[ENGINE_LABEL] = target.engine.name
         labels[PREFIX + "plan"] = json.dumps(portable(config.plan), sort_keys=True)
     name = public_base(wanted)
-    image = bake(
-        artifact,
-        config,
-        base=base,
-        base_name=name,
-        engine_version=engine_version(base) if base and config else "",
-        labels=labels,
-        store=tools.store,
-        model_dir=target.engine.model_dir,
-        order="weights-first" if request.order == "weights-first" else "engine-first",
-        largest=request.max_layer_size,
-        contents=contents,
-    )
-    return image, Made(
-        image=image,
-        artifact=artifact,
-        base=base,
-        base_name=name,
-        name=model.name,
-        version="0",
-        parameters={"target": target.name, "kind": request.kind, "order": request.order},
-        base_bills=bills_of(name, base, registry) if base else (),
-    )
+    if request.platform:
+        bases = tuple(b for b in bases if b is None or b.platform == request.platform)
+    if not bases:
+        raise UsageError(f"{wanted} is not there for {request.platform}")
+
+    def made(base: Image | None) -> Made:
+        image = bake(
+            artifact,
+            config,
+            base=base,
+            base_name=name,
+            engine_version=engine_version(base) if base and config else "",
+            labels=labels,
+            store=tools.store,
+            model_dir=target.engine.model_dir,
+            order="weights-first" if request.order == "weights-first" else "engine-first",
+            largest=request.max_layer_size,
+            contents=contents,
+        )
+        return Made(
+            image=image,
+            artifact=artifact,
+            base=base,
+            base_name=name,
+            name=model.name,
+            version="0",
+            parameters={"target": target.name, "kind": request.kind, "order": request.order},
+            base_bills=bills_of(name, base, registry) if base else (),
+        )
+
+    return [made(base) for base in bases]
+
+
+def _publish(
+    made: list[Made], place: str, outputs: Outputs, registry: Registry, tools: Tools
+) -> Published:
+    told = [evidence(one) for one in made]
+    if len(made) == 1:
+        return publish(made[0].image, place, outputs, told[0], registry, tools)
+    index = Index(images=tuple(one.image for one in made))
+    return publish_index(index, place, outputs, told, registry, tools)
 
 
 def _outputs(request: BakeRequest, *, push: bool) -> Outputs:

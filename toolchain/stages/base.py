@@ -103,6 +103,16 @@ def base_image(
     return image
 
 
+def base_images(reference: str, engine: str, registry: Registry, tools: Tools) -> tuple[Image, ...]:
+    """Return the base for each platform that it is there for; one where it is not in a registry."""
+    if reference.startswith((OWN, "oci:")):
+        return (base_image(reference, engine, registry, tools),)
+    return tuple(
+        base_image(reference, engine, registry, tools, platform=image.platform)
+        for image in registry.pull_all(Reference.parse(reference))
+    )
+
+
 def public_base(reference: str) -> str:
     """Return what an image may say of its base's name: nothing for a folder of this machine."""
     return "" if reference.startswith("oci:") else reference

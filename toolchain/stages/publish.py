@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +14,13 @@ from pathlib import Path
 from toolchain.errors import EnvironmentFailure
 from toolchain.oci.archive import docker_archive
 from toolchain.oci.image import Image
-from toolchain.oci.layout import read_layout, write_layout
+from toolchain.oci.index import Index
+from toolchain.oci.layout import read_layout, write_index, write_layout
 from toolchain.oci.places import LayoutPlace, Place, RegistryPlace
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.ports import Tools
-from toolchain.provenance.evidence import Evidence, seal
+from toolchain.provenance.evidence import Evidence, seal, signature_of
 from toolchain.values import Json, Published, key_of
 
 _CANDIDATES = "weightsmith-candidate"
@@ -95,6 +96,43 @@ def publish(
             progress=lambda sent, total: tools.progress.advance(sent, total, "bytes"),
         )
     return replace(done, layers=_rows(image), seconds=time.monotonic() - began)
+
+
+def publish_index(
+    index: Index,
+    reference: str,
+    outputs: Outputs,
+    told: Sequence[Evidence],
+    registry: Registry,
+    tools: Tools,
+) -> Published:
+    """Bring an image for each platform to every output, under one name; `told` is in their order.
+
+    An engine gets the one for this machine.
+    """
+    place, own = Reference.parse(reference), index.own
+    done = replace(describe(own, reference, outputs), digest=index.digest)
+    if outputs.load:
+        _load(own, place, tools)
+
+    def attach(there: Place) -> None:
+        for image, one in zip(index.images, told, strict=True):
+            _attach(image, one, there, place, tools)
+        if tools.sign:
+            there.attach(signature_of(index.blob, place.name, tools.sign))
+
+    if outputs.layout is not None:
+        write_index(index, outputs.layout)
+        attach(LayoutPlace(outputs.layout))
+    if outputs.push:
+        done = registry.push_index(
+            index,
+            place,
+            force=outputs.force,
+            before_tag=lambda: attach(RegistryPlace(registry, place)),
+            progress=lambda sent, total: tools.progress.advance(sent, total, "bytes"),
+        )
+    return done
 
 
 def _attach(

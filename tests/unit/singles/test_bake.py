@@ -1,0 +1,213 @@
+"""Kinds, platforms, orders, and what must not change an image."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fakes.baking import bake, make_key, make_model, push_base
+from tests.fakes.registry import FakeRegistry, fake_registry
+from toolchain.errors import InputRefused, UsageError
+from toolchain.oci.image import Image
+from toolchain.oci.layout import read_layout
+from toolchain.oci.places import open_place
+from toolchain.oci.references import Reference
+from toolchain.oci.registry import Registry
+from toolchain.ports import Silent
+from toolchain.singles.verify import verify_image
+
+ENGINE = {"dev.weightsmith.engine": "llamacpp"}
+
+
+class Scene:
+    def __init__(self, fake: FakeRegistry, client: Registry, folder: Path) -> None:
+        self.fake, self.client, self.folder = fake, client, folder
+        self.model = make_model(folder / "model")
+        self.base = f"{fake.host}/base/engine:1"
+        push_base(client, self.base, ENGINE, {"app/llama-server": b"1"})
+
+    def bake(self, name: str, **more: Any) -> Any:
+        push = f"{self.fake.host}/{name}"
+        return bake(self.client, self.model, more.pop("base", self.base), push=push, **more)
+
+    def image(self, name: str, platform: str = "linux/amd64") -> Image:
+        return self.client.pull(Reference.parse(f"{self.fake.host}/{name}"), platform=platform)
+
+
+@pytest.fixture
+def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
+    monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
+    with fake_registry() as fake, Registry(pause=lambda _: None) as client:
+        yield Scene(fake, client, tmp_path)
+
+
+def weights(image: Image) -> set[str]:
+    return {layer.digest for layer in image.layers if layer.file.startswith("models/")}
+
+
+def test_every_kind_has_the_same_weight_layers(scene: Scene) -> None:
+    scene.bake("team/app:image")
+    shell = f"{scene.fake.host}/base/shell:1"
+    push_base(scene.client, shell, {}, {"bin/sh": b"sh"})
+    car = scene.bake("team/app:car", kind="modelcar", base=shell)
+    volume = scene.bake("team/app:volume", kind="volume", base="")
+    found = [scene.image(f"team/app:{tag}") for tag in ("image", "car", "volume")]
+    assert len({frozenset(weights(image)) for image in found}) == 1
+    assert car["uploaded_bytes"] < 10_000
+    assert volume["uploaded_bytes"] == found[2].config_blob.size
+    assert len(found[2].layers) == 1
+    assert found[1].layers[0].file == "bin/sh"
+    assert "Entrypoint" not in found[1].config
+    for tag in ("image", "car", "volume"):
+        name = f"{scene.fake.host}/team/app:{tag}"
+        assert verify_image(name, None, scene.client, Silent())["ok"]
+
+
+def test_an_index_stays_one_and_shares_the_weights(scene: Scene, tmp_path: Path) -> None:
+    key, public = make_key(tmp_path)
+    rows = []
+    for machine in ("amd64", "arm64"):
+        name = f"{scene.fake.host}/base/multi:{machine}"
+        files = {"app/llama-server": machine.encode()}
+        push_base(scene.client, name, ENGINE, files, platform=f"linux/{machine}")
+        data, kind = scene.client.read_manifest(Reference.parse(name))
+        rows.append({"mediaType": kind, "size": len(data),
+                     "digest": scene.client.digest_of(Reference.parse(name)),
+                     "platform": {"os": "linux", "architecture": machine}})  # fmt: skip
+    rows.append({**rows[0], "platform": {"os": "unknown", "architecture": "unknown"}})
+    kind = "application/vnd.oci.image.index.v1+json"
+    index = json.dumps({"schemaVersion": 2, "mediaType": kind, "manifests": rows}).encode()
+    base = f"{scene.fake.host}/base/multi:1"
+    scene.client.push_manifest(Reference.parse(base), index, kind)
+    done = scene.bake("team/app:1", base=base, key=key)
+    assert (
+        scene.client.digest_of(Reference.parse(f"{scene.fake.host}/team/app:1")) == done["digest"]
+    )
+    each = [scene.image("team/app:1", f"linux/{machine}") for machine in ("amd64", "arm64")]
+    assert weights(each[0]) == weights(each[1])
+    assert each[0].layers[0].digest != each[1].layers[0].digest
+    name = f"{scene.fake.host}/team/app:1"
+    assert verify_image(name, public, scene.client, Silent())["ok"]
+    again = scene.bake("team/app:1", base=base, key=key)
+    assert (again["digest"], again["uploaded_bytes"]) == (done["digest"], 0)
+    bake(scene.client, scene.model, base, key, layout=tmp_path / "layout")
+    for machine, image in zip(("amd64", "arm64"), each, strict=True):
+        read = read_layout(tmp_path / "layout", platform=f"linux/{machine}")
+        assert read.digest == image.digest
+    one = scene.bake("team/app:2", base=base, platform="linux/arm64")
+    assert one["digest"] == each[1].digest
+    with pytest.raises(UsageError, match="linux/s390x"):
+        scene.bake("team/app:3", base=base, platform="linux/s390x")
+
+
+@pytest.mark.skipif(not shutil.which("skopeo"), reason="skopeo is not installed")
+def test_skopeo_reads_the_index(scene: Scene, tmp_path: Path) -> None:
+    test_an_index_stays_one_and_shares_the_weights(scene, tmp_path)
+    words = ["skopeo", "copy", "-q", "--all", "--preserve-digests", f"oci:{tmp_path}/layout:latest"]
+    subprocess.run([*words, f"dir:{tmp_path}/dir"], check=True, capture_output=True)
+    written = (tmp_path / "dir" / "manifest.json").read_bytes()
+    digest = scene.client.digest_of(Reference.parse(f"{scene.fake.host}/team/app:1"))
+    assert len(json.loads(written)["manifests"]) == 2
+    assert digest is not None
+
+
+def test_the_layout_and_the_registry_have_the_same_digest(scene: Scene, tmp_path: Path) -> None:
+    pushed = scene.bake("team/app:1")
+    written = bake(scene.client, scene.model, scene.base, layout=tmp_path / "layout")
+    assert written["digest"] == pushed["digest"]
+    assert open_place(str(tmp_path / "layout"), scene.client).image().digest == pushed["digest"]
+
+
+BAKE = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from tests.fakes.baking import bake
+from toolchain.oci.registry import Registry
+with Registry() as client:
+    print(bake(client, Path(sys.argv[2]), sys.argv[3], layout=Path(sys.argv[4]))["digest"])
+"""
+
+
+def test_nothing_of_the_surroundings_is_in_the_digest(scene: Scene, tmp_path: Path) -> None:
+    """Other folder, file order, times, modes, umask, locale, time zone and store."""
+    first = bake(scene.client, scene.model, scene.base, layout=tmp_path / "first")["digest"]
+    other = tmp_path / "elsewhere" / "another name"
+    other.mkdir(parents=True)
+    for path in sorted(scene.model.iterdir(), reverse=True):
+        (other / path.name).write_bytes(path.read_bytes())
+        (other / path.name).chmod(0o700)
+        os.utime(other / path.name, (1e9, 1e9))
+    env = {**os.environ, "WEIGHTSMITH_STORE": str(tmp_path / "other"), "LC_ALL": "tr_TR.UTF-8",
+           "TZ": "Asia/Kathmandu", "PYTHONHASHSEED": "7", "HOME": str(tmp_path)}  # fmt: skip
+    words = [sys.executable, "-c", BAKE, str(Path(__file__).parents[3]), str(other), scene.base,
+             str(tmp_path / "second")]  # fmt: skip
+    said = subprocess.run(
+        words, check=True, capture_output=True, text=True, env=env, cwd=tmp_path, umask=0o077
+    )
+    assert said.stdout.strip() == first
+    read_layout(tmp_path / "second", platform="linux/amd64")
+
+
+def hostile(folder: Path, kind: str) -> None:
+    match kind:
+        case "fifo":
+            os.mkfifo(folder / "pipe.json")
+        case "link out":
+            (folder / "a.json").symlink_to("/etc/passwd")
+        case "link up":
+            (folder / "a.json").symlink_to("../secret")
+            (folder.parent / "secret").write_text("s")
+        case "case":
+            (folder / "Config.json").write_text("{}")
+        case "newline":
+            (folder / "a\nb.json").write_text("{}")
+        case "not utf-8":
+            (Path(os.fsdecode(os.fsencode(folder) + b"/a\xff.json"))).write_text("{}")
+        case "device":
+            os.mknod(folder / "null.json", 0o666 | 0o020000, os.makedev(1, 3))
+
+
+@pytest.mark.parametrize(
+    "kind", ["fifo", "link out", "link up", "case", "newline", "not utf-8", "device"]
+)
+def test_hostile_folders_are_refused(scene: Scene, kind: str) -> None:
+    if kind == "device" and os.geteuid() != 0:
+        pytest.skip("needs root")
+    hostile(scene.model, kind)
+    with pytest.raises(InputRefused):
+        scene.bake("team/app:1")
+    assert not scene.fake.manifests.get(("team/app", "1"))
+
+
+def test_modes_links_and_empty_files(scene: Scene, tmp_path: Path) -> None:
+    before = scene.bake("team/app:1")["digest"]
+    (scene.model / "config.json").chmod(0o6755)
+    os.link(scene.model / "config.json", tmp_path / "elsewhere.json")
+    assert scene.bake("team/app:2")["digest"] == before
+    (scene.model / "empty.txt").write_bytes(b"")
+    scene.bake("team/app:3")
+    assert verify_image(f"{scene.fake.host}/team/app:3", None, scene.client, Silent())["ok"]
+
+
+def test_a_model_that_cannot_be_planned_is_baked_with_a_warning(scene: Scene) -> None:
+    (scene.model / "config.json").write_text("{}")
+    scene.bake("team/app:1")
+    image = scene.image("team/app:1")
+    assert "LLAMA_ARG_MODEL=/models/tiny.gguf" in image.config["Env"]
+
+
+def test_what_is_asked_wrongly(scene: Scene) -> None:
+    with pytest.raises(UsageError, match="unknown") as caught:
+        scene.bake("team/app:1", kind="car")
+    assert "modelcar" in caught.value.hint
+    with pytest.raises(UsageError, match="unknown"):
+        scene.bake("team/app:1", order="upside-down")
