@@ -25,7 +25,8 @@ _FREE = {
     "num_hidden_layers", "layer_types", "use_cache", "architectures",
 }  # fmt: skip
 """Keys of config.json that a merge may change; each is looked at on its own where it matters."""
-_SHOWN = 5
+UNREADABLE = "model.safetensors"
+"""What a finding points at where shards, headers and index do not fit together."""
 
 
 def compare_files(base: Path, adapters: Sequence[Path], merged: Path) -> list[Finding]:
@@ -34,7 +35,11 @@ def compare_files(base: Path, adapters: Sequence[Path], merged: Path) -> list[Fi
     Raises InputRefused for a folder that is no checkpoint.
     """
     check_model_folder(merged)
-    before, after = open_checkpoint(base), open_checkpoint(merged)
+    before = open_checkpoint(base)
+    try:
+        after = open_checkpoint(merged)
+    except InputRefused as error:
+        return [finding(ERROR, "files", error.message, UNREADABLE)]
     config, new = read_json(base / "config.json"), read_json(merged / "config.json")
     # A quantized base has other tensors than what is merged onto it.
     comparable = not config.get("quantization_config")
@@ -45,6 +50,11 @@ def compare_files(base: Path, adapters: Sequence[Path], merged: Path) -> list[Fi
         *_ends(base, adapters, merged, new),
         *_tied(after, new),
     ]
+
+
+def is_readable(findings: Sequence[Finding]) -> bool:
+    """Say whether the merged folder's tensors can be read at all."""
+    return not any(found.tensor == UNREADABLE for found in findings)
 
 
 def vocabulary(merged: Path) -> int:
@@ -118,7 +128,7 @@ def _ends(
     for folder in (base, *adapters):
         wanted |= _ids(_maybe(folder / "generation_config.json"))
     kept = _ids(_maybe(merged / "generation_config.json")) or _ids(config)
-    lost = sorted(wanted - kept)
+    lost = sorted((wanted - kept) | (_ids(read_json(base / "config.json")) - _ids(config)))
     if lost:
         yield finding(
             ERROR,

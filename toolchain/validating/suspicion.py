@@ -23,6 +23,9 @@ def explain(
     """Return the finding of a tensor with wrong elements, with what it most looks like."""
     name = tally.tensor or parameter
     where = f"[{tally.row}, {tally.column}] is {tally.found:.6g}, not {tally.wanted:.6g}"
+    if site is not None and not examiner.merged.tensor_of(parameter):
+        # Stacked as transformers stacks them: the first index is the expert.
+        where = f"the first in expert {tally.row}: {tally.found:.6g}, not {tally.wanted:.6g}"
     few = tally.wrong <= max(8, tally.total // 1000)
     if few:
         flipped = abs(tally.found + tally.wanted) <= 2.0**-7 * abs(tally.wanted)

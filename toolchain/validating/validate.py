@@ -20,7 +20,7 @@ from toolchain.validating.findings import ERROR, NOTE, WARNING, Finding, failed,
 from toolchain.validating.forwards import Batch, Reference, Run, merged_forward, reference_forward
 from toolchain.validating.network import decoder_layers, skeleton
 from toolchain.validating.probes import Message
-from toolchain.validating.structure import compare_files, vocabulary
+from toolchain.validating.structure import compare_files, is_readable, vocabulary
 from toolchain.validating.verdict import judge_models
 from toolchain.validating.weights import Weights
 
@@ -68,13 +68,14 @@ def _validate(request: Request, progress: Progress) -> dict[str, Any]:
     folders = [root for root, _ in request.adapters]
     findings = compare_files(request.base, folders, request.merged)
     expected = asked.expected_tokenizer(request.base, folders)
-    findings += _tokenizers(request, expected)
+    readable = is_readable(findings)
+    findings += _tokenizers(request, expected) if readable else []
     result: dict[str, Any] = dict.fromkeys(
         ("max_abs_logit_diff", "mean_abs_logit_diff", "kl_mean", "kl_max", "top1_agreement")
     )
     if why := _no_reference(request):
         findings.append(finding(NOTE, "logits", f"{why}: files and tokenizer were judged alone"))
-    else:
+    elif readable:
         result |= _compare(request, expected, findings, progress)
     return {
         **_finite(result),

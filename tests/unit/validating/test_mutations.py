@@ -91,6 +91,22 @@ def wrong_expert(place: Place) -> None:
     edit_tensors(place.out, change)
 
 
+def adapted_experts(place: Place) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        one, two = (f"model.layers.1.mlp.experts.{n}.down_proj.weight" for n in (1, 3))
+        tensors[one], tensors[two] = tensors[two], tensors[one]
+
+    edit_tensors(place.out, change)
+
+
+def lost_shard(place: Place) -> None:
+    sorted(place.out.glob("model-*.safetensors"))[1].unlink()
+
+
+def end_of_config(place: Place) -> None:
+    place.edit("config.json", lambda told: told.update(eos_token_id=5))
+
+
 def stale_head(place: Place) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors["lm_head.weight"] = 1.5 * tensors["model.embed_tokens.weight"]
@@ -190,6 +206,12 @@ MUTATIONS = (
         (("kind", "qwen3_moe"), ("attention_only", True)),
     ),
     Mutation(
+        "an adapted expert in another's place",
+        adapted_experts,
+        ("experts.down_proj", "expert 1"),
+        (("kind", "qwen3_moe"), ("experts", True)),
+    ),
+    Mutation(
         "tied head stale",
         stale_head,
         ("lm_head.weight", "ties"),
@@ -202,10 +224,12 @@ MUTATIONS = (
         (("tie_word_embeddings", True), ("embedding", True)),
     ),
     Mutation("shard from another run", foreign_shard, ("no merge of",)),
+    Mutation("shard lost", lost_shard, ("model-00002",)),
     Mutation("one sign bit flipped", flip, (K0, "[5, 7]", "sign is flipped")),
     Mutation("adapter applied twice", twice, ("twice",)),
     Mutation("tokenizer from another model", foreign_tokenizer, ("tokenizer",)),
     Mutation("end of sequence lost", lost_end, ("end of sequence", "token 2")),
+    Mutation("end of sequence changed in config.json", end_of_config, ("token 2",)),
     Mutation("chat template lost", lost_template, ("template is lost",)),
     Mutation("positions computed otherwise", other_rope, ("rope",)),
     Mutation("a norm zeroed", lost_norm, ("model.norm.weight",)),
@@ -245,8 +269,11 @@ def make_place(folder: Path, options: dict[str, Any]) -> Place:
     embedding = options.pop("embedding", False)
     if embedding:
         targets = ["embed_tokens", "q_proj"]
+    parameters = ["experts.down_proj"] if options.pop("experts", False) else None
+    if parameters:
+        targets = ["q_proj"]
     base = make_model(folder / "base", **options)
-    lora = make_adapter(folder / "lora", base, target_modules=targets)
+    lora = make_adapter(folder / "lora", base, target_modules=targets, target_parameters=parameters)
     out = folder / "out"
     if embedding:
         out.mkdir()
