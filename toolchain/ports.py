@@ -216,6 +216,8 @@ class Tools:
     progress: Progress
     scratch: Callable[[], AbstractContextManager[Path]]
     """Makes a folder for a job's output and deletes it afterwards."""
+    assemble_engine: Callable[[str, Path, Progress], None]
+    """(engine, empty folder, progress): fills it with the engine's root file system."""
     command: RunCommand
     """Runs the user's own evaluation program."""
     sign: Callable[[bytes], bytes] | None = None

@@ -57,6 +57,11 @@ def engine_source(name: str) -> Mapping[str, Json]:
     return told
 
 
+def assembles_itself(engine: str) -> bool:
+    """Say whether an engine's folder has a program that makes its whole root file system."""
+    return (images() / "engines" / engine / "assemble.py").is_file()
+
+
 def compiled_engines(builder: str) -> tuple[str, ...]:
     """Return the engine folders whose tools a builder holds: those that name it in source.json."""
     return tuple(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import platformdirs
 
+from toolchain.drivers.assembly import assemble_engine
 from toolchain.drivers.checkup import examine_machine
 from toolchain.drivers.commands import run_command
 from toolchain.drivers.credentials import ask_helper, docker_config
@@ -108,6 +110,7 @@ def make_tools(runner: str, progress: Progress, *, sign_key: str = "") -> tuple[
         launcher=launcher,
         progress=progress,
         scratch=_scratch,
+        assemble_engine=partial(assemble_engine, cache_folder()),
         command=run_command,
         sign=open_signer(sign_key) if sign_key else None,
     ), answers

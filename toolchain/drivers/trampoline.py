@@ -143,7 +143,7 @@ def enter_root(root: Path, user: int, group: int, workdir: str) -> None:
     unshare(NEW_MOUNTS)
     check(_libc.mount(None, b"/", None, RECURSIVE | PRIVATE, None), "mount /")
     bind(str(root), root)
-    for name in ("dev", "proc"):
+    for name in ("dev", "proc", "sys"):
         target = root / name
         if not target.is_symlink():
             target.mkdir(exist_ok=True)

@@ -97,6 +97,8 @@ class TarLayer:
     epoch: int = field(default_factory=tar.source_date_epoch)
     memo: Memo | None = None
     known_digest: Digest | None = None
+    shared: tuple[str, ...] = ()
+    """Folders that every user may write to, mode 1777, such as `tmp`."""
 
     media_type = LAYER_TAR
 
@@ -114,7 +116,7 @@ class TarLayer:
     @cached_property
     def folders(self) -> tuple[str, ...]:
         """All parent folders, without a slash at the end, parents first."""
-        found: set[str] = set()
+        found: set[str] = set(self.shared)
         for member in self.members:
             parts = member.path.split("/")
             found.update("/".join(parts[:n]) for n in range(1, len(parts)))
@@ -146,7 +148,8 @@ class TarLayer:
         if any(member.digest is None for member in self.members):
             return ""
         facts = [(m.path, m.size, m.mode, m.digest) for m in self.members]
-        return key_of({"layer": facts, "epoch": self.epoch, "recipe": TAR_RECIPE})
+        made_of = {"layer": facts, "epoch": self.epoch, "recipe": TAR_RECIPE}
+        return key_of(made_of | ({"shared": self.shared} if self.shared else {}))
 
     @property
     def file(self) -> str:
@@ -170,11 +173,14 @@ class TarLayer:
         rows: list[tuple[str, Member | None]] = [(path, None) for path in self.folders]
         rows += [(member.path, member) for member in self.members]
         for path, member in sorted(rows, key=lambda row: row[0].split("/")):
-            size, mode = (member.size, member.mode) if member else (0, 0o755)
+            size, mode = (member.size, member.mode) if member else (0, self._folder_mode(path))
             yield (
                 tar.header(path, size=size, mode=mode, mtime=self.epoch, folder=member is None),
                 member,
             )
+
+    def _folder_mode(self, path: str) -> int:
+        return 0o1777 if path in self.shared else 0o755
 
     def _hash(self) -> str:
         state = hashlib.sha256()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,6 +36,12 @@ _RECIPE_NUMBER = 1
 _OCI_VERSION = "org.opencontainers.image.version"
 _BILLS = (MEDIA_TYPE, SPDX_TYPE)
 _MOST_BILLS = 20
+_PINNED = frozenset({"commit", "package"})
+"""Either marks the entry of source.json that is the engine itself."""
+_WHOLE_PLATFORM = "linux/amd64"
+_WHOLE_BYTES = 5 << 30
+"""Room for an engine's root file system while it is unpacked."""
+_PACKAGE = re.compile(r"usr/local/lib/python[^/]+/dist-packages/([^/]+)/")
 _ACCOUNTS = {
     "etc/passwd": "root:x:0:0:root:/:/sbin/nologin\nmodel:x:65532:65532:model:/tmp:/sbin/nologin\n",
     "etc/group": "root:x:0:\nmodel:x:65532:\n",
@@ -85,7 +92,7 @@ def base_image(
     EnvironmentFailure where a registry is out of reach.
     """
     if reference.startswith(OWN):
-        return _own(reference.removeprefix(OWN), tools)
+        return _own(reference.removeprefix(OWN), engine, tools)
     if reference.startswith("oci:"):
         image = read_layout(Path(reference.removeprefix("oci:")), platform=platform)
     else:
@@ -138,37 +145,71 @@ def bills_of(reference: str, base: Image, registry: Registry) -> tuple[Document,
     )
 
 
-def _own(name: str, tools: Tools) -> Image:
+def _own(name: str, engine: str, tools: Tools) -> Image:
     if not (images() / "engines" / name).is_dir():
         raise UsageError(
             f"there is no base image of our own for {name} here",
             hint="name one with --base-image or image.base, or plan for a GPU",
         )
+    whole = assembles_itself(name)
+    if whole and host_platform() != _WHOLE_PLATFORM:
+        raise InputRefused(
+            f"the engine layer {name} is made of packages for {_WHOLE_PLATFORM}, and this machine "
+            f"is {host_platform()}",
+            hint="name another base with --base-image or image.base",
+        )
     stage = base_inputs(name)
+
+    def make(folder: Path) -> Mapping[str, Json]:
+        if not whole:
+            return _export(folder, tools)
+        tools.store.require_room(_WHOLE_BYTES, f"the engine {name}")
+        tools.assemble_engine(name, folder, tools.progress)
+        return {}
+
     entry = tools.store.find(stage.key) or tools.store.produce(
-        stage.key, {"stage": "base", "inputs": stage.inputs}, lambda folder: _export(folder, tools)
+        stage.key, {"stage": "base", "inputs": stage.inputs}, make
     )
-    layer = TarLayer(
-        members=(
-            *_programs(entry),
-            *(Member.of_bytes(p, t.encode()) for p, t in _ACCOUNTS.items()),
-        ),
-        memo=tools.store.memo,
-    )
+    layers = _root_layers(entry, tools.store.memo) if whole else (_program_layer(entry, tools),)
     return assemble(
-        (), (layer,), config=ImageConfig(labels=_own_labels(name)), platform=host_platform()
+        (), layers, config=ImageConfig(labels=_own_labels(name, engine)), platform=host_platform()
     )
 
 
-def _own_labels(name: str) -> dict[str, str]:
+def _own_labels(name: str, engine: str) -> dict[str, str]:
     source = engine_source(name)
-    versions = [str(v["version"]) for v in source.values() if isinstance(v, dict) and "commit" in v]
-    return {ENGINE_LABEL: name, **({ENGINE_VERSION: versions[0]} if versions else {})}
+    versions = [str(v["version"]) for v in source.values() if isinstance(v, dict) and _PINNED & set(v)]
+    return {ENGINE_LABEL: engine or name, **({ENGINE_VERSION: versions[0]} if versions else {})}
 
 
 def engine_version(base: Image) -> str:
     """Return the version that a base says its engine has, or empty."""
     return base.labels.get(ENGINE_VERSION) or base.labels.get(_OCI_VERSION, "")
+
+
+def _program_layer(entry: Entry, tools: Tools) -> TarLayer:
+    return TarLayer(members=(*_members(entry, "app/", 0o755), *_accounts()), memo=tools.store.memo)
+
+
+def _root_layers(entry: Entry, memo: Memo) -> tuple[TarLayer, ...]:
+    """Return a whole root file system: a layer per large package, one with all that is left.
+
+    A new version of one package leaves the others' layers as they are.
+    """
+    groups: dict[str, list[Member]] = {}
+    for member in _members(entry, "", None):
+        found = _PACKAGE.match(member.path)
+        groups.setdefault(found[1] if found else "", []).append(member)
+    large = {n for n, group in groups.items() if n and sum(m.size for m in group) >= OWN_LAYER}
+    rest = [member for name, group in groups.items() if name not in large for member in group]
+    return (
+        TarLayer(members=(*rest, *_accounts()), memo=memo, shared=("tmp",)),
+        *(TarLayer(members=tuple(groups[name]), memo=memo) for name in sorted(large)),
+    )
+
+
+def _accounts() -> tuple[Member, ...]:
+    return tuple(Member.of_bytes(path, text.encode()) for path, text in _ACCOUNTS.items())
 
 
 def _export(folder: Path, tools: Tools) -> Mapping[str, Json]:
@@ -178,12 +219,13 @@ def _export(folder: Path, tools: Tools) -> Mapping[str, Json]:
     )
 
 
-def _programs(entry: Entry) -> tuple[Member, ...]:
+def _members(entry: Entry, prefix: str, mode: int | None) -> tuple[Member, ...]:
+    """Return the entry's files; their own modes where none is given."""
     return tuple(
         Member(
-            path=f"app/{file.path}",
+            path=prefix + file.path,
             size=file.size,
-            mode=0o755,
+            mode=mode or entry.tree.path(file.path).stat().st_mode,
             source=entry.tree.path(file.path),
             digest=file.digest,
         )

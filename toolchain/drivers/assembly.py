@@ -1,0 +1,48 @@
+"""Makes an engine's root file system from pinned packages, without root or a container engine."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from toolchain.drivers import process
+from toolchain.drivers.wire import open_log
+from toolchain.ports import Progress
+from toolchain.resources import images
+
+_STEP = re.compile(r"\[(\d+)/(\d+)\]")
+
+
+def assemble_engine(cache: Path, engine: str, folder: Path, progress: Progress) -> None:
+    """Fill an empty folder by the engine's `assemble.py`: the same pins give the same files.
+
+    Raises EnvironmentFailure where packages cannot be had.
+    """
+    progress.note(
+        f"assembling the engine {engine} from its pinned packages, once for this machine: "
+        "two to five minutes, 2 GB"
+    )
+    recipe = images() / "engines" / engine / "assemble.py"
+    wheels = os.environ.get("WEIGHTSMITH_WHEELS")
+    with open_log(cache, f"engine-{engine}") as log:
+
+        def hear(line: str) -> None:
+            log.write(line + "\n")
+            if step := _STEP.match(line):
+                progress.advance(int(step[1]), int(step[2]), "steps")
+
+        process.run(
+            [
+                *(sys.executable, recipe, "--out", folder),
+                *(("--find-links", wheels) if wheels else ()),
+            ],
+            env=process.scrubbed(network=True, prefixes=("PIP_", "XDG_", "WEIGHTSMITH_DEBIAN")),
+            on_line=hear,
+        ).require(
+            f"assembling the engine {engine}",
+            hint="see that Debian's mirror (WEIGHTSMITH_DEBIAN_MIRROR names another) and the "
+            f"package index can be reached; WEIGHTSMITH_WHEELS may name a folder of wheels; "
+            f"log: {log.name}",
+        )
