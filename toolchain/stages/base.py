@@ -9,7 +9,7 @@ from pathlib import Path
 from toolchain.errors import InputRefused, UsageError, WeightsmithError
 from toolchain.oci.attachments import LARGEST_PART
 from toolchain.oci.image import Image, ImageConfig, assemble
-from toolchain.oci.layers import Member, TarLayer
+from toolchain.oci.layers import OWN_LAYER, Member, Memo, TarLayer
 from toolchain.oci.layout import read_layout
 from toolchain.oci.manifests import host_platform
 from toolchain.oci.references import Reference
@@ -18,7 +18,7 @@ from toolchain.ports import Entry, Tools
 from toolchain.provenance.evidence import SPDX_TYPE, Document
 from toolchain.provenance.labels import ENGINE_VERSION
 from toolchain.provenance.mlbom import MEDIA_TYPE
-from toolchain.resources import engine_pins, engine_source, images
+from toolchain.resources import assembles_itself, engine_pins, engine_source, images
 from toolchain.serving.engine import Engine
 from toolchain.values import Job, Json, StageInputs
 
@@ -178,7 +178,8 @@ def _own(name: str, engine: str, tools: Tools) -> Image:
 
 def _own_labels(name: str, engine: str) -> dict[str, str]:
     source = engine_source(name)
-    versions = [str(v["version"]) for v in source.values() if isinstance(v, dict) and _PINNED & set(v)]
+    parts = [part for part in source.values() if isinstance(part, dict)]
+    versions = [str(part["version"]) for part in parts if _PINNED & set(part)]
     return {ENGINE_LABEL: engine or name, **({ENGINE_VERSION: versions[0]} if versions else {})}
 
 
