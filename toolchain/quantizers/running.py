@@ -1,0 +1,75 @@
+"""How a quantizer of Python runs in its builder: a file of settings, our module, its own folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from toolchain.errors import InputRefused
+from toolchain.quantizers.quantizer import QuantizeRequest, Step
+from toolchain.values import Json
+
+BLOCK = 512
+"""Tokens of one calibration sample."""
+_FEWEST = 256
+RAW = ".engine"
+"""Folder in the output that the engine itself writes to."""
+
+
+def python_step(module: str, request: QuantizeRequest, title: str, **settings: Json) -> Step:
+    """Return the step that runs `module` with settings, offline and in UTF-8."""
+    file = request.output / ".settings.json"
+    told = {
+        "model": str(request.model),
+        "raw": str(request.output / RAW),
+        "out": str(request.output),
+        "calibration": str(request.calibration) if request.calibration else "",
+        **settings,
+    }
+    return Step(
+        title=title,
+        argv=(request.python, "-m", module, str(file)),
+        env={
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_OFFLINE": "1",
+            "TRANSFORMERS_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        },
+        writes={file: json.dumps(told, sort_keys=True)},
+        removes=(file,),
+    )
+
+
+def read_settings() -> Mapping[str, Json]:
+    """Return the settings of the file that the command line names."""
+    told: Mapping[str, Json] = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    return told
+
+
+def texts(calibration: str) -> list[str]:
+    """Return the calibration texts, their chat template applied."""
+    lines = Path(calibration).read_text("utf-8").splitlines() if calibration else []
+    found = [str(json.loads(line)["text"]) for line in lines if line.strip()]
+    if not found:
+        raise InputRefused(
+            "this format measures activations, and there is no calibration text",
+            hint="name a JSON Lines file with --calibration or calibration.data",
+        )
+    return found
+
+
+def blocks(lines: list[str], encode: Callable[[str], list[int]]) -> list[list[int]]:
+    """Return all texts, one after another, as samples of BLOCK tokens; the last may be shorter.
+
+    Nothing is dropped: AutoAWQ would leave out what is longer than its samples.
+    """
+    ids = [token for line in lines for token in encode(line)]
+    if len(ids) < _FEWEST:
+        raise InputRefused(
+            f"the calibration text has {len(ids)} tokens, {_FEWEST} are the fewest to measure on",
+            hint="add texts like those the model will see",
+        )
+    return [ids[start : start + BLOCK] for start in range(0, len(ids), BLOCK)]
