@@ -69,9 +69,21 @@ class Pins:
         return shared if same else None
 
     @property
+    def sources(self) -> Path | None:
+        """Packages that exist as source only, built by the setuptools that `light` pins."""
+        file = self.folder / "requirements-source.txt"
+        return file if file.is_file() else None
+
+    @property
+    def accepted(self) -> frozenset[str]:
+        """What `pip check` may say of this builder: the lines of unmet.txt."""
+        file = self.folder / "unmet.txt"
+        return frozenset(_without_comments(file)) if file.is_file() else frozenset()
+
+    @property
     def key(self) -> str:
         """Name and a digest of the pins, the Python version and the machine's kind."""
-        files = [file for file in (self.light, self.torch) if file is not None]
+        files = [file for file in (self.light, self.torch, self.sources) if file is not None]
         pins = [_without_comments(file) for file in files]
         facts = [sys.version_info[:2], platform.machine(), pins]
         return f"{self.name}-{key_of(facts).short}"
@@ -133,7 +145,9 @@ def _fill(pins: Pins, installer: _Installer) -> None:
     installer.install(pins.light)
     if pins.torch is not None:
         _install_torch(pins, installer)
-    installer.check()
+    if pins.sources is not None:
+        installer.build(pins.sources)
+    installer.check(pins.accepted)
 
 
 def _install_torch(pins: Pins, installer: _Installer) -> None:
@@ -203,11 +217,23 @@ class _Installer:
         load: list[str | Path] = [self.python, "-c", "import torch"]
         return process.run(load, env=process.scrubbed(), on_line=self._keep).returncode == 0
 
-    def check(self) -> None:
+    def build(self, requirements: Path) -> None:
+        """Build and install pinned source packages by what is installed already."""
+        only = ["--only-binary", ":none:", "--no-build-isolation"]
+        self._pip(requirements, only).require(
+            f"building {requirements.parent.name}/{requirements.name}",
+            hint="a package of C needs a C compiler and Python's headers (Debian and Ubuntu: "
+            f"apt-get install gcc python3-dev); log: {self.log.name}",
+        )
+
+    def check(self, accepted: frozenset[str]) -> None:
         """Make sure that the packages fit together: they were installed without resolving."""
-        process.run(
+        asked = process.run(
             [self.python, "-m", "pip", "check"], env=self._env(), on_line=self._keep
-        ).require(
+        )
+        if asked.returncode != 0 and {line for line in asked.tail if line.strip()} <= accepted:
+            return
+        asked.require(
             "pip check of the new environment",
             hint=f"the builder's requirements do not fit together; log: {self.log.name}",
         )

@@ -70,9 +70,11 @@ def group_size(config: Mapping[str, Json], wanted: Json) -> int:
     if wanted in fitting:
         return int(wanted)
     tried = GROUP_SIZES[-1] if wanted in {None, "", "auto", 0} else int(wanted)
-    name, row = next((n, r) for n, r in rows.items() if r % tried) if any(
-        r % tried for r in rows.values()
-    ) else ("every matrix", tried)
+    name, row = (
+        next((n, r) for n, r in rows.items() if r % tried)
+        if any(r % tried for r in rows.values())
+        else ("every matrix", tried)
+    )
     raise InputRefused(
         f"a group of {tried} inputs does not divide the {row} inputs of {name}"
         if row % tried

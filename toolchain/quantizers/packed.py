@@ -58,9 +58,7 @@ def layout_of(config: Mapping[str, Json]) -> Layout:
     if method in {"awq", "gptq"} and told.get("bits") == 4:
         symmetric = told.get("sym", True) if method == "gptq" else not told.get("zero_point", True)
         group = int(told.get("group_size") or 0)
-        return Layout(
-            method=method, bits=4, group_size=max(0, group), symmetric=bool(symmetric)
-        )
+        return Layout(method=method, bits=4, group_size=max(0, group), symmetric=bool(symmetric))
     if method == "compressed-tensors":
         (group,) = told["config_groups"].values()
         weights = group["weights"]

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-# Relative error ||W' - W|| / ||W|| of a matrix. Rounding to 4 bits in groups gives 0.07 to 0.14
-# (measured on both examples); shuffled scales or a wrong group size give more than 0.5.
-_MOST_ERROR = {4: 0.3, 8: 0.05}
+# Relative error of a matrix. Rounding to 4 bits in groups gives 0.07 to 0.14, GPTQ up to 0.26
+# (measured on SmolLM2); shuffled scales or a wrong group size give more than 0.5.
+_MOST_ERROR = {4: 0.45, 8: 0.05}
 _AGAIN = "quantize it again; if it happens twice, choose another format"
 
 

@@ -62,9 +62,7 @@ class Tensors:
         kind = array_type(info.dtype)
         if info.size == 0:
             return np.zeros(info.shape, kind)
-        raw = np.memmap(
-            self._shards[name], np.uint8, "r", offset=info.start, shape=(info.size,)
-        )
+        raw = np.memmap(self._shards[name], np.uint8, "r", offset=info.start, shape=(info.size,))
         return np.asarray(raw).view(kind).reshape(info.shape)
 
     def f32(self, name: str) -> npt.NDArray[np.float32]:
