@@ -181,6 +181,18 @@ class Quantize(_Part):
         default_factory=dict,
         description="GGUF type per tensor, by a regular expression of its name: `{attn_v: q8_0}`.",
     )
+    group_size: Literal["auto", 32, 64, 128] = Field(
+        "auto",
+        description="Inputs per scale of 4-bit checkpoints; `auto` is the largest that divides "
+        "every row.",
+    )
+    zero_point: bool = Field(
+        True, description="Whether AWQ's groups have a zero of their own (asymmetric)."
+    )
+    keep: tuple[str, ...] = Field(
+        (),
+        description="Ends of module names that stay in 16 bits in fp8 and w8a8: `[down_proj]`.",
+    )
 
 
 class Limits(_Part):

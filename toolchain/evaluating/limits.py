@@ -23,6 +23,8 @@ _DEFAULTS = (
     (5.2, _limits(0.03, 0.5, 0.92, 1.1, 0.15)),
     (0.0, _limits(0.08, 1.5, 0.86, 1.2, 0.25)),
 )
+_AS_BITS = {"fp8": 6.0}
+"""Kinds that round like another size: fp8 has three bits of mantissa, whatever its eight cost."""
 _ANY = "*"
 _GENERAL = 4.0
 """Measured: q4_k_m of the support bot diverges 5 times as much on general text as on its own."""
@@ -43,7 +45,8 @@ def limits_for(format_: Format, quality: Quality, *, general: bool = False) -> M
     which is not what the model was tuned on, more words are possible next, and rounding decides
     between them: the defaults for divergence and agreement are wider there.
     """
-    found = next(limits for bits, limits in _DEFAULTS if format_.bits_per_weight >= bits)
+    bits = _AS_BITS.get(format_.kind, format_.bits_per_weight)
+    found = next(limits for least, limits in _DEFAULTS if bits >= least)
     merged = found.model_dump()
     if general:
         merged |= {key: merged[key] * _GENERAL for key in ("kl_mean", "kl_p99")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,6 @@ def finish(
     raw: Path,
     out: Path,
     quantization: Mapping[str, Json],
-    report: Callable[[int, int], None],
 ) -> None:
     """Write the finished checkpoint from what an engine saved, and nothing else of it.
 
@@ -140,7 +139,7 @@ def finish(
             own = source.info(name)
             make = partial(_as_before, made, source, name)
             outputs.append(Output(name, own.dtype, own.shape, make))
-    write_checkpoint(out, outputs, report)
+    write_checkpoint(out, outputs)
     write_companions(model, out, quantization)
 
 
@@ -160,3 +159,11 @@ def _as_before(made: Tensors, source: Tensors, name: str) -> Any:
     """Return a tensor in the checkpoint's type; engines compute in wider ones."""
     wanted = array_type(source.info(name).dtype)
     return made.array(name).astype(wanted)
+
+
+def awq_config(group: int, *, zero_point: bool) -> dict[str, Json]:
+    """Return the quantization_config of AutoAWQ's GEMM layout, as its readers know it."""
+    return {
+        "quant_method": "awq", "version": "gemm", "bits": 4, "group_size": group,
+        "zero_point": zero_point, "modules_to_not_convert": None,
+    }  # fmt: skip

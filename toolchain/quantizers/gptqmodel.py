@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import shutil
-import sys
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from toolchain.quantizers.checkpoints import (
+    awq_config,
     check_grouped,
     finish,
     group_option,
     group_size,
     peak_disk,
 )
-from toolchain.quantizers.packed import Layout, PackedView
+from toolchain.quantizers.packed import Layout, view_of
 from toolchain.quantizers.packed_check import check_checkpoint
-from toolchain.quantizers.quantizer import Quantizer, QuantizeRequest, Step, View
-from toolchain.quantizers.running import blocks, python_step, read_settings, texts
-from toolchain.values import Format, Json
-
-# 4 bits, a 16-bit scale and a 4-bit zero per 128 inputs; embeddings stay as they are.
-AWQ = Format(name="awq", kind="awq", bits_per_weight=4.25)
-GPTQ = Format(name="gptq", kind="gptq", bits_per_weight=4.25)
+from toolchain.quantizers.quantizer import Quantizer, QuantizeRequest, Step
+from toolchain.quantizers.running import blocks, encoder, python_step, read_settings, texts
+from toolchain.values import AWQ, GPTQ, Format, Json
 
 
 def options(format_: Format, wanted: Mapping[str, Json]) -> Mapping[str, Json]:
@@ -54,14 +50,7 @@ def check(request: QuantizeRequest) -> Mapping[str, Json]:
     return {**found, "engine": "gptqmodel"}
 
 
-def view(folder: Path, _model: Path) -> View:
-    """Return the finished checkpoint's tensors for the quality gate."""
-    return PackedView(folder)
-
-
 def _layout(request: QuantizeRequest) -> Layout:
-    import json
-
     config = json.loads((request.model / "config.json").read_text("utf-8"))
     method = request.format.name
     return Layout(
@@ -92,16 +81,8 @@ def main() -> None:
             "quant_method": "gptq", "bits": 4, "group_size": group, "sym": True,
             "desc_act": False, "lm_head": False, "checkpoint_format": "gptq",
         }  # fmt: skip
-    finish(model, raw, out, quantization, lambda _done, _total: None)
+    finish(model, raw, out, quantization)
     shutil.rmtree(raw)
-
-
-def awq_config(group: int, *, zero_point: bool) -> dict[str, Json]:
-    """Return the quantization_config of AutoAWQ's GEMM layout, as its readers know it."""
-    return {
-        "quant_method": "awq", "version": "gemm", "bits": 4, "group_size": group,
-        "zero_point": zero_point, "modules_to_not_convert": None,
-    }  # fmt: skip
 
 
 def _quantize(
@@ -112,10 +93,9 @@ def _quantize(
     library: Any = importlib.import_module("gptqmodel")
     configs: Any = importlib.import_module("gptqmodel.quantization.config")
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    encode = partial(_encode, tokenizer)
     samples = [
         {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
-        for ids in blocks(texts(calibration), encode)
+        for ids in blocks(texts(calibration), encoder(tokenizer))
     ]
     gpu = torch.cuda.is_available()
     if method == "awq":
@@ -138,11 +118,6 @@ def _quantize(
     loaded.save(str(raw))
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
-
-
 QUANTIZER = Quantizer(
     name="gptqmodel",
     builder="gptqmodel",
@@ -154,8 +129,8 @@ QUANTIZER = Quantizer(
     peak_disk=peak_disk,
     options=options,
     calibrated=lambda _format, _options: True,
-    view=view,
+    view=view_of,
 )
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

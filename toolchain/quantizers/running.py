@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from toolchain.errors import InputRefused
 from toolchain.quantizers.quantizer import QuantizeRequest, Step
@@ -73,3 +74,13 @@ def blocks(lines: list[str], encode: Callable[[str], list[int]]) -> list[list[in
             hint="add texts like those the model will see",
         )
     return [ids[start : start + BLOCK] for start in range(0, len(ids), BLOCK)]
+
+
+def encoder(tokenizer: Any) -> Callable[[str], list[int]]:
+    """Return how a text becomes tokens; the chat template has the special ones in it already."""
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    return encode

@@ -31,7 +31,8 @@ def array_type(dtype: str) -> np.dtype[Any]:
     if dtype in _SMALL:
         import ml_dtypes
 
-        return np.dtype(getattr(ml_dtypes, _SMALL[dtype]))
+        small: np.dtype[Any] = np.dtype(getattr(ml_dtypes, _SMALL[dtype]))
+        return small
     return np.dtype("<" + _PLAIN[dtype])
 
 
@@ -92,21 +93,16 @@ class Output:
         return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
-def write_checkpoint(
-    folder: Path, outputs: Iterable[Output], report: Callable[[int, int], None]
-) -> None:
-    """Write the tensors in the order of their names, as one file or as shards with their index.
-
-    `report(done, total)` is told the bytes written so far.
-    """
+def write_checkpoint(folder: Path, outputs: Iterable[Output]) -> None:
+    """Write the tensors in the order of their names, as one file or as shards with their index."""
     ordered = sorted(outputs, key=lambda output: output.name)
     shards: list[list[Output]] = [[]]
     for output in ordered:
         if shards[-1] and sum(o.size for o in shards[-1]) + output.size > SHARD_BYTES:
             shards.append([])
         shards[-1].append(output)
-    total, done = sum(output.size for output in ordered), 0
-    places = {}
+    total = sum(output.size for output in ordered)
+    places: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = "model.safetensors"
         if len(shards) > 1:
@@ -119,8 +115,6 @@ def write_checkpoint(
                 if data.shape != output.shape or data.dtype != array_type(output.dtype):
                     raise ValueError(f"{output.name} is {data.dtype} {data.shape}")
                 file.write(memoryview(data.tobytes()))
-                done += output.size
-                report(done, total)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": places}
         (folder / "model.safetensors.index.json").write_text(

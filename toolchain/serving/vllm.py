@@ -194,6 +194,8 @@ def _settings(planned: ServingPlan, case: Case) -> dict[str, Json]:
         settings["block-size"] = case.cache.block
     # By default a CPU server takes 92 % of the host; one block is vLLM's own (the null block).
     settings["kv-cache-memory-bytes"] = planned.kv_bytes_total + case.cache.bytes_per_block
+    # Compiling takes a C++ compiler, which an image has not, and minutes at every start.
+    settings["enforce-eager"] = True
     return settings
 
 
@@ -255,7 +257,7 @@ def file_settings(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, 
 ENGINE = Engine(
     name="vllm",
     title="vLLM",
-    accepts=frozenset({"safetensors", "awq", "gptq", "fp8", "lora"}),
+    accepts=frozenset({"safetensors", "awq", "gptq", "fp8", "compressed-tensors", "lora"}),
     base=EngineBase(cpu="engine:vllm-cpu", gpu=GPU_IMAGE, rocm=ROCM_IMAGE),
     port=_PORT,
     health_path="/health",
@@ -270,6 +272,7 @@ ENGINE = Engine(
         f"import urllib.request as u; u.urlopen('http://127.0.0.1:{_PORT}/health', timeout=4)",
     ),
     key_variable="VLLM_API_KEY",
+    threads_variable="OMP_NUM_THREADS",
     neutral_settings=frozenset(
         {"max-num-seqs", "max-model-len", "kv-cache-memory-bytes", "gpu-memory-utilization"}
     ),

@@ -1,0 +1,95 @@
+"""AWQ by AutoAWQ, archived upstream: the same layout as GPTQModel's, for comparison and habit."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from toolchain.quantizers.checkpoints import (
+    awq_config,
+    check_grouped,
+    finish,
+    group_option,
+    group_size,
+    peak_disk,
+)
+from toolchain.quantizers.packed import Layout, view_of
+from toolchain.quantizers.packed_check import check_checkpoint
+from toolchain.quantizers.quantizer import Quantizer, QuantizeRequest, Step
+from toolchain.quantizers.running import BLOCK, blocks, encoder, python_step, read_settings, texts
+from toolchain.values import Format, Json
+
+FORMAT = Format(name="awq-autoawq", kind="awq", bits_per_weight=4.16)
+
+
+def options(_format: Format, wanted: Mapping[str, Json]) -> Mapping[str, Json]:
+    """Return the recipe's wishes that change the bytes; its kernels need a zero point."""
+    return {"group_size": group_option(wanted)}
+
+
+def steps(request: QuantizeRequest) -> tuple[Step, ...]:
+    """Return the one command: AutoAWQ, and our own writing of what it made."""
+    title = "quantizing to awq by AutoAWQ"
+    return (python_step(__name__, request, title, group_size=_layout(request).group_size),)
+
+
+def check(request: QuantizeRequest) -> Mapping[str, Json]:
+    """Re-read the finished checkpoint against its original; raises CheckFailed."""
+    found = check_checkpoint(request.output, request.model, _layout(request))
+    return {**found, "engine": "autoawq"}
+
+
+def _layout(request: QuantizeRequest) -> Layout:
+    config = json.loads((request.model / "config.json").read_text("utf-8"))
+    group = group_size(config, request.options.get("group_size"))
+    return Layout(method="awq", bits=4, group_size=group, symmetric=False)
+
+
+def main() -> None:
+    """Run in the builder: quantize by the settings file that the command line names."""
+    told = read_settings()
+    raw, model = Path(told["raw"]), Path(told["model"])
+    shutil.rmtree(raw, ignore_errors=True)
+    torch: Any = importlib.import_module("torch")
+    transformers: Any = importlib.import_module("transformers")
+    library: Any = importlib.import_module("awq")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    samples = blocks(texts(told["calibration"]), encoder(tokenizer))
+    gpu = torch.cuda.is_available()
+    loaded = library.AutoAWQForCausalLM.from_pretrained(
+        str(model),
+        trust_remote_code=False,
+        device_map="cuda" if gpu else "cpu",
+        **({} if gpu else {"torch_dtype": torch.float32}),
+    )
+    wanted = {"zero_point": True, "q_group_size": told["group_size"], "w_bit": 4, "version": "GEMM"}
+    # Token lists, never longer than its samples: what is longer it silently leaves out.
+    loaded.quantize(
+        tokenizer, quant_config=wanted, calib_data=samples, max_calib_seq_len=BLOCK,
+        max_calib_samples=len(samples), n_parallel_calib_samples=8,
+    )  # fmt: skip
+    loaded.save_quantized(str(raw), safetensors=True)
+    finish(model, raw, Path(told["out"]), awq_config(told["group_size"], zero_point=True))
+    shutil.rmtree(raw)
+
+
+QUANTIZER = Quantizer(
+    name="autoawq",
+    builder="autoawq",
+    formats=(FORMAT,),
+    recipe_number=1,
+    check_input=check_grouped,
+    steps=steps,
+    check=check,
+    peak_disk=peak_disk,
+    options=options,
+    calibrated=lambda _format, _options: True,
+    view=view_of,
+)
+
+if __name__ == "__main__":
+    main()

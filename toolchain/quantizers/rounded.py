@@ -1,0 +1,141 @@
+"""FP8 and int8 without calibration: each row's scale, each weight rounded, tensor by tensor.
+
+The layouts are compressed-tensors 0.19's `float-quantized` and `int-quantized` with a scale per
+output channel; activations are scaled per token while serving (llm-compressor's FP8_DYNAMIC and
+W8A8 schemes). No model is built: a checkpoint larger than memory passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolchain.quantizers.checkpoints import (
+    LINEAR,
+    check_config,
+    peak_disk,
+    write_companions,
+)
+from toolchain.quantizers.packed import Layout, view_of
+from toolchain.quantizers.packed_check import check_checkpoint
+from toolchain.quantizers.quantizer import Quantizer, QuantizeRequest, Step
+from toolchain.quantizers.running import python_step, read_settings
+from toolchain.quantizers.tensors import Output, Tensors, array_type, write_checkpoint
+from toolchain.values import FP8, Format, Json
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+W8A8 = Format(name="w8a8", kind="compressed-tensors", bits_per_weight=8.0)
+
+_LARGEST = {"fp8": 448.0, "w8a8": 127.0}
+"""float8_e4m3fn's largest number (arXiv 2209.05433), and int8's without -128."""
+_TYPES = {"fp8": "F8_E4M3", "w8a8": "I8"}
+_LAYOUTS = {"fp8": "float-quantized", "w8a8": "int-quantized"}
+
+
+def options(_format: Format, wanted: Mapping[str, Json]) -> Mapping[str, Json]:
+    """Return the recipe's wishes that change the bytes."""
+    return {"keep": sorted(wanted.get("keep") or ())}
+
+
+def steps(request: QuantizeRequest) -> tuple[Step, ...]:
+    """Return the one command, which is our own."""
+    name = request.format.name
+    keep = request.options.get("keep", [])
+    return (python_step(__name__, request, f"rounding to {name}", method=name, keep=keep),)
+
+
+def check(request: QuantizeRequest) -> Mapping[str, Json]:
+    """Re-read the finished checkpoint against its original; raises CheckFailed."""
+    method = _LAYOUTS[request.format.name]
+    layout = Layout(method=method, bits=8, group_size=0, symmetric=True)
+    keep = tuple(request.options.get("keep", ()))
+    return {**check_checkpoint(request.output, request.model, layout, keep), "engine": "rounded"}
+
+
+def rounded(
+    weight: npt.NDArray[np.float32], method: str
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32]]:
+    """Return a matrix [out, in] in 8 bits and its scales [out, 1]: W = q s, to nearest, ties even.
+
+    s is the row's largest magnitude over the type's largest number; 1 for a row of zeros.
+    """
+    import numpy as np
+
+    most = _LARGEST[method]
+    scale = np.abs(weight).max(1, keepdims=True) / np.float32(most)
+    scale = np.where(scale > 0, scale, np.float32(1)).astype(np.float32)
+    scaled = np.clip(weight / scale, -most, most)
+    if method == "w8a8":
+        scaled = np.rint(scaled)
+    return scaled.astype(array_type(_TYPES[method])), scale
+
+
+def quantization(method: str, ignored: list[str]) -> dict[str, Json]:
+    """Return the quantization_config that compressed-tensors' readers know."""
+    kind = "float" if method == "fp8" else "int"
+    common = {"num_bits": 8, "type": kind, "symmetric": True}
+    weights = {**common, "strategy": "channel", "dynamic": False}
+    activations = {**common, "strategy": "token", "dynamic": True}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": _LAYOUTS[method],
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": weights,
+                "input_activations": activations,
+            }
+        },
+        "ignore": ["lm_head", *ignored],
+    }
+
+
+def main() -> None:
+    """Run in the builder: round by the settings file that the command line names."""
+    told = read_settings()
+    method, model, out = told["method"], Path(told["model"]), Path(told["out"])
+    source, keep = Tensors(model), tuple(told["keep"])
+    outputs: list[Output] = []
+    ignored = []
+    for name in sorted(source.names):
+        info = source.info(name)
+        module = name.removesuffix(".weight")
+        if LINEAR.search(name) and not module.endswith(keep or ("\0",)):
+            outputs += _quantized(source, name, method)
+            continue
+        if LINEAR.search(name):
+            ignored.append(module)
+        outputs.append(Output(name, info.dtype, info.shape, partial(source.array, name)))
+    write_checkpoint(out, outputs)
+    write_companions(model, out, quantization(method, ignored))
+
+
+def _quantized(source: Tensors, name: str, method: str) -> tuple[Output, Output]:
+    rows, columns = source.info(name).shape
+    return (
+        Output(name, _TYPES[method], (rows, columns), lambda: rounded(source.f32(name), method)[0]),
+        Output(name + "_scale", "F32", (rows, 1), lambda: rounded(source.f32(name), method)[1]),
+    )
+
+
+QUANTIZER = Quantizer(
+    name="rounded",
+    builder="merge",
+    formats=(FP8, W8A8),
+    recipe_number=1,
+    check_input=check_config,
+    steps=steps,
+    check=check,
+    peak_disk=peak_disk,
+    options=options,
+    view=view_of,
+)
+
+if __name__ == "__main__":
+    main()
