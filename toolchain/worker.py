@@ -221,7 +221,7 @@ def _forget_steps(output: Path) -> None:
 
 def _inherited() -> dict[str, str]:
     """Return the variables by which the runner keeps libraries offline and within their share."""
-    prefixes = ("HF_", "TRANSFORMERS_", "OMP_", "PYTHON")
+    prefixes = ("HF_", "TRANSFORMERS_", "OMP_", "PYTHON", "TMPDIR")
     return {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
 
 

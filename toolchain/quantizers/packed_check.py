@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 # Relative error of a matrix. Rounding to 4 bits in groups gives 0.07 to 0.14, GPTQ up to 0.26
 # (measured on SmolLM2); shuffled scales or a wrong group size give more than 0.5.
 _MOST_ERROR = {4: 0.45, 8: 0.05}
+_MAY_RESCALE = frozenset({"awq", "pack-quantized"})
+_BEFORE_A_MATRIX = ("v_proj", "up_proj")
+"""Whose outputs are another matrix's inputs, so that AWQ may scale them."""
 _AGAIN = "quantize it again; if it happens twice, choose another format"
 
 
@@ -108,8 +111,8 @@ def _check_near(view: PackedView, source: Tensors, module: str, layout: Layout) 
         raise CheckFailed(f"{module} has the shape {found.shape}, not {before.shape}", hint=_AGAIN)
     if not bool(np.isfinite(found).all()):
         raise CheckFailed(f"{module} has weights that are not numbers", hint=_AGAIN)
-    if layout.bits == 4:
-        before = rescaled(before, found)
+    if layout.method in _MAY_RESCALE:
+        before = rescaled(before, found, outputs=module.endswith(_BEFORE_A_MATRIX))
     norm = float(np.linalg.norm(before))
     error = float(np.linalg.norm(found - before)) / norm if norm else float(np.abs(found).max())
     limit = _MOST_ERROR[layout.bits]
@@ -123,18 +126,19 @@ def _check_near(view: PackedView, source: Tensors, module: str, layout: Layout) 
 
 
 def rescaled(
-    before: npt.NDArray[np.float32], found: npt.NDArray[np.float32]
+    before: npt.NDArray[np.float32], found: npt.NDArray[np.float32], *, outputs: bool
 ) -> npt.NDArray[np.float32]:
-    """Return the matrix with the scales per input and output that bring it nearest to `found`.
+    """Return the matrix with the scales per input that bring it nearest to `found`.
 
-    AWQ moves such scales from one layer to its neighbour (arXiv 2306.00978, section 3.2); what is
-    left is rounding. Two rounds of least squares; a zeroed matrix stays as far as it was.
+    AWQ moves such scales into the norm or matrix before (arXiv 2306.00978, section 3.2), whose
+    `outputs` then have them too; what is left is rounding. Two rounds of least squares; a zeroed
+    matrix stays as far as it was.
     """
     import numpy as np
 
     near = before
     for _ in range(2):
-        for axis in (0, 1):
+        for axis in (0, 1) if outputs else (0,):
             power = (near * near).sum(axis, keepdims=True)
             factor = (near * found).sum(axis, keepdims=True) / np.maximum(power, 1e-30)
             near = near * np.where(factor > 0, factor, 1.0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,8 +47,10 @@ def python_step(module: str, request: QuantizeRequest, title: str, **settings: J
 
 
 def read_settings() -> Mapping[str, Json]:
-    """Return the settings of the file that the command line names."""
+    """Return the settings of the file that the command line names; leave the output folder."""
     told: Mapping[str, Json] = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    # Libraries leave logs where they are started.
+    os.chdir(tempfile.gettempdir())
     return told
 
 

@@ -1,0 +1,319 @@
+"""Quantized checkpoints of our own making are read back, and broken ones are caught."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from toolchain.errors import CheckFailed, InputRefused
+from toolchain.quantizers.checkpoints import awq_config, check_grouped, finish, group_size
+from toolchain.quantizers.packed import Layout, PackedView
+from toolchain.quantizers.packed_check import check_checkpoint
+from toolchain.quantizers.rounded import quantization, rounded
+from toolchain.quantizers.running import blocks
+
+HIDDEN, INNER, GROUP = 64, 128, 32
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "torch_dtype": "bfloat16",
+}
+SHAPES = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.up_proj": (INNER, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INNER),
+}
+GPTQ_CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True}
+AWQ_LAYOUT = Layout(method="awq", bits=4, group_size=GROUP, symmetric=False)
+GPTQ_LAYOUT = Layout(method="gptq", bits=4, group_size=GROUP, symmetric=True)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(1)
+    weights = {"model.embed_tokens.weight": torch.randn(50, HIDDEN, generator=generator)}
+    for layer in range(2):
+        for name, shape in SHAPES.items():
+            weights[f"model.layers.{layer}.{name}.weight"] = torch.randn(shape, generator=generator)
+        weights[f"model.layers.{layer}.input_layernorm.weight"] = torch.ones(HIDDEN)
+    save_file({k: v.to(torch.bfloat16) for k, v in weights.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def words(numbers: np.ndarray, order: tuple[int, ...]) -> torch.Tensor:
+    """Pack rows of eight 4-bit numbers, the one of column order[i] in nibble i, by plain loops."""
+    rows, columns = numbers.shape
+    out = np.zeros((rows, columns // 8), np.uint32)
+    for row in range(rows):
+        for word in range(columns // 8):
+            for nibble, column in enumerate(order):
+                out[row, word] |= np.uint32(int(numbers[row, word * 8 + column]) << (4 * nibble))
+    return torch.from_numpy(out.view(np.int32))
+
+
+def four_bits(weight: torch.Tensor, *, symmetric: bool) -> tuple[np.ndarray, ...]:
+    """Return q [in, out], zeros and scales [groups, out] of rounding to nearest."""
+    by_group = weight.float().T.reshape(-1, GROUP, weight.shape[0])
+    low, high = by_group.amin(1), by_group.amax(1)
+    if symmetric:
+        scales = torch.maximum(-low, high) / 7.5
+        zeros = torch.full_like(scales, 8)
+    else:
+        scales = (high - low) / 15
+        zeros = torch.round(-low / scales).clamp(0, 15)
+    scales = scales.half().float()
+    q = torch.round(by_group / scales[:, None] + zeros[:, None]).clamp(0, 15)
+    return q.reshape(-1, weight.shape[0]).numpy(), zeros.numpy(), scales.numpy()
+
+
+def save_awq(model: Path, raw: Path) -> None:
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    out = {}
+    for name, weight in load_file(model / "model.safetensors").items():
+        if "_proj" not in name:
+            out[name] = weight.float()
+            continue
+        q, zeros, scales = four_bits(weight, symmetric=False)
+        module = name.removesuffix("weight")
+        out[module + "qweight"] = words(q, order)
+        out[module + "qzeros"] = words(zeros, order)
+        out[module + "scales"] = torch.from_numpy(scales).half()
+    raw.mkdir()
+    save_file(out, raw / "model.safetensors")
+
+
+def save_gptq(model: Path, raw: Path) -> None:
+    order = tuple(range(8))
+    out = {}
+    for name, weight in load_file(model / "model.safetensors").items():
+        if "_proj" not in name:
+            out[name] = weight.float()
+            continue
+        q, zeros, scales = four_bits(weight, symmetric=True)
+        module = name.removesuffix("weight")
+        out[module + "qweight"] = words(q.T, order).T.contiguous()
+        out[module + "qzeros"] = words(zeros - 1, order)
+        out[module + "scales"] = torch.from_numpy(scales).half()
+    raw.mkdir()
+    save_file(out, raw / "model.safetensors")
+
+
+@pytest.fixture(params=["awq", "gptq"])
+def made(request: pytest.FixtureRequest, model: Path, tmp_path: Path) -> tuple[Path, Layout]:
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    out.mkdir()
+    if request.param == "awq":
+        save_awq(model, raw)
+        finish(model, raw, out, awq_config(GROUP, zero_point=True))
+        return out, AWQ_LAYOUT
+    save_gptq(model, raw)
+    finish(model, raw, out, GPTQ_CONFIG)
+    return out, GPTQ_LAYOUT
+
+
+def test_a_sound_checkpoint_is_read_back_near_its_original(
+    made: tuple[Path, Layout], model: Path
+) -> None:
+    folder, layout = made
+    found = check_checkpoint(folder, model, layout)
+    assert found["quantized"] == 8
+    assert 4.5 < found["bits_per_quantized_weight"] < 5.2
+    assert 0.05 < found["weight_error"] < 0.15
+    view = PackedView(folder)
+    for name, weight in load_file(model / "model.safetensors").items():
+        if "_proj" in name:
+            q, zeros, scales = four_bits(weight, symmetric=layout.symmetric)
+            expected = (q - zeros.repeat(GROUP, 0)) * scales.repeat(GROUP, 0)
+            np.testing.assert_allclose(view.tensor(name), expected.T, rtol=1e-6)
+        else:
+            assert (torch.from_numpy(view.tensor(name)) == weight.float()).all()
+
+
+def test_what_is_not_quantized_keeps_its_type_and_the_tokenizer_its_bytes(
+    made: tuple[Path, Layout], model: Path
+) -> None:
+    folder, _ = made
+    assert load_file(folder / "model.safetensors")["model.embed_tokens.weight"].dtype == (
+        torch.bfloat16
+    )
+    assert (folder / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+    config = json.loads((folder / "config.json").read_text())
+    assert {key: config[key] for key in CONFIG} == CONFIG
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+
+
+def broken(folder: Path, change) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+FIRST = "model.layers.0.mlp.up_proj"
+QUERY = "model.layers.0.self_attn.q_proj"
+
+
+def scaled(tensors) -> None:
+    tensors[QUERY + ".scales"].mul_(torch.linspace(0.05, 4, HIDDEN).half())
+
+
+def zeroed(tensors) -> None:
+    tensors[FIRST + ".qweight"].zero_()
+
+
+def reordered(tensors) -> None:
+    tensors[FIRST + ".qweight"] = tensors[FIRST + ".qweight"].flip(0).contiguous()
+
+
+def not_a_number(tensors) -> None:
+    tensors[FIRST + ".scales"][0, 0] = float("nan")
+
+
+def negative(tensors) -> None:
+    tensors[FIRST + ".scales"][0, 0] = -1.0
+
+
+def larger_groups(tensors) -> None:
+    for end in (".scales", ".qzeros"):
+        tensors[FIRST + end] = tensors[FIRST + end][:1].contiguous()
+
+
+def infinite_norm(tensors) -> None:
+    tensors["model.layers.0.input_layernorm.weight"][0] = float("inf")
+
+
+def other_embedding(tensors) -> None:
+    tensors["model.embed_tokens.weight"].mul_(2)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (scaled, "differs"),
+        (zeroed, "differs"),
+        (reordered, "differs"),
+        (not_a_number, "scales that are not"),
+        (negative, "scales that are not"),
+        (larger_groups, "groups"),
+        (infinite_norm, "not numbers"),
+        (other_embedding, "was changed"),
+    ],
+)
+def test_a_broken_quantization_is_caught(
+    made: tuple[Path, Layout], model: Path, what: str, change
+) -> None:
+    folder, layout = made
+    broken(folder, change)
+    with pytest.raises(CheckFailed, match=what):
+        check_checkpoint(folder, model, layout)
+
+
+def test_a_matrix_left_in_sixteen_bits_is_caught(made: tuple[Path, Layout], model: Path) -> None:
+    folder, layout = made
+    original = load_file(model / "model.safetensors")[FIRST + ".weight"]
+
+    def put_back(tensors) -> None:
+        for end in (".qweight", ".qzeros", ".scales"):
+            del tensors[FIRST + end]
+        tensors[FIRST + ".weight"] = original
+
+    broken(folder, put_back)
+    with pytest.raises(CheckFailed, match="left unquantized"):
+        check_checkpoint(folder, model, layout)
+
+
+def test_another_layout_than_wanted_is_caught(made: tuple[Path, Layout], model: Path) -> None:
+    folder, _ = made
+    other = Layout(method="awq", bits=4, group_size=128, symmetric=False)
+    with pytest.raises(CheckFailed, match="wanted was"):
+        check_checkpoint(folder, model, other)
+
+
+def test_scales_moved_between_layers_are_no_fault(model: Path, tmp_path: Path) -> None:
+    """AWQ multiplies inputs of one matrix and outputs of the one before it."""
+    moved = tmp_path / "moved"
+    shutil.copytree(model, moved)
+    weights = load_file(moved / "model.safetensors")
+    scale = torch.linspace(0.25, 4, HIDDEN)
+    for name in weights:
+        if name.endswith("up_proj.weight"):
+            weights[name] = (weights[name].float() * scale).to(torch.bfloat16)
+    save_file(weights, moved / "model.safetensors")
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    out.mkdir()
+    save_awq(moved, raw)
+    finish(model, raw, out, awq_config(GROUP, zero_point=True))
+    assert check_checkpoint(out, model, AWQ_LAYOUT)["weight_error"] < 0.25
+
+
+@pytest.mark.parametrize(("method", "kind"), [("fp8", torch.float8_e4m3fn), ("w8a8", torch.int8)])
+def test_rounding_is_torch_s_own(method: str, kind: torch.dtype) -> None:
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(2))
+    weight[3] = 0
+    q, scale = rounded(weight.numpy(), method)
+    most = torch.finfo(kind).max if kind.is_floating_point else 127
+    expected_scale = weight.abs().amax(1, keepdim=True) / most
+    expected_scale[3] = 1
+    assert (torch.from_numpy(scale) == expected_scale).all()
+    scaled = weight / expected_scale
+    expected = scaled.to(kind) if kind.is_floating_point else scaled.round().to(kind)
+    assert (torch.from_numpy(q.astype(np.float32)) == expected.float()).all()
+
+
+def test_configurations_of_eight_bits_are_read_as_their_layouts() -> None:
+    from toolchain.quantizers.packed import layout_of
+
+    for method, layout in (("fp8", "float-quantized"), ("w8a8", "int-quantized")):
+        found = layout_of({"quantization_config": quantization(method, [])})
+        assert found == Layout(method=layout, bits=8, group_size=0, symmetric=True)
+
+
+def test_the_group_size_is_the_largest_that_divides_every_row() -> None:
+    smollm2 = {**CONFIG, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
+    assert group_size(smollm2, "auto") == 64
+    assert group_size(smollm2, 32) == 32
+    with pytest.raises(InputRefused, match=r"128 inputs does not divide the 576 inputs of q_proj"):
+        group_size(smollm2, 128)
+    with pytest.raises(InputRefused, match="does not divide"):
+        group_size({**CONFIG, "intermediate_size": 100}, "auto")
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, "already quantized"),
+        ({"architectures": []}, "lacks architectures"),
+        ({"architectures": ["T5ForConditionalGeneration"]}, "not among"),
+        ({"intermediate_size": 100}, "does not divide"),
+    ],
+)
+def test_models_that_cannot_be_quantized_are_refused(change: dict, what: str) -> None:
+    with pytest.raises(InputRefused, match=what):
+        check_grouped({**CONFIG, **change})
+
+
+def test_long_texts_are_cut_and_none_is_dropped() -> None:
+    texts = ["a" * 2000, "b" * 30]
+    found = blocks(texts, lambda text: [ord(c) for c in text])
+    assert [len(block) for block in found] == [512, 512, 512, 494]
+    assert [token for block in found for token in block] == [ord("a")] * 2000 + [ord("b")] * 30
+    with pytest.raises(InputRefused, match="30 tokens"):
+        blocks(["b" * 30], lambda text: [ord(c) for c in text])
