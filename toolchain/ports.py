@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from toolchain.errors import EnvironmentFailure
 from toolchain.values import Digest, FileEntry, Job, Json, Snapshot, Tree
 
 
@@ -203,6 +204,12 @@ class ContainerEngine(Protocol):
         """Version, storage driver, GPU runtime: for `doctor`."""
 
 
+def _assembles_none(engine: str, _folder: Path, _progress: Progress) -> None:
+    raise EnvironmentFailure(
+        f"the engine {engine} cannot be assembled here", hint="name another base image"
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tools:
     """The outside world of one build, put together in `wiring`."""
@@ -216,7 +223,7 @@ class Tools:
     progress: Progress
     scratch: Callable[[], AbstractContextManager[Path]]
     """Makes a folder for a job's output and deletes it afterwards."""
-    assemble_engine: Callable[[str, Path, Progress], None]
+    assemble_engine: Callable[[str, Path, Progress], None] = _assembles_none
     """(engine, empty folder, progress): fills it with the engine's root file system."""
     command: RunCommand
     """Runs the user's own evaluation program."""

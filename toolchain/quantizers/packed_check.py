@@ -16,9 +16,13 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-# Relative error of a matrix. Rounding to 4 bits in groups gives 0.07 to 0.14, GPTQ up to 0.26
-# (measured on SmolLM2); shuffled scales or a wrong group size give more than 0.5.
+# Relative error of a matrix. Rounding to 4 bits in groups gives 0.07 to 0.14, GPTQ up to 0.26 and
+# AWQ, which clips what matters little, up to 0.45 (measured on SmolLM2 and examples/tiny); a zeroed
+# matrix gives 1, one in another order more.
 _MOST_ERROR = {4: 0.45, 8: 0.05}
+_MOST_CLIPPED = 0.75
+_GAINS, _MOST_OFF = (0.4, 1.6), 0.05
+"""What clipping leaves of an output, and the share of outputs that may be beyond."""
 _MAY_RESCALE = frozenset({"awq", "pack-quantized"})
 _BEFORE_A_MATRIX = ("v_proj", "up_proj")
 """Whose outputs are another matrix's inputs, so that AWQ may scale them."""
@@ -112,10 +116,13 @@ def _check_near(view: PackedView, source: Tensors, module: str, layout: Layout) 
     if not bool(np.isfinite(found).all()):
         raise CheckFailed(f"{module} has weights that are not numbers", hint=_AGAIN)
     if layout.method in _MAY_RESCALE:
-        before = rescaled(before, found, outputs=module.endswith(_BEFORE_A_MATRIX))
+        free = module.endswith(_BEFORE_A_MATRIX)
+        before = rescaled(before, found, outputs=free)
+        if not free:
+            _check_gains(before, found, module)
     norm = float(np.linalg.norm(before))
     error = float(np.linalg.norm(found - before)) / norm if norm else float(np.abs(found).max())
-    limit = _MOST_ERROR[layout.bits]
+    limit = _MOST_CLIPPED if layout.method in _MAY_RESCALE else _MOST_ERROR[layout.bits]
     if not error <= limit:
         raise CheckFailed(
             f"{module} differs by {error:.2f} of its size from the checkpoint's, at most {limit} "
@@ -123,6 +130,23 @@ def _check_near(view: PackedView, source: Tensors, module: str, layout: Layout) 
             hint="the weights are damaged or packed in another order; " + _AGAIN,
         )
     return error
+
+
+def _check_gains(
+    before: npt.NDArray[np.float32], found: npt.NDArray[np.float32], module: str
+) -> None:
+    """Raise CheckFailed where outputs were scaled: nothing after them would undo that."""
+    import numpy as np
+
+    power = np.maximum((before * before).sum(1), 1e-30)
+    gains = (before * found).sum(1) / power
+    off = float(((gains < _GAINS[0]) | (gains > _GAINS[1])).mean())
+    if off > _MOST_OFF:
+        raise CheckFailed(
+            f"{module} differs: {off:.0%} of its outputs are scaled by less than {_GAINS[0]} or "
+            f"more than {_GAINS[1]}",
+            hint="its scales are in another order; " + _AGAIN,
+        )
 
 
 def rescaled(
