@@ -18,6 +18,8 @@ def build(
     *,
     target: Sequence[str] = (),
     recipe: str = "",
+    from_: str = "",
+    key: str = "",
     runner: str = "auto",
     push: bool = False,
     load: bool = False,
@@ -55,6 +57,8 @@ def build(
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,
     }
+    if from_:
+        base, recipe, locked = "", _recipe_again(from_, base, key, dist, insecure), not base
     file = recipe_file(recipe, base, adapter, [*serve_settings(wishes), *set])
     targets = chosen_targets(file, tuple(target), to_build=True)
     tools, engine = make_tools(runner, Recorder(progress_for()), sign_key=sign_key)
@@ -138,6 +142,18 @@ def plan(
     tools, _ = make_tools(runner, Silent())
     result = forecast(file, targets, Path(dist).absolute(), tools)
     return result, table(result)
+
+
+def _recipe_again(source: str, base: str, key: str, dist: str, insecure: bool) -> str:
+    """Return the recipe file of an image that was built before."""
+    from toolchain.cli.progress import progress_for
+    from toolchain.singles.again import recipe_of_image
+    from toolchain.singles.verify import key_path
+    from toolchain.wiring import make_registry
+
+    with make_registry(insecure=insecure) as registry:
+        folder = Path(dist).absolute()
+        return str(recipe_of_image(source, base, key_path(key), folder, registry, progress_for()))
 
 
 def serve_settings(wishes: Mapping[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ FLAGS = {
     "folder": "folder with build.json in it or below; default: dist",
     "force": "let a tag that exists name the new image",
     "format": "weight format, such as q4_k_m",
+    "from_": "image to make again from the sources that it names, with its attached adapters",
     "gpu": "GPU to plan for, such as nvidia-l4; none plans for CPU memory",
     "gpu_count": "GPUs per replica",
     "gpu_memory": "memory per GPU instead of a name, such as 24GiB",

@@ -78,13 +78,24 @@ def evidence(made: Made) -> Evidence:
 
 def public_recipe(recipe: Recipe) -> Mapping[str, Json]:
     """Return a recipe without this machine's paths, and without what is default."""
-    told = dict(recipe.model_dump(mode="json", exclude_defaults=True))
+    told = dict(recipe.model_dump(mode="json", exclude_defaults=True, by_alias=True))
     told["base"] = {**told["base"], "source": public_name(recipe.base.source)}
     told["adapters"] = [
         {**row, "source": public_name(str(row["source"]))} for row in told.get("adapters", ())
     ]
     told.pop("image", None)
-    return told
+    named: Mapping[str, Json] = _without_folders(told)
+    return named
+
+
+def _without_folders(value: Json, key: str = "") -> Json:
+    """Return a recipe's part with the names of its files, without the paths to them."""
+    if isinstance(value, dict):
+        return {k: _without_folders(inner, k) for k, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(inner, key) for inner in value]
+    files = ("data", "training", "probes", "imatrix")
+    return public_name(value) if key in files and isinstance(value, str) and value else value
 
 
 def _merged(made: Made) -> list[Mapping[str, Json]]:

@@ -1,0 +1,181 @@
+"""`invoke build --from`: the recipe that an image names, with its adapters, as a folder."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+import yaml
+
+from toolchain.errors import InputRefused, UsageError
+from toolchain.oci.attachments import Part
+from toolchain.oci.places import open_place
+from toolchain.oci.registry import Registry
+from toolchain.ports import Progress
+from toolchain.provenance import evidence, signing, statements
+from toolchain.provenance.evidence import ADAPTER_TYPE, EVALUATION_TYPE, NUMBER, Document
+from toolchain.values import Digest, Json
+
+_NAMES = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
+_METRICS = ("contains", "exact", "regex", "choice")
+"""Those that run nothing of the image's makers on this machine."""
+
+
+def recipe_of_image(
+    source: str, base: str, key: Path | None, dist: Path, registry: Registry, progress: Progress
+) -> Path:
+    """Return a recipe that makes the image's model again, in a folder below `dist`.
+
+    Its adapters are those attached to the image, its lock has the digests that the image states,
+    so another base or adapter is refused. `base` says where a base is that was a folder. Raises
+    InputRefused for an image that does not say how it was made, or not with the key's signature.
+    """
+    place = open_place(source, registry)
+    image = place.image()
+    rows = evidence.limited(place.attached(image.digest))
+    attachments = [place.read(blob, tag) for blob, tag in rows]
+    told = _statements(evidence.statement_parts(attachments), key, source)
+    if key is None:
+        progress.warn(f"{source}: nobody checked who states how it was made; give --key")
+    recipe = _recipe(told, source)
+    sources = _sources(told, source)
+    documents = evidence.documents_in(attachments)
+    folder = dist / "from" / image.digest.short
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as made:
+        beside = Path(made) / "recipe"
+        beside.mkdir()
+        locked = _with_base(recipe, base, sources["base"])
+        locked |= _with_adapters(recipe, documents, sources, beside)
+        _with_questions(recipe, documents, beside, progress)
+        lock = {"bases": {}, "sources": locked}
+        (beside / "recipe.lock").write_text(json.dumps(lock, indent=2, sort_keys=True) + "\n")
+        (beside / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+    progress.note(f"the recipe of {source} is in {folder}")
+    return folder / "recipe.yaml"
+
+
+def _statements(parts: Sequence[Part], key: Path | None, source: str) -> list[Mapping[str, Json]]:
+    check = signing.read_public_key(key) if key else None
+    found = [evidence.read_statement(part, check) for part in parts]
+    right = [one.statement for one in found if key is None or one.signed]
+    if not right:
+        raise InputRefused(
+            f"{source} has no statement" + (" signed by this key" if key else ""),
+            hint="only images that were pushed or written by `build` say how they were made",
+        )
+    return right
+
+
+def _recipe(told: Sequence[Mapping[str, Json]], source: str) -> dict[str, Json]:
+    for one in told:
+        recipe = statements.parameters_of(one).get("recipe")
+        if statements.kind_of(one) == "bake" and isinstance(recipe, dict):
+            # Files that did not come along, and what would run a program of somebody else's.
+            kept = {k: v for k, v in recipe.items() if k not in ("calibration", "validate")}
+            kept["adapters"] = [
+                {k: v for k, v in row.items() if k != "evaluate"}
+                for row in recipe.get("adapters") or ()
+            ]
+            return kept
+    raise InputRefused(
+        f"{source} was baked from a finished model: it names no base and no adapters",
+        hint="`build --from` needs an image that `build` made",
+    )
+
+
+def _sources(told: Sequence[Mapping[str, Json]], source: str) -> dict[str, tuple[str, str]]:
+    """Return what was merged: `base`, `adapter:0` … -> pin and digest."""
+    for one in told:
+        if statements.kind_of(one) == "merge":
+            predicate = one["predicate"]["buildDefinition"]["resolvedDependencies"]
+            uris = {str(row["name"]): str(row.get("uri", "")) for row in predicate}
+            digests = statements.dependencies_of(one)
+            return {name: (uris.get(name, ""), digest) for name, digest in digests.items()}
+    raise InputRefused(f"{source} has no statement of a merge: there is nothing to merge again")
+
+
+def _with_base(
+    recipe: dict[str, Json], base: str, stated: tuple[str, str]
+) -> dict[str, dict[str, str]]:
+    """Name the base in the recipe; return its row of the lock."""
+    pin, digest = stated
+    row: dict[str, Json] = {"source": base}
+    if base:
+        if "://" not in base:
+            row["source"] = str(Path(base).absolute())
+    elif pin.startswith("hf://"):
+        name, _, revision = pin.partition("@")
+        row = {"source": name, "revision": revision}
+    elif pin.startswith("pypi://"):
+        name, _, sha256 = pin.partition("#sha256=")
+        row = {"source": name, "sha256": sha256}
+    else:
+        raise UsageError(
+            f"the image's base was a folder ({recipe['base']['source']}, {digest[7:19]})",
+            hint="say where it is with --base DIR; a base with other content is told",
+        )
+    recipe["base"] = row
+    name = str(row["source"])
+    return {name: {"pin": digest if "://" not in name else pin, "digest": digest}}
+
+
+def _with_adapters(
+    recipe: dict[str, Json],
+    documents: Sequence[Document],
+    stated: Mapping[str, tuple[str, str]],
+    folder: Path,
+) -> dict[str, dict[str, str]]:
+    """Write the attached adapters and name them in the recipe; return their rows of the lock."""
+    attached = {
+        int(d.annotations.get(NUMBER, "0")): d for d in documents if d.artifact_type == ADAPTER_TYPE
+    }
+    locked = {}
+    for number, row in enumerate(recipe["adapters"]):
+        digest = stated.get(f"adapter:{number}", ("", ""))[1]
+        document = attached.get(number)
+        if document is None or evidence.document_digest(document) != digest:
+            raise InputRefused(f"adapter {number} is not attached to the image as it is stated")
+        name = f"./adapters/{number}"
+        _write(document, folder / name)
+        row["source"] = name
+        row.pop("revision", None)
+        locked[name] = {"pin": digest, "digest": str(Digest(digest))}
+    return locked
+
+
+def _write(document: Document, folder: Path) -> None:
+    for part in document.parts:
+        if not _NAMES.fullmatch(part.title) or ".." in PurePosixPath(part.title).parts:
+            raise InputRefused(f"an attached adapter has a file named {part.title!r}")
+        path = folder / part.title
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            for chunk in part.open():
+                file.write(chunk)
+
+
+def _with_questions(
+    recipe: dict[str, Json], documents: Sequence[Document], folder: Path, progress: Progress
+) -> None:
+    """Write the questions of the attached evaluation, or leave the evaluation out."""
+    wanted = recipe.pop("evaluate", None)
+    if not isinstance(wanted, dict):
+        return
+    parts = [d.parts[0] for d in documents if d.artifact_type == EVALUATION_TYPE]
+    items = json.loads(parts[0].read()).get("items", []) if parts else []
+    usable = items and all(isinstance(item.get("prompt"), str) for item in items)
+    if not usable or wanted.get("metric", "contains") not in _METRICS:
+        progress.warn("the image's evaluation cannot be repeated: the recipe has none")
+        return
+    rows = [{"prompt": i["prompt"], "expected": i["expected"]} for i in items]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "eval.jsonl").write_text(text, "utf-8")
+    kept = ("metric", "max_drop", "min_score", "max_tokens", "certainty")
+    recipe["evaluate"] = {"data": "eval.jsonl", **{k: wanted[k] for k in kept if k in wanted}}
