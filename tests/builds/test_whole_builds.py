@@ -179,3 +179,82 @@ def test_single_commands_make_the_same_artifact(local, tmp_path: Path) -> None:
     )
     assert baked["digest"].startswith("sha256:")
     assert score["score"] >= 0.9
+
+
+TWO = TINY.with_name("recipe-two.yaml")
+
+
+def test_each_adapters_own_task_is_held_against_that_adapter(local, tmp_path: Path) -> None:
+    """A merge that wins one task at the other's cost stops, before anything is quantized."""
+    store, _, _ = local
+    words = ("build", "--recipe", TWO, "--runner", "local", "--dist", tmp_path / "dist")
+    error = weightsmith(*words, "--set", "adapters.1.weight=3.0", store=store, expect=4)["error"]
+    refused = tmp_path / "dist" / "tiny-two" / "1.0.0" / "refused"
+    found = json.loads((refused / "build.json").read_text())
+    first, second = found["verdicts"], found["more_tasks"][0]["verdicts"]
+
+    assert error["message"].startswith("a v1: the merged model scores")
+    assert [found["task"]["name"], found["more_tasks"][0]["name"]] == ["a v1", "b v1"]
+    assert (first[0]["passed"], second[0]["passed"]) == (False, True)
+    assert first[0]["lost"] > 4
+    assert found["artifact"] is None
+    assert "Stopped: not published" in (refused / "report.html").read_text()
+    assert (refused / "junit.xml").is_file()
+
+
+def test_an_image_is_loaded_and_compared(local, tmp_path: Path) -> None:
+    store, dist, built = local
+    folder = dist / "tiny-capitals" / "1.0.0" / TARGET
+    data = TINY.parent / "eval-a.jsonl"
+    before = tmp_path / "before.json"
+    ask = ("evaluate", "--data", data, "--runner", "local", "--max-tokens", 32)
+    first = weightsmith(*ask, "--image", built["image"], store=store)
+    before.write_text(json.dumps(first))
+    again = weightsmith(*ask, "--image", built["image"], "--against", before, store=store)
+    loaded = weightsmith(
+        "bench", "--image", built["image"], "--concurrency", "1,4", "--requests", 8,
+        "--out", folder, "--runner", "local", store=store,
+    )  # fmt: skip
+    base = weightsmith(
+        *ask, "--model", TINY.parent / "base", "--against", before, "--max-drop", 0.1,
+        store=store, expect=4,
+    )  # fmt: skip
+
+    assert again["comparison"]["drop"] == 0
+    assert [run["concurrency"] for run in loaded["runs"]] == [1, 4]
+    assert all(run["errors"] == 0 for run in loaded["runs"])
+    assert all(run["ttft_ms"]["p95"] >= run["ttft_ms"]["p50"] > 0 for run in loaded["runs"])
+    assert "is not chance" in base["error"]["message"]
+    written = weightsmith("report", folder, store=store)
+    assert "requests/s" in Path(written["html"]).read_text()
+
+
+def test_a_choice_is_made_alike_by_checkpoint_and_image(local, tmp_path: Path) -> None:
+    """llama.cpp's token-by-token likelihoods against transformers' forward, on 16-bit weights."""
+    store, _, _ = local
+    base, data = TINY.parent / "base", tmp_path / "choice.jsonl"
+    rows = [json.loads(line) for line in (TINY.parent / "eval-a.jsonl").read_text().splitlines()]
+    answers = [row["expected"] for row in rows]
+    data.write_text("\n".join(
+        json.dumps({
+            kind: row["prompt"] if kind == "prompt" else
+            [{"role": "user", "content": row["prompt"]}],
+            "choices": [answers[n], answers[(n + 1) % len(answers)]], "expected": 0,
+        })
+        for n, row in enumerate(rows[:6]) for kind in (("prompt", "messages")[n % 2],)
+    ))  # fmt: skip
+    weightsmith(
+        "quantize", "--model", base, "--format", "f32", "--out", tmp_path / "base.gguf",
+        "--runner", "local", store=store,
+    )  # fmt: skip
+    weightsmith(
+        "bake", "--model", tmp_path / "base.gguf", "--target", "llamacpp-f32",
+        "--layout", tmp_path / "image", "--runner", "local", store=store,
+    )  # fmt: skip
+    ask = ("evaluate", "--data", data, "--metric", "choice", "--runner", "local")
+    here = weightsmith(*ask, "--model", base, store=store)
+    there = weightsmith(*ask, "--image", f"oci:{tmp_path}/image", store=store)
+
+    for one, other in zip(here["per_item"], there["per_item"], strict=True):
+        assert one["log_likelihoods"] == pytest.approx(other["log_likelihoods"], abs=0.05)
+        assert one["answer"] == other["answer"]

@@ -69,5 +69,4 @@ def test_a_type_that_forgets_is_stopped(folder: Path) -> None:
     assert "now gives" in error["hint"]
     assert not verdict["passed"]
     assert verdict["lost"] > 2
-    assert verdict["p"] < 0.05
     assert not (folder / "dist/support-bot/1.0.0/llamacpp-q2_k/image").exists()
