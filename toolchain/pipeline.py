@@ -25,7 +25,7 @@ from toolchain.planning import (
 from toolchain.ports import Tools
 from toolchain.provenance.labels import labels, reference, score_labels
 from toolchain.proving import Result, ask_references, with_image
-from toolchain.quantizers import of_format
+from toolchain.quantizers import formats, of_format
 from toolchain.recipe import RecipeFile
 from toolchain.serving.targets import Target
 from toolchain.stages import merge as merging
@@ -49,7 +49,7 @@ from toolchain.stages.render import portable
 from toolchain.stages.report import write_report
 from toolchain.stages.resolve import resolve
 from toolchain.stages.trial import Trial, ask, checks_of, is_proven, known_answers
-from toolchain.stages.unmerged import unmerged
+from toolchain.stages.unmerged import unmerged, unmerged_gguf
 from toolchain.values import (
     LORA,
     Artifact,
@@ -256,9 +256,9 @@ def config_of(
     artifact: Artifact,
 ) -> ServingConfig:
     """Plan and render for the artifact as it came out."""
-    suffix = artifact.format.suffix
-    # Checkpoints are served as the folder that they are.
-    files = [f.path for f in artifact.tree.files if suffix == ".gguf" and f.path.endswith(suffix)]
+    # A GGUF is served as a file, a checkpoint as the folder that it is.
+    names = [entry.path for entry in artifact.tree.files]
+    files = [name for name in names if name.endswith(".gguf") and "/" not in name]
     return serving_config(
         request.file,
         target,
@@ -275,9 +275,18 @@ def quantized(
 ) -> Artifact:
     """Return the weights in the target's format, by the recipe's options for it."""
     if target.format == LORA:
-        return unmerged(sources)
+        return beside(file, target, sources, tools)
     wanted = wanted_of(file, target.format, sources.base, tools)
     return quantizing.quantize(checkpoint, wanted, tools)
+
+
+def beside(file: RecipeFile, target: Target, sources: Sources, tools: Tools) -> Artifact:
+    """Return base and adapters unmerged, as files that the target's engine loads."""
+    if "gguf" not in target.engine.accepts:
+        return unmerged(sources)
+    base = Checkpoint(tree=sources.base.tree, made_from=(sources.base.digest,))
+    wanted = wanted_of(file, formats()["f16"], sources.base, tools)
+    return unmerged_gguf(sources, quantizing.quantize(base, wanted, tools), tools)
 
 
 def validated(

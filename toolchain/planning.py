@@ -287,7 +287,7 @@ def unmerged_adapters(
             " them together",
             hint="build an image per adapter, or leave `evaluate` out for this target",
         )
-    return served_adapters(sources)
+    return served_adapters(sources, gguf="gguf" in target.engine.accepts)
 
 
 def everything_cached(request: BuildRequest, sources: Sources, tools: Tools) -> bool:

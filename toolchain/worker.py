@@ -35,7 +35,7 @@ from toolchain.errors import (
 from toolchain.values import Job, Json, plain
 
 if TYPE_CHECKING:
-    from toolchain.quantizers.quantizer import QuantizeRequest, Step
+    from toolchain.quantizers.quantizer import Step
 
 Report = Callable[[int, int, str], None]
 """Report work done: done, total, unit."""
@@ -139,7 +139,7 @@ def _quantize(job: Job, report: Report) -> Mapping[str, Json]:
         options=dict(job.parameters.get("options", {})),
     )
     try:
-        _run_steps(quantizer.steps(request), request, report)
+        _run_steps(quantizer.steps(request), request.output, report)
         result = _mapping(quantizer.check(request))
     except CheckFailed:
         _forget_steps(job.output)  # a second try must not trust what this one left
@@ -149,6 +149,17 @@ def _quantize(job: Job, report: Report) -> Mapping[str, Json]:
             path.unlink()
     _forget_steps(job.output)
     return result
+
+
+def _convert_adapter(job: Job, report: Report) -> Mapping[str, Json]:
+    """Convert a LoRA adapter to GGUF and read it back."""
+    gguf_lora: Any = importlib.import_module("toolchain.quantizers.gguf_lora")
+    base, adapter = job.inputs["base"], job.inputs["adapter"]
+    made = gguf_lora.steps(base, adapter, job.output, _tools(), sys.executable)
+    _run_steps(made, job.output, report)
+    found = gguf_lora.check(adapter, job.output)
+    _forget_steps(job.output)
+    return {"tensors": found}
 
 
 def _quantizer(name: str) -> Any:
@@ -162,14 +173,14 @@ def _tools() -> Path:
     return Path(os.environ.get("WEIGHTSMITH_TOOLS", "/opt/llamacpp"))
 
 
-def _run_steps(steps: tuple[Step, ...], request: QuantizeRequest, report: Report) -> None:
+def _run_steps(steps: tuple[Step, ...], output: Path, report: Report) -> None:
     """Run the commands in order; those that an interrupted run finished are not run again."""
     from toolchain.drivers import process
 
     for number, step in enumerate(steps):
         report(number, len(steps), "steps")
-        argv = _filled(step, request.output)
-        done = request.output / f"{_DONE}{number}"
+        argv = _filled(step, output)
+        done = output / f"{_DONE}{number}"
         if done.is_file() and done.read_text("utf-8") == " ".join(argv):
             note(f"{step.title}: done before")
             continue
@@ -179,7 +190,7 @@ def _run_steps(steps: tuple[Step, ...], request: QuantizeRequest, report: Report
         print(f"$ {' '.join(argv)}", file=sys.stderr, flush=True)  # noqa: T201
         process.run(
             argv,
-            cwd=request.output,
+            cwd=output,
             env=process.scrubbed({**_inherited(), **step.env}),
             on_line=lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201
         ).require(
@@ -326,6 +337,7 @@ STAGES: dict[str, Callable[[Job, Report], Mapping[str, Json]]] = {
     "merge": _merge,
     "import-gguf": _import_gguf,
     "quantize": _quantize,
+    "convert-adapter": _convert_adapter,
     "reference": _reference,
     "validate": _validate,
     "quality": _quality,

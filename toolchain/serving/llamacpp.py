@@ -35,15 +35,21 @@ def env(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, str]:
 
 
 def command(plan: ServingPlan, names: Mapping[str, Json]) -> tuple[str, ...]:
-    """Return the arguments for the few options of `serve.extra` that have no variable."""
-    del names
-    return as_arguments(plan.settings)
+    """Return the arguments for what has no variable: adapters, and a few options of `serve.extra`.
+
+    A single adapter is added to every request. Of several none is, until a request names it by
+    its number, in the order of the arguments: `"lora": [{"id": 0, "scale": 1.0}]`.
+    """
+    adapters = dict(names.get("adapters") or {})
+    loaded = ("--lora", ",".join(adapters.values())) if adapters else ()
+    quiet = ("--lora-init-without-apply",) if len(adapters) > 1 else ()
+    return (*loaded, *quiet, *as_arguments(plan.settings))
 
 
 ENGINE = Engine(
     name="llamacpp",
     title="llama.cpp's server",
-    accepts=frozenset({"gguf"}),
+    accepts=frozenset({"gguf", "lora"}),
     base=EngineBase(cpu="engine:llamacpp", gpu=CUDA_IMAGE),
     port=_PORT,
     health_path="/health",

@@ -250,6 +250,6 @@ def test_extra_options_that_cannot_be(extra, says, hints):
 
 
 def test_the_engine_is_what_images_expect():
-    assert ENGINE.accepts == {"gguf"}
+    assert ENGINE.accepts == {"gguf", "lora"}
     assert (ENGINE.port, ENGINE.health_path) == (8080, "/health")
     assert ENGINE.entrypoint == ("/app/llama-server",)

@@ -106,6 +106,8 @@ def test_adapters_take_memory_of_their_own():
         ({"bias": "all"}, "replaces parts"),
         ({"modules_to_save": ["lm_head"]}, "replaces parts"),
         ({"target_modules": ["embed_tokens"]}, "embeddings"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
         ({"r": 0}, "not a rank"),
         ({"r": None}, "not a rank"),
     ],
@@ -121,7 +123,7 @@ def test_what_engines_do_not_add_at_run_time_is_refused(tmp_path, change, says):
 def test_the_largest_rank_counts_and_has_a_limit(tmp_path):
     config = json.loads((TINY / "adapters" / "a" / "adapter_config.json").read_text())
     path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps({**config, "rank_pattern": {"q_proj": 65}}))
+    path.write_text(json.dumps({**config, "r": 65}))
     made = sources(AdapterSnapshot(snapshot=snapshot(tmp_path)))
     assert served_adapters(made)[0].rank == 65
     assert rendered(made, gpu="nvidia-l4").plan["settings"]["max-lora-rank"] == 128
@@ -129,6 +131,38 @@ def test_the_largest_rank_counts_and_has_a_limit(tmp_path):
     path.write_text(json.dumps({**config, "r": 1024}))
     with pytest.raises(UsageError, match="rank 1024"):
         rendered(sources(AdapterSnapshot(snapshot=snapshot(tmp_path))), gpu="nvidia-l4")
+
+
+def test_llamacpp_adds_one_adapter_always_and_of_several_none():
+    def command(*adapters):
+        made = sources(*adapters)
+        return render(
+            target=all_targets()["llamacpp-lora"],
+            name="capitals",
+            version="1",
+            model_config=json.loads((TINY / "base" / "config.json").read_text()),
+            model_file="capitals.gguf",
+            weight_bytes=8 << 20,
+            wishes=Wishes(adapters=served_adapters(made, gguf=True), host_memory_bytes=1 << 33),
+            image="",
+            made_from=(),
+        ).command
+
+    assert command(A) == ("--lora", "/models/adapters/a.gguf")
+    both = "/models/adapters/a.gguf,/models/adapters/b-v2.gguf"
+    assert command(A, B) == ("--lora", both, "--lora-init-without-apply")
+
+
+def test_llamacpp_reads_ranks_and_no_other_scaling(tmp_path):
+    config = json.loads((TINY / "adapters" / "a" / "adapter_config.json").read_text())
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**config, "rank_pattern": {"q_proj": 16}}))
+    made = sources(AdapterSnapshot(snapshot=snapshot(tmp_path)))
+    assert served_adapters(made, gguf=True)[0].rank == 16
+
+    path.write_text(json.dumps({**config, "use_rslora": True}))
+    with pytest.raises(InputRefused, match="use_rslora"):
+        served_adapters(sources(AdapterSnapshot(snapshot=snapshot(tmp_path))), gguf=True)
 
 
 def test_weights_and_double_names_are_refused():

@@ -1,0 +1,53 @@
+"""LoRA adapters as GGUF files, made by llama.cpp's own converter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from toolchain.errors import CheckFailed
+from toolchain.quantizers.quantizer import Step
+
+FILE = "adapter.gguf"
+
+_MAX_HEADER = 100 << 20
+
+
+def steps(base: Path, adapter: Path, output: Path, tools: Path, python: str) -> tuple[Step, ...]:
+    """Return the converter's command; A and B stay float32, so nothing is rounded again."""
+    converter = tools / "convert"
+    return (
+        Step(
+            title="converting the adapter to GGUF",
+            argv=(
+                python,
+                str(converter / "convert_lora_to_gguf.py"),
+                str(adapter),
+                *("--base", str(base), "--outfile", str(output / FILE), "--outtype", "f32"),
+            ),
+            env={
+                "PYTHONPATH": f"{converter}:{converter / 'gguf-py'}",
+                "PYTHONDONTWRITEBYTECODE": "1",
+                "HF_HUB_OFFLINE": "1",
+                "TRANSFORMERS_OFFLINE": "1",
+            },
+        ),
+    )
+
+
+def check(adapter: Path, output: Path) -> int:
+    """Return how many tensors the file holds; raises CheckFailed where the adapter has others."""
+    import gguf  # here, so that listing the formats stays light
+
+    with (adapter / "adapter_model.safetensors").open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > _MAX_HEADER:
+            raise CheckFailed(f"the adapter has a header of {length} bytes")
+        wanted = len(set(json.loads(stream.read(length))) - {"__metadata__"})
+    found = len(gguf.GGUFReader(output / FILE).tensors)
+    if found != wanted:
+        raise CheckFailed(
+            f"the converted adapter holds {found} tensors, the adapter {wanted}",
+            hint="the converter left some out; merge this adapter instead",
+        )
+    return found
