@@ -1,0 +1,41 @@
+"""Adapters served beside their base do in the image what they do in PEFT."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
+pytestmark = pytest.mark.builders
+
+
+def test_an_image_with_the_adapter_beside_the_base_answers_as_the_adapter_does(tmp_path):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "toolchain.cli.program", "build", "--recipe", str(TINY)),
+            *("--target", "llamacpp-lora", "--runner", "local", "--dist", str(tmp_path / "dist")),
+            *("--layout", str(tmp_path / "image"), "--json"),
+        ],
+        env={**os.environ, "WEIGHTSMITH_STORE": str(tmp_path / "store")},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    built = json.loads(done.stdout)["targets"]["llamacpp-lora"]
+
+    # The base knows none of it: only an adapter that was added answers.
+    assert built["scores"]["base"] == 0.0
+    assert built["scores"]["image"] == built["scores"]["adapter"] == 1.0
+    record = json.loads(
+        (tmp_path / "dist/tiny-capitals/1.0.0/llamacpp-lora/build.json").read_text()
+    )
+    assert {file["path"] for file in record["artifact"]["files"]} == {
+        "tiny-capitals.gguf",
+        "adapters/a.gguf",
+    }
