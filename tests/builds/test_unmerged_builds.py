@@ -37,5 +37,5 @@ def test_an_image_with_the_adapter_beside_the_base_answers_as_the_adapter_does(t
     )
     assert {file["path"] for file in record["artifact"]["files"]} == {
         "tiny-capitals.gguf",
-        "adapters/a.gguf",
+        "adapters/a-v1.gguf",
     }
