@@ -141,12 +141,20 @@ def _targets() -> Iterator[str]:
     yield "\n## Base images\n\n| purpose | image |\n|---|---|"
     for purpose, base in sorted(bases.read_bases().items()):
         yield f"| {purpose} | `{base.reference}` |"
-    yield "\n## GPUs\n\n| name | memory | compute capability |\n|---|---|---|"
+    yield (
+        "\n## GPUs\n\nMemory is the data sheet's; usable is what a process is told on that card. "
+        "Compute capabilities and types are from the CUDA C++ Programming Guide.\n"
+    )
+    yield "| name | generation | capability | memory | usable | BF16 | FP8 | Marlin |"
+    yield "|---|---|---|---|---|---|---|---|"
     for name, gpu in sorted(GPUS.items()):
-        capability = (
-            ".".join(map(str, gpu.compute_capability)) if any(gpu.compute_capability) else ""
+        numbers = gpu.compute_capability
+        has = " | ".join("yes" if there else "no" for there in (gpu.bf16, gpu.fp8, gpu.marlin))
+        yield (
+            f"| `{name}` | {gpu.generation} | {'.'.join(map(str, numbers)) if any(numbers) else ''} |"
+            f" {gpu.total_bytes >> 30} GiB | {gpu.usable_bytes >> 20} MiB | {has} |"
         )
-        yield f"| `{name}` | {gpu.total_bytes >> 30} GiB | {capability} |"
+    yield "\n`cpu`, or no name, plans for the machine's memory or `serve.memory`."
 
 
 def main(arguments: list[str]) -> int:

@@ -25,7 +25,7 @@ from toolchain.serving.targets import Target
 from toolchain.stages import merge as merging
 from toolchain.stages import quantize as quantizing
 from toolchain.stages.publish import Outputs
-from toolchain.stages.quantize import model_config
+from toolchain.stages.quantize import model_config, serving_config_of
 from toolchain.stages.render import render
 from toolchain.stages.unmerged import served_adapters
 from toolchain.values import (
@@ -345,7 +345,7 @@ def serving_config(
         target=target,
         name=recipe.name,
         version=recipe.version,
-        model_config=model_config(model.root),
+        model_config=serving_config_of(model.root),
         model_file=weights,
         weight_bytes=weight_bytes,
         wishes=replace(wishes_of(recipe.serve), adapters=adapters),

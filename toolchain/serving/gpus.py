@@ -9,6 +9,17 @@ from dataclasses import dataclass
 from toolchain.errors import UsageError
 
 _MIB = 1 << 20
+# CUDA C++ Programming Guide, "Compute Capabilities"; AMD's data sheet.
+_GENERATIONS = {
+    (0, 0): "CDNA 3",
+    (7, 5): "Turing",
+    (8, 0): "Ampere",
+    (8, 6): "Ampere",
+    (8, 9): "Ada Lovelace",
+    (9, 0): "Hopper",
+    (10, 0): "Blackwell",
+    (12, 0): "Blackwell",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +36,16 @@ class Gpu:
     fp8: bool
     bf16: bool
     aliases: tuple[str, ...] = ()
+
+    @property
+    def marlin(self) -> bool:
+        """Whether vLLM's Marlin kernels for packed weights run on it (0.33: from 7.5 on)."""
+        return self.compute_capability >= (7, 5)
+
+    @property
+    def generation(self) -> str:
+        """The architecture's name, as its maker calls it."""
+        return _GENERATIONS.get(self.compute_capability, "")
 
 
 def _nvidia(

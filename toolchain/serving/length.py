@@ -53,7 +53,7 @@ def lengths(config: Mapping[str, Json], *, stretched: bool = False) -> Lengths:
     ]
     if not stated:
         return Lengths(default=_UNKNOWN, most=_STRETCHED)
-    length = min(stated)
+    length = min([*stated, *_tokenizers(config)])
     rope = _rope(inner)
     kind = str(rope.get("rope_type") or rope.get("type") or "default")
     model_type = str(inner.get("model_type") or config.get("model_type") or "")
@@ -67,6 +67,15 @@ def lengths(config: Mapping[str, Json], *, stretched: bool = False) -> Lengths:
     if kind not in _NOT_MULTIPLIED and not model_type.startswith("gemma3"):
         length = int(length * _factor(rope))
     return Lengths(default=length, most=_STRETCHED if stretched else length)
+
+
+def _tokenizers(config: Mapping[str, Json]) -> list[int]:
+    """Return the tokenizer's own limit, where it has one; transformers writes 1e30 for none."""
+    told = config.get("tokenizer")
+    length = told.get("model_max_length") if isinstance(told, Mapping) else None
+    if isinstance(length, bool) or not isinstance(length, int):
+        return []
+    return [length] if 0 < length < _STRETCHED else []
 
 
 _STRETCHED = 1_000_000_000

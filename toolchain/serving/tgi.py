@@ -106,6 +106,12 @@ def plan(config: Mapping[str, Json], weight_bytes: int, wishes: Wishes) -> Servi
             f"TGI 3.3 knows no model of type {kind!r}, and there will be no later version",
             hint="choose a vllm or sglang target",
         )
+    tokenizer = config.get("tokenizer") or {}
+    if str(tokenizer.get("tokenizer_class", "")).startswith("TokenizersBackend"):
+        raise InputRefused(
+            "the tokenizer was saved by transformers 5 (TokenizersBackend), which TGI cannot read",
+            hint="keep the base's tokenizer files as they were, or choose a vllm target",
+        )
     planned, case = plan_paged(config, weight_bytes, wishes, RULES, Switches())
     card = case.machine.gpu
     # Its image has kernels for 8.0, 8.6 and 9.0, and code that later cards of 9.x can compile.

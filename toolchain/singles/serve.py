@@ -14,7 +14,7 @@ from toolchain.errors import InputRefused, UsageError
 from toolchain.planning import all_targets, estimated_bytes
 from toolchain.serving.engine import Wishes
 from toolchain.serving.targets import Target, find
-from toolchain.stages.quantize import model_config
+from toolchain.stages.quantize import serving_config_of
 from toolchain.stages.record import write_files
 from toolchain.stages.render import render
 from toolchain.values import SAFETENSORS, Json, ServingConfig, plain
@@ -58,7 +58,7 @@ def open_model(path: Path, name: str = "") -> Model:
     weights = tuple(n for n in names if n.endswith((".gguf", ".safetensors")))
     if not weights:
         raise InputRefused(f"{path}: no .safetensors or .gguf file in it")
-    config = model_config(path) if "config.json" in names else gguf_config(path / weights[0])
+    config = serving_config_of(path) if "config.json" in names else gguf_config(path / weights[0])
     return Model(path=path, name=name or path.absolute().name, config=config, weights=weights)
 
 

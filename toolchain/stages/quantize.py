@@ -103,6 +103,20 @@ def found(checkpoint: Digest, format_: Format, entry: Entry) -> Artifact:
     )
 
 
+def serving_config_of(tree_root: Path) -> Mapping[str, Json]:
+    """Return config.json, and under `tokenizer` what the tokenizer's own file says of serving.
+
+    Raises InputRefused where config.json is not JSON.
+    """
+    config = model_config(tree_root)
+    try:
+        told = json.loads((tree_root / "tokenizer_config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return config
+    names = ("tokenizer_class", "model_max_length")
+    return {**config, "tokenizer": {k: told[k] for k in names if k in told}}
+
+
 def model_config(tree_root: Path) -> Mapping[str, Json]:
     """Return a checkpoint's config.json; InputRefused where it is not JSON."""
     path = tree_root / "config.json"

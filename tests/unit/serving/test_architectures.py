@@ -109,6 +109,8 @@ def test_one_head_for_all_queries():
     [
         ({}, 8192, 8192),
         ({"seq_length": 2048}, 2048, 2048),
+        ({"tokenizer": {"model_max_length": 4096}}, 4096, 4096),
+        ({"tokenizer": {"model_max_length": 10**30}}, 8192, 8192),
         ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 32768, 32768),
         ({"rope_scaling": {"type": "dynamic", "factor": 2}}, 16384, 16384),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, 8192, 8192),

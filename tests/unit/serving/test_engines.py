@@ -238,6 +238,13 @@ def test_tgi_has_kernels_for_some_gpus_only(gpu):
         rendered("tgi", weights=4 * GIB, gpu=gpu, max_model_len=1024, max_num_seqs=1)
 
 
+def test_tgi_cannot_read_later_tokenizers():
+    config = {**LLAMA_8B, "tokenizer": {"tokenizer_class": "TokenizersBackend"}}
+
+    with pytest.raises(InputRefused, match="transformers 5"):
+        rendered("tgi", config=config, **L40S)
+
+
 def test_tgi_knows_no_later_models():
     with pytest.raises(InputRefused, match="qwen3"):
         rendered("tgi", config={**LLAMA_8B, "model_type": "qwen3"}, **L40S)
