@@ -77,6 +77,7 @@ def check_model(wanted: Wanted, config: Mapping[str, Json]) -> None:
     """Raise InputRefused for a model that the quantizer cannot make of, from its config alone."""
     quantizer = of_format(wanted.format.name)
     quantizer.check_input(config)
+    quantizer.check_options(config, wanted.options)
     if wanted.statistics and quantizer.check_statistics:
         quantizer.check_statistics(wanted.statistics, config)
 

@@ -18,6 +18,7 @@ from toolchain.provenance.labels import reference
 from toolchain.quantizers import formats, of_format, quantizers
 from toolchain.recipe import Evaluate, RecipeFile, Serve
 from toolchain.serving import targets as serving_targets
+from toolchain.serving.compatibility import check_support
 from toolchain.serving.engine import ServedAdapter, Wishes
 from toolchain.serving.memory import parse_size
 from toolchain.serving.model import ModelShape
@@ -252,7 +253,7 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
         config = model_config(sources.base.tree.root)
         size = estimated_bytes(sources.base.tree.size, target.format, config)
         adapters = unmerged_adapters(request.file, target, sources)
-        serving_config(
+        planned = serving_config(
             request.file,
             target,
             sources.base.tree,
@@ -261,6 +262,7 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
             made_from=(),
             adapters=adapters,
         )
+        check_support(target.engine.name, target.format, str(planned.plan["device"]))
         if target.format.packed:
             wanted = wanted_of(request.file, target.format, sources.base, tools)
             check_model(wanted, config)

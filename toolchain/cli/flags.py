@@ -22,7 +22,7 @@ FLAGS = {
     "gpu": "GPU to plan for, such as nvidia-l4; none plans for CPU memory",
     "gpu_count": "GPUs per replica",
     "gpu_memory": "memory per GPU instead of a name, such as 24GiB",
-    "group_size": "weights per scale, for formats that have groups",
+    "group_size": "inputs per scale of 4-bit checkpoints: 32, 64, 128; 0: the largest that fits",
     "image": "image to start: a reference that the engine holds, or oci:DIR",
     "imatrix": "importance matrix of GGUF types: auto (the default below five bits), off or a file",
     "insecure": "allow plain HTTP and unknown certificates",

@@ -124,7 +124,7 @@ def quantize(
     out: str = "",
     calibration: str = "",
     imatrix: str = "",
-    group_size: int = 128,
+    group_size: int = 0,
     tensor_type: Sequence[str] = (),
     split_max_size: str = "",
     allow_low_bits: bool = False,
@@ -145,10 +145,10 @@ def quantize(
             "imatrix": imatrix,
             "allow_low_bits": allow_low_bits,
             "split_max_size": split_max_size,
+            **({"group_size": group_size} if group_size else {}),
             "tensor_types": dict(pair.partition("=")[::2] for pair in tensor_type),
         }
     )
-    del group_size
     tools, _ = make_tools(runner, progress_for())
     asked = QuantizeWish(
         model=Path(model),

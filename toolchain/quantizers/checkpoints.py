@@ -58,6 +58,11 @@ def check_grouped(config: Mapping[str, Json]) -> None:
     group_size(config, "auto")
 
 
+def check_group(config: Mapping[str, Json], options: Mapping[str, Json]) -> None:
+    """Refuse a wanted group size that does not divide every row."""
+    group_size(config, options.get("group_size"))
+
+
 def group_size(config: Mapping[str, Json], wanted: Json) -> int:
     """Return the group size: the wanted one, or the largest that divides every row.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from toolchain.quantizers.checkpoints import (
     awq_config,
+    check_group,
     check_grouped,
     finish,
     group_option,
@@ -128,6 +129,7 @@ QUANTIZER = Quantizer(
     check=check,
     peak_disk=peak_disk,
     options=options,
+    check_options=check_group,
     calibrated=lambda _format, _options: True,
     view=view_of,
 )

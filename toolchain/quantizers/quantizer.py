@@ -67,6 +67,10 @@ def _no_options(_format: Format, _wanted: Mapping[str, Json]) -> Mapping[str, Js
     return {}
 
 
+def _any_options(_config: Mapping[str, Json], _options: Mapping[str, Json]) -> None:
+    """Find nothing wrong."""
+
+
 def _never(_format: Format, _options: Mapping[str, Json]) -> bool:
     return False
 
@@ -90,6 +94,8 @@ class Quantizer:
     """(checkpoint bytes, format) -> bytes on disk at the worst moment, output included."""
     options: Callable[[Format, Mapping[str, Json]], Mapping[str, Json]] = _no_options
     """(format, the recipe's `quantize`) -> those that change this format's bytes; UsageError."""
+    check_options: Callable[[Mapping[str, Json], Mapping[str, Json]], None] = _any_options
+    """(config.json, options) -> None; raises InputRefused for options that do not fit the model."""
     calibrated: Callable[[Format, Mapping[str, Json]], bool] = _never
     """(format, options) -> whether it measures activations on calibration text."""
     view: Callable[[Path, Path], View] | None = None
