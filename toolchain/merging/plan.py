@@ -170,8 +170,12 @@ def _held(output: Output) -> int:
     if output.change is not None:
         return source + 8 * output.change.held_elements(output)
     elements = sum(term.rank * sum(term.shape) for term in output.terms)
+    parts = [part for term in output.terms for part in (term.left, term.right) if part]
+    cut = {part.stored.info.name: part for part in parts if not part.whole}
+    # Tensors that are read in parts stay as a whole, this one's and those of a neighbour.
+    kept = 2 * sum(part.height * part.width for part in cut.values()) * 4
     # float64 factors and their norms where float32 weights are written, float32 otherwise.
-    return source + elements * (24 if output.dtype == "F32" else 12)
+    return source + kept + elements * (24 if output.dtype == "F32" else 12)
 
 
 def _check_request(adapters: Sequence[tuple[Path, float]], dtype: str) -> None:
