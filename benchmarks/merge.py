@@ -1,9 +1,18 @@
-"""Merging against PEFT and `cp`, as whole processes: CPU seconds, wall seconds, peak memory.
+"""Merging against PEFT, mergekit, axolotl and `cp`: CPU seconds, wall seconds, peak memory.
 
-    python benchmarks/merge.py [--rounds 3] [--scale 1.0] [--work benchmarks/work]
+    python benchmarks/merge.py [--case small|large|tuner] [--rounds 3] [--only NAME,…]
+        [--mergekit DIR] [--axolotl DIR] [--work benchmarks/work]
+    python benchmarks/merge.py --case whole70b
 
-Makes a Llama-shaped bfloat16 checkpoint of about 1 GB and an all-linear adapter of rank 64, then
-runs each way in turn, so that a change in the machine's load touches all of them.
+Every way is a process of its own, and all run in turn, so that a change in the machine's load
+touches all of them. Checkpoints are of Llama's shapes, bfloat16, with an adapter of rank 64 on all
+linear layers: `small` has 1.85 GB; `large` has the tensors of a 70B model, two layers of them, and
+7.6 GB; `tuner` is `small` with a LoHa adapter, which is merged by PEFT's own layers. `whole70b`
+plans the merge of all 80 layers on a sparse file and says what memory the plan states.
+
+Peers live outside the project's environment:
+    pip install --target DIR --no-deps mergekit==0.1.5 immutables
+    pip download --no-deps axolotl==0.19.0 && unzip axolotl-*.whl 'axolotl/cli/utils/*' -d DIR
 """
 
 from __future__ import annotations
@@ -16,11 +25,15 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+RANK = 64
 OURS = """
-import sys, json
+import sys
 from pathlib import Path
 from toolchain.merging.engine import MergeRequest, merge
 base, adapter, out, precision = sys.argv[1:5]
@@ -35,45 +48,174 @@ base, adapter, out = sys.argv[1:4]
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
 PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
 """
+MERGEKIT = """
+import sys, yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import MergeOptions, run_merge
+base, adapter, out = sys.argv[1:4]
+config = {"models": [{"model": f"{base}+{adapter}"}], "merge_method": "passthrough",
+          "dtype": "bfloat16"}
+run_merge(MergeConfiguration.model_validate(config), out,
+          MergeOptions(lora_merge_cache=out + "-cache"))
+"""
+AXOLOTL = """
+import logging, sys, types
+stub = types.ModuleType("axolotl.utils.logging")
+stub.get_logger = logging.getLogger
+sys.modules["axolotl.utils.logging"] = stub
+from axolotl.cli.utils.lora_merge import merge_lora_sharded_efficient
+merge_lora_sharded_efficient(*sys.argv[1:4])
+"""
+PLAN = """
+import json, sys, time
+from pathlib import Path
+from toolchain.merging.plan import estimate, make_plan
+started = time.monotonic()
+plan = make_plan(Path(sys.argv[1]), [(Path(sys.argv[2]), 1.0)])
+print(json.dumps(estimate(plan, 2) | {"seconds": time.monotonic() - started,
+                                      "tensors": len(plan.outputs)}))
+"""
 
 
-def make_inputs(work: Path, scale: float) -> None:
-    """Make base and adapter once; weights are random, shapes and sizes are what counts."""
-    base, adapter = work / "base", work / "adapter"
-    if (adapter / "adapter_config.json").exists():
-        return
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, LlamaConfig
+@dataclass(frozen=True)
+class Shape:
+    """A model of Llama's form."""
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=max(1, round(8 * scale)),
-        num_attention_heads=32,
-        num_key_value_heads=4,
-    )
-    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
-    model.save_pretrained(base, max_shard_size="500MB")
-    tuned = get_peft_model(model, LoraConfig(r=64, lora_alpha=32, target_modules="all-linear"))
-    for name, parameter in tuned.named_parameters():
-        if "lora_B" in name:
-            # About one hundredth of the weights, as after a short fine-tuning.
-            torch.nn.init.normal_(parameter, std=0.004)
-    tuned.save_pretrained(adapter)
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    key_heads: int
+    vocabulary: int
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """The linear layers of one layer."""
+        keys = self.hidden // self.heads * self.key_heads
+        return {
+            "mlp.down_proj": (self.hidden, self.inner),
+            "mlp.gate_proj": (self.inner, self.hidden),
+            "mlp.up_proj": (self.inner, self.hidden),
+            "self_attn.k_proj": (keys, self.hidden),
+            "self_attn.o_proj": (self.hidden, self.hidden),
+            "self_attn.q_proj": (self.hidden, self.hidden),
+            "self_attn.v_proj": (keys, self.hidden),
+        }
+
+    def tensors(self) -> Iterator[list[tuple[str, tuple[int, ...]]]]:
+        """Yield the tensors of each file."""
+        yield [("model.embed_tokens.weight", (self.vocabulary, self.hidden))]
+        for number in range(self.layers):
+            name = f"model.layers.{number}"
+            yield [
+                (f"{name}.input_layernorm.weight", (self.hidden,)),
+                *((f"{name}.{part}.weight", size) for part, size in self.linears.items()),
+                (f"{name}.post_attention_layernorm.weight", (self.hidden,)),
+            ]
+        yield [
+            ("lm_head.weight", (self.vocabulary, self.hidden)),
+            ("model.norm.weight", (self.hidden,)),
+        ]
 
 
-def run(argv: list[str]) -> dict[str, float]:
+SMALL = Shape(2048, 5632, 18, 32, 4, 32000)
+LARGE = Shape(8192, 28672, 2, 64, 8, 128256)
+WHOLE = Shape(8192, 28672, 80, 64, 8, 128256)
+
+
+def make_base(folder: Path, shape: Shape, *, sparse: bool = False) -> None:
+    """Write a base: one random block over and over, or holes alone."""
+    import ml_dtypes
+    import numpy as np
+
+    from toolchain.checkpoints.safetensors import build_header
+
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    block = (random.standard_normal(1 << 22, np.float32) * 0.02).astype(ml_dtypes.bfloat16)
+    data = block.tobytes()
+    places, total = {}, 0
+    parts = list(shape.tensors())
+    for number, tensors in enumerate(parts, 1):
+        path = folder / f"model-{number:05}-of-{len(parts):05}.safetensors"
+        size = sum(2 * int(np.prod(dimensions)) for _, dimensions in tensors)
+        with path.open("wb") as file:
+            header = build_header([(n, "BF16", s) for n, s in tensors], {"format": "pt"})
+            file.write(header)
+            if sparse:
+                file.truncate(len(header) + size)
+            for start in [] if sparse else range(0, size, len(data)):
+                file.write(data[: min(len(data), size - start)])
+        places |= {name: path.name for name, _ in tensors}
+        total += size
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.inner,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.key_heads,
+        "vocab_size": shape.vocabulary,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def make_adapter(folder: Path, shape: Shape, kind: str) -> None:
+    """Write an adapter on all linear layers, about one hundredth of the weights in size."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(1)
+    tensors = {}
+    for number in range(shape.layers):
+        for part, (rows, columns) in shape.linears.items():
+            name = f"base_model.model.model.layers.{number}.{part}"
+            sides = {"lora_A.weight": (RANK, columns), "lora_B.weight": (rows, RANK)}
+            if kind == "LOHA":
+                sides = {f"hada_w{i}_a": (rows, 16) for i in (1, 2)}
+                sides |= {f"hada_w{i}_b": (16, columns) for i in (1, 2)}
+            for side, size in sides.items():
+                tensors[f"{name}.{side}"] = random.standard_normal(size, np.float32) * 0.01
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    config: dict[str, Any] = {
+        "peft_type": kind,
+        "task_type": "CAUSAL_LM",
+        "r": RANK if kind == "LORA" else 16,
+        "target_modules": sorted({part.rpartition(".")[2] for part in shape.linears}),
+    }
+    config |= {"lora_alpha": 32} if kind == "LORA" else {"alpha": 16}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def make_inputs(work: Path, case: str) -> tuple[Path, Path]:
+    """Make base and adapter of a case once; return their folders."""
+    shape = {"small": SMALL, "tuner": SMALL, "large": LARGE, "whole70b": WHOLE}[case]
+    kind = "LOHA" if case == "tuner" else "LORA"
+    base = work / ("base-small" if case == "tuner" else f"base-{case}")
+    adapter = work / f"adapter-{case}"
+    if not (base / "config.json").exists():
+        make_base(base, shape, sparse=case == "whole70b")
+    if not (adapter / "adapter_config.json").exists():
+        make_adapter(adapter, shape, kind)
+    return base, adapter
+
+
+def run(argv: list[str], path: Path | None = None) -> dict[str, float]:
     """Run a process; return its CPU and wall seconds and its peak resident MiB."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    paths = os.pathsep.join(str(p) for p in (path, ROOT) if p)
+    environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
     started = time.monotonic()
     quiet = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2)]
     pid = os.posix_spawnp(argv[0], argv, environment, file_actions=quiet)
     _, status, usage = os.wait4(pid, 0)
     if status:
-        sys.exit(f"{argv[0]} failed with status {status}; run it by hand to see why")
+        sys.exit(f"{argv[0]} failed with status {status}; run it by hand to see why: {argv[2:]}")
     return {
         "cpu": usage.ru_utime + usage.ru_stime,
         "wall": time.monotonic() - started,
@@ -81,44 +223,72 @@ def run(argv: list[str]) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--scale", type=float, default=1.0)
-    parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / "work")
-    parser.add_argument("--only", default="", help="comma-separated ways to run")
-    parser.add_argument("--make", action="store_true", help="make the inputs, run nothing")
-    options = parser.parse_args()
-    if options.make:
-        make_inputs(options.work, options.scale)
-        return
-    # In a process of its own: a child's peak memory starts at its parent's.
-    subprocess.run([sys.executable, __file__, *sys.argv[1:], "--make"], check=True)
-    base, adapter = options.work / "base", options.work / "adapter"
-    out = options.work / "out"
-    python = [sys.executable, "-c"]
-    ways = {
-        "weightsmith exact": [*python, OURS, str(base), str(adapter), str(out), "exact"],
-        "weightsmith fast": [*python, OURS, str(base), str(adapter), str(out), "fast"],
-        "PEFT merge_and_unload": [*python, PEFT, str(base), str(adapter), str(out)],
-        "cp": ["cp", "-r", str(base), str(out)],
+def ways(options: argparse.Namespace, base: Path, adapter: Path, out: Path) -> dict[str, Any]:
+    """Return each way's command, and what its PYTHONPATH has besides."""
+    python, folders = [sys.executable, "-W", "ignore", "-c"], [str(base), str(adapter), str(out)]
+    found: dict[str, Any] = {
+        "weightsmith exact": ([*python, OURS, *folders, "exact"], None),
+        "weightsmith fast": ([*python, OURS, *folders, "fast"], None),
+        "PEFT merge_and_unload": ([*python, PEFT, *folders], None),
     }
-    chosen = {k: v for k, v in ways.items() if not options.only or k in options.only.split(",")}
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
-    for _ in range(options.rounds):
-        for name, argv in chosen.items():
-            shutil.rmtree(out, ignore_errors=True)
-            found[name].append(run(argv))
-    shutil.rmtree(out, ignore_errors=True)
+    if options.case == "tuner":
+        del found["weightsmith fast"]
+    elif options.mergekit:
+        found["mergekit"] = ([*python, MERGEKIT, *folders], options.mergekit)
+    if options.axolotl and options.case != "tuner":
+        found["axolotl, shard by shard"] = ([*python, AXOLOTL, *folders], options.axolotl)
+    found["cp"] = (["cp", "-r", str(base), str(out)], None)
+    chosen = options.only.split(",") if options.only else list(found)
+    return {name: way for name, way in found.items() if name in chosen}
+
+
+def show(options: argparse.Namespace, base: Path, found: dict[str, list[dict[str, float]]]) -> None:
+    """Print the table."""
     size = sum(path.stat().st_size for path in base.iterdir())
-    print(f"Base {size / 1e9:.2f} GB, rank 64 on all linear layers, {os.cpu_count()} CPUs, ")
+    loads = " ".join(f"{load:.1f}" for load in os.getloadavg())
+    print(f"{options.case}: base {size / 1e9:.2f} GB, {os.cpu_count()} CPUs, load {loads}, ")
     print(f"median of {options.rounds} interleaved rounds.\n")
     print("| way | CPU s | wall s | peak RSS MiB |\n|---|---|---|---|")
     for name, runs in found.items():
         cpu, wall, rss = (statistics.median(r[key] for r in runs) for key in ("cpu", "wall", "rss"))
         print(f"| {name} | {cpu:.1f} | {wall:.1f} | {rss:.0f} |")
-    (options.work / "results.json").write_text(json.dumps(found, indent=2))
+    (options.work / f"results-{options.case}.json").write_text(json.dumps(found, indent=2))
+
+
+def main() -> None:
+    """Make the inputs, run every way in turn, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", default="small", choices=["small", "large", "tuner", "whole70b"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / "work")
+    parser.add_argument("--only", default="", help="comma-separated ways to run")
+    parser.add_argument("--mergekit", type=Path, help="folder that mergekit is installed in")
+    parser.add_argument("--axolotl", type=Path, help="folder that axolotl is unpacked in")
+    parser.add_argument("--make", action="store_true", help="make the inputs, run nothing")
+    options = parser.parse_args()
+    # In a process of its own: a child's peak memory starts at its parent's.
+    if not options.make:
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        again = [sys.executable, __file__, *sys.argv[1:], "--make"]
+        subprocess.run(again, check=True, env=environment)
+    base, adapter = make_inputs(options.work, options.case)
+    if options.make:
+        return
+    if options.case == "whole70b":
+        argv = [sys.executable, "-c", PLAN, str(base), str(adapter)]
+        subprocess.run(argv, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        return
+    out = options.work / "out"
+    chosen = ways(options, base, adapter, out)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
+    for _ in range(options.rounds):
+        for name, (argv, path) in chosen.items():
+            for folder in (out, options.work / "out-cache"):
+                shutil.rmtree(folder, ignore_errors=True)
+            found[name].append(run(argv, path))
+    for folder in (out, options.work / "out-cache"):
+        shutil.rmtree(folder, ignore_errors=True)
+    show(options, base, found)
 
 
 if __name__ == "__main__":
