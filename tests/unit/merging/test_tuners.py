@@ -55,6 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
 MORE = [
     ("VERA", {"r": 8, "save_projection": False}),
     ("LOHA", {"r": 4, "layers_to_transform": [1]}),
+    ("IA3", {"feedforward_modules": ["down_proj"], "modules_to_save": ["lm_head"]}),
     ("VBLORA", {"r": 4, "num_vectors": 16, "vector_length": 16, "save_only_topk_weights": True}),
     ("OFT", {"oft_block_size": 8, "r": 0, "block_share": True}),
 ]
