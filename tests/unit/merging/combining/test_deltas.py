@@ -92,6 +92,12 @@ def test_dare_is_pefts_with_our_masks(method: str, monkeypatch: pytest.MonkeyPat
     assert np.allclose(combine(parts, weights, combination), wanted.numpy(), rtol=1e-14, atol=1e-15)
 
 
+def test_a_vote_without_majority_is_plus() -> None:
+    one = np.array([[2.0, -3.0, 0.0]], np.float32)
+    combination = Combination(method="ties", density=1.0)
+    assert combine([one, -one], [1.0, 0.5], combination).tolist() == [[2.0, 1.5, 0.0]]
+
+
 def test_masks_go_with_the_adapter_not_with_its_place() -> None:
     combination = Combination(method="dare_linear", density=0.4, seed=3)
     straight, swapped = deltas(2), deltas(2)[::-1]
