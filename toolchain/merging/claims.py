@@ -9,6 +9,7 @@ from toolchain.errors import InputRefused
 from toolchain.merging.families.family import SHOWN, AdapterView, Claim, families
 from toolchain.merging.names import added_prefix
 from toolchain.merging.tasks import TASKS
+from toolchain.merging.tying import is_head
 
 
 def claims_of(view: AdapterView) -> list[Claim]:
@@ -100,6 +101,9 @@ def _check_promises(view: AdapterView, claims: Sequence[Claim]) -> None:
     ]
     if raw.get("trainable_token_indices") and not any(claim.patch for claim in claims):
         missing.append("trainable_token_indices")
+    if view.tie and view.config.targets(head := view.tie.head.removesuffix(".weight")):
+        done = any(is_head(claim.module) or claim.both for claim in claims)
+        missing += [] if done else [f"target_modules {head}"]
     missing += [f"the bias {name}" for name in _missing_biases(view, claims)]
     if missing:
         raise InputRefused(

@@ -16,6 +16,7 @@ import torch
 from toolchain.errors import InputRefused, UsageError
 from toolchain.merging.adapter_config import read_adapter_config
 from toolchain.merging.plan import MergePlan, estimate, make_plan
+from toolchain.merging.refused import REFUSED, SETTINGS
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -297,3 +298,37 @@ def test_square_fan_in_fan_out_is_no_guess(
     edit(pair[1] / "adapter_config.json", fan_in_fan_out=True)
 
     assert "is square" in refusal(pair).message
+
+
+@pytest.mark.parametrize("kind", sorted(REFUSED))
+def test_methods_without_a_merge_say_why(
+    kind: str, pair: tuple[Path, Path], edit: Callable[..., None]
+) -> None:
+    edit(pair[1] / "adapter_config.json", peft_type=kind)
+
+    error = refusal(pair)
+
+    assert REFUSED[kind] in error.message
+    assert "unmerged" in error.hint
+
+
+@pytest.mark.parametrize("setting", sorted(SETTINGS))
+def test_settings_without_a_merge_say_why(
+    setting: str, pair: tuple[Path, Path], edit: Callable[..., None]
+) -> None:
+    edit(pair[1] / "adapter_config.json", **{setting: {"any": 1}})
+
+    error = refusal(pair)
+
+    assert SETTINGS[setting] in error.message
+    assert "unmerged" in error.hint
+
+
+def test_a_tied_head_that_is_targeted_needs_its_factors(
+    make_model: Any, make_adapter: Any, rename: Callable[..., None]
+) -> None:
+    base = make_model(tie_word_embeddings=True)
+    adapter = make_adapter(base, target_modules=["q_proj", "lm_head"])
+    rename(adapter / "adapter_model.safetensors", lambda name: None if "lm_head" in name else name)
+
+    assert "target_modules lm_head" in refusal((base, adapter)).message
