@@ -24,6 +24,8 @@ from toolchain.errors import EnvironmentFailure
 from toolchain.ports import Entry
 from toolchain.values import Digest, FileEntry, Json, Tree, canonical
 
+_WORTH_REMEMBERING = 256 << 10
+"""Bytes below which hashing a file again costs less than remembering its digest."""
 _SETTLED_NS = 2_000_000_000
 """A file younger than this may still change within one mtime tick, so its digest is not kept."""
 
@@ -76,6 +78,9 @@ class FileStore:
     def digest_file(self, path: Path) -> FileEntry:
         """Return size and digest of a file, read again only when its inode or times changed."""
         stat = path.stat()
+        if stat.st_size < _WORTH_REMEMBERING:
+            data = path.read_bytes()
+            return FileEntry(path=path.name, size=len(data), digest=Digest.of(data))
         stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
         memo = self.root / "digests" / sha256(os.fsencode(path.resolve())).hexdigest()
         with suppress(OSError, ValueError, KeyError):

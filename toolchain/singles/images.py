@@ -55,8 +55,12 @@ def inspect_image(source: str, registry: Registry, engine: ContainerEngine) -> M
     A reference that the container engine holds is read there, any other in its registry.
     """
     if not _is_layout(source) and engine.answers() and (held := engine.inspect(source)):
-        return _told(source, _described_by_engine(held))
-    return _told(source, describe(open_place(source, registry).image()))
+        return {**_told(source, _described_by_engine(held)), "attached": []}
+    place = open_place(source, registry)
+    found = describe(place.image())
+    rows = [place.read(blob, tag) for blob, tag in limited(place.attached(Digest(found["digest"])))]
+    attached = [{"artifact_type": a.artifact_type, "digest": a.blob.digest} for a in rows]
+    return {**_told(source, found), "attached": attached}
 
 
 def _is_layout(source: str) -> bool:

@@ -1,0 +1,127 @@
+"""A real registry behind a proxy that does what networks do: nothing half-visible, nothing lost."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.debian_registry import real_registry
+from tests.fakes.faulty_proxy import Faults, faulty_proxy
+from tests.fakes.images import tiny_image
+from toolchain.errors import InputRefused, WeightsmithError
+from toolchain.oci.image import Image
+from toolchain.oci.references import Reference
+from toolchain.oci.registry import Registry
+
+pytestmark = [
+    pytest.mark.registry,
+    pytest.mark.skipif(not shutil.which("docker-registry"), reason="no docker-registry"),
+]
+AMD64 = "linux/amd64"
+REPAIRABLE = ("reset", "cut", "429", "500", "503", "delay")
+
+
+@pytest.fixture(scope="module")
+def behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, Faults]]:
+    with (
+        real_registry(tmp_path_factory.mktemp("registry")) as host,
+        faulty_proxy(host) as (way, faults),
+    ):
+        yield host, way, faults
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Image:
+    return tiny_image(tmp_path / "model")
+
+
+def straight(host: str, name: str) -> str | None:
+    """Return what a tag names, asked without the proxy."""
+    with Registry() as client:
+        return client.digest_of(Reference.parse(f"{host}/{name}"))
+
+
+def read_all(client: Registry, place: Reference) -> None:
+    for layer in client.pull(place, platform=AMD64).layers:
+        b"".join(layer.open())
+
+
+@pytest.mark.parametrize("fault", REPAIRABLE)
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("HEAD", "/blobs/"), ("POST", "/uploads/"), ("PUT", "/uploads/"), ("PUT", "/manifests/")],
+)
+def test_a_push_survives(
+    behind: tuple[str, str, Faults], image: Image, method: str, path: str, fault: str
+) -> None:
+    host, way, faults = behind
+    name = f"one/{method.lower()}-{path.strip('/')}-{fault}:1"
+    faults.plan = [(method, path, fault)] * 2
+    with Registry(pause=lambda _: None) as client:
+        client.push(image, Reference.parse(f"{way}/{name}"))
+    assert straight(host, name) == image.digest
+    assert not faults.plan
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_push_and_a_pull_through_a_storm(
+    behind: tuple[str, str, Faults], image: Image, seed: int
+) -> None:
+    host, way, faults = behind
+    source = random.Random(seed)
+    places = [("HEAD", "/blobs/"), ("POST", "/uploads/"), ("PUT", "/uploads/"), ("GET", "/"),
+              ("HEAD", "/manifests/"), ("PUT", "/manifests/")]  # fmt: skip
+    faults.plan = [(*source.choice(places), source.choice(REPAIRABLE)) for _ in range(10)]
+    name = f"storm/{seed}:1"
+    place = Reference.parse(f"{way}/{name}")
+    with Registry(pause=lambda _: None) as client:
+        while straight(host, name) != image.digest:
+            try:
+                client.push(image, place)
+            except WeightsmithError:
+                # Patience ended: nothing may be visible, and the next push goes on.
+                assert straight(host, name) is None
+        back = client.pull(place, platform=AMD64)
+        for ours, theirs in zip(image.layers, back.layers, strict=True):
+            assert b"".join(ours.open()) == b"".join(theirs.open())
+    faults.plan = []
+
+
+def test_truncated_answers_are_read_on(behind: tuple[str, str, Faults], image: Image) -> None:
+    _, way, faults = behind
+    place = Reference.parse(f"{way}/cut/short:1")
+    faults.plan = []
+    with Registry(pause=lambda _: None) as client:
+        client.push(image, place)
+        faults.plan = [("GET", "/blobs/", "truncate")] * 3 + [("GET", "/manifests/", "truncate")]
+        back = client.pull(place, platform=AMD64)
+        assert [len(b"".join(x.open())) for x in back.layers] == [x.size for x in image.layers]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "fault"),
+    [("PUT", "/uploads/", "lie"), ("PUT", "/manifests/", "lie"), ("GET", "/manifests/", "lie"),
+     ("GET", "/manifests/", "change"), ("GET", "/blobs/", "change")],
+)  # fmt: skip
+def test_lies_are_noticed(
+    behind: tuple[str, str, Faults], image: Image, method: str, path: str, fault: str
+) -> None:
+    host, way, faults = behind
+    name = f"lies/{method.lower()}-{path.strip('/')}-{fault}:1"
+    faults.plan = []
+    place = Reference.parse(f"{way}/{name}")
+    with Registry(pause=lambda _: None) as client:
+        if method == "GET":
+            client.push(image, place)
+            faults.plan = [(method, path, fault)]
+            with pytest.raises(InputRefused):
+                read_all(client, place)
+            return
+        faults.plan = [(method, path, fault)]
+        with pytest.raises(InputRefused, match="stored"):
+            client.push(image, place)
+    assert straight(host, name) is None

@@ -1,0 +1,124 @@
+"""A reverse proxy before a real registry that cuts, delays, refuses, truncates and lies."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+CHUNK = 1 << 16
+
+
+@dataclass
+class Faults:
+    """What goes wrong: (method, part of the path, fault), each once, in the order of requests."""
+
+    plan: list[tuple[str, str, str]] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    log: list[tuple[str, str]] = field(default_factory=list)
+
+    def take(self, method: str, path: str) -> str:
+        with self.lock:
+            self.log.append((method, path))
+            for row in self.plan:
+                if row[0] == method and row[1] in path:
+                    self.plan.remove(row)
+                    return row[2]
+        return ""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    faults: Faults
+    upstream: str
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def pass_on(self) -> None:
+        fault = self.faults.take(self.command, self.path)
+        length = int(self.headers.get("Content-Length") or 0)
+        if fault == "reset":
+            return self.reset()
+        if fault in ("429", "500", "503"):
+            self.rfile.read(length)
+            extra = {"Retry-After": "1"} if fault == "429" else {}
+            return self.answer(int(fault), extra, b'{"errors":[{"code":"TOOMANYREQUESTS"}]}')
+        if fault == "delay":
+            time.sleep(0.3)
+        connection = http.client.HTTPConnection(self.upstream, timeout=30)
+        try:
+            self.exchange(connection, fault, length)
+        finally:
+            connection.close()
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_PATCH = do_DELETE = pass_on  # noqa: N815 - the names http.server calls
+
+    def exchange(self, connection: http.client.HTTPConnection, fault: str, length: int) -> None:
+        connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+        for name, value in self.headers.items():
+            connection.putheader(name, value)
+        connection.endheaders()
+        left = length // 2 if fault == "cut" else length
+        while left and (data := self.rfile.read(min(CHUNK, left))):
+            connection.send(data)
+            left -= len(data)
+        if fault == "cut":
+            return self.reset()
+        reply = connection.getresponse()
+        headers = {k: v for k, v in reply.getheaders() if k.lower() not in ("date", "server")}
+        body = reply.read()
+        if fault == "lie":
+            headers["Docker-Content-Digest"] = "sha256:" + "0" * 64
+        if fault == "change" and body:
+            body = body[:-1] + bytes([body[-1] ^ 1])
+        return self.answer(reply.status, headers, body, half=fault == "truncate")
+
+    def answer(
+        self, status: int, headers: dict[str, str], body: bytes, *, half: bool = False
+    ) -> None:
+        self.send_response(status)
+        if not any(name.lower() == "content-length" for name in headers):
+            headers["Content-Length"] = str(len(body))
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[: len(body) // 2] if half else body)
+        if half:
+            self.wfile.flush()
+            self.reset()
+
+    def reset(self) -> None:
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+        self.close_connection = True
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        """Stay silent: broken connections are what tests ask for."""
+
+
+@contextmanager
+def faulty_proxy(upstream: str) -> Iterator[tuple[str, Faults]]:
+    """Serve the proxy on a free loopback port; yield its host and its faults."""
+    faults = Faults()
+    handler = type("Handler", (_Handler,), {"faults": faults, "upstream": upstream})
+    server = _Server(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"127.0.0.1:{server.server_address[1]}", faults
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
