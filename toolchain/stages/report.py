@@ -78,6 +78,8 @@ def build_view(
         return {
             **facts,
             "verdict": views.verdict(facts),
+            # The verdict says that already.
+            "warnings": [w for w in facts["warnings"] if not w.startswith("not published: ")],
             "tasks": [_task_view(task) for task in views.tasks(facts)],
             "flow": views.flow(facts),
             "differences": views.differences(facts["validation"]),
