@@ -272,6 +272,10 @@ def evaluate(
     adapter: Sequence[str] = (),
     served_name: str = "",
     command: str = "",
+    tasks: str = "",
+    tokenizer: str = "",
+    include: str = "",
+    limit: int = 0,
     max_tokens: int = 64,
     concurrency: int = 1,
     timeout: float = 120.0,
@@ -290,8 +294,26 @@ def evaluate(
     from toolchain.cli.progress import progress_for
     from toolchain.singles.arguments import number, required
     from toolchain.singles.evaluate import Subject, Wishes, check_subject, evaluate_subject
+    from toolchain.singles.lm_eval import HarnessRequest, evaluate_tasks
+    from toolchain.singles.server import Place
     from toolchain.wiring import make_tools
 
+    if tasks:
+        request = HarnessRequest(
+            tasks=tasks,
+            place=Place(image=image, url=url),
+            served_name=served_name,
+            tokenizer=tokenizer,
+            include=include,
+            limit=limit,
+            concurrency=concurrency,
+        )
+        harness_tools, _ = make_tools(runner, progress_for())
+        found = evaluate_tasks(request, harness_tools)
+        return found, "\n".join(
+            f"{name}: {task['score']} ({task['measure']}, n={task['n']})"
+            for name, task in found["tasks"].items()
+        )
     required(data=data)
     subject = Subject(
         image=image, url=url, model=model, adapters=tuple(adapter), served_name=served_name
