@@ -9,7 +9,7 @@ import torch
 PRECISION = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}
 """Bits of the significand, the implicit one included."""
 _LEAST = {torch.bfloat16: -126, torch.float16: -14, torch.float32: -126}
-_ARITHMETIC = 2.0**-20
+ARITHMETIC = 2.0**-20
 """What a float32 sum of a few hundred products may be off, as a part of what goes into it."""
 _CAREFUL_PART = 0.02
 """Where more of a block looks wrong than this, it is wrong: no need to look closer."""
@@ -17,21 +17,24 @@ _CAREFUL_PART = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factors:
-    """What adapters add to a matrix as the base stores it: left · right, scalings included."""
+    """What adapters add to a matrix as the base stores it: left · diagonal of scalings · right."""
 
     left: torch.Tensor
-    """(rows, ranks)."""
+    """(rows, ranks), float32."""
     right: torch.Tensor
-    """(ranks, columns)."""
+    """(ranks, columns), float32."""
+    scalings: torch.Tensor
+    """(ranks), float64: each adapter's own, times its weight."""
 
-    def rows(self, first: int, count: int) -> torch.Tensor:
-        """Return rows of the sum of all deltas, float32."""
-        return self.left[first : first + count] @ self.right
+    def rows(self, first: int, count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return rows of the sum of all deltas, computed in float32 or float64."""
+        left = self.left[first : first + count].to(dtype) * self.scalings.to(dtype)
+        return left @ self.right.to(dtype)
 
     def exactly(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """Return single elements of the delta in float64."""
         left, right = self.left[rows].double(), self.right[:, columns].double()
-        return (left * right.T).sum(1)
+        return (left * self.scalings * right.T).sum(1)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -72,11 +75,13 @@ def compare_rows(
     delta: torch.Tensor,
     merged: torch.Tensor,
     factors: Factors | None = None,
+    slack: float = ARITHMETIC,
 ) -> None:
     """Count the elements of `merged` that are not base + delta rounded to its type.
 
-    Half a unit in the last place is allowed, and what the float32 sum here may be off; what then
-    looks wrong is summed again in float64, where factors are given.
+    Half a unit in the last place is allowed, and `slack` of what goes into the sum; what then
+    looks wrong is summed again in float64, where factors are given. Without them a delta may be
+    off by a part of the row's largest, since its own terms may have cancelled.
     """
     wanted, found = base + delta, merged.to(delta.dtype)
     tally.total += found.numel()
@@ -93,8 +98,10 @@ def compare_rows(
     exact = wanted.flatten(1)[rows, columns].double()
     if factors is not None and len(rows) <= max(64, _CAREFUL_PART * suspect.numel()):
         exact = left + factors.exactly(rows + first, columns)
-    size = torch.maximum(exact.abs(), right.abs())
-    room = half_step(size, merged.dtype) + _ARITHMETIC * (left.abs() + (exact - left).abs())
+    into = left.abs() + (exact - left).abs()
+    if factors is None:
+        into += delta.flatten(1).abs().amax(1).double()[rows]
+    room = half_step(right, merged.dtype) + slack * into
     bad = ~((right - exact).abs() <= room) | ~torch.isfinite(right)
     if bad.any():
         place = int(bad.nonzero()[0])

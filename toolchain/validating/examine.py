@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from toolchain.validating.elements import Tally, compare_rows
+from toolchain.validating.elements import ARITHMETIC, Tally, compare_rows
 from toolchain.validating.findings import ERROR, Finding, finding
-from toolchain.validating.network import missing_below
-from toolchain.validating.sites import Site, tuner_layers
-from toolchain.validating.weights import Weights
+from toolchain.validating.network import is_missing, missing_below
+from toolchain.validating.sites import Site, is_approximate, tuner_layers
+from toolchain.validating.weights import Weights, blocks_of
 
 _SAMPLES = 8
 """Tokens of each layer at which PEFT's output is held against the formula."""
 _UNIT = 2.0**-24
+_ROUGHLY = 2.0**-12
+"""What a singular value decomposition in float32 may be off, as a part of the values."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -84,23 +86,25 @@ class Examiner:
         name = site.parameters["weight"]
         factors = site.factors()
         tally = self.tallies.setdefault(name, Tally(tensor=self.merged.tensor_of(name)))
-        both = zip(self.base.rows(name), self.merged.rows(name), strict=True)
+        both = zip(self._base_rows(site, name), self.merged.rows(name), strict=True)
         for (first, rows), (_, found) in both:
             wide = torch.float64 if found.dtype == torch.float32 else torch.float32
-            weights, delta = rows.to(wide), factors.rows(first, len(rows)).to(wide)
-            if wide == torch.float64:
-                left = factors.left[first : first + len(rows)].double()
-                delta = left @ factors.right.double()
+            weights, delta = rows.to(wide), factors.rows(first, len(rows), wide)
             compare_rows(tally, first, weights, delta, found, factors)
             take(first, weights, weights + delta, found)
+
+    def _base_rows(self, site: Site, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield the base's rows; an adapter may have brought its own, of another vocabulary."""
+        own = site.layer.get_base_layer().weight
+        return self.base.rows(name) if is_missing(own) else blocks_of(own.detach())
 
     def _bias(self, site: Site) -> torch.Tensor | None:
         layer = site.layer.get_base_layer()
         bias = getattr(layer, "bias", None)
         if bias is None:
             return None
-        name = site.parameters.get("bias")
-        return self.base.whole(name) if name else bias
+        # An adapter that trained biases has brought its own.
+        return self.base.whole(site.parameters["bias"]) if is_missing(bias) else bias
 
     def _fill(self, site: Site) -> None:
         for (module, name), parameter in missing_below(site.layer, site.path).items():
@@ -114,7 +118,7 @@ class Examiner:
     def _other(self, site: Site) -> Callable[..., torch.Tensor | None]:
         def examine(_: Any, args: tuple[Any, ...], out: Any) -> Any:
             seen, site.seen = site.seen, True
-            if not seen and isinstance(out, torch.Tensor):
+            if not seen:
                 self._merge(site)
                 out = self._twins_of_other(site, args, out)
             self._empty(site)
@@ -138,16 +142,22 @@ class Examiner:
             for part, values in before.items():
                 total[part] += _attribute(inner, part).detach() - values
                 _attribute(inner, part).data = values.clone()
+        slack = _ROUGHLY if is_approximate(site.layer) else ARITHMETIC
         for part, name in site.parameters.items():
             tensor = self.merged.tensor_of(name) or name
             tally = self.tallies.setdefault(name, Tally(tensor=tensor))
             found = _stored(self.merged, name)
-            compare_rows(tally, 0, _rows(before[part]), _rows(total[part]), _rows(found))
+            compare_rows(
+                tally, 0, _rows(before[part]), _rows(total[part]), _rows(found), slack=slack
+            )
             exact = before[part] + total[part]
             _attribute(inner, part).data = exact.to(found.dtype).float()
 
-    def _twins_of_other(self, site: Site, args: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
+    def _twins_of_other(self, site: Site, args: tuple[Any, ...], out: Any) -> Any:
         """Compute the twins again with the rounded parameters that `_merge` left behind."""
+        if not isinstance(out, torch.Tensor):
+            self.unjudged += list(site.parameters.values())
+            return out
         tensors = all(isinstance(a, torch.Tensor) and len(a) == len(out) for a in args)
         tokens = out.numel() // out.shape[-1]
         twins = self.twins.get(tokens, 0) * len(out) // tokens
@@ -235,7 +245,7 @@ class _Outputs:
         if self.site.kind != "linear":
             return torch.zeros(())
         factors = self.site.factors()
-        inner = self.reach * factors.right.norm()
+        inner = self.reach * factors.right.norm() * float(factors.scalings.abs().max())
         added: torch.Tensor = inner * factors.left.norm(dim=1)
         return added
 

@@ -18,8 +18,10 @@ from toolchain.validating.network import (
     is_missing,
     load_buffers,
     replication,
+    resize,
     skeleton,
     stream,
+    tie_again,
     with_adapters,
 )
 from toolchain.validating.sites import Site, sites
@@ -97,6 +99,7 @@ class Reference:
 def reference_forward(
     base: Path,
     adapters: Sequence[tuple[Path, float]],
+    like: Any,
     merged: Weights,
     batch: Batch,
     twins: int,
@@ -104,12 +107,18 @@ def reference_forward(
     streamed: bool,
     advance: Advance,
 ) -> Reference:
-    """Run base and adapters, unmerged, and examine every adapted layer on the way."""
+    """Run base and adapters, unmerged, and examine every adapted layer on the way.
+
+    `like` is the merged model's skeleton: adapters may have given it another vocabulary.
+    """
     bare = skeleton(base)
     weights = Weights(base, bare)
     load_buffers(bare, weights)
     names = set(bare.state_dict())
+    resized = resize(bare, like)
     model = with_adapters(bare, adapters)
+    if resized:
+        tie_again(model.get_base_model())
     if (layers := replication(model)) is not None:
         weights.replicate(layers)
     adapted = tuple(sites(model))

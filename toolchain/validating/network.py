@@ -79,6 +79,41 @@ def with_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
     return model.eval().requires_grad_(requires_grad=False)
 
 
+def resize(model: Any, like: Any) -> bool:
+    """Give a skeleton another's vocabulary size, whose rows adapters must bring; say if it did."""
+    rows = like.get_input_embeddings().weight.shape[0]
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding.weight.shape[0] == rows:
+        return False
+    embedding.weight = _missing(torch.Size((rows, embedding.weight.shape[1])))
+    embedding.num_embeddings = rows
+    if head is not None:
+        head.weight = _missing(torch.Size((rows, head.weight.shape[1])))
+        head.out_features = rows
+    model.config.get_text_config().vocab_size = rows
+    return True
+
+
+def tie_again(model: Any) -> None:
+    """Let a tied parameter that is missing be the one that an adapter brought instead."""
+    for target, source in dict(getattr(model, "all_tied_weights_keys", {})).items():
+        mine, theirs = (_parameter(model, name) for name in (target, source))
+        if mine is not None and theirs is not None and is_missing(mine) and not is_missing(theirs):
+            mine.data = theirs.data
+
+
+def _parameter(model: Any, name: str) -> Any:
+    """Return a parameter by the name it had before PEFT came, or None where it is elsewhere now."""
+    try:
+        return model.get_parameter(name)
+    except AttributeError:
+        module, _, last = name.rpartition(".")
+        try:
+            return model.get_parameter(f"{module}.base_layer.{last}")
+        except AttributeError:
+            return None
+
+
 def _load_again(model: Any, adapters: Mapping[str, tuple[Path, float]]) -> None:
     """Bring what PEFT left on the meta device, where it puts the layers that it replicates."""
     from peft import load_peft_weights, set_peft_model_state_dict

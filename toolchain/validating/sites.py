@@ -63,6 +63,14 @@ def tuner_layers(layer: Any) -> list[Any]:
     return [module for module in layer.modules() if isinstance(module, BaseTunerLayer)]
 
 
+def is_approximate(layer: Any) -> bool:
+    """Say whether PEFT itself computes the layer's merged weight roughly, as KaSA's SVD does."""
+    variants = [
+        v for part in tuner_layers(layer) for v in getattr(part, "lora_variant", {}).values()
+    ]
+    return any("kasa" in type(variant).__name__.lower() for variant in variants)
+
+
 def _active(layer: Any) -> list[str]:
     """Return the adapters that this very layer has."""
     return [name for name in layer.active_adapters if name in getattr(layer, "scaling", {})]
@@ -99,7 +107,10 @@ def _factors(layer: Any, kind: str) -> Factors:
 
 def _product(pairs: list[tuple[torch.Tensor, torch.Tensor]], scalings: list[float]) -> Factors:
     left = torch.cat([pair[0].detach().float() for pair in pairs], 1)
-    right = torch.cat(
-        [(pair[1].detach().double() * s).float() for pair, s in zip(pairs, scalings, strict=True)]
+    right = torch.cat([pair[1].detach().float() for pair in pairs])
+    each = [s for pair, s in zip(pairs, scalings, strict=True) for _ in range(len(pair[1]))]
+    return Factors(
+        left=left.contiguous(),
+        right=right.contiguous(),
+        scalings=torch.tensor(each, dtype=torch.float64),
     )
-    return Factors(left=left.contiguous(), right=right.contiguous())

@@ -17,7 +17,7 @@ from toolchain.checkpoints.safetensors import (
 from toolchain.errors import InputRefused
 from toolchain.validating.findings import ERROR, NOTE, Finding, finding
 
-_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "decoder.weight")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 _FREE = {
     "_name_or_path", "transformers_version", "dtype", "torch_dtype", "tie_word_embeddings",
@@ -78,7 +78,7 @@ def _tensors(
     untied = _is_tied(config) and not _is_tied(new)
     grown = _number(new, "num_hidden_layers") != _number(config, "num_hidden_layers")
     for name in sorted(there.keys() - old.keys()):
-        if not (untied and name.endswith(_HEADS)) and not grown:
+        if not untied and not grown:
             yield finding(ERROR, "files", f"the tensor {name} is not in the base", name)
     for name in sorted(old.keys() & there.keys()):
         mine, theirs = old[name].shape, there[name].shape

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from toolchain.validating.elements import Tally
+from toolchain.validating.elements import Factors, Tally
 from toolchain.validating.examine import Examiner
 from toolchain.validating.findings import ERROR, Finding, finding
 from toolchain.validating.sites import Site
@@ -72,7 +72,7 @@ def _of_place(parameter: str, site: Site, others: Sequence[Site], examiner: Exam
         whole = examiner.merged.read(tensor)[:, :_ROWS].float().T
         if _like(whole, base + factors.rows(0, _ROWS)) > _ALIKE:
             return "it is transposed"
-        if _like(merged - base, (factors.left @ factors.right[:, :_ROWS]).T) > _ALIKE:
+        if _like(merged - base, _columns(factors).T) > _ALIKE:
             return "the adapter was added transposed"
     for other in others:
         if other is site or other.kind == "other":
@@ -87,6 +87,11 @@ def _of_place(parameter: str, site: Site, others: Sequence[Site], examiner: Exam
         if _like(merged, there + theirs.rows(0, _ROWS)) > _ALIKE:
             return f"it holds what belongs into {name}"
     return ""
+
+
+def _columns(factors: Factors) -> torch.Tensor:
+    """Return the first columns of a delta."""
+    return factors.left * factors.scalings.float() @ factors.right[:, :_ROWS]
 
 
 def _same_bytes(tensor: str, examiner: Examiner) -> str:

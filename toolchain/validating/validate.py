@@ -120,7 +120,13 @@ def _compare(
     request: Request, expected: Any, findings: list[Finding], progress: Progress
 ) -> dict[str, Any]:
     """Run both sides and judge them; what cannot run is a finding."""
-    model = skeleton(request.merged)
+    try:
+        model = skeleton(request.merged)
+    except ValueError as error:
+        why = " ".join(str(error).split())[:120]
+        text = f"not a model that transformers generates text with: files were judged alone ({why})"
+        findings.append(finding(WARNING, "logits", text))
+        return {}
     weights = Weights(request.merged, model)
     lacking = [name for name in weights.parameters if not weights.has(name)]
     if lacking:
@@ -225,6 +231,7 @@ class Sides:
         reference = reference_forward(
             request.base,
             request.adapters,
+            self.model,
             self.weights,
             self.batch,
             self.twins,

@@ -90,7 +90,7 @@ class Weights:
         if not shape:
             yield 0, self.read(tensor)
             return
-        step = max(1, BLOCK // max(1, math.prod(shape[1:])))
+        step = _rows_of(shape)
         with safe_open(self._files[tensor], framework="pt") as file:
             part = file.get_slice(tensor)
             for first in range(0, shape[0], step):
@@ -156,3 +156,14 @@ class Weights:
                 self._fused[first.replace(targets[0], target)] = (first, group)
         self.unused = tuple(name for names in unused.values() for name in names)
         self.parameters = tuple(known)
+
+
+def blocks_of(values: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield first row and rows of a tensor in memory, cut as a file's tensors are."""
+    step = _rows_of(values.shape)
+    for first in range(0, len(values), step):
+        yield first, values[first : first + step]
+
+
+def _rows_of(shape: Sequence[int]) -> int:
+    return max(1, BLOCK // max(1, math.prod(shape[1:])))

@@ -42,7 +42,7 @@ def test_exact_roundings_pass_and_neighbours_do_not(seed: int, dtype: torch.dtyp
             )
             truth[i, j] = Fraction(float(base[i, j])) + sum(products)
             merged[i, j] = exact_rounding(truth[i, j], dtype)
-    factors = Factors(left=left, right=right)
+    factors = Factors(left=left, right=right, scalings=torch.ones(3, dtype=torch.float64))
 
     assert count(base, factors, merged) == 0
     for i, j in ((0, 0), (3, 2), (5, 4)):

@@ -43,6 +43,7 @@ def test_streamed_is_whole(tmp_path: Path, kind: str) -> None:
     reference = reference_forward(
         base,
         ((lora, 1.0),),
+        skeleton(base),
         Weights(base, skeleton(base)),
         batch,
         2,
