@@ -15,7 +15,7 @@ def test_smaller_formats_may_lose_more_but_none_below_four_bits():
 
     assert allowed == sorted(allowed)
     assert allowed[-1] == allowed[-2]
-    assert len(set(allowed)) == 4
+    assert len(set(allowed)) == 3
 
 
 def test_a_formats_own_limit_wins_over_that_of_all():
