@@ -126,7 +126,9 @@ def make_weights(size: int) -> Path:
             for _ in range(size // 4 >> 20):
                 file.write(os.urandom(1 << 20))
     copies = "".join(f"COPY --link {name} /models/\n" for name in names)
-    (folder / "Dockerfile").write_text(f"FROM scratch\n{copies}ENV HF_HUB_OFFLINE=1\n")
+    text = f"FROM scratch\n{copies}ENV HF_HUB_OFFLINE=1\n"
+    (folder / "Dockerfile").write_text(text)
+    (folder / "Containerfile").write_text(text.replace("--link ", ""))  # buildah's
     os.sync()
     return folder
 

@@ -28,6 +28,10 @@ _WORTH_MOUNTING = 1 << 20
 """Bytes; a smaller layer is sent in the time of asking whether it may be mounted."""
 
 
+_NO_PROXY: dict[str, None] = dict.fromkeys(("all://localhost", "all://127.0.0.1", "all://[::1]"))
+"""A proxy cannot reach this machine's own registries."""
+
+
 class Memory(Protocol):
     """Remembers which repository of a registry has which layers."""
 
@@ -62,6 +66,7 @@ class Registry:
             transport=transport,
             timeout=60,
             verify=verify,
+            mounts=_NO_PROXY,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=16),
         )
         self._credentials = credentials

@@ -353,6 +353,24 @@ def test_a_redirect_to_another_host_gets_no_authorization(fake: FakeRegistry, im
         assert other.authorizations == [(path, "")]
 
 
+def test_a_proxy_is_not_asked_for_this_machine(
+    fake: FakeRegistry, image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "")
+    with Registry(pause=lambda _: None) as client:
+        client.push(image, at(fake))
+
+
+def test_a_proxy_is_asked_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake_registry() as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        with Registry(insecure=True, pause=lambda _: None) as client:
+            place = Reference.parse("registry.invalid/a/b:1")
+            assert client.digest_of(place) is None
+        assert "registry.invalid" in proxy.log[0][1]
+
+
 def test_an_upload_may_be_sent_on(fake: FakeRegistry, client: Registry, image: Image) -> None:
     fake.faults = [("POST", "/uploads/", f"redirect:{fake.url}/v2/team/app/blobs/uploads/")]
     client.push(image, at(fake))
