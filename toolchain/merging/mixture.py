@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolchain.merging.families.family import Claim
-from toolchain.merging.outputs import Output, Rows, Term
+from toolchain.merging.outputs import Output, Rows, Source, Term
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,6 +57,9 @@ class Mixture:
             (share, share.claim.change.begin(plain, files) if share.claim.change else None)
             for share in self.shares
         ]
+        copies: dict[Path, Source] = {
+            share.path: share.claim.replacement for share in self.shares if share.claim.replacement
+        }
         adders = [adder(term, files) for share in self.shares for term in share.claim.terms]
 
         def rows(first: int, count: int) -> np.ndarray:
@@ -74,9 +77,13 @@ class Mixture:
                 elif claim.patch is not None:
                     for row, place in enumerate(claim.patch.places):
                         if first <= place < first + count:
+                            # Rows are trained on the adapter's own copy, where it has one.
+                            old = copies.get(share.path, output.source)
                             new = claim.patch.stored.rows(files, row, 1, output.columns)
-                            at = place - first
-                            total[at] += share.weight * (new[0].astype("float64") - base[at])
+                            moved = new.astype("float64") - old.rows(
+                                files, place, 1, output.columns
+                            ).astype("float64")
+                            total[place - first] += share.weight * moved[0]
             return total
 
         return rows

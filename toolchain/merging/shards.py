@@ -114,7 +114,8 @@ class ShardMaker:
                 yield partial(self._copy, output.source.path, start, size)
         elif output.change is not None:
             rows = output.change.begin(output, self.files)
-            step = output.rows if output.change.whole else self._step(output)
+            # Always the same blocks: float64 sums may depend on how many rows are computed at once.
+            step = output.rows if output.change.whole else max(1, BLOCK // output.columns)
             for first in range(0, output.rows, step):
                 count = min(step, output.rows - first)
                 yield partial(self._computed, output, rows, first, count)

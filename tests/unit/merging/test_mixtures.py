@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from tests.unit.merging.test_layouts import delta, random, save
 from toolchain.errors import InputRefused
+from toolchain.merging import engine
 from toolchain.merging.engine import MergeRequest, merge
 
 Q = "model.layers.0.q_proj"
@@ -106,6 +107,44 @@ def test_tokens_of_two_adapters(tmp_path: Path) -> None:
         wanted[places] += rows.double() - words[places].double()
     found = load_file(out / "model.safetensors")[f"{name}.weight"]
     torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_weighted_tokens_on_the_adapters_own_copy(tmp_path: Path) -> None:
+    """Half of a resized embedding with trained rows is half of what each row became."""
+    name = "model.embed_tokens"
+    words, copy, rows = random(8, 4), random(8, 4) * 3, random(2, 4) * 5
+    base = save(tmp_path / "base", {f"{name}.weight": words, "lm_head.weight": words + 1})
+    path = adapter(
+        tmp_path / "adapter",
+        {
+            f"{name}.token_adapter.base_layer.weight": copy,
+            f"{name}.token_adapter.trainable_tokens_delta": rows,
+        },
+        trainable_token_indices=[1, 5],
+        target_modules=[],
+    )
+    out = tmp_path / "out"
+
+    merge(MergeRequest(base=base, adapters=((path, 0.5),), out=out))
+
+    changed = copy.double()
+    changed[[1, 5]] = rows.double()
+    found = load_file(out / "model.safetensors")[f"{name}.weight"]
+    wanted = (words.double() + changed) / 2
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_bytes_of_computed_tensors_do_not_depend_on_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = directed(tmp_path / "adapter")
+    (tmp_path / "other").mkdir()
+    one = run(tmp_path, [(path, 1.0)])
+    monkeypatch.setattr(engine, "BLOCK", 5)
+
+    two = run(tmp_path / "other", [(path, 1.0)])
+
+    assert torch.equal(one, two)
 
 
 def test_one_tensor_changed_twice_by_one_adapter_is_refused(tmp_path: Path) -> None:
