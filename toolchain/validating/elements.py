@@ -87,7 +87,9 @@ def compare_rows(
     tally.total += found.numel()
     tally.changed = tally.changed or bool(delta.any())
     off = (found - wanted).abs_()
-    suspect = ~(off <= half_step(found, merged.dtype))
+    # Below a power of two the steps are half as wide: the smaller of the two numbers tells.
+    smaller = torch.minimum(found.abs(), wanted.abs())
+    suspect = ~(off <= half_step(smaller, merged.dtype))
     if not torch.isfinite(off.sum()):
         # Infinity has an infinite step, within which it would pass.
         suspect |= ~torch.isfinite(found)
@@ -101,7 +103,8 @@ def compare_rows(
     into = left.abs() + (exact - left).abs()
     if factors is None:
         into += delta.flatten(1).abs().amax(1).double()[rows]
-    room = half_step(right, merged.dtype) + slack * into
+    smaller = torch.minimum(right.abs(), exact.abs())
+    room = half_step(smaller, merged.dtype) + slack * into
     bad = ~((right - exact).abs() <= room) | ~torch.isfinite(right)
     if bad.any():
         place = int(bad.nonzero()[0])

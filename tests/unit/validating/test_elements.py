@@ -9,7 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolchain.validating.elements import Factors, Tally, compare_bytes, compare_rows, half_step
+from toolchain.validating.elements import (
+    ARITHMETIC,
+    Factors,
+    Tally,
+    compare_bytes,
+    compare_rows,
+    half_step,
+)
 
 TYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -50,10 +57,12 @@ def test_exact_roundings_pass_and_neighbours_do_not(seed: int, dtype: torch.dtyp
             wrong = merged.clone()
             wrong[i, j] = step(merged[i, j], by)
             distance = abs(Fraction(float(wrong[i, j])) - truth[i, j])
-            half = Fraction(float(half_step(merged[i, j].float().reshape(1), dtype)))
-            # Nearly half way both neighbours are as good, as far as the arithmetic can tell; of
-            # float32 several are.
-            if distance > half * Fraction(17, 16) and dtype != torch.float32:
+            nearer = min(abs(float(wrong[i, j])), abs(float(truth[i, j])))
+            half = Fraction(float(half_step(torch.tensor([nearer]), dtype)))
+            # Nearly half way both neighbours are as good, as far as the arithmetic can tell.
+            start = Fraction(float(base[i, j]))
+            slack = Fraction(ARITHMETIC) * (abs(start) + abs(truth[i, j] - start))
+            if distance > half + 2 * slack:
                 assert count(base, factors, wrong) == 1, (dtype, by, float(distance / half))
 
 
