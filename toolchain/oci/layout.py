@@ -103,6 +103,17 @@ def read_layout(folder: Path, ref: str | None = None, *, platform: str | None = 
     )
 
 
+def read_index(folder: Path) -> bytes | None:
+    """Return the index that is the layout's only name, or None where that is an image."""
+    rows = manifests.listed(index_document(folder), "manifests", f"{folder}/index.json")
+    named = [row for row in rows if not is_attachment(row)]
+    kinds = (*manifests.MANIFESTS, *manifests.INDEXES)
+    if len(named) != 1:
+        return None
+    blob = manifests.descriptor(named[0], str(folder), kinds, manifests.LARGEST_MANIFEST)
+    return read_blob(folder, blob) if blob.media_type in manifests.INDEXES else None
+
+
 def put_blob(store: Path, blob: Blob, opener: Opener, meter: Meter) -> None:
     """Make sure that `blobs/sha256` holds a blob, whole and right."""
     target = store / blob.digest.hex

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Protocol
 
 from toolchain.errors import UsageError
-from toolchain.oci import layout_attachments
+from toolchain.oci import layout_attachments, manifests
 from toolchain.oci.attachments import Attachment
 from toolchain.oci.image import Image
-from toolchain.oci.layout import read_layout
+from toolchain.oci.layout import read_index, read_layout
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.values import Blob, Digest
@@ -21,6 +21,9 @@ class Place(Protocol):
 
     def image(self) -> Image:
         """Return the image for this machine's platform."""
+
+    def index(self) -> bytes | None:
+        """Return the index that the place names, or None where it names an image."""
 
     def attached(self, subject: Digest) -> list[tuple[Blob, str]]:
         """Return the manifests attached to an image, each with its own tag or empty."""
@@ -42,6 +45,11 @@ class RegistryPlace:
     def image(self) -> Image:
         """Return the image for this machine's platform."""
         return self.registry.pull(self.reference)
+
+    def index(self) -> bytes | None:
+        """Return the index that the reference names, or None where it names an image."""
+        body, kind = self.registry.read_manifest(self.reference)
+        return body if kind in manifests.INDEXES else None
 
     def attached(self, subject: Digest) -> list[tuple[Blob, str]]:
         """Return the manifests attached to an image, each with its own tag or empty."""
@@ -65,6 +73,10 @@ class LayoutPlace:
     def image(self) -> Image:
         """Return the image for this machine's platform."""
         return read_layout(self.folder)
+
+    def index(self) -> bytes | None:
+        """Return the index that the layout holds, or None where it holds an image."""
+        return read_index(self.folder)
 
     def attached(self, subject: Digest) -> list[tuple[Blob, str]]:
         """Return the manifests attached to an image; a layout has no tags for them."""

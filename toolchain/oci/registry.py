@@ -228,19 +228,31 @@ class Registry:
         manifest: bytes,
         media_type: str,
         blobs: Sequence[tuple[Blob, Opener]] = (),
-    ) -> Digest:
-        """Put any manifest and its blobs there, such as a statement about an image.
+        *,
+        force: bool = True,
+        mount_from: Sequence[str] = (),
+    ) -> Published:
+        """Put any manifest and its blobs there, such as an index, or a statement about an image.
 
-        By its digest, and under the reference's tag, which is overwritten, if it has one.
+        By its digest, and under the reference's tag, if it has one; a tag that names another
+        digest is a UsageError where `force` is false.
         """
-        session = self._session(reference, "pull,push")
-        for blob, opener in blobs:
-            uploads.bring(session, blob, opener)
-        digest = Digest.of(manifest)
+        began, digest = time.monotonic(), Digest.of(manifest)
+        sources = [name for name in mount_from if name != reference.repository]
+        session = self._session(reference, "pull,push", sources)
+        _guard_tag(session, reference, digest, force)
+        sent = [(uploads.bring(session, blob, o, sources), blob.size) for blob, o in blobs]
         uploads.put_manifest(session, digest, manifest, media_type)
         if reference.tag:
             uploads.put_manifest(session, reference.tag, manifest, media_type)
-        return digest
+        return Published(
+            reference=str(reference),
+            digest=digest,
+            layers=(),
+            uploaded_bytes=sum(size for how, size in sent if how is uploads.Way.SENT),
+            mounted=sum(how is uploads.Way.MOUNTED for how, _ in sent),
+            seconds=time.monotonic() - began,
+        )
 
     def attach(self, reference: Reference, attachment: Attachment) -> None:
         """Put an attachment into the reference's repository, beside its image."""
@@ -297,14 +309,16 @@ def _check_limits(image: Image, reference: Reference) -> None:
             )
 
 
-def _guard_tag(session: Session, reference: Reference, image: Image | Index, force: bool) -> None:
+def _guard_tag(
+    session: Session, reference: Reference, image: Image | Index | Digest, force: bool
+) -> None:
     """Refuse to move a tag; asks for the image's digest, so hashes it, only if the tag exists."""
     if force or not reference.tag:
         return
     found = downloads.digest_of(
         session, Reference(reference.registry, reference.repository, reference.tag)
     )
-    if found and found != image.digest:
+    if found and found != (image if isinstance(image, Digest) else image.digest):
         raise UsageError(
             f"{reference} exists and is another image ({found.short})",
             hint="choose another tag, or pass --force to move this one",

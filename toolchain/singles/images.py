@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from toolchain.oci import manifests
 from toolchain.oci.inspect import describe
 from toolchain.oci.places import Place, RegistryPlace, open_place
 from toolchain.oci.references import Reference
@@ -26,8 +27,11 @@ def copy_image(
     Layers that are there already are not sent.
     """
     origin, place = open_place(source, registry), Reference.parse(to)
-    image, there = origin.image(), RegistryPlace(registry, place)
+    there = RegistryPlace(registry, place)
     progress.stage("push", to)
+    if (index := origin.index()) is not None:
+        return _copy_index(index, origin, there, progress, force=force)
+    image = origin.image()
     published = registry.push(
         image,
         place,
@@ -37,6 +41,36 @@ def copy_image(
     )
     progress.finish("push", published.seconds, cached=published.uploaded_bytes == 0)
     return dict(plain(published))
+
+
+def _copy_index(
+    index: bytes, origin: Place, there: RegistryPlace, progress: Progress, *, force: bool
+) -> Mapping[str, Json]:
+    """Bring an index with all that it names, whatever it is; the digest stays."""
+    registry, to = there.registry, there.reference
+    sources = []
+    if isinstance(origin, RegistryPlace) and origin.reference.registry == to.registry:
+        sources = [origin.reference.repository]
+    document = manifests.read_json(index, str(to))
+    kind = str(document.get("mediaType") or manifests.OCI_INDEX)
+    done = []
+    for row in manifests.listed(document, "manifests", str(to)):
+        blob = manifests.descriptor(row, str(to), manifests.MANIFESTS, manifests.LARGEST_MANIFEST)
+        one = origin.read(blob)
+        place = Reference(to.registry, to.repository)
+        done.append(
+            registry.push_manifest(
+                place, one.manifest_bytes, blob.media_type, [*one.blobs()], mount_from=sources
+            )
+        )
+        copy_attachments(blob.digest, origin, there)
+    copy_attachments(Digest.of(index), origin, there)
+    last = registry.push_manifest(to, index, kind, force=force)
+    sent = sum(one.uploaded_bytes for one in done)
+    seconds = last.seconds + sum(one.seconds for one in done)
+    progress.finish("push", seconds, cached=sent == 0)
+    mounted = sum(one.mounted for one in done)
+    return dict(plain(replace(last, uploaded_bytes=sent, mounted=mounted, seconds=seconds)))
 
 
 def copy_attachments(image: Digest, origin: Place, there: Place) -> None:

@@ -422,7 +422,8 @@ def test_an_index_is_read_for_a_platform(
         ],
     }
     data = json.dumps(index).encode()
-    digest = client.push_manifest(at(fake, "team/app:all"), data, index["mediaType"])  # type: ignore[arg-type]
+    pushed = client.push_manifest(at(fake, "team/app:all"), data, str(index["mediaType"]))
+    digest = pushed.digest
     assert client.digest_of(at(fake, "team/app:all")) == digest
     assert client.pull(at(fake, "team/app:all"), platform="linux/amd64").digest == image.digest
     with pytest.raises(UsageError, match="s390x") as caught:

@@ -22,6 +22,7 @@ from toolchain.oci.places import open_place
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.ports import Silent
+from toolchain.singles.images import copy_image
 from toolchain.singles.verify import verify_image
 
 ENGINE = {"dev.weightsmith.engine": "llamacpp"}
@@ -102,6 +103,12 @@ def test_an_index_stays_one_and_shares_the_weights(scene: Scene, tmp_path: Path)
     for machine, image in zip(("amd64", "arm64"), each, strict=True):
         read = read_layout(tmp_path / "layout", platform=f"linux/{machine}")
         assert read.digest == image.digest
+    for source, to in ((name, "prod/app:1"), (str(tmp_path / "layout"), "prod/other:1")):
+        place = f"{scene.fake.host}/{to}"
+        copied = copy_image(source, place, scene.client, Silent(), force=False)
+        assert copied["digest"] == scene.client.digest_of(Reference.parse(place)) == done["digest"]
+        assert weights(scene.image(to, "linux/arm64")) == weights(each[1])
+        assert verify_image(place, public, scene.client, Silent())["ok"]
     one = scene.bake("team/app:2", base=base, platform="linux/arm64")
     assert one["digest"] == each[1].digest
     with pytest.raises(UsageError, match="linux/s390x"):
