@@ -165,14 +165,14 @@ def make_base(folder: Path, shape: Shape, *, sparse: bool = False) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def make_adapter(folder: Path, shape: Shape, kind: str) -> None:
+def make_adapter(folder: Path, shape: Shape, kind: str, *, sparse: bool = False) -> None:
     """Write an adapter on all linear layers, about one hundredth of the weights in size."""
     import numpy as np
-    from safetensors.numpy import save_file
+
+    from toolchain.checkpoints.safetensors import build_header
 
     folder.mkdir(parents=True)
-    random = np.random.default_rng(1)
-    tensors = {}
+    tensors = []
     for number in range(shape.layers):
         for part, (rows, columns) in shape.linears.items():
             name = f"base_model.model.model.layers.{number}.{part}"
@@ -180,9 +180,15 @@ def make_adapter(folder: Path, shape: Shape, kind: str) -> None:
             if kind == "LOHA":
                 sides = {f"hada_w{i}_a": (rows, 16) for i in (1, 2)}
                 sides |= {f"hada_w{i}_b": (16, columns) for i in (1, 2)}
-            for side, size in sides.items():
-                tensors[f"{name}.{side}"] = random.standard_normal(size, np.float32) * 0.01
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+            tensors += [(f"{name}.{side}", "F32", size) for side, size in sides.items()]
+    random = np.random.default_rng(1)
+    with (folder / "adapter_model.safetensors").open("wb") as file:
+        header = build_header(tensors, {"format": "pt"})
+        file.write(header)
+        if sparse:
+            file.truncate(len(header) + sum(4 * a * b for _, _, (a, b) in tensors))
+        for _, _, size in [] if sparse else tensors:
+            file.write((random.standard_normal(size, np.float32) * 0.01).tobytes())
     config: dict[str, Any] = {
         "peft_type": kind,
         "task_type": "CAUSAL_LM",
@@ -202,7 +208,7 @@ def make_inputs(work: Path, case: str) -> tuple[Path, Path]:
     if not (base / "config.json").exists():
         make_base(base, shape, sparse=case == "whole70b")
     if not (adapter / "adapter_config.json").exists():
-        make_adapter(adapter, shape, kind)
+        make_adapter(adapter, shape, kind, sparse=case == "whole70b")
     return base, adapter
 
 
@@ -252,7 +258,6 @@ def show(options: argparse.Namespace, base: Path, found: dict[str, list[dict[str
     for name, runs in found.items():
         cpu, wall, rss = (statistics.median(r[key] for r in runs) for key in ("cpu", "wall", "rss"))
         print(f"| {name} | {cpu:.1f} | {wall:.1f} | {rss:.0f} |")
-    (options.work / f"results-{options.case}.json").write_text(json.dumps(found, indent=2))
 
 
 def main() -> None:
@@ -286,6 +291,9 @@ def main() -> None:
             for folder in (out, options.work / "out-cache"):
                 shutil.rmtree(folder, ignore_errors=True)
             found[name].append(run(argv, path))
+            # Kept as it comes: a run that is cut short has told something.
+            kept = options.work / f"results-{options.case}.json"
+            kept.write_text(json.dumps(found, indent=2))
     for folder in (out, options.work / "out-cache"):
         shutil.rmtree(folder, ignore_errors=True)
     show(options, base, found)
