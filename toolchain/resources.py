@@ -45,8 +45,12 @@ def builder_pins(name: str) -> Digest:
 
 
 def engine_pins(name: str) -> Digest:
-    """Return the digest of the folder that defines an engine layer of our own."""
-    return key_of(_fingerprint(images() / "engines" / name))
+    """Return the digest of the folder that defines an engine layer of our own.
+
+    A Containerfile there is another way to the same files, and does not count.
+    """
+    rows = _fingerprint(images() / "engines" / name)
+    return key_of([row for row in rows if row[0] != "Containerfile"])
 
 
 def engine_source(name: str) -> Mapping[str, Json]:
