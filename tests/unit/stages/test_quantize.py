@@ -109,7 +109,7 @@ def request_(tmp_path):
 
 
 def run(steps, request_):
-    worker._run_steps(steps, request_, lambda *_: None)
+    worker._run_steps(steps, request_.output, lambda *_: None)
 
 
 def test_a_killed_quantization_does_not_repeat_what_it_finished(request_):
