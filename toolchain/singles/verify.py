@@ -92,7 +92,7 @@ def _image(place: Place, found: _Found) -> Image | None:
     except InputRefused as error:
         if isinstance(place, RegistryPlace) and place.registry.digest_of(place.reference) is None:
             raise
-        found.say("manifest", False, error.message)
+        found.say("manifest or configuration (labels)", False, error.message)
         return None
     found.say("manifest", True, f"{image.digest}, configuration {image.config_blob.digest.short}")
     return image
