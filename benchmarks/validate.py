@@ -1,9 +1,10 @@
 """Validation of a merge against one forward of the same probes in transformers.
 
-    python benchmarks/validate.py [--rounds 3] [--scale 1.0] [--work benchmarks/work]
+    python benchmarks/validate.py [--case small|large] [--rounds 3] [--work benchmarks/work]
+        [--only validate]
 
-Uses the base and adapter of benchmarks/merge.py (about 1 GB, rank 64 on every linear layer) with
-the tiny example's tokenizer, and runs each way in turn. `forward` loads the merged checkpoint with
+Uses base and adapter of benchmarks/merge.py's cases with the tiny example's tokenizer, and runs
+each way in turn. `forward` loads the merged checkpoint with
 transformers in float32 and runs the probes once; its imports and loading count, as ours do.
 """
 
@@ -51,38 +52,38 @@ merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=out))
 """
 
 
-def make_merged(work: Path) -> Path:
+def make_merged(base: Path, adapter: Path, out: Path) -> None:
     """Merge once, and give both folders a tokenizer."""
-    out = work / "validated"
     for path in (ROOT / "examples" / "tiny" / "base").iterdir():
         if "token" in path.name or "template" in path.name:
-            shutil.copy(path, work / "base")
+            shutil.copy(path, base)
     if not (out / "config.json").exists():
-        words = [sys.executable, "-c", MERGE, str(work / "base"), str(work / "adapter"), str(out)]
+        words = [sys.executable, "-c", MERGE, str(base), str(adapter), str(out)]
         subprocess.run(words, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    return out
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--case", choices=("small", "large"), default="small")
+    parser.add_argument("--only", default="", help="comma-separated ways to run")
     parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / "work")
     parser.add_argument("--make", action="store_true", help="make the inputs, run nothing")
     options = parser.parse_args()
+    out = options.work / f"validated-{options.case}"
     if options.make:
-        make_inputs(options.work, options.scale)
-        make_merged(options.work)
+        make_merged(*make_inputs(options.work, options.case), out)
         return
     # In a process of its own: a child's peak memory starts at its parent's.
     subprocess.run([sys.executable, __file__, *sys.argv[1:], "--make"], check=True)
-    base, adapter, out = (options.work / name for name in ("base", "adapter", "validated"))
+    base, adapter = make_inputs(options.work, options.case)
     python = [sys.executable, "-c"]
     ways = {
         "validate": [*python, OURS, str(base), str(adapter), str(out)],
         "one forward": [*python, FORWARD, str(out)],
     }
+    ways = {k: v for k, v in ways.items() if not options.only or k in options.only.split(",")}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     for _ in range(options.rounds):
         for name, argv in ways.items():
