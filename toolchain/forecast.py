@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from toolchain.artifacts import texts_of, wanted_of
+from toolchain.errors import UsageError
 from toolchain.planning import (
     Trialed,
     can_make,
@@ -70,16 +71,7 @@ def forecast(
         row, artifact = _quantize_row(wanted, target, checkpoint, size, earlier, tools)
         rows += [row, *_quality_rows(file, target, checkpoint, artifact, tools)]
         weight = artifact.size if artifact else estimated_bytes(size, target.format, shape)
-        config = serving_config(
-            file,
-            target,
-            sources.base.tree,
-            weight,
-            weights="",
-            made_from=(),
-            adapters=unmerged_adapters(file, target, sources),
-        )
-        plans[target.name] = config.plan
+        plans[target.name] = _serving_plan(file, target, sources, weight)
         rows.append(
             _row(
                 "publish", target=target.name, cached=False, read=weight, write=weight,
@@ -92,6 +84,7 @@ def forecast(
         "version": file.recipe.version,
         "stages": rows,
         "serving": plans,
+        "plan": plans,  # the same, under the name that `render` gives it
         "advice": _advice(file, targets, sources, dist, tools),
         "read_bytes": sum(int(row["read_bytes"]) for row in todo),
         "write_bytes": sum(int(row["write_bytes"]) for row in todo),
@@ -100,6 +93,28 @@ def forecast(
         "peak_disk_bytes": sum(int(row["write_bytes"]) for row in todo)
         + max((int(row["disk_bytes"]) - int(row["write_bytes"]) for row in todo), default=0),
     }
+
+
+def _serving_plan(
+    file: RecipeFile, target: Target, sources: Sources, weight: int
+) -> Mapping[str, Json]:
+    """Return a target's plan; where it does not fit, the error carries it by the target's name."""
+    adapters = unmerged_adapters(file, target, sources)
+    try:
+        return serving_config(
+            file,
+            target,
+            sources.base.tree,
+            weight,
+            weights="",
+            made_from=(),
+            adapters=adapters,
+        ).plan
+    except UsageError as error:
+        if "plan" not in error.details:
+            raise
+        told = {"plan": {target.name: error.details["plan"]}}
+        raise UsageError(f"{target.name}: {error.message}", hint=error.hint, details=told) from None
 
 
 def table(result: Mapping[str, Json]) -> str:
@@ -175,6 +190,7 @@ def _unresolved(file: RecipeFile, targets: Sequence[Target], missing: str) -> Ma
         "version": file.recipe.version,
         "stages": rows,
         "serving": {},
+        "plan": {},
         "advice": None,
         **dict.fromkeys(zeros, 0),
     }
