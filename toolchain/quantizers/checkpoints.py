@@ -138,7 +138,7 @@ def finish(
     outputs = []
     for name in sorted(made.names):
         info = made.info(name)
-        if name.endswith(PARTS):
+        if name.endswith(PARTS) or f"{name}_scale" in made.names:
             outputs.append(Output(name, info.dtype, info.shape, partial(made.array, name)))
         elif name in source.names:
             own = source.info(name)
