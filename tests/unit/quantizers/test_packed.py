@@ -278,6 +278,24 @@ def test_rounding_is_torch_s_own(method: str, kind: torch.dtype) -> None:
     assert (torch.from_numpy(q.astype(np.float32)) == expected.float()).all()
 
 
+def test_a_quantized_matrix_under_its_own_name_keeps_its_type(model: Path, tmp_path: Path) -> None:
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    raw.mkdir()
+    out.mkdir()
+    made = {}
+    for name, weight in load_file(model / "model.safetensors").items():
+        if "_proj" in name:
+            scale = weight.float().abs().max() / 448
+            made[name] = (weight.float() / scale).to(torch.float8_e4m3fn)
+            made[name + "_scale"] = scale.reshape(1)
+        else:
+            made[name] = weight.float()
+    save_file(made, raw / "model.safetensors")
+    finish(model, raw, out, quantization("fp8", []))
+    layout = Layout(method="float-quantized", bits=8, group_size=0, symmetric=True)
+    assert check_checkpoint(out, model, layout)["bits_per_quantized_weight"] < 8.1
+
+
 def test_configurations_of_eight_bits_are_read_as_their_layouts() -> None:
     from toolchain.quantizers.packed import layout_of
 
