@@ -276,7 +276,7 @@ def main() -> None:
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         again = [sys.executable, __file__, *sys.argv[1:], "--make"]
         subprocess.run(again, check=True, env=environment)
-    base, adapter = make_inputs(options.work, options.case)
+    base, adapter = (path.resolve() for path in make_inputs(options.work, options.case))
     if options.make:
         return
     if options.case == "whole70b":

@@ -36,7 +36,18 @@ def merge_layer(layer: Layer, raw: str, base: Arrays, adapter: Arrays) -> dict[s
     with _lock, _quiet():
         model = _build((layer,), raw, {layer.module: base})
         _load(model, {name: _tensor(value) for name, value in adapter.items()}, layer.module)
-        return _merged(model, layer)
+        merged = _merged(model, layer)
+        _empty_out(model)
+        return merged
+
+
+def _empty_out(model: Any) -> None:
+    """Give the weights' memory back at once: modules refer to each other in circles.
+
+    Left to the garbage collector, the layers of a 1.9 GB model stayed until 2 GB were held.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = torch.empty(0, dtype=tensor.dtype)
 
 
 def merge_shared_layer(
