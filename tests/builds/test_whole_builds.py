@@ -210,7 +210,7 @@ def test_each_adapters_own_task_is_held_against_that_adapter(local, tmp_path: Pa
     """A merge that wins one task at the other's cost stops, before anything is quantized."""
     store, _, _ = local
     words = ("build", "--recipe", TWO, "--runner", "local", "--dist", tmp_path / "dist")
-    error = weightsmith(*words, "--set", "adapters.1.weight=3.0", store=store, expect=4)["error"]
+    error = weightsmith(*words, "--set", "adapters.0.weight=0.3", store=store, expect=4)["error"]
     refused = tmp_path / "dist" / "tiny-two" / "1.0.0" / "refused"
     found = json.loads((refused / "build.json").read_text())
     first, second = found["verdicts"], found["more_tasks"][0]["verdicts"]
