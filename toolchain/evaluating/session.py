@@ -36,6 +36,10 @@ class TryAgain(Exception):
     """A failure that another try may not meet."""
 
 
+class TooSlow(TryAgain):
+    """No answer in time: tried once more, not as often as others, because it costs so long."""
+
+
 class Refused(Exception):
     """A failure that every try would meet."""
 
@@ -140,7 +144,8 @@ class Session:
             except TryAgain as failure:
                 if not self.endpoint.alive():
                     raise died(self.endpoint, f"while it was asked {path}") from None
-                if attempt == self.limits.tries:
+                slow = isinstance(failure, TooSlow)
+                if attempt == (min(2, self.limits.tries) if slow else self.limits.tries):
                     raise self.failed(path, f"{failure} ({attempt} tries)") from None
             time.sleep(pause)
             pause *= 2
@@ -157,7 +162,7 @@ class Session:
             with self._http.stream(method, path, json=body) as response:
                 yield response
         except httpx.TimeoutException:
-            raise TryAgain(f"no answer in {seconds:g} s") from None
+            raise TooSlow(f"no answer in {seconds:g} s") from None
         except httpx.HTTPError as error:
             raise TryAgain(f"{type(error).__name__}: {error}") from None
 
@@ -174,7 +179,7 @@ class Session:
                 raise Refused(f"the answer is larger than {most} bytes")
             # httpx limits each read, not their sum: a dripping server would never end.
             if time.monotonic() > deadline:
-                raise TryAgain(f"no whole answer in {self.limits.request_seconds:g} s")
+                raise TooSlow(f"no whole answer in {self.limits.request_seconds:g} s")
             yield part
 
     def _lines(self, response: httpx.Response) -> Iterator[str]:
