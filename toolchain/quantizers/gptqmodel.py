@@ -107,7 +107,6 @@ def _quantize(
         # 16-bit arithmetic is emulated on most CPUs; the kernel that packs takes any type.
         kernel = importlib.import_module("gptqmodel.nn_modules.qlinear.torch_awq").AwqTorchLinear
         kernel.SUPPORTS_DTYPES = [*kernel.SUPPORTS_DTYPES, torch.float32]
-        _leave_unclipped()
     else:
         wanted = configs.GPTQConfig(bits=4, group_size=group, desc_act=False, sym=True)
         backend = library.BACKEND.AUTO if gpu else library.BACKEND.GPTQ_TORCH
@@ -121,27 +120,11 @@ def _quantize(
     loaded.save(str(raw))
 
 
-def _leave_unclipped() -> None:
-    """Let AWQ move scales, and clip nothing.
-
-    Its search for clipping bounds fits them to the calibration text: on examples/tiny the output
-    of a layer was off by 0.53 of its size with it. It also takes most of the time.
-    """
-    processor: Any = importlib.import_module("gptqmodel.looper.awq_processor").AWQProcessor
-    begin = processor.__init__
-
-    def __init__(self: Any, *words: Any, **named: Any) -> None:  # noqa: N807 - it stands in for it
-        begin(self, *words, **named)
-        self.apply_clip = False
-
-    processor.__init__ = __init__
-
-
 QUANTIZER = Quantizer(
     name="gptqmodel",
     builder="gptqmodel",
     formats=(AWQ, GPTQ),
-    recipe_number=2,
+    recipe_number=3,
     check_input=check_grouped,
     steps=steps,
     check=check,
