@@ -39,6 +39,10 @@ _MODE = 0o644
 _PIECE = 1 << 18
 _KEPT = 4
 """Factors kept for the next part of them: those of a layer's experts, both projections."""
+_LARGEST = 8 << 20
+"""Bytes of the largest buffer that is kept for the next: a block in float64."""
+_MOST = 48
+"""Buffers that are kept: what the most workers have in flight."""
 _MADE = 2
 """Decoded tensors kept."""
 
@@ -184,7 +188,9 @@ class Buffers:
 
     def give(self, buffer: np.ndarray) -> None:
         """Take a buffer back that nobody reads any more."""
-        self._free.put(buffer)
+        # Whole tensors that were computed come here too, one for each: they are not kept.
+        if len(buffer) <= _LARGEST and self._free.qsize() < _MOST:
+            self._free.put(buffer)
 
 
 @dataclass(frozen=True, slots=True)
