@@ -101,9 +101,11 @@ def relay(listening: int, port: int) -> None:
                 each.close()
 
     def carry(outer: socket.socket) -> None:
+        inner = socket.socket()  # create_connection would import a codec for the host's name
         try:
-            inner = socket.create_connection(("127.0.0.1", port))
+            inner.connect(("127.0.0.1", port))
         except OSError:
+            inner.close()
             outer.close()  # it does not listen yet
             return
         back = threading.Thread(target=copy, args=(inner, outer), daemon=True)
@@ -119,11 +121,20 @@ def relay(listening: int, port: int) -> None:
         threading.Thread(target=carry, args=(outer,), daemon=True).start()
 
 
-def start_relay(listening: int, port: int) -> None:
-    """Leave a relay behind as a child of what we become; it ends with that."""
+def start_relay(listening: int, port: int, user: int, group: int) -> None:
+    """Leave a relay behind as a child of what we become; it ends with that.
+
+    It runs as the same user: the kernel asks whether the one who dies may kill the other.
+    """
+    # Imported while their files can still be read: a user of the image may not enter our folders.
+    import socket  # noqa: F401
+    import threading  # noqa: F401
+
     parent = os.getpid()
     if os.fork() == 0:
         try:
+            if os.getuid() == 0:
+                become(user, group)
             die_with_parent(parent)
             relay(listening, port)
         finally:
@@ -152,9 +163,14 @@ def enter_root(root: Path, user: int, group: int, workdir: str) -> None:
     os.chroot(root)
     os.chdir(workdir)
     if as_root:
-        os.setgroups([])
-        os.setgid(group)
-        os.setuid(user)
+        become(user, group)
+
+
+def become(user: int, group: int) -> None:
+    """Give up root for a user and a group without others."""
+    os.setgroups([])
+    os.setgid(group)
+    os.setuid(user)
 
 
 def seal(root: Path) -> None:
@@ -189,7 +205,7 @@ def prepare(settings: dict[str, Any]) -> None:
         leave_network()
     if settings.get("relay"):
         raise_loopback()
-        start_relay(*settings["relay"])
+        start_relay(*settings["relay"], *settings["user"])
     if settings.get("root"):
         user, group = settings["user"]
         enter_root(Path(settings["root"]), user, group, settings["workdir"])

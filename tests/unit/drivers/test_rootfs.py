@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import socket
@@ -129,6 +130,21 @@ def ask(endpoint, port: int) -> dict[str, str]:
             time.sleep(0.05)
 
 
+def wait_until_nothing_runs_for(folder: Path) -> None:
+    """The relays too have ended: one that outlives its server would stay for good."""
+    deadline = time.monotonic() + 10
+    while True:
+        left = []
+        for file in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                if str(folder).encode() in file.read_bytes():
+                    left.append(file.parent.name)
+        if not left:
+            return
+        assert time.monotonic() < deadline, f"still running: {left}"
+        time.sleep(0.05)
+
+
 def test_a_server_is_reached_and_reaches_nothing(tmp_path):
     if not (process.can_leave_network() and process.is_sealed_root(tmp_path)):
         pytest.skip("this kernel gives us no network and no read-only root of our own")
@@ -150,6 +166,7 @@ def test_a_server_is_reached_and_reaches_nothing(tmp_path):
     assert "refused" in said["host"]
     assert {"no network", "read-only root", "user 7:8"} <= set(endpoint.confinement)
     assert not again.alive()
+    wait_until_nothing_runs_for(tmp_path)
 
 
 def test_without_the_right_to_enter_paths_are_pointed_into_the_files(monkeypatch, tmp_path):
