@@ -1,4 +1,4 @@
-"""AWQ by AutoAWQ, archived upstream: the same layout as GPTQModel's, for comparison and habit."""
+"""AWQ by AutoAWQ, archived upstream: the GEMM layout that vLLM, TGI and SGLang read."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ from toolchain.quantizers.packed import Layout, view_of
 from toolchain.quantizers.packed_check import check_checkpoint
 from toolchain.quantizers.quantizer import Quantizer, QuantizeRequest, Step
 from toolchain.quantizers.running import BLOCK, blocks, encoder, python_step, read_settings, texts
-from toolchain.values import Format, Json
-
-FORMAT = Format(name="awq-autoawq", kind="awq", bits_per_weight=4.16)
+from toolchain.values import AWQ, Format, Json
 
 
 def options(_format: Format, wanted: Mapping[str, Json]) -> Mapping[str, Json]:
@@ -81,7 +79,7 @@ def main() -> None:
 QUANTIZER = Quantizer(
     name="autoawq",
     builder="autoawq",
-    formats=(FORMAT,),
+    formats=(AWQ,),
     recipe_number=1,
     check_input=check_grouped,
     steps=steps,

@@ -16,7 +16,7 @@ def test_fp8_needs_hardware_that_has_it() -> None:
         check_support("vllm", fp8, "cpu")
 
 
-@pytest.mark.parametrize("name", ["vllm-awq", "vllm-gptq", "vllm-w8a8", "vllm-awq-autoawq"])
+@pytest.mark.parametrize("name", ["vllm-awq", "vllm-gptq", "vllm-w8a8", "vllm-awq-gptqmodel"])
 def test_four_bits_and_int8_run_everywhere_that_a_plan_knows(name: str) -> None:
     format_ = all_targets()[name].format
     for device in ("cpu", "nvidia-t4", "nvidia-h100-80gb", "amd-mi300x", "24 GiB of GPU memory"):
