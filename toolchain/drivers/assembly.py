@@ -38,7 +38,7 @@ def assemble_engine(cache: Path, engine: str, folder: Path, progress: Progress) 
                 *(sys.executable, recipe, "--out", folder),
                 *(("--find-links", wheels) if wheels else ()),
             ],
-            env=process.scrubbed(network=True, prefixes=("PIP_", "XDG_", "WEIGHTSMITH_DEBIAN")),
+            env=process.scrubbed(network=True, prefixes=("PIP_", "XDG_", "WEIGHTSMITH_DEBIAN_MIRROR")),
             on_line=hear,
         ).require(
             f"assembling the engine {engine}",
