@@ -14,6 +14,8 @@ from toolchain.resources import images
 
 _STEP = re.compile(r"\[(\d+)/(\d+)\]")
 
+_MIRROR = "WEIGHTSMITH_DEBIAN_MIRROR"
+
 
 def assemble_engine(cache: Path, engine: str, folder: Path, progress: Progress) -> None:
     """Fill an empty folder by the engine's `assemble.py`: the same pins give the same files.
@@ -38,7 +40,9 @@ def assemble_engine(cache: Path, engine: str, folder: Path, progress: Progress) 
                 *(sys.executable, recipe, "--out", folder),
                 *(("--find-links", wheels) if wheels else ()),
             ],
-            env=process.scrubbed(network=True, prefixes=("PIP_", "XDG_", "WEIGHTSMITH_DEBIAN_MIRROR")),
+            env=process.scrubbed(
+                network=True, prefixes=("PIP_", "XDG_", "WEIGHTSMITH_DEBIAN_MIRROR")
+            ),
             on_line=hear,
         ).require(
             f"assembling the engine {engine}",
