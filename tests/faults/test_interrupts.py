@@ -30,8 +30,9 @@ def test_an_interrupted_stage(workshop: Workshop, digest: str, stage: str) -> No
     for number in (signal.SIGINT, signal.SIGTERM):
         running = workshop.start_build()
         running.wait_for(f"{stage}:")
-        # A started image answers the few questions in less than half a second.
-        time.sleep(0.1 if stage == "evaluate" else 0.4)
+        # A started image answers the few questions in less than half a second, and the small
+        # model is merged as quickly.
+        time.sleep(0.1 if stage in ("evaluate", "merge") else 0.4)
         running.process.send_signal(number)
         outcome = running.end()
 
