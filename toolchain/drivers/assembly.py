@@ -10,7 +10,7 @@ from pathlib import Path
 from toolchain.drivers import process
 from toolchain.drivers.wire import open_log
 from toolchain.ports import Progress
-from toolchain.resources import images
+from toolchain.resources import engine_source, images
 
 _STEP = re.compile(r"\[(\d+)/(\d+)\]")
 
@@ -22,9 +22,10 @@ def assemble_engine(cache: Path, engine: str, folder: Path, progress: Progress) 
 
     Raises EnvironmentFailure where packages cannot be had.
     """
+    room = int(str(engine_source(engine)["room_bytes"]))
     progress.note(
-        f"assembling the engine {engine} from its pinned packages, once for this machine: "
-        "two to five minutes, 2 GB"
+        f"assembling {engine} from its pinned packages, once for this machine: "
+        f"{room / 1e9:.1f} GB at most, which may take some minutes"
     )
     recipe = images() / "engines" / engine / "assemble.py"
     wheels = os.environ.get("WEIGHTSMITH_WHEELS")

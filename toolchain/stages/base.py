@@ -25,8 +25,10 @@ from toolchain.values import Job, Json, StageInputs
 OWN = "engine:"
 """Prefix of bases that are a folder of images/engines/, assembled here from its tools."""
 
-MODELCAR = "docker.io/library/busybox:1.37.0-musl"
-"""A shell and nothing else."""
+MODELCAR = OWN + "modelcar"
+"""A shell and nothing else; made of packages for the one platform below."""
+
+MODELCAR_ELSEWHERE = "docker.io/library/busybox:1.37.0-musl"
 
 ENGINE_LABEL = "dev.weightsmith.engine"
 """How an image says which engine it holds."""
@@ -39,8 +41,6 @@ _MOST_BILLS = 20
 _PINNED = frozenset({"commit", "package"})
 """Either marks the entry of source.json that is the engine itself."""
 _WHOLE_PLATFORM = "linux/amd64"
-_WHOLE_BYTES = 5 << 30
-"""Room for an engine's root file system while it is unpacked."""
 _PACKAGE = re.compile(r"usr/local/lib/python[^/]+/dist-packages/([^/]+)/")
 _ACCOUNTS = {
     "etc/passwd": "root:x:0:0:root:/:/sbin/nologin\nmodel:x:65532:65532:model:/tmp:/sbin/nologin\n",
@@ -70,7 +70,9 @@ def data_base(kind: str, override: str) -> str:
     KServe starts a modelcar with a shell, which links `/models` for the server beside it.
     https://kserve.github.io/website/docs/model-serving/storage/providers/oci
     """
-    return override or (MODELCAR if kind == "modelcar" else "")
+    if override or kind != "modelcar":
+        return override
+    return MODELCAR if host_platform() == _WHOLE_PLATFORM else MODELCAR_ELSEWHERE
 
 
 def base_inputs(name: str) -> StageInputs:
@@ -163,7 +165,8 @@ def _own(name: str, engine: str, tools: Tools) -> Image:
     def make(folder: Path) -> Mapping[str, Json]:
         if not whole:
             return _export(folder, tools)
-        tools.store.require_room(_WHOLE_BYTES, f"the engine {name}")
+        room = engine_source(name)["room_bytes"]
+        tools.store.require_room(int(str(room)), f"the engine {name}")
         tools.assemble_engine(name, folder, tools.progress)
         return {}
 
@@ -177,6 +180,8 @@ def _own(name: str, engine: str, tools: Tools) -> Image:
 
 
 def _own_labels(name: str, engine: str) -> dict[str, str]:
+    if OWN + name == MODELCAR:
+        return {}
     source = engine_source(name)
     parts = [part for part in source.values() if isinstance(part, dict)]
     versions = [str(part["version"]) for part in parts if _PINNED & set(part)]

@@ -1,0 +1,40 @@
+"""A modelcar without a base of the user's: started as KServe starts it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+
+TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
+KSERVE = "ln -s /proc/$$/root/models /tmp/models && ls /tmp/models/ && test -r /models/config.json"
+"""What KServe's injector has a modelcar run, but for the end, where it sleeps."""
+
+
+@pytest.mark.docker
+@pytest.mark.builders
+def test_a_modelcar_has_the_shell_that_kserve_starts(tmp_path: Path) -> None:
+    name = f"weightsmith-test-modelcar:{uuid.uuid4().hex[:12]}"
+    words = (
+        "bake", "--model", TINY / "base", "--target", "vllm", "--kind", "modelcar",
+        "--load", name, "--json",
+    )  # fmt: skip
+    environment = {**os.environ, "WEIGHTSMITH_STORE": str(tmp_path / "store")}
+    baked = subprocess.run(
+        [sys.executable, "-m", "toolchain", *map(str, words)],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    assert baked.returncode == 0, baked.stderr
+    try:
+        said = subprocess.run(
+            ["docker", "run", "--rm", "--network=none", "--tmpfs=/tmp", name, "sh", "-c", KSERVE],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    finally:
+        subprocess.run(["docker", "rmi", name], capture_output=True, check=False)
+
+    assert {"config.json", "model.safetensors"} <= set(said.stdout.split())
