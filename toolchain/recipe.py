@@ -413,30 +413,27 @@ def with_settings(data: Mapping[str, Any], settings: Sequence[str]) -> dict[str,
         *parents, last = path.strip().split(".")
         place: Any = result
         for parent in parents:
-            if isinstance(place, list) and parent.isdecimal() and int(parent) < len(place):
-                place = place[int(parent)]
-            elif isinstance(place, dict):
+            if isinstance(place, list):
+                place = place[_number(place, parent, setting)]
+            else:
                 place = place.setdefault(parent, {})
             if not isinstance(place, dict | list):
                 raise UsageError(
                     f"--set {setting}: {parent} is not a mapping of keys",
                     hint=f"set it as a whole: --set {parent}=… takes any YAML value",
                 )
-        _put(place, last, value, setting)
+        place[_number(place, last, setting) if isinstance(place, list) else last] = value
     return result
 
 
-def _put(place: Any, last: str, value: Any, setting: str) -> None:
-    """Set a key of a mapping, or a whole element of a list by its number from 0."""
-    if isinstance(place, dict):
-        place[last] = value
-    elif last.isdecimal() and int(last) < len(place):
-        place[int(last)] = value
-    else:
-        raise UsageError(
-            f"--set {setting}: the list has no element {last}",
-            hint=f"it has {len(place)}, counted from 0",
-        )
+def _number(items: list[Any], word: str, setting: str) -> int:
+    """Return which element of a list a part of the path means, counted from 0."""
+    if word.isdecimal() and int(word) < len(items):
+        return int(word)
+    raise UsageError(
+        f"--set {setting}: the list has no element {word}",
+        hint=f"it has {len(items)}, counted from 0",
+    )
 
 
 class _StrictLoader(yaml.SafeLoader):

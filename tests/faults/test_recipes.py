@@ -44,7 +44,7 @@ def test_a_faulty_recipe(
         ("serve.max_num_sqs=2", ["serve.max_num_sqs", "`max_num_seqs`"]),
         ("serve.max_num_seqs=0", ["serve.max_num_seqs", "at least 1"]),
         ("name.first=x", ["name", "not a mapping"]),
-        ("adapters.0.weight=0.5", ["adapters"]),
+        ("adapters.1.weight=0.5", ["adapters", "no element 1"]),
         ("serve=[", ["serve"]),
         ("name=../../escape", ["name"]),
         ("version=a/b", ["version"]),
