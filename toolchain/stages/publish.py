@@ -83,8 +83,8 @@ def publish(
     if tools.engine.answers():
         tools.engine.untag(_candidate_name(image))
     if outputs.layout is not None:
-        _settle(image, outputs.layout, tools)
-        _attach(image, evidence, LayoutPlace(outputs.layout), place, tools)
+        with _settled(image, outputs.layout, tools) as beside:
+            _attach(image, evidence, LayoutPlace(beside), place, tools)
     if outputs.push:
         there = RegistryPlace(registry, place)
         done = registry.push(
@@ -191,13 +191,15 @@ def _layout(image: Image, folder: Path, tools: Tools) -> None:
     )
 
 
-def _settle(image: Image, folder: Path, tools: Tools) -> None:
-    """Give the candidate's layout its final place in one rename."""
+@contextmanager
+def _settled(image: Image, folder: Path, tools: Tools) -> Iterator[Path]:
+    """Yield the candidate's layout, whole; give it its final place in one rename afterwards."""
     with _alone(_beside(folder)) as beside:
         stale = _held(beside)
         _layout(image, beside, tools)
         if stale is not None and stale != image.digest:
             _forget_unnamed(beside, image)
+        yield beside
         if folder.exists():
             folder.rename(folder.with_name(f".{folder.name}.old-{os.getpid()}"))
         beside.rename(folder)
