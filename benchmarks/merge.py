@@ -1,14 +1,15 @@
 """Merging against PEFT, mergekit, axolotl and `cp`: CPU seconds, wall seconds, peak memory.
 
-    python benchmarks/merge.py [--case small|large|tuner] [--rounds 3] [--only NAME,…]
+    python benchmarks/merge.py [--case gigabyte|small|large|tuner] [--rounds 3] [--only NAME,…]
         [--mergekit DIR] [--axolotl DIR] [--work benchmarks/work]
     python benchmarks/merge.py --case whole70b
 
 Every way is a process of its own, and all run in turn, so that a change in the machine's load
 touches all of them. Checkpoints are of Llama's shapes, bfloat16, with an adapter of rank 64 on all
-linear layers: `small` has 1.85 GB; `large` has the tensors of a 70B model, two layers of them, and
-7.6 GB; `tuner` is `small` with a LoHa adapter, which is merged by PEFT's own layers. `whole70b`
-plans the merge of all 80 layers on a sparse file and says what memory the plan states.
+linear layers: `gigabyte` has 0.97 GB, `small` 1.85 GB; `large` has the tensors of a 70B model, two
+layers of them, and 7.6 GB; `tuner` is `small` with a LoHa adapter, which is merged by PEFT's own
+layers. `whole70b` plans the merge of all 80 layers on a sparse file and says what memory the plan
+states.
 
 Peers live outside the project's environment:
     pip install --target DIR --no-deps mergekit==0.1.5 immutables
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,12 @@ class Shape:
 
 
 SMALL = Shape(2048, 5632, 18, 32, 4, 32000)
+GIGABYTE = replace(SMALL, layers=8)
 LARGE = Shape(8192, 28672, 2, 64, 8, 128256)
 WHOLE = Shape(8192, 28672, 80, 64, 8, 128256)
+CASES = {
+    "gigabyte": GIGABYTE, "small": SMALL, "tuner": SMALL, "large": LARGE, "whole70b": WHOLE,
+}  # fmt: skip
 
 
 def make_base(folder: Path, shape: Shape, *, sparse: bool = False) -> None:
@@ -201,7 +206,13 @@ def make_adapter(folder: Path, shape: Shape, kind: str, *, sparse: bool = False)
 
 def make_inputs(work: Path, case: str) -> tuple[Path, Path]:
     """Make base and adapter of a case once; return their folders."""
-    shape = {"small": SMALL, "tuner": SMALL, "large": LARGE, "whole70b": WHOLE}[case]
+    shape = {
+        "gigabyte": GIGABYTE,
+        "small": SMALL,
+        "tuner": SMALL,
+        "large": LARGE,
+        "whole70b": WHOLE,
+    }[case]
     kind = "LOHA" if case == "tuner" else "LORA"
     base = work / ("base-small" if case == "tuner" else f"base-{case}")
     adapter = work / f"adapter-{case}"
@@ -263,7 +274,7 @@ def show(options: argparse.Namespace, base: Path, found: dict[str, list[dict[str
 def main() -> None:
     """Make the inputs, run every way in turn, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", default="small", choices=["small", "large", "tuner", "whole70b"])
+    parser.add_argument("--case", default="small", choices=CASES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / "work")
     parser.add_argument("--only", default="", help="comma-separated ways to run")

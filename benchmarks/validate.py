@@ -1,7 +1,7 @@
 """Validation of a merge against one forward of the same probes in transformers.
 
-    python benchmarks/validate.py [--case small|large] [--rounds 3] [--work benchmarks/work]
-        [--only validate]
+    python benchmarks/validate.py [--case gigabyte|small|large] [--rounds 3] [--only validate]
+        [--work benchmarks/work]
 
 Uses base and adapter of benchmarks/merge.py's cases with the tiny example's tokenizer, and runs
 each way in turn. `forward` loads the merged checkpoint with
@@ -66,7 +66,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--case", choices=("small", "large"), default="small")
+    parser.add_argument("--case", choices=("gigabyte", "small", "large"), default="small")
     parser.add_argument("--only", default="", help="comma-separated ways to run")
     parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / "work")
     parser.add_argument("--make", action="store_true", help="make the inputs, run nothing")
