@@ -25,6 +25,7 @@ from toolchain.quantizers import of_format
 from toolchain.recipe import RecipeFile
 from toolchain.serving.advice import advise
 from toolchain.serving.memory import human
+from toolchain.serving.parameters import WORKED_OUT, weights_from_config
 from toolchain.serving.picture import picture
 from toolchain.serving.targets import Target
 from toolchain.stages import merge as merging
@@ -66,18 +67,15 @@ def forecast(
     rows += _reference_rows(sources, tasks, earlier, tools)
     plans, size = {}, sources.base.tree.size
     shape = model_config(sources.base.tree.root)
+    weights = sources.base.tree.weight_bytes or weights_from_config(shape)
     for target in targets:
         wanted = wanted_of(file, target.format, sources.base, tools)
         row, artifact = _quantize_row(wanted, target, checkpoint, size, earlier, tools)
         rows += [row, *_quality_rows(file, target, checkpoint, artifact, tools)]
-        weight = artifact.size if artifact else estimated_bytes(size, target.format, shape)
+        weight = artifact.weight_bytes if artifact else 0
+        weight = weight or estimated_bytes(weights, target.format, shape)
         plans[target.name] = _serving_plan(file, target, sources, weight)
-        rows.append(
-            _row(
-                "publish", target=target.name, cached=False, read=weight, write=weight,
-                why="known once the image is assembled" if artifact else "its weights are not made",
-            )
-        )  # fmt: skip
+        rows.append(_publish_row(target, artifact, weight))
     todo = [row for row in rows if not row["cached"]]
     return {
         "name": file.recipe.name,
@@ -109,6 +107,7 @@ def _serving_plan(
             weights="",
             made_from=(),
             adapters=adapters,
+            notes=() if sources.base.tree.weight_bytes else (WORKED_OUT,),
         ).plan
     except UsageError as error:
         if "plan" not in error.details:
@@ -321,6 +320,12 @@ def _quality_rows(
             memory=_QUALITY_MEMORY,
         )
     ]  # fmt: skip
+
+
+def _publish_row(target: Target, artifact: Tree | None, weight: int) -> dict[str, Json]:
+    size = artifact.size if artifact else weight
+    why = "known once the image is assembled" if artifact else "its weights are not made"
+    return _row("publish", target=target.name, cached=False, why=why, read=size, write=size)
 
 
 def _state(

@@ -263,7 +263,7 @@ def config_of(
         request.file,
         target,
         sources.base.tree if target.format == LORA else checkpoint.tree,
-        artifact.tree.size,
+        artifact.tree.weight_bytes,
         weights=files[0] if files else "",
         made_from=(artifact.digest,),
         adapters=unmerged_adapters(request.file, target, sources),

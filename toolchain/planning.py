@@ -251,7 +251,7 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
         if target.engine.legacy:
             tools.progress.warn(target.engine.legacy)
         config = model_config(sources.base.tree.root)
-        size = estimated_bytes(sources.base.tree.size, target.format, config)
+        size = estimated_bytes(sources.base.tree.weight_bytes, target.format, config)
         adapters = unmerged_adapters(request.file, target, sources)
         planned = serving_config(
             request.file,
@@ -340,6 +340,7 @@ def serving_config(
     weights: str,
     made_from: tuple[Digest, ...],
     adapters: tuple[ServedAdapter, ...] = (),
+    notes: tuple[str, ...] = (),
 ) -> ServingConfig:
     """Plan and render a target; `weights` is the file that is served, empty before there is one."""
     recipe = file.recipe
@@ -353,4 +354,5 @@ def serving_config(
         wishes=replace(wishes_of(recipe.serve), adapters=adapters),
         image=reference(recipe, target.name),
         made_from=made_from,
+        notes=notes,
     )

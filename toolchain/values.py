@@ -113,6 +113,12 @@ class Tree:
         """Bytes of all files."""
         return sum(entry.size for entry in self.files)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the files that hold weights, as a server loads them."""
+        weights = (".safetensors", ".gguf")
+        return sum(entry.size for entry in self.files if entry.path.endswith(weights))
+
     def path(self, name: str) -> Path:
         """Return the file's place on disk."""
         return self.places.get(name, self.root / name)

@@ -13,6 +13,7 @@ from toolchain.checkpoints.packing import weight_kinds
 from toolchain.errors import InputRefused, UsageError
 from toolchain.planning import all_targets, estimated_bytes
 from toolchain.serving.engine import Wishes
+from toolchain.serving.parameters import WORKED_OUT, weights_from_config
 from toolchain.serving.targets import Target, find
 from toolchain.stages.quantize import serving_config_of
 from toolchain.stages.record import write_files
@@ -21,6 +22,7 @@ from toolchain.values import SAFETENSORS, Json, ServingConfig, plain
 
 _CONFIG = "serving.json"
 """Everything that `bake` needs of a rendered folder."""
+_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,16 +34,15 @@ class Model:
     config: Mapping[str, Json]
     weights: tuple[str, ...]
     """The files that hold weights, relative to `root`."""
+    weight_bytes: int
+    """Of all of them."""
+    notes: tuple[str, ...] = ()
+    """What is assumed of it."""
 
     @property
     def root(self) -> Path:
         """The folder that its files are in."""
         return self.path if self.path.is_dir() else self.path.parent
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of all weight files."""
-        return sum((self.root / name).stat().st_size for name in self.weights)
 
 
 def open_model(path: Path, name: str = "") -> Model:
@@ -50,7 +51,11 @@ def open_model(path: Path, name: str = "") -> Model:
         if path.suffix != ".gguf":
             raise InputRefused(f"{path}: a model file is a .gguf", hint="or name a folder")
         return Model(
-            path=path, name=name or path.stem, config=gguf_config(path), weights=(path.name,)
+            path=path,
+            name=name or path.stem,
+            config=gguf_config(path),
+            weights=(path.name,),
+            weight_bytes=path.stat().st_size,
         )
     if not path.is_dir():
         raise InputRefused(f"{path} does not exist", hint="give the model's folder or .gguf file")
@@ -59,7 +64,43 @@ def open_model(path: Path, name: str = "") -> Model:
     if not weights:
         raise InputRefused(f"{path}: no .safetensors or .gguf file in it")
     config = serving_config_of(path) if "config.json" in names else gguf_config(path / weights[0])
-    return Model(path=path, name=name or path.absolute().name, config=config, weights=weights)
+    return Model(
+        path=path,
+        name=name or path.absolute().name,
+        config=config,
+        weights=weights,
+        weight_bytes=sum((path / name).stat().st_size for name in weights),
+    )
+
+
+def foresee_model(path: Path, name: str = "") -> Model:
+    """Return the model at a path, or where there is its config.json alone, what it will be.
+
+    Its weights' size is then the index's, else worked out from config.json; raises as `open_model`.
+    """
+    if not path.is_dir() or "config.json" not in (names := scan(path, gguf=True)):
+        return open_model(path, name)
+    if any(n.endswith((".gguf", ".safetensors")) for n in names):
+        return open_model(path, name)
+    config = serving_config_of(path)
+    size = _indexed_bytes(path / _INDEX) if _INDEX in names else 0
+    return Model(
+        path=path,
+        name=name or path.absolute().name,
+        config=config,
+        weights=("model.safetensors",),
+        weight_bytes=size or weights_from_config(config),
+        notes=(f"no weights there: their size is {_INDEX}'s",) if size else (WORKED_OUT,),
+    )
+
+
+def _indexed_bytes(path: Path) -> int:
+    """Return the bytes that an index says its shards have; 0 where it does not."""
+    try:
+        size = json.loads(path.read_text("utf-8"))["metadata"]["total_size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+    return size if isinstance(size, int) and not isinstance(size, bool) and size > 0 else 0
 
 
 def serving_config(model: Model, target: Target, wishes: Wishes, image: str = "") -> ServingConfig:
@@ -78,6 +119,7 @@ def serving_config(model: Model, target: Target, wishes: Wishes, image: str = ""
         wishes=wishes,
         image=image,
         made_from=(),
+        notes=model.notes,
     )
 
 
@@ -117,7 +159,7 @@ def render_model(
     path: Path, target: str, name: str, wishes: Wishes, out: Path
 ) -> Mapping[str, Json]:
     """Write a target's serving files for a model; return their paths and the plan."""
-    config = serving_config(open_model(path, name), find(target, all_targets()), wishes)
+    config = serving_config(foresee_model(path, name), find(target, all_targets()), wishes)
     text = json.dumps(plain(config), indent=2, sort_keys=True) + "\n"
     files = {**config.files, _CONFIG: text}
     write_files(files, out)

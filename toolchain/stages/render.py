@@ -46,18 +46,20 @@ def render(
     wishes: Wishes,
     image: str,
     made_from: tuple[Digest, ...],
+    notes: tuple[str, ...] = (),
 ) -> ServingConfig:
     """Plan the memory and render every file of a target; nothing is written.
 
     `image` is a reference, or "" where it is not known yet: manifests then say `name:version`.
+    `notes` of the caller stand before the plan's own.
     Raises UsageError for a wish that does not fit or a template that does not render, and
     InputRefused for a lying config.json.
     """
     engine = target.engine
     wishes = replace(wishes, format=target.format)
     plan = engine.plan(model_config, weight_bytes, wishes)
-    if engine.legacy:
-        plan = replace(plan, notes=(*plan.notes, engine.legacy))
+    legacy = (engine.legacy,) if engine.legacy else ()
+    plan = replace(plan, notes=(*notes, *plan.notes, *legacy))
     served = engine.fixed_name or wishes.served_model_name or name
     names: dict[str, Json] = {
         "model_path": f"{engine.model_dir}/{model_file}".rstrip("/"),

@@ -1,0 +1,134 @@
+"""`render` and `plan` as others call them: figures of the engines' own rules, on the command line.
+
+The expected values are vLLM's, computed from its block rules by hand: blocks of 16 tokens, groups
+of equal size, windows with what is under way, one row for latent attention.
+"""
+
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+MODELS = ROOT / "tests" / "golden" / "models"
+
+
+def invoke(*words):
+    """(exit code, what --json printed, standard error)."""
+    done = subprocess.run(
+        [sys.executable, "-m", "toolchain.cli.program", *map(str, words), "--json"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr
+    return done.returncode, json.loads(done.stdout), done.stderr
+
+
+def folder(tmp_path, name, *, weights=True):
+    """A checkpoint of holes: its config.json, and one file of the right size."""
+    told = json.loads((MODELS / f"{name}.json").read_text("utf-8"))
+    path = tmp_path / name
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(told["config"]))
+    if weights:
+        size = told["weight_bytes"]
+        entry = {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}
+        header = json.dumps({"w": entry}).encode()
+        with (path / "model.safetensors").open("wb") as stream:
+            stream.write(struct.pack("<Q", len(header)) + header)
+            stream.truncate(size)
+    return path, told["weight_bytes"]
+
+
+CASES = [
+    # model, flags, bytes per token, bytes per request of that length
+    ("llama-3.1-70b", ["--gpu-count", 4, "--max-model-len", 131072], 80 * 4096, 80 * 4096 * 131072),
+    ("llama-3-8b", ["--max-model-len", 8192], 131072, 1 << 30),
+    (
+        "qwen3-8b",
+        ["--max-model-len", 32768, "--set", "serve.kv_cache_dtype=fp8"],
+        73728,
+        2048 * 16 * 73728,
+    ),
+    (
+        "gemma-3-27b",
+        ["--max-model-len", 32768, "--set", "serve.max_num_batched_tokens=8192"],
+        10 * 8192,
+        8582 * 16 * 10 * 8192,
+    ),
+    (
+        "gpt-oss-20b",
+        ["--max-model-len", 131072, "--set", "serve.max_num_batched_tokens=8192"],
+        12 * 2048,
+        9225 * 16 * 12 * 2048,
+    ),
+    ("deepseek-v3", ["--gpu-memory", "900GiB", "--max-model-len", 4096], 70272, 4096 * 70272),
+]
+KEYS = {
+    "weights_bytes_per_gpu", "kv_bytes_per_token", "kv_bytes_per_request", "kv_cache_bytes",
+    "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_concurrency",
+    "gpu_memory_utilization", "margin_bytes", "fits", "nearest",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "flags", "token", "request_"), CASES, ids=[c[0] for c in CASES])
+def test_vllms_figures(tmp_path, name, flags, token, request_):
+    path, size = folder(tmp_path, name)
+    machine = [] if "--gpu-memory" in flags else ["--gpu", "nvidia-h100-80gb"]
+    code, told, error = invoke(
+        "render", "--model", path, "--target", "vllm", *machine, *flags, "--out", tmp_path / "out"
+    )
+
+    assert code == 0, error
+    plan = told["plan"]
+    assert set(plan) >= KEYS
+    assert plan["weights_bytes_per_gpu"] == -(-size // plan["gpus"])
+    assert (plan["kv_bytes_per_token"], plan["kv_bytes_per_request"]) == (token, request_)
+    assert plan["max_num_seqs"] * request_ <= plan["kv_cache_bytes"] * plan["gpus"]
+    assert (plan["fits"], plan["nearest"]) == (True, None)
+
+
+def test_a_config_alone_is_enough_to_plan(tmp_path):
+    path, size = folder(tmp_path, "qwen3-8b", weights=False)
+    flags = ["--target", "vllm", "--set", "serve.gpu=nvidia-l40s"]
+    code, told, _ = invoke("render", "--model", path, *flags, "--out", tmp_path / "out")
+    assert code == 0
+    assert told["plan"]["weights_bytes_per_gpu"] == pytest.approx(size, rel=0.002)
+    assert any("an estimate" in note for note in told["plan"]["notes"])
+
+    code, planned, _ = invoke("plan", "--base", path, *flags)
+    assert code == 0
+    for key in KEYS:
+        assert planned["plan"]["vllm"][key] == told["plan"][key]
+
+    (path / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": size}, "weight_map": {}})
+    )
+    code, told, _ = invoke("render", "--model", path, *flags, "--out", tmp_path / "out2")
+    assert told["plan"]["weights_bytes_per_gpu"] == size
+
+
+def test_what_is_not_weights_is_not_planned_as_such(tmp_path):
+    path, size = folder(tmp_path, "smollm2-135m")
+    (path / "tokenizer.json").write_text(" " * 1_000_000)
+    flags = ["--target", "vllm", "--set", "serve.gpu=nvidia-l4"]
+
+    _, planned, _ = invoke("plan", "--base", path, *flags)
+
+    assert planned["plan"]["vllm"]["weights_bytes_per_gpu"] == size
+
+
+@pytest.mark.parametrize("target", ["vllm", "sglang", "tgi", "trtllm"])
+def test_what_does_not_fit_is_exit_2_with_what_does(tmp_path, target):
+    path, _ = folder(tmp_path, "llama-3-8b")
+    flags = ["--target", target, "--gpu", "nvidia-l4" if target != "tgi" else "nvidia-a10g"]
+    wish = ["--max-model-len", 8192, "--max-num-seqs", 64]
+    code, told, error = invoke("render", "--model", path, *flags, *wish, "--out", tmp_path / "out")
+
+    assert code == 2
+    assert "nearest that fits" in error
+    assert told["plan"]["fits"] is False
+    assert {"text", "max_model_len", "max_num_seqs"} <= set(told["plan"]["nearest"][0])
+    assert not (tmp_path / "out").exists()
