@@ -63,7 +63,7 @@ class Smoke:
 
 
 def check_serving(smoke: Smoke, session: Session, promise: Promise) -> None:
-    """Check a healthy server: its name, chat, stream, context limit and concurrency.
+    """Check a healthy server: its name, chat, stream, context limit, concurrency, logprobs.
 
     Raises CheckFailed with the name of the check and the server's last lines.
     """
@@ -80,6 +80,7 @@ def check_serving(smoke: Smoke, session: Session, promise: Promise) -> None:
     smoke.check("context limit", session, lambda: _context(session, name, promise.max_model_len))
     count = min(promise.max_num_seqs, _MOST_AT_ONCE)
     smoke.check(f"{count} requests at once", session, lambda: _together(session, name, count))
+    smoke.check("log-probabilities", session, lambda: _logprobs(session, name))
 
 
 def check_life(smoke: Smoke, endpoint: Endpoint, promise: Promise) -> None:
@@ -170,6 +171,15 @@ def _together(session: Session, name: str, count: int) -> str:
     if empty:
         raise session.failed(_CHAT, f"{empty} of {count} requests at once got an empty answer")
     return f"{count} answers"
+
+
+def _logprobs(session: Session, name: str) -> str:
+    # A server may have none to give; one that ends when it is asked for them is broken.
+    asked = {**chat_body(name, _GREETING, 1), "logprobs": True, "top_logprobs": 1}
+    answer = session.try_post(_CHAT, asked)
+    if answer.status >= 500 or not session.endpoint.alive():
+        raise session.failed(_CHAT, f"log-probabilities: HTTP {answer.status}")
+    return "given" if answer.status == 200 else f"HTTP {answer.status}: {excerpt(answer.text)}"
 
 
 def _stopped(code: int | None) -> str:

@@ -29,7 +29,9 @@ TABLE: dict[tuple[str, str], Support] = {
         capability=(7, 5), cpu=True, source="gptq_marlin.py; CPUWNA16LinearKernel"
     ),
     ("vllm", "fp8"): Support(
-        capability=(8, 9), cpu=False, source="compressed_tensors_w8a8_fp8.py get_min_capability"
+        capability=(8, 9),
+        cpu=True,
+        source="compressed_tensors_w8a8_fp8.py get_min_capability; ChannelWiseTorchFP8 kernel",
     ),
     ("vllm", "w8a8"): Support(
         capability=(7, 5), cpu=True, source="compressed_tensors_w8a8_int8.py; CPUInt8 kernel"
@@ -55,7 +57,7 @@ def check_support(engine: str, format_: Format, device: str) -> None:
         if not row.cpu:
             raise InputRefused(
                 f"{engine} has no kernel for {format_.name} on a CPU ({row.source})",
-                hint="choose a GPU with serve.gpu, or awq, gptq or w8a8 of vllm",
+                hint="choose a GPU with serve.gpu, or awq, gptq, fp8 or w8a8 of vllm",
             )
         return
     card = GPUS.get(device)

@@ -217,6 +217,9 @@ def env(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, str]:
     if not plan.gpus:
         # Else 4-bit weights meet activations rounded to 8 bits on CPUs with AMX.
         found["VLLM_CPU_INT4_W4A8"] = "0"
+        # Some of its functions are compiled at their first call (0.32, v1/sample/ops/logprobs.py),
+        # also with enforce-eager: without a C++ compiler a request for logprobs ends the server.
+        found["TORCH_COMPILE_DISABLE"] = "1"
     return found
 
 

@@ -29,6 +29,7 @@ class Server(ThreadingHTTPServer):
     done = True
     long_status, long_error = 400, "request (99 tokens) exceeds the available context size"
     most_at_once = 100
+    logprobs_status = 200
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -59,6 +60,9 @@ class Handler(BaseHTTPRequestHandler):
         server, body = self.server, self.body()
         if len(body["messages"][0]["content"].split()) > 64:
             self.reply(server.long_status, {"error": {"message": server.long_error}})
+            return
+        if "logprobs" in body and server.logprobs_status != 200:
+            self.reply(server.logprobs_status, {"error": {"message": "EngineDeadError"}})
             return
         with server.lock:
             server.busy += 1
@@ -117,6 +121,7 @@ def test_a_good_server_passes_and_what_was_seen_is_kept(server):
 
     assert list(seen) == [
         "model list", "chat", "streaming", "end of answer", "context limit", "3 requests at once",
+        "log-probabilities",
     ]  # fmt: skip
     assert seen["chat"] == "Hello there"
     assert seen["end of answer"] == "an answer ends by itself"
@@ -135,6 +140,7 @@ def test_a_good_server_passes_and_what_was_seen_is_kept(server):
         ({"long_status": 500}, "context limit", "HTTP 500, not refused"),
         ({"long_error": "nope"}, "context limit", "does not say why"),
         ({"most_at_once": 2}, "3 requests at once", "got an empty answer"),
+        ({"logprobs_status": 500}, "log-probabilities", "HTTP 500"),
     ],
 )
 def test_a_broken_promise_is_named_with_the_servers_last_words(server, change, check, says):
@@ -150,6 +156,12 @@ def test_an_answer_without_an_end_is_told_and_no_failure(server):
     server.finish = "length"
 
     assert "did not end" in look(server)["end of answer"]
+
+
+def test_a_server_without_log_probabilities_may_say_so(server):
+    server.logprobs_status = 400
+
+    assert look(server)["log-probabilities"].startswith("HTTP 400")
 
 
 def life(server):

@@ -9,11 +9,12 @@ from toolchain.serving.compatibility import TABLE, check_support
 
 def test_fp8_needs_hardware_that_has_it() -> None:
     fp8 = all_targets()["vllm-fp8"].format
-    check_support("vllm", fp8, "nvidia-l4")
+    for device in ("nvidia-l4", "cpu"):
+        check_support("vllm", fp8, device)
     with pytest.raises(InputRefused, match=r"8\.9, nvidia-a10g has 8\.6"):
         check_support("vllm", fp8, "nvidia-a10g")
     with pytest.raises(InputRefused, match="no kernel for fp8 on a CPU"):
-        check_support("vllm", fp8, "cpu")
+        check_support("sglang", fp8, "cpu")
 
 
 @pytest.mark.parametrize("name", ["vllm-awq", "vllm-gptq", "vllm-w8a8", "vllm-awq-gptqmodel"])

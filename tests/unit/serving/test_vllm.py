@@ -76,6 +76,7 @@ def test_a_cpu_server_gets_its_cache_in_bytes_and_no_more():
     assert settings["block-size"] == 32
     assert "gpu-memory-utilization" not in settings
     assert config.env["VLLM_CPU_INT4_W4A8"] == "0"
+    assert config.env["TORCH_COMPILE_DISABLE"] == "1"
 
 
 def test_it_writes_below_tmp_and_asks_nobody():
