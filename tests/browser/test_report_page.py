@@ -56,6 +56,10 @@ def build(count: int = 40) -> dict[str, Any]:
                   "tensors": {"merged": 60, "copied": 212}, "findings": ["one tensor is tied"]},
         "validation": {
             "max_abs_logit_diff": 0.03, "kl_mean": 1e-6, "kl_max": 1e-4, "top1_agreement": 0.999,
+            "greedy": [{"after": "Which port? " + LONG, "reference": "7481.", "merged": "7481.",
+                        "tokens": 4, "same": 4},
+                       {"after": "And why?", "reference": "Be", "merged": f"As {LONG}",
+                        "tokens": 16, "same": 0}],
             "findings": [{"severity": "warning", "message": "layer 29 is far off"}],
             "layers": [{"layer": i, "difference": 10 ** (i / 10 - 5), "rounding": 1e-4,
                         "parted": i > 29} for i in range(34)],

@@ -42,6 +42,16 @@ class LayerDifference(TypedDict):
     parted: bool
 
 
+class GreedyFacts(TypedDict):
+    """How both sides go on after a probe; `same` of the `tokens` come first in both."""
+
+    after: str
+    reference: str
+    merged: str
+    tokens: int
+    same: int
+
+
 class ValidationFacts(TypedDict):
     """Merged checkpoint against base+adapter on probes: what `validate` found.
 
@@ -56,6 +66,7 @@ class ValidationFacts(TypedDict):
     findings: list[Json]
     layers: NotRequired[list[LayerDifference]]
     first_difference: NotRequired[int | None]
+    greedy: NotRequired[list[GreedyFacts]]
 
 
 class QualityFacts(TypedDict):

@@ -14,7 +14,7 @@ from toolchain.resources import builder_pins
 from toolchain.values import Checkpoint, Digest, Job, Json, Sources, StageInputs, key_of
 
 BUILDER = "merge"
-RECIPE_NUMBER = 1
+RECIPE_NUMBER = 2
 MEMORY_BYTES = 4 << 30
 """Limit of the container beside a checkpoint that has to be loaded whole."""
 SUMS = ("sequential", "linear", "cat")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,19 +39,24 @@ class Batch:
 
     ids: torch.Tensor
     lengths: tuple[int, ...]
+    counted: tuple[int, ...]
+    """Of each probe, how many tokens at its end have logits."""
 
     @classmethod
-    def of(cls, probes: Sequence[Sequence[int]]) -> Batch:
-        """Put probes of several lengths into one batch."""
+    def of(cls, probes: Sequence[Sequence[int]], most: int = sys.maxsize) -> Batch:
+        """Put probes of several lengths into one batch, with at most so many logits each."""
         width = max(len(probe) for probe in probes)
         rows = [[*probe, *[probe[-1]] * (width - len(probe))] for probe in probes]
-        return cls(ids=torch.tensor(rows), lengths=tuple(len(probe) for probe in probes))
+        lengths = tuple(len(probe) for probe in probes)
+        counted = tuple(min(length, most) for length in lengths)
+        return cls(ids=torch.tensor(rows), lengths=lengths, counted=counted)
 
     @property
     def places(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Row and column of every token that counts."""
-        rows = [row for row, n in enumerate(self.lengths) for _ in range(n)]
-        columns = [column for n in self.lengths for column in range(n)]
+        both = list(enumerate(zip(self.lengths, self.counted, strict=True)))
+        rows = [row for row, (_, count) in both for _ in range(count)]
+        columns = [column for _, (n, count) in both for column in range(n - count, n)]
         return torch.tensor(rows), torch.tensor(columns)
 
     def doubled(self, twins: int) -> Batch:
@@ -58,6 +64,7 @@ class Batch:
         return Batch(
             ids=torch.cat([self.ids, self.ids[:twins]]),
             lengths=(*self.lengths, *self.lengths[:twins]),
+            counted=(*self.counted, *self.counted[:twins]),
         )
 
     def twin_tokens(self, twins: int) -> dict[int, int]:
@@ -66,9 +73,8 @@ class Batch:
         Layers get all tokens, the sequences apart or in one row; the head those that count.
         """
         width = self.ids.shape[1]
-        counted = sum(self.lengths)
-        mine = sum(self.lengths[len(self.lengths) - twins :])
-        return {counted: mine, len(self.ids) * width: twins * width}
+        mine = sum(self.counted[len(self.counted) - twins :])
+        return {sum(self.counted): mine, len(self.ids) * width: twins * width}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -135,7 +141,7 @@ def reference_forward(
     run = _forward(model.get_base_model(), model, whole, rows, advance)
     for site in adapted:
         examiner.finish(site)
-    tokens = sum(batch.lengths)
+    tokens = sum(batch.counted)
     half = [state.chunk(2) for state in run.hidden]
     return Reference(
         run=Run(logits=run.logits[:tokens], hidden=[first for first, _ in half]),

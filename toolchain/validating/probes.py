@@ -93,18 +93,21 @@ def _expected(base: Path, adapters: Sequence[Path]) -> Any:
 
 
 def encode(tokenizer: Any, items: Sequence[Sequence[Message]], vocabulary: int) -> list[list[int]]:
-    """Return token ids of the items, cut so that their logits fit into memory."""
+    """Return token ids of the items, the last MOST_TOKENS of each."""
     if tokenizer is None:
         return _made_up(vocabulary)
-    room = max(16, min(len(items) * MOST_TOKENS, _LOGIT_BYTES // (4 * max(1, vocabulary))))
-    most = max(4, min(MOST_TOKENS, room // max(1, len(items))))
     texts = [_text(tokenizer, item) for item in items]
     ids = [
         list(tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"])
         for text in texts
     ]
     # The end of a prompt is where the answer begins, so that is what is kept.
-    return [part[-most:] or [0] for part in ids]
+    return [part[-MOST_TOKENS:] or [0] for part in ids]
+
+
+def most_logits(count: int, vocabulary: int) -> int:
+    """Return how many tokens of each of `count` probes can have logits in memory."""
+    return max(4, _LOGIT_BYTES // (4 * max(1, vocabulary * count)))
 
 
 def _made_up(vocabulary: int) -> list[list[int]]:

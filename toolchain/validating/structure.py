@@ -65,6 +65,11 @@ def vocabulary(merged: Path) -> int:
     return 0
 
 
+def end_tokens(root: Path) -> set[int]:
+    """Return the tokens that end an answer, by either configuration."""
+    return _ids(_maybe(root / "generation_config.json")) | _ids(_maybe(root / "config.json"))
+
+
 def _tensors(
     before: CheckpointIndex,
     after: CheckpointIndex,

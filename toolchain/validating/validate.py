@@ -15,18 +15,17 @@ import torch
 
 from toolchain.checkpoints.safetensors import read_json
 from toolchain.errors import EnvironmentFailure, InputRefused
+from toolchain.validating import greedy
 from toolchain.validating import probes as asked
 from toolchain.validating.findings import ERROR, NOTE, WARNING, Finding, failed, finding
 from toolchain.validating.forwards import Batch, Reference, Run, merged_forward, reference_forward
 from toolchain.validating.network import decoder_layers, skeleton
 from toolchain.validating.probes import Message
-from toolchain.validating.structure import compare_files, is_readable, vocabulary
+from toolchain.validating.structure import compare_files, end_tokens, is_readable, vocabulary
 from toolchain.validating.verdict import judge_models
 from toolchain.validating.weights import Weights
 
 Progress = Callable[[int, int], None]
-_TAIL = 80
-"""Characters of a probe that are told."""
 _SHOWN = 20
 """Findings of one kind that are told one by one."""
 
@@ -133,13 +132,16 @@ def _compare(
         message = f"the merged model cannot run: nothing in its files is {lacking[0]}"
         findings.append(finding(ERROR, "files", message, lacking[0]))
         return {}
-    ids = asked.encode(expected, asked.choose(request.items), _vocabulary(model))
-    batch = Batch.of(ids)
-    highest = int(batch.ids.max())
+    words = _vocabulary(model)
+    ids = asked.encode(expected, asked.choose(request.items), words)
+    highest = max(max(probe) for probe in ids)
     if highest >= model.get_input_embeddings().weight.shape[0]:
         message = f"the tokenizer gives token {highest}, which the merged model does not embed"
         findings.append(finding(ERROR, "tokenizer", message, "tokenizer.json"))
         return {}
+    most = asked.most_logits(len(ids), words)
+    texts = _texts(request.merged, weights, ids, most, findings)
+    batch = Batch.of(greedy.longer(ids, texts) if texts else ids, most)
     sides = Sides(request=request, model=model, weights=weights, batch=batch)
     try:
         reference, run = sides.forwards(progress, streamed=True)
@@ -154,13 +156,32 @@ def _compare(
         )
         reference, run = sides.forwards(progress, streamed=False)
     streamed = not any("loaded whole" in found.message for found in findings)
-    told = judge_models(reference, run, weights, batch, sides.twins, findings, summed=sides.summed)
+    said = list(greedy.read(reference.run.logits, run.logits, batch, texts))
+    told = judge_models(
+        reference, run, weights, batch, sides.twins, findings, said, summed=sides.summed
+    )
     return told | {
         "probes": len(ids),
         "positions": len(run.logits),
         "streamed": streamed,
-        "next_tokens": _next_tokens(expected, reference.run, run, batch),
+        "greedy": greedy.tell(said, expected),
     }
+
+
+def _texts(
+    merged: Path, weights: Weights, ids: list[list[int]], most: int, findings: list[Finding]
+) -> list[list[int]]:
+    """Return how the merged model goes on after each probe; [] where it was not asked."""
+    if not greedy.can_generate(weights):
+        findings.append(greedy.TOO_LARGE)
+        return []
+    try:
+        return greedy.go_on(merged, ids, end_tokens(merged), min(greedy.MOST_NEW, most))
+    except _NOT_STREAMABLE as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        text = f"of each answer the first token alone is compared: it cannot generate ({why})"
+        findings.append(finding(NOTE, "logits", text))
+        return []
 
 
 def _require_memory(weights: Weights, why: str) -> None:
@@ -177,20 +198,6 @@ def _require_memory(weights: Weights, why: str) -> None:
             f"it needs {needed >> 30} GiB of memory of which {there >> 20} are there",
             hint="use a machine with more memory, or turn it off: validate: {enabled: false}",
         )
-
-
-def _next_tokens(tokenizer: Any, reference: Run, merged: Run, batch: Batch) -> list[dict[str, str]]:
-    """Return the end of each probe and the token that either side would answer first."""
-    if tokenizer is None:
-        return []
-    rows, end = [], 0
-    for ids, length in zip(batch.ids.tolist(), batch.lengths, strict=True):
-        end += length
-        chosen = (int(side.logits[end - 1].argmax()) for side in (reference, merged))
-        texts = (tokenizer.decode([token]) for token in chosen)
-        named = dict(zip(("reference", "merged"), texts, strict=True))
-        rows.append({"after": tokenizer.decode(ids[:length])[-_TAIL:], **named})
-    return rows
 
 
 _NOT_STREAMABLE = (RuntimeError, AttributeError, KeyError, TypeError, NotImplementedError)

@@ -10,6 +10,8 @@ import torch
 
 from toolchain.validating.findings import ERROR, NOTE, WARNING, Finding, failed, finding
 from toolchain.validating.forwards import Batch, Reference, Run
+from toolchain.validating.greedy import Text
+from toolchain.validating.greedy import judge as judge_texts
 from toolchain.validating.logits import (
     Distance,
     Limits,
@@ -36,6 +38,7 @@ def judge_models(
     batch: Batch,
     twins: int,
     findings: list[Finding],
+    texts: Sequence[Text],
     *,
     summed: bool,
 ) -> dict[str, Any]:
@@ -47,13 +50,14 @@ def judge_models(
     examined, elements = judge_tensors(reference, weights, summed=summed)
     findings += reference.examiner.findings
     findings += examined
-    mine = sum(batch.lengths[:twins])
+    mine = sum(batch.counted[:twins])
     exact, there = reference.twins.logits, run.logits[:mine]
     rounding = distance(reference.run.logits[:mine], exact)
     seen, off = distance(reference.run.logits, run.logits), distance(exact, there)
     complete = not reference.examiner.unjudged
     allowed = limits(rounding, reference.run.logits, complete=complete)
     told = judge(off, allowed) + judge_choices(exact, there, allowed)
+    told += judge_texts(texts, allowed)
     if not bool(torch.isfinite(run.logits).all()):
         told = [finding(ERROR, "logits", "the merged model's logits are not finite")]
     if not summed:

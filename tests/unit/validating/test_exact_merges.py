@@ -157,9 +157,10 @@ def test_probes_of_ones_own(tmp_path: Path) -> None:
 
     assert result["passed"], tell(result)
     assert result["probes"] == 1
-    told = result["next_tokens"][0]
+    told = result["greedy"][0]
     assert "price of salt" in told["after"]
     assert told["reference"] == told["merged"]
+    assert told["same"] == told["tokens"] == 16
 
 
 def test_a_model_without_a_tokenizer_is_probed_too(tmp_path: Path) -> None:

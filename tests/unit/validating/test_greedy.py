@@ -1,0 +1,90 @@
+"""Greedy text of both sides against transformers' own generation, each probe alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.validating.conftest import held, make_adapter, make_model, merged, tell
+from toolchain.validating import greedy
+
+ITEMS = tuple(
+    ({"role": "user", "content": text},)
+    for text in ("What is the price of salt?", "Which port?", "Name a colour of the sky.")
+)
+
+
+def said_by_peft(base: Path, lora: Path) -> list[str]:
+    """Return what the unmerged model says to each item, asked alone, in at most 16 tokens."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(base)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, lora)
+    texts = []
+    for item in ITEMS:
+        ids = tokenizer.apply_chat_template(
+            [dict(m) for m in item], add_generation_prompt=True, return_tensors="pt"
+        )["input_ids"]
+        made = model.generate(input_ids=ids, max_new_tokens=16, do_sample=False)
+        texts.append(tokenizer.decode(made[0, ids.shape[1] :]))
+    return texts
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3", "qwen3_moe"])
+def test_both_sides_say_what_they_say_alone(tmp_path: Path, kind: str) -> None:
+    base = make_model(tmp_path / "base", kind)
+    targets = ["c_attn", "c_proj"] if kind == "gpt2" else ["q_proj", "o_proj"]
+    lora = make_adapter(tmp_path / "lora", base, target_modules=targets)
+    out = merged(tmp_path / "out", base, lora, dtype="float32")
+
+    result = held(base, out, lora, items=ITEMS)
+
+    assert result["passed"], tell(result)
+    assert "cannot generate" not in tell(result)
+    wanted = said_by_peft(base, lora)
+    assert [row["reference"] for row in result["greedy"]] == wanted
+    assert [row["merged"] for row in result["greedy"]] == wanted
+
+
+def test_a_wrong_merge_says_something_else(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    lora = make_adapter(tmp_path / "lora", base)
+    out = merged(tmp_path / "out", base, lora, weights=(4.0,))
+
+    result = held(base, out, lora, items=ITEMS)
+
+    parted = [row for row in result["greedy"] if row["same"] < row["tokens"]]
+    assert parted
+    assert all(row["reference"] != row["merged"] for row in parted)
+    assert "greedy texts are not what base and adapter say" in tell(result)
+
+
+def test_an_end_token_ends_the_text(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    probes = [[1, 7, 9, 200, 31], [1, 50, 60]]
+
+    free = greedy.go_on(base, probes, (), 16)
+    ended = greedy.go_on(base, probes, {free[0][3]}, 16)
+
+    assert [len(text) for text in free] == [16, 16]
+    assert ended[0] == free[0][: free[0].index(free[0][3]) + 1]
+
+
+def test_of_a_large_model_the_first_token_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(greedy, "MOST_WEIGHTS", 1000)
+    base = make_model(tmp_path / "base")
+    lora = make_adapter(tmp_path / "lora", base)
+    out = merged(tmp_path / "out", base, lora)
+
+    result = held(base, out, lora, items=ITEMS)
+
+    assert result["passed"], tell(result)
+    assert [row["tokens"] for row in result["greedy"]] == [1, 1, 1]
+    assert "the first token alone is compared" in tell(result)
