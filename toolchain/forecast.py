@@ -17,6 +17,7 @@ from toolchain.planning import (
     estimated_bytes,
     probes,
     serving_config,
+    sources_to_merge,
     tasks_of,
     unmerged_adapters,
 )
@@ -61,9 +62,10 @@ def forecast(
         return _unresolved(file, targets, why)
     earlier = _earlier(file, targets, dist)
     rows = [_row("resolve", cached=True, why="", read=sources.base.tree.size)]
-    merged = _merge_row(file, sources, earlier, tools)
-    checkpoint = _checkpoint(file, sources, tools)
-    rows += [merged, *_validate_rows(file, sources, checkpoint, earlier, tools)]
+    whole = sources_to_merge(targets, sources)
+    checkpoint = _checkpoint(file, whole, tools)
+    rows += [_merge_row(file, whole, earlier, tools)]
+    rows += _validate_rows(file, whole, checkpoint, earlier, tools)
     rows += _reference_rows(sources, tasks, earlier, tools)
     plans, size = {}, sources.base.tree.size
     shape = model_config(sources.base.tree.root)

@@ -19,6 +19,7 @@ from toolchain.planning import (
     check_before_work,
     probes,
     serving_config,
+    sources_to_merge,
     tasks_of,
     unmerged_adapters,
 )
@@ -48,7 +49,7 @@ from toolchain.stages.record import Facts, TaskFacts, write_record
 from toolchain.stages.render import portable
 from toolchain.stages.report import write_report
 from toolchain.stages.resolve import resolve
-from toolchain.stages.trial import Trial, ask, checks_of, is_proven, known_answers
+from toolchain.stages.trial import Asked, Trial, ask, checks_of, is_proven, known_answers
 from toolchain.stages.unmerged import unmerged, unmerged_gguf
 from toolchain.values import (
     LORA,
@@ -71,11 +72,12 @@ def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[B
     with clock.stage("resolve", recipe.base.source):
         request, sources = resolved(request, tools)
         check_before_work(request, sources, tools)
-    with clock.stage("merge", f"{len(sources.adapters)} adapter(s), {recipe.merge.method}") as said:
-        checkpoint = merging.merge(sources, recipe.merge, tools)
+        merged = sources_to_merge(request.targets, sources)
+    with clock.stage("merge", f"{len(merged.adapters)} adapter(s), {recipe.merge.method}") as said:
+        checkpoint = merging.merge(merged, recipe.merge, tools)
         said["cached"] = checkpoint.details.get("cached", True)
     with clock.stage("validate", "merged weights against base and adapters") as said:
-        checkpoint = validated(request, sources, checkpoint, tools, said)
+        checkpoint = validated(request, merged, checkpoint, tools, said)
     with clock.stage("reference", f"{asked} base, adapter and merged model") as said:
         expected = ask_references(tasks, sources, checkpoint, tools, said)
     judge(Record(request, sources, checkpoint, tools), expected, clock.stages)
@@ -221,14 +223,24 @@ class Baking:
             artifact=self.artifact,
             config=self.config,
             base=self.base.digest,
-            tasks=tuple(result.tried.task for result in results),
-            ends=tuple(result.ends for result in results),
+            asked=tuple(self._asked(result) for result in results),
             memory_bytes=int(self.config.plan["memory_limit_bytes"]),
             port_variable=self.target.engine.port_variable,
             host_variable=self.target.engine.host_variable,
             threads_variable=self.target.engine.threads_variable,
             neutral=self.target.engine.neutral_settings,
         )
+
+    def _asked(self, result: Result) -> Asked:
+        """Return a task with the adapter that is to answer it, where the image serves several."""
+        task, number, engine = result.tried.task, result.tried.adapter, self.target.engine
+        if self.target.format != LORA or number is None or len(self.sources.adapters) == 1:
+            return Asked(task=task, ends=result.ends)
+        if engine.numbers_adapters:
+            alone = {"lora": [{"id": number, "scale": 1.0}]}
+            return Asked(task=task, ends=result.ends, fields=alone)
+        served = unmerged_adapters(self.request.file, self.target, self.sources)
+        return Asked(task=task, ends=result.ends, model=served[number].name)
 
 
 def resolved(request: BuildRequest, tools: Tools) -> tuple[BuildRequest, Sources]:
@@ -335,7 +347,7 @@ def prove(
         return expected
     said["cached"] = is_proven(image.digest, trial, tools)
     if said["cached"]:
-        answers = tuple(known_answers(trial, task, tools) or () for task in trial.tasks)
+        answers = tuple(known_answers(trial, one, tools) or () for one in trial.asked)
     else:
         layout = request.trial_layout(baking.target)
         with publishing.candidate(image, layout, tools) as started:
@@ -459,7 +471,9 @@ class Record:
     def _inputs(self, results: tuple[Result, ...]) -> Mapping[str, Json]:
         """Return what each cached stage depended on."""
         recipe, sources = self.request.file.recipe, self.sources
-        found = {"merge": merging.inputs(sources, recipe.merge).inputs}
+        found: dict[str, Json] = {}
+        if self.checkpoint.digest != sources.base.digest:
+            found["merge"] = merging.inputs(sources, recipe.merge).inputs
         if "validation" in self.checkpoint.details:
             asked_with = probes(self.request.file)
             found["validate"] = validating.inputs(

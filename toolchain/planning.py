@@ -239,7 +239,7 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
     recipe = request.file.recipe
     written = 0
     probes(request.file)
-    if sources.adapters:
+    if sources_to_merge(request.targets, sources).adapters:
         written += merging.check(sources, recipe.merge)["write_bytes"]
     else:
         tools.progress.warn("the recipe has no adapter: the base is built as it is")
@@ -273,6 +273,12 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
         tools.store.require_room(written, "the build")
 
 
+def sources_to_merge(targets: Sequence[Target], sources: Sources) -> Sources:
+    """Return the sources as they are merged: without adapters where every target serves them."""
+    served = all(target.format == LORA for target in targets)
+    return replace(sources, adapters=()) if served else sources
+
+
 def unmerged_adapters(
     file: RecipeFile, target: Target, sources: Sources
 ) -> tuple[ServedAdapter, ...]:
@@ -285,15 +291,16 @@ def unmerged_adapters(
         return ()
     if len(sources.adapters) > 1 and file.recipe.evaluate is not None:
         raise UsageError(
-            f"{target.name} serves {len(sources.adapters)} adapters apart, and `evaluate` judges"
-            " them together",
-            hint="build an image per adapter, or leave `evaluate` out for this target",
+            f"{target.name} serves {len(sources.adapters)} adapters apart, and the recipe's"
+            " `evaluate` judges them together",
+            hint="give each adapter an `evaluate` of its own: it is asked of that adapter",
         )
     return served_adapters(sources, gguf="gguf" in target.engine.accepts)
 
 
 def everything_cached(request: BuildRequest, sources: Sources, tools: Tools) -> bool:
     """Say whether merging and quantizing are done already."""
+    sources = sources_to_merge(request.targets, sources)
     merged = tools.store.find(merging.inputs(sources, request.file.recipe.merge).key)
     checkpoint = merged.tree if merged else (None if sources.adapters else sources.base.tree)
     return checkpoint is not None and all(

@@ -75,7 +75,7 @@ def _subjects(
     tried: Trialed, sources: Sources, checkpoint: Checkpoint
 ) -> Mapping[str, references.Subject]:
     subjects = dict(references.subjects(sources, tried.adapter))
-    if sources.adapters:
+    if checkpoint.digest != sources.base.digest:
         subjects["merged"] = references.Subject(model=checkpoint.tree)
     return subjects
 

@@ -39,3 +39,30 @@ def test_an_image_with_the_adapter_beside_the_base_answers_as_the_adapter_does(t
         "tiny-capitals.gguf",
         "adapters/a-v1.gguf",
     }
+
+
+def test_each_of_several_adapters_answers_its_own_task(tmp_path):
+    recipe = TINY.with_name("recipe-two.yaml")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "toolchain.cli.program", "build", "--recipe", str(recipe)),
+            *("--target", "llamacpp-lora", "--runner", "local", "--dist", str(tmp_path / "dist")),
+            *("--layout", str(tmp_path / "image"), "--json"),
+        ],
+        env={**os.environ, "WEIGHTSMITH_STORE": str(tmp_path / "store")},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((tmp_path / "dist/tiny-two/1.0.0/llamacpp-lora/build.json").read_text())
+
+    # Merged they would disturb one another, so nothing is: each answers as it does alone.
+    for told in (record, *record["more_tasks"]):
+        scores = {name: score["score"] for name, score in told["scores"].items()}
+        assert set(scores) == {"base", "adapter", "image"}
+        assert scores["base"] < 0.2
+        assert scores["image"] == scores["adapter"] == 1.0
+    assert len(record["more_tasks"]) == 1
+    assert "merge" not in record["inputs"]

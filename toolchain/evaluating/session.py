@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -76,6 +77,13 @@ class Session:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
             trust_env=False,
         )
+        self._fields: Mapping[str, Json] = {}
+
+    def adding(self, fields: Mapping[str, Json]) -> Self:
+        """Return the same session with these fields in the body of each of its requests."""
+        other = copy.copy(self)
+        other._fields = {**self._fields, **fields}
+        return other
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -158,6 +166,8 @@ class Session:
     @contextmanager
     def _opened(self, method: str, path: str, body: Json) -> Iterator[httpx.Response]:
         seconds = self.limits.request_seconds
+        if self._fields and isinstance(body, Mapping):
+            body = {**body, **self._fields}
         try:
             with self._http.stream(method, path, json=body) as response:
                 yield response

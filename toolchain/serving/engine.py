@@ -147,6 +147,8 @@ class Engine:
     """The variable for its number of threads, where it would count the machine's CPUs itself."""
     neutral_settings: frozenset[str] = frozenset()
     """Settings of a plan that change no answer: slots, total context, threads."""
+    numbers_adapters: bool = False
+    """Of several adapters requests name one by its number, in a field `lora`, not by its name."""
     probe_seconds: int = 3
     """How long a health probe may take."""
     fixed_name: str = ""

@@ -61,6 +61,7 @@ ENGINE = Engine(
     key_variable="LLAMA_API_KEY",
     port_variable="LLAMA_ARG_PORT",
     host_variable="LLAMA_ARG_HOST",
+    numbers_adapters=True,
     threads_variable="LLAMA_ARG_THREADS",
     neutral_settings=frozenset({"ctx-size", "parallel", "threads", "cache-ram"}),
     image_files={"/etc/weightsmith/llamacpp.env": "llamacpp.env"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from toolchain.errors import CheckFailed
@@ -24,6 +24,19 @@ _SLOWEST_DISK = 50_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A task, and who of those that the image serves is to answer it."""
+
+    task: Task
+    ends: int
+    """How many answers of the reference ended by themselves."""
+    model: str = ""
+    """The name that requests ask for; "" for the image's own."""
+    fields: Mapping[str, Json] = field(default_factory=dict)
+    """Further fields of each request, where a name does not choose the adapter."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
     """What is started and what it is asked."""
 
@@ -31,9 +44,7 @@ class Trial:
     config: ServingConfig
     base: Digest
     """Digest of the image below the weights."""
-    tasks: tuple[Task, ...]
-    ends: tuple[int, ...]
-    """Per task, how many answers of the reference ended by themselves."""
+    asked: tuple[Asked, ...]
     memory_bytes: int
     port_variable: str = ""
     host_variable: str = ""
@@ -41,9 +52,10 @@ class Trial:
     neutral: frozenset[str] = frozenset()
     """Engine settings that change no answer, such as the number of slots."""
 
-    def inputs(self, task: Task) -> StageInputs:
+    def inputs(self, asked: Asked) -> StageInputs:
         """All that a task's answers depend on: not the names, labels and limits of the image."""
-        plan = self.config.plan
+        plan, task = self.config.plan, asked.task
+        chosen = {"of": [asked.model, dict(asked.fields)]} if asked.model or asked.fields else {}
         settings = {k: v for k, v in dict(plan["settings"]).items() if k not in self.neutral}
         longest = max((sum(len(m["content"]) for m in i.messages) for i in task.items), default=0)
         return StageInputs(
@@ -58,6 +70,7 @@ class Trial:
                 "context": min(int(plan["max_model_len"]), longest + task.max_tokens + 256),
                 "questions": task.digest,
                 "max_tokens": task.max_tokens,
+                **chosen,
             },
         )
 
@@ -73,9 +86,9 @@ class Trial:
         )
 
 
-def known_answers(trial: Trial, task: Task, tools: Tools) -> Answers | None:
+def known_answers(trial: Trial, asked: Asked, tools: Tools) -> Answers | None:
     """Return the answers if an image of the same weights and engine was asked before."""
-    entry = tools.store.find(trial.inputs(task).key)
+    entry = tools.store.find(trial.inputs(asked).key)
     return tuple(json.loads(entry.tree.path(_ANSWERS).read_text("utf-8"))) if entry else None
 
 
@@ -93,7 +106,7 @@ def checks_of(image: Digest, tools: Tools) -> Sequence[Mapping[str, Json]]:
 def is_proven(image: Digest, trial: Trial, tools: Tools) -> bool:
     """Say whether this very image was started before and its questions are answered."""
     started = tools.store.find(smoke_inputs(image).key) is not None
-    return started and all(known_answers(trial, task, tools) is not None for task in trial.tasks)
+    return started and all(known_answers(trial, one, tools) is not None for one in trial.asked)
 
 
 def ask(reference: str, image: Digest, trial: Trial, tools: Tools) -> tuple[Answers, ...]:
@@ -115,8 +128,8 @@ def ask(reference: str, image: Digest, trial: Trial, tools: Tools) -> tuple[Answ
         smoke.check("health", session, lambda: _healthy(endpoint, promise))
         check_serving(smoke, session, promise)
         answers = tuple(
-            known_answers(trial, task, tools) or _ask_task(session, trial, number, tools)
-            for number, task in enumerate(trial.tasks)
+            known_answers(trial, one, tools) or _ask_task(session, trial, one, tools)
+            for one in trial.asked
         )
         check_life(smoke, endpoint, promise)
     stage = smoke_inputs(image)
@@ -141,12 +154,16 @@ def _threads(trial: Trial) -> Mapping[str, str]:
     return {trial.threads_variable: str(max(1, len(os.sched_getaffinity(0)) - 1))}
 
 
-def _ask_task(session: Session, trial: Trial, number: int, tools: Tools) -> Answers:
+def _ask_task(session: Session, trial: Trial, asked: Asked, tools: Tools) -> Answers:
     """Ask every question of a task, and remember the answers by what they depend on."""
-    task = trial.tasks[number]
-    answers = ask_server(session, trial.config.served_name, task, tools.progress)
-    _check_ends(answers, trial.ends[number], session)
-    stage = trial.inputs(task)
+    answers = ask_server(
+        session.adding(asked.fields),
+        asked.model or trial.config.served_name,
+        asked.task,
+        tools.progress,
+    )
+    _check_ends(answers, asked.ends, session)
+    stage = trial.inputs(asked)
 
     def make(folder: Path) -> Mapping[str, Json]:
         (folder / _ANSWERS).write_text(json.dumps(answers, ensure_ascii=False), "utf-8")

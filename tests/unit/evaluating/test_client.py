@@ -83,6 +83,16 @@ def serve():
         server.server_close()
 
 
+def test_fields_go_into_each_request_of_the_session_that_adds_them(serve):
+    server = serve()
+    lora = [{"id": 1, "scale": 1.0}]
+    with Session(server.endpoint, QUICK) as session:
+        chat(session.adding({"lora": lora}), "support", ASKED, 9)
+        chat(session, "support", ASKED, 9)
+
+    assert [body.get("lora") for body in server.asked] == [lora, None]
+
+
 def test_asks_greedily_under_the_served_name(serve):
     server = serve()
 

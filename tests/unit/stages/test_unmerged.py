@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from toolchain.errors import InputRefused, UsageError
-from toolchain.planning import all_targets
+from toolchain.planning import all_targets, sources_to_merge
 from toolchain.serving.engine import Wishes
 from toolchain.stages.render import render
 from toolchain.stages.unmerged import served_adapters, unmerged
@@ -80,6 +80,13 @@ def test_several_adapters_keep_their_names():
     assert told["served-model-name"] == "capitals"
     assert told["lora-modules"] == ["a=/models/adapters/a", "b-v2=/models/adapters/b-v2"]
     assert told["max-loras"] == 2
+
+
+def test_nothing_is_merged_where_every_target_serves_the_adapters():
+    made, known = sources(A, B), all_targets()
+
+    assert sources_to_merge([known["vllm-lora"], known["llamacpp-lora"]], made).adapters == ()
+    assert sources_to_merge([known["vllm-lora"], known["vllm"]], made) == made
 
 
 def test_adapters_take_memory_of_their_own():
