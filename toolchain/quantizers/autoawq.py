@@ -18,6 +18,7 @@ from toolchain.quantizers.checkpoints import (
     group_size,
     peak_disk,
 )
+from toolchain.quantizers.clipping import best_clip
 from toolchain.quantizers.packed import Layout, view_of
 from toolchain.quantizers.packed_check import check_checkpoint
 from toolchain.quantizers.quantizer import Quantizer, QuantizeRequest, Step
@@ -56,6 +57,8 @@ def main() -> None:
     torch: Any = importlib.import_module("torch")
     transformers: Any = importlib.import_module("transformers")
     library: Any = importlib.import_module("awq")
+    search: Any = importlib.import_module("awq.quantize.quantizer").AwqQuantizer
+    search._compute_best_clip = best_clip  # noqa: SLF001 - the one place that it can be put
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     samples = blocks(texts(told["calibration"]), encoder(tokenizer))
     gpu = torch.cuda.is_available()
@@ -80,7 +83,7 @@ QUANTIZER = Quantizer(
     name="autoawq",
     builder="autoawq",
     formats=(AWQ,),
-    recipe_number=1,
+    recipe_number=2,
     check_input=check_grouped,
     steps=steps,
     check=check,
