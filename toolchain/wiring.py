@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -112,8 +112,13 @@ def make_tools(runner: str, progress: Progress, *, sign_key: str = "") -> tuple[
         scratch=_scratch,
         assemble_engine=partial(assemble_engine, cache_folder()),
         command=run_command,
-        sign=open_signer(sign_key) if sign_key else None,
+        sign=make_signer(sign_key),
     ), answers
+
+
+def make_signer(key: str) -> Callable[[bytes], bytes] | None:
+    """Return what signs with the user's key, or None without one."""
+    return open_signer(key) if key else None
 
 
 def start_info(layout: str, root: Path) -> StartInfo:

@@ -1,4 +1,4 @@
-"""Independent programs read what we write: skopeo, umoci and a container engine."""
+"""Independent programs read what we write: skopeo, umoci, podman, oras and a container engine."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.fakes.debian_registry import real_registry
 from tests.fakes.images import FILES, entry, foreign_image, tar_of, tiny_image
+from toolchain.errors import UsageError
 from toolchain.oci.archive import docker_archive
+from toolchain.oci.attachments import Attachment, Part
 from toolchain.oci.image import Image, ImageConfig, Order, assemble
 from toolchain.oci.layers import Member, TarLayer
 from toolchain.oci.layout import read_layout, write_layout
+from toolchain.oci.layout_attachments import attach, attached
+from toolchain.oci.places import open_place
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.oci.unpack import unpack
@@ -93,6 +97,95 @@ def test_umoci_unpacks_the_same_files(tmp_path: Path) -> None:
     assert facts(tmp_path / "ours") == facts(theirs)
     config = json.loads((tmp_path / "bundle/config.json").read_text())
     assert config["process"]["cwd"] == "/models"
+
+
+@_has("umoci")
+@_has("skopeo")
+def test_a_docker_base_gives_an_oci_image(tmp_path: Path) -> None:
+    """umoci refuses Docker's media types below an OCI manifest; the bytes are the same."""
+    image = _on_base(docker=True)
+    write_layout(image, tmp_path / "oci")
+    kinds = {layer.media_type.partition("+")[0] for layer in image.layers}
+    assert kinds == {"application/vnd.oci.image.layer.v1.tar"}
+    _run("umoci", "unpack", "--rootless", "--image", tmp_path / "oci", tmp_path / "bundle")
+    assert (tmp_path / "bundle/rootfs/bin/sh").read_bytes() == b"sh"
+    assert (tmp_path / "bundle/rootfs/models/w").read_bytes() == b"weights"
+
+
+@_has("skopeo")
+def test_a_layout_with_attachments_needs_no_name(tmp_path: Path) -> None:
+    image = tiny_image(tmp_path / "model")
+    write_layout(image, tmp_path / "oci")
+    about = Attachment(
+        artifact_type="text/plain",
+        subject=image.manifest_blob,
+        parts=(Part.of_bytes(b"said", "text/plain"),),
+    )
+    attach(tmp_path / "oci", about)
+    seen = json.loads(_run("skopeo", "inspect", f"oci:{tmp_path}/oci"))
+    assert seen["Digest"] == image.digest
+    assert attached(tmp_path / "oci", image.digest) == [(about.blob, "")]
+
+
+@_has("skopeo")
+def test_a_layout_of_several_names_is_told_which(image: Image, tmp_path: Path) -> None:
+    write_layout(image, tmp_path / "one")
+    other = tiny_image(tmp_path / "other", annotations={"a": "b"})
+    write_layout(other, tmp_path / "two")
+    for folder, name in (("one", "x"), ("two", "y")):
+        _run("skopeo", "copy", "-q", "--preserve-digests",
+             f"oci:{tmp_path}/{folder}", f"oci:{tmp_path}/both:{name}")  # fmt: skip
+    with Registry() as client:
+        place = open_place(f"{tmp_path}/both:x", client)
+        assert place.image().digest == image.digest
+        assert open_place(f"oci:{tmp_path}/both:y", client).image().digest == other.digest
+        with pytest.raises(UsageError, match="several") as caught:
+            open_place(f"{tmp_path}/both", client).image()
+        assert "x, y" in caught.value.hint
+
+
+@pytest.fixture
+def podman(tmp_path: Path) -> Iterator[Callable[..., str]]:
+    if not shutil.which("podman") or os.geteuid() != 0:
+        pytest.skip("podman is not installed, or this is not root")
+    store = ["--root", tmp_path / "store", "--runroot", tmp_path / "run",
+             "--storage-driver", "vfs", "--log-level", "error"]  # fmt: skip
+    yield lambda *words: _run("podman", *store, *words)
+    # What podman wrote belongs to other users in part.
+    subprocess.run(["podman", *store, "system", "reset", "-f"], capture_output=True)
+
+
+@pytest.mark.root
+def test_podman_pulls_from_a_layout(
+    image: Image, podman: Callable[..., str], tmp_path: Path
+) -> None:
+    write_layout(image, tmp_path / "oci")
+    found = podman("pull", "-q", f"oci:{tmp_path}/oci").strip()
+    assert found == image.config_blob.digest.hex
+    seen = json.loads(podman("image", "inspect", found))[0]
+    assert seen["RootFS"]["Layers"] == [layer.diff_id for layer in image.layers]
+
+
+@pytest.mark.root
+def test_podman_loads_what_docker_loads(podman: Callable[..., str], tmp_path: Path) -> None:
+    image = tiny_image(tmp_path / "model")
+    with (tmp_path / "image.tar").open("wb") as file:
+        file.writelines(docker_archive(image, Reference.parse("example.com/app:1")))
+    podman("load", "-q", "-i", tmp_path / "image.tar")
+    seen = json.loads(podman("image", "inspect", "example.com/app:1"))[0]
+    assert seen["RootFS"]["Layers"] == [layer.diff_id for layer in image.layers]
+
+
+@pytest.mark.root
+@pytest.mark.registry
+@pytest.mark.skipif(not shutil.which("docker-registry"), reason="docker-registry is not installed")
+def test_podman_pulls_from_a_registry(podman: Callable[..., str], tmp_path: Path) -> None:
+    image = _on_base(docker=True)
+    with real_registry(tmp_path) as host, Registry() as client:
+        client.push(image, Reference.parse(f"{host}/a/b:1"))
+        podman("pull", "-q", "--tls-verify=false", f"{host}/a/b:1")
+        seen = json.loads(podman("image", "inspect", f"{host}/a/b:1"))[0]
+    assert seen["Digest"] == image.digest
 
 
 def _docker(*words: str, data: Iterator[bytes] | None = None) -> str:

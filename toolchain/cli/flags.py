@@ -69,7 +69,7 @@ FLAGS = {
     "set": "override a recipe key: key.path=value; more than once for several",
     "sign_key": "private key that signs: a PEM or cosign key file, or a reference such as awskms://…",
     "smoke": "start the new image once where a container engine answers; --no-smoke leaves it out",
-    "source": "registry reference, OCI layout folder or oci:DIR",
+    "source": "registry reference, or OCI layout: a folder, oci:DIR or oci:DIR:NAME",
     "space": "delta: methods act on B times A; factors: on A and B apart, as in PEFT",
     "strict": "refuse questions found in --training or --calibration",
     "split_max_size": "largest GGUF file, such as 4G; a larger one is split",

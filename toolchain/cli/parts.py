@@ -390,6 +390,7 @@ def push(
     to: str = "",
     force: bool = False,
     insecure: bool = False,
+    sign_key: str = "",
     json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
     """Copy an image, from a registry or an OCI layout, to a registry; the digest stays."""
@@ -397,11 +398,12 @@ def push(
     from toolchain.cli.progress import progress_for
     from toolchain.singles.arguments import required
     from toolchain.singles.images import copy_image
-    from toolchain.wiring import make_registry
+    from toolchain.wiring import make_registry, make_signer
 
     required(to=to)
+    sign = make_signer(sign_key)
     with make_registry(insecure=insecure) as registry:
-        result = copy_image(source, to, registry, progress_for(), force=force)
+        result = copy_image(source, to, registry, progress_for(), force=force, sign=sign)
     return result, f"{result['reference']}@{result['digest']}"
 
 

@@ -8,19 +8,19 @@ from toolchain.errors import InputRefused
 from toolchain.oci import manifests
 from toolchain.oci.layers import CHUNK, verified
 from toolchain.oci.references import Reference
-from toolchain.oci.session import Reply, Session, Transient
+from toolchain.oci.session import TRIES, Reply, Session, Transient
 from toolchain.values import Blob, Digest
 
 _ACCEPT = {"Accept": ", ".join((*manifests.MANIFESTS, *manifests.INDEXES))}
 _OK, _PARTIAL, _MISSING = 200, 206, 404
 
 
-def digest_of(session: Session, reference: Reference) -> Digest | None:
+def digest_of(session: Session, reference: Reference, tries: int = TRIES) -> Digest | None:
     """Return what a tag or digest names now, or None where it is not there."""
     name = reference.digest or reference.tag
     what = f"cannot look up {reference}"
     reply = session.attempt(
-        what, lambda: session.call("HEAD", f"manifests/{name}", headers=_ACCEPT)
+        what, lambda: session.call("HEAD", f"manifests/{name}", headers=_ACCEPT), tries
     )
     if reply.status == _MISSING:
         return None

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Literal, TypeAlias
 
 from toolchain.errors import InputRefused, UsageError
 from toolchain.oci import manifests, tar
-from toolchain.oci.layers import BlobLayer, Layer
+from toolchain.oci.layers import LAYER_TAR, BlobLayer, Layer
 from toolchain.oci.references import Reference
 from toolchain.values import Blob, Digest, Json, canonical
 
@@ -151,7 +151,7 @@ def assemble(
     Raises UsageError above 125 layers.
     """
     lower, upper = (weights, ()) if order == "weights-first" else ((), weights)
-    middle = base.layers if base else ()
+    middle = tuple(map(_as_oci, base.layers)) if base else ()
     layers = (*lower, *middle, *upper, *files)
     if len(layers) > MOST_LAYERS:
         raise UsageError(
@@ -220,6 +220,20 @@ def load_image(
 def blob_of(layer: Layer) -> Blob:
     """Return a layer's descriptor."""
     return Blob(digest=layer.digest, size=layer.size, media_type=layer.media_type)
+
+
+_OCI_TYPES = {
+    manifests.DOCKER_TAR: LAYER_TAR,
+    manifests.DOCKER_GZIP: manifests.LAYER_GZIP,
+}
+
+
+def _as_oci(layer: Layer) -> Layer:
+    """Return a base's layer under OCI's media type: the same bytes, and umoci reads no others."""
+    kind = _OCI_TYPES.get(layer.media_type)
+    if kind is None or not isinstance(layer, BlobLayer):
+        return layer
+    return replace(layer, blob=replace(layer.blob, media_type=kind))
 
 
 _KEPT = ("os", "os.version", "os.features", "architecture", "variant", "author")

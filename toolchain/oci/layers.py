@@ -20,8 +20,10 @@ from toolchain.values import Blob, Digest, Pieces, Tree, key_of
 
 LAYER_TAR = "application/vnd.oci.image.layer.v1.tar"
 CHUNK = 1 << 20
+WEIGHTS = (".safetensors", ".gguf")
+"""Endings of files that get a layer of their own, so that a changed tokenizer sends no weights."""
 OWN_LAYER = 32 << 20
-"""Bytes from which a weight file gets a layer of its own; 32 MiB."""
+"""Bytes from which any other file gets one, too; 32 MiB."""
 MOST_WEIGHT_LAYERS = 64
 """Above this, neighbours share layers: engines hold at most 125, and the base needs its own."""
 TAR_RECIPE = 1
@@ -232,7 +234,7 @@ def weight_layers(
     largest: int = 0,
     contents: Mapping[str, Pieces] | None = None,
 ) -> tuple[TarLayer, ...]:
-    """Return the tree as layers: each large file alone, the small ones together, sorted.
+    """Return the tree as layers: each file of weights alone, small other ones together, sorted.
 
     Modes on disk do not count: weights are data, 0644 wherever they were kept. Files that share
     a layer stay below `largest` bytes together, where that is given. `contents` are files that
@@ -245,7 +247,8 @@ def weight_layers(
         place = f"{prefix.rstrip('/')}/{entry.path}"
         source = (contents or {}).get(entry.path, tree.path(entry.path))
         member = Member(place, entry.size, 0o644, source, entry.digest)
-        (large if entry.size >= own_layer else small).append(member)
+        alone = entry.path.endswith(WEIGHTS) or entry.size >= own_layer
+        (large if alone else small).append(member)
     together = max(1, -(-len(large) // most))
     groups = [large[start : start + together] for start in range(0, len(large), together)]
     return tuple(

@@ -103,10 +103,24 @@ def read_layout(folder: Path, ref: str | None = None, *, platform: str | None = 
     )
 
 
-def read_index(folder: Path) -> bytes | None:
-    """Return the index that is the layout's only name, or None where that is an image."""
+def locate(text: str) -> tuple[Path, str | None]:
+    """Return folder and image name of `[oci:]DIR[:NAME]`, as skopeo and umoci write it."""
+    whole = text.removeprefix("oci:")
+    folder, colon, name = whole.rpartition(":")
+    if colon and name and not (Path(whole) / "oci-layout").is_file():
+        return Path(folder), name
+    return Path(whole), None
+
+
+def is_layout(text: str) -> bool:
+    """Say whether a source means a layout: by its prefix, or because a folder is one."""
+    return text.startswith("oci:") or (locate(text)[0] / "oci-layout").is_file()
+
+
+def read_index(folder: Path, ref: str | None = None) -> bytes | None:
+    """Return the index of that name (the only one by default), or None where it is an image."""
     rows = manifests.listed(index_document(folder), "manifests", f"{folder}/index.json")
-    named = [row for row in rows if not is_attachment(row)]
+    named = [row for row in rows if not is_attachment(row) and ref in (None, _name(row))]
     kinds = (*manifests.MANIFESTS, *manifests.INDEXES)
     if len(named) != 1:
         return None
@@ -158,8 +172,6 @@ def _index(image: Image, ref: str, folder: Path) -> Mapping[str, Json]:
     if (folder / "index.json").exists():
         rows = manifests.listed(index_document(folder), "manifests", f"{folder}/index.json")
         kept = [row for row in rows if _name(row) not in ("", ref)]
-        # What hangs on images stays as long as another image is there that it may hang on.
-        kept += [row for row in rows if kept and is_attachment(row)]
     blob = image.manifest_blob
     system, _, machine = image.platform.partition("/")
     row = {
@@ -183,7 +195,7 @@ def index_document(folder: Path) -> Mapping[str, Json]:
             f"{folder} is not an OCI layout: it has no file 'oci-layout'",
             hint="give the folder that `--layout` wrote",
         )
-    return manifests.read_json(_slurp(folder / "index.json"), f"{folder}/index.json")
+    return manifests.read_json(slurp(folder / "index.json"), f"{folder}/index.json")
 
 
 def _pick(rows: Sequence[Json], ref: str | None, platform: str | None, where: str) -> Blob:
@@ -194,7 +206,7 @@ def _pick(rows: Sequence[Json], ref: str | None, platform: str | None, where: st
         raise UsageError(
             f"{where} holds no image named {ref!r}", hint=f"it holds: {', '.join(names)[:200]}"
         )
-    if len(named) == 1:
+    if len({str(row.get("digest")) if isinstance(row, dict) else "" for row in named}) == 1:
         return manifests.descriptor(
             named[0], where, (*manifests.MANIFESTS, *manifests.INDEXES), manifests.LARGEST_MANIFEST
         )
@@ -225,7 +237,8 @@ def open_blob(folder: Path, blob: Blob) -> Iterator[bytes]:
     return verified(_chunks(path, blob.size), blob, str(folder))
 
 
-def _slurp(path: Path) -> bytes:
+def slurp(path: Path) -> bytes:
+    """Return a small file of a layout; InputRefused for links, pipes and what is too large."""
     return b"".join(_chunks(path, None))
 
 

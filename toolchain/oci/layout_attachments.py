@@ -1,4 +1,9 @@
-"""What hangs on the images of an OCI layout: rows of its index that have a subject."""
+"""What hangs on the images of an OCI layout.
+
+Ours are listed in `referrers.json`, an index beside `index.json`: a layout of one image has one
+row in its index then, which skopeo, podman and umoci take without being told a name. Rows of
+`index.json` that have a subject, as oras writes them, are read as well.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +11,22 @@ from pathlib import Path
 
 from toolchain.errors import EnvironmentFailure
 from toolchain.oci import layout, manifests
-from toolchain.oci.attachments import Attachment, load_attachment
+from toolchain.oci.attachments import Attachment, load_attachment, with_row
 from toolchain.oci.progress import Meter
-from toolchain.values import Blob, Digest, Json, canonical
+from toolchain.values import Blob, Digest, Json
+
+LIST = "referrers.json"
 
 
 def attach(folder: Path, attachment: Attachment) -> None:
-    """Put an attachment into a layout folder; `index.json` comes last."""
+    """Put an attachment into a layout folder; its row comes last."""
     store = folder / "blobs" / "sha256"
     try:
         for blob, opener in attachment.blobs():
             layout.put_blob(store, blob, opener, Meter(blob.size))
         data = attachment.manifest_bytes
         layout.put_blob(store, attachment.blob, lambda: iter((data,)), Meter(0))
-        document = dict(layout.index_document(folder))
-        row = dict(attachment.row)
-        rows = [kept for kept in _rows(folder) if kept["digest"] != row["digest"]]
-        document["manifests"] = [*rows, row]
-        layout.replace_file(folder / "index.json", [canonical(document)])
+        layout.replace_file(folder / LIST, [with_row(_listed(folder), attachment)])
     except OSError as error:
         raise EnvironmentFailure(
             f"cannot write the image layout {folder}: {error.strerror or error}",
@@ -31,15 +34,23 @@ def attach(folder: Path, attachment: Attachment) -> None:
         ) from None
 
 
+def forget(folder: Path) -> None:
+    """Forget all that was attached to the images of a layout."""
+    (folder / LIST).unlink(missing_ok=True)
+
+
 def attached(folder: Path, subject: Digest) -> list[tuple[Blob, str]]:
     """Return the manifests attached to an image."""
     kinds = (manifests.OCI_MANIFEST,)
+    index = manifests.listed(layout.index_document(folder), "manifests", f"{folder}/index.json")
     blobs = [
         manifests.descriptor(row, str(folder), kinds, manifests.LARGEST_MANIFEST)
-        for row in _rows(folder)
-        if layout.is_attachment(row)
+        for row in (*_listed(folder), *filter(layout.is_attachment, index))
     ]
-    return [(b, "") for b in blobs if read_attachment(folder, b).subject.digest == subject]
+    unique = {blob.digest: blob for blob in blobs}
+    return [
+        (b, "") for b in unique.values() if read_attachment(folder, b).subject.digest == subject
+    ]
 
 
 def read_attachment(folder: Path, blob: Blob) -> Attachment:
@@ -51,6 +62,8 @@ def read_attachment(folder: Path, blob: Blob) -> Attachment:
     )
 
 
-def _rows(folder: Path) -> list[Json]:
-    rows = manifests.listed(layout.index_document(folder), "manifests", f"{folder}/index.json")
-    return [row for row in rows if isinstance(row, dict)]
+def _listed(folder: Path) -> list[Json]:
+    if not (folder / LIST).exists():
+        return []
+    document = manifests.read_json(layout.slurp(folder / LIST), f"{folder}/{LIST}")
+    return manifests.listed(document, "manifests", f"{folder}/{LIST}")

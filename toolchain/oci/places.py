@@ -10,7 +10,7 @@ from toolchain.errors import UsageError
 from toolchain.oci import layout_attachments, manifests
 from toolchain.oci.attachments import Attachment
 from toolchain.oci.image import Image
-from toolchain.oci.layout import read_index, read_layout
+from toolchain.oci.layout import is_layout, locate, read_index, read_layout
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.values import Blob, Digest
@@ -66,17 +66,18 @@ class RegistryPlace:
 
 @dataclass(frozen=True, slots=True)
 class LayoutPlace:
-    """An image in an OCI layout folder."""
+    """An image in an OCI layout folder: of that name, or the only one."""
 
     folder: Path
+    name: str | None = None
 
     def image(self) -> Image:
         """Return the image for this machine's platform."""
-        return read_layout(self.folder)
+        return read_layout(self.folder, self.name)
 
     def index(self) -> bytes | None:
-        """Return the index that the layout holds, or None where it holds an image."""
-        return read_index(self.folder)
+        """Return the index that the name stands for, or None where it is an image."""
+        return read_index(self.folder, self.name)
 
     def attached(self, subject: Digest) -> list[tuple[Blob, str]]:
         """Return the manifests attached to an image; a layout has no tags for them."""
@@ -93,10 +94,12 @@ class LayoutPlace:
 
 
 def open_place(source: str, registry: Registry) -> Place:
-    """Return the place of `oci:DIR`, of a layout folder, or of a registry reference."""
-    path = Path(source.removeprefix("oci:"))
-    if source.startswith("oci:") or (path / "oci-layout").is_file():
-        return LayoutPlace(path)
-    if path.is_dir():
-        raise UsageError(f"{source} is a folder, but not an OCI layout")
+    """Return the place of a layout folder (`[oci:]DIR[:NAME]`) or of a registry reference."""
+    if is_layout(source):
+        return LayoutPlace(*locate(source))
+    if Path(source).is_dir():
+        raise UsageError(
+            f"{source} is a folder, but not an OCI layout",
+            hint="give the folder that `--layout` wrote, or a reference",
+        )
     return RegistryPlace(registry, Reference.parse(source))

@@ -12,7 +12,7 @@ from typing import Protocol, Self
 
 import httpx
 
-from toolchain.errors import UsageError
+from toolchain.errors import UsageError, WeightsmithError
 from toolchain.oci import downloads, manifests, referrers, tls, uploads
 from toolchain.oci.attachments import Attachment
 from toolchain.oci.auth import Credentials, anonymous
@@ -217,6 +217,14 @@ class Registry:
     def digest_of(self, reference: Reference) -> Digest | None:
         """Return what the reference names now (of an index: the index's), or None."""
         return downloads.digest_of(self._session(reference, "pull"), reference)
+
+    def has(self, reference: Reference) -> bool:
+        """Say whether the registry answers, soon, that it holds the reference."""
+        try:
+            session = self._session(reference, "pull")
+            return downloads.digest_of(session, reference, tries=2) is not None
+        except WeightsmithError:
+            return False
 
     def read_manifest(self, reference: Reference) -> tuple[bytes, str]:
         """Return a manifest's bytes, checked against its digest, and its media type."""

@@ -8,13 +8,14 @@ own statement, so its signature covers them too.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from toolchain.errors import InputRefused
 from toolchain.oci.attachments import Attachment, Part, fallback_tag
 from toolchain.provenance import signing
-from toolchain.values import Blob, Digest, FileEntry, Json, tree_digest
+from toolchain.provenance.statements import TEST_RESULT, kind_of
+from toolchain.values import Blob, Digest, FileEntry, Json, canonical, tree_digest
 
 EVALUATION_TYPE = "application/vnd.weightsmith.evaluation.v1+json"
 ADAPTER_TYPE = "application/vnd.weightsmith.adapter.v1"
@@ -41,8 +42,8 @@ class Evidence:
 
     statements: tuple[Mapping[str, Json], ...] = ()
     """Those that we make and sign."""
-    envelopes: tuple[Part, ...] = ()
-    """Signed before, by whoever made the image that this one came from: kept as they are."""
+    kept: tuple[Part, ...] = ()
+    """Those of the image that this one came from."""
     documents: tuple[Document, ...] = ()
 
 
@@ -59,7 +60,10 @@ class Told:
 def seal(
     evidence: Evidence, image: Blob, name: str, sign: signing.Sign | None
 ) -> tuple[Attachment, ...]:
-    """Return the attachments that hold the evidence; `name` is the image's repository."""
+    """Return the attachments that hold the evidence; `name` is the image's repository.
+
+    With a key, all statements of ours are signed by it, those that were signed before as well.
+    """
     documents = tuple(
         Attachment(
             artifact_type=document.artifact_type,
@@ -69,33 +73,80 @@ def seal(
         )
         for document in evidence.documents
     )
-    kept = evidence.envelopes
+    parts = (*evidence.kept, *map(signing.statement_part, evidence.statements))
     if sign is None:
-        plain = [signing.statement_part(told) for told in evidence.statements]
-        return (*documents, *(_one_statement(part, image) for part in (*kept, *plain)))
-    envelopes = tuple(
-        signing.envelope_part(signing.sign_statement(told, sign), str(told["predicateType"]))
-        for told in evidence.statements
+        return (*documents, *(_one_statement(part, image) for part in parts))
+    signed = (*(_signed(part, sign) for part in parts), signing.sign_image(image, name, sign))
+    return (*documents, *_of_cosign(signed, image))
+
+
+def countersigned(
+    attachments: Sequence[Attachment], image: Blob, name: str, sign: signing.Sign
+) -> tuple[Attachment, ...]:
+    """Return what hangs on an image with our signature added: to it, and to our statements."""
+    kinds = (*_STATEMENTS, signing.SIMPLE_SIGNING)
+    others = [a for a in attachments if not any(p.blob.media_type in kinds for p in a.parts)]
+    parts = [_signed(part, sign) for part in _joined(statement_parts(attachments))]
+    own = signing.sign_image(image, name, sign)
+    signatures = (*signatures_in(attachments), own)
+    unique = {(p.blob.digest, *sorted(p.annotations.items())): p for p in (*parts, *signatures)}
+    return (*others, *_of_cosign(tuple(unique.values()), image))
+
+
+def _joined(parts: Sequence[Part]) -> list[Part]:
+    """Return each statement once, with the signatures of all its envelopes."""
+    groups: dict[bytes, list[Part]] = {}
+    for part in parts:
+        groups.setdefault(canonical(read_statement(part, None).statement), []).append(part)
+    found = []
+    for group in groups.values():
+        sealed = [part for part in group if part.blob.media_type == signing.ENVELOPE_TYPE]
+        kind = group[0].annotations.get("predicateType", "")
+        found.append(
+            signing.envelope_part(signing.join([part.read() for part in sealed]), kind)
+            if len(sealed) > 1
+            else (*sealed, *group)[0]
+        )
+    return found
+
+
+def _signed(part: Part, sign: signing.Sign) -> Part:
+    """Return a statement of ours in an envelope with our signature; others' as they are."""
+    told = read_statement(part, None).statement
+    if not is_ours(told):
+        return part
+    kind = str(told["predicateType"])
+    if part.blob.media_type == signing.ENVELOPE_TYPE:
+        return signing.envelope_part(signing.countersign(part.read(), sign), kind)
+    return signing.envelope_part(signing.sign_statement(told, sign), kind)
+
+
+def _of_cosign(parts: Sequence[Part], image: Blob) -> Iterator[Attachment]:
+    """Yield the manifests that hold envelopes and signatures, and one for each other statement."""
+    kinds = (
+        (signing.ENVELOPE_TYPE, signing.ENVELOPE_TYPE, ".att"),
+        (signing.SIMPLE_SIGNING, signing.SIGNATURE_TYPE, ".sig"),
     )
-    statements = signing.cosign_manifest(
-        (*(part for part in kept if part.blob.media_type == signing.ENVELOPE_TYPE), *envelopes),
-        image,
-        signing.ENVELOPE_TYPE,
-        fallback_tag(image.digest, ".att"),
-    )
-    loose = [part for part in kept if part.blob.media_type != signing.ENVELOPE_TYPE]
-    signature = signature_of(image, name, sign)
-    return (*documents, *(_one_statement(part, image) for part in loose), statements, signature)
+    for part in parts:
+        if part.blob.media_type == signing.STATEMENT_TYPE:
+            yield _one_statement(part, image)
+    for media_type, artifact_type, suffix in kinds:
+        held = tuple(part for part in parts if part.blob.media_type == media_type)
+        if held:
+            tag = fallback_tag(image.digest, suffix)
+            yield signing.cosign_manifest(held, image, artifact_type, tag)
+
+
+def is_ours(told: Mapping[str, Json]) -> bool:
+    """Say whether a statement is one that we make, so that our key has to vouch for it."""
+    kinds = ("merge", "quantize", "bake", "rebase")
+    return told.get("predicateType") == TEST_RESULT or kind_of(told) in kinds
 
 
 def signature_of(image: Blob, name: str, sign: signing.Sign) -> Attachment:
     """Return the signature of an image or an index, under the tag where cosign looks for it."""
-    return signing.cosign_manifest(
-        (signing.sign_image(image, name, sign),),
-        image,
-        signing.SIGNATURE_TYPE,
-        fallback_tag(image.digest, ".sig"),
-    )
+    (found,) = _of_cosign((signing.sign_image(image, name, sign),), image)
+    return found
 
 
 def cosign_tag(attachment: Attachment) -> str:

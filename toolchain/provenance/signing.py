@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -57,6 +57,27 @@ def sign_statement(told: Mapping[str, Json], sign: Sign) -> bytes:
             "signatures": [{"sig": signature}],
         }
     )
+
+
+def countersign(envelope: bytes, sign: Sign) -> bytes:
+    """Return an envelope with one more signature; unchanged where it has that one already.
+
+    Raises InputRefused for what is no envelope of a statement.
+    """
+    open_envelope(envelope, None)
+    payload = base64.b64decode(json.loads(envelope)["payload"])
+    signature = base64.b64encode(sign(_pre_authentication(payload))).decode()
+    return join([envelope, canonical({"signatures": [{"sig": signature}]})])
+
+
+def join(envelopes: Sequence[bytes]) -> bytes:
+    """Return the first envelope with the signatures of all, each once: they sign the same."""
+    rows = [row for envelope in envelopes for row in json.loads(envelope)["signatures"]]
+    unique = {row["sig"]: row for row in rows}
+    document = json.loads(envelopes[0])
+    if len(unique) == len(document["signatures"]):
+        return envelopes[0]
+    return canonical({**document, "signatures": list(unique.values())})
 
 
 def envelope_part(envelope: bytes, predicate_type: str) -> Part:

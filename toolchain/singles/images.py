@@ -8,35 +8,45 @@ from dataclasses import replace
 from pathlib import Path
 
 from toolchain.oci import manifests
+from toolchain.oci.attachments import Attachment
 from toolchain.oci.inspect import describe
+from toolchain.oci.layout import is_layout
 from toolchain.oci.places import Place, RegistryPlace, open_place
-from toolchain.oci.references import Reference
+from toolchain.oci.references import DOCKER_HUB, Reference
 from toolchain.oci.registry import Registry
 from toolchain.ports import ContainerEngine, Progress
-from toolchain.provenance.evidence import cosign_tag, limited
+from toolchain.provenance.evidence import cosign_tag, countersigned, limited
 from toolchain.provenance.labels import PREFIX
+from toolchain.provenance.signing import Sign
 from toolchain.serving.memory import human
 from toolchain.values import Blob, Digest, Json, plain
 
 
 def copy_image(
-    source: str, to: str, registry: Registry, progress: Progress, *, force: bool
+    source: str,
+    to: str,
+    registry: Registry,
+    progress: Progress,
+    *,
+    force: bool,
+    sign: Sign | None = None,
 ) -> Mapping[str, Json]:
     """Bring an image to a registry without changing a byte, with all that hangs on it.
 
-    Layers that are there already are not sent.
+    Layers that are there already are not sent. With a key, the image and what it states of itself
+    are signed at the new place; signatures that it has stay.
     """
     origin, place = open_place(source, registry), Reference.parse(to)
     there = RegistryPlace(registry, place)
     progress.stage("push", to)
     if (index := origin.index()) is not None:
-        return _copy_index(index, origin, there, progress, force=force)
+        return _copy_index(index, origin, there, progress, force=force, sign=sign)
     image = origin.image()
     published = registry.push(
         image,
         place,
         force=force,
-        before_tag=lambda: copy_attachments(image.digest, origin, there),
+        before_tag=lambda: copy_attachments(image.manifest_blob, origin, there, sign),
         progress=lambda done, total: progress.advance(done, total, "bytes"),
     )
     progress.finish("push", published.seconds, cached=published.uploaded_bytes == 0)
@@ -44,7 +54,13 @@ def copy_image(
 
 
 def _copy_index(
-    index: bytes, origin: Place, there: RegistryPlace, progress: Progress, *, force: bool
+    index: bytes,
+    origin: Place,
+    there: RegistryPlace,
+    progress: Progress,
+    *,
+    force: bool,
+    sign: Sign | None,
 ) -> Mapping[str, Json]:
     """Bring an index with all that it names, whatever it is; the digest stays."""
     registry, to = there.registry, there.reference
@@ -63,8 +79,9 @@ def _copy_index(
                 place, one.manifest_bytes, blob.media_type, [*one.blobs()], mount_from=sources
             )
         )
-        copy_attachments(blob.digest, origin, there)
-    copy_attachments(Digest.of(index), origin, there)
+        copy_attachments(blob, origin, there, sign)
+    whole = Blob(digest=Digest.of(index), size=len(index), media_type=kind)
+    copy_attachments(whole, origin, there, sign)
     last = registry.push_manifest(to, index, kind, force=force)
     sent = sum(one.uploaded_bytes for one in done)
     seconds = last.seconds + sum(one.seconds for one in done)
@@ -73,32 +90,51 @@ def _copy_index(
     return dict(plain(replace(last, uploaded_bytes=sent, mounted=mounted, seconds=seconds)))
 
 
-def copy_attachments(image: Digest, origin: Place, there: Place) -> None:
+def copy_attachments(image: Blob, origin: Place, there: RegistryPlace, sign: Sign | None) -> None:
     """Bring everything that hangs on an image to its new place, under cosign's tags as well."""
-    for blob, tag in limited(origin.attached(image)):
-        attachment = origin.read(blob, tag)
-        if attachment.subject.digest != image:
+    found = read_attachments(origin, image.digest)
+    if sign:
+        known = {attachment.blob.digest for attachment in found}
+        held = read_attachments(there, image.digest)
+        found += [attachment for attachment in held if attachment.blob.digest not in known]
+        found = [*countersigned(found, image, there.reference.name, sign)]
+    for attachment in found:
+        if attachment.subject.digest != image.digest:
             # Found by cosign's tag alone: such a manifest names no subject.
-            attachment = replace(attachment, subject=Blob(digest=image, size=0, media_type=""))
+            attachment = replace(attachment, subject=image)
         there.attach(replace(attachment, tag=cosign_tag(attachment)))
+
+
+def read_attachments(place: Place, image: Digest) -> list[Attachment]:
+    """Return everything that hangs on an image."""
+    return [place.read(blob, tag) for blob, tag in limited(place.attached(image))]
 
 
 def inspect_image(source: str, registry: Registry, engine: ContainerEngine) -> Mapping[str, Json]:
     """Return what an image says of itself: provenance, plan, scores, layers, configuration.
 
-    A reference that the container engine holds is read there, any other in its registry.
+    What the reference's registry does not hold is read in the container engine, if it is there.
     """
-    if not _is_layout(source) and engine.answers() and (held := engine.inspect(source)):
+    if held := _held_by_engine(source, registry, engine):
         return {**_told(source, _described_by_engine(held)), "attached": []}
     place = open_place(source, registry)
     found = describe(place.image())
-    rows = [place.read(blob, tag) for blob, tag in limited(place.attached(Digest(found["digest"])))]
+    rows = read_attachments(place, Digest(found["digest"]))
     attached = [{"artifact_type": a.artifact_type, "digest": a.blob.digest} for a in rows]
     return {**_told(source, found), "attached": attached}
 
 
-def _is_layout(source: str) -> bool:
-    return source.startswith("oci:") or Path(source).is_dir()
+def _held_by_engine(source: str, registry: Registry, engine: ContainerEngine) -> Mapping[str, Json]:
+    """Return the engine's image of that name, unless its registry has one; {} where there is none.
+
+    A name without a registry means the engine's first: nobody pushed `support-bot` to Docker Hub.
+    """
+    if is_layout(source) or Path(source).is_dir():
+        return {}
+    reference = Reference.parse(source)
+    held = engine.inspect(source) if engine.answers() else {}
+    public = reference.registry != DOCKER_HUB and bool(held) and registry.has(reference)
+    return {} if public else held
 
 
 def _described_by_engine(held: Mapping[str, Json]) -> dict[str, Json]:
@@ -137,7 +173,8 @@ def inspect_text(found: Mapping[str, Json]) -> str:
     identity = found["digest"] or f"{found['config_digest']} (image id)"
     lines = [f"{found['reference']}", f"  digest    {identity}"]
     lines += [f"  {name:<9} {value:.4f}" for name, value in found["scores"].items()]
-    lines += [f"  {name:<24} {value}" for name, value in sorted(found["provenance"].items())]
+    own = {name: text for name, text in found["provenance"].items() if name != "config"}
+    lines += [f"  {name:<24} {value}" for name, value in sorted(own.items())]
     if plan := found["plan"]:
         lines.append(
             f"  serves {plan['max_num_seqs']} requests of {plan['max_model_len']} tokens "

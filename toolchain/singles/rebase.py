@@ -221,7 +221,7 @@ def _evidence(
             for document in documents
         ],
     )
-    return Evidence(statements=(told,), envelopes=tuple(kept), documents=documents)
+    return Evidence(statements=(told,), kept=tuple(kept), documents=documents)
 
 
 def _own(documents: list[Document]) -> list[Document]:

@@ -22,8 +22,7 @@ from toolchain.provenance import evidence, signing
 from toolchain.provenance.chain import Check, check_chain
 from toolchain.provenance.evidence import Document, Told
 from toolchain.provenance.roles import roles_of
-from toolchain.provenance.statements import TEST_RESULT, kind_of
-from toolchain.values import Digest, Json
+from toolchain.values import Digest, Json, canonical
 
 _BUFFER = 1 << 20
 _READERS = 3
@@ -136,25 +135,29 @@ def _signature(image: Image, check: signing.Check | None, found: _Found) -> None
 
 
 def _statements(check: signing.Check | None, found: _Found) -> None:
-    for part in evidence.statement_parts(found.attachments):
+    for part, told in _read(found, check):
         name = f"statement {_short_type(part)}"
-        try:
-            told = evidence.read_statement(part, check)
-        except InputRefused as error:
-            found.say(name, False, error.message)
-            continue
         if check is None or told.signed:
             found.told.append(told)
         if check is not None:
             # What others state of the image is theirs to sign; what we state has to be ours.
-            ok = True if told.signed else (False if _is_ours(told) else None)
+            ok = True if told.signed else (False if evidence.is_ours(told.statement) else None)
             found.say(name, ok, "signed by this key" if told.signed else _why(part))
 
 
-def _is_ours(told: Told) -> bool:
-    kinds = ("merge", "quantize", "bake", "rebase")
-    test = told.statement.get("predicateType") == TEST_RESULT
-    return test or kind_of(told.statement) in kinds
+def _read(found: _Found, check: signing.Check | None) -> list[tuple[Part, Told]]:
+    """Return each statement once: as the key signed it, where others signed it as well."""
+    unique: dict[bytes, tuple[Part, Told]] = {}
+    for part in evidence.statement_parts(found.attachments):
+        try:
+            told = evidence.read_statement(part, check)
+        except InputRefused as error:
+            found.say(f"statement {_short_type(part)}", False, error.message)
+            continue
+        known = unique.get(content := canonical(told.statement))
+        if known is None or not known[1].signed:
+            unique[content] = part, told
+    return list(unique.values())
 
 
 def _short_type(part: Part) -> str:
@@ -194,7 +197,7 @@ def _layers(image: Image, source: str, found: _Found, progress: Progress) -> Non
     total, done = sum(layer.size for layer in image.layers), 0
     with ThreadPoolExecutor(_READERS) as pool:
         results = pool.map(
-            lambda layer: _read(layer, source, layer.digest in weights), image.layers
+            lambda layer: _read_layer(layer, source, layer.digest in weights), image.layers
         )
         for number, (layer, (fault, files)) in enumerate(zip(image.layers, results, strict=True)):
             name = f"layer {number}"
@@ -204,7 +207,7 @@ def _layers(image: Image, source: str, found: _Found, progress: Progress) -> Non
             progress.advance(done, total, "bytes")
 
 
-def _read(layer: Layer, source: str, look_inside: bool) -> tuple[str, dict[str, str]]:
+def _read_layer(layer: Layer, source: str, look_inside: bool) -> tuple[str, dict[str, str]]:
     """Return what is wrong with a layer, or empty, and its files by digest where asked."""
     chunks = verified(layer.open(), blob_of(layer), source)
     try:

@@ -10,7 +10,7 @@ from toolchain.errors import InputRefused, UsageError, WeightsmithError
 from toolchain.oci.attachments import LARGEST_PART
 from toolchain.oci.image import Image, ImageConfig, assemble
 from toolchain.oci.layers import OWN_LAYER, Member, Memo, TarLayer
-from toolchain.oci.layout import read_layout
+from toolchain.oci.layout import locate, read_layout
 from toolchain.oci.manifests import host_platform
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
@@ -96,7 +96,7 @@ def base_image(
     if reference.startswith(OWN):
         return _own(reference.removeprefix(OWN), engine, tools)
     if reference.startswith("oci:"):
-        image = read_layout(Path(reference.removeprefix("oci:")), platform=platform)
+        image = read_layout(*locate(reference), platform=platform)
     else:
         image = registry.pull(Reference.parse(reference), platform=platform)
     said = image.labels.get(ENGINE_LABEL, "")

@@ -16,6 +16,7 @@ from toolchain.oci.archive import docker_archive
 from toolchain.oci.image import Image
 from toolchain.oci.index import Index
 from toolchain.oci.layout import read_layout, write_index, write_layout
+from toolchain.oci.layout_attachments import forget
 from toolchain.oci.places import LayoutPlace, Place, RegistryPlace
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
@@ -243,6 +244,7 @@ def _is_still(folder: Path, descriptor: int) -> bool:
 
 def _forget_unnamed(folder: Path, image: Image) -> None:
     """Delete blobs that the layout no longer names: the candidate's manifest and configuration."""
+    forget(folder)
     named = {blob.digest.hex for blob, _ in image.blobs()} | {image.digest.hex}
     for path in (folder / "blobs" / "sha256").iterdir():
         if path.name not in named:

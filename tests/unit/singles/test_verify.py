@@ -15,6 +15,7 @@ import pytest
 from tests.fakes.baking import bake, make_key, make_model, push_base
 from tests.fakes.debian_registry import real_registry
 from tests.fakes.registry import FakeRegistry, fake_registry
+from toolchain.drivers.signer import open_signer
 from toolchain.errors import CheckFailed, InputRefused, UsageError
 from toolchain.oci.image import Image
 from toolchain.oci.layers import Member, TarLayer
@@ -209,7 +210,7 @@ def test_a_document_taken_away(scene: Scene) -> None:
 def test_what_is_copied_still_holds(scene: Scene, tmp_path: Path) -> None:
     other = f"{scene.fake.host}/prod/app:1"
     copied = copy_image(scene.name, other, scene.client, Silent(), force=False)
-    assert copied["mounted"] == 3
+    assert copied["mounted"] == 4
     assert copied["uploaded_bytes"] == scene.image().config_blob.size
     assert scene.check(other) == {}
 
@@ -293,5 +294,42 @@ def test_attachments_are_copied_once(scene: Scene) -> None:
     there = RegistryPlace(scene.client, place)
     digest = scene.image().digest
     for _ in range(2):
-        copy_attachments(digest, here, there)
+        copy_attachments(scene.image().manifest_blob, here, there, None)
     assert len(there.attached(digest)) == len(here.attached(digest))
+
+
+def test_a_copy_is_signed_at_its_new_place(scene: Scene, tmp_path: Path) -> None:
+    """By a key of its own; who signed before is still believed, and again adds nothing."""
+    layout = tmp_path / "layout"
+    base = f"{scene.fake.host}/base/engine:1"
+    bake(scene.client, scene.model, base, layout=layout)
+    key, public = make_key(tmp_path, "release")
+    for source, others in ((str(layout), ()), (scene.name, (scene.public,))):
+        name = f"{scene.fake.host}/prod/app:{len(others)}"
+        for _ in range(2):
+            copy_image(
+                source, name, scene.client, Silent(), force=False, sign=open_signer(str(key))
+            )
+            for one in (public, *others):
+                assert scene.check(name, one) == {}
+        before = set(scene.fake.blobs), set(scene.fake.manifests)
+        copy_image(source, name, scene.client, Silent(), force=False, sign=open_signer(str(key)))
+        assert (set(scene.fake.blobs), set(scene.fake.manifests)) == before
+    _, stranger = make_key(tmp_path, "stranger")
+    assert {"signature", "statement provenance/v1"} <= set(scene.check(name, stranger))
+
+
+@pytest.mark.registry
+@pytest.mark.skipif(not shutil.which("cosign"), reason="cosign is not installed")
+def test_cosign_reads_both_signatures(scene: Scene, tmp_path: Path) -> None:
+    key, public = make_key(tmp_path, "release")
+    with real_registry(tmp_path) as host:
+        name = f"{host}/real/app:1"
+        copy_image(
+            scene.name, name, scene.client, Silent(), force=False, sign=open_signer(str(key))
+        )
+        for one in (public, scene.public):
+            flags = ["--key", str(one), "--insecure-ignore-tlog=true",
+                     "--private-infrastructure", "--allow-http-registry", name]  # fmt: skip
+            for words in (["verify"], ["verify-attestation", "--type", "slsaprovenance1"]):
+                subprocess.run(["cosign", *words, *flags], check=True, capture_output=True)
