@@ -220,18 +220,23 @@ def repair(out: Path) -> None:
 
 
 def compile_all(out: Path) -> None:
-    """Compile with the image's own Python; by hash, so that no time is in the files."""
+    """Compile with the image's own Python, into the same bytes each time.
+
+    By hash, so that no time is in the files; with one seed, since sets of constants are stored in
+    their order; in one process and one order, since marshal's references depend on what was
+    compiled before; writing nothing else, since what it imports itself would be stored by time.
+    """
     for cache in out.rglob("__pycache__"):
         shutil.rmtree(cache)
     subprocess.run(
         [
             *(out / LOADER, "--library-path", out / LIBRARIES),
-            *(out / "usr/bin/python3", "-I", "-m", "compileall", "-q", "-j", "0"),
+            *(out / "usr/bin/python3", "-B", "-s", "-P", "-m", "compileall", "-q", "-j", "1"),
             *("--invalidation-mode", "unchecked-hash", "-s", str(out), "-p", "/"),
-            *(out / "usr/lib/python3.11", out / PACKAGES),
+            *(out / f"usr/lib/python{PYTHON}", out / PACKAGES),
         ],
         check=False,  # templates of code in some packages are no Python
-        env={"PYTHONHOME": str(out / "usr"), "PATH": "/usr/bin:/bin"},
+        env={"PYTHONHOME": str(out / "usr"), "PYTHONHASHSEED": "0", "PATH": "/usr/bin:/bin"},
         stdout=subprocess.DEVNULL,
     )
 
