@@ -1,15 +1,13 @@
-import json
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from tests.unit.evaluating.conftest import Handler, answer
 from toolchain.errors import CheckFailed
 from toolchain.evaluating.client import ask_all, chat, check_served_name, wait_until_healthy
 from toolchain.evaluating.items import Item
 from toolchain.evaluating.session import Limits, Session
-from toolchain.ports import Endpoint
 
 QUICK = Limits(request_seconds=0.5, tries=2, pause_seconds=0.01, answer_bytes=100_000)
 ASKED = Item(messages=({"role": "user", "content": "Port?"},), expected=("7481",), line=1)
@@ -18,69 +16,6 @@ ASKED = Item(messages=({"role": "user", "content": "Port?"},), expected=("7481",
 def ask(server, limits=QUICK):
     with Session(server.endpoint, limits) as session:
         return chat(session, "support", ASKED, 9)
-
-
-def answer(text="7481"):
-    return {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
-
-
-class FakeServer(ThreadingHTTPServer):
-    """An OpenAI server that behaves as its `behave(handler, body)` says."""
-
-    daemon_threads = True
-
-    def __init__(self, behave=None):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.behave = behave or (lambda handler, body: handler.send(200, answer()))
-        self.asked = []
-        self.living = True
-
-    @property
-    def endpoint(self):
-        return Endpoint(
-            url=f"http://127.0.0.1:{self.server_port}",
-            logs=lambda n: "out of memory"[:100],
-            alive=lambda: self.living,
-        )
-
-
-class _Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        if self.path == "/health":
-            self.send(getattr(self.server, "health", 200), {})
-        else:
-            self.send(200, {"data": [{"id": "support"}]})
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append(body)
-        self.server.behave(self, body)
-
-    def send(self, status, value, *, cut=0):
-        text = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text[: len(text) - cut])
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def serve():
-    servers = []
-
-    def start(behave=None):
-        server = FakeServer(behave)
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        servers.append(server)
-        return server
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 def test_fields_go_into_each_request_of_the_session_that_adds_them(serve):
@@ -298,13 +233,13 @@ def test_connections_are_kept(serve):
         ports.add(handler.client_address[1])
         handler.send(200, answer())
 
-    _Handler.protocol_version = "HTTP/1.1"
+    Handler.protocol_version = "HTTP/1.1"
     try:
         with Session(serve(behave).endpoint, QUICK) as session:
             for _ in range(5):
                 chat(session, "support", ASKED, 9)
     finally:
-        _Handler.protocol_version = "HTTP/1.0"
+        Handler.protocol_version = "HTTP/1.0"
 
     assert len(ports) == 1
 

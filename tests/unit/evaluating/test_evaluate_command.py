@@ -1,0 +1,172 @@
+"""`weightsmith evaluate` as its users call it: bad data, bad servers, every metric."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.unit.evaluating.conftest import answer
+
+QUESTIONS = ({"prompt": "Which port?", "expected": "7481"}, {"prompt": "And why?", "expected": "x"})
+
+
+@pytest.fixture
+def evaluate(tmp_path):
+    """Run the command on rows; return the exit code, the JSON object and standard error."""
+
+    def run(url, rows, *words):
+        data = tmp_path / "eval.jsonl"
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        data.write_text("\n".join(lines))
+        argv = [sys.executable, "-m", "toolchain", "evaluate", "--url", url, "--data", str(data)]
+        argv += ["--json", *map(str, words)]
+        environment = os.environ | {"WEIGHTSMITH_STORE": str(tmp_path / "store")}
+        done = subprocess.run(argv, capture_output=True, text=True, env=environment, check=False)
+        assert "Traceback" not in done.stderr
+        return done.returncode, json.loads(done.stdout), done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ('{"prompt": "half', "eval.jsonl:3 "),
+        ('["a list"]', "eval.jsonl:3 "),
+        ({"prompt": "no expected field"}, "eval.jsonl:3 "),
+        ({"expected": "no prompt"}, "eval.jsonl:3 "),
+        (QUESTIONS[0], "eval.jsonl:3 asks the same as line 1"),
+    ],
+)
+def test_a_bad_line_is_named_before_anything_is_asked(serve, evaluate, row, says):
+    server = serve()
+
+    code, told, _ = evaluate(server.endpoint.url, [*QUESTIONS, row])
+
+    assert code == 2
+    assert says in told["error"]["message"]
+    assert told["error"]["hint"]
+    assert server.asked == []
+
+
+@pytest.mark.parametrize("flag", ["--training", "--calibration"])
+def test_a_leak_is_a_warning_and_with_strict_an_error(serve, evaluate, tmp_path, flag):
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"messages": [{"role": "user", "content": "which PORT"}]}))
+    server = serve()
+
+    code, _, err = evaluate(server.endpoint.url, QUESTIONS, flag, other)
+    strict, told, _ = evaluate(server.endpoint.url, QUESTIONS, flag, other, "--strict")
+
+    assert code == 0
+    assert "line 1 in line 1" in err
+    assert strict == 3
+    assert "1 evaluation question(s) stand in" in told["error"]["message"]
+    assert len(server.asked) == 2
+
+
+def hang(handler, _):
+    time.sleep(2)
+
+
+def fail(handler, _):
+    handler.send(500, {"error": "out of memory"})
+
+
+def half(handler, _):
+    handler.send(200, answer(), cut=9)
+
+
+def other_model(handler, _):
+    handler.send(200, answer() | {"model": "another"})
+
+
+def flood(handler, _):
+    handler.send_response(200)
+    handler.end_headers()
+    try:
+        for _ in range(100):
+            handler.wfile.write(b"x" * 1_000_000)
+    except OSError:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("behave", "says"),
+    [
+        (hang, "no answer in 0.2 s"),
+        (fail, "HTTP 500: "),
+        (half, "(2 tries)"),
+        (other_model, "the model 'another' answered"),
+        (flood, "larger than"),
+    ],
+)
+def test_a_bad_server_is_told(serve, evaluate, behave, says):
+    server = serve(behave)
+
+    words = ("--timeout", 0.2 if behave is hang else 20, "--retries", 1)
+    code, told, _ = evaluate(server.endpoint.url, QUESTIONS, *words)
+
+    assert code == 4
+    assert says in told["error"]["message"]
+    assert server.endpoint.url in told["error"]["message"]
+
+
+def test_a_model_that_is_not_served_is_told(serve, evaluate):
+    code, told, _ = evaluate(serve().endpoint.url, QUESTIONS, "--served-name", "other")
+
+    assert code == 4
+    assert "no model 'other'; it serves support" in told["error"]["message"]
+
+
+JUDGE = """
+import json, sys
+rows = [json.loads(line) for line in sys.stdin]
+print(json.dumps({"ok": [len(row["answer"]) == 4 for row in rows]}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected", "said", "score"),
+    [
+        ("contains", "7481", "It is 7481.", 0.5),
+        ("exact", "7481", " 7481", 0.5),
+        ("exact", "7481", "It is 7481.", 0.0),
+        ("regex", r"\b\d{4}\b", "It is 7481.", 0.5),
+        ("json-schema", {"type": "object", "required": ["port"]}, '```json\n{"port": 1}\n```', 1.0),
+        ("json-schema", {"type": "object", "required": ["port"]}, '{"prot": 1}', 0.0),
+        ("command", "anything", "7481", 1.0),
+    ],
+)
+def test_every_metric_judges(serve, evaluate, tmp_path, metric, expected, said, score):
+    server = serve(lambda handler, _: handler.send(200, answer(said)))
+    other = expected if metric in ("json-schema", "command") else "never said"
+    rows = [{"prompt": "A?", "expected": expected}, {"prompt": "B?", "expected": other}]
+    words = ["--metric", metric]
+    if metric == "command":
+        (tmp_path / "judge.py").write_text(JUDGE)
+        words += ["--command", f"{sys.executable} {tmp_path}/judge.py"]
+
+    code, told, _ = evaluate(server.endpoint.url, rows, *words)
+
+    assert code == 0
+    assert (told["score"], told["n"], told["metric"]) == (score, 2, metric)
+    assert [row["answer"] for row in told["per_item"]] == [said, said]
+    assert told["interval"][0] <= score <= told["interval"][1]
+
+
+def test_too_few_questions_for_the_allowed_drop_are_told(serve, evaluate, tmp_path):
+    url = serve().endpoint.url
+    _, before, _ = evaluate(url, QUESTIONS)
+    (tmp_path / "before.json").write_text(json.dumps(before))
+
+    words = ("--against", tmp_path / "before.json", "--max-drop", 0.01)
+    code, told, err = evaluate(url, QUESTIONS, *words)
+
+    assert code == 0
+    assert told["comparison"]["drop"] == 0
+    assert "2 questions" in err
+    assert "0.01" in err
