@@ -39,6 +39,12 @@ def choose(item: Item, scores: Sequence[float]) -> Mapping[str, Json]:
     }
 
 
+def echoes(session: Session, served_name: str) -> bool:
+    """Say whether a server gives the log-probabilities of a prompt's own tokens."""
+    probe = session.try_post(_COMPLETIONS, _echo(served_name, "One two three"))
+    return _token_scores(probe.text) is not None
+
+
 def scorer(session: Session, served_name: str) -> Score:
     """Return how this server scores a choice, found out by asking it.
 

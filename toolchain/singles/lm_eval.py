@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from toolchain.errors import CheckFailed, EnvironmentFailure, UsageError
+from toolchain.evaluating.likelihood import echoes
 from toolchain.evaluating.session import Session
 from toolchain.ports import Tools
 from toolchain.singles.server import Place, served, served_name
@@ -63,6 +64,15 @@ def evaluate_tasks(request: HarnessRequest, tools: Tools) -> Mapping[str, Json]:
             raise EnvironmentFailure(
                 "lm-evaluation-harness is not installed",
                 hint="`pip install 'lm-eval[api]'` brings the program lm_eval",
+            ) from None
+        except CheckFailed as error:
+            if not request.tokenizer or echoes(session, name):
+                raise
+            raise CheckFailed(
+                f"{endpoint.url} gives no log-probabilities of a prompt (llama.cpp's server never "
+                f"does), which tasks that compare likelihoods need; {error.message}",
+                hint="ask such tasks of the vLLM image, take tasks that generate (without "
+                "--tokenizer), or use --data with --metric choice, which llama.cpp can answer",
             ) from None
         return read_results(out)
 

@@ -1,12 +1,17 @@
 """lm-evaluation-harness by its command line and its result files."""
 
+import contextlib
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from toolchain.errors import CheckFailed
-from toolchain.singles.lm_eval import HarnessRequest, command, read_results
+from toolchain.ports import Silent
+from toolchain.singles.lm_eval import HarnessRequest, command, evaluate_tasks, read_results
 from toolchain.singles.server import Place
 
 PLACE = Place(url="http://x")
@@ -70,3 +75,48 @@ def test_a_run_without_results_is_told(tmp_path):
     write(tmp_path, {"odd": {"alias": "odd", "strangeness,none": 1.0}}, {})
     with pytest.raises(CheckFailed, match="odd"):
         read_results(tmp_path)
+
+
+class NoEcho(BaseHTTPRequestHandler):
+    """llama.cpp's way: a list of models, and completions without the prompt's probabilities."""
+
+    def do_GET(self):
+        self.reply({"data": [{"id": "support"}]})
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.reply({"model": "support", "choices": [{"text": "x", "logprobs": {"content": []}}]})
+
+    def reply(self, value):
+        text = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize(("tokenizer", "told"), [("merged", True), ("", False)])
+def test_a_server_without_the_prompts_probabilities_is_told(tmp_path, tokenizer, told):
+    """What lm-evaluation-harness 0.4.13 says then is a KeyError of its own."""
+
+    def fails(*_):
+        raise CheckFailed("lm_eval failed: KeyError: 'token_logprobs'", hint="run it by hand")
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), NoEcho)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    place = Place(url=f"http://127.0.0.1:{server.server_port}")
+    tools = SimpleNamespace(
+        progress=Silent(), command=fails, scratch=lambda: contextlib.nullcontext(tmp_path)
+    )
+    try:
+        with pytest.raises(CheckFailed, match="token_logprobs") as caught:
+            evaluate_tasks(HarnessRequest(tasks="arc", place=place, tokenizer=tokenizer), tools)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+    assert ("no log-probabilities of a prompt" in caught.value.message) == told
+    assert ("--metric choice" in caught.value.hint) == told
