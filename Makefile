@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_FLAGS := --disable-pip-version-check $(if $(WEIGHTSMITH_WHEELS),--find-links $(WEIGHTSMITH_WHEELS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo check fix generate test test-real docs bench clean
+.PHONY: help setup setup-dev demo check fix generate golden test test-real docs bench clean
 
 help: ## Show this help
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ test-real: setup-dev ## The heavy tests on real weights as well
 	@bash tests/engine.sh || test -z "$(WEIGHTSMITH_REQUIRE_DOCKER)"
 	@$(BIN)/python -m tests.builders
 	@$(BIN)/python -m pytest -m "not gpu" $(PYTEST_FLAGS)
+
+golden: setup-dev ## Write the golden plans and rendered files anew; then read the difference
+	@UPDATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/unit/serving/test_golden_plans.py
 
 docs: generate ## Generate the reference pages
 

@@ -12,7 +12,7 @@ set -euo pipefail
 readonly BASE=weightsmith-test-base:python3.11
 readonly SUITE=trixie PYTHON_SUITE=bookworm
 readonly MIRROR=${WEIGHTSMITH_TEST_MIRROR:-http://deb.debian.org/debian}
-readonly PACKAGES=(docker.io docker-cli docker-buildx docker-registry skopeo umoci
+readonly PACKAGES=(docker.io docker-cli docker-buildx docker-compose docker-registry skopeo umoci
   podman oras cosign mmdebstrap)
 readonly LOG=${TMPDIR:-/tmp}/weightsmith-dockerd.log
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -119,6 +119,9 @@ def plan(config: Mapping[str, Json], weight_bytes: int, wishes: Wishes) -> Servi
     on_cpu = wishes.gpu in {"", "cpu"} and not wishes.gpu_memory_bytes
     extra = options(cpu=on_cpu).checked(wishes.extra)
     chosen = switches(extra)
+    if on_cpu and ModelShape.from_config(config).kv_lora_rank:
+        # Latent attention there takes a prompt as a whole (platforms/cpu.py).
+        chosen = replace(chosen, chunked_prefill=False)
     if wishes.adapters:
         chosen = replace(chosen, beside=_adapter_slots(config, wishes))
     planned, case = plan_paged(config, weight_bytes, wishes, RULES, chosen)

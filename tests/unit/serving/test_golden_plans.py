@@ -1,52 +1,31 @@
-"""What is planned for well-known models on well-known GPUs, one readable page per model.
+"""What is planned and rendered for well-known models on well-known GPUs.
 
-UPDATE_GOLDEN=1 writes the pages anew; then read the difference. The invariants are checked on every
-row, so that a page cannot be updated into nonsense.
+plans/ has one readable page per model, renders/ one folder of all files per engine. `make golden`
+writes them anew; then read the difference. The invariants are checked on every row, so that a page
+cannot be updated into nonsense.
 """
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 
-from toolchain.errors import InputRefused, UsageError
-from toolchain.planning import all_targets, estimated_bytes
-from toolchain.serving.engine import Wishes
+from tests.golden.cases import (
+    GOLDEN,
+    MACHINES,
+    MODELS,
+    PACKED,
+    RENDERS,
+    TARGETS,
+    model,
+    planned,
+    rendered,
+    updating,
+)
+from toolchain.serving import engines
 from toolchain.serving.gpus import GPUS
 from toolchain.serving.memory import human
 
-GOLDEN = Path(__file__).parents[2] / "golden"
-MODELS = sorted(path.stem for path in (GOLDEN / "models").glob("*.json"))
-MACHINES = {
-    "L4": ("nvidia-l4", 1),
-    "A10G": ("nvidia-a10g", 1),
-    "A100 80GB": ("nvidia-a100-80gb", 1),
-    "2 x H100": ("nvidia-h100-80gb", 2),
-    "8 x H100": ("nvidia-h100-80gb", 8),
-    "H200": ("nvidia-h200-141gb", 1),
-}
-PACKED = {"gpt-oss-20b": ("vllm", "sglang", "trtllm"), "deepseek-v3": ("vllm-fp8", "sglang-fp8")}
-TARGETS = ("vllm", "vllm-awq", "vllm-fp8", "tgi", "sglang", "trtllm", "llamacpp-q4_k_m")
 LENGTH = 8192
-
-
-def model(name):
-    return json.loads((GOLDEN / "models" / f"{name}.json").read_text("utf-8"))
-
-
-def planned(name, target, machine, **wishes):
-    """Return (plan, error): one of them is None."""
-    facts, (gpu, count) = model(name), MACHINES[machine]
-    target = all_targets()[target]
-    size = facts["weight_bytes"]
-    if name not in PACKED:
-        size = estimated_bytes(size, target.format, facts["config"])
-    asked = Wishes(gpu=gpu, gpu_count=count, format=target.format, **wishes)
-    try:
-        return target.engine.plan(facts["config"], size, asked), None
-    except (UsageError, InputRefused) as error:
-        return None, error
 
 
 def cells(name, target, machine):
@@ -85,7 +64,7 @@ def page(name):
 def test_plans_are_as_before(name):
     path = GOLDEN / "plans" / f"{name}.md"
     text = page(name)
-    if os.environ.get("UPDATE_GOLDEN") == "1":
+    if updating():
         path.write_text(text, "utf-8")
 
     assert path.read_text("utf-8") == text
@@ -113,3 +92,38 @@ def test_what_is_planned_fits_and_grows_with_what_is_given(name, machine):
         one, _ = planned(name, target, machine, max_num_seqs=1)
         two, _ = planned(name, target, machine, max_num_seqs=2)
         assert two is None or one.max_model_len >= two.max_model_len
+
+
+@pytest.mark.parametrize("case", RENDERS)
+def test_rendered_files_are_as_before(case):
+    folder, files = GOLDEN / "renders" / case, rendered(*RENDERS[case]).files
+    if updating():
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            path.unlink()
+        for name, text in files.items():
+            (folder / name).write_text(text, "utf-8")
+
+    assert {path.name for path in folder.iterdir()} == set(files)
+    for name, text in files.items():
+        assert (folder / name).read_text("utf-8") == text, name
+
+
+@pytest.mark.parametrize("case", RENDERS)
+def test_what_is_rendered_fits(case):
+    plan = json.loads((GOLDEN / "renders" / case / "plan.json").read_text("utf-8"))
+    _, _, wishes = RENDERS[case]
+    gpus = plan["gpus"] or 1
+    whole = GPUS[plan["device"]].usable_bytes if plan["gpus"] else wishes["host_memory_bytes"]
+
+    each = plan["weights_bytes_per_gpu"] + plan["kv_cache_bytes"] + plan["margin_bytes"]
+    assert each + plan["overhead_bytes"] // gpus <= whole + gpus
+    assert plan["kv_bytes_total"] == plan["kv_bytes_per_request"] * plan["max_num_seqs"]
+    assert plan["kv_bytes_total"] <= plan["kv_cache_bytes"] * gpus + gpus
+    assert plan["fits"] is True
+
+
+def test_every_engine_has_a_folder():
+    of = {rendered(*case).target.partition("-")[0] for case in RENDERS.values()}
+
+    assert of == set(engines())

@@ -1,9 +1,12 @@
+import shlex
+from dataclasses import replace
+
 import pytest
 import yaml
 
 from toolchain.errors import UsageError
 from toolchain.planning import all_targets
-from toolchain.serving.engine import Wishes
+from toolchain.serving.engine import ServedAdapter, Wishes
 from toolchain.serving.memory import GIB
 from toolchain.serving.vllm import CONFIG_FILE, ENGINE, options, plan
 from toolchain.stages.render import render
@@ -134,3 +137,26 @@ def test_no_name_breaks_out_of_the_file(name):
 
 def test_the_engine_is_pinned():
     assert ENGINE.base.gpu.endswith("v" + options().version)
+
+
+def test_latent_attention_on_a_cpu_takes_prompts_whole():
+    latent = {**LLAMA_8B, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+    wishes = Wishes(host_memory_bytes=256 * GIB, max_model_len=8192, max_num_seqs=1)
+
+    assert plan(latent, WEIGHTS, wishes).max_num_batched_tokens == 8192
+    assert plan(LLAMA_8B, WEIGHTS, wishes).max_num_batched_tokens == 2048
+
+
+def test_kserves_own_vllm_is_told_of_the_adapters():
+    two = tuple(
+        ServedAdapter(name=name, folder=f"adapters/{name}", rank=8) for name in ("bills", "returns")
+    )
+    for adapters, model in ((two, "support"), ((replace(two[0], name=""),), "support-base")):
+        config = rendered("vllm-lora", gpu="nvidia-l40s", adapters=adapters)
+        _, service = yaml.safe_load_all(config.files["kserve.yaml"])
+        (container,) = service["spec"]["template"]["containers"]
+        words = shlex.split(container["env"][0]["value"])
+
+        assert service["spec"]["model"]["name"] == model
+        named = [f"{a.name or 'support'}=/mnt/models/{a.folder}" for a in adapters]
+        assert words[words.index("--lora-modules") + 1 :] == named

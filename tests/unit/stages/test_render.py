@@ -1,7 +1,5 @@
 import json
-import os
 import re
-from pathlib import Path
 
 import pytest
 import yaml
@@ -16,7 +14,6 @@ from toolchain.serving.targets import find, targets
 from toolchain.stages.render import portable, render, render_files
 from toolchain.values import Digest
 
-GOLDEN = Path(__file__).parents[2] / "golden"
 SMOL = {
     "architectures": ["LlamaForCausalLM"],
     "num_hidden_layers": 30,
@@ -63,21 +60,6 @@ CASES = {
         "wishes": Wishes(gpu="nvidia-l4", max_model_len=8192, max_num_seqs=8),
     },
 }
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_rendered_files_are_as_before(case):
-    """UPDATE_GOLDEN=1 writes them anew; then read the difference."""
-    folder = GOLDEN / f"llamacpp-q4_k_m-{case}"
-    files = rendered(**CASES[case]).files
-    if os.environ.get("UPDATE_GOLDEN") == "1":
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            (folder / name).write_text(text, "utf-8")
-
-    assert {path.name for path in folder.iterdir()} == set(files)
-    for name, text in files.items():
-        assert (folder / name).read_text("utf-8") == text, name
 
 
 @pytest.mark.parametrize("case", CASES)
