@@ -64,6 +64,15 @@ class AdapterConfig:
         alpha, rank = _by_pattern(self.alpha_pattern, module, self.lora_alpha), self.rank(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
+    def pattern_name(self, module: str) -> str:
+        """Return the name that `rank_pattern` and `alpha_pattern` must fit.
+
+        That of the parameter where `target_parameters` named it, else the module's.
+        """
+        parameter = f"{module}.weight"
+        named = _names(tuple(self.raw.get("target_parameters") or ()), parameter)
+        return parameter if named else module
+
     def targets(self, module: str) -> bool:
         """Say whether PEFT would put an adapter on the module (`check_target_module_exists`)."""
         if _names(self.exclude_modules, module):

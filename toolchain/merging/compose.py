@@ -136,7 +136,7 @@ def compose_output(
     plain = Output(name=name, dtype=out, shape=source.shape, source=source, columns=columns)
     if not shares:
         return plain
-    if source.dtype not in MERGEABLE:
+    if source.dtype not in MERGEABLE and not _is_taken(source, shares):
         raise InputRefused(
             f"the base's {name} is of type {source.dtype}",
             hint="adapters can be merged onto bfloat16, float16 and float32 weights",
@@ -162,6 +162,13 @@ def compose_output(
     if combination.sums:
         return replace(plain, change=Mixture(shares=tuple(shares)), kind="merged")
     return replace(plain, change=combined(name, shares, combination), kind="merged")
+
+
+def _is_taken(source: Source, shares: Sequence[Share]) -> bool:
+    """Say whether one adapter's tensor of the same type takes the place: nothing is computed."""
+    (share, *others) = shares
+    stored = share.claim.replacement
+    return stored is not None and stored.dtype == source.dtype and not others and share.weight == 1
 
 
 def _added(name: str, shares: Sequence[Share], base: BaseTensors, dtype: str) -> Output:

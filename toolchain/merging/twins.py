@@ -10,15 +10,17 @@ from toolchain.checkpoints.safetensors import BITS, TensorInfo
 _PIECE = 1 << 24
 
 
-def same_bytes(path: Path, one: TensorInfo, other: TensorInfo) -> bool:
-    """Say whether two tensors of a file are equal, byte for byte."""
+def same_bytes(
+    path: Path, one: TensorInfo, other: TensorInfo, other_path: Path | None = None
+) -> bool:
+    """Say whether two tensors of a file, or of two, are equal, byte for byte."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    with path.open("rb") as file:
-        fd = file.fileno()
+    with path.open("rb") as file, (other_path or path).open("rb") as second:
+        fd, fd2 = file.fileno(), second.fileno()
         return all(
             os.pread(fd, min(_PIECE, one.size - at), one.start + at)
-            == os.pread(fd, min(_PIECE, one.size - at), other.start + at)
+            == os.pread(fd2, min(_PIECE, one.size - at), other.start + at)
             for at in range(0, one.size, _PIECE)
         )
 

@@ -91,6 +91,10 @@ class AdapterView:
             )
         return factor
 
+    def second_name(self, name: str) -> str:
+        """Return the base's tensor that a tied one is another name of, or nothing."""
+        return dict(self.tie.also).get(name, "") if self.tie else ""
+
     def find(self, module: str, parameter: str = "weight") -> str:
         """Return the one base tensor that a module's parameter means, or nothing.
 
@@ -98,7 +102,8 @@ class AdapterView:
         """
         if self.tie and parameter == "weight" and is_head(module):
             return self.tie.head
-        found = self.names.find(f"{module}.{parameter}")
+        name = f"{module}.{parameter}"
+        found = self.names.find(name) or self.names.find(self.second_name(name) or name)
         if len(found) > 1:
             raise InputRefused(
                 f"{self.path}: {module} may mean several base tensors: {', '.join(found[:SHOWN])}",

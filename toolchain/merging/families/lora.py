@@ -134,15 +134,12 @@ def _layer(
     parameter = "weight"
     if not embedding and not view.find(group.module):
         parameter = "in_proj_weight" if view.find(group.module, "in_proj_weight") else "weight"
-    if embedding and view.tie and view.base_config.get("is_encoder_decoder"):
-        raise InputRefused(
-            f"{view.path} has LoRA on {group.module}, which encoder, decoder and head share",
-            hint="serve this adapter unmerged, or train it without the embedding",
-        )
+    if is_embedding(group.module) and view.base_config.get("is_encoder_decoder"):
+        raise _of_two_stacks(view, group.module)
     target = view.need(group.module, parameter)
     shape = _shape(view, group, target)
     left, right = _oriented(view, group, shape, a, b)
-    scaling = view.config.scaling(group.module)
+    scaling = view.config.scaling(view.config.pattern_name(group.module))
     term = Term(
         adapter=view.index, left=left, right=right, scaling=scaling, factor=view.factor(scaling)
     )
@@ -159,6 +156,20 @@ def _layer(
         yield _bias(view, group, scaling)
     elif view.config.raw.get("lora_bias") and not embedding:
         raise _incomplete(view, "lora_bias", group.module, "lora_B.bias")
+
+
+def _of_two_stacks(view: AdapterView, module: str) -> InputRefused:
+    """Encoder, decoder and often the head share one table, which PEFT adapts in one place alone."""
+    return InputRefused(
+        f"{view.path} has LoRA on {module}, whose table encoder and decoder share: "
+        + (
+            "neither calls it by this name, so that the factors have no effect in training"
+            if module.rpartition(".")[2] == "shared"
+            else "each would need a table of its own, which most programs do not load"
+        ),
+        hint="train it without the embeddings in target_modules; new words can be trained with "
+        "trainable_token_indices, which is merged for all that share the table",
+    )
 
 
 def _has_copy(module: str) -> bool:
@@ -232,7 +243,7 @@ def _blocks(view: AdapterView, group: Group) -> tuple[int, int]:
 
 
 def _check_rank(view: AdapterView, module: str, a: int, b: int) -> None:
-    rank = view.config.rank(module)
+    rank = view.config.rank(view.config.pattern_name(module))
     if not a == b == rank:
         raise InputRefused(
             f"{view.path}: {module} has rank {a} in lora_A and {b} in lora_B,"

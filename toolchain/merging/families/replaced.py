@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from toolchain.errors import InputRefused
 from toolchain.merging.families.family import AdapterView, Claim, Family, Variant
 from toolchain.merging.names import module_key, plain_module
+from toolchain.merging.outputs import Stored
 from toolchain.merging.tasks import TASKS
 from toolchain.merging.twins import same_bytes
 from toolchain.merging.tying import is_embedding, is_head
 
+_WRAPPED = re.compile(r"\.(?:modules_to_save(?:\.[^.]+)?|original_module)$")
 _OTHERS = re.compile(r".*(?:lora_|trainable_tokens_delta|ln_tuning_layers).*")
 
 
@@ -22,8 +24,10 @@ def _claim(view: AdapterView) -> Iterator[Claim]:
             continue
         owner, _, parameter = name.rpartition(".")
         module = plain_module(owner.removesuffix(".token_adapter.base_layer"))
-        module = re.sub(r"\.modules_to_save(?:\.[^.]+)?$", "", module)
-        if _legal(view, owner, module, parameter):
+        module = _WRAPPED.sub("", module)
+        if _is_spare(view, key, module, parameter):
+            yield Claim(keys=(key,), module=module)
+        elif _legal(view, key, module):
             yield _one(view, key, owner, module, parameter)
 
 
@@ -47,15 +51,33 @@ FAMILY = Family(
 )
 
 
-def _legal(view: AdapterView, owner: str, module: str, parameter: str) -> bool:
+def _legal(view: AdapterView, key: str, module: str) -> bool:
     """Say whether the configuration, or PEFT's saving of embeddings, explains a whole tensor."""
     if _is_saved(view, module):
         return True
+    owner, _, parameter = key.rpartition(".")
     if parameter == "bias":
         wrapped = owner.endswith(".base_layer")
         bias = view.config.raw.get("bias", "none")
-        return bias == "all" or (bias == "lora_only" and wrapped)
+        if bias == "all" or (bias == "lora_only" and wrapped):
+            return True
+        # Of a resized head, which PEFT saves whole.
+        return is_head(module) and f"{key.rpartition('.')[0]}.weight" in view.keys
     return parameter == "weight" and (is_embedding(module) or is_head(module))
+
+
+def _is_spare(view: AdapterView, key: str, module: str, parameter: str) -> bool:
+    """Say whether a tensor adds nothing: the untrained original, or what another key holds too.
+
+    PEFT writes all parts of an embedding's wrapper where the vocabulary was resized, and BERT's
+    head has two names for its bias.
+    """
+    prefix, name = key.removesuffix(module_key(key)), f"{module}.{parameter}"
+    twin = f"{prefix}{view.second_name(name) or name}"
+    if twin == key or twin not in view.keys:
+        return False
+    original = ".original_module." in key
+    return original or same_bytes(view.file, view.keys[key], view.keys[twin])
 
 
 def _is_saved(view: AdapterView, module: str) -> bool:
@@ -70,14 +92,18 @@ def _is_saved(view: AdapterView, module: str) -> bool:
 
 def _one(view: AdapterView, key: str, owner: str, module: str, parameter: str) -> Claim:
     info = view.keys[key]
-    if info.dtype not in ("F32", "F16", "BF16"):
+    target = view.find(module, parameter)
+    # Counters of a batch norm are whole numbers on both sides.
+    counted = target in view.sources and info.dtype == view.sources[target].dtype
+    if info.dtype not in ("F32", "F16", "BF16") and not counted:
         raise InputRefused(
             f"{view.path}: {key} is of type {info.dtype}",
             hint="save the adapter in float32, float16 or bfloat16",
         )
+    if parameter == "weight" and _is_unread(view, module):
+        return _unread(view, key, module)
     if view.tie and parameter == "weight" and (is_embedding(module) or is_head(module)):
         return _tied(view, key, owner, module)
-    target = view.find(module, parameter)
     if not target and str(view.config.raw.get("task_type")) in TASKS and _is_saved(view, module):
         return Claim(
             keys=(key,),
@@ -94,6 +120,25 @@ def _one(view: AdapterView, key: str, owner: str, module: str, parameter: str) -
         )
     _check_shape(view, key, module, target)
     return Claim(keys=(key,), module=module, target=target, replacement=view.stored(key))
+
+
+def _is_unread(view: AdapterView, module: str) -> bool:
+    """Say whether it is the table of an encoder-decoder, trained under the name that none calls."""
+    both = bool(view.base_config.get("is_encoder_decoder"))
+    return both and module.rpartition(".")[2] == "shared" and _is_saved(view, module)
+
+
+def _unread(view: AdapterView, key: str, module: str) -> Claim:
+    """Return a claim without effect; PEFT's copy of the table is not what the stacks read."""
+    source, info = view.sources[view.need(module)], view.keys[key]
+    if isinstance(source, Stored) and same_bytes(view.file, info, source.info, source.path):
+        return Claim(keys=(key,), module=module)
+    raise InputRefused(
+        f"{view.path} brings {module} (modules_to_save), which encoder and decoder read under "
+        "names of their own: unmerged, it has no effect",
+        hint="take it out of modules_to_save and out of the file if it was not meant; new words "
+        "can be trained with trainable_token_indices",
+    )
 
 
 def _tied(view: AdapterView, key: str, owner: str, module: str) -> Claim:

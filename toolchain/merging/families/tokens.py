@@ -40,6 +40,7 @@ FAMILY = Family(
 
 
 def _one(view: AdapterView, module: str, key: str, found: dict[str, str]) -> Claim:
+    _check_bias(view, module)
     places = _places(view, module)
     info = view.keys[key]
     head = bool(view.tie) and is_head(module)
@@ -51,19 +52,28 @@ def _one(view: AdapterView, module: str, key: str, found: dict[str, str]) -> Cla
             f"{target} {list(shape)} need {[len(places), *shape[1:]]}",
             hint="configuration and weights are of different trainings; export both together",
         )
-    both = False
-    if view.tie and (head or is_embedding(module)):
-        twins = [k for m, k in found.items() if (is_embedding(m) if head else is_head(m))]
-        both = not twins or (
-            places == _places(view, next(m for m, k in found.items() if k == twins[0]))
-            and same_bytes(view.file, info, view.keys[twins[0]])
-        )
+    # PEFT lets a head follow its embedding, not an embedding its head.
+    both = bool(view.tie) and is_embedding(module)
+    twins = [m for m in found if (is_embedding(m) if head else is_head(m))]
+    if twins and (head or both):
+        other = found[twins[0]]
+        both = places == _places(view, twins[0]) and same_bytes(view.file, info, view.keys[other])
         if both and head:
-            if twins:
-                return Claim(keys=(key,), module=module)
-            target = view.tie.embedding
+            return Claim(keys=(key,), module=module)
     patch = Patch(adapter=view.index, places=places, stored=view.stored(key))
     return Claim(keys=(key,), module=module, target=target, patch=patch, both=both)
+
+
+def _check_bias(view: AdapterView, module: str) -> None:
+    """Refuse a head with a bias, which PEFT's layer of trained tokens leaves out."""
+    follows = view.tie and is_embedding(module)
+    head = view.tie.head.removesuffix(".weight") if view.tie and follows else module
+    if is_head(head) and view.find(head, "bias"):
+        raise InputRefused(
+            f"{view.path} trains tokens of {head}, whose bias PEFT leaves out while such an "
+            "adapter acts: no merged model answers as the trained one did",
+            hint="serve it unmerged with PEFT, or train the rows through modules_to_save",
+        )
 
 
 def _places(view: AdapterView, module: str) -> tuple[int, ...]:
