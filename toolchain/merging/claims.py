@@ -115,11 +115,11 @@ def _check_promises(view: AdapterView, claims: Sequence[Claim]) -> None:
 
 def _missing_biases(view: AdapterView, claims: Sequence[Claim]) -> list[str]:
     """Return the base's biases that `bias` says were trained, without a claim."""
-    bias = view.config.raw.get("bias", "none")
+    bias = str(view.config.raw.get("bias", "none"))
     have = {claim.target for claim in claims if claim.replacement}
     if bias == "all":
         return [name for name in view.sources if name.endswith("bias") and name not in have]
-    if bias != "lora_only":
+    if not bias.endswith("_only"):
         return []
     modules = [claim.module for claim in claims if claim.terms or claim.change]
     found = [view.find(module, "bias") for module in modules]

@@ -23,6 +23,7 @@ from toolchain.merging.rounding import F32
 from toolchain.merging.tuned import Layer
 
 Arrays = Mapping[str, np.ndarray]
+State = tuple[Path, tuple[str, ...]]
 _lock = threading.Lock()
 """One layer at a time: memory stays that of one tensor, and PEFT draws from global generators."""
 
@@ -52,28 +53,28 @@ def merge_shared_layer(
     layers: tuple[Layer, ...],
     raw: str,
     base: Arrays,
-    file: Path,
+    state: State,
     folder: Path | None = None,
 ) -> dict[str, np.ndarray]:
     """Return a layer's merged parameters where layers share projections or banks.
 
-    All `layers` are built once, around weights that take no memory, and the adapter's `file` is
-    loaded once; each layer gets its real weight only while it is merged. With the base's `folder`,
-    layers come in the order of its model.
+    All `layers` are built once, around weights that take no memory, and the tuner's tensors are
+    loaded once, from the adapter's file by their names (`state`); each layer gets its real weight
+    only while it is merged. With the base's `folder`, layers come in the order of its model.
     """
     with _lock, _quiet():
-        return _merged(_shared(layers, raw, file, folder), layer, base)
+        return _merged(_shared(layers, raw, state, folder), layer, base)
 
 
 @lru_cache(maxsize=1)
-def _shared(layers: tuple[Layer, ...], raw: str, file: Path, folder: Path | None) -> Any:
-    from safetensors.torch import load_file
+def _shared(layers: tuple[Layer, ...], raw: str, state: State, folder: Path | None) -> Any:
+    from safetensors import safe_open
 
     model = _build(_ordered(layers, folder) if folder else layers, raw, {})
-    tensors = {
-        name: tensor.float() if tensor.is_floating_point() else tensor
-        for name, tensor in load_file(file).items()
-    }
+    path, names = state
+    with safe_open(path, "pt") as file:
+        stored = {name: file.get_tensor(name) for name in names}
+    tensors = {n: t.float() if t.is_floating_point() else t for n, t in stored.items()}
     _load(model, tensors, "its layers")
     return model
 
@@ -85,8 +86,17 @@ def _ordered(layers: Sequence[Layer], folder: Path) -> list[Layer]:
     config = transformers.AutoConfig.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False
     )
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+    names = [name for name in config.architectures or () if hasattr(transformers, name)]
+    kind = getattr(transformers, names[0]) if names else None
+    try:
+        with torch.device("meta"):
+            model = kind(config) if kind else transformers.AutoModel.from_config(config)
+    except (ValueError, TypeError, AttributeError, ImportError) as error:
+        raise InputRefused(
+            f"transformers cannot build a {config.model_type} model, so that the order of its "
+            f"layers is unknown: {error}",
+            hint="serve this adapter unmerged with PEFT",
+        ) from error
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     if strange := [layer.module for layer in layers if layer.module not in order]:
         raise InputRefused(
@@ -145,6 +155,8 @@ def _empty(layer: Layer) -> nn.Module:
             kinds = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
             size: Any = shape[2:]
             return kinds[len(shape)](shape[1], shape[0], size, bias=layer.bias, device=device)
+        case "embedding":
+            return nn.Embedding(shape[0], shape[1], device=device)
         case "norm":
             return nn.LayerNorm(shape[0], bias=layer.bias, device=device)
         case _:
@@ -161,9 +173,9 @@ def _config(raw: dict[str, Any], layers: Sequence[Layer]) -> Any:
     wanted = {name: value for name, value in raw.items() if name in known}
     wanted |= {"inference_mode": True, "task_type": None, "modules_to_save": None}
     wanted["target_modules"] = modules
-    for name in ("layers_to_transform", "layers_pattern", "exclude_modules"):
-        if name in known:
-            wanted[name] = None
+    # Which layers, and what of their own parameters was trained, is known already.
+    wanted |= dict.fromkeys(("layers_to_transform", "layers_pattern", "exclude_modules"))
+    wanted["bias"] = "none"
     if feedforward := raw.get("feedforward_modules"):
         wanted["feedforward_modules"] = [m for m in modules if _named(m, feedforward)]
     if raw["peft_type"] == "ADALORA" and raw.get("rank_pattern"):

@@ -27,7 +27,7 @@ class Layer:
     module: str
     """Its path in the model, which patterns in the configuration may speak about."""
     kind: str
-    """`linear`, `conv1d` (GPT-2's, which stores (in, out)), `conv` or `norm`."""
+    """`linear`, `embedding`, `conv1d` (GPT-2's, which stores (in, out)), `conv` or `norm`."""
     shape: tuple[int, ...]
     """Of the base's weight."""
     bias: bool
@@ -49,6 +49,8 @@ class Tuned:
     file: Path
     shared: tuple[Layer, ...] = ()
     """All layers of the adapter, where they share something."""
+    shared_keys: tuple[str, ...] = ()
+    """Names of all tensors of the tuner, likewise."""
     folder: Path | None = None
     """The base's, where the order of its layers counts."""
 
@@ -70,8 +72,9 @@ class Tuned:
 
             base = {name: _array(source, files) for name, source in self.base}
             if self.shared:
+                state = (self.file, self.shared_keys)
                 merged = merge_shared_layer(
-                    self.layer, self.shared, self.raw, base, self.file, self.folder
+                    self.layer, self.shared, self.raw, base, state, self.folder
                 )
             else:
                 adapter = {stored.info.name: _array(stored, files) for stored in self.keys}

@@ -75,11 +75,14 @@ class AdapterView:
         """Return one of the adapter's tensors."""
         return Stored(path=self.file, info=self.keys[key])
 
+    def source(self, target: str) -> Source:
+        """Return a target's values before the merge; a tied head has its embedding's."""
+        tied = self.tie and target == self.tie.head
+        return self.sources[self.tie.embedding if self.tie and tied else target]
+
     def shape(self, target: str) -> tuple[int, ...]:
-        """Return a target's shape; a tied head has its embedding's."""
-        if self.tie and target == self.tie.head:
-            return self.sources[self.tie.embedding].shape
-        return self.sources[target].shape
+        """Return a target's shape."""
+        return self.source(target).shape
 
     def factor(self, scaling: float) -> float:
         """Return weight · scaling; raise InputRefused where that overflows."""

@@ -58,8 +58,8 @@ def _legal(view: AdapterView, key: str, module: str) -> bool:
     owner, _, parameter = key.rpartition(".")
     if parameter == "bias":
         wrapped = owner.endswith(".base_layer")
-        bias = view.config.raw.get("bias", "none")
-        if bias == "all" or (bias == "lora_only" and wrapped):
+        bias = str(view.config.raw.get("bias", "none"))
+        if bias == "all" or (bias.endswith("_only") and wrapped):
             return True
         # Of a resized head, which PEFT saves whole.
         return is_head(module) and f"{key.rpartition('.')[0]}.weight" in view.keys

@@ -10,8 +10,9 @@ from typing import Any
 from toolchain.errors import InputRefused
 from toolchain.merging.families.family import AdapterView, Claim, Family, Variant
 from toolchain.merging.names import is_conv1d, module_key
-from toolchain.merging.outputs import Stored
+from toolchain.merging.outputs import Source, Stored
 from toolchain.merging.tuned import BIASED, Layer, Tuned
+from toolchain.merging.tying import is_embedding
 
 _OWN = {
     "ADALORA": "AdaLoRA",
@@ -51,6 +52,8 @@ _SHARED = {
 _ORDERED = ("TINYLORA", "UNILORA")
 """Tuners that give layers numbers in the order of the model."""
 _NORM = "LN_TUNING"
+_WHOLE = frozenset({"base_layer", "modules_to_save", "original_module"})
+"""Parts of keys that hold a layer's own tensors, which the family `replaced` looks at."""
 
 
 def _claim(view: AdapterView) -> Iterator[Claim]:
@@ -67,21 +70,18 @@ def _claim(view: AdapterView) -> Iterator[Claim]:
             f"{view.path} changes no module of the base",
             hint=f"the adapter belongs to another model: {view.config.base_model!r}",
         )
-    raw = json.dumps(dict(view.config.raw), sort_keys=True)
-    layers = {module: _layer(view, module) for module in modules}
+    layers = {module: _layer(view, module, keys) for module, keys in modules.items()}
+    every = tuple(sorted((*(key for keys in modules.values() for key in keys), *rest)))
     for number, (module, keys) in enumerate(modules.items()):
         own = keys + (rest if shared and not number else ())
         tuned: dict[str, Any] = {
             "layer": layers[module],
-            "base": tuple(
-                (name, view.sources[target])
-                for name in ("weight", "bias")
-                if (target := view.find(module, name))
-            ),
+            "base": _base(view, module),
             "keys": tuple(view.stored(key) for key in keys),
-            "raw": raw,
+            "raw": _raw(view, keys),
             "file": view.file,
             "shared": tuple(layers.values()) if shared else (),
+            "shared_keys": every if shared else (),
             "folder": _folder(view, module) if kind in _ORDERED else None,
         }
         if kind != "BEFT":
@@ -106,9 +106,12 @@ def _sorted(view: AdapterView) -> tuple[dict[str, tuple[str, ...]], tuple[str, .
     rest: list[str] = []
     for key in view.keys:
         parts = module_key(key).split(".")
+        if _WHOLE.intersection(parts) or view.names.find(module_key(key)):
+            continue
         names = (".".join(parts[:cut]) for cut in range(len(parts) - 1, 0, -1))
         module = next((name for name in names if view.find(name)), "")
-        if module and module_key(key) not in (f"{module}.weight", f"{module}.bias"):
+        own = f"{module}.weight", f"{module}.bias"
+        if module and module_key(key) not in own:
             modules[module] = (*modules.get(module, ()), key)
         elif view.config.kind in _SHARED and not module:
             rest.append(key)
@@ -121,9 +124,30 @@ def _targeted(view: AdapterView) -> list[str]:
     return [name for name in names if view.config.targets(name)]
 
 
-def _layer(view: AdapterView, module: str) -> Layer:
-    target = view.need(module)
-    shape = view.sources[target].shape
+def _raw(view: AdapterView, keys: tuple[str, ...]) -> str:
+    """Return the configuration for one layer alone.
+
+    WaveFT shares a number of frequencies out among all layers; the tensor tells this one's part.
+    """
+    raw = dict(view.config.raw)
+    if raw.get("proportional_parameters"):
+        own = next((view.keys[key].shape[0] for key in keys if "waveft_spectrum" in key), 0)
+        raw |= {"proportional_parameters": False, "n_frequency": own, "n_frequency_pattern": {}}
+    return json.dumps(raw, sort_keys=True)
+
+
+def _base(view: AdapterView, module: str) -> tuple[tuple[str, Source], ...]:
+    """Return a layer's parameters: the adapter's own copies, where it has such, or the base's."""
+    found: list[tuple[str, Source]] = []
+    for name in ("weight", "bias"):
+        if target := view.find(module, name):
+            copy = next((k for k in view.keys if module_key(k) == f"{module}.base_layer.{name}"), "")
+            found.append((name, view.stored(copy) if copy else view.source(target)))
+    return tuple(found)
+
+
+def _layer(view: AdapterView, module: str, keys: tuple[str, ...]) -> Layer:
+    shape = dict(_base(view, module))["weight"].shape
     kinds = {1: "norm", 2: "linear", 3: "conv", 4: "conv", 5: "conv"}
     if len(shape) not in kinds:
         raise InputRefused(
@@ -133,12 +157,21 @@ def _layer(view: AdapterView, module: str) -> Layer:
     kind = kinds[len(shape)]
     if kind == "linear" and is_conv1d(str(view.base_config.get("model_type", "")), module):
         kind = "conv1d"
+    if kind == "linear" and _looks_up(module, keys):
+        kind = "embedding"
     return Layer(module=module, kind=kind, shape=shape, bias=bool(view.find(module, "bias")))
+
+
+def _looks_up(module: str, keys: tuple[str, ...]) -> bool:
+    """Say whether a layer is an embedding, whose shape is no different from a linear layer's."""
+    last = module.rpartition(".")[2]
+    named = is_embedding(module) or last.endswith(("embeddings", "embed_positions", "wpe"))
+    return named or any("_embedding_" in key for key in keys)
 
 
 def _folder(view: AdapterView, module: str) -> Path | None:
     """Return the base's folder, whose configuration gives the model's order of layers."""
-    source = view.sources[view.need(module)]
+    source = view.source(view.need(module))
     return source.path.parent if isinstance(source, Stored) else None
 
 
