@@ -16,6 +16,8 @@ from toolchain.merging.refused import SETTINGS, UNMERGED
 _MUTATING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """Initialisations that change the base weights too, so that B·A alone is not the adapter."""
 
+_TIED = ("embed_tokens", "lm_head")
+"""PEFT's `EMBEDDING_LAYER_NAMES`."""
 _PLAIN = (
     "alora_invocation_tokens alpha_pattern arrow_config auto_mapping base_model_name_or_path bias "
     "corda_config ensure_weight_tying "
@@ -72,6 +74,16 @@ class AdapterConfig:
         parameter = f"{module}.weight"
         named = _names(tuple(self.raw.get("target_parameters") or ()), parameter)
         return parameter if named else module
+
+    def ties(self, module: str) -> bool:
+        """Say whether PEFT lets what it trains of an embedding act in the tied head too.
+
+        `ensure_weight_tying` does nothing where embedding and head have other names.
+        """
+        names = [module, *(self.raw.get("modules_to_save") or ())]
+        if isinstance(self.target_modules, tuple):
+            names += self.target_modules
+        return self.ensure_weight_tying and any(n.rpartition(".")[2] in _TIED for n in names)
 
     def targets(self, module: str) -> bool:
         """Say whether PEFT would put an adapter on the module (`check_target_module_exists`)."""

@@ -24,6 +24,8 @@ from toolchain.merging.tuned import Layer
 
 Arrays = Mapping[str, np.ndarray]
 State = tuple[Path, tuple[str, ...]]
+WIDE = frozenset({"RANDLORA"})
+"""Tuners whose sums cancel, so that float32 loses a thousandth of the change: float64 for them."""
 _lock = threading.Lock()
 """One layer at a time: memory stays that of one tensor, and PEFT draws from global generators."""
 
@@ -122,7 +124,8 @@ def _build(layers: Sequence[Layer], raw: str, base: Mapping[str, Arrays]) -> Any
         config = _config(json.loads(raw), layers)
         # Tuners that draw or decompose at random do it again here: as from a fresh start.
         torch.manual_seed(0)
-        return get_peft_model(root, config).eval()
+        model = get_peft_model(root, config).eval()
+        return model.double() if str(config.peft_type) in WIDE else model
     except (ValueError, TypeError, KeyError, NotImplementedError, ImportError) as error:
         raise InputRefused(
             f"PEFT cannot build {json.loads(raw).get('peft_type')} around {layers[0].module}: "
@@ -241,7 +244,8 @@ def _merged(model: Any, layer: Layer, base: Arrays | None = None) -> dict[str, n
     plain = tuned.get_base_layer()
     stand_ins = {name: parameter.data for name, parameter in plain.named_parameters()}
     for name, value in (base or {}).items():
-        plain.get_parameter(name).data = _tensor(value)
+        parameter = plain.get_parameter(name)
+        parameter.data = _tensor(value).to(parameter.dtype)
     try:
         with torch.no_grad():
             tuned.merge(safe_merge=False)
@@ -251,7 +255,7 @@ def _merged(model: Any, layer: Layer, base: Arrays | None = None) -> dict[str, n
             hint="serve this adapter unmerged with PEFT",
         ) from error
     # The layer may have been replaced by one that was trained as a whole.
-    result = {name: p.data.float().numpy() for name, p in tuned.get_base_layer().named_parameters()}
+    result = {name: p.data.numpy() for name, p in tuned.get_base_layer().named_parameters()}
     if base is not None:
         tuned.merged_adapters.clear()
         for name, stand_in in stand_ins.items():

@@ -18,8 +18,8 @@ REFUSED = {
     "POLY": _ROUTED,
     "LILY": "its factors are shared between layers and chosen by a router",
     "SHADOW": _LAYERS,
-    "FROD": "its projections are decomposed from the base weights of all layers at once",
-    "ADAMSS": "it clusters the base's weights with scikit-learn each time it is loaded",
+    "ADAMSS": "which rows a factor acts on is in no file: PEFT clusters the base's weights anew at "
+    "each loading, by scikit-learn and a random SVD whose last bits depend on the machine",
 }
 """`peft_type` -> why there is no merge."""
 

@@ -90,7 +90,8 @@ class Tuned:
 
         kind = json.loads(self.raw)["peft_type"]
         if "bias" in base and kind not in BIASED:
-            same = np.array_equal(merged["bias"], base["bias"].astype(np.float32).reshape(-1))
+            before = base["bias"].reshape(-1).astype(merged["bias"].dtype)
+            same = np.array_equal(merged["bias"], before)
             if not same:
                 raise InputRefused(
                     f"{kind} changes the bias of {self.layer.module}, which is not expected",

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.unit.merging.oracle import MakeBase, make_base
+
 SIZES = {"vocab_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2}
 MakeModel = Callable[..., Path]
@@ -30,6 +32,20 @@ def config_of(kind: str, **options: Any) -> Any:
                 vocab_size=96, n_layer=2, n_head=4, n_embd=32, n_positions=64, **options
             )
     raise ValueError(kind)
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
+    """Return the folder of a tiny base model, each made once."""
+    made: dict[str, Path] = {}
+
+    def base(kind: str, **options: Any) -> Path:
+        key = json.dumps([kind, options], sort_keys=True)
+        if key not in made:
+            made[key] = make_base(tmp_path_factory.mktemp(f"{kind}-base"), kind, **options)
+        return made[key]
+
+    return base
 
 
 @pytest.fixture

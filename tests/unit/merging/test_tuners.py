@@ -14,9 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.unit.merging.conftest import config_of
+from tests.unit.merging.models import model_class
+from tests.unit.merging.oracle import MakeBase, answers, merged
 from toolchain.errors import InputRefused
 from toolchain.merging.engine import MergeRequest, merge
+from toolchain.merging.families.family import families
 from toolchain.merging.families.tuners import FAMILY
+from toolchain.merging.refused import REFUSED
 
 TARGETS = ["q_proj", "down_proj"]
 CASES: dict[str, dict[str, Any]] = {
@@ -52,6 +56,58 @@ CASES: dict[str, dict[str, Any]] = {
     "VERA": {"r": 8},
     "WAVEFT": {"n_frequency": 20},
 }
+BIAS = {"attention_bias": True, "mlp_bias": True}
+TIED = {"tie_word_embeddings": True}
+ODD: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
+    "convolutions": ("cnn", {}, "LOHA", {"target_modules": ["convolution"], "r": 4}),
+    "convolutions-effective": (
+        "cnn",
+        {},
+        "LOKR",
+        {"target_modules": ["convolution"], "r": 4, "use_effective_conv2d": True},
+    ),
+    "kronecker": ("llama", {}, "LOKR", {"r": 4, "decompose_both": True, "decompose_factor": 4}),
+    "patterns": ("llama", {}, "LOHA", {"target_modules": r".*1\..*q_proj", "r": 4, "alpha": 3}),
+    "vision": ("vit", {}, "BOFT", {"target_modules": ["q_proj", "fc1"], "boft_block_size": 4}),
+    "two-stacks": (
+        "t5",
+        {},
+        "UNILORA",
+        {"target_modules": ["q", "wo"], "r": 4, "theta_d_length": 64},
+    ),
+    "embedding": ("llama", TIED, "HIRA", {"target_modules": ["embed_tokens"], "r": 4}),
+    "positions": ("gpt2", {}, "HIRA", {"target_modules": ["wpe"], "r": 4}),
+    "embedding-and-head": (
+        "llama",
+        TIED,
+        "OFT",
+        {"target_modules": ["embed_tokens", "lm_head"], "oft_block_size": 8, "r": 0},
+    ),
+    "tied-head": ("llama", TIED, "LOHA", {"target_modules": ["lm_head"], "r": 4}),
+    "untied-head": ("llama", {}, "LOHA", {"target_modules": ["lm_head"], "r": 4}),
+    "tied-head-shared": ("llama", TIED, "VERA", {"target_modules": ["lm_head", "q_proj"], "r": 8}),
+    "saved": ("llama", TIED, "VERA", {"r": 8, "modules_to_save": ["lm_head", "norm"]}),
+    "its-biases": ("llama", BIAS, "BOFT", {"boft_block_size": 4, "bias": "boft_only"}),
+    "shared-and-biases": ("llama", BIAS, "VERA", {"r": 8, "bias": "vera_only"}),
+    "all-biases": ("llama", BIAS, "GLORA", {"r": 4, "bias": "all"}),
+    "cancelling-sums": ("llama", BIAS, "RANDLORA", {"r": 4, "bias": "all"}),
+    "shared-out": ("llama", {}, "WAVEFT", {"n_frequency": 20, "proportional_parameters": True}),
+    "batch-norms": (
+        "cnn",
+        {},
+        "LORA",
+        {"target_modules": ["convolution"], "modules_to_save": ["normalization", "classifier"]},
+    ),
+    "frod": ("llama", {}, "FROD", {}),
+    "frod-transposed": ("gpt2", {}, "FROD", {"target_modules": ["c_attn", "c_proj"]}),
+    "tokens-of-a-head": (
+        "llama",
+        TIED,
+        "TRAINABLE_TOKENS",
+        {"token_indices": [1, 4], "target_modules": ["lm_head"]},
+    ),
+}
+"""Tuners where they are seldom put: architecture, its options, kind, options."""
 MORE = [
     ("VERA", {"r": 8, "save_projection": False}),
     ("LOHA", {"r": 4, "layers_to_transform": [1]}),
@@ -131,8 +187,68 @@ def test_merged_as_unmerged(kind: str, options: dict[str, Any], base: Path, tmp_
     assert result["tensors"]["merged"] + result["tensors"]["replaced"] > 0
 
 
+@pytest.mark.parametrize("name", ODD)
+def test_odd_places(name: str, bases: MakeBase, tmp_path: Path) -> None:
+    from peft import PeftModel, get_peft_model
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    architecture, model, kind, options = ODD[name]
+    folder, adapter = bases(architecture, **model), tmp_path / "adapter"
+    torch.manual_seed(1)
+
+    def load() -> Any:
+        return model_class(architecture).from_pretrained(folder, dtype=torch.float32)
+
+    # A list of its own: PEFT adds to the one that it gets.
+    options = {"target_modules": [*TARGETS]} | options
+    tuned = get_peft_model(load(), PEFT_TYPE_TO_CONFIG_MAPPING[kind](**options))
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter) * 0.1
+    tuned.eval().save_pretrained(adapter)
+
+    run(folder, adapter, tmp_path / "out")
+
+    wanted = answers(PeftModel.from_pretrained(load(), adapter), architecture)
+    scale = float(wanted.abs().max())
+    assert (answers(load(), architecture) - wanted).abs().max() > 1e-4 * scale
+    found = merged(tmp_path / "out", architecture)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * max(1.0, scale))
+
+
+def test_a_basis_that_the_adapter_does_not_hold_is_refused(base: Path, tmp_path: Path) -> None:
+    trained(base, tmp_path / "adapter", "FROD", {"save_projection": False})
+    with pytest.raises(InputRefused, match="has no frod_V"):
+        run(base, tmp_path / "adapter", tmp_path / "out")
+
+
 def test_every_tuner_of_the_table_has_a_case() -> None:
     assert set(CASES) == FAMILY.kinds
+
+
+def test_every_method_of_peft_is_merged_or_refused() -> None:
+    """A release of PEFT with a new one fails here: it needs a row and a case, or a reason."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    methods = {str(getattr(kind, "value", kind)) for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+    merges = {kind for family in families() for kind in family.kinds}
+    tested = {*CASES, *(kind for _, _, kind, _ in ODD.values())}
+
+    assert merges | set(REFUSED) == methods
+    assert not merges & set(REFUSED)
+    assert merges <= tested
+
+
+@pytest.mark.parametrize("kind", sorted(REFUSED))
+def test_methods_without_a_merge_are_refused(kind: str, base: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+    save_file({"weight": torch.zeros(1)}, adapter / "adapter_model.safetensors")
+    with pytest.raises(InputRefused) as refused:
+        run(base, adapter, tmp_path / "out")
+    assert REFUSED[kind] in str(refused.value)
+    assert refused.value.hint
 
 
 def test_gpt2_stores_its_weights_the_other_way_round(tmp_path: Path) -> None:

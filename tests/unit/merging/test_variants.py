@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,118 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.unit.merging.models import build, model_class
+from tests.unit.merging.oracle import MakeBase, check
 from toolchain.errors import InputRefused
 from toolchain.merging.engine import MergeRequest, merge
-
-MakeBase = Callable[..., Path]
-
-
-@pytest.fixture(scope="session")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
-    """Return the folder of a tiny base model, each made once."""
-    made: dict[str, Path] = {}
-
-    def base(kind: str, **options: Any) -> Path:
-        key = json.dumps([kind, options], sort_keys=True)
-        if key not in made:
-            folder = tmp_path_factory.mktemp(f"{kind}-base")
-            torch.manual_seed(0)
-            model = build(kind, **options)
-            for name, parameter in model.named_parameters():
-                scale, shift = (0.1, 1.0) if "norm" in name and "weight" in name else (0.2, 0.0)
-                torch.nn.init.normal_(parameter, mean=shift, std=scale)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                model.save_pretrained(folder)
-            made[key] = folder
-        return made[key]
-
-    return base
-
-
-def train(base: Path, kind: str, folder: Path, config: Any, resize: int = 0) -> Path:
-    """Save an adapter whose trained tensors are all random."""
-    from peft import get_peft_model
-
-    torch.manual_seed(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = model_class(kind).from_pretrained(base, dtype=torch.float32)
-        if resize:
-            model.resize_token_embeddings(resize)
-        tuned = get_peft_model(model, config)
-        for name, parameter in tuned.named_parameters():
-            if parameter.requires_grad:
-                shift = 1.0 if "magnitude" in name or "norm" in name else 0.0
-                torch.nn.init.normal_(parameter, mean=shift, std=0.2)
-        tuned.save_pretrained(folder)
-    return folder
-
-
-def answers(model: Any, kind: str) -> torch.Tensor:
-    """What a model makes of fixed inputs, in float64."""
-    model = model.double().eval()
-    if hasattr(model, "set_experts_implementation"):
-        # The fast ones have no float64.
-        model.set_experts_implementation("eager")
-    with torch.no_grad():
-        if kind in ("vit", "cnn"):
-            pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
-            found = model(pixel_values=pixels.double())
-            return next(iter(found.values()))
-        ids = torch.arange(40).view(2, 20) % 90
-        more = {"decoder_input_ids": ids} if kind == "t5" else {}
-        return model(input_ids=ids, **more).logits
-
-
-def unmerged(base: Path, kind: str, adapter: Path, resize: int = 0) -> torch.Tensor:
-    """The oracle."""
-    from peft import PeftModel
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = model_class(kind).from_pretrained(base, dtype=torch.float32)
-        if resize:
-            model.resize_token_embeddings(resize)
-        return answers(PeftModel.from_pretrained(model, adapter), kind)
-
-
-def merged(folder: Path, kind: str) -> torch.Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model, told = model_class(kind).from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True
-        )
-    assert not told["missing_keys"]
-    assert not told["unexpected_keys"]
-    assert not told["mismatched_keys"]
-    return answers(model, kind)
-
-
-def check(
-    base: Path,
-    kind: str,
-    tmp_path: Path,
-    lora: dict[str, Any],
-    resize: int = 0,
-    room: float = 2e-6,
-) -> dict[str, Any]:
-    """Train, merge, and compare; return the merge's result."""
-    from peft import LoraConfig
-
-    options = {"r": 4, "lora_alpha": 6} | lora
-    adapter = train(base, kind, tmp_path / "adapter", LoraConfig(**options), resize)
-    out = tmp_path / "out"
-    result = merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=out, workers=2))
-
-    wanted, got = unmerged(base, kind, adapter, resize), merged(out, kind)
-    scale = float(wanted.abs().max())
-    if not resize:
-        assert (merged(base, kind) - wanted).abs().max() > 1e-3 * scale
-    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=room * max(1.0, scale))
-    return result
-
 
 Q = {"target_modules": ["q_proj", "v_proj"]}
 TIED = {"tie_word_embeddings": True}

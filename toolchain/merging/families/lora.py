@@ -150,7 +150,7 @@ def _layer(
     claim = Claim(
         keys=(a.name, b.name), module=group.module, target=target, columns=columns, terms=(term,)
     )
-    both = embedding and bool(view.tie) and (twins or view.config.ensure_weight_tying)
+    both = embedding and bool(view.tie) and (twins or view.config.ties(group.module))
     yield replace(_variant(view, group, claim), both=both)
     if "lora_B.bias" in group.keys:
         yield _bias(view, group, scaling)
@@ -159,7 +159,7 @@ def _layer(
 
 
 def _of_two_stacks(view: AdapterView, module: str) -> InputRefused:
-    """Encoder, decoder and often the head share one table, which PEFT adapts in one place alone."""
+    """Say why not: encoder, decoder and head share a table, PEFT adapts it in one place alone."""
     return InputRefused(
         f"{view.path} has LoRA on {module}, whose table encoder and decoder share: "
         + (

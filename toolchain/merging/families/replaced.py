@@ -157,7 +157,7 @@ def _tied(view: AdapterView, key: str, owner: str, module: str) -> Claim:
         alone = False
     else:
         wrapped = owner.endswith("base_layer")
-        tying = view.config.ensure_weight_tying
+        tying = view.config.ties(module)
         alone = bool(twin) or (_is_saved(view, module) and not wrapped and not tying)
     own = tie.head if is_head(module) else tie.embedding
     return Claim(

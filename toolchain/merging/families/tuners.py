@@ -141,7 +141,8 @@ def _base(view: AdapterView, module: str) -> tuple[tuple[str, Source], ...]:
     found: list[tuple[str, Source]] = []
     for name in ("weight", "bias"):
         if target := view.find(module, name):
-            copy = next((k for k in view.keys if module_key(k) == f"{module}.base_layer.{name}"), "")
+            own = (f"{prefix}{module}.base_layer.{name}" for prefix in ("base_model.model.", ""))
+            copy = next((key for key in own if key in view.keys), "")
             found.append((name, view.stored(copy) if copy else view.source(target)))
     return tuple(found)
 
@@ -190,6 +191,7 @@ def _norms(view: AdapterView) -> Iterator[Claim]:
 
 _ALONE = "PEFT's layer, built around one base tensor at a time, float32, rounded once"
 _TOGETHER = "the same; what the layers share is loaded once"
+_WIDER = "; in float64, since its sums cancel"
 
 FAMILY = Family(
     name="tuners",
@@ -197,7 +199,10 @@ FAMILY = Family(
     claim=_claim,
     variants=(
         *(Variant(name=name, how=_ALONE) for name in _OWN.values()),
-        *(Variant(name=name, how=_TOGETHER) for name in _SHARED.values()),
+        *(
+            Variant(name=name, how=_TOGETHER + _WIDER * (kind == "RANDLORA"))
+            for kind, name in _SHARED.items()
+        ),
         Variant(name="LayerNorm tuning", how="the adapter's tensor takes the base's place"),
     ),
 )

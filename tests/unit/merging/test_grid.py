@@ -1,0 +1,89 @@
+"""Kinds of adapters on real architectures, with embedding and head tied and not tied."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.merging.oracle import MakeBase, check
+from toolchain.errors import InputRefused
+
+NAMES = {
+    "llama": ("v_proj", "embed_tokens", "lm_head"),
+    "qwen2": ("v_proj", "embed_tokens", "lm_head"),
+    "qwen3": ("v_proj", "embed_tokens", "lm_head"),
+    "gemma2": ("v_proj", "embed_tokens", "lm_head"),
+    "gemma3": ("v_proj", "embed_tokens", "lm_head"),
+    "phi3": ("qkv_proj", "embed_tokens", "lm_head"),
+    "gpt2": ("c_attn", "wte", "lm_head"),
+    "falcon": ("query_key_value", "word_embeddings", "lm_head"),
+    "qwen3_moe": ("v_proj", "embed_tokens", "lm_head"),
+    "mixtral": ("v_proj", "embed_tokens", "lm_head"),
+    "gpt_oss": ("v_proj", "embed_tokens", "lm_head"),
+    "bert": ("value", "word_embeddings", "decoder"),
+    "t5": ("v", "shared", "lm_head"),
+}
+"""Architecture -> a linear layer, the embedding, the head."""
+KINDS: dict[str, dict[str, Any]] = {
+    "linear": {"target_modules": ["LINEAR"], "use_rslora": True},
+    "dora": {"target_modules": ["LINEAR"], "use_dora": True},
+    "embedding": {"target_modules": ["LINEAR", "EMBEDDING"]},
+    "embedding-once": {"target_modules": ["LINEAR", "EMBEDDING"], "ensure_weight_tying": True},
+    "head": {"target_modules": ["HEAD"]},
+    "head-dora": {"target_modules": ["HEAD"], "use_dora": True},
+    "both": {"target_modules": ["EMBEDDING", "HEAD"]},
+    "tokens": {"target_modules": ["LINEAR"], "trainable_token_indices": {"EMBEDDING": [1, 5]}},
+    "head-tokens": {"target_modules": ["LINEAR"], "trainable_token_indices": {"HEAD": [1, 5]}},
+    "saved-embedding": {"target_modules": ["LINEAR"], "modules_to_save": ["EMBEDDING"]},
+    "saved-embedding-once": {
+        "target_modules": ["LINEAR"],
+        "modules_to_save": ["EMBEDDING"],
+        "ensure_weight_tying": True,
+    },
+    "saved-head": {"target_modules": ["LINEAR"], "modules_to_save": ["HEAD"]},
+    "saved-both": {"target_modules": ["LINEAR"], "modules_to_save": ["EMBEDDING", "HEAD"]},
+}
+NO_BIAS = "whose bias PEFT leaves out"
+SHARED = "encoder and decoder"
+REFUSED = {
+    ("bert", "tokens-tied"): NO_BIAS,
+    **{("bert", f"head-tokens{tied}"): NO_BIAS for tied in ("-tied", "")},
+    **{
+        ("t5", f"{where}embedding{how}{tied}"): SHARED
+        for where in ("", "saved-")
+        for how in ("", "-once")
+        for tied in ("-tied", "")
+    },
+    **{("t5", f"{kind}both{tied}"): SHARED for kind in ("", "saved-") for tied in ("-tied", "")},
+}
+
+
+def named(value: Any, names: tuple[str, str, str]) -> Any:
+    """Put an architecture's names in the place of the roles."""
+    roles = dict(zip(("LINEAR", "EMBEDDING", "HEAD"), names, strict=True))
+    match value:
+        case str():
+            return roles.get(value, value)
+        case list():
+            return [named(item, names) for item in value]
+        case dict():
+            return {named(key, names): named(item, names) for key, item in value.items()}
+    return value
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", NAMES)
+def test_merged_as_unmerged(
+    architecture: str, kind: str, tied: bool, bases: MakeBase, tmp_path: Path
+) -> None:
+    base = bases(architecture, tie_word_embeddings=tied)
+    lora = named(KINDS[kind], NAMES[architecture])
+
+    if reason := REFUSED.get((architecture, kind + "-tied" * tied)):
+        with pytest.raises(InputRefused, match=reason):
+            check(base, architecture, tmp_path, lora)
+        return
+    check(base, architecture, tmp_path, lora)

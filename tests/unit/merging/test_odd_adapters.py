@@ -1,0 +1,187 @@
+"""Adapters in odd configurations, as PEFT's own interface writes them, against its own forward."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.merging.oracle import MakeBase, check
+from toolchain.errors import InputRefused
+
+TIED = {"tie_word_embeddings": True}
+BIASED = {"attention_bias": True, "mlp_bias": True}
+Q = {"target_modules": ["q_proj", "v_proj"]}
+SAVED = {"modules_to_save": ["embed_tokens", "lm_head"]}
+Case = tuple[str, dict[str, Any], dict[str, Any]]
+
+WHERE: dict[str, Case] = {
+    "patterns-by-path": (
+        "llama",
+        {},
+        {"target_modules": ["q_proj", "up_proj"], "use_rslora": True}
+        | {"rank_pattern": {r"^model\.layers\.0\.self_attn\.q_proj": 2, r"layers\.1.*up_proj": 7}}
+        | {"alpha_pattern": {r"model.layers.1.self_attn.q_proj": 11}},
+    ),
+    "one-layer": ("llama", {}, Q | {"layers_to_transform": 1}),
+    "layers-of-a-pattern": (
+        "gpt2",
+        {},
+        {"target_modules": ["c_attn"], "layers_to_transform": [0], "layers_pattern": "h"},
+    ),
+    "excluded-by-regex": (
+        "llama",
+        {},
+        {"target_modules": "all-linear", "exclude_modules": r".*layers\.0.*(q|k)_proj"},
+    ),
+    "excluded-by-name": (
+        "llama",
+        {},
+        {"target_modules": "all-linear", "exclude_modules": ["down_proj"]},
+    ),
+    "targets-by-regex": (
+        "llama",
+        {},
+        {"target_modules": r".*(1\.self_attn\.q|0\.mlp\.gate)_proj"},
+    ),
+    "fan-in-fan-out-of-linear": ("llama", {}, Q | {"fan_in_fan_out": True}),
+    "fan-in-fan-out": (
+        "gpt2",
+        {},
+        {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True},
+    ),
+    "fan-in-fan-out-dora": (
+        "gpt2",
+        {},
+        {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "use_dora": True},
+    ),
+    "positions": ("gpt2", {}, {"target_modules": ["wpe", "c_attn"]}),
+    "relative-positions": ("t5", {}, {"target_modules": ["relative_attention_bias", "q"]}),
+    "token-types": ("bert", {}, {"target_modules": ["token_type_embeddings", "query"]}),
+    "all-of-bert": ("bert", {}, {"target_modules": "all-linear", "bias": "all"}),
+    "all-of-t5": ("t5", {}, {"target_modules": "all-linear"}),
+    "all-of-vit-dora": ("vit", {}, {"target_modules": "all-linear", "use_dora": True}),
+    "head-and-its-bias": (
+        "bert",
+        {},
+        {"target_modules": ["query", "decoder"], "bias": "lora_only"},
+    ),
+    "head-and-lora-bias": ("bert", {}, {"target_modules": ["decoder"], "lora_bias": True}),
+    "dora-rslora": ("llama", BIASED, Q | {"use_rslora": True, "use_dora": True}),
+    "dora-biases": ("llama", BIASED, Q | {"use_dora": True, "bias": "all"}),
+    "lora-bias-rslora": (
+        "llama",
+        BIASED,
+        Q | {"lora_bias": True, "use_rslora": True, "alpha_pattern": {"v_proj": 9}},
+    ),
+    "parameters": (
+        "llama",
+        {},
+        {"target_modules": ["v_proj"], "target_parameters": ["q_proj.weight", "down_proj.weight"]},
+    ),
+    "parameters-have-names-of-their-own": (
+        "llama",
+        {},
+        {"target_modules": [], "target_parameters": ["q_proj.weight", "down_proj.weight"]}
+        | {"rank_pattern": {"q_proj": 2, "down_proj.weight": 3}},
+    ),
+    "experts-and-patterns": (
+        "qwen3_moe",
+        {},
+        {"target_modules": []}
+        | {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+        | {"rank_pattern": {"experts.gate_up_proj": 2}}
+        | {"alpha_pattern": {"experts.down_proj": 3}},
+    ),
+    "router-and-one-stack": (
+        "mixtral",
+        {},
+        {"target_modules": ["q_proj"]}
+        | {"target_parameters": ["mlp.gate.weight", "experts.down_proj"]},
+    ),
+    "one-transposed-stack": (
+        "gpt_oss",
+        {},
+        {"target_modules": [], "target_parameters": ["experts.down_proj"]},
+    ),
+    "saved-norms": ("llama", {}, Q | {"modules_to_save": ["norm", "input_layernorm"]}),
+    "saved-head-norms": ("qwen3", {}, Q | {"modules_to_save": ["q_norm", "k_norm"]}),
+    "saved-block": (
+        "llama",
+        BIASED,
+        {"target_modules": ["up_proj"], "modules_to_save": ["0.self_attn"]},
+    ),
+    "saved-head-of-bert": (
+        "bert",
+        {},
+        {"target_modules": ["query"], "modules_to_save": ["predictions"]},
+    ),
+    "saved-both-once": ("llama", TIED, Q | SAVED | {"ensure_weight_tying": True}),
+    "tokens-that-differ": (
+        "llama",
+        TIED,
+        Q | {"trainable_token_indices": {"embed_tokens": [1, 5], "lm_head": [3]}},
+    ),
+    "head-tokens-and-embedding": (
+        "llama",
+        TIED,
+        {"target_modules": ["embed_tokens"], "trainable_token_indices": {"lm_head": [2]}},
+    ),
+    "two-stacks-tokens": (
+        "t5",
+        {},
+        {"target_modules": ["q"], "trainable_token_indices": {"shared": [1, 4]}},
+    ),
+    "replicated-dora": (
+        "llama",
+        TIED,
+        Q | {"layer_replication": [[0, 1], [0, 2]], "use_dora": True},
+    ),
+    "untrained-start": ("llama", {}, Q | {"init_lora_weights": False}),
+}
+
+
+@pytest.mark.parametrize("name", WHERE)
+def test_merged_as_unmerged(name: str, bases: MakeBase, tmp_path: Path) -> None:
+    architecture, model, lora = WHERE[name]
+
+    check(bases(architecture, **model), architecture, tmp_path, lora)
+
+
+BOTH = {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}
+ONCE = {"ensure_weight_tying": True}
+RESIZED: dict[str, Case] = {
+    "gpt2": ("gpt2", {}, {"target_modules": ["c_attn"]}),
+    "gpt2-embedding": ("gpt2", {}, {"target_modules": ["c_attn", "wte"]}),
+    "bert": ("bert", {}, {"target_modules": ["query"]}),
+    "t5": ("t5", {}, {"target_modules": ["q"]}),
+    "both": ("llama", {}, BOTH),
+    "both-tied": ("llama", TIED, BOTH),
+    "embedding-once": ("llama", TIED, {"target_modules": ["embed_tokens", "q_proj"]} | ONCE),
+    "head-dora": ("llama", TIED, {"target_modules": ["lm_head"], "use_dora": True}),
+    "saved-both": ("llama", {}, Q | SAVED),
+    "saved-both-tied": ("llama", TIED, Q | SAVED),
+    "saved-both-once": ("llama", TIED, Q | SAVED | ONCE),
+    "saved-embedding": ("llama", TIED, Q | {"modules_to_save": ["embed_tokens"]}),
+    "saved-embedding-once": ("llama", TIED, Q | {"modules_to_save": ["embed_tokens"]} | ONCE),
+    "saved-head": ("llama", TIED, Q | {"modules_to_save": ["lm_head"]}),
+    "tokens": ("llama", TIED, Q | {"trainable_token_indices": {"embed_tokens": [1, 99]}}),
+}
+
+
+@pytest.mark.parametrize("name", RESIZED)
+def test_resized_vocabularies(name: str, bases: MakeBase, tmp_path: Path) -> None:
+    architecture, model, lora = RESIZED[name]
+
+    check(bases(architecture, **model), architecture, tmp_path, lora, resize=101)
+
+
+def test_a_table_that_no_stack_reads_by_its_name_is_refused(
+    bases: MakeBase, tmp_path: Path
+) -> None:
+    """Unmerged, it has no effect: merged into the table that all share it would have one."""
+    lora = {"target_modules": ["q"], "modules_to_save": ["shared"]}
+
+    with pytest.raises(InputRefused, match="unmerged, it has no effect"):
+        check(bases("t5"), "t5", tmp_path, lora)
