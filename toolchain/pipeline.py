@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from toolchain.artifacts import quality_fault, wanted_of, with_quality
+from toolchain.baking import Baking
 from toolchain.errors import CheckFailed
 from toolchain.oci.image import Image
-from toolchain.oci.manifests import host_platform
+from toolchain.oci.index import is_own, own_of
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.planning import (
@@ -24,9 +25,9 @@ from toolchain.planning import (
     unmerged_adapters,
 )
 from toolchain.ports import Tools
-from toolchain.provenance.labels import labels, reference, score_labels
+from toolchain.provenance.labels import reference
 from toolchain.proving import Result, ask_references, with_image
-from toolchain.quantizers import formats, of_format
+from toolchain.quantizers import formats
 from toolchain.recipe import RecipeFile
 from toolchain.serving.targets import Target
 from toolchain.stages import merge as merging
@@ -34,22 +35,12 @@ from toolchain.stages import publish as publishing
 from toolchain.stages import quantize as quantizing
 from toolchain.stages import reference as references
 from toolchain.stages import validate as validating
-from toolchain.stages.attest import Made, evidence, public_recipe
-from toolchain.stages.bake import bake
-from toolchain.stages.base import (
-    ENGINE_LABEL,
-    base_image,
-    base_reference,
-    bills_of,
-    engine_version,
-    public_base,
-)
+from toolchain.stages.attest import evidence
 from toolchain.stages.lock import pinned, read_lock, with_sources, write_lock
 from toolchain.stages.record import Facts, TaskFacts, write_record
-from toolchain.stages.render import portable
 from toolchain.stages.report import write_report
 from toolchain.stages.resolve import resolve
-from toolchain.stages.trial import Asked, Trial, ask, checks_of, is_proven, known_answers
+from toolchain.stages.trial import ask, checks_of, is_proven, known_answers
 from toolchain.stages.unmerged import unmerged, unmerged_gguf
 from toolchain.values import (
     LORA,
@@ -93,7 +84,7 @@ def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[B
             config = config_of(request, target, sources, checkpoint, artifact)
         with timed.stage("bake", reference(recipe, target.name)):
             baking = Baking.of(request, target, sources, artifact, config, registry, tools)
-            image = baking.image({})
+            image = baking.own({})
         record = Record(request, sources, checkpoint, tools, baking, image)
         judge_quality(record, artifact, expected, timed.stages)
         with timed.stage("evaluate", f"{asked} the started image") as said:
@@ -139,110 +130,6 @@ class Clock:
         self.tools.progress.finish(name, float(said["seconds"]), bool(said["cached"]))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Baking:
-    """All that an image of one target is made of, but for its scores."""
-
-    request: BuildRequest
-    target: Target
-    sources: Sources
-    artifact: Artifact
-    config: ServingConfig
-    base: Image
-    base_name: str
-    tools: Tools
-
-    @classmethod
-    def of(
-        cls,
-        request: BuildRequest,
-        target: Target,
-        sources: Sources,
-        artifact: Artifact,
-        config: ServingConfig,
-        registry: Registry,
-        tools: Tools,
-    ) -> Baking:
-        """Bring the base image, and put it beside the rest."""
-        wanted = request.file.recipe.image.base
-        name = base_reference(target.engine, str(config.plan["device"]), wanted)
-        lock = read_lock(request.file)
-        pin = lock.base(name, host_platform())
-        base = base_image(pin, target.engine.name, registry, tools)
-        write_lock(lock, lock.with_base(name, base), tools.progress)
-        return cls(
-            request=request,
-            target=target,
-            sources=sources,
-            artifact=artifact,
-            config=config,
-            base=base,
-            base_name=public_base(name),
-            tools=tools,
-        )
-
-    def image(self, scores: Mapping[str, Score]) -> Image:
-        """Return the image; scores become labels, so that it can be judged by itself."""
-        plan = portable(self.config.plan)
-        said = labels(self.request.file.recipe, self.sources, self.artifact, self.config, plan)
-        return bake(
-            self.artifact,
-            self.config,
-            base=self.base,
-            base_name=self.base_name,
-            engine_version=engine_version(self.base),
-            labels={ENGINE_LABEL: self.target.engine.name, **said, **score_labels(scores)},
-            store=self.tools.store,
-            model_dir=self.target.engine.model_dir,
-        )
-
-    def made(
-        self, checkpoint: Checkpoint, image: Image, scores: Mapping[str, Score], registry: Registry
-    ) -> Made:
-        """Return what the image was made of, for those who will ask."""
-        recipe, format_ = self.request.file.recipe, self.artifact.format
-        return Made(
-            image=image,
-            artifact=self.artifact,
-            base=self.base,
-            base_name=self.base_name,
-            name=recipe.name,
-            version=recipe.version,
-            parameters={"target": self.target.name, "recipe": public_recipe(recipe)},
-            sources=self.sources,
-            checkpoint=checkpoint,
-            recipe=recipe,
-            quantizer_builder=of_format(format_.name).builder if format_.packed else "",
-            scores=scores,
-            base_bills=bills_of(self.base_name, self.base, registry),
-        )
-
-    def trial(self, results: Sequence[Result]) -> Trial:
-        """Return what the image is asked, and what its answers depend on."""
-        return Trial(
-            artifact=self.artifact,
-            config=self.config,
-            base=self.base.digest,
-            asked=tuple(self._asked(result) for result in results),
-            memory_bytes=int(self.config.plan["memory_limit_bytes"]),
-            port_variable=self.target.engine.port_variable,
-            host_variable=self.target.engine.host_variable,
-            threads_variable=self.target.engine.threads_variable,
-            neutral=self.target.engine.neutral_settings,
-        )
-
-    def _asked(self, result: Result) -> Asked:
-        """Return a task with the adapter that is to answer it, where the image serves several."""
-        task, number, engine = result.tried.task, result.tried.adapter, self.target.engine
-        if self.target.format != LORA or number is None or len(self.sources.adapters) == 1:
-            return Asked(task=task, ends=result.ends)
-        if engine.numbers_adapters:
-            alone = {"lora": [{"id": number, "scale": 1.0}]}
-            return Asked(task=task, ends=result.ends, fields=alone)
-        served = unmerged_adapters(self.request.file, self.target, self.sources)
-        return Asked(task=task, ends=result.ends, model=served[number].name)
-
-
 def resolved(request: BuildRequest, tools: Tools) -> tuple[BuildRequest, Sources]:
     """Bring the sources as the lock beside the recipe pins them; keep what it did not know."""
     lock = read_lock(request.file)
@@ -254,10 +141,12 @@ def resolved(request: BuildRequest, tools: Tools) -> tuple[BuildRequest, Sources
 
 
 def check_outputs(request: BuildRequest, registry: Registry) -> None:
-    """Notice before the work that what it makes could not be pushed."""
+    """Notice before the work that what it makes could not be written or pushed."""
+    for target in request.targets:
+        publishing.check_layout(request.outputs_of(target))
     if request.outputs.push:
-        target = request.targets[0].name
-        registry.check_push(Reference.parse(reference(request.file.recipe, target)))
+        first = request.targets[0].name
+        registry.check_push(Reference.parse(reference(request.file.recipe, first)))
 
 
 def config_of(
@@ -345,6 +234,9 @@ def prove(
     if baking.config.plan["device"] != "cpu" and not tools.engine.describe().get("gpu"):
         tools.progress.warn("the image is for a GPU and none is here: it was not started")
         return expected
+    if not is_own(image):
+        tools.progress.warn(f"the image is for {image.platform} alone: it was not started")
+        return expected
     said["cached"] = is_proven(image.digest, trial, tools)
     if said["cached"]:
         answers = tuple(known_answers(trial, one, tools) or () for one in trial.asked)
@@ -392,15 +284,15 @@ def deliver(
 ) -> Published:
     """Publish with what is known of it, unless every output holds this very image already."""
     request, tools = baking.request, baking.tools
-    image = baking.image(scores)
+    image = baking.whole(scores)
     outputs = request.outputs_of(baking.target)
     name = reference(request.file.recipe, baking.target.name)
     said["cached"] = publishing.is_published(image, name, outputs, tools)
     if said["cached"]:
         if request.engine_answers:
-            publishing.discard_candidate(image, None, tools)
+            publishing.discard_candidate(own_of(image), None, tools)
         return publishing.describe(image, name, outputs)
-    told = evidence(baking.made(checkpoint, image, scores, registry))
+    told = [evidence(one) for one in baking.made(checkpoint, scores, registry)]
     return publishing.publish(image, name, outputs, told, registry, tools)
 
 

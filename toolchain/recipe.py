@@ -293,6 +293,19 @@ class ImageNames(_Part):
     )
     labels: dict[str, str] = Field(default_factory=dict, description="Labels added to the image.")
     base: str = Field("", description="Engine base image instead of the pinned one.")
+    platforms: tuple[str, ...] = Field(
+        (), description="Platforms of the base to take, such as `linux/amd64`; default: all."
+    )
+    order: Literal["engine-first", "weights-first"] = Field(
+        "engine-first",
+        description="Which layers are below; with `weights-first` an engine update pulls no"
+        " weights.",
+    )
+    max_layer_size: str = Field(
+        "",
+        pattern=r"^([1-9]\d*(\.\d+)?\s*([kMGT]i?)?B)?$",
+        description="Largest layer, such as `10GB`: larger safetensors files are split.",
+    )
 
 
 class Card(_Part):

@@ -5,9 +5,10 @@ https://github.com/opencontainers/image-spec/blob/main/image-index.md
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 from toolchain.oci import manifests
 from toolchain.oci.image import Image
@@ -40,8 +41,31 @@ class Index:
     @property
     def own(self) -> Image:
         """The image for this machine, else the first."""
-        mine = [i for i in self.images if i.platform == manifests.host_platform()]
-        return (mine or list(self.images))[0]
+        return next((i for i in self.images if is_own(i)), self.images[0])
+
+
+Whole: TypeAlias = Image | Index
+"""What one name stands for: an image, or one for each platform."""
+
+
+def whole_of(images: Sequence[Image]) -> Whole:
+    """Return an image alone as it is, several as an index."""
+    return images[0] if len(images) == 1 else Index(images=tuple(images))
+
+
+def images_of(whole: Whole) -> tuple[Image, ...]:
+    """Return the images that a name stands for."""
+    return whole.images if isinstance(whole, Index) else (whole,)
+
+
+def own_of(whole: Whole) -> Image:
+    """Return the image for this machine, where there are several."""
+    return whole.own if isinstance(whole, Index) else whole
+
+
+def is_own(image: Image) -> bool:
+    """Say whether an image is for this machine's platform."""
+    return image.platform == manifests.host_platform()
 
 
 def _row(image: Image) -> dict[str, Json]:

@@ -21,11 +21,12 @@ from toolchain.oci.progress import Advance, Meter
 from toolchain.values import Blob, Digest, Json, canonical
 
 REF_NAME = "org.opencontainers.image.ref.name"
+DEFAULT_NAME = "latest"
 MARKER = canonical({"imageLayoutVersion": "1.0.0"})
 
 
 def write_layout(
-    image: Image, folder: Path, *, ref: str = "latest", progress: Advance | None = None
+    image: Image, folder: Path, *, ref: str = DEFAULT_NAME, progress: Advance | None = None
 ) -> Digest:
     """Add the image to a layout folder under the name `ref`, and return its digest.
 
@@ -50,10 +51,12 @@ def write_layout(
     return image.digest
 
 
-def write_index(index: Index, folder: Path, *, ref: str = "latest") -> Digest:
+def write_index(
+    index: Index, folder: Path, *, ref: str = DEFAULT_NAME, progress: Advance | None = None
+) -> Digest:
     """Add an index and all its images to a layout folder under the name `ref`."""
     for image in index.images:
-        write_layout(image, folder, ref=ref)
+        write_layout(image, folder, ref=ref, progress=progress)
     data = index.manifest_bytes
     try:
         store = folder / "blobs" / "sha256"
@@ -103,6 +106,13 @@ def read_layout(folder: Path, ref: str | None = None, *, platform: str | None = 
     )
 
 
+def read_all(folder: Path, ref: str | None = None) -> tuple[Image, ...]:
+    """Return the image for each Linux platform that a name has; one where it is no index."""
+    index = read_index(folder, ref)
+    platforms = manifests.platforms_in(index, str(folder)) if index is not None else [None]
+    return tuple(read_layout(folder, ref, platform=platform) for platform in platforms)
+
+
 def locate(text: str) -> tuple[Path, str | None]:
     """Return folder and image name of `[oci:]DIR[:NAME]`, as skopeo and umoci write it."""
     whole = text.removeprefix("oci:")
@@ -126,6 +136,22 @@ def read_index(folder: Path, ref: str | None = None) -> bytes | None:
         return None
     blob = manifests.descriptor(named[0], str(folder), kinds, manifests.LARGEST_MANIFEST)
     return read_blob(folder, blob) if blob.media_type in manifests.INDEXES else None
+
+
+def image_names(folder: Path) -> set[str]:
+    """Return the names of a layout's images, empty ones included; none without a layout."""
+    if not (folder / "index.json").is_file():
+        return set()
+    rows = manifests.listed(index_document(folder), "manifests", f"{folder}/index.json")
+    return {_name(row) for row in rows if not is_attachment(row)}
+
+
+def held_digest(folder: Path) -> Digest | None:
+    """Return what a layout of one name stands for, an image or an index; None without a layout."""
+    if not (folder / "index.json").is_file():
+        return None
+    index = read_index(folder)
+    return Digest.of(index) if index is not None else read_layout(folder).digest
 
 
 def put_blob(store: Path, blob: Blob, opener: Opener, meter: Meter) -> None:

@@ -16,6 +16,8 @@ from toolchain.oci.progress import Meter
 from toolchain.values import Blob, Digest, Json
 
 LIST = "referrers.json"
+PARTS = frozenset({"blobs", "index.json", "oci-layout", LIST})
+"""All that a layout of ours has at its top."""
 
 
 def attach(folder: Path, attachment: Attachment) -> None:

@@ -98,6 +98,13 @@ def choose(entries: Sequence[Json], platform: str | None, where: str) -> Blob:
     )
 
 
+def platforms_in(index: bytes, where: str) -> list[str]:
+    """Return the Linux platforms that an index has images for, sorted."""
+    rows = listed(read_json(index, where), "manifests", where)
+    found = {platform_of(row.get("platform")) for row in rows if isinstance(row, dict)}
+    return sorted(platform for platform in found if platform.startswith("linux/"))
+
+
 def platform_of(value: Json) -> str:
     """Spell a platform object as `os/architecture`, or empty; variants of one are alike."""
     if not isinstance(value, dict):

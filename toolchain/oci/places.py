@@ -19,8 +19,8 @@ from toolchain.values import Blob, Digest
 class Place(Protocol):
     """An image and its attachments, read when they are asked for."""
 
-    def image(self) -> Image:
-        """Return the image for this machine's platform."""
+    def image(self, platform: str | None = None) -> Image:
+        """Return the image for a platform, this machine's by default."""
 
     def index(self) -> bytes | None:
         """Return the index that the place names, or None where it names an image."""
@@ -42,9 +42,9 @@ class RegistryPlace:
     registry: Registry
     reference: Reference
 
-    def image(self) -> Image:
-        """Return the image for this machine's platform."""
-        return self.registry.pull(self.reference)
+    def image(self, platform: str | None = None) -> Image:
+        """Return the image for a platform, this machine's by default."""
+        return self.registry.pull(self.reference, platform=platform)
 
     def index(self) -> bytes | None:
         """Return the index that the reference names, or None where it names an image."""
@@ -71,9 +71,9 @@ class LayoutPlace:
     folder: Path
     name: str | None = None
 
-    def image(self) -> Image:
-        """Return the image for this machine's platform."""
-        return read_layout(self.folder, self.name)
+    def image(self, platform: str | None = None) -> Image:
+        """Return the image for a platform, this machine's by default."""
+        return read_layout(self.folder, self.name, platform=platform)
 
     def index(self) -> bytes | None:
         """Return the index that the name stands for, or None where it is an image."""

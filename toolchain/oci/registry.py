@@ -116,10 +116,7 @@ class Registry:
         """
         began = time.monotonic()
         if reference.digest and reference.digest != image.digest:
-            raise UsageError(
-                f"the image has the digest {image.digest}, not the one in {reference}",
-                hint="leave the digest out of the reference",
-            )
+            raise _another_digest(image.digest, reference)
         _check_limits(image, reference)
         sources = uploads.mount_sources(image, reference, mount_from)
         session = self._session(reference, "pull,push", sources)
@@ -177,20 +174,24 @@ class Registry:
         reference: Reference,
         *,
         force: bool = False,
+        also_tags: Sequence[str] = (),
         before_tag: Callable[[], None] = lambda: None,
         progress: Advance | None = None,
     ) -> Published:
-        """Bring every image of an index there by its digest, then the index, then the tag."""
+        """Bring every image of an index there by its digest, then the index, then the tags."""
         session = self._session(reference, "pull,push")
+        if reference.digest and reference.digest != index.digest:
+            raise _another_digest(index.digest, reference)
         _guard_tag(session, reference, index, force)
         place = Reference(reference.registry, reference.repository)
         done = [self.push(image, place, progress=progress) for image in index.images]
         data = index.manifest_bytes
         uploads.put_manifest(session, index.digest, data, manifests.OCI_INDEX)
         before_tag()
-        if reference.tag:
-            _guard_tag(session, reference, index, force)
-            uploads.put_manifest(session, reference.tag, data, manifests.OCI_INDEX)
+        for tag in (*also_tags, *([reference.tag] if reference.tag else [])):
+            place = Reference(reference.registry, reference.repository, tag)
+            _guard_tag(session, place, index, force)
+            uploads.put_manifest(session, tag, data, manifests.OCI_INDEX)
         own = done[index.images.index(index.own)]
         return Published(
             reference=str(reference),
@@ -206,12 +207,7 @@ class Registry:
         body, kind = downloads.manifest(self._session(reference, "pull"), reference)
         if kind not in manifests.INDEXES:
             return (self.pull(reference),)
-        rows = manifests.listed(
-            manifests.read_json(body, str(reference)), "manifests", str(reference)
-        )
-        platforms = sorted({manifests.platform_of(r.get("platform")) for r in rows
-                            if isinstance(r, dict)})  # fmt: skip
-        found = [p for p in platforms if p.startswith("linux/")]
+        found = manifests.platforms_in(body, str(reference))
         return tuple(self.pull(reference, platform=platform) for platform in found)
 
     def digest_of(self, reference: Reference) -> Digest | None:
@@ -300,6 +296,13 @@ class Registry:
                     pause=self._pause,
                 )
             return self._sessions[key]
+
+
+def _another_digest(found: Digest, reference: Reference) -> UsageError:
+    return UsageError(
+        f"the image has the digest {found}, not the one in {reference}",
+        hint="leave the digest out of the reference",
+    )
 
 
 def _check_limits(image: Image, reference: Reference) -> None:

@@ -135,6 +135,9 @@ def _sources(
         ok=label == artifact,
         found=f"{label[7:19]}" + ("" if label == artifact else f", stated is {artifact[7:19]}"),
     )
+    if split := by_kind.get("split"):
+        yield _link("split", split, artifact)
+        artifact = dependencies_of(split).get("artifact", "")
     checkpoint = artifact
     if quantized := by_kind.get("quantize"):
         yield _link("quantize", quantized, artifact)

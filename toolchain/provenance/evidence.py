@@ -139,7 +139,7 @@ def _of_cosign(parts: Sequence[Part], image: Blob) -> Iterator[Attachment]:
 
 def is_ours(told: Mapping[str, Json]) -> bool:
     """Say whether a statement is one that we make, so that our key has to vouch for it."""
-    kinds = ("merge", "quantize", "bake", "rebase")
+    kinds = ("merge", "quantize", "split", "bake", "rebase")
     return told.get("predicateType") == TEST_RESULT or kind_of(told) in kinds
 
 

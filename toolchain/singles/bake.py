@@ -13,7 +13,7 @@ from toolchain.checkpoints.folder import scan
 from toolchain.checkpoints.reshard import Resharded, reshard
 from toolchain.errors import InputRefused, UsageError
 from toolchain.oci.image import Image, Order
-from toolchain.oci.index import Index
+from toolchain.oci.index import whole_of
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.planning import all_targets
@@ -34,13 +34,12 @@ from toolchain.stages.base import (
     engine_version,
     public_base,
 )
-from toolchain.stages.publish import Outputs, publish, publish_index
+from toolchain.stages.publish import Outputs, check_layout, publish
 from toolchain.stages.render import portable
 from toolchain.values import (
     Artifact,
     FileEntry,
     Json,
-    Pieces,
     Published,
     ServingConfig,
     Tree,
@@ -78,6 +77,7 @@ def bake_model(request: BakeRequest, registry: Registry, tools: Tools) -> Mappin
     """Assemble a model's image and bring it where it is asked for; starts nothing."""
     began = time.monotonic()
     _check(request)
+    check_layout(_outputs(request, push=bool(request.push)))
     if request.push:
         registry.check_push(Reference.parse(request.push))
     target = find(request.target, all_targets())
@@ -86,12 +86,11 @@ def bake_model(request: BakeRequest, registry: Registry, tools: Tools) -> Mappin
     split = Resharded(artifact.tree, {})
     if request.max_layer_size:
         split = reshard(artifact.tree, request.max_layer_size, tools.store.memo)
-        artifact = replace(artifact, tree=split.tree)
     place = request.push or request.load or f"{model.name}:latest"
     config = None
     if request.kind == "image":
         config = _config(request, model, target, place, tools)
-    made = _made(request, model, target, artifact, config, registry, tools, split.contents)
+    made = _made(request, model, target, artifact, config, registry, tools, split)
     tools.progress.stage("publish", place)
     published = _publish(made, place, _outputs(request, push=bool(request.push)), registry, tools)
     if request.push and request.load and request.load != request.push:
@@ -171,36 +170,37 @@ def _made(
     config: ServingConfig | None,
     registry: Registry,
     tools: Tools,
-    contents: Mapping[str, Pieces],
+    split: Resharded,
 ) -> list[Made]:
     """Return the image for each platform of the base, and what it is made of."""
     bases: tuple[Image | None, ...]
     if config is None:
         wanted = data_base(request.kind, request.base_image)
-        bases = base_images(wanted, "", registry, tools) if wanted else (None,)
+        asked = (request.platform,) if request.platform else ()
+        bases = (None,)
+        if wanted:
+            bases = base_images(wanted, "", registry, tools, platforms=asked)
     else:
         device = str(config.plan["device"])
         wanted = base_reference(target.engine, device, request.base_image)
-        bases = base_images(wanted, target.engine.name, registry, tools)
+        asked = (request.platform,) if request.platform else ()
+        bases = base_images(wanted, target.engine.name, registry, tools, platforms=asked)
+    served = replace(artifact, tree=split.tree)
     labels = {
         "org.opencontainers.image.title": model.name,
         PREFIX + "target": target.name,
         PREFIX + "kind": request.kind,
         PREFIX + "format": target.format.name,
-        PREFIX + "artifact.digest": artifact.digest,
+        PREFIX + "artifact.digest": served.digest,
     }
     if config is not None:
         labels[ENGINE_LABEL] = target.engine.name
         labels[PREFIX + "plan"] = json.dumps(portable(config.plan), sort_keys=True)
     name = public_base(wanted)
-    if request.platform:
-        bases = tuple(b for b in bases if b is None or b.platform == request.platform)
-    if not bases:
-        raise UsageError(f"{wanted} is not there for {request.platform}")
 
     def made(base: Image | None) -> Made:
         image = bake(
-            artifact,
+            served,
             config,
             base=base,
             base_name=name,
@@ -210,11 +210,12 @@ def _made(
             model_dir=target.engine.model_dir,
             order="weights-first" if request.order == "weights-first" else "engine-first",
             largest=request.max_layer_size,
-            contents=contents,
+            contents=split.contents,
         )
         return Made(
             image=image,
             artifact=artifact,
+            served=served,
             base=base,
             base_name=name,
             name=model.name,
@@ -230,10 +231,8 @@ def _publish(
     made: list[Made], place: str, outputs: Outputs, registry: Registry, tools: Tools
 ) -> Published:
     told = [evidence(one) for one in made]
-    if len(made) == 1:
-        return publish(made[0].image, place, outputs, told[0], registry, tools)
-    index = Index(images=tuple(one.image for one in made))
-    return publish_index(index, place, outputs, told, registry, tools)
+    whole = whole_of([one.image for one in made])
+    return publish(whole, place, outputs, told, registry, tools)
 
 
 def _outputs(request: BakeRequest, *, push: bool) -> Outputs:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from toolchain.errors import CheckFailed, InputRefused, UsageError
+from toolchain.oci import manifests
 from toolchain.oci.attachments import Attachment, Part
 from toolchain.oci.image import Image, blob_of
 from toolchain.oci.layers import LAYER_TAR, Layer, verified
@@ -36,26 +37,39 @@ class _Found:
     attachments: list[Attachment] = field(default_factory=list)
     told: list[Told] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
+    platform: str = ""
+    """Named in every check, where a name stands for several."""
+    known: dict[tuple[Digest, bool], tuple[str, dict[str, str]]] = field(default_factory=dict)
+    """Layers that were read: fault and files. Platforms share those of the weights."""
 
     def say(self, name: str, ok: bool | None, found: str) -> None:
-        self.checks.append(Check(name=name, ok=ok, found=found))
+        shown = f"{self.platform} {name}".strip()
+        self.checks.append(Check(name=shown, ok=ok, found=found))
 
 
 def verify_image(
     source: str, key: Path | None, registry: Registry, progress: Progress
 ) -> Mapping[str, Json]:
-    """Return every check with its answer; CheckFailed, with all of them, where one says no."""
+    """Return every check with its answer; CheckFailed, with all of them, where one says no.
+
+    Of an index, the image for every platform is checked.
+    """
     check = signing.read_public_key(key) if key else None
     place, found = open_place(source, registry), _Found()
-    image = _image(place, found)
-    if image is not None:
-        _attachments(place, image.digest, found)
-        _signature(image, check, found)
-        _statements(check, found)
-        _layers(image, source, found, progress)
-        documents = _documents(found)
-        found.checks += check_chain(image, found.told, documents, found.files)
-    result = _result(source, image, found)
+    digest: str = ""
+    if (index := _index(place, found)) is not None:
+        whole = Digest.of(index)
+        digest = whole
+        found.say("index", True, digest)
+        _attachments(place, whole, found)
+        _signature(whole, found.attachments, check, found)
+        for platform in manifests.platforms_in(index, source):
+            one = _Found(platform=platform, known=found.known)
+            _one_image(place, source, check, one, progress)
+            found.checks += one.checks
+    elif not found.checks:
+        digest = _one_image(place, source, check, found, progress)
+    result = _result(source, digest, found)
     bad = [one.name for one in found.checks if one.ok is False]
     if bad:
         raise CheckFailed(
@@ -64,6 +78,32 @@ def verify_image(
             details=result,
         )
     return result
+
+
+def _index(place: Place, found: _Found) -> bytes | None:
+    try:
+        return place.index()
+    except InputRefused as error:
+        _require_there(place, error)
+        found.say("manifest or configuration (labels)", False, error.message)
+        return None
+
+
+def _one_image(
+    place: Place, source: str, check: signing.Check | None, found: _Found, progress: Progress
+) -> str:
+    """Check one platform's image; return its digest, or empty where it cannot be read."""
+    image = _image(place, found)
+    if image is None:
+        return ""
+    _attachments(place, image.digest, found)
+    _signature(image.digest, found.attachments, check, found)
+    _statements(check, found)
+    _layers(image, source, found, progress)
+    documents = _documents(found)
+    for one in check_chain(image, found.told, documents, found.files):
+        found.say(one.name, one.ok, one.found)
+    return image.digest
 
 
 def table(result: Mapping[str, Json]) -> str:
@@ -76,10 +116,10 @@ def table(result: Mapping[str, Json]) -> str:
     )
 
 
-def _result(source: str, image: Image | None, found: _Found) -> dict[str, Json]:
+def _result(source: str, digest: str, found: _Found) -> dict[str, Json]:
     return {
         "reference": source,
-        "digest": image.digest if image else "",
+        "digest": digest,
         "ok": all(one.ok is not False for one in found.checks),
         "checks": [{"check": c.name, "ok": c.ok, "found": c.found} for c in found.checks],
     }
@@ -87,14 +127,19 @@ def _result(source: str, image: Image | None, found: _Found) -> dict[str, Json]:
 
 def _image(place: Place, found: _Found) -> Image | None:
     try:
-        image = place.image()
+        image = place.image(found.platform or None)
     except InputRefused as error:
-        if isinstance(place, RegistryPlace) and place.registry.digest_of(place.reference) is None:
-            raise
+        _require_there(place, error)
         found.say("manifest or configuration (labels)", False, error.message)
         return None
     found.say("manifest", True, f"{image.digest}, configuration {image.config_blob.digest.short}")
     return image
+
+
+def _require_there(place: Place, error: InputRefused) -> None:
+    """Raise the refusal where there is nothing under the name at all."""
+    if isinstance(place, RegistryPlace) and place.registry.digest_of(place.reference) is None:
+        raise error
 
 
 def _attachments(place: Place, subject: Digest, found: _Found) -> None:
@@ -111,8 +156,13 @@ def _attachments(place: Place, subject: Digest, found: _Found) -> None:
             found.say("attachments", False, error.message)
 
 
-def _signature(image: Image, check: signing.Check | None, found: _Found) -> None:
-    parts = evidence.signatures_in(found.attachments)
+def _signature(
+    digest: Digest,
+    attachments: list[Attachment],
+    check: signing.Check | None,
+    found: _Found,
+) -> None:
+    parts = evidence.signatures_in(attachments)
     if check is None:
         said = f"{len(parts)} there, give --key to check" if parts else "not signed"
         found.say("signature", None, said)
@@ -124,8 +174,8 @@ def _signature(image: Image, check: signing.Check | None, found: _Found) -> None
         except InputRefused as error:
             found.say("signature", False, error.message)
             return
-    if image.digest in claims:
-        found.say("signature", True, f"of {image.digest.short} by this key")
+    if digest in claims:
+        found.say("signature", True, f"of {digest.short} by this key")
     elif not parts:
         found.say("signature", False, "not signed")
     elif claims == {""}:
@@ -195,10 +245,16 @@ def _layers(image: Image, source: str, found: _Found, progress: Progress) -> Non
         weights = set()
     prefix = "models/"
     total, done = sum(layer.size for layer in image.layers), 0
+
+    def read(layer: Layer) -> tuple[str, dict[str, str]]:
+        key = (layer.digest, layer.digest in weights)
+        if key not in found.known:
+            found.known[key] = _read_layer(layer, source, look_inside=key[1])
+        fault, files = found.known[key]
+        return fault or _diff(layer, source), files
+
     with ThreadPoolExecutor(_READERS) as pool:
-        results = pool.map(
-            lambda layer: _read_layer(layer, source, layer.digest in weights), image.layers
-        )
+        results = pool.map(read, image.layers)
         for number, (layer, (fault, files)) in enumerate(zip(image.layers, results, strict=True)):
             name = f"layer {number}"
             found.say(name, not fault, fault or f"{layer.digest.short} {layer.file}".rstrip())
@@ -207,18 +263,18 @@ def _layers(image: Image, source: str, found: _Found, progress: Progress) -> Non
             progress.advance(done, total, "bytes")
 
 
-def _read_layer(layer: Layer, source: str, look_inside: bool) -> tuple[str, dict[str, str]]:
+def _read_layer(layer: Layer, source: str, *, look_inside: bool) -> tuple[str, dict[str, str]]:
     """Return what is wrong with a layer, or empty, and its files by digest where asked."""
     chunks = verified(layer.open(), blob_of(layer), source)
     try:
         if look_inside and layer.media_type == LAYER_TAR:
-            return _diff(layer, source), dict(_files(chunks))
+            return "", dict(_files(chunks))
         for _ in chunks:
             pass
     except (InputRefused, tarfile.TarError) as error:
         said = error.message if isinstance(error, InputRefused) else str(error)
         return f"{layer.file or layer.digest.short}: {said}", {}
-    return _diff(layer, source), {}
+    return "", {}
 
 
 def _diff(layer: Layer, source: str) -> str:

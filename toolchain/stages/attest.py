@@ -46,6 +46,9 @@ class Made:
 
     image: Image
     artifact: Artifact
+    """As quantized, or as merged."""
+    served: Artifact
+    """As it lies in the image: large files may be cut."""
     base: Image | None
     base_name: str
     name: str
@@ -63,7 +66,7 @@ class Made:
 def evidence(made: Made) -> Evidence:
     """Return the statements and documents of an image; the same image has the same."""
     documents = (*_bills(made), *_evaluation(made), *_adapters(made))
-    told = [*_merged(made), *_quantized(made), _baked(made, documents)]
+    told = [*_merged(made), *_quantized(made), *_split(made), _baked(made, documents)]
     if made.recipe and made.recipe.evaluate and "image" in made.scores:
         wanted = made.recipe.evaluate
         told.append(
@@ -143,6 +146,19 @@ def _quantized(made: Made) -> list[Mapping[str, Json]]:
     ]
 
 
+def _split(made: Made) -> list[Mapping[str, Json]]:
+    if made.served.digest == made.artifact.digest:
+        return []
+    return [
+        provenance(
+            "split",
+            file_resources(made.served.tree),
+            parameters={},
+            dependencies=[tree_resource("artifact", made.artifact.digest)],
+        )
+    ]
+
+
 def _calibration(made: Made) -> list[Resource]:
     found = made.artifact.details.get("calibration")
     digest = found.get("digest") if isinstance(found, dict) else None
@@ -155,14 +171,14 @@ def _baked(made: Made, documents: Sequence[Document]) -> Mapping[str, Json]:
     ) else []  # fmt: skip
     files = [
         Resource(name=f"file:{resource.name}", digest=resource.digest)
-        for resource in file_resources(made.artifact.tree)
+        for resource in file_resources(made.served.tree)
     ]
     return provenance(
         "bake",
         [statements.image_resource(made.image.manifest_blob),
          *statements.layer_resources(made.image)],
         parameters=made.parameters,
-        dependencies=[tree_resource("artifact", made.artifact.digest), *base, *files],
+        dependencies=[tree_resource("artifact", made.served.digest), *base, *files],
         byproducts=[
             Resource(
                 name=document_name(document),
@@ -196,8 +212,8 @@ def _facts(made: Made) -> ModelFacts:
     return ModelFacts(
         name=made.name,
         version=made.version,
-        digest=made.artifact.digest,
-        files=made.artifact.tree.files,
+        digest=made.served.digest,
+        files=made.served.tree.files,
         format=made.artifact.format.name,
         config=_config(made),
         ancestors=_ancestors(made),

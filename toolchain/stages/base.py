@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from toolchain.errors import InputRefused, UsageError, WeightsmithError
 from toolchain.oci.attachments import LARGEST_PART
 from toolchain.oci.image import Image, ImageConfig, assemble
 from toolchain.oci.layers import OWN_LAYER, Member, Memo, TarLayer
-from toolchain.oci.layout import locate, read_layout
+from toolchain.oci.layout import locate, read_all, read_layout
 from toolchain.oci.manifests import host_platform
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
@@ -20,7 +20,7 @@ from toolchain.provenance.labels import ENGINE_VERSION
 from toolchain.provenance.mlbom import MEDIA_TYPE
 from toolchain.resources import assembles_itself, engine_pins, engine_source, images
 from toolchain.serving.engine import Engine
-from toolchain.values import Job, Json, StageInputs
+from toolchain.values import Digest, Job, Json, StageInputs
 
 OWN = "engine:"
 """Prefix of bases that are a folder of images/engines/, assembled here from its tools."""
@@ -99,27 +99,57 @@ def base_image(
         image = read_layout(*locate(reference), platform=platform)
     else:
         image = registry.pull(Reference.parse(reference), platform=platform)
+    return _checked(image, reference, engine, tools)
+
+
+def base_images(
+    reference: str,
+    engine: str,
+    registry: Registry,
+    tools: Tools,
+    *,
+    pins: Mapping[str, str] | None = None,
+    platforms: Sequence[str] = (),
+) -> tuple[Image, ...]:
+    """Return the base for each platform that it is there for, as far as `platforms` names them.
+
+    `pins` are digests by platform, as a lock knows them: where there are any they decide, and
+    what else the name stands for meanwhile does not count. Raises as `base_image` does, and
+    UsageError for a platform that is not there.
+    """
+    if reference.startswith(OWN):
+        images: tuple[Image, ...] = (base_image(reference, engine, registry, tools),)
+    elif reference.startswith("oci:"):
+        images = read_all(*locate(reference))
+    else:
+        place = Reference.parse(reference)
+        known = {} if place.digest else dict(pins or {})
+        images = tuple(
+            registry.pull(place.at(Digest(known[p])) if p in known else place, platform=p)
+            for p in sorted({*known, *platforms})
+        ) if known else registry.pull_all(place)  # fmt: skip
+    there = {image.platform for image in images}
+    if missing := sorted(set(platforms) - there):
+        raise UsageError(
+            f"{reference} is not there for {', '.join(missing)}",
+            hint=f"it is there for {', '.join(sorted(there))}",
+        )
+    chosen = tuple(image for image in images if image.platform in platforms or not platforms)
+    for image in chosen:
+        _checked(image, reference, engine, tools)
+    return chosen
+
+
+def _checked(image: Image, reference: str, engine: str, tools: Tools) -> Image:
     said = image.labels.get(ENGINE_LABEL, "")
-    if not engine:
-        return image
-    if not said:
+    if engine and not said:
         tools.progress.warn(f"{reference} does not say which engine it holds, {engine} is assumed")
-    elif said != engine:
+    elif engine and said != engine:
         raise InputRefused(
             f"{reference} says that it holds {said}, and the target needs {engine}",
             hint="choose a base of that engine, or another target",
         )
     return image
-
-
-def base_images(reference: str, engine: str, registry: Registry, tools: Tools) -> tuple[Image, ...]:
-    """Return the base for each platform that it is there for; one where it is not in a registry."""
-    if reference.startswith((OWN, "oci:")):
-        return (base_image(reference, engine, registry, tools),)
-    return tuple(
-        base_image(reference, engine, registry, tools, platform=image.platform)
-        for image in registry.pull_all(Reference.parse(reference))
-    )
 
 
 def public_base(reference: str) -> str:

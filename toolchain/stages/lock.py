@@ -29,11 +29,6 @@ class Lock:
     bases: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Image reference -> platform -> digest."""
 
-    def base(self, reference: str, platform: str) -> str:
-        """Return a base by its digest where that is known; a digest in the recipe wins."""
-        digest = self.bases.get(reference, {}).get(platform)
-        return f"{reference}@{digest}" if digest and "@" not in reference else reference
-
     def with_base(self, reference: str, image: Image) -> Lock:
         """Return the lock with a base as it was reached."""
         if reference.startswith(("engine:", "oci:")) or "@" in reference:

@@ -6,17 +6,23 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from toolchain.errors import EnvironmentFailure
+from toolchain.errors import EnvironmentFailure, UsageError
 from toolchain.oci.archive import docker_archive
 from toolchain.oci.image import Image
-from toolchain.oci.index import Index
-from toolchain.oci.layout import read_layout, write_index, write_layout
-from toolchain.oci.layout_attachments import forget
+from toolchain.oci.index import Index, Whole, images_of, own_of
+from toolchain.oci.layout import (
+    DEFAULT_NAME,
+    held_digest,
+    image_names,
+    write_index,
+    write_layout,
+)
+from toolchain.oci.layout_attachments import PARTS, forget
 from toolchain.oci.places import LayoutPlace, Place, RegistryPlace
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
@@ -62,102 +68,74 @@ def candidate(image: Image, layout: Path | None, tools: Tools) -> Iterator[str]:
 
 
 def publish(
-    image: Image,
-    reference: str,
-    outputs: Outputs,
-    evidence: Evidence,
-    registry: Registry,
-    tools: Tools,
-) -> Published:
-    """Bring the image to every output; the registry last, so that nothing unproven is public.
-
-    The evidence goes with it, signed where there is a key; an engine has no place for it.
-
-    Raises EnvironmentFailure where an engine or a registry fails, UsageError for a tag that
-    holds another image already.
-    """
-    began = time.monotonic()
-    place = Reference.parse(reference)
-    done = describe(image, reference, outputs)
-    if outputs.load:
-        _load(image, place, tools)
-    if tools.engine.answers():
-        tools.engine.untag(_candidate_name(image))
-    if outputs.layout is not None:
-        with _settled(image, outputs.layout, tools) as beside:
-            _attach(image, evidence, LayoutPlace(beside), place, tools)
-    if outputs.push:
-        there = RegistryPlace(registry, place)
-        done = registry.push(
-            image,
-            place,
-            force=outputs.force,
-            also_tags=(f"{place.tag}-{image.digest.short}",) if outputs.tag_digest else (),
-            before_tag=lambda: _attach(image, evidence, there, place, tools),
-            progress=lambda sent, total: tools.progress.advance(sent, total, "bytes"),
-        )
-    return replace(done, layers=_rows(image), seconds=time.monotonic() - began)
-
-
-def publish_index(
-    index: Index,
+    whole: Whole,
     reference: str,
     outputs: Outputs,
     told: Sequence[Evidence],
     registry: Registry,
     tools: Tools,
 ) -> Published:
-    """Bring an image for each platform to every output, under one name; `told` is in their order.
+    """Bring an image to every output; the registry last, so that nothing unproven is public.
 
-    An engine gets the one for this machine.
+    `told` is the evidence of each platform's image. It goes with them, signed where there is a
+    key; an engine has no place for it, and gets the image for this machine alone.
+
+    Raises EnvironmentFailure where an engine or a registry fails, UsageError for a tag that
+    holds another image already.
     """
-    place, own = Reference.parse(reference), index.own
-    done = replace(describe(own, reference, outputs), digest=index.digest)
+    began = time.monotonic()
+    check_layout(outputs)
+    place, own = Reference.parse(reference), own_of(whole)
+    done = describe(whole, reference, outputs)
     if outputs.load:
         _load(own, place, tools)
-
-    def attach(there: Place) -> None:
-        for image, one in zip(index.images, told, strict=True):
-            _attach(image, one, there, place, tools)
-        if tools.sign:
-            there.attach(signature_of(index.blob, place.name, tools.sign))
-
+    if tools.engine.answers():
+        tools.engine.untag(_candidate_name(own))
     if outputs.layout is not None:
-        write_index(index, outputs.layout)
-        attach(LayoutPlace(outputs.layout))
+        with _settled(whole, outputs.layout, tools) as beside:
+            _attach(whole, told, LayoutPlace(beside), place, tools)
     if outputs.push:
-        done = registry.push_index(
-            index,
+        there = RegistryPlace(registry, place)
+        push: Callable[..., Published] = (
+            registry.push_index if isinstance(whole, Index) else registry.push
+        )
+        done = push(
+            whole,
             place,
             force=outputs.force,
-            before_tag=lambda: attach(RegistryPlace(registry, place)),
+            also_tags=(f"{place.tag}-{whole.digest.short}",) if outputs.tag_digest else (),
+            before_tag=lambda: _attach(whole, told, there, place, tools),
             progress=lambda sent, total: tools.progress.advance(sent, total, "bytes"),
         )
-    return done
+    return replace(done, layers=_rows(own), seconds=time.monotonic() - began)
 
 
 def _attach(
-    image: Image, evidence: Evidence, place: Place, reference: Reference, tools: Tools
+    whole: Whole, told: Sequence[Evidence], place: Place, reference: Reference, tools: Tools
 ) -> None:
-    for attachment in seal(evidence, image.manifest_blob, reference.name, tools.sign):
-        place.attach(attachment)
+    for image, one in zip(images_of(whole), told, strict=True):
+        for attachment in seal(one, image.manifest_blob, reference.name, tools.sign):
+            place.attach(attachment)
+    if isinstance(whole, Index) and tools.sign:
+        place.attach(signature_of(whole.blob, reference.name, tools.sign))
 
 
-def describe(image: Image, reference: str, outputs: Outputs) -> Published:
+def describe(whole: Whole, reference: str, outputs: Outputs) -> Published:
     """Return where the image is once it is published, at no cost."""
     local = outputs.layout is not None and not outputs.load and not outputs.push
     return Published(
         reference=f"oci:{outputs.layout}" if local else reference,
-        digest=image.digest,
-        layers=_rows(image),
+        digest=whole.digest,
+        layers=_rows(own_of(whole)),
     )
 
 
-def is_published(image: Image, reference: str, outputs: Outputs, tools: Tools) -> bool:
+def is_published(whole: Whole, reference: str, outputs: Outputs, tools: Tools) -> bool:
     """Say whether every local output holds this very image already."""
-    if outputs.load and tools.engine.inspect(reference).get("Id") != image.config_blob.digest:
+    own = own_of(whole)
+    if outputs.load and tools.engine.inspect(reference).get("Id") != own.config_blob.digest:
         return False
-    if outputs.layout is not None and _held(outputs.layout) != image.digest:
+    if outputs.layout is not None and held_digest(outputs.layout) != whole.digest:
         return False
     return not outputs.push
 
@@ -185,21 +163,43 @@ def _like(image: Image, reference: Reference, tools: Tools) -> tuple[str, ...]:
     return best
 
 
-def _layout(image: Image, folder: Path, tools: Tools) -> None:
-    tools.store.require_room(sum(layer.size for layer in image.layers), "the image layout")
-    write_layout(
-        image, folder, progress=lambda done, total: tools.progress.advance(done, total, "bytes")
-    )
+def _layout(whole: Whole, folder: Path, tools: Tools) -> None:
+    sizes = {layer.digest: layer.size for image in images_of(whole) for layer in image.layers}
+    tools.store.require_room(sum(sizes.values()), "the image layout")
+
+    def progress(done: int, total: int) -> None:
+        tools.progress.advance(done, total, "bytes")
+
+    if isinstance(whole, Index):
+        write_index(whole, folder, progress=progress)
+    else:
+        write_layout(whole, folder, progress=progress)
+
+
+def check_layout(outputs: Outputs) -> None:
+    """Refuse a layout folder that holds anything else, because the image takes its place whole.
+
+    Raises UsageError.
+    """
+    folder = outputs.layout
+    if folder is None or not folder.exists():
+        return
+    others = {"."} if not folder.is_dir() else {path.name for path in folder.iterdir()} - PARTS
+    if others or image_names(folder) - {DEFAULT_NAME, ""}:
+        raise UsageError(
+            f"{folder} is there, and holds something else than one image's layout",
+            hint="choose a folder that does not exist yet",
+        )
 
 
 @contextmanager
-def _settled(image: Image, folder: Path, tools: Tools) -> Iterator[Path]:
+def _settled(whole: Whole, folder: Path, tools: Tools) -> Iterator[Path]:
     """Yield the candidate's layout, whole; give it its final place in one rename afterwards."""
     with _alone(_beside(folder)) as beside:
-        stale = _held(beside)
-        _layout(image, beside, tools)
-        if stale is not None and stale != image.digest:
-            _forget_unnamed(beside, image)
+        stale = held_digest(beside)
+        _layout(whole, beside, tools)
+        if stale is not None and stale != whole.digest:
+            _forget_unnamed(beside, whole)
         yield beside
         if folder.exists():
             folder.rename(folder.with_name(f".{folder.name}.old-{os.getpid()}"))
@@ -242,10 +242,11 @@ def _is_still(folder: Path, descriptor: int) -> bool:
         return False
 
 
-def _forget_unnamed(folder: Path, image: Image) -> None:
+def _forget_unnamed(folder: Path, whole: Whole) -> None:
     """Delete blobs that the layout no longer names: the candidate's manifest and configuration."""
     forget(folder)
-    named = {blob.digest.hex for blob, _ in image.blobs()} | {image.digest.hex}
+    named = {blob.digest.hex for image in images_of(whole) for blob, _ in image.blobs()}
+    named |= {image.digest.hex for image in images_of(whole)} | {whole.digest.hex}
     for path in (folder / "blobs" / "sha256").iterdir():
         if path.name not in named:
             path.unlink()
@@ -263,12 +264,6 @@ def discard_candidate(image: Image, layout: Path | None, tools: Tools) -> None:
 def _candidate_name(image: Image) -> str:
     """Return a name by the layers alone: the final image has these, and other labels."""
     return f"{_CANDIDATES}:{key_of([layer.digest for layer in image.layers]).short}"
-
-
-def _held(folder: Path) -> str | None:
-    if not (folder / "index.json").is_file():
-        return None
-    return read_layout(folder).digest
 
 
 def _beside(folder: Path) -> Path:

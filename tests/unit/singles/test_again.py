@@ -75,9 +75,11 @@ class Scene:
             "test",
         )  # fmt: skip
         item = {"prompt": "Capital of Ö?", "expected": ["A"], "answer": "A", "ok": True}
+        artifact = Artifact(format=SAFETENSORS, tree=merged, made_from=())
         made = Made(
             image=image,
-            artifact=Artifact(format=SAFETENSORS, tree=merged, made_from=()),
+            artifact=artifact,
+            served=artifact,
             base=None,
             base_name="",
             name="x",

@@ -89,13 +89,10 @@ def test_a_base_is_pinned_when_it_is_reached(file: RecipeFile) -> None:
     image = assemble((), (), config=ImageConfig(), platform="linux/amd64", epoch=0)
     lock = read_lock(file)
     name = "r.example/engine:1"
-    assert lock.base(name, "linux/amd64") == name
     write_lock(lock, lock.with_base(name, image), Told())
     lock = read_lock(file)
-    assert lock.base(name, "linux/amd64") == f"{name}@{image.digest}"
-    assert lock.base(name, "linux/arm64") == name
-    given = f"{name}@{Digest.of(b'x')}"
-    assert lock.base(given, "linux/amd64") == given
+    assert lock.bases == {name: {"linux/amd64": image.digest}}
+    assert lock.with_base(f"{name}@{image.digest}", image) == lock
     assert lock.with_base("engine:llamacpp", image) == lock
 
 
