@@ -271,6 +271,8 @@ def make_case(
         notes.append("a GPU without a name: its number formats are not checked")
     if not shape.max_positions:
         notes.append("config.json gives no length")
+    if not rules.keeps_windows_small and any(p.kind in {"sliding", "chunked"} for p in shape.cache):
+        notes.append("layers with a window are planned at full length, which is never too little")
     if _shrinks(config, shape, wishes, dtype):
         notes.append(f"float32 weights are loaded as {dtype}: half of the files' size")
         weight_bytes //= 2

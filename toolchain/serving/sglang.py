@@ -51,6 +51,9 @@ _NOT_HERE: Mapping[str, str] = {
     "trust-remote-code": "an image runs no code of a checkpoint",
     "download-dir": "an image downloads nothing",
     "enable-lora": "no target serves adapters with SGLang; choose vllm-lora",
+    "disable-cuda-graph": "set serve.extra.cuda-graph-backend-decode=disabled, and -prefill",
+    "enable-dp-attention": "set serve.extra.attn-dp-size",
+    "monokernel-backend": "set serve.extra.enable-amd-monokernel=true",
     "lora-paths": "no target serves adapters with SGLang; choose vllm-lora",
 }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from toolchain.errors import InputRefused, UsageError
 from toolchain.serving.engine import Engine, EngineBase, ServingPlan, Wishes
 from toolchain.serving.machine import Machine
+from toolchain.serving.model import ModelShape
 from toolchain.serving.options import OptionList, load_options
 from toolchain.serving.paged_plan import Case, Rules, Switches, plan_paged
 from toolchain.values import Json
@@ -112,7 +113,7 @@ def plan(config: Mapping[str, Json], weight_bytes: int, wishes: Wishes) -> Servi
             "the tokenizer was saved by transformers 5 (TokenizersBackend), which TGI cannot read",
             hint="keep the base's tokenizer files as they were, or choose a vllm target",
         )
-    planned, case = plan_paged(config, weight_bytes, wishes, RULES, Switches())
+    planned, case = plan_paged(config, weight_bytes, wishes, RULES, _switches(config))
     card = case.machine.gpu
     # Its image has kernels for 8.0, 8.6 and 9.0, and code that later cards of 9.x can compile.
     if card and not (8, 0) <= card.compute_capability < (10, 0):
@@ -127,6 +128,24 @@ def plan(config: Mapping[str, Json], weight_bytes: int, wishes: Wishes) -> Servi
             "max_model_len 1 leaves no token for the answer", hint="nearest: max_model_len 2"
         )
     return replace(planned, settings={**_settings(planned, case), **extra})
+
+
+_FLASHINFER_HEADS = frozenset({64, 128, 256})
+
+
+def _switches(config: Mapping[str, Json]) -> Switches:
+    """Return what the model changes of the cache: launcher/src/main.rs, resolve_attention.
+
+    With flash decoding instead of flashinfer a block has 256 tokens
+    (server/text_generation_server/models/globals.py). Gemma 3 with images takes prompts whole, so a
+    batch of prompts must hold the longest (backends/v3/src/main.rs).
+    """
+    kind = config.get("model_type")
+    other = ModelShape.from_config(config).head_dim not in _FLASHINFER_HEADS
+    return Switches(
+        block=256 if other or kind in {"falcon", "deepseek_v2"} else 1,
+        chunked_prefill=kind != "gemma3",
+    )
 
 
 def _settings(planned: ServingPlan, case: Case) -> dict[str, Json]:

@@ -210,6 +210,37 @@ def test_tgi_accepts_its_own_budgets(wish):
     assert not {"MAX_INPUT_LENGTH", "MAX_BATCH_TOTAL_TOKENS", "QUANTIZE"} & set(env)
 
 
+def test_tgi_has_larger_blocks_where_flashinfer_has_no_kernel():
+    narrow = {**LLAMA_8B, "head_dim": 96}
+
+    assert rendered("tgi", **L40S).plan["kv_bytes_per_request"] == 8192 * 131072
+    odd = rendered("tgi", config=narrow, **{**L40S, "max_model_len": 8000}).plan
+    assert odd["kv_bytes_per_request"] == 8192 * 32 * 8 * 2 * 96 * 2
+
+
+def test_tgi_takes_gemma_3s_prompts_whole():
+    gemma = {
+        **LLAMA_8B,
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+    }
+    config = rendered("tgi", config=gemma, **L40S)
+
+    # "`max_batch_prefill_tokens` must be >= `max_input_tokens`", where prompts are not divided.
+    assert int(config.env["MAX_BATCH_PREFILL_TOKENS"]) >= int(config.env["MAX_INPUT_TOKENS"])
+
+
+def test_windows_are_planned_at_full_length_where_the_engine_may_keep_less():
+    windows = {**LLAMA_8B, "architectures": ["Gemma3ForCausalLM"], "sliding_window": 1024}
+
+    for engine in ("sglang", "trtllm"):
+        plan = rendered(engine, config=windows, **L40S).plan
+        assert plan["kv_bytes_per_token"] == 131072
+        assert any("full length" in note for note in plan["notes"])
+    # SGLang would else divide its memory by a ratio, and end before the planned number.
+    assert rendered("sglang", config=windows, **L40S).plan["settings"]["disable-hybrid-swa-memory"]
+
+
 def test_tgi_says_that_it_is_over():
     config = rendered("tgi", **L40S)
 
