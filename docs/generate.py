@@ -106,7 +106,7 @@ def _commands() -> Iterator[str]:
                 flag = argument.name.upper()
             star = "*" if argument.kind is list else ""
             default = argument.default if argument.default not in (None, [], "") else ""
-            shown = "" if default in ("", False) else f"`{default}`"
+            shown = "" if default in ("", False, "0", "0.0") else f"`{default}`"
             yield f"| `{flag}`{star} | {shown} | {_oneline(argument.help)} |"
         yield ""
 

@@ -20,7 +20,7 @@ from invoke.exceptions import Exit
 from invoke.tasks import task
 
 from toolchain.cli.flags import FLAGS
-from toolchain.errors import EnvironmentFailure, WeightsmithError
+from toolchain.errors import EnvironmentFailure, UsageError, WeightsmithError
 from toolchain.interrupts import raise_it
 from toolchain.values import Json, plain
 
@@ -28,6 +28,9 @@ _OF_THE_MACHINE = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 )
 """What a disk or its permissions refuse: for the user to change, no fault of ours."""
+
+_NUMBERS: Mapping[type, str] = {int: "a whole number", float: "a number"}
+"""What a flag takes whose default is one."""
 
 Body = Callable[..., tuple[Mapping[str, Json], str]]
 """A command's body returns its JSON object and the same for people."""
@@ -46,16 +49,17 @@ def command(
         def run(context: object, **arguments: Any) -> None:
             as_json = bool(arguments.get("json"))
             try:
-                result, text = _guarded(body, context, arguments)
+                result, text = _guarded(body, context, _numbers(body, arguments))
             except WeightsmithError as error:
-                _fail(error.message, error.hint, error.exit_code, error.details, as_json=as_json)
+                tell_error(error, as_json=as_json)
+                raise Exit(code=error.exit_code) from None
             except KeyboardInterrupt:
-                _fail("interrupted; what was finished is kept", "", 130, {}, as_json=as_json)
+                tell_error(_Interrupted("interrupted; what was finished is kept"), as_json=as_json)
+                raise Exit(code=_Interrupted.exit_code) from None
             else:
                 _say(json.dumps(plain(result)) if as_json else text)
 
-        # Invoke reads the signature, and takes a list's default only from None.
-        run.__signature__ = _with_none(inspect.signature(body), many)  # type: ignore[attr-defined]
+        run.__signature__ = _for_invoke(inspect.signature(body), many)  # type: ignore[attr-defined]
         names = inspect.signature(body).parameters
         return task(
             positional=list(positional),
@@ -74,13 +78,36 @@ def _say(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _with_none(signature: inspect.Signature, many: tuple[str, ...]) -> inspect.Signature:
-    return signature.replace(
-        parameters=[
-            parameter.replace(default=None) if name in many else parameter
-            for name, parameter in signature.parameters.items()
-        ]
-    )
+def _for_invoke(signature: inspect.Signature, many: tuple[str, ...]) -> inspect.Signature:
+    """Return what Invoke shall read of a signature, from whose defaults it takes the types.
+
+    It makes a list only of None, and a text that is no number ends in a traceback of its own: so
+    it gets texts, and `_numbers` reads them.
+    """
+
+    def seen(parameter: inspect.Parameter) -> inspect.Parameter:
+        if parameter.name in many:
+            return parameter.replace(default=None)
+        if type(parameter.default) in _NUMBERS:
+            return parameter.replace(default=str(parameter.default))
+        return parameter
+
+    return signature.replace(parameters=[seen(given) for given in signature.parameters.values()])
+
+
+def _numbers(body: Body, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments with numbers for those that have one by default; raises UsageError."""
+    read = dict(arguments)
+    for name, parameter in inspect.signature(body).parameters.items():
+        kind = type(parameter.default)
+        if name not in read or kind not in _NUMBERS:
+            continue
+        try:
+            read[name] = kind(read[name])
+        except ValueError:
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} {read[name]}: {_NUMBERS[kind]} is expected") from None
+    return read
 
 
 def _guarded(
@@ -128,12 +155,14 @@ def _save_trace() -> Path:
     return Path(name)
 
 
-def _fail(
-    message: str, hint: str, code: int, details: Mapping[str, Json], *, as_json: bool
-) -> None:
+class _Interrupted(WeightsmithError):
+    exit_code = 130
+
+
+def tell_error(error: WeightsmithError, *, as_json: bool) -> None:
+    """Print an error in a few lines on stderr, and as an object on stdout where JSON was asked."""
     if as_json:
-        error = {"message": message, "hint": hint, "exit_code": code}
-        print(json.dumps({**plain(details), "error": error}), flush=True)  # noqa: T201
-    text = f"error: {message}" + (f"\n  hint: {hint}" if hint else "")
+        told = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
+        _say(json.dumps({**plain(error.details), "error": told}))
+    text = f"error: {error.message}" + (f"\n  hint: {error.hint}" if error.hint else "")
     print(text, file=sys.stderr, flush=True)  # noqa: T201
-    raise Exit(code=code)

@@ -10,6 +10,8 @@ from invoke.program import Program
 
 from toolchain import __version__
 from toolchain.cli import namespace
+from toolchain.cli.command import tell_error
+from toolchain.errors import UsageError
 
 
 class _Program(Program):  # type: ignore[misc]  # invoke has no types
@@ -17,8 +19,11 @@ class _Program(Program):  # type: ignore[misc]  # invoke has no types
         try:
             super().parse_tasks()
         except ParseError as error:
-            print(f"error: {error}", file=sys.stderr)  # noqa: T201
-            sys.exit(2)
+            command = getattr(error.context, "name", None)
+            ask = f"--help {command}` has its flags" if command else "--list` has the commands"
+            wrong = UsageError(str(error), hint=f"`weightsmith {ask}")
+            tell_error(wrong, as_json="--json" in self.argv)
+            sys.exit(wrong.exit_code)
 
 
 def main() -> None:
