@@ -44,9 +44,9 @@ def compare_files(base: Path, adapters: Sequence[Path], merged: Path) -> list[Fi
     # A quantized base has other tensors than what is merged onto it.
     comparable = not config.get("quantization_config")
     return [
+        *_configs(config, new),
         *(_tensors(before, after, config, new) if comparable else ()),
         *(_types(before, after) if comparable else ()),
-        *_configs(config, new),
         *_ends(base, adapters, merged, new),
         *_tied(after, new),
     ]
@@ -116,7 +116,8 @@ def _types(before: CheckpointIndex, after: CheckpointIndex) -> Iterator[Finding]
 
 
 def _configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Finding]:
-    for key in sorted((old.keys() | new.keys()) - _FREE):
+    keys = (old.keys() | new.keys()) - _FREE
+    for key in sorted(keys, key=lambda key: (key != "model_type", key)):
         mine, theirs = old.get(key), new.get(key)
         if isinstance(mine, dict) and isinstance(theirs, dict):
             yield from _configs(mine, theirs)

@@ -154,7 +154,15 @@ def _compare(
         sides = Sides(
             request=request, model=model, weights=Weights(request.merged, model), batch=batch
         )
-        reference, run = sides.forwards(progress, streamed=False)
+        try:
+            reference, run = sides.forwards(progress, streamed=False)
+        except _NOT_STREAMABLE as again:
+            if not failed(findings):
+                raise
+            # Told already: files of another model cannot run in the base's place.
+            text = f"the logits were not compared: it does not run ({type(again).__name__})"
+            findings.append(finding(NOTE, "logits", text))
+            return {}
     streamed = not any("loaded whole" in found.message for found in findings)
     said = list(greedy.read(reference.run.logits, run.logits, batch, texts))
     told = judge_models(

@@ -134,6 +134,18 @@ def test_base_and_merged_the_wrong_way_round(tmp_path: Path) -> None:
     assert "right way round" in tell(result)
 
 
+def test_another_model_is_told(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    lora = make_adapter(tmp_path / "lora", base)
+    other = make_model(tmp_path / "other", "gpt2")
+
+    result = held(base, other, lora)
+
+    assert not result["passed"]
+    assert "model_type is 'gpt2', the base's is 'llama'" in tell(result)
+    assert result["max_abs_logit_diff"] is None
+
+
 def test_a_small_adapter_passes_and_its_loss_is_told(tmp_path: Path) -> None:
     """Where all of it is below half a step of bfloat16, the exact merge is the base."""
     base = make_model(tmp_path / "base")
