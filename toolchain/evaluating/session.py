@@ -13,7 +13,7 @@ from typing import Self, TypeVar
 
 import httpx
 
-from toolchain.errors import CheckFailed, WeightsmithError
+from toolchain.errors import CheckFailed, EnvironmentFailure, WeightsmithError
 from toolchain.ports import Endpoint
 from toolchain.values import Json
 
@@ -41,6 +41,10 @@ class TooSlow(TryAgain):
     """No answer in time: tried once more, not as often as others, because it costs so long."""
 
 
+class Unreachable(TryAgain):
+    """Nobody listens at the address."""
+
+
 class Refused(Exception):
     """A failure that every try would meet."""
 
@@ -60,7 +64,8 @@ class Answer:
 class Session:
     """Asks one endpoint, from as many threads as you like, until its context ends.
 
-    `key` goes out as a bearer token. Every failure is a CheckFailed with the server's last lines.
+    `key` goes out as a bearer token. Every failure is a CheckFailed with the server's last lines,
+    but an EnvironmentFailure where nobody listens.
     """
 
     def __init__(self, endpoint: Endpoint, limits: Limits | None = None, *, key: str = "") -> None:
@@ -154,6 +159,11 @@ class Session:
                     raise died(self.endpoint, f"while it was asked {path}") from None
                 slow = isinstance(failure, TooSlow)
                 if attempt == (min(2, self.limits.tries) if slow else self.limits.tries):
+                    if isinstance(failure, Unreachable):
+                        raise EnvironmentFailure(
+                            f"{self.endpoint.url} does not answer: {failure}{self.log()}",
+                            hint="start the server there, or correct the address",
+                        ) from None
                     raise self.failed(path, f"{failure} ({attempt} tries)") from None
             time.sleep(pause)
             pause *= 2
@@ -173,6 +183,8 @@ class Session:
                 yield response
         except httpx.TimeoutException:
             raise TooSlow(f"no answer in {seconds:g} s") from None
+        except httpx.ConnectError as error:
+            raise Unreachable(str(error)) from None
         except httpx.HTTPError as error:
             raise TryAgain(f"{type(error).__name__}: {error}") from None
 

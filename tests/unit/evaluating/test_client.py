@@ -4,7 +4,7 @@ import time
 import pytest
 
 from tests.unit.evaluating.conftest import Handler, answer
-from toolchain.errors import CheckFailed
+from toolchain.errors import CheckFailed, EnvironmentFailure
 from toolchain.evaluating.client import ask_all, chat, check_served_name, wait_until_healthy
 from toolchain.evaluating.items import Item
 from toolchain.evaluating.session import Limits, Session
@@ -80,6 +80,16 @@ def test_a_lasting_server_error_is_told(serve):
         ask(server)
 
     assert len(server.asked) == 2
+
+
+def test_nobody_listens(serve):
+    server = serve()
+    server.server_close()
+
+    with pytest.raises(EnvironmentFailure, match=r"does not answer: .*refused") as caught:
+        ask(server)
+
+    assert "start the server" in caught.value.hint
 
 
 def test_a_refusal_is_not_tried_again(serve):
