@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import shutil
 import socket
 import stat
@@ -20,7 +21,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -188,12 +189,15 @@ def _run_steps(steps: tuple[Step, ...], output: Path, report: Report) -> None:
         for path, text in step.writes.items():
             path.write_text(text, encoding="utf-8")
         print(f"$ {' '.join(argv)}", file=sys.stderr, flush=True)  # noqa: T201
-        process.run(
+        ended = process.run(
             argv,
             cwd=output,
             env=process.scrubbed({**_inherited(), **step.env}),
             on_line=lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201
-        ).require(
+        )
+        if ended.returncode and step.reads:
+            _refuse(step, ended.tail)
+        ended.require(
             f"{step.title} ({Path(step.argv[0]).name})",
             hint="the lines above are the program's own; the job's log has all of them",
         )
@@ -203,6 +207,19 @@ def _run_steps(steps: tuple[Step, ...], output: Path, report: Report) -> None:
             for found in path.parent.glob(path.name):
                 found.unlink()
     report(len(steps), len(steps), "steps")
+
+
+_EXCEPTION = re.compile(r"(?!OSError|MemoryError|BrokenPipe)(\w+Error): .+")
+
+
+def _refuse(step: Step, tail: Sequence[str]) -> None:
+    """Raise InputRefused where a converter's last line is an exception that its input caused."""
+    said = next((line.strip() for line in reversed(tail) if line.strip()), "")
+    if _EXCEPTION.fullmatch(said):
+        raise InputRefused(
+            f"{step.title}: the converter cannot read {step.reads}: {said}",
+            hint="the job's log has where; another engine may load it, such as target vllm",
+        )
 
 
 _DONE = ".done-"

@@ -207,6 +207,7 @@ def _convert(request: QuantizeRequest, out: Path, kind: str, split: str) -> Step
         },
         writes={overrides: json.dumps(_metadata(request), sort_keys=True)},
         removes=(overrides,),
+        reads="the model",
     )
 
 

@@ -31,6 +31,7 @@ def steps(base: Path, adapter: Path, output: Path, tools: Path, python: str) -> 
                 "HF_HUB_OFFLINE": "1",
                 "TRANSFORMERS_OFFLINE": "1",
             },
+            reads="the adapter",
         ),
     )
 

@@ -29,6 +29,9 @@ class Step:
     """`{name}` in argv -> the file that an earlier step made, whose sha256 takes its place."""
     finds: Mapping[str, str] = field(default_factory=dict)
     """`{name}` in argv -> pattern of files in the output; the first of them takes its place."""
+    reads: str = ""
+    """The input that a Python program converts, such as `the model`: an exception that ends it, but
+    for memory and disk, says that it cannot read that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ import pytest
 from tests.fakes.runner import FakeRunner, RecordingProgress
 from toolchain import worker
 from toolchain.drivers.store import FileStore
-from toolchain.errors import CheckFailed, EnvironmentFailure
+from toolchain.errors import CheckFailed, EnvironmentFailure, InputRefused
 from toolchain.ports import Tools
 from toolchain.quantizers import formats, of_format
 from toolchain.quantizers.calibration import GENERAL, Bounds, read_texts
@@ -121,6 +121,17 @@ def test_a_killed_quantization_does_not_repeat_what_it_finished(request_):
 
     assert (request_.output / "first").read_text() == "x"
     assert (request_.output / "second").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("ends", "error"),
+    [("raise KeyError('n_ctx')", InputRefused), ("raise MemoryError()", EnvironmentFailure)],
+)
+def test_a_converters_exception_is_about_its_input(request_, ends, error):
+    with pytest.raises(error, match=r"raise|KeyError: 'n_ctx'"):
+        run((python(ends, reads="the model"),), request_)
+    with pytest.raises(EnvironmentFailure):
+        run((python(ends),), request_)
 
 
 def test_a_step_of_another_command_is_run_again(request_):
