@@ -22,7 +22,7 @@ def texts_of(file: RecipeFile) -> Texts:
     """Return the recipe's calibration and held-out texts; the general ones where it names none.
 
     The evaluation's questions never stand in for them: what is measured on them would not show
-    how the model does on others. Raises InputRefused for text that is malformed or too little.
+    how the model does on others. Raises InputRefused for text that is malformed.
     """
     wanted = file.recipe.calibration
     if wanted is None:
@@ -104,6 +104,8 @@ def say_texts(file: RecipeFile, progress: Progress) -> None:
             f"the recipe has no `calibration`: {count} general texts are used; its evaluation"
             " questions are not, since quantizing on them would hide what is lost on others"
         )
+    elif texts.told():
+        progress.warn(texts.told())
 
 
 def with_quality(
@@ -118,7 +120,7 @@ def with_quality(
     if "skipped" in found:
         tools.progress.warn(f"quality not measured: {found['skipped']}")
     else:
-        general = file.recipe.calibration is None
+        general = bool(texts.general)
         verdict = judge(found, limits_for(artifact.format, wanted, general=general))
         found |= {"limits": verdict.limits, "exceeded": verdict.exceeded}
         found["calibration"] = texts.described()

@@ -203,7 +203,10 @@ class Limits(_Part):
     )
     kl_p99: float | None = Field(None, ge=0, description="Its 99th percentile.")
     top1: float | None = Field(
-        None, ge=0, le=1, description="Least share of tokens whose likeliest successor agrees."
+        None,
+        ge=0,
+        le=1,
+        description="Least share of tokens whose likeliest successor agrees, or ties.",
     )
     perplexity_ratio: float | None = Field(
         None, ge=0, description="Perplexity by the merged model's."

@@ -23,6 +23,9 @@ _LONGEST = 256
 _LEAST_TOKENS = 64
 _PROBE_ROWS = 1
 """Sequences with which each layer is judged by itself, on the right input."""
+_TIE = 0.1
+"""Nats within which two successors are as likely: rounding decides between them, and loses nothing
+that the model knew. A model that knows little has many such ties."""
 _NAMED = 3
 """Layers and tensors that a report names."""
 
@@ -48,11 +51,12 @@ def measure(
     """Return how far `view` is from the checkpoint in `model`, in float32, on held-out texts.
 
     `kl_mean` and `kl_p99` (nats per token, KL of the checkpoint's next-token distribution to the
-    view's), `top1` (share of tokens whose likeliest successor is the same), `perplexity` and
-    `perplexity_ratio`; `layer_error`: the largest error of a layer's output, by what the layer
-    adds, on the checkpoint's own input; `worst_layers` names them, `worst_tensors`: relative error
-    of the weights. Raises Unmeasurable for an architecture that it cannot look into, InputRefused
-    for too little text, CheckFailed for weights that are no finite numbers.
+    view's), `top1` (share of tokens whose likeliest successor is the same, or one that the
+    checkpoint holds nearly as likely), `perplexity` and `perplexity_ratio`; `layer_error`: the
+    largest error of a layer's output, by what the layer adds, on the checkpoint's own input;
+    `worst_layers` names them, `worst_tensors`: relative error of the weights. Raises Unmeasurable
+    for an architecture that it cannot look into, InputRefused for too little text, CheckFailed for
+    weights that are no finite numbers.
     """
     from toolchain.checkpoints.tensors import CheckpointTensors
 
@@ -205,7 +209,8 @@ class _Totals:
     def add(self, right: torch.Tensor, other: torch.Tensor, following: torch.Tensor) -> None:
         """Add both models' log probabilities [positions, vocabulary] and what did follow."""
         self.divergences.append((right.exp() * (right - other)).sum(-1).clamp(min=0))
-        self.agree += int((right.argmax(-1) == other.argmax(-1)).sum())
+        picked = right.gather(1, other.argmax(-1, keepdim=True))[:, 0]
+        self.agree += int((right.amax(-1) - picked <= _TIE).sum())
         self.surprise = (
             self.surprise[0] - float(right.gather(1, following[:, None]).sum()),
             self.surprise[1] - float(other.gather(1, following[:, None]).sum()),

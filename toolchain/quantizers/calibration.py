@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +42,8 @@ class Texts:
     """The file's name, or `general`."""
     calibration: tuple[Row, ...]
     held_out: tuple[Row, ...]
+    general: int = 0
+    """How many of them are general texts, which make up for what the file lacks."""
 
     @property
     def calibration_digest(self) -> Digest:
@@ -53,12 +55,24 @@ class Texts:
         """What a measured quality depends on."""
         return key_of(self.held_out)
 
+    def told(self) -> str:
+        """Say what is used where that is not the user's file alone; '' where it is."""
+        count = len(self.calibration) + len(self.held_out)
+        if not self.general or self.general == count:
+            return ""
+        return (
+            f"{self.source} has {count - self.general} texts, too few to measure on (at least "
+            f"{MIN_TEXTS} of {MIN_CHARACTERS} characters together): {self.general} general ones "
+            "are used beside them"
+        )
+
     def described(self) -> Mapping[str, Json]:
         """Return what a build records of its texts."""
         return {
             "source": self.source,
             "texts": len(self.calibration),
             "held_out": len(self.held_out),
+            "general": self.general,
             "digest": self.calibration_digest,
             "held_out_digest": self.held_out_digest,
         }
@@ -68,27 +82,40 @@ def read_texts(path: Path, bounds: Bounds) -> Texts:
     """Return a JSON Lines file's texts, each once, split in an order that only the seed decides.
 
     The order is by the digest of seed and text, so a text that is added moves no other from one
-    part to the other part. Raises InputRefused, with file and line or numbers, for what is
-    not UTF-8 JSON Lines and for too few or too short texts.
+    part to the other part. Where a file gives less than MIN_TEXTS or MIN_CHARACTERS, the general
+    texts are added. Raises InputRefused, with file and line, for what is not UTF-8 JSON Lines and
+    for a file without a text.
     """
-    found = list(_pieces(_rows(path), bounds))
-    once = {canonical(row): row for row in found}
-    salt = str(bounds.seed).encode()
-    ordered = [once[key] for key in sorted(once, key=lambda key: Digest.of(salt + key))]
-    chosen = ordered[: bounds.n]
-    characters = sum(_length(row) for row in chosen)
-    if len(chosen) < MIN_TEXTS or characters < MIN_CHARACTERS:
+    chosen = _chosen(_rows(path), bounds)
+    if not chosen:
         raise InputRefused(
-            f"{path} gives {len(chosen)} texts of {characters} characters together; calibration"
-            f" needs at least {MIN_TEXTS} texts and {MIN_CHARACTERS} characters",
+            f"{path} gives no text to calibrate on",
             hint="add texts like those the model will see, or widen n, min_length and max_length",
         )
-    aside = max(1, round(len(chosen) * bounds.held_out))
+    general = list(chosen) if path == GENERAL else []
+    if len(chosen) < MIN_TEXTS or sum(map(_length, chosen.values())) < MIN_CHARACTERS:
+        added = _chosen(_rows(GENERAL), Bounds(seed=bounds.seed))
+        general = [key for key in added if key not in chosen]
+        chosen |= added
+    ordered = [chosen[key] for key in sorted(chosen, key=_place(bounds.seed))]
+    aside = max(1, round(len(ordered) * bounds.held_out))
     return Texts(
         source="general" if path == GENERAL else path.name,
-        calibration=tuple(chosen[aside:]),
-        held_out=tuple(chosen[:aside]),
+        calibration=tuple(ordered[aside:]),
+        held_out=tuple(ordered[:aside]),
+        general=len(general),
     )
+
+
+def _chosen(rows: Iterable[Row], bounds: Bounds) -> dict[bytes, Row]:
+    """Return at most `n` rows by what they say, each once."""
+    once = {canonical(row): row for row in _pieces(rows, bounds)}
+    return {key: once[key] for key in sorted(once, key=_place(bounds.seed))[: bounds.n]}
+
+
+def _place(seed: int) -> Callable[[bytes], Digest]:
+    salt = str(seed).encode()
+    return lambda key: Digest.of(salt + key)
 
 
 def _pieces(rows: Iterable[Row], bounds: Bounds) -> Iterator[Row]:

@@ -47,6 +47,7 @@ def quantize_folder(asked: QuantizeWish, tools: Tools) -> Mapping[str, Json]:
     if out.exists():
         raise UsageError(f"{out} exists already", hint="name a new file or folder with --out")
     wanted = make_wanted(out.stem or asked.model.name, format_, asked.wishes, {}, tools)
+    _refuse_ignored(asked, wanted)
     check_model(wanted, model_config(asked.model))
     texts = _texts(asked, tools)
     if needs_text(wanted):
@@ -72,9 +73,24 @@ def quantize_folder(asked: QuantizeWish, tools: Tools) -> Mapping[str, Json]:
     }
 
 
+_UNASKED = {"group_size": "auto", "tensor_types": {}, "split_max_size": "", "imatrix": ""}
+
+
+def _refuse_ignored(asked: QuantizeWish, wanted: Wanted) -> None:
+    """Raise UsageError for an option that the format has no use for."""
+    for key, unasked in _UNASKED.items():
+        wish = asked.wishes.get(key, unasked)
+        if wish not in (unasked, "auto", "off") and key not in wanted.options:
+            flag = "--" + key.rstrip("s").replace("_", "-")
+            raise UsageError(f"{flag} means nothing to {asked.format_name}", hint="leave it out")
+
+
 def _texts(asked: QuantizeWish, tools: Tools) -> Texts:
     if asked.calibration is not None:
-        return read_texts(asked.calibration, Bounds())
+        texts = read_texts(asked.calibration, Bounds())
+        if texts.told():
+            tools.progress.warn(texts.told())
+        return texts
     texts = read_texts(GENERAL, Bounds())
     tools.progress.warn(
         f"no --calibration: {len(texts.calibration) + len(texts.held_out)} general texts are used"
@@ -111,8 +127,7 @@ def _judged(
     if "skipped" in found:
         tools.progress.warn(f"quality not measured: {found['skipped']}")
         return found
-    general = asked.calibration is None
-    verdict = judge(found, limits_for(wanted.format, limits, general=general))
+    verdict = judge(found, limits_for(wanted.format, limits, general=bool(texts.general)))
     found |= {"limits": verdict.limits, "exceeded": verdict.exceeded}
     found["calibration"] = texts.described()
     if verdict.exceeded and asked.gate:

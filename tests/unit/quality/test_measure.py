@@ -5,7 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Qwen3MoeConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MixtralConfig,
+    Qwen3MoeConfig,
+)
 
 from toolchain.checkpoints.tensors import CheckpointTensors
 from toolchain.errors import CheckFailed, InputRefused
@@ -22,8 +28,8 @@ ROWS = [json.loads(line) for line in (TINY / "calibration.jsonl").read_text().sp
 class View:
     """The tiny checkpoint, each matrix of its layers passed through `change`."""
 
-    def __init__(self, change=lambda name, data: data):
-        self.truth, self.change = CheckpointTensors(TINY / "base"), change
+    def __init__(self, change=lambda name, data: data, model=TINY / "base"):
+        self.truth, self.change = CheckpointTensors(model), change
         self.names = self.truth.names
 
     def tensor(self, name):
@@ -64,6 +70,20 @@ def test_a_sound_quantization_passes_and_is_seen():
     found = measured(View(sound))
 
     assert found["kl_mean"] > 0
+    assert allowed(found)
+
+
+def test_a_sound_quantization_of_random_weights_passes(tmp_path):
+    """Its successors are all as likely: which of them is first says nothing."""
+    model = shutil.copytree(
+        TINY / "base", tmp_path / "base", ignore=lambda *_: ["model.safetensors"]
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).save_pretrained(model)
+
+    found = measure(model, View(sound, model), ROWS, 300, lambda done, total: None)
+
+    assert found["perplexity_reference"] > 300
     assert allowed(found)
 
 

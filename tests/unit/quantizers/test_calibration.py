@@ -49,6 +49,7 @@ def test_a_text_that_is_there_twice_is_used_once(data):
     texts = read_texts(data, Bounds())
 
     assert len(texts.held_out) + len(texts.calibration) == 20
+    assert texts.general == 0
 
 
 def test_long_text_is_cut_and_not_dropped(tmp_path):
@@ -61,15 +62,26 @@ def test_long_text_is_cut_and_not_dropped(tmp_path):
     assert sum(map(len, pieces)) == 8000
 
 
-def test_short_texts_are_left_out_and_too_few_is_told_with_numbers(data):
-    with pytest.raises(InputRefused, match=r"gives 0 texts of 0 characters.*at least 8 texts"):
+def test_short_texts_are_left_out_and_none_is_refused(data):
+    with pytest.raises(InputRefused, match=r"texts.jsonl gives no text"):
         read_texts(data, Bounds(min_length=10_000))
+
+
+def test_general_texts_make_up_for_too_few(tmp_path):
+    few = [{"text": f"Text {n}."} for n in range(4)]
+
+    texts = read_texts(write(tmp_path / "few.jsonl", few), Bounds())
+
+    assert all(row in (*texts.calibration, *texts.held_out) for row in few)
+    assert texts.general == len(texts.calibration) + len(texts.held_out) - 4
+    assert texts.told().startswith("few.jsonl has 4 texts, too few to measure on")
+    assert not read_texts(GENERAL, Bounds()).told()
 
 
 @pytest.mark.parametrize(
     ("raw", "says"),
     [
-        (b"", "gives 0 texts"),
+        (b"", "gives no text"),
         (b'{"text": "\xff"}\n', r"t\.jsonl:1 is not UTF-8"),
         (b"not json\n", r"t\.jsonl:1 is not JSON"),
         (b'{"text": 5}\n', "neither text nor messages"),
