@@ -33,6 +33,9 @@ TABLE: dict[tuple[str, str], Support] = {
         cpu=True,
         source="compressed_tensors_w8a8_fp8.py get_min_capability; ChannelWiseTorchFP8 kernel",
     ),
+    ("vllm", "fp8-static"): Support(
+        capability=(8, 9), cpu=False, source="its CPU build lacks _C::static_scaled_fp8_quant"
+    ),
     ("vllm", "w8a8"): Support(
         capability=(7, 5), cpu=True, source="compressed_tensors_w8a8_int8.py; CPUInt8 kernel"
     ),

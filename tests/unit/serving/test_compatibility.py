@@ -15,6 +15,8 @@ def test_fp8_needs_hardware_that_has_it() -> None:
         check_support("vllm", fp8, "nvidia-a10g")
     with pytest.raises(InputRefused, match="no kernel for fp8 on a CPU"):
         check_support("sglang", fp8, "cpu")
+    with pytest.raises(InputRefused, match="static_scaled_fp8_quant"):
+        check_support("vllm", all_targets()["vllm-fp8-static"].format, "cpu")
 
 
 @pytest.mark.parametrize("name", ["vllm-awq", "vllm-gptq", "vllm-w8a8", "vllm-awq-gptqmodel"])
