@@ -47,7 +47,7 @@ NEEDS = {
     ),
     "browser": (
         lambda: bool(chromium_path()),
-        "no Chromium (apt-get install chromium), or no playwright",
+        "no Chromium (tests/engine.sh as root installs it), or no playwright",
     ),
     "gpu": (lambda: shutil.which("nvidia-smi") is not None, "no NVIDIA GPU"),
     "root": (lambda: os.geteuid() == 0, "needs root"),

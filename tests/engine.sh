@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Makes a container engine and a base for builder images available to the tests, as root on Debian
-# or Ubuntu. What is there already is kept. Exit code 0: both are there; 1: they are not.
+# Makes a container engine, a base for builder images and Chromium available to the tests, as root
+# on Debian or Ubuntu. What is there already is kept. Exit code 0: engine and base are there; 1: they
+# are not.
 #
 #   tests/engine.sh && eval "$(tests/engine.sh --env)"
 #
@@ -51,6 +52,21 @@ install_packages() {
     iptables >&2 || { [ $made = no ] || rm -f "$policy"; fail "apt-get install failed"; }
   [ $made = no ] || rm -f "$policy"
   stop_registry_service
+}
+
+# The report's tests need it: 212 MB to download, about a minute. They are skipped without it.
+install_browser() {
+  local name
+  for name in chromium chromium-browser google-chrome chrome; do
+    if command -v "$name" >/dev/null; then return; fi
+  done
+  if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then return; fi
+  [ -n "$(find /var/lib/apt/lists -name '*_Packages*' -print -quit)" ] || apt-get update -qq >&2 || true
+  # Ubuntu has a snap of that name instead, which does not run in containers.
+  case $(apt-cache policy chromium 2>/dev/null) in *'Candidate: '[0-9]*) ;; *) return ;; esac
+  say "installing chromium"
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >&2 ||
+    say "chromium cannot be installed: the report's tests will be skipped"
 }
 
 stop_registry_service() {
@@ -136,6 +152,7 @@ main() {
     start_engine
   fi
   have_base || bootstrap_base
+  install_browser
   say "ready: docker $(docker version --format '{{.Server.Version}}')"
 }
 
