@@ -277,13 +277,14 @@ def _reference(job: Job, report: Report) -> Mapping[str, Json]:
 
 def _validate(job: Job, report: Report) -> Mapping[str, Json]:
     module: Any = importlib.import_module("toolchain.validating.validate")
-    weights = job.parameters["weights"]
+    weights, mixture = job.parameters["weights"], job.parameters["mixture"]
     request = module.Request(
         base=job.inputs["base"],
         adapters=tuple((job.inputs[f"adapter{i}"], w) for i, w in enumerate(weights)),
         merged=job.inputs["merged"],
         items=tuple(job.parameters["items"]),
         scope=job.parameters["scope"],
+        mixture=module.Mixture(**mixture) if mixture else None,
     )
     return _mapping(module.validate(request, lambda done, total: report(done, total, "layers")))
 

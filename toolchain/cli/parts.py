@@ -72,6 +72,7 @@ def validate(
     merged: str = "",
     weights: str = "",
     method: str = "sequential",
+    density: str = "",
     space: str = "delta",
     quantized_base: str = "refuse",
     probes: str = "",
@@ -81,7 +82,7 @@ def validate(
     """Hold a merged checkpoint against base and adapters: files, every element, logits."""
     del json
     from toolchain.cli.progress import progress_for
-    from toolchain.singles.arguments import parse_weights, required
+    from toolchain.singles.arguments import number, parse_weights, required
     from toolchain.singles.validate import validate_folders
     from toolchain.wiring import make_tools
 
@@ -93,7 +94,12 @@ def validate(
         tuple((Path(folder), w) for folder, w in zip(adapter, factors, strict=True)),
         Path(merged),
         Path(probes) if probes else None,
-        {"method": method, "space": space, "quantized_base": quantized_base},
+        {
+            "method": method,
+            "density": number(density, "--density") if density else None,
+            "space": space,
+            "quantized_base": quantized_base,
+        },
         tools,
     )
     return result, _verdict(merged, result)

@@ -8,7 +8,7 @@ from pathlib import Path
 from toolchain.checkpoints.folder import check_adapter_folder, check_model_folder
 from toolchain.evaluating.items import read_prompts
 from toolchain.ports import Tools
-from toolchain.stages.validate import BUILDER, job, require_passed, scope
+from toolchain.stages.validate import BUILDER, job, mixture, require_passed, scope
 from toolchain.values import Json
 
 
@@ -17,7 +17,7 @@ def validate_folders(
     adapters: tuple[tuple[Path, float], ...],
     merged: Path,
     probes: Path | None,
-    options: Mapping[str, str],
+    options: Mapping[str, Json],
     tools: Tools,
 ) -> Mapping[str, Json]:
     """Return what was compared and found; `options` say how it was merged.
@@ -40,6 +40,7 @@ def validate_folders(
                 merged.resolve(),
                 items,
                 scope=scope(options["method"], options["space"], options["quantized_base"]),
+                mixture=mixture(options["method"], options["space"], options["density"]),
                 output=output,
             ),
             tools.progress,

@@ -19,6 +19,8 @@ MEMORY_BYTES = 4 << 30
 """Limit of the container beside a checkpoint that has to be loaded whole."""
 SUMS = ("sequential", "linear", "cat")
 """Methods whose result is the weighted sum that adapters side by side compute."""
+PRUNED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+"""Methods whose result is, at each element, a choice of the adapters' changes."""
 _RESULT = "validation.json"
 _SHOWN = 3
 
@@ -37,6 +39,7 @@ def inputs(
             "adapters": [a.snapshot.digest for a in sources.adapters],
             "weights": [a.weight for a in sources.adapters],
             "scope": scope(options.method, options.space, options.quantized_base),
+            "mixture": mixture(options.method, options.space, options.density),
             "checkpoint": checkpoint,
             "probes": key_of([[dict(message) for message in item] for item in items]),
             "builder": builder_pins(BUILDER),
@@ -53,6 +56,17 @@ def scope(method: str, space: str, quantized_base: str) -> str:
     if quantized_base.startswith("simulate"):
         return "files"
     return "all" if method in SUMS and space == "delta" else "rest"
+
+
+def mixture(method: str, space: str, density: float | None) -> Mapping[str, Json] | None:
+    """Return how a method keeps parts of the deltas, as the job wants it; None where it does not.
+
+    DARE divides what it keeps by the density, so without one it cannot be judged.
+    """
+    if method not in PRUNED or space != "delta" or (method.startswith("dare") and not density):
+        return None
+    gain = 1 / density if density and method.startswith("dare") else 1.0
+    return {"gain": gain, "mean": method.endswith("ties")}
 
 
 def validate(
@@ -88,6 +102,7 @@ def job(
     items: Sequence[Messages],
     *,
     scope: str,
+    mixture: Mapping[str, Json] | None,
     output: Path,
 ) -> Job:
     """Return the job that compares three folders."""
@@ -103,6 +118,7 @@ def job(
             "weights": [weight for _, weight in adapters],
             "items": [[dict(message) for message in item] for item in items],
             "scope": scope,
+            "mixture": mixture,
         },
         output=output,
         # Only an architecture that cannot be streamed takes more than a fraction of this.
@@ -141,6 +157,7 @@ def _run(
             checkpoint.tree.root,
             items,
             scope=scope(options.method, options.space, options.quantized_base),
+            mixture=mixture(options.method, options.space, options.density),
             output=folder,
         ),
         tools.progress,

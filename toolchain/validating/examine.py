@@ -10,6 +10,7 @@ import torch
 
 from toolchain.validating.elements import ARITHMETIC, Tally, compare_rows
 from toolchain.validating.findings import ERROR, Finding, finding
+from toolchain.validating.mixtures import MOST_ADAPTERS, Kept, Mixture, compare_kept
 from toolchain.validating.network import is_missing, missing_below
 from toolchain.validating.sites import Site, is_approximate, tuner_layers
 from toolchain.validating.weights import Weights, blocks_of
@@ -39,6 +40,10 @@ class Examiner:
     findings: list[Finding] = field(default_factory=list)
     signal: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Parameter -> size of what the adapter adds to its outputs, and of what rounding takes."""
+    mixture: Mixture | None = None
+    """How parts of the deltas were kept, where the merge is not their sum."""
+    kept: dict[str, Kept] = field(default_factory=dict)
+    """Parameter -> which adapters are in it, of a mixture."""
     unjudged: list[str] = field(default_factory=list)
     """Parameters whose rounding the twins do not show."""
 
@@ -86,11 +91,18 @@ class Examiner:
         name = site.parameters["weight"]
         factors = site.factors()
         tally = self.tallies.setdefault(name, Tally(tensor=self.merged.tensor_of(name)))
+        parts = site.parts() if self.mixture else []
+        mixed = self.mixture if 0 < len(parts) <= MOST_ADAPTERS else None
         both = zip(self._base_rows(site, name), self.merged.rows(name), strict=True)
         for (first, rows), (_, found) in both:
             wide = torch.float64 if found.dtype == torch.float32 else torch.float32
             weights, delta = rows.to(wide), factors.rows(first, len(rows), wide)
-            compare_rows(tally, first, weights, delta, found, factors)
+            if mixed is None:
+                compare_rows(tally, first, weights, delta, found, factors)
+            else:
+                deltas = [part.rows(first, len(rows), wide) for part in parts]
+                kept = self.kept.setdefault(name, Kept())
+                compare_kept(tally, kept, mixed, first, weights, deltas, found)
             take(first, weights, weights + delta, found)
 
     def _base_rows(self, site: Site, name: str) -> Iterator[tuple[int, torch.Tensor]]:

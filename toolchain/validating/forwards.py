@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from toolchain.validating.examine import Examiner
+from toolchain.validating.mixtures import Mixture
 from toolchain.validating.network import (
     PEFT_PREFIX,
     base_name,
@@ -112,10 +113,12 @@ def reference_forward(
     *,
     streamed: bool,
     advance: Advance,
+    mixture: Mixture | None = None,
 ) -> Reference:
     """Run base and adapters, unmerged, and examine every adapted layer on the way.
 
-    `like` is the merged model's skeleton: adapters may have given it another vocabulary.
+    `like` is the merged model's skeleton: adapters may have given it another vocabulary; `mixture`
+    says how the merge kept parts of the deltas, where it is not their sum.
     """
     bare = skeleton(base)
     weights = Weights(base, bare)
@@ -130,7 +133,9 @@ def reference_forward(
     adapted = tuple(sites(model))
     given = replaced(model, names)
     whole = batch.doubled(twins)
-    examiner = Examiner(base=weights, merged=merged, twins=whole.twin_tokens(twins))
+    examiner = Examiner(
+        base=weights, merged=merged, twins=whole.twin_tokens(twins), mixture=mixture
+    )
     if streamed:
         stream(model, weights, skip=[site.layer for site in adapted if site.kind == "other"])
     else:

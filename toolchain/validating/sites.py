@@ -14,7 +14,7 @@ from toolchain.validating.elements import Factors
 from toolchain.validating.network import base_name
 
 
-def _none() -> Factors:
+def _none() -> list[Factors]:
     raise LookupError("this layer's delta is not a product of two matrices")
 
 
@@ -28,8 +28,18 @@ class Site:
     """Parameter of the base layer (`weight`) -> the model's own name of it."""
     kind: str
     """`linear`, `conv1d`, `embedding`, or `other` where more than a product is added."""
-    factors: Callable[[], Factors] = _none
+    parts: Callable[[], list[Factors]] = _none
+    """What each adapter adds, as one product, as the base stores it; scalings are PEFT's own."""
     seen: bool = False
+
+    def factors(self) -> Factors:
+        """Return the sum of what all adapters add, as one product."""
+        parts = self.parts()
+        return Factors(
+            left=torch.cat([part.left for part in parts], 1).contiguous(),
+            right=torch.cat([part.right for part in parts]).contiguous(),
+            scalings=torch.cat([part.scalings for part in parts]),
+        )
 
 
 def sites(reference: Any) -> list[Site]:
@@ -50,7 +60,7 @@ def sites(reference: Any) -> list[Site]:
                 layer=layer,
                 parameters={name: base_name(f"{path}.{name}") for name in names},
                 kind=kind,
-                factors=functools.partial(_factors, layer, kind) if kind != "other" else _none,
+                parts=functools.partial(_parts, layer, kind) if kind != "other" else _none,
             )
         )
     return found
@@ -92,25 +102,16 @@ def _kind(layer: Any) -> str:
     return kinds.get(type(base), "other")
 
 
-def _factors(layer: Any, kind: str) -> Factors:
-    """Return the deltas as one product, as the base stores it; scalings are PEFT's own."""
-    names = _active(layer)
-    scalings = [layer.scaling[name] for name in names]
-    if kind == "embedding":
-        pairs = [(layer.lora_embedding_A[n].T, layer.lora_embedding_B[n].T) for n in names]
-        return _product(pairs, scalings)
-    straight = [(layer.lora_B[n].weight, layer.lora_A[n].weight) for n in names]
-    if kind == "conv1d":
-        return _product([(a.T, b.T) for b, a in straight], scalings)
-    return _product(straight, scalings)
-
-
-def _product(pairs: list[tuple[torch.Tensor, torch.Tensor]], scalings: list[float]) -> Factors:
-    left = torch.cat([pair[0].detach().float() for pair in pairs], 1)
-    right = torch.cat([pair[1].detach().float() for pair in pairs])
-    each = [s for pair, s in zip(pairs, scalings, strict=True) for _ in range(len(pair[1]))]
-    return Factors(
-        left=left.contiguous(),
-        right=right.contiguous(),
-        scalings=torch.tensor(each, dtype=torch.float64),
-    )
+def _parts(layer: Any, kind: str) -> list[Factors]:
+    found = []
+    for name in _active(layer):
+        if kind == "embedding":
+            left, right = layer.lora_embedding_A[name].T, layer.lora_embedding_B[name].T
+        else:
+            left, right = layer.lora_B[name].weight, layer.lora_A[name].weight
+            if kind == "conv1d":
+                left, right = right.T, left.T
+        scalings = torch.full((len(right),), layer.scaling[name], dtype=torch.float64)
+        left, right = left.detach().float(), right.detach().float()
+        found.append(Factors(left=left, right=right, scalings=scalings))
+    return found

@@ -7,6 +7,7 @@ import torch
 from toolchain.validating.elements import Tally, compare_bytes, compare_rows
 from toolchain.validating.findings import ERROR, Finding, finding
 from toolchain.validating.forwards import Reference
+from toolchain.validating.mixtures import left_out
 from toolchain.validating.suspicion import explain
 from toolchain.validating.weights import Weights
 
@@ -27,14 +28,17 @@ def judge_tensors(
     touched = set(tallies)
     tallies |= _untouched(reference, weights, touched)
     if not summed:
-        tallies = {name: tally for name, tally in tallies.items() if name not in touched}
+        judged = examiner.kept.keys()
+        tallies = {n: tally for n, tally in tallies.items() if n not in touched or n in judged}
     shared = _shared(reference, weights, touched)
     wrong = {name: tally for name, tally in tallies.items() if tally.wrong}
     found = [
         explain(tally, name, places.get(name), reference.sites, examiner)
         for name, tally in wrong.items()
     ]
-    return found + shared, {
+    right = {name: tally.tensor for name, tally in tallies.items() if not tally.wrong}
+    lacking = {name: kept for name, kept in examiner.kept.items() if name in right}
+    return found + left_out(lacking, right) + shared, {
         "tensors": len(tallies),
         "elements": sum(tally.total for tally in tallies.values()),
         "wrong": sum(tally.wrong for tally in wrong.values()),

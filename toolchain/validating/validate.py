@@ -19,6 +19,7 @@ from toolchain.validating import greedy
 from toolchain.validating import probes as asked
 from toolchain.validating.findings import ERROR, NOTE, WARNING, Finding, failed, finding
 from toolchain.validating.forwards import Batch, Reference, Run, merged_forward, reference_forward
+from toolchain.validating.mixtures import Mixture
 from toolchain.validating.network import decoder_layers, skeleton
 from toolchain.validating.probes import Message
 from toolchain.validating.structure import compare_files, end_tokens, is_readable, vocabulary
@@ -43,6 +44,8 @@ class Request:
     scope: str = "all"
     """What base and adapters can judge: `all` of a weighted sum; `rest`, what no adapter changes;
     `files` and tokenizer."""
+    mixture: Mixture | None = None
+    """Of scope `rest`: how parts of the deltas were kept, where that can be judged."""
 
 
 def validate(request: Request, progress: Progress | None = None) -> dict[str, Any]:
@@ -252,6 +255,7 @@ class Sides:
             self.twins,
             streamed=streamed,
             advance=advance,
+            mixture=request.mixture,
         )
         if not bool(torch.isfinite(reference.run.logits).all()):
             raise RuntimeError("the reference's logits are not finite")

@@ -24,9 +24,11 @@ from toolchain.validating.tensors import judge_tensors
 from toolchain.validating.weights import Weights
 
 _NOT_SUMMED = (
-    "this method is no plain sum, which the reference is: how far the two are apart is told and "
-    "not judged; the evaluation judges it"
+    "this method is no plain sum, which the reference is: how far their logits are apart is told "
+    "and not judged; {}, and the evaluation judges the rest"
 )
+_MIXED = "each element was held against every choice of the adapters' changes"
+_UNMIXED = "what no adapter changes was compared"
 _SWALLOWED = 0.5
 """Part of the adapter's effect that rounding may take before it is worth a warning."""
 
@@ -61,7 +63,8 @@ def judge_models(
     if not bool(torch.isfinite(run.logits).all()):
         told = [finding(ERROR, "logits", "the merged model's logits are not finite")]
     if not summed:
-        told = [finding(NOTE, "logits", _NOT_SUMMED)]
+        judged = _MIXED if reference.examiner.kept else _UNMIXED
+        told = [finding(NOTE, "logits", _NOT_SUMMED.format(judged))]
     layers = _layers(reference, run)
     parted = next((row["layer"] for row in layers if row["parted"]), None)
     if failed(told) and parted is not None:

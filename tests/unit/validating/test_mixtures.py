@@ -1,0 +1,145 @@
+"""TIES, DARE and pruning: each element held against every choice of the adapters' changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.validating.conftest import (
+    edit_tensors,
+    held,
+    make_adapter,
+    make_model,
+    merged,
+    tell,
+)
+from toolchain.stages.validate import mixture
+from toolchain.validating.elements import Tally
+from toolchain.validating.mixtures import Kept, Mixture, compare_kept
+
+METHODS = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+Q1 = "model.layers.1.self_attn.q_proj.weight"
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def judge(base: Path, out: Path, loras: list[Path], method: str, density: float) -> dict[str, Any]:
+    given = mixture(method, "delta", density)
+    assert given is not None
+    weights = (1.0, 0.7, 0.5)[: len(loras)]
+    return held(base, out, *loras, scope="rest", mixture=Mixture(**given), weights=weights)
+
+
+def make(
+    folder: Path, method: str, count: int = 2, **options: Any
+) -> tuple[Path, Path, list[Path]]:
+    base = make_model(folder / "base")
+    targets = ["embed_tokens", "q_proj", "down_proj"]
+    loras = [
+        make_adapter(folder / f"lora{i}", base, seed=i, target_modules=targets)
+        for i in range(count)
+    ]
+    weights = (1.0, 0.7, 0.5)[:count]
+    out = merged(
+        folder / "out", base, *loras, method=method, density=0.4, weights=weights, **options
+    )
+    return base, out, loras
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_what_the_merge_makes_passes(tmp_path: Path, method: str, dtype: str) -> None:
+    base, out, loras = make(tmp_path, method, dtype=dtype, **seeded(method))
+
+    result = judge(base, out, loras, method, 0.4)
+
+    assert result["passed"], tell(result)
+    assert "each element was held against" in tell(result)
+
+
+def seeded(method: str) -> dict[str, int]:
+    return {"seed": 7} if method.startswith("dare") else {}
+
+
+def test_three_adapters_pass(tmp_path: Path) -> None:
+    base, out, loras = make(tmp_path, "dare_ties", 3, seed=3)
+
+    result = judge(base, out, loras, "dare_ties", 0.4)
+
+    assert result["passed"], tell(result)
+
+
+def flip(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[Q1].view(torch.int16)[5, 7] ^= -0x8000
+
+
+def transpose(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[Q1] = tensors[Q1].T.contiguous()
+
+
+def empty(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[EMBEDDING][9] = 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("change", "tensor"), [(flip, Q1), (transpose, Q1), (empty, EMBEDDING)],
+    ids=lambda value: getattr(value, "__name__", ""),
+)  # fmt: skip
+def test_wrong_elements_fail(
+    tmp_path: Path, method: str, change: Callable[[dict[str, torch.Tensor]], None], tensor: str
+) -> None:
+    base, out, loras = make(tmp_path, method, **seeded(method))
+    edit_tensors(out, change)
+
+    result = judge(base, out, loras, method, 0.4)
+
+    assert not result["passed"]
+    assert tensor in tell(result)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_another_scaling_fails(tmp_path: Path, method: str) -> None:
+    base, out, loras = make(tmp_path, method, **seeded(method))
+    path = loras[0] / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 8', '"lora_alpha": 16'))
+
+    result = judge(base, out, loras, method, 0.4)
+
+    assert not result["passed"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_that_is_left_out_is_named(tmp_path: Path, method: str) -> None:
+    base, out, loras = make(tmp_path, method, 1, **seeded(method))
+    other = make_adapter(
+        tmp_path / "other", base, seed=5, target_modules=["embed_tokens", "q_proj", "down_proj"]
+    )
+
+    result = judge(base, out, [*loras, other], method, 0.4)
+
+    assert not result["passed"]
+    assert f"{Q1}: adapter number 2 is nowhere in it" in tell(result)
+
+
+def test_what_cannot_be_told_apart_is_no_absence() -> None:
+    """Changes that rounding swallows fit with the adapter and without it."""
+    base = torch.full((8, 32), 1.0)
+    deltas = [torch.full((8, 32), 1e-6), torch.full((8, 32), 0.25)]
+    tally, kept = Tally(tensor="x"), Kept()
+
+    compare_kept(tally, kept, Mixture(), 0, base, deltas, torch.full((8, 32), 1.25).bfloat16())
+
+    assert tally.wrong == 0
+    assert kept.inside == [0, 256]
+    assert kept.missing() == []
+
+
+def test_dare_needs_its_density() -> None:
+    assert mixture("dare_linear", "delta", None) is None
+    assert mixture("ties", "delta", None) == {"gain": 1.0, "mean": True}
+    assert mixture("ties", "factors", 0.5) is None
+    assert mixture("svd", "delta", None) is None
