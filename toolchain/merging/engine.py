@@ -8,7 +8,8 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ from toolchain.merging.combining.combination import Combination
 from toolchain.merging.combining.keep import keep_adapter
 from toolchain.merging.combining.measure import measure
 from toolchain.merging.companions import companion_files, index_json, write_file
+from toolchain.merging.fast import needs_torch
 from toolchain.merging.kernel import PIECE, check_arithmetic
+from toolchain.merging.libc import keep_freed_memory
 from toolchain.merging.outputs import OutputShard
 from toolchain.merging.plan import KINDS, MergePlan, make_plan
 from toolchain.merging.proof import Proof, prove
 from toolchain.merging.shards import BLOCK, Settings, ShardMaker, Tally
-from toolchain.merging.stream import Checksum, Journal, sha256_file, sync_folder
+from toolchain.merging.stream import Journal, Writer, sha256_file, sync_folder
 from toolchain.values import key_of
 
 _JOURNAL = ".merge-journal.json"
@@ -94,9 +97,10 @@ def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, 
     )
     if request.keep_adapter:
         return _keep(request, plan, started)
-    settings = _settings(request)
+    settings = _settings(request, plan)
     journal = _open_out(request, plan)
     tally, findings = Tally(), list(plan.findings)
+    keep_freed_memory()
     with _one_thread_per_worker(settings):
         shards = _write_shards(plan, settings, journal, tally, progress or (lambda *_: None))
         small, notes = _write_companions(plan, request.out)
@@ -145,7 +149,7 @@ def _conflicts(plan: MergePlan) -> tuple[list[dict[str, Any]], list[str]]:
     return conflicts.report(names), conflicts.findings(names)
 
 
-def _settings(request: MergeRequest) -> Settings:
+def _settings(request: MergeRequest, plan: MergePlan) -> Settings:
     if request.precision not in ("exact", "fast"):
         raise UsageError(f"unknown precision {request.precision!r}", hint="one of exact, fast")
     if request.device not in ("auto", "cpu", "cuda"):
@@ -155,8 +159,10 @@ def _settings(request: MergeRequest) -> Settings:
         raise EnvironmentFailure("torch finds no CUDA device", hint="merge with device cpu")
     device = "cuda" if has_gpu else "cpu"
     workers = request.workers or len(os.sched_getaffinity(0))
+    exact = request.precision == "exact"
     return Settings(
-        exact=request.precision == "exact",
+        exact=exact,
+        torch=device == "cuda" or (not exact and needs_torch(plan.outputs.values())),
         device=device,
         workers=2 if device == "cuda" else min(max(1, workers), _MOST_WORKERS),
         block=_GPU_BLOCK if device == "cuda" else BLOCK,
@@ -227,7 +233,7 @@ def _key(request: MergeRequest, plan: MergePlan) -> str:
 def _one_thread_per_worker(settings: Settings) -> Iterator[None]:
     """Let blocks, not operations, run in parallel: idle threads would spin between them."""
     with threadpool_limits(limits=1):
-        if settings.exact and settings.device == "cpu":
+        if not settings.torch:
             check_arithmetic()
             yield
             return
@@ -259,19 +265,29 @@ def _write_shards(
         done += size
         progress(min(done, total), total)
 
+    def finish(shard: OutputShard, writer: Writer) -> None:
+        finished[shard.name] = writer.finish()
+        tally.unchanged += _prove(shard, writer, maker, exact=settings.exact).unchanged
+        journal.record(finished)
+
     maker = ShardMaker(settings, tally)
-    try:
+    # A shard is brought to the disk and proven while the next one is computed.
+    with closing(maker), ThreadPoolExecutor(1, "finish") as finisher:
+        waiting: Future[None] | None = None
         for shard in plan.shards:
             if shard.name in finished:
                 advance(shard.size)
                 continue
-            path = journal.path.parent / shard.name
-            finished[shard.name], checksums = maker.write(shard, path, advance)
-            proof = _prove(shard, path, checksums, maker, exact=settings.exact)
-            tally.unchanged += proof.unchanged
-            journal.record(finished)
-    finally:
-        maker.close()
+            writer = maker.write(shard, journal.path.parent / shard.name, advance)
+            try:
+                if waiting is not None:
+                    waiting.result()
+            except BaseException:
+                writer.abandon()
+                raise
+            waiting = finisher.submit(finish, shard, writer)
+        if waiting is not None:
+            waiting.result()
     progress(total, total)
     return [finished[shard.name] for shard in plan.shards]
 
@@ -286,19 +302,13 @@ def _write_companions(plan: MergePlan, out: Path) -> tuple[list[dict[str, Any]],
     return written, notes
 
 
-def _prove(
-    shard: OutputShard,
-    path: Path,
-    checksums: tuple[Checksum, ...],
-    maker: ShardMaker,
-    *,
-    exact: bool,
-) -> Proof:
+def _prove(shard: OutputShard, writer: Writer, maker: ShardMaker, *, exact: bool) -> Proof:
     """Check what was written; what fails is not kept."""
+    checksums = tuple(writer.checksums)
     try:
-        return prove(shard, path, checksums, maker.files, maker.pool, exact=exact)
+        return prove(shard, writer.path, checksums, maker.files, maker.pool, exact=exact)
     except CheckFailed:
-        path.unlink(missing_ok=True)
+        writer.path.unlink(missing_ok=True)
         raise
 
 

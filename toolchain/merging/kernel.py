@@ -28,12 +28,20 @@ _SMALL = 113 << 23
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """One tensor's addition, ready to be applied to its row blocks."""
+class Addition:
+    """What is added to one tensor."""
 
     name: str
     factors: Factors
     """Exact."""
+    dtype: np.dtype
+    """Of the result."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared(Addition):
+    """An addition that is ready to be applied to row blocks, with correct rounding."""
+
     left: np.ndarray
     """(rows, K), gains multiplied in, in the working type."""
     right: np.ndarray
@@ -42,8 +50,6 @@ class Prepared:
     """(rows, 1): what the matrix product may be off by, in any order of summation."""
     still: np.ndarray
     """Rows that nothing is added to."""
-    dtype: np.dtype
-    """Of the result."""
 
     @property
     def work(self) -> np.dtype:
@@ -163,7 +169,7 @@ def first_pass(
     for part in space.pieces(weight):
         place = first + part.start
         sums = _sums(prepared, weight[part], place, space)
-        safe = safe and _stays_below(sums, limit)
+        safe = safe and stays_below(sums, limit)
         unsure = _round_ends(prepared, sums, place, space, out[part])
         rest.append(np.flatnonzero(unsure) + part.start * weight.shape[1])
     return np.concatenate(rest) if rest else np.empty(0, np.int64), safe
@@ -210,8 +216,7 @@ def _round_ends(
     computed with the sum's sign, so an interval around zero has ends that differ in it.
     """
     shape, size = sums.shape, sums.size
-    signed = space.signed[:size].reshape(shape)
-    np.copysign(prepared.bound[first : first + len(sums)], sums, out=signed)
+    signed = _with_sign(prepared.bound[first : first + len(sums)], sums, space)
     high = np.add(sums, signed, out=space.spare[:size].reshape(shape))
     low = np.subtract(sums, signed, out=signed)
     if prepared.dtype == BF16:
@@ -227,6 +232,16 @@ def _round_ends(
     bits = FORMATS[prepared.dtype].bits
     differ: np.ndarray = out.view(bits) != lower.view(bits)
     return differ.reshape(-1)
+
+
+def _with_sign(bound: np.ndarray, sums: np.ndarray, space: Space) -> np.ndarray:
+    """Return each row's bound with the sums' signs, in integers: four times as fast as copysign."""
+    signed = space.signed[: sums.size].reshape(sums.shape)
+    bits = np.dtype(f"u{sums.itemsize}")
+    sign = bits.type(1 << (8 * sums.itemsize - 1))
+    np.bitwise_and(sums.view(bits), sign, out=signed.view(bits))
+    np.bitwise_or(signed.view(bits), bound.view(bits), out=signed.view(bits))
+    return signed
 
 
 def _any_small(low: np.ndarray) -> bool:
@@ -259,7 +274,7 @@ def _round_bits(high: np.ndarray, low: np.ndarray, cut: int, out: np.ndarray) ->
     return differ.reshape(-1)
 
 
-def _stays_below(sums: np.ndarray, limit: float) -> bool:
+def stays_below(sums: np.ndarray, limit: float) -> bool:
     """Say whether all are finite and below the limit; the sum of squares says so at a third."""
     flat = sums.reshape(-1)
     if float(np.dot(flat, flat)) < limit * limit / 4:
@@ -286,11 +301,11 @@ def check_arithmetic() -> None:
         )
 
 
-def check_finite(prepared: Prepared, weight: np.ndarray, out: np.ndarray) -> None:
+def check_finite(addition: Addition, weight: np.ndarray, out: np.ndarray) -> None:
     """Raise InputRefused, naming the tensor, where base or result is not finite."""
     if not np.isfinite(out).all():
-        _check_base(prepared.name, weight)
-        _check_result(prepared, out)
+        _check_base(addition.name, weight)
+        _check_result(addition, out)
 
 
 def _check_base(name: str, weight: np.ndarray) -> None:
@@ -301,13 +316,13 @@ def _check_base(name: str, weight: np.ndarray) -> None:
         )
 
 
-def _check_result(prepared: Prepared, out: np.ndarray) -> None:
+def _check_result(addition: Addition, out: np.ndarray) -> None:
     if np.isfinite(out).all():
         return
-    factors = prepared.factors
+    factors = addition.factors
     largest = (np.abs(factors.left * factors.gains) @ np.abs(factors.right.astype(F64))).max()
     raise InputRefused(
-        f"{prepared.name} overflows {prepared.dtype.name}, which ends at "
-        f"{FORMATS[prepared.dtype].largest:g}: the adapter adds up to {float(largest):.3g}",
+        f"{addition.name} overflows {addition.dtype.name}, which ends at "
+        f"{FORMATS[addition.dtype].largest:g}: the adapter adds up to {float(largest):.3g}",
         hint="merge with dtype bfloat16 or float32, or lower the adapter's weight",
     )

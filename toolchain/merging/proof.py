@@ -11,8 +11,9 @@ and so are a few more.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from concurrent.futures import Executor
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +22,12 @@ import numpy as np
 from toolchain.checkpoints.safetensors import TensorInfo, read_header
 from toolchain.errors import CheckFailed
 from toolchain.merging.outputs import Output, OutputShard, Patch, Stored, Term
-from toolchain.merging.rounding import BF16, F16, F32, F64, FORMATS, round_once
-from toolchain.merging.stream import Checksum, Files, Reader, as_bytes
+from toolchain.merging.rounding import F32, F64, FORMATS, round_once
+from toolchain.merging.stream import ARRAY_TYPES, Checksum, Files, Reader, as_bytes, continued
 
 ROWS = 16
 """Rows per tensor that are recomputed element by element."""
-_BLOCK = 1 << 18
+_BLOCK = 1 << 17
 """Elements per block."""
 _COPY = 1 << 20
 _VECTORS = 2
@@ -43,6 +44,36 @@ class Proof:
     """Tensors that an adapter changes and that came out as the base's bits."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Written:
+    """A tensor of the written file."""
+
+    output: Output
+    info: TensorInfo
+    checksums: tuple[Checksum, ...]
+    """Of its bytes, as they were computed."""
+    reader: Reader
+    files: Files
+    """The inputs."""
+
+    def row(self, row: int) -> np.ndarray:
+        """Read one row, (1, columns)."""
+        return self.reader.rows(self.info, row, 1, self.output.columns)
+
+    def pieces(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Read all bytes once, and prove that they are those that were computed.
+
+        Yields pieces of whole rows with the number of their first row, each valid until the next.
+        """
+        row = self.info.size // self.output.rows
+        step = max(1, _BLOCK // self.output.columns) * row
+        for start, data in _proven(self.reader, self.checksums):
+            for at in range(0, len(data), step):
+                piece = data[at : at + step].view(ARRAY_TYPES[self.info.dtype])
+                first = (start + at - self.info.start) // row
+                yield first, piece.reshape(-1, self.output.columns)
+
+
 def prove(
     shard: OutputShard,
     path: Path,
@@ -54,24 +85,30 @@ def prove(
 ) -> Proof:
     """Check a written shard against its plan; `checksums` are those of the bytes as computed.
 
-    Raises CheckFailed naming the first tensor that is off, or the file.
+    These are in the order of the file: first the header's, then each tensor's, in whole rows where
+    the tensor is changed. Raises CheckFailed naming the first tensor that is off, or the file.
     """
-    reader = Reader(path)
+    reader, left = Reader(path), deque(checksums)
+    checks: list[tuple[str, Future[bool]]] = []
     try:
         infos = _headers(shard, path)
-        _same_bytes(reader, checksums, pool)
-        checks = [
-            _check(output, infos[output.name], files, reader, exact=exact)
-            for output in shard.outputs
-            if output.size
-        ]
-        changed = list(pool.map(lambda check: check(), checks))
+        _check_bytes(reader, (left.popleft(),))
+        for output in shard.outputs:
+            if output.size:
+                info, own = infos[output.name], []
+                while left and left[0].start < info.end:
+                    own.append(left.popleft())
+                written = _Written(
+                    output=output, info=info, checksums=tuple(own), reader=reader, files=files
+                )
+                checks.append((output.name, pool.submit(_check, written, exact=exact)))
+        unchanged = tuple(name for name, moved in checks if not moved.result())
     finally:
+        for _, moved in checks:
+            moved.cancel()
+        wait([moved for _, moved in checks])
         reader.close()
-    names = [output.name for output in shard.outputs if output.size]
-    return Proof(
-        unchanged=tuple(name for name, moved in zip(names, changed, strict=True) if not moved)
-    )
+    return Proof(unchanged=unchanged)
 
 
 def _headers(shard: OutputShard, path: Path) -> dict[str, TensorInfo]:
@@ -86,37 +123,54 @@ def _headers(shard: OutputShard, path: Path) -> dict[str, TensorInfo]:
     return {info.name: info for info in infos}
 
 
-def _same_bytes(reader: Reader, checksums: tuple[Checksum, ...], pool: Executor) -> None:
-    """Take the projection of the bytes again, block by block as they were written."""
+def _proven(
+    reader: Reader, checksums: Iterable[Checksum], most: int | None = None
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Take the projection of the bytes again, block by block as they were written, and yield them.
 
-    def same(checksum: Checksum) -> bool:
-        data = reader.read_into(np.empty(checksum.size, np.uint8), checksum.start)
-        return Checksum.of(as_bytes(data), checksum.start) == checksum
-
-    for right, checksum in zip(pool.map(same, checksums), checksums, strict=True):
-        if not right:
+    `most` bounds what is read at once, where blocks need not come whole; each is valid until the
+    next. Raises CheckFailed after a block that is not what was written.
+    """
+    buffer = np.empty(0, np.uint8)
+    for checksum in checksums:
+        value, end = 0, checksum.start + checksum.size
+        for start in range(checksum.start, end, most or checksum.size):
+            count = min(end - start, most or checksum.size)
+            if len(buffer) < count:
+                buffer = np.empty(count, np.uint8)
+            data = reader.read_into(buffer[:count], start)
+            value = continued(value, as_bytes(data))
+            yield start, data
+        if value != checksum.value:
             raise CheckFailed(
                 f"{reader.path.name} holds other bytes than were written between "
-                f"{checksum.start} and {checksum.start + checksum.size}",
+                f"{checksum.start} and {end}",
                 hint="the disk may be faulty: merge again, to another disk if it recurs",
             )
 
 
-def _check(
-    output: Output, info: TensorInfo, files: Files, reader: Reader, *, exact: bool
-) -> Callable[[], bool]:
-    """Return what checks one tensor, and says whether it differs from the base's bits."""
-    if output.terms:
-        return lambda: _project(output, info, files, reader, exact=exact)
-    if output.change is not None:
-        return lambda: _recompute(output, info, files, reader)
-    return lambda: _compare_all(output, info, files, reader)
+def _check_bytes(reader: Reader, checksums: tuple[Checksum, ...]) -> None:
+    """Read all bytes, and prove that they are those that were computed."""
+    for _ in _proven(reader, checksums, _COPY):
+        pass
 
 
-def _project(
-    output: Output, info: TensorInfo, files: Files, reader: Reader, *, exact: bool
-) -> bool:
+def _check(written: _Written, *, exact: bool) -> bool:
+    """Check one tensor, and say whether it differs from the base's bits."""
+    if written.output.terms:
+        return _project(written, exact=exact)
+    if written.output.change is not None:
+        _check_bytes(written.reader, written.checksums)
+        return _recompute(written)
+    if written.output.as_is and isinstance(written.output.source, Stored):
+        _compare_bytes(written, written.output.source)
+        return True
+    return _compare_values(written)
+
+
+def _project(written: _Written, *, exact: bool) -> bool:
     """Compare W'x with Wx + Σ factor · B(Ax), x random signs; recompute rows that look odd."""
+    output, files = written.output, written.files
     work = F64 if output.dtype == "F32" else F32
     random = np.random.default_rng(_seed(output.name))
     signs = random.integers(0, 2, (_VECTORS, output.columns)).astype(work) * 2 - 1
@@ -124,32 +178,42 @@ def _project(
     wanted = np.zeros((output.rows, _VECTORS))
     for some in factors:
         some.projected(signs.T.astype(F64), wanted)
-    sample = set(random.integers(0, output.rows, ROWS).tolist())
-    odd: list[int] = []
+    rows = set(random.integers(0, output.rows, ROWS).tolist())
     moved = output.kind == "replaced"
-    step = max(1, _BLOCK // output.columns)
-    form = FORMATS[_dtype(output)]
-    for first in range(0, output.rows, step):
-        count = min(step, output.rows - first)
-        base = output.source.rows(files, first, count, output.columns)
-        found = reader.rows(info, first, count, output.columns)
+    form = FORMATS[ARRAY_TYPES[output.dtype]]
+    held, wide = np.empty(0, np.uint8), np.empty((0, output.columns), work)
+    for first, found in written.pieces():
+        count = len(found)
+        if len(wide) < count:
+            held = np.empty(count * output.columns * 8, np.uint8)
+            wide = np.empty((count, output.columns), work)
+        base = output.source.rows(files, first, count, output.columns, held)
         moved = moved or _differ(base, found)
-        wide = found.astype(work)
+        change = wide[:count]
+        np.copyto(change, found)
         # A rounding is off by at most half a unit: uniform, its variance is a third of its square.
-        size = np.einsum("ij,ij->i", wide, wide) * 4.0**-form.precision / 3
-        wide -= base.astype(work)
-        # One vector at a time: numpy is slow with narrow matrices.
-        off = np.stack([wide @ some for some in signs], 1) - wanted[first : first + count]
+        size = np.vecdot(change, change) * 4.0**-form.precision / 3
         size += output.columns * 4.0 ** (form.least - form.precision)
+        np.subtract(change, base, out=change, dtype=work)
+        # One vector at a time: products of narrow matrices are slow.
+        off = np.stack([change @ some for some in signs], 1) - wanted[first : first + count]
         fine = (np.abs(off).max(1) <= _SIGMAS * np.sqrt(size)) & np.isfinite(size)
-        rows = np.flatnonzero(~fine) + first
-        odd += rows.tolist()
-    for row in sorted(sample | set(odd)):
-        total = _source_row(output, files, row)
-        for some in factors:
-            some.add_row(row, total)
-        _compare(output, total, reader.rows(info, row, 1, output.columns), exact)
+        rows.update((np.flatnonzero(~fine) + first).tolist())
+    ordered = sorted(rows)
+    for at in range(0, len(ordered), ROWS):
+        _compare_rows(written, factors, ordered[at : at + ROWS], exact=exact)
     return moved
+
+
+def _compare_rows(
+    written: _Written, factors: list[_Factors], rows: list[int], *, exact: bool
+) -> None:
+    """Recompute whole rows in float64."""
+    total = np.concatenate([_source_row(written.output, written.files, row) for row in rows])
+    for some in factors:
+        some.add_rows(np.array(rows), total)
+    found = np.concatenate([written.row(row) for row in rows])
+    _compare(written.output, total, found, exact)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,19 +226,25 @@ class _Factors:
 
     def projected(self, signs: np.ndarray, into: np.ndarray) -> None:
         """Add factor · B(Ax) of its rows, in float64."""
+        step = max(1, _BLOCK // self.right.shape[1])
+        inner = [
+            self.right[at : at + step].astype(F64) @ signs for at in range(0, self.term.rank, step)
+        ]
+        product = self.term.factor * np.concatenate(inner)
         step = max(1, _BLOCK // self.left.shape[1])
-        inner = self.right.astype(F64) @ signs
         for first in range(0, len(self.left), step):
             part = self.left[first : first + step].astype(F64)
             place = self.term.first + first
-            into[place : place + len(part)] += self.term.factor * (part @ inner)
+            into[place : place + len(part)] += part @ product
 
-    def add_row(self, row: int, total: np.ndarray) -> None:
-        """Add its part of one row of the output, (1, columns), in float64."""
-        at = row - self.term.first
-        if 0 <= at < len(self.left):
-            product = self.left[at : at + 1].astype(F64) @ self.right.astype(F64)
-            total += self.term.factor * product
+    def add_rows(self, rows: np.ndarray, total: np.ndarray) -> None:
+        """Add its part of some rows of the output, (rows, columns), in float64."""
+        own = np.flatnonzero((rows >= self.term.first) & (rows < self.term.first + len(self.left)))
+        left = self.left[rows[own] - self.term.first].astype(F64)
+        step = max(1, _BLOCK // self.right.shape[1])
+        for at in range(0, self.term.rank, step):
+            part = slice(at, at + step)
+            total[own] += self.term.factor * (left[:, part] @ self.right[part].astype(F64))
 
 
 def _loaded(output: Output, files: Files) -> list[_Factors]:
@@ -212,51 +282,48 @@ def _compare(output: Output, wanted: np.ndarray, found: np.ndarray, exact: bool)
         raise _wrong(output, int(off.sum()), off.size)
 
 
-def _recompute(output: Output, info: TensorInfo, files: Files, reader: Reader) -> bool:
+def _recompute(written: _Written) -> bool:
     """Compute some rows of a change again; say whether any differs from the base's bits.
 
     A change that needs the whole tensor is as long as the merge: its bytes are known to be those
     that were computed, and that is all.
     """
+    output, files = written.output, written.files
     if output.change is None or output.change.whole:
         return True
     rows, moved = output.change.begin(output, files), False
     random = np.random.default_rng(_seed(output.name))
     for row in sorted(set(random.integers(0, output.rows, ROWS).tolist())):
-        found = reader.rows(info, row, 1, output.columns)
+        found = written.row(row)
         _compare(output, rows(row, 1), found, True)
         moved = moved or _differ(output.source.rows(files, row, 1, output.columns), found)
     return moved
 
 
-def _compare_all(output: Output, info: TensorInfo, files: Files, reader: Reader) -> bool:
-    """Compare every byte with the source's, cast and patched where that was asked."""
-    if output.as_is and isinstance(output.source, Stored):
-        source, size = output.source.info, info.size
-        for at in range(0, size, _COPY):
-            count = min(_COPY, size - at)
-            old = files.reader(output.source.path).read_into(
-                np.empty(count, np.uint8), source.start + at
-            )
-            new = reader.read_into(np.empty(count, np.uint8), info.start + at)
-            if not np.array_equal(old, new):
-                raise _wrong(output, int((old != new).sum()), count)
-        return True
+def _compare_bytes(written: _Written, source: Stored) -> None:
+    """Compare every byte with the source's."""
+    reader, held = written.files.reader(source.path), np.empty(_COPY, np.uint8)
+    for start, data in _proven(written.reader, written.checksums, _COPY):
+        place = source.info.start + start - written.info.start
+        off = reader.read_into(held[: len(data)], place) != data
+        if off.any():
+            raise _wrong(written.output, int(off.sum()), len(data))
+
+
+def _compare_values(written: _Written) -> bool:
+    """Compare every element with the source's, cast and patched; say whether a patch differs."""
+    output, files = written.output, written.files
     moved = not output.patches
     for patch in output.patches:
         for row in patch.places:
-            moved = moved or _differ(
-                output.source.rows(files, row, 1, output.columns),
-                reader.rows(info, row, 1, output.columns),
-            )
+            base = output.source.rows(files, row, 1, output.columns)
+            moved = moved or _differ(base, written.row(row))
     patched = {row for patch in output.patches for row in patch.places}
-    step = max(1, _BLOCK // max(1, output.columns))
-    for first in range(0, output.rows, step):
-        count = min(step, output.rows - first)
+    for first, found in written.pieces():
+        count = len(found)
         wanted = output.source.rows(files, first, count, output.columns).astype(F64)
         for row in patched & set(range(first, first + count)):
             wanted[row - first] = _source_row(output, files, row)[0]
-        found = reader.rows(info, first, count, output.columns)
         off = round_once(wanted, found.dtype).view(_bits(found)) != found.view(_bits(found))
         off &= ~np.isnan(wanted)
         if off.any():
@@ -273,10 +340,6 @@ def _differ(base: np.ndarray, found: np.ndarray) -> bool:
 
 def _bits(array: np.ndarray) -> np.dtype:
     return np.dtype(f"u{array.dtype.itemsize}")
-
-
-def _dtype(output: Output) -> np.dtype:
-    return {"BF16": BF16, "F16": F16, "F32": F32}[output.dtype]
 
 
 def _seed(name: str) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -13,7 +14,7 @@ _CHUNK = 1 << 18
 _UNIT = 2.0**-53
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Factors:
     """The exact addition to one tensor, Σₖ gain[k] · left[:, k] · right[k, :].
 
@@ -23,19 +24,21 @@ class Factors:
     left: np.ndarray
     right: np.ndarray
     gains: np.ndarray
-    columns: np.ndarray = field(init=False)
-    """`right` transposed, so that a column is read from one place."""
-    norms: np.ndarray = field(init=False)
-    """(rows,): ‖gains · left[i]‖ in float64."""
-    norm: float = field(init=False)
-    """The largest ‖right[:, j]‖, so that norms[i] · norm bounds Σₖ|terms| (Cauchy-Schwarz)."""
 
-    def __post_init__(self) -> None:
-        """Lay the columns out and measure both sides."""
-        columns = np.ascontiguousarray(self.right.T)
-        object.__setattr__(self, "columns", columns)
-        object.__setattr__(self, "norms", _norms(self.left, self.gains))
-        object.__setattr__(self, "norm", float(_norms(columns, np.ones(1)).max(initial=0.0)))
+    @cached_property
+    def columns(self) -> np.ndarray:
+        """`right` transposed, so that a column is read from one place."""
+        return np.ascontiguousarray(self.right.T)
+
+    @cached_property
+    def norms(self) -> np.ndarray:
+        """(rows,): ‖gains · left[i]‖ in float64."""
+        return _norms(self.left, self.gains)
+
+    @cached_property
+    def norm(self) -> float:
+        """The largest ‖right[:, j]‖, so that norms[i] · norm bounds Σₖ|terms| (Cauchy-Schwarz)."""
+        return float(_norms(self.columns, np.ones(1)).max(initial=0.0))
 
 
 def _norms(matrix: np.ndarray, gains: np.ndarray) -> np.ndarray:

@@ -15,11 +15,20 @@ import numpy as np
 
 from toolchain.checkpoints.safetensors import BITS, build_header
 from toolchain.errors import InputRefused
-from toolchain.merging.kernel import PIECE, Prepared, Space, finish_rows, merge_rows, prepare
+from toolchain.merging.fast import LEAST, merge_rows_fast
+from toolchain.merging.kernel import (
+    PIECE,
+    Addition,
+    Prepared,
+    Space,
+    finish_rows,
+    merge_rows,
+    prepare,
+)
 from toolchain.merging.outputs import Band, Output, OutputShard, Patch, Rows, Stored, bands
 from toolchain.merging.repair import Factors, Repairs
 from toolchain.merging.rounding import F32, F64, round_once
-from toolchain.merging.stream import ARRAY_TYPES, Buffers, Checksum, Files, Writer, as_bytes
+from toolchain.merging.stream import ARRAY_TYPES, Buffers, Files, Writer, as_bytes
 
 BLOCK = 1 << 20
 """Elements per block on the CPU: repairs and hand-overs cost the less, the larger it is."""
@@ -44,6 +53,8 @@ class Settings:
     """How blocks are computed; none of it changes the bytes of an exact merge."""
 
     exact: bool
+    torch: bool
+    """Whether torch multiplies: on a GPU, or for `fast` where numpy's products are not torch's."""
     device: str
     workers: int
     block: int = BLOCK
@@ -72,18 +83,17 @@ class ShardMaker:
         self.pool.shutdown(wait=True, cancel_futures=True)
         self.files.close()
 
-    def write(
-        self, shard: OutputShard, path: Path, progress: Callable[[int], None]
-    ) -> tuple[dict[str, Any], tuple[Checksum, ...]]:
-        """Write a shard, its tensors in their order; return file, size, sha256, and checksums.
+    def write(self, shard: OutputShard, path: Path, progress: Callable[[int], None]) -> Writer:
+        """Write a shard, its tensors in their order; return the file, which is yet to be finished.
 
         `progress` is told the bytes of each block once they are written.
         """
-        writer = Writer(path)
         tensors = [(output.name, output.dtype, output.shape) for output in shard.outputs]
+        header = build_header(tensors, {"format": "pt"})
+        writer = Writer(path, len(header) + shard.size)
         waiting: deque[Future[Filled]] = deque()
         try:
-            writer.write(build_header(tensors, {"format": "pt"}))
+            writer.write(header)
             blocks = (block for output in shard.outputs for block in self._blocks(output))
             for block in blocks:
                 waiting.append(self.pool.submit(block))
@@ -91,7 +101,6 @@ class ShardMaker:
                     progress(self._append(writer, waiting))
             while waiting:
                 progress(self._append(writer, waiting))
-            return writer.finish(), tuple(writer.checksums)
         except BaseException:
             for future in waiting:
                 future.cancel()
@@ -102,6 +111,7 @@ class ShardMaker:
             for future in waiting:
                 if not future.cancelled():
                     future.exception()
+        return writer
 
     def _blocks(self, output: Output) -> Iterator[Block]:
         """Yield the work of one tensor, in the order of its bytes."""
@@ -130,16 +140,16 @@ class ShardMaker:
 
     def _band(self, output: Output, band: Band) -> Iterator[Block]:
         """Yield the work of rows to which the same is added."""
-        prepared = self._prepare(output, band)
+        addition = self._prepare(output, band)
         step = self._step(output)
         for first in range(band.first, band.end, step):
             count = min(step, band.end - first)
-            if prepared is None:
+            if addition is None:
                 yield partial(self._unchanged, output, first, count)
             else:
-                yield partial(self._merge, output, prepared, band.first, first, count)
+                yield partial(self._merge, output, addition, band.first, first, count)
 
-    def _prepare(self, output: Output, band: Band) -> Prepared | None:
+    def _prepare(self, output: Output, band: Band) -> Addition | None:
         """Read the factors of one band; None where they add nothing at all."""
         lefts, rights, gains = [], [], []
         for term in band.terms:
@@ -162,7 +172,10 @@ class ShardMaker:
             right=np.ascontiguousarray(rights[0]) if one else np.concatenate(rights, 0),
             gains=np.array(gains, F64),
         )
-        return prepare(output.name, factors, ARRAY_TYPES[output.dtype])
+        dtype = ARRAY_TYPES[output.dtype]
+        if not self._settings.exact:
+            return Addition(name=output.name, factors=factors, dtype=dtype)
+        return prepare(output.name, factors, dtype)
 
     def _append(self, writer: Writer, waiting: deque[Future[Filled]]) -> int:
         """Write the oldest block; return its bytes."""
@@ -177,14 +190,14 @@ class ShardMaker:
         return buffer, size
 
     def _merge(
-        self, output: Output, prepared: Prepared, offset: int, first: int, count: int
+        self, output: Output, addition: Addition, offset: int, first: int, count: int
     ) -> Filled:
         elements = count * output.columns
-        size = elements * prepared.dtype.itemsize
+        size = elements * addition.dtype.itemsize
         held, buffer = self._held(output, elements), self._buffers.take(size)
         weight = output.source.rows(self.files, first, count, output.columns, held)
-        out = buffer[:size].view(prepared.dtype).reshape(count, -1)
-        done = self._apply(prepared, weight, first - offset, out)
+        out = buffer[:size].view(addition.dtype).reshape(count, -1)
+        done = self._apply(addition, weight, first - offset, out)
         with self._lock:
             self._tally.repairs.float64 += done.float64
             self._tally.repairs.exact += done.exact
@@ -195,31 +208,39 @@ class ShardMaker:
         return self._buffers.take(elements * BITS[output.source.dtype] // 8)
 
     def _apply(
-        self, prepared: Prepared, weight: np.ndarray, first: int, out: np.ndarray
+        self, addition: Addition, weight: np.ndarray, first: int, out: np.ndarray
     ) -> Repairs:
-        """Merge rows the way the settings ask for; torch is imported for `fast` and GPUs only."""
-        if self._settings.exact and self._settings.device == "cpu":
-            space = self._space(prepared, weight.shape[1])
-            return merge_rows(prepared, weight, first, space, out)
+        """Merge rows the way the settings ask for."""
+        if not isinstance(addition, Prepared):
+            if self._settings.torch:
+                from toolchain.merging import torch_kernel
+
+                torch_kernel.merge_rows_fast(addition, weight, first, out)
+            else:
+                space = self._space(addition.dtype, F32, weight.shape[1])
+                merge_rows_fast(addition, weight, first, space, out)
+            return Repairs()
+        if not self._settings.torch:
+            space = self._space(addition.dtype, addition.work, weight.shape[1])
+            return merge_rows(addition, weight, first, space, out)
         from toolchain.merging import torch_kernel
 
-        if not self._settings.exact:
-            torch_kernel.merge_rows_fast(prepared, weight, first, out)
-            return Repairs()
         with self._lock:
-            if self._on_device is None or self._on_device[0] is not prepared:
-                held = torch_kernel.to_device(prepared, self._settings.device)
-                self._on_device = (prepared, held)
+            if self._on_device is None or self._on_device[0] is not addition:
+                held = torch_kernel.to_device(addition, self._settings.device)
+                self._on_device = (addition, held)
             held = self._on_device[1]
         flagged, safe = torch_kernel.first_pass(held, weight, first, out)
-        return finish_rows(prepared, weight, first, out, flagged, safe)
+        return finish_rows(addition, weight, first, out, flagged, safe)
 
-    def _space(self, prepared: Prepared, columns: int) -> Space:
+    def _space(self, dtype: np.dtype, work: np.dtype, columns: int) -> Space:
         """Return this worker's buffers, larger or of another type only when they must be."""
-        key = (prepared.dtype, prepared.work)
+        key = (dtype, work)
         held: tuple[Any, int, Space] | None = getattr(self._local, "space", None)
-        if held is None or held[0] != key or held[1] < columns:
-            size = max(columns, self._settings.piece)
+        # Products of few rows take twice the time for each.
+        least = LEAST * columns
+        if held is None or held[0] != key or held[1] < least:
+            size = max(least, self._settings.piece)
             held = (key, size, Space(size, *key))
             self._local.space = held
         return held[2]

@@ -18,6 +18,7 @@ import numpy as np
 
 from toolchain.checkpoints.safetensors import BITS, TensorInfo
 from toolchain.errors import EnvironmentFailure, InputRefused
+from toolchain.merging.libc import reserve
 from toolchain.merging.outputs import Part
 from toolchain.merging.rounding import BF16, F16, F32, F64
 
@@ -208,34 +209,36 @@ class Checksum:
     @staticmethod
     def of(data: memoryview, start: int) -> Checksum:
         """Return the checksum of bytes that lie at `start`."""
-        value = 0
-        for at in range(0, len(data), _PIECE):
-            value = projected(value, data[at : at + _PIECE])
-        return Checksum(start, len(data), value)
+        return Checksum(start, len(data), continued(0, data))
 
 
 _ODD = np.random.default_rng().integers(0, 1 << 63, _PIECE // 8, np.uint64) * 2 + 1
 
 
-def projected(value: int, part: memoryview) -> int:
-    """Return a checksum's value, continued by a piece of at most `_PIECE` bytes."""
-    count = len(part) // 8
-    words = np.frombuffer(part, np.uint64, count)
-    tail = int.from_bytes(part[8 * count :], "little")
-    odd = int(np.dot(words, _ODD[:count])) + tail * 0x9E3779B97F4A7C15
-    return (value * 0x2545F4914F6CDD1D + odd) % (1 << 64)
+def continued(value: int, data: memoryview) -> int:
+    """Return a checksum's value, continued by bytes; all but the last are multiples of `_PIECE`."""
+    for at in range(0, len(data), _PIECE):
+        part = data[at : at + _PIECE]
+        count = len(part) // 8
+        words = np.frombuffer(part, np.uint64, count)
+        tail = int.from_bytes(part[8 * count :], "little")
+        odd = int(np.dot(words, _ODD[:count])) + tail * 0x9E3779B97F4A7C15
+        value = (value * 0x2545F4914F6CDD1D + odd) % (1 << 64)
+    return value
 
 
 class Writer:
     """A file that appears under its name only when it is whole, with its sha256."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, size: int = 0) -> None:
+        """Begin a file that will have `size` bytes, where that is known."""
         self.path, self.size = path, 0
         self.checksums: list[Checksum] = []
         self._temporary = path.with_name(f".{path.name}.partial")
         self._hash = hashlib.sha256()
         try:
             self._file = self._temporary.open("wb", buffering=0)
+            reserve(self._file.fileno(), size)
         except OSError as error:
             raise _disk(path, error) from error
 
@@ -246,7 +249,7 @@ class Writer:
             for start in range(0, len(view), _PIECE):
                 part = view[start : start + _PIECE]
                 self._hash.update(part)
-                value = projected(value, part)
+                value = continued(value, part)
                 while part:
                     part = part[self._file.write(part) or 0 :]
         except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 
@@ -10,7 +9,8 @@ import numpy as np
 import torch
 
 from toolchain.errors import EnvironmentFailure
-from toolchain.merging.kernel import SLACK, Prepared, check_finite
+from toolchain.merging.fast import LEAST, groups
+from toolchain.merging.kernel import SLACK, Addition, Prepared, check_finite
 from toolchain.merging.rounding import BF16, F16, F32, F64, FORMATS
 
 TORCH_TYPES = {BF16: torch.bfloat16, F16: torch.float16, F32: torch.float32, F64: torch.float64}
@@ -71,32 +71,26 @@ def first_pass(
     return flagged, -limit < least and most < limit
 
 
-def merge_rows_fast(prepared: Prepared, weight: np.ndarray, first: int, out: np.ndarray) -> None:
-    """Fill `out` with W + (B·A)·s in float32, rounded once: for one adapter, PEFT's own bits.
+def merge_rows_fast(addition: Addition, weight: np.ndarray, first: int, out: np.ndarray) -> None:
+    """Do what `fast.merge_rows_fast` does, with torch's own products: for one adapter, PEFT's bits.
 
     Runs on the CPU; shapes and errors are those of `kernel.merge_rows`.
     """
-    factors, target = prepared.factors, as_tensor(out)
+    factors, target = addition.factors, as_tensor(out)
     lefts, right, base = as_tensor(factors.left), as_tensor(factors.right), as_tensor(weight)
-    groups = list(_groups(factors.gains))
-    step = max(1, (1 << 18) // max(1, weight.shape[1]))
+    parts = list(groups(factors.gains))
+    step = max(LEAST, (1 << 18) // max(1, weight.shape[1]))
     for start in range(0, len(weight), step):
-        part = slice(start, min(start + step, len(weight)))
-        left = lefts[first + part.start : first + part.stop]
+        end = min(start + step, len(weight))
+        # As PEFT multiplies whole matrices: few rows alone would be multiplied in another way.
+        before = max(0, min(first + start, first + end - LEAST))
+        left = lefts[before : first + end]
         # The first product itself, since adding it to zero would turn -0 into 0.
         delta = reduce(
-            torch.Tensor.add_, [(left[:, s:e] @ right[s:e]).mul_(gain) for gain, s, e in groups]
-        )
-        target[part] = delta.add_(base[part].float())
-    check_finite(prepared, weight, out)
-
-
-def _groups(gains: np.ndarray) -> Iterator[tuple[float, int, int]]:
-    """Yield each run of equal gains with where it starts and ends."""
-    start = 0
-    for end in [*(np.flatnonzero(np.diff(gains)) + 1).tolist(), len(gains)]:
-        yield float(gains[start]), start, end
-        start = end
+            torch.Tensor.add_, [(left[:, s:e] @ right[s:e]).mul_(gain) for gain, s, e in parts]
+        )[first + start - before :]
+        target[start:end] = delta.add_(base[start:end].float())
+    check_finite(addition, weight, out)
 
 
 def check_arithmetic(device: str) -> None:

@@ -106,10 +106,12 @@ def test_every_bit_of_a_written_tensor(case: tuple[Any, ...]) -> None:
             ),
             kind="merged",
         )
-        settings_ = Settings(exact=True, device="cpu", workers=workers, block=block, piece=block)
+        settings_ = Settings(
+            exact=True, torch=False, device="cpu", workers=workers, block=block, piece=block
+        )
         maker = ShardMaker(settings_, Tally())
         path = Path(folder) / "out"
-        maker.write(OutputShard(name="out", outputs=(output,)), path, lambda _: None)
+        maker.write(OutputShard(name="out", outputs=(output,)), path, lambda _: None).finish()
         maker.close()
         (info,) = read_header(path).tensors
         bits = np.frombuffer(path.read_bytes()[info.start :], FORMATS[ARRAY_TYPES[out]].bits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,11 @@ from hypothesis import strategies as st
 
 from toolchain.checkpoints.safetensors import read_header
 from toolchain.errors import CheckFailed
-from toolchain.merging import engine
 from toolchain.merging.engine import MergeRequest, merge
 from toolchain.merging.outputs import OutputShard
 from toolchain.merging.plan import make_plan
 from toolchain.merging.proof import prove
-from toolchain.merging.stream import Checksum, Files
+from toolchain.merging.stream import Checksum, Files, Writer
 
 
 @pytest.fixture
@@ -38,9 +38,12 @@ def merged(make_model: Any, make_adapter: Any) -> tuple[OutputShard, Path]:
 def check(shard: OutputShard, path: Path) -> None:
     """Prove what the file says, as if it had been computed so."""
     data = memoryview(path.read_bytes())
+    infos = read_header(path).tensors
+    edges = [0, *(info.start for info in infos), len(data)]
+    checksums = tuple(Checksum.of(data[start:end], start) for start, end in pairwise(edges))
     files = Files()
     with ThreadPoolExecutor(2) as pool:
-        prove(shard, path, (Checksum.of(data, 0),), files, pool, exact=True)
+        prove(shard, path, checksums, files, pool, exact=True)
     files.close()
 
 
@@ -108,16 +111,16 @@ def test_any_byte_that_changes_on_the_disk_fails_the_merge(
 ) -> None:
     base = make_model(dtype=torch.bfloat16)
     adapter, out = make_adapter(base), base.parent / "out"
-    write = engine.ShardMaker.write
+    finish = Writer.finish
 
-    def damaged(maker: Any, shard: Any, path: Path, progress: Any) -> Any:
-        done = write(maker, shard, path, progress)
-        data = bytearray(path.read_bytes())
+    def damaged(writer: Any) -> Any:
+        done = finish(writer)
+        data = bytearray(writer.path.read_bytes())
         data[int(place * len(data))] ^= 1
-        path.write_bytes(data)
+        writer.path.write_bytes(data)
         return done
 
-    monkeypatch.setattr(engine.ShardMaker, "write", damaged)
+    monkeypatch.setattr(Writer, "finish", damaged)
 
     with pytest.raises(CheckFailed):
         merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=out))
