@@ -127,7 +127,7 @@ def _sparse_layers(config: Mapping[str, Json], layers: int) -> int:
     step = _count(config, "decoder_sparse_step") or 1
     first = _count(config, "first_k_dense_replace")
     listed = config.get("mlp_only_layers")
-    plain = set(listed) if isinstance(listed, list) else set()
+    plain = listed if isinstance(listed, list) else []
     return sum(i >= first and (i + 1) % step == 0 and i not in plain for i in range(layers))
 
 

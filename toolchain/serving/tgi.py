@@ -102,13 +102,15 @@ def plan(config: Mapping[str, Json], weight_bytes: int, wishes: Wishes) -> Servi
     """
     extra = options().checked(wishes.extra)
     kind = config.get("model_type")
-    if kind is not None and kind not in _MODEL_TYPES:
+    if kind is not None and str(kind) not in _MODEL_TYPES:
         raise InputRefused(
             f"TGI 3.3 knows no model of type {kind!r}, and there will be no later version",
             hint="choose a vllm or sglang target",
         )
-    tokenizer = config.get("tokenizer") or {}
-    if str(tokenizer.get("tokenizer_class", "")).startswith("TokenizersBackend"):
+    tokenizer = config.get("tokenizer")
+    if isinstance(tokenizer, Mapping) and str(tokenizer.get("tokenizer_class", "")).startswith(
+        "TokenizersBackend"
+    ):
         raise InputRefused(
             "the tokenizer was saved by transformers 5 (TokenizersBackend), which TGI cannot read",
             hint="keep the base's tokenizer files as they were, or choose a vllm target",
@@ -143,7 +145,7 @@ def _switches(config: Mapping[str, Json]) -> Switches:
     kind = config.get("model_type")
     other = ModelShape.from_config(config).head_dim not in _FLASHINFER_HEADS
     return Switches(
-        block=256 if other or kind in {"falcon", "deepseek_v2"} else 1,
+        block=256 if other or str(kind) in {"falcon", "deepseek_v2"} else 1,
         chunked_prefill=kind != "gemma3",
     )
 

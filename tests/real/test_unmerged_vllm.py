@@ -1,0 +1,37 @@
+"""Several adapters beside the base, served by vLLM on a CPU: each answers its own task."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "examples" / "tiny"
+
+pytestmark = [pytest.mark.real, pytest.mark.builders, pytest.mark.timeout(3600)]
+
+
+def test_each_adapter_answers_its_own_task_by_its_name(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "toolchain", "build", "--recipe", TINY / "recipe-two.yaml",
+         "--runner", "local", "--dist", tmp_path / "dist", "--target", "vllm-lora",
+         "--layout", tmp_path / "image", "--json"],
+        cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((tmp_path / "dist/tiny-two/1.0.0/vllm-lora/build.json").read_text())
+
+    settings = record["plan"]["settings"]
+    assert (settings["max-loras"], settings["max-lora-rank"]) == (2, 8)
+    told = (record, *record["more_tasks"])
+    assert len(told) == 2
+    for task in told:
+        scores = {name: score["score"] for name, score in task["scores"].items()}
+        assert scores["base"] < 0.2
+        # vLLM computes in the checkpoint's bfloat16, the reference in float32.
+        assert scores["image"] >= scores["adapter"] - 0.1
