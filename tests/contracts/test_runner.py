@@ -150,7 +150,9 @@ def test_inputs_that_others_cannot_read_are_handed_over(tmp_path, progress):
     job = echo(tmp_path)
     job.inputs["text"].chmod(0o600)
 
-    assert make_runner("docker").run(job, progress)["text"] == "grüße\n"
+    result = make_runner("docker").run(job, progress)
+    assert result["text"] == "grüße\n"
+    assert result["builder_image"].startswith("sha256:")
     assert job.inputs["text"].stat().st_mode & 0o777 == 0o600
 
 

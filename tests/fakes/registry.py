@@ -26,8 +26,8 @@ class FakeRegistry:
         self.log: list[tuple[str, str]] = []
         self.authorizations: list[tuple[str, str]] = []
         self.faults: list[tuple[str, str, str]] = []
-        """Method, part of the path, and `reset`, `half`, `norange`, `digest`, `full`, a status
-        or `redirect:URL`."""
+        """Method, part of the path, and `reset`, `half`, `norange`, `digest`, `full`, a status,
+        `redirect:URL`, `keep:N`: an upload broken after N bytes, which stay; `spoil`: changed."""
         self.auth = ""
         """Empty, `basic` or `bearer`."""
         self.user, self.password = "ann", "s3cret-password"
@@ -181,17 +181,31 @@ class _Handler(BaseHTTPRequestHandler):
     def upload(self, repository: str, name: str, query: dict[str, list[str]], fault: str) -> None:
         if self.command == "POST":
             return self.open_upload(repository, query)
+        if fault.startswith("keep:"):
+            length = int(self.headers.get("Content-Length") or 0)
+            kept = min(length, int(fault.removeprefix("keep:")))
+            self.state.uploads[name] += self.rfile.read(kept)
+            return self.reset()
         data = self.body()
         if name not in self.state.uploads:
             return self.fail(404, "BLOB_UPLOAD_UNKNOWN")
         if self.command == "DELETE":
             del self.state.uploads[name]
             return self.answer(204)
+        if self.command == "GET":
+            if fault == "spoil":
+                self.state.uploads[name] = self.state.uploads[name][::-1]
+            there = max(0, len(self.state.uploads[name]) - 1)
+            place = f"/v2/{repository}/blobs/uploads/{name}?_state=a%2Bb%3D"
+            return self.answer(204, Location=place, Range=f"0-{there}")
         if self.state.largest_body and len(data) > self.state.largest_body:
             return self.fail(413, "SIZE_INVALID")
         self.state.uploads[name] += data
         place = f"/v2/{repository}/blobs/uploads/{name}?_state=a%2Bb%3D"
         if self.command == "PATCH":
+            start = int((self.headers.get("Content-Range") or "0-").partition("-")[0])
+            if start != len(self.state.uploads[name]) - len(data):
+                return self.fail(416, "RANGE_INVALID")
             return self.answer(202, Location=place)
         whole = self.state.uploads.pop(name)
         digest = "sha256:" + hashlib.sha256(whole).hexdigest()

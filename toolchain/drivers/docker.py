@@ -193,7 +193,10 @@ class DockerRunner:
         return self._engine.holds(image_tag(builder, self._flavour()))
 
     def run(self, job: Job, progress: Progress) -> Mapping[str, Json]:
-        """Run the job to its end; raises the job's own error, EnvironmentFailure where it died."""
+        """Run the job to its end; raises the job's own error, EnvironmentFailure where it died.
+
+        `builder_image` in the result is the digest of the image that it ran in.
+        """
         self.prepare(job.builder, progress)
         root = os.getuid() == 0
         user, group = (NOBODY, NOBODY) if root else (os.getuid(), os.getgid())
@@ -210,7 +213,8 @@ class DockerRunner:
             conversation = Conversation(job=job, progress=progress, log=log)
             with engine_errors(f"running the {job.stage} job"):
                 returncode = _converse(self._engine.client, request, conversation)
-            return conversation.result(returncode)
+            ran_in = self._engine.inspect(image).get("Id", "")
+            return {**conversation.result(returncode), "builder_image": ran_in}
 
     def _flavour(self) -> str:
         return "cuda" if self._engine.has_gpu() else "cpu"

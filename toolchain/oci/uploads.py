@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -20,15 +21,8 @@ from toolchain.oci.references import Reference
 from toolchain.oci.session import Reply, Session, Transient
 from toolchain.values import Blob, Digest
 
-_OK, _CREATED, _ACCEPTED, _BAD, _MISSING, _TOO_LARGE, _OUT_OF_STEP = (
-    200,
-    201,
-    202,
-    400,
-    404,
-    413,
-    416,
-)
+_OK, _CREATED, _ACCEPTED, _NO_CONTENT = 200, 201, 202, 204
+_BAD, _MISSING, _TOO_LARGE, _OUT_OF_STEP = 400, 404, 413, 416
 _CHUNK = 32 << 20
 _LARGEST_CHUNK = 256 << 20
 _BINARY = "application/octet-stream"
@@ -113,7 +107,10 @@ def bring(
     stop: threading.Event | None = None,
     elsewhere: Elsewhere | None = None,
 ) -> Way:
-    """Make sure that the repository holds the blob; a broken upload starts again from its start."""
+    """Make sure that the repository holds the blob.
+
+    A broken upload goes on where the registry kept what came, else it starts again.
+    """
     meter = meter or Meter(blob.size)
     what = f"cannot upload the blob {blob.digest.short}"
 
@@ -198,23 +195,23 @@ def _send(session: Session, blob: Blob, body: Opener, opened: Reply, what: str) 
     if opened.status != _ACCEPTED:
         raise session.refusal(what, opened)
     least = opened.headers.get("oci-chunk-min-length", "")
-    if least.isascii() and least.isdigit() and blob.size > int(least):
-        reply = _in_chunks(session, body, opened, blob, max(int(least), _CHUNK))
-    else:
-        headers = {"Content-Length": str(blob.size), "Content-Type": _BINARY}
-        url = _finishing(session.location(opened), blob)
-        reply = session.call("PUT", url, headers=headers, body=body, wait=_FINISH)
-        limits = limits_of(session.registry)
-        whole_only = limits is not None and limits.in_one_piece
-        if reply.status == _TOO_LARGE and blob.size > _CHUNK and not whole_only:
-            again = session.call("POST", "blobs/uploads/", headers={"Content-Length": "0"})
-            if again.status != _ACCEPTED:
-                raise session.refusal(what, again)
-            reply = _in_chunks(session, body, again, blob, _CHUNK)
+    size = max(int(least), _CHUNK) if least.isascii() and least.isdigit() else 0
+    if size and blob.size <= int(least):
+        size = 0
+    reply, resumed = _persistently(session, blob, body, opened, size, what)
+    limits = limits_of(session.registry)
+    whole_only = limits is not None and limits.in_one_piece
+    if reply.status == _TOO_LARGE and not size and blob.size > _CHUNK and not whole_only:
+        again = session.call("POST", "blobs/uploads/", headers={"Content-Length": "0"})
+        if again.status != _ACCEPTED:
+            raise session.refusal(what, again)
+        reply, resumed = _persistently(session, blob, body, again, _CHUNK, what)
     if reply.status in (_MISSING, _OUT_OF_STEP):
         # The registry lost the upload, as it does when it starts anew.
         raise Transient(session.explain(reply))
     if reply.status == _BAD and b"DIGEST_INVALID" in reply.body:
+        if resumed:
+            raise Transient("the registry did not keep what it said it had")
         raise InputRefused(
             f"{what}: {session.explain(reply)}: the bytes are not what their digest says",
             hint="a file changed since it was hashed; build again",
@@ -222,35 +219,112 @@ def _send(session: Session, blob: Blob, body: Opener, opened: Reply, what: str) 
     _check_created(session, reply, blob.digest, what)
 
 
-def _in_chunks(session: Session, body: Opener, opened: Reply, blob: Blob, size: int) -> Reply:
-    """Send pieces with PATCH, as registries ask that cannot take a large body at once."""
-    at = 0
-    reply = opened
-    for piece in _pieces(body(), min(size, _LARGEST_CHUNK)):
-        headers = {
-            "Content-Length": str(len(piece)),
-            "Content-Range": f"{at}-{at + len(piece) - 1}",
-            "Content-Type": _BINARY,
-        }
-        reply = session.call(
-            "PATCH", session.location(reply), headers=headers, body=piece, wait=600
-        )
+def _persistently(
+    session: Session, blob: Blob, body: Opener, opened: Reply, size: int, what: str
+) -> tuple[Reply, bool]:
+    """Send a blob, in pieces of `size` bytes (0: whole), and go on where a connection broke.
+
+    Return the last reply, and whether it went on anywhere. Raises Transient where the registry
+    kept nothing of it.
+    """
+    at, place = 0, opened
+    while True:
+        try:
+            if size:
+                return _in_chunks(session, body, place, blob, size, at), at > 0
+            if at:
+                return _rest(session, body, place, blob, at), True
+            headers = {"Content-Length": str(blob.size), "Content-Type": _BINARY}
+            url = _finishing(session.location(place), blob)
+            return session.call("PUT", url, headers=headers, body=body, wait=_FINISH), False
+        except Transient as trouble:
+            kept = _kept(session, place)
+            if kept is None or not at < kept[0] <= blob.size:
+                raise
+            # It went on since the last time, so it will come to an end: this is the first try.
+            session.wait_after(what, trouble, 1)
+            at, place = kept
+
+
+def _kept(session: Session, opened: Reply) -> tuple[int, Reply] | None:
+    """Return how many bytes of an upload a registry has, and where it goes on; None for nothing.
+
+    https://github.com/opencontainers/distribution-spec/blob/main/spec.md#resuming-an-upload
+    """
+    try:
+        url = session.location(opened)
+        reply = session.attempt("", lambda: session.call("GET", url), tries=_FEW)
+    except (WeightsmithError, Transient):
+        return None
+    found = re.fullmatch(r"(?:bytes=)?0-(\d+)", reply.headers.get("range", ""))
+    if reply.status not in (_OK, _NO_CONTENT) or found is None or int(found[1]) == 0:
+        return None
+    return int(found[1]) + 1, reply if reply.headers.get("location") else opened
+
+
+def _rest(session: Session, body: Opener, place: Reply, blob: Blob, at: int) -> Reply:
+    """Send all that comes after `at` bytes."""
+    if at == blob.size:
+        return _finish(session, place, blob)
+    reply = _patch(session, place, at, blob.size - at, lambda: _after(body(), at))
+    return _finish(session, reply, blob) if reply.status == _ACCEPTED else reply
+
+
+def _in_chunks(
+    session: Session, body: Opener, place: Reply, blob: Blob, size: int, at: int
+) -> Reply:
+    """Send what comes after `at` bytes in pieces, as registries ask that take no large body.
+
+    A piece is held in memory, since it may have to be sent again with another token.
+    """
+    reply = place
+    for piece in _pieces(_after(body(), at), min(size, _LARGEST_CHUNK)):
+        length = sum(map(len, piece))
+        reply = _patch(session, reply, at, length, lambda piece=piece: iter(piece))  # type: ignore[misc]
         if reply.status != _ACCEPTED:
             return reply
-        at += len(piece)
-    url = _finishing(session.location(reply), blob)
+        at += length
+    return _finish(session, reply, blob)
+
+
+def _patch(session: Session, place: Reply, at: int, length: int, body: Opener) -> Reply:
+    headers = {
+        "Content-Length": str(length),
+        "Content-Range": f"{at}-{at + length - 1}",
+        "Content-Type": _BINARY,
+    }
+    return session.call("PATCH", session.location(place), headers=headers, body=body, wait=_FINISH)
+
+
+def _finish(session: Session, place: Reply, blob: Blob) -> Reply:
+    url = _finishing(session.location(place), blob)
     return session.call("PUT", url, headers={"Content-Length": "0"}, wait=_FINISH)
 
 
-def _pieces(chunks: Iterator[bytes], size: int) -> Iterator[bytes]:
-    held = bytearray()
+def _after(chunks: Iterator[bytes], at: int) -> Iterator[bytes]:
+    """Leave out the first `at` bytes."""
     for chunk in chunks:
-        held += chunk
-        while len(held) >= size:
-            yield bytes(held[:size])
-            del held[:size]
+        rest = chunk[at:]
+        at -= len(chunk) - len(rest)
+        if rest:
+            yield rest
+
+
+def _pieces(chunks: Iterator[bytes], size: int) -> Iterator[list[bytes]]:
+    """Group chunks into pieces of `size` bytes, the last one shorter."""
+    held: list[bytes] = []
+    room = size
+    for chunk in chunks:
+        rest = chunk
+        while rest:
+            held.append(rest[:room])
+            rest = rest[len(held[-1]) :]
+            room -= len(held[-1])
+            if not room:
+                yield held
+                held, room = [], size
     if held:
-        yield bytes(held)
+        yield held
 
 
 def _finishing(location: str, blob: Blob) -> str:

@@ -34,7 +34,7 @@ from toolchain.provenance.mlbom import (
 from toolchain.provenance.statements import Resource, file_resources, provenance, tree_resource
 from toolchain.recipe import Recipe
 from toolchain.resources import builder_pins, engine_source
-from toolchain.values import Artifact, Checkpoint, Json, Score, Sources, canonical, plain
+from toolchain.values import Artifact, Checkpoint, Digest, Json, Score, Sources, canonical, plain
 
 OWN_ENGINE = "engine:"
 ENGINE_BILL = "engine.cdx.json"
@@ -115,9 +115,17 @@ def _merged(made: Made) -> list[Mapping[str, Json]]:
             file_resources(checkpoint.tree),
             parameters=parameters,
             dependencies=_source_resources(sources),
-            builder=[Resource(name="builder:merge", digest=builder_pins("merge"))],
+            builder=_builder("merge", checkpoint.details),
         )
     ]
+
+
+def _builder(name: str, details: Mapping[str, Json]) -> list[Resource]:
+    """Return the pins that a builder is made of, and the image that the job ran in, if it did."""
+    found = [Resource(name=f"builder:{name}", digest=builder_pins(name))]
+    if image := details.get("builder_image"):
+        found.append(Resource(name=f"builder image:{name}", digest=Digest(str(image))))
+    return found
 
 
 def _source_resources(sources: Sources) -> list[Resource]:
@@ -141,7 +149,7 @@ def _quantized(made: Made) -> list[Mapping[str, Json]]:
             file_resources(made.artifact.tree),
             parameters={"format": made.artifact.format.name, **plain(details)},
             dependencies=[tree_resource("checkpoint", checkpoint.digest), *_calibration(made)],
-            builder=[Resource(name=f"builder:{name}", digest=builder_pins(name))] if name else [],
+            builder=_builder(name, made.artifact.details) if name else [],
         )
     ]
 

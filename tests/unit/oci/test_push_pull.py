@@ -440,6 +440,35 @@ def test_a_docker_base_keeps_its_layers(fake: FakeRegistry, client: Registry) ->
     assert isinstance(pulled.layers[0], BlobLayer)
 
 
+@pytest.mark.parametrize("chunk_min", [0, 20_000])
+def test_a_broken_upload_goes_on_where_the_registry_kept_it(
+    fake: FakeRegistry, client: Registry, image: Image, chunk_min: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("toolchain.oci.uploads._CHUNK", 20_000)
+    fake.chunk_min = chunk_min
+    method = "PATCH" if chunk_min else "PUT"
+    fake.faults = [(method, "/uploads/", "keep:10001")] + [("PATCH", "/uploads/", "keep:777")] * 9
+    sent: list[int] = []
+    client.push(image, at(fake), parallel=1, progress=lambda done, _: sent.append(done))
+    assert not fake.faults
+    opened = sum(1 for m, path in fake.log if m == "POST")
+    assert opened == len(list(image.blobs())), "no upload was begun a second time"
+    assert client.digest_of(at(fake)) == image.digest
+    for layer in client.pull(at(fake), platform="linux/amd64").layers:
+        b"".join(layer.open())
+
+
+def test_a_registry_that_kept_something_else(
+    fake: FakeRegistry, client: Registry, image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it kept is not what was sent: the layer starts again, and comes whole."""
+    fake.faults = [("PUT", "/uploads/", "keep:30000"), ("GET", "/uploads/", "spoil")]
+    client.push(image, at(fake))
+    assert client.digest_of(at(fake)) == image.digest
+    assert not fake.faults
+
+
 def test_a_failed_layer_stops_the_others(
     fake: FakeRegistry, client: Registry, tmp_path: Path
 ) -> None:
