@@ -134,7 +134,7 @@ def tell(texts: Sequence[Text], tokenizer: Any) -> list[dict[str, Any]]:
         agreed = text.tokens if text.parts is None else (*text.tokens[: text.parts], text.other)
         rows.append(
             {
-                "after": tokenizer.decode(text.probe)[-_TAIL:],
+                "after": _tail(tokenizer.decode(text.probe, skip_special_tokens=True)),
                 "reference": tokenizer.decode(agreed),
                 "merged": tokenizer.decode(text.tokens),
                 "tokens": len(text.tokens),
@@ -142,6 +142,12 @@ def tell(texts: Sequence[Text], tokenizer: Any) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _tail(text: str) -> str:
+    """Return the end of a text, from the beginning of a word."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= _TAIL else f"… {flat[-_TAIL:].partition(' ')[2]}"
 
 
 def judge(texts: Sequence[Text], allowed: Limits) -> list[Finding]:
