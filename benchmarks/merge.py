@@ -122,9 +122,11 @@ class Shape:
 SMALL = Shape(2048, 5632, 18, 32, 4, 32000)
 GIGABYTE = replace(SMALL, layers=8)
 LARGE = Shape(8192, 28672, 2, 64, 8, 128256)
+WIDE = Shape(8192, 28672, 2, 64, 8, 32000)
 WHOLE = Shape(8192, 28672, 80, 64, 8, 128256)
 CASES = {
-    "gigabyte": GIGABYTE, "small": SMALL, "tuner": SMALL, "large": LARGE, "whole70b": WHOLE,
+    "gigabyte": GIGABYTE, "small": SMALL, "tuner": SMALL, "large": LARGE, "wide": WIDE,
+    "whole70b": WHOLE,
 }  # fmt: skip
 
 
@@ -206,13 +208,7 @@ def make_adapter(folder: Path, shape: Shape, kind: str, *, sparse: bool = False)
 
 def make_inputs(work: Path, case: str) -> tuple[Path, Path]:
     """Make base and adapter of a case once; return their folders."""
-    shape = {
-        "gigabyte": GIGABYTE,
-        "small": SMALL,
-        "tuner": SMALL,
-        "large": LARGE,
-        "whole70b": WHOLE,
-    }[case]
+    shape = CASES[case]
     kind = "LOHA" if case == "tuner" else "LORA"
     base = work / ("base-small" if case == "tuner" else f"base-{case}")
     adapter = work / f"adapter-{case}"

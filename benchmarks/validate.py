@@ -1,6 +1,6 @@
 """Validation of a merge against one forward of the same probes in transformers.
 
-    python benchmarks/validate.py [--case gigabyte|small|large] [--rounds 3] [--only validate]
+    python benchmarks/validate.py [--case gigabyte|small|wide|large] [--rounds 3] [--only validate]
         [--work benchmarks/work]
 
 Uses base and adapter of benchmarks/merge.py's cases with the tiny example's tokenizer, and runs
@@ -66,7 +66,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--case", choices=("gigabyte", "small", "large"), default="small")
+    parser.add_argument("--case", choices=("gigabyte", "small", "wide", "large"), default="small")
     parser.add_argument("--only", default="", help="comma-separated ways to run")
     parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / "work")
     parser.add_argument("--make", action="store_true", help="make the inputs, run nothing")

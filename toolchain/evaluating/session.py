@@ -76,13 +76,13 @@ class Session:
         if key:
             headers["Authorization"] = f"Bearer {key}"
         self._http = httpx.Client(
-            base_url=endpoint.url,
             headers=headers,
             timeout=httpx.Timeout(self.limits.request_seconds, connect=10.0),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
             trust_env=False,
         )
         self._fields: Mapping[str, Json] = {}
+        self._urls: dict[str, httpx.URL] = {}
 
     def adding(self, fields: Mapping[str, Json]) -> Self:
         """Return the same session with these fields in the body of each of its requests."""
@@ -179,7 +179,7 @@ class Session:
         if self._fields and isinstance(body, Mapping):
             body = {**body, **self._fields}
         try:
-            with self._http.stream(method, path, json=body) as response:
+            with self._http.stream(method, self._url(path), json=body) as response:
                 yield response
         except httpx.TimeoutException:
             raise TooSlow(f"no answer in {seconds:g} s") from None
@@ -187,6 +187,12 @@ class Session:
             raise Unreachable(str(error)) from None
         except httpx.HTTPError as error:
             raise TryAgain(f"{type(error).__name__}: {error}") from None
+
+    def _url(self, path: str) -> httpx.URL:
+        """Return the whole address; parsing it is a fifth of what a request costs."""
+        if path not in self._urls:
+            self._urls[path] = httpx.URL(f"{self.endpoint.url.rstrip('/')}{path}")
+        return self._urls[path]
 
     def _read(self, response: httpx.Response, most: int = 0) -> str:
         return b"".join(self._parts(response, most)).decode("utf-8", "replace")

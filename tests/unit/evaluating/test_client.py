@@ -1,5 +1,6 @@
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -37,6 +38,20 @@ def test_asks_greedily_under_the_served_name(serve):
     }
     (body,) = server.asked
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("support", 0.0, 9)
+
+
+def test_a_server_below_a_path_is_asked_there(serve):
+    paths = []
+
+    def behave(handler, body):
+        paths.append(handler.path)
+        handler.send(200, answer())
+
+    endpoint = serve(behave).endpoint
+    with Session(replace(endpoint, url=f"{endpoint.url}/proxy/"), QUICK) as session:
+        chat(session, "support", ASKED, 9)
+
+    assert paths == ["/proxy/v1/chat/completions"]
 
 
 def test_a_server_that_hangs_is_given_up(serve):
