@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from toolchain.errors import InputRefused
+from toolchain.merging.names import plain_key
 from toolchain.merging.rounding import F32
 from toolchain.merging.tuned import Layer
 
@@ -75,7 +76,7 @@ def _shared(layers: tuple[Layer, ...], raw: str, state: State, folder: Path | No
     model = _build(_ordered(layers, folder) if folder else layers, raw, {})
     path, names = state
     with safe_open(path, "pt") as file:
-        stored = {name: file.get_tensor(name) for name in names}
+        stored = {plain_key(name): file.get_tensor(name) for name in names}
     tensors = {n: t.float() if t.is_floating_point() else t for n, t in stored.items()}
     _load(model, tensors, "its layers")
     return model

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
+
+from toolchain.checkpoints.peft_keys import WRAPPERS
 
 _WRAPPER = "base_model.model."
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
@@ -75,8 +78,15 @@ def spellings(name: str) -> Iterator[str]:
 
 
 def module_key(key: str) -> str:
-    """Return an adapter's key without PEFT's wrapper prefix."""
-    return key.removeprefix(_WRAPPER)
+    """Return an adapter's key without PEFT's prefix, and without other wrappers' names."""
+    return plain_key(key).removeprefix(_WRAPPER)
+
+
+@lru_cache(maxsize=1 << 16)
+def plain_key(key: str) -> str:
+    """Return a key as PEFT writes it, if the model was compiled, sharded or checkpointed."""
+    plain = ".".join(part for part in key.split(".") if part not in WRAPPERS)
+    return plain.removeprefix("module.") if plain.startswith(f"module.{_WRAPPER}") else plain
 
 
 def added_prefix(module: str, base: str) -> tuple[str, str]:

@@ -297,6 +297,12 @@ def _recompute(written: _Written) -> bool:
         found = written.row(row)
         _compare(output, rows(row, 1), found, True)
         moved = moved or _differ(output.source.rows(files, row, 1, output.columns), found)
+    step = max(1, _BLOCK // output.columns)
+    for first in range(0, 0 if moved else output.rows, step):
+        count = min(step, output.rows - first)
+        base = output.source.rows(files, first, count, output.columns)
+        if _differ(base, reader.rows(info, first, count, output.columns)):
+            return True
     return moved
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from toolchain.checkpoints.folder import check_adapter_folder, check_model_folder
+from toolchain.checkpoints.peft_keys import KEY_MAPPING, check_peft_keys
 from toolchain.errors import InputRefused
 from toolchain.merging.adapter_config import read_adapter_config
 
@@ -135,10 +136,12 @@ def _with_adapters(network: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
     _check_together(adapters)
     names = [f"adapter_{number}" for number in range(len(adapters))]
     for number, (root, _) in enumerate(adapters):
+        check_peft_keys(root)
+        how: Any = {"adapter_name": names[number], "key_mapping": KEY_MAPPING}
         if number == 0:
-            network = PeftModel.from_pretrained(network, root, adapter_name=names[0])
+            network = PeftModel.from_pretrained(network, root, **how)
         else:
-            network.load_adapter(root, adapter_name=names[number])
+            network.load_adapter(root, **how)
     network.base_model.set_adapter(names)
     for layer in network.modules():
         if isinstance(layer, LoraLayer):

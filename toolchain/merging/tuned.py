@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolchain.errors import InputRefused
+from toolchain.merging.names import plain_key
 from toolchain.merging.outputs import Output, Rows, Source, Stored
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class Tuned:
                     self.layer, self.shared, self.raw, base, state, self.folder
                 )
             else:
-                adapter = {stored.info.name: _array(stored, files) for stored in self.keys}
+                adapter = {plain_key(s.info.name): _array(s, files) for s in self.keys}
                 merged = merge_layer(self.layer, self.raw, base, adapter)
             self._check(merged, base)
             return merged[self.parameter].reshape(output.rows, output.columns)[first:][:count]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from toolchain.checkpoints.folder import check_adapter_folder, check_model_folder
+from toolchain.checkpoints.peft_keys import KEY_MAPPING, check_peft_keys
 from toolchain.validating.weights import Weights
 
 PEFT_PREFIX = "base_model.model."
@@ -62,12 +63,12 @@ def with_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
     names = [f"adapter_{number}" for number in range(len(adapters))]
     for name, (root, _) in zip(names, adapters, strict=True):
         check_adapter_folder(root)
+        check_peft_keys(root)
+        how: Any = {"adapter_name": name, "low_cpu_mem_usage": True, "key_mapping": KEY_MAPPING}
         if name == names[0]:
-            model = PeftModel.from_pretrained(
-                model, root, adapter_name=name, low_cpu_mem_usage=True
-            )
+            model = PeftModel.from_pretrained(model, root, **how)
         else:
-            model.load_adapter(root, adapter_name=name, low_cpu_mem_usage=True)
+            model.load_adapter(root, **how)
     model.base_model.set_adapter(names)
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
@@ -120,7 +121,9 @@ def _load_again(model: Any, adapters: Mapping[str, tuple[Path, float]]) -> None:
 
     _hollow(model)
     for name, (root, _) in adapters.items():
-        weights = load_peft_weights(str(root), device="cpu", use_safetensors=True)
+        weights = load_peft_weights(
+            str(root), device="cpu", key_mapping=KEY_MAPPING, use_safetensors=True
+        )
         set_peft_model_state_dict(model, weights, adapter_name=name, low_cpu_mem_usage=True)
     for parameter in model.parameters():
         if parameter.dtype != torch.float32:

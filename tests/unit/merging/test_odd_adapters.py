@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from tests.unit.merging.oracle import MakeBase, check
+from tests.unit.merging.oracle import MakeBase, check, merged, train, unmerged
+from toolchain.checkpoints.peft_keys import check_peft_keys
 from toolchain.errors import InputRefused
+from toolchain.merging.engine import MergeRequest, merge
 
 TIED = {"tie_word_embeddings": True}
 BIASED = {"attention_bias": True, "mlp_bias": True}
@@ -185,3 +189,44 @@ def test_a_table_that_no_stack_reads_by_its_name_is_refused(
 
     with pytest.raises(InputRefused, match="unmerged, it has no effect"):
         check(bases("t5"), "t5", tmp_path, lora)
+
+
+RENAMED = [
+    (".layers.", "._orig_mod.layers."),
+    (".self_attn.", "._fsdp_wrapped_module.self_attn."),
+    (".self_attn.", "._checkpoint_wrapped_module.self_attn."),
+    ("base_model.", "module.base_model."),
+    ("base_model.model.", ""),
+    (".lora_A.weight", ".lora_A.my-adapter.weight"),
+    ("model.layers", "model.language_model.layers"),
+    ("model.model.", "model.language_model.model."),
+]
+"""The first three come of wrappers between modules, which other tuners' keys may have too."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "old", "new"),
+    [*(("LORA", *names) for names in RENAMED), *(("LOHA", *names) for names in RENAMED[:3])],
+)
+def test_names_that_trainers_put_into_keys(
+    kind: str, old: str, new: str, bases: MakeBase, tmp_path: Path
+) -> None:
+    from peft import LoHaConfig, LoraConfig
+
+    config = LoraConfig if kind == "LORA" else LoHaConfig
+    base = bases("llama")
+    adapter = train(base, "llama", tmp_path / "adapter", config(r=4, **Q))
+    wanted = unmerged(base, "llama", adapter)
+    file = adapter / "adapter_model.safetensors"
+    save_file({key.replace(old, new): t for key, t in load_file(file).items()}, file)
+
+    merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=tmp_path / "out"))
+
+    torch.testing.assert_close(merged(tmp_path / "out", "llama"), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_keys_that_peft_would_leave_out_are_told(tmp_path: Path) -> None:
+    save_file({"model.q.lora_A.weight": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+
+    with pytest.raises(InputRefused, match="no unmerged model to compare with"):
+        check_peft_keys(tmp_path)
