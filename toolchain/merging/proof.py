@@ -301,7 +301,7 @@ def _recompute(written: _Written) -> bool:
     for first in range(0, 0 if moved else output.rows, step):
         count = min(step, output.rows - first)
         base = output.source.rows(files, first, count, output.columns)
-        if _differ(base, reader.rows(info, first, count, output.columns)):
+        if _differ(base, written.reader.rows(written.info, first, count, output.columns)):
             return True
     return moved
 
