@@ -54,6 +54,21 @@ def companion_files(plan: MergePlan) -> tuple[dict[str, bytes], list[str]]:
     return files, findings
 
 
+def adapter_companions(plan: MergePlan) -> tuple[dict[str, bytes], list[str]]:
+    """Return the files beside a combined adapter's weights: what its adapters bring, no more.
+
+    The last one that has a tokenizer or a chat template wins, as in a merge.
+    """
+    files: dict[str, bytes] = {}
+    findings: list[str] = []
+    for adapter in plan.adapters:
+        findings += _overlay(files, adapter.root, adapter.files)
+        if _GENERATION in adapter.files:
+            files[_GENERATION] = (adapter.root / _GENERATION).read_bytes()
+            findings.append(f"{_GENERATION} taken from the adapter {adapter.root.name}")
+    return files, findings
+
+
 def index_json(weight_map: Mapping[str, str], total_size: int, parameters: int) -> bytes:
     """Return the text of `model.safetensors.index.json`."""
     metadata = {"total_parameters": parameters, "total_size": total_size}

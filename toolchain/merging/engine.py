@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,10 @@ from toolchain.merging.libc import keep_freed_memory
 from toolchain.merging.outputs import OutputShard
 from toolchain.merging.plan import KINDS, MergePlan, make_plan
 from toolchain.merging.proof import Proof, prove
-from toolchain.merging.shards import BLOCK, Settings, ShardMaker, Tally
+from toolchain.merging.repair import Repairs
+from toolchain.merging.shards import BLOCK, Settings, ShardMaker
 from toolchain.merging.stream import Journal, Writer, sha256_file, sync_folder
+from toolchain.merging.tally import Tally
 from toolchain.values import key_of
 
 _JOURNAL = ".merge-journal.json"
@@ -136,7 +138,7 @@ def _keep(request: MergeRequest, plan: MergePlan, started: float) -> dict[str, A
         **made,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "seconds": time.monotonic() - started,
-        "findings": [*plan.findings, *warnings],
+        "findings": [*plan.findings, *made["findings"], *warnings],
         "conflicts": conflicts,
     }
 
@@ -206,7 +208,7 @@ def _open_out(request: MergeRequest, plan: MergePlan) -> Journal:
     for left in out.glob("*.partial"):
         left.unlink()
     if not held:
-        journal.record({})
+        journal.record({}, {})
     return journal
 
 
@@ -257,7 +259,7 @@ def _write_shards(
 ) -> list[dict[str, Any]]:
     """Write what is not there yet; return all shards in their order."""
     total = sum(shard.size for shard in plan.shards)
-    finished = journal.finished(journal.path.parent)
+    finished, parts = journal.finished(journal.path.parent), journal.parts()
     done = 0
 
     def advance(size: int) -> None:
@@ -265,10 +267,11 @@ def _write_shards(
         done += size
         progress(min(done, total), total)
 
-    def finish(shard: OutputShard, writer: Writer) -> None:
+    def finish(shard: OutputShard, writer: Writer, repairs: Repairs) -> None:
         finished[shard.name] = writer.finish()
         tally.unchanged += _prove(shard, writer, maker, exact=settings.exact).unchanged
-        journal.record(finished)
+        parts[shard.name] = tally.about((output.name for output in shard.outputs), repairs)
+        journal.record(finished, parts)
 
     maker = ShardMaker(settings, tally)
     # A shard is brought to the disk and proven while the next one is computed.
@@ -276,16 +279,19 @@ def _write_shards(
         waiting: Future[None] | None = None
         for shard in plan.shards:
             if shard.name in finished:
+                tally.add(parts[shard.name])
                 advance(shard.size)
                 continue
+            before = replace(tally.repairs)
             writer = maker.write(shard, journal.path.parent / shard.name, advance)
+            repairs = tally.repairs.since(before)
             try:
                 if waiting is not None:
                     waiting.result()
             except BaseException:
                 writer.abandon()
                 raise
-            waiting = finisher.submit(finish, shard, writer)
+            waiting = finisher.submit(finish, shard, writer, repairs)
         if waiting is not None:
             waiting.result()
     progress(total, total)

@@ -59,6 +59,10 @@ class Repairs:
     float64: int = 0
     exact: int = 0
 
+    def since(self, before: Repairs) -> Repairs:
+        """Return how many more they are than they were."""
+        return Repairs(self.float64 - before.float64, self.exact - before.exact)
+
 
 def repair(
     factors: Factors,

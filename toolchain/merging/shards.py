@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,23 +29,13 @@ from toolchain.merging.outputs import Band, Output, OutputShard, Patch, Rows, St
 from toolchain.merging.repair import Factors, Repairs
 from toolchain.merging.rounding import F32, F64, round_once
 from toolchain.merging.stream import ARRAY_TYPES, Buffers, Files, Writer, as_bytes
+from toolchain.merging.tally import Tally
 
 BLOCK = 1 << 20
 """Elements per block on the CPU: repairs and hand-overs cost the less, the larger it is."""
 _COPY_BYTES = 1 << 20
 _AHEAD = 2
 """Blocks in flight per worker: enough that nobody waits, few enough to keep memory small."""
-
-
-@dataclass(slots=True)
-class Tally:
-    """What happened to the tensors, counted while they stream by."""
-
-    repairs: Repairs = field(default_factory=Repairs)
-    silent: dict[int, list[str]] = field(default_factory=dict)
-    """Adapter -> tensors that it adds nothing to, because a factor is all zero."""
-    unchanged: tuple[str, ...] = ()
-    """Tensors that are to be changed and have the base's bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -291,7 +291,16 @@ class Journal:
     def finished(self, root: Path) -> dict[str, dict[str, Any]]:
         """Return the finished shards that are still there, byte for byte."""
         shards: Mapping[str, dict[str, Any]] = (self._read() or {}).get("shards", {})
-        return {name: entry for name, entry in shards.items() if _matches(root / name, entry)}
+        parts = self.parts()
+        return {
+            name: entry
+            for name, entry in shards.items()
+            if name in parts and _matches(root / name, entry)
+        }
+
+    def parts(self) -> dict[str, dict[str, Any]]:
+        """Return what was counted in each shard (`Tally.about`)."""
+        return dict((self._read() or {}).get("parts", {}))
 
     def _read(self) -> dict[str, Any] | None:
         try:
@@ -300,9 +309,13 @@ class Journal:
             return None
         return kept if isinstance(kept, dict) and kept.get("key") == self.key else None
 
-    def record(self, shards: Mapping[str, Mapping[str, Any]]) -> None:
-        """Replace the journal with one that names these shards."""
-        text = json.dumps({"key": self.key, "shards": shards}, sort_keys=True)
+    def record(
+        self,
+        shards: Mapping[str, Mapping[str, Any]],
+        parts: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        """Replace the journal with one that names these shards, and what was counted in them."""
+        text = json.dumps({"key": self.key, "shards": shards, "parts": parts}, sort_keys=True)
         temporary = self.path.with_name(f"{self.path.name}.partial")
         temporary.write_text(text)
         temporary.replace(self.path)

@@ -17,7 +17,7 @@ from toolchain.merging.combining.changes import Combined, pair
 from toolchain.merging.combining.combination import KEEPABLE, Combination
 from toolchain.merging.combining.lowrank import Factors, concatenate, to_float32
 from toolchain.merging.combining.measure import terms_of
-from toolchain.merging.companions import write_file
+from toolchain.merging.companions import adapter_companions, write_file
 from toolchain.merging.mixture import Mixture
 from toolchain.merging.names import module_key
 from toolchain.merging.outputs import Band, Output, Term, bands
@@ -85,16 +85,19 @@ def keep_adapter(plan: MergePlan, combination: Combination, out: Path) -> dict[s
         raise
     finally:
         files.close()
-    config = write_file(out, "adapter_config.json", _config(plan, modules))
+    others, findings = adapter_companions(plan)
+    others["adapter_config.json"] = _config(plan, modules)
+    small = [write_file(out, name, data) for name, data in sorted(others.items())]
     return {
         "out": str(out),
         "tensors": {"merged": 2 * len(modules), "copied": 0, "replaced": 0},
         "tensor_bytes": {"merged": weights["size"], "copied": 0, "replaced": 0},
         "shards": [weights],
         "files": [
-            config,
+            *small,
             {"path": weights["file"], "size": weights["size"], "sha256": weights["sha256"]},
         ],
+        "findings": findings,
         "ranks": sorted({module.rank for module in modules}),
     }
 

@@ -87,6 +87,27 @@ def test_peft_loads_what_is_kept(
     assert all(torch.allclose(tensor, two[name], atol=1e-6) for name, tensor in one.items())
 
 
+def test_tokenizer_and_template_go_with_the_adapter(
+    pair: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    """As in a merge the last one's win, a tokenizer as a whole set."""
+    base, (one, two) = pair
+    own = {"tokenizer.json": "{}", "tokenizer_config.json": '{"eos_token": "</s>"}'}
+    for name, text in (own | {"vocab.json": "{}", "chat_template.jinja": "one"}).items():
+        (one / name).write_text(text)
+    for name, text in (own | {"generation_config.json": '{"eos_token_id": 3}'}).items():
+        (two / name).write_text(text)
+
+    result = run(base, [one, two], tmp_path / "kept", keep_adapter=True, method="cat")
+
+    names = {file.name for file in (tmp_path / "kept").iterdir()}
+    weights = {"adapter_config.json", "adapter_model.safetensors"}
+    assert names == weights | set(own) | {"generation_config.json", "chat_template.jinja"}
+    assert names == {file["path"] for file in result["files"]}
+    assert (tmp_path / "kept" / "chat_template.jinja").read_text() == "one"
+    assert any("taken from the adapter two" in finding for finding in result["findings"])
+
+
 def test_a_truncated_adapter_has_its_rank(pair: tuple[Path, list[Path]], tmp_path: Path) -> None:
     base, adapters = pair
     result = run(base, adapters, tmp_path / "kept", keep_adapter=True, method="svd", rank=3)
