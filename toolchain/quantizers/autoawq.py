@@ -17,8 +17,10 @@ from toolchain.quantizers.checkpoints import (
     group_option,
     group_size,
     peak_disk,
+    zero_point_option,
 )
 from toolchain.quantizers.clipping import best_clip
+from toolchain.quantizers.keeping import keep_option, kept_modules
 from toolchain.quantizers.packed import Layout, view_of
 from toolchain.quantizers.packed_check import check_checkpoint
 from toolchain.quantizers.quantizer import Quantizer, QuantizeRequest, Step
@@ -26,20 +28,23 @@ from toolchain.quantizers.running import BLOCK, blocks, encoder, python_step, re
 from toolchain.values import AWQ, Format, Json
 
 
-def options(_format: Format, wanted: Mapping[str, Json]) -> Mapping[str, Json]:
-    """Return the recipe's wishes that change the bytes; its kernels need a zero point."""
-    return {"group_size": group_option(wanted)}
+def options(format_: Format, wanted: Mapping[str, Json]) -> Mapping[str, Json]:
+    """Return the recipe's wishes that change the bytes; raises UsageError."""
+    zero_point_option(format_, wanted)
+    return {"group_size": group_option(wanted), "keep": keep_option(wanted)}
 
 
 def steps(request: QuantizeRequest) -> tuple[Step, ...]:
     """Return the one command: AutoAWQ, and our own writing of what it made."""
+    group, keep = _layout(request).group_size, request.options.get("keep", [])
     title = "quantizing to awq by AutoAWQ"
-    return (python_step(__name__, request, title, group_size=_layout(request).group_size),)
+    return (python_step(__name__, request, title, group_size=group, keep=keep),)
 
 
 def check(request: QuantizeRequest) -> Mapping[str, Json]:
     """Re-read the finished checkpoint against its original; raises CheckFailed."""
-    found = check_checkpoint(request.output, request.model, _layout(request))
+    keep = tuple(request.options.get("keep", ()))
+    found = check_checkpoint(request.output, request.model, _layout(request), keep)
     return {**found, "engine": "autoawq"}
 
 
@@ -68,14 +73,18 @@ def main() -> None:
         device_map="cuda" if gpu else "cpu",
         **({} if gpu else {"torch_dtype": torch.float32}),
     )
-    wanted = {"zero_point": True, "q_group_size": told["group_size"], "w_bit": 4, "version": "GEMM"}
+    kept = kept_modules(model, told["keep"])
+    wanted = {
+        "zero_point": True, "q_group_size": told["group_size"], "w_bit": 4, "version": "GEMM",
+        "modules_to_not_convert": kept or None,
+    }  # fmt: skip
     # Token lists, never longer than its samples: what is longer it silently leaves out.
     loaded.quantize(
         tokenizer, quant_config=wanted, calib_data=samples, max_calib_seq_len=BLOCK,
         max_calib_samples=len(samples), n_parallel_calib_samples=8,
     )  # fmt: skip
     loaded.save_quantized(str(raw), safetensors=True)
-    finish(model, raw, Path(told["out"]), awq_config(told["group_size"], zero_point=True))
+    finish(model, raw, Path(told["out"]), awq_config(told["group_size"], kept))
     shutil.rmtree(raw)
 
 

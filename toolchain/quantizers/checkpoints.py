@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,20 @@ def group_option(wanted: Mapping[str, Json]) -> Json:
     return size
 
 
+def zero_point_option(format_: Format, wanted: Mapping[str, Json]) -> None:
+    """Raise UsageError for AutoAWQ's layout without zero points, which no server's kernel reads.
+
+    vLLM 0.33 and SGLang 0.5 know 4 bits without a zero only with an offset of eight (`uint4b8`),
+    which that layout has not (query_marlin_supported_quant_types).
+    """
+    if wanted.get("zero_point", True) is False:
+        raise UsageError(
+            f"{format_.name} has zero points: servers read its layout with them alone",
+            hint="leave zero_point out; or choose gptq, which is symmetric, or awq-compressed, "
+            "which can be",
+        )
+
+
 def peak_disk(checkpoint_bytes: int, format_: Format) -> int:
     """Return the bytes at the worst moment: what the engine writes, and the finished folder.
 
@@ -166,9 +180,9 @@ def _as_before(made: Tensors, source: Tensors, name: str) -> Any:
     return made.array(name).astype(wanted)
 
 
-def awq_config(group: int, *, zero_point: bool) -> dict[str, Json]:
+def awq_config(group: int, kept: Sequence[str] = ()) -> dict[str, Json]:
     """Return the quantization_config of AutoAWQ's GEMM layout, as its readers know it."""
     return {
         "quant_method": "awq", "version": "gemm", "bits": 4, "group_size": group,
-        "zero_point": zero_point, "modules_to_not_convert": None,
+        "zero_point": True, "modules_to_not_convert": list(kept) or None,
     }  # fmt: skip

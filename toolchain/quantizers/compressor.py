@@ -1,4 +1,8 @@
-"""FP8 by llm-compressor, with a fixed scale of each matrix's inputs, measured on the text."""
+"""FP8 and 4 bits in compressed-tensors' layouts by llm-compressor, for vLLM.
+
+`fp8-static` has a fixed scale of each matrix's inputs, measured on the text; `awq-compressed` moves
+scales between layers as AWQ does and packs groups of inputs (the scheme W4A16_ASYM).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from toolchain.quantizers.checkpoints import check_config, finish, peak_disk
+from toolchain.quantizers.checkpoints import (
+    check_config,
+    check_group,
+    finish,
+    group_option,
+    group_size,
+    peak_disk,
+)
+from toolchain.quantizers.keeping import keep_option, kept_modules
 from toolchain.quantizers.packed import Layout, view_of
 from toolchain.quantizers.packed_check import check_checkpoint
 from toolchain.quantizers.quantizer import Quantizer, QuantizeRequest, Step
@@ -17,19 +29,59 @@ from toolchain.quantizers.running import blocks, encoder, python_step, read_sett
 from toolchain.values import Format, Json
 
 FP8_STATIC = Format(name="fp8-static", kind="fp8", bits_per_weight=8.0)
-LAYOUT = Layout(method="float-quantized", bits=8, group_size=0, symmetric=True)
+AWQ_COMPRESSED = Format(name="awq-compressed", kind="compressed-tensors", bits_per_weight=4.16)
+
+
+def options(format_: Format, wanted: Mapping[str, Json]) -> Mapping[str, Json]:
+    """Return the recipe's wishes that change a format's bytes."""
+    found: dict[str, Json] = {"keep": keep_option(wanted)}
+    if format_ == AWQ_COMPRESSED:
+        found |= {
+            "group_size": group_option(wanted),
+            "zero_point": bool(wanted.get("zero_point", True)),
+        }
+    return found
+
+
+def check_options(config: Mapping[str, Json], chosen: Mapping[str, Json]) -> None:
+    """Refuse, for the format that has groups, a size that does not divide every row."""
+    if "group_size" in chosen:
+        check_group(config, chosen)
 
 
 def steps(request: QuantizeRequest) -> tuple[Step, ...]:
     """Return the one command: llm-compressor, and our own writing of what it made."""
-    title = f"quantizing to {request.format.name} by llm-compressor"
-    return (python_step(__name__, request, title),)
+    layout = _layout(request)
+    return (
+        python_step(
+            __name__,
+            request,
+            f"quantizing to {request.format.name} by llm-compressor",
+            format=request.format.name,
+            keep=request.options.get("keep", []),
+            group_size=layout.group_size,
+            symmetric=layout.symmetric,
+        ),
+    )
 
 
 def check(request: QuantizeRequest) -> Mapping[str, Json]:
     """Re-read the finished checkpoint against its original; raises CheckFailed."""
-    found = check_checkpoint(request.output, request.model, LAYOUT)
+    keep = tuple(request.options.get("keep", ()))
+    found = check_checkpoint(request.output, request.model, _layout(request), keep)
     return {**found, "engine": "llm-compressor"}
+
+
+def _layout(request: QuantizeRequest) -> Layout:
+    if request.format == FP8_STATIC:
+        return Layout(method="float-quantized", bits=8, group_size=0, symmetric=True, inputs=True)
+    config = json.loads((request.model / "config.json").read_text("utf-8"))
+    return Layout(
+        method="pack-quantized",
+        bits=4,
+        group_size=group_size(config, request.options.get("group_size")),
+        symmetric=not request.options.get("zero_point", True),
+    )
 
 
 def main() -> None:
@@ -41,8 +93,6 @@ def main() -> None:
     transformers: Any = importlib.import_module("transformers")
     datasets: Any = importlib.import_module("datasets")
     library: Any = importlib.import_module("llmcompressor")
-    modifiers: Any = importlib.import_module("llmcompressor.modifiers.quantization")
-    modifier = modifiers.QuantizationModifier
     _leave_memory_unpinned(torch)
     gpu = torch.cuda.is_available()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
@@ -55,7 +105,7 @@ def main() -> None:
         model=network,
         tokenizer=tokenizer,
         dataset=datasets.Dataset.from_list(rows),
-        recipe=[modifier(scheme="FP8", targets="Linear", ignore=["lm_head"])],
+        recipe=_modifiers(told, ["lm_head", *kept_modules(model, told["keep"])]),
         max_seq_length=max(map(len, samples)),
         num_calibration_samples=len(samples),
     )
@@ -63,6 +113,27 @@ def main() -> None:
     saved = json.loads((raw / "config.json").read_text("utf-8"))["quantization_config"]
     finish(model, raw, out, saved)
     shutil.rmtree(raw)
+
+
+def _modifiers(told: Mapping[str, Json], ignored: list[str]) -> list[Any]:
+    """Return llm-compressor's recipe of a format."""
+    modifiers: Any = importlib.import_module("llmcompressor.modifiers.quantization")
+    if told["format"] == FP8_STATIC.name:
+        return [modifiers.QuantizationModifier(scheme="FP8", targets="Linear", ignore=ignored)]
+    awq: Any = importlib.import_module("llmcompressor.modifiers.transform.awq")
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "strategy": "group",
+        "group_size": told["group_size"],
+        "symmetric": told["symmetric"],
+        "dynamic": False,
+    }
+    group = {"targets": ["Linear"], "weights": weights}
+    return [
+        awq.AWQModifier(),
+        modifiers.QuantizationModifier(config_groups={"group_0": group}, ignore=ignored),
+    ]
 
 
 def _leave_memory_unpinned(torch: Any) -> None:
@@ -76,12 +147,14 @@ def _leave_memory_unpinned(torch: Any) -> None:
 QUANTIZER = Quantizer(
     name="compressor",
     builder="compressor",
-    formats=(FP8_STATIC,),
-    recipe_number=1,
+    formats=(FP8_STATIC, AWQ_COMPRESSED),
+    recipe_number=2,
     check_input=check_config,
     steps=steps,
     check=check,
     peak_disk=peak_disk,
+    options=options,
+    check_options=check_options,
     calibrated=lambda _format, _options: True,
     view=view_of,
 )

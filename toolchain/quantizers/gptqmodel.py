@@ -18,7 +18,9 @@ from toolchain.quantizers.checkpoints import (
     group_option,
     group_size,
     peak_disk,
+    zero_point_option,
 )
+from toolchain.quantizers.keeping import keep_option, kept_modules, negative_patterns
 from toolchain.quantizers.packed import Layout, view_of
 from toolchain.quantizers.packed_check import check_checkpoint
 from toolchain.quantizers.quantizer import Quantizer, QuantizeRequest, Step
@@ -31,8 +33,9 @@ AWQ = Format(name="awq-gptqmodel", kind="awq", bits_per_weight=4.16)
 
 def options(format_: Format, wanted: Mapping[str, Json]) -> Mapping[str, Json]:
     """Return the recipe's wishes that change these formats' bytes."""
-    found = {"group_size": group_option(wanted)}
-    return found | ({"zero_point": wanted.get("zero_point", True)} if format_ == AWQ else {})
+    if format_ == AWQ:
+        zero_point_option(format_, wanted)
+    return {"group_size": group_option(wanted), "keep": keep_option(wanted)}
 
 
 def steps(request: QuantizeRequest) -> tuple[Step, ...]:
@@ -43,14 +46,16 @@ def steps(request: QuantizeRequest) -> tuple[Step, ...]:
             request,
             f"quantizing to {request.format.name} by GPTQModel",
             method=request.format.kind,
-            layout=_told(_layout(request)),
+            group_size=_layout(request).group_size,
+            keep=request.options.get("keep", []),
         ),
     )
 
 
 def check(request: QuantizeRequest) -> Mapping[str, Json]:
     """Re-read the finished checkpoint against its original; raises CheckFailed."""
-    found = check_checkpoint(request.output, request.model, _layout(request))
+    keep = tuple(request.options.get("keep", ()))
+    found = check_checkpoint(request.output, request.model, _layout(request), keep)
     return {**found, "engine": "gptqmodel"}
 
 
@@ -61,36 +66,36 @@ def _layout(request: QuantizeRequest) -> Layout:
         method=method,
         bits=4,
         group_size=group_size(config, request.options.get("group_size")),
-        symmetric=method == "gptq" or not request.options.get("zero_point", True),
+        symmetric=method == "gptq",
     )
-
-
-def _told(layout: Layout) -> dict[str, Json]:
-    return {"group_size": layout.group_size, "symmetric": layout.symmetric}
 
 
 def main() -> None:
     """Run in the builder: quantize by the settings file that the command line names."""
     told = read_settings()
-    group, symmetric = int(told["layout"]["group_size"]), bool(told["layout"]["symmetric"])
+    group, keep = int(told["group_size"]), list(told["keep"])
     raw, out, model = Path(told["raw"]), Path(told["out"]), Path(told["model"])
     shutil.rmtree(raw, ignore_errors=True)
     # With fewer it stops on two cores: "requests 2 workers but parent only has 1".
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
-    _quantize(told["method"], model, raw, told["calibration"], group, symmetric=symmetric)
+    _quantize(told["method"], model, raw, told["calibration"], group, keep)
+    kept = kept_modules(model, keep)
     if told["method"] == "awq":
-        quantization = awq_config(group, zero_point=not symmetric)
+        quantization = awq_config(group, kept)
     else:
         quantization = {
             "quant_method": "gptq", "bits": 4, "group_size": group, "sym": True,
             "desc_act": False, "lm_head": False, "checkpoint_format": "gptq",
         }  # fmt: skip
+        if kept:  # vLLM and SGLang read the first, TGI the second
+            quantization["dynamic"] = negative_patterns(keep)
+            quantization["modules_to_not_convert"] = kept
     finish(model, raw, out, quantization)
     shutil.rmtree(raw)
 
 
 def _quantize(
-    method: str, model: Path, raw: Path, calibration: str, group: int, *, symmetric: bool
+    method: str, model: Path, raw: Path, calibration: str, group: int, keep: list[str]
 ) -> None:
     torch: Any = importlib.import_module("torch")
     transformers: Any = importlib.import_module("transformers")
@@ -102,16 +107,19 @@ def _quantize(
         for ids in blocks(texts(calibration), encoder(tokenizer))
     ]
     gpu = torch.cuda.is_available()
+    dynamic = negative_patterns(keep) or None
     if method == "awq":
         wanted = configs.AWQConfig(
-            bits=4, group_size=group, format=configs.FORMAT.GEMM, sym=symmetric
+            bits=4, group_size=group, format=configs.FORMAT.GEMM, sym=False, dynamic=dynamic
         )
         backend = library.BACKEND.AUTO if gpu else library.BACKEND.AWQ_TORCH
         # 16-bit arithmetic is emulated on most CPUs; the kernel that packs takes any type.
         kernel = importlib.import_module("gptqmodel.nn_modules.qlinear.torch_awq").AwqTorchLinear
         kernel.SUPPORTS_DTYPES = [*kernel.SUPPORTS_DTYPES, torch.float32]
     else:
-        wanted = configs.GPTQConfig(bits=4, group_size=group, desc_act=False, sym=True)
+        wanted = configs.GPTQConfig(
+            bits=4, group_size=group, desc_act=False, sym=True, dynamic=dynamic
+        )
         backend = library.BACKEND.AUTO if gpu else library.BACKEND.GPTQ_TORCH
     wanted.device = "cuda" if gpu else "cpu"
     wanted.pack_impl = "original"  # the others compile a C++ extension each time
@@ -127,7 +135,7 @@ QUANTIZER = Quantizer(
     name="gptqmodel",
     builder="gptqmodel",
     formats=(AWQ, GPTQ),
-    recipe_number=4,
+    recipe_number=5,
     check_input=check_grouped,
     steps=steps,
     check=check,

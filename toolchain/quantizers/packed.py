@@ -40,6 +40,8 @@ class Layout:
     group_size: int
     """Inputs that share a scale; 0 for a whole row."""
     symmetric: bool
+    inputs: bool = False
+    """Whether each module has a fixed scale of its inputs."""
 
     @property
     def marker(self) -> str:
@@ -65,6 +67,7 @@ def layout_of(config: Mapping[str, Json]) -> Layout:
             bits=int(weights["num_bits"]),
             group_size=int(weights.get("group_size") or 0),
             symmetric=bool(weights["symmetric"]),
+            inputs=(group.get("input_activations") or {}).get("dynamic") is False,
         )
     raise CheckFailed(
         f"config.json says quant_method {method!r}, which is none that is made here",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import CheckFailed
 from toolchain.quantizers.checkpoints import LINEAR
+from toolchain.quantizers.keeping import is_kept
 from toolchain.quantizers.packed import PARTS, Layout, PackedView
 from toolchain.quantizers.tensors import Tensors
 from toolchain.values import Json
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 # matrix gives 1, one in another order more.
 _MOST_ERROR = {4: 0.45, 8: 0.05}
 _MOST_CLIPPED = 0.75
+_MOST_KEPT = 0.01
+"""Of a matrix kept in 16 bits, after the best scales: rounding to bfloat16 is 0.002."""
 _GAINS, _MOST_OFF = (0.4, 1.6), 0.05
 """What clipping leaves of an output, and the share of outputs that may be beyond."""
 _MAY_RESCALE = frozenset({"awq", "pack-quantized"})
@@ -30,19 +33,19 @@ _AGAIN = "quantize it again; if it happens twice, choose another format"
 
 
 def check_checkpoint(
-    folder: Path, model: Path, wanted: Layout, ignored: tuple[str, ...] = ()
+    folder: Path, model: Path, wanted: Layout, keep: tuple[str, ...] = ()
 ) -> Mapping[str, Json]:
     """Return what the report says of a quantized checkpoint; raises CheckFailed if it is off.
 
     Checked by our own reading: the layout is the wanted one; every matrix of the decoder's layers
-    but those `ignored` is quantized and nothing else; scales are finite and positive; each matrix
+    but those to `keep` is quantized and nothing else; scales are finite and positive; each matrix
     is near the checkpoint's; the rest is finite and of the checkpoint's names; it is smaller.
     """
     view, source = PackedView(folder), Tensors(model)
     if view.layout != wanted:
         raise CheckFailed(f"{folder.name} is stored as {view.layout}, wanted was {wanted}")
     linear = {n.removesuffix(".weight") for n in source.names if LINEAR.search(n)}
-    expected = {n for n in linear if not n.endswith(ignored)} if ignored else linear
+    expected = {n for n in linear if not is_kept(n, keep)}
     if view.modules != expected:
         odd = min(view.modules ^ expected)
         what = "is quantized and should not be" if odd in view.modules else "is left unquantized"
@@ -55,7 +58,7 @@ def check_checkpoint(
         _check_scales(view, module)
         errors[module] = _check_near(view, source, module, wanted)
     for name in sorted(view.names - {f"{m}.weight" for m in view.modules}):
-        _check_rest(view, source, name)
+        _check_rest(view, source, name, wanted)
     stored = sum(view.tensors.info(n).size for n in view.tensors.names if n.endswith(PARTS))
     stored += sum(
         view.tensors.info(f"{m}.weight").size
@@ -95,6 +98,10 @@ def _check_scales(view: PackedView, module: str) -> None:
     scales = view.tensors.f32(module + end)
     if not bool(np.isfinite(scales).all()) or bool((scales <= 0).any()):
         raise CheckFailed(f"{module} has scales that are not positive numbers", hint=_AGAIN)
+    if view.layout.inputs:
+        fixed = view.tensors.f32(f"{module}.input_scale")
+        if fixed.size != 1 or not bool(np.isfinite(fixed).all()) or float(fixed.min()) <= 0:
+            raise CheckFailed(f"{module} has no scale of its inputs that is positive", hint=_AGAIN)
     if view.layout.group_size and view.layout.method != "pack-quantized":
         rows = scales.shape[0]
         inputs = view.tensors.info(f"{module}.qweight").shape[0]
@@ -169,7 +176,7 @@ def rescaled(
     return np.asarray(near, np.float32)
 
 
-def _check_rest(view: PackedView, source: Tensors, name: str) -> None:
+def _check_rest(view: PackedView, source: Tensors, name: str, layout: Layout) -> None:
     import numpy as np
 
     found: Any = view.tensors.info(name)
@@ -178,11 +185,21 @@ def _check_rest(view: PackedView, source: Tensors, name: str) -> None:
         raise CheckFailed(f"{name} is {found.dtype} {found.shape}, not as before", hint=_AGAIN)
     if not bool(np.isfinite(view.tensors.f32(name)).all()):
         raise CheckFailed(f"{name} has weights that are not numbers", hint=_AGAIN)
-    # AWQ moves scales into the norms; embeddings and head are nobody's to change.
-    if "norm" not in name and not name.endswith(".bias"):
-        same = bool((view.tensors.array(name) == source.array(name)).all())
-        if not same and not LINEAR.search(name):
-            raise CheckFailed(f"{name} was changed and should not be", hint=_AGAIN)
+    # AWQ moves scales into norms, biases and the matrices that are kept; nobody's to change are
+    # embeddings and head, and of the other engines nothing.
+    if bool((view.tensors.array(name) == source.array(name)).all()):
+        return
+    may = layout.method in _MAY_RESCALE
+    if may and ("norm" in name or name.endswith(".bias")):
+        return
+    if may and LINEAR.search(name):
+        before, after = source.f32(name), view.tensors.f32(name)
+        before = rescaled(
+            before, after, outputs=name.removesuffix(".weight").endswith(_BEFORE_A_MATRIX)
+        )
+        if float(np.linalg.norm(after - before)) <= _MOST_KEPT * float(np.linalg.norm(before)):
+            return
+    raise CheckFailed(f"{name} was changed and should not be", hint=_AGAIN)
 
 
 def _check_size(bits: float, view: PackedView, source: Tensors, wanted: Layout) -> None:

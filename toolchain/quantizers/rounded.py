@@ -18,6 +18,7 @@ from toolchain.quantizers.checkpoints import (
     peak_disk,
     write_companions,
 )
+from toolchain.quantizers.keeping import keep_option, kept_modules
 from toolchain.quantizers.packed import Layout, view_of
 from toolchain.quantizers.packed_check import check_checkpoint
 from toolchain.quantizers.quantizer import Quantizer, QuantizeRequest, Step
@@ -39,7 +40,7 @@ _LAYOUTS = {"fp8": "float-quantized", "w8a8": "int-quantized"}
 
 def options(_format: Format, wanted: Mapping[str, Json]) -> Mapping[str, Json]:
     """Return the recipe's wishes that change the bytes."""
-    return {"keep": sorted(wanted.get("keep") or ())}
+    return {"keep": keep_option(wanted)}
 
 
 def steps(request: QuantizeRequest) -> tuple[Step, ...]:
@@ -100,17 +101,13 @@ def main() -> None:
     """Run in the builder: round by the settings file that the command line names."""
     told = read_settings()
     method, model, out = told["method"], Path(told["model"]), Path(told["out"])
-    source, keep = Tensors(model), tuple(told["keep"])
+    source, ignored = Tensors(model), kept_modules(model, told["keep"])
     outputs: list[Output] = []
-    ignored = []
     for name in sorted(source.names):
         info = source.info(name)
-        module = name.removesuffix(".weight")
-        if LINEAR.search(name) and not module.endswith(keep or ("\0",)):
+        if LINEAR.search(name) and name.removesuffix(".weight") not in ignored:
             outputs += _quantized(source, name, method)
             continue
-        if LINEAR.search(name):
-            ignored.append(module)
         outputs.append(Output(name, info.dtype, info.shape, partial(source.array, name)))
     write_checkpoint(out, outputs)
     write_companions(model, out, quantization(method, ignored))

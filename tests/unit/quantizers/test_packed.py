@@ -118,7 +118,7 @@ def made(request: pytest.FixtureRequest, model: Path, tmp_path: Path) -> tuple[P
     out.mkdir()
     if request.param == "awq":
         save_awq(model, raw)
-        finish(model, raw, out, awq_config(GROUP, zero_point=True))
+        finish(model, raw, out, awq_config(GROUP))
         return out, AWQ_LAYOUT
     save_gptq(model, raw)
     finish(model, raw, out, GPTQ_CONFIG)
@@ -260,7 +260,7 @@ def test_scales_moved_between_layers_are_no_fault(model: Path, tmp_path: Path) -
     raw, out = tmp_path / "raw", tmp_path / "out"
     out.mkdir()
     save_awq(moved, raw)
-    finish(model, raw, out, awq_config(GROUP, zero_point=True))
+    finish(model, raw, out, awq_config(GROUP))
     assert check_checkpoint(out, model, AWQ_LAYOUT)["weight_error"] < 0.25
 
 
