@@ -13,6 +13,7 @@ from toolchain.errors import UsageError
 from toolchain.planning import (
     Trialed,
     can_make,
+    check_format,
     disk_peak,
     estimated_bytes,
     probes,
@@ -77,6 +78,7 @@ def forecast(
         weight = artifact.weight_bytes if artifact else 0
         weight = weight or estimated_bytes(weights, target.format, shape)
         plans[target.name] = _serving_plan(file, target, sources, weight)
+        check_format(target, wanted, shape, str(plans[target.name]["device"]))
         rows.append(_publish_row(target, artifact, weight))
     todo = [row for row in rows if not row["cached"]]
     return {

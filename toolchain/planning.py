@@ -26,7 +26,7 @@ from toolchain.serving.targets import Target
 from toolchain.stages import merge as merging
 from toolchain.stages import quantize as quantizing
 from toolchain.stages.publish import Outputs
-from toolchain.stages.quantize import model_config, serving_config_of
+from toolchain.stages.quantize import Wanted, model_config, serving_config_of
 from toolchain.stages.render import render
 from toolchain.stages.unmerged import served_adapters
 from toolchain.values import (
@@ -262,10 +262,8 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
             made_from=(),
             adapters=adapters,
         )
-        check_support(target.engine.name, target.format, str(planned.plan["device"]))
-        if target.format.packed:
-            wanted = wanted_of(request.file, target.format, sources.base, tools)
-            check_model(wanted, config)
+        wanted = wanted_of(request.file, target.format, sources.base, tools)
+        check_format(target, wanted, config, str(planned.plan["device"]))
     if any(target.format.packed for target in request.targets):
         say_texts(request.file, tools.progress)
     if not everything_cached(request, sources, tools):
@@ -277,6 +275,16 @@ def sources_to_merge(targets: Sequence[Target], sources: Sources) -> Sources:
     """Return the sources as they are merged: without adapters where every target serves them."""
     served = all(target.format == LORA for target in targets)
     return replace(sources, adapters=()) if served else sources
+
+
+def check_format(target: Target, wanted: Wanted, config: Mapping[str, Json], device: str) -> None:
+    """Raise InputRefused for a format that the engine cannot load there, or nobody makes of it.
+
+    From the table of what engines load and config.json alone.
+    """
+    check_support(target.engine.name, target.format, device)
+    if target.format.packed and can_make(target.format):
+        check_model(wanted, config)
 
 
 def unmerged_adapters(

@@ -187,11 +187,14 @@ class Quantize(_Part):
         "every row.",
     )
     zero_point: bool = Field(
-        True, description="Whether AWQ's groups have a zero of their own (asymmetric)."
+        True,
+        description="Whether groups have a zero of their own (asymmetric); `false` is for "
+        "awq-compressed, since servers read AWQ's own layout with zeros alone.",
     )
     keep: tuple[str, ...] = Field(
         (),
-        description="Ends of module names that stay in 16 bits in fp8 and w8a8: `[down_proj]`.",
+        description="Ends of the names of matrices that stay in 16 bits in checkpoints, such as "
+        "`[down_proj, layers.0.mlp.gate_proj, layers.0.mlp.up_proj]`; lm_head always does.",
     )
 
 

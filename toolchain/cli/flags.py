@@ -30,6 +30,7 @@ FLAGS = {
     "json": "print one JSON object on standard output and nothing else there",
     "key": "public key in PEM form, such as cosign.pub",
     "keep": "size that the store may keep, such as 20GiB",
+    "keep_module": "end of the names of matrices to keep in 16 bits, such as down_proj; repeatable",
     "keep_adapter": "write the combined adapter into this folder instead of merging it",
     "kind": "image (serves), modelcar (KServe's: a shell and /models) or volume (/models alone)",
     "layout": "write an OCI layout into this folder",
@@ -81,5 +82,6 @@ FLAGS = {
     "tokenizer": "tokenizer folder, for tasks that compare likelihoods",
     "training": "JSON Lines that the adapter was trained on: questions in it are told",
     "url": "address of an OpenAI-compatible server",
+    "zero_point": "groups of awq-compressed have a zero of their own; --no-zero-point: symmetric",
     "weights": "one factor per adapter, such as 0.7,0.3",
 }

@@ -121,7 +121,7 @@ def _verdict(merged: str, result: Mapping[str, Json]) -> str:
     return "\n".join(lines)
 
 
-@command(many=("tensor_type",))
+@command(many=("tensor_type", "keep_module"))
 def quantize(
     _context: object,
     *,
@@ -131,6 +131,8 @@ def quantize(
     calibration: str = "",
     imatrix: str = "",
     group_size: int = 0,
+    zero_point: bool = True,
+    keep_module: Sequence[str] = (),
     tensor_type: Sequence[str] = (),
     split_max_size: str = "",
     allow_low_bits: bool = False,
@@ -152,6 +154,8 @@ def quantize(
             "allow_low_bits": allow_low_bits,
             "split_max_size": split_max_size,
             **({"group_size": group_size} if group_size else {}),
+            **({} if zero_point else {"zero_point": False}),
+            "keep": tuple(keep_module),
             "tensor_types": dict(pair.partition("=")[::2] for pair in tensor_type),
         }
     )

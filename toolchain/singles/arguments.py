@@ -67,10 +67,14 @@ def serve_wishes(flags: Mapping[str, Any], settings: Sequence[str]) -> Wishes:
 
 
 def quantize_wishes(flags: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the recipe's `quantize` keys from flags; raises UsageError."""
-    given = {key: value for key, value in flags.items() if value}
+    """Return those of the recipe's `quantize` keys that flags give; raises UsageError."""
+    given = {key: value for key, value in flags.items() if value or value is False}
+    given = {
+        key: value for key, value in given.items() if (key, value) != ("allow_low_bits", False)
+    }
     skeleton = {"name": "x", "base": {"source": "x"}, "quantize": given}
-    return check_recipe(skeleton, "the command line").quantize.model_dump()
+    found = check_recipe(skeleton, "the command line").quantize.model_dump()
+    return {key: found[key] for key in given}
 
 
 def new_folder(path: Path, what: str) -> Path:

