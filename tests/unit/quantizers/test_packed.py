@@ -226,16 +226,62 @@ def test_a_broken_quantization_is_caught(
         check_checkpoint(folder, model, layout)
 
 
-def test_a_matrix_left_in_sixteen_bits_is_caught(made: tuple[Path, Layout], model: Path) -> None:
-    folder, layout = made
+def put_back(folder: Path, model: Path, factor: float = 1.0) -> None:
+    """Store FIRST in 16 bits again, with each input scaled by up to `factor`."""
     original = load_file(model / "model.safetensors")[FIRST + ".weight"]
+    scale = torch.linspace(1, factor, HIDDEN)
 
-    def put_back(tensors) -> None:
+    def change(tensors) -> None:
         for end in (".qweight", ".qzeros", ".scales"):
             del tensors[FIRST + end]
-        tensors[FIRST + ".weight"] = original
+        tensors[FIRST + ".weight"] = (original.float() * scale).to(torch.bfloat16)
 
-    broken(folder, put_back)
+    broken(folder, change)
+
+
+KEPT = ("layers.0.mlp.up_proj",)
+
+
+def test_a_matrix_that_is_kept_is_the_checkpoint_s(made: tuple[Path, Layout], model: Path) -> None:
+    folder, layout = made
+    put_back(folder, model)
+    assert check_checkpoint(folder, model, layout, KEPT)["quantized"] == 7
+
+
+def test_of_a_kept_matrix_awq_alone_may_scale_inputs(
+    made: tuple[Path, Layout], model: Path
+) -> None:
+    folder, layout = made
+    put_back(folder, model, factor=3)
+    if layout.method == "awq":
+        assert check_checkpoint(folder, model, layout, KEPT)["quantized"] == 7
+        return
+    with pytest.raises(CheckFailed, match=r"up_proj\.weight was changed"):
+        check_checkpoint(folder, model, layout, KEPT)
+
+
+def test_a_kept_matrix_of_another_order_is_caught(made: tuple[Path, Layout], model: Path) -> None:
+    folder, layout = made
+    put_back(folder, model)
+    broken(
+        folder,
+        lambda tensors: tensors.update(
+            {FIRST + ".weight": tensors[FIRST + ".weight"].flip(0).contiguous()}
+        ),
+    )
+    with pytest.raises(CheckFailed, match=r"up_proj\.weight was changed"):
+        check_checkpoint(folder, model, layout, KEPT)
+
+
+def test_a_kept_matrix_that_is_quantized_is_caught(made: tuple[Path, Layout], model: Path) -> None:
+    folder, layout = made
+    with pytest.raises(CheckFailed, match="is quantized and should not be"):
+        check_checkpoint(folder, model, layout, KEPT)
+
+
+def test_a_matrix_left_in_sixteen_bits_is_caught(made: tuple[Path, Layout], model: Path) -> None:
+    folder, layout = made
+    put_back(folder, model)
     with pytest.raises(CheckFailed, match="left unquantized"):
         check_checkpoint(folder, model, layout)
 

@@ -1,0 +1,154 @@
+"""`quantize`, `plan` and `build` refuse what cannot be quantized before any work starts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+TINY = ROOT / "examples" / "tiny"
+TEXTS = TINY / "calibration.jsonl"
+WORK = ("quantize: ", "  quantizing to", "  converting to", "  rounding to", "making the builder")
+"""What the first long steps say."""
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return shutil.copytree(TINY / "base", tmp_path / "model")
+
+
+def changed(model: Path, **config: object) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+
+
+def command(*words: object) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "toolchain.cli.program", *map(str, words)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def refused(
+    model: Path, tmp_path: Path, *words: object, expect: int = 3, calibration: Path = TEXTS
+) -> str:
+    out = tmp_path / "out"
+    done = command(
+        "quantize",
+        "--model",
+        model,
+        "--out",
+        out,
+        "--runner",
+        "local",
+        "--calibration",
+        calibration,
+        *words,
+    )
+    assert done.returncode == expect, done.stderr
+    assert not any(word in done.stderr for word in WORK), done.stderr
+    assert "hint: " in done.stderr
+    assert (
+        sorted(path.name for path in tmp_path.iterdir() if path.name.startswith((".out", "out")))
+        == []
+    )
+    return done.stderr
+
+
+@pytest.mark.parametrize("format_", ["q4_k_m", "awq", "gptq", "fp8", "awq-compressed"])
+def test_an_architecture_that_a_quantizer_does_not_know(model, tmp_path, format_) -> None:
+    changed(model, architectures=["PerceiverForCausalLM"])
+
+    assert "PerceiverForCausalLM" in refused(model, tmp_path, "--format", format_)
+
+
+@pytest.mark.parametrize("format_", ["q8_0", "awq", "w8a8"])
+def test_a_checkpoint_that_is_quantized_already(model, tmp_path, format_) -> None:
+    changed(model, quantization_config={"quant_method": "gptq", "bits": 4})
+
+    said = refused(model, tmp_path, "--format", format_)
+    assert "already quantized (gptq)" in said
+    assert "16-bit checkpoint" in said
+
+
+@pytest.mark.parametrize("format_", ["awq", "gptq", "awq-compressed"])
+def test_rows_that_no_group_divides(model, tmp_path, format_) -> None:
+    changed(model, intermediate_size=200)
+
+    said = refused(model, tmp_path, "--format", format_)
+    assert "32 inputs does not divide the 200 inputs of down_proj" in said
+    assert "fp8 or w8a8" in said
+
+
+def test_a_group_that_does_not_divide_names_the_nearest_that_does(model, tmp_path) -> None:
+    changed(model, intermediate_size=576)
+
+    said = refused(model, tmp_path, "--format", "gptq", "--group-size", 128)
+    assert "128 inputs does not divide the 576 inputs of down_proj" in said
+    assert "--group-size 64" in said
+
+
+@pytest.mark.parametrize("format_", ["q4_k_m", "gptq", "fp8"])
+@pytest.mark.parametrize(
+    ("raw", "says"), [(b"", "gives 0 texts of 0 characters"), (b'{"text": "\xff"}', "is not UTF-8")]
+)
+def test_calibration_that_is_empty_or_no_text(model, tmp_path, format_, raw, says) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_bytes(raw)
+
+    assert says in refused(model, tmp_path, "--format", format_, calibration=texts)
+
+
+def test_the_importance_matrix_of_another_model(model, tmp_path) -> None:
+    name = b"blk.0.attn_q.weight"
+    matrix = tmp_path / "m.dat"
+    matrix.write_bytes(
+        struct.pack("<i", 1)
+        + struct.pack("<i", len(name))
+        + name
+        + struct.pack("<ii", 5, 8)
+        + bytes(32)
+    )
+
+    said = refused(model, tmp_path, "--format", "q4_k_m", "--imatrix", matrix)
+    assert "importance matrix of another model" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--format", "q4_k_m", "--group-size", 32), "q4_k_m has no group size"),
+        (("--format", "fp8", "--group-size", 32), "it is for awq, awq-compressed, "),
+        (("--format", "awq", "--no-zero-point"), "it is for awq-compressed"),
+        (("--format", "q4_0", "--keep-module", "down_proj"), "q4_0 has no keep"),
+        (("--format", "awq", "--group-size", 48), "32, 64 or 128"),
+        (("--format", "gptq", "--keep-module", "q_proj"), "without k_proj, v_proj"),
+        (("--format", "fp8", "--keep-module", "proj"), "is not the end of a matrix's name"),
+    ],
+)
+def test_a_wish_that_a_format_cannot_have(model, tmp_path, words, says) -> None:
+    assert says in refused(model, tmp_path, *words, expect=2)
+
+
+@pytest.mark.parametrize("name", ["plan", "build"])
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (("--target", "sglang-fp8", "--gpu", "nvidia-t4"), 3, "needs compute capability 8.0"),
+        (("--target", "vllm-awq", "--set", "quantize.zero_point=false"), 2, "has zero points"),
+        (("--target", "vllm-gptq", "--set", "quantize.keep=[up_proj]"), 2, "without gate_proj"),
+    ],
+)
+def test_a_build_s_targets_are_refused_by_its_plan_too(name, words, code, says, tmp_path) -> None:
+    done = command(name, "--recipe", TINY, "--runner", "local", "--dist", tmp_path, *words)
+
+    assert (done.returncode, says in done.stderr) == (code, True), done.stderr
+    assert not any(word in done.stderr for word in WORK), done.stderr
