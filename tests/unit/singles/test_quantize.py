@@ -98,7 +98,7 @@ def test_a_group_that_does_not_divide_names_the_nearest_that_does(model, tmp_pat
 
 @pytest.mark.parametrize("format_", ["q4_k_m", "gptq", "fp8"])
 @pytest.mark.parametrize(
-    ("raw", "says"), [(b"", "gives 0 texts of 0 characters"), (b'{"text": "\xff"}', "is not UTF-8")]
+    ("raw", "says"), [(b"", "gives no text to calibrate on"), (b'{"text": "\xff"}', "is not UTF-8")]
 )
 def test_calibration_that_is_empty_or_no_text(model, tmp_path, format_, raw, says) -> None:
     texts = tmp_path / "texts.jsonl"
@@ -125,10 +125,11 @@ def test_the_importance_matrix_of_another_model(model, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("--format", "q4_k_m", "--group-size", 32), "q4_k_m has no group size"),
-        (("--format", "fp8", "--group-size", 32), "it is for awq, awq-compressed, "),
-        (("--format", "awq", "--no-zero-point"), "it is for awq-compressed"),
-        (("--format", "q4_0", "--keep-module", "down_proj"), "q4_0 has no keep"),
+        (("--format", "q4_k_m", "--group-size", 32), "--group-size means nothing to q4_k_m"),
+        (("--format", "fp8", "--group-size", 32), "--group-size means nothing to fp8"),
+        (("--format", "awq", "--no-zero-point"), "awq has zero points"),
+        (("--format", "gptq", "--no-zero-point"), "--no-zero-point means nothing to gptq"),
+        (("--format", "q4_0", "--keep-module", "down_proj"), "--keep-module means nothing to q4_0"),
         (("--format", "awq", "--group-size", 48), "32, 64 or 128"),
         (("--format", "gptq", "--keep-module", "q_proj"), "without k_proj, v_proj"),
         (("--format", "fp8", "--keep-module", "proj"), "is not the end of a matrix's name"),
