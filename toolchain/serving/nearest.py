@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from toolchain.serving.engine import ServingPlan
 from toolchain.serving.gpus import GPUS
 from toolchain.serving.machine import can_split
 from toolchain.serving.memory import human
+from toolchain.serving.paged_case import Case
 from toolchain.values import Json
-
-if TYPE_CHECKING:
-    from toolchain.serving.engine import ServingPlan
-    from toolchain.serving.paged_plan import Case
 
 _MOST_GPUS = 16
 _FOUR_BITS = 4.25

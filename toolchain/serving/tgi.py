@@ -12,7 +12,8 @@ from toolchain.serving.engine import Engine, EngineBase, ServingPlan, Wishes
 from toolchain.serving.machine import Machine
 from toolchain.serving.model import ModelShape
 from toolchain.serving.options import OptionList, load_options
-from toolchain.serving.paged_plan import Case, Rules, Switches, plan_paged
+from toolchain.serving.paged_case import Case, Rules, Switches
+from toolchain.serving.paged_plan import plan_paged
 from toolchain.values import Json
 
 GPU_IMAGE = "ghcr.io/huggingface/text-generation-inference:3.3.5"

@@ -11,7 +11,8 @@ from toolchain.errors import UsageError
 from toolchain.serving.engine import Engine, EngineBase, ServingPlan, Wishes
 from toolchain.serving.machine import Machine
 from toolchain.serving.options import OptionList, load_options
-from toolchain.serving.paged_plan import Rules, Switches, plan_paged
+from toolchain.serving.paged_case import Rules, Switches
+from toolchain.serving.paged_plan import plan_paged
 from toolchain.values import Json
 
 GPU_IMAGE = "nvcr.io/nvidia/tensorrt-llm/release:1.1.0"

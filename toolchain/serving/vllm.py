@@ -14,7 +14,8 @@ from toolchain.serving.machine import Machine
 from toolchain.serving.memory import GIB
 from toolchain.serving.model import ModelShape
 from toolchain.serving.options import OptionList, load_options
-from toolchain.serving.paged_plan import Case, Rules, Switches, plan_paged
+from toolchain.serving.paged_case import Case, Rules, Switches
+from toolchain.serving.paged_plan import plan_paged
 from toolchain.serving.vllm_packing import check_packing
 from toolchain.values import Json
 
