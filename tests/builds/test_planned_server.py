@@ -2,36 +2,19 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
 
+from tests.fakes.started import at_once, free_port, started, weightsmith
 from toolchain.drivers.toolset import toolset_folder
 from toolchain.serving.memory import padded
 from toolchain.wiring import cache_folder
 
-ROOT = Path(__file__).parents[2]
-TINY = ROOT / "examples" / "tiny" / "base"
+TINY = Path(__file__).parents[2] / "examples" / "tiny" / "base"
 LENGTH, REQUESTS, ANSWER = 500, 6, 16
 pytestmark = pytest.mark.builders
-
-
-def weightsmith(*words: object) -> dict:
-    done = subprocess.run(
-        [sys.executable, "-m", "toolchain.cli.program", *map(str, words), "--json"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +39,7 @@ def planned(tmp_path_factory) -> tuple[Path, dict]:
 def server(planned, tmp_path_factory):
     """The server, started with the rendered environment and nothing else."""
     gguf, config = planned
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     moved = {
         "LLAMA_ARG_MODEL": str(gguf),
         "LLAMA_ARG_HOST": "127.0.0.1",
@@ -68,32 +49,9 @@ def server(planned, tmp_path_factory):
     assert set(moved) - {"LLAMA_ARG_THREADS"} <= set(config["env"])
     program = toolset_folder(cache_folder(), "llamacpp") / "app" / "llama-server"
     log = tmp_path_factory.mktemp("log") / "server.log"
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            [program, *config["command"]],
-            env={"PATH": os.environ["PATH"], **config["env"], **moved},
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as client:
-            wait(client, process, log)
-            yield client
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def wait(client, process, log) -> None:
-    for _ in range(600):
-        assert process.poll() is None, log.read_text()[-3000:]
-        try:
-            if client.get("/health").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.1)
-    raise AssertionError(log.read_text()[-3000:])
+    environment = {"PATH": os.environ["PATH"], **config["env"], **moved}
+    with started([program, *config["command"]], environment, port, log) as client:
+        yield client
 
 
 def test_it_reports_the_planned_context_and_slots(server, planned):
@@ -114,8 +72,7 @@ def test_all_its_requests_run_at_once_at_full_length(server):
         body = {"prompt": own, "n_predict": ANSWER, "ignore_eos": True, "temperature": 0}
         return server.post("/completion", json=body)
 
-    with ThreadPoolExecutor(REQUESTS) as pool:
-        answers = list(pool.map(ask, range(REQUESTS)))
+    answers = at_once(ask, REQUESTS)
 
     assert [answer.status_code for answer in answers] == [200] * REQUESTS
     for answer in answers:

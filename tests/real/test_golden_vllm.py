@@ -30,6 +30,11 @@ def cases():
     for name, (which, target, wishes) in RENDERS.items():
         if target.startswith("vllm"):
             yield name, which, target, wishes
+    small = {"host_memory_bytes": 8 << 30, "max_model_len": 2048, "max_num_seqs": 4}
+    off = {"gpu": "nvidia-l4", "extra": {"enable_prefix_caching": False}}
+    packed = {"gpu": "nvidia-l4", "kv_cache_dtype": "fp8"}
+    for number, wishes in enumerate((off, packed, {**small, "kv_cache_dtype": "auto"})):
+        yield f"wish {number}", "llama-3-8b" if "gpu" in wishes else "qwen3-8b", "vllm-awq", wishes
     for which in MODELS:
         for target in (t for t in PACKED.get(which, TARGETS) if t.startswith("vllm")):
             for machine, (gpu, count) in {**MACHINES, "8 x H200": (H200, 8)}.items():
@@ -59,7 +64,9 @@ def answers(tmp_path_factory):
             continue
         path = root / f"{len(lines)}.yaml"
         path.write_text(config.files["vllm.yaml"])
-        settings = yaml.safe_load(config.files["vllm.yaml"])
+        # What is off is said twice, the second time for `vllm serve` alone.
+        said = yaml.safe_load(config.files["vllm.yaml"])
+        settings = {key: value for key, value in said.items() if not key.startswith("no-")}
         plan = config.plan
         asked = {
             "config": str(path),

@@ -1,4 +1,4 @@
-"""vLLM itself reads what is rendered for it, has the planned cache, and serves all of it at once.
+"""A vLLM that was planned for N requests of L tokens has the planned cache, and serves them so.
 
 Needs a vLLM for CPUs: the program that WEIGHTSMITH_VLLM names, else `vllm` on the PATH.
 """
@@ -8,19 +8,15 @@ import math
 import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[2]
-TINY = ROOT / "examples" / "tiny" / "base"
+from tests.fakes.started import at_once, free_port, started, weightsmith
+
+TINY = Path(__file__).parents[2] / "examples" / "tiny" / "base"
 LENGTH, REQUESTS, ANSWER, BLOCK = 500, 6, 16, 32
 PROGRAM = os.environ.get("WEIGHTSMITH_VLLM") or shutil.which("vllm") or ""
 pytestmark = [
@@ -28,66 +24,15 @@ pytestmark = [
     pytest.mark.skipif(not PROGRAM, reason="no vLLM: set WEIGHTSMITH_VLLM to its program"),
 ]
 
-# Parses as `vllm serve` does, and starts nothing.
-PARSE = """
-import json, sys
-from vllm.entrypoints.cli.serve import ServeSubcommand
-names = json.loads(sys.argv[1])
-def told(args): print("TOLD", json.dumps({name: getattr(args, name) for name in names}))
-ServeSubcommand.cmd = staticmethod(told)
-ServeSubcommand.validate = lambda self, args: None
-sys.argv = ["vllm", "serve", *sys.argv[2:]]
-from vllm.entrypoints.cli.main import main
-main()
-"""
-
 
 def rendered(folder: Path, *flags: str) -> dict:
     words = ("render", "--model", TINY, "--target", "vllm", "--name", "planned", "--out", folder)
-    done = subprocess.run(
-        [sys.executable, "-m", "toolchain.cli.program", *map(str, words), *flags, "--json"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)["plan"]
+    return weightsmith(*words, *flags)["plan"]
 
 
 def environment(folder: Path) -> dict[str, str]:
     own = json.loads((folder / "serving.json").read_text())["env"]
     return {**own, "PATH": os.environ["PATH"], "HOME": str(folder), "OMP_NUM_THREADS": "2"}
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--max-model-len", "512", "--max-num-seqs", "4"),
-        ("--gpu", "nvidia-l4", "--set", "serve.kv_cache_dtype=fp8"),
-        ("--gpu", "nvidia-h100-80gb", "--gpu-count", "2", "--max-num-seqs", "8"),
-        ("--gpu", "nvidia-l4", "--set", "serve.extra.enable_prefix_caching=false"),
-    ],
-)
-def test_its_own_command_line_reads_every_setting(tmp_path, flags):
-    rendered(tmp_path / "r", *flags)
-    path = tmp_path / "r" / "vllm.yaml"
-    settings = yaml.safe_load(path.read_text())
-    names = {key.replace("-", "_"): value for key, value in settings.items()}
-    python = Path(PROGRAM).with_name("python")
-    done = subprocess.run(
-        [python, "-c", PARSE, json.dumps([n for n in names if n[:3] != "no_"]), "--config", path],
-        env=environment(tmp_path / "r"),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    (line,) = [row for row in done.stdout.splitlines() if row.startswith("TOLD")] or [done.stderr]
-    told = json.loads(line.removeprefix("TOLD "))
-
-    assert told.pop("served_model_name") == [names.pop("served_model_name")]
-    assert told == {name: value for name, value in names.items() if name[:3] != "no_"}
 
 
 @pytest.fixture(scope="module")
@@ -96,39 +41,14 @@ def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vllm")
     wished = ("--max-model-len", str(LENGTH), "--max-num-seqs", str(REQUESTS))
     plan = rendered(folder / "r", *wished)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     settings = yaml.safe_load((folder / "r" / "vllm.yaml").read_text())
     moved = {**settings, "model": str(TINY), "host": "127.0.0.1", "port": port}
     (folder / "v.yaml").write_text(yaml.safe_dump(moved))
-    with (folder / "log").open("w") as stream:
-        process = subprocess.Popen(
-            [PROGRAM, "serve", "--config", folder / "v.yaml"],
-            env=environment(folder / "r") | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-        )
-    log = folder / "log"
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600) as client:
-            wait(client, process, log)
-            yield plan, client, log
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def wait(client, process, log) -> None:
-    for _ in range(1200):
-        assert process.poll() is None, log.read_text()[-3000:]
-        try:
-            if client.get("/health").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.5)
-    raise AssertionError(log.read_text()[-3000:])
+    argv = [PROGRAM, "serve", "--config", folder / "v.yaml"]
+    env = environment(folder / "r") | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    with started(argv, env, port, folder / "log") as client:
+        yield plan, client, folder / "log"
 
 
 def test_its_cache_is_what_was_planned(served):
@@ -150,8 +70,7 @@ def test_all_its_requests_run_at_once_at_full_length(served):
         body = {"model": "planned", "prompt": prompt, "max_tokens": ANSWER, "ignore_eos": True}
         return client.post("/v1/completions", json={**body, "temperature": 0})
 
-    with ThreadPoolExecutor(REQUESTS) as pool:
-        answers = list(pool.map(ask, range(REQUESTS)))
+    answers = at_once(ask, REQUESTS)
 
     assert [answer.status_code for answer in answers] == [200] * REQUESTS
     assert {answer.json()["usage"]["total_tokens"] for answer in answers} == {LENGTH}

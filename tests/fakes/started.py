@@ -1,0 +1,67 @@
+"""A server program, started as its image would start it, and asked until it is ready."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).parents[2]
+
+
+def weightsmith(*words: object) -> dict:
+    """What the command prints with --json."""
+    done = subprocess.run(
+        [sys.executable, "-m", "toolchain.cli.program", *map(str, words), "--json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextmanager
+def started(argv: list, env: dict[str, str], port: int, log: Path) -> Iterator[httpx.Client]:
+    """Yield a client of the server once /health answers; its output goes to `log`."""
+    with log.open("w") as stream:
+        process = subprocess.Popen(argv, env=env, stdout=stream, stderr=subprocess.STDOUT)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600) as client:
+            _wait(client, process, log)
+            yield client
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def at_once(ask: Callable[[int], httpx.Response], number: int) -> list[httpx.Response]:
+    """The answers of so many requests, asked together."""
+    with ThreadPoolExecutor(number) as pool:
+        return list(pool.map(ask, range(number)))
+
+
+def _wait(client: httpx.Client, process: subprocess.Popen, log: Path) -> None:
+    for _ in range(1200):
+        assert process.poll() is None, log.read_text()[-3000:]
+        try:
+            if client.get("/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.5)
+    raise AssertionError(log.read_text()[-3000:])
