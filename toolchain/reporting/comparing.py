@@ -46,7 +46,7 @@ def fact_rows(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]
     rows = [
         _row("target", a["target"], b["target"]),
         _row("version", a["version"], b["version"]),
-        _row("built", a["created"], b["created"], note=False),
+        _row("built", *(_minute(side["created"]) for side in (a, b)), note=False),
         _row("base", *(side["base"]["digest"] for side in (a, b)), code=True),
         _row("adapters", *(_adapters(side) for side in (a, b)), code=True),
         _row("merged", *(_of(side, "merge", "digest") for side in (a, b)), code=True),
@@ -89,6 +89,11 @@ def _numbers(name: str, values: Sequence[Any], kind: str, *, note: bool = True) 
 
 def _of(side: Mapping[str, Any], part: str, key: str) -> str:
     return str((side[part] or {}).get(key) or _NOTHING)
+
+
+def _minute(created: str) -> str:
+    """Return an ISO time as people write it, to the minute."""
+    return created[:16].replace("T", " ")
 
 
 def _adapters(side: Mapping[str, Any]) -> str:

@@ -1,0 +1,105 @@
+"""The real lm-evaluation-harness, where it is installed, with tasks and data of our own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TASK = """
+task: ports
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{prompt}}}}"
+"""
+GENERATED = """
+doc_to_target: "{{expected}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 8, do_sample: false}
+metric_list: [{metric: exact_match}]
+"""
+CHOSEN = """
+doc_to_choice: "{{[expected, 'nothing']}}"
+doc_to_target: 0
+metric_list: [{metric: acc}]
+"""
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(shutil.which("lm_eval") is None, reason="pip install 'lm-eval[api]'"),
+]
+
+
+class Server(BaseHTTPRequestHandler):
+    """Says 7481 to everything, and nothing of a prompt's probabilities, as llama.cpp's does."""
+
+    def do_GET(self) -> None:
+        self.reply({"data": [{"id": "support"}]})
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        message = {"message": {"content": "7481"}, "text": "7481", "finish_reason": "stop"}
+        self.reply({"model": "support", "choices": [{"index": 0, **message, "logprobs": {}}]})
+
+    def reply(self, value: Any) -> None:
+        text = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def evaluate(folder: Path, url: str, kind: str, rest: str, *words: str) -> tuple[int, Any]:
+    """Run the task through our command line; return exit code and JSON."""
+    data = folder / "data.jsonl"
+    rows = [{"prompt": "Which port?", "expected": "7481"}, {"prompt": "Why?", "expected": "x"}]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    (folder / "ports.yaml").write_text(TASK.format(data=data, kind=kind) + rest)
+    done = subprocess.run(
+        [sys.executable, "-m", "toolchain", "evaluate", "--tasks", "ports", "--include", folder,
+         "--url", url, "--json", *words],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        env=os.environ | {"HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "cache")},
+    )  # fmt: skip
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_a_task_that_generates_is_scored(tmp_path: Path, url: str) -> None:
+    code, told = evaluate(tmp_path, url, "generate_until", GENERATED)
+
+    assert code == 0
+    assert (told["score"], told["n"]) == (0.5, 2)
+    assert told["tasks"]["ports"]["measure"] == "exact_match,none"
+
+
+def test_a_server_without_the_prompts_probabilities_is_told(tmp_path: Path, url: str) -> None:
+    tokenizer = str(ROOT / "examples" / "tiny" / "base")
+
+    code, told = evaluate(tmp_path, url, "multiple_choice", CHOSEN, "--tokenizer", tokenizer)
+
+    assert code == 4
+    assert "no log-probabilities of a prompt" in told["error"]["message"]
