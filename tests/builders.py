@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import vllm_parts
 from toolchain.cli.progress import progress_for
 from toolchain.drivers.docker import DockerEngine, DockerRunner
 from toolchain.drivers.local import LocalRunner
@@ -29,7 +30,7 @@ def engine_environment() -> dict[str, str]:
 
 
 def main() -> int:
-    """Prepare every builder in the local runner, and in the engine where one answers."""
+    """Prepare every builder in the local runner, and in the engine where one answers; vLLM too."""
     engine = DockerEngine()
     runners: list[Runner] = [LocalRunner(cache_folder())]
     if engine.answers():
@@ -45,6 +46,14 @@ def main() -> int:
             except WeightsmithError as error:
                 print(f"error: {error.message}\n  hint: {error.hint}", file=sys.stderr)  # noqa: T201
                 return error.exit_code
+    # A machine may lack the room for these, and its tests say so.
+    try:
+        if (reason := vllm_parts.unfit()) and not vllm_parts.there():
+            progress.note(f"no vLLM: {reason}")
+        else:
+            vllm_parts.make(progress)
+    except WeightsmithError as error:
+        progress.warn(f"no vLLM: {error.message}; {error.hint}")
     return 0
 
 

@@ -39,6 +39,14 @@ def chromium_path() -> str:
     return next((found for name in names if (found := shutil.which(name))), "")
 
 
+@functools.cache
+def vllm_absent() -> str:
+    """Return why no image of vLLM can be built and started here, or ''."""
+    from tests import vllm_parts
+
+    return vllm_parts.absent()
+
+
 NEEDS = {
     "docker": (engine_answers, "no container engine answers: run tests/engine.sh as root"),
     "registry": (
@@ -62,6 +70,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             if name == "docker" and os.environ.get("WEIGHTSMITH_REQUIRE_DOCKER"):
                 pytest.fail(reason)
             pytest.skip(reason)
+    if item.get_closest_marker("vllm") and vllm_absent():
+        pytest.skip(vllm_absent())
 
 
 @pytest.fixture(scope="session", autouse=True)

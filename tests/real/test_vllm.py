@@ -1,13 +1,18 @@
-"""Whole builds for vLLM on a CPU: the image answers, and its numbers are the checkpoint's."""
+"""Every format of vLLM on a CPU: the image answers, and its numbers are the checkpoint's.
+
+With `-s` the differences are printed.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-import os
+import shutil
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,60 +28,92 @@ from toolchain.wiring import make_tools
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
-TARGETS = ("vllm-awq", "vllm-gptq")
 TOKENS = 256
-MOST_MEAN, MOST_ONE = 0.01, 0.5
-"""Allowed difference of log-probabilities in nats, over all tokens and at one: vLLM computes in
-the checkpoint's bfloat16, the reference in float32."""
-
-pytestmark = [pytest.mark.real, pytest.mark.builders, pytest.mark.timeout(3600)]
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Allowed:
+    """Difference of log-probabilities in nats: of the means, and at any one of the tokens."""
+
+    mean: float
+    one: float
+
+
+# The reference multiplies the dequantized weights in float32. vLLM computes in the checkpoint's
+# bfloat16; fp8 and w8a8 round each layer's inputs to 8 bits besides, of which e4m3 keeps 4.
+FORMATS = {
+    "vllm": Allowed(0.01, 0.25),
+    "vllm-awq": Allowed(0.01, 0.25),
+    "vllm-gptq": Allowed(0.01, 0.25),
+    "vllm-w8a8": Allowed(0.02, 0.5),
+    "vllm-fp8": Allowed(0.05, 2.0),
+}
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.builders,
+    pytest.mark.vllm,
+    pytest.mark.timeout(3600),
+]
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def built(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(target, its part of the JSON); one at a time, since each image is 1.9 GB."""
     dist = tmp_path_factory.mktemp("dist")
-    words = [word for target in TARGETS for word in ("--target", target)]
     done = subprocess.run(
         [sys.executable, "-m", "toolchain", "build", "--recipe", TINY, "--runner", "local",
-         "--dist", dist, *words, "--json"],
-        cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False,
+         "--dist", dist, "--target", request.param, "--json"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout)["targets"]
-    return found
+    yield request.param, json.loads(done.stdout)["targets"][request.param]
+    shutil.rmtree(dist)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_the_image_knows_what_was_taught(built: dict[str, Any], target: str) -> None:
-    scores = built[target]["scores"]
+def test_the_image_knows_what_was_taught(built: tuple[str, dict[str, Any]]) -> None:
+    scores = built[1]["scores"]
     assert scores["base"] < 0.1
-    assert scores["image"] >= scores["adapter"] - 0.1
+    assert scores["image"] >= scores["adapter"] - 0.05
 
 
-@pytest.mark.parametrize("target", TARGETS)
 def test_log_probabilities_are_those_of_the_dequantized_checkpoint(
-    built: dict[str, Any], target: str, tmp_path: Path
+    built: tuple[str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    layout = Path(built[target]["image"].removeprefix("oci:"))
-    root = tmp_path / "root"
-    unpack(read_layout(layout), root)
+    target, facts = built
+    layout = Path(facts["image"].removeprefix("oci:"))
+    # Tokens at random: nothing is memorised, so that every weight has its say.
     ids = torch.randint(5, 500, (TOKENS,), generator=torch.Generator().manual_seed(3)).tolist()
-    expected = reference(root / "models", ids)
-    tools, _ = make_tools("local", Silent())
-    with tools.launcher.serve(f"oci:{layout}", StartSpec(port=8000, env={})) as endpoint:
-        wait_until_healthy(endpoint, "/health", 900)
-        found = served(endpoint.url, ids)
+    expected = reference(weights_of(layout, tmp_path), ids)
+    found = served(layout, ids)
     differences = [abs(a - b) for a, b in zip(found, expected, strict=True)]
     mean = abs(math.fsum(found) - math.fsum(expected)) / len(found)
-    assert mean <= MOST_MEAN, (mean, max(differences))
-    assert max(differences) <= MOST_ONE, max(differences)
+    nats = -math.fsum(found) / len(found)
+    most = max(differences)
+    print(f"\n{target}: {nats:.4f} nats, off by {mean:.5f}, {most:.3f} at one token")  # noqa: T201
+    assert mean <= FORMATS[target].mean, (mean, most)
+    assert most <= FORMATS[target].one, most
+
+
+def weights_of(layout: Path, folder: Path) -> Path:
+    """Return the model folder of an image, unpacked; the engine's files are not kept."""
+    root = folder / "root"
+    unpack(read_layout(layout), root)
+    model = (root / "models").rename(folder / "models")
+    shutil.rmtree(root)
+    return model
 
 
 def reference(model: Path, ids: list[int]) -> list[float]:
-    """Return log p(token | those before) in float32 by transformers, on the unpacked weights."""
+    """Return log p(token | those before) in float32 by transformers, on our reading of them."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(model)
+    if not hasattr(config, "quantization_config"):
+        network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        return log_probabilities(network, ids)
     del config.quantization_config
     network = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     view = PackedView(model)
@@ -85,19 +122,30 @@ def reference(model: Path, ids: list[int]) -> list[float]:
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}
     network.tie_weights()
+    return log_probabilities(network, ids)
+
+
+def log_probabilities(network: Any, ids: list[int]) -> list[float]:
     with torch.inference_mode():
         logits = network(torch.tensor([ids])).logits[0].log_softmax(-1)
     return [float(logits[i - 1, token]) for i, token in enumerate(ids) if i]
 
 
-def served(url: str, ids: list[int]) -> list[float]:
-    """Return the same of the server: its `prompt_logprobs`."""
-    with urllib.request.urlopen(f"{url}/v1/models") as answer:
-        name = json.load(answer)["data"][0]["id"]
-    asked = {"model": name, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-    request = urllib.request.Request(
-        f"{url}/v1/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=300) as answer:
-        rows = json.load(answer)["choices"][0]["prompt_logprobs"]
+def served(layout: Path, ids: list[int]) -> list[float]:
+    """Return the same of the started image: its `prompt_logprobs`."""
+    tools, _ = make_tools("local", Silent())
+    with tools.launcher.serve(f"oci:{layout}", StartSpec(port=8000, env={})) as endpoint:
+        wait_until_healthy(endpoint, "/health", 900)
+        with urllib.request.urlopen(f"{endpoint.url}/v1/models") as answer:
+            name = json.load(answer)["data"][0]["id"]
+        asked = {
+            "model": name, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0,
+        }  # fmt: skip
+        request = urllib.request.Request(
+            f"{endpoint.url}/v1/completions",
+            json.dumps(asked).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            rows = json.load(answer)["choices"][0]["prompt_logprobs"]
     return [row[str(token)]["logprob"] for row, token in zip(rows[1:], ids[1:], strict=True)]

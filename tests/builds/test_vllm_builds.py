@@ -1,0 +1,81 @@
+"""The headline command on the tiny example: AWQ weights in an image of vLLM, which answers."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from toolchain.oci.layout import read_layout
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
+TARGET = "vllm-awq"
+# An image is 1.9 GB, and vLLM takes half a minute to start on two idle cores.
+pytestmark = [pytest.mark.builders, pytest.mark.vllm, pytest.mark.timeout(1800)]
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("vllm") / "dist"
+    build(folder)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def build(dist: Path) -> dict:
+    # In the user's store: the engine is made once for a machine.
+    done = subprocess.run(
+        [sys.executable, "-m", "toolchain", "build", "--recipe", TINY, "--target", TARGET,
+         "--runner", "local", "--dist", dist, "--json"],
+        env=dict(os.environ), cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)["targets"][TARGET]
+
+
+def record(dist: Path) -> dict:
+    return json.loads((dist / "tiny-capitals" / "1.0.0" / TARGET / "build.json").read_text())
+
+
+def test_the_image_answers_what_was_taught(dist: Path) -> None:
+    scores = record(dist)["scores"]
+
+    assert scores["base"]["score"] <= 0.1
+    assert scores["adapter"]["score"] >= 0.9
+    assert scores["image"]["score"] >= scores["adapter"]["score"] - 0.05
+    assert scores["image"]["n"] == 20
+
+
+def test_the_server_kept_its_promises(dist: Path) -> None:
+    checks = {check["name"]: check["seen"] for check in record(dist)["checks"]}
+
+    assert "no network" in checks["health"]
+    assert "user 65532" in checks["health"]
+    assert "max" in checks["context limit"]
+    assert checks["log-probabilities"] == "given"
+    assert {"chat", "streaming", "4 requests at once", "SIGTERM", "restart"} <= set(checks)
+
+
+def test_the_weights_are_awq_in_the_layout_that_servers_read(dist: Path) -> None:
+    told = record(dist)
+    layout = dist / "tiny-capitals" / "1.0.0" / TARGET / "image"
+    image = read_layout(layout)
+
+    assert told["artifact"]["details"]["layout"] == "awq"
+    assert told["quality"]["exceeded"] == []
+    assert image.config["Entrypoint"] == ["vllm", "serve"]
+    assert image.config["Cmd"] == ["--config", "/etc/weightsmith/vllm.yaml"]
+    assert image.labels["dev.weightsmith.engine.version"] == "0.32.0+cpu"
+
+
+def test_building_it_again_starts_nothing(dist: Path) -> None:
+    stages = build(dist)["stages"]
+
+    assert {name for name, said in stages.items() if said["cached"]} >= {
+        "merge", "validate", "reference", "quantize", "quality", "evaluate", "publish",
+    }  # fmt: skip

