@@ -14,7 +14,7 @@ from toolchain.oci.image import ImageConfig, assemble
 from toolchain.oci.layers import Member, TarLayer
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
-from toolchain.ports import Silent, Tools
+from toolchain.ports import Progress, Silent, Tools
 from toolchain.singles.bake import BakeRequest, bake_model
 from toolchain.wiring import make_tools
 
@@ -68,7 +68,14 @@ def tools_for(key: Path | None = None) -> Tools:
     return replace(tools, sign=open_signer(str(key))) if key else tools
 
 
-def bake(registry: Registry, model: Path, base: str, key: Path | None = None, **more: Any) -> Any:
+def bake(
+    registry: Registry,
+    model: Path,
+    base: str,
+    key: Path | None = None,
+    progress: Progress | None = None,
+    **more: Any,
+) -> Any:
     """Bake a model for llama.cpp."""
     request = {
         "model": model,
@@ -84,4 +91,5 @@ def bake(registry: Registry, model: Path, base: str, key: Path | None = None, **
         "force": False,
         **more,
     }
-    return bake_model(BakeRequest(**request), registry, tools_for(key))
+    tools = replace(tools_for(key), progress=progress or Silent())
+    return bake_model(BakeRequest(**request), registry, tools)

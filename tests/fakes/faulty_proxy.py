@@ -7,7 +7,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,10 +22,13 @@ class Faults:
     plan: list[tuple[str, str, str]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
     log: list[tuple[str, str]] = field(default_factory=list)
+    watch: Callable[[int], None] = lambda _: None
+    """Called with the number of each request, before it is passed on."""
 
     def take(self, method: str, path: str) -> str:
         with self.lock:
             self.log.append((method, path))
+            self.watch(len(self.log))
             for row in self.plan:
                 if row[0] == method and row[1] in path:
                     self.plan.remove(row)

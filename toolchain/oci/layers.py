@@ -20,6 +20,8 @@ from toolchain.values import Blob, Digest, Pieces, Tree, key_of
 
 LAYER_TAR = "application/vnd.oci.image.layer.v1.tar"
 CHUNK = 1 << 20
+_GATHER = 128 << 10
+"""Bytes; smaller pieces of a layer are joined before they are hashed and sent."""
 WEIGHTS = (".safetensors", ".gguf")
 """Endings of files that get a layer of their own, so that a changed tokenizer sends no weights."""
 OWN_LAYER = 32 << 20
@@ -163,6 +165,9 @@ class TarLayer:
 
     def open(self) -> Iterator[bytes]:
         """Yield the tar; InputRefused names a file that changed since it was looked at."""
+        return _gathered(self._pieces())
+
+    def _pieces(self) -> Iterator[bytes]:
         for head, member in self._entries():
             yield head
             if member is None:
@@ -189,6 +194,23 @@ class TarLayer:
         for chunk in self.open():
             state.update(chunk)
         return f"sha256:{state.hexdigest()}"
+
+
+def _gathered(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Join small pieces: a layer of 100,000 small files is some hundred writes then."""
+    held: list[bytes] = []
+    size = 0
+    for piece in pieces:
+        if size and size + len(piece) > _GATHER:
+            yield b"".join(held)
+            held, size = [], 0
+        if len(piece) >= _GATHER:
+            yield piece
+        else:
+            held.append(piece)
+            size += len(piece)
+    if size:
+        yield b"".join(held)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -321,7 +343,9 @@ def _clean(member: Member) -> Member:
 def read_file(source: Path, size: int) -> Iterator[bytes]:
     """Yield a regular file in chunks; InputRefused where it is not of that size or changes."""
     try:
-        with source.open("rb", buffering=0) as file:
+        # A pipe in a file's place would keep an ordinary open waiting for ever.
+        handle = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(handle, "rb", buffering=0) as file:
             before = os.fstat(file.fileno())
             if not stat.S_ISREG(before.st_mode) or before.st_size != size:
                 raise _changed(source)
@@ -332,7 +356,7 @@ def read_file(source: Path, size: int) -> Iterator[bytes]:
             after = os.fstat(file.fileno())
             if left or (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
                 raise _changed(source)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise _changed(source) from None
     except OSError as error:
         raise EnvironmentFailure(

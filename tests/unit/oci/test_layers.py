@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import tarfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,26 @@ def test_a_remembered_digest_is_not_worked_out_again(tmp_path: Path) -> None:
     with pytest.raises(InputRefused):
         _ = other[0].digest
     assert len(set(calls)) == 4
+
+
+def test_a_hundred_thousand_small_files() -> None:
+    members = tuple(Member.of_bytes(f"/models/{n % 100}/{n}", b"x") for n in range(100_000))
+    layer = TarLayer(members=members, epoch=0)
+    with subprocess.Popen(
+        ["tar", "-tf", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as reader:
+        assert reader.stdin is not None
+        assert reader.stdout is not None
+        listing: list[bytes] = []
+        thread = threading.Thread(target=lambda: listing.extend(reader.stdout or ()))
+        thread.start()
+        writes = [reader.stdin.write(chunk) for chunk in layer.open()]
+        reader.stdin.close()
+        thread.join()
+    assert reader.returncode == 0
+    assert len(listing) == 100_000 + 101
+    assert sum(writes) == layer.size
+    assert len(writes) < 1000
 
 
 @pytest.mark.real

@@ -195,6 +195,33 @@ def test_hostile_folders_are_refused(scene: Scene, kind: str) -> None:
     assert not scene.fake.manifests.get(("team/app", "1"))
 
 
+@pytest.mark.parametrize("how", ["shrinks", "changes", "vanishes", "becomes a pipe"])
+def test_a_file_that_changes_while_it_is_sent(scene: Scene, how: str) -> None:
+    weights = scene.model / "tiny.gguf"
+    weights.write_bytes(b"GGUF" + bytes(4 << 20))
+
+    class Meddling(Silent):
+        def advance(self, done: int, total: int, unit: str) -> None:
+            match how:
+                case "shrinks":
+                    os.truncate(weights, 1 << 20)
+                case "changes":
+                    weights.write_bytes(b"EVIL" + bytes(4 << 20))
+                case "vanishes" if weights.is_file():
+                    weights.unlink()
+                    weights.mkdir()
+                case "becomes a pipe" if weights.is_file():
+                    weights.unlink()
+                    os.mkfifo(weights)
+
+    name = f"{scene.fake.host}/team/app:1"
+    with pytest.raises(InputRefused) as caught:
+        bake(scene.client, scene.model, scene.base, push=name, progress=Meddling())
+    assert caught.value.exit_code == 3
+    assert "tiny.gguf" in caught.value.message or "digest" in caught.value.message
+    assert ("team/app", "1") not in scene.fake.manifests
+
+
 def test_modes_links_and_empty_files(scene: Scene, tmp_path: Path) -> None:
     before = scene.bake("team/app:1")["digest"]
     (scene.model / "config.json").chmod(0o6755)

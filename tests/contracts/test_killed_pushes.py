@@ -1,0 +1,86 @@
+"""A push that is killed at any request: nothing half-visible, and the next one finishes it."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.debian_registry import real_registry
+from tests.fakes.faulty_proxy import Faults, faulty_proxy
+from tests.fakes.images import tiny_image
+from toolchain.oci.layout import write_layout
+from toolchain.oci.references import Reference
+from toolchain.oci.registry import Registry
+
+pytestmark = [
+    pytest.mark.registry,
+    pytest.mark.skipif(not shutil.which("docker-registry"), reason="no docker-registry"),
+]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, Faults]]:
+    with (
+        real_registry(tmp_path_factory.mktemp("registry")) as host,
+        faulty_proxy(host) as (way, faults),
+    ):
+        yield host, way, faults
+
+
+def start(layout: Path, to: str, folder: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "toolchain", "push", f"oci:{layout}", "--to", to],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "WEIGHTSMITH_CACHE": str(folder)},
+    )  # fmt: skip
+
+
+def test_killed_at_any_request(behind: tuple[str, str, Faults], tmp_path: Path) -> None:
+    host, way, faults = behind
+    image = tiny_image(tmp_path / "model")
+    write_layout(image, tmp_path / "layout")
+    whole = start(tmp_path / "layout", f"{way}/whole:1", tmp_path)
+    assert whole.wait(60) == 0
+    requests = len(faults.log)
+    source = random.Random(7)
+    for n in sorted(source.sample(range(1, requests), 5)):
+        name = f"killed/{n}:1"
+        place = Reference.parse(f"{host}/{name}")
+        faults.log.clear()
+        running = start(tmp_path / "layout", f"{way}/{name}", tmp_path / str(n))
+
+        def kill(number: int, last: int = n, pid: int = running.pid) -> None:
+            if number == last:
+                os.kill(pid, signal.SIGKILL)
+
+        faults.watch = kill
+        assert running.wait(60) == -signal.SIGKILL
+        faults.watch = lambda _: None
+        with Registry() as client:
+            found = client.digest_of(place)
+            if found is not None:
+                assert found == image.digest
+                for layer in client.pull(place, platform="linux/amd64").layers:
+                    b"".join(layer.open())
+            there = set(_stored(client, place, image.layers))
+            done = client.push(image, place)
+            lacked = [layer for layer in image.layers if layer.digest not in there]
+            sent = sum(layer.size for layer in lacked)
+            assert done.uploaded_bytes in (sent, sent + image.config_blob.size)
+            assert client.digest_of(place) == image.digest
+
+
+def _stored(client: Registry, place: Reference, layers: object) -> Iterator[str]:
+    session = client._session(place, "pull")
+    for layer in layers:  # type: ignore[attr-defined]
+        if session.call("HEAD", f"blobs/{layer.digest}").status == 200:
+            yield layer.digest
