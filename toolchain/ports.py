@@ -82,8 +82,11 @@ class Store(Protocol):
         Raises EnvironmentFailure for a full or read-only disk.
         """
 
-    def digest_file(self, path: Path) -> FileEntry:
-        """Return size and digest of a file, read again only when it changed."""
+    def digest_file(self, path: Path, *, read: bool = True) -> FileEntry:
+        """Return size and digest of a file, read again only when it changed.
+
+        Without `read` no large file is read: one that is not known has a digest that no file has.
+        """
 
     def require_room(self, needed: int, what: str) -> None:
         """Raise EnvironmentFailure unless `needed` bytes are free beside the store."""

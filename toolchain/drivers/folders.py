@@ -9,6 +9,9 @@ from toolchain.errors import InputRefused
 from toolchain.ports import Progress, Silent, Store
 from toolchain.values import FileEntry, Snapshot, Tree
 
+_SOON = 2 << 30
+"""Bytes; a folder up to this is hashed to say what is cached, in about two seconds."""
+
 
 class FolderReader:
     """Brings a local folder as it is: nothing is copied, every file is hashed."""
@@ -20,6 +23,18 @@ class FolderReader:
 
     def fetch(self, source: str, revision: str, sha256: str, progress: Progress) -> Snapshot:
         """Return the folder's safe files by digest; InputRefused where it is missing or unsafe."""
+        return self._snapshot(source, revision, sha256, progress, read=True)
+
+    def known(self, source: str, revision: str, sha256: str) -> Snapshot | None:
+        """Return the folder, which is always here.
+
+        What would take long to hash and is not known has a digest that nothing was made from.
+        """
+        return self._snapshot(source, revision, sha256, Silent(), read=False)
+
+    def _snapshot(
+        self, source: str, revision: str, sha256: str, progress: Progress, *, read: bool
+    ) -> Snapshot:
         root = Path(source)
         if not root.is_dir():
             what = "is a file, not a folder" if root.exists() else "does not exist"
@@ -32,21 +47,19 @@ class FolderReader:
                 f"{source}: a folder has no revision or sha256 to pin",
                 hint="leave `revision` and `sha256` out; a folder is pinned by its content",
             )
-        tree = read_tree(root, self._store, progress)
+        names = scan(root)
+        soon = read or sum((root / name).stat().st_size for name in names) <= _SOON
+        tree = read_tree(root, self._store, progress, read=soon)
         return Snapshot(tree=tree, source=source, pin=str(tree.digest), pinned=True)
 
-    def known(self, source: str, revision: str, sha256: str) -> Snapshot | None:
-        """Return the folder: it is always here."""
-        return self.fetch(source, revision, sha256, Silent())
 
-
-def read_tree(root: Path, store: Store, progress: Progress) -> Tree:
-    """Return the safe files of a folder with their digests."""
+def read_tree(root: Path, store: Store, progress: Progress, *, read: bool = True) -> Tree:
+    """Return the safe files of a folder with their digests; see Store.digest_file for `read`."""
     names = scan(root)
     sizes = [(root / name).stat().st_size for name in names]
     total, done, files = sum(sizes), 0, []
     for name, size in zip(names, sizes, strict=True):
-        entry = store.digest_file(root / name)
+        entry = store.digest_file(root / name, read=read)
         files.append(FileEntry(path=name, size=entry.size, digest=entry.digest))
         done += size
         progress.advance(done, total, "bytes")

@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from toolchain.errors import InputRefused
 from toolchain.evaluating.client import chat, first_name
 from toolchain.evaluating.items import Item
 from toolchain.evaluating.session import Session
+from toolchain.oci.collisions import first_collision
 from toolchain.oci.image import Image, assemble
-from toolchain.oci.layers import Layer
 from toolchain.oci.places import Place as ImagePlace
 from toolchain.oci.places import RegistryPlace, open_place
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
-from toolchain.oci.streams import entries
 from toolchain.ports import Tools
 from toolchain.provenance import evidence as gathered
 from toolchain.provenance import statements
@@ -130,15 +129,11 @@ def check_contract(old: Image, roles: Roles, base: Image, name: str, tools: Tool
         )
     if not after:
         tools.progress.warn(f"{name} does not say which version of the engine it holds")
-    prefixes = _prefixes(roles)
-    for layer in base.layers:
-        key = json.dumps(["collisions", layer.digest, sorted(prefixes)])
-        found = tools.store.memo(key, lambda layer=layer: next(_collisions(layer, prefixes), ""))  # type: ignore[misc]
-        if found:
-            raise InputRefused(
-                f"{name} has /{found} where the image keeps its own files",
-                hint="choose a base that leaves these paths alone",
-            )
+    if found := first_collision(base, _folders(roles), tools.store.memo):
+        raise InputRefused(
+            f"{name} has /{found} where the image keeps its own files",
+            hint="choose a base that leaves these paths alone",
+        )
 
 
 def _major(version: str) -> str:
@@ -146,23 +141,12 @@ def _major(version: str) -> str:
     return found[1] if found else ""
 
 
-def _prefixes(roles: Roles) -> frozenset[str]:
+def _folders(roles: Roles) -> frozenset[str]:
     """Return the folders that weights and settings are in, from the layers' own titles."""
     paths = [layer.file.partition(" and ")[0] for layer in (*roles.weights, *roles.settings)]
     folders = {path.rpartition("/")[0] for path in paths if "/" in path}
     return frozenset(folder.split("/")[0] if folder.startswith("models") else folder
                      for folder in folders)  # fmt: skip
-
-
-def _collisions(layer: Layer, prefixes: frozenset[str]) -> Iterator[str]:
-    for entry in entries(layer):
-        path = "/".join(part for part in entry.name.split("/") if part not in ("", "."))
-        shown = path.replace(".wh..wh..opq", "").replace(".wh.", "")
-        for prefix in prefixes:
-            inside = f"{shown}/".startswith(f"{prefix}/")
-            above = f"{prefix}/".startswith(f"{shown}/") and bool(shown)
-            if (inside or above) and not (entry.isdir() and path == shown):
-                yield path
 
 
 def _smoke(image: Image, tools: Tools) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from toolchain.errors import InputRefused
+from toolchain.oci.collisions import first_collision
 from toolchain.oci.image import Healthcheck, Image, ImageConfig, Order, assemble
 from toolchain.oci.layers import Member, TarLayer, weight_layers
 from toolchain.ports import Store
@@ -36,8 +38,11 @@ def bake(
 
     Without `config` the image serves nothing: it holds the weights for others to mount. The
     weight layers are the same for every kind of image. Layer digests are remembered in the
-    store, so an unchanged file is not hashed again. Raises UsageError above 125 layers.
+    store, so an unchanged file is not hashed again. Raises UsageError above 125 layers,
+    InputRefused for a base that would hide weights below it.
     """
+    if order == "weights-first" and base:
+        _require_clear(base, base_name, model_dir, store)
     weights = weight_layers(
         artifact.tree, model_dir, memo=store.memo, largest=largest, contents=contents
     )
@@ -66,6 +71,15 @@ def bake(
         annotations={k: v for k, v in said.items() if k.startswith("org.opencontainers.")},
         order=order,
     )
+
+
+def _require_clear(base: Image, name: str, model_dir: str, store: Store) -> None:
+    """Refuse weights below a base that has files of its own in their folder."""
+    if found := first_collision(base, [model_dir.strip("/")], store.memo):
+        raise InputRefused(
+            f"the base {name} has /{found}, which would hide weights below it",
+            hint="take the order engine-first, or another base",
+        )
 
 
 def _added(config: ServingConfig | None, labels: Mapping[str, str]) -> ImageConfig:

@@ -239,6 +239,14 @@ def test_a_model_that_cannot_be_planned_is_baked_with_a_warning(scene: Scene) ->
     assert "LLAMA_ARG_MODEL=/models/tiny.gguf" in image.config["Env"]
 
 
+def test_weights_below_a_base_that_hides_them(scene: Scene) -> None:
+    base = f"{scene.fake.host}/base/engine:hides"
+    push_base(scene.client, base, ENGINE, {"models/config.json": b"{}"})
+    scene.bake("team/app:1", base=base)
+    with pytest.raises(InputRefused, match=r"models/config\.json"):
+        scene.bake("team/app:2", base=base, order="weights-first")
+
+
 def test_what_is_asked_wrongly(scene: Scene) -> None:
     with pytest.raises(UsageError, match="unknown") as caught:
         scene.bake("team/app:1", kind="car")
