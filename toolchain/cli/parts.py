@@ -73,6 +73,7 @@ def validate(
     weights: str = "",
     method: str = "sequential",
     density: str = "",
+    rank: int = 0,
     space: str = "delta",
     quantized_base: str = "refuse",
     probes: str = "",
@@ -97,6 +98,7 @@ def validate(
         {
             "method": method,
             "density": number(density, "--density") if density else None,
+            "rank": rank or None,
             "space": space,
             "quantized_base": quantized_base,
         },

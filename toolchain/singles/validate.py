@@ -40,7 +40,7 @@ def validate_folders(
                 merged.resolve(),
                 items,
                 scope=scope(options["method"], options["space"], options["quantized_base"]),
-                mixture=mixture(options["method"], options["space"], options["density"]),
+                mixture=mixture(*(options[key] for key in ("method", "space", "density", "rank"))),
                 output=output,
             ),
             tools.progress,

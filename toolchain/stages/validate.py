@@ -39,7 +39,7 @@ def inputs(
             "adapters": [a.snapshot.digest for a in sources.adapters],
             "weights": [a.weight for a in sources.adapters],
             "scope": scope(options.method, options.space, options.quantized_base),
-            "mixture": mixture(options.method, options.space, options.density),
+            "mixture": mixture(options.method, options.space, options.density, options.rank),
             "checkpoint": checkpoint,
             "probes": key_of([[dict(message) for message in item] for item in items]),
             "builder": builder_pins(BUILDER),
@@ -58,11 +58,15 @@ def scope(method: str, space: str, quantized_base: str) -> str:
     return "all" if method in SUMS and space == "delta" else "rest"
 
 
-def mixture(method: str, space: str, density: float | None) -> Mapping[str, Json] | None:
-    """Return how a method keeps parts of the deltas, as the job wants it; None where it does not.
+def mixture(
+    method: str, space: str, density: float | None, rank: int | None
+) -> Mapping[str, Json] | None:
+    """Return what a method makes of the deltas, as the job wants it; None where it is not judged.
 
-    DARE divides what it keeps by the density, so without one it cannot be judged.
+    DARE divides what it keeps by the density, so without one it cannot be.
     """
+    if space == "delta" and method == "svd":
+        return {"truncates": True, "rank": rank}
     if method not in PRUNED or space != "delta" or (method.startswith("dare") and not density):
         return None
     gain = 1 / density if density and method.startswith("dare") else 1.0
@@ -157,7 +161,7 @@ def _run(
             checkpoint.tree.root,
             items,
             scope=scope(options.method, options.space, options.quantized_base),
-            mixture=mixture(options.method, options.space, options.density),
+            mixture=mixture(options.method, options.space, options.density, options.rank),
             output=folder,
         ),
         tools.progress,

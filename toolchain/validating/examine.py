@@ -10,7 +10,7 @@ import torch
 
 from toolchain.validating.elements import ARITHMETIC, Tally, compare_rows
 from toolchain.validating.findings import ERROR, Finding, finding
-from toolchain.validating.mixtures import MOST_ADAPTERS, Kept, Mixture, compare_kept
+from toolchain.validating.mixtures import TRUNCATION, Kept, Mixture, compare_kept, truncated
 from toolchain.validating.network import is_missing, missing_below
 from toolchain.validating.sites import Site, is_approximate, tuner_layers
 from toolchain.validating.weights import Weights, blocks_of
@@ -42,8 +42,10 @@ class Examiner:
     """Parameter -> size of what the adapter adds to its outputs, and of what rounding takes."""
     mixture: Mixture | None = None
     """How parts of the deltas were kept, where the merge is not their sum."""
+    mixed: set[str] = field(default_factory=set)
+    """Parameters of which a mixture can be judged."""
     kept: dict[str, Kept] = field(default_factory=dict)
-    """Parameter -> which adapters are in it, of a mixture."""
+    """Parameter -> which adapters are in it, where parts were kept."""
     unjudged: list[str] = field(default_factory=list)
     """Parameters whose rounding the twins do not show."""
 
@@ -91,13 +93,18 @@ class Examiner:
         name = site.parameters["weight"]
         factors = site.factors()
         tally = self.tallies.setdefault(name, Tally(tensor=self.merged.tensor_of(name)))
-        parts = site.parts() if self.mixture else []
-        mixed = self.mixture if 0 < len(parts) <= MOST_ADAPTERS else None
+        mixed, parts = self.mixture, site.parts() if self.mixture else []
+        low = truncated(parts, factors, mixed.rank) if mixed and mixed.truncates else None
+        if mixed and mixed.judges(parts):
+            self.mixed.add(name)
         both = zip(self._base_rows(site, name), self.merged.rows(name), strict=True)
         for (first, rows), (_, found) in both:
             wide = torch.float64 if found.dtype == torch.float32 else torch.float32
             weights, delta = rows.to(wide), factors.rows(first, len(rows), wide)
-            if mixed is None:
+            if low is not None:
+                some = low.rows(first, len(rows), wide)
+                compare_rows(tally, first, weights, some, found, low, TRUNCATION)
+            elif mixed is None or name not in self.mixed:
                 compare_rows(tally, first, weights, delta, found, factors)
             else:
                 deltas = [part.rows(first, len(rows), wide) for part in parts]

@@ -1,9 +1,10 @@
-"""Merges that keep parts of each delta (TIES, DARE, pruning), judged without knowing which parts.
+"""Merges that are no plain sum: of parts of each delta (TIES, DARE, pruning), or of bounded rank.
 
-At each element such a merge is the base and what some of the adapters add there, by the methods'
-definitions (Yadav et al., "TIES-Merging", 2023; Yu et al., "Language Models are Super Mario",
-2023). So each element must be one of 2^n numbers for n adapters, whatever was drawn or elected,
-and every adapter must be somewhere in each tensor that it changes.
+The first are judged without knowing which parts. At each element such a merge is the base and what
+some of the adapters add there, by the methods' definitions (Yadav et al., "TIES-Merging", 2023; Yu
+et al., "Language Models are Super Mario", 2023). So each element must be one of 2^n numbers for n
+adapters, whatever was drawn or elected, and every adapter must be somewhere in each tensor that it
+changes.
 """
 
 from __future__ import annotations
@@ -13,22 +14,32 @@ from dataclasses import dataclass, field
 
 import torch
 
-from toolchain.validating.elements import ARITHMETIC, Tally, half_step
+from toolchain.validating.elements import ARITHMETIC, Factors, Tally, half_step
 from toolchain.validating.findings import ERROR, Finding, finding
 
 MOST_ADAPTERS = 6
+TRUNCATION = 4 * ARITHMETIC
+"""What the factors of a truncated sum, rounded to float32, may be off, as a part of the values."""
 _ENOUGH = 64
 """Elements that show that an adapter is left out; fewer may be chance."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
-    """What a method does with the deltas that it keeps at an element."""
+    """What a method does with the deltas that it keeps at an element, or with their sum."""
 
     gain: float = 1.0
     """What kept deltas are multiplied by: DARE divides them by their density."""
     mean: bool = False
     """They are averaged, not summed."""
+    truncates: bool = False
+    """All are kept, and of their sum the largest singular values."""
+    rank: int | None = None
+    """How many of those; the largest of the adapters' ranks by default."""
+
+    def judges(self, parts: Sequence[Factors]) -> bool:
+        """Say whether what these adapters' parts became can be judged."""
+        return self.truncates or 0 < len(parts) <= MOST_ADAPTERS
 
 
 @dataclass(slots=True)
@@ -89,6 +100,22 @@ def compare_kept(
         tally.row, tally.column = row + first, column
         tally.found, tally.wanted = float(found[row, column]), float(wanted[row, column])
     tally.wrong += len(bad)
+
+
+def truncated(parts: Sequence[Factors], whole: Factors, rank: int | None) -> Factors:
+    """Return the best approximation of bounded rank to the sum of all parts (Eckart and Young).
+
+    From thin QRs of both factors, in float64; the singular values are the scalings.
+    """
+    q1, r1 = torch.linalg.qr(whole.left.double() * whole.scalings)
+    q2, r2 = torch.linalg.qr(whole.right.double().T)
+    u, values, v = torch.linalg.svd(r1 @ r2.T)
+    kept = rank or max(len(part.right) for part in parts)
+    return Factors(
+        left=(q1 @ u[:, :kept]).float(),
+        right=(v[:kept] @ q2.T).float(),
+        scalings=values[:kept],
+    )
 
 
 def left_out(kept: dict[str, Kept], tensors: dict[str, str]) -> list[Finding]:

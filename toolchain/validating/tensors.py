@@ -28,8 +28,8 @@ def judge_tensors(
     touched = set(tallies)
     tallies |= _untouched(reference, weights, touched)
     if not summed:
-        judged = examiner.kept.keys()
-        tallies = {n: tally for n, tally in tallies.items() if n not in touched or n in judged}
+        told = (touched - examiner.mixed) & tallies.keys()
+        tallies = {name: tally for name, tally in tallies.items() if name not in told}
     shared = _shared(reference, weights, touched)
     wrong = {name: tally for name, tally in tallies.items() if tally.wrong}
     found = [

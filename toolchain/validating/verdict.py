@@ -27,7 +27,7 @@ _NOT_SUMMED = (
     "this method is no plain sum, which the reference is: how far their logits are apart is told "
     "and not judged; {}, and the evaluation judges the rest"
 )
-_MIXED = "each element was held against every choice of the adapters' changes"
+_MIXED = "each element was held against what the method can make of the adapters' changes"
 _UNMIXED = "what no adapter changes was compared"
 _SWALLOWED = 0.5
 """Part of the adapter's effect that rounding may take before it is worth a warning."""
@@ -63,7 +63,7 @@ def judge_models(
     if not bool(torch.isfinite(run.logits).all()):
         told = [finding(ERROR, "logits", "the merged model's logits are not finite")]
     if not summed:
-        judged = _MIXED if reference.examiner.kept else _UNMIXED
+        judged = _MIXED if reference.examiner.mixed else _UNMIXED
         told = [finding(NOTE, "logits", _NOT_SUMMED.format(judged))]
     layers = _layers(reference, run)
     parted = next((row["layer"] for row in layers if row["parted"]), None)

@@ -30,7 +30,13 @@ from toolchain.worker import STAGES
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny"
 GOOD = {"passed": True, "findings": [{"severity": "warning", "message": "small"}], "seconds": 1.0}
-TIES = {"method": "ties", "density": 0.5, "space": "delta", "quantized_base": "refuse"}
+TIES = {
+    "method": "ties",
+    "density": 0.5,
+    "rank": None,
+    "space": "delta",
+    "quantized_base": "refuse",
+}
 BAD = {"severity": "error", "check": "elements", "message": "x.weight: wrong"}
 
 
