@@ -1,14 +1,14 @@
-"""What each GGUF type costs and loses on the examples, as a Markdown table.
+"""What each format costs and loses on the examples, as Markdown tables.
 
     python benchmarks/quantize.py [--example tiny] [--types q8_0,q4_k_m] [--runner auto]
-    python benchmarks/quantize.py --by-hand CHECKPOINT [--rounds 3]
+    python benchmarks/quantize.py --example tiny --checkpoints fp8,w8a8,gptq,awq
 
-The second form times q4_k_m with an importance matrix: our job in the local builder, which also
-applies the chat template and reads the file back, against llama.cpp's three commands.
+GGUF types: one build per example with the gates off: size, bits, divergence from the merged
+checkpoint on held-out text (`quality` of build.json) and the task score of the started image.
 
-One build per example with the gates off: size, bits, divergence from the merged checkpoint on
-held-out text (`quality` of build.json) and the task score of the started image. Everything is
-written below benchmarks/work/quantize, whose store is kept until the end.
+Checkpoints for vLLM: `quantize` of the merged example, each in a process of its own whose CPU time,
+peak memory and peak disk are told; the task score is that of the dequantized weights in
+transformers. Everything is written below benchmarks/work/quantize, which is deleted at the end.
 """
 
 from __future__ import annotations
@@ -17,25 +17,33 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
-from toolchain.drivers.environment import Pins, environment_folder
-from toolchain.drivers.toolset import toolset_folder
-from toolchain.quantizers.calibration import GENERAL, Bounds, read_texts
-from toolchain.wiring import cache_folder
+import numpy as np
+from safetensors.numpy import save_file
+
+from toolchain.ports import Silent
+from toolchain.quantizers import of_format
+from toolchain.recipe import read_recipe
+from toolchain.stages.lock import pinned, read_lock
+from toolchain.stages.merge import merge
+from toolchain.stages.quantize import kept_bytes
+from toolchain.stages.resolve import resolve
+from toolchain.wiring import make_tools
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "benchmarks" / "work" / "quantize"
-HAND = WORK.with_name("quantize-by-hand")
 TYPES = "f16,q8_0,q6_k,q5_k_m,q4_k_m,q4_0,iq4_xs,q3_k_m,q2_k,iq2_xxs"
+PROGRAM = (sys.executable, "-m", "toolchain.cli.program")
 HEADINGS = (
     *("example", "type", "MB", "bits", "KL mean", "KL p99", "top-1", "perplexity", "layer"),
     *("task", "gate"),
 )
+COSTS = ("example", "type", "CPU s", "wall s", "peak RSS MiB", "peak disk MB", "planned MB")
 OFF = ("quality.gate=false", "evaluate.max_drop=1", "quantize.allow_low_bits=true")
 
 
@@ -46,7 +54,7 @@ def build(example: str, types: list[str], runner: str) -> list[dict]:
     words += [word for setting in OFF for word in ("--set", setting)]
     words += ["--dist", str(WORK / "dist"), "--layout", str(WORK / "images" / example)]
     done = subprocess.run(
-        [sys.executable, "-m", "toolchain.cli.program", *words],
+        [*PROGRAM, *words],
         env={**os.environ, "WEIGHTSMITH_STORE": str(WORK / "store")},
         check=True,
         stdout=subprocess.PIPE,
@@ -55,15 +63,26 @@ def build(example: str, types: list[str], runner: str) -> list[dict]:
     return [json.loads((report.parent / "build.json").read_text()) for report in reports]
 
 
-def row(example: str, built: dict) -> str:
+def gguf_row(example: str, built: dict) -> list[str]:
     """Return one line of the table."""
-    artifact, lost = built["artifact"], built["quality"]
-    score = built["scores"]["image"]
-    cells = [
+    artifact = built["artifact"]
+    return row(
         example,
         artifact["format"],
-        f"{artifact['size'] / 1e6:.1f}",
-        f"{artifact['bits_per_weight']:.2f}",
+        artifact["size"],
+        artifact["bits_per_weight"],
+        built["quality"],
+        built["scores"]["image"],
+    )
+
+
+def row(example: str, name: str, size: int, bits: float, lost: dict, score: dict) -> list[str]:
+    """Return the cells of one line."""
+    return [
+        example,
+        name,
+        f"{size / 1e6:.1f}",
+        f"{bits:.2f}",
         f"{lost['kl_mean']:.2g}",
         f"{lost['kl_p99']:.2g}",
         f"{lost['top1']:.3f}",
@@ -72,91 +91,129 @@ def row(example: str, built: dict) -> str:
         f"{round(score['score'] * score['n'])} of {score['n']}",
         "stopped" if lost["exceeded"] else "passed",
     ]
-    return f"| {' | '.join(cells)} |"
 
 
-OURS = """
-import sys
-from pathlib import Path
-from toolchain.drivers.local import LocalRunner
-from toolchain.ports import Silent
-from toolchain.quantizers import formats
-from toolchain.quantizers.calibration import GENERAL, Bounds, read_texts
-from toolchain.stages.quantize import Wanted, job_of
-from toolchain.wiring import cache_folder
-model, out = map(Path, sys.argv[1:])
-wanted = Wanted(name="m", format=formats()["q4_k_m"], options={"imatrix": "auto"},
-                texts=read_texts(GENERAL, Bounds()))
-LocalRunner(cache_folder()).run(job_of(model, 1 << 30, wanted, out), Silent())
-"""
+def checkpoint_rows(example: str, name: str, model: Path) -> tuple[list[str], list[str]]:
+    """Quantize the merged example; return a line of what it lost and one of what it cost."""
+    file = read_recipe(ROOT / "examples" / example / "recipe.yaml")
+    recipe = file.recipe
+    folder = WORK / example / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    words = ["quantize", "--model", model, "--format", name, "--no-gate", "--runner", "local"]
+    words += ["--calibration", file.folder / recipe.calibration.data, "--out", folder / "out"]
+    told, cost = measured([*PROGRAM, *words, "--json"], folder)
+    plain = dequantized(folder, name, model)
+    asked = ["evaluate", "--model", plain, "--data", file.folder / recipe.evaluate.data]
+    asked += ["--metric", recipe.evaluate.metric, "--max-tokens", recipe.evaluate.max_tokens]
+    words = [*PROGRAM, *map(str, asked), "--runner", "local", "--json"]
+    score = json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE).stdout)
+    details = told["details"]
+    size = sum(path.stat().st_size for path in model.iterdir())
+    quantizer = of_format(name)
+    format_ = next(f for f in quantizer.formats if f.name == name)
+    config = json.loads((model / "config.json").read_text())
+    planned = quantizer.peak_disk(size, kept_bytes(size, format_, config), format_) / 1e6
+    lost = row(example, name, details["size"], details["bits_per_weight"], told["quality"], score)
+    costs = [f"{cost[key]:.1f}" for key in ("cpu", "wall", "rss", "disk")]
+    return lost, [example, name, *costs, f"{planned:.1f}"]
 
 
-def by_hand(model: Path, rounds: int) -> None:
-    """Print wall and CPU seconds of our job and of llama.cpp's commands, in turn."""
-    cache = cache_folder()
-    tools = toolset_folder(cache, "llamacpp")
-    python = environment_folder(cache, Pins(name="gguf", flavour="cpu")) / "bin" / "python"
-    rows = read_texts(GENERAL, Bounds()).calibration
-    times: dict[str, list[tuple[float, float]]] = {"weightsmith": [], "by hand": []}
-    for _ in range(rounds):
-        shutil.rmtree(HAND, ignore_errors=True)
-        for name in times:
-            (HAND / name).mkdir(parents=True)
-        ours = [sys.executable, "-c", OURS, str(model), str(HAND / "weightsmith")]
-        times["weightsmith"].append(timed([ours], ROOT, {}))
-        hand = HAND / "by hand"
-        (hand / "text").write_text("\n".join(str(row["text"]) for row in rows))
-        threads = str(max(1, len(os.sched_getaffinity(0)) - 1))
-        files = ["--imatrix", "imatrix.gguf", "f16.gguf", "m.gguf", "Q4_K_M"]
-        settings = ["--no-ppl", "-t", threads, "-fa", "off"]
-        words: list[list] = [
-            [python, tools / "convert" / "convert_hf_to_gguf.py", model, "--outfile", "f16.gguf"],
-            [tools / "bin" / "llama-imatrix", "-m", "f16.gguf", "-f", "text", *settings],
-            [tools / "bin" / "llama-quantize", *files],
-        ]
-        paths = {"PYTHONPATH": f"{tools}/convert:{tools}/convert/gguf-py"}
-        variant = {"WEIGHTSMITH_CPU_VARIANT": "x86-64-v3"}
-        times["by hand"].append(timed(words, hand, {**paths, **variant}))
-    print("| way | wall s | CPU s | each round's CPU |\n|---|---|---|---|")
-    for name, found in times.items():
-        wall, cpu = (statistics.median(column) for column in zip(*found, strict=True))
-        each = ", ".join(f"{c:.1f}" for _, c in found)
-        print(f"| {name} | {wall:.1f} | {cpu:.1f} | {each} |")
-    shutil.rmtree(HAND, ignore_errors=True)
+def measured(words: list, folder: Path) -> tuple[dict, dict[str, float]]:
+    """Run a command; return its JSON, CPU and wall seconds, peak MiB of memory and MB of disk."""
+    peak, done = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.05):
+            peak = max(peak, used(folder))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.monotonic()
+    with (folder / ".told").open("wb") as out:
+        process = subprocess.Popen([str(word) for word in words], stdout=out)
+        _, status, usage = os.wait4(process.pid, 0)
+    wall = time.monotonic() - began
+    done.set()
+    watcher.join()
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{words} ended with {process.returncode}")
+    cost = {"cpu": usage.ru_utime + usage.ru_stime, "wall": wall, "rss": usage.ru_maxrss / 1024}
+    return json.loads((folder / ".told").read_text()), {**cost, "disk": peak / 1e6}
 
 
-def timed(commands: list[list], folder: Path, env: dict[str, str]) -> tuple[float, float]:
-    """Run commands in turn; return their wall and CPU seconds."""
-    before, began = os.times(), time.monotonic()
-    for words in commands:
-        subprocess.run(
-            [str(word) for word in words],
-            cwd=folder,
-            env={**os.environ, **env},
-            check=True,
-            capture_output=True,
-        )
-    after = os.times()
-    cpu = after.children_user + after.children_system
-    return time.monotonic() - began, cpu - before.children_user - before.children_system
+def used(folder: Path) -> int:
+    """Return the bytes of all files below a folder; those that go meanwhile count nothing."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except OSError:
+            continue
+    return total
+
+
+def dequantized(folder: Path, name: str, model: Path) -> Path:
+    """Write the quantized checkpoint as a plain one in float32; return its folder."""
+    view = of_format(name).view(folder / "out", model)
+    plain = shutil.copytree(
+        model, folder / "plain", ignore=shutil.ignore_patterns("*.safetensors*")
+    )
+    weights = {n: np.ascontiguousarray(view.tensor(n)) for n in sorted(view.names)}
+    save_file(weights, plain / "model.safetensors", {"format": "pt"})
+    config = json.loads((plain / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    (plain / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
+    return plain
+
+
+def merged(example: str) -> Path:
+    """Return the folder of an example's merged checkpoint, in the user's own store."""
+    tools, _ = make_tools("local", Silent())
+    file = read_recipe(ROOT / "examples" / example / "recipe.yaml")
+    file = pinned(file, read_lock(file))
+    return merge(resolve(file, tools), file.recipe.merge, tools).tree.root
+
+
+def say(cells: list[str] | tuple[str, ...]) -> None:
+    """Print a line of a table."""
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def heading(cells: tuple[str, ...]) -> None:
+    """Print a table's first lines."""
+    say(cells)
+    print(f"|{'---|' * len(cells)}")
 
 
 def main() -> None:
-    """Build, and print the table."""
+    """Build or quantize, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--example", choices=("tiny", "support-bot"), default=None)
     parser.add_argument("--types", default=TYPES)
+    parser.add_argument("--checkpoints", default="", metavar="FORMATS")
     parser.add_argument("--runner", default="auto")
-    parser.add_argument("--by-hand", type=Path, default=None, metavar="CHECKPOINT")
-    parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
-    if asked.by_hand:
-        by_hand(asked.by_hand.absolute(), asked.rounds)
-        return
-    print(f"| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}")
-    for example in [asked.example] if asked.example else ["tiny", "support-bot"]:
-        for built in build(example, asked.types.split(","), asked.runner):
-            print(row(example, built), flush=True)
+    examples = [asked.example] if asked.example else ["tiny", "support-bot"]
+    heading(HEADINGS)
+    costs = []
+    for example in examples:
+        if not asked.checkpoints:
+            for built in build(example, asked.types.split(","), asked.runner):
+                say(gguf_row(example, built))
+            continue
+        model = merged(example)
+        for name in asked.checkpoints.split(","):
+            lost, cost = checkpoint_rows(example, name, model)
+            say(lost)
+            costs.append(cost)
+    if costs:
+        print()
+        heading(COSTS)
+        for cost in costs:
+            say(cost)
     shutil.rmtree(WORK, ignore_errors=True)
 
 

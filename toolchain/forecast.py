@@ -68,12 +68,12 @@ def forecast(
     rows += [_merge_row(file, whole, earlier, tools)]
     rows += _validate_rows(file, whole, checkpoint, earlier, tools)
     rows += _reference_rows(sources, tasks, earlier, tools)
-    plans, size = {}, sources.base.tree.size
+    plans = {}
     shape = model_config(sources.base.tree.root)
     weights = sources.base.tree.weight_bytes or weights_from_config(shape)
     for target in targets:
         wanted = wanted_of(file, target.format, sources.base, tools)
-        row, artifact = _quantize_row(wanted, target, checkpoint, size, earlier, tools)
+        row, artifact = _quantize_row(wanted, target, checkpoint, sources, earlier, tools)
         rows += [row, *_quality_rows(file, target, checkpoint, artifact, tools)]
         weight = artifact.weight_bytes if artifact else 0
         weight = weight or estimated_bytes(weights, target.format, shape)
@@ -279,10 +279,11 @@ def _quantize_row(
     wanted: Wanted,
     target: Target,
     checkpoint: Tree | None,
-    size: int,
+    sources: Sources,
     earlier: Mapping[str, Json],
     tools: Tools,
 ) -> tuple[dict[str, Json], Tree | None]:
+    size, config = sources.base.tree.size, model_config(sources.base.tree.root)
     if not target.format.packed:
         return _row("quantize", target=target.name, cached=True, why=""), checkpoint
     if not can_make(target.format):
@@ -291,9 +292,9 @@ def _quantize_row(
     row: dict[str, Json] = {
         "target": target.name,
         "read": size,
-        "write": estimated_bytes(size, target.format),
+        "write": estimated_bytes(size, target.format, config),
         "memory": _QUANTIZE_MEMORY + size,
-        "disk": disk_peak(size, target.format),
+        "disk": disk_peak(size, target.format, config),
     }
     if checkpoint is None:
         return _row("quantize", cached=False, why="merge comes first", **row), None

@@ -21,12 +21,11 @@ from toolchain.serving import targets as serving_targets
 from toolchain.serving.compatibility import check_support
 from toolchain.serving.engine import ServedAdapter, Wishes
 from toolchain.serving.memory import parse_size
-from toolchain.serving.model import ModelShape
 from toolchain.serving.targets import Target
 from toolchain.stages import merge as merging
 from toolchain.stages import quantize as quantizing
 from toolchain.stages.publish import Outputs
-from toolchain.stages.quantize import Wanted, model_config, serving_config_of
+from toolchain.stages.quantize import Wanted, kept_bytes, model_config, serving_config_of
 from toolchain.stages.render import render
 from toolchain.stages.unmerged import served_adapters
 from toolchain.values import (
@@ -267,7 +266,8 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
     if any(target.format.packed for target in request.targets):
         say_texts(request.file, tools.progress)
     if not everything_cached(request, sources, tools):
-        written += max(disk_peak(sources.base.tree.size, t.format) for t in request.targets)
+        config, size = model_config(sources.base.tree.root), sources.base.tree.size
+        written += max(disk_peak(size, target.format, config) for target in request.targets)
         tools.store.require_room(written, "the build")
 
 
@@ -331,19 +331,16 @@ def estimated_bytes(
     """
     if not format_.packed:
         return checkpoint_bytes
-    kept = 0
-    if config is not None and format_.suffix != ".gguf":
-        shape = ModelShape.from_config(config)
-        tables = 1 if config.get("tie_word_embeddings") else 2
-        kept = min(checkpoint_bytes, tables * 2 * shape.vocab * shape.hidden)
+    kept = kept_bytes(checkpoint_bytes, format_, config)
     return kept + int((checkpoint_bytes - kept) * format_.bits_per_weight / 16)
 
 
-def disk_peak(checkpoint_bytes: int, format_: Format) -> int:
+def disk_peak(checkpoint_bytes: int, format_: Format, config: Mapping[str, Json]) -> int:
     """Return the bytes on disk at the worst moment of making and keeping an artifact."""
     if not format_.packed:
         return checkpoint_bytes
-    return of_format(format_.name).peak_disk(checkpoint_bytes, format_)
+    kept = kept_bytes(checkpoint_bytes, format_, config)
+    return of_format(format_.name).peak_disk(checkpoint_bytes, kept, format_)
 
 
 def serving_config(

@@ -1,6 +1,7 @@
 """GGUF files by llama.cpp's own programs, read back and measured."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -262,3 +263,54 @@ def test_the_divergence_is_near_what_llama_cpp_says_of_its_own(tmp_path):
     ours = measure(TINY / "base", view, rows, 100_000, lambda *_: None)["kl_mean"]
 
     assert ours == pytest.approx(theirs, rel=0.25)
+
+
+RUN = """
+import sys
+from pathlib import Path
+from toolchain.drivers.folders import read_tree
+from toolchain.ports import Silent
+from toolchain.quantizers import formats
+from toolchain.quantizers.calibration import Bounds, read_texts
+from toolchain.stages.quantize import Wanted, quantize
+from toolchain.values import Checkpoint
+from toolchain.wiring import make_tools
+
+class Loud(Silent):
+    def note(self, text):
+        print(text, flush=True)
+
+model, texts = map(Path, sys.argv[1:])
+tools, _ = make_tools("local", Loud())
+tree = read_tree(model, tools.store, tools.progress)
+wanted = Wanted(name="tiny", format=formats()["q4_k_m"], options={"imatrix": "auto"},
+                texts=read_texts(texts, Bounds()))
+made = quantize(Checkpoint(tree=tree, made_from=()), wanted, tools)
+print("made", [(file.path, file.digest) for file in made.tree.files])
+"""
+
+
+def test_a_killed_quantization_goes_on_where_it_was(tmp_path):
+    """Killed while it quantizes: conversion and matrix are not made again, the bytes are equal."""
+
+    def start(store: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-c", RUN, TINY / "base", TINY / "calibration.jsonl"],
+            env={**os.environ, "WEIGHTSMITH_STORE": str(tmp_path / store)},
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+
+    with start("killed") as process:
+        for line in process.stdout:
+            if line.startswith("quantizing to"):
+                process.kill()
+    with start("killed") as process:
+        again = process.stdout.read().splitlines()
+    with start("whole") as process:
+        whole = process.stdout.read().splitlines()
+
+    done = [line for line in again if line.endswith(": done before")]
+    assert [line.split()[0] for line in done] == ["converting", "measuring"]
+    assert not any("done before" in line for line in whole)
+    assert again[-1] == whole[-1]
+    assert whole[-1].startswith("made [('tiny.gguf'")

@@ -127,13 +127,17 @@ def zero_point_option(format_: Format, wanted: Mapping[str, Json]) -> None:
         )
 
 
-def peak_disk(checkpoint_bytes: int, format_: Format) -> int:
+def output_bytes(checkpoint_bytes: int, kept: int, format_: Format) -> int:
+    """Return the bytes of the finished folder; embeddings and head, the `kept`, are as before."""
+    return kept + int((checkpoint_bytes - kept) * format_.bits_per_weight / 16)
+
+
+def peak_disk(checkpoint_bytes: int, kept: int, format_: Format) -> int:
     """Return the bytes at the worst moment: what the engine writes, and the finished folder.
 
-    Embeddings stay in 16 bits, which is much of a small model: nothing larger than the checkpoint.
+    On a CPU engines compute in float32, and write what they do not quantize so.
     """
-    del format_
-    return 2 * checkpoint_bytes
+    return 2 * output_bytes(checkpoint_bytes, kept, format_) + kept
 
 
 def finish(

@@ -179,7 +179,7 @@ def check(request: QuantizeRequest) -> Mapping[str, Json]:
     return facts
 
 
-def peak_disk(checkpoint_bytes: int, format_: Format) -> int:
+def peak_disk(checkpoint_bytes: int, _kept: int, format_: Format) -> int:
     """Return the bytes at the worst moment: the output, and a 16-bit copy for quantized types."""
     output = int(checkpoint_bytes * format_.bits_per_weight / 16 * 1.3)
     return output if format_.name in DIRECT else checkpoint_bytes + output

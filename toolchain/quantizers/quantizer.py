@@ -93,8 +93,9 @@ class Quantizer:
     """The commands, in order; starts nothing and writes nothing."""
     check: Callable[[QuantizeRequest], Mapping[str, Json]]
     """Re-read the output and describe it; raises CheckFailed where it is not what was asked."""
-    peak_disk: Callable[[int, Format], int]
-    """(checkpoint bytes, format) -> bytes on disk at the worst moment, output included."""
+    peak_disk: Callable[[int, int, Format], int]
+    """(checkpoint bytes, those of them that stay in 16 bits, format) -> bytes on disk at the worst
+    moment, output included."""
     options: Callable[[Format, Mapping[str, Json]], Mapping[str, Json]] = _no_options
     """(format, the recipe's `quantize`) -> those that change this format's bytes; UsageError."""
     check_options: Callable[[Mapping[str, Json], Mapping[str, Json]], None] = _any_options

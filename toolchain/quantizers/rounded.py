@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from toolchain.quantizers.checkpoints import (
     LINEAR,
     check_config,
-    peak_disk,
+    output_bytes,
     write_companions,
 )
 from toolchain.quantizers.keeping import keep_option, kept_modules
@@ -129,7 +129,7 @@ QUANTIZER = Quantizer(
     check_input=check_config,
     steps=steps,
     check=check,
-    peak_disk=peak_disk,
+    peak_disk=output_bytes,
     options=options,
     view=view_of,
 )

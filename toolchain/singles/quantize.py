@@ -17,7 +17,7 @@ from toolchain.quantizers import of_format
 from toolchain.quantizers.calibration import GENERAL, Bounds, Texts, read_texts
 from toolchain.recipe import Quality
 from toolchain.stages.quality import measured
-from toolchain.stages.quantize import Wanted, job_of, model_config
+from toolchain.stages.quantize import Wanted, job_of, kept_bytes, model_config
 from toolchain.values import Json
 
 
@@ -53,7 +53,9 @@ def quantize_folder(asked: QuantizeWish, tools: Tools) -> Mapping[str, Json]:
     if needs_text(wanted):
         wanted = replace(wanted, texts=texts)
     size = sum(path.stat().st_size for path in asked.model.iterdir() if path.is_file())
-    tools.store.require_room(quantizer.peak_disk(size, format_), f"quantizing to {format_.name}")
+    kept = kept_bytes(size, format_, model_config(asked.model))
+    peak = quantizer.peak_disk(size, kept, format_)
+    tools.store.require_room(peak, f"quantizing to {format_.name}")
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:

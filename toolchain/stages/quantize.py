@@ -14,6 +14,7 @@ from toolchain.quantizers import of_format
 from toolchain.quantizers.calibration import Texts
 from toolchain.quantizers.quantizer import Quantizer
 from toolchain.resources import builder_pins
+from toolchain.serving.model import ModelShape
 from toolchain.values import (
     SAFETENSORS,
     Artifact,
@@ -129,9 +130,21 @@ def model_config(tree_root: Path) -> Mapping[str, Json]:
     return config
 
 
+def kept_bytes(checkpoint_bytes: int, format_: Format, config: Mapping[str, Json] | None) -> int:
+    """Return the bytes that stay in 16 bits in a packed checkpoint: embeddings, and the head."""
+    if not config or format_.suffix == ".gguf":
+        return 0
+    shape = ModelShape.from_config(config)
+    tables = 1 if config.get("tie_word_embeddings") else 2
+    return min(checkpoint_bytes, tables * 2 * shape.vocab * shape.hidden)
+
+
 def _run(folder: Path, checkpoint: Checkpoint, wanted: Wanted, tools: Tools) -> Mapping[str, Json]:
     quantizer = of_format(wanted.format.name)
-    peak = quantizer.peak_disk(checkpoint.tree.size, wanted.format)
+    packed = wanted.format.suffix != ".gguf"
+    config = model_config(checkpoint.tree.root) if packed else None
+    kept = kept_bytes(checkpoint.tree.size, wanted.format, config)
+    peak = quantizer.peak_disk(checkpoint.tree.size, kept, wanted.format)
     tools.store.require_room(peak, f"quantizing to {wanted.format.name}")
     known = None
     if wanted.texts and quantizer.statistics:

@@ -104,8 +104,8 @@ def test_good_input_is_not_refused():
 def test_peak_disk_counts_the_file_between():
     peak = of_format("q4_k_m").peak_disk
 
-    assert peak(16 << 30, formats()["q4_k_m"]) > (16 << 30) + (4 << 30)
-    assert peak(16 << 30, formats()["q8_0"]) < 16 << 30
+    assert peak(16 << 30, 0, formats()["q4_k_m"]) > (16 << 30) + (4 << 30)
+    assert peak(16 << 30, 0, formats()["q8_0"]) < 16 << 30
 
 
 def write_gguf(
