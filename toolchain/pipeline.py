@@ -37,9 +37,9 @@ from toolchain.stages import reference as references
 from toolchain.stages import validate as validating
 from toolchain.stages.attest import evidence
 from toolchain.stages.lock import pinned, read_lock, with_sources, write_lock
-from toolchain.stages.record import Facts, TaskFacts, write_record
+from toolchain.stages.record import Facts, TaskFacts, has_layers, is_written, write_record
 from toolchain.stages.report import write_report
-from toolchain.stages.resolve import resolve
+from toolchain.stages.resolve import known, resolve
 from toolchain.stages.trial import ask, checks_of, is_proven, known_answers
 from toolchain.stages.unmerged import unmerged, unmerged_gguf
 from toolchain.values import (
@@ -60,8 +60,8 @@ def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[B
     tasks = tasks_of(request.file)
     asked = f"{sum(len(tried.task.items) for tried in tasks)} questions to"
     check_outputs(request, registry)
-    with clock.stage("resolve", recipe.base.source):
-        request, sources = resolved(request, tools)
+    with clock.stage("resolve", recipe.base.source) as said:
+        request, sources = resolved(request, tools, said)
         check_before_work(request, sources, tools)
         merged = sources_to_merge(request.targets, sources)
     with clock.stage("merge", f"{len(merged.adapters)} adapter(s), {recipe.merge.method}") as said:
@@ -80,11 +80,13 @@ def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[B
         with timed.stage("quality", target.format.name) as said:
             artifact = with_quality(request.file, checkpoint, artifact, tools)
             said["cached"] = artifact.details.get("quality", {}).get("cached", True)
-        with timed.stage("render", target.name):
+        with timed.stage("render", target.name) as said:
             config = config_of(request, target, sources, checkpoint, artifact)
-        with timed.stage("bake", reference(recipe, target.name)):
+            said["cached"] = is_written(config.files, request.folder(target))
+        with timed.stage("bake", reference(recipe, target.name)) as said:
             baking = Baking.of(request, target, sources, artifact, config, registry, tools)
             image = baking.own({})
+            said["cached"] = has_layers(image, request.folder(target))
         record = Record(request, sources, checkpoint, tools, baking, image)
         judge_quality(record, artifact, expected, timed.stages)
         with timed.stage("evaluate", f"{asked} the started image") as said:
@@ -120,7 +122,7 @@ class Clock:
 
     @contextmanager
     def stage(self, name: str, detail: str = "") -> Iterator[dict[str, Json]]:
-        """Time a stage; its body may set `cached`."""
+        """Time a stage; its body sets `cached` where it fetched, made, changed and sent nothing."""
         said: dict[str, Json] = {"cached": False, "seconds": 0.0}
         self.tools.progress.stage(name, detail)
         began = time.monotonic()
@@ -130,10 +132,13 @@ class Clock:
         self.tools.progress.finish(name, float(said["seconds"]), bool(said["cached"]))
 
 
-def resolved(request: BuildRequest, tools: Tools) -> tuple[BuildRequest, Sources]:
+def resolved(
+    request: BuildRequest, tools: Tools, said: dict[str, Json]
+) -> tuple[BuildRequest, Sources]:
     """Bring the sources as the lock beside the recipe pins them; keep what it did not know."""
     lock = read_lock(request.file)
     file = pinned(request.file, lock)
+    said["cached"] = known(file, tools)[0] is not None
     sources = resolve(file, tools)
     now = with_sources(lock, file, sources, locked=request.locked, progress=tools.progress)
     write_lock(lock, now, tools.progress)
@@ -287,13 +292,16 @@ def deliver(
     image = baking.whole(scores)
     outputs = request.outputs_of(baking.target)
     name = reference(request.file.recipe, baking.target.name)
-    said["cached"] = publishing.is_published(image, name, outputs, tools)
-    if said["cached"]:
+    held = publishing.is_held(image, name, outputs, tools)
+    if held and not outputs.push:
+        said["cached"] = True
         if request.engine_answers:
             publishing.discard_candidate(own_of(image), None, tools)
         return publishing.describe(image, name, outputs)
     told = [evidence(one) for one in baking.made(checkpoint, scores, registry)]
-    return publishing.publish(image, name, outputs, told, registry, tools)
+    published = publishing.publish(image, name, outputs, told, registry, tools)
+    said["cached"] = held and not published.uploaded_bytes and not published.mounted
+    return published
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,8 +79,7 @@ def test_a_second_build_does_nothing(local) -> None:
     )["targets"][TARGET]
 
     assert again["digest"] == built["digest"]
-    cached = {name for name, facts in again["stages"].items() if facts["cached"]}
-    assert {"merge", "reference", "quantize", "evaluate", "publish"} <= cached
+    assert all(facts["cached"] for facts in again["stages"].values()), again["stages"]
 
 
 @pytest.mark.docker

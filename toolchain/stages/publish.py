@@ -130,14 +130,12 @@ def describe(whole: Whole, reference: str, outputs: Outputs) -> Published:
     )
 
 
-def is_published(whole: Whole, reference: str, outputs: Outputs, tools: Tools) -> bool:
-    """Say whether every local output holds this very image already."""
+def is_held(whole: Whole, reference: str, outputs: Outputs, tools: Tools) -> bool:
+    """Say whether every local output holds this very image already; a registry is to be asked."""
     own = own_of(whole)
     if outputs.load and tools.engine.inspect(reference).get("Id") != own.config_blob.digest:
         return False
-    if outputs.layout is not None and held_digest(outputs.layout) != whole.digest:
-        return False
-    return not outputs.push
+    return outputs.layout is None or held_digest(outputs.layout) == whole.digest
 
 
 def _rows(image: Image) -> list[Mapping[str, Json]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from toolchain import __version__
 from toolchain.errors import EnvironmentFailure
 from toolchain.evaluating.statistics import wilson
+from toolchain.oci.image import Image
 from toolchain.provenance.evaluation import side_by_side
 from toolchain.recipe import Recipe
 from toolchain.values import (
@@ -66,6 +67,23 @@ def write_record(facts: Facts, folder: Path) -> Mapping[str, Json]:
     files = facts.config.files if facts.config else {}
     write_files({**files, "build.json": json.dumps(document, indent=2) + "\n"}, folder)
     return document
+
+
+def is_written(files: Mapping[str, str], folder: Path) -> bool:
+    """Say whether a folder has these texts already, as an earlier build wrote them."""
+    try:
+        return all((folder / name).read_text("utf-8") == text for name, text in files.items())
+    except (OSError, ValueError):
+        return False
+
+
+def has_layers(image: Image, folder: Path) -> bool:
+    """Say whether the image that a folder records has these layers."""
+    try:
+        recorded = json.loads((folder / "build.json").read_text("utf-8"))["image"]["layers"]
+        return [row["digest"] for row in recorded] == [layer.digest for layer in image.layers]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def write_files(files: Mapping[str, str], folder: Path) -> None:
