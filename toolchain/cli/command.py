@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import inspect
+import io
 import json
 import os
 import signal
@@ -26,6 +27,7 @@ from toolchain.values import Json, plain
 
 _OF_THE_MACHINE = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+    | {errno.ENAMETOOLONG}
 )
 """What a disk or its permissions refuse: for the user to change, no fault of ours."""
 
@@ -48,6 +50,9 @@ def command(
         @functools.wraps(body)
         def run(context: object, **arguments: Any) -> None:
             as_json = bool(arguments.get("json"))
+            for stream in (sys.stdout, sys.stderr):  # a locale may lack a letter
+                if isinstance(stream, io.TextIOWrapper):
+                    stream.reconfigure(errors="backslashreplace")
             try:
                 result, text = _guarded(body, context, _numbers(body, arguments))
             except WeightsmithError as error:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from toolchain.errors import UsageError
 from toolchain.merging.plan import KINDS, estimate, make_plan
 from toolchain.ports import Tools
 from toolchain.recipe import Merge, check_recipe
@@ -69,17 +73,33 @@ def _run(
     tools.runner.prepare(BUILDER, tools.progress)
     beside = out.with_name(f".{out.name}.partial")
     beside.mkdir(parents=True, exist_ok=True)
-    job = _job(folders, beside, options, memory_limit(cost), keep=keep)
-    result = tools.runner.run(job, tools.progress)
-    if out.exists():
-        out.rmdir()  # it is empty
-    beside.rename(out)
+    with _alone(beside, out):
+        job = _job(folders, beside, options, memory_limit(cost), keep=keep)
+        result = tools.runner.run(job, tools.progress)
+        if out.exists():
+            out.rmdir()  # it is empty
+        beside.rename(out)
     tools.progress.finish("merge", float(result["seconds"]), cached=False)
     for finding in result.get("findings", ()):
         tools.progress.warn(str(finding))
     for line in summary(result):
         tools.progress.note(line)
     return {**result, "out": str(out)}
+
+
+@contextmanager
+def _alone(folder: Path, out: Path) -> Iterator[None]:
+    """Keep other merges out of a folder meanwhile; UsageError where one is in it already."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UsageError(
+            f"another merge is writing {out}", hint="wait for it, or name another folder"
+        ) from None
+    finally:
+        os.close(handle)
 
 
 def summary(result: Mapping[str, Json]) -> list[str]:
