@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from toolchain.quantizers.awq_search import mend
 from toolchain.quantizers.checkpoints import (
     awq_config,
     check_group,
@@ -19,7 +20,6 @@ from toolchain.quantizers.checkpoints import (
     peak_disk,
     zero_point_option,
 )
-from toolchain.quantizers.clipping import best_clip
 from toolchain.quantizers.keeping import keep_option, kept_modules
 from toolchain.quantizers.packed import Layout, view_of
 from toolchain.quantizers.packed_check import check_checkpoint
@@ -62,8 +62,7 @@ def main() -> None:
     torch: Any = importlib.import_module("torch")
     transformers: Any = importlib.import_module("transformers")
     library: Any = importlib.import_module("awq")
-    search: Any = importlib.import_module("awq.quantize.quantizer").AwqQuantizer
-    search._compute_best_clip = best_clip  # noqa: SLF001 - the one place that it can be put
+    mend(importlib.import_module("awq.quantize.quantizer").AwqQuantizer)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     samples = blocks(texts(told["calibration"]), encoder(tokenizer))
     gpu = torch.cuda.is_available()
@@ -92,7 +91,7 @@ QUANTIZER = Quantizer(
     name="autoawq",
     builder="autoawq",
     formats=(AWQ,),
-    recipe_number=3,
+    recipe_number=4,
     check_input=check_grouped,
     steps=steps,
     check=check,

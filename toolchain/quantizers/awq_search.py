@@ -1,8 +1,11 @@
-"""AWQ's search for clipping, in the time of one small product instead of the outputs themselves.
+"""AutoAWQ's two searches, mended: on a CPU the one ruins weights and the other takes half an hour.
 
-AutoAWQ multiplies every sampled input with every weight, once for each of eleven limits: half an
-hour of CPU time for 30 layers of width 576. The squared error of a group's output over all tokens
-is `d G d`, with d what its weights moved by and G the inputs' Gram matrix, which is formed once.
+Scales: it keeps a layer's weights with `tensor.cpu()`, which copies from a GPU only, and then
+multiplies them in place. On a CPU every matrix stays multiplied by the first scales tried.
+
+Clipping: it multiplies every sampled input with every weight, once for each of eleven limits. The
+squared error of a group's output over all tokens is `d G d`, with d what its weights moved by and
+G the inputs' Gram matrix, which is formed once.
 """
 
 from __future__ import annotations
@@ -21,6 +24,22 @@ class Rounds(Protocol):
 
     def pseudo_quantize_tensor(self, w: Any) -> tuple[Any, Any, Any]:
         """Return (w rounded to the grid of its groups, scales, zero points)."""
+
+
+def mend(search: Any) -> None:
+    """Give AutoAWQ 0.2.9's class AwqQuantizer (quantize/quantizer.py) both searches."""
+    upstream = search._compute_best_scale  # noqa: SLF001 - the one place that it can be put
+
+    def best_scale(quantizer: Any, x: Any, w: Any, seen: Any, module: Any, *more: Any) -> Any:
+        own = module.state_dict
+        module.state_dict = lambda: {name: value.clone() for name, value in own().items()}
+        try:
+            return upstream(quantizer, x, w, seen, module, *more)
+        finally:
+            del module.state_dict
+
+    search._compute_best_scale = best_scale  # noqa: SLF001
+    search._compute_best_clip = best_clip  # noqa: SLF001
 
 
 def best_clip(quantizer: Rounds, weight: Any, inputs: Any) -> Any:

@@ -1,10 +1,10 @@
-"""The clipping that AWQ searches for: held against outputs computed one by one."""
+"""AWQ's searches: clipping held against outputs computed one by one, weights left as they were."""
 
 import numpy as np
 import pytest
 import torch
 
-from toolchain.quantizers.clipping import best_clip
+from toolchain.quantizers.awq_search import best_clip, mend
 
 
 class Four:
@@ -55,3 +55,25 @@ def test_inputs_are_sampled_evenly_where_there_are_many():
     assert torch.equal(
         best_clip(Four(32), weight, inputs), best_clip(Four(32), weight, inputs[::4].clone())
     )
+
+
+def test_searching_scales_leaves_the_weights_as_they_were():
+    class Search:
+        """Tries scales as AutoAWQ does: it keeps what `cpu()` gives, and multiplies in place."""
+
+        @torch.no_grad()
+        def _compute_best_scale(self, x, w_mean, x_mean, module, linears):
+            kept = {name: value.cpu() for name, value in module.state_dict().items()}
+            for ratio in (3, 5):
+                linears[0].weight.mul_(ratio)
+                linears[0].weight.data = linears[0].weight.data / ratio + 1
+                module.load_state_dict(kept)
+            return x
+
+    layer = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    before = layer[0].weight.detach().clone()
+    mend(Search)
+
+    assert Search()._compute_best_scale(7, None, None, layer, [layer[0]]) == 7
+    assert torch.equal(layer[0].weight, before)
+    assert "state_dict" not in vars(layer)
