@@ -28,6 +28,7 @@ class Dora:
     by_column: bool
     """True where the base stores (in, out), so that lengths are those of columns."""
     whole: bool = False
+    by_row: bool = True
 
     def held_elements(self, output: Output) -> int:
         """Return how many float64 elements are in memory at a time."""

@@ -33,6 +33,7 @@ class Frod:
     transposed: bool
     """True where the base stores (in, out)."""
     whole: bool = True
+    by_row: bool = False
 
     def held_elements(self, output: Output) -> int:
         """Return how many float64 elements are in memory at a time."""

@@ -24,6 +24,7 @@ class Kasa:
     term: Term
     diagonal: Stored
     whole: bool = True
+    by_row: bool = False
 
     def held_elements(self, output: Output) -> int:
         """Return how many float64 elements are in memory at a time."""

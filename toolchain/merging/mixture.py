@@ -41,6 +41,11 @@ class Mixture:
         """Say whether any of the changes needs the whole tensor."""
         return any(share.claim.change and share.claim.change.whole for share in self.shares)
 
+    @property
+    def by_row(self) -> bool:
+        """Say whether all of the changes can be computed row by row."""
+        return all(share.claim.change.by_row for share in self.shares if share.claim.change)
+
     def held_elements(self, output: Output) -> int:
         """Return how many float64 elements are in memory at a time."""
         held = output.rows * output.columns * 3 if self.whole else 0

@@ -156,6 +156,10 @@ class Change(Protocol):
     def whole(self) -> bool:
         """True where rows cannot be computed apart: the tensor is then one block."""
 
+    @property
+    def by_row(self) -> bool:
+        """True where a single row can be computed again, to float64's accuracy."""
+
     def held_elements(self, output: Output) -> int:
         """Return how many float64 elements are in memory at a time, for the plan."""
 

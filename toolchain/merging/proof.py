@@ -285,11 +285,11 @@ def _compare(output: Output, wanted: np.ndarray, found: np.ndarray, exact: bool)
 def _recompute(written: _Written) -> bool:
     """Compute some rows of a change again; say whether any differs from the base's bits.
 
-    A change that needs the whole tensor is as long as the merge: its bytes are known to be those
-    that were computed, and that is all.
+    A change that cannot be computed row by row would take as long as the merge: its bytes are known
+    to be those that were computed, and that is all.
     """
     output, files = written.output, written.files
-    if output.change is None or output.change.whole:
+    if output.change is None or not output.change.by_row:
         return True
     rows, moved = output.change.begin(output, files), False
     random = np.random.default_rng(_seed(output.name))

@@ -28,7 +28,7 @@ from toolchain.merging.kernel import (
 from toolchain.merging.outputs import Band, Output, OutputShard, Patch, Rows, Stored, bands
 from toolchain.merging.repair import Factors, Repairs
 from toolchain.merging.rounding import F32, F64, round_once
-from toolchain.merging.stream import ARRAY_TYPES, Buffers, Files, Writer, as_bytes
+from toolchain.merging.stream import ARRAY_TYPES, LARGEST, Buffers, Files, Writer, as_bytes
 from toolchain.merging.tally import Tally
 
 BLOCK = 1 << 20
@@ -254,7 +254,13 @@ class ShardMaker:
                 f"{output.name} becomes NaN or infinite",
                 hint="the base or the adapter is damaged, or a weight is far too large",
             )
-        return self._rounded(output, values)
+        out, size = self._rounded(output, values)
+        if size > LARGEST:
+            return out, size
+        # Only what was taken from the buffers is given back to them, or they would fill up.
+        buffer = self._buffers.take(size)
+        buffer[:size] = out
+        return buffer, size
 
     def _rounded(self, output: Output, values: np.ndarray) -> Filled:
         dtype = ARRAY_TYPES[output.dtype]

@@ -40,7 +40,7 @@ _MODE = 0o644
 _PIECE = 1 << 18
 _KEPT = 4
 """Factors kept for the next part of them: those of a layer's experts, both projections."""
-_LARGEST = 8 << 20
+LARGEST = 8 << 20
 """Bytes of the largest buffer that is kept for the next: a block in float64."""
 _MOST = 48
 """Buffers that are kept: what the most workers have in flight."""
@@ -190,7 +190,7 @@ class Buffers:
     def give(self, buffer: np.ndarray) -> None:
         """Take a buffer back that nobody reads any more."""
         # Whole tensors that were computed come here too, one for each: they are not kept.
-        if len(buffer) <= _LARGEST and self._free.qsize() < _MOST:
+        if len(buffer) <= LARGEST and self._free.qsize() < _MOST:
             self._free.put(buffer)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +17,22 @@ if TYPE_CHECKING:
 
     from toolchain.merging.stream import Files
 
+_BY_ROWS = {
+    "ADALORA": ("lora_B",),
+    "HIRA": ("hira_B",),
+    "IA3": ("ia3_l",),
+    "LOHA": ("hada_w1_a", "hada_w2_a"),
+}
+"""Tuners that change each row of a linear layer by itself, and their tensors with a row for each:
+a layer of some rows is then merged at a time. Half the CPU time too, since blocks stay in cache."""
 BIASED = frozenset({"BEFT", "GLORA", "IA3", "ROAD"})
 """Tuners that change a layer's bias as well."""
+
+
+_BLOCK = 1 << 22
+"""float64 elements that some rows take, generously."""
+_IMPORTS = (270 << 20) // 8
+"""And what torch and PEFT take once they are imported."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +50,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuned:
-    """A layer's weight or bias as PEFT merges it; the whole tensor at once, in float32."""
+    """A layer's weight or bias as PEFT merges it in float32: some rows at a time, or the whole."""
 
     layer: Layer
     parameter: str
@@ -55,19 +69,53 @@ class Tuned:
     folder: Path | None = None
     """The base's, where the order of its layers counts."""
 
+    by_row: bool = False
+    """Not to float64's accuracy."""
+
     @property
     def whole(self) -> bool:
         """The tensor is one block."""
-        return True
+        linear = self.parameter == "weight" and self.layer.kind == "linear"
+        return not linear or self._kind not in _BY_ROWS
+
+    @property
+    def _kind(self) -> str:
+        return str(json.loads(self.raw)["peft_type"])
 
     def held_elements(self, output: Output) -> int:
         """Return how many float64 elements are in memory: base, delta and result in float32."""
         own = sum(stored.info.size for stored in self.keys) // 8
-        return 2 * output.rows * output.columns + own
+        return _IMPORTS + own + (3 * output.rows * output.columns if self.whole else _BLOCK)
 
     def begin(self, output: Output, files: Files) -> Rows:
-        """Return what computes the whole tensor."""
+        """Return what computes rows, or the whole tensor."""
+        return self._whole(output, files) if self.whole else self._by_rows(output, files)
 
+    def _by_rows(self, output: Output, files: Files) -> Rows:
+        parts, kept = _BY_ROWS[self._kind], {}
+        cut: dict[str, Stored] = {}
+        for stored in self.keys:
+            key = plain_key(stored.info.name)
+            if stored.shape[0] == output.rows and any(f".{part}" in key for part in parts):
+                cut[key] = stored
+            else:
+                kept[key] = _array(stored, files)
+        (weight,) = (source for name, source in self.base if name == "weight")
+
+        def rows(first: int, count: int) -> np.ndarray:
+            from toolchain.merging.layer import merge_layer
+
+            adapter = kept | {
+                key: files.rows(stored.path, stored.info, first, count, stored.shape[1])
+                for key, stored in cut.items()
+            }
+            layer = replace(self.layer, shape=(count, output.columns), bias=False)
+            base = {"weight": weight.rows(files, first, count, output.columns)}
+            return merge_layer(layer, self.raw, base, adapter)["weight"]
+
+        return rows
+
+    def _whole(self, output: Output, files: Files) -> Rows:
         def rows(first: int, count: int) -> np.ndarray:
             from toolchain.merging.layer import merge_layer, merge_shared_layer
 
@@ -89,13 +137,12 @@ class Tuned:
         """Refuse a changed bias that nobody would write."""
         import numpy as np
 
-        kind = json.loads(self.raw)["peft_type"]
-        if "bias" in base and kind not in BIASED:
+        if "bias" in base and self._kind not in BIASED:
             before = base["bias"].reshape(-1).astype(merged["bias"].dtype)
             same = np.array_equal(merged["bias"], before)
             if not same:
                 raise InputRefused(
-                    f"{kind} changes the bias of {self.layer.module}, which is not expected",
+                    f"{self._kind} changes the bias of {self.layer.module}, which is not expected",
                     hint="serve this adapter unmerged, and report it with the version of PEFT",
                 )
 

@@ -9,7 +9,7 @@ from toolchain.merging import stream
 
 def test_a_block_is_used_again_and_a_whole_tensor_is_not() -> None:
     buffers = stream.Buffers()
-    block, whole = np.empty(1 << 20, np.uint8), np.empty(stream._LARGEST + 1, np.uint8)
+    block, whole = np.empty(1 << 20, np.uint8), np.empty(stream.LARGEST + 1, np.uint8)
     buffers.give(whole)
     assert buffers.take(1000) is not whole
     buffers.give(block)

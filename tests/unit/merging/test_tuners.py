@@ -17,6 +17,7 @@ from tests.unit.merging.conftest import config_of
 from tests.unit.merging.models import model_class
 from tests.unit.merging.oracle import MakeBase, answers, merged
 from toolchain.errors import InputRefused
+from toolchain.merging import layer, shards, tuned
 from toolchain.merging.engine import MergeRequest, merge
 from toolchain.merging.families.family import families
 from toolchain.merging.families.tuners import FAMILY
@@ -261,6 +262,32 @@ def test_gpt2_stores_its_weights_the_other_way_round(tmp_path: Path) -> None:
     wanted = trained(tmp_path / "base", tmp_path / "adapter", "IA3", options)
     run(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert (logits(tmp_path / "out") - wanted).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", sorted(tuned._BY_ROWS))
+def test_some_rows_at_a_time(
+    kind: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers of a few rows, as large tensors are merged, against the unmerged model."""
+    options = CASES[kind]
+    if kind == "IA3":
+        # Scales of rows too, not of columns alone.
+        options = {"target_modules": ["q_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+    wanted = trained(base, tmp_path / "adapter", kind, options)
+    monkeypatch.setattr(shards, "BLOCK", 100)
+    built: list[int] = []
+    merge_layer = layer.merge_layer
+
+    def count(one: Any, *rest: Any) -> Any:
+        built.append(one.shape[0])
+        return merge_layer(one, *rest)
+
+    monkeypatch.setattr(layer, "merge_layer", count)
+    run(base, tmp_path / "adapter", tmp_path / "out")
+
+    assert max(n for n in built) < 32 or kind == "IA3"
+    signal = (wanted - logits(base)).abs().max()
+    assert (logits(tmp_path / "out") - wanted).abs().max() < 2e-3 * signal
 
 
 def test_sixteen_bits_are_rounded_once(base: Path, tmp_path: Path) -> None:

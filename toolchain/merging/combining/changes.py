@@ -38,6 +38,11 @@ class Combined:
         """Rows can be computed apart once the deltas are there."""
         return False
 
+    @property
+    def by_row(self) -> bool:
+        """Single rows too: deltas are computed in blocks of their own."""
+        return True
+
     def held_elements(self, output: Output) -> int:
         """Return how many float64 elements are in memory: factors, or one delta per adapter."""
         factors = sum(t.rank * sum(t.shape) for share in self.shares for t in share.claim.terms)
