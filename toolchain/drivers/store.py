@@ -26,6 +26,7 @@ from toolchain.values import Digest, FileEntry, Json, Tree, canonical
 
 _WORTH_REMEMBERING = 256 << 10
 """Bytes below which hashing a file again costs less than remembering its digest."""
+_PAUSE_SECONDS = 0.05
 _SETTLED_NS = 2_000_000_000
 """A file younger than this may still change within one mtime tick, so its digest is not kept."""
 
@@ -60,12 +61,15 @@ class FileStore:
         resume: bool = False,
     ) -> Entry:
         """Return the entry, made under the key's lock where it is not there yet."""
-        if entry := self.find(key):
-            return entry
-        with self._writing("making a result"), self._exclusive(key):
-            if entry := self._read(key, cached=True):
+        while True:
+            if entry := self.find(key):
                 return entry
-            self._make(key, note, make, resume=resume)
+            with self._writing("making a result"), self._try_exclusive(key.hex) as mine:
+                if mine and self._read(key, cached=True) is None:
+                    self._make(key, note, make, resume=resume)
+                    break
+            if not mine:
+                self._wait(key)
         self.find(key)  # holds it
         entry = self._read(key, cached=False)
         if entry is None:
@@ -257,15 +261,15 @@ class FileStore:
         path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
-    @contextmanager
-    def _exclusive(self, key: Digest) -> Iterator[None]:
-        self._release(key)
-        descriptor = self._open_lock(key.hex)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)  # the kernel frees it when we die
-            yield
-        finally:
-            os.close(descriptor)
+    def _wait(self, key: Digest) -> None:
+        """Return when nobody makes the result any more: who made it may go on using it."""
+        with self._writing("waiting for a result"):
+            descriptor = self._open_lock(key.hex)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH)  # the kernel frees it when its maker dies
+            finally:
+                os.close(descriptor)
+            time.sleep(_PAUSE_SECONDS)  # it may be damaged, and held by one who has read it
 
     @contextmanager
     def _try_exclusive(self, name: str) -> Iterator[bool]:

@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -157,6 +158,26 @@ def test_two_builds_at_once_make_a_result_once(tmp_path: Path) -> None:
         process.join()
 
     assert sorted(results.get() for _ in processes) == [False, True, True]
+
+
+def test_who_waits_for_a_result_goes_on_while_its_maker_uses_it(tmp_path: Path) -> None:
+    """A build holds what it made until it ends, which may be hours after the merge."""
+    maker, other = FileStore(tmp_path), FileStore(tmp_path)
+    made: list[bool] = []
+    waiting = threading.Thread(
+        target=lambda: made.append(other.produce(KEY, {}, write("again")).cached), daemon=True
+    )
+
+    def make(folder: Path) -> dict[str, str]:
+        waiting.start()
+        time.sleep(0.2)  # the other finds nothing, and waits
+        return write("once")(folder)
+
+    maker.produce(KEY, {}, make)
+    waiting.join(timeout=20)
+
+    assert made == [True]
+    maker.close()
 
 
 def test_read_only_store_serves_and_explains(tmp_path: Path, monkeypatch) -> None:
