@@ -18,6 +18,8 @@ from toolchain.checkpoints.safetensors import TensorInfo, open_checkpoint
 
 BLOCK = 1 << 19
 """Elements that are held at a time: few enough that one pass over them stays in the cache."""
+_BLOCKS = 32
+"""Blocks that are read before the file is opened anew: until then its pages count as ours."""
 
 _LAYER = re.compile(r"(.*\.layers\.)(\d+)(\..+)")
 """What PEFT replicates is called so in every architecture that it knows."""
@@ -91,10 +93,11 @@ class Weights:
             yield 0, self.read(tensor)
             return
         step = _rows_of(shape)
-        with safe_open(self._files[tensor], framework="pt") as file:
-            part = file.get_slice(tensor)
-            for first in range(0, shape[0], step):
-                yield first, part[first : first + step].clone()
+        for start in range(0, shape[0], step * _BLOCKS):
+            with safe_open(self._files[tensor], framework="pt") as file:
+                part = file.get_slice(tensor)
+                for first in range(start, min(start + step * _BLOCKS, shape[0]), step):
+                    yield first, part[first : first + step].clone()
 
     def slice(self, tensor: str, first: int, last: int) -> torch.Tensor:
         """Return rows of a tensor, a copy in the file's type."""

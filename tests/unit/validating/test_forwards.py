@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from tests.unit.validating.conftest import held, make_adapter, make_model, merged, tell
+from toolchain.checkpoints.safetensors import build_header
 from toolchain.errors import EnvironmentFailure
 from toolchain.validating.forwards import Batch, merged_forward, reference_forward
 from toolchain.validating.network import skeleton
@@ -83,3 +86,37 @@ def test_an_architecture_that_cannot_be_streamed_is_loaded_whole(
     huge = {"x": SimpleNamespace(shape=(1 << 40,))}
     with pytest.raises(EnvironmentFailure, match="8192 GiB of memory"):
         _require_memory(SimpleNamespace(infos=huge), "RuntimeError")
+
+
+HELD = """
+import resource, sys
+from pathlib import Path
+from types import SimpleNamespace
+from toolchain.checkpoints.safetensors import open_checkpoint
+from toolchain.validating.weights import Weights
+
+root = Path(sys.argv[1])
+index = open_checkpoint(root)
+weights = Weights.__new__(Weights)
+weights.infos = index.tensors
+weights._files = {i.name: shard.path for shard in index.shards for i in shard.tensors}
+weights.read("small")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+rows = sum(len(block) for _, block in weights.blocks("large"))
+assert rows == 65536, rows
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
+
+
+def test_a_large_tensor_is_never_held(tmp_path: Path) -> None:
+    """Pages of a mapped file count as memory of the process that reads them."""
+    header = build_header([("large", "BF16", (65536, 4096)), ("small", "BF16", (8, 8))], {})
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + 2 * 65536 * 4096 + 2 * 64)
+
+    told = subprocess.run(
+        [sys.executable, "-c", HELD, tmp_path], capture_output=True, text=True, check=True
+    )
+
+    assert int(told.stdout) < 128  # of 512 MiB
