@@ -9,8 +9,6 @@ from typing import Any
 from toolchain.cli.command import command
 from toolchain.values import Json
 
-RECIPE_HELP = "recipe file; default recipe.yaml where it exists"
-
 
 @command(many=("target", "adapter", "set"))
 def build(

@@ -16,8 +16,6 @@ from toolchain.values import Blob, Digest, FileEntry, Json, Tree
 STATEMENT = "https://in-toto.io/Statement/v1"
 SLSA = "https://slsa.dev/provenance/v1"
 TEST_RESULT = "https://in-toto.io/attestation/test-result/v0.1"
-CYCLONEDX = "https://cyclonedx.org/bom"
-SPDX = "https://spdx.dev/Document"
 
 _PROJECT = "https://github.com/weightsmith/weightsmith"
 BUILD_TYPE = f"{_PROJECT}/provenance/"

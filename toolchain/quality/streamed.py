@@ -14,7 +14,6 @@ from toolchain.errors import Unmeasurable
 
 Weights = Callable[[str], "torch.Tensor"]
 """Checkpoint name -> float32 tensor; KeyError where there is none of that name."""
-OnLayer = Callable[[int, Any, "torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 Started = Callable[[int, "torch.Tensor"], "torch.Tensor"]
 Ended = Callable[[int, "torch.Tensor"], None]
 

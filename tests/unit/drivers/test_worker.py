@@ -110,7 +110,7 @@ def test_the_worker_ends_when_its_standard_input_does(tmp_path):
 
 def test_the_worker_needs_nothing_of_the_control_plane():
     code = (
-        "import sys, toolchain.worker, toolchain.drivers.process;"
+        "import sys, toolchain.worker.__main__, toolchain.drivers.process;"
         "heavy = ('pydantic', 'rich', 'docker', 'torch', 'filelock');"
         "print([m for m in heavy if m in sys.modules])"
     )

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.runner import FakeRunner, RecordingProgress
-from toolchain import worker
 from toolchain.drivers.store import FileStore
 from toolchain.errors import CheckFailed, EnvironmentFailure, InputRefused
 from toolchain.ports import Tools
@@ -15,7 +14,9 @@ from toolchain.quantizers import formats, of_format
 from toolchain.quantizers.calibration import GENERAL, Bounds, read_texts
 from toolchain.quantizers.quantizer import QuantizeRequest, Step
 from toolchain.stages.quantize import Wanted, quantize
-from toolchain.values import Checkpoint, Digest, FileEntry, Tree
+from toolchain.values import Checkpoint, Digest, FileEntry, Job, Tree
+from toolchain.worker import stages
+from toolchain.worker import steps as steps_of
 
 TEXTS = read_texts(GENERAL, Bounds())
 
@@ -109,7 +110,7 @@ def request_(tmp_path):
 
 
 def run(steps, request_):
-    worker._run_steps(steps, request_.output, lambda *_: None)
+    steps_of.run_steps(steps, request_.output, lambda *_: None)
 
 
 def test_a_killed_quantization_does_not_repeat_what_it_finished(request_):
@@ -164,7 +165,7 @@ def test_digests_and_names_of_files_are_filled_in(request_):
         finds={"first": "m-*.gguf"},
     )
 
-    assert worker._filled(step, request_.output) == (
+    assert steps_of._filled(step, request_.output) == (
         "x=ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
         str(request_.output / "m-1.gguf"),
     )
@@ -175,8 +176,8 @@ def test_a_refused_file_is_made_from_the_start_the_next_time(request_, monkeypat
         raise CheckFailed("wrong")
 
     quantizer = replace(of_format("q4_k_m"), steps=lambda _: (python(add("first")),), check=check)
-    monkeypatch.setattr(worker, "_quantizer", lambda _: quantizer)
-    job = worker.Job(
+    monkeypatch.setattr(stages, "_quantizer", lambda _: quantizer)
+    job = Job(
         stage="quantize",
         builder="gguf",
         inputs={"model": tmp_path},
@@ -185,7 +186,7 @@ def test_a_refused_file_is_made_from_the_start_the_next_time(request_, monkeypat
     )
     for _ in range(2):
         with pytest.raises(CheckFailed):
-            worker.STAGES["quantize"](job, lambda *_: None)
+            stages.STAGES["quantize"](job, lambda *_: None)
 
     assert (request_.output / "first").read_text() == "xx"
     assert Path(request_.output).is_dir()

@@ -26,7 +26,7 @@ from toolchain.singles.validate import validate_folders
 from toolchain.stages.publish import Outputs
 from toolchain.stages.validate import validate
 from toolchain.values import Checkpoint, Job, Json, Snapshot, Sources, Tree
-from toolchain.worker import STAGES
+from toolchain.worker.stages import STAGES
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny"
 GOOD = {"passed": True, "findings": [{"severity": "warning", "message": "small"}], "seconds": 1.0}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from toolchain.checkpoints.safetensors import BITS, TensorInfo
+from toolchain.checkpoints.safetensors import TensorInfo
 from toolchain.errors import InputRefused
 
 Tensors = Mapping[str, TensorInfo]
@@ -388,8 +388,3 @@ _FINDERS: dict[str, _Finder] = {
 
 METHODS = tuple(sorted(_FINDERS))
 """Quantization methods whose checkpoints can be decoded."""
-
-
-def stored_bytes(weight: Packed) -> int:
-    """Return the bytes of the decoded weight."""
-    return math.prod(weight.shape) * BITS[weight.dtype] // 8
