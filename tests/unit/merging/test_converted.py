@@ -1,0 +1,88 @@
+"""Initialisations that change the base: converted, or on the base that they left."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.merging.models import model_class
+from tests.unit.merging.oracle import MakeBase, answers, merged
+from toolchain.errors import InputRefused
+from toolchain.merging.engine import MergeRequest, merge
+
+INITS = ["pissa", "pissa_niter_4", "olora"]
+
+
+@pytest.fixture
+def train(tmp_path: Path, bases: MakeBase) -> Any:
+    """Start from an initialisation, save it, train; return base, model and the saved start."""
+
+    def make(init: str) -> tuple[Path, Any, Path]:
+        from peft import LoraConfig, get_peft_model
+
+        base = bases("llama")
+        torch.manual_seed(1)
+        model = model_class("llama").from_pretrained(base, dtype=torch.float32)
+        # Another scaling than 1, which conversion has to keep.
+        config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"], init_lora_weights=init)
+        tuned = get_peft_model(model, config)
+        tuned.peft_config["default"].init_lora_weights = True
+        tuned.save_pretrained(tmp_path / "start")
+        tuned.peft_config["default"].init_lora_weights = init
+        for name, parameter in tuned.named_parameters():
+            if "lora_" in name:
+                parameter.data += torch.randn_like(parameter) * 0.1
+        return base, tuned, tmp_path / "start"
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield make
+
+
+def run(base: Path, adapter: Path, out: Path) -> torch.Tensor:
+    merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=out))
+    return merged(out, "llama")
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    # Conversion adds and subtracts the start, in the adapter's float32.
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_a_converted_adapter_is_plain_lora(init: str, train: Any, tmp_path: Path) -> None:
+    base, tuned, start = train(init)
+    adapter = tmp_path / "converted"
+    tuned.save_pretrained(adapter, path_initial_model_for_weight_conversion=str(start))
+
+    close(run(base, adapter, tmp_path / "out"), answers(tuned, "llama"))
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_the_residual_base_takes_the_adapter_as_it_is(
+    init: str, train: Any, tmp_path: Path
+) -> None:
+    """Saved as PEFT's guide for PiSSA says: init_lora_weights is true, the base what is left."""
+    _, tuned, _ = train(init)
+    tuned.peft_config["default"].init_lora_weights = True
+    tuned.save_pretrained(tmp_path / "adapter")
+    wanted = answers(tuned, "llama")
+    tuned.unload().float().save_pretrained(tmp_path / "residual")
+
+    close(run(tmp_path / "residual", tmp_path / "adapter", tmp_path / "out"), wanted)
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_on_the_original_base_it_is_refused(init: str, train: Any, tmp_path: Path) -> None:
+    base, tuned, _ = train(init)
+    tuned.save_pretrained(tmp_path / "adapter")
+
+    with pytest.raises(InputRefused, match="changed the base weights too") as refused:
+        run(base, tmp_path / "adapter", tmp_path / "out")
+
+    assert "path_initial_model_for_weight_conversion" in refused.value.hint
+    assert "residual base" in refused.value.hint
