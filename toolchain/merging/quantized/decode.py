@@ -100,6 +100,17 @@ def _awq(weight: Packed, parts: Parts) -> np.ndarray:
     return scaled.T
 
 
+def _awq_gemv(weight: Packed, parts: Parts) -> np.ndarray:
+    """Decode AutoAWQ's `WQLinear_GEMV`: in order along the inputs, groups padded with nothing."""
+    size = weight.options["group_size"]
+    groups = weight.shape[1] // size
+    codes = unpack_words(parts["weight"], 4)
+    zeros = unpack_words(parts["zeros"], 4)[:, :groups].repeat(size, 1)
+    scaled: np.ndarray = (codes - zeros).astype(F32)
+    scaled *= parts["scale"].astype(F32)[:, :groups].repeat(size, 1)
+    return scaled
+
+
 def _ct_packed(weight: Packed, parts: Parts) -> np.ndarray:
     """Decode signed codes that are stored with half their range added."""
     bits = weight.options["bits"]
@@ -181,7 +192,8 @@ DECODERS: dict[str, Callable[[Packed, Parts], np.ndarray]] = {
     "bnb-4bit": _bnb_4bit,
     "bnb-int8": _bnb_int8,
     "gptq": _gptq,
-    "awq": _awq,
+    "awq-gemm": _awq,
+    "awq-gemv": _awq_gemv,
     "ct-packed": _ct_packed,
     "scaled": _scaled,
     "nvfp4": _nvfp4,

@@ -219,18 +219,23 @@ def _awq(
     config: Mapping[str, Any], told: Mapping[str, Any], tensors: Tensors, _read: ReadBytes
 ) -> Iterator[Packed]:
     form, bits = str(told.get("version", "gemm")).lower(), int(told.get("bits", 4))
-    if form != "gemm" or bits != 4:
+    if form not in ("gemm", "gemv") or bits != 4:
         raise _strange(f"AWQ of version {form!r} with {bits} bits packs weights for one kernel")
+    group = int(told.get("group_size", told.get("q_group_size", -1)))
     for module in _modules(tensors, ".qweight"):
         parts = _integer_parts(tensors, module)
-        rows, columns = parts["weight"].shape
+        first, second = parts["weight"].shape
+        shape = (second * 8, first) if form == "gemm" else (first, second * 8)
+        size = group if group > 0 else shape[1]
+        if form == "gemv" and (shape[1] % size or parts["scale"].shape[-1] < shape[1] // size):
+            raise _strange(f"{module} of {shape[1]} inputs does not fit groups of {size}")
         yield Packed(
             name=f"{module}.weight",
-            scheme="awq",
-            shape=(columns * 8, rows),
+            scheme=f"awq-{form}",
+            shape=shape,
             dtype=plain_dtype(config, parts["scale"].dtype),
             parts=parts,
-            options={"bits": bits},
+            options={"bits": bits, "group_size": size},
         )
 
 

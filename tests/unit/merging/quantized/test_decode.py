@@ -150,6 +150,29 @@ def test_awq(decode_file: Decode) -> None:
     assert np.array_equal(bits(decoded["m.weight"]), bits(spread.T.astype(np.float16)))
 
 
+def test_awq_for_single_tokens(decode_file: Decode) -> None:
+    """AutoAWQ's GEMV layout: along the inputs, in order, groups filled up to whole words."""
+    random = np.random.default_rng(1)
+    rows, columns, group = 8, 48, 16
+    codes = random.integers(0, 16, (rows, columns))
+    zeros, scales = np.zeros((rows, 16), int), np.zeros((rows, 16), np.float16)
+    zeros[:, :3] = random.integers(0, 16, (rows, 3))
+    scales[:, :3] = random.random((rows, 3))
+    tensors = {
+        "m.qweight": pack(codes, 4),
+        "m.qzeros": pack(zeros, 4),
+        "m.scales": torch.from_numpy(scales),
+    }
+    told = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemv"}
+    _, decoded = decode_file(tensors, {"dtype": "float16", "quantization_config": told})
+    wanted = np.empty((rows, columns), np.float16)
+    for i in range(rows):
+        for j in range(columns):
+            g = j // group
+            wanted[i, j] = np.float16(float(scales[i, g]) * int(codes[i, j] - zeros[i, g]))
+    assert np.array_equal(bits(decoded["m.weight"]), bits(wanted))
+
+
 @pytest.mark.parametrize("name", ["weight_scale_inv", "weight_scale"])
 def test_fp8_in_blocks(name: str, decode_file: Decode) -> None:
     generator = torch.Generator().manual_seed(1)
@@ -215,8 +238,8 @@ def test_nvfp4(decode_file: Decode) -> None:
         ({"m.qweight": torch.zeros(2, 2, dtype=torch.int32)}, {"quant_method": "awq"}, "missing"),
         (
             {"m.qweight": torch.zeros(2, 2, dtype=torch.int32)},
-            {"quant_method": "awq", "version": "gemv"},
-            "gemv",
+            {"quant_method": "awq", "version": "marlin"},
+            "marlin",
         ),
         (
             {"m.qweight": torch.zeros(2, 2, dtype=torch.int32)},
