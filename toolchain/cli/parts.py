@@ -119,6 +119,9 @@ def _verdict(merged: str, result: Mapping[str, Json]) -> str:
             f"{result['max_abs_logit_diff']:.3g}, mean divergence {result['kl_mean']:.3g}, "
             f"same first choice {result['top1_agreement']:.1%}"
         )
+    if told := result.get("greedy"):
+        same, tokens = (sum(row[key] for row in told) for key in ("same", "tokens"))
+        lines.append(f"  {same} of {tokens} tokens of greedy text are those of base and adapters")
     lines += [f"  {found['severity']}: {found['message']}" for found in result["findings"]]
     return "\n".join(lines)
 
