@@ -1,7 +1,7 @@
 """Merging against PEFT, mergekit, axolotl and `cp`: CPU seconds, wall seconds, peak memory.
 
     python benchmarks/merge.py [--case gigabyte|small|large|tuner] [--rounds 3] [--only NAME,…]
-        [--mergekit DIR] [--axolotl DIR] [--work benchmarks/work]
+        [--peers] [--work benchmarks/work]
     python benchmarks/merge.py --case whole70b
 
 Every way is a process of its own, and all run in turn, so that a change in the machine's load
@@ -11,9 +11,10 @@ layers of them, and 7.6 GB; `tuner` is `small` with a LoHa adapter, which is mer
 layers. `whole70b` plans the merge of all 80 layers on a sparse file and says what memory the plan
 states.
 
-Peers live outside the project's environment:
-    pip install --target DIR --no-deps mergekit==0.1.5 immutables
-    pip download --no-deps axolotl==0.19.0 && unzip axolotl-*.whl 'axolotl/cli/utils/*' -d DIR
+With `--peers` mergekit and axolotl's wheel are put beside the inputs, not into the project's
+environment: of axolotl only the module that merges shard by shard is used, with its logger in
+place of the package's, since the package itself wants CUDA. Variables that tell a BLAS or OpenMP
+what to do are taken away: every way runs as it does by default.
 """
 
 from __future__ import annotations
@@ -60,13 +61,19 @@ run_merge(MergeConfiguration.model_validate(config), out,
           MergeOptions(lora_merge_cache=out + "-cache"))
 """
 AXOLOTL = """
-import logging, sys, types
-stub = types.ModuleType("axolotl.utils.logging")
-stub.get_logger = logging.getLogger
-sys.modules["axolotl.utils.logging"] = stub
-from axolotl.cli.utils.lora_merge import merge_lora_sharded_efficient
-merge_lora_sharded_efficient(*sys.argv[1:4])
+import importlib.util, logging, sys, types
+from pathlib import Path
+for name in ("axolotl", "axolotl.utils", "axolotl.utils.logging"):
+    sys.modules[name] = types.ModuleType(name)
+sys.modules["axolotl.utils.logging"].get_logger = logging.getLogger
+(path,) = [p for p in (Path(p, "axolotl/cli/utils/lora_merge.py") for p in sys.path) if p.exists()]
+spec = importlib.util.spec_from_file_location("lora_merge", path)
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+module.merge_lora_sharded_efficient(*sys.argv[1:4])
 """
+PEERS = {"mergekit": ["mergekit==0.1.5", "immutables"], "axolotl": ["axolotl==0.19.0"]}
+TUNED = ("OPENBLAS_", "OMP_", "MKL_", "MALLOC_")
 PLAN = """
 import json, sys, time
 from pathlib import Path
@@ -222,7 +229,8 @@ def make_inputs(work: Path, case: str) -> tuple[Path, Path]:
 def run(argv: list[str], path: Path | None = None) -> dict[str, float]:
     """Run a process; return its CPU and wall seconds and its peak resident MiB."""
     paths = os.pathsep.join(str(p) for p in (path, ROOT) if p)
-    environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
+    told = {name: value for name, value in os.environ.items() if not name.startswith(TUNED)}
+    environment = told | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
     started = time.monotonic()
     quiet = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2)]
     pid = os.posix_spawnp(argv[0], argv, environment, file_actions=quiet)
@@ -246,13 +254,24 @@ def ways(options: argparse.Namespace, base: Path, adapter: Path, out: Path) -> d
     }
     if options.case == "tuner":
         del found["weightsmith fast"]
-    elif options.mergekit:
-        found["mergekit"] = ([*python, MERGEKIT, *folders], options.mergekit)
-    if options.axolotl and options.case != "tuner":
-        found["axolotl, shard by shard"] = ([*python, AXOLOTL, *folders], options.axolotl)
+    elif options.peers:
+        found["mergekit"] = ([*python, MERGEKIT, *folders], peer(options.work, "mergekit"))
+        path = peer(options.work, "axolotl")
+        found["axolotl by shards"] = ([*python, AXOLOTL, *folders], path)
     found["cp"] = (["cp", "-r", str(base), str(out)], None)
+    copied = 'cp -r "$0" "$1" && sync "$1"/*'
+    found["cp and fsync"] = (["sh", "-c", copied, str(base), str(out)], None)
     chosen = options.only.split(",") if options.only else list(found)
     return {name: way for name, way in found.items() if name in chosen}
+
+
+def peer(work: Path, name: str) -> Path:
+    """Install a peer's own code into a folder, once; its dependencies are the project's."""
+    folder = work.resolve() / name
+    if not folder.exists():
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+        subprocess.run([*install, "--target", str(folder), *PEERS[name]], check=True)
+    return folder
 
 
 def show(options: argparse.Namespace, base: Path, found: dict[str, list[dict[str, float]]]) -> None:
@@ -274,8 +293,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / "work")
     parser.add_argument("--only", default="", help="comma-separated ways to run")
-    parser.add_argument("--mergekit", type=Path, help="folder that mergekit is installed in")
-    parser.add_argument("--axolotl", type=Path, help="folder that axolotl is unpacked in")
+    parser.add_argument("--peers", action="store_true", help="install and run mergekit and axolotl")
     parser.add_argument("--make", action="store_true", help="make the inputs, run nothing")
     options = parser.parse_args()
     # In a process of its own: a child's peak memory starts at its parent's.
