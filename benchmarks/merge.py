@@ -6,10 +6,9 @@
 
 Every way is a process of its own, and all run in turn, so that a change in the machine's load
 touches all of them. Checkpoints are of Llama's shapes, bfloat16, with an adapter of rank 64 on all
-linear layers: `gigabyte` has 0.97 GB, `small` 1.85 GB; `large` has the tensors of a 70B model, two
-layers of them, and 7.6 GB; `tuner` is `small` with a LoHa adapter, which is merged by PEFT's own
-layers. `whole70b` plans the merge of all 80 layers on a sparse file and says what memory the plan
-states.
+linear layers: `gigabyte` has 0.97 GB, `small` 1.85 GB; `large` has three layers of a 70B model, and
+6.2 GB; `tuner` is `small` with a LoHa adapter, which is merged by PEFT's own layers. `whole70b`
+plans the merge of all 80 layers on a sparse file and says what memory the plan states.
 
 With `--peers` mergekit and axolotl's wheel are put beside the inputs, not into the project's
 environment: of axolotl only the module that merges shard by shard is used, with its logger in
@@ -128,7 +127,7 @@ class Shape:
 
 SMALL = Shape(2048, 5632, 18, 32, 4, 32000)
 GIGABYTE = replace(SMALL, layers=8)
-LARGE = Shape(8192, 28672, 2, 64, 8, 128256)
+LARGE = Shape(8192, 28672, 3, 64, 8, 32000)
 WIDE = Shape(8192, 28672, 2, 64, 8, 32000)
 WHOLE = Shape(8192, 28672, 80, 64, 8, 128256)
 CASES = {

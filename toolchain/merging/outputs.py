@@ -32,18 +32,8 @@ class Source(Protocol):
     def shape(self) -> tuple[int, ...]:
         """The tensor's shape."""
 
-    def rows(
-        self,
-        files: Files,
-        first: int,
-        count: int,
-        columns: int,
-        into: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """Return rows of the tensor seen as a matrix with `columns` columns, in its own type.
-
-        `into` is a buffer of bytes, large enough, that the result may lie in.
-        """
+    def rows(self, files: Files, first: int, count: int, columns: int) -> np.ndarray:
+        """Return rows of the tensor seen as a matrix with `columns` columns, in its own type."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,16 +53,9 @@ class Stored:
         """The tensor's shape."""
         return self.info.shape
 
-    def rows(
-        self,
-        files: Files,
-        first: int,
-        count: int,
-        columns: int,
-        into: np.ndarray | None = None,
-    ) -> np.ndarray:
+    def rows(self, files: Files, first: int, count: int, columns: int) -> np.ndarray:
         """Return rows of the tensor seen as a matrix with `columns` columns, in its own type."""
-        return files.rows(self.path, self.info, first, count, columns, into)
+        return files.rows(self.path, self.info, first, count, columns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

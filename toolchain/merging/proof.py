@@ -63,7 +63,7 @@ class _Written:
     def pieces(self) -> Iterator[tuple[int, np.ndarray]]:
         """Read all bytes once, and prove that they are those that were computed.
 
-        Yields pieces of whole rows with the number of their first row, each valid until the next.
+        Yields pieces of whole rows with the number of their first row.
         """
         row = self.info.size // self.output.rows
         step = max(1, _BLOCK // self.output.columns) * row
@@ -128,17 +128,14 @@ def _proven(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Take the projection of the bytes again, block by block as they were written, and yield them.
 
-    `most` bounds what is read at once, where blocks need not come whole; each is valid until the
-    next. Raises CheckFailed after a block that is not what was written.
+    `most` bounds what is read at once, where blocks need not come whole. Raises CheckFailed after a
+    block that is not what was written.
     """
-    buffer = np.empty(0, np.uint8)
     for checksum in checksums:
         value, end = 0, checksum.start + checksum.size
         for start in range(checksum.start, end, most or checksum.size):
             count = min(end - start, most or checksum.size)
-            if len(buffer) < count:
-                buffer = np.empty(count, np.uint8)
-            data = reader.read_into(buffer[:count], start)
+            data = reader.read_into(np.empty(count, np.uint8), start)
             value = continued(value, as_bytes(data))
             yield start, data
         if value != checksum.value:
@@ -181,16 +178,11 @@ def _project(written: _Written, *, exact: bool) -> bool:
     rows = set(random.integers(0, output.rows, ROWS).tolist())
     moved = output.kind == "replaced"
     form = FORMATS[ARRAY_TYPES[output.dtype]]
-    held, wide = np.empty(0, np.uint8), np.empty((0, output.columns), work)
     for first, found in written.pieces():
         count = len(found)
-        if len(wide) < count:
-            held = np.empty(count * output.columns * 8, np.uint8)
-            wide = np.empty((count, output.columns), work)
-        base = output.source.rows(files, first, count, output.columns, held)
+        base = output.source.rows(files, first, count, output.columns)
         moved = moved or _differ(base, found)
-        change = wide[:count]
-        np.copyto(change, found)
+        change = found.astype(work)
         # A rounding is off by at most half a unit: uniform, its variance is a third of its square.
         size = np.vecdot(change, change) * 4.0**-form.precision / 3
         size += output.columns * 4.0 ** (form.least - form.precision)
@@ -308,10 +300,10 @@ def _recompute(written: _Written) -> bool:
 
 def _compare_bytes(written: _Written, source: Stored) -> None:
     """Compare every byte with the source's."""
-    reader, held = written.files.reader(source.path), np.empty(_COPY, np.uint8)
+    reader = written.files.reader(source.path)
     for start, data in _proven(written.reader, written.checksums, _COPY):
         place = source.info.start + start - written.info.start
-        off = reader.read_into(held[: len(data)], place) != data
+        off = reader.read_into(np.empty_like(data), place) != data
         if off.any():
             raise _wrong(written.output, int(off.sum()), len(data))
 

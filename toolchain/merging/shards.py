@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from toolchain.checkpoints.safetensors import BITS, build_header
+from toolchain.checkpoints.safetensors import build_header
 from toolchain.errors import InputRefused
 from toolchain.merging.fast import LEAST, merge_rows_fast
 from toolchain.merging.kernel import (
@@ -28,7 +28,7 @@ from toolchain.merging.kernel import (
 from toolchain.merging.outputs import Band, Output, OutputShard, Patch, Rows, Stored, bands
 from toolchain.merging.repair import Factors, Repairs
 from toolchain.merging.rounding import F32, F64, round_once
-from toolchain.merging.stream import ARRAY_TYPES, LARGEST, Buffers, Files, Writer, as_bytes
+from toolchain.merging.stream import ARRAY_TYPES, Files, Writer, as_bytes
 from toolchain.merging.tally import Tally
 
 BLOCK = 1 << 20
@@ -51,10 +51,8 @@ class Settings:
     piece: int = PIECE
 
 
-Filled = tuple[np.ndarray, int]
-"""A buffer and how many of its bytes are to be written."""
-
-Block = Callable[[], Filled]
+Block = Callable[[], np.ndarray]
+"""Computes what is written next."""
 
 
 class ShardMaker:
@@ -64,7 +62,6 @@ class ShardMaker:
         self._settings, self._tally = settings, tally
         self.files = Files()
         self.pool = ThreadPoolExecutor(settings.workers, "merge")
-        self._buffers = Buffers()
         self._local, self._lock = threading.local(), threading.Lock()
         self._on_device: tuple[Prepared, Any] | None = None
 
@@ -81,7 +78,7 @@ class ShardMaker:
         tensors = [(output.name, output.dtype, output.shape) for output in shard.outputs]
         header = build_header(tensors, {"format": "pt"})
         writer = Writer(path, len(header) + shard.size)
-        waiting: deque[Future[Filled]] = deque()
+        waiting: deque[Future[np.ndarray]] = deque()
         try:
             writer.write(header)
             blocks = (block for output in shard.outputs for block in self._blocks(output))
@@ -167,35 +164,25 @@ class ShardMaker:
             return Addition(name=output.name, factors=factors, dtype=dtype)
         return prepare(output.name, factors, dtype)
 
-    def _append(self, writer: Writer, waiting: deque[Future[Filled]]) -> int:
+    def _append(self, writer: Writer, waiting: deque[Future[np.ndarray]]) -> int:
         """Write the oldest block; return its bytes."""
-        buffer, size = waiting.popleft().result()
-        writer.write(as_bytes(buffer[:size]))
-        self._buffers.give(buffer)
-        return size
+        block = waiting.popleft().result()
+        writer.write(as_bytes(block))
+        return block.nbytes
 
-    def _copy(self, path: Path, start: int, size: int) -> Filled:
-        buffer = self._buffers.take(size)
-        self.files.reader(path).read_into(buffer[:size], start)
-        return buffer, size
+    def _copy(self, path: Path, start: int, size: int) -> np.ndarray:
+        return self.files.reader(path).read_into(np.empty(size, np.uint8), start)
 
     def _merge(
         self, output: Output, addition: Addition, offset: int, first: int, count: int
-    ) -> Filled:
-        elements = count * output.columns
-        size = elements * addition.dtype.itemsize
-        held, buffer = self._held(output, elements), self._buffers.take(size)
-        weight = output.source.rows(self.files, first, count, output.columns, held)
-        out = buffer[:size].view(addition.dtype).reshape(count, -1)
+    ) -> np.ndarray:
+        weight = output.source.rows(self.files, first, count, output.columns)
+        out = np.empty(weight.shape, addition.dtype)
         done = self._apply(addition, weight, first - offset, out)
         with self._lock:
             self._tally.repairs.float64 += done.float64
             self._tally.repairs.exact += done.exact
-        self._buffers.give(held)
-        return buffer, size
-
-    def _held(self, output: Output, elements: int) -> np.ndarray:
-        return self._buffers.take(elements * BITS[output.source.dtype] // 8)
+        return out
 
     def _apply(
         self, addition: Addition, weight: np.ndarray, first: int, out: np.ndarray
@@ -235,10 +222,9 @@ class ShardMaker:
             self._local.space = held
         return held[2]
 
-    def _unchanged(self, output: Output, first: int, count: int) -> Filled:
+    def _unchanged(self, output: Output, first: int, count: int) -> np.ndarray:
         """Rows that nothing is added to: patched and cast, with one rounding."""
-        held = self._held(output, count * output.columns)
-        weight = output.source.rows(self.files, first, count, output.columns, held)
+        weight = output.source.rows(self.files, first, count, output.columns)
         weight = patched(output.patches, self.files, weight, first)
         if output.kind != "copied" and not np.isfinite(weight).all():
             raise InputRefused(
@@ -247,22 +233,16 @@ class ShardMaker:
             )
         return self._rounded(output, weight)
 
-    def _computed(self, output: Output, rows: Rows, first: int, count: int) -> Filled:
+    def _computed(self, output: Output, rows: Rows, first: int, count: int) -> np.ndarray:
         values = rows(first, count)
         if not np.isfinite(values).all():
             raise InputRefused(
                 f"{output.name} becomes NaN or infinite",
                 hint="the base or the adapter is damaged, or a weight is far too large",
             )
-        out, size = self._rounded(output, values)
-        if size > LARGEST:
-            return out, size
-        # Only what was taken from the buffers is given back to them, or they would fill up.
-        buffer = self._buffers.take(size)
-        buffer[:size] = out
-        return buffer, size
+        return self._rounded(output, values)
 
-    def _rounded(self, output: Output, values: np.ndarray) -> Filled:
+    def _rounded(self, output: Output, values: np.ndarray) -> np.ndarray:
         dtype = ARRAY_TYPES[output.dtype]
         out = values if values.dtype == dtype else round_once(values, dtype)
         if not np.array_equal(np.isfinite(out), np.isfinite(values)):
@@ -271,7 +251,7 @@ class ShardMaker:
                 f"{dtype.name} cannot hold",
                 hint="merge with dtype bfloat16 or float32",
             )
-        return out.reshape(-1).view(np.uint8), out.nbytes
+        return out
 
 
 def patched(patches: tuple[Patch, ...], files: Files, weight: np.ndarray, first: int) -> np.ndarray:

@@ -10,7 +10,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import Any
 
 import ml_dtypes
@@ -40,10 +39,6 @@ _MODE = 0o644
 _PIECE = 1 << 18
 _KEPT = 4
 """Factors kept for the next part of them: those of a layer's experts, both projections."""
-LARGEST = 8 << 20
-"""Bytes of the largest buffer that is kept for the next: a block in float64."""
-_MOST = 48
-"""Buffers that are kept: what the most workers have in flight."""
 _MADE = 2
 """Decoded tensors kept."""
 
@@ -72,18 +67,10 @@ class Reader:
             done += count
         return data
 
-    def rows(
-        self,
-        info: TensorInfo,
-        first: int,
-        count: int,
-        columns: int,
-        into: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """Return rows of a tensor seen as a matrix, in its own type; in `into` if it is given."""
+    def rows(self, info: TensorInfo, first: int, count: int, columns: int) -> np.ndarray:
+        """Return rows of a tensor seen as a matrix, in its own type."""
         row = columns * BITS[info.dtype] // 8
-        data = np.empty(count * row, np.uint8) if into is None else into[: count * row]
-        self.read_into(data, info.start + first * row)
+        data = self.read_into(np.empty(count * row, np.uint8), info.start + first * row)
         return data.view(ARRAY_TYPES[info.dtype]).reshape(count, columns)
 
 
@@ -112,16 +99,10 @@ class Files:
         self._made.clear()
 
     def rows(
-        self,
-        path: Path,
-        info: TensorInfo,
-        first: int,
-        count: int,
-        columns: int,
-        into: np.ndarray | None = None,
+        self, path: Path, info: TensorInfo, first: int, count: int, columns: int
     ) -> np.ndarray:
         """Return rows of a stored tensor, see `Reader.rows`."""
-        return self.reader(path).rows(info, first, count, columns, into)
+        return self.reader(path).rows(info, first, count, columns)
 
     def array(self, path: Path, info: TensorInfo) -> np.ndarray:
         """Return a whole stored tensor of any type, in its own shape."""
@@ -171,27 +152,6 @@ class Files:
                 while len(self._kept) > _KEPT:
                     self._kept.popitem(last=False)
         return tensor
-
-
-class Buffers:
-    """Byte buffers that threads take and give back: fresh memory would be zeroed each time."""
-
-    def __init__(self) -> None:
-        self._free: SimpleQueue[np.ndarray] = SimpleQueue()
-
-    def take(self, size: int) -> np.ndarray:
-        """Return a buffer of at least `size` bytes."""
-        try:
-            buffer = self._free.get_nowait()
-        except Empty:
-            buffer = np.empty(0, np.uint8)
-        return buffer if len(buffer) >= size else np.empty(size, np.uint8)
-
-    def give(self, buffer: np.ndarray) -> None:
-        """Take a buffer back that nobody reads any more."""
-        # Whole tensors that were computed come here too, one for each: they are not kept.
-        if len(buffer) <= LARGEST and self._free.qsize() < _MOST:
-            self._free.put(buffer)
 
 
 @dataclass(frozen=True, slots=True)

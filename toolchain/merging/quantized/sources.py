@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,8 +22,26 @@ _BYTES = 20
 of which two are kept."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decoded:
+class Made(ABC):
+    """A weight that is made whole and kept, so that rows can be taken from it."""
+
+    @abstractmethod
+    def make(self, files: Files) -> np.ndarray:
+        """Return the whole weight."""
+
+    @property
+    @abstractmethod
+    def held_bytes(self) -> int:
+        """Memory that making it takes; two are kept."""
+
+    def rows(self, files: Files, first: int, count: int, columns: int) -> np.ndarray:
+        """Return rows of the tensor seen as a matrix with `columns` columns, in its own type."""
+        whole = files.once(self, lambda: self.make(files))
+        return whole.reshape(-1, columns)[first : first + count]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Decoded(Made):
     """A weight that is stored as codes and scales; the whole of it is decoded at once, and kept."""
 
     weight: Packed
@@ -43,33 +62,20 @@ class Decoded:
         """Memory that decoding takes."""
         return _BYTES * math.prod(self.shape)
 
-    def rows(
-        self,
-        files: Files,
-        first: int,
-        count: int,
-        columns: int,
-        into: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """Return rows of the tensor seen as a matrix with `columns` columns, in its own type."""
-        del into
+    def make(self, files: Files) -> np.ndarray:
+        """Return the values that codes and scales stand for."""
+        from toolchain.merging.quantized.decode import decode
 
-        def make() -> np.ndarray:
-            from toolchain.merging.quantized.decode import decode
-
-            parts = {
-                part: files.array(stored.path, stored.info)
-                for part, stored in self.parts.items()
-                if part not in ("state", "shape", "format")
-            }
-            return decode(self.weight, parts)
-
-        whole = files.once((self.weight.name, self.parts["weight"].path), make)
-        return whole.reshape(-1, columns)[first : first + count]
+        parts = {
+            part: files.array(stored.path, stored.info)
+            for part, stored in self.parts.items()
+            if part not in ("state", "shape", "format")
+        }
+        return decode(self.weight, parts)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rounded:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rounded(Made):
     """A 16-bit weight as it is after a round trip through NF4."""
 
     source: Stored
@@ -90,26 +96,13 @@ class Rounded:
         """Memory that the round trip takes: before and after, of which two are kept."""
         return 4 * math.prod(self.shape) * BITS[self.dtype] // 8
 
-    def rows(
-        self,
-        files: Files,
-        first: int,
-        count: int,
-        columns: int,
-        into: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """Return rows of the tensor seen as a matrix with `columns` columns, in its own type."""
-        del into
+    def make(self, files: Files) -> np.ndarray:
+        """Return the weight after the round trip."""
+        from toolchain.merging.quantized.nf4 import round_trip
 
-        def make() -> np.ndarray:
-            from toolchain.merging.quantized.nf4 import round_trip
-
-            return round_trip(files.array(self.source.path, self.source.info), double=self.double)
-
-        whole = files.once(("nf4", self.source.path, self.source.info.name), make)
-        return whole.reshape(-1, columns)[first : first + count]
+        return round_trip(files.array(self.source.path, self.source.info), double=self.double)
 
 
 def held_bytes(source: Source) -> int:
     """Return the memory that a source takes beside the blocks that it gives."""
-    return source.held_bytes if isinstance(source, Decoded | Rounded) else 0
+    return source.held_bytes if isinstance(source, Made) else 0
