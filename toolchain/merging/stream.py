@@ -198,8 +198,12 @@ class Writer:
         self._hash = hashlib.sha256()
         try:
             self._file = self._temporary.open("wb", buffering=0)
+        except OSError as error:
+            raise _disk(path, error) from error
+        try:
             reserve(self._file.fileno(), size)
         except OSError as error:
+            self.abandon()
             raise _disk(path, error) from error
 
     def write(self, data: bytes | memoryview) -> None:

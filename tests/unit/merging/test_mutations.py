@@ -17,7 +17,6 @@ from toolchain.merging import claims, compose, dora, kasa, plan, shards
 from toolchain.merging.families import experts, lora, tokens
 from toolchain.merging.families.family import AdapterView
 
-bases = test_variants.bases
 Patch = pytest.MonkeyPatch
 
 
