@@ -188,7 +188,7 @@ def _texts(
         return []
     try:
         return greedy.go_on(merged, ids, end_tokens(merged), min(greedy.MOST_NEW, most))
-    except _NOT_STREAMABLE as error:
+    except (*_NOT_STREAMABLE, ValueError, IndexError, AssertionError) as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         text = f"of each answer the first token alone is compared: it cannot generate ({why})"
         findings.append(finding(NOTE, "logits", text))
