@@ -14,7 +14,8 @@ from toolchain.merging.combining.changes import combined
 from toolchain.merging.combining.combination import Combination
 from toolchain.merging.families.family import SHOWN, AdapterView, Claim
 from toolchain.merging.mixture import Mixture, Share
-from toolchain.merging.outputs import Output, OutputShard, Source, matrix_columns
+from toolchain.merging.outputs import Output, OutputShard, Source, Stored, matrix_columns
+from toolchain.merging.twins import same_beginning, same_bytes
 from toolchain.merging.tying import Tie, is_embedding, is_head
 
 MERGEABLE = frozenset({"BF16", "F16", "F32"})
@@ -153,6 +154,8 @@ def compose_output(
     if alone and (combination.sums or taken):
         return _of_one(plain, claims)
     resized = [c.replacement for c in claims if c.replacement]
+    if len(resized) == len(claims) and _only_grown(source, resized):
+        return replace(plain, source=resized[0], shape=resized[0].shape, kind="replaced")
     if any(stored.shape != source.shape for stored in resized):
         raise InputRefused(
             f"an adapter with another vocabulary size replaces {name}: {list(resized[0].shape)} "
@@ -169,6 +172,15 @@ def _is_taken(source: Source, shares: Sequence[Share]) -> bool:
     (share, *others) = shares
     stored = share.claim.replacement
     return stored is not None and stored.dtype == source.dtype and not others and share.weight == 1
+
+
+def _only_grown(source: Source, tensors: Sequence[Stored]) -> bool:
+    """Say whether all adapters bring the same tensor: the base's rows, and more after them."""
+    first, *others = tensors
+    if not isinstance(source, Stored) or first.shape[0] <= source.shape[0]:
+        return False
+    same = (same_bytes(first.path, first.info, o.info, o.path) for o in others)
+    return same_beginning(first.path, first.info, source.path, source.info) and all(same)
 
 
 def _added(name: str, shares: Sequence[Share], base: BaseTensors, dtype: str) -> Output:

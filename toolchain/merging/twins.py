@@ -16,12 +16,22 @@ def same_bytes(
     """Say whether two tensors of a file, or of two, are equal, byte for byte."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    with path.open("rb") as file, (other_path or path).open("rb") as second:
+    return _same(path, one, other_path or path, other, one.size)
+
+
+def same_beginning(path: Path, one: TensorInfo, other_path: Path, other: TensorInfo) -> bool:
+    """Say whether a tensor begins with all the rows of another, byte for byte."""
+    fits = one.dtype == other.dtype and one.shape[1:] == other.shape[1:] and one.size >= other.size
+    return fits and _same(path, one, other_path, other, other.size)
+
+
+def _same(path: Path, one: TensorInfo, other_path: Path, other: TensorInfo, size: int) -> bool:
+    with path.open("rb") as file, other_path.open("rb") as second:
         fd, fd2 = file.fileno(), second.fileno()
         return all(
-            os.pread(fd, min(_PIECE, one.size - at), one.start + at)
-            == os.pread(fd2, min(_PIECE, one.size - at), other.start + at)
-            for at in range(0, one.size, _PIECE)
+            os.pread(fd, min(_PIECE, size - at), one.start + at)
+            == os.pread(fd2, min(_PIECE, size - at), other.start + at)
+            for at in range(0, size, _PIECE)
         )
 
 

@@ -230,3 +230,48 @@ def test_keys_that_peft_would_leave_out_are_told(tmp_path: Path) -> None:
 
     with pytest.raises(InputRefused, match="no unmerged model to compare with"):
         check_peft_keys(tmp_path)
+
+
+@pytest.mark.parametrize("model", [TIED, {}], ids=["tied", "untied"])
+def test_adapters_of_the_same_larger_vocabulary(
+    model: dict[str, Any], bases: MakeBase, tmp_path: Path
+) -> None:
+    """Both bring the rows that were added before training: there is nothing to weigh."""
+    from peft import LoraConfig
+
+    base = bases("llama", **model)
+    adapters = [
+        train(base, "llama", tmp_path / name, LoraConfig(r=4, target_modules=[name]), resize=101)
+        for name in ("q_proj", "v_proj")
+    ]
+    merge(MergeRequest(base=base, adapters=((adapters[0], 1.0),), out=tmp_path / "first"))
+    merge(
+        MergeRequest(
+            base=base, adapters=tuple((a, 0.5) for a in adapters), out=tmp_path / "out", workers=1
+        )
+    )
+
+    first, out = (load_file(tmp_path / n / "model.safetensors") for n in ("first", "out"))
+    name = "model.embed_tokens.weight"
+    assert first.keys() == out.keys()
+    assert out[name].shape == (101, 32)
+    assert torch.equal(first[name], out[name])
+
+
+def test_vocabularies_that_grew_apart_are_refused(bases: MakeBase, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    base = bases("llama", **TIED)
+    adapters = [
+        train(base, "llama", tmp_path / name, LoraConfig(r=4, target_modules=[name]), resize=size)
+        for name, size in (("q_proj", 101), ("v_proj", 102))
+    ]
+
+    with pytest.raises(InputRefused, match="another vocabulary size") as refused:
+        merge(
+            MergeRequest(
+                base=base, adapters=tuple((a, 1.0) for a in adapters), out=tmp_path / "out"
+            )
+        )
+
+    assert "merge it alone and at weight 1" in refused.value.hint

@@ -290,6 +290,19 @@ def test_some_rows_at_a_time(
     assert (logits(tmp_path / "out") - wanted).abs().max() < 2e-3 * signal
 
 
+@pytest.mark.parametrize("kind", ["LOHA", "LOKR", "VERA", "FROD"])
+def test_bytes_do_not_depend_on_workers(kind: str, base: Path, tmp_path: Path) -> None:
+    trained(base, tmp_path / "adapter", kind, CASES.get(kind, {}))
+    found = []
+    for workers in (1, 3):
+        out = tmp_path / str(workers)
+        request = MergeRequest(
+            base=base, adapters=((tmp_path / "adapter", 1.0),), out=out, workers=workers
+        )
+        found.append(merge(request)["shards"])
+    assert found[0] == found[1]
+
+
 def test_sixteen_bits_are_rounded_once(base: Path, tmp_path: Path) -> None:
     trained(base, tmp_path / "adapter", "LOKR", CASES["LOKR"])
     low = tmp_path / "low"

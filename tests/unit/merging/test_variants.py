@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.unit.merging import test_layouts, test_tuners
 from tests.unit.merging.oracle import MakeBase, check
 from toolchain.errors import InputRefused
 from toolchain.merging.engine import MergeRequest, merge
+from toolchain.merging.families.family import families
 
 Q = {"target_modules": ["q_proj", "v_proj"]}
 TIED = {"tie_word_embeddings": True}
@@ -198,3 +200,36 @@ def test_heads_of_another_task(kind: str, bases: MakeBase, tmp_path: Path) -> No
     assert result["tensors"]["replaced"] == 1
     assert got.shape == (2, 3)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+ROWS = {
+    "LoRA on linear layers": "gemma3",
+    "LoRA on transposed layers (Conv1D, `fan_in_fan_out`)": "gpt2",
+    "LoRA on Conv1d, Conv2d, Conv3d": test_layouts.test_convolutions,
+    "LoRA on embeddings and heads": "tied-both",
+    "LoRA on MultiheadAttention": test_layouts.test_multihead_attention,
+    "`rank_pattern`, `alpha_pattern`, `use_rslora`": "patterns",
+    "`lora_bias`": "lora-bias",
+    "MiCA, VeLoRA, MonteCLoRA, EVA, orthogonal": "velora",
+    "BD-LoRA": "bdlora-a",
+    "DoRA": "dora",
+    "KaSA": "kasa",
+    "`modules_to_save`": "modules-to-save",
+    "`bias` all or lora_only": "bias-all",
+    "heads of another task (`task_type` SEQ_CLS, TOKEN_CLS, QUESTION_ANS)": (
+        test_heads_of_another_task
+    ),
+    "resized vocabularies": test_resized_vocabularies,
+    "`trainable_token_indices`, trainable tokens": "tokens-both",
+    "`target_parameters`: matrices and stacked experts": "qwen3-moe",
+    "`layer_replication`": "replication",
+}
+"""Row of the reference's table -> what tries it: a case of these tables, or a test."""
+
+
+def test_every_row_of_the_table_is_tried() -> None:
+    told = {row.name for family in families() for row in family.variants if row.merged}
+    tuners = {row.name for row in test_tuners.FAMILY.variants} | {"FRoD"}
+
+    assert told - tuners == set(ROWS)
+    assert all(callable(case) or case in VARIANTS | ARCHITECTURES for case in ROWS.values())

@@ -75,6 +75,11 @@ FAMILY = Family(
         Variant(name="LoRA on Conv1d, Conv2d, Conv3d", how="exact; not with groups > 1"),
         Variant(name="LoRA on embeddings and heads", how="exact; tied ones are untied if need be"),
         Variant(name="LoRA on MultiheadAttention", how="exact: in_proj and out_proj"),
+        Variant(
+            name="`target_parameters`: matrices and stacked experts",
+            how="exact, also where the base has a tensor for each expert",
+        ),
+        Variant(name="`layer_replication`", how="exact: every replica is written out"),
         Variant(name="`rank_pattern`, `alpha_pattern`, `use_rslora`", how="exact"),
         Variant(name="`lora_bias`", how="exact: b + s·bias; the base needs a bias"),
         Variant(name="MiCA, VeLoRA, MonteCLoRA, EVA, orthogonal", how="exact: as plain LoRA"),
