@@ -3,12 +3,14 @@
 Run as root from a checkout: `python benchmarks/bake.py [--rounds 3] [--gib 2] [--only ours,oras]`.
 Needs docker, dockerd and docker-registry, and about seven times the weights' size of free disk;
 buildah, skopeo and oras are measured where they are installed. Every round has a fresh registry,
-and docker's also a fresh daemon with its own folder; all is deleted at the end.
+and docker's also a fresh daemon with its own folder; all is deleted at the end. `--act plan`
+plans the layers of 100 GB instead.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import resource
 import shutil
@@ -41,13 +43,13 @@ def main() -> None:
     parser.add_argument("--only", default="", help="names with commas between; default: all")
     parser.add_argument("--act", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    WORK.mkdir(parents=True, exist_ok=True)
     if options.act:
         ACTS[options.act[0]](*options.act[1:])
         return
     wanted = [n for n in options.only.split(",") if n] or list(MEASURES)
     subjects = {name: MEASURES[name] for name in wanted if there(name)}
     need = int(7 * options.gib * 2**30)
-    WORK.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(WORK).free < need:
         raise SystemExit(f"needs {need >> 30} GiB of free disk under {WORK}")
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in subjects}
@@ -114,6 +116,61 @@ def rebase(source: str, onto: str, to: str) -> None:
         base = registry.pull(Reference.parse(onto))
         new = assemble(old.layers, config=ImageConfig(), base=base)
         registry.push(new, Reference.parse(to))
+
+
+def load(folder: str, reference: str) -> None:
+    """Assemble, and stream into `docker load`; no tar is written."""
+    sys.path.insert(0, str(HERE.parent))
+    from toolchain.oci.archive import docker_archive
+    from toolchain.oci.image import ImageConfig, assemble
+    from toolchain.oci.layers import Member, TarLayer
+    from toolchain.oci.references import Reference
+
+    layers = [
+        TarLayer(members=(Member.of_file(f"/models/{path.name}", path),))
+        for path in sorted(Path(folder).glob("*.safetensors"))
+    ]
+    image = assemble(layers, config=ImageConfig())
+    with subprocess.Popen(["docker", "load", "-q"], stdin=subprocess.PIPE) as child:
+        for chunk in docker_archive(image, Reference.parse(reference)):
+            child.stdin.write(chunk)  # type: ignore[union-attr]
+    if child.returncode:
+        raise SystemExit("docker load failed")
+
+
+def plan() -> None:
+    """Plan the layers of 100 GB in 20 sparse files, each to be cut to 4 GB at most."""
+    sys.path.insert(0, str(HERE.parent))
+    from toolchain.checkpoints.reshard import reshard
+    from toolchain.oci.layers import weight_layers
+    from toolchain.values import Digest, FileEntry, Tree
+
+    folder = WORK / "huge"
+    folder.mkdir(exist_ok=True)
+    tensor, count, files = 50 << 20, 95, []
+    for n in range(20):
+        rows = {
+            f"{n}.{i}": {
+                "dtype": "BF16", "shape": [tensor // 2],
+                "data_offsets": [i * tensor, (i + 1) * tensor],
+            }
+            for i in range(count)
+        }  # fmt: skip
+        head = json.dumps(rows).encode()
+        path = folder / f"model-{n:05}.safetensors"
+        with path.open("wb") as file:
+            file.write(len(head).to_bytes(8, "little") + head)
+            file.truncate(8 + len(head) + tensor * count)
+        digest = Digest.of(path.name.encode())
+        files.append(FileEntry(path=path.name, size=path.stat().st_size, digest=digest))
+    began, spent = time.perf_counter(), time.process_time()
+    tree = Tree(root=folder, files=tuple(files))
+    cut = reshard(tree, 4 * 10**9, lambda key, _: str(Digest.of(key.encode())))
+    layers = weight_layers(cut.tree, contents=cut.contents, largest=4 * 10**9)
+    total = sum(layer.size for layer in layers)
+    told = f"{total / 1e9:.0f} GB in {len(layers)} layers"
+    print(f"{told}: {time.perf_counter() - began:.3f} s, CPU {time.process_time() - spent:.3f} s")
+    shutil.rmtree(folder)
 
 
 def make_weights(size: int) -> Path:
@@ -241,6 +298,22 @@ def docker(weights: Path) -> dict[str, float]:
         return timed([(build, env), (["docker", "push", "-q", name], env)], pids, daemon)
 
 
+def loaded(weights: Path) -> dict[str, float]:
+    """Time one assembly and `docker load` into an empty daemon."""
+    with daemon_of_our_own() as (where, daemon):
+        return timed([(act("load", weights, "bench/app:1"), {"DOCKER_HOST": where})], {}, daemon)
+
+
+def pulled(weights: Path) -> dict[str, float]:
+    """Time a `docker pull` of the same from a registry on loopback, without the push before it."""
+    with ExitStack() as stack:
+        host, pids = stack.enter_context(registry())
+        name = f"{host}/bench/app:1"
+        subprocess.run(act("push", weights, name), check=True, stdout=subprocess.DEVNULL)
+        where, daemon = stack.enter_context(daemon_of_our_own())
+        return timed([(["docker", "pull", "-q", name], {"DOCKER_HOST": where})], pids, daemon)
+
+
 def timed(
     commands: list[tuple[list[str], dict[str, str]]],
     registry: dict[str, int],
@@ -358,12 +431,17 @@ TITLES = {
     "skopeo": "write a layout + skopeo copy",
     "buildah": "buildah build + push",
     "oras": "oras push (files, not an image)",
+    "load": "assemble + docker load",
+    "pull": "docker pull, pushed before",
 }
 MEASURES = {
     "ours": ours, "docker": docker, "one": one_stream, "known": known, "again": again,
     "rebase": rebased, "skopeo": skopeo, "buildah": buildah, "oras": oras,
+    "load": loaded, "pull": pulled,
 }  # fmt: skip
-ACTS = {"push": push, "layout": layout, "rebase": rebase, "base": base}
+ACTS = {
+    "push": push, "layout": layout, "rebase": rebase, "base": base, "load": load, "plan": plan,
+}  # fmt: skip
 
 
 def there(name: str) -> bool:
@@ -385,11 +463,14 @@ def table(rows: dict[str, list[dict[str, float]]], options: argparse.Namespace) 
         each = ", ".join(f"{row['wall']:.1f}" for row in rows[name])
         cells = " | ".join(f"{found[key]:.1f}" for key in keys[1:])
         lines.append(f"| {TITLES[name]} | {found['wall']:.1f} | {each} | {cells} |")
-    if {"ours", "docker"} <= set(middle):
-        ratio = middle["docker"]["wall"] / middle["ours"]["wall"]
-        spent = [sum(middle[n][k] for k in keys[1:4]) for n in ("docker", "ours")]
-        told = f"{ratio:.1f} times the wall and {spent[0] / spent[1]:.1f} times the CPU."
-        lines += ["", f"Docker takes {told}"]
+    lines.append("")
+    pairs = [("ours", n) for n in ("docker", "buildah", "skopeo", "oras", "one")]
+    for low, high in [*pairs, ("load", "pull")]:
+        if {low, high} <= set(middle):
+            ratio = middle[high]["wall"] / middle[low]["wall"]
+            spent = [sum(middle[n][k] for k in keys[1:4]) for n in (high, low)]
+            told = f"{ratio:.1f} times the wall and {spent[0] / spent[1]:.1f} times the CPU"
+            lines.append(f"- {TITLES[high]}: {told} of {TITLES[low]}")
     return "\n".join(lines)
 
 

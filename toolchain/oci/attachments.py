@@ -164,15 +164,15 @@ def fallback_tag(subject: Digest, suffix: str = "") -> str:
     return f"sha256-{subject.hex}{suffix}"
 
 
-def with_row(rows: Sequence[Json], attachment: Attachment) -> bytes:
-    """Return an index of referrers with the attachment in it, once."""
-    digest = attachment.blob.digest
-    kept = [row for row in rows if isinstance(row, dict) and row.get("digest") != digest]
+def with_rows(rows: Sequence[Json], attachments: Sequence[Attachment]) -> bytes:
+    """Return an index of referrers with the attachments in it, each once."""
+    new = {str(attachment.blob.digest): attachment.row for attachment in attachments}
+    old = {str(row.get("digest")): row for row in rows if isinstance(row, dict)}
     return canonical(
         {
             "schemaVersion": 2,
             "mediaType": manifests.OCI_INDEX,
-            "manifests": sorted([*kept, attachment.row], key=lambda row: str(row.get("digest"))),
+            "manifests": [row for _, row in sorted({**old, **new}.items())],
         }
     )
 

@@ -32,16 +32,33 @@ def digest_of(session: Session, reference: Reference, tries: int = TRIES) -> Dig
 
 def manifest(session: Session, reference: Reference) -> tuple[bytes, str]:
     """Return a manifest's or index's bytes and media type; InputRefused for a wrong digest."""
+    reply = _ask(session, reference)
+    if reply.status != _OK:
+        raise session.refusal(f"cannot read {reference}", reply)
+    return _checked(reply, reference)
+
+
+def manifest_or_none(session: Session, reference: Reference) -> tuple[bytes, str] | None:
+    """Return the same, or None where there is nothing under the name."""
+    reply = _ask(session, reference)
+    if reply.status == _MISSING:
+        return None
+    if reply.status != _OK:
+        raise session.refusal(f"cannot read {reference}", reply)
+    return _checked(reply, reference)
+
+
+def _ask(session: Session, reference: Reference) -> Reply:
     name = reference.digest or reference.tag
-    what = f"cannot read {reference}"
-    reply = session.attempt(
-        what,
+    return session.attempt(
+        f"cannot read {reference}",
         lambda: session.call(
             "GET", f"manifests/{name}", headers=_ACCEPT, limit=manifests.LARGEST_MANIFEST
         ),
     )
-    if reply.status != _OK:
-        raise session.refusal(what, reply)
+
+
+def _checked(reply: Reply, reference: Reference) -> tuple[bytes, str]:
     digest = Digest.of(reply.body)
     if {reference.digest or digest, promised(reply, str(reference)) or digest} != {digest}:
         raise _mismatch(reference, digest)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from toolchain.errors import EnvironmentFailure
 from toolchain.oci import layout, manifests
-from toolchain.oci.attachments import Attachment, load_attachment, with_row
+from toolchain.oci.attachments import Attachment, load_attachment, with_rows
 from toolchain.oci.progress import Meter
 from toolchain.values import Blob, Digest, Json
 
@@ -28,7 +28,7 @@ def attach(folder: Path, attachment: Attachment) -> None:
             layout.put_blob(store, blob, opener, Meter(blob.size))
         data = attachment.manifest_bytes
         layout.put_blob(store, attachment.blob, lambda: iter((data,)), Meter(0))
-        layout.replace_file(folder / LIST, [with_row(_listed(folder), attachment)])
+        layout.replace_file(folder / LIST, [with_rows(_listed(folder), [attachment])])
     except OSError as error:
         raise EnvironmentFailure(
             f"cannot write the image layout {folder}: {error.strerror or error}",

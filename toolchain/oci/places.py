@@ -31,8 +31,8 @@ class Place(Protocol):
     def read(self, blob: Blob, tag: str = "") -> Attachment:
         """Return an attachment; InputRefused where it is not what its digest says."""
 
-    def attach(self, attachment: Attachment) -> None:
-        """Put an attachment beside its image."""
+    def attach(self, *attachments: Attachment) -> None:
+        """Put attachments beside their image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +59,9 @@ class RegistryPlace:
         """Return an attachment; InputRefused where it is not what its digest says."""
         return self.registry.read_attachment(self.reference, blob, tag)
 
-    def attach(self, attachment: Attachment) -> None:
-        """Put an attachment beside its image."""
-        self.registry.attach(self.reference, attachment)
+    def attach(self, *attachments: Attachment) -> None:
+        """Put attachments beside their image."""
+        self.registry.attach(self.reference, *attachments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +88,10 @@ class LayoutPlace:
         del tag
         return layout_attachments.read_attachment(self.folder, blob)
 
-    def attach(self, attachment: Attachment) -> None:
-        """Put an attachment beside its image."""
-        layout_attachments.attach(self.folder, attachment)
+    def attach(self, *attachments: Attachment) -> None:
+        """Put attachments beside their image."""
+        for attachment in attachments:
+            layout_attachments.attach(self.folder, attachment)
 
 
 def open_place(source: str, registry: Registry) -> Place:

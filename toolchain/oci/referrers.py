@@ -10,7 +10,7 @@ from urllib.parse import urljoin
 
 from toolchain.errors import InputRefused
 from toolchain.oci import downloads, manifests, uploads
-from toolchain.oci.attachments import Attachment, fallback_tag, load_attachment, with_row
+from toolchain.oci.attachments import Attachment, fallback_tag, load_attachment, with_rows
 from toolchain.oci.references import Reference
 from toolchain.oci.session import Reply, Session
 from toolchain.values import Blob, Digest, Json
@@ -21,26 +21,36 @@ _COSIGN = (".sig", ".att")
 """Suffixes of the tags that cosign keeps its signatures and statements under."""
 
 
-def attach(session: Session, reference: Reference, attachment: Attachment) -> None:
-    """Put an attachment beside its image, where every reader will find it."""
-    for blob, opener in attachment.blobs():
+def attach(session: Session, reference: Reference, *attachments: Attachment) -> None:
+    """Put attachments beside their image, where every reader will find them."""
+    unlisted: dict[Digest, list[Attachment]] = {}
+    blobs = {blob.digest: (blob, o) for a in attachments for blob, o in a.blobs()}
+    for blob, opener in blobs.values():
         uploads.bring(session, blob, opener)
-    data = attachment.manifest_bytes
-    digest = attachment.blob.digest
-    reply = uploads.put_manifest(session, digest, data, manifests.OCI_MANIFEST)
-    if attachment.tag:
-        uploads.put_manifest(session, attachment.tag, data, manifests.OCI_MANIFEST)
-    if attachment.raw is not None and b'"subject"' not in attachment.raw:
-        return
-    # Without this header the registry does not know referrers, and the client keeps the list.
-    if "oci-subject" not in reply.headers:
-        tag = fallback_tag(attachment.subject.digest)
-        index = with_row(_by_tag(session, reference, tag), attachment)
-        uploads.put_manifest(session, tag, index, manifests.OCI_INDEX)
+    for attachment in attachments:
+        data = attachment.manifest_bytes
+        reply = uploads.put_manifest(session, attachment.blob.digest, data, manifests.OCI_MANIFEST)
+        if attachment.tag:
+            uploads.put_manifest(session, attachment.tag, data, manifests.OCI_MANIFEST)
+        has_subject = attachment.raw is None or b'"subject"' in attachment.raw
+        # Without this header the registry does not know referrers, and the client keeps the list.
+        if has_subject and "oci-subject" not in reply.headers:
+            unlisted.setdefault(attachment.subject.digest, []).append(attachment)
+    for subject, those in unlisted.items():
+        tag = fallback_tag(subject)
+        rows = _by_tag(session, reference, tag)
+        index = with_rows(rows, those)
+        if index != with_rows(rows, ()):
+            uploads.put_manifest(session, tag, index, manifests.OCI_INDEX)
 
 
-def find(session: Session, reference: Reference, subject: Digest) -> list[tuple[Blob, str]]:
-    """Return the manifests attached to an image, each with the tag it has, if it has one."""
+def find(
+    session: Session, reference: Reference, subject: Digest, *, tagged: bool = True
+) -> list[tuple[Blob, str]]:
+    """Return the manifests attached to an image, each with the tag it has, if it has one.
+
+    Without `tagged`, cosign's tags are not asked for.
+    """
     rows = _by_api(session, reference, subject)
     if rows is None:
         rows = _by_tag(session, reference, fallback_tag(subject))
@@ -51,7 +61,7 @@ def find(session: Session, reference: Reference, subject: Digest) -> list[tuple[
         if isinstance(row, dict) and row.get("mediaType") in kinds
         for blob in [manifests.descriptor(row, str(reference), kinds, manifests.LARGEST_MANIFEST)]
     }
-    for suffix in _COSIGN:
+    for suffix in _COSIGN if tagged else ():
         tag = fallback_tag(subject, suffix)
         place = Reference(reference.registry, reference.repository, tag)
         digest = downloads.digest_of(session, place)
@@ -102,9 +112,10 @@ def _next_page(reply: Reply) -> str:
 
 def _by_tag(session: Session, reference: Reference, tag: str) -> list[Json]:
     place = Reference(reference.registry, reference.repository, tag)
-    if downloads.digest_of(session, place) is None:
+    found = downloads.manifest_or_none(session, place)
+    if found is None:
         return []
-    body, kind = downloads.manifest(session, place)
+    body, kind = found
     if kind not in manifests.INDEXES:
         raise InputRefused(f"{place} is not a list of what is attached to an image")
     return manifests.listed(manifests.read_json(body, str(place)), "manifests", str(place))

@@ -150,8 +150,12 @@ class Registry:
 
     def pull(self, reference: Reference, *, platform: str | None = None) -> Image:
         """Return the image for a platform, this host's by default; layers are read when opened."""
+        body, kind = downloads.manifest(self._session(reference, "pull"), reference)
+        return self._image(reference, body, kind, platform)
+
+    def _image(self, reference: Reference, body: bytes, kind: str, platform: str | None) -> Image:
+        """Return the image of a manifest, or the platform's of an index."""
         session = self._session(reference, "pull")
-        body, kind = downloads.manifest(session, reference)
         for _ in range(4):
             if kind not in manifests.INDEXES:
                 break
@@ -206,9 +210,9 @@ class Registry:
         """Return the image for each Linux platform that a name has; one where it is no index."""
         body, kind = downloads.manifest(self._session(reference, "pull"), reference)
         if kind not in manifests.INDEXES:
-            return (self.pull(reference),)
+            return (self._image(reference, body, kind, None),)
         found = manifests.platforms_in(body, str(reference))
-        return tuple(self.pull(reference, platform=platform) for platform in found)
+        return tuple(self._image(reference, body, kind, platform) for platform in found)
 
     def digest_of(self, reference: Reference) -> Digest | None:
         """Return what the reference names now (of an index: the index's), or None."""
@@ -258,13 +262,19 @@ class Registry:
             seconds=time.monotonic() - began,
         )
 
-    def attach(self, reference: Reference, attachment: Attachment) -> None:
-        """Put an attachment into the reference's repository, beside its image."""
-        referrers.attach(self._session(reference, "pull,push"), reference, attachment)
+    def attach(self, reference: Reference, *attachments: Attachment) -> None:
+        """Put attachments into the reference's repository, beside their image."""
+        referrers.attach(self._session(reference, "pull,push"), reference, *attachments)
 
-    def attached(self, reference: Reference, subject: Digest) -> list[tuple[Blob, str]]:
-        """Return the manifests attached to an image, each with its own tag or empty."""
-        return referrers.find(self._session(reference, "pull"), reference, subject)
+    def attached(
+        self, reference: Reference, subject: Digest, *, tagged: bool = True
+    ) -> list[tuple[Blob, str]]:
+        """Return the manifests attached to an image, each with its own tag or empty.
+
+        Without `tagged` only those that the registry's list has, not cosign's.
+        """
+        session = self._session(reference, "pull")
+        return referrers.find(session, reference, subject, tagged=tagged)
 
     def read_attachment(self, reference: Reference, blob: Blob, tag: str = "") -> Attachment:
         """Return an attachment; InputRefused where it is not what its digest says."""

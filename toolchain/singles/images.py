@@ -98,11 +98,9 @@ def copy_attachments(image: Blob, origin: Place, there: RegistryPlace, sign: Sig
         held = read_attachments(there, image.digest)
         found += [attachment for attachment in held if attachment.blob.digest not in known]
         found = [*countersigned(found, image, there.reference.name, sign)]
-    for attachment in found:
-        if attachment.subject.digest != image.digest:
-            # Found by cosign's tag alone: such a manifest names no subject.
-            attachment = replace(attachment, subject=image)
-        there.attach(replace(attachment, tag=cosign_tag(attachment)))
+    # What is found by cosign's tag alone names no subject.
+    ours = (a if a.subject.digest == image.digest else replace(a, subject=image) for a in found)
+    there.attach(*(replace(a, tag=cosign_tag(a)) for a in ours))
 
 
 def read_attachments(place: Place, image: Digest) -> list[Attachment]:

@@ -72,8 +72,7 @@ def rebase_image(request: RebaseRequest, registry: Registry, tools: Tools) -> Ma
     there = RegistryPlace(registry, to)
 
     def attach() -> None:
-        for attachment in seal(told, new.manifest_blob, to.name, tools.sign):
-            there.attach(attachment)
+        there.attach(*seal(told, new.manifest_blob, to.name, tools.sign))
 
     published = registry.push(
         new,

@@ -166,7 +166,7 @@ def bills_of(reference: str, base: Image, registry: Registry) -> tuple[Document,
         return ()
     place = Reference.parse(reference).at(base.digest)
     try:
-        rows = registry.attached(place, base.digest)[:_MOST_BILLS]
+        rows = registry.attached(place, base.digest, tagged=False)[:_MOST_BILLS]
         found = [registry.read_attachment(place, blob) for blob, _ in rows]
     except WeightsmithError:
         return ()

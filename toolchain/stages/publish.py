@@ -114,8 +114,7 @@ def _attach(
     whole: Whole, told: Sequence[Evidence], place: Place, reference: Reference, tools: Tools
 ) -> None:
     for image, one in zip(images_of(whole), told, strict=True):
-        for attachment in seal(one, image.manifest_blob, reference.name, tools.sign):
-            place.attach(attachment)
+        place.attach(*seal(one, image.manifest_blob, reference.name, tools.sign))
     if isinstance(whole, Index) and tools.sign:
         place.attach(signature_of(whole.blob, reference.name, tools.sign))
 
