@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 
 from toolchain.ports import Silent
 from toolchain.quantizers import of_format
-from toolchain.recipe import read_recipe
+from toolchain.recipe_file import read_recipe
 from toolchain.stages.lock import pinned, read_lock
 from toolchain.stages.merge import merge
 from toolchain.stages.quantize import kept_bytes

@@ -12,7 +12,7 @@ from toolchain.ports import Progress, Tools
 from toolchain.provenance.labels import public_name
 from toolchain.quantizers import formats, of_format
 from toolchain.quantizers.calibration import GENERAL, Bounds, Texts, read_texts
-from toolchain.recipe import RecipeFile
+from toolchain.recipe_file import RecipeFile
 from toolchain.stages.quality import quality
 from toolchain.stages.quantize import Wanted
 from toolchain.values import Artifact, Checkpoint, Format, Json, Snapshot

@@ -24,7 +24,7 @@ from toolchain.planning import (
 )
 from toolchain.ports import Tools
 from toolchain.quantizers import of_format
-from toolchain.recipe import RecipeFile
+from toolchain.recipe_file import RecipeFile
 from toolchain.serving.advice import advise
 from toolchain.serving.memory import human
 from toolchain.serving.parameters import WORKED_OUT, weights_from_config

@@ -28,7 +28,7 @@ from toolchain.ports import Tools
 from toolchain.provenance.labels import reference
 from toolchain.proving import Result, ask_references, with_image
 from toolchain.quantizers import formats
-from toolchain.recipe import RecipeFile
+from toolchain.recipe_file import RecipeFile
 from toolchain.serving.targets import Target
 from toolchain.stages import merge as merging
 from toolchain.stages import publish as publishing
@@ -81,8 +81,7 @@ def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[B
             artifact = with_quality(request.file, checkpoint, artifact, tools)
             said["cached"] = artifact.details.get("quality", {}).get("cached", True)
         with timed.stage("render", target.name) as said:
-            config = config_of(request, target, sources, checkpoint, artifact)
-            said["cached"] = is_written(config.files, request.folder(target))
+            config = config_of(request, target, sources, checkpoint, artifact, said)
         with timed.stage("bake", reference(recipe, target.name)) as said:
             baking = Baking.of(request, target, sources, artifact, config, registry, tools)
             image = baking.own({})
@@ -160,12 +159,13 @@ def config_of(
     sources: Sources,
     checkpoint: Checkpoint,
     artifact: Artifact,
+    said: dict[str, Json],
 ) -> ServingConfig:
     """Plan and render for the artifact as it came out."""
     # A GGUF is served as a file, a checkpoint as the folder that it is.
     names = [entry.path for entry in artifact.tree.files]
     files = [name for name in names if name.endswith(".gguf") and "/" not in name]
-    return serving_config(
+    config = serving_config(
         request.file,
         target,
         sources.base.tree if target.format == LORA else checkpoint.tree,
@@ -174,6 +174,8 @@ def config_of(
         made_from=(artifact.digest,),
         adapters=unmerged_adapters(request.file, target, sources),
     )
+    said["cached"] = is_written(config.files, request.folder(target))
+    return config
 
 
 def quantized(

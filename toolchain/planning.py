@@ -16,7 +16,8 @@ from toolchain.evaluating.task import Task
 from toolchain.ports import Progress, Tools
 from toolchain.provenance.labels import reference
 from toolchain.quantizers import formats, of_format, quantizers
-from toolchain.recipe import Evaluate, RecipeFile, Serve
+from toolchain.recipe import Evaluate, Serve
+from toolchain.recipe_file import RecipeFile
 from toolchain.serving import targets as serving_targets
 from toolchain.serving.compatibility import check_engine_image, check_support
 from toolchain.serving.engine import ServedAdapter, Wishes

@@ -21,7 +21,7 @@ from tests.fakes.registry import fake_registry
 from toolchain import errors
 from toolchain.cli import namespace
 from toolchain.cli.looking import report_words
-from toolchain.recipe import check_recipe
+from toolchain.recipe_file import check_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from toolchain.errors import UsageError
-from toolchain.recipe import check_recipe, read_recipe, with_settings
+from toolchain.recipe_file import check_recipe, read_recipe, with_settings
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(ROOT.glob("examples/*/recipe*.yaml"))

@@ -162,7 +162,7 @@ def serve_settings(wishes: Mapping[str, Any]) -> list[str]:
 def recipe_file(recipe: str, base: str, adapters: Sequence[str], settings: Sequence[str]) -> Any:
     """Return the recipe of a file, or the one that --base and --adapter describe."""
     from toolchain.errors import UsageError
-    from toolchain.recipe import RecipeFile, check_recipe, read_recipe, with_settings
+    from toolchain.recipe_file import RecipeFile, check_recipe, read_recipe, with_settings
 
     if not base:
         if adapters:

@@ -8,7 +8,8 @@ from typing import Any
 
 from toolchain.errors import UsageError
 from toolchain.planning import wishes_of
-from toolchain.recipe import Serve, check_recipe, with_settings
+from toolchain.recipe import Serve
+from toolchain.recipe_file import check_recipe, with_settings
 from toolchain.serving.engine import Wishes
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from toolchain.errors import InputRefused, UsageError
 from toolchain.oci.image import Image
 from toolchain.ports import Progress
-from toolchain.recipe import Adapter, Base, RecipeFile
+from toolchain.recipe import Adapter, Base
+from toolchain.recipe_file import RecipeFile
 from toolchain.values import Digest, Snapshot, Sources, plain
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from toolchain.checkpoints.folder import check_adapter_folder, check_model_folder
 from toolchain.errors import InputRefused, UsageError
 from toolchain.ports import Entry, SourceReader, Tools
-from toolchain.recipe import Adapter, Base, RecipeFile
+from toolchain.recipe import Adapter, Base
+from toolchain.recipe_file import RecipeFile
 from toolchain.resources import builder_pins
 from toolchain.values import AdapterSnapshot, Job, Snapshot, Sources, StageInputs
 

@@ -8,7 +8,7 @@ import pytest
 
 from toolchain.oci.image import ImageConfig, assemble
 from toolchain.provenance.statements import kind_of
-from toolchain.recipe import check_recipe
+from toolchain.recipe_file import check_recipe
 from toolchain.stages.attest import Made, evidence
 from toolchain.values import (
     SAFETENSORS,

@@ -10,7 +10,7 @@ import pytest
 from toolchain.errors import InputRefused, UsageError
 from toolchain.oci.image import ImageConfig, assemble
 from toolchain.ports import Silent
-from toolchain.recipe import RecipeFile, read_recipe
+from toolchain.recipe_file import RecipeFile, read_recipe
 from toolchain.stages.lock import Lock, pinned, read_lock, with_sources, write_lock
 from toolchain.values import AdapterSnapshot, Digest, FileEntry, Snapshot, Sources, Tree
 

@@ -21,7 +21,8 @@ from toolchain.oci.registry import Registry
 from toolchain.pipeline import build
 from toolchain.planning import BuildRequest, chosen_targets
 from toolchain.ports import Tools
-from toolchain.recipe import Merge, read_recipe
+from toolchain.recipe import Merge
+from toolchain.recipe_file import read_recipe
 from toolchain.singles.validate import validate_folders
 from toolchain.stages.publish import Outputs
 from toolchain.stages.validate import validate
