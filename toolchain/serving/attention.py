@@ -21,8 +21,10 @@ class CacheLayers:
     layers: int
     window: int = 0
     """Tokens of the window or chunk."""
-    elements: int = 0
-    """Numbers of one request's state in one layer, for `state`."""
+    convolved: int = 0
+    """Numbers of one request's convolution state in one layer, for `state`."""
+    recurrent: int = 0
+    """The same of its recurrent state, which may be kept in another type."""
 
 
 _KINDS: Mapping[str, Kind] = {
@@ -65,12 +67,14 @@ def cache_layers(
         count = sum(name == kind for name in names)
         if not count:
             continue
+        convolved, recurrent = _state(config) if kind == "state" else (0, 0)
         found.append(
             CacheLayers(
                 kind=kind,
                 layers=count,
                 window=window if kind == "sliding" else _chunk(config, kind),
-                elements=_state_elements(config) if kind == "state" else 0,
+                convolved=convolved,
+                recurrent=recurrent,
             )
         )
     if not found:
@@ -139,8 +143,8 @@ def _chunk(config: Mapping[str, Json], kind: str) -> int:
     return _int(config, "attention_chunk_size", 8192) if kind == "chunked" else 0
 
 
-def _state_elements(config: Mapping[str, Json]) -> int:
-    """Return the numbers in one layer's convolution and recurrent state; 0: not known.
+def _state(config: Mapping[str, Json]) -> tuple[int, int]:
+    """Return the numbers in one layer's convolution and recurrent state; (0, 0): not known.
 
     vLLM 0.33, model_executor/layers/mamba/mamba_utils.py: gated delta net, Mamba 2, Mamba 1.
     """
@@ -149,21 +153,19 @@ def _state_elements(config: Mapping[str, Json]) -> int:
         heads = _int(config, "linear_num_value_heads", 0)
         width = _int(config, "linear_value_head_dim", 0)
         conv = (2 * keys + heads * width) * (_int(config, "linear_conv_kernel_dim", 4) - 1)
-        state = conv + heads * width * _int(config, "linear_key_head_dim", 0)
-    elif heads := _first(config, "mamba_n_heads", "mamba_num_heads"):
+        return conv, heads * width * _int(config, "linear_key_head_dim", 0)
+    if heads := _first(config, "mamba_n_heads", "mamba_num_heads"):
         width = _first(config, "mamba_d_head", "mamba_head_dim")
         size = _first(config, "mamba_d_state", "ssm_state_size")
         groups = _first(config, "mamba_n_groups", "n_groups") or 1
         kernel = _first(config, "mamba_d_conv", "conv_kernel") or 4
-        state = (heads * width + 2 * groups * size) * (kernel - 1) + heads * width * size
-    elif size := _first(config, "mamba_d_state", "state_size"):
+        return (heads * width + 2 * groups * size) * (kernel - 1), heads * width * size
+    if size := _first(config, "mamba_d_state", "state_size"):
         inner = _first(config, "intermediate_size_mamba") or (
             _int(config, "mamba_expand", 2) * _int(config, "hidden_size", 0)
         )
-        state = inner * ((_first(config, "mamba_d_conv", "conv_kernel") or 4) - 1 + size)
-    else:
-        return 0
-    return state
+        return inner * ((_first(config, "mamba_d_conv", "conv_kernel") or 4) - 1), inner * size
+    return 0, 0
 
 
 def _first(config: Mapping[str, Json], *names: str) -> int:

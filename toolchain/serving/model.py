@@ -50,6 +50,8 @@ class ModelShape:
     kv_lora_rank: int = 0
     """Width of the compressed cache of multi-head latent attention; 0 for other models."""
     rope_head_dim: int = 0
+    state_dtype: str = ""
+    """What the recurrent state of Mamba and linear attention is kept in; "" for the model's own."""
     cache: tuple[CacheLayers, ...] = ()
     """What its layers keep, by kind."""
 
@@ -97,6 +99,7 @@ class ModelShape:
             dtype=_dtype(config, inner),
             kv_lora_rank=_number(inner, "kv_lora_rank", default=0),
             rope_head_dim=_number(inner, "qk_rope_head_dim", default=0),
+            state_dtype=_state_dtype(architecture, inner),
             cache=cache_layers(architecture, inner, layers, window),
         )
 
@@ -168,6 +171,14 @@ def _layer_types(config: Mapping[str, Json], layers: int) -> tuple[str, ...]:
             f"config.json: layer_types has {len(kinds)} entries for {layers} layers", hint=_HINT
         )
     return tuple(kinds)
+
+
+def _state_dtype(architecture: str, config: Mapping[str, Json]) -> str:
+    """Return the type that a model asks for (vLLM, model_executor/models/config.py)."""
+    for name in ("mamba_ssm_cache_dtype", "mamba_ssm_dtype"):
+        if config.get(name) in {"float32", "float16", "bfloat16"}:
+            return str(config[name])
+    return "float32" if architecture.startswith("NemotronH") else ""
 
 
 def _dtype(config: Mapping[str, Json], inner: Mapping[str, Json]) -> str:

@@ -90,6 +90,7 @@ def paged_cache(
     block: int,
     element: float,
     state_element: int,
+    recurrent_element: int = 0,
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
     prefix_caching: bool = True,
@@ -98,7 +99,8 @@ def paged_cache(
 ) -> PagedCache:
     """Return the pool of the GPU that holds the most layers.
 
-    `element` and `state_element` are bytes of a number in the cache and in a layer's state.
+    `element`, `state_element` and `recurrent_element` are bytes of a number in the cache, in a
+    layer's convolution state and in its recurrent state (0: as the convolution's).
     Raises InputRefused where a state's size is not known.
     Without `hybrid` (--disable-hybrid-kv-cache-manager) every attention layer keeps all tokens.
     """
@@ -107,17 +109,20 @@ def paged_cache(
     states = [part for part in layers if part.kind == "state"]
     page = block * token
     if states:
-        if not states[0].elements:
+        if not states[0].recurrent:
             raise InputRefused(
                 f"config.json does not say how large a state {shape.architecture}'s layers keep",
                 hint="its memory would be a guess; choose a decoder with attention",
             )
-        state = -(-states[0].elements * state_element // tensor_parallel)
+        size = states[0].convolved * state_element
+        size += states[0].recurrent * (recurrent_element or state_element)
+        state = -(-size // tensor_parallel)
         if len(states) == len(layers):
             page = state
         elif state > page:
-            # Attention blocks grow, in steps of 16 tokens, until they hold a state.
-            block = -(-state // (token * 16)) * 16
+            # Attention blocks grow until they hold a state (platforms/interface.py).
+            step = max(block, 128) if shape.kv_lora_rank else block
+            block = -(-state // (token * step)) * step
             page = block * token
     size, groups = _grouped(layers)
     held = sum(part.layers for part in layers)

@@ -38,6 +38,8 @@ class Switches:
     overlapping: bool = True
     """The next batch is scheduled while one runs, so windows slide one batch later."""
     graphs: bool = True
+    state_dtype: str = ""
+    """Of recurrent states; "" for what model and engine choose."""
     beside: int = 0
     """Further bytes per GPU, such as adapters that are loaded."""
 
@@ -64,6 +66,8 @@ class Rules:
     wiggle: float = 1.0
     """A further factor that the engine itself applies to its fraction."""
     runs_on_cpu: bool = False
+    state_dtype: str = ""
+    """Of recurrent states where the model does not say; "" for the weights' own."""
     splits_by_layers: bool = True
     """It knows pipeline parallelism."""
     small_target: str = ""
@@ -93,12 +97,22 @@ class Case:
             block=switches.block or (rules.block if machine.gpus else rules.cpu_block),
             element=self.element,
             state_element=dtype_bytes(self.dtype),
+            recurrent_element=dtype_bytes(self.state_dtype),
             tensor_parallel=machine.tensor_parallel,
             pipeline_parallel=machine.pipeline_parallel,
             prefix_caching=switches.prefix_caching,
             sparse=self.wishes.kv_cache_dtype == "fp8_ds_mla",
             hybrid=switches.hybrid and rules.keeps_windows_small,
         )
+
+    @property
+    def state_dtype(self) -> str:
+        """The type of recurrent states: the option's, the model's, the engine's, or the weights'.
+
+        CPUs with bfloat16 arithmetic keep them in float32 (vLLM, platforms/cpu.py).
+        """
+        chosen = self.switches.state_dtype or self.shape.state_dtype or self.rules.state_dtype
+        return chosen or (self.dtype if self.machine.gpus else "float32")
 
     @property
     def element(self) -> float:

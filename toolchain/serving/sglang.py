@@ -80,6 +80,7 @@ RULES = Rules(
     fraction=0.9,
     fraction_of="static",
     small_target="sglang-awq",
+    state_dtype="float32",
     batched_tokens=_batched_tokens,
     most_requests=_most_requests,
     cache_dtypes={"bf16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1},

@@ -66,6 +66,7 @@ RULES = Rules(
     null_block=False,
     fraction=0.9,
     fraction_of="free",
+    state_dtype="float32",
     batched_tokens=_batched_tokens,
     most_requests=_most_requests,
     cache_dtypes={"fp8": 1},

@@ -144,7 +144,18 @@ def switches(extra: Mapping[str, Json]) -> Switches:
         chunked_prefill=extra.get("enable-chunked-prefill") is not False,
         overlapping=extra.get("async-scheduling") is not False,
         graphs=extra.get("enforce-eager") is not True,
+        state_dtype=_state_dtype(extra),
     )
+
+
+def _state_dtype(extra: Mapping[str, Json]) -> str:
+    chosen = str(extra.get("mamba-ssm-cache-dtype", "auto"))
+    if chosen not in {"auto", "float32", "float16", "bfloat16"}:
+        raise UsageError(
+            f"serve.extra.mamba-ssm-cache-dtype is {chosen!r}",
+            hint="one of auto, float32, float16, bfloat16",
+        )
+    return "" if chosen == "auto" else chosen
 
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

@@ -160,3 +160,53 @@ def test_kserves_own_vllm_is_told_of_the_adapters():
         assert service["spec"]["model"]["name"] == model
         named = [f"{a.name or 'support'}=/mnt/models/{a.folder}" for a in adapters]
         assert words[words.index("--lora-modules") + 1 :] == named
+
+
+QWEN3_NEXT = {
+    "architectures": ["Qwen3NextForCausalLM"],
+    "num_hidden_layers": 48,
+    "hidden_size": 2048,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "vocab_size": 151936,
+    "max_position_embeddings": 262144,
+    "full_attention_interval": 4,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128,
+    "dtype": "bfloat16",
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "extra", "state"),
+    [
+        # vLLM's own figures for these shapes: (3, 8192) and (32, 128, 128).
+        ({}, {}, 1_097_728),
+        ({}, {"mamba-ssm-cache-dtype": "float32"}, 2_146_304),
+        ({"mamba_ssm_dtype": "float32"}, {}, 2_146_304),
+    ],
+)
+def test_recurrent_states_may_be_wider_than_the_weights(change, extra, state):
+    wishes = Wishes(gpu="nvidia-h100-80gb", max_model_len=8192, max_num_seqs=1, extra=extra)
+    token = 2 * 2 * 256 * 2
+    block = -(-state // (16 * token)) * 16
+    # Four groups of twelve layers: one of attention, three with two states each.
+    blocks = -(-8192 // block) + 3 * 2
+
+    planned = plan({**QWEN3_NEXT, **change}, 10**10, wishes)
+
+    assert planned.kv_bytes_per_request == blocks * 12 * block * token
+
+
+def test_a_cpu_keeps_recurrent_states_in_float32():
+    wishes = {"host_memory_bytes": 64 * GIB, "max_model_len": 4096, "max_num_seqs": 1}
+    wide = {"extra": {"mamba-ssm-cache-dtype": "float32"}}
+    plain, told = (plan(QWEN3_NEXT, 10**9, Wishes(**wishes, **more)) for more in ({}, wide))
+
+    assert plain.kv_bytes_per_request == told.kv_bytes_per_request
+    with pytest.raises(UsageError, match="mamba-ssm-cache-dtype"):
+        plan(QWEN3_NEXT, 10**9, Wishes(**wishes, extra={"mamba-ssm-cache-dtype": "int3"}))
