@@ -26,8 +26,9 @@ _DEFAULTS = (
 )
 _AS_BITS = {"fp8": 6.0}
 """Kinds that round like another size: fp8 has three bits of mantissa, whatever its eight cost."""
-_AWQ_LAYER_ERROR = 0.8
-"""AWQ gives up what is small in a layer: 0.53 on examples/tiny, where KL was 0.009."""
+_LAYER_ERRORS = {"awq": 0.8, "gptq": 0.6}
+"""Kinds that give up what their calibration text makes little of, by a layer's error: AWQ 0.53 on
+examples/tiny, where KL was 0.009; GPTQ 0.48 on the support bot, in one layer of 30."""
 _ANY = "*"
 _GENERAL = 2.0
 """Measured: q4_k_m of the support bot errs 5 times as often on general text as on its own."""
@@ -51,8 +52,8 @@ def limits_for(format_: Format, quality: Quality, *, general: bool = False) -> M
     bits = _AS_BITS.get(format_.kind, format_.bits_per_weight)
     found = next(limits for least, limits in _DEFAULTS if bits >= least)
     merged = found.model_dump()
-    if format_.kind == "awq":
-        merged["layer_error"] = _AWQ_LAYER_ERROR
+    if format_.kind in _LAYER_ERRORS:
+        merged["layer_error"] = _LAYER_ERRORS[format_.kind]
     if general:
         merged |= {key: merged[key] * _GENERAL for key in ("kl_mean", "kl_p99")}
         merged["top1"] = 1 - (1 - merged["top1"]) * _GENERAL
