@@ -1,14 +1,15 @@
 """Merging against PEFT, mergekit, axolotl and `cp`: CPU seconds, wall seconds, peak memory.
 
-    python benchmarks/merge.py [--case gigabyte|small|large|tuner] [--rounds 3] [--only NAME,…]
-        [--peers] [--work benchmarks/work]
+    python benchmarks/merge.py [--case gigabyte|small|wide|large|layer70b|tuner]
+        [--rounds 3] [--only NAME,…] [--peers] [--work benchmarks/work]
     python benchmarks/merge.py --case whole70b
 
 Every way is a process of its own, and all run in turn, so that a change in the machine's load
 touches all of them. Checkpoints are of Llama's shapes, bfloat16, with an adapter of rank 64 on all
 linear layers: `gigabyte` has 0.97 GB, `small` 1.85 GB; `large` has three layers of a 70B model, and
-6.2 GB; `tuner` is `small` with a LoHa adapter, which is merged by PEFT's own layers. `whole70b`
-plans the merge of all 80 layers on a sparse file and says what memory the plan states.
+6.2 GB, `wide` two, `layer70b` one; `tuner` is `small` with a LoHa adapter, which is merged by
+PEFT's own layers. `whole70b` plans the merge of all 80 layers on a sparse file and says what memory
+the plan states.
 
 With `--peers` mergekit and axolotl's wheel are put beside the inputs, not into the project's
 environment: of axolotl only the module that merges shard by shard is used, with its logger in
@@ -129,10 +130,11 @@ SMALL = Shape(2048, 5632, 18, 32, 4, 32000)
 GIGABYTE = replace(SMALL, layers=8)
 LARGE = Shape(8192, 28672, 3, 64, 8, 32000)
 WIDE = Shape(8192, 28672, 2, 64, 8, 32000)
+LAYER = Shape(8192, 28672, 1, 64, 8, 1000)
 WHOLE = Shape(8192, 28672, 80, 64, 8, 128256)
 CASES = {
     "gigabyte": GIGABYTE, "small": SMALL, "tuner": SMALL, "large": LARGE, "wide": WIDE,
-    "whole70b": WHOLE,
+    "layer70b": LAYER, "whole70b": WHOLE,
 }  # fmt: skip
 
 
