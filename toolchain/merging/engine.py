@@ -276,9 +276,10 @@ def _write_shards(
     maker = ShardMaker(settings, tally)
     # A shard is brought to the disk and proven while the next one is computed.
     with closing(maker), ThreadPoolExecutor(1, "finish") as finisher:
-        waiting: Future[None] | None = None
+        waiting: Future[None] = finisher.submit(lambda: None)
         for shard in plan.shards:
             if shard.name in finished:
+                waiting.result()
                 tally.add(parts[shard.name])
                 advance(shard.size)
                 continue
@@ -286,14 +287,12 @@ def _write_shards(
             writer = maker.write(shard, journal.path.parent / shard.name, advance)
             repairs = tally.repairs.since(before)
             try:
-                if waiting is not None:
-                    waiting.result()
+                waiting.result()
             except BaseException:
                 writer.abandon()
                 raise
             waiting = finisher.submit(finish, shard, writer, repairs)
-        if waiting is not None:
-            waiting.result()
+        waiting.result()
     progress(total, total)
     return [finished[shard.name] for shard in plan.shards]
 

@@ -22,10 +22,11 @@ class Tally:
     def about(self, names: Iterable[str], repairs: Repairs) -> dict[str, Any]:
         """Return the part about these tensors, as JSON; `repairs` are theirs."""
         own = set(names)
+        # A copy: the next shard is being computed.
+        silent = list(self.silent.items())
         return {
             "silent": {
-                str(number): [name for name in some if name in own]
-                for number, some in self.silent.items()
+                str(number): [name for name in some if name in own] for number, some in silent
             },
             "unchanged": [name for name in self.unchanged if name in own],
             "repairs": [repairs.float64, repairs.exact],

@@ -128,6 +128,35 @@ def test_any_byte_that_changes_on_the_disk_fails_the_merge(
     assert not list(out.glob("*.safetensors"))
 
 
+def test_a_shard_that_is_wrong_takes_the_next_one_with_it(
+    make_model: Any, make_adapter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_model(shard="20KB", dtype=torch.bfloat16)
+    adapter, out = make_adapter(base), base.parent / "out"
+    finish, names = Writer.finish, []
+
+    def damaged(writer: Any) -> Any:
+        done = finish(writer)
+        names.append(writer.path.name)
+        if len(names) == 2:
+            with writer.path.open("r+b") as file:
+                file.seek(-1, 2)
+                (last,) = file.read(1)
+                file.seek(-1, 2)
+                file.write(bytes([last ^ 1]))
+        return done
+
+    monkeypatch.setattr(Writer, "finish", damaged)
+
+    with pytest.raises(CheckFailed):
+        merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=out))
+
+    # The first is kept for the next attempt; the third was complete, but is nothing any more.
+    assert [path.name for path in out.iterdir() if path.name in names] == names[:1]
+    assert len(names) == 2
+    assert not list(out.glob(".*.partial"))
+
+
 @given(
     data=st.binary(min_size=1, max_size=300),
     place=st.floats(0, 1, exclude_max=True),
