@@ -1,0 +1,142 @@
+"""What is kept of each target, passed or refused: build.json, the report, the rendered files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from toolchain.artifacts import wanted_of
+from toolchain.baking import Baking
+from toolchain.oci.image import Image
+from toolchain.planning import BuildRequest, probes
+from toolchain.ports import Tools
+from toolchain.proving import Result
+from toolchain.serving.targets import Target
+from toolchain.stages import merge as merging
+from toolchain.stages import publish as publishing
+from toolchain.stages import quantize as quantizing
+from toolchain.stages import reference as references
+from toolchain.stages import validate as validating
+from toolchain.stages.record import Facts, TaskFacts, write_record
+from toolchain.stages.report import write_report
+from toolchain.stages.trial import checks_of
+from toolchain.values import Checkpoint, Json, Published, Score, Sources
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """One finished target."""
+
+    target: Target
+    published: Published
+    results: tuple[Result, ...]
+    stages: Mapping[str, Mapping[str, Json]]
+    report: Path
+
+    @property
+    def scores(self) -> Mapping[str, Score]:
+        """The scores of the first task; empty without any."""
+        return main_scores(self.results)
+
+
+def main_scores(results: Sequence[Result]) -> Mapping[str, Score]:
+    """Return the scores of the first task, which stand for the build where one line must do."""
+    return results[0].scores if results else {}
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What is written down of a target, or of a merge that no target was made of."""
+
+    request: BuildRequest
+    sources: Sources
+    checkpoint: Checkpoint
+    tools: Tools
+    baking: Baking | None = None
+    image: Image | None = None
+
+    def keep(
+        self,
+        published: Published,
+        results: tuple[Result, ...],
+        stages: Mapping[str, Mapping[str, Json]],
+    ) -> Built:
+        """Write build.json, the report and the rendered files of a target that passed."""
+        if self.baking is None:
+            raise AssertionError("only a target is published")
+        target = self.baking.target
+        report = self._write(published, results, stages, self.request.folder(target))
+        return Built(
+            target=target, published=published, results=results, stages=stages, report=report
+        )
+
+    def refuse(self, results: tuple[Result, ...], stages: Mapping[str, Mapping[str, Json]]) -> Path:
+        """Write the same of what did not pass, apart, and forget its image; return the report.
+
+        Apart, because the record of an earlier image that passed belongs to that image.
+        """
+        if self.baking is None or self.image is None:
+            folder = self.request.dist.joinpath(
+                self.request.file.recipe.name, self.request.file.recipe.version, "refused"
+            )
+            return self._write(None, results, stages, folder)
+        layout = self.request.trial_layout(self.baking.target)
+        publishing.discard_candidate(self.image, layout, self.tools)
+        unpublished = Published(reference="", digest=self.image.digest, layers=())
+        folder = self.request.folder(self.baking.target) / "refused"
+        return self._write(unpublished, results, stages, folder)
+
+    def _write(
+        self,
+        published: Published | None,
+        results: tuple[Result, ...],
+        stages: Mapping[str, Mapping[str, Json]],
+        folder: Path,
+    ) -> Path:
+        facts = Facts(
+            recipe=self.request.file.recipe,
+            sources=self.sources,
+            checkpoint=self.checkpoint,
+            artifact=self.baking.artifact if self.baking else None,
+            config=self.baking.config if self.baking else None,
+            published=published,
+            tasks=tuple(_task_facts(result) for result in results),
+            checks=checks_of(self.image.digest, self.tools) if self.image else (),
+            stages=stages,
+            warnings=tuple(getattr(self.tools.progress, "warnings", ())),
+            inputs=self._inputs(results),
+        )
+        return write_report(write_record(facts, folder), folder).html
+
+    def _inputs(self, results: tuple[Result, ...]) -> Mapping[str, Json]:
+        """Return what each cached stage depended on."""
+        recipe, sources = self.request.file.recipe, self.sources
+        found: dict[str, Json] = {}
+        if self.checkpoint.digest != sources.base.digest:
+            found["merge"] = merging.inputs(sources, recipe.merge).inputs
+        if "validation" in self.checkpoint.details:
+            asked_with = probes(self.request.file)
+            found["validate"] = validating.inputs(
+                sources, recipe.merge, self.checkpoint.digest, asked_with
+            ).inputs
+        for result in results[:1]:
+            asked = references.subjects(sources, result.tried.adapter)
+            subject = asked.get("adapter", asked["base"])
+            found["reference"] = references.inputs(subject, result.tried.task).inputs
+        if self.baking and self.baking.artifact.format.packed:
+            wanted = wanted_of(
+                self.request.file, self.baking.artifact.format, sources.base, self.tools
+            )
+            found["quantize"] = quantizing.inputs(self.checkpoint.digest, wanted).inputs
+        return found
+
+
+def _task_facts(result: Result) -> TaskFacts:
+    return TaskFacts(
+        name=result.tried.task.name,
+        metric=result.tried.task.metric,
+        max_drop=result.tried.wanted.max_drop,
+        scores=result.scores,
+        verdicts=tuple(verdict.facts for verdict in result.verdicts),
+    )
