@@ -40,6 +40,8 @@ def python_step(module: str, request: QuantizeRequest, title: str, **settings: J
             "TRANSFORMERS_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONDONTWRITEBYTECODE": "1",
+            # Threads that spin while they wait take the CPU from the one that they wait for.
+            "OMP_WAIT_POLICY": "PASSIVE",
         },
         writes={file: json.dumps(told, sort_keys=True)},
         removes=(file,),

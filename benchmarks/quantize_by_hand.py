@@ -1,0 +1,197 @@
+"""Times our quantization jobs against the same tools called by hand.
+
+    python benchmarks/quantize_by_hand.py CHECKPOINT [--formats q4_k_m,gptq] [--rounds 3]
+
+Ours is the job in the local builder: the chat template is applied, the result is written with the
+checkpoint's own tokenizer, read back and checked; the gate's measuring is not in it. By hand are
+llama.cpp's three commands with an importance matrix, or a script that calls the library and saves.
+Both get the general texts. `start` is the builder's Python that imports the library, no more.
+Scratch is below benchmarks/work/quantize-by-hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from toolchain.drivers.environment import Pins, environment_folder
+from toolchain.drivers.toolset import toolset_folder
+from toolchain.quantizers import of_format
+from toolchain.quantizers.calibration import GENERAL, Bounds, read_texts
+from toolchain.wiring import cache_folder
+
+ROOT = Path(__file__).parents[1]
+WORK = ROOT / "benchmarks" / "work" / "quantize-by-hand"
+
+OURS = """
+import sys
+from pathlib import Path
+from toolchain.drivers.local import LocalRunner
+from toolchain.ports import Silent
+from toolchain.quantizers import formats, of_format
+from toolchain.quantizers.calibration import GENERAL, Bounds, read_texts
+from toolchain.stages.quantize import Wanted, job_of
+from toolchain.wiring import cache_folder
+model, out, name = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+wanted = Wanted(name="m", format=formats()[name],
+                options=of_format(name).options(formats()[name], {"imatrix": "auto"}),
+                texts=read_texts(GENERAL, Bounds()))
+LocalRunner(cache_folder()).run(job_of(model, 1 << 30, wanted, out), Silent())
+"""
+
+SAMPLES = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, texts, out = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(model)
+text = "".join(json.loads(line) for line in open(texts))
+ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+samples = [ids[i:i + 512] for i in range(0, len(ids), 512)]
+"""
+
+COMPRESSOR = """
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
+IntermediatesCache.pin_memory = lambda *a, **k: None
+network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+rows = [{"input_ids": s, "attention_mask": [1] * len(s)} for s in samples]
+oneshot(model=network, tokenizer=tokenizer, dataset=Dataset.from_list(rows), recipe=RECIPE,
+        max_seq_length=512, num_calibration_samples=len(rows))
+network.save_pretrained(out, save_compressed=True)
+"""
+
+HAND = {
+    "gptq": """
+from gptqmodel import BACKEND, GPTQModel
+from gptqmodel.quantization.config import GPTQConfig
+config = GPTQConfig(bits=4, group_size=GROUP, desc_act=False, sym=True)
+config.device, config.pack_impl = "cpu", "original"
+loaded = GPTQModel.load(model, config, dtype=torch.float32)
+rows = [{"input_ids": torch.tensor([s]), "attention_mask": torch.ones(1, len(s)).long()}
+        for s in samples]
+loaded.quantize(rows, batch_size=1, calibration_data_min_length=1, tokenizer=tokenizer,
+                backend=BACKEND.GPTQ_TORCH)
+loaded.save(out)
+""",
+    "fp8-static": COMPRESSOR.replace(
+        "RECIPE", 'QuantizationModifier(scheme="FP8", targets="Linear", ignore=["lm_head"])'
+    ),
+    "awq-compressed": COMPRESSOR.replace(
+        "RECIPE",
+        '[AWQModifier(), QuantizationModifier(config_groups={"group_0": {"targets": ["Linear"], '
+        '"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP, '
+        '"symmetric": False, "dynamic": False}}}, ignore=["lm_head"])]',
+    ),
+}
+START = {
+    "gguf": "import gguf, transformers",
+    "gptqmodel": "import gptqmodel",
+    "compressor": "import llmcompressor",
+    "autoawq": "import awq",
+    "merge": "import numpy, ml_dtypes",
+}
+"""What a quantization in each builder imports at least."""
+
+
+def python_of(builder: str) -> Path:
+    """Return a builder's Python."""
+    pins = Pins(name=builder, flavour="cpu")
+    return environment_folder(cache_folder(), pins) / "bin" / "python"
+
+
+def by_hand(name: str, model: Path, folder: Path) -> list[list]:
+    """Return the commands that a person would run, in turn, in an empty folder."""
+    rows = [str(row["text"]) for row in read_texts(GENERAL, Bounds()).calibration]
+    (folder / "text").write_text("\n".join(rows))
+    if of_format(name).builder == "gguf":
+        tools = toolset_folder(cache_folder(), "llamacpp")
+        threads = str(max(1, len(os.sched_getaffinity(0)) - 1))
+        convert = tools / "convert" / "convert_hf_to_gguf.py"
+        settings = ["--no-ppl", "-t", threads, "-fa", "off"]
+        files = ["--imatrix", "imatrix.gguf", "f16.gguf", "m.gguf", name.upper()]
+        return [
+            [python_of("gguf"), convert, model, "--outfile", "f16.gguf"],
+            [tools / "bin" / "llama-imatrix", "-m", "f16.gguf", "-f", "text", *settings],
+            [tools / "bin" / "llama-quantize", *files],
+        ]
+    (folder / "rows").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = json.loads((model / "config.json").read_text())
+    widths = (config["hidden_size"], config["intermediate_size"])
+    group = next(size for size in (128, 64, 32) if not any(width % size for width in widths))
+    (folder / "hand.py").write_text((SAMPLES + HAND[name]).replace("GROUP", str(group)))
+    return [[python_of(of_format(name).builder), "hand.py", model, "rows", "out"]]
+
+
+def timed(commands: list[list], folder: Path) -> tuple[float, float, float]:
+    """Run commands in turn; return their wall and CPU seconds and the largest one's MiB."""
+    tools = toolset_folder(cache_folder(), "llamacpp")
+    more = {
+        "PYTHONPATH": f"{tools}/convert:{tools}/convert/gguf-py:{ROOT}",
+        "WEIGHTSMITH_CPU_VARIANT": "x86-64-v3",
+        "GPTQMODEL_CPU_WORKERS": "2",
+        "HF_HUB_OFFLINE": "1",
+    }
+    began, cpu, peak = time.monotonic(), 0.0, 0
+    for words in commands:
+        process = subprocess.Popen(
+            [str(word) for word in words],
+            cwd=folder,
+            env={**os.environ, **more},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            sys.exit(f"{words} ended with {process.returncode}")
+        cpu += usage.ru_utime + usage.ru_stime
+        peak = max(peak, usage.ru_maxrss)
+    return time.monotonic() - began, cpu, peak / 1024
+
+
+def compare(name: str, model: Path, rounds: int) -> None:
+    """Print what ours, the tools by hand, and their start take; medians."""
+    builder = of_format(name).builder
+    found: dict[str, list[tuple[float, float, float]]] = {"ours": [], "by hand": [], "start": []}
+    for _ in range(rounds):
+        shutil.rmtree(WORK, ignore_errors=True)
+        for way in found:
+            (WORK / way).mkdir(parents=True)
+        ours = [sys.executable, "-c", OURS, model, WORK / "ours", name]
+        found["ours"].append(timed([ours], ROOT))
+        found["by hand"].append(timed(by_hand(name, model, WORK / "by hand"), WORK / "by hand"))
+        found["start"].append(timed([[python_of(builder), "-c", START[builder]]], WORK / "start"))
+    median = {
+        way: [statistics.median(column) for column in zip(*rows, strict=True)]
+        for way, rows in found.items()
+    }
+    for way, (wall, cpu, peak) in median.items():
+        ratio = f"{cpu / median['by hand'][1]:.2f}"
+        print(f"| {name} | {way} | {wall:.1f} | {cpu:.1f} | {ratio} | {peak:.0f} |", flush=True)
+
+
+def main() -> None:
+    """Compare each format, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path, nargs="?", default=ROOT / "examples" / "tiny" / "base")
+    parser.add_argument("--formats", default="q4_k_m,gptq,fp8-static")
+    parser.add_argument("--rounds", type=int, default=1)
+    asked = parser.parse_args()
+    print("| format | way | wall s | CPU s | of by hand | peak MiB |\n|---|---|---|---|---|---|")
+    for name in asked.formats.split(","):
+        compare(name, asked.model.absolute(), asked.rounds)
+    shutil.rmtree(WORK, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
