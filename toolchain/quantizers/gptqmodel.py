@@ -114,6 +114,7 @@ def _quantize(
         )
         backend = library.BACKEND.AUTO if gpu else library.BACKEND.AWQ_TORCH
         # 16-bit arithmetic is emulated on most CPUs; the kernel that packs takes any type.
+        _let_cpu_copy(torch)
         kernel = importlib.import_module("gptqmodel.nn_modules.qlinear.torch_awq").AwqTorchLinear
         kernel.SUPPORTS_DTYPES = [*kernel.SUPPORTS_DTYPES, torch.float32]
     else:
@@ -131,11 +132,22 @@ def _quantize(
     loaded.save(str(raw))
 
 
+def _let_cpu_copy(torch: Any) -> None:
+    """Make `tensor.cpu()` a copy on a CPU as well, where it is the tensor itself.
+
+    GPTQModel keeps a layer's weights by it while it tries 20 scales on them in place, and puts
+    them back after each (looper/awq_processor.py, _compute_best_scale of 7.6 and 7.7): in float32
+    on a CPU, all 20 roundings stayed.
+    """
+    own = torch.Tensor.cpu
+    torch.Tensor.cpu = lambda tensor, *args, **named: own(tensor, *args, **named).clone()
+
+
 QUANTIZER = Quantizer(
     name="gptqmodel",
     builder="gptqmodel",
     formats=(AWQ, GPTQ),
-    recipe_number=5,
+    recipe_number=6,
     check_input=check_grouped,
     steps=steps,
     check=check,
