@@ -27,7 +27,7 @@ from toolchain.quantizers.quantizer import Quantizer, QuantizeRequest, Step
 from toolchain.quantizers.running import blocks, encoder, python_step, read_settings, texts
 from toolchain.values import GPTQ, Format, Json
 
-# Its AWQ, computed on a CPU, loses more than AutoAWQ's: a matrix was off by 0.51, there by 0.12.
+# `awq` is AutoAWQ's: docs/design.md says why.
 AWQ = Format(name="awq-gptqmodel", kind="awq", bits_per_weight=4.16)
 
 

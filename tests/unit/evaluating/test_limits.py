@@ -18,6 +18,15 @@ def test_smaller_formats_may_lose_more_but_none_below_four_bits():
     assert len(set(allowed)) == 3
 
 
+def test_what_moves_weights_may_err_more_at_a_layer():
+    found = {
+        name: limits_for(formats()[name], Quality())["layer_error"]
+        for name in ("q4_k_m", "awq-compressed", "awq", "awq-gptqmodel", "gptq")
+    }
+
+    assert list(found.values()) == [0.25, 0.25, 0.35, 0.35, 0.6]
+
+
 def test_a_formats_own_limit_wins_over_that_of_all():
     quality = Quality(limits={"*": Limits(kl_mean=0.5, top1=0.1), "q4_k_m": Limits(kl_mean=0.25)})
 
