@@ -78,6 +78,20 @@ def test_every_flag_exists(path: Path) -> None:
         assert set(re.findall(r"--[a-z-]+", rest)) <= known
 
 
+@pytest.mark.parametrize(
+    ("name", "schema"), [("github-actions.yml", "github-workflows"), ("gitlab-ci.yml", "gitlab-ci")]
+)
+def test_the_schemas_of_the_makers(name: str, schema: str) -> None:
+    """GitHub's and GitLab's own schemas, as check-jsonschema brings them along."""
+    pytest.importorskip("check_jsonschema")
+    done = subprocess.run(
+        [sys.executable, "-m", "check_jsonschema",
+         "--builtin-schema", f"vendor.{schema}", CI / name],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.name)
 def test_nothing_from_outside_is_put_into_a_script(path: Path) -> None:
     scripts = [value for key, value in walk(yaml.safe_load(path.read_text())) if key in
@@ -121,7 +135,7 @@ def test_github(place: Path) -> None:
 
 
 def test_gitlab(place: Path) -> None:
-    job = load("gitlab-ci.yml")["image"]
+    job = load("gitlab-ci.yml")["build-image"]
     variables = {"CI_REGISTRY": "r.example", "CI_REGISTRY_USER": "u", "CI_REGISTRY_PASSWORD": "p",
                  "DOCKER_CONFIG": str(place / "docker"), "ADAPTER": "v3", "CI_COMMIT_TAG": "1.10",
                  "REPOSITORY": "r.example/a"}  # fmt: skip
