@@ -85,16 +85,19 @@ def planned(name, target, machine, **wishes):
     return plan, None
 
 
-def rendered(name, target, wishes, image=IMAGE):
-    """Return the ServingConfig of a model, as `render` and `build` make it."""
+def rendered(name, target, wishes, *, config=None):
+    """Return the ServingConfig of a model, as `render` and `build` make it.
+
+    `config` is for a model that is none of the golden ones: its weights are then 10 GB.
+    """
     return render(
         target=all_targets()[target],
         name=f"support-{name}",
         version="1.2.0",
-        model_config=model(name)["config"],
+        model_config=config or model(name)["config"],
         model_file="support.gguf" if target.startswith("llamacpp") else "",
-        weight_bytes=weight_bytes(name, target),
+        weight_bytes=10_000_000_000 if config else weight_bytes(name, target),
         wishes=Wishes(**wishes),
-        image=image,
+        image=IMAGE,
         made_from=(Digest.of(b"artifact"),),
     )

@@ -19,6 +19,8 @@ from toolchain.errors import InputRefused, UsageError
 PROGRAM = os.environ.get("WEIGHTSMITH_VLLM") or shutil.which("vllm") or ""
 PROBE = Path(__file__).with_name("vllm_probe.py")
 H200 = "nvidia-h200-141gb"
+HYBRIDS = json.loads((GOLDEN / "hybrids.json").read_text("utf-8"))
+"""Models with states, by their configuration; shapes as published, weights are made up."""
 pytestmark = [
     pytest.mark.real,
     pytest.mark.skipif(not PROGRAM, reason="no vLLM: set WEIGHTSMITH_VLLM to its program"),
@@ -35,6 +37,14 @@ def cases():
     packed = {"gpu": "nvidia-l4", "kv_cache_dtype": "fp8"}
     for number, wishes in enumerate((off, packed, {**small, "kv_cache_dtype": "auto"})):
         yield f"wish {number}", "llama-3-8b" if "gpu" in wishes else "qwen3-8b", "vllm-awq", wishes
+    for which in HYBRIDS:
+        for count in (1, 2):
+            one = {"gpu": "nvidia-h100-80gb", "gpu_count": count, "max_model_len": 8192}
+            yield f"{which} x {count}", which, "vllm", one
+            uncached = {**one, "extra": {"enable-prefix-caching": False}}
+            yield f"{which} x {count}, nothing cached", which, "vllm", uncached
+            wide = {**one, "extra": {"mamba-ssm-cache-dtype": "float32"}}
+            yield f"{which} x {count}, in float32", which, "vllm", wide
     for which in MODELS:
         for target in (t for t in PACKED.get(which, TARGETS) if t.startswith("vllm")):
             for machine, (gpu, count) in {**MACHINES, "8 x H200": (H200, 8)}.items():
@@ -43,7 +53,7 @@ def cases():
 
 def folder(root, which):
     """The model's config.json; of Gemma 3 its text model: the CPU build has no image library."""
-    path, config = root / which, model(which)["config"]
+    path, config = root / which, HYBRIDS.get(which) or model(which)["config"]
     if "text_config" in config:
         config = {**config["text_config"], "architectures": ["Gemma3ForCausalLM"]}
     # Packed weights are not there, and nothing else of the configuration asks for their kernels.
@@ -59,7 +69,7 @@ def answers(tmp_path_factory):
     root, found, lines = tmp_path_factory.mktemp("vllm"), {}, []
     for name, which, target, wishes in cases():
         try:
-            config = rendered(which, target, wishes)
+            config = rendered(which, target, wishes, config=HYBRIDS.get(which))
         except (UsageError, InputRefused):
             continue
         path = root / f"{len(lines)}.yaml"
@@ -75,6 +85,7 @@ def answers(tmp_path_factory):
             "kv_cache_bytes": plan["kv_cache_bytes"],
             "batches": plan["pipeline_parallel_size"] + (1 if plan["gpus"] else 0),
             "block": settings.get("block-size", 16),
+            "state_dtype": settings.get("mamba-ssm-cache-dtype", "auto"),
         }
         lines.append(json.dumps(asked))
         found[name] = (plan, settings)

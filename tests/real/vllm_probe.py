@@ -16,9 +16,17 @@ import torch
 from vllm.distributed.utils import get_pp_indices
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.model_executor.models import ModelRegistry
+from vllm.platforms.interface import Platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.core import kv_cache_utils as rules
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 
 
 def main():
@@ -56,8 +64,10 @@ def cache(config, asked):
     # GPUs schedule the next batch while one runs; this build's CPU platform does not.
     type(config).max_concurrent_batches = property(lambda self: asked["batches"])
     config.cache_config.block_size = asked["block"]
+    if config.model_config.is_hybrid:
+        as_on_a_gpu(config, asked["state_dtype"])
     config.cache_config.kv_cache_layout = "LBNHC"  # each layer apart, as FlashAttention has it
-    groups = rules.get_kv_cache_groups(config, specs(config, asked["block"]))
+    groups = rules.get_kv_cache_groups(config, specs(config, config.cache_config.block_size))
     tokens, concurrency = rules.get_kv_cache_capacity(
         config, rules.get_kv_cache_config_from_groups(config, groups, asked["kv_cache_bytes"])
     )
@@ -66,6 +76,28 @@ def cache(config, asked):
         "tokens": tokens,
         "concurrency": concurrency,
     }
+
+
+def as_on_a_gpu(config, state_dtype):
+    """Undo what the CPU's platform chose for states, and align blocks as FlashAttention has it."""
+    own = type(config.model_config.hf_text_config).__name__
+    if not own.startswith("NemotronH"):  # which asks for float32 itself
+        config.cache_config.mamba_ssm_cache_dtype = state_dtype
+    config.cache_config.mamba_page_size_padded = None
+    Platform._align_hybrid_block_size.__func__(Platform, config, FlashAttentionBackend)
+
+
+def state_spec(config, block):
+    """A spec of one layer with a state, as its layer gives it."""
+    model, cache = config.model_config, config.cache_config
+    kind, _ = ModelRegistry.resolve_model_cls(model.architectures, model)
+    return MambaSpec(
+        shapes=kind.get_mamba_state_shape_from_config(config),
+        dtypes=kind.get_mamba_state_dtype_from_config(config),
+        block_size=block,
+        page_size_padded=cache.mamba_page_size_padded,
+        mamba_cache_mode=cache.mamba_cache_mode,
+    )
 
 
 def specs(config, block):
@@ -81,11 +113,16 @@ def specs(config, block):
     stages = config.parallel_config.pipeline_parallel_size
     spans = [get_pp_indices(text.num_hidden_layers, n, stages) for n in range(stages)]
     start, end = max(spans, key=lambda span: span[1] - span[0])
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
+    kinds = kinds or ["full_attention"] * text.num_hidden_layers
     found = {}
     for number in range(start, end):
         name = f"model.layers.{number}.self_attn.attn"
-        if model.use_mla:
+        if kinds[number] in {"mamba", "linear_attention"}:
+            found[name] = state_spec(config, block)
+        elif kinds[number] in {"mlp", "moe"}:
+            continue
+        elif model.use_mla:
             found[name] = MLAAttentionSpec(**common)
         elif kinds[number] == "sliding_attention":
             found[name] = SlidingWindowSpec(**common, sliding_window=text.sliding_window)
