@@ -6,15 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from toolchain.checkpoints.reshard import Resharded, reshard
+from toolchain.errors import UsageError
 from toolchain.oci.image import Image
 from toolchain.oci.index import Whole, is_own, whole_of
+from toolchain.oci.limits import limits_of
+from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
-from toolchain.planning import BuildRequest, unmerged_adapters
+from toolchain.planning import BuildRequest, estimated_bytes, unmerged_adapters
 from toolchain.ports import Tools
-from toolchain.provenance.labels import labels, score_labels
+from toolchain.provenance.labels import labels, reference, score_labels
 from toolchain.proving import Result
 from toolchain.quantizers import of_format
-from toolchain.serving.memory import parse_size
+from toolchain.serving.memory import human, parse_size
 from toolchain.serving.targets import Target
 from toolchain.stages.attest import Made, public_recipe
 from toolchain.stages.bake import bake
@@ -27,9 +30,35 @@ from toolchain.stages.base import (
     public_base,
 )
 from toolchain.stages.lock import read_lock, write_lock
+from toolchain.stages.quantize import model_config
 from toolchain.stages.render import portable
 from toolchain.stages.trial import Asked, Trial
 from toolchain.values import LORA, Artifact, Checkpoint, Score, ServingConfig, Sources
+
+
+def check_layer_sizes(request: BuildRequest, sources: Sources) -> None:
+    """Refuse, before the work, weights that will not fit a layer, as far as that can be told.
+
+    Raises UsageError. What is pushed in the end is checked by its true sizes.
+    """
+    recipe, tree = request.file.recipe, sources.base.tree
+    own = parse_size(recipe.image.max_layer_size) if recipe.image.max_layer_size else 0
+    limits = limits_of(Reference.parse(reference(recipe, "x")).registry)
+    theirs = limits.largest_layer if limits and request.outputs.push else 0
+    for target in request.targets:
+        if target.format.suffix == ".gguf":
+            size = estimated_bytes(tree.weight_bytes, target.format, model_config(tree.root))
+            most, key = min(filter(None, (own, theirs)), default=0), "quantize.split_max_size"
+            fits = bool(recipe.quantize.split_max_size)
+        else:
+            size = max((file.size for file in tree.files), default=0)
+            most, key, fits = theirs, "image.max_layer_size", bool(own) or target.format.packed
+        if most and size > most and not fits:
+            raise UsageError(
+                f"{target.name}: a file of about {human(size)} is one layer, and a layer may have "
+                f"{human(most)} at most",
+                hint=f"set {key} in the recipe, and it is split",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from toolchain.artifacts import quality_fault, wanted_of, with_quality
-from toolchain.baking import Baking
+from toolchain.baking import Baking, check_layer_sizes
 from toolchain.errors import CheckFailed
 from toolchain.oci.image import Image
 from toolchain.oci.index import is_own, own_of
@@ -61,6 +61,7 @@ def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[B
     with clock.stage("resolve", recipe.base.source) as said:
         request, sources = resolved(request, tools, said)
         check_before_work(request, sources, tools)
+        check_layer_sizes(request, sources)
         merged = sources_to_merge(request.targets, sources)
     with clock.stage("merge", f"{len(merged.adapters)} adapter(s), {recipe.merge.method}") as said:
         checkpoint = merging.merge(merged, recipe.merge, tools)

@@ -128,3 +128,9 @@ def test_layers_are_kept_as_small_as_the_recipe_says(scene: Scene) -> None:
     assert image.layers[-2].file == "app/vllm"
     result = verify_image(built["image"], None, scene.client, Silent())
     assert any(row["check"] == "linux/amd64 split" for row in result["checks"])
+
+
+def test_what_will_not_fit_a_layer_is_refused_before_the_work(scene: Scene) -> None:
+    told = scene.build("--target", "llamacpp-q8_0", max_layer_size="1MB")
+    assert "quantize.split_max_size" in told["hint"]
+    assert told["exit_code"] == 2
