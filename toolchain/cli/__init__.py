@@ -10,10 +10,10 @@ if os.path.basename(sys.argv[0]) in ("invoke", "inv"):  # noqa: PTH119 - no path
 
 from invoke.collection import Collection
 
-from toolchain.cli import build, looking, parts
+from toolchain.cli import asking, build, images, looking, parts
 
 namespace = Collection()
-for _module in (build, parts, looking):
+for _module in (build, parts, images, asking, looking):
     for _task in _module.COMMANDS:
         namespace.add_task(_task)
 

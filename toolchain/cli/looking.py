@@ -1,4 +1,4 @@
-"""Commands that look and tidy: `inspect`, `report`, `targets`, `doctor`, `clean`."""
+"""Commands that look and tidy: `report`, `targets`, `doctor`, `clean`."""
 
 from __future__ import annotations
 
@@ -8,35 +8,6 @@ from pathlib import Path
 
 from toolchain.cli.command import command
 from toolchain.values import Json
-
-
-@command(positional=("source",))
-def inspect(
-    _context: object, source: str, *, insecure: bool = False, json: bool = False
-) -> tuple[Mapping[str, Json], str]:
-    """Say what an image is made of: provenance, plan, scores, layers, from the image alone."""
-    del json
-    from toolchain.singles.images import inspect_image, inspect_text
-    from toolchain.wiring import make_engine, make_registry
-
-    with make_registry(insecure=insecure) as registry:
-        result = inspect_image(source, registry, make_engine())
-    return result, inspect_text(result)
-
-
-@command(positional=("source",))
-def verify(
-    _context: object, source: str, *, key: str = "", insecure: bool = False, json: bool = False
-) -> tuple[Mapping[str, Json], str]:
-    """Check an image's signature, its layers' digests, and the chain from sources to layers."""
-    del json
-    from toolchain.cli.progress import progress_for
-    from toolchain.singles.verify import key_path, table, verify_image
-    from toolchain.wiring import make_registry
-
-    with make_registry(insecure=insecure) as registry:
-        result = verify_image(source, key_path(key), registry, progress_for())
-    return result, f"{result['reference']}@{result['digest']} holds\n{table(result)}"
 
 
 def report_words(words: Sequence[str]) -> tuple[str, ...]:
@@ -133,4 +104,4 @@ def clean(
     )
 
 
-COMMANDS = (inspect, verify, report, targets, doctor, clean)
+COMMANDS = (report, targets, doctor, clean)

@@ -1,0 +1,134 @@
+"""Questions to an image, a server or a checkpoint: `evaluate`, `bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from toolchain.cli.command import command
+from toolchain.values import Json
+
+
+@command(many=("adapter",))
+def evaluate(
+    _context: object,
+    *,
+    data: str = "",
+    metric: str = "contains",
+    image: str = "",
+    url: str = "",
+    model: str = "",
+    adapter: Sequence[str] = (),
+    served_name: str = "",
+    command: str = "",
+    tasks: str = "",
+    tokenizer: str = "",
+    include: str = "",
+    limit: int = 0,
+    max_tokens: int = 64,
+    concurrency: int = 1,
+    timeout: float = 120.0,
+    retries: int = 2,
+    training: str = "",
+    calibration: str = "",
+    strict: bool = False,
+    against: str = "",
+    max_drop: str = "",
+    min_score: float = 0.0,
+    runner: str = "auto",
+    json: bool = False,
+) -> tuple[Mapping[str, Json], str]:
+    """Score a started image, a server, or a checkpoint with or without adapter on --data."""
+    del json
+    from toolchain.cli.progress import progress_for
+    from toolchain.singles.arguments import number, required
+    from toolchain.singles.evaluate import Subject, Wishes, check_subject, evaluate_subject
+    from toolchain.singles.lm_eval import HarnessRequest, evaluate_tasks
+    from toolchain.singles.server import Place
+    from toolchain.wiring import make_tools
+
+    if tasks:
+        request = HarnessRequest(
+            tasks=tasks,
+            place=Place(image=image, url=url),
+            served_name=served_name,
+            tokenizer=tokenizer,
+            include=include,
+            limit=limit,
+            concurrency=concurrency,
+        )
+        harness_tools, _ = make_tools(runner, progress_for())
+        found = evaluate_tasks(request, harness_tools)
+        return found, "\n".join(
+            f"{name}: {task['score']} ({task['measure']}, n={task['n']})"
+            for name, task in found["tasks"].items()
+        )
+    required(data=data)
+    subject = Subject(
+        image=image, url=url, model=model, adapters=tuple(adapter), served_name=served_name
+    )
+    check_subject(subject)
+    tools, _ = make_tools(runner, progress_for())
+    wishes = Wishes(
+        metric=metric,
+        command=command,
+        max_tokens=max_tokens,
+        concurrency=concurrency,
+        timeout=timeout,
+        retries=retries,
+        training=training,
+        calibration=calibration,
+        strict=strict,
+        against=against,
+        max_drop=number(max_drop, "--max-drop") if max_drop else None,
+        min_score=min_score,
+    )
+    result = evaluate_subject(subject, Path(data), wishes, tools)
+    low, high = result["interval"]
+    text = f"{result['score']:.4f} ({metric}, n={result['n']}, 95 %: {low:.3f} to {high:.3f})"
+    if "comparison" in result:
+        text += f"\n{result['comparison']['reason']}"
+    return result, text
+
+
+@command()
+def bench(
+    _context: object,
+    *,
+    image: str = "",
+    url: str = "",
+    served_name: str = "",
+    concurrency: str = "1,4,16",
+    requests: int = 32,
+    max_tokens: int = 64,
+    data: str = "",
+    timeout: float = 120.0,
+    out: str = "",
+    runner: str = "auto",
+    json: bool = False,
+) -> tuple[Mapping[str, Json], str]:
+    """Load a started image or a server for a short time: throughput and latencies."""
+    del json
+    from toolchain.cli.progress import progress_for
+    from toolchain.singles.arguments import counts
+    from toolchain.singles.bench import BenchRequest, bench_text
+    from toolchain.singles.bench import bench as run
+    from toolchain.singles.server import Place
+    from toolchain.wiring import make_tools
+
+    request = BenchRequest(
+        place=Place(image=image, url=url),
+        served_name=served_name,
+        concurrency=counts(concurrency, "--concurrency"),
+        requests=counts(str(requests), "--requests")[0],
+        max_tokens=counts(str(max_tokens), "--max-tokens")[0],
+        data=data,
+        timeout=timeout,
+        out=out,
+    )
+    tools, _ = make_tools(runner, progress_for())
+    result = run(request, tools)
+    return result, bench_text(result)
+
+
+COMMANDS = (evaluate, bench)

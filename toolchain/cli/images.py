@@ -1,0 +1,146 @@
+"""Images by reference or layout: `bake`, `push`, `rebase`, `inspect`, `verify`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from toolchain.cli.command import command
+from toolchain.values import Json
+
+
+@command()
+def bake(
+    _context: object,
+    *,
+    model: str = "",
+    target: str = "",
+    config: str = "",
+    name: str = "",
+    base_image: str = "",
+    order: str = "engine-first",
+    kind: str = "image",
+    platform: str = "",
+    max_layer_size: str = "",
+    push: str = "",
+    load: str = "",
+    layout: str = "",
+    force: bool = False,
+    insecure: bool = False,
+    sign_key: str = "",
+    runner: str = "auto",
+    json: bool = False,
+) -> tuple[Mapping[str, Json], str]:
+    """Assemble the image of a model, and push it, load it or write it as an OCI layout."""
+    del json
+    from toolchain.cli.progress import progress_for
+    from toolchain.serving.memory import parse_size
+    from toolchain.singles.arguments import required
+    from toolchain.singles.bake import BakeRequest, bake_model
+    from toolchain.wiring import make_registry, make_tools
+
+    required(model=model, target=target)
+    tools, _ = make_tools(runner, progress_for(), sign_key=sign_key)
+    request = BakeRequest(
+        model=Path(model),
+        target=target,
+        config=Path(config) if config else None,
+        name=name,
+        base_image=base_image,
+        order=order,
+        kind=kind,
+        platform=platform,
+        max_layer_size=parse_size(max_layer_size) if max_layer_size else 0,
+        push=push,
+        load=load,
+        layout=Path(layout).absolute() if layout else None,
+        force=force,
+    )
+    with make_registry(insecure=insecure) as registry:
+        result = bake_model(request, registry, tools)
+    return result, f"{result['reference']}@{result['digest']}"
+
+
+@command(positional=("source",))
+def push(
+    _context: object,
+    source: str,
+    *,
+    to: str = "",
+    force: bool = False,
+    insecure: bool = False,
+    sign_key: str = "",
+    json: bool = False,
+) -> tuple[Mapping[str, Json], str]:
+    """Copy an image, from a registry or an OCI layout, to a registry; the digest stays."""
+    del json
+    from toolchain.cli.progress import progress_for
+    from toolchain.singles.arguments import required
+    from toolchain.singles.images import copy_image
+    from toolchain.wiring import make_registry, make_signer
+
+    required(to=to)
+    sign = make_signer(sign_key)
+    with make_registry(insecure=insecure) as registry:
+        result = copy_image(source, to, registry, progress_for(), force=force, sign=sign)
+    return result, f"{result['reference']}@{result['digest']}"
+
+
+@command(positional=("source",))
+def rebase(
+    _context: object,
+    source: str,
+    *,
+    onto: str = "",
+    to: str = "",
+    smoke: bool = True,
+    force: bool = False,
+    insecure: bool = False,
+    sign_key: str = "",
+    json: bool = False,
+) -> tuple[Mapping[str, Json], str]:
+    """Put an image on another engine base and push it; no weight byte is moved."""
+    del json
+    from toolchain.cli.progress import progress_for
+    from toolchain.singles.arguments import required
+    from toolchain.singles.rebase import RebaseRequest, rebase_image
+    from toolchain.wiring import make_registry, make_tools
+
+    required(onto=onto, to=to)
+    tools, _ = make_tools("auto", progress_for(), sign_key=sign_key)
+    request = RebaseRequest(source=source, onto=onto, to=to, smoke=smoke, force=force)
+    with make_registry(insecure=insecure) as registry:
+        result = rebase_image(request, registry, tools)
+    return result, f"{result['reference']}@{result['digest']}"
+
+
+@command(positional=("source",))
+def inspect(
+    _context: object, source: str, *, insecure: bool = False, json: bool = False
+) -> tuple[Mapping[str, Json], str]:
+    """Say what an image is made of: provenance, plan, scores, layers, from the image alone."""
+    del json
+    from toolchain.singles.images import inspect_image, inspect_text
+    from toolchain.wiring import make_engine, make_registry
+
+    with make_registry(insecure=insecure) as registry:
+        result = inspect_image(source, registry, make_engine())
+    return result, inspect_text(result)
+
+
+@command(positional=("source",))
+def verify(
+    _context: object, source: str, *, key: str = "", insecure: bool = False, json: bool = False
+) -> tuple[Mapping[str, Json], str]:
+    """Check an image's signature, its layers' digests, and the chain from sources to layers."""
+    del json
+    from toolchain.cli.progress import progress_for
+    from toolchain.singles.verify import key_path, table, verify_image
+    from toolchain.wiring import make_registry
+
+    with make_registry(insecure=insecure) as registry:
+        result = verify_image(source, key_path(key), registry, progress_for())
+    return result, f"{result['reference']}@{result['digest']} holds\n{table(result)}"
+
+
+COMMANDS = (bake, push, rebase, inspect, verify)
