@@ -48,7 +48,7 @@ FLAGS = {
     "metric": "how an answer is judged: contains, exact, regex, choice, json-schema or command",
     "min_score": "lowest score that passes, from 0 to 1",
     "model": "model folder or .gguf file",
-    "name": "name of the model; default: the folder's",
+    "name": "name of the model; default: the file's or (render) the folder's, else model",
     "no_gate": "report what was lost, and stop nothing for it",
     "onto": "engine base that the image goes onto: a reference or oci:DIR",
     "order": "engine-first, or weights-first so that an engine update pulls no weights",
