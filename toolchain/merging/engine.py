@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import resource
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +22,7 @@ from toolchain.merging.combining.keep import keep_adapter
 from toolchain.merging.combining.measure import measure
 from toolchain.merging.companions import companion_files, index_json, write_file
 from toolchain.merging.fast import needs_torch
+from toolchain.merging.journal import Journal, open_out
 from toolchain.merging.kernel import PIECE, check_arithmetic
 from toolchain.merging.libc import keep_freed_memory
 from toolchain.merging.outputs import OutputShard
@@ -30,11 +30,10 @@ from toolchain.merging.plan import KINDS, MergePlan, make_plan
 from toolchain.merging.proof import Proof, prove
 from toolchain.merging.repair import Repairs
 from toolchain.merging.shards import BLOCK, Settings, ShardMaker
-from toolchain.merging.stream import Journal, Writer, sha256_file, sync_folder
+from toolchain.merging.stream import Writer, sha256_file, sync_folder
 from toolchain.merging.tally import Tally
 from toolchain.values import key_of
 
-_JOURNAL = ".merge-journal.json"
 _RECIPE = 1
 """Raised when the same inputs would give other bytes."""
 _MOST_WORKERS = 16
@@ -100,7 +99,8 @@ def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, 
     if request.keep_adapter:
         return _keep(request, plan, started)
     settings = _settings(request, plan)
-    journal = _open_out(request, plan)
+    inputs = (request.base, *(path for path, _ in request.adapters))
+    journal = open_out(request.out, inputs, _key(request, plan), own=request.own_out)
     tally, findings = Tally(), list(plan.findings)
     keep_freed_memory()
     with _one_thread_per_worker(settings):
@@ -179,37 +179,6 @@ def _has_gpu() -> bool:
     import torch
 
     return bool(torch.cuda.is_available())
-
-
-def _open_out(request: MergeRequest, plan: MergePlan) -> Journal:
-    """Make the output folder; an earlier run of the same merge may go on in it."""
-    out = request.out.resolve()
-    for source in (request.base, *(path for path, _ in request.adapters)):
-        if out == source.resolve() or out.is_relative_to(source.resolve()):
-            raise UsageError(f"{out} lies in the input {source}", hint="give another output folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        held = [name for name in os.listdir(out) if not name.endswith(".partial")]  # noqa: PTH208
-    except OSError as error:
-        raise EnvironmentFailure(
-            f"{out} cannot be made: {error.strerror}", hint="give another output folder"
-        ) from error
-    journal = Journal(path=request.out / _JOURNAL, key=_key(request, plan))
-    if held and not journal.matches():
-        if request.own_out:
-            # Killed after the journal's end but before the folder got its name, or begun from
-            # other files: worth nothing, and nobody else could clear it.
-            shutil.rmtree(out)
-            return _open_out(request, plan)
-        raise UsageError(
-            f"{out} is not empty, and what it holds is not the start of this merge",
-            hint="empty it, or give another output folder",
-        )
-    for left in out.glob("*.partial"):
-        left.unlink()
-    if not held:
-        journal.record({}, {})
-    return journal
 
 
 def _key(request: MergeRequest, plan: MergePlan) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -240,51 +239,6 @@ class Writer:
         self._temporary.unlink(missing_ok=True)
 
 
-@dataclass(slots=True)
-class Journal:
-    """Which shards of one merge are finished; it is worthless to a merge of anything else."""
-
-    path: Path
-    key: str
-    """Identity of the merge's inputs and parameters."""
-
-    def matches(self) -> bool:
-        """Say whether there is a journal of this very merge."""
-        return self._read() is not None
-
-    def finished(self, root: Path) -> dict[str, dict[str, Any]]:
-        """Return the finished shards that are still there, byte for byte."""
-        shards: Mapping[str, dict[str, Any]] = (self._read() or {}).get("shards", {})
-        parts = self.parts()
-        return {
-            name: entry
-            for name, entry in shards.items()
-            if name in parts and _matches(root / name, entry)
-        }
-
-    def parts(self) -> dict[str, dict[str, Any]]:
-        """Return what was counted in each shard (`Tally.about`)."""
-        return dict((self._read() or {}).get("parts", {}))
-
-    def _read(self) -> dict[str, Any] | None:
-        try:
-            kept = json.loads(self.path.read_text())
-        except (OSError, ValueError):
-            return None
-        return kept if isinstance(kept, dict) and kept.get("key") == self.key else None
-
-    def record(
-        self,
-        shards: Mapping[str, Mapping[str, Any]],
-        parts: Mapping[str, Mapping[str, Any]],
-    ) -> None:
-        """Replace the journal with one that names these shards, and what was counted in them."""
-        text = json.dumps({"key": self.key, "shards": shards, "parts": parts}, sort_keys=True)
-        temporary = self.path.with_name(f"{self.path.name}.partial")
-        temporary.write_text(text)
-        temporary.replace(self.path)
-
-
 def sha256_file(path: Path) -> str:
     """Return a file's sha256 in hexadecimal digits."""
     with path.open("rb") as file:
@@ -313,14 +267,6 @@ def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
     for place, block in enumerate(blocks):
         out[place * rows : (place + 1) * rows, place * columns : (place + 1) * columns] = block
     return out
-
-
-def _matches(path: Path, entry: Mapping[str, Any]) -> bool:
-    return (
-        path.is_file()
-        and path.stat().st_size == entry.get("size")
-        and sha256_file(path) == entry.get("sha256")
-    )
 
 
 def _disk(path: Path, error: OSError) -> EnvironmentFailure:
