@@ -185,7 +185,8 @@ class Quantize(_Part):
     )
     keep: tuple[str, ...] = Field(
         (),
-        description="Ends of the names of matrices that stay in 16 bits in checkpoints, such as "
+        description="Ends of the names of matrices that stay in 16 bits in checkpoints (not awq, "
+        "whose engine cannot), such as "
         "`[down_proj, layers.0.mlp.gate_proj, layers.0.mlp.up_proj]`; lm_head always does.",
     )
 

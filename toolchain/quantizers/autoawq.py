@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from toolchain.errors import UsageError
 from toolchain.quantizers.awq_search import mend
 from toolchain.quantizers.checkpoints import (
     awq_config,
@@ -20,7 +21,7 @@ from toolchain.quantizers.checkpoints import (
     peak_disk,
     zero_point_option,
 )
-from toolchain.quantizers.keeping import keep_option, kept_modules
+from toolchain.quantizers.keeping import keep_option
 from toolchain.quantizers.packed import Layout, view_of
 from toolchain.quantizers.packed_check import check_checkpoint
 from toolchain.quantizers.quantizer import Quantizer, QuantizeRequest, Step
@@ -31,20 +32,24 @@ from toolchain.values import AWQ, Format, Json
 def options(format_: Format, wanted: Mapping[str, Json]) -> Mapping[str, Json]:
     """Return the recipe's wishes that change the bytes; raises UsageError."""
     zero_point_option(format_, wanted)
-    return {"group_size": group_option(wanted), "keep": keep_option(wanted)}
+    if keep := keep_option(wanted):
+        raise UsageError(
+            f"keep: AutoAWQ searches scales by the inputs of every matrix, so {keep[0]} cannot stay"
+            " in 16 bits",
+            hint="choose awq-gptqmodel or awq-compressed, which can keep it",
+        )
+    return {"group_size": group_option(wanted)}
 
 
 def steps(request: QuantizeRequest) -> tuple[Step, ...]:
     """Return the one command: AutoAWQ, and our own writing of what it made."""
-    group, keep = _layout(request).group_size, request.options.get("keep", [])
     title = "quantizing to awq by AutoAWQ"
-    return (python_step(__name__, request, title, group_size=group, keep=keep),)
+    return (python_step(__name__, request, title, group_size=_layout(request).group_size),)
 
 
 def check(request: QuantizeRequest) -> Mapping[str, Json]:
     """Re-read the finished checkpoint against its original; raises CheckFailed."""
-    keep = tuple(request.options.get("keep", ()))
-    found = check_checkpoint(request.output, request.model, _layout(request), keep)
+    found = check_checkpoint(request.output, request.model, _layout(request))
     return {**found, "engine": "autoawq"}
 
 
@@ -72,18 +77,14 @@ def main() -> None:
         device_map="cuda" if gpu else "cpu",
         **({} if gpu else {"torch_dtype": torch.float32}),
     )
-    kept = kept_modules(model, told["keep"])
-    wanted = {
-        "zero_point": True, "q_group_size": told["group_size"], "w_bit": 4, "version": "GEMM",
-        "modules_to_not_convert": kept or None,
-    }  # fmt: skip
+    wanted = {"zero_point": True, "q_group_size": told["group_size"], "w_bit": 4, "version": "GEMM"}
     # Token lists, never longer than its samples: what is longer it silently leaves out.
     loaded.quantize(
         tokenizer, quant_config=wanted, calib_data=samples, max_calib_seq_len=BLOCK,
         max_calib_samples=len(samples), n_parallel_calib_samples=8,
     )  # fmt: skip
     loaded.save_quantized(str(raw), safetensors=True)
-    finish(model, raw, Path(told["out"]), awq_config(told["group_size"], kept))
+    finish(model, raw, Path(told["out"]), awq_config(told["group_size"]))
     shutil.rmtree(raw)
 
 

@@ -1,0 +1,72 @@
+"""llm-compressor's checkpoints, read by the package that defines their layout."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from toolchain.drivers.environment import Pins, environment_folder
+from toolchain.quantizers.packed import PackedView
+from toolchain.wiring import cache_folder
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "examples" / "tiny"
+KEPT = "o_proj"
+
+pytestmark = [pytest.mark.real, pytest.mark.builders, pytest.mark.timeout(3600)]
+
+READER = """
+import sys, torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+network = AutoModelForCausalLM.from_pretrained(
+    sys.argv[1], dtype=torch.float32,
+    quantization_config=CompressedTensorsConfig(run_compressed=False))
+save_file({name: value.detach().float().contiguous()
+           for name, value in network.named_parameters() if name.endswith("_proj.weight")},
+          sys.argv[2])
+"""
+
+
+def quantize(out: Path, *words: object) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "toolchain", "quantize", "--model", TINY / "base", "--runner",
+         "local", "--calibration", TINY / "calibration.jsonl", "--out", out, *words, "--json"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("format_", "words", "most"),
+    [
+        ("fp8-static", (), 0.04),
+        ("awq-compressed", (), 0.12),
+        ("awq-compressed", ("--no-zero-point", "--group-size", 64), 0.15),
+    ],
+    ids=["fp8-static", "awq", "awq-symmetric"],
+)
+def test_the_package_reads_what_we_read(
+    tmp_path: Path, format_: str, words: tuple[object, ...], most: float
+) -> None:
+    out, plain = tmp_path / "out", tmp_path / "plain.safetensors"
+
+    made = quantize(out, "--format", format_, "--keep-module", KEPT, *words)
+
+    python = environment_folder(cache_folder(), Pins(name="compressor", flavour="cpu"))
+    subprocess.run([python / "bin" / "python", "-c", READER, out, plain], check=True)
+    theirs, ours = load_file(plain), PackedView(out)
+    assert made["quality"]["layer_error"] < most
+    assert len(theirs) == made["details"]["quantized"] + 4
+    assert not any(KEPT in name for name in ours.modules)
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(ours.tensor(name), value, err_msg=name)
