@@ -11,6 +11,9 @@ from toolchain.merging.names import added_prefix
 from toolchain.merging.tasks import TASKS
 from toolchain.merging.tying import is_head
 
+_BUFFERS = ("e_score_correction_bias", "final_logits_bias")
+"""Biases that are no parameters, so that nothing trains or saves them."""
+
 
 def claims_of(view: AdapterView) -> list[Claim]:
     """Return what the families understood of an adapter.
@@ -118,7 +121,8 @@ def _missing_biases(view: AdapterView, claims: Sequence[Claim]) -> list[str]:
     bias = str(view.config.raw.get("bias", "none"))
     have = {claim.target for claim in claims if claim.replacement}
     if bias == "all":
-        return [name for name in view.sources if name.endswith("bias") and name not in have]
+        trained = [name for name in view.sources if name.endswith("bias")]
+        return [n for n in trained if n not in have and n.rpartition(".")[2] not in _BUFFERS]
     if not bias.endswith("_only"):
         return []
     modules = [claim.module for claim in claims if claim.terms or claim.change]

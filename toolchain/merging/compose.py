@@ -110,6 +110,12 @@ def _untie(tie: Tie | None, shares: dict[str, list[Share]]) -> str:
     if not alone and not own:
         shares[tie.head] = list(shared)
         return ""
+    if not tie.known:
+        raise InputRefused(
+            f"the adapter changes {tie.embedding} and its tied head differently, and what this "
+            "model calls its head is not known",
+            hint="serve it unmerged, or train embedding and head together (ensure_weight_tying)",
+        )
     shares[tie.head] = shared + own
     modules = sorted({share.claim.module for share in (*alone, *own)})
     return (

@@ -6,6 +6,7 @@ from typing import Any
 
 SIZES = {"vocab_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 NARROW = {"hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2}
+PLAIN = {"hidden_size": 32, "intermediate_size": 48}
 EXPERTS = {"num_experts_per_tok": 2}
 
 
@@ -15,7 +16,11 @@ def model_class(kind: str) -> Any:
 
     special = {
         "t5": "AutoModelForSeq2SeqLM",
-        "bert": "AutoModelForMaskedLM",
+        "bart": "AutoModelForSeq2SeqLM",
+        **dict.fromkeys(
+            ("bert", "distilbert", "albert", "electra", "deberta", "modernbert"),
+            "AutoModelForMaskedLM",
+        ),
         "vit": "AutoModelForImageClassification",
         "cnn": "AutoModelForImageClassification",
     }
@@ -41,6 +46,27 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
     ),
     "bert": ("BertConfig", SIZES | {"hidden_size": 32, "intermediate_size": 48}),
+    "distilbert": (
+        "DistilBertConfig",
+        {"vocab_size": 96, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
+    ),
+    "albert": ("AlbertConfig", SIZES | PLAIN | {"embedding_size": 16}),
+    "electra": ("ElectraConfig", SIZES | PLAIN | {"embedding_size": 16}),
+    "deberta": ("DebertaV2Config", SIZES | PLAIN),
+    "modernbert": (
+        "ModernBertConfig",
+        SIZES
+        | PLAIN
+        | dict.fromkeys(("pad_token_id", "bos_token_id", "cls_token_id"), 0)
+        | dict.fromkeys(("eos_token_id", "sep_token_id"), 1),
+    ),
+    "mamba": ("MambaConfig", {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2}),
+    "bart": (
+        "BartConfig",
+        {"vocab_size": 96, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1}
+        | {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+        | {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48},
+    ),
     "vit": (
         "ViTConfig",
         {

@@ -59,7 +59,7 @@ def answers(model: Any, kind: str) -> torch.Tensor:
             found = model(pixel_values=pixels.double())
             return next(iter(found.values()))
         ids = torch.arange(40).view(2, 20) % 90
-        more = {"decoder_input_ids": ids} if kind == "t5" else {}
+        more = {"decoder_input_ids": ids} if kind in ("t5", "bart") else {}
         return model(input_ids=ids, **more).logits
 
 

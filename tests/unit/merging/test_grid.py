@@ -87,3 +87,33 @@ def test_merged_as_unmerged(
             check(base, architecture, tmp_path, lora)
         return
     check(base, architecture, tmp_path, lora)
+
+
+OTHERS = {
+    "distilbert": ("v_lin", "word_embeddings", "vocab_projector"),
+    "albert": ("value", "word_embeddings", "predictions.decoder"),
+    "electra": ("value", "word_embeddings", "generator_lm_head"),
+    "deberta": ("value_proj", "word_embeddings", "predictions.decoder"),
+    "modernbert": ("Wqkv", "tok_embeddings", "decoder"),
+    "mamba": ("x_proj", "embeddings", "lm_head"),
+    "bart": ("v_proj", "shared", "lm_head"),
+}
+"""As `NAMES`: what other models call the head that shares the embedding's weight."""
+
+
+@pytest.mark.parametrize("kind", ["embedding", "head", "saved-embedding", "linear"])
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_heads_of_other_names(
+    architecture: str, kind: str, bases: MakeBase, tmp_path: Path
+) -> None:
+    lora = named(KINDS[kind], OTHERS[architecture])
+    if architecture == "mamba" and kind != "linear":
+        # PEFT refuses Mamba's projections beside others.
+        lora = {name: value for name, value in lora.items() if name != "target_modules"}
+        targets = {"embedding": ["embeddings"], "head": ["lm_head"], "saved-embedding": ["x_proj"]}
+        lora["target_modules"] = targets[kind]
+    if architecture == "bart" and "embedding" in kind:
+        with pytest.raises(InputRefused, match=SHARED):
+            check(bases(architecture), architecture, tmp_path, lora)
+        return
+    check(bases(architecture), architecture, tmp_path, lora)

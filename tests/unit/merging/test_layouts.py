@@ -302,3 +302,36 @@ def test_what_counts_as_tied(
     if untied is not None:
         assert torch.equal(found["lm_head.weight"], own)
         assert told["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "what"),
+    [
+        (
+            "word_embeddings",
+            {"architectures": ["NewForMaskedLM"]},
+            "what this model calls its head",
+        ),
+        ("words", {"architectures": ["NewForCausalLM"]}, "looks like the table of words"),
+    ],
+)
+def test_models_whose_head_is_not_known_are_refused(
+    name: str, config: dict[str, Any], what: str, tmp_path: Path
+) -> None:
+    """A guess would be a tensor that no class loads, and a head that changes with the embedding."""
+    base = {f"new.{name}.weight": random(8, 4)}
+    adapter = {
+        f"new.{name}.lora_embedding_A": random(2, 8),
+        f"new.{name}.lora_embedding_B": random(4, 2),
+    }
+
+    with pytest.raises(InputRefused, match=what):
+        run(
+            tmp_path,
+            base,
+            adapter,
+            {"target_modules": [name]},
+            model_type="new",
+            vocab_size=8,
+            **config,
+        )

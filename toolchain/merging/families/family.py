@@ -96,7 +96,8 @@ class AdapterView:
 
     def second_name(self, name: str) -> str:
         """Return the base's tensor that a tied one is another name of, or nothing."""
-        return dict(self.tie.also).get(name, "") if self.tie else ""
+        biases = self.tie.also if self.tie and name.endswith(".bias") else ()
+        return dict(biases).get(name, "")
 
     def find(self, module: str, parameter: str = "weight") -> str:
         """Return the one base tensor that a module's parameter means, or nothing.

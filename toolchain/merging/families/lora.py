@@ -16,7 +16,7 @@ from toolchain.merging.kasa import Kasa
 from toolchain.merging.names import CONV1D_MODELS, is_conv1d, module_key, plain_module
 from toolchain.merging.outputs import Part, Term, matrix_columns
 from toolchain.merging.twins import same_transposed
-from toolchain.merging.tying import is_embedding, is_head
+from toolchain.merging.tying import has_head, is_embedding, is_head
 
 _KEY = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector|lora_diag"
@@ -143,6 +143,12 @@ def _layer(
         raise _of_two_stacks(view, group.module)
     target = view.need(group.module, parameter)
     shape = _shape(view, group, target)
+    if embedding and _may_be_tied(view, group.module, shape):
+        raise InputRefused(
+            f"{view.path} has LoRA on {group.module}, which looks like the table of words, and the "
+            "base has no head: whether and where they share it is not known of this model",
+            hint="serve it unmerged, or train it without the embeddings in target_modules",
+        )
     left, right = _oriented(view, group, shape, a, b)
     scaling = view.config.scaling(view.config.pattern_name(group.module))
     term = Term(
@@ -175,6 +181,14 @@ def _of_two_stacks(view: AdapterView, module: str) -> InputRefused:
         hint="train it without the embeddings in target_modules; new words can be trained with "
         "trainable_token_indices, which is merged for all that share the table",
     )
+
+
+def _may_be_tied(view: AdapterView, module: str, shape: tuple[int, ...]) -> bool:
+    """Say whether a table of unknown name may be the one that a head without weights shares."""
+    words = shape[0] == view.base_config.get("vocab_size")
+    unknown = view.tie is None and words and not is_embedding(module)
+    headless = not any(is_head(name.removesuffix(".weight")) for name in view.sources)
+    return unknown and headless and has_head(view.base_config)
 
 
 def _has_copy(module: str) -> bool:
