@@ -61,3 +61,19 @@ def test_letters_that_the_terminal_lacks_are_escaped(tmp_path):
 
     assert done.returncode == 2
     assert r"unknown key `n\xf6`" in done.stderr
+
+
+PLAN = ("plan", "--base", "examples/tiny/base", "--target", "vllm")
+
+
+@pytest.mark.parametrize("words", [("targets",), ("merge",), PLAN], ids=lambda words: words[0])
+def test_nobody_reads(words):
+    """As after `2>&1 | head`: what is left to say goes nowhere, and nothing else changes."""
+    read, write = os.pipe()
+    os.close(read)
+    silent = subprocess.run(
+        [*PROGRAMS["weightsmith"], *words], cwd=ROOT, stdout=write, stderr=write, check=False
+    )
+    os.close(write)
+
+    assert silent.returncode == run("weightsmith", *words).returncode

@@ -21,6 +21,7 @@ from invoke.exceptions import Exit
 from invoke.tasks import task
 
 from toolchain.cli.flags import FLAGS
+from toolchain.cli.lines import put_line
 from toolchain.errors import EnvironmentFailure, UsageError, WeightsmithError
 from toolchain.interrupts import raise_it
 from toolchain.values import Json, plain
@@ -62,7 +63,7 @@ def command(
                 tell_error(_Interrupted("interrupted; what was finished is kept"), as_json=as_json)
                 raise Exit(code=_Interrupted.exit_code) from None
             else:
-                _say(json.dumps(plain(result)) if as_json else text)
+                put_line(json.dumps(plain(result)) if as_json else text, sys.stdout)
 
         run.__signature__ = _for_invoke(inspect.signature(body), many)  # type: ignore[attr-defined]
         names = inspect.signature(body).parameters
@@ -74,13 +75,6 @@ def command(
         )(run)
 
     return wrap
-
-
-def _say(text: str) -> None:
-    try:
-        print(text, flush=True)  # noqa: T201
-    except BrokenPipeError:  # the reader, such as `head`, had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _for_invoke(signature: inspect.Signature, many: tuple[str, ...]) -> inspect.Signature:
@@ -168,6 +162,6 @@ def tell_error(error: WeightsmithError, *, as_json: bool) -> None:
     """Print an error in a few lines on stderr, and as an object on stdout where JSON was asked."""
     if as_json:
         told = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
-        _say(json.dumps({**plain(error.details), "error": told}))
+        put_line(json.dumps({**plain(error.details), "error": told}), sys.stdout)
     text = f"error: {error.message}" + (f"\n  hint: {error.hint}" if error.hint else "")
-    print(text, file=sys.stderr, flush=True)  # noqa: T201
+    put_line(text, sys.stderr)

@@ -6,6 +6,7 @@ import sys
 import time
 from typing import TextIO
 
+from toolchain.cli.lines import put_line
 from toolchain.ports import Progress
 
 _PLAIN_EVERY_S = 10.0
@@ -50,7 +51,7 @@ class PlainProgress:
         self._print("  warning: " + text)
 
     def _print(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        put_line(text, self._stream)
 
 
 class LiveProgress:
@@ -59,6 +60,7 @@ class LiveProgress:
     def __init__(self) -> None:
         # Imported here: only a terminal needs it, and `invoke --list` must answer at once.
         from rich.console import Console
+        from rich.markup import escape
         from rich.progress import (
             BarColumn,
             Progress,
@@ -67,6 +69,7 @@ class LiveProgress:
             TimeElapsedColumn,
         )
 
+        self._escape = escape
         self._console = Console(stderr=True, highlight=False)
         self._bars = Progress(
             TextColumn("{task.description}"),
@@ -82,7 +85,8 @@ class LiveProgress:
     def stage(self, name: str, detail: str) -> None:
         """Start the stage's bar."""
         self._stop()
-        self._console.print(f"[bold]{name}[/bold]  {detail}" if detail else f"[bold]{name}[/bold]")
+        told = f"  {self._escape(detail)}" if detail else ""
+        self._console.print(f"[bold]{name}[/bold]{told}")
         self._began = time.monotonic()
         self._task = self._bars.add_task(name, total=None, detail="")
         self._bars.start()
