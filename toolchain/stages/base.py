@@ -227,11 +227,21 @@ def _program_layer(entry: Entry, tools: Tools) -> TarLayer:
     return TarLayer(members=(*_members(entry, "app/", 0o755), *_accounts()), memo=tools.store.memo)
 
 
+_ROOTS: dict[Path, tuple[TarLayer, ...]] = {}
+"""Entry's folder -> its layers: every target of a build has the same, of 17,000 files."""
+
+
 def _root_layers(entry: Entry, memo: Memo) -> tuple[TarLayer, ...]:
     """Return a whole root file system: a layer per large package, one with all that is left.
 
     A new version of one package leaves the others' layers as they are.
     """
+    if entry.tree.root not in _ROOTS:
+        _ROOTS[entry.tree.root] = _grouped(entry, memo)
+    return _ROOTS[entry.tree.root]
+
+
+def _grouped(entry: Entry, memo: Memo) -> tuple[TarLayer, ...]:
     groups: dict[str, list[Member]] = {}
     for member in _members(entry, "", None):
         found = _PACKAGE.match(member.path)
