@@ -74,8 +74,7 @@ def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[B
     for target in request.targets:
         timed = Clock(tools, dict(clock.stages))
         with timed.stage("quantize", target.format.name) as said:
-            artifact = quantized(request.file, target, sources, checkpoint, tools)
-            said["cached"] = artifact.details.get("cached", True)
+            artifact = quantized(request.file, target, sources, checkpoint, tools, said)
         with timed.stage("quality", target.format.name) as said:
             artifact = with_quality(request.file, checkpoint, artifact, tools)
             said["cached"] = artifact.details.get("quality", {}).get("cached", True)
@@ -162,13 +161,21 @@ def config_of(
 
 
 def quantized(
-    file: RecipeFile, target: Target, sources: Sources, checkpoint: Checkpoint, tools: Tools
+    file: RecipeFile,
+    target: Target,
+    sources: Sources,
+    checkpoint: Checkpoint,
+    tools: Tools,
+    said: dict[str, Json],
 ) -> Artifact:
     """Return the weights in the target's format, by the recipe's options for it."""
     if target.format == LORA:
-        return beside(file, target, sources, tools)
-    wanted = wanted_of(file, target.format, sources.base, tools)
-    return quantizing.quantize(checkpoint, wanted, tools)
+        artifact = beside(file, target, sources, tools)
+    else:
+        wanted = wanted_of(file, target.format, sources.base, tools)
+        artifact = quantizing.quantize(checkpoint, wanted, tools)
+    said["cached"] = artifact.details.get("cached", True)
+    return artifact
 
 
 def beside(file: RecipeFile, target: Target, sources: Sources, tools: Tools) -> Artifact:
