@@ -51,7 +51,7 @@ def quantize(out: Path, *words: object) -> dict[str, Any]:
     [
         ("fp8-static", (), 0.04),
         ("awq-compressed", (), 0.12),
-        ("awq-compressed", ("--no-zero-point", "--group-size", 64), 0.15),
+        ("awq-compressed", ("--no-zero-point", "--group-size", "64"), 0.15),
     ],
     ids=["fp8-static", "awq", "awq-symmetric"],
 )

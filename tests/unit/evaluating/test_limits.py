@@ -18,6 +18,14 @@ def test_smaller_formats_may_lose_more_but_none_below_four_bits():
     assert len(set(allowed)) == 3
 
 
+def test_fp8_lies_between_int8_and_four_bits():
+    found = [limits_for(formats()[name], Quality()) for name in ("w8a8", "fp8", "gptq")]
+
+    for key in ("kl_mean", "kl_p99", "layer_error"):
+        assert sorted(limits[key] for limits in found) == [limits[key] for limits in found]
+    assert limits_for(formats()["fp8-static"], Quality()) == found[1]
+
+
 def test_what_moves_weights_may_err_more_at_a_layer():
     found = {
         name: limits_for(formats()[name], Quality())["layer_error"]
