@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -212,16 +212,18 @@ def _alone(folder: Path) -> Iterator[Path]:
     Raises EnvironmentFailure where it cannot be made.
     """
     while True:
+        descriptor = -1
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue  # renamed between the two
+            with suppress(FileNotFoundError):
+                descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise EnvironmentFailure(
                 f"cannot write the image layout {folder}: {error.strerror}",
                 hint="check free space and permissions, then run it again",
             ) from None
+        if descriptor < 0:
+            continue  # renamed between the two
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)  # the kernel frees it when we die
             if _is_still(folder, descriptor):

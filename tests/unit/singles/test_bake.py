@@ -15,7 +15,7 @@ import pytest
 
 from tests.fakes.baking import bake, make_key, make_model, push_base
 from tests.fakes.registry import FakeRegistry, fake_registry
-from toolchain.errors import InputRefused, UsageError
+from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
 from toolchain.oci.image import Image
 from toolchain.oci.layout import read_layout
 from toolchain.oci.places import open_place
@@ -245,6 +245,16 @@ def test_weights_below_a_base_that_hides_them(scene: Scene) -> None:
     scene.bake("team/app:1", base=base)
     with pytest.raises(InputRefused, match=r"models/config\.json"):
         scene.bake("team/app:2", base=base, order="weights-first")
+
+
+def test_layouts_that_cannot_be(scene: Scene, tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentFailure, match="cannot write"):
+        bake(scene.client, scene.model, scene.base, layout=Path("/proc/there/is/none"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="something else"):
+        bake(scene.client, scene.model, scene.base, layout=tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").is_file()
 
 
 def test_what_is_asked_wrongly(scene: Scene) -> None:
