@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from toolchain.checkpoints.folder import scan
 from toolchain.checkpoints.reshard import Resharded, reshard
+from toolchain.checkpoints.safetensors import read_header
 from toolchain.errors import InputRefused, UsageError
 from toolchain.oci.image import Image, Order
 from toolchain.oci.index import whole_of
@@ -254,6 +255,8 @@ def _artifact(model: Model, target: Target, store: Store) -> Artifact:
     others = {name for name in model.weights if not name.endswith(ending)}
     files = []
     for name in sorted({*names} - others):
+        if name.endswith(".safetensors"):
+            read_header(model.root / name)  # a file that was cut off is told here, not when served
         entry = store.digest_file(model.root / name)
         files.append(FileEntry(path=name, size=entry.size, digest=entry.digest))
     return Artifact(

@@ -247,6 +247,16 @@ def test_weights_below_a_base_that_hides_them(scene: Scene) -> None:
         scene.bake("team/app:2", base=base, order="weights-first")
 
 
+def test_weights_that_were_cut_off(scene: Scene, tmp_path: Path) -> None:
+    tiny = Path(__file__).parents[3] / "examples" / "tiny" / "base"
+    shutil.copytree(tiny, tmp_path / "cut")
+    os.truncate(tmp_path / "cut" / "model.safetensors", 1_000_000)
+    base = f"{scene.fake.host}/base/vllm:1"
+    push_base(scene.client, base, {"dev.weightsmith.engine": "vllm"}, {"app/x": b"1"})
+    with pytest.raises(InputRefused, match=r"model\.safetensors"):
+        bake(scene.client, tmp_path / "cut", base, target="vllm", layout=tmp_path / "out")
+
+
 def test_layouts_that_cannot_be(scene: Scene, tmp_path: Path) -> None:
     with pytest.raises(EnvironmentFailure, match="cannot write"):
         bake(scene.client, scene.model, scene.base, layout=Path("/proc/there/is/none"))
