@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from toolchain.errors import InputRefused
 from toolchain.values import Json
@@ -25,16 +26,8 @@ _NAMES = {
 
 def gguf_config(path: Path) -> Mapping[str, Json]:
     """Return what a GGUF file says of its model's shape; InputRefused where it is not readable."""
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-        fields = reader.fields
-        architecture = str(fields["general.architecture"].contents())
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise InputRefused(
-            f"{path}: not a readable GGUF file: {error}", hint="is it cut off? fetch it again"
-        ) from None
+    fields = _fields(path)
+    architecture = str(fields["general.architecture"].contents())
     config: dict[str, Json] = {"model_type": architecture, "architectures": [architecture]}
     for key, name in _NAMES.items():
         if field := fields.get(f"{architecture}.{key}"):
@@ -42,3 +35,25 @@ def gguf_config(path: Path) -> Mapping[str, Json]:
     if "vocab_size" not in config and (tokens := fields.get("tokenizer.ggml.tokens")):
         config["vocab_size"] = len(tokens.data)
     return config
+
+
+def gguf_file_type(path: Path) -> int | None:
+    """Return llama.h's llama_ftype that a GGUF file says it has; None where it says nothing."""
+    try:
+        field = _fields(path).get("general.file_type")
+    except InputRefused:
+        return None
+    return int(field.contents()) if field else None
+
+
+def _fields(path: Path) -> Mapping[str, Any]:
+    from gguf import GGUFReader
+
+    try:
+        fields: Mapping[str, Any] = GGUFReader(path).fields
+        fields["general.architecture"].contents()
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise InputRefused(
+            f"{path}: not a readable GGUF file: {error}", hint="is it cut off? fetch it again"
+        ) from None
+    return fields

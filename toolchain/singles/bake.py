@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from toolchain.checkpoints.folder import scan
+from toolchain.checkpoints.gguf_config import gguf_file_type
 from toolchain.checkpoints.reshard import Resharded, reshard
 from toolchain.checkpoints.safetensors import read_header
 from toolchain.errors import InputRefused, UsageError
@@ -18,8 +19,9 @@ from toolchain.oci.index import whole_of
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.planning import all_targets
-from toolchain.ports import Store, Tools
+from toolchain.ports import Progress, Store, Tools
 from toolchain.provenance.labels import PREFIX
+from toolchain.quantizers.gguf_types import FILE_TYPES
 from toolchain.serving.engine import ServingPlan, Wishes
 from toolchain.serving.targets import Target, find
 from toolchain.singles.arguments import required
@@ -83,7 +85,8 @@ def bake_model(request: BakeRequest, registry: Registry, tools: Tools) -> Mappin
         registry.check_push(Reference.parse(request.push))
     target = find(request.target, all_targets())
     model = open_model(request.model, request.name or _name(request.model))
-    artifact = _artifact(model, target, tools.store)
+    artifact = _artifact(model, target, tools.store, tools.progress)
+    _compare_type(model, target, tools)
     split = Resharded(artifact.tree, {})
     if request.max_layer_size:
         split = reshard(artifact.tree, request.max_layer_size, tools.store.memo)
@@ -243,7 +246,7 @@ def _outputs(request: BakeRequest, *, push: bool) -> Outputs:
     )
 
 
-def _artifact(model: Model, target: Target, store: Store) -> Artifact:
+def _artifact(model: Model, target: Target, store: Store, progress: Progress) -> Artifact:
     """Return the files that go into the image; InputRefused where they are of another format."""
     ending = target.format.suffix
     if not any(name.endswith(ending) for name in model.weights) or not _is_ready(model, target):
@@ -256,12 +259,37 @@ def _artifact(model: Model, target: Target, store: Store) -> Artifact:
     files = []
     for name in sorted({*names} - others):
         if name.endswith(".safetensors"):
-            read_header(model.root / name)  # a file that was cut off is told here, not when served
+            _check_whole(model.root / name, progress)
         entry = store.digest_file(model.root / name)
         files.append(FileEntry(path=name, size=entry.size, digest=entry.digest))
     return Artifact(
         format=target.format, tree=Tree(root=model.root, files=tuple(files)), made_from=()
     )
+
+
+def _check_whole(path: Path, progress: Progress) -> None:
+    """Refuse a file that was cut off here, not when it is served; another content is a warning."""
+    try:
+        read_header(path)
+    except InputRefused as error:
+        with path.open("rb") as file:
+            begins = file.read(9)
+        if begins[8:] == b"{":
+            raise
+        progress.warn(f"{error.message}; it is put into the image as it is")
+
+
+def _compare_type(model: Model, target: Target, tools: Tools) -> None:
+    """Warn where a GGUF file says of itself that it is of another type than the target."""
+    wanted = FILE_TYPES.get(target.format.name)
+    files = sorted(name for name in model.weights if name.endswith(".gguf"))
+    found = gguf_file_type(model.root / files[0]) if wanted is not None and files else None
+    if found is not None and found != wanted:
+        names = [name for name, number in FILE_TYPES.items() if number == found]
+        tools.progress.warn(
+            f"{files[0]} says that it is {names[0] if names else f'of type {found}'}; the image's"
+            f" labels will say {target.format.name}, as --target {target.name} does"
+        )
 
 
 def _is_ready(model: Model, target: Target) -> bool:

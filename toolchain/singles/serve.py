@@ -63,7 +63,15 @@ def open_model(path: Path, name: str = "") -> Model:
     weights = tuple(n for n in names if n.endswith((".gguf", ".safetensors")))
     if not weights:
         raise InputRefused(f"{path}: no .safetensors or .gguf file in it")
-    config = serving_config_of(path) if "config.json" in names else gguf_config(path / weights[0])
+    if "config.json" in names:
+        config = serving_config_of(path)
+    elif weights[0].endswith(".gguf"):
+        config = gguf_config(path / weights[0])
+    else:
+        raise InputRefused(
+            f"{path}: no config.json in it, beside {weights[0]}",
+            hint="give the folder that has both; in the hub's cache that is snapshots/COMMIT",
+        )
     return Model(
         path=path,
         name=name or path.absolute().name,

@@ -257,6 +257,16 @@ def test_weights_that_were_cut_off(scene: Scene, tmp_path: Path) -> None:
         bake(scene.client, tmp_path / "cut", base, target="vllm", layout=tmp_path / "out")
 
 
+def test_weights_that_are_of_no_known_kind(scene: Scene, tmp_path: Path) -> None:
+    tiny = Path(__file__).parents[3] / "examples" / "tiny" / "base"
+    shutil.copytree(tiny, tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").write_bytes(bytes(1000))
+    base = f"{scene.fake.host}/base/vllm:1"
+    push_base(scene.client, base, {"dev.weightsmith.engine": "vllm"}, {"app/x": b"1"})
+    made = bake(scene.client, tmp_path / "other", base, target="vllm", layout=tmp_path / "out")
+    assert "model.safetensors" in str(made)
+
+
 def test_layouts_that_cannot_be(scene: Scene, tmp_path: Path) -> None:
     with pytest.raises(EnvironmentFailure, match="cannot write"):
         bake(scene.client, scene.model, scene.base, layout=Path("/proc/there/is/none"))
