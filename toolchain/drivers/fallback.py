@@ -31,7 +31,7 @@ class FallbackRunner:
         except EnvironmentFailure as error:
             progress.warn(
                 f"the {self._first.name} runner cannot make the builder {builder!r}, so the "
-                f"{self._second.name} runner does its jobs: {error.message.splitlines()[0]}"
+                f"{self._second.name} runner does its jobs: {_first_and_last(error.message)}"
             )
             self._second.prepare(builder, progress)
             self._chosen[builder] = self._second
@@ -46,3 +46,9 @@ class FallbackRunner:
         """Run the job where its builder is."""
         self.prepare(job.builder, progress)
         return self._chosen[job.builder].run(job, progress)
+
+
+def _first_and_last(message: str) -> str:
+    """Return what failed and, of a program's log below it, the last line: it says why."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return lines[0] if not lines[1:] else f"{lines[0]} {lines[-1]}"

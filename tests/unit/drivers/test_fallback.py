@@ -17,7 +17,9 @@ class Runner:
 
     def prepare(self, builder, progress):
         if not self._prepares:
-            raise EnvironmentFailure("the base image cannot be pulled")
+            raise EnvironmentFailure(
+                "building failed:\n#1 starting\nthe base image cannot be pulled\n"
+            )
 
     def ready(self, builder):
         return self._prepares
@@ -50,7 +52,7 @@ def test_the_second_takes_over_with_one_warning() -> None:
 
     assert [runner.run(JOB, progress) for _ in range(2)] == [{"by": "local"}] * 2
     assert len(progress.said) == 1
-    assert "cannot be pulled" in progress.said[0]
+    assert progress.said[0].endswith("building failed: the base image cannot be pulled")
 
 
 def test_a_jobs_own_failure_is_not_tried_again() -> None:
