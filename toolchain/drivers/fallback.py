@@ -8,6 +8,9 @@ from toolchain.errors import EnvironmentFailure
 from toolchain.ports import Progress, Runner
 from toolchain.values import Job, Json
 
+_LONG = 160
+"""Characters of a reason; its beginning and its end say most."""
+
 
 class FallbackRunner:
     """Uses the first runner, and the second for builders that the first cannot make.
@@ -51,4 +54,7 @@ class FallbackRunner:
 def _first_and_last(message: str) -> str:
     """Return what failed and, of a program's log below it, the last line: it says why."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return lines[0] if not lines[1:] else f"{lines[0]} {lines[-1]}"
+    why = lines[-1] if lines[1:] else ""
+    if len(why) > _LONG:
+        why = f"{why[: _LONG // 2]} … {why[-_LONG // 2 :]}"
+    return f"{lines[0]} {why}".rstrip()
