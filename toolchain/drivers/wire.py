@@ -101,12 +101,20 @@ def job_file(job: Job, inputs: Mapping[str, str], output: str) -> str:
 
 @contextmanager
 def open_log(cache: Path, name: str) -> Iterator[TextIO]:
-    """Open a new log file below the cache folder; only the newest ones are kept."""
+    """Open a new log file below the cache folder; only those written to last are kept."""
     folder = cache / "logs"
     folder.mkdir(parents=True, exist_ok=True)
-    for old in sorted(folder.glob("*.log"))[:-_LOGS_KEPT]:
+    for old in sorted(folder.glob("*.log"), key=_written)[:-_LOGS_KEPT]:
         old.unlink(missing_ok=True)
     stamp = time.strftime("%Y%m%dT%H%M%S")
     path = folder / f"{stamp}-{os.getpid()}-{time.monotonic_ns() % 1000:03d}-{name}.log"
     with path.open("w", encoding="utf-8", buffering=1) as log:
         yield log
+
+
+def _written(path: Path) -> float:
+    # By time and not by name: a long job's log is old by name, and still written to.
+    try:
+        return path.stat().st_mtime
+    except OSError:  # another process was quicker to remove it
+        return 0.0
