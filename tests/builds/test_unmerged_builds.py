@@ -13,21 +13,26 @@ TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
 pytestmark = pytest.mark.builders
 
 
-def test_an_image_with_the_adapter_beside_the_base_answers_as_the_adapter_does(tmp_path):
+def build(recipe, folder):
+    """Build the recipe's llamacpp-lora image into the folder; return what --json says of it."""
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "toolchain.cli.program", "build", "--recipe", str(TINY)),
-            *("--target", "llamacpp-lora", "--runner", "local", "--dist", str(tmp_path / "dist")),
-            *("--layout", str(tmp_path / "image"), "--json"),
+            *(sys.executable, "-m", "toolchain.cli.program", "build", "--recipe", str(recipe)),
+            *("--target", "llamacpp-lora", "--runner", "local", "--dist", str(folder / "dist")),
+            *("--layout", str(folder / "image"), "--json"),
         ],
-        env={**os.environ, "WEIGHTSMITH_STORE": str(tmp_path / "store")},
+        env={**os.environ, "WEIGHTSMITH_STORE": str(folder / "store")},
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    built = json.loads(done.stdout)["targets"]["llamacpp-lora"]
+    return json.loads(done.stdout)["targets"]["llamacpp-lora"]
+
+
+def test_an_image_with_the_adapter_beside_the_base_answers_as_the_adapter_does(tmp_path):
+    built = build(TINY, tmp_path)
 
     # The base knows none of it: only an adapter that was added answers.
     assert built["scores"]["base"] == 0.0
@@ -42,20 +47,7 @@ def test_an_image_with_the_adapter_beside_the_base_answers_as_the_adapter_does(t
 
 
 def test_each_of_several_adapters_answers_its_own_task(tmp_path):
-    recipe = TINY.with_name("recipe-two.yaml")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "toolchain.cli.program", "build", "--recipe", str(recipe)),
-            *("--target", "llamacpp-lora", "--runner", "local", "--dist", str(tmp_path / "dist")),
-            *("--layout", str(tmp_path / "image"), "--json"),
-        ],
-        env={**os.environ, "WEIGHTSMITH_STORE": str(tmp_path / "store")},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    build(TINY.with_name("recipe-two.yaml"), tmp_path)
     record = json.loads((tmp_path / "dist/tiny-two/1.0.0/llamacpp-lora/build.json").read_text())
 
     # Merged they would disturb one another, so nothing is: each answers as it does alone.
