@@ -2,6 +2,7 @@
 
 import json
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -11,6 +12,15 @@ from toolchain.ports import Endpoint
 
 def answer(text="7481"):
     return {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
+
+
+def flood(handler, body):
+    """Answer with a hundred megabytes."""
+    handler.send_response(200)
+    handler.end_headers()
+    with suppress(OSError):
+        for _ in range(100):
+            handler.wfile.write(b"x" * 1_000_000)
 
 
 class FakeServer(ThreadingHTTPServer):

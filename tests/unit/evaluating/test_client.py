@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.unit.evaluating.conftest import Handler, answer
+from tests.unit.evaluating.conftest import Handler, answer, flood
 from toolchain.errors import CheckFailed, EnvironmentFailure
 from toolchain.evaluating.client import ask_all, chat, check_served_name, wait_until_healthy
 from toolchain.evaluating.items import Item
@@ -132,15 +132,6 @@ def test_an_answer_without_a_message_is_told(serve):
 
 
 def test_an_answer_of_100_megabytes_is_not_read(serve):
-    def flood(handler, body):
-        handler.send_response(200)
-        handler.end_headers()
-        try:
-            for _ in range(100):
-                handler.wfile.write(b"x" * 1_000_000)
-        except OSError:
-            pass
-
     with pytest.raises(CheckFailed, match="larger than 100000 bytes"):
         ask(serve(flood))
 

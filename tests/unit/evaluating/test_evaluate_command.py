@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.unit.evaluating.conftest import answer
+from tests.unit.evaluating.conftest import answer, flood
 
 QUESTIONS = ({"prompt": "Which port?", "expected": "7481"}, {"prompt": "And why?", "expected": "x"})
 
@@ -82,16 +82,6 @@ def half(handler, _):
 
 def other_model(handler, _):
     handler.send(200, answer() | {"model": "another"})
-
-
-def flood(handler, _):
-    handler.send_response(200)
-    handler.end_headers()
-    try:
-        for _ in range(100):
-            handler.wfile.write(b"x" * 1_000_000)
-    except OSError:
-        pass
 
 
 @pytest.mark.parametrize(
