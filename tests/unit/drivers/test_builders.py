@@ -12,6 +12,7 @@ from toolchain.drivers import docker_images, environment, toolset
 from toolchain.drivers.environment import Pins, environment_folder, is_complete
 from toolchain.drivers.wheels import configured_wheels, pick_wheels
 from toolchain.errors import EnvironmentFailure, UsageError
+from toolchain.resources import engine_pins
 
 TORCH = "torch-2.13.0+cpu-cp311-cp311-linux_x86_64.whl"
 
@@ -175,3 +176,16 @@ def test_an_index_with_a_password_is_not_written_into_the_image(monkeypatch):
 
     monkeypatch.setenv("PIP_INDEX_URL", "https://me:secret@index.example/simple")
     assert "PIP_INDEX_URL" not in docker_images._arguments("cpu", "b")
+
+
+def test_what_assembled_engines_share_is_part_of_their_pins_alone(images):
+    toy, shared = images / "engines" / "toy", images / "engines" / "debs.py"
+    shared.write_text("one")
+    compiled = engine_pins("toy")
+    shared.write_text("two")
+    assert engine_pins("toy") == compiled
+
+    (toy / "assemble.py").write_text("")
+    assembled = engine_pins("toy")
+    shared.write_text("three")
+    assert engine_pins("toy") != assembled

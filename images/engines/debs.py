@@ -1,0 +1,62 @@
+"""Fetches pinned Debian packages and reads them, for the engines that are assembled from such.
+
+Each engine's `debian.json` names a mirror, an archive of all releases for what the mirror has no
+longer, and packages by path and sha256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import io
+import os
+import tarfile
+import time
+import urllib.request
+from pathlib import Path
+
+TRIES = 4
+
+
+def open_package(lock: dict, package: dict) -> tarfile.TarFile:
+    """Return the files of one of the lock's packages."""
+    return tarfile.open(fileobj=io.BytesIO(data_member(fetch(lock, package))))
+
+
+def write(archive: tarfile.TarFile, member: str | tarfile.TarInfo, to: Path, mode: int) -> None:
+    """Write one regular file of an archive, and the folders above it."""
+    content = archive.extractfile(member)
+    assert content is not None
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.write_bytes(content.read())
+    to.chmod(mode)
+
+
+def fetch(lock: dict, package: dict) -> bytes:
+    """Return a package's bytes from the mirror or Debian's archive of all releases."""
+    mirror = os.environ.get("WEIGHTSMITH_DEBIAN_MIRROR", lock["mirror"]).rstrip("/")
+    problem: object = None
+    for place in [mirror] * TRIES + [lock["archive"]]:
+        try:
+            with urllib.request.urlopen(f"{place}/{package['path']}", timeout=60) as answer:
+                data = answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            problem = error
+            time.sleep(0 if getattr(error, "code", 0) == 404 else 2)
+            continue
+        found = hashlib.sha256(data).hexdigest()
+        if found == package["sha256"]:
+            return data
+        problem = f"its sha256 is {found}, not {package['sha256']}"
+    raise SystemExit(f"error: {package['path']} cannot be had from {mirror}: {problem}")
+
+
+def data_member(deb: bytes) -> bytes:
+    """Return the member of an ar archive that holds a package's files (deb(5))."""
+    at = 8
+    while at < len(deb):
+        name, size = deb[at : at + 16].decode().strip(), int(deb[at + 48 : at + 58])
+        if name.rstrip("/").startswith("data.tar"):
+            return deb[at + 60 : at + 60 + size]
+        at += 60 + size + size % 2
+    raise SystemExit("error: a Debian package without data.tar")
