@@ -207,6 +207,16 @@ class ContainerEngine(Protocol):
         """Version, storage driver, GPU runtime: for `doctor`."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signer:
+    """The user's private key, at work."""
+
+    sign: Callable[[bytes], bytes]
+    """Bytes -> signature: of their SHA-256 with ECDSA, or what the key's kind does."""
+    public: bytes
+    """Its public key in PEM form, by which signatures of its own are known again."""
+
+
 def _assembles_none(engine: str, _folder: Path, _progress: Progress) -> None:
     raise EnvironmentFailure(
         f"the engine {engine} cannot be assembled here", hint="name another base image"
@@ -230,5 +240,5 @@ class Tools:
     """(engine, empty folder, progress): fills it with the engine's root file system."""
     command: RunCommand
     """Runs the user's own evaluation program."""
-    sign: Callable[[bytes], bytes] | None = None
+    signer: Signer | None = None
     """Signs with the user's key, where there is one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from toolchain.oci import auth
 from toolchain.oci.layout import read_layout
 from toolchain.oci.registry import Registry
 from toolchain.oci.unpack import unpack
-from toolchain.ports import Launcher, Progress, Runner, Tools
+from toolchain.ports import Launcher, Progress, Runner, Signer, Tools
 from toolchain.values import Json
 
 RUNNERS = ("auto", "docker", "local")
@@ -112,11 +112,11 @@ def make_tools(runner: str, progress: Progress, *, sign_key: str = "") -> tuple[
         scratch=_scratch,
         assemble_engine=partial(assemble_engine, cache_folder()),
         command=run_command,
-        sign=make_signer(sign_key),
+        signer=make_signer(sign_key),
     ), answers
 
 
-def make_signer(key: str) -> Callable[[bytes], bytes] | None:
+def make_signer(key: str) -> Signer | None:
     """Return what signs with the user's key, or None without one."""
     return open_signer(key) if key else None
 

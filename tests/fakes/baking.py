@@ -65,7 +65,7 @@ def push_base(
 def tools_for(key: Path | None = None) -> Tools:
     """Return the local outside world, with a signer where there is a key."""
     tools, _ = make_tools("local", Silent())
-    return replace(tools, sign=open_signer(str(key))) if key else tools
+    return replace(tools, signer=open_signer(str(key))) if key else tools
 
 
 def bake(

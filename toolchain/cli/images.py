@@ -80,9 +80,9 @@ def push(
     from toolchain.wiring import make_registry, make_signer
 
     required(to=to)
-    sign = make_signer(sign_key)
+    signer = make_signer(sign_key)
     with make_registry(insecure=insecure) as registry:
-        result = copy_image(source, to, registry, progress_for(), force=force, sign=sign)
+        result = copy_image(source, to, registry, progress_for(), force=force, signer=signer)
     return result, f"{result['reference']}@{result['digest']}"
 
 

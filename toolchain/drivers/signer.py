@@ -6,19 +6,23 @@ import base64
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from toolchain.drivers import process
 from toolchain.errors import EnvironmentFailure, UsageError
+from toolchain.ports import Signer
 
-Sign = Callable[[bytes], bytes]
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 
 _CLOUDS = ("COSIGN_", "AWS_", "GOOGLE_", "AZURE_", "VAULT_", "SIGSTORE_", "TUF_")
 """What cosign reads to open an encrypted key or to reach a key management service."""
 
 
-def open_signer(key: str) -> Sign:
+def open_signer(key: str) -> Signer:
     """Return what signs with a key: a PEM file, cosign's own key file, or a reference.
 
     References are cosign's: `awskms://…`, `gcpkms://…`, `azurekms://…`, `hashivault://…`.
@@ -26,12 +30,12 @@ def open_signer(key: str) -> Sign:
     Raises UsageError for a key that is none, EnvironmentFailure where cosign is needed and absent
     or cannot use it: found out now, not after the build.
     """
-    sign = _by_cosign(key) if "://" in key else _by_file(Path(key).expanduser())
-    sign(b"weightsmith: can this key sign?")
-    return sign
+    signer = _by_cosign(key) if "://" in key else _by_file(Path(key).expanduser())
+    signer.sign(b"weightsmith: can this key sign?")
+    return signer
 
 
-def _by_file(path: Path) -> Sign:
+def _by_file(path: Path) -> Signer:
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -44,7 +48,7 @@ def _by_file(path: Path) -> Sign:
     return _by_library(path, data)
 
 
-def _by_library(path: Path, data: bytes) -> Sign:
+def _by_library(path: Path, data: bytes) -> Signer:
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -57,11 +61,14 @@ def _by_library(path: Path, data: bytes) -> Sign:
         case ec.EllipticCurvePrivateKey():
             # Deterministic (RFC 6979): a second push of the same image adds no second signature.
             how = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
-            return lambda text: key.sign(text, how)
+            return Signer(sign=lambda text: key.sign(text, how), public=_pem(key.public_key()))
         case rsa.RSAPrivateKey():
-            return lambda text: key.sign(text, padding.PKCS1v15(), hashes.SHA256())
+            return Signer(
+                sign=lambda text: key.sign(text, padding.PKCS1v15(), hashes.SHA256()),
+                public=_pem(key.public_key()),
+            )
         case ed25519.Ed25519PrivateKey():
-            return key.sign
+            return Signer(sign=key.sign, public=_pem(key.public_key()))
         case _:
             raise UsageError(
                 f"{path} is not a private key of a known kind",
@@ -70,28 +77,43 @@ def _by_library(path: Path, data: bytes) -> Sign:
             )
 
 
-def _by_cosign(key: str) -> Sign:
+def _by_cosign(key: str) -> Signer:
     if shutil.which("cosign") is None:
         raise EnvironmentFailure(
             f"signing with {key} needs the cosign program, which is not here",
             hint="install it (https://docs.sigstore.dev), or give an unencrypted PEM key",
         )
 
+    def cosign(command: str, *words: str | Path) -> None:
+        process.run(
+            ["cosign", command, "--key", key, *words],
+            env=process.scrubbed(_password(), network=True, prefixes=_CLOUDS),
+            timeout=120,
+        ).require(f"signing with {key}", hint="COSIGN_PASSWORD holds the password of a key file")
+
     def sign(text: bytes) -> bytes:
-        with tempfile.TemporaryDirectory(prefix="weightsmith-sign-") as folder:
-            given, made = Path(folder, "text"), Path(folder, "signature")
+        with _folder() as folder:
+            given, made = folder / "text", folder / "signature"
             given.write_bytes(text)
-            process.run(
-                ["cosign", "sign-blob", "--yes", "--tlog-upload=false", "--key", key,
-                 "--output-signature", made, given],
-                env=process.scrubbed(_password(), network=True, prefixes=_CLOUDS),
-                timeout=120,
-            ).require(
-                f"signing with {key}", hint="COSIGN_PASSWORD holds the password of a key file"
-            )  # fmt: skip
+            words = ("--yes", "--tlog-upload=false", "--output-signature", made, given)
+            cosign("sign-blob", *words)
             return base64.b64decode(made.read_bytes())
 
-    return sign
+    with _folder() as folder:
+        cosign("public-key", "--outfile", folder / "public")
+        return Signer(sign=sign, public=(folder / "public").read_bytes())
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="weightsmith-sign-") as folder:
+        yield Path(folder)
+
+
+def _pem(key: PublicKeyTypes) -> bytes:
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 def _password() -> dict[str, str]:

@@ -14,10 +14,9 @@ from typing import TypeAlias
 
 from toolchain.errors import InputRefused, UsageError
 from toolchain.oci.attachments import Attachment, Part
-from toolchain.values import Blob, Json, canonical
+from toolchain.ports import Signer
+from toolchain.values import Blob, Digest, Json, canonical
 
-Sign: TypeAlias = Callable[[bytes], bytes]
-"""Bytes -> signature: of their SHA-256 with ECDSA, or what the key's kind does."""
 Check: TypeAlias = Callable[[bytes, bytes], bool]
 """(bytes, signature) -> whether the signature is the key's."""
 
@@ -30,8 +29,12 @@ _CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
 _PAYLOAD = "application/vnd.in-toto+json"
 
 
-def sign_image(image: Blob, name: str, sign: Sign) -> Part:
-    """Return the signed claim that an image's digest is ours; `name` is its repository."""
+def sign_image(image: Blob, name: str, signer: Signer, held: Sequence[Part] = ()) -> Part:
+    """Return the signed claim that an image's digest is ours; `name` is its repository.
+
+    The same claim of the same key among `held` is taken as it is: with some keys every signature
+    is another.
+    """
     payload = canonical(
         {
             "critical": {
@@ -42,14 +45,18 @@ def sign_image(image: Blob, name: str, sign: Sign) -> Part:
             "optional": None,
         }
     )
-    signature = base64.b64encode(sign(payload)).decode()
+    check = check_by(signer.public)
+    for part in held:
+        if part.blob.digest == Digest.of(payload) and signed_digest(part, check):
+            return part
+    signature = base64.b64encode(signer.sign(payload)).decode()
     return Part.of_bytes(payload, SIMPLE_SIGNING, **{_SIGNATURE: signature})
 
 
-def sign_statement(told: Mapping[str, Json], sign: Sign) -> bytes:
+def sign_statement(told: Mapping[str, Json], signer: Signer) -> bytes:
     """Return a statement in a signed DSSE envelope."""
     payload = canonical(told)
-    signature = base64.b64encode(sign(_pre_authentication(payload))).decode()
+    signature = base64.b64encode(signer.sign(_pre_authentication(payload))).decode()
     return canonical(
         {
             "payloadType": _PAYLOAD,
@@ -59,24 +66,26 @@ def sign_statement(told: Mapping[str, Json], sign: Sign) -> bytes:
     )
 
 
-def countersign(envelope: bytes, sign: Sign) -> bytes:
-    """Return an envelope with one more signature; unchanged where it has that one already.
+def countersign(envelope: bytes, signer: Signer) -> bytes:
+    """Return an envelope with one more signature; unchanged where this key signed it already.
 
     Raises InputRefused for what is no envelope of a statement.
     """
-    open_envelope(envelope, None)
+    if open_envelope(envelope, check_by(signer.public))[1]:
+        return envelope
     payload = base64.b64decode(json.loads(envelope)["payload"])
-    signature = base64.b64encode(sign(_pre_authentication(payload))).decode()
+    signature = base64.b64encode(signer.sign(_pre_authentication(payload))).decode()
     return join([envelope, canonical({"signatures": [{"sig": signature}]})])
 
 
 def join(envelopes: Sequence[bytes]) -> bytes:
-    """Return the first envelope with the signatures of all, each once: they sign the same."""
-    rows = [row for envelope in envelopes for row in json.loads(envelope)["signatures"]]
+    """Return the fullest envelope with the signatures of all, each once: they sign the same."""
+    most = max(envelopes, key=lambda envelope: len(json.loads(envelope)["signatures"]))
+    rows = [row for envelope in (most, *envelopes) for row in json.loads(envelope)["signatures"]]
     unique = {row["sig"]: row for row in rows}
-    document = json.loads(envelopes[0])
+    document = json.loads(most)
     if len(unique) == len(document["signatures"]):
-        return envelopes[0]
+        return most
     return canonical({**document, "signatures": list(unique.values())})
 
 
@@ -152,18 +161,26 @@ def read_public_key(path: Path) -> Check:
 
     Raises UsageError for a file that is none.
     """
-    from cryptography.exceptions import InvalidSignature
-    from cryptography.hazmat.primitives import hashes
-    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key
-
     try:
-        key = load_pem_public_key(path.read_bytes())
+        return check_by(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{path} is not a public key in PEM form: {error}",
             hint="`cosign generate-key-pair` writes one as cosign.pub",
         ) from None
+
+
+def check_by(public: bytes) -> Check:
+    """Return the check of a public key in PEM form: ECDSA, RSA (PKCS #1) or Ed25519.
+
+    Raises ValueError for what is none.
+    """
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    key = load_pem_public_key(public)
 
     def check(data: bytes, signature: bytes) -> bool:
         try:

@@ -8,16 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from toolchain.oci import manifests
-from toolchain.oci.attachments import Attachment
 from toolchain.oci.inspect import describe
 from toolchain.oci.layout import is_layout
 from toolchain.oci.places import Place, RegistryPlace, open_place
 from toolchain.oci.references import DOCKER_HUB, Reference
 from toolchain.oci.registry import Registry
-from toolchain.ports import ContainerEngine, Progress
-from toolchain.provenance.evidence import cosign_tag, countersigned, limited
+from toolchain.ports import ContainerEngine, Progress, Signer
+from toolchain.provenance.evidence import read_attached
 from toolchain.provenance.labels import PREFIX
-from toolchain.provenance.signing import Sign
+from toolchain.provenance.sealing import cosign_tag, countersigned
 from toolchain.serving.memory import human
 from toolchain.values import Blob, Digest, Json, plain
 
@@ -29,7 +28,7 @@ def copy_image(
     progress: Progress,
     *,
     force: bool,
-    sign: Sign | None = None,
+    signer: Signer | None = None,
 ) -> Mapping[str, Json]:
     """Bring an image to a registry without changing a byte, with all that hangs on it.
 
@@ -40,13 +39,13 @@ def copy_image(
     there = RegistryPlace(registry, place)
     progress.stage("push", to)
     if (index := origin.index()) is not None:
-        return _copy_index(index, origin, there, progress, force=force, sign=sign)
+        return _copy_index(index, origin, there, progress, force=force, signer=signer)
     image = origin.image()
     published = registry.push(
         image,
         place,
         force=force,
-        before_tag=lambda: copy_attachments(image.manifest_blob, origin, there, sign),
+        before_tag=lambda: copy_attachments(image.manifest_blob, origin, there, signer),
         progress=lambda done, total: progress.advance(done, total, "bytes"),
     )
     progress.finish("push", published.seconds, cached=published.uploaded_bytes == 0)
@@ -60,7 +59,7 @@ def _copy_index(
     progress: Progress,
     *,
     force: bool,
-    sign: Sign | None,
+    signer: Signer | None,
 ) -> Mapping[str, Json]:
     """Bring an index with all that it names, whatever it is; the digest stays."""
     registry, to = there.registry, there.reference
@@ -79,9 +78,9 @@ def _copy_index(
                 place, one.manifest_bytes, blob.media_type, [*one.blobs()], mount_from=sources
             )
         )
-        copy_attachments(blob, origin, there, sign)
+        copy_attachments(blob, origin, there, signer)
     whole = Blob(digest=Digest.of(index), size=len(index), media_type=kind)
-    copy_attachments(whole, origin, there, sign)
+    copy_attachments(whole, origin, there, signer)
     last = registry.push_manifest(to, index, kind, force=force)
     sent = sum(one.uploaded_bytes for one in done)
     seconds = last.seconds + sum(one.seconds for one in done)
@@ -90,22 +89,19 @@ def _copy_index(
     return dict(plain(replace(last, uploaded_bytes=sent, mounted=mounted, seconds=seconds)))
 
 
-def copy_attachments(image: Blob, origin: Place, there: RegistryPlace, sign: Sign | None) -> None:
+def copy_attachments(
+    image: Blob, origin: Place, there: RegistryPlace, signer: Signer | None
+) -> None:
     """Bring everything that hangs on an image to its new place, under cosign's tags as well."""
-    found = read_attachments(origin, image.digest)
-    if sign:
+    found = read_attached(origin, image.digest)
+    if signer or any(map(cosign_tag, found)):
         known = {attachment.blob.digest for attachment in found}
-        held = read_attachments(there, image.digest)
+        held = read_attached(there, image.digest)
         found += [attachment for attachment in held if attachment.blob.digest not in known]
-        found = [*countersigned(found, image, there.reference.name, sign)]
+    found = [*countersigned(found, image, there.reference.name, signer)]
     # What is found by cosign's tag alone names no subject.
     ours = (a if a.subject.digest == image.digest else replace(a, subject=image) for a in found)
     there.attach(*(replace(a, tag=cosign_tag(a)) for a in ours))
-
-
-def read_attachments(place: Place, image: Digest) -> list[Attachment]:
-    """Return everything that hangs on an image."""
-    return [place.read(blob, tag) for blob, tag in limited(place.attached(image))]
 
 
 def inspect_image(source: str, registry: Registry, engine: ContainerEngine) -> Mapping[str, Json]:
@@ -117,7 +113,7 @@ def inspect_image(source: str, registry: Registry, engine: ContainerEngine) -> M
         return {**_told(source, _described_by_engine(held)), "attached": []}
     place = open_place(source, registry)
     found = describe(place.image())
-    rows = read_attachments(place, Digest(found["digest"]))
+    rows = read_attached(place, Digest(found["digest"]))
     attached = [{"artifact_type": a.artifact_type, "digest": a.blob.digest} for a in rows]
     return {**_told(source, found), "attached": attached}
 

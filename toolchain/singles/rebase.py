@@ -21,10 +21,11 @@ from toolchain.oci.registry import Registry
 from toolchain.ports import Tools
 from toolchain.provenance import evidence as gathered
 from toolchain.provenance import statements
-from toolchain.provenance.evidence import Document, Evidence, seal
+from toolchain.provenance.evidence import Document, Evidence
 from toolchain.provenance.labels import ENGINE_VERSION, PREFIX
 from toolchain.provenance.mlbom import MEDIA_TYPE
 from toolchain.provenance.roles import ADDED, LAYERS, Roles, config_label, roles_label, roles_of
+from toolchain.provenance.sealing import attach
 from toolchain.provenance.statements import Resource
 from toolchain.singles.server import Place, served
 from toolchain.stages.attest import ENGINE_BILL, base_documents
@@ -71,14 +72,11 @@ def rebase_image(request: RebaseRequest, registry: Registry, tools: Tools) -> Ma
     told = _evidence(old, new, base, request, origin, registry)
     there = RegistryPlace(registry, to)
 
-    def attach() -> None:
-        there.attach(*seal(told, new.manifest_blob, to.name, tools.sign))
-
     published = registry.push(
         new,
         to,
         force=request.force,
-        before_tag=attach,
+        before_tag=lambda: attach(told, new.manifest_blob, to.name, there, tools.signer),
         progress=lambda done, total: tools.progress.advance(done, total, "bytes"),
     )
     seconds = round(time.monotonic() - began, 3)

@@ -27,7 +27,8 @@ from toolchain.oci.places import LayoutPlace, Place, RegistryPlace
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.ports import Tools
-from toolchain.provenance.evidence import Evidence, seal, signature_of
+from toolchain.provenance.evidence import Evidence
+from toolchain.provenance.sealing import attach
 from toolchain.values import Json, Published, key_of
 
 _CANDIDATES = "weightsmith-candidate"
@@ -114,9 +115,9 @@ def _attach(
     whole: Whole, told: Sequence[Evidence], place: Place, reference: Reference, tools: Tools
 ) -> None:
     for image, one in zip(images_of(whole), told, strict=True):
-        place.attach(*seal(one, image.manifest_blob, reference.name, tools.sign))
-    if isinstance(whole, Index) and tools.sign:
-        place.attach(signature_of(whole.blob, reference.name, tools.sign))
+        attach(one, image.manifest_blob, reference.name, place, tools.signer)
+    if isinstance(whole, Index):
+        attach(Evidence(), whole.blob, reference.name, place, tools.signer)
 
 
 def describe(whole: Whole, reference: str, outputs: Outputs) -> Published:

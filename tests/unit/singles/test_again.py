@@ -17,7 +17,7 @@ from toolchain.oci.places import RegistryPlace
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.ports import Silent
-from toolchain.provenance.evidence import seal
+from toolchain.provenance.sealing import seal
 from toolchain.recipe_file import RecipeFile, check_recipe, read_recipe
 from toolchain.singles.again import recipe_of_image
 from toolchain.stages.attest import Made, evidence, public_recipe

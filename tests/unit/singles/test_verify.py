@@ -17,6 +17,7 @@ from tests.fakes.debian_registry import real_registry
 from tests.fakes.registry import FakeRegistry, fake_registry
 from toolchain.drivers.signer import open_signer
 from toolchain.errors import CheckFailed, InputRefused, UsageError
+from toolchain.oci.attachments import fallback_tag
 from toolchain.oci.image import Image
 from toolchain.oci.layers import Member, TarLayer
 from toolchain.oci.places import RegistryPlace
@@ -286,6 +287,10 @@ def test_a_key_of_cosigns_own_and_a_signature_by_cosign(
     base = f"{scene.fake.host}/base/engine:1"
     bake(scene.client, scene.model, base, tmp_path / "cosign.key", push=name)
     assert scene.check(name, tmp_path / "cosign.pub") == {}
+    # Its signatures differ each time, so that what it signed already has to be known again.
+    before = set(scene.fake.blobs), set(scene.fake.manifests)
+    bake(scene.client, scene.model, base, tmp_path / "cosign.key", push=name)
+    assert (set(scene.fake.blobs), set(scene.fake.manifests)) == before
 
 
 def test_attachments_are_copied_once(scene: Scene) -> None:
@@ -308,28 +313,62 @@ def test_a_copy_is_signed_at_its_new_place(scene: Scene, tmp_path: Path) -> None
         name = f"{scene.fake.host}/prod/app:{len(others)}"
         for _ in range(2):
             copy_image(
-                source, name, scene.client, Silent(), force=False, sign=open_signer(str(key))
+                source, name, scene.client, Silent(), force=False, signer=open_signer(str(key))
             )
             for one in (public, *others):
                 assert scene.check(name, one) == {}
         before = set(scene.fake.blobs), set(scene.fake.manifests)
-        copy_image(source, name, scene.client, Silent(), force=False, sign=open_signer(str(key)))
+        copy_image(source, name, scene.client, Silent(), force=False, signer=open_signer(str(key)))
         assert (set(scene.fake.blobs), set(scene.fake.manifests)) == before
     _, stranger = make_key(tmp_path, "stranger")
     assert {"signature", "statement provenance/v1"} <= set(scene.check(name, stranger))
 
 
+def test_who_signed_an_image_before_is_still_believed(scene: Scene) -> None:
+    """Baked once more with another key; with a key that signed already, nothing is added."""
+    key, public = make_key(scene.folder, "other")
+    base = f"{scene.fake.host}/base/engine:1"
+    bake(scene.client, scene.model, base, key, push=scene.name)
+    for one in (scene.public, public):
+        assert scene.check(key=one) == {}
+    before = set(scene.fake.blobs), set(scene.fake.manifests)
+    for one in (scene.key, key):
+        bake(scene.client, scene.model, base, one, push=scene.name)
+    assert (set(scene.fake.blobs), set(scene.fake.manifests)) == before
+
+
+def test_a_copy_without_a_key_leaves_the_signatures_at_its_new_place(scene: Scene) -> None:
+    key, public = make_key(scene.folder, "other")
+    name = f"{scene.fake.host}/prod/app:1"
+    bake(scene.client, scene.model, f"{scene.fake.host}/base/engine:1", key, push=name)
+    copy_image(scene.name, name, scene.client, Silent(), force=False)
+    tag = f"{scene.fake.host}/prod/app:{fallback_tag(scene.image().digest, '.sig')}"
+    body, _ = scene.client.read_manifest(Reference.parse(tag))
+    assert len(json.loads(body)["layers"]) == 2
+    for one in (scene.public, public):
+        assert scene.check(name, one) == {}
+
+
 @pytest.mark.registry
 @pytest.mark.skipif(not shutil.which("cosign"), reason="cosign is not installed")
-def test_cosign_reads_both_signatures(scene: Scene, tmp_path: Path) -> None:
-    key, public = make_key(tmp_path, "release")
+def test_cosign_reads_every_signature(scene: Scene, tmp_path: Path) -> None:
+    """Of two keys that an image was baked with, and of the one that it was pushed with."""
+    (second, _), (release, _) = make_key(tmp_path, "second"), make_key(tmp_path, "release")
     with real_registry(tmp_path) as host:
         name = f"{host}/real/app:1"
-        copy_image(
-            scene.name, name, scene.client, Silent(), force=False, sign=open_signer(str(key))
-        )
-        for one in (public, scene.public):
-            flags = ["--key", str(one), "--insecure-ignore-tlog=true",
+
+        def believed(key: Path) -> bool:
+            flags = ["--key", key.with_suffix(".pub"), "--insecure-ignore-tlog=true",
                      "--private-infrastructure", "--allow-http-registry", name]  # fmt: skip
-            for words in (["verify"], ["verify-attestation", "--type", "slsaprovenance1"]):
-                subprocess.run(["cosign", *words, *flags], check=True, capture_output=True)
+            asked = (["verify"], ["verify-attestation", "--type", "slsaprovenance1"])
+            said = [subprocess.run(["cosign", *a, *flags], capture_output=True) for a in asked]
+            return all(answer.returncode == 0 for answer in said)
+
+        for one in (scene.key, second):
+            bake(scene.client, scene.model, f"{scene.fake.host}/base/engine:1", one, push=name)
+        assert believed(scene.key)
+        assert believed(second)
+        assert not believed(release)
+        signer = open_signer(str(release))
+        copy_image(name, name, scene.client, Silent(), force=False, signer=signer)
+        assert all(map(believed, (scene.key, second, release)))
