@@ -47,7 +47,7 @@ def gguf_file_type(path: Path) -> int | None:
 
 
 def _fields(path: Path) -> Mapping[str, Any]:
-    from gguf import GGUFReader
+    from toolchain.checkpoints.gguf_reader import GGUFReader
 
     try:
         fields: Mapping[str, Any] = GGUFReader(path).fields

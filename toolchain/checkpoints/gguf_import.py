@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGUFReader, ReaderTensor, TokenType, dequantize
+from gguf import ReaderTensor, TokenType, dequantize
 
+from toolchain.checkpoints.gguf_reader import GGUFReader
 from toolchain.errors import InputRefused
 
 # llama.cpp's name of a pre-tokenizer -> how the tokenizers library spells the same split.

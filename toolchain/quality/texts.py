@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,18 @@ from typing import Any
 from toolchain.errors import InputRefused
 from toolchain.values import Json
 
+_FILE = "tokenizer.json"
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
 
 def as_lines(model: Path, rows: Sequence[Mapping[str, Json]]) -> str:
     """Return JSON Lines `{text, tokens}`: what each row reads like, and its number of tokens.
 
     Raises InputRefused for conversations where the model has no chat template for them.
     """
-    tokenizer = load_tokenizer(model)
-    texts = rendered(tokenizer, rows)
-    lengths = [len(ids) for ids in _ids(tokenizer, texts)]
+    tokenizer = None if all("text" in row for row in rows) else _renderer(model)
+    texts = [_rendered(tokenizer, row) for row in rows]
+    lengths = _lengths(model, texts)
     return "".join(
         json.dumps({"text": text, "tokens": tokens}, ensure_ascii=False) + "\n"
         for text, tokens in zip(texts, lengths, strict=True)
@@ -60,15 +63,38 @@ def _answer(tokenizer: Any, row: Mapping[str, Json], ids: Sequence[int]) -> int:
 
 def load_tokenizer(model: Path) -> Any:
     """Return a checkpoint's tokenizer, from local files alone."""
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(_OFFLINE)
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
 
 
-def rendered(tokenizer: Any, rows: Iterable[Mapping[str, Json]]) -> list[str]:
-    """Return each row's text; conversations through the chat template."""
-    return [_rendered(tokenizer, row) for row in rows]
+def _renderer(model: Path) -> Any:
+    """Return a tokenizer that renders the chat template, without torch where that is the same.
+
+    AutoTokenizer looks for the model's own class, for which it imports torch: two CPU seconds. All
+    that such a class adds to a template are special tokens that the files leave out.
+    """
+    if not (model / _FILE).is_file():
+        return load_tokenizer(model)
+    os.environ.update(_OFFLINE)
+    from transformers import PreTrainedTokenizerFast
+
+    found = PreTrainedTokenizerFast.from_pretrained(model, local_files_only=True)
+    unsaid = set(found.SPECIAL_TOKENS_ATTRIBUTES) - set(found.special_tokens_map)
+    return load_tokenizer(model) if any(n in str(found.chat_template) for n in unsaid) else found
+
+
+def _lengths(model: Path, texts: Sequence[str]) -> list[int]:
+    """Return each text's number of tokens, by tokenizer.json alone where there is one."""
+    if not (model / _FILE).is_file():
+        return [len(ids) for ids in _ids(load_tokenizer(model), texts)]
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model / _FILE))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return [len(e.ids) for e in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
 
 def _rendered(tokenizer: Any, row: Mapping[str, Json]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,26 +66,12 @@ def _check_parts(files: Sequence[Path]) -> None:
 
 
 def _open(path: Path) -> Any:
-    import gguf  # here, so that listing the formats stays light
-    import numpy as np
-
-    class Reader(gguf.GGUFReader):  # type: ignore[misc] # the package has no types
-        """The package's reader on a plain array: a memmap's views cost ten times as much.
-
-        It makes some for each of the tokenizer's strings, of which there are a hundred thousand.
-        """
-
-        @property
-        def data(self) -> Any:
-            return self._plain
-
-        @data.setter
-        def data(self, mapped: Any) -> None:
-            self._plain = mapped.view(np.ndarray)
+    # Here, so that listing the formats stays light.
+    from toolchain.checkpoints.gguf_reader import GGUFReader
 
     try:
-        return Reader(path)
-    except (OSError, ValueError, IndexError, KeyError, struct.error) as error:
+        return GGUFReader(path)
+    except (OSError, ValueError, IndexError, KeyError) as error:
         raise CheckFailed(f"{path.name} is not a whole GGUF file: {error}", hint=_AGAIN) from None
 
 
