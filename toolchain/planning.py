@@ -22,6 +22,7 @@ from toolchain.serving import targets as serving_targets
 from toolchain.serving.compatibility import check_engine_image, check_support
 from toolchain.serving.engine import ServedAdapter, Wishes
 from toolchain.serving.memory import parse_size
+from toolchain.serving.model import stated_dtype
 from toolchain.serving.targets import Target
 from toolchain.stages import merge as merging
 from toolchain.stages import quantize as quantizing
@@ -329,12 +330,15 @@ def everything_cached(request: BuildRequest, sources: Sources, tools: Tools) -> 
 def estimated_bytes(
     checkpoint_bytes: int, format_: Format, config: Mapping[str, Json] | None = None
 ) -> int:
-    """Return the artifact's size before it exists, from nominal bits; the checkpoint has 16.
+    """Return the artifact's size before it exists, from nominal bits.
 
-    Packed checkpoints keep the embeddings, and an output layer of its own, in 16 bits.
+    The checkpoint has 16 where its config.json does not say that it has 32. Packed checkpoints
+    keep the embeddings, and an output layer of its own, in 16 bits.
     """
     if not format_.packed:
         return checkpoint_bytes
+    if config and stated_dtype(config) == "float32":
+        checkpoint_bytes //= 2
     kept = kept_bytes(checkpoint_bytes, format_, config)
     return kept + int((checkpoint_bytes - kept) * format_.bits_per_weight / 16)
 

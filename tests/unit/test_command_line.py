@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -44,13 +45,22 @@ def test_a_wrong_use_is_told_as_json_too(program, words, said):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("words", [("merge", "--nosuch"), ("nosuch",), ("inspect",)])
-def test_what_the_parser_refuses_is_told_as_json_too(words):
-    done = run("weightsmith", *words, "--json")
+def test_what_the_parser_refuses_is_told_as_json_too(program, words):
+    done = run(program, *words, "--json")
 
     assert done.returncode == 2
     error = json.loads(done.stdout)["error"]
     assert done.stderr == f"error: {error['message']}\n  hint: {error['hint']}\n"
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_of_a_command_with_a_positional_argument(program):
+    done = run(program, "push", "--help")
+
+    assert done.returncode == 0
+    assert "--to=STRING" in done.stdout
 
 
 def test_letters_that_the_terminal_lacks_are_escaped(tmp_path):
@@ -77,3 +87,31 @@ def test_nobody_reads(words):
     os.close(write)
 
     assert silent.returncode == run("weightsmith", *words).returncode
+
+
+@pytest.mark.parametrize(("answer", "left"), [("", True), ("n", True), ("y", False)])
+def test_emptying_the_store_asks_on_a_terminal(tmp_path, answer, left):
+    result = tmp_path / "results" / ("a" * 64)
+    result.mkdir(parents=True)
+    (result / "manifest.json").write_text('{"files": [{"size": 5}]}')
+    ours, theirs = pty.openpty()
+    os.write(ours, f"{answer}\n".encode())
+    done = subprocess.run(
+        [*PROGRAMS["weightsmith"], "clean"], cwd=ROOT, stdin=theirs, stderr=theirs,
+        stdout=subprocess.PIPE, text=True, check=False,
+        env={**os.environ, "WEIGHTSMITH_STORE": str(tmp_path)},
+    )  # fmt: skip
+    os.close(theirs)
+    os.close(ours)
+
+    assert (done.returncode, result.exists()) == (0, left), done.stdout
+
+
+def test_the_machine_is_described(tmp_path):
+    """Builders of either runner count: a build takes whichever is there."""
+    done = run("weightsmith", "doctor", "--json", WEIGHTSMITH_CACHE=str(tmp_path))
+
+    assert done.returncode == 0
+    checks = json.loads(done.stdout)["checks"]
+    assert set(checks) >= {"engine", "gpu", "memory", "disk", "credentials", "builders"}
+    assert "local: none" in checks["builders"]["found"]

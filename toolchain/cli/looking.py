@@ -90,16 +90,23 @@ def doctor(_context: object, *, json: bool = False) -> tuple[Mapping[str, Json],
 
 @command()
 def clean(
-    _context: object, *, keep: str = "0", json: bool = False
+    _context: object, *, keep: str = "", json: bool = False
 ) -> tuple[Mapping[str, Json], str]:
-    """Shrink the store to --keep (such as 20GiB), least recently used first."""
-    del json
+    """Shrink the store to --keep (such as 20GiB; 0 without it), least recently used first."""
     from toolchain.serving.memory import human, parse_size
     from toolchain.wiring import make_store
 
-    result = make_store().clean(parse_size(keep))
+    store = make_store()
+    if not keep and not json and sys.stdin.isatty() and sys.stderr.isatty():
+        sys.stderr.write(f"Delete all results in {store.root} but those in use? [y/N] ")
+        sys.stderr.flush()
+        if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
+            return {}, "nothing deleted; `--keep 20GiB` would keep the latest"
+    result = store.clean(parse_size(keep or "0"))
+    freed = int(result["bytes_before"]) - int(result["bytes_after"])
     return result, (
-        f"deleted {result['deleted']} result(s), kept {human(int(result['bytes_after']))}"
+        f"deleted {result['deleted']} result(s), {human(freed)};"
+        f" kept {human(int(result['bytes_after']))}"
         + (f"; {result['in_use']} in use by a running build" if result["in_use"] else "")
     )
 

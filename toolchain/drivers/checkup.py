@@ -94,12 +94,14 @@ def _credentials() -> dict[str, Json]:
 
 
 def _builders(engine: DockerEngine, cache: Path) -> dict[str, Json]:
-    runner: Runner = DockerRunner(engine, cache) if engine.answers() else LocalRunner(cache)
+    runners: dict[str, Runner] = {"local": LocalRunner(cache)}
+    if engine.answers():
+        runners = {"docker": DockerRunner(engine, cache), **runners}
     names = sorted(p.name for p in (images() / "builders").iterdir() if p.is_dir())
-    ready = [name for name in names if runner.ready(name)]
-    missing = [name for name in names if name not in ready]
+    ready = {kind: [n for n in names if runner.ready(n)] for kind, runner in runners.items()}
+    missing = [name for name in names if not any(name in had for had in ready.values())]
     return _check(
-        f"ready: {', '.join(ready) or 'none'}",
+        "; ".join(f"{kind}: {', '.join(had) or 'none'}" for kind, had in ready.items()),
         ok=not missing,
         todo=f"{', '.join(missing)}: made by the first build that needs it" if missing else "",
     )

@@ -96,7 +96,7 @@ class ModelShape:
             vocab=_number(inner, "vocab_size"),
             sliding_window=window,
             layer_types=kinds,
-            dtype=_dtype(config, inner),
+            dtype=stated_dtype(config) or "float32",
             kv_lora_rank=_number(inner, "kv_lora_rank", default=0),
             rope_head_dim=_number(inner, "qk_rope_head_dim", default=0),
             state_dtype=_state_dtype(architecture, inner),
@@ -181,9 +181,11 @@ def _state_dtype(architecture: str, config: Mapping[str, Json]) -> str:
     return "float32" if architecture.startswith("NemotronH") else ""
 
 
-def _dtype(config: Mapping[str, Json], inner: Mapping[str, Json]) -> str:
-    for place in (inner, config):
+def stated_dtype(config: Mapping[str, Json]) -> str:
+    """Return the type that config.json says its weights have; empty where it says none."""
+    inner = config.get("text_config")
+    for place in (inner if isinstance(inner, Mapping) else {}, config):
         for name in ("dtype", "torch_dtype"):
             if isinstance(place.get(name), str):
                 return str(place[name]).removeprefix("torch.")
-    return "float32"
+    return ""

@@ -16,7 +16,7 @@ from toolchain.serving.engine import ServingPlan, Wishes
 from toolchain.serving.length import lengths
 from toolchain.serving.machine import Machine, can_split, choose_dtype, machine_for
 from toolchain.serving.memory import GIB, human
-from toolchain.serving.model import ModelShape
+from toolchain.serving.model import ModelShape, stated_dtype
 from toolchain.serving.nearest import alternatives
 from toolchain.serving.paged_case import Case, Rules, Switches
 from toolchain.values import SAFETENSORS, Json
@@ -82,7 +82,7 @@ def make_case(
         notes.append("config.json gives no length")
     if not rules.keeps_windows_small and any(p.kind in {"sliding", "chunked"} for p in shape.cache):
         notes.append("layers with a window are planned at full length, which is never too little")
-    if _shrinks(config, shape, wishes, dtype):
+    if _shrinks(config, wishes, dtype):
         notes.append(f"float32 weights are loaded as {dtype}: half of the files' size")
         weight_bytes //= 2
     return Case(
@@ -98,13 +98,9 @@ def make_case(
     )
 
 
-def _shrinks(config: Mapping[str, Json], shape: ModelShape, wishes: Wishes, dtype: str) -> bool:
+def _shrinks(config: Mapping[str, Json], wishes: Wishes, dtype: str) -> bool:
     """Say whether a float32 checkpoint is served in 16 bits; it must say that it is one."""
-    parts = [config, config.get("text_config") or {}]
-    stated = any(name in part for part in parts for name in ("dtype", "torch_dtype"))
-    return (
-        stated and (wishes.format, shape.dtype) == (SAFETENSORS, "float32") and dtype != "float32"
-    )
+    return (wishes.format, stated_dtype(config)) == (SAFETENSORS, "float32") and dtype != "float32"
 
 
 def _stretched(wishes: Wishes) -> bool:

@@ -120,6 +120,21 @@ def test_what_is_not_weights_is_not_planned_as_such(tmp_path):
     assert planned["plan"]["vllm"]["weights_bytes_per_gpu"] == size
 
 
+def test_weights_of_32_bits_are_halved_before_they_are_packed(tmp_path):
+    """As q8_0 a checkpoint's 8.5 of 16 or of 32 bits are left."""
+    path, size = folder(tmp_path, "smollm2-135m")
+    flags = ["--target", "llamacpp-q8_0", "--gpu", "nvidia-l4", "--out"]
+    _, half, _ = invoke("render", "--model", path, *flags, tmp_path / "16")
+    config = json.loads((path / "config.json").read_text())
+    for key in ("dtype", "torch_dtype"):
+        config.pop(key, None)
+    (path / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
+    _, full, _ = invoke("render", "--model", path, *flags, tmp_path / "32")
+
+    found = [told["plan"]["weights_bytes_per_gpu"] for told in (half, full)]
+    assert found == pytest.approx([size * 8.5 / 16, size * 8.5 / 32], rel=0.001)
+
+
 @pytest.mark.parametrize("target", ["vllm", "sglang", "tgi", "trtllm"])
 def test_what_does_not_fit_is_exit_2_with_what_does(tmp_path, target):
     path, _ = folder(tmp_path, "llama-3-8b")
