@@ -22,7 +22,7 @@ _LONGEST = 256
 """Tokens of one sequence."""
 _LEAST_TOKENS = 64
 _PROBE_ROWS = 1
-"""Sequences with which each layer is judged by itself, on the right input."""
+"""Sequences with which each layer is judged by itself, on the right input: the first of them."""
 _TIE = 0.1
 """Nats within which two successors are as likely: rounding decides between them, and loses nothing
 that the model knew. A model that knows little has many such ties."""
@@ -66,7 +66,7 @@ def measure(
     ids = _padded(chosen)
     network, truth = StreamedModel(model), CheckpointTensors(model)
     steps = 2 * len(network.layers) + 1
-    notes = _Notes(lambda done: progress(done, steps))
+    notes = _Notes(lambda done: progress(done, steps), length=len(chosen[0].ids))
     right = network.hidden(ids, notes.plain(truth), notes.pass_on, notes.remember)
     # The head differs too: keep what is needed of the checkpoint's before it is replaced.
     spans = [slice(text.answer - 1, len(text.ids) - 1) for text in chosen]
@@ -124,6 +124,9 @@ class _Notes:
     """What the checkpoint's layers were given and made, and how the other's differ."""
 
     progress: Callable[[int], None]
+    length: int
+    """Tokens of the probe. What a layer makes of the padding behind it is nothing that a model ever
+    sees, and its error there can be that of all else threefold."""
     inputs: list[torch.Tensor] = field(default_factory=list)
     outputs: list[torch.Tensor] = field(default_factory=list)
     layers: dict[int, float] = field(default_factory=dict)
@@ -174,9 +177,10 @@ class _Notes:
 
     def judge(self, number: int, states: torch.Tensor) -> None:
         """Note a layer's own error: of its output, by what the layer adds to its input."""
-        right = self.outputs[number]
-        change = float((right - self.inputs[number]).norm()) or 1.0
-        self.layers[number] = float((states[-_PROBE_ROWS:] - right).norm()) / change
+        right = self.outputs[number][:, : self.length]
+        change = float((right - self.inputs[number][:, : self.length]).norm()) or 1.0
+        found = states[-_PROBE_ROWS:, : self.length]
+        self.layers[number] = float((found - right).norm()) / change
         self.progress(len(self.outputs) + number + 1)
 
     def worst_layers(self) -> list[Mapping[str, Json]]:

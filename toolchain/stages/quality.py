@@ -13,7 +13,7 @@ from toolchain.resources import builder_pins
 from toolchain.values import Artifact, Checkpoint, Digest, Job, Json, StageInputs
 
 BUILDER = "merge"
-RECIPE_NUMBER = 1
+RECIPE_NUMBER = 2
 _RESULT = "quality.json"
 
 

@@ -49,8 +49,8 @@ def sound(name, data):
     return (codes * scales).reshape(data.shape)
 
 
-def measured(view, tokens=300):
-    return measure(TINY / "base", view, ROWS, tokens, lambda done, total: None)
+def measured(view, tokens=300, rows=ROWS):
+    return measure(TINY / "base", view, rows, tokens, lambda done, total: None)
 
 
 def allowed(found, name="q4_k_m"):
@@ -115,6 +115,14 @@ def test_the_figures_are_those_of_two_whole_forward_passes(tmp_path):
     assert found["kl_mean"] == pytest.approx(np.mean(divergences), rel=1e-3)
     assert found["kl_p99"] == pytest.approx(np.quantile(divergences, 0.99), rel=1e-2)
     assert found["perplexity_ratio"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-4)
+
+
+def test_a_layers_error_is_that_of_text_and_not_of_padding():
+    longer = [*ROWS, {"text": "One line that is longer than any of those questions. " * 5}]
+
+    plain, padded = (measured(View(sound), tokens=10_000, rows=rows) for rows in (ROWS, longer))
+
+    assert padded["layer_error"] == pytest.approx(plain["layer_error"], rel=1e-4)
 
 
 def shuffled_scales(name, data):
