@@ -25,7 +25,14 @@ from toolchain.quantizers.keeping import keep_option
 from toolchain.quantizers.packed import Layout, view_of
 from toolchain.quantizers.packed_check import check_checkpoint
 from toolchain.quantizers.quantizer import Quantizer, QuantizeRequest, Step
-from toolchain.quantizers.running import BLOCK, blocks, encoder, python_step, read_settings, texts
+from toolchain.quantizers.running import (
+    encoder,
+    even,
+    python_step,
+    read_settings,
+    samples,
+    texts,
+)
 from toolchain.values import AWQ, Format, Json
 
 
@@ -69,7 +76,7 @@ def main() -> None:
     library: Any = importlib.import_module("awq")
     mend(importlib.import_module("awq.quantize.quantizer").AwqQuantizer)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    samples = blocks(texts(told["calibration"]), encoder(tokenizer))
+    joined = even(samples(texts(told["calibration"]), encoder(tokenizer)))
     gpu = torch.cuda.is_available()
     loaded = library.AutoAWQForCausalLM.from_pretrained(
         str(model),
@@ -78,10 +85,11 @@ def main() -> None:
         **({} if gpu else {"torch_dtype": torch.float32}),
     )
     wanted = {"zero_point": True, "q_group_size": told["group_size"], "w_bit": 4, "version": "GEMM"}
-    # Token lists, never longer than its samples: what is longer it silently leaves out.
+    # It joins what it is given and cuts it again; of what is longer than its samples, and of what
+    # does not fill the last, it silently leaves out all.
     loaded.quantize(
-        tokenizer, quant_config=wanted, calib_data=samples, max_calib_seq_len=BLOCK,
-        max_calib_samples=len(samples), n_parallel_calib_samples=8,
+        tokenizer, quant_config=wanted, calib_data=joined, max_calib_seq_len=len(joined[0]),
+        max_calib_samples=len(joined), n_parallel_calib_samples=8,
     )  # fmt: skip
     loaded.save_quantized(str(raw), safetensors=True)
     finish(model, raw, Path(told["out"]), awq_config(told["group_size"]))
@@ -92,7 +100,7 @@ QUANTIZER = Quantizer(
     name="autoawq",
     builder="autoawq",
     formats=(AWQ,),
-    recipe_number=4,
+    recipe_number=5,
     check_input=check_grouped,
     steps=steps,
     check=check,

@@ -25,7 +25,7 @@ from toolchain.quantizers.keeping import keep_option, kept_modules
 from toolchain.quantizers.packed import Layout, view_of
 from toolchain.quantizers.packed_check import check_checkpoint
 from toolchain.quantizers.quantizer import Quantizer, QuantizeRequest, Step
-from toolchain.quantizers.running import blocks, encoder, python_step, read_settings, texts
+from toolchain.quantizers.running import encoder, python_step, read_settings, samples, texts
 from toolchain.values import Format, Json
 
 FP8_STATIC = Format(name="fp8-static", kind="fp8", bits_per_weight=8.0)
@@ -96,8 +96,8 @@ def main() -> None:
     _leave_memory_unpinned(torch)
     gpu = torch.cuda.is_available()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    samples = blocks(texts(told["calibration"]), encoder(tokenizer))
-    rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in samples]
+    read = samples(texts(told["calibration"]), encoder(tokenizer))
+    rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in read]
     network = transformers.AutoModelForCausalLM.from_pretrained(
         model, trust_remote_code=False, dtype="auto" if gpu else torch.float32
     )
@@ -106,8 +106,8 @@ def main() -> None:
         tokenizer=tokenizer,
         dataset=datasets.Dataset.from_list(rows),
         recipe=_modifiers(told, ["lm_head", *kept_modules(model, told["keep"])]),
-        max_seq_length=max(map(len, samples)),
-        num_calibration_samples=len(samples),
+        max_seq_length=max(map(len, read)),
+        num_calibration_samples=len(read),
     )
     network.save_pretrained(raw, save_compressed=True)
     saved = json.loads((raw / "config.json").read_text("utf-8"))["quantization_config"]
@@ -148,7 +148,7 @@ QUANTIZER = Quantizer(
     name="compressor",
     builder="compressor",
     formats=(FP8_STATIC, AWQ_COMPRESSED),
-    recipe_number=2,
+    recipe_number=3,
     check_input=check_config,
     steps=steps,
     check=check,

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from toolchain.quantizers.awq_search import best_clip
 from toolchain.quantizers.checkpoints import (
     awq_config,
     check_group,
@@ -24,7 +25,14 @@ from toolchain.quantizers.keeping import keep_option, kept_modules, negative_pat
 from toolchain.quantizers.packed import Layout, view_of
 from toolchain.quantizers.packed_check import check_checkpoint
 from toolchain.quantizers.quantizer import Quantizer, QuantizeRequest, Step
-from toolchain.quantizers.running import blocks, encoder, python_step, read_settings, texts
+from toolchain.quantizers.running import (
+    encoder,
+    even,
+    python_step,
+    read_settings,
+    samples,
+    texts,
+)
 from toolchain.values import GPTQ, Format, Json
 
 # `awq` is AutoAWQ's: docs/design.md says why.
@@ -102,9 +110,14 @@ def _quantize(
     library: Any = importlib.import_module("gptqmodel")
     configs: Any = importlib.import_module("gptqmodel.quantization.config")
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    samples = [
+    read = samples(texts(calibration), encoder(tokenizer))
+    if method == "awq":
+        # Of samples that are not of one length it searches by the last alone, and says nothing
+        # (looper/awq_processor.py, _layer_input_features).
+        read = even(read)
+    rows = [
         {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
-        for ids in blocks(texts(calibration), encoder(tokenizer))
+        for ids in read
     ]
     gpu = torch.cuda.is_available()
     dynamic = negative_patterns(keep) or None
@@ -115,6 +128,7 @@ def _quantize(
         backend = library.BACKEND.AUTO if gpu else library.BACKEND.AWQ_TORCH
         # 16-bit arithmetic is emulated on most CPUs; the kernel that packs takes any type.
         _let_cpu_copy(torch)
+        _clip_by_gram(importlib.import_module("gptqmodel.looper.awq_processor").AWQProcessor)
         kernel = importlib.import_module("gptqmodel.nn_modules.qlinear.torch_awq").AwqTorchLinear
         kernel.SUPPORTS_DTYPES = [*kernel.SUPPORTS_DTYPES, torch.float32]
     else:
@@ -127,7 +141,7 @@ def _quantize(
     dtype = "auto" if gpu else torch.float32
     loaded = library.GPTQModel.load(str(model), wanted, trust_remote_code=False, dtype=dtype)
     loaded.quantize(
-        samples, batch_size=1, calibration_data_min_length=1, tokenizer=tokenizer, backend=backend
+        rows, batch_size=1, calibration_data_min_length=1, tokenizer=tokenizer, backend=backend
     )
     loaded.save(str(raw))
 
@@ -143,11 +157,18 @@ def _let_cpu_copy(torch: Any) -> None:
     torch.Tensor.cpu = lambda tensor, *args, **named: own(tensor, *args, **named).clone()
 
 
+def _clip_by_gram(search: Any) -> None:
+    """Give GPTQModel's AWQProcessor the search for clipping that AutoAWQ has here."""
+    search._compute_best_clip = lambda own, weight, inputs: best_clip(  # noqa: SLF001
+        own.qcfg.group_size, own.pseudo_quantize_tensor, weight, inputs
+    )
+
+
 QUANTIZER = Quantizer(
     name="gptqmodel",
     builder="gptqmodel",
     formats=(AWQ, GPTQ),
-    recipe_number=6,
+    recipe_number=7,
     check_input=check_grouped,
     steps=steps,
     check=check,

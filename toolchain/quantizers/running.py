@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from toolchain.quantizers.quantizer import QuantizeRequest, Step
 from toolchain.values import Json
 
 BLOCK = 512
-"""Tokens of one calibration sample."""
+"""Tokens of one calibration sample, at most."""
 _FEWEST = 256
 RAW = ".engine"
 """Folder in the output that the engine itself writes to."""
@@ -68,18 +68,32 @@ def texts(calibration: str) -> list[str]:
     return found
 
 
-def blocks(lines: list[str], encode: Callable[[str], list[int]]) -> list[list[int]]:
-    """Return all texts, one after another, as samples of BLOCK tokens; the last may be shorter.
+def samples(lines: list[str], encode: Callable[[str], list[int]]) -> list[list[int]]:
+    """Return every text by itself, in pieces of BLOCK tokens where it is longer.
 
-    Nothing is dropped: AutoAWQ would leave out what is longer than its samples.
+    A model is asked so: from position 0, where it keeps its largest activations, and without the
+    text before. Raises InputRefused for too few tokens to measure on.
     """
-    ids = [token for line in lines for token in encode(line)]
-    if len(ids) < _FEWEST:
+    read = [encode(line) for line in lines]
+    if (count := sum(map(len, read))) < _FEWEST:
         raise InputRefused(
-            f"the calibration text has {len(ids)} tokens, {_FEWEST} are the fewest to measure on",
+            f"the calibration text has {count} tokens, {_FEWEST} are the fewest to measure on",
             hint="add texts like those the model will see",
         )
-    return [ids[start : start + BLOCK] for start in range(0, len(ids), BLOCK)]
+    return [ids[start : start + BLOCK] for ids in read for start in range(0, len(ids), BLOCK)]
+
+
+def even(pieces: Iterable[list[int]]) -> list[list[int]]:
+    """Return the pieces one after another, in samples of one length of at most BLOCK tokens.
+
+    For an engine that joins texts and drops what does not fill its last sample. The last one is
+    filled with the first tokens once more.
+    """
+    ids = [token for piece in pieces for token in piece]
+    count = -(-len(ids) // BLOCK)
+    size = -(-len(ids) // count)
+    ids += ids[: count * size - len(ids)]
+    return [ids[start : start + size] for start in range(0, len(ids), size)]
 
 
 def encoder(tokenizer: Any) -> Callable[[str], list[int]]:

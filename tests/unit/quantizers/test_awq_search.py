@@ -38,7 +38,7 @@ def test_the_chosen_limit_is_the_best_of_those_tried(group_size):
     draw = torch.Generator().manual_seed(5)
     weight = torch.randn(48, 128, generator=draw) ** 3  # a few large ones, that clipping helps
     inputs = torch.randn(3, 40, 128, generator=draw)
-    found = best_clip(Four(group_size), weight, inputs)
+    found = best_clip(group_size, Four(group_size).pseudo_quantize_tensor, weight, inputs)
 
     largest = weight.reshape(48, -1, group_size).abs().amax(-1, keepdim=True)
     tried = [errors(weight, inputs, group_size, largest * (1 - step / 20)) for step in range(10)]
@@ -52,8 +52,9 @@ def test_inputs_are_sampled_evenly_where_there_are_many():
     draw = torch.Generator().manual_seed(6)
     weight, inputs = torch.randn(8, 64, generator=draw), torch.randn(2048, 64, generator=draw)
 
+    rounded = Four(32).pseudo_quantize_tensor
     assert torch.equal(
-        best_clip(Four(32), weight, inputs), best_clip(Four(32), weight, inputs[::4].clone())
+        best_clip(32, rounded, weight, inputs), best_clip(32, rounded, weight, inputs[::4].clone())
     )
 
 

@@ -16,7 +16,7 @@ from toolchain.quantizers.checkpoints import awq_config, check_grouped, finish, 
 from toolchain.quantizers.packed import Layout, PackedView
 from toolchain.quantizers.packed_check import check_checkpoint
 from toolchain.quantizers.rounded import quantization, rounded
-from toolchain.quantizers.running import blocks
+from toolchain.quantizers.running import even, samples
 
 HIDDEN, INNER, GROUP = 64, 128, 32
 CONFIG = {
@@ -374,10 +374,30 @@ def test_models_that_cannot_be_quantized_are_refused(change: dict, what: str) ->
         check_grouped({**CONFIG, **change})
 
 
-def test_long_texts_are_cut_and_none_is_dropped() -> None:
-    texts = ["a" * 2000, "b" * 30]
-    found = blocks(texts, lambda text: [ord(c) for c in text])
-    assert [len(block) for block in found] == [512, 512, 512, 494]
-    assert [token for block in found for token in block] == [ord("a")] * 2000 + [ord("b")] * 30
+def letters(text: str) -> list[int]:
+    return [ord(c) for c in text]
+
+
+def test_texts_stay_apart_long_ones_are_cut_and_none_is_dropped() -> None:
+    found = samples(["a" * 1200, "", "b" * 30], letters)
+
+    assert found == [letters("a") * 512, letters("a") * 512, letters("a") * 176, letters("b") * 30]
+
+
+def test_too_few_tokens_to_measure_on_are_told() -> None:
     with pytest.raises(InputRefused, match="30 tokens"):
-        blocks(["b" * 30], lambda text: [ord(c) for c in text])
+        samples(["b" * 15, "c" * 15], letters)
+
+
+@pytest.mark.parametrize("count", [256, 511, 512, 513, 1025, 2013, 4096])
+def test_joined_texts_fill_samples_of_one_length_and_none_is_dropped(count: int) -> None:
+    tokens = list(range(count))
+
+    found = even([tokens[:100], tokens[100:]])
+
+    assert len({len(sample) for sample in found}) == 1
+    assert len(found[0]) <= 512
+    joined = [token for sample in found for token in sample]
+    assert joined[:count] == tokens
+    assert joined[count:] == tokens[: len(joined) - count]
+    assert len(joined) - count < len(found)
