@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import socket
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -11,10 +11,13 @@ from pathlib import Path
 
 CONFIG = """
 version: 0.1
-log: {{level: error, accesslog: {{disabled: true}}}}
+log: {{level: info, accesslog: {{disabled: true}}}}
 storage: {{filesystem: {{rootdirectory: {folder}}}, delete: {{enabled: true}}}}
-http: {{addr: "127.0.0.1:{port}"}}
+http: {{addr: "127.0.0.1:0"{tls}}}
 """
+_LISTENS = re.compile(r'listening on (127\.0\.0\.1:\d+)[",]')
+_PATIENCE = 120
+"""Seconds in which it must listen; a tenth of one is what it needs."""
 
 
 _RUNNING: dict[str, subprocess.Popen[bytes]] = {}
@@ -37,13 +40,8 @@ def real_registry(
 
     With `tls`, a key and its certificate; with `tokens`, a token server's address and certificate.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    config = CONFIG.format(folder=folder / "data", port=port)
-    if tls:
-        pair = f'{{key: "{tls[0]}", certificate: "{tls[1]}"}}'
-        config = config.replace(f'"127.0.0.1:{port}"', f'"127.0.0.1:{port}", tls: {pair}')
+    pair = f', tls: {{key: "{tls[0]}", certificate: "{tls[1]}"}}' if tls else ""
+    config = CONFIG.format(folder=folder / "data", tls=pair)
     if tokens:
         config += (
             f'auth: {{token: {{realm: "{tokens[0]}", service: registry, issuer: tests, '
@@ -55,15 +53,19 @@ def real_registry(
             ["docker-registry", "serve", folder / "config.yml"], stdout=log, stderr=log
         )
     try:
-        for _ in range(200):
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=5).close()
-                break
-            except OSError:
-                assert server.poll() is None, (folder / "log").read_text()
-                time.sleep(0.05)
-        _RUNNING[f"127.0.0.1:{port}"] = server
-        yield f"127.0.0.1:{port}"
+        host = _listening(server, folder / "log")
+        _RUNNING[host] = server
+        yield host
     finally:
         server.terminate()
         server.wait()
+
+
+def _listening(server: subprocess.Popen[bytes], log: Path) -> str:
+    """Return where it listens: a port that it was given, not one that was free a moment ago."""
+    until = time.monotonic() + _PATIENCE
+    while not (found := _LISTENS.search(said := log.read_text(errors="replace"))):
+        assert server.poll() is None, f"docker-registry ended: {said}"
+        assert time.monotonic() < until, f"docker-registry does not listen: {said}"
+        time.sleep(0.02)
+    return found[1]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 CHUNK = 1 << 16
 
@@ -24,6 +25,25 @@ class Faults:
     log: list[tuple[str, str]] = field(default_factory=list)
     watch: Callable[[int], None] = lambda _: None
     """Called with the number of each request, before it is passed on."""
+    host: str = ""
+    _open: int = 0
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def count(self, more: int) -> None:
+        """Keep the number of connections that are open."""
+        with self._changed:
+            self._open += more
+            self._changed.notify_all()
+
+    def settle(self) -> None:
+        """Wait until all that a client, dead by now, had sent is passed on or given up."""
+        name, _, port = self.host.partition(":")
+        # Connections are taken in order: when this one is, none is left in the kernel's queue.
+        with socket.create_connection((name, int(port)), timeout=60) as last:
+            last.shutdown(socket.SHUT_WR)
+            assert last.recv(1) == b""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._open == 0, timeout=120), self._open
 
     def take(self, method: str, path: str) -> str:
         with self.lock:
@@ -55,7 +75,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(int(fault), extra, b'{"errors":[{"code":"TOOMANYREQUESTS"}]}')
         if fault == "delay":
             time.sleep(0.3)
-        connection = http.client.HTTPConnection(self.upstream, timeout=30)
+        connection = http.client.HTTPConnection(self.upstream, timeout=120)
         try:
             self.exchange(connection, fault, length)
         finally:
@@ -72,7 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
         while left and (data := self.rfile.read(min(CHUNK, left))):
             connection.send(data)
             left -= len(data)
-        if fault == "cut":
+        if fault == "cut" or left:  # or the client is gone
             return self.reset()
         reply = connection.getresponse()
         headers = {k: v for k, v in reply.getheaders() if k.lower() not in ("date", "server")}
@@ -106,6 +126,17 @@ class _Handler(BaseHTTPRequestHandler):
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    faults: Faults
+
+    def process_request(self, *connection: Any) -> None:
+        self.faults.count(+1)
+        super().process_request(*connection)
+
+    def process_request_thread(self, *connection: Any) -> None:
+        try:
+            super().process_request_thread(*connection)
+        finally:
+            self.faults.count(-1)
 
     def handle_error(self, *_: object) -> None:
         """Stay silent: broken connections are what tests ask for."""
@@ -117,10 +148,12 @@ def faulty_proxy(upstream: str) -> Iterator[tuple[str, Faults]]:
     faults = Faults()
     handler = type("Handler", (_Handler,), {"faults": faults, "upstream": upstream})
     server = _Server(("127.0.0.1", 0), handler)
+    server.faults = faults
+    faults.host = f"127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
-        yield f"127.0.0.1:{server.server_address[1]}", faults
+        yield faults.host, faults
     finally:
         server.shutdown()
         thread.join()

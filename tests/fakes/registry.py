@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import re
 import socket
@@ -37,6 +38,8 @@ class FakeRegistry:
         self.largest_body = 0
         self.mount_allowed = True
         self.url = ""
+        self.lock = threading.Lock()
+        self._upload_numbers = itertools.count(1)
 
     @property
     def host(self) -> str:
@@ -49,11 +52,16 @@ class FakeRegistry:
         return Counter(method for method, _ in self.log)
 
     def fault(self, method: str, path: str) -> str:
-        for row in self.faults:
-            if row[0] == method and row[1] in path:
-                self.faults.remove(row)
-                return row[2]
+        with self.lock:
+            for row in self.faults:
+                if row[0] == method and row[1] in path:
+                    self.faults.remove(row)
+                    return row[2]
         return ""
+
+    def next_upload(self) -> str:
+        """A name that no other upload has, however many begin at once."""
+        return f"u{next(self._upload_numbers)}"
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -220,7 +228,7 @@ class _Handler(BaseHTTPRequestHandler):
             if data is not None:
                 self.state.blobs[repository, query["mount"][0]] = data
                 return self.answer(201)
-        name = f"u{len(self.state.log)}"
+        name = self.state.next_upload()
         self.state.uploads[name] = b""
         extra = {"OCI_Chunk_Min_Length": str(self.state.chunk_min)} if self.state.chunk_min else {}
         place = f"/v2/{repository}/blobs/uploads/{name}?_state=a%2Bb%3D"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import socket
 import struct
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Self
 
 Connect = Callable[[], socket.socket]
@@ -38,13 +39,20 @@ class Relay:
 
     def cut(self) -> None:
         """End every connection, and take no more."""
-        self.is_cut = True
-        for end in (self._listener, *self._ends):
-            with suppress(OSError):
-                # Wakes who waits; then the other side gets a reset, as from a server that died.
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                end.shutdown(socket.SHUT_RDWR)
-            end.close()
+        with self._lock:
+            self.is_cut = True
+            ends = (self._listener, *self._ends)
+        for end in ends:
+            _end(end)
+
+    def _keep(self, end: socket.socket) -> bool:
+        """Remember a connection for the cut; end it where that has been, and say so by False."""
+        with self._lock:
+            self._ends.append(end)
+            if not self.is_cut:
+                return True
+        _end(end)
+        return False
 
     def _start(self, target: Callable[..., None], *words: object) -> None:
         thread = threading.Thread(target=target, args=words, daemon=True)
@@ -57,13 +65,15 @@ class Relay:
                 inner, _ = self._listener.accept()
             except OSError:
                 return
-            self._ends.append(inner)
+            if not self._keep(inner):
+                return
             try:
                 outer = self._connect()
             except OSError:
-                inner.shutdown(socket.SHUT_RDWR)
+                _end(inner)
                 continue
-            self._ends.append(outer)
+            if not self._keep(outer):
+                return
             self._start(self._pass_on, inner, outer, True)
             self._start(self._pass_on, outer, inner, False)
 
@@ -87,3 +97,27 @@ class Relay:
                 self.is_cut = True
                 self.at_cut()
         return self.is_cut
+
+
+def _end(end: socket.socket) -> None:
+    with suppress(OSError):
+        # Wakes who waits; then the other side gets a reset, as from a server that died.
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        end.shutdown(socket.SHUT_RDWR)
+    end.close()
+
+
+@contextmanager
+def way_to_engine(folder: Path, engine: str) -> Iterator[tuple[str, Relay]]:
+    """Yield an address that leads to the engine until the relay is cut: then the engine is gone."""
+
+    def connect() -> socket.socket:
+        outer = socket.socket(socket.AF_UNIX)
+        outer.connect(engine)
+        return outer
+
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(folder / "engine.sock"))
+    listener.listen()
+    with Relay(listener, connect) as relay:
+        yield f"unix://{folder}/engine.sock", relay

@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.faults.relay import Relay
+from tests.faults.relay import way_to_engine
 from tests.faults.workshop import Running, Workshop
 
 pytestmark = pytest.mark.builders
@@ -54,22 +51,6 @@ def check_no_container(workshop: Workshop) -> None:
     assert not containers(workshop)
 
 
-@contextmanager
-def way_to_engine(folder: Path) -> Iterator[tuple[str, Relay]]:
-    """Yield an address that leads to the engine until the relay is cut: then the engine is gone."""
-
-    def connect() -> socket.socket:
-        outer = socket.socket(socket.AF_UNIX)
-        outer.connect(SOCKET)
-        return outer
-
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(folder / "engine.sock"))
-    listener.listen()
-    with Relay(listener, connect) as relay:
-        yield f"unix://{folder}/engine.sock", relay
-
-
 @pytest.mark.parametrize(
     "address", ["tcp://127.0.0.1:9", "unix:///nowhere/docker.sock", "nonsense://x"]
 )
@@ -89,7 +70,7 @@ def test_no_engine_is_no_fault_where_none_is_asked_for(workshop: Workshop, diges
 @pytest.mark.docker
 def test_an_engine_that_goes_away(workshop: Workshop, digest: str, tmp_path: Path) -> None:
     workshop.forget("reference")
-    with way_to_engine(tmp_path) as (address, relay):
+    with way_to_engine(tmp_path, SOCKET) as (address, relay):
         running = workshop.start_build("--runner", "docker", env={"DOCKER_HOST": address})
         wait_for_container(workshop, running)
         relay.cut()

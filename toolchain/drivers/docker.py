@@ -104,10 +104,11 @@ class DockerEngine:
         with engine_errors("asking the container engine for its images"):
             if self.client.info().get("Driver") != "overlay2":
                 return ()
-            found = [i for name in repositories for i in self.client.images.list(name=name)]
-            return tuple(
-                tuple((image.attrs or {}).get("RootFS", {}).get("Layers") or ()) for image in found
-            )
+            api: Any = self.client.api
+            found = [row["Id"] for name in repositories for row in api.images(name=name)]
+            # One that another build removes at this moment is not held any more: {}.
+            held = [self.inspect(name) for name in found]
+            return tuple(tuple(told["RootFS"].get("Layers") or ()) for told in held if told)
 
     def inspect(self, reference: str) -> Mapping[str, Json]:
         """Return an image's `Id` (its configuration's digest) and `Config`; {} where absent."""

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -86,7 +87,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
     from huggingface_hub import constants
 
@@ -147,9 +148,12 @@ def test_what_is_not_ours_to_read_is_refused(hub, reader, source: str, message: 
     assert caught.value.hint
 
 
-def test_a_hub_that_is_down_is_an_environment_failure(hub, reader: HubReader) -> None:
+def test_a_hub_that_is_down_is_an_environment_failure(
+    hub, reader: HubReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub.shutdown()
     hub.server_close()
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # half a minute between the client's tries
     with pytest.raises(EnvironmentFailure, match="could not be reached") as caught:
         reader.fetch("hf://team/model", COMMIT, "", Silent())
     assert "HF_ENDPOINT" in caught.value.hint

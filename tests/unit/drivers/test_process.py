@@ -29,8 +29,12 @@ def is_running(pid: int) -> bool:
         return False
 
 
+PATIENCE = 120
+"""Seconds in which what is sure to come must have come, however busy the machine is."""
+
+
 def wait_until_gone(pid: int) -> bool:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
     return not is_running(pid)
@@ -99,12 +103,19 @@ def test_a_file_that_is_no_program_is_named(tmp_path):
 
 
 def test_a_timeout_ends_the_program_and_its_children():
-    pids = []
-    with pytest.raises(EnvironmentFailure, match=r"did not end within 0\.5 s"):
-        sh("echo $$; sleep 60 & echo $!; wait", timeout=0.5, on_line=lambda x: pids.append(int(x)))
-
-    assert len(pids) == 2
-    assert all(wait_until_gone(pid) for pid in pids)
+    # On a busy machine a shell may need longer than the shortest of these to start.
+    for seconds in (0.5, 5, 60):
+        pids = []
+        with pytest.raises(EnvironmentFailure, match=rf"did not end within {seconds:g} s"):
+            sh(
+                "echo $$; sleep 600 & echo $!; wait",
+                timeout=seconds,
+                on_line=lambda line, pids=pids: pids.append(int(line)),
+            )
+        assert all(wait_until_gone(pid) for pid in pids)
+        if len(pids) == 2:
+            return
+    pytest.fail("the program did not start")
 
 
 def test_an_exception_of_a_listener_ends_the_program():
@@ -115,26 +126,28 @@ def test_an_exception_of_a_listener_ends_the_program():
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
-        sh("echo $$; sleep 60", on_line=hear)
+        sh("echo $$; sleep 600", on_line=hear)
     assert wait_until_gone(pids[0])
 
 
 def test_a_program_that_ignores_the_polite_signal_is_killed(monkeypatch):
     monkeypatch.setattr(process, "_PATIENCE", 0.3)
-    started = time.monotonic()
+    pids = []
 
-    with pytest.raises(EnvironmentFailure, match="did not end"):
-        sh("trap '' TERM; while :; do sleep 0.1; done", timeout=0.3)
+    def hear(line):
+        pids.append(int(line))  # it ignores the signal by now
+        raise RuntimeError("stop")
 
-    assert time.monotonic() - started < 10
+    with pytest.raises(RuntimeError, match="stop"):
+        sh("trap '' TERM; echo $$; while :; do sleep 0.1; done", on_line=hear)
+
+    assert wait_until_gone(pids[0])
 
 
 def test_children_left_behind_do_not_hold_us_up():
-    started = time.monotonic()
+    """Waiting for this one would take longer than a test may."""
+    done = sh("sleep 3600 & echo $!")
 
-    done = sh("sleep 60 & echo $!")
-
-    assert time.monotonic() - started < 10
     assert wait_until_gone(int(done.tail[0]))
 
 
@@ -168,7 +181,7 @@ def test_a_program_can_be_put_where_there_is_no_network():
 
 PARENT = """
 from toolchain.drivers import process
-process.run(["/bin/sh", "-c", "echo $$; exec sleep 60"], on_line=lambda x: print(x, flush=True))
+process.run(["/bin/sh", "-c", "echo $$; exec sleep 600"], on_line=lambda x: print(x, flush=True))
 """
 
 
@@ -190,8 +203,8 @@ def test_the_program_dies_with_us(number):
 
 
 def test_a_server_is_heard_and_stopped():
-    with process.start(["/bin/sh", "-c", "echo up; sleep 60"]) as server:
-        deadline = time.monotonic() + 10
+    with process.start(["/bin/sh", "-c", "echo up; sleep 600"]) as server:
+        deadline = time.monotonic() + PATIENCE
         while "up" not in server.logs(5) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert server.logs(5) == "up"
@@ -201,7 +214,7 @@ def test_a_server_is_heard_and_stopped():
 
 def test_a_server_that_ended_by_itself_is_not_alive():
     with process.start(["/bin/sh", "-c", "echo sorry; exit 3"]) as server:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE
         while server.alive() and time.monotonic() < deadline:
             time.sleep(0.01)
         assert not server.alive()

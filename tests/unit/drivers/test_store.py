@@ -120,7 +120,7 @@ def _slow_maker(root: Path, marker: Path) -> None:
     def make(folder: Path) -> dict[str, str]:
         (folder / "half").write_text("ha")
         marker.write_text("started")
-        time.sleep(60)
+        time.sleep(600)
         return {}
 
     FileStore(root).produce(KEY, {}, make)
@@ -131,6 +131,7 @@ def test_kill_9_frees_the_lock_and_leaves_nothing_visible(tmp_path: Path) -> Non
     process = context.Process(target=_slow_maker, args=(tmp_path, tmp_path / "marker"))
     process.start()
     while not (tmp_path / "marker").exists():
+        assert process.is_alive()
         time.sleep(0.01)
     assert FileStore(tmp_path).find(KEY) is None or pytest.fail("half-made result is visible")
     os.kill(process.pid or 0, signal.SIGKILL)
@@ -174,7 +175,7 @@ def test_who_waits_for_a_result_goes_on_while_its_maker_uses_it(tmp_path: Path) 
         return write("once")(folder)
 
     maker.produce(KEY, {}, make)
-    waiting.join(timeout=20)
+    waiting.join(timeout=120)
 
     assert made == [True]
     maker.close()

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -96,14 +95,12 @@ def test_an_unknown_stage_is_refused(tmp_path):
 
 
 def test_the_worker_ends_when_its_standard_input_does(tmp_path):
-    process = worker(echo(tmp_path, sleep=60), tmp_path)
+    process = worker(echo(tmp_path, sleep=600), tmp_path)
     process.stdout.readline()
-    started = time.monotonic()
 
     process.stdin.close()
 
-    assert process.wait(timeout=20) == 130
-    assert time.monotonic() - started < 10
+    assert process.wait(timeout=120) == 130
     process.stdout.close()
     process.stderr.close()
 

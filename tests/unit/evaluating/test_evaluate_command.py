@@ -97,7 +97,7 @@ def other_model(handler, _):
 def test_a_bad_server_is_told(serve, evaluate, behave, says):
     server = serve(behave)
 
-    words = ("--timeout", 0.2 if behave is hang else 20, "--retries", 1)
+    words = ("--timeout", 0.2 if behave is hang else 120, "--retries", 1)
     code, told, _ = evaluate(server.endpoint.url, QUESTIONS, *words)
 
     assert code == 4
