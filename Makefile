@@ -6,6 +6,15 @@ BIN := $(VENV)/bin
 # A folder of wheels for sites without a package index, and for a CPU build of torch.
 PIP_FLAGS := --disable-pip-version-check $(if $(WEIGHTSMITH_WHEELS),--find-links $(WEIGHTSMITH_WHEELS))
 
+# A mirror may have a bad minute: three tries.
+define download
+for pause in 5 20 0; do \
+  $(1) && exit 0; \
+  [ $$pause = 0 ] || { echo "setup: that failed; again in $$pause s, in case a download broke off" >&2; sleep $$pause; }; \
+done; \
+echo "setup: no package index? pip's own configuration is used, WEIGHTSMITH_WHEELS may name a folder of wheels" >&2; exit 1
+endef
+
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev demo check fix generate golden test test-real docs bench clean
 
@@ -20,12 +29,12 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "setup: making $(VENV) with the command line tool; about a minute"
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3,11) <= v <= (3,13) else f"setup: Python 3.11 to 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}: run `make setup PYTHON=python3.12`, say")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "setup: python's venv module is missing: apt-get install python3-venv" >&2; exit 1; }
-	@$(BIN)/pip install -q $(PIP_FLAGS) -c constraints.txt -e .
+	@$(call download,$(BIN)/pip install -q $(PIP_FLAGS) -c constraints.txt -e .)
 	@touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@echo "setup: adding test tools and torch; two to five minutes, torch may be a large download"
-	@$(BIN)/pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	@$(call download,$(BIN)/pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[dev]')
 	@touch $@
 
 demo: setup ## Build the support bot from base and adapter, and ask it (about 10 minutes the first time)

@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tests import vllm_parts
 from toolchain.cli.progress import progress_for
 from toolchain.drivers.docker import DockerEngine, DockerRunner
 from toolchain.drivers.local import LocalRunner
-from toolchain.errors import WeightsmithError
-from toolchain.ports import Runner
+from toolchain.errors import EnvironmentFailure, WeightsmithError
+from toolchain.ports import Progress, Runner
 from toolchain.wiring import cache_folder
 
 BUILDERS = ("merge", "gguf")
@@ -27,6 +29,17 @@ def engine_environment() -> dict[str, str]:
     said = subprocess.run(["bash", script, "--env"], capture_output=True, text=True, check=False)
     pairs = (line.removeprefix("export ").partition("=") for line in said.stdout.splitlines())
     return {name: value for name, _, value in pairs}
+
+
+def patiently(make: Callable[[], None], progress: Progress) -> None:
+    """Make something of downloads; an index or mirror may have a bad minute, so in three tries."""
+    for pause in (15, 60):
+        try:
+            return make()
+        except EnvironmentFailure as error:
+            progress.warn(f"{error.message}: tried again in {pause} s")
+        time.sleep(pause)
+    return make()
 
 
 def main() -> int:
@@ -42,7 +55,7 @@ def main() -> int:
         for builder in BUILDERS:
             progress.stage(f"builder {builder}", f"{runner.name} runner")
             try:
-                runner.prepare(builder, progress)
+                patiently(lambda r=runner, b=builder: r.prepare(b, progress), progress)
             except WeightsmithError as error:
                 print(f"error: {error.message}\n  hint: {error.hint}", file=sys.stderr)  # noqa: T201
                 return error.exit_code
@@ -51,7 +64,7 @@ def main() -> int:
         if (reason := vllm_parts.unfit()) and not vllm_parts.there():
             progress.note(f"no vLLM: {reason}")
         else:
-            vllm_parts.make(progress)
+            patiently(lambda: vllm_parts.make(progress), progress)
     except WeightsmithError as error:
         progress.warn(f"no vLLM: {error.message}; {error.hint}")
     return 0

@@ -5,15 +5,20 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import random
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-# A busy machine is no fault of the code: nothing here is judged by the clock.
-settings.register_profile("steady", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# A busy machine is no fault of the code: nothing here is judged by the clock. And the same commit
+# gives the same result; `pytest --hypothesis-profile=explore` looks for what was not seen yet.
+_CALM = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("explore", _CALM)
+settings.register_profile("steady", _CALM, derandomize=True)
 settings.load_profile("steady")
 
 ENGINE_SCRIPT = Path(__file__).with_name("engine.sh")
@@ -65,6 +70,7 @@ NEEDS = {
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what cannot run here; with WEIGHTSMITH_REQUIRE_DOCKER a missing engine is a failure."""
+    _begin_with_the_same_chance()
     for name, (there, reason) in NEEDS.items():
         if item.get_closest_marker(name) and not there():
             if name == "docker" and os.environ.get("WEIGHTSMITH_REQUIRE_DOCKER"):
@@ -72,6 +78,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip(reason)
     if item.get_closest_marker("vllm") and vllm_absent():
         pytest.skip(vllm_absent())
+
+
+def _begin_with_the_same_chance() -> None:
+    """Make what a test draws independent of the tests before it."""
+    random.seed(0)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(0)
+    if torch := sys.modules.get("torch"):
+        torch.random.default_generator.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)

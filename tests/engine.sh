@@ -28,6 +28,32 @@ fail() {
 
 answers() { timeout 20 docker version --format '{{.Server.Version}}' >/dev/null 2>&1; }
 
+# Runs a command until it succeeds, four times at the most: mirrors have bad minutes.
+retried() {
+  local pause
+  for pause in 5 20 60; do
+    "$@" && return
+    say "failed: $*; again in $pause s"
+    sleep "$pause"
+  done
+  "$@"
+}
+
+# Waits for whoever holds the package lock, as a fresh machine's own upgrades do.
+apt() {
+  DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=600 -o Acquire::Retries=5 "$@" >&2
+}
+
+# Succeeds with lists that are whole: apt is content with those that it could get.
+update_lists() { apt update && apt-cache show docker.io >/dev/null 2>&1; }
+
+# After a failure with new lists, since mirrors drop old versions.
+apt_install() {
+  apt install -y --no-install-recommends "$@" && return
+  apt update || true
+  return 1
+}
+
 require_root_on_debian() {
   [ "$(id -u)" = 0 ] || fail "no engine answers, and only root can install one"
   command -v apt-get >/dev/null || fail "no engine answers, and there is no apt-get to install one"
@@ -35,7 +61,7 @@ require_root_on_debian() {
 
 install_packages() {
   local wanted=() package
-  apt-get update -qq >&2 || fail "apt-get update failed"
+  retried update_lists || fail "apt-get update failed, or there is no docker.io"
   for package in "${PACKAGES[@]}"; do
     # Older releases have the client inside docker.io.
     if apt-cache show "$package" >/dev/null 2>&1; then wanted+=("$package"); fi
@@ -48,8 +74,8 @@ install_packages() {
     chmod 755 "$policy"
     made=yes
   fi
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${wanted[@]}" \
-    iptables >&2 || { [ $made = no ] || rm -f "$policy"; fail "apt-get install failed"; }
+  retried apt_install "${wanted[@]}" iptables ||
+    { [ $made = no ] || rm -f "$policy"; fail "apt-get install failed"; }
   [ $made = no ] || rm -f "$policy"
   stop_registry_service
 }
@@ -61,11 +87,11 @@ install_browser() {
     if command -v "$name" >/dev/null; then return; fi
   done
   if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then return; fi
-  [ -n "$(find /var/lib/apt/lists -name '*_Packages*' -print -quit)" ] || apt-get update -qq >&2 || true
+  [ -n "$(find /var/lib/apt/lists -name '*_Packages*' -print -quit)" ] || retried apt update || true
   # Ubuntu has a snap of that name instead, which does not run in containers.
   case $(apt-cache policy chromium 2>/dev/null) in *'Candidate: '[0-9]*) ;; *) return ;; esac
   say "installing chromium"
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >&2 ||
+  retried apt_install chromium ||
     say "chromium cannot be installed: the report's tests will be skipped"
 }
 
@@ -82,19 +108,35 @@ start_engine() {
   if [ -s "$old" ] && [ "$(readlink "/proc/$(cat "$old")/exe" 2>/dev/null | xargs -r basename)" != dockerd ]; then
     rm -f "$old" /var/run/docker/containerd/containerd.pid
   fi
+  local try
+  for try in 1 2 3; do
+    if [ "$try" != 1 ]; then
+      say "dockerd ended: $(tail -n 1 "$LOG"); started again"
+      sleep 5
+    fi
+    run_engine && return
+  done
+  tail -n 5 "$LOG" >&2
+  fail "dockerd does not answer, see $LOG"
+}
+
+# Succeeds when the engine answers, this one or another that was just being started; fails when
+# ours has ended, as it does where containerd is not up within 15 seconds.
+run_engine() {
   say "starting dockerd, log: $LOG"
   nohup dockerd >"$LOG" 2>&1 </dev/null &
   local pid=$! waited
-  for waited in $(seq 1 60); do
+  for waited in $(seq 1 300); do
     if answers; then
       say "dockerd answers after $waited s"
       return
     fi
-    kill -0 "$pid" 2>/dev/null || break
+    kill -0 "$pid" 2>/dev/null || return 1
     sleep 1
   done
-  tail -n 5 "$LOG" >&2
-  fail "dockerd does not answer, see $LOG"
+  say "dockerd does not answer within five minutes"
+  kill "$pid"
+  return 1
 }
 
 locked_base() {
@@ -125,14 +167,18 @@ Package: python3* libpython3*
 Pin: release n=$PYTHON_SUITE
 Pin-Priority: 990
 EOF
+  retried debootstrapped "$work" || fail "mmdebstrap failed"
+  docker import "$work/base.tar" "$BASE" >&2
+}
+
+debootstrapped() {
+  local work=$1
   mmdebstrap --quiet --variant=minbase --include=ca-certificates,python3,python3-venv \
-    --aptopt='Acquire::Check-Valid-Until "false"' \
+    --aptopt='Acquire::Check-Valid-Until "false"' --aptopt='Acquire::Retries "5"' \
     --setup-hook="install -D -m 644 '$work/python' \"\$1/etc/apt/preferences.d/python\"" \
     --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
     --dpkgopt='path-exclude=/usr/share/locale/*' \
-    "$SUITE" "$work/base.tar" "deb $MIRROR $SUITE main" "deb $MIRROR $PYTHON_SUITE main" >&2 ||
-    fail "mmdebstrap failed"
-  docker import "$work/base.tar" "$BASE" >&2
+    "$SUITE" "$work/base.tar" "deb $MIRROR $SUITE main" "deb $MIRROR $PYTHON_SUITE main" >&2
 }
 
 print_environment() {

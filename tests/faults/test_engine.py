@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.relay import way_to_engine
-from tests.faults.workshop import Running, Workshop
+from tests.faults.workshop import PATIENCE, Running, Workshop
 
 pytestmark = pytest.mark.builders
 
@@ -36,7 +36,7 @@ def containers(workshop: Workshop) -> list[str]:
 
 
 def wait_for_container(workshop: Workshop, running: Running) -> str:
-    until = time.monotonic() + 60
+    until = time.monotonic() + PATIENCE
     while not (found := containers(workshop)):
         assert running.process.poll() is None, running.err
         assert time.monotonic() < until, running.err
@@ -45,7 +45,7 @@ def wait_for_container(workshop: Workshop, running: Running) -> str:
 
 
 def check_no_container(workshop: Workshop) -> None:
-    until = time.monotonic() + 15
+    until = time.monotonic() + 60
     while containers(workshop) and time.monotonic() < until:
         time.sleep(0.1)
     assert not containers(workshop)

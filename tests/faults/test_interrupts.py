@@ -6,10 +6,11 @@ import os
 import random
 import signal
 import time
+from contextlib import suppress
 
 import pytest
 
-from tests.faults.workshop import Workshop
+from tests.faults.workshop import Outcome, Workshop
 
 pytestmark = pytest.mark.builders
 
@@ -24,10 +25,31 @@ SEED = 20240521
 KILLS = 5
 
 
+TRIES = 8
+"""Builds that a test disturbs at the most: now and then one is done before it can be caught."""
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_interrupted_stage(workshop: Workshop, digest: str, stage: str) -> None:
-    workshop.forget(*STAGES[stage])
     for number in (signal.SIGINT, signal.SIGTERM):
+        outcome = interrupted(workshop, stage, number)
+
+        assert outcome.code == 130, outcome
+        assert outcome.told["error"]["exit_code"] == 130
+        assert "interrupted" in outcome.err
+        assert "Traceback" not in outcome.err
+        workshop.check_quiet()
+        workshop.check_whole()
+        assert not (workshop.results / "image").exists()
+        assert not list((workshop.folder / "tmp").iterdir())
+
+    workshop.check_intact(digest)
+
+
+def interrupted(workshop: Workshop, stage: str, number: signal.Signals) -> Outcome:
+    """Send a signal in the middle of a stage."""
+    for _ in range(TRIES):
+        workshop.forget(*STAGES[stage])
         running = workshop.start_build()
         running.wait_for(f"{stage}:")
         # A started image answers the few questions in less than half a second, and the small
@@ -35,17 +57,25 @@ def test_an_interrupted_stage(workshop: Workshop, digest: str, stage: str) -> No
         time.sleep(0.1 if stage in ("evaluate", "merge") else 0.4)
         running.process.send_signal(number)
         outcome = running.end()
+        if f"{stage}: done" not in outcome.err:
+            return outcome
+        assert outcome.code in (0, 130), outcome
+    raise AssertionError(f"{stage} is done too quickly to be interrupted")
 
-        assert outcome.code == 130, outcome
-        assert outcome.told["error"]["exit_code"] == 130
-        assert "interrupted" in outcome.err
-        assert "Traceback" not in outcome.err
-        workshop.check_quiet(2)
-        workshop.check_whole()
-        assert not (workshop.results / "image").exists()
-        assert not list((workshop.folder / "tmp").iterdir())
 
-    workshop.check_intact(digest)
+def killed(workshop: Workshop, name: str, stage: str) -> Outcome:
+    """Kill a build's worker or server as soon as it runs: what the kernel does without memory."""
+    for _ in range(TRIES):
+        workshop.forget(*STAGES[stage])
+        running = workshop.start_build()
+        running.wait_for(f"{stage}:")
+        if number := workshop.catch(name, running):
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        outcome = running.end()
+        if outcome.code != 0:
+            return outcome
+    raise AssertionError(f"no {name} is seen")
 
 
 def moments() -> list[float]:
@@ -70,15 +100,16 @@ def test_a_killed_build(empty: Workshop, digest: str, share: float, reference: o
 
 
 def test_a_killed_trial_leaves_no_server_and_no_files(workshop: Workshop, digest: str) -> None:
-    workshop.forget("smoke", "trial")
-    running = workshop.start_build()
-    running.wait_for("evaluate:")
-    until = time.monotonic() + 20
-    while not any("llama-server" in found for found in workshop.processes()):
-        assert time.monotonic() < until
-        time.sleep(0.01)
-    running.process.kill()
-    running.end()
+    for _ in range(TRIES):
+        workshop.forget(*STAGES["evaluate"])
+        running = workshop.start_build()
+        running.wait_for("evaluate:")
+        caught = workshop.catch("llama-server", running)
+        running.process.kill()
+        if caught and running.end().code == -signal.SIGKILL:
+            break
+    else:
+        raise AssertionError("no llama-server is seen")
 
     workshop.check_quiet()
     assert not (workshop.results / "image").exists()
@@ -88,38 +119,19 @@ def test_a_killed_trial_leaves_no_server_and_no_files(workshop: Workshop, digest
 
 
 def test_a_worker_that_is_killed(workshop: Workshop, digest: str) -> None:
-    """What the kernel does when memory runs out."""
-    workshop.forget("reference")
-    running = workshop.start_build()
-    running.wait_for("reference:")
-    killed = kill_worker(workshop)
-    outcome = running.end()
+    outcome = killed(workshop, "toolchain.worker", "reference")
 
-    assert killed
     outcome.refused(5, "reference", "killed", "memory")
     workshop.check_intact(digest)
 
 
 def test_a_server_that_is_killed(workshop: Workshop, digest: str) -> None:
-    workshop.forget("smoke", "trial")
-    running = workshop.start_build()
-    running.wait_for("evaluate:")
-    assert kill_worker(workshop, "llama-server")
-    outcome = running.end()
+    outcome = killed(workshop, "llama-server", "evaluate")
 
-    outcome.refused(4, "stopped", "memory")
+    error = outcome.refused(4)
+    # Caught late, it was told to end already.
+    assert "SIGTERM" in error["message"] or (
+        "stopped" in error["message"] and "memory" in error["hint"]
+    )
     assert not (workshop.results / "image").exists()
     workshop.check_intact(digest)
-
-
-def kill_worker(workshop: Workshop, name: str = "toolchain.worker") -> bool:
-    """Kill a build's worker or server as soon as it runs."""
-    until = time.monotonic() + 20
-    while time.monotonic() < until:
-        for found in workshop.processes():
-            number, _, words = found.partition(": ")
-            if name in words and "trampoline" not in words:
-                os.kill(int(number), signal.SIGKILL)
-                return True
-        time.sleep(0.005)
-    return False

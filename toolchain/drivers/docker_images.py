@@ -14,6 +14,7 @@ from pathlib import Path
 from toolchain.drivers import process
 from toolchain.drivers.bases import base
 from toolchain.drivers.docker_requests import build_command
+from toolchain.drivers.downloading import persistently
 from toolchain.drivers.environment import Pins
 from toolchain.drivers.pip_settings import pip_setting
 from toolchain.drivers.toolset import toolset_folder
@@ -70,7 +71,10 @@ def build_image(builder: str, flavour: str, host: str, cache: Path, progress: Pr
             if step := _STEP.match(line):
                 progress.advance(int(step[1]), int(step[2]), "steps")
 
-        done = process.run(command, env=_environment(host), on_line=hear)
+        # What was built stays: only the step that failed is done again.
+        done = persistently(
+            lambda: process.run(command, env=_environment(host), on_line=hear), progress
+        )
         _only_said(done).require(
             f"building the image of the builder {builder!r}",
             hint="a base that cannot be pulled: WEIGHTSMITH_BUILDER_BASE names another; a package "

@@ -17,6 +17,7 @@ from typing import TextIO
 from filelock import FileLock
 
 from toolchain.drivers import process
+from toolchain.drivers.downloading import persistently
 from toolchain.drivers.wire import open_log
 from toolchain.errors import UsageError
 from toolchain.ports import Progress
@@ -251,17 +252,20 @@ class _Installer:
                 self.progress.advance(min(seen, total), total, "packages")
 
         wheels = os.environ.get("WEIGHTSMITH_WHEELS")
-        return process.run(
-            [
-                *(self.python, "-m", "pip", "install", "--require-hashes", "--no-deps"),
-                *("--only-binary", ":all:", "--no-input", "--progress-bar", "off"),
-                *(("--find-links", wheels) if wheels else ()),
-                *options,
-                *("-r", requirements),
-            ],
-            env=self._env(),
-            on_line=hear,
-        )
+        command: list[str | Path] = [
+            *(self.python, "-m", "pip", "install", "--require-hashes", "--no-deps"),
+            *("--only-binary", ":all:", "--no-input", "--progress-bar", "off"),
+            *(("--find-links", wheels) if wheels else ()),
+            *options,
+            *("-r", requirements),
+        ]
+
+        def install() -> process.Completed:
+            nonlocal seen
+            seen = 0
+            return process.run(command, env=self._env(), on_line=hear)
+
+        return persistently(install, self.progress)
 
     def _env(self) -> dict[str, str]:
         return process.scrubbed(network=True, prefixes=("PIP_", "XDG_"))

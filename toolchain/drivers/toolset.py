@@ -12,6 +12,7 @@ from typing import TextIO
 from filelock import FileLock
 
 from toolchain.drivers import process
+from toolchain.drivers.downloading import persistently
 from toolchain.drivers.environment import make_bare_environment
 from toolchain.drivers.hardware import cores
 from toolchain.drivers.wire import open_log
@@ -69,18 +70,23 @@ def _compile(recipe: Path, folder: Path, work: Path, log: TextIO, progress: Prog
         if step := _STEP.match(line):
             progress.advance(int(step[1]), int(step[2]), "files")
 
-    def run(script: str, *words: str | Path) -> None:
-        done = process.run(
+    def run(script: str, *words: str | Path) -> process.Completed:
+        return process.run(
             [python, recipe / script, *words],
             env=process.scrubbed(network=True, prefixes=("PIP_",)),
             on_line=hear,
         )
+
+    def require(done: process.Completed, script: str) -> None:
         done.require(f"{recipe.name}'s {script}", hint=f"its whole output is in {log.name}")
 
     wheels = os.environ.get("WEIGHTSMITH_WHEELS")
-    run("fetch.py", "--out", work / "source", *(("--find-links", wheels) if wheels else ()))
+    places = ("--find-links", wheels) if wheels else ()
+    fetched = persistently(lambda: run("fetch.py", "--out", work / "source", *places), progress)
+    require(fetched, "fetch.py")
     made = work / "tools"
-    run("compile.py", "--source", work / "source", "--out", made, "--jobs", str(cores()))
+    words = ("--source", work / "source", "--out", made, "--jobs", str(cores()))
+    require(run("compile.py", *words), "compile.py")
     if not made.is_dir():
         raise EnvironmentFailure(
             f"compiling {recipe.name} left no tools", hint=f"its whole output is in {log.name}"

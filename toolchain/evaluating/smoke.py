@@ -16,7 +16,7 @@ from toolchain.evaluating.client import (
     wait_until_healthy,
 )
 from toolchain.evaluating.items import Item
-from toolchain.evaluating.session import Refused, Session, TryAgain, excerpt
+from toolchain.evaluating.session import Refused, Session, TryAgain, died, excerpt
 from toolchain.ports import Endpoint
 from toolchain.values import Json
 
@@ -126,6 +126,8 @@ def _stream(session: Session, name: str) -> str:
                     break
                 pieces += [c for c in _contents(json.loads(event)) if c]
     except (TryAgain, Refused, ValueError) as error:
+        if not session.endpoint.alive():
+            raise died(session.endpoint, "while it was streaming") from None
         raise session.failed(_CHAT, f"streaming: {error}") from None
     if not pieces or not done:
         what = "it does not end with [DONE]" if pieces else "it has no text"

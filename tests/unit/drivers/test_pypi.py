@@ -5,10 +5,12 @@ import io
 import json
 import os
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -41,6 +43,8 @@ class Index(BaseHTTPRequestHandler):
     """Serves the simple API (PEP 691) of one package, and its wheel."""
 
     wheel = WHEEL
+    cuts: ClassVar[int] = 0
+    """Downloads of the wheel that are still to break off."""
 
     def log_message(self, *_: object) -> None:
         pass
@@ -59,6 +63,9 @@ class Index(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
+        if self.path.endswith(".whl") and Index.cuts:
+            Index.cuts -= 1
+            body = body[:100]
         self.wfile.write(body)
 
 
@@ -121,6 +128,24 @@ def test_a_replaced_wheel_is_refused(index, reader: PypiReader, monkeypatch) -> 
         reader.fetch("pypi://my-model==1.0", "", SHA256, Silent())
     with pytest.raises(InputRefused, match="no wheel with sha256"):
         reader.fetch("pypi://my-model==1.0", "", "0" * 64, Silent())
+
+
+@pytest.mark.parametrize("cuts", [2, 3])
+def test_a_download_that_breaks_off_is_tried_three_times(
+    index, reader: PypiReader, monkeypatch: pytest.MonkeyPatch, cuts: int
+) -> None:
+    monkeypatch.setattr(Index, "cuts", cuts)
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+
+    if cuts == 2:
+        snapshot = reader.fetch("pypi://my-model==1.0", "", SHA256, Silent())
+        assert snapshot.tree.has("model.gguf")
+    else:
+        with pytest.raises(EnvironmentFailure, match="broke off"):
+            reader.fetch("pypi://my-model==1.0", "", SHA256, Silent())
+
+    assert [pause for pause in pauses if pause > 1] == [5, 20]
 
 
 def test_a_folder_of_wheels_is_asked_first(reader: PypiReader, tmp_path: Path, monkeypatch) -> None:

@@ -43,7 +43,7 @@ class Server(ThreadingHTTPServer):
         return Endpoint(
             url=f"http://127.0.0.1:{self.server_port}",
             logs=lambda n: "the last words of the server",
-            alive=lambda: True,
+            alive=lambda: self.alive,
             stop=lambda seconds: self.exit_code,
             restart=self._restart,
         )
@@ -81,6 +81,8 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, {"choices": [message]})
 
     def stream(self):
+        if not self.server.alive:
+            return  # it died with the question
         self.send_response(200)
         self.end_headers()
         for text in self.server.events:
@@ -153,6 +155,13 @@ def test_a_broken_promise_is_named_with_the_servers_last_words(server, change, c
     with pytest.raises(CheckFailed, match=f"check '{check}': .*{says}") as caught:
         look(server)
     assert "the last words of the server" in caught.value.message
+
+
+def test_a_server_that_dies_over_a_stream_is_told(server):
+    server.alive = False
+
+    with pytest.raises(CheckFailed, match="check 'streaming': the server stopped while it was"):
+        look(server)
 
 
 def test_an_answer_without_an_end_is_told_and_no_failure(server):
