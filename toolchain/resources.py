@@ -32,18 +32,36 @@ def package() -> Path:
 
 
 def builder_pins(name: str) -> Digest:
-    """Return the digest of all that defines a builder: its folder and the sources it compiles.
+    """Return the digest of all that defines a builder.
+
+    That is its folder, the sources it compiles and the Containerfile it is built by. Raises
+    UsageError for a builder that is not there.
+    """
+    folder = _builder(name)
+    parts = [folder, *(images() / "engines" / engine for engine in compiled_engines(name))]
+    rows: list[Json] = [[path.name, _fingerprint(path)] for path in parts]
+    if (recipe := containerfile(name)).parent != folder:
+        rows.append([recipe.name, Digest.of(recipe.read_bytes())])
+    return key_of(rows)
+
+
+def containerfile(builder: str) -> Path:
+    """Return what a builder's image is built by: its own file, or the one for packages alone.
 
     Raises UsageError for a builder that is not there.
     """
+    own = _builder(builder) / "Containerfile"
+    return own if own.is_file() else own.parents[1] / own.name
+
+
+def _builder(name: str) -> Path:
     folder = images() / "builders" / name
     if not folder.is_dir():
         raise UsageError(
             f"no builder `{name}`: {folder} is missing",
             hint="a quantizer's builder is a folder of that name under images/builders/",
         )
-    parts = [folder, *(images() / "engines" / engine for engine in compiled_engines(name))]
-    return key_of([[path.name, _fingerprint(path)] for path in parts])
+    return folder
 
 
 def engine_pins(name: str) -> Digest:

@@ -22,7 +22,7 @@ from toolchain.drivers.wheels import configured_wheels, pick_wheels
 from toolchain.drivers.wire import open_log
 from toolchain.errors import EnvironmentFailure, UsageError
 from toolchain.ports import Progress
-from toolchain.resources import builder_pins, compiled_engines, images
+from toolchain.resources import builder_pins, compiled_engines, containerfile, images
 from toolchain.values import key_of
 
 _STEP = re.compile(r"#\d+ \[[^\]]*?(\d+)/(\d+)\] ")
@@ -47,10 +47,6 @@ def image_tag(builder: str, flavour: str) -> str:
 def build_image(builder: str, flavour: str, host: str, cache: Path, progress: Progress) -> None:
     """Build a builder's image under its tag; raises EnvironmentFailure with the build's end."""
     _require_buildx(host)
-    context = images()
-    containerfile = context / "builders" / builder / "Containerfile"
-    if not containerfile.is_file():
-        raise UsageError(f"there is no builder {builder!r}", hint=f"{containerfile} is missing")
     reference = base_reference(flavour)
     progress.note(f"building the {flavour} image of the builder {builder!r} on {reference}, once")
     with (
@@ -58,10 +54,10 @@ def build_image(builder: str, flavour: str, host: str, cache: Path, progress: Pr
         tempfile.TemporaryDirectory(prefix="weightsmith-wheels-") as wheels,
     ):
         command = build_command(
-            containerfile=containerfile,
-            context=context,
+            containerfile=containerfile(builder),
+            context=images(),
             tag=image_tag(builder, flavour),
-            arguments=_arguments(flavour, reference),
+            arguments={"BUILDER": builder, **_arguments(flavour, reference)},
             secrets=_secrets(),
             contexts=_contexts(builder, cache, Path(wheels)),
         )

@@ -12,7 +12,7 @@ from toolchain.drivers import docker_images, environment, toolset
 from toolchain.drivers.environment import Pins, environment_folder, is_complete
 from toolchain.drivers.wheels import configured_wheels, pick_wheels
 from toolchain.errors import EnvironmentFailure, UsageError
-from toolchain.resources import engine_pins
+from toolchain.resources import builder_pins, containerfile, engine_pins
 
 TORCH = "torch-2.13.0+cpu-cp311-cp311-linux_x86_64.whl"
 
@@ -109,6 +109,28 @@ def test_an_unknown_builder_is_named_with_those_there_are(images):
     with pytest.raises(UsageError, match="nope") as caught:
         _ = Pins(name="nope", flavour="cpu").folder
     assert "tiny" in caught.value.hint
+
+
+def test_a_builder_of_packages_alone_takes_the_containerfile_of_all(images):
+    """Its image is another one when that file changes, as it is when its own does."""
+    builders = images / "builders"
+    (builders / "Containerfile").write_text("FROM a\n")
+    before = builder_pins("tiny")
+    assert containerfile("tiny") == builders / "Containerfile"
+
+    (builders / "Containerfile").write_text("FROM b\n")
+    shared = builder_pins("tiny")
+    assert shared != before
+
+    own = builders / "tiny" / "Containerfile"
+    own.write_text("FROM a\n")
+    assert containerfile("tiny") == own
+    mine = builder_pins("tiny")
+    (builders / "Containerfile").write_text("FROM c\n")
+    assert builder_pins("tiny") == mine != shared
+
+    with pytest.raises(UsageError, match="nope"):
+        containerfile("nope")
 
 
 def test_tools_are_compiled_once_with_progress_and_nothing_left(images, tmp_path):
