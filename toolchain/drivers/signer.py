@@ -18,7 +18,7 @@ from toolchain.ports import Signer
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 
-_CLOUDS = ("COSIGN_", "AWS_", "GOOGLE_", "AZURE_", "VAULT_", "SIGSTORE_", "TUF_")
+_CLOUDS = ("COSIGN_", "AWS_", "GOOGLE_", "AZURE_", "VAULT_", "TRANSIT_", "SIGSTORE_", "TUF_")
 """What cosign reads to open an encrypted key or to reach a key management service."""
 
 
@@ -89,7 +89,11 @@ def _by_cosign(key: str) -> Signer:
             ["cosign", command, "--key", key, *words],
             env=process.scrubbed(_password(), network=True, prefixes=_CLOUDS),
             timeout=120,
-        ).require(f"signing with {key}", hint="COSIGN_PASSWORD holds the password of a key file")
+        ).require(
+            f"signing with {key}",
+            hint="COSIGN_PASSWORD holds a key file's password; what a key service asks for is in "
+            "its own variables, such as AWS_REGION or VAULT_ADDR",
+        )
 
     def sign(text: bytes) -> bytes:
         with _folder() as folder:

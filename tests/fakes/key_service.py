@@ -1,0 +1,95 @@
+"""A key service as AWS's, of one key for signatures: enough for cosign's `awskms://`.
+
+https://docs.aws.amazon.com/kms/latest/APIReference/API_Operations.html
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, utils
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from tests.fakes.auth_server import make_certificate
+
+KEY_ID = "1234abcd-12ab-34cd-56ef-1234567890ab"
+
+
+@dataclass
+class KeyService:
+    """What was asked of it, and where it answers."""
+
+    certificate: Path
+    reference: str = ""
+    """As cosign takes it."""
+    asked: list[str] = field(default_factory=list)
+    key: ec.EllipticCurvePrivateKey = field(
+        default_factory=lambda: ec.generate_private_key(ec.SECP256R1())
+    )
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "AWS_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": "tests",
+            "AWS_SECRET_ACCESS_KEY": "s3cret",
+            "AWS_CA_BUNDLE": str(self.certificate),
+        }
+
+    def answer(self, target: str, body: dict[str, str]) -> dict[str, object]:
+        self.asked.append(target)
+        facts = {"KeyId": KEY_ID, "KeyUsage": "SIGN_VERIFY", "KeySpec": "ECC_NIST_P256",
+                 "SigningAlgorithms": ["ECDSA_SHA_256"]}  # fmt: skip
+        if target == "DescribeKey":
+            return {"KeyMetadata": facts}
+        if target == "GetPublicKey":
+            public = self.key.public_key()
+            data = public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+            return {**facts, "PublicKey": base64.b64encode(data).decode()}
+        how = ec.ECDSA(utils.Prehashed(hashes.SHA256()))
+        made = self.key.sign(base64.b64decode(body["Message"]), how)
+        return {"KeyId": KEY_ID, "Signature": base64.b64encode(made).decode()}
+
+
+@contextmanager
+def key_service(folder: Path) -> Iterator[KeyService]:
+    """Serve a new key over TLS on loopback."""
+    pair = make_certificate(folder, "kms")
+    service = KeyService(certificate=pair[1])
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            target = self.headers["X-Amz-Target"].rpartition(".")[2]
+            data = json.dumps(service.answer(target, body)).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/x-amz-json-1.1")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pair[1], pair[0])
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    service.reference = f"awskms://localhost:{server.server_address[1]}/{KEY_ID}"
+    try:
+        yield service
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,68 @@
+"""Every kind of key signs, and its public half is told with it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.key_service import key_service
+from toolchain.drivers.signer import open_signer
+from toolchain.errors import EnvironmentFailure, UsageError
+from toolchain.provenance.signing import check_by
+
+TEXT = b"what is signed"
+KINDS = {
+    "ECDSA": ("EC", "-pkeyopt", "ec_paramgen_curve:prime256v1"),
+    "RSA": ("RSA", "-pkeyopt", "rsa_keygen_bits:2048"),
+    "Ed25519": ("ED25519",),
+}
+needs_cosign = pytest.mark.skipif(not shutil.which("cosign"), reason="cosign is not installed")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pem_file(kind: str, tmp_path: Path) -> None:
+    make = ["openssl", "genpkey", "-algorithm", *KINDS[kind], "-out", tmp_path / "key.pem"]
+    subprocess.run(make, check=True, capture_output=True)
+    signer = open_signer(str(tmp_path / "key.pem"))
+    assert check_by(signer.public)(TEXT, signer.sign(TEXT))
+    assert not check_by(signer.public)(b"else", signer.sign(TEXT))
+    # The same push adds nothing.
+    assert signer.sign(TEXT) == signer.sign(TEXT)
+    told = subprocess.run(
+        ["openssl", "pkey", "-in", tmp_path / "key.pem", "-pubout"], check=True, capture_output=True
+    )
+    assert signer.public == told.stdout
+
+
+@needs_cosign
+def test_a_key_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference and the service's own variables go to cosign; the key stays where it is."""
+    with key_service(tmp_path) as service:
+        for name, value in service.environment.items():
+            monkeypatch.setenv(name, value)
+        signer = open_signer(service.reference)
+        assert check_by(signer.public)(TEXT, signer.sign(TEXT))
+    assert service.asked.count("Sign") == 2
+
+
+@needs_cosign
+def test_a_key_service_that_cannot_be_reached_is_told_before_the_work() -> None:
+    with pytest.raises(EnvironmentFailure, match="unrecognized scheme") as caught:
+        open_signer("nokms://release")
+    assert "COSIGN_PASSWORD" in caught.value.hint
+
+
+def test_a_key_service_without_cosign(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(EnvironmentFailure, match="needs the cosign program"):
+        open_signer("awskms:///alias/release")
+
+
+@pytest.mark.parametrize("data", [b"", b"no key", b"-----BEGIN PRIVATE KEY-----\nAAAA\n"])
+def test_what_is_no_key(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "key.pem").write_bytes(data)
+    with pytest.raises(UsageError, match="private key"):
+        open_signer(str(tmp_path / "key.pem"))
