@@ -6,8 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from toolchain.errors import InputRefused, UsageError, WeightsmithError
-from toolchain.oci.attachments import LARGEST_PART
+from toolchain.errors import InputRefused, UsageError
 from toolchain.oci.image import Image, ImageConfig, assemble
 from toolchain.oci.layers import OWN_LAYER, Member, Memo, TarLayer
 from toolchain.oci.layout import locate, read_all, read_layout
@@ -15,9 +14,9 @@ from toolchain.oci.manifests import host_platform
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.ports import Entry, Tools
-from toolchain.provenance.evidence import SPDX_TYPE, Document
+from toolchain.provenance.bills import read_bills
+from toolchain.provenance.evidence import Document
 from toolchain.provenance.labels import ENGINE_VERSION
-from toolchain.provenance.mlbom import MEDIA_TYPE
 from toolchain.resources import assembles_itself, engine_pins, engine_source, images
 from toolchain.serving.engine import Engine
 from toolchain.values import Digest, Job, Json, StageInputs
@@ -36,8 +35,6 @@ ENGINE_LABEL = "dev.weightsmith.engine"
 _BUILDER = "gguf"
 _RECIPE_NUMBER = 1
 _OCI_VERSION = "org.opencontainers.image.version"
-_BILLS = (MEDIA_TYPE, SPDX_TYPE)
-_MOST_BILLS = 20
 _PINNED = frozenset({"commit", "package"})
 """Either marks the entry of source.json that is the engine itself."""
 _WHOLE_PLATFORM = "linux/amd64"
@@ -158,23 +155,10 @@ def public_base(reference: str) -> str:
 
 
 def bills_of(reference: str, base: Image, registry: Registry) -> tuple[Document, ...]:
-    """Return the bills of materials that a base's makers attached to it; () where none can be read.
-
-    They are a help and no condition, so a registry that does not tell is not an error here.
-    """
+    """Return the bills of materials that a base's makers left; () where none can be read."""
     if not reference or reference.startswith(OWN):
         return ()
-    place = Reference.parse(reference).at(base.digest)
-    try:
-        rows = registry.attached(place, base.digest, tagged=False)[:_MOST_BILLS]
-        found = [registry.read_attachment(place, blob) for blob, _ in rows]
-    except WeightsmithError:
-        return ()
-    return tuple(
-        Document(artifact_type=a.artifact_type, parts=a.parts, annotations=a.annotations)
-        for a in found
-        if a.artifact_type in _BILLS and sum(part.blob.size for part in a.parts) <= LARGEST_PART
-    )
+    return read_bills(Reference.parse(reference), base, registry)
 
 
 def _own(name: str, engine: str, tools: Tools) -> Image:
