@@ -43,12 +43,12 @@ def pages() -> dict[str, str]:
 
 def _registries() -> Iterator[str]:
     yield "What registries say that they take, in bytes and seconds. Nobody tried these figures here. A layer that is too large for the registry is refused before anything is sent; `bake --max-layer-size` splits safetensors files, `quantize --split-max-size` GGUF. Every image has at most 125 layers, the base's included: Docker's overlay2 holds no more.\n"
-    yield "| registry | largest layer | longest upload | layers | in chunks | source |\n|---|---|---|---|---|---|"
+    yield "| registry | largest layer | longest upload | layers | in chunks | and | source |\n|---|---|---|---|---|---|---|"
     for limits in REGISTRIES:
         figures = [limits.largest_layer, limits.upload_seconds, limits.most_layers]
         cells = [f"{figure:,}" if figure else "" for figure in figures]
         chunks = "no" if limits.in_one_piece else "yes"
-        yield f"| {limits.name} | {' | '.join(cells)} | {chunks} | {limits.source} |"
+        yield f"| {limits.name} | {' | '.join(cells)} | {chunks} | {limits.note} | {limits.source} |"
 
 
 def _recipe(model: type[BaseModel], prefix: str) -> Iterator[str]:

@@ -25,6 +25,8 @@ class Limits:
     most_layers: int = 0
     in_one_piece: bool = False
     """It refuses uploads in chunks."""
+    note: str = ""
+    """What else is known of its limits, for people."""
     source: str
 
 
@@ -66,17 +68,20 @@ REGISTRIES = (
     Limits(
         name="Docker Hub",
         hosts=r"docker\.io",
+        note="none published",
         source="https://docs.docker.com/docker-hub/usage/",
     ),
     Limits(
         name="GitLab",
         hosts=r"registry\.gitlab\.com",
-        source="https://docs.gitlab.com/administration/packages/container_registry/",
+        note="of one's own on S3, versions of 2023 took no layers above 10 GB",
+        source="https://gitlab.com/gitlab-org/container-registry/-/issues/1062",
     ),
     Limits(
         name="Harbor",
         hosts="",
-        source="https://github.com/goharbor/harbor/issues/19573 (layers above 32 GiB need 2.9.2)",
+        note="layers above 32 GiB need 2.9.2",
+        source="https://github.com/goharbor/harbor/issues/19573",
     ),
     Limits(
         name="distribution",
