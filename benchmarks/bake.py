@@ -23,10 +23,12 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 WORK = HERE / "work" / "bake"
 BRIDGE = "wsbench0"
+DIGESTS = "WEIGHTSMITH_BENCH_DIGESTS"
 TICK = os.sysconf("SC_CLK_TCK")
 CONFIG = """version: 0.1
 log: {{level: error, accesslog: {{disabled: true}}}}
@@ -65,43 +67,48 @@ def main() -> None:
 
 
 def push(folder: str, reference: str, streams: str = "4", label: str = "1") -> None:
-    """Assemble and push, as `bake --push` does, with no digest known before."""
+    """Assemble and push, as `bake --push` does."""
     sys.path.insert(0, str(HERE.parent))
     from toolchain.oci.image import ImageConfig, assemble
-    from toolchain.oci.layers import Member, TarLayer
     from toolchain.oci.references import Reference
     from toolchain.oci.registry import Registry
 
-    layers = [
-        TarLayer(members=(Member.of_file(f"/models/{path.name}", path),))
-        for path in sorted(Path(folder).glob("*.safetensors"))
-    ]
-    if known := os.environ.get("WEIGHTSMITH_BENCH_DIGESTS"):
-        from dataclasses import replace
-
-        from toolchain.values import Digest
-
-        digests = map(Digest, known.split(","))
-        layers = [replace(layer, known_digest=d) for layer, d in zip(layers, digests, strict=True)]
     config = ImageConfig(env={"HF_HUB_OFFLINE": "1"}, labels={"label": label})
     with Registry() as registry:
         place = Reference.parse(reference)
-        done = registry.push(assemble(layers, config=config), place, parallel=int(streams))
-    print(",".join(row["digest"] for row in done.layers))
+        registry.push(assemble(layers(folder), config=config), place, parallel=int(streams))
+
+
+def layers(folder: str) -> list[Any]:
+    """Return one layer for each file; its digest is known where `known_digests` told it."""
+    sys.path.insert(0, str(HERE.parent))
+    from toolchain.oci.layers import Member, TarLayer
+    from toolchain.values import Digest
+
+    paths = sorted(Path(folder).glob("*.safetensors"))
+    known = os.environ.get(DIGESTS)
+    told = known.split(",") if known else [""] * len(paths)
+    return [
+        TarLayer(
+            members=(Member.of_file(f"/models/{path.name}", path),),
+            known_digest=Digest(digest) if digest else None,
+        )
+        for path, digest in zip(paths, told, strict=True)
+    ]
+
+
+def digests(folder: str) -> None:
+    """Print the layers' digests."""
+    print(",".join(layer.digest for layer in layers(folder)))
 
 
 def layout(folder: str, out: str) -> None:
     """Write the same image as a layout, for tools that copy one."""
     sys.path.insert(0, str(HERE.parent))
     from toolchain.oci.image import ImageConfig, assemble
-    from toolchain.oci.layers import Member, TarLayer
     from toolchain.oci.layout import write_layout
 
-    layers = [
-        TarLayer(members=(Member.of_file(f"/models/{path.name}", path),))
-        for path in sorted(Path(folder).glob("*.safetensors"))
-    ]
-    write_layout(assemble(layers, config=ImageConfig()), Path(out), ref="v1")
+    write_layout(assemble(layers(folder), config=ImageConfig()), Path(out), ref="v1")
 
 
 def rebase(source: str, onto: str, to: str) -> None:
@@ -123,14 +130,9 @@ def load(folder: str, reference: str) -> None:
     sys.path.insert(0, str(HERE.parent))
     from toolchain.oci.archive import docker_archive
     from toolchain.oci.image import ImageConfig, assemble
-    from toolchain.oci.layers import Member, TarLayer
     from toolchain.oci.references import Reference
 
-    layers = [
-        TarLayer(members=(Member.of_file(f"/models/{path.name}", path),))
-        for path in sorted(Path(folder).glob("*.safetensors"))
-    ]
-    image = assemble(layers, config=ImageConfig())
+    image = assemble(layers(folder), config=ImageConfig())
     with subprocess.Popen(["docker", "load", "-q"], stdin=subprocess.PIPE) as child:
         for chunk in docker_archive(image, Reference.parse(reference)):
             child.stdin.write(chunk)  # type: ignore[union-attr]
@@ -207,22 +209,24 @@ def one_stream(weights: Path) -> dict[str, float]:
         return timed([(act("push", weights, f"{host}/bench/app:1", 1), {})], pids, {})
 
 
+def known_digests(weights: Path) -> dict[str, str]:
+    """Return what tells the acts the layers' digests, as a merge tells them to a build."""
+    told = subprocess.run(act("digests", weights), check=True, capture_output=True, text=True)
+    return {DIGESTS: told.stdout.strip()}
+
+
 def known(weights: Path) -> dict[str, float]:
     """Time the same where the digests are known, as they are after a merge."""
+    env = known_digests(weights)
     with registry() as (host, pids):
-        words = act("push", weights, f"{host}/bench/first:1")
-        digests = subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
-    with registry() as (host, pids):
-        env = {"WEIGHTSMITH_BENCH_DIGESTS": digests}
         return timed([(act("push", weights, f"{host}/bench/app:1"), env)], pids, {})
 
 
 def again(weights: Path) -> dict[str, float]:
     """Time a second push after the configuration changed, digests remembered."""
+    env = known_digests(weights)
     with registry() as (host, pids):
-        words = act("push", weights, f"{host}/bench/app:1")
-        digests = subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
-        env = {"WEIGHTSMITH_BENCH_DIGESTS": digests}
+        subprocess.run(act("push", weights, f"{host}/bench/app:1"), check=True)
         return timed([(act("push", weights, f"{host}/bench/app:2", 4, "2"), env)], pids, {})
 
 
@@ -299,9 +303,11 @@ def docker(weights: Path) -> dict[str, float]:
 
 
 def loaded(weights: Path) -> dict[str, float]:
-    """Time one assembly and `docker load` into an empty daemon."""
+    """Time one assembly and `docker load` into an empty daemon, digests known as in a pull."""
+    env = known_digests(weights)
     with daemon_of_our_own() as (where, daemon):
-        return timed([(act("load", weights, "bench/app:1"), {"DOCKER_HOST": where})], {}, daemon)
+        words = act("load", weights, "bench/app:1")
+        return timed([(words, {**env, "DOCKER_HOST": where})], {}, daemon)
 
 
 def pulled(weights: Path) -> dict[str, float]:
@@ -320,7 +326,8 @@ def timed(
     daemon: dict[str, int],
     cwd: Path | None = None,
 ) -> dict[str, float]:
-    """Run the commands; return seconds of wall and of CPU per party, and the client's peak MB."""
+    """Run the commands; return wall and CPU seconds per party, and the client's peak MB."""
+    os.sync()
     before = [cpu(registry), cpu(daemon), children()]
     start, peak = time.perf_counter(), 0
     for command, env in commands:
@@ -431,7 +438,7 @@ TITLES = {
     "skopeo": "write a layout + skopeo copy",
     "buildah": "buildah build + push",
     "oras": "oras push (files, not an image)",
-    "load": "assemble + docker load",
+    "load": "assemble + docker load, digests known",
     "pull": "docker pull, pushed before",
 }
 MEASURES = {
@@ -441,6 +448,7 @@ MEASURES = {
 }  # fmt: skip
 ACTS = {
     "push": push, "layout": layout, "rebase": rebase, "base": base, "load": load, "plan": plan,
+    "digests": digests,
 }  # fmt: skip
 
 
