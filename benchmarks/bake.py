@@ -126,18 +126,15 @@ def rebase(source: str, onto: str, to: str) -> None:
 
 
 def load(folder: str, reference: str) -> None:
-    """Assemble, and stream into `docker load`; no tar is written."""
+    """Assemble, and stream into the engine as `bake --load` does; no tar is written."""
     sys.path.insert(0, str(HERE.parent))
+    from toolchain.drivers.docker import DockerEngine
     from toolchain.oci.archive import docker_archive
     from toolchain.oci.image import ImageConfig, assemble
     from toolchain.oci.references import Reference
 
     image = assemble(layers(folder), config=ImageConfig())
-    with subprocess.Popen(["docker", "load", "-q"], stdin=subprocess.PIPE) as child:
-        for chunk in docker_archive(image, Reference.parse(reference)):
-            child.stdin.write(chunk)  # type: ignore[union-attr]
-    if child.returncode:
-        raise SystemExit("docker load failed")
+    DockerEngine().load(docker_archive(image, Reference.parse(reference)), reference)
 
 
 def plan() -> None:

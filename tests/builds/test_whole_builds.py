@@ -133,6 +133,18 @@ def test_an_image_says_what_it_is_made_of(local) -> None:
     assert any(layer["file"].endswith(".gguf") for layer in found["layers"])
 
 
+def test_an_image_is_made_again_from_what_hangs_on_it(local, tmp_path: Path) -> None:
+    """Without its recipe, from the adapter attached to it; with the same texts, the same bytes."""
+    store, _, built = local
+    again = weightsmith(
+        "build", "--from", built["image"], "--base", TINY.parent / "base", "--runner", "local",
+        "--set", f"calibration.data={TINY.parent / 'calibration.jsonl'}",
+        "--dist", tmp_path / "dist", store=store,
+    )  # fmt: skip
+
+    assert again["targets"][TARGET]["digest"] == built["digest"]
+
+
 def test_plan_names_what_changed(local) -> None:
     store, dist, _ = local
     words = ("plan", "--recipe", TINY, "--runner", "local", "--dist", dist)
