@@ -68,8 +68,16 @@ def check_model_folder(root: Path) -> list[str]:
 def check_adapter_folder(root: Path) -> list[str]:
     """Return the files of a PEFT adapter that has config and weights and needs no own code."""
     names = scan(root)
+    below = [str(root / n) for n in names if n.endswith("/adapter_config.json")]
+    hint = "give the folder that PEFT's save_pretrained wrote"
+    # PEFT writes adapters with a name of their own into folders of that name.
     _require(
-        root, names, "adapter_config.json", "give the folder that PEFT's save_pretrained wrote"
+        root,
+        names,
+        "adapter_config.json",
+        f"{hint}: {' or '.join(sorted(p.removesuffix('/adapter_config.json') for p in below))}"
+        if below
+        else hint,
     )
     _check_no_code(root, names)
     if "adapter_model.safetensors" not in names:

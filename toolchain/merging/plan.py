@@ -29,6 +29,7 @@ from toolchain.merging.combining.combination import Combination
 from toolchain.merging.compose import compose
 from toolchain.merging.families.family import AdapterView, families
 from toolchain.merging.names import BaseNames
+from toolchain.merging.origin import other_family
 from toolchain.merging.outputs import Output, OutputShard
 from toolchain.merging.quantized.base import STALE, see_base
 from toolchain.merging.quantized.sources import held_bytes
@@ -135,6 +136,7 @@ def make_plan(
         findings=(
             *seen.findings,
             *_unknown_fields(planned),
+            *_other_bases(planned, config),
             *made.findings,
             *_replicated(settings),
         ),
@@ -261,4 +263,14 @@ def _unknown_fields(adapters: Sequence[PlannedAdapter]) -> list[str]:
         f"{adapter.root.name}: adapter_config.json sets {name}, which this version ignores"
         for adapter in adapters
         for name in adapter.config.unknown
+    ]
+
+
+def _other_bases(adapters: Sequence[PlannedAdapter], config: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{adapter.root.name}: adapter_config.json says that it was trained on"
+        f" {adapter.config.base_model!r}, and the base is of type {own}; the shapes fit, but make"
+        " sure that it is the right base"
+        for adapter in adapters
+        if (own := other_family(adapter.config.base_model, config))
     ]

@@ -164,6 +164,15 @@ def test_incomplete_folders_are_refused(
     assert said in refusal(function, tmp_path).message
 
 
+def test_adapters_in_folders_of_their_own_are_named(tmp_path: Path) -> None:
+    for name in ("style", "tone"):
+        (tmp_path / name).mkdir()
+        touch(tmp_path / name, "adapter_config.json", "adapter_model.safetensors")
+
+    hint = refusal(check_adapter_folder, tmp_path).hint
+    assert hint.endswith(f": {tmp_path / 'style'} or {tmp_path / 'tone'}")
+
+
 def test_config_must_be_json(tmp_path: Path) -> None:
     touch(tmp_path, *MODEL)
     (tmp_path / "config.json").write_text("{")

@@ -53,6 +53,29 @@ def test_plan_says_what_is_added_where(pair: tuple[Path, Path]) -> None:
     assert not term.right.transposed
 
 
+@pytest.mark.parametrize(
+    ("trained_on", "warned"),
+    [
+        ("mistralai/Mistral-7B-v0.3", True),
+        ("/data/Qwen2-tiny/", True),
+        ("unsloth/TinyLlama-bnb-4bit", False),
+        ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", False),
+        ("meta-llama/some-fine-tune", False),
+        ("/qwen/base", False),
+        (None, False),
+    ],
+)
+def test_a_base_of_another_family_is_told(
+    pair: tuple[Path, Path], trained_on: str | None, warned: bool
+) -> None:
+    """Shapes and names may fit all the same, and PEFT says nothing: no refusal, but a word."""
+    path = pair[1] / "adapter_config.json"
+    told = json.loads(path.read_text()) | {"base_model_name_or_path": trained_on}
+    path.write_text(json.dumps(told))
+
+    assert any("the base is of type llama" in said for said in plan(pair).findings) == warned
+
+
 def test_planning_needs_what_the_command_line_has_alone() -> None:
     """A plan is made where only the light packages are installed: numpy is the workers'."""
     heavy = ("torch", "numpy", "ml_dtypes", "safetensors", "peft", "transformers")
