@@ -58,6 +58,10 @@ NEEDS = {
         lambda: shutil.which("docker-registry") is not None,
         "the docker-registry program is not installed",
     ),
+    "other_registries": (
+        lambda: shutil.which("weightsmith-test-registries") is not None,
+        "no weightsmith-test-registries (tests/engine.sh as root builds it)",
+    ),
     "browser": (
         lambda: bool(chromium_path()),
         "no Chromium (tests/engine.sh as root installs it), or no playwright",

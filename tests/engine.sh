@@ -15,6 +15,11 @@ readonly SUITE=trixie PYTHON_SUITE=bookworm
 readonly MIRROR=${WEIGHTSMITH_TEST_MIRROR:-http://deb.debian.org/debian}
 readonly PACKAGES=(docker.io docker-cli docker-buildx docker-compose docker-registry skopeo umoci
   podman oras cosign mmdebstrap)
+# Sources of registries that others wrote, and what these need; the compiler is golang-go.
+readonly REGISTRY_SOURCES=(golang-github-google-go-containerregistry-dev
+  golang-github-cue-labs-oci-dev golang-github-opencontainers-go-digest-dev
+  golang-github-opencontainers-image-spec-dev)
+readonly REGISTRIES=/usr/local/bin/weightsmith-test-registries
 readonly LOG=${TMPDIR:-/tmp}/weightsmith-dockerd.log
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 readonly HERE
@@ -93,6 +98,34 @@ install_browser() {
   say "installing chromium"
   retried apt_install chromium ||
     say "chromium cannot be installed: the report's tests will be skipped"
+}
+
+# More registries for the client's tests: 50 MB to download and half a minute. They are skipped
+# without it. Only the sources are unpacked: what the packages depend on is 170 MB more.
+install_registries() {
+  [ "$REGISTRIES" -nt "$HERE/fakes/registries.go" ] && return
+  if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then return; fi
+  say "building $REGISTRIES"
+  local work
+  work=$(mktemp -d)
+  chmod 755 "$work"
+  build_registries "$work" >&2 ||
+    say "the other registries cannot be built: their tests will be skipped"
+  rm -rf "$work"
+}
+
+# Each step is followed by `|| return`: in a condition `set -e` does not count.
+build_registries() {
+  local package
+  [ -n "$(find /var/lib/apt/lists -name '*_Packages*' -print -quit)" ] || apt-get update -qq || return
+  command -v go >/dev/null ||
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends golang-go || return
+  (cd "$1" && apt-get download -qq -o APT::Sandbox::User=root "${REGISTRY_SOURCES[@]}") || return
+  for package in "$1"/*.deb; do
+    dpkg-deb -x "$package" "$1" || return
+  done
+  GO111MODULE=off GOPATH=$1/usr/share/gocode GOCACHE=$1/cache CGO_ENABLED=0 \
+    go build -o "$REGISTRIES" "$HERE/fakes/registries.go"
 }
 
 stop_registry_service() {
@@ -199,6 +232,7 @@ main() {
   fi
   have_base || bootstrap_base
   install_browser
+  install_registries
   say "ready: docker $(docker version --format '{{.Server.Version}}')"
 }
 

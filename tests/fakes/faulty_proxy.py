@@ -18,13 +18,18 @@ CHUNK = 1 << 16
 
 @dataclass
 class Faults:
-    """What goes wrong: (method, part of the path, fault), each once, in the order of requests."""
+    """What goes wrong: (method, part of the path, fault), each once, in the order of requests.
+
+    Methods may be joined, as in `PATCH PUT`.
+    """
 
     plan: list[tuple[str, str, str]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
     log: list[tuple[str, str]] = field(default_factory=list)
     watch: Callable[[int], None] = lambda _: None
     """Called with the number of each request, before it is passed on."""
+    received: int = 0
+    """Bytes of bodies that were passed on."""
     host: str = ""
     _open: int = 0
     _changed: threading.Condition = field(default_factory=threading.Condition)
@@ -50,7 +55,7 @@ class Faults:
             self.log.append((method, path))
             self.watch(len(self.log))
             for row in self.plan:
-                if row[0] == method and row[1] in path:
+                if method in row[0].split() and row[1] in path:
                     self.plan.remove(row)
                     return row[2]
         return ""
@@ -92,6 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
         while left and (data := self.rfile.read(min(CHUNK, left))):
             connection.send(data)
             left -= len(data)
+            self.faults.received += len(data)
         if fault == "cut" or left:  # or the client is gone
             return self.reset()
         reply = connection.getresponse()

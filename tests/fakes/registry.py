@@ -37,6 +37,10 @@ class FakeRegistry:
         self.chunk_min = 0
         self.largest_body = 0
         self.mount_allowed = True
+        self.trouble = ""
+        """What faults say besides."""
+        self.keeps_first = False
+        """A blob that is there stays as it is, whatever is uploaded."""
         self.url = ""
         self.lock = threading.Lock()
         self._upload_numbers = itertools.count(1)
@@ -108,7 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.body()
             extra = {"Retry_After": "7"} if fault == "429" else {}
             secret = self.headers.get("Authorization", "").partition(" ")[2]
-            return self.fail(int(fault), "TROUBLE", f"bad moment {secret}", **extra)
+            return self.fail(int(fault), "TROUBLE", f"bad moment {secret}{state.trouble}", **extra)
         return self.route(path, parse_qs(urlsplit(self.path).query), fault)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_PATCH = do_DELETE = handle_one  # noqa: N815 - the names http.server calls
@@ -183,8 +187,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return None
         ranges = "" if fault == "norange" else self.headers.get("Range", "")
-        start = re.fullmatch(r"bytes=(\d+)-", ranges)
-        return self.answer(206 if start else 200, data[int(start[1]) if start else 0 :])
+        part = re.fullmatch(r"bytes=(\d+)-(\d+)", ranges)
+        if part:
+            return self.answer(206, data[int(part[1]) : int(part[2]) + 1])
+        return self.answer(200, data)
 
     def upload(self, repository: str, name: str, query: dict[str, list[str]], fault: str) -> None:
         if self.command == "POST":
@@ -219,7 +225,8 @@ class _Handler(BaseHTTPRequestHandler):
         digest = "sha256:" + hashlib.sha256(whole).hexdigest()
         if digest != query["digest"][0] or query.get("_state") != ["a+b="]:
             return self.fail(400, "DIGEST_INVALID", "provided digest did not match")
-        self.state.blobs[repository, digest] = whole
+        if not (self.state.keeps_first and (repository, digest) in self.state.blobs):
+            self.state.blobs[repository, digest] = whole
         return self.answer(201, Docker_Content_Digest=_wrong(digest) if fault else digest)
 
     def open_upload(self, repository: str, query: dict[str, list[str]]) -> None:

@@ -102,7 +102,8 @@ def _resumed(session: Session, wanted: Blob) -> Iterator[bytes]:
 
 
 def _from(session: Session, wanted: Blob, at: int) -> Iterator[bytes]:
-    headers = {"Range": f"bytes={at}-"} if at else {}
+    # With its end: some registries refuse a range without one, which RFC 9110 allows.
+    headers = {"Range": f"bytes={at}-{wanted.size - 1}"} if at else {}
     url = f"blobs/{wanted.digest}"
     with session.stream("GET", url, headers=headers) as response:
         if response.status_code not in (_OK, _PARTIAL):

@@ -296,21 +296,35 @@ def _below(group: list[Member], largest: int) -> list[list[Member]]:
     return parts
 
 
-def verified(chunks: Iterable[bytes], blob: Blob, where: str) -> Iterator[bytes]:
-    """Pass chunks on; InputRefused if they are not exactly the blob's size and digest."""
+def verified(
+    chunks: Iterable[bytes],
+    blob: Blob,
+    where: str,
+    hint: str = "it is damaged or was tampered with; write or push the image again",
+) -> Iterator[bytes]:
+    """Pass chunks on; InputRefused if they are not exactly the blob's size and digest.
+
+    The last one is passed on only when all are right: who waits for it never has a whole blob
+    that is wrong.
+    """
     state = hashlib.sha256()
     size = 0
+    held = b""
     for chunk in chunks:
+        if held:
+            yield held
+        held = chunk
         state.update(chunk)
         size += len(chunk)
         if size > blob.size:
             break
-        yield chunk
     if size != blob.size or state.hexdigest() != blob.digest.hex:
         raise InputRefused(
             f"{where}: the blob {blob.digest.short} does not have the content its digest promises",
-            hint="it is damaged or was tampered with; write or push the image again",
+            hint=hint,
         )
+    if held:
+        yield held
 
 
 def _content(member: Member) -> Iterator[bytes]:

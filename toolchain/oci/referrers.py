@@ -23,7 +23,8 @@ _COSIGN = (".sig", ".att")
 
 def attach(session: Session, reference: Reference, *attachments: Attachment) -> None:
     """Put attachments beside their image, where every reader will find them."""
-    unlisted: dict[Digest, list[Attachment]] = {}
+    added: dict[Digest, list[Attachment]] = {}
+    knows = True
     blobs = {blob.digest: (blob, o) for a in attachments for blob, o in a.blobs()}
     for blob, opener in blobs.values():
         uploads.bring(session, blob, opener)
@@ -32,16 +33,22 @@ def attach(session: Session, reference: Reference, *attachments: Attachment) -> 
         reply = uploads.put_manifest(session, attachment.blob.digest, data, manifests.OCI_MANIFEST)
         if attachment.tag:
             uploads.put_manifest(session, attachment.tag, data, manifests.OCI_MANIFEST)
-        has_subject = attachment.raw is None or b'"subject"' in attachment.raw
-        # Without this header the registry does not know referrers, and the client keeps the list.
-        if has_subject and "oci-subject" not in reply.headers:
-            unlisted.setdefault(attachment.subject.digest, []).append(attachment)
-    for subject, those in unlisted.items():
-        tag = fallback_tag(subject)
-        rows = _by_tag(session, reference, tag)
-        index = with_rows(rows, those)
-        if index != with_rows(rows, ()):
-            uploads.put_manifest(session, tag, index, manifests.OCI_INDEX)
+        if attachment.raw is None or b'"subject"' in attachment.raw:
+            knows = knows and "oci-subject" in reply.headers
+            added.setdefault(attachment.subject.digest, []).append(attachment)
+    for subject, those in added.items():
+        # Some say with the header that they know referrers, and have no list to ask for.
+        if not knows or _by_api(session, reference, subject) is None:
+            _list(session, reference, subject, those)
+
+
+def _list(session: Session, reference: Reference, subject: Digest, those: list[Attachment]) -> None:
+    """Keep the list of what hangs on an image under a tag, where the registry keeps none."""
+    tag = fallback_tag(subject)
+    rows = _by_tag(session, reference, tag)
+    index = with_rows(rows, those)
+    if index != with_rows(rows, ()):
+        uploads.put_manifest(session, tag, index, manifests.OCI_INDEX)
 
 
 def find(

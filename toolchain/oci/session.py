@@ -390,9 +390,12 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 
 
 def _limited(response: httpx.Response, limit: int, registry: str) -> bytes:
+    """Read a reply of at most so many bytes; of a longer refusal the beginning says why."""
     data = bytearray()
     for chunk in response.iter_raw():
         data += chunk
+        if len(data) > limit and response.is_error:
+            return bytes(data[:limit])
         if len(data) > limit:
             raise InputRefused(
                 f"{registry} answered with more than {limit} bytes where few were due"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -11,25 +10,18 @@ from enum import Enum
 from typing import TypeAlias
 from urllib.parse import quote
 
-from toolchain.errors import InputRefused, WeightsmithError
-from toolchain.oci.downloads import promised
+from toolchain.errors import EnvironmentFailure, WeightsmithError
 from toolchain.oci.image import Image, Opener, blob_of
-from toolchain.oci.layers import BlobLayer, Layer
-from toolchain.oci.limits import limits_of
+from toolchain.oci.layers import BlobLayer, Layer, verified
 from toolchain.oci.progress import Advance, Meter
 from toolchain.oci.references import Reference
+from toolchain.oci.sending import check_created, send
 from toolchain.oci.session import Reply, Session, Transient
 from toolchain.values import Blob, Digest
 
-_OK, _CREATED, _ACCEPTED, _NO_CONTENT = 200, 201, 202, 204
-_BAD, _MISSING, _TOO_LARGE, _OUT_OF_STEP = 400, 404, 413, 416
-_CHUNK = 32 << 20
-_LARGEST_CHUNK = 256 << 20
-_BINARY = "application/octet-stream"
+_OK, _CREATED, _ACCEPTED, _MISSING = 200, 201, 202, 404
 _FEW = 3
 """Tries of a first look: long enough for a hiccup, short enough to wait for."""
-_FINISH = 1800
-"""Seconds that a registry may take after the last byte: some copy a layer to another store."""
 
 
 Elsewhere: TypeAlias = Callable[[Blob], tuple[Session, str] | None]
@@ -79,7 +71,7 @@ def bring_all(
         if stop.is_set():
             raise _Stopped
         blob = blob_of(layer)
-        way = bring(session, blob, layer.open, sources, meter, stop, elsewhere)
+        way = bring(session, blob, _opener(layer, blob), sources, meter, stop, elsewhere)
         return way, blob.size
 
     with ThreadPoolExecutor(max(1, parallel)) as pool:
@@ -96,6 +88,15 @@ def bring_all(
     config = image.config_blob
     way = bring(session, config, lambda: iter((image.config_bytes,)))
     return [*(future.result() for future in futures), (way, config.size)]
+
+
+def _opener(layer: Layer, blob: Blob) -> Opener:
+    """Return what yields the layer's bytes, checked: not every registry compares the digest."""
+    if isinstance(layer, BlobLayer):
+        return layer.open  # checked where it is read
+    what = layer.file or "a layer"
+    hint = "a file changed since it was hashed; build again"
+    return lambda: verified(layer.open(), blob, what, hint)
 
 
 def bring(
@@ -121,23 +122,49 @@ def bring(
             yield chunk
 
     def once() -> Way:
-        url = f"blobs/{blob.digest}"
-        found = session.call("HEAD", url)
-        if found.status == _OK:
+        held = _held(session, blob, what)
+        if held == blob.size:
             return Way.THERE
-        if found.status != _MISSING:
-            raise session.refusal(what, found)
-        if elsewhere and (place := elsewhere(blob)) and _mounted(*place, blob):
+        if held is None and elsewhere and (place := elsewhere(blob)) and _mounted(*place, blob):
             return Way.MOUNTED
-        opened = _mount(session, blob, sources)
+        opened = _mount(session, blob, sources if held is None else ())
         if opened is None:
             return Way.MOUNTED
-        _send(session, blob, body, opened, what)
+        send(session, blob, body, opened, what)
+        if held is not None and _held(session, blob, what) != blob.size:
+            raise _damaged(session, blob, held, what)
         return Way.SENT
 
     way = session.attempt(what, once)
     meter.reach(blob.digest, blob.size)
     return way
+
+
+def _held(session: Session, blob: Blob, what: str) -> int | None:
+    """Return how many bytes the repository has under the digest, or None where it has no such blob.
+
+    A registry may have kept a part of a broken upload as if it were all.
+    """
+    url = f"blobs/{blob.digest}"
+    found = session.call("HEAD", url)
+    if found.status == _MISSING:
+        return None
+    if found.status != _OK:
+        raise session.refusal(what, found)
+    if found.headers.get("content-length") in (None, str(blob.size)):
+        return blob.size
+    # Some answer HEAD with another length than GET, of which only the head is read here.
+    with session.stream("GET", url) as reply:
+        length = reply.headers.get("content-length", "") if reply.status_code == _OK else "0"
+    return int(length) if length.isascii() and length.isdigit() else blob.size
+
+
+def _damaged(session: Session, blob: Blob, held: int, what: str) -> EnvironmentFailure:
+    return EnvironmentFailure(
+        f"{what}: {session.registry} holds {held} of its {blob.size} bytes under that digest, "
+        "and keeps them",
+        hint="delete the blob there, or push to another repository",
+    )
 
 
 def try_upload(session: Session, where: str) -> None:
@@ -162,7 +189,7 @@ def put_manifest(session: Session, name: str, manifest: bytes, media_type: str) 
     reply = session.attempt(
         what, lambda: session.call("PUT", f"manifests/{name}", headers=headers, body=manifest)
     )
-    _check_created(session, reply, Digest.of(manifest), what)
+    check_created(session, reply, Digest.of(manifest), what)
     return reply
 
 
@@ -189,155 +216,3 @@ def _mounted(session: Session, source: str, blob: Blob) -> bool:
     except (Transient, WeightsmithError):
         return False
     return reply.status == _CREATED
-
-
-def _send(session: Session, blob: Blob, body: Opener, opened: Reply, what: str) -> None:
-    if opened.status != _ACCEPTED:
-        raise session.refusal(what, opened)
-    least = opened.headers.get("oci-chunk-min-length", "")
-    size = max(int(least), _CHUNK) if least.isascii() and least.isdigit() else 0
-    if size and blob.size <= int(least):
-        size = 0
-    reply, resumed = _persistently(session, blob, body, opened, size, what)
-    limits = limits_of(session.registry)
-    whole_only = limits is not None and limits.in_one_piece
-    if reply.status == _TOO_LARGE and not size and blob.size > _CHUNK and not whole_only:
-        again = session.call("POST", "blobs/uploads/", headers={"Content-Length": "0"})
-        if again.status != _ACCEPTED:
-            raise session.refusal(what, again)
-        reply, resumed = _persistently(session, blob, body, again, _CHUNK, what)
-    if reply.status in (_MISSING, _OUT_OF_STEP):
-        # The registry lost the upload, as it does when it starts anew.
-        raise Transient(session.explain(reply))
-    if reply.status == _BAD and b"DIGEST_INVALID" in reply.body:
-        if resumed:
-            raise Transient("the registry did not keep what it said it had")
-        raise InputRefused(
-            f"{what}: {session.explain(reply)}: the bytes are not what their digest says",
-            hint="a file changed since it was hashed; build again",
-        )
-    _check_created(session, reply, blob.digest, what)
-
-
-def _persistently(
-    session: Session, blob: Blob, body: Opener, opened: Reply, size: int, what: str
-) -> tuple[Reply, bool]:
-    """Send a blob, in pieces of `size` bytes (0: whole), and go on where a connection broke.
-
-    Return the last reply, and whether it went on anywhere. Raises Transient where the registry
-    kept nothing of it.
-    """
-    at, place = 0, opened
-    while True:
-        try:
-            if size:
-                return _in_chunks(session, body, place, blob, size, at), at > 0
-            if at:
-                return _rest(session, body, place, blob, at), True
-            headers = {"Content-Length": str(blob.size), "Content-Type": _BINARY}
-            url = _finishing(session.location(place), blob)
-            return session.call("PUT", url, headers=headers, body=body, wait=_FINISH), False
-        except Transient as trouble:
-            kept = _kept(session, place)
-            if kept is None or not at < kept[0] <= blob.size:
-                raise
-            # It went on since the last time, so it will come to an end: this is the first try.
-            session.wait_after(what, trouble, 1)
-            at, place = kept
-
-
-def _kept(session: Session, opened: Reply) -> tuple[int, Reply] | None:
-    """Return how many bytes of an upload a registry has, and where it goes on; None for nothing.
-
-    https://github.com/opencontainers/distribution-spec/blob/main/spec.md#resuming-an-upload
-    """
-    try:
-        url = session.location(opened)
-        reply = session.attempt("", lambda: session.call("GET", url), tries=_FEW)
-    except (WeightsmithError, Transient):
-        return None
-    found = re.fullmatch(r"(?:bytes=)?0-(\d+)", reply.headers.get("range", ""))
-    if reply.status not in (_OK, _NO_CONTENT) or found is None or int(found[1]) == 0:
-        return None
-    return int(found[1]) + 1, reply if reply.headers.get("location") else opened
-
-
-def _rest(session: Session, body: Opener, place: Reply, blob: Blob, at: int) -> Reply:
-    """Send all that comes after `at` bytes."""
-    if at == blob.size:
-        return _finish(session, place, blob)
-    reply = _patch(session, place, at, blob.size - at, lambda: _after(body(), at))
-    return _finish(session, reply, blob) if reply.status == _ACCEPTED else reply
-
-
-def _in_chunks(
-    session: Session, body: Opener, place: Reply, blob: Blob, size: int, at: int
-) -> Reply:
-    """Send what comes after `at` bytes in pieces, as registries ask that take no large body.
-
-    A piece is held in memory, since it may have to be sent again with another token.
-    """
-    reply = place
-    for piece in _pieces(_after(body(), at), min(size, _LARGEST_CHUNK)):
-        length = sum(map(len, piece))
-        reply = _patch(session, reply, at, length, lambda piece=piece: iter(piece))  # type: ignore[misc]
-        if reply.status != _ACCEPTED:
-            return reply
-        at += length
-    return _finish(session, reply, blob)
-
-
-def _patch(session: Session, place: Reply, at: int, length: int, body: Opener) -> Reply:
-    headers = {
-        "Content-Length": str(length),
-        "Content-Range": f"{at}-{at + length - 1}",
-        "Content-Type": _BINARY,
-    }
-    return session.call("PATCH", session.location(place), headers=headers, body=body, wait=_FINISH)
-
-
-def _finish(session: Session, place: Reply, blob: Blob) -> Reply:
-    url = _finishing(session.location(place), blob)
-    return session.call("PUT", url, headers={"Content-Length": "0"}, wait=_FINISH)
-
-
-def _after(chunks: Iterator[bytes], at: int) -> Iterator[bytes]:
-    """Leave out the first `at` bytes."""
-    for chunk in chunks:
-        rest = chunk[at:]
-        at -= len(chunk) - len(rest)
-        if rest:
-            yield rest
-
-
-def _pieces(chunks: Iterator[bytes], size: int) -> Iterator[list[bytes]]:
-    """Group chunks into pieces of `size` bytes, the last one shorter."""
-    held: list[bytes] = []
-    room = size
-    for chunk in chunks:
-        rest = chunk
-        while rest:
-            held.append(rest[:room])
-            rest = rest[len(held[-1]) :]
-            room -= len(held[-1])
-            if not room:
-                yield held
-                held, room = [], size
-    if held:
-        yield held
-
-
-def _finishing(location: str, blob: Blob) -> str:
-    # Joined as text: the registry's own query is signed in places and must stay as it is.
-    return f"{location}{'&' if '?' in location else '?'}digest={quote(blob.digest, safe='')}"
-
-
-def _check_created(session: Session, reply: Reply, digest: Digest, what: str) -> None:
-    if reply.status not in (_OK, _CREATED, _ACCEPTED):
-        raise session.refusal(what, reply)
-    there = promised(reply, session.registry)
-    if there and there != digest:
-        raise InputRefused(
-            f"{what}: {session.registry} stored {there.short} instead",
-            hint="a proxy or the registry changes what it is given; see its settings",
-        )

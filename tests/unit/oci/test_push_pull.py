@@ -193,7 +193,7 @@ def test_a_file_changed_since_it_was_hashed(
     fake: FakeRegistry, client: Registry, image: Image
 ) -> None:
     layer = TarLayer(members=(Member.of_bytes("/a", b"1"),), known_digest=image.digest)
-    with pytest.raises(InputRefused, match="not what their digest says"):
+    with pytest.raises(InputRefused, match="content its digest promises"):
         client.push(Image(layers=(layer,), settings=image.settings), at(fake))
 
 
@@ -216,7 +216,7 @@ def test_chunks_where_the_registry_asks(
     limits: tuple[int, int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("toolchain.oci.uploads._CHUNK", 20_000)
+    monkeypatch.setattr("toolchain.oci.sending._CHUNK", 20_000)
     fake.chunk_min, fake.largest_body = limits
     client.push(image, at(fake))
     assert fake.counts()["PATCH"] >= 8
@@ -445,7 +445,7 @@ def test_a_broken_upload_goes_on_where_the_registry_kept_it(
     fake: FakeRegistry, client: Registry, image: Image, chunk_min: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("toolchain.oci.uploads._CHUNK", 20_000)
+    monkeypatch.setattr("toolchain.oci.sending._CHUNK", 20_000)
     fake.chunk_min = chunk_min
     method = "PATCH" if chunk_min else "PUT"
     fake.faults = [(method, "/uploads/", "keep:10001")] + [("PATCH", "/uploads/", "keep:777")] * 9
@@ -466,6 +466,46 @@ def test_a_registry_that_kept_something_else(
     fake.faults = [("PUT", "/uploads/", "keep:30000"), ("GET", "/uploads/", "spoil")]
     client.push(image, at(fake))
     assert client.digest_of(at(fake)) == image.digest
+    assert not fake.faults
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_registry_that_has_half_of_a_layer(
+    fake: FakeRegistry, client: Registry, image: Image, stays: bool
+) -> None:
+    """Pulp keeps what came of an upload that broke off under the digest of the whole."""
+    layer = image.layers[0]
+    fake.blobs["team/app", layer.digest] = b"".join(layer.open())[:30_000]
+    fake.keeps_first = stays
+    if stays:
+        with pytest.raises(EnvironmentFailure, match=f"30000 of its {layer.size} bytes") as caught:
+            client.push(image, at(fake))
+        assert "delete" in caught.value.hint
+        assert client.digest_of(at(fake)) is None
+    else:
+        client.push(image, at(fake))
+        assert len(fake.blobs["team/app", layer.digest]) == layer.size
+
+
+def test_a_long_refusal_is_told_by_its_beginning(
+    fake: FakeRegistry, client: Registry, image: Image
+) -> None:
+    """CUE Labs' server puts the whole blob into its message."""
+    fake.trouble = "x" * (1 << 20)
+    fake.faults = [("PUT", "/uploads/", "403")] * 9
+    with pytest.raises(EnvironmentFailure, match="answered 403"):
+        client.push(image, at(fake))
+
+
+def test_a_large_blob_is_a_part_first(
+    fake: FakeRegistry, client: Registry, tmp_path: Path
+) -> None:
+    """Of a broken whole some registries keep what came as if it were all."""
+    (tmp_path / "w").write_bytes(bytes(2 << 20))
+    layer = TarLayer(members=(Member.of_file("/w", tmp_path / "w"),), epoch=0)
+    fake.faults = [("PATCH", "/uploads/", "keep:1000000"), ("PATCH", "/uploads/", "reset")]
+    client.push(Image(layers=(layer,), settings={}), at(fake))
+    assert len(fake.blobs["team/app", layer.digest]) == layer.size
     assert not fake.faults
 
 

@@ -1,0 +1,143 @@
+"""What users do with an image, in every registry: bake, sign, verify, copy, rebase, break off."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fakes.baking import bake, make_key, make_model, push_base, tools_for
+from tests.fakes.faulty_proxy import Faults, faulty_proxy
+from tests.fakes.other_registries import Given
+from tests.fakes.registry import fake_registry
+from toolchain.errors import CheckFailed, UsageError
+from toolchain.oci.attachments import fallback_tag
+from toolchain.oci.image import Image
+from toolchain.oci.layers import Member, TarLayer
+from toolchain.oci.places import RegistryPlace
+from toolchain.oci.references import Reference
+from toolchain.oci.registry import Registry
+from toolchain.ports import Silent
+from toolchain.singles.images import copy_image
+from toolchain.singles.rebase import RebaseRequest, rebase_image
+from toolchain.singles.verify import verify_image
+from toolchain.values import Digest
+
+AMD64 = "linux/amd64"
+ENGINE = {"dev.weightsmith.engine": "llamacpp", "org.opencontainers.image.version": "1.0.0"}
+
+
+@dataclass
+class Scene:
+    there: Given
+    client: Registry
+    folder: Path
+    key: Path
+    public: Path
+
+    def name(self, rest: str) -> str:
+        return f"{self.there.place}/{rest}"
+
+    def image(self, rest: str) -> Image:
+        return self.client.pull(Reference.parse(self.name(rest)), platform=AMD64)
+
+    def bake(self, rest: str, **more: Any) -> Any:
+        model, base = self.folder / "model", self.name("base/engine:1")
+        return bake(self.client, model, base, self.key, push=self.name(rest), **more)
+
+    def attached(self, rest: str) -> set[str]:
+        place = RegistryPlace(self.client, Reference.parse(self.name(rest)))
+        return {blob.digest for blob, _ in place.attached(self.image(rest).digest)}
+
+    def check(self, name: str) -> bool:
+        return bool(verify_image(name, self.public, self.client, Silent())["ok"])
+
+
+@pytest.fixture
+def scene(there: Given, client: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
+    monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
+    made = Scene(there, client, tmp_path, *make_key(tmp_path))
+    make_model(tmp_path / "model")
+    push_base(client, made.name("base/engine:1"), ENGINE, {"app/llama-server": b"1"})
+    return made
+
+
+def test_baked_signed_and_verified(scene: Scene) -> None:
+    first = scene.bake("team/app:1")
+    assert scene.check(scene.name("team/app:1"))
+    assert len(scene.attached("team/app:1")) >= 3
+    listed = fallback_tag(Digest(first["digest"]))
+    by_tag = scene.client.digest_of(Reference.parse(scene.name(f"team/app:{listed}")))
+    assert by_tag is None or scene.there.kind != "cuelabs", "the registry keeps the list itself"
+    again = scene.bake("team/app:1")
+    assert (again["digest"], again["uploaded_bytes"]) == (first["digest"], 0)
+    assert scene.image("team/app:1").digest == first["digest"]
+    _, other = make_key(scene.folder, "other")
+    with pytest.raises(CheckFailed):
+        verify_image(scene.name("team/app:1"), other, scene.client, Silent())
+
+
+def test_a_tag_in_use(scene: Scene) -> None:
+    scene.bake("used/app:1")
+    with pytest.raises(UsageError, match="another image"):
+        scene.bake("used/app:1", name="renamed")
+    moved = scene.bake("used/app:1", name="renamed", force=True)
+    assert scene.image("used/app:1").digest == moved["digest"]
+
+
+def test_rebased_and_still_proven(scene: Scene) -> None:
+    scene.bake("old/app:1")
+    labels = {**ENGINE, "org.opencontainers.image.version": "1.1.0"}
+    push_base(scene.client, scene.name("base/engine:2"), labels, {"app/llama-server": b"2"})
+    request = RebaseRequest(
+        source=scene.name("old/app:1"),
+        onto=scene.name("base/engine:2"),
+        to=scene.name("new/app:2"),
+        smoke=False,
+        force=False,
+    )
+    done = rebase_image(request, scene.client, tools_for(scene.key))
+    small = scene.image("new/app:2").config_blob.size
+    assert done["uploaded_bytes"] in ((0, small) if scene.there.pools_blobs else (small,))
+    assert scene.check(scene.name("new/app:2"))
+
+
+def test_copied_out_and_back_with_all_that_hangs_on_it(scene: Scene) -> None:
+    made = scene.bake("here/app:1")
+    with fake_registry() as other:
+        away = f"{other.host}/away/app:1"
+        copy_image(scene.name("here/app:1"), away, scene.client, Silent(), force=False)
+        assert scene.check(away)
+        copy_image(away, scene.name("back/app:1"), scene.client, Silent(), force=False)
+    assert scene.image("back/app:1").digest == made["digest"]
+    assert scene.attached("back/app:1") == scene.attached("here/app:1")
+    assert scene.check(scene.name("back/app:1"))
+
+
+@pytest.fixture
+def broken(there: Given) -> Iterator[tuple[Given, Faults]]:
+    """The registry behind a proxy that breaks connections."""
+    host, slash, path = there.place.partition("/")
+    with faulty_proxy(host) as (way, faults):
+        yield Given(f"{way}{slash}{path}", there.pair, there.kind), faults
+
+
+def test_cut_within_a_layer(broken: tuple[Given, Faults], client: Registry, tmp_path: Path) -> None:
+    """Half of it comes through: the rest follows where the registry keeps that, else all again."""
+    there, faults = broken
+    (tmp_path / "w").write_bytes(os.urandom(24 << 20))
+    layer = TarLayer(members=(Member.of_file("/w", tmp_path / "w"),), epoch=0)
+    image = Image(layers=(layer,), settings={})
+    way = Reference.parse(f"{there.place}/cut/app:1")
+    faults.plan = [("PATCH PUT", "/uploads/", "cut")]
+    client.push(image, way)
+    assert faults.plan == []
+    if there.keeps_uploads:
+        assert faults.received < 1.4 * layer.size
+    (back,) = client.pull(way, platform="").layers
+    faults.plan = [("GET", "/blobs/", "truncate")]
+    assert b"".join(back.open()) == b"".join(layer.open())
