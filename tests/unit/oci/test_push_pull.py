@@ -497,9 +497,7 @@ def test_a_long_refusal_is_told_by_its_beginning(
         client.push(image, at(fake))
 
 
-def test_a_large_blob_is_a_part_first(
-    fake: FakeRegistry, client: Registry, tmp_path: Path
-) -> None:
+def test_a_large_blob_is_a_part_first(fake: FakeRegistry, client: Registry, tmp_path: Path) -> None:
     """Of a broken whole some registries keep what came as if it were all."""
     (tmp_path / "w").write_bytes(bytes(2 << 20))
     layer = TarLayer(members=(Member.of_file("/w", tmp_path / "w"),), epoch=0)
