@@ -55,8 +55,16 @@ def key_of(value: Json) -> Digest:
     return Digest.of(canonical(value))
 
 
+_PLAIN = frozenset({str, int, float, bool, type(None)})
+
+
 def plain(value: Json) -> Json:
     """Turn dataclasses, paths and tuples into plain JSON values."""
+    kind = type(value)
+    if kind in _PLAIN:  # most values by far: a list of 20,000 files is asked for its key
+        return value
+    if kind is tuple or kind is list:
+        return [plain(v) for v in value]
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 from toolchain.errors import InputRefused, UsageError
 from toolchain.oci.image import Image, ImageConfig, assemble
-from toolchain.oci.layers import OWN_LAYER, Member, Memo, TarLayer
+from toolchain.oci.layers import (
+    LAYER_TAR,
+    OWN_LAYER,
+    TAR_RECIPE,
+    BlobLayer,
+    Member,
+    Memo,
+    TarLayer,
+    verified,
+)
 from toolchain.oci.layout import locate, read_all, read_layout
 from toolchain.oci.manifests import host_platform
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
+from toolchain.oci.tar import source_date_epoch
 from toolchain.ports import Entry, Tools
 from toolchain.provenance.bills import read_bills
 from toolchain.provenance.evidence import Document
 from toolchain.provenance.labels import ENGINE_VERSION
 from toolchain.resources import assembles_itself, engine_pins, engine_source, images
 from toolchain.serving.engine import Engine
-from toolchain.values import Digest, Job, Json, StageInputs
+from toolchain.values import Blob, Digest, Job, Json, StageInputs, key_of
 
 OWN = "engine:"
 """Prefix of bases that are a folder of images/engines/, assembled here from its tools."""
@@ -34,6 +46,8 @@ ENGINE_LABEL = "dev.weightsmith.engine"
 
 _BUILDER = "gguf"
 _RECIPE_NUMBER = 1
+_GROUPING = 1
+"""Raised when the same files would become other layers."""
 _OCI_VERSION = "org.opencontainers.image.version"
 _PINNED = frozenset({"commit", "package"})
 """Either marks the entry of source.json that is the engine itself."""
@@ -211,21 +225,40 @@ def _program_layer(entry: Entry, tools: Tools) -> TarLayer:
     return TarLayer(members=(*_members(entry, "app/", 0o755), *_accounts()), memo=tools.store.memo)
 
 
-_ROOTS: dict[Path, tuple[TarLayer, ...]] = {}
+_ROOTS: dict[Path, tuple[BlobLayer, ...]] = {}
 """Entry's folder -> its layers: every target of a build has the same, of 17,000 files."""
 
 
-def _root_layers(entry: Entry, memo: Memo) -> tuple[TarLayer, ...]:
+def _root_layers(entry: Entry, memo: Memo) -> tuple[BlobLayer, ...]:
     """Return a whole root file system: a layer per large package, one with all that is left.
 
-    A new version of one package leaves the others' layers as they are.
+    What they are is remembered: the files are looked at when a layer is opened.
     """
     if entry.tree.root not in _ROOTS:
-        _ROOTS[entry.tree.root] = _grouped(entry, memo)
+        _ROOTS[entry.tree.root] = _remembered(entry, memo)
     return _ROOTS[entry.tree.root]
 
 
+def _remembered(entry: Entry, memo: Memo) -> tuple[BlobLayer, ...]:
+    grouped = cache(lambda: _grouped(entry, memo))
+
+    def told() -> str:
+        return json.dumps([(layer.digest, layer.size, layer.file) for layer in grouped()])
+
+    def opened(number: int, blob: Blob) -> Iterator[bytes]:
+        return verified(grouped()[number].open(), blob, str(entry.tree.root))
+
+    made_of = ["root layers", _GROUPING, TAR_RECIPE, source_date_epoch(), entry.tree.digest]
+    layers = []
+    for number, (digest, size, file) in enumerate(json.loads(memo(key_of(made_of), told))):
+        blob = Blob(digest=Digest(digest), size=size, media_type=LAYER_TAR)
+        opener = partial(opened, number, blob)
+        layers.append(BlobLayer(blob=blob, diff_id=blob.digest, opener=opener, file=file))
+    return tuple(layers)
+
+
 def _grouped(entry: Entry, memo: Memo) -> tuple[TarLayer, ...]:
+    """Return a layer per large package: a new version of one leaves the others' as they are."""
     groups: dict[str, list[Member]] = {}
     for member in _members(entry, "", None):
         found = _PACKAGE.match(member.path)
@@ -251,13 +284,9 @@ def _export(folder: Path, tools: Tools) -> Mapping[str, Json]:
 
 def _members(entry: Entry, prefix: str, mode: int | None) -> tuple[Member, ...]:
     """Return the entry's files; their own modes where none is given."""
-    return tuple(
-        Member(
-            path=prefix + file.path,
-            size=file.size,
-            mode=mode or entry.tree.path(file.path).stat().st_mode,
-            source=entry.tree.path(file.path),
-            digest=file.digest,
-        )
-        for file in entry.tree.files
-    )
+    found = []
+    for file in entry.tree.files:
+        source = entry.tree.path(file.path)
+        kept = mode or source.stat().st_mode
+        found.append(Member(prefix + file.path, file.size, kept, source, file.digest))
+    return tuple(found)

@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from jinja2 import (
@@ -171,6 +172,15 @@ def startup_seconds(weight_bytes: int) -> int:
 
 def render_files(folders: tuple[Path, ...], facts: Mapping[str, Json]) -> dict[str, str]:
     """Render every template of these folders; an earlier folder's file hides a later one's."""
+    environment = _environment(folders)
+    names = sorted(environment.list_templates(extensions=["j2"]))
+    known = {**facts, "files": [name.removesuffix(".j2") for name in names]}
+    return {name.removesuffix(".j2"): _one(environment, name, known) for name in names}
+
+
+@cache
+def _environment(folders: tuple[Path, ...]) -> Environment:
+    """Return what renders these folders' templates, each compiled once for all targets."""
     environment = Environment(
         loader=FileSystemLoader(folders),
         undefined=StrictUndefined,
@@ -189,9 +199,7 @@ def render_files(folders: tuple[Path, ...], facts: Mapping[str, Json]) -> dict[s
         size=human,
         yaml=_yaml,
     )
-    names = sorted(environment.list_templates(extensions=["j2"]))
-    known = {**facts, "files": [name.removesuffix(".j2") for name in names]}
-    return {name.removesuffix(".j2"): _one(environment, name, known) for name in names}
+    return environment
 
 
 def _one(environment: Environment, template: str, facts: Mapping[str, Json]) -> str:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,21 @@ def _siblings(folder: Path, build: Mapping[str, Json]) -> list[Mapping[str, Json
 def render_view(view: Mapping[str, Any], template: str) -> str:
     """Return a template's text; UsageError where the facts lack what it shows."""
     folder = templates() / "report"
+    style, script = ((folder / name).read_text("utf-8") for name in ("report.css", "report.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    # Both are ours, whole: nothing that a model said is in them.
+    ours = {"style": Markup(style), "script": Markup(script), "script_digest": f"sha256-{digest}"}  # noqa: S704
+    try:
+        return _environment(folder).get_template(template).render({**view, **ours})
+    except UndefinedError as error:
+        raise UsageError(
+            f"{template}: {error.message}", hint="build.json lacks what the report shows"
+        ) from None
+
+
+@cache
+def _environment(folder: Path) -> Environment:
+    """Return what renders the report's templates, compiled once for all targets."""
     environment = Environment(
         loader=FileSystemLoader(folder),
         undefined=StrictUndefined,
@@ -227,16 +243,7 @@ def render_view(view: Mapping[str, Any], template: str) -> str:
         sentence=_sentence,
         day=_day,
     )
-    style, script = ((folder / name).read_text("utf-8") for name in ("report.css", "report.js"))
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # Both are ours, whole: nothing that a model said is in them.
-    ours = {"style": Markup(style), "script": Markup(script), "script_digest": f"sha256-{digest}"}  # noqa: S704
-    try:
-        return environment.get_template(template).render({**view, **ours})
-    except UndefinedError as error:
-        raise UsageError(
-            f"{template}: {error.message}", hint="build.json lacks what the report shows"
-        ) from None
+    return environment
 
 
 def _write(texts: Mapping[str, str], folder: Path) -> None:

@@ -38,6 +38,18 @@ def test_produces_once_and_finds_again(tmp_path: Path) -> None:
     assert again.tree.files[0].digest == Digest.of(b"one")
 
 
+def test_what_is_held_is_looked_at_once(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    file = store.produce(KEY, {}, write("one")).tree.path("sub/file")
+    found = store.find(KEY)
+    file.write_text("longer")
+
+    assert store.find(KEY) is found
+    assert FileStore(tmp_path).find(KEY) is None
+    store.close()
+    assert store.find(KEY) is None
+
+
 def test_failed_maker_leaves_nothing_visible(tmp_path: Path) -> None:
     store = FileStore(tmp_path)
 

@@ -1,16 +1,24 @@
 """What a base says of itself is believed; what it does not say is a warning."""
 
+import hashlib
+import io
+import os
+import shutil
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from toolchain.drivers.store import FileStore
 from toolchain.errors import InputRefused
 from toolchain.oci.image import ImageConfig, assemble
 from toolchain.oci.layers import Member, TarLayer
 from toolchain.oci.layout import write_layout
 from toolchain.ports import Silent
+from toolchain.stages import base as stage
 from toolchain.stages.base import ENGINE_LABEL, base_image
+from toolchain.values import key_of
 
 
 class Warnings(Silent):
@@ -49,3 +57,63 @@ def test_a_base_of_another_engine_is_refused(tmp_path, tools) -> None:
     with pytest.raises(InputRefused, match="says that it holds vllm") as caught:
         base_image(layout(tmp_path, {ENGINE_LABEL: "vllm"}), "llamacpp", None, tools)
     assert caught.value.hint
+
+
+PACKAGE = "usr/local/lib/python3.13/dist-packages/torch/lib.so"
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Return a store, and a root file system in it with one large package."""
+
+    def make(folder: Path) -> dict[str, str]:
+        for name, size in ((PACKAGE, 33 << 20), ("bin/sh", 5), ("etc/os-release", 3)):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(b"x" * size)
+        (folder / "bin/sh").chmod(0o755)
+        return {}
+
+    store = FileStore(tmp_path)
+    return store, store.produce(key_of("root"), {}, make)
+
+
+def in_a_new_process(root):
+    stage._ROOTS.clear()
+    store, entry = root
+    return stage._root_layers(entry, store.memo)
+
+
+def test_a_root_file_system_has_a_layer_per_large_package(root) -> None:
+    rest, large = in_a_new_process(root)
+
+    for layer in (rest, large):
+        data = b"".join(layer.open())
+        assert (len(data), layer.digest.hex) == (layer.size, hashlib.sha256(data).hexdigest())
+    with tarfile.open(fileobj=io.BytesIO(b"".join(rest.open()))) as archive:
+        files = {member.name: member.mode for member in archive}
+    assert (files["bin/sh"], files["etc/os-release"], files["tmp"]) == (0o755, 0o644, 0o1777)
+    assert large.file == PACKAGE
+
+
+def test_its_layers_are_remembered_and_its_files_left_alone(root) -> None:
+    first = in_a_new_process(root)
+    shutil.rmtree(root[1].tree.root)
+
+    again = in_a_new_process(root)
+
+    assert [(x.digest, x.size, x.file) for x in again] == [
+        (x.digest, x.size, x.file) for x in first
+    ]
+
+
+def test_a_file_that_became_another_is_noticed_where_layers_are_remembered(root) -> None:
+    in_a_new_process(root)
+    file = root[1].tree.path("etc/os-release")
+    times = file.stat()
+    file.write_bytes(b"abc")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    rest, _ = in_a_new_process(root)
+
+    with pytest.raises(InputRefused, match="not have the content"):
+        list(rest.open())
