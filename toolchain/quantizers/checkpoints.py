@@ -25,6 +25,9 @@ FAMILIES = frozenset(
 """Architectures of dense decoders whose layers hold nothing but `*_proj` matrices and norms; AWQ
 moves scales between layers and must know them (gptqmodel/models/definitions of 7.6.0)."""
 
+_SCALES = 1.02
+"""What a format's nominal bits leave out: scales of narrow rows and small groups, and headers."""
+
 # Not weights: beside them in the finished folder, byte for byte as they were.
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _NOT_COPIED = ("config.json", "model.safetensors.index.json")
@@ -129,7 +132,7 @@ def zero_point_option(format_: Format, wanted: Mapping[str, Json]) -> None:
 
 def output_bytes(checkpoint_bytes: int, kept: int, format_: Format) -> int:
     """Return the bytes of the finished folder; embeddings and head, the `kept`, are as before."""
-    return kept + int((checkpoint_bytes - kept) * format_.bits_per_weight / 16)
+    return kept + int((checkpoint_bytes - kept) * format_.bits_per_weight / 16 * _SCALES)
 
 
 def peak_disk(checkpoint_bytes: int, kept: int, format_: Format) -> int:

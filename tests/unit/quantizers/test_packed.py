@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from toolchain.errors import CheckFailed, InputRefused
+from toolchain.planning import disk_peak
 from toolchain.quantizers.checkpoints import awq_config, check_grouped, finish, group_size
 from toolchain.quantizers.packed import Layout, PackedView
 from toolchain.quantizers.packed_check import check_checkpoint
 from toolchain.quantizers.rounded import quantization, rounded
 from toolchain.quantizers.running import even, samples
+from toolchain.values import FP8
 
 HIDDEN, INNER, GROUP = 64, 128, 32
 CONFIG = {
@@ -401,3 +405,18 @@ def test_joined_texts_fill_samples_of_one_length_and_none_is_dropped(count: int)
     assert joined[:count] == tokens
     assert joined[count:] == tokens[: len(joined) - count]
     assert len(joined) - count < len(found)
+
+
+def test_the_planned_disk_is_what_rounding_takes(tmp_path: Path) -> None:
+    tiny = Path(__file__).parents[3] / "examples" / "tiny" / "base"
+    settings, out = tmp_path / "settings.json", tmp_path / "out"
+    out.mkdir()
+    told = {"method": "fp8", "model": str(tiny), "out": str(out), "keep": []}
+    settings.write_text(json.dumps(told), "utf-8")
+    module = "toolchain.quantizers.rounded"
+    subprocess.run([sys.executable, "-m", module, str(settings)], check=True)
+    taken = sum(file.stat().st_size for file in out.iterdir())
+    size = sum(file.stat().st_size for file in tiny.iterdir())
+    config = json.loads((tiny / "config.json").read_text("utf-8"))
+    planned = disk_peak(size, FP8, config)
+    assert taken <= planned < 1.05 * taken
