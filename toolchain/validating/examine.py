@@ -48,6 +48,8 @@ class Examiner:
     """Parameter -> which adapters are in it, where parts were kept."""
     unjudged: list[str] = field(default_factory=list)
     """Parameters whose rounding the twins do not show."""
+    bypassed: list[str] = field(default_factory=list)
+    """Parameters that the model's code does not use by calling their layer, as PEFT needs it."""
 
     def watch(self, site: Site) -> None:
         """Examine a site when it runs."""
@@ -61,6 +63,8 @@ class Examiner:
         """Examine a site that the probes did not run through."""
         if site.seen:
             return
+        if ".experts." not in site.path:  # an expert that no token went to is called by others
+            self.bypassed += [n for part, n in site.parameters.items() if part != "bias"]
         if site.kind == "other":
             self._fill(site)
             self._merge(site)

@@ -29,6 +29,11 @@ _NOT_SUMMED = (
 )
 _MIXED = "each element was held against what the method can make of the adapters' changes"
 _UNMIXED = "what no adapter changes was compared"
+_BYPASSED = (
+    "the model's code reads {} without calling the layer: there the adapter acts in the merge and "
+    "not beside the base, where training could not reach it either; the logits' distance is told "
+    "and not judged"
+)
 _SWALLOWED = 0.5
 """Part of the adapter's effect that rounding may take before it is worth a warning."""
 
@@ -65,6 +70,9 @@ def judge_models(
     if not summed:
         judged = _MIXED if reference.examiner.mixed else _UNMIXED
         told = [finding(NOTE, "logits", _NOT_SUMMED.format(judged))]
+    if failed(told) and reference.examiner.bypassed and not elements["wrong"]:
+        shown = ", ".join(reference.examiner.bypassed[:3])
+        told = [finding(WARNING, "logits", _BYPASSED.format(shown))]
     layers = _layers(reference, run)
     parted = next((row["layer"] for row in layers if row["parted"]), None)
     if failed(told) and parted is not None:

@@ -37,6 +37,10 @@ def config_of(kind: str, **options: Any) -> Any:
             return transformers.GPT2Config(**sizes, n_positions=128, **options)
         case "gemma3":
             return transformers.Gemma3TextConfig(**SIZES | LLAMA | {"head_dim": 16} | options)
+        case "jamba":
+            mamba = {"attn_layer_offset": 1, "attn_layer_period": 2, "num_experts": 1}
+            mamba |= {"use_mamba_kernels": False, "mamba_d_state": 8, "mamba_dt_rank": 8}
+            return transformers.JambaConfig(**SIZES | LLAMA | mamba | options)
     raise ValueError(kind)
 
 

@@ -123,6 +123,20 @@ def test_a_wrong_weight_is_told(tmp_path: Path) -> None:
     assert "the adapter is in it 0.5 times" in tell(result)
 
 
+def test_a_layer_that_is_read_and_not_called_is_told(tmp_path: Path) -> None:
+    """Mamba's `dt_proj`: its LoRA acts nowhere in PEFT's forward, and in the merge it does."""
+    base = make_model(tmp_path / "base", "jamba")
+    lora = make_adapter(tmp_path / "lora", base, init_lora_weights=False)
+    out = merged(tmp_path / "out", base, lora)
+
+    result = held(base, out, lora)
+
+    assert result["passed"], tell(result)
+    assert "reads model.layers.0.mamba.dt_proj.weight" in tell(result)
+    wrong = merged(tmp_path / "wrong", base, lora, weights=(0.5,))
+    assert not held(base, wrong, lora)["passed"]
+
+
 def test_base_and_merged_the_wrong_way_round(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     lora = make_adapter(tmp_path / "lora", base)
