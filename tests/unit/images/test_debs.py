@@ -1,0 +1,109 @@
+"""Debian's packages are taken as pinned, from wherever they still are."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import tarfile
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SOURCE = Path(__file__).parents[3] / "images" / "engines" / "debs.py"
+PATH = "pool/main/x/x_1_amd64.deb"
+
+
+@pytest.fixture(scope="module")
+def debs() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("debs", SOURCE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def deb(*members: tuple[str, bytes]) -> bytes:
+    """An ar archive: each member's header of 60 bytes, and its content to an even length."""
+    rows = [
+        f"{name:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(data):<10}`\n".encode()
+        + data + b"\n" * (len(data) % 2)
+        for name, data in members
+    ]  # fmt: skip
+    return b"!<arch>\n" + b"".join(rows)
+
+
+def data_tar(**files: bytes) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:xz") as out:
+        for name, data in files.items():
+            member = tarfile.TarInfo(f"./usr/bin/{name}")
+            member.size = len(data)
+            out.addfile(member, io.BytesIO(data))
+    return stream.getvalue()
+
+
+WHOLE = deb(("debian-binary", b"2.0"), ("data.tar.xz/", data_tar(sh=b"a shell")))
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A lock whose mirror and archive are two folders served on loopback."""
+    for name in ("mirror", "archive"):
+        (tmp_path / name / PATH).parent.mkdir(parents=True)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    host = f"http://127.0.0.1:{server.server_address[1]}"
+    yield {"mirror": f"{host}/mirror", "archive": f"{host}/archive"}
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+PACKAGE = {"path": PATH, "sha256": hashlib.sha256(WHOLE).hexdigest()}
+
+
+@pytest.mark.parametrize("mirror", ["as pinned", "another release", "out of reach"])
+def test_a_package_comes_from_the_mirror_or_the_archive(
+    debs: ModuleType,
+    place: dict[str, str],
+    mirror: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(debs.time, "sleep", lambda _: None)
+    as_pinned = mirror == "as pinned"
+    (tmp_path / "mirror" / PATH).write_bytes(WHOLE if as_pinned else b"another release")
+    (tmp_path / "archive" / PATH).write_bytes(b"nothing" if as_pinned else WHOLE)
+    if mirror == "out of reach":
+        place["mirror"] = "http://127.0.0.1:9"
+    with debs.open_package(place, PACKAGE) as archive:
+        debs.write(archive, "./usr/bin/sh", tmp_path / "root" / "bin" / "sh", 0o755)
+    written = tmp_path / "root" / "bin" / "sh"
+    assert (written.read_bytes(), written.stat().st_mode & 0o777) == (b"a shell", 0o755)
+
+
+def test_what_is_nowhere_as_pinned_is_named(
+    debs: ModuleType, place: dict[str, str], tmp_path: Path
+) -> None:
+    for name in ("mirror", "archive"):
+        (tmp_path / name / PATH).write_bytes(b"another release")
+    with pytest.raises(SystemExit, match=f"error: {PATH} cannot be had from .*/mirror: its sha256"):
+        debs.fetch(place, PACKAGE)
+
+
+def test_a_package_without_files_is_refused(debs: ModuleType) -> None:
+    with pytest.raises(SystemExit, match=r"without data\.tar"):
+        debs.data_member(deb(("debian-binary", b"2.0\n")))
