@@ -32,6 +32,7 @@ from toolchain.oci.layout import read_layout
 from toolchain.oci.registry import Registry
 from toolchain.oci.unpack import unpack
 from toolchain.ports import Launcher, Progress, Runner, Signer, Tools
+from toolchain.provenance.signing import check_by
 from toolchain.values import Json
 
 RUNNERS = ("auto", "docker", "local")
@@ -117,8 +118,20 @@ def make_tools(runner: str, progress: Progress, *, sign_key: str = "") -> tuple[
 
 
 def make_signer(key: str) -> Signer | None:
-    """Return what signs with the user's key, or None without one."""
-    return open_signer(key) if key else None
+    """Return what signs with the user's key, or None without one.
+
+    Whether it can is found out now, not after the build. Raises as `open_signer` does, and
+    UsageError for a key whose signatures `verify` would not believe.
+    """
+    if not key:
+        return None
+    signer, text = open_signer(key), b"weightsmith: can this key sign?"
+    if not check_by(signer.public)(text, signer.sign(text)):
+        raise UsageError(
+            f"{key} makes signatures that `verify` does not know",
+            hint="keys that it knows: ECDSA and RSA (PKCS #1) with SHA-256, Ed25519",
+        )
+    return signer
 
 
 def start_info(layout: str, root: Path) -> StartInfo:

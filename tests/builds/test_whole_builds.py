@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -19,12 +20,12 @@ TARGET = "llamacpp-q4_k_m"
 pytestmark = pytest.mark.builders
 
 
-def weightsmith(*words: object, store: Path, expect: int = 0) -> dict:
-    """Run a command with --json and return its object."""
+def weightsmith(*words: object, store: Path, expect: int = 0, clone: Path = ROOT) -> dict:
+    """Run a clone's command with --json and return its object."""
     result = subprocess.run(
         [sys.executable, "-m", "toolchain.cli.program", *map(str, words), "--json"],
         env={**os.environ, "WEIGHTSMITH_STORE": str(store)},
-        cwd=ROOT,
+        cwd=clone,
         capture_output=True,
         text=True,
         check=False,
@@ -83,11 +84,16 @@ def test_a_second_build_does_nothing(local) -> None:
 
 
 @pytest.mark.docker
-def test_docker_and_local_give_the_same_bytes(local, tmp_path: Path) -> None:
+def test_docker_and_local_give_the_same_bytes_from_two_clones(local, tmp_path: Path) -> None:
     _, dist, built = local
+    clone = tmp_path / "elsewhere" / "clone"
+    for part in ("toolchain", "images", "templates", "examples/tiny"):
+        unwanted = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / part, clone / part, ignore=unwanted)
     weightsmith(
-        "build", "--recipe", TINY, "--runner", "docker", "--dist", tmp_path / "dist",
-        "--layout", tmp_path / "layout", store=tmp_path / "store",
+        "build", "--recipe", clone / TINY.relative_to(ROOT), "--runner", "docker",
+        "--dist", tmp_path / "dist", "--layout", tmp_path / "layout",
+        store=tmp_path / "store", clone=clone,
     )  # fmt: skip
     here, there = record(dist), record(tmp_path / "dist")
 

@@ -28,11 +28,9 @@ def open_signer(key: str) -> Signer:
     References are cosign's: `awskms://…`, `gcpkms://…`, `azurekms://…`, `hashivault://…`.
 
     Raises UsageError for a key that is none, EnvironmentFailure where cosign is needed and absent
-    or cannot use it: found out now, not after the build.
+    or does not know it.
     """
-    signer = _by_cosign(key) if "://" in key else _by_file(Path(key).expanduser())
-    signer.sign(b"weightsmith: can this key sign?")
-    return signer
+    return _by_cosign(key) if "://" in key else _by_file(Path(key).expanduser())
 
 
 def _by_file(path: Path) -> Signer:
@@ -87,7 +85,7 @@ def _by_cosign(key: str) -> Signer:
     def cosign(command: str, *words: str | Path) -> None:
         process.run(
             ["cosign", command, "--key", key, *words],
-            env=process.scrubbed(_password(), network=True, prefixes=_CLOUDS),
+            env=process.scrubbed(_settings(), network=True, prefixes=_CLOUDS),
             timeout=120,
         ).require(
             f"signing with {key}",
@@ -120,6 +118,12 @@ def _pem(key: PublicKeyTypes) -> bytes:
     return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
-def _password() -> dict[str, str]:
-    # Without it cosign asks on a terminal, and a build has none.
-    return {"COSIGN_PASSWORD": os.environ.get("COSIGN_PASSWORD", "")}
+def _settings() -> dict[str, str]:
+    return {
+        # Without it cosign asks on a terminal, and a build has none.
+        "COSIGN_PASSWORD": os.environ.get("COSIGN_PASSWORD", ""),
+        # Flags of cosign 3, which writes a bundle for Sigstore's services unless it is told not
+        # to. As variables, because older ones refuse flags that they do not know.
+        "COSIGN_NEW_BUNDLE_FORMAT": "false",
+        "COSIGN_USE_SIGNING_CONFIG": "false",
+    }

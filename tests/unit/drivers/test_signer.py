@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes.baking import make_key
 from tests.fakes.key_service import key_service
 from toolchain.drivers.signer import open_signer
 from toolchain.errors import EnvironmentFailure, UsageError
+from toolchain.ports import Signer
 from toolchain.provenance.signing import check_by
+from toolchain.wiring import make_signer
 
 TEXT = b"what is signed"
 KINDS = {
@@ -45,7 +48,43 @@ def test_a_key_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setenv(name, value)
         signer = open_signer(service.reference)
         assert check_by(signer.public)(TEXT, signer.sign(TEXT))
-    assert service.asked.count("Sign") == 2
+    assert service.asked.count("Sign") == 1
+
+
+LATER = """#!/bin/sh
+told="$COSIGN_NEW_BUNDLE_FORMAT $COSIGN_USE_SIGNING_CONFIG"
+[ "$1" != sign-blob ] || [ "$told" = "false false" ] || {
+  echo "Error: must specify --bundle with --new-bundle-format" >&2; exit 1; }
+exec REAL "$@"
+"""
+"""cosign 3's own default, before it does what earlier versions do."""
+
+
+@needs_cosign
+def test_cosign_3_is_told_to_write_a_signature(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COSIGN_PASSWORD", "pa55")
+    subprocess.run(["cosign", "generate-key-pair"], check=True, capture_output=True, cwd=tmp_path)
+    program = tmp_path / "bin" / "cosign"
+    program.parent.mkdir()
+    program.write_text(LATER.replace("REAL", str(shutil.which("cosign"))))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+    signer = open_signer(str(tmp_path / "cosign.key"))
+    assert check_by(signer.public)(TEXT, signer.sign(TEXT))
+    assert signer.public == (tmp_path / "cosign.pub").read_bytes()
+
+
+def test_a_key_whose_signatures_verify_would_not_believe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a key service that signs with another hash."""
+    _, public = make_key(tmp_path)
+    other = Signer(sign=lambda text: text, public=public.read_bytes())
+    monkeypatch.setattr("toolchain.wiring.open_signer", lambda _: other)
+    with pytest.raises(UsageError, match="does not know"):
+        make_signer("awskms:///alias/release")
 
 
 @needs_cosign
