@@ -28,7 +28,7 @@ from toolchain.provenance.roles import ADDED, LAYERS, Roles, config_label, roles
 from toolchain.provenance.sealing import attach
 from toolchain.provenance.statements import Resource
 from toolchain.singles.server import Place, served
-from toolchain.stages.attest import ENGINE_BILL, base_documents
+from toolchain.stages.attest import MODEL_BILL, base_documents
 from toolchain.stages.base import ENGINE_LABEL, base_image, bills_of, engine_version, public_base
 from toolchain.stages.publish import candidate, discard_candidate
 from toolchain.values import Digest, Json, plain
@@ -206,14 +206,15 @@ def _evidence(
 
 
 def _own(documents: list[Document]) -> list[Document]:
-    """Leave out the bills of the base that goes."""
-    bills = (MEDIA_TYPE, gathered.SPDX_TYPE)
+    """Leave out the bills of the base that goes, and what others said of the image as it was."""
+    kinds = (gathered.EVALUATION_TYPE, gathered.ADAPTER_TYPE)
     return [
-        d
-        for d in documents
-        if d.artifact_type not in bills
-        or (d.parts[0].title not in ("", ENGINE_BILL) and d.parts[0].title == "model.cdx.json")
+        d for d in documents if d.artifact_type in kinds or _title(d) == (MEDIA_TYPE, MODEL_BILL)
     ]
+
+
+def _title(document: Document) -> tuple[str, str]:
+    return document.artifact_type, document.parts[0].title if document.parts else ""
 
 
 def _first(image: Digest, told: list[Mapping[str, Json]]) -> str:

@@ -37,7 +37,7 @@ from toolchain.resources import builder_pins, engine_source
 from toolchain.values import Artifact, Checkpoint, Digest, Json, Score, Sources, canonical, plain
 
 OWN_ENGINE = "engine:"
-ENGINE_BILL = "engine.cdx.json"
+ENGINE_BILL, MODEL_BILL = "engine.cdx.json", "model.cdx.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,7 +201,7 @@ def _baked(made: Made, documents: Sequence[Document]) -> Mapping[str, Json]:
 def _bills(made: Made) -> list[Document]:
     bill = ml_bom(_facts(made))
     below = base_documents(made.base, made.base_name, made.base_bills)
-    return [_document(MEDIA_TYPE, "model.cdx.json", bill), *below]
+    return [_document(MEDIA_TYPE, MODEL_BILL, bill), *below]
 
 
 def base_documents(

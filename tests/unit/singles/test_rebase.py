@@ -12,10 +12,13 @@ from tests.fakes.baking import bake, make_key, make_model, push_base, tools_for
 from tests.fakes.images import entry, foreign_image, tar_of
 from tests.fakes.registry import FakeRegistry, fake_registry
 from toolchain.errors import InputRefused, UsageError
+from toolchain.oci.attachments import Attachment, Part
 from toolchain.oci.image import Image
+from toolchain.oci.places import RegistryPlace
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.ports import Silent
+from toolchain.provenance.evidence import read_attached
 from toolchain.singles.rebase import RebaseRequest, rebase_image
 from toolchain.singles.verify import verify_image
 
@@ -96,6 +99,25 @@ def test_provenance_stays_with_a_new_link(scene: Scene) -> None:
     found = {row["check"]: row["found"] for row in result["checks"]}
     assert scene.image("team/app:1").digest.short in found["rebase"]
     assert "4" not in found["weights"]
+
+
+def test_what_others_said_of_the_image_as_it_was_stays_with_it(scene: Scene) -> None:
+    """A scan of the old engine, or a signature of the old digest, says nothing of the new one."""
+    source = scene.bake(first_base(scene))
+    place = Reference.parse(source)
+    theirs = ("application/sarif+json", "application/vnd.dev.sigstore.bundle.v0.3+json")
+    for kind in theirs:
+        part = Part.of_bytes(b"{}", kind)
+        subject = scene.image("team/app:1").manifest_blob
+        scene.client.attach(place, Attachment(artifact_type=kind, subject=subject, parts=(part,)))
+    scene.rebase(source, scene.base("2", {ENGINE: "llamacpp", VERSION: "1.1.0"}, {}))
+    found = {
+        tag: {one.artifact_type for one in read_attached(
+            RegistryPlace(scene.client, place), scene.image(f"team/app:{tag}").digest)}
+        for tag in "12"
+    }  # fmt: skip
+    assert found["1"] - found["2"] == set(theirs)
+    assert "application/vnd.cyclonedx+json" in found["2"]
 
 
 def test_to_another_repository_of_the_registry(scene: Scene) -> None:
