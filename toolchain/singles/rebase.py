@@ -12,10 +12,12 @@ from toolchain.errors import InputRefused
 from toolchain.evaluating.client import chat, first_name
 from toolchain.evaluating.items import Item
 from toolchain.evaluating.session import Session
+from toolchain.oci import manifests
 from toolchain.oci.collisions import first_collision
 from toolchain.oci.image import Image, assemble
+from toolchain.oci.index import is_own, own_of, whole_of
 from toolchain.oci.places import Place as ImagePlace
-from toolchain.oci.places import RegistryPlace, open_place
+from toolchain.oci.places import open_place
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.ports import Tools
@@ -25,12 +27,11 @@ from toolchain.provenance.evidence import Document, Evidence
 from toolchain.provenance.labels import ENGINE_VERSION, PREFIX
 from toolchain.provenance.mlbom import MEDIA_TYPE
 from toolchain.provenance.roles import ADDED, LAYERS, Roles, config_label, roles_label, roles_of
-from toolchain.provenance.sealing import attach
 from toolchain.provenance.statements import Resource
 from toolchain.singles.server import Place, served
 from toolchain.stages.attest import MODEL_BILL, base_documents
 from toolchain.stages.base import ENGINE_LABEL, base_image, bills_of, engine_version, public_base
-from toolchain.stages.publish import candidate, discard_candidate
+from toolchain.stages.publish import Outputs, candidate, discard_candidate, publish
 from toolchain.values import Digest, Json, plain
 
 _BASE = "org.opencontainers.image.base."
@@ -52,36 +53,40 @@ class RebaseRequest:
 def rebase_image(request: RebaseRequest, registry: Registry, tools: Tools) -> Mapping[str, Json]:
     """Push the image on its new base; weight layers are mounted or there, never sent again.
 
-    Raises InputRefused where base and image do not go together, CheckFailed where the new image
-    does not start.
+    Of an index, the image for every platform. Raises InputRefused where base and image do not go
+    together, CheckFailed where the new image does not start.
     """
     began = time.monotonic()
-    to = Reference.parse(request.to)
-    registry.check_push(to)
+    registry.check_push(Reference.parse(request.to))
     tools.progress.stage("rebase", f"{request.source} onto {request.onto}")
     origin = open_place(request.source, registry)
-    old = origin.image()
+    index = origin.index()
+    named = manifests.platforms_in(index, request.source) if index else []
+    olds = [origin.image(platform) for platform in named] or [origin.image()]
+    moved = [_moved(old, request, origin, registry, tools) for old in olds]
+    whole = whole_of([image for image, _ in moved])
+    if request.smoke:
+        _smoke(own_of(whole), tools)
+    told = [evidence for _, evidence in moved]
+    outputs = Outputs(push=True, force=request.force)
+    published = publish(whole, request.to, outputs, told, registry, tools)
+    seconds = round(time.monotonic() - began, 3)
+    tools.progress.finish("rebase", seconds, cached=False)
+    before = Digest.of(index) if index else olds[0].digest
+    return {**plain(published), "rebased_from": before, "seconds": seconds}
+
+
+def _moved(
+    old: Image, request: RebaseRequest, origin: ImagePlace, registry: Registry, tools: Tools
+) -> tuple[Image, Evidence]:
+    """Return one platform's image on its new base, and what is known of it."""
     roles = roles_of(old, request.source)
     base = base_image(
         request.onto, old.labels.get(ENGINE_LABEL, ""), registry, tools, platform=old.platform
     )
     check_contract(old, roles, base, request.onto, tools)
     new = exchange(old, roles, base, public_base(request.onto))
-    if request.smoke:
-        _smoke(new, tools)
-    told = _evidence(old, new, base, request, origin, registry)
-    there = RegistryPlace(registry, to)
-
-    published = registry.push(
-        new,
-        to,
-        force=request.force,
-        before_tag=lambda: attach(told, new.manifest_blob, to.name, there, tools.signer),
-        progress=lambda done, total: tools.progress.advance(done, total, "bytes"),
-    )
-    seconds = round(time.monotonic() - began, 3)
-    tools.progress.finish("rebase", seconds, cached=False)
-    return {**plain(published), "rebased_from": old.digest, "seconds": seconds}
+    return new, _evidence(old, new, base, request, origin, registry)
 
 
 def exchange(old: Image, roles: Roles, base: Image, base_name: str) -> Image:
@@ -148,6 +153,9 @@ def _folders(roles: Roles) -> frozenset[str]:
 
 def _smoke(image: Image, tools: Tools) -> None:
     """Start the image once, where an engine and what it needs are there."""
+    if not is_own(image):
+        tools.progress.warn(f"the image is for {image.platform}: it was not started")
+        return
     if not tools.engine.answers():
         tools.progress.warn("no container engine answers: the image was not started")
         return

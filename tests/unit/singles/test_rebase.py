@@ -14,6 +14,7 @@ from tests.fakes.registry import FakeRegistry, fake_registry
 from toolchain.errors import InputRefused, UsageError
 from toolchain.oci.attachments import Attachment, Part
 from toolchain.oci.image import Image
+from toolchain.oci.index import Index
 from toolchain.oci.places import RegistryPlace
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
@@ -35,6 +36,18 @@ class Scene:
     def base(self, tag: str, labels: dict[str, str], files: dict[str, bytes], **more: str) -> str:
         name = f"{self.fake.host}/base/engine:{tag}"
         push_base(self.client, name, labels, {"app/llama-server": tag.encode(), **files}, **more)
+        return name
+
+    def index_base(self, tag: str, labels: dict[str, str]) -> str:
+        """Push a base for two platforms; return its name."""
+        each = [
+            self.client.pull(Reference.parse(self.base(f"{tag}-{machine}", labels, {},
+                                                       platform=f"linux/{machine}")),
+                             platform=f"linux/{machine}")
+            for machine in ("amd64", "arm64")
+        ]  # fmt: skip
+        name = f"{self.fake.host}/base/engine:{tag}"
+        self.client.push_index(Index(images=tuple(each)), Reference.parse(name))
         return name
 
     def bake(self, base: str, **more: Any) -> str:
@@ -160,6 +173,30 @@ def test_another_platform_is_refused(scene: Scene) -> None:
     onto = scene.base("2", {ENGINE: "llamacpp"}, {}, platform="linux/arm64")
     with pytest.raises(InputRefused, match="is for linux/arm64"):
         scene.rebase(source, onto)
+
+
+def test_an_index_stays_one(scene: Scene) -> None:
+    """Every platform's image is moved, or none is."""
+    first, second = (
+        scene.index_base(tag, {ENGINE: "llamacpp", VERSION: f"1.{tag}.0"}) for tag in "12"
+    )
+    source = scene.bake(first)
+    before = scene.client.digest_of(Reference.parse(source))
+    done = scene.rebase(source, second)
+    assert done["rebased_from"] == before
+    name = f"{scene.fake.host}/team/app:2"
+    assert done["digest"] == scene.client.digest_of(Reference.parse(name))
+    assert verify_image(name, scene.public, scene.client, Silent())["ok"]
+    each = [
+        scene.client.pull(Reference.parse(name), platform=f"linux/{machine}")
+        for machine in ("amd64", "arm64")
+    ]
+    assert [image.platform for image in each] == ["linux/amd64", "linux/arm64"]
+    assert {image.labels["dev.weightsmith.engine.version"] for image in each} == {"1.2.0"}
+    assert each[0].layers[0].digest != each[1].layers[0].digest
+    with pytest.raises(InputRefused, match="is for linux/amd64, the image for linux/arm64"):
+        scene.rebase(source, scene.base("3", {ENGINE: "llamacpp"}, {}), "team/app:3")
+    assert ("team/app", "3") not in scene.fake.manifests
 
 
 def test_folders_of_the_base_do_not_collide(scene: Scene) -> None:
