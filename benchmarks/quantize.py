@@ -21,6 +21,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -121,27 +123,34 @@ def checkpoint_rows(example: str, name: str, model: Path) -> tuple[list[str], li
 
 def measured(words: list, folder: Path) -> tuple[dict, dict[str, float]]:
     """Run a command; return its JSON, CPU and wall seconds, peak MiB of memory and MB of disk."""
-    peak, done = 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.002):  # the worst moment is short: all is written, nothing deleted
-            peak = max(peak, used(folder))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     began = time.monotonic()
-    with (folder / ".told").open("wb") as out:
+    with watched(folder) as peak, (folder / ".told").open("wb") as out:
         process = subprocess.Popen([str(word) for word in words], stdout=out)
         _, status, usage = os.wait4(process.pid, 0)
     wall = time.monotonic() - began
-    done.set()
-    watcher.join()
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{words} ended with {process.returncode}")
     cost = {"cpu": usage.ru_utime + usage.ru_stime, "wall": wall, "rss": usage.ru_maxrss / 1024}
-    return json.loads((folder / ".told").read_text()), {**cost, "disk": peak / 1e6}
+    return json.loads((folder / ".told").read_text()), {**cost, "disk": peak[0] / 1e6}
+
+
+@contextmanager
+def watched(folder: Path) -> Iterator[list[int]]:
+    """Yield a list whose one number becomes the most bytes of files that lay below a folder."""
+    seen, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):  # the worst moment is short: all is written, nothing deleted
+            seen[0] = max(seen[0], used(folder))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        watcher.join()
 
 
 def used(folder: Path) -> int:

@@ -21,6 +21,8 @@ import sys
 import time
 from pathlib import Path
 
+from quantize import watched
+
 from toolchain.drivers.environment import Pins, environment_folder
 from toolchain.drivers.toolset import toolset_folder
 from toolchain.quantizers import of_format
@@ -132,8 +134,8 @@ def by_hand(name: str, model: Path, folder: Path) -> list[list]:
     return [[python_of(of_format(name).builder), "hand.py", model, "rows", "out"]]
 
 
-def timed(commands: list[list], folder: Path) -> tuple[float, float, float]:
-    """Run commands in turn; return their wall and CPU seconds and the largest one's MiB."""
+def timed(commands: list[list], folder: Path, made: Path) -> tuple[float, float, float, float]:
+    """Run commands in turn; return wall and CPU seconds, the largest one's MiB, MB below `made`."""
     tools = toolset_folder(cache_folder(), "llamacpp")
     more = {
         "PYTHONPATH": f"{tools}/convert:{tools}/convert/gguf-py:{ROOT}",
@@ -142,42 +144,45 @@ def timed(commands: list[list], folder: Path) -> tuple[float, float, float]:
         "HF_HUB_OFFLINE": "1",
     }
     began, cpu, peak = time.monotonic(), 0.0, 0
-    for words in commands:
-        process = subprocess.Popen(
-            [str(word) for word in words],
-            cwd=folder,
-            env={**os.environ, **more},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            sys.exit(f"{words} ended with {process.returncode}")
-        cpu += usage.ru_utime + usage.ru_stime
-        peak = max(peak, usage.ru_maxrss)
-    return time.monotonic() - began, cpu, peak / 1024
+    with watched(made) as disk:
+        for words in commands:
+            process = subprocess.Popen(
+                [str(word) for word in words],
+                cwd=folder,
+                env={**os.environ, **more},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            if process.returncode:
+                sys.exit(f"{words} ended with {process.returncode}")
+            cpu += usage.ru_utime + usage.ru_stime
+            peak = max(peak, usage.ru_maxrss)
+    return time.monotonic() - began, cpu, peak / 1024, disk[0] / 1e6
 
 
 def compare(name: str, model: Path, rounds: int) -> None:
     """Print what ours, the tools by hand, and their start take; medians."""
     builder = of_format(name).builder
-    found: dict[str, list[tuple[float, float, float]]] = {"ours": [], "by hand": [], "start": []}
+    found: dict[str, list[tuple[float, ...]]] = {"ours": [], "by hand": [], "start": []}
     for _ in range(rounds):
         shutil.rmtree(WORK, ignore_errors=True)
         for way in found:
             (WORK / way).mkdir(parents=True)
         ours = [sys.executable, "-c", OURS, model, WORK / "ours", name]
-        found["ours"].append(timed([ours], ROOT))
-        found["by hand"].append(timed(by_hand(name, model, WORK / "by hand"), WORK / "by hand"))
-        found["start"].append(timed([[python_of(builder), "-c", START[builder]]], WORK / "start"))
+        hand, start = WORK / "by hand", WORK / "start"
+        found["ours"].append(timed([ours], ROOT, WORK / "ours"))
+        found["by hand"].append(timed(by_hand(name, model, hand), hand, hand))
+        found["start"].append(timed([[python_of(builder), "-c", START[builder]]], start, start))
     median = {
         way: [statistics.median(column) for column in zip(*rows, strict=True)]
         for way, rows in found.items()
     }
-    for way, (wall, cpu, peak) in median.items():
+    for way, (wall, cpu, peak, disk) in median.items():
         ratio = f"{cpu / median['by hand'][1]:.2f}"
-        print(f"| {name} | {way} | {wall:.1f} | {cpu:.1f} | {ratio} | {peak:.0f} |", flush=True)
+        cells = (name, way, f"{wall:.1f}", f"{cpu:.1f}", ratio, f"{peak:.0f}", f"{disk:.1f}")
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
@@ -187,7 +192,8 @@ def main() -> None:
     parser.add_argument("--formats", default="q4_k_m,gptq,fp8-static")
     parser.add_argument("--rounds", type=int, default=1)
     asked = parser.parse_args()
-    print("| format | way | wall s | CPU s | of by hand | peak MiB |\n|---|---|---|---|---|---|")
+    headings = ("format", "way", "wall s", "CPU s", "of by hand", "peak MiB", "peak disk MB")
+    print(f"| {' | '.join(headings)} |\n|{'---|' * len(headings)}")
     for name in asked.formats.split(","):
         compare(name, asked.model.absolute(), asked.rounds)
     shutil.rmtree(WORK, ignore_errors=True)
