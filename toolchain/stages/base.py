@@ -47,7 +47,7 @@ ENGINE_LABEL = "dev.weightsmith.engine"
 _BUILDER = "gguf"
 _RECIPE_NUMBER = 1
 _GROUPING = 1
-"""Raised when the same files would become other layers."""
+"""Raised when `_grouped` would make other layers of the same files by the same rules."""
 _OCI_VERSION = "org.opencontainers.image.version"
 _PINNED = frozenset({"commit", "package"})
 """Either marks the entry of source.json that is the engine itself."""
@@ -248,7 +248,8 @@ def _remembered(entry: Entry, memo: Memo) -> tuple[BlobLayer, ...]:
     def opened(number: int, blob: Blob) -> Iterator[bytes]:
         return verified(grouped()[number].open(), blob, str(entry.tree.root))
 
-    made_of = ["root layers", _GROUPING, TAR_RECIPE, source_date_epoch(), entry.tree.digest]
+    rules = [_GROUPING, _PACKAGE.pattern, OWN_LAYER, _ACCOUNTS, TAR_RECIPE, source_date_epoch()]
+    made_of = {"root layers of": entry.tree.digest, "rules": rules}
     layers = []
     for number, (digest, size, file) in enumerate(json.loads(memo(key_of(made_of), told))):
         blob = Blob(digest=Digest(digest), size=size, media_type=LAYER_TAR)
