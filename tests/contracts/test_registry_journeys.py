@@ -17,6 +17,7 @@ from tests.fakes.registry import fake_registry
 from toolchain.errors import CheckFailed, UsageError
 from toolchain.oci.attachments import fallback_tag
 from toolchain.oci.image import Image
+from toolchain.oci.index import Index
 from toolchain.oci.layers import Member, TarLayer
 from toolchain.oci.places import RegistryPlace
 from toolchain.oci.references import Reference
@@ -45,9 +46,9 @@ class Scene:
     def image(self, rest: str) -> Image:
         return self.client.pull(Reference.parse(self.name(rest)), platform=AMD64)
 
-    def bake(self, rest: str, **more: Any) -> Any:
-        model, base = self.folder / "model", self.name("base/engine:1")
-        return bake(self.client, model, base, self.key, push=self.name(rest), **more)
+    def bake(self, rest: str, base: str = "base/engine:1", **more: Any) -> Any:
+        model, push = self.folder / "model", self.name(rest)
+        return bake(self.client, model, self.name(base), self.key, push=push, **more)
 
     def attached(self, rest: str) -> set[str]:
         place = RegistryPlace(self.client, Reference.parse(self.name(rest)))
@@ -106,15 +107,26 @@ def test_rebased_and_still_proven(scene: Scene) -> None:
     assert scene.check(scene.name("new/app:2"))
 
 
-def test_copied_out_and_back_with_all_that_hangs_on_it(scene: Scene) -> None:
-    made = scene.bake("here/app:1")
+def test_two_platforms_copied_out_and_back_with_all_that_hangs_on_them(scene: Scene) -> None:
+    places = {name: scene.name(f"base/many:{name}") for name in ("amd64", "arm64")}
+    for name, where in places.items():
+        files = {"app/llama-server": name.encode()}
+        push_base(scene.client, where, ENGINE, files, platform=f"linux/{name}")
+    images = [
+        scene.client.pull(Reference.parse(where), platform=f"linux/{name}")
+        for name, where in places.items()
+    ]
+    many = Reference.parse(scene.name("base/many:1"))
+    scene.client.push_index(Index(images=tuple(images)), many, force=True)
+    made = scene.bake("here/app:1", base="base/many:1")
+    assert scene.client.digest_of(Reference.parse(scene.name("here/app:1"))) == made["digest"]
     with fake_registry() as other:
         away = f"{other.host}/away/app:1"
         copy_image(scene.name("here/app:1"), away, scene.client, Silent(), force=False)
         assert scene.check(away)
         copy_image(away, scene.name("back/app:1"), scene.client, Silent(), force=False)
-    assert scene.image("back/app:1").digest == made["digest"]
-    assert scene.attached("back/app:1") == scene.attached("here/app:1")
+    assert scene.client.digest_of(Reference.parse(scene.name("back/app:1"))) == made["digest"]
+    assert scene.attached("back/app:1") == scene.attached("here/app:1") != set()
     assert scene.check(scene.name("back/app:1"))
 
 

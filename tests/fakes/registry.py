@@ -162,6 +162,10 @@ class _Handler(BaseHTTPRequestHandler):
     def manifest(self, repository: str, name: str, fault: str) -> None:
         if self.command == "PUT":
             data = self.body()
+            subject = json.loads(data).get("subject") or {}
+            if subject and (repository, subject["digest"]) not in self.state.manifests:
+                # Not by the specification, but Cloudflare's registry asks for it.
+                return self.fail(400, "BLOB_UNKNOWN", "unknown subject")
             digest = "sha256:" + hashlib.sha256(data).hexdigest()
             for key in (name, digest):
                 self.state.manifests[repository, key] = self.headers["Content-Type"], data

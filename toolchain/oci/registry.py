@@ -230,6 +230,10 @@ class Registry:
         """Return a manifest's bytes, checked against its digest, and its media type."""
         return downloads.manifest(self._session(reference, "pull"), reference)
 
+    def check_tag(self, reference: Reference, digest: Digest) -> None:
+        """Raise UsageError where the reference's tag names another digest."""
+        _guard_tag(self._session(reference, "pull,push"), reference, digest, force=False)
+
     def push_manifest(
         self,
         reference: Reference,
@@ -239,11 +243,12 @@ class Registry:
         *,
         force: bool = True,
         mount_from: Sequence[str] = (),
+        before_tag: Callable[[], None] = lambda: None,
     ) -> Published:
         """Put any manifest and its blobs there, such as an index, or a statement about an image.
 
-        By its digest, and under the reference's tag, if it has one; a tag that names another
-        digest is a UsageError where `force` is false.
+        By its digest, then under the reference's tag, if it has one, and `before_tag` between
+        them; a tag that names another digest is a UsageError where `force` is false.
         """
         began, digest = time.monotonic(), Digest.of(manifest)
         sources = [name for name in mount_from if name != reference.repository]
@@ -251,6 +256,7 @@ class Registry:
         _guard_tag(session, reference, digest, force)
         sent = [(uploads.bring(session, blob, o, sources), blob.size) for blob, o in blobs]
         uploads.put_manifest(session, digest, manifest, media_type)
+        before_tag()
         if reference.tag:
             uploads.put_manifest(session, reference.tag, manifest, media_type)
         return Published(

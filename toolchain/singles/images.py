@@ -68,6 +68,9 @@ def _copy_index(
         sources = [origin.reference.repository]
     document = manifests.read_json(index, str(to))
     kind = str(document.get("mediaType") or manifests.OCI_INDEX)
+    whole = Blob(digest=Digest.of(index), size=len(index), media_type=kind)
+    if not force:
+        registry.check_tag(to, whole.digest)
     done = []
     for row in manifests.listed(document, "manifests", str(to)):
         blob = manifests.descriptor(row, str(to), manifests.MANIFESTS, manifests.LARGEST_MANIFEST)
@@ -79,9 +82,13 @@ def _copy_index(
             )
         )
         copy_attachments(blob, origin, there, signer)
-    whole = Blob(digest=Digest.of(index), size=len(index), media_type=kind)
-    copy_attachments(whole, origin, there, signer)
-    last = registry.push_manifest(to, index, kind, force=force)
+    last = registry.push_manifest(
+        to,
+        index,
+        kind,
+        force=force,
+        before_tag=lambda: copy_attachments(whole, origin, there, signer),
+    )
     sent = sum(one.uploaded_bytes for one in done)
     seconds = last.seconds + sum(one.seconds for one in done)
     progress.finish("push", seconds, cached=sent == 0)
