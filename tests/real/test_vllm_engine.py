@@ -1,36 +1,94 @@
-"""vLLM's engine assembled a second time is the engine that the store holds, byte for byte."""
+"""vLLM's engine made a second time is the engine that the store holds, byte for byte."""
 
 from __future__ import annotations
 
 import hashlib
 import subprocess
 import sys
+import tarfile
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import vllm_parts
+from toolchain.drivers import docker_images
+from toolchain.drivers.docker_requests import build_command
+from toolchain.drivers.wheels import configured_wheels
 from toolchain.stages.base import base_inputs
 from toolchain.wiring import make_store
 
-ASSEMBLE = Path(__file__).parents[2] / "images" / "engines" / vllm_parts.ENGINE / "assemble.py"
+IMAGES = Path(__file__).parents[2] / "images"
+FOLDER = IMAGES / "engines" / vllm_parts.ENGINE
+ENGINES_OWN = {".dockerenv", "dev/console", "etc/hostname", "etc/hosts", "etc/resolv.conf"}
+"""What a container engine puts into every container."""
 
 pytestmark = [pytest.mark.real, pytest.mark.vllm, pytest.mark.timeout(3600)]
 
 
-def test_the_same_pins_give_the_same_files(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def held() -> dict[str, str]:
+    """Path -> sha256 of the store's engine."""
     entry = make_store().find(base_inputs(vllm_parts.ENGINE).key)
     assert entry is not None
-    subprocess.run([sys.executable, ASSEMBLE, "--out", tmp_path / "root"], check=True)
+    return {file.path: file.digest.removeprefix("sha256:") for file in entry.tree.files}
 
-    known = {file.path: file.digest.removeprefix("sha256:") for file in entry.tree.files}
+
+def test_the_same_pins_give_the_same_files(held: dict[str, str], tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    subprocess.run([sys.executable, FOLDER / "assemble.py", "--out", root], check=True)
+
     found = {
-        path.relative_to(tmp_path / "root").as_posix(): sha256(path)
-        for path in (tmp_path / "root").rglob("*")
+        path.relative_to(root).as_posix(): sha256(path)
+        for path in root.rglob("*")
         if path.is_file()
     }
-    assert sorted(found) == sorted(known)
-    assert [path for path in known if found[path] != known[path]] == []
+    assert differing(found, held) == []
+
+
+@pytest.mark.docker
+def test_its_containerfile_gives_them_too(held: dict[str, str]) -> None:
+    """By the Python and pip of another distribution, and with an account file besides."""
+    name = f"weightsmith-test-vllm-engine:{uuid.uuid4().hex[:12]}"
+    wheels = configured_wheels()
+    command = build_command(
+        containerfile=FOLDER / "Containerfile",
+        context=IMAGES,
+        tag=name,
+        arguments={"BASE": docker_images.base_reference("cpu")},
+        secrets=docker_images._secrets(),
+        contexts={"wheels": wheels[0]} if wheels else {},
+    )
+    subprocess.run(command, check=True)
+    try:
+        found = dict(files_of(name))
+    finally:
+        subprocess.run(["docker", "rmi", name], capture_output=True, check=False)
+
+    assert "etc/passwd" in found
+    assert differing(found, held) == ["etc/passwd"]
+
+
+def differing(found: dict[str, str], known: dict[str, str]) -> list[str]:
+    return sorted(path for path in {*found, *known} if found.get(path) != known.get(path))
+
+
+def files_of(image: str) -> Iterator[tuple[str, str]]:
+    """Yield path and sha256 of each file of an image that is not the container engine's own."""
+    made = ["docker", "create", image]
+    container = subprocess.run(made, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        with (
+            subprocess.Popen(["docker", "export", container], stdout=subprocess.PIPE) as export,
+            tarfile.open(fileobj=export.stdout, mode="r|") as archive,
+        ):
+            for member in archive:
+                content = archive.extractfile(member) if member.isreg() else None
+                if content is not None and member.name not in ENGINES_OWN:
+                    yield member.name, hashlib.file_digest(content, "sha256").hexdigest()
+    finally:
+        subprocess.run(["docker", "rm", container], capture_output=True, check=True)
 
 
 def sha256(path: Path) -> str:
