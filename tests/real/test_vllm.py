@@ -44,7 +44,7 @@ class Allowed:
 FORMATS = {
     "vllm": Allowed(0.01, 0.25),
     "vllm-awq": Allowed(0.01, 0.25),
-    "vllm-awq-gptqmodel": Allowed(0.01, 0.25),
+    "vllm-awq-autoawq": Allowed(0.01, 0.25),
     "vllm-gptq": Allowed(0.01, 0.25),
     "vllm-w8a8": Allowed(0.02, 0.5),
     "vllm-fp8": Allowed(0.05, 2.0),

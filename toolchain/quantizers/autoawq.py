@@ -1,4 +1,4 @@
-"""AWQ by AutoAWQ, archived upstream: the GEMM layout that vLLM, TGI and SGLang read."""
+"""AWQ by AutoAWQ, archived upstream: the second engine for the same layout as `awq`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ from toolchain.quantizers.running import (
     samples,
     texts,
 )
-from toolchain.values import AWQ, Format, Json
+from toolchain.values import Format, Json
+
+AWQ_AUTOAWQ = Format(name="awq-autoawq", kind="awq", bits_per_weight=4.16)
 
 
 def options(format_: Format, wanted: Mapping[str, Json]) -> Mapping[str, Json]:
@@ -43,14 +45,14 @@ def options(format_: Format, wanted: Mapping[str, Json]) -> Mapping[str, Json]:
         raise UsageError(
             f"keep: AutoAWQ searches scales by the inputs of every matrix, so {keep[0]} cannot stay"
             " in 16 bits",
-            hint="choose awq-gptqmodel or awq-compressed, which can keep it",
+            hint="choose awq or awq-compressed, which can keep it",
         )
     return {"group_size": group_option(wanted)}
 
 
 def steps(request: QuantizeRequest) -> tuple[Step, ...]:
     """Return the one command: AutoAWQ, and our own writing of what it made."""
-    title = "quantizing to awq by AutoAWQ"
+    title = f"quantizing to {request.format.name} by AutoAWQ"
     return (python_step(__name__, request, title, group_size=_layout(request).group_size),)
 
 
@@ -99,7 +101,7 @@ def main() -> None:
 QUANTIZER = Quantizer(
     name="autoawq",
     builder="autoawq",
-    formats=(AWQ,),
+    formats=(AWQ_AUTOAWQ,),
     recipe_number=5,
     check_input=check_grouped,
     steps=steps,

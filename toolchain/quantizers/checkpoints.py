@@ -117,7 +117,7 @@ def group_option(wanted: Mapping[str, Json]) -> Json:
 
 
 def zero_point_option(format_: Format, wanted: Mapping[str, Json]) -> None:
-    """Raise UsageError for AutoAWQ's layout without zero points, which no server's kernel reads.
+    """Raise UsageError for AWQ's own layout without zero points, which no server's kernel reads.
 
     vLLM 0.33 and SGLang 0.5 know 4 bits without a zero only with an offset of eight (`uint4b8`),
     which that layout has not (query_marlin_supported_quant_types).

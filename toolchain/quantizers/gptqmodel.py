@@ -33,10 +33,7 @@ from toolchain.quantizers.running import (
     samples,
     texts,
 )
-from toolchain.values import GPTQ, Format, Json
-
-# `awq` is AutoAWQ's: docs/design.md says why.
-AWQ = Format(name="awq-gptqmodel", kind="awq", bits_per_weight=4.16)
+from toolchain.values import AWQ, GPTQ, Format, Json
 
 
 def options(format_: Format, wanted: Mapping[str, Json]) -> Mapping[str, Json]:

@@ -29,7 +29,7 @@ def test_fp8_lies_between_int8_and_four_bits():
 def test_what_moves_weights_may_err_more_at_a_layer():
     found = {
         name: limits_for(formats()[name], Quality())["layer_error"]
-        for name in ("q4_k_m", "awq-compressed", "awq", "awq-gptqmodel", "gptq")
+        for name in ("q4_k_m", "awq-compressed", "awq", "awq-autoawq", "gptq")
     }
 
     assert list(found.values()) == [0.25, 0.25, 0.35, 0.35, 0.6]

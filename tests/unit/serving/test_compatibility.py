@@ -42,7 +42,7 @@ def format_of(name: str) -> Format:
         ("tgi", "awq", "cpu", "on a CPU"),
         ("tgi", "gptq", "cpu", "on a CPU"),
         ("tgi", "awq", "amd-mi300x", "no kernel for it on AMD's GPUs, such as amd-mi300x"),
-        ("tgi", "awq-gptqmodel", "amd-mi300x", "AMD"),
+        ("tgi", "awq-autoawq", "amd-mi300x", "AMD"),
     ],
 )
 def test_what_cannot_be_loaded_is_refused(engine, format_name, device, why) -> None:
@@ -58,7 +58,7 @@ def test_the_hint_names_what_can_be_loaded_there() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["awq", "awq-gptqmodel", "awq-compressed", "gptq", "fp8", "fp8-static", "w8a8"]
+    "name", ["awq", "awq-autoawq", "awq-compressed", "gptq", "fp8", "fp8-static", "w8a8"]
 )
 def test_vllm_loads_every_format_made_here_on_what_a_plan_knows(name: str) -> None:
     for device in ("amd-mi300x", "24 GiB of GPU memory", *NVIDIA):

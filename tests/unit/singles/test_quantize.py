@@ -133,8 +133,8 @@ def test_the_importance_matrix_of_another_model(model, tmp_path) -> None:
         (("--format", "awq", "--group-size", 48), "32, 64 or 128"),
         (("--format", "gptq", "--keep-module", "q_proj"), "without k_proj, v_proj"),
         (
-            ("--format", "awq", "--keep-module", "down_proj"),
-            "choose awq-gptqmodel or awq-compressed",
+            ("--format", "awq-autoawq", "--keep-module", "down_proj"),
+            "choose awq or awq-compressed",
         ),
         (("--format", "fp8", "--keep-module", "proj"), "is not the end of a matrix's name"),
     ],
