@@ -38,7 +38,7 @@ def quantize(format_: str, runner: str, folder: Path) -> tuple[Path, dict[str, A
 
 
 @pytest.mark.parametrize(
-    "format_", ["awq", "awq-gptqmodel", "awq-compressed", "gptq", "fp8-static"]
+    "format_", ["awq", "awq-autoawq", "awq-compressed", "gptq", "fp8-static"]
 )
 def test_a_container_makes_what_an_environment_makes(format_: str, tmp_path: Path) -> None:
     """The same pins on another distribution's Python, with the same CPU and number of threads.

@@ -129,8 +129,9 @@ def _quantize(
         kernel = importlib.import_module("gptqmodel.nn_modules.qlinear.torch_awq").AwqTorchLinear
         kernel.SUPPORTS_DTYPES = [*kernel.SUPPORTS_DTYPES, torch.float32]
     else:
+        # `mse`: a group's scale is that of the least squared error, not that of its largest weight.
         wanted = configs.GPTQConfig(
-            bits=4, group_size=group, desc_act=False, sym=True, dynamic=dynamic
+            bits=4, group_size=group, desc_act=False, sym=True, mse=2.0, dynamic=dynamic
         )
         backend = library.BACKEND.AUTO if gpu else library.BACKEND.GPTQ_TORCH
     wanted.device = "cuda" if gpu else "cpu"
@@ -165,7 +166,7 @@ QUANTIZER = Quantizer(
     name="gptqmodel",
     builder="gptqmodel",
     formats=(AWQ, GPTQ),
-    recipe_number=7,
+    recipe_number=8,
     check_input=check_grouped,
     steps=steps,
     check=check,
