@@ -53,9 +53,8 @@ import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model, texts, out = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(model)
-text = "".join(json.loads(line) for line in open(texts))
-ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-samples = [ids[i:i + 512] for i in range(0, len(ids), 512)]
+read = [tokenizer(json.loads(line), add_special_tokens=False)["input_ids"] for line in open(texts)]
+samples = [ids[i:i + 512] for ids in read for i in range(0, len(ids), 512)]
 """
 
 COMPRESSOR = """
@@ -76,7 +75,7 @@ HAND = {
     "gptq": """
 from gptqmodel import BACKEND, GPTQModel
 from gptqmodel.quantization.config import GPTQConfig
-config = GPTQConfig(bits=4, group_size=GROUP, desc_act=False, sym=True)
+config = GPTQConfig(bits=4, group_size=GROUP, desc_act=False, sym=True, mse=2.0)
 config.device, config.pack_impl = "cpu", "original"
 loaded = GPTQModel.load(model, config, dtype=torch.float32)
 rows = [{"input_ids": torch.tensor([s]), "attention_mask": torch.ones(1, len(s)).long()}
