@@ -37,9 +37,7 @@ def quantize(format_: str, runner: str, folder: Path) -> tuple[Path, dict[str, A
     return out, json.loads(done.stdout)
 
 
-@pytest.mark.parametrize(
-    "format_", ["awq", "awq-autoawq", "awq-compressed", "gptq", "fp8-static"]
-)
+@pytest.mark.parametrize("format_", ["awq", "awq-autoawq", "awq-compressed", "gptq", "fp8-static"])
 def test_a_container_makes_what_an_environment_makes(format_: str, tmp_path: Path) -> None:
     """The same pins on another distribution's Python, with the same CPU and number of threads.
 
