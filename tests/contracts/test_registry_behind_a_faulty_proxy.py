@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,23 +11,31 @@ import pytest
 from tests.fakes.debian_registry import real_registry
 from tests.fakes.faulty_proxy import Faults, faulty_proxy
 from tests.fakes.images import tiny_image
+from tests.fakes.other_registries import other_registry
 from toolchain.errors import InputRefused, WeightsmithError
 from toolchain.oci.image import Image
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 
-pytestmark = [
-    pytest.mark.registry,
-    pytest.mark.skipif(not shutil.which("docker-registry"), reason="no docker-registry"),
-]
 AMD64 = "linux/amd64"
 REPAIRABLE = ("reset", "cut", "429", "500", "503", "delay")
 
 
-@pytest.fixture(scope="module")
-def behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, Faults]]:
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("docker-registry", marks=pytest.mark.registry),
+        pytest.param("cuelabs", marks=pytest.mark.other_registries),
+    ],
+)
+def behind(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, str, Faults]]:
+    """One that drops what came of a broken upload, and one that keeps it."""
     with (
-        real_registry(tmp_path_factory.mktemp("registry")) as host,
+        real_registry(tmp_path_factory.mktemp("registry"))
+        if request.param == "docker-registry"
+        else other_registry(request.param) as host,
         faulty_proxy(host) as (way, faults),
     ):
         yield host, way, faults
@@ -45,6 +52,11 @@ def straight(host: str, name: str) -> str | None:
         return client.digest_of(Reference.parse(f"{host}/{name}"))
 
 
+def as_if_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send small layers as large ones are sent: a part, and then its end."""
+    monkeypatch.setattr("toolchain.oci.sending._SMALL", 0)
+
+
 def read_all(client: Registry, place: Reference) -> None:
     for layer in client.pull(place, platform=AMD64).layers:
         b"".join(layer.open())
@@ -53,12 +65,16 @@ def read_all(client: Registry, place: Reference) -> None:
 @pytest.mark.parametrize("fault", REPAIRABLE)
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("HEAD", "/blobs/"), ("POST", "/uploads/"), ("PUT", "/uploads/"), ("PUT", "/manifests/")],
-)
+    [("HEAD", "/blobs/"), ("POST", "/uploads/"), ("PATCH", "/uploads/"), ("PUT", "/uploads/"),
+     ("PUT", "/manifests/")],
+)  # fmt: skip
 def test_a_push_survives(
-    behind: tuple[str, str, Faults], image: Image, method: str, path: str, fault: str
-) -> None:
+    behind: tuple[str, str, Faults], image: Image, method: str, path: str, fault: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     host, way, faults = behind
+    if method == "PATCH":
+        as_if_large(monkeypatch)
     name = f"one/{method.lower()}-{path.strip('/')}-{fault}:1"
     faults.plan = [(method, path, fault)] * 2
     with Registry(pause=lambda _: None) as client:
@@ -69,11 +85,13 @@ def test_a_push_survives(
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_push_and_a_pull_through_a_storm(
-    behind: tuple[str, str, Faults], image: Image, seed: int
+    behind: tuple[str, str, Faults], image: Image, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host, way, faults = behind
+    if seed % 2:
+        as_if_large(monkeypatch)
     source = random.Random(seed)
-    places = [("HEAD", "/blobs/"), ("POST", "/uploads/"), ("PUT", "/uploads/"), ("GET", "/"),
+    places = [("HEAD", "/blobs/"), ("POST", "/uploads/"), ("PATCH PUT", "/uploads/"), ("GET", "/"),
               ("HEAD", "/manifests/"), ("PUT", "/manifests/")]  # fmt: skip
     faults.plan = [(*source.choice(places), source.choice(REPAIRABLE)) for _ in range(10)]
     name = f"storm/{seed}:1"
