@@ -192,13 +192,10 @@ class ContainerEngine(Protocol):
         """Load an image archive stream; return the image id."""
 
     def chains_of(self, *repositories: str) -> tuple[tuple[str, ...], ...]:
-        """Return the diff ids, bottom first, of each image that the engine holds of these.
-
-        Empty where the engine's image store needs every layer in an archive.
-        """
+        """Return the diff ids, bottom first, of each image that the engine holds of these."""
 
     def inspect(self, reference: str) -> Mapping[str, Json]:
-        """Return an image's `Id` (its configuration's digest) and `Config`; {} where absent."""
+        """Return an image's `Id` (a digest of its own) and `Config`; {} where absent."""
 
     def untag(self, reference: str) -> None:
         """Remove a name; the image goes too when it was the last one. Absent is fine."""

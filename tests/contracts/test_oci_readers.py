@@ -228,8 +228,6 @@ def test_docker_loads_it(image: Image, names: list[str]) -> None:
 def test_docker_accepts_an_archive_without_what_it_holds(names: list[str], tmp_path: Path) -> None:
     first = tiny_image(tmp_path)
     _docker("load", "-q", data=docker_archive(first, Reference.parse(names[0])))
-    if "overlay2" not in _docker("info", "-f", "{{.Driver}}"):
-        pytest.skip("only Docker's own image store takes archives with layers left out")
     held = json.loads(_docker("image", "inspect", "-f", "{{json .RootFS.Layers}}", names[0]))
     top = TarLayer(members=(Member.of_bytes("/etc/new", b"1"),), epoch=0)
     second = assemble(first.layers, [top], config=ImageConfig(), epoch=0)

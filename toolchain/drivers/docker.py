@@ -97,13 +97,8 @@ class DockerEngine:
             return str(self.client.images.get(reference).id)
 
     def chains_of(self, *repositories: str) -> tuple[tuple[str, ...], ...]:
-        """Return the diff ids, bottom first, of each image that the engine holds of these.
-
-        Empty where the engine keeps images in containerd, whose import needs every layer.
-        """
+        """Return the diff ids, bottom first, of each image that the engine holds of these."""
         with engine_errors("asking the container engine for its images"):
-            if self.client.info().get("Driver") != "overlay2":
-                return ()
             api: Any = self.client.api
             found = [row["Id"] for name in repositories for row in api.images(name=name)]
             # One that another build removes at this moment is not held any more: {}.
@@ -111,7 +106,7 @@ class DockerEngine:
             return tuple(tuple(told["RootFS"].get("Layers") or ()) for told in held if told)
 
     def inspect(self, reference: str) -> Mapping[str, Json]:
-        """Return an image's `Id` (its configuration's digest) and `Config`; {} where absent."""
+        """Return an image's `Id` and `Config`; {} where absent."""
         with engine_errors(f"asking the container engine for {reference}"):
             try:
                 return dict(self.client.images.get(reference).attrs or {})

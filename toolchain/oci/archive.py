@@ -20,8 +20,8 @@ def docker_archive(
     """Yield the archive in chunks of about 1 MiB; nothing is written to disk.
 
     `skip_diff_ids` are the layers, bottom first, of an image that the engine holds: those that
-    both images start with are left out. Only Docker's own image store (overlay2) allows that;
-    the containerd image store needs every blob.
+    both images start with are left out. The engine refuses the archive where it does not hold
+    them after all, which for containerd's image store is where it has them compressed.
     """
     held = _held(image, skip_diff_ids)
     yield from _file("oci-layout", MARKER)

@@ -133,7 +133,7 @@ def describe(whole: Whole, reference: str, outputs: Outputs) -> Published:
 def is_held(whole: Whole, reference: str, outputs: Outputs, tools: Tools) -> bool:
     """Say whether every local output holds this very image already; a registry is to be asked."""
     own = own_of(whole)
-    if outputs.load and tools.engine.inspect(reference).get("Id") != own.config_blob.digest:
+    if outputs.load and not _is_loaded(own, reference, tools):
         return False
     return outputs.layout is None or held_digest(outputs.layout) == whole.digest
 
@@ -144,9 +144,22 @@ def _rows(image: Image) -> list[Mapping[str, Json]]:
 
 def _load(image: Image, reference: Reference, tools: Tools) -> None:
     name = f"{reference.name}:{reference.tag or 'latest'}"
-    if tools.engine.inspect(name).get("Id") == image.config_blob.digest:
+    if _is_loaded(image, name, tools):
         return
-    tools.engine.load(docker_archive(image, reference, _like(image, reference, tools)), name)
+    if held := _like(image, reference, tools):
+        # It may be gone by then, and an image store may keep such layers in another form.
+        with suppress(EnvironmentFailure):
+            tools.engine.load(docker_archive(image, reference, held), name)
+            return
+    tools.engine.load(docker_archive(image, reference), name)
+
+
+def _is_loaded(image: Image, name: str, tools: Tools) -> bool:
+    """Say whether the engine has this image of that name.
+
+    Docker's own store names images by their configuration, containerd's by their manifest.
+    """
+    return tools.engine.inspect(name).get("Id") in (image.config_blob.digest, image.digest)
 
 
 def _like(image: Image, reference: Reference, tools: Tools) -> tuple[str, ...]:

@@ -1,0 +1,160 @@
+"""Engines with either image store take an image once, and of another only what they lack."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.baking import tools_for
+from tests.fakes.images import entry, foreign_image, tar_of
+from toolchain.drivers.docker import DockerEngine
+from toolchain.oci.image import Image, ImageConfig, assemble
+from toolchain.oci.layers import Member, TarLayer
+from toolchain.oci.registry import Registry
+from toolchain.ports import Tools
+from toolchain.provenance.evidence import Evidence
+from toolchain.stages.publish import Outputs, candidate, is_held, publish
+
+pytestmark = [pytest.mark.docker, pytest.mark.root]
+LOAD = Outputs(load=True)
+
+
+@dataclass
+class Counting:
+    """An engine that counts what is sent to it."""
+
+    engine: DockerEngine
+    sent: list[int] = field(default_factory=list)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.engine, name)
+
+    def load(self, archive: Iterator[bytes], reference: str) -> str:
+        self.sent.append(0)
+
+        def counted() -> Iterator[bytes]:
+            for chunk in archive:
+                self.sent[-1] += len(chunk)
+                yield chunk
+
+        return self.engine.load(counted(), reference)
+
+
+@contextlib.contextmanager
+def containerd_daemon(folder: Path) -> Iterator[str]:
+    """Start a dockerd of our own that keeps images in containerd, as Docker 29 does by default."""
+    number = os.getpid() % 100_000
+    bridge, namespace = f"wst{number}", f"wst{number}"
+    (folder / "daemon.json").write_text('{"features": {"containerd-snapshotter": true}}')
+    where = f"unix://{folder}/docker.sock"
+    words = [
+        "dockerd", f"--config-file={folder}/daemon.json", f"--data-root={folder}/data",
+        f"--exec-root={folder}/exec", f"--host={where}", f"--pidfile={folder}/pid",
+        f"--bridge={bridge}", "--iptables=false", "--ip6tables=false",
+        f"--containerd-namespace={namespace}",
+        f"--containerd-plugins-namespace={namespace}-plugins",
+    ]  # fmt: skip
+    # With no bridge, dockerd would take away the default one of the host's daemon.
+    subprocess.run(["ip", "link", "add", bridge, "type", "bridge"], check=True)
+    address = f"172.31.{number % 250}.1/24"
+    subprocess.run(["ip", "addr", "add", address, "dev", bridge], check=True)
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(words, stdout=log, stderr=log)
+    try:
+        for _ in range(300):
+            told = subprocess.run(["docker", "-H", where, "info"], capture_output=True)
+            if told.returncode == 0:
+                break
+            time.sleep(0.2)
+        yield where
+    finally:
+        server.terminate()
+        server.wait(60)
+        subprocess.run(["ip", "link", "delete", bridge], check=False)
+
+
+@pytest.fixture(params=["docker", "containerd"])
+def tools(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Tools]:
+    monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
+    with contextlib.ExitStack() as stack:
+        if request.param == "containerd":
+            if not shutil.which("dockerd") or not shutil.which("ip"):
+                pytest.skip("dockerd or ip is not installed")
+            (tmp_path / "d").mkdir()
+            where = stack.enter_context(containerd_daemon(tmp_path / "d"))
+            monkeypatch.setenv("DOCKER_HOST", where)
+        yield replace(tools_for(), engine=Counting(DockerEngine()))
+
+
+@pytest.fixture
+def name(tools: Tools) -> Iterator[str]:
+    made = f"weightsmith-test/{uuid.uuid4().hex[:12]}"
+    yield made
+    for tag in ("1", "2"):
+        tools.engine.untag(f"{made}:{tag}")
+
+
+def image(content: bytes, label: str = "", base: Image | None = None) -> Image:
+    layer = TarLayer(members=(Member.of_bytes("/models/weights", content),), epoch=0)
+    return assemble((layer,), config=ImageConfig(labels={"x": label}), base=base, epoch=0)
+
+
+def load(made: Image, reference: str, tools: Tools) -> None:
+    with Registry() as registry:
+        publish(made, reference, LOAD, [Evidence()], registry, tools)
+
+
+def test_an_image_is_sent_once(tools: Tools, name: str) -> None:
+    weights = os.urandom(1 << 20)
+    first, final = image(weights), image(weights, "scored")
+    with candidate(first, None, tools):
+        load(final, f"{name}:1", tools)
+    assert is_held(final, f"{name}:1", LOAD, tools)
+    assert not is_held(first, f"{name}:1", LOAD, tools)
+    load(final, f"{name}:1", tools)
+    assert [size > 1 << 20 for size in tools.engine.sent] == [True, False]
+    assert "models/weights" in _files(f"{name}:1")
+
+
+def test_what_is_held_in_another_form_is_taken(tools: Tools, name: str) -> None:
+    """A layer that is held compressed, as of a pulled image, and comes as it is."""
+    tar = tar_of(entry("app", b"5", 0o755), (entry("app/x"), b"1" * 5000))
+    load(foreign_image(tar), f"{name}:1", tools)
+    load(image(b"w", base=foreign_image(tar, packed=False)), f"{name}:2", tools)
+    assert {"app/x", "models/weights"} <= set(_files(f"{name}:2"))
+
+
+def _files(reference: str) -> list[str]:
+    """Return what a container of an image has; it is not started."""
+    made = subprocess.run(
+        ["docker", "create", reference, "x"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    try:
+        out = subprocess.run(["docker", "export", made], check=True, capture_output=True).stdout
+        told = subprocess.run(["tar", "-t"], input=out, check=True, capture_output=True)
+        return told.stdout.decode().splitlines()
+    finally:
+        subprocess.run(["docker", "rm", made], check=True, capture_output=True)
+
+
+def test_layers_that_are_gone_by_then_are_sent_after_all(tools: Tools, name: str) -> None:
+    """Another build took the image away that the engine said it held."""
+    weights = os.urandom(5000)
+    first, second = image(weights), image(weights, "second")
+    chain = tuple(layer.diff_id for layer in first.layers)
+    tools.engine.chains_of = lambda *_: (chain,)  # type: ignore[attr-defined]
+    load(second, f"{name}:1", tools)
+    assert len(tools.engine.sent) == 2
+    assert "models/weights" in _files(f"{name}:1")
+    assert tools.engine.inspect(f"{name}:1")["Config"]["Labels"] == {"x": "second"}
