@@ -31,6 +31,7 @@ from toolchain.values import Format, Json
 # the same checkpoint gives the same bytes wherever it lies (gguf-py/gguf/metadata.py).
 _FROM_PATHS = ("basename", "finetune", "organization", "version", "size_label")
 _INTERMEDIATE = {"bfloat16": "bf16", "float32": "f32"}
+_CONVERT = Path(__file__).with_name("convert.py")
 _ARCHITECTURES = Path(__file__).with_name("gguf_architectures.json")
 IMATRIX = "imatrix.gguf"
 DIGEST_KEY = "weightsmith.imatrix.digest"
@@ -192,6 +193,7 @@ def _convert(request: QuantizeRequest, out: Path, kind: str, split: str) -> Step
         title=f"converting to GGUF ({kind})",
         argv=(
             request.python,
+            str(_CONVERT),
             str(converter / "convert_hf_to_gguf.py"),
             str(request.model),
             *("--outfile", str(out), "--outtype", kind),

@@ -5,9 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
 
 from toolchain.errors import CheckFailed, InputRefused, UsageError
 from toolchain.quantizers import formats, of_format
+from toolchain.quantizers.convert import split_name
 from toolchain.quantizers.gguf import check_input, output_file
 from toolchain.quantizers.gguf_types import FILE_TYPES
 from toolchain.quantizers.quantizer import QuantizeRequest
@@ -36,14 +39,42 @@ def test_q8_0_is_one_command_of_the_converter(tmp_path):
 
     (step,) = of_format("q8_0").steps(asked)
 
-    assert step.argv[:3] == (
+    assert step.argv[:4] == (
         "/usr/bin/python3",
+        split_name.__code__.co_filename,
         "/opt/llamacpp/convert/convert_hf_to_gguf.py",
         str(asked.model),
     )
-    assert step.argv[3:7] == ("--outfile", str(output_file(asked)), "--outtype", "q8_0")
+    assert step.argv[4:8] == ("--outfile", str(output_file(asked)), "--outtype", "q8_0")
     assert step.env["PYTHONPATH"] == "/opt/llamacpp/convert:/opt/llamacpp/convert/gguf-py"
     assert step.env["HF_HUB_OFFLINE"] == "1"
+
+
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "by_words", "model"),
+    [
+        ("gpt-2", [], True, {}),
+        ("smollm", [pre_tokenizers.Digits(individual_digits=True)], True, {}),
+        ("qwen2", [pre_tokenizers.Split(Regex(WORDS + REST), "isolated")], False, {}),
+        ("smaug-bpe", [pre_tokenizers.Split(Regex(WORDS + "{1,3}" + REST), "isolated")], False, {}),
+        ("", [pre_tokenizers.Split(Regex(WORDS), "isolated")], False, {}),
+        ("", [pre_tokenizers.Split(Regex(WORDS + REST), "removed")], False, {}),
+        ("", [], True, {"ignore_merges": True}),
+        ("", [], True, {"end_of_word_suffix": "</w>"}),
+        ("", [pre_tokenizers.Whitespace()], True, {}),
+    ],
+)
+def test_vocabularies_of_ones_own_are_named_by_their_split(name, before, by_words, model):
+    """As the tokenizers library writes them; llama.cpp's tokens were seen to be the same."""
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=by_words)
+    tokenizer = Tokenizer(BPE(vocab={}, merges=[], **model))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, last]) if before else last
+
+    assert split_name(json.loads(tokenizer.to_str())) == name
 
 
 def test_metadata_from_folder_names_is_switched_off(tmp_path):
@@ -59,9 +90,9 @@ def test_metadata_from_folder_names_is_switched_off(tmp_path):
 def test_k_quants_go_through_a_file_that_is_removed(tmp_path):
     asked = request(tmp_path, "q4_k_m", threads=2)
 
-    convert, quantize = of_format("q4_k_m").steps(asked)
+    first, quantize = of_format("q4_k_m").steps(asked)
 
-    middle = Path(convert.argv[4])
+    middle = Path(first.argv[first.argv.index("--outfile") + 1])
     assert quantize.argv == (
         "/opt/llamacpp/bin/llama-quantize",
         str(middle),
@@ -318,7 +349,10 @@ def test_the_matrix_is_measured_between_and_its_digest_written(tmp_path):
 
     convert, measure, quantize = of_format("q4_k_m").steps(made)
 
-    assert measure.argv[measure.argv.index("-m") + 1] == convert.argv[4]
+    assert (
+        measure.argv[measure.argv.index("-m") + 1]
+        == convert.argv[convert.argv.index("--outfile") + 1]
+    )
     assert measure.env["WEIGHTSMITH_CPU_VARIANT"] in {"x86-64-v3", "armv8-a"}
     assert quantize.argv[quantize.argv.index("--imatrix") + 1] == "imatrix.gguf"
     assert quantize.digests == {"imatrix": made.output / "imatrix.gguf"}

@@ -1,0 +1,80 @@
+"""llama.cpp's converter, run for tokenizers too that it knows by how they split and not by name.
+
+llama.cpp names the ways to split a text before byte pairs are joined. Its converter finds the name
+by a hash of one text's tokens, so that it refuses vocabularies that nobody has published. How a
+tokenizer splits stands in its tokenizer.json: where that is what a name stands for, it is given.
+
+Runs by its path in a builder, with the converter and its arguments: it imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import runpy
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_BY_EXPRESSION = {
+    _WORDS + r"\p{N}" + _REST: "qwen2",
+    # Llama 3's own name stands for `ignore_merges` and a first token too; this one for the split.
+    _WORDS + r"\p{N}{1,3}" + _REST: "smaug-bpe",
+}
+"""What a Split before bytes isolates -> its name (llama.cpp, src/llama-vocab.cpp)."""
+_BYTES = {"type": "ByteLevel", "add_prefix_space": False}
+
+
+def split_name(tokenizer: Mapping[str, Any]) -> str:
+    """Return llama.cpp's name of how a tokenizer.json splits; empty where it has none for sure."""
+    model, normalizer = tokenizer.get("model") or {}, tokenizer.get("normalizer")
+    odd = ("ignore_merges", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
+    if model.get("type") != "BPE" or any(model.get(name) for name in odd):
+        return ""
+    if normalizer and normalizer.get("type") != "NFC":  # which llama.cpp leaves to its callers
+        return ""
+    whole = tokenizer.get("pre_tokenizer") or {}
+    steps = whole.get("pretokenizers", []) if whole.get("type") == "Sequence" else [whole]
+    *before, last = steps or [{}]
+    if any(last.get(key) != value for key, value in _BYTES.items()):
+        return ""
+    by_words = last.get("use_regex", True)  # GPT-2's expression
+    match before:
+        case []:
+            name = "gpt-2" if by_words else ""
+        case [{"type": "Digits", "individual_digits": True}]:
+            name = "smollm" if by_words else ""
+        case [{"type": "Split", "behavior": "Isolated", "pattern": {"Regex": str(found)}} as split]:
+            known = not by_words and not split.get("invert")
+            name = _BY_EXPRESSION.get(found, "") if known else ""
+        case _:
+            name = ""
+    return name
+
+
+def main() -> None:
+    """Run `ARGV[1]`, the converter, with the arguments behind it."""
+    model_class: Any = importlib.import_module("conversion.base").TextModel
+    by_hash = model_class.get_vocab_base_pre
+
+    def by_hash_or_split(model: Any, tokenizer: Any) -> str:
+        try:
+            return str(by_hash(model, tokenizer))
+        except NotImplementedError:
+            path = Path(model.dir_model) / "tokenizer.json"
+            name = split_name(json.loads(path.read_text("utf-8"))) if path.is_file() else ""
+            if not name:
+                raise
+            print(f"a vocabulary of its own, split as {name!r}", file=sys.stderr)  # noqa: T201
+            return name
+
+    model_class.get_vocab_base_pre = by_hash_or_split
+    del sys.argv[0]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
