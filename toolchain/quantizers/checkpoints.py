@@ -28,6 +28,9 @@ moves scales between layers and must know them (gptqmodel/models/definitions of 
 _SCALES = 1.02
 """What a format's nominal bits leave out: scales of narrow rows and small groups, and headers."""
 
+_ENGINE = 1.02
+"""What an engine writes besides: its own tokenizer, zero points, groups of fewer than 128."""
+
 # Not weights: beside them in the finished folder, byte for byte as they were.
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _NOT_COPIED = ("config.json", "model.safetensors.index.json")
@@ -140,7 +143,7 @@ def peak_disk(checkpoint_bytes: int, kept: int, format_: Format) -> int:
 
     On a CPU engines compute in float32, and write what they do not quantize so.
     """
-    return 2 * output_bytes(checkpoint_bytes, kept, format_) + kept
+    return int((2 * output_bytes(checkpoint_bytes, kept, format_) + kept) * _ENGINE)
 
 
 def finish(
