@@ -189,10 +189,25 @@ class TarLayer:
     def _folder_mode(self, path: str) -> int:
         return 0o1777 if path in self.shared else 0o755
 
+    def is_as_hashed(self) -> bool:
+        """Say whether its files are still those that were read for the digest, in this process."""
+        hashed = self.__dict__.get("_hashed")
+        return hashed is not None and hashed == self._stamps()
+
+    def _stamps(self) -> tuple[tuple[int, ...], ...] | None:
+        """Return its files' inodes, sizes and times, where a change shows; None if one is gone."""
+        try:
+            found = [path.stat() for member in self.members for path in _paths(member.source)]
+        except OSError:
+            return None
+        return tuple((f.st_ino, f.st_size, f.st_mtime_ns, f.st_ctime_ns) for f in found)
+
     def _hash(self) -> str:
+        stamps = self._stamps()
         state = hashlib.sha256()
         for chunk in self.open():
             state.update(chunk)
+        self.__dict__["_hashed"] = stamps
         return f"sha256:{state.hexdigest()}"
 
 
@@ -325,6 +340,16 @@ def verified(
         )
     if held:
         yield held
+
+
+def _paths(source: Path | bytes | Pieces) -> list[Path]:
+    match source:
+        case bytes():
+            return []
+        case tuple() as pieces:
+            return [piece.path for piece in pieces if not isinstance(piece, bytes)]
+        case path:
+            return [path]
 
 
 def _content(member: Member) -> Iterator[bytes]:

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from toolchain.errors import EnvironmentFailure, WeightsmithError
 from toolchain.oci.image import Image, Opener, blob_of
-from toolchain.oci.layers import BlobLayer, Layer, verified
+from toolchain.oci.layers import BlobLayer, Layer, TarLayer, verified
 from toolchain.oci.progress import Advance, Meter
 from toolchain.oci.references import Reference
 from toolchain.oci.sending import check_created, send
@@ -92,8 +92,9 @@ def bring_all(
 
 def _opener(layer: Layer, blob: Blob) -> Opener:
     """Return what yields the layer's bytes, checked: not every registry compares the digest."""
-    if isinstance(layer, BlobLayer):
-        return layer.open  # checked where it is read
+    known = isinstance(layer, BlobLayer) or (isinstance(layer, TarLayer) and layer.is_as_hashed())
+    if known:
+        return layer.open  # checked where it is read, or a moment ago
     what = layer.file or "a layer"
     hint = "a file changed since it was hashed; build again"
     return lambda: verified(layer.open(), blob, what, hint)

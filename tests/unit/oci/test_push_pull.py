@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from tests.fakes.images import foreign_image, tar_of, tiny_image
 from tests.fakes.registry import FakeRegistry, fake_registry
 from toolchain.drivers.pushed import PushedLayers
 from toolchain.errors import EnvironmentFailure, InputRefused, UsageError, WeightsmithError
+from toolchain.oci import uploads
 from toolchain.oci.image import Image
 from toolchain.oci.layers import BlobLayer, Member, TarLayer
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
+from toolchain.values import Blob
 
 
 @pytest.fixture
@@ -195,6 +198,29 @@ def test_a_file_changed_since_it_was_hashed(
     layer = TarLayer(members=(Member.of_bytes("/a", b"1"),), known_digest=image.digest)
     with pytest.raises(InputRefused, match="content its digest promises"):
         client.push(Image(layers=(layer,), settings=image.settings), at(fake))
+
+
+def test_a_layer_hashed_here_is_not_hashed_again_unless_its_file_changed(
+    fake: FakeRegistry, client: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "w").write_bytes(bytes(3000))
+    layer = TarLayer(members=(Member.of_file("/w", tmp_path / "w"),), epoch=0)
+    known = TarLayer(members=layer.members, epoch=0, known_digest=layer.digest)
+    checked = []
+    plain = uploads.verified
+
+    def counting(chunks: Iterator[bytes], blob: Blob, *more: str) -> Iterator[bytes]:
+        checked.append(blob.digest)
+        return plain(chunks, blob, *more)
+
+    monkeypatch.setattr(uploads, "verified", counting)
+    for number, each in enumerate((layer, known)):
+        client.push(Image(layers=(each,), settings={}), at(fake, f"team/{number}:1"))
+        assert len(checked) == number
+    (tmp_path / "w").write_bytes(b"1" * 3000)
+    for number, each in enumerate((layer, known)):
+        with pytest.raises(InputRefused, match="content its digest promises"):
+            client.push(Image(layers=(each,), settings={}), at(fake, f"other/{number}:1"))
 
 
 @pytest.mark.parametrize("then", ["503", "norange"])
