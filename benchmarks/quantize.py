@@ -141,7 +141,7 @@ def watched(folder: Path) -> Iterator[list[int]]:
     seen, done = [0], threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.002):  # the worst moment is short: all is written, nothing deleted
+        while not done.wait(0.005):  # the worst moment is short: all is written, nothing deleted
             seen[0] = max(seen[0], used(folder))
 
     watcher = threading.Thread(target=watch)
