@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import os
 import random
 import shutil
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -21,6 +25,7 @@ settings.register_profile("explore", _CALM)
 settings.register_profile("steady", _CALM, derandomize=True)
 settings.load_profile("steady")
 
+ROOT = Path(__file__).parents[1]
 ENGINE_SCRIPT = Path(__file__).with_name("engine.sh")
 
 
@@ -104,3 +109,42 @@ def builder_base() -> None:
     for line in said.stdout.splitlines():
         name, _, value = line.removeprefix("export ").partition("=")
         os.environ[name] = value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TinyBuild:
+    """The tiny example, built once."""
+
+    store: Path
+    """Holds nothing else, and is to be copied, not used."""
+    dist: Path
+    told: dict[str, Any]
+    """What --json says of its one target."""
+    seconds: float
+    """From an empty store, with the builders made before."""
+
+
+@pytest.fixture(scope="session")
+def tiny_build(tmp_path_factory: pytest.TempPathFactory, builder_base: None) -> TinyBuild:
+    """The tiny example, built by the local runner."""
+    folder = tmp_path_factory.mktemp("tiny")
+    store, dist = folder / "store", folder / "dist"
+    recipe = ROOT / "examples" / "tiny" / "recipe.yaml"
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "toolchain.cli.program", "build", "--recipe", recipe,
+         "--runner", "local", "--dist", dist, "--json"],
+        env={**os.environ, "WEIGHTSMITH_STORE": str(store)},
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (told,) = json.loads(done.stdout)["targets"].values()
+    return TinyBuild(store=store, dist=dist, told=told, seconds=time.monotonic() - began)
+
+
+@pytest.fixture(scope="session")
+def shared_store(tmp_path_factory: pytest.TempPathFactory, tiny_build: TinyBuild) -> Path:
+    """One store for builds and pages that need none of their own, so that all is made once."""
+    store = tmp_path_factory.mktemp("shared") / "store"
+    shutil.copytree(tiny_build.store, store)
+    return store

@@ -14,6 +14,8 @@ import pytest
 from toolchain.stages.report import write_comparison, write_report
 
 pytestmark = pytest.mark.browser
+PATIENCE = 300_000
+"""Milliseconds in which a browser must have done a thing, however busy the machine is."""
 
 DIGEST = "sha256:" + "ab" * 32
 LONG = "a-very-long-word-without-any-place-to-break-" * 6
@@ -112,9 +114,12 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
-    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+    # /dev/shm is small in many containers, and a page that does not fit there dies.
+    arguments = ["--disable-dev-shm-usage", *(["--no-sandbox"] if os.geteuid() == 0 else [])]
     with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium(), args=arguments)
+        started = playwright.chromium.launch(
+            executable_path=chromium(), args=arguments, timeout=PATIENCE
+        )
         yield started
         started.close()
 
@@ -134,6 +139,7 @@ def opened(browser: Any, pages: dict[str, Path]) -> Iterator[Any]:
         context = browser.new_context(
             viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
         )
+        context.set_default_timeout(PATIENCE)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
@@ -228,6 +234,7 @@ def test_paper_has_every_question_and_no_controls(opened: Any) -> None:
 
 def test_without_scripts_everything_is_there(browser: Any, pages: dict[str, Path]) -> None:
     context = browser.new_context(java_script_enabled=False)
+    context.set_default_timeout(PATIENCE)
     page = context.new_page()
     page.goto(pages["report"].as_uri())
 

@@ -13,7 +13,7 @@ TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
 pytestmark = pytest.mark.builders
 
 
-def build(recipe, folder):
+def build(recipe, folder, store):
     """Build the recipe's llamacpp-lora image into the folder; return what --json says of it."""
     done = subprocess.run(
         [
@@ -21,7 +21,7 @@ def build(recipe, folder):
             *("--target", "llamacpp-lora", "--runner", "local", "--dist", str(folder / "dist")),
             *("--layout", str(folder / "image"), "--json"),
         ],
-        env={**os.environ, "WEIGHTSMITH_STORE": str(folder / "store")},
+        env={**os.environ, "WEIGHTSMITH_STORE": str(store)},
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -31,8 +31,10 @@ def build(recipe, folder):
     return json.loads(done.stdout)["targets"]["llamacpp-lora"]
 
 
-def test_an_image_with_the_adapter_beside_the_base_answers_as_the_adapter_does(tmp_path):
-    built = build(TINY, tmp_path)
+def test_an_image_with_the_adapter_beside_the_base_answers_as_the_adapter_does(
+    tmp_path, shared_store
+):
+    built = build(TINY, tmp_path, shared_store)
 
     # The base knows none of it: only an adapter that was added answers.
     assert built["scores"]["base"] == 0.0
@@ -46,8 +48,8 @@ def test_an_image_with_the_adapter_beside_the_base_answers_as_the_adapter_does(t
     }
 
 
-def test_each_of_several_adapters_answers_its_own_task(tmp_path):
-    build(TINY.with_name("recipe-two.yaml"), tmp_path)
+def test_each_of_several_adapters_answers_its_own_task(tmp_path, shared_store):
+    build(TINY.with_name("recipe-two.yaml"), tmp_path, shared_store)
     record = json.loads((tmp_path / "dist/tiny-two/1.0.0/llamacpp-lora/build.json").read_text())
 
     # Merged they would disturb one another, so nothing is: each answers as it does alone.

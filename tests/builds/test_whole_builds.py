@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from gguf import GGUFReader
 
+from tests.conftest import TinyBuild
 from tests.fakes.debian_registry import real_registry
 
 ROOT = Path(__file__).parents[2]
@@ -39,13 +40,10 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict]:
+@pytest.fixture
+def local(tiny_build: TinyBuild, shared_store: Path) -> tuple[Path, Path, dict]:
     """Store, results folder and JSON of a local build."""
-    folder = tmp_path_factory.mktemp("local")
-    store, dist = folder / "store", folder / "dist"
-    built = weightsmith("build", "--recipe", TINY, "--runner", "local", "--dist", dist, store=store)
-    return store, dist, built["targets"][TARGET]
+    return shared_store, tiny_build.dist, tiny_build.told
 
 
 def record(dist: Path) -> dict:

@@ -70,6 +70,7 @@ class FakeRegistry:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are sent apart: the second would wait 40 ms
     state: FakeRegistry
 
     def log_message(self, *_: object) -> None:

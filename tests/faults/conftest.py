@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import TinyBuild
+
 pytest.register_assert_rewrite("tests.faults.workshop")
-from tests.faults.workshop import Outcome, Workshop  # noqa: E402 - its assertions are explained
+from tests.faults.workshop import Workshop  # noqa: E402 - its assertions are explained
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,21 +22,16 @@ class Reference:
     workshop: Workshop
     digest: str
     seconds: float
+    """Of a build from an empty store."""
 
 
 @pytest.fixture(scope="session")
-def reference(tmp_path_factory: pytest.TempPathFactory, builder_base: None) -> Reference:
-    """One build of the example from an empty store, timed without the making of builders."""
-    workshop, built, seconds = _timed(tmp_path_factory)
-    if "making the builder" in built.err or "compiling" in built.err:
-        workshop, built, seconds = _timed(tmp_path_factory)
-    return Reference(workshop=workshop, digest=built.digest, seconds=seconds)
-
-
-def _timed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workshop, Outcome, float]:
+def reference(tmp_path_factory: pytest.TempPathFactory, tiny_build: TinyBuild) -> Reference:
+    """One build of the example with fewer questions, after the one with all of them."""
     workshop = Workshop(tmp_path_factory.mktemp("reference"))
-    began = time.monotonic()
-    return workshop, workshop.start_build().end(3600), time.monotonic() - began
+    shutil.copytree(tiny_build.store, workshop.store)
+    built = workshop.start_build().end(3600)
+    return Reference(workshop=workshop, digest=built.digest, seconds=tiny_build.seconds)
 
 
 @pytest.fixture

@@ -199,12 +199,6 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One store for all pages, so that each build is made once."""
-    return tmp_path_factory.mktemp("store")
-
-
 def run_blocks(wanted: list[Block], folder: Path, store: Path) -> None:
     """Run blocks one after another in one shell, as a reader would."""
     script = "set -euo pipefail\n"

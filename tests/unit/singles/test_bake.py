@@ -108,22 +108,17 @@ def test_an_index_stays_one_and_shares_the_weights(scene: Scene, tmp_path: Path)
         copied = copy_image(source, place, scene.client, Silent(), force=False)
         assert copied["digest"] == scene.client.digest_of(Reference.parse(place)) == done["digest"]
         assert weights(scene.image(to, "linux/arm64")) == weights(each[1])
+    if shutil.which("skopeo"):
+        skopeo = ["skopeo", "copy", "-q", "--all", "--preserve-digests"]
+        places = [f"oci:{tmp_path}/layout:latest", f"dir:{tmp_path}/dir"]
+        subprocess.run([*skopeo, *places], check=True, capture_output=True)
+        written = (tmp_path / "dir" / "manifest.json").read_bytes()
+        assert len(json.loads(written)["manifests"]) == 2
         assert verify_image(place, public, scene.client, Silent())["ok"]
     one = scene.bake("team/app:2", base=base, platform="linux/arm64")
     assert one["digest"] == each[1].digest
     with pytest.raises(UsageError, match="linux/s390x"):
         scene.bake("team/app:3", base=base, platform="linux/s390x")
-
-
-@pytest.mark.skipif(not shutil.which("skopeo"), reason="skopeo is not installed")
-def test_skopeo_reads_the_index(scene: Scene, tmp_path: Path) -> None:
-    test_an_index_stays_one_and_shares_the_weights(scene, tmp_path)
-    words = ["skopeo", "copy", "-q", "--all", "--preserve-digests", f"oci:{tmp_path}/layout:latest"]
-    subprocess.run([*words, f"dir:{tmp_path}/dir"], check=True, capture_output=True)
-    written = (tmp_path / "dir" / "manifest.json").read_bytes()
-    digest = scene.client.digest_of(Reference.parse(f"{scene.fake.host}/team/app:1"))
-    assert len(json.loads(written)["manifests"]) == 2
-    assert digest is not None
 
 
 def test_the_layout_and_the_registry_have_the_same_digest(scene: Scene, tmp_path: Path) -> None:
