@@ -6,6 +6,8 @@ import gc
 import io
 import json
 import os
+import signal
+import threading
 import time
 import urllib.request
 import warnings
@@ -15,7 +17,7 @@ import pytest
 from tests.contracts.test_runner import CACHE, echo
 from tests.fakes.runner import RecordingProgress
 from tests.faults.relay import way_to_engine
-from toolchain.drivers.docker import DockerEngine, DockerRunner, engine_host
+from toolchain.drivers.docker import DockerEngine, DockerRunner, _Taking, engine_host
 from toolchain.drivers.docker_images import base_reference
 from toolchain.drivers.docker_launcher import DockerLauncher
 from toolchain.drivers.docker_requests import LABEL_OWNER
@@ -23,6 +25,8 @@ from toolchain.drivers.ownership import is_dead, owner_token
 from toolchain.errors import EnvironmentFailure
 from toolchain.ports import Endpoint, Silent, StartSpec
 
+PATIENCE = 120
+"""Seconds in which what is sure to come must have come, however busy the machine is."""
 pytestmark = [
     pytest.mark.docker,
     pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
@@ -95,13 +99,43 @@ def test_an_archive_is_loaded_from_a_stream_and_its_name_removed(engine, server_
     assert engine.inspect(server_image)["Id"] == image.id
 
 
+@pytest.mark.parametrize("sent", ["half", "all"])
+def test_an_interrupted_load_is_over_when_it_ends(engine, server_image, monkeypatch, sent):
+    """What the engine has whole it names, however late: then it is there to be removed."""
+    monkeypatch.setattr("toolchain.drivers.docker._LAST_SECONDS", PATIENCE)
+    name = f"weightsmith-test-interrupted:{os.getpid()}"
+    engine.client.images.get(server_image).tag(*name.split(":"))
+    archive = list(engine.client.images.get(name).save(named=True))
+    engine.untag(name)
+    told, give_up = threading.Event(), _Taking.give_up
+
+    def tell(taking):
+        taking._given_up.set()
+        told.set()
+        give_up(taking)
+
+    monkeypatch.setattr(_Taking, "give_up", tell)
+
+    def chunks():
+        for number, chunk in enumerate(archive):
+            if sent == "half" and number == len(archive) // 2:
+                signal.raise_signal(signal.SIGINT)
+                assert told.wait(PATIENCE)
+            yield chunk
+        if sent == "all":
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.load(chunks(), name)
+
+    assert bool(engine.inspect(name)) == (sent == "all")
+    engine.untag(name)
+    assert engine.inspect(name) == {}
+
+
 def test_an_archive_that_is_none_is_refused(engine):
     with pytest.raises(EnvironmentFailure, match="nonsense"):
         engine.load(iter([b"no tar"] * 200), "nonsense:1")
-
-
-PATIENCE = 120
-"""Seconds in which what is sure to come must have come, however busy the machine is."""
 
 
 def fetch(url: str) -> str:

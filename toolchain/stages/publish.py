@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from toolchain.errors import EnvironmentFailure, UsageError
+from toolchain.errors import EnvironmentFailure, UsageError, WeightsmithError
 from toolchain.oci.archive import docker_archive
 from toolchain.oci.image import Image
 from toolchain.oci.index import Index, Whole, images_of, own_of
@@ -56,11 +56,12 @@ def candidate(image: Image, layout: Path | None, tools: Tools) -> Iterator[str]:
     """
     if layout is None:
         name = _candidate_name(image)
-        _load(image, Reference.parse(name), tools)
         try:
+            _load(image, Reference.parse(name), tools)
             yield name
         except BaseException:
-            tools.engine.untag(name)
+            with suppress(WeightsmithError):  # the engine may be what went away
+                tools.engine.untag(name)
             raise
         return
     with _alone(_beside(layout)) as folder:
