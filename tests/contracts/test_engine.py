@@ -17,9 +17,10 @@ import pytest
 from tests.contracts.test_runner import CACHE, echo
 from tests.fakes.runner import RecordingProgress
 from tests.faults.relay import way_to_engine
-from toolchain.drivers.docker import DockerEngine, DockerRunner, _Taking, engine_host
+from toolchain.drivers.docker import DockerEngine, DockerRunner, engine_host
 from toolchain.drivers.docker_images import base_reference
 from toolchain.drivers.docker_launcher import DockerLauncher
+from toolchain.drivers.docker_loading import Taking
 from toolchain.drivers.docker_requests import LABEL_OWNER
 from toolchain.drivers.ownership import is_dead, owner_token
 from toolchain.errors import EnvironmentFailure
@@ -82,7 +83,7 @@ def test_an_archive_is_loaded_from_a_stream_and_its_name_removed(engine, server_
     image = engine.client.images.get(server_image)
     name = f"weightsmith-test-load:{os.getpid()}"
     image.tag(*name.split(":"))
-    archive = engine.client.images.get(name).save(named=True)
+    archive = engine.client.images.get(name).save(named=name)
 
     assert engine.load(archive, name) == image.id
     assert engine.inspect(name)["Id"] == image.id
@@ -102,28 +103,28 @@ def test_an_archive_is_loaded_from_a_stream_and_its_name_removed(engine, server_
 @pytest.mark.parametrize("sent", ["half", "all"])
 def test_an_interrupted_load_is_over_when_it_ends(engine, server_image, monkeypatch, sent):
     """What the engine has whole it names, however late: then it is there to be removed."""
-    monkeypatch.setattr("toolchain.drivers.docker._LAST_SECONDS", PATIENCE)
+    monkeypatch.setattr("toolchain.drivers.docker_loading.LAST_SECONDS", PATIENCE)
     name = f"weightsmith-test-interrupted:{os.getpid()}"
     engine.client.images.get(server_image).tag(*name.split(":"))
-    archive = list(engine.client.images.get(name).save(named=True))
+    archive = list(engine.client.images.get(name).save(named=name))
     engine.untag(name)
-    told, give_up = threading.Event(), _Taking.give_up
+    told, give_up = threading.Event(), Taking.give_up
 
     def tell(taking):
         taking._given_up.set()
         told.set()
         give_up(taking)
 
-    monkeypatch.setattr(_Taking, "give_up", tell)
+    monkeypatch.setattr(Taking, "give_up", tell)
 
     def chunks():
         for number, chunk in enumerate(archive):
             if sent == "half" and number == len(archive) // 2:
-                signal.raise_signal(signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)  # wakes the main thread
                 assert told.wait(PATIENCE)
             yield chunk
         if sent == "all":
-            signal.raise_signal(signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)  # wakes the main thread
 
     with pytest.raises(KeyboardInterrupt):
         engine.load(chunks(), name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import os
-import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from docker.utils.socket import SocketError, frames_iter
 from requests.exceptions import RequestException
 
 from toolchain.drivers.docker_images import build_image, image_tag
+from toolchain.drivers.docker_loading import Taking
 from toolchain.drivers.docker_requests import (
     LABEL_OWNER,
     NOBODY,
@@ -44,8 +44,6 @@ GONE = (DockerException, RequestException, OSError)
 _ANSWER_SECONDS = 120
 _UNPACK_SECONDS = 24 * 3600
 """The engine says nothing while it unpacks a large layer."""
-_LAST_SECONDS = 15.0
-"""How long an interrupted command waits for an engine that unpacks an image already."""
 
 
 def engine_host() -> str:
@@ -90,7 +88,7 @@ class DockerEngine:
         is there or is not: the engine, once it has all bytes, would name it some time later.
         """
         with engine_errors(f"loading {reference} into the container engine"):
-            taking = _Taking(archive, reference)
+            taking = Taking(lambda: _connect(_UNPACK_SECONDS), archive, reference)
             try:
                 taking.finish()
             except BaseException:
@@ -245,48 +243,6 @@ def engine_errors(doing: str) -> Iterator[None]:
             hint="start it again (`systemctl status docker`), then run the same command: "
             "stages that ended are kept",
         ) from problem
-
-
-class _Taking(threading.Thread):
-    """Gives an archive to the engine beside the main thread, which alone is interrupted."""
-
-    def __init__(self, archive: Iterator[bytes], reference: str) -> None:
-        super().__init__(daemon=True)
-        self._archive, self._reference = archive, reference
-        self._given_up = threading.Event()
-        self._problem: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        """Send it all, and listen to what the engine says of it."""
-        try:
-            with contextlib.closing(_connect(_UNPACK_SECONDS)) as client:
-                api: Any = client.api
-                for told in api.load_image(self._chunks()):
-                    if "error" in told:
-                        raise EnvironmentFailure(
-                            f"the container engine did not take {self._reference}: {told['error']}",
-                            hint="see its free disk space with `docker system df`",
-                        )
-        except BaseException as problem:  # noqa: BLE001 - raised again by who waits for it
-            self._problem = problem
-
-    def _chunks(self) -> Iterator[bytes]:
-        for chunk in self._archive:
-            if self._given_up.is_set():
-                raise ConnectionError("given up")  # the engine drops what is not whole
-            yield chunk
-
-    def finish(self) -> None:
-        """Wait for the end; raises what went wrong."""
-        self.join()
-        if self._problem is not None:
-            raise self._problem
-
-    def give_up(self) -> None:
-        """Send no more, and wait until the engine has dropped it or, with all of it, is done."""
-        self._given_up.set()
-        self.join(_LAST_SECONDS)
 
 
 def _connect(timeout: int) -> docker.DockerClient:
