@@ -50,5 +50,5 @@ def empty(tmp_path: Path, reference: Reference) -> Iterator[Workshop]:
 @pytest.fixture
 def workshop(empty: Workshop, reference: Reference) -> Workshop:
     """A workshop whose store holds the whole build, so that little is done again."""
-    shutil.copytree(reference.workshop.store, empty.store)
+    empty.fill_store(reference.workshop.store)
     return empty

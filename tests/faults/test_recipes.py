@@ -24,9 +24,7 @@ pytestmark = pytest.mark.builders
     ],
     ids=["near-miss", "near-miss-top", "duplicate", "value", "not-yaml", "metric"],
 )
-def test_a_faulty_recipe(
-    workshop: Workshop, digest: str, old: str, new: str, said: list[str]
-) -> None:
+def test_a_faulty_recipe(workshop: Workshop, old: str, new: str, said: list[str]) -> None:
     path = workshop.tiny / "recipe.yaml"
     text = path.read_text("utf-8")
     assert old in text
@@ -34,7 +32,7 @@ def test_a_faulty_recipe(
 
     workshop.build().refused(2, str(path), *said)
 
-    workshop.check_intact(digest)
+    workshop.check_unharmed()
 
 
 @pytest.mark.parametrize(
@@ -50,37 +48,37 @@ def test_a_faulty_recipe(
         ("version=a/b", ["version"]),
     ],
 )
-def test_a_faulty_setting(workshop: Workshop, digest: str, setting: str, said: list[str]) -> None:
+def test_a_faulty_setting(workshop: Workshop, setting: str, said: list[str]) -> None:
     workshop.build("--set", setting).refused(2, *said)
 
-    workshop.check_intact(digest)
+    workshop.check_unharmed()
 
 
-def test_no_recipe_at_all(workshop: Workshop, digest: str) -> None:
+def test_no_recipe_at_all(workshop: Workshop) -> None:
     workshop.run("build", "--recipe", "nowhere.yaml").refused(2, "nowhere.yaml", "--recipe")
 
-    workshop.check_intact(digest)
+    workshop.check_unharmed()
 
 
-def test_an_unknown_target(workshop: Workshop, digest: str) -> None:
+def test_an_unknown_target(workshop: Workshop) -> None:
     workshop.build("--target", "llamacpp-q4_k_n").refused(2, "llamacpp-q4_k_n", "llamacpp-q4_k_m")
 
-    workshop.check_intact(digest)
+    workshop.check_unharmed()
 
 
-def test_an_unknown_gpu(workshop: Workshop, digest: str) -> None:
+def test_an_unknown_gpu(workshop: Workshop) -> None:
     workshop.build("--set", "serve.gpu=nvidia-l44").refused(2, "nvidia-l44", "nvidia-l4")
 
-    workshop.check_intact(digest)
+    workshop.check_unharmed()
 
 
-def test_a_context_that_cannot_fit(workshop: Workshop, digest: str) -> None:
+def test_a_context_that_cannot_fit(workshop: Workshop) -> None:
     outcome = workshop.build(
         *("--set", "serve.gpu_memory=1GiB"), *("--set", "serve.max_model_len=500000000")
     )
 
     outcome.refused(2, "500", "max_model_len")
-    workshop.check_intact(digest)
+    workshop.check_unharmed()
 
 
 @pytest.mark.parametrize(
@@ -94,21 +92,21 @@ def test_a_context_that_cannot_fit(workshop: Workshop, digest: str) -> None:
     ],
     ids=["cut", "no-answer", "list", "number", "role"],
 )
-def test_malformed_questions(workshop: Workshop, digest: str, line: str, said: str) -> None:
+def test_malformed_questions(workshop: Workshop, line: str, said: str) -> None:
     data = workshop.tiny / "eval-a.jsonl"
     data.write_text(f"{data.read_text('utf-8')}\n{line}\n")
 
     workshop.build().refused(2, f"{data}:5", said)
 
-    workshop.check_intact(digest)
+    workshop.check_unharmed()
 
 
-def test_no_questions_where_the_recipe_says(workshop: Workshop, digest: str) -> None:
+def test_no_questions_where_the_recipe_says(workshop: Workshop) -> None:
     (workshop.tiny / "eval-a.jsonl").unlink()
 
     workshop.build().refused(2, "eval-a.jsonl", "JSON Lines")
 
-    workshop.check_intact(digest)
+    workshop.check_unharmed()
 
 
 def test_a_gate_that_is_not_passed_publishes_nothing(workshop: Workshop, digest: str) -> None:

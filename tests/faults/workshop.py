@@ -121,6 +121,7 @@ class Workshop:
     folder: Path
     env: dict[str, str] = field(default_factory=dict)
     _runs: int = 0
+    _before: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         for name in ("tmp", "cache"):
@@ -261,6 +262,21 @@ class Workshop:
             check_layout(image)
         for record in self.folder.glob("dist*/*/*/*/build.json"):
             assert json.loads(record.read_bytes())
+
+    def fill_store(self, source: Path) -> None:
+        """Copy another store's results, and remember which they are."""
+        shutil.copytree(source, self.store)
+        self._before = self._held()
+
+    def _held(self) -> frozenset[str]:
+        return frozenset(str(path.relative_to(self.store)) for path in self.store.glob("results/*"))
+
+    def check_unharmed(self) -> None:
+        """Check that a refusal, made before any work, left results as they were and no image."""
+        self.check_whole()
+        assert self._held() == self._before
+        assert not list(self.store.glob("partial/*"))
+        assert not (self.results / "image").exists()
 
     def check_intact(self, digest: str) -> None:
         """Check that an undisturbed build on the same store gives the reference's image."""
