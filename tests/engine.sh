@@ -117,10 +117,9 @@ install_registries() {
 # Each step is followed by `|| return`: in a condition `set -e` does not count.
 build_registries() {
   local package
-  [ -n "$(find /var/lib/apt/lists -name '*_Packages*' -print -quit)" ] || apt-get update -qq || return
-  command -v go >/dev/null ||
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends golang-go || return
-  (cd "$1" && apt-get download -qq -o APT::Sandbox::User=root "${REGISTRY_SOURCES[@]}") || return
+  [ -n "$(find /var/lib/apt/lists -name '*_Packages*' -print -quit)" ] || retried apt update || return
+  command -v go >/dev/null || retried apt_install golang-go || return
+  (cd "$1" && retried apt -o APT::Sandbox::User=root download "${REGISTRY_SOURCES[@]}") || return
   for package in "$1"/*.deb; do
     dpkg-deb -x "$package" "$1" || return
   done

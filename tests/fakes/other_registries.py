@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from tests.fakes.started import free_port
+
 PROGRAM = "weightsmith-test-registries"
 KINDS = (
     "go-containerregistry",
@@ -64,19 +66,19 @@ def other_registry(kind: str) -> Iterator[str]:
     """Serve an empty registry of the kind on a free loopback port; yield its host."""
     program = shutil.which(PROGRAM)
     assert program, f"{PROGRAM} is not there"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     server = subprocess.Popen(
         [program, f"127.0.0.1:{port}", kind], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        for _ in range(200):
+        until = time.monotonic() + 120
+        while True:
             try:
                 socket.create_connection(("127.0.0.1", port), timeout=5).close()
                 break
             except OSError:
-                assert server.poll() is None
+                assert server.poll() is None, f"{kind} ended"
+                assert time.monotonic() < until, f"{kind} does not listen"
                 time.sleep(0.05)
         yield f"127.0.0.1:{port}"
     finally:
