@@ -64,6 +64,8 @@ def test_mounted_from_another_repository(
     done = client.push(image, other, mount_from=["nobody/none", place.repository])
     expected = (0, 0) if there.pools_blobs else (4, image.config_blob.size)
     assert (done.mounted, done.uploaded_bytes) == expected
+    again = client.push(image, other)
+    assert (again.mounted, again.uploaded_bytes) == (0, 0)
 
 
 def test_rebased_without_weight_bytes(

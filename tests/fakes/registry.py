@@ -28,7 +28,8 @@ class FakeRegistry:
         self.authorizations: list[tuple[str, str]] = []
         self.faults: list[tuple[str, str, str]] = []
         """Method, part of the path, and `reset`, `half`, `norange`, `digest`, `full`, a status,
-        `redirect:URL`, `keep:N`: an upload broken after N bytes, which stay; `spoil`: changed."""
+        `short`, `redirect:URL`, `keep:N`: an upload broken after N bytes, which stay; `spoil`:
+        changed."""
         self.auth = ""
         """Empty, `basic` or `bearer`."""
         self.user, self.password = "ann", "s3cret-password"
@@ -181,6 +182,8 @@ class _Handler(BaseHTTPRequestHandler):
         data = self.state.blobs.get((repository, digest))
         if data is None:
             return self.fail(404, "BLOB_UNKNOWN")
+        if fault == "short":
+            data = data[:7]
         if fault == "digest":
             data = data[:-1] + bytes([data[-1] ^ 1])
         if fault == "half":

@@ -513,6 +513,16 @@ def test_a_registry_that_has_half_of_a_layer(
         assert len(fake.blobs["team/app", layer.digest]) == layer.size
 
 
+def test_a_mounted_layer_whose_size_is_told_wrongly(
+    fake: FakeRegistry, client: Registry, image: Image
+) -> None:
+    """Cloudflare's registry tells HEAD the size of its own link, and GET the blob's."""
+    client.push(image, at(fake))
+    fake.faults = [("HEAD", "/blobs/", "short")] * 5
+    assert client.push(image, at(fake)).uploaded_bytes == 0
+    assert not fake.faults
+
+
 def test_a_long_refusal_is_told_by_its_beginning(
     fake: FakeRegistry, client: Registry, image: Image
 ) -> None:
