@@ -22,6 +22,7 @@ from toolchain.oci.layers import Member, TarLayer
 from toolchain.oci.registry import Registry
 from toolchain.ports import Tools
 from toolchain.provenance.evidence import Evidence
+from toolchain.singles.images import inspect_image
 from toolchain.stages.publish import Outputs, candidate, is_held, publish
 
 pytestmark = [pytest.mark.docker, pytest.mark.root]
@@ -142,6 +143,12 @@ def test_an_image_is_sent_once(tools: Tools, name: str) -> None:
     assert not is_held(first, f"{name}:1", LOAD, tools)
     load(final, f"{name}:1", tools)
     assert [size > 1 << 20 for size in tools.engine.sent] == [True, False]
+    with Registry() as registry:
+        found = inspect_image(f"{name}:1", registry, tools.engine)
+    assert {found["digest"], found["config_digest"]} in (
+        {final.digest, ""}, {"", final.config_blob.digest},
+    )  # fmt: skip
+    assert found["digest"] in (final.digest, "")
     assert "models/weights" in _files(f"{name}:1")
 
 

@@ -139,12 +139,16 @@ def _held_by_engine(source: str, registry: Registry, engine: ContainerEngine) ->
 
 
 def _described_by_engine(held: Mapping[str, Json]) -> dict[str, Json]:
-    """Return an engine's image in the words of `describe`; it keeps no manifest, so no digest."""
+    """Return an engine's image in the words of `describe`.
+
+    Docker's own store keeps no manifest, so there is no digest; containerd's tells no other.
+    """
     config = held.get("Config") or {}
     ids = held.get("RootFS", {}).get("Layers") or ()
+    by_manifest = any(str(name).endswith(held["Id"]) for name in held.get("RepoDigests") or ())
     return {
-        "digest": "",
-        "config_digest": held["Id"],
+        "digest": held["Id"] if by_manifest else "",
+        "config_digest": "" if by_manifest else held["Id"],
         "size": held.get("Size", 0),
         "labels": config.get("Labels") or {},
         "layers": [{"digest": i, "diff_id": i, "size": 0, "file": ""} for i in ids],
