@@ -298,6 +298,7 @@ def test_attachments_are_copied_once(scene: Scene) -> None:
     here = RegistryPlace(scene.client, Reference.parse(scene.name))
     there = RegistryPlace(scene.client, place)
     digest = scene.image().digest
+    scene.client.push(scene.image(), place)
     for _ in range(2):
         copy_attachments(scene.image().manifest_blob, here, there, None)
     assert len(there.attached(digest)) == len(here.attached(digest))
