@@ -26,7 +26,7 @@ def build(
     adapter: Sequence[str] = (),
     gpu: str = "",
     gpu_memory: str = "",
-    gpu_count: int = 0,
+    gpu_count: str = "",
     max_model_len: str = "",
     max_num_seqs: str = "",
     set: Sequence[str] = (),  # noqa: A002 - the flag's name
@@ -114,7 +114,7 @@ def plan(
     adapter: Sequence[str] = (),
     gpu: str = "",
     gpu_memory: str = "",
-    gpu_count: int = 0,
+    gpu_count: str = "",
     max_model_len: str = "",
     max_num_seqs: str = "",
     set: Sequence[str] = (),  # noqa: A002 - the flag's name
