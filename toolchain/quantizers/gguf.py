@@ -31,7 +31,9 @@ from toolchain.values import Format, Json
 # the same checkpoint gives the same bytes wherever it lies (gguf-py/gguf/metadata.py).
 _FROM_PATHS = ("basename", "finetune", "organization", "version", "size_label")
 _INTERMEDIATE = {"bfloat16": "bf16", "float32": "f32"}
-_CONVERT = Path(__file__).with_name("convert.py")
+# Where it really lies: a job's own folder, which shows it too, has another name in the next run,
+# and a command that was done under another name is done again.
+_CONVERT = Path(__file__).resolve().with_name("convert.py")
 _ARCHITECTURES = Path(__file__).with_name("gguf_architectures.json")
 IMATRIX = "imatrix.gguf"
 DIGEST_KEY = "weightsmith.imatrix.digest"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import sys
@@ -17,17 +18,20 @@ from toolchain.worker.wire import Report, note
 if TYPE_CHECKING:
     from toolchain.quantizers.quantizer import Step
 
-_DONE = ".done-"
+_DONE = ".done"
+"""One file for all steps: forgetting half of them would leave a step without its input."""
 _EXCEPTION = re.compile(r"(?!OSError|MemoryError|BrokenPipe)(\w+Error): .+")
 
 
 def run_steps(steps: tuple[Step, ...], output: Path, report: Report) -> None:
     """Run the commands in order; those that an interrupted run finished are not run again."""
+    done = output / _DONE
+    known = done.read_text("utf-8").splitlines() if done.is_file() else []
     for number, step in enumerate(steps):
         report(number, len(steps), "steps")
         argv = _filled(step, output)
-        done = output / f"{_DONE}{number}"
-        if done.is_file() and done.read_text("utf-8") == " ".join(argv):
+        mark = json.dumps([number, *argv])
+        if mark in known:
             note(f"{step.title}: done before")
             continue
         note(step.title)
@@ -47,7 +51,8 @@ def run_steps(steps: tuple[Step, ...], output: Path, report: Report) -> None:
             hint="the lines above are the program's own; the job's log has all of them",
         )
         # Before its inputs go: a run that is killed between the two has both, not neither.
-        done.write_text(" ".join(argv), encoding="utf-8")
+        with done.open("a", encoding="utf-8") as marks:
+            marks.write(mark + "\n")
         for path in step.removes:
             for found in path.parent.glob(path.name):
                 found.unlink()
@@ -83,8 +88,7 @@ def _filled(step: Step, output: Path) -> tuple[str, ...]:
 
 def forget_steps(output: Path) -> None:
     """Let the next run repeat all of them."""
-    for path in output.glob(f"{_DONE}*"):
-        path.unlink()
+    (output / _DONE).unlink(missing_ok=True)
 
 
 def _inherited() -> dict[str, str]:

@@ -124,6 +124,15 @@ def test_a_killed_quantization_does_not_repeat_what_it_finished(request_):
     assert (request_.output / "second").read_text() == "x"
 
 
+def test_what_was_done_is_forgotten_by_one_deletion(request_):
+    """A kill between two would leave a step that is done and the next without its input."""
+    run((python(add("first")), python(add("second"))), request_)
+    assert {path.name for path in request_.output.iterdir()} == {"first", "second", ".done"}
+
+    steps_of.forget_steps(request_.output)
+    assert {path.name for path in request_.output.iterdir()} == {"first", "second"}
+
+
 @pytest.mark.parametrize(
     ("ends", "error"),
     [("raise KeyError('n_ctx')", InputRefused), ("raise MemoryError()", EnvironmentFailure)],
