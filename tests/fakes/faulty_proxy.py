@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -100,6 +100,11 @@ class _Handler(BaseHTTPRequestHandler):
             left -= len(data)
             self.faults.received += len(data)
         if fault == "cut" or left:  # or the client is gone
+            # The registry is done with what came before the client may ask how much it kept.
+            with contextlib.suppress(OSError):
+                connection.sock.shutdown(socket.SHUT_WR)
+                while connection.sock.recv(CHUNK):
+                    pass
             return self.reset()
         reply = connection.getresponse()
         headers = {k: v for k, v in reply.getheaders() if k.lower() not in ("date", "server")}
@@ -149,7 +154,7 @@ class _Server(ThreadingHTTPServer):
         """Stay silent: broken connections are what tests ask for."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def faulty_proxy(upstream: str) -> Iterator[tuple[str, Faults]]:
     """Serve the proxy on a free loopback port; yield its host and its faults."""
     faults = Faults()
