@@ -107,6 +107,18 @@ def test_emptying_the_store_asks_on_a_terminal(tmp_path, answer, left):
     assert (done.returncode, result.exists()) == (0, left), done.stdout
 
 
+def test_a_folder_that_is_gone_is_told(tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    words = f"rmdir '{gone}'; exec {sys.executable} -m toolchain plan --base {ROOT} --target vllm"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["sh", "-c", words], cwd=gone, env=environment, capture_output=True, text=True, check=False
+    )
+
+    assert (done.returncode, "folder that this runs in" in done.stderr) == (5, True), done.stderr
+
+
 def test_the_machine_is_described(tmp_path):
     """Builders of either runner count: a build takes whichever is there."""
     done = run("weightsmith", "doctor", "--json", WEIGHTSMITH_CACHE=str(tmp_path))

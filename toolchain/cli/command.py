@@ -114,6 +114,7 @@ def _guarded(
 ) -> tuple[Mapping[str, Json], str]:
     """Run a body; SIGTERM ends it like Ctrl-C, and a fault of ours leaves its trace in a file."""
     raise_it()
+    _require_folder()
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         return body(context, **arguments)
@@ -132,6 +133,15 @@ def _guarded(
         raise _unexpected(error) from error
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _require_folder() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise EnvironmentFailure(
+            "the folder that this runs in was deleted", hint="change to one that exists"
+        ) from None
 
 
 def _unexpected(error: Exception) -> Exception:

@@ -71,10 +71,11 @@ def render(
     env = dict(engine.env(plan, names))
     # Upstream's GPU images bring a check of their own.
     healthcheck = engine.healthcheck if plan.device == "cpu" else ()
+    image = image or f"{_repository(name)}:{version}"
     facts = {
         "name": name,
         "version": version,
-        "image": image or f"{name}:{version}",
+        "image": image,
         "env": env,
         "healthcheck": list(healthcheck),
         "gpu_resource": "amd.com/gpu" if plan.device.startswith("amd-") else "nvidia.com/gpu",
@@ -82,7 +83,7 @@ def render(
         "start_command": [*engine.entrypoint, *engine.command(plan, names)],
         "file_settings": engine.file_settings(plan, names),
         "plan_arguments": _as_arguments(plan.settings),
-        "image_parts": _parts(image or f"{name}:{version}"),
+        "image_parts": _parts(image),
         **names,
         **_engine_facts(engine, plan),
     }
@@ -269,3 +270,8 @@ def _dns_label(value: str) -> str:
 def _label_value(value: str) -> str:
     """Return the nearest value that Kubernetes takes for a label."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", value)[:63].strip("-_.")
+
+
+def _repository(name: str) -> str:
+    """Return a name that an image may have, for a model whose folder is called otherwise."""
+    return re.sub(r"[^a-z0-9._-]+|[._-]{2,}", "-", name.lower()).strip("._-") or "model"

@@ -51,6 +51,16 @@ def rendered(*, name="support-smol", wishes=CPU, image="", config=SMOL, weights=
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "image"),
+    [("Mein Modell ä", "mein-modell:1.2.0"), ("llama-3.1_8b", "llama-3.1_8b:1.2.0")],
+)
+def test_images_get_names_that_registries_take(name, image):
+    files = rendered(name=name).files
+
+    assert f'image: "{image}"' in files["kubernetes.yaml"]
+
+
 CASES = {
     "cpu": {"image": f"registry.example.com/ml/support-smol@{Digest.of(b'image')}"},
     "gpu": {
