@@ -170,6 +170,8 @@ class StartSpec:
     host_variable: str = ""
     """Variable that keeps it to loopback there."""
     memory_bytes: int = 0
+    shm_bytes: int = 0
+    """Shared memory of the container; 0 for the launcher's default."""
     use_gpu: bool = False
 
 

@@ -24,6 +24,7 @@ INPUTS, OUTPUT, JOB_FILE, PACKAGE, TOOLS = (
 NOBODY = 65532
 """User and group of jobs whose caller is root."""
 _PYTHON = "/opt/venv/bin/python"
+_SHM_WITH_GPU = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +105,7 @@ def server_request(
         "cap_drop": ["ALL"],
         "init": False,
         # Engines with several workers share tensors there; the default is 64 MiB.
-        "shm_size": "1g" if gpu else None,
+        "shm_size": max(spec.shm_bytes, _SHM_WITH_GPU if gpu else 0) or None,
     }
     if network:
         return {**request, "network": network}

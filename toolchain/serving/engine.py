@@ -80,7 +80,7 @@ class ServingPlan:
     host_bytes: int
     """Memory that the server's container needs on the host."""
     shm_bytes: int = 0
-    """Shared memory that several GPUs' processes talk through; 0 where the default does."""
+    """Shared memory that the engine's processes talk through; 0 where the default does."""
     gpu_memory_utilization: float | None = None
     """The engine's own fraction, where it has one."""
     tensor_parallel_size: int = 1

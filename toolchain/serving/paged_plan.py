@@ -181,7 +181,7 @@ def _plan(case: Case, tokens: int, requests: int) -> ServingPlan:
         usable_bytes=(case.weights_each + overhead + max(0, room)) * gpus,
         margin_bytes=margin,
         host_bytes=_host_bytes(case, need * requests, overhead),
-        shm_bytes=2 * GIB if machine.gpus > 1 else 0,
+        shm_bytes=_shm_bytes(machine),
         gpu_memory_utilization=fraction if machine.gpus else None,
         tensor_parallel_size=tensor,
         pipeline_parallel_size=machine.pipeline_parallel,
@@ -205,6 +205,17 @@ def _growth(case: Case, groups: int) -> int:
         return groups * cache.bytes_per_block // cache.block
     whole = replace(case, machine=replace(case.machine, pipeline_parallel=1))
     return groups * whole.cache.bytes_per_block // whole.cache.block
+
+
+def _shm_bytes(machine: Machine) -> int:
+    """Return what the engine's processes share tensors in.
+
+    vLLM has a process for its one worker on a CPU too, and asks for 160 MiB before it starts
+    (0.32, shm_broadcast.py: 10 chunks of 16 MiB).
+    """
+    if not machine.gpus:
+        return GIB // 4
+    return 2 * GIB if machine.gpus > 1 else 0
 
 
 def _host_bytes(case: Case, cache: int, overhead: int) -> int:

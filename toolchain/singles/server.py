@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -48,7 +49,8 @@ def served(place: Place, tools: Tools, *, modest: bool = False) -> Iterator[Endp
         yield Endpoint(url=url, logs=lambda _: "", alive=lambda: True)
         return
     config = _image_config(place.image, tools)
-    target = all_targets().get((config.get("Labels") or {}).get("dev.weightsmith.target", ""))
+    labels = config.get("Labels") or {}
+    target = all_targets().get(labels.get("dev.weightsmith.target", ""))
     ports = sorted(int(port.partition("/")[0]) for port in config.get("ExposedPorts") or ())
     variable = target.engine.threads_variable if target and modest else ""
     spec = StartSpec(
@@ -56,12 +58,20 @@ def served(place: Place, tools: Tools, *, modest: bool = False) -> Iterator[Endp
         env={variable: str(max(1, len(os.sched_getaffinity(0)) - 1))} if variable else {},
         port_variable=target.engine.port_variable if target else "",
         host_variable=target.engine.host_variable if target else "",
+        shm_bytes=_shm_bytes(labels),
         use_gpu=True,
     )
     with tools.launcher.serve(place.image, spec) as endpoint:
         path = target.engine.health_path if target else "/health"
         wait_until_healthy(endpoint, path, _START_SECONDS, poll=0.05)
         yield endpoint
+
+
+def _shm_bytes(labels: Mapping[str, str]) -> int:
+    """Return what an image's plan says of shared memory; 0 for an image without a plan."""
+    with suppress(ValueError, TypeError, AttributeError):
+        return int(json.loads(labels.get("dev.weightsmith.plan", "")).get("shm_bytes", 0))
+    return 0
 
 
 def _image_config(image: str, tools: Tools) -> Mapping[str, Json]:

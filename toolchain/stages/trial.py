@@ -121,6 +121,7 @@ def ask(reference: str, image: Digest, trial: Trial, tools: Tools) -> tuple[Answ
         port_variable=trial.port_variable,
         host_variable=trial.host_variable,
         memory_bytes=trial.memory_bytes,
+        shm_bytes=int(trial.config.plan.get("shm_bytes", 0)),
         use_gpu=trial.config.plan["device"] != "cpu",
     )
     smoke, promise = Smoke(), trial.promise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,10 @@ def test_a_server_is_published_on_loopback_alone_and_keeps_its_user():
     assert "network_mode" not in asked
     assert asked["read_only"] is True
     assert asked["mem_limit"] == 1 << 30
+    assert asked["shm_size"] is None
+    shared = replace(spec, shm_bytes=1 << 28)
+    assert server_request("image:1", shared, "me", gpu=False)["shm_size"] == 1 << 28
+    assert server_request("image:1", shared, "me", gpu=True)["shm_size"] == 1 << 30
 
 
 def test_the_build_command_names_everything_once_and_in_order():

@@ -76,6 +76,11 @@ def test_two_gpus_share_weights_and_cache(engine):
     assert plan["shm_bytes"] >= GIB
 
 
+def test_vllm_on_a_cpu_gets_the_shared_memory_that_it_asks_for():
+    """160 MiB by its own message; a container without the setting has 64, and it ends there."""
+    assert rendered("vllm").plan["shm_bytes"] >= 160 << 20
+
+
 wishes = st.fixed_dictionaries(
     {
         "gpu": st.sampled_from(["nvidia-a10g", "nvidia-l40s", "nvidia-a100-80gb"]),

@@ -103,7 +103,7 @@ def test_the_pod_is_asked_for_what_was_planned(config):
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
     assert "/tmp" in mounted
-    assert ("/dev/shm" in mounted) == (plan["gpus"] > 1 and plan["shm_bytes"] > 0)
+    assert ("/dev/shm" in mounted) == (plan["shm_bytes"] > 0)
     assert service["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"]
 
 
