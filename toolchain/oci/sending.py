@@ -20,6 +20,8 @@ _OK, _CREATED, _ACCEPTED, _NO_CONTENT = 200, 201, 202, 204
 _TAKEN = (_ACCEPTED, _NO_CONTENT, _CREATED)
 """Replies to a part of a blob: the specification's own, and those of registries that differ."""
 _BAD, _MISSING, _TOO_LARGE, _OUT_OF_STEP = 400, 404, 413, 416
+_NO_PARTS = (_MISSING, 405, 501)
+"""Replies of a registry that knows blobs in one request alone."""
 _CHUNK = 32 << 20
 _LARGEST_CHUNK = 256 << 20
 _SMALL = 1 << 20
@@ -78,7 +80,9 @@ def _persistently(
             if size:
                 return _in_chunks(session, body, place, blob, size, at), at > 0
             if at or blob.size > _SMALL:
-                return _rest(session, body, place, blob, at), at > 0
+                reply = _rest(session, body, place, blob, at)
+                if at or reply.status not in _NO_PARTS:
+                    return reply, at > 0
             headers = {"Content-Length": str(blob.size), "Content-Type": _BINARY}
             url = _finishing(session.location(place), blob)
             return session.call("PUT", url, headers=headers, body=body, wait=_FINISH), False

@@ -249,6 +249,20 @@ def test_chunks_where_the_registry_asks(
     assert client.pull(at(fake), platform="linux/amd64").digest == image.digest
 
 
+@pytest.mark.parametrize("status", ["404", "405", "501"])
+def test_a_registry_that_takes_a_blob_in_one_request_alone(
+    fake: FakeRegistry,
+    client: Registry,
+    image: Image,
+    status: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("toolchain.oci.sending._SMALL", 0)
+    fake.faults = [("PATCH", "/uploads/", status)] * 9
+    client.push(image, at(fake))
+    assert client.pull(at(fake), platform="linux/amd64").digest == image.digest
+
+
 @pytest.mark.parametrize("kind", ["basic", "bearer"])
 def test_signed_in(fake: FakeRegistry, image: Image, kind: str) -> None:
     fake.auth = kind
