@@ -271,6 +271,9 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
     if any(target.format.packed for target in request.targets):
         say_texts(request.file, tools.progress)
     if not everything_cached(request, sources, tools):
+        for target in request.targets:
+            if target.format.packed:
+                tools.runner.check(of_format(target.format.name).builder)
         config, size = model_config(sources.base.tree.root), sources.base.tree.size
         written += max(disk_peak(size, target.format, config) for target in request.targets)
         tools.store.require_room(written, "the build")

@@ -118,6 +118,9 @@ class Runner(Protocol):
     def prepare(self, builder: str, progress: Progress) -> None:
         """Make the builder ready; says what it does and how long that may take."""
 
+    def check(self, builder: str) -> None:
+        """Raise EnvironmentFailure, at no cost, where the builder surely cannot be made here."""
+
     def ready(self, builder: str) -> bool:
         """Say whether the builder is there already."""
 

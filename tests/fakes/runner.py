@@ -28,6 +28,9 @@ class FakeRunner:
             progress.note(f"preparing {builder}")
             self.prepared.append(builder)
 
+    def check(self, builder: str) -> None:
+        pass
+
     def ready(self, builder: str) -> bool:
         return builder in self.prepared
 

@@ -184,6 +184,9 @@ class DockerRunner:
         if not self.ready(builder):
             build_image(builder, self._flavour(), engine_host(), self._cache, progress)
 
+    def check(self, builder: str) -> None:
+        """Nothing is told beforehand: an image brings all that it is made with."""
+
     def ready(self, builder: str) -> bool:
         """Say whether the engine holds the builder's image."""
         return self._engine.holds(image_tag(builder, self._flavour()))

@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import sys
+import sysconfig
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from filelock import FileLock
 from toolchain.drivers import process
 from toolchain.drivers.downloading import persistently
 from toolchain.drivers.wire import open_log
-from toolchain.errors import UsageError
+from toolchain.errors import EnvironmentFailure, UsageError
 from toolchain.ports import Progress
 from toolchain.resources import images
 from toolchain.values import key_of
@@ -28,6 +29,7 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 """Where torch's CPU builds live; PyPI has only those that bring 3 GB of CUDA libraries."""
 _CUDA_SIZE = "about 3 GB to download, 6 GB on disk"
 _COMPLETE = ".complete"
+_COMPILERS = ("cc", "gcc", "clang")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +76,12 @@ class Pins:
         """Packages that exist as source only, built by the setuptools that `light` pins."""
         file = self.folder / "requirements-source.txt"
         return file if file.is_file() else None
+
+    @property
+    def compiled(self) -> tuple[str, ...]:
+        """Those of `sources` that take a C compiler: the lines of compiled.txt."""
+        file = self.folder / "compiled.txt"
+        return tuple(_without_comments(file)) if file.is_file() else ()
 
     @property
     def accepted(self) -> frozenset[str]:
@@ -125,10 +133,25 @@ def make_environment(cache: Path, pins: Pins, progress: Progress) -> Path:
         if is_complete(folder):
             return folder
         shutil.rmtree(folder, ignore_errors=True)
+        check_compiler(pins)
         with open_log(cache, f"builder-{pins.name}") as log:
             _fill(pins, _Installer(folder, log, progress))
         (folder / _COMPLETE).write_text("")
     return folder
+
+
+def check_compiler(pins: Pins) -> None:
+    """Raise EnvironmentFailure where the builder compiles packages, and nothing here can."""
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    lacking = [] if any(map(shutil.which, _COMPILERS)) else ["no C compiler"]
+    lacking += [] if header.is_file() else [f"no {header}"]
+    if pins.compiled and lacking:
+        raise EnvironmentFailure(
+            f"the builder {pins.name!r} compiles {', '.join(pins.compiled)}, and there is "
+            f"{' and '.join(lacking)}",
+            hint="install them (Debian and Ubuntu: apt-get install gcc python3-dev), or use the "
+            "docker runner; the target vllm-awq-autoawq needs none",
+        )
 
 
 def make_bare_environment(

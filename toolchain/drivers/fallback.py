@@ -41,6 +41,9 @@ class FallbackRunner:
         else:
             self._chosen[builder] = self._first
 
+    def check(self, builder: str) -> None:
+        """Nothing is told beforehand: one may be able to make what the other is not."""
+
     def ready(self, builder: str) -> bool:
         """Say whether one of the two has the builder."""
         return self._first.ready(builder) or self._second.ready(builder)

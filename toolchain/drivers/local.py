@@ -8,6 +8,7 @@ from pathlib import Path
 from toolchain.drivers import process
 from toolchain.drivers.environment import (
     Pins,
+    check_compiler,
     environment_folder,
     is_complete,
     make_environment,
@@ -45,6 +46,12 @@ class LocalRunner:
         make_environment(self._cache, pins, progress)
         for engine in compiled_engines(builder):
             make_toolset(self._cache, engine, progress)
+
+    def check(self, builder: str) -> None:
+        """Raise EnvironmentFailure where a package has to be compiled, and nothing here can."""
+        pins = _pins(builder)
+        if not is_complete(environment_folder(self._cache, pins)):
+            check_compiler(pins)
 
     def ready(self, builder: str) -> bool:
         """Say whether environment and tools are there."""

@@ -10,6 +10,7 @@ import pytest
 from tests.fakes.runner import RecordingProgress
 from toolchain.drivers import docker_images, environment, toolset
 from toolchain.drivers.environment import Pins, environment_folder, is_complete
+from toolchain.drivers.local import LocalRunner
 from toolchain.drivers.wheels import configured_wheels, pick_wheels
 from toolchain.errors import EnvironmentFailure, UsageError
 from toolchain.resources import builder_pins, containerfile, engine_pins
@@ -103,6 +104,23 @@ def test_the_environment_follows_the_pins_but_not_the_comments(images):
 
     file.write_text("numpy==2.0\n")
     assert pins.key != before
+
+
+def test_a_missing_compiler_is_told_before_anything_is_made(tmp_path, monkeypatch):
+    runner = LocalRunner(tmp_path)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(EnvironmentFailure, match=r"compiles pypcre.*no C compiler") as caught:
+        runner.check("gptqmodel")
+    assert "vllm-awq-autoawq" in caught.value.hint
+    with pytest.raises(EnvironmentFailure, match="no C compiler"):
+        runner.prepare("gptqmodel", RecordingProgress())
+    assert not list(tmp_path.glob("builders/*/"))
+
+    runner.check("autoawq")  # its source is Python alone
+    folder = environment_folder(tmp_path, Pins(name="gptqmodel", flavour="cpu"))
+    folder.mkdir(parents=True)
+    (folder / ".complete").touch()
+    runner.check("gptqmodel")
 
 
 def test_an_unknown_builder_is_named_with_those_there_are(images):
