@@ -29,7 +29,6 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 """Where torch's CPU builds live; PyPI has only those that bring 3 GB of CUDA libraries."""
 _CUDA_SIZE = "about 3 GB to download, 6 GB on disk"
 _COMPLETE = ".complete"
-_COMPILERS = ("cc", "gcc", "clang")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +142,9 @@ def make_environment(cache: Path, pins: Pins, progress: Progress) -> Path:
 def check_compiler(pins: Pins) -> None:
     """Raise EnvironmentFailure where the builder compiles packages, and nothing here can."""
     header = Path(sysconfig.get_path("include")) / "Python.h"
-    lacking = [] if any(map(shutil.which, _COMPILERS)) else ["no C compiler"]
+    # The one that Python was built by is the one that setuptools calls.
+    compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
+    lacking = [] if shutil.which(compiler) else [f"no C compiler `{compiler}`"]
     lacking += [] if header.is_file() else [f"no {header}"]
     if pins.compiled and lacking:
         raise EnvironmentFailure(

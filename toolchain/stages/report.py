@@ -65,11 +65,6 @@ def write_comparison(first: Path, second: Path, folder: Path) -> Written:
     return Written(html=folder / "compare.html", markdown=folder / "compare.md")
 
 
-def render_report(build: Mapping[str, Json], template: str) -> str:
-    """Return the report's text alone; `template` is `report.html.j2` or `report.md.j2`."""
-    return render_view(build_view(build, (build,), None), template)
-
-
 def build_view(
     build: Mapping[str, Json], targets: Sequence[Mapping[str, Json]], bench: Json
 ) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
 from toolchain.reporting.answers import rows
 from toolchain.reporting.facts import whole
 from toolchain.reporting.junit import junit
-from toolchain.stages.report import render_report, write_comparison, write_report
+from toolchain.stages.report import build_view, render_view, write_comparison, write_report
 
 DIGEST = "sha256:" + "ab" * 32
 SOURCE = {"source": "./base", "pin": "./base@" + DIGEST, "digest": DIGEST}
@@ -91,6 +91,10 @@ BUILD = {
     "next": ["invoke push dist/x --to registry.example.com/x"],
 }
 SMALLEST = {key: BUILD[key] for key in ("name", "version", "target", "created", "base")}
+
+
+def render_report(build, template):
+    return render_view(build_view(build, (build,), None), template)
 
 
 def test_both_reports_are_written(tmp_path):
