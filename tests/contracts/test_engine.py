@@ -239,8 +239,8 @@ def test_an_image_that_is_not_there_is_named(engine):
 
 
 def test_containers_of_dead_owners_are_reaped_and_others_left_alone(engine, server_image):
-    realm, pid, started = owner_token().rsplit("/", 2)
-    owners = {"dead": f"{realm}/{pid}/{int(started) + 1}", "alive": owner_token()}
+    realm, pid, started = owner_token().split("-")
+    owners = {"dead": f"{realm}-{pid}-{int(started) + 1}", "alive": owner_token()}
     made = {
         name: engine.client.containers.create(server_image, labels={LABEL_OWNER: owner})
         for name, owner in owners.items()

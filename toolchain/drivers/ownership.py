@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -13,9 +14,12 @@ _OWNER = "owner"
 
 
 def owner_token() -> str:
-    """Return a text that names this process and no other, before or after it."""
+    """Return a text that names this process and no other, before or after it.
+
+    Of letters, digits and dashes, so that it may stand in an image's tag.
+    """
     pid = os.getpid()
-    return f"{_realm()}/{pid}/{_started(pid)}"
+    return f"{_realm()}-{pid}-{_started(pid)}"
 
 
 def is_dead(token: str) -> bool:
@@ -24,11 +28,11 @@ def is_dead(token: str) -> bool:
     False for owners that this process cannot see: those of another machine, another boot or
     another process namespace.
     """
-    realm, _, rest = token.rpartition("/")[0].rpartition("/")
-    started = token.rpartition("/")[2]
-    if realm != _realm() or not rest.isdecimal():
+    realm, _, rest = token.partition("-")
+    pid, _, started = rest.partition("-")
+    if realm != _realm() or not pid.isdecimal():
         return False
-    return _started(int(rest)) != started
+    return _started(int(pid)) != started
 
 
 @contextmanager
@@ -53,9 +57,9 @@ def private_folder(cache: Path) -> Iterator[Path]:
 
 
 def _realm() -> str:
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    boot = Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
     namespace = Path("/proc/self/ns/pid").stat().st_ino
-    return f"{boot}/{namespace}"
+    return hashlib.sha256(boot + str(namespace).encode()).hexdigest()[:12]
 
 
 def _started(pid: int) -> str:

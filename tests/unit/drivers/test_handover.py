@@ -109,24 +109,24 @@ def test_a_folder_is_given_and_taken_back_even_after_an_error(model, tmp_path):
 
 def test_a_living_owner_is_not_dead_and_an_ended_one_is():
     mine = owner_token()
-    realm, pid, started = mine.rsplit("/", 2)
+    realm, pid, started = mine.split("-")
 
     assert not is_dead(mine)
-    assert is_dead(f"{realm}/{pid}/{int(started) + 1}")
-    assert is_dead(f"{realm}/4194399/{started}")
+    assert is_dead(f"{realm}-{pid}-{int(started) + 1}")
+    assert is_dead(f"{realm}-4194399-{started}")
 
 
 def test_owners_that_cannot_be_seen_are_left_alone():
-    _, pid, started = owner_token().rsplit("/", 2)
+    _, pid, started = owner_token().split("-")
 
-    assert not is_dead(f"another-boot/1/{pid}/1{started}")
+    assert not is_dead(f"anotherboot-{pid}-1{started}")
     assert not is_dead("nonsense")
 
 
 def test_folders_of_dead_owners_are_deleted_and_others_left_alone(tmp_path):
-    realm, pid, started = owner_token().rsplit("/", 2)
+    realm, pid, started = owner_token().split("-")
     for name, owner in {
-        "dead": f"{realm}/{pid}/{int(started) + 1}",
+        "dead": f"{realm}-{pid}-{int(started) + 1}",
         "alive": owner_token(),
     }.items():
         (tmp_path / "jobs" / name).mkdir(parents=True)
