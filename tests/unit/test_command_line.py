@@ -46,13 +46,33 @@ def test_a_wrong_use_is_told_as_json_too(program, words, said):
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize("words", [("merge", "--nosuch"), ("nosuch",), ("inspect",)])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("merge", "--nosuch"),
+        ("nosuch",),
+        ("inspect",),
+        ("--nosuch",),
+        ("--list=nosuch",),
+        ("plan", "--target"),
+        ("merge", "--out"),
+    ],
+)
 def test_what_the_parser_refuses_is_told_as_json_too(program, words):
     done = run(program, *words, "--json")
 
     assert done.returncode == 2
     error = json.loads(done.stdout)["error"]
     assert done.stderr == f"error: {error['message']}\n  hint: {error['hint']}\n"
+
+
+@pytest.mark.parametrize("words", [("-T", "soon"), ("-T",), ("--list-depth", "x", "--list")])
+def test_options_of_the_program_itself_are_refused_as_well(words):
+    done = run("weightsmith", *words)
+
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
