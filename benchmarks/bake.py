@@ -128,13 +128,17 @@ def rebase(source: str, onto: str, to: str) -> None:
 def load(folder: str, reference: str) -> None:
     """Assemble, and stream into the engine as `bake --load` does; no tar is written."""
     sys.path.insert(0, str(HERE.parent))
-    from toolchain.drivers.docker import DockerEngine
-    from toolchain.oci.archive import docker_archive
     from toolchain.oci.image import ImageConfig, assemble
-    from toolchain.oci.references import Reference
+    from toolchain.oci.registry import Registry
+    from toolchain.ports import Silent
+    from toolchain.provenance.evidence import Evidence
+    from toolchain.stages.publish import Outputs, publish
+    from toolchain.wiring import make_tools
 
     image = assemble(layers(folder), config=ImageConfig())
-    DockerEngine().load(docker_archive(image, Reference.parse(reference)), reference)
+    tools, _ = make_tools("docker", Silent())
+    with Registry() as registry:
+        publish(image, reference, Outputs(load=True), [Evidence()], registry, tools)
 
 
 def plan() -> None:

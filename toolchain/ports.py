@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,14 +187,24 @@ class Launcher(Protocol):
         """Start `image` (an engine's reference, or `oci:DIR`), stop it when the context ends."""
 
 
+CANDIDATES = "weightsmith-candidate"
+"""Repository of images that are there while a build is at work.
+
+Their tags are `KEY-OWNER`; a load removes those of owners that were killed.
+"""
+
+
 class ContainerEngine(Protocol):
     """What we need of a container engine beside running jobs."""
+
+    owner: str
+    """Names this process in the tags of images that are its alone."""
 
     def answers(self) -> bool:
         """Say whether an engine is there."""
 
-    def load(self, archive: Iterator[bytes], reference: str) -> str:
-        """Load an image archive stream; return the image id."""
+    def load(self, archives: Iterable[Iterator[bytes]], reference: str) -> str:
+        """Load image archives, each on the one before it; return the last one's id."""
 
     def chains_of(self, *repositories: str) -> tuple[tuple[str, ...], ...]:
         """Return the diff ids, bottom first, of each image that the engine holds of these."""
@@ -206,7 +216,10 @@ class ContainerEngine(Protocol):
         """Remove a name; the image goes too when it was the last one. Absent is fine."""
 
     def describe(self) -> Mapping[str, Json]:
-        """Version, storage driver, GPU runtime: for `doctor`."""
+        """Version, storage driver, GPU runtime: for `doctor`.
+
+        Under `layerwise`, whether an archive may leave out what was loaded before.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -85,7 +85,7 @@ def test_an_archive_is_loaded_from_a_stream_and_its_name_removed(engine, server_
     image.tag(*name.split(":"))
     archive = engine.client.images.get(name).save(named=name)
 
-    assert engine.load(archive, name) == image.id
+    assert engine.load([archive], name) == image.id
     assert engine.inspect(name)["Id"] == image.id
     # Another build removes an image between the list and the look at it.
     api, listed = engine.client.api, engine.client.api.images
@@ -127,7 +127,7 @@ def test_an_interrupted_load_is_over_when_it_ends(engine, server_image, monkeypa
             os.kill(os.getpid(), signal.SIGINT)  # wakes the main thread
 
     with pytest.raises(KeyboardInterrupt):
-        engine.load(chunks(), name)
+        engine.load([chunks()], name)
 
     assert bool(engine.inspect(name)) == (sent == "all")
     engine.untag(name)
@@ -136,7 +136,7 @@ def test_an_interrupted_load_is_over_when_it_ends(engine, server_image, monkeypa
 
 def test_an_archive_that_is_none_is_refused(engine):
     with pytest.raises(EnvironmentFailure, match="nonsense"):
-        engine.load(iter([b"no tar"] * 200), "nonsense:1")
+        engine.load([iter([b"no tar"] * 200)], "nonsense:1")
 
 
 def fetch(url: str) -> str:

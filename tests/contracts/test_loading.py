@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
+import signal
 import subprocess
+import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,13 +20,15 @@ import pytest
 from tests.fakes.baking import tools_for
 from tests.fakes.images import entry, foreign_image, tar_of
 from toolchain.drivers.docker import DockerEngine
+from toolchain.drivers.ownership import is_dead, owner_token
+from toolchain.oci import archive
 from toolchain.oci.image import Image, ImageConfig, assemble
 from toolchain.oci.layers import Member, TarLayer
 from toolchain.oci.registry import Registry
 from toolchain.ports import Tools
 from toolchain.provenance.evidence import Evidence
 from toolchain.singles.images import inspect_image
-from toolchain.stages.publish import Outputs, candidate, is_held, publish
+from toolchain.stages.publish import Outputs, candidate, discard_candidate, is_held, publish
 
 pytestmark = [pytest.mark.docker, pytest.mark.root]
 LOAD = Outputs(load=True)
@@ -31,23 +36,26 @@ LOAD = Outputs(load=True)
 
 @dataclass
 class Counting:
-    """An engine that counts what is sent to it."""
+    """An engine that counts what is sent to it: the bytes of each load, and its archives."""
 
     engine: DockerEngine
     sent: list[int] = field(default_factory=list)
+    archives: list[int] = field(default_factory=list)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.engine, name)
 
-    def load(self, archive: Iterator[bytes], reference: str) -> str:
+    def load(self, archives: Iterable[Iterator[bytes]], reference: str) -> str:
         self.sent.append(0)
+        self.archives.append(0)
 
-        def counted() -> Iterator[bytes]:
+        def counted(archive: Iterator[bytes]) -> Iterator[bytes]:
+            self.archives[-1] += 1
             for chunk in archive:
                 self.sent[-1] += len(chunk)
                 yield chunk
 
-        return self.engine.load(counted(), reference)
+        return self.engine.load(map(counted, archives), reference)
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +191,94 @@ def test_layers_that_are_gone_by_then_are_sent_after_all(tools: Tools, name: str
     assert len(tools.engine.sent) == 2
     assert "models/weights" in _files(f"{name}:1")
     assert tools.engine.inspect(f"{name}:1")["Config"]["Labels"] == {"x": "second"}
+
+
+@pytest.fixture
+def all_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("toolchain.oci.archive._LARGE", 1)
+
+
+def layered(contents: Sequence[bytes], label: str = "") -> Image:
+    layers = [
+        TarLayer(members=(Member.of_bytes(f"/models/{n}", content),), epoch=0)
+        for n, content in enumerate(contents)
+    ]
+    return assemble(layers, config=ImageConfig(labels={"x": label}), epoch=0)
+
+
+@pytest.mark.usefixtures("all_are_large")
+def test_layers_come_one_after_the_other(tools: Tools, name: str) -> None:
+    contents = [os.urandom(100_000) for _ in range(4)]
+    made = layered(contents)
+    load(made, f"{name}:1", tools)
+    assert tools.engine.archives == [4]
+    assert 400_000 < tools.engine.sent[0] < 450_000
+    assert tools.engine.inspect(f"{name}:1")["Id"] in (made.config_blob.digest, made.digest)
+    assert {f"models/{n}" for n in range(4)} <= set(_files(f"{name}:1"))
+    assert not [tag for tag in passing_tags() if tag.endswith(owner_token())]
+
+
+def four_layers(seed: str) -> list[bytes]:
+    return [random.Random(f"{seed}{n}").randbytes(100_000) for n in range(4)]
+
+
+def load_and_die(name: str) -> None:
+    """What a process does that is killed while it sends the third of four layers."""
+    archive._LARGE = 1  # type: ignore[misc]
+
+    class Killing(Counting):
+        def load(self, archives: Iterable[Iterator[bytes]], reference: str) -> str:
+            def watched(each: Iterator[bytes]) -> Iterator[bytes]:
+                for chunk in each:
+                    yield chunk
+                    if self.sent[-1] > 250_000:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            return super().load(map(watched, archives), reference)
+
+    tools = replace(tools_for(), engine=Killing(DockerEngine()))
+    load(layered(four_layers(name)), f"{name}:1", tools)
+
+
+@pytest.mark.usefixtures("all_are_large")
+def test_a_killed_load_goes_on_where_it_was(tools: Tools, name: str) -> None:
+    act = f"from tests.contracts.test_loading import load_and_die; load_and_die({name!r})"
+    killed = subprocess.run([sys.executable, "-c", act], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert tools.engine.inspect(f"{name}:1") == {}
+
+    load(layered(four_layers(name)), f"{name}:1", tools)
+    assert tools.engine.sent[-1] < 350_000
+    assert {f"models/{n}" for n in range(4)} <= set(_files(f"{name}:1"))
+    # Other tests are at work beside this one.
+    assert not [tag for tag in passing_tags() if is_dead(tag.partition("-")[2])]
+
+
+def passing_tags() -> list[str]:
+    words = ["docker", "images", "--format", "{{.Tag}}", "weightsmith-candidate"]
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()
+
+
+@pytest.mark.usefixtures("all_are_large")
+def test_an_engine_that_wants_archives_whole_gets_one(tools: Tools, name: str) -> None:
+    tools.engine.describe = dict  # type: ignore[attr-defined]
+    load(layered(four_layers(name)), f"{name}:1", tools)
+    assert tools.engine.archives == [1]
+    assert {f"models/{n}" for n in range(4)} <= set(_files(f"{name}:1"))
+
+
+def test_two_builds_of_one_image_have_a_candidate_each(
+    tools: Tools, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one publishes, and then forgets, is not what the other is about to start."""
+    made = image(os.urandom(5000))
+    with candidate(made, None, tools) as mine:
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(tools.engine.engine, "owner", "0123456789ab-1-2")  # type: ignore[attr-defined]
+            with candidate(made, None, tools) as theirs:
+                load(made, f"{name}:1", tools)
+            assert theirs != mine
+            assert tools.engine.inspect(theirs) == {}
+        assert tools.engine.inspect(mine)
+    discard_candidate(made, None, tools)
+    assert tools.engine.inspect(mine) == {}

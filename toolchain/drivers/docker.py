@@ -6,7 +6,7 @@ import concurrent.futures
 import contextlib
 import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from docker.utils.socket import SocketError, frames_iter
 from requests.exceptions import RequestException
 
 from toolchain.drivers.docker_images import build_image, image_tag
-from toolchain.drivers.docker_loading import Taking
+from toolchain.drivers.docker_loading import load_in_turn
 from toolchain.drivers.docker_requests import (
     LABEL_OWNER,
     NOBODY,
@@ -35,7 +35,7 @@ from toolchain.drivers.local import worker_environment
 from toolchain.drivers.ownership import is_dead, owner_token, private_folder
 from toolchain.drivers.wire import Conversation, job_file, open_log
 from toolchain.errors import EnvironmentFailure
-from toolchain.ports import Progress
+from toolchain.ports import CANDIDATES, Progress
 from toolchain.resources import package
 from toolchain.values import Job, Json
 
@@ -64,6 +64,7 @@ class DockerEngine:
     """The engine itself: whether it is there, what it holds, and how it takes an image."""
 
     def __init__(self) -> None:
+        self.owner = owner_token()
         self._opened: docker.DockerClient | None = None
 
     @property
@@ -81,20 +82,23 @@ class DockerEngine:
         except (EnvironmentFailure, *GONE):
             return False
 
-    def load(self, archive: Iterator[bytes], reference: str) -> str:
-        """Load an image archive, streamed; return the image id.
+    def load(self, archives: Iterable[Iterator[bytes]], reference: str) -> str:
+        """Load image archives, each on the one before it, streamed; return the last one's id.
 
-        Raises EnvironmentFailure where the engine refuses it or goes away. After Ctrl-C the image
+        Raises EnvironmentFailure where the engine refuses one or goes away. After Ctrl-C the image
         is there or is not: the engine, once it has all bytes, would name it some time later.
         """
         with engine_errors(f"loading {reference} into the container engine"):
-            taking = Taking(lambda: _connect(_UNPACK_SECONDS), archive, reference)
-            try:
-                taking.finish()
-            except BaseException:
-                taking.give_up()
-                raise
+            load_in_turn(lambda: _connect(_UNPACK_SECONDS), archives, reference)
+            self._forget_dead_names()
             return str(self.client.images.get(reference).id)
+
+    def _forget_dead_names(self) -> None:
+        api: Any = self.client.api
+        for row in api.images(name=CANDIDATES):
+            for name in row.get("RepoTags") or ():
+                if is_dead(name.rpartition(":")[2].partition("-")[2]):
+                    self.untag(name)
 
     def chains_of(self, *repositories: str) -> tuple[tuple[str, ...], ...]:
         """Return the diff ids, bottom first, of each image that the engine holds of these."""
@@ -126,17 +130,21 @@ class DockerEngine:
                     raise
 
     def describe(self) -> Mapping[str, Json]:
-        """Return version, storage driver and GPU runtime; {} without an engine."""
+        """Return version, storage driver, GPU runtime and such; {} without an engine."""
         if not self.answers():
             return {}
         with engine_errors("asking the container engine about itself"):
             told = self.client.info()
+            parts = self.client.version().get("Components") or ()
         return {
             "host": engine_host(),
             "version": told.get("ServerVersion", ""),
             "storage": told.get("Driver", ""),
             "root": told.get("DockerRootDir", ""),
             "gpu": _passes_gpus(told),
+            # Both of Docker's image stores look for layers that they hold; Podman, behind the
+            # same API, wants every archive whole.
+            "layerwise": any(part.get("Name") == "Engine" for part in parts),
             "rootless": any("rootless" in option for option in told.get("SecurityOptions") or ()),
         }
 

@@ -13,6 +13,9 @@ from toolchain.oci.layout import MARKER, REF_NAME
 from toolchain.oci.references import Reference
 from toolchain.values import Digest, canonical
 
+_LARGE = 64 << 20
+"""From this many bytes on, receiving a layer takes longer than asking the engine once more."""
+
 
 def docker_archive(
     image: Image, reference: Reference, skip_diff_ids: Sequence[str] = ()
@@ -41,6 +44,22 @@ def docker_archive(
     }
     yield from _file("manifest.json", canonical([row]))
     yield tar.END
+
+
+def in_turn(image: Image, held: int = 0) -> tuple[Image, ...]:
+    """Return images that each add a large layer, or some small ones; the last is the image itself.
+
+    An engine that unpacks one of them can receive the next meanwhile. `held` is how many layers
+    from the bottom it holds already.
+    """
+    ends, size = [], 0
+    for end, layer in enumerate(image.layers[held:-1], held + 1):
+        size += layer.size
+        if size >= _LARGE:
+            ends.append(end)
+            size = 0
+    settings = {key: image.settings[key] for key in ("os", "architecture")}
+    return (*(Image(layers=image.layers[:end], settings=settings) for end in ends), image)
 
 
 def _held(image: Image, skip_diff_ids: Sequence[str]) -> set[Digest]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from toolchain.errors import EnvironmentFailure, UsageError, WeightsmithError
-from toolchain.oci.archive import docker_archive
+from toolchain.oci.archive import docker_archive, in_turn
 from toolchain.oci.image import Image
 from toolchain.oci.index import Index, Whole, images_of, own_of
 from toolchain.oci.layout import (
@@ -26,12 +26,10 @@ from toolchain.oci.layout_attachments import PARTS, forget
 from toolchain.oci.places import LayoutPlace, Place, RegistryPlace
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
-from toolchain.ports import Tools
+from toolchain.ports import CANDIDATES, Tools
 from toolchain.provenance.evidence import Evidence
 from toolchain.provenance.sealing import attach
 from toolchain.values import Json, Published, key_of
-
-_CANDIDATES = "weightsmith-candidate"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +53,7 @@ def candidate(image: Image, layout: Path | None, tools: Tools) -> Iterator[str]:
     stays until `publish` or `discard_candidate`, so that its layers are not brought twice.
     """
     if layout is None:
-        name = _candidate_name(image)
+        name = _candidate_name(image, tools)
         try:
             _load(image, Reference.parse(name), tools)
             yield name
@@ -92,7 +90,7 @@ def publish(
     if outputs.load:
         _load(own, place, tools)
     if tools.engine.answers():
-        tools.engine.untag(_candidate_name(own))
+        tools.engine.untag(_candidate_name(own, tools))
     if outputs.layout is not None:
         with _settled(whole, outputs.layout, tools) as beside:
             _attach(whole, told, LayoutPlace(beside), place, tools)
@@ -147,12 +145,38 @@ def _load(image: Image, reference: Reference, tools: Tools) -> None:
     name = f"{reference.name}:{reference.tag or 'latest'}"
     if _is_loaded(image, name, tools):
         return
-    if held := _like(image, reference, tools):
+    held = _like(image, reference, tools)
+    turns = in_turn(image, len(held)) if tools.engine.describe().get("layerwise") else (image,)
+    if held or len(turns) > 1:
         # It may be gone by then, and an image store may keep such layers in another form.
         with suppress(EnvironmentFailure):
-            tools.engine.load(docker_archive(image, reference, held), name)
+            _load_in_turn(turns, held, name, tools)
             return
-    tools.engine.load(docker_archive(image, reference), name)
+    _load_in_turn((image,), (), name, tools)
+
+
+def _load_in_turn(turns: Sequence[Image], held: Sequence[str], name: str, tools: Tools) -> None:
+    """Load images that each rest on the one before, and forget all but the last one's name."""
+    passing = [_candidate_name(image, tools) for image in turns[:-1]]
+    names = [*map(Reference.parse, passing), Reference.parse(name)]
+    below = [held, *([layer.diff_id for layer in image.layers] for image in turns)]
+    total = sum(layer.size for layer in turns[-1].layers[len(held) :])
+    sent = 0
+
+    def seen(archive: Iterator[bytes]) -> Iterator[bytes]:
+        nonlocal sent
+        for chunk in archive:
+            yield chunk
+            sent += len(chunk)
+            tools.progress.advance(min(sent, total), total, "bytes")
+
+    archives = map(docker_archive, turns, names, below)
+    try:
+        tools.engine.load(map(seen, archives), name)
+    finally:
+        with suppress(WeightsmithError):  # the engine may be what went away
+            for each in passing:
+                tools.engine.untag(each)
 
 
 def _is_loaded(image: Image, name: str, tools: Tools) -> bool:
@@ -167,7 +191,7 @@ def _like(image: Image, reference: Reference, tools: Tools) -> tuple[str, ...]:
     """Return the layers of an engine's image that shares most with this one from the bottom."""
     ids = [layer.diff_id for layer in image.layers]
     best: tuple[str, ...] = ()
-    for held in tools.engine.chains_of(reference.name, _CANDIDATES):
+    for held in tools.engine.chains_of(reference.name, CANDIDATES):
         shared = next((n for n, (a, b) in enumerate(zip(held, ids, strict=False)) if a != b), None)
         shared = min(len(held), len(ids)) if shared is None else shared
         if shared > len(best):
@@ -269,15 +293,16 @@ def _forget_unnamed(folder: Path, whole: Whole) -> None:
 def discard_candidate(image: Image, layout: Path | None, tools: Tools) -> None:
     """Delete a candidate that did not pass, from the engine or beside its layout."""
     if layout is None:
-        tools.engine.untag(_candidate_name(image))
+        tools.engine.untag(_candidate_name(image, tools))
     elif _beside(layout).exists():
         with _alone(_beside(layout)) as folder:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _candidate_name(image: Image) -> str:
-    """Return a name by the layers alone: the final image has these, and other labels."""
-    return f"{_CANDIDATES}:{key_of([layer.digest for layer in image.layers]).short}"
+def _candidate_name(image: Image, tools: Tools) -> str:
+    """Return a name of this build by the layers alone: the final image has these, other labels."""
+    key = key_of([layer.digest for layer in image.layers]).short
+    return f"{CANDIDATES}:{key}-{tools.engine.owner}"
 
 
 def _beside(folder: Path) -> Path:

@@ -1,0 +1,117 @@
+"""Archives that rest on each other go to an engine two at a time, and one's end after another's."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from toolchain.drivers.docker_loading import load_in_turn
+from toolchain.errors import EnvironmentFailure
+
+PATIENCE = 60
+
+
+class Engine:
+    """An engine that reads each archive, unpacks it when allowed to, and writes down the order."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.may_unpack = threading.Event()
+        self.refused = ""
+        self.lock = threading.Lock()
+
+    @property
+    def api(self) -> Engine:
+        return self
+
+    def close(self) -> None:
+        pass
+
+    def write(self, event: str) -> None:
+        with self.lock:
+            self.events.append(event)
+
+    def load_image(self, chunks: Iterator[bytes]) -> Iterator[dict[str, str]]:
+        name = b"".join(chunks).decode()[0]
+        self.write(f"whole {name}")
+        assert self.may_unpack.wait(PATIENCE)
+        if name == self.refused:
+            yield {"error": "no space left on device"}
+            return
+        self.write(f"unpacked {name}")
+        yield {"stream": "Loaded"}
+
+
+def archive(name: str, engine: Engine) -> Iterator[bytes]:
+    engine.write(f"begun {name}")
+    for number in range(3):
+        yield f"{name}{number}".encode()
+    engine.write(f"sent {name}")
+
+
+def connect(engine: Engine) -> Any:
+    return lambda: engine
+
+
+def test_one_is_sent_while_the_one_before_is_unpacked_and_not_more() -> None:
+    engine = Engine()
+    second_is_sent = threading.Event()
+
+    def archives() -> Iterator[Iterator[bytes]]:
+        yield archive("1", engine)
+
+        def second() -> Iterator[bytes]:
+            yield from archive("2", engine)
+            second_is_sent.set()
+
+        yield second()
+        yield archive("3", engine)
+
+    def unpack() -> None:
+        assert second_is_sent.wait(PATIENCE)
+        engine.write("go")
+        engine.may_unpack.set()
+
+    thread = threading.Thread(target=unpack)
+    thread.start()
+    load_in_turn(connect(engine), archives(), "app:1")
+    thread.join()
+
+    order = engine.events
+    assert order.index("sent 2") < order.index("go") < order.index("unpacked 1")
+    for before, after in (("1", "2"), ("2", "3")):
+        assert order.index(f"unpacked {before}") < order.index(f"whole {after}")
+    assert order.index("unpacked 1") < order.index("begun 3")
+    assert order[-1] == "unpacked 3"
+
+
+def test_what_rests_on_a_refused_one_is_not_given_whole() -> None:
+    engine = Engine()
+    engine.may_unpack.set()
+    engine.refused = "2"
+    archives = (archive(name, engine) for name in "1234")
+
+    with pytest.raises(EnvironmentFailure, match=r"app:1: no space left.*") as caught:
+        load_in_turn(connect(engine), archives, "app:1")
+
+    assert "docker system df" in caught.value.hint
+    assert "unpacked 1" in engine.events
+    assert not {"whole 3", "begun 4"} & set(engine.events)
+
+
+def test_an_archive_that_breaks_off_is_said() -> None:
+    engine = Engine()
+    engine.may_unpack.set()
+
+    def broken() -> Iterator[bytes]:
+        yield b"2"
+        raise EnvironmentFailure("the file shrank", hint="")
+
+    with pytest.raises(EnvironmentFailure, match="shrank"):
+        load_in_turn(connect(engine), [archive("1", engine), broken()], "app:1")
+
+    assert engine.events[-1] == "unpacked 1"
+    assert "whole 2" not in engine.events
