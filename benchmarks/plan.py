@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from itertools import cycle, islice, product
 from pathlib import Path
 
+from toolchain.building.planning import all_targets
 from toolchain.errors import WeightsmithError
-from toolchain.planning import all_targets
 from toolchain.serving.engine import Wishes
 from toolchain.serving.gpus import GPUS
 from toolchain.stages.render import render

@@ -11,12 +11,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from toolchain.building.planning import all_targets
 from toolchain.cli import namespace
 from toolchain.drivers import bases
 from toolchain.merging.families.family import families
 from toolchain.merging.refused import REFUSED, SETTINGS, UNMERGED
 from toolchain.oci.limits import REGISTRIES
-from toolchain.planning import all_targets
 from toolchain.recipe import Recipe
 from toolchain.serving.gpus import GPUS
 

@@ -7,14 +7,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from toolchain.artifacts import quality_fault, wanted_of, with_quality
-from toolchain.baking import Baking, check_layer_sizes
-from toolchain.errors import CheckFailed
-from toolchain.oci.image import Image
-from toolchain.oci.index import is_own, own_of
-from toolchain.oci.references import Reference
-from toolchain.oci.registry import Registry
-from toolchain.planning import (
+from toolchain.building.artifacts import quality_fault, wanted_of, with_quality
+from toolchain.building.baking import Baking, check_layer_sizes
+from toolchain.building.planning import (
     BuildRequest,
     check_before_work,
     probes,
@@ -23,12 +18,17 @@ from toolchain.planning import (
     tasks_of,
     unmerged_adapters,
 )
+from toolchain.building.proving import Result, ask_references, with_image
+from toolchain.building.recording import Built, Record, main_scores
+from toolchain.errors import CheckFailed
+from toolchain.oci.image import Image
+from toolchain.oci.index import is_own, own_of
+from toolchain.oci.references import Reference
+from toolchain.oci.registry import Registry
 from toolchain.ports import Tools
 from toolchain.provenance.labels import reference
-from toolchain.proving import Result, ask_references, with_image
 from toolchain.quantizers import formats
 from toolchain.recipe_file import RecipeFile
-from toolchain.recording import Built, Record, main_scores
 from toolchain.serving.targets import Target
 from toolchain.stages import merge as merging
 from toolchain.stages import publish as publishing

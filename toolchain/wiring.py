@@ -12,7 +12,6 @@ import platformdirs
 
 from toolchain.drivers.assembly import assemble_engine
 from toolchain.drivers.checkup import examine_machine
-from toolchain.drivers.commands import run_command
 from toolchain.drivers.credentials import ask_helper, docker_config
 from toolchain.drivers.docker import DockerEngine, DockerRunner
 from toolchain.drivers.docker_launcher import DockerLauncher
@@ -26,6 +25,7 @@ from toolchain.drivers.pypi import PypiReader
 from toolchain.drivers.rootfs import EitherLauncher, RootfsLauncher, StartInfo
 from toolchain.drivers.signer import open_signer
 from toolchain.drivers.store import FileStore
+from toolchain.drivers.user_program import run_command
 from toolchain.errors import EnvironmentFailure, UsageError
 from toolchain.oci import auth
 from toolchain.oci.layout import read_layout

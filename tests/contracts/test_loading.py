@@ -19,6 +19,7 @@ import pytest
 
 from tests.fakes.baking import tools_for
 from tests.fakes.images import entry, foreign_image, tar_of
+from toolchain.commands.images import inspect_image
 from toolchain.drivers.docker import DockerEngine
 from toolchain.drivers.ownership import is_dead, owner_token
 from toolchain.oci import archive
@@ -27,7 +28,6 @@ from toolchain.oci.layers import Member, TarLayer
 from toolchain.oci.registry import Registry
 from toolchain.ports import Tools
 from toolchain.provenance.evidence import Evidence
-from toolchain.singles.images import inspect_image
 from toolchain.stages.publish import Outputs, candidate, discard_candidate, is_held, publish
 
 pytestmark = [pytest.mark.docker, pytest.mark.root]

@@ -14,6 +14,9 @@ from tests.fakes.baking import bake, make_key, make_model, push_base, tools_for
 from tests.fakes.faulty_proxy import Faults, faulty_proxy
 from tests.fakes.other_registries import Given
 from tests.fakes.registry import fake_registry
+from toolchain.commands.images import copy_image
+from toolchain.commands.rebase import RebaseRequest, rebase_image
+from toolchain.commands.verify import verify_image
 from toolchain.errors import CheckFailed, UsageError
 from toolchain.oci.attachments import fallback_tag
 from toolchain.oci.image import Image
@@ -23,9 +26,6 @@ from toolchain.oci.places import RegistryPlace
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.ports import Silent
-from toolchain.singles.images import copy_image
-from toolchain.singles.rebase import RebaseRequest, rebase_image
-from toolchain.singles.verify import verify_image
 from toolchain.values import Digest
 
 AMD64 = "linux/amd64"

@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from toolchain.commands.bake import BakeRequest, bake_model
 from toolchain.drivers.signer import open_signer
 from toolchain.oci.image import ImageConfig, assemble
 from toolchain.oci.layers import Member, TarLayer
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.ports import Progress, Silent, Tools
-from toolchain.singles.bake import BakeRequest, bake_model
 from toolchain.wiring import make_tools
 
 CONFIG = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from toolchain.errors import WeightsmithError, from_code
 from toolchain.ports import Progress
 from toolchain.values import Job, Json, plain
-from toolchain.worker.stages import STAGES
+from toolchain.worker.jobs import STAGES
 
 Stage = Callable[[Job, Callable[[int, int, str], None]], Mapping[str, Json]]
 

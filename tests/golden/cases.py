@@ -7,8 +7,8 @@ import json
 import os
 from pathlib import Path
 
+from toolchain.building.planning import all_targets, estimated_bytes
 from toolchain.errors import InputRefused, UsageError
-from toolchain.planning import all_targets, estimated_bytes
 from toolchain.serving.engine import ServedAdapter, Wishes
 from toolchain.stages.render import render
 from toolchain.values import Digest

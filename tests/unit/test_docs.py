@@ -20,7 +20,7 @@ from invoke.program import Program
 from tests.fakes.registry import fake_registry
 from toolchain import errors
 from toolchain.cli import namespace
-from toolchain.cli.looking import report_words
+from toolchain.cli.housekeeping import report_words
 from toolchain.recipe_file import check_recipe
 
 ROOT = Path(__file__).parents[2]

@@ -40,9 +40,9 @@ def build(
 ) -> tuple[Mapping[str, Json], str]:
     """Build, prove and publish the images of a recipe (or of --base and --adapter)."""
     del json
+    from toolchain.building.planning import BuildRequest, chosen_targets
     from toolchain.cli.progress import Recorder, progress_for
     from toolchain.pipeline import build as run
-    from toolchain.planning import BuildRequest, chosen_targets
     from toolchain.stages.publish import Outputs
     from toolchain.wiring import make_registry, make_tools
 
@@ -123,8 +123,8 @@ def plan(
 ) -> tuple[Mapping[str, Json], str]:
     """Say what `build` would do: stages, cached or why not, bytes, memory, disk; no work."""
     del json, push, load, layout
-    from toolchain.forecast import forecast, table
-    from toolchain.planning import chosen_targets
+    from toolchain.building.planning import chosen_targets
+    from toolchain.commands.plan import forecast, table
     from toolchain.ports import Silent
     from toolchain.wiring import make_tools
 
@@ -145,8 +145,8 @@ def plan(
 def _recipe_again(source: str, base: str, key: str, dist: str, insecure: bool) -> str:
     """Return the recipe file of an image that was built before."""
     from toolchain.cli.progress import progress_for
-    from toolchain.singles.again import recipe_of_image
-    from toolchain.singles.verify import key_path
+    from toolchain.commands.rebuild import recipe_of_image
+    from toolchain.commands.verify import key_path
     from toolchain.wiring import make_registry
 
     with make_registry(insecure=insecure) as registry:

@@ -34,9 +34,9 @@ def bake(
     """Assemble the image of a model, and push it, load it or write it as an OCI layout."""
     del json
     from toolchain.cli.progress import progress_for
+    from toolchain.commands.arguments import required
+    from toolchain.commands.bake import BakeRequest, bake_model
     from toolchain.serving.memory import parse_size
-    from toolchain.singles.arguments import required
-    from toolchain.singles.bake import BakeRequest, bake_model
     from toolchain.wiring import make_registry, make_tools
 
     required(model=model, target=target)
@@ -75,8 +75,8 @@ def push(
     """Copy an image, from a registry or an OCI layout, to a registry; the digest stays."""
     del json
     from toolchain.cli.progress import progress_for
-    from toolchain.singles.arguments import required
-    from toolchain.singles.images import copy_image
+    from toolchain.commands.arguments import required
+    from toolchain.commands.images import copy_image
     from toolchain.wiring import make_registry, make_signer
 
     required(to=to)
@@ -102,8 +102,8 @@ def rebase(
     """Put an image on another engine base and push it; no weight byte is moved."""
     del json
     from toolchain.cli.progress import progress_for
-    from toolchain.singles.arguments import required
-    from toolchain.singles.rebase import RebaseRequest, rebase_image
+    from toolchain.commands.arguments import required
+    from toolchain.commands.rebase import RebaseRequest, rebase_image
     from toolchain.wiring import make_registry, make_tools
 
     required(onto=onto, to=to)
@@ -120,7 +120,7 @@ def inspect(
 ) -> tuple[Mapping[str, Json], str]:
     """Say what an image is made of: provenance, plan, scores, layers, from the image alone."""
     del json
-    from toolchain.singles.images import inspect_image, inspect_text
+    from toolchain.commands.images import inspect_image, inspect_text
     from toolchain.wiring import make_engine, make_registry
 
     with make_registry(insecure=insecure) as registry:
@@ -135,7 +135,7 @@ def verify(
     """Check an image's signature, its layers' digests, and the chain from sources to layers."""
     del json
     from toolchain.cli.progress import progress_for
-    from toolchain.singles.verify import key_path, table, verify_image
+    from toolchain.commands.verify import key_path, table, verify_image
     from toolchain.wiring import make_registry
 
     with make_registry(insecure=insecure) as registry:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from toolchain.errors import EnvironmentFailure, InputRefused, WeightsmithError
 from toolchain.values import Job
-from toolchain.worker.stages import STAGES
+from toolchain.worker.jobs import STAGES
 from toolchain.worker.wire import Wire, open_wire
 
 PARENT_GONE = 130

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from toolchain.drivers.commands import run_command
+from toolchain.drivers.user_program import run_command
 from toolchain.errors import CheckFailed, EnvironmentFailure
 from toolchain.evaluating.items import Item
 from toolchain.evaluating.task import Task, score_task

@@ -11,13 +11,13 @@ import pytest
 
 from tests.fakes.baking import bake, make_key, make_model, push_base
 from tests.fakes.registry import fake_registry
+from toolchain.commands.verify import verify_image
 from toolchain.oci.attachments import Attachment, Part
 from toolchain.oci.image import Image
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.ports import Silent
 from toolchain.provenance.bills import read_bills
-from toolchain.singles.verify import verify_image
 from toolchain.values import Digest, canonical
 
 INDEX, MANIFEST, CONFIG = (

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from toolchain.building.planning import disk_peak
 from toolchain.errors import CheckFailed, InputRefused
-from toolchain.planning import disk_peak
 from toolchain.quantizers.checkpoints import awq_config, check_grouped, finish, group_size
 from toolchain.quantizers.packed import Layout, PackedView
 from toolchain.quantizers.packed_check import check_checkpoint

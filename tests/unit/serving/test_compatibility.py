@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from toolchain.building.planning import all_targets
 from toolchain.errors import InputRefused
-from toolchain.planning import all_targets
 from toolchain.serving.compatibility import (
     TABLE,
     VERSIONS,

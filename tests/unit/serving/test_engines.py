@@ -5,8 +5,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from toolchain.building.planning import all_targets
 from toolchain.errors import InputRefused, UsageError
-from toolchain.planning import all_targets
 from toolchain.serving import engines, sglang, tgi, trtllm
 from toolchain.serving.engine import Wishes
 from toolchain.serving.gpus import GPUS

@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.golden.cases import MODELS, model
+from toolchain.building.planning import all_targets
+from toolchain.commands.render import foresee_model
 from toolchain.errors import InputRefused, UsageError
-from toolchain.planning import all_targets
 from toolchain.serving.engine import Wishes
 from toolchain.serving.parameters import weights_from_config
-from toolchain.singles.serve import foresee_model
 from toolchain.stages.render import render
 
 ENGINES = ["vllm", "vllm-awq", "sglang", "trtllm", "tgi", "llamacpp-q4_k_m"]

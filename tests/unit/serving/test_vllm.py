@@ -4,8 +4,8 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from toolchain.building.planning import all_targets
 from toolchain.errors import UsageError
-from toolchain.planning import all_targets
 from toolchain.serving.engine import ServedAdapter, Wishes
 from toolchain.serving.memory import GIB
 from toolchain.serving.vllm import CONFIG_FILE, ENGINE, options, plan

@@ -11,7 +11,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from toolchain.planning import all_targets
+from toolchain.building.planning import all_targets
 from toolchain.serving.engine import Wishes
 from toolchain.stages.render import render
 from toolchain.values import Digest

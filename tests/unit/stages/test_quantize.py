@@ -15,7 +15,7 @@ from toolchain.quantizers.calibration import GENERAL, Bounds, read_texts
 from toolchain.quantizers.quantizer import QuantizeRequest, Step
 from toolchain.stages.quantize import Wanted, quantize
 from toolchain.values import Checkpoint, Digest, FileEntry, Job, Tree
-from toolchain.worker import stages
+from toolchain.worker import jobs
 from toolchain.worker import steps as steps_of
 
 TEXTS = read_texts(GENERAL, Bounds())
@@ -185,7 +185,7 @@ def test_a_refused_file_is_made_from_the_start_the_next_time(request_, monkeypat
         raise CheckFailed("wrong")
 
     quantizer = replace(of_format("q4_k_m"), steps=lambda _: (python(add("first")),), check=check)
-    monkeypatch.setattr(stages, "_quantizer", lambda _: quantizer)
+    monkeypatch.setattr(jobs, "_quantizer", lambda _: quantizer)
     job = Job(
         stage="quantize",
         builder="gguf",
@@ -195,7 +195,7 @@ def test_a_refused_file_is_made_from_the_start_the_next_time(request_, monkeypat
     )
     for _ in range(2):
         with pytest.raises(CheckFailed):
-            stages.STAGES["quantize"](job, lambda *_: None)
+            jobs.STAGES["quantize"](job, lambda *_: None)
 
     assert (request_.output / "first").read_text() == "xx"
     assert Path(request_.output).is_dir()

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from toolchain.building.planning import all_targets, sources_to_merge
 from toolchain.errors import InputRefused, UsageError
-from toolchain.planning import all_targets, sources_to_merge
 from toolchain.serving.engine import Wishes
 from toolchain.stages.render import render
 from toolchain.stages.unmerged import served_adapters, unmerged

@@ -14,20 +14,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.fakes.runner import FakeRunner, RecordingProgress
+from toolchain.building.planning import BuildRequest, chosen_targets
+from toolchain.commands.validate import validate_folders
 from toolchain.drivers.folders import FolderReader
 from toolchain.drivers.store import FileStore
 from toolchain.errors import CheckFailed, UsageError
 from toolchain.oci.registry import Registry
 from toolchain.pipeline import build
-from toolchain.planning import BuildRequest, chosen_targets
 from toolchain.ports import Tools
 from toolchain.recipe import Merge
 from toolchain.recipe_file import read_recipe
-from toolchain.singles.validate import validate_folders
 from toolchain.stages.publish import Outputs
 from toolchain.stages.validate import validate
 from toolchain.values import Checkpoint, Job, Json, Snapshot, Sources, Tree
-from toolchain.worker.stages import STAGES
+from toolchain.worker.jobs import STAGES
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny"
 GOOD = {"passed": True, "findings": [{"severity": "warning", "message": "small"}], "seconds": 1.0}

@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from toolchain.artifacts import texts_of, wanted_of
-from toolchain.errors import UsageError
-from toolchain.planning import (
+from toolchain.building.artifacts import texts_of, wanted_of
+from toolchain.building.planning import (
     Trialed,
     can_make,
     check_format,
@@ -22,6 +21,7 @@ from toolchain.planning import (
     tasks_of,
     unmerged_adapters,
 )
+from toolchain.errors import UsageError
 from toolchain.ports import Tools
 from toolchain.quantizers import of_format
 from toolchain.recipe_file import RecipeFile

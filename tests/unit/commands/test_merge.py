@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.runner import FakeRunner, RecordingProgress
+from toolchain.commands.merge import Folders, merge_folders
 from toolchain.drivers.store import FileStore
 from toolchain.errors import UsageError
 from toolchain.ports import Tools
 from toolchain.recipe import Merge
-from toolchain.singles.merge import Folders, merge_folders
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny"
 

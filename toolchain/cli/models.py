@@ -32,8 +32,8 @@ def merge(
     """Merge adapters into a base: a plain Hugging Face checkpoint in --out."""
     del json
     from toolchain.cli.progress import progress_for
-    from toolchain.singles.arguments import parse_weights, required
-    from toolchain.singles.merge import Folders, keep_folder, merge_folders, merge_options
+    from toolchain.commands.arguments import parse_weights, required
+    from toolchain.commands.merge import Folders, keep_folder, merge_folders, merge_options
     from toolchain.wiring import make_tools
 
     required(base=base, adapter=adapter, **({} if keep_adapter else {"out": out}))
@@ -83,8 +83,8 @@ def validate(
     """Hold a merged checkpoint against base and adapters: files, every element, logits."""
     del json
     from toolchain.cli.progress import progress_for
-    from toolchain.singles.arguments import number, parse_weights, required
-    from toolchain.singles.validate import validate_folders
+    from toolchain.commands.arguments import number, parse_weights, required
+    from toolchain.commands.validate import validate_folders
     from toolchain.wiring import make_tools
 
     required(base=base, adapter=adapter, merged=merged)
@@ -148,8 +148,8 @@ def quantize(
     """Quantize a checkpoint to --format, read the result back and measure what was lost."""
     del json
     from toolchain.cli.progress import progress_for
-    from toolchain.singles.arguments import quantize_wishes, required
-    from toolchain.singles.quantize import QuantizeWish, quantize_folder
+    from toolchain.commands.arguments import quantize_wishes, required
+    from toolchain.commands.quantize import QuantizeWish, quantize_folder
     from toolchain.wiring import make_tools
 
     required(model=model, format=format, out=out)
@@ -203,9 +203,9 @@ def render(
 ) -> tuple[Mapping[str, Json], str]:
     """Plan the memory and render serving configs and manifests of a target into --out."""
     del json
+    from toolchain.commands.arguments import required, serve_wishes
+    from toolchain.commands.render import render_model
     from toolchain.serving.picture import picture
-    from toolchain.singles.arguments import required, serve_wishes
-    from toolchain.singles.serve import render_model
 
     required(model=model, target=target, out=out)
     wishes = serve_wishes(

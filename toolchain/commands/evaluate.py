@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from toolchain.checkpoints.folder import check_adapter_folder, check_model_folder
+from toolchain.commands.render import open_model
+from toolchain.commands.server import Place, served, served_name
 from toolchain.errors import CheckFailed, InputRefused, UsageError
 from toolchain.evaluating.gate import Limit, judge_drop, too_few
 from toolchain.evaluating.items import read_items
@@ -20,8 +22,6 @@ from toolchain.evaluating.session import Limits, Session
 from toolchain.evaluating.statistics import wilson
 from toolchain.evaluating.task import Answers, Task, ask_server, score_task
 from toolchain.ports import Tools
-from toolchain.singles.serve import open_model
-from toolchain.singles.server import Place, served, served_name
 from toolchain.stages.quantize import model_config
 from toolchain.stages.reference import BUILDER, reference_job
 from toolchain.values import Json, Score

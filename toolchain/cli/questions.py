@@ -41,10 +41,10 @@ def evaluate(
     """Score a started image, a server, or a checkpoint with or without adapter on --data."""
     del json
     from toolchain.cli.progress import progress_for
-    from toolchain.singles.arguments import number, required
-    from toolchain.singles.evaluate import Subject, Wishes, check_subject, evaluate_subject
-    from toolchain.singles.lm_eval import HarnessRequest, evaluate_tasks
-    from toolchain.singles.server import Place
+    from toolchain.commands.arguments import number, required
+    from toolchain.commands.evaluate import Subject, Wishes, check_subject, evaluate_subject
+    from toolchain.commands.lm_eval import HarnessRequest, evaluate_tasks
+    from toolchain.commands.server import Place
     from toolchain.wiring import make_tools
 
     if tasks:
@@ -110,10 +110,10 @@ def bench(
     """Load a started image or a server for a short time: throughput and latencies."""
     del json
     from toolchain.cli.progress import progress_for
-    from toolchain.singles.arguments import counts
-    from toolchain.singles.bench import BenchRequest, bench_text
-    from toolchain.singles.bench import bench as run
-    from toolchain.singles.server import Place
+    from toolchain.commands.arguments import counts
+    from toolchain.commands.bench import BenchRequest, bench_text
+    from toolchain.commands.bench import bench as run
+    from toolchain.commands.server import Place
     from toolchain.wiring import make_tools
 
     request = BenchRequest(

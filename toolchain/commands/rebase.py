@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from toolchain.commands.server import Place, served
 from toolchain.errors import InputRefused
 from toolchain.evaluating.client import chat, first_name
 from toolchain.evaluating.items import Item
@@ -28,7 +29,6 @@ from toolchain.provenance.labels import ENGINE_VERSION, PREFIX
 from toolchain.provenance.mlbom import MEDIA_TYPE
 from toolchain.provenance.roles import ADDED, LAYERS, Roles, config_label, roles_label, roles_of
 from toolchain.provenance.statements import Resource
-from toolchain.singles.server import Place, served
 from toolchain.stages.attest import MODEL_BILL, base_documents
 from toolchain.stages.base import ENGINE_LABEL, base_image, bills_of, engine_version, public_base
 from toolchain.stages.publish import Outputs, candidate, discard_candidate, publish

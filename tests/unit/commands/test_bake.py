@@ -15,6 +15,8 @@ import pytest
 
 from tests.fakes.baking import bake, make_key, make_model, push_base
 from tests.fakes.registry import FakeRegistry, fake_registry
+from toolchain.commands.images import copy_image
+from toolchain.commands.verify import verify_image
 from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
 from toolchain.oci.image import Image
 from toolchain.oci.layout import read_layout
@@ -22,8 +24,6 @@ from toolchain.oci.places import open_place
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.ports import Silent
-from toolchain.singles.images import copy_image
-from toolchain.singles.verify import verify_image
 
 ENGINE = {"dev.weightsmith.engine": "llamacpp"}
 

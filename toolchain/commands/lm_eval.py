@@ -13,11 +13,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from toolchain.commands.server import Place, served, served_name
 from toolchain.errors import CheckFailed, EnvironmentFailure, UsageError
 from toolchain.evaluating.likelihood import echoes
 from toolchain.evaluating.session import Session
 from toolchain.ports import Tools
-from toolchain.singles.server import Place, served, served_name
 from toolchain.values import Json
 
 _PROGRAM = "lm_eval"

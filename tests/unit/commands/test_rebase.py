@@ -11,6 +11,8 @@ import pytest
 from tests.fakes.baking import bake, make_key, make_model, push_base, tools_for
 from tests.fakes.images import entry, foreign_image, tar_of
 from tests.fakes.registry import FakeRegistry, fake_registry
+from toolchain.commands.rebase import RebaseRequest, rebase_image
+from toolchain.commands.verify import verify_image
 from toolchain.errors import InputRefused, UsageError
 from toolchain.oci.attachments import Attachment, Part
 from toolchain.oci.image import Image
@@ -20,8 +22,6 @@ from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.ports import Silent
 from toolchain.provenance.evidence import read_attached
-from toolchain.singles.rebase import RebaseRequest, rebase_image
-from toolchain.singles.verify import verify_image
 
 ENGINE = "dev.weightsmith.engine"
 VERSION = "org.opencontainers.image.version"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from toolchain.artifacts import check_model, make_wanted, needs_text
+from toolchain.building.artifacts import check_model, make_wanted, needs_text
 from toolchain.checkpoints.folder import check_model_folder
 from toolchain.errors import UsageError
 from toolchain.evaluating.limits import judge, limits_for, refusal

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolchain.artifacts import wanted_of
-from toolchain.baking import Baking
+from toolchain.building.artifacts import wanted_of
+from toolchain.building.baking import Baking
+from toolchain.building.planning import BuildRequest, probes
+from toolchain.building.proving import Result
 from toolchain.oci.image import Image
-from toolchain.planning import BuildRequest, probes
 from toolchain.ports import Tools
-from toolchain.proving import Result
 from toolchain.serving.targets import Target
 from toolchain.stages import merge as merging
 from toolchain.stages import publish as publishing

@@ -9,23 +9,23 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from toolchain.building.planning import all_targets
 from toolchain.checkpoints.folder import scan
 from toolchain.checkpoints.gguf_config import gguf_file_type
 from toolchain.checkpoints.reshard import Resharded, reshard
 from toolchain.checkpoints.safetensors import read_header
+from toolchain.commands.arguments import required
+from toolchain.commands.render import Model, open_model, own_weights, read_config, serving_config
 from toolchain.errors import InputRefused, UsageError
 from toolchain.oci.image import Image, Order
 from toolchain.oci.index import whole_of
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
-from toolchain.planning import all_targets
 from toolchain.ports import Progress, Store, Tools
 from toolchain.provenance.labels import PREFIX
 from toolchain.quantizers.gguf_types import FILE_TYPES
 from toolchain.serving.engine import ServingPlan, Wishes
 from toolchain.serving.targets import Target, find
-from toolchain.singles.arguments import required
-from toolchain.singles.serve import Model, open_model, own_weights, read_config, serving_config
 from toolchain.stages.attest import Made, evidence
 from toolchain.stages.bake import bake
 from toolchain.stages.base import (

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from toolchain.building.planning import wishes_of
 from toolchain.errors import UsageError
-from toolchain.planning import wishes_of
 from toolchain.recipe import Serve
 from toolchain.recipe_file import check_recipe, with_settings
 from toolchain.serving.engine import Wishes

@@ -15,6 +15,8 @@ import pytest
 from tests.fakes.baking import bake, make_key, make_model, push_base
 from tests.fakes.debian_registry import real_registry
 from tests.fakes.registry import FakeRegistry, fake_registry
+from toolchain.commands.images import copy_attachments, copy_image
+from toolchain.commands.verify import verify_image
 from toolchain.drivers.signer import open_signer
 from toolchain.errors import CheckFailed, InputRefused, UsageError
 from toolchain.oci.attachments import fallback_tag
@@ -24,8 +26,6 @@ from toolchain.oci.places import RegistryPlace
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.ports import Silent
-from toolchain.singles.images import copy_attachments, copy_image
-from toolchain.singles.verify import verify_image
 
 ENGINE = {"dev.weightsmith.engine": "llamacpp", "org.opencontainers.image.version": "1.0.0"}
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from toolchain.commands.server import Place, served, served_name
 from toolchain.errors import CheckFailed, UsageError
 from toolchain.evaluating.items import Item, read_items
 from toolchain.evaluating.load import load_test
 from toolchain.evaluating.session import Limits, Session
 from toolchain.ports import Tools
-from toolchain.singles.server import Place, served, served_name
 from toolchain.stages.record import write_files
 from toolchain.values import Json
 

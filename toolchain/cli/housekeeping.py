@@ -38,7 +38,7 @@ def report(
 ) -> tuple[Mapping[str, Json], str]:
     """Write the report of the builds in a folder (dist), or of two builds with --compare A B."""
     del json
-    from toolchain.singles.report import compare_builds, report_builds
+    from toolchain.commands.report import compare_builds, report_builds
 
     if compare:
         # With one word it is B; with two, DIR and B.
@@ -53,7 +53,7 @@ def report(
 def targets(_context: object, *, json: bool = False) -> tuple[Mapping[str, Json], str]:
     """List the targets there are: engines by formats."""
     del json
-    from toolchain.planning import all_targets
+    from toolchain.building.planning import all_targets
 
     found = {
         name: {

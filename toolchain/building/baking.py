@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from toolchain.building.planning import BuildRequest, estimated_bytes, unmerged_adapters
+from toolchain.building.proving import Result
 from toolchain.checkpoints.reshard import Resharded, reshard
 from toolchain.errors import UsageError
 from toolchain.oci.image import Image
@@ -12,10 +14,8 @@ from toolchain.oci.index import Whole, is_own, whole_of
 from toolchain.oci.limits import limits_of
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
-from toolchain.planning import BuildRequest, estimated_bytes, unmerged_adapters
 from toolchain.ports import Tools
 from toolchain.provenance.labels import labels, reference, score_labels
-from toolchain.proving import Result
 from toolchain.quantizers import of_format
 from toolchain.serving.memory import human, parse_size
 from toolchain.serving.targets import Target

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from toolchain.building.planning import Trialed
 from toolchain.evaluating.gate import Limit, Verdict, judge_drop, too_few
 from toolchain.evaluating.task import Answers, score_task
-from toolchain.planning import Trialed
 from toolchain.ports import Tools
 from toolchain.stages import reference as references
 from toolchain.values import Checkpoint, Json, Score, Sources

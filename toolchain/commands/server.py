@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from toolchain.building.planning import all_targets
 from toolchain.errors import CheckFailed, UsageError
 from toolchain.evaluating.client import check_served_name, first_name, wait_until_healthy
 from toolchain.evaluating.session import Session
 from toolchain.oci.layout import read_layout
-from toolchain.planning import all_targets
 from toolchain.ports import Endpoint, StartSpec, Tools
 from toolchain.values import Json
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from toolchain.artifacts import check_model, say_texts, wanted_of
+from toolchain.building.artifacts import check_model, say_texts, wanted_of
 from toolchain.errors import InputRefused, UsageError
 from toolchain.evaluating.gate import Limit
 from toolchain.evaluating.items import read_items, read_prompts

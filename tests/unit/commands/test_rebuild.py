@@ -11,6 +11,7 @@ import pytest
 
 from tests.fakes.baking import make_key, push_base
 from tests.fakes.registry import FakeRegistry, fake_registry
+from toolchain.commands.rebuild import recipe_of_image
 from toolchain.drivers.signer import open_signer
 from toolchain.errors import InputRefused, UsageError
 from toolchain.oci.places import RegistryPlace
@@ -19,7 +20,6 @@ from toolchain.oci.registry import Registry
 from toolchain.ports import Silent
 from toolchain.provenance.sealing import seal
 from toolchain.recipe_file import RecipeFile, check_recipe, read_recipe
-from toolchain.singles.again import recipe_of_image
 from toolchain.stages.attest import Made, evidence, public_recipe
 from toolchain.stages.lock import read_lock
 from toolchain.values import (

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from toolchain.commands.lm_eval import HarnessRequest, command, evaluate_tasks, read_results
+from toolchain.commands.server import Place
 from toolchain.errors import CheckFailed
 from toolchain.ports import Silent
-from toolchain.singles.lm_eval import HarnessRequest, command, evaluate_tasks, read_results
-from toolchain.singles.server import Place
 
 PLACE = Place(url="http://x")
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from toolchain.building.planning import all_targets, estimated_bytes
 from toolchain.checkpoints.folder import scan
 from toolchain.checkpoints.gguf_config import gguf_config
 from toolchain.checkpoints.packing import weight_kinds
 from toolchain.errors import InputRefused, UsageError
-from toolchain.planning import all_targets, estimated_bytes
 from toolchain.serving.engine import Wishes
 from toolchain.serving.parameters import WORKED_OUT, weights_from_config
 from toolchain.serving.targets import Target, find

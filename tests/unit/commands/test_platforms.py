@@ -15,11 +15,11 @@ import yaml
 
 from tests.fakes.baking import make_key, push_base
 from tests.fakes.registry import FakeRegistry, fake_registry
+from toolchain.commands.verify import verify_image
 from toolchain.errors import CheckFailed
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.ports import Silent
-from toolchain.singles.verify import verify_image
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny" / "base"
 INDEX = "application/vnd.oci.image.index.v1+json"

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from toolchain.commands.arguments import new_folder
 from toolchain.errors import UsageError
 from toolchain.merging.plan import KINDS, estimate, make_plan
 from toolchain.ports import Tools
 from toolchain.recipe import Merge
 from toolchain.recipe_file import check_recipe
-from toolchain.singles.arguments import new_folder
 from toolchain.stages.merge import BUILDER, combination_of, memory_limit, parameters
 from toolchain.values import Job, Json
 
