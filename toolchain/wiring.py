@@ -74,9 +74,9 @@ def make_engine() -> DockerEngine:
 
 
 def make_registry(*, insecure: bool = False) -> Registry:
-    """Return a registry client with the user's Docker credentials."""
+    """Return a registry client with the user's Docker credentials, read when one asks for them."""
     return Registry(
-        credentials=auth.docker_config(docker_config(), ask_helper),
+        credentials=lambda host: auth.docker_config(docker_config(), ask_helper)(host),
         insecure=insecure,
         memory=PushedLayers(cache_folder()),
     )

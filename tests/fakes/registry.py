@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import itertools
 import json
@@ -28,18 +29,20 @@ class FakeRegistry:
         self.authorizations: list[tuple[str, str]] = []
         self.faults: list[tuple[str, str, str]] = []
         """Method, part of the path, and `reset`, `half`, `norange`, `digest`, `full`, a status,
-        `short`, `redirect:URL`, `keep:N`: an upload broken after N bytes, which stay; `spoil`:
-        changed."""
+        `short`, `redirect:URL`, `place:URL`: where an upload goes on, `keep:N`: an upload broken
+        after N bytes, which stay; `spoil`: changed."""
         self.auth = ""
         """Empty, `basic` or `bearer`."""
         self.user, self.password = "ann", "s3cret-password"
         self.tokens: set[str] = set()
         self.tokens_given = 0
+        self.token_lasts = 300
         self.chunk_min = 0
         self.largest_body = 0
         self.mount_allowed = True
         self.trouble = ""
         """What faults say besides."""
+        self.immutable_tags = False
         self.keeps_first = False
         """A blob that is there stays as it is, whatever is uploaded."""
         self.url = ""
@@ -107,6 +110,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.startswith("redirect:"):
             self.body()
             return self.answer(307, Location=fault.removeprefix("redirect:"))
+        if fault.startswith("place:"):
+            return self.answer(202, Location=fault.removeprefix("place:"))
         if fault == "full":
             self.body()
             return self.answer(500, b'{"errors":[{"code":"UNKNOWN","detail":{"Err":28}}]}')
@@ -150,7 +155,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.state.tokens_given += 1
         token = f"token-{self.state.tokens_given}-hush"
         self.state.tokens.add(token)
-        return self.answer(200, json.dumps({"token": token, "expires_in": 300}).encode())
+        body = json.dumps({"token": token, "expires_in": self.state.token_lasts}).encode()
+        if "gzip" in self.headers.get("Accept-Encoding", ""):
+            return self.answer(200, gzip.compress(body), Content_Encoding="gzip")
+        return self.answer(200, body)
 
     def route(self, path: str, query: dict[str, list[str]], fault: str) -> None:
         if found := re.fullmatch(r"/v2/(.+)/manifests/([^/]+)", path):
@@ -169,6 +177,12 @@ class _Handler(BaseHTTPRequestHandler):
                 # Not by the specification, but Cloudflare's registry asks for it.
                 return self.fail(400, "BLOB_UNKNOWN", "unknown subject")
             digest = "sha256:" + hashlib.sha256(data).hexdigest()
+            if (
+                self.state.immutable_tags
+                and name != digest
+                and (repository, name) in (self.state.manifests)
+            ):
+                return self.fail(400, "TAG_INVALID", "the tag is immutable")
             for key in (name, digest):
                 self.state.manifests[repository, key] = self.headers["Content-Type"], data
             return self.answer(201, Docker_Content_Digest=_wrong(digest) if fault else digest)

@@ -16,15 +16,26 @@ _PROGRAM = re.compile(r"[A-Za-z0-9._-]+")
 
 
 def docker_config() -> Mapping[str, Any]:
-    """Return the user's config.json (DOCKER_CONFIG, else ~/.docker); {} where there is none."""
+    """Return the user's config.json (DOCKER_CONFIG, else ~/.docker); {} where there is none.
+
+    Raises EnvironmentFailure where it may not be read, InputRefused where it is damaged.
+    """
     try:
         folder = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
-        text = (folder / "config.json").read_text("utf-8")
-    except (OSError, RuntimeError):  # RuntimeError: no home folder
+    except RuntimeError:  # no home folder
         return {}
     try:
-        config = json.loads(text)
-    except ValueError:
+        data = (folder / "config.json").read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"cannot read {folder}/config.json: {error.strerror}",
+            hint="correct whom it belongs to, or set DOCKER_CONFIG to another folder",
+        ) from None
+    try:
+        config = json.loads(data) if data.strip() else {}  # Docker takes an empty one, too
+    except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
         raise InputRefused(
@@ -49,6 +60,8 @@ def ask_helper(name: str, server: str) -> tuple[str, str] | None:
         )
         found = json.loads("\n".join(done.tail)) if done.returncode == 0 else {}
     except (EnvironmentFailure, ValueError):
+        return None
+    if not isinstance(found, dict):
         return None
     user, secret = found.get("Username"), found.get("Secret")
     return (str(user), str(secret)) if user and secret else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -24,7 +24,7 @@ IDENTITY = "<token>"
 """The user name under which helpers hand out an identity token instead of a password."""
 
 _HUB_KEY = "https://index.docker.io/v1/"
-_PAIR = re.compile(r'([a-zA-Z_]+)="([^"]*)"')
+_PAIR = re.compile(r'([a-zA-Z_]+)\s*=\s*(?:"([^"]*)"|([^\s",]+))')
 
 
 def anonymous(_host: str) -> None:
@@ -45,7 +45,7 @@ def parse_challenge(headers: list[str]) -> Challenge | None:
     text = ", ".join(headers)
     bearer = re.search(r"(?i)\bbearer\s+(.*)", text)
     if bearer:
-        pairs = dict(_PAIR.findall(bearer[1]))
+        pairs = {key.lower(): quoted or bare for key, quoted, bare in _PAIR.findall(bearer[1])}
         if pairs.get("realm"):
             return Challenge("bearer", pairs["realm"], pairs.get("service", ""))
     return Challenge("basic") if re.search(r"(?i)\bbasic\b", text) else None
@@ -65,29 +65,47 @@ def docker_config(config: Mapping[str, Json], helper: Helper | None = None) -> C
 
     def find(host: str) -> tuple[str, str] | None:
         keys = [_HUB_KEY, "index.docker.io", host] if host == DOCKER_HUB else [host]
-        keys += [f"https://{host}", f"https://{host}/v1/", f"https://{host}/v2/"]
-        helpers = config.get("credHelpers") or {}
-        program = next((helpers[key] for key in keys if key in helpers), config.get("credsStore"))
+        helpers = _meant(config.get("credHelpers"), keys)
+        program = next(helpers, config.get("credsStore"))
         if program and helper and (found := helper(str(program), keys[0])):
             return found
-        auths = config.get("auths") or {}
-        return next((_stored(auths[key], host) for key in keys if auths.get(key)), None)
+        entry = next(filter(None, _meant(config.get("auths"), keys)), None)
+        return _stored(entry, host) if entry else None
 
     return find
 
 
-def _stored(entry: Mapping[str, Json], host: str) -> tuple[str, str] | None:
+def _meant(table: Json, keys: Sequence[str]) -> Iterator[Json]:
+    """Yield what a table has under the names, then under addresses with these hosts, as Docker."""
+    rows = table if isinstance(table, dict) else {}
+    yield from (rows[key] for key in keys if key in rows)
+    yield from (value for name, value in rows.items() if name not in keys and _host(name) in keys)
+
+
+def _host(address: str) -> str:
+    return re.sub(r"^https?://", "", address).partition("/")[0]
+
+
+def _stored(entry: Json, host: str) -> tuple[str, str] | None:
+    if not isinstance(entry, dict):
+        raise _damaged(host)
     if entry.get("identitytoken"):
         return IDENTITY, str(entry["identitytoken"])
     if entry.get("username"):
         return str(entry["username"]), str(entry.get("password", ""))
     try:
         user, colon, secret = (
-            base64.b64decode(entry.get("auth") or "", validate=True).decode().partition(":")
+            base64.b64decode("".join((entry.get("auth") or "").split()), validate=True)
+            .decode()
+            .partition(":")
         )
-    except (ValueError, TypeError):
-        raise InputRefused(
-            f"the entry for {host} in Docker's config.json is damaged",
-            hint=f"run `docker login {host}` again",
-        ) from None
+    except (ValueError, TypeError, AttributeError):
+        raise _damaged(host) from None
     return (user, secret) if colon else None
+
+
+def _damaged(host: str) -> InputRefused:
+    return InputRefused(
+        f"the entry for {host} in Docker's config.json is damaged",
+        hint=f"run `docker login {host}` again",
+    )

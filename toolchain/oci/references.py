@@ -12,7 +12,7 @@ from toolchain.values import Digest
 DOCKER_HUB = "docker.io"
 
 # Grammar: https://github.com/distribution/reference (reference.go).
-_LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?"
+_LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
 _HOST = re.compile(rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[0-9a-fA-F:.]+\])(?::(?P<port>[0-9]{{1,5}}))?")
 _PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _REPOSITORY = re.compile(rf"{_PART}(?:/{_PART})*")
@@ -58,17 +58,22 @@ class Reference:
     @property
     def is_loopback(self) -> bool:
         """True where the registry is on this machine, so that plain HTTP stays on it."""
-        host = re.sub(r":[0-9]+$", "", self.registry).strip("[]")
-        if host == "localhost" or host.endswith(".localhost"):
-            return True
-        try:
-            return ipaddress.ip_address(host).is_loopback
-        except ValueError:
-            return False
+        return is_loopback(re.sub(r":[0-9]+$", "", self.registry))
 
     def at(self, digest: Digest) -> Reference:
         """Return the same repository's image of that digest, without a tag."""
         return replace(self, tag=None, digest=digest)
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether a host, given without a port, is this machine."""
+    name = host.strip("[]").lower()
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 def _split_registry(text: str) -> tuple[str, str]:
@@ -83,7 +88,8 @@ def _split_registry(text: str) -> tuple[str, str]:
 
 def _check_name(text: str, registry: str, repository: str) -> None:
     host = _HOST.fullmatch(registry)
-    if not host or int(host["port"] or 1) not in range(1, _HIGHEST_PORT + 1):
+    known = host and (not registry.startswith("[") or _is_ipv6(registry))
+    if not host or not known or int(host["port"] or 1) not in range(1, _HIGHEST_PORT + 1):
         raise _refused(text, f"{registry!r} is no registry host")
     if not _REPOSITORY.fullmatch(repository):
         raise _refused(
@@ -93,6 +99,13 @@ def _check_name(text: str, registry: str, repository: str) -> None:
         )
     if len(registry) + 1 + len(repository) > _LONGEST_NAME:
         raise _refused(text, f"its name is longer than {_LONGEST_NAME} characters")
+
+
+def _is_ipv6(registry: str) -> bool:
+    try:
+        return bool(ipaddress.IPv6Address(registry[1:].partition("]")[0]))
+    except ValueError:
+        return False
 
 
 def _digest(text: str, digest: str) -> Digest:

@@ -6,7 +6,6 @@ https://github.com/opencontainers/distribution-spec/blob/main/spec.md#listing-re
 from __future__ import annotations
 
 import re
-from urllib.parse import urljoin
 
 from toolchain.errors import InputRefused
 from toolchain.oci import downloads, manifests, uploads
@@ -32,7 +31,8 @@ def attach(session: Session, reference: Reference, *attachments: Attachment) -> 
         data = attachment.manifest_bytes
         reply = uploads.put_manifest(session, attachment.blob.digest, data, manifests.OCI_MANIFEST)
         if attachment.tag:
-            uploads.put_manifest(session, attachment.tag, data, manifests.OCI_MANIFEST)
+            place = Reference(reference.registry, reference.repository, attachment.tag)
+            uploads.put_tag(session, place, data, manifests.OCI_MANIFEST, force=True)
         if attachment.raw is None or b'"subject"' in attachment.raw:
             knows = knows and "oci-subject" in reply.headers
             added.setdefault(attachment.subject.digest, []).append(attachment)
@@ -105,16 +105,16 @@ def _by_api(session: Session, reference: Reference, subject: Digest) -> list[Jso
             rows += manifests.listed(document, "manifests", str(reference))
         except InputRefused:
             return None  # some proxies answer a page for paths that they do not know
-        url = _next_page(reply)
+        url = _next_page(session, reply)
         if not url:
             break
     return rows
 
 
-def _next_page(reply: Reply) -> str:
+def _next_page(session: Session, reply: Reply) -> str:
     """Return the next page's address (RFC 8288), or empty."""
     found = re.search(r'<([^>]+)>\s*;\s*rel="?next"?', reply.headers.get("link", ""))
-    return urljoin(reply.url, found[1]) if found else ""
+    return session.follow(reply.url, found[1]) if found else ""
 
 
 def _by_tag(session: Session, reference: Reference, tag: str) -> list[Json]:

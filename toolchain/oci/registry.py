@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Protocol, Self
 
 import httpx
@@ -20,16 +21,13 @@ from toolchain.oci.image import Image, Opener, load_image
 from toolchain.oci.index import Index
 from toolchain.oci.limits import limits_of
 from toolchain.oci.progress import Advance
+from toolchain.oci.proxies import Routed
 from toolchain.oci.references import Reference
 from toolchain.oci.session import Session
 from toolchain.values import Blob, Digest, Published
 
 _WORTH_MOUNTING = 1 << 20
 """Bytes; a smaller layer is sent in the time of asking whether it may be mounted."""
-
-
-_NO_PROXY: dict[str, None] = dict.fromkeys(("all://localhost", "all://127.0.0.1", "all://[::1]"))
-"""A proxy cannot reach this machine's own registries."""
 
 
 class Memory(Protocol):
@@ -63,11 +61,7 @@ class Registry:
         self._memory = memory
         verify = tls.unverified() if insecure else tls.trusted()
         self._client = httpx.Client(
-            transport=transport,
-            timeout=60,
-            verify=verify,
-            mounts=_NO_PROXY,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=16),
+            transport=transport or Routed(verify), timeout=60, trust_env=False
         )
         self._credentials = credentials
         self._insecure = insecure
@@ -132,10 +126,9 @@ class Registry:
         uploads.put_manifest(session, image.digest, image.manifest_bytes, image.media_type)
         before_tag()
         for tag in (*also_tags, *([reference.tag] if reference.tag else [])):
-            # Asked again: the upload may have taken an hour, in which others push too.
             place = Reference(reference.registry, reference.repository, tag)
-            _guard_tag(session, place, image, force)
-            uploads.put_manifest(session, tag, image.manifest_bytes, image.media_type)
+            data, kind = image.manifest_bytes, image.media_type
+            uploads.put_tag(session, place, data, kind, force=force)
         if self._memory:
             large = [layer.digest for layer in image.layers if layer.size >= _WORTH_MOUNTING]
             self._memory.record(reference.registry, reference.repository, large)
@@ -194,8 +187,7 @@ class Registry:
         before_tag()
         for tag in (*also_tags, *([reference.tag] if reference.tag else [])):
             place = Reference(reference.registry, reference.repository, tag)
-            _guard_tag(session, place, index, force)
-            uploads.put_manifest(session, tag, data, manifests.OCI_INDEX)
+            uploads.put_tag(session, place, data, manifests.OCI_INDEX, force=force)
         own = done[index.images.index(index.own)]
         return Published(
             reference=str(reference),
@@ -258,7 +250,8 @@ class Registry:
         uploads.put_manifest(session, digest, manifest, media_type)
         before_tag()
         if reference.tag:
-            uploads.put_manifest(session, reference.tag, manifest, media_type)
+            place = replace(reference, digest=None)
+            uploads.put_tag(session, place, manifest, media_type, force=force)
         return Published(
             reference=str(reference),
             digest=digest,
@@ -342,11 +335,6 @@ def _guard_tag(
     """Refuse to move a tag; asks for the image's digest, so hashes it, only if the tag exists."""
     if force or not reference.tag:
         return
-    found = downloads.digest_of(
-        session, Reference(reference.registry, reference.repository, reference.tag)
-    )
+    found = downloads.digest_of(session, replace(reference, digest=None))
     if found and found != (image if isinstance(image, Digest) else image.digest):
-        raise UsageError(
-            f"{reference} exists and is another image ({found.short})",
-            hint="choose another tag, or pass --force to move this one",
-        )
+        raise uploads.taken(reference, found)

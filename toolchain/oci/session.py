@@ -23,7 +23,7 @@ import httpx
 
 from toolchain.errors import EnvironmentFailure, InputRefused, WeightsmithError
 from toolchain.oci.auth import IDENTITY, Credentials, basic, parse_challenge
-from toolchain.oci.references import DOCKER_HUB, Reference
+from toolchain.oci.references import DOCKER_HUB, Reference, is_loopback
 from toolchain.oci.tls import speaks_tls
 from toolchain.values import Json
 
@@ -41,6 +41,7 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MOST_REDIRECTS = 5
 _BAD = 400
 _TOKEN = re.compile(r"[\x21-\x7e]+")
+_DAY = 86400.0
 _EARLY = 10
 """Seconds before its end at which a token is renewed."""
 
@@ -215,7 +216,7 @@ class Session:
                 response.close()
             elif response.status_code in _REDIRECTS and "location" in response.headers:
                 response.close()
-                url = self._next(url, response.headers["location"])
+                url = self.follow(url, response.headers["location"])
             else:
                 return response
         raise EnvironmentFailure(f"{self.registry} redirects in circles", hint="see its settings")
@@ -251,9 +252,17 @@ class Session:
         )
         return self._client.send(request, stream=True, follow_redirects=False)
 
-    def _next(self, url: str, location: str) -> str:
-        """Return a redirect's target; never from HTTPS to HTTP, where anyone could listen."""
-        target = urljoin(url, location)
+    def follow(self, url: str, location: str) -> str:
+        """Return where a reply sends us; never from HTTPS to HTTP, where anyone could listen."""
+        try:
+            target = urljoin(url, location)
+            _origin(target)
+            (urlsplit(target).hostname or "").encode("idna")  # as the resolver does
+        except ValueError:
+            raise EnvironmentFailure(
+                f"{self.registry} sends us to an address that is none",
+                hint="correct the registry's public address",
+            ) from None
         plain = self.root.startswith("http:") or (self._is_loopback and _is_loopback(target))
         if urlsplit(target).scheme not in (("https", "http") if plain else ("https",)):
             raise EnvironmentFailure(
@@ -269,7 +278,7 @@ class Session:
                 f"{self.registry} opened an upload without saying where",
                 hint="is there a proxy in between that drops the Location header?",
             )
-        return self._next(reply.url, reply.headers["location"])
+        return self.follow(reply.url, reply.headers["location"])
 
     def _authorization(self) -> str:
         with self._lock:
@@ -297,9 +306,9 @@ class Session:
             return True
 
     def _token(self, realm: str, service: str, pair: tuple[str, str] | None) -> None:
-        url = self._next(self.root, realm)
+        url = self.follow(self.root, realm)
         fields: dict[str, str | list[str]] = {"service": service, "scope": self._scopes}
-        headers: dict[str, str] = {}
+        headers = {"Accept-Encoding": "identity"}
         method = "GET"
         if pair and pair[0] == IDENTITY:
             method = "POST"
@@ -310,7 +319,7 @@ class Session:
             }
             fields["scope"] = " ".join(self._scopes)
         elif pair:
-            headers = _auth(basic(pair))
+            headers |= _auth(basic(pair))
         what = f"cannot get a token for {self.registry}"
         reply = self.attempt(what, lambda: self._token_reply(method, url, fields, headers))
         if reply.status != 200:
@@ -343,7 +352,9 @@ class Session:
             )
         seconds = answer.get("expires_in")
         # Without a figure a token is good for 60 seconds, says the token specification.
-        lasts = float(seconds) if isinstance(seconds, int | float) and seconds > 0 else 60.0
+        lasts = 60.0
+        if isinstance(seconds, int | float) and seconds > 0:
+            lasts = float(min(seconds, _DAY))
         self._secrets.add(token)
         self._header = f"Bearer {token}"
         self._ends = time.monotonic() + max(lasts - _EARLY, lasts / 2)
@@ -377,7 +388,7 @@ class Session:
 
 def _is_loopback(url: str) -> bool:
     """Say whether an address is on this machine, so that plain HTTP stays on it."""
-    return Reference(urlsplit(url).netloc, "", None).is_loopback
+    return is_loopback(urlsplit(url).hostname or "")
 
 
 def _auth(header: str) -> dict[str, str]:

@@ -10,7 +10,8 @@ from enum import Enum
 from typing import TypeAlias
 from urllib.parse import quote
 
-from toolchain.errors import EnvironmentFailure, WeightsmithError
+from toolchain.errors import EnvironmentFailure, UsageError, WeightsmithError
+from toolchain.oci import downloads
 from toolchain.oci.image import Image, Opener, blob_of
 from toolchain.oci.layers import BlobLayer, Layer, TarLayer, verified
 from toolchain.oci.progress import Advance, Meter
@@ -192,6 +193,29 @@ def put_manifest(session: Session, name: str, manifest: bytes, media_type: str) 
     )
     check_created(session, reply, Digest.of(manifest), what)
     return reply
+
+
+def put_tag(
+    session: Session, place: Reference, manifest: bytes, media_type: str, *, force: bool
+) -> None:
+    """Put a manifest under a tag; UsageError where it names another and `force` is false.
+
+    Asked anew, since others push during a long upload. Left out where it names this one: Amazon
+    ECR and Harbor refuse that, too, for a tag that is immutable.
+    """
+    found, digest = downloads.digest_of(session, place), Digest.of(manifest)
+    if found and found != digest and not force:
+        raise taken(place, found)
+    if found != digest and place.tag:
+        put_manifest(session, place.tag, manifest, media_type)
+
+
+def taken(reference: Reference, found: Digest) -> UsageError:
+    """Return the error for a tag that names another image."""
+    return UsageError(
+        f"{reference} exists and is another image ({found.short})",
+        hint="choose another tag, or pass --force to move this one",
+    )
 
 
 def _mount(session: Session, blob: Blob, sources: Sequence[str]) -> Reply | None:

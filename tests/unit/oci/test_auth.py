@@ -52,10 +52,38 @@ def test_helpers_come_first() -> None:
     ]  # fmt: skip
 
 
-def test_a_damaged_entry_is_not_shown() -> None:
-    with pytest.raises(InputRefused, match=r"r\.example") as caught:
-        docker_config({"auths": {"r.example": {"auth": "c2VjcmV0*"}}})("r.example")
-    assert "c2VjcmV0" not in str(caught.value)
+@pytest.mark.parametrize("auth", ["c2VjcmV0*", 7, ["c2VjcmV0"]])
+def test_a_damaged_entry_is_not_shown(auth: object) -> None:
+    for entry in ({"auth": auth}, auth):
+        with pytest.raises(InputRefused, match=r"r\.example") as caught:
+            docker_config({"auths": {"r.example": entry}})("r.example")
+        assert "c2VjcmV0" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["r.example:5000", "https://r.example:5000", "http://r.example:5000/", "r.example:5000/team",
+     "https://r.example:5000/v1/"],
+)  # fmt: skip
+def test_addresses_are_read_as_docker_reads_them(written: str) -> None:
+    find = docker_config({"auths": {"other.example": _auth("x:y"), written: _auth("ann:pw")}})
+    assert find("r.example:5000") == ("ann", "pw")
+    assert find("r.example") is None
+
+
+def test_the_host_itself_comes_before_addresses_with_it() -> None:
+    rows = {"https://r.example/team": _auth("team:pw"), "r.example": _auth("ann:pw")}
+    assert docker_config({"auths": rows})("r.example") == ("ann", "pw")
+
+
+def test_a_line_end_in_an_entry() -> None:
+    entry = {"auth": _auth("ann:pw")["auth"] + "\n"}
+    assert docker_config({"auths": {"r.example": entry}})("r.example") == ("ann", "pw")
+
+
+def test_lists_where_tables_belong_hold_nothing() -> None:
+    find = docker_config({"auths": ["r.example"], "credHelpers": ["r.example"]}, lambda *_: None)
+    assert find("r.example") is None
 
 
 @pytest.mark.parametrize(
@@ -65,6 +93,7 @@ def test_a_damaged_entry_is_not_shown() -> None:
             ['Bearer realm="https://a/t",service="s",scope="x,y"'],
             Challenge("bearer", "https://a/t", "s"),
         ),
+        (["bearer Realm = https://a/t , service=s"], Challenge("bearer", "https://a/t", "s")),
         (['BASIC realm="r"'], Challenge("basic")),
         (['Basic realm="r"', 'Bearer realm="https://a/t"'], Challenge("bearer", "https://a/t")),
         (["Negotiate"], None),

@@ -78,6 +78,13 @@ def test_a_tag_is_moved_only_by_force(
     assert client.digest_of(at(fake)) == other.digest
 
 
+def test_a_tag_that_may_be_set_once(fake: FakeRegistry, client: Registry, image: Image) -> None:
+    fake.immutable_tags = True
+    for force in (False, True):
+        client.push(image, at(fake), force=force)
+        assert client.digest_of(at(fake)) == image.digest
+
+
 def test_layers_are_mounted_from_another_repository(
     fake: FakeRegistry, client: Registry, image: Image
 ) -> None:
@@ -282,8 +289,9 @@ def test_signed_in(fake: FakeRegistry, image: Image, kind: str) -> None:
         assert "scope=repository%3Ateam%2Fbase%3Apull" in token
 
 
-def test_an_anonymous_token(fake: FakeRegistry, client: Registry, image: Image) -> None:
-    fake.auth = "bearer"
+@pytest.mark.parametrize("lasts", [300, 10**400])
+def test_an_anonymous_token(fake: FakeRegistry, client: Registry, image: Image, lasts: int) -> None:
+    fake.auth, fake.token_lasts = "bearer", lasts
     client.push(image, at(fake))
     assert fake.tokens_given == 1
 
@@ -397,9 +405,10 @@ def test_a_proxy_is_not_asked_for_this_machine(
     fake: FakeRegistry, image: Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.setenv("NO_PROXY", "localhost,::1,fd00::/8")
     with Registry(pause=lambda _: None) as client:
         client.push(image, at(fake))
+        client.push(image, Reference.parse(f"LocalHost:{fake.host[10:]}/team/app:2"))
 
 
 def test_a_proxy_is_asked_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,6 +423,20 @@ def test_a_proxy_is_asked_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_upload_may_be_sent_on(fake: FakeRegistry, client: Registry, image: Image) -> None:
     fake.faults = [("POST", "/uploads/", f"redirect:{fake.url}/v2/team/app/blobs/uploads/")]
     client.push(image, at(fake))
+
+
+@pytest.mark.parametrize(
+    "address", ["http://[/", "http://127.0.0.1:99999/", f"http://{'a' * 64}.localhost/"]
+)
+def test_addresses_that_are_none(
+    fake: FakeRegistry, client: Registry, image: Image, address: str
+) -> None:
+    fake.faults = [("GET", "/manifests/", f"redirect:{address}")]
+    with pytest.raises(EnvironmentFailure, match="an address that is none"):
+        client.pull(at(fake))
+    fake.faults = [("POST", "/uploads/", f"place:{address}")] * 9
+    with pytest.raises(EnvironmentFailure, match="an address that is none"):
+        client.push(image, at(fake))
 
 
 def test_circles_and_other_schemes_are_refused(fake: FakeRegistry, client: Registry) -> None:

@@ -35,7 +35,8 @@ def test_spelled_in_full(text: str, full: str) -> None:
     [
         "", "UPPER", "a/B", "a//b", "a/", "/a", "a:", "a:b:c", "a@", "a@sha256:12", "a b", "a\n",
         f"a@sha512:{HEX}", "r.io:99999/a", "r.io:0/a", "user:pass@r.io/a", "http://r.io/a", "a:-t",
-        "a/../b", "r.io/a:" + "t" * 129, "r.io/" + "a" * 260, "-r.io/a", "a?b", "\uff41",
+        "a/../b", "r.io/a:" + "t" * 129, "r.io/" + "a" * 260,
+        "[1.2.3]/a", "[::1:5000/a", "a" * 64 + ".io/a", "-r.io/a", "a?b", "\uff41",
     ],
 )  # fmt: skip
 def test_refused_with_the_form_to_write(text: str) -> None:
@@ -46,7 +47,8 @@ def test_refused_with_the_form_to_write(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("registry", "loopback"),
-    [("localhost:5000", True), ("127.0.0.1", True), ("127.9.9.9:1", True), ("[::1]:5", True),
+    [("localhost:5000", True), ("LocalHost:5000", True), ("a.localhost", True),
+     ("127.0.0.1", True), ("127.9.9.9:1", True), ("[::1]:5", True),
      ("10.0.0.1", False), ("localhost.evil.example", False), ("127.0.0.1.evil.example", False)],
 )  # fmt: skip
 def test_loopback(registry: str, loopback: bool) -> None:

@@ -1,0 +1,47 @@
+"""Docker's config.json and its helpers, as users and programs leave them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from toolchain.drivers.credentials import ask_helper, docker_config
+from toolchain.errors import EnvironmentFailure, InputRefused
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    return tmp_path
+
+
+def test_none_and_an_empty_one(folder: Path) -> None:
+    assert docker_config() == {}
+    (folder / "config.json").write_bytes(b"\n")
+    assert docker_config() == {}
+
+
+@pytest.mark.parametrize("data", [b"[]", b"{", b"\xff\xfe{}", b"[" * 100_000])
+def test_a_damaged_one(folder: Path, data: bytes) -> None:
+    (folder / "config.json").write_bytes(data)
+    with pytest.raises(InputRefused, match=r"config\.json is not a JSON object"):
+        docker_config()
+
+
+def test_one_that_cannot_be_read(folder: Path) -> None:
+    (folder / "config.json").mkdir()  # as an engine makes of a mount whose source is missing
+    with pytest.raises(EnvironmentFailure, match=r"cannot read .*config\.json"):
+        docker_config()
+
+
+@pytest.mark.parametrize("said", ["[]", "7", '"x"', "", '{"Username": "a"}'])
+def test_a_helper_that_says_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    program = tmp_path / "docker-credential-odd"
+    program.write_text(f"#!/bin/sh\nprintf '%s' '{said}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert ask_helper("odd", "r.example") is None
