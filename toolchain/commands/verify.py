@@ -162,31 +162,27 @@ def _signature(
     check: signing.Check | None,
     found: _Found,
 ) -> None:
-    parts = evidence.signatures_in(attachments)
-    if check is None:
-        said = f"{len(parts)} there, give --key to check" if parts else "not signed"
-        found.say("signature", None, said)
+    try:
+        claims = evidence.claims_in(attachments, check)
+    except InputRefused as error:
+        found.say("signature", False, error.message)
         return
-    claims = set()
-    for part in parts:
-        try:
-            claims.add(signing.signed_digest(part, check))
-        except InputRefused as error:
-            found.say("signature", False, error.message)
-            return
-    if digest in claims:
+    if check is None:
+        said = f"{len(claims)} there, give --key to check" if claims else "not signed"
+        found.say("signature", None, said)
+    elif digest in claims:
         found.say("signature", True, f"of {digest.short} by this key")
-    elif not parts:
+    elif not claims:
         found.say("signature", False, "not signed")
-    elif claims == {""}:
-        found.say("signature", False, f"{len(parts)} there, none by this key")
+    elif not any(claims):
+        found.say("signature", False, f"{len(claims)} there, none by this key")
     else:
         found.say("signature", False, "by this key, but of another image")
 
 
 def _statements(check: signing.Check | None, found: _Found) -> None:
     for part, told in _read(found, check):
-        name = f"statement {_short_type(part)}"
+        name = f"statement {_short_type(part, told.statement)}"
         if check is None or told.signed:
             found.told.append(told)
         if check is not None:
@@ -198,11 +194,16 @@ def _statements(check: signing.Check | None, found: _Found) -> None:
 def _read(found: _Found, check: signing.Check | None) -> list[tuple[Part, Told]]:
     """Return each statement once: as the key signed it, where others signed it as well."""
     unique: dict[bytes, tuple[Part, Told]] = {}
-    for part in evidence.statement_parts(found.attachments):
+    bundles = evidence.bundles_in(found.attachments)
+    for part in (*evidence.statement_parts(found.attachments), *bundles):
         try:
             told = evidence.read_statement(part, check)
         except InputRefused as error:
-            found.say(f"statement {_short_type(part)}", False, error.message)
+            # What others put into a bundle may be of a kind that is not known here.
+            ok = None if evidence.is_bundle(part) else False
+            found.say(f"statement {_short_type(part)}", ok, error.message)
+            continue
+        if evidence.is_claim(told.statement):
             continue
         known = unique.get(content := canonical(told.statement))
         if known is None or not known[1].signed:
@@ -210,13 +211,14 @@ def _read(found: _Found, check: signing.Check | None) -> list[tuple[Part, Told]]
     return list(unique.values())
 
 
-def _short_type(part: Part) -> str:
-    words = part.annotations.get("predicateType", "").rstrip("/").split("/")
+def _short_type(part: Part, told: Mapping[str, Json] | None = None) -> str:
+    kind = (told or part.annotations).get("predicateType", "")
+    words = str(kind).rstrip("/").split("/")
     return "/".join(words[-2:]) or part.blob.digest.short
 
 
 def _why(part: Part) -> str:
-    if part.blob.media_type == signing.ENVELOPE_TYPE:
+    if evidence.is_bundle(part) or part.blob.media_type == signing.ENVELOPE_TYPE:
         return "not signed by this key, or changed since"
     return "not signed"
 

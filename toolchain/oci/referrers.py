@@ -46,6 +46,13 @@ def _list(session: Session, reference: Reference, subject: Digest, those: list[A
     """Keep the list of what hangs on an image under a tag, where the registry keeps none."""
     tag = fallback_tag(subject)
     rows = _by_tag(session, reference, tag)
+    if rows is None:
+        # Only where the registry keeps no list itself, and then nobody may write over it.
+        raise InputRefused(
+            f"{reference.registry}/{reference.repository}:{tag} is an image, and no list of what "
+            "is attached to one",
+            hint="`cosign copy` leaves such a tag: delete it in the registry",
+        )
     index = with_rows(rows, those)
     if index != with_rows(rows, ()):
         uploads.put_manifest(session, tag, index, manifests.OCI_INDEX)
@@ -60,7 +67,7 @@ def find(
     """
     rows = _by_api(session, reference, subject)
     if rows is None:
-        rows = _by_tag(session, reference, fallback_tag(subject))
+        rows = _by_tag(session, reference, fallback_tag(subject)) or []
     kinds = (manifests.OCI_MANIFEST,)
     found = {
         blob.digest: (blob, "")
@@ -117,12 +124,13 @@ def _next_page(session: Session, reply: Reply) -> str:
     return session.follow(reply.url, found[1]) if found else ""
 
 
-def _by_tag(session: Session, reference: Reference, tag: str) -> list[Json]:
+def _by_tag(session: Session, reference: Reference, tag: str) -> list[Json] | None:
+    """Return the list under a tag, or None where it is the image: `cosign copy` leaves it there."""
     place = Reference(reference.registry, reference.repository, tag)
     found = downloads.manifest_or_none(session, place)
     if found is None:
         return []
     body, kind = found
-    if kind not in manifests.INDEXES:
-        raise InputRefused(f"{place} is not a list of what is attached to an image")
+    if kind not in manifests.INDEXES or fallback_tag(Digest.of(body)) == tag:
+        return None
     return manifests.listed(manifests.read_json(body, str(place)), "manifests", str(place))

@@ -15,7 +15,7 @@ from toolchain.errors import InputRefused
 from toolchain.oci.attachments import Attachment, Part
 from toolchain.oci.places import Place
 from toolchain.provenance import signing
-from toolchain.provenance.statements import TEST_RESULT, kind_of
+from toolchain.provenance.statements import TEST_RESULT, kind_of, subjects_of
 from toolchain.values import Blob, Digest, FileEntry, Json, tree_digest
 
 EVALUATION_TYPE = "application/vnd.weightsmith.evaluation.v1+json"
@@ -78,10 +78,43 @@ def signatures_in(attachments: Iterable[Attachment]) -> list[Part]:
     ]
 
 
+def claims_in(attachments: Sequence[Attachment], check: signing.Check | None) -> list[str]:
+    """Return the image digest that each signature vouches for; empty where the key did not sign.
+
+    Raises InputRefused for a signature that cannot be read. A bundle may be anything; those that
+    hold no claim are left out.
+    """
+    found = [signing.signed_digest(part, check) for part in signatures_in(attachments)]
+    for part in bundles_in(attachments):
+        try:
+            told = read_statement(part, check)
+        except InputRefused:
+            continue
+        if is_claim(told.statement):
+            found += subjects_of(told.statement).values() if told.signed else [""]
+    return found
+
+
+def is_claim(told: Mapping[str, Json]) -> bool:
+    """Say whether a statement is cosign 3's signature of an image, and says nothing else of it."""
+    return told.get("predicateType") == signing.SIGN_PREDICATE
+
+
+def bundles_in(attachments: Iterable[Attachment]) -> list[Part]:
+    """Return Sigstore's bundles, each once: statements, and cosign 3's signatures."""
+    parts = (part for attachment in attachments for part in attachment.parts)
+    return list({part.blob.digest: part for part in parts if is_bundle(part)}.values())
+
+
+def is_bundle(part: Part) -> bool:
+    """Say whether a part is a Sigstore bundle."""
+    return part.blob.media_type.startswith(signing.BUNDLE_TYPE)
+
+
 def read_statement(part: Part, check: signing.Check | None) -> Told:
-    """Return a statement, plain or in an envelope; InputRefused for what is none."""
-    data = part.read()
-    if part.blob.media_type == signing.ENVELOPE_TYPE:
+    """Return a statement, plain, in an envelope or in a bundle; InputRefused for what is none."""
+    data = signing.unbundled(part.read()) if is_bundle(part) else part.read()
+    if is_bundle(part) or part.blob.media_type == signing.ENVELOPE_TYPE:
         told, signed = signing.open_envelope(data, check)
         return Told(statement=told, part=part, signed=signed)
     try:
@@ -114,7 +147,7 @@ def documents_in(attachments: Iterable[Attachment]) -> list[Document]:
         )
         for attachment in attachments
         if not any(
-            part.blob.media_type in (*STATEMENTS, signing.SIMPLE_SIGNING)
+            part.blob.media_type in (*STATEMENTS, signing.SIMPLE_SIGNING) or is_bundle(part)
             for part in attachment.parts
         )
     ]

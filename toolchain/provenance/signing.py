@@ -2,6 +2,7 @@
 
 https://github.com/sigstore/cosign/blob/main/specs/SIGNATURE_SPEC.md
 https://github.com/secure-systems-lab/dsse/blob/master/protocol.md
+https://github.com/sigstore/protobuf-specs/blob/main/protos/sigstore_bundle.proto
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ SIGNATURE_TYPE = "application/vnd.dev.cosign.artifact.sig.v1+json"
 STATEMENT_TYPE = "application/vnd.in-toto+json"
 ENVELOPE_TYPE = "application/vnd.dsse.envelope.v1+json"
 SIMPLE_SIGNING = "application/vnd.dev.cosign.simplesigning.v1+json"
+BUNDLE_TYPE = "application/vnd.dev.sigstore.bundle"
+"""How the media type of a Sigstore bundle begins, whatever its version."""
+SIGN_PREDICATE = "https://sigstore.dev/cosign/sign/v1"
+"""What cosign 3 states of an image that it signs."""
 _SIGNATURE = "dev.cosignproject.cosign/signature"
 _CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
 _PAYLOAD = "application/vnd.in-toto+json"
@@ -124,7 +129,7 @@ def cosign_manifest(
     )
 
 
-def signed_digest(part: Part, check: Check) -> str:
+def signed_digest(part: Part, check: Check | None) -> str:
     """Return the image digest that a signature vouches for, or empty where it is not the key's."""
     payload = part.read()
     try:
@@ -132,7 +137,7 @@ def signed_digest(part: Part, check: Check) -> str:
         claim = json.loads(payload)["critical"]["image"]["docker-manifest-digest"]
     except (ValueError, KeyError, TypeError):
         return ""
-    return str(claim) if signature and check(payload, signature) else ""
+    return str(claim) if signature and check and check(payload, signature) else ""
 
 
 def open_envelope(data: bytes, check: Check | None) -> tuple[Mapping[str, Json], bool]:
@@ -154,6 +159,14 @@ def open_envelope(data: bytes, check: Check | None) -> tuple[Mapping[str, Json],
         check(_pre_authentication(payload), signature) for signature in signatures
     )
     return told, signed
+
+
+def unbundled(data: bytes) -> bytes:
+    """Return the envelope in a Sigstore bundle; InputRefused where it holds none."""
+    try:
+        return canonical(dict(json.loads(data)["dsseEnvelope"]))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise InputRefused("a Sigstore bundle holds no signed statement") from None
 
 
 def read_public_key(path: Path) -> Check:

@@ -270,7 +270,10 @@ def test_cosign_agrees(scene: Scene, tmp_path: Path) -> None:
                 ["oras", "discover", "--plain-http", "--format", "json", name],
                 check=True, capture_output=True, text=True,
             )  # fmt: skip
-            kinds = {row["artifactType"] for row in json.loads(told.stdout)["manifests"]}
+            found = json.loads(told.stdout)
+            # As oras calls them since 1.3, and before.
+            rows = found.get("referrers") or found["manifests"]
+            kinds = {row["artifactType"] for row in rows}
             assert {
                 "application/vnd.cyclonedx+json",
                 "application/vnd.dsse.envelope.v1+json",

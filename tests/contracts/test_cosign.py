@@ -1,0 +1,235 @@
+"""cosign and `verify` believe each other's signatures, in the form of either generation.
+
+cosign 2 keeps signatures under a tag; cosign 3 hangs Sigstore bundles on the image, and reads the
+tag where none is there.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fakes.baking import bake, make_key, make_model, push_base, tools_for
+from tests.fakes.bundles import attached, bundle, claim
+from tests.fakes.debian_registry import real_registry
+from toolchain.drivers.signer import open_signer
+from toolchain.errors import CheckFailed
+from toolchain.oci.attachments import fallback_tag
+from toolchain.oci.manifests import OCI_INDEX
+from toolchain.oci.places import RegistryPlace
+from toolchain.oci.references import Reference
+from toolchain.oci.registry import Registry
+from toolchain.ports import Silent
+from toolchain.provenance import evidence
+from toolchain.singles.images import copy_image
+from toolchain.singles.rebase import RebaseRequest, rebase_image
+from toolchain.singles.verify import verify_image
+from toolchain.values import Blob, Digest
+
+pytestmark = [
+    pytest.mark.registry,
+    pytest.mark.skipif(not shutil.which("docker-registry"), reason="no docker-registry"),
+]
+ENGINE = {"dev.weightsmith.engine": "llamacpp", "org.opencontainers.image.version": "1.0.0"}
+DOCUMENTED = ("--insecure-ignore-tlog=true", "--new-bundle-format=false")
+
+
+@dataclass
+class Scene:
+    host: str
+    client: Registry
+    folder: Path
+    model: Path
+
+    def bake(self, name: str, key: Path | None = None) -> str:
+        """Push an image; return its reference."""
+        made = f"{self.host}/team/{name}:1"
+        bake(self.client, self.model, f"{self.host}/base/engine:1", key, push=made)
+        return made
+
+    def place(self, name: str) -> RegistryPlace:
+        return RegistryPlace(self.client, Reference.parse(name))
+
+    def blob(self, name: str) -> Blob:
+        return self.place(name).image("linux/amd64").manifest_blob
+
+    def check(self, name: str, key: Path) -> dict[str, str]:
+        """Return what does not hold."""
+        try:
+            verify_image(name, key, self.client, Silent())
+        except CheckFailed as error:
+            rows = error.details["checks"]
+            return {row["check"]: row["found"] for row in rows if row["ok"] is False}
+        return {}
+
+    def sign(self, name: str, key: Path, *, all_of_it: bool = False) -> None:
+        """Sign as cosign 3 does: the image, and with `all_of_it` each of its statements."""
+        place, image = self.place(name), self.blob(name)
+        place.attach(attached(bundle(claim(image.digest), key), image))
+        if all_of_it:
+            parts = evidence.statement_parts(evidence.read_attached(place, image.digest))
+            told: list[Any] = [evidence.read_statement(part, None).statement for part in parts]
+            made = [attached(bundle(t, key), image, t["predicateType"]) for t in told]
+            place.attach(*made)
+
+
+@pytest.fixture
+def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
+    monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
+    with real_registry(tmp_path) as host, Registry() as client:
+        for n in (1, 2):
+            push_base(client, f"{host}/base/engine:{n}", ENGINE, {"app/x": b"%d" % n})
+        yield Scene(host, client, tmp_path, make_model(tmp_path / "model"))
+
+
+def test_a_signature_in_a_bundle(scene: Scene) -> None:
+    """Signatures of images count; those of other images, and of other keys, do not."""
+    (_, public), (theirs, other) = make_key(scene.folder), make_key(scene.folder, "other")
+    name, wrong = scene.bake("app", scene.folder / "key.pem"), scene.bake("wrong")
+    image = scene.blob(name)
+    seen = {**claim(image.digest), "predicateType": "https://example.com/seen"}
+    scene.place(name).attach(attached(bundle(seen, theirs), image))
+    assert scene.check(name, other)["signature"] == "1 there, none by this key"
+    moved = attached(bundle(claim(image.digest.of(b"another")), theirs), image)
+    scene.place(name).attach(moved)
+    assert "another image" in scene.check(name, other)["signature"]
+    scene.sign(name, theirs)
+    assert "signature" not in scene.check(name, other)
+    assert "statement provenance/v1" in scene.check(name, other)
+    assert scene.check(name, public) == {}
+    scene.sign(wrong, scene.folder / "key.pem")
+    assert scene.check(wrong, other)["signature"] == "1 there, none by this key"
+
+
+def test_statements_in_bundles(scene: Scene) -> None:
+    """Everything that an image needs may be signed by cosign 3 alone; it goes along."""
+    key, public = make_key(scene.folder)
+    release, other = make_key(scene.folder, "release")
+    name = scene.bake("app")
+    scene.sign(name, key, all_of_it=True)
+    assert scene.check(name, public) == {}
+    assert verify_image(name, None, scene.client, Silent())["ok"]
+    to = f"{scene.host}/prod/app:1"
+    signer = open_signer(str(release))
+    for _ in range(2):
+        copy_image(name, to, scene.client, Silent(), force=False, signer=signer)
+    assert scene.check(to, public) == {}
+    assert scene.check(to, other) == {}
+
+
+def test_a_bundle_that_was_changed_or_is_no_statement(scene: Scene) -> None:
+    (key, public), (theirs, other) = make_key(scene.folder), make_key(scene.folder, "other")
+    name = scene.bake("app", key)
+    image = scene.blob(name)
+    evil = bundle(claim(image.digest.of(b"another")), theirs)
+    evil["dsseEnvelope"]["payload"] = bundle(claim(image.digest), key)["dsseEnvelope"]["payload"]
+    for made in (evil, {"messageSignature": {}}, {"dsseEnvelope": []}, {"dsseEnvelope": {}}):
+        scene.place(name).attach(attached(made, image))
+    assert scene.check(name, other)["signature"] == "2 there, none by this key"
+    # What others hang there is not ours to be right.
+    assert scene.check(name, public) == {}
+
+
+def test_a_bundle_stays_with_its_image(scene: Scene) -> None:
+    """An image on another base is another image."""
+    key, public = make_key(scene.folder)
+    theirs, other = make_key(scene.folder, "other")
+    name, to = scene.bake("app", key), f"{scene.host}/team/app:2"
+    scene.sign(name, theirs)
+    onto = f"{scene.host}/base/engine:2"
+    request = RebaseRequest(source=name, onto=onto, to=to, smoke=False, force=False)
+    rebase_image(request, scene.client, tools_for(key))
+    assert scene.check(to, public) == {}
+    assert scene.check(to, other)["signature"] == "1 there, none by this key"
+
+
+@pytest.fixture
+def cosign(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
+    if not shutil.which("cosign"):
+        pytest.skip("cosign is not installed")
+    monkeypatch.setenv("COSIGN_PASSWORD", "pa55")
+    # As a variable, because cosign 2 refuses the flag; without it, 3 asks Sigstore's services.
+    monkeypatch.setenv("COSIGN_USE_SIGNING_CONFIG", "false")
+
+    def run(*words: str | Path) -> bool:
+        done = subprocess.run(["cosign", *words], capture_output=True)
+        return done.returncode == 0
+
+    return run
+
+
+def test_what_cosign_signs_is_believed(scene: Scene, cosign: Callable[..., bool]) -> None:
+    """In the form that it takes by itself; and cosign goes on to believe what we signed."""
+    key, public = make_key(scene.folder)
+    name = scene.bake("app", key)
+    assert cosign("generate-key-pair", "--output-key-prefix", scene.folder / "their")
+    theirs, other = scene.folder / "their.key", scene.folder / "their.pub"
+    assert "signature" in scene.check(name, other)
+    by_digest = f"{name.rpartition(':')[0]}@{scene.blob(name).digest}"
+    words = ("--key", theirs, "--yes", "--tlog-upload=false", by_digest)
+    assert cosign("sign", *words)
+    assert list(scene.check(name, other)) == ["statement provenance/v1", "statement"]
+    assert scene.check(name, public) == {}
+    assert cosign("verify", "--key", other, DOCUMENTED[0], name)
+    assert cosign("verify", "--key", public, *DOCUMENTED, name)
+    # Pushed by us with their key, all of it is theirs too.
+    signer = open_signer(str(theirs))
+    copy_image(name, name, scene.client, Silent(), force=False, signer=signer)
+    for one in (public, other):
+        assert scene.check(name, one) == {}
+        assert cosign("verify", "--key", one, *DOCUMENTED, name)
+
+
+@pytest.mark.parametrize("bundled", [False, True])
+def test_cosign_believes_us(scene: Scene, cosign: Callable[..., bool], bundled: bool) -> None:
+    """By the commands of the how-to, whoever else signed the image and in whichever form."""
+    key, public = make_key(scene.folder)
+    theirs, other = make_key(scene.folder, "other")
+    name = scene.bake("app", key)
+    if bundled:
+        scene.sign(name, theirs, all_of_it=True)
+    attestation = ("verify-attestation", "--type", "slsaprovenance1")
+    for words in (("verify",), attestation):
+        assert cosign(*words, "--key", public, *DOCUMENTED, name)
+        assert not cosign(*words, "--key", other, *DOCUMENTED, name)
+        assert bundled or cosign(*words, "--key", public, DOCUMENTED[0], name)
+
+
+def test_cosign_3_believes_our_stand_in(scene: Scene, cosign: Callable[..., bool]) -> None:
+    """So that what the tests above hang on images is what cosign would."""
+    told = subprocess.run(["cosign", "sign", "--help"], capture_output=True, text=True).stdout
+    if "--signing-config" not in told or "--new-bundle-format" in told:
+        pytest.skip("needs cosign 3; this one reads no bundles by itself")
+    key, public = make_key(scene.folder)
+    name = scene.bake("app")
+    assert not cosign("verify", "--key", public, DOCUMENTED[0], name)
+    scene.sign(name, key, all_of_it=True)
+    for words in (("verify",), ("verify-attestation", "--type", "slsaprovenance1")):
+        assert cosign(*words, "--key", public, DOCUMENTED[0], name)
+
+
+def test_what_cosign_copied(scene: Scene, cosign: Callable[..., bool]) -> None:
+    """It leaves the image where others keep the list of what hangs on it, and no bills."""
+    key, public = make_key(scene.folder)
+    name, to = scene.bake("app", key), f"{scene.host}/copied/app:1"
+    assert cosign("copy", "--force", name, to)
+    assert list(scene.check(to, public)) == ["documents"]
+
+
+def test_an_index_that_cosign_copied(scene: Scene) -> None:
+    """What it names are its images, and nothing that hangs on it."""
+    image = scene.blob(scene.bake("app"))
+    row = {"mediaType": image.media_type, "digest": image.digest, "size": image.size}
+    index = json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [row]}).encode()
+    whole = Digest.of(index)
+    for tag in ("all", fallback_tag(whole)):
+        to = Reference(scene.host, "team/app", tag)
+        scene.client.push_manifest(to, index, OCI_INDEX)
+    assert scene.place(f"{scene.host}/team/app:all").attached(whole) == []
