@@ -19,6 +19,9 @@ import pytest
 from tests.fakes.baking import bake, make_key, make_model, push_base, tools_for
 from tests.fakes.bundles import attached, bundle, claim
 from tests.fakes.debian_registry import real_registry
+from toolchain.commands.images import copy_image
+from toolchain.commands.rebase import RebaseRequest, rebase_image
+from toolchain.commands.verify import verify_image
 from toolchain.drivers.signer import open_signer
 from toolchain.errors import CheckFailed
 from toolchain.oci.attachments import fallback_tag
@@ -28,9 +31,6 @@ from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.ports import Silent
 from toolchain.provenance import evidence
-from toolchain.singles.images import copy_image
-from toolchain.singles.rebase import RebaseRequest, rebase_image
-from toolchain.singles.verify import verify_image
 from toolchain.values import Blob, Digest
 
 pytestmark = [
