@@ -128,8 +128,8 @@ def make_signer(key: str) -> Signer | None:
     signer, text = open_signer(key), b"weightsmith: can this key sign?"
     if not check_by(signer.public)(text, signer.sign(text)):
         raise UsageError(
-            f"{key} makes signatures that `verify` does not know",
-            hint="keys that it knows: ECDSA and RSA (PKCS #1) with SHA-256, Ed25519",
+            f"{key} makes signatures that `verify` cannot check",
+            hint="supported keys: ECDSA and RSA (PKCS #1) with SHA-256, Ed25519",
         )
     return signer
 

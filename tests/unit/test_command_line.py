@@ -136,7 +136,7 @@ def test_a_folder_that_is_gone_is_told(tmp_path):
         ["sh", "-c", words], cwd=gone, env=environment, capture_output=True, text=True, check=False
     )
 
-    assert (done.returncode, "folder that this runs in" in done.stderr) == (5, True), done.stderr
+    assert (done.returncode, "current folder was deleted" in done.stderr) == (5, True), done.stderr
 
 
 def test_the_machine_is_described(tmp_path):

@@ -101,8 +101,8 @@ def say_texts(file: RecipeFile, progress: Progress) -> None:
     if file.recipe.calibration is None:
         count = len(texts.calibration) + len(texts.held_out)
         progress.warn(
-            f"the recipe has no `calibration`: {count} general texts are used; its evaluation"
-            " questions are not, since quantizing on them would hide what is lost on others"
+            f"the recipe has no `calibration`: {count} general texts are used, and never its"
+            " evaluation questions: calibrating on them would hide what is lost on others"
         )
     elif texts.told():
         progress.warn(texts.told())

@@ -57,7 +57,7 @@ def check_layer_sizes(request: BuildRequest, sources: Sources) -> None:
             raise UsageError(
                 f"{target.name}: a file of about {human(size)} is one layer, and a layer may have "
                 f"{human(most)} at most",
-                hint=f"set {key} in the recipe, and it is split",
+                hint=f"set {key} in the recipe, to split it",
             )
 
 

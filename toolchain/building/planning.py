@@ -309,7 +309,8 @@ def unmerged_adapters(
         raise UsageError(
             f"{target.name} serves {len(sources.adapters)} adapters apart, and the recipe's"
             " `evaluate` judges them together",
-            hint="give each adapter an `evaluate` of its own: it is asked of that adapter",
+            hint="give each adapter an `evaluate` of its own: it is then asked of that adapter "
+            "alone",
         )
     return served_adapters(sources, gguf="gguf" in target.engine.accepts)
 

@@ -54,6 +54,7 @@ def _fields(path: Path) -> Mapping[str, Any]:
         fields["general.architecture"].contents()
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise InputRefused(
-            f"{path}: not a readable GGUF file: {error}", hint="is it cut off? fetch it again"
+            f"{path}: not a readable GGUF file: {error}",
+            hint="it may be cut off: download it again",
         ) from None
     return fields

@@ -153,7 +153,8 @@ def _model_config(facts: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
     }
     if facts.get("llama.rope.dimension_count", config["head_dim"]) != config["head_dim"]:
         raise InputRefused(
-            "rope covers only a part of each attention head, which Llama checkpoints cannot say",
+            "rope covers only a part of each attention head, which no Llama configuration can "
+            "express",
             hint="start from the original Hugging Face checkpoint",
         )
     return config
@@ -232,7 +233,7 @@ def _tokenizer_files(facts: Mapping[str, Any], config: Mapping[str, Any]) -> dic
     tokens: list[str] = facts["tokenizer.ggml.tokens"]
     if len(set(tokens)) != len(tokens):
         raise InputRefused(
-            "the GGUF vocabulary names a token twice, which tokenizer.json cannot",
+            "the GGUF vocabulary names a token twice, which tokenizer.json cannot express",
             hint="start from the original Hugging Face checkpoint",
         )
     names = _special_tokens(facts, tokens)
@@ -371,7 +372,7 @@ def _float16_blocks(
             block = exact.astype(np.dtype("<f2"))
         if not np.isfinite(block).all():
             raise InputRefused(
-                f"{name} holds values that float16 cannot", hint="import a bfloat16 checkpoint"
+                f"{name} has values that float16 cannot hold", hint="import a bfloat16 checkpoint"
             )
         if rotated:
             # llama.cpp pairs neighbouring rows of a head for rope, Hugging Face the two halves.

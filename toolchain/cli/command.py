@@ -40,12 +40,17 @@ Body = Callable[..., tuple[Mapping[str, Json], str]]
 
 
 def command(
-    *, positional: tuple[str, ...] = (), many: tuple[str, ...] = ()
+    *,
+    positional: tuple[str, ...] = (),
+    many: tuple[str, ...] = (),
+    meanings: Mapping[str, str] | None = None,
 ) -> Callable[[Body], Any]:
     """Turn a function into an Invoke task of the contract: results on stdout, the rest on stderr.
 
-    `positional` names arguments without a flag, `many` those that may be given more than once.
+    `positional` names arguments without a flag, `many` those that may be given more than once;
+    `meanings` has the help of flags that mean something else here than in `FLAGS`.
     """
+    texts = {**FLAGS, **(meanings or {})}
 
     def wrap(body: Body) -> Any:
         @functools.wraps(body)
@@ -71,7 +76,7 @@ def command(
             positional=list(positional),
             iterable=list(many),
             auto_shortflags=False,
-            help={name: text for name, text in FLAGS.items() if name in names},
+            help={name: text for name, text in texts.items() if name in names},
         )(run)
 
     return wrap
@@ -140,7 +145,7 @@ def _require_folder() -> None:
         Path.cwd()
     except FileNotFoundError:
         raise EnvironmentFailure(
-            "the folder that this runs in was deleted", hint="change to one that exists"
+            "the current folder was deleted", hint="change to one that exists"
         ) from None
 
 
@@ -149,7 +154,7 @@ def _unexpected(error: Exception) -> Exception:
         return error
     return WeightsmithError(
         f"unexpected {type(error).__name__}: {error}",
-        hint=f"this is a fault of weightsmith; the trace is in {_save_trace()}",
+        hint=f"this is a bug in weightsmith; the traceback is in {_save_trace()}",
     )
 
 

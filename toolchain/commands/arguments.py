@@ -17,7 +17,9 @@ def required(**values: object) -> None:
     """Raise UsageError naming the flags that are not given."""
     missing = [f"--{name.replace('_', '-')}" for name, value in values.items() if not value]
     if missing:
-        raise UsageError(f"missing: {', '.join(missing)}", hint="`invoke --help COMMAND` has all")
+        raise UsageError(
+            f"missing: {', '.join(missing)}", hint="`invoke --help COMMAND` lists every flag"
+        )
 
 
 def number(text: str, flag: str) -> float:
@@ -36,7 +38,7 @@ def counts(text: str, flag: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise UsageError(
-            f"{flag} {text}: positive numbers with commas between are expected",
+            f"{flag} {text}: positive numbers separated by commas are expected",
             hint=f"as in {flag} 1,4,16",
         )
     return tuple(int(part) for part in parts)
@@ -49,7 +51,7 @@ def parse_weights(text: str, count: int) -> tuple[float, ...]:
     try:
         weights = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(f"--weights {text}: numbers with commas between are expected") from None
+        raise UsageError(f"--weights {text}: numbers separated by commas are expected") from None
     if len(weights) != count:
         raise UsageError(f"--weights has {len(weights)} numbers for {count} adapter(s)")
     return weights

@@ -276,7 +276,7 @@ def _check_whole(path: Path, progress: Progress) -> None:
             begins = file.read(9)
         if begins[8:] == b"{":
             raise
-        progress.warn(f"{error.message}; it is put into the image as it is")
+        progress.warn(f"{error.message}; it goes into the image as it is")
 
 
 def _compare_type(model: Model, target: Target, tools: Tools) -> None:

@@ -176,7 +176,7 @@ def _earlier(path: str) -> Score:
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(
-            f"{path} is not what `evaluate --json` prints",
+            f"{path} is not the output of `evaluate --json`",
             hint="save one with `evaluate … --json > before.json`",
         ) from None
 

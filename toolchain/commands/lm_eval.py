@@ -106,8 +106,8 @@ def read_results(out: Path) -> Mapping[str, Json]:
     scored = [task for task in tasks.values() if task["score"] is not None]
     if not scored:
         raise CheckFailed(
-            f"none of the tasks has a measure that is known here: {', '.join(tasks)}",
-            hint=f"known are {', '.join(_MAIN)}",
+            f"none of the tasks reports a measure that is known here: {', '.join(tasks)}",
+            hint=f"known: {', '.join(_MAIN)}",
         )
     return {
         "score": sum(task["score"] for task in scored) / len(scored),

@@ -91,7 +91,7 @@ def _refuse_ignored(asked: QuantizeWish, wanted: Wanted) -> None:
     for flag, (key, unasked) in _UNASKED.items():
         wish = asked.wishes.get(key, unasked)
         if wish not in (unasked, "auto", "off") and key not in wanted.options:
-            raise UsageError(f"{flag} means nothing to {asked.format_name}", hint="leave it out")
+            raise UsageError(f"{flag} has no meaning for {asked.format_name}", hint="leave it out")
 
 
 def _texts(asked: QuantizeWish, tools: Tools) -> Texts:

@@ -127,7 +127,8 @@ def check_contract(old: Image, roles: Roles, base: Image, name: str, tools: Tool
     if before and after and _major(before) != _major(after):
         raise InputRefused(
             f"{name} holds version {after}, and the image was planned for {before}",
-            hint="another major version may read other settings: build again for it",
+            hint="another major version may read its settings differently: build the image again "
+            "for it",
         )
     if not after:
         tools.progress.warn(f"{name} does not say which version of the engine it holds")

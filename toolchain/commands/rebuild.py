@@ -40,7 +40,7 @@ def recipe_of_image(
     attachments = [place.read(blob, tag) for blob, tag in rows]
     told = _statements(evidence.statement_parts(attachments), key, source)
     if key is None:
-        progress.warn(f"{source}: nobody checked who states how it was made; give --key")
+        progress.warn(f"{source}: who states how it was made was not verified; give --key")
     recipe = _recipe(told, source)
     sources = _sources(told, source)
     documents = evidence.documents_in(attachments)
@@ -119,7 +119,7 @@ def _with_base(
     else:
         raise UsageError(
             f"the image's base was a folder ({recipe['base']['source']}, {digest[7:19]})",
-            hint="say where it is with --base DIR; a base with other content is told",
+            hint="name it with --base DIR; the build says so if its content is another",
         )
     recipe["base"] = row
     name = str(row["source"])
@@ -141,7 +141,9 @@ def _with_adapters(
         digest = stated.get(f"adapter:{number}", ("", ""))[1]
         document = attached.get(number)
         if document is None or evidence.document_digest(document) != digest:
-            raise InputRefused(f"adapter {number} is not attached to the image as it is stated")
+            raise InputRefused(
+                f"the image's statement names adapter {number}, and it is not attached unchanged"
+            )
         name = f"./adapters/{number}"
         _write(document, folder / name)
         row["source"] = name
@@ -172,7 +174,7 @@ def _with_questions(
     items = json.loads(parts[0].read()).get("items", []) if parts else []
     usable = items and all(isinstance(item.get("prompt"), str) for item in items)
     if not usable or wanted.get("metric", "contains") not in _METRICS:
-        progress.warn("the image's evaluation cannot be repeated: the recipe has none")
+        progress.warn("the image's evaluation cannot be repeated: the recipe gets none")
         return
     rows = [{"prompt": i["prompt"], "expected": i["expected"]} for i in items]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -49,7 +49,7 @@ def open_model(path: Path, name: str = "") -> Model:
     """Return the model at a path; InputRefused where there is none or it is not safe to read."""
     if path.is_file():
         if path.suffix != ".gguf":
-            raise InputRefused(f"{path}: a model file is a .gguf", hint="or name a folder")
+            raise InputRefused(f"{path}: a model file must be a .gguf", hint="or name a folder")
         return Model(
             path=path,
             name=name or path.stem,

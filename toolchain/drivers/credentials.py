@@ -50,7 +50,7 @@ def ask_helper(name: str, server: str) -> tuple[str, str] | None:
     https://github.com/docker/docker-credential-helpers
     """
     if not _PROGRAM.fullmatch(name):
-        raise InputRefused(f"credential helper {name!r} has no plain name")
+        raise InputRefused(f"the credential helper {name!r} is not the plain name of a program")
     try:
         done = process.run(
             [f"docker-credential-{name}", "get"],

@@ -31,6 +31,6 @@ def persistently(run: Callable[[], Completed], progress: Progress) -> Completed:
         said = next((line for line in reversed(done.tail) if _BROKE.search(line)), "")
         if done.returncode == 0 or not said:
             return done
-        progress.warn(f"a download failed, it is tried again in {pause:g} s: {said.strip()[:200]}")
+        progress.warn(f"a download failed; trying again in {pause:g} s: {said.strip()[:200]}")
         time.sleep(pause)
     return run()

@@ -247,7 +247,8 @@ class _Installer:
         only = ["--only-binary", ":none:", "--no-build-isolation"]
         self._pip(requirements, only).require(
             f"building {requirements.parent.name}/{requirements.name}",
-            hint="a package of C needs a C compiler and Python's headers (Debian and Ubuntu: "
+            hint="a package written in C needs a C compiler and Python's headers (Debian and "
+            "Ubuntu: "
             f"apt-get install gcc python3-dev); log: {self.log.name}",
         )
 

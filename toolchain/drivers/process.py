@@ -280,7 +280,8 @@ def _spawn(
     environment = dict(scrubbed() if env is None else env)
     if root is None and shutil.which(words[0], path=environment.get("PATH")) is None:
         raise EnvironmentFailure(
-            f"the program {words[0]!r} is not there", hint="install it and see that PATH has it"
+            f"the program {words[0]!r} is not there",
+            hint="install it and make sure that PATH finds it",
         )
     settings: dict[str, object] = {
         "parent": os.getpid(),

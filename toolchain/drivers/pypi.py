@@ -155,7 +155,7 @@ def _download(file: dict[str, Any], target: Path, progress: Progress) -> None:
             what = f"{file['filename']}: the download broke off: {type(error).__name__}"
             if not pause:
                 raise EnvironmentFailure(what, hint="run the build again") from None
-        progress.warn(f"{what}; it is tried again in {pause:g} s")
+        progress.warn(f"{what}; trying again in {pause:g} s")
         time.sleep(pause)
     raise AssertionError("unreachable")
 

@@ -78,7 +78,7 @@ def _by_library(path: Path, data: bytes) -> Signer:
 def _by_cosign(key: str) -> Signer:
     if shutil.which("cosign") is None:
         raise EnvironmentFailure(
-            f"signing with {key} needs the cosign program, which is not here",
+            f"signing with {key} needs the cosign program, which was not found",
             hint="install it (https://docs.sigstore.dev), or give an unencrypted PEM key",
         )
 
@@ -89,8 +89,8 @@ def _by_cosign(key: str) -> Signer:
             timeout=120,
         ).require(
             f"signing with {key}",
-            hint="COSIGN_PASSWORD holds a key file's password; what a key service asks for is in "
-            "its own variables, such as AWS_REGION or VAULT_ADDR",
+            hint="set COSIGN_PASSWORD for an encrypted key file, and for a key service its own "
+            "variables, such as AWS_REGION or VAULT_ADDR",
         )
 
     def sign(text: bytes) -> bytes:

@@ -77,7 +77,7 @@ class Conversation:
         if returncode in _KILLED:
             limit = f" (limit {self.job.memory_bytes:,} bytes)" if self.job.memory_bytes else ""
             raise EnvironmentFailure(
-                f"the {name} job was killed, most likely for want of memory{limit}",
+                f"the {name} job was killed, most likely because memory ran out{limit}",
                 hint=f"free memory or use a larger machine; log: {self.log.name}",
             )
         last = self._stderr[-1] if self._stderr else "it printed nothing"

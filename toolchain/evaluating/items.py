@@ -179,7 +179,7 @@ def _answer(answer: Json, choices: tuple[str, ...], where: str) -> str:
     if choices and isinstance(answer, int) and not isinstance(answer, bool):
         if not 0 <= answer < len(choices):
             raise UsageError(
-                f"{where}: expected {answer} is no number of a choice",
+                f"{where}: expected {answer} is not the number of a choice",
                 hint=f"they count from 0 to {len(choices) - 1}",
             )
         return choices[answer]

@@ -78,10 +78,10 @@ def _check_schema(schema: str, where: str) -> None:
         validator_for(value).check_schema(value)
     except SchemaError as error:
         raise UsageError(
-            f"{where}: expected is no JSON schema: {error.message}", hint=hint
+            f"{where}: expected is not a JSON schema: {error.message}", hint=hint
         ) from None
     except ValueError:
-        raise UsageError(f"{where}: expected is no JSON schema", hint=hint) from None
+        raise UsageError(f"{where}: expected is not a JSON schema", hint=hint) from None
 
 
 def _is_valid(schema: str, answer: str) -> bool:

@@ -51,7 +51,7 @@ def replicate(base: BaseTensors, layers: Layers) -> BaseTensors:
     if not old or not set(old) <= found:
         raise InputRefused(
             f"layer_replication in adapter_config.json names layers {sorted(set(old) - found)}, "
-            "which the base has not",
+            "which the base does not have",
             hint="the adapter belongs to another model",
         )
     copies: dict[str, list[str]] = {}

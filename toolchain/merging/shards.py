@@ -228,7 +228,7 @@ class ShardMaker:
         weight = patched(output.patches, self.files, weight, first)
         if output.kind != "copied" and not np.isfinite(weight).all():
             raise InputRefused(
-                f"what becomes of {output.name} holds NaN or infinite values",
+                f"what replaces {output.name} has NaN or infinite values",
                 hint="the training diverged or a file is damaged; use an earlier checkpoint",
             )
         return self._rounded(output, weight)

@@ -38,7 +38,7 @@ def task_settings(
     listed = config.get("architectures") or [""]
     if any(other is not view for other, _ in heads) or view.weight != 1.0 or not listed[0]:
         raise InputRefused(
-            f"{view.path} brings {first.target}, a head that the base has not",
+            f"{view.path} brings {first.target}, a head that the base does not have",
             hint="such an adapter is merged alone, at weight 1, and onto a base whose config.json "
             "names its architecture",
         )

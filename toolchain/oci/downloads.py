@@ -120,5 +120,5 @@ def _mismatch(reference: Reference, digest: Digest) -> InputRefused:
     return InputRefused(
         f"{reference}: the registry sent a manifest with the digest {digest.short}, "
         "which is not the one it should have",
-        hint="do not use it; ask who runs the registry",
+        hint="do not use it; ask whoever runs the registry",
     )

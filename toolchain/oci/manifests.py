@@ -50,7 +50,7 @@ def read_json(data: bytes, where: str) -> Mapping[str, Json]:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise InputRefused(f"{where} is not a JSON object", hint="is it an image at all?")
+        raise InputRefused(f"{where} is not a JSON object", hint="check that it is an image")
     return value
 
 

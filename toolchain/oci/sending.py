@@ -60,8 +60,8 @@ def send(session: Session, blob: Blob, body: Opener, opened: Reply, what: str) -
         if resumed:
             raise Transient("the registry did not keep what it said it had")
         raise InputRefused(
-            f"{what}: {session.explain(reply)}: what came is not what the digest says",
-            hint="what was sent was right: a proxy or the registry changes what it is given",
+            f"{what}: {session.explain(reply)}: what arrived does not have that digest",
+            hint="what was sent was right: a proxy or the registry changed it",
         )
     check_created(session, reply, blob.digest, what)
 

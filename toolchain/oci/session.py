@@ -174,7 +174,10 @@ class Session:
                 text, hint=f"run `docker login {self.registry}`, or ask for access"
             )
         if reply.status == 404:
-            return InputRefused(text, hint="check the name; some registries want it created first")
+            return InputRefused(
+                text,
+                hint="check the name; some registries require the repository to be created first",
+            )
         if reply.status == 413 or _is_full(reply):
             return EnvironmentFailure(
                 text, hint="the registry has no room or a size limit; see its settings"

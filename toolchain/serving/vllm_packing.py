@@ -38,7 +38,8 @@ def check_packing(config: Mapping[str, Json], machine: Machine) -> tuple[str, ..
     least = (7, 0) if method == "compressed-tensors" else (7, 5)
     if card and any(card.compute_capability) and card.compute_capability < least:
         raise UsageError(
-            f"{method} needs compute capability {least[0]}.{least[1]}, which {card.name} has not"
+            f"{method} needs compute capability {least[0]}.{least[1]}, which {card.name} does "
+            "not have"
         )
     if method == "awq":
         return _awq(packing)

@@ -85,8 +85,8 @@ def with_sources(
     if locked and (changed or missing):
         names = ", ".join((*changed, *missing))
         raise InputRefused(
-            f"not as in {lock.path or 'recipe.lock'}: {names}",
-            hint="build without --locked to take the new ones, and keep the lock",
+            f"not as {lock.path or 'recipe.lock'} pins them: {names}",
+            hint="build without --locked to accept them, and commit the lock that it writes",
         )
     for name in changed:
         progress.note(f"{name} changed since {lock.path}: now {found[name]['pin']}")

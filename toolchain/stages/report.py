@@ -175,7 +175,7 @@ def read_json(path: Path) -> Any:
             f"{path} is damaged: {error}", hint="build it again; cached stages cost nothing"
         ) from None
     if not isinstance(found, dict):
-        raise InputRefused(f"{path} is damaged: no object", hint="build it again")
+        raise InputRefused(f"{path} is damaged: not a JSON object", hint="build it again")
     return found
 
 

@@ -147,13 +147,13 @@ def _rank(adapter: AdapterSnapshot, *, gguf: bool) -> int:
             )
     if config.get("bias", "none") != "none" or config.get("modules_to_save"):
         raise InputRefused(
-            f"{path}: it replaces parts of the base, which engines do not do unmerged",
+            f"{path}: it replaces parts of the base, which engines cannot do unmerged",
             hint="merge it",
         )
     targets = config.get("target_modules")
     if isinstance(targets, list) and {"embed_tokens", "lm_head"} & set(targets):
         raise InputRefused(
-            f"{path}: it changes the embeddings, which engines do not do unmerged", hint="merge it"
+            f"{path}: it changes the embeddings, which engines cannot do unmerged", hint="merge it"
         )
     ranks = [config.get("r"), *dict(config.get("rank_pattern") or {}).values()]
     if not all(isinstance(rank, int) and 0 < rank <= 10_000 for rank in ranks):

@@ -206,8 +206,9 @@ def _require_memory(weights: Weights, why: str) -> None:
     if needed > there << 10:
         raise EnvironmentFailure(
             f"this architecture cannot be validated a few rows at a time ({why}), and as a whole "
-            f"it needs {needed >> 30} GiB of memory of which {there >> 20} are there",
-            hint="use a machine with more memory, or turn it off: validate: {enabled: false}",
+            f"it needs {needed >> 30} GiB of memory, and {there >> 20} GiB are available",
+            hint="use a machine with more memory, or set `validate: {enabled: false}` in the "
+            "recipe",
         )
 
 

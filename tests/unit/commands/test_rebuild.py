@@ -166,7 +166,7 @@ def test_another_adapter_than_stated_is_refused(scene: Scene) -> None:
     index["manifests"] = [r for r in index["manifests"] if r["digest"] != adapter.blob.digest]
     scene.fake.manifests["team/app", tag] = (kind, json.dumps(index).encode())
     place.attach(replace(adapter, parts=(part,), raw=None))
-    with pytest.raises(InputRefused, match="not attached to the image as it is stated"):
+    with pytest.raises(InputRefused, match="not attached unchanged"):
         scene.again()
 
 

@@ -177,7 +177,7 @@ def test_an_unexpected_error_names_the_log(conversation):
 
 @pytest.mark.parametrize("code", [-9, 137])
 def test_a_killed_worker_most_likely_lacked_memory(conversation, code):
-    with pytest.raises(EnvironmentFailure, match="want of memory"):
+    with pytest.raises(EnvironmentFailure, match="memory ran out"):
         conversation.result(code)
 
 

@@ -106,7 +106,7 @@ def test_reads_choices_and_schemas(tmp_path):
         ({"prompt": "a", "choices": ["x"], "expected": "x"}, "fewer than two"),
         ({"prompt": "a", "choices": ["x", "x"], "expected": "x"}, "the same twice"),
         ({"prompt": "a", "choices": ["x", "y"], "expected": "z"}, "not one of its choices"),
-        ({"prompt": "a", "choices": ["x", "y"], "expected": 2}, "no number of a choice"),
+        ({"prompt": "a", "choices": ["x", "y"], "expected": 2}, "not the number of a choice"),
         ({"prompt": "a", "choices": ["x", "y"], "expected": True}, "not a text"),
     ],
 )

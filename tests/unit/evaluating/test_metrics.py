@@ -169,9 +169,9 @@ def test_an_answer_must_be_json_of_the_schema(answer, right):
 
 
 def test_a_schema_that_is_none_is_named():
-    with pytest.raises(UsageError, match=r"line 2: expected is no JSON schema: .*circle"):
+    with pytest.raises(UsageError, match=r"line 2: expected is not a JSON schema: .*circle"):
         check_metric("json-schema", [item("q", '{"type": "circle"}', line=2)])
-    with pytest.raises(UsageError, match="line 2: expected is no JSON schema"):
+    with pytest.raises(UsageError, match="line 2: expected is not a JSON schema"):
         check_metric("json-schema", [item("q", "no schema", line=2)])
 
 

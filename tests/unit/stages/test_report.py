@@ -346,7 +346,7 @@ def test_builds_that_cannot_be_read_are_told(tmp_path):
     with pytest.raises(InputRefused, match="damaged"):
         write_comparison(tmp_path / "a", tmp_path / "a", tmp_path)
     write_json(tmp_path / "b", "[]")
-    with pytest.raises(InputRefused, match="no object"):
+    with pytest.raises(InputRefused, match="not a JSON object"):
         write_comparison(tmp_path / "b", tmp_path / "b", tmp_path)
 
 

@@ -47,7 +47,8 @@ class Combination:
         if self.seed < 0 or (self.seed and not self.random):
             raise UsageError(
                 f"seed {self.seed} with method {self.method}",
-                hint="a seed of 0 or more, with one of the dare methods: the others draw nothing",
+                hint="a seed of 0 or more, with one of the dare methods: the other methods draw "
+                "nothing at random",
             )
         if self.space == "factors" and self.method == "sequential":
             raise UsageError(

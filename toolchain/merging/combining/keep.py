@@ -64,7 +64,7 @@ def keep_adapter(plan: MergePlan, combination: Combination, out: Path) -> dict[s
     """
     if combination.space == "delta" and combination.method not in KEEPABLE:
         raise UsageError(
-            f"the result of method {combination.method} is no adapter: it has full rank",
+            f"the result of method {combination.method} is not an adapter: it has full rank",
             hint=f"one of {', '.join(KEEPABLE)}, or --space factors",
         )
     modules = [module for output in plan.outputs.values() for module in _modules(output)]

@@ -120,7 +120,7 @@ class AdapterView:
         found = self.find(module, parameter)
         if not found:
             raise InputRefused(
-                f"{self.path} changes {module}, which the base has not",
+                f"{self.path} changes {module}, which the base does not have",
                 hint="the adapter belongs to another model: "
                 f"{self.config.base_model or '(not named)'!r}",
             )

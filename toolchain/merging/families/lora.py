@@ -145,8 +145,8 @@ def _layer(
     shape = _shape(view, group, target)
     if embedding and _may_be_tied(view, group.module, shape):
         raise InputRefused(
-            f"{view.path} has LoRA on {group.module}, which looks like the table of words, and the "
-            "base has no head: whether and where they share it is not known of this model",
+            f"{view.path} has LoRA on {group.module}, which looks like the embedding, and the "
+            "base stores no head: whether its head shares it is not known",
             hint="serve it unmerged, or train it without the embeddings in target_modules",
         )
     left, right = _oriented(view, group, shape, a, b)
@@ -172,14 +172,14 @@ def _layer(
 def _of_two_stacks(view: AdapterView, module: str) -> InputRefused:
     """Say why not: encoder, decoder and head share a table, PEFT adapts it in one place alone."""
     return InputRefused(
-        f"{view.path} has LoRA on {module}, whose table encoder and decoder share: "
+        f"{view.path} has LoRA on {module}, whose embedding is shared by encoder and decoder: "
         + (
             "neither calls it by this name, so that the factors have no effect in training"
             if module.rpartition(".")[2] == "shared"
-            else "each would need a table of its own, which most programs do not load"
+            else "each would need an embedding of its own, which most programs do not load"
         ),
         hint="train it without the embeddings in target_modules; new words can be trained with "
-        "trainable_token_indices, which is merged for all that share the table",
+        "trainable_token_indices, which is merged for all that share the embedding",
     )
 
 
@@ -222,7 +222,7 @@ def _factors(view: AdapterView, group: Group) -> tuple[TensorInfo, TensorInfo]:
             )
     if len(a.shape) != len(b.shape) or not 2 <= len(a.shape) <= 5 or 0 in (*a.shape, *b.shape):
         raise InputRefused(
-            f"{view.path}: {group.module} is no layer that LoRA knows (lora_A {list(a.shape)},"
+            f"{view.path}: {group.module} is not a layer that LoRA knows (lora_A {list(a.shape)},"
             f" lora_B {list(b.shape)})",
             hint="sharded training saved empty or flat tensors: gather them before saving",
         )
@@ -239,7 +239,7 @@ def _oriented(
     _check_rank(view, group.module, right.shape[0], left.shape[1])
     if len(a.shape) > 2 and math.prod(b.shape[2:]) != 1:
         raise InputRefused(
-            f"{view.path}: {b.name} is no 1x1 convolution, as PEFT's are",
+            f"{view.path}: {b.name} is not a 1x1 convolution, as PEFT's are",
             hint="export the adapter again with PEFT's save_pretrained",
         )
     embedding = "lora_embedding_A" in group.keys

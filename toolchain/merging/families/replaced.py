@@ -114,7 +114,7 @@ def _one(view: AdapterView, key: str, owner: str, module: str, parameter: str) -
         )
     if not target:
         raise InputRefused(
-            f"{view.path} brings {module}.{parameter}, which the base has not",
+            f"{view.path} brings {module}.{parameter}, which the base does not have",
             hint="a new head needs an architecture: set task_type in adapter_config.json to "
             + ", ".join(TASKS),
         )

@@ -152,7 +152,7 @@ def _layer(view: AdapterView, module: str, keys: tuple[str, ...]) -> Layer:
     kinds = {1: "norm", 2: "linear", 3: "conv", 4: "conv", 5: "conv"}
     if len(shape) not in kinds:
         raise InputRefused(
-            f"{view.path}: {module} has the shape {list(shape)}, of no layer that is known",
+            f"{view.path}: {module} has the shape {list(shape)}, which fits no known kind of layer",
             hint="serve this adapter unmerged with PEFT",
         )
     kind = kinds[len(shape)]
