@@ -7,8 +7,10 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
+from invoke.parser.context import to_flag
 from pydantic import BaseModel
 
 from toolchain.building.planning import all_targets
@@ -19,6 +21,16 @@ from toolchain.merging.refused import REFUSED, SETTINGS, UNMERGED
 from toolchain.oci.limits import REGISTRIES
 from toolchain.recipe import Recipe
 from toolchain.serving.gpus import GPUS
+
+_TYPES = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    bool: "`true` or `false`",
+    NoneType: "`null`",
+    Any: "any value",
+}
+"""How the recipe's reference page names the types of values."""
 
 REFERENCE = Path(__file__).parent / "reference"
 _GENERATED = "<!-- Written by docs/generate.py; `make generate` writes it again. -->\n\n"
@@ -60,7 +72,8 @@ def _recipe(model: type[BaseModel], prefix: str) -> Iterator[str]:
         place = f"{prefix}{name}" + ("[]" if many else "")
         if inner:
             yield f"| `{place}` | {'list' if many else 'mapping'} | | {_oneline(field.description or inner.__doc__)} |"
-            yield from _recipe(inner, f"{place}.")
+            any_key = "FORMAT." if get_origin(field.annotation) is dict else ""
+            yield from _recipe(inner, f"{place}.{any_key}")
         else:
             default = (
                 "required"
@@ -77,12 +90,16 @@ def _inner(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
 
 
 def _type(annotation: Any) -> str:
-    values = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, str)]
-    if values:
-        return " or ".join(f"`{value}`" for value in values)
-    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    text = text.replace("typing.", "").replace("tuple[str, ...]", "list of text")
-    return text.replace("Literal['auto']", "`auto`").replace(" | ", " or ").replace("str", "text")
+    kind, parts = get_origin(annotation), get_args(annotation)
+    if kind is Literal:
+        return " or ".join(f"`{value}`" for value in parts)
+    if kind in (Union, UnionType):
+        return " or ".join(map(_type, parts))
+    if kind is tuple:
+        return f"list of {_type(parts[0])}"
+    if kind is dict:
+        return f"mapping of {_type(parts[0])} to {_type(parts[1])}"
+    return _TYPES[annotation]
 
 
 def _oneline(text: str | None) -> str:
@@ -101,7 +118,7 @@ def _commands() -> Iterator[str]:
         yield f"## {name}\n\n{inspect.getdoc(task.body)}\n"
         yield "| flag | default | meaning |\n|---|---|---|"
         for argument in task.get_arguments():
-            flag = "--" + argument.name.replace("_", "-")
+            flag = to_flag(argument.name)
             if argument.positional:
                 flag = argument.name.upper()
             star = "*" if argument.kind is list else ""

@@ -29,7 +29,9 @@ class Base(_Part):
         "", pattern=r"^([0-9a-f]{64})?$", description="SHA-256 of a `pypi://` wheel."
     )
     license: str = Field(
-        "", max_length=100, description="SPDX name of its licence, where its model card says none."
+        "",
+        max_length=100,
+        description="SPDX identifier of its licence, if its model card names none.",
     )
 
 
@@ -54,7 +56,9 @@ class Evaluate(_Part):
     min_score: float = Field(0.0, ge=0, le=1, description="Lowest score that passes.")
     max_tokens: int = Field(64, ge=1, le=8192, description="Length of an answer in tokens.")
     training: str = Field(
-        "", description="JSON Lines that the adapter was trained on: questions in it are told."
+        "",
+        description="JSON Lines that the adapter was trained on; questions found in it are "
+        "reported.",
     )
     strict: bool = Field(
         False, description="Refuse questions found in training or calibration text."
@@ -76,7 +80,7 @@ class Adapter(_Part):
     run_id: str = Field("", description="The training run, kept as a label.")
     weight: float = Field(1.0, description="Factor on the adapter's delta.", allow_inf_nan=False)
     evaluate: Evaluate | None = Field(
-        None, description="The adapter's own task, held against base and this adapter alone."
+        None, description="The adapter's own task, compared with base and this adapter alone."
     )
 
 
@@ -99,7 +103,7 @@ class Merge(_Part):
     ] = Field(
         "sequential",
         description="`sequential`, `linear`, `cat`: the weighted sum of all deltas, rounded once; "
-        "`svd`: that of bounded rank; the others prune or vote.",
+        "`svd`: the same, truncated to `rank`; the others prune deltas or vote on their signs.",
     )
     density: float | None = Field(
         None, gt=0, le=1, description="Share of each delta that a pruning method keeps."
@@ -115,7 +119,7 @@ class Merge(_Part):
         "auto", description="Type of the merged weights; `auto` keeps the base's."
     )
     precision: Literal["exact", "fast"] = Field(
-        "exact", description="`exact`: the float64 sum rounded once; `fast`: float32."
+        "exact", description="`exact`: the true sum, rounded once; `fast`: float32 sums, as PEFT."
     )
     quantized_base: Literal["refuse", "dequantize", "simulate-nf4", "simulate-nf4-double"] = Field(
         "refuse",
@@ -126,7 +130,7 @@ class Merge(_Part):
 
 
 class Validate(_Part):
-    """How the merged checkpoint is held against base and adapters."""
+    """How the merged checkpoint is compared with base and adapters."""
 
     enabled: bool = Field(
         True, description="`false` leaves it out; the merge's own proof of what it wrote stays."
@@ -142,7 +146,7 @@ class Calibration(_Part):
     """Text that quantizers measure activations on, a part of which is held out for the gate."""
 
     data: str = Field(min_length=1, description="JSON Lines: `{text}` or `{messages}`.")
-    n: int = Field(512, ge=1, description="Most texts to use, chosen by `seed`.")
+    n: int = Field(512, ge=1, description="Most texts to use; `seed` decides which.")
     min_length: int = Field(1, ge=1, description="Characters below which a text is left out.")
     max_length: int = Field(
         8192, ge=16, description="Characters above which a text is cut into pieces."
@@ -157,7 +161,9 @@ class Quantize(_Part):
     """How weights are quantized; each format takes the keys that concern it."""
 
     allow_low_bits: bool = Field(
-        False, description="Allow GGUF types below four bits, which lose what fine-tuning changed."
+        False,
+        description="Allow GGUF types below four bits, which lose much of what fine-tuning "
+        "changed.",
     )
     imatrix: str = Field(
         "",
@@ -180,19 +186,19 @@ class Quantize(_Part):
     )
     zero_point: bool = Field(
         True,
-        description="Whether groups have a zero of their own (asymmetric); `false` is for "
-        "awq-compressed, since servers read AWQ's own layout with zeros alone.",
+        description="Whether groups have zero points (asymmetric); `false` is for "
+        "awq-compressed alone: servers read AWQ's own layout with zero points only.",
     )
     keep: tuple[str, ...] = Field(
         (),
-        description="Ends of the names of matrices that stay in 16 bits in checkpoints (not awq, "
-        "whose engine cannot), such as "
+        description="Ends of the names of matrices that stay in 16 bits in checkpoints (not in "
+        "awq-autoawq, whose engine cannot), such as "
         "`[down_proj, layers.0.mlp.gate_proj, layers.0.mlp.up_proj]`; lm_head always does.",
     )
 
 
 class Limits(_Part):
-    """What a quantized model may differ from the merged one; empty keeps the format's default."""
+    """How far a quantized model may be from the merged one; empty keeps the format's default."""
 
     kl_mean: float | None = Field(
         None, ge=0, description="Mean Kullback-Leibler divergence per token, in nats."
@@ -205,17 +211,18 @@ class Limits(_Part):
         description="Least share of tokens whose likeliest successor agrees, or ties.",
     )
     perplexity_ratio: float | None = Field(
-        None, ge=0, description="Perplexity by the merged model's."
+        None, ge=0, description="Perplexity, divided by the merged model's."
     )
     layer_error: float | None = Field(
         None,
         ge=0,
-        description="Largest error of one layer's output, by what that layer adds to its input.",
+        description="Largest error of one layer's output, divided by what that layer adds to its "
+        "input.",
     )
 
 
 class Quality(_Part):
-    """The gate after each quantization: held-out text, against the merged checkpoint."""
+    """The gate after each quantization: held-out text, compared with the merged checkpoint."""
 
     gate: bool = Field(True, description="`false` measures and reports, and stops nothing.")
     tokens: int = Field(1024, ge=64, description="Held-out tokens to measure on, at most.")
@@ -228,7 +235,7 @@ class Serve(_Part):
     """What the serving configuration must fit."""
 
     gpu: str = Field(
-        "", description="Name of the GPU, such as `nvidia-l4`; empty plans for CPU memory."
+        "", description="Name of the GPU, such as `nvidia-l4`; empty plans for the CPU."
     )
     gpu_count: int = Field(1, ge=1, le=64, description="GPUs per replica.")
     gpu_memory: str = Field(
@@ -264,7 +271,7 @@ class Serve(_Part):
         "auto", description="The engine's fraction of a GPU's memory; `auto`: its default."
     )
     served_model_name: str = Field(
-        "", max_length=200, description="The model's name at the server; default: the recipe's."
+        "", max_length=200, description="The model's name on the server; default: the recipe's."
     )
     extra: dict[str, Any] = Field(
         default_factory=dict, description="Engine options passed through."
@@ -297,8 +304,8 @@ class ImageNames(_Part):
     )
     order: Literal["engine-first", "weights-first"] = Field(
         "engine-first",
-        description="Which layers are below; with `weights-first` an engine update pulls no"
-        " weights.",
+        description="Which layers are at the bottom; with `weights-first` an engine update pulls"
+        " no weights.",
     )
     max_layer_size: str = Field(
         "",
@@ -331,7 +338,7 @@ class Recipe(_Part):
     )
     base: Base
     adapters: tuple[Adapter, ...] = Field(
-        (), description="Adapters, merged in this order; none serves the base."
+        (), description="Adapters, merged in this order; with none, the base is served as it is."
     )
     merge: Merge = Merge()
     # Under another name here: pydantic's models have a `validate` of their own.
@@ -341,7 +348,7 @@ class Recipe(_Part):
     quantize: Quantize = Quantize()
     quality: Quality = Quality()
     targets: tuple[str, ...] = Field(
-        (), description="Engine x format, such as `vllm-awq`; see `invoke targets`."
+        (), description="Engine and format, such as `vllm-awq`; `invoke targets` lists them."
     )
     serve: Serve = Serve()
     image: ImageNames = ImageNames()

@@ -1,4 +1,4 @@
-"""`build` and `plan`: the whole pipeline, done or told."""
+"""`build` and `plan`: the whole pipeline, run or foreseen."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def plan(
     dist: str = "dist",
     json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
-    """Say what `build` would do: stages, cached or why not, bytes, memory, disk; no work."""
+    """Show what `build` would do, and do nothing: stages, cached or why not, memory, disk."""
     del json, push, load, layout
     from toolchain.building.planning import chosen_targets
     from toolchain.commands.plan import forecast, table

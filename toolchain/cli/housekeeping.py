@@ -1,4 +1,4 @@
-"""Commands that look and tidy: `report`, `targets`, `doctor`, `clean`."""
+"""What is here already: `report`, `targets`, `doctor`, `clean`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def report_words(words: Sequence[str]) -> tuple[str, ...]:
     return ("folder", "other")[: min(bare, 2)]
 
 
-@command(positional=report_words(sys.argv))
+@command(positional=report_words(sys.argv), meanings={"out": "folder for the comparison"})
 def report(
     _context: object,
     *,
@@ -51,7 +51,7 @@ def report(
 
 @command()
 def targets(_context: object, *, json: bool = False) -> tuple[Mapping[str, Json], str]:
-    """List the targets there are: engines by formats."""
+    """List all targets: engines and the formats that they load."""
     del json
     from toolchain.building.planning import all_targets
 
@@ -75,7 +75,7 @@ def targets(_context: object, *, json: bool = False) -> tuple[Mapping[str, Json]
 
 @command()
 def doctor(_context: object, *, json: bool = False) -> tuple[Mapping[str, Json], str]:
-    """Say what this machine has and lacks, and what to do about it."""
+    """Show what this machine has and lacks, and what to do about it."""
     del json
     from toolchain.wiring import examine
 
@@ -92,7 +92,7 @@ def doctor(_context: object, *, json: bool = False) -> tuple[Mapping[str, Json],
 def clean(
     _context: object, *, keep: str = "", json: bool = False
 ) -> tuple[Mapping[str, Json], str]:
-    """Shrink the store to --keep (such as 20GiB; 0 without it), least recently used first."""
+    """Shrink the store to --keep (default: 0), least recently used results first."""
     from toolchain.serving.memory import human, parse_size
     from toolchain.wiring import make_store
 

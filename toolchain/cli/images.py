@@ -9,7 +9,12 @@ from toolchain.cli.command import command
 from toolchain.values import Json
 
 
-@command()
+@command(
+    meanings={
+        "push": "reference to push the image to",
+        "load": "name to load the image into the container engine under",
+    }
+)
 def bake(
     _context: object,
     *,
@@ -72,7 +77,7 @@ def push(
     sign_key: str = "",
     json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
-    """Copy an image, from a registry or an OCI layout, to a registry; the digest stays."""
+    """Copy an image from a registry or an OCI layout to a registry; its digest stays the same."""
     del json
     from toolchain.cli.progress import progress_for
     from toolchain.commands.arguments import required
@@ -99,7 +104,7 @@ def rebase(
     sign_key: str = "",
     json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
-    """Put an image on another engine base and push it; no weight byte is moved."""
+    """Put an image on another engine base and push it; its weights are not copied."""
     del json
     from toolchain.cli.progress import progress_for
     from toolchain.commands.arguments import required
@@ -118,7 +123,7 @@ def rebase(
 def inspect(
     _context: object, source: str, *, insecure: bool = False, json: bool = False
 ) -> tuple[Mapping[str, Json], str]:
-    """Say what an image is made of: provenance, plan, scores, layers, from the image alone."""
+    """Show what an image is made of, from it alone: provenance, plan, scores, layers."""
     del json
     from toolchain.commands.images import inspect_image, inspect_text
     from toolchain.wiring import make_engine, make_registry

@@ -80,7 +80,7 @@ def validate(
     runner: str = "auto",
     json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
-    """Hold a merged checkpoint against base and adapters: files, every element, logits."""
+    """Compare a merged checkpoint with its base and adapters: files, every element, logits."""
     del json
     from toolchain.cli.progress import progress_for
     from toolchain.commands.arguments import number, parse_weights, required
@@ -108,7 +108,7 @@ def validate(
 
 
 def _verdict(merged: str, result: Mapping[str, Json]) -> str:
-    lines = [f"{merged} is what base and adapters are"]
+    lines = [f"{merged} matches base and adapters"]
     if result.get("elements"):
         lines.append(
             f"  {result['elements']['elements']} elements of {result['elements']['tensors']} "
@@ -201,7 +201,7 @@ def render(
     set: Sequence[str] = (),  # noqa: A002 - the flag's name
     json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
-    """Plan the memory and render serving configs and manifests of a target into --out."""
+    """Plan a target's memory and render its serving configuration and manifests into --out."""
     del json
     from toolchain.commands.arguments import required, serve_wishes
     from toolchain.commands.render import render_model

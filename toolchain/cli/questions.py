@@ -9,7 +9,14 @@ from toolchain.cli.command import command
 from toolchain.values import Json
 
 
-@command(many=("adapter",))
+@command(
+    many=("adapter",),
+    meanings={
+        "calibration": "JSON Lines that the model was calibrated on; questions found in it are "
+        "reported",
+        "model": "checkpoint folder to load",
+    },
+)
 def evaluate(
     _context: object,
     *,
@@ -91,7 +98,13 @@ def evaluate(
     return result, text
 
 
-@command()
+@command(
+    meanings={
+        "concurrency": "requests at once, one run each, separated by commas",
+        "data": "JSON Lines as for `evaluate`; default: built-in questions",
+        "out": "folder of a build, whose report gets the result",
+    }
+)
 def bench(
     _context: object,
     *,
@@ -107,7 +120,7 @@ def bench(
     runner: str = "auto",
     json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
-    """Load a started image or a server for a short time: throughput and latencies."""
+    """Measure throughput and latencies of a started image or a server in a short load test."""
     del json
     from toolchain.cli.progress import progress_for
     from toolchain.commands.arguments import counts
