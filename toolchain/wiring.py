@@ -63,6 +63,19 @@ def store_folder() -> Path:
     return Path(named).absolute() if named else cache_folder() / "store"
 
 
+def require_folders() -> None:
+    """Raise EnvironmentFailure where cache or store are in a place that can hold no folder."""
+    folders = {"WEIGHTSMITH_CACHE": cache_folder(), "WEIGHTSMITH_STORE": store_folder()}
+    for variable, folder in folders.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EnvironmentFailure(
+                f"there can be no folder {folder}: {error.strerror}",
+                hint=f"set {variable} to a folder that you may write to",
+            ) from error
+
+
 def make_store() -> FileStore:
     """Return the user's store."""
     return FileStore(store_folder())

@@ -139,6 +139,31 @@ def test_a_folder_that_is_gone_is_told(tmp_path):
     assert (done.returncode, "current folder was deleted" in done.stderr) == (5, True), done.stderr
 
 
+@pytest.mark.parametrize("variable", ["WEIGHTSMITH_STORE", "WEIGHTSMITH_CACHE"])
+@pytest.mark.parametrize("place", ["/proc/nosuch", "file", "file/below"])
+def test_a_place_that_can_hold_no_folder_is_told(tmp_path, variable, place):
+    (tmp_path / "file").touch()
+    here = {"WEIGHTSMITH_CACHE": str(tmp_path / "cache"), "WEIGHTSMITH_STORE": str(tmp_path / "st")}
+    here[variable] = str(tmp_path / place)  # an absolute one stays as it is
+    merge = ("merge", "--base", "examples/tiny/base", "--adapter", "examples/tiny/adapters/a")
+
+    done = run("weightsmith", *merge, "--out", str(tmp_path / "out"), "--runner", "local", **here)
+
+    assert done.returncode == 5
+    assert f"there can be no folder {here[variable]}" in done.stderr
+    assert f"hint: set {variable} to a folder" in done.stderr
+    disk = run("weightsmith", "doctor", "--json", **here)
+    store = here["WEIGHTSMITH_STORE"]
+    assert json.loads(disk.stdout)["checks"]["disk"]["ok"] is store.startswith(str(tmp_path / "st"))
+
+
+def test_a_home_that_is_no_folder_is_told():
+    done = run("weightsmith", "targets", "--json", HOME="/dev/null")
+
+    assert done.returncode == 5
+    assert json.loads(done.stdout)["error"]["hint"] == "set HOME"
+
+
 def test_the_machine_is_described(tmp_path):
     """Builders of either runner count: a build takes whichever is there."""
     done = run("weightsmith", "doctor", "--json", WEIGHTSMITH_CACHE=str(tmp_path))

@@ -126,18 +126,29 @@ def _guarded(
     except WeightsmithError:
         raise
     except OSError as error:
-        if error.errno not in _OF_THE_MACHINE:
-            raise _unexpected(error) from error
-        place = error.filename or "a file"
-        raise EnvironmentFailure(
-            f"cannot write {place}: {error.strerror}",
-            hint="make room or get the right to write there, or set WEIGHTSMITH_CACHE, "
-            "WEIGHTSMITH_STORE and TMPDIR to folders where you may write",
-        ) from error
+        raise _refused(error) from error
     except Exception as error:
         raise _unexpected(error) from error
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _refused(error: OSError) -> Exception:
+    """Return what the machine refused, or a fault of ours where it refused nothing."""
+    from toolchain.wiring import require_folders
+
+    try:
+        require_folders()  # in some places, such as below /proc, what is missing cannot be made
+    except WeightsmithError as refused:
+        return refused
+    no_temporary = error.errno == errno.ENOENT and error.filename is None  # as `tempfile` says it
+    if error.errno not in _OF_THE_MACHINE and not no_temporary:
+        return _unexpected(error)
+    return EnvironmentFailure(
+        f"cannot write {error.filename or 'a file'}: {error.strerror or error}",
+        hint="make room or get the right to write there, or set WEIGHTSMITH_CACHE, "
+        "WEIGHTSMITH_STORE and TMPDIR to folders where you may write",
+    )
 
 
 def _require_folder() -> None:
@@ -154,7 +165,7 @@ def _unexpected(error: Exception) -> Exception:
         return error
     return WeightsmithError(
         f"unexpected {type(error).__name__}: {error}",
-        hint=f"this is a bug in weightsmith; the traceback is in {_save_trace()}",
+        hint=f"this is a bug in weightsmith; {_save_trace()}",
     )
 
 
@@ -162,11 +173,14 @@ def _terminate(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _save_trace() -> Path:
-    descriptor, name = tempfile.mkstemp(prefix="weightsmith-", suffix=".log", text=True)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(traceback.format_exc())
-    return Path(name)
+def _save_trace() -> str:
+    try:
+        descriptor, name = tempfile.mkstemp(prefix="weightsmith-", suffix=".log", text=True)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(traceback.format_exc())
+    except OSError:
+        return "with WEIGHTSMITH_DEBUG=1 it prints its traceback"
+    return f"the traceback is in {name}"
 
 
 class _Interrupted(WeightsmithError):

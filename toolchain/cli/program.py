@@ -9,6 +9,8 @@ from invoke.program import Program
 
 from toolchain import __version__
 from toolchain.cli import namespace
+from toolchain.cli.command import tell_error
+from toolchain.errors import EnvironmentFailure
 
 
 def main() -> None:
@@ -17,6 +19,12 @@ def main() -> None:
         Program(name="weightsmith", version=__version__, namespace=namespace).run()
     except KeyboardInterrupt:  # before a command began; commands handle it themselves
         sys.exit(130)
+    except NotADirectoryError as error:  # Invoke looks for its settings in the home folder
+        wrong = EnvironmentFailure(
+            f"cannot read {error.filename}: {error.strerror}", hint="set HOME"
+        )
+        tell_error(wrong, as_json="--json" in sys.argv)
+        sys.exit(wrong.exit_code)
     except BrokenPipeError:  # the reader, such as `head`, had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

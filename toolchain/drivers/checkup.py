@@ -72,6 +72,10 @@ def _memory() -> dict[str, Json]:
 
 def _disk(store: Path) -> dict[str, Json]:
     place = next(p for p in (store, *store.parents) if p.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        return _check(
+            f"{store} cannot be written to", todo="set WEIGHTSMITH_STORE to a folder that can"
+        )
     free = shutil.disk_usage(place).free
     enough = free >= _ENOUGH_DISK
     return _check(
