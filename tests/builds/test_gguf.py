@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from tests.fakes.runner import RecordingProgress
+from tests.fakes.sentence_pieces import save, train
 from toolchain.checkpoints.gguf_import import import_gguf
 from toolchain.checkpoints.tensors import CheckpointTensors
 from toolchain.drivers.local import LocalRunner
@@ -185,6 +186,14 @@ def test_and_of_those_with_byte_pairs(tmp_path, config, smollm2):
     undone(tmp_path, config, smollm2)
 
 
+def convert(model: Path, out: Path, name: str) -> Path:
+    """Run llama.cpp's converter in its builder; return the file."""
+    out.mkdir()
+    wanted = Wanted(name="demo", format=formats()[name], options={"imatrix": "off"})
+    LocalRunner(cache_folder()).run(job_of(model, 1 << 20, wanted, out), RecordingProgress())
+    return out / "demo.gguf"
+
+
 def undone(tmp_path: Path, config, tokenizer: Path) -> None:
     """Convert a random model with llama.cpp's converter, and compare each tensor as read back."""
     torch.manual_seed(0)
@@ -198,15 +207,50 @@ def undone(tmp_path: Path, config, tokenizer: Path) -> None:
         if (tokenizer / name).is_file():
             shutil.copy(tokenizer / name, model)
     out = tmp_path / "out"
-    out.mkdir()
-    wanted = Wanted(name="demo", format=formats()["f32"], options={"imatrix": "off"})
-
-    LocalRunner(cache_folder()).run(job_of(model, 1 << 20, wanted, out), RecordingProgress())
+    convert(model, out, "f32")
 
     truth, view = CheckpointTensors(model), of_format("f32").view(out, model)
     assert view.names == truth.names
     for name in sorted(truth.names):
         np.testing.assert_allclose(view.tensor(name), truth.tensor(name), atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_a_tokenizer_that_came_without_its_pieces_is_that_with_them(tmp_path, kind):
+    """As beside an adapter: transformers 5 writes no tokenizer.model and no list of added tokens.
+
+    Held against what the converter makes where both are there.
+    """
+    pieces = train(kind)
+    size = pieces.get_piece_size() + 8  # rows beyond the vocabulary, as embeddings often have
+    shape = {"vocab_size": size, "hidden_size": 64, "intermediate_size": 96, "head_dim": 32,
+             "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+             "bos_token_id": 2 if kind == "gemma" else 1, "pad_token_id": None,
+             "eos_token_id": 1 if kind == "gemma" else 2}  # fmt: skip
+    config = (Gemma3TextConfig if kind == "gemma" else LlamaConfig)(**shape)
+    alone, whole = tmp_path / "alone", tmp_path / "whole"
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(alone)
+    told = save(pieces, kind, alone)
+    shutil.copytree(alone, whole)
+    (whole / "tokenizer.model").write_bytes(pieces.serialized_model_proto())
+    path = whole / "tokenizer_config.json"
+    added = {str(t["id"]): t for t in told["added_tokens"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": added}))
+
+    fields = []
+    for model in (alone, whole):
+        reader = gguf.GGUFReader(convert(model, tmp_path / f"{model.name}.out", "bf16"))
+        fields.append({name: f.contents() for name, f in reader.fields.items()
+                       if name.startswith("tokenizer.")})  # fmt: skip
+    scores = [found.pop("tokenizer.ggml.scores") for found in fields]
+    assert fields[0] == fields[1]
+    assert len(scores[0]) == size
+    # The order in which pieces are joined is what counts of their scores.
+    joined = [n for n in range(pieces.get_piece_size())
+              if fields[0]["tokenizer.ggml.token_type"][n] == gguf.TokenType.NORMAL
+              and len(pieces.id_to_piece(n)) > 1]  # fmt: skip
+    orders = [sorted(joined, key=lambda n, s=s: -s[n]) for s in scores]
+    assert orders[0] == orders[1]
 
 
 def test_the_architectures_are_those_of_the_pinned_converter():

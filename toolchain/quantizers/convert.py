@@ -1,4 +1,4 @@
-"""llama.cpp's converter, run for tokenizers too that it knows by how they split and not by name.
+"""llama.cpp's converter, run for tokenizers too that it does not know by name or lacks files of.
 
 llama.cpp names the ways to split a text before byte pairs are joined. Its converter finds the name
 by a hash of one text's tokens, so that it refuses vocabularies that nobody has published. How a
@@ -56,8 +56,16 @@ def split_name(tokenizer: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    """Run `ARGV[1]`, the converter, with the arguments behind it."""
-    model_class: Any = importlib.import_module("conversion.base").TextModel
+    """Run `ARGV[1]`, the converter, with the model's folder and the arguments behind it."""
+    _split_by_tokenizer(importlib.import_module("conversion.base").TextModel)
+    # By its path, too: beside it lies a module of the converter's package's name.
+    with_pieces = runpy.run_path(str(Path(__file__).with_name("pieces.py")))["with_pieces"]
+    with with_pieces(Path(sys.argv[2])) as model:
+        sys.argv = [*sys.argv[1:2], str(model), *sys.argv[3:]]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _split_by_tokenizer(model_class: Any) -> None:
     by_hash = model_class.get_vocab_base_pre
 
     def by_hash_or_split(model: Any, tokenizer: Any) -> str:
@@ -72,8 +80,6 @@ def main() -> None:
             return name
 
     model_class.get_vocab_base_pre = by_hash_or_split
-    del sys.argv[0]
-    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":
