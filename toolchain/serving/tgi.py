@@ -88,6 +88,8 @@ RULES = Rules(
     cache_dtypes={"fp8": 1, "fp8_e4m3": 1, "fp8_e4m3fn": 1, "fp8_e5m2": 1},
 )
 
+_ROPE_THETA = 10000.0
+
 
 @cache
 def options() -> OptionList:
@@ -116,6 +118,7 @@ def plan(config: Mapping[str, Json], weight_bytes: int, wishes: Wishes) -> Servi
             "the tokenizer was saved by transformers 5 (TokenizersBackend), which TGI cannot read",
             hint="keep the base's tokenizer files as they were, or choose a vllm target",
         )
+    _check_rotation(config)
     planned, case = plan_paged(config, weight_bytes, wishes, RULES, _switches(config))
     card = case.machine.gpu
     # Its image has kernels for 8.0, 8.6 and 9.0, and code that later cards of 9.x can compile.
@@ -131,6 +134,26 @@ def plan(config: Mapping[str, Json], weight_bytes: int, wishes: Wishes) -> Servi
             "max_model_len 1 leaves no token for the answer", hint="nearest: max_model_len 2"
         )
     return replace(planned, settings={**_settings(planned, case), **extra})
+
+
+def _check_rotation(config: Mapping[str, Json]) -> None:
+    """Raise InputRefused where positions are turned as TGI's transformers 4 would not turn them.
+
+    transformers 5 writes `rope_parameters`; 4 looks for `rope_theta` and `rope_scaling`, and takes
+    10000 and nothing where they are not, without a word.
+    """
+    inner = config.get("text_config")
+    told = inner if isinstance(inner, Mapping) else config
+    rope = told.get("rope_parameters")
+    if not isinstance(rope, Mapping) or "rope_theta" in told:
+        return
+    if rope.get("rope_type", "default") != "default" or rope.get("rope_theta") != _ROPE_THETA:
+        raise InputRefused(
+            "config.json has rope_parameters, as transformers 5 writes them, and TGI reads"
+            " rope_theta and rope_scaling: it would answer nonsense",
+            hint="add rope_theta, and rope_scaling where rope_type is not default, to the base's"
+            " config.json, or choose a vllm target",
+        )
 
 
 _FLASHINFER_HEADS = frozenset({64, 128, 256})

@@ -281,6 +281,27 @@ def test_tgi_cannot_read_later_tokenizers():
         rendered("tgi", config=config, **L40S)
 
 
+@pytest.mark.parametrize(
+    ("rope", "told", "refused"),
+    [
+        ({"rope_type": "default", "rope_theta": 500000.0}, {}, True),
+        ({"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0}, {}, True),
+        ({"full_attention": {"rope_theta": 10000.0}}, {}, True),
+        ({"rope_type": "default", "rope_theta": 10000.0}, {}, False),
+        ({"rope_type": "default", "rope_theta": 500000.0}, {"rope_theta": 500000.0}, False),
+    ],
+)
+def test_tgi_does_not_read_later_rotations(rope, told, refused):
+    plain = {k: v for k, v in LLAMA_8B.items() if k not in ("rope_theta", "rope_scaling")}
+    config = {**plain, "rope_parameters": rope, **told}
+
+    if refused:
+        with pytest.raises(InputRefused, match="rope_parameters"):
+            rendered("tgi", config=config, **L40S)
+    else:
+        assert rendered("tgi", config=config, **L40S)
+
+
 def test_tgi_knows_no_later_models():
     with pytest.raises(InputRefused, match="qwen3"):
         rendered("tgi", config={**LLAMA_8B, "model_type": "qwen3"}, **L40S)
