@@ -14,8 +14,6 @@ from toolchain.resources import engine_source, images
 
 _STEP = re.compile(r"\[(\d+)/(\d+)\]")
 
-_MIRROR = "WEIGHTSMITH_DEBIAN_MIRROR"
-
 
 def assemble_engine(cache: Path, engine: str, folder: Path, progress: Progress) -> None:
     """Fill an empty folder by the engine's `assemble.py`: the same pins give the same files.

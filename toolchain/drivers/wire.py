@@ -60,10 +60,6 @@ class Conversation:
         self._stderr.append(line)
         del self._stderr[:-20]
 
-    def answered(self) -> bool:
-        """Say whether the worker has said its result or error."""
-        return self._result is not None or self._error is not None
-
     def result(self, returncode: int) -> Mapping[str, Json]:
         """Return what the worker returned; raise its error, or what its silence must mean."""
         self.log.flush()

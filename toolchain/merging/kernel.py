@@ -23,9 +23,6 @@ PIECE = 1 << 18
 SLACK = 8
 """Half units that an interval is widened by, for the roundings of W + δ and of its own ends."""
 
-_SMALL = 113 << 23
-"""Bits of 2**-14 as float32, float16's smallest normal number."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Addition:
