@@ -145,7 +145,7 @@ def plan() -> None:
     """Plan the layers of 100 GB in 20 sparse files, each to be cut to 4 GB at most."""
     sys.path.insert(0, str(HERE.parent))
     from toolchain.checkpoints.reshard import reshard
-    from toolchain.oci.layers import weight_layers
+    from toolchain.oci.weights import weight_layers
     from toolchain.values import Digest, FileEntry, Tree
 
     folder = WORK / "huge"

@@ -10,7 +10,8 @@ import tarfile
 from pathlib import Path
 
 from toolchain.oci.image import Healthcheck, Image, ImageConfig, assemble, load_image
-from toolchain.oci.layers import Member, TarLayer, weight_layers
+from toolchain.oci.layers import Member, TarLayer
+from toolchain.oci.weights import weight_layers
 from toolchain.values import Blob, Digest, FileEntry, Tree
 
 FILES = {

@@ -8,7 +8,8 @@ from toolchain.errors import InputRefused
 from toolchain.oci import manifests
 from toolchain.oci.layers import CHUNK, verified
 from toolchain.oci.references import Reference
-from toolchain.oci.session import TRIES, Reply, Session, Transient
+from toolchain.oci.replies import Reply, Transient
+from toolchain.oci.session import TRIES, Session
 from toolchain.values import Blob, Digest
 
 _ACCEPT = {"Accept": ", ".join((*manifests.MANIFESTS, *manifests.INDEXES))}

@@ -6,7 +6,7 @@ import hashlib
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,18 +16,12 @@ from toolchain.checkpoints.reshard import read_pieces
 from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
 from toolchain.oci import tar
 from toolchain.oci.references import Reference
-from toolchain.values import Blob, Digest, Pieces, Tree, key_of
+from toolchain.values import Blob, Digest, Pieces, key_of
 
 LAYER_TAR = "application/vnd.oci.image.layer.v1.tar"
 CHUNK = 1 << 20
 _GATHER = 128 << 10
 """Bytes; smaller pieces of a layer are joined before they are hashed and sent."""
-WEIGHTS = (".safetensors", ".gguf")
-"""Endings of files that get a layer of their own, so that a changed tokenizer sends no weights."""
-OWN_LAYER = 32 << 20
-"""Bytes from which any other file gets one, too; 32 MiB."""
-MOST_WEIGHT_LAYERS = 64
-"""Above this, neighbours share layers: engines hold at most 125, and the base needs its own."""
 TAR_RECIPE = 1
 """Raised when the same members would give other bytes, so that no remembered digest is wrong."""
 
@@ -258,57 +252,6 @@ class BlobLayer:
     def open(self) -> Iterator[bytes]:
         """Yield the stored bytes; InputRefused at the end if they are not what was promised."""
         return self.opener()
-
-
-def weight_layers(
-    tree: Tree,
-    prefix: str = "/models",
-    *,
-    epoch: int | None = None,
-    memo: Memo | None = None,
-    own_layer: int = OWN_LAYER,
-    most: int = MOST_WEIGHT_LAYERS,
-    largest: int = 0,
-    contents: Mapping[str, Pieces] | None = None,
-) -> tuple[TarLayer, ...]:
-    """Return the tree as layers: each file of weights alone, small other ones together, sorted.
-
-    Modes on disk do not count: weights are data, 0644 wherever they were kept. Files that share
-    a layer stay below `largest` bytes together, where that is given. `contents` are files that
-    are not on disk.
-    """
-    when = tar.source_date_epoch() if epoch is None else epoch
-    large: list[Member] = []
-    small: list[Member] = []
-    for entry in sorted(tree.files, key=lambda entry: entry.path):
-        place = f"{prefix.rstrip('/')}/{entry.path}"
-        source = (contents or {}).get(entry.path, tree.path(entry.path))
-        member = Member(place, entry.size, 0o644, source, entry.digest)
-        alone = entry.path.endswith(WEIGHTS) or entry.size >= own_layer
-        (large if alone else small).append(member)
-    together = max(1, -(-len(large) // most))
-    groups = [large[start : start + together] for start in range(0, len(large), together)]
-    return tuple(
-        TarLayer(members=tuple(part), epoch=when, memo=memo)
-        for group in [*groups, small]
-        for part in _below(group, largest)
-        if part
-    )
-
-
-def _below(group: list[Member], largest: int) -> list[list[Member]]:
-    """Cut a group of files where its layer would become larger than `largest`; 0 never does."""
-    parts: list[list[Member]] = [[]]
-    used = 0
-    for member in group:
-        # Headers, padding and folders: an upper bound that no path of an image exceeds.
-        need = member.size + 8 * tar.BLOCK
-        if largest and parts[-1] and used + need > largest:
-            parts.append([])
-            used = 0
-        parts[-1].append(member)
-        used += need
-    return parts
 
 
 def verified(

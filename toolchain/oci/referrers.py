@@ -11,7 +11,8 @@ from toolchain.errors import InputRefused
 from toolchain.oci import downloads, manifests, uploads
 from toolchain.oci.attachments import Attachment, fallback_tag, load_attachment, with_rows
 from toolchain.oci.references import Reference
-from toolchain.oci.session import Reply, Session
+from toolchain.oci.replies import Reply
+from toolchain.oci.session import Session
 from toolchain.values import Blob, Digest, Json
 
 _OK, _MISSING = 200, 404

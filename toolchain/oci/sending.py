@@ -13,7 +13,8 @@ from toolchain.errors import InputRefused, WeightsmithError
 from toolchain.oci.downloads import promised
 from toolchain.oci.image import Opener
 from toolchain.oci.limits import limits_of
-from toolchain.oci.session import Reply, Session, Transient
+from toolchain.oci.replies import Reply, Transient
+from toolchain.oci.session import Session
 from toolchain.values import Blob, Digest
 
 _OK, _CREATED, _ACCEPTED, _NO_CONTENT = 200, 201, 202, 204

@@ -6,7 +6,6 @@ https://github.com/opencontainers/distribution-spec/blob/main/spec.md
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import re
 import ssl
@@ -14,8 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import TypeAlias, TypeVar
 from urllib.parse import urljoin, urlsplit
 
@@ -24,6 +21,15 @@ import httpx
 from toolchain.errors import EnvironmentFailure, InputRefused, WeightsmithError
 from toolchain.oci.auth import IDENTITY, Credentials, basic, parse_challenge
 from toolchain.oci.references import DOCKER_HUB, Reference, is_loopback
+from toolchain.oci.replies import (
+    Reply,
+    Transient,
+    is_full,
+    json_object,
+    read_limited,
+    retry_after,
+    stated_error,
+)
 from toolchain.oci.tls import speaks_tls
 from toolchain.values import Json
 
@@ -44,24 +50,6 @@ _TOKEN = re.compile(r"[\x21-\x7e]+")
 _DAY = 86400.0
 _EARLY = 10
 """Seconds before its end at which a token is renewed."""
-
-
-class Transient(Exception):
-    """One try failed; another may not."""
-
-    def __init__(self, why: str, pause: float | None = None) -> None:
-        super().__init__(why)
-        self.pause = pause
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """A small reply, read whole."""
-
-    status: int
-    headers: httpx.Headers
-    body: bytes
-    url: str
 
 
 class Session:
@@ -109,7 +97,7 @@ class Session:
     ) -> Reply:
         """Ask once and read the reply, at most `limit` bytes; raises Transient for a bad moment."""
         with self.stream(method, url, headers=headers, body=body, wait=wait) as response:
-            data = b"" if method == "HEAD" else _limited(response, limit, self.registry)
+            data = b"" if method == "HEAD" else read_limited(response, limit, self.registry)
             reply = Reply(response.status_code, response.headers, data, str(response.url))
         self._check_transient(reply)
         return reply
@@ -157,14 +145,14 @@ class Session:
 
     def check(self, what: str, response: httpx.Response) -> None:
         """Raise what a failed reply, not yet read, means."""
-        data = _limited(response, LARGEST_REPLY, self.registry)
+        data = read_limited(response, LARGEST_REPLY, self.registry)
         reply = Reply(response.status_code, response.headers, data, str(response.url))
         self._check_transient(reply)
         raise self.refusal(what, reply)
 
     def _check_transient(self, reply: Reply) -> None:
-        if reply.status in _TRANSIENT and not _is_full(reply):
-            raise Transient(self.explain(reply), _retry_after(reply.headers))
+        if reply.status in _TRANSIENT and not is_full(reply):
+            raise Transient(self.explain(reply), retry_after(reply.headers))
 
     def refusal(self, what: str, reply: Reply) -> WeightsmithError:
         """Return the error for a status that another try does not change."""
@@ -178,7 +166,7 @@ class Session:
                 text,
                 hint="check the name; some registries require the repository to be created first",
             )
-        if reply.status == 413 or _is_full(reply):
+        if reply.status == 413 or is_full(reply):
             return EnvironmentFailure(
                 text, hint="the registry has no room or a size limit; see its settings"
             )
@@ -327,7 +315,7 @@ class Session:
         reply = self.attempt(what, lambda: self._token_reply(method, url, fields, headers))
         if reply.status != 200:
             raise self.refusal(what, reply)
-        self._keep(_object(reply.body))
+        self._keep(json_object(reply.body))
 
     def _token_reply(
         self,
@@ -339,7 +327,7 @@ class Session:
         given = {"data": fields} if method == "POST" else {"params": fields}
         try:
             with self._client.stream(method, url, headers=headers, **given) as response:  # type: ignore[arg-type]
-                body = _limited(response, LARGEST_TOKEN, self.registry)
+                body = read_limited(response, LARGEST_TOKEN, self.registry)
                 reply = Reply(response.status_code, response.headers, body, "")
         except httpx.TransportError as error:
             raise self._broken(error) from None
@@ -363,14 +351,7 @@ class Session:
         self._ends = time.monotonic() + max(lasts - _EARLY, lasts / 2)
 
     def _said(self, body: bytes) -> str:
-        errors = _object(body).get("errors")
-        said = errors[0] if isinstance(errors, list) and errors else {}
-        parts = (
-            [said.get("code"), said.get("message"), _texts(said.get("detail"))]
-            if isinstance(said, dict)
-            else []
-        )
-        text = "; ".join(str(part) for part in parts if part)
+        text = stated_error(body)
         for secret in self._secrets:
             text = text.replace(secret, "***") if secret else text
         text = "".join(c for c in text if c.isprintable())[:200]
@@ -401,46 +382,3 @@ def _auth(header: str) -> dict[str, str]:
 def _origin(url: str) -> tuple[str, str | None, int | None]:
     parts = urlsplit(url)
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-
-
-def _limited(response: httpx.Response, limit: int, registry: str) -> bytes:
-    """Read a reply of at most so many bytes; of a longer refusal the beginning says why."""
-    data = bytearray()
-    for chunk in response.iter_raw():
-        data += chunk
-        if len(data) > limit and response.is_error:
-            return bytes(data[:limit])
-        if len(data) > limit:
-            raise InputRefused(
-                f"{registry} answered with more than {limit} bytes where few were due"
-            )
-    return bytes(data)
-
-
-def _retry_after(headers: httpx.Headers) -> float | None:
-    """Return Retry-After in seconds, whether given as a number or as a date (RFC 9110)."""
-    text = headers.get("retry-after", "")
-    if text.isascii() and text.isdigit():
-        return float(text)
-    try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, TypeError):
-        return None
-
-
-def _is_full(reply: Reply) -> bool:
-    # docker-registry says it as errno 28 of its own file system, with status 500.
-    full = b"no space left" in reply.body or b'"Err":28' in reply.body
-    return reply.status == 507 or (reply.status == 500 and full)
-
-
-def _object(body: bytes) -> Mapping[str, Json]:
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _texts(detail: Json) -> str:
-    return detail if isinstance(detail, str) else json.dumps(detail)[:200] if detail else ""

@@ -16,8 +16,9 @@ from toolchain.oci.image import Image, Opener, blob_of
 from toolchain.oci.layers import BlobLayer, Layer, TarLayer, verified
 from toolchain.oci.progress import Advance, Meter
 from toolchain.oci.references import Reference
+from toolchain.oci.replies import Reply, Transient
 from toolchain.oci.sending import check_created, send
-from toolchain.oci.session import Reply, Session, Transient
+from toolchain.oci.session import Session
 from toolchain.values import Blob, Digest
 
 _OK, _CREATED, _ACCEPTED, _MISSING = 200, 201, 202, 404

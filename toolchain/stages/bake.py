@@ -8,7 +8,8 @@ from dataclasses import replace
 from toolchain.errors import InputRefused
 from toolchain.oci.collisions import first_collision
 from toolchain.oci.image import Healthcheck, Image, ImageConfig, Order, assemble
-from toolchain.oci.layers import Member, TarLayer, weight_layers
+from toolchain.oci.layers import Member, TarLayer
+from toolchain.oci.weights import weight_layers
 from toolchain.ports import Store
 from toolchain.provenance.labels import ENGINE_VERSION
 from toolchain.provenance.roles import ADDED, LAYERS, config_label, roles_label

@@ -12,7 +12,6 @@ from toolchain.errors import InputRefused, UsageError
 from toolchain.oci.image import Image, ImageConfig, assemble
 from toolchain.oci.layers import (
     LAYER_TAR,
-    OWN_LAYER,
     TAR_RECIPE,
     BlobLayer,
     Member,
@@ -25,6 +24,7 @@ from toolchain.oci.manifests import host_platform
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.oci.tar import source_date_epoch
+from toolchain.oci.weights import OWN_LAYER
 from toolchain.ports import Entry, Tools
 from toolchain.provenance.bills import read_bills
 from toolchain.provenance.evidence import Document

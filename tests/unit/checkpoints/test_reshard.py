@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 from toolchain.checkpoints.reshard import INDEX, read_pieces, reshard, size_of
 from toolchain.errors import InputRefused, UsageError
 from toolchain.oci.image import ImageConfig, assemble
-from toolchain.oci.layers import weight_layers
 from toolchain.oci.unpack import unpack
+from toolchain.oci.weights import weight_layers
 from toolchain.values import Digest, FileEntry, Tree
 
 LARGEST = 400_000

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from tests.fakes.images import FILES, tree_of
 from toolchain.errors import InputRefused, UsageError
-from toolchain.oci.layers import Member, TarLayer, weight_layers
+from toolchain.oci.layers import Member, TarLayer
+from toolchain.oci.weights import weight_layers
 from toolchain.values import Digest
 
 
