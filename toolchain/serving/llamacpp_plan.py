@@ -162,6 +162,11 @@ def _shape_notes(shape: ModelShape) -> list[str]:
         notes.append(f"config.json gives no length: {_UNKNOWN_LENGTH} tokens are assumed")
     if shape.sliding_window and not sliding_layers(shape):
         notes.append("sliding layers are planned at full length, which is never too little")
+    if sliding_layers(shape) == shape.layers:
+        notes.append(
+            f"every layer slides: a request keeps its last {shape.sliding_window} tokens and those"
+            " of a step, and grows by nothing beyond them"
+        )
     return notes
 
 

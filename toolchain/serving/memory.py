@@ -32,17 +32,16 @@ KV_TYPES: dict[str, tuple[int, int]] = {
 KV_PADDING = 256
 """llama.cpp rounds the context of a slot up to this many tokens (src/llama-context.cpp)."""
 
-# Models whose sliding layers get the small cache in llama.cpp (src/models/*.cpp set swa_type);
-# for all others every layer is planned at full length, which is never too little.
-_SLIDES_IN_LLAMACPP = frozenset(
-    {
-        "Cohere2ForCausalLM",
-        "Gemma2ForCausalLM",
-        "Gemma3ForCausalLM",
-        "Gemma3ForConditionalGeneration",
-        "GptOssForCausalLM",
-    }
-)
+# Models whose sliding layers get the small cache in llama.cpp (src/models/*.cpp set swa_type), and
+# the period by which every last layer is full whatever config.json lists, since its converter
+# writes none down; for all others every layer is planned at full length, never too little.
+_PERIODS = {
+    "Cohere2ForCausalLM": 4,
+    "Gemma2ForCausalLM": 2,
+    "Gemma3ForCausalLM": 6,
+    "Gemma3ForConditionalGeneration": 6,
+    "GptOssForCausalLM": 2,
+}
 
 
 def parse_size(text: str) -> int:
@@ -112,8 +111,21 @@ def kv_cache_bytes(
 
 
 def sliding_layers(shape: ModelShape) -> int:
-    """Return the layers that have the small cache in llama.cpp."""
-    return shape.sliding_layers if shape.architecture in _SLIDES_IN_LLAMACPP else 0
+    """Return the layers that have the small cache in llama.cpp.
+
+    Raises InputRefused for a model whose layers slide otherwise than llama.cpp computes them.
+    """
+    period = _PERIODS.get(shape.architecture)
+    if not period or not shape.sliding_layers:
+        return 0
+    slides = [layer % period < period - 1 for layer in range(shape.layers)]
+    if [kind == "sliding_attention" for kind in shape.layer_types] != slides:
+        raise InputRefused(
+            f"config.json: layer_types of {shape.architecture} are not {period - 1} sliding and one"
+            " full in turn, and llama.cpp computes no others",
+            hint="choose a target of vLLM",
+        )
+    return sum(slides)
 
 
 def _row(elements: int, kind: str, which: str) -> int:

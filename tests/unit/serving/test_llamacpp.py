@@ -121,6 +121,36 @@ def test_amd_is_refused_because_the_image_is_for_nvidia():
         plan(LLAMA_8B, Q4, Wishes(gpu="mi300x"))
 
 
+GEMMA_3 = {
+    **SMOL,
+    "architectures": ["Gemma3ForCausalLM"],
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "sliding_window": 64,
+    "layer_types": ["sliding_attention"] * 4,
+}
+
+
+def test_a_model_that_only_slides_says_why_it_does_not_grow():
+    made = plan(GEMMA_3, MIB, Wishes(max_model_len=2048, max_num_seqs=1, host_memory_bytes=GIB))
+
+    # llama-server's own log for this shape: 768 cells in 4 layers, and 0 layers that grow.
+    assert made.kv_bytes_total == 768 * 4 * 3 * 2 * 32 * 2
+    assert made.kv_bytes_per_token == 0
+    assert any("every layer slides" in note for note in made.notes)
+
+
+def test_layers_that_slide_otherwise_than_llamacpp_computes_are_refused():
+    # Of a file of six sliding layers llama-server makes the sixth a full one: another model.
+    five, machine = ["sliding_attention"] * 5, Wishes(host_memory_bytes=GIB)
+    six = {**GEMMA_3, "num_hidden_layers": 6}
+
+    made = plan({**six, "layer_types": [*five, "full_attention"]}, MIB, machine)
+    assert made.kv_bytes_per_token == 3 * 2 * 32 * 2
+    with pytest.raises(InputRefused, match="5 sliding and one full in turn"):
+        plan({**six, "layer_types": [*five, "sliding_attention"]}, MIB, machine)
+
+
 def test_a_packed_cache_takes_less():
     packed = {"cache-type-k": "q8_0", "cache_type_v": "q8_0"}
     base = Wishes(max_model_len=8192, max_num_seqs=1, host_memory_bytes=64 * GIB)

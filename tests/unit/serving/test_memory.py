@@ -112,7 +112,7 @@ def test_latent_attention_keeps_one_row_and_no_values():
 def test_sliding_layers_hold_window_and_micro_batch():
     import dataclasses
 
-    kinds = ("full_attention", *["sliding_attention"] * 5)
+    kinds = (*["sliding_attention"] * 5, "full_attention")
     shape = dataclasses.replace(
         LLAMA_8B,
         architecture="Gemma3ForCausalLM",
