@@ -121,7 +121,14 @@ def test_github(place: Path) -> None:
     steps = {
         step.get("name"): step for step in load("github-actions.yml")["jobs"]["image"]["steps"]
     }
-    run(steps["build"]["run"], ADAPTER="v3", VERSION="1.10", REPOSITORY="ghcr.io/a/b")
+    env = {"ADAPTER": "v3", "VERSION": "1.10", "REPOSITORY": "ghcr.io/A/b"}
+    branch, tag = "--layout image", "--push"
+    assert branch in (text := steps["build"]["env"]["OUTPUT"])
+    assert tag in text
+    run(steps["build"]["run"], OUTPUT=branch, **env)
+    assert {"--layout", "image"} <= set(seen(place))
+    run(steps["build"]["run"], OUTPUT=tag, **env)
+    assert "--push" in seen(place)
     found = settings(seen(place))
     assert found == {
         "adapters": [{"source": "./adapters/v3", "version": "v3"}],

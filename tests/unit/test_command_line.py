@@ -172,3 +172,27 @@ def test_the_machine_is_described(tmp_path):
     checks = json.loads(done.stdout)["checks"]
     assert set(checks) >= {"engine", "gpu", "memory", "disk", "credentials", "builders"}
     assert "local: none" in checks["builders"]["found"]
+
+
+def test_a_result_that_cannot_be_written_is_told():
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*PROGRAMS["weightsmith"], "targets", "--json"],
+            cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+
+    assert done.returncode == 5
+    assert done.stderr.startswith("error: cannot write the result: No space left on device")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "2>/dev/full", "2>&- <&-"])
+def test_nobody_listens_to_the_progress(tmp_path, closed):
+    words = f"push oci:{tmp_path}/none --to 127.0.0.1:1/a:1 --json {closed}"
+    done = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m toolchain {words}"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 3
+    assert json.loads(done.stdout)["error"]["message"].endswith("it has no file 'oci-layout'")

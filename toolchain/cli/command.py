@@ -56,9 +56,7 @@ def command(
         @functools.wraps(body)
         def run(context: object, **arguments: Any) -> None:
             as_json = bool(arguments.get("json"))
-            for stream in (sys.stdout, sys.stderr):  # a locale may lack a letter
-                if isinstance(stream, io.TextIOWrapper):
-                    stream.reconfigure(errors="backslashreplace")
+            _settle_streams()
             try:
                 result, text = _guarded(body, context, _numbers(body, arguments))
             except WeightsmithError as error:
@@ -68,7 +66,7 @@ def command(
                 tell_error(_Interrupted("interrupted; what was finished is kept"), as_json=as_json)
                 raise Exit(code=_Interrupted.exit_code) from None
             else:
-                put_line(json.dumps(plain(result)) if as_json else text, sys.stdout)
+                _tell_result(json.dumps(plain(result)) if as_json else text)
 
         run.__signature__ = _for_invoke(inspect.signature(body), many)  # type: ignore[attr-defined]
         names = inspect.signature(body).parameters
@@ -80,6 +78,24 @@ def command(
         )(run)
 
     return wrap
+
+
+def _settle_streams() -> None:
+    """Take what a locale lacks a letter for, and streams that whoever started us has closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - for the rest of our time
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _tell_result(text: str) -> None:
+    if why := put_line(text, sys.stdout):
+        hint = "what was made is kept: make room, and run it again"
+        told = EnvironmentFailure(f"cannot write the result: {why}", hint=hint)
+        tell_error(told, as_json=False)
+        raise Exit(code=told.exit_code)
 
 
 def _for_invoke(signature: inspect.Signature, many: tuple[str, ...]) -> inspect.Signature:

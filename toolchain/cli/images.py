@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from toolchain.cli.command import command
+from toolchain.cli.lines import pinned
 from toolchain.values import Json
 
 
@@ -63,7 +64,7 @@ def bake(
     )
     with make_registry(insecure=insecure) as registry:
         result = bake_model(request, registry, tools)
-    return result, f"{result['reference']}@{result['digest']}"
+    return result, pinned(result["reference"], result["digest"])
 
 
 @command(positional=("source",))
@@ -88,7 +89,7 @@ def push(
     signer = make_signer(sign_key)
     with make_registry(insecure=insecure) as registry:
         result = copy_image(source, to, registry, progress_for(), force=force, signer=signer)
-    return result, f"{result['reference']}@{result['digest']}"
+    return result, pinned(result["reference"], result["digest"])
 
 
 @command(positional=("source",))
@@ -116,7 +117,7 @@ def rebase(
     request = RebaseRequest(source=source, onto=onto, to=to, smoke=smoke, force=force)
     with make_registry(insecure=insecure) as registry:
         result = rebase_image(request, registry, tools)
-    return result, f"{result['reference']}@{result['digest']}"
+    return result, pinned(result["reference"], result["digest"])
 
 
 @command(positional=("source",))
@@ -145,7 +146,7 @@ def verify(
 
     with make_registry(insecure=insecure) as registry:
         result = verify_image(source, key_path(key), registry, progress_for())
-    return result, f"{result['reference']}@{result['digest']} holds\n{table(result)}"
+    return result, f"{pinned(result['reference'], result['digest'])} holds\n{table(result)}"
 
 
 COMMANDS = (bake, push, rebase, inspect, verify)

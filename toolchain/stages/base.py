@@ -19,7 +19,7 @@ from toolchain.oci.layers import (
     TarLayer,
     verified,
 )
-from toolchain.oci.layout import locate, read_all, read_layout
+from toolchain.oci.layout import is_layout, locate, read_all, read_layout
 from toolchain.oci.manifests import host_platform
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
@@ -106,7 +106,7 @@ def base_image(
     """
     if reference.startswith(OWN):
         return _own(reference.removeprefix(OWN), engine, tools)
-    if reference.startswith("oci:"):
+    if is_layout(reference):
         image = read_layout(*locate(reference), platform=platform)
     else:
         image = registry.pull(Reference.parse(reference), platform=platform)
@@ -130,7 +130,7 @@ def base_images(
     """
     if reference.startswith(OWN):
         images: tuple[Image, ...] = (base_image(reference, engine, registry, tools),)
-    elif reference.startswith("oci:"):
+    elif is_layout(reference):
         images = read_all(*locate(reference))
     else:
         place = Reference.parse(reference)
@@ -165,7 +165,7 @@ def _checked(image: Image, reference: str, engine: str, tools: Tools) -> Image:
 
 def public_base(reference: str) -> str:
     """Return what an image may say of its base's name: nothing for a folder of this machine."""
-    return "" if reference.startswith("oci:") else reference
+    return "" if is_layout(reference) else reference
 
 
 def bills_of(reference: str, base: Image, registry: Registry) -> tuple[Document, ...]:

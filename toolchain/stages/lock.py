@@ -14,6 +14,7 @@ from pathlib import Path
 
 from toolchain.errors import InputRefused, UsageError
 from toolchain.oci.image import Image
+from toolchain.oci.layout import is_layout
 from toolchain.ports import Progress
 from toolchain.recipe import Adapter, Base
 from toolchain.recipe_file import RecipeFile
@@ -32,7 +33,7 @@ class Lock:
 
     def with_base(self, reference: str, image: Image) -> Lock:
         """Return the lock with a base as it was reached."""
-        if reference.startswith(("engine:", "oci:")) or "@" in reference:
+        if reference.startswith("engine:") or is_layout(reference) or "@" in reference:
             return self
         row = {**self.bases.get(reference, {}), image.platform: image.digest}
         return replace(self, bases={**self.bases, reference: row})

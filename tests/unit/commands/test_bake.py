@@ -19,7 +19,7 @@ from toolchain.commands.images import copy_image
 from toolchain.commands.verify import verify_image
 from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
 from toolchain.oci.image import Image
-from toolchain.oci.layout import read_layout
+from toolchain.oci.layout import read_layout, write_layout
 from toolchain.oci.places import open_place
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
@@ -126,6 +126,16 @@ def test_the_layout_and_the_registry_have_the_same_digest(scene: Scene, tmp_path
     written = bake(scene.client, scene.model, scene.base, layout=tmp_path / "layout")
     assert written["digest"] == pushed["digest"]
     assert open_place(str(tmp_path / "layout"), scene.client).image().digest == pushed["digest"]
+
+
+def test_a_base_in_a_layout_folder(scene: Scene, tmp_path: Path) -> None:
+    base = tmp_path / "engine"
+    write_layout(scene.image("base/engine:1"), base)
+    for source in (f"oci:{base}", str(base), f"{base}:latest"):
+        digest = scene.bake("team/app:1", base=source)["digest"]
+        image = scene.image("team/app:1")
+        assert image.digest == digest
+        assert str(tmp_path) not in str(image.labels), "it is a folder of this machine"
 
 
 BAKE = """

@@ -9,6 +9,7 @@ import pytest
 
 from toolchain.errors import InputRefused, UsageError
 from toolchain.oci.image import ImageConfig, assemble
+from toolchain.oci.layout import write_layout
 from toolchain.ports import Silent
 from toolchain.recipe_file import RecipeFile, read_recipe
 from toolchain.stages.lock import Lock, pinned, read_lock, with_sources, write_lock
@@ -94,6 +95,11 @@ def test_a_base_is_pinned_when_it_is_reached(file: RecipeFile) -> None:
     assert lock.bases == {name: {"linux/amd64": image.digest}}
     assert lock.with_base(f"{name}@{image.digest}", image) == lock
     assert lock.with_base("engine:llamacpp", image) == lock
+    assert lock.with_base("oci:engine", image) == lock
+    assert file.path
+    folder = file.path.parent / "engine"
+    write_layout(image, folder)
+    assert lock.with_base(str(folder), image) == lock
 
 
 def test_no_file_no_lock(file: RecipeFile) -> None:
