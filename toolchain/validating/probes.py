@@ -9,7 +9,7 @@ from typing import Any
 
 from toolchain.checkpoints.folder import check_adapter_folder
 from toolchain.errors import InputRefused
-from toolchain.validating.findings import ERROR, Finding, finding
+from toolchain.validating.findings import ERROR, WARNING, Finding, finding
 
 Message = Mapping[str, str]
 
@@ -116,8 +116,11 @@ def _made_up(vocabulary: int) -> list[list[int]]:
     return [[draw.randrange(max(1, vocabulary)) for _ in range(24)] for _ in BUILT_IN]
 
 
-def compare(expected: Any, merged: Any, vocabulary: int) -> list[Finding]:
-    """Hold the merged folder's tokenizer and template against what they must be."""
+def compare(expected: Any, merged: Any, vocabulary: int, base: Path) -> list[Finding]:
+    """Hold the merged folder's tokenizer and template against what they must be.
+
+    `vocabulary` is how many tokens the model embeds.
+    """
     found: list[Finding] = []
     if expected.chat_template and not merged.chat_template:
         found.append(
@@ -133,16 +136,24 @@ def compare(expected: Any, merged: Any, vocabulary: int) -> list[Finding]:
             message = f"the tokenizer's {name} is {there!r}, not {wanted!r}"
             found.append(finding(ERROR, "tokenizer", message, "tokenizer_config.json"))
     found += _round_trip(expected, merged)
-    if len(merged) > vocabulary > 0:
-        found.append(
-            finding(
-                ERROR,
-                "tokenizer",
-                f"the tokenizer has {len(merged)} tokens and the model embeds {vocabulary}",
-                "tokenizer.json",
-            )
-        )
-    return found
+    return [*found, *_beyond(merged, vocabulary, base)]
+
+
+def _beyond(merged: Any, vocabulary: int, base: Path) -> list[Finding]:
+    """Find tokens that the model does not embed.
+
+    Those that the base has too, such as Gemma 3's token of an image, nobody was trained with; of
+    others the embeddings are lost.
+    """
+    lacking = {text for text, number in merged.get_vocab().items() if number >= vocabulary > 0}
+    if not lacking:
+        return []
+    known = set(load_tokenizer(base).get_vocab()) if has_tokenizer(base) else set()
+    message = f"the tokenizer has {len(merged)} tokens and the model embeds {vocabulary}"
+    if lacking <= known:
+        message += f", as with the base: {', '.join(sorted(lacking)[:3])}"
+    severity = WARNING if lacking <= known else ERROR
+    return [finding(severity, "tokenizer", message, "tokenizer.json")]
 
 
 def _round_trip(expected: Any, merged: Any) -> list[Finding]:

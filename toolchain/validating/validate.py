@@ -115,7 +115,7 @@ def _tokenizers(request: Request, expected: Any) -> list[Finding]:
     except (OSError, ValueError, TypeError) as error:
         message = f"the merged folder's tokenizer cannot be loaded: {str(error)[:200]}"
         return [finding(ERROR, "tokenizer", message, "tokenizer.json")]
-    return asked.compare(expected, merged, vocabulary(request.merged))
+    return asked.compare(expected, merged, vocabulary(request.merged), request.base)
 
 
 def _compare(

@@ -1,5 +1,7 @@
 """Whatever is merged exactly passes, on every architecture and adapter that PEFT computes."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -203,6 +205,41 @@ def test_a_model_without_a_tokenizer_is_probed_too(tmp_path: Path) -> None:
     assert result["passed"], tell(result)
     assert result["probes"] == 6
     assert not wrong["passed"]
+
+
+def with_token(folder: Path, text: str, number: int = 512) -> None:
+    path = folder / "tokenizer.json"
+    told = json.loads(path.read_text("utf-8"))
+    told["added_tokens"].append({**told["added_tokens"][0], "id": number, "content": text})
+    path.write_text(json.dumps(told), "utf-8")
+
+
+def test_a_token_that_the_base_does_not_embed_either_is_told_of(tmp_path: Path) -> None:
+    """As Gemma 3's text models have one for images: nobody has trained with it."""
+    base = make_model(tmp_path / "base")
+    with_token(base, "<image>")
+    lora = make_adapter(tmp_path / "lora", base)
+
+    result = held(base, merged(tmp_path / "out", base, lora), lora)
+
+    assert result["passed"], tell(result)
+    (found,) = [f for f in result["findings"] if f.severity == "warning"]
+    assert "513 tokens and the model embeds 512, as with the base: <image>" in found.message
+
+
+def test_a_token_of_the_adapter_that_is_not_embedded_is_a_fault(tmp_path: Path) -> None:
+    """It was trained with, and its embedding was not saved with the adapter."""
+    base = make_model(tmp_path / "base")
+    lora = make_adapter(tmp_path / "lora", base)
+    for path in base.iterdir():
+        if "token" in path.name:
+            shutil.copy(path, lora)
+    with_token(lora, "<tool>")
+
+    result = held(base, merged(tmp_path / "out", base, lora), lora)
+
+    assert not result["passed"]
+    assert "513 tokens and the model embeds 512" in tell(result)
 
 
 def test_of_other_methods_the_rest_is_judged(tmp_path: Path) -> None:
