@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from toolchain.building.artifacts import check_model, say_texts, wanted_of
-from toolchain.errors import InputRefused, UsageError
+from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
 from toolchain.evaluating.gate import Limit
 from toolchain.evaluating.items import read_items, read_prompts
 from toolchain.evaluating.leaks import describe, find_leaks
 from toolchain.evaluating.metrics import check_metric
 from toolchain.evaluating.task import Task
-from toolchain.ports import Progress, Tools
+from toolchain.ports import Progress, Runner, Tools
 from toolchain.provenance.labels import reference
 from toolchain.quantizers import formats, of_format, quantizers
 from toolchain.recipe import Evaluate, Serve
@@ -273,10 +274,25 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
     if not everything_cached(request, sources, tools):
         for target in request.targets:
             if target.format.packed:
-                tools.runner.check(of_format(target.format.name).builder)
+                require_builder(target, tools.runner)
         config, size = model_config(sources.base.tree.root), sources.base.tree.size
         written += max(disk_peak(size, target.format, config) for target in request.targets)
         tools.store.require_room(written, "the build")
+
+
+def require_builder(target: Target, runner: Runner) -> None:
+    """Raise EnvironmentFailure where the target's builder cannot be made; name one that can."""
+    try:
+        runner.check(of_format(target.format.name).builder)
+    except EnvironmentFailure as lacking:
+        hint = lacking.hint
+        for name, other in all_targets().items():
+            if name.startswith(f"{target.name}-"):  # the same weights by other hands
+                with suppress(EnvironmentFailure):
+                    runner.check(of_format(other.format.name).builder)
+                    hint += f"; the target {name} needs none"
+                    break
+        raise EnvironmentFailure(lacking.message, hint=hint) from lacking
 
 
 def sources_to_merge(targets: Sequence[Target], sources: Sources) -> Sources:

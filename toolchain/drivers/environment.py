@@ -151,7 +151,7 @@ def check_compiler(pins: Pins) -> None:
             f"the builder {pins.name!r} compiles {', '.join(pins.compiled)}, and there is "
             f"{' and '.join(lacking)}",
             hint="install them (Debian and Ubuntu: apt-get install gcc python3-dev), or use the "
-            "docker runner; the target vllm-awq-autoawq needs none",
+            "docker runner",
         )
 
 

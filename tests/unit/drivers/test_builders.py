@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.runner import RecordingProgress
+from toolchain.building.planning import all_targets, require_builder
 from toolchain.drivers import docker_images, environment, toolset
 from toolchain.drivers.environment import Pins, environment_folder, is_complete
 from toolchain.drivers.local import LocalRunner
@@ -109,14 +110,20 @@ def test_the_environment_follows_the_pins_but_not_the_comments(images):
 def test_a_missing_compiler_is_told_before_anything_is_made(tmp_path, monkeypatch):
     runner = LocalRunner(tmp_path)
     monkeypatch.setattr("shutil.which", lambda name: None)
-    with pytest.raises(EnvironmentFailure, match=r"compiles pypcre.*no C compiler") as caught:
+    with pytest.raises(EnvironmentFailure, match=r"compiles pypcre.*no C compiler"):
         runner.check("gptqmodel")
-    assert "vllm-awq-autoawq" in caught.value.hint
     with pytest.raises(EnvironmentFailure, match="no C compiler"):
         runner.prepare("gptqmodel", RecordingProgress())
     assert not list(tmp_path.glob("builders/*/"))
 
     runner.check("autoawq")  # its source is Python alone
+    for target, says in {
+        "vllm-awq": "; the target vllm-awq-autoawq needs none",
+        "vllm-gptq": "",
+    }.items():
+        with pytest.raises(EnvironmentFailure) as caught:
+            require_builder(all_targets()[target], runner)
+        assert caught.value.hint.endswith(f"or use the docker runner{says}")
     folder = environment_folder(tmp_path, Pins(name="gptqmodel", flavour="cpu"))
     folder.mkdir(parents=True)
     (folder / ".complete").touch()
