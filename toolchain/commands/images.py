@@ -47,6 +47,7 @@ def copy_image(
         force=force,
         before_tag=lambda: copy_attachments(image.manifest_blob, origin, there, signer),
         progress=lambda done, total: progress.advance(done, total, "bytes"),
+        warn=progress.warn,
     )
     progress.finish("push", published.seconds, cached=published.uploaded_bytes == 0)
     return dict(plain(published))
@@ -78,7 +79,12 @@ def _copy_index(
         place = Reference(to.registry, to.repository)
         done.append(
             registry.push_manifest(
-                place, one.manifest_bytes, blob.media_type, [*one.blobs()], mount_from=sources
+                place,
+                one.manifest_bytes,
+                blob.media_type,
+                [*one.blobs()],
+                mount_from=sources,
+                warn=progress.warn,
             )
         )
         copy_attachments(blob, origin, there, signer)

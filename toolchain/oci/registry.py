@@ -20,6 +20,7 @@ from toolchain.oci.auth import Credentials, anonymous
 from toolchain.oci.image import Image, Opener, load_image
 from toolchain.oci.index import Index
 from toolchain.oci.limits import limits_of
+from toolchain.oci.pace import Pace
 from toolchain.oci.progress import Advance
 from toolchain.oci.proxies import Routed
 from toolchain.oci.references import Reference
@@ -56,6 +57,7 @@ class Registry:
         insecure: bool = False,
         transport: httpx.BaseTransport | None = None,
         pause: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
         memory: Memory | None = None,
     ) -> None:
         self._memory = memory
@@ -66,6 +68,7 @@ class Registry:
         self._credentials = credentials
         self._insecure = insecure
         self._pause = pause
+        self._clock = clock
         self._sessions: dict[tuple[str, str, tuple[str, ...]], Session] = {}
         self._lock = threading.Lock()
 
@@ -99,14 +102,15 @@ class Registry:
         also_tags: Sequence[str] = (),
         before_tag: Callable[[], None] = lambda: None,
         progress: Advance | None = None,
+        warn: Callable[[str], None] = lambda _: None,
         parallel: int = 4,
     ) -> Published:
         """Bring the image there: blobs that are missing, then the manifest, then the tag.
 
         `mount_from` are repositories of the same registry that may hold layers already;
         `before_tag` is called when the image is there by its digest, and `also_tags` are set
-        before the reference's own. A tag that names another digest is a UsageError unless
-        `force`.
+        before the reference's own; `warn` is told of a layer that is too slow for the registry.
+        A tag that names another digest is a UsageError unless `force`.
         """
         began = time.monotonic()
         if reference.digest and reference.digest != image.digest:
@@ -122,6 +126,7 @@ class Registry:
             progress,
             parallel,
             lambda blob: self._elsewhere(reference, blob),
+            pace=Pace(limits_of(reference.registry), warn, self._clock),
         )
         uploads.put_manifest(session, image.digest, image.manifest_bytes, image.media_type)
         before_tag()
@@ -174,6 +179,7 @@ class Registry:
         also_tags: Sequence[str] = (),
         before_tag: Callable[[], None] = lambda: None,
         progress: Advance | None = None,
+        warn: Callable[[str], None] = lambda _: None,
     ) -> Published:
         """Bring every image of an index there by its digest, then the index, then the tags."""
         session = self._session(reference, "pull,push")
@@ -181,7 +187,7 @@ class Registry:
             raise _another_digest(index.digest, reference)
         _guard_tag(session, reference, index, force)
         place = Reference(reference.registry, reference.repository)
-        done = [self.push(image, place, progress=progress) for image in index.images]
+        done = [self.push(image, place, progress=progress, warn=warn) for image in index.images]
         data = index.manifest_bytes
         uploads.put_manifest(session, index.digest, data, manifests.OCI_INDEX)
         before_tag()
@@ -236,6 +242,7 @@ class Registry:
         force: bool = True,
         mount_from: Sequence[str] = (),
         before_tag: Callable[[], None] = lambda: None,
+        warn: Callable[[str], None] = lambda _: None,
     ) -> Published:
         """Put any manifest and its blobs there, such as an index, or a statement about an image.
 
@@ -246,7 +253,11 @@ class Registry:
         sources = [name for name in mount_from if name != reference.repository]
         session = self._session(reference, "pull,push", sources)
         _guard_tag(session, reference, digest, force)
-        sent = [(uploads.bring(session, blob, o, sources), blob.size) for blob, o in blobs]
+        pace = Pace(limits_of(reference.registry), warn, self._clock)
+        sent = [
+            (uploads.bring(session, blob, pace.over(o, blob.size), sources), blob.size)
+            for blob, o in blobs
+        ]
         uploads.put_manifest(session, digest, manifest, media_type)
         before_tag()
         if reference.tag:

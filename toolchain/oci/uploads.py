@@ -14,6 +14,7 @@ from toolchain.errors import EnvironmentFailure, UsageError, WeightsmithError
 from toolchain.oci import downloads
 from toolchain.oci.image import Image, Opener, blob_of
 from toolchain.oci.layers import BlobLayer, Layer, TarLayer, verified
+from toolchain.oci.pace import Pace
 from toolchain.oci.progress import Advance, Meter
 from toolchain.oci.references import Reference
 from toolchain.oci.replies import Reply, Transient
@@ -61,6 +62,8 @@ def bring_all(
     progress: Advance | None,
     parallel: int,
     elsewhere: Elsewhere | None = None,
+    *,
+    pace: Pace,
 ) -> list[tuple[Way, int]]:
     """Bring every layer and the configuration there; return how, and the bytes of each.
 
@@ -73,7 +76,8 @@ def bring_all(
         if stop.is_set():
             raise _Stopped
         blob = blob_of(layer)
-        way = bring(session, blob, _opener(layer, blob), sources, meter, stop, elsewhere)
+        opener = pace.over(_opener(layer, blob), blob.size, layer.file)
+        way = bring(session, blob, opener, sources, meter, stop, elsewhere)
         return way, blob.size
 
     with ThreadPoolExecutor(max(1, parallel)) as pool:

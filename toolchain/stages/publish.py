@@ -106,6 +106,7 @@ def publish(
             also_tags=(f"{place.tag}-{whole.digest.short}",) if outputs.tag_digest else (),
             before_tag=lambda: _attach(whole, told, there, place, tools),
             progress=lambda sent, total: tools.progress.advance(sent, total, "bytes"),
+            warn=tools.progress.warn,
         )
     return replace(done, layers=_rows(own), seconds=time.monotonic() - began)
 
