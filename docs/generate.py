@@ -162,11 +162,11 @@ def _targets() -> Iterator[str]:
         "\n## GPUs\n\nMemory is the data sheet's; usable is what a process is told on that card. "
         "Compute capabilities and types are from the CUDA C++ Programming Guide.\n"
     )
-    yield "| name | generation | capability | memory | usable | BF16 | FP8 | Marlin |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| name | generation | capability | memory | usable | BF16 | FP8 |"
+    yield "|---|---|---|---|---|---|---|"
     for name, gpu in sorted(GPUS.items()):
         numbers = gpu.compute_capability
-        has = " | ".join("yes" if there else "no" for there in (gpu.bf16, gpu.fp8, gpu.marlin))
+        has = " | ".join("yes" if there else "no" for there in (gpu.bf16, gpu.fp8))
         yield (
             f"| `{name}` | {gpu.generation} | {'.'.join(map(str, numbers)) if any(numbers) else ''} |"
             f" {gpu.total_bytes >> 30} GiB | {gpu.usable_bytes >> 20} MiB | {has} |"
