@@ -7,10 +7,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-
-_OWNER = "owner"
 
 
 def owner_token() -> str:
@@ -43,14 +41,12 @@ def private_folder(cache: Path) -> Iterator[Path]:
     """
     jobs = cache / "jobs"
     jobs.mkdir(parents=True, exist_ok=True)
-    for left in jobs.glob(f"*/{_OWNER}"):
-        # Another process may be ending, and deleting it, at this moment.
-        with suppress(OSError):
-            if is_dead(left.read_text("ascii")):
-                shutil.rmtree(left.parent, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix="job-", dir=jobs))
+    for left in jobs.iterdir():
+        if is_dead(left.name.partition(".")[0]):  # others may be deleting it at this moment
+            shutil.rmtree(left, ignore_errors=True)
+    # Its name tells its owner: there is no moment in which a killed one would not be found.
+    folder = Path(tempfile.mkdtemp(prefix=f"{owner_token()}.", dir=jobs))
     try:
-        (folder / _OWNER).write_text(owner_token(), encoding="ascii")
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
