@@ -148,7 +148,8 @@ def test_a_line_that_is_no_message_goes_to_the_log(conversation):
         '{"other": 1}',
         '{"progress": "soon"}',
     ]
-    assert not conversation.answered()
+    with pytest.raises(WeightsmithError, match="without a result"):
+        conversation.result(0)
 
 
 def test_a_result_counts_only_with_exit_code_zero(conversation):
