@@ -1,4 +1,4 @@
-"""The order of the stages: what `invoke build` does, told once."""
+"""The order of the stages: what `invoke build` does."""
 
 from __future__ import annotations
 
@@ -58,39 +58,39 @@ def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[B
     tasks = tasks_of(request.file)
     asked = f"{sum(len(tried.task.items) for tried in tasks)} questions to"
     check_outputs(request, registry)
-    with clock.stage("resolve", recipe.base.source) as said:
-        request, sources = resolved(request, tools, said)
+    with clock.stage("resolve", recipe.base.source) as note:
+        request, sources = resolved(request, tools, note)
         check_before_work(request, sources, tools)
         check_layer_sizes(request, sources)
         merged = sources_to_merge(request.targets, sources)
-    with clock.stage("merge", f"{len(merged.adapters)} adapter(s), {recipe.merge.method}") as said:
+    with clock.stage("merge", f"{len(merged.adapters)} adapter(s), {recipe.merge.method}") as note:
         checkpoint = merging.merge(merged, recipe.merge, tools)
-        said["cached"] = checkpoint.details.get("cached", True)
-    with clock.stage("validate", "merged weights against base and adapters") as said:
-        checkpoint = validated(request, merged, checkpoint, tools, said)
-    with clock.stage("reference", f"{asked} base, adapter and merged model") as said:
-        expected = ask_references(tasks, sources, checkpoint, tools, said)
+        note["cached"] = checkpoint.details.get("cached", True)
+    with clock.stage("validate", "merged weights against base and adapters") as note:
+        checkpoint = validated(request, merged, checkpoint, tools, note)
+    with clock.stage("reference", f"{asked} base, adapter and merged model") as note:
+        expected = ask_references(tasks, sources, checkpoint, tools, note)
     judge(Record(request, sources, checkpoint, tools), expected, clock.stages)
     for target in request.targets:
         timed = Clock(tools, dict(clock.stages))
-        with timed.stage("quantize", target.format.name) as said:
-            artifact = quantized(request.file, target, sources, checkpoint, tools, said)
-        with timed.stage("quality", target.format.name) as said:
+        with timed.stage("quantize", target.format.name) as note:
+            artifact = quantized(request.file, target, sources, checkpoint, tools, note)
+        with timed.stage("quality", target.format.name) as note:
             artifact = with_quality(request.file, checkpoint, artifact, tools)
-            said["cached"] = artifact.details.get("quality", {}).get("cached", True)
-        with timed.stage("render", target.name) as said:
-            config = config_of(request, target, sources, checkpoint, artifact, said)
-        with timed.stage("bake", reference(recipe, target.name)) as said:
+            note["cached"] = artifact.details.get("quality", {}).get("cached", True)
+        with timed.stage("render", target.name) as note:
+            config = config_of(request, target, sources, checkpoint, artifact, note)
+        with timed.stage("bake", reference(recipe, target.name)) as note:
             baking = Baking.of(request, target, sources, artifact, config, registry, tools)
             image = baking.own({})
-            said["cached"] = has_layers(image, request.folder(target))
+            note["cached"] = has_layers(image, request.folder(target))
         record = Record(request, sources, checkpoint, tools, baking, image)
         judge_quality(record, artifact, expected, timed.stages)
-        with timed.stage("evaluate", f"{asked} the started image") as said:
-            results = prove(baking, image, expected, said)
+        with timed.stage("evaluate", f"{asked} the started image") as note:
+            results = prove(baking, image, expected, note)
         judge(record, results, timed.stages)
-        with timed.stage("publish", reference(recipe, target.name)) as said:
-            published = deliver(baking, checkpoint, main_scores(results), registry, said)
+        with timed.stage("publish", reference(recipe, target.name)) as note:
+            published = deliver(baking, checkpoint, main_scores(results), registry, note)
         yield record.keep(published, results, timed.stages)
 
 
@@ -104,22 +104,22 @@ class Clock:
     @contextmanager
     def stage(self, name: str, detail: str = "") -> Iterator[dict[str, Json]]:
         """Time a stage; its body sets `cached` where it fetched, made, changed and sent nothing."""
-        said: dict[str, Json] = {"cached": False, "seconds": 0.0}
+        note: dict[str, Json] = {"cached": False, "seconds": 0.0}
         self.tools.progress.stage(name, detail)
         began = time.monotonic()
-        yield said
-        said["seconds"] = round(time.monotonic() - began, 3)
-        self.stages[name] = said
-        self.tools.progress.finish(name, float(said["seconds"]), bool(said["cached"]))
+        yield note
+        note["seconds"] = round(time.monotonic() - began, 3)
+        self.stages[name] = note
+        self.tools.progress.finish(name, float(note["seconds"]), bool(note["cached"]))
 
 
 def resolved(
-    request: BuildRequest, tools: Tools, said: dict[str, Json]
+    request: BuildRequest, tools: Tools, note: dict[str, Json]
 ) -> tuple[BuildRequest, Sources]:
     """Bring the sources as the lock beside the recipe pins them; keep what it did not know."""
     lock = read_lock(request.file)
     file = pinned(request.file, lock)
-    said["cached"] = known(file, tools)[0] is not None
+    note["cached"] = known(file, tools)[0] is not None
     sources = resolve(file, tools)
     now = with_sources(lock, file, sources, locked=request.locked, progress=tools.progress)
     write_lock(lock, now, tools.progress)
@@ -141,7 +141,7 @@ def config_of(
     sources: Sources,
     checkpoint: Checkpoint,
     artifact: Artifact,
-    said: dict[str, Json],
+    note: dict[str, Json],
 ) -> ServingConfig:
     """Plan and render for the artifact as it came out."""
     # A GGUF is served as a file, a checkpoint as the folder that it is.
@@ -156,7 +156,7 @@ def config_of(
         made_from=(artifact.digest,),
         adapters=unmerged_adapters(request.file, target, sources),
     )
-    said["cached"] = is_written(config.files, request.folder(target))
+    note["cached"] = is_written(config.files, request.folder(target))
     return config
 
 
@@ -166,7 +166,7 @@ def quantized(
     sources: Sources,
     checkpoint: Checkpoint,
     tools: Tools,
-    said: dict[str, Json],
+    note: dict[str, Json],
 ) -> Artifact:
     """Return the weights in the target's format, by the recipe's options for it."""
     if target.format == LORA:
@@ -174,7 +174,7 @@ def quantized(
     else:
         wanted = wanted_of(file, target.format, sources.base, tools)
         artifact = quantizing.quantize(checkpoint, wanted, tools)
-    said["cached"] = artifact.details.get("cached", True)
+    note["cached"] = artifact.details.get("cached", True)
     return artifact
 
 
@@ -192,14 +192,14 @@ def validated(
     sources: Sources,
     checkpoint: Checkpoint,
     tools: Tools,
-    said: dict[str, Json],
+    note: dict[str, Json],
 ) -> Checkpoint:
     """Return the checkpoint as validated; as it is where nothing was merged or nobody wants it.
 
     Raises CheckFailed where it is not base and adapters; the report is kept.
     """
     recipe = request.file.recipe
-    said["cached"] = True
+    note["cached"] = True
     if not sources.adapters:
         return checkpoint
     if not recipe.validation.enabled:
@@ -209,17 +209,17 @@ def validated(
         proven = validating.validate(checkpoint, sources, recipe.merge, probes(request.file), tools)
     except CheckFailed as error:
         tools.progress.warn(f"not published: {error.message}")
-        told = replace(checkpoint, details={**checkpoint.details, "validation": error.details})
-        report = Record(request, sources, told, tools).refuse((), {})
+        judged = replace(checkpoint, details={**checkpoint.details, "validation": error.details})
+        report = Record(request, sources, judged, tools).refuse((), {})
         raise CheckFailed(
             error.message, hint=f"{error.hint}\n  report: {report}", details=error.details
         ) from None
-    said["cached"] = proven.details["validation"]["cached"]
+    note["cached"] = proven.details["validation"]["cached"]
     return proven
 
 
 def prove(
-    baking: Baking, image: Image, expected: tuple[Result, ...], said: dict[str, Json]
+    baking: Baking, image: Image, expected: tuple[Result, ...], note: dict[str, Json]
 ) -> tuple[Result, ...]:
     """Start the image unless this very one was proven before, and score its answers."""
     request, tools, trial = baking.request, baking.tools, baking.trial(expected)
@@ -229,8 +229,8 @@ def prove(
     if not is_own(image):
         tools.progress.warn(f"the image is for {image.platform} alone: it was not started")
         return expected
-    said["cached"] = is_proven(image.digest, trial, tools)
-    if said["cached"]:
+    note["cached"] = is_proven(image.digest, trial, tools)
+    if note["cached"]:
         answers = tuple(known_answers(trial, one, tools) or () for one in trial.asked)
     else:
         layout = request.trial_layout(baking.target)
@@ -272,7 +272,7 @@ def deliver(
     checkpoint: Checkpoint,
     scores: Mapping[str, Score],
     registry: Registry,
-    said: dict[str, Json],
+    note: dict[str, Json],
 ) -> Published:
     """Publish with what is known of it, unless every output holds this very image already."""
     request, tools = baking.request, baking.tools
@@ -281,11 +281,11 @@ def deliver(
     name = reference(request.file.recipe, baking.target.name)
     held = publishing.is_held(image, name, outputs, tools)
     if held and not outputs.push:
-        said["cached"] = True
+        note["cached"] = True
         if request.engine_answers:
             publishing.discard_candidate(own_of(image), None, tools)
         return publishing.describe(image, name, outputs)
-    told = [evidence(one) for one in baking.made(checkpoint, scores, registry)]
-    published = publishing.publish(image, name, outputs, told, registry, tools)
-    said["cached"] = held and not published.uploaded_bytes and not published.mounted
+    attachments = [evidence(one) for one in baking.made(checkpoint, scores, registry)]
+    published = publishing.publish(image, name, outputs, attachments, registry, tools)
+    note["cached"] = held and not published.uploaded_bytes and not published.mounted
     return published

@@ -77,10 +77,10 @@ def engine_pins(name: str) -> Digest:
 
 def engine_source(name: str) -> Mapping[str, Json]:
     """Return the `source.json` of an engine of our own."""
-    told: Mapping[str, Json] = json.loads(
+    source: Mapping[str, Json] = json.loads(
         (images() / "engines" / name / "source.json").read_text("utf-8")
     )
-    return told
+    return source
 
 
 def assembles_itself(engine: str) -> bool:

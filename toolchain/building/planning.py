@@ -192,11 +192,11 @@ def check_leaks(file: RecipeFile, tasks: tuple[Trialed, ...], progress: Progress
         for other in (tried.wanted.training, calibration.data if calibration else ""):
             if not other:
                 continue
-            told = describe(find_leaks(tried.task.items, file.folder / other))
-            if told and tried.wanted.strict:
-                raise InputRefused(told, hint="remove them from either file")
-            if told:
-                progress.warn(told)
+            leaks = describe(find_leaks(tried.task.items, file.folder / other))
+            if leaks and tried.wanted.strict:
+                raise InputRefused(leaks, hint="remove them from either file")
+            if leaks:
+                progress.warn(leaks)
 
 
 def wishes_of(serve: Serve) -> Wishes:

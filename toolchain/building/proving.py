@@ -40,7 +40,7 @@ def ask_references(
     sources: Sources,
     checkpoint: Checkpoint,
     tools: Tools,
-    said: dict[str, Json],
+    note: dict[str, Json],
 ) -> tuple[Result, ...]:
     """Return each task with the scores of base, adapter and merged model, and the merge judged.
 
@@ -48,7 +48,7 @@ def ask_references(
     quantized: each adapter's own task is held against that adapter alone.
     """
     asked = [_subjects(tried, sources, checkpoint) for tried in tasks]
-    said["cached"] = all(
+    note["cached"] = all(
         tools.store.find(references.inputs(subject, tried.task).key)
         for tried, subjects in zip(tasks, asked, strict=True)
         for subject in subjects.values()
@@ -85,23 +85,23 @@ def with_image(
 ) -> tuple[Result, ...]:
     """Return the tasks with the image's scores, judged against the adapter's or else the base's.
 
-    The image against the merged model shows what quantizing and serving changed; it is told, and
-    does not decide.
+    The image against the merged model shows what quantizing and serving changed; it is
+    reported, and does not decide.
     """
     done = []
     for result, answer in zip(results, answers, strict=True):
         tried, scores = result.tried, dict(result.scores)
         scores["image"] = score_task(tried.task, answer, tools.command)
         against = "adapter" if "adapter" in scores else "base"
-        told = [_judged(tried, "image", scores["image"], against, scores[against], tried.limit)]
+        verdicts = [_judged(tried, "image", scores["image"], against, scores[against], tried.limit)]
         if "merged" in scores:
             beside = _judged(
                 tried, "image", scores["image"], "merged", scores["merged"], tried.limit
             )
-            told.append(replace(beside, binding=False))
-        if few := too_few(told[0], tried.limit.max_drop):
+            verdicts.append(replace(beside, binding=False))
+        if few := too_few(verdicts[0], tried.limit.max_drop):
             tools.progress.warn(_named(tried, few))
-        done.append(replace(result, scores=scores, verdicts=(*result.verdicts, *told)))
+        done.append(replace(result, scores=scores, verdicts=(*result.verdicts, *verdicts)))
     return tuple(done)
 
 

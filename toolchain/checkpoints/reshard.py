@@ -134,10 +134,10 @@ def _shard(header: Header, group: list[TensorInfo]) -> Pieces:
 def _index(tree: Tree, moved: Mapping[str, str]) -> bytes:
     """Return the index of all tensors: those that moved, and the rest where they were."""
     if tree.has(INDEX):
-        told = json.loads(tree.path(INDEX).read_bytes())
-        if not isinstance(told, dict) or not isinstance(told.get("weight_map"), dict):
+        data = json.loads(tree.path(INDEX).read_bytes())
+        if not isinstance(data, dict) or not isinstance(data.get("weight_map"), dict):
             raise InputRefused(f"{tree.path(INDEX)} has no weight_map")
-        weights, metadata = told["weight_map"], told.get("metadata") or {}
+        weights, metadata = data["weight_map"], data.get("metadata") or {}
     else:
         names = [f.path for f in tree.files if f.path.endswith(".safetensors")]
         headers = [read_header(tree.path(name)) for name in names]
@@ -155,10 +155,10 @@ def _entry(
             state.update(chunk)
         return f"sha256:{state.hexdigest()}"
 
-    told = [
+    data = [
         Digest.of(p) if isinstance(p, bytes)
         else [sources[p.path.relative_to(root).as_posix()], p.offset, p.size]
         for p in pieces
     ]  # fmt: skip
-    digest = Digest(memo(key_of(["pieces", told]), hashed))
+    digest = Digest(memo(key_of(["pieces", data]), hashed))
     return FileEntry(path=name, size=size_of(pieces), digest=digest)

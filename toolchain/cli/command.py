@@ -206,7 +206,7 @@ class _Interrupted(WeightsmithError):
 def tell_error(error: WeightsmithError, *, as_json: bool) -> None:
     """Print an error in a few lines on stderr, and as an object on stdout where JSON was asked."""
     if as_json:
-        told = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
-        put_line(json.dumps({**plain(error.details), "error": told}), sys.stdout)
+        report = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
+        put_line(json.dumps({**plain(error.details), "error": report}), sys.stdout)
     text = f"error: {error.message}" + (f"\n  hint: {error.hint}" if error.hint else "")
     put_line(text, sys.stderr)

@@ -119,8 +119,8 @@ def _verdict(merged: str, result: Mapping[str, Json]) -> str:
             f"{result['max_abs_logit_diff']:.3g}, mean divergence {result['kl_mean']:.3g}, "
             f"same first choice {result['top1_agreement']:.1%}"
         )
-    if told := result.get("greedy"):
-        same, tokens = (sum(row[key] for row in told) for key in ("same", "tokens"))
+    if texts := result.get("greedy"):
+        same, tokens = (sum(row[key] for row in texts) for key in ("same", "tokens"))
         lines.append(f"  {same} of {tokens} tokens of greedy text are those of base and adapters")
     lines += [f"  {found['severity']}: {found['message']}" for found in result["findings"]]
     return "\n".join(lines)
@@ -174,14 +174,14 @@ def quantize(
         gate=not no_gate,
     )
     result = quantize_folder(asked, tools)
-    said = ", ".join(
+    measures = ", ".join(
         f"{key} {result['quality'][key]:.4g}"
         for key in ("kl_mean", "top1", "perplexity_ratio")
         if key in result["quality"]
     )
     return result, (
         f"{result['out']}: {result['format']}, {result['bits_per_weight']:.2f} bits"
-        + (f"; {said}" if said else "")
+        + (f"; {measures}" if measures else "")
     )
 
 

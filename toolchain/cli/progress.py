@@ -85,8 +85,8 @@ class LiveProgress:
     def stage(self, name: str, detail: str) -> None:
         """Start the stage's bar."""
         self._stop()
-        told = f"  {self._escape(detail)}" if detail else ""
-        self._console.print(f"[bold]{name}[/bold]{told}")
+        text = f"  {self._escape(detail)}" if detail else ""
+        self._console.print(f"[bold]{name}[/bold]{text}")
         self._began = time.monotonic()
         self._task = self._bars.add_task(name, total=None, detail="")
         self._bars.start()

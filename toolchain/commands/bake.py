@@ -234,9 +234,9 @@ def _made(
 def _publish(
     made: list[Made], place: str, outputs: Outputs, registry: Registry, tools: Tools
 ) -> Published:
-    told = [evidence(one) for one in made]
+    attachments = [evidence(one) for one in made]
     whole = whole_of([one.image for one in made])
-    return publish(whole, place, outputs, told, registry, tools)
+    return publish(whole, place, outputs, attachments, registry, tools)
 
 
 def _outputs(request: BakeRequest, *, push: bool) -> Outputs:

@@ -121,11 +121,11 @@ def _task(data: Path, wishes: Wishes) -> Task:
 
 def _check_leaks(task: Task, wishes: Wishes, tools: Tools) -> None:
     for other in (wishes.training, wishes.calibration):
-        told = describe(find_leaks(task.items, Path(other))) if other else ""
-        if told and wishes.strict:
-            raise InputRefused(told, hint="remove them from either file, or leave --strict out")
-        if told:
-            tools.progress.warn(told)
+        leaks = describe(find_leaks(task.items, Path(other))) if other else ""
+        if leaks and wishes.strict:
+            raise InputRefused(leaks, hint="remove them from either file, or leave --strict out")
+        if leaks:
+            tools.progress.warn(leaks)
 
 
 def _score(subject: Subject, task: Task, wishes: Wishes, tools: Tools) -> Score:
@@ -161,12 +161,12 @@ def _ask_checkpoint(subject: Subject, task: Task, tools: Tools) -> Answers:
 def _earlier(path: str) -> Score:
     """Return the score that an earlier run printed with --json."""
     try:
-        told = json.loads(Path(path).read_text("utf-8"))
-        rows = tuple({**row, "ok": bool(row["ok"])} for row in told["per_item"])
+        data = json.loads(Path(path).read_text("utf-8"))
+        rows = tuple({**row, "ok": bool(row["ok"])} for row in data["per_item"])
         return Score(
-            score=float(told["score"]),
-            n=int(told["n"]),
-            metric=str(told.get("metric", "")),
+            score=float(data["score"]),
+            n=int(data["n"]),
+            metric=str(data.get("metric", "")),
             per_item=rows,
         )
     except OSError as error:

@@ -101,8 +101,8 @@ def read_results(out: Path) -> Mapping[str, Json]:
         raise CheckFailed(
             "lm-evaluation-harness wrote no results", hint="run it by hand; its output says why"
         )
-    told = json.loads(files[-1].read_text("utf-8"))
-    tasks = {name: _task(name, measures, told) for name, measures in told["results"].items()}
+    results = json.loads(files[-1].read_text("utf-8"))
+    tasks = {name: _task(name, measures, results) for name, measures in results["results"].items()}
     scored = [task for task in tasks.values() if task["score"] is not None]
     if not scored:
         raise CheckFailed(
@@ -118,7 +118,7 @@ def read_results(out: Path) -> Mapping[str, Json]:
     }
 
 
-def _task(name: str, measures: Mapping[str, Json], told: Mapping[str, Json]) -> dict[str, Json]:
+def _task(name: str, measures: Mapping[str, Json], results: Mapping[str, Json]) -> dict[str, Json]:
     numbers = {
         key: value
         for key, value in measures.items()
@@ -126,7 +126,7 @@ def _task(name: str, measures: Mapping[str, Json], told: Mapping[str, Json]) -> 
     }
     main = next((key for wanted in _MAIN for key in numbers if key.split(",")[0] == wanted), "")
     stderr = measures.get(main.replace(",", "_stderr,", 1)) if main else None
-    count = told.get("n-samples", {}).get(name, {}).get("effective", 0)
+    count = results.get("n-samples", {}).get(name, {}).get("effective", 0)
     return {
         "score": numbers.get(main),
         "measure": main,

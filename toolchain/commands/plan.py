@@ -116,8 +116,10 @@ def _serving_plan(
     except UsageError as error:
         if "plan" not in error.details:
             raise
-        told = {"plan": {target.name: error.details["plan"]}}
-        raise UsageError(f"{target.name}: {error.message}", hint=error.hint, details=told) from None
+        details = {"plan": {target.name: error.details["plan"]}}
+        raise UsageError(
+            f"{target.name}: {error.message}", hint=error.hint, details=details
+        ) from None
 
 
 def table(result: Mapping[str, Json]) -> str:
@@ -169,9 +171,9 @@ def _changes(folder: Path) -> int:
     since, seen = (datetime.now(UTC) - timedelta(days=7)).isoformat(), set()
     for path in folder.glob("*/*/build.json"):
         try:
-            told = json.loads(path.read_text("utf-8"))
-            if str(told["created"]) >= since:
-                seen.add(tuple(str(adapter["digest"]) for adapter in told["adapters"]))
+            facts = json.loads(path.read_text("utf-8"))
+            if str(facts["created"]) >= since:
+                seen.add(tuple(str(adapter["digest"]) for adapter in facts["adapters"]))
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return len(seen)
@@ -255,12 +257,12 @@ def _reference_rows(
 ) -> list[dict[str, Json]]:
     if not tasks:
         return []
-    told = earlier.get("reference")
+    before = earlier.get("reference")
     states = []
     for tried in tasks:
         asked = references.subjects(sources, tried.adapter)
         subject = asked.get("adapter", asked["base"])
-        states.append(_state(references.inputs(subject, tried.task), told, tools))
+        states.append(_state(references.inputs(subject, tried.task), before, tools))
     cached = all(there for there, _ in states)
     why = next((why for there, why in states if not there), "")
     size = sources.base.tree.size

@@ -67,9 +67,9 @@ def rebase_image(request: RebaseRequest, registry: Registry, tools: Tools) -> Ma
     whole = whole_of([image for image, _ in moved])
     if request.smoke:
         _smoke(own_of(whole), tools)
-    told = [evidence for _, evidence in moved]
+    attachments = [evidence for _, evidence in moved]
     outputs = Outputs(push=True, force=request.force)
-    published = publish(whole, request.to, outputs, told, registry, tools)
+    published = publish(whole, request.to, outputs, attachments, registry, tools)
     seconds = round(time.monotonic() - began, 3)
     tools.progress.finish("rebase", seconds, cached=False)
     before = Digest.of(index) if index else olds[0].digest
@@ -191,7 +191,7 @@ def _evidence(
     below = base_documents(base, name, bills_of(name, base, registry) if name else ())
     documents = (*_own(gathered.documents_in(attachments)), *below)
     first = _first(old.digest, [gathered.read_statement(part, None).statement for part in kept])
-    told = statements.provenance(
+    statement = statements.provenance(
         "rebase",
         [
             statements.image_resource(new.manifest_blob),
@@ -211,7 +211,7 @@ def _evidence(
             for document in documents
         ],
     )
-    return Evidence(statements=(told,), kept=tuple(kept), documents=documents)
+    return Evidence(statements=(statement,), kept=tuple(kept), documents=documents)
 
 
 def _own(documents: list[Document]) -> list[Document]:
@@ -226,9 +226,9 @@ def _title(document: Document) -> tuple[str, str]:
     return document.artifact_type, document.parts[0].title if document.parts else ""
 
 
-def _first(image: Digest, told: list[Mapping[str, Json]]) -> str:
+def _first(image: Digest, stated: list[Mapping[str, Json]]) -> str:
     """Return the digest of the image that was baked, before any exchange."""
-    for one in told:
+    for one in stated:
         if statements.kind_of(one) == "rebase" and (
             statements.subjects_of(one).get("image") == image
         ):

@@ -56,5 +56,5 @@ def _only(place: Path) -> Path:
 
 
 def _told(written: Written) -> dict[str, Json]:
-    told: dict[str, Json] = {"html": written.html, "markdown": written.markdown}
-    return {**told, "junit": written.junit} if written.junit else told
+    paths: dict[str, Json] = {"html": written.html, "markdown": written.markdown}
+    return {**paths, "junit": written.junit} if written.junit else paths

@@ -31,8 +31,8 @@ def read_bases(path: Path | None = None) -> dict[str, Base]:
     """Return all bases of the lock file by purpose; UsageError where the file is damaged."""
     file = images() / "bases.lock" if path is None else path
     try:
-        told = json.loads(file.read_text("utf-8"))
-        return {purpose: _base(purpose, entry) for purpose, entry in told.items()}
+        entries = json.loads(file.read_text("utf-8"))
+        return {purpose: _base(purpose, entry) for purpose, entry in entries.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise UsageError(
             f"{file} cannot be read: {problem}", hint="restore it from version control"

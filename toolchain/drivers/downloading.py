@@ -28,9 +28,9 @@ def persistently(run: Callable[[], Completed], progress: Progress) -> Completed:
     """
     for pause in PAUSES:
         done = run()
-        said = next((line for line in reversed(done.tail) if _BROKE.search(line)), "")
-        if done.returncode == 0 or not said:
+        broken = next((line for line in reversed(done.tail) if _BROKE.search(line)), "")
+        if done.returncode == 0 or not broken:
             return done
-        progress.warn(f"a download failed; trying again in {pause:g} s: {said.strip()[:200]}")
+        progress.warn(f"a download failed; trying again in {pause:g} s: {broken.strip()[:200]}")
         time.sleep(pause)
     return run()

@@ -183,9 +183,9 @@ def seal(root: Path) -> None:
             where, options = os.fsencode(temporary), b"mode=1777"
             check(_libc.mount(b"tmpfs", where, b"tmpfs", flags, options), "mount /tmp")
         # What the place has already must be said again, or the kernel refuses.
-        told = os.statvfs(root).f_flag
-        flags = READ_ONLY | (told & (NO_SETUID | NO_DEVICES | NO_PROGRAMS | NO_ACCESS_TIMES))
-        flags |= RELATIVE_ACCESS_TIMES if told & getattr(os, "ST_RELATIME", 4096) else 0
+        present = os.statvfs(root).f_flag
+        flags = READ_ONLY | (present & (NO_SETUID | NO_DEVICES | NO_PROGRAMS | NO_ACCESS_TIMES))
+        flags |= RELATIVE_ACCESS_TIMES if present & getattr(os, "ST_RELATIME", 4096) else 0
         remount = REMOUNT | BIND | flags
         check(_libc.mount(None, os.fsencode(root), None, remount, None), "remount /")
     except OSError as problem:

@@ -49,8 +49,8 @@ def run_command(
         raise
     if done.returncode != 0:
         # Of a traceback, its last line: the others are the program's own affair.
-        told = [line for line in done.tail if line.strip() and not line[0].isspace()]
-        last = "\n".join(f"  {line}" for line in told[-4:])
+        lines = [line for line in done.tail if line.strip() and not line[0].isspace()]
+        last = "\n".join(f"  {line}" for line in lines[-4:])
         raise CheckFailed(
             f"{argv[0]} failed ({process.describe_exit(done.returncode)})"
             + (f":\n{last}" if last else ""),

@@ -34,13 +34,13 @@ class Conversation:
     def hear(self, line: str) -> None:
         """Take one line of the worker's standard output."""
         try:
-            told = json.loads(line)
+            message = json.loads(line)
         except ValueError:
-            told = None
-        if not isinstance(told, dict):
+            message = None
+        if not isinstance(message, dict):
             self.hear_error(line)
             return
-        match told:
+        match message:
             case {"progress": [int(done), int(total), str(unit)]}:
                 self.progress.advance(done, total, unit)
             case {"note": str(text)}:
@@ -85,14 +85,14 @@ class Conversation:
 
 def job_file(job: Job, inputs: Mapping[str, str], output: str) -> str:
     """Return the job as JSON text, with the paths that hold inside the builder."""
-    told = {
+    data = {
         "stage": job.stage,
         "builder": job.builder,
         "inputs": dict(inputs),
         "parameters": plain(job.parameters),
         "output": output,
     }
-    return json.dumps(told, ensure_ascii=False)
+    return json.dumps(data, ensure_ascii=False)
 
 
 @contextmanager

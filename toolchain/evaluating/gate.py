@@ -49,12 +49,12 @@ class Verdict:
     needed: int = 0
     """Items that could show the asked `max_drop`; 0 where these are enough."""
     binding: bool = True
-    """False for a comparison that is told and decides nothing."""
+    """False for a comparison that is reported and decides nothing."""
 
     @property
     def facts(self) -> Mapping[str, Json]:
         """The same as plain JSON, for build.json and `--json`."""
-        told: dict[str, Json] = {
+        facts: dict[str, Json] = {
             "subject": self.subject,
             "against": self.against,
             "passed": self.passed,
@@ -62,7 +62,7 @@ class Verdict:
             "reason": self.reason,
         }
         if self.comparison is not None:
-            told |= {
+            facts |= {
                 "drop": round(self.comparison.drop, 6),
                 "interval": [round(end, 6) for end in self.comparison.interval],
                 "lost": self.comparison.lost,
@@ -71,8 +71,8 @@ class Verdict:
                 "p": round(self.comparison.p, 6),
             }
         if self.needed:
-            told["items_needed"] = self.needed
-        return told
+            facts["items_needed"] = self.needed
+        return facts
 
     def require(self) -> None:
         """Raise CheckFailed unless it passed."""

@@ -43,10 +43,10 @@ def read_verdict(
 
     Raises CheckFailed for output that is not what the module promises.
     """
-    told = _last_object(output)
-    if "ok" in told:
-        return _judged(told["ok"], items, answers)
-    score, n = told.get("score"), told.get("n", 0)
+    verdict = _last_object(output)
+    if "ok" in verdict:
+        return _judged(verdict["ok"], items, answers)
+    score, n = verdict.get("score"), verdict.get("n", 0)
     if (
         isinstance(score, bool)
         or not isinstance(score, int | float)
@@ -56,7 +56,7 @@ def read_verdict(
         or n < 0
     ):
         raise CheckFailed(f"the command's score is not from 0 to 1: {score!r}, n={n!r}", hint=_HINT)
-    rows = told.get("per_item", [])
+    rows = verdict.get("per_item", [])
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise CheckFailed("the command's per_item is not a list of objects", hint=_HINT)
     return Score(score=float(score), n=n, metric="command", per_item=_rows(rows))

@@ -78,14 +78,14 @@ def _echo(served_name: str, prompt: str | Sequence[int]) -> Json:
 def _token_scores(text: str) -> tuple[list[str], list[float | None], list[int]] | None:
     """Return tokens, log-probabilities and text offsets of an echoed prompt; None without."""
     try:
-        told = json.loads(text)["choices"][0]["logprobs"]
-        tokens, scores = list(told["tokens"]), list(told["token_logprobs"])
+        scored = json.loads(text)["choices"][0]["logprobs"]
+        tokens, scores = list(scored["tokens"]), list(scored["token_logprobs"])
     except (ValueError, KeyError, IndexError, TypeError):
         return None
     # One token is the answer alone: the prompt was not echoed.
     if len(tokens) < 2 or len(tokens) != len(scores):
         return None
-    offsets = told.get("text_offset")
+    offsets = scored.get("text_offset")
     if not isinstance(offsets, list) or len(offsets) != len(tokens):
         offsets, place = [], 0
         for token in tokens:
@@ -99,10 +99,10 @@ def _by_echo(session: Session, served_name: str, item: Item, choice: str) -> flo
         return _by_ids(session, served_name, item, choice)
     context = item.prompt
     whole = context + spaced(context, choice)
-    told = _token_scores(json.dumps(session.post(_COMPLETIONS, _echo(served_name, whole))))
-    if told is None:
+    scored = _token_scores(json.dumps(session.post(_COMPLETIONS, _echo(served_name, whole))))
+    if scored is None:
         raise session.failed(_COMPLETIONS, "an answer without the prompt's log-likelihoods")
-    tokens, scores, offsets = told
+    tokens, scores, offsets = scored
     # A begin token may stand before the text, at offset 0 or as text of its own.
     shift = offsets[0]
     total = 0.0
@@ -117,12 +117,12 @@ def _by_ids(session: Session, served_name: str, item: Item, choice: str) -> floa
     """Score a reply to messages by token numbers: vLLM's /tokenize applies the chat template."""
     context = _tokenized(session, served_name, {"messages": _messages(item)})
     reply = _tokenized(session, served_name, {"prompt": choice, "add_special_tokens": False})
-    told = _token_scores(
+    scored = _token_scores(
         json.dumps(session.post(_COMPLETIONS, _echo(served_name, [*context, *reply])))
     )
-    if told is None or len(told[1]) < len(context) + len(reply):
+    if scored is None or len(scored[1]) < len(context) + len(reply):
         raise session.failed(_COMPLETIONS, "an answer without the prompt's log-likelihoods")
-    scores = told[1][len(context) : len(context) + len(reply)]
+    scores = scored[1][len(context) : len(context) + len(reply)]
     return sum(score for score in scores if score is not None)
 
 
@@ -184,9 +184,9 @@ def _next_score(session: Session, prefix: Sequence[int], token: int) -> float:
             "temperature": 0.0,
             "cache_prompt": True,
         }
-        told = session.post("/completion", body, most=_LONG_LIST)
+        scored = session.post("/completion", body, most=_LONG_LIST)
         try:
-            rows = told["completion_probabilities"][0]["top_logprobs"]
+            rows = scored["completion_probabilities"][0]["top_logprobs"]
         except (KeyError, IndexError, TypeError):
             raise session.failed("/completion", "an answer without log-probabilities") from None
         for row in rows:

@@ -89,10 +89,10 @@ def measure(session: Session, served_name: str, question: Item, max_tokens: int)
 
 
 def _has_text(event: str) -> bool:
-    told = json.loads(event)
-    if not isinstance(told, dict) or "error" in told:
+    data = json.loads(event)
+    if not isinstance(data, dict) or "error" in data:
         raise Refused(f"the stream says: {event[:200]}")
-    for choice in told.get("choices") or ():
+    for choice in data.get("choices") or ():
         delta = choice.get("delta") or {}
         if delta.get("content") or delta.get("reasoning_content"):
             return True

@@ -141,8 +141,8 @@ def _contents(event: Json) -> list[Json]:
 
 
 def _end(session: Session, name: str) -> str:
-    told = chat(session, name, _GREETING, _LONG)
-    if told["finish_reason"] == "stop":
+    answer = chat(session, name, _GREETING, _LONG)
+    if answer["finish_reason"] == "stop":
         return "an answer ends by itself"
     return f"the answer to 'Hello' did not end within {_LONG} tokens"
 

@@ -43,20 +43,20 @@ class Task:
     @property
     def parameters(self) -> Mapping[str, Json]:
         """The same for a job that asks a checkpoint."""
-        told: dict[str, Json] = {
+        facts: dict[str, Json] = {
             "items": [[dict(m) for m in item.messages] for item in self.items],
             "max_tokens": self.max_tokens,
         }
         if self.metric == "choice":
-            told["choices"] = [list(item.choices) for item in self.items]
-            told["plain"] = [item.plain for item in self.items]
-        return told
+            facts["choices"] = [list(item.choices) for item in self.items]
+            facts["plain"] = [item.plain for item in self.items]
+        return facts
 
-    def answers_of(self, told: Sequence[Json]) -> Answers:
+    def answers_of(self, answers: Sequence[Json]) -> Answers:
         """Return a job's answers, the likeliest choices where it sent likelihoods."""
         if self.metric == "choice":
-            return tuple(choose(i, s) for i, s in zip(self.items, told, strict=True))
-        return tuple(told)
+            return tuple(choose(i, s) for i, s in zip(self.items, answers, strict=True))
+        return tuple(answers)
 
 
 def ask_server(

@@ -233,8 +233,8 @@ def _check_method(root: Path, kind: str) -> None:
 def _replicated(settings: Mapping[str, Any]) -> list[str]:
     if not settings:
         return []
-    told = ", ".join(f"{name} {value}" for name, value in settings.items() if type(value) is int)
-    return [f"layer_replication: every replica is written out; config.json says {told}"]
+    counts = ", ".join(f"{name} {value}" for name, value in settings.items() if type(value) is int)
+    return [f"layer_replication: every replica is written out; config.json says {counts}"]
 
 
 def _view(

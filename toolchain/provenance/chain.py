@@ -187,8 +187,8 @@ def _gate(image: Image, told: Sequence[Told]) -> Check | None:
     predicate = results[-1].get("predicate")
     result = predicate.get("result") if isinstance(predicate, dict) else None
     passed = predicate.get("passedTests") if isinstance(predicate, dict) else None
-    said = "; ".join(str(row) for row in passed or ())[:200]
-    return Check(name="gate", ok=result == "PASSED", found=f"{result}: {said}")
+    findings = "; ".join(str(row) for row in passed or ())[:200]
+    return Check(name="gate", ok=result == "PASSED", found=f"{result}: {findings}")
 
 
 def _tree(files: Mapping[str, str]) -> Digest:

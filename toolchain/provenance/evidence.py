@@ -57,10 +57,10 @@ class Told:
     """By the key that was asked for; False without a key."""
 
 
-def is_ours(told: Mapping[str, Json]) -> bool:
+def is_ours(statement: Mapping[str, Json]) -> bool:
     """Say whether a statement is one that we make, so that our key has to vouch for it."""
     kinds = ("merge", "quantize", "split", "bake", "rebase")
-    return told.get("predicateType") == TEST_RESULT or kind_of(told) in kinds
+    return statement.get("predicateType") == TEST_RESULT or kind_of(statement) in kinds
 
 
 def read_attached(place: Place, image: Digest) -> list[Attachment]:
@@ -95,9 +95,9 @@ def claims_in(attachments: Sequence[Attachment], check: signing.Check | None) ->
     return found
 
 
-def is_claim(told: Mapping[str, Json]) -> bool:
+def is_claim(statement: Mapping[str, Json]) -> bool:
     """Say whether a statement is cosign 3's signature of an image, and says nothing else of it."""
-    return told.get("predicateType") == signing.SIGN_PREDICATE
+    return statement.get("predicateType") == signing.SIGN_PREDICATE
 
 
 def bundles_in(attachments: Iterable[Attachment]) -> list[Part]:

@@ -82,8 +82,8 @@ def public_name(source: str) -> str:
 
 def score_labels(scores: Mapping[str, Score]) -> dict[str, str]:
     """Return one label per score: `base`, `adapter`, `image`, each from 0 to 1 over n items."""
-    told = {name: scores[name] for name in ("base", "adapter", "image") if name in scores}
+    shown = {name: scores[name] for name in ("base", "adapter", "image") if name in scores}
     return {
         f"{PREFIX}score.{name}": f"{score.score:.4f} {score.metric} n={score.n}"
-        for name, score in told.items()
+        for name, score in shown.items()
     }

@@ -119,10 +119,10 @@ def license_of(folder: Path) -> str:
     try:
         text = (folder / "README.md").read_text("utf-8")[:65536]
         found = re.match(r"---\s*\n(.*?)\n---\s*\n", text, re.DOTALL)
-        told = yaml.safe_load(found[1]) if found else None
+        header = yaml.safe_load(found[1]) if found else None
     except (OSError, ValueError, yaml.YAMLError):
         return ""
-    named = told.get("license") if isinstance(told, dict) else None
+    named = header.get("license") if isinstance(header, dict) else None
     return named if isinstance(named, str) else ""
 
 
@@ -145,12 +145,12 @@ def _card(facts: ModelFacts) -> dict[str, Json]:
                 for who, score in sorted(facts.scores.items())
             ]
         }
-    told = {
+    considerations = {
         "useCases": [facts.card.intended_use] if facts.card.intended_use else [],
         "technicalLimitations": [facts.card.limitations] if facts.card.limitations else [],
     }
-    if any(told.values()):
-        card["considerations"] = {key: value for key, value in told.items() if value}
+    if any(considerations.values()):
+        card["considerations"] = {key: value for key, value in considerations.items() if value}
     return card
 
 

@@ -39,8 +39,8 @@ def roles_label(*counts: tuple[str, int]) -> str:
 
 def config_label(config: ImageConfig) -> str:
     """Spell what is added to a base: all but the labels' values, which stand beside it."""
-    told = {**plain(config), "labels": sorted(config.labels)}
-    return canonical({key: value for key, value in told.items() if value}).decode()
+    stated = {**plain(config), "labels": sorted(config.labels)}
+    return canonical({key: value for key, value in stated.items() if value}).decode()
 
 
 def roles_of(image: Image, where: str) -> Roles:
@@ -67,19 +67,19 @@ def roles_of(image: Image, where: str) -> Roles:
 
 def _config(image: Image, where: str) -> ImageConfig:
     try:
-        told: Mapping[str, Json] = json.loads(image.labels.get(ADDED, ""))
-        check = told.get("healthcheck")
+        stated: Mapping[str, Json] = json.loads(image.labels.get(ADDED, ""))
+        check = stated.get("healthcheck")
         return ImageConfig(
-            user=told.get("user"),
-            env={str(key): str(value) for key, value in (told.get("env") or {}).items()},
-            entrypoint=_words(told.get("entrypoint")),
-            cmd=_words(told.get("cmd")),
-            ports=tuple(int(port) for port in told.get("ports") or ()),
+            user=stated.get("user"),
+            env={str(key): str(value) for key, value in (stated.get("env") or {}).items()},
+            entrypoint=_words(stated.get("entrypoint")),
+            cmd=_words(stated.get("cmd")),
+            ports=tuple(int(port) for port in stated.get("ports") or ()),
             healthcheck=Healthcheck(**{**check, "command": tuple(check["command"])})
             if check
             else None,
-            labels={key: image.labels[key] for key in told.get("labels") or ()},
-            working_dir=told.get("working_dir"),
+            labels={key: image.labels[key] for key in stated.get("labels") or ()},
+            working_dir=stated.get("working_dir"),
         )
     except (ValueError, TypeError, KeyError, AttributeError):
         raise InputRefused(f"{where}: its label {ADDED} is damaged") from None

@@ -114,11 +114,11 @@ def layer_resources(image: Image) -> list[Resource]:
     return [*rows, Resource(name="config", digest=config.digest, media_type=config.media_type)]
 
 
-def kind_of(told: Mapping[str, Json]) -> str:
+def kind_of(statement: Mapping[str, Json]) -> str:
     """Return a statement's transformation, or empty where it is none of ours."""
-    if told.get("predicateType") != SLSA:
+    if statement.get("predicateType") != SLSA:
         return ""
-    definition = _at(told, "predicate", "buildDefinition")
+    definition = _at(statement, "predicate", "buildDefinition")
     return str(definition.get("buildType", "")).removeprefix(BUILD_TYPE)
 
 
@@ -132,29 +132,29 @@ def digests_of(rows: Json) -> dict[str, str]:
     return found
 
 
-def subjects_of(told: Mapping[str, Json]) -> dict[str, str]:
+def subjects_of(statement: Mapping[str, Json]) -> dict[str, str]:
     """Return what a statement is about: name -> digest."""
-    return digests_of(told.get("subject"))
+    return digests_of(statement.get("subject"))
 
 
-def dependencies_of(told: Mapping[str, Json]) -> dict[str, str]:
+def dependencies_of(statement: Mapping[str, Json]) -> dict[str, str]:
     """Return what a transformation was made from: name -> digest."""
-    return digests_of(_at(told, "predicate", "buildDefinition").get("resolvedDependencies"))
+    return digests_of(_at(statement, "predicate", "buildDefinition").get("resolvedDependencies"))
 
 
-def byproducts_of(told: Mapping[str, Json]) -> dict[str, str]:
+def byproducts_of(statement: Mapping[str, Json]) -> dict[str, str]:
     """Return what a transformation gave beside its subjects: name -> digest."""
-    return digests_of(_at(told, "predicate", "runDetails").get("byproducts"))
+    return digests_of(_at(statement, "predicate", "runDetails").get("byproducts"))
 
 
-def parameters_of(told: Mapping[str, Json]) -> Mapping[str, Json]:
+def parameters_of(statement: Mapping[str, Json]) -> Mapping[str, Json]:
     """Return what the user asked of a transformation."""
-    found = _at(told, "predicate", "buildDefinition").get("externalParameters")
+    found = _at(statement, "predicate", "buildDefinition").get("externalParameters")
     return found if isinstance(found, dict) else {}
 
 
-def _at(told: Mapping[str, Json], *keys: str) -> Mapping[str, Json]:
-    value: Json = told
+def _at(statement: Mapping[str, Json], *keys: str) -> Mapping[str, Json]:
+    value: Json = statement
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value if isinstance(value, dict) else {}

@@ -70,15 +70,15 @@ def _layout(request: QuantizeRequest) -> Layout:
 
 def main() -> None:
     """Run in the builder: quantize by the settings file that the command line names."""
-    told = read_settings()
-    raw, model = Path(told["raw"]), Path(told["model"])
+    settings = read_settings()
+    raw, model = Path(settings["raw"]), Path(settings["model"])
     shutil.rmtree(raw, ignore_errors=True)
     torch: Any = importlib.import_module("torch")
     transformers: Any = importlib.import_module("transformers")
     library: Any = importlib.import_module("awq")
     mend(importlib.import_module("awq.quantize.quantizer").AwqQuantizer)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    joined = even(samples(texts(told["calibration"]), encoder(tokenizer)))
+    joined = even(samples(texts(settings["calibration"]), encoder(tokenizer)))
     gpu = torch.cuda.is_available()
     loaded = library.AutoAWQForCausalLM.from_pretrained(
         str(model),
@@ -86,7 +86,12 @@ def main() -> None:
         device_map="cuda" if gpu else "cpu",
         **({} if gpu else {"torch_dtype": torch.float32}),
     )
-    wanted = {"zero_point": True, "q_group_size": told["group_size"], "w_bit": 4, "version": "GEMM"}
+    wanted = {
+        "zero_point": True,
+        "q_group_size": settings["group_size"],
+        "w_bit": 4,
+        "version": "GEMM",
+    }
     # It joins what it is given and cuts it again; of what is longer than its samples, and of what
     # does not fill the last, it silently leaves out all.
     loaded.quantize(
@@ -94,7 +99,7 @@ def main() -> None:
         max_calib_samples=len(joined), n_parallel_calib_samples=8,
     )  # fmt: skip
     loaded.save_quantized(str(raw), safetensors=True)
-    finish(model, raw, Path(told["out"]), awq_config(told["group_size"]))
+    finish(model, raw, Path(settings["out"]), awq_config(settings["group_size"]))
     shutil.rmtree(raw)
 
 

@@ -86,8 +86,8 @@ def _layout(request: QuantizeRequest) -> Layout:
 
 def main() -> None:
     """Run in the builder: quantize by the settings file that the command line names."""
-    told = read_settings()
-    raw, model, out = Path(told["raw"]), Path(told["model"]), Path(told["out"])
+    settings = read_settings()
+    raw, model, out = Path(settings["raw"]), Path(settings["model"]), Path(settings["out"])
     shutil.rmtree(raw, ignore_errors=True)
     torch: Any = importlib.import_module("torch")
     transformers: Any = importlib.import_module("transformers")
@@ -96,7 +96,7 @@ def main() -> None:
     _leave_memory_unpinned(torch)
     gpu = torch.cuda.is_available()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    read = samples(texts(told["calibration"]), encoder(tokenizer))
+    read = samples(texts(settings["calibration"]), encoder(tokenizer))
     rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in read]
     network = transformers.AutoModelForCausalLM.from_pretrained(
         model, trust_remote_code=False, dtype="auto" if gpu else torch.float32
@@ -105,7 +105,7 @@ def main() -> None:
         model=network,
         tokenizer=tokenizer,
         dataset=datasets.Dataset.from_list(rows),
-        recipe=_modifiers(told, ["lm_head", *kept_modules(model, told["keep"])]),
+        recipe=_modifiers(settings, ["lm_head", *kept_modules(model, settings["keep"])]),
         max_seq_length=max(map(len, read)),
         num_calibration_samples=len(read),
         # In another order each run, sums of activations differ in their last bits.
@@ -117,18 +117,18 @@ def main() -> None:
     shutil.rmtree(raw)
 
 
-def _modifiers(told: Mapping[str, Json], ignored: list[str]) -> list[Any]:
+def _modifiers(settings: Mapping[str, Json], ignored: list[str]) -> list[Any]:
     """Return llm-compressor's recipe of a format."""
     modifiers: Any = importlib.import_module("llmcompressor.modifiers.quantization")
-    if told["format"] == FP8_STATIC.name:
+    if settings["format"] == FP8_STATIC.name:
         return [modifiers.QuantizationModifier(scheme="FP8", targets="Linear", ignore=ignored)]
     awq: Any = importlib.import_module("llmcompressor.modifiers.transform.awq")
     weights = {
         "num_bits": 4,
         "type": "int",
         "strategy": "group",
-        "group_size": told["group_size"],
-        "symmetric": told["symmetric"],
+        "group_size": settings["group_size"],
+        "symmetric": settings["symmetric"],
         "dynamic": False,
     }
     group = {"targets": ["Linear"], "weights": weights}

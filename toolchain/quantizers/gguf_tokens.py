@@ -28,19 +28,19 @@ def check_tokenizer(read: GGUFModel, model: Path) -> int:
             f"the file has {len(tokens)} tokens and {rows} embedding rows",
             hint="check the checkpoint's tokenizer files",
         )
-    told = _read(model / "tokenizer.json")
-    if told:
-        _check_tokens(tokens, told)
-        _check_merges(read, told)
+    tokenizer = _read(model / "tokenizer.json")
+    if tokenizer:
+        _check_tokens(tokens, tokenizer)
+        _check_merges(read, tokenizer)
     _check_special(read, _read(model / "config.json"), len(tokens))
     return len(tokens)
 
 
-def _check_tokens(tokens: list[str], told: Mapping[str, Json]) -> None:
-    vocabulary = told.get("model", {}).get("vocab", {})
+def _check_tokens(tokens: list[str], tokenizer: Mapping[str, Json]) -> None:
+    vocabulary = tokenizer.get("model", {}).get("vocab", {})
     if isinstance(vocabulary, list):  # Unigram: pairs of token and score
         vocabulary = {pair[0]: number for number, pair in enumerate(vocabulary)}
-    added = {int(t["id"]): str(t["content"]) for t in told.get("added_tokens", ())}
+    added = {int(t["id"]): str(t["content"]) for t in tokenizer.get("added_tokens", ())}
     for text, number in vocabulary.items():
         if number in added or number >= len(tokens):
             continue
@@ -58,8 +58,8 @@ def _check_tokens(tokens: list[str], told: Mapping[str, Json]) -> None:
             )
 
 
-def _check_merges(read: GGUFModel, told: Mapping[str, Json]) -> None:
-    merges, found = told.get("model", {}).get("merges"), read.get("tokenizer.ggml.merges")
+def _check_merges(read: GGUFModel, tokenizer: Mapping[str, Json]) -> None:
+    merges, found = tokenizer.get("model", {}).get("merges"), read.get("tokenizer.ggml.merges")
     # A SentencePiece vocabulary has scores in place of merges.
     if merges and found is not None and len(found) != len(merges):
         raise CheckFailed(
@@ -79,9 +79,9 @@ def _check_special(read: GGUFModel, config: Mapping[str, Json], tokens: int) -> 
 
 def _read(path: Path) -> Mapping[str, Json]:
     try:
-        told = json.loads(path.read_text("utf-8"))
+        data = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise CheckFailed(f"{path.name} cannot be read: {error}", hint=_HINT) from None
-    return told if isinstance(told, dict) else {}
+    return data if isinstance(data, dict) else {}

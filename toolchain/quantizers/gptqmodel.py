@@ -81,17 +81,17 @@ def _layout(request: QuantizeRequest) -> Layout:
 
 def main() -> None:
     """Run in the builder: quantize by the settings file that the command line names."""
-    told = read_settings()
-    group, keep = int(told["group_size"]), list(told["keep"])
-    raw, out, model = Path(told["raw"]), Path(told["out"]), Path(told["model"])
+    settings = read_settings()
+    group, keep = int(settings["group_size"]), list(settings["keep"])
+    raw, out, model = Path(settings["raw"]), Path(settings["out"]), Path(settings["model"])
     shutil.rmtree(raw, ignore_errors=True)
     # With fewer it stops on two cores: "requests 2 workers but parent only has 1".
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
-    if told["method"] == "gptq" and _is_narrow(model):  # read when torch is imported, below
+    if settings["method"] == "gptq" and _is_narrow(model):  # read when torch is imported, below
         os.environ["OMP_NUM_THREADS"] = "1"
-    _quantize(told["method"], model, raw, told["calibration"], group, keep)
+    _quantize(settings["method"], model, raw, settings["calibration"], group, keep)
     kept = kept_modules(model, keep)
-    if told["method"] == "awq":
+    if settings["method"] == "awq":
         quantization = awq_config(group, kept)
     else:
         quantization = {

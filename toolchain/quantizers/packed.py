@@ -53,17 +53,21 @@ class Layout:
 
 def layout_of(config: Mapping[str, Json]) -> Layout:
     """Return the layout that config.json promises; CheckFailed for none or an unknown one."""
-    told = config.get("quantization_config") or {}
-    method = told.get("quant_method", "")
-    if method in {"awq", "gptq"} and told.get("bits") == 4:
-        symmetric = told.get("sym", True) if method == "gptq" else not told.get("zero_point", True)
-        group = int(told.get("group_size") or 0)
+    quantization = config.get("quantization_config") or {}
+    method = quantization.get("quant_method", "")
+    if method in {"awq", "gptq"} and quantization.get("bits") == 4:
+        symmetric = (
+            quantization.get("sym", True)
+            if method == "gptq"
+            else not quantization.get("zero_point", True)
+        )
+        group = int(quantization.get("group_size") or 0)
         return Layout(method=method, bits=4, group_size=max(0, group), symmetric=bool(symmetric))
     if method == "compressed-tensors":
-        (group,) = told["config_groups"].values()
+        (group,) = quantization["config_groups"].values()
         weights = group["weights"]
         return Layout(
-            method=str(group.get("format") or told["format"]),
+            method=str(group.get("format") or quantization["format"]),
             bits=int(weights["num_bits"]),
             group_size=int(weights.get("group_size") or 0),
             symmetric=bool(weights["symmetric"]),

@@ -99,9 +99,9 @@ def quantization(method: str, ignored: list[str]) -> dict[str, Json]:
 
 def main() -> None:
     """Run in the builder: round by the settings file that the command line names."""
-    told = read_settings()
-    method, model, out = told["method"], Path(told["model"]), Path(told["out"])
-    source, ignored = Tensors(model), kept_modules(model, told["keep"])
+    settings = read_settings()
+    method, model, out = settings["method"], Path(settings["model"]), Path(settings["out"])
+    source, ignored = Tensors(model), kept_modules(model, settings["keep"])
     outputs: list[Output] = []
     for name in sorted(source.names):
         info = source.info(name)

@@ -24,7 +24,7 @@ RAW = ".engine"
 def python_step(module: str, request: QuantizeRequest, title: str, **settings: Json) -> Step:
     """Return the step that runs `module` with settings, offline and in UTF-8."""
     file = request.output / ".settings.json"
-    told = {
+    contents = {
         "model": str(request.model),
         "raw": str(request.output / RAW),
         "out": str(request.output),
@@ -43,17 +43,17 @@ def python_step(module: str, request: QuantizeRequest, title: str, **settings: J
             # Threads that spin while they wait take the CPU from the one that they wait for.
             "OMP_WAIT_POLICY": "PASSIVE",
         },
-        writes={file: json.dumps(told, sort_keys=True)},
+        writes={file: json.dumps(contents, sort_keys=True)},
         removes=(file,),
     )
 
 
 def read_settings() -> Mapping[str, Json]:
     """Return the settings of the file that the command line names; leave the output folder."""
-    told: Mapping[str, Json] = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    settings: Mapping[str, Json] = json.loads(Path(sys.argv[1]).read_text("utf-8"))
     # Libraries leave logs where they are started.
     os.chdir(tempfile.gettempdir())
-    return told
+    return settings
 
 
 def texts(calibration: str) -> list[str]:

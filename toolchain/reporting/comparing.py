@@ -79,12 +79,12 @@ def _row(name: str, first: str, second: str, *, code: bool = False, note: bool =
 
 
 def _numbers(name: str, values: Sequence[Any], kind: str, *, note: bool = True) -> Any:
-    told = ""
+    text = ""
     if note and values[0] and values[1] is not None and values[0] != values[1]:
-        told = f"B has {values[1] / values[0]:.2f} of A"
+        text = f"B has {values[1] / values[0]:.2f} of A"
     elif note and values[0] == values[1]:
-        told = "the same"
-    return {"name": name, "values": list(values), "code": False, "note": told, "kind": kind}
+        text = "the same"
+    return {"name": name, "values": list(values), "code": False, "note": text, "kind": kind}
 
 
 def _of(side: Mapping[str, Any], part: str, key: str) -> str:

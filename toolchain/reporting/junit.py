@@ -64,12 +64,12 @@ def _questions(root: ET.Element, task: Mapping[str, Any], *, stopped: bool) -> N
     for row in rows(task["items"]):
         case = _case(suite, "question", f"{row['number']}. {row['prompt']}"[:200])
         if row["lost"]:
-            told = "\n".join(
+            text = "\n".join(
                 f"{'right' if a['ok'] else 'wrong'} {', '.join(a['who'])}: {a['text']}"
                 for a in row["answers"]
             )
             message = f"expected {' or '.join(row['expected'])}"
-            _child(case, "failure" if stopped else "skipped", message, told)
+            _child(case, "failure" if stopped else "skipped", message, text)
 
 
 def _case(suite: ET.Element, group: str, name: str) -> ET.Element:

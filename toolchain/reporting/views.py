@@ -37,9 +37,9 @@ def _earlier_failures(build: Mapping[str, Any]) -> list[str]:
     if validation.get("passed") is False:
         errors = [f for f in validation["findings"] if _severity(f) == "error"]
         first = errors[0] if errors else "it is not what base and adapters are"
-        told = first["message"] if isinstance(first, Mapping) else str(first)
+        message = first["message"] if isinstance(first, Mapping) else str(first)
         more = f" (and {len(errors) - 1} more findings)" if len(errors) > 1 else ""
-        reasons.append(f"the merged checkpoint failed its validation: {told}{more}")
+        reasons.append(f"the merged checkpoint failed its validation: {message}{more}")
     if quality.get("exceeded") and not (build["image"] or {}).get("reference"):
         reasons.append(f"quantizing lost too much: {'; '.join(quality['exceeded'])}")
     return reasons

@@ -71,8 +71,8 @@ def lengths(config: Mapping[str, Json], *, stretched: bool = False) -> Lengths:
 
 def _tokenizers(config: Mapping[str, Json]) -> list[int]:
     """Return the tokenizer's own limit, where it has one; transformers writes 1e30 for none."""
-    told = config.get("tokenizer")
-    length = told.get("model_max_length") if isinstance(told, Mapping) else None
+    tokenizer = config.get("tokenizer")
+    length = tokenizer.get("model_max_length") if isinstance(tokenizer, Mapping) else None
     if isinstance(length, bool) or not isinstance(length, int):
         return []
     return [length] if 0 < length < _STRETCHED else []

@@ -231,7 +231,7 @@ def _floored(number: float) -> float:
 
 def _too_much(case: Case, plan: ServingPlan) -> UsageError:
     ways = alternatives(case, plan)
-    told = replace(plan, nearest=ways)
+    refused = replace(plan, nearest=ways)
     where = f"{plan.device}" + (f" x {plan.gpus}" if plan.gpus > 1 else "")
     gpus = max(1, plan.gpus)
     each = " per GPU" if plan.gpus > 1 else ""
@@ -243,5 +243,5 @@ def _too_much(case: Case, plan: ServingPlan) -> UsageError:
         hint=f"nearest that fits: {'; or '.join(texts)}"
         if (texts := [str(way["text"]) for way in ways])
         else "nothing near fits, up to 16 GPUs of this kind: choose a smaller model",
-        details={"plan": told},
+        details={"plan": refused},
     )

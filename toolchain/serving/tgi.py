@@ -143,9 +143,9 @@ def _check_rotation(config: Mapping[str, Json]) -> None:
     10000 and nothing where they are not, without a word.
     """
     inner = config.get("text_config")
-    told = inner if isinstance(inner, Mapping) else config
-    rope = told.get("rope_parameters")
-    if not isinstance(rope, Mapping) or "rope_theta" in told:
+    settings = inner if isinstance(inner, Mapping) else config
+    rope = settings.get("rope_parameters")
+    if not isinstance(rope, Mapping) or "rope_theta" in settings:
         return
     if rope.get("rope_type", "default") != "default" or rope.get("rope_theta") != _ROPE_THETA:
         raise InputRefused(

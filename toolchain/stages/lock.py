@@ -45,14 +45,14 @@ def read_lock(file: RecipeFile) -> Lock:
     if path is None or not path.is_file():
         return Lock(path=path)
     try:
-        told = json.loads(path.read_text("utf-8"))
+        data = json.loads(path.read_text("utf-8"))
         bases = {
             str(name): {str(key): str(Digest(digest)) for key, digest in row.items()}
-            for name, row in told["bases"].items()
+            for name, row in data["bases"].items()
         }
         sources = {
             str(name): {"pin": str(row["pin"]), "digest": str(Digest(row["digest"]))}
-            for name, row in told["sources"].items()
+            for name, row in data["sources"].items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
@@ -76,7 +76,7 @@ def with_sources(
 ) -> Lock:
     """Return the lock with the sources as they are.
 
-    What changed since is told; with `locked` it raises InputRefused.
+    What changed since is reported; with `locked` it raises InputRefused.
     """
     snapshots = [sources.base, *(adapter.snapshot for adapter in sources.adapters)]
     written = [file.recipe.base.source, *(a.source for a in file.recipe.adapters)]
@@ -99,10 +99,10 @@ def write_lock(before: Lock, after: Lock, progress: Progress) -> None:
     path = after.path
     if path is None or before == after:
         return
-    told = {"bases": after.bases, "sources": after.sources}
+    data = {"bases": after.bases, "sources": after.sources}
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(json.dumps(plain(told), indent=2, sort_keys=True) + "\n", "utf-8")
+        beside.write_text(json.dumps(plain(data), indent=2, sort_keys=True) + "\n", "utf-8")
         beside.replace(path)
     except OSError as error:
         progress.warn(f"{path} was not written: {error.strerror}")

@@ -111,11 +111,11 @@ def serving_config_of(tree_root: Path) -> Mapping[str, Json]:
     """
     config = model_config(tree_root)
     try:
-        told = json.loads((tree_root / "tokenizer_config.json").read_text("utf-8"))
+        tokenizer = json.loads((tree_root / "tokenizer_config.json").read_text("utf-8"))
     except (OSError, ValueError):
         return config
     names = ("tokenizer_class", "model_max_length")
-    return {**config, "tokenizer": {k: told[k] for k in names if k in told}}
+    return {**config, "tokenizer": {k: tokenizer[k] for k in names if k in tokenizer}}
 
 
 def model_config(tree_root: Path) -> Mapping[str, Json]:

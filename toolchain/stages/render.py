@@ -88,9 +88,9 @@ def render(
         **_engine_facts(engine, plan),
     }
     files = render_files((templates() / engine.name, templates() / "deploy"), facts)
-    told = plan_facts(plan)
-    plan_json = json.dumps(told, indent=2, sort_keys=True) + "\n"
-    inside_json = json.dumps(portable(told), indent=2, sort_keys=True) + "\n"
+    recorded = plan_facts(plan)
+    plan_json = json.dumps(recorded, indent=2, sort_keys=True) + "\n"
+    inside_json = json.dumps(portable(recorded), indent=2, sort_keys=True) + "\n"
     inside = {path: files[file] for path, file in engine.image_files.items()}
     return ServingConfig(
         target=target.name,
@@ -103,7 +103,7 @@ def render(
         health_path=engine.health_path,
         healthcheck=healthcheck,
         served_name=str(names["served_name"]),
-        plan=told,
+        plan=recorded,
         made_from=made_from,
     )
 

@@ -90,8 +90,8 @@ def _converted(sources: Sources, adapter: AdapterSnapshot, tools: Tools) -> Entr
             tools.progress,
         )
 
-    told = {"stage": stage.stage, "inputs": stage.inputs}
-    return tools.store.find(stage.key) or tools.store.produce(stage.key, told, make)
+    meta = {"stage": stage.stage, "inputs": stage.inputs}
+    return tools.store.find(stage.key) or tools.store.produce(stage.key, meta, make)
 
 
 def served_adapters(sources: Sources, *, gguf: bool = False) -> tuple[ServedAdapter, ...]:

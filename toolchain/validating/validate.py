@@ -28,7 +28,7 @@ from toolchain.validating.weights import Weights
 
 Progress = Callable[[int, int], None]
 _SHOWN = 20
-"""Findings of one kind that are told one by one."""
+"""Findings of one kind that are reported one by one; more are counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,15 +167,15 @@ def _compare(
             findings.append(finding(NOTE, "logits", text))
             return {}
     streamed = not any("loaded whole" in found.message for found in findings)
-    said = list(greedy.read(reference.run.logits, run.logits, batch, texts))
-    told = judge_models(
-        reference, run, weights, batch, sides.twins, findings, said, summed=sides.summed
+    greedy_texts = list(greedy.read(reference.run.logits, run.logits, batch, texts))
+    verdict = judge_models(
+        reference, run, weights, batch, sides.twins, findings, greedy_texts, summed=sides.summed
     )
-    return told | {
+    return verdict | {
         "probes": len(ids),
         "positions": len(run.logits),
         "streamed": streamed,
-        "greedy": greedy.tell(said, expected),
+        "greedy": greedy.tell(greedy_texts, expected),
     }
 
 
@@ -199,14 +199,16 @@ def _require_memory(weights: Weights, why: str) -> None:
     """Raise EnvironmentFailure where both sides in float32 do not fit into memory."""
     needed = 8 * sum(math.prod(info.shape) for info in weights.infos.values())
     try:
-        told = Path("/proc/meminfo").read_text("utf-8")
+        meminfo = Path("/proc/meminfo").read_text("utf-8")
     except OSError:
         return
-    there = next(int(row.split()[1]) for row in told.splitlines() if row.startswith("MemAvail"))
-    if needed > there << 10:
+    available = next(
+        int(row.split()[1]) for row in meminfo.splitlines() if row.startswith("MemAvail")
+    )
+    if needed > available << 10:
         raise EnvironmentFailure(
             f"this architecture cannot be validated a few rows at a time ({why}), and as a whole "
-            f"it needs {needed >> 30} GiB of memory, and {there >> 20} GiB are available",
+            f"it needs {needed >> 30} GiB of memory, and {available >> 20} GiB are available",
             hint="use a machine with more memory, or set `validate: {enabled: false}` in the "
             "recipe",
         )

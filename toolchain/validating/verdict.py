@@ -52,7 +52,7 @@ def judge_models(
     """Return what was measured of both models, and add to the findings what is wrong.
 
     `summed` says that the merge is the weighted sum that the reference computes; of others the
-    distance is told and not judged.
+    distance is reported and not judged.
     """
     examined, elements = judge_tensors(reference, weights, summed=summed)
     findings += reference.examiner.findings
@@ -63,21 +63,21 @@ def judge_models(
     seen, off = distance(reference.run.logits, run.logits), distance(exact, there)
     complete = not reference.examiner.unjudged
     allowed = limits(rounding, reference.run.logits, complete=complete)
-    told = judge(off, allowed) + judge_choices(exact, there, allowed)
-    told += judge_texts(texts, allowed)
+    verdict = judge(off, allowed) + judge_choices(exact, there, allowed)
+    verdict += judge_texts(texts, allowed)
     if not bool(torch.isfinite(run.logits).all()):
-        told = [finding(ERROR, "logits", "the merged model's logits are not finite")]
+        verdict = [finding(ERROR, "logits", "the merged model's logits are not finite")]
     if not summed:
         judged = _MIXED if reference.examiner.mixed else _UNMIXED
-        told = [finding(NOTE, "logits", _NOT_SUMMED.format(judged))]
-    if failed(told) and reference.examiner.bypassed and not elements["wrong"]:
+        verdict = [finding(NOTE, "logits", _NOT_SUMMED.format(judged))]
+    if failed(verdict) and reference.examiner.bypassed and not elements["wrong"]:
         shown = ", ".join(reference.examiner.bypassed[:3])
-        told = [finding(WARNING, "logits", _BYPASSED.format(shown))]
+        verdict = [finding(WARNING, "logits", _BYPASSED.format(shown))]
     layers = _layers(reference, run)
     parted = next((row["layer"] for row in layers if row["parted"]), None)
-    if failed(told) and parted is not None:
+    if failed(verdict) and parted is not None:
         findings.append(_where(parted, examined))
-    findings += told
+    findings += verdict
     lost, swallowed = _swallowed(reference)
     # Of a wrong merge the rest says nothing about rounding.
     findings += lost if summed and not elements["wrong"] else []

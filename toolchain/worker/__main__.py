@@ -21,13 +21,13 @@ PARENT_GONE = 130
 
 def read_job(path: Path) -> Job:
     """Read a job file; paths in it are the builder's own."""
-    told = json.loads(path.read_text("utf-8"))
+    data = json.loads(path.read_text("utf-8"))
     return Job(
-        stage=told["stage"],
-        builder=told["builder"],
-        inputs={name: Path(where) for name, where in told["inputs"].items()},
-        parameters=told["parameters"],
-        output=Path(told["output"]),
+        stage=data["stage"],
+        builder=data["builder"],
+        inputs={name: Path(where) for name, where in data["inputs"].items()},
+        parameters=data["parameters"],
+        output=Path(data["output"]),
     )
 
 
@@ -73,8 +73,8 @@ def _of_the_disk(problem: OSError, job: Job) -> WeightsmithError:
 
 
 def _send_error(wire: Wire, error: WeightsmithError) -> int:
-    said = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
-    wire.send({"error": said})
+    report = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
+    wire.send({"error": report})
     return error.exit_code
 
 

@@ -211,8 +211,8 @@ def _writable(path: Path) -> bool:
 
 
 def _mapping(value: object) -> Mapping[str, Json]:
-    told = plain(value)
-    return told if isinstance(told, dict) else {}
+    mapping = plain(value)
+    return mapping if isinstance(mapping, dict) else {}
 
 
 STAGES: dict[str, Callable[[Job, Report], Mapping[str, Json]]] = {

@@ -61,10 +61,10 @@ def run_steps(steps: tuple[Step, ...], output: Path, report: Report) -> None:
 
 def _refuse(step: Step, tail: Sequence[str]) -> None:
     """Raise InputRefused where a converter's last line is an exception that its input caused."""
-    said = next((line.strip() for line in reversed(tail) if line.strip()), "")
-    if _EXCEPTION.fullmatch(said):
+    last = next((line.strip() for line in reversed(tail) if line.strip()), "")
+    if _EXCEPTION.fullmatch(last):
         raise InputRefused(
-            f"{step.title}: the converter cannot read {step.reads}: {said}",
+            f"{step.title}: the converter cannot read {step.reads}: {last}",
             hint="the job's log has where; another engine may load it, such as target vllm",
         )
 

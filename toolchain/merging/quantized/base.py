@@ -79,12 +79,12 @@ def _decoded(index: CheckpointIndex, config: Mapping[str, Any]) -> SeenBase:
             else:
                 sources[name] = Stored(path=shard.path, info=info)
         files.append((shard.path.name, tuple(names)))
-    told = [key for key in ("quantization_config", "compression_config") if key in config]
+    keys = [key for key in ("quantization_config", "compression_config") if key in config]
     what = f"{len(layout.packed)} weights of a {layout.method} base"
     return SeenBase(
         tensors=BaseTensors(sources=sources, layout=tuple(files)),
-        config={key: value for key, value in config.items() if key not in told},
-        dropped=tuple(told),
+        config={key: value for key, value in config.items() if key not in keys},
+        dropped=tuple(keys),
         findings=(f"{what} were decoded, and the adapter merged onto what their codes stand for",),
         record={
             "choice": "dequantize",

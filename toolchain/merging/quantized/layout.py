@@ -69,11 +69,15 @@ def quantization_of(config: Mapping[str, Any], tensors: Tensors) -> str:
 
     What is returned for an unknown method is its own name.
     """
-    told = config.get("quantization_config") or config.get("compression_config")
-    if told:
-        method = str(told.get("quant_method", "")) if isinstance(told, Mapping) else ""
+    settings = config.get("quantization_config") or config.get("compression_config")
+    if settings:
+        method = str(settings.get("quant_method", "")) if isinstance(settings, Mapping) else ""
         known = {"compressed_tensors": "compressed-tensors", "gptqmodel": "gptq"}
-        if not method and isinstance(told, Mapping) and told.get("load_in_4bit") is not None:
+        if (
+            not method
+            and isinstance(settings, Mapping)
+            and settings.get("load_in_4bit") is not None
+        ):
             return "bitsandbytes"
         return known.get(method, method) or "unknown"
     for name, info in tensors.items():
@@ -94,14 +98,14 @@ def read_layout(config: Mapping[str, Any], tensors: Tensors, read: ReadBytes) ->
     Raises InputRefused for methods and variants that cannot be decoded, or whose parts are missing.
     """
     method = quantization_of(config, tensors)
-    told = config.get("quantization_config") or config.get("compression_config") or {}
+    settings = config.get("quantization_config") or config.get("compression_config") or {}
     find = _FINDERS.get(method)
     if find is None:
         raise InputRefused(
             f"the base is quantized with {method!r}, which cannot be decoded here",
             hint=f"{_HINT}; decoded are {', '.join(sorted(_FINDERS))}",
         )
-    found = {weight.name: weight for weight in find(config, told, tensors, read)}
+    found = {weight.name: weight for weight in find(config, settings, tensors, read)}
     used = {part.name for weight in found.values() for part in weight.parts.values()}
     aside = {
         name
@@ -116,8 +120,8 @@ def plain_dtype(config: Mapping[str, Any], fallback: str = "BF16") -> str:
     """Return the type that the configuration gives to unquantized weights."""
     text = config.get("text_config")
     nested = text.get("dtype", text.get("torch_dtype")) if isinstance(text, Mapping) else None
-    told = config.get("dtype", config.get("torch_dtype", nested))
-    return _DTYPES.get(str(told).removeprefix("torch."), fallback)
+    stated = config.get("dtype", config.get("torch_dtype", nested))
+    return _DTYPES.get(str(stated).removeprefix("torch."), fallback)
 
 
 def _check_rest(tensors: Tensors, used: set[str], found: Mapping[str, Any], method: str) -> None:
@@ -133,7 +137,7 @@ def _check_rest(tensors: Tensors, used: set[str], found: Mapping[str, Any], meth
 
 
 def _bitsandbytes(
-    config: Mapping[str, Any], _told: Any, tensors: Tensors, read: ReadBytes
+    config: Mapping[str, Any], _settings: Any, tensors: Tensors, read: ReadBytes
 ) -> Iterator[Packed]:
     mark = ".quant_state.bitsandbytes__"
     for name, info in tensors.items():
@@ -158,22 +162,22 @@ def _bitsandbytes(
 
 def _bnb_4bit(name: str, state: TensorInfo, tensors: Tensors, read: ReadBytes) -> Packed:
     try:
-        told = json.loads(read(state))
-        shape, dtype = tuple(int(n) for n in told["shape"]), _DTYPES[told["dtype"]]
-        options = {"kind": str(told["quant_type"]), "blocksize": int(told["blocksize"])}
+        settings = json.loads(read(state))
+        shape, dtype = tuple(int(n) for n in settings["shape"]), _DTYPES[settings["dtype"]]
+        options = {"kind": str(settings["quant_type"]), "blocksize": int(settings["blocksize"])}
     except (ValueError, KeyError, TypeError) as error:
         raise _strange(f"{state.name} cannot be read: {error}") from error
     parts = {"weight": _part(tensors, name), "state": state}
     parts |= {"absmax": _part(tensors, f"{name}.absmax")}
     parts |= {"code": _part(tensors, f"{name}.quant_map")}
-    if "nested_blocksize" in told:
+    if "nested_blocksize" in settings:
         parts |= {
             "nested_absmax": _part(tensors, f"{name}.nested_absmax"),
             "nested_code": _part(tensors, f"{name}.nested_quant_map"),
         }
         options |= {
-            "nested_blocksize": int(told["nested_blocksize"]),
-            "nested_offset": float(told["nested_offset"]),
+            "nested_blocksize": int(settings["nested_blocksize"]),
+            "nested_offset": float(settings["nested_offset"]),
         }
     codes = parts["weight"].size * 2
     if codes - math.prod(shape) not in (0, 1) or options["kind"] not in ("nf4", "fp4"):
@@ -189,15 +193,15 @@ def _bnb_4bit(name: str, state: TensorInfo, tensors: Tensors, read: ReadBytes) -
 
 
 def _gptq(
-    config: Mapping[str, Any], told: Mapping[str, Any], tensors: Tensors, _read: ReadBytes
+    config: Mapping[str, Any], settings: Mapping[str, Any], tensors: Tensors, _read: ReadBytes
 ) -> Iterator[Packed]:
-    bits = int(told.get("bits", 4))
-    form = str(told.get("checkpoint_format", "gptq"))
+    bits = int(settings.get("bits", 4))
+    form = str(settings.get("checkpoint_format", "gptq"))
     if form not in ("gptq", "gptq_v2"):
         raise _strange(f"the GPTQ format {form!r} packs weights for one kernel")
     for module in _modules(tensors, ".qweight"):
         parts = _integer_parts(tensors, module)
-        if "groups" not in parts and told.get("desc_act"):
+        if "groups" not in parts and settings.get("desc_act"):
             raise _strange(f"{module} lacks g_idx, but the configuration says desc_act")
         rows, columns = parts["weight"].shape
         yield Packed(
@@ -208,7 +212,7 @@ def _gptq(
             parts=parts,
             options={
                 "bits": bits,
-                "group_size": int(told.get("group_size", -1)),
+                "group_size": int(settings.get("group_size", -1)),
                 # The first format stores zero points less one.
                 "zero_offset": 1 if form == "gptq" else 0,
             },
@@ -216,12 +220,12 @@ def _gptq(
 
 
 def _awq(
-    config: Mapping[str, Any], told: Mapping[str, Any], tensors: Tensors, _read: ReadBytes
+    config: Mapping[str, Any], settings: Mapping[str, Any], tensors: Tensors, _read: ReadBytes
 ) -> Iterator[Packed]:
-    form, bits = str(told.get("version", "gemm")).lower(), int(told.get("bits", 4))
+    form, bits = str(settings.get("version", "gemm")).lower(), int(settings.get("bits", 4))
     if form not in ("gemm", "gemv") or bits != 4:
         raise _strange(f"AWQ of version {form!r} with {bits} bits packs weights for one kernel")
-    group = int(told.get("group_size", told.get("q_group_size", -1)))
+    group = int(settings.get("group_size", settings.get("q_group_size", -1)))
     for module in _modules(tensors, ".qweight"):
         parts = _integer_parts(tensors, module)
         first, second = parts["weight"].shape
@@ -252,9 +256,9 @@ def _integer_parts(tensors: Tensors, module: str) -> dict[str, TensorInfo]:
 
 
 def _compressed(
-    config: Mapping[str, Any], told: Mapping[str, Any], tensors: Tensors, read: ReadBytes
+    config: Mapping[str, Any], settings: Mapping[str, Any], tensors: Tensors, read: ReadBytes
 ) -> Iterator[Packed]:
-    if (told.get("sparsity_config") or {}).get("format", "dense") != "dense":
+    if (settings.get("sparsity_config") or {}).get("format", "dense") != "dense":
         raise _strange("its weights are stored sparse")
     dtype = plain_dtype(config)
     for module in _modules(tensors, ".weight_packed"):
@@ -289,19 +293,19 @@ def _compressed(
             raise _strange(f"{packed.name} is packed as {packed.dtype}")
     for name, info in tensors.items():
         if name.endswith(".weight") and info.dtype in ("I8", *_FLOAT8):
-            yield _scaled(name, info, tensors, dtype, _block_structure(told))
+            yield _scaled(name, info, tensors, dtype, _block_structure(settings))
 
 
-def _block_structure(told: Mapping[str, Any]) -> Any:
-    groups = (told.get("config_groups") or {}).values()
+def _block_structure(settings: Mapping[str, Any]) -> Any:
+    groups = (settings.get("config_groups") or {}).values()
     weights = [group.get("weights") or {} for group in groups if isinstance(group, Mapping)]
     return next((w["block_structure"] for w in weights if w.get("block_structure")), None)
 
 
 def _fp8(
-    config: Mapping[str, Any], told: Mapping[str, Any], tensors: Tensors, _read: ReadBytes
+    config: Mapping[str, Any], settings: Mapping[str, Any], tensors: Tensors, _read: ReadBytes
 ) -> Iterator[Packed]:
-    block = told.get("weight_block_size")
+    block = settings.get("weight_block_size")
     for name, info in tensors.items():
         if info.dtype in _FLOAT8:
             yield _scaled(name, info, tensors, plain_dtype(config), block)
@@ -330,7 +334,7 @@ def _scaled(name: str, info: TensorInfo, tensors: Tensors, dtype: str, block: An
 
 
 def _mxfp4(
-    config: Mapping[str, Any], _told: Any, tensors: Tensors, _read: ReadBytes
+    config: Mapping[str, Any], _settings: Any, tensors: Tensors, _read: ReadBytes
 ) -> Iterator[Packed]:
     for name in _modules(tensors, "_blocks"):
         parts = {"weight": tensors[f"{name}_blocks"], "scale": _part(tensors, f"{name}_scales")}
