@@ -120,9 +120,12 @@ def rebase(
     return result, pinned(result["reference"], result["digest"])
 
 
-@command(positional=("source",))
+@command(
+    positional=("source",),
+    meanings={"platform": "platform of an index to show, such as linux/amd64; default: this one's"},
+)
 def inspect(
-    _context: object, source: str, *, insecure: bool = False, json: bool = False
+    _context: object, source: str, *, platform: str = "", insecure: bool = False, json: bool = False
 ) -> tuple[Mapping[str, Json], str]:
     """Show what an image is made of, from it alone: provenance, plan, scores, layers."""
     del json
@@ -130,7 +133,7 @@ def inspect(
     from toolchain.wiring import make_engine, make_registry
 
     with make_registry(insecure=insecure) as registry:
-        result = inspect_image(source, registry, make_engine())
+        result = inspect_image(source, registry, make_engine(), platform)
     return result, inspect_text(result)
 
 

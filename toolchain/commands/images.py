@@ -117,15 +117,23 @@ def copy_attachments(
     there.attach(*(replace(a, tag=cosign_tag(a)) for a in ours))
 
 
-def inspect_image(source: str, registry: Registry, engine: ContainerEngine) -> Mapping[str, Json]:
+def inspect_image(
+    source: str, registry: Registry, engine: ContainerEngine, platform: str = ""
+) -> Mapping[str, Json]:
     """Return what an image says of itself: provenance, plan, scores, layers, configuration.
 
-    What the reference's registry does not hold is read in the container engine, if it is there.
+    Of an index, the image for a platform, by default this machine's. What the reference's registry
+    does not hold is read in the container engine, if it is there.
     """
-    if held := _held_by_engine(source, registry, engine):
+    if not platform and (held := _held_by_engine(source, registry, engine)):
         return {**_told(source, _described_by_engine(held)), "attached": []}
     place = open_place(source, registry)
-    found = describe(place.image())
+    if index := place.index():
+        named = manifests.platforms_in(index, source)
+        whole: dict[str, Json] = {"index": Digest.of(index), "platforms": named}
+    else:
+        whole = {}
+    found = {**describe(place.image(platform or None)), **whole}
     rows = read_attached(place, Digest(found["digest"]))
     attached = [{"artifact_type": a.artifact_type, "digest": a.blob.digest} for a in rows]
     return {**_told(source, found), "attached": attached}
@@ -183,6 +191,11 @@ def inspect_text(found: Mapping[str, Json]) -> str:
     """Return an inspection for people."""
     identity = found["digest"] or f"{found['config_digest']} (image id)"
     lines = [f"{found['reference']}", f"  digest    {identity}"]
+    if "index" in found:
+        lines += [
+            f"  platform  {found['platform']}, one of {', '.join(found['platforms'])}",
+            f"  index     {found['index']}",
+        ]
     lines += [f"  {name:<9} {value:.4f}" for name, value in found["scores"].items()]
     own = {name: text for name, text in found["provenance"].items() if name != "config"}
     lines += [f"  {name:<24} {value}" for name, value in sorted(own.items())]

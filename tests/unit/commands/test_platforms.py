@@ -15,7 +15,9 @@ import yaml
 
 from tests.fakes.baking import make_key, push_base
 from tests.fakes.registry import FakeRegistry, fake_registry
+from toolchain.commands.images import inspect_image, inspect_text
 from toolchain.commands.verify import verify_image
+from toolchain.drivers.docker import DockerEngine
 from toolchain.errors import CheckFailed
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
@@ -98,6 +100,15 @@ def test_an_image_for_each_platform_shares_the_weights(scene: Scene) -> None:
         assert {"signature", "linux/amd64 signature", "linux/arm64 weights"} <= checks
     again = scene.build("--push", "--layout", str(scene.folder / "out"))
     assert (again["digest"], again["uploaded_bytes"]) == (built["digest"], 0)
+    # Each platform's image can be shown, and what the name stands for.
+    for machine in MACHINES:
+        seen = inspect_image(str(name), scene.client, DockerEngine(), f"linux/{machine}")
+        assert seen["digest"] == scene.client.pull(name, platform=f"linux/{machine}").digest
+        assert (seen["index"], seen["platforms"]) == (
+            built["digest"],
+            ["linux/amd64", "linux/arm64"],
+        )
+        assert f"linux/{machine}, one of linux/amd64, linux/arm64" in inspect_text(seen)
     # One platform's layer is damaged: it is told which one.
     arm = scene.client.pull(name, platform="linux/arm64").layers[0].digest
     scene.fake.blobs["ml/tiny", arm] = scene.fake.blobs["ml/tiny", arm][::-1]
