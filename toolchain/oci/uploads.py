@@ -22,7 +22,7 @@ from toolchain.oci.sending import check_created, send
 from toolchain.oci.session import Session
 from toolchain.values import Blob, Digest
 
-_OK, _CREATED, _ACCEPTED, _MISSING = 200, 201, 202, 404
+_OK, _CREATED, _ACCEPTED, _MISSING, _KIND = 200, 201, 202, 404, 415
 _FEW = 3
 """Tries of a first look: long enough for a hiccup, short enough to wait for."""
 
@@ -196,6 +196,12 @@ def put_manifest(session: Session, name: str, manifest: bytes, media_type: str) 
     reply = session.attempt(
         what, lambda: session.call("PUT", f"manifests/{name}", headers=headers, body=manifest)
     )
+    if reply.status == _KIND or b"MANIFEST_INVALID" in reply.body:
+        kind = "that hang on others (OCI 1.1)" if b'"subject"' in manifest else "of OCI's kind"
+        raise EnvironmentFailure(
+            f"{what}: {session.explain(reply)}",
+            hint=f"does this registry take manifests {kind}? Older versions of some do not",
+        )
     check_created(session, reply, Digest.of(manifest), what)
     return reply
 

@@ -16,6 +16,7 @@ from tests.fakes.registry import FakeRegistry, fake_registry
 from toolchain.drivers.pushed import PushedLayers
 from toolchain.errors import EnvironmentFailure, InputRefused, UsageError, WeightsmithError
 from toolchain.oci import uploads
+from toolchain.oci.attachments import Attachment, Part
 from toolchain.oci.image import Image
 from toolchain.oci.layers import BlobLayer, Member, TarLayer
 from toolchain.oci.references import Reference
@@ -83,6 +84,23 @@ def test_a_tag_that_may_be_set_once(fake: FakeRegistry, client: Registry, image:
     for force in (False, True):
         client.push(image, at(fake), force=force)
         assert client.digest_of(at(fake)) == image.digest
+
+
+@pytest.mark.parametrize("status", ["415", "400"])
+def test_manifests_that_an_old_registry_does_not_know(
+    fake: FakeRegistry, client: Registry, image: Image, status: str
+) -> None:
+    fake.trouble, fake.faults = " MANIFEST_INVALID", [("PUT", "/manifests/", status)]
+    with pytest.raises(EnvironmentFailure, match="bad moment") as caught:
+        client.push(image, at(fake))
+    assert "manifests of OCI's kind" in caught.value.hint
+    client.push(image, at(fake))
+    part = Part.of_bytes(b"{}", "application/json")
+    said = Attachment(artifact_type="a/b", subject=image.manifest_blob, parts=(part,))
+    fake.faults = [("PUT", "/manifests/", status)]
+    with pytest.raises(EnvironmentFailure, match="bad moment") as caught:
+        client.attach(at(fake), said)
+    assert "manifests that hang on others" in caught.value.hint
 
 
 def test_layers_are_mounted_from_another_repository(
