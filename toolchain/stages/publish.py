@@ -29,6 +29,7 @@ from toolchain.oci.registry import Registry
 from toolchain.ports import CANDIDATES, Tools
 from toolchain.provenance.evidence import Evidence
 from toolchain.provenance.sealing import attach
+from toolchain.serving.memory import human
 from toolchain.values import Json, Published, key_of
 
 
@@ -201,8 +202,7 @@ def _like(image: Image, reference: Reference, tools: Tools) -> tuple[str, ...]:
 
 
 def _layout(whole: Whole, folder: Path, tools: Tools) -> None:
-    sizes = {layer.digest: layer.size for image in images_of(whole) for layer in image.layers}
-    tools.store.require_room(sum(sizes.values()), "the image layout")
+    _require_room(whole, folder)
 
     def progress(done: int, total: int) -> None:
         tools.progress.advance(done, total, "bytes")
@@ -211,6 +211,19 @@ def _layout(whole: Whole, folder: Path, tools: Tools) -> None:
         write_index(whole, folder, progress=progress)
     else:
         write_layout(whole, folder, progress=progress)
+
+
+def _require_room(whole: Whole, folder: Path) -> None:
+    """Raise EnvironmentFailure where the layout's own disk has no room for what it lacks."""
+    store = folder / "blobs" / "sha256"
+    sizes = {layer.digest: layer.size for image in images_of(whole) for layer in image.layers}
+    needed = sum(size for digest, size in sizes.items() if not (store / digest.hex).is_file())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise EnvironmentFailure(
+            f"the image layout needs {human(needed)} of disk, {folder.parent} has {human(free)}",
+            hint="make room, or name a folder on a larger disk",
+        )
 
 
 def check_layout(outputs: Outputs) -> None:

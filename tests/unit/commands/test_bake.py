@@ -297,3 +297,18 @@ def test_what_is_asked_wrongly(scene: Scene) -> None:
     assert "modelcar" in caught.value.hint
     with pytest.raises(UsageError, match="unknown"):
         scene.bake("team/app:1", order="upside-down")
+
+
+def test_a_layout_takes_room_on_its_own_disk(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = tmp_path / "full"
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(
+        shutil,
+        "disk_usage",
+        lambda path: usage._replace(free=100 if Path(path).is_relative_to(full) else 1 << 20),
+    )
+    with pytest.raises(EnvironmentFailure, match=r"needs .* of disk, .*full has 100 B"):
+        bake(scene.client, scene.model, scene.base, layout=full / "layout")
+    assert bake(scene.client, scene.model, scene.base, layout=tmp_path / "layout")["digest"]
