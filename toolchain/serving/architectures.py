@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from toolchain.errors import InputRefused
 from toolchain.serving.model import ModelShape
+from toolchain.serving.text import text_part
 from toolchain.values import Json
 
 _KNOWN = (
@@ -37,8 +38,7 @@ def check_architecture(shape: ModelShape, config: Mapping[str, Json]) -> str:
         )
     if _KNOWN_NAME.fullmatch(shape.architecture):
         return ""
-    text = config.get("text_config")
-    inner = text if isinstance(text, Mapping) else config
+    inner = text_part(config)
     strange = sorted(key for key in inner if _STRANGE.search(str(key)) and inner[key])
     if strange:
         raise InputRefused(

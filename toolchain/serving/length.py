@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from toolchain.errors import InputRefused
+from toolchain.serving.text import text_part
 from toolchain.values import Json
 
 _KEYS = (
@@ -44,8 +45,7 @@ def lengths(config: Mapping[str, Json], *, stretched: bool = False) -> Lengths:
     `stretched` says that the user changes the positions, which lifts the limit. Raises
     InputRefused for a scaling factor that is none.
     """
-    text = config.get("text_config")
-    inner: Mapping[str, Json] = text if isinstance(text, Mapping) else config
+    inner = text_part(config)
     stated = [
         value
         for key in _KEYS

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from toolchain.errors import InputRefused
 from toolchain.serving.attention import CacheLayers, cache_layers
+from toolchain.serving.text import text_part
 from toolchain.values import Json
 
 _LARGEST = {
@@ -68,8 +69,7 @@ class ModelShape:
 
         Raises InputRefused for numbers that are missing, of the wrong type, or absurd.
         """
-        text = config.get("text_config")
-        inner: Mapping[str, Json] = text if isinstance(text, Mapping) else config
+        inner = text_part(config)
         layers = _number(inner, "num_hidden_layers", "n_layer")
         hidden = _number(inner, "hidden_size", "n_embd")
         heads = _number(inner, "num_attention_heads", "n_head")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from toolchain.errors import InputRefused
 from toolchain.serving.model import ModelShape
+from toolchain.serving.text import text_part
 from toolchain.values import Json
 
 _TIED = {
@@ -80,8 +81,7 @@ def parameters(config: Mapping[str, Json]) -> Parameters:
             " config.json",
             hint="add the weights, or their model.safetensors.index.json",
         )
-    text = config.get("text_config")
-    inner: Mapping[str, Json] = text if isinstance(text, Mapping) else config
+    inner = text_part(config)
     tied = inner.get("tie_word_embeddings", config.get("tie_word_embeddings", _TIED[family]))
     number = next((_count(inner, name) for name in _EXPERTS if inner.get(name)), 0)
     if family in _SPARSE and not number:

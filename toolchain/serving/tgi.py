@@ -14,6 +14,7 @@ from toolchain.serving.model import ModelShape
 from toolchain.serving.options import OptionList, load_options
 from toolchain.serving.paged_case import Case, Rules, Switches
 from toolchain.serving.paged_plan import plan_paged
+from toolchain.serving.text import text_part
 from toolchain.values import Json
 
 GPU_IMAGE = "ghcr.io/huggingface/text-generation-inference:3.3.5"
@@ -142,8 +143,7 @@ def _check_rotation(config: Mapping[str, Json]) -> None:
     transformers 5 writes `rope_parameters`; 4 looks for `rope_theta` and `rope_scaling`, and takes
     10000 and nothing where they are not, without a word.
     """
-    inner = config.get("text_config")
-    settings = inner if isinstance(inner, Mapping) else config
+    settings = text_part(config)
     rope = settings.get("rope_parameters")
     if not isinstance(rope, Mapping) or "rope_theta" in settings:
         return
