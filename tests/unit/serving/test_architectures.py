@@ -1,5 +1,6 @@
 import pytest
 
+from tests.fakes.configs import LLAMA_8B
 from toolchain.errors import InputRefused, UsageError
 from toolchain.serving import llamacpp, vllm
 from toolchain.serving.attention import cache_layers
@@ -9,16 +10,7 @@ from toolchain.serving.memory import GIB
 from toolchain.serving.model import ModelShape
 from toolchain.serving.paged import paged_cache
 
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "num_hidden_layers": 32,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
-    "vocab_size": 128256,
-}
+LLAMA = {**LLAMA_8B, "max_position_embeddings": 8192}
 L40S = Wishes(gpu="nvidia-l40s", max_model_len=4096, max_num_seqs=2)
 
 

@@ -5,6 +5,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.fakes.configs import LLAMA_8B, LLAMA_8B_BYTES
 from toolchain.building.planning import all_targets
 from toolchain.errors import InputRefused, UsageError
 from toolchain.serving import engines, sglang, tgi, trtllm
@@ -14,24 +15,11 @@ from toolchain.serving.memory import GIB
 from toolchain.stages.render import render
 from toolchain.values import AWQ
 
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "num_hidden_layers": 32,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "vocab_size": 128256,
-    "dtype": "bfloat16",
-}
-WEIGHTS = 16_060_522_496
 ON_GPUS = ["vllm", "tgi", "sglang", "trtllm"]
 L40S = {"gpu": "nvidia-l40s", "max_model_len": 8192, "max_num_seqs": 4}
 
 
-def rendered(target, *, config=LLAMA_8B, weights=WEIGHTS, name="support", **wishes):
+def rendered(target, *, config=LLAMA_8B, weights=LLAMA_8B_BYTES, name="support", **wishes):
     return render(
         target=all_targets()[target],
         name=name,
@@ -71,7 +59,7 @@ def test_two_gpus_share_weights_and_cache(engine):
     plan = rendered(engine, **L40S, gpu_count=2).plan
 
     assert plan["tensor_parallel_size"] == 2
-    assert plan["weights_bytes_per_gpu"] == WEIGHTS // 2
+    assert plan["weights_bytes_per_gpu"] == LLAMA_8B_BYTES // 2
     assert plan["kv_bytes_per_token"] == 131072
     assert plan["shm_bytes"] >= GIB
 
@@ -94,7 +82,7 @@ wishes = st.fixed_dictionaries(
 
 def planned(engine, wish):
     try:
-        return engines()[engine].plan(LLAMA_8B, WEIGHTS, Wishes(**wish))
+        return engines()[engine].plan(LLAMA_8B, LLAMA_8B_BYTES, Wishes(**wish))
     except UsageError:
         return None
 
@@ -132,7 +120,7 @@ def test_a_plan_holds_its_requests_and_leaves_the_margin(engine, wish):
 def test_every_way_out_of_a_misfit_is_one(engine):
     wish = {"gpu": "nvidia-l4", "max_model_len": 32768, "max_num_seqs": 4}
     with pytest.raises(UsageError, match="does not fit on nvidia-l4") as caught:
-        engines()[engine].plan(LLAMA_8B, WEIGHTS, Wishes(**wish))
+        engines()[engine].plan(LLAMA_8B, LLAMA_8B_BYTES, Wishes(**wish))
 
     told = caught.value.details["plan"]
     assert (told.fits, told.max_model_len) == (False, 32768)
@@ -142,7 +130,7 @@ def test_every_way_out_of_a_misfit_is_one(engine):
     assert ("gpu_count",) in kinds
     for way in told.nearest:
         changed = {key: value for key, value in way.items() if key in Wishes.__slots__}
-        size = way.get("weight_bytes", WEIGHTS)
+        size = way.get("weight_bytes", LLAMA_8B_BYTES)
         assert engines()[engine].plan(LLAMA_8B, size, Wishes(**{**wish, **changed})).fits
 
 

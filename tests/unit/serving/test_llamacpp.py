@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.fakes.configs import LLAMA_8B
 from toolchain.errors import InputRefused, UsageError
 from toolchain.serving.engine import Wishes
 from toolchain.serving.llamacpp import ENGINE, command, env
@@ -9,16 +10,6 @@ from toolchain.serving.llamacpp_options import environment_names, extra_options
 from toolchain.serving.llamacpp_plan import plan
 from toolchain.serving.memory import GIB, MIB, padded
 
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "num_hidden_layers": 32,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "vocab_size": 128256,
-}
 SMOL = {
     "architectures": ["LlamaForCausalLM"],
     "num_hidden_layers": 30,

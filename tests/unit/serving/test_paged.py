@@ -2,21 +2,11 @@
 
 import pytest
 
+from tests.fakes.configs import LLAMA_8B
 from toolchain.serving.memory import GIB
 from toolchain.serving.model import ModelShape
 from toolchain.serving.paged import paged_cache
 
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "num_hidden_layers": 32,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "vocab_size": 128256,
-    "dtype": "bfloat16",
-}
 QWEN3_8B = {
     **LLAMA_8B,
     "architectures": ["Qwen3ForCausalLM"],

@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from tests.fakes.configs import LLAMA_8B, LLAMA_8B_BYTES
 from toolchain.building.planning import all_targets
 from toolchain.errors import UsageError
 from toolchain.serving.engine import ServedAdapter, Wishes
@@ -11,21 +12,8 @@ from toolchain.serving.memory import GIB
 from toolchain.serving.vllm import CONFIG_FILE, ENGINE, options, plan
 from toolchain.stages.render import render
 
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "num_hidden_layers": 32,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "vocab_size": 128256,
-    "dtype": "bfloat16",
-}
-WEIGHTS = 16_060_522_496
 
-
-def rendered(target="vllm", *, config=LLAMA_8B, weights=WEIGHTS, name="support", **wishes):
+def rendered(target="vllm", *, config=LLAMA_8B, weights=LLAMA_8B_BYTES, name="support", **wishes):
     return render(
         target=all_targets()[target],
         name=name,
@@ -107,14 +95,18 @@ def test_it_writes_below_tmp_and_asks_nobody():
 )
 def test_options_that_vllm_would_misread_are_refused(extra, says):
     with pytest.raises(UsageError) as caught:
-        plan(LLAMA_8B, WEIGHTS, Wishes(gpu="nvidia-l40s", extra=extra))
+        plan(LLAMA_8B, LLAMA_8B_BYTES, Wishes(gpu="nvidia-l40s", extra=extra))
 
     assert says in caught.value.message + caught.value.hint
 
 
 def test_an_unknown_option_gets_near_misses():
     with pytest.raises(UsageError) as caught:
-        plan(LLAMA_8B, WEIGHTS, Wishes(gpu="nvidia-l40s", extra={"enable_prefix_cachng": True}))
+        plan(
+            LLAMA_8B,
+            LLAMA_8B_BYTES,
+            Wishes(gpu="nvidia-l40s", extra={"enable_prefix_cachng": True}),
+        )
 
     assert "enable-prefix-caching" in caught.value.hint
 
@@ -143,8 +135,8 @@ def test_latent_attention_on_a_cpu_takes_prompts_whole():
     latent = {**LLAMA_8B, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
     wishes = Wishes(host_memory_bytes=256 * GIB, max_model_len=8192, max_num_seqs=1)
 
-    assert plan(latent, WEIGHTS, wishes).max_num_batched_tokens == 8192
-    assert plan(LLAMA_8B, WEIGHTS, wishes).max_num_batched_tokens == 2048
+    assert plan(latent, LLAMA_8B_BYTES, wishes).max_num_batched_tokens == 8192
+    assert plan(LLAMA_8B, LLAMA_8B_BYTES, wishes).max_num_batched_tokens == 2048
 
 
 def test_kserves_own_vllm_is_told_of_the_adapters():

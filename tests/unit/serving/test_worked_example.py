@@ -2,25 +2,15 @@
 
 from pathlib import Path
 
+from tests.fakes.configs import LLAMA_8B, LLAMA_8B_BYTES
 from toolchain.serving import vllm
 from toolchain.serving.engine import Wishes
 
 PAGE = Path(__file__).parents[3] / "docs" / "explanation" / "memory-plan.md"
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "num_hidden_layers": 32,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "vocab_size": 128256,
-    "dtype": "bfloat16",
-}
 
 
 def test_the_page_says_what_the_planner_says():
-    plan = vllm.plan(LLAMA_8B, 16_060_522_496, Wishes(gpu="nvidia-l40s", max_model_len=8192))
+    plan = vllm.plan(LLAMA_8B, LLAMA_8B_BYTES, Wishes(gpu="nvidia-l40s", max_model_len=8192))
     page = PAGE.read_text("utf-8")
 
     assert f"{plan.weight_bytes:,} bytes" in page

@@ -11,6 +11,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from tests.fakes.configs import LLAMA_8B
 from toolchain.building.planning import all_targets
 from toolchain.serving.engine import Wishes
 from toolchain.stages.render import render
@@ -26,18 +27,6 @@ PRODUCTION_STACK = json.loads(
 # The oldest and the newest release that are looked after when this is written, and between.
 KUBERNETES = ("1.33", "1.35", "1.37")
 
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "num_hidden_layers": 32,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "vocab_size": 128256,
-    "dtype": "bfloat16",
-}
 IMAGE = f"registry.example.com:5000/ml/support:1.0-vllm@{Digest.of(b'image')}"
 CASES = {
     "vllm": {"gpu": "nvidia-l40s"},
@@ -57,7 +46,7 @@ def rendered(target, name="support", image=IMAGE, **wishes):
         target=all_targets()[target],
         name=name,
         version="1.0.0",
-        model_config=LLAMA,
+        model_config=LLAMA_8B,
         model_file="",
         weight_bytes=16_000_000_000,
         wishes=Wishes(**{**CASES[target], "max_num_seqs": 4, "max_model_len": 4096, **wishes}),

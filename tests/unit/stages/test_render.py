@@ -6,6 +6,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.fakes.configs import LLAMA_8B
 from toolchain.errors import UsageError
 from toolchain.quantizers import formats
 from toolchain.serving.engine import Wishes
@@ -23,16 +24,6 @@ SMOL = {
     "num_key_value_heads": 3,
     "max_position_embeddings": 8192,
     "vocab_size": 49152,
-}
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "num_hidden_layers": 32,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "vocab_size": 128256,
 }
 CPU = Wishes(max_model_len=2048, max_num_seqs=4, host_memory_bytes=2 * GIB)
 
