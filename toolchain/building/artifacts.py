@@ -104,8 +104,8 @@ def say_texts(file: RecipeFile, progress: Progress) -> None:
             f"the recipe has no `calibration`: {count} general texts are used, and never its"
             " evaluation questions: calibrating on them would hide what is lost on others"
         )
-    elif texts.told():
-        progress.warn(texts.told())
+    elif texts.warning():
+        progress.warn(texts.warning())
 
 
 def with_quality(

@@ -97,8 +97,8 @@ def _refuse_ignored(asked: QuantizeWish, wanted: Wanted) -> None:
 def _texts(asked: QuantizeWish, tools: Tools) -> Texts:
     if asked.calibration is not None:
         texts = read_texts(asked.calibration, Bounds())
-        if texts.told():
-            tools.progress.warn(texts.told())
+        if texts.warning():
+            tools.progress.warn(texts.warning())
         return texts
     texts = read_texts(GENERAL, Bounds())
     tools.progress.warn(

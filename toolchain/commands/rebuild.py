@@ -38,11 +38,11 @@ def recipe_of_image(
     image = place.image()
     rows = evidence.limited(place.attached(image.digest))
     attachments = [place.read(blob, tag) for blob, tag in rows]
-    told = _statements(evidence.statement_parts(attachments), key, source)
+    stated = _statements(evidence.statement_parts(attachments), key, source)
     if key is None:
         progress.warn(f"{source}: who states how it was made was not verified; give --key")
-    recipe = _recipe(told, source)
-    sources = _sources(told, source)
+    recipe = _recipe(stated, source)
+    sources = _sources(stated, source)
     documents = evidence.documents_in(attachments)
     folder = dist / "from" / image.digest.short
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -73,8 +73,8 @@ def _statements(parts: Sequence[Part], key: Path | None, source: str) -> list[Ma
     return right
 
 
-def _recipe(told: Sequence[Mapping[str, Json]], source: str) -> dict[str, Json]:
-    for one in told:
+def _recipe(stated: Sequence[Mapping[str, Json]], source: str) -> dict[str, Json]:
+    for one in stated:
         recipe = statements.parameters_of(one).get("recipe")
         if statements.kind_of(one) == "bake" and isinstance(recipe, dict):
             # Files that did not come along, and what would run a program of somebody else's.
@@ -90,9 +90,9 @@ def _recipe(told: Sequence[Mapping[str, Json]], source: str) -> dict[str, Json]:
     )
 
 
-def _sources(told: Sequence[Mapping[str, Json]], source: str) -> dict[str, tuple[str, str]]:
+def _sources(stated: Sequence[Mapping[str, Json]], source: str) -> dict[str, tuple[str, str]]:
     """Return what was merged: `base`, `adapter:0` … -> pin and digest."""
-    for one in told:
+    for one in stated:
         if statements.kind_of(one) == "merge":
             predicate = one["predicate"]["buildDefinition"]["resolvedDependencies"]
             uris = {str(row["name"]): str(row.get("uri", "")) for row in predicate}

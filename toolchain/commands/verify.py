@@ -21,7 +21,7 @@ from toolchain.oci.streams import ChunkFile
 from toolchain.ports import Progress
 from toolchain.provenance import evidence, signing
 from toolchain.provenance.chain import Check, check_chain
-from toolchain.provenance.evidence import Document, Told
+from toolchain.provenance.evidence import Document, FoundStatement
 from toolchain.provenance.roles import roles_of
 from toolchain.values import Digest, Json, canonical
 
@@ -35,7 +35,7 @@ class _Found:
 
     checks: list[Check] = field(default_factory=list)
     attachments: list[Attachment] = field(default_factory=list)
-    told: list[Told] = field(default_factory=list)
+    stated: list[FoundStatement] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     platform: str = ""
     """Named in every check, where a name stands for several."""
@@ -101,7 +101,7 @@ def _one_image(
     _statements(check, found)
     _layers(image, source, found, progress)
     documents = _documents(found)
-    for one in check_chain(image, found.told, documents, found.files):
+    for one in check_chain(image, found.stated, documents, found.files):
         found.say(one.name, one.ok, one.found)
     return image.digest
 
@@ -181,38 +181,38 @@ def _signature(
 
 
 def _statements(check: signing.Check | None, found: _Found) -> None:
-    for part, told in _read(found, check):
-        name = f"statement {_short_type(part, told.statement)}"
-        if check is None or told.signed:
-            found.told.append(told)
+    for part, read in _read(found, check):
+        name = f"statement {_short_type(part, read.statement)}"
+        if check is None or read.signed:
+            found.stated.append(read)
         if check is not None:
             # What others state of the image is theirs to sign; what we state has to be ours.
-            ok = True if told.signed else (False if evidence.is_ours(told.statement) else None)
-            found.say(name, ok, "signed by this key" if told.signed else _why(part))
+            ok = True if read.signed else (False if evidence.is_ours(read.statement) else None)
+            found.say(name, ok, "signed by this key" if read.signed else _why(part))
 
 
-def _read(found: _Found, check: signing.Check | None) -> list[tuple[Part, Told]]:
+def _read(found: _Found, check: signing.Check | None) -> list[tuple[Part, FoundStatement]]:
     """Return each statement once: as the key signed it, where others signed it as well."""
-    unique: dict[bytes, tuple[Part, Told]] = {}
+    unique: dict[bytes, tuple[Part, FoundStatement]] = {}
     bundles = evidence.bundles_in(found.attachments)
     for part in (*evidence.statement_parts(found.attachments), *bundles):
         try:
-            told = evidence.read_statement(part, check)
+            read = evidence.read_statement(part, check)
         except InputRefused as error:
             # What others put into a bundle may be of a kind that is not known here.
             ok = None if evidence.is_bundle(part) else False
             found.say(f"statement {_short_type(part)}", ok, error.message)
             continue
-        if evidence.is_claim(told.statement):
+        if evidence.is_claim(read.statement):
             continue
-        known = unique.get(content := canonical(told.statement))
+        known = unique.get(content := canonical(read.statement))
         if known is None or not known[1].signed:
-            unique[content] = part, told
+            unique[content] = part, read
     return list(unique.values())
 
 
-def _short_type(part: Part, told: Mapping[str, Json] | None = None) -> str:
-    kind = (told or part.annotations).get("predicateType", "")
+def _short_type(part: Part, statement: Mapping[str, Json] | None = None) -> str:
+    kind = (statement or part.annotations).get("predicateType", "")
     words = str(kind).rstrip("/").split("/")
     return "/".join(words[-2:]) or part.blob.digest.short
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from toolchain.oci.image import Image
 from toolchain.provenance import statements
-from toolchain.provenance.evidence import Document, Told, document_digest
+from toolchain.provenance.evidence import Document, FoundStatement, document_digest
 from toolchain.provenance.labels import PREFIX
 from toolchain.provenance.statements import dependencies_of, kind_of, subjects_of
 from toolchain.values import Digest, FileEntry, Json, tree_digest
@@ -23,16 +23,19 @@ class Check:
 
 
 def check_chain(
-    image: Image, told: Sequence[Told], documents: Sequence[Document], files: Mapping[str, str]
+    image: Image,
+    stated: Sequence[FoundStatement],
+    documents: Sequence[Document],
+    files: Mapping[str, str],
 ) -> Iterator[Check]:
     """Yield what the statements say against what the image is.
 
     `files` are the files of the weight layers as they were read: path -> digest.
     """
-    by_kind = {kind_of(one.statement): one.statement for one in told}
-    own = _about(image, told)
+    by_kind = {kind_of(one.statement): one.statement for one in stated}
+    own = _about(image, stated)
     if own is None:
-        yield Check(name="statement", ok=False, found=_unknown(image, told))
+        yield Check(name="statement", ok=False, found=_unknown(image, stated))
         return
     kind = kind_of(own)
     yield Check(name="statement", ok=True, found=f"{kind} of {image.digest.short}")
@@ -46,31 +49,31 @@ def check_chain(
     yield _weights(baked, files)
     yield from _sources(image, baked, by_kind)
     yield _documents(own, documents)
-    if gate := _gate(image, told):
+    if gate := _gate(image, stated):
         yield gate
 
 
-def _about(image: Image, told: Sequence[Told]) -> Mapping[str, Json] | None:
+def _about(image: Image, stated: Sequence[FoundStatement]) -> Mapping[str, Json] | None:
     found = [
         one.statement
-        for one in told
+        for one in stated
         if kind_of(one.statement) in ("bake", "rebase")
         and subjects_of(one.statement).get("image") == image.digest
     ]
     return found[-1] if found else None
 
 
-def _unknown(image: Image, told: Sequence[Told]) -> str:
-    others = [s for one in told if (s := subjects_of(one.statement).get("image"))]
+def _unknown(image: Image, stated: Sequence[FoundStatement]) -> str:
+    others = [s for one in stated if (s := subjects_of(one.statement).get("image"))]
     if not others:
         return "none says how this image was made"
-    changed = _changes(image, told)
+    changed = _changes(image, stated)
     return f"about another image ({others[0][7:19]}), not this one{changed}"
 
 
-def _changes(image: Image, told: Sequence[Told]) -> str:
+def _changes(image: Image, stated: Sequence[FoundStatement]) -> str:
     """Say which layers differ from those of the image that a statement is about."""
-    for one in told:
+    for one in stated:
         named = subjects_of(one.statement)
         if "config" not in named:
             continue
@@ -146,13 +149,13 @@ def _sources(
         yield _link("merge", merged, checkpoint)
         yield from _labels(image, dependencies_of(merged))
     elif PREFIX + "base.digest" in image.labels:
-        told = image.labels[PREFIX + "base.digest"]
-        found = "served as it is" if told == checkpoint else "not what was quantized or served"
-        yield Check(name="base", ok=told == checkpoint, found=found)
+        digest = image.labels[PREFIX + "base.digest"]
+        found = "served as it is" if digest == checkpoint else "not what was quantized or served"
+        yield Check(name="base", ok=digest == checkpoint, found=found)
 
 
-def _link(name: str, told: Mapping[str, Json], wanted: str) -> Check:
-    made = _tree(subjects_of(told))
+def _link(name: str, statement: Mapping[str, Json], wanted: str) -> Check:
+    made = _tree(subjects_of(statement))
     ok = made == wanted
     found = f"made {made[7:19]}" if ok else f"made {made[7:19]}, and {wanted[7:19]} was used"
     return Check(name=name, ok=ok, found=found)
@@ -175,10 +178,10 @@ def _documents(own: Mapping[str, Json], documents: Sequence[Document]) -> Check:
     return Check(name="documents", ok=True, found=", ".join(sorted(stated)) or "none")
 
 
-def _gate(image: Image, told: Sequence[Told]) -> Check | None:
+def _gate(image: Image, stated: Sequence[FoundStatement]) -> Check | None:
     results = [
         one.statement
-        for one in told
+        for one in stated
         if one.statement.get("predicateType") == statements.TEST_RESULT
     ]
     if not results:

@@ -48,7 +48,7 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Told:
+class FoundStatement:
     """A statement as found."""
 
     statement: Mapping[str, Json]
@@ -87,11 +87,11 @@ def claims_in(attachments: Sequence[Attachment], check: signing.Check | None) ->
     found = [signing.signed_digest(part, check) for part in signatures_in(attachments)]
     for part in bundles_in(attachments):
         try:
-            told = read_statement(part, check)
+            read = read_statement(part, check)
         except InputRefused:
             continue
-        if is_claim(told.statement):
-            found += subjects_of(told.statement).values() if told.signed else [""]
+        if is_claim(read.statement):
+            found += subjects_of(read.statement).values() if read.signed else [""]
     return found
 
 
@@ -111,19 +111,19 @@ def is_bundle(part: Part) -> bool:
     return part.blob.media_type.startswith(signing.BUNDLE_TYPE)
 
 
-def read_statement(part: Part, check: signing.Check | None) -> Told:
+def read_statement(part: Part, check: signing.Check | None) -> FoundStatement:
     """Return a statement, plain, in an envelope or in a bundle; InputRefused for what is none."""
     data = signing.unbundled(part.read()) if is_bundle(part) else part.read()
     if is_bundle(part) or part.blob.media_type == signing.ENVELOPE_TYPE:
-        told, signed = signing.open_envelope(data, check)
-        return Told(statement=told, part=part, signed=signed)
+        statement, signed = signing.open_envelope(data, check)
+        return FoundStatement(statement=statement, part=part, signed=signed)
     try:
         plain = json.loads(data)
     except (ValueError, RecursionError):
         plain = None
     if not isinstance(plain, dict):
         raise InputRefused("a statement is not a JSON object")
-    return Told(statement=plain, part=part, signed=False)
+    return FoundStatement(statement=plain, part=part, signed=False)
 
 
 def statement_parts(attachments: Iterable[Attachment]) -> list[Part]:

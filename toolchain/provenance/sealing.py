@@ -95,11 +95,13 @@ def _signed_beside(
     """Yield manifests with the parts, signed, and with all that is signed in `held`."""
     envelopes = [p for p in statement_parts(held) if p.blob.media_type == signing.ENVELOPE_TYPE]
     own = set(map(_content, parts))
-    told, signatures = _joined([*parts, *envelopes]), signatures_in(held)
+    statements, signatures = _joined([*parts, *envelopes]), signatures_in(held)
     if signer:
-        told = [_signed(part, signer) if _content(part) in own else part for part in told]
+        statements = [
+            _signed(part, signer) if _content(part) in own else part for part in statements
+        ]
         signatures.append(signing.sign_image(image, name, signer, signatures))
-    found = [*told, *signatures]
+    found = [*statements, *signatures]
     unique = {(p.blob.digest, *sorted(p.annotations.items())): p for p in found}
     yield from _of_cosign(unique.values(), image)
 
@@ -131,13 +133,13 @@ def _content(part: Part) -> bytes:
 
 def _signed(part: Part, signer: Signer) -> Part:
     """Return a statement of ours in an envelope with our signature; others' as they are."""
-    told = read_statement(part, None).statement
-    if not is_ours(told):
+    statement = read_statement(part, None).statement
+    if not is_ours(statement):
         return part
-    kind = str(told["predicateType"])
+    kind = str(statement["predicateType"])
     if part.blob.media_type == signing.ENVELOPE_TYPE:
         return signing.envelope_part(signing.countersign(part.read(), signer), kind)
-    return signing.envelope_part(signing.sign_statement(told, signer), kind)
+    return signing.envelope_part(signing.sign_statement(statement, signer), kind)
 
 
 def _of_cosign(parts: Iterable[Part], image: Blob) -> Iterator[Attachment]:

@@ -55,8 +55,8 @@ class Texts:
         """What a measured quality depends on."""
         return key_of(self.held_out)
 
-    def told(self) -> str:
-        """Say what is used where that is not the user's file alone; '' where it is."""
+    def warning(self) -> str:
+        """Say what is used beside the user's file where that has too little; else ''."""
         count = len(self.calibration) + len(self.held_out)
         if not self.general or self.general == count:
             return ""
@@ -157,13 +157,13 @@ def _row(raw: bytes, where: str) -> Row:
     if len(raw) > _LONGEST_LINE:
         raise InputRefused(f"{where} is longer than {_LONGEST_LINE} bytes", hint=_SHAPE)
     try:
-        told = json.loads(raw.decode("utf-8"))
+        row = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError:
         raise InputRefused(f"{where} is not UTF-8", hint="save the file as UTF-8") from None
     except ValueError as error:
         raise InputRefused(f"{where} is not JSON: {error}", hint=_SHAPE) from None
-    if isinstance(told, dict):
-        text, messages = told.get("text"), told.get("messages")
+    if isinstance(row, dict):
+        text, messages = row.get("text"), row.get("messages")
         if isinstance(text, str) and messages is None and text.strip():
             return {"text": text}
         if text is None and isinstance(messages, list) and _is_chat(messages):

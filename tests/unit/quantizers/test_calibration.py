@@ -74,8 +74,8 @@ def test_general_texts_make_up_for_too_few(tmp_path):
 
     assert all(row in (*texts.calibration, *texts.held_out) for row in few)
     assert texts.general == len(texts.calibration) + len(texts.held_out) - 4
-    assert texts.told().startswith("few.jsonl has 4 texts, too few to measure on")
-    assert not read_texts(GENERAL, Bounds()).told()
+    assert texts.warning().startswith("few.jsonl has 4 texts, too few to measure on")
+    assert not read_texts(GENERAL, Bounds()).warning()
 
 
 @pytest.mark.parametrize(
