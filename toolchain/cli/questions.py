@@ -50,7 +50,7 @@ def evaluate(
     from toolchain.cli.progress import progress_for
     from toolchain.commands.arguments import number, required
     from toolchain.commands.evaluate import Subject, Wishes, check_subject, evaluate_subject
-    from toolchain.commands.lm_eval import HarnessRequest, evaluate_tasks
+    from toolchain.commands.lm_eval import HarnessRequest, evaluate_tasks, tasks_text
     from toolchain.commands.server import Place
     from toolchain.wiring import make_tools
 
@@ -64,12 +64,9 @@ def evaluate(
             limit=limit,
             concurrency=concurrency,
         )
-        harness_tools, _ = make_tools(runner, progress_for())
-        found = evaluate_tasks(request, harness_tools)
-        return found, "\n".join(
-            f"{name}: {task['score']} ({task['measure']}, n={task['n']})"
-            for name, task in found["tasks"].items()
-        )
+        tools, _ = make_tools(runner, progress_for())
+        result = evaluate_tasks(request, tools)
+        return result, tasks_text(result)
     required(data=data)
     subject = Subject(
         image=image, url=url, model=model, adapters=tuple(adapter), served_name=served_name

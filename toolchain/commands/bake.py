@@ -177,29 +177,17 @@ def _made(
     split: Resharded,
 ) -> list[Made]:
     """Return the image for each platform of the base, and what it is made of."""
-    bases: tuple[Image | None, ...]
     if config is None:
-        wanted = data_base(request.kind, request.base_image)
-        asked = (request.platform,) if request.platform else ()
-        bases = (None,)
-        if wanted:
-            bases = base_images(wanted, "", registry, tools, platforms=asked)
+        engine, wanted = "", data_base(request.kind, request.base_image)
     else:
-        device = str(config.plan["device"])
+        engine, device = target.engine.name, str(config.plan["device"])
         wanted = base_reference(target.engine, device, request.base_image)
+    bases: tuple[Image | None, ...] = (None,)
+    if wanted:
         asked = (request.platform,) if request.platform else ()
-        bases = base_images(wanted, target.engine.name, registry, tools, platforms=asked)
+        bases = base_images(wanted, engine, registry, tools, platforms=asked)
     served = replace(artifact, tree=split.tree)
-    labels = {
-        "org.opencontainers.image.title": model.name,
-        PREFIX + "target": target.name,
-        PREFIX + "kind": request.kind,
-        PREFIX + "format": target.format.name,
-        PREFIX + "artifact.digest": served.digest,
-    }
-    if config is not None:
-        labels[ENGINE_LABEL] = target.engine.name
-        labels[PREFIX + "plan"] = json.dumps(portable(config.plan), sort_keys=True)
+    labels = _labels(request, model, target, served, config)
     name = public_base(wanted)
 
     def made(base: Image | None) -> Made:
@@ -229,6 +217,26 @@ def _made(
         )
 
     return [made(base) for base in bases]
+
+
+def _labels(
+    request: BakeRequest,
+    model: Model,
+    target: Target,
+    served: Artifact,
+    config: ServingConfig | None,
+) -> dict[str, str]:
+    labels = {
+        "org.opencontainers.image.title": model.name,
+        PREFIX + "target": target.name,
+        PREFIX + "kind": request.kind,
+        PREFIX + "format": target.format.name,
+        PREFIX + "artifact.digest": served.digest,
+    }
+    if config is not None:
+        labels[ENGINE_LABEL] = target.engine.name
+        labels[PREFIX + "plan"] = json.dumps(portable(config.plan), sort_keys=True)
+    return labels
 
 
 def _publish(

@@ -118,6 +118,14 @@ def read_results(out: Path) -> Mapping[str, Json]:
     }
 
 
+def tasks_text(result: Mapping[str, Json]) -> str:
+    """Return the tasks' scores for people, a line each."""
+    return "\n".join(
+        f"{name}: {task['score']} ({task['measure']}, n={task['n']})"
+        for name, task in result["tasks"].items()
+    )
+
+
 def _task(name: str, measures: Mapping[str, Json], results: Mapping[str, Json]) -> dict[str, Json]:
     numbers = {
         key: value

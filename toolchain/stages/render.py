@@ -76,16 +76,11 @@ def render(
         "name": name,
         "version": version,
         "image": image,
+        "image_parts": _parts(image),
         "env": env,
         "healthcheck": list(healthcheck),
-        "gpu_resource": "amd.com/gpu" if plan.device.startswith("amd-") else "nvidia.com/gpu",
-        "engine_title": engine.title,
-        "start_command": [*engine.entrypoint, *engine.command(plan, names)],
-        "file_settings": engine.file_settings(plan, names),
-        "plan_arguments": _as_arguments(plan.settings),
-        "image_parts": _parts(image),
         **names,
-        **_engine_facts(engine, plan),
+        **_engine_facts(engine, plan, names),
     }
     files = render_files((templates() / engine.name, templates() / "deploy"), facts)
     recorded = plan_facts(plan)
@@ -108,8 +103,15 @@ def render(
     )
 
 
-def _engine_facts(engine: Engine, plan: ServingPlan) -> Mapping[str, Json]:
+def _engine_facts(
+    engine: Engine, plan: ServingPlan, names: Mapping[str, Json]
+) -> Mapping[str, Json]:
     return {
+        "engine_title": engine.title,
+        "start_command": [*engine.entrypoint, *engine.command(plan, names)],
+        "file_settings": engine.file_settings(plan, names),
+        "plan_arguments": _as_arguments(plan.settings),
+        "gpu_resource": "amd.com/gpu" if plan.device.startswith("amd-") else "nvidia.com/gpu",
         "plan": plan,
         "port": engine.port,
         "health_path": engine.health_path,

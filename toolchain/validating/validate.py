@@ -7,7 +7,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,27 +146,15 @@ def _compare(
     texts = _texts(request.merged, weights, ids, most, findings)
     batch = Batch.of(greedy.longer(ids, texts) if texts else ids, most)
     sides = Sides(request=request, model=model, weights=weights, batch=batch)
+    streamed = True
     try:
         reference, run = sides.forwards(progress, streamed=True)
     except _NOT_STREAMABLE as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        text = f"this architecture was not streamed but loaded whole ({why})"
-        findings.append(finding(NOTE, "logits", text))
-        _require_memory(weights, why)
-        model = skeleton(request.merged)
-        sides = Sides(
-            request=request, model=model, weights=Weights(request.merged, model), batch=batch
-        )
-        try:
-            reference, run = sides.forwards(progress, streamed=False)
-        except _NOT_STREAMABLE as again:
-            if not failed(findings):
-                raise
-            # Told already: files of another model cannot run in the base's place.
-            text = f"the logits were not compared: it does not run ({type(again).__name__})"
-            findings.append(finding(NOTE, "logits", text))
+        streamed = False
+        whole = _loaded_whole(sides, error, findings, progress)
+        if whole is None:
             return {}
-    streamed = not any("loaded whole" in found.message for found in findings)
+        reference, run = whole
     greedy_texts = list(greedy.read(reference.run.logits, run.logits, batch, texts))
     verdict = judge_models(
         reference, run, weights, batch, sides.twins, findings, greedy_texts, summed=sides.summed
@@ -177,6 +165,30 @@ def _compare(
         "streamed": streamed,
         "greedy": greedy.tell(greedy_texts, expected),
     }
+
+
+def _loaded_whole(
+    sides: Sides, error: Exception, findings: list[Finding], progress: Progress
+) -> tuple[Reference, Run] | None:
+    """Return both forwards of models that are in memory whole; None where findings say why not.
+
+    Raises EnvironmentFailure where they do not fit into memory.
+    """
+    why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    text = f"this architecture was not streamed but loaded whole ({why})"
+    findings.append(finding(NOTE, "logits", text))
+    _require_memory(sides.weights, why)
+    model = skeleton(sides.request.merged)
+    whole = replace(sides, model=model, weights=Weights(sides.request.merged, model))
+    try:
+        return whole.forwards(progress, streamed=False)
+    except _NOT_STREAMABLE as again:
+        if not failed(findings):
+            raise
+        # The findings say why: files of another model cannot run in the base's place.
+        text = f"the logits were not compared: it does not run ({type(again).__name__})"
+        findings.append(finding(NOTE, "logits", text))
+        return None
 
 
 def _texts(
