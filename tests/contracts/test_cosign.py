@@ -233,3 +233,25 @@ def test_an_index_that_cosign_copied(scene: Scene) -> None:
         to = Reference(scene.host, "team/app", tag)
         scene.client.push_manifest(to, index, OCI_INDEX)
     assert scene.place(f"{scene.host}/team/app:all").attached(whole) == []
+
+
+def test_what_cosign_saved(
+    scene: Scene, cosign: Callable[..., bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layout with signatures in its index, of ours and of its own; they are pushed with it."""
+    monkeypatch.setenv("COSIGN_NEW_BUNDLE_FORMAT", "false")
+    key, public = make_key(scene.folder)
+    assert cosign("generate-key-pair", "--output-key-prefix", scene.folder / "their")
+    theirs, other = scene.folder / "their.key", scene.folder / "their.pub"
+    signed, unsigned = scene.bake("signed", key), scene.bake("unsigned")
+    by_digest = f"{unsigned.rpartition(':')[0]}@{scene.blob(unsigned).digest}"
+    assert cosign("sign", "--key", theirs, "--yes", "--tlog-upload=false", by_digest)
+    for n, (name, one, bad) in enumerate(
+        ((signed, public, ["documents"]), (unsigned, other, ["statement"]))
+    ):
+        layout, to = scene.folder / f"saved{n}", f"{scene.host}/pushed{n}/app:1"
+        assert cosign("save", "--dir", layout, name)
+        assert list(scene.check(f"oci:{layout}", one)) == bad
+        copy_image(str(layout), to, scene.client, Silent(), force=False)
+        assert list(scene.check(to, one)) == bad
+        assert cosign("verify", "--key", one, *DOCUMENTED, to)

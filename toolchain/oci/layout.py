@@ -22,6 +22,7 @@ from toolchain.values import Blob, Digest, Json, canonical
 
 REF_NAME = "org.opencontainers.image.ref.name"
 DEFAULT_NAME = "latest"
+_SAVED = ("dev.cosignproject.cosign/sigs", "dev.cosignproject.cosign/atts")
 MARKER = canonical({"imageLayoutVersion": "1.0.0"})
 
 
@@ -244,7 +245,13 @@ def _pick(rows: Sequence[Json], ref: str | None, platform: str | None, where: st
 
 def is_attachment(row: Json) -> bool:
     """Say whether an index's row is not an image but hangs on one."""
-    return isinstance(row, dict) and "artifactType" in row
+    return isinstance(row, dict) and ("artifactType" in row or is_saved_by_cosign(row))
+
+
+def is_saved_by_cosign(row: Json) -> bool:
+    """Say whether a row is what `cosign save` lays beside the only image of its layout."""
+    notes = row.get("annotations") if isinstance(row, dict) else None
+    return isinstance(notes, dict) and notes.get("kind") in _SAVED
 
 
 def _name(row: Json) -> str:

@@ -2,7 +2,7 @@
 
 Ours are listed in `referrers.json`, an index beside `index.json`: a layout of one image has one
 row in its index then, which skopeo, podman and umoci take without being told a name. Rows of
-`index.json` that have a subject, as oras writes them, are read as well.
+`index.json` that have a subject, as oras writes them, are read as well, and what cosign saved.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def attached(folder: Path, subject: Digest) -> list[tuple[Blob, str]]:
     """Return the manifests attached to an image."""
     kinds = (manifests.OCI_MANIFEST,)
     index = manifests.listed(layout.index_document(folder), "manifests", f"{folder}/index.json")
-    blobs = [
-        manifests.descriptor(row, str(folder), kinds, manifests.LARGEST_MANIFEST)
-        for row in (*_listed(folder), *filter(layout.is_attachment, index))
-    ]
-    unique = {blob.digest: blob for blob in blobs}
-    return [
-        (b, "") for b in unique.values() if read_attachment(folder, b).subject.digest == subject
-    ]
+    rows = [*_listed(folder), *filter(layout.is_attachment, index)]
+    found: dict[Digest, Blob] = {}
+    for row in rows:
+        blob = manifests.descriptor(row, str(folder), kinds, manifests.LARGEST_MANIFEST)
+        named = read_attachment(folder, blob).subject
+        if named.digest == subject or (layout.is_saved_by_cosign(row) and not named.size):
+            found[blob.digest] = blob
+    return [(blob, "") for blob in found.values()]
 
 
 def read_attachment(folder: Path, blob: Blob) -> Attachment:

@@ -159,8 +159,8 @@ def cosign_tag(attachment: Attachment) -> str:
     """Return the tag under which cosign looks for an attachment of this kind, or empty."""
     if attachment.tag:
         return attachment.tag
-    suffixes = {artifact_type: suffix for _, artifact_type, suffix in _COSIGN}
-    suffix = suffixes.get(attachment.artifact_type, "")
+    kinds = {part.blob.media_type for part in attachment.parts}
+    suffix = next((suffix for kind, _, suffix in _COSIGN if kind in kinds), "")
     return fallback_tag(attachment.subject.digest, suffix) if suffix else ""
 
 
