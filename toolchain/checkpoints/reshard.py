@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from toolchain.checkpoints.reading import read_part
 from toolchain.checkpoints.safetensors import Header, TensorInfo, read_header
 from toolchain.errors import InputRefused, UsageError
 from toolchain.values import Digest, FileEntry, Json, Pieces, Slice, Tree, canonical, key_of
 
 INDEX = "model.safetensors.index.json"
-_CHUNK = 1 << 20
 _SPARE = 64 << 10
 """Bytes kept free in a layer for tar headers and folders."""
 
@@ -64,22 +64,12 @@ def reshard(tree: Tree, largest: int, memo: Memo) -> Resharded:
 
 
 def read_pieces(pieces: Pieces) -> Iterator[bytes]:
-    """Yield pieces in chunks; InputRefused where a file is shorter than it was."""
+    """Yield pieces in chunks; InputRefused where a file changes meanwhile."""
     for piece in pieces:
         if isinstance(piece, bytes):
             yield piece
-            continue
-        with piece.path.open("rb", buffering=0) as file:
-            file.seek(piece.offset)
-            left = piece.size
-            while left and (chunk := file.read(min(_CHUNK, left))):
-                left -= len(chunk)
-                yield chunk
-            if left:
-                raise InputRefused(
-                    f"{piece.path} changed while it was put into the image",
-                    hint="stop what writes it, then build again",
-                )
+        else:
+            yield from read_part(piece)
 
 
 def size_of(pieces: Pieces) -> int:

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from toolchain.checkpoints.reading import read_file
 from toolchain.errors import InputRefused
 from toolchain.oci import manifests
 from toolchain.oci.image import Opener
-from toolchain.oci.layers import Member, read_file
+from toolchain.oci.layers import Member
 from toolchain.values import Blob, Digest, Json, canonical
 
 EMPTY_TYPE = "application/vnd.oci.empty.v1+json"

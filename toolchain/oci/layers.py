@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,8 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
+from toolchain.checkpoints.reading import read_file
 from toolchain.checkpoints.reshard import read_pieces
-from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
+from toolchain.errors import InputRefused, UsageError
 from toolchain.oci import tar
 from toolchain.oci.references import Reference
 from toolchain.values import Blob, Digest, Pieces, key_of
@@ -320,34 +319,3 @@ def _clean(member: Member) -> Member:
         raise UsageError(f"{member.path!r} would delete files: '.wh.' marks whiteouts in layers")
     mode = 0o755 if member.mode & 0o100 else 0o644
     return Member(path, member.size, mode, member.source, member.digest)
-
-
-def read_file(source: Path, size: int) -> Iterator[bytes]:
-    """Yield a regular file in chunks; InputRefused where it is not of that size or changes."""
-    try:
-        # A pipe in a file's place would keep an ordinary open waiting for ever.
-        handle = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(handle, "rb", buffering=0) as file:
-            before = os.fstat(file.fileno())
-            if not stat.S_ISREG(before.st_mode) or before.st_size != size:
-                raise _changed(source)
-            left = size
-            while left and (chunk := file.read(min(CHUNK, left))):
-                left -= len(chunk)
-                yield chunk
-            after = os.fstat(file.fileno())
-            if left or (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-                raise _changed(source)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise _changed(source) from None
-    except OSError as error:
-        raise EnvironmentFailure(
-            f"cannot read {source}: {error.strerror}", hint="check the disk and the permissions"
-        ) from None
-
-
-def _changed(source: Path) -> InputRefused:
-    return InputRefused(
-        f"{source} changed while it was put into the image",
-        hint="stop what writes it, then build again",
-    )

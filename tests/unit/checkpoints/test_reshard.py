@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -97,11 +98,24 @@ def test_what_cannot_be_split(tmp_path: Path) -> None:
     assert "--split-max-size" in caught.value.hint
 
 
-def test_a_file_that_shrinks_is_noticed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["is cut off", "is written to", "is gone", "is a pipe"])
+def test_a_file_that_changes(tmp_path: Path, how: str) -> None:
     path = tmp_path / "model.safetensors"
     save_file(tensors(1), path)
     split = reshard(tree_of(tmp_path), LARGEST, plain)
-    path.write_bytes(path.read_bytes()[:300_000])
     last = max(name for name in split.contents if name != INDEX)
+    reading = read_pieces(split.contents[last])
+    next(reading)
+    match how:
+        case "is cut off":
+            path.write_bytes(path.read_bytes()[:300_000])
+        case "is written to":
+            next(reading)  # it is open from here on
+            os.utime(path, (1, 1))
+        case "is gone":
+            path.unlink()
+        case "is a pipe":
+            path.unlink()
+            os.mkfifo(path)
     with pytest.raises(InputRefused, match="changed while"):
-        list(read_pieces(split.contents[last]))
+        list(reading)
