@@ -255,3 +255,21 @@ def test_what_cosign_saved(
         copy_image(str(layout), to, scene.client, Silent(), force=False)
         assert list(scene.check(to, one)) == bad
         assert cosign("verify", "--key", one, *DOCUMENTED, to)
+
+
+@pytest.mark.skipif(not shutil.which("oras"), reason="oras is not installed")
+def test_what_oras_copied(scene: Scene, cosign: Callable[..., bool]) -> None:
+    """It takes all that hangs on an image and no tags; a push gives it cosign's tags again."""
+    key, public = make_key(scene.folder)
+    name, layout = scene.bake("app", key), scene.folder / "layout"
+    there, back = f"{scene.host}/oras/app:1", f"{scene.host}/back/app:1"
+    plain = ("oras", "copy", "-r", "--from-plain-http")
+    for words in (("--to-plain-http", name, there), ("--to-oci-layout", name, f"{layout}:1")):
+        subprocess.run([*plain, *words], check=True, capture_output=True)
+    copy_image(f"oci:{layout}:1", back, scene.client, Silent(), force=False)
+    for one in (there, f"oci:{layout}:1", back):
+        assert scene.check(one, public) == {}
+    assert cosign("verify", "--key", public, DOCUMENTED[0], "--experimental-oci11", there)
+    for words in (("verify",), ("verify-attestation", "--type", "slsaprovenance1")):
+        assert not cosign(*words, "--key", public, *DOCUMENTED, there)
+        assert cosign(*words, "--key", public, *DOCUMENTED, back)
