@@ -18,6 +18,7 @@ from transformers import (
     Cohere2Config,
     CohereConfig,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GraniteConfig,
     LlamaConfig,
@@ -41,9 +42,11 @@ from toolchain.drivers.pypi import PypiReader
 from toolchain.drivers.store import FileStore
 from toolchain.drivers.toolset import toolset_folder
 from toolchain.ports import Silent
+from toolchain.quality.measure import measure
 from toolchain.quantizers import formats, of_format
 from toolchain.quantizers.calibration import GENERAL
 from toolchain.quantizers.gguf_types import FILE_TYPES, FORMATS
+from toolchain.quantizers.quantizer import QuantizeRequest
 from toolchain.stages.quantize import Wanted, job_of
 from toolchain.wiring import cache_folder
 
@@ -98,8 +101,6 @@ def test_a_broken_file_is_stopped_with_its_layer_named(tmp_path):
     blocks = tensor.data.reshape(-1, 18)
     blocks[:, :2] = np.random.default_rng(0).permutation(blocks[:, :2])
     reader.data.flush()
-
-    from toolchain.quality.measure import measure
 
     lines = (TINY / "calibration.jsonl").read_text("utf-8").splitlines()[:12]
     rows = [json.loads(line) for line in lines]
@@ -186,6 +187,31 @@ def test_and_of_those_with_byte_pairs(tmp_path, config, smollm2):
     undone(tmp_path, config, smollm2)
 
 
+def test_of_a_model_that_sees_the_part_that_reads_becomes_a_file(tmp_path):
+    """As llama.cpp has it; what is left out is said, and what it holds is measured."""
+    size = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    text = size | {"vocab_size": 512, "head_dim": 32, "num_attention_heads": 2,
+                   "num_key_value_heads": 1, "max_position_embeddings": 512}  # fmt: skip
+    eyes = size | {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=eyes, mm_tokens_per_image=4,
+                          bos_token_id=1, eos_token_id=2, pad_token_id=3)  # fmt: skip
+    model, out = make_random(tmp_path / "model", config, TINY / "base"), tmp_path / "out"
+    convert(model, out, "bf16")
+
+    facts = of_format("bf16").check(QuantizeRequest(
+        model=model, format=formats()["bf16"], output=out, name="demo", tools=tmp_path,
+        python="", options={"imatrix": "off"},
+    ))  # fmt: skip
+    truth, view = CheckpointTensors(model), of_format("bf16").view(out, model)
+    left = {name for name in truth.names if "vision_tower" in name or "projector" in name}
+    assert view.names == truth.names - left
+    for name in sorted(view.names):
+        np.testing.assert_allclose(view.tensor(name), truth.tensor(name), atol=1e-2, err_msg=name)
+    assert f"{len(left)} tensors that see or hear are left out" in facts["warnings"][0]
+    rows = [json.loads(line) for line in GENERAL.read_text("utf-8").splitlines()[:4]]
+    assert measure(model, view, rows, 300, lambda *_: None)["kl_mean"] < 1e-3
+
+
 def convert(model: Path, out: Path, name: str) -> Path:
     """Run llama.cpp's converter in its builder; return the file."""
     out.mkdir()
@@ -194,10 +220,9 @@ def convert(model: Path, out: Path, name: str) -> Path:
     return out / "demo.gguf"
 
 
-def undone(tmp_path: Path, config, tokenizer: Path) -> None:
-    """Convert a random model with llama.cpp's converter, and compare each tensor as read back."""
+def make_random(model: Path, config, tokenizer: Path) -> Path:
+    """Write a random model with another's tokenizer."""
     torch.manual_seed(0)
-    model = tmp_path / "model"
     network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -206,7 +231,12 @@ def undone(tmp_path: Path, config, tokenizer: Path) -> None:
     for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
         if (tokenizer / name).is_file():
             shutil.copy(tokenizer / name, model)
-    out = tmp_path / "out"
+    return model
+
+
+def undone(tmp_path: Path, config, tokenizer: Path) -> None:
+    """Convert a random model with llama.cpp's converter, and compare each tensor as read back."""
+    model, out = make_random(tmp_path / "model", config, tokenizer), tmp_path / "out"
     convert(model, out, "f32")
 
     truth, view = CheckpointTensors(model), of_format("f32").view(out, model)
@@ -302,8 +332,6 @@ def test_the_divergence_is_near_what_llama_cpp_says_of_its_own(tmp_path):
     theirs = float(re.search(r"Mean\s+KLD:\s+([\d.]+)", told)[1])
     rows = [{"text": text[i : i + 280]} for i in range(0, len(text), 280)]
 
-    from toolchain.quality.measure import measure
-
     view = of_format("q2_k").view(Path(small), TINY / "base")
     ours = measure(TINY / "base", view, rows, 100_000, lambda *_: None)["kl_mean"]
 
@@ -315,6 +343,7 @@ import sys
 from pathlib import Path
 from toolchain.drivers.folders import read_tree
 from toolchain.ports import Silent
+from toolchain.quality.measure import measure
 from toolchain.quantizers import formats
 from toolchain.quantizers.calibration import Bounds, read_texts
 from toolchain.stages.quantize import Wanted, quantize

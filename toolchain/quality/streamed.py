@@ -29,10 +29,13 @@ class StreamedModel:
 
     def __init__(self, model: Path) -> None:
         """Build the network of `model`'s config.json without weights; Unmeasurable if it cannot."""
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
         os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
         config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+        text = config.get_text_config(decoder=True)
+        # Of a model that sees, too, the part that reads.
+        config = text if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING else config
         config.use_cache = False
         with _without_weights():
             self.network = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -105,7 +108,7 @@ class StreamedModel:
 
     def _weight(self, name: str, weights: Weights) -> torch.Tensor:
         """Return a parameter's weights, whether tied, fused by transformers or plain."""
-        for spelling in (name, name.replace(".mlp.", ".block_sparse_moe.")):
+        for spelling in _spellings(name):
             try:
                 return weights(spelling)
             except KeyError:
@@ -113,8 +116,8 @@ class StreamedModel:
             if ".experts." in spelling and (fused := _fused(spelling, weights)) is not None:
                 return fused
         if name == "lm_head.weight":
-            embedding = self.network.get_input_embeddings()
-            return weights(self._names[id(embedding)] + ".weight")
+            embedding = self._names[id(self.network.get_input_embeddings())]
+            return self._weight(f"{embedding}.weight", weights)
         raise Unmeasurable(
             f"the checkpoint has no {name}, which its architecture needs",
             hint="the task score says what the quantized model can do",
@@ -152,6 +155,14 @@ def _hook(
         layer.register_forward_pre_hook(before, with_kwargs=True),
         layer.register_forward_hook(after),
     ]
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """Yield what checkpoints call a parameter: Mixtral's, and language models among other parts."""
+    yield name
+    yield name.replace(".mlp.", ".block_sparse_moe.")
+    yield f"language_model.{name}"
+    yield name.replace("model.", "model.language_model.", 1)
 
 
 def _fused(name: str, weights: Weights) -> torch.Tensor | None:

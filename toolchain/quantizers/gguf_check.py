@@ -25,6 +25,12 @@ _ONE_TO_ONE = frozenset(
 _COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _NOT_WEIGHTS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+_OTHER_SENSES = re.compile(
+    r"^(mlp|vit\.|vpm\.|siglip2\.|conformer\.|merger\.|resampler\.)|(visual|vision|audio|talker)\."
+    r"|(vision|audio)_|projector\.|image_newline|patch_(embed|embedding|merger|merge_mlp)"
+)
+"""Tensors of what sees and hears, which the converter keeps for a file of their own
+(TextModel.filter_tensors of llama.cpp's conversion/base.py)."""
 # What the converter would guess from folder names; gguf.py switches it off.
 _GUESSED = ("general.basename", "general.finetune", "general.organization", "general.version")
 _FLOATS = frozenset({"F32", "F16", "BF16", "F64"})
@@ -58,7 +64,9 @@ def check_files(
     architecture = str(read.value("general.architecture"))
     _check_type(read, format_name)
     _check_guesses(read)
-    _check_count(read, model, architecture)
+    names = _checkpoint_tensors(model)
+    senses = {name for name in names if _OTHER_SENSES.search(name)}
+    _check_count(read, names - senses, architecture)
     tokens = check_tokenizer(read, model)
     template = _check_template(read, model)
     _check_finite(read)
@@ -81,14 +89,19 @@ def check_files(
         "tokens": tokens,
         "chat_template": template,
         "imatrix": read.get("weightsmith.imatrix.digest") or "",
-        "warnings": _warnings(fallbacks, len(read.tensors), template=template),
+        "warnings": _warnings(fallbacks, len(read.tensors), len(senses), template=template),
     }
 
 
 def _warnings(
-    fallbacks: Sequence[Mapping[str, Json]], tensors: int, *, template: bool
+    fallbacks: Sequence[Mapping[str, Json]], tensors: int, senses: int, *, template: bool
 ) -> list[str]:
     warnings = []
+    if senses:
+        warnings.append(
+            f"the file holds the language model alone: {senses} tensors that see or hear are left"
+            " out, and the server reads no images or sound"
+        )
     if fallbacks:
         warnings.append(
             f"{len(fallbacks)} of {tensors} tensors have rows that are not a multiple of 256 and"
@@ -118,15 +131,15 @@ def _check_guesses(read: GGUFModel) -> None:
         )
 
 
-def _check_count(read: GGUFModel, model: Path, architecture: str) -> None:
-    names = _checkpoint_tensors(model)
+def _check_count(read: GGUFModel, names: set[str], architecture: str) -> None:
     if architecture not in _ONE_TO_ONE or not names:
         return
     merged = {_EXPERT.sub(".experts.", name) for name in names}
     weights = {name for name in merged if not name.endswith(_NOT_WEIGHTS)}
     written = sum(name not in _COMPUTED for name in read.tensors)
     # A tied output may be stored twice in the checkpoint and once in the file.
-    if written not in {len(weights), len(weights - {"lm_head.weight"})}:
+    untied = {name for name in weights if not name.endswith("lm_head.weight")}
+    if written not in {len(weights), len(untied)}:
         raise CheckFailed(
             f"{read.name} holds {written} tensors, the checkpoint {len(weights)}",
             hint="the converter left some out or made some up; look at its output",

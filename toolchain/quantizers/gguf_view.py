@@ -84,9 +84,9 @@ class GGUFView:
         found: dict[str, tuple[str, int | None]] = {}
         for name in names:
             expert = _EXPERT.search(name)
-            plain = _EXPERT.sub(".experts.", name)
+            plain = _EXPERT.sub(".experts.", name).replace("language_model.", "", 1)
             place = known.get_name(plain, try_suffixes=(".weight", ".bias"))
-            if name == "lm_head.weight" and place not in self._read.tensors:
+            if plain == "lm_head.weight" and place not in self._read.tensors:
                 place = "token_embd.weight"  # tied
             if place in self._read.tensors:
                 found[name] = (place, int(expert[1]) if expert else None)
