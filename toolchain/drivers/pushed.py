@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from toolchain.files import write_whole
 from toolchain.values import Digest, canonical
 
 _MOST = 4000
@@ -31,12 +31,8 @@ class PushedLayers:
             known.pop(digest, None)
             known[digest] = repository
         rows = list(known.items())[-_MOST:]
-        path = self._path(registry)
-        beside = path.with_suffix(f".{os.getpid()}")
         with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_bytes(canonical(rows))
-            beside.replace(path)
+            write_whole(self._path(registry), canonical(rows))
 
     def _read(self, registry: str) -> dict[str, str]:
         try:

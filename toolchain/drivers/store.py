@@ -21,6 +21,7 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 
 from toolchain.errors import EnvironmentFailure
+from toolchain.files import write_whole
 from toolchain.ports import Entry
 from toolchain.values import Digest, FileEntry, Json, Tree, canonical
 
@@ -107,7 +108,7 @@ class FileStore:
             digest = Digest("sha256:" + file_digest(file, "sha256").hexdigest())
         if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > _SETTLED_NS:
             with suppress(OSError):
-                _write_atomically(memo, canonical({"stamp": stamp, "digest": digest}))
+                write_whole(memo, canonical({"stamp": stamp, "digest": digest}))
         return FileEntry(path=path.name, size=stat.st_size, digest=digest)
 
     def memo(self, key: str, make: Callable[[], str]) -> str:
@@ -119,7 +120,7 @@ class FileStore:
                 return str(known[1])
         value = make()
         with suppress(OSError):
-            _write_atomically(path, canonical([key, value]))
+            write_whole(path, canonical([key, value]))
         return value
 
     def require_room(self, needed: int, what: str) -> None:
@@ -195,7 +196,7 @@ class FileStore:
             raise
         files = self._seal(data, meta.pop("sha256", {}))
         manifest = {"key": key, "note": note, "meta": meta, "files": files}
-        _write_atomically(partial / "manifest.json", canonical(manifest))
+        write_whole(partial / "manifest.json", canonical(manifest))
         final = self.root / "results" / key.hex
         if final.exists():  # it was there but damaged, else we would not be here
             shutil.rmtree(final)
@@ -323,16 +324,6 @@ def _children(folder: Path) -> list[Path]:
         return [path for path in folder.iterdir() if len(path.name) == 64]
     except FileNotFoundError:
         return []
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 def _sync_folder(folder: Path) -> None:

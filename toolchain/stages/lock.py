@@ -7,12 +7,12 @@ is kept and reviewed with it; a one-off build without a recipe file has none.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from toolchain.errors import InputRefused, UsageError
+from toolchain.files import write_whole
 from toolchain.oci.image import Image
 from toolchain.oci.layout import is_layout
 from toolchain.ports import Progress
@@ -100,10 +100,8 @@ def write_lock(before: Lock, after: Lock, progress: Progress) -> None:
     if path is None or before == after:
         return
     data = {"bases": after.bases, "sources": after.sources}
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(json.dumps(plain(data), indent=2, sort_keys=True) + "\n", "utf-8")
-        beside.replace(path)
+        write_whole(path, (json.dumps(plain(data), indent=2, sort_keys=True) + "\n").encode())
     except OSError as error:
         progress.warn(f"{path} was not written: {error.strerror}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,6 +11,7 @@ from pathlib import Path
 from toolchain import __version__
 from toolchain.errors import EnvironmentFailure
 from toolchain.evaluating.statistics import wilson
+from toolchain.files import write_whole
 from toolchain.oci.image import Image
 from toolchain.provenance.evaluation import side_by_side
 from toolchain.recipe import Recipe
@@ -91,7 +91,7 @@ def write_files(files: Mapping[str, str], folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            _replace(folder / name, text)
+            write_whole(folder / name, text.encode())
     except OSError as error:
         raise EnvironmentFailure(
             f"cannot write results to {folder}: {error.strerror}",
@@ -234,13 +234,3 @@ def _next(facts: Facts) -> list[str]:
         f"docker run --rm -p 127.0.0.1:{port}:{port} {reference}",
         f"curl http://127.0.0.1:{port}/v1/models",
     ]
-
-
-def _replace(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)

@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
 from toolchain.evaluating.gate import Limit, judge_drop
+from toolchain.files import write_whole
 from toolchain.reporting import answers, comparing, views
 from toolchain.reporting.facts import whole
 from toolchain.reporting.junit import junit
@@ -245,10 +246,7 @@ def _write(texts: Mapping[str, str], folder: Path) -> None:
     for name, text in texts.items():
         path = folder / name
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            beside = folder / f".{name}.part"
-            beside.write_text(text, "utf-8", errors="replace")
-            beside.replace(path)
+            write_whole(path, text.encode("utf-8", errors="replace"))
         except OSError as error:
             raise EnvironmentFailure(
                 f"cannot write {path}: {error.strerror}", hint="choose another output folder"
