@@ -273,3 +273,35 @@ def test_what_oras_copied(scene: Scene, cosign: Callable[..., bool]) -> None:
     for words in (("verify",), ("verify-attestation", "--type", "slsaprovenance1")):
         assert not cosign(*words, "--key", public, *DOCUMENTED, there)
         assert cosign(*words, "--key", public, *DOCUMENTED, back)
+
+
+@pytest.mark.skipif(not shutil.which("skopeo"), reason="skopeo is not installed")
+def test_policies_of_podman_and_others(scene: Scene) -> None:
+    """The how-to's own: what the key signed is let in, and nothing else."""
+    key, public = make_key(scene.folder)
+    _, other = make_key(scene.folder, "other")
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "sign-and-verify.md"
+    blocks = page.read_text().split("```")
+    (shown,) = (block for block in blocks if "sigstoreSigned" in block)
+    (lookaside,) = (block for block in blocks if "use-sigstore-attachments" in block)
+    name, written = scene.bake("app", key), "registry.example.com"
+    folder = scene.folder / "registries.d"
+    folder.mkdir()
+    text = lookaside.partition("\n")[2].replace(written, scene.host)
+    (folder / "registry.yaml").write_text(text)
+
+    def let_in(name: str, one: Path) -> bool:
+        policy = shown.partition("\n")[2].replace(written, scene.host)
+        policy = policy.replace("/etc/containers/key.pub", str(one))
+        (scene.folder / "policy.json").write_text(policy)
+        words = ["skopeo", "--policy", scene.folder / "policy.json", "--registries.d", folder,
+                 "copy", "-q", "--src-tls-verify=false", f"docker://{name}",
+                 f"dir:{scene.folder}/{one.stem}"]  # fmt: skip
+        return subprocess.run(words, capture_output=True).returncode == 0
+
+    assert let_in(name, public)
+    assert not let_in(name, other)
+    to = f"{scene.host}/prod/app:1"
+    for signer in (None, open_signer(str(key))):
+        copy_image(name, to, scene.client, Silent(), force=False, signer=signer)
+        assert let_in(to, public) is bool(signer)
