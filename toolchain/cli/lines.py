@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from typing import TextIO
 
+_STEERING = {n: "\ufffd" for n in (*range(32), *range(127, 160)) if chr(n) not in "\n\t"}
+"""What steers a terminal: names and labels of images may have it, and nothing of ours."""
+
 
 def put_line(text: str, stream: TextIO) -> str:
     """Print a line at once; into nothing from the moment in which that cannot be done any more.
@@ -12,7 +15,7 @@ def put_line(text: str, stream: TextIO) -> str:
     Return why it was not written, as on a full disk; empty also where nobody reads any longer.
     """
     try:
-        print(text, file=stream, flush=True)
+        print(text.translate(_STEERING), file=stream, flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         # The reader, such as `head`, had enough; the work goes on.

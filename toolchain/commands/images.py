@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from toolchain.oci import manifests
-from toolchain.oci.inspect import describe
+from toolchain.oci.inspect import describe, shown
 from toolchain.oci.layout import is_layout
 from toolchain.oci.places import Place, RegistryPlace, open_place
 from toolchain.oci.references import DOCKER_HUB, Reference
 from toolchain.oci.registry import Registry
 from toolchain.ports import ContainerEngine, Progress, Signer
 from toolchain.provenance.evidence import read_attached
-from toolchain.provenance.labels import PREFIX
+from toolchain.provenance.labels import PREFIX, plan_in, scores_in
 from toolchain.provenance.sealing import cosign_tag, countersigned
 from toolchain.serving.memory import human
 from toolchain.values import Blob, Digest, Json, plain
@@ -171,18 +170,15 @@ def _described_by_engine(held: Mapping[str, Json]) -> dict[str, Json]:
 
 def _told(source: str, found: Mapping[str, Json]) -> Mapping[str, Json]:
     labels = found["labels"]
+    plan, scores = plan_in(labels), scores_in(labels)
+    # What cannot be read is told as it is.
+    read = {*(f"score.{name}" for name in scores), *(["plan"] if plan else [])}
     own = {k.removeprefix(PREFIX): v for k, v in labels.items() if k.startswith(PREFIX)}
-    plan = own.pop("plan", "")
-    scores = {
-        name.removeprefix("score."): float(own.pop(name).split()[0])
-        for name in sorted(own)
-        if name.startswith("score.")
-    }
     return {
         "reference": source,
         **found,
-        "provenance": own,
-        "plan": json.loads(plan) if plan else {},
+        "provenance": {name: text for name, text in own.items() if name not in read},
+        "plan": plan,
         "scores": scores,
     }
 
@@ -192,20 +188,22 @@ def inspect_text(found: Mapping[str, Json]) -> str:
     identity = found["digest"] or f"{found['config_digest']} (image id)"
     lines = [f"{found['reference']}", f"  digest    {identity}"]
     if "index" in found:
+        platforms = ", ".join(found["platforms"])
         lines += [
-            f"  platform  {found['platform']}, one of {', '.join(found['platforms'])}",
+            f"  platform  {shown(found['platform'])}, one of {shown(platforms)}",
             f"  index     {found['index']}",
         ]
-    lines += [f"  {name:<9} {value:.4f}" for name, value in found["scores"].items()]
+    lines += [f"  {shown(name):<9} {value:.4f}" for name, value in found["scores"].items()]
     own = {name: text for name, text in found["provenance"].items() if name != "config"}
-    lines += [f"  {name:<24} {value}" for name, value in sorted(own.items())]
-    if plan := found["plan"]:
+    lines += [f"  {shown(name):<24} {shown(value)}" for name, value in sorted(own.items())]
+    plan = found["plan"]
+    if {"max_num_seqs", "max_model_len", "device"} <= plan.keys():
         lines.append(
             f"  serves {plan['max_num_seqs']} requests of {plan['max_model_len']} tokens "
             f"on {plan['device']}"
         )
     lines += [
-        f"  {layer['digest'][7:19]}  {human(int(layer['size'])):>10}  {layer['file']}"
+        f"  {layer['digest'][7:19]}  {human(int(layer['size'])):>10}  {shown(layer['file'])}"
         for layer in found["layers"]
     ]
     return "\n".join(lines)

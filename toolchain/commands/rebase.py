@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ from toolchain.ports import Tools
 from toolchain.provenance import evidence as gathered
 from toolchain.provenance import statements
 from toolchain.provenance.evidence import Document, Evidence
-from toolchain.provenance.labels import ENGINE_VERSION, PREFIX
+from toolchain.provenance.labels import ENGINE_VERSION, PREFIX, plan_in
 from toolchain.provenance.mlbom import MEDIA_TYPE
 from toolchain.provenance.roles import ADDED, LAYERS, Roles, config_label, roles_label, roles_of
 from toolchain.provenance.statements import Resource
@@ -160,8 +159,9 @@ def _smoke(image: Image, tools: Tools) -> None:
     if not tools.engine.answers():
         tools.progress.warn("no container engine answers: the image was not started")
         return
-    plan = json.loads(image.labels.get(PREFIX + "plan", "{}"))
-    if plan.get("device", "cpu") != "cpu" and not tools.engine.describe().get("gpu"):
+    if plan_in(image.labels).get("device", "cpu") != "cpu" and not tools.engine.describe().get(
+        "gpu"
+    ):
         tools.progress.warn("the image is for a GPU and none is here: it was not started")
         return
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,6 +15,7 @@ from toolchain.evaluating.client import check_served_name, first_name, wait_unti
 from toolchain.evaluating.session import Session
 from toolchain.oci.layout import read_layout
 from toolchain.ports import Endpoint, StartSpec, Tools
+from toolchain.provenance.labels import plan_in
 from toolchain.values import Json
 
 _START_SECONDS = 900.0
@@ -69,8 +69,8 @@ def served(place: Place, tools: Tools, *, modest: bool = False) -> Iterator[Endp
 
 def _shm_bytes(labels: Mapping[str, str]) -> int:
     """Return what an image's plan says of shared memory; 0 for an image without a plan."""
-    with suppress(ValueError, TypeError, AttributeError):
-        return int(json.loads(labels.get("dev.weightsmith.plan", "")).get("shm_bytes", 0))
+    with suppress(ValueError, TypeError):
+        return int(plan_in(labels).get("shm_bytes", 0))
     return 0
 
 

@@ -14,6 +14,7 @@ from toolchain.errors import CheckFailed, InputRefused, UsageError
 from toolchain.oci import manifests
 from toolchain.oci.attachments import Attachment, Part
 from toolchain.oci.image import Image, blob_of
+from toolchain.oci.inspect import shown
 from toolchain.oci.layers import LAYER_TAR, Layer, verified
 from toolchain.oci.places import Place, RegistryPlace, open_place
 from toolchain.oci.registry import Registry
@@ -111,7 +112,7 @@ def table(result: Mapping[str, Json]) -> str:
     width = max((len(row["check"]) for row in result["checks"]), default=0)
     words = {True: "ok", False: "NO", None: "-"}
     return "\n".join(
-        f"  {words[row['ok']]:<3} {row['check']:<{width}}  {row['found']}"
+        f"  {words[row['ok']]:<3} {shown(row['check']):<{width}}  {shown(row['found'])}"
         for row in result["checks"]
     )
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from toolchain.recipe import Recipe
@@ -11,6 +13,7 @@ from toolchain.values import Artifact, Json, Score, ServingConfig, Sources
 
 PREFIX = "dev.weightsmith."
 """Our labels; the others are the OCI annotations of image-spec annotations.md."""
+_SCORE = PREFIX + "score."
 ENGINE_VERSION = PREFIX + "engine.version"
 """The version of the engine that an image holds, so that the plan was made for."""
 
@@ -84,6 +87,25 @@ def score_labels(scores: Mapping[str, Score]) -> dict[str, str]:
     """Return one label per score: `base`, `adapter`, `image`, each from 0 to 1 over n items."""
     shown = {name: scores[name] for name in ("base", "adapter", "image") if name in scores}
     return {
-        f"{PREFIX}score.{name}": f"{score.score:.4f} {score.metric} n={score.n}"
+        f"{_SCORE}{name}": f"{score.score:.4f} {score.metric} n={score.n}"
         for name, score in shown.items()
     }
+
+
+def plan_in(labels: Mapping[str, str]) -> Mapping[str, Json]:
+    """Return the plan that an image's labels hold; {} where none can be read."""
+    try:
+        plan = json.loads(labels.get(PREFIX + "plan", "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return plan if isinstance(plan, dict) else {}
+
+
+def scores_in(labels: Mapping[str, str]) -> dict[str, float]:
+    """Return the scores that an image's labels hold, those that are numbers."""
+    found = {}
+    for name in sorted(labels):
+        if name.startswith(_SCORE):
+            with suppress(ValueError):
+                found[name.removeprefix(_SCORE)] = float(labels[name].partition(" ")[0])
+    return {name: score for name, score in found.items() if math.isfinite(score)}
