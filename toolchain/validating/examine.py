@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from toolchain.validating.elements import ARITHMETIC, Tally, compare_rows
 from toolchain.validating.findings import ERROR, Finding, finding
@@ -59,6 +60,31 @@ class Examiner:
         else:
             site.layer.register_forward_hook(self._plain(site))
 
+    def watch_brought(self, module: Any, parameters: Mapping[str, str]) -> None:
+        """Run the twins through what an adapter brings whole as the merged file has it: rounded.
+
+        `parameters` is attribute -> the model's own name.
+        """
+        kinds = {part: _kind(self.merged, name) for part, name in parameters.items()}
+        busy = False
+
+        def again(_: Any, args: tuple[Any, ...], out: Any) -> torch.Tensor | None:
+            nonlocal busy
+            if busy:
+                return None
+            single = len(args) == 1 and isinstance(out, torch.Tensor)
+            x = args[0].flatten(0, -1 if isinstance(module, nn.Embedding) else -2)
+            twins = self.twins.get(len(x), 0) if single else 0
+            if not twins:
+                self.unjudged += list(parameters.values())
+                return None
+            busy = True
+            twin, busy = _anew(module, kinds, x[-twins:]), False
+            flat = out.reshape(-1, out.shape[-1])
+            return torch.cat([flat[:-twins], twin]).view(out.shape)
+
+        module.register_forward_hook(again)
+
     def finish(self, site: Site) -> None:
         """Examine a site that the probes did not run through."""
         if site.seen:
@@ -86,6 +112,8 @@ class Examiner:
             bias = self._bias(site)
             self.findings += outputs.judge(bias)
             self.signal[site.parameters["weight"]] = outputs.loss()
+            if bias is not None:  # an adapter may have brought it in more digits
+                bias = bias.to(_kind(self.merged, site.parameters["bias"])).float()
             return outputs.with_twins(bias)
 
         return examine
@@ -284,6 +312,31 @@ def _apply(
     else:
         inside = (x >= where.start) & (x < where.stop)
         into[inside] = rows[x[inside] - where.start]
+
+
+def _anew(module: Any, kinds: Mapping[str, torch.dtype], x: torch.Tensor) -> torch.Tensor:
+    """Return a module's outputs with some parameters rounded; of matrices a few rows at a time."""
+    exact = {part: getattr(module, part).data for part in kinds}
+    if type(module) is nn.Linear and kinds.keys() == dict(module.named_parameters()).keys():
+        blocks = (rows.to(kinds["weight"]).float() for _, rows in blocks_of(exact["weight"]))
+        out = torch.cat([x @ rows.T for rows in blocks], -1)
+        return out + exact["bias"].to(kinds["bias"]).float() if "bias" in kinds else out
+    if isinstance(module, nn.Embedding):
+        wanted, x = torch.unique(x, return_inverse=True)
+        rounded = {"weight": exact["weight"][wanted].to(kinds["weight"]).float()}
+    else:
+        rounded = {part: values.to(kinds[part]).float() for part, values in exact.items()}
+    for part, values in rounded.items():
+        getattr(module, part).data = values
+    again: torch.Tensor = module(x)
+    for part, values in exact.items():
+        getattr(module, part).data = values
+    return again
+
+
+def _kind(weights: Weights, parameter: str) -> torch.dtype:
+    """Return the type that the file has a parameter in."""
+    return next(weights.blocks(weights.tensors_of(parameter)[0]))[1].dtype
 
 
 def _stored(weights: Weights, parameter: str) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ def reference_forward(
     if (layers := replication(model)) is not None:
         weights.replicate(layers)
     adapted = tuple(sites(model))
-    given = replaced(model, names)
+    given = list(brought(model, names))
     whole = batch.doubled(twins)
     examiner = Examiner(
         base=weights, merged=merged, twins=whole.twin_tokens(twins), mixture=mixture
@@ -142,6 +142,11 @@ def reference_forward(
         fill(model, weights)
     for site in adapted:
         examiner.watch(site)
+    inside = {id(module) for site in adapted for module in site.layer.modules()}
+    for module, parameters in given:
+        if id(module) not in inside:
+            known = {part: name for part, name in parameters.items() if merged.has(name)}
+            examiner.watch_brought(module, known)
     rows = [*range(twins), *range(len(batch.ids), len(whole.ids))]
     run = _forward(model.get_base_model(), model, whole, rows, advance)
     for site in adapted:
@@ -154,7 +159,11 @@ def reference_forward(
         base=weights,
         examiner=examiner,
         sites=adapted,
-        replaced=given,
+        replaced={
+            name: getattr(module, part).detach()
+            for module, parameters in given
+            for part, name in parameters.items()
+        },
     )
 
 
@@ -171,17 +180,19 @@ def merged_forward(
     return _forward(model, model, batch, list(range(twins)), advance)
 
 
-def replaced(model: Any, names: set[str]) -> dict[str, torch.Tensor]:
-    """Return the base's parameters that PEFT replaced by an adapter's own."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        parts = name.removeprefix(PEFT_PREFIX).split(".")
-        if "modules_to_save" in parts:
-            cut = parts.index("modules_to_save")
-            found[".".join(parts[:cut] + parts[cut + 2 :])] = parameter.detach()
-        elif base_name(name) in names and not is_missing(parameter):
-            found[base_name(name)] = parameter.detach()
-    return found
+def brought(model: Any, names: set[str]) -> Iterator[tuple[Any, dict[str, str]]]:
+    """Yield modules with what PEFT replaced there by an adapter's own: attribute -> base's name."""
+    for path, module in model.named_modules():
+        found = {}
+        for part, parameter in module.named_parameters(recurse=False):
+            parts = f"{path}.{part}".removeprefix(PEFT_PREFIX).split(".")
+            if "modules_to_save" in parts:
+                cut = parts.index("modules_to_save")
+                found[part] = ".".join(parts[:cut] + parts[cut + 2 :])
+            elif (name := base_name(f"{path}.{part}")) in names and not is_missing(parameter):
+                found[part] = name
+        if found:
+            yield module, found
 
 
 def _forward(model: Any, outer: Any, batch: Batch, rows: Sequence[int], advance: Advance) -> Run:

@@ -81,6 +81,8 @@ def make_adapter(folder: Path, base: Path, seed: int = 1, **options: Any) -> Pat
         for key, parameter in tuned.named_parameters():
             if "lora_" in key and "magnitude" not in key:
                 torch.nn.init.normal_(parameter, std=0.04)
+            elif "lora_" not in key and parameter.requires_grad:  # more digits than the base has
+                parameter.data += torch.randn_like(parameter) * 0.01
         tuned.save_pretrained(folder, save_embedding_layers=False)
     return folder
 
