@@ -18,7 +18,7 @@ class WeightsmithError(Exception):
         self.message = message
         self.hint = hint
         self.details = details or {}
-        """What `--json` tells beside the error, under keys of its own."""
+        """What `--json` prints beside the error, under keys of its own."""
 
 
 class UsageError(WeightsmithError):
@@ -38,7 +38,7 @@ class Unmeasurable(InputRefused):
 
 
 class CheckFailed(WeightsmithError):
-    """A check or a gate said no (exit 4)."""
+    """A check or a gate failed (exit 4)."""
 
     exit_code = 4
 

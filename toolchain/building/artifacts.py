@@ -95,7 +95,7 @@ def _origin(base: Snapshot) -> dict[str, str]:
     return {"name": public_name(base.source)}
 
 
-def say_texts(file: RecipeFile, progress: Progress) -> None:
+def warn_of_texts(file: RecipeFile, progress: Progress) -> None:
     """Read the texts now, and say what they are where that is not what one would think."""
     texts = texts_of(file)
     if file.recipe.calibration is None:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from toolchain.building.artifacts import check_model, say_texts, wanted_of
+from toolchain.building.artifacts import check_model, wanted_of, warn_of_texts
 from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
 from toolchain.evaluating.gate import Limit
 from toolchain.evaluating.items import read_items, read_prompts
@@ -270,7 +270,7 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
         if not recipe.image.base:
             check_engine_image(target.engine.name, device, config)
     if any(target.format.packed for target in request.targets):
-        say_texts(request.file, tools.progress)
+        warn_of_texts(request.file, tools.progress)
     if not everything_cached(request, sources, tools):
         for target in request.targets:
             if target.format.packed:

@@ -60,13 +60,13 @@ def command(
             try:
                 result, text = _guarded(body, context, _numbers(body, arguments))
             except WeightsmithError as error:
-                tell_error(error, as_json=as_json)
+                print_error(error, as_json=as_json)
                 raise Exit(code=error.exit_code) from None
             except KeyboardInterrupt:
-                tell_error(_Interrupted("interrupted; what was finished is kept"), as_json=as_json)
+                print_error(_Interrupted("interrupted; what was finished is kept"), as_json=as_json)
                 raise Exit(code=_Interrupted.exit_code) from None
             else:
-                _tell_result(json.dumps(plain(result)) if as_json else text)
+                _print_result(json.dumps(plain(result)) if as_json else text)
 
         run.__signature__ = _for_invoke(inspect.signature(body), many)  # type: ignore[attr-defined]
         names = inspect.signature(body).parameters
@@ -90,11 +90,11 @@ def _settle_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _tell_result(text: str) -> None:
+def _print_result(text: str) -> None:
     if why := put_line(text, sys.stdout):
         hint = "what was made is kept: make room, and run it again"
         told = EnvironmentFailure(f"cannot write the result: {why}", hint=hint)
-        tell_error(told, as_json=False)
+        print_error(told, as_json=False)
         raise Exit(code=told.exit_code)
 
 
@@ -203,7 +203,7 @@ class _Interrupted(WeightsmithError):
     exit_code = 130
 
 
-def tell_error(error: WeightsmithError, *, as_json: bool) -> None:
+def print_error(error: WeightsmithError, *, as_json: bool) -> None:
     """Print an error in a few lines on stderr, and as an object on stdout where JSON was asked."""
     if as_json:
         report = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}

@@ -9,7 +9,7 @@ from invoke.program import Program
 
 from toolchain import __version__
 from toolchain.cli import namespace
-from toolchain.cli.command import tell_error
+from toolchain.cli.command import print_error
 from toolchain.errors import EnvironmentFailure
 
 
@@ -23,7 +23,7 @@ def main() -> None:
         wrong = EnvironmentFailure(
             f"cannot read {error.filename}: {error.strerror}", hint="set HOME"
         )
-        tell_error(wrong, as_json="--json" in sys.argv)
+        print_error(wrong, as_json="--json" in sys.argv)
         sys.exit(wrong.exit_code)
     except BrokenPipeError:  # the reader, such as `head`, had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

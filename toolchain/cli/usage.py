@@ -10,7 +10,7 @@ from invoke.exceptions import Exit, ParseError
 from invoke.parser.parser import ParseMachine
 from invoke.program import Program
 
-from toolchain.cli.command import tell_error
+from toolchain.cli.command import print_error
 from toolchain.errors import UsageError
 
 _HELP = frozenset({"--help", "-h"})
@@ -41,7 +41,7 @@ def _answered(step: Callable[..., None]) -> Callable[..., None]:
             command = getattr(getattr(error, "context", None), "name", None)
             ask = f"--help {command}` has its flags" if command else "--list` has the commands"
             wrong = UsageError(_text(error), hint=f"`{program.called_as} {ask}")
-            tell_error(wrong, as_json="--json" in program.argv)
+            print_error(wrong, as_json="--json" in program.argv)
             sys.exit(wrong.exit_code)
 
     return run

@@ -96,7 +96,7 @@ def evaluate_subject(
 
 
 def check_subject(subject: Subject) -> None:
-    """Raise UsageError unless exactly one thing is to be asked."""
+    """Raise UsageError unless exactly one of image, server and checkpoint is given."""
     given = [name for name in ("image", "url", "model") if getattr(subject, name)]
     if len(given) != 1:
         raise UsageError(

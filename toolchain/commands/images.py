@@ -125,7 +125,7 @@ def inspect_image(
     does not hold is read in the container engine, if it is there.
     """
     if not platform and (held := _held_by_engine(source, registry, engine)):
-        return {**_told(source, _described_by_engine(held)), "attached": []}
+        return {**_with_provenance(source, _described_by_engine(held)), "attached": []}
     place = open_place(source, registry)
     if index := place.index():
         named = manifests.platforms_in(index, source)
@@ -135,7 +135,7 @@ def inspect_image(
     found = {**describe(place.image(platform or None)), **whole}
     rows = read_attached(place, Digest(found["digest"]))
     attached = [{"artifact_type": a.artifact_type, "digest": a.blob.digest} for a in rows]
-    return {**_told(source, found), "attached": attached}
+    return {**_with_provenance(source, found), "attached": attached}
 
 
 def _held_by_engine(source: str, registry: Registry, engine: ContainerEngine) -> Mapping[str, Json]:
@@ -168,7 +168,7 @@ def _described_by_engine(held: Mapping[str, Json]) -> dict[str, Json]:
     }
 
 
-def _told(source: str, found: Mapping[str, Json]) -> Mapping[str, Json]:
+def _with_provenance(source: str, found: Mapping[str, Json]) -> Mapping[str, Json]:
     labels = found["labels"]
     plan, scores = plan_in(labels), scores_in(labels)
     # What cannot be read is told as it is.

@@ -24,7 +24,7 @@ def report_builds(folder: Path) -> Mapping[str, Json]:
             hint="name the folder that `build` wrote to, dist by default",
         )
     reports = [write_report(read_json(path), path.parent) for path in found]
-    return {**_told(reports[0]), "reports": [_told(report) for report in reports]}
+    return {**_paths(reports[0]), "reports": [_paths(report) for report in reports]}
 
 
 def compare_builds(first: str, second: str, out: Path | None) -> Mapping[str, Json]:
@@ -37,7 +37,7 @@ def compare_builds(first: str, second: str, out: Path | None) -> Mapping[str, Js
             "--compare needs two builds", hint="as in `invoke report --compare dist/A dist/B`"
         )
     one, two = (_only(Path(name)) for name in (first, second))
-    return _told(write_comparison(one, two, out or two))
+    return _paths(write_comparison(one, two, out or two))
 
 
 def _only(place: Path) -> Path:
@@ -55,6 +55,6 @@ def _only(place: Path) -> Path:
     )
 
 
-def _told(written: Written) -> dict[str, Json]:
+def _paths(written: Written) -> dict[str, Json]:
     paths: dict[str, Json] = {"html": written.html, "markdown": written.markdown}
     return {**paths, "junit": written.junit} if written.junit else paths

@@ -22,7 +22,7 @@ def validate_folders(
 ) -> Mapping[str, Json]:
     """Return what was compared and found; `options` say how it was merged.
 
-    Raises CheckFailed with the same as details where the folder is not base and adapters,
+    Raises CheckFailed with the same as details where the folder differs from base and adapters,
     InputRefused for a folder that is none, UsageError for the probes.
     """
     check_model_folder(base)

@@ -144,7 +144,7 @@ def _require_there(place: Place, error: InputRefused) -> None:
 
 
 def _attachments(place: Place, subject: Digest, found: _Found) -> None:
-    """Read what hangs on the image; a thing that is not what its digest says is a finding."""
+    """Read what hangs on the image; what does not have the digest that names it is a finding."""
     try:
         rows = evidence.limited(place.attached(subject))
     except InputRefused as error:

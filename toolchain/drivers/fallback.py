@@ -42,7 +42,7 @@ class FallbackRunner:
             self._chosen[builder] = self._first
 
     def check(self, builder: str) -> None:
-        """Nothing is told beforehand: one may be able to make what the other is not."""
+        """Refuse nothing beforehand: one runner may be able to make what the other cannot."""
 
     def ready(self, builder: str) -> bool:
         """Say whether one of the two has the builder."""

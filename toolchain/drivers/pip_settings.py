@@ -1,4 +1,4 @@
-"""What pip is told on this machine, by its variables or its files."""
+"""pip's settings on this machine, from its variables or its files."""
 
 from __future__ import annotations
 

@@ -270,7 +270,7 @@ class FileStore:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     def _wait(self, key: Digest) -> None:
-        """Return when nobody makes the result any more: who made it may go on using it."""
+        """Return when no process makes the result any more; the one that made it may use it."""
         with self._writing("waiting for a result"):
             descriptor = self._open_lock(key.hex)
             try:

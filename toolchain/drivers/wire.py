@@ -22,7 +22,7 @@ _KILLED = (-9, 137)
 
 @dataclass(slots=True)
 class Conversation:
-    """Listens to one worker until it has said its result."""
+    """Listens to one worker until it has sent its result."""
 
     job: Job
     progress: Progress

@@ -39,7 +39,7 @@ def question_lines(items: Sequence[Item], answers: Sequence[Mapping[str, Json]])
 def read_verdict(
     output: str, items: Sequence[Item], answers: Sequence[Mapping[str, Json]]
 ) -> Score:
-    """Return the score that a program printed, with each question's where it told.
+    """Return the score that a program printed, with each question's where it gives them.
 
     Raises CheckFailed for output that is not what the module promises.
     """

@@ -34,7 +34,7 @@ class Item:
 
     @property
     def prompt(self) -> str:
-        """The last thing that is asked, for people."""
+        """The text of the last message, for people."""
         return self.messages[-1]["content"]
 
 

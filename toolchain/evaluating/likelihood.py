@@ -148,7 +148,7 @@ def _is_llamacpp(session: Session) -> bool:
 
 
 def _by_steps(session: Session, item: Item, choice: str) -> float:
-    """Score a choice token by token: llama.cpp tells what the next token may be, not the last.
+    """Score a choice token by token: llama.cpp gives probabilities of the next token only.
 
     The prompt's cache makes each step one token of work.
     """

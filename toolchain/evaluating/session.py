@@ -65,7 +65,7 @@ class Session:
     """Asks one endpoint, from as many threads as you like, until its context ends.
 
     `key` goes out as a bearer token. Every failure is a CheckFailed with the server's last lines,
-    but an EnvironmentFailure where nobody listens.
+    but an EnvironmentFailure where no server listens.
     """
 
     def __init__(self, endpoint: Endpoint, limits: Limits | None = None, *, key: str = "") -> None:

@@ -272,7 +272,7 @@ def _round_bits(high: np.ndarray, low: np.ndarray, cut: int, out: np.ndarray) ->
 
 
 def stays_below(sums: np.ndarray, limit: float) -> bool:
-    """Say whether all are finite and below the limit; the sum of squares says so at a third."""
+    """Say whether all are finite and below the limit; a sum of squares costs a third."""
     flat = sums.reshape(-1)
     if float(np.dot(flat, flat)) < limit * limit / 4:
         return True

@@ -38,8 +38,8 @@ def answer(
 
     Adapters stay unmerged and act side by side, each times its weight: what training saw. Items are
     chat messages in the folder's own chat template (an adapter's, where it brings one); without a
-    template, an item's single message is completed as plain text. `progress` is told items done
-    and items in all. Raises InputRefused for folders that need code of their own.
+    template, an item's single message is completed as plain text. `progress` is called with
+    items done and items in all. Raises InputRefused for folders that need code of their own.
     """
     stay_offline()
     with modest_threads():
@@ -47,7 +47,7 @@ def answer(
 
 
 def stay_offline() -> None:
-    """Keep the libraries from the network, whoever started us."""
+    """Keep the libraries from the network, whatever the environment says."""
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 

@@ -73,7 +73,7 @@ class ShardMaker:
     def write(self, shard: OutputShard, path: Path, progress: Callable[[int], None]) -> Writer:
         """Write a shard, its tensors in their order; return the file, which is yet to be finished.
 
-        `progress` is told the bytes of each block once they are written.
+        `progress` is called with the bytes of each block once they are written.
         """
         tensors = [(output.name, output.dtype, output.shape) for output in shard.outputs]
         header = build_header(tensors, {"format": "pt"})

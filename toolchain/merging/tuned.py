@@ -134,7 +134,7 @@ class Tuned:
         return rows
 
     def _check(self, merged: dict[str, np.ndarray], base: dict[str, np.ndarray]) -> None:
-        """Refuse a changed bias that nobody would write."""
+        """Refuse a changed bias that the plan does not write."""
         import numpy as np
 
         if "bias" in base and self._kind not in BIASED:

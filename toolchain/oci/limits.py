@@ -1,6 +1,6 @@
 """What registries take: sizes, times and ways of uploading, each with where it is written.
 
-Figures that nobody tried here: they come from the registries' own pages. A limit that is not
+Figures that were not tried here: they come from the registries' own pages. A limit that is not
 known is 0 and not checked.
 """
 

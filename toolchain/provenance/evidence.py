@@ -112,7 +112,7 @@ def is_bundle(part: Part) -> bool:
 
 
 def read_statement(part: Part, check: signing.Check | None) -> FoundStatement:
-    """Return a statement, plain, in an envelope or in a bundle; InputRefused for what is none."""
+    """Return a statement, plain, in an envelope or in a bundle; InputRefused for anything else."""
     data = signing.unbundled(part.read()) if is_bundle(part) else part.read()
     if is_bundle(part) or part.blob.media_type == signing.ENVELOPE_TYPE:
         statement, signed = signing.open_envelope(data, check)

@@ -115,7 +115,7 @@ def layer_resources(image: Image) -> list[Resource]:
 
 
 def kind_of(statement: Mapping[str, Json]) -> str:
-    """Return a statement's transformation, or empty where it is none of ours."""
+    """Return the transformation that a statement of ours is about; empty for any other."""
     if statement.get("predicateType") != SLSA:
         return ""
     definition = _at(statement, "predicate", "buildDefinition")

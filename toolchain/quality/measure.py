@@ -70,13 +70,15 @@ def measure(
     right = network.hidden(ids, notes.plain(truth), notes.pass_on, notes.remember)
     # The head differs too: keep what is needed of the checkpoint's before it is replaced.
     spans = [slice(text.answer - 1, len(text.ids) - 1) for text in chosen]
-    reference = [_said(network, row[span]) for row, span in zip(right, spans, strict=True)]
+    reference = [
+        _log_probabilities(network, row[span]) for row, span in zip(right, spans, strict=True)
+    ]
     probed = torch.cat([ids, ids[:_PROBE_ROWS]])
     wrong = network.hidden(probed, notes.compared(truth, view), notes.replace, notes.judge)
     found = _Totals()
     for number, span in enumerate(spans):
         following = ids[number, span.start + 1 : span.stop + 1]
-        found.add(reference[number], _said(network, wrong[number, span]), following)
+        found.add(reference[number], _log_probabilities(network, wrong[number, span]), following)
         reference[number] = torch.empty(0)
     progress(steps, steps)
     return {
@@ -89,7 +91,7 @@ def measure(
     }
 
 
-def _said(network: StreamedModel, states: torch.Tensor) -> torch.Tensor:
+def _log_probabilities(network: StreamedModel, states: torch.Tensor) -> torch.Tensor:
     """Return the log probabilities [positions, vocabulary] of last hidden states."""
     return network.logits(states[None])[0].log_softmax(-1)
 

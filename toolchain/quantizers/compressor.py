@@ -139,7 +139,7 @@ def _modifiers(settings: Mapping[str, Json], ignored: list[str]) -> list[Any]:
 
 
 def _leave_memory_unpinned(torch: Any) -> None:
-    """Without a GPU there is none to pin memory for; 0.14 asks for one (pipelines/cache.py)."""
+    """Without a GPU there is no memory to pin; 0.14 asks for a GPU (pipelines/cache.py)."""
     if torch.accelerator.is_available():
         return
     cache: Any = importlib.import_module("llmcompressor.pipelines.cache").IntermediatesCache

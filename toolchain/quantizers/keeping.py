@@ -1,4 +1,4 @@
-"""Matrices that stay in 16 bits: which a recipe may name, and how each engine is told of them."""
+"""Matrices that stay in 16 bits: which a recipe may name, and how each layout records them."""
 
 from __future__ import annotations
 

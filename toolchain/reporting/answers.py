@@ -19,7 +19,7 @@ _SHORTEST, _LONGEST = 20, 1200
 def rows(items: Sequence[Mapping[str, Any]], budget: int = _PAGE_BYTES) -> list[dict[str, Any]]:
     """Return one row per question: `prompt`, `expected`, `answers`, and what it is filtered by.
 
-    Each of `answers` is `{who, ok, text}` with everyone who said the same; `changed` where a
+    Each of `answers` is `{who, ok, text}` with everyone who gave the same answer; `changed` where a
     later subject is not right or wrong as an earlier one was, from the adapter on; `lost` where
     the image is wrong and the adapter was right.
     """

@@ -32,7 +32,7 @@ def shared_items(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, A
 
 
 def answer_rows(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of the shared questions, said by A and B."""
+    """Return the rows of the shared questions, with the answers of A and B."""
     named = {"adapter": "A", "image": "B"}
     rows = answers.rows(items)
     for row in rows:

@@ -58,7 +58,7 @@ class ModelShape:
 
     @property
     def sliding_layers(self) -> int:
-        """Layers that are said to slide; 0 where nothing is said, which plans for full length."""
+        """Layers with a sliding window; 0 where config.json names none: full length is planned."""
         if not self.sliding_window:
             return 0
         return sum(kind == "sliding_attention" for kind in self.layer_types)

@@ -60,7 +60,7 @@ _ACCOUNTS = {
 
 
 def base_reference(engine: Engine, device: str, override: str) -> str:
-    """Return what the image is built on: the user's word, else the engine's for the device.
+    """Return what the image is built on: the user's choice, else the engine's for the device.
 
     Raises UsageError where there is none.
     """

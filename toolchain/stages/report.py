@@ -274,7 +274,7 @@ def _spread(value: Mapping[str, float | None]) -> str:
 
 
 def _day(created: str) -> str:
-    """Return an ISO 8601 time for people, to the minute; as it is where it is none."""
+    """Return an ISO 8601 time for people, to the minute; any other text as it is."""
     try:
         return datetime.fromisoformat(created).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
     except ValueError:

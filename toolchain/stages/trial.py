@@ -177,7 +177,7 @@ def _ask_task(session: Session, trial: Trial, asked: Asked, tools: Tools) -> Ans
 def _check_ends(answers: Answers, expected: int, session: Session) -> None:
     """Raise CheckFailed where answers no longer end by themselves, as when the end token is lost.
 
-    Half as many as the reference's is the limit: other weights may say a thing at more length.
+    Half as many as the reference's is the limit: other weights may answer at more length.
     """
     ends = sum(answer.get("finish_reason") == "stop" for answer in answers)
     if 2 * ends < expected:

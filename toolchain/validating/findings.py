@@ -32,7 +32,7 @@ def finding(severity: str, check: str, message: str, tensor: str = "") -> Findin
 
 
 def layer_of(tensor: str) -> int | None:
-    """Return the number of the decoder layer that a tensor's name tells, or None."""
+    """Return the number of the decoder layer in a tensor's name, or None."""
     match = _LAYER.search(f".{tensor}.")
     return int(match[1]) if match else None
 

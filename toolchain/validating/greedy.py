@@ -32,7 +32,7 @@ TOO_LARGE = finding(
     "weights would be read once for each further token",
 )
 _TAIL = 80
-"""Characters of a probe that are told."""
+"""Characters of a probe that are reported."""
 _ROOM = 4.0
 """Logits of a probe that was not run twice may be off by other roundings than those measured."""
 
@@ -43,7 +43,7 @@ def can_generate(weights: Weights) -> bool:
 
 
 @torch.no_grad()
-def go_on(
+def generate(
     root: Path, probes: Sequence[Sequence[int]], ends: Collection[int], most: int
 ) -> list[list[int]]:
     """Return at most `most` greedy tokens of a checkpoint after each probe, an end token included.
@@ -81,7 +81,7 @@ def _until_end(tokens: Sequence[int], ends: Collection[int]) -> list[int]:
 def longer(probes: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
     """Return the probes with what was generated behind them, but for the last token.
 
-    What comes after the last one is nobody's choice.
+    What would come after the last one was never generated.
     """
     return [[*probe, *text[:-1]] for probe, text in zip(probes, texts, strict=True)]
 
@@ -122,7 +122,7 @@ def read(
             yield Text(probe=probe, tokens=tokens, parts=place, other=chosen[place], margin=margin)
 
 
-def tell(texts: Sequence[Text], tokenizer: Any) -> list[dict[str, Any]]:
+def described(texts: Sequence[Text], tokenizer: Any) -> list[dict[str, Any]]:
     """Return `{after, merged, reference, tokens, same}` of each text, in the tokenizer's words.
 
     The reference's text ends with its first token that is another.

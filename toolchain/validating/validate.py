@@ -33,7 +33,7 @@ _SHOWN = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What to hold against what."""
+    """What is compared with what."""
 
     base: Path
     adapters: tuple[tuple[Path, float], ...]
@@ -98,7 +98,7 @@ def _no_reference(request: Request) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """Return a result that JSON can hold: a number that is none becomes null."""
+    """Return a result that JSON can hold: NaN and infinities become null."""
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -163,7 +163,7 @@ def _compare(
         "probes": len(ids),
         "positions": len(run.logits),
         "streamed": streamed,
-        "greedy": greedy.tell(greedy_texts, expected),
+        "greedy": greedy.described(greedy_texts, expected),
     }
 
 
@@ -199,7 +199,7 @@ def _texts(
         findings.append(greedy.TOO_LARGE)
         return []
     try:
-        return greedy.go_on(merged, ids, end_tokens(merged), min(greedy.MOST_NEW, most))
+        return greedy.generate(merged, ids, end_tokens(merged), min(greedy.MOST_NEW, most))
     except (*_NOT_STREAMABLE, ValueError, IndexError, AssertionError) as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         text = f"of each answer the first token alone is compared: it cannot generate ({why})"

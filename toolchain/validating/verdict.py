@@ -91,9 +91,9 @@ def judge_models(
     return {
         # Of logits that are no numbers nothing was measured, the agreement included.
         **(measured if math.isfinite(seen.max_abs) else dict.fromkeys(measured)),
-        "limits": _told(allowed),
-        "rounding": _told(rounding),
-        "from_exact": _told(off),
+        "limits": _measures(allowed),
+        "rounding": _measures(rounding),
+        "from_exact": _measures(off),
         "first_difference": parted,
         "layers": layers,
         "elements": elements,
@@ -125,7 +125,7 @@ def _layers(reference: Reference, run: Run) -> list[dict[str, Any]]:
 
 
 def _bounded(value: float) -> float:
-    """Return a number that can be drawn: what is none is as far off as can be."""
+    """Return a number that can be drawn: NaN and infinities become a billion."""
     return value if math.isfinite(value) else 1e9
 
 
@@ -162,5 +162,5 @@ def _swallowed(reference: Reference) -> tuple[list[Finding], float | None]:
     ], part
 
 
-def _told(value: Distance | Limits) -> dict[str, float]:
+def _measures(value: Distance | Limits) -> dict[str, float]:
     return {name: getattr(value, name) for name in value.__slots__}

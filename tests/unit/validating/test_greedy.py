@@ -68,8 +68,8 @@ def test_an_end_token_ends_the_text(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     probes = [[1, 7, 9, 200, 31], [1, 50, 60]]
 
-    free = greedy.go_on(base, probes, (), 16)
-    ended = greedy.go_on(base, probes, {free[0][3]}, 16)
+    free = greedy.generate(base, probes, (), 16)
+    ended = greedy.generate(base, probes, {free[0][3]}, 16)
 
     assert [len(text) for text in free] == [16, 16]
     assert ended[0] == free[0][: free[0].index(free[0][3]) + 1]

@@ -38,8 +38,8 @@ class SeenBase:
 def see_base(index: CheckpointIndex, config: Mapping[str, Any], choice: str) -> SeenBase:
     """Return the base's tensors as plain weights.
 
-    Raises InputRefused for a quantized base that nobody chose what to do with, or that cannot be
-    decoded, and for a base that 4-bit training cannot be reproduced on; UsageError for no choice.
+    Raises InputRefused for a quantized base that no choice was made for, or that cannot be decoded,
+    and for a base that 4-bit training cannot be reproduced on; UsageError for no choice.
     """
     check_choice(choice)
     method = quantization_of(config, index.tensors)
