@@ -68,7 +68,7 @@ def test_an_engine_says_what_it_is(engine):
     assert {"version", "storage", "gpu"} <= engine.describe().keys()
 
 
-def test_no_engine_is_said_so(monkeypatch, tmp_path):
+def test_no_engine_is_reported(monkeypatch, tmp_path):
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none.sock")
     engine = DockerEngine()
 

@@ -128,7 +128,7 @@ def test_a_layout_with_attachments_needs_no_name(tmp_path: Path) -> None:
 
 
 @_has("skopeo")
-def test_a_layout_of_several_names_is_told_which(image: Image, tmp_path: Path) -> None:
+def test_a_layout_of_several_names_needs_one(image: Image, tmp_path: Path) -> None:
     write_layout(image, tmp_path / "one")
     other = tiny_image(tmp_path / "other", annotations={"a": "b"})
     write_layout(other, tmp_path / "two")

@@ -96,7 +96,7 @@ def test_a_task_that_generates_is_scored(tmp_path: Path, url: str) -> None:
     assert told["tasks"]["ports"]["measure"] == "exact_match,none"
 
 
-def test_a_server_without_the_prompts_probabilities_is_told(tmp_path: Path, url: str) -> None:
+def test_a_server_without_the_prompts_probabilities_is_reported(tmp_path: Path, url: str) -> None:
     tokenizer = str(ROOT / "examples" / "tiny" / "base")
 
     code, told = evaluate(tmp_path, url, "multiple_choice", CHOSEN, "--tokenizer", tokenizer)

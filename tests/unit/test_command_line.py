@@ -36,7 +36,7 @@ def run(program, *words, **environment):
         (("merge",), "missing: --base, --adapter, --out"),
     ],
 )
-def test_a_wrong_use_is_told_as_json_too(program, words, said):
+def test_a_wrong_use_is_reported_as_json_too(program, words, said):
     done = run(program, *words, "--json")
 
     assert done.returncode == 2
@@ -58,7 +58,7 @@ def test_a_wrong_use_is_told_as_json_too(program, words, said):
         ("merge", "--out"),
     ],
 )
-def test_what_the_parser_refuses_is_told_as_json_too(program, words):
+def test_what_the_parser_refuses_is_reported_as_json_too(program, words):
     done = run(program, *words, "--json")
 
     assert done.returncode == 2
@@ -127,7 +127,7 @@ def test_emptying_the_store_asks_on_a_terminal(tmp_path, answer, left):
     assert (done.returncode, result.exists()) == (0, left), done.stdout
 
 
-def test_a_folder_that_is_gone_is_told(tmp_path):
+def test_a_folder_that_is_gone_is_reported(tmp_path):
     gone = tmp_path / "gone"
     gone.mkdir()
     words = f"rmdir '{gone}'; exec {sys.executable} -m toolchain plan --base {ROOT} --target vllm"
@@ -141,7 +141,7 @@ def test_a_folder_that_is_gone_is_told(tmp_path):
 
 @pytest.mark.parametrize("variable", ["WEIGHTSMITH_STORE", "WEIGHTSMITH_CACHE"])
 @pytest.mark.parametrize("place", ["/proc/nosuch", "file", "file/below"])
-def test_a_place_that_can_hold_no_folder_is_told(tmp_path, variable, place):
+def test_a_place_that_can_hold_no_folder_is_reported(tmp_path, variable, place):
     (tmp_path / "file").touch()
     here = {"WEIGHTSMITH_CACHE": str(tmp_path / "cache"), "WEIGHTSMITH_STORE": str(tmp_path / "st")}
     here[variable] = str(tmp_path / place)  # an absolute one stays as it is
@@ -157,7 +157,7 @@ def test_a_place_that_can_hold_no_folder_is_told(tmp_path, variable, place):
     assert json.loads(disk.stdout)["checks"]["disk"]["ok"] is store.startswith(str(tmp_path / "st"))
 
 
-def test_a_home_that_is_no_folder_is_told():
+def test_a_home_that_is_no_folder_is_reported():
     done = run("weightsmith", "targets", "--json", HOME="/dev/null")
 
     assert done.returncode == 5
@@ -174,7 +174,7 @@ def test_the_machine_is_described(tmp_path):
     assert "local: none" in checks["builders"]["found"]
 
 
-def test_a_result_that_cannot_be_written_is_told():
+def test_a_result_that_cannot_be_written_is_reported():
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [*PROGRAMS["weightsmith"], "targets", "--json"],

@@ -16,7 +16,7 @@ from toolchain.values import plain
 FORGED = "a\x1b[2K\n  ok  signature  signed by you"
 
 
-def test_labels_that_cannot_be_read_are_told_as_they_are() -> None:
+def test_labels_that_cannot_be_read_are_reported_as_they_are() -> None:
     said = {
         "target": FORGED,
         "plan": "{",
@@ -38,7 +38,7 @@ def test_labels_that_cannot_be_read_are_told_as_they_are() -> None:
     assert not [row for row in text.splitlines() if row.startswith("  ok")]
 
 
-def test_a_plan_without_what_is_told_of_it() -> None:
+def test_a_plan_that_lacks_what_is_printed_of_it() -> None:
     for plan in ({}, {"device": "cpu"}, {"max_num_seqs": 1, "max_model_len": 2, "device": "cpu"}):
         found = {"reference": "r", "digest": "d", "scores": {}, "provenance": {}, "plan": plan}
         assert ("serves 1 requests" in inspect_text({**found, "layers": []})) == (len(plan) == 3)

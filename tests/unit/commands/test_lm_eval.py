@@ -69,7 +69,7 @@ def test_results_are_read_by_their_main_measure(tmp_path):
     assert found["tasks"]["gsm8k"]["stderr"] is None
 
 
-def test_a_run_without_results_is_told(tmp_path):
+def test_a_run_without_results_is_reported(tmp_path):
     with pytest.raises(CheckFailed, match="wrote no results"):
         read_results(tmp_path)
     write(tmp_path, {"odd": {"alias": "odd", "strangeness,none": 1.0}}, {})
@@ -99,7 +99,7 @@ class NoEcho(BaseHTTPRequestHandler):
 
 
 @pytest.mark.parametrize(("tokenizer", "told"), [("merged", True), ("", False)])
-def test_a_server_without_the_prompts_probabilities_is_told(tmp_path, tokenizer, told):
+def test_a_server_without_the_prompts_probabilities_is_reported(tmp_path, tokenizer, told):
     """What lm-evaluation-harness 0.4.13 says then is a KeyError of its own."""
 
     def fails(*_):

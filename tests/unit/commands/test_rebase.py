@@ -114,7 +114,7 @@ def test_provenance_stays_with_a_new_link(scene: Scene) -> None:
     assert "4" not in found["weights"]
 
 
-def test_what_others_said_of_the_image_as_it_was_stays_with_it(scene: Scene) -> None:
+def test_what_others_attached_to_the_old_image_stays_with_it(scene: Scene) -> None:
     """A scan of the old engine, or a signature of the old digest, says nothing of the new one."""
     source = scene.bake(first_base(scene))
     place = Reference.parse(source)

@@ -107,7 +107,7 @@ def test_the_environment_follows_the_pins_but_not_the_comments(images):
     assert pins.key != before
 
 
-def test_a_missing_compiler_is_told_before_anything_is_made(tmp_path, monkeypatch):
+def test_a_missing_compiler_is_reported_before_anything_is_made(tmp_path, monkeypatch):
     runner = LocalRunner(tmp_path)
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(EnvironmentFailure, match=r"compiles pypcre.*no C compiler"):

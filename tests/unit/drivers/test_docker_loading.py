@@ -102,7 +102,7 @@ def test_what_rests_on_a_refused_one_is_not_given_whole() -> None:
     assert not {"whole 3", "begun 4"} & set(engine.events)
 
 
-def test_an_archive_that_breaks_off_is_said() -> None:
+def test_an_archive_that_breaks_off_is_reported() -> None:
     engine = Engine()
     engine.may_unpack.set()
 

@@ -126,7 +126,7 @@ def test_the_build_command_names_everything_once_and_in_order():
 
 
 @pytest.mark.parametrize("flavour", ["cpu", "cuda"])
-def test_builders_start_from_the_lock_unless_told_otherwise(flavour, monkeypatch):
+def test_builders_start_from_the_lock_by_default(flavour, monkeypatch):
     monkeypatch.delenv("WEIGHTSMITH_BUILDER_BASE", raising=False)
     assert "docker.io/" in base_reference(flavour)
 

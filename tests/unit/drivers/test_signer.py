@@ -88,7 +88,7 @@ def test_a_key_whose_signatures_verify_would_not_believe(
 
 
 @needs_cosign
-def test_a_key_service_that_cannot_be_reached_is_told_before_the_work() -> None:
+def test_a_key_service_that_cannot_be_reached_is_reported_before_the_work() -> None:
     with pytest.raises(EnvironmentFailure, match="unrecognized scheme") as caught:
         open_signer("nokms://release")
     assert "COSIGN_PASSWORD" in caught.value.hint

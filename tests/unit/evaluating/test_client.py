@@ -95,7 +95,7 @@ def test_a_server_error_is_tried_again(serve):
     assert ask(serve(behave))["answer"] == "7481"
 
 
-def test_a_lasting_server_error_is_told(serve):
+def test_a_lasting_server_error_is_reported(serve):
     server = serve(lambda handler, body: handler.send(500, {"error": "slot exploded"}))
 
     with pytest.raises(CheckFailed, match=r"HTTP 500: .*slot exploded"):
@@ -124,14 +124,14 @@ def test_a_refusal_is_not_tried_again(serve):
 
 
 @pytest.mark.parametrize("cut", [1, 20])
-def test_half_an_answer_is_told(serve, cut):
+def test_half_an_answer_is_reported(serve, cut):
     server = serve(lambda handler, body: handler.send(200, answer(), cut=cut))
 
     with pytest.raises(CheckFailed, match="2 tries"):
         ask(server)
 
 
-def test_an_answer_without_a_message_is_told(serve):
+def test_an_answer_without_a_message_is_reported(serve):
     server = serve(lambda handler, body: handler.send(200, {"choices": []}))
 
     with pytest.raises(CheckFailed, match="has no message"):
@@ -143,7 +143,7 @@ def test_an_answer_of_100_megabytes_is_not_read(serve):
         ask(serve(flood))
 
 
-def test_another_model_is_told(serve):
+def test_another_model_is_reported(serve):
     with pytest.raises(CheckFailed, match=r"no model 'other'; it serves support"):
         check_served_name(Session(serve().endpoint, QUICK), "other")
 
@@ -262,7 +262,7 @@ def test_a_failure_among_many_ends_the_rest(serve):
     assert len(server.asked) < 100
 
 
-def test_another_models_answer_is_told(serve):
+def test_another_models_answer_is_reported(serve):
     def behave(handler, body):
         handler.send(200, {**answer(), "model": "someone-else"})
 

@@ -94,7 +94,7 @@ def other_model(handler, _):
         (flood, "larger than"),
     ],
 )
-def test_a_bad_server_is_told(serve, evaluate, behave, says):
+def test_a_bad_server_is_reported(serve, evaluate, behave, says):
     server = serve(behave)
 
     words = ("--timeout", 0.2 if behave is hang else 120, "--retries", 1)
@@ -105,7 +105,7 @@ def test_a_bad_server_is_told(serve, evaluate, behave, says):
     assert server.endpoint.url in told["error"]["message"]
 
 
-def test_a_model_that_is_not_served_is_told(serve, evaluate):
+def test_a_model_that_is_not_served_is_reported(serve, evaluate):
     code, told, _ = evaluate(serve().endpoint.url, QUESTIONS, "--served-name", "other")
 
     assert code == 4
@@ -148,7 +148,7 @@ def test_every_metric_judges(serve, evaluate, tmp_path, metric, expected, said, 
     assert told["interval"][0] <= score <= told["interval"][1]
 
 
-def test_too_few_questions_for_the_allowed_drop_are_told(serve, evaluate, tmp_path):
+def test_too_few_questions_for_the_allowed_drop_are_reported(serve, evaluate, tmp_path):
     url = serve().endpoint.url
     _, before, _ = evaluate(url, QUESTIONS)
     (tmp_path / "before.json").write_text(json.dumps(before))

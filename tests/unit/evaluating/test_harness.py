@@ -56,7 +56,7 @@ def test_a_program_may_ask_the_server_itself():
         ({}, "not from 0 to 1"),
     ],
 )
-def test_what_is_no_judgement_is_told(printed, says):
+def test_what_is_no_judgement_is_reported(printed, says):
     text = printed if isinstance(printed, str) else json.dumps(printed)
 
     with pytest.raises(CheckFailed, match=says) as caught:
@@ -64,7 +64,7 @@ def test_what_is_no_judgement_is_told(printed, says):
     assert "score" in caught.value.hint
 
 
-def test_a_program_that_fails_is_told_with_its_words():
+def test_a_program_that_fails_is_reported_with_its_output():
     with pytest.raises(CheckFailed, match=r"failed \(exit code 3\)[^$]*my reason"):
         score("import sys; print('my reason', file=sys.stderr); sys.exit(3)")
 

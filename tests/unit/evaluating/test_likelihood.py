@@ -176,7 +176,7 @@ def test_messages_are_scored_step_by_step(serve):
     assert found[1] == pytest.approx(-0.01 - 1.5)
 
 
-def test_a_server_that_can_neither_is_told_apart(serve):
+def test_a_server_that_can_neither_is_refused(serve):
     with pytest.raises(CheckFailed, match=r"gives no log-likelihoods.*HTTP 404") as caught:
         scores(serve(lambda path, body: (404, {"error": "not found"})), PLAIN)
     assert "--model" in caught.value.hint

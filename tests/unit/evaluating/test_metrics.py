@@ -101,7 +101,7 @@ def test_a_low_score_fails_even_where_the_reference_is_as_low():
     assert "'q0' now gives" in caught.value.hint
 
 
-def test_a_loss_is_told_with_its_uncertainty():
+def test_a_loss_is_reported_with_its_uncertainty():
     before = scored(*[True] * 30)
     verdict = gate(scored(*[True] * 29, False), before, 0.05, 0.0)
 
@@ -117,7 +117,7 @@ def test_a_loss_that_must_be_shown_to_be_small_needs_enough_questions():
     gate(scored(*[True] * 60), scored(*[True] * 60), 0.05, 0.0, proven=True)
 
 
-def test_too_few_questions_are_said_with_how_many_would_do():
+def test_too_few_questions_are_reported_with_how_many_would_do():
     few = judge_drop(
         "image", scored(*[True] * 33), "adapter", scored(*[True] * 33), Limit(max_drop=0.05)
     )

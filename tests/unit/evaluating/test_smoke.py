@@ -157,14 +157,14 @@ def test_a_broken_promise_is_named_with_the_servers_last_words(server, change, c
     assert "the last words of the server" in caught.value.message
 
 
-def test_a_server_that_dies_over_a_stream_is_told(server):
+def test_a_server_that_dies_over_a_stream_is_reported(server):
     server.alive = False
 
     with pytest.raises(CheckFailed, match="check 'streaming': the server stopped while it was"):
         look(server)
 
 
-def test_an_answer_without_an_end_is_told_and_no_failure(server):
+def test_an_answer_without_an_end_is_reported_and_no_failure(server):
     server.finish = "length"
 
     assert "did not end" in look(server)["end of answer"]
@@ -193,14 +193,14 @@ def test_it_ends_and_starts_again(server, code):
 @pytest.mark.parametrize(
     ("code", "says"), [(None, "still runs 10 s after SIGTERM"), (139, "exit code 139")]
 )
-def test_an_end_that_is_none_is_told(server, code, says):
+def test_an_end_that_is_none_is_reported(server, code, says):
     server.exit_code = code
 
     with pytest.raises(CheckFailed, match=f"check 'SIGTERM': .*{says}"):
         life(server)
 
 
-def test_a_server_that_answers_nothing_after_its_restart_is_told(server):
+def test_a_server_that_answers_nothing_after_its_restart_is_reported(server):
     server._restart = lambda: Endpoint(
         url="http://127.0.0.1:9", logs=lambda n: "cannot bind", alive=lambda: False
     )

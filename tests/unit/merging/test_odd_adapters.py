@@ -225,7 +225,7 @@ def test_names_that_trainers_put_into_keys(
     torch.testing.assert_close(merged(tmp_path / "out", "llama"), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_keys_that_peft_would_leave_out_are_told(tmp_path: Path) -> None:
+def test_keys_that_peft_would_leave_out_are_reported(tmp_path: Path) -> None:
     save_file({"model.q.lora_A.weight": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
 
     with pytest.raises(InputRefused, match="no unmerged model to compare with"):

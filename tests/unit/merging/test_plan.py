@@ -65,7 +65,7 @@ def test_plan_says_what_is_added_where(pair: tuple[Path, Path]) -> None:
         (None, False),
     ],
 )
-def test_a_base_of_another_family_is_told(
+def test_a_base_of_another_family_is_reported(
     pair: tuple[Path, Path], trained_on: str | None, warned: bool
 ) -> None:
     """Shapes and names may fit all the same, and PEFT says nothing: no refusal, but a word."""

@@ -46,7 +46,7 @@ def test_fast_enough_or_without_a_limit() -> None:
     assert told(limits_of("registry.gitlab.com"), 400, 0.5) == []
 
 
-def test_told_before_half_of_the_time_is_over() -> None:
+def test_warned_before_half_of_the_time_is_over() -> None:
     now: list[float] = [0.0]
     said: list[float] = []
     pace = Pace(limits_of("ghcr.io"), lambda _: said.append(now[0]), lambda: now[0])

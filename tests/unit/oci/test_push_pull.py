@@ -568,7 +568,7 @@ def test_a_registry_that_has_half_of_a_layer(
         assert len(fake.blobs["team/app", layer.digest]) == layer.size
 
 
-def test_a_mounted_layer_whose_size_is_told_wrongly(
+def test_a_mounted_layer_whose_size_is_stated_wrongly(
     fake: FakeRegistry, client: Registry, image: Image
 ) -> None:
     """Cloudflare's registry tells HEAD the size of its own link, and GET the blob's."""
@@ -578,7 +578,7 @@ def test_a_mounted_layer_whose_size_is_told_wrongly(
     assert not fake.faults
 
 
-def test_a_long_refusal_is_told_by_its_beginning(
+def test_a_long_refusal_is_reported_by_its_beginning(
     fake: FakeRegistry, client: Registry, image: Image
 ) -> None:
     """CUE Labs' server puts the whole blob into its message."""

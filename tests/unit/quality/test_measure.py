@@ -169,7 +169,7 @@ def test_another_shape_is_refused():
         measured(View(lambda name, data: data[:-1]))
 
 
-def test_too_little_text_is_told_with_numbers():
+def test_too_little_text_is_reported_with_numbers():
     with pytest.raises(InputRefused, match=r"has \d+ tokens; the quality gate needs 64"):
         measure(TINY / "base", View(), ROWS[:1], 300, lambda done, total: None)
 

@@ -367,7 +367,7 @@ def test_what_was_measured_before_is_not_measured_again(tmp_path):
     assert "--imatrix" in quantize.argv
 
 
-def test_too_few_calibration_tokens_are_told_with_numbers(tmp_path):
+def test_too_few_calibration_tokens_are_reported_with_numbers(tmp_path):
     made = with_text(request(tmp_path, "q4_k_m", imatrix="auto"), tokens=100)
 
     with pytest.raises(InputRefused, match=r"1 calibration texts have 100 tokens.*at least 256"):

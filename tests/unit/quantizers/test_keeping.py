@@ -62,7 +62,7 @@ def test_kept_modules_are_those_of_the_checkpoint(tmp_path: Path) -> None:
     ]
 
 
-def test_engines_are_told_of_what_they_put_together() -> None:
+def test_engines_are_configured_for_what_they_put_together() -> None:
     """As vLLM asks: `re.match` of each expression against the name of the fused matrix."""
     patterns = [p.removeprefix("-:") for p in negative_patterns(["down_proj", *sorted(ATTENTION)])]
 

@@ -388,7 +388,7 @@ def test_texts_stay_apart_long_ones_are_cut_and_none_is_dropped() -> None:
     assert found == [letters("a") * 512, letters("a") * 512, letters("a") * 176, letters("b") * 30]
 
 
-def test_too_few_tokens_to_measure_on_are_told() -> None:
+def test_too_few_tokens_to_measure_on_are_reported() -> None:
     with pytest.raises(InputRefused, match="30 tokens"):
         samples(["b" * 15, "c" * 15], letters)
 

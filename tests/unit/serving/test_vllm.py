@@ -139,7 +139,7 @@ def test_latent_attention_on_a_cpu_takes_prompts_whole():
     assert plan(LLAMA_8B, LLAMA_8B_BYTES, wishes).max_num_batched_tokens == 2048
 
 
-def test_kserves_own_vllm_is_told_of_the_adapters():
+def test_kserves_own_vllm_gets_the_adapters():
     two = tuple(
         ServedAdapter(name=name, folder=f"adapters/{name}", rank=8) for name in ("bills", "returns")
     )

@@ -64,7 +64,7 @@ def test_eight_bit_gptq_is_for_gpus():
         check_packing(eight, CPU)
 
 
-def test_what_is_slow_or_needs_more_is_said():
+def test_what_is_slow_or_needs_more_is_noted():
     assert "group_size 256" in check_packing(packed("gptq", group_size=256), GPU)[0]
     assert "AMX" in check_packing(packed("fp8"), CPU)[0]
     assert "widened" in check_packing(packed("fp8"), OLD)[0]

@@ -74,7 +74,7 @@ def test_the_file_is_byte_stable(file: RecipeFile) -> None:
     assert path.stat().st_mtime_ns == before.st_mtime_ns
 
 
-def test_a_change_is_told_or_refused(file: RecipeFile) -> None:
+def test_a_change_is_reported_or_refused(file: RecipeFile) -> None:
     with pytest.raises(InputRefused, match="hf://a/b"):
         locked(file, sources(), only=True)
     locked(file, sources())

@@ -339,7 +339,7 @@ def test_two_builds_beside_each_other(tmp_path):
     assert written.html.read_text("utf-8").count("<script") == 1
 
 
-def test_builds_that_cannot_be_read_are_told(tmp_path):
+def test_builds_that_cannot_be_read_are_reported(tmp_path):
     with pytest.raises(UsageError, match="cannot read"):
         write_comparison(tmp_path / "none", tmp_path, tmp_path)
     write_json(tmp_path / "a", "[1")
@@ -355,7 +355,7 @@ def test_missing_facts_are_named():
         render_report({**SMALLEST, "base": {}}, "report.html.j2")
 
 
-def test_a_folder_that_cannot_be_is_told(tmp_path):
+def test_a_folder_that_cannot_be_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
 
     with pytest.raises(EnvironmentFailure, match="cannot write"):

@@ -117,7 +117,7 @@ def test_ways_to_merge_pass(
     assert result["elements"]["wrong"] == 0
 
 
-def test_a_wrong_weight_is_told(tmp_path: Path) -> None:
+def test_a_wrong_weight_is_reported(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     lora = make_adapter(tmp_path / "lora", base)
     out = merged(tmp_path / "out", base, lora, weights=(0.5,))
@@ -128,7 +128,7 @@ def test_a_wrong_weight_is_told(tmp_path: Path) -> None:
     assert "the adapter is in it 0.5 times" in tell(result)
 
 
-def test_a_layer_that_is_read_and_not_called_is_told(tmp_path: Path) -> None:
+def test_a_layer_that_is_read_and_not_called_is_reported(tmp_path: Path) -> None:
     """Mamba's `dt_proj`: its LoRA acts nowhere in PEFT's forward, and in the merge it does."""
     base = make_model(tmp_path / "base", "jamba")
     lora = make_adapter(tmp_path / "lora", base, init_lora_weights=False)
@@ -153,7 +153,7 @@ def test_base_and_merged_the_wrong_way_round(tmp_path: Path) -> None:
     assert "right way round" in tell(result)
 
 
-def test_another_model_is_told(tmp_path: Path) -> None:
+def test_another_model_is_reported(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     lora = make_adapter(tmp_path / "lora", base)
     other = make_model(tmp_path / "other", "gpt2")
@@ -165,7 +165,7 @@ def test_another_model_is_told(tmp_path: Path) -> None:
     assert result["max_abs_logit_diff"] is None
 
 
-def test_a_small_adapter_passes_and_its_loss_is_told(tmp_path: Path) -> None:
+def test_a_small_adapter_passes_and_its_loss_is_reported(tmp_path: Path) -> None:
     """Where all of it is below half a step of bfloat16, the exact merge is the base."""
     base = make_model(tmp_path / "base")
     lora = make_adapter(tmp_path / "lora", base, lora_alpha=0.02)
@@ -217,7 +217,7 @@ def with_token(folder: Path, text: str, number: int = 512) -> None:
     path.write_text(json.dumps(told), "utf-8")
 
 
-def test_a_token_that_the_base_does_not_embed_either_is_told_of(tmp_path: Path) -> None:
+def test_a_token_that_the_base_does_not_embed_either_is_a_note(tmp_path: Path) -> None:
     """As Gemma 3's text models have one for images: nobody has trained with it."""
     base = make_model(tmp_path / "base")
     with_token(base, "<image>")

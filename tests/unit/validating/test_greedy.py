@@ -75,7 +75,7 @@ def test_an_end_token_ends_the_text(tmp_path: Path) -> None:
     assert ended[0] == free[0][: free[0].index(free[0][3]) + 1]
 
 
-def test_of_a_large_model_the_first_token_is_told(
+def test_of_a_large_model_the_first_token_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(greedy, "MOST_WEIGHTS", 1000)

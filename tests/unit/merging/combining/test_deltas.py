@@ -145,7 +145,7 @@ def test_thresholds_of_tiny_and_negative_values() -> None:
         ({"space": "factors"}, "sequential has no form on factors"),
     ],
 )
-def test_what_does_not_go_together_is_said(options: dict[str, object], what: str) -> None:
+def test_what_does_not_go_together_is_refused(options: dict[str, object], what: str) -> None:
     with pytest.raises(UsageError, match=what) as caught:
         Combination(**options)  # type: ignore[arg-type]
     assert caught.value.hint

@@ -128,7 +128,7 @@ def test_what_is_no_adapter_is_not_kept(
     assert not list(tmp_path.glob("k*/*.safetensors"))
 
 
-def test_conflicts_are_measured_and_told(pair: tuple[Path, list[Path]], tmp_path: Path) -> None:
+def test_conflicts_are_measured_and_reported(pair: tuple[Path, list[Path]], tmp_path: Path) -> None:
     base, adapters = pair
     against = tmp_path / "against"
     against.mkdir()
