@@ -83,6 +83,7 @@ def _copy_index(
                 blob.media_type,
                 [*one.blobs()],
                 mount_from=sources,
+                progress=lambda done, total: progress.advance(done, total, "bytes"),
                 warn=progress.warn,
             )
         )

@@ -21,7 +21,7 @@ from toolchain.oci.image import Image, Opener, load_image
 from toolchain.oci.index import Index
 from toolchain.oci.limits import limits_of
 from toolchain.oci.pace import Pace
-from toolchain.oci.progress import Advance
+from toolchain.oci.progress import Advance, Meter
 from toolchain.oci.proxies import Routed
 from toolchain.oci.references import Reference
 from toolchain.oci.session import Session
@@ -115,7 +115,8 @@ class Registry:
         began = time.monotonic()
         if reference.digest and reference.digest != image.digest:
             raise _another_digest(image.digest, reference)
-        _check_limits(image, reference)
+        names = [(layer.file or layer.digest.short, layer.size) for layer in image.layers]
+        _check_limits(names, reference)
         sources = uploads.mount_sources(image, reference, mount_from)
         session = self._session(reference, "pull,push", sources)
         _guard_tag(session, reference, image, force)
@@ -242,7 +243,9 @@ class Registry:
         force: bool = True,
         mount_from: Sequence[str] = (),
         before_tag: Callable[[], None] = lambda: None,
+        progress: Advance | None = None,
         warn: Callable[[str], None] = lambda _: None,
+        parallel: int = 4,
     ) -> Published:
         """Put any manifest and its blobs there, such as an index, or a statement about an image.
 
@@ -250,14 +253,15 @@ class Registry:
         them; a tag that names another digest is a UsageError where `force` is false.
         """
         began, digest = time.monotonic(), Digest.of(manifest)
+        _check_limits([(blob.digest.short, blob.size) for blob, _ in blobs], reference)
         sources = [name for name in mount_from if name != reference.repository]
         session = self._session(reference, "pull,push", sources)
         _guard_tag(session, reference, digest, force)
         pace = Pace(limits_of(reference.registry), warn, self._clock)
-        sent = [
-            (uploads.bring(session, blob, pace.over(o, blob.size), sources), blob.size)
-            for blob, o in blobs
-        ]
+        unique = {blob.digest: (blob, pace.over(opener, blob.size)) for blob, opener in blobs}
+        meter = Meter(sum(blob.size for blob, _ in unique.values()), progress)
+        pairs = [*unique.values()]
+        sent = uploads.bring_each(session, pairs, lambda pair: pair, sources, meter, parallel)
         uploads.put_manifest(session, digest, manifest, media_type)
         before_tag()
         if reference.tag:
@@ -325,16 +329,16 @@ def _another_digest(found: Digest, reference: Reference) -> UsageError:
     )
 
 
-def _check_limits(image: Image, reference: Reference) -> None:
+def _check_limits(layers: Iterable[tuple[str, int]], reference: Reference) -> None:
     """Refuse, before anything is sent, a layer that the registry is known not to take."""
     limits = limits_of(reference.registry)
     if limits is None or not limits.largest_layer:
         return
-    for layer in image.layers:
-        if layer.size > limits.largest_layer:
+    for name, size in layers:
+        if size > limits.largest_layer:
             raise UsageError(
-                f"{limits.name} takes layers of up to {limits.largest_layer} bytes, and "
-                f"{layer.file or layer.digest.short} has {layer.size}",
+                f"{limits.name} takes layers of up to {limits.largest_layer} bytes, and {name} "
+                f"has {size}",
                 hint="split it: --max-layer-size for safetensors, `quantize --split-max-size` for "
                 f"GGUF; the limit is from {limits.source}",
             )

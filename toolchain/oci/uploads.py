@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from enum import Enum
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 from urllib.parse import quote
 
 from toolchain.errors import EnvironmentFailure, UsageError, WeightsmithError
@@ -22,6 +22,7 @@ from toolchain.oci.sending import check_created, send
 from toolchain.oci.session import Session
 from toolchain.values import Blob, Digest
 
+T = TypeVar("T")
 _OK, _CREATED, _ACCEPTED, _MISSING, _KIND = 200, 201, 202, 404, 415
 _FEW = 3
 """Tries of a first look: long enough for a hiccup, short enough to wait for."""
@@ -69,19 +70,41 @@ def bring_all(
 
     A layer that has to be hashed first is hashed in its own thread, beside other uploads.
     """
-    stop = threading.Event()
-    meter = Meter(sum(layer.size for layer in image.layers), progress)
 
-    def work(layer: Layer) -> tuple[Way, int]:
+    def ready(layer: Layer) -> tuple[Blob, Opener]:
+        blob = blob_of(layer)
+        return blob, pace.over(_opener(layer, blob), blob.size, layer.file)
+
+    meter = Meter(sum(layer.size for layer in image.layers), progress)
+    sent = bring_each(session, image.layers, ready, sources, meter, parallel, elsewhere)
+    config = image.config_blob
+    way = bring(session, config, lambda: iter((image.config_bytes,)))
+    return [*sent, (way, config.size)]
+
+
+def bring_each(
+    session: Session,
+    things: Sequence[T],
+    ready: Callable[[T], tuple[Blob, Opener]],
+    sources: Sequence[str],
+    meter: Meter,
+    parallel: int,
+    elsewhere: Elsewhere | None = None,
+) -> list[tuple[Way, int]]:
+    """Bring blobs there, some at a time; where one fails, the others stop.
+
+    `ready` tells what a thing's blob is, in the thread that sends it.
+    """
+    stop = threading.Event()
+
+    def work(thing: T) -> tuple[Way, int]:
         if stop.is_set():
             raise _Stopped
-        blob = blob_of(layer)
-        opener = pace.over(_opener(layer, blob), blob.size, layer.file)
-        way = bring(session, blob, opener, sources, meter, stop, elsewhere)
-        return way, blob.size
+        blob, opener = ready(thing)
+        return bring(session, blob, opener, sources, meter, stop, elsewhere), blob.size
 
     with ThreadPoolExecutor(max(1, parallel)) as pool:
-        futures = [pool.submit(work, layer) for layer in image.layers]
+        futures = [pool.submit(work, thing) for thing in things]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in done:
@@ -91,9 +114,7 @@ def bring_all(
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    config = image.config_blob
-    way = bring(session, config, lambda: iter((image.config_bytes,)))
-    return [*(future.result() for future in futures), (way, config.size)]
+    return [future.result() for future in futures]
 
 
 def _opener(layer: Layer, blob: Blob) -> Opener:

@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from toolchain.oci.image import Image
 from toolchain.oci.layers import BlobLayer, Member, TarLayer
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
-from toolchain.values import Blob
+from toolchain.values import Blob, Digest
 
 
 @pytest.fixture
@@ -510,6 +511,29 @@ def test_an_index_is_read_for_a_platform(
     with pytest.raises(UsageError, match="s390x") as caught:
         client.pull(at(fake, "team/app:all"), platform="linux/s390x")
     assert "linux/amd64, linux/arm64" in caught.value.hint
+
+
+def test_blobs_of_a_manifest_are_sent_beside_each_other(
+    fake: FakeRegistry, client: Registry, image: Image
+) -> None:
+    both = threading.Barrier(2, timeout=60)
+
+    def opener(blob: Blob) -> Iterator[bytes]:
+        both.wait()  # until another is being sent, too
+        yield bytes(blob.size)
+
+    sizes = {Digest.of(bytes(size)): size for size in (5000, 7000)}
+    blobs = [Blob(digest=d, size=size, media_type="a/b") for d, size in sizes.items()]
+    seen: list[tuple[int, int]] = []
+    done = client.push_manifest(
+        at(fake),
+        image.manifest_bytes,
+        image.media_type,
+        [(blob, partial(opener, blob)) for blob in (*blobs, blobs[0])],
+        progress=lambda n, total: seen.append((n, total)),
+    )
+    assert done.uploaded_bytes == 12_000
+    assert seen[-1] == (12_000, 12_000)
 
 
 def test_a_docker_base_keeps_its_layers(fake: FakeRegistry, client: Registry) -> None:
