@@ -157,7 +157,7 @@ def assemble(
         raise UsageError(
             f"the image would have {len(layers)} layers ({len(middle)} of its base); engines "
             f"hold at most {MOST_LAYERS}",
-            hint="take a base with fewer layers, or put more weight files into one layer",
+            hint="take a base with fewer layers, or let layers be larger (--max-layer-size)",
         )
     created = _time(tar.source_date_epoch() if epoch is None else epoch)
     system, _, machine = platform.partition("/")

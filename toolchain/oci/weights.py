@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from toolchain.oci import tar
+from toolchain.oci.image import MOST_LAYERS
 from toolchain.oci.layers import Member, Memo, TarLayer
 from toolchain.values import Pieces, Tree
 
@@ -14,6 +15,11 @@ OWN_LAYER = 32 << 20
 """Bytes from which any other file gets one, too; 32 MiB."""
 _MOST_LAYERS = 64
 """Above this, neighbours share layers: engines hold at most 125, and the base needs its own."""
+
+
+def most_beside(base_layers: int) -> int:
+    """Return how many layers of weights go with a base; small files and settings need one each."""
+    return max(1, min(_MOST_LAYERS, MOST_LAYERS - base_layers - 2))
 
 
 def weight_layers(

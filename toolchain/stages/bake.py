@@ -9,7 +9,7 @@ from toolchain.errors import InputRefused
 from toolchain.oci.collisions import first_collision
 from toolchain.oci.image import Healthcheck, Image, ImageConfig, Order, assemble
 from toolchain.oci.layers import Member, TarLayer
-from toolchain.oci.weights import weight_layers
+from toolchain.oci.weights import most_beside, weight_layers
 from toolchain.ports import Store
 from toolchain.provenance.labels import ENGINE_VERSION
 from toolchain.provenance.roles import ADDED, LAYERS, config_label, roles_label
@@ -45,7 +45,12 @@ def bake(
     if order == "weights-first" and base:
         _require_clear(base, base_name, model_dir, store)
     weights = weight_layers(
-        artifact.tree, model_dir, memo=store.memo, largest=largest, contents=contents
+        artifact.tree,
+        model_dir,
+        memo=store.memo,
+        most=most_beside(len(base.layers) if base else 0),
+        largest=largest,
+        contents=contents,
     )
     inside = config.image_files if config else {}
     files = tuple(

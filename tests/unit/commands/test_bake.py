@@ -18,7 +18,8 @@ from tests.fakes.registry import FakeRegistry, fake_registry
 from toolchain.commands.images import copy_image
 from toolchain.commands.verify import verify_image
 from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
-from toolchain.oci.image import Image
+from toolchain.oci.image import Image, ImageConfig, assemble
+from toolchain.oci.layers import Member, TarLayer
 from toolchain.oci.layout import read_layout, write_layout
 from toolchain.oci.places import open_place
 from toolchain.oci.references import Reference
@@ -312,3 +313,20 @@ def test_a_layout_takes_room_on_its_own_disk(
     with pytest.raises(EnvironmentFailure, match=r"needs .* of disk, .*full has 100 B"):
         bake(scene.client, scene.model, scene.base, layout=full / "layout")
     assert bake(scene.client, scene.model, scene.base, layout=tmp_path / "layout")["digest"]
+
+
+def test_a_base_of_many_layers_leaves_few_to_the_weights(scene: Scene) -> None:
+    for number in range(30):
+        (scene.model / f"tiny-{number:02}.gguf").write_bytes(b"GGUF" + bytes([number]))
+    layers = tuple(
+        TarLayer(members=(Member.of_bytes(f"app/{n}", b"%d" % n),), epoch=0) for n in range(110)
+    )
+    base = assemble((), layers, config=ImageConfig(labels=ENGINE), epoch=0)
+    name = f"{scene.fake.host}/base/deep:1"
+    scene.client.push(base, Reference.parse(name))
+    scene.bake("team/app:1", base=name)
+    image = scene.image("team/app:1")
+    assert len(image.layers) <= 125
+    whole = b"".join(b"".join(layer.open()) for layer in image.layers)
+    assert all(f"models/tiny-{n:02}.gguf".encode() in whole for n in range(30))
+    assert len(weights(image)) == 12, "eleven of three files each, and the small ones"

@@ -47,6 +47,6 @@ def test_a_layer_that_is_too_large_is_refused_first() -> None:
     ):
         client.push(Image(layers=(layer,), settings={}), Reference.parse("ghcr.io/a/b:1"))
     assert "--max-layer-size" in caught.value.hint
+    place = Reference.parse("ghcr.io/a/b:1")
     with Registry() as client, pytest.raises(UsageError, match=f"{digest.short} has 110"):
-        place = Reference.parse("ghcr.io/a/b:1")
         client.push_manifest(place, b"{}", "a/b", [(blob, lambda: iter(()))])
