@@ -170,6 +170,8 @@ class Examiner:
         def examine(_: Any, args: tuple[Any, ...], out: Any) -> Any:
             seen, site.seen = site.seen, True
             if not seen:
+                if site.weights and isinstance(out, torch.Tensor):
+                    out = _weighted(site, args)
                 self._merge(site)
                 out = self._twins_of_other(site, args, out)
             self._empty(site)
@@ -191,7 +193,8 @@ class Examiner:
                 wrapper.merge(adapter_names=[adapter])
                 wrapper.merged_adapters.clear()
             for part, values in before.items():
-                total[part] += _attribute(inner, part).detach() - values
+                changed = _attribute(inner, part).detach() - values
+                total[part] += site.weights.get(adapter, 1.0) * changed
                 _attribute(inner, part).data = values.clone()
         slack = _ROUGHLY if is_approximate(site.layer) else ARITHMETIC
         for part, name in site.parameters.items():
@@ -312,6 +315,20 @@ def _apply(
     else:
         inside = (x >= where.start) & (x < where.stop)
         into[inside] = rows[x[inside] - where.start]
+
+
+def _weighted(site: Site, args: tuple[Any, ...]) -> torch.Tensor:
+    """Return a layer's outputs with a part of each adapter's change: W + Σ weight·(changed - W)."""
+    layers, active = tuner_layers(site.layer), list(site.layer.active_adapters)
+    base: torch.Tensor = site.layer.get_base_layer()(*args)
+    out = base.clone()
+    for name in active:
+        for layer in layers:
+            layer.set_adapter([name])
+        out += site.weights[name] * (site.layer.forward(*args) - base)
+    for layer in layers:
+        layer.set_adapter(active)
+    return out
 
 
 def _anew(module: Any, kinds: Mapping[str, torch.dtype], x: torch.Tensor) -> torch.Tensor:

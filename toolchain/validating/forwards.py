@@ -132,6 +132,7 @@ def reference_forward(
         weights.replicate(layers)
     adapted = tuple(sites(model))
     given = list(brought(model, names))
+    _weigh(model, adapters, adapted, given, weights)
     whole = batch.doubled(twins)
     examiner = Examiner(
         base=weights, merged=merged, twins=whole.twin_tokens(twins), mixture=mixture
@@ -178,6 +179,31 @@ def merged_forward(
     else:
         fill(model, weights)
     return _forward(model, model, batch, list(range(twins)), advance)
+
+
+def _weigh(
+    model: Any,
+    adapters: Sequence[tuple[Path, float]],
+    adapted: Sequence[Site],
+    given: Sequence[tuple[Any, dict[str, str]]],
+    base: Weights,
+) -> None:
+    """Mean a part of what each adapter changes, and of what one brings whole."""
+    parts = {f"adapter_{number}": weight for number, (_, weight) in enumerate(adapters)}
+    if all(weight == 1.0 for weight in parts.values()):
+        return
+    for site in adapted:
+        site.weigh(parts)
+    # PEFT lets one adapter alone bring biases, and a module be brought by one.
+    biased = [n for n in parts if getattr(model.peft_config[n], "bias", "none") != "none"]
+    paths = {id(module): path for path, module in model.named_modules()}
+    for module, parameters in given:
+        owner = next((n for n in parts if f".modules_to_save.{n}" in paths[id(module)]), "")
+        weight = parts.get(owner or next(iter(biased), ""), 1.0)
+        for part, name in parameters.items():
+            if base.has(name):
+                own, before = getattr(module, part), base.whole(name)
+                own.data = before + weight * (own.data - before)
 
 
 def brought(model: Any, names: set[str]) -> Iterator[tuple[Any, dict[str, str]]]:

@@ -19,6 +19,10 @@ PEFT_PREFIX = "base_model.model."
 _WRAPPERS = frozenset({"base_layer", "original_module", "token_adapter"})
 
 
+class Apart(Exception):
+    """Adapters that PEFT cannot hold side by side: of several kinds, or upon the same module."""
+
+
 def skeleton(root: Path) -> Any:
     """Return the folder's model in float32 with every parameter missing; buffers are real.
 
@@ -53,12 +57,11 @@ def load_buffers(model: Any, weights: Weights) -> None:
 
 
 def with_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
-    """Put adapters beside the model's layers with PEFT, all active, each times its weight.
+    """Put adapters beside the model's layers with PEFT, all active, each as it is.
 
-    Their weights are in memory, in float32.
+    What they trained is in memory, in float32. Raises Apart where PEFT cannot.
     """
     from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
 
     names = [f"adapter_{number}" for number in range(len(adapters))]
     for name, (root, _) in zip(names, adapters, strict=True):
@@ -67,14 +70,12 @@ def with_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
         how: Any = {"adapter_name": name, "low_cpu_mem_usage": True, "key_mapping": KEY_MAPPING}
         if name == names[0]:
             model = PeftModel.from_pretrained(model, root, **how)
-        else:
+            continue
+        try:
             model.load_adapter(root, **how)
+        except (ValueError, KeyError) as error:
+            raise Apart(f"{type(error).__name__}: {error}") from error
     model.base_model.set_adapter(names)
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            for name, (_, weight) in zip(names, adapters, strict=True):
-                if name in layer.scaling:
-                    layer.scaling[name] *= weight
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         _load_again(model, dict(zip(names, adapters, strict=True)))
     return model.eval().requires_grad_(requires_grad=False)

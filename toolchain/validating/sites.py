@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,18 @@ class Site:
     parts: Callable[[], list[Factors]] = _none
     """What each adapter adds, as one product, as the base stores it; scalings are PEFT's own."""
     seen: bool = False
+    weights: dict[str, float] = field(default_factory=dict)
+    """Adapter -> part of its change that is meant, where no scaling of PEFT's says it."""
+
+    def weigh(self, weights: Mapping[str, float]) -> None:
+        """Mean a part of what each adapter changes here."""
+        layers = tuner_layers(self.layer)
+        if not all(_is_linear_in_scaling(layer) for layer in layers):
+            self.weights = dict(weights)
+            return
+        for layer in layers:
+            for name in layer.scaling.keys() & weights.keys():
+                layer.scaling[name] *= weights[name]
 
     def factors(self) -> Factors:
         """Return the sum of what all adapters add, as one product."""
@@ -71,6 +83,13 @@ def tuner_layers(layer: Any) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [module for module in layer.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _is_linear_in_scaling(layer: Any) -> bool:
+    """Say whether half of PEFT's scaling is half of the change: of DoRA's length it is not."""
+    from peft.tuners.lora import LoraLayer
+
+    return isinstance(layer, LoraLayer) and not getattr(layer, "lora_variant", {})
 
 
 def is_approximate(layer: Any) -> bool:

@@ -20,7 +20,7 @@ from toolchain.validating import probes as asked
 from toolchain.validating.findings import ERROR, NOTE, WARNING, Finding, failed, finding
 from toolchain.validating.forwards import Batch, Reference, Run, merged_forward, reference_forward
 from toolchain.validating.mixtures import Mixture
-from toolchain.validating.network import decoder_layers, skeleton
+from toolchain.validating.network import Apart, decoder_layers, skeleton
 from toolchain.validating.probes import Message
 from toolchain.validating.structure import compare_files, end_tokens, is_readable, vocabulary
 from toolchain.validating.verdict import judge_models
@@ -149,6 +149,10 @@ def _compare(
     streamed = True
     try:
         reference, run = sides.forwards(progress, streamed=True)
+    except Apart as error:
+        text = f"PEFT cannot hold these adapters side by side: files were judged alone ({error})"
+        findings.append(finding(WARNING, "logits", text))
+        return {}
     except _NOT_STREAMABLE as error:
         streamed = False
         whole = _loaded_whole(sides, error, findings, progress)

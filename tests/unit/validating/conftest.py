@@ -87,6 +87,20 @@ def make_adapter(folder: Path, base: Path, seed: int = 1, **options: Any) -> Pat
     return folder
 
 
+def make_tuned(folder: Path, base: Path, config: Any) -> Path:
+    """Write an adapter of any kind, everything that it trains a little off."""
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(3)
+    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter) * 0.05
+    tuned.save_pretrained(folder)
+    return folder
+
+
 def merged(out: Path, base: Path, *adapters: Path, **options: Any) -> Path:
     weights = options.pop("weights", (1.0,) * len(adapters))
     pairs = tuple(zip(adapters, weights, strict=True))

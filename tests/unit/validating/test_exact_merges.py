@@ -12,6 +12,7 @@ from tests.unit.validating.conftest import (
     held,
     make_adapter,
     make_model,
+    make_tuned,
     merged,
     merged_by_peft,
     tell,
@@ -95,11 +96,24 @@ def test_what_peft_merges_exactly_passes(tmp_path: Path, kind: str, adapter: dic
         (({}, {"r": 2}), (1.0, 1.0), {}),
         (({}, {"r": 2}), (0.7, -0.3), {}),
         (({"use_dora": True}, {"use_dora": True}), (1.0, 1.0), {}),
+        (({"use_dora": True}, {}), (0.5, 0.7), {}),
+        (({"modules_to_save": ["lm_head", "norm"]}, {"r": 2}), (0.5, 1.0), {}),
+        (({"trainable_token_indices": [5, 9]},), (0.5,), {}),
         (({},), (1.0,), {"dtype": "float32"}),
         (({},), (1.0,), {"dtype": "float16"}),
         (({},), (1.0,), {"precision": "fast"}),
     ],
-    ids=["two", "weighted", "two-dora", "to-float32", "to-float16", "fast"],
+    ids=[
+        "two",
+        "weighted",
+        "two-dora",
+        "half-dora",
+        "half-saved",
+        "half-tokens",
+        "to-float32",
+        "to-float16",
+        "fast",
+    ],
 )
 def test_ways_to_merge_pass(
     tmp_path: Path, adapters: tuple[dict, ...], weights: tuple[float, ...], options: dict
@@ -115,6 +129,43 @@ def test_ways_to_merge_pass(
     assert result["passed"], tell(result)
     assert result["streamed"], tell(result)
     assert result["elements"]["wrong"] == 0
+
+
+@pytest.mark.parametrize("kind", ["loha", "ia3", "bias"])
+def test_a_part_of_what_is_no_factor_passes(tmp_path: Path, kind: str) -> None:
+    from peft import IA3Config, LoHaConfig, LoraConfig
+
+    base = make_model(tmp_path / "base", "qwen2")
+    config = {
+        "loha": LoHaConfig(r=3, alpha=5, target_modules=["q_proj", "up_proj"]),
+        "ia3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        "bias": LoraConfig(r=3, target_modules=["q_proj"], bias="lora_only"),
+    }[kind]
+    tuned = make_tuned(tmp_path / "tuned", base, config)
+    out = merged(tmp_path / "out", base, tuned, weights=(0.5,))
+
+    result = held(base, out, tuned, weights=(0.5,))
+
+    assert result["passed"], tell(result)
+    assert result["elements"]["wrong"] == 0
+    assert not held(base, out, tuned)["passed"]
+
+
+def test_kinds_that_peft_cannot_hold_side_by_side_are_told(tmp_path: Path) -> None:
+    from peft import IA3Config
+
+    base = make_model(tmp_path / "base")
+    rest = {"target_modules": ["k_proj"], "feedforward_modules": []}
+    two = (
+        make_adapter(tmp_path / "lora", base),
+        make_tuned(tmp_path / "tuned", base, IA3Config(**rest)),
+    )
+    out = merged(tmp_path / "out", base, *two)
+
+    result = held(base, out, *two)
+
+    assert result["passed"], tell(result)
+    assert "PEFT cannot hold these adapters side by side" in tell(result)
 
 
 def test_a_wrong_weight_is_reported(tmp_path: Path) -> None:
