@@ -62,6 +62,12 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(text[: len(text) - cut])
 
+    def stream(self, *parts):
+        self.send_response(200)
+        self.end_headers()
+        for part in parts:
+            self.wfile.write(part)
+
     def log_message(self, *args):
         pass
 

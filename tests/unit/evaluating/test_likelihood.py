@@ -1,9 +1,6 @@
 """Metric choice over servers that echo a prompt's likelihoods, step by step, or not at all."""
 
-import json
 import math
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -11,7 +8,6 @@ from toolchain.errors import CheckFailed, UsageError
 from toolchain.evaluating.items import Item
 from toolchain.evaluating.likelihood import choose, scorer, spaced
 from toolchain.evaluating.session import Limits, Session
-from toolchain.ports import Endpoint
 
 QUICK = Limits(request_seconds=5, tries=2, pause_seconds=0.01)
 PLAIN = Item(
@@ -32,34 +28,13 @@ def pieces(text):
 
 
 @pytest.fixture
-def serve():
-    servers = []
+def serve(serve):
+    """Start a server that answers with `behave(path, body)`: a status and JSON."""
 
     def start(behave):
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                status, value = behave(self.path, body)
-                text = json.dumps(value).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(text)))
-                self.end_headers()
-                self.wfile.write(text)
+        return serve(lambda handler, body: handler.send(*behave(handler.path, body))).endpoint
 
-            def log_message(self, *args):
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        servers.append(server)
-        url = f"http://127.0.0.1:{server.server_port}"
-        return Endpoint(url=url, logs=lambda n: "", alive=lambda: True)
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    return start
 
 
 def scores(endpoint, item):

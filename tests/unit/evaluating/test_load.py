@@ -2,7 +2,6 @@
 
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,7 @@ from toolchain.evaluating import load
 from toolchain.evaluating.items import Item
 from toolchain.evaluating.load import Sample, load_test, measure, percentile, summary
 from toolchain.evaluating.session import Limits, Session
-from toolchain.ports import Endpoint, Silent
+from toolchain.ports import Silent
 
 QUESTIONS = tuple(
     Item(messages=({"role": "user", "content": f"q{n}"},), expected=(), line=n) for n in range(3)
@@ -27,37 +26,13 @@ def piece(text):
 
 
 @pytest.fixture
-def serve():
-    servers = []
+def serve(serve):
+    """Start a server that behaves as `behave(handler, body)` does; return a session with it."""
 
     def start(behave):
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                behave(self, body)
+        return Session(serve(behave).endpoint, Limits(request_seconds=300))
 
-            def stream(self, *parts):
-                self.send_response(200)
-                self.end_headers()
-                for part in parts:
-                    self.wfile.write(part)
-
-            def log_message(self, *args):
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        servers.append(server)
-        url = f"http://127.0.0.1:{server.server_port}"
-        return Session(
-            Endpoint(url=url, logs=lambda n: "", alive=lambda: True), Limits(request_seconds=300)
-        )
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    return start
 
 
 def test_measures_first_piece_and_gaps(serve, monkeypatch):
