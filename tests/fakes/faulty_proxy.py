@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from tests.fakes.serving import serving
+
 CHUNK = 1 << 16
 
 
@@ -162,11 +164,5 @@ def faulty_proxy(upstream: str) -> Iterator[tuple[str, Faults]]:
     server = _Server(("127.0.0.1", 0), handler)
     server.faults = faults
     faults.host = f"127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
+    with serving(server):
         yield faults.host, faults
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

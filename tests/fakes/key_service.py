@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import json
 import ssl
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, utils
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from tests.fakes.auth_server import make_certificate
+from tests.fakes.serving import serving
 
 KEY_ID = "1234abcd-12ab-34cd-56ef-1234567890ab"
 
@@ -84,12 +84,6 @@ def key_service(folder: Path) -> Iterator[KeyService]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(pair[1], pair[0])
     server.socket = context.wrap_socket(server.socket, server_side=True)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
     service.reference = f"awskms://localhost:{server.server_address[1]}/{KEY_ID}"
-    try:
+    with serving(server):
         yield service
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

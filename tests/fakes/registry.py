@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
+from tests.fakes.serving import serving
+
 
 class FakeRegistry:
     """State that tests look at and set; `faults` are used up one request at a time."""
@@ -280,12 +282,5 @@ def fake_registry() -> Iterator[FakeRegistry]:
     """Serve a fake registry on a free loopback port."""
     state = FakeRegistry()
     server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"state": state}))
-    state.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
+    with serving(server) as state.url:
         yield state
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

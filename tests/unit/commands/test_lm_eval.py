@@ -2,13 +2,13 @@
 
 import contextlib
 import json
-import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from tests.fakes.serving import serving
 from toolchain.commands.lm_eval import HarnessRequest, command, evaluate_tasks, read_results
 from toolchain.commands.server import Place
 from toolchain.errors import CheckFailed
@@ -105,18 +105,13 @@ def test_a_server_without_the_prompts_probabilities_is_reported(tmp_path, tokeni
     def fails(*_):
         raise CheckFailed("lm_eval failed: KeyError: 'token_logprobs'", hint="run it by hand")
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), NoEcho)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    place = Place(url=f"http://127.0.0.1:{server.server_port}")
     tools = SimpleNamespace(
         progress=Silent(), command=fails, scratch=lambda: contextlib.nullcontext(tmp_path)
     )
-    try:
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), NoEcho)) as url:
+        request = HarnessRequest(tasks="arc", place=Place(url=url), tokenizer=tokenizer)
         with pytest.raises(CheckFailed, match="token_logprobs") as caught:
-            evaluate_tasks(HarnessRequest(tasks="arc", place=place, tokenizer=tokenizer), tools)
-    finally:
-        server.shutdown()
-        server.server_close()
+            evaluate_tasks(request, tools)
 
     assert ("no log-probabilities of a prompt" in caught.value.message) == told
     assert ("--metric choice" in caught.value.hint) == told

@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import os
-import threading
 import time
 import zipfile
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import ClassVar
 
 import pytest
 
+from tests.fakes.serving import serving
 from toolchain.drivers.pypi import PypiReader
 from toolchain.drivers.store import FileStore
 from toolchain.errors import EnvironmentFailure, InputRefused
@@ -71,14 +71,12 @@ class Index(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def index(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Index)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
     monkeypatch.delenv("WEIGHTSMITH_WHEELS", raising=False)
     monkeypatch.setattr(Index, "wheel", WHEEL)
-    yield server
-    server.shutdown()
-    server.server_close()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Index)
+    with serving(server) as url:
+        monkeypatch.setenv("PIP_INDEX_URL", f"{url}/simple")
+        yield server
 
 
 @pytest.fixture

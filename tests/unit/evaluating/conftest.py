@@ -1,12 +1,12 @@
 """An OpenAI-compatible server that misbehaves as a test wants it to."""
 
 import json
-import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from tests.fakes.serving import serving
 from toolchain.ports import Endpoint
 
 
@@ -74,15 +74,11 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve():
-    servers = []
+    with ExitStack() as servers:
 
-    def start(behave=None):
-        server = FakeServer(behave)
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        servers.append(server)
-        return server
+        def start(behave=None):
+            server = FakeServer(behave)
+            servers.enter_context(serving(server))
+            return server
 
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+        yield start

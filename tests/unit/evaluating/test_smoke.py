@@ -6,6 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from tests.fakes.serving import serving
 from toolchain.errors import CheckFailed
 from toolchain.evaluating.session import Limits, Session
 from toolchain.evaluating.smoke import Promise, Smoke, check_life, check_serving
@@ -108,10 +109,8 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     server = Server()
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(server):
+        yield server
 
 
 def look(server):

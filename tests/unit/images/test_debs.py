@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import io
 import tarfile
-import threading
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +13,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tests.fakes.serving import serving
 
 SOURCE = Path(__file__).parents[3] / "images" / "engines" / "debs.py"
 PATH = "pool/main/x/x_1_amd64.deb"
@@ -63,13 +64,8 @@ def place(tmp_path: Path) -> Iterator[dict[str, str]]:
     for name in ("mirror", "archive"):
         (tmp_path / name / PATH).parent.mkdir(parents=True)
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path)))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    host = f"http://127.0.0.1:{server.server_address[1]}"
-    yield {"mirror": f"{host}/mirror", "archive": f"{host}/archive"}
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(server) as host:
+        yield {"mirror": f"{host}/mirror", "archive": f"{host}/archive"}
 
 
 PACKAGE = {"path": PATH, "sha256": hashlib.sha256(WHOLE).hexdigest()}
