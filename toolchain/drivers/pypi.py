@@ -142,9 +142,15 @@ def _client() -> httpx.Client:
             f"the certificate file {bundle} is not there",
             hint="correct SSL_CERT_FILE, PIP_CERT or pip's own `cert`",
         )
-    return httpx.Client(
-        verify=ssl.create_default_context(cafile=bundle) if bundle else True, follow_redirects=True
-    )
+    verify = ssl.create_default_context(cafile=bundle) if bundle else True
+    try:
+        return httpx.Client(verify=verify, follow_redirects=True)
+    except (ValueError, httpx.InvalidURL, ImportError):
+        raise EnvironmentFailure(
+            "the proxy that the environment names cannot be used for downloads",
+            hint="correct HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY (names and addresses, no "
+            "networks of IPv6); a socks5:// one takes pip install 'httpx[socks]'",
+        ) from None
 
 
 def _download(file: dict[str, Any], target: Path, progress: Progress) -> None:

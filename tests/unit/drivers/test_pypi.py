@@ -14,7 +14,7 @@ from typing import ClassVar
 import pytest
 
 from tests.fakes.serving import serving
-from toolchain.drivers.pypi import PypiReader
+from toolchain.drivers.pypi import PypiReader, _client
 from toolchain.drivers.store import FileStore
 from toolchain.errors import EnvironmentFailure, InputRefused
 from toolchain.ports import Silent
@@ -171,3 +171,19 @@ def test_an_index_that_is_down_is_an_environment_failure(index, reader: PypiRead
 def test_an_absent_package_is_refused(index, reader: PypiReader) -> None:
     with pytest.raises(InputRefused, match="no such package"):
         reader.fetch("pypi://absent==1.0", "", SHA256, Silent())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ALL_PROXY", "socks5://127.0.0.1:9"), ("ALL_PROXY", "ftp://x"), ("NO_PROXY", "fd00::/8")],
+)
+def test_proxies_that_cannot_be_used(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    for other in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(other, raising=False)
+        monkeypatch.delenv(other.lower(), raising=False)
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(EnvironmentFailure, match="the proxy that the environment names"):
+        _client()
