@@ -18,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
 from tests.fakes.serving import serving
+from toolchain.oci.references import Reference
 
 
 class FakeRegistry:
@@ -275,6 +276,11 @@ class _Server(ThreadingHTTPServer):
 
     def handle_error(self, *_: object) -> None:
         """Stay silent: broken connections are what tests ask for."""
+
+
+def at(fake: FakeRegistry, text: str = "team/app:1") -> Reference:
+    """Return the reference of a name in the fake registry."""
+    return Reference.parse(f"{fake.host}/{text}")
 
 
 @contextmanager

@@ -1,12 +1,15 @@
-"""A fake registry, and a client that does not sleep."""
+"""A fake registry, a client that does not sleep, and an image."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.fakes.images import tiny_image
 from tests.fakes.registry import FakeRegistry, fake_registry
+from toolchain.oci.image import Image
 from toolchain.oci.registry import Registry
 
 
@@ -25,3 +28,8 @@ def pauses() -> list[float]:
 def client(pauses: list[float]) -> Iterator[Registry]:
     with Registry(pause=pauses.append) as registry:
         yield registry
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Image:
+    return tiny_image(tmp_path / "model")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -13,25 +12,15 @@ import pytest
 
 from tests.fakes.images import entry as tar_entry
 from tests.fakes.images import foreign_image, tar_of, tiny_image
-from tests.fakes.registry import FakeRegistry, fake_registry
+from tests.fakes.registry import FakeRegistry, at, fake_registry
 from toolchain.drivers.pushed import PushedLayers
-from toolchain.errors import EnvironmentFailure, InputRefused, UsageError, WeightsmithError
+from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
 from toolchain.oci import uploads
 from toolchain.oci.attachments import Attachment, Part
 from toolchain.oci.image import Image
 from toolchain.oci.layers import BlobLayer, Member, TarLayer
-from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.values import Blob, Digest
-
-
-@pytest.fixture
-def image(tmp_path: Path) -> Image:
-    return tiny_image(tmp_path / "model")
-
-
-def at(fake: FakeRegistry, text: str = "team/app:1") -> Reference:
-    return Reference.parse(f"{fake.host}/{text}")
 
 
 def test_pushed_and_pulled_whole(fake: FakeRegistry, client: Registry, image: Image) -> None:
@@ -156,54 +145,6 @@ def test_a_pulled_base_is_mounted_or_copied(
         assert second.manifests["team/app", "1"][1] == image.manifest_bytes
 
 
-@pytest.mark.parametrize("kind", ["reset", "429", "500", "503"])
-@pytest.mark.parametrize(
-    "place", ["HEAD /blobs/", "POST /uploads/", "PUT /uploads/", "PUT /manifests/"]
-)
-def test_a_bad_moment_is_survived(
-    fake: FakeRegistry, client: Registry, image: Image, pauses: list[float], kind: str, place: str
-) -> None:
-    method, path = place.split()
-    fake.faults = [(method, path, kind)] * 2
-    seen: list[int] = []
-    client.push(image, at(fake), progress=lambda done, _: seen.append(done))
-    assert len(pauses) == 2
-    assert seen[-1] == sum(layer.size for layer in image.layers)
-    if kind == "429":
-        assert pauses == [7, 7]
-    assert client.digest_of(at(fake)) == image.digest
-
-
-def test_patience_ends(
-    fake: FakeRegistry, client: Registry, image: Image, pauses: list[float]
-) -> None:
-    fake.faults = [("PUT", "/uploads/", "500")] * 100
-    with pytest.raises(EnvironmentFailure, match=r"answered 500.*bad moment") as caught:
-        client.push(image, at(fake))
-    assert fake.host in caught.value.message
-    assert "disk space" in caught.value.hint
-    assert ("team/app", "1") not in fake.manifests
-    assert len(pauses) >= 5
-
-
-def test_a_full_registry_is_not_asked_again(
-    fake: FakeRegistry, client: Registry, image: Image, pauses: list[float]
-) -> None:
-    fake.faults = [("PUT", "/uploads/", "full")] * 100
-    with pytest.raises(EnvironmentFailure, match="answered 500") as caught:
-        client.push(image, at(fake))
-    assert "no room" in caught.value.hint
-    assert not pauses
-
-
-def test_nobody_answers(client: Registry, image: Image) -> None:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        port = held.getsockname()[1]
-        with pytest.raises(EnvironmentFailure, match=r"does not answer.*refused"):
-            client.push(image, Reference.parse(f"127.0.0.1:{port}/a:1"))
-
-
 def test_wrong_digests_are_noticed(fake: FakeRegistry, client: Registry, image: Image) -> None:
     fake.faults = [("PUT", "/uploads/", "digest")]
     with pytest.raises(InputRefused, match="stored"):
@@ -287,203 +228,6 @@ def test_a_registry_that_takes_a_blob_in_one_request_alone(
     fake.faults = [("PATCH", "/uploads/", status)] * 9
     client.push(image, at(fake))
     assert client.pull(at(fake), platform="linux/amd64").digest == image.digest
-
-
-@pytest.mark.parametrize("kind", ["basic", "bearer"])
-def test_signed_in(fake: FakeRegistry, image: Image, kind: str) -> None:
-    fake.auth = kind
-    asked: list[str] = []
-
-    def credentials(host: str) -> tuple[str, str]:
-        asked.append(host)
-        return fake.user, fake.password
-
-    with Registry(credentials=credentials) as client:
-        client.push(image, at(fake), mount_from=["team/base"])
-        assert client.digest_of(at(fake)) == image.digest
-    assert set(asked) == {fake.host}
-    if kind == "bearer":
-        token = next(path for method, path in fake.log if "/token" in path)
-        assert "scope=repository%3Ateam%2Fapp%3Apull%2Cpush" in token
-        assert "scope=repository%3Ateam%2Fbase%3Apull" in token
-
-
-@pytest.mark.parametrize("lasts", [300, 10**400])
-def test_an_anonymous_token(fake: FakeRegistry, client: Registry, image: Image, lasts: int) -> None:
-    fake.auth, fake.token_lasts = "bearer", lasts
-    client.push(image, at(fake))
-    assert fake.tokens_given == 1
-
-
-def test_an_identity_token(fake: FakeRegistry, image: Image) -> None:
-    fake.auth = "bearer"
-    with Registry(credentials=lambda _: ("<token>", fake.password)) as client:
-        client.push(image, at(fake))
-    assert ("POST", "/token") in fake.log
-
-
-def test_a_token_that_ends_in_the_middle(fake: FakeRegistry, image: Image, tmp_path: Path) -> None:
-    fake.auth = "bearer"
-    (tmp_path / "w").write_bytes(bytes(3 << 20))
-    layer = TarLayer(members=(Member.of_file("/w", tmp_path / "w"),))
-
-    class Slow:
-        digest, diff_id, size = layer.digest, layer.diff_id, layer.size
-        media_type, file = layer.media_type, layer.file
-
-        def open(self) -> object:
-            if fake.tokens_given == 1:
-                fake.expire_tokens()
-            return layer.open()
-
-    with Registry(pause=lambda _: None) as client:
-        client.push(Image(layers=(Slow(), *image.layers), settings=image.settings), at(fake))  # type: ignore[arg-type]
-    assert fake.tokens_given == 2
-
-
-@pytest.mark.parametrize("kind", ["basic", "bearer"])
-def test_a_wrong_password_is_named_but_not_shown(
-    fake: FakeRegistry, image: Image, kind: str
-) -> None:
-    fake.auth = kind
-    with (
-        Registry(credentials=lambda _: ("ann", "wr0ng")) as client,
-        pytest.raises(EnvironmentFailure, match="401") as caught,
-    ):
-        client.push(image, at(fake))
-    assert "docker login" in caught.value.hint
-    assert "wr0ng" not in str(caught.value)
-
-
-def test_leave_to_push_is_asked_for_and_leaves_nothing(
-    fake: FakeRegistry, client: Registry
-) -> None:
-    client.check_push(at(fake))
-    assert [method for method, _ in fake.log] == ["POST", "DELETE"]
-    assert not fake.uploads
-
-
-@pytest.mark.parametrize("kind", ["basic", "bearer"])
-def test_a_push_that_would_be_refused_is_noticed_first(fake: FakeRegistry, kind: str) -> None:
-    fake.auth = kind
-    with (
-        Registry(credentials=lambda _: ("ann", "wr0ng")) as client,
-        pytest.raises(EnvironmentFailure, match="401"),
-    ):
-        client.check_push(at(fake))
-
-
-def test_a_first_look_is_short(client: Registry, pauses: list[float]) -> None:
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        place = Reference.parse(f"127.0.0.1:{closed.getsockname()[1]}/a/b:1")
-        with pytest.raises(EnvironmentFailure, match="does not answer"):
-            client.check_push(place)
-    assert sum(pauses) < 2
-
-
-@pytest.mark.parametrize(("status", "kind"), [("403", EnvironmentFailure), ("404", InputRefused)])
-def test_refusals_name_host_and_status(
-    fake: FakeRegistry, client: Registry, status: str, kind: type[WeightsmithError]
-) -> None:
-    fake.faults = [("GET", "/manifests/", status)]
-    with pytest.raises(kind, match=status) as caught:
-        client.pull(at(fake))
-    assert fake.host in caught.value.message
-    assert caught.value.hint
-
-
-def test_no_secret_in_a_message(fake: FakeRegistry, image: Image) -> None:
-    fake.auth = "bearer"
-    fake.faults = [("PUT", "/uploads/", "403")] * 9
-    with (
-        Registry(credentials=lambda _: (fake.user, fake.password)) as client,
-        pytest.raises(EnvironmentFailure, match=r"bad moment \*\*\*") as caught,
-    ):
-        client.push(image, at(fake))
-    assert "hush" not in str(caught.value)
-
-
-def test_a_redirect_to_another_host_gets_no_authorization(fake: FakeRegistry, image: Image) -> None:
-    fake.auth = "basic"
-    with (
-        fake_registry() as other,
-        Registry(credentials=lambda _: (fake.user, fake.password)) as client,
-    ):
-        client.push(image, at(fake))
-        layer = image.layers[0]
-        path = f"/v2/team/app/blobs/{layer.digest}"
-        other.blobs["team/app", layer.digest] = b"".join(layer.open())
-        pulled = client.pull(at(fake), platform="linux/amd64")
-        fake.faults = [("GET", path, f"redirect:{other.url}{path}?signature=abc")]
-        assert b"".join(pulled.layers[0].open()) == b"".join(layer.open())
-        assert other.authorizations == [(path, "")]
-
-
-def test_a_proxy_is_not_asked_for_this_machine(
-    fake: FakeRegistry, image: Image, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    monkeypatch.setenv("NO_PROXY", "localhost,::1,fd00::/8")
-    with Registry(pause=lambda _: None) as client:
-        client.push(image, at(fake))
-        client.push(image, Reference.parse(f"LocalHost:{fake.host[10:]}/team/app:2"))
-
-
-def test_a_proxy_is_asked_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    with fake_registry() as proxy:
-        monkeypatch.setenv("HTTP_PROXY", proxy.url)
-        with Registry(insecure=True, pause=lambda _: None) as client:
-            place = Reference.parse("registry.invalid/a/b:1")
-            assert client.digest_of(place) is None
-        assert "registry.invalid" in proxy.log[0][1]
-
-
-def test_an_upload_may_be_sent_on(fake: FakeRegistry, client: Registry, image: Image) -> None:
-    fake.faults = [("POST", "/uploads/", f"redirect:{fake.url}/v2/team/app/blobs/uploads/")]
-    client.push(image, at(fake))
-
-
-@pytest.mark.parametrize(
-    "address", ["http://[/", "http://127.0.0.1:99999/", f"http://{'a' * 64}.localhost/"]
-)
-def test_addresses_that_are_none(
-    fake: FakeRegistry, client: Registry, image: Image, address: str
-) -> None:
-    fake.faults = [("GET", "/manifests/", f"redirect:{address}")]
-    with pytest.raises(EnvironmentFailure, match="an address that is none"):
-        client.pull(at(fake))
-    fake.faults = [("POST", "/uploads/", f"place:{address}")] * 9
-    with pytest.raises(EnvironmentFailure, match="an address that is none"):
-        client.push(image, at(fake))
-
-
-def test_circles_and_other_schemes_are_refused(fake: FakeRegistry, client: Registry) -> None:
-    fake.faults = [("GET", "/manifests/", f"redirect:{fake.url}/v2/team/app/manifests/1")] * 20
-    with pytest.raises(EnvironmentFailure, match="circles"):
-        client.pull(at(fake))
-    fake.faults = [("GET", "/manifests/", "redirect:file:///etc/passwd")]
-    with pytest.raises(EnvironmentFailure, match="redirects"):
-        client.pull(at(fake))
-
-
-def test_huge_manifests_are_not_read(fake: FakeRegistry, client: Registry) -> None:
-    fake.manifests["team/app", "1"] = ("application/json", b" " * (5 << 20))
-    with pytest.raises(InputRefused, match="more than"):
-        client.pull(at(fake))
-
-
-def test_https_unless_loopback_or_insecure() -> None:
-    from toolchain.oci.session import Session
-
-    def root(text: str, **options: bool) -> str:
-        reference = Reference.parse(text)
-        return Session(None, reference, actions="pull", credentials=lambda _: None, **options).root  # type: ignore[arg-type]
-
-    assert root("ubuntu") == "https://registry-1.docker.io"
-    assert root("r.example/a") == "https://r.example"
-    assert root("localhost:5000/a") == "http://localhost:5000"
-    assert root("r.example/a", insecure=True) == "http://r.example"
 
 
 def test_an_index_is_read_for_a_platform(
@@ -600,16 +344,6 @@ def test_a_mounted_layer_whose_size_is_stated_wrongly(
     fake.faults = [("HEAD", "/blobs/", "short")] * 5
     assert client.push(image, at(fake)).uploaded_bytes == 0
     assert not fake.faults
-
-
-def test_a_long_refusal_is_reported_by_its_beginning(
-    fake: FakeRegistry, client: Registry, image: Image
-) -> None:
-    """CUE Labs' server puts the whole blob into its message."""
-    fake.trouble = "x" * (1 << 20)
-    fake.faults = [("PUT", "/uploads/", "403")] * 9
-    with pytest.raises(EnvironmentFailure, match="answered 403"):
-        client.push(image, at(fake))
 
 
 def test_a_large_blob_is_a_part_first(fake: FakeRegistry, client: Registry, tmp_path: Path) -> None:
