@@ -17,11 +17,6 @@ AMD64 = "linux/amd64"
 
 
 @pytest.fixture
-def image(tmp_path: Path) -> Image:
-    return tiny_image(tmp_path / "model")
-
-
-@pytest.fixture
 def folder(tmp_path: Path, image: Image) -> Path:
     write_layout(image, tmp_path / "out", ref="1.2.0")
     return tmp_path / "out"

@@ -1,0 +1,20 @@
+"""What the tests of several quantizers share."""
+
+from pathlib import Path
+
+from toolchain.quantizers import formats
+from toolchain.quantizers.quantizer import QuantizeRequest
+
+
+def request(tmp_path: Path, name: str = "q8_0", **options) -> QuantizeRequest:
+    (tmp_path / "model").mkdir(exist_ok=True)
+    (tmp_path / "out").mkdir(exist_ok=True)
+    return QuantizeRequest(
+        model=tmp_path / "model",
+        format=formats()[name],
+        output=tmp_path / "out",
+        name="demo",
+        tools=Path("/opt/llamacpp"),
+        python="/usr/bin/python3",
+        options=options,
+    )

@@ -1,0 +1,256 @@
+"""A finished GGUF file read back: good ones are described, faulty ones refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, GGUFWriter
+
+from tests.unit.quantizers.conftest import request
+from toolchain.errors import CheckFailed
+from toolchain.quantizers import of_format
+from toolchain.quantizers.gguf import output_file
+from toolchain.quantizers.quantizer import QuantizeRequest
+
+TEMPLATE = "{{ messages[0].content }}"
+TENSORS = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+
+
+def write_gguf(
+    path: Path, *, file_type=7, template=TEMPLATE, tokens=32, names=None, basename=None
+) -> None:
+    writer = GGUFWriter(path, "llama")
+    if basename:
+        writer.add_basename(basename)
+    writer.add_file_type(file_type)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{i}" for i in range(tokens)])
+    if template:
+        writer.add_chat_template(template)
+    for name in names or ("token_embd.weight", "output_norm.weight", "output.weight"):
+        if name == "output_norm.weight":
+            writer.add_tensor(name, np.ones(64, dtype=np.float32))
+        elif file_type == 1:
+            writer.add_tensor(name, np.zeros((32, 64), dtype=np.float16))
+        else:
+            rows = np.zeros((32, 64 // 32 * 34), dtype=np.uint8)
+            writer.add_tensor(name, rows, raw_dtype=GGMLQuantizationType.Q8_0)
+    finish(writer)
+
+
+def finish(writer: GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_checkpoint(model: Path, *, names=TENSORS, template=TEMPLATE) -> None:
+    header = {name: {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]} for name in names}
+    blob = json.dumps(header).encode()
+    (model / "model.safetensors").write_bytes(len(blob).to_bytes(8, "little") + blob)
+    (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+
+
+@pytest.fixture
+def asked(tmp_path):
+    made = request(tmp_path)
+    write_checkpoint(made.model)
+    return made
+
+
+def check(made: QuantizeRequest):
+    return of_format(made.format.name).check(made)
+
+
+def test_a_good_file_is_described(asked):
+    write_gguf(output_file(asked))
+
+    facts = check(asked)
+
+    assert facts["types"] == {"F32": 1, "Q8_0": 2}
+    assert facts["tokens"] == 32
+    # (2 x 32 x 64 x 8.5 + 64 x 32) bits / (2 x 32 x 64 + 64) elements
+    assert facts["bits_per_weight"] == round((4096 * 8.5 + 64 * 32) / 4160, 3)
+    assert facts["warnings"] == []
+
+
+def test_a_cut_file_is_refused(asked):
+    path = output_file(asked)
+    write_gguf(path)
+    path.write_bytes(path.read_bytes()[:-100])
+
+    with pytest.raises(CheckFailed, match=r"whole GGUF|bytes"):
+        check(asked)
+
+
+def test_an_empty_or_missing_file_is_refused(asked):
+    with pytest.raises(CheckFailed):
+        check(asked)
+    output_file(asked).write_bytes(b"")
+    with pytest.raises(CheckFailed):
+        check(asked)
+
+
+def test_bytes_after_the_last_tensor_are_refused(asked):
+    path = output_file(asked)
+    write_gguf(path)
+    path.write_bytes(path.read_bytes() + b"x" * 5000)
+
+    with pytest.raises(CheckFailed, match="tensors end at"):
+        check(asked)
+
+
+def test_another_file_type_is_refused(asked):
+    write_gguf(output_file(asked), file_type=1)
+
+    with pytest.raises(CheckFailed, match="file type 1"):
+        check(asked)
+
+
+def test_metadata_guessed_from_a_folder_is_refused(asked):
+    write_gguf(output_file(asked), basename="tmp")
+
+    with pytest.raises(CheckFailed, match=r"general\.basename"):
+        check(asked)
+
+
+def test_a_missing_tensor_is_refused(asked):
+    write_checkpoint(asked.model, names=(*TENSORS, "model.layers.0.mlp.up_proj.weight"))
+    write_gguf(output_file(asked), names=("token_embd.weight", "output_norm.weight"))
+
+    with pytest.raises(CheckFailed, match="holds 2 tensors, the checkpoint 4"):
+        check(asked)
+
+
+def test_a_tied_output_may_be_stored_once(asked):
+    write_gguf(output_file(asked), names=("token_embd.weight", "output_norm.weight"))
+
+    assert check(asked)["tensors"] == 2
+
+
+def test_another_chat_template_is_refused(asked):
+    write_gguf(output_file(asked), template="{{ 'other' }}")
+
+    with pytest.raises(CheckFailed, match="another chat template"):
+        check(asked)
+
+
+def test_a_lost_chat_template_is_refused(asked):
+    write_gguf(output_file(asked), template=None)
+
+    with pytest.raises(CheckFailed, match="lacks the checkpoint's chat template"):
+        check(asked)
+
+
+def test_a_template_file_wins_over_the_tokenizers(asked):
+    (asked.model / "chat_template.jinja").write_text("{{ 'file' }}")
+    write_gguf(output_file(asked), template="{{ 'file' }}")
+
+    assert check(asked)["chat_template"] is True
+
+
+def test_a_checkpoint_without_a_template_is_a_warning(asked):
+    (asked.model / "tokenizer_config.json").unlink()
+    write_gguf(output_file(asked), template=None)
+
+    assert "chat template" in check(asked)["warnings"][0]
+
+
+def test_tokens_must_match_the_embedding(asked):
+    write_gguf(output_file(asked), tokens=31)
+
+    with pytest.raises(CheckFailed, match="31 tokens and 32 embedding rows"):
+        check(asked)
+
+
+def test_weights_beyond_float16_are_refused(tmp_path):
+    made = request(tmp_path, "f16")
+    write_checkpoint(made.model)
+    write_gguf(output_file(made), file_type=1)
+    assert check(made)["types"]["F16"] == 2
+    blob = bytearray(output_file(made).read_bytes())
+    blob[-64:-62] = b"\x00\x7c"  # infinity, inside the last tensor
+    output_file(made).write_bytes(blob)
+
+    with pytest.raises(CheckFailed, match="beyond float16"):
+        check(made)
+
+
+def test_a_matrix_left_unquantized_is_refused(asked):
+    writer = GGUFWriter(output_file(asked), "llama")
+    writer.add_file_type(7)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{i}" for i in range(32)])
+    writer.add_chat_template(TEMPLATE)
+    writer.add_tensor("token_embd.weight", np.zeros((32, 64), np.float16))
+    writer.add_tensor("output_norm.weight", np.ones(64, np.float32))
+    finish(writer)
+
+    with pytest.raises(CheckFailed, match=r"left unquantized, such as token_embd\.weight"):
+        check(asked)
+
+
+def test_scales_that_are_no_numbers_are_refused(asked):
+    path = output_file(asked)
+    write_gguf(path)
+    blob = bytearray(path.read_bytes())
+    blob[-34:-32] = b"\x00\x7e"  # not a number, the scale of the last block
+    path.write_bytes(blob)
+
+    with pytest.raises(CheckFailed, match=r"\(Q8_0\) has scales that are no finite numbers"):
+        check(asked)
+
+
+def test_fallbacks_are_listed_with_their_reason(tmp_path):
+    made = request(tmp_path, "q4_k_m")
+    write_checkpoint(made.model)
+    write_gguf(output_file(made), file_type=15)
+
+    facts = check(made)
+
+    assert facts["fallbacks"][0] == {
+        "tensor": "token_embd.weight",
+        "type": "Q8_0",
+        "reason": "rows of 64 weights are no multiple of 256",
+    }
+    assert "2 of 3 tensors have rows" in facts["warnings"][0]
+
+
+def tokenizer(made: QuantizeRequest, *, tokens=32, other=None, merges=()):
+    vocab = {f"t{i}": i for i in range(tokens)}
+    if other is not None:
+        vocab = {("wrong" if i == other else t): i for t, i in vocab.items()}
+    told = {"model": {"vocab": vocab, "merges": list(merges)}, "added_tokens": []}
+    (made.model / "tokenizer.json").write_text(json.dumps(told))
+
+
+def test_the_checkpoints_tokens_pass(asked):
+    tokenizer(asked)
+    write_gguf(output_file(asked))
+
+    assert check(asked)["tokens"] == 32
+
+
+def test_another_token_is_refused(asked):
+    tokenizer(asked, other=7)
+    write_gguf(output_file(asked))
+
+    with pytest.raises(CheckFailed, match="token 7 is 't7' in the file and 'wrong'"):
+        check(asked)
+
+
+def test_parts_of_one_model_are_read_together(asked):
+    for number, names in enumerate(
+        (("token_embd.weight", "output.weight"), ("output_norm.weight",))
+    ):
+        write_gguf(asked.output / f"demo-0000{number + 1}-of-00002.gguf", names=names)
+
+    facts = check(asked)
+
+    assert facts["tensors"] == 3
+    assert len(facts["files"]) == 2
+    (asked.output / "demo-00002-of-00002.gguf").unlink()
+    with pytest.raises(CheckFailed, match="not all parts"):
+        check(asked)
