@@ -37,7 +37,7 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	@$(call download,$(BIN)/pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[dev]')
 	@touch $@
 
-demo: setup ## Build the support bot from base and adapter, and ask it (about 10 minutes the first time)
+demo: setup ## Build the support bot and ask it questions (about 10 minutes the first time)
 	@$(BIN)/python examples/support-bot/demo.py
 
 check: setup-dev ## Lint, format, types, import contracts, generated files
