@@ -105,7 +105,10 @@ def _walk(root: Path, prefix: str, home: Path, depth: int, gguf: bool) -> Iterat
                 if not _JUNK_FOLDERS.fullmatch(entry.name):
                     yield from _walk(root, f"{name}/", home, depth + 1, gguf)
             elif (gguf and entry.name.endswith(".gguf")) or not _JUNK_FILES.fullmatch(entry.name):
-                _check_file(root, name, home)
+                if entry.is_symlink():
+                    _check_link(root, name, home)
+                elif not entry.is_file():
+                    raise _irregular(root / name)
                 yield name
 
 
@@ -118,7 +121,7 @@ def _check_name(root: Path, name: str) -> None:
         )
 
 
-def _check_file(root: Path, name: str, home: Path) -> None:
+def _check_link(root: Path, name: str, home: Path) -> None:
     path = root / name
     try:
         target = path.resolve(strict=True)
@@ -133,9 +136,13 @@ def _check_file(root: Path, name: str, home: Path) -> None:
             hint="copy the file into the folder if it belongs to the model",
         )
     if not stat.S_ISREG(mode):
-        raise InputRefused(
-            f"{path} is not a regular file", hint="remove devices, pipes, sockets and folder links"
-        )
+        raise _irregular(path)
+
+
+def _irregular(path: Path) -> InputRefused:
+    return InputRefused(
+        f"{path} is not a regular file", hint="remove devices, pipes, sockets and folder links"
+    )
 
 
 def _require(root: Path, names: list[str], wanted: str, hint: str) -> None:
