@@ -33,7 +33,7 @@ class Limits:
 REGISTRIES = (
     Limits(
         name="Amazon ECR, private",
-        hosts=r"\d+\.dkr\.ecr(-fips)?\..*\.amazonaws\.com(\.cn)?",
+        hosts=r"\d+\.dkr[.-]ecr(-fips)?\..*\.(amazonaws\.com(\.cn)?|on\.aws)",
         largest_layer=52_000 * MIB,
         most_layers=4200,
         source="https://docs.aws.amazon.com/AmazonECR/latest/userguide/service-quotas.html",
@@ -93,4 +93,4 @@ REGISTRIES = (
 
 def limits_of(host: str) -> Limits | None:
     """Return what is known of a registry by its host, or None."""
-    return next((r for r in REGISTRIES if r.hosts and re.fullmatch(r.hosts, host)), None)
+    return next((r for r in REGISTRIES if r.hosts and re.fullmatch(r.hosts, host.lower())), None)

@@ -17,7 +17,9 @@ from toolchain.values import Blob, Digest
     ("host", "name"),
     [
         ("123456789012.dkr.ecr.eu-west-1.amazonaws.com", "Amazon ECR, private"),
+        ("123456789012.dkr-ecr.eu-west-1.on.aws", "Amazon ECR, private"),
         ("public.ecr.aws", "Amazon ECR Public"),
+        ("GHCR.io", "GitHub Container Registry"),
         ("ghcr.io", "GitHub Container Registry"),
         ("europe-west1-docker.pkg.dev", "Google Artifact Registry"),
         ("eu.gcr.io", "Google Artifact Registry"),
