@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import docker
@@ -13,6 +13,8 @@ from toolchain.errors import EnvironmentFailure
 
 LAST_SECONDS = 15.0
 """How long an interrupted command waits for an engine that unpacks an image already."""
+
+_NOT_UNPACKED = "Error unpacking image"
 
 
 def load_in_turn(
@@ -72,17 +74,24 @@ class Taking(threading.Thread):
             with contextlib.closing(self._connect()) as client:
                 api: Any = client.api
                 for told in api.load_image(self._chunks()):
-                    if "error" in told:
-                        raise EnvironmentFailure(
-                            f"the container engine did not take {self._reference}: {told['error']}",
-                            hint="see its free disk space with `docker system df`",
-                        )
+                    self._hear(told)
         except BaseException as problem:  # noqa: BLE001 - raised again by who waits for it
             self._problem = problem
         finally:
             self._before = None  # or each would keep all that came before it
             self._sent.set()
             self._ended.set()
+
+    def _hear(self, told: Mapping[str, str]) -> None:
+        # Docker 28 with images in containerd names an image that it could not unpack, and says so
+        # among its other lines (daemon/containerd/image_exporter.go).
+        said = told.get("stream", "").strip()
+        problem = told.get("error") or (said if said.startswith(_NOT_UNPACKED) else "")
+        if problem:
+            raise EnvironmentFailure(
+                f"the container engine did not take {self._reference}: {problem}",
+                hint="see its free disk space with `docker system df`",
+            )
 
     def _chunks(self) -> Iterator[bytes]:
         kept = b""

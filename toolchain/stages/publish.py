@@ -175,6 +175,12 @@ def _load_in_turn(turns: Sequence[Image], held: Sequence[str], name: str, tools:
     archives = map(docker_archive, turns, names, below)
     try:
         tools.engine.load(map(seen, archives), name)
+    except BaseException:
+        # An engine may name what it could not unpack: that is not loaded.
+        with suppress(WeightsmithError):
+            if _is_loaded(turns[-1], name, tools):
+                tools.engine.untag(name)
+        raise
     finally:
         with suppress(WeightsmithError):  # the engine may be what went away
             for each in passing:

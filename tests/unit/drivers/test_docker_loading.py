@@ -21,6 +21,7 @@ class Engine:
         self.events: list[str] = []
         self.may_unpack = threading.Event()
         self.refused = ""
+        self.refusal = {"error": "no space left on device"}
         self.lock = threading.Lock()
 
     @property
@@ -39,7 +40,7 @@ class Engine:
         self.write(f"whole {name}")
         assert self.may_unpack.wait(PATIENCE)
         if name == self.refused:
-            yield {"error": "no space left on device"}
+            yield self.refusal
             return
         self.write(f"unpacked {name}")
         yield {"stream": "Loaded"}
@@ -88,13 +89,20 @@ def test_one_is_sent_while_the_one_before_is_unpacked_and_not_more() -> None:
     assert order[-1] == "unpacked 3"
 
 
-def test_what_rests_on_a_refused_one_is_not_given_whole() -> None:
+REFUSALS = (
+    {"error": "no space left on device"},
+    {"stream": "Error unpacking image app:1: no space left on device\n"},  # Docker 28, containerd
+)
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=("error", "stream"))
+def test_what_rests_on_a_refused_one_is_not_given_whole(refusal: dict[str, str]) -> None:
     engine = Engine()
     engine.may_unpack.set()
-    engine.refused = "2"
+    engine.refused, engine.refusal = "2", refusal
     archives = (archive(name, engine) for name in "1234")
 
-    with pytest.raises(EnvironmentFailure, match=r"app:1: no space left.*") as caught:
+    with pytest.raises(EnvironmentFailure, match=r"app:1: .*no space left") as caught:
         load_in_turn(connect(engine), archives, "app:1")
 
     assert "docker system df" in caught.value.hint
