@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from toolchain.cli.command import command
 from toolchain.values import Json
+
+if TYPE_CHECKING:  # imported when it is called: the list of commands must appear at once
+    from toolchain.recipe_file import RecipeFile
 
 
 @command(many=("target", "adapter", "set"))
@@ -159,7 +162,9 @@ def serve_settings(wishes: Mapping[str, Any]) -> list[str]:
     return [f"serve.{key}={value}" for key, value in wishes.items() if value]
 
 
-def recipe_file(recipe: str, base: str, adapters: Sequence[str], settings: Sequence[str]) -> Any:
+def recipe_file(
+    recipe: str, base: str, adapters: Sequence[str], settings: Sequence[str]
+) -> RecipeFile:
     """Return the recipe of a file, or the one that --base and --adapter describe."""
     from toolchain.errors import UsageError
     from toolchain.recipe_file import RecipeFile, check_recipe, read_recipe, with_settings
