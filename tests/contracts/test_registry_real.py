@@ -15,6 +15,7 @@ from tests.fakes.auth_server import PASSWORD, USER, make_certificate, token_serv
 from tests.fakes.debian_registry import real_registry, stop_registry
 from tests.fakes.images import entry, foreign_image, tar_of, tiny_image
 from tests.fakes.other_registries import Given
+from tests.fakes.tunnel import tunnel_proxy
 from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
 from toolchain.oci.image import Image, ImageConfig, assemble
 from toolchain.oci.layers import BlobLayer, Layer, Member, TarLayer
@@ -191,6 +192,25 @@ def test_tls_is_verified(tmp_path: Path, image: Image, monkeypatch: pytest.Monke
         with Registry() as client:
             assert client.pull(place, platform=AMD64).digest == image.digest
             assert client.push(image, place).uploaded_bytes == 0
+
+
+@pytest.mark.registry
+def test_through_a_proxy_with_a_password(
+    tmp_path: Path, image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = make_certificate(tmp_path, "registry")
+    place = Reference.parse("registry.test:5000/team/app:1")
+    with real_registry(tmp_path, tls=pair) as host, tunnel_proxy(host) as (proxy, asked):
+        monkeypatch.setenv("HTTPS_PROXY", f"http://ann:{PASSWORD}@{proxy}")
+        monkeypatch.setenv("NO_PROXY", "localhost,::1,fd00::/8,10.0.0.0/8")
+        with Registry() as client, pytest.raises(EnvironmentFailure, match="certificate"):
+            client.check_push(place)
+        monkeypatch.setenv("SSL_CERT_FILE", str(pair[1]))
+        with Registry() as client:
+            client.push(image, place)
+            assert client.pull(place, platform=AMD64).digest == image.digest
+    assert all(head.startswith("CONNECT registry.test:5000 ") for head in asked)
+    assert all("proxy-authorization: basic " in head.lower() for head in asked)
 
 
 @pytest.mark.registry

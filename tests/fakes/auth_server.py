@@ -22,12 +22,13 @@ USER, PASSWORD = "ann", "s3cret"
 
 
 def make_certificate(folder: Path, name: str) -> tuple[Path, Path]:
-    """Return key and certificate for 127.0.0.1 and localhost, signed by itself."""
+    """Return key and certificate for 127.0.0.1, localhost, registry.test, signed by itself."""
     folder.mkdir(parents=True, exist_ok=True)
     key, certificate = folder / f"{name}.key", folder / f"{name}.crt"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
-         "-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost",
+         "-subj", f"/CN={name}",
+         "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost,DNS:registry.test",
          "-keyout", key, "-out", certificate],
         check=True, capture_output=True,
     )  # fmt: skip
