@@ -98,12 +98,12 @@ def read_header(path: Path) -> Header:
     return Header(path=path, tensors=tuple(infos), metadata=metadata, file_size=size)
 
 
-def open_checkpoint(root: Path, stem: str = "model") -> CheckpointIndex:
-    """Return the index of `STEM.safetensors`, or of the shards that its `.index.json` names.
+def open_checkpoint(root: Path) -> CheckpointIndex:
+    """Return the index of `model.safetensors`, or of the shards that its `.index.json` names.
 
     Shards come in the order of their names. Raises InputRefused where index and headers disagree.
     """
-    single, index = root / f"{stem}.safetensors", root / f"{stem}.safetensors.index.json"
+    single, index = root / "model.safetensors", root / "model.safetensors.index.json"
     if single.exists() and index.exists():
         raise InputRefused(
             f"{root} holds both {single.name} and {index.name}: it is unclear which one counts",

@@ -13,10 +13,9 @@ _PLAIN_EVERY_S = 10.0
 """Seconds between two plain lines of one stage: a CI log stays readable."""
 
 
-def progress_for(stream: TextIO | None = None) -> Progress:
+def progress_for() -> Progress:
     """Return the progress that suits where stderr goes."""
-    stream = stream or sys.stderr
-    return LiveProgress() if stream.isatty() else PlainProgress(stream)
+    return LiveProgress() if sys.stderr.isatty() else PlainProgress(sys.stderr)
 
 
 class PlainProgress:

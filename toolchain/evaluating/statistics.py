@@ -6,20 +6,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-Z95 = 1.96
+_Z = 1.96
 """Standard normal quantile of a two-sided 95 % interval."""
 
 
-def wilson(right: int, n: int, z: float = Z95) -> tuple[float, float]:
-    """Return the Wilson score interval of a share (95 % for the default z); (0, 1) for n = 0.
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a share; (0, 1) for n = 0.
 
     Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
     """
     if n == 0:
         return 0.0, 1.0
     share = right / n
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    middle = (share + _Z * _Z / (2 * n)) / (1 + _Z * _Z / n)
+    half = _Z / (1 + _Z * _Z / n) * math.sqrt(share * (1 - share) / n + _Z * _Z / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
@@ -35,7 +35,7 @@ def mcnemar(lost: int, won: int) -> float:
     return min(1.0, 2 * tail / (1 << n))
 
 
-def paired_interval(lost: int, won: int, n: int, z: float = Z95) -> tuple[float, float]:
+def paired_interval(lost: int, won: int, n: int) -> tuple[float, float]:
     """Return the interval of (lost - won) / n, the drop of a score over the same n items.
 
     Bonett and Price, "Adjusted Wald confidence interval for a difference of binomial proportions
@@ -45,11 +45,11 @@ def paired_interval(lost: int, won: int, n: int, z: float = Z95) -> tuple[float,
         return -1.0, 1.0
     lost_share, won_share = (lost + 1) / (n + 2), (won + 1) / (n + 2)
     middle = lost_share - won_share
-    half = z * math.sqrt((lost_share + won_share - middle**2) / (n + 2))
+    half = _Z * math.sqrt((lost_share + won_share - middle**2) / (n + 2))
     return max(-1.0, middle - half), min(1.0, middle + half)
 
 
-def items_needed(max_drop: float, z: float = Z95) -> int:
+def items_needed(max_drop: float) -> int:
     """Return how many items can show that a drop is at most `max_drop` when no answer changes.
 
     Where the upper end of `paired_interval(0, 0, n)` comes down to it; 0 for a `max_drop` of 0,
@@ -57,7 +57,7 @@ def items_needed(max_drop: float, z: float = Z95) -> int:
     """
     if max_drop <= 0:
         return 0
-    return max(1, math.ceil(z * math.sqrt(2) / max_drop - 2 - 1e-9))
+    return max(1, math.ceil(_Z * math.sqrt(2) / max_drop - 2 - 1e-9))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

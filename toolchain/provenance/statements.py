@@ -98,9 +98,9 @@ def statement(
     }
 
 
-def image_resource(image: Blob, name: str = "image") -> Resource:
-    """Return an image by its manifest; its name is not part of it, so that it may move."""
-    return Resource(name=name, digest=image.digest, media_type=image.media_type)
+def image_resource(image: Blob) -> Resource:
+    """Return an image by its manifest; no reference is part of it, so that it may move."""
+    return Resource(name="image", digest=image.digest, media_type=image.media_type)
 
 
 def layer_resources(image: Image) -> list[Resource]:

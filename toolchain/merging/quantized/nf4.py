@@ -54,7 +54,7 @@ def decode_blocks(
     return values.reshape(shape)
 
 
-def round_trip(weight: np.ndarray, *, double: bool = False, block: int = BLOCK) -> np.ndarray:
+def round_trip(weight: np.ndarray, *, double: bool = False) -> np.ndarray:
     """Return the weight as NF4 keeps it, in its own type and shape.
 
     This is what a QLoRA training with a base loaded in 4-bit has computed with. `double` quantizes
@@ -62,14 +62,14 @@ def round_trip(weight: np.ndarray, *, double: bool = False, block: int = BLOCK) 
     """
     flat, out = weight.reshape(-1), np.empty_like(weight).reshape(-1)
     starts = range(0, len(flat), _CHUNK)
-    scales = np.concatenate([_scales(flat[start : start + _CHUNK], block) for start in starts])
+    scales = np.concatenate([_scales(flat[start : start + _CHUNK], BLOCK) for start in starts])
     kept = _round_scales(scales) if double else scales
     for start in starts:
         part = flat[start : start + _CHUNK].astype(F32)
-        first = start // block
-        of_part = slice(first, first - (-len(part) // block))
-        values = _CODE[_encode(part, scales[of_part], block)]
-        values *= kept[of_part].repeat(block)[: len(values)]
+        first = start // BLOCK
+        of_part = slice(first, first - (-len(part) // BLOCK))
+        values = _CODE[_encode(part, scales[of_part])]
+        values *= kept[of_part].repeat(BLOCK)[: len(values)]
         out[start : start + _CHUNK] = round_once(values, weight.dtype)
     return out.reshape(weight.shape)
 
@@ -80,15 +80,15 @@ def _scales(flat: np.ndarray, block: int) -> np.ndarray:
     return scales
 
 
-def _encode(values: np.ndarray, scales: np.ndarray, block: int) -> np.ndarray:
+def _encode(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Return the nearest codes, (n,); a tie goes to the lower one."""
-    whole = len(values) // block * block
+    whole = len(values) // BLOCK * BLOCK
     safe = np.maximum(scales, F32.type(1e-38))
     scaled = np.empty_like(values)
     # bitsandbytes multiplies whole blocks by the reciprocal, and divides the rest.
-    reciprocal = F32.type(1) / safe[: whole // block, None]
-    np.multiply(values[:whole].reshape(-1, block), reciprocal, scaled[:whole].reshape(-1, block))
-    np.divide(values[whole:], safe[whole // block :], scaled[whole:])
+    reciprocal = F32.type(1) / safe[: whole // BLOCK, None]
+    np.multiply(values[:whole].reshape(-1, BLOCK), reciprocal, scaled[:whole].reshape(-1, BLOCK))
+    np.divide(values[whole:], safe[whole // BLOCK :], scaled[whole:])
     codes: np.ndarray = np.searchsorted(_EDGES, np.clip(scaled, -1, 1))
     return codes
 
