@@ -63,7 +63,7 @@ def served(place: Place, tools: Tools, *, modest: bool = False) -> Iterator[Endp
     )
     with tools.launcher.serve(place.image, spec) as endpoint:
         path = target.engine.health_path if target else "/health"
-        wait_until_healthy(endpoint, path, _START_SECONDS, poll=0.05)
+        wait_until_healthy(endpoint, path, _START_SECONDS)
         yield endpoint
 
 

@@ -18,7 +18,7 @@ from toolchain.evaluating.session import Session, died, excerpt
 from toolchain.ports import Endpoint, Progress
 from toolchain.values import Json
 
-_POLL_SECONDS = 0.25
+_POLL_SECONDS = 0.05
 _DATED = re.compile(r"-\d{4}-\d\d-\d\d")
 """What hosted servers add to a model's name to say which of its versions answered."""
 

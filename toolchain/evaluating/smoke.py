@@ -97,9 +97,7 @@ def check_life(smoke: Smoke, endpoint: Endpoint, promise: Promise) -> None:
     with Session(again) as session:
 
         def answers() -> str:
-            waited = wait_until_healthy(
-                again, promise.health_path, promise.start_seconds, poll=0.05
-            )
+            waited = wait_until_healthy(again, promise.health_path, promise.start_seconds)
             _chat(session, promise.served_name)
             return f"ready after {waited:.1f} s"
 

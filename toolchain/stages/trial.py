@@ -143,7 +143,7 @@ def ask(reference: str, image: Digest, trial: Trial, tools: Tools) -> tuple[Answ
 
 
 def _healthy(endpoint: Endpoint, promise: Promise) -> str:
-    waited = wait_until_healthy(endpoint, promise.health_path, promise.start_seconds, poll=0.05)
+    waited = wait_until_healthy(endpoint, promise.health_path, promise.start_seconds)
     apart = ", ".join(endpoint.confinement)
     return f"ready after {waited:.1f} s" + (f"; {apart}" if apart else "")
 
