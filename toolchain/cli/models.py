@@ -149,7 +149,7 @@ def quantize(
     del json
     from toolchain.cli.progress import progress_for
     from toolchain.commands.arguments import quantize_wishes, required
-    from toolchain.commands.quantize import QuantizeWish, quantize_folder
+    from toolchain.commands.quantize import FolderRequest, quantize_folder
     from toolchain.wiring import make_tools
 
     required(model=model, format=format, out=out)
@@ -165,7 +165,7 @@ def quantize(
         }
     )
     tools, _ = make_tools(runner, progress_for())
-    asked = QuantizeWish(
+    asked = FolderRequest(
         model=Path(model),
         format_name=format,
         out=Path(out),

@@ -49,7 +49,12 @@ def evaluate(
     del json
     from toolchain.cli.progress import progress_for
     from toolchain.commands.arguments import number, required
-    from toolchain.commands.evaluate import Subject, Wishes, check_subject, evaluate_subject
+    from toolchain.commands.evaluate import (
+        EvaluateOptions,
+        Subject,
+        check_subject,
+        evaluate_subject,
+    )
     from toolchain.commands.lm_eval import HarnessRequest, evaluate_tasks, tasks_text
     from toolchain.commands.server import Place
     from toolchain.wiring import make_tools
@@ -73,7 +78,7 @@ def evaluate(
     )
     check_subject(subject)
     tools, _ = make_tools(runner, progress_for())
-    wishes = Wishes(
+    options = EvaluateOptions(
         metric=metric,
         command=command,
         max_tokens=max_tokens,
@@ -87,7 +92,7 @@ def evaluate(
         max_drop=number(max_drop, "--max-drop") if max_drop else None,
         min_score=min_score,
     )
-    result = evaluate_subject(subject, Path(data), wishes, tools)
+    result = evaluate_subject(subject, Path(data), options, tools)
     low, high = result["interval"]
     text = f"{result['score']:.4f} ({metric}, n={result['n']}, 95 %: {low:.3f} to {high:.3f})"
     if "comparison" in result:

@@ -40,7 +40,7 @@ class Subject:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wishes:
+class EvaluateOptions:
     """How it is asked and judged."""
 
     metric: str = "contains"
@@ -61,19 +61,19 @@ class Wishes:
 
 
 def evaluate_subject(
-    subject: Subject, data: Path, wishes: Wishes, tools: Tools
+    subject: Subject, data: Path, options: EvaluateOptions, tools: Tools
 ) -> Mapping[str, Json]:
     """Return `{score, n, metric, interval, per_item}` and, with `against`, `comparison`.
 
-    Raises UsageError for the data or the wishes, InputRefused for leaked questions where that is
+    Raises UsageError for the data or the options, InputRefused for leaked questions where that is
     strict, CheckFailed for a server that fails or a score that is too low.
     """
     check_subject(subject)
-    task = _task(data, wishes)
-    _check_leaks(task, wishes, tools)
-    before = _earlier(wishes.against) if wishes.against else None
+    task = _task(data, options)
+    _check_leaks(task, options, tools)
+    before = _earlier(options.against) if options.against else None
     tools.progress.stage("evaluate", f"{len(task.items)} questions")
-    score = _score(subject, task, wishes, tools)
+    score = _score(subject, task, options, tools)
     right = sum(bool(row["ok"]) for row in score.per_item)
     result: dict[str, Json] = {
         "score": score.score,
@@ -83,13 +83,13 @@ def evaluate_subject(
         "per_item": list(score.per_item),
     }
     limit = Limit(
-        max_drop=1.0 if wishes.max_drop is None else wishes.max_drop, min_score=wishes.min_score
+        max_drop=1.0 if options.max_drop is None else options.max_drop, min_score=options.min_score
     )
     verdict = judge_drop("this", score, "other", before, limit)
     if before is not None:
         check_same_questions(score, before)
         result["comparison"] = verdict.facts
-        if wishes.max_drop is not None and (few := too_few(verdict, wishes.max_drop)):
+        if options.max_drop is not None and (few := too_few(verdict, options.max_drop)):
             tools.progress.warn(few)
     verdict.require()
     return result
@@ -107,38 +107,38 @@ def check_subject(subject: Subject) -> None:
         raise UsageError("--adapter needs --model", hint="an image holds its merged weights")
 
 
-def _task(data: Path, wishes: Wishes) -> Task:
-    command = tuple(shlex.split(wishes.command))
-    if (wishes.metric == "command") != bool(command):
+def _task(data: Path, options: EvaluateOptions) -> Task:
+    command = tuple(shlex.split(options.command))
+    if (options.metric == "command") != bool(command):
         raise UsageError(
             "--metric command and --command belong together",
             hint="as in --metric command --command 'python judge.py'",
         )
     items = read_items(data)
-    check_metric(wishes.metric, items)
-    return Task(items=items, metric=wishes.metric, max_tokens=wishes.max_tokens, command=command)
+    check_metric(options.metric, items)
+    return Task(items=items, metric=options.metric, max_tokens=options.max_tokens, command=command)
 
 
-def _check_leaks(task: Task, wishes: Wishes, tools: Tools) -> None:
-    for other in (wishes.training, wishes.calibration):
+def _check_leaks(task: Task, options: EvaluateOptions, tools: Tools) -> None:
+    for other in (options.training, options.calibration):
         leaks = describe(find_leaks(task.items, Path(other))) if other else ""
-        if leaks and wishes.strict:
+        if leaks and options.strict:
             raise InputRefused(leaks, hint="remove them from either file, or leave --strict out")
         if leaks:
             tools.progress.warn(leaks)
 
 
-def _score(subject: Subject, task: Task, wishes: Wishes, tools: Tools) -> Score:
+def _score(subject: Subject, task: Task, options: EvaluateOptions, tools: Tools) -> Score:
     if subject.model:
         return score_task(task, _ask_checkpoint(subject, task, tools), tools.command)
     place = Place(image=subject.image, url=subject.url)
-    limits = Limits(request_seconds=wishes.timeout, tries=wishes.retries + 1)
+    limits = Limits(request_seconds=options.timeout, tries=options.retries + 1)
     with ExitStack() as stack:
         endpoint = stack.enter_context(served(place, tools, modest=True))
         key = os.environ.get("WEIGHTSMITH_API_KEY", "") if subject.url else ""
         session = stack.enter_context(Session(endpoint, limits, key=key))
         name = served_name(session, subject.served_name)
-        answers = ask_server(session, name, task, tools.progress, concurrency=wishes.concurrency)
+        answers = ask_server(session, name, task, tools.progress, concurrency=options.concurrency)
         # While the server is there: the command may ask it on its own.
         environment = {"WEIGHTSMITH_URL": f"{endpoint.url}/v1", "WEIGHTSMITH_MODEL": name}
         return score_task(task, answers, tools.command, environment)

@@ -22,7 +22,7 @@ from toolchain.values import Json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizeWish:
+class FolderRequest:
     """One `quantize` command: `wishes` has those of the recipe's `quantize` keys that are given."""
 
     model: Path
@@ -33,7 +33,7 @@ class QuantizeWish:
     gate: bool = True
 
 
-def quantize_folder(asked: QuantizeWish, tools: Tools) -> Mapping[str, Json]:
+def quantize_folder(asked: FolderRequest, tools: Tools) -> Mapping[str, Json]:
     """Quantize a checkpoint; a single file goes to `out` itself where `out` names one.
 
     Raises UsageError for an unknown format or option, InputRefused for a checkpoint, calibration
@@ -86,7 +86,7 @@ _UNASKED = {
 """Flag -> the recipe's key, and its value where it was not given."""
 
 
-def _refuse_ignored(asked: QuantizeWish, wanted: Wanted) -> None:
+def _refuse_ignored(asked: FolderRequest, wanted: Wanted) -> None:
     """Raise UsageError for an option that the format has no use for."""
     for flag, (key, unasked) in _UNASKED.items():
         wish = asked.wishes.get(key, unasked)
@@ -94,7 +94,7 @@ def _refuse_ignored(asked: QuantizeWish, wanted: Wanted) -> None:
             raise UsageError(f"{flag} has no meaning for {asked.format_name}", hint="leave it out")
 
 
-def _texts(asked: QuantizeWish, tools: Tools) -> Texts:
+def _texts(asked: FolderRequest, tools: Tools) -> Texts:
     if asked.calibration is not None:
         texts = read_texts(asked.calibration, Bounds())
         if texts.warning():
@@ -108,7 +108,7 @@ def _texts(asked: QuantizeWish, tools: Tools) -> Texts:
 
 
 def _quantized(
-    asked: QuantizeWish, wanted: Wanted, size: int, folder: Path, tools: Tools
+    asked: FolderRequest, wanted: Wanted, size: int, folder: Path, tools: Tools
 ) -> Mapping[str, Json]:
     quantizer = of_format(wanted.format.name)
     tools.progress.stage("quantize", wanted.format.name)
@@ -122,7 +122,7 @@ def _quantized(
 
 
 def _judged(
-    asked: QuantizeWish, wanted: Wanted, texts: Texts, made: Path, tools: Tools
+    asked: FolderRequest, wanted: Wanted, texts: Texts, made: Path, tools: Tools
 ) -> Mapping[str, Json]:
     """Return what was lost; CheckFailed over the format's limits unless the gate is off."""
     tools.progress.stage("quality", f"{len(texts.held_out)} held-out texts")
