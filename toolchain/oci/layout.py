@@ -133,7 +133,7 @@ def read_index(folder: Path, ref: str | None = None) -> bytes | None:
     rows = manifests.listed(index_document(folder), "manifests", f"{folder}/index.json")
     named = [row for row in rows if not is_attachment(row) and ref in (None, _name(row))]
     kinds = (*manifests.MANIFESTS, *manifests.INDEXES)
-    if len(named) != 1:
+    if _how_many(named) != 1:
         return None
     blob = manifests.descriptor(named[0], str(folder), kinds, manifests.LARGEST_MANIFEST)
     return read_blob(folder, blob) if blob.media_type in manifests.INDEXES else None
@@ -233,7 +233,7 @@ def _pick(rows: Sequence[Json], ref: str | None, platform: str | None, where: st
         raise UsageError(
             f"{where} holds no image named {ref!r}", hint=f"it holds: {', '.join(names)[:200]}"
         )
-    if len({str(row.get("digest")) if isinstance(row, dict) else "" for row in named}) == 1:
+    if _how_many(named) == 1:
         return manifests.descriptor(
             named[0], where, (*manifests.MANIFESTS, *manifests.INDEXES), manifests.LARGEST_MANIFEST
         )
@@ -241,6 +241,11 @@ def _pick(rows: Sequence[Json], ref: str | None, platform: str | None, where: st
         names = sorted({_name(row) for row in named} - {""})
         raise UsageError(f"{where} holds several images", hint=f"name one: {', '.join(names)}")
     return manifests.choose(named, platform, where)
+
+
+def _how_many(rows: Sequence[Json]) -> int:
+    """Return how many manifests rows are for: one may have several names."""
+    return len({str(row.get("digest")) if isinstance(row, dict) else "" for row in rows})
 
 
 def is_attachment(row: Json) -> bool:

@@ -9,8 +9,9 @@ import pytest
 from tests.fakes.images import tiny_image
 from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
 from toolchain.oci.image import Image
+from toolchain.oci.index import Index
 from toolchain.oci.layers import Member, TarLayer
-from toolchain.oci.layout import read_layout, write_layout
+from toolchain.oci.layout import read_all, read_index, read_layout, write_index, write_layout
 from toolchain.values import Digest, Json
 
 AMD64 = "linux/amd64"
@@ -98,6 +99,18 @@ def test_a_nested_index_is_followed(folder: Path, image: Image) -> None:
     kind = json.loads(inner)["mediaType"]
     _edit(index, {"manifests": [{"mediaType": kind, "digest": digest, "size": len(inner)}]})
     assert read_layout(folder, platform=AMD64).digest == image.digest
+
+
+def test_an_index_may_have_two_names(tmp_path: Path, image: Image) -> None:
+    other = tiny_image(tmp_path / "model", platform="linux/arm64")
+    folder = tmp_path / "both"
+    write_index(Index(images=(image, other)), folder, ref="1")
+    (row,) = json.loads((folder / "index.json").read_bytes())["manifests"]
+    again = {**row, "annotations": {"org.opencontainers.image.ref.name": "2"}}
+    _edit(folder / "index.json", {"manifests": [row, again]})
+    for ref in (None, "1", "2"):
+        assert read_index(folder, ref) == Index(images=(image, other)).manifest_bytes
+        assert len(read_all(folder, ref)) == 2
 
 
 def test_changed_blobs_are_noticed_on_use(folder: Path, image: Image) -> None:
