@@ -116,7 +116,11 @@ class Case:
 
     def most_slots(self, tokens: int, most: int) -> int:
         """Return how many requests of that length fit, up to `most`; 0: none."""
-        return next((n for n in range(most, 0, -1) if self.fits(tokens, n)), 0)
+        low, high = 0, most + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.fits(tokens, middle) else (low, middle)
+        return low
 
 
 def make_case(shape: ModelShape, weights: int, wishes: Wishes, extra: Mapping[str, Json]) -> Case:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -69,6 +71,18 @@ def test_a_wish_that_does_not_fit_names_the_nearest_that_does():
     assert plan(
         LLAMA_8B, Q4, Wishes(max_model_len=32768, max_num_seqs=4, host_memory_bytes=24 * GIB)
     )
+
+
+def test_a_wish_beyond_all_machines_is_answered_at_once():
+    with pytest.raises(UsageError, match="max_num_seqs 1000000000000000000000 needs") as caught:
+        plan(SMOL, 105 * MIB, Wishes(max_num_seqs=10**21, host_memory_bytes=GIB))
+
+    nearest = caught.value.details["plan"].nearest
+    fits = next(way["max_num_seqs"] for way in nearest if "max_num_seqs" in way["text"])
+    again = Wishes(max_model_len=256, max_num_seqs=fits, host_memory_bytes=GIB)
+    assert plan(SMOL, 105 * MIB, again).fits
+    with pytest.raises(UsageError):
+        plan(SMOL, 105 * MIB, replace(again, max_num_seqs=fits + 1))
 
 
 def test_weights_that_do_not_fit_say_how_much_memory_would_do():
