@@ -129,12 +129,15 @@ def is_layout(text: str) -> bool:
 
 
 def read_index(folder: Path, ref: str | None = None) -> bytes | None:
-    """Return the index of that name (the only one by default), or None where it is an image."""
+    """Return the index of that name (the only one by default), or None where it is an image.
+
+    A layout may be an index itself, with a row for each platform, as go-containerregistry writes.
+    """
     rows = manifests.listed(index_document(folder), "manifests", f"{folder}/index.json")
     named = [row for row in rows if not is_attachment(row) and ref in (None, _name(row))]
     kinds = (*manifests.MANIFESTS, *manifests.INDEXES)
     if _how_many(named) != 1:
-        return None
+        return slurp(folder / "index.json") if _are_platforms(rows) and named == rows else None
     blob = manifests.descriptor(named[0], str(folder), kinds, manifests.LARGEST_MANIFEST)
     return read_blob(folder, blob) if blob.media_type in manifests.INDEXES else None
 
@@ -246,6 +249,14 @@ def _pick(rows: Sequence[Json], ref: str | None, platform: str | None, where: st
 def _how_many(rows: Sequence[Json]) -> int:
     """Return how many manifests rows are for: one may have several names."""
     return len({str(row.get("digest")) if isinstance(row, dict) else "" for row in rows})
+
+
+def _are_platforms(rows: Sequence[Json]) -> bool:
+    """Say whether rows are one image, for several platforms."""
+    told = [
+        row for row in rows if isinstance(row, dict) and manifests.platform_of(row.get("platform"))
+    ]
+    return len(told) == len(rows) and len({_name(row) for row in rows}) == 1
 
 
 def is_attachment(row: Json) -> bool:

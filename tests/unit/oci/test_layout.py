@@ -113,6 +113,20 @@ def test_an_index_may_have_two_names(tmp_path: Path, image: Image) -> None:
         assert len(read_all(folder, ref)) == 2
 
 
+def test_a_layout_may_be_an_index_itself(tmp_path: Path, image: Image) -> None:
+    whole = Index(images=(image, tiny_image(tmp_path / "model", platform="linux/arm64")))
+    folder = tmp_path / "both"
+    write_index(whole, folder)
+    index = folder / "index.json"
+    index.write_bytes(whole.manifest_bytes)
+    assert read_index(folder) == whole.manifest_bytes
+    assert [one.digest for one in read_all(folder)] == [one.digest for one in whole.images]
+    _edit(index, {"manifests": [{**row, "annotations": {"org.opencontainers.image.ref.name": name}}
+                                for row, name in zip(json.loads(index.read_bytes())["manifests"],
+                                                     "ab", strict=True)]})  # fmt: skip
+    assert read_index(folder) is None, "two images, which is not to be guessed"
+
+
 def test_changed_blobs_are_noticed_on_use(folder: Path, image: Image) -> None:
     layer = folder / "blobs/sha256" / image.layers[0].digest.hex
     layer.write_bytes(bytes(layer.stat().st_size))
