@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from toolchain.errors import InputRefused
 from toolchain.oci import manifests
 from toolchain.oci.inspect import describe, shown
 from toolchain.oci.layout import is_layout
@@ -133,7 +134,12 @@ def inspect_image(
         whole: dict[str, Json] = {"index": Digest.of(index), "platforms": named}
     else:
         whole = {}
-    found = {**describe(place.image(platform or None)), **whole}
+    image = place.image(platform or None)
+    if platform not in {"", image.platform}:
+        raise InputRefused(
+            f"{source} is for {image.platform}", hint=f"it has no image for {platform}"
+        )
+    found = {**describe(image), **whole}
     rows = read_attached(place, Digest(found["digest"]))
     attached = [{"artifact_type": a.artifact_type, "digest": a.blob.digest} for a in rows]
     return {**_with_provenance(source, found), "attached": attached}

@@ -18,7 +18,7 @@ from tests.fakes.registry import FakeRegistry, fake_registry
 from toolchain.commands.images import inspect_image, inspect_text
 from toolchain.commands.verify import verify_image
 from toolchain.drivers.docker import DockerEngine
-from toolchain.errors import CheckFailed
+from toolchain.errors import CheckFailed, InputRefused
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.ports import Silent
@@ -109,6 +109,9 @@ def test_an_image_for_each_platform_shares_the_weights(scene: Scene) -> None:
             ["linux/amd64", "linux/arm64"],
         )
         assert f"linux/{machine}, one of linux/amd64, linux/arm64" in inspect_text(seen)
+    one = f"{name.registry}/base/vllm:amd64"
+    with pytest.raises(InputRefused, match="is for linux/amd64"):
+        inspect_image(one, scene.client, DockerEngine(), "linux/arm64")
     # One platform's layer is damaged: it is told which one.
     arm = scene.client.pull(name, platform="linux/arm64").layers[0].digest
     scene.fake.blobs["ml/tiny", arm] = scene.fake.blobs["ml/tiny", arm][::-1]
