@@ -38,7 +38,7 @@ from toolchain.stages.base import (
     public_base,
 )
 from toolchain.stages.publish import Outputs, check_layout, publish
-from toolchain.stages.render import portable
+from toolchain.stages.render import portable, repository_name
 from toolchain.values import (
     Artifact,
     FileEntry,
@@ -90,7 +90,7 @@ def bake_model(request: BakeRequest, registry: Registry, tools: Tools) -> Mappin
     split = Resharded(artifact.tree, {})
     if request.max_layer_size:
         split = reshard(artifact.tree, request.max_layer_size, tools.store.memo)
-    place = request.push or request.load or f"{model.name}:latest"
+    place = request.push or request.load or f"{repository_name(model.name)}:latest"
     config = None
     if request.kind == "image":
         config = _config(request, model, target, place, tools)

@@ -71,7 +71,7 @@ def render(
     env = dict(engine.env(plan, names))
     # Upstream's GPU images bring a check of their own.
     healthcheck = engine.healthcheck if plan.device == "cpu" else ()
-    image = image or f"{_repository(name)}:{version}"
+    image = image or f"{repository_name(name)}:{version}"
     facts = {
         "name": name,
         "version": version,
@@ -274,6 +274,6 @@ def _label_value(value: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", value)[:63].strip("-_.")
 
 
-def _repository(name: str) -> str:
+def repository_name(name: str) -> str:
     """Return a name that an image may have, for a model whose folder is called otherwise."""
     return re.sub(r"[^a-z0-9._-]+|[._-]{2,}", "-", name.lower()).strip("._-") or "model"

@@ -129,6 +129,14 @@ def test_the_layout_and_the_registry_have_the_same_digest(scene: Scene, tmp_path
     assert open_place(str(tmp_path / "layout"), scene.client).image().digest == pushed["digest"]
 
 
+def test_a_model_of_a_name_that_no_image_has(scene: Scene, tmp_path: Path) -> None:
+    odd = scene.model.with_name("Modèle 7B")
+    scene.model.rename(odd)
+    (odd / "tiny.gguf").rename(odd / "Modèle 7B.gguf")
+    made = bake(scene.client, odd, "", layout=tmp_path / "out", kind="volume")
+    assert read_layout(tmp_path / "out").digest == made["digest"]
+
+
 def test_a_base_in_a_layout_folder(scene: Scene, tmp_path: Path) -> None:
     base = tmp_path / "engine"
     write_layout(scene.image("base/engine:1"), base)
