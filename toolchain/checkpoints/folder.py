@@ -94,7 +94,10 @@ def _home(real: Path) -> Path:
 def _walk(root: Path, prefix: str, home: Path, depth: int, gguf: bool) -> Iterator[str]:
     """Yield the files below `prefix`, pickles included."""
     if depth > _MAX_DEPTH:
-        raise InputRefused(f"{root} is nested deeper than {_MAX_DEPTH} folders: {prefix!r}")
+        raise InputRefused(
+            f"{root} is nested deeper than {_MAX_DEPTH} folders: {prefix!r}",
+            hint="give the folder of one model, without what is unpacked or linked below it",
+        )
     with os.scandir(root / prefix) as entries:
         for entry in entries:
             if entry.name.startswith("."):

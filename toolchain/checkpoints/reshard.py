@@ -126,7 +126,9 @@ def _index(tree: Tree, moved: Mapping[str, str]) -> bytes:
     if tree.has(INDEX):
         data = json.loads(tree.path(INDEX).read_bytes())
         if not isinstance(data, dict) or not isinstance(data.get("weight_map"), dict):
-            raise InputRefused(f"{tree.path(INDEX)} has no weight_map")
+            raise InputRefused(
+                f"{tree.path(INDEX)} has no weight_map", hint="download the index again"
+            )
         weights, metadata = data["weight_map"], data.get("metadata") or {}
     else:
         names = [f.path for f in tree.files if f.path.endswith(".safetensors")]

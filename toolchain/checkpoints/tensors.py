@@ -38,7 +38,10 @@ class CheckpointTensors:
         path, info = self._where[name]
         kind = _NUMPY.get(info.dtype, {2: "<u2", 1: "u1"}.get(info.size // max(1, _count(info))))
         if kind is None:
-            raise InputRefused(f"{name} has the type {info.dtype}, which is not read here")
+            raise InputRefused(
+                f"{name} has the type {info.dtype}, which is not read here",
+                hint="start from a checkpoint in float32, float16 or bfloat16",
+            )
         data = np.memmap(path, mode="r", offset=info.start, shape=(info.size,), dtype=np.uint8)
         return data.view(kind).reshape(info.shape)
 
@@ -48,7 +51,10 @@ class CheckpointTensors:
         if dtype == "BF16":
             return (data.astype(np.uint32) << 16).view(np.float32)
         if dtype not in {"F64", "F32", "F16"}:
-            raise InputRefused(f"{name} holds {dtype}, not floating-point weights")
+            raise InputRefused(
+                f"{name} holds {dtype}, not floating-point weights",
+                hint="start from a checkpoint in float32, float16 or bfloat16",
+            )
         return data.astype(np.float32)
 
 

@@ -126,7 +126,10 @@ def _numbers(body: Body, arguments: Mapping[str, Any]) -> dict[str, Any]:
             read[name] = kind(read[name])
         except ValueError:
             flag = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{flag} {read[name]}: {_NUMBERS[kind]} is expected") from None
+            raise UsageError(
+                f"{flag} {read[name]}: {_NUMBERS[kind]} is expected",
+                hint="`--help` of the command shows its default",
+            ) from None
     return read
 
 

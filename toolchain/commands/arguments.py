@@ -29,7 +29,7 @@ def number(text: str, flag: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise UsageError(f"{flag} {text}: a number from 0 to 1 is expected")
+        raise UsageError(f"{flag} {text}: a number from 0 to 1 is expected", hint="such as 0.5")
     return value
 
 
@@ -51,9 +51,15 @@ def parse_weights(text: str, count: int) -> tuple[float, ...]:
     try:
         weights = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(f"--weights {text}: numbers separated by commas are expected") from None
+        raise UsageError(
+            f"--weights {text}: numbers separated by commas are expected",
+            hint="as in --weights 0.7,0.3",
+        ) from None
     if len(weights) != count:
-        raise UsageError(f"--weights has {len(weights)} numbers for {count} adapter(s)")
+        raise UsageError(
+            f"--weights has {len(weights)} numbers for {count} adapter(s)",
+            hint="give one for each --adapter, in their order",
+        )
     return weights
 
 
@@ -63,7 +69,10 @@ def serve_wishes(flags: Mapping[str, Any], settings: Sequence[str]) -> Wishes:
     data = with_settings({"serve": given}, settings)
     extra = sorted(set(data) - {"serve"})
     if extra:
-        raise UsageError(f"--set {extra[0]}: only serve.KEY can be set here")
+        raise UsageError(
+            f"--set {extra[0]}: only serve.KEY can be set here",
+            hint="other recipe keys are for `build` and `plan`",
+        )
     skeleton = {"name": "x", "base": {"source": "x"}, "serve": data["serve"]}
     serve: Serve = check_recipe(skeleton, "the command line").serve
     return wishes_of(serve)

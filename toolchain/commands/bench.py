@@ -51,7 +51,10 @@ def bench(request: BenchRequest, tools: Tools) -> Mapping[str, Json]:
     Raises UsageError for what cannot be asked, CheckFailed where no request was answered.
     """
     if bool(request.place.image) == bool(request.place.url):
-        raise UsageError("give exactly one of --image and --url")
+        raise UsageError(
+            "give exactly one of --image and --url",
+            hint="--image REF starts an image, --url asks a server",
+        )
     if request.out and not Path(request.out, "build.json").is_file():
         raise UsageError(
             f"{request.out} has no build.json", hint="name a target's folder below dist/"

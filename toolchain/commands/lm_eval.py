@@ -49,7 +49,10 @@ def evaluate_tasks(request: HarnessRequest, tools: Tools) -> Mapping[str, Json]:
     CheckFailed with its last lines where it fails, as for a task that it does not know.
     """
     if bool(request.place.image) == bool(request.place.url):
-        raise UsageError("--tasks needs exactly one of --image and --url")
+        raise UsageError(
+            "--tasks needs exactly one of --image and --url",
+            hint="--image REF starts an image, --url asks a server",
+        )
     tools.progress.stage("evaluate", request.tasks)
     with ExitStack() as stack:
         endpoint = stack.enter_context(served(request.place, tools, modest=True))

@@ -121,7 +121,10 @@ def check_contract(old: Image, roles: Roles, base: Image, name: str, tools: Tool
     and no file of the base may lie where the image's own are.
     """
     if base.platform != old.platform:
-        raise InputRefused(f"{name} is for {base.platform}, the image for {old.platform}")
+        raise InputRefused(
+            f"{name} is for {base.platform}, the image for {old.platform}",
+            hint="choose a base for the image's platform",
+        )
     before, after = old.labels.get(ENGINE_VERSION, ""), engine_version(base)
     if before and after and _major(before) != _major(after):
         raise InputRefused(

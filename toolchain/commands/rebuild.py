@@ -98,7 +98,10 @@ def _sources(stated: Sequence[Mapping[str, Json]], source: str) -> dict[str, tup
             uris = {str(row["name"]): str(row.get("uri", "")) for row in predicate}
             digests = statements.dependencies_of(one)
             return {name: (uris.get(name, ""), digest) for name, digest in digests.items()}
-    raise InputRefused(f"{source} has no statement of a merge: there is nothing to merge again")
+    raise InputRefused(
+        f"{source} has no statement of a merge: there is nothing to merge again",
+        hint="build from base and adapters, by a recipe of your own",
+    )
 
 
 def _with_base(
@@ -142,7 +145,8 @@ def _with_adapters(
         document = attached.get(number)
         if document is None or evidence.document_digest(document) != digest:
             raise InputRefused(
-                f"the image's statement names adapter {number}, and it is not attached unchanged"
+                f"the image's statement names adapter {number}, and it is not attached unchanged",
+                hint="do not use the image: something was exchanged beside it",
             )
         name = f"./adapters/{number}"
         _write(document, folder / name)
@@ -155,7 +159,10 @@ def _with_adapters(
 def _write(document: Document, folder: Path) -> None:
     for part in document.parts:
         if not _NAMES.fullmatch(part.title) or ".." in PurePosixPath(part.title).parts:
-            raise InputRefused(f"an attached adapter has a file named {part.title!r}")
+            raise InputRefused(
+                f"an attached adapter has a file named {part.title!r}",
+                hint="do not use the image: no build attaches such a file",
+            )
         path = folder / part.title
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:

@@ -62,7 +62,10 @@ def open_model(path: Path, name: str = "") -> Model:
     names = scan(path, gguf=True)
     weights = tuple(n for n in names if n.endswith((".gguf", ".safetensors")))
     if not weights:
-        raise InputRefused(f"{path}: no .safetensors or .gguf file in it")
+        raise InputRefused(
+            f"{path}: no .safetensors or .gguf file in it",
+            hint="give the folder that holds the weights",
+        )
     if "config.json" in names:
         config = serving_config_of(path)
     elif weights[0].endswith(".gguf"):

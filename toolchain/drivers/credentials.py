@@ -50,7 +50,10 @@ def ask_helper(name: str, server: str) -> tuple[str, str] | None:
     https://github.com/docker/docker-credential-helpers
     """
     if not _PROGRAM.fullmatch(name):
-        raise InputRefused(f"the credential helper {name!r} is not the plain name of a program")
+        raise InputRefused(
+            f"the credential helper {name!r} is not the plain name of a program",
+            hint="correct credHelpers or credsStore in Docker's config.json",
+        )
     try:
         done = process.run(
             [f"docker-credential-{name}", "get"],

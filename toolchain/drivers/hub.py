@@ -30,7 +30,10 @@ class HubReader:
         EnvironmentFailure where the hub cannot be reached.
         """
         if sha256:
-            raise InputRefused(f"{source}: `sha256` pins a pypi:// source; use `revision` here")
+            raise InputRefused(
+                f"{source}: `sha256` pins a pypi:// source; use `revision` here",
+                hint="give the commit",
+            )
         repository, revision = _split(source, revision)
         pinned = bool(_COMMIT.fullmatch(revision))
         root, commit = self._download(repository, revision, progress, pinned=pinned)

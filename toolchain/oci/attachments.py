@@ -58,7 +58,10 @@ class Part:
     def read(self) -> bytes:
         """Return the content; InputRefused where it is too large to be read whole."""
         if self.blob.size > LARGEST_PART:
-            raise InputRefused(f"{self.title or self.blob.digest} has {self.blob.size} bytes")
+            raise InputRefused(
+                f"{self.title or self.blob.digest} has {self.blob.size} bytes",
+                hint=manifests.DAMAGED,
+            )
         return b"".join(self.open())
 
 
@@ -129,7 +132,7 @@ def load_attachment(
     document = manifests.read_json(manifest, where)
     rows = manifests.listed(document, "layers", where)
     if len(rows) > _MOST_PARTS:
-        raise InputRefused(f"{where} has {len(rows)} parts")
+        raise InputRefused(f"{where} has {len(rows)} parts", hint=manifests.DAMAGED)
     config = _blob(document.get("config"), where)
     subject = document.get("subject")
     found = Attachment(
@@ -153,7 +156,10 @@ def load_attachment(
     if config.digest == Digest.of(EMPTY):
         return found
     if config.size > manifests.LARGEST_CONFIG:
-        raise InputRefused(f"{where} claims a configuration of {config.size} bytes")
+        raise InputRefused(
+            f"{where} claims a configuration of {config.size} bytes",
+            hint=manifests.DAMAGED,
+        )
     return replace(found, config=b"".join(opener(config)()))
 
 

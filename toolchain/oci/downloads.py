@@ -83,7 +83,10 @@ def promised(reply: Reply, where: str) -> Digest | None:
     try:
         return Digest(text) if text else None
     except ValueError:
-        raise InputRefused(f"{where}: the registry answered with a malformed digest") from None
+        raise InputRefused(
+            f"{where}: the registry answered with a malformed digest",
+            hint="ask whoever runs the registry",
+        ) from None
 
 
 def _resumed(session: Session, wanted: Blob) -> Iterator[bytes]:

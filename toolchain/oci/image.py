@@ -309,18 +309,27 @@ def _diff_ids(settings: Mapping[str, Json], count: int, where: str) -> list[Dige
     rootfs = settings.get("rootfs")
     ids = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
     if not isinstance(ids, list) or len(ids) != count:
-        raise InputRefused(f"{where}: the configuration does not name the {count} layers")
+        raise InputRefused(
+            f"{where}: the configuration does not name the {count} layers",
+            hint=manifests.DAMAGED,
+        )
     try:
         return [Digest(str(text)) for text in ids]
     except ValueError:
-        raise InputRefused(f"{where}: the configuration has a bad diff id") from None
+        raise InputRefused(
+            f"{where}: the configuration has a bad diff id",
+            hint=manifests.DAMAGED,
+        ) from None
 
 
 def _checked(settings: Mapping[str, Json], where: str) -> Mapping[str, Json]:
     """Return a foreign configuration; InputRefused where its fields have other types than ours."""
     config = settings.get("config") or {}
     if not isinstance(config, dict):
-        raise InputRefused(f"{where}: the configuration's 'config' is not an object")
+        raise InputRefused(
+            f"{where}: the configuration's 'config' is not an object",
+            hint=manifests.DAMAGED,
+        )
     kinds: Iterable[tuple[str, type]] = (
         *((name, list) for name in ("Env", "Entrypoint", "Cmd")),
         *((name, dict) for name in ("Labels", "ExposedPorts")),
@@ -331,7 +340,10 @@ def _checked(settings: Mapping[str, Json], where: str) -> Mapping[str, Json]:
         wrong = value is not None and not isinstance(value, kind)
         inner = value if isinstance(value, list) else []
         if wrong or any(not isinstance(item, str) for item in inner):
-            raise InputRefused(f"{where}: the configuration's {name!r} is malformed")
+            raise InputRefused(
+                f"{where}: the configuration's {name!r} is malformed",
+                hint=manifests.DAMAGED,
+            )
     _texts(config.get("Labels"), where)
     return settings
 
@@ -339,5 +351,8 @@ def _checked(settings: Mapping[str, Json], where: str) -> Mapping[str, Json]:
 def _texts(value: Json, where: str) -> dict[str, str]:
     found = {} if value is None else value
     if not isinstance(found, dict) or any(not isinstance(text, str) for text in found.values()):
-        raise InputRefused(f"{where}: annotations and labels must be texts")
+        raise InputRefused(
+            f"{where}: annotations and labels must be texts",
+            hint=manifests.DAMAGED,
+        )
     return dict(found)

@@ -108,7 +108,10 @@ class TarLayer:
         twice = {path for path, n in Counter(paths).items() if n > 1}
         clash = twice | (set(paths) & set(self.folders))
         if clash:
-            raise UsageError(f"the image path /{min(clash)} is written twice in one layer")
+            raise UsageError(
+                f"the image path /{min(clash)} is written twice in one layer",
+                hint="rename one of the two files",
+            )
 
     @cached_property
     def folders(self) -> tuple[str, ...]:
@@ -314,8 +317,11 @@ def _clean(member: Member) -> Member:
             f"the file name {member.path!r} is not UTF-8", hint="rename the file"
         ) from None
     if "\0" in path or any(part in ("", ".", "..") for part in parts):
-        raise UsageError(f"{member.path!r} is not a path inside an image")
+        raise UsageError(f"{member.path!r} is not a path inside an image", hint="rename the file")
     if any(part.startswith(".wh.") for part in parts):
-        raise UsageError(f"{member.path!r} would delete files: '.wh.' marks whiteouts in layers")
+        raise UsageError(
+            f"{member.path!r} would delete files: '.wh.' marks whiteouts in layers",
+            hint="rename the file",
+        )
     mode = 0o755 if member.mode & 0o100 else 0o644
     return Member(path, member.size, mode, member.source, member.digest)

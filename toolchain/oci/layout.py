@@ -304,7 +304,10 @@ def _chunks(path: Path, size: int | None) -> Iterator[bytes]:
         limit = manifests.LARGEST_MANIFEST if size is None else size
         wrong = status.st_size > limit if size is None else status.st_size != size
         if not stat.S_ISREG(status.st_mode) or wrong:
-            raise InputRefused(f"{path} is not a regular file of the size that it should have")
+            raise InputRefused(
+                f"{path} is not a regular file of the size that it should have",
+                hint="the layout is damaged; write it again",
+            )
         while chunk := os.read(handle, CHUNK):
             yield chunk
     finally:

@@ -29,6 +29,8 @@ INDEXES = (OCI_INDEX, DOCKER_INDEX)
 CONFIGS = (OCI_CONFIG, DOCKER_CONFIG)
 LAYERS = (LAYER_TAR, LAYER_GZIP, LAYER_ZSTD, DOCKER_TAR, DOCKER_GZIP)
 
+DAMAGED = "the image is damaged; push or write it again"
+"""What to do where an image is not what its parts must be."""
 LARGEST_MANIFEST = 4 << 20
 """Bytes; what registries accept too."""
 LARGEST_CONFIG = 16 << 20
@@ -64,20 +66,26 @@ def descriptor(value: Json, where: str, allowed: Sequence[str], largest: int | N
             hint="supported: " + ", ".join(allowed),
         )
     if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-        raise InputRefused(f"{where} has no valid size")
+        raise InputRefused(f"{where} has no valid size", hint=DAMAGED)
     if largest is not None and size > largest:
-        raise InputRefused(f"{where} claims {size} bytes; at most {largest} are read")
+        raise InputRefused(
+            f"{where} claims {size} bytes; at most {largest} are read",
+            hint="the image is damaged or hostile; do not use it",
+        )
     try:
         return Blob(digest=Digest(str(fields.get("digest"))), size=size, media_type=media_type)
     except ValueError:
-        raise InputRefused(f"{where} has no valid sha256 digest") from None
+        raise InputRefused(
+            f"{where} has no valid sha256 digest",
+            hint=DAMAGED,
+        ) from None
 
 
 def listed(document: Mapping[str, Json], key: str, where: str) -> list[Json]:
     """Return a list of a document; InputRefused where it is something else."""
     value = document.get(key)
     if not isinstance(value, list):
-        raise InputRefused(f"{where} has no list {key!r}")
+        raise InputRefused(f"{where} has no list {key!r}", hint=DAMAGED)
     return value
 
 

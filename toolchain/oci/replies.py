@@ -41,7 +41,8 @@ def read_limited(response: httpx.Response, limit: int, registry: str) -> bytes:
             return bytes(data[:limit])
         if len(data) > limit:
             raise InputRefused(
-                f"{registry} answered with more than {limit} bytes where few were due"
+                f"{registry} answered with more than {limit} bytes where few were due",
+                hint="check that the address is a registry's, and not a proxy's page",
             )
     return bytes(data)
 

@@ -91,7 +91,8 @@ class _Tree:
             source = self.place(entry.linkname)
             if source is None or not _is_file(source):
                 raise InputRefused(
-                    f"a layer links {entry.name[:200]!r} to a file that is not in the image"
+                    f"a layer links {entry.name[:200]!r} to a file that is not in the image",
+                    hint="the image is damaged or hostile; do not use it",
                 )
             os.link(source, target, follow_symlinks=False)
         elif entry.isreg():
@@ -143,7 +144,10 @@ class _Tree:
             if step.is_symlink():
                 links += 1
                 if links > _MOST_LINKS:
-                    raise InputRefused("a layer has links that lead in circles")
+                    raise InputRefused(
+                        "a layer has links that lead in circles",
+                        hint="the image is damaged or hostile; do not use it",
+                    )
                 to = str(step.readlink())
                 here = self.root if to.startswith("/") else here
                 rest = to.split("/") + rest
@@ -188,7 +192,8 @@ def _apply_entry(
         hidden = target.name.removeprefix(_WHITEOUT)
         if hidden in ("", ".", ".."):
             raise InputRefused(
-                f"a layer has the whiteout {entry.name[:200]!r}, which names no file"
+                f"a layer has the whiteout {entry.name[:200]!r}, which names no file",
+                hint="the image is damaged or hostile; do not use it",
             )
         tree.remove(target.with_name(hidden))
     else:
@@ -207,7 +212,10 @@ def _touch(path: Path, entry: tarfile.TarInfo) -> None:
 
 def _own(path: Path, entry: tarfile.TarInfo) -> None:
     if not (0 <= entry.uid < 1 << 31 and 0 <= entry.gid < 1 << 31):
-        raise InputRefused(f"a layer gives {entry.name[:200]!r} to an impossible owner")
+        raise InputRefused(
+            f"a layer gives {entry.name[:200]!r} to an impossible owner",
+            hint="the image is damaged or hostile; do not use it",
+        )
     if os.geteuid() == 0:
         os.chown(path, entry.uid, entry.gid, follow_symlinks=False)
 

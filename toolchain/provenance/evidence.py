@@ -122,7 +122,9 @@ def read_statement(part: Part, check: signing.Check | None) -> FoundStatement:
     except (ValueError, RecursionError):
         plain = None
     if not isinstance(plain, dict):
-        raise InputRefused("a statement is not a JSON object")
+        raise InputRefused(
+            "a statement is not a JSON object", hint="the image is damaged; push or write it again"
+        )
     return FoundStatement(statement=plain, part=part, signed=False)
 
 
@@ -156,7 +158,10 @@ def documents_in(attachments: Iterable[Attachment]) -> list[Document]:
 def limited(rows: Sequence[tuple[Blob, str]]) -> Sequence[tuple[Blob, str]]:
     """Return the rows; InputRefused where more hangs on an image than anybody would attach."""
     if len(rows) > _MOST_ATTACHED:
-        raise InputRefused(f"{len(rows)} manifests are attached to the image")
+        raise InputRefused(
+            f"{len(rows)} manifests are attached to the image",
+            hint="delete those in the registry that nobody needs",
+        )
     return rows
 
 

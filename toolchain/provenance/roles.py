@@ -82,7 +82,10 @@ def _config(image: Image, where: str) -> ImageConfig:
             working_dir=stated.get("working_dir"),
         )
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise InputRefused(f"{where}: its label {ADDED} is damaged") from None
+        raise InputRefused(
+            f"{where}: its label {ADDED} is damaged",
+            hint="the image is damaged; push or write it again",
+        ) from None
 
 
 def _words(value: Json) -> tuple[str, ...] | None:

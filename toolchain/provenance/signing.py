@@ -31,6 +31,7 @@ SIGN_PREDICATE = "https://sigstore.dev/cosign/sign/v1"
 """What cosign 3 states of an image that it signs."""
 _SIGNATURE = "dev.cosignproject.cosign/signature"
 _CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
+_FOREIGN = "ask whoever attached it; `cosign verify-attestation` may say more"
 _PAYLOAD = "application/vnd.in-toto+json"
 
 
@@ -152,9 +153,9 @@ def open_envelope(data: bytes, check: Check | None) -> tuple[Mapping[str, Json],
         told = json.loads(payload)
         kind = envelope["payloadType"]
     except (ValueError, KeyError, TypeError):
-        raise InputRefused("a signed statement is malformed") from None
+        raise InputRefused("a signed statement is malformed", hint=_FOREIGN) from None
     if kind != _PAYLOAD or not isinstance(told, dict):
-        raise InputRefused("a signed statement is of another kind than in-toto's")
+        raise InputRefused("a signed statement is of another kind than in-toto's", hint=_FOREIGN)
     signed = check is not None and any(
         check(_pre_authentication(payload), signature) for signature in signatures
     )
@@ -166,7 +167,7 @@ def unbundled(data: bytes) -> bytes:
     try:
         return canonical(dict(json.loads(data)["dsseEnvelope"]))
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise InputRefused("a Sigstore bundle holds no signed statement") from None
+        raise InputRefused("a Sigstore bundle holds no signed statement", hint=_FOREIGN) from None
 
 
 def read_public_key(path: Path) -> Check:

@@ -152,7 +152,10 @@ def _checkpoint_tensors(model: Path) -> set[str]:
         with shard.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if length > _MAX_HEADER:
-                raise CheckFailed(f"{shard.name} has a header of {length} bytes")
+                raise CheckFailed(
+                    f"{shard.name} has a header of {length} bytes",
+                    hint="the checkpoint is damaged; make it again",
+                )
             names.update(json.loads(stream.read(length)))
     return names - {"__metadata__"}
 

@@ -43,7 +43,10 @@ def check(adapter: Path, output: Path) -> int:
     with (adapter / "adapter_model.safetensors").open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length > _MAX_HEADER:
-            raise CheckFailed(f"the adapter has a header of {length} bytes")
+            raise CheckFailed(
+                f"the adapter has a header of {length} bytes",
+                hint="the adapter is damaged; export it again",
+            )
         wanted = len(set(json.loads(stream.read(length))) - {"__metadata__"})
     found = len(gguf.GGUFReader(output / FILE).tensors)
     if found != wanted:

@@ -72,7 +72,10 @@ def _check_special(read: GGUFModel, config: Mapping[str, Json], tokens: int) -> 
         wanted, found = config.get(key), read.get(f"tokenizer.ggml.{name}_token_id")
         wanted = wanted if isinstance(wanted, list) else [wanted]
         if found is not None and not 0 <= int(found) < tokens:
-            raise CheckFailed(f"the file's {name} token {found} is outside its vocabulary")
+            raise CheckFailed(
+                f"the file's {name} token {found} is outside its vocabulary",
+                hint="check the checkpoint's config.json and tokenizer files",
+            )
         if found is None and None not in wanted and name == "eos":
             raise CheckFailed(f"the file lacks the checkpoint's {key}", hint=_HINT)
 

@@ -43,7 +43,10 @@ def check_checkpoint(
     """
     view, source = PackedView(folder), Tensors(model)
     if view.layout != wanted:
-        raise CheckFailed(f"{folder.name} is stored as {view.layout}, wanted was {wanted}")
+        raise CheckFailed(
+            f"{folder.name} is stored as {view.layout}, wanted was {wanted}",
+            hint="the quantizer did something else than asked; look at its output",
+        )
     linear = {n.removesuffix(".weight") for n in source.names if LINEAR.search(n)}
     expected = {n for n in linear if not is_kept(n, keep)}
     if view.modules != expected:

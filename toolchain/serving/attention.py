@@ -185,5 +185,8 @@ def _int(config: Mapping[str, Json], name: str, default: int) -> int:
 def _list(config: Mapping[str, Json], name: str) -> list[int]:
     value = config.get(name)
     if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
-        raise InputRefused(f"config.json: {name} is not a list of whole numbers")
+        raise InputRefused(
+            f"config.json: {name} is not a list of whole numbers",
+            hint="check the checkpoint's config.json",
+        )
     return value

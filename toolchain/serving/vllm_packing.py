@@ -39,7 +39,8 @@ def check_packing(config: Mapping[str, Json], machine: Machine) -> tuple[str, ..
     if card and any(card.compute_capability) and card.compute_capability < least:
         raise UsageError(
             f"{method} needs compute capability {least[0]}.{least[1]}, which {card.name} does "
-            "not have"
+            "not have",
+            hint="choose a later GPU, or another format",
         )
     if method == "awq":
         return _awq(packing)

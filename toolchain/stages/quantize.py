@@ -124,9 +124,13 @@ def model_config(tree_root: Path) -> Mapping[str, Json]:
     try:
         config = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise InputRefused(f"{path}: not readable JSON: {error}") from None
+        raise InputRefused(
+            f"{path}: not readable JSON: {error}", hint="check that the download is complete"
+        ) from None
     if not isinstance(config, dict):
-        raise InputRefused(f"{path}: a model configuration is a JSON object")
+        raise InputRefused(
+            f"{path}: a model configuration is a JSON object", hint="check the checkpoint's files"
+        )
     return config
 
 

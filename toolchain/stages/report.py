@@ -164,7 +164,10 @@ def read_json(path: Path) -> Any:
     """Return a result file's content; UsageError where it is not there, InputRefused damaged."""
     try:
         if path.stat().st_size > _LARGEST_FILE:
-            raise InputRefused(f"{path} is larger than {human(_LARGEST_FILE)}")
+            raise InputRefused(
+                f"{path} is larger than {human(_LARGEST_FILE)}",
+                hint="check that it is the build.json of a build",
+            )
         found = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise UsageError(

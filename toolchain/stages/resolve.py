@@ -98,7 +98,9 @@ def _check_task(snapshot: Snapshot) -> None:
     try:
         json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise InputRefused(f"{path}: not readable JSON: {error}") from None
+        raise InputRefused(
+            f"{path}: not readable JSON: {error}", hint="check that the download is complete"
+        ) from None
 
 
 def _is_gguf(snapshot: Snapshot) -> bool:
@@ -110,7 +112,10 @@ def _import_gguf(source: Snapshot, tools: Tools) -> Snapshot:
     """Turn a source that holds one GGUF file into a checkpoint, once."""
     names = [f.path for f in source.tree.files if f.path.endswith(".gguf")]
     if len(names) > 1:
-        raise InputRefused(f"{source.source}: holds {len(names)} GGUF files, one is expected")
+        raise InputRefused(
+            f"{source.source}: holds {len(names)} GGUF files, one is expected",
+            hint="name a source with one model in it",
+        )
     inputs = import_inputs(source)
 
     def make(folder: Path) -> dict[str, str]:

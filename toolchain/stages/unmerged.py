@@ -132,7 +132,9 @@ def _rank(adapter: AdapterSnapshot, *, gguf: bool) -> int:
     try:
         config: Mapping[str, Json] = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise InputRefused(f"{path}: not readable JSON: {error}") from None
+        raise InputRefused(
+            f"{path}: not readable JSON: {error}", hint="check that the download is complete"
+        ) from None
     for key, wrong in (("use_dora", True), ("lora_bias", True)):
         if config.get(key) is wrong:
             raise InputRefused(f"{path}: engines do not serve {key} unmerged", hint="merge it")
@@ -157,5 +159,8 @@ def _rank(adapter: AdapterSnapshot, *, gguf: bool) -> int:
         )
     ranks = [config.get("r"), *dict(config.get("rank_pattern") or {}).values()]
     if not all(isinstance(rank, int) and 0 < rank <= 10_000 for rank in ranks):
-        raise InputRefused(f"{path}: r is {config.get('r')!r}, not a rank")
+        raise InputRefused(
+            f"{path}: r is {config.get('r')!r}, not a rank",
+            hint="export the adapter again with PEFT's save_pretrained",
+        )
     return max(int(rank) for rank in ranks)

@@ -302,5 +302,8 @@ def _first(findings: Sequence[Finding]) -> list[Finding]:
 def _vocabulary(model: Any) -> int:
     head = model.get_output_embeddings()
     if head is None:
-        raise InputRefused("the model has no output layer, so it answers nothing")
+        raise InputRefused(
+            "the model has no output layer, so it answers nothing",
+            hint="validate a checkpoint that generates text",
+        )
     return int(head.weight.shape[0])

@@ -103,7 +103,10 @@ def _convert_adapter(job: Job, report: Report) -> Mapping[str, Json]:
 
 def _quantizer(name: str) -> Any:
     if not name.isidentifier():
-        raise InputRefused(f"{name!r} is not the name of a quantizer")
+        raise InputRefused(
+            f"{name!r} is not the name of a quantizer",
+            hint="builder and control plane must be of one version",
+        )
     return importlib.import_module(f"toolchain.quantizers.{name}").QUANTIZER
 
 
