@@ -87,15 +87,20 @@ def test_log_probabilities_are_those_of_the_dequantized_checkpoint(
     layout = Path(facts["image"].removeprefix("oci:"))
     # Tokens at random: nothing is memorised, so that every weight has its say.
     ids = torch.randint(5, 500, (TOKENS,), generator=torch.Generator().manual_seed(3)).tolist()
-    expected = reference(weights_of(layout, tmp_path), ids)
+    compare(target, layout, weights_of(layout, tmp_path), ids, FORMATS[target])
+
+
+def compare(name: str, layout: Path, model: Path, ids: list[int], allowed: Allowed) -> None:
+    """Hold what the started image says of the tokens against the model read by us."""
+    expected = reference(model, ids)
     found = served(layout, ids)
     differences = [abs(a - b) for a, b in zip(found, expected, strict=True)]
     mean = abs(math.fsum(found) - math.fsum(expected)) / len(found)
     nats = -math.fsum(found) / len(found)
     most = max(differences)
-    print(f"\n{target}: {nats:.4f} nats, off by {mean:.5f}, {most:.3f} at one token")  # noqa: T201
-    assert mean <= FORMATS[target].mean, (mean, most)
-    assert most <= FORMATS[target].one, most
+    print(f"\n{name}: {nats:.4f} nats, off by {mean:.5f}, {most:.3f} at one token")  # noqa: T201
+    assert mean <= allowed.mean, (mean, most)
+    assert most <= allowed.one, most
 
 
 def weights_of(layout: Path, folder: Path) -> Path:

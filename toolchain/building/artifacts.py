@@ -76,7 +76,7 @@ def needs_text(wanted: Wanted) -> bool:
 def check_model(wanted: Wanted, config: Mapping[str, Json]) -> None:
     """Raise InputRefused for a model that the quantizer cannot make of, from its config alone."""
     quantizer = of_format(wanted.format.name)
-    quantizer.check_input(config)
+    quantizer.check_input(wanted.format, config)
     quantizer.check_options(config, wanted.options)
     if wanted.statistics and quantizer.check_statistics:
         quantizer.check_statistics(wanted.statistics, config)

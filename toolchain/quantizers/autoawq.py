@@ -12,6 +12,7 @@ from typing import Any
 from toolchain.errors import UsageError
 from toolchain.quantizers.awq_search import mend
 from toolchain.quantizers.checkpoints import (
+    LLAMAS,
     awq_config,
     check_group,
     check_grouped,
@@ -108,7 +109,7 @@ QUANTIZER = Quantizer(
     builder="autoawq",
     formats=(AWQ_AUTOAWQ,),
     recipe_number=5,
-    check_input=check_grouped,
+    check_input=lambda _format, config: check_grouped(config, LLAMAS),
     steps=steps,
     check=check,
     peak_disk=peak_disk,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,18 @@ GROUP_SIZES = (128, 64, 32)
 """Inputs that may share a scale, the best known first: what vLLM's kernels have for 4 bits."""
 LINEAR = re.compile(r"\.layers\.\d+\..*_proj\.weight$")
 """The matrices that are quantized: those of the decoder's layers."""
-FAMILIES = frozenset(
+LLAMAS = frozenset(
     {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 )
-"""Architectures of dense decoders whose layers hold nothing but `*_proj` matrices and norms; AWQ
-moves scales between layers and must know them (gptqmodel/models/definitions of 7.6.0)."""
+"""Architectures of Llama's kind, which every engine here knows."""
+DENSE = LLAMAS | {
+    "Cohere2ForCausalLM", "Exaone4ForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM",
+    "GemmaForCausalLM", "GraniteForCausalLM", "HunYuanDenseV1ForCausalLM", "Olmo2ForCausalLM",
+    "Olmo3ForCausalLM", "SeedOssForCausalLM", "SmolLM3ForCausalLM",
+}  # fmt: skip
+"""Dense decoders whose layers hold nothing but `*_proj` matrices, one for each of a server's parts,
+norms and biases: each matrix is rounded by itself. vLLM's log-probabilities of each were held
+against ours."""
 
 _SCALES = 1.02
 """What a format's nominal bits leave out: scales of narrow rows and small groups, and headers."""
@@ -36,8 +43,8 @@ _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _NOT_COPIED = ("config.json", "model.safetensors.index.json")
 
 
-def check_config(config: Mapping[str, Json]) -> None:
-    """Refuse what no quantizer of checkpoints can make, from config.json alone."""
+def check_config(config: Mapping[str, Json], known: Collection[str]) -> None:
+    """Refuse, from config.json alone, what a quantizer of these architectures cannot make."""
     names = config.get("architectures")
     if not isinstance(names, list) or not names:
         raise InputRefused(
@@ -50,17 +57,17 @@ def check_config(config: Mapping[str, Json]) -> None:
             f"the checkpoint is already quantized ({kind}); quantizing twice loses quality",
             hint="start from the 16-bit checkpoint",
         )
-    if names[0] not in FAMILIES:
+    if names[0] not in known:
         raise InputRefused(
             f"{names[0]} is not among the architectures that are quantized here with every "
-            f"layer accounted for: {', '.join(sorted(FAMILIES))}",
+            f"layer accounted for: {', '.join(sorted(known))}",
             hint="serve it in 16 bits (target vllm), or as GGUF",
         )
 
 
-def check_grouped(config: Mapping[str, Json]) -> None:
+def check_grouped(config: Mapping[str, Json], known: Collection[str]) -> None:
     """Refuse, besides, a model whose rows no group size divides."""
-    check_config(config)
+    check_config(config, known)
     group_size(config, "auto")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.quantizers.checkpoints import (
+    LLAMAS,
     check_config,
     check_group,
     finish,
@@ -151,7 +152,7 @@ QUANTIZER = Quantizer(
     builder="compressor",
     formats=(FP8_STATIC, AWQ_COMPRESSED),
     recipe_number=4,
-    check_input=check_config,
+    check_input=lambda _format, config: check_config(config, LLAMAS),
     steps=steps,
     check=check,
     peak_disk=peak_disk,

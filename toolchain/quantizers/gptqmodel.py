@@ -12,6 +12,7 @@ from typing import Any
 
 from toolchain.quantizers.awq_search import best_clip
 from toolchain.quantizers.checkpoints import (
+    DENSE,
     awq_config,
     check_group,
     check_grouped,
@@ -36,6 +37,8 @@ from toolchain.quantizers.running import (
 )
 from toolchain.values import AWQ, GPTQ, Format, Json
 
+NO_AWQ = frozenset({"Cohere2ForCausalLM", "Gemma3ForCausalLM"})
+"""What its AWQ cannot do: norms of layers in parallel, rotations that differ between layers."""
 _WIDE = 3072
 """Weights of the longest row."""
 
@@ -59,6 +62,11 @@ def steps(request: QuantizeRequest) -> tuple[Step, ...]:
             keep=request.options.get("keep", []),
         ),
     )
+
+
+def check_input(format_: Format, config: Mapping[str, Json]) -> None:
+    """Refuse architectures that are not known, and rows that no group size divides."""
+    check_grouped(config, DENSE - NO_AWQ if format_ == AWQ else DENSE)
 
 
 def check(request: QuantizeRequest) -> Mapping[str, Json]:
@@ -183,7 +191,7 @@ QUANTIZER = Quantizer(
     builder="gptqmodel",
     formats=(AWQ, GPTQ),
     recipe_number=9,
-    check_input=check_grouped,
+    check_input=check_input,
     steps=steps,
     check=check,
     peak_disk=peak_disk,

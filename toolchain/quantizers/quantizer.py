@@ -87,8 +87,8 @@ class Quantizer:
     formats: tuple[Format, ...]
     recipe_number: int
     """Raised whenever the same inputs would give other bytes; part of the store's key."""
-    check_input: Callable[[Mapping[str, Json]], None]
-    """(config.json) -> None; raises InputRefused for a model that it cannot quantize."""
+    check_input: Callable[[Format, Mapping[str, Json]], None]
+    """(format, config.json) -> None; raises InputRefused for a model that it cannot quantize so."""
     steps: Callable[[QuantizeRequest], tuple[Step, ...]]
     """The commands, in order; starts nothing and writes nothing."""
     check: Callable[[QuantizeRequest], Mapping[str, Json]]

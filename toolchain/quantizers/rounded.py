@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.quantizers.checkpoints import (
+    DENSE,
     LINEAR,
     check_config,
     output_bytes,
@@ -126,7 +127,7 @@ QUANTIZER = Quantizer(
     builder="merge",
     formats=(FP8, W8A8),
     recipe_number=1,
-    check_input=check_config,
+    check_input=lambda _format, config: check_config(config, DENSE),
     steps=steps,
     check=check,
     peak_disk=output_bytes,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from toolchain.building.planning import disk_peak
 from toolchain.errors import CheckFailed, InputRefused
-from toolchain.quantizers.checkpoints import awq_config, check_grouped, finish, group_size
+from toolchain.quantizers.checkpoints import LLAMAS, awq_config, check_grouped, finish, group_size
 from toolchain.quantizers.packed import Layout, PackedView
 from toolchain.quantizers.packed_check import check_checkpoint
 from toolchain.quantizers.rounded import quantization, rounded
@@ -375,7 +375,7 @@ def test_the_group_size_is_the_largest_that_divides_every_row() -> None:
 )
 def test_models_that_cannot_be_quantized_are_refused(change: dict, what: str) -> None:
     with pytest.raises(InputRefused, match=what):
-        check_grouped({**CONFIG, **change})
+        check_grouped({**CONFIG, **change}, LLAMAS)
 
 
 def letters(text: str) -> list[int]:

@@ -1,0 +1,52 @@
+"""Packed checkpoints of every architecture that is made here: vLLM's numbers are the file's.
+
+Forty of them at half a minute each, on two cores. With `-s` the differences are printed.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.fakes.dense import make_dense
+from tests.real.test_vllm import FORMATS, compare
+from toolchain.quantizers.checkpoints import DENSE
+from toolchain.quantizers.gptqmodel import NO_AWQ
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.builders,
+    pytest.mark.vllm,
+    pytest.mark.timeout(3600),
+]
+CASES = [
+    (name, kind)
+    for name in sorted(DENSE)
+    for kind in ("fp8", "w8a8", "gptq", "awq")
+    if not (kind == "awq" and name in NO_AWQ)
+]
+
+
+@pytest.mark.parametrize(("architecture", "kind"), CASES)
+def test_log_probabilities_are_those_of_the_dequantized_checkpoint(
+    tmp_path: Path, architecture: str, kind: str
+) -> None:
+    model = make_dense(tmp_path / "model", architecture, hidden=256)
+    packed, layout = tmp_path / "packed", tmp_path / "layout"
+    run("quantize", "--model", model, "--format", kind, "--no-gate", "--out", packed)
+    run("bake", "--model", packed, "--target", f"vllm-{kind}", "--layout", layout)
+    ids = torch.randint(5, 500, (256,), generator=torch.Generator().manual_seed(3)).tolist()
+    compare(f"{architecture} {kind}", layout, packed, ids, FORMATS[f"vllm-{kind}"])
+
+
+def run(command: str, *words: object) -> None:
+    runner = ["--runner", "local"] if command == "quantize" else []
+    done = subprocess.run(
+        [sys.executable, "-m", "toolchain", command, *map(str, words), *runner],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
