@@ -154,6 +154,22 @@ def test_main_function_of_the_pipeline_fits_a_screen() -> None:
     assert (build.end_lineno or 0) - build.lineno < 40
 
 
+def test_every_error_says_what_to_do_next() -> None:
+    import ast
+
+    kinds = {"UsageError", "InputRefused", "CheckFailed", "EnvironmentFailure", "Unmeasurable"}
+    silent = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in sorted((ROOT / "toolchain").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "id", "") in kinds
+        and not any(word.arg == "hint" for word in node.keywords)
+    ]
+
+    assert not silent
+
+
 def test_generated_files_are_up_to_date() -> None:
     result = run(sys.executable, "docs/generate.py", "--check")
 

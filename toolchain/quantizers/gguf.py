@@ -120,7 +120,10 @@ def _tensor_types(name: str, types: Mapping[str, Json]) -> dict[str, str]:
         try:
             re.compile(str(pattern))
         except re.error as error:
-            raise UsageError(f"tensor_types: {pattern!r} is no expression: {error}") from None
+            raise UsageError(
+                f"tensor_types: {pattern!r} is no expression: {error}",
+                hint="write a regular expression, such as attn_v",
+            ) from None
         if str(kind).lower() not in TENSOR_TYPES or re.search(r"[=\s,]", str(pattern)):
             raise UsageError(
                 f"tensor_types: {pattern}={kind} is no name and type of a tensor",
@@ -228,7 +231,10 @@ def _metadata(request: QuantizeRequest) -> dict[str, Json]:
 def _imatrix(request: QuantizeRequest, model: Path) -> Step:
     """Return the command that measures the importance of each weight's column."""
     if request.calibration is None:
-        raise InputRefused("an importance matrix needs calibration text")
+        raise InputRefused(
+            "an importance matrix needs calibration text",
+            hint="give calibration text, or set imatrix to off",
+        )
     rows = [json.loads(line) for line in request.calibration.read_text("utf-8").splitlines()]
     tokens = sum(int(row["tokens"]) for row in rows)
     if tokens < _LEAST_TOKENS:
