@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from toolchain.building.artifacts import quality_fault, wanted_of, with_quality
-from toolchain.building.baking import Baking, check_layer_sizes
+from toolchain.building.baking import Baking, check_bases, check_layer_sizes
 from toolchain.building.planning import (
     BuildRequest,
     check_before_work,
+    everything_cached,
     probes,
     serving_config,
     sources_to_merge,
@@ -60,7 +61,9 @@ def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[B
     check_outputs(request, registry)
     with clock.stage("resolve", recipe.base.source) as note:
         request, sources = resolved(request, tools, note)
-        check_before_work(request, sources, tools)
+        devices = check_before_work(request, sources, tools)
+        if not everything_cached(request, sources, tools):
+            check_bases(request, devices, registry, tools)
         check_layer_sizes(request, sources)
         merged = sources_to_merge(request.targets, sources)
     with clock.stage("merge", f"{len(merged.adapters)} adapter(s), {recipe.merge.method}") as note:

@@ -14,7 +14,7 @@ from toolchain.oci.index import Whole, is_own, whole_of
 from toolchain.oci.limits import limits_of
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
-from toolchain.ports import Tools
+from toolchain.ports import Silent, Tools
 from toolchain.provenance.labels import labels, reference, score_labels
 from toolchain.quantizers import of_format
 from toolchain.serving.memory import human, parse_size
@@ -23,6 +23,7 @@ from toolchain.stages.attest import Made, public_recipe
 from toolchain.stages.bake import bake
 from toolchain.stages.base import (
     ENGINE_LABEL,
+    OWN,
     base_images,
     base_reference,
     bills_of,
@@ -61,6 +62,48 @@ def check_layer_sizes(request: BuildRequest, sources: Sources) -> None:
             )
 
 
+def check_bases(
+    request: BuildRequest, devices: Mapping[str, str], registry: Registry, tools: Tools
+) -> None:
+    """Notice before the work that a base is out of reach, or not there for a platform.
+
+    `devices` says by the target's name what each is planned for. Raises as `bases_of` does; what
+    is assembled on this machine is assembled when it is needed.
+    """
+    for target in request.targets:
+        device = devices[target.name]
+        chosen = base_reference(target.engine, device, request.file.recipe.image.base)
+        if not chosen.startswith(OWN):
+            # What it warns of is said when the image is put together.
+            bases_of(request, target, device, registry, replace(tools, progress=Silent()))
+
+
+def bases_of(
+    request: BuildRequest, target: Target, device: str, registry: Registry, tools: Tools
+) -> tuple[str, tuple[Image, ...]]:
+    """Return a base's name, and its image for each platform as the lock pins it; pin what is new.
+
+    Raises UsageError for a platform that the base is not there for, EnvironmentFailure where it
+    is out of reach.
+    """
+    wanted = request.file.recipe.image
+    name = base_reference(target.engine, device, wanted.base)
+    lock = read_lock(request.file)
+    bases = base_images(
+        name,
+        target.engine.name,
+        registry,
+        tools,
+        pins=lock.bases.get(name, {}),
+        platforms=wanted.platforms,
+    )
+    pinned = lock
+    for base in bases:
+        pinned = pinned.with_base(name, base)
+    write_lock(lock, pinned, tools.progress)
+    return name, bases
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Baking:
     """All that the images of one target are made of, but for their scores."""
@@ -95,20 +138,7 @@ class Baking:
         be cut to the size that a layer may have.
         """
         wanted = request.file.recipe.image
-        name = base_reference(target.engine, str(config.plan["device"]), wanted.base)
-        lock = read_lock(request.file)
-        bases = base_images(
-            name,
-            target.engine.name,
-            registry,
-            tools,
-            pins=lock.bases.get(name, {}),
-            platforms=wanted.platforms,
-        )
-        pinned = lock
-        for base in bases:
-            pinned = pinned.with_base(name, base)
-        write_lock(lock, pinned, tools.progress)
+        name, bases = bases_of(request, target, str(config.plan["device"]), registry, tools)
         largest = parse_size(wanted.max_layer_size) if wanted.max_layer_size else 0
         split = Resharded(artifact.tree, {})
         return cls(

@@ -233,13 +233,14 @@ def probes(file: RecipeFile) -> tuple[Sequence[Mapping[str, str]], ...]:
     return tuple(i.messages for i in read_items(file.folder / questions.data)) if questions else ()
 
 
-def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> None:
+def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> dict[str, str]:
     """Refuse, before anything long starts, what would be refused after it.
 
     Adapters that do not fit the base, wishes that do not fit the memory, a disk that is too small.
+    Returns the device that each target is planned for, by its name.
     """
     recipe = request.file.recipe
-    written = 0
+    written, devices = 0, {}
     probes(request.file)
     if sources_to_merge(request.targets, sources).adapters:
         written += merging.check(sources, recipe.merge)["write_bytes"]
@@ -265,7 +266,7 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
             adapters=adapters,
         )
         wanted = wanted_of(request.file, target.format, sources.base, tools)
-        device = str(planned.plan["device"])
+        devices[target.name] = device = str(planned.plan["device"])
         check_format(target, wanted, config, device)
         if not recipe.image.base:
             check_engine_image(target.engine.name, device, config)
@@ -278,6 +279,7 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
         config, size = model_config(sources.base.tree.root), sources.base.tree.size
         written += max(disk_peak(size, target.format, config) for target in request.targets)
         tools.store.require_room(written, "the build")
+    return devices
 
 
 def require_builder(target: Target, runner: Runner) -> None:
