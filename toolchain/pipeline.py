@@ -8,11 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from toolchain.building.artifacts import quality_fault, wanted_of, with_quality
-from toolchain.building.baking import Baking, check_bases, check_layer_sizes
+from toolchain.building.baking import Baking, check_images
 from toolchain.building.planning import (
     BuildRequest,
     check_before_work,
-    everything_cached,
     probes,
     serving_config,
     sources_to_merge,
@@ -62,9 +61,7 @@ def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[B
     with clock.stage("resolve", recipe.base.source) as note:
         request, sources = resolved(request, tools, note)
         devices = check_before_work(request, sources, tools)
-        if not everything_cached(request, sources, tools):
-            check_bases(request, devices, registry, tools)
-        check_layer_sizes(request, sources)
+        check_images(request, sources, devices, registry, tools)
         merged = sources_to_merge(request.targets, sources)
     with clock.stage("merge", f"{len(merged.adapters)} adapter(s), {recipe.merge.method}") as note:
         checkpoint = merging.merge(merged, recipe.merge, tools)

@@ -223,7 +223,7 @@ def four_layers(seed: str) -> list[bytes]:
 
 
 def load_and_die(name: str) -> None:
-    """What a process does that is killed while it sends the third of four layers."""
+    """What a process does that is killed while it sends the last of four layers."""
     archive._LARGE = 1  # type: ignore[misc]
 
     class Killing(Counting):
@@ -231,7 +231,7 @@ def load_and_die(name: str) -> None:
             def watched(each: Iterator[bytes]) -> Iterator[bytes]:
                 for chunk in each:
                     yield chunk
-                    if self.sent[-1] > 250_000:
+                    if self.sent[-1] > 350_000:
                         os.kill(os.getpid(), signal.SIGKILL)
 
             return super().load(map(watched, archives), reference)

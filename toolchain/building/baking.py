@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from toolchain.building.planning import BuildRequest, estimated_bytes, unmerged_adapters
+from toolchain.building.planning import (
+    BuildRequest,
+    estimated_bytes,
+    everything_cached,
+    unmerged_adapters,
+)
 from toolchain.building.proving import Result
 from toolchain.checkpoints.reshard import Resharded, reshard
 from toolchain.errors import UsageError
@@ -62,15 +67,21 @@ def check_layer_sizes(request: BuildRequest, sources: Sources) -> None:
             )
 
 
-def check_bases(
-    request: BuildRequest, devices: Mapping[str, str], registry: Registry, tools: Tools
+def check_images(
+    request: BuildRequest,
+    sources: Sources,
+    devices: Mapping[str, str],
+    registry: Registry,
+    tools: Tools,
 ) -> None:
-    """Notice before the work that a base is out of reach, or not there for a platform.
+    """Notice before the work that an image could not be put together.
 
+    For a layer that cannot be small enough, a base out of reach, or one not there for a platform.
     `devices` says by the target's name what each is planned for. Raises as `bases_of` does; what
     is assembled on this machine is assembled when it is needed.
     """
-    for target in request.targets:
+    check_layer_sizes(request, sources)
+    for target in () if everything_cached(request, sources, tools) else request.targets:
         device = devices[target.name]
         chosen = base_reference(target.engine, device, request.file.recipe.image.base)
         if not chosen.startswith(OWN):

@@ -21,20 +21,22 @@ def load_in_turn(
     connect: Callable[[], docker.DockerClient],
     archives: Iterable[Iterator[bytes]],
     reference: str,
+    abreast: int = 1,
 ) -> None:
-    """Send archives of which each rests on the layers of the one before, two at a time.
+    """Send archives of which each rests on the layers of the one before; some at a time.
 
-    So the engine receives one while it unpacks the other, as in a pull, and holds two layers'
-    worth of archives on its disk instead of all. Raises EnvironmentFailure for what it refuses.
+    `abreast` of them are sent at once while the engine unpacks one, as in a pull, so that its disk
+    holds those instead of all. Raises EnvironmentFailure for what it refuses.
     """
     begun: list[Taking] = []
     try:
         for archive in archives:
             begun.append(Taking(connect, archive, reference, begun[-1] if begun else None))
-            begun[-1].wait_until_sent()
-            for before in begun[:-1]:
+            if len(begun) >= abreast:
+                begun[-abreast].wait_until_sent()
+            for before in begun[:-abreast]:
                 before.finish()
-            del begun[:-1]
+            del begun[:-abreast]
         for last in begun:
             last.finish()
     except BaseException:

@@ -89,6 +89,25 @@ def test_one_is_sent_while_the_one_before_is_unpacked_and_not_more() -> None:
     assert order[-1] == "unpacked 3"
 
 
+def test_two_are_sent_at_once_where_that_is_asked_for() -> None:
+    engine = Engine()
+    engine.may_unpack.set()
+    second_has_begun = threading.Event()
+
+    def first() -> Iterator[bytes]:
+        yield b"1"
+        assert second_has_begun.wait(PATIENCE)
+
+    def second() -> Iterator[bytes]:
+        second_has_begun.set()
+        yield from archive("2", engine)
+
+    load_in_turn(connect(engine), [first(), second(), archive("3", engine)], "app:1", 2)
+
+    unpacked = [event for event in engine.events if event.startswith("unpacked")]
+    assert unpacked == ["unpacked 1", "unpacked 2", "unpacked 3"]
+
+
 REFUSALS = (
     {"error": "no space left on device"},
     {"stream": "Error unpacking image app:1: no space left on device\n"},  # Docker 28, containerd
