@@ -227,8 +227,9 @@ def _require_room(whole: Whole, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise EnvironmentFailure(
-            f"the image layout needs {human(needed)} of disk, {folder.parent} has {human(free)}",
-            hint="make room, or name a folder on a larger disk",
+            f"the image layout needs {human(needed)} of disk, {folder.parent} has {human(free)}"
+            " free",
+            hint="make free space there, or name a folder on a larger disk",
         )
 
 
