@@ -2,20 +2,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.fakes import configs
 from toolchain.errors import InputRefused
 from toolchain.serving.model import ModelShape
 
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "num_hidden_layers": 32,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "vocab_size": 128256,
-    "torch_dtype": "bfloat16",
-}
+LLAMA_8B = {name: value for name, value in configs.LLAMA_8B.items() if name != "dtype"}
+LLAMA_8B |= {"torch_dtype": "bfloat16"}  # as transformers 4 spells it
 
 
 def test_reads_a_llama_config():
