@@ -109,6 +109,20 @@ def test_nobody_reads(words):
     assert silent.returncode == run("weightsmith", *words).returncode
 
 
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("words", [("--list",), ("--help", "plan")], ids=" ".join)
+def test_nobody_reads_a_list(program, words):
+    """As after `| head -1`: no trace of Invoke's, and no fault."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [*PROGRAMS[program], *words], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, check=False
+    )
+    os.close(write)
+
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 @pytest.mark.parametrize(("answer", "left"), [("", True), ("n", True), ("y", False)])
 def test_emptying_the_store_asks_on_a_terminal(tmp_path, answer, left):
     result = tmp_path / "results" / ("a" * 64)

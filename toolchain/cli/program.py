@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from invoke.program import Program
@@ -25,8 +24,6 @@ def main() -> None:
         )
         print_error(wrong, as_json="--json" in sys.argv)
         sys.exit(wrong.exit_code)
-    except BrokenPipeError:  # the reader, such as `head`, had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 
@@ -43,6 +44,9 @@ def _answered(step: Callable[..., None]) -> Callable[..., None]:
             wrong = UsageError(_text(error), hint=f"`{program.called_as} {ask}")
             print_error(wrong, as_json="--json" in program.argv)
             sys.exit(wrong.exit_code)
+        except BrokenPipeError:  # the reader of a list, such as `head`, had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
 
     return run
 
