@@ -1,3 +1,3 @@
-"""The attacker wrote an adapter: weights, `adapter_config.json`, tokenizer files, and the names in them."""
+"""The attacker wrote an adapter: its weights, its configuration, and the names in them."""
 
 from __future__ import annotations

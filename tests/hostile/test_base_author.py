@@ -1,3 +1,3 @@
-"""The attacker wrote a base model: its files, its configuration, its tokenizer and chat template."""
+"""The attacker wrote a base: its files, configuration, tokenizer and chat template."""
 
 from __future__ import annotations
