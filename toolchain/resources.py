@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from toolchain.errors import UsageError
+from toolchain.trees import below
 from toolchain.values import Digest, Json, key_of
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -98,7 +99,7 @@ def compiled_engines(builder: str) -> tuple[str, ...]:
 
 
 def _fingerprint(folder: Path) -> list[list[str]]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    files = [p for p in below(folder) if p.is_file() and "__pycache__" not in p.parts]
     return [
         [p.relative_to(folder).as_posix(), Digest.of(p.read_bytes())]
         for p in files

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -143,6 +144,17 @@ def test_no_port_is_wider_than_six_methods() -> None:
         ):
             methods = [item for item in node.body if isinstance(item, ast.FunctionDef)]
             assert len(methods) <= 6, node.name
+
+
+def test_trees_are_walked_and_deleted_in_one_place() -> None:
+    # Python's own call themselves for each level: a deep tree of somebody else's ends them.
+    recursive = re.compile(r"\b(rmtree|rglob|os\.walk|Path\.walk)\b")
+    found = {
+        path.name
+        for path in (ROOT / "toolchain").glob("**/*.py")
+        if recursive.search(path.read_text("utf-8"))
+    }
+    assert found == {"trees.py"}
 
 
 def test_main_function_of_the_pipeline_fits_a_screen() -> None:

@@ -18,6 +18,7 @@ from toolchain.errors import CheckFailed, EnvironmentFailure, UsageError
 from toolchain.evaluating.likelihood import echoes
 from toolchain.evaluating.session import Session
 from toolchain.ports import Tools
+from toolchain.trees import below
 from toolchain.values import Json
 
 _PROGRAM = "lm_eval"
@@ -99,7 +100,8 @@ def command(request: HarnessRequest, url: str, name: str, out: Path) -> tuple[st
 
 def read_results(out: Path) -> Mapping[str, Json]:
     """Return what the harness's newest result file says; CheckFailed where there is none."""
-    files = sorted(out.rglob("results_*.json"), key=lambda path: path.stat().st_mtime)
+    files = [path for path in below(out) if path.match("results_*.json")]
+    files.sort(key=lambda path: path.stat().st_mtime)
     if not files:
         raise CheckFailed(
             "lm-evaluation-harness wrote no results", hint="run it by hand; its output says why"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from toolchain.quantizers.calibration import GENERAL, Bounds, Texts, read_texts
 from toolchain.recipe import Quality
 from toolchain.stages.quality import measured
 from toolchain.stages.quantize import Wanted, job_of, kept_bytes, model_config
+from toolchain.trees import below, discard
 from toolchain.values import Json
 
 
@@ -63,8 +63,8 @@ def quantize_folder(asked: FolderRequest, tools: Tools) -> Mapping[str, Json]:
         quality = _judged(asked, wanted, texts, beside, tools)
         _place(beside, out)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    written = [out] if out.is_file() else sorted(p for p in out.rglob("*") if p.is_file())
+        discard(beside)
+    written = [out] if out.is_file() else [p for p in below(out) if p.is_file()]
     return {
         "out": str(out),
         "format": format_.name,
@@ -146,7 +146,7 @@ def _judged(
 
 def _place(beside: Path, out: Path) -> None:
     """Give the result its name: the one file that `out` names, or the folder."""
-    files = sorted(path for path in beside.rglob("*") if path.is_file())
+    files = [path for path in below(beside) if path.is_file()]
     if len(files) == 1 and out.suffix == files[0].suffix:
         files[0].rename(out)
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -18,9 +17,11 @@ from toolchain.oci.registry import Registry
 from toolchain.ports import Progress
 from toolchain.provenance import evidence, signing, statements
 from toolchain.provenance.evidence import ADAPTER_TYPE, EVALUATION_TYPE, NUMBER, Document
+from toolchain.trees import discard
 from toolchain.values import Digest, Json
 
-_NAMES = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
+_NAMES = re.compile(r"[A-Za-z0-9._-]{1,255}(/[A-Za-z0-9._-]{1,255}){0,15}")
+"""As deep as a model's folder may be."""
 _METRICS = ("contains", "exact", "regex", "choice")
 """Those that run nothing of the image's makers on this machine."""
 
@@ -55,7 +56,7 @@ def recipe_of_image(
         lock = {"bases": {}, "sources": locked}
         (beside / "recipe.lock").write_text(json.dumps(lock, indent=2, sort_keys=True) + "\n")
         (beside / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-        shutil.rmtree(folder, ignore_errors=True)
+        discard(folder)
         beside.rename(folder)
     progress.note(f"the recipe of {source} is in {folder}")
     return folder / "recipe.yaml"
@@ -160,7 +161,7 @@ def _write(document: Document, folder: Path) -> None:
     for part in document.parts:
         if not _NAMES.fullmatch(part.title) or ".." in PurePosixPath(part.title).parts:
             raise InputRefused(
-                f"an attached adapter has a file named {part.title!r}",
+                f"an attached adapter has a file named {part.title[:200]!r}",
                 hint="do not use the image: no build attaches such a file",
             )
         path = folder / part.title

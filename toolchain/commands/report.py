@@ -7,6 +7,7 @@ from pathlib import Path
 
 from toolchain.errors import UsageError
 from toolchain.stages.report import Written, read_json, write_comparison, write_report
+from toolchain.trees import below
 from toolchain.values import Json
 
 _BUILD = "build.json"
@@ -17,7 +18,7 @@ def report_builds(folder: Path) -> Mapping[str, Json]:
 
     Raises UsageError where there is none.
     """
-    found = [folder] if folder.is_file() else sorted(folder.rglob(_BUILD))
+    found = [folder] if folder.is_file() else _builds(folder)
     if not found:
         raise UsageError(
             f"{folder} holds no {_BUILD}",
@@ -46,13 +47,17 @@ def _only(place: Path) -> Path:
         return place.parent
     if (place / _BUILD).is_file():
         return place
-    below = sorted(place.rglob(_BUILD))
-    if len(below) == 1:
-        return below[0].parent
-    what = f"{len(below)} builds" if below else f"no {_BUILD}"
+    builds = _builds(place)
+    if len(builds) == 1:
+        return builds[0].parent
+    what = f"{len(builds)} builds" if builds else f"no {_BUILD}"
     raise UsageError(
         f"{place} holds {what}", hint="name one target's folder, such as dist/NAME/VERSION/TARGET"
     )
+
+
+def _builds(folder: Path) -> list[Path]:
+    return [path for path in below(folder) if path.name == _BUILD]
 
 
 def _paths(written: Written) -> dict[str, Json]:

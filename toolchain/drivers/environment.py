@@ -23,6 +23,7 @@ from toolchain.drivers.wire import open_log
 from toolchain.errors import EnvironmentFailure, UsageError
 from toolchain.ports import Progress
 from toolchain.resources import images
+from toolchain.trees import discard
 from toolchain.values import key_of
 
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -131,7 +132,7 @@ def make_environment(cache: Path, pins: Pins, progress: Progress) -> Path:
     with FileLock(folder.with_name(folder.name + ".lock")):
         if is_complete(folder):
             return folder
-        shutil.rmtree(folder, ignore_errors=True)
+        discard(folder)
         check_compiler(pins)
         with open_log(cache, f"builder-{pins.name}") as log:
             _fill(pins, _Installer(folder, log, progress))

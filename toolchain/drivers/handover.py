@@ -12,6 +12,7 @@ from pathlib import Path
 
 from toolchain.checkpoints.folder import scan
 from toolchain.errors import EnvironmentFailure
+from toolchain.trees import below, walk
 
 _FICLONE = 0x4004_9409
 """Linux's request to let one file share another's blocks."""
@@ -30,7 +31,7 @@ def readable(source: Path, staging: Path, *, by_others: bool) -> Path:
             return real
         staging.mkdir(parents=True)
         return _give(real, staging / source.name)
-    inside = [real, *real.rglob("*")]
+    inside = [real, *below(real)]
     leads_out = any(p.is_symlink() and not p.resolve().is_relative_to(real) for p in inside)
     if not leads_out and not (by_others and any(_closed(path) for path in inside)):
         return real
@@ -41,7 +42,7 @@ def readable(source: Path, staging: Path, *, by_others: bool) -> Path:
         target = staging / name
         target.parent.mkdir(parents=True, exist_ok=True)
         _give((real / name).resolve(), target)
-    for folder in [staging, *(path for path in staging.rglob("*") if path.is_dir())]:
+    for folder in [staging, *(path for path in below(staging) if path.is_dir())]:
         folder.chmod(0o755)
     return staging
 
@@ -96,7 +97,5 @@ def owned_by(folder: Path, user: int, group: int) -> Iterator[None]:
 
 def _chown(folder: Path, user: int, group: int) -> None:
     # The container may have left links behind: they are changed themselves, never followed.
-    os.chown(folder, user, group, follow_symlinks=False)
-    for root, folders, files in os.walk(folder, followlinks=False):
-        for name in [*folders, *files]:
-            os.chown(Path(root, name), user, group, follow_symlinks=False)
+    for step in walk(folder):
+        os.chown(step.name, user, group, dir_fd=step.parent, follow_symlinks=False)

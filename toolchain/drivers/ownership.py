@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from toolchain.trees import discard
 
 
 def owner_token() -> str:
@@ -43,13 +44,13 @@ def private_folder(cache: Path) -> Iterator[Path]:
     jobs.mkdir(parents=True, exist_ok=True)
     for left in jobs.iterdir():
         if is_dead(left.name.partition(".")[0]):  # others may be deleting it at this moment
-            shutil.rmtree(left, ignore_errors=True)
+            discard(left)
     # Its name tells its owner: there is no moment in which a killed one would not be found.
     folder = Path(tempfile.mkdtemp(prefix=f"{owner_token()}.", dir=jobs))
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        discard(folder)
 
 
 def _realm() -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 from toolchain.errors import EnvironmentFailure
 from toolchain.files import write_whole
 from toolchain.ports import Entry
+from toolchain.trees import below, discard, remove
 from toolchain.values import Digest, FileEntry, Json, Tree, canonical
 
 _WORTH_REMEMBERING = 256 << 10
@@ -145,19 +146,18 @@ class FileStore:
         total = sum(size for _, _, size in results)
         before, deleted, busy = total, 0, 0
         for folder in _children(self.root / "partial"):
-            with self._try_exclusive(folder.name) as mine:
+            with suppress(PermissionError), self._try_exclusive(folder.name) as mine:
                 if mine:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    discard(folder)
         for key, _, size in results:
             if total <= keep_bytes:
                 break
-            with self._try_exclusive(key) as mine:
-                if not mine:
-                    busy += 1
-                    continue
-                self._delete(key)
-                total -= size
-                deleted += 1
+            # Another user's in a shared store stays, and keeps nobody from deleting the rest.
+            gone = False
+            with suppress(PermissionError), self._try_exclusive(key) as mine:
+                gone = mine and self._delete(key)
+            total -= size if gone else 0
+            deleted, busy = deleted + gone, busy + (not gone)
         return {"deleted": deleted, "in_use": busy, "bytes_before": before, "bytes_after": total}
 
     def _results(self) -> Iterator[tuple[str, float, int]]:
@@ -167,13 +167,14 @@ class FileStore:
                 size = sum(int(file["size"]) for file in manifest["files"])
                 yield folder.name, (folder / "manifest.json").stat().st_mtime, size
 
-    def _delete(self, name: str) -> None:
+    def _delete(self, name: str) -> bool:
         # Renamed first: a reader sees the whole result or none, also when we are killed here.
         grave = self.root / "partial" / name
-        shutil.rmtree(grave, ignore_errors=True)
+        discard(grave)
         grave.parent.mkdir(parents=True, exist_ok=True)
         (self.root / "results" / name).rename(grave)
-        shutil.rmtree(grave, ignore_errors=True)
+        discard(grave)
+        return True
 
     def _make(
         self,
@@ -185,21 +186,21 @@ class FileStore:
     ) -> None:
         partial = self.root / "partial" / key.hex
         if not resume:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
         data = partial / "data"
         data.mkdir(parents=True, exist_ok=True)
         try:
             meta = dict(make(data))
         except BaseException as problem:
             if not resume or isinstance(problem, OSError):
-                shutil.rmtree(partial, ignore_errors=True)  # gives a full disk its room back
+                discard(partial)  # gives a full disk its room back
             raise
         files = self._seal(data, meta.pop("sha256", {}))
         manifest = {"key": key, "note": note, "meta": meta, "files": files}
         write_whole(partial / "manifest.json", canonical(manifest))
         final = self.root / "results" / key.hex
         if final.exists():  # it was there but damaged, else we would not be here
-            shutil.rmtree(final)
+            remove(final)
         final.parent.mkdir(parents=True, exist_ok=True)
         partial.rename(final)
         _sync_folder(final.parent)
@@ -207,7 +208,7 @@ class FileStore:
     def _seal(self, data: Path, known: Mapping[str, str]) -> list[FileEntry]:
         """Fsync and describe every file; digests that the maker computed are not read again."""
         files = []
-        for path in sorted(p for p in data.rglob("*") if p.is_file()):
+        for path in [p for p in below(data) if p.is_file()]:
             name = path.relative_to(data).as_posix()
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -216,7 +217,7 @@ class FileStore:
             path.chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
             hexadecimal = digest.removeprefix("sha256:")
             files.append(FileEntry(path=name, size=size, digest=Digest("sha256:" + hexadecimal)))
-        for folder in [data, *(p for p in data.rglob("*") if p.is_dir())]:
+        for folder in [data, *(p for p in below(data) if p.is_dir())]:
             folder.chmod(0o755)
             _sync_folder(folder)
         return files

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import tempfile
 from pathlib import Path
 from typing import TextIO
@@ -19,6 +18,7 @@ from toolchain.drivers.wire import open_log
 from toolchain.errors import EnvironmentFailure
 from toolchain.ports import Progress
 from toolchain.resources import engine_pins, images
+from toolchain.trees import discard
 
 _STEP = re.compile(r"\[(\d+)/(\d+)\]")
 
@@ -59,7 +59,7 @@ def make_toolset(cache: Path, engine: str, progress: Progress) -> Path:
 def _clear_leftovers(folder: Path) -> None:
     """Delete what a killed compilation left; nobody else can be at it, the lock is ours."""
     for left in folder.parent.glob(f"{folder.name}.work-*"):
-        shutil.rmtree(left, ignore_errors=True)
+        discard(left)
 
 
 def _compile(recipe: Path, folder: Path, work: Path, log: TextIO, progress: Progress) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from toolchain.errors import EnvironmentFailure, UsageError
 from toolchain.merging.stream import sha256_file
+from toolchain.trees import remove
 
 _NAME = ".merge-journal.json"
 
@@ -83,7 +83,7 @@ def open_out(out: Path, inputs: Sequence[Path], key: str, *, own: bool) -> Journ
         if own:
             # Killed after the journal's end but before the folder got its name, or begun from
             # other files: worth nothing, and nobody else could clear it.
-            shutil.rmtree(out)
+            remove(out)
             return open_out(out, inputs, key, own=own)
         raise UsageError(
             f"{out} is not empty, and what it holds is not the start of this merge",

@@ -17,11 +17,18 @@ from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
 from toolchain.oci.image import Image
 from toolchain.oci.layers import Layer
 from toolchain.oci.streams import ChunkFile, Entry, uncompressed
+from toolchain.trees import discard, remove
 
 _WHITEOUT = ".wh."
 _OPAQUE = ".wh..wh..opq"
 _MOST_LINKS = 40
 _BUFFER = 1 << 20
+_DEEPEST = 256
+"""Folders in one another. Images that people use have some dozens, and a path of Linux, which ends
+at 4,096 bytes, has hardly room for more; what is deeper is there to end the programs that read it.
+"""
+_LONGEST_NAME = 255
+"""Bytes that a name may have on Linux's file systems."""
 
 
 def unpack(image: Image, root: Path) -> None:
@@ -44,7 +51,7 @@ def unpack(image: Image, root: Path) -> None:
             tree.finish()
             beside.replace(root)
         except BaseException:
-            _remove(beside)
+            discard(beside)
             raise
     except OSError as error:
         raise EnvironmentFailure(
@@ -71,8 +78,16 @@ class _Tree:
                 f"a layer has the path {name[:200]!r}, which leaves the image",
                 hint="the image is damaged or hostile; do not use it",
             )
+        for part in parts:
+            if len(os.fsencode(part)) > _LONGEST_NAME:
+                raise InputRefused(
+                    f"a layer has a name longer than {_LONGEST_NAME} bytes: {part[:80]!r}...",
+                    hint="the image is damaged or hostile; do not use it",
+                )
         if not parts:
             return None
+        if len(parts) > _DEEPEST:
+            raise _too_deep()
         return self._inside(parts[:-1]) / parts[-1]
 
     def write(self, entry: tarfile.TarInfo, archive: tarfile.TarFile, target: Path) -> None:
@@ -106,7 +121,7 @@ class _Tree:
                 for path, entry in self._folders.items()
                 if path != target and target not in path.parents
             }
-            shutil.rmtree(target)
+            remove(target)
         else:
             target.unlink(missing_ok=True)
 
@@ -141,6 +156,8 @@ class _Tree:
                 here = here if here == self.root else here.parent
                 continue
             step = here / part
+            if len(step.parts) - len(self.root.parts) > _DEEPEST:
+                raise _too_deep()
             if step.is_symlink():
                 links += 1
                 if links > _MOST_LINKS:
@@ -220,11 +237,11 @@ def _own(path: Path, entry: tarfile.TarInfo) -> None:
         os.chown(path, entry.uid, entry.gid, follow_symlinks=False)
 
 
-def _remove(folder: Path) -> None:
-    """Delete a folder whose own modes may forbid it."""
-    for name, _, _ in os.walk(folder):
-        Path(name).chmod(0o700)
-    shutil.rmtree(folder, ignore_errors=True)
+def _too_deep() -> InputRefused:
+    return InputRefused(
+        f"a layer has a path that is nested deeper than {_DEEPEST} folders",
+        hint="the image is damaged or hostile; do not use it",
+    )
 
 
 def _broken(layer: Layer, why: str) -> InputRefused:

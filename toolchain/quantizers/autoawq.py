@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from toolchain.quantizers.running import (
     samples,
     texts,
 )
+from toolchain.trees import discard, remove
 from toolchain.values import Format, Json
 
 AWQ_AUTOAWQ = Format(name="awq-autoawq", kind="awq", bits_per_weight=4.16)
@@ -73,7 +73,7 @@ def main() -> None:
     """Run in the builder: quantize by the settings file that the command line names."""
     settings = read_settings()
     raw, model = Path(settings["raw"]), Path(settings["model"])
-    shutil.rmtree(raw, ignore_errors=True)
+    discard(raw)
     torch: Any = importlib.import_module("torch")
     transformers: Any = importlib.import_module("transformers")
     library: Any = importlib.import_module("awq")
@@ -101,7 +101,7 @@ def main() -> None:
     )  # fmt: skip
     loaded.save_quantized(str(raw), safetensors=True)
     finish(model, raw, Path(settings["out"]), awq_config(settings["group_size"]))
-    shutil.rmtree(raw)
+    remove(raw)
 
 
 QUANTIZER = Quantizer(

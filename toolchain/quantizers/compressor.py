@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from toolchain.quantizers.packed import Layout, view_of
 from toolchain.quantizers.packed_check import check_checkpoint
 from toolchain.quantizers.quantizer import Quantizer, QuantizeRequest, Step
 from toolchain.quantizers.running import encoder, python_step, read_settings, samples, texts
+from toolchain.trees import discard, remove
 from toolchain.values import Format, Json
 
 FP8_STATIC = Format(name="fp8-static", kind="fp8", bits_per_weight=8.0)
@@ -89,7 +89,7 @@ def main() -> None:
     """Run in the builder: quantize by the settings file that the command line names."""
     settings = read_settings()
     raw, model, out = Path(settings["raw"]), Path(settings["model"]), Path(settings["out"])
-    shutil.rmtree(raw, ignore_errors=True)
+    discard(raw)
     torch: Any = importlib.import_module("torch")
     transformers: Any = importlib.import_module("transformers")
     datasets: Any = importlib.import_module("datasets")
@@ -115,7 +115,7 @@ def main() -> None:
     network.save_pretrained(raw, save_compressed=True)
     saved = json.loads((raw / "config.json").read_text("utf-8"))["quantization_config"]
     finish(model, raw, out, saved)
-    shutil.rmtree(raw)
+    remove(raw)
 
 
 def _modifiers(settings: Mapping[str, Json], ignored: list[str]) -> list[Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from toolchain.quantizers.running import (
     samples,
     texts,
 )
+from toolchain.trees import discard, remove
 from toolchain.values import AWQ, GPTQ, Format, Json
 
 NO_AWQ = frozenset({"Cohere2ForCausalLM", "Gemma3ForCausalLM"})
@@ -92,7 +92,7 @@ def main() -> None:
     settings = read_settings()
     group, keep = int(settings["group_size"]), list(settings["keep"])
     raw, out, model = Path(settings["raw"]), Path(settings["out"]), Path(settings["model"])
-    shutil.rmtree(raw, ignore_errors=True)
+    discard(raw)
     # With fewer it stops on two cores: "requests 2 workers but parent only has 1".
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     if settings["method"] == "gptq" and _is_narrow(model):  # read when torch is imported, below
@@ -110,7 +110,7 @@ def main() -> None:
             quantization["dynamic"] = negative_patterns(keep)
             quantization["modules_to_not_convert"] = kept
     finish(model, raw, out, quantization)
-    shutil.rmtree(raw)
+    remove(raw)
 
 
 def _quantize(

@@ -30,6 +30,7 @@ from toolchain.ports import CANDIDATES, Tools
 from toolchain.provenance.evidence import Evidence
 from toolchain.provenance.sealing import attach
 from toolchain.serving.memory import human
+from toolchain.trees import discard
 from toolchain.values import Json, Published, key_of
 
 
@@ -262,7 +263,7 @@ def _settled(whole: Whole, folder: Path, tools: Tools) -> Iterator[Path]:
             folder.rename(folder.with_name(f".{folder.name}.old-{os.getpid()}"))
         beside.rename(folder)
     for old in folder.parent.glob(f".{folder.name}.old-*"):
-        shutil.rmtree(old, ignore_errors=True)
+        discard(old)
 
 
 @contextmanager
@@ -317,7 +318,7 @@ def discard_candidate(image: Image, layout: Path | None, tools: Tools) -> None:
         tools.engine.untag(_candidate_name(image, tools))
     elif _beside(layout).exists():
         with _alone(_beside(layout)) as folder:
-            shutil.rmtree(folder, ignore_errors=True)
+            discard(folder)
 
 
 def _candidate_name(image: Image, tools: Tools) -> str:

@@ -1,0 +1,147 @@
+"""Trees that somebody else made: walked and deleted whatever their depth, their modes, their links.
+
+`shutil.rmtree`, `os.walk` and `Path.rglob` of Python 3.11 call themselves for each level, and paths
+end at 4,096 bytes: a thousand nested folders end either. Here each step is one name below an open
+folder, two of which are open at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+_FOLDER = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One thing in a tree, by its name in an open folder that the next step closes."""
+
+    parent: int
+    name: str
+    is_folder: bool
+
+
+@dataclass(slots=True)
+class _Level:
+    name: str
+    identity: tuple[int, int]
+    left: list[tuple[str, bool]]
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a whole tree, if it is there; OSError where anything of it stays."""
+    if problem := discard(path):
+        raise problem
+
+
+def discard(path: Path) -> OSError | None:
+    """Delete a file, a link or a whole tree; return what kept anything of it, None where all went.
+
+    Never raises OSError. What cannot be deleted is passed over; folders whose own modes forbid it
+    are opened up first, which their owner may.
+    """
+    first: OSError | None = None
+    try:
+        for step in walk(path, open_up=True):
+            try:
+                (os.rmdir if step.is_folder else os.unlink)(step.name, dir_fd=step.parent)
+            except FileNotFoundError:  # another process was quicker
+                pass
+            except OSError as error:
+                first = first or error
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        first = first or error
+    return first
+
+
+def walk(top: Path, *, open_up: bool = False) -> Iterator[Step]:
+    """Yield all in a tree and last the tree itself, each folder after what is in it.
+
+    Links are never followed. A folder that cannot be read comes alone; with `open_up` its owner
+    is given the right first. Raises OSError where the top cannot be reached, or where folders are
+    moved meanwhile.
+    """
+    here = os.open(top.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        mode = os.lstat(top.name, dir_fd=here).st_mode
+        levels = [_Level("", _identity(here), [(top.name, mode & 0o170000 == 0o040000)])]
+        while levels[-1].left or len(levels) > 1:
+            if levels[-1].left:
+                name, is_folder = levels[-1].left.pop()
+                inside = _open(name, here, open_up=open_up) if is_folder else None
+                if inside is None:
+                    yield Step(here, name, is_folder)
+                    continue
+                os.close(here)
+                here = inside
+                levels.append(_Level(name, _identity(here), _entries(here)))
+            else:
+                left = levels.pop()
+                up = os.open("..", os.O_PATH | _FOLDER, dir_fd=here)
+                os.close(here)
+                here = up
+                if _identity(here) != levels[-1].identity:
+                    raise OSError(errno.ESTALE, "moved while it was walked", str(top))
+                yield Step(here, left.name, is_folder=True)
+    finally:
+        os.close(here)
+
+
+def below(top: Path) -> list[Path]:
+    """Return the path of all that is below a folder, sorted; links are listed, never followed.
+
+    Nothing where there is no folder or it may not be read. Raises OSError for paths too long.
+    """
+    found, folders = [], [str(top)]
+    while folders:
+        with (
+            suppress(FileNotFoundError, NotADirectoryError, PermissionError),
+            os.scandir(folders.pop()) as entries,
+        ):
+            for entry in entries:
+                found.append(Path(entry.path))
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+    return sorted(found)
+
+
+def _open(name: str, parent: int, *, open_up: bool) -> int | None:
+    try:
+        folder = os.open(name, os.O_RDONLY | _FOLDER, dir_fd=parent)
+    except PermissionError:
+        if not open_up:
+            return None
+        with suppress(OSError):
+            closed = os.open(name, os.O_PATH | _FOLDER, dir_fd=parent)
+            try:
+                os.chmod(f"/proc/self/fd/{closed}", 0o700)  # noqa: PTH101 - of the open one, no other
+            finally:
+                os.close(closed)
+            return _open(name, parent, open_up=False)
+        return None
+    except OSError:
+        return None
+    if open_up and os.fstat(folder).st_mode & 0o700 != 0o700:
+        with suppress(OSError):
+            os.fchmod(folder, 0o700)
+    return folder
+
+
+def _entries(folder: int) -> list[tuple[str, bool]]:
+    try:
+        with os.scandir(folder) as entries:
+            return [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+    except OSError:
+        return []
+
+
+def _identity(folder: int) -> tuple[int, int]:
+    status = os.fstat(folder)
+    return status.st_dev, status.st_ino
