@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from toolchain.building.planning import all_targets
 from toolchain.cli import namespace
 from toolchain.drivers import bases
-from toolchain.merging.families.family import families
+from toolchain.merging.families import families
 from toolchain.merging.refused import REFUSED, SETTINGS, UNMERGED
 from toolchain.oci.limits import REGISTRIES
 from toolchain.recipe import Recipe

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from toolchain.errors import InputRefused
-from toolchain.merging.families.family import SHOWN, AdapterView, Claim, families
+from toolchain.merging.claim import SHOWN, AdapterView, Claim
+from toolchain.merging.families import families
 from toolchain.merging.names import added_prefix
 from toolchain.merging.tasks import TASKS
 from toolchain.merging.tying import is_head

@@ -10,9 +10,9 @@ from typing import Any
 
 from toolchain.errors import InputRefused
 from toolchain.merging.base import BaseTensors
+from toolchain.merging.claim import SHOWN, AdapterView, Claim
 from toolchain.merging.combining.changes import combined
 from toolchain.merging.combining.combination import Combination
-from toolchain.merging.families.family import SHOWN, AdapterView, Claim
 from toolchain.merging.mixture import Mixture, Share
 from toolchain.merging.outputs import Output, OutputShard, Source, Stored, matrix_columns
 from toolchain.merging.twins import same_beginning, same_bytes

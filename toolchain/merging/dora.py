@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 from toolchain.errors import InputRefused
 from toolchain.merging.mixture import Adder, adder
-from toolchain.merging.outputs import Output, Rows, Stored, Term
+from toolchain.merging.outputs import Files, Output, Rows, Stored, Term
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from toolchain.merging.stream import Files
 
 _PASS = 1 << 18
 """Elements at a time in the pass that measures columns."""

@@ -18,11 +18,11 @@ from threadpoolctl import threadpool_limits
 from toolchain.checkpoints.safetensors import open_checkpoint
 from toolchain.errors import CheckFailed, EnvironmentFailure, UsageError
 from toolchain.merging.combining.combination import Combination
-from toolchain.merging.combining.keep import keep_adapter
 from toolchain.merging.combining.measure import measure
 from toolchain.merging.companions import companion_files, index_json, write_file
 from toolchain.merging.fast import needs_torch
 from toolchain.merging.journal import Journal, open_out
+from toolchain.merging.keep import keep_adapter
 from toolchain.merging.kernel import PIECE, check_arithmetic
 from toolchain.merging.libc import keep_freed_memory
 from toolchain.merging.outputs import OutputShard

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from toolchain.errors import InputRefused
-from toolchain.merging.outputs import Output, Rows, Stored
+from toolchain.merging.outputs import Files, Output, Rows, Stored
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from toolchain.merging.stream import Files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

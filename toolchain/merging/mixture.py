@@ -7,13 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolchain.merging.families.family import Claim
-from toolchain.merging.outputs import Output, Rows, Source, Term
+from toolchain.merging.claim import Claim
+from toolchain.merging.outputs import Files, Output, Rows, Source, Term
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from toolchain.merging.stream import Files
 
 
 Adder = Callable[["np.ndarray", int], None]

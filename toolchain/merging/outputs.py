@@ -15,10 +15,26 @@ from toolchain.checkpoints.safetensors import BITS, TensorInfo
 if TYPE_CHECKING:
     import numpy as np
 
-    from toolchain.merging.stream import Files
-
 Rows = Callable[[int, int], "np.ndarray"]
 """(first, count) -> rows of a tensor's matrix, (count, columns); called by several threads."""
+
+
+class Files(Protocol):
+    """The open files that a merge reads; safe for several threads. `stream.OpenFiles` is one."""
+
+    def rows(
+        self, path: Path, info: TensorInfo, first: int, count: int, columns: int
+    ) -> np.ndarray:
+        """Return rows of a stored tensor seen as a matrix, in its own type."""
+
+    def array(self, path: Path, info: TensorInfo) -> np.ndarray:
+        """Return a whole stored tensor of any type, in its own shape."""
+
+    def matrix(self, part: Part) -> np.ndarray:
+        """Return a factor as float32; raise InputRefused where it is not finite."""
+
+    def once(self, key: object, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return what `make` returned for the key, kept for the blocks that follow."""
 
 
 class Source(Protocol):

@@ -24,10 +24,11 @@ from toolchain.merging.base import (
     replicated_settings,
     same_layers,
 )
+from toolchain.merging.claim import AdapterView
 from toolchain.merging.claims import claims_of
 from toolchain.merging.combining.combination import Combination
 from toolchain.merging.compose import compose
-from toolchain.merging.families.family import AdapterView, families
+from toolchain.merging.families import families
 from toolchain.merging.names import BaseNames
 from toolchain.merging.origin import other_family
 from toolchain.merging.outputs import Output, OutputShard

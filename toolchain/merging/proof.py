@@ -23,7 +23,7 @@ from toolchain.checkpoints.safetensors import TensorInfo, read_header
 from toolchain.errors import CheckFailed
 from toolchain.merging.outputs import Output, OutputShard, Patch, Stored, Term
 from toolchain.merging.rounding import F32, F64, FORMATS, round_once
-from toolchain.merging.stream import ARRAY_TYPES, Checksum, Files, Reader, as_bytes, continued
+from toolchain.merging.stream import ARRAY_TYPES, Checksum, OpenFiles, Reader, as_bytes, continued
 
 ROWS = 16
 """Rows per tensor that are recomputed element by element."""
@@ -53,7 +53,7 @@ class _Written:
     checksums: tuple[Checksum, ...]
     """Of its bytes, as they were computed."""
     reader: Reader
-    files: Files
+    files: OpenFiles
     """The inputs."""
 
     def row(self, row: int) -> np.ndarray:
@@ -78,7 +78,7 @@ def prove(
     shard: OutputShard,
     path: Path,
     checksums: tuple[Checksum, ...],
-    files: Files,
+    files: OpenFiles,
     pool: Executor,
     *,
     exact: bool,
@@ -239,7 +239,7 @@ class _Factors:
             total[own] += self.term.factor * (left[:, part] @ self.right[part].astype(F64))
 
 
-def _loaded(output: Output, files: Files) -> list[_Factors]:
+def _loaded(output: Output, files: OpenFiles) -> list[_Factors]:
     return [
         _Factors(
             term,
@@ -250,14 +250,14 @@ def _loaded(output: Output, files: Files) -> list[_Factors]:
     ]
 
 
-def _source_row(output: Output, files: Files, row: int) -> np.ndarray:
+def _source_row(output: Output, files: OpenFiles, row: int) -> np.ndarray:
     for patch in reversed(output.patches):
         if row in patch.places:
             return _patched(patch, files, row, output.columns)
     return output.source.rows(files, row, 1, output.columns).astype(F64)
 
 
-def _patched(patch: Patch, files: Files, row: int, columns: int) -> np.ndarray:
+def _patched(patch: Patch, files: OpenFiles, row: int, columns: int) -> np.ndarray:
     place = len(patch.places) - 1 - patch.places[::-1].index(row)
     return patch.stored.rows(files, place, 1, columns).astype(F64)
 

@@ -28,7 +28,7 @@ from toolchain.merging.kernel import (
 from toolchain.merging.outputs import Band, Output, OutputShard, Patch, Rows, Stored, bands
 from toolchain.merging.repair import Factors, Repairs
 from toolchain.merging.rounding import F32, F64, round_once
-from toolchain.merging.stream import ARRAY_TYPES, Files, Writer, as_bytes
+from toolchain.merging.stream import ARRAY_TYPES, OpenFiles, Writer, as_bytes
 from toolchain.merging.tally import Tally
 
 BLOCK = 1 << 20
@@ -60,7 +60,7 @@ class ShardMaker:
 
     def __init__(self, settings: Settings, tally: Tally) -> None:
         self._settings, self._tally = settings, tally
-        self.files = Files()
+        self.files = OpenFiles()
         self.pool = ThreadPoolExecutor(settings.workers, "merge")
         self._local, self._lock = threading.local(), threading.Lock()
         self._on_device: tuple[Prepared, Any] | None = None
@@ -254,7 +254,9 @@ class ShardMaker:
         return out
 
 
-def patched(patches: tuple[Patch, ...], files: Files, weight: np.ndarray, first: int) -> np.ndarray:
+def patched(
+    patches: tuple[Patch, ...], files: OpenFiles, weight: np.ndarray, first: int
+) -> np.ndarray:
     """Return rows `first` and following with the patches' rows put in; float64 where there are."""
     columns = weight.shape[1]
     for patch in patches:

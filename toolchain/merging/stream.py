@@ -73,7 +73,7 @@ class Reader:
         return data.view(ARRAY_TYPES[info.dtype]).reshape(count, columns)
 
 
-class Files:
+class OpenFiles:
     """The files that a merge reads, each opened once; safe for several threads."""
 
     def __init__(self) -> None:

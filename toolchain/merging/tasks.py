@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from toolchain.errors import InputRefused
-from toolchain.merging.families.family import AdapterView, Claim
+from toolchain.merging.claim import AdapterView, Claim
 
 TASKS = {
     "SEQ_CLS": "ForSequenceClassification",

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolchain.errors import InputRefused
+from toolchain.merging.layer import Layer
 from toolchain.merging.names import plain_key
-from toolchain.merging.outputs import Output, Rows, Source, Stored
+from toolchain.merging.outputs import Files, Output, Rows, Source, Stored
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from toolchain.merging.stream import Files
 
 _BY_ROWS = {
     "ADALORA": ("lora_B",),
@@ -33,19 +33,6 @@ _BLOCK = 1 << 22
 """float64 elements that some rows take, generously."""
 _IMPORTS = (270 << 20) // 8
 """And what torch and PEFT take once they are imported."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layer:
-    """A layer of the base that an adapter changes."""
-
-    module: str
-    """Its path in the model, which patterns in the configuration may speak about."""
-    kind: str
-    """`linear`, `embedding`, `conv1d` (GPT-2's, which stores (in, out)), `conv` or `norm`."""
-    shape: tuple[int, ...]
-    """Of the base's weight."""
-    bias: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +90,7 @@ class Tuned:
         (weight,) = (source for name, source in self.base if name == "weight")
 
         def rows(first: int, count: int) -> np.ndarray:
-            from toolchain.merging.layer import merge_layer
+            from toolchain.merging.peft_layers import merge_layer
 
             adapter = kept | {
                 key: files.rows(stored.path, stored.info, first, count, stored.shape[1])
@@ -117,7 +104,7 @@ class Tuned:
 
     def _whole(self, output: Output, files: Files) -> Rows:
         def rows(first: int, count: int) -> np.ndarray:
-            from toolchain.merging.layer import merge_layer, merge_shared_layer
+            from toolchain.merging.peft_layers import merge_layer, merge_shared_layer
 
             base = {name: _array(source, files) for name, source in self.base}
             if self.shared:

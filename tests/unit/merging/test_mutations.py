@@ -14,8 +14,8 @@ from tests.unit.merging import test_layouts, test_variants
 from toolchain.errors import WeightsmithError
 from toolchain.merging import base as base_module
 from toolchain.merging import claims, compose, dora, kasa, plan, shards
+from toolchain.merging.claim import AdapterView
 from toolchain.merging.families import experts, lora, tokens
-from toolchain.merging.families.family import AdapterView
 
 Patch = pytest.MonkeyPatch
 

@@ -82,7 +82,7 @@ def test_planning_needs_what_the_command_line_has_alone() -> None:
     code = (
         "import sys; sys.modules.update(dict.fromkeys(sys.argv[1:]))\n"
         "import toolchain.merging.plan\n"
-        "from toolchain.merging.families.family import families; families()\n"
+        "from toolchain.merging.families import families; families()\n"
     )
     subprocess.run([sys.executable, "-c", code, *heavy], check=True)
 

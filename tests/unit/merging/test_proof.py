@@ -21,7 +21,7 @@ from toolchain.merging.engine import MergeRequest, merge
 from toolchain.merging.outputs import OutputShard
 from toolchain.merging.plan import make_plan
 from toolchain.merging.proof import prove
-from toolchain.merging.stream import Checksum, Files, Writer
+from toolchain.merging.stream import Checksum, OpenFiles, Writer
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def check(shard: OutputShard, path: Path) -> None:
     infos = read_header(path).tensors
     edges = [0, *(info.start for info in infos), len(data)]
     checksums = tuple(Checksum.of(data[start:end], start) for start, end in pairwise(edges))
-    files = Files()
+    files = OpenFiles()
     with ThreadPoolExecutor(2) as pool:
         prove(shard, path, checksums, files, pool, exact=True)
     files.close()

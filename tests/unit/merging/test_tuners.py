@@ -17,9 +17,9 @@ from tests.unit.merging.conftest import config_of
 from tests.unit.merging.models import model_class
 from tests.unit.merging.oracle import MakeBase, answers, merged
 from toolchain.errors import InputRefused
-from toolchain.merging import layer, shards, tuned
+from toolchain.merging import peft_layers, shards, tuned
 from toolchain.merging.engine import MergeRequest, merge
-from toolchain.merging.families.family import families
+from toolchain.merging.families import families
 from toolchain.merging.families.tuners import FAMILY
 from toolchain.merging.refused import REFUSED
 
@@ -276,13 +276,13 @@ def test_some_rows_at_a_time(
     wanted = trained(base, tmp_path / "adapter", kind, options)
     monkeypatch.setattr(shards, "BLOCK", 100)
     built: list[int] = []
-    merge_layer = layer.merge_layer
+    merge_layer = peft_layers.merge_layer
 
     def count(one: Any, *rest: Any) -> Any:
         built.append(one.shape[0])
         return merge_layer(one, *rest)
 
-    monkeypatch.setattr(layer, "merge_layer", count)
+    monkeypatch.setattr(peft_layers, "merge_layer", count)
     run(base, tmp_path / "adapter", tmp_path / "out")
 
     assert max(n for n in built) < 32 or kind == "IA3"

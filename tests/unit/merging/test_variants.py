@@ -15,7 +15,7 @@ from tests.unit.merging import test_layouts, test_tuners
 from tests.unit.merging.oracle import MakeBase, check
 from toolchain.errors import InputRefused
 from toolchain.merging.engine import MergeRequest, merge
-from toolchain.merging.families.family import families
+from toolchain.merging.families import families
 
 Q = {"target_modules": ["q_proj", "v_proj"]}
 TIED = {"tie_word_embeddings": True}

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 from toolchain.errors import InputRefused
 from toolchain.merging.combining.combination import Combination
 from toolchain.merging.mixture import Mixture, Share
-from toolchain.merging.outputs import Band, Output, Rows, Term, bands
+from toolchain.merging.outputs import Band, Files, Output, Rows, Term, bands
 
 if TYPE_CHECKING:
     import numpy as np
 
     from toolchain.merging.combining.factors import Factor
     from toolchain.merging.combining.lowrank import Factors, Pair
-    from toolchain.merging.stream import Files
 
 Add = Callable[["np.ndarray", int], None]
 """(total, first): add the change of rows `first` and following to them, in place."""

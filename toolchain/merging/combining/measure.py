@@ -10,7 +10,7 @@ from toolchain.merging.combining.changes import Combined, pair
 from toolchain.merging.combining.conflicts import Conflicts
 from toolchain.merging.mixture import Mixture
 from toolchain.merging.outputs import Output, Term, bands
-from toolchain.merging.stream import Files
+from toolchain.merging.stream import OpenFiles
 
 
 def measure(outputs: Iterable[Output]) -> Conflicts:
@@ -18,7 +18,7 @@ def measure(outputs: Iterable[Output]) -> Conflicts:
 
     Changes that are no low-rank terms, such as DoRA's norms, are left out of the numbers.
     """
-    conflicts, files = Conflicts(), Files()
+    conflicts, files = Conflicts(), OpenFiles()
     try:
         for output in outputs:
             terms = terms_of(output)

@@ -13,7 +13,7 @@ from itertools import permutations
 
 from toolchain.checkpoints.safetensors import TensorInfo
 from toolchain.errors import InputRefused
-from toolchain.merging.families.family import AdapterView, Claim
+from toolchain.merging.claim import AdapterView, Claim
 from toolchain.merging.outputs import Part, Term
 
 _ORDER = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")

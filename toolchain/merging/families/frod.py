@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from toolchain.errors import InputRefused
-from toolchain.merging.families.family import AdapterView, Claim, Family, Variant
+from toolchain.merging.claim import AdapterView, Claim, Family, Variant
 from toolchain.merging.frod import Frod
 from toolchain.merging.names import is_conv1d, module_key
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from toolchain.errors import InputRefused
-from toolchain.merging.families.family import AdapterView, Claim, Family, Variant
+from toolchain.merging.claim import AdapterView, Claim, Family, Variant
 from toolchain.merging.names import module_key, plain_module
 from toolchain.merging.outputs import Stored
 from toolchain.merging.tasks import TASKS

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from toolchain.errors import InputRefused
-from toolchain.merging.families.family import AdapterView, Claim, Family, Variant
+from toolchain.merging.claim import AdapterView, Claim, Family, Variant
 from toolchain.merging.names import module_key, plain_module
 from toolchain.merging.outputs import Patch
 from toolchain.merging.twins import same_bytes

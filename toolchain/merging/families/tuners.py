@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.errors import InputRefused
-from toolchain.merging.families.family import AdapterView, Claim, Family, Variant
+from toolchain.merging.claim import AdapterView, Claim, Family, Variant
+from toolchain.merging.layer import Layer
 from toolchain.merging.names import is_conv1d, module_key
 from toolchain.merging.outputs import Source, Stored
-from toolchain.merging.tuned import BIASED, Layer, Tuned
+from toolchain.merging.tuned import BIASED, Tuned
 from toolchain.merging.tying import is_embedding
 
 _OWN = {

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from toolchain.checkpoints.safetensors import BITS
-from toolchain.merging.outputs import Source, Stored
+from toolchain.merging.outputs import Files, Source, Stored
 from toolchain.merging.quantized.layout import Packed
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from toolchain.merging.stream import Files
 
 _BYTES = 20
 """Per element while one is decoded: codes, spread scales and products in 32 bits, and the result,

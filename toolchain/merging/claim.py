@@ -1,13 +1,10 @@
-"""What a family of adapter weights is: it recognises its keys and says what they do, and where."""
+"""What a family of adapter weights claims: the keys it understood, and what they do to the base."""
 
 from __future__ import annotations
 
-import importlib
 import math
-import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from toolchain.checkpoints.safetensors import TensorInfo
@@ -150,15 +147,3 @@ class Family:
     variants: tuple[Variant, ...] = ()
     every: bool = False
     """True where adapters of all other kinds may have such keys too."""
-
-
-@cache
-def families() -> tuple[Family, ...]:
-    """Return the families there are, by name."""
-    package = importlib.import_module("toolchain.merging.families")
-    modules = (
-        importlib.import_module(f"{package.__name__}.{module.name}")
-        for module in pkgutil.iter_modules(package.__path__)
-    )
-    found = [module.FAMILY for module in modules if hasattr(module, "FAMILY")]
-    return tuple(sorted(found, key=lambda family: family.name))

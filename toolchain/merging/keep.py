@@ -23,7 +23,7 @@ from toolchain.merging.names import module_key
 from toolchain.merging.outputs import Band, Output, Term, bands
 from toolchain.merging.plan import MergePlan
 from toolchain.merging.rounding import F32
-from toolchain.merging.stream import Files, Writer, as_bytes
+from toolchain.merging.stream import OpenFiles, Writer, as_bytes
 
 _SIDES = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?[AB](?:\.weight)?")
 _FIELDS = ("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out", "peft_version")
@@ -68,7 +68,7 @@ def keep_adapter(plan: MergePlan, combination: Combination, out: Path) -> dict[s
             hint=f"one of {', '.join(KEEPABLE)}, or --space factors",
         )
     modules = [module for output in plan.outputs.values() for module in _modules(output)]
-    files, writer = Files(), Writer(out / "adapter_model.safetensors")
+    files, writer = OpenFiles(), Writer(out / "adapter_model.safetensors")
     try:
         tensors = [
             (key, "F32", shape)
@@ -148,7 +148,7 @@ def _keys(output: Output, band: Band) -> tuple[str, str]:
     return a, b
 
 
-def _factors(module: _Module, files: Files) -> Factors:
+def _factors(module: _Module, files: OpenFiles) -> Factors:
     """Return A and B of a module."""
     output, band = module.output, module.band
     if isinstance(output.change, Combined):
