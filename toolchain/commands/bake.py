@@ -289,11 +289,11 @@ def _check_whole(path: Path, progress: Progress) -> None:
 
 def _compare_type(model: Model, target: Target, tools: Tools) -> None:
     """Warn where a GGUF file says of itself that it is of another type than the target."""
-    wanted = FILE_TYPES.get(target.format.name)
+    row = FILE_TYPES.get(target.format.name)
     files = sorted(name for name in model.weights if name.endswith(".gguf"))
-    found = gguf_file_type(model.root / files[0]) if wanted is not None and files else None
-    if found is not None and found != wanted:
-        names = [name for name, number in FILE_TYPES.items() if number == found]
+    found = gguf_file_type(model.root / files[0]) if row and files else None
+    if row and found is not None and found != row.number:
+        names = [other.name for other in FILE_TYPES.values() if other.number == found]
         tools.progress.warn(
             f"{files[0]} says that it is {names[0] if names else f'of type {found}'}; the image's"
             f" labels will say {target.format.name}, as --target {target.name} does"

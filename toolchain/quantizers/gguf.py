@@ -14,15 +14,7 @@ from toolchain.errors import InputRefused, UsageError
 from toolchain.quantizers.gguf_check import check_files
 from toolchain.quantizers.gguf_file import model_files
 from toolchain.quantizers.gguf_imatrix import check_imatrix, experts_missed
-from toolchain.quantizers.gguf_types import (
-    DIRECT,
-    FORMATS,
-    NEEDS_IMATRIX,
-    TENSOR_TYPES,
-    is_low,
-    named_bits,
-    takes_imatrix,
-)
+from toolchain.quantizers.gguf_types import FILE_TYPES, FORMATS, TENSOR_TYPES
 from toolchain.quantizers.gguf_view import open_view
 from toolchain.quantizers.quantizer import Quantizer, QuantizeRequest, Step
 from toolchain.values import Format, Json
@@ -83,7 +75,7 @@ def _architectures() -> frozenset[str]:
 def options(format_: Format, wanted: Mapping[str, Json]) -> Mapping[str, Json]:
     """Return what a type takes of the recipe's `quantize`; UsageError for what cannot be."""
     name = format_.name
-    if is_low(name) and not wanted.get("allow_low_bits"):
+    if FILE_TYPES[name].is_low and not wanted.get("allow_low_bits"):
         raise UsageError(
             f"{name} has about {format_.bits_per_weight:g} bits per weight: so few erase the small"
             " changes that fine-tuning made",
@@ -100,22 +92,24 @@ def options(format_: Format, wanted: Mapping[str, Json]) -> Mapping[str, Json]:
 
 def _imatrix_mode(name: str, asked: str) -> str:
     """Return `off`, `auto`, or the user's file as it was asked for."""
-    if not takes_imatrix(name):
+    row = FILE_TYPES[name]
+    if not row.takes_imatrix:
         return "off"
-    if name in NEEDS_IMATRIX and asked == "off":
+    if row.needs_imatrix and asked == "off":
         raise UsageError(
             f"llama.cpp makes no {name} without an importance matrix",
             hint="leave imatrix out, or set it to auto or to a file",
         )
-    return asked or ("auto" if named_bits(name) < 5 else "off")
+    return asked or ("auto" if row.named_bits < 5 else "off")
 
 
 def _tensor_types(name: str, types: Mapping[str, Json]) -> dict[str, str]:
-    if name in DIRECT:
+    if FILE_TYPES[name].direct:
         raise UsageError(
             f"{name} is written by the converter, which has one type for all tensors",
             hint="leave tensor_types out, or choose a quantized format",
         )
+    known = sorted(row.name for row in TENSOR_TYPES.values() if row.chosen)
     for pattern, kind in types.items():
         try:
             re.compile(str(pattern))
@@ -124,10 +118,10 @@ def _tensor_types(name: str, types: Mapping[str, Json]) -> dict[str, str]:
                 f"tensor_types: {pattern!r} is no expression: {error}",
                 hint="write a regular expression, such as attn_v",
             ) from None
-        if str(kind).lower() not in TENSOR_TYPES or re.search(r"[=\s,]", str(pattern)):
+        if str(kind).lower() not in known or re.search(r"[=\s,]", str(pattern)):
             raise UsageError(
                 f"tensor_types: {pattern}={kind} is no name and type of a tensor",
-                hint=f"the types are {', '.join(sorted(TENSOR_TYPES))}",
+                hint=f"the types are {', '.join(known)}",
             )
     return {str(pattern): str(kind).lower() for pattern, kind in sorted(types.items())}
 
@@ -149,7 +143,7 @@ def steps(request: QuantizeRequest) -> tuple[Step, ...]:
     nothing is rounded before it is quantized; `options.threads` changes time, never bytes.
     """
     final, kind = output_file(request), request.format.name
-    if kind in DIRECT:
+    if FILE_TYPES[kind].direct:
         return (_convert(request, final, kind, str(request.options.get("split_max_size", ""))),)
     between = _INTERMEDIATE.get(_dtype(request.model), "f16")
     middle = request.output / f".{request.name}.{between}.gguf"
@@ -177,7 +171,7 @@ def check(request: QuantizeRequest) -> Mapping[str, Json]:
     facts = check_files(files, request.model, request.format.name, request.options)
     if request.options.get("imatrix", "off") != "off":
         facts["warnings"] += experts_missed(matrix)
-    if is_low(request.format.name):
+    if FILE_TYPES[request.format.name].is_low:
         facts["warnings"].append(
             f"{request.format.name} has less than four bits per weight: what fine-tuning changed "
             "is lost first; look at the task score"
@@ -188,7 +182,7 @@ def check(request: QuantizeRequest) -> Mapping[str, Json]:
 def peak_disk(checkpoint_bytes: int, _kept: int, format_: Format) -> int:
     """Return the bytes at the worst moment: the output, and a 16-bit copy for quantized types."""
     output = int(checkpoint_bytes * format_.bits_per_weight / 16 * 1.3)
-    return output if format_.name in DIRECT else checkpoint_bytes + output
+    return output if FILE_TYPES[format_.name].direct else checkpoint_bytes + output
 
 
 def _convert(request: QuantizeRequest, out: Path, kind: str, split: str) -> Step:

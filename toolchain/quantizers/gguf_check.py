@@ -12,7 +12,7 @@ from typing import Any
 from toolchain.errors import CheckFailed
 from toolchain.quantizers.gguf_file import GGUFModel
 from toolchain.quantizers.gguf_tokens import check_tokenizer
-from toolchain.quantizers.gguf_types import BLOCKS_OF_32, FILE_TYPES
+from toolchain.quantizers.gguf_types import FILE_TYPES, TENSOR_TYPES
 from toolchain.values import Json
 
 # Architectures where one tensor of the checkpoint becomes one of the file.
@@ -37,17 +37,6 @@ _FLOATS = frozenset({"F32", "F16", "BF16", "F64"})
 _UNQUANTIZED_SHARE = 0.01
 """Share of the weights that may stay in 16 or 32 bits: norms, routers and other small tensors."""
 _MAX_HEADER = 100_000_000
-# Byte offsets of the float16 scales inside a block (ggml-common.h); the block sizes are gguf's.
-_SCALES: Mapping[str, tuple[int, ...]] = {
-    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS", "IQ1_S", "Q1_0"), (0,)),
-    **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), (0,)),
-    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
-    "Q2_K": (80, 82),
-    "Q3_K": (108,),
-    "Q6_K": (208,),
-    "TQ1_0": (52,),
-    "TQ2_0": (64,),
-}
 
 
 def check_files(
@@ -113,7 +102,7 @@ def _warnings(
 
 
 def _check_type(read: GGUFModel, format_name: str) -> None:
-    found, wanted = read.value("general.file_type"), FILE_TYPES[format_name]
+    found, wanted = read.value("general.file_type"), FILE_TYPES[format_name].number
     if found != wanted:
         raise CheckFailed(
             f"the file says file type {found}, {format_name} is {wanted}",
@@ -193,7 +182,6 @@ def _fallbacks(
     """Return the tensors whose rows no block of 256 fits, in a format that has such blocks."""
     if "_k" not in format_name and not format_name.startswith(("iq", "tq")):
         return []
-    smaller = BLOCKS_OF_32 | _FLOATS
     return [
         {
             "tensor": name,
@@ -203,7 +191,7 @@ def _fallbacks(
         for name, tensor in read.tensors.items()
         if len(tensor.shape) > 1
         and int(tensor.shape[0]) % 256
-        and tensor.tensor_type.name in smaller
+        and _block(tensor) < 256
         and not any(re.search(pattern, name) for pattern in overrides)
         and (tensor.tensor_type.name not in _FLOATS or int(tensor.shape[0]) % 32)
     ]
@@ -211,7 +199,7 @@ def _fallbacks(
 
 def _check_quantized(read: GGUFModel, format_name: str, elements: int) -> None:
     """Refuse a quantized model with matrices in 16 or 32 bits that blocks of 32 would fit."""
-    if FILE_TYPES[format_name] in {FILE_TYPES[name] for name in ("f32", "f16", "bf16")}:
+    if FILE_TYPES[format_name].named_bits >= 16:
         return
     left = {
         name: int(tensor.n_elements)
@@ -240,13 +228,20 @@ def _check_finite(read: GGUFModel) -> None:
                     hint="choose q8_0, or a format with its own scales",
                 )
             continue
-        for offset in _SCALES.get(kind, ()):
+        row = TENSOR_TYPES.get(kind.lower())
+        for offset in row.scales if row else ():
             blocks = tensor.data.reshape(-1, _block_bytes(tensor))
             if _has_infinities(blocks[:, offset : offset + 2].copy()):
                 raise CheckFailed(
                     f"{read.name}: {name} ({kind}) has scales that are no finite numbers",
                     hint="check the merged weights for outliers; quantize again",
                 )
+
+
+def _block(tensor: Any) -> int:
+    """Return the weights in a block of a tensor; of types that we do not know, the most."""
+    row = TENSOR_TYPES.get(tensor.tensor_type.name.lower())
+    return row.block if row else 256
 
 
 def _block_bytes(tensor: Any) -> int:

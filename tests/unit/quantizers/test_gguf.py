@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import pytest
 from gguf import LlamaFileType
 from tokenizers import Regex, Tokenizer, pre_tokenizers
@@ -14,7 +15,7 @@ from toolchain.errors import InputRefused, UsageError
 from toolchain.quantizers import formats, of_format
 from toolchain.quantizers.convert import split_name
 from toolchain.quantizers.gguf import check_input, output_file
-from toolchain.quantizers.gguf_types import FILE_TYPES
+from toolchain.quantizers.gguf_types import FILE_TYPES, TENSOR_TYPES
 from toolchain.quantizers.quantizer import QuantizeRequest
 
 LLAMA = {"architectures": ["LlamaForCausalLM"]}
@@ -224,8 +225,16 @@ def test_origin_and_licence_go_into_the_file(tmp_path):
 def test_every_type_has_its_number_and_can_be_read_back():
     known = {kind.name.partition("_")[2].lower(): int(kind) for kind in LlamaFileType}
 
-    assert {name: known[name] for name in FILE_TYPES} == FILE_TYPES
+    assert {n: known[n] for n in FILE_TYPES} == {n: row.number for n, row in FILE_TYPES.items()}
     assert FILE_TYPES.keys() == {format_.name for format_ in of_format("q4_k_m").formats}
+
+
+def test_tensor_types_have_the_blocks_that_gguf_knows():
+    sizes = {kind.name.lower(): size[0] for kind, size in gguf.GGML_QUANT_SIZES.items()}
+
+    assert {name: sizes[name] for name in TENSOR_TYPES} == {
+        name: row.block for name, row in TENSOR_TYPES.items()
+    }
 
 
 def test_an_architecture_that_the_converter_lacks_is_refused():
