@@ -269,7 +269,7 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
         devices[target.name] = device = str(planned.plan["device"])
         check_format(target, wanted, config, device)
         if not recipe.image.base:
-            check_engine_image(target.engine.name, device, config)
+            check_engine_image(target.engine, device, config)
     if any(target.format.packed for target in request.targets):
         warn_of_texts(request.file, tools.progress)
     if not everything_cached(request, sources, tools):
@@ -308,7 +308,7 @@ def check_format(target: Target, wanted: Wanted, config: Mapping[str, Json], dev
 
     From the table of what engines load and config.json alone.
     """
-    check_support(target.engine.name, target.format, device)
+    check_support(target.engine, target.format, device)
     if target.format.packed and can_make(target.format):
         check_model(wanted, config)
 

@@ -108,6 +108,20 @@ class EngineBase:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Support:
+    """What an engine needs to load one format."""
+
+    capability: tuple[int, int]
+    """The least compute capability of an NVIDIA GPU that it starts on."""
+    cpu: bool = False
+    """Whether its build for CPUs has a kernel."""
+    amd: bool = True
+    """Whether its build for AMD's GPUs has a kernel."""
+    source: str
+    """The file and name that say so, in the engine's package."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
     """A serving engine: what it loads, how it is planned, started and asked."""
 
@@ -155,3 +169,12 @@ class Engine:
     """The model's name at the server, where nothing can change it."""
     legacy: str = ""
     """Why one should choose another engine, or empty."""
+    support: Mapping[str, Support] = field(default_factory=dict)
+    """Name or kind of a Format -> what loading it needs; nothing is known of those left out."""
+    support_versions: Mapping[str, str] = field(default_factory=dict)
+    """`cpu` and `gpu` -> the version whose source `support` was read from, that is the pinned one.
+
+    A test fails when the pins move on: read the files that the rows name again, then change this.
+    """
+    cpu_build_lacks: Callable[[Mapping[str, Json]], str] = field(default=lambda _config: "")
+    """(config.json) -> why the CPU engine that is assembled here cannot load it, or empty."""

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from toolchain.errors import UsageError
-from toolchain.serving.engine import Engine, EngineBase, ServingPlan, Wishes
+from toolchain.serving.engine import Engine, EngineBase, ServingPlan, Support, Wishes
 from toolchain.serving.machine import Machine
 from toolchain.serving.memory import GIB
 from toolchain.serving.options import OptionList, load_options
@@ -179,6 +179,16 @@ def env(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, str]:
     }
 
 
+# Paths are below sglang/srt/layers/quantization/.
+_SUPPORT: Mapping[str, Support] = {
+    "awq": Support(capability=(7, 5), source="awq/awq.py get_min_capability"),
+    "gptq": Support(capability=(6, 0), source="gptq/gptq.py get_min_capability"),
+    "fp8": Support(
+        capability=(8, 0),
+        source="compressed_tensors/schemes/compressed_tensors_w8a16_fp8.py get_min_capability",
+    ),
+}
+
 ENGINE = Engine(
     name="sglang",
     title="SGLang",
@@ -198,4 +208,6 @@ ENGINE = Engine(
     # /health generates a token, and waits up to 20 seconds for it.
     probe_seconds=25,
     image_files={CONFIG_FILE: "sglang.yaml"},
+    support=_SUPPORT,
+    support_versions={"gpu": "0.5.23"},
 )

