@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from tests.fakes.deep import NOBODY, somebody_else
+from toolchain.drivers.ownership import private_folder
 from toolchain.drivers.store import FileStore
-from toolchain.values import key_of
+from toolchain.files import alone, folder_beside, replace_file, sweep, write_whole
+from toolchain.ports import Silent
+from toolchain.recipe_file import read_recipe
+from toolchain.stages.lock import read_lock, write_lock
+from toolchain.values import Digest, key_of
 
 # Other users' files.
 
@@ -29,3 +42,155 @@ def test_another_users_results_do_not_stop_cleaning() -> None:
         done = FileStore(home).clean(0)
         assert (done["deleted"], done["in_use"]) == (1, 1)
         assert [path.name for path in (home / "results").iterdir()] == [theirs.hex]
+
+
+# Two writers of one file: their names for what is not finished, and what they leave.
+
+_TWO_CONTAINERS = """
+import sys
+from pathlib import Path
+from toolchain.files import write_whole
+mine, path = sys.argv[1].encode() * 5000, Path(sys.argv[2])
+for _ in range(400):
+    write_whole(path, mine)
+    seen = path.read_bytes()
+    assert len(seen) == 5000 and len(set(seen)) == 1, "mixed"
+"""
+
+
+def at_once(*works: Callable[[], None]) -> None:
+    """Run each in a thread of this process, with its number; raise what the first one raises."""
+    problems: list[BaseException] = []
+
+    def run(work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as problem:  # noqa: BLE001 - raised below
+            problems.append(problem)
+
+    threads = [threading.Thread(target=run, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for problem in problems:
+        raise problem
+
+
+def test_two_writers_with_one_process_number_lose_and_mix_nothing(tmp_path: Path) -> None:
+    """Another container writes the same file 400 times, and its process has our number."""
+    path = tmp_path / "build.json"
+
+    def write(letter: bytes) -> Callable[[], None]:
+        def work() -> None:
+            for _ in range(400):
+                write_whole(path, letter * 5000)
+                seen = path.read_bytes()
+                assert seen in (b"a" * 5000, b"b" * 5000), "mixed"
+
+        return work
+
+    at_once(write(b"a"), write(b"b"))
+    assert [left.name for left in tmp_path.iterdir()] == ["build.json"]
+
+
+@pytest.mark.root
+@pytest.mark.skipif(not shutil.which("unshare"), reason="no unshare")
+def test_two_containers_on_one_volume_lose_and_mix_nothing(tmp_path: Path) -> None:
+    """The same with two real process namespaces: both writers are process 1."""
+    words = ["unshare", "--pid", "--fork", sys.executable, "-c", _TWO_CONTAINERS]
+    writers = [subprocess.Popen([*words, letter, tmp_path / "lock"]) for letter in "ab"]
+    assert [writer.wait(300) for writer in writers] == [0, 0]
+    assert [left.name for left in tmp_path.iterdir()] == ["lock"]
+
+
+def test_two_builds_at_once_keep_each_others_pins(tmp_path: Path) -> None:
+    """Another build of the recipe pins its bases between our reading and our writing the lock."""
+    (tmp_path / "recipe.yaml").write_text("name: x\nbase: {source: hf://a/b}\n")
+    file = read_recipe(tmp_path / "recipe.yaml")
+
+    def pin(name: str) -> Callable[[], None]:
+        def work() -> None:
+            for number in range(100):
+                before = read_lock(file)
+                row = {"linux/amd64": str(Digest.of(b""))}
+                after = replace(before, bases={**before.bases, f"{name}{number}": row})
+                write_lock(before, after, Silent())
+
+        return work
+
+    at_once(pin("a"), pin("b"))
+    assert len(read_lock(file).bases) == 200
+    assert sorted(left.name for left in tmp_path.iterdir()) == ["recipe.lock", "recipe.yaml"]
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> None:
+    """A writer was killed with its file half-written; one that is alive keeps its own."""
+    (tmp_path / ".weightsmith-0123456789abcdef").write_bytes(b"half")
+    (tmp_path / ".weightsmith-notes").write_bytes(b"not ours")
+    seen = []
+
+    def chunks() -> Iterator[bytes]:
+        yield b"whole"
+        write_whole(tmp_path / "other", b"")
+        seen.extend(path.name for path in tmp_path.iterdir())
+
+    replace_file(tmp_path / "file", chunks())
+    assert len([name for name in seen if name.startswith(".weightsmith-")]) == 2
+    assert (tmp_path / "file").read_bytes() == b"whole"
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"file", "other", ".weightsmith-notes"}
+
+
+def test_what_a_killed_container_left_in_the_cache_is_deleted(tmp_path: Path) -> None:
+    """A job's folder of a container that is gone; its process number may be anybody's here."""
+    with private_folder(tmp_path) as alive:
+        dead = tmp_path / "jobs" / ".weightsmith-0123456789abcdef"
+        (dead / "root").mkdir(parents=True)
+        with private_folder(tmp_path):
+            assert not dead.exists()
+            assert alive.is_dir()
+
+
+def test_a_link_with_the_name_of_something_unfinished_is_not_followed(tmp_path: Path) -> None:
+    """A neighbour lays links where we sweep: what they lead to stays."""
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "file").write_bytes(b"")
+    swept = tmp_path / "swept"
+    swept.mkdir()
+    (swept / ".weightsmith-0123456789abcdef").symlink_to(kept)
+    (swept / ".weightsmith-0123456789abcde0").symlink_to(kept / "file")
+    os.mkfifo(swept / ".weightsmith-0123456789abcde1")
+    sweep(swept)
+    assert (kept / "file").exists()
+    with folder_beside(swept / "out") as made:
+        assert made.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_file_system_without_locks_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network volume refuses every lock: files are replaced as ever, and nothing is swept."""
+
+    def refuse(_handle: int, _how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    (tmp_path / ".weightsmith-0123456789abcdef").write_bytes(b"perhaps somebody's")
+    write_whole(tmp_path / "file", b"1")
+    write_whole(tmp_path / "file", b"2")
+    assert (tmp_path / "file").read_bytes() == b"2"
+    assert (tmp_path / ".weightsmith-0123456789abcdef").exists()
+
+
+def test_who_waits_for_a_folder_that_is_renamed_meanwhile_gets_no_other(tmp_path: Path) -> None:
+    """Another merge finishes into the folder that we are about to write to."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with alone(folder):
+        with pytest.raises(BlockingIOError), alone(folder, wait=False):
+            pass
+        folder.rename(tmp_path / "done")
+    with pytest.raises(FileNotFoundError), alone(folder):
+        pass

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from toolchain.commands.arguments import new_folder
 from toolchain.errors import UsageError
+from toolchain.files import alone
 from toolchain.merging.plan import KINDS, estimate, make_plan
 from toolchain.ports import Tools
 from toolchain.recipe import Merge
@@ -91,16 +90,14 @@ def _run(
 @contextmanager
 def _alone(folder: Path, out: Path) -> Iterator[None]:
     """Keep other merges out of a folder meanwhile; UsageError where one is in it already."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(alone(folder, wait=False))
+        except (BlockingIOError, FileNotFoundError):
+            raise UsageError(
+                f"another merge is writing {out}", hint="wait for it, or name another folder"
+            ) from None
         yield
-    except BlockingIOError:
-        raise UsageError(
-            f"another merge is writing {out}", hint="wait for it, or name another folder"
-        ) from None
-    finally:
-        os.close(handle)
 
 
 def summary(result: Mapping[str, Json]) -> list[str]:

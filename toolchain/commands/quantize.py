@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,13 +10,14 @@ from toolchain.building.artifacts import check_model, make_wanted, needs_text
 from toolchain.checkpoints.folder import check_model_folder
 from toolchain.errors import UsageError
 from toolchain.evaluating.limits import judge, limits_for, refusal
+from toolchain.files import folder_beside
 from toolchain.ports import Tools
 from toolchain.quantizers import of_format
 from toolchain.quantizers.calibration import GENERAL, Bounds, Texts, read_texts
 from toolchain.recipe import Quality
 from toolchain.stages.quality import measured
 from toolchain.stages.quantize import Wanted, job_of, kept_bytes, model_config
-from toolchain.trees import below, discard
+from toolchain.trees import below
 from toolchain.values import Json
 
 
@@ -56,14 +56,10 @@ def quantize_folder(asked: FolderRequest, tools: Tools) -> Mapping[str, Json]:
     kept = kept_bytes(size, format_, model_config(asked.model))
     peak = quantizer.peak_disk(size, kept, format_)
     tools.store.require_room(peak, f"quantizing to {format_.name}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with folder_beside(out) as beside:
         details = _quantized(asked, wanted, size, beside, tools)
         quality = _judged(asked, wanted, texts, beside, tools)
         _place(beside, out)
-    finally:
-        discard(beside)
     written = [out] if out.is_file() else [p for p in below(out) if p.is_file()]
     return {
         "out": str(out),

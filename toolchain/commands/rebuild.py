@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import yaml
 
 from toolchain.errors import InputRefused, UsageError
+from toolchain.files import folder_beside
 from toolchain.oci.attachments import Part
 from toolchain.oci.places import open_place
 from toolchain.oci.registry import Registry
@@ -46,10 +46,8 @@ def recipe_of_image(
     sources = _sources(stated, source)
     documents = evidence.documents_in(attachments)
     folder = dist / "from" / image.digest.short
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as made:
-        beside = Path(made) / "recipe"
-        beside.mkdir()
+    with folder_beside(folder) as beside:
+        beside.chmod(0o755)
         locked = _with_base(recipe, base, sources["base"])
         locked |= _with_adapters(recipe, documents, sources, beside)
         _with_questions(recipe, documents, beside, progress)

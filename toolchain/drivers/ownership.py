@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from toolchain.files import folder_beside
 from toolchain.trees import discard
 
 
@@ -43,14 +43,10 @@ def private_folder(cache: Path) -> Iterator[Path]:
     jobs = cache / "jobs"
     jobs.mkdir(parents=True, exist_ok=True)
     for left in jobs.iterdir():
-        if is_dead(left.name.partition(".")[0]):  # others may be deleting it at this moment
+        if is_dead(left.name.partition(".")[0]):  # as versions before this one named them
             discard(left)
-    # Its name tells its owner: there is no moment in which a killed one would not be found.
-    folder = Path(tempfile.mkdtemp(prefix=f"{owner_token()}.", dir=jobs))
-    try:
+    with folder_beside(jobs / "job") as folder:
         yield folder
-    finally:
-        discard(folder)
 
 
 def _realm() -> str:

@@ -21,7 +21,7 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 
 from toolchain.errors import EnvironmentFailure
-from toolchain.files import write_whole
+from toolchain.files import sync_folder, write_whole
 from toolchain.ports import Entry
 from toolchain.trees import below, discard, remove
 from toolchain.values import Digest, FileEntry, Json, Tree, canonical
@@ -203,7 +203,7 @@ class FileStore:
             remove(final)
         final.parent.mkdir(parents=True, exist_ok=True)
         partial.rename(final)
-        _sync_folder(final.parent)
+        sync_folder(final.parent)
 
     def _seal(self, data: Path, known: Mapping[str, str]) -> list[FileEntry]:
         """Fsync and describe every file; digests that the maker computed are not read again."""
@@ -219,7 +219,7 @@ class FileStore:
             files.append(FileEntry(path=name, size=size, digest=Digest("sha256:" + hexadecimal)))
         for folder in [data, *(p for p in below(data) if p.is_dir())]:
             folder.chmod(0o755)
-            _sync_folder(folder)
+            sync_folder(folder)
         return files
 
     def _read(self, key: Digest, *, cached: bool) -> Entry | None:
@@ -325,14 +325,6 @@ def _children(folder: Path) -> list[Path]:
         return [path for path in folder.iterdir() if len(path.name) == 64]
     except FileNotFoundError:
         return []
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _gb(count: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import secrets
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -103,8 +103,8 @@ def open_log(cache: Path, name: str) -> Iterator[TextIO]:
     for old in sorted(folder.glob("*.log"), key=_written)[:-_LOGS_KEPT]:
         old.unlink(missing_ok=True)
     stamp = time.strftime("%Y%m%dT%H%M%S")
-    path = folder / f"{stamp}-{os.getpid()}-{time.monotonic_ns() % 1000:03d}-{name}.log"
-    with path.open("w", encoding="utf-8", buffering=1) as log:
+    path = folder / f"{stamp}-{secrets.token_hex(4)}-{name}.log"
+    with path.open("x", encoding="utf-8", buffering=1) as log:
         yield log
 
 

@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from toolchain.checkpoints.safetensors import open_checkpoint
 from toolchain.errors import CheckFailed, EnvironmentFailure, UsageError
+from toolchain.files import sync_folder
 from toolchain.merging.combining.combination import Combination
 from toolchain.merging.combining.measure import measure
 from toolchain.merging.companions import companion_files, index_json, write_file
@@ -30,7 +31,7 @@ from toolchain.merging.plan import KINDS, MergePlan, make_plan
 from toolchain.merging.proof import Proof, prove
 from toolchain.merging.repair import Repairs
 from toolchain.merging.shards import BLOCK, Settings, ShardMaker
-from toolchain.merging.stream import Writer, sha256_file, sync_folder
+from toolchain.merging.stream import Writer, sha256_file
 from toolchain.merging.tally import Tally
 from toolchain.values import key_of
 

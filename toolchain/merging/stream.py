@@ -16,6 +16,7 @@ import numpy as np
 
 from toolchain.checkpoints.safetensors import BITS, TensorInfo
 from toolchain.errors import EnvironmentFailure, InputRefused
+from toolchain.files import sync_folder
 from toolchain.merging.libc import reserve
 from toolchain.merging.outputs import Part
 from toolchain.merging.rounding import BF16, F16, F32, F64
@@ -243,15 +244,6 @@ def sha256_file(path: Path) -> str:
     """Return a file's sha256 in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames within the folder durable."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def as_bytes(array: np.ndarray) -> memoryview:

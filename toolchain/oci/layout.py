@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
+from toolchain.files import replace_file, sweep
 from toolchain.oci import manifests
 from toolchain.oci.image import Image, Opener, load_image
 from toolchain.oci.index import Index
@@ -24,6 +24,8 @@ REF_NAME = "org.opencontainers.image.ref.name"
 DEFAULT_NAME = "latest"
 _SAVED = ("dev.cosignproject.cosign/sigs", "dev.cosignproject.cosign/atts")
 MARKER = canonical({"imageLayoutVersion": "1.0.0"})
+MODE = 0o644
+"""Of a layout's files, whatever the umask."""
 
 
 def write_layout(
@@ -37,13 +39,14 @@ def write_layout(
     try:
         store = folder / "blobs" / "sha256"
         store.mkdir(parents=True, exist_ok=True)
+        sweep(store)
         blobs = list(image.blobs())
         meter = Meter(sum(blob.size for blob, _ in blobs), progress)
         for blob, opener in blobs:
             put_blob(store, blob, opener, meter)
         put_blob(store, image.manifest_blob, lambda: iter((image.manifest_bytes,)), Meter(0))
-        replace_file(folder / "oci-layout", [MARKER])
-        replace_file(folder / "index.json", [canonical(_index(image, ref, folder))])
+        replace_file(folder / "oci-layout", [MARKER], MODE)
+        replace_file(folder / "index.json", [canonical(_index(image, ref, folder))], MODE)
     except OSError as error:
         raise EnvironmentFailure(
             f"cannot write the image layout {folder}: {error.strerror or error}",
@@ -74,7 +77,7 @@ def write_index(
             "mediaType": manifests.OCI_INDEX,
             "manifests": [*(kept for kept in rows if _name(kept) != ref), row],
         }
-        replace_file(folder / "index.json", [canonical(document)])
+        replace_file(folder / "index.json", [canonical(document)], MODE)
     except OSError as error:
         raise EnvironmentFailure(
             f"cannot write the image layout {folder}: {error.strerror or error}",
@@ -164,7 +167,8 @@ def put_blob(store: Path, blob: Blob, opener: Opener, meter: Meter) -> None:
     if _is_right(target, blob):
         meter.reach(blob.digest, blob.size)
         return
-    replace_file(target, meter.counted(blob.digest, verified(opener(), blob, target.name)))
+    chunks = meter.counted(blob.digest, verified(opener(), blob, target.name))
+    replace_file(target, chunks, MODE)
 
 
 def _is_right(path: Path, blob: Blob) -> bool:
@@ -172,28 +176,6 @@ def _is_right(path: Path, blob: Blob) -> bool:
         return False
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() == blob.digest.hex
-
-
-def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
-    """Write a file beside its place, flush it to the disk, and rename it."""
-    handle, name = tempfile.mkstemp(prefix=".new-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb", buffering=0) as file:
-            for chunk in chunks:
-                rest = memoryview(chunk)
-                while rest:
-                    rest = rest[file.write(rest) :]
-            os.fchmod(file.fileno(), 0o644)
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _index(image: Image, ref: str, folder: Path) -> Mapping[str, Json]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from toolchain.errors import EnvironmentFailure
+from toolchain.files import replace_file
 from toolchain.oci import layout, manifests
 from toolchain.oci.attachments import Attachment, load_attachment, with_rows
 from toolchain.oci.progress import Meter
@@ -28,7 +29,7 @@ def attach(folder: Path, attachment: Attachment) -> None:
             layout.put_blob(store, blob, opener, Meter(blob.size))
         data = attachment.manifest_bytes
         layout.put_blob(store, attachment.blob, lambda: iter((data,)), Meter(0))
-        layout.replace_file(folder / LIST, [with_rows(_listed(folder), [attachment])])
+        replace_file(folder / LIST, [with_rows(_listed(folder), [attachment])], layout.MODE)
     except OSError as error:
         raise EnvironmentFailure(
             f"cannot write the image layout {folder}: {error.strerror or error}",

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 from toolchain.errors import InputRefused, UsageError
-from toolchain.files import write_whole
+from toolchain.files import alone, write_whole
 from toolchain.oci.image import Image
 from toolchain.oci.layout import is_layout
 from toolchain.ports import Progress
 from toolchain.recipe import Adapter, Base
 from toolchain.recipe_file import RecipeFile
 from toolchain.values import Digest, Snapshot, Sources, plain
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +48,10 @@ def read_lock(file: RecipeFile) -> Lock:
     path = file.path.with_suffix(".lock") if file.path else None
     if path is None or not path.is_file():
         return Lock(path=path)
+    return _read(path)
+
+
+def _read(path: Path) -> Lock:
     try:
         data = json.loads(path.read_text("utf-8"))
         bases = {
@@ -95,15 +103,41 @@ def with_sources(
 
 
 def write_lock(before: Lock, after: Lock, progress: Progress) -> None:
-    """Write the lock where it changed; a folder that cannot be written to is a warning."""
+    """Write down what changed; a folder that cannot be written to is a warning.
+
+    What another build of the recipe pinned meanwhile stays.
+    """
     path = after.path
     if path is None or before == after:
         return
-    data = {"bases": after.bases, "sources": after.sources}
     try:
-        write_whole(path, (json.dumps(plain(data), indent=2, sort_keys=True) + "\n").encode())
+        with ExitStack() as stack:
+            with suppress(OSError):  # a file system without locks
+                stack.enter_context(alone(path.parent))
+            now = _joined(before, after, _read(path) if path.is_file() else before)
+            data = {"bases": now.bases, "sources": now.sources}
+            write_whole(path, (json.dumps(plain(data), indent=2, sort_keys=True) + "\n").encode())
     except OSError as error:
         progress.warn(f"{path} was not written: {error.strerror}")
+
+
+def _joined(before: Lock, after: Lock, now: Lock) -> Lock:
+    """Return what the lock is `now` with what changed from before to after."""
+    bases = {
+        name: _changed(before.bases.get(name, {}), row, now.bases.get(name, {}))
+        for name, row in after.bases.items()
+    }
+    return replace(
+        now,
+        sources=_changed(before.sources, after.sources, now.sources),
+        bases=_changed(before.bases, bases, now.bases),
+    )
+
+
+def _changed(before: Mapping[str, T], after: Mapping[str, T], now: Mapping[str, T]) -> dict[str, T]:
+    """Apply to one mapping what changed from a second to a third."""
+    kept = {key: row for key, row in now.items() if key in after or key not in before}
+    return kept | {key: row for key, row in after.items() if before.get(key) != row}
 
 
 def _revision(source: Base | Adapter, lock: Lock) -> dict[str, str]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from toolchain.errors import EnvironmentFailure, UsageError, WeightsmithError
+from toolchain.files import alone, exchange, is_unfinished
 from toolchain.oci.archive import docker_archive, in_turn
 from toolchain.oci.image import Image
 from toolchain.oci.index import Index, Whole, images_of, own_of
@@ -240,9 +239,13 @@ def check_layout(outputs: Outputs) -> None:
     Raises UsageError.
     """
     folder = outputs.layout
-    if folder is None or not folder.exists():
+    if folder is None:
+        return
+    _recover(folder)
+    if not folder.exists():
         return
     others = {"."} if not folder.is_dir() else {path.name for path in folder.iterdir()} - PARTS
+    others = {name for name in others if not is_unfinished(name)}
     if others or image_names(folder) - {DEFAULT_NAME, ""}:
         raise UsageError(
             f"{folder} is there, and holds something else than one image's layout",
@@ -252,18 +255,51 @@ def check_layout(outputs: Outputs) -> None:
 
 @contextmanager
 def _settled(whole: Whole, folder: Path, tools: Tools) -> Iterator[Path]:
-    """Yield the candidate's layout, whole; give it its final place in one rename afterwards."""
+    """Yield the candidate's layout, whole; give it its final place at once afterwards."""
     with _alone(_beside(folder)) as beside:
         stale = held_digest(beside)
         _layout(whole, beside, tools)
         if stale is not None and stale != whole.digest:
             _forget_unnamed(beside, whole)
         yield beside
-        if folder.exists():
-            folder.rename(folder.with_name(f".{folder.name}.old-{os.getpid()}"))
+        with _explained(folder):
+            _take_place(beside, folder)
+
+
+def _take_place(beside: Path, folder: Path) -> None:
+    """Give a layout its final name, in place of what has it; there is no moment without one.
+
+    Where the file system cannot swap names there is, and `_recover` ends what a kill left there.
+    """
+    old = _old(folder)
+    if not folder.exists():
         beside.rename(folder)
-    for old in folder.parent.glob(f".{folder.name}.old-*"):
         discard(old)
+        return
+    discard(old)
+    with alone(folder):  # it is the candidate for a moment, and nobody is to take it for one
+        if not folder.is_symlink() and exchange(beside, folder):
+            beside.rename(old)
+        else:
+            folder.rename(old)
+            beside.rename(folder)
+        discard(old)
+
+
+def _recover(folder: Path) -> None:
+    """Bring back the layout that a build was about to replace when it was killed.
+
+    Raises EnvironmentFailure where it cannot be renamed.
+    """
+    old = _old(folder)
+    if folder.exists() or not old.exists():
+        return
+    with _alone(_beside(folder)) as beside:
+        with _explained(folder):
+            if old.exists() and not folder.exists():  # nobody did it meanwhile
+                old.rename(folder)
+        with suppress(OSError):
+            beside.rmdir()  # where we made it
 
 
 @contextmanager
@@ -272,34 +308,25 @@ def _alone(folder: Path) -> Iterator[Path]:
 
     Raises EnvironmentFailure where it cannot be made.
     """
-    while True:
-        descriptor = -1
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):
-                descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise EnvironmentFailure(
-                f"cannot write the image layout {folder}: {error.strerror}",
-                hint="check free space and permissions, then run it again",
-            ) from None
-        if descriptor < 0:
-            continue  # renamed between the two
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)  # the kernel frees it when we die
-            if _is_still(folder, descriptor):
-                yield folder
-                return
-        finally:
-            os.close(descriptor)
+    with ExitStack() as stack:
+        with _explained(folder):
+            while True:
+                folder.mkdir(parents=True, exist_ok=True)
+                with suppress(FileNotFoundError):  # renamed between the two
+                    stack.enter_context(alone(folder))
+                    break
+        yield folder
 
 
-def _is_still(folder: Path, descriptor: int) -> bool:
-    """Say whether the folder has not been renamed while its lock was waited for."""
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
     try:
-        return os.path.samestat(folder.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
+        yield
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"cannot write the image layout {folder}: {error.strerror}",
+            hint="check free space and permissions, then run it again",
+        ) from None
 
 
 def _forget_unnamed(folder: Path, whole: Whole) -> None:
@@ -325,6 +352,10 @@ def _candidate_name(image: Image, tools: Tools) -> str:
     """Return a name of this build by the layers alone: the final image has these, other labels."""
     key = key_of([layer.digest for layer in image.layers]).short
     return f"{CANDIDATES}:{key}-{tools.engine.owner}"
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
 
 
 def _beside(folder: Path) -> Path:

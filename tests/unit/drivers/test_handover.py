@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import pytest
 
-from toolchain.drivers import ownership
 from toolchain.drivers.bases import Base, base, read_bases
 from toolchain.drivers.handover import owned_by, readable
 from toolchain.drivers.ownership import is_dead, owner_token, private_folder
@@ -138,22 +136,6 @@ def test_folders_of_dead_owners_are_deleted_and_others_left_alone(tmp_path):
             folder.name,
         }
     assert not folder.exists()
-
-
-def test_a_folder_that_was_just_made_has_an_owner_already(tmp_path, monkeypatch):
-    """A process may be killed at any moment after it made the folder."""
-    made = tempfile.mkdtemp
-
-    def killed(*words, **names):
-        raise SystemExit(made(*words, **names))
-
-    monkeypatch.setattr(tempfile, "mkdtemp", killed)
-    with pytest.raises(SystemExit) as left, private_folder(tmp_path):
-        pass
-    monkeypatch.undo()
-    monkeypatch.setattr(ownership, "_started", lambda pid: "")
-    with private_folder(tmp_path):
-        assert not Path(str(left.value)).exists()
 
 
 def test_the_lock_names_a_base_for_each_flavour():
