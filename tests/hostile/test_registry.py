@@ -1,3 +1,304 @@
 """The attacker runs a registry, hub, mirror, proxy or package index, or may write to one."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fakes.baking import bake, make_key, make_model, push_base, tools_for
+from tests.fakes.registry import FakeRegistry, fake_registry
+from toolchain.commands.images import copy_image
+from toolchain.commands.rebase import RebaseRequest, rebase_image
+from toolchain.commands.rebuild import recipe_of_image
+from toolchain.commands.verify import verify_image
+from toolchain.drivers.signer import open_signer
+from toolchain.errors import CheckFailed, InputRefused
+from toolchain.oci.attachments import Attachment, Part
+from toolchain.oci.index import Index
+from toolchain.oci.manifests import TITLE
+from toolchain.oci.places import RegistryPlace
+from toolchain.oci.references import Reference
+from toolchain.oci.registry import Registry
+from toolchain.ports import Silent
+from toolchain.provenance import signing, statements
+from toolchain.provenance.evaluation import test_result as result_of
+from toolchain.provenance.evidence import (
+    EVALUATION_TYPE,
+    Evidence,
+    FoundStatement,
+    read_attached,
+    read_statement,
+    statement_parts,
+)
+from toolchain.provenance.sealing import attach
+from toolchain.provenance.statements import byproducts_of, kind_of
+from toolchain.values import Blob, Digest, Score
+
+# Statements and signatures: whoever may write to the repository has no key, and copies.
+
+
+@dataclass
+class Shop:
+    """Two images that one key made; each differs from the other in its weights."""
+
+    fake: FakeRegistry
+    client: Registry
+    key: Path
+    public: Path
+    base: str
+    folder: Path
+
+    def bake(self, name: str, key: Path | None = None, weights: bytes = b"") -> str:
+        model = make_model(self.folder / name)
+        (model / "tiny.gguf").write_bytes(b"GGUF" + (weights or name.encode()) * 1000)
+        reference = f"{self.fake.host}/team/{name}:1"
+        bake(self.client, model, self.base, key or self.key, push=reference)
+        return reference
+
+    def place(self, name: str) -> RegistryPlace:
+        return RegistryPlace(self.client, Reference.parse(name))
+
+    def blob(self, name: str) -> Blob:
+        return self.place(name).image("linux/amd64").manifest_blob
+
+    def state(self, name: str, *told: Any, key: Path | None = None) -> None:
+        """Hang statements on an image, signed."""
+        signer = open_signer(str(key or self.key))
+        attach(Evidence(statements=told), self.blob(name), "team", self.place(name), signer)
+
+    def plant(self, name: str, *told: Any, key: Path | None = None) -> None:
+        """Hang statements on an image as somebody may who has no key but found them signed."""
+        signer = open_signer(str(key or self.key))
+        for one in told:
+            envelope = signing.sign_statement(one, signer)
+            part = signing.envelope_part(envelope, str(one["predicateType"]))
+            kind = part.blob.media_type
+            made = Attachment(artifact_type=kind, subject=self.blob(name), parts=(part,))
+            self.place(name).attach(made)
+
+    def stated(self, name: str, public: Path | None = None) -> list[FoundStatement]:
+        """Return what hangs on an image as statements, each with whether the key signed it."""
+        parts = statement_parts(read_attached(self.place(name), self.blob(name).digest))
+        check = signing.read_public_key(public or self.public)
+        return [read_statement(part, check) for part in parts]
+
+    def rows(self, name: str, *, key: bool = True) -> dict[str, tuple[bool | None, str]]:
+        """Return each check of `verify`; of several with one name, the worst."""
+        try:
+            found = verify_image(name, self.public if key else None, self.client, Silent())
+        except CheckFailed as error:
+            found = error.details
+        order = sorted(found["checks"], key=lambda row: row["ok"] is False)
+        return {row["check"]: (row["ok"], row["found"]) for row in order}
+
+
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
+    monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
+    with fake_registry() as fake, Registry(pause=lambda _: None) as client:
+        base = f"{fake.host}/base/engine:1"
+        engine = {"dev.weightsmith.engine": "llamacpp", "org.opencontainers.image.version": "1.0.0"}
+        for tag in ("1", "2"):
+            push_base(client, base[:-1] + tag, engine, {"app/llama-server": tag.encode()})
+        yield Shop(fake, client, *make_key(tmp_path), base, tmp_path)
+
+
+class Told(Silent):
+    """Keeps the warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def passed(image: Blob, *more: statements.Resource, result: str = "PASSED") -> Any:
+    told = result_of({"image": Score(score=1.0, n=9, metric="exact")}, 0.0, 0.0)
+    about = [statements.image_resource(image), *more]
+    return statements.statement(about, statements.TEST_RESULT, {**told, "result": result})
+
+
+def test_scores_of_another_image_are_no_evidence(shop: Shop) -> None:
+    """Signed scores of a good image are hung on a bad one of the same key: they do not count."""
+    good, bad = shop.bake("good"), shop.bake("bad")
+    told = passed(shop.blob(good))
+    shop.state(good, told)
+    assert shop.rows(good)["gate"][0]
+    shop.plant(bad, told)
+    for key in (True, False):
+        rows = shop.rows(bad, key=key)
+        assert rows.get("gate", (False, ""))[0] is not True
+        ok, found = rows["statement test-result/v0.1"]
+        assert ok is False
+        assert f"about another image ({shop.blob(good).digest.short})" in found
+
+
+def test_scores_of_two_images_at_once_are_of_neither(shop: Shop) -> None:
+    """A statement of ours has one image as its subject: one that names several says nothing."""
+    good, bad = shop.bake("good"), shop.bake("bad")
+    for pair in ((good, bad), (bad, good)):
+        one, other = map(shop.blob, pair)
+        shop.plant(bad, passed(one, statements.image_resource(other)))
+    assert shop.rows(bad).get("gate", (False, ""))[0] is not True
+
+
+def test_a_failed_result_is_not_outvoted(shop: Shop) -> None:
+    """Of an image that failed once, its failure hangs there too: no order makes it pass."""
+    for number, order in enumerate((("PASSED", "FAILED"), ("FAILED", "PASSED"))):
+        name = shop.bake(f"app{number}")
+        shop.state(name, *(passed(shop.blob(name), result=result) for result in order))
+        assert shop.rows(name)["gate"][0] is False
+
+
+@pytest.mark.parametrize("kind", ["merge", "quantize", "split", "bake", "rebase"])
+def test_steps_of_another_image_are_no_evidence(shop: Shop, kind: str) -> None:
+    """Signed statements of another image's steps are a finding, and change no other answer."""
+    name, other = shop.bake("app"), shop.bake("other")
+    before = shop.rows(name)
+    x = statements.Resource(name="x", digest=Digest.of(b"x"))
+    about = statements.image_resource(shop.blob(other)) if kind in ("bake", "rebase") else x
+    shop.plant(name, statements.provenance(kind, [about], parameters={}, dependencies=[x]))
+    after = shop.rows(name)
+    assert after.pop("statement provenance/v1")[0] is False
+    del before["statement provenance/v1"]
+    assert after == before
+
+
+def test_a_scan_of_another_image_is_no_evidence(shop: Shop) -> None:
+    """What the key states in others' words of another image does not count here either."""
+    name, other = shop.bake("app"), shop.bake("other")
+    kind = "https://cosign.sigstore.dev/attestation/vuln/v1"
+    told = statements.statement([statements.image_resource(shop.blob(other))], kind, {})
+    for one in (name, other):
+        shop.plant(one, told)
+    assert shop.rows(other)["statement vuln/v1"] == (True, "signed by this key")
+    assert shop.rows(name)["statement vuln/v1"][0] is False
+
+
+def test_scores_go_along_when_an_image_is_rebased_and_not_back(shop: Shop) -> None:
+    """The result of the image that a rebase names counts; a later one's counts for no other."""
+    name, to = shop.bake("app"), f"{shop.fake.host}/team/app:2"
+    shop.state(name, passed(shop.blob(name)))
+    request = RebaseRequest(source=name, onto=shop.base[:-1] + "2", to=to, smoke=False, force=False)
+    rebase_image(request, shop.client, tools_for(shop.key))
+    assert shop.rows(to)["gate"][0]
+    plain = shop.bake("plain")
+    shop.plant(plain, passed(shop.blob(to)), *(one.statement for one in shop.stated(to)))
+    assert shop.rows(plain).get("gate", (False, ""))[0] is not True
+
+
+def test_questions_of_somebody_else_are_not_asked_again(shop: Shop) -> None:
+    """An evaluation that no statement names is a finding, and a scan by others is not."""
+    name = shop.bake("app")
+    for kind, title, wanted in (
+        (EVALUATION_TYPE, "evaluation.json", False),
+        ("application/vnd.cyclonedx+json", "model.cdx.json", False),
+        ("application/sarif+json", "scan.sarif", None),
+    ):
+        part = Part.of_bytes(b"{}", kind, **{TITLE: title})
+        made = Attachment(artifact_type=kind, subject=shop.blob(name), parts=(part,))
+        shop.place(name).attach(made)
+        assert shop.rows(name)[f"document {title}"][0] is wanted
+
+
+def test_results_on_an_index_are_of_no_image_in_it(shop: Shop) -> None:
+    """Signed scores that hang on an index, or name it, are no evidence of what it lists."""
+    name = shop.bake("app")
+    image = shop.place(name).image("linux/amd64")
+    whole = Index(
+        images=(
+            image,
+            replace(image, settings={**image.settings, "architecture": "arm64"}, raw=None),
+        )
+    )
+    all_of_it = Reference.parse(f"{shop.fake.host}/team/app:all")
+    shop.client.push_index(whole, all_of_it)
+    told = passed(image.manifest_blob)
+    attached = signing.envelope_part(signing.sign_statement(told, open_signer(str(shop.key))), "x")
+    RegistryPlace(shop.client, all_of_it).attach(
+        Attachment(artifact_type="x", subject=whole.blob, parts=(attached,))
+    )
+    rows = shop.rows(str(all_of_it))
+    assert rows["statement test-result/v0.1"][0] is False
+    assert not any(check.endswith("gate") for check in rows)
+
+
+def test_what_lies_at_the_destination_gets_no_signature(shop: Shop) -> None:
+    """Statements are planted where an image will be pushed: only what comes with it is signed."""
+    source, (mine, _) = shop.bake("app"), make_key(shop.folder, "mallory")
+    to = f"{shop.fake.host}/prod/app:1"
+    copy_image(source, to, shop.client, Silent(), force=False)
+    forged = passed(shop.blob(to))
+    told = next(one.statement for one in shop.stated(source) if kind_of(one.statement) == "bake")
+    twisted = {**told, "predicate": {**told["predicate"], "runDetails": {}}}
+    shop.plant(to, forged, twisted, key=mine)
+    shop.state(to, passed(shop.blob(to), result="better"), key=mine)
+    release, public = make_key(shop.folder, "release")
+    told_to_people = Told()
+    signer = open_signer(str(release))
+    copy_image(source, to, shop.client, told_to_people, force=False, signer=signer)
+    by_release = [one.statement for one in shop.stated(to, public) if one.signed]
+    assert by_release == [told]
+    assert any("did not come with it" in text for text in told_to_people.warnings)
+
+
+def test_statements_of_another_image_at_the_source_get_no_signature(shop: Shop) -> None:
+    """What hangs on the source and is about another image is not signed on the way, nor silent."""
+    source, other = shop.bake("app"), shop.bake("other")
+    shop.plant(source, passed(shop.blob(other)))
+    release, public = make_key(shop.folder, "release")
+    to, told = f"{shop.fake.host}/prod/app:1", Told()
+    copy_image(source, to, shop.client, told, force=False, signer=open_signer(str(release)))
+    by_release = [one.statement for one in shop.stated(to, public) if one.signed]
+    assert [kind_of(one) for one in by_release] == ["bake"]
+    assert any("about another image" in text for text in told.warnings)
+
+
+@pytest.mark.parametrize("command", ["bake", "rebase"])
+def test_no_command_signs_what_others_left(shop: Shop, command: str) -> None:
+    """`bake` and `rebase` sign what they made, and what the old image's own statements name."""
+    source, other = shop.bake("app"), shop.bake("other")
+    mine, _ = make_key(shop.folder, "mallory")
+    release, public = make_key(shop.folder, "release")
+    vuln = "https://cosign.sigstore.dev/attestation/vuln/v1"
+    scan = statements.statement([statements.image_resource(shop.blob(source))], vuln, {})
+    shop.plant(source, passed(shop.blob(other)), scan, key=mine)
+    part = Part.of_bytes(b'{"items": []}', EVALUATION_TYPE, **{TITLE: "evaluation.json"})
+    shop.place(source).attach(
+        Attachment(artifact_type=EVALUATION_TYPE, subject=shop.blob(source), parts=(part,))
+    )
+    if command == "bake":
+        to = shop.bake("app", release)
+    else:
+        to = f"{shop.fake.host}/team/app:2"
+        request = RebaseRequest(
+            source=source, onto=shop.base[:-1] + "2", to=to, smoke=False, force=False
+        )
+        rebase_image(request, shop.client, tools_for(release))
+    by_release = [one.statement for one in shop.stated(to, public) if one.signed]
+    assert {kind_of(one) for one in by_release} <= {"bake", "rebase"}
+    assert not any("evaluation.json" in byproducts_of(one) for one in by_release)
+
+
+def test_a_recipe_of_another_image_is_not_built_from(shop: Shop) -> None:
+    """`build --from --key` takes its recipe from statements about this image alone."""
+    name, other = shop.bake("app"), shop.bake("other")
+    digest = Digest.of(b"x")
+    weights = statements.Resource(name="m", digest=digest)
+    told = statements.provenance(
+        "bake",
+        [statements.image_resource(shop.blob(other))],
+        parameters={"recipe": {"base": {"source": "hf://evil/base"}}},
+        dependencies=[weights],
+    )
+    merged = statements.provenance(
+        "merge", [weights], parameters={}, dependencies=[replace(weights, name="base")]
+    )
+    shop.plant(name, told, merged)
+    with pytest.raises(InputRefused, match="baked from a finished model"):
+        recipe_of_image(name, "hf://evil/base", shop.public, shop.folder, shop.client, Silent())

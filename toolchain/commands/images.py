@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from toolchain.errors import InputRefused
 from toolchain.oci import manifests
+from toolchain.oci.attachments import Attachment
 from toolchain.oci.inspect import describe, shown
 from toolchain.oci.layout import is_layout
 from toolchain.oci.places import Place, RegistryPlace, open_place
 from toolchain.oci.references import DOCKER_HUB, Reference
 from toolchain.oci.registry import Registry
 from toolchain.ports import ContainerEngine, Progress, Signer
-from toolchain.provenance.evidence import read_attached
+from toolchain.provenance.evidence import read_attached, statement_parts
 from toolchain.provenance.labels import PREFIX, plan_in, scores_in
-from toolchain.provenance.sealing import cosign_tag, countersigned
+from toolchain.provenance.sealing import cosign_tag, countersigned, only_held, strays
 from toolchain.serving.memory import human
 from toolchain.values import Blob, Digest, Json, plain
 
@@ -45,7 +46,9 @@ def copy_image(
         image,
         place,
         force=force,
-        before_tag=lambda: copy_attachments(image.manifest_blob, origin, there, signer),
+        before_tag=lambda: copy_attachments(
+            image.manifest_blob, origin, there, signer, progress.warn
+        ),
         progress=lambda done, total: progress.advance(done, total, "bytes"),
         warn=progress.warn,
     )
@@ -88,13 +91,13 @@ def _copy_index(
                 warn=progress.warn,
             )
         )
-        copy_attachments(blob, origin, there, signer)
+        copy_attachments(blob, origin, there, signer, progress.warn)
     last = registry.push_manifest(
         to,
         index,
         kind,
         force=force,
-        before_tag=lambda: copy_attachments(whole, origin, there, signer),
+        before_tag=lambda: copy_attachments(whole, origin, there, signer, progress.warn),
     )
     sent = sum(one.uploaded_bytes for one in done)
     seconds = last.seconds + sum(one.seconds for one in done)
@@ -104,18 +107,50 @@ def _copy_index(
 
 
 def copy_attachments(
-    image: Blob, origin: Place, there: RegistryPlace, signer: Signer | None
+    image: Blob,
+    origin: Place,
+    there: RegistryPlace,
+    signer: Signer | None,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Bring everything that hangs on an image to its new place, under cosign's tags as well."""
-    found = read_attached(origin, image.digest)
+    """Bring everything that hangs on an image to its new place, under cosign's tags as well.
+
+    Signed is what came from `origin` and is about this image. What hung at the new place before
+    keeps the signatures that it has, because cosign keeps everybody's under one tag.
+    """
+    found, held = read_attached(origin, image.digest), []
     if signer or any(map(cosign_tag, found)):
         known = {attachment.blob.digest for attachment in found}
-        held = read_attached(there, image.digest)
-        found += [attachment for attachment in held if attachment.blob.digest not in known]
-    found = [*countersigned(found, image, there.reference.name, signer)]
+        held = [a for a in read_attached(there, image.digest) if a.blob.digest not in known]
+    _warn_of_strays(image, found, held, warn, signed=signer is not None)
+    made = countersigned(found, image, there.reference.name, signer, held)
     # What is found by cosign's tag alone names no subject.
-    ours = (a if a.subject.digest == image.digest else replace(a, subject=image) for a in found)
+    ours = (a if a.subject.digest == image.digest else replace(a, subject=image) for a in made)
     there.attach(*(replace(a, tag=cosign_tag(a)) for a in ours))
+
+
+def _warn_of_strays(
+    image: Blob,
+    found: Sequence[Attachment],
+    held: Sequence[Attachment],
+    warn: Callable[[str], None],
+    *,
+    signed: bool,
+) -> None:
+    """Say what hangs on the image and is not about it, and what hung at its new place alone."""
+    parts = statement_parts(found)
+    if others := strays(parts, image.digest):
+        done = "left unsigned" if signed else "copied as it is"
+        warn(
+            f"a statement that hangs on {image.digest.short} is {others[0]}"
+            f"{f', {len(others) - 1} more like it' if others[1:] else ''}: {done},"
+            " and `verify` refuses it"
+        )
+    if signed and (alien := only_held(statement_parts(held), parts)):
+        warn(
+            f"{alien} statement(s) of {image.digest.short} at the new place did not come with it:"
+            " left unsigned there, and `verify --key` will name them"
+        )
 
 
 def inspect_image(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from toolchain.commands.server import Place, served
@@ -20,11 +20,12 @@ from toolchain.oci.places import Place as ImagePlace
 from toolchain.oci.places import open_place
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
-from toolchain.ports import Tools
+from toolchain.ports import Progress, Tools
 from toolchain.provenance import evidence as gathered
 from toolchain.provenance import statements
 from toolchain.provenance.evidence import Document, Evidence
 from toolchain.provenance.labels import ENGINE_VERSION, PREFIX, plan_in
+from toolchain.provenance.lineage import trace
 from toolchain.provenance.mlbom import MEDIA_TYPE
 from toolchain.provenance.roles import ADDED, LAYERS, Roles, config_label, roles_label, roles_of
 from toolchain.provenance.statements import Resource
@@ -85,7 +86,7 @@ def _moved(
     )
     check_contract(old, roles, base, request.onto, tools)
     new = exchange(old, roles, base, public_base(request.onto))
-    return new, _evidence(old, new, base, request, origin, registry)
+    return new, _evidence(old, new, base, request, origin, registry, tools.progress)
 
 
 def exchange(old: Image, roles: Roles, base: Image, base_name: str) -> Image:
@@ -185,22 +186,33 @@ def _evidence(
     request: RebaseRequest,
     origin: ImagePlace,
     registry: Registry,
+    progress: Progress,
 ) -> Evidence:
     """Return what was known of the old image, and how the new one came from it."""
     rows = gathered.limited(origin.attached(old.digest))
     attachments = [origin.read(blob, tag) for blob, tag in rows]
-    kept = gathered.statement_parts(attachments)
+    parts = gathered.statement_parts(attachments)
+    told = [gathered.read_statement(part, None).statement for part in parts]
+    lineage = trace(old.digest, told)
+    # Nothing else: with a key, what is kept gets our signature.
+    about = [lineage.holds(one) and gathered.is_ours(one) for one in told]
+    kept = tuple(part for part, holds in zip(parts, about, strict=True) if holds)
+    if len(kept) < len(parts):
+        progress.warn(
+            f"{len(parts) - len(kept)} statement(s) that hang on {old.digest.short} are not about"
+            " how it was made: left behind"
+        )
     name = public_base(request.onto)
     below = base_documents(base, name, bills_of(name, base, registry) if name else ())
-    documents = (*_own(gathered.documents_in(attachments)), *below)
-    first = _first(old.digest, [gathered.read_statement(part, None).statement for part in kept])
+    own = filter(lineage.names, gathered.documents_in(attachments))
+    documents = (*_own(own), *below)
     statement = statements.provenance(
         "rebase",
         [
             statements.image_resource(new.manifest_blob),
             *statements.layer_resources(new),
         ],
-        parameters={"first_image": first},
+        parameters={"first_image": lineage.images[-1]},
         dependencies=[
             statements.image_resource(old.manifest_blob),
             Resource(name="base image", digest=base.digest, uri=name),
@@ -214,10 +226,10 @@ def _evidence(
             for document in documents
         ],
     )
-    return Evidence(statements=(statement,), kept=tuple(kept), documents=documents)
+    return Evidence(statements=(statement,), kept=kept, documents=documents)
 
 
-def _own(documents: list[Document]) -> list[Document]:
+def _own(documents: Iterable[Document]) -> list[Document]:
     """Leave out the bills of the base that goes, and what others said of the image as it was."""
     kinds = (gathered.EVALUATION_TYPE, gathered.ADAPTER_TYPE)
     return [
@@ -227,13 +239,3 @@ def _own(documents: list[Document]) -> list[Document]:
 
 def _title(document: Document) -> tuple[str, str]:
     return document.artifact_type, document.parts[0].title if document.parts else ""
-
-
-def _first(image: Digest, stated: list[Mapping[str, Json]]) -> str:
-    """Return the digest of the image that was baked, before any exchange."""
-    for one in stated:
-        if statements.kind_of(one) == "rebase" and (
-            statements.subjects_of(one).get("image") == image
-        ):
-            return str(statements.parameters_of(one).get("first_image") or image)
-    return image

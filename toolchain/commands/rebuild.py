@@ -17,6 +17,7 @@ from toolchain.oci.registry import Registry
 from toolchain.ports import Progress
 from toolchain.provenance import evidence, signing, statements
 from toolchain.provenance.evidence import ADAPTER_TYPE, EVALUATION_TYPE, NUMBER, Document
+from toolchain.provenance.lineage import trace
 from toolchain.trees import discard
 from toolchain.values import Digest, Json
 
@@ -39,12 +40,14 @@ def recipe_of_image(
     image = place.image()
     rows = evidence.limited(place.attached(image.digest))
     attachments = [place.read(blob, tag) for blob, tag in rows]
-    stated = _statements(evidence.statement_parts(attachments), key, source)
+    told = _statements(evidence.statement_parts(attachments), key, source)
+    lineage = trace(image.digest, told)
+    stated = [one for one in told if lineage.holds(one)]
     if key is None:
         progress.warn(f"{source}: who states how it was made was not verified; give --key")
     recipe = _recipe(stated, source)
     sources = _sources(stated, source)
-    documents = evidence.documents_in(attachments)
+    documents = [*filter(lineage.names, evidence.documents_in(attachments))]
     folder = dist / "from" / image.digest.short
     with folder_beside(folder) as beside:
         beside.chmod(0o755)

@@ -23,6 +23,7 @@ from toolchain.ports import Progress
 from toolchain.provenance import evidence, signing
 from toolchain.provenance.chain import Check, check_chain
 from toolchain.provenance.evidence import Document, FoundStatement
+from toolchain.provenance.lineage import trace
 from toolchain.provenance.roles import roles_of
 from toolchain.values import Digest, Json, canonical
 
@@ -64,6 +65,7 @@ def verify_image(
         found.say("index", True, digest)
         _attachments(place, whole, found)
         _signature(whole, found.attachments, check, found)
+        _statements(whole, check, found)
         for platform in manifests.platforms_in(index, source):
             one = _Found(platform=platform, known=found.known)
             _one_image(place, source, check, one, progress)
@@ -99,7 +101,7 @@ def _one_image(
         return ""
     _attachments(place, image.digest, found)
     _signature(image.digest, found.attachments, check, found)
-    _statements(check, found)
+    _statements(image.digest, check, found)
     _layers(image, source, found, progress)
     documents = _documents(found)
     for one in check_chain(image, found.stated, documents, found.files):
@@ -181,14 +183,20 @@ def _signature(
         found.say("signature", False, "by this key, but of another image")
 
 
-def _statements(check: signing.Check | None, found: _Found) -> None:
-    for part, read in _read(found, check):
+def _statements(image: Digest, check: signing.Check | None, found: _Found) -> None:
+    """Read the statements, and say of each whether it counts: by its signature and its subject."""
+    rows = _read(found, check)
+    found.stated += [read for _, read in rows if check is None or read.signed]
+    lineage = trace(image, [read.statement for read in found.stated])
+    for part, read in rows:
         name = f"statement {_short_type(part, read.statement)}"
-        if check is None or read.signed:
-            found.stated.append(read)
-        if check is not None:
-            # What others state of the image is theirs to sign; what we state has to be ours.
-            ok = True if read.signed else (False if evidence.is_ours(read.statement) else None)
+        # What others state of the image is theirs to sign; what we state has to be ours.
+        ours, counts = evidence.is_ours(read.statement), read.signed or check is None
+        if counts and not lineage.holds(read.statement):
+            ok = False if ours or read.signed else None
+            found.say(name, ok, f"{lineage.stray(read.statement)}, no evidence of this one")
+        elif check is not None:
+            ok = True if read.signed else (False if ours else None)
             found.say(name, ok, "signed by this key" if read.signed else _why(part))
 
 

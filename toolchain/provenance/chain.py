@@ -7,9 +7,17 @@ from dataclasses import dataclass
 
 from toolchain.oci.image import Image
 from toolchain.provenance import statements
-from toolchain.provenance.evidence import Document, FoundStatement, document_digest
+from toolchain.provenance.evidence import (
+    ADAPTER_TYPE,
+    EVALUATION_TYPE,
+    Document,
+    FoundStatement,
+    document_digest,
+    document_name,
+)
 from toolchain.provenance.labels import PREFIX
-from toolchain.provenance.statements import dependencies_of, kind_of, subjects_of
+from toolchain.provenance.lineage import Lineage, trace
+from toolchain.provenance.statements import dependencies_of, kind_of, predicate_of, subjects_of
 from toolchain.values import Digest, FileEntry, Json, tree_digest
 
 
@@ -32,35 +40,25 @@ def check_chain(
 
     `files` are the files of the weight layers as they were read: path -> digest.
     """
-    by_kind = {kind_of(one.statement): one.statement for one in stated}
-    own = _about(image, stated)
+    lineage = trace(image.digest, [one.statement for one in stated])
+    own, baked = lineage.own, lineage.baked
     if own is None:
         yield Check(name="statement", ok=False, found=_unknown(image, stated))
         return
     kind = kind_of(own)
     yield Check(name="statement", ok=True, found=f"{kind} of {image.digest.short}")
     yield _contents(image, own)
-    baked = own if kind == "bake" else by_kind.get("bake")
     if kind == "rebase":
-        yield _rebased(own, baked)
+        yield _rebased(lineage)
     if baked is None:
         yield Check(name="weights", ok=False, found="no statement says how the weights got in")
         return
     yield _weights(baked, files)
-    yield from _sources(image, baked, by_kind)
+    yield from _sources(image, lineage)
     yield _documents(own, documents)
-    if gate := _gate(image, stated):
+    yield from _unnamed(lineage, documents)
+    if gate := _gate(image, lineage):
         yield gate
-
-
-def _about(image: Image, stated: Sequence[FoundStatement]) -> Mapping[str, Json] | None:
-    found = [
-        one.statement
-        for one in stated
-        if kind_of(one.statement) in ("bake", "rebase")
-        and subjects_of(one.statement).get("image") == image.digest
-    ]
-    return found[-1] if found else None
 
 
 def _unknown(image: Image, stated: Sequence[FoundStatement]) -> str:
@@ -100,14 +98,12 @@ def _contents(image: Image, own: Mapping[str, Json]) -> Check:
     return Check(name="contents", ok=True, found="layers and configuration are as stated")
 
 
-def _rebased(own: Mapping[str, Json], baked: Mapping[str, Json] | None) -> Check:
-    before = dependencies_of(own).get("image", "")
-    if baked is None:
+def _rebased(lineage: Lineage) -> Check:
+    if lineage.own is None or lineage.baked is None:
         return Check(name="rebase", ok=False, found="the statement of the first image is missing")
-    first = subjects_of(baked)
-    origin = str(statements.parameters_of(own).get("first_image") or before)
-    ok = first.get("image") == origin
-    found = f"from {before[7:19]}, first baked as {origin[7:19]}"
+    before, first = lineage.images[1], lineage.images[-1]
+    ok = statements.parameters_of(lineage.own).get("first_image") in (None, first)
+    found = f"from {before[7:19]}, first baked as {first[7:19]}"
     return Check(name="rebase", ok=ok, found=found if ok else "its first image is another one")
 
 
@@ -128,37 +124,23 @@ def _weights(baked: Mapping[str, Json], files: Mapping[str, str]) -> Check:
     return Check(name="weights", ok=True, found=f"{len(stated)} files are the stated ones")
 
 
-def _sources(
-    image: Image, baked: Mapping[str, Json], by_kind: Mapping[str, Mapping[str, Json]]
-) -> Iterator[Check]:
-    artifact = dependencies_of(baked).get("artifact", "")
+def _sources(image: Image, lineage: Lineage) -> Iterator[Check]:
+    artifact = lineage.made["split"]
     label = image.labels.get(PREFIX + "artifact.digest", "")
     yield Check(
         name="label artifact",
         ok=label == artifact,
         found=f"{label[7:19]}" + ("" if label == artifact else f", stated is {artifact[7:19]}"),
     )
-    if split := by_kind.get("split"):
-        yield _link("split", split, artifact)
-        artifact = dependencies_of(split).get("artifact", "")
-    checkpoint = artifact
-    if quantized := by_kind.get("quantize"):
-        yield _link("quantize", quantized, artifact)
-        checkpoint = dependencies_of(quantized).get("checkpoint", "")
-    if merged := by_kind.get("merge"):
-        yield _link("merge", merged, checkpoint)
+    for kind in lineage.steps:
+        yield Check(name=kind, ok=True, found=f"made {lineage.made[kind][7:19]}")
+    if merged := lineage.steps.get("merge"):
         yield from _labels(image, dependencies_of(merged))
     elif PREFIX + "base.digest" in image.labels:
         digest = image.labels[PREFIX + "base.digest"]
-        found = "served as it is" if digest == checkpoint else "not what was quantized or served"
-        yield Check(name="base", ok=digest == checkpoint, found=found)
-
-
-def _link(name: str, statement: Mapping[str, Json], wanted: str) -> Check:
-    made = _tree(subjects_of(statement))
-    ok = made == wanted
-    found = f"made {made[7:19]}" if ok else f"made {made[7:19]}, and {wanted[7:19]} was used"
-    return Check(name=name, ok=ok, found=found)
+        ok = digest == lineage.made["merge"]
+        found = "served as it is" if ok else "not what was quantized or served"
+        yield Check(name="base", ok=ok, found=found)
 
 
 def _labels(image: Image, sources: Mapping[str, str]) -> Iterator[Check]:
@@ -178,20 +160,31 @@ def _documents(own: Mapping[str, Json], documents: Sequence[Document]) -> Check:
     return Check(name="documents", ok=True, found=", ".join(sorted(stated)) or "none")
 
 
-def _gate(image: Image, stated: Sequence[FoundStatement]) -> Check | None:
-    results = [
-        one.statement
-        for one in stated
-        if one.statement.get("predicateType") == statements.TEST_RESULT
-    ]
-    if not results:
+def _unnamed(lineage: Lineage, documents: Sequence[Document]) -> Iterator[Check]:
+    """Yield what is attached and named by no statement; it is wrong where it looks like ours."""
+    for document in documents:
+        name = document_name(document)
+        if lineage.names(document):
+            continue
+        ours = document.artifact_type in (EVALUATION_TYPE, ADAPTER_TYPE)
+        wrong = ours or name in lineage.byproducts
+        found = "not the stated one" if wrong else "no statement of the image names it"
+        yield Check(name=f"document {name}", ok=False if wrong else None, found=found)
+
+
+def _gate(image: Image, lineage: Lineage) -> Check | None:
+    if not lineage.results:
         scored = any(key.startswith(PREFIX + "score.image") for key in image.labels)
         return Check(name="gate", ok=False, found="scores without a result") if scored else None
-    predicate = results[-1].get("predicate")
-    result = predicate.get("result") if isinstance(predicate, dict) else None
-    passed = predicate.get("passedTests") if isinstance(predicate, dict) else None
-    findings = "; ".join(str(row) for row in passed or ())[:200]
-    return Check(name="gate", ok=result == "PASSED", found=f"{result}: {findings}")
+    # Where several hang there, one that failed is not outvoted.
+    told = [predicate_of(one) for one in lineage.results]
+    predicate = next((one for one in told if one.get("result") != "PASSED"), told[-1])
+    passed = predicate.get("passedTests")
+    findings = "; ".join(map(str, passed))[:200] if isinstance(passed, list) else ""
+    asked = statements.image_of(lineage.results[-1])
+    where = "" if asked == image.digest else f" (of {asked[7:19]}, before it was rebased)"
+    result = predicate.get("result")
+    return Check(name="gate", ok=result == "PASSED", found=f"{result}{where}: {findings}")
 
 
 def _tree(files: Mapping[str, str]) -> Digest:

@@ -6,7 +6,8 @@ So what others signed is read before, and stays there beside ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 
 from toolchain.errors import InputRefused
 from toolchain.oci.attachments import Attachment, Part, fallback_tag
@@ -22,7 +23,8 @@ from toolchain.provenance.evidence import (
     signatures_in,
     statement_parts,
 )
-from toolchain.values import Blob, canonical
+from toolchain.provenance.lineage import trace
+from toolchain.values import Blob, Digest, Json, canonical
 
 _PREDICATE = "in-toto.io/predicate-type"
 _COSIGN = (
@@ -47,8 +49,8 @@ def seal(
 ) -> tuple[Attachment, ...]:
     """Return the attachments that hold the evidence.
 
-    With a key, all statements of ours are signed by it, those that were signed before as well, and
-    stand beside the signatures and signed statements in `held`.
+    With a key, all statements of ours about the image are signed by it, those that were signed
+    before as well, and stand beside the signatures and signed statements in `held`, which get none.
     """
     documents = tuple(
         Attachment(
@@ -66,19 +68,38 @@ def seal(
 
 
 def countersigned(
-    attachments: Sequence[Attachment], image: Blob, name: str, signer: Signer | None
+    attachments: Sequence[Attachment],
+    image: Blob,
+    name: str,
+    signer: Signer | None,
+    held: Sequence[Attachment] = (),
 ) -> tuple[Attachment, ...]:
-    """Return what hangs on an image, from several places, as it hangs on one.
+    """Return what an image brings along, as it hangs beside what is `held` at its new place.
 
-    Each statement is there once, with all its signatures. With a key, ours is added to it and to
-    the image.
+    Each statement is there once, with all its signatures. With a key, ours is added to the image
+    and to what the image brings along, as far as it is about this image: never to what is held,
+    which whoever may write there can have left.
     """
-    if signer is None and not any(_several(attachments, kind) for kind, _, _ in _COSIGN):
+    both = (*attachments, *held)
+    if signer is None and not any(_several(both, kind) for kind, _, _ in _COSIGN):
         return tuple(attachments)
     kinds = (*STATEMENTS, signing.SIMPLE_SIGNING)
     others = [a for a in attachments if not any(p.blob.media_type in kinds for p in a.parts)]
     parts = statement_parts(attachments)
-    return (*others, *_signed_beside(attachments, parts, image, name, signer))
+    return (*others, *_signed_beside(both, parts, image, name, signer))
+
+
+def strays(parts: Sequence[Part], image: Digest) -> list[str]:
+    """Say of each statement of ours that is about something else than the image what it is."""
+    told = _told(parts)
+    lineage = trace(image, told)
+    return [lineage.stray(one) for one in told if is_ours(one) and not lineage.holds(one)]
+
+
+def only_held(held: Sequence[Part], parts: Sequence[Part]) -> int:
+    """Return how many statements of ours are held that are not among an image's own."""
+    own = {canonical(one) for one in _told(parts)}
+    return len({canonical(one) for one in _told(held) if is_ours(one)} - own)
 
 
 def _several(attachments: Sequence[Attachment], kind: str) -> bool:
@@ -94,7 +115,7 @@ def _signed_beside(
 ) -> Iterator[Attachment]:
     """Yield manifests with the parts, signed, and with all that is signed in `held`."""
     envelopes = [p for p in statement_parts(held) if p.blob.media_type == signing.ENVELOPE_TYPE]
-    own = set(map(_content, parts))
+    own = _about(parts, image.digest)
     statements, signatures = _joined([*parts, *envelopes]), signatures_in(held)
     if signer:
         statements = [
@@ -123,6 +144,22 @@ def _joined(parts: Iterable[Part]) -> list[Part]:
     return found
 
 
+def _told(parts: Sequence[Part]) -> list[Mapping[str, Json]]:
+    """Return what can be read of the statements."""
+    found = []
+    for part in parts:
+        with suppress(InputRefused):
+            found.append(read_statement(part, None).statement)
+    return found
+
+
+def _about(parts: Sequence[Part], image: Digest) -> set[bytes]:
+    """Return the statements of ours that are about an image, by what they say."""
+    told = _told(parts)
+    lineage = trace(image, told)
+    return {canonical(one) for one in told if is_ours(one) and lineage.holds(one)}
+
+
 def _content(part: Part) -> bytes:
     """Return what a statement says; its digest where it is another's and says nothing to us."""
     try:
@@ -132,10 +169,8 @@ def _content(part: Part) -> bytes:
 
 
 def _signed(part: Part, signer: Signer) -> Part:
-    """Return a statement of ours in an envelope with our signature; others' as they are."""
+    """Return a statement in an envelope with our signature."""
     statement = read_statement(part, None).statement
-    if not is_ours(statement):
-        return part
     kind = str(statement["predicateType"])
     if part.blob.media_type == signing.ENVELOPE_TYPE:
         return signing.envelope_part(signing.countersign(part.read(), signer), kind)

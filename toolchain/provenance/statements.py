@@ -6,6 +6,7 @@ https://slsa.dev/spec/v1.0/provenance
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ STATEMENT = "https://in-toto.io/Statement/v1"
 SLSA = "https://slsa.dev/provenance/v1"
 TEST_RESULT = "https://in-toto.io/attestation/test-result/v0.1"
 
+_HEX = re.compile(r"[0-9a-f]{64}")
 _PROJECT = "https://github.com/weightsmith/weightsmith"
 BUILD_TYPE = f"{_PROJECT}/provenance/"
 """Prefix of a transformation's name: `merge`, `quantize`, `bake`, `rebase`."""
@@ -123,18 +125,31 @@ def kind_of(statement: Mapping[str, Json]) -> str:
 
 
 def digests_of(rows: Json) -> dict[str, str]:
-    """Return resource descriptors as name -> `sha256:…`; malformed ones are left out."""
-    found: dict[str, str] = {}
+    """Return resource descriptors as name -> `sha256:…`.
+
+    Malformed ones are left out, and a name that is given to several: it says nothing.
+    """
+    found: dict[str, set[str]] = {}
     for row in rows if isinstance(rows, list) else []:
         digest = row.get("digest") if isinstance(row, dict) else None
-        if isinstance(digest, dict) and isinstance(digest.get("sha256"), str):
-            found[str(row.get("name"))] = f"sha256:{digest['sha256']}"
-    return found
+        if isinstance(digest, dict) and _HEX.fullmatch(str(digest.get("sha256"))):
+            found.setdefault(str(row.get("name")), set()).add(f"sha256:{digest['sha256']}")
+    return {name: digests.pop() for name, digests in found.items() if len(digests) == 1}
 
 
 def subjects_of(statement: Mapping[str, Json]) -> dict[str, str]:
     """Return what a statement is about: name -> digest."""
     return digests_of(statement.get("subject"))
+
+
+def image_of(statement: Mapping[str, Json]) -> str:
+    """Return the image that a statement of ours is about; empty where it is about none, or several.
+
+    One of a bake or a rebase has the image's layers as subjects too, any other the image alone.
+    """
+    rows = statement.get("subject")
+    alone = bool(kind_of(statement)) or (isinstance(rows, list) and len(rows) == 1)
+    return subjects_of(statement).get("image", "") if alone else ""
 
 
 def dependencies_of(statement: Mapping[str, Json]) -> dict[str, str]:
@@ -151,6 +166,11 @@ def parameters_of(statement: Mapping[str, Json]) -> Mapping[str, Json]:
     """Return what the user asked of a transformation."""
     found = _at(statement, "predicate", "buildDefinition").get("externalParameters")
     return found if isinstance(found, dict) else {}
+
+
+def predicate_of(statement: Mapping[str, Json]) -> Mapping[str, Json]:
+    """Return what a statement says of its subjects; {} where it is malformed."""
+    return _at(statement, "predicate")
 
 
 def _at(statement: Mapping[str, Json], *keys: str) -> Mapping[str, Json]:
