@@ -11,9 +11,7 @@ if os.path.basename(sys.argv[0]) in ("invoke", "inv"):  # noqa: PTH119 - no path
 from invoke.collection import Collection
 
 from toolchain.cli import build, housekeeping, images, models, questions
-from toolchain.cli.usage import answer_usage
 
-answer_usage()  # before any command is parsed: `invoke` parses them after loading this
 namespace = Collection()
 for _module in (build, models, images, questions, housekeeping):
     for _task in _module.COMMANDS:
