@@ -70,7 +70,7 @@ class Session:
         scheme = "http" if insecure or reference.is_loopback else "https"
         self._may_switch = scheme == "http"
         """Plain HTTP is allowed here; whether the registry speaks it, the first answer tells."""
-        self._is_loopback = reference.is_loopback
+        self._is_loopback, self._insecure = reference.is_loopback, insecure
         self.registry = reference.registry
         self.root = f"{scheme}://{host}"
         self.base = f"{self.root}/v2/{reference.repository}/"
@@ -243,8 +243,12 @@ class Session:
         )
         return self._client.send(request, stream=True, follow_redirects=False)
 
-    def follow(self, url: str, location: str) -> str:
-        """Return where a reply sends us; never from HTTPS to HTTP, where anyone could listen."""
+    def follow(self, url: str, location: str, what: str = "redirects to") -> str:
+        """Return where a reply sends us: over plain HTTP only where nobody between could listen.
+
+        That is on this machine, for a registry on this machine, or where `insecure` says that
+        nobody minds. Raises EnvironmentFailure; `what` says what the registry does.
+        """
         try:
             target = urljoin(url, location)
             _origin(target)
@@ -254,11 +258,14 @@ class Session:
                 f"{self.registry} sends us to an address that is none",
                 hint="correct the registry's public address",
             ) from None
-        plain = self.root.startswith("http:") or (self._is_loopback and _is_loopback(target))
-        if urlsplit(target).scheme not in (("https", "http") if plain else ("https",)):
+        plain = self._insecure or (self._is_loopback and _is_loopback(target))
+        parts = urlsplit(target)
+        if parts.scheme not in (("https", "http") if plain else ("https",)):
             raise EnvironmentFailure(
-                f"{self.registry} redirects to an address without HTTPS",
-                hint="correct the registry's public address, or pass --insecure",
+                f"{self.registry} {what} an address without HTTPS"
+                f" ({parts.scheme}://{parts.hostname or ''})",
+                hint="correct the registry's public address; where everything between here and "
+                "there is trusted, pass --insecure",
             )
         return target
 
@@ -297,7 +304,7 @@ class Session:
             return True
 
     def _token(self, realm: str, service: str, pair: tuple[str, str] | None) -> None:
-        url = self.follow(self.root, realm)
+        url = self.follow(self.root, realm, "names as its token service")
         fields: dict[str, str | list[str]] = {"service": service, "scope": self._scopes}
         headers = {"Accept-Encoding": "identity"}
         method = "GET"
