@@ -205,7 +205,7 @@ def render(
     del json
     from toolchain.commands.arguments import required, serve_wishes
     from toolchain.commands.render import render_model
-    from toolchain.serving.picture import picture
+    from toolchain.serving.plan_summary import summary
 
     required(model=model, target=target, out=out)
     wishes = serve_wishes(
@@ -219,7 +219,7 @@ def render(
         set,
     )
     result = render_model(Path(model), target, name, wishes, Path(out))
-    lines = [*map(str, result["files"]), "", picture(target, result["plan"])]
+    lines = [*map(str, result["files"]), "", summary(target, result["plan"])]
     return result, "\n".join(lines)
 
 

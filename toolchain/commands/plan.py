@@ -28,7 +28,7 @@ from toolchain.recipe_file import RecipeFile
 from toolchain.serving.advice import advise
 from toolchain.serving.memory import human
 from toolchain.serving.parameters import WORKED_OUT, weights_from_config
-from toolchain.serving.picture import picture
+from toolchain.serving.plan_summary import summary
 from toolchain.serving.targets import Target
 from toolchain.stages import merge as merging
 from toolchain.stages import quality
@@ -139,7 +139,7 @@ def table(result: Mapping[str, Json]) -> str:
     console = Console(file=text, width=110, highlight=False)
     console.print(rows)
     for name, plan in result["serving"].items():
-        console.print(picture(name, plan), markup=False, soft_wrap=True)
+        console.print(summary(name, plan), markup=False, soft_wrap=True)
     if advice := result["advice"]:
         what = {True: "merge", False: "serve the adapters beside the base", None: "as it is"}
         console.print(f"advice: {what[advice['merge']]}: {'; '.join(advice['why'])}", markup=False)

@@ -37,7 +37,7 @@ _GENERAL = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class QualityVerdict:
     """What was found against what is allowed; `exceeded` is empty when all is well."""
 
     limits: Mapping[str, float]
@@ -65,7 +65,7 @@ def limits_for(format_: Format, quality: Quality, *, general: bool = False) -> M
     return {key: float(value) for key, value in merged.items()}
 
 
-def judge(measured: Mapping[str, Json], limits: Mapping[str, float]) -> Verdict:
+def judge(measured: Mapping[str, Json], limits: Mapping[str, float]) -> QualityVerdict:
     """Compare what was measured with limits; `top1` is a least, the others are most."""
     exceeded = []
     for key, limit in limits.items():
@@ -75,7 +75,7 @@ def judge(measured: Mapping[str, Json], limits: Mapping[str, float]) -> Verdict:
             exceeded.append(
                 f"{key} {value:g}, {'at least' if key == 'top1' else 'at most'} {limit:g}"
             )
-    return Verdict(limits=limits, exceeded=tuple(exceeded))
+    return QualityVerdict(limits=limits, exceeded=tuple(exceeded))
 
 
 def refusal(format_: Format, measured: Mapping[str, Json]) -> CheckFailed:

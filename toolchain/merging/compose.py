@@ -13,9 +13,9 @@ from toolchain.merging.base import BaseTensors
 from toolchain.merging.claim import SHOWN, AdapterView, Claim
 from toolchain.merging.combining.changes import combined
 from toolchain.merging.combining.combination import Combination
+from toolchain.merging.duplicates import same_beginning, same_bytes
 from toolchain.merging.mixture import Mixture, Share
 from toolchain.merging.outputs import Output, OutputShard, Source, Stored, matrix_columns
-from toolchain.merging.twins import same_beginning, same_bytes
 from toolchain.merging.tying import Tie, is_embedding, is_head
 
 MERGEABLE = frozenset({"BF16", "F16", "F32"})

@@ -20,11 +20,11 @@ from toolchain.oci.auth import Credentials, anonymous
 from toolchain.oci.image import Image, Opener, load_image
 from toolchain.oci.index import Index
 from toolchain.oci.limits import limits_of
-from toolchain.oci.pace import Pace
 from toolchain.oci.progress import Advance, Meter
 from toolchain.oci.proxies import Routed
 from toolchain.oci.references import Reference
 from toolchain.oci.session import Session
+from toolchain.oci.upload_deadline import UploadDeadline
 from toolchain.values import Blob, Digest, Published
 
 _WORTH_MOUNTING = 1 << 20
@@ -127,7 +127,7 @@ class Registry:
             progress,
             parallel,
             lambda blob: self._elsewhere(reference, blob),
-            pace=Pace(limits_of(reference.registry), warn, self._clock),
+            deadline=UploadDeadline(limits_of(reference.registry), warn, self._clock),
         )
         uploads.put_manifest(session, image.digest, image.manifest_bytes, image.media_type)
         before_tag()
@@ -257,8 +257,8 @@ class Registry:
         sources = [name for name in mount_from if name != reference.repository]
         session = self._session(reference, "pull,push", sources)
         _guard_tag(session, reference, digest, force)
-        pace = Pace(limits_of(reference.registry), warn, self._clock)
-        unique = {blob.digest: (blob, pace.over(opener, blob.size)) for blob, opener in blobs}
+        deadline = UploadDeadline(limits_of(reference.registry), warn, self._clock)
+        unique = {blob.digest: (blob, deadline.over(opener, blob.size)) for blob, opener in blobs}
         meter = Meter(sum(blob.size for blob, _ in unique.values()), progress)
         pairs = [*unique.values()]
         sent = uploads.bring_each(session, pairs, lambda pair: pair, sources, meter, parallel)

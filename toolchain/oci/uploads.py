@@ -14,12 +14,12 @@ from toolchain.errors import EnvironmentFailure, UsageError, WeightsmithError
 from toolchain.oci import downloads
 from toolchain.oci.image import Image, Opener, blob_of
 from toolchain.oci.layers import BlobLayer, Layer, TarLayer, verified
-from toolchain.oci.pace import Pace
 from toolchain.oci.progress import Advance, Meter
 from toolchain.oci.references import Reference
 from toolchain.oci.replies import Reply, Transient
 from toolchain.oci.sending import check_created, send
 from toolchain.oci.session import Session
+from toolchain.oci.upload_deadline import UploadDeadline
 from toolchain.values import Blob, Digest
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ def bring_all(
     parallel: int,
     elsewhere: Elsewhere | None = None,
     *,
-    pace: Pace,
+    deadline: UploadDeadline,
 ) -> list[tuple[Way, int]]:
     """Bring every layer and the configuration there; return how, and the bytes of each.
 
@@ -73,7 +73,7 @@ def bring_all(
 
     def ready(layer: Layer) -> tuple[Blob, Opener]:
         blob = blob_of(layer)
-        return blob, pace.over(_opener(layer, blob), blob.size, layer.file)
+        return blob, deadline.over(_opener(layer, blob), blob.size, layer.file)
 
     meter = Meter(sum(layer.size for layer in image.layers), progress)
     sent = bring_each(session, image.layers, ready, sources, meter, parallel, elsewhere)

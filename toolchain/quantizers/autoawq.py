@@ -21,7 +21,6 @@ from toolchain.quantizers.checkpoints import (
     peak_disk,
     zero_point_option,
 )
-from toolchain.quantizers.keeping import keep_option
 from toolchain.quantizers.packed import Layout, view_of
 from toolchain.quantizers.packed_check import check_checkpoint
 from toolchain.quantizers.quantizer import Quantizer, QuantizeRequest, Step
@@ -33,6 +32,7 @@ from toolchain.quantizers.running import (
     samples,
     texts,
 )
+from toolchain.quantizers.unquantized import keep_option
 from toolchain.trees import discard, remove
 from toolchain.values import Format, Json
 

@@ -21,11 +21,11 @@ from toolchain.quantizers.checkpoints import (
     group_size,
     peak_disk,
 )
-from toolchain.quantizers.keeping import keep_option, kept_modules
 from toolchain.quantizers.packed import Layout, view_of
 from toolchain.quantizers.packed_check import check_checkpoint
 from toolchain.quantizers.quantizer import Quantizer, QuantizeRequest, Step
 from toolchain.quantizers.running import encoder, python_step, read_settings, samples, texts
+from toolchain.quantizers.unquantized import keep_option, kept_modules
 from toolchain.trees import discard, remove
 from toolchain.values import Format, Json
 

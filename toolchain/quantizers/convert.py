@@ -59,7 +59,9 @@ def main() -> None:
     """Run `ARGV[1]`, the converter, with the model's folder and the arguments behind it."""
     _split_by_tokenizer(importlib.import_module("conversion.base").TextModel)
     # By its path, too: beside it lies a module of the converter's package's name.
-    with_pieces = runpy.run_path(str(Path(__file__).with_name("pieces.py")))["with_pieces"]
+    with_pieces = runpy.run_path(str(Path(__file__).with_name("sentencepiece_export.py")))[
+        "with_pieces"
+    ]
     with with_pieces(Path(sys.argv[2])) as model:
         sys.argv = [*sys.argv[1:2], str(model), *sys.argv[3:]]
         runpy.run_path(sys.argv[0], run_name="__main__")

@@ -22,7 +22,6 @@ from toolchain.quantizers.checkpoints import (
     row_lengths,
     zero_point_option,
 )
-from toolchain.quantizers.keeping import keep_option, kept_modules, negative_patterns
 from toolchain.quantizers.packed import Layout, view_of
 from toolchain.quantizers.packed_check import check_checkpoint
 from toolchain.quantizers.quantizer import Quantizer, QuantizeRequest, Step
@@ -34,6 +33,7 @@ from toolchain.quantizers.running import (
     samples,
     texts,
 )
+from toolchain.quantizers.unquantized import keep_option, kept_modules, negative_patterns
 from toolchain.trees import discard, remove
 from toolchain.values import AWQ, GPTQ, Format, Json
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import CheckFailed
 from toolchain.quantizers.checkpoints import LINEAR
-from toolchain.quantizers.keeping import is_kept
 from toolchain.quantizers.packed import PARTS, Layout, PackedView
 from toolchain.quantizers.tensors import Tensors
+from toolchain.quantizers.unquantized import is_kept
 from toolchain.values import Json
 
 if TYPE_CHECKING:

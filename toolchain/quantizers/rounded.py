@@ -19,12 +19,12 @@ from toolchain.quantizers.checkpoints import (
     output_bytes,
     write_companions,
 )
-from toolchain.quantizers.keeping import keep_option, kept_modules
 from toolchain.quantizers.packed import Layout, view_of
 from toolchain.quantizers.packed_check import check_checkpoint
 from toolchain.quantizers.quantizer import Quantizer, QuantizeRequest, Step
 from toolchain.quantizers.running import python_step, read_settings
 from toolchain.quantizers.tensors import Output, Tensors, array_type, write_checkpoint
+from toolchain.quantizers.unquantized import keep_option, kept_modules
 from toolchain.values import FP8, Format, Json
 
 if TYPE_CHECKING:

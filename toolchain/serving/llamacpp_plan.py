@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from toolchain.errors import UsageError
 from toolchain.serving.architectures import check_architecture
 from toolchain.serving.engine import ServingPlan, Wishes
-from toolchain.serving.llamacpp_case import PROGRAM, UBATCH, Case, make_case, ways
+from toolchain.serving.llamacpp_capacity import PROGRAM, UBATCH, Capacity, make_capacity, ways
 from toolchain.serving.llamacpp_options import extra_options
 from toolchain.serving.memory import (
     KV_PADDING,
@@ -39,23 +39,24 @@ def plan(config: Mapping[str, Json], weight_bytes: int, wishes: Wishes) -> Servi
     shape = ModelShape.from_config(config)
     require_attention(shape)
     extra = _with_wishes(extra_options(wishes.extra), wishes)
-    case = make_case(shape, weight_bytes, wishes, extra)
+    capacity = make_capacity(shape, weight_bytes, wishes, extra)
     notes = _shape_notes(shape)
     if said := check_architecture(shape, config):
         notes.append(said)
     limit = _length_limit(shape, wishes, extra)
-    tokens, slots = _choose(case, wishes, limit)
-    if case.fits(tokens, slots):
-        layers = case.shape.layers + 1 if case.machine.gpus else 0
-    elif case.machine.gpus:
-        layers = _split(case, tokens, slots, wishes)
+    tokens, slots = _choose(capacity, wishes, limit)
+    if capacity.fits(tokens, slots):
+        layers = capacity.shape.layers + 1 if capacity.machine.gpus else 0
+    elif capacity.machine.gpus:
+        layers = _split(capacity, tokens, slots, wishes)
         notes.append(
-            f"{layers} of {shape.layers} layers fit on {case.machine.device}; the rest run on the"
-            f" host's CPU, many times slower. All would fit with: {_nearest(case, tokens, slots)}"
+            f"{layers} of {shape.layers} layers fit on {capacity.machine.device}; the rest run on"
+            " the host's CPU, many times slower. All would fit with:"
+            f" {_nearest(capacity, tokens, slots)}"
         )
     else:
-        raise _too_much(case, tokens, slots)
-    return _result(case, tokens, slots, layers, extra, notes)
+        raise _too_much(capacity, tokens, slots)
+    return _result(capacity, tokens, slots, layers, extra, notes)
 
 
 _CACHE_TYPES = {"fp8": "q8_0", "fp8_e4m3": "q8_0", "float16": "f16", "bfloat16": "bf16"}
@@ -107,53 +108,55 @@ def _length_limit(shape: ModelShape, wishes: Wishes, extra: Mapping[str, Json]) 
     return max(limit, wish)
 
 
-def _choose(case: Case, wishes: Wishes, limit: int) -> tuple[int, int]:
+def _choose(capacity: Capacity, wishes: Wishes, limit: int) -> tuple[int, int]:
     """Return (tokens, slots): the wishes, and for `auto` the most that fits."""
     tokens = wishes.max_model_len
     if tokens is None:
-        tokens = case.longest(wishes.max_num_seqs or 1, limit)
+        tokens = capacity.longest(wishes.max_num_seqs or 1, limit)
         # A GPU that cannot hold everything is used for as many layers as it can.
         useful = min(_SPLIT_LENGTH, limit)
-        if case.machine.gpus and tokens < useful:
+        if capacity.machine.gpus and tokens < useful:
             tokens = useful
         tokens = tokens or min(KV_PADDING, limit)
-    slots = wishes.max_num_seqs or case.most_slots(tokens, _AUTO_SLOTS) or 1
+    slots = wishes.max_num_seqs or capacity.most_slots(tokens, _AUTO_SLOTS) or 1
     return tokens, slots
 
 
-def _split(case: Case, tokens: int, slots: int, wishes: Wishes) -> int:
+def _split(capacity: Capacity, tokens: int, slots: int, wishes: Wishes) -> int:
     """Return how many layers fit on the GPU, counting a layer's weights and cache as equal."""
-    layers = case.shape.layers
-    kv = case.kv(tokens, slots)
-    each = -(-case.weights // layers) + -(-kv // layers)
-    room = case.machine.usable - case.overhead(tokens, slots)
+    layers = capacity.shape.layers
+    kv = capacity.kv(tokens, slots)
+    each = -(-capacity.weights // layers) + -(-kv // layers)
+    room = capacity.machine.usable - capacity.overhead(tokens, slots)
     fitting = min(layers, room // each)
     if fitting < 1:
-        raise _too_much(case, tokens, slots)
+        raise _too_much(capacity, tokens, slots)
     rest = (layers - fitting) * each + PROGRAM
     if wishes.host_memory_bytes and rest > wishes.host_memory_bytes:
         raise UsageError(
-            f"{layers - fitting} layers do not fit on {case.machine.device} and need"
+            f"{layers - fitting} layers do not fit on {capacity.machine.device} and need"
             f" {human(rest)} of host memory; there are {human(wishes.host_memory_bytes)}",
-            hint=f"nearest that fits: {_nearest(case, tokens, slots)}",
+            hint=f"nearest that fits: {_nearest(capacity, tokens, slots)}",
         )
     return fitting
 
 
-def _too_much(case: Case, tokens: int, slots: int) -> UsageError:
-    machine = case.machine
+def _too_much(capacity: Capacity, tokens: int, slots: int) -> UsageError:
+    machine = capacity.machine
     return UsageError(
-        f"max_model_len {tokens} x max_num_seqs {slots} needs {human(case.needs(tokens, slots))},"
-        f" {human(machine.usable)} are usable on {machine.device}: weights {human(case.weights)},"
-        f" cache {human(case.kv(tokens, slots))}, overhead {human(case.overhead(tokens, slots))}",
-        hint=f"nearest that fits: {_nearest(case, tokens, slots)}",
-        details={"plan": _result(case, tokens, slots, 0, {}, [])},
+        f"max_model_len {tokens} x max_num_seqs {slots} needs"
+        f" {human(capacity.needs(tokens, slots))}, {human(machine.usable)} are usable on"
+        f" {machine.device}: weights {human(capacity.weights)},"
+        f" cache {human(capacity.kv(tokens, slots))},"
+        f" overhead {human(capacity.overhead(tokens, slots))}",
+        hint=f"nearest that fits: {_nearest(capacity, tokens, slots)}",
+        details={"plan": _result(capacity, tokens, slots, 0, {}, [])},
     )
 
 
-def _nearest(case: Case, tokens: int, slots: int) -> str:
+def _nearest(capacity: Capacity, tokens: int, slots: int) -> str:
     """Return the wishes closest to these that fit, for people."""
-    return "; or ".join(str(way["text"]) for way in ways(case, tokens, slots))
+    return "; or ".join(str(way["text"]) for way in ways(capacity, tokens, slots))
 
 
 def _shape_notes(shape: ModelShape) -> list[str]:
@@ -171,31 +174,31 @@ def _shape_notes(shape: ModelShape) -> list[str]:
 
 
 def _result(
-    case: Case,
+    capacity: Capacity,
     tokens: int,
     slots: int,
     gpu_layers: int,
     extra: Mapping[str, Json],
     notes: list[str],
 ) -> ServingPlan:
-    growing = case.shape.layers - sliding_layers(case.shape)
+    growing = capacity.shape.layers - sliding_layers(capacity.shape)
     settings: dict[str, Json] = {
         "ctx-size": padded(tokens) * slots,
         "parallel": slots,
         "kv-unified": False,
         "n-gpu-layers": gpu_layers,
         "flash-attn": "on",
-        "cache-type-k": case.type_k,
-        "cache-type-v": case.type_v,
-        "batch-size": max(_BATCH, case.ubatch),
-        "ubatch-size": case.ubatch,
+        "cache-type-k": capacity.type_k,
+        "cache-type-v": capacity.type_v,
+        "batch-size": max(_BATCH, capacity.ubatch),
+        "ubatch-size": capacity.ubatch,
         "cache-ram": 0,
         "fit": "off",
     }
-    machine, kv = case.machine, case.kv(tokens, slots)
-    gpus, overhead = max(1, machine.gpus), case.overhead(tokens, slots)
-    room = max(0, machine.usable - case.weights - overhead)
-    fits = case.fits(tokens, slots)
+    machine, kv = capacity.machine, capacity.kv(tokens, slots)
+    gpus, overhead = max(1, machine.gpus), capacity.overhead(tokens, slots)
+    room = max(0, machine.usable - capacity.weights - overhead)
+    fits = capacity.fits(tokens, slots)
     return ServingPlan(
         device=machine.device,
         gpus=machine.gpus,
@@ -203,20 +206,20 @@ def _result(
         max_num_seqs=slots,
         max_num_batched_tokens=int(str({**settings, **extra}["batch-size"])),
         max_concurrency=room // (kv // slots),
-        weight_bytes=case.weights,
-        weights_bytes_per_gpu=-(-case.weights // gpus),
-        kv_bytes_per_token=growing * case.layer_bytes,
+        weight_bytes=capacity.weights,
+        weights_bytes_per_gpu=-(-capacity.weights // gpus),
+        kv_bytes_per_token=growing * capacity.layer_bytes,
         kv_bytes_per_request=kv // slots,
         kv_bytes_total=kv,
         kv_cache_bytes=room // gpus,
         overhead_bytes=overhead,
         usable_bytes=machine.usable,
         margin_bytes=machine.held_back // gpus,
-        host_bytes=case.weights + kv + overhead,
+        host_bytes=capacity.weights + kv + overhead,
         pipeline_parallel_size=gpus,
         gpu_layers=gpu_layers,
         fits=fits,
-        nearest=None if fits else tuple(ways(case, tokens, slots)),
+        nearest=None if fits else tuple(ways(capacity, tokens, slots)),
         settings={**settings, **extra},
         notes=tuple(notes),
     )

@@ -18,7 +18,7 @@ from toolchain.serving.machine import Machine, can_split, choose_dtype, machine_
 from toolchain.serving.memory import GIB, human
 from toolchain.serving.model import ModelShape, stated_dtype
 from toolchain.serving.nearest import alternatives
-from toolchain.serving.paged_case import Case, Rules, Switches
+from toolchain.serving.paged_capacity import Capacity, Rules, Switches
 from toolchain.values import SAFETENSORS, Json
 
 
@@ -28,36 +28,38 @@ def plan_paged(
     wishes: Wishes,
     rules: Rules,
     switches: Switches | None = None,
-) -> tuple[ServingPlan, Case]:
-    """Return the plan for a model of `weight_bytes`, without the engine's settings, and its case.
+) -> tuple[ServingPlan, Capacity]:
+    """Return a model's plan, without the engine's settings, and its capacity.
 
     `auto` takes the longest request that fits, up to the model's own length, for as many requests
     as are wished; then as many requests as fit. Raises InputRefused for a lying config.json and
     UsageError for a wish that cannot be, with the nearest that can.
     """
-    case = make_case(config, weight_bytes, wishes, rules, switches or Switches())
-    tokens = _tokens(case)
-    requests = wishes.max_num_seqs or case.most(tokens, rules.most_requests(case.machine)) or 1
+    capacity = make_capacity(config, weight_bytes, wishes, rules, switches or Switches())
+    tokens = _tokens(capacity)
+    requests = (
+        wishes.max_num_seqs or capacity.most(tokens, rules.most_requests(capacity.machine)) or 1
+    )
     if wishes.max_num_batched_tokens and wishes.max_num_batched_tokens < requests:
         raise UsageError(
             f"max_num_batched_tokens {wishes.max_num_batched_tokens} is less than max_num_seqs"
             f" {requests}: each request takes at least one token of a batch",
             hint=f"nearest: max_num_batched_tokens {requests}",
         )
-    plan = _plan(case, tokens, requests)
+    plan = _plan(capacity, tokens, requests)
     if not plan.fits:
-        raise _too_much(case, plan)
-    return plan, case
+        raise _too_much(capacity, plan)
+    return plan, capacity
 
 
-def make_case(
+def make_capacity(
     config: Mapping[str, Json],
     weight_bytes: int,
     wishes: Wishes,
     rules: Rules,
     switches: Switches,
-) -> Case:
-    """Return the checked case; raises as `plan_paged`."""
+) -> Capacity:
+    """Return the checked capacity; raises as `plan_paged`."""
     shape = ModelShape.from_config(config)
     machine = machine_for(wishes, shape)
     if not machine.gpus and not rules.runs_on_cpu:
@@ -85,7 +87,7 @@ def make_case(
     if _shrinks(config, wishes, dtype):
         notes.append(f"float32 weights are loaded as {dtype}: half of the files' size")
         weight_bytes //= 2
-    return Case(
+    return Capacity(
         rules=rules,
         shape=shape,
         weights=weight_bytes,
@@ -139,11 +141,13 @@ def _check_fraction(wishes: Wishes) -> None:
         )
 
 
-def _tokens(case: Case) -> int:
+def _tokens(capacity: Capacity) -> int:
     """Return max_model_len: the wish, else the longest that fits; at least one block."""
-    wish, limit = case.wishes.max_model_len, case.limit
+    wish, limit = capacity.wishes.max_model_len, capacity.limit
     if wish is None:
-        return case.longest(case.wishes.max_num_seqs or 1, limit.default) or min(16, limit.default)
+        return capacity.longest(capacity.wishes.max_num_seqs or 1, limit.default) or min(
+            16, limit.default
+        )
     if wish > limit.most:
         raise UsageError(
             f"max_model_len {wish} is longer than the model's {limit.most} positions",
@@ -152,58 +156,58 @@ def _tokens(case: Case) -> int:
     return wish
 
 
-def _plan(case: Case, tokens: int, requests: int) -> ServingPlan:
-    machine, cache = case.machine, case.cache
-    room, margin, fraction = case.budget(tokens, requests)
+def _plan(capacity: Capacity, tokens: int, requests: int) -> ServingPlan:
+    machine, cache = capacity.machine, capacity.cache
+    room, margin, fraction = capacity.budget(tokens, requests)
     gpus, tensor = max(1, machine.gpus), machine.tensor_parallel
-    need = case.blocks(tokens, requests) * cache.bytes_per_block
-    overhead = case.overhead(tokens, requests)
+    need = capacity.blocks(tokens, requests) * cache.bytes_per_block
+    overhead = capacity.overhead(tokens, requests)
     # A further token takes a part of a block in the layers that keep every token.
     growing = [group.count for group in cache.groups if group.kind == "full"]
     count = sum(growing) or sum(g.count for g in cache.groups if g.kind != "state")
-    fits = case.fits(tokens, requests)
+    fits = capacity.fits(tokens, requests)
     return ServingPlan(
         device=machine.device,
         gpus=machine.gpus,
         max_model_len=tokens,
         max_num_seqs=requests,
-        max_num_batched_tokens=case.batched(tokens, requests),
+        max_num_batched_tokens=capacity.batched(tokens, requests),
         max_concurrency=_floored(
-            cache.concurrency(max(0, room), tokens, case.inflight(tokens, requests))
+            cache.concurrency(max(0, room), tokens, capacity.inflight(tokens, requests))
         ),
-        weight_bytes=case.weights,
-        weights_bytes_per_gpu=case.weights_each,
-        kv_bytes_per_token=_growth(case, count) * tensor,
+        weight_bytes=capacity.weights,
+        weights_bytes_per_gpu=capacity.weights_each,
+        kv_bytes_per_token=_growth(capacity, count) * tensor,
         kv_bytes_per_request=need * gpus,
         kv_bytes_total=need * gpus * requests,
         kv_cache_bytes=max(0, room),
         overhead_bytes=overhead * gpus,
-        usable_bytes=(case.weights_each + overhead + max(0, room)) * gpus,
+        usable_bytes=(capacity.weights_each + overhead + max(0, room)) * gpus,
         margin_bytes=margin,
-        host_bytes=_host_bytes(case, need * requests, overhead),
+        host_bytes=_host_bytes(capacity, need * requests, overhead),
         shm_bytes=_shm_bytes(machine),
         gpu_memory_utilization=fraction if machine.gpus else None,
         tensor_parallel_size=tensor,
         pipeline_parallel_size=machine.pipeline_parallel,
-        gpu_layers=case.shape.layers if machine.gpus else 0,
+        gpu_layers=capacity.shape.layers if machine.gpus else 0,
         fits=fits,
-        notes=(*case.notes, *_lowered(case, fraction)),
+        notes=(*capacity.notes, *_lowered(capacity, fraction)),
     )
 
 
-def _lowered(case: Case, fraction: float) -> tuple[str, ...]:
-    wish = case.wishes.gpu_memory_utilization
+def _lowered(capacity: Capacity, fraction: float) -> tuple[str, ...]:
+    wish = capacity.wishes.gpu_memory_utilization
     if not wish or fraction >= wish:
         return ()
     return (f"gpu_memory_utilization {fraction} instead of {wish}: activations need the rest",)
 
 
-def _growth(case: Case, groups: int) -> int:
+def _growth(capacity: Capacity, groups: int) -> int:
     """Return the bytes of a token in the growing layers of all pipeline stages, on one shard."""
-    cache, stages = case.cache, case.machine.pipeline_parallel
+    cache, stages = capacity.cache, capacity.machine.pipeline_parallel
     if stages == 1:
         return groups * cache.bytes_per_block // cache.block
-    whole = replace(case, machine=replace(case.machine, pipeline_parallel=1))
+    whole = replace(capacity, machine=replace(capacity.machine, pipeline_parallel=1))
     return groups * whole.cache.bytes_per_block // whole.cache.block
 
 
@@ -218,19 +222,19 @@ def _shm_bytes(machine: Machine) -> int:
     return 2 * GIB if machine.gpus > 1 else 0
 
 
-def _host_bytes(case: Case, cache: int, overhead: int) -> int:
-    if not case.machine.gpus:
-        return case.weights + cache + case.cache.bytes_per_block + overhead
+def _host_bytes(capacity: Capacity, cache: int, overhead: int) -> int:
+    if not capacity.machine.gpus:
+        return capacity.weights + cache + capacity.cache.bytes_per_block + overhead
     # The files' pages while they are copied, and a process per GPU.
-    return case.weights + 4 * GIB + 2 * GIB * case.machine.gpus
+    return capacity.weights + 4 * GIB + 2 * GIB * capacity.machine.gpus
 
 
 def _floored(number: float) -> float:
     return math.floor(number * 100) / 100
 
 
-def _too_much(case: Case, plan: ServingPlan) -> UsageError:
-    ways = alternatives(case, plan)
+def _too_much(capacity: Capacity, plan: ServingPlan) -> UsageError:
+    ways = alternatives(capacity, plan)
     refused = replace(plan, nearest=ways)
     where = f"{plan.device}" + (f" x {plan.gpus}" if plan.gpus > 1 else "")
     gpus = max(1, plan.gpus)

@@ -12,7 +12,7 @@ from toolchain.serving.engine import Engine, EngineBase, ServingPlan, Support, W
 from toolchain.serving.machine import Machine
 from toolchain.serving.memory import GIB
 from toolchain.serving.options import OptionList, load_options
-from toolchain.serving.paged_case import Case, Rules, Switches
+from toolchain.serving.paged_capacity import Capacity, Rules, Switches
 from toolchain.serving.paged_plan import plan_paged
 from toolchain.values import Json
 
@@ -101,19 +101,19 @@ def plan(config: Mapping[str, Json], weight_bytes: int, wishes: Wishes) -> Servi
     extra = options().checked(wishes.extra)
     if wishes.format.kind == "awq" and wishes.dtype in {"", "auto"}:
         wishes = replace(wishes, dtype="float16")  # its AWQ kernels are written for it
-    planned, case = plan_paged(config, weight_bytes, wishes, RULES, Switches())
-    card = case.machine.gpu
+    planned, capacity = plan_paged(config, weight_bytes, wishes, RULES, Switches())
+    card = capacity.machine.gpu
     if card and not any(card.compute_capability):
         raise UsageError(
             f"the SGLang image here is for NVIDIA GPUs, not {card.name}",
             hint="choose an NVIDIA GPU, or name a ROCm image with image.base and gpu_memory",
         )
-    return replace(planned, settings={**_settings(planned, case), **extra})
+    return replace(planned, settings={**_settings(planned, capacity), **extra})
 
 
-def _settings(planned: ServingPlan, case: Case) -> dict[str, Json]:
+def _settings(planned: ServingPlan, capacity: Capacity) -> dict[str, Json]:
     settings: dict[str, Json] = {
-        "dtype": case.dtype,
+        "dtype": capacity.dtype,
         "context-length": planned.max_model_len,
         "max-running-requests": planned.max_num_seqs,
         "chunked-prefill-size": planned.max_num_batched_tokens,
@@ -122,10 +122,10 @@ def _settings(planned: ServingPlan, case: Case) -> dict[str, Json]:
     }
     if planned.pipeline_parallel_size > 1:
         settings["pp-size"] = planned.pipeline_parallel_size
-    if any(part.kind in {"sliding", "chunked"} for part in case.shape.cache):
+    if any(part.kind in {"sliding", "chunked"} for part in capacity.shape.cache):
         # Else windows share the memory by a ratio of its own, which is not planned here.
         settings["disable-hybrid-swa-memory"] = True
-    cache = case.wishes.kv_cache_dtype
+    cache = capacity.wishes.kv_cache_dtype
     if cache not in {"", "auto"}:
         settings["kv-cache-dtype"] = {"fp8": "fp8_e4m3", "bfloat16": "bf16"}.get(cache, cache)
     return settings

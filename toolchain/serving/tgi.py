@@ -12,7 +12,7 @@ from toolchain.serving.engine import Engine, EngineBase, ServingPlan, Support, W
 from toolchain.serving.machine import Machine
 from toolchain.serving.model import ModelShape
 from toolchain.serving.options import OptionList, load_options
-from toolchain.serving.paged_case import Case, Rules, Switches
+from toolchain.serving.paged_capacity import Capacity, Rules, Switches
 from toolchain.serving.paged_plan import plan_paged
 from toolchain.serving.text import text_part
 from toolchain.values import Json
@@ -120,21 +120,21 @@ def plan(config: Mapping[str, Json], weight_bytes: int, wishes: Wishes) -> Servi
             hint="keep the base's tokenizer files as they were, or choose a vllm target",
         )
     _check_rotation(config)
-    planned, case = plan_paged(config, weight_bytes, wishes, RULES, _switches(config))
-    card = case.machine.gpu
+    planned, capacity = plan_paged(config, weight_bytes, wishes, RULES, _switches(config))
+    card = capacity.machine.gpu
     # Its image has kernels for 8.0, 8.6 and 9.0, and code that later cards of 9.x can compile.
     if card and not (8, 0) <= card.compute_capability < (10, 0):
         raise UsageError(
             f"TGI 3.3 has no kernels for {card.name}",
             hint="choose an A10G, A100, L4, L40S or H100, or a vllm target",
         )
-    if case.dtype == "float32":
+    if capacity.dtype == "float32":
         raise UsageError("TGI has no float32", hint="set serve.dtype=bfloat16 or float16")
     if planned.max_model_len < 2:
         raise UsageError(
             "max_model_len 1 leaves no token for the answer", hint="nearest: max_model_len 2"
         )
-    return replace(planned, settings={**_settings(planned, case), **extra})
+    return replace(planned, settings={**_settings(planned, capacity), **extra})
 
 
 def _check_rotation(config: Mapping[str, Json]) -> None:
@@ -174,7 +174,7 @@ def _switches(config: Mapping[str, Json]) -> Switches:
     )
 
 
-def _settings(planned: ServingPlan, case: Case) -> dict[str, Json]:
+def _settings(planned: ServingPlan, capacity: Capacity) -> dict[str, Json]:
     """Return the launcher's options: input < total <= the batch, prefill <= the batch."""
     batch = planned.max_model_len * planned.max_num_seqs
     settings: dict[str, Json] = {
@@ -185,10 +185,10 @@ def _settings(planned: ServingPlan, case: Case) -> dict[str, Json]:
         # Admission, not the batch: more than that wait, and beyond this they are sent away.
         "max-concurrent-requests": max(128, planned.max_num_seqs),
         "num-shard": planned.tensor_parallel_size,
-        "dtype": case.dtype,
+        "dtype": capacity.dtype,
         "cuda-memory-fraction": planned.gpu_memory_utilization,
     }
-    cache = case.wishes.kv_cache_dtype
+    cache = capacity.wishes.kv_cache_dtype
     if cache not in {"", "auto"}:
         settings["kv-cache-dtype"] = "fp8_e4m3fn" if cache in {"fp8", "fp8_e4m3"} else cache
     return settings

@@ -11,7 +11,7 @@ from toolchain.errors import UsageError
 from toolchain.serving.engine import Engine, EngineBase, ServingPlan, Wishes
 from toolchain.serving.machine import Machine
 from toolchain.serving.options import OptionList, load_options
-from toolchain.serving.paged_case import Rules, Switches
+from toolchain.serving.paged_capacity import Rules, Switches
 from toolchain.serving.paged_plan import plan_paged
 from toolchain.values import Json
 
@@ -91,8 +91,8 @@ def plan(config: Mapping[str, Json], weight_bytes: int, wishes: Wishes) -> Servi
             "trtllm-serve calls a model by its folder, and has no option for another name",
             hint=f"leave serve.served_model_name out: clients ask for `{ENGINE.fixed_name}`",
         )
-    planned, case = plan_paged(config, weight_bytes, wishes, RULES, Switches())
-    card = case.machine.gpu
+    planned, capacity = plan_paged(config, weight_bytes, wishes, RULES, Switches())
+    card = capacity.machine.gpu
     if card and card.compute_capability < (8, 0):
         raise UsageError(
             f"TensorRT-LLM does not run on {card.name}",
@@ -107,7 +107,7 @@ def plan(config: Mapping[str, Json], weight_bytes: int, wishes: Wishes) -> Servi
         "max_num_tokens": planned.max_num_batched_tokens,
         "tensor_parallel_size": planned.tensor_parallel_size,
         "pipeline_parallel_size": planned.pipeline_parallel_size,
-        "dtype": case.dtype,
+        "dtype": capacity.dtype,
         "kv_cache_config": cache,
         "enable_chunked_prefill": True,
     }

@@ -14,7 +14,7 @@ from toolchain.serving.machine import Machine
 from toolchain.serving.memory import GIB
 from toolchain.serving.model import ModelShape
 from toolchain.serving.options import OptionList, load_options
-from toolchain.serving.paged_case import Case, Rules, Switches
+from toolchain.serving.paged_capacity import Capacity, Rules, Switches
 from toolchain.serving.paged_plan import plan_paged
 from toolchain.serving.vllm_packing import check_packing
 from toolchain.values import Json
@@ -125,9 +125,9 @@ def plan(config: Mapping[str, Json], weight_bytes: int, wishes: Wishes) -> Servi
         chosen = replace(chosen, chunked_prefill=False)
     if wishes.adapters:
         chosen = replace(chosen, beside=_adapter_slots(config, wishes))
-    planned, case = plan_paged(config, weight_bytes, wishes, RULES, chosen)
-    notes = (*planned.notes, *check_packing(config, case.machine))
-    return replace(planned, notes=notes, settings={**_settings(planned, case), **extra})
+    planned, capacity = plan_paged(config, weight_bytes, wishes, RULES, chosen)
+    notes = (*planned.notes, *check_packing(config, capacity.machine))
+    return replace(planned, notes=notes, settings={**_settings(planned, capacity), **extra})
 
 
 def switches(extra: Mapping[str, Json]) -> Switches:
@@ -183,21 +183,21 @@ def _adapter_slots(config: Mapping[str, Json], wishes: Wishes) -> int:
     return 2 * len(wishes.adapters) * _lora_rank(wishes) * shape.layers * ends
 
 
-def _settings(planned: ServingPlan, case: Case) -> dict[str, Json]:
+def _settings(planned: ServingPlan, capacity: Capacity) -> dict[str, Json]:
     """Return the keys of vLLM's file: dashed, none of them null, no `false` without a `--no-`."""
     settings: dict[str, Json] = {
-        "dtype": case.dtype,
+        "dtype": capacity.dtype,
         "max-model-len": planned.max_model_len,
         "max-num-seqs": planned.max_num_seqs,
         "max-num-batched-tokens": planned.max_num_batched_tokens,
     }
-    if case.wishes.kv_cache_dtype not in {"", "auto"}:
-        settings["kv-cache-dtype"] = case.wishes.kv_cache_dtype
-    if case.wishes.adapters:
+    if capacity.wishes.kv_cache_dtype not in {"", "auto"}:
+        settings["kv-cache-dtype"] = capacity.wishes.kv_cache_dtype
+    if capacity.wishes.adapters:
         settings |= {
             "enable-lora": True,
-            "max-loras": len(case.wishes.adapters),
-            "max-lora-rank": _lora_rank(case.wishes),
+            "max-loras": len(capacity.wishes.adapters),
+            "max-lora-rank": _lora_rank(capacity.wishes),
         }
     if planned.gpus:
         settings["gpu-memory-utilization"] = planned.gpu_memory_utilization
@@ -205,10 +205,10 @@ def _settings(planned: ServingPlan, case: Case) -> dict[str, Json]:
         if planned.pipeline_parallel_size > 1:
             settings["pipeline-parallel-size"] = planned.pipeline_parallel_size
         return settings
-    if not case.shape.kv_lora_rank:  # the CPU's kernel for latent attention has blocks of 16
-        settings["block-size"] = case.cache.block
+    if not capacity.shape.kv_lora_rank:  # the CPU's kernel for latent attention has blocks of 16
+        settings["block-size"] = capacity.cache.block
     # By default a CPU server takes 92 % of the host; one block is vLLM's own (the null block).
-    settings["kv-cache-memory-bytes"] = planned.kv_bytes_total + case.cache.bytes_per_block
+    settings["kv-cache-memory-bytes"] = planned.kv_bytes_total + capacity.cache.bytes_per_block
     # Compiling takes a C++ compiler, which an image has not, and minutes at every start.
     settings["enforce-eager"] = True
     return settings

@@ -17,7 +17,7 @@ import torch
 
 from toolchain.validating.findings import ERROR, NOTE, Finding, finding
 from toolchain.validating.forwards import Batch
-from toolchain.validating.logits import Limits
+from toolchain.validating.logits import LogitLimits
 from toolchain.validating.network import fill, load_buffers, skeleton
 from toolchain.validating.weights import Weights
 
@@ -150,7 +150,7 @@ def _tail(text: str) -> str:
     return flat if len(flat) <= _TAIL else f"… {flat[-_TAIL:].partition(' ')[2]}"
 
 
-def judge(texts: Sequence[Text], allowed: Limits) -> list[Finding]:
+def judge(texts: Sequence[Text], allowed: LogitLimits) -> list[Finding]:
     """Return a finding where the merged model goes on otherwise and no near tie explains it."""
     wrong = [t for t in texts if t.parts is not None and t.margin > _ROOM * allowed.max_abs]
     if not wrong:

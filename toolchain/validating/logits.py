@@ -52,7 +52,7 @@ def distance(reference: torch.Tensor, other: torch.Tensor) -> Distance:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class LogitLimits:
     """How far a merge may be from the exact one: no further than rounding is from the reference."""
 
     rms: float
@@ -61,7 +61,7 @@ class Limits:
     kl_max: float
 
 
-def limits(rounding: Distance, reference: torch.Tensor, *, complete: bool) -> Limits:
+def limits(rounding: Distance, reference: torch.Tensor, *, complete: bool) -> LogitLimits:
     """Return the limits from what one exact rounding did to these logits.
 
     A divergence grows with the square of the logits' distance. `complete` says that the rounding
@@ -69,7 +69,7 @@ def limits(rounding: Distance, reference: torch.Tensor, *, complete: bool) -> Li
     """
     room = 1.0 if complete else _UNSEEN
     floor = _FLOOR * float(reference.abs().max())
-    return Limits(
+    return LogitLimits(
         rms=room * rounding.rms + floor,
         max_abs=room * rounding.max_abs + floor,
         kl_mean=room**2 * rounding.kl_mean + floor**2,
@@ -77,7 +77,7 @@ def limits(rounding: Distance, reference: torch.Tensor, *, complete: bool) -> Li
     )
 
 
-def judge(off: Distance, allowed: Limits) -> list[Finding]:
+def judge(off: Distance, allowed: LogitLimits) -> list[Finding]:
     """Return a finding where merged logits are off the exact merge's by more than the limits."""
     found = []
     for what, value, limit in (
@@ -101,7 +101,7 @@ def judge(off: Distance, allowed: Limits) -> list[Finding]:
     ]
 
 
-def judge_choices(exact: torch.Tensor, merged: torch.Tensor, allowed: Limits) -> list[Finding]:
+def judge_choices(exact: torch.Tensor, merged: torch.Tensor, allowed: LogitLimits) -> list[Finding]:
     """Return a finding where another token is the likeliest and no near tie explains it."""
     best = exact.topk(2, -1).values
     margin = best[:, 0] - best[:, 1]

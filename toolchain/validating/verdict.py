@@ -14,7 +14,7 @@ from toolchain.validating.greedy import Text
 from toolchain.validating.greedy import judge as judge_texts
 from toolchain.validating.logits import (
     Distance,
-    Limits,
+    LogitLimits,
     distance,
     judge,
     judge_choices,
@@ -162,5 +162,5 @@ def _swallowed(reference: Reference) -> tuple[list[Finding], float | None]:
     ], part
 
 
-def _measures(value: Distance | Limits) -> dict[str, float]:
+def _measures(value: Distance | LogitLimits) -> dict[str, float]:
     return {name: getattr(value, name) for name in value.__slots__}

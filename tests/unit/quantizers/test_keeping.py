@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from toolchain.errors import UsageError
-from toolchain.quantizers.keeping import (
+from toolchain.quantizers.unquantized import (
     MATRICES,
     is_kept,
     keep_option,

@@ -11,11 +11,11 @@ from toolchain.checkpoints.safetensors import TensorInfo
 from toolchain.errors import InputRefused
 from toolchain.merging.claim import SHOWN, AdapterView, Claim, Family, Variant
 from toolchain.merging.dora import Dora
+from toolchain.merging.duplicates import same_transposed
 from toolchain.merging.families import experts
 from toolchain.merging.kasa import Kasa
 from toolchain.merging.names import CONV1D_MODELS, is_conv1d, module_key, plain_module
 from toolchain.merging.outputs import Part, Term, matrix_columns
-from toolchain.merging.twins import same_transposed
 from toolchain.merging.tying import has_head, is_embedding, is_head
 
 _KEY = re.compile(

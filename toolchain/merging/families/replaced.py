@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 from toolchain.errors import InputRefused
 from toolchain.merging.claim import AdapterView, Claim, Family, Variant
+from toolchain.merging.duplicates import same_bytes
 from toolchain.merging.names import module_key, plain_module
 from toolchain.merging.outputs import Stored
 from toolchain.merging.tasks import TASKS
-from toolchain.merging.twins import same_bytes
 from toolchain.merging.tying import is_embedding, is_head
 
 _WRAPPED = re.compile(r"\.(?:modules_to_save(?:\.[^.]+)?|original_module)$")

@@ -8,9 +8,9 @@ from typing import Any
 
 from toolchain.errors import InputRefused
 from toolchain.merging.claim import AdapterView, Claim, Family, Variant
+from toolchain.merging.duplicates import same_bytes
 from toolchain.merging.names import module_key, plain_module
 from toolchain.merging.outputs import Patch
-from toolchain.merging.twins import same_bytes
 from toolchain.merging.tying import is_embedding, is_head
 
 _KEY = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?")

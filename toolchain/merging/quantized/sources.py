@@ -21,7 +21,7 @@ _BYTES = 20
 of which two are kept."""
 
 
-class Made(ABC):
+class DecodedSource(ABC):
     """A weight that is made whole and kept, so that rows can be taken from it."""
 
     @abstractmethod
@@ -40,7 +40,7 @@ class Made(ABC):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Decoded(Made):
+class Decoded(DecodedSource):
     """A weight that is stored as codes and scales; the whole of it is decoded at once, and kept."""
 
     weight: Packed
@@ -74,7 +74,7 @@ class Decoded(Made):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Rounded(Made):
+class Rounded(DecodedSource):
     """A 16-bit weight as it is after a round trip through NF4."""
 
     source: Stored
@@ -104,4 +104,4 @@ class Rounded(Made):
 
 def held_bytes(source: Source) -> int:
     """Return the memory that a source takes beside the blocks that it gives."""
-    return source.held_bytes if isinstance(source, Made) else 0
+    return source.held_bytes if isinstance(source, DecodedSource) else 0

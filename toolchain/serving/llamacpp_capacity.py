@@ -49,7 +49,7 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
+class Capacity:
     """A model on a machine, with the options that change what it weighs."""
 
     shape: ModelShape
@@ -123,8 +123,10 @@ class Case:
         return low
 
 
-def make_case(shape: ModelShape, weights: int, wishes: Wishes, extra: Mapping[str, Json]) -> Case:
-    """Return the case with llama-server's options read; UsageError for one that cannot be."""
+def make_capacity(
+    shape: ModelShape, weights: int, wishes: Wishes, extra: Mapping[str, Json]
+) -> Capacity:
+    """Return the capacity with llama-server's options read; UsageError for one that cannot be."""
     flash = str(extra.get("flash-attn", "on")).lower() not in {"off", "false", "0", "disabled"}
     type_v = str(extra.get("cache-type-v", "f16"))
     if not flash and type_v not in {"f16", "bf16", "f32"}:
@@ -134,7 +136,7 @@ def make_case(shape: ModelShape, weights: int, wishes: Wishes, extra: Mapping[st
     if str(extra.get("swa-full", "off")).lower() not in {"off", "false", "0", "disabled"}:
         shape = replace(shape, sliding_window=0)
     host_cache = _whole(extra, "cache-ram", 0, least=0)
-    return Case(
+    return Capacity(
         shape=shape,
         weights=weights,
         machine=_machine(wishes),
@@ -178,34 +180,34 @@ def _whole(extra: Mapping[str, Json], option: str, default: int, *, least: int) 
     return number
 
 
-def ways(case: Case, tokens: int, slots: int) -> list[dict[str, Json]]:
+def ways(capacity: Capacity, tokens: int, slots: int) -> list[dict[str, Json]]:
     """Return the wishes closest to these that fit: `text` for people, the rest as `serve` keys."""
     both: dict[str, Json] = {"max_model_len": tokens, "max_num_seqs": slots}
     found: list[dict[str, Json]] = []
-    if shorter := case.longest(slots, tokens):
+    if shorter := capacity.longest(slots, tokens):
         text = f"max_model_len {shorter} with {slots} at once"
         found.append({"text": text, **both, "max_model_len": shorter})
-    if fewer := case.most_slots(tokens, slots):
+    if fewer := capacity.most_slots(tokens, slots):
         text = f"max_num_seqs {fewer} at {tokens}"
         found.append({"text": text, **both, "max_num_seqs": fewer})
-    packed = _packed(case)
+    packed = _packed(capacity)
     longer = packed.longest(slots, tokens) if packed else 0
     if longer > shorter:
         text = "the same" if longer == tokens else f"max_model_len {longer}"
         text += " with serve.extra.cache-type-k=q8_0 and cache-type-v=q8_0"
         found.append({"text": text, **both, "max_model_len": longer, "kv_cache_dtype": "q8_0"})
-    needed = case.needs(tokens, slots) * _MARGIN // (_MARGIN - 1) + MIB
-    gpus = max(1, case.machine.gpus)
-    memory = f"{human(-(-needed // gpus))} of {'GPU ' if case.machine.gpus else ''}memory"
-    key = "gpu_memory" if case.machine.gpus else "memory"
+    needed = capacity.needs(tokens, slots) * _MARGIN // (_MARGIN - 1) + MIB
+    gpus = max(1, capacity.machine.gpus)
+    memory = f"{human(-(-needed // gpus))} of {'GPU ' if capacity.machine.gpus else ''}memory"
+    key = "gpu_memory" if capacity.machine.gpus else "memory"
     found.append({"text": memory + (" each" if gpus > 1 else ""), key: -(-needed // gpus)})
     return found
 
 
-def _packed(case: Case) -> Case | None:
-    packed = replace(case, type_k="q8_0", type_v="q8_0")
+def _packed(capacity: Capacity) -> Capacity | None:
+    packed = replace(capacity, type_k="q8_0", type_v="q8_0")
     try:
-        smaller = packed.layer_bytes < case.layer_bytes
+        smaller = packed.layer_bytes < capacity.layer_bytes
     except UsageError:
         return None
-    return packed if smaller and case.flash else None
+    return packed if smaller and capacity.flash else None

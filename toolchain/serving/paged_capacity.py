@@ -75,7 +75,7 @@ class Rules:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class Capacity:
     """A model on a machine under an engine's rules."""
 
     rules: Rules

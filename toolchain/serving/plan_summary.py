@@ -10,7 +10,7 @@ from toolchain.values import Json
 _WIDTH = 60
 
 
-def picture(name: str, plan: Mapping[str, Json]) -> str:
+def summary(name: str, plan: Mapping[str, Json]) -> str:
     """Return a plan as lines: what it serves, a bar of one device's memory, and its numbers.
 
     `plan` is a ServingConfig's; sizes are per GPU, or of the machine without one.

@@ -11,9 +11,9 @@ import pytest
 from tests.fakes.images import tiny_image
 from tests.fakes.registry import FakeRegistry
 from toolchain.oci.limits import Limits, limits_of
-from toolchain.oci.pace import Pace
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
+from toolchain.oci.upload_deadline import UploadDeadline
 from toolchain.serving.memory import parse_size
 
 MB = 10**6
@@ -23,9 +23,9 @@ SLOW = Limits(name="Slow Registry", hosts="", upload_seconds=600, source="")
 def told(limits: Limits | None, size: int, rate: float) -> list[str]:
     """What is said of two layers of `size` MB, of which `rate` MB go in a second."""
     said: list[str] = []
-    pace = Pace(limits, said.append, (n / rate for n in itertools.count()).__next__)
+    deadline = UploadDeadline(limits, said.append, (n / rate for n in itertools.count()).__next__)
     for file in ("a.safetensors", "b.safetensors"):
-        sent = pace.over(lambda: itertools.repeat(bytes(MB), size), size * MB, file)()  # type: ignore[return-value]
+        sent = deadline.over(lambda: itertools.repeat(bytes(MB), size), size * MB, file)()  # type: ignore[return-value]
         assert sum(map(len, sent)) == size * MB
     return said
 
@@ -49,8 +49,8 @@ def test_fast_enough_or_without_a_limit() -> None:
 def test_warned_before_half_of_the_time_is_over() -> None:
     now: list[float] = [0.0]
     said: list[float] = []
-    pace = Pace(limits_of("ghcr.io"), lambda _: said.append(now[0]), lambda: now[0])
-    for _ in pace.over(lambda: itertools.repeat(bytes(MB), 2000), 2000 * MB)():  # type: ignore[return-value]
+    deadline = UploadDeadline(limits_of("ghcr.io"), lambda _: said.append(now[0]), lambda: now[0])
+    for _ in deadline.over(lambda: itertools.repeat(bytes(MB), 2000), 2000 * MB)():  # type: ignore[return-value]
         now[0] += 1
     assert said
     assert said[0] < 60

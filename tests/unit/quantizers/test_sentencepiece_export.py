@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from tests.fakes.sentence_pieces import TEXT, TURNS, save, train
-from toolchain.quantizers.pieces import sentence_pieces, with_pieces
+from toolchain.quantizers.sentencepiece_export import sentence_pieces, with_pieces
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma"])

@@ -14,7 +14,7 @@ _SPARE = 0.8
 """Part of what would just fit that is advised: rates change."""
 
 
-class Pace:
+class UploadDeadline:
     """Warns once in a push, and well before the registry gives up, of a layer that is too slow."""
 
     def __init__(
