@@ -49,6 +49,10 @@ class EnvironmentFailure(WeightsmithError):
     exit_code = 5
 
 
+class Altered(EnvironmentFailure):
+    """What came over the network is not what its sender said it is (exit 5)."""
+
+
 _BY_CODE = {
     kind.exit_code: kind for kind in (UsageError, InputRefused, CheckFailed, EnvironmentFailure)
 }

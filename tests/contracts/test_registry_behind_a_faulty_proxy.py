@@ -12,7 +12,7 @@ from tests.fakes.debian_registry import real_registry
 from tests.fakes.faulty_proxy import Faults, faulty_proxy
 from tests.fakes.images import tiny_image
 from tests.fakes.other_registries import other_registry
-from toolchain.errors import InputRefused, WeightsmithError
+from toolchain.errors import Altered, WeightsmithError
 from toolchain.oci.image import Image
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
@@ -136,10 +136,10 @@ def test_lies_are_noticed(
         if method == "GET":
             client.push(image, place)
             faults.plan = [(method, path, fault)]
-            with pytest.raises(InputRefused):
+            with pytest.raises(Altered):
                 read_all(client, place)
             return
         faults.plan = [(method, path, fault)]
-        with pytest.raises(InputRefused, match="stored"):
+        with pytest.raises(Altered, match="stored"):
             client.push(image, place)
     assert straight(host, name) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,19 +12,24 @@ import httpx
 import pytest
 
 from tests.fakes.baking import bake, make_key, make_model, push_base, tools_for
-from tests.fakes.registry import FakeRegistry, fake_registry
+from tests.fakes.images import entry, foreign_image, tar_of, tiny_image
+from tests.fakes.registry import FakeRegistry, at, fake_registry
 from toolchain.commands.images import copy_image
 from toolchain.commands.rebase import RebaseRequest, rebase_image
 from toolchain.commands.rebuild import recipe_of_image
 from toolchain.commands.verify import verify_image
 from toolchain.drivers.signer import open_signer
-from toolchain.errors import CheckFailed, InputRefused, WeightsmithError
+from toolchain.errors import CheckFailed, EnvironmentFailure, InputRefused, WeightsmithError
 from toolchain.oci.attachments import Attachment, Part
+from toolchain.oci.image import Image
 from toolchain.oci.index import Index
+from toolchain.oci.layout import read_layout, write_layout
 from toolchain.oci.manifests import TITLE
 from toolchain.oci.places import RegistryPlace
+from toolchain.oci.proxies import told
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
+from toolchain.oci.unpack import unpack
 from toolchain.ports import Silent
 from toolchain.provenance import signing, statements
 from toolchain.provenance.evaluation import test_result as result_of
@@ -432,3 +438,91 @@ def test_an_upload_goes_on_nowhere_in_clear(registry: str) -> None:
     ):
         client.check_push(Reference.parse(f"{registry}/team/app:1"))
     assert not wire.in_clear()
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeRegistry]:
+    with fake_registry() as state:
+        yield state
+
+
+@pytest.fixture
+def client() -> Iterator[Registry]:
+    with Registry(pause=lambda _: None) as registry:
+        yield registry
+
+
+# What is altered on its way.
+
+
+def test_an_altered_layer(fake: FakeRegistry, client: Registry, tmp_path: Path) -> None:
+    """A proxy changes a byte of a layer: the way is at fault, not the image."""
+    client.push(tiny_image(tmp_path), at(fake))
+    image = client.pull(at(fake), platform="linux/amd64")
+    fake.faults = [("GET", "/blobs/", "digest")]
+    with pytest.raises(EnvironmentFailure, match="digest promises") as caught:
+        list(image.layers[0].open())
+    assert "try again" in caught.value.hint
+
+
+def test_the_proxy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hint about altered bytes names the proxy, and not the password that its address holds."""
+    monkeypatch.setenv("HTTPS_PROXY", "http://ann:s3cr@t@proxy.example:3128")
+    assert told("https://r.example/v2/") == "proxy.example:3128"
+    monkeypatch.setenv("HTTPS_PROXY", "proxy.example:3128")
+    assert told("https://r.example/v2/") == "proxy.example:3128"
+    assert told("https://127.0.0.1/v2/") == ""
+
+
+def test_an_altered_layer_that_unpacks_no_more(
+    fake: FakeRegistry, client: Registry, tmp_path: Path
+) -> None:
+    """A proxy changes bytes inside a compressed layer: what cannot be unpacked is not blamed."""
+    content = tar_of((entry("a"), b"1" * 5000), (entry("../b"), b"2"))
+    client.push(foreign_image(content), at(fake))
+    image = client.pull(at(fake), platform="linux/amd64")
+    (key,) = (key for key in fake.blobs if key[1] == image.layers[0].digest)
+    right = fake.blobs[key]
+    for wrong in (right[:20] + b"XXXX" + right[24:], gzip.compress(content, 1), b"no gzip"):
+        fake.blobs[key] = wrong.ljust(len(right), b"\0")
+        with pytest.raises(EnvironmentFailure, match="digest promises"):
+            unpack(image, tmp_path / "root")
+    fake.blobs[key] = right
+    with pytest.raises(InputRefused, match="leaves the image"):
+        unpack(image, tmp_path / "root")
+
+
+@pytest.mark.parametrize("part", ["/manifests/", "/blobs/"])
+def test_an_altered_manifest_or_configuration(
+    fake: FakeRegistry, client: Registry, tmp_path: Path, part: str
+) -> None:
+    """A mirror answers a digest with something else: exit 5, and to `verify` a failed check."""
+    image = tiny_image(tmp_path)
+    client.push(image, at(fake))
+    name = at(fake).at(image.digest)
+    fake.faults = [("GET", part, "digest")]
+    with pytest.raises(EnvironmentFailure, match="digest"):
+        client.pull(name, platform="linux/amd64")
+    fake.faults = [("GET", part, "digest")]
+    with pytest.raises(CheckFailed, match="does not hold"):
+        verify_image(str(name), None, client, Silent())
+
+
+@pytest.mark.parametrize("part", ["/uploads/", "/manifests/"])
+def test_what_is_stored_is_something_else(
+    fake: FakeRegistry, client: Registry, tmp_path: Path, part: str
+) -> None:
+    """A registry keeps something else than was sent: exit 5, as nothing sent was wrong."""
+    fake.faults = [("PUT", part, "digest")]
+    with pytest.raises(EnvironmentFailure, match="stored"):
+        client.push(tiny_image(tmp_path), at(fake))
+
+
+def test_a_damaged_layout_is_an_input(tmp_path: Path) -> None:
+    """A folder of this machine has no way that could be at fault: exit 3."""
+    write_layout(tiny_image(tmp_path / "model"), tmp_path / "layout")
+    image: Image = read_layout(tmp_path / "layout")
+    path = tmp_path / "layout" / "blobs" / "sha256" / image.layers[0].digest.hex
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(InputRefused, match="digest promises"):
+        list(read_layout(tmp_path / "layout").layers[0].open())

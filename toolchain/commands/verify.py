@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, cast
 
-from toolchain.errors import CheckFailed, InputRefused, UsageError
+from toolchain.errors import Altered, CheckFailed, InputRefused, UsageError, WeightsmithError
 from toolchain.oci import manifests
 from toolchain.oci.attachments import Attachment, Part
 from toolchain.oci.image import Image, blob_of
@@ -29,6 +29,8 @@ from toolchain.values import Digest, Json, canonical
 
 _BUFFER = 1 << 20
 _READERS = 3
+_WRONG = (InputRefused, Altered)
+"""What is a finding here, whoever is at fault: what was pushed, or the way from the registry."""
 
 
 @dataclass(slots=True)
@@ -86,7 +88,7 @@ def verify_image(
 def _index(place: Place, found: _Found) -> bytes | None:
     try:
         return place.index()
-    except InputRefused as error:
+    except _WRONG as error:
         _require_there(place, error)
         found.say("manifest or configuration (labels)", False, error.message)
         return None
@@ -131,7 +133,7 @@ def _result(source: str, digest: str, found: _Found) -> dict[str, Json]:
 def _image(place: Place, found: _Found) -> Image | None:
     try:
         image = place.image(found.platform or None)
-    except InputRefused as error:
+    except _WRONG as error:
         _require_there(place, error)
         found.say("manifest or configuration (labels)", False, error.message)
         return None
@@ -139,7 +141,7 @@ def _image(place: Place, found: _Found) -> Image | None:
     return image
 
 
-def _require_there(place: Place, error: InputRefused) -> None:
+def _require_there(place: Place, error: WeightsmithError) -> None:
     """Raise the refusal where there is nothing under the name at all."""
     if isinstance(place, RegistryPlace) and place.registry.digest_of(place.reference) is None:
         raise error
@@ -149,13 +151,13 @@ def _attachments(place: Place, subject: Digest, found: _Found) -> None:
     """Read what hangs on the image; what does not have the digest that names it is a finding."""
     try:
         rows = evidence.limited(place.attached(subject))
-    except InputRefused as error:
+    except _WRONG as error:
         found.say("attachments", False, error.message)
         return
     for blob, tag in rows:
         try:
             found.attachments.append(place.read(blob, tag))
-        except InputRefused as error:
+        except _WRONG as error:
             found.say("attachments", False, error.message)
 
 
@@ -167,7 +169,7 @@ def _signature(
 ) -> None:
     try:
         claims = evidence.claims_in(attachments, check)
-    except InputRefused as error:
+    except _WRONG as error:
         found.say("signature", False, error.message)
         return
     if check is None:
@@ -207,7 +209,7 @@ def _read(found: _Found, check: signing.Check | None) -> list[tuple[Part, FoundS
     for part in (*evidence.statement_parts(found.attachments), *bundles):
         try:
             read = evidence.read_statement(part, check)
-        except InputRefused as error:
+        except _WRONG as error:
             # What others put into a bundle may be of a kind that is not known here.
             ok = None if evidence.is_bundle(part) else False
             found.say(f"statement {_short_type(part)}", ok, error.message)
@@ -240,7 +242,7 @@ def _documents(found: _Found) -> list[Document]:
             for part in document.parts:
                 for _ in part.open():
                     pass
-        except InputRefused as error:
+        except _WRONG as error:
             found.say(f"document {evidence.document_name(document)}", False, error.message)
         else:
             right.append(document)
@@ -251,7 +253,7 @@ def _layers(image: Image, source: str, found: _Found, progress: Progress) -> Non
     """Read every layer, a few at once: its digest, and the files of those that hold weights."""
     try:
         weights = {layer.digest for layer in roles_of(image, source).weights}
-    except InputRefused as error:
+    except _WRONG as error:
         found.say("roles", False, error.message)
         weights = set()
     prefix = "models/"
@@ -282,8 +284,8 @@ def _read_layer(layer: Layer, source: str, *, look_inside: bool) -> tuple[str, d
             return "", dict(_files(chunks))
         for _ in chunks:
             pass
-    except (InputRefused, tarfile.TarError) as error:
-        said = error.message if isinstance(error, InputRefused) else str(error)
+    except (*_WRONG, tarfile.TarError) as error:
+        said = str(error)
         return f"{layer.file or layer.digest.short}: {said}", {}
     return "", {}
 

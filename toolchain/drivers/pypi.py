@@ -18,7 +18,7 @@ import httpx
 
 from toolchain.drivers.downloading import PAUSES
 from toolchain.drivers.pip_settings import pip_setting
-from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
+from toolchain.errors import Altered, EnvironmentFailure, InputRefused, UsageError
 from toolchain.ports import Progress, Store
 from toolchain.values import Digest, Json, Snapshot, key_of
 
@@ -76,7 +76,8 @@ class PypiReader:
         )
 
     def _bring(self, name: str, version: str, wanted: str, wheel: Path, progress: Progress) -> None:
-        if local := _local_wheel(name, version):
+        local = _local_wheel(name, version)
+        if local:
             shutil.copyfile(local, wheel)
         else:
             candidates = [f for f in _wheels(name, version) if f["hashes"]["sha256"] == wanted]
@@ -90,10 +91,15 @@ class PypiReader:
             _download(candidates[0], wheel, progress)
         with wheel.open("rb") as file:
             found = file_digest(file, "sha256").hexdigest()
-        if found != wanted:
+        if found != wanted and local:
             raise InputRefused(
-                f"pypi://{name}=={version}: sha256 is {found}, not {wanted}",
+                f"{local}: sha256 is {found}, not {wanted}",
                 hint="do not use it: the pin is wrong, or the wheel is another",
+            )
+        if found != wanted:
+            raise Altered(
+                f"pypi://{name}=={version}: sha256 is {found}, not {wanted} as its index says",
+                hint="try again; if it stays so, the index or a proxy changes what it passes on",
             )
 
 

@@ -18,9 +18,17 @@ def first_collision(base: Image, folders: Collection[str], memo: Memo) -> str:
     """
     for layer in base.layers:
         key = json.dumps(["collisions", layer.digest, sorted(folders)])
-        if found := memo(key, lambda layer=layer: next(_collisions(layer, folders), "")):  # type: ignore[misc]
+        if found := memo(key, lambda layer=layer: _first(layer, folders)):  # type: ignore[misc]
             return found
     return ""
+
+
+def _first(layer: Layer, folders: Collection[str]) -> str:
+    """Return the first collision; the whole layer is read, so that its digest is right."""
+    found = ""
+    for path in _collisions(layer, folders):
+        found = found or path
+    return found
 
 
 def _collisions(layer: Layer, folders: Collection[str]) -> Iterator[str]:

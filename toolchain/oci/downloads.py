@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from toolchain.errors import InputRefused
-from toolchain.oci import manifests
+from toolchain.errors import Altered
+from toolchain.oci import manifests, proxies
 from toolchain.oci.layers import CHUNK, verified
 from toolchain.oci.references import Reference
 from toolchain.oci.replies import Reply, Transient
@@ -32,11 +32,11 @@ def digest_of(session: Session, reference: Reference, tries: int = TRIES) -> Dig
 
 
 def manifest(session: Session, reference: Reference) -> tuple[bytes, str]:
-    """Return a manifest's or index's bytes and media type; InputRefused for a wrong digest."""
+    """Return a manifest's or index's bytes and media type; Altered for a wrong digest."""
     reply = _ask(session, reference)
     if reply.status != _OK:
         raise session.refusal(f"cannot read {reference}", reply)
-    return _checked(reply, reference)
+    return _checked(session, reply, reference)
 
 
 def manifest_or_none(session: Session, reference: Reference) -> tuple[bytes, str] | None:
@@ -46,7 +46,7 @@ def manifest_or_none(session: Session, reference: Reference) -> tuple[bytes, str
         return None
     if reply.status != _OK:
         raise session.refusal(f"cannot read {reference}", reply)
-    return _checked(reply, reference)
+    return _checked(session, reply, reference)
 
 
 def _ask(session: Session, reference: Reference) -> Reply:
@@ -59,10 +59,14 @@ def _ask(session: Session, reference: Reference) -> Reply:
     )
 
 
-def _checked(reply: Reply, reference: Reference) -> tuple[bytes, str]:
+def _checked(session: Session, reply: Reply, reference: Reference) -> tuple[bytes, str]:
     digest = Digest.of(reply.body)
     if {reference.digest or digest, promised(reply, str(reference)) or digest} != {digest}:
-        raise _mismatch(reference, digest)
+        raise Altered(
+            f"{reference}: the registry sent a manifest with the digest {digest.short}, "
+            "which is not the one it should have",
+            hint=blame(session),
+        )
     kind = reply.headers.get("content-type", "").partition(";")[0].strip()
     if kind not in (*manifests.MANIFESTS, *manifests.INDEXES):
         kind = str(manifests.read_json(reply.body, str(reference)).get("mediaType", kind))
@@ -72,9 +76,17 @@ def _checked(reply: Reply, reference: Reference) -> tuple[bytes, str]:
 def blob(session: Session, wanted: Blob) -> Iterator[bytes]:
     """Yield a blob in chunks of about 1 MiB, resumed where the connection breaks.
 
-    Raises InputRefused at its end if it is not what the digest promises.
+    Raises Altered at its end if it is not what the digest promises.
     """
-    return verified(_resumed(session, wanted), wanted, session.registry)
+    chunks = _resumed(session, wanted)
+    return verified(chunks, wanted, session.registry, blame(session), Altered)
+
+
+def blame(session: Session) -> str:
+    """Return what to do about bytes that changed between us and whoever pushed them."""
+    proxy = proxies.told(session.root)
+    who = f"the proxy {proxy} or the registry" if proxy else "the registry, or what is before it,"
+    return f"try again; if it stays so, {who} changes what it passes on: ask whoever runs it"
 
 
 def promised(reply: Reply, where: str) -> Digest | None:
@@ -83,9 +95,9 @@ def promised(reply: Reply, where: str) -> Digest | None:
     try:
         return Digest(text) if text else None
     except ValueError:
-        raise InputRefused(
+        raise Altered(
             f"{where}: the registry answered with a malformed digest",
-            hint="ask whoever runs the registry",
+            hint="try again; if it stays so, ask whoever runs the registry or a proxy before it",
         ) from None
 
 
@@ -118,11 +130,3 @@ def _from(session: Session, wanted: Blob, at: int) -> Iterator[bytes]:
             skip -= len(chunk) - len(rest)
             if rest:
                 yield rest
-
-
-def _mismatch(reference: Reference, digest: Digest) -> InputRefused:
-    return InputRefused(
-        f"{reference}: the registry sent a manifest with the digest {digest.short}, "
-        "which is not the one it should have",
-        hint="do not use it; ask whoever runs the registry",
-    )

@@ -12,7 +12,7 @@ from typing import Protocol, TypeAlias
 
 from toolchain.checkpoints.reading import read_file
 from toolchain.checkpoints.reshard import read_pieces
-from toolchain.errors import InputRefused, UsageError
+from toolchain.errors import InputRefused, UsageError, WeightsmithError
 from toolchain.oci import tar
 from toolchain.oci.references import Reference
 from toolchain.values import Blob, Digest, Pieces, key_of
@@ -261,8 +261,9 @@ def verified(
     blob: Blob,
     where: str,
     hint: str = "it is damaged or was tampered with; write or push the image again",
+    kind: type[WeightsmithError] = InputRefused,
 ) -> Iterator[bytes]:
-    """Pass chunks on; InputRefused if they are not exactly the blob's size and digest.
+    """Pass chunks on; raises `kind` if they are not exactly the blob's size and digest.
 
     The last one is passed on only when all are right: who waits for it never has a whole blob
     that is wrong.
@@ -279,7 +280,7 @@ def verified(
         if size > blob.size:
             break
     if size != blob.size or state.hexdigest() != blob.digest.hex:
-        raise InputRefused(
+        raise kind(
             f"{where}: the blob {blob.digest.short} does not have the content its digest promises",
             hint=hint,
         )

@@ -29,7 +29,7 @@ class Place(Protocol):
         """Return the manifests attached to an image, each with its own tag or empty."""
 
     def read(self, blob: Blob, tag: str = "") -> Attachment:
-        """Return an attachment; InputRefused where it is not what its digest says."""
+        """Return an attachment; an error where it is not what its digest says."""
 
     def attach(self, *attachments: Attachment) -> None:
         """Put attachments beside their image."""
@@ -56,7 +56,7 @@ class RegistryPlace:
         return self.registry.attached(self.reference, subject)
 
     def read(self, blob: Blob, tag: str = "") -> Attachment:
-        """Return an attachment; InputRefused where it is not what its digest says."""
+        """Return an attachment; Altered where it is not what its digest says."""
         return self.registry.read_attachment(self.reference, blob, tag)
 
     def attach(self, *attachments: Attachment) -> None:

@@ -73,6 +73,12 @@ def proxy_of(url: httpx.URL, proxies: Mapping[str, str]) -> str:
     return named if "://" in named else f"http://{named}"
 
 
+def told(url: str) -> str:
+    """Return the proxy that the environment names for an address, without what is secret of it."""
+    proxy = proxy_of(httpx.URL(url), getproxies())
+    return proxy.rpartition("@")[2].partition("://")[2] or proxy.rpartition("@")[2]
+
+
 def _is_excepted(host: str, port: int, rules: str) -> bool:
     return any(_fits(host.lower(), port, rule) for rule in re.split(r"[,\s]+", rules.lower()))
 

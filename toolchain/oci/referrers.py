@@ -89,7 +89,7 @@ def find(
 
 
 def read(session: Session, reference: Reference, blob: Blob, tag: str = "") -> Attachment:
-    """Return an attachment; InputRefused where it is not what its digest says."""
+    """Return an attachment; Altered where it is not what its digest says."""
     place = reference.at(blob.digest)
     data, _ = downloads.manifest(session, place)
     return load_attachment(

@@ -46,8 +46,8 @@ class Registry:
 
     Plain HTTP is used for loopback hosts and where `insecure` says so, if they speak no TLS;
     certificates are verified unless `insecure`. Errors name the host,
-    the status and what to do: EnvironmentFailure for the registry and its access, InputRefused
-    for what it sent, UsageError for what was asked.
+    the status and what to do: EnvironmentFailure for the registry, its access and what was changed
+    on its way, InputRefused for an image that is malformed, UsageError for what was asked.
     """
 
     def __init__(
@@ -291,7 +291,7 @@ class Registry:
         return referrers.find(session, reference, subject, tagged=tagged)
 
     def read_attachment(self, reference: Reference, blob: Blob, tag: str = "") -> Attachment:
-        """Return an attachment; InputRefused where it is not what its digest says."""
+        """Return an attachment; Altered where it is not what its digest says."""
         return referrers.read(self._session(reference, "pull"), reference, blob, tag)
 
     def _elsewhere(self, reference: Reference, blob: Blob) -> tuple[Session, str] | None:

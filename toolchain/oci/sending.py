@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator
 from urllib.parse import quote
 
-from toolchain.errors import InputRefused, WeightsmithError
-from toolchain.oci.downloads import promised
+from toolchain.errors import Altered, WeightsmithError
+from toolchain.oci.downloads import blame, promised
 from toolchain.oci.image import Opener
 from toolchain.oci.limits import limits_of
 from toolchain.oci.replies import Reply, Transient
@@ -38,7 +38,7 @@ _FINISH = 1800
 def send(session: Session, blob: Blob, body: Opener, opened: Reply, what: str) -> None:
     """Send a blob into the upload that `opened` opened; `what` names it in errors.
 
-    Raises Transient where another try may help, InputRefused where other bytes arrived.
+    Raises Transient where another try may help, Altered where other bytes arrived.
     """
     if opened.status != _ACCEPTED:
         raise session.refusal(what, opened)
@@ -60,9 +60,9 @@ def send(session: Session, blob: Blob, body: Opener, opened: Reply, what: str) -
     if reply.status == _BAD and b"DIGEST_INVALID" in reply.body:
         if resumed:
             raise Transient("the registry did not keep what it said it had")
-        raise InputRefused(
+        raise Altered(
             f"{what}: {session.explain(reply)}: what arrived does not have that digest",
-            hint="what was sent was right: a proxy or the registry changed it",
+            hint=f"what was sent was right: {blame(session)}",
         )
     check_created(session, reply, blob.digest, what)
 
@@ -189,7 +189,7 @@ def check_created(session: Session, reply: Reply, digest: Digest, what: str) -> 
         raise session.refusal(what, reply)
     there = promised(reply, session.registry)
     if there and there != digest:
-        raise InputRefused(
+        raise Altered(
             f"{what}: {session.registry} stored {there.short} instead",
-            hint="a proxy or the registry changes what it is given; see its settings",
+            hint=blame(session),
         )

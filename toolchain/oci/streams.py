@@ -8,6 +8,7 @@ import importlib.util
 import tarfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, cast
 
 from toolchain.errors import InputRefused
@@ -25,22 +26,43 @@ _LARGEST_EXTENDED = 1 << 20
 _BUFFER = 1 << 20
 
 
-def entries(layer: Layer) -> Iterator[tarfile.TarInfo]:
-    """Yield a layer's entries without their content; InputRefused for a damaged layer."""
-    stream = ChunkFile(uncompressed(layer))
+@contextmanager
+def opened(layer: Layer) -> Iterator[tuple[tarfile.TarFile, ChunkFile]]:
+    """Open a layer's tar, to be read in order, with the stream that it comes from.
+
+    Raises InputRefused for what cannot be read. What was changed on its way is not the image's
+    fault: before anything is said against a layer, its bytes are held against its digest.
+    """
+    chunks = layer.open()
+    stream = ChunkFile(uncompressed(layer, chunks))
     try:
         with tarfile.open(
             fileobj=cast("IO[bytes]", stream), mode="r|", bufsize=_BUFFER, tarinfo=Entry
         ) as archive:
-            while (entry := archive.next()) is not None:
-                archive.members.clear()  # type: ignore[attr-defined]  # they would pile up
-                yield entry
+            yield archive, stream
+        stream.drain()
+    except InputRefused:
+        _read_on(chunks)
+        raise
     except (tarfile.TarError, zlib.error, ValueError, EOFError) as error:
+        _read_on(chunks)
         raise InputRefused(
-            f"the layer {layer.digest.short} cannot be read: {str(error)[:200]}",
+            f"the layer {layer.digest.short} cannot be unpacked: {str(error)[:200]}",
             hint="the image is damaged; pull or build it again",
         ) from None
-    stream.drain()
+
+
+def _read_on(chunks: Iterator[bytes]) -> None:
+    for _ in chunks:
+        pass
+
+
+def entries(layer: Layer) -> Iterator[tarfile.TarInfo]:
+    """Yield a layer's entries without their content; InputRefused for a damaged layer."""
+    with opened(layer) as (archive, _):
+        while (entry := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]  # they would pile up
+            yield entry
 
 
 class Entry(tarfile.TarInfo):
@@ -87,13 +109,13 @@ class ChunkFile:
         return f"sha256:{self._state.hexdigest()}"
 
 
-def uncompressed(layer: Layer) -> Iterator[bytes]:
+def uncompressed(layer: Layer, chunks: Iterator[bytes]) -> Iterator[bytes]:
     """Yield a layer's tar, whatever it is compressed with; InputRefused where it cannot be."""
     if layer.media_type in (LAYER_TAR, manifests.DOCKER_TAR):
-        return layer.open()
+        return chunks
     if layer.media_type == manifests.LAYER_ZSTD:
-        return _zstd(layer)
-    return _gunzip(layer.open())
+        return _zstd(layer, chunks)
+    return _gunzip(chunks)
 
 
 def _gunzip(chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -111,15 +133,16 @@ def _gunzip(chunks: Iterator[bytes]) -> Iterator[bytes]:
         raise EOFError("the gzip stream ends early")
 
 
-def _zstd(layer: Layer) -> Iterator[bytes]:
+def _zstd(layer: Layer, chunks: Iterator[bytes]) -> Iterator[bytes]:
     if importlib.util.find_spec("zstandard") is None:
         raise InputRefused(
             f"the layer {layer.digest.short} is compressed with zstd, which cannot be read here",
             hint="pip install zstandard, or take an image with gzip layers",
         )
     zstandard = importlib.import_module("zstandard")
-    reader = zstandard.ZstdDecompressor().stream_reader(
-        ChunkFile(layer.open()), read_across_frames=True
-    )
-    while piece := reader.read(_BUFFER):
-        yield piece
+    reader = zstandard.ZstdDecompressor().stream_reader(ChunkFile(chunks), read_across_frames=True)
+    try:
+        while piece := reader.read(_BUFFER):
+            yield piece
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from None

@@ -9,14 +9,12 @@ import os
 import shutil
 import tarfile
 import tempfile
-import zlib
 from pathlib import Path
-from typing import IO, cast
 
 from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
 from toolchain.oci.image import Image
 from toolchain.oci.layers import Layer
-from toolchain.oci.streams import ChunkFile, Entry, uncompressed
+from toolchain.oci.streams import opened
 from toolchain.trees import discard, remove
 
 _WHITEOUT = ".wh."
@@ -178,20 +176,16 @@ class _Tree:
 
 
 def _apply(tree: _Tree, layer: Layer) -> None:
-    stream = ChunkFile(uncompressed(layer))
     made: set[Path] = set()
-    try:
-        with tarfile.open(
-            fileobj=cast("IO[bytes]", stream), mode="r|", bufsize=_BUFFER, tarinfo=Entry
-        ) as archive:
-            while (entry := archive.next()) is not None:
-                _apply_entry(tree, archive, entry, made)
-                archive.members.clear()  # type: ignore[attr-defined]  # they would pile up
-    except (tarfile.TarError, zlib.error, ValueError, EOFError) as error:
-        raise _broken(layer, str(error)) from None
-    stream.drain()
+    with opened(layer) as (archive, stream):
+        while (entry := archive.next()) is not None:
+            _apply_entry(tree, archive, entry, made)
+            archive.members.clear()  # type: ignore[attr-defined]  # they would pile up
     if stream.digest != layer.diff_id:
-        raise _broken(layer, "its content has another digest")
+        raise InputRefused(
+            f"the layer {layer.digest.short} cannot be unpacked: its content has another digest",
+            hint="the image is damaged; pull or build it again",
+        )
 
 
 def _apply_entry(
@@ -241,11 +235,4 @@ def _too_deep() -> InputRefused:
     return InputRefused(
         f"a layer has a path that is nested deeper than {_DEEPEST} folders",
         hint="the image is damaged or hostile; do not use it",
-    )
-
-
-def _broken(layer: Layer, why: str) -> InputRefused:
-    return InputRefused(
-        f"the layer {layer.digest.short} cannot be unpacked: {why[:200]}",
-        hint="the image is damaged; pull or build it again",
     )

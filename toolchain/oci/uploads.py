@@ -211,7 +211,7 @@ def try_upload(session: Session, where: str) -> None:
 
 
 def put_manifest(session: Session, name: str, manifest: bytes, media_type: str) -> Reply:
-    """Put a manifest under a digest or a tag; InputRefused if another digest comes back."""
+    """Put a manifest under a digest or a tag; Altered if another digest comes back."""
     what = f"cannot put the manifest {name}"
     headers = {"Content-Type": media_type}
     reply = session.attempt(

@@ -16,7 +16,7 @@ import pytest
 from tests.fakes.serving import serving
 from toolchain.drivers.pypi import PypiReader, _client
 from toolchain.drivers.store import FileStore
-from toolchain.errors import EnvironmentFailure, InputRefused
+from toolchain.errors import Altered, EnvironmentFailure, InputRefused
 from toolchain.ports import Silent
 
 
@@ -122,7 +122,7 @@ def test_a_known_wheel_needs_no_index(index, reader: PypiReader) -> None:
 
 def test_a_replaced_wheel_is_refused(index, reader: PypiReader, monkeypatch) -> None:
     monkeypatch.setattr(Index, "wheel", WHEEL + b"tampered")
-    with pytest.raises(InputRefused, match="sha256 is"):
+    with pytest.raises(Altered, match="sha256 is"):
         reader.fetch("pypi://my-model==1.0", "", SHA256, Silent())
     with pytest.raises(InputRefused, match="no wheel with sha256"):
         reader.fetch("pypi://my-model==1.0", "", "0" * 64, Silent())
