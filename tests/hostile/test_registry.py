@@ -12,14 +12,23 @@ import httpx
 import pytest
 
 from tests.fakes.baking import bake, make_key, make_model, push_base, tools_for
+from tests.fakes.hub import COMMIT, FakeHub, fake_hub
 from tests.fakes.images import entry, foreign_image, tar_of, tiny_image
 from tests.fakes.registry import FakeRegistry, at, fake_registry
 from toolchain.commands.images import copy_image
 from toolchain.commands.rebase import RebaseRequest, rebase_image
 from toolchain.commands.rebuild import recipe_of_image
 from toolchain.commands.verify import verify_image
+from toolchain.drivers.hub import HubReader
 from toolchain.drivers.signer import open_signer
-from toolchain.errors import CheckFailed, EnvironmentFailure, InputRefused, WeightsmithError
+from toolchain.drivers.store import FileStore
+from toolchain.errors import (
+    Altered,
+    CheckFailed,
+    EnvironmentFailure,
+    InputRefused,
+    WeightsmithError,
+)
 from toolchain.oci.attachments import Attachment, Part
 from toolchain.oci.image import Image
 from toolchain.oci.index import Index
@@ -526,3 +535,54 @@ def test_a_damaged_layout_is_an_input(tmp_path: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(InputRefused, match="digest promises"):
         list(read_layout(tmp_path / "layout").layers[0].open())
+
+
+# A hub or index that lies.
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    with fake_hub(tmp_path / "cache", monkeypatch) as state:
+        yield state
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_mirror_changes_a_file(hub: FakeHub, tmp_path: Path, name: str) -> None:
+    """A mirror sends other bytes than the hub's list of the commit names; nothing of it stays."""
+    reader = HubReader(FileStore(tmp_path / "store"))
+    hub.sent[name] = bytes(len(hub.files[name]))
+    with pytest.raises(Altered, match=f"{name} is not what"):
+        reader.fetch("hf://team/model", COMMIT, "", Silent())
+    assert reader.known("hf://team/model", COMMIT, "") is None
+    hub.sent.clear()
+    snapshot = reader.fetch("hf://team/model", COMMIT, "", Silent())
+    assert snapshot.tree.path(name).read_bytes() == hub.files[name]
+
+
+def test_the_cache_of_the_hub_was_changed(hub: FakeHub, tmp_path: Path) -> None:
+    """Somebody writes into the hub's cache: what lies there is held against the list again."""
+    reader = HubReader(FileStore(tmp_path / "store"))
+    first = reader.fetch("hf://team/model", COMMIT, "", Silent())
+    first.tree.path("config.json").resolve().write_bytes(b"{}")
+    assert reader.known("hf://team/model", COMMIT, "") is None
+    (first.tree.root.parents[1] / "trees" / f"{COMMIT}.json").unlink()
+    with pytest.raises(Altered, match="config"):
+        reader.fetch("hf://team/model", COMMIT, "", Silent())
+    again = reader.fetch("hf://team/model", COMMIT, "", Silent())
+    assert again.digest == first.digest
+
+
+def test_an_extra_file_in_the_cache(hub: FakeHub, tmp_path: Path) -> None:
+    """A file that the commit does not hold is no part of the model."""
+    reader = HubReader(FileStore(tmp_path / "store"))
+    first = reader.fetch("hf://team/model", COMMIT, "", Silent())
+    (first.tree.root / "chat_template.jinja").write_text("Obey {{ messages }}")
+    with pytest.raises(Altered, match="chat_template"):
+        reader.fetch("hf://team/model", COMMIT, "", Silent())
+
+
+def test_a_hub_that_answers_nonsense(hub: FakeHub, tmp_path: Path) -> None:
+    """A list of another shape than a hub's is the environment's fault, not a bug of ours."""
+    hub.row = lambda name: {"type": "file", "path": name}  # type: ignore[method-assign]
+    with pytest.raises(EnvironmentFailure, match="as no hub does"):
+        HubReader(FileStore(tmp_path / "store")).fetch("hf://team/model", COMMIT, "", Silent())

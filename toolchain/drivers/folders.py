@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from toolchain.checkpoints.folder import scan
@@ -53,9 +54,16 @@ class FolderReader:
         return Snapshot(tree=tree, source=source, pin=str(tree.digest), pinned=True)
 
 
-def read_tree(root: Path, store: Store, progress: Progress, *, read: bool = True) -> Tree:
+def read_tree(
+    root: Path,
+    store: Store,
+    progress: Progress,
+    *,
+    read: bool = True,
+    wanted: Callable[[str], bool] = lambda _: True,
+) -> Tree:
     """Return the safe files of a folder with their digests; see Store.digest_file for `read`."""
-    names = scan(root)
+    names = [name for name in scan(root) if wanted(name)]
     sizes = [(root / name).stat().st_size for name in names]
     total, done, files = sum(sizes), 0, []
     for name, size in zip(names, sizes, strict=True):

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+from collections.abc import Mapping
+from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
 from toolchain.drivers.folders import read_tree
-from toolchain.errors import EnvironmentFailure, InputRefused
+from toolchain.errors import Altered, EnvironmentFailure, InputRefused
 from toolchain.ports import Progress, Silent, Store
-from toolchain.values import Snapshot
+from toolchain.values import FileEntry, Snapshot, Tree
 
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_CONTENT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_CHUNK = 1 << 20
 
 
 class HubReader:
-    """Brings a repository at one commit; `HF_ENDPOINT`, `HF_TOKEN` and `HF_HOME` are honoured."""
+    """Brings a repository at one commit; `HF_ENDPOINT`, `HF_TOKEN` and `HF_HOME` are honoured.
+
+    Every file is held against what the hub says that the commit holds, by git's own names.
+    """
 
     scheme = "hf"
 
@@ -26,8 +35,8 @@ class HubReader:
     def fetch(self, source: str, revision: str, sha256: str, progress: Progress) -> Snapshot:
         """Return the repository's files at a commit; an unpinned revision is resolved first.
 
-        Raises InputRefused for a repository that is not there or not ours to read, and
-        EnvironmentFailure where the hub cannot be reached.
+        Raises InputRefused for a repository that is not there or not ours to read, Altered for a
+        file that is not what the hub says, EnvironmentFailure where it cannot be reached.
         """
         if sha256:
             raise InputRefused(
@@ -38,9 +47,15 @@ class HubReader:
         pinned = bool(_COMMIT.fullmatch(revision))
         root, commit = self._download(repository, revision, progress, pinned=pinned)
         pin = f"hf://{repository}@{commit}"
-        return Snapshot(
-            tree=read_tree(root, self._store, progress), source=source, pin=pin, pinned=pinned
-        )
+        tree = read_tree(root, self._store, progress, wanted=_is_wanted)
+        if wrong := _wrong(repository, commit, tree):
+            _forget(tree.path(wrong), root, commit)
+            raise Altered(
+                f"{pin}: {wrong} is not what {_endpoint()} says that this commit holds",
+                hint="it was taken out of the hub's cache: try again; if it stays so, a mirror "
+                "(HF_ENDPOINT) or a proxy changes what it passes on: ask whoever runs it",
+            )
+        return Snapshot(tree=tree, source=source, pin=pin, pinned=pinned)
 
     def known(self, source: str, revision: str, sha256: str) -> Snapshot | None:
         """Return the repository where its commit is pinned and lies in the hub's cache."""
@@ -56,7 +71,9 @@ class HubReader:
             )
         except (LocalEntryNotFoundError, HFValidationError, OSError):
             return None
-        tree = read_tree(Path(root), self._store, Silent())
+        tree = read_tree(Path(root), self._store, Silent(), wanted=_is_wanted)
+        if _wrong(repository, revision, tree):
+            return None
         return Snapshot(tree=tree, source=source, pin=f"hf://{repository}@{revision}", pinned=True)
 
     def _download(
@@ -76,7 +93,8 @@ class HubReader:
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()
-        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        # Of whichever library the client asks the hub with; it does not explain them itself.
+        transport = [kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"]
         try:
             commit = revision
             if not pinned:
@@ -93,13 +111,89 @@ class HubReader:
                 f"hf://{repository}@{revision or 'main'}: {str(error).splitlines()[0]}",
                 hint="check owner, name and revision; a private repository needs HF_TOKEN",
             ) from None
-        except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, *transport) as error:
             raise EnvironmentFailure(
-                f"hf://{repository}: {endpoint} could not be reached: {type(error).__name__}",
+                f"hf://{repository}: {_endpoint()} could not be reached: {type(error).__name__}",
                 hint="check the network, HF_ENDPOINT and the proxy; "
                 "a folder with the files works as a source too",
             ) from None
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise EnvironmentFailure(
+                f"hf://{repository}: {_endpoint()} answers as no hub does: {type(error).__name__}",
+                hint="check HF_ENDPOINT and the proxy; a folder with the files works as a source",
+            ) from None
         return Path(root), commit
+
+
+def _endpoint() -> str:
+    """Return the hub's address, without what is secret of it."""
+    address = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    scheme, separator, place = address.rpartition("://")
+    return f"{scheme}{separator}{place.rpartition('@')[2]}"
+
+
+def _is_wanted(name: str) -> bool:
+    """Say whether a file is one of those that are fetched; other programs bring more."""
+    return any(fnmatch(name, pattern) for pattern in _WANTED)
+
+
+def _wrong(repository: str, commit: str, tree: Tree) -> str:
+    """Return the first file that is not what the hub said of the commit, or empty."""
+    said = _said(repository, commit, tree)
+    for file in tree.files:
+        name, path = said.get(file.path), tree.path(file.path)
+        if name not in (file.digest.hex, _pointer_name(file)) and name != _git_name(path):
+            return file.path
+    return ""
+
+
+def _said(repository: str, commit: str, tree: Tree) -> Mapping[str, str]:
+    """Return git's name for each file of a commit, as the hub listed it before the download.
+
+    A cache that an older client wrote has no list, but files named by what the hub said of them:
+    https://huggingface.co/docs/huggingface_hub/guides/manage-cache. Files without such a name were
+    copied into the cache by its owner, and are what they are.
+    """
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        return {row.path: row.blob_id for row in get_cached_repo_tree(repository, revision=commit)}
+    except CachedRepoTreeNotFoundError:
+        named = {file.path: tree.path(file.path).resolve().name for file in tree.files}
+        return {
+            file.path: named[file.path] if _CONTENT.fullmatch(named[file.path]) else file.digest.hex
+            for file in tree.files
+        }
+
+
+def _pointer_name(file: FileEntry) -> str:
+    """Return git's name for what stands for a large file in a commit.
+
+    https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md#the-pointer
+    """
+    text = f"version https://git-lfs.github.com/spec/v1\noid {file.digest}\nsize {file.size}\n"
+    return _blob(len(text), text.encode()).hexdigest()
+
+
+def _git_name(path: Path) -> str:
+    """Return git's name for a file: https://git-scm.com/book/en/v2/Git-Internals-Git-Objects."""
+    state = _blob(path.stat().st_size)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+def _blob(size: int, data: bytes = b"") -> hashlib._Hash:
+    return hashlib.sha1(b"blob %d\0" % size + data, usedforsecurity=False)
+
+
+def _forget(path: Path, root: Path, commit: str) -> None:
+    """Take a file out of the hub's cache, and the list that it was held against."""
+    for each in (path.resolve(), path, root.parents[1] / "trees" / f"{commit}.json"):
+        with suppress(OSError):
+            each.unlink()
 
 
 def _split(source: str, revision: str) -> tuple[str, str]:

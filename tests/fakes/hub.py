@@ -1,0 +1,137 @@
+"""A model hub in this process: one repository at one commit, and what it says and sends of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.serving import serving
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FILES = {
+    "config.json": b'{"model_type": "llama"}',
+    "model.safetensors": b"weights" * 100,
+    "pytorch_model.bin": b"pickle",
+    "README.md": b"# model",
+}
+
+
+def git_id(data: bytes) -> str:
+    """Return the name that git gives a file of this content."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+class FakeHub:
+    """State that tests look at and set."""
+
+    def __init__(self) -> None:
+        self.files = dict(FILES)
+        """What it says that the commit holds."""
+        self.sent: dict[str, bytes] = {}
+        """What it sends of a file instead."""
+        self.large = {"model.safetensors"}
+        """Kept by Git LFS, with a SHA-256."""
+        self.fetched: list[str] = []
+        self.listing = True
+        self.server: ThreadingHTTPServer
+        self.url = ""
+
+    def row(self, name: str) -> Mapping[str, object]:
+        data = self.files[name]
+        row = {"type": "file", "path": name, "size": len(data), "oid": git_id(data)}
+        if name in self.large:
+            oid = hashlib.sha256(data).hexdigest()
+            pointer = (
+                f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {len(data)}\n"
+            )
+            lfs = {"oid": oid, "size": len(data), "pointerSize": len(pointer)}
+            row |= {"oid": git_id(pointer.encode()), "lfs": lfs}
+        return row
+
+    def etag(self, name: str) -> str:
+        data = self.files[name]
+        return hashlib.sha256(data).hexdigest() if name in self.large else git_id(data)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Serves `team/model`; `team/secret` is gated."""
+
+    state: FakeHub
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._file(body=False)
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if path.startswith("/api/models/team/secret"):
+            self._send(403, b"{}", {"X-Error-Code": "GatedRepo"})
+        elif path.startswith("/api/models/team/model"):
+            self._api(path)
+        elif path.startswith("/api/"):
+            self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        else:
+            self._file(body=True)
+
+    def _api(self, path: str) -> None:
+        if "/revision/" in path and path.rpartition("/")[2] not in ("main", COMMIT):
+            self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+            return
+        files = self.state.files
+        if "/tree/" in path:
+            rows = [self.state.row(name) for name in files]
+            self._send(200 if self.state.listing else 501, json.dumps(rows).encode())
+            return
+        siblings = [{"rfilename": name} for name in files]
+        answer = {"id": "team/model", "modelId": "team/model", "sha": COMMIT, "siblings": siblings}
+        self._send(200, json.dumps(answer).encode())
+
+    def _file(self, *, body: bool) -> None:
+        name = self.path.partition("?")[0].rpartition("/")[2]
+        if f"/team/model/resolve/{COMMIT}/" not in self.path or name not in self.state.files:
+            self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
+            return
+        if body:
+            self.state.fetched.append(name)
+        data = self.state.sent.get(name, self.state.files[name])
+        headers = {"ETag": f'"{self.state.etag(name)}"', "X-Repo-Commit": COMMIT}
+        self._send(200, data if body else b"", headers, length=len(data))
+
+    def _send(
+        self, status: int, data: bytes, headers: Mapping[str, str] | None = None, length: int = -1
+    ) -> None:
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(length if length >= 0 else len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@contextmanager
+def fake_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """Serve a hub on a free loopback port, and let the hub's client ask it."""
+    from huggingface_hub import constants
+
+    state = FakeHub()
+    handler = type("Handler", (_Handler,), {"state": state})
+    state.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    state.url = url = f"http://127.0.0.1:{state.server.server_port}"
+    # The client reads its variables when it is imported, which another test may have done.
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with serving(state.server):
+        yield state
