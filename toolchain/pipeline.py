@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -106,9 +105,9 @@ class Clock:
         """Time a stage; its body sets `cached` where it fetched, made, changed and sent nothing."""
         note: dict[str, Json] = {"cached": False, "seconds": 0.0}
         self.tools.progress.stage(name, detail)
-        began = time.monotonic()
+        began = self.tools.clock()
         yield note
-        note["seconds"] = round(time.monotonic() - began, 3)
+        note["seconds"] = round(self.tools.clock() - began, 3)
         self.stages[name] = note
         self.tools.progress.finish(name, float(note["seconds"]), bool(note["cached"]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -257,3 +258,5 @@ class Tools:
     """Runs the user's own evaluation program."""
     signer: Signer | None = None
     """Signs with the user's key, where there is one."""
+    clock: Callable[[], float] = time.monotonic
+    """Seconds since some moment: how long stages take is told by it."""

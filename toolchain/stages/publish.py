@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -84,7 +83,7 @@ def publish(
     Raises EnvironmentFailure where an engine or a registry fails, UsageError for a tag that
     holds another image already.
     """
-    began = time.monotonic()
+    began = tools.clock()
     check_layout(outputs)
     place, own = Reference.parse(reference), own_of(whole)
     done = describe(whole, reference, outputs)
@@ -109,7 +108,7 @@ def publish(
             progress=lambda sent, total: tools.progress.advance(sent, total, "bytes"),
             warn=tools.progress.warn,
         )
-    return replace(done, layers=_rows(own), seconds=time.monotonic() - began)
+    return replace(done, layers=_rows(own), seconds=tools.clock() - began)
 
 
 def _attach(
