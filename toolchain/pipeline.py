@@ -276,14 +276,15 @@ def deliver(
     """Publish with what is known of it, unless every output holds this very image already."""
     request, tools = baking.request, baking.tools
     image = baking.whole(scores)
-    outputs = request.outputs_of(baking.target)
+    outputs, trial = request.outputs_of(baking.target), request.trial_layout(baking.target)
     name = reference(request.file.recipe, baking.target.name)
     held = publishing.is_held(image, name, outputs, tools)
     if held and not outputs.push:
         note["cached"] = True
-        if request.engine_answers:
-            publishing.discard_candidate(own_of(image), None, tools)
+        publishing.discard_candidate(own_of(image), trial, tools)
         return publishing.describe(image, name, outputs)
+    if trial is not None and outputs.layout is None:  # tried from a layout that nobody asked for
+        publishing.discard_candidate(own_of(image), trial, tools)
     attachments = [evidence(one) for one in baking.made(checkpoint, scores, registry)]
     published = publishing.publish(image, name, outputs, attachments, registry, tools)
     note["cached"] = held and not published.uploaded_bytes and not published.mounted
