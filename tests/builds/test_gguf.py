@@ -33,7 +33,7 @@ from transformers import (
     Starcoder2Config,
 )
 
-from tests.fakes.runner import RecordingProgress
+from tests.fakes.journal import RecordingProgress
 from tests.fakes.sentence_pieces import save, train
 from toolchain.checkpoints.gguf_import import import_gguf
 from toolchain.checkpoints.tensors import CheckpointTensors

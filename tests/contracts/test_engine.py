@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import json
 import os
@@ -10,12 +9,11 @@ import signal
 import threading
 import time
 import urllib.request
-import warnings
 
 import pytest
 
 from tests.contracts.test_runner import CACHE, echo
-from tests.fakes.runner import RecordingProgress
+from tests.fakes.journal import RecordingProgress
 from tests.faults.relay import way_to_engine
 from toolchain.drivers.docker import DockerEngine, DockerRunner, engine_host
 from toolchain.drivers.docker_images import base_reference
@@ -31,16 +29,8 @@ PATIENCE = 120
 pytestmark = [
     pytest.mark.docker,
     pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
+    pytest.mark.usefixtures("forgiven"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def forgiven():
-    """The client library leaves its socket open where nobody answers; that is not our leak."""
-    yield
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
 
 
 @pytest.fixture(scope="module")
@@ -61,22 +51,6 @@ def server_image(engine):
     engine.client.images.build(fileobj=io.BytesIO(recipe.encode()), rm=True, tag=tag)
     yield tag
     engine.client.images.remove(tag, force=True)
-
-
-def test_an_engine_says_what_it_is(engine):
-    assert engine.answers()
-    assert {"version", "storage", "gpu"} <= engine.describe().keys()
-
-
-def test_no_engine_is_reported(monkeypatch, tmp_path):
-    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none.sock")
-    engine = DockerEngine()
-
-    assert not engine.answers()
-    assert engine.describe() == {}
-    with pytest.raises(EnvironmentFailure, match="no container engine answers") as caught:
-        engine.inspect("x")
-    assert "--runner local" in caught.value.hint
 
 
 def test_an_archive_is_loaded_from_a_stream_and_its_name_removed(engine, server_image, monkeypatch):
@@ -132,11 +106,6 @@ def test_an_interrupted_load_is_over_when_it_ends(engine, server_image, monkeypa
     assert bool(engine.inspect(name)) == (sent == "all")
     engine.untag(name)
     assert engine.inspect(name) == {}
-
-
-def test_an_archive_that_is_none_is_refused(engine):
-    with pytest.raises(EnvironmentFailure, match="nonsense"):
-        engine.load([iter([b"no tar"] * 200)], "nonsense:1")
 
 
 def fetch(url: str) -> str:
@@ -228,14 +197,6 @@ def test_a_server_is_stopped_and_started_again(engine, server_image):
         assert endpoint.stop(0.5) is None
         assert endpoint.alive()
     assert not endpoint.alive()
-
-
-def test_an_image_that_is_not_there_is_named(engine):
-    launcher = DockerLauncher(engine)
-
-    with pytest.raises(EnvironmentFailure, match="no-such-image") as caught:
-        launcher.serve("no-such-image:1", StartSpec(port=1, env={})).__enter__()
-    assert "load or pull" in caught.value.hint
 
 
 def test_containers_of_dead_owners_are_reaped_and_others_left_alone(engine, server_image):

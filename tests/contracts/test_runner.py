@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes.runner import FakeRunner, RecordingProgress
+from tests.fakes.journal import RecordingProgress
+from tests.fakes.runner import MemoryRunner
 from toolchain.drivers.docker import DockerEngine, DockerRunner
 from toolchain.drivers.docker_requests import LABEL_JOB
 from toolchain.drivers.local import LocalRunner
@@ -35,7 +36,7 @@ def make_runner(kind: str) -> Runner:
         return LocalRunner(CACHE)
     if kind == "docker":
         return DockerRunner(DockerEngine(), CACHE)
-    return FakeRunner()
+    return MemoryRunner()
 
 
 @pytest.fixture(params=["fake", *REAL])

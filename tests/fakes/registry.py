@@ -12,7 +12,7 @@ import socket
 import struct
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
@@ -30,6 +30,8 @@ class FakeRegistry:
         self.uploads: dict[str, bytes] = {}
         self.log: list[tuple[str, str]] = []
         self.authorizations: list[tuple[str, str]] = []
+        self.watch: Callable[[str, str], None] = lambda method, path: None
+        """Told of each request (method, path) before it is answered."""
         self.faults: list[tuple[str, str, str]] = []
         """Method, part of the path, and `reset`, `half`, `norange`, `digest`, `full`, a status,
         `short`, `redirect:URL`, `place:URL`: where an upload goes on, `keep:N`: an upload broken
@@ -100,6 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
         state = self.state
         path = urlsplit(self.path).path
         state.log.append((self.command, self.path))
+        state.watch(self.command, path)
         state.authorizations.append((path, self.headers.get("Authorization", "")))
         fault = state.fault(self.command, self.path)
         if fault == "reset":

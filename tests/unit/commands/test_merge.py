@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes.runner import FakeRunner, RecordingProgress
+from tests.fakes.memory import memory_tools
 from toolchain.commands.merge import Folders, merge_folders
-from toolchain.drivers.store import FileStore
 from toolchain.errors import UsageError
-from toolchain.ports import Tools
 from toolchain.recipe import Merge
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny"
@@ -19,17 +17,7 @@ TINY = Path(__file__).parents[3] / "examples" / "tiny"
 def merge_into(out):
     (adapter,) = sorted((TINY / "adapters").iterdir())[:1]
     folders = Folders(base=TINY / "base", adapters=(adapter,), weights=(1.0,))
-    tools = Tools(
-        store=FileStore(out.parent / "store"),
-        readers={},
-        runner=FakeRunner(),
-        engine=None,
-        launcher=None,
-        progress=RecordingProgress(),
-        scratch=None,
-        command=None,
-    )
-    return merge_folders(folders, out, Merge(), tools)
+    return merge_folders(folders, out, Merge(), memory_tools(out.parent))
 
 
 def test_two_merges_do_not_write_into_one_folder(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes.runner import RecordingProgress
+from tests.fakes.journal import RecordingProgress
 from toolchain.building.planning import all_targets, require_builder
 from toolchain.drivers import docker_images, environment, toolset
 from toolchain.drivers.environment import Pins, environment_folder, is_complete

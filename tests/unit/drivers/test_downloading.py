@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.fakes.runner import RecordingProgress
+from tests.fakes.journal import RecordingProgress
 from toolchain.drivers.downloading import persistently
 from toolchain.drivers.process import Completed
 

@@ -12,7 +12,7 @@ import pytest
 
 from toolchain.drivers.store import FileStore
 from toolchain.errors import EnvironmentFailure
-from toolchain.values import Digest, key_of
+from toolchain.values import key_of
 
 KEY = key_of("a result")
 
@@ -24,18 +24,6 @@ def write(text: str):
         return {"text": text}
 
     return make
-
-
-def test_produces_once_and_finds_again(tmp_path: Path) -> None:
-    store = FileStore(tmp_path)
-    first = store.produce(KEY, {}, write("one"))
-    again = FileStore(tmp_path).produce(KEY, {}, write("two"))
-
-    assert not first.cached
-    assert again.cached
-    assert again.tree.path("sub/file").read_text() == "one"
-    assert again.meta == {"text": "one"}
-    assert again.tree.files[0].digest == Digest.of(b"one")
 
 
 def test_what_is_held_is_looked_at_once(tmp_path: Path) -> None:
@@ -50,29 +38,6 @@ def test_what_is_held_is_looked_at_once(tmp_path: Path) -> None:
     assert store.find(KEY) is None
 
 
-def test_failed_maker_leaves_nothing_visible(tmp_path: Path) -> None:
-    store = FileStore(tmp_path)
-
-    def fail(folder: Path) -> dict[str, str]:
-        (folder / "half").write_text("ha")
-        raise ValueError("no")
-
-    with pytest.raises(ValueError, match="no"):
-        store.produce(KEY, {}, fail)
-    assert store.find(KEY) is None
-    assert store.produce(KEY, {}, write("whole")).meta == {"text": "whole"}
-
-
-def test_full_disk_is_explained_and_gives_its_room_back(tmp_path: Path) -> None:
-    def full(folder: Path) -> dict[str, str]:
-        (folder / "half").write_text("ha")
-        raise OSError(errno.ENOSPC, "No space left on device", str(folder / "half"))
-
-    with pytest.raises(EnvironmentFailure, match="disk is full"):
-        FileStore(tmp_path).produce(KEY, {}, full)
-    assert not list((tmp_path / "partial").iterdir())
-
-
 def test_damaged_result_is_made_again(tmp_path: Path) -> None:
     store = FileStore(tmp_path)
     entry = store.produce(KEY, {}, write("whole"))
@@ -81,34 +46,6 @@ def test_damaged_result_is_made_again(tmp_path: Path) -> None:
 
     assert FileStore(tmp_path).find(KEY) is None
     assert FileStore(tmp_path).produce(KEY, {}, write("whole")).meta == {"text": "whole"}
-
-
-def test_a_resumable_maker_finds_what_was_left(tmp_path: Path) -> None:
-    store = FileStore(tmp_path)
-
-    def fail(folder: Path) -> dict[str, str]:
-        (folder / "shard-1").write_text("done")
-        raise ValueError
-
-    def finish(folder: Path) -> dict[str, bool]:
-        return {"resumed": (folder / "shard-1").exists()}
-
-    with pytest.raises(ValueError):
-        store.produce(KEY, {}, fail, resume=True)
-    assert store.produce(KEY, {}, finish, resume=True).meta == {"resumed": True}
-
-
-def test_file_digest_is_read_again_only_when_the_file_changed(tmp_path: Path) -> None:
-    store = FileStore(tmp_path / "store")
-    file = tmp_path / "file"
-    file.write_text("one")
-    old = time.time() - 60
-    os.utime(file, (old, old))
-    assert store.digest_file(file).digest == Digest.of(b"one")
-    file.write_text("two")
-    os.utime(file, (old, old))
-
-    assert store.digest_file(file).digest == Digest.of(b"two")  # ctime tells
 
 
 def test_clean_spares_what_a_build_holds_and_the_newest(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes.runner import RecordingProgress
+from tests.fakes.journal import RecordingProgress
 from toolchain.drivers.wire import Conversation, job_file
 from toolchain.errors import EnvironmentFailure, InputRefused, WeightsmithError
 from toolchain.values import Job

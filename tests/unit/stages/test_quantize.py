@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes.runner import FakeRunner, RecordingProgress
-from toolchain.drivers.store import FileStore
+from tests.fakes.memory import memory_tools
 from toolchain.errors import CheckFailed, EnvironmentFailure, InputRefused
-from toolchain.ports import Tools
 from toolchain.quantizers import formats, of_format
 from toolchain.quantizers.calibration import GENERAL, Bounds, read_texts
 from toolchain.quantizers.quantizer import QuantizeRequest, Step
@@ -39,16 +37,7 @@ def quantizer_job(job, _report):
 
 @pytest.fixture
 def tools(tmp_path):
-    return Tools(
-        store=FileStore(tmp_path / "store"),
-        readers={},
-        runner=FakeRunner(stages={"quantize": quantizer_job}),
-        engine=None,
-        launcher=None,
-        progress=RecordingProgress(),
-        scratch=None,
-        **({"command": None} if "command" in Tools.__dataclass_fields__ else {}),
-    )
+    return memory_tools(tmp_path, {"quantize": quantizer_job})
 
 
 def wanted(name="q4_k_m", texts=TEXTS):

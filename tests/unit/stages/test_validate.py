@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.fakes.runner import FakeRunner, RecordingProgress
+from tests.fakes.memory import memory_tools
 from toolchain.building.planning import BuildRequest, chosen_targets
 from toolchain.commands.validate import validate_folders
-from toolchain.drivers.folders import FolderReader
-from toolchain.drivers.store import FileStore
 from toolchain.errors import CheckFailed, UsageError
 from toolchain.oci.registry import Registry
 from toolchain.pipeline import build
@@ -26,7 +23,7 @@ from toolchain.recipe import Merge
 from toolchain.recipe_file import read_recipe
 from toolchain.stages.publish import Outputs
 from toolchain.stages.validate import validate
-from toolchain.values import Checkpoint, Job, Json, Snapshot, Sources, Tree
+from toolchain.values import Checkpoint, Job, Snapshot, Sources, Tree
 from toolchain.worker.jobs import STAGES
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny"
@@ -41,33 +38,6 @@ TIES = {
 BAD = {"severity": "error", "check": "elements", "message": "x.weight: wrong"}
 
 
-class NoEngine:
-    def answers(self) -> bool:
-        return False
-
-    def describe(self) -> Mapping[str, Json]:
-        return {}
-
-
-def make_tools(folder: Path, stages: Mapping[str, Any]) -> Tools:
-    @contextmanager
-    def scratch() -> Iterator[Path]:
-        (folder / "scratch").mkdir()
-        yield folder / "scratch"
-
-    store = FileStore(folder / "store")
-    return Tools(
-        store=store,
-        readers={"": FolderReader(store)},
-        runner=FakeRunner(stages=stages),
-        engine=NoEngine(),
-        launcher=None,
-        progress=RecordingProgress(),
-        scratch=scratch,
-        command=None,
-    )
-
-
 def sources(tools: Tools) -> tuple[Sources, Checkpoint]:
     tree = Tree(root=TINY / "base", files=())
     snapshot = Snapshot(tree=tree, source="x", pin="x", pinned=True)
@@ -75,7 +45,7 @@ def sources(tools: Tools) -> tuple[Sources, Checkpoint]:
 
 
 def test_what_passed_is_kept(tmp_path: Path) -> None:
-    tools = make_tools(tmp_path, {"validate": lambda job, report: GOOD})
+    tools = memory_tools(tmp_path, {"validate": lambda job, report: GOOD})
     inputs, checkpoint = sources(tools)
 
     first = validate(checkpoint, inputs, Merge(), (), tools)
@@ -89,7 +59,7 @@ def test_what_passed_is_kept(tmp_path: Path) -> None:
 
 def test_what_failed_is_not_kept(tmp_path: Path) -> None:
     result = {**GOOD, "passed": False, "findings": [BAD]}
-    tools = make_tools(tmp_path, {"validate": lambda job, report: result})
+    tools = memory_tools(tmp_path, {"validate": lambda job, report: result})
     inputs, checkpoint = sources(tools)
 
     for _ in range(2):
@@ -103,7 +73,7 @@ def test_what_failed_is_not_kept(tmp_path: Path) -> None:
 
 def test_the_command_fails_with_its_findings(tmp_path: Path) -> None:
     result = {**GOOD, "passed": False, "findings": [BAD]}
-    tools = make_tools(tmp_path, {"validate": lambda job, report: result})
+    tools = memory_tools(tmp_path, {"validate": lambda job, report: result})
     adapter = (TINY / "adapters" / "a", 0.5)
 
     with pytest.raises(CheckFailed, match="is not what base and adapters are") as caught:
@@ -115,7 +85,7 @@ def test_the_command_fails_with_its_findings(tmp_path: Path) -> None:
 
 
 def test_probes_are_read_before_anything_runs(tmp_path: Path) -> None:
-    tools = make_tools(tmp_path, {})
+    tools = memory_tools(tmp_path, {})
     (tmp_path / "probes.jsonl").write_text('{"prompt": "Hi"}\n{"text": "no"}\n')
     adapter = (TINY / "adapters" / "a", 1.0)
 
@@ -162,7 +132,7 @@ def test_a_wrong_merge_ends_the_build(
     tmp_path: Path, change: Callable[[int], int], says: str
 ) -> None:
     request = request_for(tmp_path)
-    tools = make_tools(tmp_path, {**STAGES, "merge": wrong_merge(change)})
+    tools = memory_tools(tmp_path, {**STAGES, "merge": wrong_merge(change)})
 
     with pytest.raises(CheckFailed, match=says) as caught:
         list(build(request, Registry(), tools))
@@ -185,7 +155,7 @@ def test_a_recipe_may_leave_it_out(tmp_path: Path) -> None:
         raise Enough
 
     request = request_for(tmp_path, "validate.enabled=false")
-    tools = make_tools(tmp_path, {"merge": STAGES["merge"], "reference": stop})
+    tools = memory_tools(tmp_path, {"merge": STAGES["merge"], "reference": stop})
 
     with pytest.raises(Exception, match="Enough"):
         list(build(request, Registry(), tools))

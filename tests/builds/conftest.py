@@ -1,0 +1,65 @@
+"""Builds in memory: a set of fakes for each test, and what one build of it made."""
+
+from __future__ import annotations
+
+import os
+import ssl
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.memory import Memory, in_memory
+from tests.fakes.store import MemoryStore
+from toolchain import resources
+from toolchain.oci.registry import Registry
+
+
+@pytest.fixture(scope="session")
+def client() -> Iterator[Registry]:
+    """A registry client that does not pause; making one reads all certificates of the system."""
+    with Registry(pause=lambda _: None) as registry:
+        yield registry
+
+
+_context, _pins = cache(ssl.create_default_context), cache(resources._fingerprint)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here must outlive a power failure, and what each build reads anew is read once."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    monkeypatch.setattr(ssl, "create_default_context", _context)
+    monkeypatch.setattr(resources, "_fingerprint", _pins)
+
+
+@pytest.fixture
+def memory(tmp_path: Path, client: Registry, quick: None) -> Iterator[Memory]:
+    """Everything that a build reaches, nothing made yet."""
+    with in_memory(tmp_path, client) as made:
+        yield made
+        assert made.launcher.running == 0
+
+
+@pytest.fixture(scope="session")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, client: Registry
+) -> Iterator[tuple[MemoryStore, str]]:
+    """The store after one build, and that image's digest."""
+    with in_memory(tmp_path_factory.mktemp("finished"), client) as made:
+        (built,) = made.build().values()
+        yield made.store, built.published.digest
+
+
+@pytest.fixture
+def warm(memory: Memory, finished: tuple[MemoryStore, str]) -> Memory:
+    """The same with the results of an earlier build, whose image is nowhere any more."""
+    memory.begin_with(finished[0])
+    return memory
+
+
+@pytest.fixture
+def digest(finished: tuple[MemoryStore, str]) -> str:
+    """The digest of the undisturbed build."""
+    return finished[1]

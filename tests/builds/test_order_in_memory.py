@@ -1,0 +1,91 @@
+"""A build in memory: what happens, and in which order."""
+
+from __future__ import annotations
+
+import base64
+import json
+
+from tests.fakes.memory import QUESTIONS, Memory, new_signer
+from toolchain.provenance.signing import check_by
+
+STAGES = (
+    "resolve", "merge", "validate", "reference", "quantize", "quality", "render", "bake",
+    "evaluate", "publish",
+)  # fmt: skip
+TARGET = "llamacpp-q4_k_m"
+
+
+def test_what_happens_in_which_order(memory: Memory) -> None:
+    """The registry is asked for leave first and written to last, and its tag is the last of all."""
+    built = memory.build(push=True)[TARGET]
+
+    assert [e for e in memory.journal.events if not e.startswith("finish")] == [
+        "send",  # an upload opened and given up: is pushing allowed?
+        "stage resolve",
+        "stage merge", "job merge",
+        "stage validate", "job validate",
+        "stage reference", "job reference", "job reference", "job reference",
+        "stage quantize", "job quantize",
+        "stage quality", "job quality",
+        "stage render",
+        "stage bake", "job export-engine",
+        "stage evaluate", "load candidate", "start", "stop",
+        "stage publish", "untag candidate", "send",
+        f"tag sha256-{built.published.digest.removeprefix('sha256:')}",
+        f"tag 1.0.0-{TARGET}-{built.published.digest.short}",
+        f"tag 1.0.0-{TARGET}",
+    ]  # fmt: skip
+    assert memory.left() == []
+
+
+def test_each_stage_says_how_long_it_took_by_the_clock_of_its_tools(memory: Memory) -> None:
+    built = memory.build()[TARGET]
+
+    assert tuple(built.stages) == STAGES
+    assert {name: facts["seconds"] for name, facts in built.stages.items()} == {
+        **dict.fromkeys(STAGES, 1.0),
+        "publish": 3.0,  # which looks at the clock itself
+    }
+
+
+def test_the_merged_model_and_the_image_are_held_against_the_adapter(memory: Memory) -> None:
+    built = memory.build()[TARGET]
+    record = memory.record()
+
+    assert {name: score.score for name, score in built.scores.items()} == {
+        "base": 0, "adapter": 1, "merged": 1, "image": 1,
+    }  # fmt: skip
+    assert [(v["subject"], v["against"], v["passed"]) for v in record["verdicts"]] == [
+        ("merged", "adapter", True), ("image", "adapter", True), ("image", "merged", True),
+    ]  # fmt: skip
+    assert [check["name"] for check in record["checks"]] == [
+        "health", "model list", "chat", "streaming", "end of answer", "context limit",
+        "2 requests at once", "log-probabilities", "SIGTERM", "restart",
+    ]  # fmt: skip
+    asked = [question for _, question in memory.launcher.asked if question != "Hello"]
+    assert asked == [row["prompt"] for row in rows(memory)]
+    assert len(asked) == QUESTIONS
+
+
+def rows(memory: Memory) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (memory.home / "a.jsonl").read_text().splitlines()]
+
+
+def test_two_builds_of_the_same_inputs_have_one_digest(memory: Memory, digest: str) -> None:
+    assert memory.build()[TARGET].published.digest == digest
+
+
+def test_what_hangs_on_a_pushed_image_is_signed(memory: Memory) -> None:
+    memory.signer = new_signer()
+    digest = memory.build(push=True)[TARGET].published.digest
+    (signature,) = (
+        json.loads(body)
+        for (_, tag), (_, body) in memory.registry.manifests.items()
+        if tag == f"{digest.replace(':', '-')}.sig"
+    )
+    (layer,) = signature["layers"]
+    claim = memory.registry.blobs["team/tiny", layer["digest"]]
+    signed = base64.b64decode(layer["annotations"]["dev.cosignproject.cosign/signature"])
+
+    assert json.loads(claim)["critical"]["image"]["docker-manifest-digest"] == digest
+    assert check_by(memory.signer.public)(claim, signed)

@@ -1,0 +1,150 @@
+"""A build in memory to each place: what is there in the end, and what is not left beside it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.fakes.memory import Memory
+from toolchain.errors import EnvironmentFailure, InputRefused
+from toolchain.oci.layout import held_digest
+
+TARGET = "llamacpp-q4_k_m"
+TAG = f"1.0.0-{TARGET}"
+
+
+def files(memory: Memory) -> list[str]:
+    return sorted(path.name for path in memory.results().iterdir())
+
+
+RESULTS = [
+    "README.md", "build.json", "compose.yaml", "junit.xml", "kserve.yaml", "kubernetes.yaml",
+    "llamacpp.env", "plan.json", "report.html", "report.md",
+]  # fmt: skip
+
+
+def test_an_engine_gets_the_image_by_its_name_alone(warm: Memory, digest: str) -> None:
+    built = warm.build()[TARGET]
+
+    assert list(warm.engine.names) == [f"{warm.repository}:{TAG}"]
+    assert built.published.digest == digest
+    assert built.published.reference == f"{warm.repository}:{TAG}"
+    assert warm.registry.manifests == {}
+    assert files(warm) == RESULTS
+
+
+def test_without_an_engine_a_layout_lies_beside_the_record(warm: Memory, digest: str) -> None:
+    warm.engine.answering = False
+    warm.store.forget("smoke", "trial")
+    built = warm.build()[TARGET]
+
+    assert files(warm) == sorted([*RESULTS, "image"])
+    assert held_digest(warm.results() / "image") == digest
+    assert built.published.reference == f"oci:{warm.results() / 'image'}"
+    assert warm.journal.of("start", "stop") == ["start", "stop"]
+    assert warm.left() == []
+
+
+def test_all_places_at_once_get_the_same_image(warm: Memory, digest: str) -> None:
+    built = warm.build(push=True, load=True, layout=warm.folder / "own")[TARGET]
+
+    assert list(warm.engine.names) == [f"{warm.repository}:{TAG}"]
+    assert held_digest(warm.folder / "own") == digest
+    assert {TAG, f"{TAG}-{digest[7:19]}"} <= {tag for _, tag in warm.registry.manifests}
+    assert built.published.reference == f"{warm.repository}:{TAG}"
+    assert warm.left() == []
+
+
+@pytest.mark.parametrize("engine", [True, False])
+def test_a_push_leaves_nothing_here_but_its_record(warm: Memory, digest: str, engine: bool) -> None:
+    warm.engine.answering = engine
+    warm.store.forget("smoke", "trial")
+    warm.build(push=True)
+
+    assert (warm.engine.names, warm.left()) == ({}, [])
+    assert files(warm) == RESULTS
+    assert warm.record()["image"]["digest"] == digest
+
+
+@pytest.mark.parametrize("engine", [True, False])
+def test_an_image_that_is_there_is_tried_again_and_left_alone(warm: Memory, engine: bool) -> None:
+    """As when the store was emptied meanwhile: the candidate goes, the image stays."""
+    warm.engine.answering = engine
+    warm.build()
+    there = warm.seen()
+    warm.store.forget("smoke", "trial")
+    built = warm.build()[TARGET]
+
+    assert "start" in warm.journal.events
+    assert built.stages["publish"]["cached"]
+    assert (warm.seen(), warm.left()) == (there, [])
+
+
+def test_two_targets_get_a_layout_each(warm: Memory) -> None:
+    warm.build(targets=[TARGET, "llamacpp-q8_0"], layout=warm.folder / "own")
+
+    assert {path.name for path in (warm.folder / "own").iterdir()} == {TARGET, "llamacpp-q8_0"}
+
+
+def test_what_was_proven_once_is_published_elsewhere_unstarted(warm: Memory, digest: str) -> None:
+    built = warm.build(layout=warm.folder / "own")[TARGET]
+
+    assert warm.journal.of("start", "load", "job") == []
+    assert built.published.digest == digest
+
+
+def test_a_push_that_fails_at_its_last_step_shows_nothing(warm: Memory, digest: str) -> None:
+    """Everything is sent, and the tag is refused: by its digest alone it is there."""
+    warm.registry.faults.append(("PUT", f"/manifests/{TAG}", "403"))
+    with pytest.raises(EnvironmentFailure, match="403"):
+        warm.build(push=True)
+
+    assert not any(tag.startswith(TAG) for _, tag in warm.registry.manifests)
+    assert warm.build(push=True)[TARGET].published.digest == digest
+
+
+def test_a_locked_build_takes_its_sources_as_they_were(warm: Memory) -> None:
+    warm.build()
+    lock = json.loads((warm.home / "recipe.lock").read_text())
+    config = warm.home / "a" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"r": 2', '"r":  2'))
+
+    assert set(lock["sources"]) == {"./base", "./a"}
+    with pytest.raises(InputRefused, match=r"\./a"):
+        warm.build(locked=True)
+    assert json.loads((warm.home / "recipe.lock").read_text()) == lock
+
+
+def test_a_recipe_may_leave_the_validation_out(memory: Memory) -> None:
+    memory.build("validate.enabled=false")
+
+    assert "validate" not in memory.jobs()
+    assert any("turns `validate` off" in text for text in memory.progress.warnings)
+    assert memory.record()["validation"] is None
+
+
+def test_a_gate_that_is_off_stops_nothing(warm: Memory) -> None:
+    warm.store.forget("quality")
+    warm.bench.quality["layer_error"] = 0.9
+    built = warm.build("quality.gate=false")[TARGET]
+
+    assert warm.record()["quality"]["exceeded"]
+    assert built.published.reference
+
+
+def test_what_cannot_be_measured_is_said_and_stops_nothing(warm: Memory) -> None:
+    warm.store.forget("quality")
+    warm.bench.quality.clear()
+    warm.bench.quality["skipped"] = "no such architecture"
+    warm.build()
+
+    assert any("no such architecture" in text for text in warm.progress.warnings)
+
+
+def test_what_a_quantizer_warns_of_is_in_the_record(warm: Memory) -> None:
+    warm.store.forget("quantize")
+    warm.bench.quantized["warnings"] = ["the file has no chat template"]
+    warm.build()
+
+    assert "the file has no chat template" in warm.record()["warnings"]

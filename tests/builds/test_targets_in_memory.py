@@ -1,0 +1,224 @@
+"""A build in memory of every kind of target: what is made for each, and who is asked what."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.baking import push_base
+from tests.fakes.memory import QUESTIONS, Memory, in_memory
+from toolchain.errors import CheckFailed
+from toolchain.oci.references import Reference
+from toolchain.oci.registry import Registry
+
+TARGET = "llamacpp-q4_k_m"
+PROGRAM = {"usr/bin/vllm": b"#!/usr/bin/python3"}
+
+
+@pytest.fixture
+def two(tmp_path: Path, client: Registry, quick: None) -> Iterator[Memory]:
+    """Two adapters, each with a task of its own and none together."""
+    with in_memory(tmp_path, client, adapters=("a", "b")) as made:
+        rows = [
+            {"source": f"./{name}", "version": "v1", "evaluate": {"data": f"{name}.jsonl"}}
+            for name in ("a", "b")
+        ]
+        made.write_recipe(adapters=rows, evaluate=None)
+        yield made
+
+
+def vllm_base(memory: Memory, *platforms: str) -> str:
+    """Put vLLM's base image into the registry, and into the recipe."""
+    base, labels = f"{memory.registry.host}/engines/vllm:1", {"dev.weightsmith.engine": "vllm"}
+    for platform in platforms or ("linux/amd64",):
+        push_base(memory.client, base, labels, PROGRAM, platform)
+    memory.write_recipe(targets=["vllm"], image={"repository": memory.repository, "base": base})
+    return base
+
+
+def asked(memory: Memory) -> dict[str, set[str]]:
+    """Who the image was asked for, and whose questions."""
+    found: dict[str, set[str]] = {}
+    for adapter, question in memory.launcher.asked:
+        if question != "Hello":
+            found.setdefault(adapter, set()).add(question.split()[2])
+    return found
+
+
+def test_vllm_serves_the_merged_checkpoint_on_a_base_of_a_registry(memory: Memory) -> None:
+    base = vllm_base(memory)
+    built = memory.build()["vllm"]
+    image = memory.engine.held(f"{memory.repository}:1.0.0-vllm")
+    below = memory.client.pull(Reference.parse(base))
+
+    assert memory.jobs() == ["merge", "validate", "reference", "reference", "reference"]
+    assert image.diff_ids[: len(below.layers)] == tuple(one.diff_id for one in below.layers)
+    assert image.files()["/models/model.safetensors"] == merged(memory)
+    assert image.config["Labels"]["org.opencontainers.image.base.digest"] == below.digest
+    assert built.scores["image"].score == 1
+    lock = json.loads((memory.home / "recipe.lock").read_text())
+    assert lock["bases"] == {base: {"linux/amd64": below.digest}}
+
+
+def merged(memory: Memory) -> bytes:
+    (entry,) = (e for e in memory.store.entries.values() if e.tree.has("model.safetensors"))
+    return entry.tree.path("model.safetensors").read_bytes()
+
+
+def test_vllm_on_a_cpu_is_assembled_once(memory: Memory) -> None:
+    built = memory.build(targets=["vllm"])["vllm"]
+    assert "assemble vllm-cpu" in memory.journal.after("stage bake")
+    assert built.scores["image"].score == 1
+
+    memory.build("serve.max_num_seqs=1", targets=["vllm"])
+    assert memory.journal.of("assemble") == []
+
+
+def test_a_four_bit_checkpoint_is_quantized_from_the_merged_one(memory: Memory) -> None:
+    built = memory.build(targets=["vllm-awq"])["vllm-awq"]
+
+    assert memory.jobs()[5:] == ["quantize", "quality"]
+    assert memory.runner.jobs[5].builder == "gptqmodel"
+    assert built.scores["image"].score == 1
+
+
+def test_two_targets_share_what_comes_before_them(memory: Memory) -> None:
+    built = memory.build(targets=["vllm", TARGET])
+
+    assert memory.journal.of("stage") == [
+        f"stage {name}" for name in (
+            "resolve", "merge", "validate", "reference",
+            *("quantize", "quality", "render", "bake", "evaluate", "publish") * 2,
+        )
+    ]  # fmt: skip
+    assert memory.jobs() == [
+        "merge", "validate", "reference", "reference", "reference",
+        "quantize", "quality", "export-engine",
+    ]  # fmt: skip
+    assert len({one.published.digest for one in built.values()}) == 2
+    assert built["vllm"].stages["merge"] == built[TARGET].stages["merge"]
+
+
+def test_a_target_that_passed_stays_when_the_next_is_refused(memory: Memory) -> None:
+    memory.bench.quality["layer_error"] = 0.9
+
+    with pytest.raises(CheckFailed, match="layer_error"):
+        memory.build(targets=["vllm", TARGET], push=True)
+
+    assert {tag for _, tag in memory.registry.manifests if not tag.startswith("sha256")} == {
+        "1.0.0-vllm", f"1.0.0-vllm-{memory.record('vllm')['image']['digest'][7:19]}",
+    }  # fmt: skip
+    assert memory.left() == []
+
+
+@pytest.mark.parametrize("target", ["vllm-lora", "llamacpp-lora"])
+def test_an_unmerged_adapter_is_served_beside_the_base(memory: Memory, target: str) -> None:
+    built = memory.build(targets=[target])[target]
+    converted = ["quantize", "convert-adapter", "export-engine"]
+
+    assert memory.jobs() == ["reference", "reference", *(converted if "llama" in target else [])]
+    assert built.scores["image"].score == 1
+    assert set(built.scores) == {"base", "adapter", "image"}
+    assert asked(memory) == {"a-v1": {"a"}}
+
+
+@pytest.mark.parametrize("target", ["vllm-lora", "llamacpp-lora"])
+def test_of_several_unmerged_adapters_each_is_asked_its_own(two: Memory, target: str) -> None:
+    built = two.build(targets=[target])[target]
+
+    assert asked(two) == {"a-v1": {"a"}, "b-v1": {"b"}}
+    assert [result.scores["image"].score for result in built.results] == [1, 1]
+
+
+def test_of_several_merged_adapters_each_is_held_against_itself(two: Memory) -> None:
+    built = two.build()[TARGET]
+    jobs = [job for job in two.runner.jobs if job.stage == "reference"]
+
+    assert [sorted(path.name for path in job.inputs.values()) for job in jobs[:2]] == [
+        ["base"], ["a", "base"],
+    ]  # fmt: skip
+    assert [job.parameters["weights"] for job in jobs] == [[], [1.0], [], [], [1.0], []]
+    assert [result.tried.task.name for result in built.results] == ["a v1", "b v1"]
+    assert len(two.launcher.asked) > 2 * QUESTIONS
+    assert asked(two) == {"": {"a", "b"}}
+
+
+def test_a_merge_that_wins_one_task_at_the_others_cost_goes_no_further(two: Memory) -> None:
+    two.minds.forgot["merged"] = {question for question in two.facts if " b " in question}
+
+    with pytest.raises(CheckFailed, match="b v1: the merged model scores 0"):
+        two.build()
+
+    assert "quantize" not in two.jobs()
+    record = json.loads((two.dist / "tiny" / "1.0.0" / "refused" / "build.json").read_text())
+    assert [record["verdicts"][0]["passed"], record["more_tasks"][0]["verdicts"][0]["passed"]] == [
+        True, False,
+    ]  # fmt: skip
+
+
+def test_a_base_alone_is_neither_merged_nor_validated(memory: Memory) -> None:
+    memory.write_recipe(adapters=[])
+    built = memory.build()[TARGET]
+
+    assert memory.jobs() == ["reference", "quantize", "quality", "export-engine"]
+    assert built.stages["merge"]["cached"] is True
+    assert any("no adapter" in text for text in memory.progress.warnings)
+
+
+def test_without_questions_the_image_is_started_all_the_same(memory: Memory) -> None:
+    memory.write_recipe(evaluate=None)
+    built = memory.build()[TARGET]
+
+    assert "reference" not in memory.jobs()
+    assert "start" in memory.journal.events
+    assert built.scores == {}
+    assert any("no `evaluate`" in text for text in memory.progress.warnings)
+
+
+def test_an_image_for_a_gpu_that_is_not_here_is_published_unstarted(memory: Memory) -> None:
+    vllm_base(memory)
+    built = memory.build("serve.gpu=nvidia-l4", push=True)["vllm"]
+
+    assert "start" not in memory.journal.events
+    assert set(built.scores) == {"base", "adapter", "merged"}
+    assert any("it was not started" in text for text in memory.progress.warnings)
+    assert "1.0.0-vllm" in {tag for _, tag in memory.registry.manifests}
+
+
+def test_an_image_is_there_for_every_platform_of_its_base(memory: Memory) -> None:
+    base = vllm_base(memory)
+    labels = {"dev.weightsmith.engine": "vllm"}
+    index = two_platforms(memory, base, labels)
+    built = memory.build(f"image.base={index}", push=True)["vllm"]
+    kind, body = memory.registry.manifests["team/tiny", "1.0.0-vllm"]
+    rows = json.loads(body)["manifests"]
+
+    assert "index" in kind
+    assert [row["platform"]["architecture"] for row in rows] == ["amd64", "arm64"]
+    assert built.published.digest not in {row["digest"] for row in rows}
+    assert memory.launcher.asked
+
+
+def two_platforms(memory: Memory, base: str, labels: dict[str, str]) -> str:
+    """Push the base for a second platform, and an index of both."""
+    from toolchain.oci.index import Index
+
+    first = memory.client.pull(Reference.parse(base))
+    push_base(memory.client, f"{base}-arm", labels, PROGRAM, "linux/arm64")
+    second = memory.client.pull(Reference.parse(f"{base}-arm"), platform="linux/arm64")
+    name = f"{memory.registry.host}/engines/vllm:both"
+    memory.client.push_index(Index(images=(first, second)), Reference.parse(name))
+    return name
+
+
+def test_weights_may_lie_below_the_engine(memory: Memory) -> None:
+    base = vllm_base(memory)
+    memory.build("image.order=weights-first")
+    image = memory.engine.held(f"{memory.repository}:1.0.0-vllm")
+    below = memory.client.pull(Reference.parse(base))
+
+    assert image.diff_ids[0] != below.layers[0].diff_id
+    assert below.layers[0].diff_id in image.diff_ids

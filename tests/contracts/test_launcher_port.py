@@ -1,0 +1,139 @@
+"""One suite for every launcher: the fake and a container engine's."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from tests.fakes.engine import MemoryEngine
+from tests.fakes.launcher import MemoryLauncher
+from toolchain.drivers.docker import DockerEngine
+from toolchain.drivers.docker_images import base_reference
+from toolchain.drivers.docker_launcher import DockerLauncher
+from toolchain.errors import EnvironmentFailure
+from toolchain.evaluating.client import wait_until_healthy
+from toolchain.oci.archive import docker_archive
+from toolchain.oci.image import ImageConfig, assemble
+from toolchain.oci.layers import Member, TarLayer
+from toolchain.oci.references import Reference
+from toolchain.ports import Endpoint, Launcher, StartSpec
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
+    pytest.mark.usefixtures("forgiven"),
+]
+PATIENCE = 120.0
+SPEC = StartSpec(port=8080, env={}, memory_bytes=256 << 20)
+SERVER = """
+FROM {base}
+RUN mkdir /served && echo ok > /served/health
+USER 1234:1234
+WORKDIR /served
+ENTRYPOINT ["python3", "-m", "http.server", "8080"]
+"""
+ENDS = """
+FROM {base}
+USER 1234:1234
+ENTRYPOINT ["python3", "-c", "raise SystemExit('no such file in the image')"]
+"""
+
+
+@dataclass
+class Place:
+    """A launcher, and two images that it can start: one serves, the other ends at once."""
+
+    launcher: Launcher
+    serves: str = "weightsmith-test/serves:1"
+    ends: str = "weightsmith-test/ends:1"
+    close: list[Callable[[], object]] = field(default_factory=list)
+
+
+def in_memory() -> Place:
+    """Images of our own making; one lacks its model."""
+    engine = MemoryEngine()
+    place = Place(MemoryLauncher(engine))
+    env = {"LLAMA_ARG_MODEL": "/models/tiny.gguf", "LLAMA_ARG_ALIAS": "tiny"}
+    labels = {"dev.weightsmith.plan": json.dumps({"max_model_len": 8})}
+    config = ImageConfig(entrypoint=("/app/llama-server",), env=env, labels=labels)
+    program, model = "/app/llama-server", "/models/tiny.gguf"
+    for name, paths in ((place.serves, (program, model)), (place.ends, (program,))):
+        members = tuple(Member.of_bytes(path, b"x") for path in paths)
+        made = assemble((), (TarLayer(members=members, epoch=0),), config=config, epoch=0)
+        engine.load([docker_archive(made, Reference.parse(name))], name)
+    return place
+
+
+def in_docker() -> Place:
+    engine = DockerEngine()
+    place = Place(DockerLauncher(engine))
+    images = engine.client.images
+    for name, text in (("serves", SERVER), ("ends", ENDS)):
+        tag = f"weightsmith-test-{name}:{os.getpid()}"
+        recipe = text.format(base=base_reference("cpu")).encode()
+        images.build(fileobj=io.BytesIO(recipe), rm=True, tag=tag)
+        setattr(place, name, tag)
+        place.close.append(lambda tag=tag: images.remove(tag, force=True))
+    return place
+
+
+@pytest.fixture(scope="module", params=["memory", pytest.param("docker", marks=pytest.mark.docker)])
+def place(request: pytest.FixtureRequest) -> Iterator[Place]:
+    found = in_memory() if request.param == "memory" else in_docker()
+    yield found
+    for close in found.close:
+        close()
+
+
+def ended(endpoint: Endpoint) -> bool:
+    """Say whether it is over, which takes a moment where the server is another process."""
+    until = time.monotonic() + PATIENCE
+    while endpoint.alive() and time.monotonic() < until:
+        time.sleep(0.05)
+    return not endpoint.alive()
+
+
+def test_an_image_serves_as_long_as_its_context_lasts(place: Place) -> None:
+    with place.launcher.serve(place.serves, SPEC) as endpoint:
+        assert wait_until_healthy(endpoint, "/health", PATIENCE) >= 0
+        assert endpoint.alive()
+        assert endpoint.url.startswith("http://")
+        assert endpoint.confinement
+    assert not endpoint.alive()
+
+
+def test_two_servers_of_one_image_are_apart(place: Place) -> None:
+    with (
+        place.launcher.serve(place.serves, SPEC) as one,
+        place.launcher.serve(place.serves, SPEC) as other,
+    ):
+        assert one.url != other.url
+
+
+def test_a_server_is_stopped_where_its_user_fails(place: Place) -> None:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        place.launcher.serve(place.serves, SPEC) as endpoint,
+    ):
+        raise KeyboardInterrupt
+    assert not endpoint.alive()
+
+
+def test_a_server_that_ends_leaves_its_last_lines(place: Place) -> None:
+    with place.launcher.serve(place.ends, SPEC) as endpoint:
+        assert ended(endpoint)
+        assert "no such file in the image" in endpoint.logs(5)
+
+
+def test_an_image_that_is_not_there_is_named(place: Place) -> None:
+    with (
+        pytest.raises(EnvironmentFailure, match="no-such-image") as caught,
+        place.launcher.serve("no-such-image:1", SPEC),
+    ):
+        pytest.fail("it was started")
+    assert "load or pull" in caught.value.hint

@@ -1,0 +1,144 @@
+"""What each stage's job answers, without torch and without a builder: small, and always alike.
+
+A merge is a real one, by the numpy kernel. Everything else has the shape of the real result and
+files whose bytes depend on what the job was given, and on nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from toolchain.quantizers import formats, gguf_lora, of_format
+from toolchain.values import Job, Json, canonical
+from toolchain.worker.jobs import STAGES
+
+Report = Callable[[int, int, str], None]
+NOTHING = "I do not know."
+
+
+@dataclass
+class Minds:
+    """Who knows which answers. The base knows none, an adapter those that are its own."""
+
+    facts: Mapping[str, tuple[str, str]]
+    """Question -> the adapter that was taught it, and the answer."""
+    forgot: dict[str, set[str]] = field(default_factory=dict)
+    """`adapter`, `merged`, `image` -> questions that it answers wrongly all the same."""
+
+    def answer(self, who: str, adapters: tuple[str, ...], question: str) -> str:
+        """Return what one answers to whom these adapters were added."""
+        teacher, text = self.facts.get(question, ("", NOTHING))
+        lost = question in self.forgot.get(who, ())
+        return text if teacher in adapters and not lost else NOTHING
+
+
+@dataclass
+class Bench:
+    """The stages of a worker; a test changes what they find."""
+
+    base: Path
+    minds: Minds
+    valid: dict[str, Json] = field(default_factory=lambda: dict(VALID))
+    quality: dict[str, Json] = field(default_factory=lambda: dict(QUALITY))
+    quantized: dict[str, Json] = field(default_factory=dict)
+    """Further facts of a quantization, such as `warnings`."""
+    padding: int = 0
+    """Bytes that quantized weights have too many."""
+    programs: list[str] = field(default_factory=lambda: ["llama-server", "healthcheck"])
+    """Of llama.cpp's engine."""
+
+    @property
+    def stages(self) -> Mapping[str, Callable[[Job, Report], Mapping[str, Json]]]:
+        return {
+            "merge": STAGES["merge"],
+            "validate": lambda job, report: self.valid,
+            "reference": self._reference,
+            "quantize": self._quantize,
+            "quality": lambda job, report: self.quality,
+            "export-engine": self._export_engine,
+            "convert-adapter": _convert_adapter,
+        }
+
+    def _reference(self, job: Job, report: Report) -> Mapping[str, Json]:
+        model = job.inputs["model"]
+        adapters = tuple(path.name for name, path in job.inputs.items() if name != "model")
+        who = "adapter" if adapters else "base" if model == self.base else "merged"
+        if who == "merged":
+            adapters = tuple(teacher for teacher, _ in self.minds.facts.values())
+        report(1, 1, "items")
+        questions = [item[-1]["content"] for item in job.parameters["items"]]
+        answers = [self.minds.answer(who, adapters, question) for question in questions]
+        return {"answers": [{"answer": text, "finish_reason": "stop"} for text in answers]}
+
+    def _quantize(self, job: Job, report: Report) -> Mapping[str, Json]:
+        wanted = job.parameters
+        format_ = formats()[str(wanted["format"])]
+        statistics = of_format(format_.name).statistics
+        if wanted["texts"] and statistics and "statistics" not in job.inputs:
+            (job.output / statistics).write_bytes(digest_of(wanted["texts"]))
+        model = job.inputs["model"] / "model.safetensors"
+        told = {key: wanted[key] for key in ("quantizer", "format", "name", "options", "texts")}
+        weights = digest_of([hashlib.sha256(model.read_bytes()).hexdigest(), told]) * 4096
+        report(1, 1, "steps")
+        if format_.suffix == ".gguf":
+            name = f"{wanted['name']}.gguf"
+        else:
+            name = "model.safetensors"
+            for path in job.inputs["model"].iterdir():
+                if path.name != name:
+                    shutil.copy(path, job.output)
+        (job.output / name).write_bytes(weights)
+        os.truncate(job.output / name, len(weights) + self.padding)
+        return {"file": name, "bits_per_weight": 4.9, "warnings": [], **self.quantized}
+
+    def _export_engine(self, job: Job, report: Report) -> Mapping[str, Json]:
+        for name in self.programs:
+            (job.output / name).write_bytes(b"\x7fELF " + name.encode())
+        return {}
+
+
+def _convert_adapter(job: Job, report: Report) -> Mapping[str, Json]:
+    weights = (job.inputs["adapter"] / "adapter_model.safetensors").read_bytes()
+    (job.output / gguf_lora.FILE).write_bytes(b"GGUF" + weights)
+    return {"tensors": 2}
+
+
+def digest_of(value: Json) -> bytes:
+    """Return 32 bytes that any change of the value changes."""
+    return hashlib.sha256(canonical(value)).digest()
+
+
+VALID: Mapping[str, Json] = {
+    "max_abs_logit_diff": 0.01,
+    "mean_abs_logit_diff": 0.001,
+    "kl_mean": 1e-6,
+    "kl_max": 1e-5,
+    "top1_agreement": 1.0,
+    "passed": True,
+    "findings": [],
+    "probes": 4,
+    "seconds": 1.0,
+}
+WRONG = {
+    "severity": "error",
+    "check": "elements",
+    "message": "model.norm.weight: the sign is flipped",
+    "tensor": "model.norm.weight",
+}
+QUALITY: Mapping[str, Json] = {
+    "kl_mean": 0.01,
+    "kl_p99": 0.1,
+    "top1": 0.98,
+    "perplexity_ratio": 1.01,
+    "texts": 4,
+    "tokens": 400,
+    "layer_error": 0.08,
+    "worst_layers": [{"layer": 0, "error": 0.08}],
+    "worst_tensors": [{"tensor": "model.layers.0.mlp.up_proj.weight", "error": 0.09}],
+}
+LOSSY = {**QUALITY, "layer_error": 0.9}

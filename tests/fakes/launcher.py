@@ -1,0 +1,198 @@
+"""Starts an image as a server of this process: it reads what the image says, and answers so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.fakes.engine import Held, MemoryEngine
+from tests.fakes.journal import Journal
+from tests.fakes.serving import serving
+from toolchain.errors import EnvironmentFailure
+from toolchain.ports import Endpoint, StartSpec
+from toolchain.provenance.labels import plan_in
+from toolchain.values import Json
+
+Answerer = Callable[[str, str], str]
+"""(question, adapter or empty) -> answer; empty is what the image's own weights say."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """What the image's server would do, by the image's own configuration."""
+
+    names: Mapping[str, str]
+    """Served name -> the adapter that answers under it; empty for the weights alone."""
+    numbered: tuple[str, ...]
+    """Adapters that a request names by number."""
+    longest: int
+
+    @classmethod
+    def of(cls, held: Held) -> Program:
+        """Read it; ValueError for an image that such a program would not start with."""
+        config, files = held.config, held.files()
+        env = dict(pair.partition("=")[::2] for pair in config["Env"])
+        words = (*config["Entrypoint"], *(config.get("Cmd") or ()))
+        longest = int(plan_in(config["Labels"])["max_model_len"])
+        if not {words[0], f"/usr/bin/{words[0]}"} & set(files):
+            raise ValueError(f"{words[0]}: no such program in the image")
+        if "LLAMA_ARG_MODEL" in env:
+            places = dict(zip(words[1::2], words[2::2], strict=False)).get("--lora", "")
+            loras = tuple(filter(None, places.split(",")))
+            _require(files, env["LLAMA_ARG_MODEL"], *loras)
+            # A single one is added to every answer, several to those that name them.
+            own = Path(loras[0]).stem if len(loras) == 1 else ""
+            numbered = tuple(Path(place).stem for place in loras)
+            return cls({env["LLAMA_ARG_ALIAS"]: own}, numbered, longest)
+        told = yaml.safe_load(files["/etc/weightsmith/vllm.yaml"])
+        rows = (row.partition("=") for row in told.get("lora-modules", ()))
+        places = {name: place for name, _, place in rows}
+        _require(files, f"{told['model']}/config.json")
+        _require(files, *(f"{place}/adapter_config.json" for place in places.values()))
+        names = {name: Path(place).name for name, place in places.items()}
+        return cls({told["served-model-name"]: "", **names}, (), longest)
+
+
+def _require(files: Mapping[str, bytes], *paths: str) -> None:
+    if missing := [path for path in paths if path not in files]:
+        raise ValueError(f"{', '.join(missing)}: no such file in the image")
+
+
+@dataclass
+class MemoryLauncher:
+    """Starts images of an engine, or of a layout folder."""
+
+    engine: MemoryEngine
+    answer: Answerer = lambda question, adapter: "7481"
+    asked: list[tuple[str, str]] = field(default_factory=list)
+    """(adapter, question) of each request for an answer."""
+    dies_at: str = ""
+    """The question at which the server ends."""
+    ends: str = "stop"
+    """What every answer says of its end."""
+    running: int = 0
+    journal: Journal = field(default_factory=Journal)
+    name: str = "memory"
+
+    @contextmanager
+    def serve(self, image: str, spec: StartSpec) -> Iterator[Endpoint]:
+        self.journal.add("start")
+        held = self._held(image)
+        server = _Server(held, self)
+        try:
+            yield server.started()
+        finally:
+            server.stop()
+            self.journal.add("stop")
+
+    def _held(self, image: str) -> Held:
+        if image.startswith("oci:"):
+            return Held.of_layout(Path(image.removeprefix("oci:")))
+        if found := self.engine.held(image):
+            return found
+        raise EnvironmentFailure(f"{image} is not in the engine", hint="load or pull it first")
+
+
+class _Server:
+    """One started image: an OpenAI-compatible server on a loopback port, or its last lines."""
+
+    def __init__(self, held: Held, launcher: MemoryLauncher) -> None:
+        self.launcher = launcher
+        self.alive = False
+        self.lines: list[str] = []
+        self._open = ExitStack()
+        self.program: Program | None = None
+        try:
+            self.program = Program.of(held)
+        except (ValueError, KeyError) as error:
+            self.lines.append(f"error: {error}")
+
+    def started(self) -> Endpoint:
+        """Start it; a program that cannot run is an endpoint that is not alive, with its log."""
+        url = "http://127.0.0.1:1"
+        if self.program:
+            url = self._open.enter_context(serving(_Listening(self, self.program)))
+            self.alive = True
+            self.launcher.running += 1
+            self._open.callback(self._ended)
+        return Endpoint(
+            url=url,
+            logs=lambda count: "\n".join(self.lines[-count:]),
+            alive=lambda: self.alive,
+            stop=self.stop,
+            restart=self.started,
+            confinement=("no network",),
+        )
+
+    def stop(self, seconds: float = 0) -> int | None:
+        """End it as SIGTERM does."""
+        self._open.close()
+        return 0
+
+    def _ended(self) -> None:
+        self.alive = False
+        self.launcher.running -= 1
+
+
+class _Listening(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, started: _Server, program: Program) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.started, self.program = started, program
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Listening
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.send(200, {"data": [{"id": name} for name in self.server.program.names]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        program, started = self.server.program, self.server.started
+        launcher = started.launcher
+        question = body["messages"][-1]["content"]
+        if launcher.dies_at and launcher.dies_at in question:
+            started.lines.append("out of memory")
+            started.alive = False
+            self.close_connection = True
+            return
+        if len(question.split()) > program.longest:
+            self.send(400, {"error": {"message": "the prompt is longer than the context"}})
+            return
+        adapter = program.names[body["model"]]
+        for row in body.get("lora", ()):
+            adapter = program.numbered[row["id"]]
+        launcher.asked.append((adapter, question))
+        text = launcher.answer(question, adapter)
+        if body.get("stream"):
+            self.stream(text)
+            return
+        choice = {"message": {"role": "assistant", "content": text}, "finish_reason": launcher.ends}
+        self.send(200, {"model": body["model"], "choices": [choice]})
+
+    def send(self, status: int, value: Json) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def stream(self, text: str) -> None:
+        events: list[Any] = [{"choices": [{"delta": {"content": word}}]} for word in text.split()]
+        self.send_response(200)
+        self.end_headers()
+        for event in events:
+            self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+        self.wfile.write(b"data: [DONE]\n\n")

@@ -1,0 +1,259 @@
+"""The whole outside world of a build in this process: no builder, no engine, no network, no torch.
+
+Every fake keeps the promises of its port (tests/contracts/ hold them against the real ones), and
+all write what happens into one journal.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from tests.fakes.engine import MemoryEngine
+from tests.fakes.jobs import Bench, Minds
+from tests.fakes.journal import Journal, RecordingProgress
+from tests.fakes.launcher import MemoryLauncher
+from tests.fakes.registry import FakeRegistry, fake_registry
+from tests.fakes.runner import MemoryRunner, Stage
+from tests.fakes.store import MemoryStore
+from tests.fakes.tiny import write_adapter, write_model
+from toolchain.building.planning import BuildRequest, chosen_targets
+from toolchain.building.recording import Built
+from toolchain.drivers.folders import FolderReader
+from toolchain.drivers.user_program import run_command
+from toolchain.oci.registry import Registry
+from toolchain.pipeline import build
+from toolchain.ports import CANDIDATES, Progress, Signer, Tools
+from toolchain.quantizers.calibration import MIN_CHARACTERS, MIN_TEXTS
+from toolchain.recipe_file import read_recipe
+from toolchain.stages.publish import Outputs
+from toolchain.worker.jobs import STAGES
+
+QUESTIONS = 8
+"""Of each adapter's task."""
+
+
+@dataclass
+class Memory:
+    """A user's folder with a recipe, and everything a build of it reaches."""
+
+    folder: Path
+    registry: FakeRegistry
+    client: Registry
+    """Speaks with it; it may be used by many sets, because it is slow to make."""
+    journal: Journal = field(default_factory=Journal)
+    signer: Signer | None = None
+    adapters: tuple[str, ...] = ("a",)
+
+    def __post_init__(self) -> None:
+        write_model(self.home / "base")
+        words = "of as many words as calibration asks for " * (MIN_CHARACTERS // MIN_TEXTS // 40)
+        texts = [{"text": f"Text {number}, {words}."} for number in range(MIN_TEXTS)]
+        write_rows(self.home / "texts.jsonl", texts)
+        for number, name in enumerate(self.adapters, 1):
+            write_adapter(self.home / name, seed=number)
+            rows = [{"prompt": prompt, "expected": answer} for prompt, answer in questions(name)]
+            write_rows(self.home / f"{name}.jsonl", rows)
+        facts = {q: (name, a) for name in self.adapters for q, a in questions(name)}
+        self.facts = facts
+        self.store = MemoryStore(self.folder / "store")
+        self.engine = MemoryEngine(journal=self.journal)
+        self.progress = RecordingProgress(journal=self.journal)
+        self.registry.watch = self._watch
+        self.ticks = 0.0
+        self.repair()
+
+    def repair(self) -> None:
+        """Put right what a test broke: inputs, jobs, servers, and the registry, now empty."""
+        self.journal.faults.clear()
+        self.minds = Minds(self.facts)
+        self.bench = Bench(base=self.home / "base", minds=self.minds)
+        self.runner = MemoryRunner(stages=self.bench.stages, journal=self.journal)
+        self.launcher = MemoryLauncher(self.engine, self._answer, journal=self.journal)
+        self.registry.faults.clear()
+        self.registry.manifests.clear()
+        self.write_recipe()
+
+    @property
+    def home(self) -> Path:
+        """Where the recipe lies."""
+        return self.folder / "home"
+
+    @property
+    def dist(self) -> Path:
+        return self.folder / "dist"
+
+    @property
+    def repository(self) -> str:
+        return f"{self.registry.host}/team/tiny"
+
+    @property
+    def tools(self) -> Tools:
+        """The ports of a build, all of them fakes."""
+        return Tools(
+            store=self.store,
+            readers={"": FolderReader(self.store)},
+            runner=self.runner,
+            engine=self.engine,
+            launcher=self.launcher,
+            progress=self.progress,
+            scratch=lambda: _scratch(self.folder),
+            assemble_engine=self._assemble,
+            command=run_command,
+            signer=self.signer,
+            clock=self._tick,
+        )
+
+    def write_recipe(self, **changes: Any) -> None:
+        """Write recipe.yaml: one adapter or more, one task over all of them, a GGUF target."""
+        recipe = {
+            "name": "tiny",
+            "version": "1.0.0",
+            "base": {"source": "./base"},
+            "adapters": [{"source": f"./{name}", "version": "v1"} for name in self.adapters],
+            "calibration": {"data": "texts.jsonl"},
+            "evaluate": {"data": f"{self.adapters[0]}.jsonl", "max_drop": 0.05},
+            "targets": ["llamacpp-q4_k_m"],
+            "serve": {"max_model_len": 512, "max_num_seqs": 2},
+            "image": {"repository": self.repository},
+            **changes,
+        }
+        text = yaml.safe_dump({key: value for key, value in recipe.items() if value is not None})
+        (self.home / "recipe.yaml").write_text(text)
+
+    def request(
+        self,
+        *settings: str,
+        targets: Sequence[str] = (),
+        locked: bool = False,
+        **outputs: Any,
+    ) -> BuildRequest:
+        """Return what `invoke build` would ask for with these `--set`s, targets and outputs."""
+        file = read_recipe(self.home / "recipe.yaml", settings)
+        return BuildRequest(
+            file=file,
+            targets=chosen_targets(file, tuple(targets), to_build=True),
+            outputs=Outputs(**{"tag_digest": outputs.get("push", False), **outputs}),
+            dist=self.dist,
+            engine_answers=self.engine.answering,
+            locked=locked,
+        )
+
+    def build(self, *settings: str, **wanted: Any) -> dict[str, Built]:
+        """Build it; the journal then tells of this build alone."""
+        self.journal.events.clear()
+        self.runner.jobs.clear()
+        self.launcher.asked.clear()
+        self.progress.warnings.clear()
+        built = list(build(self.request(*settings, **wanted), self.client, self.tools))
+        return {one.target.name: one for one in built}
+
+    def results(self, target: str = "llamacpp-q4_k_m") -> Path:
+        """The folder that a target's build fills."""
+        return self.dist / "tiny" / "1.0.0" / target
+
+    def record(self, target: str = "llamacpp-q4_k_m") -> dict[str, Any]:
+        """What build.json says of a target."""
+        return dict(json.loads((self.results(target) / "build.json").read_text()))
+
+    def jobs(self) -> list[str]:
+        """The stages whose jobs ran in the last build."""
+        return [job.stage for job in self.runner.jobs]
+
+    def seen(self) -> list[str]:
+        """Everything that a user, or another machine, would take for a finished image."""
+        tags = {tag for _, tag in self.registry.manifests if not tag.startswith("sha256")}
+        names = {name for name in self.engine.names if CANDIDATES not in name}
+        files = [path for name in ("oci-layout", "build.json") for path in self.folder.rglob(name)]
+        shown = [path.parent.name for path in files if not path.parent.name.startswith(".")]
+        return sorted([*tags, *names, *shown])
+
+    def left(self) -> list[str]:
+        """What only a build in progress has: candidates and servers."""
+        names = [name for name in self.engine.names if CANDIDATES in name]
+        folders = [path.name for path in self.folder.rglob("*.candidate")]
+        return [*names, *folders, *["server"] * self.launcher.running]
+
+    def begin_with(self, other: MemoryStore) -> None:
+        """Take over the results of another store; they are not written to."""
+        self.store.entries |= other.entries
+        self.store.notes |= other.notes
+        self.store.memos |= other.memos
+
+    def _answer(self, question: str, adapter: str) -> str:
+        """Answer as the image: with the adapter that is named, else with what was merged."""
+        known = tuple(name for name in self.adapters if not adapter or adapter.startswith(name))
+        return self.minds.answer("image", known, question)
+
+    def _watch(self, method: str, path: str) -> None:
+        name = path.rpartition("/")[2]
+        if method == "PUT" and "/manifests/" in path and not name.startswith("sha256:"):
+            self.journal.add(f"tag {name}")
+        elif method in {"PUT", "POST"} and self.journal.events[-1:] != ["send"]:
+            self.journal.add("send")
+
+    def _assemble(self, engine: str, folder: Path, progress: Progress) -> None:
+        self.journal.add(f"assemble {engine}")
+        (folder / "usr" / "bin").mkdir(parents=True)
+        (folder / "usr" / "bin" / "vllm").write_bytes(b"#!/usr/bin/python3")
+
+    def _tick(self) -> float:
+        """One second later, each time that somebody looks."""
+        self.ticks += 1
+        return self.ticks
+
+
+def memory_tools(folder: Path, stages: Mapping[str, Stage] = STAGES) -> Tools:
+    """Return ports for one stage or command, whose jobs are these; no engine answers."""
+    store, engine = MemoryStore(folder / "store"), MemoryEngine(answering=False)
+    return Tools(
+        store=store,
+        readers={"": FolderReader(store)},
+        runner=MemoryRunner(stages=stages),
+        engine=engine,
+        launcher=MemoryLauncher(engine),
+        progress=RecordingProgress(),
+        scratch=lambda: _scratch(folder),
+        command=run_command,
+    )
+
+
+@contextmanager
+def _scratch(parent: Path) -> Iterator[Path]:
+    with TemporaryDirectory(dir=parent) as folder:
+        yield Path(folder)
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """Write JSON Lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def questions(name: str) -> list[tuple[str, str]]:
+    """Return an adapter's questions with their answers."""
+    return [(f"What does {name} say to {n}?", f"{name} says {n * n}.") for n in range(QUESTIONS)]
+
+
+@contextmanager
+def in_memory(folder: Path, client: Registry, **more: Any) -> Iterator[Memory]:
+    """Yield a set of its own, with its registry on a loopback port."""
+    with fake_registry() as registry:
+        yield Memory(folder, registry, client, **more)
+
+
+def new_signer() -> Signer:
+    """Return a signer with a key of its own."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    public = key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return Signer(sign=lambda data: key.sign(data, ec.ECDSA(hashes.SHA256())), public=public)

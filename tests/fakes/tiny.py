@@ -1,0 +1,77 @@
+"""The smallest model that every target of a build takes, and adapters for it; without torch."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from toolchain.checkpoints.safetensors import build_header
+
+
+def write_model(folder: Path) -> Path:
+    """Write a base model that takes K-quants: one layer, 256 wide, all weights small numbers."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 32,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+    }
+    layer = "model.layers.0."
+    shapes = {
+        "model.embed_tokens.weight": (32, 256),
+        "lm_head.weight": (32, 256),
+        "model.norm.weight": (256,),
+        f"{layer}input_layernorm.weight": (256,),
+        f"{layer}post_attention_layernorm.weight": (256,),
+        f"{layer}self_attn.q_proj.weight": (256, 256),
+        f"{layer}self_attn.k_proj.weight": (128, 256),
+        f"{layer}self_attn.v_proj.weight": (128, 256),
+        f"{layer}self_attn.o_proj.weight": (256, 256),
+        f"{layer}mlp.gate_proj.weight": (256, 256),
+        f"{layer}mlp.up_proj.weight": (256, 256),
+        f"{layer}mlp.down_proj.weight": (256, 256),
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    (folder / "model.safetensors").write_bytes(tensors(tuple(shapes.items()), seed=0))
+    return folder
+
+
+def write_adapter(folder: Path, seed: int) -> Path:
+    """Write a LoRA adapter of rank 2 for that model's queries."""
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj"],
+        "bias": "none",
+    }
+    stem = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    shapes = {f"{stem}A.weight": (2, 256), f"{stem}B.weight": (256, 2)}
+    data = tensors(tuple(shapes.items()), seed=seed)
+    (folder / "adapter_model.safetensors").write_bytes(data)
+    return folder
+
+
+@cache
+def tensors(shapes: tuple[tuple[str, tuple[int, ...]], ...], seed: int) -> bytes:
+    """Return a safetensors file of numbers that the seed decides."""
+    draw = np.random.default_rng(seed)
+    header = build_header([(name, "F32", shape) for name, shape in shapes], {})
+    data = [draw.normal(0, 0.02, shape).astype("<f4").tobytes() for _, shape in shapes]
+    return header + b"".join(data)
