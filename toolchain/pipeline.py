@@ -117,10 +117,17 @@ def resolved(
 ) -> tuple[BuildRequest, Sources]:
     """Bring the sources as the lock beside the recipe pins them; keep what it did not know."""
     lock = read_lock(request.file)
-    file = pinned(request.file, lock)
+    file = request.file if request.update_lock else pinned(request.file, lock)
     note["cached"] = known(file, tools)[0] is not None
     sources = resolve(file, tools)
-    now = with_sources(lock, file, sources, locked=request.locked, progress=tools.progress)
+    now = with_sources(
+        lock,
+        file,
+        sources,
+        progress=tools.progress,
+        locked=request.locked,
+        update=request.update_lock,
+    )
     write_lock(lock, now, tools.progress)
     return replace(request, file=file), sources
 

@@ -10,16 +10,22 @@ from typing import Any
 
 import httpx
 import pytest
+from huggingface_hub import constants
 
 from tests.fakes.baking import bake, make_key, make_model, push_base, tools_for
 from tests.fakes.hub import COMMIT, FakeHub, fake_hub
 from tests.fakes.images import entry, foreign_image, tar_of, tiny_image
+from tests.fakes.package_index import package_index, wheel_of
 from tests.fakes.registry import FakeRegistry, at, fake_registry
+from toolchain.building.baking import bases_of
+from toolchain.building.planning import BuildRequest, chosen_targets
 from toolchain.commands.images import copy_image
+from toolchain.commands.plan import forecast
 from toolchain.commands.rebase import RebaseRequest, rebase_image
 from toolchain.commands.rebuild import recipe_of_image
 from toolchain.commands.verify import verify_image
 from toolchain.drivers.hub import HubReader
+from toolchain.drivers.pypi import PypiReader
 from toolchain.drivers.signer import open_signer
 from toolchain.drivers.store import FileStore
 from toolchain.errors import (
@@ -35,10 +41,11 @@ from toolchain.oci.index import Index
 from toolchain.oci.layout import read_layout, write_layout
 from toolchain.oci.manifests import TITLE
 from toolchain.oci.places import RegistryPlace
-from toolchain.oci.proxies import told
+from toolchain.oci.proxies import told as told_proxy
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.oci.unpack import unpack
+from toolchain.pipeline import resolved
 from toolchain.ports import Silent
 from toolchain.provenance import signing, statements
 from toolchain.provenance.evaluation import test_result as result_of
@@ -52,6 +59,8 @@ from toolchain.provenance.evidence import (
 )
 from toolchain.provenance.sealing import attach
 from toolchain.provenance.statements import byproducts_of, kind_of
+from toolchain.recipe_file import read_recipe
+from toolchain.stages.publish import Outputs
 from toolchain.values import Blob, Digest, Score
 
 # Statements and signatures: whoever may write to the repository has no key, and copies.
@@ -477,10 +486,10 @@ def test_an_altered_layer(fake: FakeRegistry, client: Registry, tmp_path: Path) 
 def test_the_proxy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hint about altered bytes names the proxy, and not the password that its address holds."""
     monkeypatch.setenv("HTTPS_PROXY", "http://ann:s3cr@t@proxy.example:3128")
-    assert told("https://r.example/v2/") == "proxy.example:3128"
+    assert told_proxy("https://r.example/v2/") == "proxy.example:3128"
     monkeypatch.setenv("HTTPS_PROXY", "proxy.example:3128")
-    assert told("https://r.example/v2/") == "proxy.example:3128"
-    assert told("https://127.0.0.1/v2/") == ""
+    assert told_proxy("https://r.example/v2/") == "proxy.example:3128"
+    assert told_proxy("https://127.0.0.1/v2/") == ""
 
 
 def test_an_altered_layer_that_unpacks_no_more(
@@ -586,3 +595,101 @@ def test_a_hub_that_answers_nonsense(hub: FakeHub, tmp_path: Path) -> None:
     hub.row = lambda name: {"type": "file", "path": name}  # type: ignore[method-assign]
     with pytest.raises(EnvironmentFailure, match="as no hub does"):
         HubReader(FileStore(tmp_path / "store")).fetch("hf://team/model", COMMIT, "", Silent())
+
+
+# A lock that holds.
+
+
+def locked_request(folder: Path, source: str, *settings: str) -> BuildRequest:
+    (folder / "recipe.yaml").write_text(f"name: x\nbase: {{source: '{source}'}}\n")
+    return BuildRequest(
+        file=read_recipe(folder / "recipe.yaml", settings),
+        targets=(),
+        outputs=Outputs(),
+        dist=folder,
+        engine_answers=False,
+    )
+
+
+def test_another_model_under_the_same_commit(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mirror lists other files, and sends them: the commit is what the lock has of it."""
+    monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
+    tools, request = tools_for(), locked_request(tmp_path, "hf://team/model")
+    _, honest = resolved(request, tools, {})
+    lock = (tmp_path / "recipe.lock").read_text()
+    hub.files["model.safetensors"] = b"backdoor" * 100
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "another"))
+    with pytest.raises(InputRefused, match="has it as") as caught:
+        resolved(request, tools, {})
+    assert "--update-lock" in caught.value.hint
+    with pytest.raises(InputRefused, match="has it as"):
+        forecast(request.file, (), tmp_path, tools)
+    assert (tmp_path / "recipe.lock").read_text() == lock
+    told = Told()
+    _, taken = resolved(replace(request, update_lock=True), replace(tools, progress=told), {})
+    assert taken.base.digest != honest.base.digest
+    assert any("by --update-lock" in text for text in told.warnings)
+
+
+def test_another_wheel_under_the_same_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An index offers another wheel under the version that the lock has: it is not taken."""
+    monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
+    monkeypatch.delenv("WEIGHTSMITH_WHEELS", raising=False)
+    name = "my_model-1.0-py3-none-any.whl"
+    request = locked_request(tmp_path, "pypi://my-model==1.0")
+    with package_index() as index:
+        monkeypatch.setenv("PIP_INDEX_URL", index.url)
+        for weights in (b"honest", b"backdoor"):
+            files = {"my_model/config.json": b"{}", "my_model/model.safetensors": weights}
+            index.files[name] = wheel_of(files)
+            if weights == b"honest":
+                resolved(request, tools_for(), {})
+        assert resolved(request, tools_for(), {})[1].base.tree.size == len(b"{}honest")
+        monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "another"))
+        with pytest.raises(InputRefused, match="no wheel with sha256") as caught:
+            resolved(request, tools_for(), {})
+        assert "--update-lock" in caught.value.hint
+        resolved(replace(request, update_lock=True), tools_for(), {})
+
+
+@pytest.mark.parametrize(
+    "row", [{}, {"filename": 1}, {"filename": "my_model-1.0-py3-none-any.whl", "hashes": {}}, 7]
+)
+def test_an_index_that_answers_nonsense(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: object
+) -> None:
+    """Rows of another shape, and wheels without a SHA-256, are the environment's fault."""
+    monkeypatch.delenv("WEIGHTSMITH_WHEELS", raising=False)
+    with package_index() as index:
+        monkeypatch.setenv("PIP_INDEX_URL", index.url)
+        index.rows = [row]
+        with pytest.raises(WeightsmithError) as caught:
+            PypiReader(FileStore(tmp_path)).fetch("pypi://my-model==1.0", "", "", Silent())
+    assert caught.value.exit_code in (3, 5)
+
+
+def test_a_base_image_that_the_lock_has_and_the_registry_lost(
+    fake: FakeRegistry, client: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tag that moved takes no build along; --update-lock does, and says so."""
+    monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
+    name = f"{fake.host}/base/engine:1"
+    engine = {"dev.weightsmith.engine": "llamacpp"}
+    request, told = locked_request(tmp_path, "./base", f"image.base={name}"), Told()
+    tools = replace(tools_for(), progress=told)
+    (target,) = chosen_targets(request.file, ("llamacpp-q8_0",))
+    was = push_base(client, name, engine, {"app/llama-server": b"1"})
+    bases_of(request, target, "cpu", client, tools)
+    now = push_base(client, name, engine, {"app/llama-server": b"2"})
+    assert bases_of(request, target, "cpu", client, tools)[1][0].digest == was
+    del fake.manifests["base/engine", was]
+    with pytest.raises(InputRefused, match="404") as caught:
+        bases_of(request, target, "cpu", client, tools)
+    assert "--update-lock" in caught.value.hint
+    update = replace(request, update_lock=True)
+    assert bases_of(update, target, "cpu", client, tools)[1][0].digest == now
+    assert told.warnings[-1].startswith(f"{name}, by --update-lock: {was}")

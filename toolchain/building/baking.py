@@ -13,7 +13,7 @@ from toolchain.building.planning import (
 )
 from toolchain.building.proving import Result
 from toolchain.checkpoints.reshard import Resharded, reshard
-from toolchain.errors import UsageError
+from toolchain.errors import InputRefused, UsageError
 from toolchain.oci.image import Image
 from toolchain.oci.index import Whole, is_own, whole_of
 from toolchain.oci.limits import limits_of
@@ -94,22 +94,25 @@ def bases_of(
 ) -> tuple[str, tuple[Image, ...]]:
     """Return a base's name, and its image for each platform as the lock pins it; pin what is new.
 
-    Raises UsageError for a platform that the base is not there for, EnvironmentFailure where it
-    is out of reach.
+    Raises UsageError for a platform that the base is not there for, InputRefused where it is gone
+    or another engine's, EnvironmentFailure where it is out of reach.
     """
     wanted = request.file.recipe.image
     name = base_reference(target.engine, device, wanted.base)
     lock = read_lock(request.file)
-    bases = base_images(
-        name,
-        target.engine.name,
-        registry,
-        tools,
-        pins=lock.bases.get(name, {}),
-        platforms=wanted.platforms,
-    )
+    known = lock.bases.get(name, {})
+    pins = {} if request.update_lock else known
+    try:
+        bases = base_images(
+            name, target.engine.name, registry, tools, pins=pins, platforms=wanted.platforms
+        )
+    except InputRefused as error:
+        hint = f"; it is {lock.path} that pins it, and --update-lock takes {name} as it is now"
+        raise InputRefused(error.message, hint=error.hint + (hint if pins else "")) from None
     pinned = lock
     for base in bases:
+        if (was := known.get(base.platform, base.digest)) != base.digest:
+            tools.progress.warn(f"{name}, by --update-lock: {was} before, now {base.digest}")
         pinned = pinned.with_base(name, base)
     write_lock(lock, pinned, tools.progress)
     return name, bases

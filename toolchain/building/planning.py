@@ -58,6 +58,8 @@ class BuildRequest:
     """Images are tried in the container engine, else from a layout."""
     locked: bool = False
     """Sources that are not as in the recipe's lock are refused."""
+    update_lock: bool = False
+    """Sources and bases are pinned anew."""
 
     def folder(self, target: Target) -> Path:
         """Where a target's results go."""
@@ -236,8 +238,8 @@ def probes(file: RecipeFile) -> tuple[Sequence[Mapping[str, str]], ...]:
 def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> dict[str, str]:
     """Refuse, before anything long starts, what would be refused after it.
 
-    Adapters that do not fit the base, wishes that do not fit the memory, a disk that is too small.
-    Returns the device that each target is planned for, by its name.
+    Adapters that do not fit the base, wishes that do not fit the memory, too small a disk. Returns
+    the device that each target is planned for, by its name.
     """
     recipe = request.file.recipe
     written, devices = 0, {}
@@ -256,14 +258,9 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
         config = model_config(sources.base.tree.root)
         size = estimated_bytes(sources.base.tree.weight_bytes, target.format, config)
         adapters = unmerged_adapters(request.file, target, sources)
+        file, tree = request.file, sources.base.tree
         planned = serving_config(
-            request.file,
-            target,
-            sources.base.tree,
-            size,
-            weights="",
-            made_from=(),
-            adapters=adapters,
+            file, target, tree, size, weights="", made_from=(), adapters=adapters
         )
         wanted = wanted_of(request.file, target.format, sources.base, tools)
         devices[target.name] = device = str(planned.plan["device"])

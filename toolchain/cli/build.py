@@ -38,6 +38,7 @@ def build(
     insecure: bool = False,
     sign_key: str = "",
     locked: bool = False,
+    update_lock: bool = False,
     dist: str = "dist",
     json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
@@ -45,6 +46,7 @@ def build(
     del json
     from toolchain.building.planning import BuildRequest, chosen_targets
     from toolchain.cli.progress import Recorder, progress_for
+    from toolchain.errors import UsageError
     from toolchain.pipeline import build as run
     from toolchain.stages.publish import Outputs
     from toolchain.wiring import make_registry, make_tools
@@ -58,6 +60,11 @@ def build(
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,
     }
+    if update_lock and (locked or from_):
+        raise UsageError(
+            f"--update-lock takes what {'--locked' if locked else '--from'} refuses",
+            hint="give one of them",
+        )
     if from_:
         base, recipe, locked = "", _recipe_again(from_, base, key, dist, insecure), not base
     file = recipe_file(recipe, base, adapter, [*serve_settings(wishes), *set])
@@ -76,6 +83,7 @@ def build(
         dist=Path(dist).absolute(),
         engine_answers=engine,
         locked=locked,
+        update_lock=update_lock,
     )
     with make_registry(insecure=insecure) as registry:
         built = list(run(request, registry, tools))
@@ -121,6 +129,7 @@ def plan(
     max_model_len: str = "",
     max_num_seqs: str = "",
     set: Sequence[str] = (),  # noqa: A002 - the flag's name
+    update_lock: bool = False,
     dist: str = "dist",
     json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
@@ -141,7 +150,7 @@ def plan(
     file = recipe_file(recipe, base, adapter, [*serve_settings(wishes), *set])
     targets = chosen_targets(file, tuple(target))
     tools, _ = make_tools(runner, Silent())
-    result = forecast(file, targets, Path(dist).absolute(), tools)
+    result = forecast(file, targets, Path(dist).absolute(), tools, update_lock=update_lock)
     return result, table(result)
 
 

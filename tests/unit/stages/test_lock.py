@@ -42,15 +42,20 @@ def snapshot(source: str, pin: str, content: bytes = b"1") -> Snapshot:
 
 def sources(content: bytes = b"1") -> Sources:
     base = snapshot("hf://a/b", f"hf://a/b@{COMMIT}")
-    adapter = AdapterSnapshot(snapshot=snapshot("/abs/adapter", "sha", content))
+    adapter = AdapterSnapshot(snapshot=snapshot("/abs/adapter", str(Digest.of(content)), content))
     return Sources(base=base, adapters=(adapter,))
 
 
 def locked(
-    file: RecipeFile, found: Sources, *, only: bool = False, told: Told | None = None
+    file: RecipeFile,
+    found: Sources,
+    *,
+    only: bool = False,
+    update: bool = False,
+    told: Told | None = None,
 ) -> Lock:
     before, progress = read_lock(file), told or Told()
-    after = with_sources(before, file, found, locked=only, progress=progress)
+    after = with_sources(before, file, found, locked=only, update=update, progress=progress)
     write_lock(before, after, progress)
     return read_lock(file)
 
@@ -84,6 +89,66 @@ def test_a_change_is_reported_or_refused(file: RecipeFile) -> None:
     told = Told()
     locked(file, sources(b"2"), told=told)
     assert "changed since" in told.said[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "was", "now"),
+    [
+        ("hf://a/b", f"hf://a/b@{COMMIT}", f"hf://a/b@{COMMIT}"),
+        ("pypi://a==1", f"pypi://a==1#sha256={'0' * 64}", f"pypi://a==1#sha256={'1' * 64}"),
+    ],
+)
+def test_other_content_of_what_is_pinned_is_refused(
+    file: RecipeFile, source: str, was: str, now: str
+) -> None:
+    adapter = file.recipe.adapters[0].model_copy(update={"source": source})
+    file = replace(file, recipe=file.recipe.model_copy(update={"adapters": (adapter,)}))
+
+    def found(pin: str, content: bytes) -> Sources:
+        made = AdapterSnapshot(snapshot=snapshot(source, pin, content))
+        return Sources(base=snapshot("hf://a/b", f"hf://a/b@{COMMIT}", content), adapters=(made,))
+
+    before = locked(file, found(was, b"1"))
+    with pytest.raises(InputRefused, match="has it as") as caught:
+        locked(file, found(now, b"2"))
+    assert "--update-lock" in caught.value.hint
+    assert read_lock(file) == before
+    told = Told()
+    assert locked(file, found(now, b"2"), update=True, told=told) != before
+    assert all("by --update-lock" in text for text in told.said)
+    assert told.said
+
+
+def test_a_pin_that_the_recipe_changed_is_taken(file: RecipeFile) -> None:
+    locked(file, sources())
+    base = file.recipe.base.model_copy(update={"revision": "d" * 40})
+    file = replace(file, recipe=file.recipe.model_copy(update={"base": base}))
+    told = Told()
+    new = replace(sources(), base=snapshot("hf://a/b", "hf://a/b@" + "d" * 40, b"2"))
+    assert locked(file, new, told=told).sources["hf://a/b"]["pin"].endswith("d")
+    assert "changed since" in told.said[0]
+
+
+def test_what_was_converted_is_known_by_what_came(file: RecipeFile) -> None:
+    came = snapshot("hf://a/b", f"hf://a/b@{COMMIT}", b"gguf")
+    for converted in (b"one", b"by another converter"):
+        base = replace(snapshot("hf://a/b", came.pin, converted), made_from=(came.digest,))
+        found = replace(sources(), base=base)
+        assert locked(file, found).sources["hf://a/b"]["digest"] == came.digest
+    row = {"pin": came.pin, "digest": str(base.digest)}
+    assert (
+        with_sources(
+            replace(read_lock(file), sources={"hf://a/b": row}), file, found, progress=Told()
+        ).sources["hf://a/b"]
+        == row
+    ), "as earlier versions wrote it"
+
+
+def test_a_wheel_found_once_is_the_one_taken(file: RecipeFile) -> None:
+    base = file.recipe.base.model_copy(update={"source": "pypi://a==1"})
+    file = replace(file, recipe=file.recipe.model_copy(update={"base": base}))
+    found = replace(sources(), base=snapshot("pypi://a==1", f"pypi://a==1#sha256={'0' * 64}"))
+    assert pinned(file, locked(file, found)).recipe.base.sha256 == "0" * 64
 
 
 def test_a_base_is_pinned_when_it_is_reached(file: RecipeFile) -> None:

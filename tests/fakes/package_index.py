@@ -1,0 +1,80 @@
+"""A Python package index in this process, which may send other files than it lists."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from tests.fakes.serving import serving
+
+_JSON = "application/vnd.pypi.simple.v1+json"
+
+
+def wheel_of(files: Mapping[str, bytes]) -> bytes:
+    """Return a wheel, or any zip file, of these files."""
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return data.getvalue()
+
+
+class PackageIndex:
+    """State that tests set: the simple API in JSON (PEP 691)."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        """Wheels by file name, of which the part before the first dash is the project."""
+        self.rows: list[object] | None = None
+        """What is answered instead of the list of files."""
+        self.url = ""
+
+    def listed(self, project: str) -> list[object]:
+        if self.rows is not None:
+            return self.rows
+        return [
+            {
+                "filename": name,
+                "url": f"/files/{name}",
+                "hashes": {"sha256": hashlib.sha256(data).hexdigest()},
+                "size": len(data),
+            }
+            for name, data in self.files.items()
+            if name.partition("-")[0].replace("_", "-") == project
+        ]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    state: PackageIndex
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        parts = self.path.strip("/").split("/")
+        if parts[0] == "files":
+            body = self.state.files[parts[1]]
+        else:
+            rows = self.state.listed(parts[1])
+            meta = {"meta": {"api-version": "1.0"}, "name": parts[1], "files": rows}
+            body = json.dumps(meta).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/zip" if parts[0] == "files" else _JSON)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@contextmanager
+def package_index() -> Iterator[PackageIndex]:
+    """Serve an index on a free loopback port."""
+    state = PackageIndex()
+    handler = type("Handler", (_Handler,), {"state": state})
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), handler)) as url:
+        state.url = f"{url}/simple"
+        yield state
