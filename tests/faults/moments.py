@@ -1,0 +1,201 @@
+"""Runs operations that are killed at a chosen moment, which neither clock nor chance decides.
+
+A moment is something that the operation does to the world outside it: a file opened, renamed or
+locked, a connection made, a piece sent or received. One process loads everything once, and does
+each operation in a child of its own that sends itself the signal at the n-th moment.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self, cast
+
+ROOT = Path(__file__).parents[2]
+_SEEN = {
+    *("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.link", "os.utime"),
+    *("os.scandir", "os.symlink", "fcntl.flock", "socket.connect"),
+}
+
+
+class Moments:
+    """A process that does operations, each in a child that can be killed."""
+
+    def __init__(self, folder: Path) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "WEIGHTSMITH_CACHE": str(folder)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.moments"],
+            cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+    def count(self, operation: str, **words: Any) -> int:
+        """Do an operation to its end; return how many moments it has."""
+        code, moments = self._do(operation, words, 0, 0)
+        assert code == 0, f"{operation}: exit code {code}"
+        return moments
+
+    def end_at(self, moment: int, number: int, operation: str, **words: Any) -> int:
+        """Do an operation that gets a signal at a moment; return its exit code."""
+        return self._do(operation, words, moment, number)[0]
+
+    def _do(self, operation: str, words: Mapping[str, Any], at: int, number: int) -> list[int]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps([operation, words, at, number]) + "\n")
+        self._process.stdin.flush()
+        answer: list[int] = json.loads(self._process.stdout.readline())
+        return answer
+
+
+@contextmanager
+def killed_at(moment: int, number: int) -> Iterator[Callable[[], int]]:
+    """Send this process a signal at a moment; yield what says how many there were."""
+    seen, lock = 0, threading.Lock()
+
+    def happens() -> None:
+        nonlocal seen
+        with lock:
+            seen += 1
+            now = seen
+        if now == moment:
+            os.kill(os.getpid(), number)
+
+    def heard(event: str, words: tuple[object, ...]) -> None:
+        # Python's own files, opened when something is first imported, are no part of it.
+        if event in _SEEN and not str(words[0]).endswith((".py", ".pyc")):
+            happens()
+
+    class Watched(socket.socket):
+        def send(self, *words: Any) -> int:
+            happens()
+            return super().send(*words)
+
+        def sendall(self, *words: Any) -> None:
+            happens()
+            super().sendall(*words)
+
+        def recv(self, *words: Any) -> bytes:
+            happens()
+            return super().recv(*words)
+
+    socket.socket = Watched  # type: ignore[misc]
+    sys.addaudithook(heard)
+    yield lambda: seen
+
+
+def push(layout: str, to: str) -> None:
+    """Push a layout, as `push` does."""
+    from toolchain.commands.images import copy_image
+    from toolchain.ports import Silent
+    from toolchain.wiring import make_registry
+
+    with make_registry() as registry:
+        copy_image(f"oci:{layout}", to, registry, Silent(), force=True)
+
+
+def publish(source: str, layout: str, swap: bool) -> None:
+    """Give a layout its image, as `build` does after the image has passed."""
+    from tests.fakes.baking import tools_for
+    from toolchain.oci.layout import read_layout
+    from toolchain.provenance.evidence import Evidence
+    from toolchain.stages import publish as publishing
+
+    if not swap:
+        publishing.exchange = lambda *_: False  # type: ignore[assignment]
+    outputs = publishing.Outputs(layout=Path(layout))
+    image, no_registry = read_layout(Path(source)), cast("Any", None)
+    publishing.publish(image, "x:1", outputs, [Evidence()], no_registry, tools_for())
+
+
+def pull(source: str, layout: str, root: str) -> None:
+    """Bring an image from a registry: into a layout, and unpacked below a cache."""
+    from toolchain.drivers.ownership import private_folder
+    from toolchain.oci.layout import write_layout
+    from toolchain.oci.references import Reference
+    from toolchain.oci.unpack import unpack
+    from toolchain.wiring import make_registry
+
+    with make_registry() as registry:
+        image = registry.pull(Reference.parse(source), platform="linux/amd64")
+        write_layout(image, Path(layout))
+        with private_folder(Path(root)) as folder:
+            unpack(image, folder / "root")
+
+
+def load(source: str, name: str) -> None:
+    """Load an image into the container engine, as `build --load` does."""
+    from dataclasses import replace
+
+    from tests.fakes.baking import tools_for
+    from toolchain.drivers.docker import DockerEngine
+    from toolchain.oci import archive
+    from toolchain.oci.layout import read_layout
+    from toolchain.provenance.evidence import Evidence
+    from toolchain.stages.publish import Outputs, publish
+
+    archive._LARGE = 1  # type: ignore[misc]
+    tools = replace(tools_for(), engine=DockerEngine())
+    image, no_registry = read_layout(Path(source)), cast("Any", None)
+    publish(image, name, Outputs(load=True), [Evidence()], no_registry, tools)
+
+
+_OPERATIONS = {"push": push, "publish": publish, "pull": pull, "load": load}
+
+
+def _serve() -> None:
+    import toolchain.commands.images
+    import toolchain.stages.publish
+    import toolchain.wiring  # noqa: F401 - loaded once, for every child
+
+    gc.freeze()
+    for line in sys.stdin:
+        operation, words, moment, number = json.loads(line)
+        ours, theirs = os.pipe()
+        child = os.fork()
+        if not child:
+            _act(operation, words, moment, number, theirs)
+        os.close(theirs)
+        with os.fdopen(ours, "rb") as told:
+            moments = int(told.read() or b"0")
+        _, status = os.waitpid(child, 0)
+        sys.stdout.write(json.dumps([os.waitstatus_to_exitcode(status), moments]) + "\n")
+        sys.stdout.flush()
+
+
+def _act(operation: str, words: Mapping[str, Any], moment: int, number: int, tell: int) -> None:
+    """Do an operation and end: with 130 after SIGTERM, as every command does."""
+    from toolchain.cli.command import _guarded
+
+    code = 1
+    os.fsync = lambda _: None  # type: ignore[assignment]  # what it is for is no killed process
+    try:
+        with killed_at(moment, number) as moments:
+            _guarded(lambda _: _OPERATIONS[operation](**words), None, {})  # type: ignore[arg-type]
+        os.write(tell, str(moments()).encode())
+        code = 0
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException:  # noqa: BLE001 - told on standard error
+        sys.excepthook(*sys.exc_info())
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    _serve()
