@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import platformdirs
 
+from toolchain.commands.arguments import keep_apart
 from toolchain.drivers.assembly import assemble_engine
 from toolchain.drivers.checkup import examine_machine
 from toolchain.drivers.credentials import ask_helper, docker_config
@@ -74,6 +75,19 @@ def require_folders() -> None:
                 f"there can be no folder {folder}: {error.strerror}",
                 hint=f"set {variable} to a folder that you may write to",
             ) from error
+
+
+def keep_clean(inputs: Iterable[str | Path], **outputs: str | Path) -> None:
+    """Raise UsageError where a command would make anything in a folder that it reads.
+
+    `outputs` are its flags that name a place, empty where they are not given; cache and store are
+    looked at as well.
+    """
+    flags: dict[str, str | Path] = {
+        f"--{name.replace('_', '-')}": out for name, out in outputs.items()
+    }
+    folders = {"WEIGHTSMITH_CACHE": cache_folder(), "WEIGHTSMITH_STORE": store_folder()}
+    keep_apart(inputs, {**flags, **folders})
 
 
 def make_store() -> FileStore:

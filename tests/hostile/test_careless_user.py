@@ -1,3 +1,105 @@
 """Nobody attacks: the user puts a secret, a folder or a file where it should not be."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from invoke.exceptions import Exit
+
+from toolchain.cli import build, images, models, questions
+
+# Folders that are read: nothing is made in them, not for a moment.
+
+TASKS: dict[str, Any] = {
+    **{task.name: task for task in (models.merge, models.validate, models.quantize)},
+    **{task.name: task for task in (models.render, images.bake, questions.evaluate)},
+    **{task.name: task for task in (build.build, build.plan)},
+}
+
+
+@pytest.fixture
+def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a base, an adapter and more, and two links that lead into the base."""
+    for variable in ("CACHE", "STORE"):
+        monkeypatch.setenv(f"WEIGHTSMITH_{variable}", str(tmp_path / variable))
+    for name in ("base/sub", "base/empty", "adapter", "merged"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "base" / "empty" / "config.json").unlink()
+    (tmp_path / "way").symlink_to(tmp_path / "base")
+    (tmp_path / "empty").symlink_to(tmp_path / "base" / "empty")
+    (tmp_path / "base" / "out").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def watched(folder: Path) -> dict[str, int]:
+    """Return when each folder below changed last: what was made and deleted again shows, too."""
+    return {str(path): path.stat().st_mtime_ns for path in [folder, *folder.glob("**/")]}
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        *(
+            ("merge", {"base": "base", "adapter": ["adapter"], "out": out})
+            for out in ("base/new", "base/sub/new", "way/new", "empty", "base/out", "adapter/new")
+        ),
+        ("merge", {"base": "way", "adapter": ["adapter"], "out": "base/new"}),
+        ("merge", {"base": "base", "adapter": ["adapter"], "keep_adapter": "adapter/new"}),
+        ("quantize", {"model": "base", "out": "base/model.gguf"}),
+        ("quantize", {"model": "base", "out": "way/sub/model.gguf"}),
+        ("render", {"model": "base", "target": "vllm", "out": "base/serving"}),
+        ("render", {"model": "base", "target": "vllm", "out": "base"}),
+        ("bake", {"model": "base", "target": "vllm", "layout": "base/image"}),
+        ("bake", {"model": "merged", "target": "vllm", "layout": "way/image", "config": "base"}),
+        ("build", {"base": "base", "adapter": ["adapter"], "layout": "base/image"}),
+        ("build", {"base": "base", "adapter": ["adapter"], "dist": "adapter/dist"}),
+        ("build", {"from_": "oci:image", "base": "base", "dist": "base/dist"}),
+    ],
+)
+def test_an_output_in_a_folder_that_is_read(
+    read: Path, command: str, words: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The output is put into an input, or a link leads there: refused before anything is made."""
+    before = watched(read)
+    with pytest.raises(Exit) as ended:
+        TASKS[command].body(None, **words)
+    assert ended.value.code == 2
+    assert "which is read and must stay as it is" in capsys.readouterr().err
+    assert watched(read) == before
+
+
+@pytest.mark.parametrize("variable", ["WEIGHTSMITH_CACHE", "WEIGHTSMITH_STORE"])
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("merge", {"base": "base", "adapter": ["adapter"], "out": "new"}),
+        ("validate", {"base": "base", "adapter": ["adapter"], "merged": "merged"}),
+        ("quantize", {"model": "base", "out": "new"}),
+        ("render", {"model": "base", "target": "vllm", "out": "new"}),
+        ("bake", {"model": "base", "target": "vllm", "layout": "image"}),
+        ("evaluate", {"model": "base", "data": "eval.jsonl"}),
+        ("build", {"base": "base"}),
+        ("plan", {"base": "base"}),
+    ],
+)
+def test_a_store_or_cache_in_a_folder_that_is_read(
+    read: Path,
+    variable: str,
+    command: str,
+    words: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """WEIGHTSMITH_STORE or WEIGHTSMITH_CACHE names a folder of the base's own folder."""
+    monkeypatch.setenv(variable, str(read / "base" / ".cache"))
+    before = watched(read)
+    with pytest.raises(Exit) as ended:
+        TASKS[command].body(None, **words)
+    assert ended.value.code == 2
+    assert variable in capsys.readouterr().err
+    assert watched(read) == before

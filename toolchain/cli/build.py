@@ -46,10 +46,11 @@ def build(
     del json
     from toolchain.building.planning import BuildRequest, chosen_targets
     from toolchain.cli.progress import Recorder, progress_for
+    from toolchain.commands.arguments import sources_of
     from toolchain.errors import UsageError
     from toolchain.pipeline import build as run
     from toolchain.stages.publish import Outputs
-    from toolchain.wiring import make_registry, make_tools
+    from toolchain.wiring import keep_clean, make_registry, make_tools
 
     if allow_low_bits:
         set = (*set, "quantize.allow_low_bits=true")  # noqa: A001
@@ -66,8 +67,10 @@ def build(
             hint="give one of them",
         )
     if from_:
+        keep_clean([base], dist=dist)
         base, recipe, locked = "", _recipe_again(from_, base, key, dist, insecure), not base
     file = recipe_file(recipe, base, adapter, [*serve_settings(wishes), *set])
+    keep_clean(sources_of(file), dist=dist, layout=layout)
     targets = chosen_targets(file, tuple(target), to_build=True)
     tools, engine = make_tools(runner, Recorder(progress_for()), sign_key=sign_key)
     request = BuildRequest(
@@ -136,9 +139,10 @@ def plan(
     """Show what `build` would do, and do nothing: stages, cached or why not, memory, disk."""
     del json, push, load, layout
     from toolchain.building.planning import chosen_targets
+    from toolchain.commands.arguments import sources_of
     from toolchain.commands.plan import forecast, table
     from toolchain.ports import Silent
-    from toolchain.wiring import make_tools
+    from toolchain.wiring import keep_clean, make_tools
 
     wishes = {
         "gpu": gpu,
@@ -148,6 +152,7 @@ def plan(
         "max_num_seqs": max_num_seqs,
     }
     file = recipe_file(recipe, base, adapter, [*serve_settings(wishes), *set])
+    keep_clean(sources_of(file))
     targets = chosen_targets(file, tuple(target))
     tools, _ = make_tools(runner, Silent())
     result = forecast(file, targets, Path(dist).absolute(), tools, update_lock=update_lock)

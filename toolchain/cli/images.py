@@ -43,9 +43,10 @@ def bake(
     from toolchain.commands.arguments import required
     from toolchain.commands.bake import BakeRequest, bake_model
     from toolchain.serving.memory import parse_size
-    from toolchain.wiring import make_registry, make_tools
+    from toolchain.wiring import keep_clean, make_registry, make_tools
 
     required(model=model, target=target)
+    keep_clean([model, config, base_image], layout=layout)
     tools, _ = make_tools(runner, progress_for(), sign_key=sign_key)
     request = BakeRequest(
         model=Path(model),

@@ -34,9 +34,10 @@ def merge(
     from toolchain.cli.progress import progress_for
     from toolchain.commands.arguments import parse_weights, required
     from toolchain.commands.merge import Folders, keep_folder, merge_folders, merge_options
-    from toolchain.wiring import make_tools
+    from toolchain.wiring import keep_clean, make_tools
 
     required(base=base, adapter=adapter, **({} if keep_adapter else {"out": out}))
+    keep_clean([base, *adapter], out=out, keep_adapter=keep_adapter)
     options = merge_options(
         {
             "method": method,
@@ -85,9 +86,10 @@ def validate(
     from toolchain.cli.progress import progress_for
     from toolchain.commands.arguments import number, parse_weights, required
     from toolchain.commands.validate import validate_folders
-    from toolchain.wiring import make_tools
+    from toolchain.wiring import keep_clean, make_tools
 
     required(base=base, adapter=adapter, merged=merged)
+    keep_clean([base, *adapter, merged])
     factors = parse_weights(weights, len(adapter))
     tools, _ = make_tools(runner, progress_for())
     result = validate_folders(
@@ -150,9 +152,10 @@ def quantize(
     from toolchain.cli.progress import progress_for
     from toolchain.commands.arguments import quantize_wishes, required
     from toolchain.commands.quantize import FolderRequest, quantize_folder
-    from toolchain.wiring import make_tools
+    from toolchain.wiring import keep_clean, make_tools
 
     required(model=model, format=format, out=out)
+    keep_clean([model], out=out)
     wishes = quantize_wishes(
         {
             "imatrix": imatrix,
@@ -206,8 +209,10 @@ def render(
     from toolchain.commands.arguments import required, serve_wishes
     from toolchain.commands.render import render_model
     from toolchain.serving.plan_summary import summary
+    from toolchain.wiring import keep_clean
 
     required(model=model, target=target, out=out)
+    keep_clean([model], out=out)
     wishes = serve_wishes(
         {
             "gpu": gpu,

@@ -57,8 +57,9 @@ def evaluate(
     )
     from toolchain.commands.lm_eval import HarnessRequest, evaluate_tasks, tasks_text
     from toolchain.commands.server import Place
-    from toolchain.wiring import make_tools
+    from toolchain.wiring import keep_clean, make_tools
 
+    keep_clean([model, *adapter, image])
     if tasks:
         request = HarnessRequest(
             tasks=tasks,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from toolchain.building.planning import wishes_of
 from toolchain.errors import UsageError
+from toolchain.oci.layout import is_layout, locate
 from toolchain.recipe import Serve
-from toolchain.recipe_file import check_recipe, with_settings
+from toolchain.recipe_file import RecipeFile, check_recipe, with_settings
 from toolchain.serving.engine import Wishes
 
 
@@ -92,9 +93,46 @@ def quantize_wishes(flags: Mapping[str, Any]) -> Mapping[str, Any]:
 def new_folder(path: Path, what: str) -> Path:
     """Return the path, absolute, of a folder that is to be made; UsageError where it is in use."""
     path = path.absolute()
+    if path.is_symlink():  # by its own name it could not be replaced
+        path = path.resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UsageError(f"{path} exists already", hint=f"name a new folder for {what}")
     return path
+
+
+def keep_apart(inputs: Iterable[str | Path], outputs: Mapping[str, str | Path | None]) -> None:
+    """Make sure that nothing will be made in a folder that is read; UsageError where it would.
+
+    What is no folder (a file, a source elsewhere) holds nothing that we make. `outputs` are by the
+    flag or variable that names them; those that are not given are empty.
+    """
+    folders = [
+        place.resolve()
+        for text in inputs
+        if text and "://" not in str(text) and (place := _folder_of(text)).is_dir()
+    ]
+    for flag, out in outputs.items():
+        # By where it leads, and by where its unfinished neighbour would be.
+        places = [Path(out).resolve(), Path(out).absolute().parent.resolve()] if out else []
+        for folder in folders:
+            if places and (places[0].is_relative_to(folder) or places[1].is_relative_to(folder)):
+                raise UsageError(
+                    f"{flag} {out} lies in {folder}, which is read and must stay as it is",
+                    hint="name a place outside it",
+                )
+
+
+def _folder_of(source: str | Path) -> Path:
+    return locate(str(source))[0] if is_layout(str(source)) else Path(source)
+
+
+def sources_of(file: RecipeFile) -> list[Path]:
+    """Return where a recipe's sources are that are folders here, and its base's layout."""
+    recipe = file.recipe
+    names = [recipe.base.source, *(adapter.source for adapter in recipe.adapters)]
+    found = [file.folder / Path(name).expanduser() for name in names if "://" not in name]
+    base = recipe.image.base
+    return [*found, locate(base)[0]] if base and is_layout(base) else found
 
 
 def _number(value: object) -> object:
