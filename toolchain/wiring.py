@@ -33,6 +33,7 @@ from toolchain.oci.layout import read_layout
 from toolchain.oci.registry import Registry
 from toolchain.oci.unpack import unpack
 from toolchain.ports import Launcher, Progress, Runner, Signer, Tools
+from toolchain.privacy import private
 from toolchain.provenance.signing import check_by
 from toolchain.values import Json
 
@@ -69,7 +70,7 @@ def require_folders() -> None:
     folders = {"WEIGHTSMITH_CACHE": cache_folder(), "WEIGHTSMITH_STORE": store_folder()}
     for variable, folder in folders.items():
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            private(folder)
         except OSError as error:
             raise EnvironmentFailure(
                 f"there can be no folder {folder}: {error.strerror}",

@@ -9,14 +9,18 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.fakes.deep import NOBODY, somebody_else
+from toolchain.drivers.checkup import _privacy
 from toolchain.drivers.ownership import private_folder
+from toolchain.drivers.pushed import PushedLayers
 from toolchain.drivers.store import FileStore
+from toolchain.drivers.wire import open_log
 from toolchain.files import alone, folder_beside, replace_file, sweep, write_whole
 from toolchain.ports import Silent
 from toolchain.recipe_file import read_recipe
@@ -194,3 +198,85 @@ def test_who_waits_for_a_folder_that_is_renamed_meanwhile_gets_no_other(tmp_path
         folder.rename(tmp_path / "done")
     with pytest.raises(FileNotFoundError), alone(folder):
         pass
+
+
+# Other users' eyes: cache and store are their owner's alone.
+
+
+@contextmanager
+def umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def use(home: Path) -> None:
+    """Do what makes each kind of folder: a result, a memo, a job, a log, a push."""
+    with umask(0o000):
+        store = FileStore(home / "cache" / "store")
+        result = store.produce(key_of(1), {}, lambda data: {"n": (data / "f").write_bytes(b"w")})
+        assert (result.tree.root / "f").stat().st_mode & 0o777 == 0o644, "as the layers have it"
+        store.memo("question", lambda: "answer")
+        store.close()
+        with private_folder(home / "cache"), open_log(home / "cache", "job") as log:
+            log.write("answer")
+        PushedLayers(home / "cache").record("registry", "repository", [Digest.of(b"")])
+
+
+def open_places(folder: Path) -> set[str]:
+    """Return the folders below that others may enter, and logs that they may read."""
+    places = [folder, *folder.rglob("*")]
+    places = [path for path in places if path.is_dir() or path.suffix == ".log"]
+    inner = [path for path in places if "results" not in path.parts]  # behind a closed one
+    return {str(path) for path in inner if path.stat().st_mode & 0o077}
+
+
+def test_whatever_the_umask_others_do_not_see_the_cache(tmp_path: Path) -> None:
+    """The home is open to everybody, as on many machines, and the umask forbids nothing."""
+    use(tmp_path)
+    assert open_places(tmp_path / "cache") == set()
+    assert (tmp_path / "cache" / "store" / "results").stat().st_mode & 0o777 == 0o700
+
+
+def test_what_an_earlier_version_left_open_is_closed(tmp_path: Path) -> None:
+    """Cache and store are there, with the rights that a common umask gave them."""
+    for name in ("cache/store/results", "cache/store/locks", "cache/logs", "cache/jobs"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "cache").chmod(0o755)
+    use(tmp_path)
+    assert open_places(tmp_path / "cache") == set()
+
+
+def test_a_folder_that_holds_other_things_stays_open_itself(tmp_path: Path) -> None:
+    """WEIGHTSMITH_CACHE names a folder such as /var/cache: only what is ours in it is closed."""
+    (tmp_path / "cache" / "apt").mkdir(parents=True)
+    for path in (tmp_path / "cache", tmp_path / "cache" / "apt"):
+        path.chmod(0o755)
+    use(tmp_path)
+    cache = tmp_path / "cache"
+    assert open_places(cache) == {str(cache), str(cache / "apt")}
+
+
+def test_a_store_that_a_group_shares_on_purpose_stays_shared(tmp_path: Path) -> None:
+    """The owner gave it to a group (chmod g+rws): members build in it, and doctor says so."""
+    store = tmp_path / "cache" / "store"
+    store.mkdir(parents=True)
+    store.chmod(0o2770)
+    (tmp_path / "cache").chmod(0o755)
+    use(tmp_path)
+    assert store.stat().st_mode & 0o7777 == 0o2770
+    assert (store / "results").stat().st_mode & 0o070 == 0o070
+    assert "shared with a group" in _privacy(store, store)["found"]
+
+
+def test_doctor_names_what_others_may_read(tmp_path: Path) -> None:
+    """Nothing ran since the folders were made open: doctor says which, and changes nothing."""
+    (tmp_path / "logs").mkdir(mode=0o755)
+    tmp_path.chmod(0o755)
+    said = _privacy(tmp_path, tmp_path / "store")
+    assert str(tmp_path / "logs") in said["found"]
+    assert not said["ok"]
+    assert (tmp_path / "logs").stat().st_mode & 0o777 == 0o755

@@ -13,6 +13,7 @@ from toolchain.drivers.hardware import cores, gpu_names
 from toolchain.drivers.local import LocalRunner
 from toolchain.errors import WeightsmithError
 from toolchain.ports import Runner
+from toolchain.privacy import is_shared, open_to_others
 from toolchain.resources import images
 from toolchain.values import Json
 
@@ -27,6 +28,7 @@ def examine_machine(engine: DockerEngine, cache: Path, store: Path) -> Mapping[s
         "gpu": _gpu(engine),
         "memory": _memory(),
         "disk": _disk(store),
+        "privacy": _privacy(cache, store),
         "credentials": _credentials(),
         "builders": _builders(engine, cache),
     }
@@ -83,6 +85,24 @@ def _disk(store: Path) -> dict[str, Json]:
         ok=enough,
         todo="" if enough else "`invoke clean --keep 0`, or set WEIGHTSMITH_STORE elsewhere",
     )
+
+
+def _privacy(cache: Path, store: Path) -> dict[str, Json]:
+    """Say who else may read results, jobs and logs."""
+    places = [place for place in dict.fromkeys((cache, store)) if place.is_dir()]
+    shared = [place for place in places if is_shared(place)]
+    opened = [str(p) for place in places if place not in shared for p in open_to_others(place)]
+    if opened:
+        return _check(
+            f"others may read {', '.join(opened)}",
+            todo="the next command that writes there closes them; to share one with a group: "
+            "chmod g+rws",
+        )
+    if shared:
+        return _check(
+            f"shared with a group on purpose (set-group-id): {', '.join(map(str, shared))}", ok=True
+        )
+    return _check("cache and store are yours alone", ok=True)
 
 
 def _credentials() -> dict[str, Json]:

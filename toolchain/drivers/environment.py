@@ -22,6 +22,7 @@ from toolchain.drivers.downloading import persistently
 from toolchain.drivers.wire import open_log
 from toolchain.errors import EnvironmentFailure, UsageError
 from toolchain.ports import Progress
+from toolchain.privacy import private
 from toolchain.resources import images
 from toolchain.trees import discard
 from toolchain.values import key_of
@@ -126,7 +127,7 @@ def make_environment(cache: Path, pins: Pins, progress: Progress) -> Path:
     where packages cannot be had.
     """
     folder = environment_folder(cache, pins)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    private(cache, "builders")
     if is_complete(folder):
         return folder
     with FileLock(folder.with_name(folder.name + ".lock")):

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from toolchain.files import folder_beside
+from toolchain.privacy import private
 from toolchain.trees import discard
 
 
@@ -40,8 +41,7 @@ def private_folder(cache: Path) -> Iterator[Path]:
 
     What killed processes left there before is deleted first.
     """
-    jobs = cache / "jobs"
-    jobs.mkdir(parents=True, exist_ok=True)
+    jobs = private(cache, "jobs")
     for left in jobs.iterdir():
         if is_dead(left.name.partition(".")[0]):  # as versions before this one named them
             discard(left)

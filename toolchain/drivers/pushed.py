@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from toolchain.files import write_whole
+from toolchain.privacy import private
 from toolchain.values import Digest, canonical
 
 _MOST = 4000
@@ -32,6 +33,7 @@ class PushedLayers:
             known[digest] = repository
         rows = list(known.items())[-_MOST:]
         with suppress(OSError):
+            private(self._folder, "pushed")
             write_whole(self._path(registry), canonical(rows))
 
     def _read(self, registry: str) -> dict[str, str]:

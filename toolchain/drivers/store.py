@@ -23,6 +23,7 @@ from pathlib import Path
 from toolchain.errors import EnvironmentFailure
 from toolchain.files import sync_folder, write_whole
 from toolchain.ports import Entry
+from toolchain.privacy import private
 from toolchain.trees import below, discard, remove
 from toolchain.values import Digest, FileEntry, Json, Tree, canonical
 
@@ -109,6 +110,7 @@ class FileStore:
             digest = Digest("sha256:" + file_digest(file, "sha256").hexdigest())
         if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > _SETTLED_NS:
             with suppress(OSError):
+                private(self.root, "digests")
                 write_whole(memo, canonical({"stamp": stamp, "digest": digest}))
         return FileEntry(path=path.name, size=stat.st_size, digest=digest)
 
@@ -121,13 +123,14 @@ class FileStore:
                 return str(known[1])
         value = make()
         with suppress(OSError):
+            private(self.root, "memos")
             write_whole(path, canonical([key, value]))
         return value
 
     def require_room(self, needed: int, what: str) -> None:
         """Raise EnvironmentFailure unless `needed` bytes are free on the store's disk."""
         with self._writing("looking for room"):
-            self.root.mkdir(parents=True, exist_ok=True)
+            private(self.root)
         free = shutil.disk_usage(self.root).free
         if free < needed:
             raise EnvironmentFailure(
@@ -169,9 +172,8 @@ class FileStore:
 
     def _delete(self, name: str) -> bool:
         # Renamed first: a reader sees the whole result or none, also when we are killed here.
-        grave = self.root / "partial" / name
+        grave = private(self.root, "partial") / name
         discard(grave)
-        grave.parent.mkdir(parents=True, exist_ok=True)
         (self.root / "results" / name).rename(grave)
         discard(grave)
         return True
@@ -184,7 +186,7 @@ class FileStore:
         *,
         resume: bool,
     ) -> None:
-        partial = self.root / "partial" / key.hex
+        partial = private(self.root, "partial") / key.hex
         if not resume:
             remove(partial)
         data = partial / "data"
@@ -198,10 +200,9 @@ class FileStore:
         files = self._seal(data, meta.pop("sha256", {}))
         manifest = {"key": key, "note": note, "meta": meta, "files": files}
         write_whole(partial / "manifest.json", canonical(manifest))
-        final = self.root / "results" / key.hex
+        final = private(self.root, "results") / key.hex
         if final.exists():  # it was there but damaged, else we would not be here
             remove(final)
-        final.parent.mkdir(parents=True, exist_ok=True)
         partial.rename(final)
         sync_folder(final.parent)
 
@@ -266,9 +267,8 @@ class FileStore:
             os.close(descriptor)
 
     def _open_lock(self, name: str) -> int:
-        path = self.root / "locks" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        path = private(self.root, "locks") / name
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     def _wait(self, key: Digest) -> None:
         """Return when no process makes the result any more; the one that made it may use it."""

@@ -17,6 +17,7 @@ from toolchain.drivers.hardware import cores
 from toolchain.drivers.wire import open_log
 from toolchain.errors import EnvironmentFailure
 from toolchain.ports import Progress
+from toolchain.privacy import private
 from toolchain.resources import engine_pins, images
 from toolchain.trees import discard
 
@@ -38,7 +39,7 @@ def make_toolset(cache: Path, engine: str, progress: Progress) -> Path:
     folder = toolset_folder(cache, engine)
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    private(cache, "toolsets")
     with FileLock(folder.with_name(folder.name + ".lock")):
         if not folder.is_dir():
             progress.note(

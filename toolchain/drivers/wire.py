@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import time
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from typing import TextIO
 from toolchain.drivers.process import describe_exit
 from toolchain.errors import EnvironmentFailure, WeightsmithError, from_code
 from toolchain.ports import Progress
+from toolchain.privacy import private
 from toolchain.values import Job, Json, plain
 
 _LOGS_KEPT = 40
@@ -98,14 +100,18 @@ def job_file(job: Job, inputs: Mapping[str, str], output: str) -> str:
 @contextmanager
 def open_log(cache: Path, name: str) -> Iterator[TextIO]:
     """Open a new log file below the cache folder; only those written to last are kept."""
-    folder = cache / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = private(cache, "logs")
     for old in sorted(folder.glob("*.log"), key=_written)[:-_LOGS_KEPT]:
         old.unlink(missing_ok=True)
     stamp = time.strftime("%Y%m%dT%H%M%S")
     path = folder / f"{stamp}-{secrets.token_hex(4)}-{name}.log"
-    with path.open("x", encoding="utf-8", buffering=1) as log:
+    with open(path, "x", encoding="utf-8", buffering=1, opener=_unread) as log:
         yield log
+
+
+def _unread(path: str, flags: int) -> int:
+    """Open a file that its owner alone may read: it holds answers."""
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
 def _written(path: Path) -> float:
