@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -55,24 +54,6 @@ class Limits:
     """Most that it may allocate; mapped files do not count. 0 for no limit."""
     network: bool = True
     """False puts it where there is no network; ask `can_leave_network` first."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Root:
-    """A root file system to start a program in, and as whom."""
-
-    folder: Path
-    user: int
-    group: int
-    workdir: str = "/"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Relay:
-    """A way into the network of a program that has none: a listening socket, and its port there."""
-
-    listener: socket.socket
-    port: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,19 +194,17 @@ def start(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     limits: Limits = NO_LIMITS,
-    root: Root | None = None,
-    relay: Relay | None = None,
+    handing: Sequence[int] = (),
 ) -> Iterator[Server]:
     """Start a server, and stop it with all its children when the context ends.
 
-    `relay` passes connections on to a server without network (`limits.network` False). Raises
-    EnvironmentFailure where the program is missing; whether it then serves is for the caller to
-    find out.
+    `handing` are open files that it gets too, by their numbers. Raises EnvironmentFailure where
+    the program is missing; whether it then serves is for the caller to find out.
     """
     words = tuple(str(word) for word in argv)
     with _stdin(None, hold=False) as stdin:
         process = _spawn(
-            words, cwd=cwd, env=env, stdin=stdin, limits=limits, merge=True, root=root, relay=relay
+            words, cwd=cwd, env=env, stdin=stdin, limits=limits, merge=True, handing=handing
         )
     server = Server(process)
     listener = threading.Thread(target=server.listen, daemon=True)
@@ -244,27 +223,6 @@ def can_leave_network() -> bool:
     return done.returncode == 0
 
 
-def can_enter_root(folder: Path) -> bool:
-    """Say whether a program could be started in a root file system; found out once by trying.
-
-    The probe has nothing to start, so a missing program is the good answer.
-    """
-    return any("cannot start" in line for line in _probe_root(folder))
-
-
-def is_sealed_root(folder: Path) -> bool:
-    """Say whether such a program could write nowhere but to /tmp."""
-    return can_enter_root(folder) and not any("stays writable" in x for x in _probe_root(folder))
-
-
-@functools.cache
-def _probe_root(folder: Path) -> tuple[str, ...]:
-    probe = Root(folder=folder, user=os.getuid(), group=os.getgid())
-    with start(("/weightsmith-probe",), root=probe, env=scrubbed()) as server:
-        server.process.wait(timeout=30)
-    return tuple(server.logs(20).splitlines())
-
-
 def _spawn(
     words: tuple[str, ...],
     *,
@@ -273,12 +231,11 @@ def _spawn(
     stdin: int | IO[bytes],
     limits: Limits,
     merge: bool,
-    root: Root | None = None,
-    relay: Relay | None = None,
+    handing: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """Start the trampoline that becomes the program."""
     environment = dict(scrubbed() if env is None else env)
-    if root is None and shutil.which(words[0], path=environment.get("PATH")) is None:
+    if shutil.which(words[0], path=environment.get("PATH")) is None:
         raise EnvironmentFailure(
             f"the program {words[0]!r} is not there",
             hint="install it and make sure that PATH finds it",
@@ -288,14 +245,6 @@ def _spawn(
         "memory_bytes": limits.memory_bytes,
         "network": limits.network,
     }
-    if root is not None:
-        settings |= {
-            "root": str(root.folder),
-            "user": [root.user, root.group],
-            "workdir": root.workdir,
-        }
-    if relay is not None:
-        settings["relay"] = [relay.listener.fileno(), relay.port]
     return subprocess.Popen(
         [sys.executable, "-I", "-S", str(_TRAMPOLINE), json.dumps(settings), *words],
         cwd=cwd,
@@ -304,7 +253,7 @@ def _spawn(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT if merge else subprocess.PIPE,
         start_new_session=True,
-        pass_fds=(relay.listener.fileno(),) if relay else (),
+        pass_fds=tuple(handing),
     )
 
 

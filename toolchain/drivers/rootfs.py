@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from toolchain.drivers import process
+from toolchain.drivers.enclosing import Enclosed, NotAllowed, Relay, Way, start_enclosed
+from toolchain.drivers.inventory import Facts, words
 from toolchain.drivers.ownership import private_folder
-from toolchain.errors import EnvironmentFailure, UsageError
+from toolchain.drivers.rights import NOBODY, is_root
+from toolchain.drivers.starting import without_program
+from toolchain.errors import CheckFailed, UsageError
 from toolchain.ports import Endpoint, Launcher, StartSpec
+from toolchain.trees import walk
 
 _SCHEME = "oci:"
+_NO_ID = (1 << 32) - 1
+"""Stands for no user or group in system calls; all below may be one's number."""
+_LARGEST_TABLE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,12 +46,13 @@ Unpack = Callable[[str, Path], StartInfo]
 class RootfsLauncher:
     """Starts an image that lies in an OCI layout folder, with no engine.
 
-    The root file system is unpacked to a folder below `cache` and entered: by root as the image's
-    own user, by others in a user namespace. Where the kernel allows neither, the program is
-    started directly, with the paths in its arguments and environment pointed into the folder;
-    only programs that need no libraries of the image work that way. It has a network of its own
-    with a relay as the one way in; where the kernel does not allow that it shares the host's, and
-    the server is moved to a free loopback port by the variable that `spec.port_variable` names.
+    The root file system is unpacked to a folder below `cache` and becomes the program's only one,
+    read-only, in namespaces of its own, without capabilities, and as a user who is nobody outside
+    (root) or the caller (others); a relay is the one way in. Where the kernel does not allow that,
+    the server shares the network, moved to a free loopback port by the variable that
+    `spec.port_variable` names: root's without capabilities, as nobody, with the folder as its
+    root; others' as themselves, with the paths in its arguments and environment pointed into the
+    folder, which is for programs that need no libraries of the image.
     """
 
     name = "rootfs"
@@ -55,7 +66,8 @@ class RootfsLauncher:
         """Start `image` (`oci:DIR`), stop it and delete its files when the context ends.
 
         Waits for nothing: the caller asks the server's health. Raises UsageError for another kind
-        of reference, EnvironmentFailure where the program cannot be started.
+        of reference, CheckFailed for an image that cannot be started, EnvironmentFailure where
+        root's rights cannot be taken away from it here.
         """
         if not image.startswith(_SCHEME):
             raise UsageError(
@@ -70,61 +82,87 @@ class RootfsLauncher:
             root.chmod(0o755)
             info = self._unpack(image.removeprefix(_SCHEME), root)
             if not info.argv:
-                raise EnvironmentFailure(
-                    f"{image} names no program to start", hint="bake it again, with an entrypoint"
-                )
+                raise without_program(image)
+            if is_root():
+                give_to(root, NOBODY)
             with contextlib.ExitStack() as servers:
-                if process.can_leave_network() and process.can_enter_root(root):
-                    yield _relayed(root, info, spec, servers)
-                    return
-                port = servers.enter_context(_port(spec))
-                moved = {spec.port_variable: str(port)} if spec.port_variable else {}
-                if spec.host_variable:
-                    moved[spec.host_variable] = "127.0.0.1"
-                yield _served(root, info, replace(spec, env={**spec.env, **moved}), port, servers)
+                yield _first_way(image, root, info, spec, servers)
+
+
+def _first_way(
+    image: str, root: Path, info: StartInfo, spec: StartSpec, servers: contextlib.ExitStack
+) -> Endpoint:
+    """Start the server as far apart as this machine lets us."""
+    try:
+        return _relayed(image, root, info, spec, servers)
+    except NotAllowed:
+        port = servers.enter_context(_port(spec))
+        moved = {spec.port_variable: str(port)} if spec.port_variable else {}
+        if spec.host_variable:
+            moved[spec.host_variable] = "127.0.0.1"
+        at_port = replace(spec, env={**spec.env, **moved})
+        return _beside_us(image, root, info, at_port, port, servers)
 
 
 def _relayed(
-    root: Path, info: StartInfo, spec: StartSpec, servers: contextlib.ExitStack
+    image: str, root: Path, info: StartInfo, spec: StartSpec, servers: contextlib.ExitStack
 ) -> Endpoint:
-    """Start the server in a network of its own, with a relay as the one way in."""
-    listener = servers.enter_context(socket.socket())
-    listener.bind(("127.0.0.1", 0))
-    listener.listen(128)
-    relay = process.Relay(listener=listener, port=spec.port)
-    server = servers.enter_context(_started(root, info, spec, relay))
-    return Endpoint(
-        url=f"http://127.0.0.1:{listener.getsockname()[1]}",
-        logs=server.logs,
-        alive=server.alive,
-        stop=server.stop,
-        restart=lambda: _relayed(root, info, spec, servers),
-        confinement=_confinement(root, info, spec, "no network"),
+    """Start the server in namespaces of its own, with a relay as the one way in."""
+    with contextlib.ExitStack() as attempt:
+        listener = attempt.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(128)
+        inside = _inside(image, root, info, spec)
+        server, found = attempt.enter_context(
+            start_enclosed(inside, spec, "apart", Relay(listener=listener, port=spec.port))
+        )
+        port = listener.getsockname()[1]
+        servers.push(attempt.pop_all())
+    return _endpoint(port, server, found, lambda: _relayed(image, root, info, spec, servers))
+
+
+def _beside_us(
+    image: str,
+    root: Path,
+    info: StartInfo,
+    spec: StartSpec,
+    port: int,
+    servers: contextlib.ExitStack,
+) -> Endpoint:
+    """Start the server in this machine's network: by root without rights and in its own files."""
+    inside = _inside(image, root, info, spec)
+    way: Way = "folder"
+    if not is_root():
+        env = dict(zip(inside.env, pointed_into(root, tuple(inside.env.values())), strict=True))
+        argv = pointed_into(root, info.argv)
+        inside, way = replace(inside, argv=argv, env=env, workdir=str(root)), "bare"
+    server, found = servers.enter_context(start_enclosed(inside, spec, way))
+    again = partial(_beside_us, image, root, info, spec, port, servers)
+    return _endpoint(port, server, found, again)
+
+
+def _inside(image: str, root: Path, info: StartInfo, spec: StartSpec) -> Enclosed:
+    environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp"}  # noqa: S108 - inside
+    return Enclosed(
+        image=image,
+        root=root,
+        argv=info.argv,
+        env={**environment, **info.env, **spec.env},
+        workdir=info.workdir or "/",
+        user=user_ids(root, info.user),
     )
 
 
-def _confinement(root: Path, info: StartInfo, spec: StartSpec, network: str) -> tuple[str, ...]:
-    found = (
-        f"user {info.user or 'root'}" if process.can_enter_root(root) else "",
-        "read-only root" if process.is_sealed_root(root) else "",
-        network,
-        f"{spec.memory_bytes / 2**20:.0f} MiB of memory" if spec.memory_bytes else "",
-    )
-    return tuple(word for word in found if word)
-
-
-def _served(
-    root: Path, info: StartInfo, spec: StartSpec, port: int, servers: contextlib.ExitStack
+def _endpoint(
+    port: int, server: process.Server, found: Facts, again: Callable[[], Endpoint]
 ) -> Endpoint:
-    """Start the server, to be ended with the stack, and return where it answers."""
-    server = servers.enter_context(_started(root, info, spec))
     return Endpoint(
         url=f"http://127.0.0.1:{port}",
         logs=server.logs,
         alive=server.alive,
         stop=server.stop,
-        restart=lambda: _served(root, info, spec, port, servers),
-        confinement=_confinement(root, info, spec, ""),
+        restart=again,
+        confinement=words(found),
     )
 
 
@@ -169,55 +207,51 @@ def _port(spec: StartSpec) -> Iterator[int]:
     yield spec.port
 
 
-@contextlib.contextmanager
-def _started(
-    root: Path, info: StartInfo, spec: StartSpec, relay: process.Relay | None = None
-) -> Iterator[process.Server]:
-    memory = 0 if spec.use_gpu else spec.memory_bytes
-    limits = process.Limits(memory_bytes=memory, network=relay is None)
-    environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp"}  # noqa: S108 - inside
-    environment |= {**info.env, **spec.env}
-    if process.can_enter_root(root):
-        user, group = user_ids(root, info.user)
-        inside = process.Root(folder=root, user=user, group=group, workdir=info.workdir or "/")
-        with process.start(
-            info.argv, env=environment, limits=limits, root=inside, relay=relay
-        ) as server:
-            yield server
-        return
-    argv = pointed_into(root, info.argv)
-    env = dict(zip(environment, pointed_into(root, tuple(environment.values())), strict=True))
-    with process.start(argv, cwd=root, env=env, limits=limits) as server:
-        yield server
+def give_to(root: Path, user: int) -> None:
+    """Make a user and its group the owner of a folder and all that is in it."""
+    for step in walk(root):
+        os.chown(step.name, user, user, dir_fd=step.parent, follow_symlinks=False)
 
 
 def user_ids(root: Path, user: str) -> tuple[int, int]:
     """Return user and group numbers of an image's user, looked up in its own /etc.
 
-    Raises EnvironmentFailure for a name that the image does not know.
+    Raises CheckFailed for a name that the image does not know, or a number that none can have.
     """
     name, _, group = user.partition(":")
-    known = _table(root / "etc" / "passwd")
+    known = _table(root, "passwd")
     number, own_group = (int(name or "0"), 0) if (name or "0").isdecimal() else (-1, 0)
     for entry in known:
         if name == entry[0] or (number >= 0 and entry[2] == str(number)):
-            number, own_group = int(entry[2]), int(entry[3])
+            number, own_group = _number(entry[2]), _number(entry[3])
             break
     if group.isdecimal():
         own_group = int(group)
     elif group:
-        own_group = next((int(e[2]) for e in _table(root / "etc" / "group") if e[0] == group), -1)
-    if number < 0 or own_group < 0:
-        raise EnvironmentFailure(
-            f"the image's user {user!r} is not in its /etc/passwd or /etc/group",
+        named = (_number(entry[2]) for entry in _table(root, "group") if entry[0] == group)
+        own_group = next(named, -1)
+    if not (0 <= number < _NO_ID and 0 <= own_group < _NO_ID):
+        raise CheckFailed(
+            f"the image's user {user[:200]!r} is not in its /etc/passwd or /etc/group",
             hint="name the user by number in the image's configuration",
         )
     return number, own_group
 
 
-def _table(path: Path) -> list[list[str]]:
+def _number(text: str) -> int:
+    return int(text) if text.isdecimal() and len(text) < 11 else -1
+
+
+def _table(root: Path, name: str) -> list[list[str]]:
+    """Return the rows of a table below the image's /etc; a link there would lead into ours."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        text = path.read_text("utf-8", errors="replace")
+        etc = os.open(root / "etc", flags | os.O_DIRECTORY)
+        try:
+            with os.fdopen(os.open(name, flags, dir_fd=etc), "rb") as file:
+                text = file.read(_LARGEST_TABLE).decode(errors="replace")
+        finally:
+            os.close(etc)
     except OSError:
         return []
     return [entry for line in text.splitlines() if len(entry := line.split(":")) >= 4]

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shutil
 import socket
-import subprocess
-import sys
-import sysconfig
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
 
-from toolchain.drivers import process, rootfs
+from tests.fakes.rootfs import copy_python, copy_shell
+from toolchain.drivers import rootfs
+from toolchain.drivers.enclosing import NotAllowed
 from toolchain.drivers.rootfs import (
     RootfsLauncher,
     StartInfo,
@@ -23,7 +22,7 @@ from toolchain.drivers.rootfs import (
     pointed_into,
     user_ids,
 )
-from toolchain.errors import EnvironmentFailure, UsageError
+from toolchain.errors import CheckFailed, UsageError
 from toolchain.ports import StartSpec
 
 PATIENCE = 120
@@ -33,8 +32,7 @@ SAY = "echo $GREETING; id -u; pwd; cat /models/name; exec sleep 600"
 
 def unpack(layout: str, root: Path) -> StartInfo:
     """Make a root file system of the host's own shell and a few programs."""
-    for program in ("sh", "sleep", "cat", "id"):
-        copy_with_libraries(Path(shutil.which(program)), root)
+    copy_shell(root)
     for name in ("models", "tmp"):
         (root / name).mkdir(mode=0o755)
     (root / "models" / "name").write_text(layout + "\n")
@@ -46,16 +44,6 @@ def unpack(layout: str, root: Path) -> StartInfo:
     )
 
 
-def copy_with_libraries(program: Path, root: Path) -> None:
-    listed = subprocess.run(["ldd", program], capture_output=True, text=True, check=False).stdout
-    (root / "bin").mkdir(exist_ok=True)
-    shutil.copy(program.resolve(), root / "bin" / program.name)
-    for library in re.findall(r"(/\S+) \(0x", listed):
-        target = root / library.lstrip("/")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(Path(library).resolve(), target)
-
-
 def wait_for_lines(endpoint, count: int) -> list[str]:
     deadline = time.monotonic() + PATIENCE
     while len(endpoint.logs(99).splitlines()) < count and time.monotonic() < deadline:
@@ -63,12 +51,16 @@ def wait_for_lines(endpoint, count: int) -> list[str]:
     return endpoint.logs(99).splitlines()
 
 
+def need_namespaces(endpoint) -> None:
+    if "own processes alone" not in endpoint.confinement:
+        pytest.skip("this kernel gives us no namespaces")
+
+
 def test_the_image_is_started_inside_its_own_files_as_its_own_user(tmp_path):
-    if not process.can_enter_root(tmp_path):
-        pytest.skip("this kernel lets us enter no root file system")
     spec = StartSpec(port=free_port(), env={"GREETING": "from the caller"})
 
     with RootfsLauncher(unpack, tmp_path / "cache").serve("oci:some-layout", spec) as endpoint:
+        need_namespaces(endpoint)
         lines = wait_for_lines(endpoint, 4)
         assert lines == ["from the caller", "7", "/models", "some-layout"]
         assert endpoint.alive()
@@ -102,23 +94,8 @@ http.server.ThreadingHTTPServer(("0.0.0.0", 8000), Handler).serve_forever()
 
 def python_root(layout: str, root: Path) -> StartInfo:
     """Make a root file system of this Python."""
-    python = Path(sys.executable).resolve()
-    copy_with_libraries(python, root)
-    library = Path(sysconfig.get_path("stdlib"))
-    shutil.copytree(
-        library,
-        root / library.relative_to("/"),
-        ignore=shutil.ignore_patterns(
-            "site-packages", "test", "idlelib", "__pycache__", "config-*"
-        ),
-    )
-    for extension in (root / library.relative_to("/") / "lib-dynload").glob("*.so"):
-        copy_with_libraries(library / "lib-dynload" / extension.name, root)
-    for name in ("models", "tmp"):
-        (root / name).mkdir(mode=0o777)
-    (root / "models").chmod(0o777)
-    env = {"PYTHONHOME": sys.base_prefix, "PYTHONDONTWRITEBYTECODE": "1"}
-    return StartInfo(argv=(f"/bin/{python.name}", "-c", LISTEN), env=env, user="7:8")
+    python, env = copy_python(root)
+    return StartInfo(argv=(python, "-c", LISTEN), env=env, user="7:8")
 
 
 def ask(endpoint, port: int) -> dict[str, str]:
@@ -148,13 +125,12 @@ def wait_until_nothing_runs_for(folder: Path) -> None:
 
 
 def test_a_server_is_reached_and_reaches_nothing(tmp_path):
-    if not (process.can_leave_network() and process.is_sealed_root(tmp_path)):
-        pytest.skip("this kernel gives us no network and no read-only root of our own")
     launcher = RootfsLauncher(python_root, tmp_path / "cache")
     with (
         socket.create_server(("127.0.0.1", 0)) as neighbour,
         launcher.serve("oci:x", StartSpec(port=8000, env={})) as endpoint,
     ):
+        need_namespaces(endpoint)
         said = ask(endpoint, neighbour.getsockname()[1])
         assert endpoint.stop(PATIENCE) == -15
         assert not endpoint.alive()
@@ -171,18 +147,28 @@ def test_a_server_is_reached_and_reaches_nothing(tmp_path):
     wait_until_nothing_runs_for(tmp_path)
 
 
-def test_without_the_right_to_enter_paths_are_pointed_into_the_files(monkeypatch, tmp_path):
-    monkeypatch.setattr(process, "can_enter_root", lambda folder: False)
+@pytest.fixture
+def no_namespaces(monkeypatch):
+    def refuse(*_):
+        raise NotAllowed("no namespaces", hint="")
 
+    monkeypatch.setattr(rootfs, "_relayed", refuse)
+
+
+@pytest.mark.usefixtures("no_namespaces")
+def test_without_namespaces_a_program_still_has_the_image_s_files_and_no_rights(tmp_path):
     def simple(layout: str, root: Path) -> StartInfo:
+        copy_shell(root)
         (root / "models").mkdir()
         (root / "models" / "name").write_text("inside\n")
-        return StartInfo(argv=("cat", "/models/name"), env={})
+        return StartInfo(argv=("/bin/cat", "/models/name"), env={})
 
     with RootfsLauncher(simple, tmp_path / "cache").serve(
         "oci:x", StartSpec(port=1, env={})
     ) as endpoint:
         assert wait_for_lines(endpoint, 1) == ["inside"]
+        assert "no new privileges" in endpoint.confinement
+        assert not {"no network", "read-only root"} & set(endpoint.confinement)
 
 
 def test_only_layouts_are_started_and_only_with_a_program(tmp_path):
@@ -191,8 +177,64 @@ def test_only_layouts_are_started_and_only_with_a_program(tmp_path):
 
     with pytest.raises(UsageError, match="without a container engine"):
         launcher.serve("registry/image:1", spec).__enter__()
-    with pytest.raises(EnvironmentFailure, match="no program"):
+    with pytest.raises(CheckFailed, match="names no program, neither an entrypoint nor"):
         launcher.serve("oci:x", spec).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        (("/app/serve",), "'/app/serve' does not run: it, or the loader"),
+        (("serve",), "'serve' does not run: it, or the loader"),
+        (("/models/name",), "'/models/name' does not run: it is no program that the image's user"),
+        (("/models/other-machine",), "does not run: it is no program for this machine"),
+        (("/models/lost-loader",), "does not run: it, or the loader or interpreter that it names"),
+    ],
+)
+def test_a_program_that_cannot_run_is_the_image_s_fault(tmp_path, argv, why):
+    def broken(layout: str, root: Path) -> StartInfo:
+        info = unpack(layout, root)
+        for name, content in (("other-machine", b"\x7fELF\2\1\1" + bytes(57)),
+                              ("lost-loader", b"#!/lib/ld-none.so\n")):  # fmt: skip
+            (root / "models" / name).write_bytes(content)
+            (root / "models" / name).chmod(0o755)
+        return replace(info, argv=argv)
+
+    launcher = RootfsLauncher(broken, tmp_path / "cache")
+    with pytest.raises(CheckFailed, match=re.escape(why)):
+        launcher.serve("oci:x", StartSpec(port=1, env={})).__enter__()
+
+
+@pytest.mark.parametrize("workdir", ["/not/yet", "/models/name"])
+def test_a_working_directory_is_made_where_that_can_be(tmp_path, workdir):
+    def elsewhere(layout: str, root: Path) -> StartInfo:
+        return replace(unpack(layout, root), workdir=workdir)
+
+    launcher = RootfsLauncher(elsewhere, tmp_path / "cache")
+    if workdir == "/models/name":  # a file
+        with pytest.raises(CheckFailed, match="it is not in the image"):
+            launcher.serve("oci:x", StartSpec(port=1, env={})).__enter__()
+        return
+    with launcher.serve("oci:x", StartSpec(port=1, env={})) as endpoint:
+        need_namespaces(endpoint)
+        assert wait_for_lines(endpoint, 4)[2] == workdir
+
+
+def test_a_server_in_a_session_of_its_own_is_stopped_and_its_orphans_end_with_it(tmp_path):
+    """What process 1 of a container has to do: hand on the signal, and take in what is left."""
+
+    def detached(layout: str, root: Path) -> StartInfo:
+        copy_shell(root, "setsid")
+        script = "trap 'exit 7' TERM; (sleep 600 &); echo up; while :; do sleep 0.05; done"
+        return StartInfo(argv=("/bin/sh", "-c", f'exec /bin/setsid /bin/sh -c "{script}"'), env={})
+
+    with RootfsLauncher(detached, tmp_path / "cache").serve(
+        "oci:x", StartSpec(port=1, env={})
+    ) as endpoint:
+        need_namespaces(endpoint)
+        assert wait_for_lines(endpoint, 1) == ["up"]
+        assert endpoint.stop(PATIENCE) == 7
+    wait_until_nothing_runs_for(tmp_path)
 
 
 def test_only_paths_of_the_image_are_pointed_into_it(tmp_path):
@@ -221,22 +263,20 @@ def test_users_are_looked_up_in_the_image(tmp_path):
     assert user_ids(tmp_path, "10") == (10, 20)
     assert user_ids(tmp_path, "app:web") == (10, 30)
     assert user_ids(tmp_path, "65532:65533") == (65532, 65533)
-    for unknown in ("nobody", "app:nogroup"):
-        with pytest.raises(EnvironmentFailure, match="not in its /etc/passwd"):
+    for unknown in ("nobody", "app:nogroup", "4294967295", "7:99999999999"):
+        with pytest.raises(CheckFailed, match="not in its /etc/passwd"):
             user_ids(tmp_path, unknown)
 
 
+@pytest.mark.usefixtures("no_namespaces")
 def test_two_servers_never_get_one_port(monkeypatch, tmp_path):
     """Free when it was looked for is not free when the server takes it."""
-    monkeypatch.setattr(process, "can_enter_root", lambda folder: False)
     first = second = free_port()
     while second == first:
         second = free_port()
     offers = iter([first, first, second])
     monkeypatch.setattr(rootfs, "free_port", lambda: next(offers))
-    launcher = RootfsLauncher(
-        lambda layout, root: StartInfo(argv=("sleep", "600"), env={}), tmp_path / "cache"
-    )
+    launcher = RootfsLauncher(unpack, tmp_path / "cache")
     spec = StartSpec(port=1, env={}, port_variable="PORT")
 
     with launcher.serve("oci:a", spec) as one, launcher.serve("oci:b", spec) as two:
