@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from toolchain.commands.server import Place, served
-from toolchain.errors import InputRefused
+from toolchain.errors import CheckFailed, InputRefused
 from toolchain.evaluating.client import chat, first_name
 from toolchain.evaluating.items import Item
 from toolchain.evaluating.session import Session
@@ -66,7 +66,7 @@ def rebase_image(request: RebaseRequest, registry: Registry, tools: Tools) -> Ma
     moved = [_moved(old, request, origin, registry, tools) for old in olds]
     whole = whole_of([image for image, _ in moved])
     if request.smoke:
-        _smoke(own_of(whole), tools)
+        _smoke(own_of(whole), request.onto, tools)
     attachments = [evidence for _, evidence in moved]
     outputs = Outputs(push=True, force=request.force)
     published = publish(whole, request.to, outputs, attachments, registry, tools)
@@ -155,8 +155,11 @@ def _folders(roles: Roles) -> frozenset[str]:
                      for folder in folders)  # fmt: skip
 
 
-def _smoke(image: Image, tools: Tools) -> None:
-    """Start the image once, where an engine and what it needs are there."""
+def _smoke(image: Image, onto: str, tools: Tools) -> None:
+    """Start the image once, where an engine and what it needs are there.
+
+    Raises CheckFailed with what it lacks on its new base.
+    """
     if not is_own(image):
         tools.progress.warn(f"the image is for {image.platform}: it was not started")
         return
@@ -169,14 +172,24 @@ def _smoke(image: Image, tools: Tools) -> None:
         tools.progress.warn("the image is for a GPU and none is here: it was not started")
         return
     try:
-        with (
-            candidate(image, None, tools) as name,
-            served(Place(image=name), tools, modest=True) as endpoint,
-            Session(endpoint) as asked,
-        ):
-            chat(asked, first_name(asked), _GREETING, 4)
+        with candidate(image, None, tools) as name:
+            try:
+                _greet(name, tools)
+            except CheckFailed as error:
+                raise CheckFailed(
+                    f"the image does not work on {onto}: {error.message.replace(name, 'it')}",
+                    hint=f"{error.hint}; or give --no-smoke, to push it without starting it",
+                ) from None
     finally:
         discard_candidate(image, None, tools)
+
+
+def _greet(name: str, tools: Tools) -> None:
+    with (
+        served(Place(image=name), tools, modest=True) as endpoint,
+        Session(endpoint) as asked,
+    ):
+        chat(asked, first_name(asked), _GREETING, 4)
 
 
 def _evidence(

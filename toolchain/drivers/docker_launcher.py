@@ -16,6 +16,7 @@ from requests.exceptions import RequestException
 from toolchain.drivers.docker import GONE, DockerEngine, engine_errors, engine_host, remove
 from toolchain.drivers.docker_requests import LABEL_OWNER, server_request
 from toolchain.drivers.ownership import owner_token
+from toolchain.drivers.starting import told_by_engine
 from toolchain.errors import EnvironmentFailure
 from toolchain.ports import Endpoint, StartSpec
 
@@ -36,15 +37,16 @@ class DockerLauncher:
     def serve(self, image: str, spec: StartSpec) -> Iterator[Endpoint]:
         """Start `image`, and remove its container when the context ends.
 
-        Waits for nothing: the caller asks the server's health. Raises EnvironmentFailure for an
-        image that is not there or does not start.
+        Waits for nothing: the caller asks the server's health. Raises CheckFailed for an image
+        that cannot be started, EnvironmentFailure for one that is not there and for an engine
+        that fails.
         """
         self._engine.reap()
         gpu = spec.use_gpu and self._engine.has_gpu()
         with self._no_way_out() as network:
             name = (network.name or "") if network else ""
             request = server_request(image, spec, owner_token(), gpu=gpu, network=name)
-            with engine_errors(f"starting {image}"):
+            with _starting(image):
                 container = self._engine.client.containers.create(**request)
             try:
                 yield self._started(container, image, spec, name)
@@ -52,7 +54,7 @@ class DockerLauncher:
                 remove(container)
 
     def _started(self, container: Container, image: str, spec: StartSpec, network: str) -> Endpoint:
-        with engine_errors(f"starting {image}"):
+        with _starting(image):
             container.start()
             container.reload()
         address = _inside(container, network) if network else ""
@@ -92,6 +94,20 @@ class DockerLauncher:
             return self._engine.client.networks.create(name, internal=True, labels=labels)
         except (APIError, RequestException):  # no address range is left, say
             return None
+
+
+@contextlib.contextmanager
+def _starting(image: str) -> Iterator[None]:
+    """Turn the client library's exceptions into an error of the image's, or of the engine's."""
+    try:
+        with engine_errors(f"starting {image}"):
+            yield
+    except EnvironmentFailure as failure:
+        problem = failure.__cause__
+        said = str(problem.explanation or "") if isinstance(problem, APIError) else ""
+        if fault := told_by_engine(image, said):
+            raise fault from problem
+        raise
 
 
 def _inside(container: Container, network: str) -> str:

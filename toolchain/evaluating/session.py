@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,15 @@ from toolchain.ports import Endpoint
 from toolchain.values import Json
 
 _LOG_LINES = 15
+_LAST_WORDS = {
+    r"exec format error": "the image's program is for another kind of machine: build it for this "
+    "one, or start it on one of its own",
+    r"exec .*: no such file or directory": "the image lacks its program, or the loader or "
+    "interpreter that the program names: build it again, on a base that has them",
+    r"error while loading shared libraries|Error loading shared library": "the image lacks a "
+    "library that its program needs: build it again, on a base that has it",
+}
+"""What a loader says of an image's program -> what to do."""
 _Result = TypeVar("_Result")
 
 
@@ -223,10 +233,11 @@ class Session:
 def died(endpoint: Endpoint, when: str) -> WeightsmithError:
     """Return the error for a server that ended, with its last lines."""
     lines = endpoint.logs(_LOG_LINES).strip()
-    return CheckFailed(
-        f"the server stopped {when}" + (f"\n{lines}" if lines else ""),
-        hint="its last lines say why; too little memory is a common cause",
+    hint = next(
+        (told for words, told in _LAST_WORDS.items() if re.search(words, lines)),
+        "its last lines say why; too little memory is a common cause",
     )
+    return CheckFailed(f"the server stopped {when}" + (f"\n{lines}" if lines else ""), hint=hint)
 
 
 def excerpt(text: str) -> str:

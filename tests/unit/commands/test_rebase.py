@@ -13,7 +13,7 @@ from tests.fakes.images import entry, foreign_image, tar_of
 from tests.fakes.registry import FakeRegistry, fake_registry
 from toolchain.commands.rebase import RebaseRequest, rebase_image
 from toolchain.commands.verify import verify_image
-from toolchain.errors import InputRefused, UsageError
+from toolchain.errors import CheckFailed, InputRefused, UsageError
 from toolchain.oci.attachments import Attachment, Part
 from toolchain.oci.image import Image
 from toolchain.oci.index import Index
@@ -22,6 +22,7 @@ from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.ports import Silent
 from toolchain.provenance.evidence import read_attached
+from toolchain.wiring import make_tools
 
 ENGINE = "dev.weightsmith.engine"
 VERSION = "org.opencontainers.image.version"
@@ -33,9 +34,17 @@ class Scene:
         self.key, self.public = make_key(folder)
         self.model = make_model(folder / "model")
 
-    def base(self, tag: str, labels: dict[str, str], files: dict[str, bytes], **more: str) -> str:
+    def base(
+        self,
+        tag: str,
+        labels: dict[str, str],
+        files: dict[str, bytes],
+        program: str = "app/llama-server",
+        **more: str,
+    ) -> str:
         name = f"{self.fake.host}/base/engine:{tag}"
-        push_base(self.client, name, labels, {"app/llama-server": tag.encode(), **files}, **more)
+        own = {program: tag.encode()} if program else {"app/readme": b"x"}
+        push_base(self.client, name, labels, {**own, **files}, **more)
         return name
 
     def index_base(self, tag: str, labels: dict[str, str]) -> str:
@@ -210,6 +219,26 @@ def test_folders_of_the_base_do_not_collide(scene: Scene) -> None:
 def test_only_our_own_images_can_be_taken_apart(scene: Scene) -> None:
     with pytest.raises(InputRefused, match="which of its layers are weights"):
         scene.rebase(first_base(scene), scene.base("2", {}, {}))
+
+
+@pytest.mark.docker
+def test_a_base_without_the_program_is_named_with_what_it_lacks(scene: Scene) -> None:
+    """It had been the engine's fault: "see `docker info`"."""
+    source = scene.bake(first_base(scene))
+    onto = scene.base("2", {ENGINE: "llamacpp", VERSION: "1.1.0"}, {}, program="")
+    tools, answers = make_tools("auto", Silent())
+    assert answers
+    wanted = RebaseRequest(
+        source=source, onto=onto, to=f"{scene.fake.host}/team/app:2", smoke=True, force=False
+    )
+    with pytest.raises(CheckFailed) as caught:
+        rebase_image(wanted, scene.client, tools)
+    assert caught.value.message.startswith(f"the image does not work on {onto}: it cannot be")
+    assert "'/app/llama-server' does not run" in caught.value.message
+    assert "is not in the image" in caught.value.message
+    assert "--no-smoke" in caught.value.hint
+    assert "docker info" not in caught.value.message + caught.value.hint
+    assert ("team/app", "2") not in scene.fake.manifests
 
 
 def test_a_tag_that_exists_needs_force(scene: Scene) -> None:

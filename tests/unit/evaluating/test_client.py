@@ -12,6 +12,7 @@ from toolchain.evaluating import client, session
 from toolchain.evaluating.client import ask_all, chat, check_served_name, wait_until_healthy
 from toolchain.evaluating.items import Item
 from toolchain.evaluating.session import Limits, Session
+from toolchain.ports import Endpoint
 
 QUICK = Limits(request_seconds=60, tries=2, pause_seconds=0.01, answer_bytes=100_000)
 IMPATIENT = replace(QUICK, request_seconds=0.3)
@@ -178,6 +179,21 @@ def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(client, "time", clock)
     return clock
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("exec /app/x: exec format error", "another kind of machine"),
+        ("exec /app/x: no such file or directory", "lacks its program"),
+        ("x: error while loading shared libraries: libx.so: cannot open", "lacks a library"),
+        ("ggml: failed to allocate", "too little memory"),
+    ],
+)
+def test_last_words_of_a_loader_are_understood(line, hint):
+    endpoint = Endpoint(url="http://x", logs=lambda _: f"first\n{line}", alive=lambda: False)
+
+    assert hint in session.died(endpoint, "before it was ready").hint
 
 
 def test_waits_until_the_model_is_loaded(serve, clock):

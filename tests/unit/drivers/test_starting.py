@@ -1,0 +1,53 @@
+"""What engines say of an image that cannot be started is the image's fault, and told as that."""
+
+from __future__ import annotations
+
+import pytest
+
+from toolchain.drivers.starting import told_by_engine
+from toolchain.errors import CheckFailed
+
+RUNC = (
+    "failed to create task for container: failed to create shim task: OCI runtime create failed:"
+    " runc create failed: unable to start container process: "
+)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("no command specified", "it names no program, neither an entrypoint nor a command"),
+        (
+            RUNC + 'exec: "/missing": stat /missing: no such file or directory: unknown',
+            "its program '/missing' does not run: it, or the loader",
+        ),
+        (
+            RUNC + 'exec: "missing": executable file not found in $PATH: unknown',
+            "its program 'missing' does not run: it, or the loader",
+        ),
+        (
+            RUNC + 'exec: "/plain": permission denied: unknown',
+            "its program '/plain' does not run: it is no program that the image's user may run",
+        ),
+        (
+            RUNC + 'exec: "/": is a directory: unknown: permission denied',
+            "its program '/' does not run: it is no program that the image's user may run",
+        ),
+        ("unable to find user x: no matching entries in passwd file", "its user is not in"),
+        ("Cannot mkdir: /plain is not a directory", "its working directory is a file"),
+    ],
+)
+def test_an_image_s_fault_is_told_as_that(said: str, told: str) -> None:
+    """Taken from Docker 26 with runc."""
+    fault = told_by_engine("image:1", said)
+    assert isinstance(fault, CheckFailed)
+    assert fault.message.startswith(f"image:1 cannot be started: {told}")
+    assert fault.hint
+    assert "docker info" not in fault.hint
+
+
+@pytest.mark.parametrize(
+    "said", ["no space left on device", "driver failed: no such file or directory", ""]
+)
+def test_an_engine_s_fault_stays_its_own(said: str) -> None:
+    assert told_by_engine("image:1", said) is None
