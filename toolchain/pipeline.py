@@ -75,16 +75,16 @@ def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[B
         with timed.stage("quantize", target.format.name) as note:
             artifact = quantized(request.file, target, sources, checkpoint, tools, note)
         with timed.stage("quality", target.format.name) as note:
-            artifact = with_quality(request.file, checkpoint, artifact, tools)
-            note["cached"] = artifact.details.get("quality", {}).get("cached", True)
+            artifact = measured(request.file, checkpoint, artifact, tools, note)
+        record = Record(request, sources, checkpoint, tools, target, artifact)
+        judge_quality(record, expected, timed.stages)
         with timed.stage("render", target.name) as note:
             config = config_of(request, target, sources, checkpoint, artifact, note)
         with timed.stage("bake", reference(recipe, target.name)) as note:
             baking = Baking.of(request, target, sources, artifact, config, registry, tools)
             image = baking.own({})
             note["cached"] = has_layers(image, request.folder(target))
-        record = Record(request, sources, checkpoint, tools, baking, image)
-        judge_quality(record, artifact, expected, timed.stages)
+        record = replace(record, baking=baking, image=image)
         with timed.stage("evaluate", f"{asked} the started image") as note:
             results = prove(baking, image, expected, note)
         judge(record, results, timed.stages)
@@ -184,6 +184,19 @@ def quantized(
     return artifact
 
 
+def measured(
+    file: RecipeFile,
+    checkpoint: Checkpoint,
+    artifact: Artifact,
+    tools: Tools,
+    note: dict[str, Json],
+) -> Artifact:
+    """Return the artifact with what it lost of the merged model among its details."""
+    artifact = with_quality(file, checkpoint, artifact, tools)
+    note["cached"] = artifact.details.get("quality", {}).get("cached", True)
+    return artifact
+
+
 def beside(file: RecipeFile, target: Target, sources: Sources, tools: Tools) -> Artifact:
     """Return base and adapters unmerged, as files that the target's engine loads."""
     if "gguf" not in target.engine.accepts:
@@ -259,15 +272,14 @@ def judge(
 
 
 def judge_quality(
-    record: Record,
-    artifact: Artifact,
-    results: tuple[Result, ...],
-    stages: Mapping[str, Mapping[str, Json]],
+    record: Record, results: tuple[Result, ...], stages: Mapping[str, Mapping[str, Json]]
 ) -> None:
     """Raise CheckFailed where quantizing lost too much; the report is kept."""
-    for text in artifact.details.get("warnings", ()):
+    if record.artifact is None:
+        raise AssertionError("there is nothing to judge")
+    for text in record.artifact.details.get("warnings", ()):
         record.tools.progress.warn(text)
-    if fault := quality_fault(record.request.file, artifact):
+    if fault := quality_fault(record.request.file, record.artifact):
         record.tools.progress.warn(f"not published: {fault.message}")
         built = record.refuse(results, stages)
         raise CheckFailed(fault.message, hint=f"{fault.hint}\n  report: {built}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from tests.fakes.baking import push_base
 from tests.fakes.jobs import LOSSY, WRONG
 from tests.fakes.memory import Memory
+from toolchain.building import baking
 from toolchain.errors import (
     CheckFailed,
     EnvironmentFailure,
@@ -19,6 +21,7 @@ from toolchain.errors import (
     UsageError,
     WeightsmithError,
 )
+from toolchain.oci import limits
 
 TARGET = "llamacpp-q4_k_m"
 STAGES = (
@@ -253,16 +256,7 @@ def test_what_can_be_known_before_the_work_is_refused_before_it(memory: Memory, 
     assert memory.store.made() == []
 
 
-LATER = pytest.mark.xfail(reason="the gate is read after the image is put together", strict=False)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=LATER) if n == "a quantizer that loses too much" else n
-        for n in AT_WORK
-    ],
-)
+@pytest.mark.parametrize("name", AT_WORK)
 def test_a_refusal_ends_the_build_and_nothing_of_it_is_seen(
     warm: Memory, digest: str, name: str
 ) -> None:
@@ -303,4 +297,40 @@ def check_next_build(memory: Memory, case: Refusal, digest: str) -> None:
     assert set(memory.jobs()) <= {
         JOBS.get(result, result) for result in RESULTS.get(case.stage, ())
     }
+    assert memory.left() == []
+
+
+def test_a_quality_refusal_records_the_weights_and_no_image(memory: Memory) -> None:
+    """There is nothing yet that a plan or a digest could be of."""
+    memory.bench.quality.update(LOSSY)
+    with pytest.raises(CheckFailed) as caught:
+        memory.build()
+    assert f"{TARGET}/refused/report.html" in caught.value.hint
+    folder = memory.results() / "refused"
+    kept = json.loads((folder / "build.json").read_text())
+    assert {path.name for path in folder.iterdir()} == {
+        "build.json", "report.html", "report.md", "junit.xml",
+    }  # fmt: skip
+    assert (kept["target"], kept["image"], kept["plan"]) == (TARGET, None, None)
+    assert kept["artifact"]["format"] == "q4_k_m"
+    assert "layer_error 0.9" in kept["quality"]["exceeded"][0]
+    assert list(kept["stages"]) == list(STAGES[: STAGES.index("quality") + 1])
+    assert set(kept["inputs"]) == {"merge", "validate", "reference", "quantize"}
+    assert f"invoke build --recipe recipe.yaml --target {TARGET}" in kept["reproduce"]
+    assert "Quantizing lost too much: layer" in (folder / "report.md").read_text()
+
+
+def test_a_layer_that_its_registry_will_not_take_is_refused_before_the_image_is_started(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What came out is larger than what was estimated before the work."""
+    host = re.escape(memory.registry.host)
+    narrow = limits.Limits(name="Narrow", hosts=host, largest_layer=9, source="its page")
+    monkeypatch.setattr(limits, "REGISTRIES", (narrow,))
+    monkeypatch.setattr(baking, "estimated_bytes", lambda *_: 1)
+
+    with pytest.raises(UsageError, match="Narrow takes layers of up to 9 bytes"):
+        memory.build(push=True)
+
+    assert memory.journal.of("stage")[-1] == "stage bake"
     assert memory.left() == []

@@ -16,7 +16,7 @@ from toolchain.checkpoints.reshard import Resharded, reshard
 from toolchain.errors import InputRefused, UsageError
 from toolchain.oci.image import Image
 from toolchain.oci.index import Whole, is_own, whole_of
-from toolchain.oci.limits import limits_of
+from toolchain.oci.limits import check_layers, limits_of
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
 from toolchain.ports import Silent, Tools
@@ -178,8 +178,15 @@ class Baking:
         return replace(self.artifact, tree=self.split.tree)
 
     def own(self, scores: Mapping[str, Score]) -> Image:
-        """Return the image that can be started here."""
-        return self._image(self.base, scores)
+        """Return the image that can be started here.
+
+        Raises UsageError where the registry that it is for will not take one of its layers.
+        """
+        image = self._image(self.base, scores)
+        if self.request.outputs.push:
+            place = Reference.parse(reference(self.request.file.recipe, self.target.name))
+            check_layers([(x.file or x.digest.short, x.size) for x in image.layers], place.registry)
+        return image
 
     def whole(self, scores: Mapping[str, Score]) -> Whole:
         """Return the image, or one for each platform; scores become labels of each."""

@@ -21,7 +21,7 @@ from toolchain.stages import validate as validating
 from toolchain.stages.record import Facts, TaskFacts, write_record
 from toolchain.stages.report import write_report
 from toolchain.stages.trial import checks_of
-from toolchain.values import Checkpoint, Json, Published, Score, Sources
+from toolchain.values import Artifact, Checkpoint, Json, Published, Score, Sources
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,12 +47,14 @@ def main_scores(results: Sequence[Result]) -> Mapping[str, Score]:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What is written down of a target, or of a merge that no target was made of."""
+    """What is written down of a target, as far as it came, or of a merge without any."""
 
     request: BuildRequest
     sources: Sources
     checkpoint: Checkpoint
     tools: Tools
+    target: Target | None = None
+    artifact: Artifact | None = None
     baking: Baking | None = None
     image: Image | None = None
 
@@ -63,12 +65,11 @@ class Record:
         stages: Mapping[str, Mapping[str, Json]],
     ) -> Built:
         """Write build.json, the report and the rendered files of a target that passed."""
-        if self.baking is None:
+        if self.target is None:
             raise AssertionError("only a target is published")
-        target = self.baking.target
-        report = self._write(published, results, stages, self.request.folder(target))
+        report = self._write(published, results, stages, self.request.folder(self.target))
         return Built(
-            target=target, published=published, results=results, stages=stages, report=report
+            target=self.target, published=published, results=results, stages=stages, report=report
         )
 
     def refuse(self, results: tuple[Result, ...], stages: Mapping[str, Mapping[str, Json]]) -> Path:
@@ -76,15 +77,17 @@ class Record:
 
         Apart, because the record of an earlier image that passed belongs to that image.
         """
-        if self.baking is None or self.image is None:
+        if self.target is None:
             folder = self.request.dist.joinpath(
                 self.request.file.recipe.name, self.request.file.recipe.version, "refused"
             )
             return self._write(None, results, stages, folder)
-        layout = self.request.trial_layout(self.baking.target)
+        folder = self.request.folder(self.target) / "refused"
+        if self.image is None:
+            return self._write(None, results, stages, folder)
+        layout = self.request.trial_layout(self.target)
         publishing.discard_candidate(self.image, layout, self.tools)
         unpublished = Published(reference="", digest=self.image.digest, layers=())
-        folder = self.request.folder(self.baking.target) / "refused"
         return self._write(unpublished, results, stages, folder)
 
     def _write(
@@ -98,7 +101,8 @@ class Record:
             recipe=self.request.file.recipe,
             sources=self.sources,
             checkpoint=self.checkpoint,
-            artifact=self.baking.artifact if self.baking else None,
+            target=self.target.name if self.target else "",
+            artifact=self.artifact,
             config=self.baking.config if self.baking else None,
             published=published,
             tasks=tuple(_task_facts(result) for result in results),
@@ -124,10 +128,8 @@ class Record:
             asked = references.subjects(sources, result.tried.adapter)
             subject = asked.get("adapter", asked["base"])
             found["reference"] = references.inputs(subject, result.tried.task).inputs
-        if self.baking and self.baking.artifact.format.packed:
-            wanted = wanted_of(
-                self.request.file, self.baking.artifact.format, sources.base, self.tools
-            )
+        if self.artifact and self.artifact.format.packed:
+            wanted = wanted_of(self.request.file, self.artifact.format, sources.base, self.tools)
             found["quantize"] = quantizing.inputs(self.checkpoint.digest, wanted).inputs
         return found
 

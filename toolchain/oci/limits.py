@@ -7,7 +7,10 @@ known is 0 and not checked.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from toolchain.errors import UsageError
 
 GB, MIB, GIB = 10**9, 1 << 20, 1 << 30
 
@@ -94,3 +97,21 @@ REGISTRIES = (
 def limits_of(host: str) -> Limits | None:
     """Return what is known of a registry by its host, or None."""
     return next((r for r in REGISTRIES if r.hosts and re.fullmatch(r.hosts, host.lower())), None)
+
+
+def check_layers(layers: Iterable[tuple[str, int]], host: str) -> None:
+    """Refuse, before anything is sent, a layer that the registry is known not to take.
+
+    `layers` are names and sizes. Raises UsageError.
+    """
+    limits = limits_of(host)
+    if limits is None or not limits.largest_layer:
+        return
+    for name, size in layers:
+        if size > limits.largest_layer:
+            raise UsageError(
+                f"{limits.name} takes layers of up to {limits.largest_layer} bytes, and {name} "
+                f"has {size}",
+                hint="split it: --max-layer-size for safetensors, `quantize --split-max-size` for "
+                f"GGUF; the limit is from {limits.source}",
+            )

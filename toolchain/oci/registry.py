@@ -19,7 +19,7 @@ from toolchain.oci.attachments import Attachment
 from toolchain.oci.auth import Credentials, anonymous
 from toolchain.oci.image import Image, Opener, load_image
 from toolchain.oci.index import Index
-from toolchain.oci.limits import limits_of
+from toolchain.oci.limits import check_layers, limits_of
 from toolchain.oci.progress import Advance, Meter
 from toolchain.oci.proxies import Routed
 from toolchain.oci.references import Reference
@@ -116,7 +116,7 @@ class Registry:
         if reference.digest and reference.digest != image.digest:
             raise _another_digest(image.digest, reference)
         names = [(layer.file or layer.digest.short, layer.size) for layer in image.layers]
-        _check_limits(names, reference)
+        check_layers(names, reference.registry)
         sources = uploads.mount_sources(image, reference, mount_from)
         session = self._session(reference, "pull,push", sources)
         _guard_tag(session, reference, image, force)
@@ -253,7 +253,7 @@ class Registry:
         them; a tag that names another digest is a UsageError where `force` is false.
         """
         began, digest = time.monotonic(), Digest.of(manifest)
-        _check_limits([(blob.digest.short, blob.size) for blob, _ in blobs], reference)
+        check_layers([(blob.digest.short, blob.size) for blob, _ in blobs], reference.registry)
         sources = [name for name in mount_from if name != reference.repository]
         session = self._session(reference, "pull,push", sources)
         _guard_tag(session, reference, digest, force)
@@ -327,21 +327,6 @@ def _another_digest(found: Digest, reference: Reference) -> UsageError:
         f"the image has the digest {found}, not the one in {reference}",
         hint="leave the digest out of the reference",
     )
-
-
-def _check_limits(layers: Iterable[tuple[str, int]], reference: Reference) -> None:
-    """Refuse, before anything is sent, a layer that the registry is known not to take."""
-    limits = limits_of(reference.registry)
-    if limits is None or not limits.largest_layer:
-        return
-    for name, size in layers:
-        if size > limits.largest_layer:
-            raise UsageError(
-                f"{limits.name} takes layers of up to {limits.largest_layer} bytes, and {name} "
-                f"has {size}",
-                hint="split it: --max-layer-size for safetensors, `quantize --split-max-size` for "
-                f"GGUF; the limit is from {limits.source}",
-            )
 
 
 def _guard_tag(

@@ -41,11 +41,13 @@ class TaskFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What a target is recorded with, or a merge that was refused before there was one."""
+    """What a target is recorded with, as far as it came, or a merge that none was made of."""
 
     recipe: Recipe
     sources: Sources
     checkpoint: Checkpoint
+    target: str
+    """Its name; empty where a merge was refused before there was any."""
     artifact: Artifact | None
     config: ServingConfig | None
     published: Published | None
@@ -106,7 +108,7 @@ def build_document(facts: Facts) -> dict[str, Json]:
         "schema": 1,
         "name": recipe.name,
         "version": recipe.version,
-        "target": facts.config.target if facts.config else "",
+        "target": facts.target,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "base": _source(facts.sources.base),
         "adapters": [
@@ -212,7 +214,7 @@ def _reproduce(facts: Facts) -> list[str]:
     """Return the command that gives the same digest, and what it must find."""
     sources = [("base", facts.sources.base)]
     sources += [("adapter", adapter.snapshot) for adapter in facts.sources.adapters]
-    target = f" --target {facts.config.target}" if facts.config else ""
+    target = f" --target {facts.target}" if facts.target else ""
     lines = [f"# weightsmith {__version__}"]
     lines += [f"# {kind} {source.source}: {source.pin}" for kind, source in sources]
     lines.append(f"invoke build --recipe recipe.yaml{target}")
