@@ -116,11 +116,18 @@ class Runner(Protocol):
 
     name: str
 
+    @property
+    def networked(self) -> bool:
+        """Say whether a job has run with the machine's network, because the user allowed it."""
+
     def prepare(self, builder: str, progress: Progress) -> None:
         """Make the builder ready; says what it does and how long that may take."""
 
     def check(self, builder: str) -> None:
-        """Raise EnvironmentFailure, at no cost, where the builder surely cannot be made here."""
+        """Raise EnvironmentFailure, at no cost, where the builder surely cannot be made here.
+
+        Or where its jobs could not be kept from the network.
+        """
 
     def ready(self, builder: str) -> bool:
         """Say whether the builder is there already."""

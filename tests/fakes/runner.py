@@ -26,6 +26,7 @@ class MemoryRunner:
     """Builders that cannot be made here."""
     journal: Journal = field(default_factory=Journal)
     name: str = "memory"
+    networked: bool = False
 
     def prepare(self, builder: str, progress: Progress) -> None:
         self.check(builder)

@@ -189,6 +189,7 @@ class DockerRunner:
     """
 
     name = "docker"
+    networked = False
 
     def __init__(self, engine: DockerEngine, cache: Path) -> None:
         self._engine = engine

@@ -41,6 +41,11 @@ class FallbackRunner:
         else:
             self._chosen[builder] = self._first
 
+    @property
+    def networked(self) -> bool:
+        """Say whether a job of either had the network."""
+        return self._first.networked or self._second.networked
+
     def check(self, builder: str) -> None:
         """Refuse nothing beforehand: one runner may be able to make what the other cannot."""
 

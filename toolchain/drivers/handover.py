@@ -31,13 +31,12 @@ def readable(source: Path, staging: Path, *, by_others: bool) -> Path:
             return real
         staging.mkdir(parents=True)
         return _give(real, staging / source.name)
-    inside = [real, *below(real)]
-    leads_out = any(p.is_symlink() and not p.resolve().is_relative_to(real) for p in inside)
-    if not leads_out and not (by_others and any(_closed(path) for path in inside)):
+    inside, linked = [real, *below(real)], leads_out(real)
+    if not linked and not (by_others and any(_closed(path) for path in inside)):
         return real
     staging.mkdir(parents=True)
     # Links are followed by the rules for model folders alone.
-    names = scan(real) if leads_out else [p.relative_to(real) for p in inside if p.is_file()]
+    names = scan(real) if linked else [p.relative_to(real) for p in inside if p.is_file()]
     for name in names:
         target = staging / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -45,6 +44,11 @@ def readable(source: Path, staging: Path, *, by_others: bool) -> Path:
     for folder in [staging, *(path for path in below(staging) if path.is_dir())]:
         folder.chmod(0o755)
     return staging
+
+
+def leads_out(folder: Path) -> bool:
+    """Say whether a link in a folder leads out of it; the folder's own name leads to no link."""
+    return any(p.is_symlink() and not p.resolve().is_relative_to(folder) for p in below(folder))
 
 
 def _closed(path: Path) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from toolchain.drivers import process
+from toolchain.drivers.confinement import Confinement, confinement, interpreter, job_jail
 from toolchain.drivers.environment import (
     Pins,
     check_compiler,
@@ -14,29 +15,44 @@ from toolchain.drivers.environment import (
     make_environment,
 )
 from toolchain.drivers.hardware import cores, gpu_names
+from toolchain.drivers.jail import Jail
 from toolchain.drivers.ownership import private_folder
 from toolchain.drivers.toolset import make_toolset, toolset_folder
 from toolchain.drivers.wire import Conversation, job_file, open_log
+from toolchain.errors import EnvironmentFailure
 from toolchain.ports import Progress
 from toolchain.resources import compiled_engines, package
 from toolchain.values import Job, Json
+
+WAYS_OUT = (
+    "use the docker runner; or have the kernel give ordinary users namespaces (Ubuntu: sysctl "
+    "kernel.apparmor_restrict_unprivileged_userns=0, or an AppArmor profile with `userns`; "
+    "elsewhere: sysctl user.max_user_namespaces) or system call filters; or give "
+    "--allow-network-in-jobs"
+)
+"""What to do where jobs cannot be kept from the network."""
 
 
 class LocalRunner:
     """Runs each job in a subprocess of its builder's own virtual environment below `cache`.
 
-    The subprocess has no network where the kernel lets us take it away, none of the caller's
-    tokens, a memory limit, and ends with us. It is not kept from reading or writing the user's
-    other files: that takes the container runner.
+    The subprocess has no network, none of the caller's tokens, a memory limit, and ends with us.
+    It reads its inputs, its builder and the system's libraries, writes its output and a temporary
+    folder, and reaches no other program, as far as the kernel lets us see to it: `doctor` says how
+    far that is. Where not even the network can be taken away, no job is run, unless
+    `allow_network` is given.
     """
 
     name = "local"
 
-    def __init__(self, cache: Path) -> None:
+    def __init__(self, cache: Path, *, allow_network: bool = False) -> None:
         self._cache = cache
+        self._allow_network = allow_network
+        self.networked = False
 
     def prepare(self, builder: str, progress: Progress) -> None:
         """Make the builder's environment and tools, if they are not there."""
+        self._require_confinement()
         pins = _pins(builder)
         if not is_complete(environment_folder(self._cache, pins)):
             progress.note(
@@ -48,7 +64,11 @@ class LocalRunner:
             make_toolset(self._cache, engine, progress)
 
     def check(self, builder: str) -> None:
-        """Raise EnvironmentFailure where a package has to be compiled, and nothing here can."""
+        """Raise EnvironmentFailure where its jobs would have the network, or it cannot be made.
+
+        It cannot where a package has to be compiled, and nothing here can.
+        """
+        self._require_confinement()
         pins = _pins(builder)
         if not is_complete(environment_folder(self._cache, pins)):
             check_compiler(pins)
@@ -68,9 +88,14 @@ class LocalRunner:
             _furnish(folder)
             conversation = Conversation(job=job, progress=progress, log=log)
             (folder / "job.json").write_text(_local_job(job), encoding="utf-8")
-            isolated = process.can_leave_network()
-            if not isolated:
-                log.write("this machine does not let us take the network away from the job\n")
+            found = confinement()
+            jail = self._jail(job, folder, found)
+            if left := found.left():
+                log.write(f"this machine does not let us keep the job from {left}\n")
+            if jail.sockets:
+                if not self.networked:
+                    progress.warn("jobs have the network of this machine: --allow-network-in-jobs")
+                self.networked = True
             done = process.run(
                 [python, "-m", "toolchain.worker", folder / "job.json"],
                 cwd=folder / "tmp",
@@ -81,10 +106,31 @@ class LocalRunner:
                 limits=process.Limits(
                     # A GPU's memory is mapped into the process, so no such limit would hold.
                     memory_bytes=0 if job.use_gpu and gpu_names() else job.memory_bytes,
-                    network=not isolated,
+                    jail=jail,
                 ),
             )
-            return conversation.result(done.returncode)
+            result = conversation.result(done.returncode)
+            return {**result, "network_in_jobs": True} if jail.sockets else result
+
+    def _require_confinement(self) -> None:
+        if not self._allow_network and not confinement().network:
+            raise EnvironmentFailure(
+                "this machine does not let the local runner take the network away from jobs",
+                hint=WAYS_OUT,
+            )
+
+    def _jail(self, job: Job, folder: Path, found: Confinement) -> Jail:
+        environment = environment_folder(self._cache, _pins(job.builder))
+        tools = [toolset_folder(self._cache, engine) for engine in compiled_engines(job.builder)]
+        return job_jail(
+            found,
+            run=[environment, *interpreter(environment / "bin" / "python"), package(), *tools],
+            read=[folder],
+            inputs=[path.absolute() for path in job.inputs.values()],
+            write=[folder / "tmp", job.output.absolute()],
+            gpu=job.use_gpu,
+            sockets=not found.network,
+        )
 
     def _environment(self, job: Job, folder: Path) -> dict[str, str]:
         own = {

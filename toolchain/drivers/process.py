@@ -22,10 +22,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
 
+from toolchain.drivers.jail import Jail
 from toolchain.drivers.lines import pump
 from toolchain.errors import EnvironmentFailure
 
@@ -54,6 +55,8 @@ class Limits:
     """Most that it may allocate; mapped files do not count. 0 for no limit."""
     network: bool = True
     """False puts it where there is no network; ask `can_leave_network` first."""
+    jail: Jail | None = None
+    """Keeps it apart from everything else, by what `confinement` has found out; for jobs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,6 +247,7 @@ def _spawn(
         "parent": os.getpid(),
         "memory_bytes": limits.memory_bytes,
         "network": limits.network,
+        "jail": limits.jail and asdict(limits.jail),
     }
     return subprocess.Popen(
         [sys.executable, "-I", "-S", str(_TRAMPOLINE), json.dumps(settings), *words],

@@ -9,6 +9,7 @@ changes its user or gets new capabilities.
 from __future__ import annotations
 
 import ctypes
+import importlib.machinery
 import json
 import os
 import resource
@@ -16,6 +17,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 NEW_USER, NEW_NETWORK = 0x1000_0000, 0x4000_0000
@@ -66,14 +68,45 @@ def die_with_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def prepare(settings: dict[str, Any]) -> None:
-    """Apply all settings, the death signal last."""
-    if not settings.get("network", True):
-        leave_network()
+def sibling(name: str) -> ModuleType:
+    """Import a file beside this one: isolated Python looks for none there."""
+    path = Path(__file__).with_name(f"{name}.py")
+    module = sys.modules[name] = ModuleType(name)
+    importlib.machinery.SourceFileLoader(name, str(path)).exec_module(module)
+    return module
+
+
+def imprison(settings: dict[str, Any]) -> None:
+    """Apply the settings of a job; see `jail.py`."""
+    jail, landlock, filters = sibling("jail"), sibling("landlock"), sibling("filters")
+    wanted = jail.Jail(**settings["jail"])
+    parent_gone = jail.enter(wanted, settings["parent"])
+    limit(settings)
+    jail.restrict(wanted, landlock, filters)
+    if parent_gone is None:
+        die_with_parent(settings["parent"])
+    else:
+        check(libc.prctl(SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0), "prctl")
+        if parent_gone():
+            os._exit(FAILED)
+
+
+def limit(settings: dict[str, Any]) -> None:
+    """Bound what the program may use."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if settings.get("memory_bytes"):
         # Counts what the process writes to, not the weight files that it maps.
         resource.setrlimit(resource.RLIMIT_DATA, (settings["memory_bytes"],) * 2)
+
+
+def prepare(settings: dict[str, Any]) -> None:
+    """Apply all settings, the death signal last."""
+    if settings.get("jail"):
+        imprison(settings)
+        return
+    if not settings.get("network", True):
+        leave_network()
+    limit(settings)
     if not settings.get("network", True):
         check(libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0), "prctl")
     die_with_parent(settings["parent"])

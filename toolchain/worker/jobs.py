@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from toolchain.drivers.inmate import attempts
 from toolchain.errors import CheckFailed, EnvironmentFailure, InputRefused, Unmeasurable, from_code
 from toolchain.values import Job, Json, plain
 from toolchain.worker.steps import forget_steps, run_steps
@@ -187,6 +188,7 @@ def _echo(job: Job, report: Report) -> Mapping[str, Json]:
         "uid": os.getuid(),
         "network": _network_reachable(),
         "writable": [path for path in wanted.get("try_to_write", []) if _writable(Path(path))],
+        "reached": attempts(wanted["targets"]) if "targets" in wanted else {},
         "input_writable": _writable(job.inputs["text"].parent / "intruder"),
         "secrets": sorted(
             n for n in os.environ if n.endswith(("TOKEN", "PASSWORD", "SECRET", "KEY"))
@@ -196,11 +198,11 @@ def _echo(job: Job, report: Report) -> Mapping[str, Json]:
 
 def _network_reachable() -> bool:
     # Connecting a datagram socket sends nothing; it fails where there is no route.
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect(("192.0.2.1", 9))
-        except OSError:
-            return False
+    except OSError:
+        return False
     return True
 
 

@@ -1,0 +1,55 @@
+"""A local builder without packages, made in a moment: enough for the `echo` job."""
+
+from __future__ import annotations
+
+import sys
+import venv
+from pathlib import Path
+
+from toolchain.drivers.environment import environment_folder
+from toolchain.drivers.local import LocalRunner, _pins
+from toolchain.values import Job
+
+
+def bare_builder(cache: Path, name: str = "merge") -> Path:
+    """Make the builder in a cache folder and return that."""
+    folder = environment_folder(cache, _pins(name))
+    venv.EnvBuilder(symlinks=True, with_pip=False).create(folder)
+    (folder / ".complete").write_text("")
+    return cache
+
+
+def bare_runner(cache: Path, **options: bool) -> LocalRunner:
+    return LocalRunner(bare_builder(cache), **options)
+
+
+def echo_job(folder: Path, **parameters: object) -> Job:
+    """Return a job that reads one file and writes one, below a folder."""
+    for name in ("in", "out"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / "in" / "text.txt").write_text("text")
+    return Job(
+        stage="echo",
+        builder="merge",
+        inputs={"text": folder / "in" / "text.txt"},
+        parameters=parameters,
+        output=folder / "out",
+        memory_bytes=1 << 30,
+    )
+
+
+if __name__ == "__main__":
+    import json
+
+    from tests.fakes.runner import RecordingProgress
+    from toolchain.drivers.confinement import targets
+    from toolchain.errors import WeightsmithError
+
+    here, progress = Path(sys.argv[1]), RecordingProgress()
+    runner = bare_runner(here / "cache", allow_network="--allow-network-in-jobs" in sys.argv)
+    try:
+        with targets() as outside:
+            answer = runner.run(echo_job(here, targets=outside), progress)
+    except WeightsmithError as error:
+        answer = {"exit_code": error.exit_code, "message": error.message, "hint": error.hint}
+    print(json.dumps({**answer, "lines": progress.lines, "networked": runner.networked}))  # noqa: T201

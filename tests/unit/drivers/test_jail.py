@@ -1,0 +1,234 @@
+"""The parts of a job's jail: rules for files, the filter of system calls, and the way in."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.bare_builder import bare_builder, echo_job
+from tests.fakes.runner import RecordingProgress
+from toolchain.drivers import filters, landlock, local, process
+from toolchain.drivers.confinement import Confinement, confinement, interpreter, job_jail
+from toolchain.drivers.fallback import FallbackRunner
+from toolchain.drivers.jail import ALL, NONE
+from toolchain.errors import EnvironmentFailure
+
+BASE_PYTHON = Path(getattr(sys, "_base_executable", sys.executable))
+PIECES = str(Path(filters.__file__).parent)
+HEADERS = {
+    "x86_64": Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),
+    "aarch64": Path("/usr/include/asm-generic/unistd.h"),
+}
+
+
+@pytest.mark.parametrize("machine", HEADERS)
+def test_numbers_of_system_calls_are_the_kernels(machine):
+    if not HEADERS[machine].is_file():
+        pytest.skip("no kernel headers are installed")
+    found = re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", HEADERS[machine].read_text())
+    known = {name: int(number) for name, number in found}
+
+    assert {name: known[name] for name in filters.NUMBERS[machine]} == filters.NUMBERS[machine]
+
+
+def tried(folder: Path, code: str, abi: int) -> dict[str, str]:
+    """Return what each of some attempts ended with, under the rules of an older kernel."""
+    (folder / "given").mkdir()
+    (folder / "given" / "model").write_text("weights")
+    script = f"""
+import ctypes, errno, json, os, socket, sys
+sys.path.insert(0, {PIECES!r})
+import filters, landlock
+ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)
+rules = [(path, landlock.RUN) for path in sys.path + ["/usr", "/lib", "/lib64"]]
+rules += [({str(folder / "given")!r}, landlock.READ), ({str(folder / "own")!r}, landlock.WRITE)]
+os.mkdir({str(folder / "own")!r})
+os.chdir({str(folder)!r})
+landlock.restrict(rules, {abi})
+filters.install(filters.job_filter(filters.machine(), landlock={abi}))
+answers = {{}}
+def attempt(name, action):
+    try:
+        action()
+    except OSError as problem:
+        answers[name] = errno.errorcode[problem.errno]
+    else:
+        answers[name] = ""
+{code}
+print(json.dumps(answers))
+"""
+    done = process.run([BASE_PYTHON, "-S", "-c", script])
+    assert done.returncode == 0, done.tail
+    return json.loads(done.tail[-1])
+
+
+FILES = """
+attempt("read", lambda: open("given/model").read())
+attempt("write", lambda: open("given/model", "w"))
+attempt("truncate", lambda: os.truncate("given/model", 0))
+attempt("cut off", lambda: os.open("given/model", os.O_RDONLY | os.O_TRUNC))
+attempt("other", lambda: open("other").read())
+attempt("own", lambda: open("own/result", "w").write("x"))
+attempt("again", lambda: open("own/result", "w").truncate())
+"""
+
+
+@pytest.mark.parametrize("abi", [1, 2, 3, 6])
+def test_inputs_can_be_read_and_not_changed_by_the_rules_of_each_kernel(abi, tmp_path):
+    if landlock.abi() < abi:
+        pytest.skip(f"this kernel's Landlock is of ABI {landlock.abi()}")
+    (tmp_path / "other").write_text("the user's")
+
+    answers = tried(tmp_path, FILES, abi)
+
+    refused = {name for name, problem in answers.items() if problem in ("EACCES", "EPERM")}
+    assert refused == {"write", "truncate", "cut off", "other"}
+    assert answers["read"] == answers["own"] == answers["again"] == ""
+    assert (tmp_path / "given" / "model").read_text() == "weights"
+
+
+SOCKETS = """
+for name in ("AF_INET", "AF_INET6", "AF_NETLINK", "AF_PACKET", "AF_VSOCK"):
+    attempt(name, lambda: socket.socket(getattr(socket, name), socket.SOCK_STREAM))
+attempt("pair", socket.socketpair)
+local = socket.socket(socket.AF_UNIX)
+attempt("connect", lambda: local.connect("/run/docker.sock"))
+attempt("bind", lambda: local.bind("own/socket"))
+attempt("datagram", lambda: socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+attempt("pair of datagrams", lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM))
+call = ctypes.CDLL(None, use_errno=True).syscall
+def raw(*words):
+    if call(*words) < 0:
+        raise OSError(ctypes.get_errno(), "")
+attempt("io_uring", lambda: raw(425, 1, None))
+attempt("clone3", lambda: raw(435, None, 0))
+attempt("x32", lambda: raw(0x40000000 + 41, 2, 1, 0))
+attempt("unshare", lambda: raw(272, 0x10000000))
+attempt("keys", lambda: raw(250, 0, -3, 0))
+"""
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the numbers are x86-64's")
+def test_there_are_no_sockets_but_pairs_of_its_own(tmp_path):
+    if landlock.abi() == 0:
+        pytest.skip("this kernel has no Landlock")
+
+    answers = tried(tmp_path, SOCKETS, 1)
+
+    families = {answers[name] for name in answers if name.startswith("AF_")}
+    assert families == {"EAFNOSUPPORT"}
+    assert answers["pair"] == ""
+    assert answers["connect"] == "ECONNREFUSED"
+    assert answers["bind"] == "EPERM"
+    assert answers["datagram"] == answers["pair of datagrams"] == "EAFNOSUPPORT"
+    assert answers["io_uring"] == answers["clone3"] == answers["x32"] == "ENOSYS"
+    assert answers["unshare"] == answers["keys"] == "EPERM"
+
+
+def imprisoned(folder: Path, code: str) -> process.Completed:
+    """Run a few lines of Python in the best jail that there is here."""
+    jail = job_jail(confinement(), run=interpreter(BASE_PYTHON), read=[], write=[folder])
+    words = [BASE_PYTHON, "-I", "-S", "-c", code]
+    return process.run(words, cwd=folder, limits=process.Limits(jail=jail))
+
+
+def test_a_program_ends_in_a_jail_as_it_does_outside(tmp_path):
+    assert imprisoned(tmp_path, "raise SystemExit(7)").returncode == 7
+
+
+def test_a_crash_in_a_jail_is_told_as_one(tmp_path):
+    crash = "import ctypes; ctypes.string_at(0)"
+
+    assert imprisoned(tmp_path, crash).returncode == -signal.SIGSEGV
+
+
+def test_no_capability_is_left_but_roots_to_read(tmp_path):
+    """Its output is the job's own, and its inputs may be another user's."""
+    code = "print(*(x for x in open('/proc/self/status') if x.startswith('Cap')))"
+
+    rights = {line.split()[1] for line in imprisoned(tmp_path, code).tail if line.strip()}
+
+    assert rights <= {"0" * 16, f"{4:016x}"}
+    assert os.getuid() == 0 or rights == {"0" * 16}
+
+
+def test_a_job_sees_no_process_but_its_own(tmp_path):
+    if confinement().namespaces != ALL:
+        pytest.skip("this kernel gives no namespace of processes")
+
+    done = imprisoned(
+        tmp_path, "import os; print(*(x for x in os.listdir('/proc') if x.isdigit()))"
+    )
+
+    assert done.tail[-1] == "1"
+
+
+def test_a_model_of_links_is_readable_with_what_they_lead_to(tmp_path):
+    """As the hub's cache is: a folder of links to blobs beside it."""
+    home = tmp_path / "hub" / "models--a--b"
+    snapshot, blobs = home / "snapshots" / "1", home / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "ab").write_text("{}")
+    (blobs / "cd").write_text("another model's")
+    (snapshot / "config.json").symlink_to("../../blobs/ab")
+
+    jail = job_jail(Confinement(), run=[], read=[], write=[], inputs=[snapshot])
+
+    assert str(blobs / "ab") in jail.read
+    assert str(blobs) not in jail.read
+    assert str(blobs / "cd") not in jail.read
+
+
+class Unable:
+    """A first runner whose builders cannot be made."""
+
+    name, networked = "docker", False
+
+    def prepare(self, builder, progress):
+        raise EnvironmentFailure("no base image")
+
+
+@pytest.fixture
+def nothing_holds(monkeypatch):
+    monkeypatch.setattr(local, "confinement", Confinement)
+
+
+def test_without_any_confinement_the_local_runner_refuses(nothing_holds, tmp_path):
+    runner, progress = local.LocalRunner(bare_builder(tmp_path)), RecordingProgress()
+
+    for refused in (
+        lambda: runner.check("merge"),
+        lambda: runner.prepare("merge", progress),
+        lambda: runner.run(echo_job(tmp_path), progress),
+        lambda: FallbackRunner(Unable(), runner).run(echo_job(tmp_path), progress),
+    ):
+        with pytest.raises(EnvironmentFailure, match="take the network away from jobs") as caught:
+            refused()
+        assert "--allow-network-in-jobs" in caught.value.hint
+
+
+def test_whoever_allows_the_network_is_warned_once(nothing_holds, tmp_path):
+    runner = local.LocalRunner(bare_builder(tmp_path), allow_network=True)
+    either, progress = FallbackRunner(Unable(), runner), RecordingProgress()
+    assert not either.networked
+
+    results = [either.run(echo_job(tmp_path / name), progress) for name in ("a", "b")]
+
+    assert [result["network_in_jobs"] for result in results] == [True, True]
+    assert either.networked
+    warned = [line for line in progress.lines if "--allow-network-in-jobs" in line[-1]]
+    assert len(warned) == 1
+
+
+def test_the_confinement_of_nothing_says_so():
+    assert Confinement().namespaces == NONE
+    assert not Confinement().network
+    assert "the network" in Confinement().left()
+    assert Confinement().taken() == ""
