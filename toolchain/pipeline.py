@@ -56,7 +56,7 @@ def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[B
     recipe, clock = request.file.recipe, Clock(tools)
     tasks = tasks_of(request.file)
     asked = f"{sum(len(tried.task.items) for tried in tasks)} questions to"
-    check_outputs(request, registry)
+    check_machine(request, registry, tools)
     with clock.stage("resolve", recipe.base.source) as note:
         request, sources = resolved(request, tools, note)
         devices = check_before_work(request, sources, tools)
@@ -132,8 +132,9 @@ def resolved(
     return replace(request, file=file), sources
 
 
-def check_outputs(request: BuildRequest, registry: Registry) -> None:
-    """Notice before the work that what it makes could not be written or pushed."""
+def check_machine(request: BuildRequest, registry: Registry, tools: Tools) -> None:
+    """Notice before the work that jobs could not be run, or their results written or pushed."""
+    tools.runner.check(merging.BUILDER)
     for target in request.targets:
         publishing.check_layout(request.outputs_of(target))
     if request.outputs.push:

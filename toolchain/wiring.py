@@ -110,11 +110,14 @@ def make_registry(*, insecure: bool = False) -> Registry:
     )
 
 
-def make_tools(runner: str, progress: Progress, *, sign_key: str = "") -> tuple[Tools, bool]:
+def make_tools(
+    runner: str, progress: Progress, *, sign_key: str = "", allow_network_in_jobs: bool = False
+) -> tuple[Tools, bool]:
     """Return the outside world of a build, and whether a container engine is part of it.
 
     `auto` takes the container engine where one answers, and does the jobs of builders that the
-    engine cannot make (its base image is out of reach, say) on this machine. Raises UsageError
+    engine cannot make (its base image is out of reach, say) on this machine. There, jobs that
+    cannot be kept from the network are refused unless `allow_network_in_jobs`. Raises UsageError
     for an unknown runner, EnvironmentFailure where `docker` is asked for and no engine answers.
     """
     if runner not in RUNNERS:
@@ -123,7 +126,7 @@ def make_tools(runner: str, progress: Progress, *, sign_key: str = "") -> tuple[
     answers = runner != "local" and engine.answers()
     if runner == "docker" and not answers:
         engine.client  # noqa: B018 - raises what is wrong and what to do
-    chosen: Runner = LocalRunner(cache_folder())
+    chosen: Runner = LocalRunner(cache_folder(), allow_network=allow_network_in_jobs)
     if answers:
         docker = DockerRunner(engine, cache_folder())
         chosen = docker if runner == "docker" else FallbackRunner(docker, chosen)

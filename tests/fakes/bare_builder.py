@@ -41,7 +41,7 @@ def echo_job(folder: Path, **parameters: object) -> Job:
 if __name__ == "__main__":
     import json
 
-    from tests.fakes.runner import RecordingProgress
+    from tests.fakes.journal import RecordingProgress
     from toolchain.drivers.confinement import targets
     from toolchain.errors import WeightsmithError
 

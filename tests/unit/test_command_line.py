@@ -194,7 +194,8 @@ def test_the_machine_is_described(tmp_path):
 
     assert done.returncode == 0
     checks = json.loads(done.stdout)["checks"]
-    assert set(checks) >= {"engine", "gpu", "memory", "disk", "credentials", "builders"}
+    assert set(checks) >= {"engine", "gpu", "memory", "disk", "credentials", "builders", "jobs"}
+    assert "local jobs" in checks["jobs"]["found"]
     assert "local: none" in checks["builders"]["found"]
 
 

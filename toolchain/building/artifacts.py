@@ -18,6 +18,12 @@ from toolchain.stages.quantize import Wanted
 from toolchain.values import Artifact, Checkpoint, Format, Json, Snapshot
 
 
+def network_in_jobs(checkpoint: Checkpoint, artifact: Artifact | None, tools: Tools) -> bool:
+    """Say whether a job had the machine's network: one of now, or one that made what is cached."""
+    made = (checkpoint.details, artifact.details if artifact else {})
+    return tools.runner.networked or any(details.get("network_in_jobs") for details in made)
+
+
 def texts_of(file: RecipeFile) -> Texts:
     """Return the recipe's calibration and held-out texts; the general ones where it names none.
 

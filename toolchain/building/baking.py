@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from toolchain.building.artifacts import network_in_jobs
 from toolchain.building.planning import (
     BuildRequest,
     estimated_bytes,
@@ -230,6 +231,7 @@ class Baking:
                 recipe=recipe,
                 quantizer_builder=of_format(format_.name).builder if format_.packed else "",
                 scores=scores,
+                network_in_jobs=network_in_jobs(checkpoint, self.artifact, self.tools),
                 base_bills=bills_of(self.base_name, base, registry),
             )
             for base in self.bases

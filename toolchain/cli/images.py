@@ -35,6 +35,7 @@ def bake(
     insecure: bool = False,
     sign_key: str = "",
     runner: str = "auto",
+    allow_network_in_jobs: bool = False,
     json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
     """Assemble the image of a model, and push it, load it or write it as an OCI layout."""
@@ -47,7 +48,12 @@ def bake(
 
     required(model=model, target=target)
     keep_clean([model, config, base_image], layout=layout)
-    tools, _ = make_tools(runner, progress_for(), sign_key=sign_key)
+    tools, _ = make_tools(
+        runner,
+        progress_for(),
+        sign_key=sign_key,
+        allow_network_in_jobs=allow_network_in_jobs,
+    )
     request = BakeRequest(
         model=Path(model),
         target=target,

@@ -27,6 +27,7 @@ def merge(
     precision: str = "exact",
     quantized_base: str = "refuse",
     runner: str = "auto",
+    allow_network_in_jobs: bool = False,
     json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
     """Merge adapters into a base: a plain Hugging Face checkpoint in --out."""
@@ -55,7 +56,7 @@ def merge(
         adapters=tuple(Path(folder) for folder in adapter),
         weights=parse_weights(weights, len(adapter)),
     )
-    tools, _ = make_tools(runner, progress_for())
+    tools, _ = make_tools(runner, progress_for(), allow_network_in_jobs=allow_network_in_jobs)
     kept = keep_folder(folders, Path(keep_adapter), options, tools) if keep_adapter else {}
     result = merge_folders(folders, Path(out), options, tools) if out else kept
     if kept and out:
@@ -79,6 +80,7 @@ def validate(
     quantized_base: str = "refuse",
     probes: str = "",
     runner: str = "auto",
+    allow_network_in_jobs: bool = False,
     json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
     """Compare a merged checkpoint with its base and adapters: files, every element, logits."""
@@ -91,7 +93,7 @@ def validate(
     required(base=base, adapter=adapter, merged=merged)
     keep_clean([base, *adapter, merged])
     factors = parse_weights(weights, len(adapter))
-    tools, _ = make_tools(runner, progress_for())
+    tools, _ = make_tools(runner, progress_for(), allow_network_in_jobs=allow_network_in_jobs)
     result = validate_folders(
         Path(base),
         tuple((Path(folder), w) for folder, w in zip(adapter, factors, strict=True)),
@@ -145,6 +147,7 @@ def quantize(
     allow_low_bits: bool = False,
     no_gate: bool = False,
     runner: str = "auto",
+    allow_network_in_jobs: bool = False,
     json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
     """Quantize a checkpoint to --format, read the result back and measure what was lost."""
@@ -167,7 +170,7 @@ def quantize(
             "tensor_types": dict(pair.partition("=")[::2] for pair in tensor_type),
         }
     )
-    tools, _ = make_tools(runner, progress_for())
+    tools, _ = make_tools(runner, progress_for(), allow_network_in_jobs=allow_network_in_jobs)
     asked = FolderRequest(
         model=Path(model),
         format_name=format,

@@ -43,6 +43,7 @@ def evaluate(
     max_drop: str = "",
     min_score: float = 0.0,
     runner: str = "auto",
+    allow_network_in_jobs: bool = False,
     json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
     """Score a started image, a server, or a checkpoint with or without adapter on --data."""
@@ -78,7 +79,7 @@ def evaluate(
         image=image, url=url, model=model, adapters=tuple(adapter), served_name=served_name
     )
     check_subject(subject)
-    tools, _ = make_tools(runner, progress_for())
+    tools, _ = make_tools(runner, progress_for(), allow_network_in_jobs=allow_network_in_jobs)
     options = EvaluateOptions(
         metric=metric,
         command=command,

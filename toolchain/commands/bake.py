@@ -213,6 +213,7 @@ def _made(
             name=model.name,
             version="0",
             parameters={"target": target.name, "kind": request.kind, "order": request.order},
+            network_in_jobs=tools.runner.networked,
             base_bills=bills_of(name, base, registry) if base else (),
         )
 

@@ -69,6 +69,8 @@ def evaluate_subject(
     strict, CheckFailed for a server that fails or a score that is too low.
     """
     check_subject(subject)
+    if subject.model:
+        tools.runner.check(BUILDER)
     task = _task(data, options)
     _check_leaks(task, options, tools)
     before = _earlier(options.against) if options.against else None

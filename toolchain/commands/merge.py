@@ -59,6 +59,7 @@ def keep_folder(folders: Folders, out: Path, options: Merge, tools: Tools) -> Ma
 def _run(
     folders: Folders, out: Path, options: Merge, tools: Tools, *, keep: bool
 ) -> Mapping[str, Json]:
+    tools.runner.check(BUILDER)
     plan = make_plan(
         folders.base,
         folders.pairs,

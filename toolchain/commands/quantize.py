@@ -46,6 +46,7 @@ def quantize_folder(asked: FolderRequest, tools: Tools) -> Mapping[str, Json]:
     out = asked.out.absolute()
     if out.exists():
         raise UsageError(f"{out} exists already", hint="name a new file or folder with --out")
+    tools.runner.check(quantizer.builder)
     wanted = make_wanted(out.stem or asked.model.name, format_, asked.wishes, {}, tools)
     _refuse_ignored(asked, wanted)
     check_model(wanted, model_config(asked.model))

@@ -25,6 +25,7 @@ def validate_folders(
     Raises CheckFailed with the same as details where the folder differs from base and adapters,
     InputRefused for a folder that is none, UsageError for the probes.
     """
+    tools.runner.check(BUILDER)
     check_model_folder(base)
     check_model_folder(merged)
     for folder, _ in adapters:

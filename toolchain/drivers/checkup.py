@@ -7,10 +7,11 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from toolchain.drivers.confinement import confinement
 from toolchain.drivers.credentials import docker_config
 from toolchain.drivers.docker import DockerEngine, DockerRunner
 from toolchain.drivers.hardware import cores, gpu_names
-from toolchain.drivers.local import LocalRunner
+from toolchain.drivers.local import WAYS_OUT, LocalRunner
 from toolchain.errors import WeightsmithError
 from toolchain.ports import Runner
 from toolchain.privacy import is_shared, open_to_others
@@ -31,6 +32,7 @@ def examine_machine(engine: DockerEngine, cache: Path, store: Path) -> Mapping[s
         "privacy": _privacy(cache, store),
         "credentials": _credentials(),
         "builders": _builders(engine, cache),
+        "jobs": _jobs(),
     }
     return {
         "checks": checks,
@@ -129,6 +131,19 @@ def _builders(engine: DockerEngine, cache: Path) -> dict[str, Json]:
         ok=not missing,
         todo=f"{', '.join(missing)}: made by the first build that needs it" if missing else "",
     )
+
+
+def _jobs() -> dict[str, Json]:
+    """Say what jobs of the local runner cannot reach, and what they can."""
+    found = confinement()
+    left = found.left()
+    todo = f"still in reach of local jobs: {left}; the docker runner takes away all of it"
+    if not found.network:
+        todo = f"local jobs are refused: {WAYS_OUT}"
+    said = "local jobs have no network and reach no other files, sockets or processes"
+    if left:
+        said = f"local jobs are kept from {found.taken() or 'nothing'}"
+    return _check(said, ok=not left, todo=todo if left else "")
 
 
 def _check(found: str, *, ok: bool = False, todo: str = "") -> dict[str, Json]:

@@ -59,6 +59,8 @@ class Made:
     recipe: Recipe | None = None
     quantizer_builder: str = ""
     scores: Mapping[str, Score] = field(default_factory=dict)
+    network_in_jobs: bool = False
+    """A job that made any of it had the machine's network, because the user allowed it."""
     base_bills: Sequence[Document] = ()
     """Bills of materials that the base's own makers attached to it."""
 
@@ -185,7 +187,10 @@ def _baked(made: Made, documents: Sequence[Document]) -> Mapping[str, Json]:
         "bake",
         [statements.image_resource(made.image.manifest_blob),
          *statements.layer_resources(made.image)],
-        parameters=made.parameters,
+        parameters={
+            **made.parameters,
+            **({"network_in_jobs": True} if made.network_in_jobs else {}),
+        },
         dependencies=[tree_resource("artifact", made.served.digest), *base, *files],
         byproducts=[
             Resource(

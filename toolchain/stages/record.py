@@ -58,6 +58,8 @@ class Facts:
     warnings: tuple[str, ...]
     inputs: Mapping[str, Json]
     """Stage -> what its result depends on: the next plan says what changed since."""
+    network_in_jobs: bool = False
+    """A job that made any of it had the machine's network, because the user allowed it."""
 
 
 def write_record(facts: Facts, folder: Path) -> Mapping[str, Json]:
@@ -139,6 +141,7 @@ def build_document(facts: Facts) -> dict[str, Json]:
         "stages": facts.stages,
         "inputs": facts.inputs,
         "warnings": facts.warnings,
+        "network_in_jobs": facts.network_in_jobs,
         "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
         "reproduce": _reproduce(facts),
         "next": _next(facts),

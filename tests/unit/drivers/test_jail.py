@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.bare_builder import bare_builder, echo_job
-from tests.fakes.runner import RecordingProgress
+from tests.fakes.journal import RecordingProgress
 from toolchain.drivers import filters, landlock, local, process
 from toolchain.drivers.confinement import Confinement, confinement, interpreter, job_jail
 from toolchain.drivers.fallback import FallbackRunner

@@ -31,15 +31,14 @@ def tree(folder: Path, name: str) -> Tree:
     return Tree(root=folder, files=(entry,))
 
 
-@pytest.mark.parametrize("details", [{}, {"builder_image": IMAGE}])
-def test_the_builder_of_a_merge(details: dict[str, str], tmp_path: Path) -> None:
-    merged = tree(tmp_path, "merged")
+def made_with(folder: Path, details: dict[str, str], *, networked: bool = False) -> Made:
+    merged = tree(folder, "merged")
     artifact = Artifact(format=SAFETENSORS, tree=merged, made_from=())
     base, adapter = (
-        Snapshot(tree=tree(tmp_path, name), source="./x", pin="x", pinned=False)
+        Snapshot(tree=tree(folder, name), source="./x", pin="x", pinned=False)
         for name in ("base", "adapter")
     )
-    made = Made(
+    return Made(
         image=assemble((), (), config=ImageConfig(), epoch=0),
         artifact=artifact,
         served=artifact,
@@ -47,11 +46,27 @@ def test_the_builder_of_a_merge(details: dict[str, str], tmp_path: Path) -> None
         base_name="",
         name="x",
         version="1",
-        parameters={},
+        parameters={"target": "vllm"},
         sources=Sources(base=base, adapters=(AdapterSnapshot(snapshot=adapter),)),
         checkpoint=Checkpoint(tree=merged, made_from=(), details=details),
         recipe=check_recipe({"name": "x", "base": {"source": "./x"}}, "test"),
+        network_in_jobs=networked,
     )
+
+
+@pytest.mark.parametrize("networked", [False, True])
+def test_that_jobs_had_the_network_is_said_where_they_had(networked: bool, tmp_path: Path) -> None:
+    made = made_with(tmp_path, {}, networked=networked)
+
+    (told,) = [one for one in evidence(made).statements if kind_of(one) == "bake"]
+
+    parameters = told["predicate"]["buildDefinition"]["externalParameters"]
+    assert parameters == {"target": "vllm", **({"network_in_jobs": True} if networked else {})}
+
+
+@pytest.mark.parametrize("details", [{}, {"builder_image": IMAGE}])
+def test_the_builder_of_a_merge(details: dict[str, str], tmp_path: Path) -> None:
+    made = made_with(tmp_path, details)
 
     (told,) = [one for one in evidence(made).statements if kind_of(one) == "merge"]
 

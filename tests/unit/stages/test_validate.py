@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.fakes.memory import memory_tools
+from toolchain.building import recording
 from toolchain.building.planning import BuildRequest, chosen_targets
 from toolchain.commands.validate import validate_folders
 from toolchain.errors import CheckFailed, UsageError
@@ -145,6 +147,31 @@ def test_a_wrong_merge_ends_the_build(
     assert record["elements"]["wrong"] == 1
     assert record["findings"][0]["tensor"] == "model.layers.2.mlp.up_proj.weight"
     assert record["findings"][0]["layer"] == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("when", ["never", "now", "when it was merged"])
+def test_a_record_says_whether_jobs_had_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Also for what an earlier build made with it, and the store has kept."""
+    shown = SimpleNamespace(html=tmp_path / "report.html")
+    monkeypatch.setattr(recording, "write_report", lambda document, folder: shown)
+    result = {"network_in_jobs": True} if when == "when it was merged" else {}
+    tools = memory_tools(
+        tmp_path,
+        {
+            "merge": lambda job, report: {**STAGES["merge"](job, report), **result},
+            "validate": lambda job, report: {**GOOD, "passed": False, "findings": [BAD]},
+        },
+    )
+    tools.runner.networked = when == "now"
+
+    with pytest.raises(CheckFailed):
+        list(build(request_for(tmp_path), Registry(), tools))
+
+    kept = tmp_path / "dist" / "tiny-capitals" / "1.0.0" / "refused" / "build.json"
+    assert json.loads(kept.read_text())["network_in_jobs"] is (when != "never")
 
 
 def test_a_recipe_may_leave_it_out(tmp_path: Path) -> None:
