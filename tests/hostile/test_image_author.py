@@ -284,7 +284,7 @@ def test_a_program_of_an_image_reaches_nothing_of_the_machine(tmp_path: Path, us
 
 
 STARTED_BY_LESSER_ROOT = """
-import sys
+import sys, time
 from pathlib import Path
 from tests.fakes.rootfs import copy_shell
 from toolchain.drivers.rootfs import RootfsLauncher, StartInfo
@@ -292,12 +292,16 @@ from toolchain.errors import WeightsmithError
 from toolchain.ports import StartSpec
 
 def image(layout, root):
-    copy_shell(root)
-    return StartInfo(argv=("/bin/sh", "-c", "sleep 600"), env={}, user="0")
+    copy_shell(root, "head")
+    script = "echo hidden > /dev/null; /bin/head -c 9 /dev/urandom | /bin/cat > /dev/full"
+    return StartInfo(argv=("/bin/sh", "-c", script + "; echo up; sleep 600"), env={}, user="0")
 
 try:
     with RootfsLauncher(image, Path(sys.argv[1])).serve("oci:x", StartSpec(port=1, env={})) as it:
         print(*it.confinement, sep=", ")
+        while it.alive() and "up" not in it.logs(9):
+            time.sleep(0.05)
+        print(it.logs(9))
 except WeightsmithError as error:
     print(error.exit_code, error.message, error.hint)
 """
@@ -322,6 +326,7 @@ def test_root_gives_its_rights_away_or_starts_nothing(
     command += ["-c", STARTED_BY_LESSER_ROOT, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.startswith(said), done
+    assert ("No space left on device\nup\n" in done.stdout) == said.startswith("user"), done
 
 
 def test_an_image_s_variables_rule_nothing_before_its_program(tmp_path: Path) -> None:

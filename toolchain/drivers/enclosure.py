@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from toolchain.drivers import rights
 from toolchain.drivers.inventory import facts, unmet
-from toolchain.drivers.mounts import change_root, furnish, seal
+from toolchain.drivers.mounts import change_root, furnish, make_devices, seal
 from toolchain.drivers.relay import raise_loopback, start_relay
 from toolchain.drivers.trampoline import (
     FAILED,
@@ -175,6 +175,7 @@ def in_folder(settings: Mapping[str, Any]) -> None:
     with _told(settings, "confine"):
         os.chroot(settings["root"])
         os.chdir("/")
+        make_devices(Path("/dev"))
     with _told(settings, "start"):
         _enter(settings["workdir"])
     with _told(settings, "confine"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +16,8 @@ _BIND, _RECURSIVE, _PRIVATE = 0x1000, 0x4000, 0x4_0000
 _DETACH = 2
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+_MEMORY_DEVICES = {"null": 3, "zero": 5, "full": 7, "random": 8, "urandom": 9}
+"""Minor numbers, see mem(4) and random(4)."""
 _LINKS = {
     "fd": "/proc/self/fd",
     "stdin": "/proc/self/fd/0",
@@ -82,6 +85,18 @@ def _furnish_devices(folder: Path, shm_bytes: int, *, gpu: bool) -> None:
     with suppress(OSError):  # needed by nothing that serves
         mount("devpts", folder / "pts", "devpts", flags, "newinstance,mode=0600,ptmxmode=0666")
     _remount(folder, _READ_ONLY)
+
+
+def make_devices(folder: Path) -> None:
+    """Make the devices that every program counts on, where no mount may bring them.
+
+    As root of a container may; what is not allowed is left out.
+    """
+    _make_folder(folder)
+    for name, number in _MEMORY_DEVICES.items():
+        with suppress(OSError):
+            os.mknod(folder / name, stat.S_IFCHR, os.makedev(1, number))
+            (folder / name).chmod(0o666)
 
 
 def change_root() -> None:
