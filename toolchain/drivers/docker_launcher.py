@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +58,6 @@ class DockerLauncher:
             container.start()
             container.reload()
         address = _inside(container, network) if network else ""
-        limit = f"{spec.memory_bytes / 2**20:.0f} MiB of memory" if spec.memory_bytes else ""
-        user = ((container.attrs or {}).get("Config") or {}).get("User") or "root"
-        apart = (f"user {user}", "read-only root", "no network" if network else "", limit)
         return Endpoint(
             url=f"http://{address}:{spec.port}"
             if network
@@ -69,7 +66,7 @@ class DockerLauncher:
             alive=lambda: _alive(container),
             stop=lambda seconds: _stop(container, seconds),
             restart=lambda: self._started(container, image, spec, network),
-            confinement=tuple(word for word in apart if word),
+            confinement=confinement(container.attrs or {}, network),
         )
 
     @contextlib.contextmanager
@@ -108,6 +105,27 @@ def _starting(image: str) -> Iterator[None]:
         if fault := told_by_engine(image, said):
             raise fault from problem
         raise
+
+
+def confinement(told: Mapping[str, Any], network: str) -> tuple[str, ...]:
+    """Return how a container is kept apart, as the engine tells it and not as it was asked for.
+
+    `network` is the one that leads nowhere, where the container is to be in it.
+    """
+    host, config = told.get("HostConfig") or {}, told.get("Config") or {}
+    networks = set((told.get("NetworkSettings") or {}).get("Networks") or {})
+    dropped = {str(name).upper() for name in host.get("CapDrop") or ()}
+    options = [str(option) for option in host.get("SecurityOpt") or ()]
+    memory = int(host.get("Memory") or 0)
+    words = (
+        f"user {config.get('User') or 'root'}",
+        "read-only root" if host.get("ReadonlyRootfs") else "",
+        "no network" if network and networks == {network} else "",
+        "no capabilities" if "ALL" in dropped and not host.get("CapAdd") else "",
+        "no new privileges" if any("no-new-privileges" in option for option in options) else "",
+        f"{memory / 2**20:.0f} MiB of memory" if memory else "",
+    )
+    return tuple(word for word in words if word)
 
 
 def _inside(container: Container, network: str) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 from toolchain.drivers.docker import _passes_gpus, engine_host
 from toolchain.drivers.docker_images import _only_said, base_reference
+from toolchain.drivers.docker_launcher import confinement
 from toolchain.drivers.docker_requests import (
     Bounds,
     Place,
@@ -158,3 +159,29 @@ def test_the_engine_is_the_one_that_the_docker_command_uses(monkeypatch, tmp_pat
     monkeypatch.delenv("DOCKER_HOST")
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
     assert engine_host().startswith("unix://")
+
+
+def test_what_the_engine_did_not_do_is_not_reported():
+    """An engine may pass over what it does not know: its own account of the container counts."""
+    told = {
+        "Config": {"User": "7:8"},
+        "HostConfig": {
+            "ReadonlyRootfs": True,
+            "CapDrop": ["ALL"],
+            "SecurityOpt": ["no-new-privileges"],
+            "Memory": 256 << 20,
+        },
+        "NetworkSettings": {"Networks": {"none-out": {}}},
+    }
+
+    assert confinement(told, "none-out") == (
+        "user 7:8",
+        "read-only root",
+        "no network",
+        "no capabilities",
+        "no new privileges",
+        "256 MiB of memory",
+    )
+    assert confinement(told, "") == confinement({**told, "NetworkSettings": {}}, "none-out")
+    assert "no network" not in confinement(told, "")
+    assert confinement({"Config": {}, "HostConfig": {}}, "none-out") == ("user root",)
