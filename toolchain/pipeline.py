@@ -86,7 +86,7 @@ def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[B
             note["cached"] = has_layers(image, request.folder(target))
         record = replace(record, baking=baking, image=image)
         with timed.stage("evaluate", f"{asked} the started image") as note:
-            results = prove(baking, image, expected, note)
+            results = prove(baking, image, expected, record, timed, note)
         judge(record, results, timed.stages)
         with timed.stage("publish", reference(recipe, target.name)) as note:
             published = deliver(baking, checkpoint, main_scores(results), registry, note)
@@ -228,20 +228,38 @@ def validated(
     try:
         proven = validating.validate(checkpoint, sources, recipe.merge, probes(request.file), tools)
     except CheckFailed as error:
-        tools.progress.warn(f"not published: {error.message}")
         judged = replace(checkpoint, details={**checkpoint.details, "validation": error.details})
-        report = Record(request, sources, judged, tools).refuse((), {})
-        raise CheckFailed(
-            error.message, hint=f"{error.hint}\n  report: {report}", details=error.details
-        ) from None
+        raise refusal(Record(request, sources, judged, tools), (), {}, error) from None
     note["cached"] = proven.details["validation"]["cached"]
     return proven
 
 
+def refusal(
+    record: Record,
+    results: tuple[Result, ...],
+    stages: Mapping[str, Mapping[str, Json]],
+    error: CheckFailed,
+) -> CheckFailed:
+    """Return a gate's error with the report that is kept of it."""
+    record.tools.progress.warn(f"not published: {error.message}")
+    report = record.refuse(results, stages, error.message)
+    return CheckFailed(
+        error.message, hint=f"{error.hint}\n  report: {report}", details=error.details
+    )
+
+
 def prove(
-    baking: Baking, image: Image, expected: tuple[Result, ...], note: dict[str, Json]
+    baking: Baking,
+    image: Image,
+    expected: tuple[Result, ...],
+    record: Record,
+    clock: Clock,
+    note: dict[str, Json],
 ) -> tuple[Result, ...]:
-    """Start the image unless this very one was proven before, and score its answers."""
+    """Start the image unless this very one was proven before, and score its answers.
+
+    Raises CheckFailed where it does not start or keep its promises; the report is kept.
+    """
     request, tools, trial = baking.request, baking.tools, baking.trial(expected)
     if baking.config.plan["device"] != "cpu" and not tools.engine.describe().get("gpu"):
         tools.progress.warn("the image is for a GPU and none is here: it was not started")
@@ -254,8 +272,11 @@ def prove(
         answers = tuple(known_answers(trial, one, tools) or () for one in trial.asked)
     else:
         layout = request.trial_layout(baking.target)
-        with publishing.candidate(image, layout, tools) as started:
-            answers = ask(started, image.digest, trial, tools)
+        try:
+            with publishing.candidate(image, layout, tools) as started:
+                answers = ask(started, image.digest, trial, tools)
+        except CheckFailed as error:
+            raise refusal(record, expected, clock.stages, error) from None
     return with_image(expected, answers, tools)
 
 
@@ -267,9 +288,7 @@ def judge(
         for result in results:
             result.require()
     except CheckFailed as error:
-        record.tools.progress.warn(f"not published: {error.message}")
-        built = record.refuse(results, stages)
-        raise CheckFailed(error.message, hint=f"{error.hint}\n  report: {built}") from None
+        raise refusal(record, results, stages, error) from None
 
 
 def judge_quality(
@@ -281,9 +300,7 @@ def judge_quality(
     for text in record.artifact.details.get("warnings", ()):
         record.tools.progress.warn(text)
     if fault := quality_fault(record.request.file, record.artifact):
-        record.tools.progress.warn(f"not published: {fault.message}")
-        built = record.refuse(results, stages)
-        raise CheckFailed(fault.message, hint=f"{fault.hint}\n  report: {built}")
+        raise refusal(record, results, stages, fault)
 
 
 def deliver(

@@ -208,6 +208,9 @@ REPORTED = {
     "a wrong merge": "refused",
     "a merge that forgot its task": "refused",
     "a quantizer that loses too much": f"{TARGET}/refused",
+    "a server that ends at once": f"{TARGET}/refused",
+    "a server that ends over a question": f"{TARGET}/refused",
+    "answers without an end": f"{TARGET}/refused",
     "an image that forgot its task": f"{TARGET}/refused",
 }
 """What a check refused is written down, apart from what passed."""
@@ -273,17 +276,20 @@ def test_a_refusal_ends_the_build_and_nothing_of_it_is_seen(
     assert begun == [stage for stage in STAGES if stage not in after]
     if f"job {case.stage}" in warm.journal.events and case.error is not CheckFailed:
         assert warm.store.made() == kept
-    check_report(warm, REPORTED.get(name, ""))
+    check_report(warm, REPORTED.get(name, ""), error.message)
     check_next_build(warm, case, digest)
 
 
-def check_report(memory: Memory, folder: str) -> None:
+def check_report(memory: Memory, folder: str, why: str) -> None:
     """Check that a report is where one is promised, and nowhere else."""
     reports = [path.parent for path in memory.dist.rglob("report.html")]
     assert reports == ([memory.dist / "tiny" / "1.0.0" / folder] if folder else [])
     for path in reports:
         record = json.loads((path / "build.json").read_text())
         assert not (record["image"] or {}).get("reference")
+        assert record["refused"] == why
+        assert "Stopped: not published" in (path / "report.html").read_text()
+        assert "<failure" in (path / "junit.xml").read_text()
 
 
 def check_next_build(memory: Memory, case: Refusal, digest: str) -> None:

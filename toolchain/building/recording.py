@@ -67,12 +67,15 @@ class Record:
         """Write build.json, the report and the rendered files of a target that passed."""
         if self.target is None:
             raise AssertionError("only a target is published")
-        report = self._write(published, results, stages, self.request.folder(self.target))
+        folder = self.request.folder(self.target)
+        report = self._write(published, results, stages, folder, "")
         return Built(
             target=self.target, published=published, results=results, stages=stages, report=report
         )
 
-    def refuse(self, results: tuple[Result, ...], stages: Mapping[str, Mapping[str, Json]]) -> Path:
+    def refuse(
+        self, results: tuple[Result, ...], stages: Mapping[str, Mapping[str, Json]], why: str
+    ) -> Path:
         """Write the same of what did not pass, apart, and forget its image; return the report.
 
         Apart, because the record of an earlier image that passed belongs to that image.
@@ -81,14 +84,14 @@ class Record:
             folder = self.request.dist.joinpath(
                 self.request.file.recipe.name, self.request.file.recipe.version, "refused"
             )
-            return self._write(None, results, stages, folder)
+            return self._write(None, results, stages, folder, why)
         folder = self.request.folder(self.target) / "refused"
         if self.image is None:
-            return self._write(None, results, stages, folder)
+            return self._write(None, results, stages, folder, why)
         layout = self.request.trial_layout(self.target)
         publishing.discard_candidate(self.image, layout, self.tools)
         unpublished = Published(reference="", digest=self.image.digest, layers=())
-        return self._write(unpublished, results, stages, folder)
+        return self._write(unpublished, results, stages, folder, why)
 
     def _write(
         self,
@@ -96,6 +99,7 @@ class Record:
         results: tuple[Result, ...],
         stages: Mapping[str, Mapping[str, Json]],
         folder: Path,
+        refused: str,
     ) -> Path:
         facts = Facts(
             recipe=self.request.file.recipe,
@@ -108,6 +112,7 @@ class Record:
             tasks=tuple(_task_facts(result) for result in results),
             checks=checks_of(self.image.digest, self.tools) if self.image else (),
             stages=stages,
+            refused=refused,
             warnings=tuple(getattr(self.tools.progress, "warnings", ())),
             inputs=self._inputs(results),
             network_in_jobs=network_in_jobs(

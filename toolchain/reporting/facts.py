@@ -206,6 +206,7 @@ class BuildFacts(TypedDict):
     more_tasks: NotRequired[list[MoreTask]]
     checks: NotRequired[list[CheckFacts]]
     stages: NotRequired[Mapping[str, StageFacts]]
+    refused: NotRequired[str]
     warnings: NotRequired[list[str]]
     reproduce: NotRequired[list[str]]
     next: NotRequired[list[str]]
@@ -226,6 +227,7 @@ OPTIONAL: Mapping[str, Json] = {
     "more_tasks": [],
     "checks": [],
     "stages": {},
+    "refused": "",
     "warnings": [],
     "reproduce": [],
     "next": [],

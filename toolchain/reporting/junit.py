@@ -52,6 +52,8 @@ def _gates(root: ET.Element, build: Mapping[str, Any]) -> None:
             case = _case(suite, "gate", f"{task['name']}: {who}" if task["name"] else who)
             if not verdict["passed"]:
                 _child(case, "failure", verdict["reason"], "")
+    if build["refused"] and not suite.findall("testcase/failure"):
+        _child(_case(suite, "gate", "published"), "failure", build["refused"], "")
     for check in build["checks"]:
         case = _case(suite, "image", check["name"])
         case.set("time", f"{check['seconds']:.3f}")

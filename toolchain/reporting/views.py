@@ -20,6 +20,7 @@ def verdict(build: Mapping[str, Any]) -> dict[str, Any]:
     """Return `state` (passed, failed, untested), a `headline`, and the reasons behind it."""
     binding = [v for task in tasks(build) for v in task["verdicts"] if v["binding"]]
     failed = [v["reason"] for v in binding if not v["passed"]] + _earlier_failures(build)
+    failed = failed or [text for text in (build["refused"],) if text]
     if failed:
         return {"state": "failed", "headline": "Stopped: not published", "reasons": failed}
     last = [v["reason"] for v in binding if v["subject"] == "image"]

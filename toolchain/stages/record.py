@@ -55,6 +55,8 @@ class Facts:
     checks: Sequence[Mapping[str, Json]]
     """What the started image was checked for, and what was seen."""
     stages: Mapping[str, Mapping[str, Json]]
+    refused: str
+    """Why it was not published; empty where it was."""
     warnings: tuple[str, ...]
     inputs: Mapping[str, Json]
     """Stage -> what its result depends on: the next plan says what changed since."""
@@ -140,6 +142,7 @@ def build_document(facts: Facts) -> dict[str, Json]:
         "checks": facts.checks,
         "stages": facts.stages,
         "inputs": facts.inputs,
+        "refused": facts.refused,
         "warnings": facts.warnings,
         "network_in_jobs": facts.network_in_jobs,
         "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
