@@ -285,6 +285,8 @@ class Job:
     """An existing empty folder; the only place the job writes."""
     memory_bytes: int = 0
     """Limit for the container; 0 for none."""
+    seconds: int = 0
+    """Most that it may take, as `time_limits.job_seconds` works it out; 0 for no limit."""
     use_gpu: bool = False
 
 

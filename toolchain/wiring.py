@@ -35,6 +35,7 @@ from toolchain.oci.unpack import unpack
 from toolchain.ports import Launcher, Progress, Runner, Signer, Tools
 from toolchain.privacy import private
 from toolchain.provenance.signing import check_by
+from toolchain.time_limits import chosen_seconds
 from toolchain.values import Json
 
 RUNNERS = ("auto", "docker", "local")
@@ -118,10 +119,12 @@ def make_tools(
     `auto` takes the container engine where one answers, and does the jobs of builders that the
     engine cannot make (its base image is out of reach, say) on this machine. There, jobs that
     cannot be kept from the network are refused unless `allow_network_in_jobs`. Raises UsageError
-    for an unknown runner, EnvironmentFailure where `docker` is asked for and no engine answers.
+    for an unknown runner or time limit, EnvironmentFailure where `docker` is asked for and no
+    engine answers.
     """
     if runner not in RUNNERS:
         raise UsageError(f"--runner {runner}: unknown", hint=f"one of {', '.join(RUNNERS)}")
+    chosen_seconds()
     store, engine = make_store(), DockerEngine()
     answers = runner != "local" and engine.answers()
     if runner == "docker" and not answers:

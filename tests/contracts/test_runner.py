@@ -17,7 +17,7 @@ from tests.fakes.runner import MemoryRunner
 from toolchain.drivers.docker import DockerEngine, DockerRunner
 from toolchain.drivers.docker_requests import LABEL_JOB
 from toolchain.drivers.local import LocalRunner
-from toolchain.errors import CheckFailed, InputRefused, WeightsmithError
+from toolchain.errors import CheckFailed, EnvironmentFailure, InputRefused, WeightsmithError
 from toolchain.ports import Runner
 from toolchain.values import Job
 from toolchain.wiring import cache_folder
@@ -54,7 +54,7 @@ def progress() -> RecordingProgress:
     return RecordingProgress()
 
 
-def echo(tmp_path: Path, **parameters: object) -> Job:
+def echo(tmp_path: Path, seconds: int = 0, **parameters: object) -> Job:
     (tmp_path / "in").mkdir(exist_ok=True)
     text = tmp_path / "in" / "text.txt"
     text.write_text("grüße\n", encoding="utf-8")
@@ -67,6 +67,7 @@ def echo(tmp_path: Path, **parameters: object) -> Job:
         parameters=parameters,
         output=output,
         memory_bytes=1 << 30,
+        seconds=seconds,
     )
 
 
@@ -131,6 +132,23 @@ def test_what_a_stage_prints_does_not_disturb_the_protocol(real_runner, tmp_path
 
     assert ("note", "echo begins") in progress.lines
     assert not any("printed by the stage" in line for line in progress.lines)
+
+
+def test_a_job_that_hangs_is_ended_and_the_next_one_runs(real_runner, tmp_path, progress):
+    # On a busy machine a job may need longer than the shortest of these to begin.
+    for seconds in (5, 30, 180):
+        with pytest.raises(
+            EnvironmentFailure, match=f"echo job was ended after {seconds}"
+        ) as caught:
+            real_runner.run(echo(tmp_path, seconds=seconds, sleep=600), progress)
+        if "it was at: echo begins" in caught.value.message:
+            break
+    else:
+        pytest.fail("the job did not begin")
+
+    assert not running(real_runner.name, tmp_path)
+    assert Path(caught.value.hint.rpartition(": ")[2]).is_file()
+    assert real_runner.run(echo(tmp_path, seconds=600), progress)["text"] == "grüße\n"
 
 
 @pytest.mark.docker

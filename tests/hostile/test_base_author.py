@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,9 +15,13 @@ import pytest
 
 from tests.fakes.bare_builder import bare_runner, echo_job
 from tests.fakes.journal import RecordingProgress
+from toolchain import time_limits
 from toolchain.drivers import landlock
 from toolchain.drivers.confinement import confinement, targets
+from toolchain.errors import InputRefused
+from toolchain.provenance.mlbom import license_of
 from toolchain.resources import package
+from toolchain.time_limits import cpu_limit
 
 ROOT = Path(__file__).parents[2]
 WARNING = "jobs have the network of this machine: --allow-network-in-jobs"
@@ -140,3 +145,84 @@ def on_a_machine_without(lacking: str, folder: Path, *flags: str) -> dict[str, A
     done = hardened(lacking, argv, folder / "cache")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+# Chat templates that never end, or grow.
+
+BASE = ROOT / "examples" / "tiny" / "base"
+QUESTION = [{"role": "user", "content": "Hello"}]
+LOOPS = "{% for a in range(99999) %}" * 4 + "{% endfor %}" * 4
+GROWS = "{% set n = namespace(x='0123456789') %}{% for a in range(60) %}{% set n.x = n.x ~ n.x %}"
+GROWS += "{% endfor %}{{ n.x }}"
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time_limits, "FOREIGN_SECONDS", 0.5)
+
+
+def base_with(folder: Path, template: str) -> Path:
+    base = Path(shutil.copytree(BASE, folder / "base"))
+    (base / "chat_template.jinja").write_text(template, "utf-8")
+    return base
+
+
+def test_a_chat_template_that_never_ends_is_refused(tmp_path: Path, impatient: None) -> None:
+    """The template loops 10^20 times: wherever a job renders it, it is refused by name."""
+    from toolchain.merging.reference import answer
+    from toolchain.quality.texts import as_lines, readings
+    from toolchain.validating.probes import encode, load_tokenizer
+
+    base = base_with(tmp_path, LOOPS)
+
+    for render in (
+        lambda: as_lines(base, [{"messages": QUESTION}]),
+        lambda: readings(base, [{"messages": QUESTION}]),
+        lambda: answer(base, [], [QUESTION], 1),
+        lambda: encode(load_tokenizer(base), [QUESTION], 100),
+    ):
+        with pytest.raises(InputRefused, match="chat template"):
+            render()
+
+
+def test_a_chat_template_that_grows_is_refused_within_the_jobs_memory(tmp_path: Path) -> None:
+    """The template doubles a text sixty times: refused by name at the job's limit of memory."""
+    base = base_with(tmp_path, GROWS)
+    code = (
+        "import resource, sys; from pathlib import Path\n"
+        "from toolchain.errors import InputRefused; from toolchain.quality.texts import as_lines\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, (2 << 30,) * 2)\n"
+        "try: as_lines(Path(sys.argv[1]), [{'messages': [{'role': 'user', 'content': 'x'}]}])\n"
+        "except InputRefused as refused: print(refused)"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(base)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert "the chat template of" in done.stdout
+    assert "memory" in done.stdout
+
+
+def test_a_chat_template_that_fails_is_refused(tmp_path: Path) -> None:
+    """The template divides by nothing: an input that is refused, not a fault of ours."""
+    from toolchain.merging.reference import answer
+
+    with pytest.raises(InputRefused, match="chat template"):
+        answer(base_with(tmp_path, "{{ 1 / 0 }}"), [], [QUESTION], 1)
+
+
+# --- A model card that is searched for ever --------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["\n" * 1_000_000, "\n" + "[" * 60_000 + "\n---\n"])
+def test_a_model_card_is_read_at_once(text: str, tmp_path: Path) -> None:
+    """README.md begins a header and fills it with lines, or nests it: it has no licence then."""
+    (tmp_path / "README.md").write_text("---" + text, "utf-8")
+
+    with cpu_limit(20):
+        assert license_of(tmp_path) == ""

@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 from invoke.exceptions import Exit
 
+from toolchain import time_limits
 from toolchain.cli import build, images, models, questions
+from toolchain.errors import UsageError
+from toolchain.evaluating.items import Item
+from toolchain.evaluating.metrics import score_answers
 
 # Folders that are read: nothing is made in them, not for a moment.
 
@@ -103,3 +107,40 @@ def test_a_store_or_cache_in_a_folder_that_is_read(
     assert ended.value.code == 2
     assert variable in capsys.readouterr().err
     assert watched(read) == before
+
+
+# Metrics that never end.
+
+NEVER_ENDS = "(a+)+$"
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time_limits, "FOREIGN_SECONDS", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected", "answer"),
+    [
+        ("regex", NEVER_ENDS, "a" * 60 + "!"),
+        ("json-schema", json.dumps({"pattern": NEVER_ENDS}), json.dumps("a" * 60 + "!")),
+    ],
+)
+def test_a_metric_that_never_ends_names_its_line(
+    metric: str, expected: str, answer: str, impatient: None
+) -> None:
+    """The expected pattern takes for ever on what the model said: the build ends, and says which
+    line of the questions it was."""
+    question = Item(messages=({"role": "user", "content": "?"},), expected=(expected,), line=7)
+
+    with pytest.raises(UsageError, match="line 7"):
+        score_answers([answer], [question], metric)
+
+
+def test_an_answer_of_white_space_in_a_fence_is_judged_at_once(impatient: None) -> None:
+    """The model fills a Markdown fence with blanks without end: judged, not searched for ever."""
+    question = Item(messages=({"role": "user", "content": "?"},), expected=("{}",), line=1)
+
+    score = score_answers(["```json\n" + "\n" * 1_000_000 + "x"], [question], "json-schema")
+
+    assert score.score == 0.0

@@ -15,6 +15,7 @@ from toolchain.ports import Tools
 from toolchain.recipe import Merge
 from toolchain.recipe_file import check_recipe
 from toolchain.stages.merge import BUILDER, combination_of, memory_limit, parameters
+from toolchain.time_limits import job_seconds
 from toolchain.values import Job, Json
 
 
@@ -75,7 +76,7 @@ def _run(
     beside = out.with_name(f".{out.name}.partial")
     beside.mkdir(parents=True, exist_ok=True)
     with _alone(beside, out):
-        job = _job(folders, beside, options, memory_limit(cost), keep=keep)
+        job = _job(folders, beside, options, cost, keep=keep)
         result = tools.runner.run(job, tools.progress)
         if out.exists():
             out.rmdir()  # it is empty
@@ -109,7 +110,9 @@ def summary(result: Mapping[str, Json]) -> list[str]:
     return [*lines, f"  {'refused':<10}{0:>8}{0:>12,.1f}"]
 
 
-def _job(folders: Folders, out: Path, options: Merge, memory: int, *, keep: bool) -> Job:
+def _job(
+    folders: Folders, out: Path, options: Merge, cost: Mapping[str, int], *, keep: bool
+) -> Job:
     names = [f"adapter{i}" for i in range(len(folders.adapters))]
     return Job(
         stage="merge",
@@ -127,6 +130,7 @@ def _job(folders: Folders, out: Path, options: Merge, memory: int, *, keep: bool
             "keep_adapter": keep,
         },
         output=out,
-        memory_bytes=memory,
+        memory_bytes=memory_limit(cost),
+        seconds=job_seconds(cost["read_bytes"]),
         use_gpu=True,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import os
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -33,6 +34,7 @@ from toolchain.drivers.hardware import gpu_names
 from toolchain.drivers.lines import Lines
 from toolchain.drivers.local import worker_environment
 from toolchain.drivers.ownership import is_dead, owner_token, private_folder
+from toolchain.drivers.process import TookTooLong
 from toolchain.drivers.wire import Conversation, job_file, open_log
 from toolchain.errors import EnvironmentFailure
 from toolchain.ports import CANDIDATES, Progress
@@ -227,6 +229,7 @@ class DockerRunner:
             image = image_tag(job.builder, self._flavour())
             request = job_request(job, image, place, bounds, worker_environment())
             conversation = Conversation(job=job, progress=progress, log=log)
+            stack.enter_context(conversation.in_time())
             with engine_errors(f"running the {job.stage} job"):
                 returncode = _converse(self._engine.client, request, conversation)
             ran_in = self._engine.inspect(image).get("Id", "")
@@ -307,7 +310,10 @@ def _converse(
     """Start the container, listen to it until it ends, and return its exit code."""
     container = client.containers.create(**request)
     api: Any = client.api
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with (
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+        _ended_after(conversation.job.seconds, container),
+    ):
         try:
             streams = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
             socket = api.attach_socket(container.id, params=streams)
@@ -319,6 +325,30 @@ def _converse(
                 return int(ended.result()["StatusCode"])
         finally:
             remove(container)
+
+
+@contextlib.contextmanager
+def _ended_after(seconds: int, container: Container) -> Iterator[None]:
+    """Remove the container when its time is over, and raise TookTooLong then; 0 for never."""
+    over = threading.Event()
+
+    def end() -> None:
+        over.set()
+        remove(container)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    if seconds:
+        timer.start()
+    try:
+        yield
+    except (*GONE, EnvironmentFailure):
+        if not over.is_set():
+            raise
+    finally:
+        timer.cancel()
+    if over.is_set():
+        raise TookTooLong("the container's time is over", hint="see the job's log")
 
 
 def _beneath(socket: Any) -> Any:

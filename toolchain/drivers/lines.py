@@ -12,6 +12,7 @@ Hear = Callable[[str], None]
 
 _LONGEST = 1 << 20
 _CHUNK = 1 << 16
+_TURN = 3600.0
 
 
 class Lines:
@@ -52,7 +53,8 @@ def pump(
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     raise TimeoutError
-                for key, _ in selector.select(left):
+                # In turns: epoll takes no more than 24 days at once.
+                for key, _ in selector.select(_TURN if left is None else min(left, _TURN)):
                     if key.data is None:
                         on_exit()
                         selector.unregister(watch)

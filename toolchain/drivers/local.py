@@ -84,9 +84,12 @@ class LocalRunner:
         """Run the job to its end; raises the job's own error, EnvironmentFailure where it died."""
         self.prepare(job.builder, progress)
         python = environment_folder(self._cache, _pins(job.builder)) / "bin" / "python"
-        with private_folder(self._cache) as folder, open_log(self._cache, job.stage) as log:
+        with (
+            private_folder(self._cache) as folder,
+            open_log(self._cache, job.stage) as log,
+            Conversation(job=job, progress=progress, log=log).in_time() as conversation,
+        ):
             _furnish(folder)
-            conversation = Conversation(job=job, progress=progress, log=log)
             (folder / "job.json").write_text(_local_job(job), encoding="utf-8")
             found = confinement()
             jail = self._jail(job, folder, found)
@@ -103,6 +106,7 @@ class LocalRunner:
                 on_line=conversation.hear,
                 on_error_line=conversation.hear_error,
                 hold_stdin=True,
+                timeout=job.seconds or None,
                 limits=process.Limits(
                     # A GPU's memory is mapped into the process, so no such limit would hold.
                     memory_bytes=0 if job.use_gpu and gpu_names() else job.memory_bytes,

@@ -81,6 +81,10 @@ class Completed:
         )
 
 
+class TookTooLong(EnvironmentFailure):
+    """A program was ended because its time was over."""
+
+
 NO_LIMITS = Limits()
 
 
@@ -151,7 +155,7 @@ def run(
             try:
                 pump(process.pid, streams, deadline, lambda: _signal_group(process, signal.SIGKILL))
             except TimeoutError:
-                raise EnvironmentFailure(
+                raise TookTooLong(
                     f"{_name(words)} did not end within {timeout:g} s",
                     hint="see whether the machine is overloaded, then run the command again",
                 ) from None

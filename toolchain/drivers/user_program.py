@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from toolchain.drivers import process
-from toolchain.errors import CheckFailed, EnvironmentFailure
+from toolchain.errors import CheckFailed
 
 _OUTPUT_BYTES = 64 << 20
 
@@ -43,10 +43,8 @@ def run_command(
             on_error_line=lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201
             timeout=seconds,
         )
-    except EnvironmentFailure as error:
-        if "did not end" in error.message:
-            raise CheckFailed(error.message, hint="give it fewer questions") from None
-        raise
+    except process.TookTooLong as error:
+        raise CheckFailed(error.message, hint="give it fewer questions") from None
     if done.returncode != 0:
         # Of a traceback, its last line: the others are the program's own affair.
         lines = [line for line in done.tail if line.strip() and not line[0].isspace()]

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from toolchain.drivers.process import describe_exit
+from toolchain.drivers.process import TookTooLong, describe_exit
 from toolchain.errors import EnvironmentFailure, WeightsmithError, from_code
 from toolchain.ports import Progress
 from toolchain.privacy import private
+from toolchain.time_limits import VARIABLE
 from toolchain.values import Job, Json, plain
 
 _LOGS_KEPT = 40
@@ -32,6 +33,9 @@ class Conversation:
     _result: Mapping[str, Json] | None = None
     _error: WeightsmithError | None = None
     _stderr: list[str] = field(default_factory=list)
+    _noted: str = ""
+    _doing: str = ""
+    _done: str = ""
 
     def hear(self, line: str) -> None:
         """Take one line of the worker's standard output."""
@@ -44,8 +48,12 @@ class Conversation:
             return
         match message:
             case {"progress": [int(done), int(total), str(unit)]}:
+                self._done = f"{done} of {total} {unit} done"
                 self.progress.advance(done, total, unit)
+            case {"doing": str(text)}:
+                self._doing = text
             case {"note": str(text)}:
+                self._noted = text
                 self.progress.note(text)
             case {"warn": str(text)}:
                 self.progress.warn(text)
@@ -75,7 +83,8 @@ class Conversation:
         if returncode in _KILLED:
             limit = f" (limit {self.job.memory_bytes:,} bytes)" if self.job.memory_bytes else ""
             raise EnvironmentFailure(
-                f"the {name} job was killed, most likely because memory ran out{limit}",
+                f"the {name} job was killed, most likely because memory ran out{limit}"
+                + self._at(),
                 hint=f"free memory or use a larger machine; log: {self.log.name}",
             )
         last = self._stderr[-1] if self._stderr else "it printed nothing"
@@ -83,6 +92,31 @@ class Conversation:
             f"the {name} job ended without a result ({describe_exit(returncode)}): {last}",
             hint=f"its log is {self.log.name}",
         )
+
+    @contextmanager
+    def in_time(self) -> Iterator[Conversation]:
+        """Say in what the job was ended, where the block ends because its time was over."""
+        try:
+            yield self
+        except TookTooLong:
+            self.log.flush()
+            raise EnvironmentFailure(
+                f"the {self.job.stage} job was ended after {_span(self.job.seconds)}, the most "
+                f"that it may take{self._at()}",
+                hint=f"if that is where it hangs, give another input; if it is only slow, "
+                f"{VARIABLE} sets another limit; log: {self.log.name}",
+            ) from None
+
+    def _at(self) -> str:
+        at = ", ".join(text for text in (self._doing or self._noted, self._done) if text)
+        return f"; it was at: {at}" if at else ""
+
+
+def _span(seconds: int) -> str:
+    hours, minutes = divmod(seconds // 60, 60)
+    if seconds < 120:
+        return f"{seconds} seconds"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} minutes"
 
 
 def job_file(job: Job, inputs: Mapping[str, str], output: str) -> str:
@@ -93,6 +127,7 @@ def job_file(job: Job, inputs: Mapping[str, str], output: str) -> str:
         "inputs": dict(inputs),
         "parameters": plain(job.parameters),
         "output": output,
+        "seconds": job.seconds,
     }
     return json.dumps(data, ensure_ascii=False)
 

@@ -6,12 +6,16 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from toolchain import time_limits
 from toolchain.errors import CheckFailed, UsageError
 from toolchain.evaluating.items import Item
+from toolchain.time_limits import TooLong, cpu_limit
 from toolchain.values import Json, Score
 
 METRICS = ("contains", "exact", "regex", "choice", "json-schema", "command")
-_FENCE = re.compile(r"```(?:json)?\s*\n(.*?)\n?\s*```", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r"```(?:json)?[^\S\n]*\n", re.IGNORECASE)
+_SECONDS_EACH = 0.1
+"""CPU time for each answer beside what all have; a schema takes some milliseconds."""
 
 
 def judge(metric: str, expected: str | Sequence[str], answer: str) -> bool:
@@ -89,9 +93,8 @@ def _is_valid(schema: str, answer: str) -> bool:
     from referencing import Registry
     from referencing.exceptions import Unresolvable
 
-    fenced = _FENCE.fullmatch(answer.strip())
     try:
-        value = json.loads(fenced.group(1) if fenced else answer)
+        value = json.loads(_unfenced(answer.strip()))
     except (ValueError, RecursionError):
         return False
     wanted = json.loads(schema)
@@ -104,6 +107,13 @@ def _is_valid(schema: str, answer: str) -> bool:
             f"the JSON schema refers to what it does not hold: {error}",
             hint="put the definition into the schema itself, under $defs",
         ) from None
+
+
+def _unfenced(answer: str) -> str:
+    """Return what stands in a Markdown fence; the answer itself where there is none."""
+    begin = _FENCE.match(answer)
+    fenced = begin is not None and len(answer) >= begin.end() + 3 and answer.endswith("```")
+    return answer[begin.end() : -3] if begin and fenced else answer
 
 
 def score_answers(
@@ -120,11 +130,31 @@ def score_answers(
             hint="the evaluation was cut short; run it again",
         )
     check_metric(metric, items)
-    rows = tuple(_row(item, answer, metric) for item, answer in zip(items, answers, strict=True))
+    rows = _rows(answers, items, metric)
     right = sum(bool(row["ok"]) for row in rows)
     return Score(
         score=right / len(rows) if rows else 0.0, n=len(rows), metric=metric, per_item=rows
     )
+
+
+def _rows(
+    answers: Sequence[str | Mapping[str, Json]], items: Sequence[Item], metric: str
+) -> tuple[Mapping[str, Json], ...]:
+    """Judge all answers in a limit of time: patterns and schemas may take for ever."""
+    rows: list[Mapping[str, Json]] = []
+    seconds = time_limits.FOREIGN_SECONDS + len(items) * _SECONDS_EACH
+    try:
+        with cpu_limit(seconds):
+            for item, answer in zip(items, answers, strict=True):
+                rows.append(_row(item, answer, metric))
+    except TooLong:
+        raise UsageError(
+            f"line {items[len(rows)].line}: judging the answers by metric {metric} takes more than"
+            f" {seconds:g} s of CPU time, the last of it on this line",
+            hint="write its pattern without repetitions inside repetitions, such as (a+)+, or use "
+            "metric contains",
+        ) from None
+    return tuple(rows)
 
 
 def _row(item: Item, answer: str | Mapping[str, Json], metric: str) -> Mapping[str, Json]:

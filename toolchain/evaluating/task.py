@@ -52,6 +52,17 @@ class Task:
             facts["plain"] = [item.plain for item in self.items]
         return facts
 
+    @property
+    def most_tokens(self) -> int:
+        """About the most tokens that a model reads and writes for it: a token a letter."""
+        letters = [sum(len(str(m["content"])) for m in item.messages) for item in self.items]
+        if self.metric == "choice":
+            return sum(
+                count * len(item.choices) + sum(map(len, item.choices))
+                for count, item in zip(letters, self.items, strict=True)
+            )
+        return sum(letters) + self.max_tokens * len(self.items)
+
     def answers_of(self, answers: Sequence[Json]) -> Answers:
         """Return a job's answers, the likeliest choices where it sent likelihoods."""
         if self.metric == "choice":

@@ -111,7 +111,7 @@ def read_adapter_config(root: Path) -> AdapterConfig:
     try:
         config = _read(raw)
         _check_patterns(config)
-    except (TypeError, ValueError, OverflowError, re.error) as error:
+    except (TypeError, ValueError, OverflowError, RecursionError, re.error) as error:
         raise InputRefused(
             f"{path} is not a valid LoRA configuration: {error}",
             hint="export the adapter again with PEFT's save_pretrained",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.checkpoints.folder import check_adapter_folder, check_model_folder
+from toolchain.checkpoints.peft_patterns import check_peft_patterns, matching
 from toolchain.checkpoints.safetensors import (
     CheckpointIndex,
     Header,
@@ -24,12 +25,12 @@ from toolchain.merging.base import (
     replicated_settings,
     same_layers,
 )
-from toolchain.merging.claim import AdapterView
+from toolchain.merging.claim import AdapterView, Claim
 from toolchain.merging.claims import claims_of
 from toolchain.merging.combining.combination import Combination
 from toolchain.merging.compose import compose
 from toolchain.merging.families import families
-from toolchain.merging.names import BaseNames
+from toolchain.merging.names import BaseNames, plain_key
 from toolchain.merging.origin import other_family
 from toolchain.merging.outputs import Output, OutputShard
 from toolchain.merging.quantized.base import STALE, see_base
@@ -118,7 +119,7 @@ def make_plan(
         tensors, settings = replicate(tensors, layers), replicated_settings(config, layers)
     tie = find_tie(config, tensors.sources)
     views = [_view(n, adapter, tensors, config, tie) for n, adapter in enumerate(planned)]
-    claims = [claims_of(view) for view in views]
+    claims = [_claims(view) for view in views]
     made = compose(tensors, tie, views, claims, DTYPES.get(dtype, "auto"), combination)
     return MergePlan(
         base=index,
@@ -257,6 +258,14 @@ def _view(
         base_config=config,
         tie=tie,
     )
+
+
+def _claims(view: AdapterView) -> Sequence[Claim]:
+    modules = {name.removesuffix(".weight") for name in view.sources}
+    modules |= {plain_key(key).rsplit(".", parts)[0] for key in view.keys for parts in (1, 2)}
+    check_peft_patterns(view.path, sorted(modules))
+    with matching(view.path):
+        return claims_of(view)
 
 
 def _unknown_fields(adapters: Sequence[PlannedAdapter]) -> list[str]:

@@ -12,8 +12,11 @@ import torch
 
 from toolchain.checkpoints.folder import check_adapter_folder, check_model_folder
 from toolchain.checkpoints.peft_keys import KEY_MAPPING, check_peft_keys
+from toolchain.checkpoints.peft_patterns import check_peft_patterns
+from toolchain.checkpoints.templates import render_chat
 from toolchain.errors import InputRefused
 from toolchain.merging.adapter_config import read_adapter_config
+from toolchain.time_limits import doing
 
 Message = Mapping[str, str]
 Progress = Callable[[int, int], None]
@@ -92,21 +95,22 @@ def load_tokenizer(model: Path, adapters: Sequence[tuple[Path, float]]) -> Any:
     """Load the tokenizer of the last adapter that has one, or the base's; likewise the template."""
     from transformers import AutoTokenizer
 
-    folder, template = model, ""
+    folder, template, author = model, "", model
     for root, _ in adapters:
         files = check_adapter_folder(root)
         if any(name in files for name in _TOKENIZERS):
-            folder, template = root, ""
+            folder, template, author = root, "", root
         if _TEMPLATE in files:
-            template = (root / _TEMPLATE).read_text()
+            template, author = (root / _TEMPLATE).read_text(), root
     tokenizer = AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False, padding_side="left"
     )
     if folder != model and not tokenizer.chat_template:
         base = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-        tokenizer.chat_template = base.chat_template
+        tokenizer.chat_template, author = base.chat_template, model
     if template:
         tokenizer.chat_template = template
+    tokenizer.name_or_path = str(author)  # for messages: whose template it is
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -137,6 +141,7 @@ def _with_adapters(network: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
     names = [f"adapter_{number}" for number in range(len(adapters))]
     for number, (root, _) in enumerate(adapters):
         check_peft_keys(root)
+        check_peft_patterns(root, (name for name, _ in network.named_modules()))
         how: Any = {"adapter_name": names[number], "key_mapping": KEY_MAPPING}
         if number == 0:
             network = PeftModel.from_pretrained(network, root, **how)
@@ -175,11 +180,10 @@ def _check_together(adapters: Sequence[tuple[Path, float]]) -> None:
 def prompt_tokens(tokenizer: Any, item: Sequence[Message], model: Path) -> list[int]:
     """Return an item's token ids."""
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in item], add_generation_prompt=True, tokenize=False
-        )
-        # The template writes the begin token itself.
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        text = render_chat(tokenizer, item, answer=True)
+        with doing(f"cutting text into tokens by the tokenizer of {model}"):
+            # The template writes the begin token itself.
+            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if len(item) != 1:
         raise InputRefused(
             f"{model} has no chat template, and an item has {len(item)} messages",

@@ -5,7 +5,6 @@ https://cyclonedx.org/docs/1.6/json/
 
 from __future__ import annotations
 
-import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -117,10 +116,12 @@ def license_of(folder: Path) -> str:
     https://huggingface.co/docs/hub/model-cards#model-card-metadata
     """
     try:
-        text = (folder / "README.md").read_text("utf-8")[:65536]
-        found = re.match(r"---\s*\n(.*?)\n---\s*\n", text, re.DOTALL)
-        header = yaml.safe_load(found[1]) if found else None
-    except (OSError, ValueError, yaml.YAMLError):
+        with (folder / "README.md").open(encoding="utf-8") as file:
+            lines = file.read(65536).split("\n")
+        marks = [number for number, line in enumerate(lines) if line.rstrip() == "---"]
+        whole = len(marks) > 1 and marks[0] == 0
+        header = yaml.safe_load("\n".join(lines[1 : marks[1]])) if whole else None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return ""
     named = header.get("license") if isinstance(header, dict) else None
     return named if isinstance(named, str) else ""

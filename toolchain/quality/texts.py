@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from toolchain.checkpoints.templates import render_chat
 from toolchain.errors import InputRefused
+from toolchain.time_limits import doing
 from toolchain.values import Json
 
 _FILE = "tokenizer.json"
+_HINT = "write the calibration text's conversations as the model expects them"
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -54,9 +57,7 @@ def _answer(tokenizer: Any, row: Mapping[str, Json], ids: Sequence[int]) -> int:
     messages = row.get("messages", [])
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         return 1
-    question = tokenizer.apply_chat_template(
-        messages[:-1], tokenize=False, add_generation_prompt=True
-    )
+    question = render_chat(tokenizer, messages[:-1], answer=True, hint=_HINT)
     (before,) = _ids(tokenizer, [question])
     return len(before) if list(ids[: len(before)]) == before and len(before) < len(ids) else 1
 
@@ -94,7 +95,8 @@ def _lengths(model: Path, texts: Sequence[str]) -> list[int]:
     tokenizer = Tokenizer.from_file(str(model / _FILE))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return [len(e.ids) for e in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+    with doing(f"cutting text into tokens by {model / _FILE}"):
+        return [len(e.ids) for e in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
 
 def _rendered(tokenizer: Any, row: Mapping[str, Json]) -> str:
@@ -105,15 +107,10 @@ def _rendered(tokenizer: Any, row: Mapping[str, Json]) -> str:
             "the calibration text has conversations and the model has no chat template",
             hint='give it as {"text": …}, or add a chat template to the model',
         )
-    try:
-        return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
-    except Exception as error:  # noqa: BLE001 - templates raise what they like
-        raise InputRefused(
-            f"the model's chat template refuses a calibration text: {error}",
-            hint="write the conversations as the model expects them",
-        ) from None
+    return render_chat(tokenizer, row["messages"], answer=False, hint=_HINT)
 
 
 def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    # The template writes the begin token itself; plain text has none inside a stream either.
-    return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    with doing(f"cutting text into tokens by the tokenizer of {tokenizer.name_or_path}"):
+        # The template writes the begin token itself; plain text has none inside a stream either.
+        return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]

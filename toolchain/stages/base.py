@@ -31,6 +31,7 @@ from toolchain.provenance.evidence import Document
 from toolchain.provenance.labels import ENGINE_VERSION
 from toolchain.resources import assembles_itself, engine_pins, engine_source, images
 from toolchain.serving.engine import Engine
+from toolchain.time_limits import job_seconds
 from toolchain.values import Blob, Digest, Job, Json, StageInputs, key_of
 
 OWN = "engine:"
@@ -278,9 +279,10 @@ def _accounts() -> tuple[Member, ...]:
 
 def _export(folder: Path, tools: Tools) -> Mapping[str, Json]:
     tools.runner.prepare(_BUILDER, tools.progress)
-    return tools.runner.run(
-        Job(stage="export-engine", builder=_BUILDER, inputs={}, output=folder), tools.progress
+    job = Job(
+        stage="export-engine", builder=_BUILDER, inputs={}, output=folder, seconds=job_seconds(0)
     )
+    return tools.runner.run(job, tools.progress)
 
 
 def _members(entry: Entry, prefix: str, mode: int | None) -> tuple[Member, ...]:

@@ -10,6 +10,7 @@ from toolchain.merging.plan import estimate, make_plan
 from toolchain.ports import Entry, Tools
 from toolchain.recipe import Merge
 from toolchain.resources import builder_pins
+from toolchain.time_limits import job_seconds
 from toolchain.values import Checkpoint, Job, Json, Sources, StageInputs
 
 BUILDER = "merge"
@@ -130,6 +131,7 @@ def _run(folder: Path, sources: Sources, options: Merge, tools: Tools) -> Mappin
                 },
                 output=folder,
                 memory_bytes=memory_limit(cost),
+                seconds=job_seconds(cost["read_bytes"]),
                 use_gpu=True,
             ),
             tools.progress,

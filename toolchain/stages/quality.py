@@ -10,10 +10,15 @@ from toolchain.ports import Tools
 from toolchain.quantizers import of_format
 from toolchain.quantizers.calibration import Texts
 from toolchain.resources import builder_pins
+from toolchain.time_limits import job_seconds
 from toolchain.values import Artifact, Checkpoint, Digest, Job, Json, StageInputs
 
 BUILDER = "merge"
 RECIPE_NUMBER = 2
+_MEMORY_BYTES = 8 << 30
+"""Limit of the container beside the weights."""
+_TOKEN_BYTES = 4 << 20
+"""For a token's logits, of both sides and while they are compared, in a large vocabulary."""
 _RESULT = "quality.json"
 
 
@@ -74,6 +79,7 @@ def measured(
     if quantizer.view is None:
         return {"skipped": f"{quantizer.name} has no view for the quality gate"}
     tools.runner.prepare(BUILDER, tools.progress)
+    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     job = Job(
         stage="quality",
         builder=BUILDER,
@@ -84,6 +90,9 @@ def measured(
             "tokens": tokens,
         },
         output=folder,
+        # The gate holds a layer in float32; a text or a template of the model's may ask for more.
+        memory_bytes=_MEMORY_BYTES + 2 * size + tokens * _TOKEN_BYTES,
+        seconds=job_seconds(size, tokens=tokens),
         use_gpu=False,
     )
     return tools.runner.run(job, tools.progress)

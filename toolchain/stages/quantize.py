@@ -15,6 +15,7 @@ from toolchain.quantizers.calibration import Texts
 from toolchain.quantizers.quantizer import Quantizer
 from toolchain.resources import builder_pins
 from toolchain.serving.model import ModelShape
+from toolchain.time_limits import GGUF_PER_GB, PACKING_PER_GB, job_seconds
 from toolchain.values import (
     SAFETENSORS,
     Artifact,
@@ -167,6 +168,8 @@ def job_of(model: Path, size: int, wanted: Wanted, folder: Path) -> Job:
     """Return the job that quantizes a checkpoint of `size` bytes into a folder."""
     quantizer = of_format(wanted.format.name)
     given = {"statistics": wanted.statistics} if wanted.statistics else {}
+    texts = [dict(row) for row in wanted.texts.calibration] if wanted.texts else []
+    per_gb = GGUF_PER_GB if wanted.format.suffix == ".gguf" else PACKING_PER_GB
     return Job(
         stage="quantize",
         builder=quantizer.builder,
@@ -176,10 +179,11 @@ def job_of(model: Path, size: int, wanted: Wanted, folder: Path) -> Job:
             "format": wanted.format.name,
             "name": wanted.name,
             "options": dict(wanted.options),
-            "texts": [dict(row) for row in wanted.texts.calibration] if wanted.texts else [],
+            "texts": texts,
         },
         output=folder,
         memory_bytes=(4 << 30) + 2 * size,
+        seconds=job_seconds(size, per_gb=per_gb, tokens=sum(len(str(row)) for row in texts)),
     )
 
 

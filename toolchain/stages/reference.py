@@ -10,6 +10,7 @@ from pathlib import Path
 from toolchain.evaluating.task import Answers, Task
 from toolchain.ports import Entry, Tools
 from toolchain.resources import builder_pins
+from toolchain.time_limits import job_seconds
 from toolchain.values import AdapterSnapshot, Job, Json, Sources, StageInputs, Tree
 
 BUILDER = "merge"
@@ -111,5 +112,6 @@ def reference_job(
         parameters={"weights": list(weights), **task.parameters},
         output=output,
         memory_bytes=(3 << 30) + 5 * size,
+        seconds=job_seconds(size, tokens=task.most_tokens),
         use_gpu=True,
     )

@@ -11,6 +11,7 @@ from toolchain.ports import Entry, SourceReader, Tools
 from toolchain.recipe import Adapter, Base
 from toolchain.recipe_file import RecipeFile
 from toolchain.resources import builder_pins
+from toolchain.time_limits import job_seconds
 from toolchain.values import AdapterSnapshot, Job, Snapshot, Sources, StageInputs
 
 _IMPORT_BUILDER = "merge"
@@ -126,6 +127,7 @@ def _import_gguf(source: Snapshot, tools: Tools) -> Snapshot:
             builder=_IMPORT_BUILDER,
             inputs={"gguf": source.tree.path(names[0])},
             output=folder,
+            seconds=job_seconds(source.tree.size),
         )
         tools.runner.run(job, tools.progress)
         return {}

@@ -12,6 +12,7 @@ from toolchain.ports import Entry, Tools
 from toolchain.quantizers import gguf_lora
 from toolchain.resources import builder_pins
 from toolchain.serving.engine import ServedAdapter
+from toolchain.time_limits import job_seconds
 from toolchain.values import (
     LORA,
     AdapterSnapshot,
@@ -86,6 +87,7 @@ def _converted(sources: Sources, adapter: AdapterSnapshot, tools: Tools) -> Entr
                 inputs={"base": sources.base.tree.root, "adapter": adapter.snapshot.tree.root},
                 output=folder,
                 memory_bytes=4 << 30,
+                seconds=job_seconds(adapter.snapshot.tree.size),
             ),
             tools.progress,
         )

@@ -11,6 +11,7 @@ from toolchain.errors import CheckFailed
 from toolchain.ports import Entry, Tools
 from toolchain.recipe import Merge
 from toolchain.resources import builder_pins
+from toolchain.time_limits import job_seconds
 from toolchain.values import Checkpoint, Digest, Job, Json, Sources, StageInputs, key_of
 
 BUILDER = "merge"
@@ -127,6 +128,7 @@ def job(
         output=output,
         # Only an architecture that cannot be streamed takes more than a fraction of this.
         memory_bytes=MEMORY_BYTES + 5 * _size(merged),
+        seconds=job_seconds(_size(base) + _size(merged)),
     )
 
 

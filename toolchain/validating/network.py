@@ -13,6 +13,7 @@ from torch import nn
 
 from toolchain.checkpoints.folder import check_adapter_folder, check_model_folder
 from toolchain.checkpoints.peft_keys import KEY_MAPPING, check_peft_keys
+from toolchain.checkpoints.peft_patterns import check_peft_patterns
 from toolchain.validating.weights import Weights
 
 PEFT_PREFIX = "base_model.model."
@@ -67,6 +68,7 @@ def with_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
     for name, (root, _) in zip(names, adapters, strict=True):
         check_adapter_folder(root)
         check_peft_keys(root)
+        check_peft_patterns(root, (name for name, _ in model.named_modules()))
         how: Any = {"adapter_name": name, "low_cpu_mem_usage": True, "key_mapping": KEY_MAPPING}
         if name == names[0]:
             model = PeftModel.from_pretrained(model, root, **how)

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.checkpoints.folder import check_adapter_folder
+from toolchain.checkpoints.templates import render_chat
 from toolchain.errors import InputRefused
+from toolchain.time_limits import doing
 from toolchain.validating.findings import ERROR, WARNING, Finding, finding
 
 Message = Mapping[str, str]
@@ -77,16 +79,18 @@ def expected_tokenizer(base: Path, adapters: Sequence[Path]) -> Any:
 
 
 def _expected(base: Path, adapters: Sequence[Path]) -> Any:
-    root, template = base, ""
+    root, template, author = base, "", base
     for adapter in adapters:
         files = check_adapter_folder(adapter)
         if any(name in files for name in _TOKENIZERS):
             root, template = adapter, ""
         if any(name in files for name in (*_TEMPLATES, "tokenizer_config.json")):
-            template = _template(adapter) or template
+            found = _template(adapter)
+            template, author = (found, adapter) if found else (template, author)
     tokenizer = load_tokenizer(root)
     if template:
         tokenizer.chat_template = template
+        tokenizer.name_or_path = str(author)  # for messages: whose template it is
     elif not tokenizer.chat_template and root != base and has_tokenizer(base):
         tokenizer.chat_template = load_tokenizer(base).chat_template
     return tokenizer
@@ -97,10 +101,11 @@ def encode(tokenizer: Any, items: Sequence[Sequence[Message]], vocabulary: int) 
     if tokenizer is None:
         return _made_up(vocabulary)
     texts = [_text(tokenizer, item) for item in items]
-    ids = [
-        list(tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"])
-        for text in texts
-    ]
+    with doing(f"cutting the probes into tokens by the tokenizer of {tokenizer.name_or_path}"):
+        ids = [
+            list(tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"])
+            for text in texts
+        ]
     # The end of a prompt is where the answer begins, so that is what is kept.
     return [part[-MOST_TOKENS:] or [0] for part in ids]
 
@@ -181,11 +186,7 @@ def _round_trip(expected: Any, merged: Any) -> list[Finding]:
 
 def _text(tokenizer: Any, item: Sequence[Message]) -> str:
     if tokenizer.chat_template:
-        return str(
-            tokenizer.apply_chat_template(
-                [dict(message) for message in item], add_generation_prompt=True, tokenize=False
-            )
-        )
+        return render_chat(tokenizer, item, answer=True)
     return "\n".join(message["content"] for message in item)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import faulthandler
 import json
 import os
 import stat
@@ -12,6 +13,7 @@ import traceback
 from pathlib import Path
 
 from toolchain.errors import EnvironmentFailure, InputRefused, WeightsmithError
+from toolchain.time_limits import tell_what_is_done
 from toolchain.values import Job
 from toolchain.worker.jobs import STAGES
 from toolchain.worker.wire import Wire, open_wire
@@ -28,6 +30,7 @@ def read_job(path: Path) -> Job:
         inputs={name: Path(where) for name, where in data["inputs"].items()},
         parameters=data["parameters"],
         output=Path(data["output"]),
+        seconds=int(data.get("seconds", 0)),
     )
 
 
@@ -97,7 +100,12 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m toolchain.worker job.json", file=sys.stderr)  # noqa: T201
         return 2
     end_with_parent()
-    return run_job(read_job(Path(arguments[0])), open_wire())
+    job, wire = read_job(Path(arguments[0])), open_wire()
+    tell_what_is_done(wire.doing)
+    if job.seconds:
+        # What hangs is then in the log before the runner ends it.
+        faulthandler.dump_traceback_later(job.seconds * 0.8, exit=False)
+    return run_job(job, wire)
 
 
 if __name__ == "__main__":

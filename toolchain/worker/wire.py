@@ -34,6 +34,10 @@ class Wire:
             self._last = now
             self.send({"progress": [done, total, unit]})
 
+    def doing(self, what: str) -> None:
+        """Say what is being done, for the message of a job that is ended in it."""
+        self.send({"doing": what})
+
 
 _wire: Wire | None = None
 

@@ -118,6 +118,10 @@ def test_a_timeout_ends_the_program_and_its_children():
     pytest.fail("the program did not start")
 
 
+def test_a_timeout_of_months_is_waited_for_in_turns():
+    assert sh("echo done", timeout=1e8).tail == ("done",)
+
+
 def test_an_exception_of_a_listener_ends_the_program():
     pids = []
 

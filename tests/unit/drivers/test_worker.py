@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.journal import RecordingProgress
+from toolchain.drivers.process import TookTooLong
 from toolchain.drivers.wire import Conversation, job_file
 from toolchain.errors import EnvironmentFailure, InputRefused, WeightsmithError
 from toolchain.values import Job
@@ -23,7 +24,7 @@ class Log(io.StringIO):
     name = "/logs/job.log"
 
 
-def echo(tmp_path: Path, stage: str = "echo", **parameters: object) -> Job:
+def echo(tmp_path: Path, stage: str = "echo", seconds: int = 0, **parameters: object) -> Job:
     (tmp_path / "text").write_text("hello", encoding="utf-8")
     return Job(
         stage=stage,
@@ -31,6 +32,7 @@ def echo(tmp_path: Path, stage: str = "echo", **parameters: object) -> Job:
         inputs={"text": tmp_path / "text"},
         parameters=parameters,
         output=tmp_path,
+        seconds=seconds,
     )
 
 
@@ -103,6 +105,14 @@ def test_the_worker_ends_when_its_standard_input_does(tmp_path):
     assert process.wait(timeout=120) == 130
     process.stdout.close()
     process.stderr.close()
+
+
+def test_a_worker_that_hangs_says_where_before_its_time_is_over(tmp_path):
+    process = worker(echo(tmp_path, sleep=600, seconds=1), tmp_path)
+    with process:
+        lines = iter(process.stderr.readline, "")
+        assert any("in _echo" in line for line in lines)
+        process.stdin.close()
 
 
 def test_the_worker_needs_nothing_of_the_control_plane():
@@ -187,3 +197,30 @@ def test_silence_is_an_error_with_the_last_line(conversation):
 
     with pytest.raises(WeightsmithError, match="the last words"):
         conversation.result(0)
+
+
+def test_a_job_that_was_ended_says_what_it_was_at(tmp_path):
+    job = echo(tmp_path, seconds=5400)
+    conversation = Conversation(job=job, progress=RecordingProgress(), log=Log())
+    conversation.hear('{"note": "reading"}')
+    conversation.hear('{"progress": [3, 12, "layers"]}')
+    conversation.hear('{"doing": "rendering the chat template of /m"}')
+
+    with (
+        pytest.raises(EnvironmentFailure, match="after 1 h 30 min") as caught,
+        conversation.in_time(),
+    ):
+        raise TookTooLong("python did not end within 5400 s", hint="")
+
+    assert "rendering the chat template of /m, 3 of 12 layers done" in caught.value.message
+    assert "/logs/job.log" in caught.value.hint
+    assert "WEIGHTSMITH_JOB_SECONDS" in caught.value.hint
+
+
+def test_what_has_ended_is_not_named(conversation):
+    conversation.hear('{"note": "converting"}')
+    conversation.hear('{"doing": "cutting text into tokens"}')
+    conversation.hear('{"doing": ""}')
+
+    with pytest.raises(EnvironmentFailure, match="it was at: converting"):
+        conversation.result(-9)
