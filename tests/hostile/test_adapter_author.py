@@ -15,7 +15,7 @@ from toolchain.merging.plan import make_plan
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 BASE, ADAPTER = TINY / "base", TINY / "adapters" / "a"
 
-# --- Patterns that never end -----------------------------------------------------------------
+# Patterns that never end.
 
 NEVER_ENDS = r"(\w+\.?)+!"
 PATTERNS = {

@@ -9,7 +9,10 @@ import stat
 import subprocess
 import sys
 import tarfile
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,9 @@ from toolchain.drivers.handover import owned_by
 from toolchain.drivers.ownership import owner_token, private_folder
 from toolchain.drivers.rootfs import RootfsLauncher, StartInfo
 from toolchain.errors import CheckFailed, InputRefused
+from toolchain.evaluating import client
+from toolchain.evaluating.client import wait_until_healthy
+from toolchain.evaluating.session import Limits, Session
 from toolchain.oci.attachments import Part
 from toolchain.oci.manifests import TITLE
 from toolchain.oci.unpack import unpack
@@ -376,3 +382,67 @@ def test_links_in_an_image_lead_nowhere_on_the_machine(tmp_path: Path) -> None:
                 time.sleep(0.02)
             assert "up" in endpoint.logs(99)
     assert [path.name for path in theirs.iterdir()] == ["passwd"]
+
+
+# Servers: answers that never end.
+
+
+def drips_headers(caller: socket.socket) -> None:
+    caller.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+    while True:
+        caller.sendall(b"x")
+        time.sleep(0.02)
+
+
+def never_ends_its_body(caller: socket.socket) -> None:
+    caller.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+    while True:
+        caller.sendall(b"x" * 65536)
+
+
+@contextmanager
+def serving(answer: Callable[[socket.socket], None]) -> Iterator[Endpoint]:
+    """Answer each connection in a thread of its own until the context ends."""
+
+    def attend(caller: socket.socket) -> None:
+        with caller, suppress(OSError):
+            caller.recv(65536)
+            answer(caller)
+
+    def accept(listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                caller, _ = listener.accept()
+                threading.Thread(target=attend, args=(caller,), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, args=(listener,), daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield Endpoint(url=url, logs=lambda _: "", alive=lambda: True)
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_server_whose_headers_never_end_is_given_up() -> None:
+    """Each byte comes in time and the last never does: the question has one limit for all."""
+    limits = Limits(request_seconds=0.5, tries=1)
+
+    with (
+        serving(drips_headers) as endpoint,
+        Session(endpoint, limits) as session,
+        pytest.raises(CheckFailed, match="no answer in"),
+    ):
+        session.get("/v1/models")
+
+
+def test_a_server_whose_health_never_comes_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It drips the headers of its health answer: the wait ends when its time is over."""
+    monkeypatch.setattr(client, "_PROBE_SECONDS", 0.2)
+
+    with serving(drips_headers) as endpoint, pytest.raises(CheckFailed, match="not ready"):
+        wait_until_healthy(endpoint, "/health", 0.5)
+
+
+def test_a_server_is_healthy_whatever_its_health_answer_goes_on_to_say() -> None:
+    """Its body has no end: the status is what counts, and nobody reads on."""
+    with serving(never_ends_its_body) as endpoint:
+        assert wait_until_healthy(endpoint, "/health", 60) < 60

@@ -15,10 +15,12 @@ import httpx
 from toolchain.errors import CheckFailed
 from toolchain.evaluating.items import Item
 from toolchain.evaluating.session import Session, died, excerpt
+from toolchain.evaluating.timely import Timely
 from toolchain.ports import Endpoint, Progress
 from toolchain.values import Json
 
 _POLL_SECONDS = 0.05
+_PROBE_SECONDS = 5.0
 _DATED = re.compile(r"-\d{4}-\d\d-\d\d")
 """What hosted servers add to a model's name to say which of its versions answered."""
 
@@ -34,12 +36,15 @@ def wait_until_healthy(
     """
     started = time.monotonic()
     last = "nothing answered"
-    with httpx.Client(base_url=endpoint.url, timeout=5.0, trust_env=False) as http:
+    transport = Timely()
+    with httpx.Client(base_url=endpoint.url, transport=transport, trust_env=False) as http:
         while (waited := time.monotonic() - started) < limit_seconds:
             if not endpoint.alive():
                 raise died(endpoint, f"before it was ready, after {waited:.1f} s")
             try:
-                status = http.get(health_path).status_code
+                # The status is what counts: a body may have no end.
+                with transport.within(_PROBE_SECONDS), http.stream("GET", health_path) as answer:
+                    status = answer.status_code
             except httpx.HTTPError as error:
                 last = type(error).__name__
             else:

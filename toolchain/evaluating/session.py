@@ -15,6 +15,7 @@ from typing import Self, TypeVar
 import httpx
 
 from toolchain.errors import CheckFailed, EnvironmentFailure, WeightsmithError
+from toolchain.evaluating.timely import Timely
 from toolchain.ports import Endpoint
 from toolchain.values import Json
 
@@ -85,10 +86,11 @@ class Session:
         headers = {"Accept-Encoding": "identity", "User-Agent": "weightsmith"}
         if key:
             headers["Authorization"] = f"Bearer {key}"
+        self._transport = Timely()
         self._http = httpx.Client(
+            transport=self._transport,
             headers=headers,
             timeout=httpx.Timeout(self.limits.request_seconds, connect=10.0),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
             trust_env=False,
         )
         self._fields: Mapping[str, Json] = {}
@@ -189,7 +191,10 @@ class Session:
         if self._fields and isinstance(body, Mapping):
             body = {**body, **self._fields}
         try:
-            with self._http.stream(method, self._url(path), json=body) as response:
+            with (
+                self._transport.within(seconds),
+                self._http.stream(method, self._url(path), json=body) as response,
+            ):
                 yield response
         except httpx.TimeoutException:
             raise TooSlow(f"no answer in {seconds:g} s") from None
@@ -209,15 +214,11 @@ class Session:
 
     def _parts(self, response: httpx.Response, most: int = 0) -> Iterator[bytes]:
         most = most or self.limits.answer_bytes
-        deadline = time.monotonic() + self.limits.request_seconds
         size = 0
         for part in response.iter_raw():
             size += len(part)
             if size > most:
                 raise Refused(f"the answer is larger than {most} bytes")
-            # httpx limits each read, not their sum: a dripping server would never end.
-            if time.monotonic() > deadline:
-                raise TooSlow(f"no whole answer in {self.limits.request_seconds:g} s")
             yield part
 
     def _lines(self, response: httpx.Response) -> Iterator[str]:

@@ -8,10 +8,10 @@ import pytest
 
 from tests.unit.evaluating.conftest import Handler, answer, flood
 from toolchain.errors import CheckFailed, EnvironmentFailure
-from toolchain.evaluating import client, session
+from toolchain.evaluating import client, timely
 from toolchain.evaluating.client import ask_all, chat, check_served_name, wait_until_healthy
 from toolchain.evaluating.items import Item
-from toolchain.evaluating.session import Limits, Session
+from toolchain.evaluating.session import Limits, Session, died
 from toolchain.ports import Endpoint
 
 QUICK = Limits(request_seconds=60, tries=2, pause_seconds=0.01, answer_bytes=100_000)
@@ -80,9 +80,9 @@ def test_a_server_that_drips_is_given_up(serve, monkeypatch):
                 handler.wfile.write(b" " * 70_000)
 
     looks = itertools.count(0.0, 25.0)
-    monkeypatch.setattr(session, "time", SimpleNamespace(monotonic=lambda: next(looks)))
+    monkeypatch.setattr(timely, "time", SimpleNamespace(monotonic=lambda: next(looks)))
 
-    with pytest.raises(CheckFailed, match=r"no whole answer in 60 s"):
+    with pytest.raises(CheckFailed, match=r"no answer in 60 s"):
         ask(serve(drip), replace(QUICK, tries=1, answer_bytes=10**9))
 
     assert next(looks) == 100.0
@@ -193,7 +193,7 @@ def clock(monkeypatch):
 def test_last_words_of_a_loader_are_understood(line, hint):
     endpoint = Endpoint(url="http://x", logs=lambda _: f"first\n{line}", alive=lambda: False)
 
-    assert hint in session.died(endpoint, "before it was ready").hint
+    assert hint in died(endpoint, "before it was ready").hint
 
 
 def test_waits_until_the_model_is_loaded(serve, clock):
