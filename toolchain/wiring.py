@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -92,9 +92,9 @@ def keep_clean(inputs: Iterable[str | Path], **outputs: str | Path) -> None:
     keep_apart(inputs, {**flags, **folders})
 
 
-def make_store() -> FileStore:
-    """Return the user's store."""
-    return FileStore(store_folder())
+def make_store(tell: Callable[[str], None] | None = None) -> FileStore:
+    """Return the user's store; it tells when another process has to be waited for."""
+    return FileStore(store_folder(), tell)
 
 
 def make_engine() -> DockerEngine:
@@ -125,7 +125,7 @@ def make_tools(
     if runner not in RUNNERS:
         raise UsageError(f"--runner {runner}: unknown", hint=f"one of {', '.join(RUNNERS)}")
     chosen_seconds()
-    store, engine = make_store(), DockerEngine()
+    store, engine = make_store(progress.note), DockerEngine()
     answers = runner != "local" and engine.answers()
     if runner == "docker" and not answers:
         engine.client  # noqa: B018 - raises what is wrong and what to do

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from filelock import FileLock
-
 from toolchain.drivers import process
 from toolchain.drivers.downloading import persistently
+from toolchain.drivers.waiting import locked
 from toolchain.drivers.wire import open_log
 from toolchain.errors import EnvironmentFailure, UsageError
 from toolchain.ports import Progress
@@ -130,7 +129,8 @@ def make_environment(cache: Path, pins: Pins, progress: Progress) -> Path:
     private(cache, "builders")
     if is_complete(folder):
         return folder
-    with FileLock(folder.with_name(folder.name + ".lock")):
+    lock = folder.with_name(folder.name + ".lock")
+    with locked(lock, f"makes the builder {pins.name!r}", progress.note):
         if is_complete(folder):
             return folder
         discard(folder)

@@ -37,8 +37,10 @@ _SETTLED_NS = 2_000_000_000
 class FileStore:
     """A store in a folder of the local disk, shared by any number of builds at once."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, tell: Callable[[str], None] | None = None) -> None:
         self.root = root
+        self._tell = tell or (lambda _: None)
+        """Hears that another process has to be waited for."""
         self._held: dict[Digest, int] = {}
         """Open descriptors whose shared lock lives as long as this process."""
         self._found: dict[Digest, Entry] = {}
@@ -78,7 +80,7 @@ class FileStore:
                     self._make(key, note, make, resume=resume)
                     break
             if not mine:
-                self._wait(key)
+                self._wait(key, str(note.get("stage", "a stage")))
         self.find(key)  # holds it
         entry = self._read(key, cached=False)
         if entry is None:
@@ -270,12 +272,17 @@ class FileStore:
         path = private(self.root, "locks") / name
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
-    def _wait(self, key: Digest) -> None:
+    def _wait(self, key: Digest, stage: str) -> None:
         """Return when no process makes the result any more; the one that made it may use it."""
         with self._writing("waiting for a result"):
             descriptor = self._open_lock(key.hex)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_SH)  # the kernel frees it when its maker dies
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    self._tell(f"another process is at the same result of {stage}: waiting for it")
+                    # The kernel frees it when its maker dies.
+                    fcntl.flock(descriptor, fcntl.LOCK_SH)
             finally:
                 os.close(descriptor)
             time.sleep(_PAUSE_SECONDS)  # it may be damaged, and held by one who has read it

@@ -8,12 +8,11 @@ import tempfile
 from pathlib import Path
 from typing import TextIO
 
-from filelock import FileLock
-
 from toolchain.drivers import process
 from toolchain.drivers.downloading import persistently
 from toolchain.drivers.environment import make_bare_environment
 from toolchain.drivers.hardware import cores
+from toolchain.drivers.waiting import locked
 from toolchain.drivers.wire import open_log
 from toolchain.errors import EnvironmentFailure
 from toolchain.ports import Progress
@@ -40,7 +39,8 @@ def make_toolset(cache: Path, engine: str, progress: Progress) -> Path:
     if folder.is_dir():
         return folder
     private(cache, "toolsets")
-    with FileLock(folder.with_name(folder.name + ".lock")):
+    lock = folder.with_name(folder.name + ".lock")
+    with locked(lock, f"compiles {engine}'s tools", progress.note):
         if not folder.is_dir():
             progress.note(
                 f"compiling {engine}'s tools with {cores()} cores, once for this machine: "

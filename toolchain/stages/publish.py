@@ -62,7 +62,7 @@ def candidate(image: Image, layout: Path | None, tools: Tools) -> Iterator[str]:
                 tools.engine.untag(name)
             raise
         return
-    with _alone(_beside(layout)) as folder:
+    with _alone(_beside(layout), tools) as folder:
         _layout(image, folder, tools)
         yield f"oci:{folder}"
 
@@ -255,7 +255,7 @@ def check_layout(outputs: Outputs) -> None:
 @contextmanager
 def _settled(whole: Whole, folder: Path, tools: Tools) -> Iterator[Path]:
     """Yield the candidate's layout, whole; give it its final place at once afterwards."""
-    with _alone(_beside(folder)) as beside:
+    with _alone(_beside(folder), tools) as beside:
         stale = held_digest(beside)
         _layout(whole, beside, tools)
         if stale is not None and stale != whole.digest:
@@ -302,18 +302,25 @@ def _recover(folder: Path) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[Path]:
+def _alone(folder: Path, tools: Tools | None = None) -> Iterator[Path]:
     """Yield a folder that no other build of the same results writes to or renames meanwhile.
 
     Raises EnvironmentFailure where it cannot be made.
     """
+    wait = False
     with ExitStack() as stack:
         with _explained(folder):
             while True:
                 folder.mkdir(parents=True, exist_ok=True)
-                with suppress(FileNotFoundError):  # renamed between the two
-                    stack.enter_context(alone(folder))
+                try:
+                    stack.enter_context(alone(folder, wait=wait))
                     break
+                except FileNotFoundError:
+                    continue  # renamed between the two
+                except BlockingIOError:
+                    wait = True
+                    if tools is not None:
+                        tools.progress.note(f"another process writes {folder}: waiting for it")
         yield folder
 
 
@@ -343,7 +350,7 @@ def discard_candidate(image: Image, layout: Path | None, tools: Tools) -> None:
     if layout is None:
         tools.engine.untag(_candidate_name(image, tools))
     elif _beside(layout).exists():
-        with _alone(_beside(layout)) as folder:
+        with _alone(_beside(layout), tools) as folder:
             discard(folder)
 
 
