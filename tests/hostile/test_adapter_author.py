@@ -6,7 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from toolchain import time_limits
 from toolchain.errors import InputRefused
@@ -14,6 +16,7 @@ from toolchain.merging.plan import make_plan
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 BASE, ADAPTER = TINY / "base", TINY / "adapters" / "a"
+WEIGHTS = "adapter_model.safetensors"
 
 # Patterns that never end.
 
@@ -82,4 +85,16 @@ def test_a_pattern_nested_too_deeply_is_refused(tmp_path: Path) -> None:
     adapter = adapter_with(tmp_path, target_modules="(" * 5000 + ")" * 5000)
 
     with pytest.raises(InputRefused, match="adapter_config"):
+        make_plan(BASE, [(adapter, 1.0)])
+
+
+def test_names_of_tensors_that_are_searched_for_ever_are_refused(
+    tmp_path: Path, impatient: None
+) -> None:
+    """Each name of hundreds could be read in hundreds of ways, and none of them is right."""
+    adapter = adapter_with(tmp_path)
+    names = [f"base_model.model.{n}{'.lora_A' * 570}.." for n in range(300)]
+    save_file({name: np.zeros(1, np.float32) for name in names}, adapter / WEIGHTS)
+
+    with pytest.raises(InputRefused, match="names of its 300 tensors"):
         make_plan(BASE, [(adapter, 1.0)])

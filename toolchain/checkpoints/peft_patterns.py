@@ -20,6 +20,7 @@ from toolchain.time_limits import TooLong, cpu_limit, doing
 _PLAIN = re.compile(r"[\w.]*")
 """Names, which most entries are: nothing in them repeats, so nothing has to be tried."""
 _SHOWN = 60
+_SECONDS_EACH = 0.001
 
 
 def check_peft_patterns(root: Path, modules: Iterable[str]) -> None:
@@ -48,21 +49,25 @@ def check_peft_patterns(root: Path, modules: Iterable[str]) -> None:
 
 
 @contextmanager
-def matching(root: Path) -> Iterator[None]:
-    """Limit the time of a block that matches an adapter's patterns against other names.
+def reading_names(root: Path, keys: int) -> Iterator[None]:
+    """Limit the time of a block that reads the names of an adapter's `keys` tensors.
 
-    Raises InputRefused, naming all of them, where it is over.
+    It may match its patterns as well. Raises InputRefused where the time is over.
     """
     path = root / "adapter_config.json"
-    if not (patterns := list(_patterns(read_json(path)))):
-        yield
-        return
+    seconds = time_limits.FOREIGN_SECONDS + keys * _SECONDS_EACH
     try:
-        with cpu_limit(time_limits.FOREIGN_SECONDS):
+        with cpu_limit(seconds):
             yield
     except TooLong:
-        named = ", ".join(dict.fromkeys(f"{field} {_excerpt(text)}" for field, text, _ in patterns))
-        raise _endless(path, named) from None
+        patterns = [f"{field} {_excerpt(text)}" for field, text, _ in _patterns(read_json(path))]
+        if patterns:
+            raise _endless(path, ", ".join(dict.fromkeys(patterns))) from None
+        raise InputRefused(
+            f"{root}: to understand the names of its {keys} tensors takes more than {seconds:g} s"
+            " of CPU time",
+            hint="export the adapter again with PEFT's save_pretrained",
+        ) from None
 
 
 def _endless(path: Path, named: str) -> InputRefused:

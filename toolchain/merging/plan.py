@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.checkpoints.folder import check_adapter_folder, check_model_folder
-from toolchain.checkpoints.peft_patterns import check_peft_patterns, matching
+from toolchain.checkpoints.peft_patterns import check_peft_patterns, reading_names
 from toolchain.checkpoints.safetensors import (
     CheckpointIndex,
     Header,
@@ -264,7 +264,7 @@ def _claims(view: AdapterView) -> Sequence[Claim]:
     modules = {name.removesuffix(".weight") for name in view.sources}
     modules |= {plain_key(key).rsplit(".", parts)[0] for key in view.keys for parts in (1, 2)}
     check_peft_patterns(view.path, sorted(modules))
-    with matching(view.path):
+    with reading_names(view.path, len(view.keys)):
         return claims_of(view)
 
 
