@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from socket import SHUT_RDWR
 from typing import Any
 
 import docker
@@ -310,16 +311,19 @@ def _converse(
     """Start the container, listen to it until it ends, and return its exit code."""
     container = client.containers.create(**request)
     api: Any = client.api
-    with (
-        concurrent.futures.ThreadPoolExecutor(1) as pool,
-        _ended_after(conversation.job.seconds, container),
-    ):
+    seconds = conversation.job.seconds
+    patience = seconds + _ANSWER_SECONDS if seconds else None
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
         try:
             streams = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
             socket = api.attach_socket(container.id, params=streams)
-            with contextlib.closing(socket), contextlib.closing(_beneath(socket)):
+            with (
+                contextlib.closing(socket),
+                contextlib.closing(_beneath(socket)),
+                _ended_after(seconds, container, _beneath(socket)),
+            ):
                 # Asked before it starts: the container is gone as soon as it has ended.
-                ended = pool.submit(api.wait, container.id, None, "removed")
+                ended = pool.submit(api.wait, container.id, patience, "removed")
                 container.start()
                 _listen(socket, conversation)
                 return int(ended.result()["StatusCode"])
@@ -328,13 +332,16 @@ def _converse(
 
 
 @contextlib.contextmanager
-def _ended_after(seconds: int, container: Container) -> Iterator[None]:
+def _ended_after(seconds: int, container: Container, socket: Any) -> Iterator[None]:
     """Remove the container when its time is over, and raise TookTooLong then; 0 for never."""
     over = threading.Event()
 
     def end() -> None:
         over.set()
         remove(container)
+        # An engine that hangs as well says nothing of the end; nobody waits for it.
+        with contextlib.suppress(*GONE):
+            socket.shutdown(SHUT_RDWR)
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True
