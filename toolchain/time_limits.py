@@ -73,10 +73,11 @@ def _to_nobody(_what: str) -> None:
 
 
 _tell: Callable[[str], None] = _to_nobody
+_now = ""
 
 
 def tell_what_is_done(tell: Callable[[str], None]) -> None:
-    """Call `tell` with what begins from now on, and with nothing where it has ended."""
+    """Call `tell` with what begins from now on, and where it has ended with what is around it."""
     global _tell
     _tell = tell
 
@@ -84,11 +85,14 @@ def tell_what_is_done(tell: Callable[[str], None]) -> None:
 @contextmanager
 def doing(what: str) -> Iterator[None]:
     """Name what the block does, for the message of a job that is ended in it."""
+    global _now
+    around, _now = _now, what
     _tell(what)
     try:
         yield
     finally:
-        _tell("")
+        _now = around
+        _tell(around)
 
 
 def job_seconds(size: int, *, per_gb: float = _PER_GB, tokens: int = 0) -> int:

@@ -77,10 +77,10 @@ def test_what_is_done_is_told_when_it_begins_and_when_it_has_ended(monkeypatch):
     told = []
     monkeypatch.setattr(time_limits, "_tell", told.append)
 
-    with pytest.raises(ValueError, match="x"), doing("rendering"):
+    with pytest.raises(ValueError, match="x"), doing("asking"), doing("rendering"):
         raise ValueError("x")
 
-    assert told == ["rendering", ""]
+    assert told == ["asking", "rendering", "asking", ""]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from requests.exceptions import RequestException
 from toolchain.drivers.docker_images import build_image, image_tag
 from toolchain.drivers.docker_loading import load_in_turn
 from toolchain.drivers.docker_requests import (
+    INPUTS,
     LABEL_OWNER,
     NOBODY,
     OUTPUT,
@@ -229,7 +230,7 @@ class DockerRunner:
                 stack.enter_context(owned_by(job.output, user, group))
             image = image_tag(job.builder, self._flavour())
             request = job_request(job, image, place, bounds, worker_environment())
-            conversation = Conversation(job=job, progress=progress, log=log)
+            conversation = Conversation(job=job, progress=progress, log=log, inside=INPUTS)
             stack.enter_context(conversation.in_time())
             with engine_errors(f"running the {job.stage} job"):
                 returncode = _converse(self._engine.client, request, conversation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,8 @@ class Conversation:
     job: Job
     progress: Progress
     log: TextIO
+    inside: str = ""
+    """Folder of the inputs where the job runs, if that is another: messages name our own."""
     _result: Mapping[str, Json] | None = None
     _error: WeightsmithError | None = None
     _stderr: list[str] = field(default_factory=list)
@@ -51,16 +54,16 @@ class Conversation:
                 self._done = f"{done} of {total} {unit} done"
                 self.progress.advance(done, total, unit)
             case {"doing": str(text)}:
-                self._doing = text
+                self._doing = self._ours(text)
             case {"note": str(text)}:
-                self._noted = text
-                self.progress.note(text)
+                self._noted = self._ours(text)
+                self.progress.note(self._noted)
             case {"warn": str(text)}:
-                self.progress.warn(text)
+                self.progress.warn(self._ours(text))
             case {"result": dict(result)}:
                 self._result = result
             case {"error": {"message": str(message), "hint": str(hint), "exit_code": int(code)}}:
-                self._error = from_code(code, message, hint)
+                self._error = from_code(code, self._ours(message), self._ours(hint))
             case _:
                 self.hear_error(line)
 
@@ -102,10 +105,16 @@ class Conversation:
             self.log.flush()
             raise EnvironmentFailure(
                 f"the {self.job.stage} job was ended after {_span(self.job.seconds)}, the most "
-                f"that it may take{self._at()}",
+                f"that it may take{self._at() or '; it was at: its start'}",
                 hint=f"if that is where it hangs, give another input; if it is only slow, "
                 f"{VARIABLE} sets another limit; log: {self.log.name}",
             ) from None
+
+    def _ours(self, text: str) -> str:
+        if not self.inside:
+            return text
+        place = rf"(?<![\w./]){re.escape(self.inside)}/([\w-]+)"
+        return re.sub(place, lambda found: str(self.job.inputs.get(found[1], found[0])), text)
 
     def _at(self) -> str:
         at = ", ".join(text for text in (self._doing or self._noted, self._done) if text)

@@ -121,15 +121,17 @@ def load_network(model: Path, adapters: Sequence[tuple[Path, float]]) -> Any:
     from transformers import AutoModelForCausalLM
 
     check_model_folder(model)
-    network = AutoModelForCausalLM.from_pretrained(
-        model,
-        dtype=torch.float32,
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-    )
+    with doing(f"loading {model}"):
+        network = AutoModelForCausalLM.from_pretrained(
+            model,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
     if adapters:
-        network = _with_adapters(network, adapters)
+        with doing("loading the adapters"):
+            network = _with_adapters(network, adapters)
     return network.eval()
 
 

@@ -224,3 +224,16 @@ def test_what_has_ended_is_not_named(conversation):
 
     with pytest.raises(EnvironmentFailure, match="it was at: converting"):
         conversation.result(-9)
+
+
+def test_messages_of_a_container_name_the_files_of_this_machine(tmp_path):
+    progress = RecordingProgress()
+    conversation = Conversation(job=echo(tmp_path), progress=progress, log=Log(), inside="/in")
+    conversation.hear('{"note": "/in/text, /in/text/x and /in/other; not /a/in/text"}')
+    conversation.hear('{"error": {"message": "/in/text is bad", "hint": "", "exit_code": 3}}')
+
+    here = tmp_path / "text"
+    said = f"{here}, {here}/x and /in/other; not /a/in/text"
+    assert progress.lines == [("note", said)]
+    with pytest.raises(InputRefused, match=f"^{here} is bad"):
+        conversation.result(3)
