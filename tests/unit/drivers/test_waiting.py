@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 from filelock import FileLock
 
-from tests.fakes.runner import RecordingProgress
+from tests.fakes.journal import RecordingProgress
 from toolchain.drivers.store import FileStore
 from toolchain.drivers.waiting import locked
 from toolchain.stages import publish
