@@ -191,7 +191,7 @@ def test_a_chat_template_that_grows_is_refused_within_the_jobs_memory(tmp_path: 
     code = (
         "import resource, sys; from pathlib import Path\n"
         "from toolchain.errors import InputRefused; from toolchain.quality.texts import as_lines\n"
-        "resource.setrlimit(resource.RLIMIT_DATA, (2 << 30,) * 2)\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, (1 << 30,) * 2)\n"
         "try: as_lines(Path(sys.argv[1]), [{'messages': [{'role': 'user', 'content': 'x'}]}])\n"
         "except InputRefused as refused: print(refused)"
     )
@@ -216,7 +216,7 @@ def test_a_chat_template_that_fails_is_refused(tmp_path: Path) -> None:
         answer(base_with(tmp_path, "{{ 1 / 0 }}"), [], [QUESTION], 1)
 
 
-# --- A model card that is searched for ever --------------------------------------------------
+# A model card that is searched for ever.
 
 
 @pytest.mark.parametrize("text", ["\n" * 1_000_000, "\n" + "[" * 60_000 + "\n---\n"])
