@@ -243,9 +243,7 @@ def refusal(
     """Return a gate's error with the report that is kept of it."""
     record.tools.progress.warn(f"not published: {error.message}")
     report = record.refuse(results, stages, error.message)
-    return CheckFailed(
-        error.message, hint=f"{error.hint}\n  report: {report}", details=error.details
-    )
+    return CheckFailed(error.message, hint=f"{error.hint}\nreport: {report}", details=error.details)
 
 
 def prove(

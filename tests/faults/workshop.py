@@ -18,6 +18,7 @@ from typing import Any, Self
 import yaml
 from safetensors.numpy import load_file, save_file
 
+from toolchain.visible import quoted
 from toolchain.wiring import cache_folder
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +67,7 @@ class Outcome:
         assert "Traceback" not in self.out + self.err, self
         error = dict(self.told["error"])
         assert error["exit_code"] == code, self
-        assert f"error: {error['message']}" in self.err, self
+        assert f"error: {quoted(error['message'])}" in self.err, self
         assert error["hint"], f"nothing says what to do next: {self}"
         text = f"{error['message']}\n{error['hint']}"
         missing = [words for words in said if words.lower() not in text.lower()]

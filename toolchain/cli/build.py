@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.cli.command import command
 from toolchain.values import Json
+from toolchain.visible import joined
 
 if TYPE_CHECKING:  # imported when it is called: the list of commands must appear at once
     from toolchain.recipe_file import RecipeFile
@@ -108,16 +109,15 @@ def build(
         }
         for b in built
     }
-    return {"targets": result}, "\n".join(_line(name, facts) for name, facts in result.items())
+    lines = [line for name, facts in result.items() for line in _lines(name, facts)]
+    return {"targets": result}, joined(lines)
 
 
-def _line(name: str, facts: Mapping[str, Any]) -> str:
-    scores = ", ".join(f"{who} {score:.3f}" for who, score in facts["scores"].items())
-    return (
-        f"{name}: {facts['image']}@{facts['digest']}\n"
-        + (f"  scores: {scores}\n" if scores else "")
-        + f"  report: {facts['report']}"
-    )
+def _lines(name: str, facts: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{name}: {facts['image']}@{facts['digest']}"
+    if scores := ", ".join(f"{who} {score:.3f}" for who, score in facts["scores"].items()):
+        yield f"  scores: {scores}"
+    yield f"  report: {facts['report']}"
 
 
 @command(many=("target", "adapter", "set"))

@@ -6,7 +6,6 @@ import errno
 import functools
 import inspect
 import io
-import json
 import os
 import signal
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
+from toolchain import visible
 from toolchain.cli.flags import FLAGS
 from toolchain.cli.lines import put_line
 from toolchain.errors import EnvironmentFailure, UsageError, WeightsmithError
@@ -66,7 +66,7 @@ def command(
                 print_error(_Interrupted("interrupted; what was finished is kept"), as_json=as_json)
                 raise Exit(code=_Interrupted.exit_code) from None
             else:
-                _print_result(json.dumps(plain(result)) if as_json else text)
+                _print_result(visible.as_json(plain(result)) if as_json else text)
 
         run.__signature__ = _for_invoke(inspect.signature(body), many)  # type: ignore[attr-defined]
         names = inspect.signature(body).parameters
@@ -210,6 +210,7 @@ def print_error(error: WeightsmithError, *, as_json: bool) -> None:
     """Print an error in a few lines on stderr, and as an object on stdout where JSON was asked."""
     if as_json:
         report = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
-        put_line(json.dumps({**plain(error.details), "error": report}), sys.stdout)
-    text = f"error: {error.message}" + (f"\n  hint: {error.hint}" if error.hint else "")
+        put_line(visible.as_json({**plain(error.details), "error": report}), sys.stdout)
+    text = f"error: {visible.quoted(error.message)}"
+    text += f"\n  hint: {visible.quoted(error.hint)}" if error.hint else ""
     put_line(text, sys.stderr)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from toolchain.cli.command import command
 from toolchain.values import Json
+from toolchain.visible import escaped, joined
 
 
 def report_words(words: Sequence[str]) -> tuple[str, ...]:
@@ -46,7 +47,7 @@ def report(
         result = compare_builds(compare, other or folder or "", place)
         return result, str(result["html"])
     result = report_builds(Path(folder or "dist"))
-    return result, "\n".join(str(written["html"]) for written in result["reports"])
+    return result, joined(str(written["html"]) for written in result["reports"])
 
 
 @command()
@@ -70,7 +71,7 @@ def targets(_context: object, *, json: bool = False) -> tuple[Mapping[str, Json]
         f"about {facts['bits_per_weight']:g} bits each"
         for name, facts in found.items()
     ]
-    return {"targets": found}, "\n".join(lines)
+    return {"targets": found}, joined(lines)
 
 
 @command()
@@ -80,12 +81,11 @@ def doctor(_context: object, *, json: bool = False) -> tuple[Mapping[str, Json],
     from toolchain.wiring import examine
 
     result = examine()
-    lines = [
-        f"{'ok  ' if check['ok'] else 'no  '}{name:<12} {check['found']}"
-        + (f"\n                 {check['todo']}" if check["todo"] else "")
-        for name, check in result["checks"].items()
-    ]
-    return result, "\n".join(lines)
+    lines = []
+    for name, check in result["checks"].items():
+        lines.append(f"{'ok  ' if check['ok'] else 'no  '}{name:<12} {check['found']}")
+        lines += [f"{'':<17}{line}" for line in check["todo"].splitlines()]
+    return result, joined(lines)
 
 
 @command()
@@ -98,7 +98,8 @@ def clean(
 
     store = make_store()
     if not keep and not json and sys.stdin.isatty() and sys.stderr.isatty():
-        sys.stderr.write(f"Delete all results in {store.root} but those in use? [y/N] ")
+        where = escaped(str(store.root))
+        sys.stderr.write(f"Delete all results in {where} but those in use? [y/N] ")
         sys.stderr.flush()
         if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
             return {}, "nothing deleted; `--keep 20GiB` would keep the latest"

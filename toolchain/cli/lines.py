@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from typing import TextIO
 
-_STEERING = {n: "\ufffd" for n in (*range(32), *range(127, 160)) if chr(n) not in "\n\t"}
-"""What steers a terminal: names and labels of images may have it, and nothing of ours."""
+from toolchain.visible import escaped, printed
 
 
 def put_line(text: str, stream: TextIO) -> str:
@@ -15,7 +14,7 @@ def put_line(text: str, stream: TextIO) -> str:
     Return why it was not written, as on a full disk; empty also where nobody reads any longer.
     """
     try:
-        print(text.translate(_STEERING), file=stream, flush=True)
+        print(printed(text), file=stream, flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         # The reader, such as `head`, had enough; the work goes on.
@@ -25,4 +24,4 @@ def put_line(text: str, stream: TextIO) -> str:
 
 def pinned(reference: str, digest: str) -> str:
     """Return a reference with its digest, once."""
-    return reference if "@" in reference else f"{reference}@{digest}"
+    return escaped(reference if "@" in reference else f"{reference}@{digest}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from toolchain.cli.command import command
 from toolchain.values import Json
+from toolchain.visible import escaped, joined
 
 
 @command(many=("adapter",))
@@ -62,7 +63,7 @@ def merge(
     if kept and out:
         result = {**result, "adapter": kept}
     counts = ", ".join(f"{count} {what}" for what, count in result["tensors"].items())
-    return result, f"{result['out']}: {counts} tensors, {result['seconds']:.1f} s"
+    return result, escaped(f"{result['out']}: {counts} tensors, {result['seconds']:.1f} s")
 
 
 @command(many=("adapter",))
@@ -127,7 +128,7 @@ def _verdict(merged: str, result: Mapping[str, Json]) -> str:
         same, tokens = (sum(row[key] for row in texts) for key in ("same", "tokens"))
         lines.append(f"  {same} of {tokens} tokens of greedy text are those of base and adapters")
     lines += [f"  {found['severity']}: {found['message']}" for found in result["findings"]]
-    return "\n".join(lines)
+    return joined(lines)
 
 
 @command(many=("tensor_type", "keep_module"))
@@ -185,7 +186,7 @@ def quantize(
         for key in ("kl_mean", "top1", "perplexity_ratio")
         if key in result["quality"]
     )
-    return result, (
+    return result, escaped(
         f"{result['out']}: {result['format']}, {result['bits_per_weight']:.2f} bits"
         + (f"; {measures}" if measures else "")
     )
@@ -227,8 +228,8 @@ def render(
         set,
     )
     result = render_model(Path(model), target, name, wishes, Path(out))
-    lines = [*map(str, result["files"]), "", summary(target, result["plan"])]
-    return result, "\n".join(lines)
+    files = joined([*map(str, result["files"]), ""])
+    return result, f"{files}\n{summary(target, result['plan'])}"
 
 
 COMMANDS = (merge, validate, quantize, render)

@@ -8,6 +8,7 @@ from typing import TextIO
 
 from toolchain.cli.lines import put_line
 from toolchain.ports import Progress
+from toolchain.visible import escaped, printed, quoted
 
 _PLAIN_EVERY_S = 10.0
 """Seconds between two plain lines of one stage: a CI log stays readable."""
@@ -28,14 +29,14 @@ class PlainProgress:
     def stage(self, name: str, detail: str) -> None:
         """Print the stage's name and what it will do."""
         self._started = self._printed = time.monotonic()
-        self._print(f"{name}: {detail}" if detail else name)
+        self._print(quoted(f"{name}: {detail}" if detail else name))
 
     def advance(self, done: int, total: int, unit: str) -> None:
         """Print done, total, rate and time left, at most every ten seconds."""
         now = time.monotonic()
         if now - self._printed >= _PLAIN_EVERY_S:
             self._printed = now
-            self._print("  " + describe(done, total, unit, now - self._started))
+            self._print(quoted("  " + describe(done, total, unit, now - self._started)))
 
     def finish(self, name: str, seconds: float, cached: bool) -> None:
         """Print how long the stage took."""
@@ -43,11 +44,11 @@ class PlainProgress:
 
     def note(self, text: str) -> None:
         """Print a line."""
-        self._print("  " + text)
+        self._print(quoted("  " + text))
 
     def warn(self, text: str) -> None:
         """Print a warning."""
-        self._print("  warning: " + text)
+        self._print(quoted("  warning: " + text))
 
     def _print(self, text: str) -> None:
         put_line(text, self._stream)
@@ -59,7 +60,6 @@ class LiveProgress:
     def __init__(self) -> None:
         # Imported here: only a terminal needs it, and `invoke --list` must answer at once.
         from rich.console import Console
-        from rich.markup import escape
         from rich.progress import (
             BarColumn,
             Progress,
@@ -67,13 +67,14 @@ class LiveProgress:
             TextColumn,
             TimeElapsedColumn,
         )
+        from rich.text import Text
 
-        self._escape = escape
+        self._text = Text
         self._console = Console(stderr=True, highlight=False)
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
             TimeElapsedColumn(),
             console=self._console,
             transient=True,
@@ -84,31 +85,36 @@ class LiveProgress:
     def stage(self, name: str, detail: str) -> None:
         """Start the stage's bar."""
         self._stop()
-        text = f"  {self._escape(detail)}" if detail else ""
-        self._console.print(f"[bold]{name}[/bold]{text}")
+        self._print((name, "bold"), (f"  {detail}" if detail else "", ""))
         self._began = time.monotonic()
-        self._task = self._bars.add_task(name, total=None, detail="")
+        self._task = self._bars.add_task(escaped(name), total=None, detail="")
         self._bars.start()
 
     def advance(self, done: int, total: int, unit: str) -> None:
         """Move the bar."""
         if self._task is not None:
-            detail = describe(done, total, unit, time.monotonic() - self._began)
+            detail = escaped(describe(done, total, unit, time.monotonic() - self._began))
             self._bars.update(self._task, completed=done, total=total or None, detail=detail)
 
     def finish(self, name: str, seconds: float, cached: bool) -> None:
         """Replace the bar by one line."""
         self._stop()
-        mark = "[dim]cached[/dim]" if cached else "[green]done[/green]"
-        self._console.print(f"[bold]{name}[/bold]  {mark} ({seconds:.1f} s)")
+        mark = ("cached", "dim") if cached else ("done", "green")
+        self._print((name, "bold"), ("  ", ""), mark, (f" ({seconds:.1f} s)", ""))
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
-        self._console.print("  " + text, markup=False)
+        self._print((f"  {text}", ""))
 
     def warn(self, text: str) -> None:
         """Print a warning above the bar."""
-        self._console.print("  warning: " + text, style="yellow", markup=False)
+        self._print((f"  warning: {text}", "yellow"))
+
+    def _print(self, *parts: tuple[str, str]) -> None:
+        # Text and never markup: `[bold]` or `:skull:` in a name is no instruction. The terminal
+        # breaks long lines, so that none begins with what a name says.
+        text = self._text.assemble(*((printed(quoted(part)), style) for part, style in parts))
+        self._console.print(text, soft_wrap=True)
 
     def _stop(self) -> None:
         if self._task is not None:

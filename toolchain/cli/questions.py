@@ -7,6 +7,7 @@ from pathlib import Path
 
 from toolchain.cli.command import command
 from toolchain.values import Json
+from toolchain.visible import joined
 
 
 @command(
@@ -98,7 +99,7 @@ def evaluate(
     low, high = result["interval"]
     text = f"{result['score']:.4f} ({metric}, n={result['n']}, 95 %: {low:.3f} to {high:.3f})"
     if "comparison" in result:
-        text += f"\n{result['comparison']['reason']}"
+        return result, joined([text, result["comparison"]["reason"]])
     return result, text
 
 

@@ -18,6 +18,7 @@ from toolchain.evaluating.session import Limits, Session
 from toolchain.ports import Tools
 from toolchain.stages.record import write_files
 from toolchain.values import Json
+from toolchain.visible import joined
 
 BENCH_FILE = "bench.json"
 _TOPICS = (
@@ -123,7 +124,7 @@ def bench_text(result: Mapping[str, Json]) -> str:
             f"{run['concurrency']:>7}  {run['requests_per_s']:>10.2f}  {run['tokens_per_s']:>8.1f}"
             f"  {first:>22}  {after:>15}  {run['errors']:>6}"
         )
-    return "\n".join(lines)
+    return joined(lines)
 
 
 def _pair(spread: Mapping[str, Json]) -> str:

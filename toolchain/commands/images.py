@@ -9,7 +9,7 @@ from pathlib import Path
 from toolchain.errors import InputRefused
 from toolchain.oci import manifests
 from toolchain.oci.attachments import Attachment
-from toolchain.oci.inspect import describe, shown
+from toolchain.oci.inspect import describe
 from toolchain.oci.layout import is_layout
 from toolchain.oci.places import Place, RegistryPlace, open_place
 from toolchain.oci.references import DOCKER_HUB, Reference
@@ -20,6 +20,7 @@ from toolchain.provenance.labels import PREFIX, plan_in, scores_in
 from toolchain.provenance.sealing import cosign_tag, countersigned, only_held, strays
 from toolchain.serving.memory import human
 from toolchain.values import Blob, Digest, Json, plain
+from toolchain.visible import joined
 
 
 def copy_image(
@@ -232,12 +233,12 @@ def inspect_text(found: Mapping[str, Json]) -> str:
     if "index" in found:
         platforms = ", ".join(found["platforms"])
         lines += [
-            f"  platform  {shown(found['platform'])}, one of {shown(platforms)}",
+            f"  platform  {found['platform']}, one of {platforms}",
             f"  index     {found['index']}",
         ]
-    lines += [f"  {shown(name):<9} {value:.4f}" for name, value in found["scores"].items()]
+    lines += [f"  {name:<9} {value:.4f}" for name, value in found["scores"].items()]
     own = {name: text for name, text in found["provenance"].items() if name != "config"}
-    lines += [f"  {shown(name):<24} {shown(value)}" for name, value in sorted(own.items())]
+    lines += [f"  {name:<24} {value}" for name, value in sorted(own.items())]
     plan = found["plan"]
     if {"max_num_seqs", "max_model_len", "device"} <= plan.keys():
         lines.append(
@@ -245,7 +246,7 @@ def inspect_text(found: Mapping[str, Json]) -> str:
             f"on {plan['device']}"
         )
     lines += [
-        f"  {layer['digest'][7:19]}  {human(int(layer['size'])):>10}  {shown(layer['file'])}"
+        f"  {layer['digest'][7:19]}  {human(int(layer['size'])):>10}  {layer['file']}"
         for layer in found["layers"]
     ]
-    return "\n".join(lines)
+    return joined(lines)

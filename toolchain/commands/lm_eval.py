@@ -20,6 +20,7 @@ from toolchain.evaluating.session import Session
 from toolchain.ports import Tools
 from toolchain.trees import below
 from toolchain.values import Json
+from toolchain.visible import joined
 
 _PROGRAM = "lm_eval"
 _SECONDS = 24 * 3600.0
@@ -125,7 +126,7 @@ def read_results(out: Path) -> Mapping[str, Json]:
 
 def tasks_text(result: Mapping[str, Json]) -> str:
     """Return the tasks' scores for people, a line each."""
-    return "\n".join(
+    return joined(
         f"{name}: {task['score']} ({task['measure']}, n={task['n']})"
         for name, task in result["tasks"].items()
     )

@@ -39,6 +39,7 @@ from toolchain.stages.lock import pinned, read_lock, with_sources
 from toolchain.stages.quantize import Wanted, model_config
 from toolchain.stages.resolve import known
 from toolchain.values import Json, Sources, StageInputs, Tree
+from toolchain.visible import escaped
 
 _REFERENCE_MEMORY = 3 << 30
 """Python, torch and transformers beside the float32 weights, in bytes."""
@@ -133,23 +134,28 @@ def table(result: Mapping[str, Json]) -> str:
     """Return a forecast as a table for people."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    rows = Table(title=f"{result['name']} {result['version']}", title_justify="left")
+    title = Text(escaped(f"{result['name']} {result['version']}"))
+    rows = Table(title=title, title_justify="left")
     for heading in ("stage", "target", "state", "reads", "writes", "memory"):
         rows.add_column(heading, justify="right" if heading in _NUMBERS else "left")
     for row in result["stages"]:
         state = "cached" if row["cached"] else f"to do: {row['why']}"
         numbers = (row["read_bytes"], row["write_bytes"], row["peak_memory_bytes"])
         shown = ("" if row["cached"] else human(int(n)) if n else "" for n in numbers)
-        rows.add_row(row["stage"], row["target"], state, *shown)
+        # Text and never markup: what stands in a name is no instruction.
+        told = (Text(escaped(text)) for text in (row["stage"], row["target"], state))
+        rows.add_row(*told, *shown)
     text = io.StringIO()
     console = Console(file=text, width=110, highlight=False)
     console.print(rows)
     for name, plan in result["serving"].items():
-        console.print(summary(name, plan), markup=False, soft_wrap=True)
+        console.print(Text(summary(name, plan)), soft_wrap=True)
     if advice := result["advice"]:
         what = {True: "merge", False: "serve the adapters beside the base", None: "as it is"}
-        console.print(f"advice: {what[advice['merge']]}: {'; '.join(advice['why'])}", markup=False)
+        said = f"advice: {what[advice['merge']]}: {'; '.join(advice['why'])}"
+        console.print(Text(escaped(said)))
     if not result["serving"]:
         console.print("sizes are known once the sources are on this machine")
         return text.getvalue().rstrip()

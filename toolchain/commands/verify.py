@@ -14,7 +14,6 @@ from toolchain.errors import Altered, CheckFailed, InputRefused, UsageError, Wei
 from toolchain.oci import manifests
 from toolchain.oci.attachments import Attachment, Part
 from toolchain.oci.image import Image, blob_of
-from toolchain.oci.inspect import shown
 from toolchain.oci.layers import LAYER_TAR, Layer, verified
 from toolchain.oci.places import Place, RegistryPlace, open_place
 from toolchain.oci.registry import Registry
@@ -26,6 +25,7 @@ from toolchain.provenance.evidence import Document, FoundStatement
 from toolchain.provenance.lineage import trace
 from toolchain.provenance.roles import roles_of
 from toolchain.values import Digest, Json, canonical
+from toolchain.visible import joined
 
 _BUFFER = 1 << 20
 _READERS = 3
@@ -115,8 +115,8 @@ def table(result: Mapping[str, Json]) -> str:
     """Return the checks for people."""
     width = max((len(row["check"]) for row in result["checks"]), default=0)
     words = {True: "ok", False: "NO", None: "-"}
-    return "\n".join(
-        f"  {words[row['ok']]:<3} {shown(row['check']):<{width}}  {shown(row['found'])}"
+    return joined(
+        f"  {words[row['ok']]:<3} {row['check']:<{width}}  {row['found']}"
         for row in result["checks"]
     )
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from toolchain.drivers import process
 from toolchain.errors import CheckFailed
+from toolchain.visible import passed_on
 
 _OUTPUT_BYTES = 64 << 20
 
@@ -40,7 +41,7 @@ def run_command(
             env={**os.environ, **environment},
             input=stdin,
             on_line=keep,
-            on_error_line=lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201
+            on_error_line=lambda line: print(passed_on(line), file=sys.stderr, flush=True),  # noqa: T201
             timeout=seconds,
         )
     except process.TookTooLong as error:

@@ -46,8 +46,3 @@ def describe(image: Image) -> dict[str, Json]:
         "layers": layers,
         "size": sum(layer.size for layer in image.layers),
     }
-
-
-def shown(text: str) -> str:
-    """Return a text that others wrote as part of one line: it steers no terminal, adds no row."""
-    return "".join(c if c.isprintable() else "?" for c in text)

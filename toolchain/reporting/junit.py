@@ -43,7 +43,7 @@ def junit(build: Mapping[str, Any]) -> str:
 
 
 def _gates(root: ET.Element, build: Mapping[str, Any]) -> None:
-    suite = ET.SubElement(root, "testsuite", name="checks", timestamp=build["created"][:19])
+    suite = ET.SubElement(root, "testsuite", name="checks", timestamp=_clean(build["created"][:19]))
     for task in tasks(build):
         for verdict in task["verdicts"]:
             if not verdict["binding"]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from toolchain.serving.memory import human
 from toolchain.values import Json
+from toolchain.visible import joined
 
 _WIDTH = 60
 
@@ -36,7 +37,7 @@ def summary(name: str, plan: Mapping[str, Json]) -> str:
     if not plan["fits"]:
         lines.append("  it does not fit as a whole:")
         lines += [f"   - {way['text']}" for way in plan["nearest"] or ()]
-    return "\n".join([*lines, *(f"  note: {note}" for note in plan["notes"] if plan["fits"])])
+    return joined([*lines, *(f"  note: {note}" for note in plan["notes"] if plan["fits"])])
 
 
 def _parts(plan: Mapping[str, Json], devices: int) -> list[tuple[str, str, int, str]]:

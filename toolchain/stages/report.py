@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,9 +25,13 @@ from toolchain.reporting.junit import junit
 from toolchain.resources import templates
 from toolchain.serving.memory import human
 from toolchain.values import Json, Score
+from toolchain.visible import escaped, upright
 
 _BUILD, _BENCH = "build.json", "bench.json"
 _LARGEST_FILE = 256 << 20
+_MARKDOWN = re.compile(r"[\\`*_\[\]<>|&~]|:(?=//)|(?<=\bwww)\.|^#|^[-+=](?=\s|$|[-=])")
+"""What is markup, or is at the beginning of a line."""
+_NUMBERED = re.compile(r"^(\d{1,9})([.)])(?=\s|$)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,8 +218,9 @@ def render_view(view: Mapping[str, Any], template: str) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # Both are ours, whole: nothing that a model said is in them.
     ours = {"style": Markup(style), "script": Markup(script), "script_digest": f"sha256-{digest}"}  # noqa: S704
+    environment = _environment(folder, template.split(".")[-2])
     try:
-        return _environment(folder).get_template(template).render({**view, **ours})
+        return environment.get_template(template).render({**view, **ours})
     except UndefinedError as error:
         raise UsageError(
             f"{template}: {error.message}", hint="build.json lacks what the report shows"
@@ -222,8 +228,11 @@ def render_view(view: Mapping[str, Any], template: str) -> str:
 
 
 @cache
-def _environment(folder: Path) -> Environment:
-    """Return what renders the report's templates, compiled once for all targets."""
+def _environment(folder: Path, page: str) -> Environment:
+    """Return what renders the report's templates, compiled once for all targets.
+
+    `page` is `html` or `md`: in either, nothing is markup that a template does not say is.
+    """
     environment = Environment(
         loader=FileSystemLoader(folder),
         undefined=StrictUndefined,
@@ -231,10 +240,12 @@ def _environment(folder: Path) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=_upright if page == "html" else _cell,
     )
     environment.filters.update(
         size=human,
         cell=_cell,
+        code=_code,
         pretty=_pretty,
         seconds=_seconds,
         spread=_spread,
@@ -256,12 +267,26 @@ def _write(texts: Mapping[str, str], folder: Path) -> None:
             ) from None
 
 
-def _cell(value: Json) -> str:
-    """Return text for a cell of a Markdown table: one line, nothing of it markup."""
-    flat = " ".join(str(value).split())
-    for character in "\\`*_[]<>|":
-        flat = flat.replace(character, f"\\{character}")
-    return flat
+def _cell(value: Json) -> Markup:
+    """Return text for a cell of a Markdown table: one line, nothing of it markup.
+
+    https://spec.commonmark.org/0.31.2/#backslash-escapes, and GitHub's own links and lists.
+    """
+    if isinstance(value, Markup):
+        return value
+    flat = " ".join(upright(str(value)).split())
+    flat = _NUMBERED.sub(r"\1\\\2", _MARKDOWN.sub(r"\\\g<0>", flat))
+    return Markup(flat)  # noqa: S704 - what it does is to escape
+
+
+def _code(value: Json) -> Markup:
+    """Return a line of an indented block of Markdown, where nothing is markup but its end."""
+    return Markup(escaped(str(value)))  # noqa: S704 - an indented block shows it as it is
+
+
+def _upright(value: Json) -> Json:
+    """Return what a page shows; autoescaping does the rest."""
+    return upright(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _pretty(value: Json) -> str:
