@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from toolchain.errors import EnvironmentFailure
-from toolchain.values import Digest, FileEntry, Job, Json, Snapshot, Tree
+from toolchain.values import Digest, FileEntry, Job, Json, Snapshot, Tree, without_passwords
 
 
 class Progress(Protocol):
@@ -150,6 +150,11 @@ class Endpoint:
     """Start the stopped server again, in the same place."""
     confinement: tuple[str, ...] = ()
     """How it is kept apart, for people: `no network`, `read-only root`, …"""
+
+    @property
+    def shown(self) -> str:
+        """The address without a password that the user may have put into it."""
+        return str(without_passwords(self.url))
 
 
 class RunCommand(Protocol):

@@ -80,6 +80,21 @@ def plain(value: Json) -> Json:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
+_USER = re.compile(r"(?<=://)[^/?#\s]*:[^/?#\s]*@|(?<=https://)[^/?#\s]+@|(?<=http://)[^/?#\s]+@")
+"""Name and password, or a token alone, in an address; `ssh://git@` is neither."""
+
+
+def without_passwords(value: Json) -> Json:
+    """Return a JSON value, or a text, without the names and passwords of addresses in it."""
+    if isinstance(value, str):
+        return _USER.sub("", value)
+    if isinstance(value, Mapping):
+        return {key: without_passwords(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_passwords(inner) for inner in value]
+    return value
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileEntry:
     """One regular file of a tree: its relative POSIX path, size in bytes and digest."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,19 @@ from toolchain.cli import build, images, models, questions
 from toolchain.errors import UsageError
 from toolchain.evaluating.items import Item
 from toolchain.evaluating.metrics import score_answers
+from toolchain.recipe_file import check_recipe
+from toolchain.stages.attest import public_recipe
+from toolchain.stages.record import Facts, build_document
+from toolchain.values import (
+    AdapterSnapshot,
+    Checkpoint,
+    Digest,
+    FileEntry,
+    Snapshot,
+    Sources,
+    Tree,
+    without_passwords,
+)
 
 # Folders that are read: nothing is made in them, not for a moment.
 
@@ -144,3 +160,89 @@ def test_an_answer_of_white_space_in_a_fence_is_judged_at_once(impatient: None) 
     score = score_answers(["```json\n" + "\n" * 1_000_000 + "x"], [question], "json-schema")
 
     assert score.score == 0.0
+
+
+# Secrets in a recipe, and in addresses.
+
+KEY = "sk-4f1d0b"
+SECRETIVE = {
+    "name": "x",
+    "base": {"source": "hf://a/b"},
+    "adapters": [
+        {
+            "source": "./a",
+            "run_id": f"https://ann:{KEY}@runs.example/7",
+            "evaluate": {"data": "b.jsonl", "metric": "command", "command": ["judge", KEY]},
+        }
+    ],
+    "evaluate": {
+        "data": "a.jsonl",
+        "metric": "command",
+        "command": ["/opt/judge.py", "--key", KEY],
+    },
+    "image": {"labels": {"source": f"https://{KEY}@git.example/x", "git": "ssh://git@g.example/x"}},
+    "targets": ["llamacpp-q8_0"],
+}
+
+
+def test_arguments_of_the_judge_stay_here() -> None:
+    """A key among the arguments of `evaluate.command` gets into no statement and no build.json."""
+    recipe = check_recipe(SECRETIVE, "test")
+    told = public_recipe(recipe)
+    assert told["evaluate"]["command"] == ["judge.py", "…"]
+    assert told["adapters"][0]["run_id"] == "https://runs.example/7"
+    assert KEY not in str(told)
+    tree = Tree(root=Path(), files=(FileEntry(path="f", size=1, digest=Digest.of(b"1")),))
+    snapshot = Snapshot(tree=tree, source="./a", pin="p", pinned=True)
+    sources = Sources(
+        base=snapshot,
+        adapters=(AdapterSnapshot(snapshot=snapshot, run_id=recipe.adapters[0].run_id),),
+    )
+    facts = Facts(
+        recipe=recipe,
+        sources=sources,
+        checkpoint=Checkpoint(tree=tree, made_from=()),
+        artifact=None,
+        config=None,
+        published=None,
+        tasks=(),
+        checks=(),
+        stages={},
+        warnings=(),
+        inputs={},
+    )
+    document = build_document(facts)
+    assert document["recipe"]["evaluate"]["command"] == ["judge.py", "…"]
+    assert KEY not in str(document)
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        (f"https://ann:{KEY}@h.example:80/x", "https://h.example:80/x"),
+        (f"http://{KEY}@h.example/x@y", "http://h.example/x@y"),
+        (f"postgres://ann:{KEY}@@h.example", "postgres://h.example"),
+        ("ssh://git@h.example/x", "ssh://git@h.example/x"),
+        ("http://h.example:80/a@b", "http://h.example:80/a@b"),
+    ],
+)
+def test_passwords_in_addresses_are_not_told(address: str, shown: str) -> None:
+    """An address with a password in it is told without: in labels, records and messages."""
+    assert without_passwords({"a": [f"at {address}"]}) == {"a": [f"at {shown}"]}
+
+
+def test_a_password_in_the_address_of_a_server(tmp_path: Path) -> None:
+    """`--url http://ann:KEY@…` of a server that is not there: the message names it without."""
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "expected": "b"}\n')
+    words = ["evaluate", "--url", f"http://ann:{KEY}@127.0.0.1:9", "--data", "a.jsonl", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "toolchain", *words, "--retries", "0"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 5, done.stderr
+    assert "127.0.0.1:9" in done.stderr
+    assert KEY not in done.stdout + done.stderr

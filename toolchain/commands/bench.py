@@ -17,7 +17,7 @@ from toolchain.evaluating.load import load_test
 from toolchain.evaluating.session import Limits, Session
 from toolchain.ports import Tools
 from toolchain.stages.record import write_files
-from toolchain.values import Json
+from toolchain.values import Json, without_passwords
 from toolchain.visible import joined
 
 BENCH_FILE = "bench.json"
@@ -76,7 +76,7 @@ def bench(request: BenchRequest, tools: Tools) -> Mapping[str, Json]:
                 hint="ask the server by hand with curl; its log says more",
             )
     result = {
-        "subject": request.place.image or request.place.url,
+        "subject": request.place.image or without_passwords(request.place.url),
         "served_name": name,
         "max_tokens": request.max_tokens,
         "cpus": len(os.sched_getaffinity(0)),

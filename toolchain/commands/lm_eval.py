@@ -74,8 +74,8 @@ def evaluate_tasks(request: HarnessRequest, tools: Tools) -> Mapping[str, Json]:
             if not request.tokenizer or echoes(session, name):
                 raise
             raise CheckFailed(
-                f"{endpoint.url} gives no log-probabilities of a prompt (llama.cpp's server never "
-                f"does), which tasks that compare likelihoods need; {error.message}",
+                f"{endpoint.shown} gives no log-probabilities of a prompt (llama.cpp's server "
+                f"never does), which tasks that compare likelihoods need; {error.message}",
                 hint="ask such tasks of the vLLM image, take tasks that generate (without "
                 "--tokenizer), or use --data with --metric choice, which llama.cpp can answer",
             ) from None

@@ -18,6 +18,8 @@ from toolchain.ports import Progress
 from toolchain.provenance import evidence, signing, statements
 from toolchain.provenance.evidence import ADAPTER_TYPE, EVALUATION_TYPE, NUMBER, Document
 from toolchain.provenance.lineage import trace
+from toolchain.recipe import Evaluate
+from toolchain.recipe_file import check_recipe
 from toolchain.trees import discard
 from toolchain.values import Digest, Json
 
@@ -25,6 +27,15 @@ _NAMES = re.compile(r"[A-Za-z0-9._-]{1,255}(/[A-Za-z0-9._-]{1,255}){0,15}")
 """As deep as a model's folder may be."""
 _METRICS = ("contains", "exact", "regex", "choice")
 """Those that run nothing of the image's makers on this machine."""
+_HUB = re.compile(r"(?P<name>hf://[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})", re.ASCII)
+_WHEEL = re.compile(r"(?P<name>pypi://[\w.-]+==[\w.!+]+)#sha256=(?P<sha256>[0-9a-f]{64})", re.ASCII)
+_TAKEN = (
+    "name", "version", "merge", "evaluate", "quantize", "quality", "targets", "serve", "card",
+)  # fmt: skip
+"""Keys of a stated recipe that say what the model is and how it is served; `evaluate` in part."""
+_OF_ADAPTERS = ("version", "run_id", "weight")
+_REPLACED = ("base", "adapters", "adapters[].source", "adapters[].revision")
+"""Those that follow from what is stated of the merge instead."""
 
 
 def recipe_of_image(
@@ -45,15 +56,16 @@ def recipe_of_image(
     stated = [one for one in told if lineage.holds(one)]
     if key is None:
         progress.warn(f"{source}: who states how it was made was not verified; give --key")
-    recipe = _recipe(stated, source)
+    recipe = _recipe(stated, source, progress)
     sources = _sources(stated, source)
     documents = [*filter(lineage.names, evidence.documents_in(attachments))]
     folder = dist / "from" / image.digest.short
     with folder_beside(folder) as beside:
         beside.chmod(0o755)
-        locked = _with_base(recipe, base, sources["base"])
+        locked = _with_base(recipe, base, sources.get("base", ("", "")))
         locked |= _with_adapters(recipe, documents, sources, beside)
         _with_questions(recipe, documents, beside, progress)
+        _check(recipe, source, progress)
         lock = {"bases": {}, "sources": locked}
         (beside / "recipe.lock").write_text(json.dumps(lock, indent=2, sort_keys=True) + "\n")
         (beside / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
@@ -75,16 +87,29 @@ def _statements(parts: Sequence[Part], key: Path | None, source: str) -> list[Ma
     return right
 
 
-def _recipe(stated: Sequence[Mapping[str, Json]], source: str) -> dict[str, Json]:
+def _recipe(
+    stated: Sequence[Mapping[str, Json]], source: str, progress: Progress
+) -> dict[str, Json]:
+    """Return what is taken of the recipe that an image states; what else is in it is warned of.
+
+    Its makers choose what the model is, not what this machine runs, reads, names or pushes.
+    """
     for one in stated:
         recipe = statements.parameters_of(one).get("recipe")
         if statements.kind_of(one) == "bake" and isinstance(recipe, dict):
-            # Files that did not come along, and what would run a program of somebody else's.
-            kept = {k: v for k, v in recipe.items() if k not in ("calibration", "validate")}
-            kept["adapters"] = [
-                {k: v for k, v in row.items() if k != "evaluate"}
-                for row in recipe.get("adapters") or ()
-            ]
+            rows = recipe.get("adapters") or []
+            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+                raise _malformed(source, "its adapters are no list of mappings")
+            kept = {key: recipe[key] for key in _TAKEN if key in recipe}
+            if isinstance(quantize := kept.get("quantize"), dict):
+                # Another one is a file that did not come along.
+                mine = quantize.get("imatrix") in ("auto", "off")
+                kept["quantize"] = {k: v for k, v in quantize.items() if k != "imatrix" or mine}
+            kept["adapters"] = [{k: row[k] for k in _OF_ADAPTERS if k in row} for row in rows]
+            given = {*recipe, *(f"adapters[].{key}" for row in rows for key in row)}
+            known = {*_TAKEN, *_REPLACED, *(f"adapters[].{key}" for key in _OF_ADAPTERS)}
+            if left := sorted(map(str, given - known)):
+                progress.warn(f"{source}: not taken from its recipe: {', '.join(left)[:200]}")
             return kept
     raise InputRefused(
         f"{source} was baked from a finished model: it names no base and no adapters",
@@ -92,13 +117,41 @@ def _recipe(stated: Sequence[Mapping[str, Json]], source: str) -> dict[str, Json
     )
 
 
+def _check(recipe: Mapping[str, Json], source: str, progress: Progress) -> None:
+    """Refuse a recipe whose values are of other types than a recipe's; tell of gates it opens."""
+    try:
+        whole = check_recipe(recipe, source)
+    except UsageError as error:
+        raise _malformed(source, error.message) from None
+    wanted, usual = whole.evaluate, Evaluate(data="x")
+    opened = [
+        name
+        for name, is_open in {
+            "quality.gate: false": not whole.quality.gate,
+            "quality.limits": bool(whole.quality.limits),
+            f"evaluate.max_drop: {wanted.max_drop if wanted else 0}": bool(
+                wanted and wanted.max_drop > usual.max_drop
+            ),
+        }.items()
+        if is_open
+    ]
+    if opened:
+        progress.warn(f"{source}: its gates are those of its makers: {', '.join(opened)}")
+
+
+def _malformed(source: str, why: str) -> InputRefused:
+    return InputRefused(
+        f"{source} states a recipe that is none: {why[:300]}",
+        hint="do not use the image, or build from its sources by a recipe of your own",
+    )
+
+
 def _sources(stated: Sequence[Mapping[str, Json]], source: str) -> dict[str, tuple[str, str]]:
     """Return what was merged: `base`, `adapter:0` … -> pin and digest."""
     for one in stated:
         if statements.kind_of(one) == "merge":
-            predicate = one["predicate"]["buildDefinition"]["resolvedDependencies"]
-            uris = {str(row["name"]): str(row.get("uri", "")) for row in predicate}
             digests = statements.dependencies_of(one)
+            uris = statements.dependency_uris(one)
             return {name: (uris.get(name, ""), digest) for name, digest in digests.items()}
     raise InputRefused(
         f"{source} has no statement of a merge: there is nothing to merge again",
@@ -111,19 +164,22 @@ def _with_base(
 ) -> dict[str, dict[str, str]]:
     """Name the base in the recipe; return its row of the lock."""
     pin, digest = stated
+    if not digest:
+        raise InputRefused(
+            "the image's statement of the merge names no base",
+            hint="do not use the image; no build leaves that out",
+        )
     row: dict[str, Json] = {"source": base}
     if base:
         if "://" not in base:
             row["source"] = str(Path(base).absolute())
-    elif pin.startswith("hf://"):
-        name, _, revision = pin.partition("@")
-        row = {"source": name, "revision": revision}
-    elif pin.startswith("pypi://"):
-        name, _, sha256 = pin.partition("#sha256=")
-        row = {"source": name, "sha256": sha256}
+    elif hub := _HUB.fullmatch(pin):
+        row = {"source": hub["name"], "revision": hub["revision"]}
+    elif wheel := _WHEEL.fullmatch(pin):
+        row = {"source": wheel["name"], "sha256": wheel["sha256"]}
     else:
         raise UsageError(
-            f"the image's base was a folder ({recipe['base']['source']}, {digest[7:19]})",
+            f"the image's base was a folder ({digest[7:19]})",
             hint="name it with --base DIR; the build says so if its content is another",
         )
     recipe["base"] = row
@@ -139,12 +195,12 @@ def _with_adapters(
 ) -> dict[str, dict[str, str]]:
     """Write the attached adapters and name them in the recipe; return their rows of the lock."""
     attached = {
-        int(d.annotations.get(NUMBER, "0")): d for d in documents if d.artifact_type == ADAPTER_TYPE
+        d.annotations.get(NUMBER, "0"): d for d in documents if d.artifact_type == ADAPTER_TYPE
     }
     locked = {}
     for number, row in enumerate(recipe["adapters"]):
         digest = stated.get(f"adapter:{number}", ("", ""))[1]
-        document = attached.get(number)
+        document = attached.get(str(number))
         if document is None or evidence.document_digest(document) != digest:
             raise InputRefused(
                 f"the image's statement names adapter {number}, and it is not attached unchanged",
@@ -153,7 +209,6 @@ def _with_adapters(
         name = f"./adapters/{number}"
         _write(document, folder / name)
         row["source"] = name
-        row.pop("revision", None)
         locked[name] = {"pin": digest, "digest": str(Digest(digest))}
     return locked
 
@@ -180,13 +235,21 @@ def _with_questions(
     if not isinstance(wanted, dict):
         return
     parts = [d.parts[0] for d in documents if d.artifact_type == EVALUATION_TYPE]
-    items = json.loads(parts[0].read()).get("items", []) if parts else []
-    usable = items and all(isinstance(item.get("prompt"), str) for item in items)
-    if not usable or wanted.get("metric", "contains") not in _METRICS:
+    items = _items(parts[0]) if parts else []
+    if not items or wanted.get("metric", "contains") not in _METRICS:
         progress.warn("the image's evaluation cannot be repeated: the recipe gets none")
         return
-    rows = [{"prompt": i["prompt"], "expected": i["expected"]} for i in items]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in items)
     (folder / "eval.jsonl").write_text(text, "utf-8")
     kept = ("metric", "max_drop", "min_score", "max_tokens", "certainty")
     recipe["evaluate"] = {"data": "eval.jsonl", **{k: wanted[k] for k in kept if k in wanted}}
+
+
+def _items(part: Part) -> list[dict[str, Json]]:
+    """Return the questions of an attached evaluation; none where they are not what is asked."""
+    try:
+        items = json.loads(part.read())["items"]
+        rows = [{"prompt": item["prompt"], "expected": item["expected"]} for item in items]
+    except (ValueError, RecursionError, LookupError, TypeError):
+        return []
+    return rows if all(isinstance(row["prompt"], str) for row in rows) else []

@@ -16,7 +16,7 @@ from toolchain.evaluating.session import Session
 from toolchain.oci.layout import read_layout
 from toolchain.ports import Endpoint, StartSpec, Tools
 from toolchain.provenance.labels import plan_in
-from toolchain.values import Json
+from toolchain.values import Json, without_passwords
 
 _START_SECONDS = 900.0
 
@@ -42,7 +42,7 @@ def served(place: Place, tools: Tools, *, modest: bool = False) -> Iterator[Endp
         parts = urlsplit(place.url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise UsageError(
-                f"--url {place.url}: not the address of a server",
+                f"--url {without_passwords(place.url)}: not the address of a server",
                 hint="as in --url http://127.0.0.1:8000",
             )
         url = place.url.rstrip("/").removesuffix("/v1")

@@ -83,7 +83,7 @@ def first_name(session: Session) -> str:
     names = served_names(session)
     if not names:
         raise CheckFailed(
-            f"{session.endpoint.url}/v1/models lists no model",
+            f"{session.endpoint.shown}/v1/models lists no model",
             hint="is it an OpenAI-compatible server? else name the model with --served-name",
         )
     return names[0]

@@ -56,7 +56,7 @@ def scorer(session: Session, served_name: str) -> Score:
     if _is_llamacpp(session):
         return lambda item, choice: _by_steps(session, item, choice)
     raise CheckFailed(
-        f"{session.endpoint.url} gives no log-likelihoods of a prompt, which metric choice needs;"
+        f"{session.endpoint.shown} gives no log-likelihoods of a prompt, which metric choice needs;"
         f" {_COMPLETIONS} with echo and logprobs: HTTP {probe.status}: {excerpt(probe.text)}",
         hint="vLLM, SGLang and llama.cpp can; or evaluate the checkpoint with --model, or use"
         " metric contains",
@@ -132,7 +132,7 @@ def _tokenized(session: Session, served_name: str, what: Mapping[str, Json]) -> 
         return [int(token) for token in json.loads(answer.text)["tokens"]]
     except (ValueError, KeyError, TypeError):
         raise UsageError(
-            f"{session.endpoint.url} cannot apply its chat template outside a chat"
+            f"{session.endpoint.shown} cannot apply its chat template outside a chat"
             f" (/tokenize: HTTP {answer.status})",
             hint='for metric choice give "prompt" instead of "messages", or use --model',
         ) from None

@@ -150,7 +150,7 @@ class Session:
     def failed(self, path: str, what: str) -> WeightsmithError:
         """Return the error for a request that failed."""
         return CheckFailed(
-            f"{self.endpoint.url}{path}: {what}{self.log()}",
+            f"{self.endpoint.shown}{path}: {what}{self.log()}",
             hint="ask the server by hand with curl; its log says more",
         )
 
@@ -173,7 +173,7 @@ class Session:
                 if attempt == (min(2, self.limits.tries) if slow else self.limits.tries):
                     if isinstance(failure, Unreachable):
                         raise EnvironmentFailure(
-                            f"{self.endpoint.url} does not answer: {failure}{self.log()}",
+                            f"{self.endpoint.shown} does not answer: {failure}{self.log()}",
                             hint="start the server there, or correct the address",
                         ) from None
                     raise self.failed(path, f"{failure} ({attempt} tries)") from None

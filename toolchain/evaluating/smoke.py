@@ -108,7 +108,7 @@ def _chat(session: Session, name: str) -> str:
     answer = chat(session, name, _GREETING, _SHORT)["answer"]
     if not str(answer).strip():
         raise CheckFailed(
-            f"{session.endpoint.url}{_CHAT}: the answer to 'Hello' is empty",
+            f"{session.endpoint.shown}{_CHAT}: the answer to 'Hello' is empty",
             hint="does the checkpoint have its chat template?",
         )
     return excerpt(str(answer))

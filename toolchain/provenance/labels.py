@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from toolchain.recipe import Recipe
-from toolchain.values import Artifact, Json, Score, ServingConfig, Sources
+from toolchain.values import Artifact, Json, Score, ServingConfig, Sources, without_passwords
 
 PREFIX = "dev.weightsmith."
 """Our labels; the others are the OCI annotations of image-spec annotations.md."""
@@ -63,7 +63,28 @@ def labels(
             stem + "version": adapter.version,
             stem + "run_id": adapter.run_id,
         }
-    return {key: value for key, value in {**found, **recipe.image.labels}.items() if value}
+    every = {**found, **recipe.image.labels}
+    return {key: without_passwords(value) for key, value in every.items() if value}
+
+
+def without_secrets(value: Json) -> Json:
+    """Return a recipe, or a part of it, as others may read it.
+
+    Arguments of a program are where people put keys: its name stays, and that there are some. A
+    digest of them would tell a short one, and where they lie nobody compares them.
+    """
+    if isinstance(value, dict):
+        return {
+            key: _program(inner) if key == "command" else without_secrets(inner)
+            for key, inner in value.items()
+        }
+    if isinstance(value, list):
+        return [without_secrets(inner) for inner in value]
+    return without_passwords(value)
+
+
+def _program(words: Sequence[str]) -> list[str]:
+    return [Path(words[0]).name, *(["…"] if words[1:] else [])] if words else []
 
 
 def _quality(artifact: Artifact) -> dict[str, str]:

@@ -157,6 +157,13 @@ def dependencies_of(statement: Mapping[str, Json]) -> dict[str, str]:
     return digests_of(_at(statement, "predicate", "buildDefinition").get("resolvedDependencies"))
 
 
+def dependency_uris(statement: Mapping[str, Json]) -> dict[str, str]:
+    """Return where a transformation says that it took what it was made from: name -> URI."""
+    rows = _at(statement, "predicate", "buildDefinition").get("resolvedDependencies")
+    told = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return {str(row.get("name")): str(row.get("uri", "")) for row in told}
+
+
 def byproducts_of(statement: Mapping[str, Json]) -> dict[str, str]:
     """Return what a transformation gave beside its subjects: name -> digest."""
     return digests_of(_at(statement, "predicate", "runDetails").get("byproducts"))

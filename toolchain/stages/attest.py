@@ -22,7 +22,7 @@ from toolchain.provenance.evidence import (
     document_digest,
     document_name,
 )
-from toolchain.provenance.labels import public_name
+from toolchain.provenance.labels import public_name, without_secrets
 from toolchain.provenance.mlbom import (
     MEDIA_TYPE,
     Ancestor,
@@ -34,7 +34,17 @@ from toolchain.provenance.mlbom import (
 from toolchain.provenance.statements import Resource, file_resources, provenance, tree_resource
 from toolchain.recipe import Recipe
 from toolchain.resources import builder_pins, engine_source
-from toolchain.values import Artifact, Checkpoint, Digest, Json, Score, Sources, canonical, plain
+from toolchain.values import (
+    Artifact,
+    Checkpoint,
+    Digest,
+    Json,
+    Score,
+    Sources,
+    canonical,
+    plain,
+    without_passwords,
+)
 
 OWN_ENGINE = "engine:"
 ENGINE_BILL, MODEL_BILL = "engine.cdx.json", "model.cdx.json"
@@ -82,14 +92,14 @@ def evidence(made: Made) -> Evidence:
 
 
 def public_recipe(recipe: Recipe) -> Mapping[str, Json]:
-    """Return a recipe without this machine's paths, and without what is default."""
+    """Return a recipe without paths, secrets and push targets, and without what is default."""
     told = dict(recipe.model_dump(mode="json", exclude_defaults=True, by_alias=True))
     told["base"] = {**told["base"], "source": public_name(recipe.base.source)}
     told["adapters"] = [
         {**row, "source": public_name(str(row["source"]))} for row in told.get("adapters", ())
     ]
     told.pop("image", None)
-    named: Mapping[str, Json] = _without_folders(told)
+    named: Mapping[str, Json] = _without_folders(without_secrets(told))
     return named
 
 
@@ -296,7 +306,7 @@ def _adapters(made: Made) -> list[Document]:
                 for key, value in {
                     TITLE: public_name(a.snapshot.source),
                     "org.opencontainers.image.version": a.version,
-                    "dev.weightsmith.run_id": a.run_id,
+                    "dev.weightsmith.run_id": without_passwords(a.run_id),
                     NUMBER: str(number),
                 }.items()
                 if value

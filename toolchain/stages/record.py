@@ -14,6 +14,7 @@ from toolchain.evaluating.statistics import wilson
 from toolchain.files import write_whole
 from toolchain.oci.image import Image
 from toolchain.provenance.evaluation import side_by_side
+from toolchain.provenance.labels import without_secrets
 from toolchain.recipe import Recipe
 from toolchain.values import (
     Artifact,
@@ -25,6 +26,7 @@ from toolchain.values import (
     Snapshot,
     Sources,
     plain,
+    without_passwords,
 )
 
 
@@ -119,7 +121,7 @@ def build_document(facts: Facts) -> dict[str, Json]:
             {
                 **_source(adapter.snapshot),
                 "version": adapter.version,
-                "run_id": adapter.run_id,
+                "run_id": without_passwords(adapter.run_id),
                 "weight": adapter.weight,
             }
             for adapter in facts.sources.adapters
@@ -145,7 +147,7 @@ def build_document(facts: Facts) -> dict[str, Json]:
         "refused": facts.refused,
         "warnings": facts.warnings,
         "network_in_jobs": facts.network_in_jobs,
-        "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
+        "recipe": without_secrets(recipe.model_dump(mode="json", exclude_defaults=True)),
         "reproduce": _reproduce(facts),
         "next": _next(facts),
     }

@@ -1,0 +1,113 @@
+"""An image that `build` made, to be made again from what it says of itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.fakes.baking import make_key, push_base
+from tests.fakes.registry import FakeRegistry
+from toolchain.commands.rebuild import recipe_of_image
+from toolchain.drivers.signer import open_signer
+from toolchain.oci.places import RegistryPlace
+from toolchain.oci.references import Reference
+from toolchain.oci.registry import Registry
+from toolchain.ports import Progress, Silent
+from toolchain.provenance.sealing import seal
+from toolchain.recipe_file import RecipeFile, check_recipe, read_recipe
+from toolchain.stages.attest import Made, evidence, public_recipe
+from toolchain.values import (
+    SAFETENSORS,
+    AdapterSnapshot,
+    Artifact,
+    Checkpoint,
+    Digest,
+    FileEntry,
+    Score,
+    Snapshot,
+    Sources,
+    Tree,
+)
+
+COMMIT = "c" * 40
+
+
+def tree(root: Path, **files: str) -> Tree:
+    entries = []
+    for name, text in files.items():
+        path = root / name.replace("_json", ".json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        digest = Digest.of(text.encode())
+        entries.append(FileEntry(path=path.name, size=len(text), digest=digest))
+    return Tree(root=root, files=tuple(entries))
+
+
+class Scene:
+    def __init__(self, fake: FakeRegistry, client: Registry, folder: Path) -> None:
+        self.client, self.folder, self.fake = client, folder, fake
+        self.name = f"{fake.host}/team/app:1"
+        self.key, self.public = make_key(folder)
+
+    def publish(
+        self, pin: str, source: str, twist: Callable[[dict[str, Any]], None] = lambda _: None
+    ) -> None:
+        """Push an image as `build` would, of two adapters; `twist` changes its stated recipe."""
+        push_base(self.client, self.name, {}, {"models/x": b"1"})
+        image = self.client.pull(Reference.parse(self.name), platform="linux/amd64")
+        base = tree(self.folder / "base", config_json="{}")
+        adapters = [tree(self.folder / f"a{n}", adapter_config_json=f"{n}") for n in (0, 1)]
+        merged = tree(self.folder / "merged", model="m")
+        recipe = check_recipe(
+            {
+                "name": "x",
+                "base": {"source": source},
+                "adapters": [{"source": str(self.folder / "a0"), "version": "v7", "weight": 0.5},
+                             {"source": "./a1"}],
+                "evaluate": {"data": str(self.folder / "eval.jsonl"), "max_drop": 0.2},
+                "targets": ["vllm"],
+                "merge": {"method": "linear"},
+            },
+            "test",
+        )  # fmt: skip
+        told = json.loads(json.dumps(public_recipe(recipe)))
+        twist(told)
+        item = {"prompt": "Capital of Ö?", "expected": ["A"], "answer": "A", "ok": True}
+        artifact = Artifact(format=SAFETENSORS, tree=merged, made_from=())
+        made = Made(
+            image=image,
+            artifact=artifact,
+            served=artifact,
+            base=None,
+            base_name="",
+            name="x",
+            version="1",
+            parameters={"recipe": told},
+            sources=Sources(
+                base=Snapshot(tree=base, source=source, pin=pin or base.digest, pinned=True),
+                adapters=tuple(
+                    AdapterSnapshot(snapshot=Snapshot(
+                        tree=a, source="./a", pin=a.digest, pinned=True))
+                    for a in adapters
+                ),
+            ),
+            checkpoint=Checkpoint(tree=merged, made_from=()),
+            recipe=recipe,
+            scores={"image": Score(score=1.0, n=1, metric="contains", per_item=(item,))},
+        )  # fmt: skip
+        place = RegistryPlace(self.client, Reference.parse(self.name))
+        told = evidence(made)
+        assert str(self.folder) not in json.dumps(told.statements)
+        for attachment in seal(told, image.manifest_blob, "x", open_signer(str(self.key))):
+            place.attach(attachment)
+
+    def again(
+        self, base: str = "", key: Path | None = None, progress: Progress | None = None
+    ) -> RecipeFile:
+        dist = self.folder / "dist"
+        path = recipe_of_image(
+            self.name, base, key or self.public, dist, self.client, progress or Silent()
+        )
+        return read_recipe(path)
