@@ -16,7 +16,7 @@ echo "setup: no package index? pip's own configuration is used, WEIGHTSMITH_WHEE
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo check fix generate golden test test-real docs bench clean
+.PHONY: help setup setup-dev demo check fix lock generate golden test test-real docs bench clean
 
 help: ## Show this help
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,16 +25,17 @@ setup: $(VENV)/.ready ## Make the virtual environment with the `invoke` command 
 
 setup-dev: $(VENV)/.ready-dev ## The same with the tests' tools and torch (some minutes)
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml requirements.lock
 	@echo "setup: making $(VENV) with the command line tool; about a minute"
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3,11) <= v <= (3,13) else f"setup: Python 3.11 to 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}: run `make setup PYTHON=python3.12`, say")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "setup: python's venv module is missing: apt-get install python3-venv" >&2; exit 1; }
-	@$(call download,$(BIN)/pip install -q $(PIP_FLAGS) -c constraints.txt -e .)
+	@$(call download,$(BIN)/pip install -q $(PIP_FLAGS) --require-hashes -r requirements.lock)
+	@$(BIN)/pip install -q $(PIP_FLAGS) --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/.ready-dev: $(VENV)/.ready
+$(VENV)/.ready-dev: $(VENV)/.ready constraints.txt
 	@echo "setup: adding test tools and torch; two to five minutes, torch may be a large download"
-	@$(call download,$(BIN)/pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[dev]')
+	@$(call download,$(BIN)/pip install -q $(PIP_FLAGS) -c constraints.txt --no-build-isolation -e '.[dev]')
 	@touch $@
 
 demo: setup ## Build the support bot and ask it questions (about 10 minutes the first time)
@@ -46,10 +47,17 @@ check: setup-dev ## Lint, format, types, import contracts, generated files
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/python docs/generate.py --check
+	@$(BIN)/python -m tests.locked
 
 fix: setup-dev ## Repair what `check` can repair by itself
 	@$(BIN)/ruff check --fix-only . && $(BIN)/ruff format .
 	@$(BIN)/python docs/generate.py
+
+lock: setup-dev ## Write requirements.lock, the tool's own packages by hash, from constraints.txt
+	@printf 'hatchling\neditables\n' | $(BIN)/uv pip compile -q --universal --python-version 3.11 \
+	  --generate-hashes --no-annotate --no-header -c constraints.txt pyproject.toml - -o $(VENV)/lock
+	@{ echo '# What the tool is installed from, by hash, on Python 3.11 to 3.13: `make lock` writes it.'; \
+	  cat $(VENV)/lock; } > requirements.lock
 
 generate: setup-dev ## Write the generated reference pages and the JSON Schema
 	@$(BIN)/python docs/generate.py

@@ -200,6 +200,7 @@ def test_arguments_of_the_judge_stay_here() -> None:
     )
     facts = Facts(
         recipe=recipe,
+        target="llamacpp-q8_0",
         sources=sources,
         checkpoint=Checkpoint(tree=tree, made_from=()),
         artifact=None,
@@ -208,6 +209,7 @@ def test_arguments_of_the_judge_stay_here() -> None:
         tasks=(),
         checks=(),
         stages={},
+        refused="",
         warnings=(),
         inputs={},
     )

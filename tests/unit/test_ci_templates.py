@@ -146,8 +146,9 @@ def test_gitlab(place: Path) -> None:
     variables = {"CI_REGISTRY": "r.example", "CI_REGISTRY_USER": "u", "CI_REGISTRY_PASSWORD": "p",
                  "DOCKER_CONFIG": str(place / "docker"), "ADAPTER": "v3", "CI_COMMIT_TAG": "1.10",
                  "REPOSITORY": "r.example/a"}  # fmt: skip
-    for script in (*job["before_script"][1:], *job["script"]):
-        run(script, **variables)
+    for script in (*job["before_script"], *job["script"]):
+        if not script.startswith("pip install"):
+            run(script, **variables)
     config = json.loads((place / "docker" / "config.json").read_text())
     assert config == {"auths": {"r.example": {"auth": "dTpw"}}}
     assert settings(seen(place))["version"] == "1.10"
