@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -337,6 +338,66 @@ def test_root_gives_its_rights_away_or_starts_nothing(
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.startswith(said), done
     assert ("No space left on device\nup\n" in done.stdout) == said.startswith("user"), done
+
+
+STARTED_WITHOUT_NAMESPACES = """
+import json, os, sys, time
+from pathlib import Path
+from tests.fakes.rootfs import copy_shell
+from toolchain.drivers import landlock, rootfs
+from toolchain.drivers.enclosing import NotAllowed
+from toolchain.ports import StartSpec
+
+home = Path(sys.argv[1])
+(home / "diary").write_text("mine")
+os.environ.update(HOME=str(home), SECRET="a token")
+us = os.getpid()
+
+def refuse(*_):
+    raise NotAllowed("no namespaces", hint="")
+
+def image(layout, root):
+    copy_shell(root)
+    (root / "tmp").mkdir()
+    script = f"cat {home}/diary; echo x > {home}/left; cat /proc/{us}/environ"
+    script += "; echo z > $HOME/z; cat $HOME/z; echo up; sleep 600"
+    return rootfs.StartInfo(argv=("/bin/sh", "-c", script), env={}, user="0")
+
+rootfs._relayed = refuse
+with rootfs.RootfsLauncher(image, home / "cache").serve("oci:x", StartSpec(port=1, env={})) as it:
+    while it.alive() and "up" not in it.logs(99):
+        time.sleep(0.05)
+    print(json.dumps([landlock.abi(), it.confinement, it.logs(99), (home / "left").exists()]))
+"""
+
+
+def test_without_namespaces_a_user_s_own_files_are_kept_from_an_image(tmp_path: Path) -> None:
+    """As on machines that refuse them to ordinary users: the program runs as the user."""
+    site = Path(pytest.__file__).parents[1]
+    env = {"PYTHONPATH": f"{Path(__file__).parents[2]}:{site}", "PATH": os.environ["PATH"]}
+    user = ["setpriv", "--reuid=65532", "--regid=65532", "--clear-groups"]
+    prefix = user if os.getuid() == 0 else []
+    pythons = (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}")
+    probe = ["-c", "import shutil, sys; assert shutil.which(sys.executable)"]
+    tried = {p: subprocess.run([*prefix, p, *probe], env=env, check=False) for p in pythons}
+    works = [python for python, done in tried.items() if done.returncode == 0]
+    if not works:
+        pytest.skip("no Python here that another user may run")
+    with tempfile.TemporaryDirectory() as home:  # below folders that another user may enter
+        if prefix:
+            os.chown(home, 65532, 65532)
+        command = [*prefix, works[0], "-c", STARTED_WITHOUT_NAMESPACES, home]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    landlock, said, log, left = json.loads(done.stdout)
+    assert "no new privileges" in said
+    assert not {"no network", "read-only root", "own processes alone"} & set(said)
+    assert log.endswith("z\nup")
+    if landlock:
+        assert "none of your files" in said
+        assert not left
+        assert "mine" not in log
+        assert "a token" not in log
 
 
 def test_an_image_s_variables_rule_nothing_before_its_program(tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def _settings(inside: Enclosed, spec: StartSpec, way: Way, relay: Relay | None) 
         "way": way,
         "parent": os.getpid(),
         "root": str(inside.root),
+        "home": os.path.expanduser("~"),  # noqa: PTH111 - never raises
         "argv": list(inside.argv),
         "env": dict(inside.env),
         "workdir": inside.workdir,
@@ -114,8 +115,13 @@ def _heard(inside: Enclosed, told: bytes, server: process.Server) -> Facts:
         )
     if problem["failed"] == "start":
         raise unstartable(inside.image, inside.argv[0], problem["errno"], problem["why"])
-    raise NotAllowed(
-        f"{inside.image} was not started, since it would not be confined here: {problem['why']}",
+    raise not_confined(inside.image, problem["why"])
+
+
+def not_confined(image: str, why: str) -> NotAllowed:
+    """Return the error for a start in which rights would be left to the image."""
+    return NotAllowed(
+        f"{image} was not started, since it would not be confined here: {why}",
         hint="run it as another user than root, or where a container engine answers: engines can "
         "confine what they start",
     )

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from toolchain.drivers import rights
+from toolchain.drivers import filters, landlock, rights
 from toolchain.drivers.inventory import facts, unmet
 from toolchain.drivers.mounts import change_root, furnish, make_devices, seal
 from toolchain.drivers.relay import raise_loopback, start_relay
@@ -181,20 +181,46 @@ def in_folder(settings: Mapping[str, Any]) -> None:
     with _told(settings, "confine"):
         rights.become_nobody()
         rights.forbid_privileges()
+        _refuse_calls(0)
         die_with_parent(settings["parent"])
     _become(settings)
 
 
 def bare(settings: Mapping[str, Any]) -> None:
-    """Become the program as the user who asks, who is not root and gets no further rights."""
+    """Become the program as the user who asks, who is not root and gets no further rights.
+
+    Where the kernel has rules for that, it keeps to the image's files and the system's.
+    """
     with _told(settings, "confine"):
         if rights.is_root():
             raise PermissionError("root's rights cannot be taken away")
         os.chdir(settings["workdir"])
         rights.drop_capabilities()
         rights.forbid_privileges()
+        version = landlock.abi()
+        if version:
+            landlock.restrict(_reach(settings["root"]), version, sockets=True)
+        _refuse_calls(version)
         die_with_parent(settings["parent"])
     _become(settings)
+
+
+def _reach(root: str) -> Iterator[tuple[str, int]]:
+    yield root, landlock.RUN
+    yield f"{root}/tmp", landlock.WRITE  # noqa: S108 - the image's
+    for folder in ("/usr", "/lib", "/lib64"):
+        yield folder, landlock.RUN
+    for folder in ("/etc", "/proc", "/sys"):
+        yield folder, landlock.READ
+    for device in ("null", "zero", "full", "random", "urandom"):
+        yield f"/dev/{device}", landlock.USE
+
+
+def _refuse_calls(version: int) -> None:
+    """Refuse the ways into other processes, where a filter can be had."""
+    with suppress(OSError):
+        code = filters.job_filter(filters.machine(), landlock=version, sockets=True)
+        filters.install(code)
 
 
 def _become(settings: Mapping[str, Any]) -> NoReturn:
@@ -203,7 +229,8 @@ def _become(settings: Mapping[str, Any]) -> NoReturn:
         # Counts what the process writes to, not the weight files that it maps.
         resource.setrlimit(resource.RLIMIT_DATA, (settings["memory_bytes"],) * 2)
     with _told(settings, "confine"):
-        found = facts(settings["network"])
+        home = settings["home"] if settings["way"] == "bare" else ""
+        found = facts(settings["network"], home)
         if lacking := unmet(found, as_root=settings["as_root"]):
             raise PermissionError(lacking)
     os.write(settings["tell"], json.dumps(found).encode() + b"\n")

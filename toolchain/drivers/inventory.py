@@ -16,10 +16,11 @@ _NOBODYS = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
 """Addresses for documentation (RFC 5737, RFC 3849): nothing is sent there, a route is asked for."""
 
 
-def facts(host_network: int) -> Facts:
+def facts(host_network: int, home: str) -> Facts:
     """Return what holds for this process; what could not be looked at does not hold.
 
-    `host_network` is the number of the machine's own network namespace.
+    `host_network` is the number of the machine's own network namespace, `home` the folder of a
+    user as whom the program runs; empty where no file of this machine is in reach anyway.
     """
     rights = left()
     users, groups = ("/".join(map(str, sorted(set(n)))) for n in (os.getresuid(), os.getresgid()))
@@ -32,6 +33,7 @@ def facts(host_network: int) -> Facts:
         "writable root": not _is_sealed(),
         "network": _has_network(host_network),
         "other processes": _sees_others(),
+        "files of yours": not home or _reaches(home),
         "memory": max(0, resource.getrlimit(resource.RLIMIT_DATA)[0]),
     }
 
@@ -61,6 +63,7 @@ def words(found: Facts) -> tuple[str, ...]:
         "" if found["capabilities"] else "no capabilities",
         "" if found["new privileges"] else "no new privileges",
         "" if found["other processes"] else "own processes alone",
+        "" if found["files of yours"] else "none of your files",
         f"{memory / 2**20:.0f} MiB of memory" if memory else "",
     )
     return tuple(word for word in said if word)
@@ -108,6 +111,15 @@ def _has_route(family: socket.AddressFamily, address: str) -> bool:
         probe.connect((address, 9))
         return True
     return False
+
+
+def _reaches(home: str) -> bool:
+    """Say whether a user's folder can be read, or is not there to be tried."""
+    try:
+        os.close(os.open(home, os.O_RDONLY | os.O_DIRECTORY))
+    except OSError as problem:
+        return problem.errno != errno.EACCES
+    return True
 
 
 def _sees_others() -> bool:

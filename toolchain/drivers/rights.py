@@ -21,14 +21,21 @@ _MAP_OF_ALL = "4294967295"
 
 
 def is_root() -> bool:
-    """Say whether we are root with other users to become: not one of a user namespace alone."""
+    """Say whether we are root outside too, or have other users to become.
+
+    Root of a user namespace with no other user in it is the user who made it, and has no more
+    rights outside than that one.
+    """
     if os.geteuid() != 0:
         return False
     try:
         rows = [line.split() for line in Path("/proc/self/uid_map").read_text().splitlines()]
     except FileNotFoundError:  # a kernel without user namespaces
         return True
-    return any(int(start) <= NOBODY < int(start) + int(count) for start, _, count in rows)
+    return any(
+        (int(start), int(outside)) == (0, 0) or int(start) <= NOBODY < int(start) + int(count)
+        for start, outside, count in rows
+    )
 
 
 def map_ids_of(process: int, user: int, group: int) -> bool:

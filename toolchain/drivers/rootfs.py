@@ -12,7 +12,14 @@ from functools import partial
 from pathlib import Path
 
 from toolchain.drivers import process
-from toolchain.drivers.enclosing import Enclosed, NotAllowed, Relay, Way, start_enclosed
+from toolchain.drivers.enclosing import (
+    Enclosed,
+    NotAllowed,
+    Relay,
+    Way,
+    not_confined,
+    start_enclosed,
+)
 from toolchain.drivers.inventory import Facts, words
 from toolchain.drivers.ownership import private_folder
 from toolchain.drivers.rights import NOBODY, is_root
@@ -84,7 +91,10 @@ class RootfsLauncher:
             if not info.argv:
                 raise without_program(image)
             if is_root():
-                give_to(root, NOBODY)
+                try:
+                    give_to(root, NOBODY)
+                except OSError as problem:  # root of a namespace without others
+                    raise not_confined(image, problem.strerror or str(problem)) from None
             with contextlib.ExitStack() as servers:
                 yield _first_way(image, root, info, spec, servers)
 
