@@ -19,7 +19,7 @@ QUOTED = "  | "
 """Begins every further line of a message that has several: what follows is quoted."""
 _BLANK = frozenset("\u115f\u1160\u17b4\u17b5\u3164\uffa0")
 """Letters by their category, and drawn as nothing."""
-_COMMAND = re.compile(r"(?m)^(\s*):(?=:)|##(?=\w*\[)")
+_COMMAND = re.compile(r"(?m)^([^\S\n]*):(?=:)|##(?=\w*\[)")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _TURNING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
