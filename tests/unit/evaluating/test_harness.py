@@ -74,3 +74,10 @@ def test_a_program_that_is_not_there_is_named():
 
     with pytest.raises(EnvironmentFailure, match="no-such-judge"):
         score_task(task, ANSWERS, run_command)
+
+
+def test_a_program_that_does_not_end_is_a_failed_check():
+    with pytest.raises(CheckFailed, match=r"did not end within 0.5 s") as caught:
+        run_command([sys.executable, "-c", "import time; time.sleep(600)"], {}, b"", 0.5)
+
+    assert caught.value.hint == "give it fewer questions"
