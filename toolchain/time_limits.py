@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from toolchain.errors import UsageError
@@ -25,6 +25,7 @@ PACKING_PER_GB = 30_000.0
 _PER_TOKEN = 2.0
 """Seconds for each GB and token that a model reads or writes; measured is less than 0.1."""
 _TICK, _DIGITS = 0.25, 9
+_WINDOW, _LEAST_RATE = 300.0, 1000
 
 
 class TooLong(Exception):
@@ -66,6 +67,29 @@ def cpu_limit(seconds: float) -> Iterator[None]:
         raise TooLong from None
     finally:
         signal.signal(signal.SIGVTALRM, before or signal.SIG_DFL)
+
+
+def steady(chunks: Iterable[bytes], size: int = 0) -> Iterator[bytes]:
+    """Yield what comes, in chunks of `size` bytes where that is given.
+
+    Raises TooLong where it was waited for during five minutes with less than 1 kB a second: each
+    byte may come in time, and the last one never.
+    """
+    waited, got, held, asked = 0.0, 0, bytearray(), time.monotonic()
+    for chunk in chunks:
+        waited += time.monotonic() - asked
+        got += len(chunk)
+        if waited >= _WINDOW:
+            if got < _WINDOW * _LEAST_RATE:
+                raise TooLong
+            waited = got = 0
+        held += chunk
+        if len(held) >= size:
+            yield bytes(held)
+            held.clear()
+        asked = time.monotonic()
+    if held:
+        yield bytes(held)
 
 
 def _to_nobody(_what: str) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -22,6 +25,7 @@ from tests.fakes.hub import COMMIT, FakeHub, fake_hub
 from tests.fakes.images import entry, foreign_image, tar_of, tiny_image
 from tests.fakes.package_index import package_index, wheel_of
 from tests.fakes.registry import FakeRegistry, at, fake_registry
+from toolchain import time_limits
 from toolchain.building.baking import bases_of
 from toolchain.building.planning import BuildRequest, chosen_targets
 from toolchain.commands.images import copy_image
@@ -40,6 +44,7 @@ from toolchain.errors import (
     InputRefused,
     WeightsmithError,
 )
+from toolchain.oci import downloads
 from toolchain.oci.attachments import Attachment, Part
 from toolchain.oci.image import Image
 from toolchain.oci.index import Index
@@ -49,6 +54,7 @@ from toolchain.oci.places import RegistryPlace
 from toolchain.oci.proxies import told as told_proxy
 from toolchain.oci.references import Reference
 from toolchain.oci.registry import Registry
+from toolchain.oci.replies import Transient, read_limited
 from toolchain.oci.unpack import unpack
 from toolchain.pipeline import resolved
 from toolchain.ports import Silent
@@ -785,3 +791,27 @@ def test_a_lock_that_lacks_something_is_noticed(
     path = tmp_path / "requirements.lock"
     path.write_text(change(path.read_text()))
     assert any(fault in said for said in locked.faults(tmp_path))
+
+
+# Time: each byte comes within what is waited for it, and the last one never.
+
+
+def test_a_registry_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reply and a blob come at a byte a minute, without an end: another try, then the end."""
+    looks = itertools.count(0.0, 60.0)
+    monkeypatch.setattr(time_limits, "time", SimpleNamespace(monotonic=lambda: next(looks)))
+    session = SimpleNamespace(stream=lambda *_, **__: nullcontext(dripping()))
+
+    with pytest.raises(Transient, match="less than 1 kB a second"):
+        read_limited(dripping(), 1 << 20, "r.example.com")
+    wanted = Blob(digest=Digest.of(b"x"), size=1 << 40, media_type="x")
+    with pytest.raises(Transient, match="less than 1 kB a second"):
+        list(downloads._from(session, wanted, 0))
+
+
+def dripping() -> httpx.Response:
+    class Drops(httpx.SyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            return itertools.repeat(b"x")
+
+    return httpx.Response(200, stream=Drops())

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from toolchain import time_limits
 from toolchain.errors import UsageError
-from toolchain.time_limits import GGUF_PER_GB, TooLong, cpu_limit, doing, job_seconds
+from toolchain.time_limits import GGUF_PER_GB, TooLong, cpu_limit, doing, job_seconds, steady
 
 ROOT = Path(__file__).parents[2]
 HOURS = 3600
@@ -127,3 +129,22 @@ def test_no_job_is_made_without_a_limit():
     ]
 
     assert without == []
+
+
+@pytest.fixture
+def slow_clock(monkeypatch):
+    """Each look at the clock is a minute after the one before."""
+    looks = itertools.count(0.0, 60.0)
+    monkeypatch.setattr(time_limits, "time", SimpleNamespace(monotonic=lambda: next(looks)))
+
+
+def test_what_comes_byte_by_byte_is_given_up(slow_clock):
+    with pytest.raises(TooLong):
+        list(steady(itertools.repeat(b"x")))
+
+
+def test_what_comes_steadily_is_handed_on_in_large_pieces(slow_clock):
+    coming = [b"x" * 60_000] * 20
+
+    assert [len(part) for part in steady(coming, 500_000)] == [540_000, 540_000, 120_000]
+    assert list(steady([])) == []

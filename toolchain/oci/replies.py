@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
 import httpx
 
 from toolchain.errors import InputRefused
+from toolchain.time_limits import TooLong, steady
 from toolchain.values import Json
 
 
@@ -35,7 +36,7 @@ class Reply:
 def read_limited(response: httpx.Response, limit: int, registry: str) -> bytes:
     """Read a reply of at most so many bytes; of a longer refusal the beginning says why."""
     data = bytearray()
-    for chunk in response.iter_raw():
+    for chunk in _in_time(response, registry):
         data += chunk
         if len(data) > limit and response.is_error:
             return bytes(data[:limit])
@@ -45,6 +46,13 @@ def read_limited(response: httpx.Response, limit: int, registry: str) -> bytes:
                 hint="check that the address is a registry's, and not a proxy's page",
             )
     return bytes(data)
+
+
+def _in_time(response: httpx.Response, registry: str) -> Iterator[bytes]:
+    try:
+        yield from steady(response.iter_raw())
+    except TooLong:
+        raise Transient(f"{registry} sends less than 1 kB a second") from None
 
 
 def retry_after(headers: httpx.Headers) -> float | None:
