@@ -17,6 +17,7 @@ from toolchain.cli import build, images, models, questions
 from toolchain.errors import UsageError
 from toolchain.evaluating.items import Item
 from toolchain.evaluating.metrics import score_answers
+from toolchain.oci.references import Reference
 from toolchain.recipe_file import check_recipe
 from toolchain.stages.attest import public_recipe
 from toolchain.stages.record import Facts, build_document
@@ -248,3 +249,12 @@ def test_a_password_in_the_address_of_a_server(tmp_path: Path) -> None:
     assert done.returncode == 5, done.stderr
     assert "127.0.0.1:9" in done.stderr
     assert KEY not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("scheme", ["", "https://"])
+def test_a_password_in_a_reference(scheme: str) -> None:
+    """`--push` to `ann:KEY@registry/…`: refused, with what to do, and without the key."""
+    with pytest.raises(UsageError, match="a name and a password") as caught:
+        Reference.parse(f"{scheme}ann:{KEY}@r.example/team/app:1")
+    assert KEY not in caught.value.message
+    assert "docker login" in caught.value.hint

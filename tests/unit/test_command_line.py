@@ -34,6 +34,8 @@ def run(program, *words, **environment):
         (("merge", "--seed", "x"), "--seed x: a whole number is expected"),
         (("evaluate", "--min-score", "half"), "--min-score half: a number is expected"),
         (("merge",), "missing: --base, --adapter, --out"),
+        (("build", "--locked", "--update-lock"), "--update-lock takes what --locked refuses"),
+        (("build", "--from", "x", "--update-lock"), "--update-lock takes what --from refuses"),
     ],
 )
 def test_a_wrong_use_is_reported_as_json_too(program, words, said):

@@ -116,6 +116,12 @@ def _digest(text: str, digest: str) -> Digest:
 
 
 def _refused(text: str, why: str) -> UsageError:
+    login, at, rest = text.rpartition("@")
+    if at and ":" in login and not rest.startswith("sha256"):
+        return UsageError(
+            f"…@{rest[:300]} is not an image reference: it holds a name and a password",
+            hint="write [registry[:port]/]repository[:tag][@sha256:…], and run `docker login` first",
+        )
     return UsageError(
         f"{text[:300]!r} is not an image reference: {why}",
         hint="write [registry[:port]/]repository[:tag][@sha256:…]",
