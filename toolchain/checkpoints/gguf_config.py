@@ -27,11 +27,13 @@ _NAMES = {
 def gguf_config(path: Path) -> Mapping[str, Json]:
     """Return what a GGUF file says of its model's shape; InputRefused where it is not readable."""
     fields = _fields(path)
-    architecture = str(fields["general.architecture"].contents())
+    architecture = _said(path, fields["general.architecture"])
+    if not isinstance(architecture, str):
+        raise _unreadable(path, "its general.architecture is no text")
     config: dict[str, Json] = {"model_type": architecture, "architectures": [architecture]}
     for key, name in _NAMES.items():
         if field := fields.get(f"{architecture}.{key}"):
-            config[name] = field.contents()
+            config[name] = _said(path, field)
     if "vocab_size" not in config and (tokens := fields.get("tokenizer.ggml.tokens")):
         config["vocab_size"] = len(tokens.data)
     return config
@@ -41,9 +43,17 @@ def gguf_file_type(path: Path) -> int | None:
     """Return llama.h's llama_ftype that a GGUF file says it has; None where it says nothing."""
     try:
         field = _fields(path).get("general.file_type")
+        found = _said(path, field) if field else None
     except InputRefused:
         return None
-    return int(field.contents()) if field else None
+    return found if isinstance(found, int) else None
+
+
+def _said(path: Path, field: Any) -> Json:
+    try:
+        return field.contents()
+    except ValueError as error:
+        raise _unreadable(path, error) from None
 
 
 def _fields(path: Path) -> Mapping[str, Any]:
@@ -51,10 +61,14 @@ def _fields(path: Path) -> Mapping[str, Any]:
 
     try:
         fields: Mapping[str, Any] = GGUFReader(path).fields
-        fields["general.architecture"].contents()
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise InputRefused(
-            f"{path}: not a readable GGUF file: {error}",
-            hint="it may be cut off: download it again",
-        ) from None
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
+    if "general.architecture" not in fields:
+        raise _unreadable(path, "it lacks general.architecture")
     return fields
+
+
+def _unreadable(path: Path, why: object) -> InputRefused:
+    return InputRefused(
+        f"{path}: not a readable GGUF file: {why}", hint="it may be cut off: download it again"
+    )

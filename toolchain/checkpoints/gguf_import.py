@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import ReaderTensor, TokenType, dequantize
 
+from toolchain.checkpoints.gguf_facts import count_of, number_of, numbers_of, texts_of, token_id
 from toolchain.checkpoints.gguf_reader import GGUFReader
 from toolchain.errors import InputRefused
 
@@ -61,8 +62,7 @@ _ROWS_PER_BLOCK = 4096
 
 def import_gguf(source: Path, out: Path) -> None:
     """Write the model in `source` as a float16 Hugging Face checkpoint into the folder `out`."""
-    reader = _open(source)
-    facts = {name: field.contents() for name, field in reader.fields.items()}
+    reader, facts = _open(source)
     try:
         tensors = {_hugging_face_name(tensor.name): tensor for tensor in reader.tensors}
         config = _model_config(facts, tied="lm_head.weight" not in tensors)
@@ -82,25 +82,25 @@ def import_gguf(source: Path, out: Path) -> None:
         (out / name).chmod(0o644)
 
 
-def _open(source: Path) -> GGUFReader:
-    """Open a complete GGUF file of the llama architecture, or refuse it."""
+def _open(source: Path) -> tuple[GGUFReader, Mapping[str, Any]]:
+    """Open a complete GGUF file of the llama architecture and read its entries, or refuse it."""
     if not source.is_file():
         raise InputRefused(f"{source} is not a file", hint="give the path of one .gguf file")
     try:
         reader = GGUFReader(source)
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as problem:
+        facts = {name: field.contents() for name, field in reader.fields.items()}
+    except ValueError as problem:
         raise InputRefused(
             f"{source.name} cannot be read as GGUF, it is cut off or damaged: {problem}",
             hint="download the file again and compare its sha256 with the publisher's",
         ) from problem
-    field = reader.fields.get("general.architecture")
-    architecture = field.contents() if field else None
+    architecture = facts.get("general.architecture")
     if architecture != "llama":
         raise InputRefused(
             f"{source.name} has the architecture {architecture!r}; only 'llama' can be imported",
             hint="start from the model's original Hugging Face checkpoint instead",
         )
-    return reader
+    return reader, facts
 
 
 def _hugging_face_name(name: str) -> str:
@@ -124,34 +124,41 @@ def _model_config(facts: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
             f"rope scaling {facts['llama.rope.scaling.type']!r} cannot be imported",
             hint="start from the original Hugging Face checkpoint",
         )
-    heads, hidden = facts["llama.attention.head_count"], facts["llama.embedding_length"]
+    heads = count_of(facts, "llama.attention.head_count")
+    hidden = count_of(facts, "llama.embedding_length")
+    head = count_of(facts, "llama.attention.key_length", hidden // heads)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "bos_token_id": facts.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": facts.get("tokenizer.ggml.eos_token_id"),
-        "head_dim": facts.get("llama.attention.key_length", hidden // heads),
+        "bos_token_id": token_id(facts, "bos"),
+        "eos_token_id": token_id(facts, "eos"),
+        "head_dim": head,
         "hidden_act": "silu",
         "hidden_size": hidden,
         "initializer_range": 0.02,
-        "intermediate_size": facts["llama.feed_forward_length"],
-        "max_position_embeddings": facts["llama.context_length"],
+        "intermediate_size": count_of(facts, "llama.feed_forward_length"),
+        "max_position_embeddings": count_of(facts, "llama.context_length"),
         "mlp_bias": False,
         "model_type": "llama",
         "num_attention_heads": heads,
-        "num_hidden_layers": facts["llama.block_count"],
-        "num_key_value_heads": facts.get("llama.attention.head_count_kv", heads),
-        "pad_token_id": facts.get("tokenizer.ggml.padding_token_id"),
-        "rms_norm_eps": _shortest(facts["llama.attention.layer_norm_rms_epsilon"]),
+        "num_hidden_layers": count_of(facts, "llama.block_count"),
+        "num_key_value_heads": count_of(facts, "llama.attention.head_count_kv", heads),
+        "pad_token_id": token_id(facts, "padding"),
+        "rms_norm_eps": number_of(facts, "llama.attention.layer_norm_rms_epsilon"),
         "rope_scaling": None,
-        "rope_theta": _shortest(facts.get("llama.rope.freq_base", 10000.0)),
+        "rope_theta": number_of(facts, "llama.rope.freq_base", 10000.0),
         "tie_word_embeddings": tied,
         "torch_dtype": "float16",
         "use_cache": True,
-        "vocab_size": len(facts["tokenizer.ggml.tokens"]),
+        "vocab_size": len(texts_of(facts, "tokenizer.ggml.tokens")),
     }
-    if facts.get("llama.rope.dimension_count", config["head_dim"]) != config["head_dim"]:
+    if head % 2:
+        raise InputRefused(
+            f"an attention head of {head} numbers cannot be rotated in pairs",
+            hint="the file is damaged; convert or download it again",
+        )
+    if facts.get("llama.rope.dimension_count", head) != head:
         raise InputRefused(
             "rope covers only a part of each attention head, which no Llama configuration can "
             "express",
@@ -160,13 +167,13 @@ def _model_config(facts: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
     return config
 
 
-def _shortest(value: float) -> float:
-    """Give the decimal that was meant: GGUF keeps 1e-05 as the float32 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
-
-
 def _check_tensors(config: Mapping[str, Any], tensors: Mapping[str, ReaderTensor]) -> None:
     """Refuse a file whose tensors are not exactly those that its configuration needs."""
+    if config["num_hidden_layers"] > len(tensors):
+        raise InputRefused(
+            f"{config['num_hidden_layers']} layers cannot be made of {len(tensors)} tensors",
+            hint="the file is incomplete or was not made from a plain Llama model",
+        )
     expected = dict(_expected_shapes(config))
     found = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()}
     wrong = [
@@ -211,7 +218,7 @@ def _expected_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int
 
 def _generation_config(facts: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Stop at the end token and, where the file names another, at the end of a turn."""
-    ends = [config["eos_token_id"], facts.get("tokenizer.ggml.eot_token_id")]
+    ends = [config["eos_token_id"], token_id(facts, "eot")]
     ends = [token for token in dict.fromkeys(ends) if token is not None]
     return {
         "_from_model_config": True,
@@ -223,14 +230,14 @@ def _generation_config(facts: Mapping[str, Any], config: Mapping[str, Any]) -> d
 
 def _tokenizer_files(facts: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
     """Give the text of each of the tokenizer's files, by file name."""
-    kind, split = facts["tokenizer.ggml.model"], facts.get("tokenizer.ggml.pre")
+    kind, split = facts["tokenizer.ggml.model"], str(facts.get("tokenizer.ggml.pre"))
     if kind != "gpt2" or split not in _PRE_TOKENIZERS:
         raise InputRefused(
             f"the tokenizer {kind!r} with the pre-tokenizer {split!r} cannot be imported",
             hint=f"known: 'gpt2' with {', '.join(sorted(_PRE_TOKENIZERS))}; otherwise start from "
             "the original Hugging Face checkpoint",
         )
-    tokens: list[str] = facts["tokenizer.ggml.tokens"]
+    tokens = texts_of(facts, "tokenizer.ggml.tokens")
     if len(set(tokens)) != len(tokens):
         raise InputRefused(
             "the GGUF vocabulary names a token twice, which tokenizer.json cannot express",
@@ -238,7 +245,7 @@ def _tokenizer_files(facts: Mapping[str, Any], config: Mapping[str, Any]) -> dic
         )
     names = _special_tokens(facts, tokens)
     add_bos = bool(facts.get("tokenizer.ggml.add_bos_token", split == "llama-bpe"))
-    added = _added_tokens(tokens, facts.get("tokenizer.ggml.token_type", []))
+    added = _added_tokens(tokens, numbers_of(facts, "tokenizer.ggml.token_type"))
     settings: dict[str, Any] = {
         "add_bos_token": add_bos,
         "add_prefix_space": False,
@@ -251,11 +258,11 @@ def _tokenizer_files(facts: Mapping[str, Any], config: Mapping[str, Any]) -> dic
         **names,
     }
     files = {"special_tokens_map.json": _json(names)}
-    if template := facts.get("tokenizer.chat_template"):
+    if isinstance(template := facts.get("tokenizer.chat_template"), str) and template:
         # Newer libraries read the file of its own, older engines only the key.
         files["chat_template.jinja"] = settings["chat_template"] = template
     files["tokenizer_config.json"] = _json(settings)
-    bos = facts["tokenizer.ggml.bos_token_id"] if add_bos else None
+    bos = token_id(facts, "bos") if add_bos else None
     files["tokenizer.json"] = _json(_tokenizer(facts, _PRE_TOKENIZERS[split], added, bos))
     return files
 
@@ -263,7 +270,7 @@ def _tokenizer_files(facts: Mapping[str, Any], config: Mapping[str, Any]) -> dic
 def _special_tokens(facts: Mapping[str, Any], tokens: list[str]) -> dict[str, str]:
     """Look up the begin, end, unknown and padding tokens that the file names."""
     keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    ids = {name: facts.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
+    ids = {name: token_id(facts, key) for name, key in keys.items()}
     outside = {name: number for name, number in ids.items() if number and number >= len(tokens)}
     if outside:
         raise InputRefused(
@@ -298,7 +305,7 @@ def _tokenizer(
     bos: int | None,
 ) -> dict[str, Any]:
     """Describe a byte-level BPE vocabulary as tokenizer.json does."""
-    tokens: list[str] = facts["tokenizer.ggml.tokens"]
+    tokens = texts_of(facts, "tokenizer.ggml.tokens")
     return {
         "version": "1.0",
         "truncation": None,
@@ -320,7 +327,7 @@ def _tokenizer(
             "byte_fallback": False,
             "ignore_merges": bool(facts.get("tokenizer.ggml.pre") == "llama-bpe"),
             "vocab": {token: number for number, token in enumerate(tokens)},
-            "merges": facts["tokenizer.ggml.merges"],
+            "merges": texts_of(facts, "tokenizer.ggml.merges"),
         },
     }
 
@@ -368,7 +375,7 @@ def _float16_blocks(
     for start in range(0, len(tensor.data), rows):
         # An overflow is found and refused below, so numpy need not warn of it.
         with np.errstate(over="ignore"):
-            exact = dequantize(tensor.data[start : start + rows], tensor.tensor_type)
+            exact = _exact(name, tensor, start, rows)
             block = exact.astype(np.dtype("<f2"))
         if not np.isfinite(block).all():
             raise InputRefused(
@@ -378,6 +385,19 @@ def _float16_blocks(
             # llama.cpp pairs neighbouring rows of a head for rope, Hugging Face the two halves.
             block = block.reshape(half, 2, -1).swapaxes(0, 1).reshape(2 * half, -1)
         yield block
+
+
+def _exact(name: str, tensor: ReaderTensor, start: int, rows: int) -> npt.NDArray[np.float32]:
+    try:
+        found: npt.NDArray[np.float32] = dequantize(
+            tensor.data[start : start + rows], tensor.tensor_type
+        )
+    except NotImplementedError:
+        raise InputRefused(
+            f"{name} is of the type {tensor.tensor_type.name}, which is not read here",
+            hint="start from the original Hugging Face checkpoint",
+        ) from None
+    return found
 
 
 def _json(value: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,17 @@ class GGUFReader(PackageReader):  # type: ignore[misc] # the package has no type
 
     The package makes several views of a memory map for each value, and a tokenizer has hundreds of
     thousands: seconds for what is a part of a second here. `contents` and all else is its own.
-    Raises what it raises; ValueError for an array that is longer than the file.
+    Raises OSError, and ValueError for whatever is no whole GGUF file of this machine's byte order.
     """
+
+    def __init__(self, path: Path) -> None:
+        """Read all but the tensors' bytes, which are looked at when they are used."""
+        try:
+            with np.errstate(all="raise"):
+                super().__init__(path)
+        # What numbers out of a damaged file lead to: places outside it, sizes beyond 64 bits.
+        except (ArithmeticError, LookupError, TypeError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from None
 
     @property
     def data(self) -> Any:
@@ -36,7 +46,9 @@ class GGUFReader(PackageReader):  # type: ignore[misc] # the package has no type
         self, orig_offs: int, raw_type: int
     ) -> tuple[int, list[Any], Sequence[int], list[GGUFValueType]]:
         """Return a value's size, its parts, which of them are data, and its types."""
-        if raw_type != GGUFValueType.ARRAY or self.byte_order != "I":
+        if self.byte_order != "I":
+            raise ValueError("it is of the other byte order")
+        if raw_type != GGUFValueType.ARRAY:
             found: tuple[int, list[Any], list[int], list[GGUFValueType]]
             found = super()._get_field_parts(orig_offs, raw_type)
             return found

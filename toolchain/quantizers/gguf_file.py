@@ -42,9 +42,12 @@ class GGUFModel:
         return found
 
     def get(self, key: str) -> Json:
-        """Return an entry, or None."""
+        """Return an entry, or None; CheckFailed where it is damaged."""
         field = self._first.fields.get(key)
-        return None if field is None else field.contents()
+        try:
+            return None if field is None else field.contents()
+        except ValueError as error:
+            raise CheckFailed(f"{self.name}: {key} is damaged: {error}", hint=_AGAIN) from None
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -71,7 +74,7 @@ def _open(path: Path) -> Any:
 
     try:
         return GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise CheckFailed(f"{path.name} is not a whole GGUF file: {error}", hint=_AGAIN) from None
 
 

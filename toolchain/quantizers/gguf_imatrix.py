@@ -84,9 +84,10 @@ def read_imatrix(path: Path) -> list[Entry]:
 
 
 def _of_gguf(path: Path) -> list[Entry]:
-    import gguf  # here, so that listing the formats stays light
+    # Here, so that listing the formats stays light.
+    from toolchain.checkpoints.gguf_reader import GGUFReader
 
-    reader = gguf.GGUFReader(path)
+    reader = GGUFReader(path)
     kind = reader.fields.get("general.type")
     if kind is None or kind.contents() != "imatrix":
         raise ValueError("it is a GGUF file of another kind")
