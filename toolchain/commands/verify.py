@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import posixpath
 import tarfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from toolchain.oci.image import Image, blob_of
 from toolchain.oci.layers import LAYER_TAR, Layer, verified
 from toolchain.oci.places import Place, RegistryPlace, open_place
 from toolchain.oci.registry import Registry
-from toolchain.oci.streams import ChunkFile
+from toolchain.oci.streams import ChunkFile, Entry
 from toolchain.ports import Progress
 from toolchain.provenance import evidence, signing
 from toolchain.provenance.chain import Check, check_chain
@@ -284,7 +285,7 @@ def _read_layer(layer: Layer, source: str, *, look_inside: bool) -> tuple[str, d
             return "", dict(_files(chunks))
         for _ in chunks:
             pass
-    except (*_WRONG, tarfile.TarError) as error:
+    except (*_WRONG, tarfile.TarError, ValueError, EOFError) as error:
         said = str(error)
         return f"{layer.file or layer.digest.short}: {said}", {}
     return "", {}
@@ -298,16 +299,26 @@ def _diff(layer: Layer, source: str) -> str:
 
 def _files(chunks: Iterator[bytes]) -> Iterator[tuple[str, str]]:
     stream = ChunkFile(chunks)
-    with tarfile.open(fileobj=cast("IO[bytes]", stream), mode="r|", bufsize=_BUFFER) as archive:
+    seen: set[str] = set()
+    with tarfile.open(
+        fileobj=cast("IO[bytes]", stream), mode="r|", bufsize=_BUFFER, tarinfo=Entry
+    ) as archive:
         while (entry := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # they would pile up
             content = archive.extractfile(entry) if entry.isreg() else None
             if content is None:
                 continue
+            # "./a" after "a" would be what the engine reads, and "a" what is looked up here.
+            name = posixpath.normpath("/" + entry.name).lstrip("/")
+            if name in seen:
+                raise InputRefused(
+                    f"the file {name[:200]!r} is there twice", hint="do not use the image"
+                )
+            seen.add(name)
             state = hashlib.sha256()
             while piece := content.read(_BUFFER):
                 state.update(piece)
-            yield entry.name, f"sha256:{state.hexdigest()}"
+            yield name, f"sha256:{state.hexdigest()}"
     stream.drain()
 
 

