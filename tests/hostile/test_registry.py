@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import json
 import os
 import re
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +28,7 @@ from tests.fakes.hub import COMMIT, FakeHub, fake_hub
 from tests.fakes.images import entry, foreign_image, tar_of, tiny_image
 from tests.fakes.package_index import package_index, wheel_of
 from tests.fakes.registry import FakeRegistry, at, fake_registry
+from tests.fakes.serving import serving
 from toolchain import time_limits
 from toolchain.building.baking import bases_of
 from toolchain.building.planning import BuildRequest, chosen_targets
@@ -46,15 +50,18 @@ from toolchain.errors import (
 )
 from toolchain.oci import downloads
 from toolchain.oci.attachments import Attachment, Part
+from toolchain.oci.auth import Challenge, parse_challenge
 from toolchain.oci.image import Image
 from toolchain.oci.index import Index
 from toolchain.oci.layout import read_layout, write_layout
-from toolchain.oci.manifests import TITLE
+from toolchain.oci.manifests import TITLE, read_json
 from toolchain.oci.places import RegistryPlace
 from toolchain.oci.proxies import told as told_proxy
 from toolchain.oci.references import Reference
+from toolchain.oci.referrers import _next_page
 from toolchain.oci.registry import Registry
-from toolchain.oci.replies import Transient, read_limited
+from toolchain.oci.replies import Reply, Transient, json_object, read_limited
+from toolchain.oci.sending import _kept
 from toolchain.oci.unpack import unpack
 from toolchain.pipeline import resolved
 from toolchain.ports import Silent
@@ -815,3 +822,136 @@ def dripping() -> httpx.Response:
             return itertools.repeat(b"x")
 
     return httpx.Response(200, stream=Drops())
+
+
+# Headers and bodies that take minutes or gigabytes to read.
+
+
+@pytest.mark.parametrize("header", [
+    "Bearer " + "a" * 16_000, "Bearer " + "a_" * 8_000 + ' realm="https://evil"',
+    "Bearer" + " " * 16_000 + "x", "Bearer realm" + " " * 16_000, 'Bearer realm="' * 1_000,
+    "bearer " * 2_000, "Basic" * 3_000,
+])  # fmt: skip
+def test_a_challenge_of_16_kilobytes_is_read_at_once(header: str) -> None:
+    """Each header took seconds, for every request; what is longer than any challenge is cut."""
+    found = parse_challenge([header])
+    assert found is None or "evil" not in found.realm
+    assert parse_challenge(['Bearer realm="https://a",' + "a" * 16_000]) == Challenge(
+        "bearer", "https://a"
+    )
+
+
+def test_a_list_of_a_hundred_thousand_links_is_read_at_once() -> None:
+    """A Link header holds "<" a hundred thousand times: no next page, and no minutes."""
+    reply = Reply(200, httpx.Headers({"link": "<" * 100_000}), b"", "https://r.example/")
+    assert _next_page(None, reply) == ""  # type: ignore[arg-type]
+
+
+class Upload:
+    """A registry that answers how far an upload came."""
+
+    def location(self, _: Reply) -> str:
+        return ""
+
+    def attempt(self, _what: str, ask, tries: int) -> Reply:
+        return Reply(204, httpx.Headers({"range": "0-" + "9" * 60_000}), b"", "")
+
+
+def test_a_range_of_sixty_thousand_digits_is_none() -> None:
+    """A registry says that it has 10**60000 bytes of an upload: it is sent anew."""
+    assert _kept(Upload(), Reply(200, httpx.Headers(), b"", "")) is None  # type: ignore[arg-type]
+
+
+DEEP = b'{"a":' * 50_000 + b"1" + b"}" * 50_000
+
+
+@pytest.mark.parametrize("body", [DEEP, b'{"n": ' + b"9" * 5_000 + b"}", b'{"a":1,"a":2}', b"\xff"])
+def test_json_that_no_reader_survives_is_no_reply(body: bytes) -> None:
+    """Manifests, lists, tokens and errors are nested, or say one thing twice."""
+    with pytest.raises(InputRefused):
+        read_json(body, "r.example/x")
+    assert json_object(body) in ({}, {"a": 2})
+
+
+# Package indexes.
+
+
+class Answering(BaseHTTPRequestHandler):
+    """Answers every address with the class's own body."""
+
+    body = b""
+    packed = False
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        if self.packed:
+            self.send_header("Content-Encoding", "gzip")
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        self.wfile.write(self.body)
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PypiReader]:
+    monkeypatch.delenv("WEIGHTSMITH_WHEELS", raising=False)
+    monkeypatch.setattr(Answering, "packed", False)
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Answering)) as url:
+        monkeypatch.setenv("PIP_INDEX_URL", f"{url}/simple")
+        yield PypiReader(FileStore(tmp_path / "store"))
+
+
+def row(**changed: object) -> bytes:
+    """Return a listing of one wheel, some of its row changed."""
+    fields = {"filename": "m-1-py3-none-any.whl", "url": "x.whl", "hashes": {"sha256": "0" * 64}}
+    return json.dumps({"files": [fields | changed]}).encode()
+
+
+LISTINGS = {
+    "nested": DEEP,
+    "a list": b"[]",
+    "files are a number": b'{"files": 7}',
+    "rows are numbers": b'{"files": [7]}',
+    "no name": row(filename=None),
+    "no digest": row(hashes={"md5": "0"}),
+    "a digest that is none": row(hashes={"sha256": ["x"]}),
+    "an address that is none": row(url="http://[::1"),
+    "a size that is none": row(size="x"),
+    "a size of half the world": row(size=10**40),
+}
+
+
+@pytest.mark.parametrize("case", LISTINGS)
+def test_a_listing_of_another_shape_ends_without_a_trace(
+    reader: PypiReader, monkeypatch, case: str
+) -> None:
+    """An index answers with JSON that is no listing: an error that says so, whatever it is."""
+    monkeypatch.setattr(Answering, "body", LISTINGS[case])
+    with pytest.raises(WeightsmithError) as caught:
+        reader.fetch("pypi://m==1", "", "", Silent())
+    assert caught.value.exit_code in (3, 5)
+
+
+def test_a_listing_that_unfolds_into_gigabytes_is_not_unfolded(
+    reader: PypiReader, monkeypatch
+) -> None:
+    """A megabyte of gzip is a gigabyte of listing: it was never asked for, and is not unfolded."""
+    unfolding = zlib.compressobj(9, zlib.DEFLATED, 31)
+    data = b"".join(unfolding.compress(bytes(1 << 20)) for _ in range(64)) + unfolding.flush()
+    monkeypatch.setattr(Answering, "body", data)
+    monkeypatch.setattr(Answering, "packed", True)
+    monkeypatch.setattr(httpx._decoders.GZipDecoder, "decode", lambda *_: pytest.fail("unfolded"))
+    with pytest.raises(EnvironmentFailure, match="did not answer"):
+        reader.fetch("pypi://m==1", "", "", Silent())
+
+
+def test_a_wheel_that_never_ends_is_cut_off(reader: PypiReader, monkeypatch) -> None:
+    """An index sends far more than the size that it told: no more than that is written."""
+    monkeypatch.setattr(Answering, "body", row(size=100))
+    sizes: list[int] = []
+    monkeypatch.setattr(Silent, "advance", lambda _self, done, *_: sizes.append(done))
+    with pytest.raises(Altered, match="sha256 is"):
+        reader.fetch("pypi://m==1", "", "0" * 64, Silent())
+    assert not sizes

@@ -187,3 +187,35 @@ def test_generated_files_are_up_to_date() -> None:
     result = run(sys.executable, "docs/generate.py", "--check")
 
     assert result.returncode == 0, result.stderr
+
+
+READS_OUR_OWN = {
+    "drivers/bases.py", "drivers/confinement.py", "drivers/enclosing.py", "drivers/enclosure.py",
+    "drivers/inmate.py",
+    "drivers/trampoline.py", "foreign.py", "quantizers/convert.py",
+    "quantizers/compressor.py", "quantizers/gguf.py", "quantizers/running.py",
+    "quantizers/sentencepiece_export.py", "resources.py", "serving/llamacpp_options.py",
+    "serving/options.py", "serving/text.py", "serving/vllm.py", "stages/base.py",
+    "stages/quality.py", "stages/reference.py", "stages/trial.py", "stages/validate.py",
+    "merging/peft_layers.py", "merging/tuned.py", "worker/__main__.py",
+}  # fmt: skip
+"""Files that read JSON of this very program: its own lists, job files, results; and two that run
+in a builder by their path, where nothing of ours can be imported."""
+
+
+def test_what_others_wrote_is_parsed_in_one_place() -> None:
+    import ast
+
+    def parses(node: ast.AST) -> bool:
+        text = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        return text in {"json.load", "json.loads", "yaml.load", "yaml.safe_load"} or (
+            text.endswith((".json", "model_validate_json")) and not getattr(node, "args", ())
+        )
+
+    found = {
+        path.relative_to(ROOT / "toolchain").as_posix()
+        for path in (ROOT / "toolchain").rglob("*.py")
+        if any(parses(node) for node in ast.walk(ast.parse(path.read_text())))
+    }
+
+    assert found <= READS_OUR_OWN, "use toolchain/foreign.py, which has limits"

@@ -9,8 +9,8 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from toolchain.checkpoints.safetensors import read_json
 from toolchain.errors import InputRefused
+from toolchain.foreign import read_json
 
 _JUNK_FOLDERS = re.compile(r"__pycache__|checkpoint-\d+|global_step\d+|runs|wandb|logs")
 _JUNK_FILES = re.compile(

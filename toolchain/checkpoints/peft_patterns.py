@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from toolchain import time_limits
-from toolchain.checkpoints.safetensors import read_json
 from toolchain.errors import InputRefused
+from toolchain.foreign import read_json
 from toolchain.time_limits import TooLong, cpu_limit, doing
 
 _PLAIN = re.compile(r"[\w.]*")

@@ -14,6 +14,8 @@ from pathlib import Path
 from toolchain.checkpoints.reading import read_part
 from toolchain.checkpoints.safetensors import Header, TensorInfo, read_header
 from toolchain.errors import InputRefused, UsageError
+from toolchain.foreign import INDEX as LARGEST_INDEX
+from toolchain.foreign import read_json
 from toolchain.values import Digest, FileEntry, Json, Pieces, Slice, Tree, canonical, key_of
 
 INDEX = "model.safetensors.index.json"
@@ -124,8 +126,8 @@ def _shard(header: Header, group: list[TensorInfo]) -> Pieces:
 def _index(tree: Tree, moved: Mapping[str, str]) -> bytes:
     """Return the index of all tensors: those that moved, and the rest where they were."""
     if tree.has(INDEX):
-        data = json.loads(tree.path(INDEX).read_bytes())
-        if not isinstance(data, dict) or not isinstance(data.get("weight_map"), dict):
+        data = read_json(tree.path(INDEX), largest=LARGEST_INDEX)
+        if not isinstance(data.get("weight_map"), dict):
             raise InputRefused(
                 f"{tree.path(INDEX)} has no weight_map", hint="download the index again"
             )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.errors import InputRefused
+from toolchain.foreign import INDEX, json_object, read_json
 
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors crate's own limit."""
@@ -90,7 +91,7 @@ def read_header(path: Path) -> Header:
         ) from error
     if len(text) != length:
         raise _refuse(path, "it ends within its header")
-    table = _parse(path, text)
+    table = json_object(text, str(path), largest=MAX_HEADER_BYTES, unique=True)
     metadata = _metadata(path, table.pop("__metadata__", {}))
     infos = [_tensor(path, name, entry, 8 + length) for name, entry in table.items()]
     infos.sort(key=lambda info: (info.start, info.end))
@@ -138,39 +139,6 @@ def build_header(
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object of a small file; keys that repeat are refused.
-
-    NaN and Infinity pass, since transformers writes them into configs.
-    """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputRefused(
-            f"{path} cannot be read: {error.strerror}", hint="check that the folder is complete"
-        ) from error
-    return _parse(path, data)
-
-
-def _parse(path: Path, text: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise InputRefused(f"{path} holds no valid JSON: {error}", hint=_AGAIN) from error
-    if not isinstance(value, dict):
-        raise _refuse(path, "its JSON is not an object")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice!r} is there twice")
-    return table
 
 
 def _metadata(path: Path, value: Any) -> dict[str, str]:
@@ -226,7 +194,7 @@ def _check_tiling(path: Path, infos: list[TensorInfo], start: int, size: int) ->
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, largest=INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise _refuse(index, "it has no weight_map")
     for tensor, name in weight_map.items():

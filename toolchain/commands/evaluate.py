@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from toolchain.evaluating.metrics import check_metric
 from toolchain.evaluating.session import Limits, Session
 from toolchain.evaluating.statistics import wilson
 from toolchain.evaluating.task import Answers, Task, ask_server, score_task
+from toolchain.foreign import TOKENIZER, parse_file
 from toolchain.ports import Tools
 from toolchain.stages.quantize import model_config
 from toolchain.stages.reference import BUILDER, reference_job
@@ -163,7 +163,7 @@ def _ask_checkpoint(subject: Subject, task: Task, tools: Tools) -> Answers:
 def _earlier(path: str) -> Score:
     """Return the score that an earlier run printed with --json."""
     try:
-        data = json.loads(Path(path).read_text("utf-8"))
+        data = parse_file(Path(path), largest=TOKENIZER)
         rows = tuple({**row, "ok": bool(row["ok"])} for row in data["per_item"])
         return Score(
             score=float(data["score"]),

@@ -6,7 +6,6 @@ Its command line and result files are those of https://github.com/EleutherAI/lm-
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from toolchain.commands.server import Place, served, served_name
 from toolchain.errors import CheckFailed, EnvironmentFailure, UsageError
 from toolchain.evaluating.likelihood import echoes
 from toolchain.evaluating.session import Session
+from toolchain.foreign import TOKENIZER, parse_file
 from toolchain.ports import Tools
 from toolchain.trees import below
 from toolchain.values import Json
@@ -107,7 +107,7 @@ def read_results(out: Path) -> Mapping[str, Json]:
         raise CheckFailed(
             "lm-evaluation-harness wrote no results", hint="run it by hand; its output says why"
         )
-    results = json.loads(files[-1].read_text("utf-8"))
+    results = parse_file(files[-1], largest=TOKENIZER)
     tasks = {name: _task(name, measures, results) for name, measures in results["results"].items()}
     scored = [task for task in tasks.values() if task["score"] is not None]
     if not scored:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,6 +21,7 @@ from toolchain.building.planning import (
     unmerged_adapters,
 )
 from toolchain.errors import UsageError
+from toolchain.foreign import parse_file
 from toolchain.ports import Tools
 from toolchain.quantizers import of_format
 from toolchain.recipe_file import RecipeFile
@@ -184,7 +184,7 @@ def _changes(folder: Path) -> int:
     since, seen = (datetime.now(UTC) - timedelta(days=7)).isoformat(), set()
     for path in folder.glob("*/*/build.json"):
         try:
-            facts = json.loads(path.read_text("utf-8"))
+            facts = parse_file(path)
             if str(facts["created"]) >= since:
                 seen.add(tuple(str(adapter["digest"]) for adapter in facts["adapters"]))
         except (OSError, ValueError, KeyError, TypeError):
@@ -220,7 +220,7 @@ def _earlier(file: RecipeFile, targets: Sequence[Target], dist: Path) -> Mapping
     for target in targets:
         path = dist / file.recipe.name / file.recipe.version / target.name / "build.json"
         try:
-            inputs = json.loads(path.read_text("utf-8")).get("inputs", {})
+            inputs = parse_file(path).get("inputs", {})
         except (OSError, ValueError):
             continue
         kept = ("merge", "validate", "reference")

@@ -11,6 +11,7 @@ import yaml
 
 from toolchain.errors import InputRefused, UsageError
 from toolchain.files import folder_beside
+from toolchain.foreign import parse
 from toolchain.oci.attachments import Part
 from toolchain.oci.places import open_place
 from toolchain.oci.registry import Registry
@@ -248,8 +249,8 @@ def _with_questions(
 def _items(part: Part) -> list[dict[str, Json]]:
     """Return the questions of an attached evaluation; none where they are not what is asked."""
     try:
-        items = json.loads(part.read())["items"]
+        items = parse(part.read())["items"]
         rows = [{"prompt": item["prompt"], "expected": item["expected"]} for item in items]
-    except (ValueError, RecursionError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError):
         return []
     return rows if all(isinstance(row["prompt"], str) for row in rows) else []

@@ -12,6 +12,7 @@ from toolchain.checkpoints.folder import scan
 from toolchain.checkpoints.gguf_config import gguf_config
 from toolchain.checkpoints.packing import weight_kinds
 from toolchain.errors import InputRefused, UsageError
+from toolchain.foreign import INDEX, parse_file
 from toolchain.serving.engine import Wishes
 from toolchain.serving.parameters import WORKED_OUT, weights_from_config
 from toolchain.serving.targets import Target, find
@@ -108,7 +109,7 @@ def foresee_model(path: Path, name: str = "") -> Model:
 def _indexed_bytes(path: Path) -> int:
     """Return the bytes that an index says its shards have; 0 where it does not."""
     try:
-        size = json.loads(path.read_text("utf-8"))["metadata"]["total_size"]
+        size = parse_file(path, largest=INDEX)["metadata"]["total_size"]
     except (OSError, ValueError, KeyError, TypeError):
         return 0
     return size if isinstance(size, int) and not isinstance(size, bool) and size > 0 else 0
@@ -181,7 +182,7 @@ def read_config(folder: Path) -> ServingConfig:
     """Return what `render` wrote into a folder; UsageError or InputRefused where it cannot be."""
     path = folder / _CONFIG
     try:
-        data = json.loads(path.read_text("utf-8"))
+        data = parse_file(path)
         for name in ("entrypoint", "command", "healthcheck", "made_from"):
             data[name] = tuple(data[name])
         return ServingConfig(**data)

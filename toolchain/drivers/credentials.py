@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import Any
 
 from toolchain.drivers import process
 from toolchain.errors import EnvironmentFailure, InputRefused
+from toolchain.foreign import parse
 
 _PROGRAM = re.compile(r"[A-Za-z0-9._-]+")
 
@@ -34,8 +34,8 @@ def docker_config() -> Mapping[str, Any]:
             hint="correct whom it belongs to, or set DOCKER_CONFIG to another folder",
         ) from None
     try:
-        config = json.loads(data) if data.strip() else {}  # Docker takes an empty one, too
-    except (ValueError, RecursionError):
+        config = parse(data) if data.strip() else {}  # Docker takes an empty one, too
+    except ValueError:
         config = None
     if not isinstance(config, dict):
         raise InputRefused(
@@ -61,7 +61,7 @@ def ask_helper(name: str, server: str) -> tuple[str, str] | None:
             input=server.encode(),
             timeout=30,
         )
-        found = json.loads("\n".join(done.tail)) if done.returncode == 0 else {}
+        found = parse("\n".join(done.tail)) if done.returncode == 0 else {}
     except (EnvironmentFailure, ValueError):
         return None
     if not isinstance(found, dict):

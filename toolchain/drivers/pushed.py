@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from toolchain.files import write_whole
+from toolchain.foreign import parse
 from toolchain.privacy import private
 from toolchain.values import Digest, canonical
 
@@ -38,7 +38,7 @@ class PushedLayers:
 
     def _read(self, registry: str) -> dict[str, str]:
         try:
-            return {str(digest): str(name) for digest, name in json.loads(self._text(registry))}
+            return {str(digest): str(name) for digest, name in parse(self._text(registry))}
         except (OSError, ValueError, TypeError):
             return {}
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import shutil
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from toolchain.errors import EnvironmentFailure
 from toolchain.files import sync_folder, write_whole
+from toolchain.foreign import parse
 from toolchain.ports import Entry
 from toolchain.privacy import private
 from toolchain.trees import below, discard, remove
@@ -102,7 +102,7 @@ class FileStore:
         stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
         memo = self.root / "digests" / sha256(os.fsencode(path.resolve())).hexdigest()
         with suppress(OSError, ValueError, KeyError):
-            known = json.loads(memo.read_bytes())
+            known = parse(memo.read_bytes())
             if known["stamp"] == stamp:
                 return FileEntry(path=path.name, size=stat.st_size, digest=Digest(known["digest"]))
         if not read:
@@ -120,7 +120,7 @@ class FileStore:
         """Return a small text remembered under a key, made where it is not known."""
         path = self.root / "memos" / sha256(key.encode()).hexdigest()
         with suppress(OSError, ValueError):
-            known = json.loads(path.read_bytes())
+            known = parse(path.read_bytes())
             if known[0] == key:
                 return str(known[1])
         value = make()
@@ -168,7 +168,7 @@ class FileStore:
     def _results(self) -> Iterator[tuple[str, float, int]]:
         for folder in _children(self.root / "results"):
             with suppress(OSError, ValueError, KeyError):
-                manifest = json.loads((folder / "manifest.json").read_bytes())
+                manifest = parse((folder / "manifest.json").read_bytes())
                 size = sum(int(file["size"]) for file in manifest["files"])
                 yield folder.name, (folder / "manifest.json").stat().st_mtime, size
 
@@ -228,7 +228,7 @@ class FileStore:
     def _read(self, key: Digest, *, cached: bool) -> Entry | None:
         folder = self.root / "results" / key.hex
         try:
-            manifest = json.loads((folder / "manifest.json").read_bytes())
+            manifest = parse((folder / "manifest.json").read_bytes())
             files = tuple(
                 FileEntry(path=f["path"], size=f["size"], digest=Digest(f["digest"]))
                 for f in manifest["files"]

@@ -15,6 +15,7 @@ from typing import TextIO
 
 from toolchain.drivers.process import TookTooLong, describe_exit
 from toolchain.errors import EnvironmentFailure, WeightsmithError, from_code
+from toolchain.foreign import parse
 from toolchain.ports import Progress
 from toolchain.privacy import private
 from toolchain.time_limits import VARIABLE
@@ -43,7 +44,7 @@ class Conversation:
     def hear(self, line: str) -> None:
         """Take one line of the worker's standard output."""
         try:
-            message = json.loads(line)
+            message = parse(line)
         except ValueError:
             message = None
         if not isinstance(message, dict):

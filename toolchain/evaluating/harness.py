@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from toolchain.errors import CheckFailed
 from toolchain.evaluating.items import Item
+from toolchain.foreign import parse
 from toolchain.values import Json, Score
 
 _HINT = 'it must print {"ok": [true, …]} or {"score": 0.93, "n": 200} as its last line'
@@ -100,8 +101,8 @@ def _last_object(output: str) -> Mapping[str, Json]:
     """Return the whole output as an object, or its last line that is one."""
     for text in (output, *reversed(output.splitlines())):
         try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
+            value = parse(text)
+        except ValueError:
             continue
         if isinstance(value, dict):
             return value

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from toolchain.errors import UsageError
+from toolchain.foreign import parse
 from toolchain.values import Json
 
 _LONGEST_LINE = 1 << 20
@@ -108,8 +109,8 @@ def _decode(raw: bytes, where: str) -> str:
 
 def _parse(line: str, where: str) -> Mapping[str, Json]:
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        value = parse(line)
+    except ValueError as error:
         raise UsageError(f"{where} is not JSON: {error}", hint=_SHAPE) from None
     if not isinstance(value, dict):
         raise UsageError(f"{where} is a JSON {type(value).__name__}, not an object", hint=_SHAPE)

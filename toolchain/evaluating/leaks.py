@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from toolchain.errors import UsageError
 from toolchain.evaluating.items import Item
+from toolchain.foreign import parse
 from toolchain.values import Json
 
 _SHORTEST = 12
@@ -74,8 +74,8 @@ def _texts(path: Path) -> Iterator[tuple[int, str, bool]]:
 
 def _parse(line: str, where: str) -> Json:
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
+        return parse(line)
+    except ValueError as error:
         raise UsageError(
             f"{where} is not JSON: {error}", hint='a line is {"text": "…"} or {"messages": […]}'
         ) from None

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from toolchain.errors import CheckFailed, UsageError
 from toolchain.evaluating.items import Item
 from toolchain.evaluating.session import Session, excerpt
+from toolchain.foreign import parse
 from toolchain.values import Json
 
 Score = Callable[[Item, str], float]
@@ -78,7 +79,7 @@ def _echo(served_name: str, prompt: str | Sequence[int]) -> Json:
 def _token_scores(text: str) -> tuple[list[str], list[float | None], list[int]] | None:
     """Return tokens, log-probabilities and text offsets of an echoed prompt; None without."""
     try:
-        scored = json.loads(text)["choices"][0]["logprobs"]
+        scored = parse(text)["choices"][0]["logprobs"]
         tokens, scores = list(scored["tokens"]), list(scored["token_logprobs"])
     except (ValueError, KeyError, IndexError, TypeError):
         return None
@@ -129,7 +130,7 @@ def _by_ids(session: Session, served_name: str, item: Item, choice: str) -> floa
 def _tokenized(session: Session, served_name: str, what: Mapping[str, Json]) -> list[int]:
     answer = session.try_post("/tokenize", {"model": served_name, **what})
     try:
-        return [int(token) for token in json.loads(answer.text)["tokens"]]
+        return [int(token) for token in parse(answer.text)["tokens"]]
     except (ValueError, KeyError, TypeError):
         raise UsageError(
             f"{session.endpoint.shown} cannot apply its chat template outside a chat"

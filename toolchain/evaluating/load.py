@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import threading
 import time
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from toolchain.evaluating.client import chat_body
 from toolchain.evaluating.items import Item
 from toolchain.evaluating.session import Refused, Session, TryAgain
+from toolchain.foreign import parse
 from toolchain.ports import Progress
 from toolchain.values import Json
 
@@ -89,7 +89,7 @@ def measure(session: Session, served_name: str, question: Item, max_tokens: int)
 
 
 def _has_text(event: str) -> bool:
-    data = json.loads(event)
+    data = parse(event)
     if not isinstance(data, dict) or "error" in data:
         raise Refused(f"the stream says: {event[:200]}")
     for choice in data.get("choices") or ():

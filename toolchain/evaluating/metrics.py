@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from toolchain import time_limits
 from toolchain.errors import CheckFailed, UsageError
 from toolchain.evaluating.items import Item
+from toolchain.foreign import parse
 from toolchain.time_limits import TooLong, cpu_limit
 from toolchain.values import Json, Score
 
@@ -78,7 +78,7 @@ def _check_schema(schema: str, where: str) -> None:
 
     hint = 'expected is the schema itself: "expected": {"type": "object", …}'
     try:
-        value = json.loads(schema)
+        value = parse(schema)
         validator_for(value).check_schema(value)
     except SchemaError as error:
         raise UsageError(
@@ -94,10 +94,10 @@ def _is_valid(schema: str, answer: str) -> bool:
     from referencing.exceptions import Unresolvable
 
     try:
-        value = json.loads(_unfenced(answer.strip()))
-    except (ValueError, RecursionError):
+        value = parse(_unfenced(answer.strip()))
+    except ValueError:
         return False
-    wanted = json.loads(schema)
+    wanted = parse(schema)
     # An empty registry: the library would else fetch a reference to another document.
     validator = validator_for(wanted)(wanted, registry=Registry())
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +15,7 @@ import httpx
 
 from toolchain.errors import CheckFailed, EnvironmentFailure, WeightsmithError
 from toolchain.evaluating.timely import Timely
+from toolchain.foreign import parse
 from toolchain.ports import Endpoint
 from toolchain.values import Json
 
@@ -254,8 +254,8 @@ def _object(answer: Answer) -> Mapping[str, Json]:
     if status != httpx.codes.OK:
         raise Refused(f"HTTP {status}: {excerpt(text)}", status)
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = parse(text)
+    except ValueError:
         raise TryAgain(f"half an answer: {excerpt(text)}") from None
     if not isinstance(value, dict):
         raise Refused(f"an answer that is no object: {excerpt(text)}")

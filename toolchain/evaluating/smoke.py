@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from toolchain.evaluating.client import (
 )
 from toolchain.evaluating.items import Item
 from toolchain.evaluating.session import Refused, Session, TryAgain, died, excerpt
+from toolchain.foreign import parse
 from toolchain.ports import Endpoint
 from toolchain.values import Json
 
@@ -122,7 +122,7 @@ def _stream(session: Session, name: str) -> str:
                 if event == "[DONE]":
                     done = True
                     break
-                pieces += [c for c in _contents(json.loads(event)) if c]
+                pieces += [c for c in _contents(parse(event)) if c]
     except (TryAgain, Refused, ValueError) as error:
         if not session.endpoint.alive():
             raise died(session.endpoint, "while it was streaming") from None

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from toolchain.checkpoints.safetensors import read_json
 from toolchain.errors import InputRefused
+from toolchain.foreign import read_json
 from toolchain.merging.refused import SETTINGS, UNMERGED
 
 _MUTATING = ("pissa", "olora", "corda", "lora_ga", "loftq")

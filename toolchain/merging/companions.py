@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from toolchain.checkpoints.safetensors import read_json
+from toolchain.foreign import TOKENIZER, json_object, read_json
 from toolchain.merging.plan import MergePlan
 
 _TOKENIZER = (
@@ -42,7 +42,7 @@ def companion_files(plan: MergePlan) -> tuple[dict[str, bytes], list[str]]:
         if not name.endswith((".safetensors", ".safetensors.index.json"))
     }
     findings: list[str] = []
-    before = json.loads(files.get(_GENERATION, b"{}"))
+    before = _object(files, _GENERATION)
     for adapter in plan.adapters:
         findings += _overlay(files, adapter.root, adapter.files)
         if _GENERATION in adapter.files:
@@ -110,7 +110,7 @@ def _overlay(files: dict[str, bytes], root: Path, names: tuple[str, ...]) -> lis
 
 def _template_in(files: Mapping[str, bytes]) -> str:
     """Return the chat template that tokenizer_config.json holds, or nothing."""
-    template = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template")
+    template = _object(files, "tokenizer_config.json").get("chat_template")
     return template if isinstance(template, str) else ""
 
 
@@ -119,7 +119,7 @@ def _template_of(root: Path, files: Mapping[str, bytes]) -> dict[str, bytes]:
     template = read_json(root / "tokenizer_config.json").get("chat_template")
     if not template or "tokenizer_config.json" not in files:
         return {}
-    config = json.loads(files["tokenizer_config.json"])
+    config = _object(files, "tokenizer_config.json")
     return {"tokenizer_config.json": _json(config | {"chat_template": template})}
 
 
@@ -127,7 +127,7 @@ def _set_dtype(files: dict[str, bytes], dtype: str) -> None:
     """Make config.json say the type that the weights were cast to, under the keys that it uses."""
     if dtype == "auto":
         return
-    config = json.loads(files["config.json"])
+    config = _object(files, "config.json")
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in ("dtype", "torch_dtype"):
             if key in part or (part is config and key == "torch_dtype" and "dtype" not in part):
@@ -139,13 +139,14 @@ def _apply(files: dict[str, bytes], settings: Mapping[str, Any]) -> None:
     """Change config.json, its text part where that holds the setting; None leaves a key out."""
     if not settings:
         return
-    config = json.loads(files["config.json"])
-    text = config.get("text_config")
+    config = _object(files, "config.json")
+    inner = config.get("text_config")
+    text = inner if isinstance(inner, dict) else {}
     for name, value in settings.items():
         if value is None:
             config.pop(name, None)
             continue
-        held = isinstance(text, dict) and name in text
+        held = name in text
         if held:
             text[name] = value
         if name in config or not held:
@@ -159,9 +160,9 @@ def _join_ends(files: dict[str, bytes], plan: MergePlan, base: Mapping[str, Any]
     A fine-tuned model that may end its turns with another token than its base never stops where
     only one of the two is listed. The file is left as it is when it names them all.
     """
-    generation = json.loads(files.get("generation_config.json", b"{}"))
+    generation = _object(files, "generation_config.json")
     ends: dict[int, None] = dict.fromkeys(_ids(generation))
-    for source in (base, json.loads(files["config.json"]), *_generation_configs(plan)):
+    for source in (base, _object(files, "config.json"), *_generation_configs(plan)):
         ends.update(dict.fromkeys(_ids(source)))
     ends.update(dict.fromkeys(_tokenizer_end(files)))
     if not ends or set(ends) == set(_ids(generation)):
@@ -189,14 +190,14 @@ def _ids(config: Mapping[str, Any]) -> list[int]:
 
 
 def _special(files: Mapping[str, bytes]) -> dict[str, Any]:
-    config = json.loads(files["config.json"])
+    config = _object(files, "config.json")
     keys = ("bos_token_id", "pad_token_id")
     return {key: config[key] for key in keys if config.get(key) is not None}
 
 
 def _tokenizer_end(files: Mapping[str, bytes]) -> list[int]:
     """Return the id of the tokenizer's own end token."""
-    config = json.loads(files.get("tokenizer_config.json", b"{}"))
+    config = _object(files, "tokenizer_config.json")
     end = config.get("eos_token")
     text = end.get("content") if isinstance(end, dict) else end
     if not isinstance(text, str):
@@ -205,12 +206,17 @@ def _tokenizer_end(files: Mapping[str, bytes]) -> list[int]:
     found = [int(n) for n, t in added.items() if isinstance(t, dict) and t.get("content") == text]
     if found or "tokenizer.json" not in files:
         return found
-    tokenizer = json.loads(files["tokenizer.json"])
+    tokenizer = _object(files, "tokenizer.json")
     found = [t["id"] for t in tokenizer.get("added_tokens", []) if t.get("content") == text]
     vocabulary = tokenizer.get("model", {}).get("vocab", {})
     if not found and isinstance(vocabulary, dict) and text in vocabulary:
         found = [vocabulary[text]]
     return found
+
+
+def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """Return what a file says, nothing where it is not there."""
+    return json_object(files.get(name, b"{}"), name, largest=TOKENIZER)
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.errors import EnvironmentFailure, UsageError
+from toolchain.foreign import parse_file
 from toolchain.merging.stream import sha256_file
 from toolchain.trees import remove
 
@@ -44,7 +45,7 @@ class Journal:
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            kept = json.loads(self.path.read_text())
+            kept = parse_file(self.path)
         except (OSError, ValueError):
             return None
         return kept if isinstance(kept, dict) and kept.get("key") == self.key else None

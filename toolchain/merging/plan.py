@@ -15,9 +15,9 @@ from toolchain.checkpoints.safetensors import (
     Header,
     open_checkpoint,
     read_header,
-    read_json,
 )
 from toolchain.errors import InputRefused, UsageError
+from toolchain.foreign import read_json
 from toolchain.merging.adapter_config import AdapterConfig, read_adapter_config
 from toolchain.merging.base import (
     BaseTensors,

@@ -24,7 +24,10 @@ IDENTITY = "<token>"
 """The user name under which helpers hand out an identity token instead of a password."""
 
 _HUB_KEY = "https://index.docker.io/v1/"
-_PAIR = re.compile(r'([a-zA-Z_]+)\s*=\s*(?:"([^"]*)"|([^\s",]+))')
+# Possessive, each word tried once: a backtracking search takes seconds for a header of 16 kB.
+_PAIR = re.compile(r'(?<![a-zA-Z_])([a-zA-Z_]++)\s*+=\s*+(?:"([^"]*+)"|([^\s",]++))')
+_LONGEST_CHALLENGE = 8 << 10
+"""Characters of all WWW-Authenticate headers together; registries send some hundred."""
 
 
 def anonymous(_host: str) -> None:
@@ -42,8 +45,8 @@ class Challenge:
 
 def parse_challenge(headers: list[str]) -> Challenge | None:
     """Read WWW-Authenticate headers; Bearer before Basic, None for what we do not speak."""
-    text = ", ".join(headers)
-    bearer = re.search(r"(?i)\bbearer\s+(.*)", text)
+    text = ", ".join(headers)[:_LONGEST_CHALLENGE]
+    bearer = re.search(r"(?i)\bbearer\s++(.*)", text)
     if bearer:
         pairs = {key.lower(): quoted or bare for key, quoted, bare in _PAIR.findall(bearer[1])}
         if pairs.get("realm"):

@@ -5,11 +5,11 @@ https://github.com/opencontainers/image-spec (manifest.md, image-index.md, descr
 
 from __future__ import annotations
 
-import json
 import platform as host
 from collections.abc import Mapping, Sequence
 
 from toolchain.errors import InputRefused, UsageError
+from toolchain.foreign import parse
 from toolchain.oci.layers import LAYER_TAR
 from toolchain.values import Blob, Digest, Json
 
@@ -48,8 +48,8 @@ def host_platform() -> str:
 def read_json(data: bytes, where: str) -> Mapping[str, Json]:
     """Return a JSON object; InputRefused names `where` for anything else."""
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
+        value = parse(data, unique=True)
+    except ValueError:
         value = None
     if not isinstance(value, dict):
         raise InputRefused(f"{where} is not a JSON object", hint="check that it is an image")

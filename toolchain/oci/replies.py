@@ -11,6 +11,7 @@ from email.utils import parsedate_to_datetime
 import httpx
 
 from toolchain.errors import InputRefused
+from toolchain.foreign import parse
 from toolchain.time_limits import TooLong, steady
 from toolchain.values import Json
 
@@ -76,8 +77,8 @@ def is_full(reply: Reply) -> bool:
 def json_object(body: bytes) -> Mapping[str, Json]:
     """Return the JSON object that a body holds, or an empty one."""
     try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
+        value = parse(body)
+    except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
 

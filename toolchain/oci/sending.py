@@ -106,7 +106,7 @@ def _kept(session: Session, opened: Reply) -> tuple[int, Reply] | None:
         reply = session.attempt("", lambda: session.call("GET", url), tries=_FEW)
     except (WeightsmithError, Transient):
         return None
-    found = re.fullmatch(r"(?:bytes=)?0-(\d+)", reply.headers.get("range", ""))
+    found = re.fullmatch(r"(?:bytes=)?0-(\d{1,18})", reply.headers.get("range", ""))
     if reply.status not in (_OK, _NO_CONTENT) or found is None or int(found[1]) == 0:
         return None
     return int(found[1]) + 1, reply if reply.headers.get("location") else opened

@@ -7,11 +7,11 @@ own statement, so its signature covers them too.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from toolchain.errors import InputRefused
+from toolchain.foreign import parse
 from toolchain.oci.attachments import Attachment, Part
 from toolchain.oci.places import Place
 from toolchain.provenance import signing
@@ -118,8 +118,8 @@ def read_statement(part: Part, check: signing.Check | None) -> FoundStatement:
         statement, signed = signing.open_envelope(data, check)
         return FoundStatement(statement=statement, part=part, signed=signed)
     try:
-        plain = json.loads(data)
-    except (ValueError, RecursionError):
+        plain = parse(data, unique=True)
+    except ValueError:
         plain = None
     if not isinstance(plain, dict):
         raise InputRefused(

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from toolchain.foreign import parse
 from toolchain.recipe import Recipe
 from toolchain.values import Artifact, Json, Score, ServingConfig, Sources, without_passwords
 
@@ -116,8 +117,8 @@ def score_labels(scores: Mapping[str, Score]) -> dict[str, str]:
 def plan_in(labels: Mapping[str, str]) -> Mapping[str, Json]:
     """Return the plan that an image's labels hold; {} where none can be read."""
     try:
-        plan = json.loads(labels.get(PREFIX + "plan", "{}"))
-    except (ValueError, RecursionError):
+        plan = parse(labels.get(PREFIX + "plan", "{}"))
+    except ValueError:
         return {}
     return plan if isinstance(plan, dict) else {}
 

@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
 from toolchain import __version__
+from toolchain.foreign import parse_yaml
 from toolchain.recipe import Card
 from toolchain.values import Digest, FileEntry, Json, Score, key_of
 
 MEDIA_TYPE = "application/vnd.cyclonedx+json"
+_FRONT_MATTER = 65536
+"""Bytes within which a model card's header ends."""
 _LICENSES = {
     name.lower(): name
     for name in (
@@ -116,12 +117,11 @@ def license_of(folder: Path) -> str:
     https://huggingface.co/docs/hub/model-cards#model-card-metadata
     """
     try:
-        with (folder / "README.md").open(encoding="utf-8") as file:
-            lines = file.read(65536).split("\n")
-        marks = [number for number, line in enumerate(lines) if line.rstrip() == "---"]
-        whole = len(marks) > 1 and marks[0] == 0
-        header = yaml.safe_load("\n".join(lines[1 : marks[1]])) if whole else None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        with (folder / "README.md").open("rb") as file:
+            first, *lines = file.read(_FRONT_MATTER).decode("utf-8", "replace").split("\n")
+        fence = [line.rstrip() for line in lines].index("---")
+        header = parse_yaml("\n".join(lines[:fence])) if first.rstrip() == "---" else None
+    except (OSError, ValueError):
         return ""
     named = header.get("license") if isinstance(header, dict) else None
     return named if isinstance(named, str) else ""

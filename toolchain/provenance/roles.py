@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from toolchain.errors import InputRefused
+from toolchain.foreign import parse
 from toolchain.oci.image import Healthcheck, Image, ImageConfig
 from toolchain.oci.layers import Layer
 from toolchain.provenance.labels import PREFIX
@@ -67,7 +67,7 @@ def roles_of(image: Image, where: str) -> Roles:
 
 def _config(image: Image, where: str) -> ImageConfig:
     try:
-        stated: Mapping[str, Json] = json.loads(image.labels.get(ADDED, ""))
+        stated: Mapping[str, Json] = parse(image.labels.get(ADDED, ""))
         check = stated.get("healthcheck")
         return ImageConfig(
             user=stated.get("user"),

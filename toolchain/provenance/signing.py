@@ -8,12 +8,12 @@ https://github.com/sigstore/protobuf-specs/blob/main/protos/sigstore_bundle.prot
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 from toolchain.errors import InputRefused, UsageError
+from toolchain.foreign import parse
 from toolchain.oci.attachments import Attachment, Part
 from toolchain.ports import Signer
 from toolchain.values import Blob, Digest, Json, canonical
@@ -79,17 +79,17 @@ def countersign(envelope: bytes, signer: Signer) -> bytes:
     """
     if open_envelope(envelope, check_by(signer.public))[1]:
         return envelope
-    payload = base64.b64decode(json.loads(envelope)["payload"])
+    payload = base64.b64decode(parse(envelope)["payload"])
     signature = base64.b64encode(signer.sign(_pre_authentication(payload))).decode()
     return join([envelope, canonical({"signatures": [{"sig": signature}]})])
 
 
 def join(envelopes: Sequence[bytes]) -> bytes:
     """Return the fullest envelope with the signatures of all, each once: they sign the same."""
-    most = max(envelopes, key=lambda envelope: len(json.loads(envelope)["signatures"]))
-    rows = [row for envelope in (most, *envelopes) for row in json.loads(envelope)["signatures"]]
+    most = max(envelopes, key=lambda envelope: len(parse(envelope)["signatures"]))
+    rows = [row for envelope in (most, *envelopes) for row in parse(envelope)["signatures"]]
     unique = {row["sig"]: row for row in rows}
-    document = json.loads(most)
+    document = parse(most)
     if len(unique) == len(document["signatures"]):
         return most
     return canonical({**document, "signatures": list(unique.values())})
@@ -135,7 +135,7 @@ def signed_digest(part: Part, check: Check | None) -> str:
     payload = part.read()
     try:
         signature = base64.b64decode(part.annotations.get(_SIGNATURE, ""), validate=True)
-        claim = json.loads(payload)["critical"]["image"]["docker-manifest-digest"]
+        claim = parse(payload)["critical"]["image"]["docker-manifest-digest"]
     except (ValueError, KeyError, TypeError):
         return ""
     return str(claim) if signature and check and check(payload, signature) else ""
@@ -147,10 +147,10 @@ def open_envelope(data: bytes, check: Check | None) -> tuple[Mapping[str, Json],
     Raises InputRefused for what is no envelope of a statement.
     """
     try:
-        envelope = json.loads(data)
+        envelope = parse(data, unique=True)
         payload = base64.b64decode(envelope["payload"], validate=True)
         signatures = [base64.b64decode(s["sig"], validate=True) for s in envelope["signatures"]]
-        told = json.loads(payload)
+        told = parse(payload, unique=True)
         kind = envelope["payloadType"]
     except (ValueError, KeyError, TypeError):
         raise InputRefused("a signed statement is malformed", hint=_FOREIGN) from None
@@ -165,8 +165,8 @@ def open_envelope(data: bytes, check: Check | None) -> tuple[Mapping[str, Json],
 def unbundled(data: bytes) -> bytes:
     """Return the envelope in a Sigstore bundle; InputRefused where it holds none."""
     try:
-        return canonical(dict(json.loads(data)["dsseEnvelope"]))
-    except (ValueError, KeyError, TypeError, RecursionError):
+        return canonical(dict(parse(data)["dsseEnvelope"]))
+    except (ValueError, KeyError, TypeError):
         raise InputRefused("a Sigstore bundle holds no signed statement", hint=_FOREIGN) from None
 
 

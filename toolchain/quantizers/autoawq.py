@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from toolchain.errors import UsageError
+from toolchain.foreign import read_json
 from toolchain.quantizers.awq_search import mend
 from toolchain.quantizers.checkpoints import (
     LLAMAS,
@@ -64,7 +64,7 @@ def check(request: QuantizeRequest) -> Mapping[str, Json]:
 
 
 def _layout(request: QuantizeRequest) -> Layout:
-    config = json.loads((request.model / "config.json").read_text("utf-8"))
+    config = read_json(request.model / "config.json")
     group = group_size(config, request.options.get("group_size"))
     return Layout(method="awq", bits=4, group_size=group, symmetric=False)
 

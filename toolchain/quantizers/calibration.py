@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from toolchain.errors import InputRefused
+from toolchain.foreign import parse
 from toolchain.values import Digest, Json, canonical, key_of
 
 Row = Mapping[str, Json]
@@ -157,7 +157,7 @@ def _row(raw: bytes, where: str) -> Row:
     if len(raw) > _LONGEST_LINE:
         raise InputRefused(f"{where} is longer than {_LONGEST_LINE} bytes", hint=_SHAPE)
     try:
-        row = json.loads(raw.decode("utf-8"))
+        row = parse(raw)
     except UnicodeDecodeError:
         raise InputRefused(f"{where} is not UTF-8", hint="save the file as UTF-8") from None
     except ValueError as error:

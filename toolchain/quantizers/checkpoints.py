@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.errors import InputRefused, UsageError
+from toolchain.foreign import read_json
 from toolchain.quantizers.packed import PARTS
 from toolchain.quantizers.tensors import Output, Tensors, array_type, write_checkpoint
 from toolchain.values import Format, Json
@@ -185,7 +186,7 @@ def write_companions(model: Path, out: Path, quantization: Mapping[str, Json]) -
         for file in sorted(model.glob(pattern)):
             if file.name not in _NOT_COPIED:
                 shutil.copyfile(file, out / file.name)
-    config = json.loads((model / "config.json").read_text("utf-8"))
+    config = read_json(model / "config.json")
     config["quantization_config"] = dict(quantization)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (out / "config.json").write_text(text, encoding="utf-8")

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from toolchain.foreign import read_json
 from toolchain.quantizers.checkpoints import (
     LLAMAS,
     check_config,
@@ -76,7 +77,7 @@ def check(request: QuantizeRequest) -> Mapping[str, Json]:
 def _layout(request: QuantizeRequest) -> Layout:
     if request.format == FP8_STATIC:
         return Layout(method="float-quantized", bits=8, group_size=0, symmetric=True, inputs=True)
-    config = json.loads((request.model / "config.json").read_text("utf-8"))
+    config = read_json(request.model / "config.json")
     return Layout(
         method="pack-quantized",
         bits=4,

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from toolchain.errors import InputRefused, UsageError
+from toolchain.foreign import parse, parse_file
 from toolchain.quantizers.gguf_check import check_files
 from toolchain.quantizers.gguf_file import model_files
 from toolchain.quantizers.gguf_imatrix import check_imatrix, experts_missed
@@ -229,7 +230,7 @@ def _imatrix(request: QuantizeRequest, model: Path) -> Step:
             "an importance matrix needs calibration text",
             hint="give calibration text, or set imatrix to off",
         )
-    rows = [json.loads(line) for line in request.calibration.read_text("utf-8").splitlines()]
+    rows = [parse(line) for line in request.calibration.read_text("utf-8").splitlines()]
     tokens = sum(int(row["tokens"]) for row in rows)
     if tokens < _LEAST_TOKENS:
         raise InputRefused(
@@ -291,7 +292,7 @@ def _quantize(request: QuantizeRequest, middle: Path, *, matrix: bool) -> Step:
 
 def _config(model: Path) -> Mapping[str, Json]:
     try:
-        config = json.loads((model / "config.json").read_text("utf-8"))
+        config = parse_file(model / "config.json")
     except (OSError, ValueError):
         return {}
     return {**config, **(config.get("text_config") or {})}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from toolchain.checkpoints.safetensors import read_header
 from toolchain.errors import CheckFailed
+from toolchain.foreign import read_json
 from toolchain.quantizers.gguf_file import GGUFModel
 from toolchain.quantizers.gguf_tokens import check_tokenizer
 from toolchain.quantizers.gguf_types import FILE_TYPES, TENSOR_TYPES
@@ -36,7 +37,6 @@ _GUESSED = ("general.basename", "general.finetune", "general.organization", "gen
 _FLOATS = frozenset({"F32", "F16", "BF16", "F64"})
 _UNQUANTIZED_SHARE = 0.01
 """Share of the weights that may stay in 16 or 32 bits: norms, routers and other small tensors."""
-_MAX_HEADER = 100_000_000
 
 
 def check_files(
@@ -138,15 +138,8 @@ def _check_count(read: GGUFModel, names: set[str], architecture: str) -> None:
 def _checkpoint_tensors(model: Path) -> set[str]:
     names: set[str] = set()
     for shard in sorted(model.glob("*.safetensors")):
-        with shard.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > _MAX_HEADER:
-                raise CheckFailed(
-                    f"{shard.name} has a header of {length} bytes",
-                    hint="the checkpoint is damaged; make it again",
-                )
-            names.update(json.loads(stream.read(length)))
-    return names - {"__metadata__"}
+        names.update(tensor.name for tensor in read_header(shard).tensors)
+    return names
 
 
 def _check_template(read: GGUFModel, model: Path) -> bool:
@@ -169,7 +162,7 @@ def _chat_template(model: Path) -> str | None:
     config = model / "tokenizer_config.json"
     if not config.is_file():
         return None
-    template = json.loads(config.read_text("utf-8")).get("chat_template")
+    template = read_json(config).get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template}
         template = named.get("default")

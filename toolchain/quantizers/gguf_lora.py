@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from toolchain.checkpoints.safetensors import read_header
 from toolchain.errors import CheckFailed
 from toolchain.quantizers.quantizer import Step
 
 FILE = "adapter.gguf"
-
-_MAX_HEADER = 100 << 20
 
 
 def steps(base: Path, adapter: Path, output: Path, tools: Path, python: str) -> tuple[Step, ...]:
@@ -40,14 +38,7 @@ def check(adapter: Path, output: Path) -> int:
     """Return how many tensors the file holds; raises CheckFailed where the adapter has others."""
     import gguf  # here, so that listing the formats stays light
 
-    with (adapter / "adapter_model.safetensors").open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if length > _MAX_HEADER:
-            raise CheckFailed(
-                f"the adapter has a header of {length} bytes",
-                hint="the adapter is damaged; export it again",
-            )
-        wanted = len(set(json.loads(stream.read(length))) - {"__metadata__"})
+    wanted = len(read_header(adapter / "adapter_model.safetensors").tensors)
     found = len(gguf.GGUFReader(output / FILE).tensors)
     if found != wanted:
         raise CheckFailed(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from toolchain.errors import CheckFailed
+from toolchain.foreign import TOKENIZER, parse_file
 from toolchain.quantizers.gguf_file import GGUFModel
 from toolchain.values import Json
 
@@ -82,7 +82,7 @@ def _check_special(read: GGUFModel, config: Mapping[str, Json], tokens: int) -> 
 
 def _read(path: Path) -> Mapping[str, Json]:
     try:
-        data = json.loads(path.read_text("utf-8"))
+        data = parse_file(path, largest=TOKENIZER)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from toolchain.foreign import read_json
 from toolchain.quantizers.awq_search import best_clip
 from toolchain.quantizers.checkpoints import (
     DENSE,
@@ -77,7 +77,7 @@ def check(request: QuantizeRequest) -> Mapping[str, Json]:
 
 
 def _layout(request: QuantizeRequest) -> Layout:
-    config = json.loads((request.model / "config.json").read_text("utf-8"))
+    config = read_json(request.model / "config.json")
     method = request.format.kind
     return Layout(
         method=method,
@@ -164,7 +164,7 @@ def _is_narrow(model: Path) -> bool:
     With rows of 576 and 1536 weights two threads took 114 s for what one did in 64; with 2048 and
     5632 they took 49 for 59.
     """
-    config = json.loads((model / "config.json").read_text("utf-8"))
+    config = read_json(model / "config.json")
     return max(row_lengths(config).values()) < _WIDE
 
 

@@ -7,13 +7,13 @@ int-quantized, float-quantized).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import CheckFailed
+from toolchain.foreign import read_json
 from toolchain.quantizers.tensors import Tensors
 from toolchain.values import Json
 
@@ -85,7 +85,7 @@ class PackedView:
     def __init__(self, folder: Path) -> None:
         """Read config.json and the headers."""
         self.tensors = Tensors(folder)
-        self.layout = layout_of(json.loads((folder / "config.json").read_text("utf-8")))
+        self.layout = layout_of(read_json(folder / "config.json"))
         end = self.layout.marker
         self.modules = frozenset(
             name.removesuffix(end) for name in self.tensors.names if name.endswith(end)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.errors import InputRefused
+from toolchain.foreign import parse
 from toolchain.quantizers.quantizer import QuantizeRequest, Step
 from toolchain.values import Json
 
@@ -59,7 +60,7 @@ def read_settings() -> Mapping[str, Json]:
 def texts(calibration: str) -> list[str]:
     """Return the calibration texts, their chat template applied."""
     lines = Path(calibration).read_text("utf-8").splitlines() if calibration else []
-    found = [str(json.loads(line)["text"]) for line in lines if line.strip()]
+    found = [str(parse(line)["text"]) for line in lines if line.strip()]
     if not found:
         raise InputRefused(
             "this format measures activations, and there is no calibration text",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from toolchain.checkpoints.gguf_config import gguf_config
 from toolchain.errors import WeightsmithError
+from toolchain.foreign import read_json
 from toolchain.oci.attachments import Part
 from toolchain.oci.image import Image
 from toolchain.oci.manifests import TITLE
@@ -250,8 +250,7 @@ def _config(made: Made) -> Mapping[str, Json]:
     tree = made.checkpoint.tree if made.checkpoint else made.artifact.tree
     try:
         if tree.has("config.json"):
-            told = json.loads(tree.path("config.json").read_bytes())
-            return told if isinstance(told, dict) else {}
+            return read_json(tree.path("config.json"))
         names = [file.path for file in tree.files if file.path.endswith(".gguf")]
         return gguf_config(tree.path(names[0])) if names else {}
     except (OSError, ValueError, WeightsmithError):

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from toolchain.errors import InputRefused, UsageError
 from toolchain.files import alone, write_whole
+from toolchain.foreign import parse_file
 from toolchain.oci.image import Image
 from toolchain.oci.layout import is_layout
 from toolchain.ports import Progress
@@ -53,7 +54,7 @@ def read_lock(file: RecipeFile) -> Lock:
 
 def _read(path: Path) -> Lock:
     try:
-        data = json.loads(path.read_text("utf-8"))
+        data = parse_file(path)
         bases = {
             str(name): {str(key): str(Digest(digest)) for key, digest in row.items()}
             for name, row in data["bases"].items()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from toolchain.errors import InputRefused
+from toolchain.foreign import read_json
 from toolchain.ports import Entry, Tools
 from toolchain.quantizers import of_format
 from toolchain.quantizers.calibration import Texts
@@ -112,8 +112,8 @@ def serving_config_of(tree_root: Path) -> Mapping[str, Json]:
     """
     config = model_config(tree_root)
     try:
-        tokenizer = json.loads((tree_root / "tokenizer_config.json").read_text("utf-8"))
-    except (OSError, ValueError):
+        tokenizer = read_json(tree_root / "tokenizer_config.json")
+    except InputRefused:
         return config
     names = ("tokenizer_class", "model_max_length")
     return {**config, "tokenizer": {k: tokenizer[k] for k in names if k in tokenizer}}
@@ -121,18 +121,7 @@ def serving_config_of(tree_root: Path) -> Mapping[str, Json]:
 
 def model_config(tree_root: Path) -> Mapping[str, Json]:
     """Return a checkpoint's config.json; InputRefused where it is not JSON."""
-    path = tree_root / "config.json"
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputRefused(
-            f"{path}: not readable JSON: {error}", hint="check that the download is complete"
-        ) from None
-    if not isinstance(config, dict):
-        raise InputRefused(
-            f"{path}: a model configuration is a JSON object", hint="check the checkpoint's files"
-        )
-    return config
+    return read_json(tree_root / "config.json")
 
 
 def kept_bytes(checkpoint_bytes: int, format_: Format, config: Mapping[str, Json] | None) -> int:

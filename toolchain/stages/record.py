@@ -12,6 +12,7 @@ from toolchain import __version__
 from toolchain.errors import EnvironmentFailure
 from toolchain.evaluating.statistics import wilson
 from toolchain.files import write_whole
+from toolchain.foreign import parse_file
 from toolchain.oci.image import Image
 from toolchain.provenance.evaluation import side_by_side
 from toolchain.provenance.labels import without_secrets
@@ -88,7 +89,7 @@ def is_written(files: Mapping[str, str], folder: Path) -> bool:
 def has_layers(image: Image, folder: Path) -> bool:
     """Say whether the image that a folder records has these layers."""
     try:
-        recorded = json.loads((folder / "build.json").read_text("utf-8"))["image"]["layers"]
+        recorded = parse_file(folder / "build.json")["image"]["layers"]
         return [row["digest"] for row in recorded] == [layer.digest for layer in image.layers]
     except (OSError, ValueError, LookupError, TypeError):
         return False

@@ -19,6 +19,7 @@ from markupsafe import Markup
 from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
 from toolchain.evaluating.gate import Limit, judge_drop
 from toolchain.files import write_whole
+from toolchain.foreign import parse_file
 from toolchain.reporting import answers, comparing, views
 from toolchain.reporting.facts import whole
 from toolchain.reporting.junit import junit
@@ -168,18 +169,13 @@ def _shown(row: Mapping[str, Any]) -> Mapping[str, Any]:
 def read_json(path: Path) -> Any:
     """Return a result file's content; UsageError where it is not there, InputRefused damaged."""
     try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise InputRefused(
-                f"{path} is larger than {human(_LARGEST_FILE)}",
-                hint="check that it is the build.json of a build",
-            )
-        found = json.loads(path.read_text("utf-8"))
+        found = parse_file(path, largest=_LARGEST_FILE)
     except OSError as error:
         raise UsageError(
             f"cannot read {path}: {error.strerror}",
             hint="name a folder that `build` wrote, such as dist/NAME/VERSION/TARGET",
         ) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputRefused(
             f"{path} is damaged: {error}", hint="build it again; cached stages cost nothing"
         ) from None

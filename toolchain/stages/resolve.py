@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from toolchain.checkpoints.folder import check_adapter_folder, check_model_folder
@@ -31,7 +30,6 @@ def resolve(file: RecipeFile, tools: Tools) -> Sources:
     for adapter in file.recipe.adapters:
         snapshot = _fetch(adapter, file, tools)
         check_adapter_folder(snapshot.tree.root)
-        _check_task(snapshot)
         adapters.append(_named(adapter, snapshot))
     return Sources(base=base, adapters=tuple(adapters))
 
@@ -91,17 +89,6 @@ def _named(adapter: Adapter, snapshot: Snapshot) -> AdapterSnapshot:
     return AdapterSnapshot(
         snapshot=snapshot, weight=adapter.weight, version=adapter.version, run_id=adapter.run_id
     )
-
-
-def _check_task(snapshot: Snapshot) -> None:
-    """Refuse an adapter whose configuration cannot be read before anything long starts."""
-    path = snapshot.tree.path("adapter_config.json")
-    try:
-        json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputRefused(
-            f"{path}: not readable JSON: {error}", hint="check that the download is complete"
-        ) from None
 
 
 def _is_gguf(snapshot: Snapshot) -> bool:

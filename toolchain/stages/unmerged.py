@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from toolchain.errors import InputRefused, UsageError
+from toolchain.foreign import read_json
 from toolchain.ports import Entry, Tools
 from toolchain.quantizers import gguf_lora
 from toolchain.resources import builder_pins
@@ -131,12 +131,7 @@ def _name(adapter: AdapterSnapshot) -> str:
 
 def _rank(adapter: AdapterSnapshot, *, gguf: bool) -> int:
     path = adapter.snapshot.tree.path("adapter_config.json")
-    try:
-        config: Mapping[str, Json] = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputRefused(
-            f"{path}: not readable JSON: {error}", hint="check that the download is complete"
-        ) from None
+    config = read_json(path)
     for key, wrong in (("use_dora", True), ("lora_bias", True)):
         if config.get(key) is wrong:
             raise InputRefused(f"{path}: engines do not serve {key} unmerged", hint="merge it")

@@ -192,7 +192,7 @@ def _text(tokenizer: Any, item: Sequence[Message]) -> str:
 
 def _template(root: Path) -> str:
     """Return the chat template that a folder brings, or nothing."""
-    from toolchain.checkpoints.safetensors import read_json
+    from toolchain.foreign import read_json
 
     if (root / _TEMPLATES[0]).is_file():
         return (root / _TEMPLATES[0]).read_text("utf-8")

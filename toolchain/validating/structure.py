@@ -12,9 +12,9 @@ from toolchain.checkpoints.safetensors import (
     CheckpointIndex,
     TensorInfo,
     open_checkpoint,
-    read_json,
 )
 from toolchain.errors import InputRefused
+from toolchain.foreign import read_json
 from toolchain.validating.findings import ERROR, NOTE, Finding, finding
 
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "decoder.weight")

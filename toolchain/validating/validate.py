@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from toolchain.checkpoints.safetensors import read_json
 from toolchain.errors import EnvironmentFailure, InputRefused
+from toolchain.foreign import read_json
 from toolchain.validating import greedy
 from toolchain.validating import probes as asked
 from toolchain.validating.findings import ERROR, NOTE, WARNING, Finding, failed, finding

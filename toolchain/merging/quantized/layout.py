@@ -7,7 +7,6 @@ Sources: bitsandbytes `functional.QuantState`, AutoGPTQ and GPTQModel `qlinear`,
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 
 from toolchain.checkpoints.safetensors import TensorInfo
 from toolchain.errors import InputRefused
+from toolchain.foreign import parse
 
 Tensors = Mapping[str, TensorInfo]
 ReadBytes = Callable[[TensorInfo], bytes]
@@ -162,7 +162,7 @@ def _bitsandbytes(
 
 def _bnb_4bit(name: str, state: TensorInfo, tensors: Tensors, read: ReadBytes) -> Packed:
     try:
-        settings = json.loads(read(state))
+        settings = parse(read(state))
         shape, dtype = tuple(int(n) for n in settings["shape"]), _DTYPES[settings["dtype"]]
         options = {"kind": str(settings["quant_type"]), "blocksize": int(settings["blocksize"])}
     except (ValueError, KeyError, TypeError) as error:
