@@ -120,7 +120,7 @@ def _refused(text: str, why: str) -> UsageError:
     if at and ":" in login and not rest.startswith("sha256"):
         return UsageError(
             f"…@{rest[:300]} is not an image reference: it holds a name and a password",
-            hint="write [registry[:port]/]repository[:tag][@sha256:…], and run `docker login` first",
+            hint="write [registry[:port]/]repository[:tag][@sha256:…], and run `docker login`",
         )
     return UsageError(
         f"{text[:300]!r} is not an image reference: {why}",
