@@ -40,6 +40,8 @@ class Enclosed:
     argv: Sequence[str]
     env: Mapping[str, str]
     workdir: str
+    program: str
+    """What it is called in the image; `argv` may have the path to it here."""
     user: tuple[int, int]
     """User and group, as the program sees them."""
 
@@ -114,7 +116,7 @@ def _heard(inside: Enclosed, told: bytes, server: process.Server) -> Facts:
             hint="see whether this machine runs out of memory or processes",
         )
     if problem["failed"] == "start":
-        raise unstartable(inside.image, inside.argv[0], problem["errno"], problem["why"])
+        raise unstartable(inside.image, inside.program, problem["errno"], problem["why"])
     raise not_confined(inside.image, problem["why"])
 
 

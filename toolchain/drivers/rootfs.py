@@ -157,6 +157,7 @@ def _inside(image: str, root: Path, info: StartInfo, spec: StartSpec) -> Enclose
         image=image,
         root=root,
         argv=info.argv,
+        program=info.argv[0],
         env={**environment, **info.env, **spec.env},
         workdir=info.workdir or "/",
         user=user_ids(root, info.user),

@@ -212,8 +212,11 @@ def test_a_working_directory_is_made_where_that_can_be(tmp_path, workdir):
 
     launcher = RootfsLauncher(elsewhere, tmp_path / "cache")
     if workdir == "/models/name":  # a file
-        with pytest.raises(CheckFailed, match="it is not in the image"):
-            launcher.serve("oci:x", StartSpec(port=1, env={})).__enter__()
+        with (
+            pytest.raises(CheckFailed, match="it is not in the image"),
+            launcher.serve("oci:x", StartSpec(port=1, env={})) as endpoint,
+        ):
+            need_namespaces(endpoint)
         return
     with launcher.serve("oci:x", StartSpec(port=1, env={})) as endpoint:
         need_namespaces(endpoint)
