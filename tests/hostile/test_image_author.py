@@ -156,6 +156,7 @@ def test_an_attached_adapter_has_no_deep_names(tmp_path: Path) -> None:
 PATIENCE = 120
 """Seconds in which what is sure to come must have come, however busy the machine is."""
 ATTACKS = """
+import ctypes, json, os, socket, stat, sys, time
 victim, host_pid, host_port, host_name = sys.argv[1:]
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -301,6 +302,12 @@ def test_a_program_of_an_image_reaches_nothing_of_the_machine(tmp_path: Path, us
 
 
 STARTED_BY_LESSER_ROOT = """
+import sys, time
+from pathlib import Path
+from tests.fakes.rootfs import copy_shell
+from toolchain.drivers.rootfs import RootfsLauncher, StartInfo
+from toolchain.errors import WeightsmithError
+from toolchain.ports import StartSpec
 
 def image(layout, root):
     copy_shell(root, "head")
@@ -341,6 +348,12 @@ def test_root_gives_its_rights_away_or_starts_nothing(
 
 
 STARTED_WITHOUT_NAMESPACES = """
+import json, os, sys, time
+from pathlib import Path
+from tests.fakes.rootfs import copy_shell
+from toolchain.drivers import landlock, rootfs
+from toolchain.drivers.enclosing import NotAllowed
+from toolchain.ports import StartSpec
 
 home = Path(sys.argv[1])
 (home / "diary").write_text("mine")
