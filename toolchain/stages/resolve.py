@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from toolchain.checkpoints.folder import check_adapter_folder, check_model_folder
+from toolchain.checkpoints.folder import check_adapter_folder, check_model_folder, left_behind
 from toolchain.errors import InputRefused, UsageError
 from toolchain.ports import Entry, SourceReader, Tools
 from toolchain.recipe import Adapter, Base
@@ -26,10 +26,12 @@ def resolve(file: RecipeFile, tools: Tools) -> Sources:
     if _is_gguf(base):
         base = _import_gguf(base, tools)
     check_model_folder(base.tree.root)
+    _tell_left(base, tools)
     adapters = []
     for adapter in file.recipe.adapters:
         snapshot = _fetch(adapter, file, tools)
         check_adapter_folder(snapshot.tree.root)
+        _tell_left(snapshot, tools)
         adapters.append(_named(adapter, snapshot))
     return Sources(base=base, adapters=tuple(adapters))
 
@@ -48,6 +50,11 @@ def known(file: RecipeFile, tools: Tools) -> tuple[Sources | None, str]:
     if base is None or missing:
         return None, f"not on this machine: {', '.join(missing)}"
     return Sources(base=base, adapters=tuple(_named(a, s) for s, a in adapters if s)), ""
+
+
+def _tell_left(snapshot: Snapshot, tools: Tools) -> None:
+    if left := left_behind(snapshot.tree.root):
+        tools.progress.note(f"{snapshot.source}: left behind, as no part of a checkpoint: {left}")
 
 
 def import_inputs(source: Snapshot) -> StageInputs:
