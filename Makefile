@@ -16,7 +16,7 @@ echo "setup: no package index? pip's own configuration is used, WEIGHTSMITH_WHEE
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo check fix lock generate golden test test-real docs bench clean
+.PHONY: help setup setup-dev demo check fix lock generate golden test test-real fuzz docs bench clean
 
 help: ## Show this help
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +72,9 @@ test-real: setup-dev ## The heavy tests on real weights as well
 	@bash tests/engine.sh || test -z "$(WEIGHTSMITH_REQUIRE_DOCKER)"
 	@$(BIN)/python -m tests.builders
 	@$(BIN)/python -m pytest -m "not gpu" $(PYTEST_FLAGS)
+
+fuzz: setup-dev ## Read inputs changed at random for WEIGHTSMITH_FUZZ_SECONDS (an hour), by new seeds
+	@$(BIN)/python -m tests.hostile.fuzz $(FUZZ)
 
 golden: setup-dev ## Write the golden plans and rendered files anew; then read the difference
 	@UPDATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/unit/serving/test_golden_plans.py

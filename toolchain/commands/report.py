@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from toolchain.errors import UsageError
-from toolchain.stages.report import Written, read_json, write_comparison, write_report
+from toolchain.stages.report import (
+    Written,
+    read_as_facts,
+    read_json,
+    write_comparison,
+    write_report,
+)
 from toolchain.trees import below
 from toolchain.values import Json
 
@@ -24,8 +30,14 @@ def report_builds(folder: Path) -> Mapping[str, Json]:
             f"{folder} holds no {_BUILD}",
             hint="name the folder that `build` wrote to, dist by default",
         )
-    reports = [write_report(read_json(path), path.parent) for path in found]
+    reports = [_written(path) for path in found]
     return {**_paths(reports[0]), "reports": [_paths(report) for report in reports]}
+
+
+def _written(path: Path) -> Written:
+    facts = read_json(path)
+    with read_as_facts(path):
+        return write_report(facts, path.parent)
 
 
 def compare_builds(first: str, second: str, out: Path | None) -> Mapping[str, Json]:

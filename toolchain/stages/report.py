@@ -6,14 +6,22 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError, select_autoescape
+from jinja2 import (
+    Environment,
+    FileSystemLoader,
+    StrictUndefined,
+    TemplateError,
+    UndefinedError,
+    select_autoescape,
+)
 from markupsafe import Markup
 
 from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
@@ -42,6 +50,25 @@ class Written:
     html: Path
     markdown: Path
     junit: Path | None = None
+
+
+@contextmanager
+def read_as_facts(path: Path) -> Iterator[None]:
+    """Refuse a file that is JSON, and holds other things than a build: InputRefused names it.
+
+    Not for facts of this process: there the same errors are a bug, and say where it is.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputRefused(
+            f"{path} is damaged: {type(error).__name__}: {error}"[:300],
+            hint="build it again; cached stages cost nothing",
+        ) from error
+    except TemplateError as error:
+        raise InputRefused(
+            f"{path} is damaged: {error.message}", hint="build it again; cached stages cost nothing"
+        ) from error
 
 
 def write_report(build: Mapping[str, Json], folder: Path) -> Written:
@@ -187,7 +214,8 @@ def read_json(path: Path) -> Any:
 def _side(place: Path) -> dict[str, Any]:
     folder = place.parent if place.name == _BUILD else place
     bench = read_json(folder / _BENCH) if (folder / _BENCH).is_file() else None
-    return build_view(read_json(folder / _BUILD), (), bench)
+    with read_as_facts(folder / _BUILD):
+        return build_view(read_json(folder / _BUILD), (), bench)
 
 
 def _siblings(folder: Path, build: Mapping[str, Json]) -> list[Mapping[str, Json]]:

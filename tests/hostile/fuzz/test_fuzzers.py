@@ -1,0 +1,19 @@
+"""Some inputs of each fuzzer, the same each time. `make fuzz` goes on with others."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.hostile.fuzz.running import once
+
+INPUTS = {
+    "safetensors": 600, "gguf": 120, "tar": 250, "config": 500, "report": 60, "image": 500,
+    "envelope": 600,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_inputs_changed_at_random_are_read_or_refused(name: str) -> None:
+    """Files of a model, layers, configurations and statements, each with some bytes changed."""
+    for seed in range(INPUTS[name]):
+        once(name, seed)
