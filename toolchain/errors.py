@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,6 +52,23 @@ class EnvironmentFailure(WeightsmithError):
 
 class Altered(EnvironmentFailure):
     """What came over the network is not what its sender said it is (exit 5)."""
+
+
+def of_open_files(error: BaseException) -> EnvironmentFailure | None:
+    """Return what it means that no more files may be opened, where that is behind an error.
+
+    Whoever could not open one thing or other says what that was for, and takes it for damaged.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE):
+            return EnvironmentFailure(
+                f"no more files or connections may be opened: {cause.strerror}",
+                hint="raise the limit in the shell that runs this (`ulimit -n 4096`), then run it "
+                "again",
+            )
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 _BY_CODE = {

@@ -13,6 +13,7 @@ import fcntl
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -125,6 +126,14 @@ def exchange(one: Path, other: Path) -> bool:
     if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
         return False
     raise OSError(number, os.strerror(number), str(one))
+
+
+def age_order(stamp: float) -> tuple[bool, float]:
+    """Return what sorts a file's time among others, the oldest first.
+
+    A time to come is one from before the clock was put back, and older than all since.
+    """
+    return stamp <= time.time(), stamp
 
 
 def sync_folder(folder: Path) -> None:

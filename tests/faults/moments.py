@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -52,6 +53,10 @@ class Moments:
     def end_at(self, moment: int, number: int, operation: str, **words: Any) -> int:
         """Do an operation that gets a signal at a moment; return its exit code."""
         return self._do(operation, words, moment, number)[0]
+
+    def with_files(self, spare: int, operation: str, **words: Any) -> int:
+        """Do an operation that may open so many files more at once; return its exit code."""
+        return self._do(operation, words, 0, spare)[0]
 
     def _do(self, operation: str, words: Mapping[str, Any], at: int, number: int) -> list[int]:
         assert self._process.stdin is not None
@@ -105,6 +110,7 @@ def push(layout: str, to: str) -> None:
     from toolchain.wiring import make_registry
 
     with make_registry() as registry:
+        _spare_no_more()
         copy_image(f"oci:{layout}", to, registry, Silent(), force=True)
 
 
@@ -119,6 +125,7 @@ def publish(source: str, layout: str, swap: bool) -> None:
         publishing.exchange = lambda *_: False  # type: ignore[assignment]
     outputs = publishing.Outputs(layout=Path(layout))
     image, no_registry = read_layout(Path(source)), cast("Any", None)
+    _spare_no_more()
     publishing.publish(image, "x:1", outputs, [Evidence()], no_registry, tools_for())
 
 
@@ -154,7 +161,38 @@ def load(source: str, name: str) -> None:
     publish(image, name, Outputs(load=True), [Evidence()], no_registry, tools)
 
 
-_OPERATIONS = {"push": push, "publish": publish, "pull": pull, "load": load}
+def merge(folder: str) -> None:
+    """Merge a base and an adapter into a folder, as the worker does."""
+    from tests.fakes.memory import memory_tools
+    from tests.fakes.tiny import write_adapter, write_model
+    from toolchain.commands.merge import Folders, merge_folders, merge_options
+
+    work = Path(folder)
+    if not (work / "base").exists():
+        write_model(work / "base")
+        write_adapter(work / "a", seed=1)
+    folders = Folders(base=work / "base", adapters=(work / "a",), weights=(1.0,))
+    _spare_no_more()
+    merge_folders(folders, work / "out", merge_options({}), memory_tools(work))
+
+
+_OPERATIONS = {
+    "push": push,
+    "publish": publish,
+    "pull": pull,
+    "load": load,
+    "merge": merge,
+}
+_spare = 0
+
+
+def _spare_no_more() -> None:
+    """Let this process open as many more files as the test gives it."""
+    if _spare:
+        unused = os.dup(0)
+        os.close(unused)
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (unused + _spare, most))
 
 
 def _serve() -> None:
@@ -180,8 +218,10 @@ def _serve() -> None:
 def _act(operation: str, words: Mapping[str, Any], moment: int, number: int, tell: int) -> None:
     """Do an operation and end: with 130 after SIGTERM, as every command does."""
     from toolchain.cli.command import _guarded
+    from toolchain.errors import WeightsmithError
 
-    code = 1
+    global _spare
+    code, _spare = 1, 0 if moment else number
     os.fsync = lambda _: None  # type: ignore[assignment]  # what it is for is no killed process
     try:
         with killed_at(moment, number) as moments:
@@ -190,6 +230,9 @@ def _act(operation: str, words: Mapping[str, Any], moment: int, number: int, tel
         code = 0
     except KeyboardInterrupt:
         code = 130
+    except WeightsmithError as error:
+        code = error.exit_code if error.hint else 99
+        sys.stderr.write(f"{error.message}; {error.hint}\n")
     except BaseException:  # noqa: BLE001 - told on standard error
         sys.excepthook(*sys.exc_info())
     finally:

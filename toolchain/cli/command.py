@@ -22,7 +22,7 @@ from invoke.tasks import task
 from toolchain import visible
 from toolchain.cli.flags import FLAGS
 from toolchain.cli.lines import put_line
-from toolchain.errors import EnvironmentFailure, UsageError, WeightsmithError
+from toolchain.errors import EnvironmentFailure, UsageError, WeightsmithError, of_open_files
 from toolchain.interrupts import raise_it
 from toolchain.values import Json, plain
 
@@ -142,18 +142,22 @@ def _guarded(
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         return body(context, **arguments)
-    except WeightsmithError:
+    except WeightsmithError as error:
+        if too_many := of_open_files(error):
+            raise too_many from error
         raise
     except OSError as error:
         raise _refused(error) from error
     except Exception as error:
-        raise _unexpected(error) from error
+        raise (of_open_files(error) or _unexpected(error)) from error
     finally:
         signal.signal(signal.SIGTERM, previous)
 
 
 def _refused(error: OSError) -> Exception:
     """Return what the machine refused, or a fault of ours where it refused nothing."""
+    if too_many := of_open_files(error):
+        return too_many
     from toolchain.wiring import require_folders
 
     try:

@@ -20,7 +20,7 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 
 from toolchain.errors import EnvironmentFailure
-from toolchain.files import sync_folder, write_whole
+from toolchain.files import age_order, sync_folder, write_whole
 from toolchain.foreign import parse
 from toolchain.ports import Entry
 from toolchain.privacy import private
@@ -147,7 +147,7 @@ class FileStore:
             return self._clean(keep_bytes)
 
     def _clean(self, keep_bytes: int) -> Mapping[str, Json]:
-        results = sorted(self._results(), key=lambda item: item[1])
+        results = sorted(self._results(), key=lambda item: age_order(item[1]))
         total = sum(size for _, _, size in results)
         before, deleted, busy = total, 0, 0
         for folder in _children(self.root / "partial"):

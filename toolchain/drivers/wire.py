@@ -15,6 +15,7 @@ from typing import TextIO
 
 from toolchain.drivers.process import TookTooLong, describe_exit
 from toolchain.errors import EnvironmentFailure, WeightsmithError, from_code
+from toolchain.files import age_order
 from toolchain.foreign import parse
 from toolchain.ports import Progress
 from toolchain.privacy import private
@@ -159,9 +160,9 @@ def _unread(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
-def _written(path: Path) -> float:
+def _written(path: Path) -> tuple[bool, float]:
     # By time and not by name: a long job's log is old by name, and still written to.
     try:
-        return path.stat().st_mtime
+        return age_order(path.stat().st_mtime)
     except OSError:  # another process was quicker to remove it
-        return 0.0
+        return False, 0.0

@@ -18,7 +18,7 @@ from urllib.parse import urljoin, urlsplit
 
 import httpx
 
-from toolchain.errors import EnvironmentFailure, InputRefused, WeightsmithError
+from toolchain.errors import EnvironmentFailure, InputRefused, WeightsmithError, of_open_files
 from toolchain.oci.auth import IDENTITY, Credentials, basic, parse_challenge
 from toolchain.oci.references import DOCKER_HUB, Reference, is_loopback
 from toolchain.oci.replies import (
@@ -365,6 +365,8 @@ class Session:
         return f" ({text})" if text else ""
 
     def _broken(self, error: Exception) -> Exception:
+        if too_many := of_open_files(error):
+            return too_many
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
             cause = cause.__cause__ or cause.__context__

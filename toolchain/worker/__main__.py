@@ -12,7 +12,7 @@ import threading
 import traceback
 from pathlib import Path
 
-from toolchain.errors import EnvironmentFailure, InputRefused, WeightsmithError
+from toolchain.errors import EnvironmentFailure, InputRefused, WeightsmithError, of_open_files
 from toolchain.time_limits import tell_what_is_done
 from toolchain.values import Job
 from toolchain.worker.jobs import STAGES
@@ -45,7 +45,7 @@ def run_job(job: Job, wire: Wire) -> int:
             )
         result = stage(job, wire.progress)
     except WeightsmithError as error:
-        return _send_error(wire, error)
+        return _send_error(wire, of_open_files(error) or error)
     except MemoryError:
         traceback.print_exc()
         what = f"the {job.stage} job ran out of memory"
@@ -71,6 +71,8 @@ def _of_the_disk(problem: OSError, job: Job) -> WeightsmithError:
             hint="free some (`invoke clean --keep 0` empties the store) or set WEIGHTSMITH_STORE "
             "to a folder on a larger disk",
         )
+    if too_many := of_open_files(problem):
+        return too_many
     what = f"unexpected {type(problem).__name__} in the {job.stage} job: {problem}"
     return WeightsmithError(what, hint="the traceback is in the job's log")
 

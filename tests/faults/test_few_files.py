@@ -1,0 +1,79 @@
+"""So few files may be opened (EMFILE) that a command cannot end: it says so, and leaves no half."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.images import tiny_image
+from tests.fakes.registry import fake_registry
+from tests.faults.moments import Moments
+from tests.faults.workshop import Workshop, check_layout
+from toolchain.oci.layout import write_layout
+
+SPARE = (1, 2, 3, 4, 6, 8, 12)
+"""Files that may be opened besides those that are open: none gets far with the first of these."""
+
+
+@pytest.fixture(scope="module")
+def moments(tmp_path_factory: pytest.TempPathFactory):
+    with Moments(tmp_path_factory.mktemp("moments")) as process:
+        yield process
+
+
+def test_a_push(moments: Moments, tmp_path: Path) -> None:
+    write_layout(tiny_image(tmp_path / "model"), tmp_path / "layout")
+    with fake_registry() as fake:
+        words = {"layout": str(tmp_path / "layout"), "to": f"{fake.host}/app:1"}
+        codes = []
+        for spare in SPARE:
+            fake.manifests.clear()
+            fake.blobs.clear()
+            codes.append(moments.with_files(spare, "push", **words))
+            tags = {tag for _, tag in fake.manifests if not tag.startswith("sha256")}
+            assert tags == ({"1"} if codes[-1] == 0 else set())
+        assert codes[0] == 5
+        assert set(codes) <= {0, 5}
+        assert moments.count("push", **words)
+
+
+def test_a_publication(moments: Moments, tmp_path: Path) -> None:
+    write_layout(tiny_image(tmp_path / "model"), tmp_path / "source")
+    layout = tmp_path / "results" / "image"
+    words = {"source": str(tmp_path / "source"), "layout": str(layout), "swap": True}
+    codes = []
+    for spare in SPARE:
+        shutil.rmtree(layout, ignore_errors=True)
+        codes.append(moments.with_files(spare, "publish", **words))
+        assert layout.exists() == (codes[-1] == 0)
+    assert codes[0] == 5
+    assert set(codes) <= {0, 5}
+    assert moments.count("publish", **words)
+    check_layout(layout)
+
+
+def test_a_merge(moments: Moments, tmp_path: Path) -> None:
+    out, codes = tmp_path / "out", []
+    for spare in SPARE:
+        codes.append(moments.with_files(spare, "merge", folder=str(tmp_path)))
+        assert out.exists() == (codes[-1] == 0)
+        shutil.rmtree(out, ignore_errors=True)
+    assert codes[0] == 5
+    assert set(codes) <= {0, 5}
+    assert moments.count("merge", folder=str(tmp_path))
+
+
+@pytest.mark.builders
+@pytest.mark.parametrize("most", [8, 12])
+def test_a_build(workshop: Workshop, digest: str, most: int) -> None:
+    """In all; the control plane starts with 4, and a job needs more than it."""
+    workshop.forget("quantize", "smoke", "trial")
+    recipe = ["--recipe", str(workshop.tiny / "recipe.yaml"), "--runner", "local"]
+    under = ("prlimit", f"--nofile={most}:{most}")
+    outcome = workshop.start("build", *recipe, "--json", under=under).end()
+    outcome.refused(5, "no more files", "ulimit")
+    workshop.check_quiet()
+    assert not (workshop.results / "image").exists()
+    workshop.check_intact(digest)
