@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from toolchain.errors import InputRefused
 from toolchain.foreign import read_json
+from toolchain.trees import below
 
 _ALLOWED = re.compile(
     # Weights, and tables and texts that nothing runs.
@@ -66,11 +67,10 @@ def scan(root: Path, *, gguf: bool = False) -> list[str]:
 
 def left_behind(root: Path) -> str:
     """Return in a few words what `scan` leaves out, hidden names aside; empty for nothing."""
-    taken, found = set(scan(root)), []
-    for place, folders, names in os.walk(root):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        found += [(Path(place) / name).relative_to(root).as_posix() for name in sorted(names)]
-    left = [n for n in found if n not in taken and not PurePosixPath(n).name.startswith(".")]
+    taken = set(scan(root))
+    found = [path.relative_to(root) for path in below(root) if not path.is_dir()]
+    shown = [path for path in found if not any(part.startswith(".") for part in path.parts)]
+    left = [name for path in shown if (name := path.as_posix()) not in taken]
     more = f" and {len(left) - 3} more" if len(left) > 3 else ""
     return ", ".join(repr(name) for name in left[:3]) + more
 

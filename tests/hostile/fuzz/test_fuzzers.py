@@ -7,8 +7,8 @@ import pytest
 from tests.hostile.fuzz.running import once
 
 INPUTS = {
-    "safetensors": 600, "gguf": 120, "tar": 250, "config": 500, "report": 60, "image": 500,
-    "envelope": 600,
+    "safetensors": 1000, "gguf": 250, "tar": 400, "config": 800, "report": 120, "image": 2000,
+    "envelope": 2000,
 }  # fmt: skip
 
 
