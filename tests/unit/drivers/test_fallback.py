@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes.journal import RecordingProgress
 from toolchain.drivers.fallback import FallbackRunner
 from toolchain.errors import EnvironmentFailure, InputRefused
 from toolchain.ports import Silent
@@ -31,14 +32,6 @@ class Runner:
         return {"by": self.name}
 
 
-class Warnings(Silent):
-    def __init__(self):
-        self.said = []
-
-    def warn(self, text):
-        self.said.append(text)
-
-
 JOB = Job(stage="merge", builder="merge", inputs={}, output=Path())
 
 
@@ -47,12 +40,12 @@ def test_the_first_runner_is_preferred() -> None:
 
 
 def test_the_second_takes_over_with_one_warning() -> None:
-    progress = Warnings()
+    progress = RecordingProgress()
     runner = FallbackRunner(Runner("docker", prepares=False), Runner("local"))
 
     assert [runner.run(JOB, progress) for _ in range(2)] == [{"by": "local"}] * 2
-    assert len(progress.said) == 1
-    assert progress.said[0].endswith("building failed: the base image cannot be pulled")
+    assert len(progress.warnings) == 1
+    assert progress.warnings[0].endswith("building failed: the base image cannot be pulled")
 
 
 def test_a_jobs_own_failure_is_not_tried_again() -> None:

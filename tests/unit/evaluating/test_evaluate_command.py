@@ -1,13 +1,12 @@
 """`weightsmith evaluate` as its users call it: bad data, bad servers, every metric."""
 
 import json
-import os
-import subprocess
 import sys
 import time
 
 import pytest
 
+from tests.fakes.command_line import weightsmith
 from tests.unit.evaluating.conftest import answer, flood
 
 QUESTIONS = ({"prompt": "Which port?", "expected": "7481"}, {"prompt": "And why?", "expected": "x"})
@@ -21,12 +20,11 @@ def evaluate(tmp_path):
         data = tmp_path / "eval.jsonl"
         lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
         data.write_text("\n".join(lines))
-        argv = [sys.executable, "-m", "toolchain", "evaluate", "--url", url, "--data", str(data)]
-        argv += ["--json", *map(str, words)]
-        environment = os.environ | {"WEIGHTSMITH_STORE": str(tmp_path / "store")}
-        done = subprocess.run(argv, capture_output=True, text=True, env=environment, check=False)
-        assert "Traceback" not in done.stderr
-        return done.returncode, json.loads(done.stdout), done.stderr
+        store = {"WEIGHTSMITH_STORE": str(tmp_path / "store")}
+        given = ("--url", url, "--data", data, "--json", *words)
+        done = weightsmith("evaluate", *given, env=store)
+        assert "Traceback" not in done.err
+        return done.code, json.loads(done.out), done.err
 
     return run
 

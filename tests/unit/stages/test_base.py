@@ -10,23 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.fakes.journal import RecordingProgress
 from toolchain.drivers.store import FileStore
 from toolchain.errors import InputRefused
 from toolchain.oci.image import ImageConfig, assemble
 from toolchain.oci.layers import Member, TarLayer
 from toolchain.oci.layout import write_layout
-from toolchain.ports import Silent
 from toolchain.stages import base as stage
 from toolchain.stages.base import ENGINE_LABEL, base_image
 from toolchain.values import key_of
-
-
-class Warnings(Silent):
-    def __init__(self):
-        self.said = []
-
-    def warn(self, text):
-        self.said.append(text)
 
 
 def layout(folder: Path, labels: dict[str, str]) -> str:
@@ -37,20 +29,20 @@ def layout(folder: Path, labels: dict[str, str]) -> str:
 
 @pytest.fixture
 def tools():
-    return SimpleNamespace(progress=Warnings())
+    return SimpleNamespace(progress=RecordingProgress())
 
 
 def test_a_base_of_the_engine_is_taken_in_silence(tmp_path, tools) -> None:
     base_image(layout(tmp_path, {ENGINE_LABEL: "llamacpp"}), "llamacpp", None, tools)
 
-    assert tools.progress.said == []
+    assert tools.progress.warnings == []
 
 
 def test_a_base_that_says_nothing_is_taken_with_a_warning(tmp_path, tools) -> None:
     image = base_image(layout(tmp_path, {}), "llamacpp", None, tools)
 
     assert len(image.layers) == 1
-    assert "does not say" in tools.progress.said[0]
+    assert "does not say" in tools.progress.warnings[0]
 
 
 def test_a_base_of_another_engine_is_refused(tmp_path, tools) -> None:
