@@ -15,8 +15,11 @@ done; \
 echo "setup: no package index? pip's own configuration is used, WEIGHTSMITH_WHEELS may name a folder of wheels" >&2; exit 1
 endef
 
+# What needs nothing beside the virtual environment, and no minutes of its own.
+FAST := not (builders or vllm or docker or registry or other_registries or browser or root or gpu or real or slow)
+
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo check fix lock generate golden test test-real fuzz docs bench clean
+.PHONY: help setup setup-dev demo check fix lock generate golden test test-fast test-real fuzz docs bench clean
 
 help: ## Show this help
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +70,9 @@ test: setup-dev ## Every test that needs no GPU; starts a container engine where
 	@echo "test: making builders; ten minutes the first time, nothing afterwards"
 	@$(BIN)/python -m tests.builders
 	@$(BIN)/python -m pytest -m "not real and not gpu" $(PYTEST_FLAGS)
+
+test-fast: setup-dev ## The tests that need neither builders nor an engine nor other programs
+	@$(BIN)/python -m pytest -m "$(FAST)" $(PYTEST_FLAGS)
 
 test-real: setup-dev ## The heavy tests on real weights as well
 	@bash tests/engine.sh || test -z "$(WEIGHTSMITH_REQUIRE_DOCKER)"

@@ -99,8 +99,11 @@ def _begin_with_the_same_chance() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def builder_base() -> None:
+def builder_base(request: pytest.FixtureRequest) -> None:
     """Build builders on the base that tests/engine.sh made, where the locked one is not there."""
+    wanted = {mark.name for item in request.session.items for mark in item.iter_markers()}
+    if not wanted & {"builders", "docker"}:
+        return  # asking takes a second, which the tests near a change may take themselves
     if "WEIGHTSMITH_BUILDER_BASE" in os.environ or not engine_answers():
         return
     said = subprocess.run(

@@ -43,6 +43,7 @@ def images(tmp_path, monkeypatch):
     return root
 
 
+@pytest.mark.slow
 def test_an_environment_is_made_once_and_marked_when_complete(images, tmp_path):
     pins = Pins(name="tiny", flavour="cpu")
     progress = RecordingProgress()
@@ -56,6 +57,7 @@ def test_an_environment_is_made_once_and_marked_when_complete(images, tmp_path):
     assert (folder / ".complete").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_an_environment_that_was_interrupted_is_made_anew(images, tmp_path):
     pins = Pins(name="tiny", flavour="cpu")
     folder = environment_folder(tmp_path / "cache", pins)
@@ -68,6 +70,7 @@ def test_an_environment_that_was_interrupted_is_made_anew(images, tmp_path):
     assert not (folder / "half").exists()
 
 
+@pytest.mark.slow
 def test_packages_that_cannot_be_had_are_an_environment_failure(images, tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
@@ -158,6 +161,7 @@ def test_a_builder_of_packages_alone_takes_the_containerfile_of_all(images):
         containerfile("nope")
 
 
+@pytest.mark.slow
 def test_tools_are_compiled_once_with_progress_and_nothing_left(images, tmp_path):
     cache, progress = tmp_path / "cache", RecordingProgress()
 
@@ -169,6 +173,7 @@ def test_tools_are_compiled_once_with_progress_and_nothing_left(images, tmp_path
     assert toolset.make_toolset(cache, "toy", progress) == folder
 
 
+@pytest.mark.slow
 def test_tools_that_do_not_compile_leave_nothing_that_looks_ready(images, tmp_path):
     (images / "engines" / "toy" / "compile.py").write_text("raise SystemExit('no compiler')")
 
