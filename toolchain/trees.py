@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+_CLOSED = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 _FOLDER = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -97,18 +98,20 @@ def walk(top: Path, *, open_up: bool = False) -> Iterator[Step]:
 def below(top: Path) -> list[Path]:
     """Return the path of all that is below a folder, sorted; links are listed, never followed.
 
-    Nothing where there is no folder or it may not be read. Raises OSError for paths too long.
+    Nothing of a folder that is not there, may not be read, or has a path too long for anybody.
+    Raises OSError for what is wrong with this process, such as too many open files.
     """
     found, folders = [], [str(top)]
     while folders:
-        with (
-            suppress(FileNotFoundError, NotADirectoryError, PermissionError),
-            os.scandir(folders.pop()) as entries,
-        ):
-            for entry in entries:
-                found.append(Path(entry.path))
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.path)
+        try:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    found.append(Path(entry.path))
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+        except OSError as error:
+            if error.errno not in _CLOSED:
+                raise
     return sorted(found)
 
 

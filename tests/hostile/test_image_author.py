@@ -27,6 +27,7 @@ from tests.fakes.rebuilding import COMMIT, Scene
 from tests.fakes.registry import fake_registry
 from tests.fakes.rootfs import copy_python, copy_shell
 from tests.fakes.told import Told
+from toolchain.checkpoints.folder import left_behind
 from toolchain.commands.rebuild import _with_questions, _write
 from toolchain.commands.verify import _read_layer
 from toolchain.drivers.handover import owned_by
@@ -47,7 +48,7 @@ from toolchain.provenance import evidence, signing
 from toolchain.provenance.evidence import EVALUATION_TYPE, Document
 from toolchain.provenance.labels import plan_in
 from toolchain.provenance.roles import ADDED, LAYERS, roles_of
-from toolchain.trees import discard, walk
+from toolchain.trees import below, discard, walk
 
 # Trees: their depth, and the modes of their folders.
 
@@ -724,3 +725,15 @@ def test_an_attached_evaluation_of_another_shape_is_left_out(tmp_path: Path) -> 
         recipe, [Document(artifact_type=EVALUATION_TYPE, parts=(part,))], tmp_path, Silent()
     )
     assert recipe == {}
+
+
+def test_a_deep_folder_beside_a_model_is_passed_over(tmp_path: Path) -> None:
+    """A downloaded model has a hidden folder as deep as its author likes: it is not read."""
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / ".git").mkdir()
+    nested(tmp_path / ".git", 1500)
+    try:
+        assert left_behind(tmp_path) == ""
+        assert tmp_path / ".git" / "deep" in below(tmp_path)
+    finally:
+        discard(tmp_path / ".git")
