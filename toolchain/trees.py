@@ -14,7 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-_CLOSED = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+_CLOSED = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM)
+_LONGEST_PATH = 4096
 _FOLDER = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -98,7 +99,7 @@ def walk(top: Path, *, open_up: bool = False) -> Iterator[Step]:
 def below(top: Path) -> list[Path]:
     """Return the path of all that is below a folder, sorted; links are listed, never followed.
 
-    Nothing of a folder that is not there, may not be read, or has a path too long for anybody.
+    Nothing of a folder that is not there or may not be read, and no path too long for anybody.
     Raises OSError for what is wrong with this process, such as too many open files.
     """
     found, folders = [], [str(top)]
@@ -106,6 +107,8 @@ def below(top: Path) -> list[Path]:
         try:
             with os.scandir(folders.pop()) as entries:
                 for entry in entries:
+                    if len(os.fsencode(entry.path)) >= _LONGEST_PATH:
+                        continue
                     found.append(Path(entry.path))
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(entry.path)
