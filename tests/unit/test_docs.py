@@ -414,3 +414,15 @@ def test_pages_name_no_machine_of_ours() -> None:
     for page in LINKING:
         text = (ROOT / page).read_text("utf-8")
         assert not re.search(r"/work/|/root/|/tmp/w|/home/\w+", text), page
+
+
+def test_every_promise_names_a_test_that_is_there() -> None:
+    page = (ROOT / "docs/explanation/security.md").read_text("utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ") and "| test" not in line]
+    promises = [row for row in rows if not set(row) <= set("|- ")]
+
+    for row in promises:
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row)
+        assert named, row
+        for file, name in named:
+            assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.MULTILINE), name
