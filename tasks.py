@@ -1,3 +1,3 @@
 """`invoke NAME` from a checkout; a repository of yours can do the same and add its own tasks."""
 
-from toolchain.cli import namespace  # noqa: F401
+from weightsmith.cli import namespace  # noqa: F401

@@ -69,9 +69,9 @@ def main() -> None:
 def push(folder: str, reference: str, streams: str = "4", label: str = "1") -> None:
     """Assemble and push, as `bake --push` does."""
     sys.path.insert(0, str(HERE.parent))
-    from toolchain.oci.image import ImageConfig, assemble
-    from toolchain.oci.references import Reference
-    from toolchain.oci.registry import Registry
+    from weightsmith.oci.image import ImageConfig, assemble
+    from weightsmith.oci.references import Reference
+    from weightsmith.oci.registry import Registry
 
     config = ImageConfig(env={"HF_HUB_OFFLINE": "1"}, labels={"label": label})
     with Registry() as registry:
@@ -82,8 +82,8 @@ def push(folder: str, reference: str, streams: str = "4", label: str = "1") -> N
 def layers(folder: str) -> list[Any]:
     """Return one layer for each file; its digest is known where `known_digests` told it."""
     sys.path.insert(0, str(HERE.parent))
-    from toolchain.oci.layers import Member, TarLayer
-    from toolchain.values import Digest
+    from weightsmith.oci.layers import Member, TarLayer
+    from weightsmith.values import Digest
 
     paths = sorted(Path(folder).glob("*.safetensors"))
     known = os.environ.get(DIGESTS)
@@ -105,8 +105,8 @@ def digests(folder: str) -> None:
 def layout(folder: str, out: str) -> None:
     """Write the same image as a layout, for tools that copy one."""
     sys.path.insert(0, str(HERE.parent))
-    from toolchain.oci.image import ImageConfig, assemble
-    from toolchain.oci.layout import write_layout
+    from weightsmith.oci.image import ImageConfig, assemble
+    from weightsmith.oci.layout import write_layout
 
     write_layout(assemble(layers(folder), config=ImageConfig()), Path(out), ref="v1")
 
@@ -114,9 +114,9 @@ def layout(folder: str, out: str) -> None:
 def rebase(source: str, onto: str, to: str) -> None:
     """Exchange the base of an image that is in the registry, as `rebase` does."""
     sys.path.insert(0, str(HERE.parent))
-    from toolchain.oci.image import ImageConfig, assemble
-    from toolchain.oci.references import Reference
-    from toolchain.oci.registry import Registry
+    from weightsmith.oci.image import ImageConfig, assemble
+    from weightsmith.oci.references import Reference
+    from weightsmith.oci.registry import Registry
 
     with Registry() as registry:
         old = registry.pull(Reference.parse(source))
@@ -128,12 +128,12 @@ def rebase(source: str, onto: str, to: str) -> None:
 def load(folder: str, reference: str) -> None:
     """Assemble, and stream into the engine as `bake --load` does; no tar is written."""
     sys.path.insert(0, str(HERE.parent))
-    from toolchain.oci.image import ImageConfig, assemble
-    from toolchain.oci.registry import Registry
-    from toolchain.ports import Silent
-    from toolchain.provenance.evidence import Evidence
-    from toolchain.stages.publish import Outputs, publish
-    from toolchain.wiring import make_tools
+    from weightsmith.oci.image import ImageConfig, assemble
+    from weightsmith.oci.registry import Registry
+    from weightsmith.ports import Silent
+    from weightsmith.provenance.evidence import Evidence
+    from weightsmith.stages.publish import Outputs, publish
+    from weightsmith.wiring import make_tools
 
     image = assemble(layers(folder), config=ImageConfig())
     tools, _ = make_tools("docker", Silent())
@@ -144,9 +144,9 @@ def load(folder: str, reference: str) -> None:
 def plan() -> None:
     """Plan the layers of 100 GB in 20 sparse files, each to be cut to 4 GB at most."""
     sys.path.insert(0, str(HERE.parent))
-    from toolchain.checkpoints.reshard import reshard
-    from toolchain.oci.weights import weight_layers
-    from toolchain.values import Digest, FileEntry, Tree
+    from weightsmith.checkpoints.reshard import reshard
+    from weightsmith.oci.weights import weight_layers
+    from weightsmith.values import Digest, FileEntry, Tree
 
     folder = WORK / "huge"
     folder.mkdir(exist_ok=True)
@@ -246,10 +246,10 @@ def rebased(weights: Path) -> dict[str, float]:
 def base(reference: str) -> None:
     """Push a small base."""
     sys.path.insert(0, str(HERE.parent))
-    from toolchain.oci.image import ImageConfig, assemble
-    from toolchain.oci.layers import Member, TarLayer
-    from toolchain.oci.references import Reference
-    from toolchain.oci.registry import Registry
+    from weightsmith.oci.image import ImageConfig, assemble
+    from weightsmith.oci.layers import Member, TarLayer
+    from weightsmith.oci.references import Reference
+    from weightsmith.oci.registry import Registry
 
     layer = TarLayer(members=(Member.of_bytes("/app/engine", bytes(1 << 20)),))
     with Registry() as registry:

@@ -29,7 +29,7 @@ def build(runner: str, *extra: str) -> tuple[float, dict]:
     words += ["--dist", str(WORK / "dist"), *extra]
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "toolchain.cli.program", *words],
+        [sys.executable, "-m", "weightsmith.cli.program", *words],
         env={**os.environ, "WEIGHTSMITH_STORE": str(WORK / "store")},
         check=True,
         stdout=subprocess.PIPE,
@@ -41,7 +41,7 @@ def listing() -> float:
     """Return the wall seconds of `--list`."""
     began = time.monotonic()
     subprocess.run(
-        [sys.executable, "-m", "toolchain.cli.program", "--list"], check=True, capture_output=True
+        [sys.executable, "-m", "weightsmith.cli.program", "--list"], check=True, capture_output=True
     )
     return time.monotonic() - began
 

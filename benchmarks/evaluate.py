@@ -51,7 +51,7 @@ def timed(*words: str | Path) -> tuple[float, float, float]:
     """Run a command; return wall seconds, CPU seconds, and peak memory of children in MiB."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.monotonic()
-    subprocess.run([sys.executable, "-m", "toolchain", *words], cwd=ROOT, check=True,
+    subprocess.run([sys.executable, "-m", "weightsmith", *words], cwd=ROOT, check=True,
                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     wall = time.monotonic() - began
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -126,7 +126,7 @@ def reporting(folder: Path, rounds: int) -> list[dict[str, Any]]:
 INSIDE = """
 import json, sys, time
 from pathlib import Path
-from toolchain.stages.report import write_report
+from weightsmith.stages.report import write_report
 place = Path(sys.argv[1])
 build = json.loads((place / "build.json").read_text())
 began = time.monotonic()

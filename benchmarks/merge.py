@@ -37,7 +37,7 @@ RANK = 64
 OURS = """
 import sys
 from pathlib import Path
-from toolchain.merging.engine import MergeRequest, merge
+from weightsmith.merging.engine import MergeRequest, merge
 base, adapter, out, precision = sys.argv[1:5]
 merge(MergeRequest(base=Path(base), adapters=((Path(adapter), 1.0),), out=Path(out),
                    precision=precision))
@@ -77,7 +77,7 @@ TUNED = ("OPENBLAS_", "OMP_", "MKL_", "MALLOC_")
 PLAN = """
 import json, sys, time
 from pathlib import Path
-from toolchain.merging.plan import estimate, make_plan
+from weightsmith.merging.plan import estimate, make_plan
 started = time.monotonic()
 plan = make_plan(Path(sys.argv[1]), [(Path(sys.argv[2]), 1.0)])
 print(json.dumps(estimate(plan, 2) | {"seconds": time.monotonic() - started,
@@ -142,8 +142,7 @@ def make_base(folder: Path, shape: Shape, *, sparse: bool = False) -> None:
     """Write a base: one random block over and over, or holes alone."""
     import ml_dtypes
     import numpy as np
-
-    from toolchain.checkpoints.safetensors import build_header
+    from weightsmith.checkpoints.safetensors import build_header
 
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
@@ -183,8 +182,7 @@ def make_base(folder: Path, shape: Shape, *, sparse: bool = False) -> None:
 def make_adapter(folder: Path, shape: Shape, kind: str, *, sparse: bool = False) -> None:
     """Write an adapter on all linear layers, about one hundredth of the weights in size."""
     import numpy as np
-
-    from toolchain.checkpoints.safetensors import build_header
+    from weightsmith.checkpoints.safetensors import build_header
 
     folder.mkdir(parents=True)
     tensors = []

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from itertools import cycle, islice, product
 from pathlib import Path
 
-from toolchain.building.planning import all_targets
-from toolchain.errors import WeightsmithError
-from toolchain.serving.engine import Wishes
-from toolchain.serving.gpus import GPUS
-from toolchain.stages.render import render
+from weightsmith.building.planning import all_targets
+from weightsmith.errors import WeightsmithError
+from weightsmith.serving.engine import Wishes
+from weightsmith.serving.gpus import GPUS
+from weightsmith.stages.render import render
 
 MODELS = Path(__file__).parents[1] / "tests" / "golden" / "models"
 COUNT = 10_000

@@ -27,20 +27,19 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
-
-from toolchain.ports import Silent
-from toolchain.quantizers import of_format
-from toolchain.recipe_file import read_recipe
-from toolchain.stages.lock import pinned, read_lock
-from toolchain.stages.merge import merge
-from toolchain.stages.quantize import kept_bytes
-from toolchain.stages.resolve import resolve
-from toolchain.wiring import make_tools
+from weightsmith.ports import Silent
+from weightsmith.quantizers import of_format
+from weightsmith.recipe_file import read_recipe
+from weightsmith.stages.lock import pinned, read_lock
+from weightsmith.stages.merge import merge
+from weightsmith.stages.quantize import kept_bytes
+from weightsmith.stages.resolve import resolve
+from weightsmith.wiring import make_tools
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "benchmarks" / "work" / "quantize"
 TYPES = "f16,q8_0,q6_k,q5_k_m,q4_k_m,q4_0,iq4_xs,q3_k_m,q2_k,iq2_xxs"
-PROGRAM = (sys.executable, "-m", "toolchain.cli.program")
+PROGRAM = (sys.executable, "-m", "weightsmith.cli.program")
 HEADINGS = (
     *("example", "type", "MB", "bits", "KL mean", "KL p99", "top-1", "perplexity", "layer"),
     *("task", "gate"),

@@ -22,12 +22,11 @@ import time
 from pathlib import Path
 
 from quantize import watched
-
-from toolchain.drivers.environment import Pins, environment_folder
-from toolchain.drivers.toolset import toolset_folder
-from toolchain.quantizers import of_format
-from toolchain.quantizers.calibration import GENERAL, Bounds, read_texts
-from toolchain.wiring import cache_folder
+from weightsmith.drivers.environment import Pins, environment_folder
+from weightsmith.drivers.toolset import toolset_folder
+from weightsmith.quantizers import of_format
+from weightsmith.quantizers.calibration import GENERAL, Bounds, read_texts
+from weightsmith.wiring import cache_folder
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "benchmarks" / "work" / "quantize-by-hand"
@@ -35,12 +34,12 @@ WORK = ROOT / "benchmarks" / "work" / "quantize-by-hand"
 OURS = """
 import sys
 from pathlib import Path
-from toolchain.drivers.local import LocalRunner
-from toolchain.ports import Silent
-from toolchain.quantizers import formats, of_format
-from toolchain.quantizers.calibration import GENERAL, Bounds, read_texts
-from toolchain.stages.quantize import Wanted, job_of
-from toolchain.wiring import cache_folder
+from weightsmith.drivers.local import LocalRunner
+from weightsmith.ports import Silent
+from weightsmith.quantizers import formats, of_format
+from weightsmith.quantizers.calibration import GENERAL, Bounds, read_texts
+from weightsmith.stages.quantize import Wanted, job_of
+from weightsmith.wiring import cache_folder
 model, out, name = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 wanted = Wanted(name="m", format=formats()[name],
                 options=of_format(name).options(formats()[name], {"imatrix": "auto"}),

@@ -26,7 +26,7 @@ from merge import ROOT, make_inputs, run
 OURS = """
 import sys
 from pathlib import Path
-from toolchain.validating.validate import Request, validate
+from weightsmith.validating.validate import Request, validate
 base, adapter, merged = map(Path, sys.argv[1:4])
 assert validate(Request(base=base, adapters=((adapter, 1.0),), merged=merged))["passed"]
 """
@@ -34,8 +34,8 @@ FORWARD = """
 import sys, torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM
-from toolchain.validating import probes
-from toolchain.validating.forwards import Batch
+from weightsmith.validating import probes
+from weightsmith.validating.forwards import Batch
 torch.set_num_threads(max(1, torch.get_num_threads() - 1))
 merged = Path(sys.argv[1])
 ids = probes.encode(probes.load_tokenizer(merged), probes.choose(()), 32000)
@@ -46,7 +46,7 @@ with torch.inference_mode():
 MERGE = """
 import sys
 from pathlib import Path
-from toolchain.merging.engine import MergeRequest, merge
+from weightsmith.merging.engine import MergeRequest, merge
 base, adapter, out = map(Path, sys.argv[1:4])
 merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=out))
 """

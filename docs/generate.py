@@ -12,15 +12,14 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from invoke.parser.context import to_flag
 from pydantic import BaseModel
-
-from toolchain.building.planning import all_targets
-from toolchain.cli import namespace
-from toolchain.drivers import bases
-from toolchain.merging.families import families
-from toolchain.merging.refused import REFUSED, SETTINGS, UNMERGED
-from toolchain.oci.limits import REGISTRIES
-from toolchain.recipe import Recipe
-from toolchain.serving.gpus import GPUS
+from weightsmith.building.planning import all_targets
+from weightsmith.cli import namespace
+from weightsmith.drivers import bases
+from weightsmith.merging.families import families
+from weightsmith.merging.refused import REFUSED, SETTINGS, UNMERGED
+from weightsmith.oci.limits import REGISTRIES
+from weightsmith.recipe import Recipe
+from weightsmith.serving.gpus import GPUS
 
 _TYPES = {
     str: "text",

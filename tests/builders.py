@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from weightsmith.cli.progress import progress_for
+from weightsmith.drivers.docker import DockerEngine, DockerRunner
+from weightsmith.drivers.local import LocalRunner
+from weightsmith.errors import EnvironmentFailure, WeightsmithError
+from weightsmith.ports import Progress, Runner
+from weightsmith.wiring import cache_folder
+
 from tests import vllm_parts
-from toolchain.cli.progress import progress_for
-from toolchain.drivers.docker import DockerEngine, DockerRunner
-from toolchain.drivers.local import LocalRunner
-from toolchain.errors import EnvironmentFailure, WeightsmithError
-from toolchain.ports import Progress, Runner
-from toolchain.wiring import cache_folder
 
 BUILDERS = ("merge", "gguf")
 

@@ -135,7 +135,7 @@ def tiny_build(tmp_path_factory: pytest.TempPathFactory, builder_base: None) -> 
     recipe = ROOT / "examples" / "tiny" / "recipe.yaml"
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "toolchain.cli.program", "build", "--recipe", recipe,
+        [sys.executable, "-m", "weightsmith.cli.program", "build", "--recipe", recipe,
          "--runner", "local", "--dist", dist, "--json"],
         env={**os.environ, "WEIGHTSMITH_STORE": str(store)},
         cwd=ROOT, capture_output=True, text=True, check=False,

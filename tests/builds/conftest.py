@@ -9,11 +9,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from weightsmith import resources
+from weightsmith.oci.registry import Registry
 
 from tests.fakes.memory import Memory, in_memory
 from tests.fakes.store import MemoryStore
-from toolchain import resources
-from toolchain.oci.registry import Registry
 
 
 @pytest.fixture(scope="session")

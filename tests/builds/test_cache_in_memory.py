@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
+from weightsmith.building.recording import Built
+from weightsmith.errors import CheckFailed
 
 from tests.fakes.memory import QUESTIONS, Memory
 from tests.fakes.tiny import write_adapter
-from toolchain.building.recording import Built
-from toolchain.errors import CheckFailed
 
 TARGET = "llamacpp-q4_k_m"
 LATE = ("bake", "evaluate", "publish")

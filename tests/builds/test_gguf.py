@@ -32,23 +32,23 @@ from transformers import (
     SmolLM3Config,
     Starcoder2Config,
 )
+from weightsmith.checkpoints.gguf_import import import_gguf
+from weightsmith.checkpoints.tensors import CheckpointTensors
+from weightsmith.drivers.local import LocalRunner
+from weightsmith.drivers.pypi import PypiReader
+from weightsmith.drivers.store import FileStore
+from weightsmith.drivers.toolset import toolset_folder
+from weightsmith.ports import Silent
+from weightsmith.quality.measure import measure
+from weightsmith.quantizers import formats, of_format
+from weightsmith.quantizers.calibration import GENERAL
+from weightsmith.quantizers.gguf_types import FILE_TYPES
+from weightsmith.quantizers.quantizer import QuantizeRequest
+from weightsmith.stages.quantize import Wanted, job_of
+from weightsmith.wiring import cache_folder
 
 from tests.fakes.journal import RecordingProgress
 from tests.fakes.sentence_pieces import save, train
-from toolchain.checkpoints.gguf_import import import_gguf
-from toolchain.checkpoints.tensors import CheckpointTensors
-from toolchain.drivers.local import LocalRunner
-from toolchain.drivers.pypi import PypiReader
-from toolchain.drivers.store import FileStore
-from toolchain.drivers.toolset import toolset_folder
-from toolchain.ports import Silent
-from toolchain.quality.measure import measure
-from toolchain.quantizers import formats, of_format
-from toolchain.quantizers.calibration import GENERAL
-from toolchain.quantizers.gguf_types import FILE_TYPES
-from toolchain.quantizers.quantizer import QuantizeRequest
-from toolchain.stages.quantize import Wanted, job_of
-from toolchain.wiring import cache_folder
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny"
@@ -57,7 +57,7 @@ pytestmark = pytest.mark.builders
 
 def quantize(out: Path, *words: object, expect: int = 0) -> dict:
     done = subprocess.run(
-        [sys.executable, "-m", "toolchain.cli.program", "quantize", "--model", TINY / "base",
+        [sys.executable, "-m", "weightsmith.cli.program", "quantize", "--model", TINY / "base",
          "--calibration", TINY / "calibration.jsonl", "--runner", "local", "--out", out,
          *words, "--json"],
         cwd=ROOT, capture_output=True, text=True, check=False,
@@ -284,7 +284,7 @@ def test_a_tokenizer_that_came_without_its_pieces_is_that_with_them(tmp_path, ki
 
 
 def test_the_architectures_are_those_of_the_pinned_converter():
-    from toolchain.quantizers.gguf import _architectures
+    from weightsmith.quantizers.gguf import _architectures
 
     tools = toolset_folder(cache_folder(), "llamacpp")
     text = (tools / "convert" / "conversion" / "__init__.py").read_text()
@@ -340,14 +340,14 @@ def test_the_divergence_is_near_what_llama_cpp_says_of_its_own(tmp_path):
 RUN = """
 import sys
 from pathlib import Path
-from toolchain.drivers.folders import read_tree
-from toolchain.ports import Silent
-from toolchain.quality.measure import measure
-from toolchain.quantizers import formats
-from toolchain.quantizers.calibration import Bounds, read_texts
-from toolchain.stages.quantize import Wanted, quantize
-from toolchain.values import Checkpoint
-from toolchain.wiring import make_tools
+from weightsmith.drivers.folders import read_tree
+from weightsmith.ports import Silent
+from weightsmith.quality.measure import measure
+from weightsmith.quantizers import formats
+from weightsmith.quantizers.calibration import Bounds, read_texts
+from weightsmith.stages.quantize import Wanted, quantize
+from weightsmith.values import Checkpoint
+from weightsmith.wiring import make_tools
 
 class Loud(Silent):
     def note(self, text):

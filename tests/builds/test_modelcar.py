@@ -25,7 +25,7 @@ def test_a_modelcar_has_the_shell_that_kserve_starts(tmp_path: Path) -> None:
     )  # fmt: skip
     environment = {**os.environ, "WEIGHTSMITH_STORE": str(tmp_path / "store")}
     baked = subprocess.run(
-        [sys.executable, "-m", "toolchain", *map(str, words)],
+        [sys.executable, "-m", "weightsmith", *map(str, words)],
         capture_output=True, text=True, check=False, env=environment,
     )  # fmt: skip
     assert baked.returncode == 0, baked.stderr

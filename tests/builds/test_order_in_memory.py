@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import json
 
+from weightsmith.provenance.signing import check_by
+
 from tests.fakes.memory import QUESTIONS, Memory, new_signer
-from toolchain.provenance.signing import check_by
 
 STAGES = (
     "resolve", "merge", "validate", "reference", "quantize", "quality", "render", "bake",

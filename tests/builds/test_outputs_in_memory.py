@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from weightsmith.errors import EnvironmentFailure, InputRefused
+from weightsmith.oci.layout import held_digest
 
 from tests.fakes.memory import Memory
-from toolchain.errors import EnvironmentFailure, InputRefused
-from toolchain.oci.layout import held_digest
 
 TARGET = "llamacpp-q4_k_m"
 TAG = f"1.0.0-{TARGET}"

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from weightsmith.drivers.toolset import toolset_folder
+from weightsmith.serving.memory import padded
+from weightsmith.wiring import cache_folder
 
 from tests.fakes.started import at_once, free_port, started, weightsmith
-from toolchain.drivers.toolset import toolset_folder
-from toolchain.serving.memory import padded
-from toolchain.wiring import cache_folder
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny" / "base"
 LENGTH, REQUESTS, ANSWER = 500, 6, 16

@@ -9,19 +9,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-
-from tests.fakes.baking import push_base
-from tests.fakes.jobs import LOSSY, WRONG
-from tests.fakes.memory import Memory
-from toolchain.building import baking
-from toolchain.errors import (
+from weightsmith.building import baking
+from weightsmith.errors import (
     CheckFailed,
     EnvironmentFailure,
     InputRefused,
     UsageError,
     WeightsmithError,
 )
-from toolchain.oci import limits
+from weightsmith.oci import limits
+
+from tests.fakes.baking import push_base
+from tests.fakes.jobs import LOSSY, WRONG
+from tests.fakes.memory import Memory
 
 TARGET = "llamacpp-q4_k_m"
 STAGES = (

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from weightsmith.errors import CheckFailed
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
 
 from tests.fakes.baking import push_base
 from tests.fakes.memory import QUESTIONS, Memory, in_memory
-from toolchain.errors import CheckFailed
-from toolchain.oci.references import Reference
-from toolchain.oci.registry import Registry
 
 TARGET = "llamacpp-q4_k_m"
 PROGRAM = {"usr/bin/vllm": b"#!/usr/bin/python3"}
@@ -204,7 +204,7 @@ def test_an_image_is_there_for_every_platform_of_its_base(memory: Memory) -> Non
 
 def two_platforms(memory: Memory, base: str, labels: dict[str, str]) -> str:
     """Push the base for a second platform, and an index of both."""
-    from toolchain.oci.index import Index
+    from weightsmith.oci.index import Index
 
     first = memory.client.pull(Reference.parse(base))
     push_base(memory.client, f"{base}-arm", labels, PROGRAM, "linux/arm64")

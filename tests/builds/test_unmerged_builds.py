@@ -17,7 +17,7 @@ def build(recipe, folder, store):
     """Build the recipe's llamacpp-lora image into the folder; return what --json says of it."""
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "toolchain.cli.program", "build", "--recipe", str(recipe)),
+            *(sys.executable, "-m", "weightsmith.cli.program", "build", "--recipe", str(recipe)),
             *("--target", "llamacpp-lora", "--runner", "local", "--dist", str(folder / "dist")),
             *("--layout", str(folder / "image"), "--json"),
         ],

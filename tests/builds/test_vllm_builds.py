@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from toolchain.oci.layout import read_layout
+from weightsmith.oci.layout import read_layout
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
@@ -30,7 +29,7 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def build(dist: Path) -> dict:
     # In the user's store: the engine is made once for a machine.
     done = subprocess.run(
-        [sys.executable, "-m", "toolchain", "build", "--recipe", TINY, "--target", TARGET,
+        [sys.executable, "-m", "weightsmith", "build", "--recipe", TINY, "--target", TARGET,
          "--runner", "local", "--dist", dist, "--json"],
         env=dict(os.environ), cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip

@@ -24,8 +24,8 @@ pytestmark = pytest.mark.builders
 def weightsmith(*words: object, store: Path, expect: int = 0, clone: Path = ROOT) -> dict:
     """Run a clone's command with --json and return its object."""
     result = subprocess.run(
-        [sys.executable, "-m", "toolchain.cli.program", *map(str, words), "--json"],
-        env={**os.environ, "WEIGHTSMITH_STORE": str(store)},
+        [sys.executable, "-m", "weightsmith.cli.program", *map(str, words), "--json"],
+        env={**os.environ, "PYTHONPATH": str(clone / "toolchain"), "WEIGHTSMITH_STORE": str(store)},
         cwd=clone,
         capture_output=True,
         text=True,

@@ -8,12 +8,12 @@ import warnings
 from collections.abc import Iterator
 
 import pytest
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
 
 from tests.fakes.debian_registry import real_registry
 from tests.fakes.other_registries import KINDS, Given, given_registries, other_registry
 from tests.fakes.registry import fake_registry
-from toolchain.oci.references import Reference
-from toolchain.oci.registry import Registry
 
 REGISTRIES = [
     "fake",

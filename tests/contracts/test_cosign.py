@@ -15,23 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from weightsmith.commands.images import copy_image
+from weightsmith.commands.rebase import RebaseRequest, rebase_image
+from weightsmith.commands.verify import verify_image
+from weightsmith.drivers.signer import open_signer
+from weightsmith.errors import CheckFailed
+from weightsmith.oci.attachments import fallback_tag
+from weightsmith.oci.manifests import OCI_INDEX
+from weightsmith.oci.places import RegistryPlace
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
+from weightsmith.ports import Silent
+from weightsmith.provenance import evidence
+from weightsmith.values import Blob, Digest
 
 from tests.fakes.baking import bake, make_key, make_model, push_base, tools_for
 from tests.fakes.bundles import attached, bundle, claim
 from tests.fakes.debian_registry import real_registry
-from toolchain.commands.images import copy_image
-from toolchain.commands.rebase import RebaseRequest, rebase_image
-from toolchain.commands.verify import verify_image
-from toolchain.drivers.signer import open_signer
-from toolchain.errors import CheckFailed
-from toolchain.oci.attachments import fallback_tag
-from toolchain.oci.manifests import OCI_INDEX
-from toolchain.oci.places import RegistryPlace
-from toolchain.oci.references import Reference
-from toolchain.oci.registry import Registry
-from toolchain.ports import Silent
-from toolchain.provenance import evidence
-from toolchain.values import Blob, Digest
 
 pytestmark = [
     pytest.mark.registry,

@@ -11,18 +11,18 @@ import time
 import urllib.request
 
 import pytest
+from weightsmith.drivers.docker import DockerEngine, DockerRunner, engine_host
+from weightsmith.drivers.docker_images import base_reference
+from weightsmith.drivers.docker_launcher import DockerLauncher
+from weightsmith.drivers.docker_loading import Taking
+from weightsmith.drivers.docker_requests import LABEL_OWNER
+from weightsmith.drivers.ownership import is_dead, owner_token
+from weightsmith.errors import EnvironmentFailure
+from weightsmith.ports import Endpoint, Silent, StartSpec
 
 from tests.contracts.test_runner import CACHE, echo
 from tests.fakes.journal import RecordingProgress
 from tests.faults.relay import way_to_engine
-from toolchain.drivers.docker import DockerEngine, DockerRunner, engine_host
-from toolchain.drivers.docker_images import base_reference
-from toolchain.drivers.docker_launcher import DockerLauncher
-from toolchain.drivers.docker_loading import Taking
-from toolchain.drivers.docker_requests import LABEL_OWNER
-from toolchain.drivers.ownership import is_dead, owner_token
-from toolchain.errors import EnvironmentFailure
-from toolchain.ports import Endpoint, Silent, StartSpec
 
 PATIENCE = 120
 """Seconds in which what is sure to come must have come, however busy the machine is."""
@@ -77,7 +77,7 @@ def test_an_archive_is_loaded_from_a_stream_and_its_name_removed(engine, server_
 @pytest.mark.parametrize("sent", ["half", "all"])
 def test_an_interrupted_load_is_over_when_it_ends(engine, server_image, monkeypatch, sent):
     """What the engine has whole it names, however late: then it is there to be removed."""
-    monkeypatch.setattr("toolchain.drivers.docker_loading.LAST_SECONDS", PATIENCE)
+    monkeypatch.setattr("weightsmith.drivers.docker_loading.LAST_SECONDS", PATIENCE)
     name = f"weightsmith-test-interrupted:{os.getpid()}"
     engine.client.images.get(server_image).tag(*name.split(":"))
     archive = list(engine.client.images.get(name).save(named=name))

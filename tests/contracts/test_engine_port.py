@@ -7,15 +7,15 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
+from weightsmith.drivers.docker import DockerEngine
+from weightsmith.errors import EnvironmentFailure
+from weightsmith.oci.archive import docker_archive
+from weightsmith.oci.image import Image, ImageConfig, assemble
+from weightsmith.oci.layers import Member, TarLayer
+from weightsmith.oci.references import Reference
+from weightsmith.ports import ContainerEngine
 
 from tests.fakes.engine import MemoryEngine
-from toolchain.drivers.docker import DockerEngine
-from toolchain.errors import EnvironmentFailure
-from toolchain.oci.archive import docker_archive
-from toolchain.oci.image import Image, ImageConfig, assemble
-from toolchain.oci.layers import Member, TarLayer
-from toolchain.oci.references import Reference
-from toolchain.ports import ContainerEngine
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from weightsmith.oci.layout import write_layout
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
 
 from tests.fakes.debian_registry import real_registry
 from tests.fakes.faulty_proxy import Faults, faulty_proxy
 from tests.fakes.images import tiny_image
-from toolchain.oci.layout import write_layout
-from toolchain.oci.references import Reference
-from toolchain.oci.registry import Registry
 
 pytestmark = [
     pytest.mark.registry,
@@ -40,7 +40,7 @@ def behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str,
 
 def start(layout: Path, to: str, folder: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "toolchain", "push", f"oci:{layout}", "--to", to],
+        [sys.executable, "-m", "weightsmith", "push", f"oci:{layout}", "--to", to],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": str(ROOT), "WEIGHTSMITH_CACHE": str(folder)},
     )  # fmt: skip

@@ -10,19 +10,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
+from weightsmith.drivers.docker import DockerEngine
+from weightsmith.drivers.docker_images import base_reference
+from weightsmith.drivers.docker_launcher import DockerLauncher
+from weightsmith.errors import EnvironmentFailure
+from weightsmith.evaluating.client import wait_until_healthy
+from weightsmith.oci.archive import docker_archive
+from weightsmith.oci.image import ImageConfig, assemble
+from weightsmith.oci.layers import Member, TarLayer
+from weightsmith.oci.references import Reference
+from weightsmith.ports import Endpoint, Launcher, StartSpec
 
 from tests.fakes.engine import MemoryEngine
 from tests.fakes.launcher import MemoryLauncher
-from toolchain.drivers.docker import DockerEngine
-from toolchain.drivers.docker_images import base_reference
-from toolchain.drivers.docker_launcher import DockerLauncher
-from toolchain.errors import EnvironmentFailure
-from toolchain.evaluating.client import wait_until_healthy
-from toolchain.oci.archive import docker_archive
-from toolchain.oci.image import ImageConfig, assemble
-from toolchain.oci.layers import Member, TarLayer
-from toolchain.oci.references import Reference
-from toolchain.ports import Endpoint, Launcher, StartSpec
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),

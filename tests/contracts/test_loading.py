@@ -16,19 +16,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from weightsmith.commands.images import inspect_image
+from weightsmith.drivers.docker import DockerEngine
+from weightsmith.drivers.ownership import is_dead, owner_token
+from weightsmith.oci import archive
+from weightsmith.oci.image import Image, ImageConfig, assemble
+from weightsmith.oci.layers import Member, TarLayer
+from weightsmith.oci.registry import Registry
+from weightsmith.ports import Tools
+from weightsmith.provenance.evidence import Evidence
+from weightsmith.stages.publish import Outputs, candidate, discard_candidate, is_held, publish
 
 from tests.fakes.baking import tools_for
 from tests.fakes.images import entry, foreign_image, tar_of
-from toolchain.commands.images import inspect_image
-from toolchain.drivers.docker import DockerEngine
-from toolchain.drivers.ownership import is_dead, owner_token
-from toolchain.oci import archive
-from toolchain.oci.image import Image, ImageConfig, assemble
-from toolchain.oci.layers import Member, TarLayer
-from toolchain.oci.registry import Registry
-from toolchain.ports import Tools
-from toolchain.provenance.evidence import Evidence
-from toolchain.stages.publish import Outputs, candidate, discard_candidate, is_held, publish
 
 pytestmark = [pytest.mark.docker, pytest.mark.root]
 LOAD = Outputs(load=True)
@@ -195,7 +195,7 @@ def test_layers_that_are_gone_by_then_are_sent_after_all(tools: Tools, name: str
 
 @pytest.fixture
 def all_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("toolchain.oci.archive._LARGE", 1)
+    monkeypatch.setattr("weightsmith.oci.archive._LARGE", 1)
 
 
 def layered(contents: Sequence[bytes], label: str = "") -> Image:

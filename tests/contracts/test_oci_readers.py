@@ -10,20 +10,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from weightsmith.errors import UsageError
+from weightsmith.oci.archive import docker_archive
+from weightsmith.oci.attachments import Attachment, Part
+from weightsmith.oci.image import Image, ImageConfig, Order, assemble
+from weightsmith.oci.layers import Member, TarLayer
+from weightsmith.oci.layout import read_layout, write_layout
+from weightsmith.oci.layout_attachments import attach, attached
+from weightsmith.oci.places import open_place
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
+from weightsmith.oci.unpack import unpack
 
 from tests.fakes.debian_registry import real_registry
 from tests.fakes.images import FILES, entry, foreign_image, tar_of, tiny_image
-from toolchain.errors import UsageError
-from toolchain.oci.archive import docker_archive
-from toolchain.oci.attachments import Attachment, Part
-from toolchain.oci.image import Image, ImageConfig, Order, assemble
-from toolchain.oci.layers import Member, TarLayer
-from toolchain.oci.layout import read_layout, write_layout
-from toolchain.oci.layout_attachments import attach, attached
-from toolchain.oci.places import open_place
-from toolchain.oci.references import Reference
-from toolchain.oci.registry import Registry
-from toolchain.oci.unpack import unpack
 
 AMD64 = "linux/amd64"
 

@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from weightsmith.errors import Altered, WeightsmithError
+from weightsmith.oci.image import Image
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
 
 from tests.fakes.debian_registry import real_registry
 from tests.fakes.faulty_proxy import Faults, faulty_proxy
 from tests.fakes.images import tiny_image
 from tests.fakes.other_registries import other_registry
-from toolchain.errors import Altered, WeightsmithError
-from toolchain.oci.image import Image
-from toolchain.oci.references import Reference
-from toolchain.oci.registry import Registry
 
 AMD64 = "linux/amd64"
 REPAIRABLE = ("reset", "cut", "429", "500", "503", "delay")
@@ -54,7 +54,7 @@ def straight(host: str, name: str) -> str | None:
 
 def as_if_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Send small layers as large ones are sent: a part, and then its end."""
-    monkeypatch.setattr("toolchain.oci.sending._SMALL", 0)
+    monkeypatch.setattr("weightsmith.oci.sending._SMALL", 0)
 
 
 def read_all(client: Registry, place: Reference) -> None:

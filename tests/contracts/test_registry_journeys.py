@@ -9,24 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from weightsmith.commands.images import copy_image
+from weightsmith.commands.rebase import RebaseRequest, rebase_image
+from weightsmith.commands.verify import verify_image
+from weightsmith.errors import CheckFailed, UsageError
+from weightsmith.oci.attachments import fallback_tag
+from weightsmith.oci.image import Image
+from weightsmith.oci.index import Index
+from weightsmith.oci.layers import Member, TarLayer
+from weightsmith.oci.places import RegistryPlace
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
+from weightsmith.ports import Silent
+from weightsmith.values import Digest
 
 from tests.fakes.baking import bake, make_key, make_model, push_base, tools_for
 from tests.fakes.faulty_proxy import Faults, faulty_proxy
 from tests.fakes.other_registries import Given
 from tests.fakes.registry import fake_registry
-from toolchain.commands.images import copy_image
-from toolchain.commands.rebase import RebaseRequest, rebase_image
-from toolchain.commands.verify import verify_image
-from toolchain.errors import CheckFailed, UsageError
-from toolchain.oci.attachments import fallback_tag
-from toolchain.oci.image import Image
-from toolchain.oci.index import Index
-from toolchain.oci.layers import Member, TarLayer
-from toolchain.oci.places import RegistryPlace
-from toolchain.oci.references import Reference
-from toolchain.oci.registry import Registry
-from toolchain.ports import Silent
-from toolchain.values import Digest
 
 AMD64 = "linux/amd64"
 ENGINE = {"dev.weightsmith.engine": "llamacpp", "org.opencontainers.image.version": "1.0.0"}

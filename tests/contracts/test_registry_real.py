@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.oci.image import Image, ImageConfig, assemble
+from weightsmith.oci.layers import BlobLayer, Layer, Member, TarLayer
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
+from weightsmith.values import Blob, Digest
 
 from tests.fakes.auth_server import PASSWORD, USER, make_certificate, token_server
 from tests.fakes.debian_registry import real_registry, stop_registry
 from tests.fakes.images import entry, foreign_image, tar_of, tiny_image
 from tests.fakes.other_registries import Given
 from tests.fakes.tunnel import tunnel_proxy
-from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
-from toolchain.oci.image import Image, ImageConfig, assemble
-from toolchain.oci.layers import BlobLayer, Layer, Member, TarLayer
-from toolchain.oci.references import Reference
-from toolchain.oci.registry import Registry
-from toolchain.values import Blob, Digest
 
 AMD64 = "linux/amd64"
 
@@ -171,7 +171,7 @@ def test_in_chunks(
         return response
 
     monkeypatch.setattr(httpx.Client, "send", asking)
-    monkeypatch.setattr("toolchain.oci.sending._CHUNK", 5 << 20)
+    monkeypatch.setattr("weightsmith.oci.sending._CHUNK", 5 << 20)
     image = Image(layers=(_large(tmp_path),), settings={})
     client.push(image, place)
     (back,) = client.pull(place, platform="").layers

@@ -11,16 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
+from weightsmith.drivers.docker import DockerEngine, DockerRunner
+from weightsmith.drivers.docker_requests import LABEL_JOB
+from weightsmith.drivers.local import LocalRunner
+from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused, WeightsmithError
+from weightsmith.ports import Runner
+from weightsmith.values import Job
+from weightsmith.wiring import cache_folder
 
 from tests.fakes.journal import RecordingProgress
 from tests.fakes.runner import MemoryRunner
-from toolchain.drivers.docker import DockerEngine, DockerRunner
-from toolchain.drivers.docker_requests import LABEL_JOB
-from toolchain.drivers.local import LocalRunner
-from toolchain.errors import CheckFailed, EnvironmentFailure, InputRefused, WeightsmithError
-from toolchain.ports import Runner
-from toolchain.values import Job
-from toolchain.wiring import cache_folder
 
 ROOT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("WEIGHTSMITH_TEST_CACHE") or cache_folder())
@@ -179,7 +179,7 @@ SLEEPER = """
 import sys
 from pathlib import Path
 from tests.contracts.test_runner import echo, make_runner
-from toolchain.ports import Silent
+from weightsmith.ports import Silent
 
 class Loud(Silent):
     def note(self, text):

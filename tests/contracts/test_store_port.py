@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from weightsmith.drivers.store import FileStore
+from weightsmith.errors import EnvironmentFailure
+from weightsmith.values import Digest, key_of
 
 from tests.fakes.store import MemoryStore
-from toolchain.drivers.store import FileStore
-from toolchain.errors import EnvironmentFailure
-from toolchain.values import Digest, key_of
 
 KEY = key_of("a result")
 AnyStore = MemoryStore | FileStore

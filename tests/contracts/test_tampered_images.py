@@ -16,15 +16,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from weightsmith.oci.attachments import Part, fallback_tag
+from weightsmith.oci.image import Image
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
+from weightsmith.provenance import signing
+from weightsmith.values import Digest, canonical
 
 from tests.fakes.baking import bake, make_key, make_model, push_base
 from tests.fakes.debian_registry import real_registry
-from toolchain.oci.attachments import Part, fallback_tag
-from toolchain.oci.image import Image
-from toolchain.oci.references import Reference
-from toolchain.oci.registry import Registry
-from toolchain.provenance import signing
-from toolchain.values import Digest, canonical
 
 pytestmark = [
     pytest.mark.registry,
@@ -54,7 +54,7 @@ class Scene:
     def verify(self, key: Path | None = None) -> tuple[int, dict[str, str]]:
         """Return the exit code, and what does not hold."""
         done = subprocess.run(
-            [sys.executable, "-m", "toolchain", "verify", self.name, "--json",
+            [sys.executable, "-m", "weightsmith", "verify", self.name, "--json",
              "--key", key or self.public],
             capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip

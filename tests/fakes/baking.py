@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from toolchain.commands.bake import BakeRequest, bake_model
-from toolchain.drivers.signer import open_signer
-from toolchain.oci.image import ImageConfig, assemble
-from toolchain.oci.layers import Member, TarLayer
-from toolchain.oci.references import Reference
-from toolchain.oci.registry import Registry
-from toolchain.ports import Progress, Silent, Tools
-from toolchain.wiring import make_tools
+from weightsmith.commands.bake import BakeRequest, bake_model
+from weightsmith.drivers.signer import open_signer
+from weightsmith.oci.image import ImageConfig, assemble
+from weightsmith.oci.layers import Member, TarLayer
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
+from weightsmith.ports import Progress, Silent, Tools
+from weightsmith.wiring import make_tools
 
 CONFIG = {
     "model_type": "llama",

@@ -6,9 +6,9 @@ import sys
 import venv
 from pathlib import Path
 
-from toolchain.drivers.environment import environment_folder
-from toolchain.drivers.local import LocalRunner, _pins
-from toolchain.values import Job
+from weightsmith.drivers.environment import environment_folder
+from weightsmith.drivers.local import LocalRunner, _pins
+from weightsmith.values import Job
 
 
 def bare_builder(cache: Path, name: str = "merge") -> Path:
@@ -41,9 +41,10 @@ def echo_job(folder: Path, **parameters: object) -> Job:
 if __name__ == "__main__":
     import json
 
+    from weightsmith.drivers.confinement import targets
+    from weightsmith.errors import WeightsmithError
+
     from tests.fakes.journal import RecordingProgress
-    from toolchain.drivers.confinement import targets
-    from toolchain.errors import WeightsmithError
 
     here, progress = Path(sys.argv[1]), RecordingProgress()
     runner = bare_runner(here / "cache", allow_network="--allow-network-in-jobs" in sys.argv)

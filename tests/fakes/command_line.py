@@ -9,7 +9,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from unittest.mock import patch
 
-from toolchain.cli.program import main
+from weightsmith.cli.program import main
 
 
 @dataclass(frozen=True)

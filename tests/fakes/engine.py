@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from weightsmith.errors import EnvironmentFailure
+from weightsmith.oci.layout import read_layout
+from weightsmith.oci.references import Reference
+from weightsmith.ports import CANDIDATES
+from weightsmith.values import Digest, Json
+
 from tests.fakes.journal import Journal
-from toolchain.errors import EnvironmentFailure
-from toolchain.oci.layout import read_layout
-from toolchain.oci.references import Reference
-from toolchain.ports import CANDIDATES
-from toolchain.values import Digest, Json
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import json
 import tarfile
 from pathlib import Path
 
-from toolchain.oci.image import Healthcheck, Image, ImageConfig, assemble, load_image
-from toolchain.oci.layers import Member, TarLayer
-from toolchain.oci.weights import weight_layers
-from toolchain.values import Blob, Digest, FileEntry, Tree
+from weightsmith.oci.image import Healthcheck, Image, ImageConfig, assemble, load_image
+from weightsmith.oci.layers import Member, TarLayer
+from weightsmith.oci.weights import weight_layers
+from weightsmith.values import Blob, Digest, FileEntry, Tree
 
 FILES = {
     "model-00001-of-00002.safetensors": b"\x01" * 70_000,

@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from toolchain.quantizers import formats, gguf_lora, of_format
-from toolchain.values import Job, Json, canonical
-from toolchain.worker.jobs import STAGES
+from weightsmith.quantizers import formats, gguf_lora, of_format
+from weightsmith.values import Job, Json, canonical
+from weightsmith.worker.jobs import STAGES
 
 Report = Callable[[int, int, str], None]
 NOTHING = "I do not know."

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from weightsmith.errors import EnvironmentFailure
+from weightsmith.ports import Endpoint, StartSpec
+from weightsmith.provenance.labels import plan_in
+from weightsmith.values import Json
 
 from tests.fakes.engine import Held, MemoryEngine
 from tests.fakes.journal import Journal
 from tests.fakes.serving import serving
-from toolchain.errors import EnvironmentFailure
-from toolchain.ports import Endpoint, StartSpec
-from toolchain.provenance.labels import plan_in
-from toolchain.values import Json
 
 Answerer = Callable[[str, str], str]
 """(question, adapter or empty) -> answer; empty is what the image's own weights say."""

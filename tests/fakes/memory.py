@@ -17,6 +17,17 @@ from typing import Any
 import yaml
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from weightsmith.building.planning import BuildRequest, chosen_targets
+from weightsmith.building.recording import Built
+from weightsmith.drivers.folders import FolderReader
+from weightsmith.drivers.user_program import run_command
+from weightsmith.oci.registry import Registry
+from weightsmith.pipeline import build
+from weightsmith.ports import CANDIDATES, Progress, Signer, Tools
+from weightsmith.quantizers.calibration import MIN_CHARACTERS, MIN_TEXTS
+from weightsmith.recipe_file import read_recipe
+from weightsmith.stages.publish import Outputs
+from weightsmith.worker.jobs import STAGES
 
 from tests.fakes.engine import MemoryEngine
 from tests.fakes.jobs import Bench, Minds
@@ -26,17 +37,6 @@ from tests.fakes.registry import FakeRegistry, fake_registry
 from tests.fakes.runner import MemoryRunner, Stage
 from tests.fakes.store import MemoryStore
 from tests.fakes.tiny import write_adapter, write_model
-from toolchain.building.planning import BuildRequest, chosen_targets
-from toolchain.building.recording import Built
-from toolchain.drivers.folders import FolderReader
-from toolchain.drivers.user_program import run_command
-from toolchain.oci.registry import Registry
-from toolchain.pipeline import build
-from toolchain.ports import CANDIDATES, Progress, Signer, Tools
-from toolchain.quantizers.calibration import MIN_CHARACTERS, MIN_TEXTS
-from toolchain.recipe_file import read_recipe
-from toolchain.stages.publish import Outputs
-from toolchain.worker.jobs import STAGES
 
 QUESTIONS = 8
 """Of each adapter's task."""

@@ -7,18 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.fakes.baking import make_key, push_base
-from tests.fakes.registry import FakeRegistry
-from toolchain.commands.rebuild import recipe_of_image
-from toolchain.drivers.signer import open_signer
-from toolchain.oci.places import RegistryPlace
-from toolchain.oci.references import Reference
-from toolchain.oci.registry import Registry
-from toolchain.ports import Progress, Silent
-from toolchain.provenance.sealing import seal
-from toolchain.recipe_file import RecipeFile, check_recipe, read_recipe
-from toolchain.stages.attest import Made, evidence, public_recipe
-from toolchain.values import (
+from weightsmith.commands.rebuild import recipe_of_image
+from weightsmith.drivers.signer import open_signer
+from weightsmith.oci.places import RegistryPlace
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
+from weightsmith.ports import Progress, Silent
+from weightsmith.provenance.sealing import seal
+from weightsmith.recipe_file import RecipeFile, check_recipe, read_recipe
+from weightsmith.stages.attest import Made, evidence, public_recipe
+from weightsmith.values import (
     SAFETENSORS,
     AdapterSnapshot,
     Artifact,
@@ -30,6 +28,9 @@ from toolchain.values import (
     Sources,
     Tree,
 )
+
+from tests.fakes.baking import make_key, push_base
+from tests.fakes.registry import FakeRegistry
 
 COMMIT = "c" * 40
 

@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
+from weightsmith.oci.references import Reference
+
 from tests.fakes.serving import serving
-from toolchain.oci.references import Reference
 
 
 class FakeRegistry:

@@ -6,11 +6,12 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from weightsmith.errors import EnvironmentFailure, WeightsmithError, from_code
+from weightsmith.ports import Progress
+from weightsmith.values import Job, Json, plain
+from weightsmith.worker.jobs import STAGES
+
 from tests.fakes.journal import Journal
-from toolchain.errors import EnvironmentFailure, WeightsmithError, from_code
-from toolchain.ports import Progress
-from toolchain.values import Job, Json, plain
-from toolchain.worker.jobs import STAGES
 
 Stage = Callable[[Job, Callable[[int, int, str], None]], Mapping[str, Json]]
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 def weightsmith(*words: object) -> dict:
     """What the command prints with --json."""
     done = subprocess.run(
-        [sys.executable, "-m", "toolchain.cli.program", *map(str, words), "--json"],
+        [sys.executable, "-m", "weightsmith.cli.program", *map(str, words), "--json"],
         cwd=ROOT,
         capture_output=True,
         text=True,

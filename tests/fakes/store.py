@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from toolchain.errors import EnvironmentFailure
-from toolchain.ports import Entry
-from toolchain.values import Digest, FileEntry, Json, Tree, canonical
+from weightsmith.errors import EnvironmentFailure
+from weightsmith.ports import Entry
+from weightsmith.values import Digest, FileEntry, Json, Tree, canonical
 
 _LARGE = 256 << 10
 

@@ -7,8 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-
-from toolchain.checkpoints.safetensors import build_header
+from weightsmith.checkpoints.safetensors import build_header
 
 
 def write_model(folder: Path) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from toolchain.ports import Silent
+from weightsmith.ports import Silent
 
 
 class Told(Silent):

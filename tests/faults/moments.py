@@ -105,9 +105,9 @@ def killed_at(moment: int, number: int) -> Iterator[Callable[[], int]]:
 
 def push(layout: str, to: str) -> None:
     """Push a layout, as `push` does."""
-    from toolchain.commands.images import copy_image
-    from toolchain.ports import Silent
-    from toolchain.wiring import make_registry
+    from weightsmith.commands.images import copy_image
+    from weightsmith.ports import Silent
+    from weightsmith.wiring import make_registry
 
     with make_registry() as registry:
         _spare_no_more()
@@ -116,10 +116,11 @@ def push(layout: str, to: str) -> None:
 
 def publish(source: str, layout: str, swap: bool) -> None:
     """Give a layout its image, as `build` does after the image has passed."""
+    from weightsmith.oci.layout import read_layout
+    from weightsmith.provenance.evidence import Evidence
+    from weightsmith.stages import publish as publishing
+
     from tests.fakes.baking import tools_for
-    from toolchain.oci.layout import read_layout
-    from toolchain.provenance.evidence import Evidence
-    from toolchain.stages import publish as publishing
 
     if not swap:
         publishing.exchange = lambda *_: False  # type: ignore[assignment]
@@ -131,11 +132,11 @@ def publish(source: str, layout: str, swap: bool) -> None:
 
 def pull(source: str, layout: str, root: str) -> None:
     """Bring an image from a registry: into a layout, and unpacked below a cache."""
-    from toolchain.drivers.ownership import private_folder
-    from toolchain.oci.layout import write_layout
-    from toolchain.oci.references import Reference
-    from toolchain.oci.unpack import unpack
-    from toolchain.wiring import make_registry
+    from weightsmith.drivers.ownership import private_folder
+    from weightsmith.oci.layout import write_layout
+    from weightsmith.oci.references import Reference
+    from weightsmith.oci.unpack import unpack
+    from weightsmith.wiring import make_registry
 
     with make_registry() as registry:
         image = registry.pull(Reference.parse(source), platform="linux/amd64")
@@ -148,12 +149,13 @@ def load(source: str, name: str) -> None:
     """Load an image into the container engine, as `build --load` does."""
     from dataclasses import replace
 
+    from weightsmith.drivers.docker import DockerEngine
+    from weightsmith.oci import archive
+    from weightsmith.oci.layout import read_layout
+    from weightsmith.provenance.evidence import Evidence
+    from weightsmith.stages.publish import Outputs, publish
+
     from tests.fakes.baking import tools_for
-    from toolchain.drivers.docker import DockerEngine
-    from toolchain.oci import archive
-    from toolchain.oci.layout import read_layout
-    from toolchain.provenance.evidence import Evidence
-    from toolchain.stages.publish import Outputs, publish
 
     archive._LARGE = 1  # type: ignore[misc]
     tools = replace(tools_for(), engine=DockerEngine())
@@ -163,9 +165,10 @@ def load(source: str, name: str) -> None:
 
 def merge(folder: str) -> None:
     """Merge a base and an adapter into a folder, as the worker does."""
+    from weightsmith.commands.merge import Folders, merge_folders, merge_options
+
     from tests.fakes.memory import memory_tools
     from tests.fakes.tiny import write_adapter, write_model
-    from toolchain.commands.merge import Folders, merge_folders, merge_options
 
     work = Path(folder)
     if not (work / "base").exists():
@@ -196,9 +199,9 @@ def _spare_no_more() -> None:
 
 
 def _serve() -> None:
-    import toolchain.commands.images
-    import toolchain.stages.publish
-    import toolchain.wiring  # noqa: F401 - loaded once, for every child
+    import weightsmith.commands.images
+    import weightsmith.stages.publish
+    import weightsmith.wiring  # noqa: F401 - loaded once, for every child
 
     gc.freeze()
     for line in sys.stdin:
@@ -217,8 +220,8 @@ def _serve() -> None:
 
 def _act(operation: str, words: Mapping[str, Any], moment: int, number: int, tell: int) -> None:
     """Do an operation and end: with 130 after SIGTERM, as every command does."""
-    from toolchain.cli.command import _guarded
-    from toolchain.errors import WeightsmithError
+    from weightsmith.cli.command import _guarded
+    from weightsmith.errors import WeightsmithError
 
     global _spare
     code, _spare = 1, 0 if moment else number

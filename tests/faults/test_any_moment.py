@@ -10,20 +10,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from weightsmith.drivers.docker import DockerEngine
+from weightsmith.drivers.ownership import is_dead
+from weightsmith.oci.image import Image, ImageConfig
+from weightsmith.oci.layout import held_digest, read_layout, write_layout
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
+from weightsmith.stages.publish import Outputs
+from weightsmith.stages.publish import check_layout as before_work
+from weightsmith.values import Digest
 
 from tests.fakes.images import tiny_image
 from tests.fakes.registry import FakeRegistry, fake_registry
 from tests.faults.moments import Moments
 from tests.faults.workshop import check_layout
-from toolchain.drivers.docker import DockerEngine
-from toolchain.drivers.ownership import is_dead
-from toolchain.oci.image import Image, ImageConfig
-from toolchain.oci.layout import held_digest, read_layout, write_layout
-from toolchain.oci.references import Reference
-from toolchain.oci.registry import Registry
-from toolchain.stages.publish import Outputs
-from toolchain.stages.publish import check_layout as before_work
-from toolchain.values import Digest
 
 SEED = 20261127
 SIGNALS = (signal.SIGTERM, signal.SIGKILL)

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from weightsmith.drivers.store import FileStore
+from weightsmith.drivers.wire import open_log
+from weightsmith.files import sweep, write_whole
+from weightsmith.oci.layout import held_digest
+from weightsmith.oci.registry import Registry
+from weightsmith.values import key_of
 
 from tests.fakes.memory import Memory, in_memory
-from toolchain.drivers.store import FileStore
-from toolchain.drivers.wire import open_log
-from toolchain.files import sweep, write_whole
-from toolchain.oci.layout import held_digest
-from toolchain.oci.registry import Registry
-from toolchain.values import key_of
 
 YEAR = 365 * 24 * 3600
 

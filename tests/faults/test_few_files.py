@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from weightsmith.oci.layout import write_layout
 
 from tests.fakes.images import tiny_image
 from tests.fakes.registry import fake_registry
 from tests.faults.moments import Moments
 from tests.faults.workshop import Workshop, check_layout
-from toolchain.oci.layout import write_layout
 
 SPARE = (1, 2, 3, 4, 6, 8, 12)
 """Files that may be opened besides those that are open: none gets far with the first of these."""

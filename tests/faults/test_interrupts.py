@@ -125,7 +125,7 @@ def test_a_killed_trial_leaves_no_server_and_no_files(workshop: Workshop, digest
 
 
 def test_a_worker_that_is_killed(workshop: Workshop, digest: str) -> None:
-    outcome = killed(workshop, "toolchain.worker", "reference")
+    outcome = killed(workshop, "weightsmith.worker", "reference")
 
     outcome.refused(5, "reference", "killed", "memory")
     workshop.check_intact(digest)

@@ -17,9 +17,8 @@ from typing import Any, Self
 
 import yaml
 from safetensors.numpy import load_file, save_file
-
-from toolchain.visible import quoted
-from toolchain.wiring import cache_folder
+from weightsmith.visible import quoted
+from weightsmith.wiring import cache_folder
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny"

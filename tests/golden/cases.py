@@ -7,11 +7,11 @@ import json
 import os
 from pathlib import Path
 
-from toolchain.building.planning import all_targets, estimated_bytes
-from toolchain.errors import InputRefused, UsageError
-from toolchain.serving.engine import ServedAdapter, Wishes
-from toolchain.stages.render import render
-from toolchain.values import Digest
+from weightsmith.building.planning import all_targets, estimated_bytes
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.serving.engine import ServedAdapter, Wishes
+from weightsmith.stages.render import render
+from weightsmith.values import Digest
 
 GOLDEN = Path(__file__).parent
 MODELS = sorted(path.stem for path in (GOLDEN / "models").glob("*.json"))

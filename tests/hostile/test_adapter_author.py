@@ -23,24 +23,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from safetensors.numpy import save_file
+from weightsmith import time_limits
+from weightsmith.cli.command import print_error
+from weightsmith.cli.lines import put_line
+from weightsmith.cli.models import _verdict
+from weightsmith.cli.progress import PlainProgress, progress_for
+from weightsmith.commands.images import inspect_text
+from weightsmith.commands.lm_eval import tasks_text
+from weightsmith.commands.plan import table as plan_table
+from weightsmith.commands.verify import table as verify_table
+from weightsmith.errors import InputRefused, WeightsmithError
+from weightsmith.merging.plan import make_plan
+from weightsmith.ports import Progress
+from weightsmith.reporting.facts import whole
+from weightsmith.reporting.junit import junit
+from weightsmith.stages.report import build_view, render_view
+from weightsmith.visible import as_json
 
 from tests.unit.stages.test_report import BUILD
-from toolchain import time_limits
-from toolchain.cli.command import print_error
-from toolchain.cli.lines import put_line
-from toolchain.cli.models import _verdict
-from toolchain.cli.progress import PlainProgress, progress_for
-from toolchain.commands.images import inspect_text
-from toolchain.commands.lm_eval import tasks_text
-from toolchain.commands.plan import table as plan_table
-from toolchain.commands.verify import table as verify_table
-from toolchain.errors import InputRefused, WeightsmithError
-from toolchain.merging.plan import make_plan
-from toolchain.ports import Progress
-from toolchain.reporting.facts import whole
-from toolchain.reporting.junit import junit
-from toolchain.stages.report import build_view, render_view
-from toolchain.visible import as_json
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 BASE, ADAPTER = TINY / "base", TINY / "adapters" / "a"
@@ -97,8 +97,8 @@ def test_a_pattern_that_never_ends_does_not_reach_peft(
     name: str, tmp_path: Path, impatient: None
 ) -> None:
     """PEFT would match it against every module of the model: the jobs that ask PEFT refuse it."""
-    from toolchain.merging.reference import load_network
-    from toolchain.validating.network import skeleton, with_adapters
+    from weightsmith.merging.reference import load_network
+    from weightsmith.validating.network import skeleton, with_adapters
 
     adapter = adapter_with(tmp_path, **{name: PATTERNS[name]})
 

@@ -17,26 +17,26 @@ from typing import Any
 import gguf
 import pytest
 import transformers
+from weightsmith import time_limits
+from weightsmith.checkpoints.folder import check_model_folder, left_behind, scan
+from weightsmith.checkpoints.gguf_config import gguf_config
+from weightsmith.checkpoints.gguf_import import import_gguf
+from weightsmith.checkpoints.safetensors import open_checkpoint
+from weightsmith.drivers import landlock
+from weightsmith.drivers.confinement import confinement, targets
+from weightsmith.drivers.pypi import PypiReader
+from weightsmith.drivers.store import FileStore
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.ports import Silent
+from weightsmith.provenance.mlbom import license_of
+from weightsmith.recipe_file import read_recipe
+from weightsmith.resources import package
+from weightsmith.stages.quantize import model_config
+from weightsmith.time_limits import cpu_limit
+from weightsmith.values import Digest
 
 from tests.fakes.bare_builder import bare_runner, echo_job
 from tests.fakes.journal import RecordingProgress
-from toolchain import time_limits
-from toolchain.checkpoints.folder import check_model_folder, left_behind, scan
-from toolchain.checkpoints.gguf_config import gguf_config
-from toolchain.checkpoints.gguf_import import import_gguf
-from toolchain.checkpoints.safetensors import open_checkpoint
-from toolchain.drivers import landlock
-from toolchain.drivers.confinement import confinement, targets
-from toolchain.drivers.pypi import PypiReader
-from toolchain.drivers.store import FileStore
-from toolchain.errors import InputRefused, UsageError
-from toolchain.ports import Silent
-from toolchain.provenance.mlbom import license_of
-from toolchain.recipe_file import read_recipe
-from toolchain.resources import package
-from toolchain.stages.quantize import model_config
-from toolchain.time_limits import cpu_limit
-from toolchain.values import Digest
 
 ROOT = Path(__file__).parents[2]
 WARNING = "jobs have the network of this machine: --allow-network-in-jobs"
@@ -184,9 +184,9 @@ def base_with(folder: Path, template: str) -> Path:
 
 def test_a_chat_template_that_never_ends_is_refused(tmp_path: Path, impatient: None) -> None:
     """The template loops 10^20 times: wherever a job renders it, it is refused by name."""
-    from toolchain.merging.reference import answer
-    from toolchain.quality.texts import as_lines, readings
-    from toolchain.validating.probes import encode, load_tokenizer
+    from weightsmith.merging.reference import answer
+    from weightsmith.quality.texts import as_lines, readings
+    from weightsmith.validating.probes import encode, load_tokenizer
 
     base = base_with(tmp_path, LOOPS)
 
@@ -205,7 +205,8 @@ def test_a_chat_template_that_grows_is_refused_within_the_jobs_memory(tmp_path: 
     base = base_with(tmp_path, GROWS)
     code = (
         "import resource, sys; from pathlib import Path\n"
-        "from toolchain.errors import InputRefused; from toolchain.quality.texts import as_lines\n"
+        "from weightsmith.errors import InputRefused\n"
+        "from weightsmith.quality.texts import as_lines\n"
         "resource.setrlimit(resource.RLIMIT_DATA, (1 << 30,) * 2)\n"
         "try: as_lines(Path(sys.argv[1]), [{'messages': [{'role': 'user', 'content': 'x'}]}])\n"
         "except InputRefused as refused: print(refused)"
@@ -225,7 +226,7 @@ def test_a_chat_template_that_grows_is_refused_within_the_jobs_memory(tmp_path: 
 
 def test_a_chat_template_that_fails_is_refused(tmp_path: Path) -> None:
     """The template divides by nothing: an input that is refused, not a fault of ours."""
-    from toolchain.merging.reference import answer
+    from weightsmith.merging.reference import answer
 
     with pytest.raises(InputRefused, match="chat template"):
         answer(base_with(tmp_path, "{{ 1 / 0 }}"), [], [QUESTION], 1)

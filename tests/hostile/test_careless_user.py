@@ -11,17 +11,16 @@ from typing import Any
 
 import pytest
 from invoke.exceptions import Exit
-
-from toolchain import time_limits
-from toolchain.cli import build, images, models, questions
-from toolchain.errors import UsageError
-from toolchain.evaluating.items import Item
-from toolchain.evaluating.metrics import score_answers
-from toolchain.oci.references import Reference
-from toolchain.recipe_file import check_recipe
-from toolchain.stages.attest import public_recipe
-from toolchain.stages.record import Facts, build_document
-from toolchain.values import (
+from weightsmith import time_limits
+from weightsmith.cli import build, images, models, questions
+from weightsmith.errors import UsageError
+from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.metrics import score_answers
+from weightsmith.oci.references import Reference
+from weightsmith.recipe_file import check_recipe
+from weightsmith.stages.attest import public_recipe
+from weightsmith.stages.record import Facts, build_document
+from weightsmith.values import (
     AdapterSnapshot,
     Checkpoint,
     Digest,
@@ -239,7 +238,7 @@ def test_a_password_in_the_address_of_a_server(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "expected": "b"}\n')
     words = ["evaluate", "--url", f"http://ann:{KEY}@127.0.0.1:9", "--data", "a.jsonl", "--json"]
     done = subprocess.run(
-        [sys.executable, "-m", "toolchain", *words, "--retries", "0"],
+        [sys.executable, "-m", "weightsmith", *words, "--retries", "0"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,

@@ -20,6 +20,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from weightsmith.checkpoints.folder import left_behind
+from weightsmith.commands.rebuild import _with_questions, _write
+from weightsmith.commands.verify import _read_layer
+from weightsmith.drivers.handover import owned_by
+from weightsmith.drivers.ownership import owner_token, private_folder
+from weightsmith.drivers.rootfs import RootfsLauncher, StartInfo
+from weightsmith.errors import CheckFailed, InputRefused, UsageError
+from weightsmith.evaluating import client
+from weightsmith.evaluating.client import wait_until_healthy
+from weightsmith.evaluating.session import Limits, Session
+from weightsmith.oci.attachments import Part
+from weightsmith.oci.layers import Layer
+from weightsmith.oci.manifests import TITLE
+from weightsmith.oci.registry import Registry
+from weightsmith.oci.streams import entries
+from weightsmith.oci.unpack import unpack
+from weightsmith.ports import Endpoint, Silent, StartSpec
+from weightsmith.provenance import evidence, signing
+from weightsmith.provenance.evidence import EVALUATION_TYPE, Document
+from weightsmith.provenance.labels import plan_in
+from weightsmith.provenance.roles import ADDED, LAYERS, roles_of
+from weightsmith.trees import below, discard, walk
 
 from tests.fakes.deep import NOBODY, closed_folders, nested, somebody_else
 from tests.fakes.images import entry, foreign_image, tar_of
@@ -27,28 +49,6 @@ from tests.fakes.rebuilding import COMMIT, Scene
 from tests.fakes.registry import fake_registry
 from tests.fakes.rootfs import copy_python, copy_shell
 from tests.fakes.told import Told
-from toolchain.checkpoints.folder import left_behind
-from toolchain.commands.rebuild import _with_questions, _write
-from toolchain.commands.verify import _read_layer
-from toolchain.drivers.handover import owned_by
-from toolchain.drivers.ownership import owner_token, private_folder
-from toolchain.drivers.rootfs import RootfsLauncher, StartInfo
-from toolchain.errors import CheckFailed, InputRefused, UsageError
-from toolchain.evaluating import client
-from toolchain.evaluating.client import wait_until_healthy
-from toolchain.evaluating.session import Limits, Session
-from toolchain.oci.attachments import Part
-from toolchain.oci.layers import Layer
-from toolchain.oci.manifests import TITLE
-from toolchain.oci.registry import Registry
-from toolchain.oci.streams import entries
-from toolchain.oci.unpack import unpack
-from toolchain.ports import Endpoint, Silent, StartSpec
-from toolchain.provenance import evidence, signing
-from toolchain.provenance.evidence import EVALUATION_TYPE, Document
-from toolchain.provenance.labels import plan_in
-from toolchain.provenance.roles import ADDED, LAYERS, roles_of
-from toolchain.trees import below, discard, walk
 
 # Trees: their depth, and the modes of their folders.
 
@@ -306,9 +306,9 @@ STARTED_BY_LESSER_ROOT = """
 import sys, time
 from pathlib import Path
 from tests.fakes.rootfs import copy_shell
-from toolchain.drivers.rootfs import RootfsLauncher, StartInfo
-from toolchain.errors import WeightsmithError
-from toolchain.ports import StartSpec
+from weightsmith.drivers.rootfs import RootfsLauncher, StartInfo
+from weightsmith.errors import WeightsmithError
+from weightsmith.ports import StartSpec
 
 def image(layout, root):
     copy_shell(root, "head")
@@ -352,9 +352,9 @@ STARTED_WITHOUT_NAMESPACES = """
 import json, os, sys, time
 from pathlib import Path
 from tests.fakes.rootfs import copy_shell
-from toolchain.drivers import landlock, rootfs
-from toolchain.drivers.enclosing import NotAllowed
-from toolchain.ports import StartSpec
+from weightsmith.drivers import landlock, rootfs
+from weightsmith.drivers.enclosing import NotAllowed
+from weightsmith.ports import StartSpec
 
 home = Path(sys.argv[1])
 (home / "diary").write_text("mine")

@@ -14,18 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from weightsmith.drivers.checkup import _privacy
+from weightsmith.drivers.ownership import private_folder
+from weightsmith.drivers.pushed import PushedLayers
+from weightsmith.drivers.store import FileStore
+from weightsmith.drivers.wire import open_log
+from weightsmith.files import alone, folder_beside, replace_file, sweep, write_whole
+from weightsmith.ports import Silent
+from weightsmith.recipe_file import read_recipe
+from weightsmith.stages.lock import read_lock, write_lock
+from weightsmith.values import Digest, key_of
 
 from tests.fakes.deep import NOBODY, somebody_else
-from toolchain.drivers.checkup import _privacy
-from toolchain.drivers.ownership import private_folder
-from toolchain.drivers.pushed import PushedLayers
-from toolchain.drivers.store import FileStore
-from toolchain.drivers.wire import open_log
-from toolchain.files import alone, folder_beside, replace_file, sweep, write_whole
-from toolchain.ports import Silent
-from toolchain.recipe_file import read_recipe
-from toolchain.stages.lock import read_lock, write_lock
-from toolchain.values import Digest, key_of
 
 # Other users' files.
 
@@ -53,7 +53,7 @@ def test_another_users_results_do_not_stop_cleaning() -> None:
 _TWO_CONTAINERS = """
 import sys
 from pathlib import Path
-from toolchain.files import write_whole
+from weightsmith.files import write_whole
 mine, path = sys.argv[1].encode() * 5000, Path(sys.argv[2])
 for _ in range(400):
     write_whole(path, mine)

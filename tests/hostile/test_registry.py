@@ -21,6 +21,57 @@ from typing import Any
 import httpx
 import pytest
 from huggingface_hub import constants
+from weightsmith import time_limits
+from weightsmith.building.baking import bases_of
+from weightsmith.building.planning import BuildRequest, chosen_targets
+from weightsmith.commands.images import copy_image
+from weightsmith.commands.plan import forecast
+from weightsmith.commands.rebase import RebaseRequest, rebase_image
+from weightsmith.commands.rebuild import recipe_of_image
+from weightsmith.commands.verify import verify_image
+from weightsmith.drivers.hub import HubReader
+from weightsmith.drivers.pypi import PypiReader
+from weightsmith.drivers.signer import open_signer
+from weightsmith.drivers.store import FileStore
+from weightsmith.errors import (
+    Altered,
+    CheckFailed,
+    EnvironmentFailure,
+    InputRefused,
+    WeightsmithError,
+)
+from weightsmith.oci import downloads
+from weightsmith.oci.attachments import Attachment, Part
+from weightsmith.oci.auth import Challenge, parse_challenge
+from weightsmith.oci.image import Image
+from weightsmith.oci.index import Index
+from weightsmith.oci.layout import read_layout, write_layout
+from weightsmith.oci.manifests import TITLE, read_json
+from weightsmith.oci.places import RegistryPlace
+from weightsmith.oci.proxies import told as told_proxy
+from weightsmith.oci.references import Reference
+from weightsmith.oci.referrers import _next_page
+from weightsmith.oci.registry import Registry
+from weightsmith.oci.replies import Reply, Transient, json_object, read_limited
+from weightsmith.oci.sending import _kept
+from weightsmith.oci.unpack import unpack
+from weightsmith.pipeline import resolved
+from weightsmith.ports import Silent
+from weightsmith.provenance import signing, statements
+from weightsmith.provenance.evaluation import test_result as result_of
+from weightsmith.provenance.evidence import (
+    EVALUATION_TYPE,
+    Evidence,
+    FoundStatement,
+    read_attached,
+    read_statement,
+    statement_parts,
+)
+from weightsmith.provenance.sealing import attach
+from weightsmith.provenance.statements import byproducts_of, kind_of
+from weightsmith.recipe_file import read_recipe
+from weightsmith.stages.publish import Outputs
+from weightsmith.values import Blob, Digest, Score
 
 from tests import locked
 from tests.fakes.baking import bake, make_key, make_model, push_base, tools_for
@@ -29,57 +80,6 @@ from tests.fakes.images import entry, foreign_image, tar_of, tiny_image
 from tests.fakes.package_index import package_index, wheel_of
 from tests.fakes.registry import FakeRegistry, at, fake_registry
 from tests.fakes.serving import serving
-from toolchain import time_limits
-from toolchain.building.baking import bases_of
-from toolchain.building.planning import BuildRequest, chosen_targets
-from toolchain.commands.images import copy_image
-from toolchain.commands.plan import forecast
-from toolchain.commands.rebase import RebaseRequest, rebase_image
-from toolchain.commands.rebuild import recipe_of_image
-from toolchain.commands.verify import verify_image
-from toolchain.drivers.hub import HubReader
-from toolchain.drivers.pypi import PypiReader
-from toolchain.drivers.signer import open_signer
-from toolchain.drivers.store import FileStore
-from toolchain.errors import (
-    Altered,
-    CheckFailed,
-    EnvironmentFailure,
-    InputRefused,
-    WeightsmithError,
-)
-from toolchain.oci import downloads
-from toolchain.oci.attachments import Attachment, Part
-from toolchain.oci.auth import Challenge, parse_challenge
-from toolchain.oci.image import Image
-from toolchain.oci.index import Index
-from toolchain.oci.layout import read_layout, write_layout
-from toolchain.oci.manifests import TITLE, read_json
-from toolchain.oci.places import RegistryPlace
-from toolchain.oci.proxies import told as told_proxy
-from toolchain.oci.references import Reference
-from toolchain.oci.referrers import _next_page
-from toolchain.oci.registry import Registry
-from toolchain.oci.replies import Reply, Transient, json_object, read_limited
-from toolchain.oci.sending import _kept
-from toolchain.oci.unpack import unpack
-from toolchain.pipeline import resolved
-from toolchain.ports import Silent
-from toolchain.provenance import signing, statements
-from toolchain.provenance.evaluation import test_result as result_of
-from toolchain.provenance.evidence import (
-    EVALUATION_TYPE,
-    Evidence,
-    FoundStatement,
-    read_attached,
-    read_statement,
-    statement_parts,
-)
-from toolchain.provenance.sealing import attach
-from toolchain.provenance.statements import byproducts_of, kind_of
-from toolchain.recipe_file import read_recipe
-from toolchain.stages.publish import Outputs
-from toolchain.values import Blob, Digest, Score
 
 ROOT = Path(__file__).parents[2]
 

@@ -27,7 +27,7 @@ pytestmark = [
 def quantize(format_: str, runner: str, folder: Path) -> tuple[Path, dict[str, Any]]:
     out = folder / f"{format_}-{runner}"
     done = subprocess.run(
-        [sys.executable, "-m", "toolchain", "quantize", "--model", TINY / "base",
+        [sys.executable, "-m", "weightsmith", "quantize", "--model", TINY / "base",
          "--format", format_, "--calibration", TINY / "calibration.jsonl",
          "--out", out, "--runner", runner, "--json"],
         env={**os.environ, "WEIGHTSMITH_STORE": str(folder / f"store-{runner}")},

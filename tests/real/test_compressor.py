@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-
-from toolchain.drivers.environment import Pins, environment_folder
-from toolchain.quantizers.packed import PackedView
-from toolchain.wiring import cache_folder
+from weightsmith.drivers.environment import Pins, environment_folder
+from weightsmith.quantizers.packed import PackedView
+from weightsmith.wiring import cache_folder
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny"
@@ -37,7 +36,7 @@ save_file({name: value.detach().float().contiguous()
 
 def quantize(out: Path, *words: object) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", "toolchain", "quantize", "--model", TINY / "base", "--runner",
+        [sys.executable, "-m", "weightsmith", "quantize", "--model", TINY / "base", "--runner",
          "local", "--calibration", TINY / "calibration.jsonl", "--out", out, *words, "--json"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip

@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.serving import sglang
 
 from tests.golden.cases import MACHINES, MODELS, PACKED, RENDERS, TARGETS, rendered
-from toolchain.errors import InputRefused, UsageError
-from toolchain.serving import sglang
 
 FOLDER = os.environ.get("WEIGHTSMITH_SGLANG", "")
 PROBE = Path(__file__).with_name("sglang_probe.py")

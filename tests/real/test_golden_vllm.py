@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from weightsmith.errors import InputRefused, UsageError
 
 from tests.golden.cases import GOLDEN, MACHINES, MODELS, PACKED, RENDERS, TARGETS, model, rendered
-from toolchain.errors import InputRefused, UsageError
 
 PROGRAM = os.environ.get("WEIGHTSMITH_VLLM") or shutil.which("vllm") or ""
 PROBE = Path(__file__).with_name("vllm_probe.py")

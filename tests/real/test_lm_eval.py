@@ -80,7 +80,7 @@ def evaluate(folder: Path, url: str, kind: str, rest: str, *words: str) -> tuple
     data.write_text("\n".join(map(json.dumps, rows)))
     (folder / "ports.yaml").write_text(TASK.format(data=data, kind=kind) + rest)
     done = subprocess.run(
-        [sys.executable, "-m", "toolchain", "evaluate", "--tasks", "ports", "--include", folder,
+        [sys.executable, "-m", "weightsmith", "evaluate", "--tasks", "ports", "--include", folder,
          "--url", url, "--json", *words],
         cwd=ROOT, capture_output=True, text=True, check=False,
         env=os.environ | {"HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "cache")},

@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.real, pytest.mark.builders, pytest.mark.timeout(3600)]
 def build(folder: Path, *words: str, expect: int = 0) -> dict[str, Any]:
     """Build the recipe with --json and return its object."""
     done = subprocess.run(
-        [sys.executable, "-m", "toolchain", "build", "--recipe", RECIPE, "--runner", "local",
+        [sys.executable, "-m", "weightsmith", "build", "--recipe", RECIPE, "--runner", "local",
          "--dist", folder / "dist", *words, "--json"],
         env={**os.environ, "WEIGHTSMITH_STORE": str(folder / "store")},
         cwd=ROOT, capture_output=True, text=True, check=False,
@@ -86,7 +86,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[
 def in_users_store(folder: Path) -> dict[str, Any]:
     targets = [word for target in FOUR for word in ("--target", target)]
     done = subprocess.run(
-        [sys.executable, "-m", "toolchain", "build", "--recipe", RECIPE, *targets,
+        [sys.executable, "-m", "weightsmith", "build", "--recipe", RECIPE, *targets,
          "--runner", "local", "--dist", folder / "dist", "--json"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip

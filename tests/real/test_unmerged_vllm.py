@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.real, pytest.mark.builders, pytest.mark.timeout(3600)]
 
 def test_each_adapter_answers_its_own_task_by_its_name(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "toolchain", "build", "--recipe", TINY / "recipe-two.yaml",
+        [sys.executable, "-m", "weightsmith", "build", "--recipe", TINY / "recipe-two.yaml",
          "--runner", "local", "--dist", tmp_path / "dist", "--target", "vllm-lora",
          "--layout", tmp_path / "image", "--json"],
         cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False,

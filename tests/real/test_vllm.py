@@ -18,13 +18,12 @@ from typing import Any
 
 import pytest
 import torch
-
-from toolchain.evaluating.client import wait_until_healthy
-from toolchain.oci.layout import read_layout
-from toolchain.oci.unpack import unpack
-from toolchain.ports import Silent, StartSpec
-from toolchain.quantizers.packed import PackedView
-from toolchain.wiring import make_tools
+from weightsmith.evaluating.client import wait_until_healthy
+from weightsmith.oci.layout import read_layout
+from weightsmith.oci.unpack import unpack
+from weightsmith.ports import Silent, StartSpec
+from weightsmith.quantizers.packed import PackedView
+from weightsmith.wiring import make_tools
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
@@ -65,7 +64,7 @@ def built(
     """(target, its part of the JSON); one at a time, since each image is 1.9 GB."""
     dist = tmp_path_factory.mktemp("dist")
     done = subprocess.run(
-        [sys.executable, "-m", "toolchain", "build", "--recipe", TINY, "--runner", "local",
+        [sys.executable, "-m", "weightsmith", "build", "--recipe", TINY, "--runner", "local",
          "--dist", dist, "--target", request.param, "--json"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from weightsmith.quantizers.checkpoints import DENSE
+from weightsmith.quantizers.gptqmodel import NO_AWQ
 
 from tests.fakes.dense import make_dense
 from tests.real.test_vllm import FORMATS, compare
-from toolchain.quantizers.checkpoints import DENSE
-from toolchain.quantizers.gptqmodel import NO_AWQ
 
 pytestmark = [
     pytest.mark.real,
@@ -46,7 +46,7 @@ def test_log_probabilities_are_those_of_the_dequantized_checkpoint(
 def run(command: str, *words: object) -> None:
     runner = ["--runner", "local"] if command == "quantize" else []
     done = subprocess.run(
-        [sys.executable, "-m", "toolchain", command, *map(str, words), *runner],
+        [sys.executable, "-m", "weightsmith", command, *map(str, words), *runner],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

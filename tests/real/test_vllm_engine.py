@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from weightsmith.drivers import docker_images
+from weightsmith.drivers.docker_requests import build_command
+from weightsmith.drivers.wheels import configured_wheels
+from weightsmith.stages.base import base_inputs
+from weightsmith.wiring import make_store
 
 from tests import vllm_parts
-from toolchain.drivers import docker_images
-from toolchain.drivers.docker_requests import build_command
-from toolchain.drivers.wheels import configured_wheels
-from toolchain.stages.base import base_inputs
-from toolchain.wiring import make_store
 
 IMAGES = Path(__file__).parents[2] / "images"
 FOLDER = IMAGES / "engines" / vllm_parts.ENGINE

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from weightsmith.stages.base import base_inputs
+from weightsmith.wiring import store_folder
 
 from tests import vllm_parts
-from toolchain.stages.base import base_inputs
-from toolchain.wiring import store_folder
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny"
@@ -32,7 +32,7 @@ pytestmark = [
 
 def weightsmith(*words: object, store: Path) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", "toolchain", *map(str, words), "--json"],
+        [sys.executable, "-m", "weightsmith", *map(str, words), "--json"],
         env={**os.environ, "WEIGHTSMITH_STORE": str(store)},
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip

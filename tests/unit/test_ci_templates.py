@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-
-from toolchain.cli import namespace
+from weightsmith.cli import namespace
 
 ROOT = Path(__file__).parents[2]
 CI = ROOT / "examples" / "ci"

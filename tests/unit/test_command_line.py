@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = {
-    "weightsmith": [sys.executable, "-m", "toolchain"],
+    "weightsmith": [sys.executable, "-m", "weightsmith"],
     "invoke": [sys.executable, "-m", "invoke", "--search-root", str(ROOT)],
 }
 
@@ -156,8 +156,8 @@ def test_emptying_the_store_asks_on_a_terminal(tmp_path, answer, left):
 def test_a_folder_that_is_gone_is_reported(tmp_path):
     gone = tmp_path / "gone"
     gone.mkdir()
-    words = f"rmdir '{gone}'; exec {sys.executable} -m toolchain plan --base {ROOT} --target vllm"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = f"rmdir '{gone}'; exec {sys.executable} -m weightsmith plan --base {ROOT} --target vllm"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "toolchain")}
     done = subprocess.run(
         ["sh", "-c", words], cwd=gone, env=environment, capture_output=True, text=True, check=False
     )
@@ -217,7 +217,7 @@ def test_a_result_that_cannot_be_written_is_reported():
 def test_nobody_listens_to_the_progress(tmp_path, closed):
     words = f"push oci:{tmp_path}/none --to 127.0.0.1:1/a:1 --json {closed}"
     done = subprocess.run(
-        ["sh", "-c", f"{sys.executable} -m toolchain {words}"],
+        ["sh", "-c", f"{sys.executable} -m weightsmith {words}"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
 

@@ -16,12 +16,12 @@ import pytest
 import yaml
 from invoke.parser import Parser
 from invoke.program import Program
+from weightsmith import errors
+from weightsmith.cli import namespace
+from weightsmith.cli.housekeeping import report_words
+from weightsmith.recipe_file import check_recipe
 
 from tests.fakes.registry import fake_registry
-from toolchain import errors
-from toolchain.cli import namespace
-from toolchain.cli.housekeeping import report_words
-from toolchain.recipe_file import check_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(

@@ -4,8 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-
-from toolchain.files import write_whole
+from weightsmith.files import write_whole
 
 
 def test_a_file_is_replaced_in_a_folder_that_is_made(tmp_path: Path) -> None:

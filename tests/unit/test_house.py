@@ -37,8 +37,11 @@ def copy(tmp_path: Path) -> Path:
 
 def lint_imports(folder: Path):
     # Through the interpreter, so that the copy and not the installed package is looked at.
-    code = "import sys; sys.path.insert(0, '.'); from importlinter.cli import lint_imports_command"
-    return run(sys.executable, "-c", code + "; lint_imports_command(['--no-cache'])", cwd=folder)
+    code = (
+        "import sys; sys.path.insert(0, 'toolchain')\n"
+        "from importlinter.cli import lint_imports_command; lint_imports_command(['--no-cache'])"
+    )
+    return run(sys.executable, "-c", code, cwd=folder)
 
 
 def test_import_contracts_hold(copy: Path) -> None:
@@ -50,19 +53,19 @@ def test_import_contracts_hold(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "line", "contract"),
     [
-        ("stages/bake.py", "import toolchain.stages.merge", "Stages do not know each other"),
+        ("stages/bake.py", "import weightsmith.stages.merge", "Stages do not know each other"),
         ("stages/bake.py", "import subprocess", "Only drivers start processes"),
-        ("stages/bake.py", "import toolchain.drivers.store", "reached through ports"),
+        ("stages/bake.py", "import weightsmith.drivers.store", "reached through ports"),
         ("building/planning.py", "import torch", "The control plane is light"),
         ("serving/llamacpp.py", "import jinja2", "Templates are rendered in one place"),
-        ("values.py", "import toolchain.recipe", "One direction"),
-        ("building/artifacts.py", "import toolchain.building.planning", "within a build"),
-        ("merging/outputs.py", "import toolchain.merging.stream", "No circles"),
+        ("values.py", "import weightsmith.recipe", "One direction"),
+        ("building/artifacts.py", "import weightsmith.building.planning", "within a build"),
+        ("merging/outputs.py", "import weightsmith.merging.stream", "No circles"),
         ("utils.py", "", "One direction"),
     ],
 )
 def test_each_contract_bites(copy: Path, file: str, line: str, contract: str) -> None:
-    path = copy / "toolchain" / file
+    path = copy / "toolchain" / "weightsmith" / file
     before = path.read_text() if path.exists() else ""
     path.write_text(f"{before}\n{line}\n")
 
@@ -75,15 +78,15 @@ def test_each_contract_bites(copy: Path, file: str, line: str, contract: str) ->
 
 ENGINE = """
 from dataclasses import replace
-from toolchain.serving.llamacpp import ENGINE as _LIKE
+from weightsmith.serving.llamacpp import ENGINE as _LIKE
 
 ENGINE = replace(_LIKE, name="example")
 """
 
 QUANTIZER = """
 from dataclasses import replace
-from toolchain.quantizers.gguf import QUANTIZER as _LIKE
-from toolchain.values import Format
+from weightsmith.quantizers.gguf import QUANTIZER as _LIKE
+from weightsmith.values import Format
 
 QUANTIZER = replace(
     _LIKE, name="example", formats=(Format(name="q9_x", kind="gguf", bits_per_weight=9.0),)
@@ -92,12 +95,18 @@ QUANTIZER = replace(
 
 
 def test_an_engine_and_a_quantizer_are_one_file_each(copy: Path) -> None:
-    (copy / "toolchain" / "serving" / "example.py").write_text(ENGINE)
+    (copy / "toolchain" / "weightsmith" / "serving" / "example.py").write_text(ENGINE)
     (copy / "templates" / "example").mkdir()
-    (copy / "toolchain" / "quantizers" / "example.py").write_text(QUANTIZER)
+    (copy / "toolchain" / "weightsmith" / "quantizers" / "example.py").write_text(QUANTIZER)
 
     result = run(
-        sys.executable, "-m", "invoke", "targets", "--json", cwd=copy, env={"PYTHONPATH": str(copy)}
+        sys.executable,
+        "-m",
+        "invoke",
+        "targets",
+        "--json",
+        cwd=copy,
+        env={"PYTHONPATH": str(copy / "toolchain")},
     )
 
     assert result.returncode == 0, result.stderr
@@ -118,13 +127,14 @@ def test_listing_commands_imports_nothing_heavy() -> None:
 
     assert "build" in result.stdout
     assert not HEAVY & modules
-    assert "toolchain.pipeline" not in modules
+    assert "weightsmith.pipeline" not in modules
 
 
 def test_the_control_plane_never_imports_torch() -> None:
     code = (
-        "import sys, toolchain.pipeline, toolchain.commands.plan, toolchain.wiring\n"
-        "import toolchain.commands.merge, toolchain.commands.render, toolchain.commands.evaluate\n"
+        "import sys, weightsmith.pipeline, weightsmith.commands.plan, weightsmith.wiring\n"
+        "import weightsmith.commands.merge, weightsmith.commands.render\n"
+        "import weightsmith.commands.evaluate\n"
         "print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
     )
 
@@ -138,7 +148,7 @@ def test_tasks_file_is_three_lines() -> None:
 def test_no_port_is_wider_than_six_methods() -> None:
     import ast
 
-    tree = ast.parse((ROOT / "toolchain" / "ports.py").read_text())
+    tree = ast.parse((ROOT / "toolchain" / "weightsmith" / "ports.py").read_text())
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and any(
             isinstance(base, ast.Name) and base.id == "Protocol" for base in node.bases
@@ -152,7 +162,7 @@ def test_trees_are_walked_and_deleted_in_one_place() -> None:
     recursive = re.compile(r"\b(rmtree|rglob|os\.walk|Path\.walk)\b")
     found = {
         path.name
-        for path in (ROOT / "toolchain").glob("**/*.py")
+        for path in (ROOT / "toolchain" / "weightsmith").glob("**/*.py")
         if recursive.search(path.read_text("utf-8"))
     }
     assert found == {"trees.py"}
@@ -161,7 +171,7 @@ def test_trees_are_walked_and_deleted_in_one_place() -> None:
 def test_main_function_of_the_pipeline_fits_a_screen() -> None:
     import ast
 
-    tree = ast.parse((ROOT / "toolchain" / "pipeline.py").read_text())
+    tree = ast.parse((ROOT / "toolchain" / "weightsmith" / "pipeline.py").read_text())
     build = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "build")
 
     assert (build.end_lineno or 0) - build.lineno < 40
@@ -173,7 +183,7 @@ def test_every_error_says_what_to_do_next() -> None:
     kinds = {"UsageError", "InputRefused", "CheckFailed", "EnvironmentFailure", "Unmeasurable"}
     silent = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
-        for path in sorted((ROOT / "toolchain").rglob("*.py"))
+        for path in sorted((ROOT / "toolchain" / "weightsmith").rglob("*.py"))
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call)
         and getattr(node.func, "id", "") in kinds
@@ -213,9 +223,9 @@ def test_what_others_wrote_is_parsed_in_one_place() -> None:
         )
 
     found = {
-        path.relative_to(ROOT / "toolchain").as_posix()
-        for path in (ROOT / "toolchain").rglob("*.py")
+        path.relative_to(ROOT / "toolchain" / "weightsmith").as_posix()
+        for path in (ROOT / "toolchain" / "weightsmith").rglob("*.py")
         if any(parses(node) for node in ast.walk(ast.parse(path.read_text())))
     }
 
-    assert found <= READS_OUR_OWN, "use toolchain/foreign.py, which has limits"
+    assert found <= READS_OUR_OWN, "use toolchain/weightsmith/foreign.py, which has limits"

@@ -23,7 +23,7 @@ sys.argv = [{program!r}, "targets"]
 """
 """Send this process a SIGINT in the moment in which it begins to import a module."""
 STARTS = {
-    "weightsmith": "from toolchain.__main__ import main; main()",
+    "weightsmith": "from weightsmith.__main__ import main; main()",
     "invoke": "sys.path.insert(0, '.'); import tasks",
 }
 

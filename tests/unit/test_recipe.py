@@ -6,9 +6,8 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-
-from toolchain.errors import UsageError
-from toolchain.recipe_file import check_recipe, read_recipe, with_settings
+from weightsmith.errors import UsageError
+from weightsmith.recipe_file import check_recipe, read_recipe, with_settings
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(ROOT.glob("examples/*/recipe*.yaml"))
@@ -70,9 +69,9 @@ def test_settings_that_are_none(setting: str) -> None:
 def test_the_recipe_knows_every_way_to_merge() -> None:
     from typing import get_args
 
-    from toolchain.merging.combining.combination import METHODS, SPACES
-    from toolchain.merging.quantized.choice import CHOICES
-    from toolchain.recipe import Merge
+    from weightsmith.merging.combining.combination import METHODS, SPACES
+    from weightsmith.merging.quantized.choice import CHOICES
+    from weightsmith.recipe import Merge
 
     fields = Merge.model_fields
     assert get_args(fields["method"].annotation) == METHODS

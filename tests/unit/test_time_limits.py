@@ -11,10 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
-from toolchain import time_limits
-from toolchain.errors import UsageError
-from toolchain.time_limits import GGUF_PER_GB, TooLong, cpu_limit, doing, job_seconds, steady
+from weightsmith import time_limits
+from weightsmith.errors import UsageError
+from weightsmith.time_limits import GGUF_PER_GB, TooLong, cpu_limit, doing, job_seconds, steady
 
 ROOT = Path(__file__).parents[2]
 HOURS = 3600
@@ -121,7 +120,7 @@ def test_a_limit_that_is_no_number_is_a_usage_error(text, monkeypatch):
 def test_no_job_is_made_without_a_limit():
     without = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
-        for path in sorted((ROOT / "toolchain").rglob("*.py"))
+        for path in sorted((ROOT / "toolchain" / "weightsmith").rglob("*.py"))
         for node in ast.walk(ast.parse(path.read_text("utf-8")))
         if isinstance(node, ast.Call)
         and getattr(node.func, "id", "") == "Job"

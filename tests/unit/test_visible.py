@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-
-from toolchain.visible import as_json, escaped, joined, passed_on, printed, quoted, upright
+from weightsmith.visible import as_json, escaped, joined, passed_on, printed, quoted, upright
 
 
 @pytest.mark.parametrize("text", ["", "Größe 模型 اختبار 🙂 a\\b {c} [d]", "  two  spaces"])

@@ -7,8 +7,9 @@ from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 
+from weightsmith.errors import WeightsmithError
+
 from tests.hostile.fuzz.subjects import SUBJECTS
-from toolchain.errors import WeightsmithError
 
 
 class Finding(AssertionError):

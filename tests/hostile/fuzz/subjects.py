@@ -15,28 +15,28 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 from safetensors.numpy import save
+from weightsmith.building.planning import all_targets
+from weightsmith.checkpoints.gguf_config import gguf_config, gguf_file_type
+from weightsmith.checkpoints.gguf_import import import_gguf
+from weightsmith.checkpoints.safetensors import open_checkpoint
+from weightsmith.commands.report import report_builds
+from weightsmith.errors import WeightsmithError
+from weightsmith.oci.image import load_image
+from weightsmith.oci.unpack import unpack
+from weightsmith.provenance.labels import plan_in
+from weightsmith.provenance.roles import roles_of
+from weightsmith.provenance.signing import open_envelope
+from weightsmith.serving.engine import Wishes
+from weightsmith.serving.parameters import weights_from_config
+from weightsmith.stages.quantize import serving_config_of
+from weightsmith.stages.render import render
+from weightsmith.values import Digest, canonical
 
 from tests.fakes.images import entry, foreign_image, tar_of
 from tests.golden.cases import MODELS, model
 from tests.hostile.fuzz.mutations import bytes_changed, early, json_changed
 from tests.unit.checkpoints.test_gguf_import import weights, write
 from tests.unit.stages.test_report import BUILD
-from toolchain.building.planning import all_targets
-from toolchain.checkpoints.gguf_config import gguf_config, gguf_file_type
-from toolchain.checkpoints.gguf_import import import_gguf
-from toolchain.checkpoints.safetensors import open_checkpoint
-from toolchain.commands.report import report_builds
-from toolchain.errors import WeightsmithError
-from toolchain.oci.image import load_image
-from toolchain.oci.unpack import unpack
-from toolchain.provenance.labels import plan_in
-from toolchain.provenance.roles import roles_of
-from toolchain.provenance.signing import open_envelope
-from toolchain.serving.engine import Wishes
-from toolchain.serving.parameters import weights_from_config
-from toolchain.stages.quantize import serving_config_of
-from toolchain.stages.render import render
-from toolchain.values import Digest, canonical
 
 Make = Callable[[Random], bytes]
 Read = Callable[[bytes, Path], None]

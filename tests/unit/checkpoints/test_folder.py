@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from toolchain.checkpoints.folder import check_adapter_folder, check_model_folder, scan
-from toolchain.errors import InputRefused
+from weightsmith.checkpoints.folder import check_adapter_folder, check_model_folder, scan
+from weightsmith.errors import InputRefused
 
 
 def touch(root: Path, *names: str) -> None:
@@ -121,8 +120,7 @@ def test_pickles_alone_are_refused_with_a_way_out(name: str, tmp_path: Path) -> 
 
 def test_the_conversion_in_the_hint_works(tmp_path: Path) -> None:
     import torch
-
-    from toolchain.checkpoints.safetensors import read_header
+    from weightsmith.checkpoints.safetensors import read_header
 
     touch(tmp_path, "adapter_config.json")
     torch.save({"a.lora_A.weight": torch.ones(2, 3)}, tmp_path / "adapter_model.bin")

@@ -13,12 +13,11 @@ import numpy.typing as npt
 import pytest
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
-
-from toolchain.checkpoints.gguf_import import import_gguf
-from toolchain.drivers.pypi import PypiReader
-from toolchain.drivers.store import FileStore
-from toolchain.errors import InputRefused
-from toolchain.ports import Silent
+from weightsmith.checkpoints.gguf_import import import_gguf
+from weightsmith.drivers.pypi import PypiReader
+from weightsmith.drivers.store import FileStore
+from weightsmith.errors import InputRefused
+from weightsmith.ports import Silent
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 64, 96, 4, 2, 16, 2
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}\n{% endfor %}é\t "

@@ -5,8 +5,7 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
-
-from toolchain.checkpoints.gguf_reader import GGUFReader
+from weightsmith.checkpoints.gguf_reader import GGUFReader
 
 ARRAYS = {
     "words": ["", "ab", "ähm ▁<s>", "x" * 300],

@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-
-from toolchain.checkpoints.reshard import INDEX, read_pieces, reshard, size_of
-from toolchain.errors import InputRefused, UsageError
-from toolchain.oci.image import ImageConfig, assemble
-from toolchain.oci.unpack import unpack
-from toolchain.oci.weights import weight_layers
-from toolchain.values import Digest, FileEntry, Tree
+from weightsmith.checkpoints.reshard import INDEX, read_pieces, reshard, size_of
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.oci.image import ImageConfig, assemble
+from weightsmith.oci.unpack import unpack
+from weightsmith.oci.weights import weight_layers
+from weightsmith.values import Digest, FileEntry, Tree
 
 LARGEST = 400_000
 

@@ -11,15 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load, load_file, save_file
-
-from toolchain.checkpoints.safetensors import (
+from weightsmith.checkpoints.safetensors import (
     BITS,
     build_header,
     open_checkpoint,
     read_header,
 )
-from toolchain.errors import InputRefused
-from toolchain.foreign import read_json
+from weightsmith.errors import InputRefused
+from weightsmith.foreign import read_json
 
 
 def entry(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8), **more: Any) -> Any:

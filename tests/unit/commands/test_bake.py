@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from weightsmith.commands.images import copy_image
+from weightsmith.commands.verify import verify_image
+from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.oci.image import Image, ImageConfig, assemble
+from weightsmith.oci.layers import Member, TarLayer
+from weightsmith.oci.layout import read_layout, write_layout
+from weightsmith.oci.places import open_place
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
+from weightsmith.ports import Silent
 
 from tests.fakes.baking import bake, make_key, make_model, push_base
 from tests.fakes.registry import FakeRegistry, fake_registry
-from toolchain.commands.images import copy_image
-from toolchain.commands.verify import verify_image
-from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
-from toolchain.oci.image import Image, ImageConfig, assemble
-from toolchain.oci.layers import Member, TarLayer
-from toolchain.oci.layout import read_layout, write_layout
-from toolchain.oci.places import open_place
-from toolchain.oci.references import Reference
-from toolchain.oci.registry import Registry
-from toolchain.ports import Silent
 
 ENGINE = {"dev.weightsmith.engine": "llamacpp"}
 
@@ -152,7 +152,7 @@ import json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from tests.fakes.baking import bake
-from toolchain.oci.registry import Registry
+from weightsmith.oci.registry import Registry
 with Registry() as client:
     print(bake(client, Path(sys.argv[2]), sys.argv[3], layout=Path(sys.argv[4]))["digest"])
 """

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 
+from weightsmith.commands.images import inspect_image, inspect_text
+from weightsmith.commands.verify import table
+from weightsmith.drivers.docker import DockerEngine
+from weightsmith.oci.manifests import host_platform
+from weightsmith.oci.registry import Registry
+from weightsmith.values import plain
+
 from tests.fakes.baking import push_base
 from tests.fakes.registry import fake_registry
-from toolchain.commands.images import inspect_image, inspect_text
-from toolchain.commands.verify import table
-from toolchain.drivers.docker import DockerEngine
-from toolchain.oci.manifests import host_platform
-from toolchain.oci.registry import Registry
-from toolchain.values import plain
 
 FORGED = "a\x1b[2K\n  ok  signature  signed by you"
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from weightsmith.commands.lm_eval import HarnessRequest, command, evaluate_tasks, read_results
+from weightsmith.commands.server import Place
+from weightsmith.errors import CheckFailed
+from weightsmith.ports import Silent
 
 from tests.fakes.serving import serving
-from toolchain.commands.lm_eval import HarnessRequest, command, evaluate_tasks, read_results
-from toolchain.commands.server import Place
-from toolchain.errors import CheckFailed
-from toolchain.ports import Silent
 
 PLACE = Place(url="http://x")
 

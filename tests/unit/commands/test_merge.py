@@ -5,11 +5,11 @@ import os
 from pathlib import Path
 
 import pytest
+from weightsmith.commands.merge import Folders, merge_folders
+from weightsmith.errors import UsageError
+from weightsmith.recipe import Merge
 
 from tests.fakes.memory import memory_tools
-from toolchain.commands.merge import Folders, merge_folders
-from toolchain.errors import UsageError
-from toolchain.recipe import Merge
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny"
 

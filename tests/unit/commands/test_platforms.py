@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 import yaml
+from weightsmith.commands.images import inspect_image, inspect_text
+from weightsmith.commands.verify import verify_image
+from weightsmith.drivers.docker import DockerEngine
+from weightsmith.errors import CheckFailed, InputRefused
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
+from weightsmith.ports import Silent
 
 from tests.fakes.baking import make_key, push_base
 from tests.fakes.registry import FakeRegistry, fake_registry
-from toolchain.commands.images import inspect_image, inspect_text
-from toolchain.commands.verify import verify_image
-from toolchain.drivers.docker import DockerEngine
-from toolchain.errors import CheckFailed, InputRefused
-from toolchain.oci.references import Reference
-from toolchain.oci.registry import Registry
-from toolchain.ports import Silent
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny" / "base"
 INDEX = "application/vnd.oci.image.index.v1+json"
@@ -64,7 +64,7 @@ class Scene:
         }  # fmt: skip
         (self.folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         said = subprocess.run(
-            [sys.executable, "-m", "toolchain", "build", "--recipe", self.folder / "recipe.yaml",
+            [sys.executable, "-m", "weightsmith", "build", "--recipe", self.folder / "recipe.yaml",
              "--runner", "local", "--dist", self.folder / "dist", "--json", *words],
             capture_output=True, text=True,
             env={**os.environ, "PYTHONPATH": str(TINY.parents[2])},

@@ -30,7 +30,7 @@ def changed(model: Path, **config: object) -> None:
 
 def command(*words: object) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, "-m", "toolchain.cli.program", *map(str, words)],
+        [sys.executable, "-m", "weightsmith.cli.program", *map(str, words)],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert "Traceback" not in done.stderr

@@ -7,22 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from weightsmith.commands.rebase import RebaseRequest, rebase_image
+from weightsmith.commands.verify import verify_image
+from weightsmith.errors import CheckFailed, InputRefused, UsageError
+from weightsmith.oci.attachments import Attachment, Part
+from weightsmith.oci.image import Image
+from weightsmith.oci.index import Index
+from weightsmith.oci.places import RegistryPlace
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
+from weightsmith.ports import Silent
+from weightsmith.provenance.evidence import read_attached
+from weightsmith.wiring import make_tools
 
 from tests.fakes.baking import bake, make_key, make_model, push_base, tools_for
 from tests.fakes.images import entry, foreign_image, tar_of
 from tests.fakes.registry import FakeRegistry, fake_registry
-from toolchain.commands.rebase import RebaseRequest, rebase_image
-from toolchain.commands.verify import verify_image
-from toolchain.errors import CheckFailed, InputRefused, UsageError
-from toolchain.oci.attachments import Attachment, Part
-from toolchain.oci.image import Image
-from toolchain.oci.index import Index
-from toolchain.oci.places import RegistryPlace
-from toolchain.oci.references import Reference
-from toolchain.oci.registry import Registry
-from toolchain.ports import Silent
-from toolchain.provenance.evidence import read_attached
-from toolchain.wiring import make_tools
 
 ENGINE = "dev.weightsmith.engine"
 VERSION = "org.opencontainers.image.version"

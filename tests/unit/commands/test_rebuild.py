@@ -8,15 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.oci.places import RegistryPlace
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
+from weightsmith.stages.lock import read_lock
 
 from tests.fakes.baking import make_key, push_base
 from tests.fakes.rebuilding import COMMIT, Scene
 from tests.fakes.registry import fake_registry
-from toolchain.errors import InputRefused, UsageError
-from toolchain.oci.places import RegistryPlace
-from toolchain.oci.references import Reference
-from toolchain.oci.registry import Registry
-from toolchain.stages.lock import read_lock
 
 
 @pytest.fixture

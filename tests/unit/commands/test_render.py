@@ -19,7 +19,7 @@ MODELS = ROOT / "tests" / "golden" / "models"
 def invoke(*words):
     """(exit code, what --json printed, standard error)."""
     done = subprocess.run(
-        [sys.executable, "-m", "toolchain.cli.program", *map(str, words), "--json"],
+        [sys.executable, "-m", "weightsmith.cli.program", *map(str, words), "--json"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert "Traceback" not in done.stderr

@@ -11,21 +11,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from weightsmith.commands.images import copy_attachments, copy_image
+from weightsmith.commands.verify import verify_image
+from weightsmith.drivers.signer import open_signer
+from weightsmith.errors import CheckFailed, InputRefused, UsageError
+from weightsmith.oci.attachments import fallback_tag
+from weightsmith.oci.image import Image
+from weightsmith.oci.layers import Member, TarLayer
+from weightsmith.oci.places import RegistryPlace
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
+from weightsmith.ports import Silent
 
 from tests.fakes.baking import bake, make_key, make_model, push_base
 from tests.fakes.debian_registry import real_registry
 from tests.fakes.registry import FakeRegistry, fake_registry
-from toolchain.commands.images import copy_attachments, copy_image
-from toolchain.commands.verify import verify_image
-from toolchain.drivers.signer import open_signer
-from toolchain.errors import CheckFailed, InputRefused, UsageError
-from toolchain.oci.attachments import fallback_tag
-from toolchain.oci.image import Image
-from toolchain.oci.layers import Member, TarLayer
-from toolchain.oci.places import RegistryPlace
-from toolchain.oci.references import Reference
-from toolchain.oci.registry import Registry
-from toolchain.ports import Silent
 
 ENGINE = {"dev.weightsmith.engine": "llamacpp", "org.opencontainers.image.version": "1.0.0"}
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+from weightsmith.building.planning import all_targets, require_builder
+from weightsmith.drivers import docker_images, environment, toolset
+from weightsmith.drivers.environment import Pins, environment_folder, is_complete
+from weightsmith.drivers.local import LocalRunner
+from weightsmith.drivers.wheels import configured_wheels, pick_wheels
+from weightsmith.errors import EnvironmentFailure, UsageError
+from weightsmith.resources import builder_pins, containerfile, engine_pins
 
 from tests.fakes.journal import RecordingProgress
-from toolchain.building.planning import all_targets, require_builder
-from toolchain.drivers import docker_images, environment, toolset
-from toolchain.drivers.environment import Pins, environment_folder, is_complete
-from toolchain.drivers.local import LocalRunner
-from toolchain.drivers.wheels import configured_wheels, pick_wheels
-from toolchain.errors import EnvironmentFailure, UsageError
-from toolchain.resources import builder_pins, containerfile, engine_pins
 
 TORCH = "torch-2.13.0+cpu-cp311-cp311-linux_x86_64.whl"
 
@@ -39,7 +40,7 @@ def images(tmp_path, monkeypatch):
     )
     for module in (environment, toolset, docker_images):
         monkeypatch.setattr(module, "images", lambda: root)
-    monkeypatch.setattr("toolchain.resources.images", lambda: root)
+    monkeypatch.setattr("weightsmith.resources.images", lambda: root)
     return root
 
 
@@ -112,7 +113,10 @@ def test_the_environment_follows_the_pins_but_not_the_comments(images):
 
 def test_a_missing_compiler_is_reported_before_anything_is_made(tmp_path, monkeypatch):
     runner = LocalRunner(tmp_path)
-    monkeypatch.setattr("shutil.which", lambda name: None)
+    which = shutil.which
+    monkeypatch.setattr(  # Python itself is there, and no other program
+        "shutil.which", lambda name, **where: which(name, **where) if "python" in name else None
+    )
     with pytest.raises(EnvironmentFailure, match=r"compiles pypcre.*no C compiler"):
         runner.check("gptqmodel")
     with pytest.raises(EnvironmentFailure, match="no C compiler"):

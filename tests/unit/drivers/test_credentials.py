@@ -6,9 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-
-from toolchain.drivers.credentials import ask_helper, docker_config
-from toolchain.errors import EnvironmentFailure, InputRefused
+from weightsmith.drivers.credentials import ask_helper, docker_config
+from weightsmith.errors import EnvironmentFailure, InputRefused
 
 
 @pytest.fixture

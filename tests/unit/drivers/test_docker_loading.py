@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-
-from toolchain.drivers.docker_loading import load_in_turn
-from toolchain.errors import EnvironmentFailure
+from weightsmith.drivers.docker_loading import load_in_turn
+from weightsmith.errors import EnvironmentFailure
 
 PATIENCE = 60
 

@@ -6,26 +6,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-from toolchain.drivers.docker import _passes_gpus, engine_host
-from toolchain.drivers.docker_images import _only_said, base_reference
-from toolchain.drivers.docker_launcher import confinement
-from toolchain.drivers.docker_requests import (
+from weightsmith.drivers.docker import _passes_gpus, engine_host
+from weightsmith.drivers.docker_images import _only_said, base_reference
+from weightsmith.drivers.docker_launcher import confinement
+from weightsmith.drivers.docker_requests import (
     Bounds,
     Place,
     build_command,
     job_request,
     server_request,
 )
-from toolchain.drivers.process import Completed
-from toolchain.ports import StartSpec
-from toolchain.values import Job
+from weightsmith.drivers.process import Completed
+from weightsmith.ports import StartSpec
+from weightsmith.values import Job
 
 PLACE = Place(
     inputs={"base": Path("/models/base"), "adapter0": Path("/models/lora")},
     output=Path("/store/tmp/out"),
     job_file=Path("/staging/job.json"),
-    package=Path("/src/toolchain"),
+    package=Path("/src/weightsmith"),
 )
 
 
@@ -65,7 +64,7 @@ def test_a_job_sees_its_inputs_read_only_and_writes_one_folder():
         "/in/adapter0": ("/models/lora", True),
         "/in/base": ("/models/base", True),
         "/job/job.json": ("/staging/job.json", True),
-        "/weightsmith/toolchain": ("/src/toolchain", True),
+        "/weightsmith/weightsmith": ("/src/weightsmith", True),
         "/out": ("/store/tmp/out", False),
     }
 

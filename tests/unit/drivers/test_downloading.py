@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 
 import pytest
+from weightsmith.drivers.downloading import persistently
+from weightsmith.drivers.process import Completed
 
 from tests.fakes.journal import RecordingProgress
-from toolchain.drivers.downloading import persistently
-from toolchain.drivers.process import Completed
 
 BROKEN = (
     "urllib3.exceptions.ReadTimeoutError: HTTPSConnectionPool(host='x'): Read timed out.",

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
+from weightsmith.drivers.fallback import FallbackRunner
+from weightsmith.errors import EnvironmentFailure, InputRefused
+from weightsmith.ports import Silent
+from weightsmith.values import Job
 
 from tests.fakes.journal import RecordingProgress
-from toolchain.drivers.fallback import FallbackRunner
-from toolchain.errors import EnvironmentFailure, InputRefused
-from toolchain.ports import Silent
-from toolchain.values import Job
 
 
 class Runner:

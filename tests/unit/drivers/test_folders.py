@@ -6,11 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
-
-from toolchain.drivers import folders
-from toolchain.drivers.folders import FolderReader
-from toolchain.drivers.store import FileStore
-from toolchain.ports import Silent
+from weightsmith.drivers import folders
+from weightsmith.drivers.folders import FolderReader
+from weightsmith.drivers.store import FileStore
+from weightsmith.ports import Silent
 
 
 @pytest.fixture
@@ -40,7 +39,7 @@ def test_what_was_fetched_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(bytes(1 << 20))
     os.utime(weights, (1, 1))
-    monkeypatch.setattr("toolchain.drivers.store._SETTLED_NS", -(10**12))
+    monkeypatch.setattr("weightsmith.drivers.store._SETTLED_NS", -(10**12))
     monkeypatch.setattr(folders, "_SOON", 1)
     reader = FolderReader(FileStore(tmp_path / "store"))
     place = str(tmp_path / "model")

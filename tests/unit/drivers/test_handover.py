@@ -7,12 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-
-from toolchain.drivers.bases import Base, base, read_bases
-from toolchain.drivers.handover import owned_by, readable
-from toolchain.drivers.ownership import is_dead, owner_token, private_folder
-from toolchain.errors import EnvironmentFailure, UsageError
-from toolchain.values import Digest
+from weightsmith.drivers.bases import Base, base, read_bases
+from weightsmith.drivers.handover import owned_by, readable
+from weightsmith.drivers.ownership import is_dead, owner_token, private_folder
+from weightsmith.errors import EnvironmentFailure, UsageError
+from weightsmith.values import Digest
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from weightsmith.drivers.hub import HubReader
+from weightsmith.drivers.store import FileStore
+from weightsmith.errors import EnvironmentFailure, InputRefused
+from weightsmith.ports import Silent
 
 from tests.fakes.hub import COMMIT, FILES, FakeHub, fake_hub
-from toolchain.drivers.hub import HubReader
-from toolchain.drivers.store import FileStore
-from toolchain.errors import EnvironmentFailure, InputRefused
-from toolchain.ports import Silent
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from weightsmith.drivers import filters, landlock, local, process
+from weightsmith.drivers.confinement import Confinement, confinement, interpreter, job_jail
+from weightsmith.drivers.fallback import FallbackRunner
+from weightsmith.drivers.jail import ALL, NONE
+from weightsmith.errors import EnvironmentFailure
 
 from tests.fakes.bare_builder import bare_builder, echo_job
 from tests.fakes.journal import RecordingProgress
-from toolchain.drivers import filters, landlock, local, process
-from toolchain.drivers.confinement import Confinement, confinement, interpreter, job_jail
-from toolchain.drivers.fallback import FallbackRunner
-from toolchain.drivers.jail import ALL, NONE
-from toolchain.errors import EnvironmentFailure
 
 BASE_PYTHON = Path(getattr(sys, "_base_executable", sys.executable))
 PIECES = str(Path(filters.__file__).parent)

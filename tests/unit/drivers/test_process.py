@@ -10,10 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-
-from toolchain.drivers import process
-from toolchain.drivers.lines import Lines
-from toolchain.errors import EnvironmentFailure
+from weightsmith.drivers import process
+from weightsmith.drivers.lines import Lines
+from weightsmith.errors import EnvironmentFailure
 
 ROOT = Path(__file__).parents[3]
 
@@ -184,7 +183,7 @@ def test_a_program_can_be_put_where_there_is_no_network():
 
 
 PARENT = """
-from toolchain.drivers import process
+from weightsmith.drivers import process
 process.run(["/bin/sh", "-c", "echo $$; exec sleep 600"], on_line=lambda x: print(x, flush=True))
 """
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from weightsmith.drivers.pypi import PypiReader, _client
+from weightsmith.drivers.store import FileStore
+from weightsmith.errors import Altered, EnvironmentFailure, InputRefused
+from weightsmith.ports import Silent
 
 from tests.fakes.serving import serving
-from toolchain.drivers.pypi import PypiReader, _client
-from toolchain.drivers.store import FileStore
-from toolchain.errors import Altered, EnvironmentFailure, InputRefused
-from toolchain.ports import Silent
 
 
 def wheel_with(files: dict[str, bytes]) -> bytes:

@@ -11,19 +11,19 @@ from pathlib import Path
 
 import httpx
 import pytest
-
-from tests.fakes.rootfs import copy_python, copy_shell
-from toolchain.drivers import rootfs
-from toolchain.drivers.enclosing import NotAllowed
-from toolchain.drivers.rootfs import (
+from weightsmith.drivers import rootfs
+from weightsmith.drivers.enclosing import NotAllowed
+from weightsmith.drivers.rootfs import (
     RootfsLauncher,
     StartInfo,
     free_port,
     pointed_into,
     user_ids,
 )
-from toolchain.errors import CheckFailed, UsageError
-from toolchain.ports import StartSpec
+from weightsmith.errors import CheckFailed, UsageError
+from weightsmith.ports import StartSpec
+
+from tests.fakes.rootfs import copy_python, copy_shell
 
 PATIENCE = 120
 """Seconds in which what is sure to come must have come, however busy the machine is."""

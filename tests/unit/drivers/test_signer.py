@@ -7,14 +7,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from weightsmith.drivers.signer import open_signer
+from weightsmith.errors import EnvironmentFailure, UsageError
+from weightsmith.ports import Signer
+from weightsmith.provenance.signing import check_by
+from weightsmith.wiring import make_signer
 
 from tests.fakes.baking import make_key
 from tests.fakes.key_service import key_service
-from toolchain.drivers.signer import open_signer
-from toolchain.errors import EnvironmentFailure, UsageError
-from toolchain.ports import Signer
-from toolchain.provenance.signing import check_by
-from toolchain.wiring import make_signer
 
 TEXT = b"what is signed"
 KINDS = {
@@ -82,7 +82,7 @@ def test_a_key_whose_signatures_verify_would_not_believe(
     """As of a key service that signs with another hash."""
     _, public = make_key(tmp_path)
     other = Signer(sign=lambda text: text, public=public.read_bytes())
-    monkeypatch.setattr("toolchain.wiring.open_signer", lambda _: other)
+    monkeypatch.setattr("weightsmith.wiring.open_signer", lambda _: other)
     with pytest.raises(UsageError, match="cannot check"):
         make_signer("awskms:///alias/release")
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
-from toolchain.drivers.starting import told_by_engine
-from toolchain.errors import CheckFailed
+from weightsmith.drivers.starting import told_by_engine
+from weightsmith.errors import CheckFailed
 
 RUNC = (
     "failed to create task for container: failed to create shim task: OCI runtime create failed:"

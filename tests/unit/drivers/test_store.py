@@ -9,10 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-
-from toolchain.drivers.store import FileStore
-from toolchain.errors import EnvironmentFailure
-from toolchain.values import key_of
+from weightsmith.drivers.store import FileStore
+from weightsmith.errors import EnvironmentFailure
+from weightsmith.values import key_of
 
 KEY = key_of("a result")
 

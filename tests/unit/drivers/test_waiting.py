@@ -8,12 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from filelock import FileLock
+from weightsmith.drivers.store import FileStore
+from weightsmith.drivers.waiting import locked
+from weightsmith.stages import publish
+from weightsmith.values import key_of
 
 from tests.fakes.journal import RecordingProgress
-from toolchain.drivers.store import FileStore
-from toolchain.drivers.waiting import locked
-from toolchain.stages import publish
-from toolchain.values import key_of
 
 
 def test_a_lock_that_is_free_says_nothing(tmp_path: Path) -> None:

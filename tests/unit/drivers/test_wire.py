@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from toolchain.drivers.wire import open_log
+from weightsmith.drivers.wire import open_log
 
 
 def test_the_log_of_a_long_job_outlives_those_of_many_short_ones(tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from weightsmith.drivers.process import TookTooLong
+from weightsmith.drivers.wire import Conversation, job_file
+from weightsmith.errors import EnvironmentFailure, InputRefused, WeightsmithError
+from weightsmith.values import Job
 
 from tests.fakes.journal import RecordingProgress
-from toolchain.drivers.process import TookTooLong
-from toolchain.drivers.wire import Conversation, job_file
-from toolchain.errors import EnvironmentFailure, InputRefused, WeightsmithError
-from toolchain.values import Job
 
 ROOT = Path(__file__).parents[3]
 
@@ -41,7 +41,7 @@ def worker(job: Job, tmp_path: Path, **options: object) -> subprocess.Popen[str]
     inputs = {name: str(path) for name, path in job.inputs.items()}
     file.write_text(job_file(job, inputs, str(job.output)), encoding="utf-8")
     return subprocess.Popen(
-        [sys.executable, "-m", "toolchain.worker", str(file)],
+        [sys.executable, "-m", "weightsmith.worker", str(file)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -117,7 +117,7 @@ def test_a_worker_that_hangs_says_where_before_its_time_is_over(tmp_path):
 
 def test_the_worker_needs_nothing_of_the_control_plane():
     code = (
-        "import sys, toolchain.worker.__main__, toolchain.drivers.process;"
+        "import sys, weightsmith.worker.__main__, weightsmith.drivers.process;"
         "heavy = ('pydantic', 'rich', 'docker', 'torch', 'filelock');"
         "print([m for m in heavy if m in sys.modules])"
     )

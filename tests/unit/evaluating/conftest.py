@@ -5,9 +5,9 @@ from contextlib import ExitStack, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from weightsmith.ports import Endpoint
 
 from tests.fakes.serving import serving
-from toolchain.ports import Endpoint
 
 
 def answer(text="7481"):

@@ -5,14 +5,14 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from weightsmith.errors import CheckFailed, EnvironmentFailure
+from weightsmith.evaluating import client, timely
+from weightsmith.evaluating.client import ask_all, chat, check_served_name, wait_until_healthy
+from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.session import Limits, Session, died
+from weightsmith.ports import Endpoint
 
 from tests.unit.evaluating.conftest import Handler, answer, flood
-from toolchain.errors import CheckFailed, EnvironmentFailure
-from toolchain.evaluating import client, timely
-from toolchain.evaluating.client import ask_all, chat, check_served_name, wait_until_healthy
-from toolchain.evaluating.items import Item
-from toolchain.evaluating.session import Limits, Session, died
-from toolchain.ports import Endpoint
 
 QUICK = Limits(request_seconds=60, tries=2, pause_seconds=0.01, answer_bytes=100_000)
 IMPATIENT = replace(QUICK, request_seconds=0.3)

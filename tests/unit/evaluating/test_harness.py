@@ -2,11 +2,10 @@ import json
 import sys
 
 import pytest
-
-from toolchain.drivers.user_program import run_command
-from toolchain.errors import CheckFailed, EnvironmentFailure
-from toolchain.evaluating.items import Item
-from toolchain.evaluating.task import Task, score_task
+from weightsmith.drivers.user_program import run_command
+from weightsmith.errors import CheckFailed, EnvironmentFailure
+from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.task import Task, score_task
 
 ITEMS = tuple(
     Item(messages=({"role": "user", "content": text},), expected=("x",), line=n)

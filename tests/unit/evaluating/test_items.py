@@ -1,9 +1,8 @@
 import json
 
 import pytest
-
-from toolchain.errors import UsageError
-from toolchain.evaluating.items import read_items
+from weightsmith.errors import UsageError
+from weightsmith.evaluating.items import read_items
 
 
 def write(tmp_path, *lines):

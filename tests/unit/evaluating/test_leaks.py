@@ -1,10 +1,9 @@
 import json
 
 import pytest
-
-from toolchain.errors import UsageError
-from toolchain.evaluating.items import Item
-from toolchain.evaluating.leaks import describe, find_leaks
+from weightsmith.errors import UsageError
+from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.leaks import describe, find_leaks
 
 
 def item(prompt, line=1):

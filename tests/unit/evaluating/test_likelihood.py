@@ -3,11 +3,10 @@
 import math
 
 import pytest
-
-from toolchain.errors import CheckFailed, UsageError
-from toolchain.evaluating.items import Item
-from toolchain.evaluating.likelihood import choose, scorer, spaced
-from toolchain.evaluating.session import Limits, Session
+from weightsmith.errors import CheckFailed, UsageError
+from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.likelihood import choose, scorer, spaced
+from weightsmith.evaluating.session import Limits, Session
 
 QUICK = Limits(request_seconds=5, tries=2, pause_seconds=0.01)
 PLAIN = Item(

@@ -1,8 +1,7 @@
 import pytest
-
-from toolchain.evaluating.limits import judge, limits_for, refusal
-from toolchain.quantizers import formats
-from toolchain.recipe import Limits, Quality
+from weightsmith.evaluating.limits import judge, limits_for, refusal
+from weightsmith.quantizers import formats
+from weightsmith.recipe import Limits, Quality
 
 GOOD = {"kl_mean": 0.0, "kl_p99": 0.0, "top1": 1.0, "perplexity_ratio": 1.0, "layer_error": 0.0}
 

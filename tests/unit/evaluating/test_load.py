@@ -5,12 +5,11 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-
-from toolchain.evaluating import load
-from toolchain.evaluating.items import Item
-from toolchain.evaluating.load import Sample, load_test, measure, percentile, summary
-from toolchain.evaluating.session import Limits, Session
-from toolchain.ports import Silent
+from weightsmith.evaluating import load
+from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.load import Sample, load_test, measure, percentile, summary
+from weightsmith.evaluating.session import Limits, Session
+from weightsmith.ports import Silent
 
 QUESTIONS = tuple(
     Item(messages=({"role": "user", "content": f"q{n}"},), expected=(), line=n) for n in range(3)

@@ -1,10 +1,9 @@
 import pytest
-
-from toolchain.errors import CheckFailed, UsageError
-from toolchain.evaluating.gate import Limit, judge_drop, too_few
-from toolchain.evaluating.items import Item
-from toolchain.evaluating.metrics import check_metric, judge, score_answers
-from toolchain.values import Score
+from weightsmith.errors import CheckFailed, UsageError
+from weightsmith.evaluating.gate import Limit, judge_drop, too_few
+from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.metrics import check_metric, judge, score_answers
+from weightsmith.values import Score
 
 
 def item(prompt, *expected, line=1):

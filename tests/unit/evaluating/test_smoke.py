@@ -5,12 +5,12 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from weightsmith.errors import CheckFailed
+from weightsmith.evaluating.session import Limits, Session
+from weightsmith.evaluating.smoke import Promise, Smoke, check_life, check_serving
+from weightsmith.ports import Endpoint
 
 from tests.fakes.serving import serving
-from toolchain.errors import CheckFailed
-from toolchain.evaluating.session import Limits, Session
-from toolchain.evaluating.smoke import Promise, Smoke, check_life, check_serving
-from toolchain.ports import Endpoint
 
 QUICK = Limits(request_seconds=300, tries=1, pause_seconds=0.01)
 PROMISE = Promise(

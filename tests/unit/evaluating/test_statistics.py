@@ -3,8 +3,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from toolchain.evaluating.statistics import (
+from weightsmith.evaluating.statistics import (
     compare,
     items_needed,
     mcnemar,

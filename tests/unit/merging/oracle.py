@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from weightsmith.merging.engine import MergeRequest, merge
 
 from tests.unit.merging.models import build, model_class
-from toolchain.merging.engine import MergeRequest, merge
 
 MakeBase = Callable[..., Path]
 

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from weightsmith.checkpoints.safetensors import build_header, read_header
+from weightsmith.merging.outputs import Output, OutputShard, Part, Stored, Term
+from weightsmith.merging.rounding import FORMATS
+from weightsmith.merging.shards import Settings, ShardMaker, Tally
+from weightsmith.merging.stream import ARRAY_TYPES
 
 from tests.unit.merging.test_kernel import oracle
-from toolchain.checkpoints.safetensors import build_header, read_header
-from toolchain.merging.outputs import Output, OutputShard, Part, Stored, Term
-from toolchain.merging.rounding import FORMATS
-from toolchain.merging.shards import Settings, ShardMaker, Tally
-from toolchain.merging.stream import ARRAY_TYPES
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 FLOATS = st.integers(-40, 40).map(lambda n: n / 8)

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from weightsmith.errors import InputRefused
+from weightsmith.merging.engine import MergeRequest, merge
 
 from tests.unit.merging.models import model_class
 from tests.unit.merging.oracle import MakeBase, answers, merged
-from toolchain.errors import InputRefused
-from toolchain.merging.engine import MergeRequest, merge
 
 INITS = ["pissa", "pissa_niter_4", "olora"]
 

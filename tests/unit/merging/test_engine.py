@@ -13,10 +13,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-
-from toolchain.errors import InputRefused, UsageError
-from toolchain.merging import engine
-from toolchain.merging.engine import MergeRequest, merge
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.merging import engine
+from weightsmith.merging.engine import MergeRequest, merge
 
 Adapters = Sequence[tuple[Path, float]]
 
@@ -38,7 +37,7 @@ def logits(network: Any) -> torch.Tensor:
 
 def unmerged(base: Path, adapters: Adapters) -> torch.Tensor:
     """The oracle: PEFT's forward with the adapters beside the weights, in float64."""
-    from toolchain.merging.reference import _with_adapters
+    from weightsmith.merging.reference import _with_adapters
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

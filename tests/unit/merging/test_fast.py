@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import torch
 from threadpoolctl import threadpool_limits
-
-from toolchain.merging import fast, torch_kernel
-from toolchain.merging.kernel import Addition, Space
-from toolchain.merging.repair import Factors
-from toolchain.merging.rounding import BF16, F16, F32
-from toolchain.merging.torch_kernel import as_tensor
+from weightsmith.merging import fast, torch_kernel
+from weightsmith.merging.kernel import Addition, Space
+from weightsmith.merging.repair import Factors
+from weightsmith.merging.rounding import BF16, F16, F32
+from weightsmith.merging.torch_kernel import as_tensor
 
 SHAPES = [(16, 16, 4), (17, 33, 16), (64, 48, 2), (93, 5632, 64), (200, 700, 128), (97, 130, 9)]
 TYPES = [BF16, F16, F32]

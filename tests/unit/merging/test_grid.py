@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from weightsmith.errors import InputRefused
 
 from tests.unit.merging.oracle import MakeBase, check
-from toolchain.errors import InputRefused
 
 NAMES = {
     "llama": ("v_proj", "embed_tokens", "lm_head"),

@@ -13,13 +13,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
-
-from toolchain.errors import InputRefused
-from toolchain.merging import kernel, rounding, torch_kernel
-from toolchain.merging.kernel import Prepared, Space, finish_rows, merge_rows, prepare, work_type
-from toolchain.merging.repair import Factors
-from toolchain.merging.rounding import BF16, F16, F32, round_dyadic, round_once
-from toolchain.merging.torch_kernel import as_tensor, merge_rows_fast
+from weightsmith.errors import InputRefused
+from weightsmith.merging import kernel, rounding, torch_kernel
+from weightsmith.merging.kernel import Prepared, Space, finish_rows, merge_rows, prepare, work_type
+from weightsmith.merging.repair import Factors
+from weightsmith.merging.rounding import BF16, F16, F32, round_dyadic, round_once
+from weightsmith.merging.torch_kernel import as_tensor, merge_rows_fast
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
-from toolchain.errors import InputRefused
-from toolchain.merging.engine import MergeRequest, merge
+from weightsmith.errors import InputRefused
+from weightsmith.merging.engine import MergeRequest, merge
 
 
 def save(folder: Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:

@@ -11,14 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from toolchain.errors import EnvironmentFailure
-from toolchain.merging import libc, stream
+from weightsmith.errors import EnvironmentFailure
+from weightsmith.merging import libc, stream
 
 FAULTS = """
 import resource, sys
 import numpy as np
-from toolchain.merging.libc import keep_freed_memory
+from weightsmith.merging.libc import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 def round_():

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from weightsmith.errors import InputRefused
+from weightsmith.merging import engine
+from weightsmith.merging.engine import MergeRequest, merge
 
 from tests.unit.merging.test_layouts import delta, random, save
-from toolchain.errors import InputRefused
-from toolchain.merging import engine
-from toolchain.merging.engine import MergeRequest, merge
 
 Q = "model.layers.0.q_proj"
 W = random(6, 4)

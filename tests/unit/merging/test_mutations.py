@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from weightsmith.errors import WeightsmithError
+from weightsmith.merging import base as base_module
+from weightsmith.merging import claims, compose, dora, kasa, plan, shards
+from weightsmith.merging.claim import AdapterView
+from weightsmith.merging.families import experts, lora, tokens
 
 from tests.unit.merging import test_layouts, test_variants
-from toolchain.errors import WeightsmithError
-from toolchain.merging import base as base_module
-from toolchain.merging import claims, compose, dora, kasa, plan, shards
-from toolchain.merging.claim import AdapterView
-from toolchain.merging.families import experts, lora, tokens
 
 Patch = pytest.MonkeyPatch
 

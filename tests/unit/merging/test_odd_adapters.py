@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from weightsmith.checkpoints.peft_keys import check_peft_keys
+from weightsmith.errors import InputRefused
+from weightsmith.merging.engine import MergeRequest, merge
 
 from tests.unit.merging.oracle import MakeBase, check, merged, train, unmerged
-from toolchain.checkpoints.peft_keys import check_peft_keys
-from toolchain.errors import InputRefused
-from toolchain.merging.engine import MergeRequest, merge
 
 TIED = {"tie_word_embeddings": True}
 BIASED = {"attention_bias": True, "mlp_bias": True}

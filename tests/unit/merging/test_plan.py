@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-
-from toolchain.errors import InputRefused, UsageError
-from toolchain.merging.adapter_config import read_adapter_config
-from toolchain.merging.plan import MergePlan, estimate, make_plan
-from toolchain.merging.refused import REFUSED, SETTINGS
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.merging.adapter_config import read_adapter_config
+from weightsmith.merging.plan import MergePlan, estimate, make_plan
+from weightsmith.merging.refused import REFUSED, SETTINGS
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -81,8 +80,8 @@ def test_planning_needs_what_the_command_line_has_alone() -> None:
     heavy = ("torch", "numpy", "ml_dtypes", "safetensors", "peft", "transformers")
     code = (
         "import sys; sys.modules.update(dict.fromkeys(sys.argv[1:]))\n"
-        "import toolchain.merging.plan\n"
-        "from toolchain.merging.families import families; families()\n"
+        "import weightsmith.merging.plan\n"
+        "from weightsmith.merging.families import families; families()\n"
     )
     subprocess.run([sys.executable, "-c", code, *heavy], check=True)
 

@@ -14,14 +14,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-from toolchain.checkpoints.safetensors import read_header
-from toolchain.errors import CheckFailed
-from toolchain.merging.engine import MergeRequest, merge
-from toolchain.merging.outputs import OutputShard
-from toolchain.merging.plan import make_plan
-from toolchain.merging.proof import prove
-from toolchain.merging.stream import Checksum, OpenFiles, Writer
+from weightsmith.checkpoints.safetensors import read_header
+from weightsmith.errors import CheckFailed
+from weightsmith.merging.engine import MergeRequest, merge
+from weightsmith.merging.outputs import OutputShard
+from weightsmith.merging.plan import make_plan
+from weightsmith.merging.proof import prove
+from weightsmith.merging.stream import Checksum, OpenFiles, Writer
 
 
 @pytest.fixture

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from toolchain.errors import InputRefused
-from toolchain.merging.choices import likelihoods
-from toolchain.merging.engine import MergeRequest, merge
-from toolchain.merging.reference import answer
+from weightsmith.errors import InputRefused
+from weightsmith.merging.choices import likelihoods
+from weightsmith.merging.engine import MergeRequest, merge
+from weightsmith.merging.reference import answer
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from weightsmith.errors import InputRefused
+from weightsmith.merging import peft_layers, shards, tuned
+from weightsmith.merging.engine import MergeRequest, merge
+from weightsmith.merging.families import families
+from weightsmith.merging.families.tuners import FAMILY
+from weightsmith.merging.refused import REFUSED
 
 from tests.unit.merging.conftest import config_of
 from tests.unit.merging.models import model_class
 from tests.unit.merging.oracle import MakeBase, answers, merged
-from toolchain.errors import InputRefused
-from toolchain.merging import peft_layers, shards, tuned
-from toolchain.merging.engine import MergeRequest, merge
-from toolchain.merging.families import families
-from toolchain.merging.families.tuners import FAMILY
-from toolchain.merging.refused import REFUSED
 
 TARGETS = ["q_proj", "down_proj"]
 CASES: dict[str, dict[str, Any]] = {

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from weightsmith.errors import InputRefused
+from weightsmith.merging.engine import MergeRequest, merge
+from weightsmith.merging.families import families
 
 from tests.unit.merging import test_layouts, test_tuners
 from tests.unit.merging.oracle import MakeBase, check
-from toolchain.errors import InputRefused
-from toolchain.merging.engine import MergeRequest, merge
-from toolchain.merging.families import families
 
 Q = {"target_modules": ["q_proj", "v_proj"]}
 TIED = {"tie_word_embeddings": True}

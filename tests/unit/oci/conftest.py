@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from weightsmith.oci.image import Image
+from weightsmith.oci.registry import Registry
 
 from tests.fakes.images import tiny_image
 from tests.fakes.registry import FakeRegistry, fake_registry
-from toolchain.oci.image import Image
-from toolchain.oci.registry import Registry
 
 
 @pytest.fixture

@@ -5,11 +5,12 @@ import json
 import tarfile
 from pathlib import Path
 
+from weightsmith.oci.archive import docker_archive
+from weightsmith.oci.image import Image
+from weightsmith.oci.references import Reference
+from weightsmith.values import Digest
+
 from tests.fakes.images import tiny_image
-from toolchain.oci.archive import docker_archive
-from toolchain.oci.image import Image
-from toolchain.oci.references import Reference
-from toolchain.values import Digest
 
 
 def _names(data: bytes) -> dict[str, bytes]:

@@ -3,9 +3,8 @@
 import base64
 
 import pytest
-
-from toolchain.errors import InputRefused
-from toolchain.oci.auth import Challenge, docker_config, parse_challenge
+from weightsmith.errors import InputRefused
+from weightsmith.oci.auth import Challenge, docker_config, parse_challenge
 
 
 def _auth(text: str) -> dict[str, str]:

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.oci.image import Healthcheck, Image, ImageConfig, assemble, load_image
+from weightsmith.oci.inspect import describe
+from weightsmith.oci.layers import Member, TarLayer
+from weightsmith.values import Digest
 
 from tests.fakes.images import entry, foreign_image, tar_of, tiny_image
-from toolchain.errors import InputRefused, UsageError
-from toolchain.oci.image import Healthcheck, Image, ImageConfig, assemble, load_image
-from toolchain.oci.inspect import describe
-from toolchain.oci.layers import Member, TarLayer
-from toolchain.values import Digest
 
 
 def _layer(name: str) -> TarLayer:

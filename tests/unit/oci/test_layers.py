@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.oci.layers import Member, TarLayer
+from weightsmith.oci.weights import weight_layers
+from weightsmith.values import Digest
 
 from tests.fakes.images import FILES, tree_of
-from toolchain.errors import InputRefused, UsageError
-from toolchain.oci.layers import Member, TarLayer
-from toolchain.oci.weights import weight_layers
-from toolchain.values import Digest
 
 
 def _bytes(layer: TarLayer) -> bytes:

@@ -5,14 +5,14 @@ import os
 from pathlib import Path
 
 import pytest
+from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.oci.image import Image
+from weightsmith.oci.index import Index
+from weightsmith.oci.layers import Member, TarLayer
+from weightsmith.oci.layout import read_all, read_index, read_layout, write_index, write_layout
+from weightsmith.values import Digest, Json
 
 from tests.fakes.images import tiny_image
-from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
-from toolchain.oci.image import Image
-from toolchain.oci.index import Index
-from toolchain.oci.layers import Member, TarLayer
-from toolchain.oci.layout import read_all, read_index, read_layout, write_index, write_layout
-from toolchain.values import Digest, Json
 
 AMD64 = "linux/amd64"
 

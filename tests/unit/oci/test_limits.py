@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pytest
-
-from toolchain.errors import UsageError
-from toolchain.oci.image import Image
-from toolchain.oci.layers import BlobLayer
-from toolchain.oci.limits import REGISTRIES, limits_of
-from toolchain.oci.references import Reference
-from toolchain.oci.registry import Registry
-from toolchain.values import Blob, Digest
+from weightsmith.errors import UsageError
+from weightsmith.oci.image import Image
+from weightsmith.oci.layers import BlobLayer
+from weightsmith.oci.limits import REGISTRIES, limits_of
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
+from weightsmith.values import Blob, Digest
 
 
 @pytest.mark.parametrize(

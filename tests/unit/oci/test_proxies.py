@@ -6,9 +6,8 @@ import ssl
 
 import httpx
 import pytest
-
-from toolchain.errors import EnvironmentFailure
-from toolchain.oci.proxies import Routed, proxy_of
+from weightsmith.errors import EnvironmentFailure
+from weightsmith.oci.proxies import Routed, proxy_of
 
 PROXY = "http://proxy.corp:3128"
 

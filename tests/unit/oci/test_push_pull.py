@@ -9,18 +9,18 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from weightsmith.drivers.pushed import PushedLayers
+from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.oci import uploads
+from weightsmith.oci.attachments import Attachment, Part
+from weightsmith.oci.image import Image
+from weightsmith.oci.layers import BlobLayer, Member, TarLayer
+from weightsmith.oci.registry import Registry
+from weightsmith.values import Blob, Digest
 
 from tests.fakes.images import entry as tar_entry
 from tests.fakes.images import foreign_image, tar_of, tiny_image
 from tests.fakes.registry import FakeRegistry, at, fake_registry
-from toolchain.drivers.pushed import PushedLayers
-from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
-from toolchain.oci import uploads
-from toolchain.oci.attachments import Attachment, Part
-from toolchain.oci.image import Image
-from toolchain.oci.layers import BlobLayer, Member, TarLayer
-from toolchain.oci.registry import Registry
-from toolchain.values import Blob, Digest
 
 
 def test_pushed_and_pulled_whole(fake: FakeRegistry, client: Registry, image: Image) -> None:
@@ -209,7 +209,7 @@ def test_chunks_where_the_registry_asks(
     limits: tuple[int, int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("toolchain.oci.sending._CHUNK", 20_000)
+    monkeypatch.setattr("weightsmith.oci.sending._CHUNK", 20_000)
     fake.chunk_min, fake.largest_body = limits
     client.push(image, at(fake))
     assert fake.counts()["PATCH"] >= 8
@@ -224,7 +224,7 @@ def test_a_registry_that_takes_a_blob_in_one_request_alone(
     status: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("toolchain.oci.sending._SMALL", 0)
+    monkeypatch.setattr("weightsmith.oci.sending._SMALL", 0)
     fake.faults = [("PATCH", "/uploads/", status)] * 9
     client.push(image, at(fake))
     assert client.pull(at(fake), platform="linux/amd64").digest == image.digest
@@ -294,7 +294,7 @@ def test_a_broken_upload_goes_on_where_the_registry_kept_it(
     fake: FakeRegistry, client: Registry, image: Image, chunk_min: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("toolchain.oci.sending._CHUNK", 20_000)
+    monkeypatch.setattr("weightsmith.oci.sending._CHUNK", 20_000)
     fake.chunk_min = chunk_min
     method = "PATCH" if chunk_min else "PUT"
     fake.faults = [(method, "/uploads/", "keep:10001")] + [("PATCH", "/uploads/", "keep:777")] * 9

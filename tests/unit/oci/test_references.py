@@ -3,9 +3,8 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from toolchain.errors import UsageError
-from toolchain.oci.references import Reference
+from weightsmith.errors import UsageError
+from weightsmith.oci.references import Reference
 
 HEX = "a" * 64
 

@@ -6,13 +6,13 @@ import socket
 from pathlib import Path
 
 import pytest
+from weightsmith.errors import EnvironmentFailure, InputRefused, WeightsmithError
+from weightsmith.oci.image import Image
+from weightsmith.oci.layers import Member, TarLayer
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
 
 from tests.fakes.registry import FakeRegistry, at, fake_registry
-from toolchain.errors import EnvironmentFailure, InputRefused, WeightsmithError
-from toolchain.oci.image import Image
-from toolchain.oci.layers import Member, TarLayer
-from toolchain.oci.references import Reference
-from toolchain.oci.registry import Registry
 
 
 @pytest.mark.parametrize("kind", ["reset", "429", "500", "503"])
@@ -248,7 +248,7 @@ def test_huge_manifests_are_not_read(fake: FakeRegistry, client: Registry) -> No
 
 
 def test_https_unless_loopback_or_insecure() -> None:
-    from toolchain.oci.session import Session
+    from weightsmith.oci.session import Session
 
     def root(text: str, **options: bool) -> str:
         reference = Reference.parse(text)

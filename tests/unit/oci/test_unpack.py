@@ -6,13 +6,13 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.oci.image import Image
+from weightsmith.oci.layers import BlobLayer
+from weightsmith.oci.unpack import unpack
+from weightsmith.values import Blob, Digest
 
 from tests.fakes.images import FILES, entry, foreign_image, tar_of, tiny_image
-from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
-from toolchain.oci.image import Image
-from toolchain.oci.layers import BlobLayer
-from toolchain.oci.unpack import unpack
-from toolchain.values import Blob, Digest
 
 DIR, SYM, LNK = tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE
 

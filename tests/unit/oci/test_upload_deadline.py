@@ -7,14 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
+from weightsmith.oci.limits import Limits, limits_of
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
+from weightsmith.oci.upload_deadline import UploadDeadline
+from weightsmith.serving.memory import parse_size
 
 from tests.fakes.images import tiny_image
 from tests.fakes.registry import FakeRegistry
-from toolchain.oci.limits import Limits, limits_of
-from toolchain.oci.references import Reference
-from toolchain.oci.registry import Registry
-from toolchain.oci.upload_deadline import UploadDeadline
-from toolchain.serving.memory import parse_size
 
 MB = 10**6
 SLOW = Limits(name="Slow Registry", hosts="", upload_seconds=600, source="")
@@ -59,7 +59,7 @@ def test_warned_before_half_of_the_time_is_over() -> None:
 def test_a_push_tells_it(
     fake: FakeRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("toolchain.oci.registry.limits_of", lambda _: SLOW)
+    monkeypatch.setattr("weightsmith.oci.registry.limits_of", lambda _: SLOW)
     image = tiny_image(tmp_path / "model")
     said: list[str] = []
     clock = itertools.count(0, 1000).__next__

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from weightsmith.commands.verify import verify_image
+from weightsmith.oci.attachments import Attachment, Part
+from weightsmith.oci.image import Image
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
+from weightsmith.ports import Silent
+from weightsmith.provenance.bills import read_bills
+from weightsmith.values import Digest, canonical
 
 from tests.fakes.baking import bake, make_key, make_model, push_base
 from tests.fakes.registry import fake_registry
-from toolchain.commands.verify import verify_image
-from toolchain.oci.attachments import Attachment, Part
-from toolchain.oci.image import Image
-from toolchain.oci.references import Reference
-from toolchain.oci.registry import Registry
-from toolchain.ports import Silent
-from toolchain.provenance.bills import read_bills
-from toolchain.values import Digest, canonical
 
 INDEX, MANIFEST, CONFIG = (
     f"application/vnd.oci.image.{what}.v1+json" for what in ("index", "manifest", "config")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-
-from toolchain.provenance.labels import public_name
+from weightsmith.provenance.labels import public_name
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from toolchain.provenance.mlbom import Ancestor, ModelFacts, engine_bom, license_of, ml_bom
-from toolchain.recipe import Card
-from toolchain.resources import engine_source
-from toolchain.values import Digest, FileEntry, Json, Score
+from weightsmith.provenance.mlbom import Ancestor, ModelFacts, engine_bom, license_of, ml_bom
+from weightsmith.recipe import Card
+from weightsmith.resources import engine_source
+from weightsmith.values import Digest, FileEntry, Json, Score
 
 DIGEST = Digest.of(b"x")
 

@@ -12,14 +12,13 @@ from transformers import (
     MixtralConfig,
     Qwen3MoeConfig,
 )
-
-from toolchain.checkpoints.tensors import CheckpointTensors
-from toolchain.errors import CheckFailed, InputRefused
-from toolchain.evaluating.limits import judge, limits_for
-from toolchain.quality.measure import measure
-from toolchain.quality.streamed import StreamedModel
-from toolchain.quantizers import formats
-from toolchain.recipe import Quality
+from weightsmith.checkpoints.tensors import CheckpointTensors
+from weightsmith.errors import CheckFailed, InputRefused
+from weightsmith.evaluating.limits import judge, limits_for
+from weightsmith.quality.measure import measure
+from weightsmith.quality.streamed import StreamedModel
+from weightsmith.quantizers import formats
+from weightsmith.recipe import Quality
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny"
 ROWS = [json.loads(line) for line in (TINY / "calibration.jsonl").read_text().splitlines()][:12]

@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from toolchain.errors import InputRefused
-from toolchain.quality.texts import as_lines, load_tokenizer
+from weightsmith.errors import InputRefused
+from weightsmith.quality.texts import as_lines, load_tokenizer
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny" / "base"
 CHATS = [
@@ -101,7 +100,7 @@ def test_a_template_that_refuses_is_an_input_refused(model):
 
 def test_rendering_imports_no_torch():
     script = (
-        "import sys; from pathlib import Path; from toolchain.quality.texts import as_lines;"
+        "import sys; from pathlib import Path; from weightsmith.quality.texts import as_lines;"
         f"as_lines(Path({str(TINY)!r}), {CHATS!r}); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from toolchain.quantizers import formats
-from toolchain.quantizers.quantizer import QuantizeRequest
+from weightsmith.quantizers import formats
+from weightsmith.quantizers.quantizer import QuantizeRequest
 
 
 def request(tmp_path: Path, name: str = "q8_0", **options) -> QuantizeRequest:

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-
-from toolchain.quantizers.awq_search import best_clip, mend
+from weightsmith.quantizers.awq_search import best_clip, mend
 
 
 class Four:

@@ -1,9 +1,8 @@
 import json
 
 import pytest
-
-from toolchain.errors import InputRefused
-from toolchain.quantizers.calibration import GENERAL, Bounds, read_texts
+from weightsmith.errors import InputRefused
+from weightsmith.quantizers.calibration import GENERAL, Bounds, read_texts
 
 LONG = "Some words that are long enough to count, and then some more of them. " * 3
 

@@ -5,15 +5,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from weightsmith.errors import InputRefused
+from weightsmith.quality.measure import measure
+from weightsmith.quantizers import formats, of_format, rounded
+from weightsmith.quantizers.calibration import GENERAL
+from weightsmith.quantizers.checkpoints import DENSE, LLAMAS
+from weightsmith.quantizers.packed import Layout, PackedView
+from weightsmith.quantizers.packed_check import check_checkpoint
 
 from tests.fakes.dense import make_dense
-from toolchain.errors import InputRefused
-from toolchain.quality.measure import measure
-from toolchain.quantizers import formats, of_format, rounded
-from toolchain.quantizers.calibration import GENERAL
-from toolchain.quantizers.checkpoints import DENSE, LLAMAS
-from toolchain.quantizers.packed import Layout, PackedView
-from toolchain.quantizers.packed_check import check_checkpoint
 
 ROWS = [json.loads(line) for line in GENERAL.read_text("utf-8").splitlines()[:2]]
 

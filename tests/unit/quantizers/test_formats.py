@@ -1,7 +1,6 @@
 import pytest
-
-from toolchain.errors import UsageError
-from toolchain.quantizers import formats, of_format, quantizers
+from weightsmith.errors import UsageError
+from weightsmith.quantizers import formats, of_format, quantizers
 
 
 def test_quantizers_are_found_by_listing_the_folder():

@@ -9,14 +9,14 @@ import pytest
 from gguf import LlamaFileType
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.quantizers import formats, of_format
+from weightsmith.quantizers.convert import split_name
+from weightsmith.quantizers.gguf import check_input, output_file
+from weightsmith.quantizers.gguf_types import FILE_TYPES, TENSOR_TYPES
+from weightsmith.quantizers.quantizer import QuantizeRequest
 
 from tests.unit.quantizers.conftest import request
-from toolchain.errors import InputRefused, UsageError
-from toolchain.quantizers import formats, of_format
-from toolchain.quantizers.convert import split_name
-from toolchain.quantizers.gguf import check_input, output_file
-from toolchain.quantizers.gguf_types import FILE_TYPES, TENSOR_TYPES
-from toolchain.quantizers.quantizer import QuantizeRequest
 
 LLAMA = {"architectures": ["LlamaForCausalLM"]}
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
+from weightsmith.errors import CheckFailed
+from weightsmith.quantizers import of_format
+from weightsmith.quantizers.gguf import output_file
+from weightsmith.quantizers.quantizer import QuantizeRequest
 
 from tests.unit.quantizers.conftest import request
-from toolchain.errors import CheckFailed
-from toolchain.quantizers import of_format
-from toolchain.quantizers.gguf import output_file
-from toolchain.quantizers.quantizer import QuantizeRequest
 
 TEMPLATE = "{{ messages[0].content }}"
 TENSORS = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")

@@ -3,9 +3,8 @@ import struct
 import numpy as np
 import pytest
 from gguf import GGUFWriter
-
-from toolchain.errors import InputRefused
-from toolchain.quantizers.gguf_imatrix import check_imatrix, experts_missed, read_imatrix
+from weightsmith.errors import InputRefused
+from weightsmith.quantizers.gguf_imatrix import check_imatrix, experts_missed, read_imatrix
 
 CONFIG = {"num_hidden_layers": 2, "hidden_size": 64}
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-
-from toolchain.errors import UsageError
-from toolchain.quantizers.unquantized import (
+from weightsmith.errors import UsageError
+from weightsmith.quantizers.unquantized import (
     MATRICES,
     is_kept,
     keep_option,

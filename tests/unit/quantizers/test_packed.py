@@ -12,15 +12,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
-from toolchain.building.planning import disk_peak
-from toolchain.errors import CheckFailed, InputRefused
-from toolchain.quantizers.checkpoints import LLAMAS, awq_config, check_grouped, finish, group_size
-from toolchain.quantizers.packed import Layout, PackedView
-from toolchain.quantizers.packed_check import check_checkpoint
-from toolchain.quantizers.rounded import quantization, rounded
-from toolchain.quantizers.running import even, samples
-from toolchain.values import FP8
+from weightsmith.building.planning import disk_peak
+from weightsmith.errors import CheckFailed, InputRefused
+from weightsmith.quantizers.checkpoints import LLAMAS, awq_config, check_grouped, finish, group_size
+from weightsmith.quantizers.packed import Layout, PackedView
+from weightsmith.quantizers.packed_check import check_checkpoint
+from weightsmith.quantizers.rounded import quantization, rounded
+from weightsmith.quantizers.running import even, samples
+from weightsmith.values import FP8
 
 HIDDEN, INNER, GROUP = 64, 128, 32
 CONFIG = {
@@ -347,7 +346,7 @@ def test_a_quantized_matrix_under_its_own_name_keeps_its_type(model: Path, tmp_p
 
 
 def test_configurations_of_eight_bits_are_read_as_their_layouts() -> None:
-    from toolchain.quantizers.packed import layout_of
+    from weightsmith.quantizers.packed import layout_of
 
     for method, layout in (("fp8", "float-quantized"), ("w8a8", "int-quantized")):
         found = layout_of({"quantization_config": quantization(method, [])})
@@ -413,7 +412,7 @@ def test_the_planned_disk_is_what_rounding_takes(tmp_path: Path) -> None:
     out.mkdir()
     told = {"method": "fp8", "model": str(tiny), "out": str(out), "keep": []}
     settings.write_text(json.dumps(told), "utf-8")
-    module = "toolchain.quantizers.rounded"
+    module = "weightsmith.quantizers.rounded"
     subprocess.run([sys.executable, "-m", module, str(settings)], check=True)
     taken = sum(file.stat().st_size for file in out.iterdir())
     size = sum(file.stat().st_size for file in tiny.iterdir())

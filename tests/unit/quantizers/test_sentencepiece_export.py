@@ -10,9 +10,9 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
+from weightsmith.quantizers.sentencepiece_export import sentence_pieces, with_pieces
 
 from tests.fakes.sentence_pieces import TEXT, TURNS, save, train
-from toolchain.quantizers.sentencepiece_export import sentence_pieces, with_pieces
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma"])

@@ -1,6 +1,5 @@
 import pytest
-
-from toolchain.serving.advice import advise
+from weightsmith.serving.advice import advise
 
 AGAINST = [{"adapters": ["a", "b"], "cosine": -0.31}]
 WITH = [{"adapters": ["a", "b"], "cosine": 0.02}]

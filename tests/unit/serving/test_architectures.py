@@ -1,14 +1,14 @@
 import pytest
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.serving import llamacpp, vllm
+from weightsmith.serving.attention import cache_layers
+from weightsmith.serving.engine import Wishes
+from weightsmith.serving.length import lengths
+from weightsmith.serving.memory import GIB
+from weightsmith.serving.model import ModelShape
+from weightsmith.serving.paged import paged_cache
 
 from tests.fakes.configs import LLAMA_8B
-from toolchain.errors import InputRefused, UsageError
-from toolchain.serving import llamacpp, vllm
-from toolchain.serving.attention import cache_layers
-from toolchain.serving.engine import Wishes
-from toolchain.serving.length import lengths
-from toolchain.serving.memory import GIB
-from toolchain.serving.model import ModelShape
-from toolchain.serving.paged import paged_cache
 
 LLAMA = {**LLAMA_8B, "max_position_embeddings": 8192}
 L40S = Wishes(gpu="nvidia-l40s", max_model_len=4096, max_num_seqs=2)

@@ -5,13 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
-
-from toolchain.building.planning import all_targets
-from toolchain.errors import InputRefused
-from toolchain.serving import engines
-from toolchain.serving.compatibility import check_engine_image, check_support
-from toolchain.serving.gpus import GPUS
-from toolchain.values import Format
+from weightsmith.building.planning import all_targets
+from weightsmith.errors import InputRefused
+from weightsmith.serving import engines
+from weightsmith.serving.compatibility import check_engine_image, check_support
+from weightsmith.serving.gpus import GPUS
+from weightsmith.values import Format
 
 IMAGES = Path(__file__).parents[3] / "images"
 ENGINES = engines()

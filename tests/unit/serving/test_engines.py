@@ -4,16 +4,16 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from weightsmith.building.planning import all_targets
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.serving import engines, sglang, tgi, trtllm
+from weightsmith.serving.engine import Wishes
+from weightsmith.serving.gpus import GPUS
+from weightsmith.serving.memory import GIB
+from weightsmith.stages.render import render
+from weightsmith.values import AWQ
 
 from tests.fakes.configs import LLAMA_8B, LLAMA_8B_BYTES
-from toolchain.building.planning import all_targets
-from toolchain.errors import InputRefused, UsageError
-from toolchain.serving import engines, sglang, tgi, trtllm
-from toolchain.serving.engine import Wishes
-from toolchain.serving.gpus import GPUS
-from toolchain.serving.memory import GIB
-from toolchain.stages.render import render
-from toolchain.values import AWQ
 
 ON_GPUS = ["vllm", "tgi", "sglang", "trtllm"]
 L40S = {"gpu": "nvidia-l40s", "max_model_len": 8192, "max_num_seqs": 4}

@@ -8,6 +8,9 @@ cannot be updated into nonsense.
 import json
 
 import pytest
+from weightsmith.serving import engines
+from weightsmith.serving.gpus import GPUS
+from weightsmith.serving.memory import human
 
 from tests.golden.cases import (
     GOLDEN,
@@ -21,9 +24,6 @@ from tests.golden.cases import (
     rendered,
     updating,
 )
-from toolchain.serving import engines
-from toolchain.serving.gpus import GPUS
-from toolchain.serving.memory import human
 
 LENGTH = 8192
 

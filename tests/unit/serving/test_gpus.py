@@ -1,7 +1,6 @@
 import pytest
-
-from toolchain.errors import UsageError
-from toolchain.serving.gpus import GPUS, gpu
+from weightsmith.errors import UsageError
+from weightsmith.serving.gpus import GPUS, gpu
 
 
 def test_names_are_lower_case_with_the_maker_first():

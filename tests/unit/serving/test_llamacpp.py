@@ -3,14 +3,14 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.serving.engine import Wishes
+from weightsmith.serving.llamacpp import ENGINE, command, env
+from weightsmith.serving.llamacpp_options import environment_names, extra_options
+from weightsmith.serving.llamacpp_plan import plan
+from weightsmith.serving.memory import GIB, MIB, padded
 
 from tests.fakes.configs import LLAMA_8B
-from toolchain.errors import InputRefused, UsageError
-from toolchain.serving.engine import Wishes
-from toolchain.serving.llamacpp import ENGINE, command, env
-from toolchain.serving.llamacpp_options import environment_names, extra_options
-from toolchain.serving.llamacpp_plan import plan
-from toolchain.serving.memory import GIB, MIB, padded
 
 SMOL = {
     "architectures": ["LlamaForCausalLM"],

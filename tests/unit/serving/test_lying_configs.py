@@ -10,14 +10,14 @@ from contextlib import suppress
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from weightsmith.building.planning import all_targets
+from weightsmith.commands.render import foresee_model
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.serving.engine import Wishes
+from weightsmith.serving.parameters import weights_from_config
+from weightsmith.stages.render import render
 
 from tests.golden.cases import MODELS, model
-from toolchain.building.planning import all_targets
-from toolchain.commands.render import foresee_model
-from toolchain.errors import InputRefused, UsageError
-from toolchain.serving.engine import Wishes
-from toolchain.serving.parameters import weights_from_config
-from toolchain.stages.render import render
 
 ENGINES = ["vllm", "vllm-awq", "sglang", "trtllm", "tgi", "llamacpp-q4_k_m"]
 FIELDS = """

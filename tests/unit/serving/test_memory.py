@@ -1,9 +1,8 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from toolchain.errors import UsageError
-from toolchain.serving.memory import (
+from weightsmith.errors import UsageError
+from weightsmith.serving.memory import (
     GIB,
     host_memory,
     human,
@@ -12,7 +11,7 @@ from toolchain.serving.memory import (
     padded,
     parse_size,
 )
-from toolchain.serving.model import ModelShape
+from weightsmith.serving.model import ModelShape
 
 LLAMA_8B = ModelShape(
     architecture="LlamaForCausalLM",

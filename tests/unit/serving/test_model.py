@@ -1,10 +1,10 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from weightsmith.errors import InputRefused
+from weightsmith.serving.model import ModelShape
 
 from tests.fakes import configs
-from toolchain.errors import InputRefused
-from toolchain.serving.model import ModelShape
 
 LLAMA_8B = {name: value for name, value in configs.LLAMA_8B.items() if name != "dtype"}
 LLAMA_8B |= {"torch_dtype": "bfloat16"}  # as transformers 4 spells it

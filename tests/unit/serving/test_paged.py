@@ -1,11 +1,11 @@
 """The block rules of vLLM against the values that its own formula gives."""
 
 import pytest
+from weightsmith.serving.memory import GIB
+from weightsmith.serving.model import ModelShape
+from weightsmith.serving.paged import paged_cache
 
 from tests.fakes.configs import LLAMA_8B
-from toolchain.serving.memory import GIB
-from toolchain.serving.model import ModelShape
-from toolchain.serving.paged import paged_cache
 
 QWEN3_8B = {
     **LLAMA_8B,

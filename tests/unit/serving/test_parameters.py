@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-
-from toolchain.errors import InputRefused
-from toolchain.serving.parameters import parameters, weights_from_config
+from weightsmith.errors import InputRefused
+from weightsmith.serving.parameters import parameters, weights_from_config
 
 MODELS = Path(__file__).parents[2] / "golden" / "models"
 

@@ -1,9 +1,8 @@
 import pytest
-
-from toolchain.errors import UsageError
-from toolchain.quantizers import formats
-from toolchain.serving import engines
-from toolchain.serving.targets import find, targets
+from weightsmith.errors import UsageError
+from weightsmith.quantizers import formats
+from weightsmith.serving import engines
+from weightsmith.serving.targets import find, targets
 
 
 def test_engines_are_found_by_listing_the_folder():

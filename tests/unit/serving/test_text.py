@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import transformers
+import weightsmith.serving.text as module
 from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-import toolchain.serving.text as module
-from toolchain.serving.model import ModelShape
-from toolchain.serving.text import text_part
+from weightsmith.serving.model import ModelShape
+from weightsmith.serving.text import text_part
 
 FILE = Path(module.__file__).with_name("text_defaults.json")
 NUMBERS = (

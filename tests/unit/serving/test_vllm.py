@@ -3,14 +3,14 @@ from dataclasses import replace
 
 import pytest
 import yaml
+from weightsmith.building.planning import all_targets
+from weightsmith.errors import UsageError
+from weightsmith.serving.engine import ServedAdapter, Wishes
+from weightsmith.serving.memory import GIB
+from weightsmith.serving.vllm import CONFIG_FILE, ENGINE, options, plan
+from weightsmith.stages.render import render
 
 from tests.fakes.configs import LLAMA_8B, LLAMA_8B_BYTES
-from toolchain.building.planning import all_targets
-from toolchain.errors import UsageError
-from toolchain.serving.engine import ServedAdapter, Wishes
-from toolchain.serving.memory import GIB
-from toolchain.serving.vllm import CONFIG_FILE, ENGINE, options, plan
-from toolchain.stages.render import render
 
 
 def rendered(target="vllm", *, config=LLAMA_8B, weights=LLAMA_8B_BYTES, name="support", **wishes):

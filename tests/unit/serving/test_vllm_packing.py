@@ -1,10 +1,9 @@
 import pytest
-
-from toolchain.errors import InputRefused, UsageError
-from toolchain.serving.engine import Wishes
-from toolchain.serving.machine import machine_for
-from toolchain.serving.model import ModelShape
-from toolchain.serving.vllm_packing import check_packing
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.serving.engine import Wishes
+from weightsmith.serving.machine import machine_for
+from weightsmith.serving.model import ModelShape
+from weightsmith.serving.vllm_packing import check_packing
 
 SHAPE = ModelShape.from_config(
     {

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from weightsmith.serving import vllm
+from weightsmith.serving.engine import Wishes
+
 from tests.fakes.configs import LLAMA_8B, LLAMA_8B_BYTES
-from toolchain.serving import vllm
-from toolchain.serving.engine import Wishes
 
 PAGE = Path(__file__).parents[3] / "docs" / "explanation" / "memory-plan.md"
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from toolchain.oci.image import ImageConfig, assemble
-from toolchain.provenance.statements import kind_of
-from toolchain.recipe_file import check_recipe
-from toolchain.stages.attest import Made, evidence
-from toolchain.values import (
+from weightsmith.oci.image import ImageConfig, assemble
+from weightsmith.provenance.statements import kind_of
+from weightsmith.recipe_file import check_recipe
+from weightsmith.stages.attest import Made, evidence
+from weightsmith.values import (
     SAFETENSORS,
     AdapterSnapshot,
     Artifact,

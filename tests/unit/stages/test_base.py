@@ -9,16 +9,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from weightsmith.drivers.store import FileStore
+from weightsmith.errors import InputRefused
+from weightsmith.oci.image import ImageConfig, assemble
+from weightsmith.oci.layers import Member, TarLayer
+from weightsmith.oci.layout import write_layout
+from weightsmith.stages import base as stage
+from weightsmith.stages.base import ENGINE_LABEL, base_image
+from weightsmith.values import key_of
 
 from tests.fakes.journal import RecordingProgress
-from toolchain.drivers.store import FileStore
-from toolchain.errors import InputRefused
-from toolchain.oci.image import ImageConfig, assemble
-from toolchain.oci.layers import Member, TarLayer
-from toolchain.oci.layout import write_layout
-from toolchain.stages import base as stage
-from toolchain.stages.base import ENGINE_LABEL, base_image
-from toolchain.values import key_of
 
 
 def layout(folder: Path, labels: dict[str, str]) -> str:

@@ -6,14 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-from toolchain.errors import InputRefused, UsageError
-from toolchain.oci.image import ImageConfig, assemble
-from toolchain.oci.layout import write_layout
-from toolchain.ports import Silent
-from toolchain.recipe_file import RecipeFile, read_recipe
-from toolchain.stages.lock import Lock, pinned, read_lock, with_sources, write_lock
-from toolchain.values import AdapterSnapshot, Digest, FileEntry, Snapshot, Sources, Tree
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.oci.image import ImageConfig, assemble
+from weightsmith.oci.layout import write_layout
+from weightsmith.ports import Silent
+from weightsmith.recipe_file import RecipeFile, read_recipe
+from weightsmith.stages.lock import Lock, pinned, read_lock, with_sources, write_lock
+from weightsmith.values import AdapterSnapshot, Digest, FileEntry, Snapshot, Sources, Tree
 
 COMMIT = "c" * 40
 

@@ -10,12 +10,12 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from weightsmith.building.planning import all_targets
+from weightsmith.serving.engine import Wishes
+from weightsmith.stages.render import render
+from weightsmith.values import Digest
 
 from tests.fakes.configs import LLAMA_8B
-from toolchain.building.planning import all_targets
-from toolchain.serving.engine import Wishes
-from toolchain.stages.render import render
-from toolchain.values import Digest
 
 # What our documents use of serving.kserve.io/v1beta1 and v1alpha1, KServe at aaac4e29 (August
 # 2026), config/crd/full: names and types, nothing else allowed. Pods are held against Kubernetes.

@@ -5,16 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused
+from weightsmith.quantizers import formats, of_format
+from weightsmith.quantizers.calibration import GENERAL, Bounds, read_texts
+from weightsmith.quantizers.quantizer import QuantizeRequest, Step
+from weightsmith.stages.quantize import Wanted, quantize
+from weightsmith.values import Checkpoint, Digest, FileEntry, Job, Tree
+from weightsmith.worker import jobs
+from weightsmith.worker import steps as steps_of
 
 from tests.fakes.memory import memory_tools
-from toolchain.errors import CheckFailed, EnvironmentFailure, InputRefused
-from toolchain.quantizers import formats, of_format
-from toolchain.quantizers.calibration import GENERAL, Bounds, read_texts
-from toolchain.quantizers.quantizer import QuantizeRequest, Step
-from toolchain.stages.quantize import Wanted, quantize
-from toolchain.values import Checkpoint, Digest, FileEntry, Job, Tree
-from toolchain.worker import jobs
-from toolchain.worker import steps as steps_of
 
 TEXTS = read_texts(GENERAL, Bounds())
 

@@ -5,15 +5,15 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from weightsmith.errors import UsageError
+from weightsmith.quantizers import formats
+from weightsmith.serving.engine import Wishes
+from weightsmith.serving.memory import GIB, MIB
+from weightsmith.serving.targets import find, targets
+from weightsmith.stages.render import portable, render, render_files
+from weightsmith.values import Digest
 
 from tests.fakes.configs import LLAMA_8B
-from toolchain.errors import UsageError
-from toolchain.quantizers import formats
-from toolchain.serving.engine import Wishes
-from toolchain.serving.memory import GIB, MIB
-from toolchain.serving.targets import find, targets
-from toolchain.stages.render import portable, render, render_files
-from toolchain.values import Digest
 
 SMOL = {
     "architectures": ["LlamaForCausalLM"],

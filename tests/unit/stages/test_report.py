@@ -7,12 +7,11 @@ import re
 from xml.etree import ElementTree as ET
 
 import pytest
-
-from toolchain.errors import EnvironmentFailure, InputRefused, UsageError
-from toolchain.reporting.answers import rows
-from toolchain.reporting.facts import whole
-from toolchain.reporting.junit import junit
-from toolchain.stages.report import build_view, render_view, write_comparison, write_report
+from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.reporting.answers import rows
+from weightsmith.reporting.facts import whole
+from weightsmith.reporting.junit import junit
+from weightsmith.stages.report import build_view, render_view, write_comparison, write_report
 
 DIGEST = "sha256:" + "ab" * 32
 SOURCE = {"source": "./base", "pin": "./base@" + DIGEST, "digest": DIGEST}

@@ -4,13 +4,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-from toolchain.building.planning import all_targets, sources_to_merge
-from toolchain.errors import InputRefused, UsageError
-from toolchain.serving.engine import Wishes
-from toolchain.stages.render import render
-from toolchain.stages.unmerged import served_adapters, unmerged
-from toolchain.values import AdapterSnapshot, Digest, FileEntry, Snapshot, Sources, Tree
+from weightsmith.building.planning import all_targets, sources_to_merge
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.serving.engine import Wishes
+from weightsmith.stages.render import render
+from weightsmith.stages.unmerged import served_adapters, unmerged
+from weightsmith.values import AdapterSnapshot, Digest, FileEntry, Snapshot, Sources, Tree
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny"
 

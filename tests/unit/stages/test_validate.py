@@ -12,21 +12,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from weightsmith.building import recording
+from weightsmith.building.planning import BuildRequest, chosen_targets
+from weightsmith.commands.validate import validate_folders
+from weightsmith.errors import CheckFailed, UsageError
+from weightsmith.oci.registry import Registry
+from weightsmith.pipeline import build
+from weightsmith.ports import Tools
+from weightsmith.recipe import Merge
+from weightsmith.recipe_file import read_recipe
+from weightsmith.stages.publish import Outputs
+from weightsmith.stages.validate import validate
+from weightsmith.values import Checkpoint, Job, Snapshot, Sources, Tree
+from weightsmith.worker.jobs import STAGES
 
 from tests.fakes.memory import memory_tools
-from toolchain.building import recording
-from toolchain.building.planning import BuildRequest, chosen_targets
-from toolchain.commands.validate import validate_folders
-from toolchain.errors import CheckFailed, UsageError
-from toolchain.oci.registry import Registry
-from toolchain.pipeline import build
-from toolchain.ports import Tools
-from toolchain.recipe import Merge
-from toolchain.recipe_file import read_recipe
-from toolchain.stages.publish import Outputs
-from toolchain.stages.validate import validate
-from toolchain.values import Checkpoint, Job, Snapshot, Sources, Tree
-from toolchain.worker.jobs import STAGES
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny"
 GOOD = {"passed": True, "findings": [{"severity": "warning", "message": "small"}], "seconds": 1.0}

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
-from toolchain.merging.engine import MergeRequest, merge
-from toolchain.validating.validate import Request, validate
+from weightsmith.merging.engine import MergeRequest, merge
+from weightsmith.validating.validate import Request, validate
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny"
 SIZES = {"vocab_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}

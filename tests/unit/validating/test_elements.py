@@ -8,8 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from toolchain.validating.elements import (
+from weightsmith.validating.elements import (
     ARITHMETIC,
     Factors,
     Tally,

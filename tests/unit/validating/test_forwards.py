@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from weightsmith.checkpoints.safetensors import build_header
+from weightsmith.errors import EnvironmentFailure
+from weightsmith.validating.forwards import Batch, merged_forward, reference_forward
+from weightsmith.validating.network import skeleton
+from weightsmith.validating.validate import _require_memory
+from weightsmith.validating.weights import Weights
 
 from tests.unit.validating.conftest import held, make_adapter, make_model, merged, tell
-from toolchain.checkpoints.safetensors import build_header
-from toolchain.errors import EnvironmentFailure
-from toolchain.validating.forwards import Batch, merged_forward, reference_forward
-from toolchain.validating.network import skeleton
-from toolchain.validating.validate import _require_memory
-from toolchain.validating.weights import Weights
 
 PROBES = [[1, 7, 9, 200, 31], [1, 50, 60], [1, 300, 301, 302, 303, 304, 305, 306]]
 
@@ -92,8 +92,8 @@ HELD = """
 import resource, sys
 from pathlib import Path
 from types import SimpleNamespace
-from toolchain.checkpoints.safetensors import open_checkpoint
-from toolchain.validating.weights import Weights
+from weightsmith.checkpoints.safetensors import open_checkpoint
+from weightsmith.validating.weights import Weights
 
 root = Path(sys.argv[1])
 index = open_checkpoint(root)

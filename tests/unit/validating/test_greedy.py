@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from weightsmith.validating import greedy
 
 from tests.unit.validating.conftest import held, make_adapter, make_model, merged, tell
-from toolchain.validating import greedy
 
 ITEMS = tuple(
     ({"role": "user", "content": text},)

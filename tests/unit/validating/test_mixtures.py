@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from weightsmith.stages.validate import mixture
+from weightsmith.validating.elements import Tally
+from weightsmith.validating.mixtures import Kept, Mixture, compare_kept
 
 from tests.unit.validating.conftest import (
     edit_tensors,
@@ -17,9 +20,6 @@ from tests.unit.validating.conftest import (
     merged,
     tell,
 )
-from toolchain.stages.validate import mixture
-from toolchain.validating.elements import Tally
-from toolchain.validating.mixtures import Kept, Mixture, compare_kept
 
 METHODS = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 Q1 = "model.layers.1.self_attn.q_proj.weight"

@@ -8,11 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils import merge_utils
-
-from toolchain.errors import UsageError
-from toolchain.merging.combining.combination import METHODS, Combination
-from toolchain.merging.combining.deltas import combine, prune
-from toolchain.merging.combining.pruning import drop_at_random, keep_largest
+from weightsmith.errors import UsageError
+from weightsmith.merging.combining.combination import METHODS, Combination
+from weightsmith.merging.combining.deltas import combine, prune
+from weightsmith.merging.combining.pruning import drop_at_random, keep_largest
 
 
 def deltas(count: int = 3, shape: tuple[int, ...] = (37, 53)) -> list[np.ndarray]:

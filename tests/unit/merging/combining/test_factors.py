@@ -9,9 +9,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-
-from toolchain.merging.combining.combination import Combination
-from toolchain.merging.combining.factors import Factor, combine_factors
+from weightsmith.merging.combining.combination import Combination
+from weightsmith.merging.combining.factors import Factor, combine_factors
 
 ADAPTERS = {"one": (4, 6.0, 0.7), "two": (4, 3.0, -0.4), "three": (4, 8.0, 1.1)}
 

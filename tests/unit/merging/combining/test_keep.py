@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.merging.engine import MergeRequest, merge
 
 from tests.unit.merging.conftest import MakeAdapter, MakeModel
-from toolchain.errors import InputRefused, UsageError
-from toolchain.merging.engine import MergeRequest, merge
 
 WEIGHTS = (0.7, -0.4)
 IDS = torch.arange(20).view(1, -1)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
-from toolchain.errors import CheckFailed
-from toolchain.merging.combining.conflicts import Conflicts
-from toolchain.merging.combining.lowrank import (
+from weightsmith.errors import CheckFailed
+from weightsmith.merging.combining.conflicts import Conflicts
+from weightsmith.merging.combining.lowrank import (
     Pair,
     concatenate,
     to_float32,

@@ -13,12 +13,12 @@ import pytest
 import torch
 from peft.utils import merge_utils
 from safetensors.torch import load_file
+from weightsmith.errors import InputRefused
+from weightsmith.merging.combining.changes import adapter_digest
+from weightsmith.merging.combining.pruning import drop_at_random
+from weightsmith.merging.engine import MergeRequest, merge
 
 from tests.unit.merging.conftest import MakeAdapter, MakeModel
-from toolchain.errors import InputRefused
-from toolchain.merging.combining.changes import adapter_digest
-from toolchain.merging.combining.pruning import drop_at_random
-from toolchain.merging.engine import MergeRequest, merge
 
 WEIGHTS = (0.7, -0.4, 1.2)
 PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")

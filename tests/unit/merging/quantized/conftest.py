@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-
-from toolchain.checkpoints.safetensors import TensorInfo, read_header
-from toolchain.merging.quantized.decode import decode
-from toolchain.merging.quantized.layout import Layout, read_layout
-from toolchain.merging.stream import STORED_TYPES
+from weightsmith.checkpoints.safetensors import TensorInfo, read_header
+from weightsmith.merging.quantized.decode import decode
+from weightsmith.merging.quantized.layout import Layout, read_layout
+from weightsmith.merging.stream import STORED_TYPES
 
 Decode = Callable[..., tuple[Layout, dict[str, np.ndarray]]]
 

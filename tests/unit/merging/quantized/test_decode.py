@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from weightsmith.errors import InputRefused
+from weightsmith.merging.quantized.nf4 import dynamic_code, round_trip
+from weightsmith.merging.stream import ARRAY_TYPES
 
 from tests.unit.merging.quantized.conftest import Decode, bits
-from toolchain.errors import InputRefused
-from toolchain.merging.quantized.nf4 import dynamic_code, round_trip
-from toolchain.merging.stream import ARRAY_TYPES
 
 GOLDEN = load_file(Path(__file__).parent / "data" / "golden.safetensors")
 BF16 = {"dtype": "bfloat16"}
@@ -58,7 +58,7 @@ def test_the_round_trip_is_bitsandbytes_own(number: int, double: bool) -> None:
 def test_the_round_trip_does_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     original = array(GOLDEN["original.bnb1.weight"])
     whole = round_trip(original)
-    monkeypatch.setattr("toolchain.merging.quantized.nf4._CHUNK", 128)
+    monkeypatch.setattr("weightsmith.merging.quantized.nf4._CHUNK", 128)
     assert np.array_equal(bits(round_trip(original)), bits(whole))
 
 

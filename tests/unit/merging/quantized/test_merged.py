@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.merging.engine import MergeRequest, merge
+from weightsmith.merging.quantized.nf4 import NF4
 
 from tests.unit.merging.conftest import MakeAdapter, MakeModel
-from toolchain.errors import InputRefused, UsageError
-from toolchain.merging.engine import MergeRequest, merge
-from toolchain.merging.quantized.nf4 import NF4
 
 Tensors = dict[str, torch.Tensor]
 Quantize = Callable[[str, torch.Tensor], tuple[Tensors, torch.Tensor]]

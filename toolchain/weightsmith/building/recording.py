@@ -1,0 +1,152 @@
+"""What is kept of each target, passed or refused: build.json, the report, the rendered files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from weightsmith.building.artifacts import network_in_jobs, wanted_of
+from weightsmith.building.baking import Baking
+from weightsmith.building.planning import BuildRequest, probes
+from weightsmith.building.proving import Result
+from weightsmith.oci.image import Image
+from weightsmith.ports import Tools
+from weightsmith.serving.targets import Target
+from weightsmith.stages import merge as merging
+from weightsmith.stages import publish as publishing
+from weightsmith.stages import quantize as quantizing
+from weightsmith.stages import reference as references
+from weightsmith.stages import validate as validating
+from weightsmith.stages.record import Facts, TaskFacts, write_record
+from weightsmith.stages.report import write_report
+from weightsmith.stages.trial import checks_of
+from weightsmith.values import Artifact, Checkpoint, Json, Published, Score, Sources
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """One finished target."""
+
+    target: Target
+    published: Published
+    results: tuple[Result, ...]
+    stages: Mapping[str, Mapping[str, Json]]
+    report: Path
+
+    @property
+    def scores(self) -> Mapping[str, Score]:
+        """The scores of the first task; empty without any."""
+        return main_scores(self.results)
+
+
+def main_scores(results: Sequence[Result]) -> Mapping[str, Score]:
+    """Return the scores of the first task, which stand for the build where one line must do."""
+    return results[0].scores if results else {}
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What is written down of a target, as far as it came, or of a merge without any."""
+
+    request: BuildRequest
+    sources: Sources
+    checkpoint: Checkpoint
+    tools: Tools
+    target: Target | None = None
+    artifact: Artifact | None = None
+    baking: Baking | None = None
+    image: Image | None = None
+
+    def keep(
+        self,
+        published: Published,
+        results: tuple[Result, ...],
+        stages: Mapping[str, Mapping[str, Json]],
+    ) -> Built:
+        """Write build.json, the report and the rendered files of a target that passed."""
+        if self.target is None:
+            raise AssertionError("only a target is published")
+        folder = self.request.folder(self.target)
+        report = self._write(published, results, stages, folder, "")
+        return Built(
+            target=self.target, published=published, results=results, stages=stages, report=report
+        )
+
+    def refuse(
+        self, results: tuple[Result, ...], stages: Mapping[str, Mapping[str, Json]], why: str
+    ) -> Path:
+        """Write the same of what did not pass, apart, and forget its image; return the report.
+
+        Apart, because the record of an earlier image that passed belongs to that image.
+        """
+        if self.target is None:
+            folder = self.request.dist.joinpath(
+                self.request.file.recipe.name, self.request.file.recipe.version, "refused"
+            )
+            return self._write(None, results, stages, folder, why)
+        folder = self.request.folder(self.target) / "refused"
+        if self.image is None:
+            return self._write(None, results, stages, folder, why)
+        layout = self.request.trial_layout(self.target)
+        publishing.discard_candidate(self.image, layout, self.tools)
+        unpublished = Published(reference="", digest=self.image.digest, layers=())
+        return self._write(unpublished, results, stages, folder, why)
+
+    def _write(
+        self,
+        published: Published | None,
+        results: tuple[Result, ...],
+        stages: Mapping[str, Mapping[str, Json]],
+        folder: Path,
+        refused: str,
+    ) -> Path:
+        facts = Facts(
+            recipe=self.request.file.recipe,
+            sources=self.sources,
+            checkpoint=self.checkpoint,
+            target=self.target.name if self.target else "",
+            artifact=self.artifact,
+            config=self.baking.config if self.baking else None,
+            published=published,
+            tasks=tuple(_task_facts(result) for result in results),
+            checks=checks_of(self.image.digest, self.tools) if self.image else (),
+            stages=stages,
+            refused=refused,
+            warnings=tuple(getattr(self.tools.progress, "warnings", ())),
+            inputs=self._inputs(results),
+            network_in_jobs=network_in_jobs(
+                self.checkpoint, self.baking.artifact if self.baking else None, self.tools
+            ),
+        )
+        return write_report(write_record(facts, folder), folder).html
+
+    def _inputs(self, results: tuple[Result, ...]) -> Mapping[str, Json]:
+        """Return what each cached stage depended on."""
+        recipe, sources = self.request.file.recipe, self.sources
+        found: dict[str, Json] = {}
+        if self.checkpoint.digest != sources.base.digest:
+            found["merge"] = merging.inputs(sources, recipe.merge).inputs
+        if "validation" in self.checkpoint.details:
+            asked_with = probes(self.request.file)
+            found["validate"] = validating.inputs(
+                sources, recipe.merge, self.checkpoint.digest, asked_with
+            ).inputs
+        for result in results[:1]:
+            asked = references.subjects(sources, result.tried.adapter)
+            subject = asked.get("adapter", asked["base"])
+            found["reference"] = references.inputs(subject, result.tried.task).inputs
+        if self.artifact and self.artifact.format.packed:
+            wanted = wanted_of(self.request.file, self.artifact.format, sources.base, self.tools)
+            found["quantize"] = quantizing.inputs(self.checkpoint.digest, wanted).inputs
+        return found
+
+
+def _task_facts(result: Result) -> TaskFacts:
+    return TaskFacts(
+        name=result.tried.task.name,
+        metric=result.tried.task.metric,
+        max_drop=result.tried.wanted.max_drop,
+        scores=result.scores,
+        verdicts=tuple(verdict.facts for verdict in result.verdicts),
+    )

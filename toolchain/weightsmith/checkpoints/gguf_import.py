@@ -1,0 +1,404 @@
+"""Turns a llama-architecture GGUF file into a plain Hugging Face checkpoint folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf import ReaderTensor, TokenType, dequantize
+
+from weightsmith.checkpoints.gguf_facts import count_of, number_of, numbers_of, texts_of, token_id
+from weightsmith.checkpoints.gguf_reader import GGUFReader
+from weightsmith.errors import InputRefused
+
+# llama.cpp's name of a pre-tokenizer -> how the tokenizers library spells the same split.
+_DIGITS = {"type": "Digits", "individual_digits": True}
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": True,
+}
+_LLAMA3_SPLIT = {
+    "type": "Split",
+    "pattern": {"Regex": _LLAMA3},
+    "behavior": "Isolated",
+    "invert": False,
+}
+_PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
+    "gpt-2": [_BYTE_LEVEL],
+    "smollm": [_DIGITS, _BYTE_LEVEL],
+    "llama-bpe": [_LLAMA3_SPLIT, {**_BYTE_LEVEL, "use_regex": False}],
+}
+
+_GLOBAL_TENSORS = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER_TENSORS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+_ROWS_PER_BLOCK = 4096
+
+
+def import_gguf(source: Path, out: Path) -> None:
+    """Write the model in `source` as a float16 Hugging Face checkpoint into the folder `out`."""
+    reader, facts = _open(source)
+    try:
+        tensors = {_hugging_face_name(tensor.name): tensor for tensor in reader.tensors}
+        config = _model_config(facts, tied="lm_head.weight" not in tensors)
+        _check_tensors(config, tensors)
+        texts = _tokenizer_files(facts, config)
+    except KeyError as missing:
+        raise InputRefused(
+            f"{source.name} lacks the GGUF entry {missing}",
+            hint="convert the model again with a current llama.cpp",
+        ) from None
+    texts["config.json"] = _json(config)
+    texts["generation_config.json"] = _json(_generation_config(facts, config))
+    out.mkdir(parents=True, exist_ok=True)
+    _write_weights(out / "model.safetensors", tensors, config)
+    for name, text in texts.items():
+        (out / name).write_bytes(text.encode())
+        (out / name).chmod(0o644)
+
+
+def _open(source: Path) -> tuple[GGUFReader, Mapping[str, Any]]:
+    """Open a complete GGUF file of the llama architecture and read its entries, or refuse it."""
+    if not source.is_file():
+        raise InputRefused(f"{source} is not a file", hint="give the path of one .gguf file")
+    try:
+        reader = GGUFReader(source)
+        facts = {name: field.contents() for name, field in reader.fields.items()}
+    except ValueError as problem:
+        raise InputRefused(
+            f"{source.name} cannot be read as GGUF, it is cut off or damaged: {problem}",
+            hint="download the file again and compare its sha256 with the publisher's",
+        ) from problem
+    architecture = facts.get("general.architecture")
+    if architecture != "llama":
+        raise InputRefused(
+            f"{source.name} has the architecture {architecture!r}; only 'llama' can be imported",
+            hint="start from the model's original Hugging Face checkpoint instead",
+        )
+    return reader, facts
+
+
+def _hugging_face_name(name: str) -> str:
+    """Translate a GGUF tensor's name, refusing a tensor that plain Llama lacks."""
+    if name in _GLOBAL_TENSORS:
+        return _GLOBAL_TENSORS[name]
+    match = _LAYER_NAME.fullmatch(name)
+    if match is None or match[2] not in _LAYER_TENSORS:
+        raise InputRefused(
+            f"the GGUF tensor {name!r} has no place in a plain Llama checkpoint",
+            hint="biases, experts and long-context rope factors cannot be imported; "
+            "start from the original Hugging Face checkpoint",
+        )
+    return f"model.layers.{int(match[1])}.{_LAYER_TENSORS[match[2]]}.weight"
+
+
+def _model_config(facts: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
+    """Describe the same Llama model as config.json does."""
+    if facts.get("llama.rope.scaling.type", "none") != "none":
+        raise InputRefused(
+            f"rope scaling {facts['llama.rope.scaling.type']!r} cannot be imported",
+            hint="start from the original Hugging Face checkpoint",
+        )
+    heads = count_of(facts, "llama.attention.head_count")
+    hidden = count_of(facts, "llama.embedding_length")
+    head = count_of(facts, "llama.attention.key_length", hidden // heads)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": token_id(facts, "bos"),
+        "eos_token_id": token_id(facts, "eos"),
+        "head_dim": head,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "initializer_range": 0.02,
+        "intermediate_size": count_of(facts, "llama.feed_forward_length"),
+        "max_position_embeddings": count_of(facts, "llama.context_length"),
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": heads,
+        "num_hidden_layers": count_of(facts, "llama.block_count"),
+        "num_key_value_heads": count_of(facts, "llama.attention.head_count_kv", heads),
+        "pad_token_id": token_id(facts, "padding"),
+        "rms_norm_eps": number_of(facts, "llama.attention.layer_norm_rms_epsilon"),
+        "rope_scaling": None,
+        "rope_theta": number_of(facts, "llama.rope.freq_base", 10000.0),
+        "tie_word_embeddings": tied,
+        "torch_dtype": "float16",
+        "use_cache": True,
+        "vocab_size": len(texts_of(facts, "tokenizer.ggml.tokens")),
+    }
+    if head % 2:
+        raise InputRefused(
+            f"an attention head of {head} numbers cannot be rotated in pairs",
+            hint="the file is damaged; convert or download it again",
+        )
+    if facts.get("llama.rope.dimension_count", head) != head:
+        raise InputRefused(
+            "rope covers only a part of each attention head, which no Llama configuration can "
+            "express",
+            hint="start from the original Hugging Face checkpoint",
+        )
+    return config
+
+
+def _check_tensors(config: Mapping[str, Any], tensors: Mapping[str, ReaderTensor]) -> None:
+    """Refuse a file whose tensors are not exactly those that its configuration needs."""
+    if config["num_hidden_layers"] > len(tensors):
+        raise InputRefused(
+            f"{config['num_hidden_layers']} layers cannot be made of {len(tensors)} tensors",
+            hint="the file is incomplete or was not made from a plain Llama model",
+        )
+    expected = dict(_expected_shapes(config))
+    found = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()}
+    wrong = [
+        f"{name} should be {expected.get(name, 'absent')} and is {found.get(name, 'absent')}"
+        for name in sorted(expected.keys() | found.keys())
+        if expected.get(name) != found.get(name)
+    ]
+    if wrong:
+        raise InputRefused(
+            f"{len(wrong)} tensors do not fit the GGUF's own configuration: {wrong[0]}",
+            hint="the file is incomplete or was not made from a plain Llama model",
+        )
+
+
+def _expected_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, inner, vocab = (
+        config["hidden_size"],
+        config["intermediate_size"],
+        config["vocab_size"],
+    )
+    queries = config["num_attention_heads"] * config["head_dim"]
+    keys = config["num_key_value_heads"] * config["head_dim"]
+    layer = {
+        "input_layernorm": (hidden,),
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "post_attention_layernorm": (hidden,),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    yield "model.embed_tokens.weight", (vocab, hidden)
+    yield "model.norm.weight", (hidden,)
+    if not config["tie_word_embeddings"]:
+        yield "lm_head.weight", (vocab, hidden)
+    for number in range(config["num_hidden_layers"]):
+        for part, shape in layer.items():
+            yield f"model.layers.{number}.{part}.weight", shape
+
+
+def _generation_config(facts: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Stop at the end token and, where the file names another, at the end of a turn."""
+    ends = [config["eos_token_id"], token_id(facts, "eot")]
+    ends = [token for token in dict.fromkeys(ends) if token is not None]
+    return {
+        "_from_model_config": True,
+        "bos_token_id": config["bos_token_id"],
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": config["pad_token_id"],
+    }
+
+
+def _tokenizer_files(facts: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
+    """Give the text of each of the tokenizer's files, by file name."""
+    kind, split = facts["tokenizer.ggml.model"], str(facts.get("tokenizer.ggml.pre"))
+    if kind != "gpt2" or split not in _PRE_TOKENIZERS:
+        raise InputRefused(
+            f"the tokenizer {kind!r} with the pre-tokenizer {split!r} cannot be imported",
+            hint=f"known: 'gpt2' with {', '.join(sorted(_PRE_TOKENIZERS))}; otherwise start from "
+            "the original Hugging Face checkpoint",
+        )
+    tokens = texts_of(facts, "tokenizer.ggml.tokens")
+    if len(set(tokens)) != len(tokens):
+        raise InputRefused(
+            "the GGUF vocabulary names a token twice, which tokenizer.json cannot express",
+            hint="start from the original Hugging Face checkpoint",
+        )
+    names = _special_tokens(facts, tokens)
+    add_bos = bool(facts.get("tokenizer.ggml.add_bos_token", split == "llama-bpe"))
+    added = _added_tokens(tokens, numbers_of(facts, "tokenizer.ggml.token_type"))
+    settings: dict[str, Any] = {
+        "add_bos_token": add_bos,
+        "add_prefix_space": False,
+        "added_tokens_decoder": {
+            str(token["id"]): {key: token[key] for key in token if key != "id"} for token in added
+        },
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": config["max_position_embeddings"],
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **names,
+    }
+    files = {"special_tokens_map.json": _json(names)}
+    if isinstance(template := facts.get("tokenizer.chat_template"), str) and template:
+        # Newer libraries read the file of its own, older engines only the key.
+        files["chat_template.jinja"] = settings["chat_template"] = template
+    files["tokenizer_config.json"] = _json(settings)
+    bos = token_id(facts, "bos") if add_bos else None
+    files["tokenizer.json"] = _json(_tokenizer(facts, _PRE_TOKENIZERS[split], added, bos))
+    return files
+
+
+def _special_tokens(facts: Mapping[str, Any], tokens: list[str]) -> dict[str, str]:
+    """Look up the begin, end, unknown and padding tokens that the file names."""
+    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    ids = {name: token_id(facts, key) for name, key in keys.items()}
+    outside = {name: number for name, number in ids.items() if number and number >= len(tokens)}
+    if outside:
+        raise InputRefused(
+            f"special tokens outside the vocabulary of {len(tokens)}: {outside}",
+            hint="the file is damaged; convert or download it again",
+        )
+    return {f"{name}_token": tokens[n] for name, n in sorted(ids.items()) if n is not None}
+
+
+def _added_tokens(tokens: list[str], types: list[int]) -> list[dict[str, Any]]:
+    """List the tokens that are never cut into pieces: control tokens and the user's own."""
+    whole = (TokenType.CONTROL, TokenType.USER_DEFINED)
+    return [
+        {
+            "id": number,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": kind == TokenType.CONTROL,
+        }
+        for number, (token, kind) in enumerate(zip(tokens, types, strict=False))
+        if kind in whole
+    ]
+
+
+def _tokenizer(
+    facts: Mapping[str, Any],
+    pre_tokenizers: list[dict[str, Any]],
+    added: list[dict[str, Any]],
+    bos: int | None,
+) -> dict[str, Any]:
+    """Describe a byte-level BPE vocabulary as tokenizer.json does."""
+    tokens = texts_of(facts, "tokenizer.ggml.tokens")
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizers},
+        "post_processor": {**_BYTE_LEVEL, "trim_offsets": False}
+        if bos is None
+        else _begin_with(tokens[bos], bos),
+        "decoder": _BYTE_LEVEL,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": bool(facts.get("tokenizer.ggml.pre") == "llama-bpe"),
+            "vocab": {token: number for number, token in enumerate(tokens)},
+            "merges": texts_of(facts, "tokenizer.ggml.merges"),
+        },
+    }
+
+
+def _begin_with(token: str, number: int) -> dict[str, Any]:
+    """Describe a post-processor that puts the begin token before each sequence."""
+    begin = {"SpecialToken": {"id": token, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    return {
+        "type": "TemplateProcessing",
+        "single": [begin, first],
+        "pair": [begin, first, begin, second],
+        "special_tokens": {token: {"id": token, "ids": [number], "tokens": [token]}},
+    }
+
+
+def _write_weights(
+    path: Path, tensors: Mapping[str, ReaderTensor], config: Mapping[str, Any]
+) -> None:
+    """Write the tensors in float16, in the order of their names, one block of rows at a time."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in sorted(tensors):
+        shape = [int(n) for n in reversed(tensors[name].shape)]
+        end = offset + 2 * int(np.prod(shape))
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in sorted(tensors):
+            for block in _float16_blocks(name, tensors[name], config):
+                file.write(block.tobytes())
+    path.chmod(0o644)
+
+
+def _float16_blocks(
+    name: str, tensor: ReaderTensor, config: Mapping[str, Any]
+) -> Iterator[npt.NDArray[np.float16]]:
+    """Yield a tensor's rows in the checkpoint's order, in blocks that keep memory small."""
+    half = config["head_dim"] // 2
+    rotated = name.endswith(("q_proj.weight", "k_proj.weight"))
+    rows = 2 * half if rotated else _ROWS_PER_BLOCK
+    for start in range(0, len(tensor.data), rows):
+        # An overflow is found and refused below, so numpy need not warn of it.
+        with np.errstate(over="ignore"):
+            exact = _exact(name, tensor, start, rows)
+            block = exact.astype(np.dtype("<f2"))
+        if not np.isfinite(block).all():
+            raise InputRefused(
+                f"{name} has values that float16 cannot hold", hint="import a bfloat16 checkpoint"
+            )
+        if rotated:
+            # llama.cpp pairs neighbouring rows of a head for rope, Hugging Face the two halves.
+            block = block.reshape(half, 2, -1).swapaxes(0, 1).reshape(2 * half, -1)
+        yield block
+
+
+def _exact(name: str, tensor: ReaderTensor, start: int, rows: int) -> npt.NDArray[np.float32]:
+    try:
+        found: npt.NDArray[np.float32] = dequantize(
+            tensor.data[start : start + rows], tensor.tensor_type
+        )
+    except NotImplementedError:
+        raise InputRefused(
+            f"{name} is of the type {tensor.tensor_type.name}, which is not read here",
+            hint="start from the original Hugging Face checkpoint",
+        ) from None
+    return found
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

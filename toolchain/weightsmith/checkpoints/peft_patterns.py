@@ -1,0 +1,108 @@
+"""The regular expressions of an adapter's configuration, which PEFT matches against every module.
+
+They are foreign, and Python's `re` may take longer than the universe on them. It has the say
+nevertheless, since PEFT uses it: other engines know no lookaheads, or read a pattern differently.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from weightsmith import time_limits
+from weightsmith.errors import InputRefused
+from weightsmith.foreign import read_json
+from weightsmith.time_limits import TooLong, cpu_limit, doing
+
+_PLAIN = re.compile(r"[\w.]*")
+"""Names, which most entries are: nothing in them repeats, so nothing has to be tried."""
+_SHOWN = 60
+_SECONDS_EACH = 0.001
+
+
+def check_peft_patterns(root: Path, modules: Iterable[str]) -> None:
+    """Match each pattern of an adapter against all modules, as PEFT will, within a limit of time.
+
+    Raises InputRefused for one that takes longer or is none. To be called on the main thread.
+    """
+    path = root / "adapter_config.json"
+    patterns = list(_patterns(read_json(path)))
+    names = list(modules) if patterns else []
+    at = ""
+    try:
+        with doing(f"matching the patterns of {path}"), cpu_limit(time_limits.FOREIGN_SECONDS):
+            for field, text, whole in patterns:
+                at = f"{field} {_excerpt(text)}"
+                fits = re.compile(whole).match
+                for name in names:
+                    fits(name)
+    except TooLong:
+        raise _endless(path, at) from None
+    except (re.error, RecursionError, OverflowError) as error:
+        raise InputRefused(
+            f"{path}: {at} is no regular expression: {error}",
+            hint="export the adapter again with PEFT's save_pretrained",
+        ) from None
+
+
+@contextmanager
+def reading_names(root: Path, keys: int) -> Iterator[None]:
+    """Limit the time of a block that reads the names of an adapter's `keys` tensors.
+
+    It may match its patterns as well. Raises InputRefused where the time is over.
+    """
+    path = root / "adapter_config.json"
+    seconds = time_limits.FOREIGN_SECONDS + keys * _SECONDS_EACH
+    try:
+        with cpu_limit(seconds):
+            yield
+    except TooLong:
+        patterns = [f"{field} {_excerpt(text)}" for field, text, _ in _patterns(read_json(path))]
+        if patterns:
+            raise _endless(path, ", ".join(dict.fromkeys(patterns))) from None
+        raise InputRefused(
+            f"{root}: to understand the names of its {keys} tensors takes more than {seconds:g} s"
+            " of CPU time",
+            hint="export the adapter again with PEFT's save_pretrained",
+        ) from None
+
+
+def _endless(path: Path, named: str) -> InputRefused:
+    return InputRefused(
+        f"{path}: matching {named} against the names of the base's modules takes more than "
+        f"{time_limits.FOREIGN_SECONDS:g} s of CPU time",
+        hint="name the modules one by one, or write the pattern without repetitions inside "
+        "repetitions",
+    )
+
+
+def _patterns(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield field, text, and the expression that PEFT makes of it (`tuners_utils`, `utils.other`).
+
+    Of texts alone: what is of another type is refused where the configuration is read.
+    """
+    for field, value in raw.items():
+        if field.endswith("layers_pattern"):
+            forms = (r"(?:^|.*?\.){}\.(?P<idx>\d+)\.", r".*?\.{}\.(?P<layer>\d+)\.")
+            yield from _forms(field, [value] if isinstance(value, str) else value, forms)
+        elif field == "modules_to_save":
+            yield from _forms(field, value, (r"(^|.*\.){}($|\..*)",))
+        elif field.endswith("_modules") and isinstance(value, str):
+            yield from _forms(field, [value], (r"(?:{})\Z",))
+        elif field.endswith("_pattern") and isinstance(value, Mapping):
+            yield from _forms(field, list(value), (r"(.*\.)?({})$", r".*\.{}$"))
+
+
+def _forms(field: str, texts: Any, forms: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
+    for text in texts if isinstance(texts, list) else ():
+        if isinstance(text, str) and not _PLAIN.fullmatch(text):
+            for form in forms:
+                yield field, text, form.replace("{}", text)
+
+
+def _excerpt(text: str) -> str:
+    shown = repr(text)
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"

@@ -1,0 +1,158 @@
+"""Splits large safetensors files into smaller ones, without copying a byte until they are read.
+
+https://huggingface.co/docs/safetensors/index#format
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from weightsmith.checkpoints.reading import read_part
+from weightsmith.checkpoints.safetensors import Header, TensorInfo, read_header
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.foreign import INDEX as LARGEST_INDEX
+from weightsmith.foreign import read_json
+from weightsmith.values import Digest, FileEntry, Json, Pieces, Slice, Tree, canonical, key_of
+
+INDEX = "model.safetensors.index.json"
+_SPARE = 64 << 10
+"""Bytes kept free in a layer for tar headers and folders."""
+
+Memo = Callable[[str, Callable[[], str]], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Resharded:
+    """A tree whose large files are replaced, and where the new files' bytes are."""
+
+    tree: Tree
+    contents: Mapping[str, Pieces]
+
+
+def reshard(tree: Tree, largest: int, memo: Memo) -> Resharded:
+    """Return the tree with no safetensors file above `largest` bytes, its index rewritten.
+
+    Tensors keep their bytes and their order; files that fit stay as they are. Raises UsageError
+    where a single tensor, or a file of another format, is larger.
+    """
+    large = [file for file in tree.files if file.size > largest - _SPARE]
+    if not large:
+        return Resharded(tree, {})
+    others = [file.path for file in large if not file.path.endswith(".safetensors")]
+    if others:
+        raise UsageError(
+            f"{others[0]} is larger than a layer may be",
+            hint="split a GGUF file with `invoke quantize --split-max-size`",
+        )
+    contents: dict[str, Pieces] = {}
+    moved: dict[str, str] = {}
+    for file in large:
+        header = read_header(tree.path(file.path))
+        for name, group in _named(file.path, _groups(header, largest)):
+            contents[name] = _shard(header, group)
+            moved |= {tensor.name: name.rpartition("/")[2] for tensor in group}
+    gone = {file.path for file in large}
+    index = _index(tree, moved)
+    contents[INDEX] = (index,)
+    kept = [file for file in tree.files if file.path not in gone | {INDEX}]
+    sources = {file.path: file.digest for file in large}
+    made = [_entry(name, pieces, sources, memo, tree.root) for name, pieces in contents.items()]
+    files = sorted([*kept, *made], key=lambda file: file.path)
+    return Resharded(Tree(root=tree.root, files=tuple(files)), contents)
+
+
+def read_pieces(pieces: Pieces) -> Iterator[bytes]:
+    """Yield pieces in chunks; InputRefused where a file changes meanwhile."""
+    for piece in pieces:
+        if isinstance(piece, bytes):
+            yield piece
+        else:
+            yield from read_part(piece)
+
+
+def size_of(pieces: Pieces) -> int:
+    """Return the bytes of pieces together."""
+    return sum(len(p) if isinstance(p, bytes) else p.size for p in pieces)
+
+
+def _groups(header: Header, largest: int) -> list[list[TensorInfo]]:
+    """Return the tensors in runs that fit, as few as their order allows."""
+    table = 8 + sum(len(t.name) + 256 for t in header.tensors)
+    room = largest - _SPARE - min(table, largest // 2)
+    groups: list[list[TensorInfo]] = [[]]
+    used = 0
+    for tensor in header.tensors:
+        if tensor.size > room:
+            raise UsageError(
+                f"{header.path.name}: the tensor {tensor.name} alone has {tensor.size} bytes",
+                hint="choose a larger --max-layer-size",
+            )
+        if used + tensor.size > room:
+            groups.append([])
+            used = 0
+        groups[-1].append(tensor)
+        used += tensor.size
+    return groups
+
+
+def _named(path: str, groups: list[list[TensorInfo]]) -> Iterator[tuple[str, list[TensorInfo]]]:
+    stem = path.removesuffix(".safetensors")
+    for number, group in enumerate(groups, 1):
+        yield f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors", group
+
+
+def _shard(header: Header, group: list[TensorInfo]) -> Pieces:
+    start = group[0].start
+    table: dict[str, Json] = {
+        tensor.name: {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [tensor.start - start, tensor.end - start],
+        }
+        for tensor in group
+    }
+    if header.metadata:
+        table["__metadata__"] = dict(header.metadata)
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    body = Slice(path=header.path, offset=start, size=group[-1].end - start)
+    return (len(text).to_bytes(8, "little") + text, body)
+
+
+def _index(tree: Tree, moved: Mapping[str, str]) -> bytes:
+    """Return the index of all tensors: those that moved, and the rest where they were."""
+    if tree.has(INDEX):
+        data = read_json(tree.path(INDEX), largest=LARGEST_INDEX)
+        if not isinstance(data.get("weight_map"), dict):
+            raise InputRefused(
+                f"{tree.path(INDEX)} has no weight_map", hint="download the index again"
+            )
+        weights, metadata = data["weight_map"], data.get("metadata") or {}
+    else:
+        names = [f.path for f in tree.files if f.path.endswith(".safetensors")]
+        headers = [read_header(tree.path(name)) for name in names]
+        weights = {t.name: header.path.name for header in headers for t in header.tensors}
+        metadata = {"total_size": sum(t.size for header in headers for t in header.tensors)}
+    return canonical({"metadata": metadata, "weight_map": {**weights, **moved}})
+
+
+def _entry(
+    name: str, pieces: Pieces, sources: Mapping[str, Digest], memo: Memo, root: Path
+) -> FileEntry:
+    def hashed() -> str:
+        state = hashlib.sha256()
+        for chunk in read_pieces(pieces):
+            state.update(chunk)
+        return f"sha256:{state.hexdigest()}"
+
+    data = [
+        Digest.of(p) if isinstance(p, bytes)
+        else [sources[p.path.relative_to(root).as_posix()], p.offset, p.size]
+        for p in pieces
+    ]  # fmt: skip
+    digest = Digest(memo(key_of(["pieces", data]), hashed))
+    return FileEntry(path=name, size=size_of(pieces), digest=digest)

@@ -1,0 +1,20 @@
+"""The command line: parse, call, print. No decisions."""
+
+import os
+import sys
+
+from weightsmith.interrupts import leave_quietly
+
+if os.path.basename(sys.argv[0]) in ("invoke", "inv"):  # noqa: PTH119 - no pathlib before this
+    leave_quietly()  # the imports below take longer than an impatient Ctrl-C
+
+from invoke.collection import Collection
+
+from weightsmith.cli import build, housekeeping, images, models, questions
+
+namespace = Collection()
+for _module in (build, models, images, questions, housekeeping):
+    for _task in _module.COMMANDS:
+        namespace.add_task(_task)
+
+__all__ = ["namespace"]

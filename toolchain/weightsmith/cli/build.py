@@ -1,0 +1,216 @@
+"""`build` and `plan`: the whole pipeline, run or foreseen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weightsmith.cli.command import command
+from weightsmith.values import Json
+from weightsmith.visible import joined
+
+if TYPE_CHECKING:  # imported when it is called: the list of commands must appear at once
+    from weightsmith.recipe_file import RecipeFile
+
+
+@command(many=("target", "adapter", "set"))
+def build(
+    _context: object,
+    *,
+    target: Sequence[str] = (),
+    recipe: str = "",
+    from_: str = "",
+    key: str = "",
+    runner: str = "auto",
+    allow_network_in_jobs: bool = False,
+    push: bool = False,
+    load: bool = False,
+    layout: str = "",
+    base: str = "",
+    adapter: Sequence[str] = (),
+    gpu: str = "",
+    gpu_memory: str = "",
+    gpu_count: str = "",
+    max_model_len: str = "",
+    max_num_seqs: str = "",
+    set: Sequence[str] = (),  # noqa: A002 - the flag's name
+    allow_low_bits: bool = False,
+    force: bool = False,
+    insecure: bool = False,
+    sign_key: str = "",
+    locked: bool = False,
+    update_lock: bool = False,
+    dist: str = "dist",
+    json: bool = False,
+) -> tuple[Mapping[str, Json], str]:
+    """Build, prove and publish the images of a recipe (or of --base and --adapter)."""
+    del json
+    from weightsmith.building.planning import BuildRequest, chosen_targets
+    from weightsmith.cli.progress import Recorder, progress_for
+    from weightsmith.commands.arguments import sources_of
+    from weightsmith.errors import UsageError
+    from weightsmith.pipeline import build as run
+    from weightsmith.stages.publish import Outputs
+    from weightsmith.wiring import keep_clean, make_registry, make_tools
+
+    if allow_low_bits:
+        set = (*set, "quantize.allow_low_bits=true")  # noqa: A001
+    wishes = {
+        "gpu": gpu,
+        "gpu_memory": gpu_memory,
+        "gpu_count": gpu_count,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+    }
+    if update_lock and (locked or from_):
+        raise UsageError(
+            f"--update-lock takes what {'--locked' if locked else '--from'} refuses",
+            hint="give one of them",
+        )
+    if from_:
+        keep_clean([base], dist=dist)
+        base, recipe, locked = "", _recipe_again(from_, base, key, dist, insecure), not base
+    file = recipe_file(recipe, base, adapter, [*serve_settings(wishes), *set])
+    keep_clean(sources_of(file), dist=dist, layout=layout)
+    targets = chosen_targets(file, tuple(target), to_build=True)
+    tools, engine = make_tools(
+        runner,
+        Recorder(progress_for()),
+        sign_key=sign_key,
+        allow_network_in_jobs=allow_network_in_jobs,
+    )
+    request = BuildRequest(
+        file=file,
+        targets=targets,
+        outputs=Outputs(
+            load=load,
+            layout=Path(layout).absolute() if layout else None,
+            push=push,
+            force=force,
+            tag_digest=push,
+        ),
+        dist=Path(dist).absolute(),
+        engine_answers=engine,
+        locked=locked,
+        update_lock=update_lock,
+    )
+    with make_registry(insecure=insecure) as registry:
+        built = list(run(request, registry, tools))
+    result = {
+        b.target.name: {
+            "image": b.published.reference,
+            "digest": b.published.digest,
+            "scores": {name: score.score for name, score in b.scores.items()},
+            "verdicts": [v.facts for result in b.results for v in result.verdicts],
+            "uploaded_bytes": b.published.uploaded_bytes,
+            "stages": b.stages,
+            "report": b.report,
+        }
+        for b in built
+    }
+    lines = [line for name, facts in result.items() for line in _lines(name, facts)]
+    return {"targets": result}, joined(lines)
+
+
+def _lines(name: str, facts: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{name}: {facts['image']}@{facts['digest']}"
+    if scores := ", ".join(f"{who} {score:.3f}" for who, score in facts["scores"].items()):
+        yield f"  scores: {scores}"
+    yield f"  report: {facts['report']}"
+
+
+@command(many=("target", "adapter", "set"))
+def plan(
+    _context: object,
+    *,
+    target: Sequence[str] = (),
+    recipe: str = "",
+    runner: str = "auto",
+    push: bool = False,
+    load: bool = False,
+    layout: str = "",
+    base: str = "",
+    adapter: Sequence[str] = (),
+    gpu: str = "",
+    gpu_memory: str = "",
+    gpu_count: str = "",
+    max_model_len: str = "",
+    max_num_seqs: str = "",
+    set: Sequence[str] = (),  # noqa: A002 - the flag's name
+    update_lock: bool = False,
+    dist: str = "dist",
+    json: bool = False,
+) -> tuple[Mapping[str, Json], str]:
+    """Show what `build` would do, and do nothing: stages, cached or why not, memory, disk."""
+    del json, push, load, layout
+    from weightsmith.building.planning import chosen_targets
+    from weightsmith.commands.arguments import sources_of
+    from weightsmith.commands.plan import forecast, table
+    from weightsmith.ports import Silent
+    from weightsmith.wiring import keep_clean, make_tools
+
+    wishes = {
+        "gpu": gpu,
+        "gpu_memory": gpu_memory,
+        "gpu_count": gpu_count,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+    }
+    file = recipe_file(recipe, base, adapter, [*serve_settings(wishes), *set])
+    keep_clean(sources_of(file))
+    targets = chosen_targets(file, tuple(target))
+    tools, _ = make_tools(runner, Silent())
+    result = forecast(file, targets, Path(dist).absolute(), tools, update_lock=update_lock)
+    return result, table(result)
+
+
+def _recipe_again(source: str, base: str, key: str, dist: str, insecure: bool) -> str:
+    """Return the recipe file of an image that was built before."""
+    from weightsmith.cli.progress import progress_for
+    from weightsmith.commands.rebuild import recipe_of_image
+    from weightsmith.commands.verify import key_path
+    from weightsmith.wiring import make_registry
+
+    with make_registry(insecure=insecure) as registry:
+        folder = Path(dist).absolute()
+        return str(recipe_of_image(source, base, key_path(key), folder, registry, progress_for()))
+
+
+def serve_settings(wishes: Mapping[str, Any]) -> list[str]:
+    """Return the given serving flags as the settings that they stand for."""
+    return [f"serve.{key}={value}" for key, value in wishes.items() if value]
+
+
+def recipe_file(
+    recipe: str, base: str, adapters: Sequence[str], settings: Sequence[str]
+) -> RecipeFile:
+    """Return the recipe of a file, or the one that --base and --adapter describe."""
+    from weightsmith.errors import UsageError
+    from weightsmith.recipe_file import RecipeFile, check_recipe, read_recipe, with_settings
+
+    if not base:
+        if adapters:
+            raise UsageError("--adapter needs --base", hint="or name both in a recipe")
+        return read_recipe(Path(recipe or "recipe.yaml"), settings)
+    if recipe:
+        raise UsageError("--recipe and --base exclude each other", hint="use --set base.source=…")
+    data = with_settings(
+        {
+            "name": _name_of(adapters[-1] if adapters else base),
+            "base": {"source": base},
+            "adapters": [{"source": source} for source in adapters],
+        },
+        settings,
+    )
+    return RecipeFile(recipe=check_recipe(data, "the command line"), folder=Path())
+
+
+def _name_of(source: str) -> str:
+    """Return a recipe name from a source's last part."""
+    last = source.rstrip("/").rpartition("/")[2].partition("==")[0].lower()
+    cleaned = "".join(c if c.isascii() and c.isalnum() else "-" for c in last).strip("-")
+    return "-".join(part for part in cleaned.split("-") if part) or "model"
+
+
+COMMANDS = (build, plan)

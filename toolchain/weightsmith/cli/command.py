@@ -1,0 +1,220 @@
+"""What every command shares: `--json`, errors in a few lines, exit codes, interrupts."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import inspect
+import io
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from invoke.exceptions import Exit
+from invoke.tasks import task
+
+from weightsmith import visible
+from weightsmith.cli.flags import FLAGS
+from weightsmith.cli.lines import put_line
+from weightsmith.errors import EnvironmentFailure, UsageError, WeightsmithError, of_open_files
+from weightsmith.interrupts import raise_it
+from weightsmith.values import Json, plain
+
+_OF_THE_MACHINE = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+    | {errno.ENAMETOOLONG}
+)
+"""What a disk or its permissions refuse: for the user to change, no fault of ours."""
+
+_NUMBERS: Mapping[type, str] = {int: "a whole number", float: "a number"}
+"""What a flag takes whose default is one."""
+
+Body = Callable[..., tuple[Mapping[str, Json], str]]
+"""A command's body returns its JSON object and the same for people."""
+
+
+def command(
+    *,
+    positional: tuple[str, ...] = (),
+    many: tuple[str, ...] = (),
+    meanings: Mapping[str, str] | None = None,
+) -> Callable[[Body], Any]:
+    """Turn a function into an Invoke task of the contract: results on stdout, the rest on stderr.
+
+    `positional` names arguments without a flag, `many` those that may be given more than once;
+    `meanings` has the help of flags that mean something else here than in `FLAGS`.
+    """
+    texts = {**FLAGS, **(meanings or {})}
+
+    def wrap(body: Body) -> Any:
+        @functools.wraps(body)
+        def run(context: object, **arguments: Any) -> None:
+            as_json = bool(arguments.get("json"))
+            _settle_streams()
+            try:
+                result, text = _guarded(body, context, _numbers(body, arguments))
+            except WeightsmithError as error:
+                print_error(error, as_json=as_json)
+                raise Exit(code=error.exit_code) from None
+            except KeyboardInterrupt:
+                print_error(_Interrupted("interrupted; what was finished is kept"), as_json=as_json)
+                raise Exit(code=_Interrupted.exit_code) from None
+            else:
+                _print_result(visible.as_json(plain(result)) if as_json else text)
+
+        run.__signature__ = _for_invoke(inspect.signature(body), many)  # type: ignore[attr-defined]
+        names = inspect.signature(body).parameters
+        return task(
+            positional=list(positional),
+            iterable=list(many),
+            auto_shortflags=False,
+            help={name: text for name, text in texts.items() if name in names},
+        )(run)
+
+    return wrap
+
+
+def _settle_streams() -> None:
+    """Take what a locale lacks a letter for, and streams that whoever started us has closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - for the rest of our time
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _print_result(text: str) -> None:
+    if why := put_line(text, sys.stdout):
+        hint = "what was made is kept: make room, and run it again"
+        told = EnvironmentFailure(f"cannot write the result: {why}", hint=hint)
+        print_error(told, as_json=False)
+        raise Exit(code=told.exit_code)
+
+
+def _for_invoke(signature: inspect.Signature, many: tuple[str, ...]) -> inspect.Signature:
+    """Return what Invoke shall read of a signature, from whose defaults it takes the types.
+
+    It makes a list only of None, and a text that is no number ends in a traceback of its own: so
+    it gets texts, and `_numbers` reads them.
+    """
+
+    def seen(parameter: inspect.Parameter) -> inspect.Parameter:
+        if parameter.name in many:
+            return parameter.replace(default=None)
+        if type(parameter.default) in _NUMBERS:
+            return parameter.replace(default=str(parameter.default))
+        return parameter
+
+    return signature.replace(parameters=[seen(given) for given in signature.parameters.values()])
+
+
+def _numbers(body: Body, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments with numbers for those that have one by default; raises UsageError."""
+    read = dict(arguments)
+    for name, parameter in inspect.signature(body).parameters.items():
+        kind = type(parameter.default)
+        if name not in read or kind not in _NUMBERS:
+            continue
+        try:
+            read[name] = kind(read[name])
+        except ValueError:
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"{flag} {read[name]}: {_NUMBERS[kind]} is expected",
+                hint="`--help` of the command shows its default",
+            ) from None
+    return read
+
+
+def _guarded(
+    body: Body, context: object, arguments: dict[str, Any]
+) -> tuple[Mapping[str, Json], str]:
+    """Run a body; SIGTERM ends it like Ctrl-C, and a fault of ours leaves its trace in a file."""
+    raise_it()
+    _require_folder()
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return body(context, **arguments)
+    except WeightsmithError as error:
+        if too_many := of_open_files(error):
+            raise too_many from error
+        raise
+    except OSError as error:
+        raise _refused(error) from error
+    except Exception as error:
+        raise (of_open_files(error) or _unexpected(error)) from error
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _refused(error: OSError) -> Exception:
+    """Return what the machine refused, or a fault of ours where it refused nothing."""
+    if too_many := of_open_files(error):
+        return too_many
+    from weightsmith.wiring import require_folders
+
+    try:
+        require_folders()  # in some places, such as below /proc, what is missing cannot be made
+    except WeightsmithError as refused:
+        return refused
+    no_temporary = error.errno == errno.ENOENT and error.filename is None  # as `tempfile` says it
+    if error.errno not in _OF_THE_MACHINE and not no_temporary:
+        return _unexpected(error)
+    return EnvironmentFailure(
+        f"cannot write {error.filename or 'a file'}: {error.strerror or error}",
+        hint="make room or get the right to write there, or set WEIGHTSMITH_CACHE, "
+        "WEIGHTSMITH_STORE and TMPDIR to folders where you may write",
+    )
+
+
+def _require_folder() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise EnvironmentFailure(
+            "the current folder was deleted", hint="change to one that exists"
+        ) from None
+
+
+def _unexpected(error: Exception) -> Exception:
+    if os.environ.get("WEIGHTSMITH_DEBUG"):
+        return error
+    return WeightsmithError(
+        f"unexpected {type(error).__name__}: {error}",
+        hint=f"this is a bug in weightsmith; {_save_trace()}",
+    )
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _save_trace() -> str:
+    try:
+        descriptor, name = tempfile.mkstemp(prefix="weightsmith-", suffix=".log", text=True)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(traceback.format_exc())
+    except OSError:
+        return "with WEIGHTSMITH_DEBUG=1 it prints its traceback"
+    return f"the traceback is in {name}"
+
+
+class _Interrupted(WeightsmithError):
+    exit_code = 130
+
+
+def print_error(error: WeightsmithError, *, as_json: bool) -> None:
+    """Print an error in a few lines on stderr, and as an object on stdout where JSON was asked."""
+    if as_json:
+        report = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
+        put_line(visible.as_json({**plain(error.details), "error": report}), sys.stdout)
+    text = f"error: {visible.quoted(error.message)}"
+    text += f"\n  hint: {visible.quoted(error.hint)}" if error.hint else ""
+    put_line(text, sys.stderr)

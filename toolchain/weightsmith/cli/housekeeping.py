@@ -1,0 +1,115 @@
+"""What is here already: `report`, `targets`, `doctor`, `clean`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from weightsmith.cli.command import command
+from weightsmith.values import Json
+from weightsmith.visible import escaped, joined
+
+
+def report_words(words: Sequence[str]) -> tuple[str, ...]:
+    """Return the positional arguments of `report` that a command line has words for.
+
+    Invoke knows only positional arguments that must be given, and `report [DIR] --compare A B`
+    has none to two: DIR, and B.
+    """
+    words = list(words)
+    if "report" not in words:
+        return ()
+    bare, values = 0, {"--compare", "--out"}
+    rest = words[words.index("report") + 1 :]
+    for before, word in zip(["", *rest], rest, strict=False):
+        bare += not word.startswith("-") and before not in values
+    return ("folder", "other")[: min(bare, 2)]
+
+
+@command(positional=report_words(sys.argv), meanings={"out": "folder for the comparison"})
+def report(
+    _context: object,
+    *,
+    folder: str | None = None,
+    other: str | None = None,
+    compare: str = "",
+    out: str = "",
+    json: bool = False,
+) -> tuple[Mapping[str, Json], str]:
+    """Write the report of the builds in a folder (dist), or of two builds with --compare A B."""
+    del json
+    from weightsmith.commands.report import compare_builds, report_builds
+
+    if compare:
+        # With one word it is B; with two, DIR and B.
+        place = Path(out) if out else Path(folder) if other and folder else None
+        result = compare_builds(compare, other or folder or "", place)
+        return result, str(result["html"])
+    result = report_builds(Path(folder or "dist"))
+    return result, joined(str(written["html"]) for written in result["reports"])
+
+
+@command()
+def targets(_context: object, *, json: bool = False) -> tuple[Mapping[str, Json], str]:
+    """List all targets: engines and the formats that they load."""
+    del json
+    from weightsmith.building.planning import all_targets
+
+    found = {
+        name: {
+            "engine": target.engine.name,
+            "format": target.format.name,
+            "bits_per_weight": target.format.bits_per_weight,
+            "legacy": target.engine.legacy,
+        }
+        for name, target in all_targets().items()
+    }
+    width = max((len(name) for name in found), default=0)
+    lines = [
+        f"{name:<{width}}  {facts['engine']} with {facts['format']} weights, "
+        f"about {facts['bits_per_weight']:g} bits each"
+        for name, facts in found.items()
+    ]
+    return {"targets": found}, joined(lines)
+
+
+@command()
+def doctor(_context: object, *, json: bool = False) -> tuple[Mapping[str, Json], str]:
+    """Show what this machine has and lacks, and what to do about it."""
+    del json
+    from weightsmith.wiring import examine
+
+    result = examine()
+    lines = []
+    for name, check in result["checks"].items():
+        lines.append(f"{'ok  ' if check['ok'] else 'no  '}{name:<12} {check['found']}")
+        lines += [f"{'':<17}{line}" for line in check["todo"].splitlines()]
+    return result, joined(lines)
+
+
+@command()
+def clean(
+    _context: object, *, keep: str = "", json: bool = False
+) -> tuple[Mapping[str, Json], str]:
+    """Shrink the store to --keep (default: 0), least recently used results first."""
+    from weightsmith.serving.memory import human, parse_size
+    from weightsmith.wiring import make_store
+
+    store = make_store()
+    if not keep and not json and sys.stdin.isatty() and sys.stderr.isatty():
+        where = escaped(str(store.root))
+        sys.stderr.write(f"Delete all results in {where} but those in use? [y/N] ")
+        sys.stderr.flush()
+        if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
+            return {}, "nothing deleted; `--keep 20GiB` would keep the latest"
+    result = store.clean(parse_size(keep or "0"))
+    freed = int(result["bytes_before"]) - int(result["bytes_after"])
+    return result, (
+        f"deleted {result['deleted']} result(s), {human(freed)};"
+        f" kept {human(int(result['bytes_after']))}"
+        + (f"; {result['in_use']} in use by a running build" if result["in_use"] else "")
+    )
+
+
+COMMANDS = (report, targets, doctor, clean)

@@ -1,0 +1,162 @@
+"""Images by reference or layout: `bake`, `push`, `rebase`, `inspect`, `verify`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from weightsmith.cli.command import command
+from weightsmith.cli.lines import pinned
+from weightsmith.values import Json
+
+
+@command(
+    meanings={
+        "push": "reference to push the image to",
+        "load": "name to load the image into the container engine under",
+    }
+)
+def bake(
+    _context: object,
+    *,
+    model: str = "",
+    target: str = "",
+    config: str = "",
+    name: str = "",
+    base_image: str = "",
+    order: str = "engine-first",
+    kind: str = "image",
+    platform: str = "",
+    max_layer_size: str = "",
+    push: str = "",
+    load: str = "",
+    layout: str = "",
+    force: bool = False,
+    insecure: bool = False,
+    sign_key: str = "",
+    runner: str = "auto",
+    allow_network_in_jobs: bool = False,
+    json: bool = False,
+) -> tuple[Mapping[str, Json], str]:
+    """Assemble the image of a model, and push it, load it or write it as an OCI layout."""
+    del json
+    from weightsmith.cli.progress import progress_for
+    from weightsmith.commands.arguments import required
+    from weightsmith.commands.bake import BakeRequest, bake_model
+    from weightsmith.serving.memory import parse_size
+    from weightsmith.wiring import keep_clean, make_registry, make_tools
+
+    required(model=model, target=target)
+    keep_clean([model, config, base_image], layout=layout)
+    tools, _ = make_tools(
+        runner,
+        progress_for(),
+        sign_key=sign_key,
+        allow_network_in_jobs=allow_network_in_jobs,
+    )
+    request = BakeRequest(
+        model=Path(model),
+        target=target,
+        config=Path(config) if config else None,
+        name=name,
+        base_image=base_image,
+        order=order,
+        kind=kind,
+        platform=platform,
+        max_layer_size=parse_size(max_layer_size) if max_layer_size else 0,
+        push=push,
+        load=load,
+        layout=Path(layout).absolute() if layout else None,
+        force=force,
+    )
+    with make_registry(insecure=insecure) as registry:
+        result = bake_model(request, registry, tools)
+    return result, pinned(result["reference"], result["digest"])
+
+
+@command(positional=("source",))
+def push(
+    _context: object,
+    source: str,
+    *,
+    to: str = "",
+    force: bool = False,
+    insecure: bool = False,
+    sign_key: str = "",
+    json: bool = False,
+) -> tuple[Mapping[str, Json], str]:
+    """Copy an image from a registry or an OCI layout to a registry; its digest stays the same."""
+    del json
+    from weightsmith.cli.progress import progress_for
+    from weightsmith.commands.arguments import required
+    from weightsmith.commands.images import copy_image
+    from weightsmith.wiring import make_registry, make_signer
+
+    required(to=to)
+    signer = make_signer(sign_key)
+    with make_registry(insecure=insecure) as registry:
+        result = copy_image(source, to, registry, progress_for(), force=force, signer=signer)
+    return result, pinned(result["reference"], result["digest"])
+
+
+@command(positional=("source",))
+def rebase(
+    _context: object,
+    source: str,
+    *,
+    onto: str = "",
+    to: str = "",
+    smoke: bool = True,
+    force: bool = False,
+    insecure: bool = False,
+    sign_key: str = "",
+    json: bool = False,
+) -> tuple[Mapping[str, Json], str]:
+    """Put an image on another engine base and push it; its weights are not copied."""
+    del json
+    from weightsmith.cli.progress import progress_for
+    from weightsmith.commands.arguments import required
+    from weightsmith.commands.rebase import RebaseRequest, rebase_image
+    from weightsmith.wiring import make_registry, make_tools
+
+    required(onto=onto, to=to)
+    tools, _ = make_tools("auto", progress_for(), sign_key=sign_key)
+    request = RebaseRequest(source=source, onto=onto, to=to, smoke=smoke, force=force)
+    with make_registry(insecure=insecure) as registry:
+        result = rebase_image(request, registry, tools)
+    return result, pinned(result["reference"], result["digest"])
+
+
+@command(
+    positional=("source",),
+    meanings={"platform": "platform of an index to show, such as linux/amd64; default: this one's"},
+)
+def inspect(
+    _context: object, source: str, *, platform: str = "", insecure: bool = False, json: bool = False
+) -> tuple[Mapping[str, Json], str]:
+    """Show what an image is made of, from it alone: provenance, plan, scores, layers."""
+    del json
+    from weightsmith.commands.images import inspect_image, inspect_text
+    from weightsmith.wiring import make_engine, make_registry
+
+    with make_registry(insecure=insecure) as registry:
+        result = inspect_image(source, registry, make_engine(), platform)
+    return result, inspect_text(result)
+
+
+@command(positional=("source",))
+def verify(
+    _context: object, source: str, *, key: str = "", insecure: bool = False, json: bool = False
+) -> tuple[Mapping[str, Json], str]:
+    """Check an image's signature, its layers' digests, and the chain from sources to layers."""
+    del json
+    from weightsmith.cli.progress import progress_for
+    from weightsmith.commands.verify import key_path, table, verify_image
+    from weightsmith.wiring import make_registry
+
+    with make_registry(insecure=insecure) as registry:
+        result = verify_image(source, key_path(key), registry, progress_for())
+    return result, f"{pinned(result['reference'], result['digest'])} holds\n{table(result)}"
+
+
+COMMANDS = (bake, push, rebase, inspect, verify)

@@ -1,0 +1,235 @@
+"""Single stages that make a model's files: `merge`, `validate`, `quantize`, `render`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from weightsmith.cli.command import command
+from weightsmith.values import Json
+from weightsmith.visible import escaped, joined
+
+
+@command(many=("adapter",))
+def merge(
+    _context: object,
+    *,
+    base: str = "",
+    adapter: Sequence[str] = (),
+    out: str = "",
+    weights: str = "",
+    method: str = "sequential",
+    density: str = "",
+    rank: str = "",
+    seed: int = 0,
+    space: str = "delta",
+    keep_adapter: str = "",
+    dtype: str = "auto",
+    precision: str = "exact",
+    quantized_base: str = "refuse",
+    runner: str = "auto",
+    allow_network_in_jobs: bool = False,
+    json: bool = False,
+) -> tuple[Mapping[str, Json], str]:
+    """Merge adapters into a base: a plain Hugging Face checkpoint in --out."""
+    del json
+    from weightsmith.cli.progress import progress_for
+    from weightsmith.commands.arguments import parse_weights, required
+    from weightsmith.commands.merge import Folders, keep_folder, merge_folders, merge_options
+    from weightsmith.wiring import keep_clean, make_tools
+
+    required(base=base, adapter=adapter, **({} if keep_adapter else {"out": out}))
+    keep_clean([base, *adapter], out=out, keep_adapter=keep_adapter)
+    options = merge_options(
+        {
+            "method": method,
+            "density": density,
+            "rank": rank,
+            "seed": seed,
+            "space": space,
+            "dtype": dtype,
+            "precision": precision,
+            "quantized_base": quantized_base,
+        }
+    )
+    folders = Folders(
+        base=Path(base),
+        adapters=tuple(Path(folder) for folder in adapter),
+        weights=parse_weights(weights, len(adapter)),
+    )
+    tools, _ = make_tools(runner, progress_for(), allow_network_in_jobs=allow_network_in_jobs)
+    kept = keep_folder(folders, Path(keep_adapter), options, tools) if keep_adapter else {}
+    result = merge_folders(folders, Path(out), options, tools) if out else kept
+    if kept and out:
+        result = {**result, "adapter": kept}
+    counts = ", ".join(f"{count} {what}" for what, count in result["tensors"].items())
+    return result, escaped(f"{result['out']}: {counts} tensors, {result['seconds']:.1f} s")
+
+
+@command(many=("adapter",))
+def validate(
+    _context: object,
+    *,
+    base: str = "",
+    adapter: Sequence[str] = (),
+    merged: str = "",
+    weights: str = "",
+    method: str = "sequential",
+    density: str = "",
+    rank: int = 0,
+    space: str = "delta",
+    quantized_base: str = "refuse",
+    probes: str = "",
+    runner: str = "auto",
+    allow_network_in_jobs: bool = False,
+    json: bool = False,
+) -> tuple[Mapping[str, Json], str]:
+    """Compare a merged checkpoint with its base and adapters: files, every element, logits."""
+    del json
+    from weightsmith.cli.progress import progress_for
+    from weightsmith.commands.arguments import number, parse_weights, required
+    from weightsmith.commands.validate import validate_folders
+    from weightsmith.wiring import keep_clean, make_tools
+
+    required(base=base, adapter=adapter, merged=merged)
+    keep_clean([base, *adapter, merged])
+    factors = parse_weights(weights, len(adapter))
+    tools, _ = make_tools(runner, progress_for(), allow_network_in_jobs=allow_network_in_jobs)
+    result = validate_folders(
+        Path(base),
+        tuple((Path(folder), w) for folder, w in zip(adapter, factors, strict=True)),
+        Path(merged),
+        Path(probes) if probes else None,
+        {
+            "method": method,
+            "density": number(density, "--density") if density else None,
+            "rank": rank or None,
+            "space": space,
+            "quantized_base": quantized_base,
+        },
+        tools,
+    )
+    return result, _verdict(merged, result)
+
+
+def _verdict(merged: str, result: Mapping[str, Json]) -> str:
+    lines = [f"{merged} matches base and adapters"]
+    if result.get("elements"):
+        lines.append(
+            f"  {result['elements']['elements']} elements of {result['elements']['tensors']} "
+            "tensors are right"
+        )
+        lines.append(
+            f"  logits of {result['positions']} positions: largest difference "
+            f"{result['max_abs_logit_diff']:.3g}, mean divergence {result['kl_mean']:.3g}, "
+            f"same first choice {result['top1_agreement']:.1%}"
+        )
+    if texts := result.get("greedy"):
+        same, tokens = (sum(row[key] for row in texts) for key in ("same", "tokens"))
+        lines.append(f"  {same} of {tokens} tokens of greedy text are those of base and adapters")
+    lines += [f"  {found['severity']}: {found['message']}" for found in result["findings"]]
+    return joined(lines)
+
+
+@command(many=("tensor_type", "keep_module"))
+def quantize(
+    _context: object,
+    *,
+    model: str = "",
+    format: str = "q4_k_m",  # noqa: A002 - the flag's name
+    out: str = "",
+    calibration: str = "",
+    imatrix: str = "",
+    group_size: int = 0,
+    zero_point: bool = True,
+    keep_module: Sequence[str] = (),
+    tensor_type: Sequence[str] = (),
+    split_max_size: str = "",
+    allow_low_bits: bool = False,
+    no_gate: bool = False,
+    runner: str = "auto",
+    allow_network_in_jobs: bool = False,
+    json: bool = False,
+) -> tuple[Mapping[str, Json], str]:
+    """Quantize a checkpoint to --format, read the result back and measure what was lost."""
+    del json
+    from weightsmith.cli.progress import progress_for
+    from weightsmith.commands.arguments import quantize_wishes, required
+    from weightsmith.commands.quantize import FolderRequest, quantize_folder
+    from weightsmith.wiring import keep_clean, make_tools
+
+    required(model=model, format=format, out=out)
+    keep_clean([model], out=out)
+    wishes = quantize_wishes(
+        {
+            "imatrix": imatrix,
+            "allow_low_bits": allow_low_bits,
+            "split_max_size": split_max_size,
+            **({"group_size": group_size} if group_size else {}),
+            **({} if zero_point else {"zero_point": False}),
+            "keep": tuple(keep_module),
+            "tensor_types": dict(pair.partition("=")[::2] for pair in tensor_type),
+        }
+    )
+    tools, _ = make_tools(runner, progress_for(), allow_network_in_jobs=allow_network_in_jobs)
+    asked = FolderRequest(
+        model=Path(model),
+        format_name=format,
+        out=Path(out),
+        wishes=wishes,
+        calibration=Path(calibration) if calibration else None,
+        gate=not no_gate,
+    )
+    result = quantize_folder(asked, tools)
+    measures = ", ".join(
+        f"{key} {result['quality'][key]:.4g}"
+        for key in ("kl_mean", "top1", "perplexity_ratio")
+        if key in result["quality"]
+    )
+    return result, escaped(
+        f"{result['out']}: {result['format']}, {result['bits_per_weight']:.2f} bits"
+        + (f"; {measures}" if measures else "")
+    )
+
+
+@command(many=("set",))
+def render(
+    _context: object,
+    *,
+    model: str = "",
+    target: str = "",
+    out: str = "",
+    name: str = "",
+    gpu: str = "",
+    gpu_memory: str = "",
+    gpu_count: int = 1,
+    max_model_len: str = "auto",
+    max_num_seqs: str = "auto",
+    set: Sequence[str] = (),  # noqa: A002 - the flag's name
+    json: bool = False,
+) -> tuple[Mapping[str, Json], str]:
+    """Plan a target's memory and render its serving configuration and manifests into --out."""
+    del json
+    from weightsmith.commands.arguments import required, serve_wishes
+    from weightsmith.commands.render import render_model
+    from weightsmith.serving.plan_summary import summary
+    from weightsmith.wiring import keep_clean
+
+    required(model=model, target=target, out=out)
+    keep_clean([model], out=out)
+    wishes = serve_wishes(
+        {
+            "gpu": gpu,
+            "gpu_memory": gpu_memory,
+            "gpu_count": gpu_count,
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_num_seqs,
+        },
+        set,
+    )
+    result = render_model(Path(model), target, name, wishes, Path(out))
+    files = joined([*map(str, result["files"]), ""])
+    return result, f"{files}\n{summary(target, result['plan'])}"
+
+
+COMMANDS = (merge, validate, quantize, render)

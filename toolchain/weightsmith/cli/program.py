@@ -1,0 +1,96 @@
+"""The `weightsmith` program: the same commands as `invoke`, wherever the package is installed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from invoke.exceptions import Exit, ParseError
+from invoke.program import Program
+
+from weightsmith import __version__
+from weightsmith.cli import namespace
+from weightsmith.cli.command import print_error
+from weightsmith.errors import EnvironmentFailure, UsageError
+
+_HELP = frozenset({"--help", "-h"})
+
+
+class Weightsmith(Program):  # type: ignore[misc]  # mypy does not follow invoke
+    """Invoke's program with wrong flags answered as all errors are: a hint, exit code 2, JSON.
+
+    Invoke itself ends with 1 there, which means a fault of ours, takes the `--help` of a command
+    with positional arguments for the first of them, and leaves out a repeatable flag without a
+    value.
+    """
+
+    def parse_core(self, argv: list[str] | None) -> None:
+        """Read the program's own options."""
+        with self._answered():
+            super().parse_core(argv)
+
+    def parse_tasks(self) -> None:
+        """Read the command and its flags; `COMMAND … --help` is `--help COMMAND`."""
+        with self._answered():
+            words = list(self.core.unparsed)
+            if _HELP.intersection(words) and not words[0].startswith("-"):
+                self.core[0].args.help.value, self.core.unparsed = words[0], []
+            super().parse_tasks()
+            self._require_values(words)
+
+    def parse_cleanup(self) -> None:
+        """Print help or the list of commands, where that was asked for."""
+        with self._answered():
+            super().parse_cleanup()
+
+    def _require_values(self, words: list[str]) -> None:
+        """Raise ParseError for a repeatable flag that stands there more often than its values."""
+        for context in self.tasks:
+            for argument in context.args.values():
+                flags = tuple(f"--{name}" for name in argument.names)
+                given = [word for word in words if word.partition("=")[0] in flags]
+                if argument.kind is list and len(given) > len(argument.value):
+                    raise ParseError(f"{flags[0]} takes a value", context)
+
+    @contextmanager
+    def _answered(self) -> Iterator[None]:
+        try:
+            yield
+        except (ParseError, Exit, ValueError) as error:  # the last for a number that is none
+            if isinstance(error, Exit) and not error.message:  # it has shown what was asked for
+                raise
+            command = getattr(getattr(error, "context", None), "name", None)
+            ask = f"--help {command}` has its flags" if command else "--list` has the commands"
+            _fail(UsageError(_text(error), hint=f"`{self.called_as} {ask}"))
+        except BrokenPipeError:  # the reader of a list, such as `head`, had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+
+
+def _text(error: Exception) -> str:
+    if isinstance(error, ValueError):  # int()'s own, which ends in what it was given
+        return f"{str(error).rpartition(': ')[2]}: a whole number is expected"
+    return str(error)
+
+
+def _fail(error: UsageError | EnvironmentFailure) -> None:
+    print_error(error, as_json="--json" in sys.argv)
+    sys.exit(error.exit_code)
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    try:
+        Weightsmith(name="weightsmith", version=__version__, namespace=namespace).run()
+    except KeyboardInterrupt:  # before a command began; commands handle it themselves
+        sys.exit(130)
+    except NotADirectoryError as error:  # Invoke looks for its settings in the home folder
+        _fail(
+            EnvironmentFailure(f"cannot read {error.filename}: {error.strerror}", hint="set HOME")
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Progress on stderr: a live bar on a terminal, plain lines everywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+from weightsmith.cli.lines import put_line
+from weightsmith.ports import Progress
+from weightsmith.visible import escaped, printed, quoted
+
+_PLAIN_EVERY_S = 10.0
+"""Seconds between two plain lines of one stage: a CI log stays readable."""
+
+
+def progress_for() -> Progress:
+    """Return the progress that suits where stderr goes."""
+    return LiveProgress() if sys.stderr.isatty() else PlainProgress(sys.stderr)
+
+
+class PlainProgress:
+    """One line when a stage starts and ends, and now and then between."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._started = self._printed = time.monotonic()
+
+    def stage(self, name: str, detail: str) -> None:
+        """Print the stage's name and what it will do."""
+        self._started = self._printed = time.monotonic()
+        self._print(quoted(f"{name}: {detail}" if detail else name))
+
+    def advance(self, done: int, total: int, unit: str) -> None:
+        """Print done, total, rate and time left, at most every ten seconds."""
+        now = time.monotonic()
+        if now - self._printed >= _PLAIN_EVERY_S:
+            self._printed = now
+            self._print(quoted("  " + describe(done, total, unit, now - self._started)))
+
+    def finish(self, name: str, seconds: float, cached: bool) -> None:
+        """Print how long the stage took."""
+        self._print(f"{name}: {'cached' if cached else 'done'} ({seconds:.1f} s)")
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        self._print(quoted("  " + text))
+
+    def warn(self, text: str) -> None:
+        """Print a warning."""
+        self._print(quoted("  warning: " + text))
+
+    def _print(self, text: str) -> None:
+        put_line(text, self._stream)
+
+
+class LiveProgress:
+    """A bar with rate and time left, by rich."""
+
+    def __init__(self) -> None:
+        # Imported here: only a terminal needs it, and `invoke --list` must answer at once.
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TaskID,
+            TextColumn,
+            TimeElapsedColumn,
+        )
+        from rich.text import Text
+
+        self._text = Text
+        self._console = Console(stderr=True, highlight=False)
+        self._bars = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[detail]}", markup=False),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+        self._began = time.monotonic()
+
+    def stage(self, name: str, detail: str) -> None:
+        """Start the stage's bar."""
+        self._stop()
+        self._print((name, "bold"), (f"  {detail}" if detail else "", ""))
+        self._began = time.monotonic()
+        self._task = self._bars.add_task(escaped(name), total=None, detail="")
+        self._bars.start()
+
+    def advance(self, done: int, total: int, unit: str) -> None:
+        """Move the bar."""
+        if self._task is not None:
+            detail = escaped(describe(done, total, unit, time.monotonic() - self._began))
+            self._bars.update(self._task, completed=done, total=total or None, detail=detail)
+
+    def finish(self, name: str, seconds: float, cached: bool) -> None:
+        """Replace the bar by one line."""
+        self._stop()
+        mark = ("cached", "dim") if cached else ("done", "green")
+        self._print((name, "bold"), ("  ", ""), mark, (f" ({seconds:.1f} s)", ""))
+
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._print((f"  {text}", ""))
+
+    def warn(self, text: str) -> None:
+        """Print a warning above the bar."""
+        self._print((f"  warning: {text}", "yellow"))
+
+    def _print(self, *parts: tuple[str, str]) -> None:
+        # Text and never markup: `[bold]` or `:skull:` in a name is no instruction. The terminal
+        # breaks long lines, so that none begins with what a name says.
+        text = self._text.assemble(*((printed(quoted(part)), style) for part, style in parts))
+        self._console.print(text, soft_wrap=True)
+
+    def _stop(self) -> None:
+        if self._task is not None:
+            self._bars.stop()
+            self._bars.remove_task(self._task)
+            self._task = None
+
+
+class Recorder:
+    """Passes everything on and keeps the warnings for the report."""
+
+    def __init__(self, inner: Progress) -> None:
+        self._inner = inner
+        self.warnings: list[str] = []
+        self.stage = inner.stage
+        self.advance = inner.advance
+        self.finish = inner.finish
+        self.note = inner.note
+
+    def warn(self, text: str) -> None:
+        """Keep the warning and show it."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            self._inner.warn(text)
+
+
+def describe(done: int, total: int, unit: str, seconds: float) -> str:
+    """Return `done of total, rate, time left` in a unit for people."""
+    amount = _megabytes if unit == "bytes" else str
+    text = f"{amount(done)} of {amount(total)}" if total else amount(done)
+    if unit != "bytes":
+        text += f" {unit}"
+    if seconds > 0.5 and done:
+        rate = done / seconds
+        text += f", {_megabytes(int(rate))}/s" if unit == "bytes" else f", {rate:.1f}/s"
+        if total > done:
+            text += f", {_clock((total - done) / rate)} left"
+    return text
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}:{rest:02d}"

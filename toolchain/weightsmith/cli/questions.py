@@ -1,0 +1,152 @@
+"""Questions to an image, a server or a checkpoint: `evaluate`, `bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from weightsmith.cli.command import command
+from weightsmith.values import Json
+from weightsmith.visible import joined
+
+
+@command(
+    many=("adapter",),
+    meanings={
+        "calibration": "JSON Lines that the model was calibrated on; questions found in it are "
+        "reported",
+        "model": "checkpoint folder to load",
+    },
+)
+def evaluate(
+    _context: object,
+    *,
+    data: str = "",
+    metric: str = "contains",
+    image: str = "",
+    url: str = "",
+    model: str = "",
+    adapter: Sequence[str] = (),
+    served_name: str = "",
+    command: str = "",
+    tasks: str = "",
+    tokenizer: str = "",
+    include: str = "",
+    limit: int = 0,
+    max_tokens: int = 64,
+    concurrency: int = 1,
+    timeout: float = 120.0,
+    retries: int = 2,
+    training: str = "",
+    calibration: str = "",
+    strict: bool = False,
+    against: str = "",
+    max_drop: str = "",
+    min_score: float = 0.0,
+    runner: str = "auto",
+    allow_network_in_jobs: bool = False,
+    json: bool = False,
+) -> tuple[Mapping[str, Json], str]:
+    """Score a started image, a server, or a checkpoint with or without adapter on --data."""
+    del json
+    from weightsmith.cli.progress import progress_for
+    from weightsmith.commands.arguments import number, required
+    from weightsmith.commands.evaluate import (
+        EvaluateOptions,
+        Subject,
+        check_subject,
+        evaluate_subject,
+    )
+    from weightsmith.commands.lm_eval import HarnessRequest, evaluate_tasks, tasks_text
+    from weightsmith.commands.server import Place
+    from weightsmith.wiring import keep_clean, make_tools
+
+    keep_clean([model, *adapter, image])
+    if tasks:
+        request = HarnessRequest(
+            tasks=tasks,
+            place=Place(image=image, url=url),
+            served_name=served_name,
+            tokenizer=tokenizer,
+            include=include,
+            limit=limit,
+            concurrency=concurrency,
+        )
+        tools, _ = make_tools(runner, progress_for())
+        result = evaluate_tasks(request, tools)
+        return result, tasks_text(result)
+    required(data=data)
+    subject = Subject(
+        image=image, url=url, model=model, adapters=tuple(adapter), served_name=served_name
+    )
+    check_subject(subject)
+    tools, _ = make_tools(runner, progress_for(), allow_network_in_jobs=allow_network_in_jobs)
+    options = EvaluateOptions(
+        metric=metric,
+        command=command,
+        max_tokens=max_tokens,
+        concurrency=concurrency,
+        timeout=timeout,
+        retries=retries,
+        training=training,
+        calibration=calibration,
+        strict=strict,
+        against=against,
+        max_drop=number(max_drop, "--max-drop") if max_drop else None,
+        min_score=min_score,
+    )
+    result = evaluate_subject(subject, Path(data), options, tools)
+    low, high = result["interval"]
+    text = f"{result['score']:.4f} ({metric}, n={result['n']}, 95 %: {low:.3f} to {high:.3f})"
+    if "comparison" in result:
+        return result, joined([text, result["comparison"]["reason"]])
+    return result, text
+
+
+@command(
+    meanings={
+        "concurrency": "requests at once, one run each, separated by commas",
+        "data": "JSON Lines as for `evaluate`; default: built-in questions",
+        "out": "folder of a build, whose report gets the result",
+    }
+)
+def bench(
+    _context: object,
+    *,
+    image: str = "",
+    url: str = "",
+    served_name: str = "",
+    concurrency: str = "1,4,16",
+    requests: int = 32,
+    max_tokens: int = 64,
+    data: str = "",
+    timeout: float = 120.0,
+    out: str = "",
+    runner: str = "auto",
+    json: bool = False,
+) -> tuple[Mapping[str, Json], str]:
+    """Measure throughput and latencies of a started image or a server in a short load test."""
+    del json
+    from weightsmith.cli.progress import progress_for
+    from weightsmith.commands.arguments import counts
+    from weightsmith.commands.bench import BenchRequest, bench_text
+    from weightsmith.commands.bench import bench as run
+    from weightsmith.commands.server import Place
+    from weightsmith.wiring import make_tools
+
+    request = BenchRequest(
+        place=Place(image=image, url=url),
+        served_name=served_name,
+        concurrency=counts(concurrency, "--concurrency"),
+        requests=counts(str(requests), "--requests")[0],
+        max_tokens=counts(str(max_tokens), "--max-tokens")[0],
+        data=data,
+        timeout=timeout,
+        out=out,
+    )
+    tools, _ = make_tools(runner, progress_for())
+    result = run(request, tools)
+    return result, bench_text(result)
+
+
+COMMANDS = (evaluate, bench)

@@ -1,0 +1,139 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from weightsmith.building.planning import wishes_of
+from weightsmith.errors import UsageError
+from weightsmith.oci.layout import is_layout, locate
+from weightsmith.recipe import Serve
+from weightsmith.recipe_file import RecipeFile, check_recipe, with_settings
+from weightsmith.serving.engine import Wishes
+
+
+def required(**values: object) -> None:
+    """Raise UsageError naming the flags that are not given."""
+    missing = [f"--{name.replace('_', '-')}" for name, value in values.items() if not value]
+    if missing:
+        raise UsageError(
+            f"missing: {', '.join(missing)}", hint="`invoke --help COMMAND` lists every flag"
+        )
+
+
+def number(text: str, flag: str) -> float:
+    """Return a share from 0 to 1; UsageError naming the flag for anything else."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise UsageError(f"{flag} {text}: a number from 0 to 1 is expected", hint="such as 0.5")
+    return value
+
+
+def counts(text: str, flag: str) -> tuple[int, ...]:
+    """Return `1,4,16` as positive numbers; UsageError naming the flag for anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(
+            f"{flag} {text}: positive numbers separated by commas are expected",
+            hint=f"as in {flag} 1,4,16",
+        )
+    return tuple(int(part) for part in parts)
+
+
+def parse_weights(text: str, count: int) -> tuple[float, ...]:
+    """Return `0.7,0.3` as numbers, one per adapter; all 1 where none is given."""
+    if not text:
+        return (1.0,) * count
+    try:
+        weights = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(
+            f"--weights {text}: numbers separated by commas are expected",
+            hint="as in --weights 0.7,0.3",
+        ) from None
+    if len(weights) != count:
+        raise UsageError(
+            f"--weights has {len(weights)} numbers for {count} adapter(s)",
+            hint="give one for each --adapter, in their order",
+        )
+    return weights
+
+
+def serve_wishes(flags: Mapping[str, Any], settings: Sequence[str]) -> Wishes:
+    """Return serving wishes from flags and `--set serve.KEY=VALUE`; raises UsageError."""
+    given = {key: _number(value) for key, value in flags.items() if value not in ("", None)}
+    data = with_settings({"serve": given}, settings)
+    extra = sorted(set(data) - {"serve"})
+    if extra:
+        raise UsageError(
+            f"--set {extra[0]}: only serve.KEY can be set here",
+            hint="other recipe keys are for `build` and `plan`",
+        )
+    skeleton = {"name": "x", "base": {"source": "x"}, "serve": data["serve"]}
+    serve: Serve = check_recipe(skeleton, "the command line").serve
+    return wishes_of(serve)
+
+
+def quantize_wishes(flags: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return those of the recipe's `quantize` keys that flags give; raises UsageError."""
+    given = {key: value for key, value in flags.items() if value or value is False}
+    given = {
+        key: value for key, value in given.items() if (key, value) != ("allow_low_bits", False)
+    }
+    skeleton = {"name": "x", "base": {"source": "x"}, "quantize": given}
+    found = check_recipe(skeleton, "the command line").quantize.model_dump()
+    return {key: found[key] for key in given}
+
+
+def new_folder(path: Path, what: str) -> Path:
+    """Return the path, absolute, of a folder that is to be made; UsageError where it is in use."""
+    path = path.absolute()
+    if path.is_symlink():  # by its own name it could not be replaced
+        path = path.resolve()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UsageError(f"{path} exists already", hint=f"name a new folder for {what}")
+    return path
+
+
+def keep_apart(inputs: Iterable[str | Path], outputs: Mapping[str, str | Path | None]) -> None:
+    """Make sure that nothing will be made in a folder that is read; UsageError where it would.
+
+    What is no folder (a file, a source elsewhere) holds nothing that we make. `outputs` are by the
+    flag or variable that names them; those that are not given are empty.
+    """
+    folders = [
+        place.resolve()
+        for text in inputs
+        if text and "://" not in str(text) and (place := _folder_of(text)).is_dir()
+    ]
+    for flag, out in outputs.items():
+        # By where it leads, and by where its unfinished neighbour would be.
+        places = [Path(out).resolve(), Path(out).absolute().parent.resolve()] if out else []
+        for folder in folders:
+            if places and (places[0].is_relative_to(folder) or places[1].is_relative_to(folder)):
+                raise UsageError(
+                    f"{flag} {out} lies in {folder}, which is read and must stay as it is",
+                    hint="name a place outside it",
+                )
+
+
+def _folder_of(source: str | Path) -> Path:
+    return locate(str(source))[0] if is_layout(str(source)) else Path(source)
+
+
+def sources_of(file: RecipeFile) -> list[Path]:
+    """Return where a recipe's sources are that are folders here, and its base's layout."""
+    recipe = file.recipe
+    names = [recipe.base.source, *(adapter.source for adapter in recipe.adapters)]
+    found = [file.folder / Path(name).expanduser() for name in names if "://" not in name]
+    base = recipe.image.base
+    return [*found, locate(base)[0]] if base and is_layout(base) else found
+
+
+def _number(value: object) -> object:
+    return int(value) if isinstance(value, str) and value.lstrip("-").isdigit() else value

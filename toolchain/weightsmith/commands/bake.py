@@ -1,0 +1,306 @@
+"""`invoke bake`: a model on disk becomes an image; nothing is started."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from weightsmith.building.planning import all_targets
+from weightsmith.checkpoints.folder import scan
+from weightsmith.checkpoints.gguf_config import gguf_file_type
+from weightsmith.checkpoints.reshard import Resharded, reshard
+from weightsmith.checkpoints.safetensors import read_header
+from weightsmith.commands.arguments import required
+from weightsmith.commands.render import Model, open_model, own_weights, read_config, serving_config
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.oci.image import Image, Order
+from weightsmith.oci.index import whole_of
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
+from weightsmith.ports import Progress, Store, Tools
+from weightsmith.provenance.labels import PREFIX
+from weightsmith.quantizers.gguf_types import FILE_TYPES
+from weightsmith.serving.engine import ServingPlan, Wishes
+from weightsmith.serving.targets import Target, find
+from weightsmith.stages.attest import Made, evidence
+from weightsmith.stages.bake import bake
+from weightsmith.stages.base import (
+    ENGINE_LABEL,
+    base_images,
+    base_reference,
+    bills_of,
+    data_base,
+    engine_version,
+    public_base,
+)
+from weightsmith.stages.publish import Outputs, check_layout, publish
+from weightsmith.stages.render import portable, repository_name
+from weightsmith.values import (
+    Artifact,
+    FileEntry,
+    Json,
+    Published,
+    ServingConfig,
+    Tree,
+    plain,
+)
+
+KINDS = ("image", "modelcar", "volume")
+"""`image` serves; `modelcar` is KServe's, with a shell; `volume` is the weights alone."""
+_DEFAULT_NAME = "model"
+_MEMORY = 4 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BakeRequest:
+    """What `invoke bake` is asked."""
+
+    model: Path
+    target: str
+    config: Path | None
+    name: str
+    base_image: str
+    order: str
+    kind: str
+    push: str
+    load: str
+    layout: Path | None
+    force: bool
+    platform: str = ""
+    """The base's only platform to take, such as linux/amd64; all of them without."""
+    max_layer_size: int = 0
+    """Bytes; larger safetensors files are split. 0: as large as they are."""
+
+
+def bake_model(request: BakeRequest, registry: Registry, tools: Tools) -> Mapping[str, Json]:
+    """Assemble a model's image and bring it where it is asked for; starts nothing."""
+    began = time.monotonic()
+    _check(request)
+    check_layout(_outputs(request, push=bool(request.push)))
+    if request.push:
+        registry.check_push(Reference.parse(request.push))
+    target = find(request.target, all_targets())
+    model = open_model(request.model, request.name or _name(request.model))
+    artifact = _artifact(model, target, tools.store, tools.progress)
+    _compare_type(model, target, tools)
+    split = Resharded(artifact.tree, {})
+    if request.max_layer_size:
+        split = reshard(artifact.tree, request.max_layer_size, tools.store.memo)
+    place = request.push or request.load or f"{repository_name(model.name)}:latest"
+    config = None
+    if request.kind == "image":
+        config = _config(request, model, target, place, tools)
+    made = _made(request, model, target, artifact, config, registry, tools, split)
+    tools.progress.stage("publish", place)
+    published = _publish(made, place, _outputs(request, push=bool(request.push)), registry, tools)
+    if request.push and request.load and request.load != request.push:
+        _publish(made, request.load, Outputs(load=True), registry, tools)
+    seconds = round(time.monotonic() - began, 3)
+    tools.progress.finish("publish", seconds, cached=False)
+    return {**plain(published), "seconds": seconds}
+
+
+def _check(request: BakeRequest) -> None:
+    if not (request.push or request.load or request.layout):
+        required(**{"push (or --load, --layout)": ""})
+    orders = get_args(Order)
+    if request.order not in orders:
+        raise UsageError(f"--order {request.order}: unknown", hint=f"one of {', '.join(orders)}")
+    if request.kind not in KINDS:
+        raise UsageError(f"--kind {request.kind}: unknown", hint=f"one of {', '.join(KINDS)}")
+
+
+def _name(path: Path) -> str:
+    """Return a name that is the same wherever the model lies: the file's own, else a fixed one."""
+    if path.is_file():
+        return path.stem
+    files = sorted(path.glob("*.gguf")) if path.is_dir() else []
+    return files[0].stem if len(files) == 1 else _DEFAULT_NAME
+
+
+def _config(
+    request: BakeRequest, model: Model, target: Target, place: str, tools: Tools
+) -> ServingConfig:
+    """Return what `render` wrote, or a plan; the engine's own defaults where none can be made."""
+    if request.config:
+        return read_config(request.config)
+    # A size that follows from the model, not from this machine: so the digest does, too.
+    wishes = Wishes(host_memory_bytes=_MEMORY + 2 * model.weight_bytes)
+    try:
+        return serving_config(model, target, wishes, place)
+    except (UsageError, InputRefused) as error:
+        tools.progress.warn(f"no memory plan: {error.message}; the engine's defaults are used")
+        return _default_config(model, target)
+
+
+def _default_config(model: Model, target: Target) -> ServingConfig:
+    engine = target.engine
+    device = "cpu" if engine.base.cpu else "gpu"
+    path = engine.model_dir
+    if target.format.suffix == ".gguf":
+        path += "/" + next(name for name in model.weights if name.endswith(".gguf"))
+    names = {"model_path": path, "served_name": model.name}
+    nothing: dict[str, Any] = {
+        f.name: 0
+        for f in fields(ServingPlan)
+        if f.default is MISSING and f.default_factory is MISSING
+    }
+    plan = ServingPlan(**{**nothing, "weight_bytes": model.weight_bytes, "device": device})
+    return ServingConfig(
+        target=target.name,
+        files={},
+        image_files={},
+        entrypoint=engine.entrypoint,
+        command=engine.command(plan, names),
+        env=engine.env(plan, names),
+        port=engine.port,
+        health_path=engine.health_path,
+        healthcheck=engine.healthcheck,
+        served_name=model.name,
+        plan={"device": device},
+        made_from=(),
+    )
+
+
+def _made(
+    request: BakeRequest,
+    model: Model,
+    target: Target,
+    artifact: Artifact,
+    config: ServingConfig | None,
+    registry: Registry,
+    tools: Tools,
+    split: Resharded,
+) -> list[Made]:
+    """Return the image for each platform of the base, and what it is made of."""
+    if config is None:
+        engine, wanted = "", data_base(request.kind, request.base_image)
+    else:
+        engine, device = target.engine.name, str(config.plan["device"])
+        wanted = base_reference(target.engine, device, request.base_image)
+    bases: tuple[Image | None, ...] = (None,)
+    if wanted:
+        asked = (request.platform,) if request.platform else ()
+        bases = base_images(wanted, engine, registry, tools, platforms=asked)
+    served = replace(artifact, tree=split.tree)
+    labels = _labels(request, model, target, served, config)
+    name = public_base(wanted)
+
+    def made(base: Image | None) -> Made:
+        image = bake(
+            served,
+            config,
+            base=base,
+            base_name=name,
+            engine_version=engine_version(base) if base and config else "",
+            labels=labels,
+            store=tools.store,
+            model_dir=target.engine.model_dir,
+            order="weights-first" if request.order == "weights-first" else "engine-first",
+            largest=request.max_layer_size,
+            contents=split.contents,
+        )
+        return Made(
+            image=image,
+            artifact=artifact,
+            served=served,
+            base=base,
+            base_name=name,
+            name=model.name,
+            version="0",
+            parameters={"target": target.name, "kind": request.kind, "order": request.order},
+            network_in_jobs=tools.runner.networked,
+            base_bills=bills_of(name, base, registry) if base else (),
+        )
+
+    return [made(base) for base in bases]
+
+
+def _labels(
+    request: BakeRequest,
+    model: Model,
+    target: Target,
+    served: Artifact,
+    config: ServingConfig | None,
+) -> dict[str, str]:
+    labels = {
+        "org.opencontainers.image.title": model.name,
+        PREFIX + "target": target.name,
+        PREFIX + "kind": request.kind,
+        PREFIX + "format": target.format.name,
+        PREFIX + "artifact.digest": served.digest,
+    }
+    if config is not None:
+        labels[ENGINE_LABEL] = target.engine.name
+        labels[PREFIX + "plan"] = json.dumps(portable(config.plan), sort_keys=True)
+    return labels
+
+
+def _publish(
+    made: list[Made], place: str, outputs: Outputs, registry: Registry, tools: Tools
+) -> Published:
+    attachments = [evidence(one) for one in made]
+    whole = whole_of([one.image for one in made])
+    return publish(whole, place, outputs, attachments, registry, tools)
+
+
+def _outputs(request: BakeRequest, *, push: bool) -> Outputs:
+    same = not push or request.load == request.push
+    return Outputs(
+        load=bool(request.load) and same, layout=request.layout, push=push, force=request.force
+    )
+
+
+def _artifact(model: Model, target: Target, store: Store, progress: Progress) -> Artifact:
+    """Return the files that go into the image; InputRefused where they are of another format."""
+    ending = target.format.suffix
+    if not any(name.endswith(ending) for name in model.weights) or not _is_ready(model, target):
+        raise InputRefused(
+            f"{model.path}: no {target.format.name} weights, which {target.name} serves",
+            hint=f"run `invoke quantize --format {target.format.name}` first",
+        )
+    names = scan(model.root, gguf=True) if model.path.is_dir() else [model.path.name]
+    others = {name for name in model.weights if not name.endswith(ending)}
+    files = []
+    for name in sorted({*names} - others):
+        if name.endswith(".safetensors"):
+            _check_whole(model.root / name, progress)
+        entry = store.digest_file(model.root / name)
+        files.append(FileEntry(path=name, size=entry.size, digest=entry.digest))
+    return Artifact(
+        format=target.format, tree=Tree(root=model.root, files=tuple(files)), made_from=()
+    )
+
+
+def _check_whole(path: Path, progress: Progress) -> None:
+    """Refuse a file that was cut off here, not when it is served; another content is a warning."""
+    try:
+        read_header(path)
+    except InputRefused as error:
+        with path.open("rb") as file:
+            begins = file.read(9)
+        if begins[8:] == b"{":
+            raise
+        progress.warn(f"{error.message}; it goes into the image as it is")
+
+
+def _compare_type(model: Model, target: Target, tools: Tools) -> None:
+    """Warn where a GGUF file says of itself that it is of another type than the target."""
+    row = FILE_TYPES.get(target.format.name)
+    files = sorted(name for name in model.weights if name.endswith(".gguf"))
+    found = gguf_file_type(model.root / files[0]) if row and files else None
+    if row and found is not None and found != row.number:
+        names = [other.name for other in FILE_TYPES.values() if other.number == found]
+        tools.progress.warn(
+            f"{files[0]} says that it is {names[0] if names else f'of type {found}'}; the image's"
+            f" labels will say {target.format.name}, as --target {target.name} does"
+        )
+
+
+def _is_ready(model: Model, target: Target) -> bool:
+    """Say whether the weights are in the target's format; True where that cannot be known."""
+    return not model.config or bool(own_weights(model, target))

@@ -1,0 +1,252 @@
+"""`invoke push` and `invoke inspect`: images in registries and layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from weightsmith.errors import InputRefused
+from weightsmith.oci import manifests
+from weightsmith.oci.attachments import Attachment
+from weightsmith.oci.inspect import describe
+from weightsmith.oci.layout import is_layout
+from weightsmith.oci.places import Place, RegistryPlace, open_place
+from weightsmith.oci.references import DOCKER_HUB, Reference
+from weightsmith.oci.registry import Registry
+from weightsmith.ports import ContainerEngine, Progress, Signer
+from weightsmith.provenance.evidence import read_attached, statement_parts
+from weightsmith.provenance.labels import PREFIX, plan_in, scores_in
+from weightsmith.provenance.sealing import cosign_tag, countersigned, only_held, strays
+from weightsmith.serving.memory import human
+from weightsmith.values import Blob, Digest, Json, plain
+from weightsmith.visible import joined
+
+
+def copy_image(
+    source: str,
+    to: str,
+    registry: Registry,
+    progress: Progress,
+    *,
+    force: bool,
+    signer: Signer | None = None,
+) -> Mapping[str, Json]:
+    """Bring an image to a registry without changing a byte, with all that hangs on it.
+
+    Layers that are there already are not sent. With a key, the image and what it states of itself
+    are signed at the new place; signatures that it has stay.
+    """
+    origin, place = open_place(source, registry), Reference.parse(to)
+    there = RegistryPlace(registry, place)
+    progress.stage("push", to)
+    if (index := origin.index()) is not None:
+        return _copy_index(index, origin, there, progress, force=force, signer=signer)
+    image = origin.image()
+    published = registry.push(
+        image,
+        place,
+        force=force,
+        before_tag=lambda: copy_attachments(
+            image.manifest_blob, origin, there, signer, progress.warn
+        ),
+        progress=lambda done, total: progress.advance(done, total, "bytes"),
+        warn=progress.warn,
+    )
+    progress.finish("push", published.seconds, cached=published.uploaded_bytes == 0)
+    return dict(plain(published))
+
+
+def _copy_index(
+    index: bytes,
+    origin: Place,
+    there: RegistryPlace,
+    progress: Progress,
+    *,
+    force: bool,
+    signer: Signer | None,
+) -> Mapping[str, Json]:
+    """Bring an index with all that it names, whatever it is; the digest stays."""
+    registry, to = there.registry, there.reference
+    sources = []
+    if isinstance(origin, RegistryPlace) and origin.reference.registry == to.registry:
+        sources = [origin.reference.repository]
+    document = manifests.read_json(index, str(to))
+    kind = str(document.get("mediaType") or manifests.OCI_INDEX)
+    whole = Blob(digest=Digest.of(index), size=len(index), media_type=kind)
+    if not force:
+        registry.check_tag(to, whole.digest)
+    done = []
+    for row in manifests.listed(document, "manifests", str(to)):
+        blob = manifests.descriptor(row, str(to), manifests.MANIFESTS, manifests.LARGEST_MANIFEST)
+        one = origin.read(blob)
+        place = Reference(to.registry, to.repository)
+        done.append(
+            registry.push_manifest(
+                place,
+                one.manifest_bytes,
+                blob.media_type,
+                [*one.blobs()],
+                mount_from=sources,
+                progress=lambda done, total: progress.advance(done, total, "bytes"),
+                warn=progress.warn,
+            )
+        )
+        copy_attachments(blob, origin, there, signer, progress.warn)
+    last = registry.push_manifest(
+        to,
+        index,
+        kind,
+        force=force,
+        before_tag=lambda: copy_attachments(whole, origin, there, signer, progress.warn),
+    )
+    sent = sum(one.uploaded_bytes for one in done)
+    seconds = last.seconds + sum(one.seconds for one in done)
+    progress.finish("push", seconds, cached=sent == 0)
+    mounted = sum(one.mounted for one in done)
+    return dict(plain(replace(last, uploaded_bytes=sent, mounted=mounted, seconds=seconds)))
+
+
+def copy_attachments(
+    image: Blob,
+    origin: Place,
+    there: RegistryPlace,
+    signer: Signer | None,
+    warn: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Bring everything that hangs on an image to its new place, under cosign's tags as well.
+
+    Signed is what came from `origin` and is about this image. What hung at the new place before
+    keeps the signatures that it has, because cosign keeps everybody's under one tag.
+    """
+    found, held = read_attached(origin, image.digest), []
+    if signer or any(map(cosign_tag, found)):
+        known = {attachment.blob.digest for attachment in found}
+        held = [a for a in read_attached(there, image.digest) if a.blob.digest not in known]
+    _warn_of_strays(image, found, held, warn, signed=signer is not None)
+    made = countersigned(found, image, there.reference.name, signer, held)
+    # What is found by cosign's tag alone names no subject.
+    ours = (a if a.subject.digest == image.digest else replace(a, subject=image) for a in made)
+    there.attach(*(replace(a, tag=cosign_tag(a)) for a in ours))
+
+
+def _warn_of_strays(
+    image: Blob,
+    found: Sequence[Attachment],
+    held: Sequence[Attachment],
+    warn: Callable[[str], None],
+    *,
+    signed: bool,
+) -> None:
+    """Say what hangs on the image and is not about it, and what hung at its new place alone."""
+    parts = statement_parts(found)
+    if others := strays(parts, image.digest):
+        done = "left unsigned" if signed else "copied as it is"
+        warn(
+            f"a statement that hangs on {image.digest.short} is {others[0]}"
+            f"{f', {len(others) - 1} more like it' if others[1:] else ''}: {done},"
+            " and `verify` refuses it"
+        )
+    if signed and (alien := only_held(statement_parts(held), parts)):
+        warn(
+            f"{alien} statement(s) of {image.digest.short} at the new place did not come with it:"
+            " left unsigned there, and `verify --key` will name them"
+        )
+
+
+def inspect_image(
+    source: str, registry: Registry, engine: ContainerEngine, platform: str = ""
+) -> Mapping[str, Json]:
+    """Return what an image says of itself: provenance, plan, scores, layers, configuration.
+
+    Of an index, the image for a platform, by default this machine's. What the reference's registry
+    does not hold is read in the container engine, if it is there.
+    """
+    if not platform and (held := _held_by_engine(source, registry, engine)):
+        return {**_with_provenance(source, _described_by_engine(held)), "attached": []}
+    place = open_place(source, registry)
+    if index := place.index():
+        named = manifests.platforms_in(index, source)
+        whole: dict[str, Json] = {"index": Digest.of(index), "platforms": named}
+    else:
+        whole = {}
+    image = place.image(platform or None)
+    if platform not in {"", image.platform}:
+        raise InputRefused(
+            f"{source} is for {image.platform}", hint=f"it has no image for {platform}"
+        )
+    found = {**describe(image), **whole}
+    rows = read_attached(place, Digest(found["digest"]))
+    attached = [{"artifact_type": a.artifact_type, "digest": a.blob.digest} for a in rows]
+    return {**_with_provenance(source, found), "attached": attached}
+
+
+def _held_by_engine(source: str, registry: Registry, engine: ContainerEngine) -> Mapping[str, Json]:
+    """Return the engine's image of that name, unless its registry has one; {} where there is none.
+
+    A name without a registry means the engine's first: nobody pushed `support-bot` to Docker Hub.
+    """
+    if is_layout(source) or Path(source).is_dir():
+        return {}
+    reference = Reference.parse(source)
+    held = engine.inspect(source) if engine.answers() else {}
+    public = reference.registry != DOCKER_HUB and bool(held) and registry.has(reference)
+    return {} if public else held
+
+
+def _described_by_engine(held: Mapping[str, Json]) -> dict[str, Json]:
+    """Return an engine's image in the words of `describe`.
+
+    Docker's own store keeps no manifest, so there is no digest; containerd's tells no other.
+    """
+    config = held.get("Config") or {}
+    ids = held.get("RootFS", {}).get("Layers") or ()
+    by_manifest = any(str(name).endswith(held["Id"]) for name in held.get("RepoDigests") or ())
+    return {
+        "digest": held["Id"] if by_manifest else "",
+        "config_digest": "" if by_manifest else held["Id"],
+        "size": held.get("Size", 0),
+        "labels": config.get("Labels") or {},
+        "layers": [{"digest": i, "diff_id": i, "size": 0, "file": ""} for i in ids],
+    }
+
+
+def _with_provenance(source: str, found: Mapping[str, Json]) -> Mapping[str, Json]:
+    labels = found["labels"]
+    plan, scores = plan_in(labels), scores_in(labels)
+    # What cannot be read is told as it is.
+    read = {*(f"score.{name}" for name in scores), *(["plan"] if plan else [])}
+    own = {k.removeprefix(PREFIX): v for k, v in labels.items() if k.startswith(PREFIX)}
+    return {
+        "reference": source,
+        **found,
+        "provenance": {name: text for name, text in own.items() if name not in read},
+        "plan": plan,
+        "scores": scores,
+    }
+
+
+def inspect_text(found: Mapping[str, Json]) -> str:
+    """Return an inspection for people."""
+    identity = found["digest"] or f"{found['config_digest']} (image id)"
+    lines = [f"{found['reference']}", f"  digest    {identity}"]
+    if "index" in found:
+        platforms = ", ".join(found["platforms"])
+        lines += [
+            f"  platform  {found['platform']}, one of {platforms}",
+            f"  index     {found['index']}",
+        ]
+    lines += [f"  {name:<9} {value:.4f}" for name, value in found["scores"].items()]
+    own = {name: text for name, text in found["provenance"].items() if name != "config"}
+    lines += [f"  {name:<24} {value}" for name, value in sorted(own.items())]
+    plan = found["plan"]
+    if {"max_num_seqs", "max_model_len", "device"} <= plan.keys():
+        lines.append(
+            f"  serves {plan['max_num_seqs']} requests of {plan['max_model_len']} tokens "
+            f"on {plan['device']}"
+        )
+    lines += [
+        f"  {layer['digest'][7:19]}  {human(int(layer['size'])):>10}  {layer['file']}"
+        for layer in found["layers"]
+    ]
+    return joined(lines)

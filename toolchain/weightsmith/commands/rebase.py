@@ -1,0 +1,254 @@
+"""`invoke rebase`: an image on another engine base; its weights stay where they are."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from weightsmith.commands.server import Place, served
+from weightsmith.errors import CheckFailed, InputRefused
+from weightsmith.evaluating.client import chat, first_name
+from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.session import Session
+from weightsmith.oci import manifests
+from weightsmith.oci.collisions import first_collision
+from weightsmith.oci.image import Image, assemble
+from weightsmith.oci.index import is_own, own_of, whole_of
+from weightsmith.oci.places import Place as ImagePlace
+from weightsmith.oci.places import open_place
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
+from weightsmith.ports import Progress, Tools
+from weightsmith.provenance import evidence as gathered
+from weightsmith.provenance import statements
+from weightsmith.provenance.evidence import Document, Evidence
+from weightsmith.provenance.labels import ENGINE_VERSION, PREFIX, plan_in
+from weightsmith.provenance.lineage import trace
+from weightsmith.provenance.mlbom import MEDIA_TYPE
+from weightsmith.provenance.roles import ADDED, LAYERS, Roles, config_label, roles_label, roles_of
+from weightsmith.provenance.statements import Resource
+from weightsmith.stages.attest import MODEL_BILL, base_documents
+from weightsmith.stages.base import ENGINE_LABEL, base_image, bills_of, engine_version, public_base
+from weightsmith.stages.publish import Outputs, candidate, discard_candidate, publish
+from weightsmith.values import Digest, Json, plain
+
+_BASE = "org.opencontainers.image.base."
+_REBASED = PREFIX + "rebased.from"
+_GREETING = Item(messages=({"role": "user", "content": "Hello"},), expected=("",), line=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RebaseRequest:
+    """What `invoke rebase` is asked."""
+
+    source: str
+    onto: str
+    to: str
+    smoke: bool
+    force: bool
+
+
+def rebase_image(request: RebaseRequest, registry: Registry, tools: Tools) -> Mapping[str, Json]:
+    """Push the image on its new base; weight layers are mounted or there, never sent again.
+
+    Of an index, the image for every platform. Raises InputRefused where base and image do not go
+    together, CheckFailed where the new image does not start.
+    """
+    began = time.monotonic()
+    registry.check_push(Reference.parse(request.to))
+    tools.progress.stage("rebase", f"{request.source} onto {request.onto}")
+    origin = open_place(request.source, registry)
+    index = origin.index()
+    named = manifests.platforms_in(index, request.source) if index else []
+    olds = [origin.image(platform) for platform in named] or [origin.image()]
+    moved = [_moved(old, request, origin, registry, tools) for old in olds]
+    whole = whole_of([image for image, _ in moved])
+    if request.smoke:
+        _smoke(own_of(whole), request.onto, tools)
+    attachments = [evidence for _, evidence in moved]
+    outputs = Outputs(push=True, force=request.force)
+    published = publish(whole, request.to, outputs, attachments, registry, tools)
+    seconds = round(time.monotonic() - began, 3)
+    tools.progress.finish("rebase", seconds, cached=False)
+    before = Digest.of(index) if index else olds[0].digest
+    return {**plain(published), "rebased_from": before, "seconds": seconds}
+
+
+def _moved(
+    old: Image, request: RebaseRequest, origin: ImagePlace, registry: Registry, tools: Tools
+) -> tuple[Image, Evidence]:
+    """Return one platform's image on its new base, and what is known of it."""
+    roles = roles_of(old, request.source)
+    base = base_image(
+        request.onto, old.labels.get(ENGINE_LABEL, ""), registry, tools, platform=old.platform
+    )
+    check_contract(old, roles, base, request.onto, tools)
+    new = exchange(old, roles, base, public_base(request.onto))
+    return new, _evidence(old, new, base, request, origin, registry, tools.progress)
+
+
+def exchange(old: Image, roles: Roles, base: Image, base_name: str) -> Image:
+    """Return the image with another base: the same weights, settings and additions."""
+    below, middle = ("base", len(base.layers)), ("weights", len(roles.weights))
+    if roles.weights_first:
+        below, middle = middle, below
+    dropped = (_BASE + "name", _BASE + "digest", ENGINE_VERSION)
+    version = engine_version(base)
+    labels = {
+        **{key: text for key, text in roles.config.labels.items() if key not in dropped},
+        **({_BASE + "name": base_name} if base_name else {}),
+        **({ENGINE_VERSION: version} if version else {}),
+        _BASE + "digest": base.digest,
+        LAYERS: roles_label(below, middle, ("settings", len(roles.settings))),
+        _REBASED: old.digest,
+    }
+    config = replace(roles.config, labels=labels)
+    return assemble(
+        roles.weights,
+        roles.settings,
+        config=replace(config, labels={**labels, ADDED: config_label(config)}),
+        base=base,
+        annotations={k: v for k, v in labels.items() if k.startswith("org.opencontainers.")},
+        order="weights-first" if roles.weights_first else "engine-first",
+    )
+
+
+def check_contract(old: Image, roles: Roles, base: Image, name: str, tools: Tools) -> None:
+    """Raise InputRefused where the new base cannot carry the image.
+
+    Engine and platform must be the same, the major version the one that the plan was made for,
+    and no file of the base may lie where the image's own are.
+    """
+    if base.platform != old.platform:
+        raise InputRefused(
+            f"{name} is for {base.platform}, the image for {old.platform}",
+            hint="choose a base for the image's platform",
+        )
+    before, after = old.labels.get(ENGINE_VERSION, ""), engine_version(base)
+    if before and after and _major(before) != _major(after):
+        raise InputRefused(
+            f"{name} holds version {after}, and the image was planned for {before}",
+            hint="another major version may read its settings differently: build the image again "
+            "for it",
+        )
+    if not after:
+        tools.progress.warn(f"{name} does not say which version of the engine it holds")
+    if found := first_collision(base, _folders(roles), tools.store.memo):
+        raise InputRefused(
+            f"{name} has /{found} where the image keeps its own files",
+            hint="choose a base that leaves these paths alone",
+        )
+
+
+def _major(version: str) -> str:
+    found = re.match(r"v?(\d+)\.", version)
+    return found[1] if found else ""
+
+
+def _folders(roles: Roles) -> frozenset[str]:
+    """Return the folders that weights and settings are in, from the layers' own titles."""
+    paths = [layer.file.partition(" and ")[0] for layer in (*roles.weights, *roles.settings)]
+    folders = {path.rpartition("/")[0] for path in paths if "/" in path}
+    return frozenset(folder.split("/")[0] if folder.startswith("models") else folder
+                     for folder in folders)  # fmt: skip
+
+
+def _smoke(image: Image, onto: str, tools: Tools) -> None:
+    """Start the image once, where an engine and what it needs are there.
+
+    Raises CheckFailed with what it lacks on its new base.
+    """
+    if not is_own(image):
+        tools.progress.warn(f"the image is for {image.platform}: it was not started")
+        return
+    if not tools.engine.answers():
+        tools.progress.warn("no container engine answers: the image was not started")
+        return
+    if plan_in(image.labels).get("device", "cpu") != "cpu" and not tools.engine.describe().get(
+        "gpu"
+    ):
+        tools.progress.warn("the image is for a GPU and none is here: it was not started")
+        return
+    try:
+        with candidate(image, None, tools) as name:
+            try:
+                _greet(name, tools)
+            except CheckFailed as error:
+                raise CheckFailed(
+                    f"the image does not work on {onto}: {error.message.replace(name, 'it')}",
+                    hint=f"{error.hint}; or give --no-smoke, to push it without starting it",
+                ) from None
+    finally:
+        discard_candidate(image, None, tools)
+
+
+def _greet(name: str, tools: Tools) -> None:
+    with (
+        served(Place(image=name), tools, modest=True) as endpoint,
+        Session(endpoint) as asked,
+    ):
+        chat(asked, first_name(asked), _GREETING, 4)
+
+
+def _evidence(
+    old: Image,
+    new: Image,
+    base: Image,
+    request: RebaseRequest,
+    origin: ImagePlace,
+    registry: Registry,
+    progress: Progress,
+) -> Evidence:
+    """Return what was known of the old image, and how the new one came from it."""
+    rows = gathered.limited(origin.attached(old.digest))
+    attachments = [origin.read(blob, tag) for blob, tag in rows]
+    parts = gathered.statement_parts(attachments)
+    told = [gathered.read_statement(part, None).statement for part in parts]
+    lineage = trace(old.digest, told)
+    # Nothing else: with a key, what is kept gets our signature.
+    about = [lineage.holds(one) and gathered.is_ours(one) for one in told]
+    kept = tuple(part for part, holds in zip(parts, about, strict=True) if holds)
+    if len(kept) < len(parts):
+        progress.warn(
+            f"{len(parts) - len(kept)} statement(s) that hang on {old.digest.short} are not about"
+            " how it was made: left behind"
+        )
+    name = public_base(request.onto)
+    below = base_documents(base, name, bills_of(name, base, registry) if name else ())
+    own = filter(lineage.names, gathered.documents_in(attachments))
+    documents = (*_own(own), *below)
+    statement = statements.provenance(
+        "rebase",
+        [
+            statements.image_resource(new.manifest_blob),
+            *statements.layer_resources(new),
+        ],
+        parameters={"first_image": lineage.images[-1]},
+        dependencies=[
+            statements.image_resource(old.manifest_blob),
+            Resource(name="base image", digest=base.digest, uri=name),
+        ],
+        byproducts=[
+            Resource(
+                name=gathered.document_name(document),
+                digest=gathered.document_digest(document),
+                media_type=document.artifact_type,
+            )
+            for document in documents
+        ],
+    )
+    return Evidence(statements=(statement,), kept=kept, documents=documents)
+
+
+def _own(documents: Iterable[Document]) -> list[Document]:
+    """Leave out the bills of the base that goes, and what others said of the image as it was."""
+    kinds = (gathered.EVALUATION_TYPE, gathered.ADAPTER_TYPE)
+    return [
+        d for d in documents if d.artifact_type in kinds or _title(d) == (MEDIA_TYPE, MODEL_BILL)
+    ]
+
+
+def _title(document: Document) -> tuple[str, str]:
+    return document.artifact_type, document.parts[0].title if document.parts else ""

@@ -1,0 +1,256 @@
+"""`invoke build --from`: the recipe that an image names, with its adapters, as a folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+import yaml
+
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.files import folder_beside
+from weightsmith.foreign import parse
+from weightsmith.oci.attachments import Part
+from weightsmith.oci.places import open_place
+from weightsmith.oci.registry import Registry
+from weightsmith.ports import Progress
+from weightsmith.provenance import evidence, signing, statements
+from weightsmith.provenance.evidence import ADAPTER_TYPE, EVALUATION_TYPE, NUMBER, Document
+from weightsmith.provenance.lineage import trace
+from weightsmith.recipe import Evaluate
+from weightsmith.recipe_file import check_recipe
+from weightsmith.trees import discard
+from weightsmith.values import Digest, Json
+
+_NAMES = re.compile(r"[A-Za-z0-9._-]{1,255}(/[A-Za-z0-9._-]{1,255}){0,15}")
+"""As deep as a model's folder may be."""
+_METRICS = ("contains", "exact", "regex", "choice")
+"""Those that run nothing of the image's makers on this machine."""
+_HUB = re.compile(r"(?P<name>hf://[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})", re.ASCII)
+_WHEEL = re.compile(r"(?P<name>pypi://[\w.-]+==[\w.!+]+)#sha256=(?P<sha256>[0-9a-f]{64})", re.ASCII)
+_TAKEN = (
+    "name", "version", "merge", "evaluate", "quantize", "quality", "targets", "serve", "card",
+)  # fmt: skip
+"""Keys of a stated recipe that say what the model is and how it is served; `evaluate` in part."""
+_OF_ADAPTERS = ("version", "run_id", "weight")
+_REPLACED = ("base", "adapters", "adapters[].source", "adapters[].revision")
+"""Those that follow from what is stated of the merge instead."""
+
+
+def recipe_of_image(
+    source: str, base: str, key: Path | None, dist: Path, registry: Registry, progress: Progress
+) -> Path:
+    """Return a recipe that makes the image's model again, in a folder below `dist`.
+
+    Its adapters are those attached to the image, its lock has the digests that the image states,
+    so another base or adapter is refused. `base` says where a base is that was a folder. Raises
+    InputRefused for an image that does not say how it was made, or not with the key's signature.
+    """
+    place = open_place(source, registry)
+    image = place.image()
+    rows = evidence.limited(place.attached(image.digest))
+    attachments = [place.read(blob, tag) for blob, tag in rows]
+    told = _statements(evidence.statement_parts(attachments), key, source)
+    lineage = trace(image.digest, told)
+    stated = [one for one in told if lineage.holds(one)]
+    if key is None:
+        progress.warn(f"{source}: who states how it was made was not verified; give --key")
+    recipe = _recipe(stated, source, progress)
+    sources = _sources(stated, source)
+    documents = [*filter(lineage.names, evidence.documents_in(attachments))]
+    folder = dist / "from" / image.digest.short
+    with folder_beside(folder) as beside:
+        beside.chmod(0o755)
+        locked = _with_base(recipe, base, sources.get("base", ("", "")))
+        locked |= _with_adapters(recipe, documents, sources, beside)
+        _with_questions(recipe, documents, beside, progress)
+        _check(recipe, source, progress)
+        lock = {"bases": {}, "sources": locked}
+        (beside / "recipe.lock").write_text(json.dumps(lock, indent=2, sort_keys=True) + "\n")
+        (beside / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+        discard(folder)
+        beside.rename(folder)
+    progress.note(f"the recipe of {source} is in {folder}")
+    return folder / "recipe.yaml"
+
+
+def _statements(parts: Sequence[Part], key: Path | None, source: str) -> list[Mapping[str, Json]]:
+    check = signing.read_public_key(key) if key else None
+    found = [evidence.read_statement(part, check) for part in parts]
+    right = [one.statement for one in found if key is None or one.signed]
+    if not right:
+        raise InputRefused(
+            f"{source} has no statement" + (" signed by this key" if key else ""),
+            hint="only images that were pushed or written by `build` say how they were made",
+        )
+    return right
+
+
+def _recipe(
+    stated: Sequence[Mapping[str, Json]], source: str, progress: Progress
+) -> dict[str, Json]:
+    """Return what is taken of the recipe that an image states; what else is in it is warned of.
+
+    Its makers choose what the model is, not what this machine runs, reads, names or pushes.
+    """
+    for one in stated:
+        recipe = statements.parameters_of(one).get("recipe")
+        if statements.kind_of(one) == "bake" and isinstance(recipe, dict):
+            rows = recipe.get("adapters") or []
+            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+                raise _malformed(source, "its adapters are no list of mappings")
+            kept = {key: recipe[key] for key in _TAKEN if key in recipe}
+            if isinstance(quantize := kept.get("quantize"), dict):
+                # Another one is a file that did not come along.
+                mine = quantize.get("imatrix") in ("auto", "off")
+                kept["quantize"] = {k: v for k, v in quantize.items() if k != "imatrix" or mine}
+            kept["adapters"] = [{k: row[k] for k in _OF_ADAPTERS if k in row} for row in rows]
+            given = {*recipe, *(f"adapters[].{key}" for row in rows for key in row)}
+            known = {*_TAKEN, *_REPLACED, *(f"adapters[].{key}" for key in _OF_ADAPTERS)}
+            if left := sorted(map(str, given - known)):
+                progress.warn(f"{source}: not taken from its recipe: {', '.join(left)[:200]}")
+            return kept
+    raise InputRefused(
+        f"{source} was baked from a finished model: it names no base and no adapters",
+        hint="`build --from` needs an image that `build` made",
+    )
+
+
+def _check(recipe: Mapping[str, Json], source: str, progress: Progress) -> None:
+    """Refuse a recipe whose values are of other types than a recipe's; tell of gates it opens."""
+    try:
+        whole = check_recipe(recipe, source)
+    except UsageError as error:
+        raise _malformed(source, error.message) from None
+    wanted, usual = whole.evaluate, Evaluate(data="x")
+    opened = [
+        name
+        for name, is_open in {
+            "quality.gate: false": not whole.quality.gate,
+            "quality.limits": bool(whole.quality.limits),
+            f"evaluate.max_drop: {wanted.max_drop if wanted else 0}": bool(
+                wanted and wanted.max_drop > usual.max_drop
+            ),
+        }.items()
+        if is_open
+    ]
+    if opened:
+        progress.warn(f"{source}: its gates are those of its makers: {', '.join(opened)}")
+
+
+def _malformed(source: str, why: str) -> InputRefused:
+    return InputRefused(
+        f"{source} states a recipe that is none: {why[:300]}",
+        hint="do not use the image, or build from its sources by a recipe of your own",
+    )
+
+
+def _sources(stated: Sequence[Mapping[str, Json]], source: str) -> dict[str, tuple[str, str]]:
+    """Return what was merged: `base`, `adapter:0` … -> pin and digest."""
+    for one in stated:
+        if statements.kind_of(one) == "merge":
+            digests = statements.dependencies_of(one)
+            uris = statements.dependency_uris(one)
+            return {name: (uris.get(name, ""), digest) for name, digest in digests.items()}
+    raise InputRefused(
+        f"{source} has no statement of a merge: there is nothing to merge again",
+        hint="build from base and adapters, by a recipe of your own",
+    )
+
+
+def _with_base(
+    recipe: dict[str, Json], base: str, stated: tuple[str, str]
+) -> dict[str, dict[str, str]]:
+    """Name the base in the recipe; return its row of the lock."""
+    pin, digest = stated
+    if not digest:
+        raise InputRefused(
+            "the image's statement of the merge names no base",
+            hint="do not use the image; no build leaves that out",
+        )
+    row: dict[str, Json] = {"source": base}
+    if base:
+        if "://" not in base:
+            row["source"] = str(Path(base).absolute())
+    elif hub := _HUB.fullmatch(pin):
+        row = {"source": hub["name"], "revision": hub["revision"]}
+    elif wheel := _WHEEL.fullmatch(pin):
+        row = {"source": wheel["name"], "sha256": wheel["sha256"]}
+    else:
+        raise UsageError(
+            f"the image's base was a folder ({digest[7:19]})",
+            hint="name it with --base DIR; the build says so if its content is another",
+        )
+    recipe["base"] = row
+    name = str(row["source"])
+    return {name: {"pin": digest if "://" not in name else pin, "digest": digest}}
+
+
+def _with_adapters(
+    recipe: dict[str, Json],
+    documents: Sequence[Document],
+    stated: Mapping[str, tuple[str, str]],
+    folder: Path,
+) -> dict[str, dict[str, str]]:
+    """Write the attached adapters and name them in the recipe; return their rows of the lock."""
+    attached = {
+        d.annotations.get(NUMBER, "0"): d for d in documents if d.artifact_type == ADAPTER_TYPE
+    }
+    locked = {}
+    for number, row in enumerate(recipe["adapters"]):
+        digest = stated.get(f"adapter:{number}", ("", ""))[1]
+        document = attached.get(str(number))
+        if document is None or evidence.document_digest(document) != digest:
+            raise InputRefused(
+                f"the image's statement names adapter {number}, and it is not attached unchanged",
+                hint="do not use the image: something was exchanged beside it",
+            )
+        name = f"./adapters/{number}"
+        _write(document, folder / name)
+        row["source"] = name
+        locked[name] = {"pin": digest, "digest": str(Digest(digest))}
+    return locked
+
+
+def _write(document: Document, folder: Path) -> None:
+    for part in document.parts:
+        if not _NAMES.fullmatch(part.title) or ".." in PurePosixPath(part.title).parts:
+            raise InputRefused(
+                f"an attached adapter has a file named {part.title[:200]!r}",
+                hint="do not use the image: no build attaches such a file",
+            )
+        path = folder / part.title
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            for chunk in part.open():
+                file.write(chunk)
+
+
+def _with_questions(
+    recipe: dict[str, Json], documents: Sequence[Document], folder: Path, progress: Progress
+) -> None:
+    """Write the questions of the attached evaluation, or leave the evaluation out."""
+    wanted = recipe.pop("evaluate", None)
+    if not isinstance(wanted, dict):
+        return
+    parts = [d.parts[0] for d in documents if d.artifact_type == EVALUATION_TYPE]
+    items = _items(parts[0]) if parts else []
+    if not items or wanted.get("metric", "contains") not in _METRICS:
+        progress.warn("the image's evaluation cannot be repeated: the recipe gets none")
+        return
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in items)
+    (folder / "eval.jsonl").write_text(text, "utf-8")
+    kept = ("metric", "max_drop", "min_score", "max_tokens", "certainty")
+    recipe["evaluate"] = {"data": "eval.jsonl", **{k: wanted[k] for k in kept if k in wanted}}
+
+
+def _items(part: Part) -> list[dict[str, Json]]:
+    """Return the questions of an attached evaluation; none where they are not what is asked."""
+    try:
+        items = parse(part.read())["items"]
+        rows = [{"prompt": item["prompt"], "expected": item["expected"]} for item in items]
+    except (ValueError, LookupError, TypeError):
+        return []
+    return rows if all(isinstance(row["prompt"], str) for row in rows) else []

@@ -1,0 +1,192 @@
+"""`invoke render`: a model on disk, planned and configured to be served."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from weightsmith.building.planning import all_targets, estimated_bytes
+from weightsmith.checkpoints.folder import scan
+from weightsmith.checkpoints.gguf_config import gguf_config
+from weightsmith.checkpoints.packing import weight_kinds
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.foreign import INDEX, parse_file
+from weightsmith.serving.engine import Wishes
+from weightsmith.serving.parameters import WORKED_OUT, weights_from_config
+from weightsmith.serving.targets import Target, find
+from weightsmith.stages.quantize import serving_config_of
+from weightsmith.stages.record import write_files
+from weightsmith.stages.render import render
+from weightsmith.values import SAFETENSORS, Json, ServingConfig, plain
+
+_CONFIG = "serving.json"
+"""Everything that `bake` needs of a rendered folder."""
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A model on disk: a folder, or one GGUF file."""
+
+    path: Path
+    name: str
+    config: Mapping[str, Json]
+    weights: tuple[str, ...]
+    """The files that hold weights, relative to `root`."""
+    weight_bytes: int
+    """Of all of them."""
+    notes: tuple[str, ...] = ()
+    """What is assumed of it."""
+
+    @property
+    def root(self) -> Path:
+        """The folder that its files are in."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+
+def open_model(path: Path, name: str = "") -> Model:
+    """Return the model at a path; InputRefused where there is none or it is not safe to read."""
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputRefused(f"{path}: a model file must be a .gguf", hint="or name a folder")
+        return Model(
+            path=path,
+            name=name or path.stem,
+            config=gguf_config(path),
+            weights=(path.name,),
+            weight_bytes=path.stat().st_size,
+        )
+    if not path.is_dir():
+        raise InputRefused(f"{path} does not exist", hint="give the model's folder or .gguf file")
+    names = scan(path, gguf=True)
+    weights = tuple(n for n in names if n.endswith((".gguf", ".safetensors")))
+    if not weights:
+        raise InputRefused(
+            f"{path}: no .safetensors or .gguf file in it",
+            hint="give the folder that holds the weights",
+        )
+    if "config.json" in names:
+        config = serving_config_of(path)
+    elif weights[0].endswith(".gguf"):
+        config = gguf_config(path / weights[0])
+    else:
+        raise InputRefused(
+            f"{path}: no config.json in it, beside {weights[0]}",
+            hint="give the folder that has both; in the hub's cache that is snapshots/COMMIT",
+        )
+    return Model(
+        path=path,
+        name=name or path.absolute().name,
+        config=config,
+        weights=weights,
+        weight_bytes=sum((path / name).stat().st_size for name in weights),
+    )
+
+
+def foresee_model(path: Path, name: str = "") -> Model:
+    """Return the model at a path, or where there is its config.json alone, what it will be.
+
+    Its weights' size is then the index's, else worked out from config.json; raises as `open_model`.
+    """
+    if not path.is_dir() or "config.json" not in (names := scan(path, gguf=True)):
+        return open_model(path, name)
+    if any(n.endswith((".gguf", ".safetensors")) for n in names):
+        return open_model(path, name)
+    config = serving_config_of(path)
+    size = _indexed_bytes(path / _INDEX) if _INDEX in names else 0
+    return Model(
+        path=path,
+        name=name or path.absolute().name,
+        config=config,
+        weights=("model.safetensors",),
+        weight_bytes=size or weights_from_config(config),
+        notes=(f"no weights there: their size is {_INDEX}'s",) if size else (WORKED_OUT,),
+    )
+
+
+def _indexed_bytes(path: Path) -> int:
+    """Return the bytes that an index says its shards have; 0 where it does not."""
+    try:
+        size = parse_file(path, largest=INDEX)["metadata"]["total_size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+    return size if isinstance(size, int) and not isinstance(size, bool) and size > 0 else 0
+
+
+def serving_config(model: Model, target: Target, wishes: Wishes, image: str = "") -> ServingConfig:
+    """Plan and render a target for a model; raises UsageError where it does not fit."""
+    own = own_weights(model, target)
+    size = model.weight_bytes
+    if not own:
+        size = estimated_bytes(model.weight_bytes, target.format, model.config)
+    return render(
+        target=target,
+        name=model.name,
+        version="0",
+        model_config=model.config,
+        model_file=own[0] if len(own) == 1 and target.format.suffix == ".gguf" else "",
+        weight_bytes=size,
+        wishes=wishes,
+        image=image,
+        made_from=(),
+        notes=model.notes,
+    )
+
+
+def own_weights(model: Model, target: Target) -> tuple[str, ...]:
+    """Return the files that are in the target's format already; () where it is yet to be made.
+
+    Raises InputRefused for a model that cannot become it: a GGUF file for an engine that loads
+    none, a checkpoint that is packed in another way.
+    """
+    suffix = target.format.suffix
+    own = tuple(name for name in model.weights if name.endswith(suffix))
+    if suffix == ".gguf":
+        return own
+    if not own:
+        raise InputRefused(
+            f"{model.path} is GGUF, which {target.engine.name} does not load",
+            hint="GGUF files are for llamacpp targets; give the Hugging Face checkpoint",
+        )
+    if target.format == SAFETENSORS:
+        return own  # as it is: the engine sees how it is packed
+    kinds = weight_kinds(model.config)
+    if target.format.kind in kinds:
+        return own
+    if "safetensors" not in kinds:
+        packed = ", ".join(sorted(kinds)) or "in a way that no target serves"
+        raise InputRefused(
+            f"{model.path}: its weights are packed ({packed}), {target.name} serves"
+            f" {target.format.name}",
+            hint=f"choose {' or '.join(f'{target.engine.name}-{kind}' for kind in sorted(kinds))}"
+            if kinds
+            else "start from the 16-bit checkpoint",
+        )
+    return ()
+
+
+def render_model(
+    path: Path, target: str, name: str, wishes: Wishes, out: Path
+) -> Mapping[str, Json]:
+    """Write a target's serving files for a model; return their paths and the plan."""
+    config = serving_config(foresee_model(path, name), find(target, all_targets()), wishes)
+    text = json.dumps(plain(config), indent=2, sort_keys=True) + "\n"
+    files = {**config.files, _CONFIG: text}
+    write_files(files, out)
+    return {"files": [str(out / name) for name in sorted(files)], "plan": config.plan}
+
+
+def read_config(folder: Path) -> ServingConfig:
+    """Return what `render` wrote into a folder; UsageError or InputRefused where it cannot be."""
+    path = folder / _CONFIG
+    try:
+        data = parse_file(path)
+        for name in ("entrypoint", "command", "healthcheck", "made_from"):
+            data[name] = tuple(data[name])
+        return ServingConfig(**data)
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist", hint="make it with `invoke render`") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputRefused(f"{path} is damaged: {error}", hint="render the folder again") from None

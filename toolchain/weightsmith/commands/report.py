@@ -1,0 +1,77 @@
+"""`invoke report`: the report of builds that are there already, or of two beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from weightsmith.errors import UsageError
+from weightsmith.stages.report import (
+    Written,
+    read_as_facts,
+    read_json,
+    write_comparison,
+    write_report,
+)
+from weightsmith.trees import below
+from weightsmith.values import Json
+
+_BUILD = "build.json"
+
+
+def report_builds(folder: Path) -> Mapping[str, Json]:
+    """Write the report of every build.json in a folder and below; return where they are.
+
+    Raises UsageError where there is none.
+    """
+    found = [folder] if folder.is_file() else _builds(folder)
+    if not found:
+        raise UsageError(
+            f"{folder} holds no {_BUILD}",
+            hint="name the folder that `build` wrote to, dist by default",
+        )
+    reports = [_written(path) for path in found]
+    return {**_paths(reports[0]), "reports": [_paths(report) for report in reports]}
+
+
+def _written(path: Path) -> Written:
+    facts = read_json(path)
+    with read_as_facts(path):
+        return write_report(facts, path.parent)
+
+
+def compare_builds(first: str, second: str, out: Path | None) -> Mapping[str, Json]:
+    """Write the comparison of two builds' folders, beside the second unless `out` names a folder.
+
+    Raises UsageError for a missing second build, and for folders without build.json.
+    """
+    if not second:
+        raise UsageError(
+            "--compare needs two builds", hint="as in `invoke report --compare dist/A dist/B`"
+        )
+    one, two = (_only(Path(name)) for name in (first, second))
+    return _paths(write_comparison(one, two, out or two))
+
+
+def _only(place: Path) -> Path:
+    """Return the folder of the one build that a path names: itself, or the only one below."""
+    if place.is_file():
+        return place.parent
+    if (place / _BUILD).is_file():
+        return place
+    builds = _builds(place)
+    if len(builds) == 1:
+        return builds[0].parent
+    what = f"{len(builds)} builds" if builds else f"no {_BUILD}"
+    raise UsageError(
+        f"{place} holds {what}", hint="name one target's folder, such as dist/NAME/VERSION/TARGET"
+    )
+
+
+def _builds(folder: Path) -> list[Path]:
+    return [path for path in below(folder) if path.name == _BUILD]
+
+
+def _paths(written: Written) -> dict[str, Json]:
+    paths: dict[str, Json] = {"html": written.html, "markdown": written.markdown}
+    return {**paths, "junit": written.junit} if written.junit else paths

@@ -1,0 +1,107 @@
+"""A server to ask: an image that is started for it, or one that runs already."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from weightsmith.building.planning import all_targets
+from weightsmith.errors import CheckFailed, UsageError
+from weightsmith.evaluating.client import check_served_name, first_name, wait_until_healthy
+from weightsmith.evaluating.session import Session
+from weightsmith.oci.layout import read_layout
+from weightsmith.ports import Endpoint, StartSpec, Tools
+from weightsmith.provenance.labels import plan_in
+from weightsmith.values import Json, without_passwords
+
+_START_SECONDS = 900.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Exactly one of an image, by reference or as `oci:DIR`, and a URL."""
+
+    image: str = ""
+    url: str = ""
+
+
+@contextmanager
+def served(place: Place, tools: Tools, *, modest: bool = False) -> Iterator[Endpoint]:
+    """Yield a ready server; one that was started for it ends with the block.
+
+    `modest` leaves one CPU to others, where the engine's number of threads can be set: threads
+    that wait for each other stand still when one is displaced.
+    Raises UsageError for an image that is not there or an address that is none, CheckFailed for
+    an image that does not become ready.
+    """
+    if place.url:
+        parts = urlsplit(place.url)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise UsageError(
+                f"--url {without_passwords(place.url)}: not the address of a server",
+                hint="as in --url http://127.0.0.1:8000",
+            )
+        url = place.url.rstrip("/").removesuffix("/v1")
+        yield Endpoint(url=url, logs=lambda _: "", alive=lambda: True)
+        return
+    config = _image_config(place.image, tools)
+    labels = config.get("Labels") or {}
+    target = all_targets().get(labels.get("dev.weightsmith.target", ""))
+    ports = sorted(int(port.partition("/")[0]) for port in config.get("ExposedPorts") or ())
+    variable = target.engine.threads_variable if target and modest else ""
+    spec = StartSpec(
+        port=ports[0] if ports else 8000,
+        env={variable: str(max(1, len(os.sched_getaffinity(0)) - 1))} if variable else {},
+        port_variable=target.engine.port_variable if target else "",
+        host_variable=target.engine.host_variable if target else "",
+        shm_bytes=_shm_bytes(labels),
+        use_gpu=True,
+    )
+    with tools.launcher.serve(place.image, spec) as endpoint:
+        path = target.engine.health_path if target else "/health"
+        wait_until_healthy(endpoint, path, _START_SECONDS)
+        yield endpoint
+
+
+def _shm_bytes(labels: Mapping[str, str]) -> int:
+    """Return what an image's plan says of shared memory; 0 for an image without a plan."""
+    with suppress(ValueError, TypeError):
+        return int(plan_in(labels).get("shm_bytes", 0))
+    return 0
+
+
+def _image_config(image: str, tools: Tools) -> Mapping[str, Json]:
+    if image.startswith("oci:"):
+        return read_layout(Path(image.removeprefix("oci:"))).config
+    found = tools.engine.inspect(image)
+    if not found:
+        raise UsageError(
+            f"the container engine holds no image {image}",
+            hint="pull or load it first, or give a layout as oci:DIR",
+        )
+    config: Mapping[str, Json] = found.get("Config") or {}
+    return config
+
+
+def served_name(session: Session, wanted: str) -> str:
+    """Return the model's name: the one that is wanted, if the server has it, else its first.
+
+    Raises CheckFailed where the server lists other models, or none and none is wanted.
+    """
+    # Asked with little patience: a server that does not even list its models hangs.
+    patient = session.limits
+    session.limits = replace(patient, request_seconds=min(30.0, patient.request_seconds), tries=2)
+    try:
+        if not wanted:
+            return first_name(session)
+        check_served_name(session, wanted)
+    except CheckFailed as error:
+        if not wanted or "HTTP 404" not in error.message:
+            raise
+    finally:
+        session.limits = patient
+    return wanted

@@ -1,0 +1,332 @@
+"""`invoke verify`: an image against its digests, its signature, and what is stated of it."""
+
+from __future__ import annotations
+
+import hashlib
+import posixpath
+import tarfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, cast
+
+from weightsmith.errors import Altered, CheckFailed, InputRefused, UsageError, WeightsmithError
+from weightsmith.oci import manifests
+from weightsmith.oci.attachments import Attachment, Part
+from weightsmith.oci.image import Image, blob_of
+from weightsmith.oci.layers import LAYER_TAR, Layer, verified
+from weightsmith.oci.places import Place, RegistryPlace, open_place
+from weightsmith.oci.registry import Registry
+from weightsmith.oci.streams import ChunkFile, Entry
+from weightsmith.ports import Progress
+from weightsmith.provenance import evidence, signing
+from weightsmith.provenance.chain import Check, check_chain
+from weightsmith.provenance.evidence import Document, FoundStatement
+from weightsmith.provenance.lineage import trace
+from weightsmith.provenance.roles import roles_of
+from weightsmith.values import Digest, Json, canonical
+from weightsmith.visible import joined
+
+_BUFFER = 1 << 20
+_READERS = 3
+_WRONG = (InputRefused, Altered)
+"""What is a finding here, whoever is at fault: what was pushed, or the way from the registry."""
+
+
+@dataclass(slots=True)
+class _Found:
+    """What was read, and what of it does not hold."""
+
+    checks: list[Check] = field(default_factory=list)
+    attachments: list[Attachment] = field(default_factory=list)
+    stated: list[FoundStatement] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
+    platform: str = ""
+    """Named in every check, where a name stands for several."""
+    known: dict[tuple[Digest, bool], tuple[str, dict[str, str]]] = field(default_factory=dict)
+    """Layers that were read: fault and files. Platforms share those of the weights."""
+
+    def say(self, name: str, ok: bool | None, found: str) -> None:
+        shown = f"{self.platform} {name}".strip()
+        self.checks.append(Check(name=shown, ok=ok, found=found))
+
+
+def verify_image(
+    source: str, key: Path | None, registry: Registry, progress: Progress
+) -> Mapping[str, Json]:
+    """Return every check with its answer; CheckFailed, with all of them, where one says no.
+
+    Of an index, the image for every platform is checked.
+    """
+    check = signing.read_public_key(key) if key else None
+    place, found = open_place(source, registry), _Found()
+    digest: str = ""
+    if (index := _index(place, found)) is not None:
+        whole = Digest.of(index)
+        digest = whole
+        found.say("index", True, digest)
+        _attachments(place, whole, found)
+        _signature(whole, found.attachments, check, found)
+        _statements(whole, check, found)
+        for platform in manifests.platforms_in(index, source):
+            one = _Found(platform=platform, known=found.known)
+            _one_image(place, source, check, one, progress)
+            found.checks += one.checks
+    elif not found.checks:
+        digest = _one_image(place, source, check, found, progress)
+    result = _result(source, digest, found)
+    bad = [one.name for one in found.checks if one.ok is False]
+    if bad:
+        raise CheckFailed(
+            f"{source} does not hold: {', '.join(dict.fromkeys(bad))}\n{table(result)}",
+            hint="do not use it; if you moved or rebuilt it, verify what you pushed",
+            details=result,
+        )
+    return result
+
+
+def _index(place: Place, found: _Found) -> bytes | None:
+    try:
+        return place.index()
+    except _WRONG as error:
+        _require_there(place, error)
+        found.say("manifest or configuration (labels)", False, error.message)
+        return None
+
+
+def _one_image(
+    place: Place, source: str, check: signing.Check | None, found: _Found, progress: Progress
+) -> str:
+    """Check one platform's image; return its digest, or empty where it cannot be read."""
+    image = _image(place, found)
+    if image is None:
+        return ""
+    _attachments(place, image.digest, found)
+    _signature(image.digest, found.attachments, check, found)
+    _statements(image.digest, check, found)
+    _layers(image, source, found, progress)
+    documents = _documents(found)
+    for one in check_chain(image, found.stated, documents, found.files):
+        found.say(one.name, one.ok, one.found)
+    return image.digest
+
+
+def table(result: Mapping[str, Json]) -> str:
+    """Return the checks for people."""
+    width = max((len(row["check"]) for row in result["checks"]), default=0)
+    words = {True: "ok", False: "NO", None: "-"}
+    return joined(
+        f"  {words[row['ok']]:<3} {row['check']:<{width}}  {row['found']}"
+        for row in result["checks"]
+    )
+
+
+def _result(source: str, digest: str, found: _Found) -> dict[str, Json]:
+    return {
+        "reference": source,
+        "digest": digest,
+        "ok": all(one.ok is not False for one in found.checks),
+        "checks": [{"check": c.name, "ok": c.ok, "found": c.found} for c in found.checks],
+    }
+
+
+def _image(place: Place, found: _Found) -> Image | None:
+    try:
+        image = place.image(found.platform or None)
+    except _WRONG as error:
+        _require_there(place, error)
+        found.say("manifest or configuration (labels)", False, error.message)
+        return None
+    found.say("manifest", True, f"{image.digest}, configuration {image.config_blob.digest.short}")
+    return image
+
+
+def _require_there(place: Place, error: WeightsmithError) -> None:
+    """Raise the refusal where there is nothing under the name at all."""
+    if isinstance(place, RegistryPlace) and place.registry.digest_of(place.reference) is None:
+        raise error
+
+
+def _attachments(place: Place, subject: Digest, found: _Found) -> None:
+    """Read what hangs on the image; what does not have the digest that names it is a finding."""
+    try:
+        rows = evidence.limited(place.attached(subject))
+    except _WRONG as error:
+        found.say("attachments", False, error.message)
+        return
+    for blob, tag in rows:
+        try:
+            found.attachments.append(place.read(blob, tag))
+        except _WRONG as error:
+            found.say("attachments", False, error.message)
+
+
+def _signature(
+    digest: Digest,
+    attachments: list[Attachment],
+    check: signing.Check | None,
+    found: _Found,
+) -> None:
+    try:
+        claims = evidence.claims_in(attachments, check)
+    except _WRONG as error:
+        found.say("signature", False, error.message)
+        return
+    if check is None:
+        said = f"{len(claims)} there, give --key to check" if claims else "not signed"
+        found.say("signature", None, said)
+    elif digest in claims:
+        found.say("signature", True, f"of {digest.short} by this key")
+    elif not claims:
+        found.say("signature", False, "not signed")
+    elif not any(claims):
+        found.say("signature", False, f"{len(claims)} there, none by this key")
+    else:
+        found.say("signature", False, "by this key, but of another image")
+
+
+def _statements(image: Digest, check: signing.Check | None, found: _Found) -> None:
+    """Read the statements, and say of each whether it counts: by its signature and its subject."""
+    rows = _read(found, check)
+    found.stated += [read for _, read in rows if check is None or read.signed]
+    lineage = trace(image, [read.statement for read in found.stated])
+    for part, read in rows:
+        name = f"statement {_short_type(part, read.statement)}"
+        # What others state of the image is theirs to sign; what we state has to be ours.
+        ours, counts = evidence.is_ours(read.statement), read.signed or check is None
+        if counts and not lineage.holds(read.statement):
+            ok = False if ours or read.signed else None
+            found.say(name, ok, f"{lineage.stray(read.statement)}, no evidence of this one")
+        elif check is not None:
+            ok = True if read.signed else (False if ours else None)
+            found.say(name, ok, "signed by this key" if read.signed else _why(part))
+
+
+def _read(found: _Found, check: signing.Check | None) -> list[tuple[Part, FoundStatement]]:
+    """Return each statement once: as the key signed it, where others signed it as well."""
+    unique: dict[bytes, tuple[Part, FoundStatement]] = {}
+    bundles = evidence.bundles_in(found.attachments)
+    for part in (*evidence.statement_parts(found.attachments), *bundles):
+        try:
+            read = evidence.read_statement(part, check)
+        except _WRONG as error:
+            # What others put into a bundle may be of a kind that is not known here.
+            ok = None if evidence.is_bundle(part) else False
+            found.say(f"statement {_short_type(part)}", ok, error.message)
+            continue
+        if evidence.is_claim(read.statement):
+            continue
+        known = unique.get(content := canonical(read.statement))
+        if known is None or not known[1].signed:
+            unique[content] = part, read
+    return list(unique.values())
+
+
+def _short_type(part: Part, statement: Mapping[str, Json] | None = None) -> str:
+    kind = (statement or part.annotations).get("predicateType", "")
+    words = str(kind).rstrip("/").split("/")
+    return "/".join(words[-2:]) or part.blob.digest.short
+
+
+def _why(part: Part) -> str:
+    if evidence.is_bundle(part) or part.blob.media_type == signing.ENVELOPE_TYPE:
+        return "not signed by this key, or changed since"
+    return "not signed"
+
+
+def _documents(found: _Found) -> list[Document]:
+    """Return what hangs on the image beside statements, each part read and right."""
+    right = []
+    for document in evidence.documents_in(found.attachments):
+        try:
+            for part in document.parts:
+                for _ in part.open():
+                    pass
+        except _WRONG as error:
+            found.say(f"document {evidence.document_name(document)}", False, error.message)
+        else:
+            right.append(document)
+    return right
+
+
+def _layers(image: Image, source: str, found: _Found, progress: Progress) -> None:
+    """Read every layer, a few at once: its digest, and the files of those that hold weights."""
+    try:
+        weights = {layer.digest for layer in roles_of(image, source).weights}
+    except _WRONG as error:
+        found.say("roles", False, error.message)
+        weights = set()
+    prefix = "models/"
+    total, done = sum(layer.size for layer in image.layers), 0
+
+    def read(layer: Layer) -> tuple[str, dict[str, str]]:
+        key = (layer.digest, layer.digest in weights)
+        if key not in found.known:
+            found.known[key] = _read_layer(layer, source, look_inside=key[1])
+        fault, files = found.known[key]
+        return fault or _diff(layer, source), files
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        results = pool.map(read, image.layers)
+        for number, (layer, (fault, files)) in enumerate(zip(image.layers, results, strict=True)):
+            name = f"layer {number}"
+            found.say(name, not fault, fault or f"{layer.digest.short} {layer.file}".rstrip())
+            found.files.update({p.removeprefix(prefix): d for p, d in files.items()})
+            done += layer.size
+            progress.advance(done, total, "bytes")
+
+
+def _read_layer(layer: Layer, source: str, *, look_inside: bool) -> tuple[str, dict[str, str]]:
+    """Return what is wrong with a layer, or empty, and its files by digest where asked."""
+    chunks = verified(layer.open(), blob_of(layer), source)
+    try:
+        if look_inside and layer.media_type == LAYER_TAR:
+            return "", dict(_files(chunks))
+        for _ in chunks:
+            pass
+    except (*_WRONG, tarfile.TarError, ValueError, EOFError) as error:
+        said = str(error)
+        return f"{layer.file or layer.digest.short}: {said}", {}
+    return "", {}
+
+
+def _diff(layer: Layer, source: str) -> str:
+    if layer.media_type == LAYER_TAR and layer.diff_id != layer.digest:
+        return f"{source}: the configuration names other content for {layer.file}"
+    return ""
+
+
+def _files(chunks: Iterator[bytes]) -> Iterator[tuple[str, str]]:
+    stream = ChunkFile(chunks)
+    seen: set[str] = set()
+    with tarfile.open(
+        fileobj=cast("IO[bytes]", stream), mode="r|", bufsize=_BUFFER, tarinfo=Entry
+    ) as archive:
+        while (entry := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]  # they would pile up
+            content = archive.extractfile(entry) if entry.isreg() else None
+            if content is None:
+                continue
+            # "./a" after "a" would be what the engine reads, and "a" what is looked up here.
+            name = posixpath.normpath("/" + entry.name).lstrip("/")
+            if name in seen:
+                raise InputRefused(
+                    f"the file {name[:200]!r} is there twice", hint="do not use the image"
+                )
+            seen.add(name)
+            state = hashlib.sha256()
+            while piece := content.read(_BUFFER):
+                state.update(piece)
+            yield name, f"sha256:{state.hexdigest()}"
+    stream.drain()
+
+
+def key_path(text: str) -> Path | None:
+    """Return the file of a public key; UsageError where there is none."""
+    if not text:
+        return None
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise UsageError(f"--key {text}: no such file", hint="give the PEM file of the public key")
+    return path

@@ -1,0 +1,150 @@
+"""What `doctor` looks at: engine, GPU, memory, disk, credentials, builders."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from weightsmith.drivers.confinement import confinement
+from weightsmith.drivers.credentials import docker_config
+from weightsmith.drivers.docker import DockerEngine, DockerRunner
+from weightsmith.drivers.hardware import cores, gpu_names
+from weightsmith.drivers.local import WAYS_OUT, LocalRunner
+from weightsmith.errors import WeightsmithError
+from weightsmith.ports import Runner
+from weightsmith.privacy import is_shared, open_to_others
+from weightsmith.resources import images
+from weightsmith.values import Json
+
+_ENOUGH_DISK = 20 * 10**9
+_ENOUGH_MEMORY = 4 * 10**9
+
+
+def examine_machine(engine: DockerEngine, cache: Path, store: Path) -> Mapping[str, Json]:
+    """Return `{checks: {name: {ok, found, todo}}, …}`; looks only, changes nothing."""
+    checks = {
+        "engine": _engine(engine),
+        "gpu": _gpu(engine),
+        "memory": _memory(),
+        "disk": _disk(store),
+        "privacy": _privacy(cache, store),
+        "credentials": _credentials(),
+        "builders": _builders(engine, cache),
+        "jobs": _jobs(),
+    }
+    return {
+        "checks": checks,
+        "cores": cores(),
+        "cache": str(cache),
+        "store": str(store),
+        "runner": "docker" if checks["engine"]["ok"] else "local",
+    }
+
+
+def _engine(engine: DockerEngine) -> dict[str, Json]:
+    facts = engine.describe()
+    if not facts:
+        return _check(
+            "no container engine answers",
+            todo="builds use the local runner and write OCI layouts; to load images, start docker",
+        )
+    return _check(f"docker {facts['version']} ({facts['storage']})", ok=True)
+
+
+def _gpu(engine: DockerEngine) -> dict[str, Json]:
+    names = gpu_names()
+    if not names:
+        return _check("no NVIDIA GPU answers", todo="everything runs on the CPU, more slowly")
+    if engine.answers() and not engine.has_gpu():
+        return _check(
+            ", ".join(names), todo="the engine cannot hand it on: install nvidia-container-toolkit"
+        )
+    return _check(", ".join(names), ok=True)
+
+
+def _memory() -> dict[str, Json]:
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    enough = size >= _ENOUGH_MEMORY
+    return _check(
+        f"{size / 1e9:.0f} GB, {cores()} core(s)",
+        ok=enough,
+        todo="" if enough else "evaluation holds the base in float32: use a smaller model",
+    )
+
+
+def _disk(store: Path) -> dict[str, Json]:
+    place = next(p for p in (store, *store.parents) if p.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        return _check(
+            f"{store} cannot be written to", todo="set WEIGHTSMITH_STORE to a folder that can"
+        )
+    free = shutil.disk_usage(place).free
+    enough = free >= _ENOUGH_DISK
+    return _check(
+        f"{free / 1e9:.0f} GB free at {store}",
+        ok=enough,
+        todo="" if enough else "`invoke clean --keep 0`, or set WEIGHTSMITH_STORE elsewhere",
+    )
+
+
+def _privacy(cache: Path, store: Path) -> dict[str, Json]:
+    """Say who else may read results, jobs and logs."""
+    places = [place for place in dict.fromkeys((cache, store)) if place.is_dir()]
+    shared = [place for place in places if is_shared(place)]
+    opened = [str(p) for place in places if place not in shared for p in open_to_others(place)]
+    if opened:
+        return _check(
+            f"others may read {', '.join(opened)}",
+            todo="the next command that writes there closes them; to share one with a group: "
+            "chmod g+rws",
+        )
+    if shared:
+        return _check(
+            f"shared with a group on purpose (set-group-id): {', '.join(map(str, shared))}", ok=True
+        )
+    return _check("cache and store are yours alone", ok=True)
+
+
+def _credentials() -> dict[str, Json]:
+    """Name the registries that the user is logged in to; never a secret."""
+    try:
+        config = docker_config()
+    except WeightsmithError as error:
+        return _check(error.message, todo=error.hint)
+    hosts = sorted({*(config.get("auths") or {}), *(config.get("credHelpers") or {})})
+    if hosts or config.get("credsStore"):
+        return _check(", ".join(hosts) or f"kept by {config['credsStore']}", ok=True)
+    return _check("none", todo="`docker login HOST` before pushing to a registry that asks")
+
+
+def _builders(engine: DockerEngine, cache: Path) -> dict[str, Json]:
+    runners: dict[str, Runner] = {"local": LocalRunner(cache)}
+    if engine.answers():
+        runners = {"docker": DockerRunner(engine, cache), **runners}
+    names = sorted(p.name for p in (images() / "builders").iterdir() if p.is_dir())
+    ready = {kind: [n for n in names if runner.ready(n)] for kind, runner in runners.items()}
+    missing = [name for name in names if not any(name in had for had in ready.values())]
+    return _check(
+        "; ".join(f"{kind}: {', '.join(had) or 'none'}" for kind, had in ready.items()),
+        ok=not missing,
+        todo=f"{', '.join(missing)}: made by the first build that needs it" if missing else "",
+    )
+
+
+def _jobs() -> dict[str, Json]:
+    """Say what jobs of the local runner cannot reach, and what they can."""
+    found = confinement()
+    left = found.left()
+    todo = f"still in reach of local jobs: {left}; the docker runner takes away all of it"
+    if not found.network:
+        todo = f"local jobs are refused: {WAYS_OUT}"
+    said = "local jobs have no network and reach no other files, sockets or processes"
+    if left:
+        said = f"local jobs are kept from {found.taken() or 'nothing'}"
+    return _check(said, ok=not left, todo=todo if left else "")
+
+
+def _check(found: str, *, ok: bool = False, todo: str = "") -> dict[str, Json]:
+    return {"ok": ok, "found": found, "todo": todo}

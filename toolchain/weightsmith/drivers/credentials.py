@@ -1,0 +1,70 @@
+"""Registry credentials: Docker's config.json and the helper programs that it names."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from weightsmith.drivers import process
+from weightsmith.errors import EnvironmentFailure, InputRefused
+from weightsmith.foreign import parse
+
+_PROGRAM = re.compile(r"[A-Za-z0-9._-]+")
+
+
+def docker_config() -> Mapping[str, Any]:
+    """Return the user's config.json (DOCKER_CONFIG, else ~/.docker); {} where there is none.
+
+    Raises EnvironmentFailure where it may not be read, InputRefused where it is damaged.
+    """
+    try:
+        folder = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
+    except RuntimeError:  # no home folder
+        return {}
+    try:
+        data = (folder / "config.json").read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"cannot read {folder}/config.json: {error.strerror}",
+            hint="correct whom it belongs to, or set DOCKER_CONFIG to another folder",
+        ) from None
+    try:
+        config = parse(data) if data.strip() else {}  # Docker takes an empty one, too
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise InputRefused(
+            f"{folder}/config.json is not a JSON object", hint="repair it, or log in again"
+        )
+    return config
+
+
+def ask_helper(name: str, server: str) -> tuple[str, str] | None:
+    """Run `docker-credential-NAME get` for a server; None where it knows nothing.
+
+    https://github.com/docker/docker-credential-helpers
+    """
+    if not _PROGRAM.fullmatch(name):
+        raise InputRefused(
+            f"the credential helper {name!r} is not the plain name of a program",
+            hint="correct credHelpers or credsStore in Docker's config.json",
+        )
+    try:
+        done = process.run(
+            [f"docker-credential-{name}", "get"],
+            env=process.scrubbed(os.environ),
+            input=server.encode(),
+            timeout=30,
+        )
+        found = parse("\n".join(done.tail)) if done.returncode == 0 else {}
+    except (EnvironmentFailure, ValueError):
+        return None
+    if not isinstance(found, dict):
+        return None
+    user, secret = found.get("Username"), found.get("Secret")
+    return (str(user), str(secret)) if user and secret else None

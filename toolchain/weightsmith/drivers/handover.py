@@ -1,0 +1,105 @@
+"""Hands folders to a container that runs as somebody else, and takes them back."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from weightsmith.checkpoints.folder import scan
+from weightsmith.errors import EnvironmentFailure
+from weightsmith.trees import below, walk
+
+_FICLONE = 0x4004_9409
+"""Linux's request to let one file share another's blocks."""
+
+
+def readable(source: Path, staging: Path, *, by_others: bool) -> Path:
+    """Return a path whose content the container can read: the source itself, or a private copy.
+
+    A copy below `staging` (hard links where the file itself may be shared) is made where a link
+    of the source leads out of it, since a container sees only what is mounted, and, with
+    `by_others`, where a file is not readable by everyone.
+    """
+    real = source.resolve()
+    if real.is_file():
+        if not by_others or real.stat().st_mode & stat.S_IROTH:
+            return real
+        staging.mkdir(parents=True)
+        return _give(real, staging / source.name)
+    inside, linked = [real, *below(real)], leads_out(real)
+    if not linked and not (by_others and any(_closed(path) for path in inside)):
+        return real
+    staging.mkdir(parents=True)
+    # Links are followed by the rules for model folders alone.
+    names = scan(real) if linked else [p.relative_to(real) for p in inside if p.is_file()]
+    for name in names:
+        target = staging / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _give((real / name).resolve(), target)
+    for folder in [staging, *(path for path in below(staging) if path.is_dir())]:
+        folder.chmod(0o755)
+    return staging
+
+
+def leads_out(folder: Path) -> bool:
+    """Say whether a link in a folder leads out of it; the folder's own name leads to no link."""
+    return any(p.is_symlink() and not p.resolve().is_relative_to(folder) for p in below(folder))
+
+
+def _closed(path: Path) -> bool:
+    """Say whether somebody else cannot read it."""
+    mode = path.lstat().st_mode
+    needed = 0o005 if stat.S_ISDIR(mode) else 0o004
+    return not stat.S_ISLNK(mode) and mode & needed != needed
+
+
+def _give(real: Path, target: Path) -> Path:
+    if real.stat().st_mode & stat.S_IROTH:
+        try:
+            os.link(real, target)
+        except OSError:
+            # Another file system, or a file that is not ours to link.
+            pass
+        else:
+            return target
+    _copy(real, target)
+    target.chmod(0o444)
+    return target
+
+
+def _copy(real: Path, target: Path) -> None:
+    """Copy a file, sharing its blocks where the file system can."""
+    size, free = real.stat().st_size, shutil.disk_usage(target.parent).free
+    with real.open("rb") as source, target.open("wb") as copy:
+        try:
+            fcntl.ioctl(copy.fileno(), _FICLONE, source.fileno())
+        except OSError:
+            if size > free:
+                raise EnvironmentFailure(
+                    f"{real} is not readable by everyone, and {target.parent} has no room for the "
+                    f"private copy of {size:,} bytes that its container needs",
+                    hint=f"chmod o+r {real}, or build as an ordinary user who owns the file",
+                ) from None
+            shutil.copyfileobj(source, copy, 1 << 24)
+
+
+@contextmanager
+def owned_by(folder: Path, user: int, group: int) -> Iterator[None]:
+    """Give a folder and all in it to a user for the length of the block, then take it back."""
+    before = folder.stat()
+    _chown(folder, user, group)
+    try:
+        yield
+    finally:
+        _chown(folder, before.st_uid, before.st_gid)
+
+
+def _chown(folder: Path, user: int, group: int) -> None:
+    # The container may have left links behind: they are changed themselves, never followed.
+    for step in walk(folder):
+        os.chown(step.name, user, group, dir_fd=step.parent, follow_symlinks=False)

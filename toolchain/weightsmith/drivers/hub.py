@@ -1,0 +1,201 @@
+"""Reads a source from a model hub (`hf://owner/name`), with the hub's own client and cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from fnmatch import fnmatch
+from pathlib import Path
+
+from weightsmith.drivers.folders import read_tree
+from weightsmith.errors import Altered, EnvironmentFailure, InputRefused
+from weightsmith.ports import Progress, Silent, Store
+from weightsmith.values import FileEntry, Snapshot, Tree
+
+_WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_CONTENT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_CHUNK = 1 << 20
+
+
+class HubReader:
+    """Brings a repository at one commit; `HF_ENDPOINT`, `HF_TOKEN` and `HF_HOME` are honoured.
+
+    Every file is held against what the hub says that the commit holds, by git's own names.
+    """
+
+    scheme = "hf"
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def fetch(self, source: str, revision: str, sha256: str, progress: Progress) -> Snapshot:
+        """Return the repository's files at a commit; an unpinned revision is resolved first.
+
+        Raises InputRefused for a repository that is not there or not ours to read, Altered for a
+        file that is not what the hub says, EnvironmentFailure where it cannot be reached.
+        """
+        if sha256:
+            raise InputRefused(
+                f"{source}: `sha256` pins a pypi:// source; use `revision` here",
+                hint="give the commit",
+            )
+        repository, revision = _split(source, revision)
+        pinned = bool(_COMMIT.fullmatch(revision))
+        root, commit = self._download(repository, revision, progress, pinned=pinned)
+        pin = f"hf://{repository}@{commit}"
+        tree = read_tree(root, self._store, progress, wanted=_is_wanted)
+        if wrong := _wrong(repository, commit, tree):
+            _forget(tree.path(wrong), root, commit)
+            raise Altered(
+                f"{pin}: {wrong} is not what {_endpoint()} says that this commit holds",
+                hint="it was taken out of the hub's cache: try again; if it stays so, a mirror "
+                "(HF_ENDPOINT) or a proxy changes what it passes on: ask whoever runs it",
+            )
+        return Snapshot(tree=tree, source=source, pin=pin, pinned=pinned)
+
+    def known(self, source: str, revision: str, sha256: str) -> Snapshot | None:
+        """Return the repository where its commit is pinned and lies in the hub's cache."""
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+        repository, revision = _split(source, revision)
+        if sha256 or not _COMMIT.fullmatch(revision):
+            return None
+        try:
+            root = snapshot_download(
+                repository, revision=revision, allow_patterns=list(_WANTED), local_files_only=True
+            )
+        except (LocalEntryNotFoundError, HFValidationError, OSError):
+            return None
+        tree = read_tree(Path(root), self._store, Silent(), wanted=_is_wanted)
+        if _wrong(repository, revision, tree):
+            return None
+        return Snapshot(tree=tree, source=source, pin=f"hf://{repository}@{revision}", pinned=True)
+
+    def _download(
+        self, repository: str, revision: str, progress: Progress, *, pinned: bool
+    ) -> tuple[Path, str]:
+        # Imported here: the hub's client takes longer to load than `invoke --list` may take.
+        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            OfflineModeIsEnabled,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
+        # Of whichever library the client asks the hub with; it does not explain them itself.
+        transport = [kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"]
+        try:
+            commit = revision
+            if not pinned:
+                commit = HfApi().model_info(repository, revision=revision or None).sha or ""
+            progress.note(f"fetching hf://{repository}@{commit[:12]} (kept in the hub's cache)")
+            root = snapshot_download(repository, revision=commit, allow_patterns=list(_WANTED))
+        except GatedRepoError:
+            raise InputRefused(
+                f"hf://{repository} is gated and this account may not read it",
+                hint="accept its terms on the hub and set HF_TOKEN",
+            ) from None
+        except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+            raise InputRefused(
+                f"hf://{repository}@{revision or 'main'}: {str(error).splitlines()[0]}",
+                hint="check owner, name and revision; a private repository needs HF_TOKEN",
+            ) from None
+        except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, *transport) as error:
+            raise EnvironmentFailure(
+                f"hf://{repository}: {_endpoint()} could not be reached: {type(error).__name__}",
+                hint="check the network, HF_ENDPOINT and the proxy; "
+                "a folder with the files works as a source too",
+            ) from None
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise EnvironmentFailure(
+                f"hf://{repository}: {_endpoint()} answers as no hub does: {type(error).__name__}",
+                hint="check HF_ENDPOINT and the proxy; a folder with the files works as a source",
+            ) from None
+        return Path(root), commit
+
+
+def _endpoint() -> str:
+    """Return the hub's address, without what is secret of it."""
+    address = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    scheme, separator, place = address.rpartition("://")
+    return f"{scheme}{separator}{place.rpartition('@')[2]}"
+
+
+def _is_wanted(name: str) -> bool:
+    """Say whether a file is one of those that are fetched; other programs bring more."""
+    return any(fnmatch(name, pattern) for pattern in _WANTED)
+
+
+def _wrong(repository: str, commit: str, tree: Tree) -> str:
+    """Return the first file that is not what the hub said of the commit, or empty."""
+    said = _said(repository, commit, tree)
+    for file in tree.files:
+        name, path = said.get(file.path), tree.path(file.path)
+        if name not in (file.digest.hex, _pointer_name(file)) and name != _git_name(path):
+            return file.path
+    return ""
+
+
+def _said(repository: str, commit: str, tree: Tree) -> Mapping[str, str]:
+    """Return git's name for each file of a commit, as the hub listed it before the download.
+
+    A cache that an older client wrote has no list, but files named by what the hub said of them:
+    https://huggingface.co/docs/huggingface_hub/guides/manage-cache. Files without such a name were
+    copied into the cache by its owner, and are what they are.
+    """
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        return {row.path: row.blob_id for row in get_cached_repo_tree(repository, revision=commit)}
+    except CachedRepoTreeNotFoundError:
+        named = {file.path: tree.path(file.path).resolve().name for file in tree.files}
+        return {
+            file.path: named[file.path] if _CONTENT.fullmatch(named[file.path]) else file.digest.hex
+            for file in tree.files
+        }
+
+
+def _pointer_name(file: FileEntry) -> str:
+    """Return git's name for what stands for a large file in a commit.
+
+    https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md#the-pointer
+    """
+    text = f"version https://git-lfs.github.com/spec/v1\noid {file.digest}\nsize {file.size}\n"
+    return _blob(len(text), text.encode()).hexdigest()
+
+
+def _git_name(path: Path) -> str:
+    """Return git's name for a file: https://git-scm.com/book/en/v2/Git-Internals-Git-Objects."""
+    state = _blob(path.stat().st_size)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+def _blob(size: int, data: bytes = b"") -> hashlib._Hash:
+    return hashlib.sha1(b"blob %d\0" % size + data, usedforsecurity=False)
+
+
+def _forget(path: Path, root: Path, commit: str) -> None:
+    """Take a file out of the hub's cache, and the list that it was held against."""
+    for each in (path.resolve(), path, root.parents[1] / "trees" / f"{commit}.json"):
+        with suppress(OSError):
+            each.unlink()
+
+
+def _split(source: str, revision: str) -> tuple[str, str]:
+    repository, _, suffix = source.removeprefix("hf://").partition("@")
+    return repository, revision or suffix

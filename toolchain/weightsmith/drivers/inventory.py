@@ -1,0 +1,131 @@
+"""Looks around from inside: what this process can do, found out by reading and by trying."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+from weightsmith.drivers.rights import left
+
+Facts = dict[str, str | int | bool]
+_NOBODYS = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
+"""Addresses for documentation (RFC 5737, RFC 3849): nothing is sent there, a route is asked for."""
+
+
+def facts(host_network: int, home: str) -> Facts:
+    """Return what holds for this process; what could not be looked at does not hold.
+
+    `host_network` is the number of the machine's own network namespace, `home` the folder of a
+    user as whom the program runs; empty where no file of this machine is in reach anyway.
+    """
+    rights = left()
+    users, groups = ("/".join(map(str, sorted(set(n)))) for n in (os.getresuid(), os.getresgid()))
+    return {
+        "user": f"{users}:{groups}",
+        "outside": _outside(os.getuid()),
+        "held capabilities": rights["own"],
+        "capabilities": rights["own"] or rights["bounding"],
+        "new privileges": rights["gain"],
+        "writable root": not _is_sealed(),
+        "network": _has_network(host_network),
+        "other processes": _sees_others(),
+        "files of yours": not home or _reaches(home),
+        "memory": max(0, resource.getrlimit(resource.RLIMIT_DATA)[0]),
+    }
+
+
+def unmet(found: Facts, *, as_root: bool) -> str:
+    """Say what of what every start needs does not hold; '' where all does.
+
+    Only root, who starts it, can take what nobody else can give.
+    """
+    if found["new privileges"]:
+        return "it could gain rights"
+    if found["held capabilities"] or (as_root and found["capabilities"]):
+        return "it would have capabilities"
+    if as_root and found["outside"] == 0:
+        return "it would be root outside"
+    return ""
+
+
+def words(found: Facts) -> tuple[str, ...]:
+    """Return what holds, for people."""
+    mapped = f" ({found['outside']} outside)" if str(found["user"]).startswith("0:") else ""
+    memory = int(found["memory"])
+    said = (
+        f"user {found['user']}{mapped}",
+        "" if found["writable root"] else "read-only root",
+        "" if found["network"] else "no network",
+        "" if found["capabilities"] else "no capabilities",
+        "" if found["new privileges"] else "no new privileges",
+        "" if found["other processes"] else "own processes alone",
+        "" if found["files of yours"] else "none of your files",
+        f"{memory / 2**20:.0f} MiB of memory" if memory else "",
+    )
+    return tuple(word for word in said if word)
+
+
+def _outside(user: int) -> int:
+    """Return the number that a user has outside of this user namespace."""
+    with suppress(OSError):
+        for line in Path("/proc/self/uid_map").read_text().splitlines():
+            inside, outside, count = map(int, line.split())
+            if inside <= user < inside + count:
+                return outside + user - inside
+    return user
+
+
+def _is_sealed() -> bool:
+    """Say whether a file can be made neither at the root nor where the program starts."""
+    return all(_refuses_files(Path(place)) for place in ("/", "."))
+
+
+def _refuses_files(folder: Path) -> bool:
+    path = folder / ".weightsmith-probe"
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+    except OSError as problem:
+        return problem.errno == errno.EROFS
+    path.unlink()
+    return False
+
+
+def _has_network(host_network: int) -> bool:
+    """Say whether there is a way out: the machine's own network, another interface, a route."""
+    try:
+        if os.stat("/proc/self/ns/net").st_ino == host_network:  # noqa: PTH116 - a magic link
+            return True
+        if [name for _, name in socket.if_nameindex()] != ["lo"]:
+            return True
+    except OSError:
+        return True
+    return any(_has_route(family, address) for family, address in _NOBODYS)
+
+
+def _has_route(family: socket.AddressFamily, address: str) -> bool:
+    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 9))
+        return True
+    return False
+
+
+def _reaches(home: str) -> bool:
+    """Say whether a user's folder can be read, or is not there to be tried."""
+    try:
+        os.close(os.open(home, os.O_RDONLY | os.O_DIRECTORY))
+    except OSError as problem:
+        return problem.errno != errno.EACCES
+    return True
+
+
+def _sees_others() -> bool:
+    """Say whether there are processes but the first of this namespace and ourselves."""
+    try:
+        seen = {int(name) for name in os.listdir("/proc") if name.isdecimal()}  # noqa: PTH208
+    except OSError:
+        return True
+    return seen != {1, os.getpid()}

@@ -1,0 +1,180 @@
+"""Runs jobs in virtual environments of this machine: what there is without a container engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from weightsmith.drivers import process
+from weightsmith.drivers.confinement import Confinement, confinement, interpreter, job_jail
+from weightsmith.drivers.environment import (
+    Pins,
+    check_compiler,
+    environment_folder,
+    is_complete,
+    make_environment,
+)
+from weightsmith.drivers.hardware import cores, gpu_names
+from weightsmith.drivers.jail import Jail
+from weightsmith.drivers.ownership import private_folder
+from weightsmith.drivers.toolset import make_toolset, toolset_folder
+from weightsmith.drivers.wire import Conversation, job_file, open_log
+from weightsmith.errors import EnvironmentFailure
+from weightsmith.ports import Progress
+from weightsmith.resources import compiled_engines, package
+from weightsmith.values import Job, Json
+
+WAYS_OUT = (
+    "use the docker runner; or have the kernel give ordinary users namespaces (Ubuntu: sysctl "
+    "kernel.apparmor_restrict_unprivileged_userns=0, or an AppArmor profile with `userns`; "
+    "elsewhere: sysctl user.max_user_namespaces) or system call filters; or give "
+    "--allow-network-in-jobs"
+)
+"""What to do where jobs cannot be kept from the network."""
+
+
+class LocalRunner:
+    """Runs each job in a subprocess of its builder's own virtual environment below `cache`.
+
+    The subprocess has no network, none of the caller's tokens, a memory limit, and ends with us.
+    It reads its inputs, its builder and the system's libraries, writes its output and a temporary
+    folder, and reaches no other program, as far as the kernel lets us see to it: `doctor` says how
+    far that is. Where not even the network can be taken away, no job is run, unless
+    `allow_network` is given.
+    """
+
+    name = "local"
+
+    def __init__(self, cache: Path, *, allow_network: bool = False) -> None:
+        self._cache = cache
+        self._allow_network = allow_network
+        self.networked = False
+
+    def prepare(self, builder: str, progress: Progress) -> None:
+        """Make the builder's environment and tools, if they are not there."""
+        self._require_confinement()
+        pins = _pins(builder)
+        if not is_complete(environment_folder(self._cache, pins)):
+            progress.note(
+                f"making the builder {builder!r} ({pins.flavour}) in {self._cache}: "
+                "one to three minutes, once"
+            )
+        make_environment(self._cache, pins, progress)
+        for engine in compiled_engines(builder):
+            make_toolset(self._cache, engine, progress)
+
+    def check(self, builder: str) -> None:
+        """Raise EnvironmentFailure where its jobs would have the network, or it cannot be made.
+
+        It cannot where a package has to be compiled, and nothing here can.
+        """
+        self._require_confinement()
+        pins = _pins(builder)
+        if not is_complete(environment_folder(self._cache, pins)):
+            check_compiler(pins)
+
+    def ready(self, builder: str) -> bool:
+        """Say whether environment and tools are there."""
+        tools = [toolset_folder(self._cache, engine) for engine in compiled_engines(builder)]
+        return is_complete(environment_folder(self._cache, _pins(builder))) and all(
+            folder.is_dir() for folder in tools
+        )
+
+    def run(self, job: Job, progress: Progress) -> Mapping[str, Json]:
+        """Run the job to its end; raises the job's own error, EnvironmentFailure where it died."""
+        self.prepare(job.builder, progress)
+        python = environment_folder(self._cache, _pins(job.builder)) / "bin" / "python"
+        with (
+            private_folder(self._cache) as folder,
+            open_log(self._cache, job.stage) as log,
+            Conversation(job=job, progress=progress, log=log).in_time() as conversation,
+        ):
+            _furnish(folder)
+            (folder / "job.json").write_text(_local_job(job), encoding="utf-8")
+            found = confinement()
+            jail = self._jail(job, folder, found)
+            if left := found.left():
+                log.write(f"this machine does not let us keep the job from {left}\n")
+            if jail.sockets:
+                if not self.networked:
+                    progress.warn("jobs have the network of this machine: --allow-network-in-jobs")
+                self.networked = True
+            done = process.run(
+                [python, "-m", "weightsmith.worker", folder / "job.json"],
+                cwd=folder / "tmp",
+                env=self._environment(job, folder),
+                on_line=conversation.hear,
+                on_error_line=conversation.hear_error,
+                hold_stdin=True,
+                timeout=job.seconds or None,
+                limits=process.Limits(
+                    # A GPU's memory is mapped into the process, so no such limit would hold.
+                    memory_bytes=0 if job.use_gpu and gpu_names() else job.memory_bytes,
+                    jail=jail,
+                ),
+            )
+            result = conversation.result(done.returncode)
+            return {**result, "network_in_jobs": True} if jail.sockets else result
+
+    def _require_confinement(self) -> None:
+        if not self._allow_network and not confinement().network:
+            raise EnvironmentFailure(
+                "this machine does not let the local runner take the network away from jobs",
+                hint=WAYS_OUT,
+            )
+
+    def _jail(self, job: Job, folder: Path, found: Confinement) -> Jail:
+        environment = environment_folder(self._cache, _pins(job.builder))
+        tools = [toolset_folder(self._cache, engine) for engine in compiled_engines(job.builder)]
+        return job_jail(
+            found,
+            run=[environment, *interpreter(environment / "bin" / "python"), package(), *tools],
+            read=[folder],
+            inputs=[path.absolute() for path in job.inputs.values()],
+            write=[folder / "tmp", job.output.absolute()],
+            gpu=job.use_gpu,
+            sockets=not found.network,
+        )
+
+    def _environment(self, job: Job, folder: Path) -> dict[str, str]:
+        own = {
+            **worker_environment(),
+            "HOME": str(folder / "tmp"),
+            "TMPDIR": str(folder / "tmp"),
+            "PYTHONPATH": str(folder / "lib"),
+            "PYTHONSAFEPATH": "1",
+        }
+        for engine in compiled_engines(job.builder):
+            own["WEIGHTSMITH_TOOLS"] = str(toolset_folder(self._cache, engine))
+        return process.scrubbed(own)
+
+
+def _furnish(folder: Path) -> None:
+    """Give the job a temporary folder, and nothing to import but our package."""
+    (folder / "tmp").mkdir()
+    (folder / "lib").mkdir()
+    (folder / "lib" / "weightsmith").symlink_to(package())
+
+
+def worker_environment() -> dict[str, str]:
+    """Return the variables that every worker gets, wherever it runs."""
+    return {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": str(cores()),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONNOUSERSITE": "1",
+        "PYTHONUNBUFFERED": "1",
+        "LANG": "C.UTF-8",
+    }
+
+
+def _pins(builder: str) -> Pins:
+    return Pins(name=builder, flavour="cuda" if gpu_names() else "cpu")
+
+
+def _local_job(job: Job) -> str:
+    inputs = {name: str(path.absolute()) for name, path in job.inputs.items()}
+    return job_file(job, inputs, str(job.output.absolute()))

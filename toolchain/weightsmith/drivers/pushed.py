@@ -1,0 +1,49 @@
+"""Remembers which repository of a registry has which layers, so that others mount them there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from weightsmith.files import write_whole
+from weightsmith.foreign import parse
+from weightsmith.privacy import private
+from weightsmith.values import Digest, canonical
+
+_MOST = 4000
+"""Layers that are remembered per registry; the oldest go first."""
+
+
+class PushedLayers:
+    """A small file in the cache; a lost or damaged one costs an upload and nothing else."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def repository(self, registry: str, digest: Digest) -> str:
+        """Return a repository that had the layer when we last pushed there, or empty."""
+        return self._read(registry).get(digest, "")
+
+    def record(self, registry: str, repository: str, digests: Iterable[Digest]) -> None:
+        """Remember that a repository has these layers."""
+        known = self._read(registry)
+        for digest in digests:
+            known.pop(digest, None)
+            known[digest] = repository
+        rows = list(known.items())[-_MOST:]
+        with suppress(OSError):
+            private(self._folder, "pushed")
+            write_whole(self._path(registry), canonical(rows))
+
+    def _read(self, registry: str) -> dict[str, str]:
+        try:
+            return {str(digest): str(name) for digest, name in parse(self._text(registry))}
+        except (OSError, ValueError, TypeError):
+            return {}
+
+    def _text(self, registry: str) -> bytes:
+        return self._path(registry).read_bytes()
+
+    def _path(self, registry: str) -> Path:
+        return self._folder / "pushed" / f"{Digest.of(registry.encode()).short}.json"

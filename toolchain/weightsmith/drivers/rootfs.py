@@ -1,0 +1,286 @@
+"""Starts an image without a container engine: its own programs on its own root file system."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from weightsmith.drivers import process
+from weightsmith.drivers.enclosing import (
+    Enclosed,
+    NotAllowed,
+    Relay,
+    Way,
+    not_confined,
+    start_enclosed,
+)
+from weightsmith.drivers.inventory import Facts, words
+from weightsmith.drivers.ownership import private_folder
+from weightsmith.drivers.rights import NOBODY, is_root
+from weightsmith.drivers.starting import without_program
+from weightsmith.errors import CheckFailed, UsageError
+from weightsmith.ports import Endpoint, Launcher, StartSpec
+from weightsmith.trees import walk
+
+_SCHEME = "oci:"
+_NO_ID = (1 << 32) - 1
+"""Stands for no user or group in system calls; all below may be one's number."""
+_LARGEST_TABLE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartInfo:
+    """What an image's configuration says of starting it."""
+
+    argv: tuple[str, ...]
+    """Entrypoint and command together."""
+    env: Mapping[str, str]
+    workdir: str = "/"
+    user: str = ""
+    """`user[:group]`, by name or number, as in the configuration; empty for root."""
+
+
+Unpack = Callable[[str, Path], StartInfo]
+"""Unpacks the image in a layout folder (first argument, without `oci:`) into an empty folder."""
+
+
+class RootfsLauncher:
+    """Starts an image that lies in an OCI layout folder, with no engine.
+
+    The root file system is unpacked to a folder below `cache` and becomes the program's only one,
+    read-only, in namespaces of its own, without capabilities, and as a user who is nobody outside
+    (root) or the caller (others); a relay is the one way in. Where the kernel does not allow that,
+    the server shares the network, moved to a free loopback port by the variable that
+    `spec.port_variable` names: root's without capabilities, as nobody, with the folder as its
+    root; others' as themselves, with the paths in its arguments and environment pointed into the
+    folder, which is for programs that need no libraries of the image.
+    """
+
+    name = "rootfs"
+
+    def __init__(self, unpack: Unpack, cache: Path) -> None:
+        self._unpack = unpack
+        self._cache = cache
+
+    @contextlib.contextmanager
+    def serve(self, image: str, spec: StartSpec) -> Iterator[Endpoint]:
+        """Start `image` (`oci:DIR`), stop it and delete its files when the context ends.
+
+        Waits for nothing: the caller asks the server's health. Raises UsageError for another kind
+        of reference, CheckFailed for an image that cannot be started, EnvironmentFailure where
+        root's rights cannot be taken away from it here.
+        """
+        if not image.startswith(_SCHEME):
+            raise UsageError(
+                f"{image!r} cannot be started without a container engine",
+                hint="start an engine, or give the image as oci:DIR",
+            )
+        # Below the cache, where what a killed process leaves is found and deleted.
+        with private_folder(self._cache) as folder:
+            root = folder / "root"
+            root.mkdir()
+            # Other users must get in: the image's user is one of them.
+            root.chmod(0o755)
+            info = self._unpack(image.removeprefix(_SCHEME), root)
+            if not info.argv:
+                raise without_program(image)
+            if is_root():
+                try:
+                    give_to(root, NOBODY)
+                except OSError as problem:  # root of a namespace without others
+                    raise not_confined(image, problem.strerror or str(problem)) from None
+            with contextlib.ExitStack() as servers:
+                yield _first_way(image, root, info, spec, servers)
+
+
+def _first_way(
+    image: str, root: Path, info: StartInfo, spec: StartSpec, servers: contextlib.ExitStack
+) -> Endpoint:
+    """Start the server as far apart as this machine lets us."""
+    try:
+        return _relayed(image, root, info, spec, servers)
+    except NotAllowed:
+        port = servers.enter_context(_port(spec))
+        moved = {spec.port_variable: str(port)} if spec.port_variable else {}
+        if spec.host_variable:
+            moved[spec.host_variable] = "127.0.0.1"
+        at_port = replace(spec, env={**spec.env, **moved})
+        return _beside_us(image, root, info, at_port, port, servers)
+
+
+def _relayed(
+    image: str, root: Path, info: StartInfo, spec: StartSpec, servers: contextlib.ExitStack
+) -> Endpoint:
+    """Start the server in namespaces of its own, with a relay as the one way in."""
+    with contextlib.ExitStack() as attempt:
+        listener = attempt.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(128)
+        inside = _inside(image, root, info, spec)
+        server, found = attempt.enter_context(
+            start_enclosed(inside, spec, "apart", Relay(listener=listener, port=spec.port))
+        )
+        port = listener.getsockname()[1]
+        servers.push(attempt.pop_all())
+    return _endpoint(port, server, found, lambda: _relayed(image, root, info, spec, servers))
+
+
+def _beside_us(
+    image: str,
+    root: Path,
+    info: StartInfo,
+    spec: StartSpec,
+    port: int,
+    servers: contextlib.ExitStack,
+) -> Endpoint:
+    """Start the server in this machine's network: by root without rights and in its own files."""
+    inside = _inside(image, root, info, spec)
+    way: Way = "folder"
+    if not is_root():
+        env = dict(zip(inside.env, pointed_into(root, tuple(inside.env.values())), strict=True))
+        argv = pointed_into(root, info.argv)
+        inside, way = replace(inside, argv=argv, env=env, workdir=str(root)), "bare"
+    server, found = servers.enter_context(start_enclosed(inside, spec, way))
+    again = partial(_beside_us, image, root, info, spec, port, servers)
+    return _endpoint(port, server, found, again)
+
+
+def _inside(image: str, root: Path, info: StartInfo, spec: StartSpec) -> Enclosed:
+    environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp"}  # noqa: S108 - inside
+    return Enclosed(
+        image=image,
+        root=root,
+        argv=info.argv,
+        program=info.argv[0],
+        env={**environment, **info.env, **spec.env},
+        workdir=info.workdir or "/",
+        user=user_ids(root, info.user),
+    )
+
+
+def _endpoint(
+    port: int, server: process.Server, found: Facts, again: Callable[[], Endpoint]
+) -> Endpoint:
+    return Endpoint(
+        url=f"http://127.0.0.1:{port}",
+        logs=server.logs,
+        alive=server.alive,
+        stop=server.stop,
+        restart=again,
+        confinement=words(found),
+    )
+
+
+class EitherLauncher:
+    """Starts layouts from their own root file system, and all else in the container engine."""
+
+    def __init__(self, engine: Launcher, layouts: Launcher) -> None:
+        self._engine = engine
+        self._layouts = layouts
+        self.name = engine.name
+
+    def serve(self, image: str, spec: StartSpec) -> AbstractContextManager[Endpoint]:
+        """Start `image` where it is."""
+        launcher = self._layouts if image.startswith(_SCHEME) else self._engine
+        return launcher.serve(image, spec)
+
+
+def free_port() -> int:
+    """Return a loopback port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _port(spec: StartSpec) -> Iterator[int]:
+    """Yield the port to serve on, kept from other builds until the block ends.
+
+    Between finding it free and the server's taking it lies a moment, and servers that share ports
+    would even answer each other's questions.
+    """
+    while spec.port_variable:
+        port = free_port()
+        # A name in the abstract namespace, which is the ports' own: gone when we are.
+        with socket.socket(socket.AF_UNIX) as mark:
+            try:
+                mark.bind(f"\0weightsmith-port-{port}")
+            except OSError:
+                continue
+            yield port
+            return
+    yield spec.port
+
+
+def give_to(root: Path, user: int) -> None:
+    """Make a user and its group the owner of a folder and all that is in it."""
+    for step in walk(root):
+        os.chown(step.name, user, user, dir_fd=step.parent, follow_symlinks=False)
+
+
+def user_ids(root: Path, user: str) -> tuple[int, int]:
+    """Return user and group numbers of an image's user, looked up in its own /etc.
+
+    Raises CheckFailed for a name that the image does not know, or a number that none can have.
+    """
+    name, _, group = user.partition(":")
+    known = _table(root, "passwd")
+    number, own_group = (int(name or "0"), 0) if (name or "0").isdecimal() else (-1, 0)
+    for entry in known:
+        if name == entry[0] or (number >= 0 and entry[2] == str(number)):
+            number, own_group = _number(entry[2]), _number(entry[3])
+            break
+    if group.isdecimal():
+        own_group = int(group)
+    elif group:
+        named = (_number(entry[2]) for entry in _table(root, "group") if entry[0] == group)
+        own_group = next(named, -1)
+    if not (0 <= number < _NO_ID and 0 <= own_group < _NO_ID):
+        raise CheckFailed(
+            f"the image's user {user[:200]!r} is not in its /etc/passwd or /etc/group",
+            hint="name the user by number in the image's configuration",
+        )
+    return number, own_group
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isdecimal() and len(text) < 11 else -1
+
+
+def _table(root: Path, name: str) -> list[list[str]]:
+    """Return the rows of a table below the image's /etc; a link there would lead into ours."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        etc = os.open(root / "etc", flags | os.O_DIRECTORY)
+        try:
+            with os.fdopen(os.open(name, flags, dir_fd=etc), "rb") as file:
+                text = file.read(_LARGEST_TABLE).decode(errors="replace")
+        finally:
+            os.close(etc)
+    except OSError:
+        return []
+    return [entry for line in text.splitlines() if len(entry := line.split(":")) >= 4]
+
+
+def pointed_into(root: Path, words: Sequence[str]) -> tuple[str, ...]:
+    """Return the words with every path of the root file system pointed into its folder.
+
+    A word is such a path where it begins, alone or after `=` or `:`, with a top-level folder of
+    the root file system.
+    """
+    tops = {f"/{path.name}" for path in root.iterdir() if path.name not in {"dev", "proc", "sys"}}
+    return tuple(_pointed(str(root), tops, word) for word in words)
+
+
+def _pointed(root: str, tops: set[str], word: str) -> str:
+    for separator in ("=", ":"):
+        if separator in word:
+            return separator.join(_pointed(root, tops, part) for part in word.split(separator))
+    top = "/" + word[1:].partition("/")[0]
+    return f"{root}{word}" if word.startswith("/") and top in tops else word

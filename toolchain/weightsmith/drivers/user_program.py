@@ -1,0 +1,58 @@
+"""Runs a program of the user's own, in the user's own environment."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
+from weightsmith.drivers import process
+from weightsmith.errors import CheckFailed
+from weightsmith.visible import passed_on
+
+_OUTPUT_BYTES = 64 << 20
+
+
+def run_command(
+    argv: Sequence[str], environment: Mapping[str, str], stdin: bytes, seconds: float
+) -> str:
+    """Return the program's standard output; what it writes to standard error is passed on.
+
+    Unlike our own programs it keeps the whole environment: it is the user's, with the user's
+    tokens. Raises CheckFailed for an exit code other than 0, for too much output and too long a
+    run; EnvironmentFailure where the program is not there.
+    """
+    lines: list[str] = []
+    size = 0
+
+    def keep(line: str) -> None:
+        nonlocal size
+        size += len(line)
+        if size > _OUTPUT_BYTES:
+            raise CheckFailed(
+                f"{argv[0]} printed more than {_OUTPUT_BYTES} bytes",
+                hint="print one JSON object on standard output, and the rest on standard error",
+            )
+        lines.append(line)
+
+    try:
+        done = process.run(
+            argv,
+            env={**os.environ, **environment},
+            input=stdin,
+            on_line=keep,
+            on_error_line=lambda line: print(passed_on(line), file=sys.stderr, flush=True),  # noqa: T201
+            timeout=seconds,
+        )
+    except process.TookTooLong as error:
+        raise CheckFailed(error.message, hint="give it fewer questions") from None
+    if done.returncode != 0:
+        # Of a traceback, its last line: the others are the program's own affair.
+        lines = [line for line in done.tail if line.strip() and not line[0].isspace()]
+        last = "\n".join(f"  {line}" for line in lines[-4:])
+        raise CheckFailed(
+            f"{argv[0]} failed ({process.describe_exit(done.returncode)})"
+            + (f":\n{last}" if last else ""),
+            hint="run it by hand; it must end with exit code 0 whatever the score",
+        )
+    return "\n".join(lines)

@@ -1,0 +1,168 @@
+"""The control plane's side of a worker: its JSON lines become progress, a result or an error."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+from weightsmith.drivers.process import TookTooLong, describe_exit
+from weightsmith.errors import EnvironmentFailure, WeightsmithError, from_code
+from weightsmith.files import age_order
+from weightsmith.foreign import parse
+from weightsmith.ports import Progress
+from weightsmith.privacy import private
+from weightsmith.time_limits import VARIABLE
+from weightsmith.values import Job, Json, plain
+
+_LOGS_KEPT = 40
+_KILLED = (-9, 137)
+
+
+@dataclass(slots=True)
+class Conversation:
+    """Listens to one worker until it has sent its result."""
+
+    job: Job
+    progress: Progress
+    log: TextIO
+    inside: str = ""
+    """Folder of the inputs where the job runs, if that is another: messages name our own."""
+    _result: Mapping[str, Json] | None = None
+    _error: WeightsmithError | None = None
+    _stderr: list[str] = field(default_factory=list)
+    _noted: str = ""
+    _doing: str = ""
+    _done: str = ""
+
+    def hear(self, line: str) -> None:
+        """Take one line of the worker's standard output."""
+        try:
+            message = parse(line)
+        except ValueError:
+            message = None
+        if not isinstance(message, dict):
+            self.hear_error(line)
+            return
+        match message:
+            case {"progress": [int(done), int(total), str(unit)]}:
+                self._done = f"{done} of {total} {unit} done"
+                self.progress.advance(done, total, unit)
+            case {"doing": str(text)}:
+                self._doing = self._ours(text)
+            case {"note": str(text)}:
+                self._noted = self._ours(text)
+                self.progress.note(self._noted)
+            case {"warn": str(text)}:
+                self.progress.warn(self._ours(text))
+            case {"result": dict(result)}:
+                self._result = result
+            case {"error": {"message": str(message), "hint": str(hint), "exit_code": int(code)}}:
+                self._error = from_code(code, self._ours(message), self._ours(hint))
+            case _:
+                self.hear_error(line)
+
+    def hear_error(self, line: str) -> None:
+        """Take one line of the worker's standard error: it goes to the log."""
+        self.log.write(line + "\n")
+        self._stderr.append(line)
+        del self._stderr[:-20]
+
+    def result(self, returncode: int) -> Mapping[str, Json]:
+        """Return what the worker returned; raise its error, or what its silence must mean."""
+        self.log.flush()
+        if self._error is not None:
+            if self._error.exit_code == 1:
+                self._error.hint = f"{self._error.hint}: {self.log.name}"
+            raise self._error
+        if self._result is not None and returncode == 0:
+            return self._result
+        name = self.job.stage
+        if returncode in _KILLED:
+            limit = f" (limit {self.job.memory_bytes:,} bytes)" if self.job.memory_bytes else ""
+            raise EnvironmentFailure(
+                f"the {name} job was killed, most likely because memory ran out{limit}"
+                + self._at(),
+                hint=f"free memory or use a larger machine; log: {self.log.name}",
+            )
+        last = self._stderr[-1] if self._stderr else "it printed nothing"
+        raise WeightsmithError(
+            f"the {name} job ended without a result ({describe_exit(returncode)}): {last}",
+            hint=f"its log is {self.log.name}",
+        )
+
+    @contextmanager
+    def in_time(self) -> Iterator[Conversation]:
+        """Say in what the job was ended, where the block ends because its time was over."""
+        try:
+            yield self
+        except TookTooLong:
+            self.log.flush()
+            raise EnvironmentFailure(
+                f"the {self.job.stage} job was ended after {_span(self.job.seconds)}, the most "
+                f"that it may take{self._at() or '; it was at: its start'}",
+                hint=f"if that is where it hangs, give another input; if it is only slow, "
+                f"{VARIABLE} sets another limit; log: {self.log.name}",
+            ) from None
+
+    def _ours(self, text: str) -> str:
+        if not self.inside:
+            return text
+        place = rf"(?<![\w./]){re.escape(self.inside)}/([\w-]+)"
+        return re.sub(place, lambda found: str(self.job.inputs.get(found[1], found[0])), text)
+
+    def _at(self) -> str:
+        at = ", ".join(text for text in (self._doing or self._noted, self._done) if text)
+        return f"; it was at: {at}" if at else ""
+
+
+def _span(seconds: int) -> str:
+    hours, minutes = divmod(seconds // 60, 60)
+    if seconds < 120:
+        return f"{seconds} seconds"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} minutes"
+
+
+def job_file(job: Job, inputs: Mapping[str, str], output: str) -> str:
+    """Return the job as JSON text, with the paths that hold inside the builder."""
+    data = {
+        "stage": job.stage,
+        "builder": job.builder,
+        "inputs": dict(inputs),
+        "parameters": plain(job.parameters),
+        "output": output,
+        "seconds": job.seconds,
+    }
+    return json.dumps(data, ensure_ascii=False)
+
+
+@contextmanager
+def open_log(cache: Path, name: str) -> Iterator[TextIO]:
+    """Open a new log file below the cache folder; only those written to last are kept."""
+    folder = private(cache, "logs")
+    for old in sorted(folder.glob("*.log"), key=_written)[:-_LOGS_KEPT]:
+        old.unlink(missing_ok=True)
+    stamp = time.strftime("%Y%m%dT%H%M%S")
+    path = folder / f"{stamp}-{secrets.token_hex(4)}-{name}.log"
+    with open(path, "x", encoding="utf-8", buffering=1, opener=_unread) as log:
+        yield log
+
+
+def _unread(path: str, flags: int) -> int:
+    """Open a file that its owner alone may read: it holds answers."""
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
+def _written(path: Path) -> tuple[bool, float]:
+    # By time and not by name: a long job's log is old by name, and still written to.
+    try:
+        return age_order(path.stat().st_mtime)
+    except OSError:  # another process was quicker to remove it
+        return False, 0.0

@@ -1,0 +1,187 @@
+"""Says whether a score is good enough: the gates of a build, with what is uncertain about them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from weightsmith.errors import CheckFailed
+from weightsmith.evaluating.statistics import Comparison, compare, items_needed, wilson
+from weightsmith.values import Json, Score
+
+_MOST_SHOWN = 3
+_SHOWN_LENGTH = 120
+_CHANCE = 0.05
+_WHO = {
+    "base": "base",
+    "adapter": "adapter on its base",
+    "merged": "merged model",
+    "image": "image",
+    "this": "subject",
+    "other": "other run",
+}
+"""Who is judged and against whom, as a sentence has it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """What a subject may lose against another, in score from 0 to 1."""
+
+    max_drop: float
+    min_score: float = 0.0
+    proven: bool = False
+    """True where the whole interval of the drop must be within `max_drop`, not the drop alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """One comparison, judged."""
+
+    subject: str
+    against: str
+    """Empty where there is nothing to compare with, and `min_score` alone counts."""
+    passed: bool
+    reason: str
+    """One sentence for people."""
+    hint: str = ""
+    """Up to three items that were lost."""
+    comparison: Comparison | None = None
+    needed: int = 0
+    """Items that could show the asked `max_drop`; 0 where these are enough."""
+    binding: bool = True
+    """False for a comparison that is reported and decides nothing."""
+
+    @property
+    def facts(self) -> Mapping[str, Json]:
+        """The same as plain JSON, for build.json and `--json`."""
+        facts: dict[str, Json] = {
+            "subject": self.subject,
+            "against": self.against,
+            "passed": self.passed,
+            "binding": self.binding,
+            "reason": self.reason,
+        }
+        if self.comparison is not None:
+            facts |= {
+                "drop": round(self.comparison.drop, 6),
+                "interval": [round(end, 6) for end in self.comparison.interval],
+                "lost": self.comparison.lost,
+                "won": self.comparison.won,
+                "n": self.comparison.n,
+                "p": round(self.comparison.p, 6),
+            }
+        if self.needed:
+            facts["items_needed"] = self.needed
+        return facts
+
+    def require(self) -> None:
+        """Raise CheckFailed unless it passed."""
+        if self.binding and not self.passed:
+            raise CheckFailed(self.reason, hint=self.hint)
+
+
+def judge_drop(
+    subject: str, now: Score, against: str, before: Score | None, limit: Limit
+) -> Verdict:
+    """Judge a score by its lowest allowed value, and by what it lost against another.
+
+    Scores without items, such as a harness's, are compared as they are. A drop of exactly
+    `max_drop` passes.
+    """
+    comparison = _comparison(now, before)
+    if now.score < limit.min_score:
+        return Verdict(
+            subject=subject,
+            against=against if before else "",
+            passed=False,
+            reason=f"the {_WHO[subject]} scores {shown(now)}, below the lowest that passes,"
+            f" {limit.min_score:.3f}",
+            hint=changed(now, before) or changed(now, None),
+            comparison=comparison,
+        )
+    if before is None:
+        reason = f"the {_WHO[subject]} scores {shown(now)}"
+        return Verdict(subject=subject, against="", passed=True, reason=reason)
+    drop = before.score - now.score
+    worst = comparison.interval[1] if comparison and limit.proven else drop
+    # Scores are multiples of 1/n: a drop of exactly max_drop passes, whatever floats make of it.
+    passed = worst <= limit.max_drop + 1e-9
+    needed = items_needed(limit.max_drop) if comparison else 0
+    return Verdict(
+        subject=subject,
+        against=against,
+        passed=passed,
+        reason=_reason(subject, now, against, before, limit, comparison, passed=passed),
+        hint="" if passed else changed(now, before),
+        comparison=comparison,
+        needed=needed if comparison and needed > comparison.n else 0,
+    )
+
+
+def too_few(verdict: Verdict, max_drop: float) -> str:
+    """Say that the items cannot show the asked `max_drop`, and how many could; else ''."""
+    if not verdict.needed or verdict.comparison is None:
+        return ""
+    return (
+        f"{verdict.comparison.n} questions are too few to show that a drop is at most"
+        f" {max_drop:g}: even if no answer changes, that takes {verdict.needed}"
+    )
+
+
+def shown(score: Score) -> str:
+    """Return a score with its interval, for people."""
+    if not score.n:
+        return f"{score.score:.3f}"
+    low, high = wilson(round(score.score * score.n), score.n)
+    return f"{score.score:.3f} ({low:.2f} to {high:.2f}, n={score.n})"
+
+
+def changed(now: Score, before: Score | None) -> str:
+    """Return up to three items that went wrong: those that were right before, if that is known."""
+    earlier = before.per_item if before else ()
+    lines = []
+    for position, row in enumerate(now.per_item):
+        was_row = earlier[position] if position < len(earlier) else None
+        if row["ok"] or (was_row and not was_row["ok"]):
+            continue
+        was = f", was {_short(was_row['answer'])}" if was_row else ""
+        lines.append(f"{_short(row['prompt'])} now gives {_short(row['answer'])}{was}")
+    return "; ".join(lines[:_MOST_SHOWN])
+
+
+def _comparison(now: Score, before: Score | None) -> Comparison | None:
+    if before is None or not now.per_item or len(now.per_item) != len(before.per_item):
+        return None
+    return compare(
+        [bool(row["ok"]) for row in now.per_item], [bool(row["ok"]) for row in before.per_item]
+    )
+
+
+def _reason(
+    subject: str,
+    now: Score,
+    against: str,
+    before: Score,
+    limit: Limit,
+    comparison: Comparison | None,
+    *,
+    passed: bool,
+) -> str:
+    drop = before.score - now.score
+    loss = f"{drop:.3f} below" if drop > 0 else f"{-drop:.3f} above" if drop < 0 else "as much as"
+    text = f"the {_WHO[subject]} scores {shown(now)}, {loss} the {_WHO[against]}, {shown(before)}"
+    if comparison:
+        low, high = comparison.interval
+        text += f"; the drop is {low:.3f} to {high:.3f} with 95 % confidence"
+        if drop > 0:
+            chance = "may be" if comparison.p > _CHANCE else "is not"
+            text += f" and {chance} chance (p={comparison.p:.2g})"
+    if passed:
+        return text
+    allowed = "must be shown to be" if limit.proven else "is allowed"
+    return f"{text}; at most {limit.max_drop:.3f} {allowed}"
+
+
+def _short(text: Json) -> str:
+    flat = " ".join(str(text).split())
+    return repr(flat if len(flat) <= _SHOWN_LENGTH else flat[: _SHOWN_LENGTH - 1] + "…")

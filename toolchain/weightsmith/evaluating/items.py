@@ -1,0 +1,199 @@
+"""Reads the questions of an evaluation: JSON Lines, one question with its expected answer each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from weightsmith.errors import UsageError
+from weightsmith.foreign import parse
+from weightsmith.values import Json
+
+_LONGEST_LINE = 1 << 20
+_MOST_ITEMS = 100_000
+_ROLES = frozenset({"system", "user", "assistant", "developer", "tool"})
+_SHAPE = (
+    'a line is {"prompt": "…", "expected": "…"} or {"messages": […], "expected": "…"};'
+    ' for metric choice it has "choices": ["…", "…"] too'
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One question: the chat that asks it, and every answer that counts as right."""
+
+    messages: tuple[Mapping[str, str], ...]
+    expected: tuple[str, ...]
+    """Texts, patterns, or JSON schemas as JSON; for `choice`, some of the choices."""
+    line: int
+    choices: tuple[str, ...] = ()
+    """What metric `choice` chooses from."""
+    plain: bool = False
+    """Given as one prompt: metric `choice` continues it without a chat template."""
+
+    @property
+    def prompt(self) -> str:
+        """The text of the last message, for people."""
+        return self.messages[-1]["content"]
+
+
+def read_items(path: Path) -> tuple[Item, ...]:
+    """Return the questions of a data file, in order; blank lines are skipped.
+
+    Raises UsageError naming file and line for anything malformed, for a question asked twice,
+    and for a file without questions.
+    """
+    items: list[Item] = []
+    asked: dict[str, int] = {}
+    for number, line in _lines(path):
+        item = _item(_parse(line, f"{path}:{number}"), number, f"{path}:{number}")
+        asks = [[dict(message) for message in item.messages], item.choices]
+        key = json.dumps(asks, sort_keys=True)
+        if key in asked:
+            raise UsageError(
+                f"{path}:{number} asks the same as line {asked[key]}",
+                hint='remove one of them; "expected" may be a list of answers that are all right',
+            )
+        asked[key] = number
+        items.append(item)
+        if len(items) > _MOST_ITEMS:
+            raise UsageError(f"{path} has more than {_MOST_ITEMS} questions", hint="take a sample")
+    if not items:
+        raise UsageError(f"{path} has no questions", hint=_SHAPE)
+    return tuple(items)
+
+
+def read_prompts(path: Path) -> tuple[tuple[Mapping[str, str], ...], ...]:
+    """Return the chats of a data file, in order; what they expect, if anything, does not count.
+
+    Raises UsageError naming file and line for anything malformed, and for a file without chats.
+    """
+    found = tuple(
+        _item({**_parse(line, f"{path}:{number}"), "expected": "-"}, number, f"{path}:{number}")
+        for number, line in _lines(path)
+    )
+    if not found:
+        raise UsageError(f"{path} has no prompts", hint='a line is {"prompt": "…"}')
+    return tuple(item.messages for item in found)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        with path.open("rb") as stream:
+            number = 0
+            while raw := stream.readline(_LONGEST_LINE + 1):
+                number += 1
+                where = f"{path}:{number}"
+                if len(raw) > _LONGEST_LINE:
+                    raise UsageError(
+                        f"{where} is longer than {_LONGEST_LINE} bytes",
+                        hint="is this JSON Lines, one question per line?",
+                    )
+                text = _decode(raw, where).strip()
+                if text:
+                    yield number, text
+    except OSError as error:
+        raise UsageError(
+            f"cannot read {path}: {error.strerror}", hint="give the path of a JSON Lines file"
+        ) from None
+
+
+def _decode(raw: bytes, where: str) -> str:
+    try:
+        return raw.decode("utf-8-sig" if where.endswith(":1") else "utf-8")
+    except UnicodeDecodeError:
+        raise UsageError(f"{where} is not UTF-8", hint="save the file as UTF-8") from None
+
+
+def _parse(line: str, where: str) -> Mapping[str, Json]:
+    try:
+        value = parse(line)
+    except ValueError as error:
+        raise UsageError(f"{where} is not JSON: {error}", hint=_SHAPE) from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{where} is a JSON {type(value).__name__}, not an object", hint=_SHAPE)
+    return value
+
+
+def _item(value: Mapping[str, Json], number: int, where: str) -> Item:
+    if ("prompt" in value) == ("messages" in value):
+        found = "both prompt and messages" if "prompt" in value else "neither prompt nor messages"
+        raise UsageError(f"{where} has {found}", hint=_SHAPE)
+    messages: tuple[Mapping[str, str], ...]
+    if "prompt" in value:
+        messages = ({"role": "user", "content": _text(value["prompt"], "prompt", where)},)
+    else:
+        messages = _messages(value["messages"], where)
+    choices = _choices(value, where)
+    return Item(
+        messages=messages,
+        expected=_expected(value, choices, where),
+        line=number,
+        choices=choices,
+        plain="prompt" in value,
+    )
+
+
+def _messages(value: Json, where: str) -> tuple[dict[str, str], ...]:
+    if not isinstance(value, list) or not value:
+        raise UsageError(f"{where}: messages is not a list of messages", hint=_SHAPE)
+    found = []
+    for position, message in enumerate(value):
+        name = f"messages[{position}]"
+        if not isinstance(message, dict) or message.get("role") not in _ROLES:
+            raise UsageError(
+                f"{where}: {name} has no known role", hint=f"one of: {', '.join(sorted(_ROLES))}"
+            )
+        content = _text(message.get("content"), f"{name}.content", where)
+        found.append({"role": str(message["role"]), "content": content})
+    return tuple(found)
+
+
+def _choices(value: Mapping[str, Json], where: str) -> tuple[str, ...]:
+    choices = value.get("choices", [])
+    if not isinstance(choices, list):
+        raise UsageError(f"{where}: choices is not a list of texts", hint=_SHAPE)
+    texts = tuple(_text(choice, "a choice", where) for choice in choices)
+    if texts and len(set(texts)) < max(2, len(texts)):
+        raise UsageError(
+            f"{where}: choices are fewer than two, or the same twice", hint="name each once"
+        )
+    return texts
+
+
+def _expected(value: Mapping[str, Json], choices: tuple[str, ...], where: str) -> tuple[str, ...]:
+    if "expected" not in value:
+        raise UsageError(f"{where} lacks expected", hint=_SHAPE)
+    expected = value["expected"]
+    answers = expected if isinstance(expected, list) else [expected]
+    if not answers:
+        raise UsageError(f"{where}: expected is an empty list", hint=_SHAPE)
+    return tuple(_answer(answer, choices, where) for answer in answers)
+
+
+def _answer(answer: Json, choices: tuple[str, ...], where: str) -> str:
+    """Return an expected answer as text: a schema as JSON, a choice's number as the choice."""
+    if isinstance(answer, dict):
+        return json.dumps(answer, sort_keys=True)
+    if choices and isinstance(answer, int) and not isinstance(answer, bool):
+        if not 0 <= answer < len(choices):
+            raise UsageError(
+                f"{where}: expected {answer} is not the number of a choice",
+                hint=f"they count from 0 to {len(choices) - 1}",
+            )
+        return choices[answer]
+    text = _text(answer, "expected", where)
+    if choices and text not in choices:
+        raise UsageError(
+            f"{where}: expected {text!r} is not one of its choices",
+            hint=f"it has {', '.join(map(repr, choices[:6]))}",
+        )
+    return text
+
+
+def _text(value: Json, name: str, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise UsageError(f"{where}: {name} is not a text", hint=_SHAPE)
+    return value

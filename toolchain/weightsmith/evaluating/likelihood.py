@@ -1,0 +1,199 @@
+"""Metric `choice`: which continuation a server finds likeliest.
+
+A prompt is continued as it is, as lm-evaluation-harness does (one space between, no chat
+template); messages go through the model's chat template, where the server can apply it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from weightsmith.errors import CheckFailed, UsageError
+from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.session import Session, excerpt
+from weightsmith.foreign import parse
+from weightsmith.values import Json
+
+Score = Callable[[Item, str], float]
+"""Return the log-likelihood (natural logarithm) of one choice of an item."""
+
+_COMPLETIONS = "/v1/completions"
+_FEW, _MANY = 128, 16
+_LONG_LIST = 64 << 20
+"""Bytes of an answer that names every token of a vocabulary."""
+
+
+def spaced(context: str, choice: str) -> str:
+    """Return a choice as it continues a context: after one space, unless there is one already."""
+    apart = not context or context[-1].isspace() or choice[:1].isspace()
+    return choice if apart else f" {choice}"
+
+
+def choose(item: Item, scores: Sequence[float]) -> Mapping[str, Json]:
+    """Return the likeliest choice as the answer, with the log-likelihoods of all."""
+    best = max(range(len(scores)), key=lambda place: scores[place])
+    return {
+        "answer": item.choices[best],
+        "log_likelihoods": [round(score, 5) for score in scores],
+    }
+
+
+def echoes(session: Session, served_name: str) -> bool:
+    """Say whether a server gives the log-probabilities of a prompt's own tokens."""
+    probe = session.try_post(_COMPLETIONS, _echo(served_name, "One two three"))
+    return _token_scores(probe.text) is not None
+
+
+def scorer(session: Session, served_name: str) -> Score:
+    """Return how this server scores a choice, found out by asking it.
+
+    Raises CheckFailed, saying what the server answered, where it cannot.
+    """
+    probe = session.try_post(_COMPLETIONS, _echo(served_name, "One two three"))
+    if _token_scores(probe.text) is not None:
+        return lambda item, choice: _by_echo(session, served_name, item, choice)
+    if _is_llamacpp(session):
+        return lambda item, choice: _by_steps(session, item, choice)
+    raise CheckFailed(
+        f"{session.endpoint.shown} gives no log-likelihoods of a prompt, which metric choice needs;"
+        f" {_COMPLETIONS} with echo and logprobs: HTTP {probe.status}: {excerpt(probe.text)}",
+        hint="vLLM, SGLang and llama.cpp can; or evaluate the checkpoint with --model, or use"
+        " metric contains",
+    )
+
+
+def _echo(served_name: str, prompt: str | Sequence[int]) -> Json:
+    return {
+        "model": served_name,
+        "prompt": prompt,
+        "max_tokens": 1,  # none is asked for, but not every server takes 0
+        "temperature": 0.0,
+        "seed": 0,
+        "logprobs": 1,
+        "echo": True,
+    }
+
+
+def _token_scores(text: str) -> tuple[list[str], list[float | None], list[int]] | None:
+    """Return tokens, log-probabilities and text offsets of an echoed prompt; None without."""
+    try:
+        scored = parse(text)["choices"][0]["logprobs"]
+        tokens, scores = list(scored["tokens"]), list(scored["token_logprobs"])
+    except (ValueError, KeyError, IndexError, TypeError):
+        return None
+    # One token is the answer alone: the prompt was not echoed.
+    if len(tokens) < 2 or len(tokens) != len(scores):
+        return None
+    offsets = scored.get("text_offset")
+    if not isinstance(offsets, list) or len(offsets) != len(tokens):
+        offsets, place = [], 0
+        for token in tokens:
+            offsets.append(place)
+            place += len(token)
+    return tokens, scores, offsets
+
+
+def _by_echo(session: Session, served_name: str, item: Item, choice: str) -> float:
+    if not item.plain:
+        return _by_ids(session, served_name, item, choice)
+    context = item.prompt
+    whole = context + spaced(context, choice)
+    scored = _token_scores(json.dumps(session.post(_COMPLETIONS, _echo(served_name, whole))))
+    if scored is None:
+        raise session.failed(_COMPLETIONS, "an answer without the prompt's log-likelihoods")
+    tokens, scores, offsets = scored
+    # A begin token may stand before the text, at offset 0 or as text of its own.
+    shift = offsets[0]
+    total = 0.0
+    for token, score, offset in zip(tokens, scores, offsets, strict=True):
+        begins = offset - shift
+        if begins < len(whole) and begins + len(token) > len(context) and score is not None:
+            total += score
+    return total
+
+
+def _by_ids(session: Session, served_name: str, item: Item, choice: str) -> float:
+    """Score a reply to messages by token numbers: vLLM's /tokenize applies the chat template."""
+    context = _tokenized(session, served_name, {"messages": _messages(item)})
+    reply = _tokenized(session, served_name, {"prompt": choice, "add_special_tokens": False})
+    scored = _token_scores(
+        json.dumps(session.post(_COMPLETIONS, _echo(served_name, [*context, *reply])))
+    )
+    if scored is None or len(scored[1]) < len(context) + len(reply):
+        raise session.failed(_COMPLETIONS, "an answer without the prompt's log-likelihoods")
+    scores = scored[1][len(context) : len(context) + len(reply)]
+    return sum(score for score in scores if score is not None)
+
+
+def _tokenized(session: Session, served_name: str, what: Mapping[str, Json]) -> list[int]:
+    answer = session.try_post("/tokenize", {"model": served_name, **what})
+    try:
+        return [int(token) for token in parse(answer.text)["tokens"]]
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(
+            f"{session.endpoint.shown} cannot apply its chat template outside a chat"
+            f" (/tokenize: HTTP {answer.status})",
+            hint='for metric choice give "prompt" instead of "messages", or use --model',
+        ) from None
+
+
+def _messages(item: Item) -> list[dict[str, str]]:
+    return [dict(message) for message in item.messages]
+
+
+def _is_llamacpp(session: Session) -> bool:
+    tried = session.try_post("/tokenize", {"content": "One two"})
+    return tried.status == 200 and '"tokens"' in tried.text
+
+
+def _by_steps(session: Session, item: Item, choice: str) -> float:
+    """Score a choice token by token: llama.cpp gives probabilities of the next token only.
+
+    The prompt's cache makes each step one token of work.
+    """
+    if item.plain:
+        context = item.prompt
+        tail = spaced(context, choice)
+    else:
+        context = str(session.post("/apply-template", {"messages": _messages(item)})["prompt"])
+        tail = choice
+    before, whole = (_pieces(session, text) for text in (context, context + tail))
+    shared = next(
+        (n for n, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before)
+    )
+    return sum(_next_score(session, whole[:n], whole[n]) for n in range(shared, len(whole)))
+
+
+def _pieces(session: Session, text: str) -> list[int]:
+    body = {"content": text, "add_special": True, "parse_special": True}
+    return [int(token) for token in session.post("/tokenize", body)["tokens"]]
+
+
+def _next_score(session: Session, prefix: Sequence[int], token: int) -> float:
+    """Return the log-probability of a token after others; asks for more of them until it is there.
+
+    Raises CheckFailed where the server never names it.
+    """
+    count = _FEW
+    while True:
+        body = {
+            "prompt": list(prefix),
+            "n_predict": 1,
+            "n_probs": count,
+            "temperature": 0.0,
+            "cache_prompt": True,
+        }
+        scored = session.post("/completion", body, most=_LONG_LIST)
+        try:
+            rows = scored["completion_probabilities"][0]["top_logprobs"]
+        except (KeyError, IndexError, TypeError):
+            raise session.failed("/completion", "an answer without log-probabilities") from None
+        for row in rows:
+            if int(row["id"]) == token:
+                score = float(row["logprob"])
+                return score if math.isfinite(score) else -1e3
+        if len(rows) < count:
+            raise session.failed("/completion", f"token {token} has no log-probability")
+        count *= _MANY

@@ -1,0 +1,100 @@
+"""What a quantized model may differ from the one it was made from, per format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from weightsmith.errors import CheckFailed
+from weightsmith.recipe import Limits, Quality
+from weightsmith.values import Format, Json
+
+
+def _limits(mean: float, p99: float, top1: float, ratio: float, layer: float) -> Limits:
+    return Limits(kl_mean=mean, kl_p99=p99, top1=top1, perplexity_ratio=ratio, layer_error=layer)
+
+
+# By bits per weight, down to which they hold (benchmarks/README.md has what was measured). The
+# divergence is a mean over some hundred tokens of answers, a few of which are ties: on a model of
+# 135 million weights, sound files of four to six bits gave 0.02 to 0.18. So what tells a sound file
+# from a coarse or broken one there is the error of a layer, 0.04 to 0.17 against 0.22 and more.
+# Below four bits nothing more is allowed: that is where fine-tuning is lost.
+_DEFAULTS = (
+    (15.0, _limits(0.001, 0.02, 0.99, 1.01, 0.02)),
+    (7.5, _limits(0.01, 0.2, 0.96, 1.05, 0.1)),
+    (0.0, _limits(0.25, 3.0, 0.86, 1.3, 0.25)),
+)
+_FP8 = _limits(0.03, 0.6, 0.94, 1.1, 0.12)
+"""fp8 has three bits of mantissa, whatever its eight cost: 0.007, 0.16, 0.979, 0.999 and 0.056 on
+the support bot, where int8's were 0.001, 0.016, 1, 0.999 and 0.04."""
+_GROUPED = frozenset({"awq", "gptq"})
+_GROUPED_LAYER = 0.35
+"""One scale for 64 or 128 weights is coarser than GGUF's for 32: 0.17 and 0.16 on the support bot,
+where q4_k_m's layers err by 0.10 and q2_k's, which is stopped, by 0.22."""
+_ANY = "*"
+_GENERAL = 2.0
+"""Measured: q4_k_m of the support bot errs 5 times as often on general text as on its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualityVerdict:
+    """What was found against what is allowed; `exceeded` is empty when all is well."""
+
+    limits: Mapping[str, float]
+    exceeded: tuple[str, ...]
+
+
+def limits_for(format_: Format, quality: Quality, *, general: bool = False) -> Mapping[str, float]:
+    """Return a format's limits: the defaults of its size, changed by the recipe's.
+
+    The recipe's `*` changes all formats, a format's own name only that one. On `general` text,
+    which is not what the model was tuned on, more words are possible next, and rounding decides
+    between them: the defaults for divergence and agreement are wider there.
+    """
+    bits = format_.bits_per_weight
+    found = next(limits for least, limits in _DEFAULTS if bits >= least)
+    merged = (_FP8 if format_.kind == "fp8" else found).model_dump()
+    if format_.kind in _GROUPED:
+        merged["layer_error"] = _GROUPED_LAYER
+    if general:
+        merged |= {key: merged[key] * _GENERAL for key in ("kl_mean", "kl_p99")}
+        merged["top1"] = 1 - (1 - merged["top1"]) * _GENERAL
+    for name in (_ANY, format_.name):
+        if name in quality.limits:
+            merged |= quality.limits[name].model_dump(exclude_none=True)
+    return {key: float(value) for key, value in merged.items()}
+
+
+def judge(measured: Mapping[str, Json], limits: Mapping[str, float]) -> QualityVerdict:
+    """Compare what was measured with limits; `top1` is a least, the others are most."""
+    exceeded = []
+    for key, limit in limits.items():
+        value = float(measured[key])
+        # Turned so that a value that is no number exceeds any limit.
+        if not (value >= limit if key == "top1" else value <= limit):
+            exceeded.append(
+                f"{key} {value:g}, {'at least' if key == 'top1' else 'at most'} {limit:g}"
+            )
+    return QualityVerdict(limits=limits, exceeded=tuple(exceeded))
+
+
+def refusal(format_: Format, measured: Mapping[str, Json]) -> CheckFailed:
+    """Return the error for a model over its limits: where the loss is and what to try."""
+    layers = ", ".join(
+        f"{worst['layer']} ({worst['error']:.2g})" for worst in measured.get("worst_layers", ())
+    )
+    tensors = ", ".join(worst["tensor"] for worst in measured.get("worst_tensors", ())[:1])
+    where = f"; worst layers: {layers}" if layers else ""
+    where += f"; worst weights: {tensors}" if tensors else ""
+    tries = {
+        "gguf": "a larger type (q5_k_m), an imatrix, quantize.tensor_types for the worst weights, "
+        "or more calibration text",
+        "awq": "a smaller group size, or more calibration text like the task",
+        "gptq": "a smaller group size, or more calibration text like the task",
+    }
+    hint = tries.get(format_.kind, "a format with more bits, or more calibration text")
+    much = "; ".join(measured["exceeded"])
+    return CheckFailed(
+        f"{format_.name} lost too much of the merged model: {much}{where}",
+        hint=f"try {hint}; quality.limits.{format_.name} sets what may be lost",
+    )

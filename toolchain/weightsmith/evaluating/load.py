@@ -1,0 +1,128 @@
+"""A short load test over the streaming chat API: throughput, first token, tokens after it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from weightsmith.evaluating.client import chat_body
+from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.session import Refused, Session, TryAgain
+from weightsmith.foreign import parse
+from weightsmith.ports import Progress
+from weightsmith.values import Json
+
+_CHAT = "/v1/chat/completions"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One request; times in seconds."""
+
+    first: float = 0.0
+    """From sending to the first piece of text."""
+    gaps: tuple[float, ...] = ()
+    """Between a piece and the next; servers send one token a piece, most of the time."""
+    whole: float = 0.0
+    error: str = ""
+    """Why it failed; empty where it did not."""
+
+
+def load_test(
+    session: Session,
+    served_name: str,
+    questions: Sequence[Item],
+    concurrency: int,
+    requests: int,
+    max_tokens: int,
+    progress: Progress,
+) -> Mapping[str, Json]:
+    """Return one run: `requests` questions, `concurrency` of them at once, all the time.
+
+    `{concurrency, requests, requests_per_s, tokens_per_s, ttft_ms, itl_ms, latency_ms, errors}`,
+    each of the times as `{p50, p95}` in milliseconds, None where nothing was measured, and
+    `failures` with each reason and how often it came. Failed requests count as errors alone.
+    """
+    done = 0
+    lock = threading.Lock()
+
+    def one(number: int) -> Sample:
+        nonlocal done
+        sample = measure(session, served_name, questions[number % len(questions)], max_tokens)
+        with lock:
+            done += 1
+            progress.advance(done, requests, "requests")
+        return sample
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(concurrency) as pool:
+        samples = list(pool.map(one, range(requests)))
+    return summary(samples, concurrency, time.monotonic() - began)
+
+
+def measure(session: Session, served_name: str, question: Item, max_tokens: int) -> Sample:
+    """Return the times of one streamed request; a failure is kept, not raised."""
+    times: list[float] = []
+    began = time.monotonic()
+    try:
+        body = chat_body(served_name, question, max_tokens, stream=True)
+        with session.events(_CHAT, body) as events:
+            for event in events:
+                if event == "[DONE]":
+                    break
+                if _has_text(event):
+                    times.append(time.monotonic())
+    except (TryAgain, Refused) as error:
+        return Sample(error=str(error))
+    except ValueError:
+        return Sample(error="an event that is no JSON")
+    if not times:
+        return Sample(error="a stream without text")
+    gaps = tuple(after - before for before, after in itertools.pairwise(times))
+    return Sample(first=times[0] - began, gaps=gaps, whole=times[-1] - began)
+
+
+def _has_text(event: str) -> bool:
+    data = parse(event)
+    if not isinstance(data, dict) or "error" in data:
+        raise Refused(f"the stream says: {event[:200]}")
+    for choice in data.get("choices") or ():
+        delta = choice.get("delta") or {}
+        if delta.get("content") or delta.get("reasoning_content"):
+            return True
+    return False
+
+
+def summary(samples: Sequence[Sample], concurrency: int, seconds: float) -> Mapping[str, Json]:
+    """Return what a run says; see `load_test`."""
+    good = [sample for sample in samples if not sample.error]
+    pieces = sum(1 + len(sample.gaps) for sample in good)
+    return {
+        "concurrency": concurrency,
+        "requests": len(samples),
+        "requests_per_s": round(len(good) / seconds, 3) if seconds else 0.0,
+        "tokens_per_s": round(pieces / seconds, 2) if seconds else 0.0,
+        "ttft_ms": _spread([sample.first for sample in good]),
+        "itl_ms": _spread([gap for sample in good for gap in sample.gaps]),
+        "latency_ms": _spread([sample.whole for sample in good]),
+        "errors": len(samples) - len(good),
+        "failures": dict(Counter(sample.error for sample in samples if sample.error)),
+    }
+
+
+def _spread(seconds: Sequence[float]) -> Mapping[str, float | None]:
+    return {name: percentile(seconds, share) for name, share in (("p50", 0.5), ("p95", 0.95))}
+
+
+def percentile(seconds: Sequence[float], share: float) -> float | None:
+    """Return the smallest value, in ms, that a share of all do not exceed (nearest rank)."""
+    if not seconds:
+        return None
+    rank = max(1, math.ceil(share * len(seconds) - 1e-9))
+    return round(1000 * sorted(seconds)[rank - 1], 3)

@@ -1,0 +1,174 @@
+"""Judges answers: pure functions of text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from weightsmith import time_limits
+from weightsmith.errors import CheckFailed, UsageError
+from weightsmith.evaluating.items import Item
+from weightsmith.foreign import parse
+from weightsmith.time_limits import TooLong, cpu_limit
+from weightsmith.values import Json, Score
+
+METRICS = ("contains", "exact", "regex", "choice", "json-schema", "command")
+_FENCE = re.compile(r"```(?:json)?[^\S\n]*\n", re.IGNORECASE)
+_SECONDS_EACH = 0.1
+"""CPU time for each answer beside what all have; a schema takes some milliseconds."""
+
+
+def judge(metric: str, expected: str | Sequence[str], answer: str) -> bool:
+    """Say whether an answer is right; several expected answers are alternatives.
+
+    contains: the expected text is somewhere in the answer, without regard to case and to how
+    much white space there is. exact: the answer is the expected text, but for white space around
+    it. regex: `re.search` finds the pattern in the answer. choice: the answer, the likeliest of
+    the item's choices, is an expected one. json-schema: the answer, which may stand in a Markdown
+    fence, is JSON that the schema allows. command: judged elsewhere, by the user's own program.
+    """
+    alternatives = (expected,) if isinstance(expected, str) else expected
+    match metric:
+        case "contains":
+            return any(_loose(text) in _loose(answer) for text in alternatives)
+        case "exact" | "choice":
+            return any(text.strip() == answer.strip() for text in alternatives)
+        case "regex":
+            return any(re.search(text, answer) is not None for text in alternatives)
+        case "json-schema":
+            return any(_is_valid(text, answer) for text in alternatives)
+        case _:
+            raise UsageError(f"unknown metric {metric!r}", hint=f"one of: {', '.join(METRICS)}")
+
+
+def check_metric(metric: str, items: Iterable[Item]) -> None:
+    """Raise UsageError, naming the line, before anything is asked.
+
+    For an unknown metric, an item without choices, a pattern or a schema that is none.
+    """
+    if metric not in METRICS:
+        raise UsageError(f"unknown metric {metric!r}", hint=f"one of: {', '.join(METRICS)}")
+    for item in items:
+        where = f"line {item.line}"
+        if metric == "choice" and not item.choices:
+            raise UsageError(
+                f"{where} has no choices, which metric choice chooses from",
+                hint='give "choices": ["…", "…"], and expected as one of them',
+            )
+        for expected in item.expected:
+            if metric == "regex":
+                _check_pattern(expected, where)
+            elif metric == "json-schema":
+                _check_schema(expected, where)
+
+
+def _check_pattern(pattern: str, where: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UsageError(
+            f"{where}: {pattern!r} is not a regular expression: {error}",
+            hint="escape special characters with a backslash, or use metric contains",
+        ) from None
+
+
+def _check_schema(schema: str, where: str) -> None:
+    from jsonschema import SchemaError
+    from jsonschema.validators import validator_for
+
+    hint = 'expected is the schema itself: "expected": {"type": "object", …}'
+    try:
+        value = parse(schema)
+        validator_for(value).check_schema(value)
+    except SchemaError as error:
+        raise UsageError(
+            f"{where}: expected is not a JSON schema: {error.message}", hint=hint
+        ) from None
+    except ValueError:
+        raise UsageError(f"{where}: expected is not a JSON schema", hint=hint) from None
+
+
+def _is_valid(schema: str, answer: str) -> bool:
+    from jsonschema.validators import validator_for
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable
+
+    try:
+        value = parse(_unfenced(answer.strip()))
+    except ValueError:
+        return False
+    wanted = parse(schema)
+    # An empty registry: the library would else fetch a reference to another document.
+    validator = validator_for(wanted)(wanted, registry=Registry())
+    try:
+        return bool(validator.is_valid(value))
+    except Unresolvable as error:
+        raise UsageError(
+            f"the JSON schema refers to what it does not hold: {error}",
+            hint="put the definition into the schema itself, under $defs",
+        ) from None
+
+
+def _unfenced(answer: str) -> str:
+    """Return what stands in a Markdown fence; the answer itself where there is none."""
+    begin = _FENCE.match(answer)
+    fenced = begin is not None and len(answer) >= begin.end() + 3 and answer.endswith("```")
+    return answer[begin.end() : -3] if begin and fenced else answer
+
+
+def score_answers(
+    answers: Sequence[str | Mapping[str, Json]], items: Sequence[Item], metric: str
+) -> Score:
+    """Return the score of answers in the items' order.
+
+    An answer is a text, or a mapping with `answer` and facts to keep beside it; metric `command`
+    needs its own judgement there, `ok`.
+    """
+    if len(answers) != len(items):
+        raise CheckFailed(
+            f"{len(answers)} answers for {len(items)} questions",
+            hint="the evaluation was cut short; run it again",
+        )
+    check_metric(metric, items)
+    rows = _rows(answers, items, metric)
+    right = sum(bool(row["ok"]) for row in rows)
+    return Score(
+        score=right / len(rows) if rows else 0.0, n=len(rows), metric=metric, per_item=rows
+    )
+
+
+def _rows(
+    answers: Sequence[str | Mapping[str, Json]], items: Sequence[Item], metric: str
+) -> tuple[Mapping[str, Json], ...]:
+    """Judge all answers in a limit of time: patterns and schemas may take for ever."""
+    rows: list[Mapping[str, Json]] = []
+    seconds = time_limits.FOREIGN_SECONDS + len(items) * _SECONDS_EACH
+    try:
+        with cpu_limit(seconds):
+            for item, answer in zip(items, answers, strict=True):
+                rows.append(_row(item, answer, metric))
+    except TooLong:
+        raise UsageError(
+            f"line {items[len(rows)].line}: judging the answers by metric {metric} takes more than"
+            f" {seconds:g} s of CPU time, the last of it on this line",
+            hint="write its pattern without repetitions inside repetitions, such as (a+)+, or use "
+            "metric contains",
+        ) from None
+    return tuple(rows)
+
+
+def _row(item: Item, answer: str | Mapping[str, Json], metric: str) -> Mapping[str, Json]:
+    facts: Mapping[str, Json] = {"answer": answer} if isinstance(answer, str) else answer
+    return {
+        "prompt": item.prompt,
+        "expected": list(item.expected),
+        **({"choices": list(item.choices)} if item.choices else {}),
+        **facts,
+        "ok": facts["ok"]
+        if metric == "command"
+        else judge(metric, item.expected, str(facts["answer"])),
+    }
+
+
+def _loose(text: str) -> str:
+    return " ".join(text.casefold().split())

@@ -1,0 +1,275 @@
+"""One server, asked over kept connections: time limits, size limits, retries, clear failures."""
+
+from __future__ import annotations
+
+import copy
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self, TypeVar
+
+import httpx
+
+from weightsmith.errors import CheckFailed, EnvironmentFailure, WeightsmithError
+from weightsmith.evaluating.timely import Timely
+from weightsmith.foreign import parse
+from weightsmith.ports import Endpoint
+from weightsmith.values import Json
+
+_LOG_LINES = 15
+_LAST_WORDS = {
+    r"exec format error": "the image's program is for another kind of machine: build it for this "
+    "one, or start it on one of its own",
+    r"exec .*: no such file or directory": "the image lacks its program, or the loader or "
+    "interpreter that the program names: build it again, on a base that has them",
+    r"error while loading shared libraries|Error loading shared library": "the image lacks a "
+    "library that its program needs: build it again, on a base that has it",
+}
+"""What a loader says of an image's program -> what to do."""
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What an answer may cost, in seconds and bytes."""
+
+    request_seconds: float = 120.0
+    """From sending a question to the last byte of its answer."""
+    tries: int = 3
+    pause_seconds: float = 1.0
+    """Before the second try; doubled before each further one."""
+    answer_bytes: int = 4 << 20
+
+
+class TryAgain(Exception):
+    """A failure that another try may not meet."""
+
+
+class TooSlow(TryAgain):
+    """No answer in time: tried once more, not as often as others, because it costs so long."""
+
+
+class Unreachable(TryAgain):
+    """Nobody listens at the address."""
+
+
+class Refused(Exception):
+    """A failure that every try would meet."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A status and its body, read whole."""
+
+    status: int
+    text: str
+
+
+class Session:
+    """Asks one endpoint, from as many threads as you like, until its context ends.
+
+    `key` goes out as a bearer token. Every failure is a CheckFailed with the server's last lines,
+    but an EnvironmentFailure where no server listens.
+    """
+
+    def __init__(self, endpoint: Endpoint, limits: Limits | None = None, *, key: str = "") -> None:
+        self.endpoint = endpoint
+        self.limits = limits or Limits()
+        # Not compressed: a small answer must not unpack to a large one.
+        headers = {"Accept-Encoding": "identity", "User-Agent": "weightsmith"}
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
+        self._transport = Timely()
+        self._http = httpx.Client(
+            transport=self._transport,
+            headers=headers,
+            timeout=httpx.Timeout(self.limits.request_seconds, connect=10.0),
+            trust_env=False,
+        )
+        self._fields: Mapping[str, Json] = {}
+        self._urls: dict[str, httpx.URL] = {}
+
+    def adding(self, fields: Mapping[str, Json]) -> Self:
+        """Return the same session with these fields in the body of each of its requests."""
+        other = copy.copy(self)
+        other._fields = {**self._fields, **fields}
+        return other
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def get(self, path: str) -> Mapping[str, Json]:
+        """Return the JSON object of a GET."""
+        return self._retried(path, lambda: _object(self._once("GET", path, None)))
+
+    def post(self, path: str, body: Json, *, most: int = 0) -> Mapping[str, Json]:
+        """Return the JSON object that a POST of a JSON body is answered with.
+
+        `most` bytes where an answer may rightly be larger than the limits say.
+        """
+        return self._retried(path, lambda: _object(self._once("POST", path, body, most)))
+
+    def try_post(self, path: str, body: Json) -> Answer:
+        """Return status and text of one POST, whatever the status; for asking what a server can.
+
+        Raises CheckFailed only where no whole answer came.
+        """
+        return self._retried(path, lambda: self._once("POST", path, body))
+
+    @contextmanager
+    def events(self, path: str, body: Json) -> Iterator[Iterator[str]]:
+        """Yield the data of each server-sent event of one POST, as it comes; not tried again.
+
+        Raises TryAgain or Refused, as the failure is, for the caller to count or to report.
+        """
+        with self._opened("POST", path, body) as response:
+            if response.status_code != httpx.codes.OK:
+                raise Refused(
+                    f"HTTP {response.status_code}: {excerpt(self._read(response))}",
+                    response.status_code,
+                )
+            yield _data(self._lines(response))
+
+    def failed(self, path: str, what: str) -> WeightsmithError:
+        """Return the error for a request that failed."""
+        return CheckFailed(
+            f"{self.endpoint.shown}{path}: {what}{self.log()}",
+            hint="ask the server by hand with curl; its log says more",
+        )
+
+    def log(self) -> str:
+        """Return the server's last lines, on lines of their own; '' where there are none."""
+        lines = self.endpoint.logs(_LOG_LINES).strip()
+        return f"\n{lines}" if lines else ""
+
+    def _retried(self, path: str, ask: Callable[[], _Result]) -> _Result:
+        pause = self.limits.pause_seconds
+        for attempt in range(1, self.limits.tries + 1):
+            try:
+                return ask()
+            except Refused as refusal:
+                raise self.failed(path, str(refusal)) from None
+            except TryAgain as failure:
+                if not self.endpoint.alive():
+                    raise died(self.endpoint, f"while it was asked {path}") from None
+                slow = isinstance(failure, TooSlow)
+                if attempt == (min(2, self.limits.tries) if slow else self.limits.tries):
+                    if isinstance(failure, Unreachable):
+                        raise EnvironmentFailure(
+                            f"{self.endpoint.shown} does not answer: {failure}{self.log()}",
+                            hint="start the server there, or correct the address",
+                        ) from None
+                    raise self.failed(path, f"{failure} ({attempt} tries)") from None
+            time.sleep(pause)
+            pause *= 2
+        raise AssertionError("a request is tried at least once")
+
+    def _once(self, method: str, path: str, body: Json, most: int = 0) -> Answer:
+        with self._opened(method, path, body) as response:
+            return Answer(response.status_code, self._read(response, most))
+
+    @contextmanager
+    def _opened(self, method: str, path: str, body: Json) -> Iterator[httpx.Response]:
+        seconds = self.limits.request_seconds
+        if self._fields and isinstance(body, Mapping):
+            body = {**body, **self._fields}
+        try:
+            with (
+                self._transport.within(seconds),
+                self._http.stream(method, self._url(path), json=body) as response,
+            ):
+                yield response
+        except httpx.TimeoutException:
+            raise TooSlow(f"no answer in {seconds:g} s") from None
+        except httpx.ConnectError as error:
+            raise Unreachable(str(error)) from None
+        except httpx.HTTPError as error:
+            raise TryAgain(f"{type(error).__name__}: {error}") from None
+
+    def _url(self, path: str) -> httpx.URL:
+        """Return the whole address; parsing it is a fifth of what a request costs."""
+        if path not in self._urls:
+            self._urls[path] = httpx.URL(f"{self.endpoint.url.rstrip('/')}{path}")
+        return self._urls[path]
+
+    def _read(self, response: httpx.Response, most: int = 0) -> str:
+        return b"".join(self._parts(response, most)).decode("utf-8", "replace")
+
+    def _parts(self, response: httpx.Response, most: int = 0) -> Iterator[bytes]:
+        most = most or self.limits.answer_bytes
+        size = 0
+        for part in response.iter_raw():
+            size += len(part)
+            if size > most:
+                raise Refused(f"the answer is larger than {most} bytes")
+            yield part
+
+    def _lines(self, response: httpx.Response) -> Iterator[str]:
+        rest = b""
+        for part in self._parts(response):
+            *lines, rest = (rest + part).split(b"\n")
+            for line in lines:
+                yield line.decode("utf-8", "replace").rstrip("\r")
+        if rest:
+            yield rest.decode("utf-8", "replace")
+
+
+def died(endpoint: Endpoint, when: str) -> WeightsmithError:
+    """Return the error for a server that ended, with its last lines."""
+    lines = endpoint.logs(_LOG_LINES).strip()
+    hint = next(
+        (told for words, told in _LAST_WORDS.items() if re.search(words, lines)),
+        "its last lines say why; too little memory is a common cause",
+    )
+    return CheckFailed(f"the server stopped {when}" + (f"\n{lines}" if lines else ""), hint=hint)
+
+
+def excerpt(text: str) -> str:
+    """Return a text in one line of at most 200 characters."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= 200 else flat[:199] + "…"
+
+
+def _object(answer: Answer) -> Mapping[str, Json]:
+    status, text = answer.status, answer.text
+    if status >= httpx.codes.INTERNAL_SERVER_ERROR or status == httpx.codes.TOO_MANY_REQUESTS:
+        raise TryAgain(f"HTTP {status}: {excerpt(text)}")
+    if status != httpx.codes.OK:
+        raise Refused(f"HTTP {status}: {excerpt(text)}", status)
+    try:
+        value = parse(text)
+    except ValueError:
+        raise TryAgain(f"half an answer: {excerpt(text)}") from None
+    if not isinstance(value, dict):
+        raise Refused(f"an answer that is no object: {excerpt(text)}")
+    return value
+
+
+def _data(lines: Iterator[str]) -> Iterator[str]:
+    """Yield the data of server-sent events, as the HTML standard has them (9.2.6)."""
+    held: list[str] = []
+    for line in lines:
+        if line.startswith("data:"):
+            held.append(line[5:].removeprefix(" "))
+        elif not line and held:
+            yield "\n".join(held)
+            held = []
+    if held:
+        yield "\n".join(held)

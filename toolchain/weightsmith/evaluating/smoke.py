@@ -1,0 +1,195 @@
+"""Is a started image fit to be published? One check after the other, on the running server."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from weightsmith.errors import CheckFailed, WeightsmithError
+from weightsmith.evaluating.client import (
+    chat,
+    chat_body,
+    check_served_name,
+    wait_until_healthy,
+)
+from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.session import Refused, Session, TryAgain, died, excerpt
+from weightsmith.foreign import parse
+from weightsmith.ports import Endpoint
+from weightsmith.values import Json
+
+_CHAT = "/v1/chat/completions"
+_GREETING = Item(messages=({"role": "user", "content": "Hello"},), expected=("",), line=0)
+_SHORT, _LONG = 8, 256
+_MOST_AT_ONCE = 64
+_STOP_SECONDS = 10.0
+"""What `docker stop` waits before it kills."""
+_CLEAN_ENDS = frozenset({0, 143, -15})
+"""Exit codes of a program that SIGTERM ended: by itself, or by the signal's default."""
+_CLEAR = ("context", "token", "length", "long")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Promise:
+    """What the image promises: its plan, and the name it serves."""
+
+    served_name: str
+    health_path: str
+    max_model_len: int
+    max_num_seqs: int
+    start_seconds: float
+
+
+@dataclass(slots=True)
+class Smoke:
+    """The checks so far, each with how long it took and what it saw."""
+
+    checks: list[Mapping[str, Json]] = field(default_factory=list)
+
+    def check(self, name: str, session: Session, look: Callable[[], str]) -> None:
+        """Run a check and keep what it saw; CheckFailed, naming it, where it fails."""
+        began = time.monotonic()
+        try:
+            seen = look()
+        except WeightsmithError as error:
+            message = f"the image fails its check {name!r}: {error.message}"
+            # Errors of the session have the log already.
+            log = "" if session.log() in error.message else session.log()
+            raise CheckFailed(message + log, hint=error.hint) from None
+        seconds = round(time.monotonic() - began, 3)
+        self.checks.append({"name": name, "seen": seen, "seconds": seconds})
+
+
+def check_serving(smoke: Smoke, session: Session, promise: Promise) -> None:
+    """Check a healthy server: its name, chat, stream, context limit, concurrency, logprobs.
+
+    Raises CheckFailed with the name of the check and the server's last lines.
+    """
+    name = promise.served_name
+
+    def listed() -> str:
+        check_served_name(session, name)
+        return f"serves {name}"
+
+    smoke.check("model list", session, listed)
+    smoke.check("chat", session, lambda: _chat(session, name))
+    smoke.check("streaming", session, lambda: _stream(session, name))
+    smoke.check("end of answer", session, lambda: _end(session, name))
+    smoke.check("context limit", session, lambda: _context(session, name, promise.max_model_len))
+    count = min(promise.max_num_seqs, _MOST_AT_ONCE)
+    smoke.check(f"{count} requests at once", session, lambda: _together(session, name, count))
+    smoke.check("log-probabilities", session, lambda: _logprobs(session, name))
+
+
+def check_life(smoke: Smoke, endpoint: Endpoint, promise: Promise) -> None:
+    """Stop the server as its users will, start it again, and ask it once more.
+
+    Does nothing where the launcher can do neither.
+    """
+    if endpoint.stop is None or endpoint.restart is None:
+        return
+    stop, restart = endpoint.stop, endpoint.restart
+    with Session(endpoint) as session:
+        smoke.check("SIGTERM", session, lambda: _stopped(stop(_STOP_SECONDS)))
+    again = restart()
+    with Session(again) as session:
+
+        def answers() -> str:
+            waited = wait_until_healthy(again, promise.health_path, promise.start_seconds)
+            _chat(session, promise.served_name)
+            return f"ready after {waited:.1f} s"
+
+        smoke.check("restart", session, answers)
+
+
+def _chat(session: Session, name: str) -> str:
+    answer = chat(session, name, _GREETING, _SHORT)["answer"]
+    if not str(answer).strip():
+        raise CheckFailed(
+            f"{session.endpoint.shown}{_CHAT}: the answer to 'Hello' is empty",
+            hint="does the checkpoint have its chat template?",
+        )
+    return excerpt(str(answer))
+
+
+def _stream(session: Session, name: str) -> str:
+    pieces, done = [], False
+    try:
+        with session.events(_CHAT, chat_body(name, _GREETING, _SHORT, stream=True)) as events:
+            for event in events:
+                if event == "[DONE]":
+                    done = True
+                    break
+                pieces += [c for c in _contents(parse(event)) if c]
+    except (TryAgain, Refused, ValueError) as error:
+        if not session.endpoint.alive():
+            raise died(session.endpoint, "while it was streaming") from None
+        raise session.failed(_CHAT, f"streaming: {error}") from None
+    if not pieces or not done:
+        what = "it does not end with [DONE]" if pieces else "it has no text"
+        raise session.failed(_CHAT, f"streaming: {what}")
+    return f"{len(pieces)} pieces"
+
+
+def _contents(event: Json) -> list[Json]:
+    rows = event.get("choices", []) if isinstance(event, dict) else []
+    return [(row.get("delta") or {}).get("content") for row in rows]
+
+
+def _end(session: Session, name: str) -> str:
+    answer = chat(session, name, _GREETING, _LONG)
+    if answer["finish_reason"] == "stop":
+        return "an answer ends by itself"
+    return f"the answer to 'Hello' did not end within {_LONG} tokens"
+
+
+def _context(session: Session, name: str, max_model_len: int) -> str:
+    # At least one token a word, whatever the vocabulary.
+    words = " ".join(f"word {number % 10}" for number in range(max_model_len // 2 + 32))
+    item = Item(messages=({"role": "user", "content": words},), expected=("",), line=0)
+    answer = session.try_post(_CHAT, chat_body(name, item, 1))
+    said = excerpt(answer.text)
+    if not 400 <= answer.status < 500:
+        raise session.failed(
+            _CHAT,
+            f"a prompt longer than {max_model_len} tokens is answered with HTTP"
+            f" {answer.status}, not refused: {said}",
+        )
+    if not any(word in answer.text.lower() for word in _CLEAR):
+        raise session.failed(_CHAT, f"the refusal of a long prompt does not say why: {said}")
+    if not session.endpoint.alive():
+        raise session.failed(_CHAT, "the server ended over a prompt that is too long")
+    return f"HTTP {answer.status}: {said}"
+
+
+def _together(session: Session, name: str, count: int) -> str:
+    with ThreadPoolExecutor(count) as pool:
+        asked = [pool.submit(chat, session, name, _GREETING, _SHORT) for _ in range(count)]
+        empty = sum(not str(one.result()["answer"]).strip() for one in asked)
+    if empty:
+        raise session.failed(_CHAT, f"{empty} of {count} requests at once got an empty answer")
+    return f"{count} answers"
+
+
+def _logprobs(session: Session, name: str) -> str:
+    # A server may have none to give; one that ends when it is asked for them is broken.
+    asked = {**chat_body(name, _GREETING, 1), "logprobs": True, "top_logprobs": 1}
+    answer = session.try_post(_CHAT, asked)
+    if answer.status >= 500 or not session.endpoint.alive():
+        raise session.failed(_CHAT, f"log-probabilities: HTTP {answer.status}")
+    return "given" if answer.status == 200 else f"HTTP {answer.status}: {excerpt(answer.text)}"
+
+
+def _stopped(code: int | None) -> str:
+    if code is None:
+        raise CheckFailed(
+            f"the server still runs {_STOP_SECONDS:g} s after SIGTERM",
+            hint="a container engine would kill it now, with its requests",
+        )
+    if code not in _CLEAN_ENDS:
+        raise CheckFailed(
+            f"the server ended with exit code {code} after SIGTERM", hint="its last lines say why"
+        )
+    return f"exit code {code}"

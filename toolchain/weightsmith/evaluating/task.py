@@ -1,0 +1,109 @@
+"""A task: what is asked, and how the answers are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from weightsmith.evaluating.client import Ask, ask_all, chat
+from weightsmith.evaluating.harness import question_lines, read_verdict
+from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.likelihood import choose, scorer
+from weightsmith.evaluating.metrics import score_answers
+from weightsmith.evaluating.session import Session
+from weightsmith.ports import Progress, RunCommand
+from weightsmith.values import Digest, Json, Score, key_of
+
+Answers = tuple[Mapping[str, Json], ...]
+"""One per item, in order: `answer` and facts beside it, such as `finish_reason`."""
+
+_COMMAND_SECONDS = 3600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """Questions, metric and length of an answer."""
+
+    items: tuple[Item, ...]
+    metric: str = "contains"
+    max_tokens: int = 64
+    command: tuple[str, ...] = ()
+    """The program of metric `command`, with its arguments."""
+    name: str = ""
+    """For people, where a build has several tasks."""
+
+    @property
+    def digest(self) -> Digest:
+        """What is asked; the expected answers may change without asking again."""
+        asked: list[Json] = [[dict(m) for m in item.messages] for item in self.items]
+        if self.metric != "choice":
+            return key_of(asked)
+        return key_of([asked, [[item.choices, item.plain] for item in self.items]])
+
+    @property
+    def parameters(self) -> Mapping[str, Json]:
+        """The same for a job that asks a checkpoint."""
+        facts: dict[str, Json] = {
+            "items": [[dict(m) for m in item.messages] for item in self.items],
+            "max_tokens": self.max_tokens,
+        }
+        if self.metric == "choice":
+            facts["choices"] = [list(item.choices) for item in self.items]
+            facts["plain"] = [item.plain for item in self.items]
+        return facts
+
+    @property
+    def most_tokens(self) -> int:
+        """About the most tokens that a model reads and writes for it: a token a letter."""
+        letters = [sum(len(str(m["content"])) for m in item.messages) for item in self.items]
+        if self.metric == "choice":
+            return sum(
+                count * len(item.choices) + sum(map(len, item.choices))
+                for count, item in zip(letters, self.items, strict=True)
+            )
+        return sum(letters) + self.max_tokens * len(self.items)
+
+    def answers_of(self, answers: Sequence[Json]) -> Answers:
+        """Return a job's answers, the likeliest choices where it sent likelihoods."""
+        if self.metric == "choice":
+            return tuple(choose(i, s) for i, s in zip(self.items, answers, strict=True))
+        return tuple(answers)
+
+
+def ask_server(
+    session: Session, served_name: str, task: Task, progress: Progress, *, concurrency: int = 1
+) -> Answers:
+    """Return a server's answers, in order; raises CheckFailed for a server that fails or cannot."""
+    ask = (
+        _chooser(session, served_name)
+        if task.metric == "choice"
+        else _chatter(session, served_name, task.max_tokens)
+    )
+    return ask_all(task.items, ask, progress, concurrency=concurrency)
+
+
+def _chatter(session: Session, served_name: str, max_tokens: int) -> Ask:
+    return lambda item: chat(session, served_name, item, max_tokens)
+
+
+def _chooser(session: Session, served_name: str) -> Ask:
+    score = scorer(session, served_name)
+    return lambda item: choose(item, [score(item, choice) for choice in item.choices])
+
+
+def score_task(
+    task: Task,
+    answers: Answers,
+    run: RunCommand,
+    environment: Mapping[str, str] | None = None,
+) -> Score:
+    """Return the score of answers; metric `command` runs the user's program on them.
+
+    Raises CheckFailed for a program that fails or says nothing useful.
+    """
+    if task.metric != "command":
+        return score_answers(answers, task.items, task.metric)
+    output = run(
+        task.command, environment or {}, question_lines(task.items, answers), _COMMAND_SECONDS
+    )
+    return read_verdict(output, task.items, answers)

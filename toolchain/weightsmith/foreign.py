@@ -1,0 +1,185 @@
+"""JSON and YAML that others wrote, read within limits: the only place that parses either.
+
+What is refused beside broken text, so that nothing behind this has to expect it: nesting that
+recursion does not survive, tables in which a key is there twice (two readers would disagree on
+it), half a character (which cannot be written anywhere again), more values than memory is for,
+and YAML whose aliases unfold into more than was written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from weightsmith.errors import InputRefused
+
+SMALL = 16 << 20
+"""Bytes of a configuration; the largest seen have one."""
+INDEX = 64 << 20
+"""Bytes of an index of weights: 100,000 tensors take ten."""
+TOKENIZER = 256 << 20
+"""Bytes of a tokenizer.json; those of today's largest vocabularies have 35."""
+LONGEST_YAML = 256 << 10
+"""Bytes; PyYAML reads a hundred thousand in a second."""
+DEEPEST = 100
+"""Levels; a tokenizer has ten. Python's own writers fail at some hundred."""
+MOST_VALUES = 6_000_000
+"""A few hundred megabytes of objects; the largest tokenizers have two million values."""
+_MOST_YAML = 50_000
+_AGAIN = "the file is damaged or incomplete; download or export it again and compare its sha256"
+
+
+def parse(text: bytes | str, *, largest: int = SMALL, unique: bool = False) -> Any:
+    """Return the value of a JSON text in UTF-8; `unique` refuses a key that is there twice.
+
+    NaN and Infinity pass, since transformers writes them into configurations. Raises ValueError,
+    and nothing else, for what is broken or beyond the limits above.
+    """
+    if len(text) > largest:
+        raise ValueError(f"it has {len(text)} bytes; at most {largest} are read")
+    text = text.decode() if isinstance(text, bytes) else text
+    if sum(map(text.count, ",[{")) > MOST_VALUES:
+        raise ValueError(f"it has more than {MOST_VALUES} values")
+    try:
+        value = json.loads(text, object_pairs_hook=_unique if unique else None)
+    except RecursionError:
+        raise ValueError(f"it is nested deeper than {DEEPEST} levels") from None
+    _check_depth(value)
+    if "\\ud" in text or "\\uD" in text:
+        _check_pairs(value)
+    return value
+
+
+def parse_file(path: Path, *, largest: int = SMALL, unique: bool = False) -> Any:
+    """Return the value of a JSON file; raises OSError, and ValueError as `parse` does."""
+    return parse(_content(path, largest), largest=largest, unique=unique)
+
+
+def read_json(path: Path, *, largest: int = SMALL, unique: bool = True) -> dict[str, Any]:
+    """Return the JSON object of a file of somebody else's; InputRefused where there is none."""
+    return json_object(read_bytes(path, largest), str(path), largest=largest, unique=unique)
+
+
+def json_object(
+    data: bytes | str, what: str, *, largest: int = SMALL, unique: bool = False
+) -> dict[str, Any]:
+    """Return the JSON object of what was read already; InputRefused names `what`."""
+    try:
+        value = parse(data, largest=largest, unique=unique)
+    except ValueError as error:
+        raise InputRefused(f"{what} holds no valid JSON: {error}", hint=_AGAIN) from error
+    if not isinstance(value, dict):
+        raise InputRefused(
+            f"{what} is not a valid checkpoint file: its JSON is not an object", hint=_AGAIN
+        )
+    return value
+
+
+def read_bytes(path: Path, largest: int) -> bytes:
+    """Return a regular file's content; InputRefused for another kind, or one that is larger."""
+    try:
+        return _content(path, largest)
+    except OSError as error:
+        raise InputRefused(
+            f"{path} cannot be read: {error.strerror}", hint="check that the folder is complete"
+        ) from error
+    except ValueError as error:
+        raise InputRefused(
+            f"{path}: {error}", hint="check where it comes from: it may be another file's content"
+        ) from None
+
+
+def _content(path: Path, largest: int) -> bytes:
+    # A pipe in a file's place would keep an ordinary open waiting for ever.
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise ValueError("it is not a regular file")
+        data = file.read(largest + 1)
+    if len(data) > largest:
+        raise ValueError(f"it has more than {largest} bytes")
+    return data
+
+
+def parse_yaml(text: str, loader: type[Any] | None = None) -> Any:
+    """Return the value of a YAML text; ValueError, and nothing else, for what is no sane YAML.
+
+    A fault that has a place in the text is a yaml.MarkedYAMLError in the error's `__cause__`.
+    """
+    import yaml
+
+    if len(text) > LONGEST_YAML:
+        raise ValueError(f"it has more than {LONGEST_YAML >> 10} KiB")
+    try:
+        reader = (loader or yaml.SafeLoader)(text)
+        try:
+            node = reader.get_single_node()
+            _unfolded(node, {})
+            return None if node is None else reader.construct_document(node)
+        finally:
+            reader.dispose()
+    except RecursionError:
+        raise ValueError(f"it is nested deeper than {DEEPEST} levels") from None
+    # A date of month 99 or a number without digits is a ValueError, IndexError, AttributeError …
+    except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def _unfolded(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Return how many values a node stands for, its aliases written out, and how deep they nest.
+
+    An alias is the very node that it names, so that each is looked at once. ValueError for many.
+    """
+    import yaml
+
+    if node is None or isinstance(node, yaml.ScalarNode):
+        return 1, 0
+    if id(node) not in known:
+        known[id(node)] = _MOST_YAML + 1, 0  # an alias within what it names has no end
+        parts = node.value
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in parts for part in pair]
+        sizes, depths = (
+            zip(*(_unfolded(part, known) for part in parts), strict=True) if parts else ((), ())
+        )
+        known[id(node)] = 1 + sum(sizes), 1 + max(depths, default=0)
+    values, depth = known[id(node)]
+    if values > _MOST_YAML or depth > DEEPEST:
+        raise ValueError(
+            f"it stands for more than {_MOST_YAML} values, or {DEEPEST} levels of them"
+        )
+    return values, depth
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:80]!r} is there twice")
+    return table
+
+
+def _check_depth(value: Any) -> None:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(DEEPEST):
+        if not level:
+            return
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if type(parent) is dict else parent)
+            if type(child) is dict or type(child) is list
+        ]
+    raise ValueError(f"it is nested deeper than {DEEPEST} levels")
+
+
+def _check_pairs(value: Any) -> None:
+    """Refuse a half of a surrogate pair, as Rust's reader does."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("it holds half a character, a surrogate without its pair") from None

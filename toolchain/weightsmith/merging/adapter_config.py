@@ -1,0 +1,225 @@
+"""What an `adapter_config.json` says, read strictly: what cannot be merged rightly is refused."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from weightsmith.errors import InputRefused
+from weightsmith.foreign import read_json
+from weightsmith.merging.refused import SETTINGS, UNMERGED
+
+_MUTATING = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""Initialisations that change the base weights too, so that B·A alone is not the adapter."""
+
+_TIED = ("embed_tokens", "lm_head")
+"""PEFT's `EMBEDDING_LAYER_NAMES`."""
+_PLAIN = (
+    "alora_invocation_tokens alpha_pattern arrow_config auto_mapping base_model_name_or_path bias "
+    "corda_config ensure_weight_tying "
+    "eva_config exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern "
+    "layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config megatron_core "
+    "monteclora_config peft_type peft_version qalora_group_size r rank_pattern revision "
+    "runtime_config target_modules task_type use_rslora velora_config use_dora lora_bias "
+    "modules_to_save target_parameters trainable_token_indices layer_replication kasa_config "
+    "use_bdlora use_qalora megatron_config token_indices init_weights peft_type"
+)
+"""Fields that are read here, or that change nothing in a merge."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterConfig:
+    """The part of a LoRA configuration that decides what is added to which module."""
+
+    kind: str
+    """PEFT's `peft_type`."""
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    fan_in_fan_out: bool
+    target_modules: str | tuple[str, ...] | None
+    exclude_modules: str | tuple[str, ...]
+    layers_to_transform: tuple[int, ...]
+    layers_pattern: tuple[str, ...]
+    ensure_weight_tying: bool = False
+    base_model: str = ""
+    raw: Mapping[str, Any] = field(default_factory=dict)
+    """The file, for what only one family reads."""
+    unknown: tuple[str, ...] = field(default=())
+    """Set fields that this version does not know; worth a warning, as PEFT gives."""
+
+    def rank(self, module: str) -> int:
+        """Return the rank that the configuration gives to a module."""
+        return int(_by_pattern(self.rank_pattern, module, self.r))
+
+    def scaling(self, module: str) -> float:
+        """Return the factor on B·A: alpha/r, or alpha/√r for rank-stabilised LoRA.
+
+        One float64 formula, so that it is the same everywhere; PEFT's `LoraLayer.update_layer`.
+        """
+        alpha, rank = _by_pattern(self.alpha_pattern, module, self.lora_alpha), self.rank(module)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def pattern_name(self, module: str) -> str:
+        """Return the name that `rank_pattern` and `alpha_pattern` must fit.
+
+        That of the parameter where `target_parameters` named it, else the module's.
+        """
+        parameter = f"{module}.weight"
+        named = _names(tuple(self.raw.get("target_parameters") or ()), parameter)
+        return parameter if named else module
+
+    def ties(self, module: str) -> bool:
+        """Say whether PEFT lets what it trains of an embedding act in the tied head too.
+
+        `ensure_weight_tying` does nothing where embedding and head have other names.
+        """
+        names = [module, *(self.raw.get("modules_to_save") or ())]
+        if isinstance(self.target_modules, tuple):
+            names += self.target_modules
+        return self.ensure_weight_tying and any(n.rpartition(".")[2] in _TIED for n in names)
+
+    def targets(self, module: str) -> bool:
+        """Say whether PEFT would put an adapter on the module (`check_target_module_exists`)."""
+        if _names(self.exclude_modules, module):
+            return False
+        if isinstance(self.target_modules, str):
+            return re.fullmatch(self.target_modules, module) is not None
+        if self.target_modules is None or not _names(self.target_modules, module):
+            return False
+        return not self.layers_to_transform or self._layer(module) in self.layers_to_transform
+
+    def _layer(self, module: str) -> int:
+        for pattern in self.layers_pattern or (r"[^.]*",):
+            prefix = r"(?:^|.*?\.)" if self.layers_pattern else r".*?\."
+            if match := re.match(rf"{prefix}{pattern}\.(?P<layer>\d+)\.", module):
+                return int(match["layer"])
+        return -1
+
+
+def read_adapter_config(root: Path) -> AdapterConfig:
+    """Return the adapter's configuration; raise InputRefused for what cannot be merged rightly."""
+    path = root / "adapter_config.json"
+    raw = read_json(path)
+    _check_kind(path, raw)
+    try:
+        config = _read(raw)
+        _check_patterns(config)
+    except (TypeError, ValueError, OverflowError, RecursionError, re.error) as error:
+        raise InputRefused(
+            f"{path} is not a valid LoRA configuration: {error}",
+            hint="export the adapter again with PEFT's save_pretrained",
+        ) from error
+    return config
+
+
+def _read(raw: Mapping[str, Any]) -> AdapterConfig:
+    targets = raw.get("target_modules")
+    # Ranks and alphas of other methods mean other things; PEFT reads them itself.
+    lora = raw if raw.get("peft_type") == "LORA" else {}
+    return AdapterConfig(
+        kind=str(raw.get("peft_type")),
+        raw=raw,
+        r=_rank(lora.get("r", 8)),
+        lora_alpha=_number(lora.get("lora_alpha", 8)),
+        use_rslora=_flag(lora, "use_rslora"),
+        rank_pattern={
+            key: _rank(rank) for key, rank in dict(lora.get("rank_pattern") or {}).items()
+        },
+        alpha_pattern={
+            key: _number(alpha) for key, alpha in dict(lora.get("alpha_pattern") or {}).items()
+        },
+        fan_in_fan_out=_flag(raw, "fan_in_fan_out"),
+        # PEFT expands `all-linear` before it saves, so a config that kept it says nothing.
+        target_modules=None if targets in (None, "all-linear") else _texts(targets),
+        exclude_modules=_texts(raw.get("exclude_modules") or ()),
+        layers_to_transform=_numbers(raw.get("layers_to_transform")),
+        layers_pattern=_several(_texts(raw.get("layers_pattern") or ())),
+        ensure_weight_tying=_flag(raw, "ensure_weight_tying"),
+        base_model=str(raw.get("base_model_name_or_path") or ""),
+        unknown=tuple(sorted(k for k, v in lora.items() if v and k not in _PLAIN.split())),
+    )
+
+
+def _check_kind(path: Path, raw: Mapping[str, Any]) -> None:
+    """Refuse the variants of LoRA that no weights can stand for, or that lack their base."""
+    init = raw.get("init_lora_weights", True)
+    if raw.get("peft_type") != "LORA":
+        return
+    for name, reason in SETTINGS.items():
+        if raw.get(name):
+            raise InputRefused(f"{path} sets {name}: {reason}", hint=UNMERGED)
+    if isinstance(init, str) and init.lower().startswith(_MUTATING):
+        raise InputRefused(
+            f"{path} was initialised with {init!r}, which changed the base weights too: on the "
+            "original base, B·A alone is not the adapter",
+            hint="convert it to plain LoRA: save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=<the adapter as initialised>); or give the "
+            "residual base that the training saved, with init_lora_weights set to true in "
+            "adapter_config.json",
+        )
+
+
+def _check_patterns(config: AdapterConfig) -> None:
+    patterns = [rf"(.*\.)?({key})$" for key in (*config.rank_pattern, *config.alpha_pattern)]
+    patterns += [p for p in (config.target_modules, config.exclude_modules) if isinstance(p, str)]
+    for pattern in (*patterns, *config.layers_pattern):
+        re.compile(pattern)
+
+
+def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
+    """Return the first pattern's value whose regex fits, as PEFT's `get_pattern_key` does."""
+    for key, value in patterns.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def _names(wanted: str | tuple[str, ...], module: str) -> bool:
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in wanted)
+
+
+def _rank(value: Any) -> int:
+    if type(value) is not int or not 0 < value <= 1 << 20:
+        raise ValueError(f"a rank must be a positive whole number, not {value!r}")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"an alpha must be a finite number, not {value!r}")
+    return float(value)
+
+
+def _flag(raw: Mapping[str, Any], name: str) -> bool:
+    value = raw.get(name) or False
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be true or false, not {value!r}")
+    return value
+
+
+def _texts(value: Any) -> str | tuple[str, ...]:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+        raise TypeError(f"expected a text or a list of texts, not {value!r}")
+    return tuple(value)
+
+
+def _several(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value
+
+
+def _numbers(value: Any) -> tuple[int, ...]:
+    numbers = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(number) is int for number in numbers):
+        raise TypeError(f"layers_to_transform must hold whole numbers, not {value!r}")
+    return tuple(numbers)

@@ -1,0 +1,98 @@
+"""The base's tensors as a merge sees them: where each is, and which file its result goes into."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from weightsmith.checkpoints.safetensors import CheckpointIndex
+from weightsmith.errors import InputRefused
+from weightsmith.merging.outputs import Source, Stored
+
+_LAYER = re.compile(
+    r"(?P<before>(?:.*\.)?(?:layers|h|encoder\.layer))\.(?P<number>\d+)\.(?P<after>.+)"
+)
+Layers = tuple[tuple[int, int], ...]
+"""PEFT's `layer_replication`: ranges of layers, end excluded, one after the other."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseTensors:
+    """Every tensor of the base by name, and the files of the result with their names in order."""
+
+    sources: Mapping[str, Source]
+    layout: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+def stored_tensors(index: CheckpointIndex) -> BaseTensors:
+    """Return the base's tensors as its files hold them, in the order of their bytes."""
+    return BaseTensors(
+        sources={
+            info.name: Stored(path=shard.path, info=info)
+            for shard in index.shards
+            for info in shard.tensors
+        },
+        layout=tuple(
+            (shard.path.name, tuple(info.name for info in shard.tensors)) for shard in index.shards
+        ),
+    )
+
+
+def replicate(base: BaseTensors, layers: Layers) -> BaseTensors:
+    """Return a base whose layers are those that the ranges list, numbered anew.
+
+    PEFT shares the weights of replicas; here each has a name of its own, so that each can get its
+    own change. As `replicate_layers` in PEFT's tuners_utils.py.
+    """
+    old = [number for first, end in layers for number in range(first, end)]
+    found = {int(m["number"]) for name in base.sources if (m := _LAYER.fullmatch(name))}
+    if not old or not set(old) <= found:
+        raise InputRefused(
+            f"layer_replication in adapter_config.json names layers {sorted(set(old) - found)}, "
+            "which the base does not have",
+            hint="the adapter belongs to another model",
+        )
+    copies: dict[str, list[str]] = {}
+    for name in base.sources:
+        match = _LAYER.fullmatch(name)
+        copies[name] = (
+            [
+                f"{match['before']}.{new}.{match['after']}"
+                for new, number in enumerate(old)
+                if number == int(match["number"])
+            ]
+            if match
+            else [name]
+        )
+    return BaseTensors(
+        sources={new: base.sources[name] for name, some in copies.items() for new in some},
+        layout=tuple(
+            (shard, tuple(new for name in names for new in copies[name]))
+            for shard, names in base.layout
+        ),
+    )
+
+
+def replicated_settings(config: Mapping[str, Any], layers: Layers) -> dict[str, Any]:
+    """Return what config.json says of a base with replicated layers: counts and lists by layer."""
+    old = [number for first, end in layers for number in range(first, end)]
+    names = ("num_hidden_layers", "n_layer", "num_layers")
+    settings: dict[str, Any] = {name: len(old) for name in names if name in config}
+    count = next((config[name] for name in names if name in config), 0)
+    for name, value in config.items():
+        if isinstance(value, list) and len(value) == count and name.endswith(("types", "layers")):
+            settings[name] = [value[number] for number in old]
+    return settings
+
+
+def same_layers(configured: Sequence[Any]) -> Layers:
+    """Return the one `layer_replication` of all adapters; refuse where they differ."""
+    wanted = {tuple((int(first), int(end)) for first, end in value or ()) for value in configured}
+    if len(wanted) > 1:
+        raise InputRefused(
+            "the adapters' layer_replication settings differ: they change different models",
+            hint="merge one of them, and train the others on the result",
+        )
+    return next(iter(wanted), ())

@@ -1,0 +1,72 @@
+"""How likely a model finds each choice of an item: base, or base with unmerged adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weightsmith.merging.reference import (
+    Message,
+    Progress,
+    load_network,
+    load_tokenizer,
+    modest_threads,
+    prompt_tokens,
+    stay_offline,
+)
+
+
+def likelihoods(
+    model: Path,
+    adapters: Sequence[tuple[Path, float]],
+    items: Sequence[Mapping[str, Any]],
+    progress: Progress | None = None,
+) -> list[list[float]]:
+    """Return each choice's log-likelihood (natural logarithm, float32 forward), item by item.
+
+    An item has `messages`, `choices`, and `plain`: whether its one message is continued as text,
+    after one space, without a chat template. The sum runs over the tokens by which the text with
+    the choice differs from the text without. Raises InputRefused as `reference.answer` does.
+    """
+    stay_offline()
+    with modest_threads():
+        tokenizer = load_tokenizer(model, adapters)
+        network = load_network(model, adapters)
+        found = []
+        for number, item in enumerate(items, start=1):
+            pairs = [_tokens(tokenizer, item, choice, model) for choice in item["choices"]]
+            found.append([_score(network, whole, shared) for whole, shared in pairs])
+            if progress is not None:
+                progress(number, len(items))
+    return found
+
+
+def _tokens(
+    tokenizer: Any, item: Mapping[str, Any], choice: str, model: Path
+) -> tuple[list[int], int]:
+    """Return the token ids of context and choice together, and how many the context alone has."""
+    messages: Sequence[Message] = item["messages"]
+    if item["plain"]:
+        context = messages[0]["content"]
+        apart = context[-1:].isspace() or choice[:1].isspace()
+        before = list(tokenizer(context)["input_ids"])
+        whole = list(tokenizer(context + ("" if apart else " ") + choice)["input_ids"])
+    else:
+        before = prompt_tokens(tokenizer, messages, model)
+        whole = before + list(tokenizer(choice, add_special_tokens=False)["input_ids"])
+    shared = next(
+        (n for n, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b),
+        min(len(before), len(whole)),
+    )
+    return whole, max(1, shared)
+
+
+@torch.inference_mode()
+def _score(network: Any, tokens: Sequence[int], shared: int) -> float:
+    logits = network(input_ids=torch.tensor([tokens])).logits[0]
+    scores = torch.log_softmax(logits[shared - 1 : -1].double(), dim=-1)
+    wanted = torch.tensor(tokens[shared:])
+    return float(scores.gather(1, wanted[:, None]).sum())

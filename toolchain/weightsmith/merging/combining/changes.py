@@ -1,0 +1,249 @@
+"""What several adapters make of one tensor, where that is no plain sum of their deltas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from weightsmith.errors import InputRefused
+from weightsmith.merging.combining.combination import Combination
+from weightsmith.merging.mixture import Mixture, Share
+from weightsmith.merging.outputs import Band, Files, Output, Rows, Term, bands
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from weightsmith.merging.combining.factors import Factor
+    from weightsmith.merging.combining.lowrank import Factors, Pair
+
+Add = Callable[["np.ndarray", int], None]
+"""(total, first): add the change of rows `first` and following to them, in place."""
+_ROWS = 1 << 20
+"""Elements of a delta that are computed at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Combined:
+    """W plus the combination of the adapters' deltas, in float64, rounded once."""
+
+    shares: tuple[Share, ...]
+    combination: Combination
+
+    @property
+    def whole(self) -> bool:
+        """Rows can be computed apart once the deltas are there."""
+        return False
+
+    @property
+    def by_row(self) -> bool:
+        """Single rows too: deltas are computed in blocks of their own."""
+        return True
+
+    def held_elements(self, output: Output) -> int:
+        """Return how many float64 elements are in memory: factors, or one delta per adapter."""
+        factors = sum(t.rank * sum(t.shape) for share in self.shares for t in share.claim.terms)
+        if not self.combination.needs_deltas and self._low_rank:
+            return 4 * factors
+        deltas = output.rows * output.columns * (len(self._adapters) + 2) // 2
+        more = 2 * output.rows * output.columns if self.combination.truncates else 0
+        return factors + deltas + more
+
+    def begin(self, output: Output, files: Files) -> Rows:
+        """Return what computes rows of the result."""
+        import numpy as np
+
+        low_rank = self.combination.truncates or self.combination.space == "factors"
+        add = self._of_factors(output, files) if low_rank else self._of_deltas(output, files)
+
+        def rows(first: int, count: int) -> np.ndarray:
+            total = output.source.rows(files, first, count, output.columns).astype(np.float64)
+            add(total, first)
+            return total
+
+        return rows
+
+    def _of_factors(self, output: Output, files: Files) -> Add:
+        made = [(band.first, *self.factors(output, band, files)) for band in self.bands(output)]
+
+        def add(total: np.ndarray, first: int) -> None:
+            for start, left, right in made:
+                low, high = max(first, start), min(first + len(total), start + len(left))
+                if low < high:
+                    rows = left[low - start : high - start].astype(total.dtype)
+                    total[low - first : high - first] += rows @ right
+
+        return add
+
+    def _of_deltas(self, output: Output, files: Files) -> Add:
+        from weightsmith.merging.combining.deltas import combine
+
+        deltas, weights = self._deltas(output, files), list(self._adapters.values())
+
+        def add(total: np.ndarray, first: int) -> None:
+            some = [delta[first : first + len(total)] for delta in deltas]
+            total += combine(some, weights, self.combination)
+
+        return add
+
+    @property
+    def _adapters(self) -> dict[Path, float]:
+        """The adapters that change the tensor, in order, with their weights."""
+        return {share.path: share.weight for share in self.shares}
+
+    @property
+    def _low_rank(self) -> bool:
+        return all(share.claim.terms for share in self.shares)
+
+    @property
+    def _terms(self) -> tuple[Term, ...]:
+        return tuple(term for share in self.shares for term in share.claim.terms)
+
+    def bands(self, output: Output) -> list[Band]:
+        """Return the rows that the same adapters change: low-rank results are made for each."""
+        if self.combination.needs_deltas or not self._low_rank:
+            return [Band(first=0, end=output.rows, terms=self._terms)]
+        found = bands(replace(output, terms=self._terms, change=None))
+        return [band for band in found if band.terms]
+
+    def rank(self, output: Output, band: Band) -> int:
+        """Return the largest rank that the result of a band can have."""
+        ranks = [term.rank for term in band.terms]
+        width = min(band.end - band.first, output.columns)
+        if self.combination.truncates:
+            return min(self.combination.rank or max(ranks, default=width), width)
+        return sum(ranks) if self.combination.method == "cat" else max(ranks)
+
+    def factors(self, output: Output, band: Band, files: Files) -> Factors:
+        """Return the combined (left, right) of a band in float32; their product is the delta."""
+        from weightsmith.merging.combining import lowrank
+        from weightsmith.merging.combining.deltas import combine
+
+        rank = self.rank(output, band)
+        if self.combination.space == "factors" and not self.combination.truncates:
+            return self._on_factors(output.name, band, files)
+        if not self.combination.needs_deltas and self._low_rank:
+            pairs = [pair(term, band, files) for term in band.terms]
+            return lowrank.to_float32(lowrank.truncate(pairs, rank), output.name)
+        deltas = self._deltas(output, files)
+        whole = combine(deltas, list(self._adapters.values()), self.combination)
+        return lowrank.to_float32(lowrank.truncate_whole(whole, rank), output.name)
+
+    def _deltas(self, output: Output, files: Files) -> list[np.ndarray]:
+        """Return each adapter's whole, pruned delta at weight 1, in float32."""
+        from weightsmith.merging.combining.deltas import prune
+
+        deltas = [self._delta(output, path, files) for path in self._adapters]
+        names = [adapter_digest(path) for path in self._adapters]
+        prune(deltas, self.combination, output.name, names)
+        return deltas
+
+    def _delta(self, output: Output, path: Path, files: Files) -> np.ndarray:
+        import numpy as np
+
+        shares = tuple(_alone(share) for share in self.shares if share.path == path)
+        alone = Mixture(shares=shares)
+        changed = alone.begin(replace(output, change=None), files)
+        delta = np.empty((output.rows, output.columns), np.float32)
+        step = output.rows if alone.whole else max(1, _ROWS // output.columns)
+        for first in range(0, output.rows, step):
+            count = min(step, output.rows - first)
+            base = output.source.rows(files, first, count, output.columns)
+            delta[first : first + count] = changed(first, count) - base.astype(np.float64)
+        return delta
+
+    def _on_factors(self, name: str, band: Band, files: Files) -> Factors:
+        from weightsmith.merging.combining.factors import combine_factors
+
+        weights = {share.path: share.weight for share in self.shares}
+        factors = [
+            _factor(share.claim.terms[0], weights[share.path], share.path, files)
+            for share in self.shares
+            if share.claim.terms[0] in band.terms
+        ]
+        a, b = combine_factors(factors, self.combination, name)
+        return (a.T, b.T) if _turned(band.terms[0]) else (b, a)
+
+
+def combined(name: str, shares: Sequence[Share], combination: Combination) -> Combined:
+    """Return the change; raise InputRefused where the method has no meaning for what is there."""
+    if combination.space == "factors":
+        _check_factors(name, shares, combination)
+    return Combined(shares=tuple(shares), combination=combination)
+
+
+def _check_factors(name: str, shares: Sequence[Share], combination: Combination) -> None:
+    """Refuse what PEFT's `add_weighted_adapter` leaves out or gets wrong."""
+    hint = "leave --space out: in delta space every change counts as what it is"
+    for share in shares:
+        terms = share.claim.terms
+        plain = len(terms) == 1 and terms[0].right is not None
+        if not plain or not (terms[0].left.whole and terms[0].right and terms[0].right.whole):
+            raise InputRefused(
+                f"{share.path} changes {name} by more than one pair of factors, which PEFT's "
+                "combination of factors leaves out",
+                hint=hint,
+            )
+    ranks = {term.rank for share in shares for term in share.claim.terms}
+    if len(ranks) > 1 and not combination.truncates and combination.method != "cat":
+        raise InputRefused(
+            f"the adapters' ranks at {name} differ ({', '.join(map(str, sorted(ranks)))}), and "
+            f"{combination.method} on factors needs equal ones",
+            hint=hint,
+        )
+
+
+def _alone(share: Share) -> Share:
+    """Return what an adapter does by itself, at weight 1."""
+    terms = tuple(replace(term, factor=term.scaling) for term in share.claim.terms)
+    return Share(claim=replace(share.claim, terms=terms), weight=1.0, path=share.path)
+
+
+def pair(term: Term, band: Band, files: Files) -> Pair:
+    """Return a term's factors within the rows of a band, its weight as the gain."""
+    import numpy as np
+
+    from weightsmith.merging.combining.lowrank import Pair
+
+    start = band.first - term.first
+    right = np.ones((1, 1), np.float32) if term.right is None else files.matrix(term.right)
+    left = files.matrix(term.left)[start : start + band.end - band.first]
+    return Pair(left=left, right=right, gain=term.factor)
+
+
+def _turned(term: Term) -> bool:
+    """Say whether the base stores (in, out), so that the left factor is A transposed."""
+    return term.left.transposed
+
+
+def _factor(term: Term, weight: float, path: Path, files: Files) -> Factor:
+    import numpy as np
+
+    from weightsmith.merging.combining.factors import Factor
+
+    left = files.matrix(term.left)
+    right = files.matrix(term.right) if term.right else np.ones((1, 1), np.float32)
+    a, b = (left.T, right.T) if _turned(term) else (right, left)
+    return Factor(
+        a=np.ascontiguousarray(a),
+        b=np.ascontiguousarray(b),
+        weight=weight,
+        scaling=term.scaling,
+        adapter=adapter_digest(path),
+    )
+
+
+def adapter_digest(root: Path) -> str:
+    """Return what an adapter is known by in draws: the sha256 of its weights."""
+    path = root / "adapter_model.safetensors"
+    state = path.stat()
+    return _digest(path, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _digest(path: Path, _size: int, _changed: int) -> str:
+    from weightsmith.merging.stream import sha256_file
+
+    return sha256_file(path)

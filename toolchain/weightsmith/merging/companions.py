@@ -1,0 +1,223 @@
+"""The files beside the weights: configuration, tokenizer, chat template, where generation ends."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from weightsmith.foreign import TOKENIZER, json_object, read_json
+from weightsmith.merging.plan import MergePlan
+
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+_GENERATION = "generation_config.json"
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+def companion_files(plan: MergePlan) -> tuple[dict[str, bytes], list[str]]:
+    """Return the files to write beside the weights, by relative path, and what is worth knowing.
+
+    The last adapter that has tokenizer files wins over the base as a whole set, since mixing two
+    tokenizers' files makes a third one; a chat template or a generation_config.json alone wins by
+    itself.
+    """
+    files = {
+        name: (plan.base.root / name).read_bytes()
+        for name in plan.base_files
+        if not name.endswith((".safetensors", ".safetensors.index.json"))
+    }
+    findings: list[str] = []
+    before = _object(files, _GENERATION)
+    for adapter in plan.adapters:
+        findings += _overlay(files, adapter.root, adapter.files)
+        if _GENERATION in adapter.files:
+            files[_GENERATION] = (adapter.root / _GENERATION).read_bytes()
+            findings.append(f"{_GENERATION} taken from the adapter {adapter.root.name}")
+    _set_dtype(files, plan.dtype)
+    _apply(files, plan.settings)
+    findings += _join_ends(files, plan, before)
+    return files, findings
+
+
+def adapter_companions(plan: MergePlan) -> tuple[dict[str, bytes], list[str]]:
+    """Return the files beside a combined adapter's weights: what its adapters bring, no more.
+
+    The last one that has a tokenizer or a chat template wins, as in a merge.
+    """
+    files: dict[str, bytes] = {}
+    findings: list[str] = []
+    for adapter in plan.adapters:
+        findings += _overlay(files, adapter.root, adapter.files)
+        if _GENERATION in adapter.files:
+            files[_GENERATION] = (adapter.root / _GENERATION).read_bytes()
+            findings.append(f"{_GENERATION} taken from the adapter {adapter.root.name}")
+    return files, findings
+
+
+def index_json(weight_map: Mapping[str, str], total_size: int, parameters: int) -> bytes:
+    """Return the text of `model.safetensors.index.json`."""
+    metadata = {"total_parameters": parameters, "total_size": total_size}
+    return _json({"metadata": metadata, "weight_map": dict(weight_map)})
+
+
+def write_file(root: Path, name: str, data: bytes) -> dict[str, Any]:
+    """Write a small file under the folder, mode 0644, and return path, size and sha256."""
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_bytes(data)
+    temporary.chmod(0o644)
+    temporary.rename(path)
+    return {"path": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _overlay(files: dict[str, bytes], root: Path, names: tuple[str, ...]) -> list[str]:
+    """Put an adapter's tokenizer and chat template in place of what is there."""
+    own = [name for name in names if name in _TOKENIZER]
+    before = _template_in(files)
+    template = [name for name in names if name in _TEMPLATES]
+    complete = any(name in own for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    if complete:
+        for name in _TOKENIZER:
+            files.pop(name, None)
+    new = {name: (root / name).read_bytes() for name in (own if complete else []) + template}
+    if not complete and not template and "tokenizer_config.json" in own:
+        new = _template_of(root, files)
+    if any(name in _TEMPLATES for name in new) or _template_in(new):
+        for name in _TEMPLATES:
+            files.pop(name, None)
+    files.update(new)
+    if before and not _template_in(files) and not any(name in files for name in _TEMPLATES):
+        # The adapter's tokenizer has none of its own, and replaced the file that held the base's.
+        files["chat_template.jinja"] = before.encode()
+    return [f"{', '.join(sorted(new))} taken from the adapter {root.name}"] if new else []
+
+
+def _template_in(files: Mapping[str, bytes]) -> str:
+    """Return the chat template that tokenizer_config.json holds, or nothing."""
+    template = _object(files, "tokenizer_config.json").get("chat_template")
+    return template if isinstance(template, str) else ""
+
+
+def _template_of(root: Path, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Take the chat template alone from a tokenizer_config.json that came without a tokenizer."""
+    template = read_json(root / "tokenizer_config.json").get("chat_template")
+    if not template or "tokenizer_config.json" not in files:
+        return {}
+    config = _object(files, "tokenizer_config.json")
+    return {"tokenizer_config.json": _json(config | {"chat_template": template})}
+
+
+def _set_dtype(files: dict[str, bytes], dtype: str) -> None:
+    """Make config.json say the type that the weights were cast to, under the keys that it uses."""
+    if dtype == "auto":
+        return
+    config = _object(files, "config.json")
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in ("dtype", "torch_dtype"):
+            if key in part or (part is config and key == "torch_dtype" and "dtype" not in part):
+                part[key] = _NAMES[dtype]
+    files["config.json"] = _json(config)
+
+
+def _apply(files: dict[str, bytes], settings: Mapping[str, Any]) -> None:
+    """Change config.json, its text part where that holds the setting; None leaves a key out."""
+    if not settings:
+        return
+    config = _object(files, "config.json")
+    inner = config.get("text_config")
+    text = inner if isinstance(inner, dict) else {}
+    for name, value in settings.items():
+        if value is None:
+            config.pop(name, None)
+            continue
+        held = name in text
+        if held:
+            text[name] = value
+        if name in config or not held:
+            config[name] = value
+    files["config.json"] = _json(config)
+
+
+def _join_ends(files: dict[str, bytes], plan: MergePlan, base: Mapping[str, Any]) -> list[str]:
+    """Make generation_config.json name every end-of-sequence token that any input names.
+
+    A fine-tuned model that may end its turns with another token than its base never stops where
+    only one of the two is listed. The file is left as it is when it names them all.
+    """
+    generation = _object(files, "generation_config.json")
+    ends: dict[int, None] = dict.fromkeys(_ids(generation))
+    for source in (base, _object(files, "config.json"), *_generation_configs(plan)):
+        ends.update(dict.fromkeys(_ids(source)))
+    ends.update(dict.fromkeys(_tokenizer_end(files)))
+    if not ends or set(ends) == set(_ids(generation)):
+        return []
+    before = _ids(generation)
+    tokens = list(ends)
+    generation["eos_token_id"] = tokens[0] if len(tokens) == 1 else tokens
+    if "generation_config.json" not in files:
+        generation = {"_from_model_config": True, **_special(files), **generation}
+        if len(tokens) == 1:
+            # The model's own config says the same already.
+            return []
+    files["generation_config.json"] = _json(generation)
+    return [f"generation_config.json: end tokens {before or 'none'} became {tokens}"]
+
+
+def _generation_configs(plan: MergePlan) -> list[dict[str, Any]]:
+    name = "generation_config.json"
+    return [read_json(adapter.root / name) for adapter in plan.adapters if name in adapter.files]
+
+
+def _ids(config: Mapping[str, Any]) -> list[int]:
+    value = config.get("eos_token_id")
+    return [n for n in (value if isinstance(value, list) else [value]) if type(n) is int]
+
+
+def _special(files: Mapping[str, bytes]) -> dict[str, Any]:
+    config = _object(files, "config.json")
+    keys = ("bos_token_id", "pad_token_id")
+    return {key: config[key] for key in keys if config.get(key) is not None}
+
+
+def _tokenizer_end(files: Mapping[str, bytes]) -> list[int]:
+    """Return the id of the tokenizer's own end token."""
+    config = _object(files, "tokenizer_config.json")
+    end = config.get("eos_token")
+    text = end.get("content") if isinstance(end, dict) else end
+    if not isinstance(text, str):
+        return []
+    added = config.get("added_tokens_decoder") or {}
+    found = [int(n) for n, t in added.items() if isinstance(t, dict) and t.get("content") == text]
+    if found or "tokenizer.json" not in files:
+        return found
+    tokenizer = _object(files, "tokenizer.json")
+    found = [t["id"] for t in tokenizer.get("added_tokens", []) if t.get("content") == text]
+    vocabulary = tokenizer.get("model", {}).get("vocab", {})
+    if not found and isinstance(vocabulary, dict) and text in vocabulary:
+        found = [vocabulary[text]]
+    return found
+
+
+def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """Return what a file says, nothing where it is not there."""
+    return json_object(files.get(name, b"{}"), name, largest=TOKENIZER)
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,278 @@
+"""Claims -> outputs: every tensor of the merged checkpoint, file by file."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+from weightsmith.errors import InputRefused
+from weightsmith.merging.base import BaseTensors
+from weightsmith.merging.claim import SHOWN, AdapterView, Claim
+from weightsmith.merging.combining.changes import combined
+from weightsmith.merging.combining.combination import Combination
+from weightsmith.merging.duplicates import same_beginning, same_bytes
+from weightsmith.merging.mixture import Mixture, Share
+from weightsmith.merging.outputs import Output, OutputShard, Source, Stored, matrix_columns
+from weightsmith.merging.tying import Tie, is_embedding, is_head
+
+MERGEABLE = frozenset({"BF16", "F16", "F32"})
+_FLOATS = MERGEABLE | {"F64"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Composition:
+    """The files to write, what config.json says differently, and what is worth knowing."""
+
+    shards: tuple[OutputShard, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    findings: tuple[str, ...] = ()
+
+
+def compose(
+    base: BaseTensors,
+    tie: Tie | None,
+    views: Sequence[AdapterView],
+    claims: Sequence[Sequence[Claim]],
+    dtype: str,
+    combination: Combination,
+) -> Composition:
+    """Return every output, in the order of the base's bytes; `claims[i]` are those of `views[i]`.
+
+    Raises InputRefused where claims contradict each other or the base's type cannot hold them.
+    """
+    shares: dict[str, list[Share]] = defaultdict(list)
+    for view, some in zip(views, claims, strict=True):
+        for claim in some:
+            if claim.target:
+                share = Share(claim=claim, weight=view.weight, path=view.path)
+                shares[claim.target].append(share)
+    untied = _untie(tie, shares)
+    outputs: dict[str, Output] = {}
+    for name, source in base.sources.items():
+        outputs[name] = compose_output(name, source, shares[name], dtype, combination)
+    layout = {shard: list(names) for shard, names in base.layout}
+    if tie and untied:
+        source = base.sources[tie.embedding]
+        # Without a change of its own the head is the shared weight as it was: a copy of it.
+        outputs[tie.head] = compose_output(tie.head, source, shares[tie.head], dtype, combination)
+        home = next(names for names in layout.values() if tie.embedding in names)
+        place = home.index(tie.embedding) + 1
+        if tie.head not in base.sources:
+            home.insert(place, tie.head)
+        for name, shared in tie.also:
+            outputs[name] = replace(outputs[shared], name=name)
+            home.insert(place, name)
+    for name, mine in shares.items():
+        if any(share.claim.new for share in mine):
+            layout[base.layout[-1][0]].append(name)
+            outputs[name] = _added(name, mine, base, dtype)
+    settings: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
+    if tie is None and _touches_both(shares, outputs):
+        # Said aloud, for classes that would tie where config.json is silent.
+        settings["tie_word_embeddings"] = False
+    return Composition(
+        shards=tuple(
+            OutputShard(name=shard, outputs=tuple(outputs[name] for name in names))
+            for shard, names in layout.items()
+        ),
+        settings=settings | _vocabulary(base, outputs, tie),
+        findings=(untied,) if untied else _kept(tie, shares),
+    )
+
+
+def _touches_both(shares: Mapping[str, Sequence[Share]], outputs: Mapping[str, Output]) -> bool:
+    """Say whether an embedding or a head changes in a checkpoint that has one of each."""
+    names = [name.removesuffix(".weight") for name in outputs]
+    changed = [name.removesuffix(".weight") for name, some in shares.items() if some]
+    both = any(map(is_head, names)) and any(map(is_embedding, names))
+    return both and any(is_head(name) or is_embedding(name) for name in changed)
+
+
+def out_dtype(source: Source, dtype: str) -> str:
+    """Return the type that a base tensor is written in."""
+    return dtype if dtype != "auto" and source.dtype in _FLOATS else source.dtype
+
+
+def _untie(tie: Tie | None, shares: dict[str, list[Share]]) -> str:
+    """Give the head its own shares where it changes otherwise than the embedding; say why.
+
+    Changes of both stay with the shared weight, where the head's own copy, if the base has one,
+    gets them too.
+    """
+    if tie is None:
+        return ""
+    shared = [share for share in shares[tie.embedding] if share.claim.both]
+    alone = [share for share in shares[tie.embedding] if not share.claim.both]
+    own = shares[tie.head]
+    if not alone and not own:
+        shares[tie.head] = list(shared)
+        return ""
+    if not tie.known:
+        raise InputRefused(
+            f"the adapter changes {tie.embedding} and its tied head differently, and what this "
+            "model calls its head is not known",
+            hint="serve it unmerged, or train embedding and head together (ensure_weight_tying)",
+        )
+    shares[tie.head] = shared + own
+    modules = sorted({share.claim.module for share in (*alone, *own)})
+    return (
+        f"untied: the adapter changes {' and '.join(modules)} alone, so {tie.head} is written "
+        f"beside {tie.embedding} and tie_word_embeddings becomes false"
+    )
+
+
+def _kept(tie: Tie | None, shares: Mapping[str, Sequence[Share]]) -> tuple[str, ...]:
+    if tie is None or not shares.get(tie.embedding):
+        return ()
+    return (f"still tied: {tie.embedding} is changed once, for the embedding and the head",)
+
+
+def compose_output(
+    name: str, source: Source, shares: Sequence[Share], dtype: str, combination: Combination
+) -> Output:
+    """Return one output: the source with all that is claimed to change it.
+
+    Low-rank terms alone are summed exactly; a tensor or rows that one adapter replaces are taken
+    as they are; everything else is W + Σ weight · (changed - W) in float64 (`Mixture`), or what
+    the method makes of these deltas (`Combined`).
+    """
+    out, columns = out_dtype(source, dtype), matrix_columns(source.shape)
+    plain = Output(name=name, dtype=out, shape=source.shape, source=source, columns=columns)
+    if not shares:
+        return plain
+    if source.dtype not in MERGEABLE and not _is_taken(source, shares):
+        raise InputRefused(
+            f"the base's {name} is of type {source.dtype}",
+            hint="adapters can be merged onto bfloat16, float16 and float32 weights",
+        )
+    claims = [share.claim for share in shares]
+    plain = replace(plain, columns=next((c.columns for c in claims if c.columns), columns))
+    _check_overlaps(name, shares)
+    if combination.sums and all(claim.terms for claim in claims):
+        terms = tuple(term for claim in claims for term in claim.terms)
+        return replace(plain, terms=terms, kind="merged")
+    alone = len({share.path for share in shares}) == 1 and shares[0].weight == 1.0
+    taken = any(claim.replacement or claim.patch for claim in claims)
+    # What one adapter alone brings as a whole is no delta that could be voted on or pruned.
+    if alone and (combination.sums or taken):
+        return _of_one(plain, claims)
+    resized = [c.replacement for c in claims if c.replacement]
+    if len(resized) == len(claims) and _only_grown(source, resized):
+        return replace(plain, source=resized[0], shape=resized[0].shape, kind="replaced")
+    if any(stored.shape != source.shape for stored in resized):
+        raise InputRefused(
+            f"an adapter with another vocabulary size replaces {name}: {list(resized[0].shape)} "
+            f"for {list(source.shape)}",
+            hint="merge it alone and at weight 1; then merge the others onto the result",
+        )
+    if combination.sums:
+        return replace(plain, change=Mixture(shares=tuple(shares)), kind="merged")
+    return replace(plain, change=combined(name, shares, combination), kind="merged")
+
+
+def _is_taken(source: Source, shares: Sequence[Share]) -> bool:
+    """Say whether one adapter's tensor of the same type takes the place: nothing is computed."""
+    (share, *others) = shares
+    stored = share.claim.replacement
+    return stored is not None and stored.dtype == source.dtype and not others and share.weight == 1
+
+
+def _only_grown(source: Source, tensors: Sequence[Stored]) -> bool:
+    """Say whether all adapters bring the same tensor: the base's rows, and more after them."""
+    first, *others = tensors
+    if not isinstance(source, Stored) or first.shape[0] <= source.shape[0]:
+        return False
+    same = (same_bytes(first.path, first.info, o.info, o.path) for o in others)
+    return same_beginning(first.path, first.info, source.path, source.info) and all(same)
+
+
+def _added(name: str, shares: Sequence[Share], base: BaseTensors, dtype: str) -> Output:
+    """Return a tensor that the base has not, in the type of the base's matrices."""
+    (share,) = shares
+    stored = share.claim.replacement
+    assert stored is not None  # noqa: S101 - new tensors are an adapter's own
+    kinds = [source.dtype for source in base.sources.values() if len(source.shape) == 2]
+    usual = next((kind for kind in kinds if kind in MERGEABLE), stored.dtype)
+    return Output(
+        name=name,
+        dtype=usual if dtype == "auto" else dtype,
+        shape=stored.shape,
+        source=stored,
+        columns=matrix_columns(stored.shape),
+        kind="replaced",
+    )
+
+
+def _of_one(plain: Output, claims: Sequence[Claim]) -> Output:
+    """Return what a single adapter at weight 1 makes of a tensor."""
+    made, kind = plain, "merged"
+    replacement = next((claim.replacement for claim in claims if claim.replacement), None)
+    if replacement is not None:
+        made = replace(made, source=replacement, shape=replacement.shape)
+        kind = "merged" if len(claims) > 1 else "replaced"
+    terms = tuple(term for claim in claims for term in claim.terms)
+    patches = tuple(claim.patch for claim in claims if claim.patch)
+    for patch in patches:
+        if max(patch.places, default=0) >= made.rows:
+            raise InputRefused(
+                f"the adapter trains token {max(patch.places)}, but {plain.name} has {made.rows}",
+                hint="resize the base's vocabulary as the training did, or export the adapter with "
+                "save_embedding_layers=True",
+            )
+    change = next((claim.change for claim in claims if claim.change), None)
+    return replace(made, terms=terms, patches=patches, change=change, kind=kind)
+
+
+def _vocabulary(
+    base: BaseTensors, outputs: Mapping[str, Output], tie: Tie | None
+) -> dict[str, Any]:
+    """Return the new `vocab_size`, where embeddings and heads have one and the same new one."""
+    sizes: dict[str, int] = {}
+    for name, output in outputs.items():
+        module = name.removesuffix(".weight")
+        if (is_embedding(module) or is_head(module)) and output.shape:
+            source = base.sources.get(name) or base.sources[tie.embedding if tie else name]
+            sizes[name] = output.shape[0] if output.shape != source.shape else -1
+    changed = {size for size in sizes.values() if size > 0}
+    if not changed:
+        return {}
+    if len(set(sizes.values())) > 1:
+        raise InputRefused(
+            f"the adapter resizes {', '.join(n for n, s in sizes.items() if s > 0)} alone: "
+            "embedding and head would differ in their number of tokens",
+            hint="export the adapter with save_pretrained(..., save_embedding_layers=True)",
+        )
+    return {"vocab_size": changed.pop()}
+
+
+def _check_overlaps(name: str, shares: Sequence[Share]) -> None:
+    """Refuse an adapter that changes the same rows twice: its modules mean the same tensor."""
+    for path in {share.path for share in shares}:
+        mine = [share.claim for share in shares if share.path == path]
+        spans = sorted(
+            (term.first, term.first + term.shape[0], claim.module)
+            for claim in mine
+            for term in claim.terms
+        )
+        doubled = [
+            f"{one[2]} and {other[2]}"
+            for one, other in pairwise(spans)
+            if other[0] < one[1] and one[2] != other[2]
+        ]
+        kinds = [claim.kind for claim in mine if not claim.terms]
+        # A copy of the base that comes with factors or rows for it is what they are added to; PEFT
+        # writes one for embeddings, heads and biases alone.
+        modules = [claim.module for claim in mine]
+        copied = name.endswith("bias") or all(is_embedding(m) or is_head(m) for m in modules)
+        legal = len(kinds) == len(set(kinds)) and not ({"change", "patch"} <= set(kinds))
+        legal = legal and (not spans or set(kinds) <= {"replacement"})
+        legal = legal and (len(mine) == 1 or copied or "replacement" not in kinds)
+        if doubled or not legal:
+            what = doubled[:SHOWN] or sorted({claim.module for claim in mine})
+            raise InputRefused(
+                f"{path} changes {name} twice: {', '.join(what)}",
+                hint="two of its modules mean the same base tensor; export one adapter per folder",
+            )

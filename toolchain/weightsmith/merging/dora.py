@@ -1,0 +1,76 @@
+"""DoRA: each row (or column) of W + s·BA brought to a trained length."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightsmith.errors import InputRefused
+from weightsmith.merging.mixture import Adder, adder
+from weightsmith.merging.outputs import Files, Output, Rows, Stored, Term
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+_PASS = 1 << 18
+"""Elements at a time in the pass that measures columns."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dora:
+    """m · (W + s·BA) / ‖W + s·BA‖, in float64 (Liu et al., "DoRA", 2024, equation 5)."""
+
+    term: Term
+    magnitude: Stored
+    by_column: bool
+    """True where the base stores (in, out), so that lengths are those of columns."""
+    whole: bool = False
+    by_row: bool = True
+
+    def held_elements(self, output: Output) -> int:
+        """Return how many float64 elements are in memory at a time."""
+        return self.term.rank * sum(self.term.shape) + 2 * (output.rows + output.columns)
+
+    def begin(self, output: Output, files: Files) -> Rows:
+        """Return what computes rows; columns are measured first, in a pass over the tensor."""
+        width = output.columns if self.by_column else output.rows
+        count = math.prod(self.magnitude.shape)
+        magnitude = files.rows(self.magnitude.path, self.magnitude.info, 0, 1, count)[0]
+        if len(magnitude) != width:
+            raise InputRefused(
+                f"{self.magnitude.info.name} has {len(magnitude)} lengths, {output.name} needs "
+                f"{width}",
+                hint="the adapter was trained on another model",
+            )
+        lengths, add = magnitude.astype("float64"), adder(self.term, files)
+        measured = self._columns(output, files, add) if self.by_column else None
+
+        def rows(first: int, count: int) -> np.ndarray:
+            total = _sum(output, files, add, first, count)
+            if measured is not None:
+                total *= lengths / measured
+            else:
+                norms = (total * total).sum(1) ** 0.5
+                total *= (lengths[first : first + count] / norms)[:, None]
+            return total
+
+        return rows
+
+    @staticmethod
+    def _columns(output: Output, files: Files, add: Adder) -> np.ndarray:
+        step = max(1, _PASS // output.columns)
+        first = _sum(output, files, add, 0, min(step, output.rows))
+        squares: np.ndarray = (first * first).sum(0)
+        for start in range(step, output.rows, step):
+            part = _sum(output, files, add, start, min(step, output.rows - start))
+            squares += (part * part).sum(0)
+        squares **= 0.5
+        return squares
+
+
+def _sum(output: Output, files: Files, add: Adder, first: int, count: int) -> np.ndarray:
+    total = output.source.rows(files, first, count, output.columns).astype("float64")
+    add(total, first)
+    return total

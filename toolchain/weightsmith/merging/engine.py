@@ -1,0 +1,326 @@
+"""The merge: base and adapters in, a plain checkpoint out, in the memory of a few blocks."""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from threadpoolctl import threadpool_limits
+
+from weightsmith.checkpoints.safetensors import open_checkpoint
+from weightsmith.errors import CheckFailed, EnvironmentFailure, UsageError
+from weightsmith.files import sync_folder
+from weightsmith.merging.combining.combination import Combination
+from weightsmith.merging.combining.measure import measure
+from weightsmith.merging.companions import companion_files, index_json, write_file
+from weightsmith.merging.fast import needs_torch
+from weightsmith.merging.journal import Journal, open_out
+from weightsmith.merging.keep import keep_adapter
+from weightsmith.merging.kernel import PIECE, check_arithmetic
+from weightsmith.merging.libc import keep_freed_memory
+from weightsmith.merging.outputs import OutputShard
+from weightsmith.merging.plan import KINDS, MergePlan, make_plan
+from weightsmith.merging.proof import Proof, prove
+from weightsmith.merging.repair import Repairs
+from weightsmith.merging.shards import BLOCK, Settings, ShardMaker
+from weightsmith.merging.stream import Writer, sha256_file
+from weightsmith.merging.tally import Tally
+from weightsmith.values import key_of
+
+_RECIPE = 1
+"""Raised when the same inputs would give other bytes."""
+_MOST_WORKERS = 16
+_GPU_BLOCK = 1 << 24
+_SHOWN = 5
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeRequest:
+    """What to merge, and how."""
+
+    base: Path
+    adapters: tuple[tuple[Path, float], ...]
+    """Folder and weight, in order."""
+    out: Path
+    dtype: str = "auto"
+    precision: str = "exact"
+    method: str = "sequential"
+    density: float | None = None
+    rank: int | None = None
+    seed: int = 0
+    space: str = "delta"
+    quantized_base: str = "refuse"
+    keep_adapter: bool = False
+    """Write the combined adapter to `out` instead of merging it."""
+    device: str = "auto"
+    workers: int = 0
+    """Threads; 0 for one per CPU."""
+    own_out: bool = False
+    """`out` is a folder of the caller's making: what it holds of another merge is deleted."""
+
+    @property
+    def combination(self) -> Combination:
+        """How the adapters become one; raises UsageError where the parameters do not fit."""
+        return Combination(
+            method=self.method,
+            density=self.density,
+            rank=self.rank,
+            seed=self.seed,
+            space=self.space,
+        )
+
+
+def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, Any]:
+    """Write base + adapters as a checkpoint in `out`, and return what was written.
+
+    Exact merges are the correctly rounded result of the real number W + Σ weight·scaling·B·A, so
+    their bytes do not depend on threads, blocks or machine. A killed merge goes on at the first
+    unfinished shard. The written file is read back and checked on random rows. `progress` is called
+    with bytes done and bytes in all. Raises InputRefused, UsageError, CheckFailed or
+    EnvironmentFailure.
+    """
+    started = time.monotonic()
+    plan = make_plan(
+        request.base,
+        request.adapters,
+        dtype=request.dtype,
+        combination=request.combination,
+        quantized_base=request.quantized_base,
+    )
+    if request.keep_adapter:
+        return _keep(request, plan, started)
+    settings = _settings(request, plan)
+    inputs = (request.base, *(path for path, _ in request.adapters))
+    journal = open_out(request.out, inputs, _key(request, plan), own=request.own_out)
+    tally, findings = Tally(), list(plan.findings)
+    keep_freed_memory()
+    with _one_thread_per_worker(settings):
+        shards = _write_shards(plan, settings, journal, tally, progress or (lambda *_: None))
+        small, notes = _write_companions(plan, request.out)
+        _check_index(plan, request.out)
+    journal.path.unlink(missing_ok=True)
+    conflicts, warnings = _conflicts(plan)
+    findings += _silent(plan, tally) + _unchanged(plan, tally) + warnings + notes
+    files = [{"path": s["file"], "size": s["size"], "sha256": s["sha256"]} for s in shards] + small
+    return {
+        "out": str(request.out),
+        "tensors": {kind: plan.count(kind) for kind in KINDS},
+        "tensor_bytes": {kind: plan.bytes_of(kind) for kind in KINDS},
+        "shards": shards,
+        "files": sorted(files, key=lambda entry: str(entry["path"])),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "seconds": time.monotonic() - started,
+        "findings": findings,
+        "conflicts": conflicts,
+        "quantized_base": dict(plan.quantized_base),
+        "repairs": {"float64": tally.repairs.float64, "exact": tally.repairs.exact},
+    }
+
+
+def _keep(request: MergeRequest, plan: MergePlan, started: float) -> dict[str, Any]:
+    """Write the combined adapter instead."""
+    if not request.adapters:
+        raise UsageError("there is no adapter to keep", hint="give --adapter")
+    request.out.mkdir(parents=True, exist_ok=True)
+    with threadpool_limits(1, "blas"):
+        made = keep_adapter(plan, request.combination, request.out)
+    conflicts, warnings = _conflicts(plan)
+    return {
+        **made,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "seconds": time.monotonic() - started,
+        "findings": [*plan.findings, *made["findings"], *warnings],
+        "conflicts": conflicts,
+    }
+
+
+def _conflicts(plan: MergePlan) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return how the adapters relate, in numbers, and warnings where they conflict."""
+    names = [adapter.root.name for adapter in plan.adapters]
+    with threadpool_limits(1, "blas"):
+        conflicts = measure(plan.outputs.values())
+    return conflicts.report(names), conflicts.findings(names)
+
+
+def _settings(request: MergeRequest, plan: MergePlan) -> Settings:
+    if request.precision not in ("exact", "fast"):
+        raise UsageError(f"unknown precision {request.precision!r}", hint="one of exact, fast")
+    if request.device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"unknown device {request.device!r}", hint="one of auto, cpu, cuda")
+    has_gpu = request.device != "cpu" and _has_gpu()
+    if request.device == "cuda" and not has_gpu:
+        raise EnvironmentFailure("torch finds no CUDA device", hint="merge with device cpu")
+    device = "cuda" if has_gpu else "cpu"
+    workers = request.workers or len(os.sched_getaffinity(0))
+    exact = request.precision == "exact"
+    return Settings(
+        exact=exact,
+        torch=device == "cuda" or (not exact and needs_torch(plan.outputs.values())),
+        device=device,
+        workers=2 if device == "cuda" else min(max(1, workers), _MOST_WORKERS),
+        block=_GPU_BLOCK if device == "cuda" else BLOCK,
+        piece=_GPU_BLOCK if device == "cuda" else PIECE,
+    )
+
+
+def _has_gpu() -> bool:
+    """Say whether torch sees a GPU; it is imported only where the system has a driver for one."""
+    if not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
+        return False
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def _key(request: MergeRequest, plan: MergePlan) -> str:
+    """Name the inputs: adapters by content, the base's large files by place, size and time."""
+    base = [
+        (shard.path.name, shard.file_size, shard.path.stat().st_mtime_ns, str(shard.path.resolve()))
+        for shard in plan.base.shards
+    ]
+    adapters = [
+        (
+            sha256_file(adapter.header.path),
+            sha256_file(adapter.root / "adapter_config.json"),
+            repr(adapter.weight),
+        )
+        for adapter in plan.adapters
+    ]
+    combination = asdict(request.combination)
+    how = [request.dtype, request.precision, combination, request.quantized_base]
+    return key_of([_RECIPE, base, adapters, *how])
+
+
+@contextmanager
+def _one_thread_per_worker(settings: Settings) -> Iterator[None]:
+    """Let blocks, not operations, run in parallel: idle threads would spin between them."""
+    with threadpool_limits(limits=1):
+        if not settings.torch:
+            check_arithmetic()
+            yield
+            return
+        import torch
+
+        from weightsmith.merging import torch_kernel
+
+        threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+        torch.set_num_threads(1)
+        torch.set_float32_matmul_precision("highest")
+        try:
+            torch_kernel.check_arithmetic(settings.device)
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            torch.set_float32_matmul_precision(precision)
+
+
+def _write_shards(
+    plan: MergePlan, settings: Settings, journal: Journal, tally: Tally, progress: Progress
+) -> list[dict[str, Any]]:
+    """Write what is not there yet; return all shards in their order."""
+    total = sum(shard.size for shard in plan.shards)
+    finished, parts = journal.finished(journal.path.parent), journal.parts()
+    done = 0
+
+    def advance(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(min(done, total), total)
+
+    def finish(shard: OutputShard, writer: Writer, repairs: Repairs) -> None:
+        finished[shard.name] = writer.finish()
+        tally.unchanged += _prove(shard, writer, maker, exact=settings.exact).unchanged
+        parts[shard.name] = tally.about((output.name for output in shard.outputs), repairs)
+        journal.record(finished, parts)
+
+    maker = ShardMaker(settings, tally)
+    # A shard is brought to the disk and proven while the next one is computed.
+    with closing(maker), ThreadPoolExecutor(1, "finish") as finisher:
+        waiting: Future[None] = finisher.submit(lambda: None)
+        for shard in plan.shards:
+            if shard.name in finished:
+                waiting.result()
+                tally.add(parts[shard.name])
+                advance(shard.size)
+                continue
+            before = replace(tally.repairs)
+            writer = maker.write(shard, journal.path.parent / shard.name, advance)
+            repairs = tally.repairs.since(before)
+            try:
+                waiting.result()
+            except BaseException:
+                writer.abandon()
+                raise
+            waiting = finisher.submit(finish, shard, writer, repairs)
+        waiting.result()
+    progress(total, total)
+    return [finished[shard.name] for shard in plan.shards]
+
+
+def _write_companions(plan: MergePlan, out: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Write everything that is not a shard; return the files, and what is worth knowing."""
+    extra, notes = companion_files(plan)
+    if plan.base.index_file:
+        extra[plan.base.index_file] = _index(plan)
+    written = [write_file(out, name, data) for name, data in sorted(extra.items())]
+    sync_folder(out)
+    return written, notes
+
+
+def _prove(shard: OutputShard, writer: Writer, maker: ShardMaker, *, exact: bool) -> Proof:
+    """Check what was written; what fails is not kept."""
+    checksums = tuple(writer.checksums)
+    try:
+        return prove(shard, writer.path, checksums, maker.files, maker.pool, exact=exact)
+    except CheckFailed:
+        writer.path.unlink(missing_ok=True)
+        raise
+
+
+def _check_index(plan: MergePlan, out: Path) -> None:
+    """Read the finished checkpoint as anyone would: index, headers, every planned tensor."""
+    found = open_checkpoint(out).tensors
+    missing = sorted(plan.outputs.keys() ^ found.keys())
+    if missing:
+        raise CheckFailed(
+            f"{out} was written wrong: {', '.join(missing[:_SHOWN])} is missing or too much",
+            hint="memory or disk may be faulty: merge again, on another machine if it recurs",
+        )
+
+
+def _index(plan: MergePlan) -> bytes:
+    """Return the index of the written shards, tensors in the order of their names."""
+    places = {output.name: shard.name for shard in plan.shards for output in shard.outputs}
+    elements = sum(math.prod(output.shape) for output in plan.outputs.values())
+    size = sum(shard.size for shard in plan.shards)
+    return index_json(dict(sorted(places.items())), size, elements)
+
+
+def _silent(plan: MergePlan, tally: Tally) -> list[str]:
+    """Say which adapters add nothing to some of their modules."""
+    return [
+        f"{plan.adapters[number].root.name}: a factor (lora_B) is all zero for {len(names)} of its "
+        f"tensors, such as {', '.join(names[:_SHOWN])}: it was not trained there"
+        for number, names in sorted(tally.silent.items())
+    ]
+
+
+def _unchanged(plan: MergePlan, tally: Tally) -> list[str]:
+    """Say which changes were lost in rounding: they are smaller than half a unit everywhere."""
+    silent = {name for names in tally.silent.values() for name in names}
+    lost = [name for name in tally.unchanged if name not in silent]
+    if not lost:
+        return []
+    share = f"{len(lost)} of {plan.count('merged')} merged tensors have the base's bits"
+    few = ", ".join(lost[:_SHOWN])
+    return [f"{share}, such as {few}: the change is too small for the checkpoint's type, or none"]

@@ -1,0 +1,223 @@
+"""LoRA on stacked experts (`target_parameters`), whether the base stacks them or not.
+
+PEFT keeps all experts of a layer in one pair of factors: A has a block of rows for each expert, B
+has expert e in every E-th column (`ParamWrapper.get_delta_weight`, peft/tuners/lora/layer.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+from weightsmith.checkpoints.safetensors import TensorInfo
+from weightsmith.errors import InputRefused
+from weightsmith.merging.claim import AdapterView, Claim
+from weightsmith.merging.outputs import Part, Term
+
+_ORDER = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+"""The order in which experts' classes register their parameters: the first is wrapped first."""
+_PIECES = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+}
+"""Stacked parameter -> what checkpoints with one tensor per expert call its parts, in order."""
+_TRANSPOSED_MODELS = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
+"""Models whose experts' classes say `is_transposed`: parameters are (experts, in, out)."""
+_ONE = re.compile(r"(?P<stack>.+\.experts)\.(?P<number>\d+)\.(?P<name>\w+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The factors of one wrapper."""
+
+    raw: str
+    a: TensorInfo
+    b: TensorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Where one stacked parameter is in the base."""
+
+    parameter: str
+    tensor: str
+    """The stacked tensor, or empty where each expert has tensors of its own."""
+    pieces: tuple[tuple[str, ...], ...]
+    """Expert -> its tensors, in the order of the stack's rows."""
+
+    def fits(self, view: AdapterView, pair: Pair) -> bool:
+        """Say whether a pair of factors can be this parameter's."""
+        return bool(_orientation(view, self, pair))
+
+
+def concerns(view: AdapterView, module: str) -> bool:
+    """Say whether a module is a stack of experts, or one expert that the base has in a stack."""
+    if view.find(module) or view.find(module, "in_proj_weight"):
+        return False
+    one = _ONE.fullmatch(module)
+    return bool(_stacks(view, module) or (one and _place(view, one["stack"], one["name"])))
+
+
+def claims(view: AdapterView, module: str, pairs: Sequence[Pair]) -> Iterator[Claim]:
+    """Yield one claim per base tensor that a module's pairs change.
+
+    Raises InputRefused where it is unclear which parameter a wrapper means, or where ranks or
+    shapes are another model's.
+    """
+    if (one := _ONE.fullmatch(module)) and not _stacks(view, module):
+        yield _one_of_stack(view, one, module, pairs[0])
+        return
+    for pair, stack in _assigned(view, module, pairs):
+        keys: tuple[str, ...] = (pair.a.name, pair.b.name)
+        name = f"{module}.{stack.parameter}"
+        for target, terms in _terms(view, name, stack, pair).items():
+            columns = view.shape(target)[-1]
+            yield Claim(keys=keys, module=name, target=target, columns=columns, terms=terms)
+            keys = ()
+
+
+def _stacks(view: AdapterView, module: str) -> list[Stack]:
+    """Return the parameters of a module that the configuration targets, first wrapped first."""
+    wanted = view.config.raw.get("target_parameters") or ()
+    names = {name.rpartition(".")[2] for name in wanted}
+    names = {n for n in names if any(f".{module}.{n}".endswith(f".{name}") for name in wanted)}
+    order = sorted(names, key=lambda n: (_ORDER.index(n) if n in _ORDER else len(_ORDER), n))
+    return [stack for name in order if (stack := _stack(view, module, name))]
+
+
+def _stack(view: AdapterView, module: str, parameter: str) -> Stack | None:
+    if tensor := view.find(module, parameter):
+        return Stack(parameter, tensor, ())
+    for names in _PIECES.get(parameter, ((parameter,),)):
+        pieces: list[tuple[str, ...]] = []
+        while all(view.find(f"{module}.{len(pieces)}.{name}") for name in names):
+            pieces.append(tuple(view.find(f"{module}.{len(pieces)}.{name}") for name in names))
+        if pieces:
+            return Stack(parameter, "", tuple(pieces))
+    return None
+
+
+def _assigned(
+    view: AdapterView, module: str, pairs: Sequence[Pair]
+) -> Iterator[tuple[Pair, Stack]]:
+    """Yield which wrapper is which parameter's: the innermost wraps the first that fits."""
+    stacks = _stacks(view, module)
+    inner_first = sorted(pairs, key=lambda pair: -pair.raw.count("base_layer"))
+    orders = [
+        order
+        for order in permutations(stacks)
+        if len(order) == len(pairs)
+        and all(stack.fits(view, pair) for stack, pair in zip(order, inner_first, strict=True))
+    ]
+    known = all(stack.parameter in _ORDER for stack in stacks)
+    if not orders or (len(orders) > 1 and not known):
+        shapes = "; ".join(f"{p.raw}: A {list(p.a.shape)}, B {list(p.b.shape)}" for p in pairs)
+        names = ", ".join(stack.parameter for stack in stacks)
+        raise InputRefused(
+            f"{view.path}: {module} has {len(pairs)} pairs of factors, which do not fit the "
+            f"base's {names or 'parameters'} ({shapes})",
+            hint="the adapter was trained on another model, or its keys were renamed",
+        )
+    # In the order of registration where shapes leave it open.
+    yield from zip(inner_first, orders[0], strict=True)
+
+
+def _count(view: AdapterView, stack: Stack) -> int:
+    if not stack.tensor:
+        return len(stack.pieces)
+    shape = view.shape(stack.tensor)
+    return shape[0] if len(shape) == 3 else 1
+
+
+def _orientation(view: AdapterView, stack: Stack, pair: Pair) -> str:
+    """Return `straight` where the base stores (out, in), `turned` for (in, out), or nothing."""
+    given = (pair.b.shape[0], pair.a.shape[1])
+    if stack.tensor:
+        shape = view.shape(stack.tensor)[-2:]
+    else:
+        shapes = [view.shape(name) for name in stack.pieces[0]]
+        shape = (sum(s[0] for s in shapes), shapes[0][1])
+    experts = _count(view, stack)
+    if pair.a.shape[0] % experts or pair.b.shape[1] != pair.a.shape[0]:
+        return ""
+    stacked = bool(stack.tensor) and experts > 1
+    transposed = stacked and view.base_config.get("model_type") in _TRANSPOSED_MODELS
+    if given == shape and not transposed:
+        return "straight"
+    return "turned" if stacked and given == shape[::-1] else ""
+
+
+def _terms(view: AdapterView, name: str, stack: Stack, pair: Pair) -> dict[str, tuple[Term, ...]]:
+    """Return what the factors add to each base tensor."""
+    experts, orientation = _count(view, stack), _orientation(view, stack, pair)
+    rank = pair.a.shape[0] // experts
+    _check_rank(view, name, rank)
+    found: dict[str, list[Term]] = {}
+    for expert in range(experts):
+        a = Part(
+            stored=view.stored(pair.a.name),
+            height=pair.a.shape[0],
+            rows=slice(expert * rank, (expert + 1) * rank),
+        )
+        first = 0
+        for target in (stack.tensor,) if stack.tensor else stack.pieces[expert]:
+            height = pair.b.shape[0] if stack.tensor else view.shape(target)[0]
+            b = Part(
+                stored=view.stored(pair.b.name),
+                height=pair.b.shape[0],
+                rows=slice(first, first + height),
+                columns=slice(expert, None, experts),
+            )
+            first += height
+            left, right = (b, a) if orientation == "straight" else (a.turned, b.turned)
+            place = expert * left.shape[0] if stack.tensor else 0
+            found.setdefault(target, []).append(_term(view, name, left, right, place))
+    return {target: tuple(terms) for target, terms in found.items()}
+
+
+def _term(view: AdapterView, name: str, left: Part, right: Part, first: int) -> Term:
+    scaling = view.config.scaling(name)
+    factor = view.factor(scaling)
+    return Term(
+        adapter=view.index, left=left, right=right, scaling=scaling, factor=factor, first=first
+    )
+
+
+def _place(view: AdapterView, stack: str, name: str) -> tuple[str, int, int] | None:
+    """Return the stacked tensor, which of its parts a single expert's layer is, and of how many."""
+    for parameter, namings in _PIECES.items():
+        for names in namings:
+            tensor = view.find(stack, parameter)
+            if name in names and tensor and len(view.shape(tensor)) == 3:
+                return tensor, names.index(name), len(names)
+    return None
+
+
+def _one_of_stack(view: AdapterView, one: re.Match[str], module: str, pair: Pair) -> Claim:
+    """One expert's layer, as adapters of transformers 4 have it, in a base that stacks them."""
+    place = _place(view, one["stack"], one["name"])
+    tensor, part, parts = place or ("", 0, 1)
+    shape, number = view.shape(tensor), int(one["number"])
+    height = shape[1] // parts
+    if (pair.b.shape[0], pair.a.shape[1]) != (height, shape[2]) or number >= shape[0]:
+        raise InputRefused(
+            f"{view.path}: {module} does not fit {tensor} {list(shape)}",
+            hint="the adapter was trained on another model",
+        )
+    _check_rank(view, module, pair.a.shape[0])
+    a = Part(stored=view.stored(pair.a.name), height=pair.a.shape[0])
+    b = Part(stored=view.stored(pair.b.name), height=pair.b.shape[0])
+    term = _term(view, module, b, a, number * shape[1] + part * height)
+    keys = (pair.a.name, pair.b.name)
+    return Claim(keys=keys, module=module, target=tensor, columns=shape[2], terms=(term,))
+
+
+def _check_rank(view: AdapterView, name: str, rank: int) -> None:
+    if rank != view.config.rank(name):
+        raise InputRefused(
+            f"{view.path}: {name} has rank {rank} for each expert, but {view.config.rank(name)} in "
+            "adapter_config.json",
+            hint="configuration and weights are of different trainings; export both together",
+        )

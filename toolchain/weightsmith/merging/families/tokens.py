@@ -1,0 +1,93 @@
+"""Trained tokens: single rows of an embedding, or of a head, that an adapter brings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from weightsmith.errors import InputRefused
+from weightsmith.merging.claim import AdapterView, Claim, Family, Variant
+from weightsmith.merging.duplicates import same_bytes
+from weightsmith.merging.names import module_key, plain_module
+from weightsmith.merging.outputs import Patch
+from weightsmith.merging.tying import is_embedding, is_head
+
+_KEY = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?")
+
+
+def _claim(view: AdapterView) -> Iterator[Claim]:
+    found = {
+        plain_module(match["module"]): key
+        for key in view.keys
+        if (match := _KEY.fullmatch(module_key(key)))
+    }
+    for module, key in found.items():
+        yield _one(view, module, key, found)
+
+
+FAMILY = Family(
+    name="tokens",
+    kinds=frozenset({"LORA", "TRAINABLE_TOKENS"}),
+    claim=_claim,
+    variants=(
+        Variant(
+            name="`trainable_token_indices`, trainable tokens",
+            how="the adapter's rows take the base's place, in a tied head too",
+        ),
+    ),
+)
+
+
+def _one(view: AdapterView, module: str, key: str, found: dict[str, str]) -> Claim:
+    _check_bias(view, module)
+    places = _places(view, module)
+    info = view.keys[key]
+    head = bool(view.tie) and is_head(module)
+    target = view.need(module)
+    shape = view.shape(target)
+    if info.shape != (len(places), *shape[1:]):
+        raise InputRefused(
+            f"{view.path}: {key} has the shape {list(info.shape)}; {len(places)} tokens of "
+            f"{target} {list(shape)} need {[len(places), *shape[1:]]}",
+            hint="configuration and weights are of different trainings; export both together",
+        )
+    # PEFT lets a head follow its embedding, not an embedding its head.
+    both = bool(view.tie) and is_embedding(module)
+    twins = [m for m in found if (is_embedding(m) if head else is_head(m))]
+    if twins and (head or both):
+        other = found[twins[0]]
+        both = places == _places(view, twins[0]) and same_bytes(view.file, info, view.keys[other])
+        if both and head:
+            return Claim(keys=(key,), module=module)
+    patch = Patch(adapter=view.index, places=places, stored=view.stored(key))
+    return Claim(keys=(key,), module=module, target=target, patch=patch, both=both)
+
+
+def _check_bias(view: AdapterView, module: str) -> None:
+    """Refuse a head with a bias, which PEFT's layer of trained tokens leaves out."""
+    follows = view.tie and is_embedding(module)
+    head = view.tie.head.removesuffix(".weight") if view.tie and follows else module
+    if is_head(head) and view.find(head, "bias"):
+        raise InputRefused(
+            f"{view.path} trains tokens of {head}, whose bias PEFT leaves out while such an "
+            "adapter acts: no merged model answers as the trained one did",
+            hint="serve it unmerged with PEFT, or train the rows through modules_to_save",
+        )
+
+
+def _places(view: AdapterView, module: str) -> tuple[int, ...]:
+    """Return the rows that the configuration gives to a module, in the order of the tensor's."""
+    raw: Any = view.config.raw.get("trainable_token_indices")
+    if view.config.kind == "TRAINABLE_TOKENS":
+        raw = view.config.raw.get("token_indices")
+    if isinstance(raw, dict):
+        named = [rows for name, rows in raw.items() if f".{module}".endswith(f".{name}")]
+        # A tied head follows its embedding.
+        raw = named[0] if named else next(iter(raw.values()), ())
+    if not isinstance(raw, list) or not all(type(row) is int and row >= 0 for row in raw):
+        raise InputRefused(
+            f"{view.path}: adapter_config.json does not say which tokens {module} trains",
+            hint="export the adapter again with PEFT's save_pretrained",
+        )
+    return tuple(raw)

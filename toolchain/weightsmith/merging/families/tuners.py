@@ -1,0 +1,209 @@
+"""PEFT's other tuners: each layer's merged weight comes from PEFT's own code (`layer.py`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from weightsmith.errors import InputRefused
+from weightsmith.merging.claim import AdapterView, Claim, Family, Variant
+from weightsmith.merging.layer import Layer
+from weightsmith.merging.names import is_conv1d, module_key
+from weightsmith.merging.outputs import Source, Stored
+from weightsmith.merging.tuned import BIASED, Tuned
+from weightsmith.merging.tying import is_embedding
+
+_OWN = {
+    "ADALORA": "AdaLoRA",
+    "BEFT": "BEFT",
+    "BOFT": "BOFT",
+    "C3A": "C3A",
+    "DEFT": "DEFT",
+    "DELORA": "DeLoRA",
+    "FOURIERFT": "FourierFT",
+    "GLORA": "GLoRA",
+    "GRALORA": "GraLoRA",
+    "HIRA": "HiRA",
+    "HRA": "HRA",
+    "IA3": "IA³",
+    "LOHA": "LoHa",
+    "LOKR": "LoKr",
+    "MISS": "MiSS",
+    "OFT": "OFT",
+    "OSF": "OSF",
+    "PEANUT": "PEANuT",
+    "PSOFT": "PSOFT",
+    "ROAD": "RoAd",
+    "SHIRA": "SHiRA",
+    "SUPERTUNING": "SuperTuning",
+    "WAVEFT": "WaveFT",
+}
+"""`peft_type` -> name of tuners whose layers stand alone."""
+_SHARED = {
+    "PVERA": "PVeRA",
+    "RANDLORA": "RandLoRA",
+    "TINYLORA": "TinyLoRA",
+    "UNILORA": "UniLoRA",
+    "VBLORA": "VB-LoRA",
+    "VERA": "VeRA",
+}
+"""Tuners whose layers share projections or banks."""
+_ORDERED = ("TINYLORA", "UNILORA")
+"""Tuners that give layers numbers in the order of the model."""
+_NORM = "LN_TUNING"
+_WHOLE = frozenset({"base_layer", "modules_to_save", "original_module"})
+"""Parts of keys that hold a layer's own tensors, which the family `replaced` looks at."""
+
+
+def _claim(view: AdapterView) -> Iterator[Claim]:
+    if view.config.kind == _NORM:
+        yield from _norms(view)
+        return
+    modules, rest = _sorted(view)
+    kind = view.config.kind
+    shared = kind in _SHARED
+    if shared and not modules:
+        modules = dict.fromkeys(_targeted(view), ())
+    if not modules:
+        raise InputRefused(
+            f"{view.path} changes no module of the base",
+            hint=f"the adapter belongs to another model: {view.config.base_model!r}",
+        )
+    layers = {module: _layer(view, module, keys) for module, keys in modules.items()}
+    every = tuple(sorted((*(key for keys in modules.values() for key in keys), *rest)))
+    for number, (module, keys) in enumerate(modules.items()):
+        own = keys + (rest if shared and not number else ())
+        tuned: dict[str, Any] = {
+            "layer": layers[module],
+            "base": _base(view, module),
+            "keys": tuple(view.stored(key) for key in keys),
+            "raw": _raw(view, keys),
+            "file": view.file,
+            "shared": tuple(layers.values()) if shared else (),
+            "shared_keys": every if shared else (),
+            "folder": _folder(view, module) if kind in _ORDERED else None,
+        }
+        if kind != "BEFT":
+            yield Claim(
+                keys=own,
+                module=module,
+                target=view.need(module),
+                change=Tuned(parameter="weight", **tuned),
+            )
+        if kind in BIASED and (bias := view.find(module, "bias")):
+            yield Claim(
+                keys=own if kind == "BEFT" else (),
+                module=module,
+                target=bias,
+                change=Tuned(parameter="bias", **tuned),
+            )
+
+
+def _sorted(view: AdapterView) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+    """Return the keys by the module of the base that they begin with, and those of none."""
+    modules: dict[str, tuple[str, ...]] = {}
+    rest: list[str] = []
+    for key in view.keys:
+        parts = module_key(key).split(".")
+        if _WHOLE.intersection(parts) or view.names.find(module_key(key)):
+            continue
+        names = (".".join(parts[:cut]) for cut in range(len(parts) - 1, 0, -1))
+        module = next((name for name in names if view.find(name)), "")
+        own = f"{module}.weight", f"{module}.bias"
+        if module and module_key(key) not in own:
+            modules[module] = (*modules.get(module, ()), key)
+        elif view.config.kind in _SHARED and not module:
+            rest.append(key)
+    return modules, tuple(rest)
+
+
+def _targeted(view: AdapterView) -> list[str]:
+    """Return the modules that the configuration names, for tuners that save nothing per module."""
+    names = [name.removesuffix(".weight") for name in view.sources if name.endswith(".weight")]
+    return [name for name in names if view.config.targets(name)]
+
+
+def _raw(view: AdapterView, keys: tuple[str, ...]) -> str:
+    """Return the configuration for one layer alone.
+
+    WaveFT shares a number of frequencies out among all layers; the tensor tells this one's part.
+    """
+    raw = dict(view.config.raw)
+    if raw.get("proportional_parameters"):
+        own = next((view.keys[key].shape[0] for key in keys if "waveft_spectrum" in key), 0)
+        raw |= {"proportional_parameters": False, "n_frequency": own, "n_frequency_pattern": {}}
+    return json.dumps(raw, sort_keys=True)
+
+
+def _base(view: AdapterView, module: str) -> tuple[tuple[str, Source], ...]:
+    """Return a layer's parameters: the adapter's own copies, where it has such, or the base's."""
+    found: list[tuple[str, Source]] = []
+    for name in ("weight", "bias"):
+        if target := view.find(module, name):
+            own = (f"{prefix}{module}.base_layer.{name}" for prefix in ("base_model.model.", ""))
+            copy = next((key for key in own if key in view.keys), "")
+            found.append((name, view.stored(copy) if copy else view.source(target)))
+    return tuple(found)
+
+
+def _layer(view: AdapterView, module: str, keys: tuple[str, ...]) -> Layer:
+    shape = dict(_base(view, module))["weight"].shape
+    kinds = {1: "norm", 2: "linear", 3: "conv", 4: "conv", 5: "conv"}
+    if len(shape) not in kinds:
+        raise InputRefused(
+            f"{view.path}: {module} has the shape {list(shape)}, which fits no known kind of layer",
+            hint="serve this adapter unmerged with PEFT",
+        )
+    kind = kinds[len(shape)]
+    if kind == "linear" and is_conv1d(str(view.base_config.get("model_type", "")), module):
+        kind = "conv1d"
+    if kind == "linear" and _looks_up(module, keys):
+        kind = "embedding"
+    return Layer(module=module, kind=kind, shape=shape, bias=bool(view.find(module, "bias")))
+
+
+def _looks_up(module: str, keys: tuple[str, ...]) -> bool:
+    """Say whether a layer is an embedding, whose shape is no different from a linear layer's."""
+    last = module.rpartition(".")[2]
+    named = is_embedding(module) or last.endswith(("embeddings", "embed_positions", "wpe"))
+    return named or any("_embedding_" in key for key in keys)
+
+
+def _folder(view: AdapterView, module: str) -> Path | None:
+    """Return the base's folder, whose configuration gives the model's order of layers."""
+    source = view.source(view.need(module))
+    return source.path.parent if isinstance(source, Stored) else None
+
+
+def _norms(view: AdapterView) -> Iterator[Claim]:
+    """Trained norms are whole tensors that take the base's place."""
+    for key in view.keys:
+        module, _, parameter = module_key(key).rpartition(".")
+        module = module.removesuffix(".ln_tuning_layers")
+        yield Claim(
+            keys=(key,),
+            module=module,
+            target=view.need(module, parameter),
+            replacement=view.stored(key),
+        )
+
+
+_ALONE = "PEFT's layer, built around one base tensor at a time, float32, rounded once"
+_TOGETHER = "the same; what the layers share is loaded once"
+_WIDER = "; in float64, since its sums cancel"
+
+FAMILY = Family(
+    name="tuners",
+    kinds=frozenset({*_OWN, *_SHARED, _NORM}),
+    claim=_claim,
+    variants=(
+        *(Variant(name=name, how=_ALONE) for name in _OWN.values()),
+        *(
+            Variant(name=name, how=_TOGETHER + _WIDER * (kind == "RANDLORA"))
+            for kind, name in _SHARED.items()
+        ),
+        Variant(name="LayerNorm tuning", how="the adapter's tensor takes the base's place"),
+    ),
+)

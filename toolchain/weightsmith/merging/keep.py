@@ -1,0 +1,181 @@
+"""The combined adapter itself: written as one that PEFT loads, instead of merged."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from weightsmith.checkpoints.safetensors import build_header
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.merging.combining.changes import Combined, pair
+from weightsmith.merging.combining.combination import KEEPABLE, Combination
+from weightsmith.merging.combining.lowrank import Factors, concatenate, to_float32
+from weightsmith.merging.combining.measure import terms_of
+from weightsmith.merging.companions import adapter_companions, write_file
+from weightsmith.merging.mixture import Mixture
+from weightsmith.merging.names import module_key
+from weightsmith.merging.outputs import Band, Output, Term, bands
+from weightsmith.merging.plan import MergePlan
+from weightsmith.merging.rounding import F32
+from weightsmith.merging.stream import OpenFiles, Writer, as_bytes
+
+_SIDES = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?[AB](?:\.weight)?")
+_FIELDS = ("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out", "peft_version")
+_HINT = "merge into the base instead, without --keep-adapter"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Module:
+    """One module of the combined adapter."""
+
+    a: str
+    """Key of A in the file."""
+    b: str
+    output: Output
+    band: Band
+    rank: int
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shapes of A and B, as PEFT stores them."""
+        rows, columns = self.band.end - self.band.first, self.output.columns
+        if self.band.terms[0].left.transposed:
+            rows, columns = columns, rows
+        return (self.rank, columns), (rows, self.rank)
+
+    @property
+    def name(self) -> str:
+        """The module's name in the model."""
+        match = _SIDES.fullmatch(module_key(self.a))
+        return match["module"] if match else ""
+
+
+def keep_adapter(plan: MergePlan, combination: Combination, out: Path) -> dict[str, Any]:
+    """Write the combined adapter to `out`, in float32 and with scaling 1; return its files.
+
+    One module is in memory at a time. Raises UsageError for methods whose result is no adapter,
+    InputRefused for adapters that are more than pairs of factors.
+    """
+    if combination.space == "delta" and combination.method not in KEEPABLE:
+        raise UsageError(
+            f"the result of method {combination.method} is not an adapter: it has full rank",
+            hint=f"one of {', '.join(KEEPABLE)}, or --space factors",
+        )
+    modules = [module for output in plan.outputs.values() for module in _modules(output)]
+    files, writer = OpenFiles(), Writer(out / "adapter_model.safetensors")
+    try:
+        tensors = [
+            (key, "F32", shape)
+            for module in modules
+            for key, shape in zip((module.a, module.b), module.shapes, strict=True)
+        ]
+        writer.write(build_header(tensors, {"format": "pt"}))
+        for module in modules:
+            for side in _factors(module, files):
+                writer.write(as_bytes(np.ascontiguousarray(side, F32)))
+        weights = writer.finish()
+    except BaseException:
+        writer.abandon()
+        raise
+    finally:
+        files.close()
+    others, findings = adapter_companions(plan)
+    others["adapter_config.json"] = _config(plan, modules)
+    small = [write_file(out, name, data) for name, data in sorted(others.items())]
+    return {
+        "out": str(out),
+        "tensors": {"merged": 2 * len(modules), "copied": 0, "replaced": 0},
+        "tensor_bytes": {"merged": weights["size"], "copied": 0, "replaced": 0},
+        "shards": [weights],
+        "files": [
+            *small,
+            {"path": weights["file"], "size": weights["size"], "sha256": weights["sha256"]},
+        ],
+        "findings": findings,
+        "ranks": sorted({module.rank for module in modules}),
+    }
+
+
+def _modules(output: Output) -> Iterator[_Module]:
+    if output.kind == "copied":
+        return
+    change, terms = output.change, terms_of(output)
+    if isinstance(change, Combined | Mixture):
+        pure = all(share.claim.terms for share in change.shares)
+    else:
+        pure = change is None and not output.patches and output.kind == "merged"
+    if not pure or not all(_is_plain(term) for term in terms):
+        raise InputRefused(
+            f"the adapters change {output.name} by more than pairs of factors (DoRA, biases, "
+            "experts or whole tensors), which a combined LoRA adapter cannot hold",
+            hint=_HINT,
+        )
+    for band in bands(replace(output, terms=terms, change=None)):
+        if not band.terms:
+            continue
+        a, b = _keys(output, band)
+        rank = sum(term.rank for term in band.terms)
+        if isinstance(change, Combined):
+            rank = change.rank(output, band)
+        yield _Module(a=a, b=b, output=output, band=band, rank=rank)
+
+
+def _is_plain(term: Term) -> bool:
+    return term.right is not None and all(
+        part.whole and part.blocks == 1 for part in (term.left, term.right)
+    )
+
+
+def _keys(output: Output, band: Band) -> tuple[str, str]:
+    """Return the keys of A and B, which all adapters must agree upon."""
+    found = set()
+    for term in band.terms:
+        sides = [term.left.stored.info.name, term.right.stored.info.name if term.right else ""]
+        found.add(tuple(sides if term.left.transposed else sides[::-1]))
+    if len(found) > 1:
+        raise InputRefused(
+            f"the adapters name the module of {output.name} differently: "
+            + ", ".join(sorted(a for a, _ in found)),
+            hint=_HINT,
+        )
+    a, b = found.pop()
+    return a, b
+
+
+def _factors(module: _Module, files: OpenFiles) -> Factors:
+    """Return A and B of a module."""
+    output, band = module.output, module.band
+    if isinstance(output.change, Combined):
+        left, right = output.change.factors(output, band, files)
+    else:
+        pairs = [pair(term, band, files) for term in band.terms]
+        left, right = to_float32(concatenate(pairs), output.name)
+    return (left.T, right.T) if band.terms[0].left.transposed else (right, left)
+
+
+def _config(plan: MergePlan, modules: list[_Module]) -> bytes:
+    """Return adapter_config.json: alpha is the rank everywhere, so that scaling is 1."""
+    first = plan.adapters[0].config.raw
+    rank = max(module.rank for module in modules)
+    others = {re.escape(module.name): module.rank for module in modules if module.rank != rank}
+    config = {name: first[name] for name in _FIELDS if name in first} | {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted({module.name for module in modules}),
+        "use_rslora": False,
+        "use_dora": False,
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()

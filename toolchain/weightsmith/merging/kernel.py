@@ -1,0 +1,325 @@
+"""The merge of one tensor, block by block: W + Σ factor · B·A, correctly rounded at float32 speed.
+
+A first pass computes in `work` precision and bounds its own error rigorously. Rounding is monotone:
+where both ends of the error interval round to the same value, that value is the correctly rounded
+one, whatever the order of summation, thread count, block size, BLAS or device. The other elements,
+about one in a thousand, go to `repair`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from weightsmith.errors import EnvironmentFailure, InputRefused
+from weightsmith.merging.repair import Factors, Repairs, repair
+from weightsmith.merging.rounding import BF16, F16, F32, F64, FORMATS, round_once
+
+PIECE = 1 << 18
+"""Elements that are worked on at once: what the second-level cache holds."""
+
+SLACK = 8
+"""Half units that an interval is widened by, for the roundings of W + δ and of its own ends."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Addition:
+    """What is added to one tensor."""
+
+    name: str
+    factors: Factors
+    """Exact."""
+    dtype: np.dtype
+    """Of the result."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared(Addition):
+    """An addition that is ready to be applied to row blocks, with correct rounding."""
+
+    left: np.ndarray
+    """(rows, K), gains multiplied in, in the working type."""
+    right: np.ndarray
+    """(K, columns)."""
+    bound: np.ndarray
+    """(rows, 1): what the matrix product may be off by, in any order of summation."""
+    still: np.ndarray
+    """Rows that nothing is added to."""
+
+    @property
+    def work(self) -> np.dtype:
+        """The type of the first pass: one step above the result's."""
+        return self.left.dtype
+
+
+class Space:
+    """One worker's buffers for pieces of `elements`, so that these cost no allocation."""
+
+    def __init__(self, elements: int, dtype: np.dtype, work: np.dtype) -> None:
+        self.elements = elements
+        self.sums, self.spare, self.signed = (np.empty(elements, work) for _ in range(3))
+        self.low = np.empty(elements, dtype)
+
+    def pieces(self, rows: np.ndarray) -> Iterator[slice]:
+        """Yield the row ranges of a matrix that fit, one row at least."""
+        step = max(1, self.elements // max(1, rows.shape[1]))
+        for start in range(0, len(rows), step):
+            yield slice(start, min(start + step, len(rows)))
+
+
+def work_type(dtype: np.dtype) -> np.dtype:
+    """Return the first pass's type: float32 for 16-bit results, float64 for float32."""
+    return F64 if dtype == F32 else F32
+
+
+def prepare(name: str, factors: Factors, dtype: np.dtype) -> Prepared:
+    """Return the addition in the working type, with the error bound of each row."""
+    work = work_type(dtype)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        bound = _bound(factors.norms, factors.norm, len(factors.gains), work)
+        return Prepared(
+            name=name,
+            factors=factors,
+            left=(factors.left * factors.gains).astype(work),
+            right=factors.right.astype(work, copy=False),
+            bound=bound.astype(work)[:, None],
+            still=np.flatnonzero(factors.norms == 0),
+            dtype=dtype,
+        )
+
+
+def _bound(left: np.ndarray, right: float, terms: int, work: np.dtype) -> np.ndarray:
+    """Bound |computed - exact| of a row of the product, given its norms: γₙ · ‖bᵢ‖ · maxⱼ‖aⱼ‖.
+
+    γₙ = n·u / (1 - n·u) holds for any order of summation, fused or not (Higham, section 3.5); n
+    counts the K products and sums, the rounding of the gains, and room to spare. The second part
+    covers underflow, even where subnormals are flushed. A row that nothing is added to is exact,
+    and one whose partial sums could overflow has no bound.
+    """
+    info = np.finfo(work)
+    unit, tiny = float(info.eps) / 2, float(info.tiny)
+    n = (terms + 4) * unit
+    product = left * right
+    bound = (n / (1 - n)) * 1.01 * product + 4 * (terms + 2) * tiny * (1 + left + right)
+    bound[~(product <= float(info.max) / 256)] = np.inf
+    bound[left == 0] = 0.0
+    return bound
+
+
+def merge_rows(
+    prepared: Prepared, weight: np.ndarray, first: int, space: Space, out: np.ndarray
+) -> Repairs:
+    """Fill `out` with rows `first` and following of W + δ, correctly rounded, ties to even.
+
+    `weight` (rows, columns) is of the base's type, `out` of the result's. Rows without addition
+    keep W's bits. Raises InputRefused where W is not finite or `out` overflows.
+    """
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        flagged, safe = first_pass(prepared, weight, first, space, out)
+    return finish_rows(prepared, weight, first, out, flagged, safe)
+
+
+def finish_rows(
+    prepared: Prepared,
+    weight: np.ndarray,
+    first: int,
+    out: np.ndarray,
+    flagged: np.ndarray,
+    safe: bool,
+) -> Repairs:
+    """Decide what a first pass could not: the flat places `flagged`, or all if it is not `safe`."""
+    rows, columns = weight.shape
+    if not safe:
+        _check_base(prepared.name, weight)
+        flagged = np.arange(weight.size)
+    done = Repairs()
+    if len(flagged):
+        row = flagged // columns
+        values, done = repair(
+            prepared.factors,
+            weight.reshape(-1)[flagged],
+            row + first,
+            flagged - row * columns,
+            prepared.dtype,
+        )
+        out.reshape(-1)[flagged] = values
+    if len(prepared.still):
+        inside = prepared.still[(prepared.still >= first) & (prepared.still < first + rows)] - first
+        out[inside] = round_once(weight[inside], prepared.dtype)
+    if not safe:
+        _check_result(prepared, out)
+    return done
+
+
+def first_pass(
+    prepared: Prepared, weight: np.ndarray, first: int, space: Space, out: np.ndarray
+) -> tuple[np.ndarray, bool]:
+    """Round what the working type can decide, in pieces of the size of `space`.
+
+    Returns the flat places of what could not be decided, and whether every sum stays clear of
+    overflow.
+    """
+    safe, rest = True, []
+    limit = FORMATS[prepared.dtype].largest * 0.99
+    for part in space.pieces(weight):
+        place = first + part.start
+        sums = _sums(prepared, weight[part], place, space)
+        safe = safe and stays_below(sums, limit)
+        unsure = _round_ends(prepared, sums, place, space, out[part])
+        rest.append(np.flatnonzero(unsure) + part.start * weight.shape[1])
+    return np.concatenate(rest) if rest else np.empty(0, np.int64), safe
+
+
+def _sums(prepared: Prepared, weight: np.ndarray, first: int, space: Space) -> np.ndarray:
+    """Compute fl(W + fl(B·A)) in the working type."""
+    sums = space.sums[: weight.size].reshape(weight.shape)
+    np.matmul(prepared.left[first : first + len(weight)], prepared.right, out=sums)
+    if weight.dtype != prepared.work:
+        # One conversion and one addition of equal types: mixed, numpy converts in small buffers.
+        wide = space.spare[: weight.size].reshape(weight.shape)
+        if weight.dtype == F16 and prepared.work == F32 and not _any_infinite(weight):
+            _widen_half(weight, wide)
+        else:
+            np.copyto(wide, weight)
+        weight = wide
+    sums += weight
+    return sums
+
+
+def _widen_half(weight: np.ndarray, out: np.ndarray) -> None:
+    """Fill `out` with finite float16 values as float32, faster than numpy does.
+
+    The 15 low bits lie where float32 has exponent and fraction, 112 binades too low.
+    """
+    bits = out.view(np.int32)
+    np.left_shift(weight.view(np.int16), 13, out=bits, dtype=np.int32)
+    np.bitwise_and(bits, np.int32(-0x70002000), out=bits)
+    np.multiply(out, np.float32(2.0**112), out=out)
+
+
+def _any_infinite(weight: np.ndarray) -> bool:
+    """Say whether any float16 has the exponent of infinities and NaN."""
+    return bool(((weight.view(np.int16) & 0x7C00) == 0x7C00).any())
+
+
+def _round_ends(
+    prepared: Prepared, sums: np.ndarray, first: int, space: Space, out: np.ndarray
+) -> np.ndarray:
+    """Round both ends of sum ± error, the outer one into `out`; say flat where they differ.
+
+    The error is the row's bound and SLACK / 2 units of the sum's last place, and the ends are
+    computed with the sum's sign, so an interval around zero has ends that differ in it.
+    """
+    shape, size = sums.shape, sums.size
+    signed = _with_sign(prepared.bound[first : first + len(sums)], sums, space)
+    high = np.add(sums, signed, out=space.spare[:size].reshape(shape))
+    low = np.subtract(sums, signed, out=signed)
+    if prepared.dtype == BF16:
+        return _round_bits(high, low, 16, out)
+    if prepared.dtype == F16 and not _any_small(low):
+        return _round_bits(high, low, 13, out)
+    widen = prepared.work.type(SLACK * np.finfo(prepared.work).eps / 2)
+    high += high * widen
+    low -= low * widen
+    np.copyto(out, high, casting="unsafe")
+    lower = space.low[:size].reshape(shape)
+    np.copyto(lower, low, casting="unsafe")
+    bits = FORMATS[prepared.dtype].bits
+    differ: np.ndarray = out.view(bits) != lower.view(bits)
+    return differ.reshape(-1)
+
+
+def _with_sign(bound: np.ndarray, sums: np.ndarray, space: Space) -> np.ndarray:
+    """Return each row's bound with the sums' signs, in integers: four times as fast as copysign."""
+    signed = space.signed[: sums.size].reshape(sums.shape)
+    bits = np.dtype(f"u{sums.itemsize}")
+    sign = bits.type(1 << (8 * sums.itemsize - 1))
+    np.bitwise_and(sums.view(bits), sign, out=signed.view(bits))
+    np.bitwise_or(signed.view(bits), bound.view(bits), out=signed.view(bits))
+    return signed
+
+
+def _any_small(low: np.ndarray) -> bool:
+    """Say whether any of the float32 values is below float16's normal numbers."""
+    return bool((np.abs(low) < np.float32(2.0**-14)).any())
+
+
+def _round_bits(high: np.ndarray, low: np.ndarray, cut: int, out: np.ndarray) -> np.ndarray:
+    """Round float32 ends to 16 bits by their integers: add half a unit and cut the low bits.
+
+    A unit of float32 is one of its integer, whatever the sign. Ties, where this would not round to
+    even, lie in the interval's inside and so are always among those that differ. The half is more
+    than the slack, so that nothing is borrowed from the sign.
+    """
+    half = 1 << (cut - 1)
+    upper, lower = high.view(np.uint32), low.view(np.uint32)
+    np.add(upper, np.uint32(half + SLACK), out=upper)
+    np.add(lower, np.uint32(half - SLACK), out=lower)
+    np.bitwise_xor(upper, lower, out=lower)
+    bits = out.view(np.uint16)
+    if cut == 16:
+        np.right_shift(upper, np.uint32(16), out=bits, casting="unsafe")
+    else:
+        sign = upper >> np.uint32(16) & np.uint32(0x8000)
+        np.left_shift(upper, np.uint32(1), out=upper)
+        np.right_shift(upper, np.uint32(cut + 1), out=upper)
+        np.subtract(upper, np.uint32(112 << 10), out=upper)
+        np.bitwise_or(upper, sign, out=bits, casting="unsafe")
+    differ: np.ndarray = lower >= np.uint32(1 << cut)
+    return differ.reshape(-1)
+
+
+def stays_below(sums: np.ndarray, limit: float) -> bool:
+    """Say whether all are finite and below the limit; a sum of squares costs a third."""
+    flat = sums.reshape(-1)
+    if float(np.dot(flat, flat)) < limit * limit / 4:
+        return True
+    return bool(-limit < flat.min()) and bool(flat.max() < limit)
+
+
+def check_arithmetic() -> None:
+    """Raise EnvironmentFailure where this machine's float32 is not what the bounds assume.
+
+    Reduced-precision products and flushed subnormals are settings and compilers' options of the
+    BLAS, so they are looked for, not trusted to be off.
+    """
+    random = np.random.default_rng(1)
+    left, right = (random.standard_normal((96, 96), np.float32) for _ in range(2))
+    exact = left.astype(F64) @ right.astype(F64)
+    room = 100 * 2.0**-24 * (np.abs(left.astype(F64)) @ np.abs(right.astype(F64)))
+    small = np.array([2.0**-133, 2.0**-127, 2.0**-24], np.float32)
+    kept = small.astype(BF16).astype(F32)
+    if (np.abs(left @ right - exact) > room).any() or (kept != small).any() or small[0] / 2 == 0:
+        raise EnvironmentFailure(
+            "this machine computes float32 with reduced precision or flushes small numbers to zero",
+            hint="unset settings of the BLAS that trade precision for speed, or merge elsewhere",
+        )
+
+
+def check_finite(addition: Addition, weight: np.ndarray, out: np.ndarray) -> None:
+    """Raise InputRefused, naming the tensor, where base or result is not finite."""
+    if not np.isfinite(out).all():
+        _check_base(addition.name, weight)
+        _check_result(addition, out)
+
+
+def _check_base(name: str, weight: np.ndarray) -> None:
+    if not np.isfinite(weight).all():
+        raise InputRefused(
+            f"the base's {name} holds NaN or infinite values",
+            hint="the base checkpoint is damaged; download it again",
+        )
+
+
+def _check_result(addition: Addition, out: np.ndarray) -> None:
+    if np.isfinite(out).all():
+        return
+    factors = addition.factors
+    largest = (np.abs(factors.left * factors.gains) @ np.abs(factors.right.astype(F64))).max()
+    raise InputRefused(
+        f"{addition.name} overflows {addition.dtype.name}, which ends at "
+        f"{FORMATS[addition.dtype].largest:g}: the adapter adds up to {float(largest):.3g}",
+        hint="merge with dtype bfloat16 or float32, or lower the adapter's weight",
+    )

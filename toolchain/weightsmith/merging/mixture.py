@@ -1,0 +1,107 @@
+"""Changes of one tensor by several adapters, of which some are no low-rank sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from weightsmith.merging.claim import Claim
+from weightsmith.merging.outputs import Files, Output, Rows, Source, Term
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+Adder = Callable[["np.ndarray", int], None]
+"""Adds to rows in place; the number is the first row's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What one adapter claims of a tensor, and its weight in the merge."""
+
+    claim: Claim
+    weight: float
+    path: Path
+    """The adapter's folder."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixture:
+    """W + Σ weight · (changed - W) in float64: each adapter's whole change, in delta space."""
+
+    shares: tuple[Share, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Say whether any of the changes needs the whole tensor."""
+        return any(share.claim.change and share.claim.change.whole for share in self.shares)
+
+    @property
+    def by_row(self) -> bool:
+        """Say whether all of the changes can be computed row by row."""
+        return all(share.claim.change.by_row for share in self.shares if share.claim.change)
+
+    def held_elements(self, output: Output) -> int:
+        """Return how many float64 elements are in memory at a time."""
+        held = output.rows * output.columns * 3 if self.whole else 0
+        for share in self.shares:
+            held += sum(term.rank * sum(term.shape) for term in share.claim.terms)
+            if share.claim.change:
+                held += share.claim.change.held_elements(output)
+        return held
+
+    def begin(self, output: Output, files: Files) -> Rows:
+        """Return what computes rows of the sum."""
+        plain = replace(output, change=None)
+        changed = [
+            (share, share.claim.change.begin(plain, files) if share.claim.change else None)
+            for share in self.shares
+        ]
+        copies: dict[Path, Source] = {
+            share.path: share.claim.replacement for share in self.shares if share.claim.replacement
+        }
+        adders = [adder(term, files) for share in self.shares for term in share.claim.terms]
+
+        def rows(first: int, count: int) -> np.ndarray:
+            base = output.source.rows(files, first, count, output.columns).astype("float64")
+            total = base.copy()
+            for add in adders:
+                add(total, first)
+            for share, change in changed:
+                claim = share.claim
+                if change is not None:
+                    total += share.weight * (change(first, count) - base)
+                elif claim.replacement is not None:
+                    new = claim.replacement.rows(files, first, count, output.columns)
+                    total += share.weight * (new.astype("float64") - base)
+                elif claim.patch is not None:
+                    for row, place in enumerate(claim.patch.places):
+                        if first <= place < first + count:
+                            # Rows are trained on the adapter's own copy, where it has one.
+                            old = copies.get(share.path, output.source)
+                            new = claim.patch.stored.rows(files, row, 1, output.columns)
+                            moved = new.astype("float64") - old.rows(
+                                files, place, 1, output.columns
+                            ).astype("float64")
+                            total[place - first] += share.weight * moved[0]
+            return total
+
+        return rows
+
+
+def adder(term: Term, files: Files) -> Adder:
+    """Return what adds a term's part of rows `first` and following, in float64 and in place."""
+    left = files.matrix(term.left).astype("float64") * term.factor
+    right = files.matrix(term.right).astype("float64") if term.right else None
+
+    def add(total: np.ndarray, first: int) -> None:
+        begin = max(first, term.first)
+        end = min(first + len(total), term.first + len(left))
+        if begin < end:
+            part = left[begin - term.first : end - term.first]
+            total[begin - first : end - first] += part if right is None else part @ right
+
+    return add

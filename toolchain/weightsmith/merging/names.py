@@ -1,0 +1,109 @@
+"""Which base tensor an adapter's module means, whatever prefix either side was saved with."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+
+from weightsmith.checkpoints.peft_keys import WRAPPERS
+
+_WRAPPER = "base_model.model."
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+_CONV1D_MODULES = ("c_attn", "q_attn", "c_proj", "c_fc")
+_LEADING = 3
+"""Prefixes such as `model.` or `model.language_model.` have at most this many parts."""
+
+
+_SPELLINGS: tuple[tuple[tuple[str, str], ...], ...] = (
+    ((r"\.mlp\.(experts|gate)\b", r".block_sparse_moe.\1"),),
+    ((r"\.block_sparse_moe\.", ".mlp."),),
+    ((r"^model\.language_model\.", "language_model.model."),),
+    ((r"^language_model\.model\.", "model.language_model."),),
+    ((r"^lm_head\.", "embed_out."),),
+    ((r"^embed_out\.", "lm_head."),),
+    (
+        (r"\blayers\.(\d+)\.", r"encoder.layer.\1."),
+        (r"\battention\.q_proj\b", "attention.attention.query"),
+        (r"\battention\.k_proj\b", "attention.attention.key"),
+        (r"\battention\.v_proj\b", "attention.attention.value"),
+        (r"\battention\.o_proj\b", "attention.output.dense"),
+        (r"\bmlp\.fc1\b", "intermediate.dense"),
+        (r"\bmlp\.fc2\b", "output.dense"),
+    ),
+)
+"""Renames between transformers 4 and 5 (its conversion_mapping.py), both ways where both occur:
+checkpoints keep the older names, adapters have those of the version that trained them."""
+
+
+class BaseNames:
+    """The base's tensors by module name: exact first, then the one tensor with the same ending."""
+
+    def __init__(self, tensors: Mapping[str, object]) -> None:
+        self._tensors = tensors
+        self._endings: dict[str, list[str]] = defaultdict(list)
+        for name in tensors:
+            parts = name.split(".")
+            for cut in range(1, min(_LEADING, len(parts) - 2) + 1):
+                self._endings[".".join(parts[cut:])].append(name)
+
+    def find(self, tensor: str) -> tuple[str, ...]:
+        """Return the base tensors that a name may mean: one if it is clear, none, or several.
+
+        The name counts as the model's own (`model.layers.0.mlp.up_proj.weight`); the base may lack
+        its leading parts, have more of them, or use the names of another transformers version.
+        """
+        return next((found for name in spellings(tensor) if (found := self._find(name))), ())
+
+    def _find(self, tensor: str) -> tuple[str, ...]:
+        if tensor in self._tensors:
+            return (tensor,)
+        longer = self._endings.get(tensor, [])
+        parts = tensor.split(".")
+        cuts = range(1, min(_LEADING, len(parts) - 2) + 1)
+        shorter = [n for cut in cuts if (n := ".".join(parts[cut:])) in self._tensors]
+        return tuple(longer + shorter)
+
+
+def spellings(name: str) -> Iterator[str]:
+    """Yield a tensor's name, and what other versions of transformers call it."""
+    yield name
+    for rules in _SPELLINGS:
+        other = name
+        for pattern, put in rules:
+            other = re.sub(pattern, put, other)
+        if other != name:
+            yield other
+
+
+def module_key(key: str) -> str:
+    """Return an adapter's key without PEFT's prefix, and without other wrappers' names."""
+    return plain_key(key).removeprefix(_WRAPPER)
+
+
+@lru_cache(maxsize=1 << 16)
+def plain_key(key: str) -> str:
+    """Return a key as PEFT writes it, if the model was compiled, sharded or checkpointed."""
+    plain = ".".join(part for part in key.split(".") if part not in WRAPPERS)
+    return plain.removeprefix("module.") if plain.startswith(f"module.{_WRAPPER}") else plain
+
+
+def added_prefix(module: str, base: str) -> tuple[str, str]:
+    """Return what to cut from, and to put before, a base name to get the model's own name.
+
+    `("", "model.")` means that the base was saved without `model.`.
+    """
+    if base.endswith(module):
+        return base[: len(base) - len(module)], ""
+    return "", module[: len(module) - len(base)]
+
+
+def is_conv1d(model_type: str, module: str) -> bool:
+    """Say whether a module is transformers' Conv1D, which stores its weight as (in, out)."""
+    return model_type in CONV1D_MODELS and module.rpartition(".")[2] in _CONV1D_MODULES
+
+
+def plain_module(raw: str) -> str:
+    """Return a module's name without the wrappers that PEFT put between it and its parents."""
+    return ".".join(part for part in raw.split(".") if part != "base_layer")

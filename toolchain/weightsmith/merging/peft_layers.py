@@ -1,0 +1,273 @@
+"""Tuners other than LoRA: PEFT's own layer, built around one base tensor at a time and merged.
+
+The only place of the merge besides `torch_kernel` and `reference` that imports torch. PEFT computes
+in float32, whatever the base's type; the result is rounded once.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from weightsmith.errors import InputRefused
+from weightsmith.merging.layer import Layer
+from weightsmith.merging.names import plain_key
+from weightsmith.merging.rounding import F32
+
+Arrays = Mapping[str, np.ndarray]
+State = tuple[Path, tuple[str, ...]]
+WIDE = frozenset({"RANDLORA"})
+"""Tuners whose sums cancel, so that float32 loses a thousandth of the change: float64 for them."""
+_lock = threading.Lock()
+"""One layer at a time: memory stays that of one tensor, and PEFT draws from global generators."""
+
+
+def merge_layer(layer: Layer, raw: str, base: Arrays, adapter: Arrays) -> dict[str, np.ndarray]:
+    """Return the layer's merged parameters, `weight` and perhaps `bias`, in float32.
+
+    `raw` is adapter_config.json, `base` the layer's parameters, `adapter` its tensors by their keys
+    in the file. Raises InputRefused where PEFT cannot build or load the layer.
+    """
+    with _lock, _quiet():
+        model = _build((layer,), raw, {layer.module: base})
+        _load(model, {name: _tensor(value) for name, value in adapter.items()}, layer.module)
+        merged = _merged(model, layer)
+        _empty_out(model)
+        return merged
+
+
+def _empty_out(model: Any) -> None:
+    """Give the weights' memory back at once: modules refer to each other in circles."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = torch.empty(0, dtype=tensor.dtype)
+
+
+def merge_shared_layer(
+    layer: Layer,
+    layers: tuple[Layer, ...],
+    raw: str,
+    base: Arrays,
+    state: State,
+    folder: Path | None = None,
+) -> dict[str, np.ndarray]:
+    """Return a layer's merged parameters where layers share projections or banks.
+
+    All `layers` are built once, around weights that take no memory, and the tuner's tensors are
+    loaded once, from the adapter's file by their names (`state`); each layer gets its real weight
+    only while it is merged. With the base's `folder`, layers come in the order of its model.
+    """
+    with _lock, _quiet():
+        return _merged(_shared(layers, raw, state, folder), layer, base)
+
+
+@lru_cache(maxsize=1)
+def _shared(layers: tuple[Layer, ...], raw: str, state: State, folder: Path | None) -> Any:
+    from safetensors import safe_open
+
+    model = _build(_ordered(layers, folder) if folder else layers, raw, {})
+    path, names = state
+    with safe_open(path, "pt") as file:
+        stored = {plain_key(name): file.get_tensor(name) for name in names}
+    tensors = {n: t.float() if t.is_floating_point() else t for n, t in stored.items()}
+    _load(model, tensors, "its layers")
+    return model
+
+
+def _ordered(layers: Sequence[Layer], folder: Path) -> list[Layer]:
+    """Return the layers as the base's model has them, which is built without weights."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+    names = [name for name in config.architectures or () if hasattr(transformers, name)]
+    kind = getattr(transformers, names[0]) if names else None
+    try:
+        with torch.device("meta"):
+            model = kind(config) if kind else transformers.AutoModel.from_config(config)
+    except (ValueError, TypeError, AttributeError, ImportError) as error:
+        raise InputRefused(
+            f"transformers cannot build a {config.model_type} model, so that the order of its "
+            f"layers is unknown: {error}",
+            hint="serve this adapter unmerged with PEFT",
+        ) from error
+    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    if strange := [layer.module for layer in layers if layer.module not in order]:
+        raise InputRefused(
+            f"a {config.model_type} model has no {strange[0]}: the order of layers is unknown",
+            hint="serve this adapter unmerged with PEFT",
+        )
+    return sorted(layers, key=lambda layer: order[layer.module])
+
+
+def _build(layers: Sequence[Layer], raw: str, base: Mapping[str, Arrays]) -> Any:
+    """Return a PEFT model of nothing but these layers, each at its own path."""
+    from peft import get_peft_model
+
+    root = nn.Module()
+    for layer in layers:
+        parent, (*path, last) = root, layer.module.split(".")
+        for name in path:
+            if name not in dict(parent.named_children()):
+                parent.add_module(name, nn.Module())
+            parent = parent.get_submodule(name)
+        parent.add_module(last, _plain(layer, base.get(layer.module)))
+    try:
+        config = _config(json.loads(raw), layers)
+        # Tuners that draw or decompose at random do it again here: as from a fresh start.
+        torch.manual_seed(0)
+        model = get_peft_model(root, config).eval()
+        return model.double() if str(config.peft_type) in WIDE else model
+    except (ValueError, TypeError, KeyError, NotImplementedError, ImportError) as error:
+        raise InputRefused(
+            f"PEFT cannot build {json.loads(raw).get('peft_type')} around {layers[0].module}: "
+            f"{error}",
+            hint="serve this adapter unmerged with PEFT",
+        ) from error
+
+
+def _plain(layer: Layer, base: Arrays | None) -> nn.Module:
+    """Return the layer with its weights, or with one number in place of all of them."""
+    made = _empty(layer)
+    for name, parameter in list(made.named_parameters()):
+        if base is not None and name in base:
+            tensor = _tensor(base[name]).view(parameter.shape)
+        else:
+            tensor = torch.zeros(1).expand(parameter.shape)
+        setattr(made, name, nn.Parameter(tensor, requires_grad=False))
+    return made
+
+
+def _empty(layer: Layer) -> nn.Module:
+    shape, device = layer.shape, torch.device("meta")
+    match layer.kind:
+        case "conv1d":
+            from transformers.pytorch_utils import Conv1D
+
+            with device:
+                return Conv1D(shape[1], shape[0])  # type: ignore[no-any-return]
+        case "conv":
+            kinds = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+            size: Any = shape[2:]
+            return kinds[len(shape)](shape[1], shape[0], size, bias=layer.bias, device=device)
+        case "embedding":
+            return nn.Embedding(shape[0], shape[1], device=device)
+        case "norm":
+            return nn.LayerNorm(shape[0], bias=layer.bias, device=device)
+        case _:
+            return nn.Linear(shape[1], shape[0], bias=layer.bias, device=device)
+
+
+def _config(raw: dict[str, Any], layers: Sequence[Layer]) -> Any:
+    """Return PEFT's configuration of these layers alone, which it must not look for elsewhere."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING[raw["peft_type"]]
+    known = kind.__dataclass_fields__
+    modules = [layer.module for layer in layers]
+    wanted = {name: value for name, value in raw.items() if name in known}
+    wanted |= {"inference_mode": True, "task_type": None, "modules_to_save": None}
+    wanted["target_modules"] = modules
+    # Which layers, and what of their own parameters was trained, is known already.
+    wanted |= dict.fromkeys(("layers_to_transform", "layers_pattern", "exclude_modules"))
+    wanted["bias"] = "none"
+    if feedforward := raw.get("feedforward_modules"):
+        wanted["feedforward_modules"] = [m for m in modules if _named(m, feedforward)]
+    if raw["peft_type"] == "ADALORA" and raw.get("rank_pattern"):
+        wanted["rank_pattern"] = {
+            name: kept
+            for name, kept in raw["rank_pattern"].items()
+            if name.startswith(tuple(f"{module}." for module in modules))
+        }
+    config = kind(**{name: value for name, value in wanted.items() if name in known})
+    config.peft_type = raw["peft_type"]
+    return config
+
+
+def _named(module: str, names: str | list[str]) -> bool:
+    import re
+
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _tensor(value: np.ndarray) -> torch.Tensor:
+    """Return floats as float32, and indices as they are."""
+    kept = value.dtype.kind in "iu" or value.dtype == np.bool_
+    return torch.from_numpy(value.copy() if kept else value.astype(F32))
+
+
+def _load(model: Any, tensors: Mapping[str, torch.Tensor], what: str) -> None:
+    from peft import set_peft_model_state_dict
+
+    try:
+        result = set_peft_model_state_dict(model, dict(tensors))
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise InputRefused(
+            f"the adapter's tensors of {what} do not fit: {error}",
+            hint="configuration and weights are of different trainings; export both together",
+        ) from error
+    strange = list(result.unexpected_keys)
+    strange += _missing(model, result.missing_keys)
+    if strange:
+        raise InputRefused(
+            f"the adapter's tensors of {what} are incomplete or unknown: {', '.join(strange[:5])}",
+            hint="export the adapter again with PEFT's save_pretrained",
+        )
+
+
+def _missing(model: Any, names: Sequence[str]) -> list[str]:
+    """Return trained parameters that were not loaded, under any of the names that they have."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    loaded = {id(parameter) for name, parameter in parameters.items() if name not in names}
+    return [
+        name
+        for name in names
+        if model.base_model.prefix in name
+        and name in parameters
+        and id(parameters[name]) not in loaded
+    ]
+
+
+def _merged(model: Any, layer: Layer, base: Arrays | None = None) -> dict[str, np.ndarray]:
+    """Merge one layer and return its parameters; with `base`, around these for the moment."""
+    tuned = model.base_model.model.get_submodule(layer.module)
+    plain = tuned.get_base_layer()
+    stand_ins = {name: parameter.data for name, parameter in plain.named_parameters()}
+    for name, value in (base or {}).items():
+        parameter = plain.get_parameter(name)
+        parameter.data = _tensor(value).to(parameter.dtype)
+    try:
+        with torch.no_grad():
+            tuned.merge(safe_merge=False)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise InputRefused(
+            f"PEFT cannot merge {layer.module}: {error}",
+            hint="serve this adapter unmerged with PEFT",
+        ) from error
+    # The layer may have been replaced by one that was trained as a whole.
+    result = {name: p.data.numpy() for name, p in tuned.get_base_layer().named_parameters()}
+    if base is not None:
+        tuned.merged_adapters.clear()
+        for name, stand_in in stand_ins.items():
+            plain.get_parameter(name).data = stand_in
+    return result
+
+
+class _quiet(warnings.catch_warnings):  # noqa: N801 - used like a function
+    """Leave out PEFT's warnings about models without a configuration and adapters' order."""
+
+    def __enter__(self) -> Any:
+        entered = super().__enter__()
+        warnings.simplefilter("ignore")
+        return entered

@@ -1,0 +1,352 @@
+"""The written file, read back: nothing but what was computed, and computed rightly.
+
+Two checks together leave no byte out. A projection of the bytes onto random odd numbers, taken
+while they were written, is taken again from the file: one wrong byte always changes it. And each
+merged tensor, projected onto a random vector, is compared with the projections of base and factors
+(Freivalds, "Probabilistic machines can use less running time", 1977), row by row, which a wrong
+scaling, order, place or transposition cannot pass; a row that looks odd is recomputed in float64,
+and so are a few more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, Future, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from weightsmith.checkpoints.safetensors import TensorInfo, read_header
+from weightsmith.errors import CheckFailed
+from weightsmith.merging.outputs import Output, OutputShard, Patch, Stored, Term
+from weightsmith.merging.rounding import F32, F64, FORMATS, round_once
+from weightsmith.merging.stream import ARRAY_TYPES, Checksum, OpenFiles, Reader, as_bytes, continued
+
+ROWS = 16
+"""Rows per tensor that are recomputed element by element."""
+_BLOCK = 1 << 17
+"""Elements per block."""
+_COPY = 1 << 20
+_VECTORS = 2
+"""Random vectors per tensor: one alone misses a wrong row in about a hundred."""
+_SIGMAS = 6.0
+"""How odd a row's projection must be, in standard deviations of its roundings, to be recomputed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """What reading back a shard showed beside being right."""
+
+    unchanged: tuple[str, ...]
+    """Tensors that an adapter changes and that came out as the base's bits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Written:
+    """A tensor of the written file."""
+
+    output: Output
+    info: TensorInfo
+    checksums: tuple[Checksum, ...]
+    """Of its bytes, as they were computed."""
+    reader: Reader
+    files: OpenFiles
+    """The inputs."""
+
+    def row(self, row: int) -> np.ndarray:
+        """Read one row, (1, columns)."""
+        return self.reader.rows(self.info, row, 1, self.output.columns)
+
+    def pieces(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Read all bytes once, and prove that they are those that were computed.
+
+        Yields pieces of whole rows with the number of their first row.
+        """
+        row = self.info.size // self.output.rows
+        step = max(1, _BLOCK // self.output.columns) * row
+        for start, data in _proven(self.reader, self.checksums):
+            for at in range(0, len(data), step):
+                piece = data[at : at + step].view(ARRAY_TYPES[self.info.dtype])
+                first = (start + at - self.info.start) // row
+                yield first, piece.reshape(-1, self.output.columns)
+
+
+def prove(
+    shard: OutputShard,
+    path: Path,
+    checksums: tuple[Checksum, ...],
+    files: OpenFiles,
+    pool: Executor,
+    *,
+    exact: bool,
+) -> Proof:
+    """Check a written shard against its plan; `checksums` are those of the bytes as computed.
+
+    These are in the order of the file: first the header's, then each tensor's, in whole rows where
+    the tensor is changed. Raises CheckFailed naming the first tensor that is off, or the file.
+    """
+    reader, left = Reader(path), deque(checksums)
+    checks: list[tuple[str, Future[bool]]] = []
+    try:
+        infos = _headers(shard, path)
+        _check_bytes(reader, (left.popleft(),))
+        for output in shard.outputs:
+            if output.size:
+                info, own = infos[output.name], []
+                while left and left[0].start < info.end:
+                    own.append(left.popleft())
+                written = _Written(
+                    output=output, info=info, checksums=tuple(own), reader=reader, files=files
+                )
+                checks.append((output.name, pool.submit(_check, written, exact=exact)))
+        unchanged = tuple(name for name, moved in checks if not moved.result())
+    finally:
+        for _, moved in checks:
+            moved.cancel()
+        wait([moved for _, moved in checks])
+        reader.close()
+    return Proof(unchanged=unchanged)
+
+
+def _headers(shard: OutputShard, path: Path) -> dict[str, TensorInfo]:
+    """Read the written table of contents, and compare it with the plan."""
+    infos = read_header(path).tensors
+    wanted = [(output.name, output.dtype, tuple(output.shape)) for output in shard.outputs]
+    if sorted(wanted) != sorted((info.name, info.dtype, info.shape) for info in infos):
+        raise CheckFailed(
+            f"{path.name} was written wrong: its header is not what was planned",
+            hint="memory or disk may be faulty: merge again, on another machine if it recurs",
+        )
+    return {info.name: info for info in infos}
+
+
+def _proven(
+    reader: Reader, checksums: Iterable[Checksum], most: int | None = None
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Take the projection of the bytes again, block by block as they were written, and yield them.
+
+    `most` bounds what is read at once, where blocks need not come whole. Raises CheckFailed after a
+    block that is not what was written.
+    """
+    for checksum in checksums:
+        value, end = 0, checksum.start + checksum.size
+        for start in range(checksum.start, end, most or checksum.size):
+            count = min(end - start, most or checksum.size)
+            data = reader.read_into(np.empty(count, np.uint8), start)
+            value = continued(value, as_bytes(data))
+            yield start, data
+        if value != checksum.value:
+            raise CheckFailed(
+                f"{reader.path.name} holds other bytes than were written between "
+                f"{checksum.start} and {end}",
+                hint="the disk may be faulty: merge again, to another disk if it recurs",
+            )
+
+
+def _check_bytes(reader: Reader, checksums: tuple[Checksum, ...]) -> None:
+    """Read all bytes, and prove that they are those that were computed."""
+    for _ in _proven(reader, checksums, _COPY):
+        pass
+
+
+def _check(written: _Written, *, exact: bool) -> bool:
+    """Check one tensor, and say whether it differs from the base's bits."""
+    if written.output.terms:
+        return _project(written, exact=exact)
+    if written.output.change is not None:
+        _check_bytes(written.reader, written.checksums)
+        return _recompute(written)
+    if written.output.as_is and isinstance(written.output.source, Stored):
+        _compare_bytes(written, written.output.source)
+        return True
+    return _compare_values(written)
+
+
+def _project(written: _Written, *, exact: bool) -> bool:
+    """Compare W'x with Wx + Σ factor · B(Ax), x random signs; recompute rows that look odd."""
+    output, files = written.output, written.files
+    work = F64 if output.dtype == "F32" else F32
+    random = np.random.default_rng(_seed(output.name))
+    signs = random.integers(0, 2, (_VECTORS, output.columns)).astype(work) * 2 - 1
+    factors = _loaded(output, files)
+    wanted = np.zeros((output.rows, _VECTORS))
+    for some in factors:
+        some.projected(signs.T.astype(F64), wanted)
+    rows = set(random.integers(0, output.rows, ROWS).tolist())
+    moved = output.kind == "replaced"
+    form = FORMATS[ARRAY_TYPES[output.dtype]]
+    for first, found in written.pieces():
+        count = len(found)
+        base = output.source.rows(files, first, count, output.columns)
+        moved = moved or _differ(base, found)
+        change = found.astype(work)
+        # A rounding is off by at most half a unit: uniform, its variance is a third of its square.
+        size = np.vecdot(change, change) * 4.0**-form.precision / 3
+        size += output.columns * 4.0 ** (form.least - form.precision)
+        np.subtract(change, base, out=change, dtype=work)
+        # One vector at a time: products of narrow matrices are slow.
+        off = np.stack([change @ some for some in signs], 1) - wanted[first : first + count]
+        fine = (np.abs(off).max(1) <= _SIGMAS * np.sqrt(size)) & np.isfinite(size)
+        rows.update((np.flatnonzero(~fine) + first).tolist())
+    ordered = sorted(rows)
+    for at in range(0, len(ordered), ROWS):
+        _compare_rows(written, factors, ordered[at : at + ROWS], exact=exact)
+    return moved
+
+
+def _compare_rows(
+    written: _Written, factors: list[_Factors], rows: list[int], *, exact: bool
+) -> None:
+    """Recompute whole rows in float64."""
+    total = np.concatenate([_source_row(written.output, written.files, row) for row in rows])
+    for some in factors:
+        some.add_rows(np.array(rows), total)
+    found = np.concatenate([written.row(row) for row in rows])
+    _compare(written.output, total, found, exact)
+
+
+@dataclass(frozen=True, slots=True)
+class _Factors:
+    """A term with its matrices in memory."""
+
+    term: Term
+    left: np.ndarray
+    right: np.ndarray
+
+    def projected(self, signs: np.ndarray, into: np.ndarray) -> None:
+        """Add factor · B(Ax) of its rows, in float64."""
+        step = max(1, _BLOCK // self.right.shape[1])
+        inner = [
+            self.right[at : at + step].astype(F64) @ signs for at in range(0, self.term.rank, step)
+        ]
+        product = self.term.factor * np.concatenate(inner)
+        step = max(1, _BLOCK // self.left.shape[1])
+        for first in range(0, len(self.left), step):
+            part = self.left[first : first + step].astype(F64)
+            place = self.term.first + first
+            into[place : place + len(part)] += part @ product
+
+    def add_rows(self, rows: np.ndarray, total: np.ndarray) -> None:
+        """Add its part of some rows of the output, (rows, columns), in float64."""
+        own = np.flatnonzero((rows >= self.term.first) & (rows < self.term.first + len(self.left)))
+        left = self.left[rows[own] - self.term.first].astype(F64)
+        step = max(1, _BLOCK // self.right.shape[1])
+        for at in range(0, self.term.rank, step):
+            part = slice(at, at + step)
+            total[own] += self.term.factor * (left[:, part] @ self.right[part].astype(F64))
+
+
+def _loaded(output: Output, files: OpenFiles) -> list[_Factors]:
+    return [
+        _Factors(
+            term,
+            files.matrix(term.left),
+            np.ones((1, 1)) if term.right is None else files.matrix(term.right),
+        )
+        for term in output.terms
+    ]
+
+
+def _source_row(output: Output, files: OpenFiles, row: int) -> np.ndarray:
+    for patch in reversed(output.patches):
+        if row in patch.places:
+            return _patched(patch, files, row, output.columns)
+    return output.source.rows(files, row, 1, output.columns).astype(F64)
+
+
+def _patched(patch: Patch, files: OpenFiles, row: int, columns: int) -> np.ndarray:
+    place = len(patch.places) - 1 - patch.places[::-1].index(row)
+    return patch.stored.rows(files, place, 1, columns).astype(F64)
+
+
+def _compare(output: Output, wanted: np.ndarray, found: np.ndarray, exact: bool) -> None:
+    """Allow half a unit in the last place, and what float64 or, for `fast`, float32 may be off."""
+    form = FORMATS[found.dtype]
+    size = np.abs(wanted)
+    room = size * 2.0**-form.precision * (1 + 2.0**-20) + 2.0 ** (form.least - form.precision)
+    # Sums that cancel are off by a part of what went in, which the row's largest value bounds.
+    room += size.max(1, keepdims=True) * (2.0**-40 if exact else 2.0**-16)
+    off = np.abs(found.astype(F64) - wanted) > room
+    if off.any() or not np.isfinite(found).all():
+        raise _wrong(output, int(off.sum()), off.size)
+
+
+def _recompute(written: _Written) -> bool:
+    """Compute some rows of a change again; say whether any differs from the base's bits.
+
+    A change that cannot be computed row by row would take as long as the merge: its bytes are known
+    to be those that were computed, and that is all.
+    """
+    output, files = written.output, written.files
+    if output.change is None or not output.change.by_row:
+        return True
+    rows, moved = output.change.begin(output, files), False
+    random = np.random.default_rng(_seed(output.name))
+    for row in sorted(set(random.integers(0, output.rows, ROWS).tolist())):
+        found = written.row(row)
+        _compare(output, rows(row, 1), found, True)
+        moved = moved or _differ(output.source.rows(files, row, 1, output.columns), found)
+    step = max(1, _BLOCK // output.columns)
+    for first in range(0, 0 if moved else output.rows, step):
+        count = min(step, output.rows - first)
+        base = output.source.rows(files, first, count, output.columns)
+        if _differ(base, written.reader.rows(written.info, first, count, output.columns)):
+            return True
+    return moved
+
+
+def _compare_bytes(written: _Written, source: Stored) -> None:
+    """Compare every byte with the source's."""
+    reader = written.files.reader(source.path)
+    for start, data in _proven(written.reader, written.checksums, _COPY):
+        place = source.info.start + start - written.info.start
+        off = reader.read_into(np.empty_like(data), place) != data
+        if off.any():
+            raise _wrong(written.output, int(off.sum()), len(data))
+
+
+def _compare_values(written: _Written) -> bool:
+    """Compare every element with the source's, cast and patched; say whether a patch differs."""
+    output, files = written.output, written.files
+    moved = not output.patches
+    for patch in output.patches:
+        for row in patch.places:
+            base = output.source.rows(files, row, 1, output.columns)
+            moved = moved or _differ(base, written.row(row))
+    patched = {row for patch in output.patches for row in patch.places}
+    for first, found in written.pieces():
+        count = len(found)
+        wanted = output.source.rows(files, first, count, output.columns).astype(F64)
+        for row in patched & set(range(first, first + count)):
+            wanted[row - first] = _source_row(output, files, row)[0]
+        off = round_once(wanted, found.dtype).view(_bits(found)) != found.view(_bits(found))
+        off &= ~np.isnan(wanted)
+        if off.any():
+            raise _wrong(output, int(off.sum()), off.size)
+    return moved
+
+
+def _differ(base: np.ndarray, found: np.ndarray) -> bool:
+    """Say whether any bit of a result differs from the base's, rounded to the result's type."""
+    if base.dtype != found.dtype:
+        base = round_once(base.astype(F64), found.dtype)
+    return not np.array_equal(base.view(_bits(base)), found.view(_bits(found)))
+
+
+def _bits(array: np.ndarray) -> np.dtype:
+    return np.dtype(f"u{array.dtype.itemsize}")
+
+
+def _seed(name: str) -> int:
+    """Draw by the tensor's name, so that a failure can be seen again."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
+
+
+def _wrong(output: Output, off: int, size: int) -> CheckFailed:
+    return CheckFailed(
+        f"{output.name} was written wrong: {off} of {size} elements that were compared differ",
+        hint="memory or disk may be faulty: merge again, on another machine if it recurs",
+    )

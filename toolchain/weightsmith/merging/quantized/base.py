@@ -1,0 +1,148 @@
+"""The base of a merge as the user wants a quantized one to be seen; no torch and no numpy here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from weightsmith.checkpoints.safetensors import CheckpointIndex, TensorInfo
+from weightsmith.errors import InputRefused
+from weightsmith.merging.base import BaseTensors, stored_tensors
+from weightsmith.merging.names import is_conv1d
+from weightsmith.merging.outputs import Source, Stored
+from weightsmith.merging.quantized.choice import check_choice, refuse, simulates
+from weightsmith.merging.quantized.layout import Layout, quantization_of, read_layout
+from weightsmith.merging.quantized.sources import Decoded, Rounded
+
+STALE = frozenset({"quant_config.json", "quantize_config.json", "quant_log.csv"})
+"""Files beside quantized weights that say nothing true of plain ones."""
+_IN_LAYER = re.compile(r"(?:.*\.)?\d+\..+\.weight")
+_NO_LINEAR = ("embed", "wte", "wpe", "relative_attention_bias", "norm", "shared")
+_MIXTURES = (".experts.", ".router.", ".block_sparse_moe.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeenBase:
+    """The base's tensors, what its configuration says no more, and what was chosen."""
+
+    tensors: BaseTensors
+    config: Mapping[str, Any]
+    dropped: tuple[str, ...] = ()
+    """Keys of config.json that are left out of the result."""
+    findings: tuple[str, ...] = ()
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+def see_base(index: CheckpointIndex, config: Mapping[str, Any], choice: str) -> SeenBase:
+    """Return the base's tensors as plain weights.
+
+    Raises InputRefused for a quantized base that no choice was made for, or that cannot be decoded,
+    and for a base that 4-bit training cannot be reproduced on; UsageError for no choice.
+    """
+    check_choice(choice)
+    method = quantization_of(config, index.tensors)
+    if method and choice != "dequantize":
+        raise refuse(index.root, method, simulates=simulates(choice))
+    if method:
+        return _decoded(index, config)
+    stored = stored_tensors(index)
+    if simulates(choice):
+        return _simulated(stored, config, choice)
+    note = () if choice == "refuse" else ("the base is not quantized: nothing to dequantize",)
+    return SeenBase(tensors=stored, config=config, findings=note)
+
+
+def _decoded(index: CheckpointIndex, config: Mapping[str, Any]) -> SeenBase:
+    """Return a quantized base with every weight as what its codes and scales stand for."""
+    paths = {info.name: shard.path for shard in index.shards for info in shard.tensors}
+
+    def read(info: TensorInfo) -> bytes:
+        with paths[info.name].open("rb") as file:
+            file.seek(info.start)
+            return file.read(info.size)
+
+    layout = read_layout(config, index.tensors, read)
+    sources: dict[str, Source] = {}
+    files = []
+    for shard in index.shards:
+        names = []
+        for info in shard.tensors:
+            name = _name(info, layout)
+            if not name:
+                continue
+            names.append(name)
+            if weight := layout.packed.get(name):
+                parts = {p: Stored(path=paths[i.name], info=i) for p, i in weight.parts.items()}
+                sources[name] = Decoded(weight=weight, parts=parts)
+            else:
+                sources[name] = Stored(path=shard.path, info=info)
+        files.append((shard.path.name, tuple(names)))
+    keys = [key for key in ("quantization_config", "compression_config") if key in config]
+    what = f"{len(layout.packed)} weights of a {layout.method} base"
+    return SeenBase(
+        tensors=BaseTensors(sources=sources, layout=tuple(files)),
+        config={key: value for key, value in config.items() if key not in keys},
+        dropped=tuple(keys),
+        findings=(f"{what} were decoded, and the adapter merged onto what their codes stand for",),
+        record={
+            "choice": "dequantize",
+            "method": layout.method,
+            "tensors": len(layout.packed),
+            "left_out": sorted(layout.dropped),
+        },
+    )
+
+
+def _name(info: TensorInfo, layout: Layout) -> str:
+    """Return the plain tensor that stands at a stored one's place, or nothing."""
+    if info.name in layout.dropped:
+        return ""
+    name = layout.parts.get(info.name)
+    if name is None:
+        return info.name
+    return name if layout.packed[name].parts["weight"].name == info.name else ""
+
+
+def _simulated(stored: BaseTensors, config: Mapping[str, Any], choice: str) -> SeenBase:
+    """Return a 16-bit base with its linear layers as a training with 4-bit weights saw them.
+
+    bitsandbytes quantizes every linear layer but the head, not the adapter's targets alone.
+    """
+    kind = str(config.get("model_type", ""))
+    rounded: dict[str, Source] = {}
+    for name, source in stored.sources.items():
+        module = name.removesuffix(".weight")
+        if any(part in name for part in _MIXTURES) or is_conv1d(kind, module):
+            raise InputRefused(
+                f"4-bit training cannot be reproduced on this base: which of its weights, such as "
+                f"{name}, bitsandbytes quantizes, and in which order, depends on its version",
+                hint="merge with --quantized-base dequantize onto the quantized checkpoint that "
+                "was trained on, or onto the 16-bit base as it is",
+            )
+        if isinstance(source, Stored) and _is_linear(name, source):
+            rounded[name] = Rounded(source=source, double=choice.endswith("-double"))
+    if not rounded:
+        raise InputRefused(
+            "the base has no linear layers that are known to be quantized in 4-bit training",
+            hint="merge onto the 16-bit base as it is",
+        )
+    blocks = ", block scales to 8 bits" if choice.endswith("-double") else ""
+    return SeenBase(
+        tensors=BaseTensors(sources={**stored.sources, **rounded}, layout=stored.layout),
+        config=config,
+        findings=(
+            f"{len(rounded)} linear weights were rounded to NF4 and back before the merge{blocks}",
+        ),
+        record={"choice": choice, "method": "bitsandbytes nf4", "tensors": len(rounded)},
+    )
+
+
+def _is_linear(name: str, source: Stored) -> bool:
+    return (
+        _IN_LAYER.fullmatch(name) is not None
+        and len(source.shape) == 2
+        and source.dtype in ("BF16", "F16", "F32")
+        and not any(part in name for part in _NO_LINEAR)
+    )

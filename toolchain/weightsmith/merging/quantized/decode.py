@@ -1,0 +1,201 @@
+"""Stored codes and scales back into weights, one tensor at a time, in float32, rounded once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from weightsmith.errors import InputRefused
+from weightsmith.merging.quantized.layout import Packed
+from weightsmith.merging.quantized.nf4 import decode_blocks
+from weightsmith.merging.rounding import F32, round_once
+from weightsmith.merging.stream import ARRAY_TYPES
+
+Parts = Mapping[str, np.ndarray]
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Column that nibble i of a word holds; AutoAWQ's `order_map`."""
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Magnitudes of E2M1; the code's high bit is the sign (OCP Microscaling Formats, section 5.3.3)."""
+_NVFP4_GROUP = 16
+
+
+def decode(weight: Packed, parts: Parts) -> np.ndarray:
+    """Return the weight in its plain type and shape.
+
+    `parts` are the stored tensors, by part, each in its own type and shape. Peak memory is a few
+    times the decoded tensor in float32. Raises InputRefused where the parts' shapes do not fit.
+    """
+    try:
+        values = DECODERS[weight.scheme](weight, parts)
+        return round_once(values.reshape(weight.shape), ARRAY_TYPES[weight.dtype])
+    except (IndexError, ValueError) as error:
+        shapes = ", ".join(f"{part} {list(array.shape)}" for part, array in sorted(parts.items()))
+        raise InputRefused(
+            f"{weight.name} cannot be decoded as {weight.scheme}: {shapes} do not fit together",
+            hint="the checkpoint is damaged or of a variant that is not known: merge onto the "
+            "original 16-bit checkpoint instead",
+        ) from error
+
+
+def unpack_words(words: np.ndarray, bits: int) -> np.ndarray:
+    """Return the unsigned codes of (…, words) int32, as (…, words · 32 // bits) int32.
+
+    Codes are a little-endian bit stream along the last dimension, also where they straddle words,
+    as AutoGPTQ's 3-bit layout does.
+    """
+    unsigned = np.ascontiguousarray(words).view(np.uint32)
+    starts = np.arange(words.shape[-1] * 32 // bits) * bits
+    place, shift = starts // 32, (starts % 32).astype(np.uint32)
+    codes = unsigned[..., place] >> shift
+    across = shift + bits > 32
+    if across.any():
+        codes[..., across] |= unsigned[..., place[across] + 1] << (32 - shift[across])
+    return (codes & np.uint32((1 << bits) - 1)).astype(np.int32)
+
+
+def _bnb_4bit(weight: Packed, parts: Parts) -> np.ndarray:
+    options, absmax = weight.options, parts["absmax"].reshape(-1)
+    if "nested_absmax" in parts:
+        scales = parts["nested_absmax"].reshape(-1).repeat(options["nested_blocksize"])
+        absmax = parts["nested_code"][absmax] * scales[: absmax.size]
+        absmax += F32.type(options["nested_offset"])
+    codes = parts["weight"].reshape(-1).view(np.uint8)
+    block = options["blocksize"]
+    return decode_blocks(codes, parts["code"], absmax.astype(F32), block, weight.shape)
+
+
+def _bnb_int8(_weight: Packed, parts: Parts) -> np.ndarray:
+    # The constant as bitsandbytes' int8_vectorwise_dequant has it, 1/127, and in its order.
+    rows = parts["weight"].astype(F32)
+    rows *= parts["scale"].astype(F32).reshape(-1, 1)
+    rows *= F32.type(7.874015718698502e-3)
+    return rows
+
+
+def _gptq(weight: Packed, parts: Parts) -> np.ndarray:
+    bits, columns = weight.options["bits"], weight.shape[1]
+    codes = unpack_words(parts["weight"].T, bits)  # (out, in)
+    zeros = unpack_words(parts["zeros"], bits)  # (groups, out)
+    zeros = (zeros + weight.options["zero_offset"]) & ((1 << bits) - 1)
+    place = parts.get("groups")
+    if place is None:
+        size = weight.options["group_size"]
+        place = np.arange(columns) // (columns if size < 1 else size)
+    scaled: np.ndarray = (codes - zeros.T[:, place]).astype(F32)
+    scaled *= parts["scale"].astype(F32).T[:, place]
+    return scaled
+
+
+def _awq(weight: Packed, parts: Parts) -> np.ndarray:
+    order = np.argsort(_AWQ_ORDER)
+
+    def columns(words: np.ndarray) -> np.ndarray:
+        nibbles = unpack_words(words, 4).reshape(len(words), -1, 8)
+        return nibbles[:, :, order].reshape(len(words), -1)
+
+    codes, zeros = columns(parts["weight"]), columns(parts["zeros"])  # (in, out), (groups, out)
+    place = np.arange(len(codes)) // (weight.shape[1] // len(zeros))
+    scaled: np.ndarray = (codes - zeros[place]).astype(F32) * parts["scale"].astype(F32)[place]
+    return scaled.T
+
+
+def _awq_gemv(weight: Packed, parts: Parts) -> np.ndarray:
+    """Decode AutoAWQ's `WQLinear_GEMV`: in order along the inputs, groups padded with nothing."""
+    size = weight.options["group_size"]
+    groups = weight.shape[1] // size
+    codes = unpack_words(parts["weight"], 4)
+    zeros = unpack_words(parts["zeros"], 4)[:, :groups].repeat(size, 1)
+    scaled: np.ndarray = (codes - zeros).astype(F32)
+    scaled *= parts["scale"].astype(F32)[:, :groups].repeat(size, 1)
+    return scaled
+
+
+def _ct_packed(weight: Packed, parts: Parts) -> np.ndarray:
+    """Decode signed codes that are stored with half their range added."""
+    bits = weight.options["bits"]
+    *lead, columns = weight.shape
+    half = 1 << (bits - 1)
+    codes = unpack_words(parts["weight"], bits)[..., :columns] - half
+    zeros = parts.get("zeros")
+    if zeros is not None and zeros.dtype == np.int32:
+        # Packed along the rows.
+        zeros = unpack_words(zeros.swapaxes(-1, -2), bits)[..., : lead[-1]].swapaxes(-1, -2) - half
+    return _apply(codes.astype(F32), parts["scale"], zeros, parts.get("groups"))
+
+
+def _scaled(weight: Packed, parts: Parts) -> np.ndarray:
+    values, block = parts["weight"].astype(F32), weight.options.get("block")
+    return _apply(values, parts["scale"], parts.get("zeros"), parts.get("groups"), block)
+
+
+def _apply(
+    values: np.ndarray,
+    scale: np.ndarray,
+    zeros: np.ndarray | None,
+    groups: np.ndarray | None,
+    block: list[int] | None = None,
+) -> np.ndarray:
+    """Return (values - zeros) · scale, either spread over the tensor, rows, groups or blocks."""
+    place = None if groups is None or (groups < 0).any() else groups
+    if zeros is not None:
+        values = values - _spread(zeros.astype(F32), values.shape, place, block)
+    product: np.ndarray = values * _spread(scale.astype(F32), values.shape, place, block)
+    return product
+
+
+def _spread(
+    scale: np.ndarray,
+    shape: tuple[int, ...],
+    place: np.ndarray | None,
+    block: list[int] | None,
+) -> np.ndarray:
+    if scale.size == 1:
+        return scale.reshape([1] * len(shape))
+    if scale.ndim == 1:
+        scale = scale[:, None]
+    if place is not None:
+        return scale[..., place]
+    for axis, count in enumerate(scale.shape):
+        if count not in (1, shape[axis]):
+            size = block[axis - len(shape)] if block else shape[axis] // count
+            if not size or -(-shape[axis] // size) != count:
+                raise ValueError(f"{count} blocks of {size} do not cover {shape[axis]}")
+            scale = scale.repeat(size, axis).take(range(shape[axis]), axis)
+    return scale
+
+
+def _e2m1(codes: np.ndarray) -> np.ndarray:
+    """Return 4-bit floats from bytes, low nibble first, along the last dimension."""
+    table = np.array([*_FP4, *(-value for value in _FP4)], F32)
+    pairs = np.stack((codes & 15, codes >> 4), -1)
+    return table[pairs.reshape(*codes.shape[:-1], -1)]
+
+
+def _nvfp4(weight: Packed, parts: Parts) -> np.ndarray:
+    scale = parts["scale"].astype(F32) / parts["global_scale"].astype(F32)
+    if scale.shape[-1] * _NVFP4_GROUP != weight.shape[-1]:
+        raise ValueError("one scale per 16 columns is expected")
+    values = _e2m1(parts["weight"])
+    values *= scale.repeat(_NVFP4_GROUP, -1)
+    return values
+
+
+def _mxfp4(_weight: Packed, parts: Parts) -> np.ndarray:
+    values = _e2m1(parts["weight"])
+    exponents = parts["scale"].astype(np.int32)[..., None] - 127
+    scaled: np.ndarray = np.ldexp(values, exponents)  # (experts, out, groups, 32)
+    return scaled.reshape(*scaled.shape[:2], -1).swapaxes(-1, -2)
+
+
+DECODERS: dict[str, Callable[[Packed, Parts], np.ndarray]] = {
+    "bnb-4bit": _bnb_4bit,
+    "bnb-int8": _bnb_int8,
+    "gptq": _gptq,
+    "awq-gemm": _awq,
+    "awq-gemv": _awq_gemv,
+    "ct-packed": _ct_packed,
+    "scaled": _scaled,
+    "nvfp4": _nvfp4,
+    "mxfp4": _mxfp4,
+}

@@ -1,0 +1,107 @@
+"""Weights that are no plain stored tensors: decoded ones, and 16-bit ones rounded to 4 bits."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightsmith.checkpoints.safetensors import BITS
+from weightsmith.merging.outputs import Files, Source, Stored
+from weightsmith.merging.quantized.layout import Packed
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+_BYTES = 20
+"""Per element while one is decoded: codes, spread scales and products in 32 bits, and the result,
+of which two are kept."""
+
+
+class DecodedSource(ABC):
+    """A weight that is made whole and kept, so that rows can be taken from it."""
+
+    @abstractmethod
+    def make(self, files: Files) -> np.ndarray:
+        """Return the whole weight."""
+
+    @property
+    @abstractmethod
+    def held_bytes(self) -> int:
+        """Memory that making it takes; two are kept."""
+
+    def rows(self, files: Files, first: int, count: int, columns: int) -> np.ndarray:
+        """Return rows of the tensor seen as a matrix with `columns` columns, in its own type."""
+        whole = files.once(self, lambda: self.make(files))
+        return whole.reshape(-1, columns)[first : first + count]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Decoded(DecodedSource):
+    """A weight that is stored as codes and scales; the whole of it is decoded at once, and kept."""
+
+    weight: Packed
+    parts: Mapping[str, Stored]
+
+    @property
+    def dtype(self) -> str:
+        """The safetensors type of the values."""
+        return self.weight.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape."""
+        return self.weight.shape
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that decoding takes."""
+        return _BYTES * math.prod(self.shape)
+
+    def make(self, files: Files) -> np.ndarray:
+        """Return the values that codes and scales stand for."""
+        from weightsmith.merging.quantized.decode import decode
+
+        parts = {
+            part: files.array(stored.path, stored.info)
+            for part, stored in self.parts.items()
+            if part not in ("state", "shape", "format")
+        }
+        return decode(self.weight, parts)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rounded(DecodedSource):
+    """A 16-bit weight as it is after a round trip through NF4."""
+
+    source: Stored
+    double: bool
+
+    @property
+    def dtype(self) -> str:
+        """The safetensors type of the values."""
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape."""
+        return self.source.shape
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that the round trip takes: before and after, of which two are kept."""
+        return 4 * math.prod(self.shape) * BITS[self.dtype] // 8
+
+    def make(self, files: Files) -> np.ndarray:
+        """Return the weight after the round trip."""
+        from weightsmith.merging.quantized.nf4 import round_trip
+
+        return round_trip(files.array(self.source.path, self.source.info), double=self.double)
+
+
+def held_bytes(source: Source) -> int:
+    """Return the memory that a source takes beside the blocks that it gives."""
+    return source.held_bytes if isinstance(source, DecodedSource) else 0

@@ -1,0 +1,144 @@
+"""The few elements that float arithmetic could not decide: float64 first, exact integers last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from weightsmith.merging.rounding import F64, FORMATS, Binary, round_dyadic, round_once
+
+_CHUNK = 1 << 18
+"""Products at once: what the second-level cache holds, in float64."""
+_UNIT = 2.0**-53
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factors:
+    """The exact addition to one tensor, Σₖ gain[k] · left[:, k] · right[k, :].
+
+    `left` (rows, K) and `right` (K, columns) are float32 and finite, `gains` (K,) is float64.
+    """
+
+    left: np.ndarray
+    right: np.ndarray
+    gains: np.ndarray
+
+    @cached_property
+    def columns(self) -> np.ndarray:
+        """`right` transposed, so that a column is read from one place."""
+        return np.ascontiguousarray(self.right.T)
+
+    @cached_property
+    def norms(self) -> np.ndarray:
+        """(rows,): ‖gains · left[i]‖ in float64."""
+        return _norms(self.left, self.gains)
+
+    @cached_property
+    def norm(self) -> float:
+        """The largest ‖right[:, j]‖, so that norms[i] · norm bounds Σₖ|terms| (Cauchy-Schwarz)."""
+        return float(_norms(self.columns, np.ones(1)).max(initial=0.0))
+
+
+def _norms(matrix: np.ndarray, gains: np.ndarray) -> np.ndarray:
+    """Return ‖gains · row‖ of each row in float64, some rows at a time to keep memory small."""
+    step = max(1, _CHUNK // max(1, matrix.shape[1]))
+    parts = [np.empty(0)]
+    for start in range(0, len(matrix), step):
+        with np.errstate(over="ignore"):
+            scaled = matrix[start : start + step] * gains
+            parts.append(np.sqrt(np.einsum("ij,ij->i", scaled, scaled)))
+    return np.concatenate(parts)
+
+
+@dataclass(slots=True)
+class Repairs:
+    """How many elements needed more than the first pass, and where they were decided."""
+
+    float64: int = 0
+    exact: int = 0
+
+    def since(self, before: Repairs) -> Repairs:
+        """Return how many more they are than they were."""
+        return Repairs(self.float64 - before.float64, self.exact - before.exact)
+
+
+def repair(
+    factors: Factors,
+    weights: np.ndarray,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    dtype: np.dtype,
+) -> tuple[np.ndarray, Repairs]:
+    """Return the correctly rounded sums at (rows[i], columns[i]); `weights[i]` is the base's value.
+
+    `rows` are rows of `factors.left`.
+    """
+    step = max(1, _CHUNK // max(1, len(factors.gains)))
+    done, out = Repairs(), np.empty(len(weights), dtype)
+    for start in range(0, len(weights), step):
+        part = slice(start, start + step)
+        left, right = factors.left[rows[part]], factors.columns[columns[part]]
+        reach = factors.norms[rows[part]] * factors.norm
+        base = weights[part].astype(F64)
+        out[part] = _decide(left, right, factors.gains, reach, base, dtype, done)
+    return out, done
+
+
+def _decide(
+    left: np.ndarray,
+    right: np.ndarray,
+    gains: np.ndarray,
+    reach: np.ndarray,
+    base: np.ndarray,
+    dtype: np.dtype,
+    done: Repairs,
+) -> np.ndarray:
+    """Round n sums, given their factors (n, K) and what Σ|terms| cannot exceed.
+
+    The product of a gain and a float32 is rounded once, and its product with another float32 once
+    more at most, so that the sum of K of them has an error below (K + 2) · 2**-53 · Σ|terms| to
+    first order, in any order of summation (Higham, "Accuracy and Stability of Numerical
+    Algorithms", section 3.1). The bound is generous.
+    """
+    form = FORMATS[dtype]
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = base + np.einsum("ij,ij->i", left * gains, right.astype(F64))
+        error = reach * ((len(gains) + 8) * 2 * _UNIT)
+        error += np.abs(total) * (8 * _UNIT) + 2.0**-1000
+    high = round_once(total + error, dtype)
+    low = round_once(total - error, dtype)
+    unsure = (high.view(form.bits) != low.view(form.bits)) | ~np.isfinite(error)
+    done.float64 += len(base)
+    undecided = np.flatnonzero(unsure)
+    done.exact += len(undecided)
+    for i in undecided:
+        exact = _exact(left[i].astype(F64), right[i].astype(F64), gains, float(base[i]), form)
+        high.view(form.bits)[i] = exact
+    return high
+
+
+def _exact(
+    left: np.ndarray, right: np.ndarray, gains: np.ndarray, base: float, form: Binary
+) -> int:
+    """Return the bits of base + Σ gain · left · right, rounded once from the exact number.
+
+    A sum of exact zero is +0, but adding nothing leaves the base as it is, its sign included.
+    """
+    (lm, le), (rm, re), (gm, ge) = _integers(left), _integers(right), _integers(gains)
+    exponents = [a + b + c for a, b, c in zip(le, re, ge, strict=True)]
+    lowest = min(exponents, default=0)
+    delta = sum(a * b * c << (e - lowest) for a, b, c, e in zip(lm, rm, gm, exponents, strict=True))
+    (mantissa,), (exponent,) = _integers(np.array([base]))
+    if delta == 0 and mantissa == 0:
+        return int(np.signbit(base)) << (form.width - 1)
+    shared = min(lowest, exponent)
+    total = (delta << (lowest - shared)) + (mantissa << (exponent - shared))
+    return round_dyadic(total, shared, form) if total else 0
+
+
+def _integers(values: np.ndarray) -> tuple[list[int], list[int]]:
+    """Return float64 values as integers and exponents of two."""
+    mantissas, exponents = np.frexp(values)
+    return (mantissas * 2.0**53).astype(np.int64).tolist(), (exponents - 53).tolist()

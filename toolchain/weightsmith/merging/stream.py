@@ -1,0 +1,268 @@
+"""Shards, read and written block by block: positioned reads in, hashed and renamed files out."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from weightsmith.checkpoints.safetensors import BITS, TensorInfo
+from weightsmith.errors import EnvironmentFailure, InputRefused
+from weightsmith.files import sync_folder
+from weightsmith.merging.libc import reserve
+from weightsmith.merging.outputs import Part
+from weightsmith.merging.rounding import BF16, F16, F32, F64
+
+ARRAY_TYPES = {"BF16": BF16, "F16": F16, "F32": F32, "F64": F64}
+STORED_TYPES = {
+    **ARRAY_TYPES,
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "I16": np.dtype(np.int16),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(np.uint8),
+}
+"""Types of codes, indices and scales as well; exponents alone are kept as bytes."""
+_MODE = 0o644
+_PIECE = 1 << 18
+_KEPT = 4
+"""Factors kept for the next part of them: those of a layer's experts, both projections."""
+_MADE = 2
+"""Decoded tensors kept."""
+
+
+class Reader:
+    """An open file that several threads may read from, each at its own place."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        """Give the file back."""
+        os.close(self._fd)
+
+    def read_into(self, data: np.ndarray, start: int) -> np.ndarray:
+        """Fill bytes from the offset and return them; raise InputRefused where the file ends."""
+        view, done = as_bytes(data), 0
+        while done < len(view):
+            count = os.preadv(self._fd, [view[done:]], start + done)
+            if not count:
+                raise InputRefused(
+                    f"{self.path} became shorter while it was read",
+                    hint="something else writes to it; start again when it is done",
+                )
+            done += count
+        return data
+
+    def rows(self, info: TensorInfo, first: int, count: int, columns: int) -> np.ndarray:
+        """Return rows of a tensor seen as a matrix, in its own type."""
+        row = columns * BITS[info.dtype] // 8
+        data = self.read_into(np.empty(count * row, np.uint8), info.start + first * row)
+        return data.view(ARRAY_TYPES[info.dtype]).reshape(count, columns)
+
+
+class OpenFiles:
+    """The files that a merge reads, each opened once; safe for several threads."""
+
+    def __init__(self) -> None:
+        self._readers: dict[Path, Reader] = {}
+        self._kept: OrderedDict[tuple[Path, str, int, int], np.ndarray] = OrderedDict()
+        self._made: OrderedDict[object, np.ndarray] = OrderedDict()
+        self._lock, self._making = threading.Lock(), threading.Lock()
+
+    def reader(self, path: Path) -> Reader:
+        """Return the file, open."""
+        with self._lock:
+            if path not in self._readers:
+                self._readers[path] = Reader(path)
+            return self._readers[path]
+
+    def close(self) -> None:
+        """Give all files back."""
+        for reader in self._readers.values():
+            reader.close()
+        self._readers.clear()
+        self._kept.clear()
+        self._made.clear()
+
+    def rows(
+        self, path: Path, info: TensorInfo, first: int, count: int, columns: int
+    ) -> np.ndarray:
+        """Return rows of a stored tensor, see `Reader.rows`."""
+        return self.reader(path).rows(info, first, count, columns)
+
+    def array(self, path: Path, info: TensorInfo) -> np.ndarray:
+        """Return a whole stored tensor of any type, in its own shape."""
+        data = self.reader(path).read_into(np.empty(info.size, np.uint8), info.start)
+        array: np.ndarray = data.view(STORED_TYPES[info.dtype]).reshape(info.shape)
+        return array
+
+    def once(self, key: object, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return what `make` returned for the key, one of the last two: not made twice at a time.
+
+        Blocks of one tensor, and of the one before, are in flight together, never more.
+        """
+        with self._making:
+            if key not in self._made:
+                self._made[key] = make()
+                while len(self._made) > _MADE:
+                    self._made.popitem(last=False)
+            return self._made[key]
+
+    def matrix(self, part: Part) -> np.ndarray:
+        """Return a factor as float32, which holds every supported type exactly.
+
+        Raises InputRefused where it is not finite.
+        """
+        whole = self._finite(part)[part.rows, part.columns]
+        return whole.T if part.transposed else whole
+
+    def _finite(self, part: Part) -> np.ndarray:
+        """Return the whole tensor that a part is of; those that are cut are kept for the next."""
+        path, info = part.stored.path, part.stored.info
+        key = (path, info.name, part.height, part.blocks)
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        tensor = self.rows(path, info, 0, part.height, part.width).astype(F32, copy=False)
+        if not np.isfinite(tensor).all():
+            raise InputRefused(
+                f"{path}: {info.name} holds NaN or infinite values",
+                hint="the training diverged or the file is damaged; use an earlier checkpoint",
+            )
+        if part.blocks > 1:
+            tensor = _block_diagonal(np.split(tensor, part.blocks))
+        if not part.whole:
+            with self._lock:
+                self._kept[key] = tensor
+                while len(self._kept) > _KEPT:
+                    self._kept.popitem(last=False)
+        return tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Checksum:
+    """Where bytes lie in a file, and their projection onto random odd numbers, modulo 2**64.
+
+    An odd factor never turns a difference into none, so a single wrong word always shows; several
+    at once stay unseen with a chance of 2**-63.
+    """
+
+    start: int
+    size: int
+    value: int
+
+    @staticmethod
+    def of(data: memoryview, start: int) -> Checksum:
+        """Return the checksum of bytes that lie at `start`."""
+        return Checksum(start, len(data), continued(0, data))
+
+
+_ODD = np.random.default_rng().integers(0, 1 << 63, _PIECE // 8, np.uint64) * 2 + 1
+
+
+def continued(value: int, data: memoryview) -> int:
+    """Return a checksum's value, continued by bytes; all but the last are multiples of `_PIECE`."""
+    for at in range(0, len(data), _PIECE):
+        part = data[at : at + _PIECE]
+        count = len(part) // 8
+        words = np.frombuffer(part, np.uint64, count)
+        tail = int.from_bytes(part[8 * count :], "little")
+        odd = int(np.dot(words, _ODD[:count])) + tail * 0x9E3779B97F4A7C15
+        value = (value * 0x2545F4914F6CDD1D + odd) % (1 << 64)
+    return value
+
+
+class Writer:
+    """A file that appears under its name only when it is whole, with its sha256."""
+
+    def __init__(self, path: Path, size: int = 0) -> None:
+        """Begin a file that will have `size` bytes, where that is known."""
+        self.path, self.size = path, 0
+        self.checksums: list[Checksum] = []
+        self._temporary = path.with_name(f".{path.name}.partial")
+        self._hash = hashlib.sha256()
+        try:
+            self._file = self._temporary.open("wb", buffering=0)
+        except OSError as error:
+            raise _disk(path, error) from error
+        try:
+            reserve(self._file.fileno(), size)
+        except OSError as error:
+            self.abandon()
+            raise _disk(path, error) from error
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append, and hash in the same pass, piece by piece while it is in the cache."""
+        view, value = memoryview(data), 0
+        try:
+            for start in range(0, len(view), _PIECE):
+                part = view[start : start + _PIECE]
+                self._hash.update(part)
+                value = continued(value, part)
+                while part:
+                    part = part[self._file.write(part) or 0 :]
+        except OSError as error:
+            raise _disk(self.path, error) from error
+        self.checksums.append(Checksum(self.size, len(view), value))
+        self.size += len(data)
+
+    def finish(self) -> dict[str, Any]:
+        """Flush to the disk, rename into place, and return path, size and sha256."""
+        try:
+            self._file.flush()
+            os.fchmod(self._file.fileno(), _MODE)
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._temporary.rename(self.path)
+            sync_folder(self.path.parent)
+        except OSError as error:
+            raise _disk(self.path, error) from error
+        return {"file": self.path.name, "size": self.size, "sha256": self._hash.hexdigest()}
+
+    def abandon(self) -> None:
+        """Close and delete what is not finished."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def sha256_file(path: Path) -> str:
+    """Return a file's sha256 in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def as_bytes(array: np.ndarray) -> memoryview:
+    """Return a contiguous array's memory, without a copy."""
+    data: Any = array.reshape(-1).view(np.uint8)
+    return memoryview(data)
+
+
+def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
+    """Return a matrix of zeros with the blocks, all of one shape, along its diagonal."""
+    (rows, columns), count = blocks[0].shape, len(blocks)
+    out = np.zeros((rows * count, columns * count), blocks[0].dtype)
+    for place, block in enumerate(blocks):
+        out[place * rows : (place + 1) * rows, place * columns : (place + 1) * columns] = block
+    return out
+
+
+def _disk(path: Path, error: OSError) -> EnvironmentFailure:
+    return EnvironmentFailure(
+        f"{path} cannot be written: {error.strerror}",
+        hint="check free space and permissions; finished shards are kept and need not be redone",
+    )

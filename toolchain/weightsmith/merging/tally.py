@@ -1,0 +1,42 @@
+"""What happened to the tensors: counted while they stream by, and kept for a merge that goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from weightsmith.merging.repair import Repairs
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts and names that become findings."""
+
+    repairs: Repairs = field(default_factory=Repairs)
+    silent: dict[int, list[str]] = field(default_factory=dict)
+    """Adapter -> tensors that it adds nothing to, because a factor is all zero."""
+    unchanged: tuple[str, ...] = ()
+    """Tensors that are to be changed and have the base's bits."""
+
+    def about(self, names: Iterable[str], repairs: Repairs) -> dict[str, Any]:
+        """Return the part about these tensors, as JSON; `repairs` are theirs."""
+        own = set(names)
+        # A copy: the next shard is being computed.
+        silent = list(self.silent.items())
+        return {
+            "silent": {
+                str(number): [name for name in some if name in own] for number, some in silent
+            },
+            "unchanged": [name for name in self.unchanged if name in own],
+            "repairs": [repairs.float64, repairs.exact],
+        }
+
+    def add(self, part: Mapping[str, Any]) -> None:
+        """Count what `about` once returned."""
+        for number, names in part["silent"].items():
+            if names:
+                self.silent.setdefault(int(number), []).extend(names)
+        self.unchanged += tuple(part["unchanged"])
+        self.repairs.float64 += part["repairs"][0]
+        self.repairs.exact += part["repairs"][1]

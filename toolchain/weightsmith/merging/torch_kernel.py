@@ -1,0 +1,115 @@
+"""The merge of one tensor with torch: on a GPU the same bytes, and `fast` with PEFT's own bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+
+import numpy as np
+import torch
+
+from weightsmith.errors import EnvironmentFailure
+from weightsmith.merging.fast import LEAST, groups
+from weightsmith.merging.kernel import SLACK, Addition, Prepared, check_finite
+from weightsmith.merging.rounding import BF16, F16, F32, F64, FORMATS
+
+TORCH_TYPES = {BF16: torch.bfloat16, F16: torch.float16, F32: torch.float32, F64: torch.float64}
+_BITS = {2: torch.int16, 4: torch.int32}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnDevice:
+    """What the first pass of one tensor needs, on the device."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    bound: torch.Tensor
+    dtype: torch.dtype
+    largest: float
+
+
+def as_tensor(array: np.ndarray) -> torch.Tensor:
+    """Return a tensor over the array's memory; numpy's bfloat16 becomes torch's."""
+    if array.dtype == BF16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def to_device(prepared: Prepared, device: str) -> OnDevice:
+    """Copy factors and bounds to a device."""
+    left, right, bound = (
+        as_tensor(array).to(device) for array in (prepared.left, prepared.right, prepared.bound)
+    )
+    return OnDevice(
+        left=left,
+        right=right,
+        bound=bound,
+        dtype=TORCH_TYPES[prepared.dtype],
+        largest=FORMATS[prepared.dtype].largest,
+    )
+
+
+def first_pass(
+    held: OnDevice, weight: np.ndarray, first: int, out: np.ndarray
+) -> tuple[np.ndarray, bool]:
+    """Do what `kernel.first_pass` does, on the device, for a whole block."""
+    place = slice(first, first + len(weight))
+    sums = torch.mm(held.left[place], held.right)
+    sums.add_(as_tensor(weight).to(sums.device).to(sums.dtype))
+    # The lower end is computed negated, so ends that agree differ in the sign bit alone, and an
+    # interval around zero does not pass for one.
+    widen = SLACK * torch.finfo(sums.dtype).eps / 2
+    signed = torch.copysign(held.bound[place], sums)
+    high = torch.add(signed, sums, alpha=1 + widen).to(held.dtype)
+    negated = torch.add(signed, sums, alpha=widen - 1).to(held.dtype)
+    bits = _BITS[high.element_size()]
+    same = high.view(bits) ^ negated.view(bits)
+    flagged = (same.flatten() != torch.iinfo(bits).min).nonzero().flatten().cpu().numpy()
+    least, most = (float(end) for end in torch.aminmax(sums))
+    limit = held.largest * 0.99
+    as_tensor(out).copy_(high)
+    return flagged, -limit < least and most < limit
+
+
+def merge_rows_fast(addition: Addition, weight: np.ndarray, first: int, out: np.ndarray) -> None:
+    """Do what `fast.merge_rows_fast` does, with torch's own products: for one adapter, PEFT's bits.
+
+    Runs on the CPU; shapes and errors are those of `kernel.merge_rows`.
+    """
+    factors, target = addition.factors, as_tensor(out)
+    lefts, right, base = as_tensor(factors.left), as_tensor(factors.right), as_tensor(weight)
+    parts = list(groups(factors.gains))
+    step = max(LEAST, (1 << 18) // max(1, weight.shape[1]))
+    for start in range(0, len(weight), step):
+        end = min(start + step, len(weight))
+        # As PEFT multiplies whole matrices: few rows alone would be multiplied in another way.
+        before = max(0, min(first + start, first + end - LEAST))
+        left = lefts[before : first + end]
+        # The first product itself, since adding it to zero would turn -0 into 0.
+        delta = reduce(
+            torch.Tensor.add_, [(left[:, s:e] @ right[s:e]).mul_(gain) for gain, s, e in parts]
+        )[first + start - before :]
+        target[start:end] = delta.add_(base[start:end].float())
+    check_finite(addition, weight, out)
+
+
+def check_arithmetic(device: str) -> None:
+    """Raise EnvironmentFailure where the device's float32 is not what the bounds assume.
+
+    Reduced-precision products (TF32, bfloat16 "fast math") and conversions that flush subnormals
+    are settings and compilers' options, so they are looked for, not trusted to be off.
+    """
+    generator = torch.Generator().manual_seed(1)
+    left, right = (torch.randn(96, 96, generator=generator) for _ in range(2))
+    exact = left.double() @ right.double()
+    found = torch.mm(left.to(device), right.to(device)).cpu().double()
+    room = 100 * 2.0**-24 * (left.double().abs() @ right.double().abs())
+    small = torch.tensor([2.0**-133, 2.0**-127, 2.0**-24]).repeat(32)
+    kept = small.to(device).to(torch.bfloat16).cpu().float()
+    half = small[2].to(device).to(torch.float16).cpu().float()
+    if (found - exact).abs().gt(room).any() or not torch.equal(kept, small) or half != small[2]:
+        raise EnvironmentFailure(
+            f"{device} computes float32 with reduced precision or flushes small numbers to zero",
+            hint="unset DNNL_DEFAULT_FPMATH_MODE, NVIDIA_TF32_OVERRIDE and the like, or merge with "
+            "another device",
+        )

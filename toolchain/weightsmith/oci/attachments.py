@@ -1,0 +1,205 @@
+"""What hangs on an image: manifests with a subject, such as statements, reports and signatures.
+
+https://github.com/opencontainers/image-spec/blob/main/manifest.md#guidelines-for-artifact-usage
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+from weightsmith.checkpoints.reading import read_file
+from weightsmith.errors import InputRefused
+from weightsmith.oci import manifests
+from weightsmith.oci.image import Opener
+from weightsmith.oci.layers import Member
+from weightsmith.values import Blob, Digest, Json, canonical
+
+EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
+EMPTY = b"{}"
+BINARY = "application/octet-stream"
+LARGEST_PART = 64 << 20
+"""Bytes of a part that is read whole: a statement, a report, a bill of materials."""
+_MOST_PARTS = 10_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One blob of an attachment."""
+
+    blob: Blob
+    open: Opener
+    annotations: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of_bytes(cls, data: bytes, media_type: str, **annotations: str) -> Part:
+        """Return a part whose content is in memory."""
+        blob = Blob(digest=Digest.of(data), size=len(data), media_type=media_type)
+        return cls(blob=blob, open=lambda: iter((data,)), annotations=annotations)
+
+    @classmethod
+    def of_file(cls, path: Path, title: str, digest: Digest) -> Part:
+        """Return a part that is read from a file of a known digest."""
+        member = Member.of_file(title, path, digest)
+        blob = Blob(digest=digest, size=member.size, media_type=BINARY)
+        return cls(
+            blob=blob,
+            open=lambda: read_file(path, member.size),
+            annotations={manifests.TITLE: title},
+        )
+
+    @property
+    def title(self) -> str:
+        """The file name that it had, or empty."""
+        return self.annotations.get(manifests.TITLE, "")
+
+    def read(self) -> bytes:
+        """Return the content; InputRefused where it is too large to be read whole."""
+        if self.blob.size > LARGEST_PART:
+            raise InputRefused(
+                f"{self.title or self.blob.digest} has {self.blob.size} bytes",
+                hint=manifests.DAMAGED,
+            )
+        return b"".join(self.open())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attachment:
+    """A manifest about an image; it moves with the image, and its digest is its content's."""
+
+    artifact_type: str
+    subject: Blob
+    parts: tuple[Part, ...]
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    config: bytes = EMPTY
+    config_type: str = EMPTY_TYPE
+    tag: str = ""
+    """A tag beside the digest, where readers look for one: cosign's."""
+    raw: bytes | None = None
+    """The manifest as read: so a digest stays."""
+
+    @cached_property
+    def manifest_bytes(self) -> bytes:
+        """The manifest."""
+        if self.raw is not None:
+            return self.raw
+        document: dict[str, Json] = {
+            "schemaVersion": 2,
+            "mediaType": manifests.OCI_MANIFEST,
+            "artifactType": self.artifact_type,
+            "config": _row(self._config_blob),
+            "layers": [_row(part.blob, part.annotations) for part in self.parts],
+            "subject": _row(self.subject),
+        }
+        if self.annotations:
+            document["annotations"] = dict(self.annotations)
+        return canonical(document)
+
+    @property
+    def blob(self) -> Blob:
+        """The manifest's descriptor."""
+        data = self.manifest_bytes
+        return Blob(digest=Digest.of(data), size=len(data), media_type=manifests.OCI_MANIFEST)
+
+    @property
+    def row(self) -> Mapping[str, Json]:
+        """The entry of an index of referrers."""
+        return {**_row(self.blob, self.annotations), "artifactType": self.artifact_type}
+
+    @property
+    def _config_blob(self) -> Blob:
+        return Blob(
+            digest=Digest.of(self.config), size=len(self.config), media_type=self.config_type
+        )
+
+    def blobs(self) -> Iterator[tuple[Blob, Opener]]:
+        """Yield every blob below the manifest."""
+        yield self._config_blob, lambda: iter((self.config,))
+        for part in self.parts:
+            yield part.blob, part.open
+
+    def about(self, subject: Blob) -> Attachment:
+        """Return the same content attached to another image."""
+        return replace(self, subject=subject, raw=None, tag="")
+
+
+def load_attachment(
+    manifest: bytes, opener: Callable[[Blob], Opener], where: str, tag: str = ""
+) -> Attachment:
+    """Return the attachment that a manifest describes; InputRefused for anything malformed."""
+    document = manifests.read_json(manifest, where)
+    rows = manifests.listed(document, "layers", where)
+    if len(rows) > _MOST_PARTS:
+        raise InputRefused(f"{where} has {len(rows)} parts", hint=manifests.DAMAGED)
+    config = _blob(document.get("config"), where)
+    subject = document.get("subject")
+    found = Attachment(
+        artifact_type=str(document.get("artifactType") or config.media_type),
+        subject=_blob(subject, where) if subject else Blob(
+            digest=Digest.of(b""), size=0, media_type=""
+        ),
+        parts=tuple(
+            Part(
+                blob=(blob := _blob(row, where)),
+                open=opener(blob),
+                annotations=_texts(row.get("annotations")),
+            )
+            for row in rows
+        ),
+        annotations=_texts(document.get("annotations")),
+        config_type=config.media_type,
+        raw=manifest,
+        tag=tag,
+    )  # fmt: skip
+    if config.digest == Digest.of(EMPTY):
+        return found
+    if config.size > manifests.LARGEST_CONFIG:
+        raise InputRefused(
+            f"{where} claims a configuration of {config.size} bytes",
+            hint=manifests.DAMAGED,
+        )
+    return replace(found, config=b"".join(opener(config)()))
+
+
+def fallback_tag(subject: Digest, suffix: str = "") -> str:
+    """Return the tag under which registries without the referrers API keep the list.
+
+    https://github.com/opencontainers/distribution-spec/blob/main/spec.md#referrers-tag-schema
+    """
+    return f"sha256-{subject.hex}{suffix}"
+
+
+def with_rows(rows: Sequence[Json], attachments: Sequence[Attachment]) -> bytes:
+    """Return an index of referrers with the attachments in it, each once."""
+    new = {str(attachment.blob.digest): attachment.row for attachment in attachments}
+    old = {str(row.get("digest")): row for row in rows if isinstance(row, dict)}
+    return canonical(
+        {
+            "schemaVersion": 2,
+            "mediaType": manifests.OCI_INDEX,
+            "manifests": [row for _, row in sorted({**old, **new}.items())],
+        }
+    )
+
+
+def _row(blob: Blob, annotations: Mapping[str, str] | None = None) -> dict[str, Json]:
+    found: dict[str, Json] = {
+        "mediaType": blob.media_type,
+        "digest": blob.digest,
+        "size": blob.size,
+    }
+    if annotations:
+        found["annotations"] = dict(annotations)
+    return found
+
+
+def _blob(row: Json, where: str) -> Blob:
+    media_type = str(row.get("mediaType")) if isinstance(row, dict) else ""
+    return manifests.descriptor(row, where, (media_type,))
+
+
+def _texts(value: Json) -> dict[str, str]:
+    pairs = value.items() if isinstance(value, dict) else ()
+    return {key: text for key, text in pairs if isinstance(text, str)}

@@ -1,0 +1,114 @@
+"""How a registry wants to be asked: Basic and Bearer challenges, and where secrets come from.
+
+https://distribution.github.io/distribution/spec/auth/token/ and RFC 9110 section 11
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from weightsmith.errors import InputRefused
+from weightsmith.oci.references import DOCKER_HUB
+from weightsmith.values import Json
+
+Credentials: TypeAlias = Callable[[str], tuple[str, str] | None]
+"""Registry host (`docker.io` for Docker Hub) -> user and secret, or None for anonymous."""
+Helper: TypeAlias = Callable[[str, str], tuple[str, str] | None]
+"""Runs `docker-credential-<first> get` for the server `second`; starting it is a driver's work."""
+
+IDENTITY = "<token>"
+"""The user name under which helpers hand out an identity token instead of a password."""
+
+_HUB_KEY = "https://index.docker.io/v1/"
+# Possessive, each word tried once: a backtracking search takes seconds for a header of 16 kB.
+_PAIR = re.compile(r'(?<![a-zA-Z_])([a-zA-Z_]++)\s*+=\s*+(?:"([^"]*+)"|([^\s",]++))')
+_LONGEST_CHALLENGE = 8 << 10
+"""Characters of all WWW-Authenticate headers together; registries send some hundred."""
+
+
+def anonymous(_host: str) -> None:
+    """Give no credentials to anyone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Challenge:
+    """What a 401 asks for: `basic`, or `bearer` with where to get a token."""
+
+    kind: str
+    realm: str = ""
+    service: str = ""
+
+
+def parse_challenge(headers: list[str]) -> Challenge | None:
+    """Read WWW-Authenticate headers; Bearer before Basic, None for what we do not speak."""
+    text = ", ".join(headers)[:_LONGEST_CHALLENGE]
+    bearer = re.search(r"(?i)\bbearer\s++(.*)", text)
+    if bearer:
+        pairs = {key.lower(): quoted or bare for key, quoted, bare in _PAIR.findall(bearer[1])}
+        if pairs.get("realm"):
+            return Challenge("bearer", pairs["realm"], pairs.get("service", ""))
+    return Challenge("basic") if re.search(r"(?i)\bbasic\b", text) else None
+
+
+def basic(pair: tuple[str, str]) -> str:
+    """Return the Authorization header of a user and a password."""
+    return "Basic " + base64.b64encode(":".join(pair).encode()).decode()
+
+
+def docker_config(config: Mapping[str, Json], helper: Helper | None = None) -> Credentials:
+    """Return the credentials that a `~/.docker/config.json` knows, by Docker's own order.
+
+    A host's helper (`credHelpers`), then the store (`credsStore`), then `auths`.
+    https://docs.docker.com/reference/cli/docker/login/
+    """
+
+    def find(host: str) -> tuple[str, str] | None:
+        keys = [_HUB_KEY, "index.docker.io", host] if host == DOCKER_HUB else [host]
+        helpers = _meant(config.get("credHelpers"), keys)
+        program = next(helpers, config.get("credsStore"))
+        if program and helper and (found := helper(str(program), keys[0])):
+            return found
+        entry = next(filter(None, _meant(config.get("auths"), keys)), None)
+        return _stored(entry, host) if entry else None
+
+    return find
+
+
+def _meant(table: Json, keys: Sequence[str]) -> Iterator[Json]:
+    """Yield what a table has under the names, then under addresses with these hosts, as Docker."""
+    rows = table if isinstance(table, dict) else {}
+    yield from (rows[key] for key in keys if key in rows)
+    yield from (value for name, value in rows.items() if name not in keys and _host(name) in keys)
+
+
+def _host(address: str) -> str:
+    return re.sub(r"^https?://", "", address).partition("/")[0]
+
+
+def _stored(entry: Json, host: str) -> tuple[str, str] | None:
+    if not isinstance(entry, dict):
+        raise _damaged(host)
+    if entry.get("identitytoken"):
+        return IDENTITY, str(entry["identitytoken"])
+    if entry.get("username"):
+        return str(entry["username"]), str(entry.get("password", ""))
+    try:
+        user, colon, secret = (
+            base64.b64decode("".join((entry.get("auth") or "").split()), validate=True)
+            .decode()
+            .partition(":")
+        )
+    except (ValueError, TypeError, AttributeError):
+        raise _damaged(host) from None
+    return (user, secret) if colon else None
+
+
+def _damaged(host: str) -> InputRefused:
+    return InputRefused(
+        f"the entry for {host} in Docker's config.json is damaged",
+        hint=f"run `docker login {host}` again",
+    )

@@ -1,0 +1,136 @@
+"""The reading half of the distribution protocol: manifests and blobs, verified."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from weightsmith.errors import Altered
+from weightsmith.oci import manifests, proxies
+from weightsmith.oci.layers import CHUNK, verified
+from weightsmith.oci.references import Reference
+from weightsmith.oci.replies import Reply, Transient
+from weightsmith.oci.session import TRIES, Session
+from weightsmith.time_limits import TooLong, steady
+from weightsmith.values import Blob, Digest
+
+_ACCEPT = {"Accept": ", ".join((*manifests.MANIFESTS, *manifests.INDEXES))}
+_OK, _PARTIAL, _MISSING = 200, 206, 404
+
+
+def digest_of(session: Session, reference: Reference, tries: int = TRIES) -> Digest | None:
+    """Return what a tag or digest names now, or None where it is not there."""
+    name = reference.digest or reference.tag
+    what = f"cannot look up {reference}"
+    reply = session.attempt(
+        what, lambda: session.call("HEAD", f"manifests/{name}", headers=_ACCEPT), tries
+    )
+    if reply.status == _MISSING:
+        return None
+    if reply.status != _OK:
+        raise session.refusal(what, reply)
+    # The header is optional in the specification; without it the bytes have to tell.
+    return promised(reply, str(reference)) or Digest.of(manifest(session, reference)[0])
+
+
+def manifest(session: Session, reference: Reference) -> tuple[bytes, str]:
+    """Return a manifest's or index's bytes and media type; Altered for a wrong digest."""
+    reply = _ask(session, reference)
+    if reply.status != _OK:
+        raise session.refusal(f"cannot read {reference}", reply)
+    return _checked(session, reply, reference)
+
+
+def manifest_or_none(session: Session, reference: Reference) -> tuple[bytes, str] | None:
+    """Return the same, or None where there is nothing under the name."""
+    reply = _ask(session, reference)
+    if reply.status == _MISSING:
+        return None
+    if reply.status != _OK:
+        raise session.refusal(f"cannot read {reference}", reply)
+    return _checked(session, reply, reference)
+
+
+def _ask(session: Session, reference: Reference) -> Reply:
+    name = reference.digest or reference.tag
+    return session.attempt(
+        f"cannot read {reference}",
+        lambda: session.call(
+            "GET", f"manifests/{name}", headers=_ACCEPT, limit=manifests.LARGEST_MANIFEST
+        ),
+    )
+
+
+def _checked(session: Session, reply: Reply, reference: Reference) -> tuple[bytes, str]:
+    digest = Digest.of(reply.body)
+    if {reference.digest or digest, promised(reply, str(reference)) or digest} != {digest}:
+        raise Altered(
+            f"{reference}: the registry sent a manifest with the digest {digest.short}, "
+            "which is not the one it should have",
+            hint=blame(session),
+        )
+    kind = reply.headers.get("content-type", "").partition(";")[0].strip()
+    if kind not in (*manifests.MANIFESTS, *manifests.INDEXES):
+        kind = str(manifests.read_json(reply.body, str(reference)).get("mediaType", kind))
+    return reply.body, kind
+
+
+def blob(session: Session, wanted: Blob) -> Iterator[bytes]:
+    """Yield a blob in chunks of about 1 MiB, resumed where the connection breaks.
+
+    Raises Altered at its end if it is not what the digest promises.
+    """
+    chunks = _resumed(session, wanted)
+    return verified(chunks, wanted, session.registry, blame(session), Altered)
+
+
+def blame(session: Session) -> str:
+    """Return what to do about bytes that changed between us and whoever pushed them."""
+    proxy = proxies.told(session.root)
+    who = f"the proxy {proxy} or the registry" if proxy else "the registry, or what is before it,"
+    return f"try again; if it stays so, {who} changes what it passes on: ask whoever runs it"
+
+
+def promised(reply: Reply, where: str) -> Digest | None:
+    """Return the digest that the registry says it has, or None where it says nothing."""
+    text = reply.headers.get("docker-content-digest", "")
+    try:
+        return Digest(text) if text else None
+    except ValueError:
+        raise Altered(
+            f"{where}: the registry answered with a malformed digest",
+            hint="try again; if it stays so, ask whoever runs the registry or a proxy before it",
+        ) from None
+
+
+def _resumed(session: Session, wanted: Blob) -> Iterator[bytes]:
+    at = failures = 0
+    while at < wanted.size:
+        try:
+            for chunk in _from(session, wanted, at):
+                at += len(chunk)
+                failures = 0
+                yield chunk
+            if at < wanted.size:
+                raise Transient("the connection ended early")
+        except Transient as trouble:
+            failures += 1
+            what = f"cannot read the blob {wanted.digest.short} from {session.registry}"
+            session.wait_after(what, trouble, failures)
+
+
+def _from(session: Session, wanted: Blob, at: int) -> Iterator[bytes]:
+    # With its end: some registries refuse a range without one, which RFC 9110 allows.
+    headers = {"Range": f"bytes={at}-{wanted.size - 1}"} if at else {}
+    url = f"blobs/{wanted.digest}"
+    with session.stream("GET", url, headers=headers) as response:
+        if response.status_code not in (_OK, _PARTIAL):
+            session.check(f"cannot read the blob {wanted.digest.short}", response)
+        skip = at if response.status_code == _OK else 0
+        try:
+            for chunk in steady(response.iter_raw(), CHUNK):
+                rest = chunk[skip:]
+                skip -= len(chunk) - len(rest)
+                if rest:
+                    yield rest
+        except TooLong:
+            raise Transient("it sends less than 1 kB a second") from None

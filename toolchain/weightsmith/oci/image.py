@@ -1,0 +1,358 @@
+"""Images as values: layers, a configuration and annotations; same inputs, same digest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import Literal, TypeAlias
+
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.oci import manifests, tar
+from weightsmith.oci.layers import LAYER_TAR, BlobLayer, Layer
+from weightsmith.oci.references import Reference
+from weightsmith.values import Blob, Digest, Json, canonical
+
+Order: TypeAlias = Literal["engine-first", "weights-first"]
+Opener: TypeAlias = Callable[[], Iterator[bytes]]
+
+MOST_LAYERS = 125
+"""Docker's overlay2 refuses the 126th with "max depth exceeded"."""
+_SECOND = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Healthcheck:
+    """A command that exits 0 when the image serves; times in seconds."""
+
+    command: tuple[str, ...]
+    interval: int = 10
+    timeout: int = 5
+    start_period: int = 900
+    """Loading weights takes minutes; failures before this do not count."""
+    retries: int = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageConfig:
+    """What an image adds to its base's configuration; None or empty keeps the base's."""
+
+    user: str | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    entrypoint: tuple[str, ...] | None = None
+    cmd: tuple[str, ...] | None = None
+    ports: tuple[int, ...] = ()
+    healthcheck: Healthcheck | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    working_dir: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Image:
+    """An image; its digest is known once every layer's is, and nothing is on disk for it."""
+
+    layers: tuple[Layer, ...]
+    """Bottom first, the base's included."""
+    settings: Mapping[str, Json]
+    """The configuration document without the layers' diff ids."""
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    raw: tuple[bytes, bytes, str] | None = None
+    """Manifest, configuration and the manifest's media type as read: so a digest stays."""
+
+    @cached_property
+    def config_bytes(self) -> bytes:
+        """The configuration blob: https://github.com/opencontainers/image-spec config.md."""
+        if self.raw:
+            return self.raw[1]
+        ids = [layer.diff_id for layer in self.layers]
+        return canonical({**self.settings, "rootfs": {"type": "layers", "diff_ids": ids}})
+
+    @cached_property
+    def manifest_bytes(self) -> bytes:
+        """The manifest: https://github.com/opencontainers/image-spec manifest.md."""
+        if self.raw:
+            return self.raw[0]
+        config = self.config_blob
+        document = {
+            "schemaVersion": 2,
+            "mediaType": manifests.OCI_MANIFEST,
+            "config": _descriptor(config),
+            "layers": [_descriptor(blob_of(layer), layer.file) for layer in self.layers],
+        }
+        if self.annotations:
+            document["annotations"] = dict(self.annotations)
+        return canonical(document)
+
+    @property
+    def media_type(self) -> str:
+        """The manifest's media type."""
+        return self.raw[2] if self.raw else manifests.OCI_MANIFEST
+
+    @cached_property
+    def digest(self) -> Digest:
+        """The manifest's digest: the image's identity."""
+        return Digest.of(self.manifest_bytes)
+
+    @property
+    def manifest_blob(self) -> Blob:
+        """The manifest's descriptor."""
+        return Blob(digest=self.digest, size=len(self.manifest_bytes), media_type=self.media_type)
+
+    @property
+    def config_blob(self) -> Blob:
+        """The configuration's descriptor; its digest is what Docker calls the image id."""
+        data = self.config_bytes
+        kind = manifests.OCI_CONFIG
+        if self.media_type == manifests.DOCKER_MANIFEST:
+            kind = manifests.DOCKER_CONFIG
+        return Blob(digest=Digest.of(data), size=len(data), media_type=kind)
+
+    @property
+    def platform(self) -> str:
+        """The platform as `os/architecture`."""
+        return manifests.platform_of(self.settings)
+
+    @property
+    def config(self) -> Mapping[str, Json]:
+        """The part of the configuration that an engine runs by: such as `Env` and `Labels`."""
+        return self.settings.get("config") or {}
+
+    @property
+    def labels(self) -> Mapping[str, str]:
+        """The image's labels."""
+        return self.config.get("Labels") or {}
+
+    def blobs(self) -> Iterator[tuple[Blob, Opener]]:
+        """Yield every blob below the manifest once: layers bottom first, then the configuration."""
+        seen: set[Digest] = set()
+        for layer in self.layers:
+            if layer.digest not in seen:
+                seen.add(layer.digest)
+                yield blob_of(layer), layer.open
+        yield self.config_blob, lambda: iter((self.config_bytes,))
+
+
+def assemble(
+    weights: Sequence[Layer],
+    files: Sequence[Layer] = (),
+    *,
+    config: ImageConfig,
+    base: Image | None = None,
+    annotations: Mapping[str, str] | None = None,
+    order: Order = "engine-first",
+    platform: str = "linux/amd64",
+    epoch: int | None = None,
+) -> Image:
+    """Return an image of a base (none: from scratch), weight layers, and small layers on top.
+
+    `weights-first` puts the weights below the base, so that engines which hold one version
+    do not fetch the weights again for the next base. `platform` counts only from scratch.
+    Raises UsageError above 125 layers.
+    """
+    lower, upper = (weights, ()) if order == "weights-first" else ((), weights)
+    middle = tuple(map(_as_oci, base.layers)) if base else ()
+    layers = (*lower, *middle, *upper, *files)
+    if len(layers) > MOST_LAYERS:
+        raise UsageError(
+            f"the image would have {len(layers)} layers ({len(middle)} of its base); engines "
+            f"hold at most {MOST_LAYERS}",
+            hint="take a base with fewer layers, or let layers be larger (--max-layer-size)",
+        )
+    created = _time(tar.source_date_epoch() if epoch is None else epoch)
+    system, _, machine = platform.partition("/")
+    start = base.settings if base else {"os": system, "architecture": machine}
+    settings = {
+        **{key: value for key, value in start.items() if key in _KEPT},
+        "created": created,
+        "config": _merged(base.config if base else {}, config),
+        "history": [
+            *(_entry(layer, created) for layer in lower),
+            *(_base_history(base, created) if base else ()),
+            *(_entry(layer, created) for layer in (*upper, *files)),
+        ],
+    }
+    return Image(layers=layers, settings=settings, annotations=dict(annotations or {}))
+
+
+def load_image(
+    manifest: bytes,
+    media_type: str,
+    *,
+    read: Callable[[Blob], bytes],
+    opener: Callable[[Blob], Opener],
+    where: str,
+    origin: Reference | None = None,
+) -> Image:
+    """Return the image that a manifest describes; InputRefused for anything malformed.
+
+    `read` returns a small blob, `opener` gives a layer's reader; both verify what they return.
+    """
+    document = manifests.read_json(manifest, where)
+    if media_type not in manifests.MANIFESTS or document.get("schemaVersion") != 2:
+        raise InputRefused(
+            f"{where} is not an image manifest of a known kind ({media_type[:100]!r})",
+            hint="push the image again with a current tool",
+        )
+    config = manifests.descriptor(
+        document.get("config"), f"{where}: the configuration", manifests.CONFIGS,
+        manifests.LARGEST_CONFIG,
+    )  # fmt: skip
+    rows = manifests.listed(document, "layers", where)
+    raw_config = read(config)
+    settings = manifests.read_json(raw_config, f"{where}: the configuration")
+    ids = _diff_ids(settings, len(rows), where)
+    layers = []
+    for n, (row, diff_id) in enumerate(zip(rows, ids, strict=True)):
+        blob = manifests.descriptor(row, f"{where}: layer {n}", manifests.LAYERS)
+        title = _texts(row.get("annotations"), where).get(manifests.TITLE, "")
+        layers.append(
+            BlobLayer(blob=blob, diff_id=diff_id, opener=opener(blob), file=title, origin=origin)
+        )
+    return Image(
+        layers=tuple(layers),
+        settings={k: v for k, v in _checked(settings, where).items() if k != "rootfs"},
+        annotations=_texts(document.get("annotations"), where),
+        raw=(manifest, raw_config, media_type),
+    )
+
+
+def blob_of(layer: Layer) -> Blob:
+    """Return a layer's descriptor."""
+    return Blob(digest=layer.digest, size=layer.size, media_type=layer.media_type)
+
+
+_OCI_TYPES = {
+    manifests.DOCKER_TAR: LAYER_TAR,
+    manifests.DOCKER_GZIP: manifests.LAYER_GZIP,
+}
+
+
+def _as_oci(layer: Layer) -> Layer:
+    """Return a base's layer under OCI's media type: the same bytes, and umoci reads no others."""
+    kind = _OCI_TYPES.get(layer.media_type)
+    if kind is None or not isinstance(layer, BlobLayer):
+        return layer
+    return replace(layer, blob=replace(layer.blob, media_type=kind))
+
+
+_KEPT = ("os", "os.version", "os.features", "architecture", "variant", "author")
+
+
+def _descriptor(blob: Blob, title: str = "") -> dict[str, Json]:
+    found: dict[str, Json] = {
+        "mediaType": blob.media_type,
+        "digest": blob.digest,
+        "size": blob.size,
+    }
+    # A reader of the image alone can then say which layer holds which file.
+    if title:
+        found["annotations"] = {manifests.TITLE: title}
+    return found
+
+
+def _merged(base: Mapping[str, Json], added: ImageConfig) -> dict[str, Json]:
+    merged = dict(base)
+    env = dict(pair.partition("=")[::2] for pair in base.get("Env") or ())
+    env.update(added.env)
+    merged["Env"] = [f"{key}={value}" for key, value in env.items()]
+    merged["Labels"] = {**(base.get("Labels") or {}), **added.labels}
+    if added.user is not None:
+        merged["User"] = added.user
+    if added.entrypoint is not None:
+        # As Docker does: a base's command was meant for the base's entrypoint.
+        merged["Entrypoint"] = list(added.entrypoint)
+        merged.pop("Cmd", None)
+    if added.cmd is not None:
+        merged["Cmd"] = list(added.cmd)
+    if added.working_dir is not None:
+        merged["WorkingDir"] = added.working_dir
+    if added.ports:
+        ports: dict[str, Json] = {f"{port}/tcp": {} for port in added.ports}
+        merged["ExposedPorts"] = {**(base.get("ExposedPorts") or {}), **ports}
+    if added.healthcheck:
+        merged["Healthcheck"] = _healthcheck(added.healthcheck)
+    return {key: value for key, value in merged.items() if value not in (None, [], {})}
+
+
+def _healthcheck(check: Healthcheck) -> dict[str, Json]:
+    """Docker's extension of the OCI configuration; times in nanoseconds.
+
+    https://github.com/moby/docker-image-spec/blob/main/spec.md
+    """
+    return {
+        "Test": ["CMD", *check.command],
+        "Interval": check.interval * _SECOND,
+        "Timeout": check.timeout * _SECOND,
+        "StartPeriod": check.start_period * _SECOND,
+        "Retries": check.retries,
+    }
+
+
+def _entry(layer: Layer, created: str) -> dict[str, Json]:
+    return {"created": created, "created_by": f"weightsmith: {layer.file or 'layer'}"}
+
+
+def _base_history(base: Image, created: str) -> list[Json]:
+    """Return the base's history, or one entry a layer where it does not fit its layers."""
+    rows = [row for row in base.settings.get("history") or () if isinstance(row, dict)]
+    if sum(not row.get("empty_layer") for row in rows) == len(base.layers):
+        return rows
+    return [{"created": created, "created_by": "base"} for _ in base.layers]
+
+
+def _time(epoch: int) -> str:
+    return datetime.fromtimestamp(epoch, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _diff_ids(settings: Mapping[str, Json], count: int, where: str) -> list[Digest]:
+    rootfs = settings.get("rootfs")
+    ids = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
+    if not isinstance(ids, list) or len(ids) != count:
+        raise InputRefused(
+            f"{where}: the configuration does not name the {count} layers",
+            hint=manifests.DAMAGED,
+        )
+    try:
+        return [Digest(str(text)) for text in ids]
+    except ValueError:
+        raise InputRefused(
+            f"{where}: the configuration has a bad diff id",
+            hint=manifests.DAMAGED,
+        ) from None
+
+
+def _checked(settings: Mapping[str, Json], where: str) -> Mapping[str, Json]:
+    """Return a foreign configuration; InputRefused where its fields have other types than ours."""
+    config = settings.get("config") or {}
+    if not isinstance(config, dict):
+        raise InputRefused(
+            f"{where}: the configuration's 'config' is not an object",
+            hint=manifests.DAMAGED,
+        )
+    kinds: Iterable[tuple[str, type]] = (
+        *((name, list) for name in ("Env", "Entrypoint", "Cmd")),
+        *((name, dict) for name in ("Labels", "ExposedPorts")),
+        *((name, str) for name in ("User", "WorkingDir")),
+    )
+    for name, kind in kinds:
+        value = config.get(name)
+        wrong = value is not None and not isinstance(value, kind)
+        inner = value if isinstance(value, list) else []
+        if wrong or any(not isinstance(item, str) for item in inner):
+            raise InputRefused(
+                f"{where}: the configuration's {name!r} is malformed",
+                hint=manifests.DAMAGED,
+            )
+    _texts(config.get("Labels"), where)
+    return settings
+
+
+def _texts(value: Json, where: str) -> dict[str, str]:
+    found = {} if value is None else value
+    if not isinstance(found, dict) or any(not isinstance(text, str) for text in found.values()):
+        raise InputRefused(
+            f"{where}: annotations and labels must be texts",
+            hint=manifests.DAMAGED,
+        )
+    return dict(found)

@@ -1,0 +1,81 @@
+"""Indexes: one image per platform under one name; weights are the same layers in each.
+
+https://github.com/opencontainers/image-spec/blob/main/image-index.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+from weightsmith.oci import manifests
+from weightsmith.oci.image import Image
+from weightsmith.values import Blob, Digest, Json, canonical
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """Images by platform; the digest is known once every image's is."""
+
+    images: tuple[Image, ...]
+
+    @cached_property
+    def manifest_bytes(self) -> bytes:
+        """The index document, platforms sorted."""
+        rows = sorted(map(_row, self.images), key=lambda row: canonical(row["platform"]))
+        return canonical({"schemaVersion": 2, "mediaType": manifests.OCI_INDEX, "manifests": rows})
+
+    @property
+    def digest(self) -> Digest:
+        """The index's digest."""
+        return Digest.of(self.manifest_bytes)
+
+    @property
+    def blob(self) -> Blob:
+        """The index's descriptor."""
+        size = len(self.manifest_bytes)
+        return Blob(digest=self.digest, size=size, media_type=manifests.OCI_INDEX)
+
+    @property
+    def own(self) -> Image:
+        """The image for this machine, else the first."""
+        return next((i for i in self.images if is_own(i)), self.images[0])
+
+
+Whole: TypeAlias = Image | Index
+"""What one name stands for: an image, or one for each platform."""
+
+
+def whole_of(images: Sequence[Image]) -> Whole:
+    """Return an image alone as it is, several as an index."""
+    return images[0] if len(images) == 1 else Index(images=tuple(images))
+
+
+def images_of(whole: Whole) -> tuple[Image, ...]:
+    """Return the images that a name stands for."""
+    return whole.images if isinstance(whole, Index) else (whole,)
+
+
+def own_of(whole: Whole) -> Image:
+    """Return the image for this machine, where there are several."""
+    return whole.own if isinstance(whole, Index) else whole
+
+
+def is_own(image: Image) -> bool:
+    """Say whether an image is for this machine's platform."""
+    return image.platform == manifests.host_platform()
+
+
+def _row(image: Image) -> dict[str, Json]:
+    blob = image.manifest_blob
+    system, _, machine = image.platform.partition("/")
+    platform: Mapping[str, Json] = {"os": system, "architecture": machine}
+    variant = image.settings.get("variant")
+    return {
+        "mediaType": blob.media_type,
+        "digest": blob.digest,
+        "size": blob.size,
+        "platform": {**platform, **({"variant": variant} if variant else {})},
+    }

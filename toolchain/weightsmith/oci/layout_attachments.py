@@ -1,0 +1,72 @@
+"""What hangs on the images of an OCI layout.
+
+Ours are listed in `referrers.json`, an index beside `index.json`: a layout of one image has one
+row in its index then, which skopeo, podman and umoci take without being told a name. Rows of
+`index.json` that have a subject, as oras writes them, are read as well, and what cosign saved.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from weightsmith.errors import EnvironmentFailure
+from weightsmith.files import replace_file
+from weightsmith.oci import layout, manifests
+from weightsmith.oci.attachments import Attachment, load_attachment, with_rows
+from weightsmith.oci.progress import Meter
+from weightsmith.values import Blob, Digest, Json
+
+LIST = "referrers.json"
+PARTS = frozenset({"blobs", "index.json", "oci-layout", LIST})
+"""All that a layout of ours has at its top."""
+
+
+def attach(folder: Path, attachment: Attachment) -> None:
+    """Put an attachment into a layout folder; its row comes last."""
+    store = folder / "blobs" / "sha256"
+    try:
+        for blob, opener in attachment.blobs():
+            layout.put_blob(store, blob, opener, Meter(blob.size))
+        data = attachment.manifest_bytes
+        layout.put_blob(store, attachment.blob, lambda: iter((data,)), Meter(0))
+        replace_file(folder / LIST, [with_rows(_listed(folder), [attachment])], layout.MODE)
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"cannot write the image layout {folder}: {error.strerror or error}",
+            hint="check free space and permissions, then run it again",
+        ) from None
+
+
+def forget(folder: Path) -> None:
+    """Forget all that was attached to the images of a layout."""
+    (folder / LIST).unlink(missing_ok=True)
+
+
+def attached(folder: Path, subject: Digest) -> list[tuple[Blob, str]]:
+    """Return the manifests attached to an image."""
+    kinds = (manifests.OCI_MANIFEST,)
+    index = manifests.listed(layout.index_document(folder), "manifests", f"{folder}/index.json")
+    rows = [*_listed(folder), *filter(layout.is_attachment, index)]
+    found: dict[Digest, Blob] = {}
+    for row in rows:
+        blob = manifests.descriptor(row, str(folder), kinds, manifests.LARGEST_MANIFEST)
+        named = read_attachment(folder, blob).subject
+        if named.digest == subject or (layout.is_saved_by_cosign(row) and not named.size):
+            found[blob.digest] = blob
+    return [(blob, "") for blob in found.values()]
+
+
+def read_attachment(folder: Path, blob: Blob) -> Attachment:
+    """Return an attachment; InputRefused where it is not what its digest says."""
+    return load_attachment(
+        layout.read_blob(folder, blob),
+        lambda part: lambda: layout.open_blob(folder, part),
+        str(folder),
+    )
+
+
+def _listed(folder: Path) -> list[Json]:
+    if not (folder / LIST).exists():
+        return []
+    document = manifests.read_json(layout.slurp(folder / LIST), f"{folder}/{LIST}")
+    return manifests.listed(document, "manifests", f"{folder}/{LIST}")

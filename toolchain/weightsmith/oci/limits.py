@@ -1,0 +1,117 @@
+"""What registries take: sizes, times and ways of uploading, each with where it is written.
+
+Figures that were not tried here: they come from the registries' own pages. A limit that is not
+known is 0 and not checked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from weightsmith.errors import UsageError
+
+GB, MIB, GIB = 10**9, 1 << 20, 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """One kind of registry."""
+
+    name: str
+    hosts: str
+    """Regular expression of the hosts that are surely of this kind; empty for none."""
+    largest_layer: int = 0
+    """Bytes."""
+    upload_seconds: int = 0
+    most_layers: int = 0
+    in_one_piece: bool = False
+    """It refuses uploads in chunks."""
+    note: str = ""
+    """What else is known of its limits, for people."""
+    source: str
+
+
+REGISTRIES = (
+    Limits(
+        name="Amazon ECR, private",
+        hosts=r"\d+\.dkr[.-]ecr(-fips)?\..*\.(amazonaws\.com(\.cn)?|on\.aws)",
+        largest_layer=52_000 * MIB,
+        most_layers=4200,
+        source="https://docs.aws.amazon.com/AmazonECR/latest/userguide/service-quotas.html",
+    ),
+    Limits(
+        name="Amazon ECR Public",
+        hosts=r"public\.ecr\.aws",
+        largest_layer=10_000 * MIB,
+        source="https://docs.aws.amazon.com/AmazonECR/latest/public/public-service-quotas.html",
+    ),
+    Limits(
+        name="GitHub Container Registry",
+        hosts=r"ghcr\.io",
+        largest_layer=10 * GB,
+        upload_seconds=600,
+        in_one_piece=True,
+        source="https://docs.github.com/en/packages/working-with-a-github-packages-registry/"
+        "working-with-the-container-registry",
+    ),
+    Limits(
+        name="Google Artifact Registry",
+        hosts=r"[a-z0-9-]+-docker\.pkg\.dev|([a-z]+\.)?gcr\.io",
+        in_one_piece=True,
+        source="https://cloud.google.com/artifact-registry/docs/docker/pushing-and-pulling",
+    ),
+    Limits(
+        name="Azure Container Registry",
+        hosts=r"[a-z0-9]+\.azurecr\.(io|cn|us)",
+        largest_layer=200 * GIB,
+        source="https://learn.microsoft.com/azure/container-registry/container-registry-skus",
+    ),
+    Limits(
+        name="Docker Hub",
+        hosts=r"docker\.io",
+        note="none published",
+        source="https://docs.docker.com/docker-hub/usage/",
+    ),
+    Limits(
+        name="GitLab",
+        hosts=r"registry\.gitlab\.com",
+        note="of one's own on S3, versions of 2023 took no layers above 10 GB",
+        source="https://gitlab.com/gitlab-org/container-registry/-/issues/1062",
+    ),
+    Limits(
+        name="Harbor",
+        hosts="",
+        note="layers above 32 GiB need 2.9.2",
+        source="https://github.com/goharbor/harbor/issues/19573",
+    ),
+    Limits(
+        name="distribution",
+        hosts="",
+        source="https://distribution.github.io/distribution/about/configuration/",
+    ),
+)
+
+
+def limits_of(host: str) -> Limits | None:
+    """Return what is known of a registry by its host, or None."""
+    return next((r for r in REGISTRIES if r.hosts and re.fullmatch(r.hosts, host.lower())), None)
+
+
+def check_layers(layers: Iterable[tuple[str, int]], host: str) -> None:
+    """Refuse, before anything is sent, a layer that the registry is known not to take.
+
+    `layers` are names and sizes. Raises UsageError.
+    """
+    limits = limits_of(host)
+    if limits is None or not limits.largest_layer:
+        return
+    for name, size in layers:
+        if size > limits.largest_layer:
+            raise UsageError(
+                f"{limits.name} takes layers of up to {limits.largest_layer} bytes, and {name} "
+                f"has {size}",
+                hint="split it: --max-layer-size for safetensors, `quantize --split-max-size` for "
+                f"GGUF; the limit is from {limits.source}",
+            )

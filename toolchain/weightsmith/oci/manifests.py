@@ -1,0 +1,120 @@
+"""What manifests and indexes may look like, checked before anything in them is believed.
+
+https://github.com/opencontainers/image-spec (manifest.md, image-index.md, descriptor.md)
+"""
+
+from __future__ import annotations
+
+import platform as host
+from collections.abc import Mapping, Sequence
+
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.foreign import parse
+from weightsmith.oci.layers import LAYER_TAR
+from weightsmith.values import Blob, Digest, Json
+
+OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
+LAYER_GZIP = f"{LAYER_TAR}+gzip"
+LAYER_ZSTD = f"{LAYER_TAR}+zstd"
+DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+DOCKER_INDEX = "application/vnd.docker.distribution.manifest.list.v2+json"
+DOCKER_CONFIG = "application/vnd.docker.container.image.v1+json"
+DOCKER_TAR = "application/vnd.docker.image.rootfs.diff.tar"
+DOCKER_GZIP = f"{DOCKER_TAR}.gzip"
+
+MANIFESTS = (OCI_MANIFEST, DOCKER_MANIFEST)
+INDEXES = (OCI_INDEX, DOCKER_INDEX)
+CONFIGS = (OCI_CONFIG, DOCKER_CONFIG)
+LAYERS = (LAYER_TAR, LAYER_GZIP, LAYER_ZSTD, DOCKER_TAR, DOCKER_GZIP)
+
+DAMAGED = "the image is damaged; push or write it again"
+"""What to do where an image is not what its parts must be."""
+LARGEST_MANIFEST = 4 << 20
+"""Bytes; what registries accept too."""
+LARGEST_CONFIG = 16 << 20
+TITLE = "org.opencontainers.image.title"
+
+_MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
+
+
+def host_platform() -> str:
+    """Return this machine's platform as `linux/amd64`; images are for Linux whatever the host."""
+    machine = host.machine().lower()
+    return f"linux/{_MACHINES.get(machine, machine)}"
+
+
+def read_json(data: bytes, where: str) -> Mapping[str, Json]:
+    """Return a JSON object; InputRefused names `where` for anything else."""
+    try:
+        value = parse(data, unique=True)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise InputRefused(f"{where} is not a JSON object", hint="check that it is an image")
+    return value
+
+
+def descriptor(value: Json, where: str, allowed: Sequence[str], largest: int | None = None) -> Blob:
+    """Return a descriptor's blob; InputRefused for a bad digest, size or media type."""
+    fields = value if isinstance(value, dict) else {}
+    media_type, size = fields.get("mediaType"), fields.get("size")
+    if not isinstance(media_type, str) or media_type not in allowed:
+        raise InputRefused(
+            f"{where} has the media type {str(media_type)[:100]!r}, which is not supported",
+            hint="supported: " + ", ".join(allowed),
+        )
+    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+        raise InputRefused(f"{where} has no valid size", hint=DAMAGED)
+    if largest is not None and size > largest:
+        raise InputRefused(
+            f"{where} claims {size} bytes; at most {largest} are read",
+            hint="the image is damaged or hostile; do not use it",
+        )
+    try:
+        return Blob(digest=Digest(str(fields.get("digest"))), size=size, media_type=media_type)
+    except ValueError:
+        raise InputRefused(
+            f"{where} has no valid sha256 digest",
+            hint=DAMAGED,
+        ) from None
+
+
+def listed(document: Mapping[str, Json], key: str, where: str) -> list[Json]:
+    """Return a list of a document; InputRefused where it is something else."""
+    value = document.get(key)
+    if not isinstance(value, list):
+        raise InputRefused(f"{where} has no list {key!r}", hint=DAMAGED)
+    return value
+
+
+def choose(entries: Sequence[Json], platform: str | None, where: str) -> Blob:
+    """Return the index entry for a platform, this machine's by default; else UsageError."""
+    wanted = platform or host_platform()
+    kinds = (*MANIFESTS, *INDEXES)
+    for entry in entries:
+        if isinstance(entry, dict) and platform_of(entry.get("platform")) == wanted:
+            return descriptor(entry, where, kinds, LARGEST_MANIFEST)
+    there = sorted(
+        {platform_of(e.get("platform")) for e in entries if isinstance(e, dict)}
+        - {"", "unknown/unknown"}
+    )
+    raise UsageError(
+        f"{where} has no image for {wanted}",
+        hint=f"it has: {', '.join(there)[:200]}" if there else "it names no platform",
+    )
+
+
+def platforms_in(index: bytes, where: str) -> list[str]:
+    """Return the Linux platforms that an index has images for, sorted."""
+    rows = listed(read_json(index, where), "manifests", where)
+    found = {platform_of(row.get("platform")) for row in rows if isinstance(row, dict)}
+    return sorted(platform for platform in found if platform.startswith("linux/"))
+
+
+def platform_of(value: Json) -> str:
+    """Spell a platform object as `os/architecture`, or empty; variants of one are alike."""
+    if not isinstance(value, dict):
+        return ""
+    return f"{value.get('os')}/{value.get('architecture')}"

@@ -1,0 +1,98 @@
+"""Through which proxy a host is reached: HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY.
+
+NO_PROXY is read as Docker reads it, with networks and ports, which httpx does not know:
+https://pkg.go.dev/golang.org/x/net/http/httpproxy#Config
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import ssl
+import threading
+from collections.abc import Mapping
+from urllib.request import getproxies
+
+import httpx
+
+from weightsmith.errors import EnvironmentFailure
+from weightsmith.oci.references import is_loopback
+
+_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=16)
+_RULE = re.compile(r"(\[[^]]*\]|[^:]*)(?::(\d+))?")
+_PORTS = {"http": 80, "https": 443}
+
+
+class Routed(httpx.BaseTransport):
+    """Sends each request straight or through a proxy; a proxy is looked at when it is needed."""
+
+    def __init__(self, verify: ssl.SSLContext, proxies: Mapping[str, str] | None = None) -> None:
+        self._verify = verify
+        self._proxies = getproxies() if proxies is None else proxies
+        self._ways: dict[str, httpx.HTTPTransport] = {}
+        self._lock = threading.Lock()
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Send one request; EnvironmentFailure for a proxy that cannot be used."""
+        return self._way(proxy_of(request.url, self._proxies)).handle_request(request)
+
+    def close(self) -> None:
+        """Close the connections."""
+        for way in self._ways.values():
+            way.close()
+
+    def _way(self, proxy: str) -> httpx.HTTPTransport:
+        with self._lock:
+            if proxy not in self._ways:
+                self._ways[proxy] = self._open(proxy)
+            return self._ways[proxy]
+
+    def _open(self, proxy: str) -> httpx.HTTPTransport:
+        try:
+            verify = self._verify if proxy.startswith("https:") else None
+            way = httpx.Proxy(proxy, ssl_context=verify) if proxy else None
+            return httpx.HTTPTransport(verify=self._verify, limits=_LIMITS, proxy=way)
+        except (ValueError, httpx.InvalidURL, ImportError):
+            # Its address is not told: it may hold a password.
+            raise EnvironmentFailure(
+                "the proxy that the environment names cannot be used",
+                hint="correct HTTPS_PROXY, HTTP_PROXY or ALL_PROXY to http://HOST:PORT; for a "
+                "socks5:// one, pip install 'httpx[socks]'; or name the registry in NO_PROXY",
+            ) from None
+
+
+def proxy_of(url: httpx.URL, proxies: Mapping[str, str]) -> str:
+    """Return the proxy for an address, or empty where it is reached without one.
+
+    `proxies` are what the environment says, by scheme, with `no` for NO_PROXY.
+    """
+    named = proxies.get(url.scheme) or proxies.get("all") or ""
+    port = url.port or _PORTS.get(url.scheme, 0)
+    if not named or is_loopback(url.host) or _is_excepted(url.host, port, proxies.get("no", "")):
+        return ""
+    return named if "://" in named else f"http://{named}"
+
+
+def told(url: str) -> str:
+    """Return the proxy that the environment names for an address, without what is secret of it."""
+    proxy = proxy_of(httpx.URL(url), getproxies())
+    return proxy.rpartition("@")[2].partition("://")[2] or proxy.rpartition("@")[2]
+
+
+def _is_excepted(host: str, port: int, rules: str) -> bool:
+    return any(_fits(host.lower(), port, rule) for rule in re.split(r"[,\s]+", rules.lower()))
+
+
+def _fits(host: str, port: int, rule: str) -> bool:
+    """Say whether a rule of NO_PROXY means a host: `*`, a domain, an address or a network."""
+    if rule == "*":
+        return True
+    try:
+        return ipaddress.ip_address(host) in ipaddress.ip_network(rule.strip("[]"), strict=False)
+    except ValueError:
+        pass  # one of the two is a name, or the rule has a port
+    found = _RULE.fullmatch(rule.rpartition("://")[2].removeprefix("*"))
+    if not found or not found[1] or (found[2] and int(found[2]) != port):
+        return False
+    name = found[1].strip("[]")
+    return host == name or host.endswith(name if name.startswith(".") else f".{name}")

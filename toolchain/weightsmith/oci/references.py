@@ -1,0 +1,128 @@
+"""Image references: `[registry[:port]/]repository[:tag][@sha256:…]`, by Docker's rules."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass, replace
+
+from weightsmith.errors import UsageError
+from weightsmith.values import Digest
+
+DOCKER_HUB = "docker.io"
+
+# Grammar: https://github.com/distribution/reference (reference.go).
+_LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
+_HOST = re.compile(rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[0-9a-fA-F:.]+\])(?::(?P<port>[0-9]{{1,5}}))?")
+_PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+_REPOSITORY = re.compile(rf"{_PART}(?:/{_PART})*")
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+_LONGEST_NAME = 255
+_HIGHEST_PORT = 65535
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Where an image is: always with its registry, and with a tag, a digest or both."""
+
+    registry: str
+    repository: str
+    tag: str | None = None
+    digest: Digest | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Reference:
+        """Read a reference as Docker does (`docker.io`, `library/`, `latest`); else UsageError."""
+        rest, _, digest_text = text.partition("@")
+        digest = _digest(text, digest_text) if "@" in text else None
+        registry, repository = _split_registry(rest)
+        repository, colon, tag = repository.partition(":")
+        if registry == DOCKER_HUB and "/" not in repository:
+            repository = f"library/{repository}"
+        if colon and not _TAG.fullmatch(tag):
+            raise _refused(text, f"the tag {tag!r} may hold only letters, digits, '_', '.', '-'")
+        _check_name(text, registry, repository)
+        chosen = tag or (None if digest else "latest")
+        return cls(registry, repository, chosen, digest)
+
+    def __str__(self) -> str:
+        """Spell it in full, so that parsing gives it back."""
+        tag = f":{self.tag}" if self.tag else ""
+        return f"{self.name}{tag}{f'@{self.digest}' if self.digest else ''}"
+
+    @property
+    def name(self) -> str:
+        """Registry and repository, without tag and digest."""
+        return f"{self.registry}/{self.repository}"
+
+    @property
+    def is_loopback(self) -> bool:
+        """True where the registry is on this machine, so that plain HTTP stays on it."""
+        return is_loopback(re.sub(r":[0-9]+$", "", self.registry))
+
+    def at(self, digest: Digest) -> Reference:
+        """Return the same repository's image of that digest, without a tag."""
+        return replace(self, tag=None, digest=digest)
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether a host, given without a port, is this machine."""
+    name = host.strip("[]").lower()
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def _split_registry(text: str) -> tuple[str, str]:
+    first, slash, rest = text.partition("/")
+    is_registry = slash and (
+        "." in first or ":" in first or first == "localhost" or first != first.lower()
+    )
+    if not is_registry:
+        return DOCKER_HUB, text
+    return (DOCKER_HUB if first == "index.docker.io" else first), rest
+
+
+def _check_name(text: str, registry: str, repository: str) -> None:
+    host = _HOST.fullmatch(registry)
+    known = host and (not registry.startswith("[") or _is_ipv6(registry))
+    if not host or not known or int(host["port"] or 1) not in range(1, _HIGHEST_PORT + 1):
+        raise _refused(text, f"{registry!r} is no registry host")
+    if not _REPOSITORY.fullmatch(repository):
+        raise _refused(
+            text,
+            f"the repository {repository!r} must be lower case: letters and digits, "
+            "joined by '.', '_', '-' or '/'",
+        )
+    if len(registry) + 1 + len(repository) > _LONGEST_NAME:
+        raise _refused(text, f"its name is longer than {_LONGEST_NAME} characters")
+
+
+def _is_ipv6(registry: str) -> bool:
+    try:
+        return bool(ipaddress.IPv6Address(registry[1:].partition("]")[0]))
+    except ValueError:
+        return False
+
+
+def _digest(text: str, digest: str) -> Digest:
+    try:
+        return Digest(digest)
+    except ValueError:
+        raise _refused(text, "after '@' must stand sha256: and 64 hexadecimal digits") from None
+
+
+def _refused(text: str, why: str) -> UsageError:
+    login, at, rest = text.rpartition("@")
+    if at and ":" in login and not rest.startswith("sha256"):
+        return UsageError(
+            f"…@{rest[:300]} is not an image reference: it holds a name and a password",
+            hint="write [registry[:port]/]repository[:tag][@sha256:…], and run `docker login`",
+        )
+    return UsageError(
+        f"{text[:300]!r} is not an image reference: {why}",
+        hint="write [registry[:port]/]repository[:tag][@sha256:…]",
+    )

@@ -1,0 +1,340 @@
+"""Pushes images to registries and reads them back, streaming; nothing is put on disk.
+
+https://github.com/opencontainers/distribution-spec/blob/main/spec.md
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Protocol, Self
+
+import httpx
+
+from weightsmith.errors import UsageError, WeightsmithError
+from weightsmith.oci import downloads, manifests, referrers, tls, uploads
+from weightsmith.oci.attachments import Attachment
+from weightsmith.oci.auth import Credentials, anonymous
+from weightsmith.oci.image import Image, Opener, load_image
+from weightsmith.oci.index import Index
+from weightsmith.oci.limits import check_layers, limits_of
+from weightsmith.oci.progress import Advance, Meter
+from weightsmith.oci.proxies import Routed
+from weightsmith.oci.references import Reference
+from weightsmith.oci.session import Session
+from weightsmith.oci.upload_deadline import UploadDeadline
+from weightsmith.values import Blob, Digest, Published
+
+_WORTH_MOUNTING = 1 << 20
+"""Bytes; a smaller layer is sent in the time of asking whether it may be mounted."""
+
+
+class Memory(Protocol):
+    """Remembers which repository of a registry has which layers."""
+
+    def repository(self, registry: str, digest: Digest) -> str:
+        """Return a repository that had the layer when it was last pushed, or empty."""
+
+    def record(self, registry: str, repository: str, digests: Iterable[Digest]) -> None:
+        """Remember that a repository has these layers."""
+
+
+class Registry:
+    """Talks to registries; safe to use from several threads, closed by `close()` or `with`.
+
+    Plain HTTP is used for loopback hosts and where `insecure` says so, if they speak no TLS;
+    certificates are verified unless `insecure`. Errors name the host,
+    the status and what to do: EnvironmentFailure for the registry, its access and what was changed
+    on its way, InputRefused for an image that is malformed, UsageError for what was asked.
+    """
+
+    def __init__(
+        self,
+        *,
+        credentials: Credentials = anonymous,
+        insecure: bool = False,
+        transport: httpx.BaseTransport | None = None,
+        pause: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+        memory: Memory | None = None,
+    ) -> None:
+        self._memory = memory
+        verify = tls.unverified() if insecure else tls.trusted()
+        self._client = httpx.Client(
+            transport=transport or Routed(verify), timeout=60, trust_env=False
+        )
+        self._credentials = credentials
+        self._insecure = insecure
+        self._pause = pause
+        self._clock = clock
+        self._sessions: dict[tuple[str, str, tuple[str, ...]], Session] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the connections."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def check_push(self, reference: Reference) -> None:
+        """Ask for leave to push, before work that would be lost without it; nothing stays there.
+
+        An upload is opened and given up, which asks for all that a push needs. Raises
+        EnvironmentFailure for a registry that is out of reach or refuses the credentials.
+        """
+        uploads.try_upload(self._session(reference, "pull,push"), str(reference))
+
+    def push(
+        self,
+        image: Image,
+        reference: Reference,
+        *,
+        force: bool = False,
+        mount_from: Sequence[str] = (),
+        also_tags: Sequence[str] = (),
+        before_tag: Callable[[], None] = lambda: None,
+        progress: Advance | None = None,
+        warn: Callable[[str], None] = lambda _: None,
+        parallel: int = 4,
+    ) -> Published:
+        """Bring the image there: blobs that are missing, then the manifest, then the tag.
+
+        `mount_from` are repositories of the same registry that may hold layers already;
+        `before_tag` is called when the image is there by its digest, and `also_tags` are set
+        before the reference's own; `warn` is told of a layer that is too slow for the registry.
+        A tag that names another digest is a UsageError unless `force`.
+        """
+        began = time.monotonic()
+        if reference.digest and reference.digest != image.digest:
+            raise _another_digest(image.digest, reference)
+        names = [(layer.file or layer.digest.short, layer.size) for layer in image.layers]
+        check_layers(names, reference.registry)
+        sources = uploads.mount_sources(image, reference, mount_from)
+        session = self._session(reference, "pull,push", sources)
+        _guard_tag(session, reference, image, force)
+        sent = uploads.bring_all(
+            session,
+            image,
+            sources,
+            progress,
+            parallel,
+            lambda blob: self._elsewhere(reference, blob),
+            deadline=UploadDeadline(limits_of(reference.registry), warn, self._clock),
+        )
+        uploads.put_manifest(session, image.digest, image.manifest_bytes, image.media_type)
+        before_tag()
+        for tag in (*also_tags, *([reference.tag] if reference.tag else [])):
+            place = Reference(reference.registry, reference.repository, tag)
+            data, kind = image.manifest_bytes, image.media_type
+            uploads.put_tag(session, place, data, kind, force=force)
+        if self._memory:
+            large = [layer.digest for layer in image.layers if layer.size >= _WORTH_MOUNTING]
+            self._memory.record(reference.registry, reference.repository, large)
+        return Published(
+            reference=str(reference),
+            digest=image.digest,
+            layers=[{"digest": x.digest, "size": x.size, "file": x.file} for x in image.layers],
+            uploaded_bytes=sum(size for how, size in sent if how is uploads.Way.SENT),
+            mounted=sum(how is uploads.Way.MOUNTED for how, _ in sent),
+            seconds=time.monotonic() - began,
+        )
+
+    def pull(self, reference: Reference, *, platform: str | None = None) -> Image:
+        """Return the image for a platform, this host's by default; layers are read when opened."""
+        body, kind = downloads.manifest(self._session(reference, "pull"), reference)
+        return self._image(reference, body, kind, platform)
+
+    def _image(self, reference: Reference, body: bytes, kind: str, platform: str | None) -> Image:
+        """Return the image of a manifest, or the platform's of an index."""
+        session = self._session(reference, "pull")
+        for _ in range(4):
+            if kind not in manifests.INDEXES:
+                break
+            index = manifests.read_json(body, str(reference))
+            rows = manifests.listed(index, "manifests", str(reference))
+            chosen = manifests.choose(rows, platform, str(reference))
+            body, kind = downloads.manifest(session, reference.at(chosen.digest))
+        return load_image(
+            body,
+            kind,
+            read=lambda blob: b"".join(downloads.blob(session, blob)),
+            opener=lambda blob: lambda: downloads.blob(session, blob),
+            where=str(reference),
+            origin=reference,
+        )
+
+    def push_index(
+        self,
+        index: Index,
+        reference: Reference,
+        *,
+        force: bool = False,
+        also_tags: Sequence[str] = (),
+        before_tag: Callable[[], None] = lambda: None,
+        progress: Advance | None = None,
+        warn: Callable[[str], None] = lambda _: None,
+    ) -> Published:
+        """Bring every image of an index there by its digest, then the index, then the tags."""
+        session = self._session(reference, "pull,push")
+        if reference.digest and reference.digest != index.digest:
+            raise _another_digest(index.digest, reference)
+        _guard_tag(session, reference, index, force)
+        place = Reference(reference.registry, reference.repository)
+        done = [self.push(image, place, progress=progress, warn=warn) for image in index.images]
+        data = index.manifest_bytes
+        uploads.put_manifest(session, index.digest, data, manifests.OCI_INDEX)
+        before_tag()
+        for tag in (*also_tags, *([reference.tag] if reference.tag else [])):
+            place = Reference(reference.registry, reference.repository, tag)
+            uploads.put_tag(session, place, data, manifests.OCI_INDEX, force=force)
+        own = done[index.images.index(index.own)]
+        return Published(
+            reference=str(reference),
+            digest=index.digest,
+            layers=own.layers,
+            uploaded_bytes=sum(one.uploaded_bytes for one in done),
+            mounted=sum(one.mounted for one in done),
+            seconds=sum(one.seconds for one in done),
+        )
+
+    def pull_all(self, reference: Reference) -> tuple[Image, ...]:
+        """Return the image for each Linux platform that a name has; one where it is no index."""
+        body, kind = downloads.manifest(self._session(reference, "pull"), reference)
+        if kind not in manifests.INDEXES:
+            return (self._image(reference, body, kind, None),)
+        found = manifests.platforms_in(body, str(reference))
+        return tuple(self._image(reference, body, kind, platform) for platform in found)
+
+    def digest_of(self, reference: Reference) -> Digest | None:
+        """Return what the reference names now (of an index: the index's), or None."""
+        return downloads.digest_of(self._session(reference, "pull"), reference)
+
+    def has(self, reference: Reference) -> bool:
+        """Say whether the registry answers, soon, that it holds the reference."""
+        try:
+            session = self._session(reference, "pull")
+            return downloads.digest_of(session, reference, tries=2) is not None
+        except WeightsmithError:
+            return False
+
+    def read_manifest(self, reference: Reference) -> tuple[bytes, str]:
+        """Return a manifest's bytes, checked against its digest, and its media type."""
+        return downloads.manifest(self._session(reference, "pull"), reference)
+
+    def check_tag(self, reference: Reference, digest: Digest) -> None:
+        """Raise UsageError where the reference's tag names another digest."""
+        _guard_tag(self._session(reference, "pull,push"), reference, digest, force=False)
+
+    def push_manifest(
+        self,
+        reference: Reference,
+        manifest: bytes,
+        media_type: str,
+        blobs: Sequence[tuple[Blob, Opener]] = (),
+        *,
+        force: bool = True,
+        mount_from: Sequence[str] = (),
+        before_tag: Callable[[], None] = lambda: None,
+        progress: Advance | None = None,
+        warn: Callable[[str], None] = lambda _: None,
+        parallel: int = 4,
+    ) -> Published:
+        """Put any manifest and its blobs there, such as an index, or a statement about an image.
+
+        By its digest, then under the reference's tag, if it has one, and `before_tag` between
+        them; a tag that names another digest is a UsageError where `force` is false.
+        """
+        began, digest = time.monotonic(), Digest.of(manifest)
+        check_layers([(blob.digest.short, blob.size) for blob, _ in blobs], reference.registry)
+        sources = [name for name in mount_from if name != reference.repository]
+        session = self._session(reference, "pull,push", sources)
+        _guard_tag(session, reference, digest, force)
+        deadline = UploadDeadline(limits_of(reference.registry), warn, self._clock)
+        unique = {blob.digest: (blob, deadline.over(opener, blob.size)) for blob, opener in blobs}
+        meter = Meter(sum(blob.size for blob, _ in unique.values()), progress)
+        pairs = [*unique.values()]
+        sent = uploads.bring_each(session, pairs, lambda pair: pair, sources, meter, parallel)
+        uploads.put_manifest(session, digest, manifest, media_type)
+        before_tag()
+        if reference.tag:
+            place = replace(reference, digest=None)
+            uploads.put_tag(session, place, manifest, media_type, force=force)
+        return Published(
+            reference=str(reference),
+            digest=digest,
+            layers=(),
+            uploaded_bytes=sum(size for how, size in sent if how is uploads.Way.SENT),
+            mounted=sum(how is uploads.Way.MOUNTED for how, _ in sent),
+            seconds=time.monotonic() - began,
+        )
+
+    def attach(self, reference: Reference, *attachments: Attachment) -> None:
+        """Put attachments into the reference's repository, beside their image."""
+        referrers.attach(self._session(reference, "pull,push"), reference, *attachments)
+
+    def attached(
+        self, reference: Reference, subject: Digest, *, tagged: bool = True
+    ) -> list[tuple[Blob, str]]:
+        """Return the manifests attached to an image, each with its own tag or empty.
+
+        Without `tagged` only those that the registry's list has, not cosign's.
+        """
+        session = self._session(reference, "pull")
+        return referrers.find(session, reference, subject, tagged=tagged)
+
+    def read_attachment(self, reference: Reference, blob: Blob, tag: str = "") -> Attachment:
+        """Return an attachment; Altered where it is not what its digest says."""
+        return referrers.read(self._session(reference, "pull"), reference, blob, tag)
+
+    def _elsewhere(self, reference: Reference, blob: Blob) -> tuple[Session, str] | None:
+        """Return where else on the registry a layer was pushed to, and who may ask there."""
+        if self._memory is None or blob.size < _WORTH_MOUNTING:
+            return None
+        name = self._memory.repository(reference.registry, blob.digest)
+        if not name or name == reference.repository:
+            return None
+        # A conversation of its own: a registry may refuse the other repository, and with it the
+        # whole token.
+        return self._session(reference, "pull,push", (name,)), name
+
+    def _session(self, reference: Reference, actions: str, also: Sequence[str] = ()) -> Session:
+        """Return the conversation about a repository; kept, so that its token is."""
+        key = (reference.name, actions, tuple(also))
+        with self._lock:
+            if key not in self._sessions:
+                self._sessions[key] = Session(
+                    self._client,
+                    reference,
+                    actions=actions,
+                    also=tuple(also),
+                    credentials=self._credentials,
+                    insecure=self._insecure,
+                    pause=self._pause,
+                )
+            return self._sessions[key]
+
+
+def _another_digest(found: Digest, reference: Reference) -> UsageError:
+    return UsageError(
+        f"the image has the digest {found}, not the one in {reference}",
+        hint="leave the digest out of the reference",
+    )
+
+
+def _guard_tag(
+    session: Session, reference: Reference, image: Image | Index | Digest, force: bool
+) -> None:
+    """Refuse to move a tag; asks for the image's digest, so hashes it, only if the tag exists."""
+    if force or not reference.tag:
+        return
+    found = downloads.digest_of(session, replace(reference, digest=None))
+    if found and found != (image if isinstance(image, Digest) else image.digest):
+        raise uploads.taken(reference, found)

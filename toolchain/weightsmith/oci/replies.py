@@ -1,0 +1,97 @@
+"""A registry's small replies: read within limits, and what they say of errors and pauses."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+
+import httpx
+
+from weightsmith.errors import InputRefused
+from weightsmith.foreign import parse
+from weightsmith.time_limits import TooLong, steady
+from weightsmith.values import Json
+
+
+class Transient(Exception):
+    """One try failed; another may not."""
+
+    def __init__(self, why: str, pause: float | None = None) -> None:
+        super().__init__(why)
+        self.pause = pause
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A small reply, read whole."""
+
+    status: int
+    headers: httpx.Headers
+    body: bytes
+    url: str
+
+
+def read_limited(response: httpx.Response, limit: int, registry: str) -> bytes:
+    """Read a reply of at most so many bytes; of a longer refusal the beginning says why."""
+    data = bytearray()
+    for chunk in _in_time(response, registry):
+        data += chunk
+        if len(data) > limit and response.is_error:
+            return bytes(data[:limit])
+        if len(data) > limit:
+            raise InputRefused(
+                f"{registry} answered with more than {limit} bytes where few were due",
+                hint="check that the address is a registry's, and not a proxy's page",
+            )
+    return bytes(data)
+
+
+def _in_time(response: httpx.Response, registry: str) -> Iterator[bytes]:
+    try:
+        yield from steady(response.iter_raw())
+    except TooLong:
+        raise Transient(f"{registry} sends less than 1 kB a second") from None
+
+
+def retry_after(headers: httpx.Headers) -> float | None:
+    """Return Retry-After in seconds, whether given as a number or as a date (RFC 9110)."""
+    text = headers.get("retry-after", "")
+    if text.isascii() and text.isdigit():
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, TypeError):
+        return None
+
+
+def is_full(reply: Reply) -> bool:
+    """Say whether the registry has no room left."""
+    # docker-registry says it as errno 28 of its own file system, with status 500.
+    full = b"no space left" in reply.body or b'"Err":28' in reply.body
+    return reply.status == 507 or (reply.status == 500 and full)
+
+
+def json_object(body: bytes) -> Mapping[str, Json]:
+    """Return the JSON object that a body holds, or an empty one."""
+    try:
+        value = parse(body)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def stated_error(body: bytes) -> str:
+    """Return the first error of the specification's error body in one line, or nothing."""
+    errors = json_object(body).get("errors")
+    first = errors[0] if isinstance(errors, list) and errors else {}
+    if not isinstance(first, dict):
+        return ""
+    parts = (first.get("code"), first.get("message"), _text(first.get("detail")))
+    return "; ".join(str(part) for part in parts if part)
+
+
+def _text(detail: Json) -> str:
+    return detail if isinstance(detail, str) else json.dumps(detail)[:200] if detail else ""

@@ -1,0 +1,195 @@
+"""Sends one blob into an opened upload: whole or in pieces, on from where a connection broke.
+
+https://github.com/opencontainers/distribution-spec/blob/main/spec.md#push
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from urllib.parse import quote
+
+from weightsmith.errors import Altered, WeightsmithError
+from weightsmith.oci.downloads import blame, promised
+from weightsmith.oci.image import Opener
+from weightsmith.oci.limits import limits_of
+from weightsmith.oci.replies import Reply, Transient
+from weightsmith.oci.session import Session
+from weightsmith.values import Blob, Digest
+
+_OK, _CREATED, _ACCEPTED, _NO_CONTENT = 200, 201, 202, 204
+_TAKEN = (_ACCEPTED, _NO_CONTENT, _CREATED)
+"""Replies to a part of a blob: the specification's own, and those of registries that differ."""
+_BAD, _MISSING, _TOO_LARGE, _OUT_OF_STEP = 400, 404, 413, 416
+_NO_PARTS = (_MISSING, 405, 501)
+"""Replies of a registry that knows blobs in one request alone."""
+_CHUNK = 32 << 20
+_LARGEST_CHUNK = 256 << 20
+_SMALL = 1 << 20
+"""Bytes; up to this a blob and its end are one request. A larger one is sent as a part and ended
+after it, as Docker does: Pulp takes what came of a whole that broke off as if it were all."""
+_BINARY = "application/octet-stream"
+_FEW = 3
+"""Tries of a look at what was kept."""
+_FINISH = 1800
+"""Seconds that a registry may take after the last byte: some copy a layer to another store."""
+
+
+def send(session: Session, blob: Blob, body: Opener, opened: Reply, what: str) -> None:
+    """Send a blob into the upload that `opened` opened; `what` names it in errors.
+
+    Raises Transient where another try may help, Altered where other bytes arrived.
+    """
+    if opened.status != _ACCEPTED:
+        raise session.refusal(what, opened)
+    least = opened.headers.get("oci-chunk-min-length", "")
+    size = max(int(least), _CHUNK) if least.isascii() and least.isdigit() else 0
+    if size and blob.size <= int(least):
+        size = 0
+    reply, resumed = _persistently(session, blob, body, opened, size, what)
+    limits = limits_of(session.registry)
+    whole_only = limits is not None and limits.in_one_piece
+    if reply.status == _TOO_LARGE and not size and blob.size > _CHUNK and not whole_only:
+        again = session.call("POST", "blobs/uploads/", headers={"Content-Length": "0"})
+        if again.status != _ACCEPTED:
+            raise session.refusal(what, again)
+        reply, resumed = _persistently(session, blob, body, again, _CHUNK, what)
+    if reply.status in (_MISSING, _OUT_OF_STEP):
+        # The registry lost the upload, as it does when it starts anew.
+        raise Transient(session.explain(reply))
+    if reply.status == _BAD and b"DIGEST_INVALID" in reply.body:
+        if resumed:
+            raise Transient("the registry did not keep what it said it had")
+        raise Altered(
+            f"{what}: {session.explain(reply)}: what arrived does not have that digest",
+            hint=f"what was sent was right: {blame(session)}",
+        )
+    check_created(session, reply, blob.digest, what)
+
+
+def _persistently(
+    session: Session, blob: Blob, body: Opener, opened: Reply, size: int, what: str
+) -> tuple[Reply, bool]:
+    """Send a blob, in pieces of `size` bytes (0: whole), and go on where a connection broke.
+
+    Return the last reply, and whether it went on anywhere. Raises Transient where the registry
+    kept nothing of it.
+    """
+    at, place = 0, opened
+    while True:
+        try:
+            if size:
+                return _in_chunks(session, body, place, blob, size, at), at > 0
+            if at or blob.size > _SMALL:
+                reply = _rest(session, body, place, blob, at)
+                if at or reply.status not in _NO_PARTS:
+                    return reply, at > 0
+            headers = {"Content-Length": str(blob.size), "Content-Type": _BINARY}
+            url = _finishing(session.location(place), blob)
+            return session.call("PUT", url, headers=headers, body=body, wait=_FINISH), False
+        except Transient as trouble:
+            kept = _kept(session, place)
+            if kept is None or not at < kept[0] <= blob.size:
+                raise
+            # It went on since the last time, so it will come to an end: this is the first try.
+            session.wait_after(what, trouble, 1)
+            at, place = kept
+
+
+def _kept(session: Session, opened: Reply) -> tuple[int, Reply] | None:
+    """Return how many bytes of an upload a registry has, and where it goes on; None for nothing.
+
+    https://github.com/opencontainers/distribution-spec/blob/main/spec.md#resuming-an-upload
+    """
+    try:
+        url = session.location(opened)
+        reply = session.attempt("", lambda: session.call("GET", url), tries=_FEW)
+    except (WeightsmithError, Transient):
+        return None
+    found = re.fullmatch(r"(?:bytes=)?0-(\d{1,18})", reply.headers.get("range", ""))
+    if reply.status not in (_OK, _NO_CONTENT) or found is None or int(found[1]) == 0:
+        return None
+    return int(found[1]) + 1, reply if reply.headers.get("location") else opened
+
+
+def _rest(session: Session, body: Opener, place: Reply, blob: Blob, at: int) -> Reply:
+    """Send all that comes after `at` bytes."""
+    if at == blob.size:
+        return _finish(session, place, blob)
+    reply = _patch(session, place, at, blob.size - at, lambda: _after(body(), at), whole=not at)
+    return _finish(session, reply, blob) if reply.status in _TAKEN else reply
+
+
+def _in_chunks(
+    session: Session, body: Opener, place: Reply, blob: Blob, size: int, at: int
+) -> Reply:
+    """Send what comes after `at` bytes in pieces, as registries ask that take no large body.
+
+    A piece is held in memory, since it may have to be sent again with another token.
+    """
+    reply = place
+    for piece in _pieces(_after(body(), at), min(size, _LARGEST_CHUNK)):
+        length = sum(map(len, piece))
+        reply = _patch(session, reply, at, length, lambda piece=piece: iter(piece))  # type: ignore[misc]
+        if reply.status not in _TAKEN:
+            return reply
+        at += length
+    return _finish(session, reply, blob)
+
+
+def _patch(
+    session: Session, place: Reply, at: int, length: int, body: Opener, *, whole: bool = False
+) -> Reply:
+    headers = {"Content-Length": str(length), "Content-Type": _BINARY}
+    if not whole:
+        # Registries that take no parts of a blob take all of it, if it is not called a part.
+        headers["Content-Range"] = f"{at}-{at + length - 1}"
+    return session.call("PATCH", session.location(place), headers=headers, body=body, wait=_FINISH)
+
+
+def _finish(session: Session, place: Reply, blob: Blob) -> Reply:
+    url = _finishing(session.location(place), blob)
+    return session.call("PUT", url, headers={"Content-Length": "0"}, wait=_FINISH)
+
+
+def _after(chunks: Iterator[bytes], at: int) -> Iterator[bytes]:
+    """Leave out the first `at` bytes."""
+    for chunk in chunks:
+        rest = chunk[at:]
+        at -= len(chunk) - len(rest)
+        if rest:
+            yield rest
+
+
+def _pieces(chunks: Iterator[bytes], size: int) -> Iterator[list[bytes]]:
+    """Group chunks into pieces of `size` bytes, the last one shorter."""
+    held: list[bytes] = []
+    room = size
+    for chunk in chunks:
+        rest = chunk
+        while rest:
+            held.append(rest[:room])
+            rest = rest[len(held[-1]) :]
+            room -= len(held[-1])
+            if not room:
+                yield held
+                held, room = [], size
+    if held:
+        yield held
+
+
+def _finishing(location: str, blob: Blob) -> str:
+    # Joined as text: the registry's own query is signed in places and must stay as it is.
+    return f"{location}{'&' if '?' in location else '?'}digest={quote(blob.digest, safe='')}"
+
+
+def check_created(session: Session, reply: Reply, digest: Digest, what: str) -> None:
+    """Raise what a reply means that does not say that something of this digest was made."""
+    if reply.status not in (_OK, _CREATED, _ACCEPTED):
+        raise session.refusal(what, reply)
+    there = promised(reply, session.registry)
+    if there and there != digest:
+        raise Altered(
+            f"{what}: {session.registry} stored {there.short} instead",
+            hint=blame(session),
+        )

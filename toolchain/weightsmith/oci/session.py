@@ -1,0 +1,393 @@
+"""One conversation with one registry: authorisation, redirects, limits, retries.
+
+https://github.com/opencontainers/distribution-spec/blob/main/spec.md
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeAlias, TypeVar
+from urllib.parse import urljoin, urlsplit
+
+import httpx
+
+from weightsmith.errors import EnvironmentFailure, InputRefused, WeightsmithError, of_open_files
+from weightsmith.oci.auth import IDENTITY, Credentials, basic, parse_challenge
+from weightsmith.oci.references import DOCKER_HUB, Reference, is_loopback
+from weightsmith.oci.replies import (
+    Reply,
+    Transient,
+    is_full,
+    json_object,
+    read_limited,
+    retry_after,
+    stated_error,
+)
+from weightsmith.oci.tls import speaks_tls
+from weightsmith.values import Json
+
+T = TypeVar("T")
+Body: TypeAlias = Callable[[], Iterator[bytes]]
+"""Makes the request's bytes anew, for every try."""
+
+LARGEST_REPLY = 64 << 10
+LARGEST_TOKEN = 1 << 20
+TRIES = 6
+LONGEST_PAUSE = 60.0
+"""Seconds; a registry that asks for more is asked again after this."""
+_TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_MOST_REDIRECTS = 5
+_BAD = 400
+_TOKEN = re.compile(r"[\x21-\x7e]+")
+_DAY = 86400.0
+_EARLY = 10
+"""Seconds before its end at which a token is renewed."""
+
+
+class Session:
+    """Asks one registry, for one repository and the scopes that the work needs."""
+
+    def __init__(
+        self,
+        client: httpx.Client,
+        reference: Reference,
+        *,
+        actions: str,
+        also: tuple[str, ...] = (),
+        credentials: Credentials,
+        insecure: bool = False,
+        pause: Callable[[float], None] = time.sleep,
+    ) -> None:
+        host = "registry-1.docker.io" if reference.registry == DOCKER_HUB else reference.registry
+        scheme = "http" if insecure or reference.is_loopback else "https"
+        self._may_switch = scheme == "http"
+        """Plain HTTP is allowed here; whether the registry speaks it, the first answer tells."""
+        self._is_loopback, self._insecure = reference.is_loopback, insecure
+        self.registry = reference.registry
+        self.root = f"{scheme}://{host}"
+        self.base = f"{self.root}/v2/{reference.repository}/"
+        self._scopes = [f"repository:{reference.repository}:{actions}"]
+        self._scopes += [f"repository:{name}:pull" for name in also]
+        self._client = client
+        self._credentials = credentials
+        self._pause = pause
+        self._lock = threading.Lock()
+        self._header = ""
+        self._ends = float("inf")
+        self._challenges: list[str] = []
+        self._secrets: set[str] = set()
+
+    def call(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        body: Body | bytes | None = None,
+        limit: int = LARGEST_REPLY,
+        wait: float = 60,
+    ) -> Reply:
+        """Ask once and read the reply, at most `limit` bytes; raises Transient for a bad moment."""
+        with self.stream(method, url, headers=headers, body=body, wait=wait) as response:
+            data = b"" if method == "HEAD" else read_limited(response, limit, self.registry)
+            reply = Reply(response.status_code, response.headers, data, str(response.url))
+        self._check_transient(reply)
+        return reply
+
+    @contextmanager
+    def stream(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        body: Body | bytes | None = None,
+        wait: float = 60,
+    ) -> Iterator[httpx.Response]:
+        """Ask once, authorised and through redirects; raises Transient for a broken connection."""
+        try:
+            response = self._ask(method, urljoin(self.base, url), headers or {}, body, wait)
+            try:
+                yield response
+            finally:
+                response.close()
+        except (httpx.TransportError, httpx.InvalidURL) as error:
+            raise self._broken(error) from None
+
+    def attempt(self, what: str, action: Callable[[], T], tries: int = TRIES) -> T:
+        """Run `action` until it does not raise Transient; EnvironmentFailure after six tries."""
+        for failures in itertools.count(1):
+            try:
+                return action()
+            except Transient as trouble:
+                self.wait_after(what, trouble, failures, tries)
+        raise AssertionError("unreachable")
+
+    def wait_after(self, what: str, trouble: Transient, failures: int, tries: int = TRIES) -> None:
+        """Pause before the next try: exponentially, or as the registry asks; else give up."""
+        if failures >= tries:
+            raise EnvironmentFailure(
+                f"{what}: {trouble}",
+                hint="check that the registry runs, has disk space and is reachable, "
+                "then run it again: what arrived is not sent twice",
+            ) from None
+        # Jitter, so that many clients do not come back at the same moment.
+        wished = 0.5 * 2 ** (failures - 1) * random.uniform(0.5, 1)  # noqa: S311 - no secret here
+        self._pause(min(LONGEST_PAUSE, max(trouble.pause or 0.0, wished)))
+
+    def check(self, what: str, response: httpx.Response) -> None:
+        """Raise what a failed reply, not yet read, means."""
+        data = read_limited(response, LARGEST_REPLY, self.registry)
+        reply = Reply(response.status_code, response.headers, data, str(response.url))
+        self._check_transient(reply)
+        raise self.refusal(what, reply)
+
+    def _check_transient(self, reply: Reply) -> None:
+        if reply.status in _TRANSIENT and not is_full(reply):
+            raise Transient(self.explain(reply), retry_after(reply.headers))
+
+    def refusal(self, what: str, reply: Reply) -> WeightsmithError:
+        """Return the error for a status that another try does not change."""
+        text = f"{what}: {self.explain(reply)}"
+        if reply.status in (401, 403):
+            return EnvironmentFailure(
+                text, hint=f"run `docker login {self.registry}`, or ask for access"
+            )
+        if reply.status == 404:
+            return InputRefused(
+                text,
+                hint="check the name; some registries require the repository to be created first",
+            )
+        if reply.status == 413 or is_full(reply):
+            return EnvironmentFailure(
+                text, hint="the registry has no room or a size limit; see its settings"
+            )
+        return EnvironmentFailure(text, hint="see the registry's own log for the reason")
+
+    def explain(self, reply: Reply) -> str:
+        """Say what the registry answered, in one line and without secrets."""
+        return f"{self.registry} answered {reply.status}{self._said(reply.body)}"
+
+    def _ask(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: Body | bytes | None,
+        wait: float,
+    ) -> httpx.Response:
+        renewed = False
+        for _ in range(_MOST_REDIRECTS + 2):
+            own = _origin(url) == _origin(self.root)
+            used = self._authorization() if own else ""
+            try:
+                response = self._send(method, url, {**headers, **_auth(used)}, body, wait)
+            except httpx.TransportError:
+                if not (own and self._switch()):
+                    raise
+                url = f"https{url.removeprefix('http')}"
+                continue
+            if response.status_code == _BAD and own and self._switch():
+                response.close()
+                url = f"https{url.removeprefix('http')}"
+                continue
+            self._may_switch = False
+            if response.status_code == 401 and own and not renewed:
+                renewed = True
+                if not self._renew(response.headers.get_list("www-authenticate"), used):
+                    return response
+                response.close()
+            elif response.status_code in _REDIRECTS and "location" in response.headers:
+                response.close()
+                url = self.follow(url, response.headers["location"])
+            else:
+                return response
+        raise EnvironmentFailure(f"{self.registry} redirects in circles", hint="see its settings")
+
+    def _switch(self) -> bool:
+        """Go over to HTTPS where plain HTTP was tried first and the registry speaks only TLS."""
+        with self._lock:
+            parts = urlsplit(self.root)
+            if not self._may_switch or parts.scheme != "http":
+                return False
+            self._may_switch = False
+            if not speaks_tls(parts.hostname or "", parts.port or 443):
+                return False
+            self.root = f"https{self.root.removeprefix('http')}"
+            self.base = f"https{self.base.removeprefix('http')}"
+            return True
+
+    def _send(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: Body | bytes | None,
+        wait: float,
+    ) -> httpx.Response:
+        content = body() if callable(body) else body
+        request = self._client.build_request(
+            method,
+            url,
+            headers={"Accept-Encoding": "identity", **headers},
+            content=content,
+            timeout=httpx.Timeout(30, read=wait, write=300, pool=None),
+        )
+        return self._client.send(request, stream=True, follow_redirects=False)
+
+    def follow(self, url: str, location: str, what: str = "redirects to") -> str:
+        """Return where a reply sends us: over plain HTTP only where nobody between could listen.
+
+        That is on this machine, for a registry on this machine, or where `insecure` says that
+        nobody minds. Raises EnvironmentFailure; `what` says what the registry does.
+        """
+        try:
+            target = urljoin(url, location)
+            _origin(target)
+            (urlsplit(target).hostname or "").encode("idna")  # as the resolver does
+        except ValueError:
+            raise EnvironmentFailure(
+                f"{self.registry} sends us to an address that is none",
+                hint="correct the registry's public address",
+            ) from None
+        plain = self._insecure or (self._is_loopback and _is_loopback(target))
+        parts = urlsplit(target)
+        if parts.scheme not in (("https", "http") if plain else ("https",)):
+            raise EnvironmentFailure(
+                f"{self.registry} {what} an address without HTTPS"
+                f" ({parts.scheme}://{parts.hostname or ''})",
+                hint="correct the registry's public address; where everything between here and "
+                "there is trusted, pass --insecure",
+            )
+        return target
+
+    def location(self, reply: Reply) -> str:
+        """Return where an upload goes on; EnvironmentFailure where the reply does not say."""
+        if not reply.headers.get("location"):
+            raise EnvironmentFailure(
+                f"{self.registry} opened an upload without saying where",
+                hint="is there a proxy in between that drops the Location header?",
+            )
+        return self.follow(reply.url, reply.headers["location"])
+
+    def _authorization(self) -> str:
+        with self._lock:
+            used, late = self._header, time.monotonic() > self._ends
+        if late:
+            self._renew(self._challenges, used)
+        return self._header
+
+    def _renew(self, challenges: list[str], used: str) -> bool:
+        """Get a new Authorization header unless another thread just did; False if there is none."""
+        with self._lock:
+            if self._header != used:
+                return True
+            challenge = parse_challenge(challenges)
+            pair = self._credentials(self.registry)
+            if pair:
+                self._secrets.update({pair[1], basic(pair)[6:]})
+            if challenge is None or (challenge.kind == "basic" and not pair):
+                return False
+            self._challenges = challenges
+            if challenge.kind == "basic" and pair:
+                self._header = basic(pair)
+                return self._header != used
+            self._token(challenge.realm, challenge.service, pair)
+            return True
+
+    def _token(self, realm: str, service: str, pair: tuple[str, str] | None) -> None:
+        url = self.follow(self.root, realm, "names as its token service")
+        fields: dict[str, str | list[str]] = {"service": service, "scope": self._scopes}
+        headers = {"Accept-Encoding": "identity"}
+        method = "GET"
+        if pair and pair[0] == IDENTITY:
+            method = "POST"
+            fields |= {
+                "grant_type": "refresh_token",
+                "refresh_token": pair[1],
+                "client_id": "weightsmith",
+            }
+            fields["scope"] = " ".join(self._scopes)
+        elif pair:
+            headers |= _auth(basic(pair))
+        what = f"cannot get a token for {self.registry}"
+        reply = self.attempt(what, lambda: self._token_reply(method, url, fields, headers))
+        if reply.status != 200:
+            raise self.refusal(what, reply)
+        self._keep(json_object(reply.body))
+
+    def _token_reply(
+        self,
+        method: str,
+        url: str,
+        fields: Mapping[str, str | list[str]],
+        headers: Mapping[str, str],
+    ) -> Reply:
+        given = {"data": fields} if method == "POST" else {"params": fields}
+        try:
+            with self._client.stream(method, url, headers=headers, **given) as response:  # type: ignore[arg-type]
+                body = read_limited(response, LARGEST_TOKEN, self.registry)
+                reply = Reply(response.status_code, response.headers, body, "")
+        except httpx.TransportError as error:
+            raise self._broken(error) from None
+        self._check_transient(reply)
+        return reply
+
+    def _keep(self, answer: Mapping[str, Json]) -> None:
+        token = answer.get("token") or answer.get("access_token")
+        if not isinstance(token, str) or not _TOKEN.fullmatch(token):
+            raise EnvironmentFailure(
+                f"the token service of {self.registry} gave no token",
+                hint="is there a login page or proxy in between?",
+            )
+        seconds = answer.get("expires_in")
+        # Without a figure a token is good for 60 seconds, says the token specification.
+        lasts = 60.0
+        if isinstance(seconds, int | float) and seconds > 0:
+            lasts = float(min(seconds, _DAY))
+        self._secrets.add(token)
+        self._header = f"Bearer {token}"
+        self._ends = time.monotonic() + max(lasts - _EARLY, lasts / 2)
+
+    def _said(self, body: bytes) -> str:
+        text = stated_error(body)
+        for secret in self._secrets:
+            text = text.replace(secret, "***") if secret else text
+        text = "".join(c for c in text if c.isprintable())[:200]
+        return f" ({text})" if text else ""
+
+    def _broken(self, error: Exception) -> Exception:
+        if too_many := of_open_files(error):
+            return too_many
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            return EnvironmentFailure(
+                f"the certificate of {self.registry} cannot be verified",
+                hint="set SSL_CERT_FILE to your authority's certificates, or pass --insecure",
+            )
+        why = re.sub(r"\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
+        return Transient(f"{self.registry} does not answer ({why[:100]})")
+
+
+def _is_loopback(url: str) -> bool:
+    """Say whether an address is on this machine, so that plain HTTP stays on it."""
+    return is_loopback(urlsplit(url).hostname or "")
+
+
+def _auth(header: str) -> dict[str, str]:
+    return {"Authorization": header} if header else {}
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)

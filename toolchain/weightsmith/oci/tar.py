@@ -1,0 +1,105 @@
+"""The tar format, written by our own code so that the bytes are the same everywhere.
+
+POSIX.1-2001 ustar and pax: https://pubs.opengroup.org/onlinepubs/9699919799/utilities/pax.html
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from weightsmith.errors import UsageError
+
+BLOCK = 512
+END = bytes(2 * BLOCK)
+"""What closes an archive; longer padding is a habit of tape drives."""
+
+_LARGEST_USTAR = 8**11 - 1
+_NAME, _PREFIX = 100, 155
+
+
+def header(path: str, *, size: int, mode: int, mtime: int, folder: bool = False) -> bytes:
+    """Return an entry's header: 512 bytes, more where pax has to carry a long name or size.
+
+    `path` is relative POSIX, without a slash at the end; owner and group are 0 and have no names.
+    """
+    name = path + "/" if folder else path
+    raw = name.encode()
+    records: dict[str, str] = {}
+    split = _split(raw) if raw.isascii() else None
+    if split is None:
+        records["path"] = name
+        split = raw.decode().encode("ascii", "replace")[:_NAME], b""
+    if size > _LARGEST_USTAR:
+        records["size"] = str(size)
+    stored = 0 if "size" in records else size
+    block = _block(split, kind=b"5" if folder else b"0", size=stored, mode=mode, mtime=mtime)
+    return (_extended(records, mtime) if records else b"") + block
+
+
+def padding(size: int) -> bytes:
+    """Return the zeros that fill the last block of `size` bytes."""
+    return bytes(-size % BLOCK)
+
+
+def source_date_epoch(environ: Mapping[str, str] = os.environ) -> int:
+    """Return SOURCE_DATE_EPOCH in seconds, 0 where it is not set; UsageError for anything else.
+
+    https://reproducible-builds.org/specs/source-date-epoch/
+    """
+    text = environ.get("SOURCE_DATE_EPOCH", "").strip() or "0"
+    if not (text.isascii() and text.isdigit()) or int(text) > _LARGEST_USTAR:
+        raise UsageError(
+            f"SOURCE_DATE_EPOCH is {text[:40]!r}, not a number of seconds since 1970",
+            hint="unset it, or set it to e.g. $(git log -1 --pretty=%ct)",
+        )
+    return int(text)
+
+
+def _split(raw: bytes) -> tuple[bytes, bytes] | None:
+    """Return ustar's name and prefix, or None where the path does not fit."""
+    if len(raw) <= _NAME:
+        return raw, b""
+    # The name is as long as it can be: one rule, so that one path has one spelling.
+    slash = raw.find(b"/", len(raw) - _NAME - 1, len(raw) - 1)
+    if slash <= 0 or slash > _PREFIX:
+        return None
+    return raw[slash + 1 :], raw[:slash]
+
+
+def _extended(records: Mapping[str, str], mtime: int) -> bytes:
+    body = b"".join(_record(key, records[key]) for key in sorted(records))
+    name = (b"PaxHeaders/entry", b"")
+    block = _block(name, kind=b"x", size=len(body), mode=0o644, mtime=mtime)
+    return block + body + padding(len(body))
+
+
+def _record(key: str, value: str) -> bytes:
+    """Return a pax record; its length counts its own digits."""
+    body = f" {key}={value}\n".encode()
+    length = len(body)
+    while len(str(length)) + len(body) != length:
+        length = len(str(length)) + len(body)
+    return str(length).encode() + body
+
+
+def _block(name: tuple[bytes, bytes], *, kind: bytes, size: int, mode: int, mtime: int) -> bytes:
+    fields = (
+        name[0].ljust(_NAME, b"\0"),
+        b"%07o\0" % mode,
+        b"%07o\0" % 0,
+        b"%07o\0" % 0,
+        b"%011o\0" % size,
+        b"%011o\0" % mtime,
+        b" " * 8,
+        kind,
+        bytes(100),
+        b"ustar\x0000",
+        bytes(64),
+        b"%07o\0" % 0,
+        b"%07o\0" % 0,
+        name[1].ljust(_PREFIX, b"\0"),
+        bytes(12),
+    )
+    block = b"".join(fields)
+    return block[:148] + b"%06o\0 " % sum(block) + block[156:]

@@ -1,0 +1,259 @@
+"""Unpacks an image into a root file system, with distrust of everything in its layers.
+
+https://github.com/opencontainers/image-spec/blob/main/layer.md (whiteouts, change sets)
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tarfile
+import tempfile
+from pathlib import Path
+
+from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.oci.image import Image
+from weightsmith.oci.layers import Layer
+from weightsmith.oci.streams import opened
+from weightsmith.trees import discard, remove
+
+_WHITEOUT = ".wh."
+_OPAQUE = ".wh..wh..opq"
+_MOST_LINKS = 40
+_MOST_ENTRIES = 1_000_000
+"""Of an image's layers together; CUDA images have a tenth."""
+_BUFFER = 1 << 20
+_DEEPEST = 256
+"""Folders in one another. Images that people use have some dozens, and a path of Linux, which ends
+at 4,096 bytes, has hardly room for more; what is deeper is there to end the programs that read it.
+"""
+_LONGEST_NAME = 255
+"""Bytes that a name may have on Linux's file systems."""
+
+
+def unpack(image: Image, root: Path) -> None:
+    """Make `root`, absent or empty before, the image's file system; whole or not at all.
+
+    Whiteouts are honoured, links are followed only inside the root, device nodes and pipes are
+    left out. Modes and times are kept, set-user-id bits are not; owners only when run by root.
+    Raises InputRefused for a layer that is malformed, would leave the root or is not what its
+    diff id promises; EnvironmentFailure for the disk.
+    """
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise UsageError(f"{root} is not empty", hint="name a folder that does not exist yet")
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        _require_room(image, root)
+        beside = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+        try:
+            tree = _Tree(beside)
+            for layer in image.layers:
+                _apply(tree, layer)
+            tree.finish()
+            beside.replace(root)
+        except BaseException:
+            discard(beside)
+            raise
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"cannot unpack into {root}: {error.strerror or error}",
+            hint="check free space and permissions",
+        ) from None
+
+
+def _require_room(image: Image, root: Path) -> None:
+    """Raise EnvironmentFailure where not even the layers as they are have room."""
+    needed = sum(layer.size for layer in image.layers) / 1e9
+    free = shutil.disk_usage(root.parent).free / 1e9
+    if free < needed:
+        raise EnvironmentFailure(
+            f"{root.parent} has {free:.1f} GB free, and the image has {needed:.1f} GB",
+            hint="make room there, or set WEIGHTSMITH_CACHE to a larger disk",
+        )
+
+
+class _Tree:
+    """A root file system that is being written; nobody else writes into it meanwhile."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.entries = 0
+        self._folders: dict[Path, tarfile.TarInfo] = {}
+
+    def place(self, name: str) -> Path | None:
+        """Return where an entry goes: its parent's links are followed, its own is not.
+
+        None is the root itself. Missing parents are made.
+        """
+        parts = [part for part in name.split("/") if part not in ("", ".")]
+        if ".." in parts or "\0" in name:
+            raise InputRefused(
+                f"a layer has the path {name[:200]!r}, which leaves the image",
+                hint="the image is damaged or hostile; do not use it",
+            )
+        for part in parts:
+            if len(os.fsencode(part)) > _LONGEST_NAME:
+                raise InputRefused(
+                    f"a layer has a name longer than {_LONGEST_NAME} bytes: {part[:80]!r}...",
+                    hint="the image is damaged or hostile; do not use it",
+                )
+        if not parts:
+            return None
+        if len(parts) > _DEEPEST:
+            raise _too_deep()
+        return self._inside(parts[:-1]) / parts[-1]
+
+    def write(self, entry: tarfile.TarInfo, archive: tarfile.TarFile, target: Path) -> None:
+        """Put one entry in its place, over whatever is there."""
+        keeps = entry.isdir() and target.is_dir() and not target.is_symlink()
+        if not keeps:
+            self.remove(target)
+        if entry.isdir():
+            target.mkdir(mode=0o700, exist_ok=True)
+            self._folders[target] = entry
+        elif entry.issym():
+            target.symlink_to(entry.linkname)
+            _own(target, entry)
+            _touch(target, entry)
+        elif entry.islnk():
+            source = self.place(entry.linkname)
+            if source is None or not _is_file(source):
+                raise InputRefused(
+                    f"a layer links {entry.name[:200]!r} to a file that is not in the image",
+                    hint="the image is damaged or hostile; do not use it",
+                )
+            os.link(source, target, follow_symlinks=False)
+        elif entry.isreg():
+            self._write_file(entry, archive, target)
+
+    def remove(self, target: Path) -> None:
+        """Delete a file or a folder; what a link points to stays."""
+        if target.is_dir() and not target.is_symlink():
+            self._folders = {
+                path: entry
+                for path, entry in self._folders.items()
+                if path != target and target not in path.parents
+            }
+            remove(target)
+        else:
+            target.unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """Give the folders their modes and times: before, they had to be writable."""
+        self.root.chmod(0o755)
+        for path in sorted(self._folders, key=lambda path: len(path.parts), reverse=True):
+            entry = self._folders[path]
+            _own(path, entry)
+            path.chmod(entry.mode & 0o7777)
+            _touch(path, entry)
+
+    def _write_file(self, entry: tarfile.TarInfo, archive: tarfile.TarFile, target: Path) -> None:
+        content = archive.extractfile(entry)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        with os.fdopen(os.open(target, flags, 0o600), "wb") as file:
+            if content is not None:
+                shutil.copyfileobj(content, file, _BUFFER)
+        _own(target, entry)
+        # A set-user-id file of a foreign image would be a way to become root on this machine.
+        target.chmod(entry.mode & 0o1777)
+        _touch(target, entry)
+
+    def _inside(self, parts: list[str]) -> Path:
+        """Walk from the root as a process in it would, and make the folders that are missing."""
+        here, rest, links = self.root, list(parts), 0
+        while rest:
+            part = rest.pop(0)
+            if part in ("", "."):
+                continue
+            if part == "..":
+                here = here if here == self.root else here.parent
+                continue
+            step = here / part
+            if len(step.parts) - len(self.root.parts) > _DEEPEST:
+                raise _too_deep()
+            if step.is_symlink():
+                links += 1
+                if links > _MOST_LINKS:
+                    raise InputRefused(
+                        "a layer has links that lead in circles",
+                        hint="the image is damaged or hostile; do not use it",
+                    )
+                to = str(step.readlink())
+                here = self.root if to.startswith("/") else here
+                rest = to.split("/") + rest
+                continue
+            if not step.is_dir():
+                step.unlink(missing_ok=True)
+                step.mkdir()
+                step.chmod(0o755)  # whatever the umask
+            here = step
+        return here
+
+
+def _apply(tree: _Tree, layer: Layer) -> None:
+    made: set[Path] = set()
+    with opened(layer) as (archive, stream):
+        while (entry := archive.next()) is not None:
+            _apply_entry(tree, archive, entry, made)
+            archive.members.clear()  # type: ignore[attr-defined]  # they would pile up
+    if stream.digest != layer.diff_id:
+        raise InputRefused(
+            f"the layer {layer.digest.short} cannot be unpacked: its content has another digest",
+            hint="the image is damaged; pull or build it again",
+        )
+
+
+def _apply_entry(
+    tree: _Tree, archive: tarfile.TarFile, entry: tarfile.TarInfo, made: set[Path]
+) -> None:
+    tree.entries += 1
+    if tree.entries > _MOST_ENTRIES:
+        raise InputRefused(
+            f"the image has more than {_MOST_ENTRIES} files",
+            hint="the image is damaged or hostile; do not use it",
+        )
+    target = tree.place(entry.name)
+    if target is None:
+        return
+    if target.name == _OPAQUE:
+        for child in list(target.parent.iterdir()):
+            # What this very layer brought stays: the marker hides only what is below.
+            if child not in made and not any(child in path.parents for path in made):
+                tree.remove(child)
+    elif target.name.startswith(_WHITEOUT):
+        hidden = target.name.removeprefix(_WHITEOUT)
+        if hidden in ("", ".", ".."):
+            raise InputRefused(
+                f"a layer has the whiteout {entry.name[:200]!r}, which names no file",
+                hint="the image is damaged or hostile; do not use it",
+            )
+        tree.remove(target.with_name(hidden))
+    else:
+        made.add(target)
+        tree.write(entry, archive, target)
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_symlink() or path.is_file()
+
+
+def _touch(path: Path, entry: tarfile.TarInfo) -> None:
+    when = max(0, min(entry.mtime, 1 << 33))
+    os.utime(path, (when, when), follow_symlinks=False)
+
+
+def _own(path: Path, entry: tarfile.TarInfo) -> None:
+    if not (0 <= entry.uid < 1 << 31 and 0 <= entry.gid < 1 << 31):
+        raise InputRefused(
+            f"a layer gives {entry.name[:200]!r} to an impossible owner",
+            hint="the image is damaged or hostile; do not use it",
+        )
+    if os.geteuid() == 0:
+        os.chown(path, entry.uid, entry.gid, follow_symlinks=False)
+
+
+def _too_deep() -> InputRefused:
+    return InputRefused(
+        f"a layer has a path that is nested deeper than {_DEEPEST} folders",
+        hint="the image is damaged or hostile; do not use it",
+    )

@@ -1,0 +1,59 @@
+"""Whether a layer will be there before its registry ends the upload, by how fast it goes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+
+from weightsmith.oci.image import Opener
+from weightsmith.oci.limits import Limits
+
+_SURE = 1 / 20
+"""Part of the time limit after which a rate is believed: of ten minutes, half a minute."""
+_SPARE = 0.8
+"""Part of what would just fit that is advised: rates change."""
+
+
+class UploadDeadline:
+    """Warns once in a push, and well before the registry gives up, of a layer that is too slow."""
+
+    def __init__(
+        self, limits: Limits | None, warn: Callable[[str], None], clock: Callable[[], float]
+    ) -> None:
+        self._name = limits.name if limits else ""
+        self._limit = limits.upload_seconds if limits else 0
+        self._warn = warn
+        self._clock = clock
+        self._told = not self._limit
+        self._lock = threading.Lock()
+
+    def over(self, opener: Opener, size: int, file: str = "") -> Opener:
+        """Return what yields the same layer of `size` bytes, and looks how long that takes."""
+        return lambda: self._watched(opener(), size, file)
+
+    def _watched(self, chunks: Iterable[bytes], size: int, file: str) -> Iterator[bytes]:
+        began, done = self._clock(), 0
+        for chunk in chunks:
+            yield chunk
+            done += len(chunk)
+            if not self._told:
+                self._look(done, size, self._clock() - began, file)
+
+    def _look(self, done: int, size: int, seconds: float, file: str) -> None:
+        if seconds < self._limit * _SURE or seconds * size <= self._limit * done:
+            return
+        with self._lock:
+            if self._told:
+                return
+            self._told = True
+        rate = done / seconds
+        self._warn(
+            f"{file or 'a layer'} will take about {size / rate / 60:.0f} minutes at "
+            f"{rate / 1e6:.1f} MB/s, and {self._name} ends an upload after {self._limit / 60:.0f}: "
+            f"bake it with --max-layer-size {_written(rate * self._limit * _SPARE)} "
+            "(for GGUF, `quantize --split-max-size`)"
+        )
+
+
+def _written(size: float) -> str:
+    return f"{size // 1e8 / 10:g}GB" if size >= 1e9 else f"{max(1, size // 1e6):.0f}MB"

@@ -1,0 +1,80 @@
+"""Cache and store are their user's alone: weights, questions and answers lie in them.
+
+They are made 0700 whatever the umask, and closed where an earlier version left them open. A place
+that was given to a group on purpose, set-group-id and writable by the group (`chmod g+rws`), stays
+as it is. A folder that a user named and that holds other things, such as /var/cache, stays open
+itself; what is ours in it is closed.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+_OURS = frozenset(
+    {"builders", "jobs", "logs", "pushed", "store", "toolsets"}
+    | {"digests", "locks", "memos", "partial", "results"}
+)
+"""All that we make in a cache or a store."""
+_SHARED = stat.S_ISGID | stat.S_IWGRP
+
+
+def private(root: Path, name: str = "") -> Path:
+    """Return a cache or store, or a folder of that name in it, made if need be and closed.
+
+    Raises OSError where it cannot be made; where it cannot be closed it stays as it is.
+    """
+    if not root.is_dir():
+        root.parent.mkdir(parents=True, exist_ok=True)
+        _make(root)
+    closed = not is_shared(root)
+    if closed:
+        for folder in open_to_others(root):
+            with suppress(OSError):
+                folder.chmod(0o700)
+    if not name:
+        return root
+    folder = root / name
+    if closed and not folder.is_dir():
+        _make(folder)
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def is_shared(root: Path) -> bool:
+    """Say whether a cache or store was given to its group on purpose."""
+    return root.stat().st_mode & _SHARED == _SHARED
+
+
+def open_to_others(root: Path) -> list[Path]:
+    """Return what is ours, in and of a cache or store, and others may enter or read."""
+    found = []
+    alone = True
+    with suppress(OSError), os.scandir(root) as entries:
+        for entry in entries:
+            status = entry.stat(follow_symlinks=False)
+            if entry.name not in _OURS or status.st_mode & _SHARED == _SHARED:
+                alone = False  # whoever it is for must get through to it
+            elif _is_open(status):
+                found.append(Path(entry.path))
+        if alone and _is_open(root.stat()):
+            found.append(root)
+    return found
+
+
+def _is_open(status: os.stat_result) -> bool:
+    is_mine = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+    return is_mine and bool(status.st_mode & 0o077)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        if not folder.is_dir():  # else another process was quicker
+            raise
+    else:
+        if folder.stat().st_mode & 0o7777 != 0o700:  # the umask, or what it inherits
+            folder.chmod(0o700)

@@ -1,0 +1,84 @@
+"""The bills of materials that a base's makers left: attached to it, or beside it in its index.
+
+BuildKit writes them as statements, in a manifest of their own that names the image which they are
+about: https://github.com/moby/buildkit/blob/master/docs/attestations/attestation-storage.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+
+from weightsmith.errors import WeightsmithError
+from weightsmith.oci import manifests
+from weightsmith.oci.attachments import LARGEST_PART, Attachment, Part
+from weightsmith.oci.image import Image
+from weightsmith.oci.manifests import TITLE
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
+from weightsmith.provenance.evidence import SPDX_TYPE, Document
+from weightsmith.provenance.mlbom import MEDIA_TYPE
+from weightsmith.values import canonical
+
+_TYPES = (MEDIA_TYPE, SPDX_TYPE)
+_PREDICATES = {
+    "https://spdx.dev/Document": (SPDX_TYPE, "base.spdx.json"),
+    "https://cyclonedx.org/bom": (MEDIA_TYPE, "base.cdx.json"),
+}
+"""Predicate type -> what its predicate is, and the name that it gets."""
+_PREDICATE = "in-toto.io/predicate-type"
+_ABOUT, _KIND = "vnd.docker.reference.digest", "vnd.docker.reference.type"
+_MOST = 20
+
+
+def read_bills(place: Reference, base: Image, registry: Registry) -> tuple[Document, ...]:
+    """Return the bills of a base; () where none can be read.
+
+    They are a help and no condition, so a registry that does not tell is not an error here.
+    """
+    readers: Sequence[Callable[[Reference, Image, Registry], Iterator[Document]]]
+    readers = (_attached, _beside)
+    found: list[Document] = []
+    for reader in readers:
+        with suppress(WeightsmithError):
+            found += reader(place, base, registry)
+    return tuple(found)
+
+
+def _attached(place: Reference, base: Image, registry: Registry) -> Iterator[Document]:
+    there = place.at(base.digest)
+    for blob, _ in registry.attached(there, base.digest, tagged=False)[:_MOST]:
+        one = registry.read_attachment(there, blob)
+        if one.artifact_type in _TYPES and _size(one) <= LARGEST_PART:
+            yield Document(
+                artifact_type=one.artifact_type, parts=one.parts, annotations=one.annotations
+            )
+
+
+def _beside(place: Reference, base: Image, registry: Registry) -> Iterator[Document]:
+    body, kind = registry.read_manifest(place)
+    if kind not in manifests.INDEXES:
+        return
+    for row in manifests.listed(manifests.read_json(body, str(place)), "manifests", str(place)):
+        notes = row.get("annotations") if isinstance(row, dict) else None
+        if not isinstance(notes, dict) or notes.get(_KIND) != "attestation-manifest":
+            continue
+        if notes.get(_ABOUT) == base.digest:
+            kinds = (manifests.OCI_MANIFEST,)
+            blob = manifests.descriptor(row, str(place), kinds, manifests.LARGEST_MANIFEST)
+            yield from _stated(registry.read_attachment(place, blob))
+
+
+def _stated(attestation: Attachment) -> Iterator[Document]:
+    for part in attestation.parts[:_MOST]:
+        media_type, name = _PREDICATES.get(part.annotations.get(_PREDICATE, ""), ("", ""))
+        if not media_type:
+            continue
+        bill = manifests.read_json(part.read(), name).get("predicate")
+        if isinstance(bill, dict):
+            titled = Part.of_bytes(canonical(bill), media_type, **{TITLE: name})
+            yield Document(artifact_type=media_type, parts=(titled,), annotations={TITLE: name})
+
+
+def _size(attachment: Attachment) -> int:
+    return sum(part.blob.size for part in attachment.parts)

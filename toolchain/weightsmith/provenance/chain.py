@@ -1,0 +1,193 @@
+"""Whether an image is what its statements say: each question is one check with its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from weightsmith.oci.image import Image
+from weightsmith.provenance import statements
+from weightsmith.provenance.evidence import (
+    ADAPTER_TYPE,
+    EVALUATION_TYPE,
+    Document,
+    FoundStatement,
+    document_digest,
+    document_name,
+)
+from weightsmith.provenance.labels import PREFIX
+from weightsmith.provenance.lineage import Lineage, trace
+from weightsmith.provenance.statements import dependencies_of, kind_of, predicate_of, subjects_of
+from weightsmith.values import Digest, FileEntry, Json, tree_digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One question and its answer; `ok` is None where it could not be asked."""
+
+    name: str
+    ok: bool | None
+    found: str
+
+
+def check_chain(
+    image: Image,
+    stated: Sequence[FoundStatement],
+    documents: Sequence[Document],
+    files: Mapping[str, str],
+) -> Iterator[Check]:
+    """Yield what the statements say against what the image is.
+
+    `files` are the files of the weight layers as they were read: path -> digest.
+    """
+    lineage = trace(image.digest, [one.statement for one in stated])
+    own, baked = lineage.own, lineage.baked
+    if own is None:
+        yield Check(name="statement", ok=False, found=_unknown(image, stated))
+        return
+    kind = kind_of(own)
+    yield Check(name="statement", ok=True, found=f"{kind} of {image.digest.short}")
+    yield _contents(image, own)
+    if kind == "rebase":
+        yield _rebased(lineage)
+    if baked is None:
+        yield Check(name="weights", ok=False, found="no statement says how the weights got in")
+        return
+    yield _weights(baked, files)
+    yield from _sources(image, lineage)
+    yield _documents(own, documents)
+    yield from _unnamed(lineage, documents)
+    if gate := _gate(image, lineage):
+        yield gate
+
+
+def _unknown(image: Image, stated: Sequence[FoundStatement]) -> str:
+    others = [s for one in stated if (s := subjects_of(one.statement).get("image"))]
+    if not others:
+        return "none says how this image was made"
+    changed = _changes(image, stated)
+    return f"about another image ({others[0][7:19]}), not this one{changed}"
+
+
+def _changes(image: Image, stated: Sequence[FoundStatement]) -> str:
+    """Say which layers differ from those of the image that a statement is about."""
+    for one in stated:
+        named = subjects_of(one.statement)
+        if "config" not in named:
+            continue
+        layers = [row.digest for row in statements.layer_resources(image)]
+        wanted = list(named.values())[1:]
+        if len(layers) != len(wanted):
+            return f": it has {len(layers) - 1} layers instead of {len(wanted) - 1}"
+        rows = zip(statements.layer_resources(image), wanted, strict=True)
+        bad = [row.name for row, digest in rows if row.digest != digest]
+        spelled = ["labels or configuration" if name == "config" else name for name in bad]
+        return f": changed are {', '.join(spelled)}" if spelled else ""
+    return ""
+
+
+def _contents(image: Image, own: Mapping[str, Json]) -> Check:
+    named = subjects_of(own)
+    bad = [
+        row.name for row in statements.layer_resources(image) if named.get(row.name) != row.digest
+    ]
+    more = len(named) - 1 - len(statements.layer_resources(image))
+    if bad or more:
+        what = ", ".join(bad) or f"{abs(more)} layers too few or too many"
+        return Check(name="contents", ok=False, found=f"not as stated: {what}")
+    return Check(name="contents", ok=True, found="layers and configuration are as stated")
+
+
+def _rebased(lineage: Lineage) -> Check:
+    if lineage.own is None or lineage.baked is None:
+        return Check(name="rebase", ok=False, found="the statement of the first image is missing")
+    before, first = lineage.images[1], lineage.images[-1]
+    ok = statements.parameters_of(lineage.own).get("first_image") in (None, first)
+    found = f"from {before[7:19]}, first baked as {first[7:19]}"
+    return Check(name="rebase", ok=ok, found=found if ok else "its first image is another one")
+
+
+def _weights(baked: Mapping[str, Json], files: Mapping[str, str]) -> Check:
+    stated = {
+        name.removeprefix("file:"): digest
+        for name, digest in dependencies_of(baked).items()
+        if name.startswith("file:")
+    }
+    bad = sorted(
+        {path for path in stated if files.get(path) != stated[path]} | (set(files) - set(stated))
+    )
+    if bad:
+        return Check(name="weights", ok=False, found=f"not the stated files: {', '.join(bad[:5])}")
+    artifact = dependencies_of(baked).get("artifact")
+    if _tree(stated) != artifact:
+        return Check(name="weights", ok=False, found="the statement's own list does not add up")
+    return Check(name="weights", ok=True, found=f"{len(stated)} files are the stated ones")
+
+
+def _sources(image: Image, lineage: Lineage) -> Iterator[Check]:
+    artifact = lineage.made["split"]
+    label = image.labels.get(PREFIX + "artifact.digest", "")
+    yield Check(
+        name="label artifact",
+        ok=label == artifact,
+        found=f"{label[7:19]}" + ("" if label == artifact else f", stated is {artifact[7:19]}"),
+    )
+    for kind in lineage.steps:
+        yield Check(name=kind, ok=True, found=f"made {lineage.made[kind][7:19]}")
+    if merged := lineage.steps.get("merge"):
+        yield from _labels(image, dependencies_of(merged))
+    elif PREFIX + "base.digest" in image.labels:
+        digest = image.labels[PREFIX + "base.digest"]
+        ok = digest == lineage.made["merge"]
+        found = "served as it is" if ok else "not what was quantized or served"
+        yield Check(name="base", ok=ok, found=found)
+
+
+def _labels(image: Image, sources: Mapping[str, str]) -> Iterator[Check]:
+    for name, digest in sources.items():
+        key = PREFIX + name.replace(":", ".") + ".digest"
+        label = image.labels.get(key, "")
+        found = digest[7:19] if label == digest else f"{label[7:19] or 'none'}: not as stated"
+        yield Check(name=f"label {name}", ok=label == digest, found=found)
+
+
+def _documents(own: Mapping[str, Json], documents: Sequence[Document]) -> Check:
+    stated = statements.byproducts_of(own)
+    there = {document_digest(document) for document in documents}
+    missing = sorted(name for name, digest in stated.items() if digest not in there)
+    if missing:
+        return Check(name="documents", ok=False, found=f"missing or changed: {', '.join(missing)}")
+    return Check(name="documents", ok=True, found=", ".join(sorted(stated)) or "none")
+
+
+def _unnamed(lineage: Lineage, documents: Sequence[Document]) -> Iterator[Check]:
+    """Yield what is attached and named by no statement; it is wrong where it looks like ours."""
+    for document in documents:
+        name = document_name(document)
+        if lineage.names(document):
+            continue
+        ours = document.artifact_type in (EVALUATION_TYPE, ADAPTER_TYPE)
+        wrong = ours or name in lineage.byproducts
+        found = "not the stated one" if wrong else "no statement of the image names it"
+        yield Check(name=f"document {name}", ok=False if wrong else None, found=found)
+
+
+def _gate(image: Image, lineage: Lineage) -> Check | None:
+    if not lineage.results:
+        scored = any(key.startswith(PREFIX + "score.image") for key in image.labels)
+        return Check(name="gate", ok=False, found="scores without a result") if scored else None
+    # Where several hang there, one that failed is not outvoted.
+    told = [predicate_of(one) for one in lineage.results]
+    predicate = next((one for one in told if one.get("result") != "PASSED"), told[-1])
+    passed = predicate.get("passedTests")
+    findings = "; ".join(map(str, passed))[:200] if isinstance(passed, list) else ""
+    asked = statements.image_of(lineage.results[-1])
+    where = "" if asked == image.digest else f" (of {asked[7:19]}, before it was rebased)"
+    result = predicate.get("result")
+    return Check(name="gate", ok=result == "PASSED", found=f"{result}{where}: {findings}")
+
+
+def _tree(files: Mapping[str, str]) -> Digest:
+    return tree_digest(
+        FileEntry(path=path, size=0, digest=Digest(digest)) for path, digest in files.items()
+    )

@@ -1,0 +1,49 @@
+"""Scores as documents: the questions with every subject's answer side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from weightsmith.values import Json, Score
+
+
+def side_by_side(scores: Mapping[str, Score]) -> list[dict[str, Json]]:
+    """Return the questions with the answers of every subject."""
+    names = [name for name in scores if scores[name].per_item]
+    if len({len(scores[name].per_item) for name in names}) > 1:  # a command's own choice of rows
+        names = names[-1:]
+    rows = zip(*(scores[name].per_item for name in names), strict=True)
+    return [
+        {
+            "prompt": row[0]["prompt"],
+            "expected": row[0]["expected"],
+            **{name: answer["answer"] for name, answer in zip(names, row, strict=True)},
+            "ok": {name: answer["ok"] for name, answer in zip(names, row, strict=True)},
+        }
+        for row in rows
+    ]
+
+
+def evaluation(scores: Mapping[str, Score]) -> dict[str, Json]:
+    """Return the whole evaluation: scores, and what was asked and answered."""
+    return {
+        "schema": 1,
+        "scores": {
+            name: {"score": s.score, "n": s.n, "metric": s.metric} for name, s in scores.items()
+        },
+        "items": side_by_side(scores),
+    }
+
+
+def test_result(scores: Mapping[str, Score], max_drop: float, min_score: float) -> dict[str, Json]:
+    """Return the predicate of in-toto's test result: an image that is published has passed.
+
+    https://github.com/in-toto/attestation/blob/main/spec/predicates/test-result.md
+    """
+    passed = [f"{name}: {s.score:.4f} {s.metric}, n={s.n}" for name, s in sorted(scores.items())]
+    return {
+        "result": "PASSED",
+        "configuration": [],
+        "passedTests": [*passed, f"max_drop={max_drop:g}", f"min_score={min_score:g}"],
+        "failedTests": [],
+    }

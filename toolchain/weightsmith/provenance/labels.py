@@ -1,0 +1,133 @@
+"""What an image says of itself: names, labels, and what it was made from."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from weightsmith.foreign import parse
+from weightsmith.recipe import Recipe
+from weightsmith.values import Artifact, Json, Score, ServingConfig, Sources, without_passwords
+
+PREFIX = "dev.weightsmith."
+"""Our labels; the others are the OCI annotations of image-spec annotations.md."""
+_SCORE = PREFIX + "score."
+ENGINE_VERSION = PREFIX + "engine.version"
+"""The version of the engine that an image holds, so that the plan was made for."""
+
+
+def tag(recipe: Recipe, target: str) -> str:
+    """Return the image's tag, `VERSION-TARGET`."""
+    return f"{recipe.version}-{target}"
+
+
+def reference(recipe: Recipe, target: str) -> str:
+    """Return `REPOSITORY:VERSION-TARGET`; the repository is the recipe's name by default."""
+    return f"{recipe.image.repository or recipe.name}:{tag(recipe, target)}"
+
+
+def labels(
+    recipe: Recipe,
+    sources: Sources,
+    artifact: Artifact,
+    config: ServingConfig,
+    plan: Mapping[str, Json],
+) -> dict[str, str]:
+    """Return the labels that name every source by digest, and the plan.
+
+    `plan` is the serving plan without what is the planning machine's own: labels depend on
+    nothing but the inputs, so that the same inputs give the same digest.
+    """
+    found = {
+        "org.opencontainers.image.title": recipe.name,
+        "org.opencontainers.image.version": recipe.version,
+        PREFIX + "target": config.target,
+        PREFIX + "format": artifact.format.name,
+        PREFIX + "artifact.digest": artifact.digest,
+        PREFIX + "base.source": public_name(sources.base.source),
+        PREFIX + "base.pin": sources.base.pin,
+        PREFIX + "base.digest": sources.base.digest,
+        PREFIX + "merge.method": recipe.merge.method,
+        PREFIX + "merge.precision": recipe.merge.precision,
+        PREFIX + "plan": json.dumps(plan, sort_keys=True, separators=(",", ":")),
+    }
+    found |= _quality(artifact)
+    for number, adapter in enumerate(sources.adapters):
+        stem = f"{PREFIX}adapter.{number}."
+        found |= {
+            stem + "pin": adapter.snapshot.pin,
+            stem + "digest": adapter.snapshot.digest,
+            stem + "weight": repr(adapter.weight),
+            stem + "version": adapter.version,
+            stem + "run_id": adapter.run_id,
+        }
+    every = {**found, **recipe.image.labels}
+    return {key: without_passwords(value) for key, value in every.items() if value}
+
+
+def without_secrets(value: Json) -> Json:
+    """Return a recipe, or a part of it, as others may read it.
+
+    Arguments of a program are where people put keys: its name stays, and that there are some. A
+    digest of them would tell a short one, and where they lie nobody compares them.
+    """
+    if isinstance(value, dict):
+        return {
+            key: _program(inner) if key == "command" else without_secrets(inner)
+            for key, inner in value.items()
+        }
+    if isinstance(value, list):
+        return [without_secrets(inner) for inner in value]
+    return without_passwords(value)
+
+
+def _program(words: Sequence[str]) -> list[str]:
+    return [Path(words[0]).name, *(["…"] if words[1:] else [])] if words else []
+
+
+def _quality(artifact: Artifact) -> dict[str, str]:
+    """Return what quantizing lost, rounded: the last digits are the measuring machine's own."""
+    measured = artifact.details.get("quality", {})
+    keys = ("kl_mean", "kl_p99", "top1", "perplexity_ratio")
+    if any(key not in measured for key in keys):
+        return {}
+    return {PREFIX + "quality": " ".join(f"{key}={float(measured[key]):.2g}" for key in keys)}
+
+
+def public_name(source: str) -> str:
+    """Return what an image may say of a source: a folder's name without the path to it.
+
+    The path is this machine's own; with it the same inputs would give another digest elsewhere.
+    """
+    return source if "://" in source else Path(source).absolute().name
+
+
+def score_labels(scores: Mapping[str, Score]) -> dict[str, str]:
+    """Return one label per score: `base`, `adapter`, `image`, each from 0 to 1 over n items."""
+    shown = {name: scores[name] for name in ("base", "adapter", "image") if name in scores}
+    return {
+        f"{_SCORE}{name}": f"{score.score:.4f} {score.metric} n={score.n}"
+        for name, score in shown.items()
+    }
+
+
+def plan_in(labels: Mapping[str, str]) -> Mapping[str, Json]:
+    """Return the plan that an image's labels hold; {} where none can be read."""
+    try:
+        plan = parse(labels.get(PREFIX + "plan", "{}"))
+    except ValueError:
+        return {}
+    return plan if isinstance(plan, dict) else {}
+
+
+def scores_in(labels: Mapping[str, str]) -> dict[str, float]:
+    """Return the scores that an image's labels hold, those that are numbers."""
+    found = {}
+    for name in sorted(labels):
+        if name.startswith(_SCORE):
+            with suppress(ValueError):
+                found[name.removeprefix(_SCORE)] = float(labels[name].partition(" ")[0])
+    return {name: score for name, score in found.items() if math.isfinite(score)}

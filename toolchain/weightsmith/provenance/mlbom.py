@@ -1,0 +1,205 @@
+"""Bills of materials in CycloneDX 1.6: the model with its card, and an engine made here.
+
+https://cyclonedx.org/docs/1.6/json/
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from weightsmith import __version__
+from weightsmith.foreign import parse_yaml
+from weightsmith.recipe import Card
+from weightsmith.values import Digest, FileEntry, Json, Score, key_of
+
+MEDIA_TYPE = "application/vnd.cyclonedx+json"
+_FRONT_MATTER = 65536
+"""Bytes within which a model card's header ends."""
+_LICENSES = {
+    name.lower(): name
+    for name in (
+        *("Apache-2.0", "MIT", "BSD-2-Clause", "BSD-3-Clause", "ISC", "MPL-2.0", "Unlicense"),
+        *("GPL-3.0-only", "AGPL-3.0-only", "LGPL-3.0-only", "CC0-1.0", "CC-BY-4.0", "WTFPL"),
+        *("CC-BY-SA-4.0", "CC-BY-NC-4.0", "CC-BY-NC-SA-4.0", "Artistic-2.0", "OFL-1.1"),
+    )
+}
+"""What model cards write -> SPDX; others, such as `llama3`, are names."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ancestor:
+    """A model that this one was made from."""
+
+    name: str
+    pin: str
+    digest: Digest
+    license: str = ""
+    version: str = ""
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What a bill of materials says of a model."""
+
+    name: str
+    version: str
+    digest: Digest
+    files: Sequence[FileEntry]
+    format: str
+    config: Mapping[str, Json]
+    """The model's config.json."""
+    ancestors: Sequence[Ancestor] = ()
+    scores: Mapping[str, Score] = field(default_factory=dict)
+    card: Card = field(default_factory=Card)
+
+
+def ml_bom(facts: ModelFacts) -> dict[str, Json]:
+    """Return the bill of a model: what it is, what it came from, how it scored, what it is for."""
+    licenses = [facts.card.license] if facts.card.license else []
+    licenses += [a.license for a in facts.ancestors if a.license and not licenses]
+    component: dict[str, Json] = {
+        "type": "machine-learning-model",
+        "bom-ref": "model",
+        "name": facts.name,
+        "version": facts.version,
+        "hashes": [_hash(facts.digest)],
+        "modelCard": _card(facts),
+        "properties": [{"name": "weightsmith:format", "value": facts.format}],
+    }
+    if facts.card.description:
+        component["description"] = facts.card.description
+    if licenses:
+        component["licenses"] = [_license(licenses[0])]
+    parents = [_ancestor(n, ancestor) for n, ancestor in enumerate(facts.ancestors)]
+    if parents:
+        component["pedigree"] = {"ancestors": parents}
+    files = [
+        {"type": "file", "bom-ref": f"file:{file.path}", "name": file.path,
+         "hashes": [_hash(file.digest)]}
+        for file in facts.files
+    ]  # fmt: skip
+    return _document(component, files, [str(row["bom-ref"]) for row in files])
+
+
+def engine_bom(name: str, source: Mapping[str, Json], digest: Digest) -> dict[str, Json]:
+    """Return the bill of an engine that was compiled here, from its `source.json`."""
+    upstream = next((v for v in source.values() if isinstance(v, dict) and "commit" in v), {})
+    repository = str(upstream.get("repository", ""))
+    component: dict[str, Json] = {
+        "type": "application",
+        "bom-ref": "engine",
+        "name": name,
+        "version": str(upstream.get("version") or source.get("version") or "0"),
+        "hashes": [_hash(digest)],
+    }
+    if upstream.get("license"):
+        component["licenses"] = [_license(str(upstream["license"]))]
+    if repository:
+        component["externalReferences"] = [{"type": "vcs", "url": repository}]
+        path = repository.removeprefix("https://github.com/")
+        component["purl"] = f"pkg:github/{path}@{upstream['commit']}"
+    tools = source.get("compiler") or {}
+    rows = [
+        {"type": "library" if tool == "ziglang" else "application", "bom-ref": f"tool:{tool}",
+         "name": tool, "version": str(version), "purl": f"pkg:pypi/{tool}@{version}"}
+        for tool, version in sorted(tools.items())
+    ]  # fmt: skip
+    return _document(component, rows, [str(row["bom-ref"]) for row in rows])
+
+
+def license_of(folder: Path) -> str:
+    """Return the licence that a model card's front matter names, or empty.
+
+    https://huggingface.co/docs/hub/model-cards#model-card-metadata
+    """
+    try:
+        with (folder / "README.md").open("rb") as file:
+            first, *lines = file.read(_FRONT_MATTER).decode("utf-8", "replace").split("\n")
+        fence = [line.rstrip() for line in lines].index("---")
+        header = parse_yaml("\n".join(lines[:fence])) if first.rstrip() == "---" else None
+    except (OSError, ValueError):
+        return ""
+    named = header.get("license") if isinstance(header, dict) else None
+    return named if isinstance(named, str) else ""
+
+
+def _card(facts: ModelFacts) -> dict[str, Json]:
+    parameters: dict[str, Json] = {
+        "task": "text-generation",
+        "inputs": [{"format": "string"}],
+        "outputs": [{"format": "string"}],
+    }
+    if family := facts.config.get("model_type"):
+        parameters["architectureFamily"] = str(family)
+    architectures = facts.config.get("architectures")
+    if isinstance(architectures, list) and architectures:
+        parameters["modelArchitecture"] = str(architectures[0])
+    card: dict[str, Json] = {"modelParameters": parameters}
+    if facts.scores:
+        card["quantitativeAnalysis"] = {
+            "performanceMetrics": [
+                {"type": score.metric, "value": f"{score.score:.4f}", "slice": f"{who}, {score.n}"}
+                for who, score in sorted(facts.scores.items())
+            ]
+        }
+    considerations = {
+        "useCases": [facts.card.intended_use] if facts.card.intended_use else [],
+        "technicalLimitations": [facts.card.limitations] if facts.card.limitations else [],
+    }
+    if any(considerations.values()):
+        card["considerations"] = {key: value for key, value in considerations.items() if value}
+    return card
+
+
+def _ancestor(number: int, ancestor: Ancestor) -> dict[str, Json]:
+    row: dict[str, Json] = {
+        "type": "machine-learning-model",
+        "bom-ref": f"ancestor:{number}",
+        "name": ancestor.name,
+        "hashes": [_hash(ancestor.digest)],
+        "properties": [{"name": "weightsmith:pin", "value": ancestor.pin}],
+    }
+    if ancestor.version:
+        row["version"] = ancestor.version
+    if ancestor.description:
+        row["description"] = ancestor.description
+    if ancestor.license:
+        row["licenses"] = [_license(ancestor.license)]
+    return row
+
+
+def _document(
+    component: Mapping[str, Json], rows: Sequence[Json], needs: Sequence[str]
+) -> dict[str, Json]:
+    own = str(component["bom-ref"])
+    facts = key_of([component, rows])
+    return {
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        # From the content, so that the same model has the same bill.
+        "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_URL, facts)}",
+        "version": 1,
+        "metadata": {
+            "tools": {
+                "components": [
+                    {"type": "application", "name": "weightsmith", "version": __version__}
+                ]
+            },
+            "component": dict(component),
+        },
+        "components": list(rows),
+        "dependencies": [{"ref": own, "dependsOn": list(needs)}],
+    }
+
+
+def _hash(digest: Digest) -> dict[str, str]:
+    return {"alg": "SHA-256", "content": digest.hex}
+
+
+def _license(name: str) -> dict[str, Json]:
+    known = _LICENSES.get(name.lower())
+    return {"license": {"id": known} if known else {"name": name}}

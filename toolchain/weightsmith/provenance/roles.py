@@ -1,0 +1,92 @@
+"""Which layers of an image are the engine's, the weights and the settings: read from its labels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from weightsmith.errors import InputRefused
+from weightsmith.foreign import parse
+from weightsmith.oci.image import Healthcheck, Image, ImageConfig
+from weightsmith.oci.layers import Layer
+from weightsmith.provenance.labels import PREFIX
+from weightsmith.values import Json, canonical, plain
+
+LAYERS = PREFIX + "layers"
+"""Label: the roles of the layers from the bottom, such as `base:1 weights:2 settings:1`."""
+ADDED = PREFIX + "config"
+"""Label: what was added to the base's configuration, so that the base can be exchanged."""
+_ROLE = re.compile(r"(base|weights|settings):([0-9]{1,3})")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roles:
+    """An image's layers by what they are for."""
+
+    base: tuple[Layer, ...]
+    weights: tuple[Layer, ...]
+    settings: tuple[Layer, ...]
+    weights_first: bool
+    config: ImageConfig
+    """What was added to the base, its own labels included."""
+
+
+def roles_label(*counts: tuple[str, int]) -> str:
+    """Spell roles and layer counts from the bottom."""
+    return " ".join(f"{role}:{count}" for role, count in counts)
+
+
+def config_label(config: ImageConfig) -> str:
+    """Spell what is added to a base: all but the labels' values, which stand beside it."""
+    stated = {**plain(config), "labels": sorted(config.labels)}
+    return canonical({key: value for key, value in stated.items() if value}).decode()
+
+
+def roles_of(image: Image, where: str) -> Roles:
+    """Return an image's roles; InputRefused for one that does not tell them, or wrongly."""
+    parts = [_ROLE.fullmatch(part) for part in image.labels.get(LAYERS, "").split()]
+    counts = {part[1]: int(part[2]) for part in parts if part}
+    if not all(parts) or not counts or sum(counts.values()) != len(image.layers):
+        raise InputRefused(
+            f"{where} does not say which of its layers are weights",
+            hint="only images that `build` or `bake` made can be taken apart",
+        )
+    at, found = 0, {}
+    for role, count in counts.items():
+        found[role] = image.layers[at : at + count]
+        at += count
+    return Roles(
+        base=found.get("base", ()),
+        weights=found.get("weights", ()),
+        settings=found.get("settings", ()),
+        weights_first=next(iter(counts)) == "weights",
+        config=_config(image, where),
+    )
+
+
+def _config(image: Image, where: str) -> ImageConfig:
+    try:
+        stated: Mapping[str, Json] = parse(image.labels.get(ADDED, ""))
+        check = stated.get("healthcheck")
+        return ImageConfig(
+            user=stated.get("user"),
+            env={str(key): str(value) for key, value in (stated.get("env") or {}).items()},
+            entrypoint=_words(stated.get("entrypoint")),
+            cmd=_words(stated.get("cmd")),
+            ports=tuple(int(port) for port in stated.get("ports") or ()),
+            healthcheck=Healthcheck(**{**check, "command": tuple(check["command"])})
+            if check
+            else None,
+            labels={key: image.labels[key] for key in stated.get("labels") or ()},
+            working_dir=stated.get("working_dir"),
+        )
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise InputRefused(
+            f"{where}: its label {ADDED} is damaged",
+            hint="the image is damaged; push or write it again",
+        ) from None
+
+
+def _words(value: Json) -> tuple[str, ...] | None:
+    return tuple(str(word) for word in value) if value else None

@@ -1,0 +1,206 @@
+"""Evidence -> what hangs on an image, signed in the forms that cosign reads.
+
+cosign looks for everybody's signatures under one tag, and for everybody's statements under another.
+So what others signed is read before, and stays there beside ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+
+from weightsmith.errors import InputRefused
+from weightsmith.oci.attachments import Attachment, Part, fallback_tag
+from weightsmith.oci.places import Place
+from weightsmith.ports import Signer
+from weightsmith.provenance import signing
+from weightsmith.provenance.evidence import (
+    STATEMENTS,
+    Evidence,
+    is_ours,
+    read_attached,
+    read_statement,
+    signatures_in,
+    statement_parts,
+)
+from weightsmith.provenance.lineage import trace
+from weightsmith.values import Blob, Digest, Json, canonical
+
+_PREDICATE = "in-toto.io/predicate-type"
+_COSIGN = (
+    (signing.ENVELOPE_TYPE, signing.ENVELOPE_TYPE, ".att"),
+    (signing.SIMPLE_SIGNING, signing.SIGNATURE_TYPE, ".sig"),
+)
+"""Media type of the parts, artifact type of the manifest that holds them, suffix of its tag."""
+
+
+def attach(evidence: Evidence, image: Blob, name: str, place: Place, signer: Signer | None) -> None:
+    """Put evidence beside an image, signed where there is a key; `name` is its repository."""
+    held = read_attached(place, image.digest) if signer else ()
+    place.attach(*seal(evidence, image, name, signer, held))
+
+
+def seal(
+    evidence: Evidence,
+    image: Blob,
+    name: str,
+    signer: Signer | None,
+    held: Sequence[Attachment] = (),
+) -> tuple[Attachment, ...]:
+    """Return the attachments that hold the evidence.
+
+    With a key, all statements of ours about the image are signed by it, those that were signed
+    before as well, and stand beside the signatures and signed statements in `held`, which get none.
+    """
+    documents = tuple(
+        Attachment(
+            artifact_type=document.artifact_type,
+            subject=image,
+            parts=document.parts,
+            annotations=document.annotations,
+        )
+        for document in evidence.documents
+    )
+    parts = (*evidence.kept, *map(signing.statement_part, evidence.statements))
+    if signer is None:
+        return (*documents, *(_one_statement(part, image) for part in parts))
+    return (*documents, *_signed_beside(held, parts, image, name, signer))
+
+
+def countersigned(
+    attachments: Sequence[Attachment],
+    image: Blob,
+    name: str,
+    signer: Signer | None,
+    held: Sequence[Attachment] = (),
+) -> tuple[Attachment, ...]:
+    """Return what an image brings along, as it hangs beside what is `held` at its new place.
+
+    Each statement is there once, with all its signatures. With a key, ours is added to the image
+    and to what the image brings along, as far as it is about this image: never to what is held,
+    which whoever may write there can have left.
+    """
+    both = (*attachments, *held)
+    if signer is None and not any(_several(both, kind) for kind, _, _ in _COSIGN):
+        return tuple(attachments)
+    kinds = (*STATEMENTS, signing.SIMPLE_SIGNING)
+    others = [a for a in attachments if not any(p.blob.media_type in kinds for p in a.parts)]
+    parts = statement_parts(attachments)
+    return (*others, *_signed_beside(both, parts, image, name, signer))
+
+
+def strays(parts: Sequence[Part], image: Digest) -> list[str]:
+    """Say of each statement of ours that is about something else than the image what it is."""
+    told = _told(parts)
+    lineage = trace(image, told)
+    return [lineage.stray(one) for one in told if is_ours(one) and not lineage.holds(one)]
+
+
+def only_held(held: Sequence[Part], parts: Sequence[Part]) -> int:
+    """Return how many statements of ours are held that are not among an image's own."""
+    own = {canonical(one) for one in _told(parts)}
+    return len({canonical(one) for one in _told(held) if is_ours(one)} - own)
+
+
+def _several(attachments: Sequence[Attachment], kind: str) -> bool:
+    return sum(any(p.blob.media_type == kind for p in a.parts) for a in attachments) > 1
+
+
+def _signed_beside(
+    held: Sequence[Attachment],
+    parts: Sequence[Part],
+    image: Blob,
+    name: str,
+    signer: Signer | None,
+) -> Iterator[Attachment]:
+    """Yield manifests with the parts, signed, and with all that is signed in `held`."""
+    envelopes = [p for p in statement_parts(held) if p.blob.media_type == signing.ENVELOPE_TYPE]
+    own = _about(parts, image.digest)
+    statements, signatures = _joined([*parts, *envelopes]), signatures_in(held)
+    if signer:
+        statements = [
+            _signed(part, signer) if _content(part) in own else part for part in statements
+        ]
+        signatures.append(signing.sign_image(image, name, signer, signatures))
+    found = [*statements, *signatures]
+    unique = {(p.blob.digest, *sorted(p.annotations.items())): p for p in found}
+    yield from _of_cosign(unique.values(), image)
+
+
+def _joined(parts: Iterable[Part]) -> list[Part]:
+    """Return each statement once, with the signatures of all its envelopes."""
+    groups: dict[bytes, list[Part]] = {}
+    for part in parts:
+        groups.setdefault(_content(part), []).append(part)
+    found = []
+    for group in groups.values():
+        sealed = [part for part in group if part.blob.media_type == signing.ENVELOPE_TYPE]
+        kind = group[0].annotations.get("predicateType", "")
+        found.append(
+            signing.envelope_part(signing.join([part.read() for part in sealed]), kind)
+            if len(sealed) > 1
+            else (*sealed, *group)[0]
+        )
+    return found
+
+
+def _told(parts: Sequence[Part]) -> list[Mapping[str, Json]]:
+    """Return what can be read of the statements."""
+    found = []
+    for part in parts:
+        with suppress(InputRefused):
+            found.append(read_statement(part, None).statement)
+    return found
+
+
+def _about(parts: Sequence[Part], image: Digest) -> set[bytes]:
+    """Return the statements of ours that are about an image, by what they say."""
+    told = _told(parts)
+    lineage = trace(image, told)
+    return {canonical(one) for one in told if is_ours(one) and lineage.holds(one)}
+
+
+def _content(part: Part) -> bytes:
+    """Return what a statement says; its digest where it is another's and says nothing to us."""
+    try:
+        return canonical(read_statement(part, None).statement)
+    except InputRefused:
+        return part.blob.digest.encode()
+
+
+def _signed(part: Part, signer: Signer) -> Part:
+    """Return a statement in an envelope with our signature."""
+    statement = read_statement(part, None).statement
+    kind = str(statement["predicateType"])
+    if part.blob.media_type == signing.ENVELOPE_TYPE:
+        return signing.envelope_part(signing.countersign(part.read(), signer), kind)
+    return signing.envelope_part(signing.sign_statement(statement, signer), kind)
+
+
+def _of_cosign(parts: Iterable[Part], image: Blob) -> Iterator[Attachment]:
+    """Yield the manifests that hold envelopes and signatures, and one for each other statement."""
+    parts = tuple(parts)
+    for part in parts:
+        if part.blob.media_type == signing.STATEMENT_TYPE:
+            yield _one_statement(part, image)
+    for media_type, artifact_type, suffix in _COSIGN:
+        held = tuple(part for part in parts if part.blob.media_type == media_type)
+        if held:
+            tag = fallback_tag(image.digest, suffix)
+            yield signing.cosign_manifest(held, image, artifact_type, tag)
+
+
+def cosign_tag(attachment: Attachment) -> str:
+    """Return the tag under which cosign looks for an attachment of this kind, or empty."""
+    if attachment.tag:
+        return attachment.tag
+    kinds = {part.blob.media_type for part in attachment.parts}
+    suffix = next((suffix for kind, _, suffix in _COSIGN if kind in kinds), "")
+    return fallback_tag(attachment.subject.digest, suffix) if suffix else ""
+
+
+def _one_statement(part: Part, image: Blob) -> Attachment:
+    notes = {_PREDICATE: part.annotations.get("predicateType", "")}
+    return Attachment(
+        artifact_type=part.blob.media_type, subject=image, parts=(part,), annotations=notes
+    )

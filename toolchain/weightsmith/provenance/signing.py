@@ -1,0 +1,219 @@
+"""Signatures as cosign makes and checks them: simple signing of images, DSSE of statements.
+
+https://github.com/sigstore/cosign/blob/main/specs/SIGNATURE_SPEC.md
+https://github.com/secure-systems-lab/dsse/blob/master/protocol.md
+https://github.com/sigstore/protobuf-specs/blob/main/protos/sigstore_bundle.proto
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.foreign import parse
+from weightsmith.oci.attachments import Attachment, Part
+from weightsmith.ports import Signer
+from weightsmith.values import Blob, Digest, Json, canonical
+
+Check: TypeAlias = Callable[[bytes, bytes], bool]
+"""(bytes, signature) -> whether the signature is the key's."""
+
+SIGNATURE_TYPE = "application/vnd.dev.cosign.artifact.sig.v1+json"
+STATEMENT_TYPE = "application/vnd.in-toto+json"
+ENVELOPE_TYPE = "application/vnd.dsse.envelope.v1+json"
+SIMPLE_SIGNING = "application/vnd.dev.cosign.simplesigning.v1+json"
+BUNDLE_TYPE = "application/vnd.dev.sigstore.bundle"
+"""How the media type of a Sigstore bundle begins, whatever its version."""
+SIGN_PREDICATE = "https://sigstore.dev/cosign/sign/v1"
+"""What cosign 3 states of an image that it signs."""
+_SIGNATURE = "dev.cosignproject.cosign/signature"
+_CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
+_FOREIGN = "ask whoever attached it; `cosign verify-attestation` may say more"
+_PAYLOAD = "application/vnd.in-toto+json"
+
+
+def sign_image(image: Blob, name: str, signer: Signer, held: Sequence[Part] = ()) -> Part:
+    """Return the signed claim that an image's digest is ours; `name` is its repository.
+
+    The same claim of the same key among `held` is taken as it is: with some keys every signature
+    is another.
+    """
+    payload = canonical(
+        {
+            "critical": {
+                "identity": {"docker-reference": name},
+                "image": {"docker-manifest-digest": image.digest},
+                "type": "cosign container image signature",
+            },
+            "optional": None,
+        }
+    )
+    check = check_by(signer.public)
+    for part in held:
+        if part.blob.digest == Digest.of(payload) and signed_digest(part, check):
+            return part
+    signature = base64.b64encode(signer.sign(payload)).decode()
+    return Part.of_bytes(payload, SIMPLE_SIGNING, **{_SIGNATURE: signature})
+
+
+def sign_statement(told: Mapping[str, Json], signer: Signer) -> bytes:
+    """Return a statement in a signed DSSE envelope."""
+    payload = canonical(told)
+    signature = base64.b64encode(signer.sign(_pre_authentication(payload))).decode()
+    return canonical(
+        {
+            "payloadType": _PAYLOAD,
+            "payload": base64.b64encode(payload).decode(),
+            "signatures": [{"sig": signature}],
+        }
+    )
+
+
+def countersign(envelope: bytes, signer: Signer) -> bytes:
+    """Return an envelope with one more signature; unchanged where this key signed it already.
+
+    Raises InputRefused for what is no envelope of a statement.
+    """
+    if open_envelope(envelope, check_by(signer.public))[1]:
+        return envelope
+    payload = base64.b64decode(parse(envelope)["payload"])
+    signature = base64.b64encode(signer.sign(_pre_authentication(payload))).decode()
+    return join([envelope, canonical({"signatures": [{"sig": signature}]})])
+
+
+def join(envelopes: Sequence[bytes]) -> bytes:
+    """Return the fullest envelope with the signatures of all, each once: they sign the same."""
+    most = max(envelopes, key=lambda envelope: len(parse(envelope)["signatures"]))
+    rows = [row for envelope in (most, *envelopes) for row in parse(envelope)["signatures"]]
+    unique = {row["sig"]: row for row in rows}
+    document = parse(most)
+    if len(unique) == len(document["signatures"]):
+        return most
+    return canonical({**document, "signatures": list(unique.values())})
+
+
+def envelope_part(envelope: bytes, predicate_type: str) -> Part:
+    """Return a signed statement as cosign keeps it."""
+    notes = {_SIGNATURE: "", "predicateType": predicate_type}
+    return Part.of_bytes(envelope, ENVELOPE_TYPE, **notes)
+
+
+def statement_part(told: Mapping[str, Json]) -> Part:
+    """Return an unsigned statement."""
+    notes = {"predicateType": str(told["predicateType"])}
+    return Part.of_bytes(canonical(told), STATEMENT_TYPE, **notes)
+
+
+def cosign_manifest(
+    parts: tuple[Part, ...], subject: Blob, artifact_type: str, tag: str
+) -> Attachment:
+    """Return parts as cosign finds them: under a tag, with an image's configuration."""
+    ids = [part.blob.digest for part in parts]
+    config = {
+        "architecture": "",
+        "config": {},
+        "created": "0001-01-01T00:00:00Z",
+        "history": [{"created": "0001-01-01T00:00:00Z"} for _ in ids],
+        "os": "",
+        "rootfs": {"type": "layers", "diff_ids": ids},
+    }
+    return Attachment(
+        artifact_type=artifact_type,
+        subject=subject,
+        parts=parts,
+        config=canonical(config),
+        config_type=_CONFIG_TYPE,
+        tag=tag,
+    )
+
+
+def signed_digest(part: Part, check: Check | None) -> str:
+    """Return the image digest that a signature vouches for, or empty where it is not the key's."""
+    payload = part.read()
+    try:
+        signature = base64.b64decode(part.annotations.get(_SIGNATURE, ""), validate=True)
+        claim = parse(payload)["critical"]["image"]["docker-manifest-digest"]
+    except (ValueError, KeyError, TypeError):
+        return ""
+    return str(claim) if signature and check and check(payload, signature) else ""
+
+
+def open_envelope(data: bytes, check: Check | None) -> tuple[Mapping[str, Json], bool]:
+    """Return an envelope's statement, and whether the key signed it.
+
+    Raises InputRefused for what is no envelope of a statement.
+    """
+    try:
+        envelope = parse(data, unique=True)
+        payload = base64.b64decode(envelope["payload"], validate=True)
+        signatures = [base64.b64decode(s["sig"], validate=True) for s in envelope["signatures"]]
+        told = parse(payload, unique=True)
+        kind = envelope["payloadType"]
+    except (ValueError, KeyError, TypeError):
+        raise InputRefused("a signed statement is malformed", hint=_FOREIGN) from None
+    if kind != _PAYLOAD or not isinstance(told, dict):
+        raise InputRefused("a signed statement is of another kind than in-toto's", hint=_FOREIGN)
+    signed = check is not None and any(
+        check(_pre_authentication(payload), signature) for signature in signatures
+    )
+    return told, signed
+
+
+def unbundled(data: bytes) -> bytes:
+    """Return the envelope in a Sigstore bundle; InputRefused where it holds none."""
+    try:
+        return canonical(dict(parse(data)["dsseEnvelope"]))
+    except (ValueError, KeyError, TypeError):
+        raise InputRefused("a Sigstore bundle holds no signed statement", hint=_FOREIGN) from None
+
+
+def read_public_key(path: Path) -> Check:
+    """Return the check of a PEM file's public key: ECDSA, RSA (PKCS #1) or Ed25519.
+
+    Raises UsageError for a file that is none.
+    """
+    try:
+        return check_by(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{path} is not a public key in PEM form: {error}",
+            hint="`cosign generate-key-pair` writes one as cosign.pub",
+        ) from None
+
+
+def check_by(public: bytes) -> Check:
+    """Return the check of a public key in PEM form: ECDSA, RSA (PKCS #1) or Ed25519.
+
+    Raises ValueError for what is none.
+    """
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    key = load_pem_public_key(public)
+
+    def check(data: bytes, signature: bytes) -> bool:
+        try:
+            match key:
+                case ec.EllipticCurvePublicKey():
+                    key.verify(signature, data, ec.ECDSA(hashes.SHA256()))
+                case rsa.RSAPublicKey():
+                    key.verify(signature, data, padding.PKCS1v15(), hashes.SHA256())
+                case ed25519.Ed25519PublicKey():
+                    key.verify(signature, data)
+                case _:
+                    return False
+        except InvalidSignature:
+            return False
+        return True
+
+    return check
+
+
+def _pre_authentication(payload: bytes) -> bytes:
+    kind = _PAYLOAD.encode()
+    return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)

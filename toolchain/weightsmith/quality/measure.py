@@ -1,0 +1,242 @@
+"""A quantized model against the one it was made from, on held-out text, layer by layer."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from weightsmith.errors import CheckFailed, InputRefused
+from weightsmith.quality.streamed import StreamedModel
+from weightsmith.quality.texts import Reading, readings
+from weightsmith.values import Json
+
+Progress = Callable[[int, int], None]
+
+_LONGEST = 256
+"""Tokens of one sequence."""
+_LEAST_TOKENS = 64
+_PROBE_ROWS = 1
+"""Sequences with which each layer is judged by itself, on the right input: the first of them."""
+_TIE = 0.1
+"""Nats within which two successors are as likely: rounding decides between them, and loses nothing
+that the model knew. A model that knows little has many such ties."""
+_NAMED = 3
+"""Layers and tensors that a report names."""
+
+
+class View(Protocol):
+    """A model that yields its tensors by the checkpoint's names."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The checkpoint's tensors that it holds."""
+
+    def tensor(self, name: str) -> Any:
+        """Return one tensor as a float32 array."""
+
+
+def measure(
+    model: Path,
+    view: View,
+    texts: Sequence[Mapping[str, Json]],
+    tokens: int,
+    progress: Progress,
+) -> Mapping[str, Json]:
+    """Return how far `view` is from the checkpoint in `model`, in float32, on held-out texts.
+
+    `kl_mean` and `kl_p99` (nats per token, KL of the checkpoint's next-token distribution to the
+    view's), `top1` (share of tokens whose likeliest successor is the same, or one that the
+    checkpoint holds nearly as likely), `perplexity` and `perplexity_ratio`; `layer_error`: the
+    largest error of a layer's output, by what the layer adds, on the checkpoint's own input;
+    `worst_layers` names them, `worst_tensors`: relative error of the weights. Raises Unmeasurable
+    for an architecture that it cannot look into, InputRefused for too little text, CheckFailed for
+    weights that are no finite numbers.
+    """
+    from weightsmith.checkpoints.tensors import CheckpointTensors
+
+    # One CPU is left to others: threads that wait for each other stand still with one of them.
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
+    chosen = _chosen(readings(model, texts), tokens)
+    ids = _padded(chosen)
+    network, truth = StreamedModel(model), CheckpointTensors(model)
+    steps = 2 * len(network.layers) + 1
+    notes = _Notes(lambda done: progress(done, steps), length=len(chosen[0].ids))
+    right = network.hidden(ids, notes.plain(truth), notes.pass_on, notes.remember)
+    # The head differs too: keep what is needed of the checkpoint's before it is replaced.
+    spans = [slice(text.answer - 1, len(text.ids) - 1) for text in chosen]
+    reference = [
+        _log_probabilities(network, row[span]) for row, span in zip(right, spans, strict=True)
+    ]
+    probed = torch.cat([ids, ids[:_PROBE_ROWS]])
+    wrong = network.hidden(probed, notes.compared(truth, view), notes.replace, notes.judge)
+    found = _Totals()
+    for number, span in enumerate(spans):
+        following = ids[number, span.start + 1 : span.stop + 1]
+        found.add(reference[number], _log_probabilities(network, wrong[number, span]), following)
+        reference[number] = torch.empty(0)
+    progress(steps, steps)
+    return {
+        **found.result(),
+        "texts": len(chosen),
+        "tokens": sum(len(text.ids) for text in chosen),
+        "layer_error": _short(max(notes.layers.values())),
+        "worst_layers": notes.worst_layers(),
+        "worst_tensors": notes.worst_tensors(),
+    }
+
+
+def _log_probabilities(network: StreamedModel, states: torch.Tensor) -> torch.Tensor:
+    """Return the log probabilities [positions, vocabulary] of last hidden states."""
+    return network.logits(states[None])[0].log_softmax(-1)
+
+
+def _chosen(found: Sequence[Reading], tokens: int) -> list[Reading]:
+    """Return the first texts, cut to a length that can be held, of `tokens` together."""
+    chosen: list[Reading] = []
+    left = tokens
+    for text in found:
+        cut = Reading(ids=text.ids[: min(_LONGEST, left)], answer=text.answer)
+        if len(cut.ids) > cut.answer:
+            chosen.append(cut)
+            left -= len(cut.ids)
+        if left <= 0:
+            break
+    if tokens - left < _LEAST_TOKENS:
+        raise InputRefused(
+            f"the held-out text has {tokens - left} tokens; the quality gate needs {_LEAST_TOKENS}",
+            hint="add calibration text, or hold out a larger share (calibration.held_out)",
+        )
+    return chosen
+
+
+def _padded(chosen: Sequence[Reading]) -> torch.Tensor:
+    """Return the texts as one batch, [texts, longest]: no token sees the padding behind it."""
+    longest = max(len(text.ids) for text in chosen)
+    return torch.tensor([[*text.ids, *[0] * (longest - len(text.ids))] for text in chosen])
+
+
+@dataclass(slots=True)
+class _Notes:
+    """What the checkpoint's layers were given and made, and how the other's differ."""
+
+    progress: Callable[[int], None]
+    length: int
+    """Tokens of the probe. What a layer makes of the padding behind it is nothing that a model ever
+    sees, and its error there can be that of all else threefold."""
+    inputs: list[torch.Tensor] = field(default_factory=list)
+    outputs: list[torch.Tensor] = field(default_factory=list)
+    layers: dict[int, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def plain(self, truth: View) -> Callable[[str], torch.Tensor]:
+        """Return the checkpoint's own weights."""
+        return lambda name: _tensor(truth, name)
+
+    def compared(self, truth: View, view: View) -> Callable[[str], torch.Tensor]:
+        """Return the view's weights, noting how far each is from the checkpoint's."""
+
+        def weights(name: str) -> torch.Tensor:
+            if name not in view.names:
+                # Norms that a format leaves out of its files would be the checkpoint's own.
+                raise KeyError(name)
+            tensor, right = _tensor(view, name), _tensor(truth, name)
+            if tensor.shape != right.shape:
+                raise CheckFailed(
+                    f"{name} has the shape {list(tensor.shape)}, in the checkpoint "
+                    f"{list(right.shape)}",
+                    hint="the quantizer wrote another model; quantize again",
+                )
+            error, size = float((tensor - right).norm()), float(right.norm())
+            if not math.isfinite(error):
+                raise CheckFailed(
+                    f"{name} holds values that are no finite numbers",
+                    hint="check the merged weights for outliers, or choose a larger format",
+                )
+            self.errors[name] = error / size if size else error
+            return tensor
+
+        return weights
+
+    def pass_on(self, _: int, states: torch.Tensor) -> torch.Tensor:
+        """Remember what a layer of the checkpoint is given."""
+        self.inputs.append(states[:_PROBE_ROWS].clone())
+        return states
+
+    def remember(self, number: int, states: torch.Tensor) -> None:
+        """Remember what it makes."""
+        self.outputs.append(states[:_PROBE_ROWS].clone())
+        self.progress(number + 1)
+
+    def replace(self, number: int, states: torch.Tensor) -> torch.Tensor:
+        """Give the probe the checkpoint's input, so that errors of earlier layers do not count."""
+        return torch.cat([states[:-_PROBE_ROWS], self.inputs[number]])
+
+    def judge(self, number: int, states: torch.Tensor) -> None:
+        """Note a layer's own error: of its output, by what the layer adds to its input."""
+        right = self.outputs[number][:, : self.length]
+        change = float((right - self.inputs[number][:, : self.length]).norm()) or 1.0
+        found = states[-_PROBE_ROWS:, : self.length]
+        self.layers[number] = float((found - right).norm()) / change
+        self.progress(len(self.outputs) + number + 1)
+
+    def worst_layers(self) -> list[Mapping[str, Json]]:
+        """Return the layers with the largest error of their own."""
+        worst = sorted(self.layers, key=lambda number: -self.layers[number])[:_NAMED]
+        return [{"layer": n, "error": _short(self.layers[n])} for n in worst]
+
+    def worst_tensors(self) -> list[Mapping[str, Json]]:
+        """Return the tensors with the largest relative error."""
+        worst = sorted(self.errors, key=lambda name: -self.errors[name])[:_NAMED]
+        return [{"tensor": name, "error": _short(self.errors[name])} for name in worst]
+
+
+def _tensor(view: View, name: str) -> torch.Tensor:
+    if name not in view.names:
+        raise KeyError(name)
+    data = view.tensor(name)
+    return torch.from_numpy(data if data.flags.writeable else data.copy())
+
+
+@dataclass(slots=True)
+class _Totals:
+    """Sums over all tokens."""
+
+    divergences: list[torch.Tensor] = field(default_factory=list)
+    agree: int = 0
+    surprise: tuple[float, float] = (0.0, 0.0)
+    predicted: int = 0
+
+    def add(self, right: torch.Tensor, other: torch.Tensor, following: torch.Tensor) -> None:
+        """Add both models' log probabilities [positions, vocabulary] and what did follow."""
+        self.divergences.append((right.exp() * (right - other)).sum(-1).clamp(min=0))
+        picked = right.gather(1, other.argmax(-1, keepdim=True))[:, 0]
+        self.agree += int((right.amax(-1) - picked <= _TIE).sum())
+        self.surprise = (
+            self.surprise[0] - float(right.gather(1, following[:, None]).sum()),
+            self.surprise[1] - float(other.gather(1, following[:, None]).sum()),
+        )
+        self.predicted += len(following)
+
+    def result(self) -> dict[str, float]:
+        """Return means and quantiles."""
+        divergence = torch.cat(self.divergences)
+        before, after = (total / self.predicted for total in self.surprise)
+        return {
+            "kl_mean": _short(float(divergence.mean())),
+            "kl_p99": _short(float(divergence.quantile(0.99))),
+            "top1": _short(self.agree / len(divergence)),
+            "perplexity": _short(math.exp(min(after, 700.0))),
+            "perplexity_reference": _short(math.exp(min(before, 700.0))),
+            "perplexity_ratio": _short(math.exp(min(after - before, 700.0))),
+        }
+
+
+def _short(value: float) -> float:
+    """Return six digits of a number: more than two machines agree on."""
+    return float(f"{value:.6g}")

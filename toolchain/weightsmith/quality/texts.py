@@ -1,0 +1,116 @@
+"""Texts as a model reads them: its chat template applied, cut into its tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weightsmith.checkpoints.templates import render_chat
+from weightsmith.errors import InputRefused
+from weightsmith.time_limits import doing
+from weightsmith.values import Json
+
+_FILE = "tokenizer.json"
+_HINT = "write the calibration text's conversations as the model expects them"
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def as_lines(model: Path, rows: Sequence[Mapping[str, Json]]) -> str:
+    """Return JSON Lines `{text, tokens}`: what each row reads like, and its number of tokens.
+
+    Raises InputRefused for conversations where the model has no chat template for them.
+    """
+    tokenizer = None if all("text" in row for row in rows) else _renderer(model)
+    texts = [_rendered(tokenizer, row) for row in rows]
+    lengths = _lengths(model, texts)
+    return "".join(
+        json.dumps({"text": text, "tokens": tokens}, ensure_ascii=False) + "\n"
+        for text, tokens in zip(texts, lengths, strict=True)
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """One text in tokens, and where what the model itself would say begins."""
+
+    ids: tuple[int, ...]
+    answer: int
+    """Index of the last answer's first token in a conversation; 1 in plain text."""
+
+
+def readings(model: Path, rows: Sequence[Mapping[str, Json]]) -> list[Reading]:
+    """Return each row in tokens, through the chat template where it is a conversation."""
+    tokenizer = load_tokenizer(model)
+    found = []
+    for row in rows:
+        (ids,) = _ids(tokenizer, [_rendered(tokenizer, row)])
+        found.append(Reading(ids=tuple(ids), answer=_answer(tokenizer, row, ids)))
+    return found
+
+
+def _answer(tokenizer: Any, row: Mapping[str, Json], ids: Sequence[int]) -> int:
+    """Return where the last answer begins; 1 where the template does not tell."""
+    messages = row.get("messages", [])
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        return 1
+    question = render_chat(tokenizer, messages[:-1], answer=True, hint=_HINT)
+    (before,) = _ids(tokenizer, [question])
+    return len(before) if list(ids[: len(before)]) == before and len(before) < len(ids) else 1
+
+
+def load_tokenizer(model: Path) -> Any:
+    """Return a checkpoint's tokenizer, from local files alone."""
+    os.environ.update(_OFFLINE)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+
+
+def _renderer(model: Path) -> Any:
+    """Return a tokenizer that renders the chat template, without torch where that is the same.
+
+    AutoTokenizer looks for the model's own class, for which it imports torch: two CPU seconds. All
+    that such a class adds to a template are special tokens that the files leave out.
+    """
+    if not (model / _FILE).is_file():
+        return load_tokenizer(model)
+    os.environ.update(_OFFLINE)
+    from transformers import PreTrainedTokenizerFast
+
+    found = PreTrainedTokenizerFast.from_pretrained(model, local_files_only=True)
+    unsaid = set(found.SPECIAL_TOKENS_ATTRIBUTES) - set(found.special_tokens_map)
+    return load_tokenizer(model) if any(n in str(found.chat_template) for n in unsaid) else found
+
+
+def _lengths(model: Path, texts: Sequence[str]) -> list[int]:
+    """Return each text's number of tokens, by tokenizer.json alone where there is one."""
+    if not (model / _FILE).is_file():
+        return [len(ids) for ids in _ids(load_tokenizer(model), texts)]
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model / _FILE))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    with doing(f"cutting text into tokens by {model / _FILE}"):
+        return [len(e.ids) for e in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+
+def _rendered(tokenizer: Any, row: Mapping[str, Json]) -> str:
+    if "text" in row:
+        return str(row["text"])
+    if not tokenizer.chat_template:
+        raise InputRefused(
+            "the calibration text has conversations and the model has no chat template",
+            hint='give it as {"text": …}, or add a chat template to the model',
+        )
+    return render_chat(tokenizer, row["messages"], answer=False, hint=_HINT)
+
+
+def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    with doing(f"cutting text into tokens by the tokenizer of {tokenizer.name_or_path}"):
+        # The template writes the begin token itself; plain text has none inside a stream either.
+        return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]

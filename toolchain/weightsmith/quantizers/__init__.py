@@ -1,0 +1,49 @@
+"""Quantizers: the formats there are, and the commands that make them."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from functools import cache
+from types import MappingProxyType
+
+from weightsmith.errors import UsageError
+from weightsmith.quantizers.quantizer import Quantizer
+from weightsmith.values import Format
+
+
+@cache
+def quantizers() -> Mapping[str, Quantizer]:
+    """Return every quantizer of this folder by name, found by listing it."""
+    found: dict[str, Quantizer] = {}
+    for module in pkgutil.iter_modules(__path__):
+        value = getattr(importlib.import_module(f"{__name__}.{module.name}"), "QUANTIZER", None)
+        if isinstance(value, Quantizer):
+            found[value.name] = value
+    return MappingProxyType(dict(sorted(found.items())))
+
+
+@cache
+def formats() -> Mapping[str, Format]:
+    """Return every format that a quantizer makes, by name."""
+    return MappingProxyType(
+        {
+            format_.name: format_
+            for quantizer in quantizers().values()
+            for format_ in quantizer.formats
+        }
+    )
+
+
+def of_format(name: str) -> Quantizer:
+    """Return the quantizer that makes a format; UsageError with near misses otherwise."""
+    for quantizer in quantizers().values():
+        if any(format_.name == name for format_ in quantizer.formats):
+            return quantizer
+    near = difflib.get_close_matches(name.lower(), formats(), n=2, cutoff=0.5)
+    guess = f"did you mean {' or '.join(near)}? " if near else ""
+    raise UsageError(
+        f"unknown format {name!r}", hint=f"{guess}the formats are: {', '.join(formats())}"
+    )

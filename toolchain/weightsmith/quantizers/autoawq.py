@@ -1,0 +1,123 @@
+"""AWQ by AutoAWQ, archived upstream: the second engine for the same layout as `awq`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from weightsmith.errors import UsageError
+from weightsmith.foreign import read_json
+from weightsmith.quantizers.awq_search import mend
+from weightsmith.quantizers.checkpoints import (
+    LLAMAS,
+    awq_config,
+    check_group,
+    check_grouped,
+    finish,
+    group_option,
+    group_size,
+    peak_disk,
+    zero_point_option,
+)
+from weightsmith.quantizers.packed import Layout, view_of
+from weightsmith.quantizers.packed_check import check_checkpoint
+from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
+from weightsmith.quantizers.running import (
+    encoder,
+    even,
+    python_step,
+    read_settings,
+    samples,
+    texts,
+)
+from weightsmith.quantizers.unquantized import keep_option
+from weightsmith.trees import discard, remove
+from weightsmith.values import Format, Json
+
+AWQ_AUTOAWQ = Format(name="awq-autoawq", kind="awq", bits_per_weight=4.16)
+
+
+def options(format_: Format, wanted: Mapping[str, Json]) -> Mapping[str, Json]:
+    """Return the recipe's wishes that change the bytes; raises UsageError."""
+    zero_point_option(format_, wanted)
+    if keep := keep_option(wanted):
+        raise UsageError(
+            f"keep: AutoAWQ searches scales by the inputs of every matrix, so {keep[0]} cannot stay"
+            " in 16 bits",
+            hint="choose awq or awq-compressed, which can keep it",
+        )
+    return {"group_size": group_option(wanted)}
+
+
+def steps(request: QuantizeRequest) -> tuple[Step, ...]:
+    """Return the one command: AutoAWQ, and our own writing of what it made."""
+    title = f"quantizing to {request.format.name} by AutoAWQ"
+    return (python_step(__name__, request, title, group_size=_layout(request).group_size),)
+
+
+def check(request: QuantizeRequest) -> Mapping[str, Json]:
+    """Re-read the finished checkpoint against its original; raises CheckFailed."""
+    found = check_checkpoint(request.output, request.model, _layout(request))
+    return {**found, "engine": "autoawq"}
+
+
+def _layout(request: QuantizeRequest) -> Layout:
+    config = read_json(request.model / "config.json")
+    group = group_size(config, request.options.get("group_size"))
+    return Layout(method="awq", bits=4, group_size=group, symmetric=False)
+
+
+def main() -> None:
+    """Run in the builder: quantize by the settings file that the command line names."""
+    settings = read_settings()
+    raw, model = Path(settings["raw"]), Path(settings["model"])
+    discard(raw)
+    torch: Any = importlib.import_module("torch")
+    transformers: Any = importlib.import_module("transformers")
+    library: Any = importlib.import_module("awq")
+    mend(importlib.import_module("awq.quantize.quantizer").AwqQuantizer)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    joined = even(samples(texts(settings["calibration"]), encoder(tokenizer)))
+    gpu = torch.cuda.is_available()
+    loaded = library.AutoAWQForCausalLM.from_pretrained(
+        str(model),
+        trust_remote_code=False,
+        device_map="cuda" if gpu else "cpu",
+        **({} if gpu else {"torch_dtype": torch.float32}),
+    )
+    wanted = {
+        "zero_point": True,
+        "q_group_size": settings["group_size"],
+        "w_bit": 4,
+        "version": "GEMM",
+    }
+    # It joins what it is given and cuts it again; of what is longer than its samples, and of what
+    # does not fill the last, it silently leaves out all.
+    loaded.quantize(
+        tokenizer, quant_config=wanted, calib_data=joined, max_calib_seq_len=len(joined[0]),
+        max_calib_samples=len(joined), n_parallel_calib_samples=8,
+    )  # fmt: skip
+    loaded.save_quantized(str(raw), safetensors=True)
+    finish(model, raw, Path(settings["out"]), awq_config(settings["group_size"]))
+    remove(raw)
+
+
+QUANTIZER = Quantizer(
+    name="autoawq",
+    builder="autoawq",
+    formats=(AWQ_AUTOAWQ,),
+    recipe_number=5,
+    check_input=lambda _format, config: check_grouped(config, LLAMAS),
+    steps=steps,
+    check=check,
+    peak_disk=peak_disk,
+    options=options,
+    check_options=check_group,
+    calibrated=lambda _format, _options: True,
+    view=view_of,
+)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""FP8 and 4 bits in compressed-tensors' layouts by llm-compressor, for vLLM.
+
+`fp8-static` has a fixed scale of each matrix's inputs, measured on the text; `awq-compressed` moves
+scales between layers as AWQ does and packs groups of inputs (the scheme W4A16_ASYM).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from weightsmith.foreign import read_json
+from weightsmith.quantizers.checkpoints import (
+    LLAMAS,
+    check_config,
+    check_group,
+    finish,
+    group_option,
+    group_size,
+    peak_disk,
+)
+from weightsmith.quantizers.packed import Layout, view_of
+from weightsmith.quantizers.packed_check import check_checkpoint
+from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
+from weightsmith.quantizers.running import encoder, python_step, read_settings, samples, texts
+from weightsmith.quantizers.unquantized import keep_option, kept_modules
+from weightsmith.trees import discard, remove
+from weightsmith.values import Format, Json
+
+FP8_STATIC = Format(name="fp8-static", kind="fp8", bits_per_weight=8.0)
+AWQ_COMPRESSED = Format(name="awq-compressed", kind="compressed-tensors", bits_per_weight=4.16)
+
+
+def options(format_: Format, wanted: Mapping[str, Json]) -> Mapping[str, Json]:
+    """Return the recipe's wishes that change a format's bytes."""
+    found: dict[str, Json] = {"keep": keep_option(wanted)}
+    if format_ == AWQ_COMPRESSED:
+        found |= {
+            "group_size": group_option(wanted),
+            "zero_point": bool(wanted.get("zero_point", True)),
+        }
+    return found
+
+
+def check_options(config: Mapping[str, Json], chosen: Mapping[str, Json]) -> None:
+    """Refuse, for the format that has groups, a size that does not divide every row."""
+    if "group_size" in chosen:
+        check_group(config, chosen)
+
+
+def steps(request: QuantizeRequest) -> tuple[Step, ...]:
+    """Return the one command: llm-compressor, and our own writing of what it made."""
+    layout = _layout(request)
+    return (
+        python_step(
+            __name__,
+            request,
+            f"quantizing to {request.format.name} by llm-compressor",
+            format=request.format.name,
+            keep=request.options.get("keep", []),
+            group_size=layout.group_size,
+            symmetric=layout.symmetric,
+        ),
+    )
+
+
+def check(request: QuantizeRequest) -> Mapping[str, Json]:
+    """Re-read the finished checkpoint against its original; raises CheckFailed."""
+    keep = tuple(request.options.get("keep", ()))
+    found = check_checkpoint(request.output, request.model, _layout(request), keep)
+    return {**found, "engine": "llm-compressor"}
+
+
+def _layout(request: QuantizeRequest) -> Layout:
+    if request.format == FP8_STATIC:
+        return Layout(method="float-quantized", bits=8, group_size=0, symmetric=True, inputs=True)
+    config = read_json(request.model / "config.json")
+    return Layout(
+        method="pack-quantized",
+        bits=4,
+        group_size=group_size(config, request.options.get("group_size")),
+        symmetric=not request.options.get("zero_point", True),
+    )
+
+
+def main() -> None:
+    """Run in the builder: quantize by the settings file that the command line names."""
+    settings = read_settings()
+    raw, model, out = Path(settings["raw"]), Path(settings["model"]), Path(settings["out"])
+    discard(raw)
+    torch: Any = importlib.import_module("torch")
+    transformers: Any = importlib.import_module("transformers")
+    datasets: Any = importlib.import_module("datasets")
+    library: Any = importlib.import_module("llmcompressor")
+    _leave_memory_unpinned(torch)
+    gpu = torch.cuda.is_available()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    read = samples(texts(settings["calibration"]), encoder(tokenizer))
+    rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in read]
+    network = transformers.AutoModelForCausalLM.from_pretrained(
+        model, trust_remote_code=False, dtype="auto" if gpu else torch.float32
+    )
+    library.oneshot(
+        model=network,
+        tokenizer=tokenizer,
+        dataset=datasets.Dataset.from_list(rows),
+        recipe=_modifiers(settings, ["lm_head", *kept_modules(model, settings["keep"])]),
+        max_seq_length=max(map(len, read)),
+        num_calibration_samples=len(read),
+        # In another order each run, sums of activations differ in their last bits.
+        shuffle_calibration_samples=False,
+    )
+    network.save_pretrained(raw, save_compressed=True)
+    saved = json.loads((raw / "config.json").read_text("utf-8"))["quantization_config"]
+    finish(model, raw, out, saved)
+    remove(raw)
+
+
+def _modifiers(settings: Mapping[str, Json], ignored: list[str]) -> list[Any]:
+    """Return llm-compressor's recipe of a format."""
+    modifiers: Any = importlib.import_module("llmcompressor.modifiers.quantization")
+    if settings["format"] == FP8_STATIC.name:
+        return [modifiers.QuantizationModifier(scheme="FP8", targets="Linear", ignore=ignored)]
+    awq: Any = importlib.import_module("llmcompressor.modifiers.transform.awq")
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "strategy": "group",
+        "group_size": settings["group_size"],
+        "symmetric": settings["symmetric"],
+        "dynamic": False,
+    }
+    group = {"targets": ["Linear"], "weights": weights}
+    return [
+        awq.AWQModifier(),
+        modifiers.QuantizationModifier(config_groups={"group_0": group}, ignore=ignored),
+    ]
+
+
+def _leave_memory_unpinned(torch: Any) -> None:
+    """Without a GPU there is no memory to pin; 0.14 asks for a GPU (pipelines/cache.py)."""
+    if torch.accelerator.is_available():
+        return
+    cache: Any = importlib.import_module("llmcompressor.pipelines.cache").IntermediatesCache
+    cache.pin_memory = lambda *_args, **_named: None
+
+
+QUANTIZER = Quantizer(
+    name="compressor",
+    builder="compressor",
+    formats=(FP8_STATIC, AWQ_COMPRESSED),
+    recipe_number=4,
+    check_input=lambda _format, config: check_config(config, LLAMAS),
+    steps=steps,
+    check=check,
+    peak_disk=peak_disk,
+    options=options,
+    check_options=check_options,
+    calibrated=lambda _format, _options: True,
+    view=view_of,
+)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Importance matrices of llama.cpp: whose they are, and which experts they know nothing of."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from weightsmith.errors import InputRefused
+from weightsmith.values import Json
+
+_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+_READS_HIDDEN = frozenset({"attn_q", "attn_k", "attn_v", "attn_qkv", "ffn_up", "ffn_gate"})
+_MAGIC = b"GGUF"
+_LONGEST_NAME = 4096
+_AGAIN = "make it again with `imatrix: auto`, or with llama-imatrix on this very model"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """What one tensor's inputs were: `columns` of it, and how often each of its matrices ran."""
+
+    name: str
+    columns: int
+    counts: tuple[float, ...]
+
+
+def check_imatrix(path: Path, config: Mapping[str, Json]) -> None:
+    """Raise InputRefused unless a file is an importance matrix that fits a model's config.json.
+
+    Layers and widths are compared; another model of the very same shape cannot be told apart.
+    """
+    entries = read_imatrix(path)
+    text = {**config, **(config.get("text_config") or {})}
+    blocks = {int(m[1]) + 1 for e in entries if (m := _BLOCK.fullmatch(e.name))}
+    layers, hidden = text.get("num_hidden_layers"), text.get("hidden_size")
+    if not blocks:
+        raise _of_another(path, "it names no layer of a language model")
+    if layers is not None and max(blocks) != layers:
+        raise _of_another(path, f"it has {max(blocks)} layers, the model {layers}")
+    for entry in entries:
+        part = _BLOCK.fullmatch(entry.name)
+        if part and part[2] in _READS_HIDDEN and hidden not in (None, entry.columns):
+            raise _of_another(path, f"{entry.name} has {entry.columns} columns, not {hidden}")
+
+
+def experts_missed(path: Path) -> list[str]:
+    """Return one warning if calibration reached some experts never, else none."""
+    missed = {
+        f"layer {part[1]}" if (part := _BLOCK.fullmatch(entry.name)) else entry.name: sum(
+            count == 0 for count in entry.counts
+        )
+        for entry in read_imatrix(path)
+        if len(entry.counts) > 1 and 0 in entry.counts
+    }
+    if not missed:
+        return []
+    where = ", ".join(f"{name}: {count}" for name, count in list(missed.items())[:8])
+    more = ", …" if len(missed) > 8 else ""
+    text = (
+        f"no calibration text reached {sum(missed.values())} experts ({where}{more}): their "
+        "weights are quantized without importance; add calibration text of more kinds"
+    )
+    return [text]
+
+
+def read_imatrix(path: Path) -> list[Entry]:
+    """Return the entries of a GGUF importance matrix or of the older `.dat`; InputRefused."""
+    try:
+        with path.open("rb") as stream:
+            if stream.read(4) == _MAGIC:
+                return _of_gguf(path)
+            stream.seek(0)
+            return list(_of_dat(stream, path.stat().st_size))
+    except OSError as error:
+        raise InputRefused(
+            f"{path} cannot be read: {error.strerror}", hint="give an importance matrix file"
+        ) from None
+    except (ValueError, IndexError, KeyError, TypeError, struct.error, OverflowError) as error:
+        raise InputRefused(f"{path} is no importance matrix: {error}", hint=_AGAIN) from None
+
+
+def _of_gguf(path: Path) -> list[Entry]:
+    # Here, so that listing the formats stays light.
+    from weightsmith.checkpoints.gguf_reader import GGUFReader
+
+    reader = GGUFReader(path)
+    kind = reader.fields.get("general.type")
+    if kind is None or kind.contents() != "imatrix":
+        raise ValueError("it is a GGUF file of another kind")
+    tensors: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
+    return [
+        Entry(
+            name=name.removesuffix(".in_sum2"),
+            columns=int(tensor.shape[0]),
+            counts=tuple(float(c) for c in tensors[_counts(name)].data.ravel()),
+        )
+        for name, tensor in tensors.items()
+        if name.endswith(".in_sum2")
+    ]
+
+
+def _counts(name: str) -> str:
+    return name.removesuffix(".in_sum2") + ".counts"
+
+
+def _of_dat(stream: IO[bytes], size: int) -> Iterator[Entry]:
+    """Read the format of llama.cpp's `--output-format dat`: no counts of single experts."""
+    (number,) = struct.unpack("<i", stream.read(4))
+    if number < 1:
+        raise ValueError(f"it has {number} entries")
+    for _ in range(number):
+        (length,) = struct.unpack("<i", stream.read(4))
+        if not 0 < length <= _LONGEST_NAME:
+            raise ValueError(f"a name of {length} bytes")
+        name = stream.read(length).decode("utf-8")
+        calls, columns = struct.unpack("<ii", stream.read(8))
+        if not 0 < 4 * columns <= size - stream.tell():
+            raise ValueError(f"{name} does not fit the file")
+        stream.seek(4 * columns, 1)
+        yield Entry(name=name, columns=columns, counts=(float(calls),))
+
+
+def _of_another(path: Path, why: str) -> InputRefused:
+    return InputRefused(f"{path} is the importance matrix of another model: {why}", hint=_AGAIN)

@@ -1,0 +1,145 @@
+"""llama.cpp's file types and tensor types: a row for each, with all that we know of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from weightsmith.values import Format
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileType:
+    """A type of whole files, such as `q4_k_m`: which tensor types llama.cpp mixes in it."""
+
+    name: str
+    number: int
+    """llama.h's llama_ftype, which the file's `general.file_type` holds."""
+    bits: float
+    """Per weight of Llama-3.1-8B (tools/quantize/README.md of llama.cpp); of the types that it does
+    not list, those of the tensor type itself."""
+    direct: bool = False
+    """The converter writes it by itself."""
+    takes_imatrix: bool = True
+    """An importance matrix changes what is written."""
+    needs_imatrix: bool = False
+    """llama-quantize refuses it without an importance matrix (tools/quantize.cpp)."""
+
+    @property
+    def named_bits(self) -> int:
+        """The bits that the name promises: 4 for q4_k_m and iq4_xs."""
+        found = re.search(r"\d+", self.name)
+        return int(found[0]) if found else 16
+
+    @property
+    def is_low(self) -> bool:
+        """Less than four bits by its name."""
+        return self.named_bits < 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorType:
+    """A type of single tensors (ggml_type), such as `q4_k`."""
+
+    name: str
+    block: int
+    """Weights in a block; a tensor's rows must be a multiple of it."""
+    scales: tuple[int, ...] = ()
+    """Byte offsets of the float16 scales inside a block (ggml-common.h)."""
+    chosen: bool = True
+    """Users may give it to a tensor (llama-quantize's --tensor-type)."""
+
+
+def _plain(name: str, number: int, bits: float) -> FileType:
+    return FileType(name=name, number=number, bits=bits, direct=True, takes_imatrix=False)
+
+
+def _fixed(name: str, number: int, bits: float) -> FileType:
+    return FileType(name=name, number=number, bits=bits, takes_imatrix=False)
+
+
+def _mixed(name: str, number: int, bits: float) -> FileType:
+    return FileType(name=name, number=number, bits=bits)
+
+
+def _measured(name: str, number: int, bits: float) -> FileType:
+    return FileType(name=name, number=number, bits=bits, needs_imatrix=True)
+
+
+FILE_TYPES: Mapping[str, FileType] = {
+    row.name: row
+    for row in (
+        _plain("f32", 0, 32.0),
+        _plain("bf16", 32, 16.0),
+        _plain("f16", 1, 16.0),
+        _plain("q8_0", 7, 8.5),
+        _mixed("q6_k", 18, 6.56),
+        _mixed("q5_k_m", 17, 5.7),
+        _mixed("q5_k_s", 16, 5.57),
+        _mixed("q5_1", 9, 6.0),
+        _mixed("q5_0", 8, 5.5),
+        _mixed("q4_k_m", 15, 4.9),
+        _mixed("q4_k_s", 14, 4.67),
+        _mixed("q4_1", 3, 5.0),
+        _mixed("q4_0", 2, 4.5),
+        _mixed("iq4_nl", 25, 4.68),
+        _mixed("iq4_xs", 30, 4.46),
+        _fixed("mxfp4_moe", 38, 4.25),
+        _mixed("q3_k_l", 13, 4.3),
+        _mixed("q3_k_m", 12, 4.0),
+        _mixed("q3_k_s", 11, 3.64),
+        _mixed("iq3_m", 27, 3.76),
+        _mixed("iq3_s", 26, 3.66),
+        _mixed("iq3_xs", 22, 3.5),
+        _mixed("iq3_xxs", 23, 3.25),
+        _mixed("q2_k", 10, 3.16),
+        _measured("q2_k_s", 21, 2.97),
+        _mixed("iq2_m", 29, 2.93),
+        _measured("iq2_s", 28, 2.74),
+        _measured("iq2_xs", 20, 2.59),
+        _measured("iq2_xxs", 19, 2.38),
+        _fixed("tq2_0", 37, 2.06),
+        _fixed("tq1_0", 36, 1.69),
+        _measured("iq1_m", 31, 2.15),
+        _measured("iq1_s", 24, 2.0),
+        _fixed("q1_0", 40, 1.13),
+    )
+}
+
+TENSOR_TYPES: Mapping[str, TensorType] = {
+    row.name: row
+    for row in (
+        TensorType(name="f32", block=1),
+        TensorType(name="f64", block=1, chosen=False),
+        TensorType(name="f16", block=1),
+        TensorType(name="bf16", block=1),
+        TensorType(name="q8_0", block=32, scales=(0,)),
+        TensorType(name="q5_1", block=32, scales=(0, 2)),
+        TensorType(name="q5_0", block=32, scales=(0,)),
+        TensorType(name="q4_1", block=32, scales=(0, 2)),
+        TensorType(name="q4_0", block=32, scales=(0,)),
+        TensorType(name="iq4_nl", block=32, scales=(0,)),
+        TensorType(name="mxfp4", block=32),
+        TensorType(name="q6_k", block=256, scales=(208,)),
+        TensorType(name="q5_k", block=256, scales=(0, 2)),
+        TensorType(name="q4_k", block=256, scales=(0, 2)),
+        TensorType(name="q3_k", block=256, scales=(108,)),
+        TensorType(name="q2_k", block=256, scales=(80, 82)),
+        TensorType(name="iq4_xs", block=256, scales=(0,)),
+        TensorType(name="iq3_s", block=256, scales=(0,)),
+        TensorType(name="iq3_xxs", block=256, scales=(0,)),
+        TensorType(name="iq2_s", block=256, scales=(0,)),
+        TensorType(name="iq2_xs", block=256, scales=(0,)),
+        TensorType(name="iq2_xxs", block=256, scales=(0,)),
+        TensorType(name="iq1_m", block=256),
+        TensorType(name="iq1_s", block=256, scales=(0,)),
+        TensorType(name="tq2_0", block=256, scales=(64,)),
+        TensorType(name="tq1_0", block=256, scales=(52,)),
+        TensorType(name="q1_0", block=128, scales=(0,), chosen=False),
+    )
+}
+
+FORMATS = tuple(
+    Format(name=row.name, kind="gguf", bits_per_weight=row.bits) for row in FILE_TYPES.values()
+)

@@ -1,0 +1,103 @@
+"""A GGUF model seen as its checkpoint: names and orders of the converter undone, dequantized."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weightsmith.errors import Unmeasurable
+from weightsmith.quantizers.gguf_file import GGUFModel, model_files
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+# What the converter does to the tensors of each architecture (conversion/*.py of llama.cpp).
+_PERMUTED = frozenset({"llama", "granite", "smollm3", "arcee"})
+"""Rows of Q and K go from the two halves of a head to neighbouring pairs (LlamaModel.permute)."""
+_NORM_PLUS_ONE = frozenset({"gemma", "gemma2", "gemma3"})
+_AS_THEY_ARE = frozenset(
+    {
+        "cohere2", "command-r", "olmo2", "phi3", "qwen2", "qwen2moe", "qwen3", "qwen3moe",
+        "starcoder2",
+    }
+)  # fmt: skip
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+
+
+def open_view(artifact: Path, model: Path) -> GGUFView:
+    """Return the GGUF file or files of a folder as the checkpoint in `model` names its tensors.
+
+    Raises Unmeasurable for an architecture whose conversion is not known here.
+    """
+    return GGUFView(GGUFModel(model_files(artifact)), model)
+
+
+class GGUFView:
+    """The checkpoint's tensors, dequantized one at a time by the `gguf` package."""
+
+    def __init__(self, read: GGUFModel, model: Path) -> None:
+        """Find the file's tensor for each of the checkpoint's."""
+        from weightsmith.checkpoints.tensors import CheckpointTensors
+
+        self._read = read
+        self._arch = str(read.value("general.architecture"))
+        if self._arch not in _PERMUTED | _NORM_PLUS_ONE | _AS_THEY_ARE:
+            raise Unmeasurable(
+                f"how llama.cpp converts the tensors of {self._arch} is not known here",
+                hint="the task score says what the quantized model can do",
+            )
+        self._places = self._find(CheckpointTensors(model).names)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The checkpoint's tensors that the file holds."""
+        return frozenset(self._places)
+
+    def tensor(self, name: str) -> npt.NDArray[np.float32]:
+        """Return one tensor as float32, in the checkpoint's shape and order."""
+        import gguf
+
+        place, expert = self._places[name]
+        found = self._read.tensors[place]
+        data = found.data if expert is None else found.data[expert]
+        try:
+            values: npt.NDArray[np.float32] = gguf.dequantize(data, found.tensor_type)
+        except NotImplementedError:  # Q1_0, as of 0.19
+            raise Unmeasurable(
+                f"the gguf package does not read {found.tensor_type.name} back",
+                hint="the task score says what the quantized model can do",
+            ) from None
+        if self._arch in _NORM_PLUS_ONE and name.endswith("norm.weight"):
+            return values - 1
+        if self._arch in _PERMUTED and ".self_attn." in name:
+            values = self._unpermuted(name, values)
+        return values
+
+    def _find(self, names: frozenset[str]) -> dict[str, tuple[str, int | None]]:
+        import gguf
+
+        arch = {text: kind for kind, text in gguf.MODEL_ARCH_NAMES.items()}[self._arch]
+        blocks = int(self._read.value(f"{self._arch}.block_count"))
+        known = gguf.get_tensor_name_map(arch, blocks)
+        found: dict[str, tuple[str, int | None]] = {}
+        for name in names:
+            expert = _EXPERT.search(name)
+            plain = _EXPERT.sub(".experts.", name).replace("language_model.", "", 1)
+            place = known.get_name(plain, try_suffixes=(".weight", ".bias"))
+            if plain == "lm_head.weight" and place not in self._read.tensors:
+                place = "token_embd.weight"  # tied
+            if place in self._read.tensors:
+                found[name] = (place, int(expert[1]) if expert else None)
+        return found
+
+    def _unpermuted(self, name: str, values: Any) -> Any:
+        heads = self._read.value(f"{self._arch}.attention.head_count")
+        if ".k_proj." in name:
+            heads = self._read.get(f"{self._arch}.attention.head_count_kv") or heads
+        elif ".q_proj." not in name:
+            return values
+        half = values.shape[0] // int(heads) // 2
+        pairs = values.reshape(int(heads), half, 2, *values.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(values.shape)

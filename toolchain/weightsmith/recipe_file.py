@@ -1,0 +1,171 @@
+"""Reads recipes: YAML, settings of the command line on top, and what is wrong in plain words."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from weightsmith.errors import UsageError
+from weightsmith.foreign import parse_yaml
+from weightsmith.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecipeFile:
+    """A checked recipe and the folder that its relative paths start from."""
+
+    recipe: Recipe
+    folder: Path
+    path: Path | None = None
+    """The file, unless the command line changed its sources."""
+
+
+def read_recipe(path: Path, settings: Sequence[str] = ()) -> RecipeFile:
+    """Read and check a recipe file; `settings` are `key.path=value` overrides.
+
+    Raises UsageError naming the file, the key and its nearest known spelling.
+    """
+    if path.is_dir():
+        path = path / "recipe.yaml"
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        raise UsageError(
+            f"{path}: no such recipe",
+            hint="give one with --recipe FILE, or --base and --adapter for a one-off build",
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{path}: cannot be read: {error}", hint="give a file of UTF-8 text with --recipe"
+        ) from None
+    try:
+        data = parse_yaml(text, _StrictLoader)
+    except ValueError as error:
+        raise UsageError(
+            f"{path}: not valid YAML: {_yaml_fault(error)}",
+            hint="correct that line; docs/reference/recipe.md has an example of every key",
+        ) from None
+    if not isinstance(data, dict):
+        raise UsageError(
+            f"{path}: a recipe is a mapping of keys, this is not",
+            hint="it begins with `name: …` and `base: {source: …}`",
+        )
+    own = not any(setting.startswith(("base", "adapters")) for setting in settings)
+    return RecipeFile(
+        recipe=check_recipe(with_settings(data, settings), str(path)),
+        folder=path.parent,
+        path=path if own else None,
+    )
+
+
+def check_recipe(data: Mapping[str, Any], where: str) -> Recipe:
+    """Return the recipe that a mapping describes, or raise UsageError listing every fault."""
+    try:
+        return Recipe.model_validate(dict(data))
+    except ValidationError as error:
+        faults = [_fault(item) for item in error.errors(include_url=False)]
+        raise UsageError(
+            f"{where}: " + "; ".join(faults[:5]),
+            hint="docs/reference/recipe.md lists every key",
+        ) from None
+
+
+def with_settings(data: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """Return a copy of the mapping with `key.path=value` overrides; values are YAML."""
+    result = copy.deepcopy(dict(data))
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        if not equals or not path:
+            raise UsageError(
+                f"--set {setting}: expected key.path=value",
+                hint="as in --set serve.max_model_len=4096",
+            )
+        try:
+            value = parse_yaml(text)
+        except ValueError:
+            value = text
+        *parents, last = path.strip().split(".")
+        place: Any = result
+        for parent in parents:
+            if isinstance(place, list):
+                place = place[_number(place, parent, setting)]
+            else:
+                place = place.setdefault(parent, {})
+            if not isinstance(place, dict | list):
+                raise UsageError(
+                    f"--set {setting}: {parent} is not a mapping of keys",
+                    hint=f"set it as a whole: --set {parent}=… takes any YAML value",
+                )
+        place[_number(place, last, setting) if isinstance(place, list) else last] = value
+    return result
+
+
+def _number(items: list[Any], word: str, setting: str) -> int:
+    """Return which element of a list a part of the path means, counted from 0."""
+    if word.isdecimal() and int(word) < len(items):
+        return int(word)
+    raise UsageError(
+        f"--set {setting}: the list has no element {word}",
+        hint=f"it has {len(items)}, counted from 0",
+    )
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without duplicate keys: the second would silently win."""
+
+
+def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if isinstance(key, str) and key in seen:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"duplicate key {key!r}", key_node.start_mark
+            )
+        seen.add(key if isinstance(key, str) else repr(key))
+    loader.flatten_mapping(node)
+    return loader.construct_mapping(node, deep=True)
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def _yaml_fault(error: ValueError) -> str:
+    """Return the problem and its place in one line."""
+    cause = error.__cause__
+    if isinstance(cause, yaml.MarkedYAMLError) and cause.problem_mark is not None:
+        mark = cause.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {cause.problem}"
+    return str(error)
+
+
+def _fault(error: Any) -> str:
+    place = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(error["loc"][-1]), _keys_at(error["loc"][:-1]), 1, 0.5)
+        return f"unknown key `{place}`" + (f", did you mean `{near[0]}`?" if near else "")
+    if error["type"] == "missing":
+        return f"`{place}` is missing"
+    if error["type"] == "string_type" and isinstance(error.get("input"), int | float):
+        return f"`{place}`: YAML reads {error['input']} as a number; write it in quotes"
+    return f"`{place}`: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _keys_at(location: Sequence[str | int]) -> list[str]:
+    """Return the keys that a place of the recipe knows."""
+    part: Any = Recipe
+    for step in location:
+        if isinstance(step, int):
+            continue
+        field = next(f for name, f in part.model_fields.items() if (f.alias or name) == step)
+        annotation = field.annotation
+        choices = [annotation, *get_args(annotation)]
+        part = next(c for c in choices if isinstance(c, type) and issubclass(c, BaseModel))
+    return [field.alias or name for name, field in part.model_fields.items()]

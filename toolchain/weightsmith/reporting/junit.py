@@ -1,0 +1,87 @@
+"""JUnit XML of a build, which CI systems show beside other tests.
+
+The format is the one that Jenkins and GitLab read: testsuites, testsuite, testcase with failure
+or skipped. There is no standard; Jenkins' schema is at
+https://github.com/jenkinsci/xunit-plugin (junit-10.xsd).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+from xml.etree import ElementTree as ET
+
+from weightsmith.reporting.answers import rows
+from weightsmith.reporting.views import tasks
+
+_NOT_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""What XML 1.0 has no place for, in section 2.2."""
+
+
+def junit(build: Mapping[str, Any]) -> str:
+    """Return the XML: one suite of gates and checks, and one of questions per task.
+
+    A question that the image lost is a failure where the build was stopped, and skipped with the
+    answers where the loss was within what the recipe allows.
+    """
+    name = _clean(f"{build['name']} {build['version']} {build['target']}".strip())
+    root = ET.Element("testsuites", name=name)
+    _gates(root, build)
+    found = tasks(build)
+    stopped = any(not v["passed"] and v["binding"] for task in found for v in task["verdicts"])
+    for task in found:
+        _questions(root, task, stopped=stopped)
+    for suite in root:
+        kinds = [child.tag for case in suite for child in case]
+        suite.set("tests", str(len(suite)))
+        suite.set("failures", str(kinds.count("failure")))
+        suite.set("skipped", str(kinds.count("skipped")))
+        suite.set("errors", "0")
+    ET.indent(root)
+    return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _gates(root: ET.Element, build: Mapping[str, Any]) -> None:
+    suite = ET.SubElement(root, "testsuite", name="checks", timestamp=_clean(build["created"][:19]))
+    for task in tasks(build):
+        for verdict in task["verdicts"]:
+            if not verdict["binding"]:
+                continue
+            who = f"{verdict['subject']} against {verdict['against'] or 'min_score'}"
+            case = _case(suite, "gate", f"{task['name']}: {who}" if task["name"] else who)
+            if not verdict["passed"]:
+                _child(case, "failure", verdict["reason"], "")
+    if build["refused"] and not suite.findall("testcase/failure"):
+        _child(_case(suite, "gate", "published"), "failure", build["refused"], "")
+    for check in build["checks"]:
+        case = _case(suite, "image", check["name"])
+        case.set("time", f"{check['seconds']:.3f}")
+        ET.SubElement(case, "system-out").text = _clean(check["seen"])
+
+
+def _questions(root: ET.Element, task: Mapping[str, Any], *, stopped: bool) -> None:
+    name = f"questions {task['name']}".strip()
+    suite = ET.SubElement(root, "testsuite", name=_clean(name))
+    for row in rows(task["items"]):
+        case = _case(suite, "question", f"{row['number']}. {row['prompt']}"[:200])
+        if row["lost"]:
+            text = "\n".join(
+                f"{'right' if a['ok'] else 'wrong'} {', '.join(a['who'])}: {a['text']}"
+                for a in row["answers"]
+            )
+            message = f"expected {' or '.join(row['expected'])}"
+            _child(case, "failure" if stopped else "skipped", message, text)
+
+
+def _case(suite: ET.Element, group: str, name: str) -> ET.Element:
+    return ET.SubElement(suite, "testcase", classname=f"weightsmith.{group}", name=_clean(name))
+
+
+def _child(case: ET.Element, kind: str, message: str, text: str) -> None:
+    element = ET.SubElement(case, kind, message=_clean(message))
+    element.text = _clean(text)
+
+
+def _clean(text: str) -> str:
+    return _NOT_XML.sub("\ufffd", text)

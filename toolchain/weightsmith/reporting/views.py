@@ -1,0 +1,219 @@
+"""Facts to views: what stands where on the page, in percent of the place it has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from weightsmith.reporting.answers import PATHS
+
+_LABELS = {
+    "base": "base",
+    "adapter": "base + adapter",
+    "merged": "merged",
+    "image": "image",
+}
+
+
+def verdict(build: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `state` (passed, failed, untested), a `headline`, and the reasons behind it."""
+    binding = [v for task in tasks(build) for v in task["verdicts"] if v["binding"]]
+    failed = [v["reason"] for v in binding if not v["passed"]] + _earlier_failures(build)
+    failed = failed or [text for text in (build["refused"],) if text]
+    if failed:
+        return {"state": "failed", "headline": "Stopped: not published", "reasons": failed}
+    last = [v["reason"] for v in binding if v["subject"] == "image"]
+    if last:
+        headline = "Passed: the image is the fine-tuned model"
+        return {"state": "passed", "headline": headline, "reasons": last}
+    reason = "no questions were asked of the image" if not binding else "the image was not started"
+    return {"state": "untested", "headline": "Built, not proven", "reasons": [reason]}
+
+
+def _earlier_failures(build: Mapping[str, Any]) -> list[str]:
+    """Return why validation or the quality of the weights stopped the build."""
+    validation, quality = build["validation"] or {}, build["quality"] or {}
+    reasons = []
+    if validation.get("passed") is False:
+        errors = [f for f in validation["findings"] if _severity(f) == "error"]
+        first = errors[0] if errors else "it is not what base and adapters are"
+        message = first["message"] if isinstance(first, Mapping) else str(first)
+        more = f" (and {len(errors) - 1} more findings)" if len(errors) > 1 else ""
+        reasons.append(f"the merged checkpoint failed its validation: {message}{more}")
+    if quality.get("exceeded") and not (build["image"] or {}).get("reference"):
+        reasons.append(f"quantizing lost too much: {'; '.join(quality['exceeded'])}")
+    return reasons
+
+
+def _severity(finding: Any) -> str:
+    return str(finding.get("severity", "error")) if isinstance(finding, Mapping) else "error"
+
+
+def tasks(build: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return every task with `name`, `task`, `scores`, `verdicts` and `items`; [] without any."""
+    first = {key: build[key] for key in ("task", "scores", "verdicts", "items")}
+    found = [{"name": build["task"]["name"], **first}] if build["scores"] else []
+    return found + list(build["more_tasks"])
+
+
+def score_rows(task: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return each subject's score and interval, in percent of the axis from 0 to 1."""
+    rows = []
+    for path in PATHS:
+        if path not in task["scores"]:
+            continue
+        facts = task["scores"][path]
+        low, high = facts.get("interval") or (facts["score"], facts["score"])
+        rows.append(
+            {
+                "path": path,
+                "label": _LABELS[path],
+                "score": facts["score"],
+                "n": facts["n"],
+                "right": round(facts["score"] * facts["n"]),
+                "interval": (low, high),
+                "at": _percent(facts["score"]),
+                "from": _percent(low),
+                "wide": _percent(high - low),
+            }
+        )
+    return rows
+
+
+def floor(task: Mapping[str, Any]) -> float | None:
+    """Return the score below which the image fails, in percent of the axis; None without one."""
+    reference = task["scores"].get("adapter", task["scores"].get("base"))
+    if reference is None or "image" not in task["scores"]:
+        return None
+    return _percent(max(0.0, reference["score"] - task["task"]["max_drop"]))
+
+
+def flow(build: Mapping[str, Any]) -> list[list[dict[str, str]]]:
+    """Return what was built from what: columns of boxes, from the sources to the image."""
+    sources = [_box("base", build["base"]["source"], build["base"]["digest"])]
+    for number, adapter in enumerate(build["adapters"], start=1):
+        many = f" {number}" if len(build["adapters"]) > 1 else ""
+        kind = f"adapter{many} {adapter.get('version') or ''}".strip()
+        weight = adapter.get("weight", 1)
+        times = f" × {weight:g}" if weight != 1 else ""  # noqa: RUF001
+        sources.append(_box(kind, f"{adapter['source']}{times}", adapter["digest"]))
+    columns = [sources]
+    merge, artifact, image = build["merge"], build["artifact"], build["image"]
+    if merge and build["adapters"]:
+        counted = ", ".join(f"{n} {kind}" for kind, n in merge["tensors"].items() if n)
+        columns.append([_box("merged", f"{merge['method']}: {counted}", merge.get("digest", ""))])
+    if artifact:
+        columns.append([_box(artifact["format"], artifact["file"], artifact["digest"])])
+    if image:
+        columns.append([_box("image", image["reference"] or "not published", image["digest"])])
+    return columns
+
+
+def _box(kind: str, what: str, digest: str) -> dict[str, str]:
+    return {"kind": kind, "what": what, "digest": digest, "short": digest[7:19]}
+
+
+def memory(plan: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the parts of the memory bar, in bytes and in percent of what is usable."""
+    if not plan or "weight_bytes" not in plan:
+        return []
+    parts = {
+        "weights": int(plan["weight_bytes"]),
+        "cache": int(plan["kv_bytes_total"]),
+        "overhead": int(plan["overhead_bytes"]),
+    }
+    # A plan that leaves layers on the host needs more than the GPU has: the bar shows all of it.
+    all_of_it = max(int(plan.get("usable_bytes", 0)), sum(parts.values())) or 1
+    parts["free"] = all_of_it - sum(parts.values())
+    return _shares(parts.items(), all_of_it)
+
+
+def layers(image: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the image's layers, bottom first, in bytes and in percent of the whole."""
+    if not image:
+        return []
+    rows = image["layers"]
+    shares = _shares(
+        ((row["file"] or "base image", row["size"]) for row in rows),
+        sum(row["size"] for row in rows) or 1,
+    )
+    return [{**share, "digest": row["digest"]} for share, row in zip(shares, rows, strict=True)]
+
+
+def _shares(parts: Any, whole: int) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "bytes": size, "percent": round(100 * size / whole, 2)}
+        for name, size in parts
+    ]
+
+
+def stages(build: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return each stage with its seconds, in percent of the longest."""
+    longest = max((facts["seconds"] for facts in build["stages"].values()), default=0) or 1
+    return [
+        {"name": name, **facts, "percent": round(100 * facts["seconds"] / longest, 2)}
+        for name, facts in build["stages"].items()
+    ]
+
+
+def differences(validation: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Return how far each layer is off, on a logarithmic axis of eight decades.
+
+    `percent` and `explained` (by rounding) are of the largest value; 0 for an exact zero.
+    """
+    rows = (validation or {}).get("layers") or []
+    largest = max((max(row["difference"], row["rounding"]) for row in rows), default=0.0)
+    return [
+        {
+            **row,
+            "percent": _decades(row["difference"], largest),
+            "explained": _decades(row["rounding"], largest),
+        }
+        for row in rows
+    ]
+
+
+def _decades(value: float, largest: float) -> float:
+    if not value or not largest or not math.isfinite(value):
+        return 0.0 if not value else 100.0
+    return round(100 * max(0.02, 1 + math.log10(abs(value) / largest) / 8), 2)
+
+
+def targets(builds: Sequence[Mapping[str, Any]], own: str) -> list[dict[str, Any]]:
+    """Return size and quality of each target, in percent of axes from 0 to the largest size."""
+    points = [
+        {
+            "target": build["target"],
+            "short": build["target"].partition("-")[2] or build["target"],
+            "own": build["target"] == own,
+            "bytes": build["artifact"]["size"],
+            "bits": build["artifact"]["bits_per_weight"],
+            "score": build["scores"]["image"]["score"],
+            "interval": build["scores"]["image"].get("interval"),
+            "refused": not (build.get("image") or {}).get("reference"),
+        }
+        for build in builds
+        if build.get("artifact") and "image" in (build.get("scores") or {})
+    ]
+    largest = max((point["bytes"] for point in points), default=1)
+    for point in points:
+        low, high = point["interval"] or (point["score"], point["score"])
+        point |= {
+            "x": round(92 * point["bytes"] / largest + 2, 2),
+            "y": _percent(point["score"]),
+            "from": _percent(low),
+            "tall": _percent(high - low),
+        }
+    return sorted(points, key=lambda point: -point["bytes"])
+
+
+def bench_rows(bench: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the load test's runs, throughput in percent of the fastest."""
+    runs = (bench or {}).get("runs") or []
+    fastest = max((run["requests_per_s"] for run in runs), default=0) or 1
+    return [{**run, "percent": round(100 * run["requests_per_s"] / fastest, 2)} for run in runs]
+
+
+def _percent(share: float) -> float:
+    return round(100 * min(1.0, max(0.0, share)), 3)

@@ -1,0 +1,107 @@
+"""Where `images/` and `templates/` lie: beside the package in a checkout, inside it in a wheel."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from weightsmith.errors import UsageError
+from weightsmith.trees import below
+from weightsmith.values import Digest, Json, key_of
+
+_PACKAGE = Path(__file__).resolve().parent
+_INSTALLED = _PACKAGE / "_resources"
+_DEBS = "debs.py"
+"""What the engines that are assembled from Debian's packages share, beside their folders."""
+_ROOT = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent.parent
+
+
+def templates() -> Path:
+    """Return the folder with one template folder per engine."""
+    return _ROOT / "templates"
+
+
+def images() -> Path:
+    """Return the folder with `builders/`, `engines/` and `bases.lock`."""
+    return _ROOT / "images"
+
+
+def package() -> Path:
+    """Return the folder that holds the `weightsmith` package itself, for builders to import."""
+    return _PACKAGE
+
+
+def builder_pins(name: str) -> Digest:
+    """Return the digest of all that defines a builder.
+
+    That is its folder, the sources it compiles and the Containerfile it is built by. Raises
+    UsageError for a builder that is not there.
+    """
+    folder = _builder(name)
+    parts = [folder, *(images() / "engines" / engine for engine in compiled_engines(name))]
+    rows: list[Json] = [[path.name, _fingerprint(path)] for path in parts]
+    if (recipe := containerfile(name)).parent != folder:
+        rows.append([recipe.name, Digest.of(recipe.read_bytes())])
+    return key_of(rows)
+
+
+def containerfile(builder: str) -> Path:
+    """Return what a builder's image is built by: its own file, or the one for packages alone.
+
+    Raises UsageError for a builder that is not there.
+    """
+    own = _builder(builder) / "Containerfile"
+    return own if own.is_file() else own.parents[1] / own.name
+
+
+def _builder(name: str) -> Path:
+    folder = images() / "builders" / name
+    if not folder.is_dir():
+        raise UsageError(
+            f"no builder `{name}`: {folder} is missing",
+            hint="a quantizer's builder is a folder of that name under images/builders/",
+        )
+    return folder
+
+
+def engine_pins(name: str) -> Digest:
+    """Return the digest of what defines an engine layer of our own: its folder, and `debs.py`.
+
+    A Containerfile there is another way to the same files, and does not count.
+    """
+    rows = [row for row in _fingerprint(images() / "engines" / name) if row[0] != "Containerfile"]
+    if assembles_itself(name):
+        rows.append([_DEBS, Digest.of((images() / "engines" / _DEBS).read_bytes())])
+    return key_of(rows)
+
+
+def engine_source(name: str) -> Mapping[str, Json]:
+    """Return the `source.json` of an engine of our own."""
+    source: Mapping[str, Json] = json.loads(
+        (images() / "engines" / name / "source.json").read_text("utf-8")
+    )
+    return source
+
+
+def assembles_itself(engine: str) -> bool:
+    """Say whether an engine's folder has a program that makes its whole root file system."""
+    return (images() / "engines" / engine / "assemble.py").is_file()
+
+
+def compiled_engines(builder: str) -> tuple[str, ...]:
+    """Return the engine folders whose tools a builder holds: those that name it in source.json."""
+    return tuple(
+        source.parent.name
+        for source in sorted((images() / "engines").glob("*/source.json"))
+        if builder in json.loads(source.read_text("utf-8")).get("builders", ())
+    )
+
+
+def _fingerprint(folder: Path) -> list[list[str]]:
+    files = [p for p in below(folder) if p.is_file() and "__pycache__" not in p.parts]
+    return [
+        [p.relative_to(folder).as_posix(), Digest.of(p.read_bytes())]
+        for p in files
+        if p.suffix != ".md"
+    ]

@@ -1,0 +1,192 @@
+"""What each layer of a decoder keeps of the tokens it has seen, read from config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from weightsmith.errors import InputRefused
+from weightsmith.values import Json
+
+Kind = Literal["full", "sliding", "chunked", "state"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheLayers:
+    """Layers of one kind: how many, and what they keep."""
+
+    kind: Kind
+    """`full`: every token; `sliding`, `chunked`: a window; `state`: a fixed size per request."""
+    layers: int
+    window: int = 0
+    """Tokens of the window or chunk."""
+    convolved: int = 0
+    """Numbers of one request's convolution state in one layer, for `state`."""
+    recurrent: int = 0
+    """The same of its recurrent state, which may be kept in another type."""
+
+
+_KINDS: Mapping[str, Kind] = {
+    "full_attention": "full",
+    "attention": "full",
+    "full": "full",
+    "sliding_attention": "sliding",
+    "sliding": "sliding",
+    "chunked_attention": "chunked",
+    "linear_attention": "state",
+    "mamba": "state",
+    "mamba2": "state",
+    "conv": "state",
+}
+"""Names in `layer_types` (transformers, configuration_utils.ALLOWED_LAYER_TYPES) -> kind."""
+
+_NONE = frozenset({"moe", "mlp", "dense"})
+"""Layers that keep nothing."""
+
+# Every n-th layer is full, the others slide, where an older config.json does not list them.
+# vLLM 0.33: model_executor/models/{gemma2,gemma3,cohere2}.py; transformers has the same defaults.
+_FULL_EVERY = {"Gemma2": 2, "Gemma3": 6, "Cohere2": 4, "GptOss": 2}
+
+
+def cache_layers(
+    architecture: str, config: Mapping[str, Json], layers: int, window: int
+) -> tuple[CacheLayers, ...]:
+    """Return the kinds of layers that keep something, largest reach first.
+
+    `config` is the text model's part of config.json; `window` its sliding window, 0 for none.
+    Raises InputRefused for layer names that are not known: their cache would be a guess.
+    """
+    names = _names(architecture, config, layers, window)
+    shared = config.get("num_kv_shared_layers")
+    if isinstance(shared, int) and not isinstance(shared, bool) and 0 < shared < layers:
+        # The last layers read the cache of earlier ones (Gemma 3n and 4).
+        names = names[: layers - shared]
+    found = []
+    for kind in ("full", "chunked", "sliding", "state"):
+        count = sum(name == kind for name in names)
+        if not count:
+            continue
+        convolved, recurrent = _state(config) if kind == "state" else (0, 0)
+        found.append(
+            CacheLayers(
+                kind=kind,
+                layers=count,
+                window=window if kind == "sliding" else _chunk(config, kind),
+                convolved=convolved,
+                recurrent=recurrent,
+            )
+        )
+    if not found:
+        raise InputRefused(
+            f"{architecture} has no layer with a cache or a state: it cannot be planned",
+            hint="choose a decoder with attention",
+        )
+    return tuple(found)
+
+
+def _names(
+    architecture: str, config: Mapping[str, Json], layers: int, window: int
+) -> Sequence[str]:
+    """Return one kind per layer; "" keeps nothing."""
+    listed = config.get("layer_types") or config.get("layers_block_type")
+    if isinstance(listed, list):
+        kinds = [_kind(architecture, str(name)) for name in listed]
+        # Without a window a sliding layer sees everything.
+        return kinds if window else ["full" if k == "sliding" else k for k in kinds]
+    pattern = config.get("hybrid_override_pattern")  # Nemotron-H: M mamba, * attention, - MLP
+    if isinstance(pattern, str):
+        return [{"M": "state", "*": "full"}.get(letter, "") for letter in pattern]
+    rope = config.get("no_rope_layers")
+    if isinstance(rope, list) and rope and config.get("attention_chunk_size"):
+        return ["chunked" if uses else "full" for uses in rope]  # Llama 4
+    if config.get("attn_layer_indices") is not None:  # Bamba
+        attends = set(_list(config, "attn_layer_indices"))
+        return ["full" if i in attends else "state" for i in range(layers)]
+    if config.get("attn_layer_period"):  # Jamba
+        period, offset = _int(config, "attn_layer_period", 1), _int(config, "attn_layer_offset", 0)
+        return ["full" if i % period == offset % period else "state" for i in range(layers)]
+    if config.get("full_attention_interval") and config.get("linear_num_value_heads"):
+        every = _int(config, "full_attention_interval", 1)  # Qwen3-Next
+        return ["state" if (i + 1) % every else "full" for i in range(layers)]
+    if not window:
+        return ["full"] * layers
+    every = _full_every(architecture, config)
+    if every:
+        return ["sliding" if (i + 1) % every else "full" for i in range(layers)]
+    first = config.get("max_window_layers")  # Qwen2: the layers from there on slide
+    if isinstance(first, int) and config.get("use_sliding_window") is True:
+        return ["full" if i < first else "sliding" for i in range(layers)]
+    return ["sliding"] * layers  # Mistral 7B v0.1, Phi-3
+
+
+def _kind(architecture: str, name: str) -> str:
+    if name in _NONE:
+        return ""
+    try:
+        return _KINDS[name]
+    except KeyError:
+        raise InputRefused(
+            f"config.json: {architecture} has layers of a kind {name!r}, whose cache is not known",
+            hint=f"known: {', '.join(_KINDS)}",
+        ) from None
+
+
+def _full_every(architecture: str, config: Mapping[str, Json]) -> int:
+    for key in ("sliding_window_pattern", "_sliding_window_pattern"):
+        if isinstance(config.get(key), int):
+            return _int(config, key, 1)
+    return next((n for stem, n in _FULL_EVERY.items() if architecture.startswith(stem)), 0)
+
+
+def _chunk(config: Mapping[str, Json], kind: str) -> int:
+    return _int(config, "attention_chunk_size", 8192) if kind == "chunked" else 0
+
+
+def _state(config: Mapping[str, Json]) -> tuple[int, int]:
+    """Return the numbers in one layer's convolution and recurrent state; (0, 0): not known.
+
+    vLLM 0.33, model_executor/layers/mamba/mamba_utils.py: gated delta net, Mamba 2, Mamba 1.
+    """
+    if config.get("linear_num_value_heads"):
+        keys = _int(config, "linear_num_key_heads", 0) * _int(config, "linear_key_head_dim", 0)
+        heads = _int(config, "linear_num_value_heads", 0)
+        width = _int(config, "linear_value_head_dim", 0)
+        conv = (2 * keys + heads * width) * (_int(config, "linear_conv_kernel_dim", 4) - 1)
+        return conv, heads * width * _int(config, "linear_key_head_dim", 0)
+    if heads := _first(config, "mamba_n_heads", "mamba_num_heads"):
+        width = _first(config, "mamba_d_head", "mamba_head_dim")
+        size = _first(config, "mamba_d_state", "ssm_state_size")
+        groups = _first(config, "mamba_n_groups", "n_groups") or 1
+        kernel = _first(config, "mamba_d_conv", "conv_kernel") or 4
+        return (heads * width + 2 * groups * size) * (kernel - 1), heads * width * size
+    if size := _first(config, "mamba_d_state", "state_size"):
+        inner = _first(config, "intermediate_size_mamba") or (
+            _int(config, "mamba_expand", 2) * _int(config, "hidden_size", 0)
+        )
+        return inner * ((_first(config, "mamba_d_conv", "conv_kernel") or 4) - 1), inner * size
+    return 0, 0
+
+
+def _first(config: Mapping[str, Json], *names: str) -> int:
+    return next((_int(config, name, 0) for name in names if config.get(name) is not None), 0)
+
+
+def _int(config: Mapping[str, Json], name: str, default: int) -> int:
+    value = config.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 1_000_000_000:
+        raise InputRefused(
+            f"config.json: {name} is {value!r}, not a whole number from 0 on",
+            hint="check the checkpoint's config.json",
+        )
+    return value
+
+
+def _list(config: Mapping[str, Json], name: str) -> list[int]:
+    value = config.get(name)
+    if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
+        raise InputRefused(
+            f"config.json: {name} is not a list of whole numbers",
+            hint="check the checkpoint's config.json",
+        )
+    return value

@@ -1,0 +1,180 @@
+"""What an engine is: one frozen value per file of this folder, found by listing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from weightsmith.values import SAFETENSORS, Format, Json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedAdapter:
+    """A LoRA adapter that is served beside its base."""
+
+    name: str
+    """What clients ask for."""
+    folder: str
+    """Below the model's folder in the image."""
+    rank: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes:
+    """What the user asks of a serving plan; None, 0 and "" stand for `auto`."""
+
+    gpu: str = ""
+    gpu_count: int = 1
+    gpu_memory_bytes: int = 0
+    host_memory_bytes: int = 0
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    kv_cache_dtype: str = ""
+    dtype: str = ""
+    tensor_parallel_size: int = 0
+    pipeline_parallel_size: int = 0
+    gpu_memory_utilization: float = 0.0
+    served_model_name: str = ""
+    adapters: tuple[ServedAdapter, ...] = ()
+    """Served beside the base, for formats that do not merge them."""
+    format: Format = SAFETENSORS
+    """The target's, not a wish: what the weights are packed in."""
+    extra: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingPlan:
+    """Memory worked out for one engine, model and machine; bytes throughout.
+
+    On a GPU: `weights_bytes_per_gpu + kv_cache_bytes + margin_bytes` and each GPU's part of
+    `overhead_bytes` are what the engine may take of one GPU.
+    """
+
+    device: str
+    """`cpu` or the GPU's name."""
+    gpus: int = 0
+    """GPUs of one replica; 0 on a CPU."""
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_concurrency: float
+    """Requests of `max_model_len` that the cache holds at once."""
+    weight_bytes: int
+    """All weights; on several GPUs together."""
+    weights_bytes_per_gpu: int
+    kv_bytes_per_token: int
+    """What a request grows by with each token, on all GPUs together."""
+    kv_bytes_per_request: int
+    """A request of `max_model_len` by the engine's own rules, on all GPUs together."""
+    kv_bytes_total: int
+    """`max_num_seqs` such requests."""
+    kv_cache_bytes: int
+    """What is left for the cache, per GPU."""
+    overhead_bytes: int
+    """Neither weights nor cache, on all GPUs together: an estimate."""
+    usable_bytes: int
+    """What the plan may use, on all GPUs together."""
+    margin_bytes: int
+    """Held back per GPU, because the overhead is an estimate."""
+    host_bytes: int
+    """Memory that the server's container needs on the host."""
+    shm_bytes: int = 0
+    """Shared memory that the engine's processes talk through; 0 where the default does."""
+    gpu_memory_utilization: float | None = None
+    """The engine's own fraction, where it has one."""
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    gpu_layers: int = 0
+    """Layers on the GPU; 0 on CPU."""
+    fits: bool = True
+    nearest: tuple[Mapping[str, Json], ...] | None = None
+    """Where it does not fit: changed wishes that do, each with a `text` for people."""
+    settings: Mapping[str, Json] = field(default_factory=dict)
+    """Engine options that follow from the plan, in the engine's own names."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineBase:
+    """The image below the weights."""
+
+    cpu: str
+    """Reference, or `engine:NAME` for a folder of `images/engines/` that we assemble ourselves."""
+    gpu: str
+    """Upstream reference, pinned by `images/bases.lock`."""
+    rocm: str = ""
+    """The same for AMD's GPUs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Support:
+    """What an engine needs to load one format."""
+
+    capability: tuple[int, int]
+    """The least compute capability of an NVIDIA GPU that it starts on."""
+    cpu: bool = False
+    """Whether its build for CPUs has a kernel."""
+    amd: bool = True
+    """Whether its build for AMD's GPUs has a kernel."""
+    source: str
+    """The file and name that say so, in the engine's package."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """A serving engine: what it loads, how it is planned, started and asked."""
+
+    name: str
+    title: str
+    """For people."""
+    accepts: frozenset[str]
+    """Kinds of Format (`gguf`, `safetensors`, `awq` …)."""
+    base: EngineBase
+    port: int
+    health_path: str
+    plan: Callable[[Mapping[str, Json], int, Wishes], ServingPlan]
+    """(config.json, weight bytes, wishes) -> plan; raises UsageError where it cannot fit."""
+    env: Callable[[ServingPlan, Mapping[str, Json]], Mapping[str, str]]
+    """(plan, names) -> environment of the process.
+
+    `names` has `model_path`, `served_name` and `startup_seconds`.
+    """
+    entrypoint: tuple[str, ...]
+    command: Callable[[ServingPlan, Mapping[str, Json]], tuple[str, ...]]
+    file_settings: Callable[[ServingPlan, Mapping[str, Json]], Mapping[str, Json]] = field(
+        default=lambda _plan, _names: {}
+    )
+    """(plan, names) -> what the engine's own file says, for its template."""
+    healthcheck: tuple[str, ...]
+    """Command inside the CPU image; empty where there is no program for it."""
+    model_dir: str = "/models"
+    image_files: Mapping[str, str] = field(default_factory=dict)
+    """Absolute path in the image -> template name in the engine's template folder."""
+    key_variable: str = ""
+    """The variable that sets a password, for manifests to take from a secret."""
+    port_variable: str = ""
+    """The variable that moves the port."""
+    host_variable: str = ""
+    """The variable that says which address it listens on."""
+    threads_variable: str = ""
+    """The variable for its number of threads, where it would count the machine's CPUs itself."""
+    neutral_settings: frozenset[str] = frozenset()
+    """Settings of a plan that change no answer: slots, total context, threads."""
+    numbers_adapters: bool = False
+    """Of several adapters requests name one by its number, in a field `lora`, not by its name."""
+    probe_seconds: int = 3
+    """How long a health probe may take."""
+    fixed_name: str = ""
+    """The model's name at the server, where nothing can change it."""
+    legacy: str = ""
+    """Why one should choose another engine, or empty."""
+    support: Mapping[str, Support] = field(default_factory=dict)
+    """Name or kind of a Format -> what loading it needs; nothing is known of those left out."""
+    support_versions: Mapping[str, str] = field(default_factory=dict)
+    """`cpu` and `gpu` -> the version whose source `support` was read from, that is the pinned one.
+
+    A test fails when the pins move on: read the files that the rows name again, then change this.
+    """
+    cpu_build_lacks: Callable[[Mapping[str, Json]], str] = field(default=lambda _config: "")
+    """(config.json) -> why the CPU engine that is assembled here cannot load it, or empty."""

@@ -1,0 +1,68 @@
+"""llama.cpp's own server: GGUF files on CPUs and NVIDIA GPUs, with an OpenAI-compatible API."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from weightsmith.serving.engine import Engine, EngineBase, ServingPlan
+from weightsmith.serving.llamacpp_options import as_arguments, as_environment
+from weightsmith.serving.llamacpp_plan import plan
+from weightsmith.values import Json
+
+CUDA_IMAGE = "ghcr.io/ggml-org/llama.cpp:server-cuda-b11434"
+"""Upstream's CUDA build; images/bases.lock has its digest."""
+
+_PORT = 8080
+
+
+def env(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, str]:
+    """Return the LLAMA_ARG_ variables of a plan.
+
+    `names` has `model_path` and `served_name`. Everything a plan depends on is explicit, so the
+    server neither fits nor downloads anything of its own (`--fit off`, `--offline`).
+    """
+    served: dict[str, Json] = {
+        "model": names["model_path"],
+        "alias": names["served_name"],
+        "host": "0.0.0.0",  # noqa: S104  # a container is reached through its published port
+        "port": _PORT,
+        "metrics": True,
+        "jinja": True,
+        "ui": False,
+        "offline": True,
+    }
+    return as_environment({**served, **plan.settings})
+
+
+def command(plan: ServingPlan, names: Mapping[str, Json]) -> tuple[str, ...]:
+    """Return the arguments for what has no variable: adapters, and a few options of `serve.extra`.
+
+    A single adapter is added to every request. Of several none is, until a request names it by
+    its number, in the order of the arguments: `"lora": [{"id": 0, "scale": 1.0}]`.
+    """
+    adapters = dict(names.get("adapters") or {})
+    loaded = ("--lora", ",".join(adapters.values())) if adapters else ()
+    quiet = ("--lora-init-without-apply",) if len(adapters) > 1 else ()
+    return (*loaded, *quiet, *as_arguments(plan.settings))
+
+
+ENGINE = Engine(
+    name="llamacpp",
+    title="llama.cpp's server",
+    accepts=frozenset({"gguf", "lora"}),
+    base=EngineBase(cpu="engine:llamacpp", gpu=CUDA_IMAGE),
+    port=_PORT,
+    health_path="/health",
+    plan=plan,
+    env=env,
+    entrypoint=("/app/llama-server",),
+    command=command,
+    healthcheck=("/app/healthcheck",),
+    key_variable="LLAMA_API_KEY",
+    port_variable="LLAMA_ARG_PORT",
+    host_variable="LLAMA_ARG_HOST",
+    numbers_adapters=True,
+    threads_variable="LLAMA_ARG_THREADS",
+    neutral_settings=frozenset({"ctx-size", "parallel", "threads", "cache-ram"}),
+    image_files={"/etc/weightsmith/llamacpp.env": "llamacpp.env"},
+)

@@ -1,0 +1,213 @@
+"""A model on a machine as llama-server has it: what it weighs there, and what of it fits. Bytes.
+
+The cache is exact, the rest beside the weights an estimate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from weightsmith.errors import UsageError
+from weightsmith.serving.engine import Wishes
+from weightsmith.serving.gpus import gpu
+from weightsmith.serving.memory import (
+    KV_PADDING,
+    MIB,
+    host_memory,
+    human,
+    kv_cache_bytes,
+    kv_layer_bytes,
+    padded,
+)
+from weightsmith.serving.model import ModelShape
+from weightsmith.values import Json
+
+UBATCH = 512
+"""Its default of tokens computed together."""
+_MARGIN = 20
+"""One part in twenty of the memory stays free: for the system, and for what is estimated."""
+PROGRAM = 128 * MIB
+"""The process, its vocabulary and requests on a CPU (35 MiB measured on a small model)."""
+_CUDA = 640 * MIB
+"""A CUDA context, cuBLAS workspace and the kernels' pool, per GPU (an estimate)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Memory of all devices together; `gpus` is 0 for a CPU."""
+
+    device: str
+    gpus: int
+    total: int
+    held_back: int
+
+    @property
+    def usable(self) -> int:
+        """What a plan may take."""
+        return self.total - self.held_back
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """A model on a machine, with the options that change what it weighs."""
+
+    shape: ModelShape
+    weights: int
+    machine: Machine
+    type_k: str
+    type_v: str
+    ubatch: int
+    flash: bool
+    host_cache: int
+
+    @property
+    def layer_bytes(self) -> int:
+        """One token in one layer of the cache."""
+        return kv_layer_bytes(self.shape, self.type_k, self.type_v)
+
+    def kv(self, tokens: int, slots: int) -> int:
+        """Return the cache of so many slots of that length."""
+        return kv_cache_bytes(self.shape, tokens, slots, self.layer_bytes, self.ubatch)
+
+    def overhead(self, tokens: int, slots: int) -> int:
+        """Return what is neither weights nor cache.
+
+        The compute buffer is an estimate, compared with what llama-server 0c1e57098 reported on a
+        CPU for eleven settings of three models, and never below it there: per token of a
+        micro-batch the float32 activations of one layer (two of the feed-forward's width, eight of
+        the hidden width) and a float16 attention mask over one slot; per slot its logits, twice.
+        """
+        shape = self.shape
+        per_token = 4 * (2 * shape.intermediate + 8 * shape.hidden) + 2 * padded(tokens)
+        if not self.flash:
+            per_token += 4 * shape.heads * padded(tokens)
+        compute = self.ubatch * per_token + 8 * slots * shape.vocab
+        gpus = self.machine.gpus
+        if not gpus:
+            return PROGRAM + compute + self.host_cache
+        # Layers are whole: with several GPUs one may hold a layer more than its share.
+        uneven = (gpus - 1) * (self.weights // shape.layers)
+        return gpus * (_CUDA + compute) + self._dequantized(tokens, slots) + uneven
+
+    def _dequantized(self, tokens: int, slots: int) -> int:
+        # CUDA's flash attention widens one layer of a packed cache to float16 at a time.
+        if (self.type_k, self.type_v) == ("f16", "f16"):
+            return 0
+        return padded(tokens) * slots * kv_layer_bytes(self.shape, "f16", "f16")
+
+    def needs(self, tokens: int, slots: int) -> int:
+        """Return weights, cache and all else."""
+        return self.weights + self.kv(tokens, slots) + self.overhead(tokens, slots)
+
+    def fits(self, tokens: int, slots: int) -> bool:
+        """Say whether so many requests of that length run together."""
+        return self.needs(tokens, slots) <= self.machine.usable
+
+    def longest(self, slots: int, most: int) -> int:
+        """Return the largest length up to `most` that fits, a multiple of 256 below it; 0: none."""
+        if self.fits(most, slots):
+            return most
+        low, high = 0, -(-most // KV_PADDING)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.fits(middle * KV_PADDING, slots) else (low, middle)
+        return low * KV_PADDING
+
+    def most_slots(self, tokens: int, most: int) -> int:
+        """Return how many requests of that length fit, up to `most`; 0: none."""
+        low, high = 0, most + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.fits(tokens, middle) else (low, middle)
+        return low
+
+
+def make_capacity(
+    shape: ModelShape, weights: int, wishes: Wishes, extra: Mapping[str, Json]
+) -> Capacity:
+    """Return the capacity with llama-server's options read; UsageError for one that cannot be."""
+    flash = str(extra.get("flash-attn", "on")).lower() not in {"off", "false", "0", "disabled"}
+    type_v = str(extra.get("cache-type-v", "f16"))
+    if not flash and type_v not in {"f16", "bf16", "f32"}:
+        raise UsageError(
+            f"cache type {type_v} for V needs flash attention", hint="leave flash-attn out"
+        )
+    if str(extra.get("swa-full", "off")).lower() not in {"off", "false", "0", "disabled"}:
+        shape = replace(shape, sliding_window=0)
+    host_cache = _whole(extra, "cache-ram", 0, least=0)
+    return Capacity(
+        shape=shape,
+        weights=weights,
+        machine=_machine(wishes),
+        type_k=str(extra.get("cache-type-k", "f16")),
+        type_v=type_v,
+        ubatch=_whole(extra, "ubatch-size", UBATCH, least=1),
+        flash=flash,
+        host_cache=host_cache * MIB,
+    )
+
+
+def _machine(wishes: Wishes) -> Machine:
+    named = gpu(wishes.gpu) if wishes.gpu not in {"", "cpu"} else None
+    if named and named.compute_capability == (0, 0):
+        raise UsageError(
+            f"{named.name}: the llama.cpp image here is built for NVIDIA GPUs",
+            hint="leave the GPU out to plan for the CPU, or choose an NVIDIA GPU",
+        )
+    if named or wishes.gpu_memory_bytes:
+        each = wishes.gpu_memory_bytes or (named.usable_bytes if named else 0)
+        total = each * wishes.gpu_count
+        device = named.name if named else "gpu"
+        held = total // _MARGIN
+        if wishes.gpu_memory_utilization:
+            held = total - int(total * wishes.gpu_memory_utilization)
+        return Machine(device=device, gpus=wishes.gpu_count, total=total, held_back=held)
+    total = wishes.host_memory_bytes or host_memory()
+    return Machine(device="cpu", gpus=0, total=total, held_back=total // _MARGIN)
+
+
+def _whole(extra: Mapping[str, Json], option: str, default: int, *, least: int) -> int:
+    value = extra.get(option, default)
+    try:
+        number = int(str(value))
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise UsageError(
+            f"serve.extra.{option} is {value!r}", hint=f"give a whole number from {least} on"
+        )
+    return number
+
+
+def ways(capacity: Capacity, tokens: int, slots: int) -> list[dict[str, Json]]:
+    """Return the wishes closest to these that fit: `text` for people, the rest as `serve` keys."""
+    both: dict[str, Json] = {"max_model_len": tokens, "max_num_seqs": slots}
+    found: list[dict[str, Json]] = []
+    if shorter := capacity.longest(slots, tokens):
+        text = f"max_model_len {shorter} with {slots} at once"
+        found.append({"text": text, **both, "max_model_len": shorter})
+    if fewer := capacity.most_slots(tokens, slots):
+        text = f"max_num_seqs {fewer} at {tokens}"
+        found.append({"text": text, **both, "max_num_seqs": fewer})
+    packed = _packed(capacity)
+    longer = packed.longest(slots, tokens) if packed else 0
+    if longer > shorter:
+        text = "the same" if longer == tokens else f"max_model_len {longer}"
+        text += " with serve.extra.cache-type-k=q8_0 and cache-type-v=q8_0"
+        found.append({"text": text, **both, "max_model_len": longer, "kv_cache_dtype": "q8_0"})
+    needed = capacity.needs(tokens, slots) * _MARGIN // (_MARGIN - 1) + MIB
+    gpus = max(1, capacity.machine.gpus)
+    memory = f"{human(-(-needed // gpus))} of {'GPU ' if capacity.machine.gpus else ''}memory"
+    key = "gpu_memory" if capacity.machine.gpus else "memory"
+    found.append({"text": memory + (" each" if gpus > 1 else ""), key: -(-needed // gpus)})
+    return found
+
+
+def _packed(capacity: Capacity) -> Capacity | None:
+    packed = replace(capacity, type_k="q8_0", type_v="q8_0")
+    try:
+        smaller = packed.layer_bytes < capacity.layer_bytes
+    except UsageError:
+        return None
+    return packed if smaller and capacity.flash else None

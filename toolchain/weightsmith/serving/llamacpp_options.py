@@ -1,0 +1,149 @@
+"""The options of llama-server, by the names of the pinned version."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+
+from weightsmith.errors import UsageError
+from weightsmith.values import Json
+
+_LIST = Path(__file__).with_name("llamacpp_options.json")
+
+# What a plan decides, or what a baked image must not do; option -> what to do instead.
+_NOT_HERE: Mapping[str, str] = {
+    "model": "the image's own model is served",
+    "alias": "set the recipe's name",
+    "ctx-size": "set serve.max_model_len, the length of one request",
+    "parallel": "set serve.max_num_seqs",
+    "kv-unified": "a plan gives every request its own share of the cache",
+    "kv-unified-per-slot": "set serve.max_model_len",
+    "n-gpu-layers": "set serve.gpu or serve.gpu_memory; the plan works out the layers",
+    "fit": "the plan is explicit, so that the same image starts the same way everywhere",
+    "host": "publish the port where you want it",
+    "port": "publish port 8080 as the port you want",
+    "offline": "an image holds all it needs",
+    "api-key": "a key does not belong into an image: set LLAMA_API_KEY where it runs",
+    "hf-token": "a token does not belong into an image",
+    "tools": "it lets whoever reaches the port run programs",
+    "agent": "it lets whoever reaches the port run programs",
+    "ui-mcp-proxy": "it lets whoever reaches the port reach other hosts",
+    "mcp-servers-config": "it starts programs inside the server",
+    "mcp-servers-json": "it starts programs inside the server",
+    "model-url": "an image downloads nothing",
+    "hf-repo": "an image downloads nothing",
+    "docker-repo": "an image downloads nothing",
+    "models-dir": "one image serves one model",
+    "models-preset": "one image serves one model",
+}
+
+
+@cache
+def environment_names() -> Mapping[str, str]:
+    """Return option -> environment variable, for the options that have one."""
+    return MappingProxyType(dict(_load()["environment"]))
+
+
+@cache
+def command_line_names() -> Mapping[str, bool]:
+    """Return the options that only the command line knows -> whether they take a value."""
+    return MappingProxyType(dict(_load()["command_line"]))
+
+
+@cache
+def _canonical() -> Mapping[str, str]:
+    # Options with one variable are spellings of each other; plans use these.
+    own = ("n-gpu-layers", "log-verbosity", "temperature", "n-predict", "ui", "embedding")
+    names: dict[str, str] = {}
+    for option in (*own, *environment_names()):
+        names.setdefault(environment_names()[option], option)
+    return MappingProxyType(names)
+
+
+def extra_options(extra: Mapping[str, Json]) -> dict[str, Json]:
+    """Return `serve.extra` with every key as llama-server's long option, without dashes.
+
+    Keys may be long options or LLAMA_ARG_ variables. Raises UsageError for an unknown option
+    (with near misses), one given twice, or one that is not for an image.
+    """
+    found: dict[str, Json] = {}
+    for key, value in extra.items():
+        option = _option(key)
+        if option in _NOT_HERE:
+            raise UsageError(
+                f"serve.extra.{key} cannot be set: {option} is not for an image to choose",
+                hint=_NOT_HERE[option],
+            )
+        if option in found:
+            raise UsageError(f"serve.extra sets {option} twice", hint=f"remove {key}")
+        if isinstance(value, Mapping | list | tuple):
+            value = json.dumps(value, sort_keys=True)
+        found[option] = value
+    return found
+
+
+def as_environment(settings: Mapping[str, Json]) -> dict[str, str]:
+    """Return the settings that have a variable, under it; booleans as 1 and 0.
+
+    llama-server reads true/1/on/enabled and false/0/off/disabled; a variable of a plain switch
+    takes effect only when it is true (common/arg.cpp).
+    """
+    names = environment_names()
+    return {names[option]: text(value) for option, value in settings.items() if option in names}
+
+
+def as_arguments(settings: Mapping[str, Json]) -> tuple[str, ...]:
+    """Return the settings that only the command line knows, as arguments."""
+    argv: list[str] = []
+    for option, value in settings.items():
+        takes_value = command_line_names().get(option)
+        if takes_value is None:
+            continue
+        if takes_value:
+            argv += [f"--{option}", text(value)]
+        elif value:
+            argv.append(f"--{option}")
+        elif f"no-{option}" in command_line_names():
+            argv.append(f"--no-{option}")
+    return tuple(argv)
+
+
+def text(value: Json) -> str:
+    """Return a setting as llama-server reads it."""
+    if isinstance(value, bool):
+        return "1" if value else "0"
+    return str(value)
+
+
+def _option(key: str) -> str:
+    variables = _canonical()
+    if key.upper().startswith("LLAMA_"):
+        known: list[str] = list(variables)
+        if key.upper() in variables:
+            return variables[key.upper()]
+    else:
+        option = key.lstrip("-").replace("_", "-").lower()
+        if option in environment_names():
+            return variables[environment_names()[option]]
+        if option in command_line_names():
+            return option
+        known = [*environment_names(), *command_line_names()]
+    near = difflib.get_close_matches(_near_form(key), known, n=3, cutoff=0.6)
+    guess = f"did you mean {', '.join(near)}? " if near else ""
+    raise UsageError(
+        f"serve.extra.{key}: llama-server has no such option",
+        hint=f"{guess}`llama-server --help` in the image lists them all",
+    )
+
+
+def _load() -> Mapping[str, Json]:
+    loaded: Mapping[str, Json] = json.loads(_LIST.read_text("utf-8"))
+    return loaded
+
+
+def _near_form(key: str) -> str:
+    return key.upper() if key.upper().startswith("LLAMA_") else key.replace("_", "-").lower()

@@ -1,0 +1,225 @@
+"""Plans llama-server's memory: how long a request may be, how many at once, on which device.
+
+The guarantee is strict: every slot owns its share of the cache, so `max_num_seqs` requests of
+`max_model_len` tokens run together and none is cut off (`-np N -c pad256(L)*N --no-kv-unified`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from weightsmith.errors import UsageError
+from weightsmith.serving.architectures import check_architecture
+from weightsmith.serving.engine import ServingPlan, Wishes
+from weightsmith.serving.llamacpp_capacity import PROGRAM, UBATCH, Capacity, make_capacity, ways
+from weightsmith.serving.llamacpp_options import extra_options
+from weightsmith.serving.memory import (
+    KV_PADDING,
+    human,
+    padded,
+    require_attention,
+    sliding_layers,
+)
+from weightsmith.serving.model import ModelShape
+from weightsmith.values import Json
+
+_AUTO_SLOTS = 4
+_UNKNOWN_LENGTH = 4096
+_SPLIT_LENGTH = 4096
+_BATCH = 2048
+
+
+def plan(config: Mapping[str, Json], weight_bytes: int, wishes: Wishes) -> ServingPlan:
+    """Return the plan for a model of `weight_bytes` on the wished machine.
+
+    `auto` takes the longest request that fits, up to the model's own length, then up to four at
+    once. Raises InputRefused for a lying config.json, and UsageError for a wish that cannot be,
+    with the nearest that can.
+    """
+    shape = ModelShape.from_config(config)
+    require_attention(shape)
+    extra = _with_wishes(extra_options(wishes.extra), wishes)
+    capacity = make_capacity(shape, weight_bytes, wishes, extra)
+    notes = _shape_notes(shape)
+    if said := check_architecture(shape, config):
+        notes.append(said)
+    limit = _length_limit(shape, wishes, extra)
+    tokens, slots = _choose(capacity, wishes, limit)
+    if capacity.fits(tokens, slots):
+        layers = capacity.shape.layers + 1 if capacity.machine.gpus else 0
+    elif capacity.machine.gpus:
+        layers = _split(capacity, tokens, slots, wishes)
+        notes.append(
+            f"{layers} of {shape.layers} layers fit on {capacity.machine.device}; the rest run on"
+            " the host's CPU, many times slower. All would fit with:"
+            f" {_nearest(capacity, tokens, slots)}"
+        )
+    else:
+        raise _too_much(capacity, tokens, slots)
+    return _result(capacity, tokens, slots, layers, extra, notes)
+
+
+_CACHE_TYPES = {"fp8": "q8_0", "fp8_e4m3": "q8_0", "float16": "f16", "bfloat16": "bf16"}
+"""Other engines' names -> the nearest of llama.cpp's own."""
+
+
+def _with_wishes(extra: dict[str, Json], wishes: Wishes) -> dict[str, Json]:
+    """Return the options that the wishes of every engine stand for; `extra` wins.
+
+    Raises UsageError for a wish that llama.cpp has nothing for.
+    """
+    if wishes.dtype not in {"", "auto"}:
+        raise UsageError(
+            f"dtype {wishes.dtype}: a GGUF file has its types already", hint="choose another target"
+        )
+    if wishes.tensor_parallel_size > 1:
+        raise UsageError(
+            "tensor_parallel_size: llama.cpp gives whole layers to each GPU",
+            hint="set serve.gpu_count alone",
+        )
+    if wishes.pipeline_parallel_size not in {0, wishes.gpu_count}:
+        raise UsageError(
+            f"pipeline_parallel_size {wishes.pipeline_parallel_size} is not gpu_count"
+            f" {wishes.gpu_count}",
+            hint="leave it out: llama.cpp spreads the layers over all GPUs",
+        )
+    found: dict[str, Json] = {}
+    if wishes.kv_cache_dtype not in {"", "auto"}:
+        kind = _CACHE_TYPES.get(wishes.kv_cache_dtype, wishes.kv_cache_dtype)
+        found |= {"cache-type-k": kind, "cache-type-v": kind}
+    if batch := wishes.max_num_batched_tokens:
+        found |= {"batch-size": batch, "ubatch-size": min(UBATCH, batch)}
+    return {**found, **extra}
+
+
+def _length_limit(shape: ModelShape, wishes: Wishes, extra: Mapping[str, Json]) -> int:
+    """Return the longest request the model allows; stretched positions lift the limit."""
+    limit = shape.max_positions or _UNKNOWN_LENGTH
+    wish = wishes.max_model_len
+    if wish is None:
+        return limit
+    stretched = any(option.startswith(("rope-", "yarn-")) for option in extra)
+    if shape.max_positions and wish > shape.max_positions and not stretched:
+        raise UsageError(
+            f"max_model_len {wish} is longer than the model's {shape.max_positions} positions",
+            hint=f"nearest: max_model_len {shape.max_positions}; or stretch the positions with"
+            " serve.extra.rope-scale or serve.extra.yarn-orig-ctx",
+        )
+    return max(limit, wish)
+
+
+def _choose(capacity: Capacity, wishes: Wishes, limit: int) -> tuple[int, int]:
+    """Return (tokens, slots): the wishes, and for `auto` the most that fits."""
+    tokens = wishes.max_model_len
+    if tokens is None:
+        tokens = capacity.longest(wishes.max_num_seqs or 1, limit)
+        # A GPU that cannot hold everything is used for as many layers as it can.
+        useful = min(_SPLIT_LENGTH, limit)
+        if capacity.machine.gpus and tokens < useful:
+            tokens = useful
+        tokens = tokens or min(KV_PADDING, limit)
+    slots = wishes.max_num_seqs or capacity.most_slots(tokens, _AUTO_SLOTS) or 1
+    return tokens, slots
+
+
+def _split(capacity: Capacity, tokens: int, slots: int, wishes: Wishes) -> int:
+    """Return how many layers fit on the GPU, counting a layer's weights and cache as equal."""
+    layers = capacity.shape.layers
+    kv = capacity.kv(tokens, slots)
+    each = -(-capacity.weights // layers) + -(-kv // layers)
+    room = capacity.machine.usable - capacity.overhead(tokens, slots)
+    fitting = min(layers, room // each)
+    if fitting < 1:
+        raise _too_much(capacity, tokens, slots)
+    rest = (layers - fitting) * each + PROGRAM
+    if wishes.host_memory_bytes and rest > wishes.host_memory_bytes:
+        raise UsageError(
+            f"{layers - fitting} layers do not fit on {capacity.machine.device} and need"
+            f" {human(rest)} of host memory; there are {human(wishes.host_memory_bytes)}",
+            hint=f"nearest that fits: {_nearest(capacity, tokens, slots)}",
+        )
+    return fitting
+
+
+def _too_much(capacity: Capacity, tokens: int, slots: int) -> UsageError:
+    machine = capacity.machine
+    return UsageError(
+        f"max_model_len {tokens} x max_num_seqs {slots} needs"
+        f" {human(capacity.needs(tokens, slots))}, {human(machine.usable)} are usable on"
+        f" {machine.device}: weights {human(capacity.weights)},"
+        f" cache {human(capacity.kv(tokens, slots))},"
+        f" overhead {human(capacity.overhead(tokens, slots))}",
+        hint=f"nearest that fits: {_nearest(capacity, tokens, slots)}",
+        details={"plan": _result(capacity, tokens, slots, 0, {}, [])},
+    )
+
+
+def _nearest(capacity: Capacity, tokens: int, slots: int) -> str:
+    """Return the wishes closest to these that fit, for people."""
+    return "; or ".join(str(way["text"]) for way in ways(capacity, tokens, slots))
+
+
+def _shape_notes(shape: ModelShape) -> list[str]:
+    notes = []
+    if not shape.max_positions:
+        notes.append(f"config.json gives no length: {_UNKNOWN_LENGTH} tokens are assumed")
+    if shape.sliding_window and not sliding_layers(shape):
+        notes.append("sliding layers are planned at full length, which is never too little")
+    if sliding_layers(shape) == shape.layers:
+        notes.append(
+            f"every layer slides: a request keeps its last {shape.sliding_window} tokens and those"
+            " of a step, and grows by nothing beyond them"
+        )
+    return notes
+
+
+def _result(
+    capacity: Capacity,
+    tokens: int,
+    slots: int,
+    gpu_layers: int,
+    extra: Mapping[str, Json],
+    notes: list[str],
+) -> ServingPlan:
+    growing = capacity.shape.layers - sliding_layers(capacity.shape)
+    settings: dict[str, Json] = {
+        "ctx-size": padded(tokens) * slots,
+        "parallel": slots,
+        "kv-unified": False,
+        "n-gpu-layers": gpu_layers,
+        "flash-attn": "on",
+        "cache-type-k": capacity.type_k,
+        "cache-type-v": capacity.type_v,
+        "batch-size": max(_BATCH, capacity.ubatch),
+        "ubatch-size": capacity.ubatch,
+        "cache-ram": 0,
+        "fit": "off",
+    }
+    machine, kv = capacity.machine, capacity.kv(tokens, slots)
+    gpus, overhead = max(1, machine.gpus), capacity.overhead(tokens, slots)
+    room = max(0, machine.usable - capacity.weights - overhead)
+    fits = capacity.fits(tokens, slots)
+    return ServingPlan(
+        device=machine.device,
+        gpus=machine.gpus,
+        max_model_len=tokens,
+        max_num_seqs=slots,
+        max_num_batched_tokens=int(str({**settings, **extra}["batch-size"])),
+        max_concurrency=room // (kv // slots),
+        weight_bytes=capacity.weights,
+        weights_bytes_per_gpu=-(-capacity.weights // gpus),
+        kv_bytes_per_token=growing * capacity.layer_bytes,
+        kv_bytes_per_request=kv // slots,
+        kv_bytes_total=kv,
+        kv_cache_bytes=room // gpus,
+        overhead_bytes=overhead,
+        usable_bytes=machine.usable,
+        margin_bytes=machine.held_back // gpus,
+        host_bytes=capacity.weights + kv + overhead,
+        pipeline_parallel_size=gpus,
+        gpu_layers=gpu_layers,
+        fits=fits,
+        nearest=None if fits else tuple(ways(capacity, tokens, slots)),
+        settings={**settings, **extra},
+        notes=tuple(notes),
+    )

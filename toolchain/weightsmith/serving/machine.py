@@ -1,0 +1,132 @@
+"""The machine that a plan is for: one kind of GPU, how many, and how a model is split on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from weightsmith.errors import UsageError
+from weightsmith.serving.engine import Wishes
+from weightsmith.serving.gpus import Gpu, gpu
+from weightsmith.serving.memory import host_memory
+from weightsmith.serving.model import ModelShape
+
+_LOW_PRECISION = ("Gemma2", "Gemma3", "Glm4")
+"""Models whose activations overflow float16; vLLM 0.33, config/model.py refuses it for them."""
+
+_DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Memory of one device and how many there are; `gpus` is 0 for a CPU."""
+
+    device: str
+    gpu: Gpu | None
+    gpus: int
+    bytes_each: int
+    """What a process sees as the total of one device."""
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+
+
+def machine_for(wishes: Wishes, shape: ModelShape) -> Machine:
+    """Return the wished machine; raises UsageError for a split that the model does not allow."""
+    named = gpu(wishes.gpu) if wishes.gpu not in {"", "cpu"} else None
+    if not named and not wishes.gpu_memory_bytes:
+        if wishes.tensor_parallel_size > 1 or wishes.pipeline_parallel_size > 1:
+            raise UsageError(
+                "tensor_parallel_size and pipeline_parallel_size split a model over GPUs, and none"
+                " is named",
+                hint="set serve.gpu, or serve.gpu_memory",
+            )
+        return Machine(
+            device="cpu", gpu=None, gpus=0, bytes_each=wishes.host_memory_bytes or host_memory()
+        )
+    tensor, pipeline = _split(wishes, shape)
+    return Machine(
+        device=named.name if named else "gpu",
+        gpu=named,
+        gpus=tensor * pipeline,
+        bytes_each=wishes.gpu_memory_bytes or (named.usable_bytes if named else 0),
+        tensor_parallel=tensor,
+        pipeline_parallel=pipeline,
+    )
+
+
+def _split(wishes: Wishes, shape: ModelShape) -> tuple[int, int]:
+    """Return (tensor, pipeline) parallel sizes: as wished, else as many shards as heads allow."""
+    tensor, pipeline, count = (
+        wishes.tensor_parallel_size,
+        wishes.pipeline_parallel_size,
+        wishes.gpu_count,
+    )
+    if tensor or pipeline:
+        if not tensor:
+            tensor = count // pipeline if count % pipeline == 0 else 1
+        elif not pipeline:
+            pipeline = max(1, count // tensor)
+        if count not in {1, tensor * pipeline}:
+            raise UsageError(
+                f"tensor_parallel_size {tensor} x pipeline_parallel_size {pipeline} is"
+                f" {tensor * pipeline} GPUs, gpu_count is {count}",
+                hint=f"set serve.gpu_count={tensor * pipeline}, or leave the sizes out",
+            )
+    else:
+        tensor = max(n for n in range(1, count + 1) if count % n == 0 and can_split(shape, n))
+        pipeline = count // tensor
+    if not can_split(shape, tensor):
+        possible = [n for n in range(1, 65) if can_split(shape, n)]
+        raise UsageError(
+            f"tensor_parallel_size {tensor} does not divide the model's {shape.heads} attention"
+            f" heads ({shape.kv_heads} key-value heads)",
+            hint=f"possible: {', '.join(map(str, possible))}; or split by layers with"
+            " serve.pipeline_parallel_size",
+        )
+    if pipeline > shape.layers:
+        raise UsageError(
+            f"pipeline_parallel_size {pipeline} is more than the model's {shape.layers} layers",
+            hint=f"nearest: {shape.layers}",
+        )
+    return tensor, pipeline
+
+
+def can_split(shape: ModelShape, shards: int) -> bool:
+    """Say whether a model's heads can be divided among so many GPUs.
+
+    Key-value heads are divided, or each is held by several GPUs (vLLM 0.33, config/model.py).
+    """
+    even = shape.kv_heads % shards == 0 or shards % shape.kv_heads == 0
+    return shape.heads % shards == 0 and (even or bool(shape.kv_lora_rank))
+
+
+def choose_dtype(shape: ModelShape, machine: Machine, wish: str) -> tuple[str, str]:
+    """Return (dtype, note): the type that activations are computed in, and why where it changed.
+
+    float32 checkpoints are served in bfloat16, as vLLM does. GPUs before compute capability 8.0
+    lack bfloat16. Raises UsageError for a type that the GPU or the model does not allow.
+    """
+    if wish not in {"", "auto", *_DTYPES}:
+        raise UsageError(f"dtype {wish}: unknown", hint=f"one of auto, {', '.join(_DTYPES)}")
+    bf16 = machine.gpu is None or machine.gpu.bf16
+    own = shape.dtype if shape.dtype in {"bfloat16", "float16"} else "bfloat16"
+    chosen = wish if wish in _DTYPES else own
+    note = ""
+    if chosen == "bfloat16" and not bf16:
+        if wish == "bfloat16":
+            raise UsageError(
+                f"{machine.device} has no bfloat16 (it came with compute capability 8.0)",
+                hint="set serve.dtype=float16, or choose an L4 or later",
+            )
+        chosen, note = "float16", f"{machine.device} has no bfloat16: float16 is used"
+    if chosen == "float16" and shape.architecture.startswith(_LOW_PRECISION):
+        raise UsageError(
+            f"{shape.architecture} overflows in float16"
+            + ("" if bf16 else f", and {machine.device} has no bfloat16"),
+            hint="set serve.dtype=bfloat16" if bf16 else "choose an L4, an A10G or later",
+        )
+    return chosen, note
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Return the bytes of a number of that type."""
+    return _DTYPES[dtype]

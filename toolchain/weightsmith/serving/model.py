@@ -1,0 +1,191 @@
+"""What a serving plan needs to know of a model, read from its config.json and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from weightsmith.errors import InputRefused
+from weightsmith.serving.attention import CacheLayers, cache_layers
+from weightsmith.serving.text import text_part
+from weightsmith.values import Json
+
+_LARGEST = {
+    "num_hidden_layers": 10_000,
+    "hidden_size": 1_000_000,
+    "num_attention_heads": 100_000,
+    "num_key_value_heads": 100_000,
+    "head_dim": 100_000,
+    "v_head_dim": 100_000,
+    "max_position_embeddings": 1_000_000_000,
+    "vocab_size": 100_000_000,
+    "intermediate_size": 100_000_000,
+    "sliding_window": 1_000_000_000,
+    "kv_lora_rank": 1_000_000,
+    "qk_rope_head_dim": 100_000,
+    "qk_nope_head_dim": 100_000,
+}
+_HINT = "check the checkpoint's config.json: a serving plan made from wrong numbers would not start"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """The numbers of a decoder that decide what its cache and activations weigh."""
+
+    architecture: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    max_positions: int
+    """Tokens that the model was made for; 0 where the configuration does not say."""
+    vocab: int
+    sliding_window: int
+    """Tokens that a sliding layer looks back; 0 where no layer slides."""
+    layer_types: tuple[str, ...]
+    """One per layer, where the configuration gives them; else empty."""
+    dtype: str
+    kv_lora_rank: int = 0
+    """Width of the compressed cache of multi-head latent attention; 0 for other models."""
+    rope_head_dim: int = 0
+    state_dtype: str = ""
+    """What the recurrent state of Mamba and linear attention is kept in; "" for the model's own."""
+    cache: tuple[CacheLayers, ...] = ()
+    """What its layers keep, by kind."""
+
+    @property
+    def sliding_layers(self) -> int:
+        """Layers with a sliding window; 0 where config.json names none: full length is planned."""
+        if not self.sliding_window:
+            return 0
+        return sum(kind == "sliding_attention" for kind in self.layer_types)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Json]) -> ModelShape:
+        """Read a config.json, its `text_config` where there is one.
+
+        Raises InputRefused for numbers that are missing, of the wrong type, or absurd.
+        """
+        inner = text_part(config)
+        layers = _number(inner, "num_hidden_layers", "n_layer")
+        hidden = _number(inner, "hidden_size", "n_embd")
+        heads = _number(inner, "num_attention_heads", "n_head")
+        kv_heads = _kv_heads(inner, heads)
+        head_dim = _number(inner, "head_dim", default=0) or _head_dim(inner, hidden, heads)
+        if heads % kv_heads:
+            raise InputRefused(
+                f"config.json: num_attention_heads {heads} is not a multiple of"
+                f" num_key_value_heads {kv_heads}",
+                hint=_HINT,
+            )
+        architecture, window = _architecture(config), _sliding_window(inner)
+        kinds = _layer_types(inner, layers)
+        return cls(
+            architecture=architecture,
+            layers=layers,
+            hidden=hidden,
+            intermediate=_number(inner, "intermediate_size", "n_inner", default=4 * hidden),
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            v_head_dim=_number(inner, "v_head_dim", default=0) or head_dim,
+            max_positions=_number(inner, "max_position_embeddings", "n_positions", default=0),
+            vocab=_number(inner, "vocab_size"),
+            sliding_window=window,
+            layer_types=kinds,
+            dtype=stated_dtype(config) or "float32",
+            kv_lora_rank=_number(inner, "kv_lora_rank", default=0),
+            rope_head_dim=_number(inner, "qk_rope_head_dim", default=0),
+            state_dtype=_state_dtype(architecture, inner),
+            cache=cache_layers(architecture, inner, layers, window),
+        )
+
+
+def _kv_heads(config: Mapping[str, Json], heads: int) -> int:
+    """Return the key-value heads by the names that there are (vLLM 0.33, config/model.py)."""
+    # Falcon before its second architecture, and GPT-BigCode: one head for all queries.
+    if config.get("multi_query") is True and not config.get("new_decoder_architecture"):
+        return 1
+    names = ("num_key_value_heads", "n_head_kv", "num_kv_heads", "multi_query_group_num")
+    return _number(config, *names, default=heads)
+
+
+def _number(config: Mapping[str, Json], *names: str, default: int | None = None) -> int:
+    """Return the first of these fields that is set; a default of 0 allows 0 itself."""
+    for name in names:
+        value = config.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise InputRefused(f"config.json: {name} is {value!r}, not a whole number", hint=_HINT)
+        most = _LARGEST.get(name, _LARGEST["vocab_size"])
+        least = 0 if default == 0 else 1
+        if not least <= value <= most:
+            raise InputRefused(
+                f"config.json: {name} is {value}, outside {least} to {most}", hint=_HINT
+            )
+        return value
+    if default is None:
+        raise InputRefused(f"config.json lacks {names[0]}", hint=_HINT)
+    return default
+
+
+def _head_dim(config: Mapping[str, Json], hidden: int, heads: int) -> int:
+    rope = _number(config, "qk_rope_head_dim", default=0)
+    if rope:
+        return rope + _number(config, "qk_nope_head_dim", default=0)
+    if hidden % heads:
+        raise InputRefused(
+            f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}"
+            " and there is no head_dim",
+            hint=_HINT,
+        )
+    return hidden // heads
+
+
+def _architecture(config: Mapping[str, Json]) -> str:
+    names = config.get("architectures")
+    if isinstance(names, list) and names and isinstance(names[0], str):
+        return names[0]
+    raise InputRefused("config.json lacks architectures", hint=_HINT)
+
+
+def _sliding_window(config: Mapping[str, Json]) -> int:
+    # Qwen2 names a window and then turns it off.
+    if config.get("use_sliding_window") is False:
+        return 0
+    return _number(config, "sliding_window", default=0)
+
+
+def _layer_types(config: Mapping[str, Json], layers: int) -> tuple[str, ...]:
+    kinds = config.get("layer_types")
+    if kinds is None:
+        return ()
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+        raise InputRefused("config.json: layer_types is not a list of names", hint=_HINT)
+    if len(kinds) != layers:
+        raise InputRefused(
+            f"config.json: layer_types has {len(kinds)} entries for {layers} layers", hint=_HINT
+        )
+    return tuple(kinds)
+
+
+def _state_dtype(architecture: str, config: Mapping[str, Json]) -> str:
+    """Return the type that a model asks for (vLLM, model_executor/models/config.py)."""
+    for name in ("mamba_ssm_cache_dtype", "mamba_ssm_dtype"):
+        if config.get(name) in {"float32", "float16", "bfloat16"}:
+            return str(config[name])
+    return "float32" if architecture.startswith("NemotronH") else ""
+
+
+def stated_dtype(config: Mapping[str, Json]) -> str:
+    """Return the type that config.json says its weights have; empty where it says none."""
+    inner = config.get("text_config")
+    for place in (inner if isinstance(inner, Mapping) else {}, config):
+        for name in ("dtype", "torch_dtype"):
+            if isinstance(place.get(name), str):
+                return str(place[name]).removeprefix("torch.")
+    return ""

@@ -1,0 +1,221 @@
+"""A model on a machine under the rules of an engine with a pool: what fits, per GPU.
+
+Exact: the weights, and the cache by the engine's own block rules. Estimated: what the engine needs
+beside them, so a margin is held back. Sizes in bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from weightsmith.serving.engine import Wishes
+from weightsmith.serving.length import Lengths
+from weightsmith.serving.machine import Machine, dtype_bytes
+from weightsmith.serving.memory import GIB, MIB
+from weightsmith.serving.model import ModelShape
+from weightsmith.serving.paged import PagedCache, paged_cache
+
+_MARGIN = 20
+"""One part in twenty of what the engine may take stays free, because the rest is estimated."""
+
+_CPU_PROGRAM = 3 * GIB // 2
+"""Python, torch and the engine on a CPU, before it has loaded anything (an estimate)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Switches:
+    """Engine options that change what the cache weighs."""
+
+    block: int = 0
+    """Tokens of a block; 0 for the engine's own."""
+    prefix_caching: bool = True
+    hybrid: bool = True
+    chunked_prefill: bool = True
+    overlapping: bool = True
+    """The next batch is scheduled while one runs, so windows slide one batch later."""
+    graphs: bool = True
+    state_dtype: str = ""
+    """Of recurrent states; "" for what model and engine choose."""
+    beside: int = 0
+    """Further bytes per GPU, such as adapters that are loaded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """What differs between engines; fractions are of one GPU's memory."""
+
+    name: str
+    block: int
+    cpu_block: int
+    keeps_windows_small: bool
+    """Sliding and chunked layers keep their window only; else every layer keeps all tokens."""
+    null_block: bool
+    fraction: float
+    """The engine's own default for how much of a GPU it takes."""
+    fraction_of: Literal["all", "static", "free"]
+    """`all` it takes; only weights and cache (`static`); or what is `free` beside the weights."""
+    batched_tokens: Callable[[Machine], int]
+    most_requests: Callable[[Machine], int]
+    """What `auto` goes up to."""
+    cache_dtypes: Mapping[str, float]
+    """Name -> bytes of a number; `auto` is the model's type."""
+    wiggle: float = 1.0
+    """A further factor that the engine itself applies to its fraction."""
+    runs_on_cpu: bool = False
+    state_dtype: str = ""
+    """Of recurrent states where the model does not say; "" for the weights' own."""
+    splits_by_layers: bool = True
+    """It knows pipeline parallelism."""
+    small_target: str = ""
+    """The engine's target with 4-bit weights, to point to where weights are too large."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """A model on a machine under an engine's rules."""
+
+    rules: Rules
+    shape: ModelShape
+    weights: int
+    machine: Machine
+    wishes: Wishes
+    dtype: str
+    switches: Switches
+    limit: Lengths
+    notes: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def cache(self) -> PagedCache:
+        """The pool of one GPU."""
+        rules, machine, switches = self.rules, self.machine, self.switches
+        return paged_cache(
+            self.shape,
+            block=switches.block or (rules.block if machine.gpus else rules.cpu_block),
+            element=self.element,
+            state_element=dtype_bytes(self.dtype),
+            recurrent_element=dtype_bytes(self.state_dtype),
+            tensor_parallel=machine.tensor_parallel,
+            pipeline_parallel=machine.pipeline_parallel,
+            prefix_caching=switches.prefix_caching,
+            sparse=self.wishes.kv_cache_dtype == "fp8_ds_mla",
+            hybrid=switches.hybrid and rules.keeps_windows_small,
+        )
+
+    @property
+    def state_dtype(self) -> str:
+        """The type of recurrent states: the option's, the model's, the engine's, or the weights'.
+
+        CPUs with bfloat16 arithmetic keep them in float32 (vLLM, platforms/cpu.py).
+        """
+        chosen = self.switches.state_dtype or self.shape.state_dtype or self.rules.state_dtype
+        return chosen or (self.dtype if self.machine.gpus else "float32")
+
+    @property
+    def element(self) -> float:
+        """Bytes of a number in the cache."""
+        wish = self.wishes.kv_cache_dtype
+        return (
+            self.rules.cache_dtypes[wish] if wish not in {"", "auto"} else dtype_bytes(self.dtype)
+        )
+
+    @cached_property
+    def weights_each(self) -> int:
+        """Weights on the GPU that holds the most, embeddings of first and last stage included."""
+        machine, layers = self.machine, self.shape.layers
+        stages = machine.pipeline_parallel
+        if stages == 1:
+            return -(-self.weights // machine.tensor_parallel)
+        ends = min(self.weights // 2, self.shape.vocab * self.shape.hidden * 2)
+        inner = max(0, self.weights - 2 * ends)
+        return -(-(inner * -(-layers // stages) // layers + ends) // machine.tensor_parallel)
+
+    def batched(self, tokens: int, requests: int) -> int:
+        """Return max_num_batched_tokens: the wish, else the engine's, no more than can come."""
+        wish = self.wishes.max_num_batched_tokens
+        chosen = wish or max(
+            requests, min(self.rules.batched_tokens(self.machine), requests * tokens)
+        )
+        return chosen if self.switches.chunked_prefill else max(chosen, tokens)
+
+    def inflight(self, tokens: int, requests: int) -> int:
+        """Return how many tokens may be scheduled before a window slides on."""
+        stages = self.machine.pipeline_parallel
+        overlapping = self.switches.overlapping and self.machine.gpus
+        return self.batched(tokens, requests) * (stages + 1 if overlapping else stages)
+
+    def blocks(self, tokens: int, requests: int) -> int:
+        """Return the blocks of one request of that length."""
+        return self.cache.blocks(tokens, self.inflight(tokens, requests))
+
+    def overhead(self, tokens: int, requests: int) -> int:
+        """Return the estimate of all that is neither weights nor cache, per GPU.
+
+        Activations of one forward pass at max_num_batched_tokens (four of the hidden width, three
+        of the feed-forward's), the sampler's logits in the model's type and in float32 twice, the
+        CUDA context with its libraries, NCCL's buffers, and CUDA graphs.
+        """
+        shape, machine = self.shape, self.machine
+        size, tensor = dtype_bytes(self.dtype), machine.tensor_parallel
+        batch = self.batched(tokens, requests)
+        activations = batch * size * (4 * shape.hidden + 3 * shape.intermediate // tensor)
+        logits = requests * shape.vocab * (size + 8)
+        fixed = _CPU_PROGRAM
+        if machine.gpus:
+            graphs = (
+                min(1536 * MIB, 300 * MIB + 15 * MIB * shape.layers) if self.switches.graphs else 0
+            )
+            fixed = GIB + (GIB // 2 if tensor > 1 else 0) + graphs
+        return activations + logits + fixed + self.switches.beside
+
+    def budget(self, tokens: int, requests: int) -> tuple[int, int, float]:
+        """Return (bytes for the cache, bytes held back, the engine's fraction), per GPU."""
+        total, rules = self.machine.bytes_each, self.rules
+        beside = self.weights_each + self.overhead(tokens, requests)
+        fraction = self.wishes.gpu_memory_utilization or rules.fraction
+        if not self.machine.gpus:
+            margin = total // _MARGIN
+            return total - margin - beside, margin, 0.0
+        if rules.fraction_of == "free":
+            free = total - beside
+            room = int(free * fraction)
+            return room, free - room, fraction
+        if rules.fraction_of == "static":
+            margin = total // _MARGIN
+            most = (total - margin - self.overhead(tokens, requests)) / total
+            chosen = math.floor(min(fraction, most) * 1000) / 1000
+            return int(total * chosen) - self.weights_each, margin, chosen
+        asked = math.ceil(total * fraction * rules.wiggle)
+        margin = asked // _MARGIN
+        return asked - margin - beside, margin, fraction
+
+    def room(self, tokens: int, requests: int) -> int:
+        """Return the bytes for the cache, per GPU; negative where not even the weights fit."""
+        return self.budget(tokens, requests)[0]
+
+    def fits(self, tokens: int, requests: int) -> bool:
+        """Say whether so many requests of that length are in the cache together."""
+        blocks = self.cache.number(self.room(tokens, requests)) - self.rules.null_block
+        return 0 < self.blocks(tokens, requests) * requests <= blocks
+
+    def longest(self, requests: int, most: int) -> int:
+        """Return the longest request up to `most` that fits, in whole blocks below it; 0: none."""
+        if self.fits(most, requests):
+            return most
+        step = max(16, self.cache.block)
+        low, high = 0, -(-most // step)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.fits(middle * step, requests) else (low, middle)
+        return low * step
+
+    def most(self, tokens: int, limit: int) -> int:
+        """Return how many requests of that length fit, up to `limit`; 0: none."""
+        low, high = 0, limit + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.fits(tokens, middle) else (low, middle)
+        return low

@@ -1,0 +1,251 @@
+"""Plans engines whose cache is a pool on each GPU: vLLM, SGLang, TensorRT-LLM, TGI.
+
+The guarantee is strict: `max_num_seqs` requests of `max_model_len` tokens are in the cache
+together, none waits and none is computed twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from weightsmith.errors import UsageError
+from weightsmith.serving.architectures import check_architecture
+from weightsmith.serving.engine import ServingPlan, Wishes
+from weightsmith.serving.length import lengths
+from weightsmith.serving.machine import Machine, can_split, choose_dtype, machine_for
+from weightsmith.serving.memory import GIB, human
+from weightsmith.serving.model import ModelShape, stated_dtype
+from weightsmith.serving.nearest import alternatives
+from weightsmith.serving.paged_capacity import Capacity, Rules, Switches
+from weightsmith.values import SAFETENSORS, Json
+
+
+def plan_paged(
+    config: Mapping[str, Json],
+    weight_bytes: int,
+    wishes: Wishes,
+    rules: Rules,
+    switches: Switches | None = None,
+) -> tuple[ServingPlan, Capacity]:
+    """Return a model's plan, without the engine's settings, and its capacity.
+
+    `auto` takes the longest request that fits, up to the model's own length, for as many requests
+    as are wished; then as many requests as fit. Raises InputRefused for a lying config.json and
+    UsageError for a wish that cannot be, with the nearest that can.
+    """
+    capacity = make_capacity(config, weight_bytes, wishes, rules, switches or Switches())
+    tokens = _tokens(capacity)
+    requests = (
+        wishes.max_num_seqs or capacity.most(tokens, rules.most_requests(capacity.machine)) or 1
+    )
+    if wishes.max_num_batched_tokens and wishes.max_num_batched_tokens < requests:
+        raise UsageError(
+            f"max_num_batched_tokens {wishes.max_num_batched_tokens} is less than max_num_seqs"
+            f" {requests}: each request takes at least one token of a batch",
+            hint=f"nearest: max_num_batched_tokens {requests}",
+        )
+    plan = _plan(capacity, tokens, requests)
+    if not plan.fits:
+        raise _too_much(capacity, plan)
+    return plan, capacity
+
+
+def make_capacity(
+    config: Mapping[str, Json],
+    weight_bytes: int,
+    wishes: Wishes,
+    rules: Rules,
+    switches: Switches,
+) -> Capacity:
+    """Return the checked capacity; raises as `plan_paged`."""
+    shape = ModelShape.from_config(config)
+    machine = machine_for(wishes, shape)
+    if not machine.gpus and not rules.runs_on_cpu:
+        raise UsageError(
+            f"{rules.name} needs a GPU",
+            hint="set serve.gpu (such as nvidia-l4), or choose a llamacpp target for a CPU",
+        )
+    if machine.pipeline_parallel > 1 and not rules.splits_by_layers:
+        fitting = [n for n in range(1, machine.gpus + 1) if can_split(shape, n)]
+        raise UsageError(
+            f"{rules.name} cannot spread this model over {machine.gpus} GPUs: its {shape.heads}"
+            " heads do not divide, and it does not split by layers",
+            hint=f"nearest: gpu_count {max(fitting)}",
+        )
+    dtype, note = choose_dtype(shape, machine, wishes.dtype)
+    _check_cache_dtype(rules, machine, dtype, wishes.kv_cache_dtype)
+    _check_fraction(wishes)
+    notes = [said for said in (note, check_architecture(shape, config)) if said]
+    if wishes.gpu_memory_bytes and machine.gpu is None:
+        notes.append("a GPU without a name: its number formats are not checked")
+    if not shape.max_positions:
+        notes.append("config.json gives no length")
+    if not rules.keeps_windows_small and any(p.kind in {"sliding", "chunked"} for p in shape.cache):
+        notes.append("layers with a window are planned at full length, which is never too little")
+    if _shrinks(config, wishes, dtype):
+        notes.append(f"float32 weights are loaded as {dtype}: half of the files' size")
+        weight_bytes //= 2
+    return Capacity(
+        rules=rules,
+        shape=shape,
+        weights=weight_bytes,
+        machine=machine,
+        wishes=wishes,
+        dtype=dtype,
+        switches=switches,
+        limit=lengths(config, stretched=_stretched(wishes)),
+        notes=tuple(notes),
+    )
+
+
+def _shrinks(config: Mapping[str, Json], wishes: Wishes, dtype: str) -> bool:
+    """Say whether a float32 checkpoint is served in 16 bits; it must say that it is one."""
+    return (wishes.format, stated_dtype(config)) == (SAFETENSORS, "float32") and dtype != "float32"
+
+
+def _stretched(wishes: Wishes) -> bool:
+    return any(key.replace("_", "-") in {"hf-overrides", "rope-scaling"} for key in wishes.extra)
+
+
+def _check_cache_dtype(rules: Rules, machine: Machine, dtype: str, wish: str) -> None:
+    if wish in {"", "auto"}:
+        return
+    if wish not in rules.cache_dtypes:
+        raise UsageError(
+            f"kv_cache_dtype {wish}: {rules.name} has no such type",
+            hint=f"one of auto, {', '.join(rules.cache_dtypes)}",
+        )
+    if wish in {"float16", "bfloat16"} and wish != dtype:
+        raise UsageError(
+            f"kv_cache_dtype {wish} is not the model's {dtype}",
+            hint="leave it out, or set an 8-bit type",
+        )
+    # E4M3 in hardware came with compute capability 8.9; E5M2 is converted from 8.0 on.
+    card = machine.gpu
+    needs = (8, 0) if wish == "fp8_e5m2" else (8, 9)
+    if card and wish.startswith("fp8") and not card.fp8 and card.compute_capability < needs:
+        raise UsageError(
+            f"kv_cache_dtype {wish} needs compute capability {needs[0]}.{needs[1]}, {card.name} has"
+            f" {card.compute_capability[0]}.{card.compute_capability[1]}",
+            hint="leave it out, or choose an L4, L40S, H100 or later",
+        )
+
+
+def _check_fraction(wishes: Wishes) -> None:
+    if wishes.gpu_memory_utilization and not 0.05 <= wishes.gpu_memory_utilization <= 0.99:
+        raise UsageError(
+            f"gpu_memory_utilization {wishes.gpu_memory_utilization}: outside 0.05 to 0.99",
+            hint="it is a fraction of one GPU's memory, such as 0.9",
+        )
+
+
+def _tokens(capacity: Capacity) -> int:
+    """Return max_model_len: the wish, else the longest that fits; at least one block."""
+    wish, limit = capacity.wishes.max_model_len, capacity.limit
+    if wish is None:
+        return capacity.longest(capacity.wishes.max_num_seqs or 1, limit.default) or min(
+            16, limit.default
+        )
+    if wish > limit.most:
+        raise UsageError(
+            f"max_model_len {wish} is longer than the model's {limit.most} positions",
+            hint=f"nearest: max_model_len {limit.most}",
+        )
+    return wish
+
+
+def _plan(capacity: Capacity, tokens: int, requests: int) -> ServingPlan:
+    machine, cache = capacity.machine, capacity.cache
+    room, margin, fraction = capacity.budget(tokens, requests)
+    gpus, tensor = max(1, machine.gpus), machine.tensor_parallel
+    need = capacity.blocks(tokens, requests) * cache.bytes_per_block
+    overhead = capacity.overhead(tokens, requests)
+    # A further token takes a part of a block in the layers that keep every token.
+    growing = [group.count for group in cache.groups if group.kind == "full"]
+    count = sum(growing) or sum(g.count for g in cache.groups if g.kind != "state")
+    fits = capacity.fits(tokens, requests)
+    return ServingPlan(
+        device=machine.device,
+        gpus=machine.gpus,
+        max_model_len=tokens,
+        max_num_seqs=requests,
+        max_num_batched_tokens=capacity.batched(tokens, requests),
+        max_concurrency=_floored(
+            cache.concurrency(max(0, room), tokens, capacity.inflight(tokens, requests))
+        ),
+        weight_bytes=capacity.weights,
+        weights_bytes_per_gpu=capacity.weights_each,
+        kv_bytes_per_token=_growth(capacity, count) * tensor,
+        kv_bytes_per_request=need * gpus,
+        kv_bytes_total=need * gpus * requests,
+        kv_cache_bytes=max(0, room),
+        overhead_bytes=overhead * gpus,
+        usable_bytes=(capacity.weights_each + overhead + max(0, room)) * gpus,
+        margin_bytes=margin,
+        host_bytes=_host_bytes(capacity, need * requests, overhead),
+        shm_bytes=_shm_bytes(machine),
+        gpu_memory_utilization=fraction if machine.gpus else None,
+        tensor_parallel_size=tensor,
+        pipeline_parallel_size=machine.pipeline_parallel,
+        gpu_layers=capacity.shape.layers if machine.gpus else 0,
+        fits=fits,
+        notes=(*capacity.notes, *_lowered(capacity, fraction)),
+    )
+
+
+def _lowered(capacity: Capacity, fraction: float) -> tuple[str, ...]:
+    wish = capacity.wishes.gpu_memory_utilization
+    if not wish or fraction >= wish:
+        return ()
+    return (f"gpu_memory_utilization {fraction} instead of {wish}: activations need the rest",)
+
+
+def _growth(capacity: Capacity, groups: int) -> int:
+    """Return the bytes of a token in the growing layers of all pipeline stages, on one shard."""
+    cache, stages = capacity.cache, capacity.machine.pipeline_parallel
+    if stages == 1:
+        return groups * cache.bytes_per_block // cache.block
+    whole = replace(capacity, machine=replace(capacity.machine, pipeline_parallel=1))
+    return groups * whole.cache.bytes_per_block // whole.cache.block
+
+
+def _shm_bytes(machine: Machine) -> int:
+    """Return what the engine's processes share tensors in.
+
+    vLLM has a process for its one worker on a CPU too, and asks for 160 MiB before it starts
+    (0.32, shm_broadcast.py: 10 chunks of 16 MiB).
+    """
+    if not machine.gpus:
+        return GIB // 4
+    return 2 * GIB if machine.gpus > 1 else 0
+
+
+def _host_bytes(capacity: Capacity, cache: int, overhead: int) -> int:
+    if not capacity.machine.gpus:
+        return capacity.weights + cache + capacity.cache.bytes_per_block + overhead
+    # The files' pages while they are copied, and a process per GPU.
+    return capacity.weights + 4 * GIB + 2 * GIB * capacity.machine.gpus
+
+
+def _floored(number: float) -> float:
+    return math.floor(number * 100) / 100
+
+
+def _too_much(capacity: Capacity, plan: ServingPlan) -> UsageError:
+    ways = alternatives(capacity, plan)
+    refused = replace(plan, nearest=ways)
+    where = f"{plan.device}" + (f" x {plan.gpus}" if plan.gpus > 1 else "")
+    gpus = max(1, plan.gpus)
+    each = " per GPU" if plan.gpus > 1 else ""
+    return UsageError(
+        f"max_model_len {plan.max_model_len} x max_num_seqs {plan.max_num_seqs} does not fit on"
+        f" {where}{each}: weights {human(plan.weights_bytes_per_gpu)}, other"
+        f" {human(plan.overhead_bytes // gpus)}, {human(plan.kv_cache_bytes)} are left for a cache"
+        f" of {human(plan.kv_bytes_total // gpus)}",
+        hint=f"nearest that fits: {'; or '.join(texts)}"
+        if (texts := [str(way["text"]) for way in ways])
+        else "nothing near fits, up to 16 GPUs of this kind: choose a smaller model",
+        details={"plan": refused},
+    )

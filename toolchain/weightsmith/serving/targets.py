@@ -1,0 +1,52 @@
+"""Targets: every engine with every format that it loads."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from weightsmith.errors import UsageError
+from weightsmith.serving import engines
+from weightsmith.serving.engine import Engine
+from weightsmith.values import SAFETENSORS, Format
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """One engine that loads one format, such as `llamacpp-q4_k_m`."""
+
+    name: str
+    engine: Engine
+    format: Format
+
+
+def targets(formats: Iterable[Format]) -> Mapping[str, Target]:
+    """Return the targets there are, by name, given the formats that quantizers make.
+
+    The merged checkpoint itself needs no quantizer: its targets carry the engine's name alone.
+    """
+    found = {
+        name: Target(name=name, engine=engine, format=format_)
+        for engine in engines().values()
+        for format_ in (SAFETENSORS, *(f for f in formats if f != SAFETENSORS))
+        if format_.kind in engine.accepts
+        for name in [_name(engine, format_)]
+    }
+    return MappingProxyType(dict(sorted(found.items())))
+
+
+def find(name: str, known: Mapping[str, Target]) -> Target:
+    """Return the target of that name; UsageError with near misses and the list otherwise."""
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    guess = f"did you mean {' or '.join(near)}? " if near else ""
+    raise UsageError(
+        f"unknown target {name!r}", hint=f"{guess}the targets are: {', '.join(known) or 'none'}"
+    )
+
+
+def _name(engine: Engine, format_: Format) -> str:
+    return engine.name if format_ == SAFETENSORS else f"{engine.name}-{format_.name}"

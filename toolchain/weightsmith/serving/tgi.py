@@ -1,0 +1,248 @@
+"""Text Generation Inference 3.3, frozen: upstream is archived, existing users are served."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.serving.engine import Engine, EngineBase, ServingPlan, Support, Wishes
+from weightsmith.serving.machine import Machine
+from weightsmith.serving.model import ModelShape
+from weightsmith.serving.options import OptionList, load_options
+from weightsmith.serving.paged_capacity import Capacity, Rules, Switches
+from weightsmith.serving.paged_plan import plan_paged
+from weightsmith.serving.text import text_part
+from weightsmith.values import Json
+
+GPU_IMAGE = "ghcr.io/huggingface/text-generation-inference:3.3.5"
+"""The last image that the documentation names; images/bases.lock has its digest."""
+
+LEGACY = (
+    "TGI is in maintenance mode since December 2025 and its repository is archived since March"
+    " 2026: choose a vllm or sglang target for anything new"
+)
+
+_PORT = 8080  # the image's own is 80, which only root may open
+_OPTIONS = Path(__file__).with_name("tgi_options.json")
+
+# server/text_generation_server/models/__init__.py at db931fcf: the models with kernels of its own.
+_MODEL_TYPES = frozenset(
+    {"bloom", "cohere", "dbrx", "deepseek_v2", "deepseek_v3", "falcon", "gemma", "gemma2"}
+    | {"gemma3", "gemma3_text", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "granite", "llama"}
+    | {"llama4", "mistral", "mixtral", "mpt", "opt", "phi", "phi3", "phimoe", "qwen2"}
+    | {"santacoder", "starcoder2"}
+)
+
+_NOT_HERE: Mapping[str, str] = {
+    "model-id": "the image's own model is served",
+    "revision": "the image's own model is served",
+    "max-total-tokens": "set serve.max_model_len",
+    "max-input-tokens": "set serve.max_model_len",
+    "max-input-length": "set serve.max_model_len; with max-input-tokens the launcher stops",
+    "max-batch-prefill-tokens": "set serve.max_num_batched_tokens",
+    "max-batch-total-tokens": "the launcher measures it; the plan says what it will find",
+    "max-batch-size": "set serve.max_num_seqs",
+    "num-shard": "set serve.tensor_parallel_size",
+    "sharded": "set serve.tensor_parallel_size",
+    "dtype": "set serve.dtype",
+    "kv-cache-dtype": "set serve.kv_cache_dtype",
+    "quantize": "TGI reads it from the checkpoint",
+    "cuda-memory-fraction": "set serve.gpu_memory_utilization",
+    "port": "publish port 8080 as the port you want",
+    "hostname": "publish the port where you want it",
+    "trust-remote-code": "an image runs no code of a checkpoint",
+    "api-key": "a key does not belong into an image: set API_KEY where it runs",
+    "ngrok": "an image opens no tunnel",
+    "ngrok-authtoken": "an image opens no tunnel",
+    "ngrok-edge": "an image opens no tunnel",
+    "env": "it prints and exits",
+    "lora-adapters": "an image downloads nothing",
+}
+
+
+def _batched_tokens(machine: Machine) -> int:
+    del machine
+    return 4096
+
+
+def _most_requests(machine: Machine) -> int:
+    del machine
+    return 128  # the launcher's MAX_CONCURRENT_REQUESTS
+
+
+RULES = Rules(
+    name="tgi",
+    block=1,  # flashinfer's pages, with prefix caching
+    cpu_block=1,
+    keeps_windows_small=False,
+    null_block=True,  # one page is for padding
+    fraction=1.0,
+    fraction_of="all",
+    wiggle=0.9,  # TGI_WIGGLE_ROOM of the server; the launcher's is 0.95
+    splits_by_layers=False,
+    small_target="tgi-awq",
+    batched_tokens=_batched_tokens,
+    most_requests=_most_requests,
+    cache_dtypes={"fp8": 1, "fp8_e4m3": 1, "fp8_e4m3fn": 1, "fp8_e5m2": 1},
+)
+
+_ROPE_THETA = 10000.0
+
+
+@cache
+def options() -> OptionList:
+    """Return the launcher's options; each has a variable of the same name."""
+    return load_options(_OPTIONS, _NOT_HERE)
+
+
+def plan(config: Mapping[str, Json], weight_bytes: int, wishes: Wishes) -> ServingPlan:
+    """Return the plan of a checkpoint of `weight_bytes` by TGI's token budgets.
+
+    Raises InputRefused for a model it does not know, UsageError for a GPU it has no kernels for
+    and for a wish that does not fit.
+    """
+    extra = options().checked(wishes.extra)
+    kind = config.get("model_type")
+    if kind is not None and str(kind) not in _MODEL_TYPES:
+        raise InputRefused(
+            f"TGI 3.3 knows no model of type {kind!r}, and there will be no later version",
+            hint="choose a vllm or sglang target",
+        )
+    tokenizer = config.get("tokenizer")
+    if isinstance(tokenizer, Mapping) and str(tokenizer.get("tokenizer_class", "")).startswith(
+        "TokenizersBackend"
+    ):
+        raise InputRefused(
+            "the tokenizer was saved by transformers 5 (TokenizersBackend), which TGI cannot read",
+            hint="keep the base's tokenizer files as they were, or choose a vllm target",
+        )
+    _check_rotation(config)
+    planned, capacity = plan_paged(config, weight_bytes, wishes, RULES, _switches(config))
+    card = capacity.machine.gpu
+    # Its image has kernels for 8.0, 8.6 and 9.0, and code that later cards of 9.x can compile.
+    if card and not (8, 0) <= card.compute_capability < (10, 0):
+        raise UsageError(
+            f"TGI 3.3 has no kernels for {card.name}",
+            hint="choose an A10G, A100, L4, L40S or H100, or a vllm target",
+        )
+    if capacity.dtype == "float32":
+        raise UsageError("TGI has no float32", hint="set serve.dtype=bfloat16 or float16")
+    if planned.max_model_len < 2:
+        raise UsageError(
+            "max_model_len 1 leaves no token for the answer", hint="nearest: max_model_len 2"
+        )
+    return replace(planned, settings={**_settings(planned, capacity), **extra})
+
+
+def _check_rotation(config: Mapping[str, Json]) -> None:
+    """Raise InputRefused where positions are turned as TGI's transformers 4 would not turn them.
+
+    transformers 5 writes `rope_parameters`; 4 looks for `rope_theta` and `rope_scaling`, and takes
+    10000 and nothing where they are not, without a word.
+    """
+    settings = text_part(config)
+    rope = settings.get("rope_parameters")
+    if not isinstance(rope, Mapping) or "rope_theta" in settings:
+        return
+    if rope.get("rope_type", "default") != "default" or rope.get("rope_theta") != _ROPE_THETA:
+        raise InputRefused(
+            "config.json has rope_parameters, as transformers 5 writes them, and TGI reads"
+            " rope_theta and rope_scaling: it would answer nonsense",
+            hint="add rope_theta, and rope_scaling where rope_type is not default, to the base's"
+            " config.json, or choose a vllm target",
+        )
+
+
+_FLASHINFER_HEADS = frozenset({64, 128, 256})
+
+
+def _switches(config: Mapping[str, Json]) -> Switches:
+    """Return what the model changes of the cache: launcher/src/main.rs, resolve_attention.
+
+    With flash decoding instead of flashinfer a block has 256 tokens
+    (server/text_generation_server/models/globals.py). Gemma 3 with images takes prompts whole, so a
+    batch of prompts must hold the longest (backends/v3/src/main.rs).
+    """
+    kind = config.get("model_type")
+    other = ModelShape.from_config(config).head_dim not in _FLASHINFER_HEADS
+    return Switches(
+        block=256 if other or str(kind) in {"falcon", "deepseek_v2"} else 1,
+        chunked_prefill=kind != "gemma3",
+    )
+
+
+def _settings(planned: ServingPlan, capacity: Capacity) -> dict[str, Json]:
+    """Return the launcher's options: input < total <= the batch, prefill <= the batch."""
+    batch = planned.max_model_len * planned.max_num_seqs
+    settings: dict[str, Json] = {
+        "max-total-tokens": planned.max_model_len,
+        "max-input-tokens": planned.max_model_len - 1,
+        "max-batch-prefill-tokens": min(planned.max_num_batched_tokens, batch),
+        "max-batch-size": planned.max_num_seqs,
+        # Admission, not the batch: more than that wait, and beyond this they are sent away.
+        "max-concurrent-requests": max(128, planned.max_num_seqs),
+        "num-shard": planned.tensor_parallel_size,
+        "dtype": capacity.dtype,
+        "cuda-memory-fraction": planned.gpu_memory_utilization,
+    }
+    cache = capacity.wishes.kv_cache_dtype
+    if cache not in {"", "auto"}:
+        settings["kv-cache-dtype"] = "fp8_e4m3fn" if cache in {"fp8", "fp8_e4m3"} else cache
+    return settings
+
+
+def env(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, str]:
+    """Return the environment, which holds everything: the image's start script splits arguments."""
+    served: dict[str, Json] = {
+        "model-id": names["model_path"],
+        "hostname": "0.0.0.0",  # noqa: S104  # a container is reached through its published port
+        "port": _PORT,
+        "usage-stats": "off",
+        "huggingface-hub-cache": "/tmp/hub",  # noqa: S108
+        **plan.settings,
+    }
+    return {
+        **{key.upper().replace("-", "_"): _text(value) for key, value in served.items()},
+        "HF_HUB_OFFLINE": "1",
+        "HOME": "/tmp",  # noqa: S108
+        "HF_HOME": "/tmp/hub",  # noqa: S108
+    }
+
+
+def _text(value: Json) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# Paths are below server/text_generation_server/.
+_SUPPORT: Mapping[str, Support] = {
+    "awq": Support(
+        capability=(7, 5), amd=False, source="layers/gptq/__init__.py GPTQWeight.get_linear"
+    ),
+    "gptq": Support(capability=(7, 5), source="layers/gptq/exllamav2.py"),
+}
+
+ENGINE = Engine(
+    name="tgi",
+    title="Text Generation Inference",
+    accepts=frozenset({"safetensors", "awq", "gptq"}),
+    base=EngineBase(cpu="", gpu=GPU_IMAGE),
+    port=_PORT,
+    health_path="/health",
+    plan=plan,
+    env=env,
+    entrypoint=("/tgi-entrypoint.sh",),
+    command=lambda _plan, _names: (),
+    healthcheck=(),
+    key_variable="API_KEY",
+    port_variable="PORT",
+    host_variable="HOSTNAME",
+    neutral_settings=frozenset({"max-batch-size", "max-concurrent-requests"}),
+    image_files={"/etc/weightsmith/tgi.env": "tgi.env"},
+    fixed_name="/models",
+    legacy=LEGACY,
+    support=_SUPPORT,
+    support_versions={"gpu": "3.3"},
+)

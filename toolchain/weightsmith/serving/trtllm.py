@@ -1,0 +1,160 @@
+"""TensorRT-LLM's own server, with its PyTorch backend: 16-bit and FP8 checkpoints on NVIDIA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+from weightsmith.errors import UsageError
+from weightsmith.serving.engine import Engine, EngineBase, ServingPlan, Wishes
+from weightsmith.serving.machine import Machine
+from weightsmith.serving.options import OptionList, load_options
+from weightsmith.serving.paged_capacity import Rules, Switches
+from weightsmith.serving.paged_plan import plan_paged
+from weightsmith.values import Json
+
+GPU_IMAGE = "nvcr.io/nvidia/tensorrt-llm/release:1.1.0"
+"""Upstream's release image; images/bases.lock has its digest."""
+
+CONFIG_FILE = "/etc/weightsmith/trtllm.yaml"
+
+_PORT = 8000
+_OPTIONS = Path(__file__).with_name("trtllm_options.json")
+_ARGUMENTS: Mapping[str, str] = {
+    "max_seq_len": "max_seq_len",
+    "max_batch_size": "max_batch_size",
+    "max_num_tokens": "max_num_tokens",
+    "tensor_parallel_size": "tp_size",
+    "pipeline_parallel_size": "pp_size",
+}
+"""Settings that are arguments -> their names there; everything else is in the file."""
+
+_NOT_HERE: Mapping[str, str] = {
+    "model": "the image's own model is served",
+    "tokenizer": "the image's own tokenizer is used",
+    "max_seq_len": "set serve.max_model_len",
+    "max_batch_size": "set serve.max_num_seqs",
+    "max_num_tokens": "set serve.max_num_batched_tokens",
+    "tensor_parallel_size": "set serve.tensor_parallel_size",
+    "pipeline_parallel_size": "set serve.pipeline_parallel_size",
+    "dtype": "set serve.dtype",
+    "kv_cache_config": "set serve.gpu_memory_utilization and serve.kv_cache_dtype",
+    "build_config": "set serve.max_model_len and serve.max_num_seqs: it would hide them",
+    "backend": "the plan is for the PyTorch backend",
+    "trust_remote_code": "an image runs no code of a checkpoint",
+    "quant_config": "TensorRT-LLM reads it from the checkpoint",
+}
+
+
+def _batched_tokens(machine: Machine) -> int:
+    del machine
+    return 8192
+
+
+def _most_requests(machine: Machine) -> int:
+    del machine
+    return 256
+
+
+RULES = Rules(
+    name="trtllm",
+    block=32,
+    cpu_block=32,
+    keeps_windows_small=False,
+    null_block=False,
+    fraction=0.9,
+    fraction_of="free",
+    state_dtype="float32",
+    batched_tokens=_batched_tokens,
+    most_requests=_most_requests,
+    cache_dtypes={"fp8": 1},
+)
+
+
+@cache
+def options() -> OptionList:
+    """Return the keys of the options file, as recorded with the server's source."""
+    return load_options(_OPTIONS, _NOT_HERE, underscores=True)
+
+
+def plan(config: Mapping[str, Json], weight_bytes: int, wishes: Wishes) -> ServingPlan:
+    """Return the plan of a checkpoint of `weight_bytes` by the fraction of free memory.
+
+    Raises InputRefused for a lying config.json, and UsageError for a GPU before compute capability
+    8.0, another maker's, a served name, and a wish that does not fit.
+    """
+    extra = options().checked(wishes.extra)
+    if wishes.served_model_name not in {"", ENGINE.fixed_name}:
+        raise UsageError(
+            "trtllm-serve calls a model by its folder, and has no option for another name",
+            hint=f"leave serve.served_model_name out: clients ask for `{ENGINE.fixed_name}`",
+        )
+    planned, capacity = plan_paged(config, weight_bytes, wishes, RULES, Switches())
+    card = capacity.machine.gpu
+    if card and card.compute_capability < (8, 0):
+        raise UsageError(
+            f"TensorRT-LLM does not run on {card.name}",
+            hint="choose an NVIDIA GPU from the A100, A10G or L4 on, or a vllm target",
+        )
+    cache: dict[str, Json] = {"free_gpu_memory_fraction": planned.gpu_memory_utilization}
+    if wishes.kv_cache_dtype not in {"", "auto"}:
+        cache["dtype"] = wishes.kv_cache_dtype
+    settings: dict[str, Json] = {
+        "max_seq_len": planned.max_model_len,
+        "max_batch_size": planned.max_num_seqs,
+        "max_num_tokens": planned.max_num_batched_tokens,
+        "tensor_parallel_size": planned.tensor_parallel_size,
+        "pipeline_parallel_size": planned.pipeline_parallel_size,
+        "dtype": capacity.dtype,
+        "kv_cache_config": cache,
+        "enable_chunked_prefill": True,
+    }
+    return replace(planned, settings={**settings, **extra})
+
+
+def file_settings(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, Json]:
+    """Return what trtllm.yaml says: nothing that an argument says, because the file would win."""
+    del names
+    return {key: value for key, value in plan.settings.items() if key not in _ARGUMENTS}
+
+
+def command(plan: ServingPlan, names: Mapping[str, Json]) -> tuple[str, ...]:
+    """Return the arguments; the host is explicit because the default is this container alone."""
+    argv = [str(names["model_path"]), "--host", "0.0.0.0", "--port", str(_PORT)]  # noqa: S104
+    for key, argument in _ARGUMENTS.items():
+        argv += [f"--{argument}", str(plan.settings[key])]
+    return (*argv, "--extra_llm_api_options", CONFIG_FILE)
+
+
+def env(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, str]:
+    """Return the environment: offline, silent about usage, writing below /tmp only."""
+    del plan, names
+    return {
+        "HOME": "/tmp",  # noqa: S108
+        "USER": "model",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TRTLLM_NO_USAGE_STATS": "1",
+        "TRITON_CACHE_DIR": "/tmp/triton",  # noqa: S108
+    }
+
+
+ENGINE = Engine(
+    name="trtllm",
+    title="TensorRT-LLM",
+    accepts=frozenset({"safetensors"}),
+    base=EngineBase(cpu="", gpu=GPU_IMAGE),
+    port=_PORT,
+    health_path="/health",
+    plan=plan,
+    env=env,
+    entrypoint=("trtllm-serve",),
+    command=command,
+    file_settings=file_settings,
+    healthcheck=(),
+    neutral_settings=frozenset({"max_batch_size", "max_seq_len", "kv_cache_config"}),
+    image_files={CONFIG_FILE: "trtllm.yaml"},
+    fixed_name="models",
+)

@@ -1,0 +1,351 @@
+"""vLLM: 16-bit, AWQ, GPTQ and FP8 checkpoints on GPUs and CPUs, with an OpenAI-compatible API."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+from weightsmith.errors import UsageError
+from weightsmith.serving.engine import Engine, EngineBase, ServingPlan, Support, Wishes
+from weightsmith.serving.machine import Machine
+from weightsmith.serving.memory import GIB
+from weightsmith.serving.model import ModelShape
+from weightsmith.serving.options import OptionList, load_options
+from weightsmith.serving.paged_capacity import Capacity, Rules, Switches
+from weightsmith.serving.paged_plan import plan_paged
+from weightsmith.serving.vllm_packing import check_packing
+from weightsmith.values import Json
+
+GPU_IMAGE = "docker.io/vllm/vllm-openai:v0.33.0"
+"""Upstream's CUDA 13 build; images/bases.lock has its digest."""
+
+ROCM_IMAGE = "docker.io/vllm/vllm-openai-rocm:v0.33.0"
+
+CONFIG_FILE = "/etc/weightsmith/vllm.yaml"
+
+_PORT = 8000
+_OPTIONS = Path(__file__).with_name("vllm_options.json")
+_CPU_REQUESTS = 16
+
+# What a plan decides, or what a baked image must not do; option -> what to do instead.
+_NOT_HERE: Mapping[str, str] = {
+    "model": "the image's own model is served",
+    "served-model-name": "set the recipe's name, or serve.served_model_name",
+    "tokenizer": "the image's own tokenizer is used",
+    "max-model-len": "set serve.max_model_len",
+    "max-num-seqs": "set serve.max_num_seqs",
+    "max-num-batched-tokens": "set serve.max_num_batched_tokens",
+    "kv-cache-dtype": "set serve.kv_cache_dtype",
+    "kv-cache-memory-bytes": "set serve.gpu_memory_utilization, or serve.memory on a CPU",
+    "gpu-memory-utilization": "set serve.gpu_memory_utilization",
+    "device-memory-utilization": "set serve.gpu_memory_utilization",
+    "num-gpu-blocks-override": "the plan works out the blocks",
+    "dtype": "set serve.dtype",
+    "tensor-parallel-size": "set serve.tensor_parallel_size",
+    "pipeline-parallel-size": "set serve.pipeline_parallel_size",
+    "data-parallel-size": "run more replicas: each has its own memory plan",
+    "quantization": "vLLM reads it from the checkpoint; a wrong name stops the start",
+    "config": "there is one file, this one",
+    "host": "publish the port where you want it",
+    "port": "publish port 8000 as the port you want",
+    "uds": "the image serves a port",
+    "api-key": "a key does not belong into an image: set VLLM_API_KEY where it runs",
+    "hf-token": "a token does not belong into an image",
+    "trust-remote-code": "an image runs no code of a checkpoint",
+    "download-dir": "an image downloads nothing",
+    "enable-lora": "choose the target vllm-lora",
+    "lora-modules": "choose the target vllm-lora",
+    "max-loras": "choose the target vllm-lora",
+    "max-lora-rank": "choose the target vllm-lora",
+}
+
+
+def _batched_tokens(machine: Machine) -> int:
+    """Return vLLM's default of max_num_batched_tokens (0.33, config/scheduler.py)."""
+    if not machine.gpus or machine.bytes_each < 70 * GIB or "a100" in machine.device:
+        return 2048
+    return 16384 if machine.bytes_each >= 160 * GIB else 8192
+
+
+def _most_requests(machine: Machine) -> int:
+    """Return vLLM's default of max_num_seqs (0.33, engine/arg_utils.py); fewer on a CPU.
+
+    A CPU computes so many at once that more would only wait, each with memory of its own.
+    """
+    if not machine.gpus:
+        return _CPU_REQUESTS
+    large = machine.bytes_each >= 70 * GIB and "a100" not in machine.device
+    return 1024 if large else 256
+
+
+RULES = Rules(
+    name="vllm",
+    block=16,
+    cpu_block=32,
+    keeps_windows_small=True,
+    null_block=True,
+    fraction=0.92,
+    fraction_of="all",
+    small_target="vllm-awq",
+    batched_tokens=_batched_tokens,
+    most_requests=_most_requests,
+    cache_dtypes={
+        "float16": 2,
+        "bfloat16": 2,
+        "fp8": 1,
+        "fp8_e4m3": 1,
+        "fp8_e5m2": 1,
+        "fp8_ds_mla": 1,
+    },
+    runs_on_cpu=True,
+)
+
+
+@cache
+def options(*, cpu: bool = False) -> OptionList:
+    """Return the options of the pinned version; the CPU build's may be an earlier one."""
+    without = json.loads(_OPTIONS.read_text("utf-8"))["not_on_cpu"] if cpu else ()
+    return load_options(_OPTIONS, _NOT_HERE, without=frozenset(without))
+
+
+def plan(config: Mapping[str, Json], weight_bytes: int, wishes: Wishes) -> ServingPlan:
+    """Return the plan of a checkpoint of `weight_bytes` by vLLM's own block rules.
+
+    Raises InputRefused for a lying config.json, and UsageError for a wish that cannot be, with
+    the nearest that can.
+    """
+    on_cpu = wishes.gpu in {"", "cpu"} and not wishes.gpu_memory_bytes
+    extra = options(cpu=on_cpu).checked(wishes.extra)
+    chosen = switches(extra)
+    if on_cpu and ModelShape.from_config(config).kv_lora_rank:
+        # Latent attention there takes a prompt as a whole (platforms/cpu.py).
+        chosen = replace(chosen, chunked_prefill=False)
+    if wishes.adapters:
+        chosen = replace(chosen, beside=_adapter_slots(config, wishes))
+    planned, capacity = plan_paged(config, weight_bytes, wishes, RULES, chosen)
+    notes = (*planned.notes, *check_packing(config, capacity.machine))
+    return replace(planned, notes=notes, settings={**_settings(planned, capacity), **extra})
+
+
+def switches(extra: Mapping[str, Json]) -> Switches:
+    """Return what these options change of the cache."""
+    block = extra.get("block-size", 0)
+    if isinstance(block, bool) or not isinstance(block, int) or block < 0 or block % 8:
+        raise UsageError(
+            f"serve.extra.block-size is {block!r}", hint="a multiple of 16, such as 16 or 32"
+        )
+    return Switches(
+        block=block,
+        prefix_caching=extra.get("enable-prefix-caching") is not False,
+        hybrid=extra.get("disable-hybrid-kv-cache-manager") is not True,
+        chunked_prefill=extra.get("enable-chunked-prefill") is not False,
+        overlapping=extra.get("async-scheduling") is not False,
+        graphs=extra.get("enforce-eager") is not True,
+        state_dtype=_state_dtype(extra),
+    )
+
+
+def _state_dtype(extra: Mapping[str, Json]) -> str:
+    chosen = str(extra.get("mamba-ssm-cache-dtype", "auto"))
+    if chosen not in {"auto", "float32", "float16", "bfloat16"}:
+        raise UsageError(
+            f"serve.extra.mamba-ssm-cache-dtype is {chosen!r}",
+            hint="one of auto, float32, float16, bfloat16",
+        )
+    return "" if chosen == "auto" else chosen
+
+
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of max-lora-rank (0.33, config/lora.py)."""
+
+
+def _lora_rank(wishes: Wishes) -> int:
+    largest = max(adapter.rank for adapter in wishes.adapters)
+    for rank in _RANKS:
+        if rank >= largest:
+            return rank
+    raise UsageError(
+        f"an adapter of rank {largest}: vLLM serves up to {_RANKS[-1]}", hint="merge it"
+    )
+
+
+def _adapter_slots(config: Mapping[str, Json], wishes: Wishes) -> int:
+    """Return the bytes of vLLM's buffers for adapters: every linear layer's A and B, per adapter.
+
+    They are for the largest rank and for all seven linear layers, whatever an adapter has.
+    """
+    shape = ModelShape.from_config(config)
+    heads, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    ends = 4 * shape.hidden + 2 * heads + 2 * kv + 3 * (shape.hidden + shape.intermediate)
+    return 2 * len(wishes.adapters) * _lora_rank(wishes) * shape.layers * ends
+
+
+def _settings(planned: ServingPlan, capacity: Capacity) -> dict[str, Json]:
+    """Return the keys of vLLM's file: dashed, none of them null, no `false` without a `--no-`."""
+    settings: dict[str, Json] = {
+        "dtype": capacity.dtype,
+        "max-model-len": planned.max_model_len,
+        "max-num-seqs": planned.max_num_seqs,
+        "max-num-batched-tokens": planned.max_num_batched_tokens,
+    }
+    if capacity.wishes.kv_cache_dtype not in {"", "auto"}:
+        settings["kv-cache-dtype"] = capacity.wishes.kv_cache_dtype
+    if capacity.wishes.adapters:
+        settings |= {
+            "enable-lora": True,
+            "max-loras": len(capacity.wishes.adapters),
+            "max-lora-rank": _lora_rank(capacity.wishes),
+        }
+    if planned.gpus:
+        settings["gpu-memory-utilization"] = planned.gpu_memory_utilization
+        settings["tensor-parallel-size"] = planned.tensor_parallel_size
+        if planned.pipeline_parallel_size > 1:
+            settings["pipeline-parallel-size"] = planned.pipeline_parallel_size
+        return settings
+    if not capacity.shape.kv_lora_rank:  # the CPU's kernel for latent attention has blocks of 16
+        settings["block-size"] = capacity.cache.block
+    # By default a CPU server takes 92 % of the host; one block is vLLM's own (the null block).
+    settings["kv-cache-memory-bytes"] = planned.kv_bytes_total + capacity.cache.bytes_per_block
+    # Compiling takes a C++ compiler, which an image has not, and minutes at every start.
+    settings["enforce-eager"] = True
+    return settings
+
+
+def env(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, str]:
+    """Return the environment: offline, silent about usage, writing below /tmp only."""
+    found = {
+        "HOME": "/tmp",  # noqa: S108  # the one place that is writable in a read-only container
+        "USER": "model",  # torch asks for a name where the user's number has none
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_CACHE_ROOT": "/tmp/vllm",  # noqa: S108
+        "VLLM_CONFIG_ROOT": "/tmp/vllm/config",  # noqa: S108
+        "TRITON_CACHE_DIR": "/tmp/triton",  # noqa: S108
+        "TORCHINDUCTOR_CACHE_DIR": "/tmp/inductor",  # noqa: S108
+        "VLLM_ENGINE_READY_TIMEOUT_S": str(names["startup_seconds"]),
+    }
+    if not plan.gpus:
+        # Else 4-bit weights meet activations rounded to 8 bits on CPUs with AMX.
+        found["VLLM_CPU_INT4_W4A8"] = "0"
+        # Some of its functions are compiled at their first call (0.32, v1/sample/ops/logprobs.py),
+        # also with enforce-eager: without a C++ compiler a request for logprobs ends the server.
+        found["TORCH_COMPILE_DISABLE"] = "1"
+    return found
+
+
+def command(plan: ServingPlan, names: Mapping[str, Json]) -> tuple[str, ...]:
+    """Return the arguments: two words, because vLLM does not read `--config=FILE`."""
+    del plan, names
+    return ("--config", CONFIG_FILE)
+
+
+def file_settings(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, Json]:
+    """Return everything that vllm.yaml says.
+
+    What is off is said twice: `vllm serve` looks for `--no-KEY` among the options of the wrong
+    parser and drops `KEY: false` (0.33, utils/argparse_utils.py); `no-KEY: true` it reads.
+
+    Raises UsageError for a name that an argument parser would take for an option.
+    """
+    served = str(names["served_name"])
+    if served.startswith("-") or not served.strip() or not served.isprintable():
+        raise UsageError(
+            f"the served name {served!r} would be read as an option, or not at all",
+            hint="choose a name of letters, digits, dots and dashes",
+        )
+    adapters = names.get("adapters") or {}
+    return {
+        "model": names["model_path"],
+        # A single adapter has the model's name, so that clients ask for it.
+        "served-model-name": f"{served}-base" if served in adapters else served,
+        **({"lora-modules": [f"{n}={path}" for n, path in adapters.items()]} if adapters else {}),
+        "host": "0.0.0.0",  # noqa: S104  # a container is reached through its published port
+        "port": _PORT,
+        "disable-access-log-for-endpoints": "/health,/metrics,/ping",
+        **plan.settings,
+        **{f"no-{key}": True for key, value in plan.settings.items() if value is False},
+    }
+
+
+# Paths are below vllm/model_executor/layers/quantization/ or vllm/model_executor/.
+_4_BITS_ON_CPUS = "kernels/linear/mixed_precision/cpu.py CPUWNA16LinearKernel"
+_SUPPORT: Mapping[str, Support] = {
+    "awq": Support(
+        capability=(7, 5),
+        cpu=True,
+        source=f"quantization/auto_awq.py get_min_capability; {_4_BITS_ON_CPUS}",
+    ),
+    "gptq": Support(
+        capability=(6, 0),
+        cpu=True,
+        source=f"quantization/auto_gptq.py get_min_capability; {_4_BITS_ON_CPUS}",
+    ),
+    "awq-compressed": Support(
+        capability=(7, 5),
+        cpu=True,
+        source=f"compressed_tensors_wNa16.py get_min_capability; {_4_BITS_ON_CPUS}",
+    ),
+    # From 8.9 on with FP8 arithmetic, below with FP8 weights alone.
+    "fp8": Support(
+        capability=(7, 5),
+        cpu=True,
+        source="compressed_tensors_w8a16_fp8.py get_min_capability; "
+        "kernels/linear/scaled_mm/pytorch.py _supports_torch_fp8_scaled_mm",
+    ),
+    "fp8-static": Support(
+        capability=(7, 5),
+        source="compressed_tensors_w8a16_fp8.py get_min_capability; its CPU build lacks "
+        "the operator static_scaled_fp8_quant",
+    ),
+    "w8a8": Support(
+        capability=(7, 5),
+        cpu=True,
+        source="compressed_tensors_w8a8_int8.py get_min_capability; "
+        "kernels/linear/scaled_mm/cpu.py CPUInt8ScaledMMLinearKernel",
+    ),
+}
+
+
+def cpu_build_lacks(config: Mapping[str, Json]) -> str:
+    """Return why the CPU engine that is assembled here cannot load a model, or nothing.
+
+    vLLM imports torchvision for every model with images, also where it serves text alone; the CPU
+    build here is for text (images/engines/vllm-cpu).
+    """
+    if not isinstance(config.get("vision_config"), Mapping):
+        return ""
+    return "vLLM's CPU engine here is for text models, and this one reads images: no torchvision"
+
+
+ENGINE = Engine(
+    name="vllm",
+    title="vLLM",
+    accepts=frozenset({"safetensors", "awq", "gptq", "fp8", "compressed-tensors", "lora"}),
+    base=EngineBase(cpu="engine:vllm-cpu", gpu=GPU_IMAGE, rocm=ROCM_IMAGE),
+    port=_PORT,
+    health_path="/health",
+    plan=plan,
+    env=env,
+    entrypoint=("vllm", "serve"),
+    command=command,
+    file_settings=file_settings,
+    healthcheck=(
+        "python3",
+        "-c",
+        f"import urllib.request as u; u.urlopen('http://127.0.0.1:{_PORT}/health', timeout=4)",
+    ),
+    key_variable="VLLM_API_KEY",
+    threads_variable="OMP_NUM_THREADS",
+    neutral_settings=frozenset(
+        {"max-num-seqs", "max-model-len", "kv-cache-memory-bytes", "gpu-memory-utilization"}
+    ),
+    image_files={CONFIG_FILE: "vllm.yaml"},
+    support=_SUPPORT,
+    support_versions={"gpu": "0.33.0", "cpu": "0.32.0"},
+    cpu_build_lacks=cpu_build_lacks,
+)

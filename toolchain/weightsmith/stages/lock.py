@@ -1,0 +1,190 @@
+"""recipe.lock: what a recipe's sources and bases were when first reached, for later builds.
+
+No digest in it is invented: each was seen. It lies beside the recipe, under its name, so that it
+is kept and reviewed with it; a one-off build without a recipe file has none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.files import alone, write_whole
+from weightsmith.foreign import parse_file
+from weightsmith.oci.image import Image
+from weightsmith.oci.layout import is_layout
+from weightsmith.ports import Progress
+from weightsmith.recipe import Adapter, Base
+from weightsmith.recipe_file import RecipeFile
+from weightsmith.values import Digest, Snapshot, Sources, plain
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lock:
+    """What was found: sources and base images as the recipe writes them -> what they were."""
+
+    path: Path | None
+    sources: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Source -> `pin` (with revision or hash) and `digest` of its files."""
+    bases: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Image reference -> platform -> digest."""
+
+    def with_base(self, reference: str, image: Image) -> Lock:
+        """Return the lock with a base as it was reached."""
+        if reference.startswith("engine:") or is_layout(reference) or "@" in reference:
+            return self
+        row = {**self.bases.get(reference, {}), image.platform: image.digest}
+        return replace(self, bases={**self.bases, reference: row})
+
+
+def read_lock(file: RecipeFile) -> Lock:
+    """Return the lock beside a recipe; empty where there is none, UsageError for a damaged one."""
+    path = file.path.with_suffix(".lock") if file.path else None
+    if path is None or not path.is_file():
+        return Lock(path=path)
+    return _read(path)
+
+
+def _read(path: Path) -> Lock:
+    try:
+        data = parse_file(path)
+        bases = {
+            str(name): {str(key): str(Digest(digest)) for key, digest in row.items()}
+            for name, row in data["bases"].items()
+        }
+        sources = {
+            str(name): {"pin": str(row["pin"]), "digest": str(Digest(row["digest"]))}
+            for name, row in data["sources"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{path} cannot be read: {error}", hint="restore it, or delete it to pin anew"
+        ) from None
+    return Lock(path=path, sources=sources, bases=bases)
+
+
+def pinned(file: RecipeFile, lock: Lock) -> RecipeFile:
+    """Return the recipe with the pins of the lock, where it gives none itself."""
+    recipe = file.recipe
+    adapters = tuple(adapter.model_copy(update=_pin(adapter, lock)) for adapter in recipe.adapters)
+    base = recipe.base.model_copy(update=_pin(recipe.base, lock))
+    return replace(file, recipe=recipe.model_copy(update={"base": base, "adapters": adapters}))
+
+
+def with_sources(
+    lock: Lock,
+    file: RecipeFile,
+    sources: Sources,
+    *,
+    progress: Progress,
+    locked: bool = False,
+    update: bool = False,
+) -> Lock:
+    """Return the lock with the sources as they are.
+
+    A folder that changed and a pin that the recipe changed are reported. InputRefused for other
+    content under the same pin, and for another pin where the recipe gives none, unless `update`
+    takes them on purpose; with `locked`, for all that differs.
+    """
+    snapshots = [sources.base, *(adapter.snapshot for adapter in sources.adapters)]
+    parts: list[Base | Adapter] = [file.recipe.base, *file.recipe.adapters]
+    found = {p.source: _row(s, lock) for p, s in zip(parts, snapshots, strict=True)}
+    changed = [name for name, row in found.items() if lock.sources.get(name, row) != row]
+    missing = [name for name in found if name not in lock.sources]
+    if locked and (changed or missing):
+        names = ", ".join((*changed, *missing))
+        raise InputRefused(
+            f"not as {lock.path or 'recipe.lock'} pins them: {names}",
+            hint="build without --locked to accept them, and commit the lock that it writes",
+        )
+    open_ = {part.source for part in parts if not _has_own_pin(part)}
+    for name in changed:
+        was, now = lock.sources[name], found[name]
+        if update:
+            progress.warn(f"{name}, by --update-lock: {_shown(was)} before, now {_shown(now)}")
+        elif was["pin"] == now["pin"] or name in open_:
+            raise InputRefused(
+                f"{name} is {_shown(now)}, and {lock.path} has it as {_shown(was)}",
+                hint="ask whoever runs the hub, index or mirror why; --update-lock takes it on "
+                "purpose, as after an update of weightsmith that reads other files of a source",
+            )
+        else:
+            progress.note(f"{name} changed since {lock.path}: now {now['pin']}")
+    return replace(lock, sources=found)
+
+
+def write_lock(before: Lock, after: Lock, progress: Progress) -> None:
+    """Write down what changed; a folder that cannot be written to is a warning.
+
+    What another build of the recipe pinned meanwhile stays.
+    """
+    path = after.path
+    if path is None or before == after:
+        return
+    try:
+        with ExitStack() as stack:
+            with suppress(OSError):  # a file system without locks
+                stack.enter_context(alone(path.parent))
+            now = _joined(before, after, _read(path) if path.is_file() else before)
+            data = {"bases": now.bases, "sources": now.sources}
+            write_whole(path, (json.dumps(plain(data), indent=2, sort_keys=True) + "\n").encode())
+    except OSError as error:
+        progress.warn(f"{path} was not written: {error.strerror}")
+
+
+def _joined(before: Lock, after: Lock, now: Lock) -> Lock:
+    """Return what the lock is `now` with what changed from before to after."""
+    bases = {
+        name: _changed(before.bases.get(name, {}), row, now.bases.get(name, {}))
+        for name, row in after.bases.items()
+    }
+    return replace(
+        now,
+        sources=_changed(before.sources, after.sources, now.sources),
+        bases=_changed(before.bases, bases, now.bases),
+    )
+
+
+def _changed(before: Mapping[str, T], after: Mapping[str, T], now: Mapping[str, T]) -> dict[str, T]:
+    """Apply to one mapping what changed from a second to a third."""
+    kept = {key: row for key, row in now.items() if key in after or key not in before}
+    return kept | {key: row for key, row in after.items() if before.get(key) != row}
+
+
+def _pin(source: Base | Adapter, lock: Lock) -> dict[str, str]:
+    pin = lock.sources.get(source.source, {}).get("pin", "")
+    if _has_own_pin(source) or not pin.startswith(source.source):
+        return {}
+    given = pin.removeprefix(source.source)
+    if source.source.startswith("hf://") and given.startswith("@"):
+        return {"revision": given.removeprefix("@")}
+    if isinstance(source, Base) and given.startswith("#sha256="):
+        return {"sha256": given.removeprefix("#sha256=")}
+    return {}
+
+
+def _has_own_pin(source: Base | Adapter) -> bool:
+    """Say whether the recipe pins a source; a folder is its own pin, and may change."""
+    written = "://" not in source.source or "@" in source.source or source.revision
+    return bool(written or (isinstance(source, Base) and source.sha256))
+
+
+def _row(snapshot: Snapshot, lock: Lock) -> Mapping[str, str]:
+    """Return a source's row; that of the lock, where it means the same content."""
+    # What was converted here is known by what came: another converter is no other source.
+    digests = [str(digest) for digest in (*snapshot.made_from, snapshot.digest)]
+    for row in lock.sources.values():
+        if row["pin"] == snapshot.pin and row["digest"] in digests:
+            return row
+    return {"pin": snapshot.pin, "digest": digests[0]}
+
+
+def _shown(row: Mapping[str, str]) -> str:
+    return row["pin"] if row["pin"] == row["digest"] else f"{row['pin']} ({row['digest'][7:19]})"

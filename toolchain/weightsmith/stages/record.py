@@ -1,0 +1,247 @@
+"""Everything -> build.json: each digest, parameter, time and score of one target."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from weightsmith import __version__
+from weightsmith.errors import EnvironmentFailure
+from weightsmith.evaluating.statistics import wilson
+from weightsmith.files import write_whole
+from weightsmith.foreign import parse_file
+from weightsmith.oci.image import Image
+from weightsmith.provenance.evaluation import side_by_side
+from weightsmith.provenance.labels import without_secrets
+from weightsmith.recipe import Recipe
+from weightsmith.values import (
+    Artifact,
+    Checkpoint,
+    Json,
+    Published,
+    Score,
+    ServingConfig,
+    Snapshot,
+    Sources,
+    plain,
+    without_passwords,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskFacts:
+    """One task as it was answered and judged."""
+
+    name: str
+    metric: str
+    max_drop: float
+    scores: Mapping[str, Score]
+    verdicts: tuple[Mapping[str, Json], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What a target is recorded with, as far as it came, or a merge that none was made of."""
+
+    recipe: Recipe
+    sources: Sources
+    checkpoint: Checkpoint
+    target: str
+    """Its name; empty where a merge was refused before there was any."""
+    artifact: Artifact | None
+    config: ServingConfig | None
+    published: Published | None
+    tasks: tuple[TaskFacts, ...]
+    checks: Sequence[Mapping[str, Json]]
+    """What the started image was checked for, and what was seen."""
+    stages: Mapping[str, Mapping[str, Json]]
+    refused: str
+    """Why it was not published; empty where it was."""
+    warnings: tuple[str, ...]
+    inputs: Mapping[str, Json]
+    """Stage -> what its result depends on: the next plan says what changed since."""
+    network_in_jobs: bool = False
+    """A job that made any of it had the machine's network, because the user allowed it."""
+
+
+def write_record(facts: Facts, folder: Path) -> Mapping[str, Json]:
+    """Write build.json and the rendered files into a folder; return build.json's content.
+
+    Each file is replaced in one rename. Raises EnvironmentFailure where that fails.
+    """
+    document = build_document(facts)
+    files = facts.config.files if facts.config else {}
+    write_files({**files, "build.json": json.dumps(document, indent=2) + "\n"}, folder)
+    return document
+
+
+def is_written(files: Mapping[str, str], folder: Path) -> bool:
+    """Say whether a folder has these texts already, as an earlier build wrote them."""
+    try:
+        return all((folder / name).read_text("utf-8") == text for name, text in files.items())
+    except (OSError, ValueError):
+        return False
+
+
+def has_layers(image: Image, folder: Path) -> bool:
+    """Say whether the image that a folder records has these layers."""
+    try:
+        recorded = parse_file(folder / "build.json")["image"]["layers"]
+        return [row["digest"] for row in recorded] == [layer.digest for layer in image.layers]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def write_files(files: Mapping[str, str], folder: Path) -> None:
+    """Write texts into a folder, each replaced in one rename; EnvironmentFailure where it fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            write_whole(folder / name, text.encode())
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"cannot write results to {folder}: {error.strerror}",
+            hint="run it where you may write, or make room on the disk",
+        ) from None
+
+
+def build_document(facts: Facts) -> dict[str, Json]:
+    """Return build.json; the report's BuildFacts describes the keys that it shows."""
+    recipe, merged = facts.recipe, facts.checkpoint.details
+    document = {
+        "schema": 1,
+        "name": recipe.name,
+        "version": recipe.version,
+        "target": facts.target,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "base": _source(facts.sources.base),
+        "adapters": [
+            {
+                **_source(adapter.snapshot),
+                "version": adapter.version,
+                "run_id": without_passwords(adapter.run_id),
+                "weight": adapter.weight,
+            }
+            for adapter in facts.sources.adapters
+        ],
+        "merge": {
+            **recipe.merge.model_dump(),
+            "digest": facts.checkpoint.digest,
+            "tensors": merged.get("tensors", {}),
+            "findings": merged.get("findings", []),
+            "repairs": merged.get("repairs", {}),
+            "shards": merged.get("shards", []),
+        },
+        "validation": _without_cached(merged.get("validation")),
+        "artifact": _artifact(facts.artifact) if facts.artifact else None,
+        "quality": _quality(facts.artifact) if facts.artifact else None,
+        "plan": facts.config.plan if facts.config else None,
+        "image": _image(facts.published) if facts.published else None,
+        **(_task(facts.tasks[0]) if facts.tasks else _task(NO_TASK)),
+        "more_tasks": [{"name": t.name, **_task(t)} for t in facts.tasks[1:]],
+        "checks": facts.checks,
+        "stages": facts.stages,
+        "inputs": facts.inputs,
+        "refused": facts.refused,
+        "warnings": facts.warnings,
+        "network_in_jobs": facts.network_in_jobs,
+        "recipe": without_secrets(recipe.model_dump(mode="json", exclude_defaults=True)),
+        "reproduce": _reproduce(facts),
+        "next": _next(facts),
+    }
+    return dict(plain(document))
+
+
+def _without_cached(result: Mapping[str, Json] | None) -> Mapping[str, Json] | None:
+    return result and {key: value for key, value in result.items() if key != "cached"}
+
+
+def _source(snapshot: Snapshot) -> dict[str, Json]:
+    return {
+        "source": snapshot.source,
+        "pin": snapshot.pin,
+        "digest": snapshot.digest,
+        "files": [plain(file) for file in snapshot.tree.files],
+    }
+
+
+def _artifact(artifact: Artifact) -> dict[str, Json]:
+    largest = max(artifact.tree.files, key=lambda file: file.size)
+    details = {k: v for k, v in artifact.details.items() if k not in {"cached", "quality"}}
+    return {
+        "format": artifact.format.name,
+        "size": artifact.tree.size,
+        "bits_per_weight": details.get("bits_per_weight", artifact.format.bits_per_weight),
+        "file": largest.path,
+        "digest": artifact.digest,
+        "files": [plain(file) for file in artifact.tree.files],
+        "details": details,
+    }
+
+
+def _quality(artifact: Artifact) -> dict[str, Json] | None:
+    """Return what quantizing lost, as measured on held-out text; None for what was not."""
+    found = dict(artifact.details.get("quality", {}))
+    found.pop("cached", None)
+    return found or None
+
+
+NO_TASK = TaskFacts(name="", metric="", max_drop=0.0, scores={}, verdicts=())
+
+
+def _image(published: Published) -> dict[str, Json]:
+    return {
+        "reference": published.reference,
+        "digest": published.digest,
+        "layers": published.layers,
+        "uploaded_bytes": published.uploaded_bytes,
+        "mounted": published.mounted,
+    }
+
+
+def _task(task: TaskFacts) -> dict[str, Json]:
+    return {
+        "task": {"name": task.name, "metric": task.metric, "max_drop": task.max_drop},
+        "scores": {
+            name: {"score": s.score, "n": s.n, "metric": s.metric, "interval": _interval(s)}
+            for name, s in task.scores.items()
+        },
+        "verdicts": list(task.verdicts),
+        "items": side_by_side(task.scores),
+    }
+
+
+def _interval(score: Score) -> tuple[float, float]:
+    low, high = wilson(round(score.score * score.n), score.n)
+    return round(low, 6), round(high, 6)
+
+
+def _reproduce(facts: Facts) -> list[str]:
+    """Return the command that gives the same digest, and what it must find."""
+    sources = [("base", facts.sources.base)]
+    sources += [("adapter", adapter.snapshot) for adapter in facts.sources.adapters]
+    target = f" --target {facts.target}" if facts.target else ""
+    lines = [f"# weightsmith {__version__}"]
+    lines += [f"# {kind} {source.source}: {source.pin}" for kind, source in sources]
+    lines.append(f"invoke build --recipe recipe.yaml{target}")
+    if facts.published:
+        lines.append(f"# image {facts.published.digest}")
+    return lines
+
+
+def _next(facts: Facts) -> list[str]:
+    reference = facts.published.reference if facts.published else ""
+    port = facts.config.port if facts.config else 0
+    if not reference:
+        return [
+            "raise the quality (a larger format, a better adapter) or max_drop, and build again"
+        ]
+    if reference.startswith("oci:"):
+        return [f"skopeo copy {reference} docker-daemon:{facts.recipe.name}:latest"]
+    return [
+        f"docker run --rm -p 127.0.0.1:{port}:{port} {reference}",
+        f"curl http://127.0.0.1:{port}/v1/models",
+    ]

@@ -1,0 +1,279 @@
+"""Artifact facts -> ServingConfig: the memory plan and the files rendered from it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+from jinja2 import (
+    Environment,
+    FileSystemLoader,
+    StrictUndefined,
+    TemplateError,
+    TemplateNotFound,
+    UndefinedError,
+)
+
+from weightsmith.errors import UsageError
+from weightsmith.resources import templates
+from weightsmith.serving.engine import Engine, ServingPlan, Wishes
+from weightsmith.serving.memory import human
+from weightsmith.serving.targets import Target
+from weightsmith.values import Digest, Json, ServingConfig, plain
+
+USER_ID = 65532
+"""The unprivileged user that images run as, as in distroless images."""
+
+_OF_THE_MACHINE = frozenset(
+    {"usable_bytes", "kv_cache_bytes", "margin_bytes", "max_concurrency", "notes", "nearest"}
+)
+_SLOWEST_DISK = 50_000_000
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def render(
+    *,
+    target: Target,
+    name: str,
+    version: str,
+    model_config: Mapping[str, Json],
+    model_file: str,
+    weight_bytes: int,
+    wishes: Wishes,
+    image: str,
+    made_from: tuple[Digest, ...],
+    notes: tuple[str, ...] = (),
+) -> ServingConfig:
+    """Plan the memory and render every file of a target; nothing is written.
+
+    `image` is a reference, or "" where it is not known yet: manifests then say `name:version`.
+    `notes` of the caller stand before the plan's own.
+    Raises UsageError for a wish that does not fit or a template that does not render, and
+    InputRefused for a lying config.json.
+    """
+    engine = target.engine
+    wishes = replace(wishes, format=target.format)
+    plan = engine.plan(model_config, weight_bytes, wishes)
+    legacy = (engine.legacy,) if engine.legacy else ()
+    plan = replace(plan, notes=(*notes, *plan.notes, *legacy))
+    served = engine.fixed_name or wishes.served_model_name or name
+    names: dict[str, Json] = {
+        "model_path": f"{engine.model_dir}/{model_file}".rstrip("/"),
+        "served_name": served,
+        "adapters": {a.name or served: f"{engine.model_dir}/{a.folder}" for a in wishes.adapters},
+        "startup_seconds": startup_seconds(weight_bytes),
+    }
+    env = dict(engine.env(plan, names))
+    # Upstream's GPU images bring a check of their own.
+    healthcheck = engine.healthcheck if plan.device == "cpu" else ()
+    image = image or f"{repository_name(name)}:{version}"
+    facts = {
+        "name": name,
+        "version": version,
+        "image": image,
+        "image_parts": _parts(image),
+        "env": env,
+        "healthcheck": list(healthcheck),
+        **names,
+        **_engine_facts(engine, plan, names),
+    }
+    files = render_files((templates() / engine.name, templates() / "deploy"), facts)
+    recorded = plan_facts(plan)
+    plan_json = json.dumps(recorded, indent=2, sort_keys=True) + "\n"
+    inside_json = json.dumps(portable(recorded), indent=2, sort_keys=True) + "\n"
+    inside = {path: files[file] for path, file in engine.image_files.items()}
+    return ServingConfig(
+        target=target.name,
+        files={**files, "plan.json": plan_json},
+        image_files={**inside, "/etc/weightsmith/plan.json": inside_json},
+        entrypoint=engine.entrypoint,
+        command=engine.command(plan, names),
+        env=env,
+        port=engine.port,
+        health_path=engine.health_path,
+        healthcheck=healthcheck,
+        served_name=str(names["served_name"]),
+        plan=recorded,
+        made_from=made_from,
+    )
+
+
+def _engine_facts(
+    engine: Engine, plan: ServingPlan, names: Mapping[str, Json]
+) -> Mapping[str, Json]:
+    return {
+        "engine_title": engine.title,
+        "start_command": [*engine.entrypoint, *engine.command(plan, names)],
+        "file_settings": engine.file_settings(plan, names),
+        "plan_arguments": _as_arguments(plan.settings),
+        "gpu_resource": "amd.com/gpu" if plan.device.startswith("amd-") else "nvidia.com/gpu",
+        "plan": plan,
+        "port": engine.port,
+        "health_path": engine.health_path,
+        "memory_limit": memory_limit(plan),
+        "user_id": USER_ID,
+        "probe_seconds": engine.probe_seconds,
+        "key_variable": engine.key_variable,
+        "cpu_count_variable": engine.threads_variable,
+    }
+
+
+def _as_arguments(settings: Mapping[str, Json]) -> list[str]:
+    """Return settings as words of a command line, for manifests that take arguments only."""
+    words: list[str] = []
+    for key, value in settings.items():
+        if isinstance(value, bool):
+            words.append(f"--{key}" if value else f"--no-{key}")
+        else:
+            text = json.dumps(value) if isinstance(value, Mapping | list | tuple) else str(value)
+            words += [f"--{key}", text]
+    return words
+
+
+def _parts(image: str) -> Mapping[str, Json]:
+    """Return a reference as repository and tag, the digest with the tag: `a/b`, `1@sha256:…`.
+
+    Charts write them as `repository:tag`; a digest alone gets a tag that it overrides.
+    """
+    name, at, digest = image.partition("@")
+    repository, colon, tag = name.rpartition(":")
+    if not colon or "/" in tag:
+        repository, tag = name, "latest"
+    return {"repository": repository, "tag": f"{tag}{at}{digest}"}
+
+
+def plan_facts(plan: ServingPlan) -> Mapping[str, Json]:
+    """Return the plan as plain JSON, with what to limit a container to; sizes in bytes."""
+    facts: Mapping[str, Json] = {**plain(plan), "memory_limit_bytes": memory_limit(plan)}
+    return facts
+
+
+def portable(plan: Mapping[str, Json]) -> Mapping[str, Json]:
+    """Return what of a plan goes into the image: on a CPU, nothing of the planning machine.
+
+    Else the same build would have another digest on a machine with more memory.
+    """
+    own = _OF_THE_MACHINE if plan["device"] == "cpu" else frozenset()
+    return {key: value for key, value in plan.items() if key not in own}
+
+
+def memory_limit(plan: ServingPlan) -> int:
+    """Return what to limit the container to: its need on the host and a tenth, in whole 64 MiB."""
+    step = 64 << 20
+    return -(-plan.host_bytes * 11 // 10 // step) * step
+
+
+def startup_seconds(weight_bytes: int) -> int:
+    """Return how long a start may take: ten minutes, or longer for weights from a slow disk."""
+    return max(600, 60 + weight_bytes // _SLOWEST_DISK // 10 * 10)
+
+
+def render_files(folders: tuple[Path, ...], facts: Mapping[str, Json]) -> dict[str, str]:
+    """Render every template of these folders; an earlier folder's file hides a later one's."""
+    environment = _environment(folders)
+    names = sorted(environment.list_templates(extensions=["j2"]))
+    known = {**facts, "files": [name.removesuffix(".j2") for name in names]}
+    return {name.removesuffix(".j2"): _one(environment, name, known) for name in names}
+
+
+@cache
+def _environment(folders: tuple[Path, ...]) -> Environment:
+    """Return what renders these folders' templates, each compiled once for all targets."""
+    environment = Environment(
+        loader=FileSystemLoader(folders),
+        undefined=StrictUndefined,
+        autoescape=False,  # noqa: S701  # not HTML; every value goes through a filter of its format
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(
+        comment=_comment,
+        dnslabel=_dns_label,
+        envvalue=_env_value,
+        json=lambda value: json.dumps(value, ensure_ascii=False),
+        labelvalue=_label_value,
+        shell=shlex.quote,
+        size=human,
+        yaml=_yaml,
+    )
+    return environment
+
+
+def _one(environment: Environment, template: str, facts: Mapping[str, Json]) -> str:
+    try:
+        return environment.get_template(template).render(facts)
+    except UndefinedError as error:
+        raise UsageError(
+            f"template {template}: {error.message}",
+            hint=f"templates may use: {', '.join(sorted(facts))}",
+        ) from None
+    except TemplateNotFound as error:
+        raise UsageError(
+            f"template {template} includes {error.name}, which is not there",
+            hint="put it into the engine's template folder",
+        ) from None
+    except TemplateError as error:
+        where = f", line {error.lineno}" if hasattr(error, "lineno") else ""
+        raise UsageError(
+            f"template {template}{where}: {error.message}", hint="correct the template"
+        ) from None
+
+
+def _yaml(value: Json) -> str:
+    """Return a value in YAML's flow style; strings double-quoted, with nothing left to read."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_yaml(str(k))}: {_yaml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_yaml(item) for item in value) + "]"
+    if value is None or isinstance(value, bool | int | float):
+        return json.dumps(value)
+    return '"' + "".join(map(_escaped, str(value))) + '"'
+
+
+def _escaped(character: str) -> str:
+    # YAML 1.2, section 5.7: \x, \u and \U escapes; JSON's surrogate pairs mean something else.
+    code = ord(character)
+    if character in {'"', "\\"}:
+        return "\\" + character
+    if 0x20 <= code < 0x7F:
+        return character
+    if code < 0x100:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def _env_value(value: str, key: str) -> str:
+    """Return a value of an env file, which has no quoting: one line is all it can hold."""
+    if _CONTROL.search(value):
+        raise UsageError(
+            f"{key} has a line break or another control character, which an env file cannot hold",
+            hint=f"remove it from the value: {value!r}",
+        )
+    return value
+
+
+def _comment(value: str) -> str:
+    """Return text that stays on its line."""
+    return _CONTROL.sub(" ", value)
+
+
+def _dns_label(value: str) -> str:
+    """Return the nearest name that Kubernetes takes for a Service (RFC 1035, 63 characters)."""
+    label = re.sub(r"[^a-z0-9]+", "-", value.lower()).strip("-")[:60].rstrip("-")
+    return label if label[:1].isalpha() else f"m-{label}".rstrip("-")
+
+
+def _label_value(value: str) -> str:
+    """Return the nearest value that Kubernetes takes for a label."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", value)[:63].strip("-_.")
+
+
+def repository_name(name: str) -> str:
+    """Return a name that an image may have, for a model whose folder is called otherwise."""
+    return re.sub(r"[^a-z0-9._-]+|[._-]{2,}", "-", name.lower()).strip("._-") or "model"

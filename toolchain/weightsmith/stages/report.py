@@ -1,0 +1,345 @@
+"""build.json -> report.html, report.md and junit.xml: what was built, from what, how well."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import (
+    Environment,
+    FileSystemLoader,
+    StrictUndefined,
+    TemplateError,
+    UndefinedError,
+    select_autoescape,
+)
+from markupsafe import Markup
+
+from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.evaluating.gate import Limit, judge_drop
+from weightsmith.files import write_whole
+from weightsmith.foreign import parse_file
+from weightsmith.reporting import answers, comparing, views
+from weightsmith.reporting.facts import whole
+from weightsmith.reporting.junit import junit
+from weightsmith.resources import templates
+from weightsmith.serving.memory import human
+from weightsmith.values import Json, Score
+from weightsmith.visible import escaped, upright
+
+_BUILD, _BENCH = "build.json", "bench.json"
+_LARGEST_FILE = 256 << 20
+_MARKDOWN = re.compile(r"[\\`*_\[\]<>|&~]|:(?=//)|(?<=\bwww)\.|^#|^[-+=](?=\s|$|[-=])")
+"""What is markup, or is at the beginning of a line."""
+_NUMBERED = re.compile(r"^(\d{1,9})([.)])(?=\s|$)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """Where a report is; `junit` is None for a comparison."""
+
+    html: Path
+    markdown: Path
+    junit: Path | None = None
+
+
+@contextmanager
+def read_as_facts(path: Path) -> Iterator[None]:
+    """Refuse a file that is JSON, and holds other things than a build: InputRefused names it.
+
+    Not for facts of this process: there the same errors are a bug, and say where it is.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputRefused(
+            f"{path} is damaged: {type(error).__name__}: {error}"[:300],
+            hint="build it again; cached stages cost nothing",
+        ) from error
+    except TemplateError as error:
+        raise InputRefused(
+            f"{path} is damaged: {error.message}", hint="build it again; cached stages cost nothing"
+        ) from error
+
+
+def write_report(build: Mapping[str, Json], folder: Path) -> Written:
+    """Write report.html, report.md and junit.xml of a build (see reporting.facts.BuildFacts).
+
+    The page stands alone: no script, font or image comes from elsewhere. Beside it, other
+    targets of the version and a bench.json are looked for. Raises UsageError for facts that are
+    missing and EnvironmentFailure for a folder that cannot be written.
+    """
+    bench = read_json(folder / _BENCH) if (folder / _BENCH).is_file() else None
+    view = build_view(build, _siblings(folder, build), bench)
+    texts = {
+        "report.html": render_view(view, "report.html.j2"),
+        "report.md": render_view(view, "report.md.j2"),
+        "junit.xml": junit(whole(build)),
+    }
+    _write(texts, folder)
+    return Written(
+        html=folder / "report.html", markdown=folder / "report.md", junit=folder / "junit.xml"
+    )
+
+
+def write_comparison(first: Path, second: Path, folder: Path) -> Written:
+    """Write compare.html and compare.md of two builds' folders; raises what `read_json` raises."""
+    view = comparison_view(*(_side(place) for place in (first, second)))
+    _write({name: render_view(view, f"{name}.j2") for name in ("compare.html", "compare.md")},
+           folder)  # fmt: skip
+    return Written(html=folder / "compare.html", markdown=folder / "compare.md")
+
+
+def build_view(
+    build: Mapping[str, Json], targets: Sequence[Mapping[str, Json]], bench: Json
+) -> dict[str, Any]:
+    """Return all that the templates show of a build, `targets` being the version's, with this."""
+    facts = whole(build)
+    try:
+        return {
+            **facts,
+            "verdict": views.verdict(facts),
+            # The verdict says that already.
+            "warnings": [w for w in facts["warnings"] if not w.startswith("not published: ")],
+            "tasks": [_task_view(task) for task in views.tasks(facts)],
+            "flow": views.flow(facts),
+            "differences": views.differences(facts["validation"]),
+            "memory": views.memory(facts["plan"]),
+            "layers": views.layers(facts["image"]),
+            "stages": views.stages(facts),
+            "targets": views.targets(targets, facts["target"]),
+            "bench": {**bench, "rows": views.bench_rows(bench)} if bench else None,
+            "title": f"{facts['name']} {facts['version']} {facts['target']}".strip(),
+        }
+    except KeyError as error:
+        raise UsageError(
+            f"the build's facts lack {error}", hint="build.json lacks what the report shows"
+        ) from None
+
+
+def _task_view(task: Mapping[str, Any]) -> dict[str, Any]:
+    rows = answers.rows(task["items"])
+    return {
+        **task,
+        "rows": views.score_rows(task),
+        "floor": views.floor(task),
+        "answers": rows,
+        "counts": answers.counts(rows),
+    }
+
+
+def comparison_view(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the comparison shows of two views of builds."""
+    items = comparing.shared_items(first, second)
+    rows = comparing.answer_rows(items)
+    return {
+        "sides": [{**first, "letter": "A"}, {**second, "letter": "B"}],
+        "verdict": _compared(items),
+        "facts": [_shown(row) for row in comparing.fact_rows(first, second)],
+        "answers": rows,
+        "counts": answers.counts(rows),
+    }
+
+
+def _compared(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    if not items:
+        return {
+            "state": "untested",
+            "headline": "Not compared by answers",
+            "reasons": ["the two images were not asked the same questions"],
+        }
+    before, now = (_score(items, who) for who in ("adapter", "image"))
+    found = judge_drop("this", now, "other", before, Limit(max_drop=1.0)).comparison
+    if found is None:
+        raise AssertionError("both sides have all items")
+    low, high = found.interval
+    reason = (
+        f"over {found.n} questions, {found.lost} are right in A and wrong in B, {found.won} the"
+        f" other way; the drop from A to B is {found.drop:.3f}, {low:.3f} to {high:.3f} with 95 %"
+        f" confidence, p={found.p:.2g}"
+    )
+    if found.p > 0.05:
+        headline = "No difference shown" if found.drop else "As many right"
+        return {"state": "untested", "headline": headline, "reasons": [reason]}
+    better = "B is worse" if found.drop > 0 else "B is better"
+    return {"state": "failed" if found.drop > 0 else "passed", "headline": better,
+            "reasons": [reason]}  # fmt: skip
+
+
+def _score(items: Sequence[Mapping[str, Any]], who: str) -> Score:
+    rows = tuple({"prompt": i["prompt"], "answer": i[who], "ok": i["ok"][who]} for i in items)
+    right = sum(row["ok"] for row in rows)
+    return Score(score=right / len(rows), n=len(rows), metric="", per_item=rows)
+
+
+def _shown(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    spell: Mapping[str, Callable[[Any], str]] = {
+        "bytes": human,
+        "number": "{:.2f}".format,
+        "share": "{:.3f}".format,
+    }
+    if not row["kind"]:
+        return row
+    values = ["-" if v is None else spell[row["kind"]](v) for v in row["values"]]
+    return {**row, "values": values}
+
+
+def read_json(path: Path) -> Any:
+    """Return a result file's content; UsageError where it is not there, InputRefused damaged."""
+    try:
+        found = parse_file(path, largest=_LARGEST_FILE)
+    except OSError as error:
+        raise UsageError(
+            f"cannot read {path}: {error.strerror}",
+            hint="name a folder that `build` wrote, such as dist/NAME/VERSION/TARGET",
+        ) from None
+    except ValueError as error:
+        raise InputRefused(
+            f"{path} is damaged: {error}", hint="build it again; cached stages cost nothing"
+        ) from None
+    if not isinstance(found, dict):
+        raise InputRefused(f"{path} is damaged: not a JSON object", hint="build it again")
+    return found
+
+
+def _side(place: Path) -> dict[str, Any]:
+    folder = place.parent if place.name == _BUILD else place
+    bench = read_json(folder / _BENCH) if (folder / _BENCH).is_file() else None
+    with read_as_facts(folder / _BUILD):
+        return build_view(read_json(folder / _BUILD), (), bench)
+
+
+def _siblings(folder: Path, build: Mapping[str, Json]) -> list[Mapping[str, Json]]:
+    """Return this build and the other targets of its version, from the folders beside it."""
+    version = folder.parent.parent if folder.name == "refused" else folder.parent
+    found = [build]
+    for path in sorted([*version.glob(f"*/{_BUILD}"), *version.glob(f"*/refused/{_BUILD}")]):
+        if path.parent == folder:
+            continue
+        try:
+            other = read_json(path)
+        except (UsageError, InputRefused):
+            continue  # another build may be writing it
+        same = all(other.get(key) == build.get(key) for key in ("name", "version"))
+        if same and other.get("target") not in {b.get("target") for b in found}:
+            found.append(other)
+    return found
+
+
+def render_view(view: Mapping[str, Any], template: str) -> str:
+    """Return a template's text; UsageError where the facts lack what it shows."""
+    folder = templates() / "report"
+    style, script = ((folder / name).read_text("utf-8") for name in ("report.css", "report.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    # Both are ours, whole: nothing that a model said is in them.
+    ours = {"style": Markup(style), "script": Markup(script), "script_digest": f"sha256-{digest}"}  # noqa: S704
+    environment = _environment(folder, template.split(".")[-2])
+    try:
+        return environment.get_template(template).render({**view, **ours})
+    except UndefinedError as error:
+        raise UsageError(
+            f"{template}: {error.message}", hint="build.json lacks what the report shows"
+        ) from None
+
+
+@cache
+def _environment(folder: Path, page: str) -> Environment:
+    """Return what renders the report's templates, compiled once for all targets.
+
+    `page` is `html` or `md`: in either, nothing is markup that a template does not say is.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        undefined=StrictUndefined,
+        autoescape=select_autoescape(("html.j2",)),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=_upright if page == "html" else _cell,
+    )
+    environment.filters.update(
+        size=human,
+        cell=_cell,
+        code=_code,
+        pretty=_pretty,
+        seconds=_seconds,
+        spread=_spread,
+        capital=_capital,
+        sentence=_sentence,
+        day=_day,
+    )
+    return environment
+
+
+def _write(texts: Mapping[str, str], folder: Path) -> None:
+    for name, text in texts.items():
+        path = folder / name
+        try:
+            write_whole(path, text.encode("utf-8", errors="replace"))
+        except OSError as error:
+            raise EnvironmentFailure(
+                f"cannot write {path}: {error.strerror}", hint="choose another output folder"
+            ) from None
+
+
+def _cell(value: Json) -> Markup:
+    """Return text for a cell of a Markdown table: one line, nothing of it markup.
+
+    https://spec.commonmark.org/0.31.2/#backslash-escapes, and GitHub's own links and lists.
+    """
+    if isinstance(value, Markup):
+        return value
+    flat = " ".join(upright(str(value)).split())
+    flat = _NUMBERED.sub(r"\1\\\2", _MARKDOWN.sub(r"\\\g<0>", flat))
+    return Markup(flat)  # noqa: S704 - what it does is to escape
+
+
+def _code(value: Json) -> Markup:
+    """Return a line of an indented block of Markdown, where nothing is markup but its end."""
+    return Markup(escaped(str(value)))  # noqa: S704 - an indented block shows it as it is
+
+
+def _upright(value: Json) -> Json:
+    """Return what a page shows; autoescaping does the rest."""
+    return upright(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _pretty(value: Json) -> str:
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min"
+
+
+def _spread(value: Mapping[str, float | None]) -> str:
+    return " / ".join("-" if value[k] is None else f"{value[k]:.1f}" for k in ("p50", "p95"))
+
+
+def _day(created: str) -> str:
+    """Return an ISO 8601 time for people, to the minute; any other text as it is."""
+    try:
+        return datetime.fromisoformat(created).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except ValueError:
+        return created
+
+
+def _sentence(finding: Json) -> str:
+    """Return a finding as text: it is one, or has one beside facts for machines."""
+    if isinstance(finding, Mapping):
+        told = [finding.get(key) for key in ("message", "text", "detail") if finding.get(key)]
+        return str(told[0]) if told else json.dumps(finding, sort_keys=True)
+    return str(finding)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,140 @@
+"""Recipe -> Sources: every source on disk, by digest, with the pin that names it for ever."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from weightsmith.checkpoints.folder import check_adapter_folder, check_model_folder, left_behind
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.ports import Entry, SourceReader, Tools
+from weightsmith.recipe import Adapter, Base
+from weightsmith.recipe_file import RecipeFile
+from weightsmith.resources import builder_pins
+from weightsmith.time_limits import job_seconds
+from weightsmith.values import AdapterSnapshot, Job, Snapshot, Sources, StageInputs
+
+_IMPORT_BUILDER = "merge"
+_IMPORT_RECIPE = 1
+
+
+def resolve(file: RecipeFile, tools: Tools) -> Sources:
+    """Bring all sources of a recipe to local disk and check that they are what they say.
+
+    Raises InputRefused for unsafe or incomplete inputs, EnvironmentFailure for the network.
+    """
+    base = _fetch(file.recipe.base, file, tools)
+    if _is_gguf(base):
+        base = _import_gguf(base, tools)
+    check_model_folder(base.tree.root)
+    _tell_left(base, tools)
+    adapters = []
+    for adapter in file.recipe.adapters:
+        snapshot = _fetch(adapter, file, tools)
+        check_adapter_folder(snapshot.tree.root)
+        _tell_left(snapshot, tools)
+        adapters.append(_named(adapter, snapshot))
+    return Sources(base=base, adapters=tuple(adapters))
+
+
+def known(file: RecipeFile, tools: Tools) -> tuple[Sources | None, str]:
+    """Return what `resolve` would, if that needs no network and no work; else None and why not."""
+    base = _known(file.recipe.base, file, tools)
+    if base and _is_gguf(base):
+        entry = tools.store.find(import_inputs(base).key)
+        if entry is None:
+            return None, f"{base.source} is here, but not converted to a checkpoint yet"
+        base = _imported(base, entry)
+    adapters = [(_known(a, file, tools), a) for a in file.recipe.adapters]
+    missing = [a.source for snapshot, a in adapters if snapshot is None]
+    missing += [file.recipe.base.source] if base is None else []
+    if base is None or missing:
+        return None, f"not on this machine: {', '.join(missing)}"
+    return Sources(base=base, adapters=tuple(_named(a, s) for s, a in adapters if s)), ""
+
+
+def _tell_left(snapshot: Snapshot, tools: Tools) -> None:
+    if left := left_behind(snapshot.tree.root):
+        tools.progress.note(f"{snapshot.source}: left behind, as no part of a checkpoint: {left}")
+
+
+def import_inputs(source: Snapshot) -> StageInputs:
+    """Return what the conversion of a GGUF source to a checkpoint depends on."""
+    return StageInputs(
+        stage="import",
+        recipe_number=_IMPORT_RECIPE,
+        inputs={"source": source.digest, "builder": builder_pins(_IMPORT_BUILDER)},
+    )
+
+
+def _fetch(source: Base | Adapter, file: RecipeFile, tools: Tools) -> Snapshot:
+    reader, name = _reader(source, file, tools)
+    sha256 = source.sha256 if isinstance(source, Base) else ""
+    snapshot = reader.fetch(name, source.revision, sha256, tools.progress)
+    if not snapshot.pinned:
+        tools.progress.warn(f"{source.source} is not pinned; it is now {snapshot.pin}")
+    return snapshot
+
+
+def _known(source: Base | Adapter, file: RecipeFile, tools: Tools) -> Snapshot | None:
+    reader, name = _reader(source, file, tools)
+    sha256 = source.sha256 if isinstance(source, Base) else ""
+    return reader.known(name, source.revision, sha256)
+
+
+def _reader(source: Base | Adapter, file: RecipeFile, tools: Tools) -> tuple[SourceReader, str]:
+    scheme, separator, _ = source.source.partition("://")
+    if not separator:
+        path = Path(source.source).expanduser()
+        return tools.readers[""], str(path if path.is_absolute() else file.folder / path)
+    if scheme not in tools.readers:
+        schemes = ", ".join(f"{s}://" for s in sorted(tools.readers) if s)
+        raise UsageError(f"{source.source}: unknown kind of source", hint=f"known: {schemes}")
+    return tools.readers[scheme], source.source
+
+
+def _named(adapter: Adapter, snapshot: Snapshot) -> AdapterSnapshot:
+    return AdapterSnapshot(
+        snapshot=snapshot, weight=adapter.weight, version=adapter.version, run_id=adapter.run_id
+    )
+
+
+def _is_gguf(snapshot: Snapshot) -> bool:
+    files = snapshot.tree.files
+    return not snapshot.tree.has("config.json") and any(f.path.endswith(".gguf") for f in files)
+
+
+def _import_gguf(source: Snapshot, tools: Tools) -> Snapshot:
+    """Turn a source that holds one GGUF file into a checkpoint, once."""
+    names = [f.path for f in source.tree.files if f.path.endswith(".gguf")]
+    if len(names) > 1:
+        raise InputRefused(
+            f"{source.source}: holds {len(names)} GGUF files, one is expected",
+            hint="name a source with one model in it",
+        )
+    inputs = import_inputs(source)
+
+    def make(folder: Path) -> dict[str, str]:
+        tools.store.require_room(8 * source.tree.size, "converting the GGUF source")
+        tools.runner.prepare(_IMPORT_BUILDER, tools.progress)
+        job = Job(
+            stage="import-gguf",
+            builder=_IMPORT_BUILDER,
+            inputs={"gguf": source.tree.path(names[0])},
+            output=folder,
+            seconds=job_seconds(source.tree.size),
+        )
+        tools.runner.run(job, tools.progress)
+        return {}
+
+    entry = tools.store.produce(inputs.key, {"stage": "import", "from": source.pin}, make)
+    return _imported(source, entry)
+
+
+def _imported(source: Snapshot, entry: Entry) -> Snapshot:
+    return Snapshot(
+        tree=entry.tree,
+        source=source.source,
+        pin=source.pin,
+        pinned=source.pinned,
+        made_from=(source.digest,),
+    )

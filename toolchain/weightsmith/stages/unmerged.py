@@ -1,0 +1,163 @@
+"""Sources -> Artifact: the base with its adapters beside it, nothing merged and nothing copied."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.foreign import read_json
+from weightsmith.ports import Entry, Tools
+from weightsmith.quantizers import gguf_lora
+from weightsmith.resources import builder_pins
+from weightsmith.serving.engine import ServedAdapter
+from weightsmith.time_limits import job_seconds
+from weightsmith.values import (
+    LORA,
+    AdapterSnapshot,
+    Artifact,
+    FileEntry,
+    Job,
+    Json,
+    Sources,
+    StageInputs,
+    Tree,
+)
+
+FOLDER = "adapters"
+"""Where adapters lie, below the base."""
+
+_BUILDER = "gguf"
+_RECIPE_NUMBER = 1
+_FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
+
+
+def unmerged(sources: Sources) -> Artifact:
+    """Return base and adapters as one tree: the base's files, and a folder for each adapter."""
+    base, found = sources.base.tree, served_adapters(sources)
+    files = [entry for entry in base.files if not entry.path.startswith(f"{FOLDER}/")]
+    places: dict[str, Path] = {}
+    for served, adapter in zip(found, sources.adapters, strict=True):
+        tree = adapter.snapshot.tree
+        for entry in tree.files:
+            if entry.path in _FILES:
+                path = f"{served.folder}/{entry.path}"
+                files.append(FileEntry(path=path, size=entry.size, digest=entry.digest))
+                places[path] = tree.path(entry.path)
+    tree = Tree(
+        root=base.root, files=tuple(sorted(files, key=lambda entry: entry.path)), places=places
+    )
+    made_from = (base.digest, *(adapter.snapshot.digest for adapter in sources.adapters))
+    return Artifact(format=LORA, tree=tree, made_from=made_from)
+
+
+def unmerged_gguf(sources: Sources, base: Artifact, tools: Tools) -> Artifact:
+    """Return a GGUF base and its adapters, converted in their builder, as one tree."""
+    files, places = list(base.tree.files), {}
+    for served, adapter in zip(served_adapters(sources, gguf=True), sources.adapters, strict=True):
+        tree = _converted(sources, adapter, tools).tree
+        (entry,) = (entry for entry in tree.files if entry.path == gguf_lora.FILE)
+        files.append(FileEntry(path=served.folder, size=entry.size, digest=entry.digest))
+        places[served.folder] = tree.path(entry.path)
+    tree = Tree(
+        root=base.tree.root, files=tuple(sorted(files, key=lambda e: e.path)), places=places
+    )
+    made_from = (*base.made_from, *(adapter.snapshot.digest for adapter in sources.adapters))
+    return Artifact(format=LORA, tree=tree, made_from=made_from)
+
+
+def _converted(sources: Sources, adapter: AdapterSnapshot, tools: Tools) -> Entry:
+    stage = StageInputs(
+        stage="convert-adapter",
+        recipe_number=_RECIPE_NUMBER,
+        inputs={
+            "base": sources.base.digest,
+            "adapter": adapter.snapshot.digest,
+            "builder": builder_pins(_BUILDER),
+        },
+    )
+
+    def make(folder: Path) -> Mapping[str, Json]:
+        tools.runner.prepare(_BUILDER, tools.progress)
+        return tools.runner.run(
+            Job(
+                stage="convert-adapter",
+                builder=_BUILDER,
+                inputs={"base": sources.base.tree.root, "adapter": adapter.snapshot.tree.root},
+                output=folder,
+                memory_bytes=4 << 30,
+                seconds=job_seconds(adapter.snapshot.tree.size),
+            ),
+            tools.progress,
+        )
+
+    meta = {"stage": stage.stage, "inputs": stage.inputs}
+    return tools.store.find(stage.key) or tools.store.produce(stage.key, meta, make)
+
+
+def served_adapters(sources: Sources, *, gguf: bool = False) -> tuple[ServedAdapter, ...]:
+    """Return each adapter's name, rank, and folder (or file, as `gguf`) in the image.
+
+    A single one has no name of its own: it is served under the model's. Raises UsageError where
+    there is none or one is weighted, InputRefused for what engines do not add at run time.
+    """
+    if not sources.adapters:
+        raise UsageError("no adapter to serve beside the base", hint="add one to the recipe")
+    found: list[ServedAdapter] = []
+    for adapter in sources.adapters:
+        if adapter.weight != 1.0:
+            raise UsageError(
+                f"adapter {adapter.snapshot.source} has weight {adapter.weight}: engines add it"
+                " whole",
+                hint="merge it, or remove the weight",
+            )
+        name = _name(adapter)
+        place = f"{FOLDER}/{name}.gguf" if gguf else f"{FOLDER}/{name}"
+        if any(other.folder == place for other in found):
+            raise UsageError(f"two adapters are called {name}", hint="give them different versions")
+        rank = _rank(adapter, gguf=gguf)
+        alone = len(sources.adapters) == 1
+        found.append(ServedAdapter(name="" if alone else name, folder=place, rank=rank))
+    return tuple(found)
+
+
+def _name(adapter: AdapterSnapshot) -> str:
+    """Return the last part of an adapter's source, and its version, as a name for clients."""
+    last = adapter.snapshot.source.rstrip("/").rpartition("/")[2]
+    name = f"{last}-{adapter.version}" if adapter.version else last
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "adapter"
+
+
+def _rank(adapter: AdapterSnapshot, *, gguf: bool) -> int:
+    path = adapter.snapshot.tree.path("adapter_config.json")
+    config = read_json(path)
+    for key, wrong in (("use_dora", True), ("lora_bias", True)):
+        if config.get(key) is wrong:
+            raise InputRefused(f"{path}: engines do not serve {key} unmerged", hint="merge it")
+    # One factor for all layers: vLLM takes alpha / r of the configuration, llama.cpp alpha over
+    # each tensor's own rank.
+    scaled = ("alpha_pattern", "use_rslora") if gguf else ("alpha_pattern", "rank_pattern")
+    for key in scaled:
+        if config.get(key):
+            raise InputRefused(
+                f"{path}: {key} scales layers in a way that this engine does not read",
+                hint="merge it",
+            )
+    if config.get("bias", "none") != "none" or config.get("modules_to_save"):
+        raise InputRefused(
+            f"{path}: it replaces parts of the base, which engines cannot do unmerged",
+            hint="merge it",
+        )
+    targets = config.get("target_modules")
+    if isinstance(targets, list) and {"embed_tokens", "lm_head"} & set(targets):
+        raise InputRefused(
+            f"{path}: it changes the embeddings, which engines cannot do unmerged", hint="merge it"
+        )
+    ranks = [config.get("r"), *dict(config.get("rank_pattern") or {}).values()]
+    if not all(isinstance(rank, int) and 0 < rank <= 10_000 for rank in ranks):
+        raise InputRefused(
+            f"{path}: r is {config.get('r')!r}, not a rank",
+            hint="export the adapter again with PEFT's save_pretrained",
+        )
+    return max(int(rank) for rank in ranks)

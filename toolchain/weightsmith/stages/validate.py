@@ -1,0 +1,180 @@
+"""Checkpoint -> Checkpoint, proven: the merged weights held against base and adapters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from weightsmith.errors import CheckFailed
+from weightsmith.ports import Entry, Tools
+from weightsmith.recipe import Merge
+from weightsmith.resources import builder_pins
+from weightsmith.time_limits import job_seconds
+from weightsmith.values import Checkpoint, Digest, Job, Json, Sources, StageInputs, key_of
+
+BUILDER = "merge"
+RECIPE_NUMBER = 2
+MEMORY_BYTES = 4 << 30
+"""Limit of the container beside a checkpoint that has to be loaded whole."""
+SUMS = ("sequential", "linear", "cat")
+"""Methods whose result is the weighted sum that adapters side by side compute."""
+PRUNED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+"""Methods whose result is, at each element, a choice of the adapters' changes."""
+_RESULT = "validation.json"
+_SHOWN = 3
+
+Messages = Sequence[Mapping[str, str]]
+
+
+def inputs(
+    sources: Sources, options: Merge, checkpoint: Digest, items: Sequence[Messages]
+) -> StageInputs:
+    """Return all that the result of a validation depends on."""
+    return StageInputs(
+        stage="validate",
+        recipe_number=RECIPE_NUMBER,
+        inputs={
+            "base": sources.base.digest,
+            "adapters": [a.snapshot.digest for a in sources.adapters],
+            "weights": [a.weight for a in sources.adapters],
+            "scope": scope(options.method, options.space, options.quantized_base),
+            "mixture": mixture(options.method, options.space, options.density, options.rank),
+            "checkpoint": checkpoint,
+            "probes": key_of([[dict(message) for message in item] for item in items]),
+            "builder": builder_pins(BUILDER),
+        },
+    )
+
+
+def scope(method: str, space: str, quantized_base: str) -> str:
+    """Return how much of a merge made so base and adapters can judge.
+
+    `all` of a weighted sum; `rest`, what no adapter changes, of other methods; `files` where every
+    layer was rounded to four bits first.
+    """
+    if quantized_base.startswith("simulate"):
+        return "files"
+    return "all" if method in SUMS and space == "delta" else "rest"
+
+
+def mixture(
+    method: str, space: str, density: float | None, rank: int | None
+) -> Mapping[str, Json] | None:
+    """Return what a method makes of the deltas, as the job wants it; None where it is not judged.
+
+    DARE divides what it keeps by the density, so without one it cannot be.
+    """
+    if space == "delta" and method == "svd":
+        return {"truncates": True, "rank": rank}
+    if method not in PRUNED or space != "delta" or (method.startswith("dare") and not density):
+        return None
+    gain = 1 / density if density and method.startswith("dare") else 1.0
+    return {"gain": gain, "mean": method.endswith("ties")}
+
+
+def validate(
+    checkpoint: Checkpoint,
+    sources: Sources,
+    options: Merge,
+    items: Sequence[Messages],
+    tools: Tools,
+) -> Checkpoint:
+    """Return the checkpoint with `validation` among its details: what was compared and found.
+
+    Raises CheckFailed, with the whole result as details, where it is not base and adapters.
+    """
+    stage = inputs(sources, options, checkpoint.digest, items)
+    entry = tools.store.find(stage.key) or tools.store.produce(
+        stage.key,
+        {"stage": "validate", "inputs": stage.inputs},
+        lambda folder: _run(folder, checkpoint, sources, options, items, tools),
+    )
+    return replace(checkpoint, details={**checkpoint.details, "validation": found(entry)})
+
+
+def found(entry: Entry) -> Mapping[str, Json]:
+    """Return the result that a store entry holds."""
+    result: Mapping[str, Json] = json.loads(entry.tree.path(_RESULT).read_text("utf-8"))
+    return {**result, "cached": entry.cached}
+
+
+def job(
+    base: Path,
+    adapters: Sequence[tuple[Path, float]],
+    merged: Path,
+    items: Sequence[Messages],
+    *,
+    scope: str,
+    mixture: Mapping[str, Json] | None,
+    output: Path,
+) -> Job:
+    """Return the job that compares three folders."""
+    return Job(
+        stage="validate",
+        builder=BUILDER,
+        inputs={
+            "base": base,
+            "merged": merged,
+            **{f"adapter{i}": folder for i, (folder, _) in enumerate(adapters)},
+        },
+        parameters={
+            "weights": [weight for _, weight in adapters],
+            "items": [[dict(message) for message in item] for item in items],
+            "scope": scope,
+            "mixture": mixture,
+        },
+        output=output,
+        # Only an architecture that cannot be streamed takes more than a fraction of this.
+        memory_bytes=MEMORY_BYTES + 5 * _size(merged),
+        seconds=job_seconds(_size(base) + _size(merged)),
+    )
+
+
+def require_passed(result: Mapping[str, Json], where: str) -> None:
+    """Raise CheckFailed with the worst findings of a result that did not pass."""
+    if result["passed"]:
+        return
+    errors = [f["message"] for f in result["findings"] if f["severity"] == "error"]
+    more = f"\n  … and {len(errors) - _SHOWN} more" if len(errors) > _SHOWN else ""
+    lines = "".join(f"\n  {message}" for message in errors[:_SHOWN])
+    raise CheckFailed(
+        f"{where} is not what base and adapters are:{lines}{more}",
+        hint="merge again from the same inputs; if it fails again, one of them is not what its "
+        "configuration says, or a disk or memory is faulty",
+        details=result,
+    )
+
+
+def _run(
+    folder: Path,
+    checkpoint: Checkpoint,
+    sources: Sources,
+    options: Merge,
+    items: Sequence[Messages],
+    tools: Tools,
+) -> Mapping[str, Json]:
+    tools.runner.prepare(BUILDER, tools.progress)
+    result = tools.runner.run(
+        job(
+            sources.base.tree.root,
+            [(a.snapshot.tree.root, a.weight) for a in sources.adapters],
+            checkpoint.tree.root,
+            items,
+            scope=scope(options.method, options.space, options.quantized_base),
+            mixture=mixture(options.method, options.space, options.density, options.rank),
+            output=folder,
+        ),
+        tools.progress,
+    )
+    require_passed(result, "the merged checkpoint")
+    for each in result["findings"]:
+        if each["severity"] == "warning":
+            tools.progress.warn(each["message"])
+    (folder / _RESULT).write_text(json.dumps(result, ensure_ascii=False), "utf-8")
+    return {"probes": result.get("probes", 0)}
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

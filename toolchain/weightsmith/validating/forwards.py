@@ -1,0 +1,246 @@
+"""The two forwards: base with adapters on it, examined on the way, and the merged checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weightsmith.validating.examine import Examiner
+from weightsmith.validating.mixtures import Mixture
+from weightsmith.validating.network import (
+    PEFT_PREFIX,
+    base_name,
+    decoder_layers,
+    fill,
+    is_missing,
+    load_buffers,
+    replication,
+    resize,
+    skeleton,
+    stream,
+    tie_again,
+    with_adapters,
+)
+from weightsmith.validating.sites import Site, sites
+from weightsmith.validating.weights import Weights
+
+Advance = Callable[[], None]
+_KEPT_TOKENS = 16
+"""Tokens of a probe whose hidden states are kept for each layer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Probes side by side, filled up on the right: a causal model does not look there."""
+
+    ids: torch.Tensor
+    lengths: tuple[int, ...]
+    counted: tuple[int, ...]
+    """Of each probe, how many tokens at its end have logits."""
+
+    @classmethod
+    def of(cls, probes: Sequence[Sequence[int]], most: int = sys.maxsize) -> Batch:
+        """Put probes of several lengths into one batch, with at most so many logits each."""
+        width = max(len(probe) for probe in probes)
+        rows = [[*probe, *[probe[-1]] * (width - len(probe))] for probe in probes]
+        lengths = tuple(len(probe) for probe in probes)
+        counted = tuple(min(length, most) for length in lengths)
+        return cls(ids=torch.tensor(rows), lengths=lengths, counted=counted)
+
+    @property
+    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row and column of every token that counts."""
+        both = list(enumerate(zip(self.lengths, self.counted, strict=True)))
+        rows = [row for row, (_, count) in both for _ in range(count)]
+        columns = [column for _, (n, count) in both for column in range(n - count, n)]
+        return torch.tensor(rows), torch.tensor(columns)
+
+    def doubled(self, twins: int) -> Batch:
+        """Return the batch with twins of its first probes behind it."""
+        return Batch(
+            ids=torch.cat([self.ids, self.ids[:twins]]),
+            lengths=(*self.lengths, *self.lengths[:twins]),
+            counted=(*self.counted, *self.counted[:twins]),
+        )
+
+    def twin_tokens(self, twins: int) -> dict[int, int]:
+        """Return how many of a layer's input tokens belong to the last sequences.
+
+        Layers get all tokens, the sequences apart or in one row; the head those that count.
+        """
+        width = self.ids.shape[1]
+        mine = sum(self.counted[len(self.counted) - twins :])
+        return {sum(self.counted): mine, len(self.ids) * width: twins * width}
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """What one forward gave."""
+
+    logits: torch.Tensor
+    """(tokens that count, vocabulary), probe by probe."""
+    hidden: list[torch.Tensor]
+    """Per decoder layer, some tokens of the first probes: (tokens, width)."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Reference:
+    """The forward of base and adapters, and what was seen on the way."""
+
+    run: Run
+    twins: Run
+    """The first probes again, with every merged tensor rounded as an exact merge rounds it."""
+    base: Weights
+    examiner: Examiner
+    sites: tuple[Site, ...]
+    replaced: dict[str, torch.Tensor]
+    """Parameters that an adapter brings whole."""
+
+
+@torch.no_grad()
+def reference_forward(
+    base: Path,
+    adapters: Sequence[tuple[Path, float]],
+    like: Any,
+    merged: Weights,
+    batch: Batch,
+    twins: int,
+    *,
+    streamed: bool,
+    advance: Advance,
+    mixture: Mixture | None = None,
+) -> Reference:
+    """Run base and adapters, unmerged, and examine every adapted layer on the way.
+
+    `like` is the merged model's skeleton: adapters may have given it another vocabulary; `mixture`
+    says how the merge kept parts of the deltas, where it is not their sum.
+    """
+    bare = skeleton(base)
+    weights = Weights(base, bare)
+    load_buffers(bare, weights)
+    names = set(bare.state_dict())
+    resized = resize(bare, like)
+    model = with_adapters(bare, adapters)
+    if resized:
+        tie_again(model.get_base_model())
+    if (layers := replication(model)) is not None:
+        weights.replicate(layers)
+    adapted = tuple(sites(model))
+    given = list(brought(model, names))
+    _weigh(model, adapters, adapted, given, weights)
+    whole = batch.doubled(twins)
+    examiner = Examiner(
+        base=weights, merged=merged, twins=whole.twin_tokens(twins), mixture=mixture
+    )
+    if streamed:
+        stream(model, weights, skip=[site.layer for site in adapted if site.kind == "other"])
+    else:
+        fill(model, weights)
+    for site in adapted:
+        examiner.watch(site)
+    inside = {id(module) for site in adapted for module in site.layer.modules()}
+    for module, parameters in given:
+        if id(module) not in inside:
+            known = {part: name for part, name in parameters.items() if merged.has(name)}
+            examiner.watch_brought(module, known)
+    rows = [*range(twins), *range(len(batch.ids), len(whole.ids))]
+    run = _forward(model.get_base_model(), model, whole, rows, advance)
+    for site in adapted:
+        examiner.finish(site)
+    tokens = sum(batch.counted)
+    half = [state.chunk(2) for state in run.hidden]
+    return Reference(
+        run=Run(logits=run.logits[:tokens], hidden=[first for first, _ in half]),
+        twins=Run(logits=run.logits[tokens:], hidden=[second for _, second in half]),
+        base=weights,
+        examiner=examiner,
+        sites=adapted,
+        replaced={
+            name: getattr(module, part).detach()
+            for module, parameters in given
+            for part, name in parameters.items()
+        },
+    )
+
+
+@torch.no_grad()
+def merged_forward(
+    model: Any, weights: Weights, batch: Batch, twins: int, *, streamed: bool, advance: Advance
+) -> Run:
+    """Run the merged checkpoint, and keep hidden states of its first `twins` probes."""
+    load_buffers(model, weights)
+    if streamed:
+        stream(model, weights)
+    else:
+        fill(model, weights)
+    return _forward(model, model, batch, list(range(twins)), advance)
+
+
+def _weigh(
+    model: Any,
+    adapters: Sequence[tuple[Path, float]],
+    adapted: Sequence[Site],
+    given: Sequence[tuple[Any, dict[str, str]]],
+    base: Weights,
+) -> None:
+    """Mean a part of what each adapter changes, and of what one brings whole."""
+    parts = {f"adapter_{number}": weight for number, (_, weight) in enumerate(adapters)}
+    if all(weight == 1.0 for weight in parts.values()):
+        return
+    for site in adapted:
+        site.weigh(parts)
+    # PEFT lets one adapter alone bring biases, and a module be brought by one.
+    biased = [n for n in parts if getattr(model.peft_config[n], "bias", "none") != "none"]
+    paths = {id(module): path for path, module in model.named_modules()}
+    for module, parameters in given:
+        owner = next((n for n in parts if f".modules_to_save.{n}" in paths[id(module)]), "")
+        weight = parts.get(owner or next(iter(biased), ""), 1.0)
+        for part, name in parameters.items():
+            if base.has(name):
+                own, before = getattr(module, part), base.whole(name)
+                own.data = before + weight * (own.data - before)
+
+
+def brought(model: Any, names: set[str]) -> Iterator[tuple[Any, dict[str, str]]]:
+    """Yield modules with what PEFT replaced there by an adapter's own: attribute -> base's name."""
+    for path, module in model.named_modules():
+        found = {}
+        for part, parameter in module.named_parameters(recurse=False):
+            parts = f"{path}.{part}".removeprefix(PEFT_PREFIX).split(".")
+            if "modules_to_save" in parts:
+                cut = parts.index("modules_to_save")
+                found[part] = ".".join(parts[:cut] + parts[cut + 2 :])
+            elif (name := base_name(f"{path}.{part}")) in names and not is_missing(parameter):
+                found[part] = name
+        if found:
+            yield module, found
+
+
+def _forward(model: Any, outer: Any, batch: Batch, rows: Sequence[int], advance: Advance) -> Run:
+    """Run once; the head sees only the tokens that count."""
+    hidden: list[torch.Tensor] = []
+    length = min(batch.lengths[row] for row in rows)
+    columns = torch.arange(0, length, max(1, length // _KEPT_TOKENS))
+
+    def keep(_: Any, __: Any, out: Any) -> None:
+        state = out[0] if isinstance(out, tuple) else out
+        hidden.append(state[rows][:, columns].flatten(0, 1).clone())
+        advance()
+
+    def select(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        places = batch.places
+        return (args[0][places].unsqueeze(0), *args[1:])
+
+    hooks = [layer.register_forward_hook(keep) for layer in decoder_layers(model)]
+    hooks.append(model.get_output_embeddings().register_forward_pre_hook(select))
+    try:
+        logits = outer(input_ids=batch.ids, use_cache=False).logits[0].float()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Run(logits=logits, hidden=hidden)

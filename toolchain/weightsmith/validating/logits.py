@@ -1,0 +1,118 @@
+"""Logits of three forwards: reference, the same rounded once, and the merged checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from weightsmith.validating.findings import ERROR, Finding, finding
+
+_FLOOR = 2.0**-14
+"""What float32 arithmetic may do to logits, as a part of the largest: sums in another order."""
+_UNSEEN = 4.0
+"""Room where the exact rounding of some layers is not in the limits, as it was not computed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distance:
+    """How far one set of logits is from another, over all positions."""
+
+    max_abs: float
+    mean_abs: float
+    rms: float
+    kl_mean: float
+    """Kullback-Leibler divergence from the reference, in nats."""
+    kl_max: float
+    top1: float
+    """Part of the positions whose most likely token is the same."""
+
+
+def distance(reference: torch.Tensor, other: torch.Tensor) -> Distance:
+    """Compare logits of shape (positions, vocabulary), row by row in float64."""
+    largest = total = squares = 0.0
+    divergences, same = [], 0
+    for mine, theirs in zip(reference, other, strict=True):
+        p, q = mine.double(), theirs.double()
+        off = (p - q).abs()
+        largest = max(largest, float(off.max()))
+        total, squares = total + float(off.sum()), squares + float(off.square().sum())
+        log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+        divergences.append(max(0.0, float((log_p.exp() * (log_p - log_q)).sum())))
+        same += int(mine.argmax()) == int(theirs.argmax())
+    count = max(1, reference.numel())
+    return Distance(
+        max_abs=largest,
+        mean_abs=total / count,
+        rms=(squares / count) ** 0.5,
+        kl_mean=sum(divergences) / max(1, len(divergences)),
+        kl_max=max(divergences, default=0.0),
+        top1=same / max(1, len(divergences)),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitLimits:
+    """How far a merge may be from the exact one: no further than rounding is from the reference."""
+
+    rms: float
+    max_abs: float
+    kl_mean: float
+    kl_max: float
+
+
+def limits(rounding: Distance, reference: torch.Tensor, *, complete: bool) -> LogitLimits:
+    """Return the limits from what one exact rounding did to these logits.
+
+    A divergence grows with the square of the logits' distance. `complete` says that the rounding
+    of every changed tensor was computed.
+    """
+    room = 1.0 if complete else _UNSEEN
+    floor = _FLOOR * float(reference.abs().max())
+    return LogitLimits(
+        rms=room * rounding.rms + floor,
+        max_abs=room * rounding.max_abs + floor,
+        kl_mean=room**2 * rounding.kl_mean + floor**2,
+        kl_max=room**2 * rounding.kl_max + floor**2,
+    )
+
+
+def judge(off: Distance, allowed: LogitLimits) -> list[Finding]:
+    """Return a finding where merged logits are off the exact merge's by more than the limits."""
+    found = []
+    for what, value, limit in (
+        ("logits are off by", off.rms, allowed.rms),
+        ("one logit by", off.max_abs, allowed.max_abs),
+        ("the mean divergence is", off.kl_mean, allowed.kl_mean),
+        ("the largest", off.kl_max, allowed.kl_max),
+    ):
+        if not value <= limit:
+            found.append(f"{what} {value:.3g} (limit {limit:.3g})")
+    if not found:
+        return []
+    text = ", ".join(found)
+    return [
+        finding(
+            ERROR,
+            "logits",
+            f"the merged model answers otherwise than base and adapter: {text}; the limits are "
+            "what rounding the exact sum does to this model",
+        )
+    ]
+
+
+def judge_choices(exact: torch.Tensor, merged: torch.Tensor, allowed: LogitLimits) -> list[Finding]:
+    """Return a finding where another token is the likeliest and no near tie explains it."""
+    best = exact.topk(2, -1).values
+    margin = best[:, 0] - best[:, 1]
+    wrong = (exact.argmax(-1) != merged.argmax(-1)) & (margin > 2 * allowed.max_abs)
+    if not wrong.any():
+        return []
+    return [
+        finding(
+            ERROR,
+            "logits",
+            f"{int(wrong.sum())} of {len(exact)} positions have another likeliest token, by a "
+            f"margin of up to {float(margin[wrong].max()):.3g}",
+        )
+    ]

@@ -1,0 +1,204 @@
+"""What both sides are asked: chats in the folder's own template, as token ids."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from weightsmith.checkpoints.folder import check_adapter_folder
+from weightsmith.checkpoints.templates import render_chat
+from weightsmith.errors import InputRefused
+from weightsmith.time_limits import doing
+from weightsmith.validating.findings import ERROR, WARNING, Finding, finding
+
+Message = Mapping[str, str]
+
+BUILT_IN: tuple[tuple[Message, ...], ...] = tuple(
+    ({"role": "user", "content": text},)
+    for text in (
+        "What is the capital of France, and what is it known for?",
+        "Write a Python function that returns the sum of a list of numbers.",
+        "Summarise in one sentence why the sky is blue.",
+        "Translate to German: The meeting is at 3:45 pm on Thursday.",
+        "17 + 25 * 3 = ?",
+        'Return JSON with the keys "name" and "age" for Ada, 36.',
+    )
+)
+"""Asked where neither the recipe nor the user has questions."""
+
+ROUND_TRIP = (
+    "The quick brown fox, 1234567890!\n\tdef f(x): return x**2  # ok",
+    "Äpfel, naïve café, Σωκράτης, Привет, 你好, नमस्ते, 🦙🚀",
+    "  leading and trailing  ",
+)
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+MOST_PROBES = 8
+MOST_TOKENS = 64
+_LOGIT_BYTES = 96 << 20
+"""Memory that one side's logits may take."""
+
+
+def choose(items: Sequence[Sequence[Message]]) -> list[Sequence[Message]]:
+    """Return at most MOST_PROBES of the items, spread evenly; the built-in ones where none are."""
+    if not items:
+        return list(BUILT_IN)
+    count = min(len(items), MOST_PROBES)
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def load_tokenizer(root: Path) -> Any:
+    """Return a folder's tokenizer, from local files alone."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(root, local_files_only=True, trust_remote_code=False)
+
+
+def has_tokenizer(root: Path) -> bool:
+    """Say whether a folder brings a tokenizer."""
+    return any((root / name).is_file() for name in _TOKENIZERS)
+
+
+def expected_tokenizer(base: Path, adapters: Sequence[Path]) -> Any:
+    """Return the tokenizer that the merged model must have: the last adapter's, else the base's.
+
+    A chat template alone counts too, also from an adapter that brings no tokenizer. None where
+    nobody has one. Raises InputRefused where it cannot be loaded.
+    """
+    if not any(has_tokenizer(root) for root in (base, *adapters)):
+        return None
+    try:
+        return _expected(base, adapters)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputRefused(
+            f"the tokenizer of base and adapters cannot be loaded: {str(error)[:200]}",
+            hint="check that its files are complete and of one model",
+        ) from error
+
+
+def _expected(base: Path, adapters: Sequence[Path]) -> Any:
+    root, template, author = base, "", base
+    for adapter in adapters:
+        files = check_adapter_folder(adapter)
+        if any(name in files for name in _TOKENIZERS):
+            root, template = adapter, ""
+        if any(name in files for name in (*_TEMPLATES, "tokenizer_config.json")):
+            found = _template(adapter)
+            template, author = (found, adapter) if found else (template, author)
+    tokenizer = load_tokenizer(root)
+    if template:
+        tokenizer.chat_template = template
+        tokenizer.name_or_path = str(author)  # for messages: whose template it is
+    elif not tokenizer.chat_template and root != base and has_tokenizer(base):
+        tokenizer.chat_template = load_tokenizer(base).chat_template
+    return tokenizer
+
+
+def encode(tokenizer: Any, items: Sequence[Sequence[Message]], vocabulary: int) -> list[list[int]]:
+    """Return token ids of the items, the last MOST_TOKENS of each."""
+    if tokenizer is None:
+        return _made_up(vocabulary)
+    texts = [_text(tokenizer, item) for item in items]
+    with doing(f"cutting the probes into tokens by the tokenizer of {tokenizer.name_or_path}"):
+        ids = [
+            list(tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"])
+            for text in texts
+        ]
+    # The end of a prompt is where the answer begins, so that is what is kept.
+    return [part[-MOST_TOKENS:] or [0] for part in ids]
+
+
+def most_logits(count: int, vocabulary: int) -> int:
+    """Return how many tokens of each of `count` probes can have logits in memory."""
+    return max(4, _LOGIT_BYTES // (4 * max(1, vocabulary * count)))
+
+
+def _made_up(vocabulary: int) -> list[list[int]]:
+    """Return tokens drawn with a fixed seed, for models that come without a tokenizer."""
+    draw = random.Random(0)  # noqa: S311 - nothing secret
+    return [[draw.randrange(max(1, vocabulary)) for _ in range(24)] for _ in BUILT_IN]
+
+
+def compare(expected: Any, merged: Any, vocabulary: int, base: Path) -> list[Finding]:
+    """Hold the merged folder's tokenizer and template against what they must be.
+
+    `vocabulary` is how many tokens the model embeds.
+    """
+    found: list[Finding] = []
+    if expected.chat_template and not merged.chat_template:
+        found.append(
+            finding(ERROR, "tokenizer", "the chat template is lost", "chat_template.jinja")
+        )
+    elif expected.chat_template != merged.chat_template:
+        found.append(
+            finding(ERROR, "tokenizer", "the chat template is another one", "chat_template.jinja")
+        )
+    for name in ("eos_token", "bos_token"):
+        wanted, there = getattr(expected, name), getattr(merged, name)
+        if wanted != there:
+            message = f"the tokenizer's {name} is {there!r}, not {wanted!r}"
+            found.append(finding(ERROR, "tokenizer", message, "tokenizer_config.json"))
+    found += _round_trip(expected, merged)
+    return [*found, *_beyond(merged, vocabulary, base)]
+
+
+def _beyond(merged: Any, vocabulary: int, base: Path) -> list[Finding]:
+    """Find tokens that the model does not embed.
+
+    Those that the base has too, such as Gemma 3's token of an image, nobody was trained with; of
+    others the embeddings are lost.
+    """
+    lacking = {text for text, number in merged.get_vocab().items() if number >= vocabulary > 0}
+    if not lacking:
+        return []
+    known = set(load_tokenizer(base).get_vocab()) if has_tokenizer(base) else set()
+    message = f"the tokenizer has {len(merged)} tokens and the model embeds {vocabulary}"
+    if lacking <= known:
+        message += f", as with the base: {', '.join(sorted(lacking)[:3])}"
+    severity = WARNING if lacking <= known else ERROR
+    return [finding(severity, "tokenizer", message, "tokenizer.json")]
+
+
+def _round_trip(expected: Any, merged: Any) -> list[Finding]:
+    """Encode and decode texts with both."""
+    for text in (*ROUND_TRIP, *(item[0]["content"] for item in BUILT_IN)):
+        mine, theirs = expected(text)["input_ids"], merged(text)["input_ids"]
+        if mine != theirs:
+            place = next(
+                (i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
+                min(len(mine), len(theirs)),
+            )
+            message = (
+                f"the tokenizer is another one: {text[:24]!r}… becomes other tokens from number "
+                f"{place} on"
+            )
+            return [finding(ERROR, "tokenizer", message, "tokenizer.json")]
+        if expected.decode(mine) != merged.decode(theirs):
+            message = f"the tokenizer decodes {text[:24]!r}… to another text"
+            return [finding(ERROR, "tokenizer", message, "tokenizer.json")]
+    if expected.get_vocab() != merged.get_vocab():
+        message = "the tokenizer's vocabulary is another one"
+        return [finding(ERROR, "tokenizer", message, "tokenizer.json")]
+    return []
+
+
+def _text(tokenizer: Any, item: Sequence[Message]) -> str:
+    if tokenizer.chat_template:
+        return render_chat(tokenizer, item, answer=True)
+    return "\n".join(message["content"] for message in item)
+
+
+def _template(root: Path) -> str:
+    """Return the chat template that a folder brings, or nothing."""
+    from weightsmith.foreign import read_json
+
+    if (root / _TEMPLATES[0]).is_file():
+        return (root / _TEMPLATES[0]).read_text("utf-8")
+    for name in (_TEMPLATES[1], "tokenizer_config.json"):
+        if (root / name).is_file():
+            value = read_json(root / name).get("chat_template")
+            if isinstance(value, str):
+                return value
+    return ""

@@ -1,0 +1,210 @@
+"""Files and headers: tensors, types, configuration, ends of generation, tied heads."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from weightsmith.checkpoints.folder import check_model_folder
+from weightsmith.checkpoints.safetensors import (
+    CheckpointIndex,
+    TensorInfo,
+    open_checkpoint,
+)
+from weightsmith.errors import InputRefused
+from weightsmith.foreign import read_json
+from weightsmith.validating.findings import ERROR, NOTE, Finding, finding
+
+_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "decoder.weight")
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+_FREE = {
+    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "tie_word_embeddings",
+    "eos_token_id", "bos_token_id", "pad_token_id", "vocab_size", "quantization_config",
+    "num_hidden_layers", "layer_types", "use_cache", "architectures",
+}  # fmt: skip
+"""Keys of config.json that a merge may change; each is looked at on its own where it matters."""
+UNREADABLE = "model.safetensors"
+"""What a finding points at where shards, headers and index do not fit together."""
+
+
+def compare_files(base: Path, adapters: Sequence[Path], merged: Path) -> list[Finding]:
+    """Return what files and headers alone tell.
+
+    Raises InputRefused for a folder that is no checkpoint.
+    """
+    check_model_folder(merged)
+    before = open_checkpoint(base)
+    try:
+        after = open_checkpoint(merged)
+    except InputRefused as error:
+        return [finding(ERROR, "files", error.message, UNREADABLE)]
+    config, new = read_json(base / "config.json"), read_json(merged / "config.json")
+    # A quantized base has other tensors than what is merged onto it.
+    comparable = not config.get("quantization_config")
+    return [
+        *_configs(config, new),
+        *(_tensors(before, after, config, new) if comparable else ()),
+        *(_types(before, after) if comparable else ()),
+        *_ends(base, adapters, merged, new),
+        *_tied(after, new),
+    ]
+
+
+def is_readable(findings: Sequence[Finding]) -> bool:
+    """Say whether the merged folder's tensors can be read at all."""
+    return not any(found.tensor == UNREADABLE for found in findings)
+
+
+def vocabulary(merged: Path) -> int:
+    """Return the rows of the model's embedding, 0 where its name is not known."""
+    for name, info in open_checkpoint(merged).tensors.items():
+        if name.endswith(_EMBEDDINGS):
+            return info.shape[0]
+    return 0
+
+
+def end_tokens(root: Path) -> set[int]:
+    """Return the tokens that end an answer, by either configuration."""
+    return _ids(_maybe(root / "generation_config.json")) | _ids(_maybe(root / "config.json"))
+
+
+def _tensors(
+    before: CheckpointIndex,
+    after: CheckpointIndex,
+    config: Mapping[str, Any],
+    new: Mapping[str, Any],
+) -> Iterator[Finding]:
+    old, there = before.tensors, after.tensors
+    for name in sorted(old.keys() - there.keys()):
+        yield finding(ERROR, "files", f"the tensor {name} is missing", name)
+    # A head that was tied may have become one of its own; replicated layers are new.
+    untied = _is_tied(config) and not _is_tied(new)
+    grown = _number(new, "num_hidden_layers") != _number(config, "num_hidden_layers")
+    for name in sorted(there.keys() - old.keys()):
+        if not untied and not grown:
+            yield finding(ERROR, "files", f"the tensor {name} is not in the base", name)
+    for name in sorted(old.keys() & there.keys()):
+        mine, theirs = old[name].shape, there[name].shape
+        resized = (
+            len(mine) == 2 and mine[1:] == theirs[1:] and name.endswith((*_EMBEDDINGS, *_HEADS))
+        )
+        if mine != theirs and not resized:
+            message = f"{name} has the shape {list(theirs)}, the base's is {list(mine)}"
+            yield finding(ERROR, "files", message, name)
+
+
+def _types(before: CheckpointIndex, after: CheckpointIndex) -> Iterator[Finding]:
+    """Say which types changed: one cast of all is a choice, some tensors alone are a fault."""
+    changes: dict[tuple[str, str], list[str]] = {}
+    old = before.tensors
+    for name, info in after.tensors.items():
+        if name in old and old[name].dtype != info.dtype:
+            changes.setdefault((old[name].dtype, info.dtype), []).append(name)
+    for (was, now), names in changes.items():
+        same = [n for n, i in after.tensors.items() if n in old and i.dtype == old[n].dtype == was]
+        if same:
+            yield finding(
+                ERROR,
+                "files",
+                f"{len(names)} tensors became {now}, {len(same)} others stayed {was}",
+                names[0],
+            )
+        else:
+            yield finding(NOTE, "files", f"all {was} tensors were cast to {now}")
+
+
+def _configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Finding]:
+    keys = (old.keys() | new.keys()) - _FREE
+    for key in sorted(keys, key=lambda key: (key != "model_type", key)):
+        mine, theirs = old.get(key), new.get(key)
+        if isinstance(mine, dict) and isinstance(theirs, dict):
+            yield from _configs(mine, theirs)
+        elif mine != theirs:
+            message = f"config.json: {key} is {theirs!r}, the base's is {mine!r}"
+            yield finding(ERROR, "files", message[:300], "config.json")
+
+
+def _ends(
+    base: Path, adapters: Sequence[Path], merged: Path, config: Mapping[str, Any]
+) -> Iterator[Finding]:
+    """Every end token that an input names must still end the merged model's answers."""
+    wanted = _ids(read_json(base / "config.json"))
+    for folder in (base, *adapters):
+        wanted |= _ids(_maybe(folder / "generation_config.json"))
+    kept = _ids(_maybe(merged / "generation_config.json")) or _ids(config)
+    lost = sorted((wanted - kept) | (_ids(read_json(base / "config.json")) - _ids(config)))
+    if lost:
+        yield finding(
+            ERROR,
+            "files",
+            f"the end of sequence is lost: token {', '.join(map(str, lost))} ended answers before",
+            "generation_config.json",
+        )
+
+
+def _tied(after: CheckpointIndex, config: Mapping[str, Any]) -> Iterator[Finding]:
+    """Hold the flag against what the file has of head and embedding."""
+    heads = [n for n in after.tensors if n.endswith(_HEADS)]
+    embeddings = [n for n in after.tensors if n.endswith(_EMBEDDINGS)]
+    tied = _is_tied(config)
+    if not tied and not heads and embeddings and tied is not None:
+        yield finding(
+            ERROR,
+            "files",
+            "config.json says that the head is not tied, and the checkpoint has no head",
+            "lm_head.weight",
+        )
+    if tied and heads and embeddings and _digest(after, heads[0]) != _digest(after, embeddings[0]):
+        yield finding(
+            ERROR,
+            "files",
+            f"config.json ties the head to {embeddings[0]}, but {heads[0]} holds other numbers: "
+            "engines that follow the flag and engines that read the tensor give other answers",
+            heads[0],
+        )
+
+
+def _is_tied(config: Mapping[str, Any]) -> bool | None:
+    """Return what a configuration says of tied embeddings; None where it says nothing."""
+    text = config.get("text_config")
+    nested = text.get("tie_word_embeddings") if isinstance(text, dict) else None
+    value = config.get("tie_word_embeddings", nested)
+    return None if value is None else bool(value)
+
+
+def _number(config: Mapping[str, Any], key: str) -> Any:
+    text = config.get("text_config")
+    return config.get(key, text.get(key) if isinstance(text, dict) else None)
+
+
+def _digest(index: CheckpointIndex, name: str) -> str:
+    path, info = next(
+        (shard.path, i) for shard in index.shards for i in shard.tensors if i.name == name
+    )
+    return _hash(path, info)
+
+
+def _hash(path: Path, info: TensorInfo) -> str:
+    digest, left = hashlib.sha256(), info.size
+    with path.open("rb") as file:
+        file.seek(info.start)
+        while left and (piece := file.read(min(left, 1 << 20))):
+            digest.update(piece)
+            left -= len(piece)
+    return digest.hexdigest()
+
+
+def _ids(config: Mapping[str, Any]) -> set[int]:
+    value = config.get("eos_token_id")
+    return {n for n in (value if isinstance(value, list) else [value]) if type(n) is int}
+
+
+def _maybe(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return read_json(path)
+    except InputRefused:
+        return {}

@@ -1,0 +1,172 @@
+"""A checkpoint's tensors under the names of the model's parameters, read a few rows at a time."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from weightsmith.checkpoints.safetensors import TensorInfo, open_checkpoint
+
+BLOCK = 1 << 19
+"""Elements that are held at a time: few enough that one pass over them stays in the cache."""
+_BLOCKS = 32
+"""Blocks that are read before the file is opened anew: until then its pages count as ours."""
+
+_LAYER = re.compile(r"(.*\.layers\.)(\d+)(\..+)")
+"""What PEFT replicates is called so in every architecture that it knows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fused:
+    """Parameters that transformers makes of several tensors, such as a layer's stacked experts."""
+
+    converter: Any
+    parts: list[tuple[str, str]] = field(default_factory=list)
+    """Tensor name and the converter's pattern that it fits."""
+
+
+class Weights:
+    """The tensors of a folder, by parameter name of `model`; renamed as transformers would load.
+
+    Files are read with the safetensors library and closed at once, so that what was read does not
+    count as this process's memory any longer.
+    """
+
+    def __init__(self, root: Path, model: Any) -> None:
+        index = open_checkpoint(root)
+        self._model = model
+        self.infos: dict[str, TensorInfo] = index.tensors
+        self._files = {i.name: shard.path for shard in index.shards for i in shard.tensors}
+        self._direct: dict[str, str] = {}
+        self._fused: dict[str, tuple[str, _Fused]] = {}
+        self._map(model)
+        for target, source in dict(getattr(model, "all_tied_weights_keys", {})).items():
+            if target not in self._direct and source in self._direct:
+                self._direct[target] = self._direct[source]
+
+    def replicate(self, sources: Sequence[int]) -> None:
+        """Follow a model whose layers were replicated: layer i now is the file's `sources[i]`."""
+        if self._fused:
+            raise NotImplementedError("replicated layers of an architecture with stacked weights")
+        old, self._direct = self._direct, {}
+        for name, tensor in old.items():
+            match = _LAYER.fullmatch(name)
+            if match is None:
+                self._direct[name] = tensor
+                continue
+            for place, source in enumerate(sources):
+                if int(match[2]) == source:
+                    self._direct[f"{match[1]}{place}{match[3]}"] = tensor
+        self.parameters = tuple(self._direct)
+
+    def has(self, parameter: str) -> bool:
+        """Say whether the checkpoint has what the parameter needs."""
+        return parameter in self._direct or parameter in self._fused
+
+    def tensor_of(self, parameter: str) -> str:
+        """Return the one tensor that is the parameter, or nothing where several make it."""
+        return self._direct.get(parameter, "")
+
+    def tensors_of(self, parameter: str) -> tuple[str, ...]:
+        """Return every tensor that goes into the parameter."""
+        if parameter in self._direct:
+            return (self._direct[parameter],)
+        return tuple(name for name, _ in self._fused[parameter][1].parts)
+
+    def rows(self, parameter: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield first row and rows of a parameter that is one tensor, in the file's type."""
+        return self.blocks(self._direct[parameter])
+
+    def blocks(self, tensor: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield first row and rows of a tensor of the file, in its type, BLOCK elements at most."""
+        shape = self.infos[tensor].shape
+        if not shape:
+            yield 0, self.read(tensor)
+            return
+        step = _rows_of(shape)
+        for start in range(0, shape[0], step * _BLOCKS):
+            with safe_open(self._files[tensor], framework="pt") as file:
+                part = file.get_slice(tensor)
+                for first in range(start, min(start + step * _BLOCKS, shape[0]), step):
+                    yield first, part[first : first + step].clone()
+
+    def slice(self, tensor: str, first: int, last: int) -> torch.Tensor:
+        """Return rows of a tensor, a copy in the file's type."""
+        with safe_open(self._files[tensor], framework="pt") as file:
+            rows: torch.Tensor = file.get_slice(tensor)[first:last]
+            return rows.clone()
+
+    def read(self, tensor: str) -> torch.Tensor:
+        """Return a whole tensor, a copy in the file's type."""
+        with safe_open(self._files[tensor], framework="pt") as file:
+            values: torch.Tensor = file.get_tensor(tensor)
+            return values.clone()
+
+    def whole(self, parameter: str) -> torch.Tensor:
+        """Return a whole parameter as float32, which holds every 16-bit type exactly."""
+        if parameter in self._direct:
+            return self.read(self._direct[parameter]).float()
+        first, fused = self._fused[parameter]
+        converter = deepcopy(fused.converter)
+        for name, pattern in fused.parts:
+            converter.add_tensor(first, name, pattern, lambda n=name: self.read(n).float())
+        made = converter.convert(first, model=self._model, config=self._model.config)
+        value = made[parameter]
+        whole: torch.Tensor = value[0] if isinstance(value, list) else value
+        return whole
+
+    def _map(self, model: Any) -> None:
+        """Sort the tensors by parameter, as `convert_and_load_state_dict_in_model` does."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            dot_natural_key,
+            rename_source_key,
+        )
+
+        mapping = get_model_conversion_mapping(model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+        known = model.state_dict()
+        prefix = model.base_model_prefix
+        groups: dict[str, _Fused] = {}
+        unused: dict[str, list[str]] = defaultdict(list)
+        for name in sorted(self.infos, key=dot_natural_key):
+            new, pattern = rename_source_key(name, renamings, converters, prefix, known)
+            if new not in known and name in known:
+                new, pattern = rename_source_key(name, [], [], prefix, known)
+            if new not in known:
+                unused[new].append(name)
+            elif pattern is None:
+                self._direct[new] = name
+            else:
+                group = groups.setdefault(new, _Fused(converter=by_pattern[pattern]))
+                group.parts.append((name, pattern))
+        for first, group in groups.items():
+            targets = group.converter.target_patterns
+            for target in targets:
+                self._fused[first.replace(targets[0], target)] = (first, group)
+        self.unused = tuple(name for names in unused.values() for name in names)
+        self.parameters = tuple(known)
+
+
+def blocks_of(values: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield first row and rows of a tensor in memory, cut as a file's tensors are."""
+    step = _rows_of(values.shape)
+    for first in range(0, len(values), step):
+        yield first, values[first : first + step]
+
+
+def _rows_of(shape: Sequence[int]) -> int:
+    return max(1, BLOCK // max(1, math.prod(shape[1:])))

@@ -1,0 +1,196 @@
+"""The one place that builds the outside world."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import platformdirs
+
+from weightsmith.commands.arguments import keep_apart
+from weightsmith.drivers.assembly import assemble_engine
+from weightsmith.drivers.checkup import examine_machine
+from weightsmith.drivers.credentials import ask_helper, docker_config
+from weightsmith.drivers.docker import DockerEngine, DockerRunner
+from weightsmith.drivers.docker_launcher import DockerLauncher
+from weightsmith.drivers.fallback import FallbackRunner
+from weightsmith.drivers.folders import FolderReader
+from weightsmith.drivers.hub import HubReader
+from weightsmith.drivers.local import LocalRunner
+from weightsmith.drivers.ownership import private_folder
+from weightsmith.drivers.pushed import PushedLayers
+from weightsmith.drivers.pypi import PypiReader
+from weightsmith.drivers.rootfs import EitherLauncher, RootfsLauncher, StartInfo
+from weightsmith.drivers.signer import open_signer
+from weightsmith.drivers.store import FileStore
+from weightsmith.drivers.user_program import run_command
+from weightsmith.errors import EnvironmentFailure, UsageError
+from weightsmith.oci import auth
+from weightsmith.oci.layout import read_layout
+from weightsmith.oci.registry import Registry
+from weightsmith.oci.unpack import unpack
+from weightsmith.ports import Launcher, Progress, Runner, Signer, Tools
+from weightsmith.privacy import private
+from weightsmith.provenance.signing import check_by
+from weightsmith.time_limits import chosen_seconds
+from weightsmith.values import Json
+
+RUNNERS = ("auto", "docker", "local")
+
+
+def cache_folder() -> Path:
+    """Return where builders and logs live: WEIGHTSMITH_CACHE, else the user's cache folder.
+
+    Raises EnvironmentFailure where the user has no home folder.
+    """
+    if named := os.environ.get("WEIGHTSMITH_CACHE"):
+        return Path(named).absolute()
+    try:
+        folder = Path(platformdirs.user_cache_dir("weightsmith")).expanduser()
+    except (RuntimeError, KeyError):
+        folder = Path("~")
+    if not folder.is_absolute():
+        raise EnvironmentFailure(
+            "there is no home folder to keep the cache in",
+            hint="set HOME, or WEIGHTSMITH_CACHE and WEIGHTSMITH_STORE to folders of your choice",
+        )
+    return folder
+
+
+def store_folder() -> Path:
+    """Return where results are kept: WEIGHTSMITH_STORE, else `store` in the cache folder."""
+    named = os.environ.get("WEIGHTSMITH_STORE")
+    return Path(named).absolute() if named else cache_folder() / "store"
+
+
+def require_folders() -> None:
+    """Raise EnvironmentFailure where cache or store are in a place that can hold no folder."""
+    folders = {"WEIGHTSMITH_CACHE": cache_folder(), "WEIGHTSMITH_STORE": store_folder()}
+    for variable, folder in folders.items():
+        try:
+            private(folder)
+        except OSError as error:
+            raise EnvironmentFailure(
+                f"there can be no folder {folder}: {error.strerror}",
+                hint=f"set {variable} to a folder that you may write to",
+            ) from error
+
+
+def keep_clean(inputs: Iterable[str | Path], **outputs: str | Path) -> None:
+    """Raise UsageError where a command would make anything in a folder that it reads.
+
+    `outputs` are its flags that name a place, empty where they are not given; cache and store are
+    looked at as well.
+    """
+    flags: dict[str, str | Path] = {
+        f"--{name.replace('_', '-')}": out for name, out in outputs.items()
+    }
+    folders = {"WEIGHTSMITH_CACHE": cache_folder(), "WEIGHTSMITH_STORE": store_folder()}
+    keep_apart(inputs, {**flags, **folders})
+
+
+def make_store(tell: Callable[[str], None] | None = None) -> FileStore:
+    """Return the user's store; it tells when another process has to be waited for."""
+    return FileStore(store_folder(), tell)
+
+
+def make_engine() -> DockerEngine:
+    """Return the container engine, whether it answers or not."""
+    return DockerEngine()
+
+
+def make_registry(*, insecure: bool = False) -> Registry:
+    """Return a registry client with the user's Docker credentials, read when one asks for them."""
+    return Registry(
+        credentials=lambda host: auth.docker_config(docker_config(), ask_helper)(host),
+        insecure=insecure,
+        memory=PushedLayers(cache_folder()),
+    )
+
+
+def make_tools(
+    runner: str, progress: Progress, *, sign_key: str = "", allow_network_in_jobs: bool = False
+) -> tuple[Tools, bool]:
+    """Return the outside world of a build, and whether a container engine is part of it.
+
+    `auto` takes the container engine where one answers, and does the jobs of builders that the
+    engine cannot make (its base image is out of reach, say) on this machine. There, jobs that
+    cannot be kept from the network are refused unless `allow_network_in_jobs`. Raises UsageError
+    for an unknown runner or time limit, EnvironmentFailure where `docker` is asked for and no
+    engine answers.
+    """
+    if runner not in RUNNERS:
+        raise UsageError(f"--runner {runner}: unknown", hint=f"one of {', '.join(RUNNERS)}")
+    chosen_seconds()
+    store, engine = make_store(progress.note), DockerEngine()
+    answers = runner != "local" and engine.answers()
+    if runner == "docker" and not answers:
+        engine.client  # noqa: B018 - raises what is wrong and what to do
+    chosen: Runner = LocalRunner(cache_folder(), allow_network=allow_network_in_jobs)
+    if answers:
+        docker = DockerRunner(engine, cache_folder())
+        chosen = docker if runner == "docker" else FallbackRunner(docker, chosen)
+    launcher: Launcher = RootfsLauncher(start_info, cache_folder())
+    if answers:
+        launcher = EitherLauncher(DockerLauncher(engine), launcher)
+    readers = (FolderReader(store), HubReader(store), PypiReader(store))
+    return Tools(
+        store=store,
+        readers={reader.scheme: reader for reader in readers},
+        runner=chosen,
+        engine=engine,
+        launcher=launcher,
+        progress=progress,
+        scratch=_scratch,
+        assemble_engine=partial(assemble_engine, cache_folder()),
+        command=run_command,
+        signer=make_signer(sign_key),
+    ), answers
+
+
+def make_signer(key: str) -> Signer | None:
+    """Return what signs with the user's key, or None without one.
+
+    Whether it can is found out now, not after the build. Raises as `open_signer` does, and
+    UsageError for a key whose signatures `verify` would not believe.
+    """
+    if not key:
+        return None
+    signer, text = open_signer(key), b"weightsmith: can this key sign?"
+    if not check_by(signer.public)(text, signer.sign(text)):
+        raise UsageError(
+            f"{key} makes signatures that `verify` cannot check",
+            hint="supported keys: ECDSA and RSA (PKCS #1) with SHA-256, Ed25519",
+        )
+    return signer
+
+
+def start_info(layout: str, root: Path) -> StartInfo:
+    """Unpack the image of a layout folder, and return how its configuration starts it."""
+    image = read_layout(Path(layout))
+    unpack(image, root)
+    config = image.config
+    env = dict(pair.partition("=")[::2] for pair in config.get("Env") or ())
+    return StartInfo(
+        argv=(*(config.get("Entrypoint") or ()), *(config.get("Cmd") or ())),
+        env=env,
+        workdir=config.get("WorkingDir") or "/",
+        user=config.get("User") or "",
+    )
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """Make a folder in the cache for one job's output, and delete it afterwards."""
+    with private_folder(cache_folder()) as folder:
+        output = folder / "out"
+        output.mkdir()
+        yield output
+
+
+def examine() -> Mapping[str, Json]:
+    """Return what `doctor` says: each check with what was found and what to do."""
+    return examine_machine(DockerEngine(), cache_folder(), store_folder())

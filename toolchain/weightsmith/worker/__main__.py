@@ -1,0 +1,114 @@
+"""Reads a job, runs its stage, and sends the result or the error."""
+
+from __future__ import annotations
+
+import errno
+import faulthandler
+import json
+import os
+import stat
+import sys
+import threading
+import traceback
+from pathlib import Path
+
+from weightsmith.errors import EnvironmentFailure, InputRefused, WeightsmithError, of_open_files
+from weightsmith.time_limits import tell_what_is_done
+from weightsmith.values import Job
+from weightsmith.worker.jobs import STAGES
+from weightsmith.worker.wire import Wire, open_wire
+
+PARENT_GONE = 130
+
+
+def read_job(path: Path) -> Job:
+    """Read a job file; paths in it are the builder's own."""
+    data = json.loads(path.read_text("utf-8"))
+    return Job(
+        stage=data["stage"],
+        builder=data["builder"],
+        inputs={name: Path(where) for name, where in data["inputs"].items()},
+        parameters=data["parameters"],
+        output=Path(data["output"]),
+        seconds=int(data.get("seconds", 0)),
+    )
+
+
+def run_job(job: Job, wire: Wire) -> int:
+    """Run the job's stage, send its result or error, and return the exit code."""
+    try:
+        stage = STAGES.get(job.stage)
+        if stage is None:
+            raise InputRefused(
+                f"the builder does not know the stage {job.stage!r}",
+                hint=f"it knows {', '.join(sorted(STAGES))}; builder and control plane must match",
+            )
+        result = stage(job, wire.progress)
+    except WeightsmithError as error:
+        return _send_error(wire, of_open_files(error) or error)
+    except MemoryError:
+        traceback.print_exc()
+        what = f"the {job.stage} job ran out of memory"
+        hint = "close other programs or use a machine with more memory"
+        return _send_error(wire, EnvironmentFailure(what, hint=hint))
+    except OSError as problem:
+        traceback.print_exc()
+        return _send_error(wire, _of_the_disk(problem, job))
+    except Exception as problem:  # noqa: BLE001 - the last frame: reported, with its traceback
+        traceback.print_exc()
+        what = f"unexpected {type(problem).__name__} in the {job.stage} job: {problem}"
+        return _send_error(wire, WeightsmithError(what, hint="the traceback is in the job's log"))
+    wire.send({"result": result})
+    return 0
+
+
+def _of_the_disk(problem: OSError, job: Job) -> WeightsmithError:
+    """Return what a failed call of the operating system means for the user."""
+    # shutil gathers several failures into one that has no number.
+    if problem.errno in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(problem):
+        return EnvironmentFailure(
+            f"the disk is full while the {job.stage} job writes to {job.output}",
+            hint="free some (`invoke clean --keep 0` empties the store) or set WEIGHTSMITH_STORE "
+            "to a folder on a larger disk",
+        )
+    if too_many := of_open_files(problem):
+        return too_many
+    what = f"unexpected {type(problem).__name__} in the {job.stage} job: {problem}"
+    return WeightsmithError(what, hint="the traceback is in the job's log")
+
+
+def _send_error(wire: Wire, error: WeightsmithError) -> int:
+    report = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
+    wire.send({"error": report})
+    return error.exit_code
+
+
+def end_with_parent() -> None:
+    """Watch standard input, where it is a pipe, and end the moment its other side is gone."""
+    kind = os.fstat(0).st_mode
+    if stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind):
+        threading.Thread(target=_watch_stdin, daemon=True).start()
+
+
+def _watch_stdin() -> None:
+    while os.read(0, 1024):
+        pass
+    os._exit(PARENT_GONE)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the job of the given file; return the exit code."""
+    if len(arguments) != 1:
+        print("usage: python -m weightsmith.worker job.json", file=sys.stderr)  # noqa: T201
+        return 2
+    end_with_parent()
+    job, wire = read_job(Path(arguments[0])), open_wire()
+    tell_what_is_done(wire.doing)
+    if job.seconds:
+        # What hangs is then in the log before the runner ends it.
+        faulthandler.dump_traceback_later(job.seconds * 0.8, exit=False)
+    return run_job(job, wire)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

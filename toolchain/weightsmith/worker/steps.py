@@ -1,0 +1,97 @@
+"""Runs the commands of a quantization, one after another; what an interrupted run did is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from weightsmith.drivers import process
+from weightsmith.errors import InputRefused
+from weightsmith.worker.wire import Report, note
+
+if TYPE_CHECKING:
+    from weightsmith.quantizers.quantizer import Step
+
+_DONE = ".done"
+"""One file for all steps: forgetting half of them would leave a step without its input."""
+_EXCEPTION = re.compile(r"(?!OSError|MemoryError|BrokenPipe)(\w+Error): .+")
+
+
+def run_steps(steps: tuple[Step, ...], output: Path, report: Report) -> None:
+    """Run the commands in order; those that an interrupted run finished are not run again."""
+    done = output / _DONE
+    known = done.read_text("utf-8").splitlines() if done.is_file() else []
+    for number, step in enumerate(steps):
+        report(number, len(steps), "steps")
+        argv = _filled(step, output)
+        mark = json.dumps([number, *argv])
+        if mark in known:
+            note(f"{step.title}: done before")
+            continue
+        note(step.title)
+        for path, text in step.writes.items():
+            path.write_text(text, encoding="utf-8")
+        print(f"$ {' '.join(argv)}", file=sys.stderr, flush=True)  # noqa: T201
+        ended = process.run(
+            argv,
+            cwd=output,
+            env=process.scrubbed({**_inherited(), **step.env}),
+            on_line=lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201
+        )
+        if ended.returncode and step.reads:
+            _refuse(step, ended.tail)
+        ended.require(
+            f"{step.title} ({Path(step.argv[0]).name})",
+            hint="the lines above are the program's own; the job's log has all of them",
+        )
+        # Before its inputs go: a run that is killed between the two has both, not neither.
+        with done.open("a", encoding="utf-8") as marks:
+            marks.write(mark + "\n")
+        for path in step.removes:
+            for found in path.parent.glob(path.name):
+                found.unlink()
+    report(len(steps), len(steps), "steps")
+
+
+def _refuse(step: Step, tail: Sequence[str]) -> None:
+    """Raise InputRefused where a converter's last line is an exception that its input caused."""
+    last = next((line.strip() for line in reversed(tail) if line.strip()), "")
+    if _EXCEPTION.fullmatch(last):
+        raise InputRefused(
+            f"{step.title}: the converter cannot read {step.reads}: {last}",
+            hint="the job's log has where; another engine may load it, such as target vllm",
+        )
+
+
+def _filled(step: Step, output: Path) -> tuple[str, ...]:
+    """Return a command with its `{name}`s replaced by digests and names of files."""
+    known = {f"{{{name}}}": path for name, path in step.digests.items()}
+    found = {f"{{{name}}}": pattern for name, pattern in step.finds.items()}
+    words = []
+    for word in step.argv:
+        for name, path in known.items():
+            if name in word and path.is_file():
+                with path.open("rb") as file:
+                    word = word.replace(name, hashlib.file_digest(file, "sha256").hexdigest())
+        for name, pattern in found.items():
+            if name in word and (first := min(output.glob(pattern), default=None)):
+                word = word.replace(name, str(first))
+        words.append(word)
+    return tuple(words)
+
+
+def forget_steps(output: Path) -> None:
+    """Let the next run repeat all of them."""
+    (output / _DONE).unlink(missing_ok=True)
+
+
+def _inherited() -> dict[str, str]:
+    """Return the variables by which the runner keeps libraries offline and within their share."""
+    prefixes = ("HF_", "TRANSFORMERS_", "OMP_", "PYTHON", "TMPDIR")
+    return {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
