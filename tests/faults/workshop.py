@@ -214,8 +214,15 @@ class Workshop:
         shutil.rmtree(self.folder / "dist", ignore_errors=True)
 
     def processes(self) -> list[str]:
-        """Return what runs in these folders: workers, servers, and the commands themselves."""
-        return [found for path in Path("/proc").iterdir() if (found := self._mine(path))]
+        """Return what runs in these folders, and what that started: workers, servers, commands.
+
+        A server in namespaces of its own shows no folder of ours, but who started it does.
+        """
+        seen = dict(filter(None, map(_described, Path("/proc").iterdir())))
+        mine = {number for number, found in seen.items() if str(self.folder) in found.places}
+        while more := {n for n, found in seen.items() if found.parent in mine} - mine:
+            mine |= more
+        return [f"{n}: {seen[n].words}" for n in sorted(mine) if seen[n].words]
 
     def catch(self, name: str, running: Running) -> int:
         """Return a worker's or server's number as soon as it runs; 0 where the build ended first.
@@ -231,18 +238,6 @@ class Workshop:
                     return int(number)
             time.sleep(0.005)
         return 0
-
-    def _mine(self, process: Path) -> str:
-        """Return a process's command line where its folders, words or root lie here; else ''."""
-        if not process.name.isdecimal() or int(process.name) == os.getpid():
-            return ""
-        try:
-            words = (process / "cmdline").read_text(errors="replace").replace("\0", " ")
-            links = [str((process / name).readlink()) for name in ("cwd", "root")]
-        except OSError:
-            return ""
-        mine = any(str(self.folder) in text for text in (words, *links))
-        return f"{process.name}: {words}" if mine and words else ""
 
     def check_quiet(self) -> None:
         """Check that nothing is left running, a moment after a command ended."""
@@ -325,3 +320,25 @@ def mounted(folder: Path, *options: str) -> Iterator[Path]:
 def remount(folder: Path, options: str) -> None:
     """Change a mount's options: `size=…`, `ro,bind`."""
     subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
+
+
+@dataclass(frozen=True)
+class _Process:
+    """A running process: what it was started with, where it lies, and who started it."""
+
+    words: str
+    places: str
+    parent: int
+
+
+def _described(process: Path) -> tuple[int, _Process] | None:
+    if not process.name.isdecimal() or int(process.name) == os.getpid():
+        return None
+    try:
+        words = (process / "cmdline").read_text(errors="replace").replace("\0", " ")
+        links = [str((process / name).readlink()) for name in ("cwd", "root")]
+        after_name = (process / "stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    found = _Process(words=words, places=" ".join([words, *links]), parent=int(after_name[1]))
+    return int(process.name), found
