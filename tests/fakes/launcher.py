@@ -150,17 +150,20 @@ class _Listening(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: _Listening
+    @property
+    def listening(self) -> _Listening:
+        assert isinstance(self.server, _Listening)
+        return self.server
 
     def log_message(self, *_: object) -> None:
         pass
 
     def do_GET(self) -> None:
-        self.send(200, {"data": [{"id": name} for name in self.server.program.names]})
+        self.send(200, {"data": [{"id": name} for name in self.listening.program.names]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        program, started = self.server.program, self.server.started
+        program, started = self.listening.program, self.listening.started
         launcher = started.launcher
         question = body["messages"][-1]["content"]
         if launcher.dies_at and launcher.dies_at in question:

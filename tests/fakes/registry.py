@@ -268,7 +268,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.state.uploads[name] = b""
         extra = {"OCI_Chunk_Min_Length": str(self.state.chunk_min)} if self.state.chunk_min else {}
         place = f"/v2/{repository}/blobs/uploads/{name}?_state=a%2Bb%3D"
-        return self.answer(202, Location=place, **extra)
+        return self.answer(202, b"", Location=place, **extra)
 
 
 def _wrong(digest: str) -> str:
