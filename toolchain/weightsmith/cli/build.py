@@ -44,7 +44,7 @@ def build(
     dist: str = "dist",
     json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
-    """Build, prove and publish the images of a recipe (or of --base and --adapter)."""
+    """Build, check and publish the images of a recipe (or of --base and --adapter)."""
     del json
     from weightsmith.building.planning import BuildRequest, chosen_targets
     from weightsmith.cli.progress import Recorder, progress_for
@@ -142,7 +142,7 @@ def plan(
     dist: str = "dist",
     json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
-    """Show what `build` would do, and do nothing: stages, cached or why not, memory, disk."""
+    """Show what `build` would do: stages, which are cached or why not, memory, disk."""
     del json, push, load, layout
     from weightsmith.building.planning import chosen_targets
     from weightsmith.commands.arguments import sources_of

@@ -52,7 +52,7 @@ def report(
 
 @command()
 def targets(_context: object, *, json: bool = False) -> tuple[Mapping[str, Json], str]:
-    """List all targets: engines and the formats that they load."""
+    """List all targets: the engines, and the formats that each can load."""
     del json
     from weightsmith.building.planning import all_targets
 
@@ -76,7 +76,7 @@ def targets(_context: object, *, json: bool = False) -> tuple[Mapping[str, Json]
 
 @command()
 def doctor(_context: object, *, json: bool = False) -> tuple[Mapping[str, Json], str]:
-    """Show what this machine has and lacks, and what to do about it."""
+    """Show what this machine provides, what is missing, and what to do about it."""
     del json
     from weightsmith.wiring import examine
 

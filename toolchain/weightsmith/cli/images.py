@@ -13,7 +13,7 @@ from weightsmith.values import Json
 @command(
     meanings={
         "push": "reference to push the image to",
-        "load": "name to load the image into the container engine under",
+        "load": "load the image into the container engine under this name",
     }
 )
 def bake(
@@ -112,7 +112,7 @@ def rebase(
     sign_key: str = "",
     json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
-    """Put an image on another engine base and push it; its weights are not copied."""
+    """Move an image to another engine base and push it; its weights are not copied."""
     del json
     from weightsmith.cli.progress import progress_for
     from weightsmith.commands.arguments import required
@@ -129,12 +129,14 @@ def rebase(
 
 @command(
     positional=("source",),
-    meanings={"platform": "platform of an index to show, such as linux/amd64; default: this one's"},
+    meanings={
+        "platform": "platform of an index to show, such as linux/amd64; default: this machine's"
+    },
 )
 def inspect(
     _context: object, source: str, *, platform: str = "", insecure: bool = False, json: bool = False
 ) -> tuple[Mapping[str, Json], str]:
-    """Show what an image is made of, from it alone: provenance, plan, scores, layers."""
+    """Show what an image contains, using only the image: provenance, plan, scores, layers."""
     del json
     from weightsmith.commands.images import inspect_image, inspect_text
     from weightsmith.wiring import make_engine, make_registry

@@ -31,7 +31,7 @@ def merge(
     allow_network_in_jobs: bool = False,
     json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
-    """Merge adapters into a base: a plain Hugging Face checkpoint in --out."""
+    """Merge adapters into a base and write a plain Hugging Face checkpoint to --out."""
     del json
     from weightsmith.cli.progress import progress_for
     from weightsmith.commands.arguments import parse_weights, required

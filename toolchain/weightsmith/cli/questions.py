@@ -13,8 +13,8 @@ from weightsmith.visible import joined
 @command(
     many=("adapter",),
     meanings={
-        "calibration": "JSON Lines that the model was calibrated on; questions found in it are "
-        "reported",
+        "calibration": "JSON Lines that the model was calibrated on; questions that appear in it "
+        "are reported",
         "model": "checkpoint folder to load",
     },
 )
