@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from weightsmith.cli.progress import progress_for
 from weightsmith.drivers.docker import DockerEngine, DockerRunner
 from weightsmith.drivers.local import LocalRunner
 from weightsmith.errors import EnvironmentFailure, WeightsmithError
 from weightsmith.ports import Progress, Runner
+from weightsmith.progress import progress_for
 from weightsmith.wiring import cache_folder
 
 from tests import vllm_parts

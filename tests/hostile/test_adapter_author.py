@@ -25,16 +25,16 @@ from markdown_it import MarkdownIt
 from safetensors.numpy import save_file
 from weightsmith import time_limits
 from weightsmith.cli.command import print_error
-from weightsmith.cli.lines import put_line
 from weightsmith.cli.models import _verdict
-from weightsmith.cli.progress import PlainProgress, progress_for
 from weightsmith.commands.images import inspect_text
 from weightsmith.commands.lm_eval import tasks_text
 from weightsmith.commands.plan import table as plan_table
 from weightsmith.commands.verify import table as verify_table
 from weightsmith.errors import InputRefused, WeightsmithError
+from weightsmith.lines import put_line
 from weightsmith.merging.plan import make_plan
 from weightsmith.ports import Progress
+from weightsmith.progress import PlainProgress, progress_for
 from weightsmith.reporting.facts import whole
 from weightsmith.reporting.junit import junit
 from weightsmith.stages.report import build_view, render_view

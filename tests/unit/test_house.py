@@ -61,6 +61,8 @@ def test_import_contracts_hold(copy: Path) -> None:
         ("values.py", "import weightsmith.recipe", "One direction"),
         ("building/artifacts.py", "import weightsmith.building.planning", "within a build"),
         ("merging/outputs.py", "import weightsmith.merging.stream", "No circles"),
+        ("library/models.py", "import weightsmith.cli.build", "One direction"),
+        ("values.py", "import weightsmith.library.models", "One direction"),
         ("utils.py", "", "One direction"),
     ],
 )

@@ -1,3 +1,81 @@
-"""From a base model and LoRA adapters to a ready-to-serve, verified container image."""
+"""From a base model and LoRA adapters to a ready-to-serve, verified container image.
+
+The names in `__all__` are the public interface (docs/reference/python.md); modules are private.
+"""
 
 __version__ = "0.1.0"
+
+# Type checkers take it for true. `typing` is not imported for it: builders and the command line
+# import this file before anything else, and for them nothing below is loaded.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from weightsmith.errors import (
+        CheckFailed,
+        EnvironmentFailure,
+        InputRefused,
+        UsageError,
+        WeightsmithError,
+    )
+    from weightsmith.library.images import bake, build, inspect, plan, verify
+    from weightsmith.library.models import merge, quantize, validate
+    from weightsmith.library.results import (
+        Baked,
+        Built,
+        Merged,
+        Quantized,
+        Shard,
+        StageTime,
+        Validation,
+        Verification,
+    )
+    from weightsmith.recipe import Recipe
+
+__all__ = [
+    "Baked",
+    "Built",
+    "CheckFailed",
+    "EnvironmentFailure",
+    "InputRefused",
+    "Merged",
+    "Quantized",
+    "Recipe",
+    "Shard",
+    "StageTime",
+    "UsageError",
+    "Validation",
+    "Verification",
+    "WeightsmithError",
+    "bake",
+    "build",
+    "inspect",
+    "merge",
+    "plan",
+    "quantize",
+    "validate",
+    "verify",
+]
+
+_MODULES = {
+    "errors": "CheckFailed EnvironmentFailure InputRefused UsageError WeightsmithError",
+    "library.images": "bake build inspect plan verify",
+    "library.models": "merge quantize validate",
+    "library.results": "Baked Built Merged Quantized Shard StageTime Validation Verification",
+    "recipe": "Recipe",
+}
+
+if not TYPE_CHECKING:  # a checker would take any name for one that is there
+
+    def __getattr__(name: str) -> object:
+        """Load a public name when it is first used (PEP 562)."""
+        module = next((m for m, names in _MODULES.items() if name in names.split()), "")
+        if not module:
+            raise AttributeError(f"module 'weightsmith' has no attribute {name!r}")
+        import importlib
+
+        found = globals()[name] = getattr(importlib.import_module(f"weightsmith.{module}"), name)
+        return found
+
+
+def __dir__() -> list[str]:
+    """Return what completion shows: the public names."""
+    return [*__all__, "__version__"]

@@ -47,10 +47,10 @@ def build(
     """Build, check and publish the images of a recipe (or of --base and --adapter)."""
     del json
     from weightsmith.building.planning import BuildRequest, chosen_targets
-    from weightsmith.cli.progress import Recorder, progress_for
     from weightsmith.commands.arguments import sources_of
     from weightsmith.errors import UsageError
     from weightsmith.pipeline import build as run
+    from weightsmith.progress import Recorder, progress_for
     from weightsmith.stages.publish import Outputs
     from weightsmith.wiring import keep_clean, make_registry, make_tools
 
@@ -167,9 +167,9 @@ def plan(
 
 def _recipe_again(source: str, base: str, key: str, dist: str, insecure: bool) -> str:
     """Return the recipe file of an image that was built before."""
-    from weightsmith.cli.progress import progress_for
     from weightsmith.commands.rebuild import recipe_of_image
     from weightsmith.commands.verify import key_path
+    from weightsmith.progress import progress_for
     from weightsmith.wiring import make_registry
 
     with make_registry(insecure=insecure) as registry:

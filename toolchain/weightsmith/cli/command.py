@@ -21,9 +21,9 @@ from invoke.tasks import task
 
 from weightsmith import visible
 from weightsmith.cli.flags import FLAGS
-from weightsmith.cli.lines import put_line
 from weightsmith.errors import EnvironmentFailure, UsageError, WeightsmithError, of_open_files
 from weightsmith.interrupts import raise_it
+from weightsmith.lines import put_line
 from weightsmith.values import Json, plain
 
 _OF_THE_MACHINE = frozenset(

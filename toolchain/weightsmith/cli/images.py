@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from weightsmith.cli.command import command
-from weightsmith.cli.lines import pinned
+from weightsmith.lines import pinned
 from weightsmith.values import Json
 
 
@@ -40,9 +40,9 @@ def bake(
 ) -> tuple[Mapping[str, Json], str]:
     """Assemble the image of a model, and push it, load it or write it as an OCI layout."""
     del json
-    from weightsmith.cli.progress import progress_for
     from weightsmith.commands.arguments import required
     from weightsmith.commands.bake import BakeRequest, bake_model
+    from weightsmith.progress import progress_for
     from weightsmith.serving.memory import parse_size
     from weightsmith.wiring import keep_clean, make_registry, make_tools
 
@@ -87,9 +87,9 @@ def push(
 ) -> tuple[Mapping[str, Json], str]:
     """Copy an image from a registry or an OCI layout to a registry; its digest stays the same."""
     del json
-    from weightsmith.cli.progress import progress_for
     from weightsmith.commands.arguments import required
     from weightsmith.commands.images import copy_image
+    from weightsmith.progress import progress_for
     from weightsmith.wiring import make_registry, make_signer
 
     required(to=to)
@@ -114,9 +114,9 @@ def rebase(
 ) -> tuple[Mapping[str, Json], str]:
     """Move an image to another engine base and push it; its weights are not copied."""
     del json
-    from weightsmith.cli.progress import progress_for
     from weightsmith.commands.arguments import required
     from weightsmith.commands.rebase import RebaseRequest, rebase_image
+    from weightsmith.progress import progress_for
     from weightsmith.wiring import make_registry, make_tools
 
     required(onto=onto, to=to)
@@ -152,8 +152,8 @@ def verify(
 ) -> tuple[Mapping[str, Json], str]:
     """Check an image's signature, its layers' digests, and the chain from sources to layers."""
     del json
-    from weightsmith.cli.progress import progress_for
     from weightsmith.commands.verify import key_path, table, verify_image
+    from weightsmith.progress import progress_for
     from weightsmith.wiring import make_registry
 
     with make_registry(insecure=insecure) as registry:

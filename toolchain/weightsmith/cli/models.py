@@ -33,9 +33,9 @@ def merge(
 ) -> tuple[Mapping[str, Json], str]:
     """Merge adapters into a base and write a plain Hugging Face checkpoint to --out."""
     del json
-    from weightsmith.cli.progress import progress_for
     from weightsmith.commands.arguments import parse_weights, required
     from weightsmith.commands.merge import Folders, keep_folder, merge_folders, merge_options
+    from weightsmith.progress import progress_for
     from weightsmith.wiring import keep_clean, make_tools
 
     required(base=base, adapter=adapter, **({} if keep_adapter else {"out": out}))
@@ -86,9 +86,9 @@ def validate(
 ) -> tuple[Mapping[str, Json], str]:
     """Compare a merged checkpoint with its base and adapters: files, every element, logits."""
     del json
-    from weightsmith.cli.progress import progress_for
     from weightsmith.commands.arguments import number, parse_weights, required
     from weightsmith.commands.validate import validate_folders
+    from weightsmith.progress import progress_for
     from weightsmith.wiring import keep_clean, make_tools
 
     required(base=base, adapter=adapter, merged=merged)
@@ -153,9 +153,9 @@ def quantize(
 ) -> tuple[Mapping[str, Json], str]:
     """Quantize a checkpoint to --format, read the result back and measure what was lost."""
     del json
-    from weightsmith.cli.progress import progress_for
     from weightsmith.commands.arguments import quantize_wishes, required
     from weightsmith.commands.quantize import FolderRequest, quantize_folder
+    from weightsmith.progress import progress_for
     from weightsmith.wiring import keep_clean, make_tools
 
     required(model=model, format=format, out=out)

@@ -49,7 +49,6 @@ def evaluate(
 ) -> tuple[Mapping[str, Json], str]:
     """Score a started image, a server, or a checkpoint with or without adapter on --data."""
     del json
-    from weightsmith.cli.progress import progress_for
     from weightsmith.commands.arguments import number, required
     from weightsmith.commands.evaluate import (
         EvaluateOptions,
@@ -59,6 +58,7 @@ def evaluate(
     )
     from weightsmith.commands.lm_eval import HarnessRequest, evaluate_tasks, tasks_text
     from weightsmith.commands.server import Place
+    from weightsmith.progress import progress_for
     from weightsmith.wiring import keep_clean, make_tools
 
     keep_clean([model, *adapter, image])
@@ -127,11 +127,11 @@ def bench(
 ) -> tuple[Mapping[str, Json], str]:
     """Measure throughput and latencies of a started image or a server in a short load test."""
     del json
-    from weightsmith.cli.progress import progress_for
     from weightsmith.commands.arguments import counts
     from weightsmith.commands.bench import BenchRequest, bench_text
     from weightsmith.commands.bench import bench as run
     from weightsmith.commands.server import Place
+    from weightsmith.progress import progress_for
     from weightsmith.wiring import make_tools
 
     request = BenchRequest(

@@ -56,12 +56,17 @@ def parse_weights(text: str, count: int) -> tuple[float, ...]:
             f"--weights {text}: numbers separated by commas are expected",
             hint="as in --weights 0.7,0.3",
         ) from None
+    return one_each(weights, count)
+
+
+def one_each(weights: Sequence[float], count: int) -> tuple[float, ...]:
+    """Return weights, one per adapter; UsageError for another number of them."""
     if len(weights) != count:
         raise UsageError(
             f"--weights has {len(weights)} numbers for {count} adapter(s)",
             hint="give one for each --adapter, in their order",
         )
-    return weights
+    return tuple(weights)
 
 
 def serve_wishes(flags: Mapping[str, Any], settings: Sequence[str]) -> Wishes:
@@ -79,14 +84,14 @@ def serve_wishes(flags: Mapping[str, Any], settings: Sequence[str]) -> Wishes:
     return wishes_of(serve)
 
 
-def quantize_wishes(flags: Mapping[str, Any]) -> Mapping[str, Any]:
+def quantize_wishes(flags: Mapping[str, Any], where: str = "the command line") -> Mapping[str, Any]:
     """Return those of the recipe's `quantize` keys that flags give; raises UsageError."""
     given = {key: value for key, value in flags.items() if value or value is False}
     given = {
         key: value for key, value in given.items() if (key, value) != ("allow_low_bits", False)
     }
     skeleton = {"name": "x", "base": {"source": "x"}, "quantize": given}
-    found = check_recipe(skeleton, "the command line").quantize.model_dump()
+    found = check_recipe(skeleton, where).quantize.model_dump()
     return {key: found[key] for key in given}
 
 

@@ -33,11 +33,11 @@ class Folders:
         return list(zip(self.adapters, self.weights, strict=True))
 
 
-def merge_options(flags: Mapping[str, Json]) -> Merge:
+def merge_options(flags: Mapping[str, Json], where: str = "the command line") -> Merge:
     """Return the options that flags give, checked as a recipe's; raises UsageError."""
     given = {name: value for name, value in flags.items() if value not in ("", None)}
     skeleton = {"name": "x", "base": {"source": "x"}, "merge": given}
-    return check_recipe(skeleton, "the command line").merge
+    return check_recipe(skeleton, where).merge
 
 
 def merge_folders(folders: Folders, out: Path, options: Merge, tools: Tools) -> Mapping[str, Json]:

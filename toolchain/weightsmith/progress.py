@@ -1,13 +1,15 @@
-"""Progress on stderr: a live bar on a terminal, plain lines everywhere else."""
+"""Progress on stderr: a live bar on a terminal or in a notebook, plain lines everywhere else."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
-from weightsmith.cli.lines import put_line
-from weightsmith.ports import Progress
+from weightsmith.lines import put_line
+from weightsmith.ports import Progress, Silent
 from weightsmith.visible import escaped, printed, quoted
 
 _PLAIN_EVERY_S = 10.0
@@ -16,7 +18,27 @@ _PLAIN_EVERY_S = 10.0
 
 def progress_for() -> Progress:
     """Return the progress that suits where stderr goes."""
-    return LiveProgress() if sys.stderr.isatty() else PlainProgress(sys.stderr)
+    live = sys.stderr.isatty() or _in_notebook()
+    return LiveProgress() if live else PlainProgress(sys.stderr)
+
+
+@contextmanager
+def shown(wanted: bool) -> Iterator[Recorder]:
+    """Yield progress that keeps warnings, seen where it is wanted; no bar stays after an error."""
+    inner = progress_for() if wanted else Silent()
+    try:
+        yield Recorder(inner)
+    finally:
+        if isinstance(inner, LiveProgress):
+            inner.stop()
+
+
+def _in_notebook() -> bool:
+    if "IPython" not in sys.modules:  # rich takes a while to import
+        return False
+    from rich.console import Console
+
+    return Console().is_jupyter
 
 
 class PlainProgress:
@@ -84,7 +106,7 @@ class LiveProgress:
 
     def stage(self, name: str, detail: str) -> None:
         """Start the stage's bar."""
-        self._stop()
+        self.stop()
         self._print((name, "bold"), (f"  {detail}" if detail else "", ""))
         self._began = time.monotonic()
         self._task = self._bars.add_task(escaped(name), total=None, detail="")
@@ -98,7 +120,7 @@ class LiveProgress:
 
     def finish(self, name: str, seconds: float, cached: bool) -> None:
         """Replace the bar by one line."""
-        self._stop()
+        self.stop()
         mark = ("cached", "dim") if cached else ("done", "green")
         self._print((name, "bold"), ("  ", ""), mark, (f" ({seconds:.1f} s)", ""))
 
@@ -116,7 +138,8 @@ class LiveProgress:
         text = self._text.assemble(*((printed(quoted(part)), style) for part, style in parts))
         self._console.print(text, soft_wrap=True)
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Take the bar away, if there is one."""
         if self._task is not None:
             self._bars.stop()
             self._bars.remove_task(self._task)

@@ -1,0 +1,222 @@
+"""`import weightsmith`: every documented example runs, and nothing is loaded before it is used."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import weightsmith
+from weightsmith import progress as shows
+from weightsmith import recipe, wiring
+from weightsmith.ports import Progress, Tools
+
+from tests.fakes.jobs import Bench, Minds
+from tests.fakes.launcher import MemoryLauncher
+from tests.fakes.memory import memory_tools
+from tests.unit.test_docs import CACHE, blocks
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "examples" / "tiny"
+PAGE = "docs/reference/python.md"
+FUNCTIONS = ("merge", "validate", "quantize", "bake", "inspect", "verify", "plan", "build")
+"""In an order in which each example finds what it reads."""
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tools:
+    """A notebook's folder, and everything outside it in memory; merges are real ones."""
+    rows = map(json.loads, (TINY / "eval-a.jsonl").read_text().splitlines())
+    minds = Minds({row["prompt"]: ("a", row["expected"]) for row in rows})
+    bench = Bench(base=TINY / "base", minds=minds)
+    (tmp_path / "memory").mkdir()
+    made = memory_tools(tmp_path / "memory", bench.stages)
+    answer = partial(minds.answer, "image", ("a",))
+    launcher = MemoryLauncher(made.engine, lambda question, _adapter: answer(question))
+    made = replace(made, launcher=launcher)
+
+    def make_tools(runner: str, progress: Progress, **_more: Any) -> tuple[Tools, bool]:
+        return replace(made, progress=progress), False
+
+    monkeypatch.setattr(wiring, "make_tools", make_tools)
+    monkeypatch.setattr(wiring, "make_engine", lambda: made.engine)
+    monkeypatch.setenv("WEIGHTSMITH_CACHE", str(tmp_path / "memory"))
+    monkeypatch.delenv("WEIGHTSMITH_STORE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    return made
+
+
+def merge(out: str = "merged", **options: Any) -> weightsmith.Merged:
+    return weightsmith.merge(TINY / "base", TINY / "adapters/a", out, progress=False, **options)
+
+
+def test_every_function_has_an_example_and_all_run(tools: Tools) -> None:
+    names: dict[str, Any] = {"weightsmith": weightsmith}
+    for name in FUNCTIONS:
+        text = getattr(weightsmith, name).__doc__
+        example = doctest.DocTestParser().get_doctest(text, names, name, None, None)
+        assert example.examples, name
+        assert "Raises " in text, name
+        runner = doctest.DocTestRunner(verbose=False)
+        runner.run(example, clear_globs=False)
+        assert runner.summarize(verbose=False).failed == 0, name
+        names = example.globs
+
+
+def test_a_merge_is_a_value_with_types(tools: Tools) -> None:
+    merged = merge(weights=[0.5])
+
+    assert merged.path == Path("merged")
+    assert merged.shards[0].path.stat().st_size == merged.shards[0].size
+    assert len(merged.shards[0].sha256) == 64
+    assert merged.tensors["merged"] > 0
+    assert merged.peak_rss_bytes > 0
+    assert tools.runner.jobs[0].parameters["weights"] == [0.5]
+
+
+def test_options_have_the_defaults_of_the_recipe() -> None:
+    def defaults(function: Any) -> Mapping[str, object]:
+        rows = inspect.signature(function).parameters.values()
+        return {row.name: row.default for row in rows if row.default is not row.empty}
+
+    fields = recipe.Merge.model_fields
+    assert {name: defaults(weightsmith.merge)[name] for name in fields} == {
+        name: field.default for name, field in fields.items()
+    }
+    of_validate = {n: v for n, v in defaults(weightsmith.validate).items() if n in fields}
+    assert of_validate.items() <= defaults(weightsmith.merge).items()
+    said = defaults(weightsmith.quantize)
+    for name, field in recipe.Quantize.model_fields.items():
+        assert (said[name] or None) == (field.get_default(call_default_factory=True) or None), name
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "mean"}, {"weights": [1, 2]}, {"density": 2.0}, {"out": TINY / "base"}]
+)
+def test_what_does_not_fit_is_refused_before_any_job(tools: Tools, options: Any) -> None:
+    with pytest.raises(weightsmith.UsageError) as caught:
+        merge(**options)
+
+    assert caught.value.hint
+    assert isinstance(caught.value, weightsmith.WeightsmithError)
+    assert tools.runner.jobs == []
+
+
+def test_a_failed_validation_has_its_findings(tools: Tools) -> None:
+    merge()
+    wrong = {"passed": False, "seconds": 1.0, "findings": [{"severity": "error", "message": "off"}]}
+    tools.runner.stages = {"validate": lambda job, report: wrong}
+
+    with pytest.raises(weightsmith.CheckFailed) as caught:
+        weightsmith.validate(TINY / "base", TINY / "adapters/a", "merged", progress=False)
+
+    assert caught.value.details["findings"] == wrong["findings"]
+
+
+def test_a_recipe_is_a_file_a_mapping_or_a_recipe(tools: Tools) -> None:
+    data = {"name": "x", "base": {"source": "examples/tiny/base"}, "targets": ["llamacpp-q8_0"]}
+
+    for given in (data, weightsmith.Recipe.model_validate(data)):
+        found = weightsmith.plan(given, set=["version=2.0.0"])
+        assert found["version"] == "2.0.0"
+        assert list(found["serving"]) == ["llamacpp-q8_0"]
+    assert list(weightsmith.plan(data, targets="vllm", set="serve.memory=8GiB")["serving"]) == [
+        "vllm"
+    ]
+    with pytest.raises(weightsmith.UsageError, match="did you mean `targets`"):
+        weightsmith.plan({**data, "target": []})
+
+
+def test_it_works_off_the_main_thread_and_leaves_signals_alone(tools: Tools) -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGVTALRM)
+    before = [signal.getsignal(number) for number in numbers]
+    found: list[weightsmith.Merged] = []
+    thread = threading.Thread(target=lambda: found.append(merge("one")))
+    thread.start()
+    thread.join()
+    merge("two")
+
+    assert found[0].path.is_dir()
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_bar_is_taken_away_when_a_job_fails(
+    tools: Tools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bar = shows.LiveProgress()
+    monkeypatch.setattr(shows, "progress_for", lambda: bar)
+    tools.runner.stages = {}
+
+    with pytest.raises(weightsmith.WeightsmithError):
+        weightsmith.merge(TINY / "base", TINY / "adapters/a", "merged")
+
+    assert bar._task is None
+    assert not bar._bars.live.is_started
+
+
+def test_a_notebook_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    assert isinstance(shows.progress_for(), shows.PlainProgress)
+    monkeypatch.setitem(sys.modules, "IPython", object())
+    monkeypatch.setattr(Console, "is_jupyter", True, raising=False)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert isinstance(shows.progress_for(), shows.LiveProgress)
+
+
+def test_nothing_is_loaded_before_it_is_used() -> None:
+    code = (
+        "import sys; before = set(sys.modules); import weightsmith; dir(weightsmith)\n"
+        "print(*(set(sys.modules) - before))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert found.stdout.split() == ["weightsmith"]
+
+
+def test_every_public_name_is_there_and_no_other() -> None:
+    for name in weightsmith.__all__:
+        assert getattr(weightsmith, name).__doc__, name
+    assert set(weightsmith.__all__) < set(dir(weightsmith))
+    with pytest.raises(AttributeError, match="no attribute 'marge'"):
+        weightsmith.marge  # noqa: B018
+    assert (Path(weightsmith.__file__).parent / "py.typed").is_file()
+
+
+def test_the_page_lists_every_public_name() -> None:
+    listed = set(re.findall(r"^\| `(\w+)", (ROOT / PAGE).read_text("utf-8"), re.MULTILINE))
+
+    assert listed == set(weightsmith.__all__)
+
+
+@pytest.mark.builders
+@pytest.mark.timeout(3600)
+def test_the_page_runs(tmp_path: Path, shared_store: Path) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    code = "".join(b.text for b in blocks() if b.page == PAGE and b.language == "python")
+    environment = {
+        **os.environ,
+        "WEIGHTSMITH_CACHE": str(CACHE),
+        "WEIGHTSMITH_STORE": str(shared_store),
+        "DOCKER_HOST": f"unix://{tmp_path}/no-engine.sock",
+    }
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,226 @@
+"""What makes and looks at images: `plan`, `build`, `bake`, `inspect`, `verify`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from weightsmith import wiring
+from weightsmith.building.planning import BuildRequest, chosen_targets
+from weightsmith.commands.arguments import sources_of
+from weightsmith.commands.bake import BakeRequest, bake_model
+from weightsmith.commands.images import inspect_image
+from weightsmith.commands.plan import forecast
+from weightsmith.commands.verify import key_path, verify_image
+from weightsmith.library.arguments import AnyPath, AnyRecipe, Texts, path_of, recipe_of, texts_of
+from weightsmith.library.results import Baked, Built, StageTime, Verification
+from weightsmith.pipeline import build as run_build
+from weightsmith.ports import Silent
+from weightsmith.progress import shown
+from weightsmith.provenance.chain import Check
+from weightsmith.serving.memory import parse_size
+from weightsmith.stages.publish import Outputs
+from weightsmith.values import Digest, Json
+
+
+def bake(
+    model: AnyPath,
+    target: str,
+    *,
+    push: str = "",
+    load: str = "",
+    layout: AnyPath | None = None,
+    config: AnyPath | None = None,
+    name: str = "",
+    base_image: str = "",
+    order: str = "engine-first",
+    kind: str = "image",
+    platform: str = "",
+    max_layer_size: str = "",
+    force: bool = False,
+    insecure: bool = False,
+    sign_key: str = "",
+    runner: str = "auto",
+    allow_network_in_jobs: bool = False,
+    progress: bool = True,
+) -> Baked:
+    """Assemble the image of a model without starting it; push it, load it or write a layout.
+
+    At least one of `push`, `load` (references) and `layout` (a folder) is needed. `config` is the
+    folder that `weightsmith render` wrote; `max_layer_size` is text, such as `10GB`.
+
+    Raises UsageError for an unknown target or option, InputRefused for weights of another format,
+    EnvironmentFailure where a registry or the container engine cannot be reached.
+
+    >>> baked = weightsmith.bake(
+    ...     "merged", "vllm", kind="volume", layout="capitals", progress=False
+    ... )
+    >>> sum(layer["file"].endswith(".safetensors") for layer in baked.layers)
+    1
+    """
+    source, place = path_of(model), path_of(layout).absolute() if layout else None
+    settings = path_of(config) if config else None
+    wiring.keep_clean([source, settings or "", base_image], layout=place or "")
+    request = BakeRequest(
+        model=source,
+        target=target,
+        config=settings,
+        name=name,
+        base_image=base_image,
+        order=order,
+        kind=kind,
+        platform=platform,
+        max_layer_size=parse_size(max_layer_size) if max_layer_size else 0,
+        push=push,
+        load=load,
+        layout=place,
+        force=force,
+    )
+    with shown(progress) as told:
+        tools, _ = wiring.make_tools(
+            runner, told, sign_key=sign_key, allow_network_in_jobs=allow_network_in_jobs
+        )
+        with wiring.make_registry(insecure=insecure) as registry:
+            result = bake_model(request, registry, tools)
+    return Baked(
+        image=result["reference"],
+        digest=Digest(result["digest"]),
+        layers=tuple(result["layers"]),
+        uploaded_bytes=result["uploaded_bytes"],
+        seconds=result["seconds"],
+        warnings=tuple(told.warnings),
+    )
+
+
+def plan(
+    recipe: AnyRecipe,
+    *,
+    targets: Texts = (),
+    set: Texts = (),  # noqa: A002 - the flag's name
+    update_lock: bool = False,
+    dist: AnyPath = "dist",
+    runner: str = "auto",
+) -> Mapping[str, Json]:
+    """Return what `build` would do, without doing any of it.
+
+    `stages` has a mapping each (`cached` or `why` not, `read_bytes`, `write_bytes`,
+    `peak_memory_bytes`), `serving` each target's memory plan, and beside them are totals in bytes,
+    as `weightsmith plan --json` prints them. `set` has `key.path=value` texts.
+
+    Raises what the build would raise before its first long step: UsageError for a recipe that is
+    wrong or does not fit, InputRefused for its sources.
+
+    >>> foreseen = weightsmith.plan("examples/tiny/recipe.yaml")
+    >>> [row["stage"] for row in foreseen["stages"]][:2]
+    ['resolve', 'merge']
+    """
+    file = recipe_of(recipe, set)
+    wiring.keep_clean(sources_of(file))
+    wanted = chosen_targets(file, texts_of(targets))
+    tools, _ = wiring.make_tools(runner, Silent())
+    return forecast(file, wanted, path_of(dist).absolute(), tools, update_lock=update_lock)
+
+
+def build(
+    recipe: AnyRecipe,
+    *,
+    targets: Texts = (),
+    set: Texts = (),  # noqa: A002 - the flag's name
+    push: bool = False,
+    load: bool = False,
+    layout: AnyPath | None = None,
+    force: bool = False,
+    insecure: bool = False,
+    sign_key: str = "",
+    locked: bool = False,
+    update_lock: bool = False,
+    dist: AnyPath = "dist",
+    runner: str = "auto",
+    allow_network_in_jobs: bool = False,
+    progress: bool = True,
+) -> Mapping[str, Built]:
+    """Build, prove and publish the image of each target; return them by the target's name.
+
+    Relative paths of a recipe file start at its folder, those of a mapping or Recipe at the current
+    one. `targets` and `set` (`key.path=value` texts) change the recipe for this run. Without
+    `push`, `load` and `layout`, images go to the container engine, or to a layout below `dist`.
+
+    Raises UsageError, InputRefused, CheckFailed (a gate said no; the report's path is in `hint`) or
+    EnvironmentFailure. What was finished is kept, and the next call goes on from there.
+
+    >>> built = weightsmith.build("examples/tiny/recipe.yaml", layout="image", progress=False)
+    >>> built["llamacpp-q4_k_m"].scores["image"] >= built["llamacpp-q4_k_m"].scores["base"]
+    True
+    """
+    file = recipe_of(recipe, set)
+    place = path_of(layout).absolute() if layout else None
+    wiring.keep_clean(sources_of(file), dist=path_of(dist), layout=place or "")
+    wanted = chosen_targets(file, texts_of(targets), to_build=True)
+    with shown(progress) as told:
+        tools, engine = wiring.make_tools(
+            runner, told, sign_key=sign_key, allow_network_in_jobs=allow_network_in_jobs
+        )
+        request = BuildRequest(
+            file=file,
+            targets=wanted,
+            outputs=Outputs(load=load, layout=place, push=push, force=force, tag_digest=push),
+            dist=path_of(dist).absolute(),
+            engine_answers=engine,
+            locked=locked,
+            update_lock=update_lock,
+        )
+        with wiring.make_registry(insecure=insecure) as registry:
+            built = list(run_build(request, registry, tools))
+    return {
+        one.target.name: Built(
+            target=one.target.name,
+            image=one.published.reference,
+            digest=one.published.digest,
+            scores={name: score.score for name, score in one.scores.items()},
+            report=one.report,
+            stages={
+                name: StageTime(seconds=float(row["seconds"]), cached=bool(row["cached"]))
+                for name, row in one.stages.items()
+            },
+            uploaded_bytes=one.published.uploaded_bytes,
+            warnings=tuple(told.warnings),
+        )
+        for one in built
+    }
+
+
+def inspect(source: str, *, platform: str = "", insecure: bool = False) -> Mapping[str, Json]:
+    """Return what an image says of itself: provenance, memory plan, scores, labels, layers.
+
+    `source` is a reference or `oci:FOLDER`; the mapping is what `weightsmith inspect --json`
+    prints. Of an index, the image for `platform` is read, this machine's by default.
+
+    Raises InputRefused for what is no image, EnvironmentFailure where it cannot be reached.
+
+    >>> weightsmith.inspect("oci:capitals")["digest"] == baked.digest
+    True
+    """
+    with wiring.make_registry(insecure=insecure) as registry:
+        return inspect_image(source, registry, wiring.make_engine(), platform)
+
+
+def verify(
+    source: str, *, key: AnyPath | None = None, insecure: bool = False, progress: bool = True
+) -> Verification:
+    """Check an image's layers, its statements, and with `key` (a public one, PEM) its signature.
+
+    Raises CheckFailed where one check says no, with all of them as `details["checks"]`, UsageError
+    for a key that cannot be read, EnvironmentFailure where the image cannot be reached.
+
+    >>> verification = weightsmith.verify("oci:capitals", progress=False)
+    >>> any(check.ok is False for check in verification.checks)
+    False
+    """
+    with shown(progress) as told, wiring.make_registry(insecure=insecure) as registry:
+        result = verify_image(source, key_path(str(key or "")), registry, told)
+    return Verification(
+        image=result["reference"],
+        digest=Digest(result["digest"]),
+        checks=tuple(
+            Check(name=row["check"], ok=row["ok"], found=row["found"]) for row in result["checks"]
+        ),
+    )

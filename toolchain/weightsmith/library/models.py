@@ -1,0 +1,206 @@
+"""What makes and checks a model's files: `merge`, `validate`, `quantize`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from weightsmith import wiring
+from weightsmith.commands.arguments import quantize_wishes
+from weightsmith.commands.merge import Folders, merge_folders, merge_options
+from weightsmith.commands.quantize import FolderRequest, quantize_folder
+from weightsmith.commands.validate import validate_folders
+from weightsmith.library.arguments import AnyPath, path_of, paths_of, weights_of
+from weightsmith.library.results import Merged, Quantized, Shard, Validation
+from weightsmith.progress import shown
+from weightsmith.validating.findings import Finding
+
+
+def merge(
+    base: AnyPath,
+    adapters: AnyPath | Sequence[AnyPath],
+    out: AnyPath,
+    *,
+    weights: Sequence[float] | None = None,
+    method: str = "sequential",
+    density: float | None = None,
+    rank: int | None = None,
+    seed: int = 0,
+    space: str = "delta",
+    dtype: str = "auto",
+    precision: str = "exact",
+    quantized_base: str = "refuse",
+    runner: str = "auto",
+    allow_network_in_jobs: bool = False,
+    progress: bool = True,
+) -> Merged:
+    """Merge adapters into a base: `out` becomes a Hugging Face checkpoint of the base's shapes.
+
+    `weights` has a factor per adapter, 1 by default; the other options are the recipe's `merge`
+    keys. A merge that was killed goes on where it was.
+
+    Raises UsageError for options that do not fit or an `out` in use, InputRefused for a base or
+    adapter that cannot be merged, CheckFailed where what was written reads back differently,
+    EnvironmentFailure where the machine lacks something.
+
+    >>> merged = weightsmith.merge(
+    ...     "examples/tiny/base", ["examples/tiny/adapters/a"], "merged", progress=False
+    ... )
+    >>> [shard.path.name for shard in merged.shards]
+    ['model.safetensors']
+    """
+    source, folders, place = path_of(base), paths_of(adapters), path_of(out)
+    wiring.keep_clean([source, *folders], out=place)
+    options = merge_options(
+        {
+            "method": method,
+            "density": density,
+            "rank": rank,
+            "seed": seed,
+            "space": space,
+            "dtype": dtype,
+            "precision": precision,
+            "quantized_base": quantized_base,
+        },
+        "merge",
+    )
+    asked = Folders(base=source, adapters=folders, weights=weights_of(weights, folders))
+    with shown(progress) as told:
+        tools, _ = wiring.make_tools(runner, told, allow_network_in_jobs=allow_network_in_jobs)
+        result = merge_folders(asked, place, options, tools)
+    return Merged(
+        path=place,
+        tensors=result["tensors"],
+        shards=tuple(
+            Shard(path=place / row["file"], size=row["size"], sha256=row["sha256"])
+            for row in result["shards"]
+        ),
+        peak_rss_bytes=result["peak_rss_bytes"],
+        seconds=result["seconds"],
+        findings=tuple(result["findings"]),
+    )
+
+
+def validate(
+    base: AnyPath,
+    adapters: AnyPath | Sequence[AnyPath],
+    merged: AnyPath,
+    *,
+    weights: Sequence[float] | None = None,
+    method: str = "sequential",
+    density: float | None = None,
+    rank: int | None = None,
+    space: str = "delta",
+    quantized_base: str = "refuse",
+    probes: AnyPath | None = None,
+    runner: str = "auto",
+    allow_network_in_jobs: bool = False,
+    progress: bool = True,
+) -> Validation:
+    """Compare a checkpoint that any tool merged with base and adapters: files, elements, logits.
+
+    The options say how it was merged. `probes` are JSON Lines of `{prompt | messages}`.
+
+    Raises CheckFailed where it differs, with what was found as `details`, InputRefused for folders
+    that are no model or adapter, UsageError for options and probes.
+
+    >>> validation = weightsmith.validate(
+    ...     "examples/tiny/base", ["examples/tiny/adapters/a"], "merged", progress=False
+    ... )
+    >>> validation.top1_agreement
+    1.0
+    """
+    source, folders, made = path_of(base), paths_of(adapters), path_of(merged)
+    wiring.keep_clean([source, *folders, made])
+    options = merge_options(
+        {
+            "method": method,
+            "density": density,
+            "rank": rank,
+            "space": space,
+            "quantized_base": quantized_base,
+        },
+        "validate",
+    )
+    pairs = tuple(zip(folders, weights_of(weights, folders), strict=True))
+    asked = path_of(probes) if probes else None
+    with shown(progress) as told:
+        tools, _ = wiring.make_tools(runner, told, allow_network_in_jobs=allow_network_in_jobs)
+        result = validate_folders(source, pairs, made, asked, options.model_dump(), tools)
+    return Validation(
+        max_abs_logit_diff=result["max_abs_logit_diff"],
+        kl_mean=result["kl_mean"],
+        top1_agreement=result["top1_agreement"],
+        findings=tuple(Finding(**row) for row in result["findings"]),
+        seconds=result["seconds"],
+        facts=result,
+    )
+
+
+def quantize(
+    model: AnyPath,
+    out: AnyPath,
+    *,
+    format: str = "q4_k_m",  # noqa: A002 - the flag's name
+    calibration: AnyPath | None = None,
+    imatrix: AnyPath = "",
+    group_size: int | str = "auto",
+    zero_point: bool = True,
+    keep: Sequence[str] = (),
+    tensor_types: Mapping[str, str] | None = None,
+    split_max_size: str = "",
+    allow_low_bits: bool = False,
+    gate: bool = True,
+    runner: str = "auto",
+    allow_network_in_jobs: bool = False,
+    progress: bool = True,
+) -> Quantized:
+    """Quantize a checkpoint, read the result back, and measure what was lost on held-out text.
+
+    `out` is a new file for GGUF formats, a new folder for the others. Options are the recipe's
+    `quantize` keys; `calibration` is JSON Lines, general texts by default; without `gate`, what
+    exceeds the format's limits is reported and kept.
+
+    Raises UsageError for an unknown format or an option without a use there, InputRefused for a
+    model or text that cannot be taken, CheckFailed over the limits; then nothing is left at `out`.
+
+    >>> quantized = weightsmith.quantize(
+    ...     "merged", "capitals.gguf", format="q4_k_m",
+    ...     calibration="examples/tiny/calibration.jsonl", progress=False,
+    ... )
+    >>> quantized.path.name, quantized.quality["top1"] > 0.86
+    ('capitals.gguf', True)
+    """
+    source, place = path_of(model), path_of(out)
+    wiring.keep_clean([source], out=place)
+    wishes = quantize_wishes(
+        {
+            "imatrix": str(imatrix),
+            "allow_low_bits": allow_low_bits,
+            "split_max_size": split_max_size,
+            **({} if group_size == "auto" else {"group_size": group_size}),
+            **({} if zero_point else {"zero_point": False}),
+            "keep": tuple(keep),
+            "tensor_types": dict(tensor_types or {}),
+        },
+        "quantize",
+    )
+    asked = FolderRequest(
+        model=source,
+        format_name=format,
+        out=place,
+        wishes=wishes,
+        calibration=path_of(calibration) if calibration else None,
+        gate=gate,
+    )
+    with shown(progress) as told:
+        tools, _ = wiring.make_tools(runner, told, allow_network_in_jobs=allow_network_in_jobs)
+        result = quantize_folder(asked, tools)
+    return Quantized(
+        path=Path(result["out"]),
+        format=result["format"],
+        bits_per_weight=result["bits_per_weight"],
+        files=tuple(map(Path, result["files"])),
+        quality=result["quality"],
+        warnings=tuple(told.warnings),
+    )

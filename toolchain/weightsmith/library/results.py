@@ -1,0 +1,118 @@
+"""What the functions of the public interface return: frozen values, sizes in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from weightsmith.provenance.chain import Check
+from weightsmith.validating.findings import Finding
+from weightsmith.values import Digest, Json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """One safetensors file of a merged checkpoint."""
+
+    path: Path
+    size: int
+    sha256: str
+    """64 hexadecimal digits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Merged:
+    """A merged checkpoint on disk."""
+
+    path: Path
+    tensors: Mapping[str, int]
+    """How many were `merged`, `copied` from the base, and `replaced` by an adapter's."""
+    shards: tuple[Shard, ...]
+    peak_rss_bytes: int
+    """Most memory that the job's process had (resident set size)."""
+    seconds: float
+    findings: tuple[str, ...]
+    """What is worth knowing, one sentence each; these were shown as warnings."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """A checkpoint that is what base and adapters are. What was not measured is None."""
+
+    max_abs_logit_diff: float | None
+    kl_mean: float | None
+    """Mean Kullback-Leibler divergence per token, in nats."""
+    top1_agreement: float | None
+    """Share of tokens whose likeliest successor is the same, from 0 to 1."""
+    findings: tuple[Finding, ...]
+    """Warnings and notes: `severity`, `check`, `message`, `tensor`, `layer`."""
+    seconds: float
+    facts: Mapping[str, Json]
+    """All that was measured, as `weightsmith validate --json` prints it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantized:
+    """Quantized weights on disk."""
+
+    path: Path
+    """The file or folder."""
+    format: str
+    bits_per_weight: float
+    files: tuple[Path, ...]
+    quality: Mapping[str, Json]
+    """What was lost: `kl_mean` and `kl_p99` in nats per token, `top1` from 0 to 1,
+    `perplexity_ratio`, `layer_error`, and the `limits` of each; or `skipped`, which says why."""
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Baked:
+    """An assembled image, where it was asked for."""
+
+    image: str
+    """Its reference, or `oci:FOLDER`."""
+    digest: Digest
+    layers: tuple[Mapping[str, Json], ...]
+    """`digest`, `size` and `file` of each, the lowest first."""
+    uploaded_bytes: int
+    seconds: float
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageTime:
+    """How long a stage of a build took."""
+
+    seconds: float
+    cached: bool
+    """True where its result was there already."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """One target of a build that passed and was published."""
+
+    target: str
+    image: str
+    """Its reference, or `oci:FOLDER`."""
+    digest: Digest
+    scores: Mapping[str, float]
+    """`base`, `adapter`, `merged` and `image` on the recipe's task, from 0 to 1; {} without one."""
+    report: Path
+    """report.html; build.json lies beside it."""
+    stages: Mapping[str, StageTime]
+    uploaded_bytes: int
+    warnings: tuple[str, ...]
+    """Of the whole build."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """An image that holds: no check said no."""
+
+    image: str
+    digest: Digest
+    checks: tuple[Check, ...]
+    """`name`, `found`, and `ok`: None where it was not asked, such as a signature without a key."""
