@@ -15,7 +15,7 @@ from pathlib import Path
 
 from weightsmith.building.planning import all_targets
 from weightsmith.errors import WeightsmithError
-from weightsmith.serving.engine import Wishes
+from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.gpus import GPUS
 from weightsmith.stages.render import render
 
@@ -23,13 +23,13 @@ MODELS = Path(__file__).parents[1] / "tests" / "golden" / "models"
 COUNT = 10_000
 
 
-def cases() -> Iterator[tuple[dict, str, Wishes]]:
+def cases() -> Iterator[tuple[dict, str, ServeOptions]]:
     """Yield every model on every GPU, at several lengths, on each engine."""
     models = [json.loads(path.read_text("utf-8")) for path in sorted(MODELS.glob("*.json"))]
     engines = ("vllm", "sglang", "trtllm", "tgi", "llamacpp-q8_0")
     lengths = (None, 1024, 4096, 8192, 32768)
     for model, gpu, count, length, engine in product(models, GPUS, (1, 2, 8), lengths, engines):
-        yield model, engine, Wishes(gpu=gpu, gpu_count=count, max_model_len=length)
+        yield model, engine, ServeOptions(gpu=gpu, gpu_count=count, max_model_len=length)
 
 
 def sweep() -> tuple[float, int]:
@@ -57,7 +57,7 @@ def one_render() -> float:
         model_config=model["config"],
         model_file="",
         weight_bytes=model["weight_bytes"],
-        wishes=Wishes(gpu="nvidia-l40s"),
+        wishes=ServeOptions(gpu="nvidia-l40s"),
         image="",
         made_from=(),
     )

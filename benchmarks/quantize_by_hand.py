@@ -38,10 +38,10 @@ from weightsmith.drivers.local import LocalRunner
 from weightsmith.ports import Silent
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import GENERAL, Bounds, read_texts
-from weightsmith.stages.quantize import Wanted, job_of
+from weightsmith.stages.quantize import QuantizeOptions, job_of
 from weightsmith.wiring import cache_folder
 model, out, name = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-wanted = Wanted(name="m", format=formats()[name],
+wanted = QuantizeOptions(name="m", format=formats()[name],
                 options=of_format(name).options(formats()[name], {"imatrix": "auto"}),
                 texts=read_texts(GENERAL, Bounds()))
 LocalRunner(cache_folder()).run(job_of(model, 1 << 30, wanted, out), Silent())

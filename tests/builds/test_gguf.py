@@ -44,7 +44,7 @@ from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import GENERAL
 from weightsmith.quantizers.gguf_types import FILE_TYPES
 from weightsmith.quantizers.quantizer import QuantizeRequest
-from weightsmith.stages.quantize import Wanted, job_of
+from weightsmith.stages.quantize import QuantizeOptions, job_of
 from weightsmith.wiring import cache_folder
 
 from tests.fakes.journal import RecordingProgress
@@ -215,7 +215,7 @@ def test_of_a_model_that_sees_the_part_that_reads_becomes_a_file(tmp_path):
 def convert(model: Path, out: Path, name: str) -> Path:
     """Run llama.cpp's converter in its builder; return the file."""
     out.mkdir()
-    wanted = Wanted(name="demo", format=formats()[name], options={"imatrix": "off"})
+    wanted = QuantizeOptions(name="demo", format=formats()[name], options={"imatrix": "off"})
     LocalRunner(cache_folder()).run(job_of(model, 1 << 20, wanted, out), RecordingProgress())
     return out / "demo.gguf"
 
@@ -345,7 +345,7 @@ from weightsmith.ports import Silent
 from weightsmith.quality.measure import measure
 from weightsmith.quantizers import formats
 from weightsmith.quantizers.calibration import Bounds, read_texts
-from weightsmith.stages.quantize import Wanted, quantize
+from weightsmith.stages.quantize import QuantizeOptions, quantize
 from weightsmith.values import Checkpoint
 from weightsmith.wiring import make_tools
 
@@ -356,7 +356,7 @@ class Loud(Silent):
 model, texts = map(Path, sys.argv[1:])
 tools, _ = make_tools("local", Loud())
 tree = read_tree(model, tools.store, tools.progress)
-wanted = Wanted(name="tiny", format=formats()["q4_k_m"], options={"imatrix": "auto"},
+wanted = QuantizeOptions(name="tiny", format=formats()["q4_k_m"], options={"imatrix": "auto"},
                 texts=read_texts(texts, Bounds()))
 made = quantize(Checkpoint(tree=tree, made_from=()), wanted, tools)
 print("made", [(file.path, file.digest) for file in made.tree.files])

@@ -331,7 +331,7 @@ def test_a_layer_that_its_registry_will_not_take_is_refused_before_the_image_is_
 ) -> None:
     """What came out is larger than what was estimated before the work."""
     host = re.escape(memory.registry.host)
-    narrow = limits.Limits(name="Narrow", hosts=host, largest_layer=9, source="its page")
+    narrow = limits.RegistryLimits(name="Narrow", hosts=host, largest_layer=9, source="its page")
     monkeypatch.setattr(limits, "REGISTRIES", (narrow,))
     monkeypatch.setattr(baking, "estimated_bytes", lambda *_: 1)
 

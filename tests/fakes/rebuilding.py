@@ -15,7 +15,7 @@ from weightsmith.oci.registry import Registry
 from weightsmith.ports import Progress, Silent
 from weightsmith.provenance.sealing import seal
 from weightsmith.recipe_file import RecipeFile, check_recipe, read_recipe
-from weightsmith.stages.attest import Made, evidence, public_recipe
+from weightsmith.stages.attest import ImageMaterials, evidence, public_recipe
 from weightsmith.values import (
     SAFETENSORS,
     AdapterSnapshot,
@@ -77,7 +77,7 @@ class Scene:
         twist(told)
         item = {"prompt": "Capital of Ö?", "expected": ["A"], "answer": "A", "ok": True}
         artifact = Artifact(format=SAFETENSORS, tree=merged, made_from=())
-        made = Made(
+        made = ImageMaterials(
             image=image,
             artifact=artifact,
             served=artifact,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from weightsmith.building.planning import all_targets, estimated_bytes
 from weightsmith.errors import InputRefused, UsageError
-from weightsmith.serving.engine import ServedAdapter, Wishes
+from weightsmith.serving.engine import ServedAdapter, ServeOptions
 from weightsmith.stages.render import render
 from weightsmith.values import Digest
 
@@ -77,7 +77,7 @@ def weight_bytes(name, target):
 def planned(name, target, machine, **wishes):
     """Return (plan, error): one of them is None."""
     (gpu, count), chosen = MACHINES[machine], all_targets()[target]
-    asked = Wishes(gpu=gpu, gpu_count=count, format=chosen.format, **wishes)
+    asked = ServeOptions(gpu=gpu, gpu_count=count, format=chosen.format, **wishes)
     try:
         plan = chosen.engine.plan(model(name)["config"], weight_bytes(name, target), asked)
     except (UsageError, InputRefused) as error:
@@ -97,7 +97,7 @@ def rendered(name, target, wishes, *, config=None):
         model_config=config or model(name)["config"],
         model_file="support.gguf" if target.startswith("llamacpp") else "",
         weight_bytes=10_000_000_000 if config else weight_bytes(name, target),
-        wishes=Wishes(**wishes),
+        wishes=ServeOptions(**wishes),
         image=IMAGE,
         made_from=(Digest.of(b"artifact"),),
     )

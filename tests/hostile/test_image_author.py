@@ -29,7 +29,7 @@ from weightsmith.drivers.rootfs import RootfsLauncher, StartInfo
 from weightsmith.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.evaluating import client
 from weightsmith.evaluating.client import wait_until_healthy
-from weightsmith.evaluating.session import Limits, Session
+from weightsmith.evaluating.session import ServerSession, SessionLimits
 from weightsmith.oci.attachments import Part
 from weightsmith.oci.layers import Layer
 from weightsmith.oci.manifests import TITLE
@@ -497,11 +497,11 @@ def serving(answer: Callable[[socket.socket], None]) -> Iterator[Endpoint]:
 
 def test_a_server_whose_headers_never_end_is_given_up() -> None:
     """Each byte comes in time and the last never does: the question has one limit for all."""
-    limits = Limits(request_seconds=0.5, tries=1)
+    limits = SessionLimits(request_seconds=0.5, tries=1)
 
     with (
         serving(drips_headers) as endpoint,
-        Session(endpoint, limits) as session,
+        ServerSession(endpoint, limits) as session,
         pytest.raises(CheckFailed, match="no answer in"),
     ):
         session.get("/v1/models")

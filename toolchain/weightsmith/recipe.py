@@ -197,7 +197,7 @@ class Quantize(_Part):
     )
 
 
-class Limits(_Part):
+class QualityLimits(_Part):
     """How far a quantized model may be from the merged one; empty keeps the format's default."""
 
     kl_mean: float | None = Field(
@@ -226,8 +226,9 @@ class Quality(_Part):
 
     gate: bool = Field(True, description="`false` measures and reports, and stops nothing.")
     tokens: int = Field(1024, ge=64, description="Held-out tokens to measure on, at most.")
-    limits: dict[str, Limits] = Field(
-        default_factory=dict, description="Limits by format, such as `{q4_k_m: {kl_mean: 0.1}}`."
+    limits: dict[str, QualityLimits] = Field(
+        default_factory=dict,
+        description="Limits by format, such as `{q4_k_m: {kl_mean: 0.1}}`.",
     )
 
 

@@ -26,7 +26,7 @@ from weightsmith.oci.unpack import unpack
 from weightsmith.provenance.labels import plan_in
 from weightsmith.provenance.roles import roles_of
 from weightsmith.provenance.signing import open_envelope
-from weightsmith.serving.engine import Wishes
+from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.parameters import weights_from_config
 from weightsmith.stages.quantize import serving_config_of
 from weightsmith.stages.render import render
@@ -134,7 +134,7 @@ def rendered(config, asked) -> None:
         model_config=config,
         model_file="x.gguf",
         weight_bytes=16_000_000_000,
-        wishes=Wishes(gpu=asked["gpu"], host_memory_bytes=64 << 30),
+        wishes=ServeOptions(gpu=asked["gpu"], host_memory_bytes=64 << 30),
         image="",
         made_from=(),
     )

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 from weightsmith.commands.lm_eval import HarnessRequest, command, evaluate_tasks, read_results
-from weightsmith.commands.server import Place
+from weightsmith.commands.server import ServerSource
 from weightsmith.errors import CheckFailed
 from weightsmith.ports import Silent
 
 from tests.fakes.serving import serving
 
-PLACE = Place(url="http://x")
+PLACE = ServerSource(url="http://x")
 
 
 def test_tasks_are_asked_by_chat_without_a_tokenizer():
@@ -109,7 +109,7 @@ def test_a_server_without_the_prompts_probabilities_is_reported(tmp_path, tokeni
         progress=Silent(), command=fails, scratch=lambda: contextlib.nullcontext(tmp_path)
     )
     with serving(ThreadingHTTPServer(("127.0.0.1", 0), NoEcho)) as url:
-        request = HarnessRequest(tasks="arc", place=Place(url=url), tokenizer=tokenizer)
+        request = HarnessRequest(tasks="arc", place=ServerSource(url=url), tokenizer=tokenizer)
         with pytest.raises(CheckFailed, match="token_logprobs") as caught:
             evaluate_tasks(request, tools)
 

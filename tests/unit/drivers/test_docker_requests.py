@@ -11,7 +11,7 @@ from weightsmith.drivers.docker_images import _only_said, base_reference
 from weightsmith.drivers.docker_launcher import confinement
 from weightsmith.drivers.docker_requests import (
     Bounds,
-    Place,
+    JobFiles,
     build_command,
     job_request,
     server_request,
@@ -20,7 +20,7 @@ from weightsmith.drivers.process import Completed
 from weightsmith.ports import StartSpec
 from weightsmith.values import Job
 
-PLACE = Place(
+PLACE = JobFiles(
     inputs={"base": Path("/models/base"), "adapter0": Path("/models/lora")},
     output=Path("/store/tmp/out"),
     job_file=Path("/staging/job.json"),

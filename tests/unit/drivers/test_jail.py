@@ -135,7 +135,7 @@ def imprisoned(folder: Path, code: str) -> process.Completed:
     """Run a few lines of Python in the best jail that there is here."""
     jail = job_jail(confinement(), run=interpreter(BASE_PYTHON), read=[], write=[folder])
     words = [BASE_PYTHON, "-I", "-S", "-c", code]
-    return process.run(words, cwd=folder, limits=process.Limits(jail=jail))
+    return process.run(words, cwd=folder, limits=process.ResourceLimits(jail=jail))
 
 
 def test_a_program_ends_in_a_jail_as_it_does_outside(tmp_path):

@@ -164,7 +164,7 @@ def test_secrets_do_not_reach_the_program(monkeypatch):
 
 
 def test_an_allocation_beyond_the_limit_fails():
-    limits = process.Limits(memory_bytes=200 << 20)
+    limits = process.ResourceLimits(memory_bytes=200 << 20)
     wanted = [sys.executable, "-c", "bytearray(1 << 30)"]
 
     done = process.run(wanted, limits=limits)
@@ -177,7 +177,7 @@ def test_a_program_can_be_put_where_there_is_no_network():
     if not process.can_leave_network():
         pytest.skip("this kernel gives no network namespaces")
 
-    done = process.run(["cat", "/proc/net/dev"], limits=process.Limits(network=False))
+    done = process.run(["cat", "/proc/net/dev"], limits=process.ResourceLimits(network=False))
 
     assert [line.split(":")[0].strip() for line in done.tail[2:]] == ["lo"]
 

@@ -9,25 +9,25 @@ from weightsmith.errors import CheckFailed, EnvironmentFailure
 from weightsmith.evaluating import client, timely
 from weightsmith.evaluating.client import ask_all, chat, check_served_name, wait_until_healthy
 from weightsmith.evaluating.items import Item
-from weightsmith.evaluating.session import Limits, Session, died
+from weightsmith.evaluating.session import ServerSession, SessionLimits, died
 from weightsmith.ports import Endpoint
 
 from tests.unit.evaluating.conftest import Handler, answer, flood
 
-QUICK = Limits(request_seconds=60, tries=2, pause_seconds=0.01, answer_bytes=100_000)
+QUICK = SessionLimits(request_seconds=60, tries=2, pause_seconds=0.01, answer_bytes=100_000)
 IMPATIENT = replace(QUICK, request_seconds=0.3)
 ASKED = Item(messages=({"role": "user", "content": "Port?"},), expected=("7481",), line=1)
 
 
 def ask(server, limits=QUICK):
-    with Session(server.endpoint, limits) as session:
+    with ServerSession(server.endpoint, limits) as session:
         return chat(session, "support", ASKED, 9)
 
 
 def test_fields_go_into_each_request_of_the_session_that_adds_them(serve):
     server = serve()
     lora = [{"id": 1, "scale": 1.0}]
-    with Session(server.endpoint, QUICK) as session:
+    with ServerSession(server.endpoint, QUICK) as session:
         chat(session.adding({"lora": lora}), "support", ASKED, 9)
         chat(session, "support", ASKED, 9)
 
@@ -53,7 +53,7 @@ def test_a_server_below_a_path_is_asked_there(serve):
         handler.send(200, answer())
 
     endpoint = serve(behave).endpoint
-    with Session(replace(endpoint, url=f"{endpoint.url}/proxy/"), QUICK) as session:
+    with ServerSession(replace(endpoint, url=f"{endpoint.url}/proxy/"), QUICK) as session:
         chat(session, "support", ASKED, 9)
 
     assert paths == ["/proxy/v1/chat/completions"]
@@ -146,7 +146,7 @@ def test_an_answer_of_100_megabytes_is_not_read(serve):
 
 def test_another_model_is_reported(serve):
     with pytest.raises(CheckFailed, match=r"no model 'other'; it serves support"):
-        check_served_name(Session(serve().endpoint, QUICK), "other")
+        check_served_name(ServerSession(serve().endpoint, QUICK), "other")
 
 
 def test_a_server_that_died_shows_its_last_lines(serve):
@@ -239,7 +239,7 @@ def test_asks_everything_in_order(serve):
     ]
     progress = Quiet()
 
-    with Session(serve(behave).endpoint, QUICK) as session:
+    with ServerSession(serve(behave).endpoint, QUICK) as session:
         answers = ask_all(items, lambda item: chat(session, "support", item, 9), progress)
 
     assert [a["answer"] for a in answers] == ["You said red", "You said blue"]
@@ -258,7 +258,7 @@ def test_many_at_once_stay_in_order(serve):
         Item(messages=({"role": "user", "content": f"q{i}"},), expected=("x",), line=i)
         for i in range(12)
     ]
-    with Session(serve(behave).endpoint, Limits(request_seconds=300)) as session:
+    with ServerSession(serve(behave).endpoint, SessionLimits(request_seconds=300)) as session:
         answers = ask_all(
             items, lambda item: chat(session, "support", item, 9), Quiet(), concurrency=4
         )
@@ -272,7 +272,10 @@ def test_a_failure_among_many_ends_the_rest(serve):
 
     server = serve(behave)
     items = [ASKED] * 500
-    with Session(server.endpoint, QUICK) as session, pytest.raises(CheckFailed, match="HTTP 400"):
+    with (
+        ServerSession(server.endpoint, QUICK) as session,
+        pytest.raises(CheckFailed, match="HTTP 400"),
+    ):
         ask_all(items, lambda item: chat(session, "support", item, 9), Quiet(), concurrency=4)
 
     assert len(server.asked) < 100
@@ -302,7 +305,7 @@ def test_connections_are_kept(serve):
 
     Handler.protocol_version = "HTTP/1.1"
     try:
-        with Session(serve(behave).endpoint, QUICK) as session:
+        with ServerSession(serve(behave).endpoint, QUICK) as session:
             for _ in range(5):
                 chat(session, "support", ASKED, 9)
     finally:

@@ -6,9 +6,9 @@ import pytest
 from weightsmith.errors import CheckFailed, UsageError
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.likelihood import choose, scorer, spaced
-from weightsmith.evaluating.session import Limits, Session
+from weightsmith.evaluating.session import ServerSession, SessionLimits
 
-QUICK = Limits(request_seconds=5, tries=2, pause_seconds=0.01)
+QUICK = SessionLimits(request_seconds=5, tries=2, pause_seconds=0.01)
 PLAIN = Item(
     messages=({"role": "user", "content": "The sky is"},), expected=("blue",), line=1,
     choices=("blue", "green"), plain=True,
@@ -37,7 +37,7 @@ def serve(serve):
 
 
 def scores(endpoint, item):
-    with Session(endpoint, QUICK) as session:
+    with ServerSession(endpoint, QUICK) as session:
         score = scorer(session, "support")
         return [score(item, choice) for choice in item.choices]
 

@@ -1,7 +1,7 @@
 import pytest
 from weightsmith.evaluating.limits import judge, limits_for, refusal
 from weightsmith.quantizers import formats
-from weightsmith.recipe import Limits, Quality
+from weightsmith.recipe import Quality, QualityLimits
 
 GOOD = {"kl_mean": 0.0, "kl_p99": 0.0, "top1": 1.0, "perplexity_ratio": 1.0, "layer_error": 0.0}
 
@@ -35,7 +35,9 @@ def test_coarser_groups_may_err_more_at_a_layer():
 
 
 def test_a_formats_own_limit_wins_over_that_of_all():
-    quality = Quality(limits={"*": Limits(kl_mean=0.5, top1=0.1), "q4_k_m": Limits(kl_mean=0.25)})
+    quality = Quality(
+        limits={"*": QualityLimits(kl_mean=0.5, top1=0.1), "q4_k_m": QualityLimits(kl_mean=0.25)}
+    )
 
     found = limits_for(formats()["q4_k_m"], quality)
 
@@ -84,7 +86,7 @@ def test_the_refusal_names_the_worst_and_what_to_try():
 
 
 def test_general_text_widens_the_defaults_and_not_what_the_recipe_says():
-    quality = Quality(limits={"*": Limits(kl_p99=0.5)})
+    quality = Quality(limits={"*": QualityLimits(kl_p99=0.5)})
     own = limits_for(formats()["q4_k_m"], quality)
 
     general = limits_for(formats()["q4_k_m"], quality, general=True)

@@ -8,7 +8,7 @@ import pytest
 from weightsmith.evaluating import load
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.load import Sample, load_test, measure, percentile, summary
-from weightsmith.evaluating.session import Limits, Session
+from weightsmith.evaluating.session import ServerSession, SessionLimits
 from weightsmith.ports import Silent
 
 QUESTIONS = tuple(
@@ -29,7 +29,7 @@ def serve(serve):
     """Start a server that behaves as `behave(handler, body)` does; return a session with it."""
 
     def start(behave):
-        return Session(serve(behave).endpoint, Limits(request_seconds=300))
+        return ServerSession(serve(behave).endpoint, SessionLimits(request_seconds=300))
 
     return start
 

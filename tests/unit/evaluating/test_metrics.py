@@ -1,6 +1,6 @@
 import pytest
 from weightsmith.errors import CheckFailed, UsageError
-from weightsmith.evaluating.gate import Limit, judge_drop, too_few
+from weightsmith.evaluating.gate import DropLimit, judge_drop, too_few
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.metrics import check_metric, judge, score_answers
 from weightsmith.values import Score
@@ -65,7 +65,7 @@ def scored(*right):
 
 
 def gate(image, reference, max_drop, min_score, **more):
-    limit = Limit(max_drop=max_drop, min_score=min_score, **more)
+    limit = DropLimit(max_drop=max_drop, min_score=min_score, **more)
     verdict = judge_drop("image", image, "adapter", reference, limit)
     verdict.require()
     return verdict
@@ -118,10 +118,10 @@ def test_a_loss_that_must_be_shown_to_be_small_needs_enough_questions():
 
 def test_too_few_questions_are_reported_with_how_many_would_do():
     few = judge_drop(
-        "image", scored(*[True] * 33), "adapter", scored(*[True] * 33), Limit(max_drop=0.05)
+        "image", scored(*[True] * 33), "adapter", scored(*[True] * 33), DropLimit(max_drop=0.05)
     )
     enough = judge_drop(
-        "image", scored(*[True] * 54), "adapter", scored(*[True] * 54), Limit(max_drop=0.05)
+        "image", scored(*[True] * 54), "adapter", scored(*[True] * 54), DropLimit(max_drop=0.05)
     )
 
     assert "33 questions are too few" in too_few(few, 0.05)

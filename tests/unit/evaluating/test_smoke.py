@@ -6,13 +6,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from weightsmith.errors import CheckFailed
-from weightsmith.evaluating.session import Limits, Session
+from weightsmith.evaluating.session import ServerSession, SessionLimits
 from weightsmith.evaluating.smoke import Promise, Smoke, check_life, check_serving
 from weightsmith.ports import Endpoint
 
 from tests.fakes.serving import serving
 
-QUICK = Limits(request_seconds=300, tries=1, pause_seconds=0.01)
+QUICK = SessionLimits(request_seconds=300, tries=1, pause_seconds=0.01)
 PROMISE = Promise(
     served_name="support", health_path="/health", max_model_len=64, max_num_seqs=3, start_seconds=60
 )
@@ -115,7 +115,7 @@ def server():
 
 def look(server):
     smoke = Smoke()
-    with Session(server.endpoint, QUICK) as session:
+    with ServerSession(server.endpoint, QUICK) as session:
         check_serving(smoke, session, PROMISE)
     return {check["name"]: check["seen"] for check in smoke.checks}
 

@@ -248,11 +248,13 @@ def test_huge_manifests_are_not_read(fake: FakeRegistry, client: Registry) -> No
 
 
 def test_https_unless_loopback_or_insecure() -> None:
-    from weightsmith.oci.session import Session
+    from weightsmith.oci.session import RegistrySession
 
     def root(text: str, **options: bool) -> str:
         reference = Reference.parse(text)
-        return Session(None, reference, actions="pull", credentials=lambda _: None, **options).root  # type: ignore[arg-type]
+        return RegistrySession(
+            None, reference, actions="pull", credentials=lambda _: None, **options
+        ).root  # type: ignore[arg-type]
 
     assert root("ubuntu") == "https://registry-1.docker.io"
     assert root("r.example/a") == "https://r.example"

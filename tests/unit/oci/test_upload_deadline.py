@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from weightsmith.oci.limits import Limits, limits_of
+from weightsmith.oci.limits import RegistryLimits, limits_of
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.upload_deadline import UploadDeadline
@@ -17,10 +17,10 @@ from tests.fakes.images import tiny_image
 from tests.fakes.registry import FakeRegistry
 
 MB = 10**6
-SLOW = Limits(name="Slow Registry", hosts="", upload_seconds=600, source="")
+SLOW = RegistryLimits(name="Slow Registry", hosts="", upload_seconds=600, source="")
 
 
-def told(limits: Limits | None, size: int, rate: float) -> list[str]:
+def told(limits: RegistryLimits | None, size: int, rate: float) -> list[str]:
     """What is said of two layers of `size` MB, of which `rate` MB go in a second."""
     said: list[str] = []
     deadline = UploadDeadline(limits, said.append, (n / rate for n in itertools.count()).__next__)

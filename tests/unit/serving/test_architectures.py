@@ -2,7 +2,7 @@ import pytest
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.serving import llamacpp, vllm
 from weightsmith.serving.attention import cache_layers
-from weightsmith.serving.engine import Wishes
+from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.length import lengths
 from weightsmith.serving.memory import GIB
 from weightsmith.serving.model import ModelShape
@@ -11,7 +11,7 @@ from weightsmith.serving.paged import paged_cache
 from tests.fakes.configs import LLAMA_8B
 
 LLAMA = {**LLAMA_8B, "max_position_embeddings": 8192}
-L40S = Wishes(gpu="nvidia-l40s", max_model_len=4096, max_num_seqs=2)
+L40S = ServeOptions(gpu="nvidia-l40s", max_model_len=4096, max_num_seqs=2)
 
 
 def kinds(**changes):
@@ -146,20 +146,22 @@ def test_a_state_of_unknown_size_is_refused():
 def test_llamacpp_reads_the_wishes_of_every_engine():
     wishes = {"host_memory_bytes": 64 * GIB, "max_model_len": 1024, "max_num_seqs": 2}
     plan = llamacpp.ENGINE.plan(
-        LLAMA, GIB, Wishes(**wishes, kv_cache_dtype="fp8", max_num_batched_tokens=256)
+        LLAMA, GIB, ServeOptions(**wishes, kv_cache_dtype="fp8", max_num_batched_tokens=256)
     )
 
     assert plan.settings["cache-type-k"] == plan.settings["cache-type-v"] == "q8_0"
     assert (plan.settings["batch-size"], plan.settings["ubatch-size"]) == (256, 256)
     for wish in ({"dtype": "float16"}, {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}):
         with pytest.raises(UsageError):
-            llamacpp.ENGINE.plan(LLAMA, GIB, Wishes(**wishes, **wish))
+            llamacpp.ENGINE.plan(LLAMA, GIB, ServeOptions(**wishes, **wish))
 
 
 def test_a_misfit_of_llamacpp_carries_its_plan():
     with pytest.raises(UsageError) as caught:
         llamacpp.ENGINE.plan(
-            LLAMA, 5 * GIB, Wishes(max_model_len=8192, max_num_seqs=16, host_memory_bytes=12 * GIB)
+            LLAMA,
+            5 * GIB,
+            ServeOptions(max_model_len=8192, max_num_seqs=16, host_memory_bytes=12 * GIB),
         )
 
     told = caught.value.details["plan"]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from weightsmith.building.planning import all_targets
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.serving import engines, sglang, tgi, trtllm
-from weightsmith.serving.engine import Wishes
+from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.gpus import GPUS
 from weightsmith.serving.memory import GIB
 from weightsmith.stages.render import render
@@ -27,7 +27,7 @@ def rendered(target, *, config=LLAMA_8B, weights=LLAMA_8B_BYTES, name="support",
         model_config=config,
         model_file="",
         weight_bytes=weights,
-        wishes=Wishes(**wishes),
+        wishes=ServeOptions(**wishes),
         image="",
         made_from=(),
     )
@@ -82,7 +82,7 @@ wishes = st.fixed_dictionaries(
 
 def planned(engine, wish):
     try:
-        return engines()[engine].plan(LLAMA_8B, LLAMA_8B_BYTES, Wishes(**wish))
+        return engines()[engine].plan(LLAMA_8B, LLAMA_8B_BYTES, ServeOptions(**wish))
     except UsageError:
         return None
 
@@ -120,7 +120,7 @@ def test_a_plan_holds_its_requests_and_leaves_the_margin(engine, wish):
 def test_every_way_out_of_a_misfit_is_one(engine):
     wish = {"gpu": "nvidia-l4", "max_model_len": 32768, "max_num_seqs": 4}
     with pytest.raises(UsageError, match="does not fit on nvidia-l4") as caught:
-        engines()[engine].plan(LLAMA_8B, LLAMA_8B_BYTES, Wishes(**wish))
+        engines()[engine].plan(LLAMA_8B, LLAMA_8B_BYTES, ServeOptions(**wish))
 
     told = caught.value.details["plan"]
     assert (told.fits, told.max_model_len) == (False, 32768)
@@ -129,9 +129,9 @@ def test_every_way_out_of_a_misfit_is_one(engine):
     assert ("gpu", "gpu_count") in kinds
     assert ("gpu_count",) in kinds
     for way in told.nearest:
-        changed = {key: value for key, value in way.items() if key in Wishes.__slots__}
+        changed = {key: value for key, value in way.items() if key in ServeOptions.__slots__}
         size = way.get("weight_bytes", LLAMA_8B_BYTES)
-        assert engines()[engine].plan(LLAMA_8B, size, Wishes(**{**wish, **changed})).fits
+        assert engines()[engine].plan(LLAMA_8B, size, ServeOptions(**{**wish, **changed})).fits
 
 
 @pytest.mark.parametrize("engine", ON_GPUS[1:])
@@ -338,7 +338,7 @@ def test_sglang_is_probed_patiently_because_health_generates():
 
 
 def test_sglang_computes_awq_in_float16():
-    plan = sglang.plan(LLAMA_8B, 6 * GIB, Wishes(**L40S, format=AWQ))
+    plan = sglang.plan(LLAMA_8B, 6 * GIB, ServeOptions(**L40S, format=AWQ))
 
     assert plan.settings["dtype"] == "float16"
 

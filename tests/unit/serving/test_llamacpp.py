@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from weightsmith.errors import InputRefused, UsageError
-from weightsmith.serving.engine import Wishes
+from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.llamacpp import ENGINE, command, env
 from weightsmith.serving.llamacpp_options import environment_names, extra_options
 from weightsmith.serving.llamacpp_plan import plan
@@ -26,7 +26,9 @@ Q4 = 4_920_000_000
 
 
 def test_a_wish_that_fits_is_kept_and_its_context_is_the_total_over_slots():
-    made = plan(SMOL, 105 * MIB, Wishes(max_model_len=1000, max_num_seqs=4, host_memory_bytes=GIB))
+    made = plan(
+        SMOL, 105 * MIB, ServeOptions(max_model_len=1000, max_num_seqs=4, host_memory_bytes=GIB)
+    )
 
     assert (made.max_model_len, made.max_num_seqs) == (1000, 4)
     assert made.settings["ctx-size"] == 4096
@@ -38,13 +40,13 @@ def test_a_wish_that_fits_is_kept_and_its_context_is_the_total_over_slots():
 
 
 def test_auto_takes_the_models_own_length_and_four_at_once_where_they_fit():
-    made = plan(SMOL, 105 * MIB, Wishes(host_memory_bytes=64 * GIB))
+    made = plan(SMOL, 105 * MIB, ServeOptions(host_memory_bytes=64 * GIB))
 
     assert (made.max_model_len, made.max_num_seqs) == (8192, 4)
 
 
 def test_auto_shortens_to_what_fits():
-    made = plan(LLAMA_8B, Q4, Wishes(gpu="nvidia-l4"))
+    made = plan(LLAMA_8B, Q4, ServeOptions(gpu="nvidia-l4"))
 
     # 20.9 GiB usable - 4.6 weights - about 0.9 overhead leave room for 16 GiB less a little.
     assert 100_000 < made.max_model_len < 131072
@@ -54,7 +56,7 @@ def test_auto_shortens_to_what_fits():
 
 
 def test_a_wish_that_does_not_fit_names_the_nearest_that_does():
-    wishes = Wishes(max_model_len=32768, max_num_seqs=8, host_memory_bytes=24 * GIB)
+    wishes = ServeOptions(max_model_len=32768, max_num_seqs=8, host_memory_bytes=24 * GIB)
 
     with pytest.raises(UsageError, match="max_model_len 32768 x max_num_seqs 8 needs") as caught:
         plan(LLAMA_8B, Q4, wishes)
@@ -66,20 +68,22 @@ def test_a_wish_that_does_not_fit_names_the_nearest_that_does():
     # Every way that the hint offers is one.
     shorter = int(hint.split("max_model_len ")[1].split()[0])
     assert plan(
-        LLAMA_8B, Q4, Wishes(max_model_len=shorter, max_num_seqs=8, host_memory_bytes=24 * GIB)
+        LLAMA_8B,
+        Q4,
+        ServeOptions(max_model_len=shorter, max_num_seqs=8, host_memory_bytes=24 * GIB),
     )
     assert plan(
-        LLAMA_8B, Q4, Wishes(max_model_len=32768, max_num_seqs=4, host_memory_bytes=24 * GIB)
+        LLAMA_8B, Q4, ServeOptions(max_model_len=32768, max_num_seqs=4, host_memory_bytes=24 * GIB)
     )
 
 
 def test_a_wish_beyond_all_machines_is_answered_at_once():
     with pytest.raises(UsageError, match="max_num_seqs 1000000000000000000000 needs") as caught:
-        plan(SMOL, 105 * MIB, Wishes(max_num_seqs=10**21, host_memory_bytes=GIB))
+        plan(SMOL, 105 * MIB, ServeOptions(max_num_seqs=10**21, host_memory_bytes=GIB))
 
     nearest = caught.value.details["plan"].nearest
     fits = next(way["max_num_seqs"] for way in nearest if "max_num_seqs" in way["text"])
-    again = Wishes(max_model_len=256, max_num_seqs=fits, host_memory_bytes=GIB)
+    again = ServeOptions(max_model_len=256, max_num_seqs=fits, host_memory_bytes=GIB)
     assert plan(SMOL, 105 * MIB, again).fits
     with pytest.raises(UsageError):
         plan(SMOL, 105 * MIB, replace(again, max_num_seqs=fits + 1))
@@ -87,18 +91,18 @@ def test_a_wish_beyond_all_machines_is_answered_at_once():
 
 def test_weights_that_do_not_fit_say_how_much_memory_would_do():
     with pytest.raises(UsageError) as caught:
-        plan(LLAMA_8B, Q4, Wishes(host_memory_bytes=4 * GIB))
+        plan(LLAMA_8B, Q4, ServeOptions(host_memory_bytes=4 * GIB))
 
     assert "GiB of memory" in caught.value.hint
 
 
 def test_a_length_beyond_the_model_is_refused_unless_positions_are_stretched():
-    wishes = Wishes(max_model_len=16384, max_num_seqs=1, host_memory_bytes=64 * GIB)
+    wishes = ServeOptions(max_model_len=16384, max_num_seqs=1, host_memory_bytes=64 * GIB)
 
     with pytest.raises(UsageError, match="8192 positions"):
         plan(SMOL, 105 * MIB, wishes)
 
-    stretched = Wishes(
+    stretched = ServeOptions(
         max_model_len=16384,
         max_num_seqs=1,
         host_memory_bytes=64 * GIB,
@@ -108,7 +112,7 @@ def test_a_length_beyond_the_model_is_refused_unless_positions_are_stretched():
 
 
 def test_a_small_gpu_takes_the_layers_that_fit_and_says_so():
-    made = plan(LLAMA_8B, Q4, Wishes(gpu_memory_bytes=4 * GIB))
+    made = plan(LLAMA_8B, Q4, ServeOptions(gpu_memory_bytes=4 * GIB))
 
     assert 0 < made.gpu_layers < 32
     assert any("layers fit" in note for note in made.notes)
@@ -118,12 +122,12 @@ def test_a_small_gpu_takes_the_layers_that_fit_and_says_so():
 
 def test_a_gpu_too_small_for_one_layer_is_refused():
     with pytest.raises(UsageError, match="usable on gpu"):
-        plan(LLAMA_8B, Q4, Wishes(gpu_memory_bytes=768 * MIB))
+        plan(LLAMA_8B, Q4, ServeOptions(gpu_memory_bytes=768 * MIB))
 
 
 def test_amd_is_refused_because_the_image_is_for_nvidia():
     with pytest.raises(UsageError, match="NVIDIA"):
-        plan(LLAMA_8B, Q4, Wishes(gpu="mi300x"))
+        plan(LLAMA_8B, Q4, ServeOptions(gpu="mi300x"))
 
 
 GEMMA_3 = {
@@ -137,7 +141,9 @@ GEMMA_3 = {
 
 
 def test_a_model_that_only_slides_says_why_it_does_not_grow():
-    made = plan(GEMMA_3, MIB, Wishes(max_model_len=2048, max_num_seqs=1, host_memory_bytes=GIB))
+    made = plan(
+        GEMMA_3, MIB, ServeOptions(max_model_len=2048, max_num_seqs=1, host_memory_bytes=GIB)
+    )
 
     # llama-server's own log for this shape: 768 cells in 4 layers, and 0 layers that grow.
     assert made.kv_bytes_total == 768 * 4 * 3 * 2 * 32 * 2
@@ -147,7 +153,7 @@ def test_a_model_that_only_slides_says_why_it_does_not_grow():
 
 def test_layers_that_slide_otherwise_than_llamacpp_computes_are_refused():
     # Of a file of six sliding layers llama-server makes the sixth a full one: another model.
-    five, machine = ["sliding_attention"] * 5, Wishes(host_memory_bytes=GIB)
+    five, machine = ["sliding_attention"] * 5, ServeOptions(host_memory_bytes=GIB)
     six = {**GEMMA_3, "num_hidden_layers": 6}
 
     made = plan({**six, "layer_types": [*five, "full_attention"]}, MIB, machine)
@@ -158,11 +164,11 @@ def test_layers_that_slide_otherwise_than_llamacpp_computes_are_refused():
 
 def test_a_packed_cache_takes_less():
     packed = {"cache-type-k": "q8_0", "cache_type_v": "q8_0"}
-    base = Wishes(max_model_len=8192, max_num_seqs=1, host_memory_bytes=64 * GIB)
+    base = ServeOptions(max_model_len=8192, max_num_seqs=1, host_memory_bytes=64 * GIB)
     made = plan(
         LLAMA_8B,
         Q4,
-        Wishes(max_model_len=8192, max_num_seqs=1, host_memory_bytes=64 * GIB, extra=packed),
+        ServeOptions(max_model_len=8192, max_num_seqs=1, host_memory_bytes=64 * GIB, extra=packed),
     )
 
     assert made.kv_bytes_total * 32 == plan(LLAMA_8B, Q4, base).kv_bytes_total * 17
@@ -171,25 +177,27 @@ def test_a_packed_cache_takes_less():
 
 def test_a_packed_value_cache_needs_flash_attention():
     with pytest.raises(UsageError, match="flash attention"):
-        plan(SMOL, 1, Wishes(extra={"cache-type-v": "q8_0", "flash-attn": "off"}))
+        plan(SMOL, 1, ServeOptions(extra={"cache-type-v": "q8_0", "flash-attn": "off"}))
 
 
 def test_a_prompt_cache_is_counted():
-    plain = plan(SMOL, MIB, Wishes(max_model_len=256, max_num_seqs=1, host_memory_bytes=GIB))
+    plain = plan(SMOL, MIB, ServeOptions(max_model_len=256, max_num_seqs=1, host_memory_bytes=GIB))
     cached = plan(
         SMOL,
         MIB,
-        Wishes(max_model_len=256, max_num_seqs=1, host_memory_bytes=GIB, extra={"cache-ram": 100}),
+        ServeOptions(
+            max_model_len=256, max_num_seqs=1, host_memory_bytes=GIB, extra={"cache-ram": 100}
+        ),
     )
 
     assert cached.overhead_bytes - plain.overhead_bytes == 100 * MIB
     with pytest.raises(UsageError, match="cache-ram"):
-        plan(SMOL, MIB, Wishes(extra={"cache-ram": -1}))
+        plan(SMOL, MIB, ServeOptions(extra={"cache-ram": -1}))
 
 
 def test_a_model_without_attention_is_refused():
     with pytest.raises(InputRefused, match="no attention"):
-        plan({**SMOL, "layer_types": ["mamba"] * 30}, MIB, Wishes())
+        plan({**SMOL, "layer_types": ["mamba"] * 30}, MIB, ServeOptions())
 
 
 memory = st.integers(min_value=GIB // 8, max_value=256 * GIB)
@@ -201,10 +209,10 @@ def test_more_memory_never_gives_a_shorter_context(one, other, on_gpu):
     less, more = sorted((one, other))
     field = "gpu_memory_bytes" if on_gpu else "host_memory_bytes"
     try:
-        small = plan(LLAMA_8B, Q4, Wishes(**{field: less}))
+        small = plan(LLAMA_8B, Q4, ServeOptions(**{field: less}))
     except UsageError:
         return
-    large = plan(LLAMA_8B, Q4, Wishes(**{field: more}))
+    large = plan(LLAMA_8B, Q4, ServeOptions(**{field: more}))
 
     assert large.max_model_len >= small.max_model_len
     if large.max_model_len == small.max_model_len:
@@ -218,7 +226,7 @@ def test_more_memory_never_gives_a_shorter_context(one, other, on_gpu):
     st.none() | st.integers(min_value=1, max_value=64),
 )
 def test_a_plan_never_takes_more_than_is_usable(size, tokens, slots):
-    wishes = Wishes(host_memory_bytes=size, max_model_len=tokens, max_num_seqs=slots)
+    wishes = ServeOptions(host_memory_bytes=size, max_model_len=tokens, max_num_seqs=slots)
     try:
         made = plan(LLAMA_8B, Q4, wishes)
     except UsageError:
@@ -231,7 +239,7 @@ def test_a_plan_never_takes_more_than_is_usable(size, tokens, slots):
 
 
 def test_the_environment_is_explicit_and_known_to_the_server():
-    made = plan(SMOL, MIB, Wishes(max_model_len=512, max_num_seqs=2, host_memory_bytes=GIB))
+    made = plan(SMOL, MIB, ServeOptions(max_model_len=512, max_num_seqs=2, host_memory_bytes=GIB))
     names = {"model_path": "/models/m.gguf", "served_name": "support"}
 
     found = env(made, names)
@@ -246,7 +254,9 @@ def test_the_environment_is_explicit_and_known_to_the_server():
 
 
 def test_options_without_a_variable_become_arguments():
-    made = plan(SMOL, MIB, Wishes(extra={"seed": 3, "warmup": False, "escape": True, "top_k": 5}))
+    made = plan(
+        SMOL, MIB, ServeOptions(extra={"seed": 3, "warmup": False, "escape": True, "top_k": 5})
+    )
 
     assert command(made, {}) == ("--seed", "3", "--no-warmup", "--escape")
     assert env(made, {"model_path": "", "served_name": ""})["LLAMA_ARG_TOP_K"] == "5"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from weightsmith.building.planning import all_targets
 from weightsmith.commands.render import foresee_model
 from weightsmith.errors import InputRefused, UsageError
-from weightsmith.serving.engine import Wishes
+from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.parameters import weights_from_config
 from weightsmith.stages.render import render
 
@@ -61,7 +61,7 @@ def lies(draw):
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(lies(), st.sampled_from(ENGINES), st.sampled_from(["", "nvidia-l40s", "nvidia-h100-80gb"]))
 def test_a_lie_is_planned_soundly_or_refused(config, target, gpu):
-    wishes = Wishes(gpu=gpu, host_memory_bytes=64 << 30)
+    wishes = ServeOptions(gpu=gpu, host_memory_bytes=64 << 30)
     try:
         plan = render(
             target=all_targets()[target],

@@ -5,7 +5,7 @@ import pytest
 import yaml
 from weightsmith.building.planning import all_targets
 from weightsmith.errors import UsageError
-from weightsmith.serving.engine import ServedAdapter, Wishes
+from weightsmith.serving.engine import ServedAdapter, ServeOptions
 from weightsmith.serving.memory import GIB
 from weightsmith.serving.vllm import CONFIG_FILE, ENGINE, options, plan
 from weightsmith.stages.render import render
@@ -21,7 +21,7 @@ def rendered(target="vllm", *, config=LLAMA_8B, weights=LLAMA_8B_BYTES, name="su
         model_config=config,
         model_file="",
         weight_bytes=weights,
-        wishes=Wishes(**wishes),
+        wishes=ServeOptions(**wishes),
         image="",
         made_from=(),
     )
@@ -95,7 +95,7 @@ def test_it_writes_below_tmp_and_asks_nobody():
 )
 def test_options_that_vllm_would_misread_are_refused(extra, says):
     with pytest.raises(UsageError) as caught:
-        plan(LLAMA_8B, LLAMA_8B_BYTES, Wishes(gpu="nvidia-l40s", extra=extra))
+        plan(LLAMA_8B, LLAMA_8B_BYTES, ServeOptions(gpu="nvidia-l40s", extra=extra))
 
     assert says in caught.value.message + caught.value.hint
 
@@ -105,7 +105,7 @@ def test_an_unknown_option_gets_near_misses():
         plan(
             LLAMA_8B,
             LLAMA_8B_BYTES,
-            Wishes(gpu="nvidia-l40s", extra={"enable_prefix_cachng": True}),
+            ServeOptions(gpu="nvidia-l40s", extra={"enable_prefix_cachng": True}),
         )
 
     assert "enable-prefix-caching" in caught.value.hint
@@ -133,7 +133,7 @@ def test_the_engine_is_pinned():
 
 def test_latent_attention_on_a_cpu_takes_prompts_whole():
     latent = {**LLAMA_8B, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
-    wishes = Wishes(host_memory_bytes=256 * GIB, max_model_len=8192, max_num_seqs=1)
+    wishes = ServeOptions(host_memory_bytes=256 * GIB, max_model_len=8192, max_num_seqs=1)
 
     assert plan(latent, LLAMA_8B_BYTES, wishes).max_num_batched_tokens == 8192
     assert plan(LLAMA_8B, LLAMA_8B_BYTES, wishes).max_num_batched_tokens == 2048
@@ -183,7 +183,7 @@ QWEN3_NEXT = {
     ],
 )
 def test_recurrent_states_may_be_wider_than_the_weights(change, extra, state):
-    wishes = Wishes(gpu="nvidia-h100-80gb", max_model_len=8192, max_num_seqs=1, extra=extra)
+    wishes = ServeOptions(gpu="nvidia-h100-80gb", max_model_len=8192, max_num_seqs=1, extra=extra)
     token = 2 * 2 * 256 * 2
     block = -(-state // (16 * token)) * 16
     # Four groups of twelve layers: one of attention, three with two states each.
@@ -197,8 +197,8 @@ def test_recurrent_states_may_be_wider_than_the_weights(change, extra, state):
 def test_a_cpu_keeps_recurrent_states_in_float32():
     wishes = {"host_memory_bytes": 64 * GIB, "max_model_len": 4096, "max_num_seqs": 1}
     wide = {"extra": {"mamba-ssm-cache-dtype": "float32"}}
-    plain, told = (plan(QWEN3_NEXT, 10**9, Wishes(**wishes, **more)) for more in ({}, wide))
+    plain, told = (plan(QWEN3_NEXT, 10**9, ServeOptions(**wishes, **more)) for more in ({}, wide))
 
     assert plain.kv_bytes_per_request == told.kv_bytes_per_request
     with pytest.raises(UsageError, match="mamba-ssm-cache-dtype"):
-        plan(QWEN3_NEXT, 10**9, Wishes(**wishes, extra={"mamba-ssm-cache-dtype": "int3"}))
+        plan(QWEN3_NEXT, 10**9, ServeOptions(**wishes, extra={"mamba-ssm-cache-dtype": "int3"}))

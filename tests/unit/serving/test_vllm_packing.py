@@ -1,6 +1,6 @@
 import pytest
 from weightsmith.errors import InputRefused, UsageError
-from weightsmith.serving.engine import Wishes
+from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.machine import machine_for
 from weightsmith.serving.model import ModelShape
 from weightsmith.serving.vllm_packing import check_packing
@@ -14,9 +14,9 @@ SHAPE = ModelShape.from_config(
         "vocab_size": 100,
     }
 )
-GPU = machine_for(Wishes(gpu="nvidia-l4"), SHAPE)
-OLD = machine_for(Wishes(gpu="nvidia-a100-80gb"), SHAPE)
-CPU = machine_for(Wishes(host_memory_bytes=1 << 33), SHAPE)
+GPU = machine_for(ServeOptions(gpu="nvidia-l4"), SHAPE)
+OLD = machine_for(ServeOptions(gpu="nvidia-a100-80gb"), SHAPE)
+CPU = machine_for(ServeOptions(host_memory_bytes=1 << 33), SHAPE)
 
 
 def packed(method, **more):

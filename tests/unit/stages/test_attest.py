@@ -8,7 +8,7 @@ import pytest
 from weightsmith.oci.image import ImageConfig, assemble
 from weightsmith.provenance.statements import kind_of
 from weightsmith.recipe_file import check_recipe
-from weightsmith.stages.attest import Made, evidence
+from weightsmith.stages.attest import ImageMaterials, evidence
 from weightsmith.values import (
     SAFETENSORS,
     AdapterSnapshot,
@@ -30,14 +30,14 @@ def tree(folder: Path, name: str) -> Tree:
     return Tree(root=folder, files=(entry,))
 
 
-def made_with(folder: Path, details: dict[str, str], *, networked: bool = False) -> Made:
+def made_with(folder: Path, details: dict[str, str], *, networked: bool = False) -> ImageMaterials:
     merged = tree(folder, "merged")
     artifact = Artifact(format=SAFETENSORS, tree=merged, made_from=())
     base, adapter = (
         Snapshot(tree=tree(folder, name), source="./x", pin="x", pinned=False)
         for name in ("base", "adapter")
     )
-    return Made(
+    return ImageMaterials(
         image=assemble((), (), config=ImageConfig(), epoch=0),
         artifact=artifact,
         served=artifact,

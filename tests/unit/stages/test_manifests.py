@@ -11,7 +11,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from weightsmith.building.planning import all_targets
-from weightsmith.serving.engine import Wishes
+from weightsmith.serving.engine import ServeOptions
 from weightsmith.stages.render import render
 from weightsmith.values import Digest
 
@@ -49,7 +49,9 @@ def rendered(target, name="support", image=IMAGE, **wishes):
         model_config=LLAMA_8B,
         model_file="",
         weight_bytes=16_000_000_000,
-        wishes=Wishes(**{**CASES[target], "max_num_seqs": 4, "max_model_len": 4096, **wishes}),
+        wishes=ServeOptions(
+            **{**CASES[target], "max_num_seqs": 4, "max_model_len": 4096, **wishes}
+        ),
         image=image,
         made_from=(),
     )

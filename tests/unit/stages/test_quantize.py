@@ -9,7 +9,7 @@ from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import GENERAL, Bounds, read_texts
 from weightsmith.quantizers.quantizer import QuantizeRequest, Step
-from weightsmith.stages.quantize import Wanted, quantize
+from weightsmith.stages.quantize import QuantizeOptions, quantize
 from weightsmith.values import Checkpoint, Digest, FileEntry, Job, Tree
 from weightsmith.worker import jobs
 from weightsmith.worker import steps as steps_of
@@ -42,7 +42,7 @@ def tools(tmp_path):
 
 def wanted(name="q4_k_m", texts=TEXTS):
     options = of_format(name).options(formats()[name], {})
-    return Wanted(name="demo", format=formats()[name], options=options, texts=texts)
+    return QuantizeOptions(name="demo", format=formats()[name], options=options, texts=texts)
 
 
 def test_a_second_type_takes_the_importance_matrix_of_the_first(checkpoint, tools):

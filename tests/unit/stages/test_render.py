@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from weightsmith.errors import UsageError
 from weightsmith.quantizers import formats
-from weightsmith.serving.engine import Wishes
+from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.memory import GIB, MIB
 from weightsmith.serving.targets import find, targets
 from weightsmith.stages.render import portable, render, render_files
@@ -25,7 +25,7 @@ SMOL = {
     "max_position_embeddings": 8192,
     "vocab_size": 49152,
 }
-CPU = Wishes(max_model_len=2048, max_num_seqs=4, host_memory_bytes=2 * GIB)
+CPU = ServeOptions(max_model_len=2048, max_num_seqs=4, host_memory_bytes=2 * GIB)
 
 
 def rendered(*, name="support-smol", wishes=CPU, image="", config=SMOL, weights=105 * MIB):
@@ -58,7 +58,7 @@ CASES = {
         "name": "support-llama3-8b",
         "config": LLAMA_8B,
         "weights": 4_920_000_000,
-        "wishes": Wishes(gpu="nvidia-l4", max_model_len=8192, max_num_seqs=8),
+        "wishes": ServeOptions(gpu="nvidia-l4", max_model_len=8192, max_num_seqs=8),
     },
 }
 
@@ -100,7 +100,7 @@ def test_the_env_file_is_the_images_environment():
 def test_a_cpu_image_holds_nothing_of_the_machine_that_planned_it():
     wishes = {"max_model_len": 1024, "max_num_seqs": 2}
     small, large = (
-        rendered(wishes=Wishes(host_memory_bytes=size << 30, **wishes)) for size in (4, 400)
+        rendered(wishes=ServeOptions(host_memory_bytes=size << 30, **wishes)) for size in (4, 400)
     )
 
     assert small.image_files == large.image_files
@@ -201,7 +201,7 @@ def test_an_engines_own_template_hides_the_shared_one(tmp_path):
 
 def test_a_plan_that_leaves_layers_on_the_host_says_that_it_does_not_fit():
     config = rendered(
-        config=LLAMA_8B, weights=4_920_000_000, wishes=Wishes(gpu_memory_bytes=4 * GIB)
+        config=LLAMA_8B, weights=4_920_000_000, wishes=ServeOptions(gpu_memory_bytes=4 * GIB)
     )
 
     assert config.plan["fits"] is False

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from weightsmith.building.planning import all_targets, sources_to_merge
 from weightsmith.errors import InputRefused, UsageError
-from weightsmith.serving.engine import Wishes
+from weightsmith.serving.engine import ServeOptions
 from weightsmith.stages.render import render
 from weightsmith.stages.unmerged import served_adapters, unmerged
 from weightsmith.values import AdapterSnapshot, Digest, FileEntry, Snapshot, Sources, Tree
@@ -43,7 +43,7 @@ def rendered(made: Sources, **wishes):
         model_config=json.loads((TINY / "base" / "config.json").read_text()),
         model_file="",
         weight_bytes=unmerged(made).tree.size,
-        wishes=Wishes(adapters=served_adapters(made), **wishes),
+        wishes=ServeOptions(adapters=served_adapters(made), **wishes),
         image="",
         made_from=(),
     )
@@ -149,7 +149,9 @@ def test_llamacpp_adds_one_adapter_always_and_of_several_none():
             model_config=json.loads((TINY / "base" / "config.json").read_text()),
             model_file="capitals.gguf",
             weight_bytes=8 << 20,
-            wishes=Wishes(adapters=served_adapters(made, gguf=True), host_memory_bytes=1 << 33),
+            wishes=ServeOptions(
+                adapters=served_adapters(made, gguf=True), host_memory_bytes=1 << 33
+            ),
             image="",
             made_from=(),
         ).command

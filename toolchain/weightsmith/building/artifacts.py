@@ -14,7 +14,7 @@ from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import GENERAL, Bounds, Texts, read_texts
 from weightsmith.recipe_file import RecipeFile
 from weightsmith.stages.quality import quality
-from weightsmith.stages.quantize import Wanted
+from weightsmith.stages.quantize import QuantizeOptions
 from weightsmith.values import Artifact, Checkpoint, Format, Json, Snapshot
 
 
@@ -37,10 +37,10 @@ def texts_of(file: RecipeFile) -> Texts:
     return read_texts(file.folder / wanted.data, bounds)
 
 
-def wanted_of(file: RecipeFile, format_: Format, base: Snapshot, tools: Tools) -> Wanted:
+def wanted_of(file: RecipeFile, format_: Format, base: Snapshot, tools: Tools) -> QuantizeOptions:
     """Return what a recipe wants of a format; raises UsageError, and InputRefused for its files."""
     if format_.name not in formats():  # the checkpoint itself, or what only others make
-        return Wanted(name=file.recipe.name, format=format_)
+        return QuantizeOptions(name=file.recipe.name, format=format_)
     about: dict[str, Json] = {"base_models": [_origin(base)]}
     if file.recipe.base.license:
         about["license"] = file.recipe.base.license
@@ -57,7 +57,7 @@ def make_wanted(
     wishes: Mapping[str, Json],
     about: Mapping[str, Json],
     tools: Tools,
-) -> Wanted:
+) -> QuantizeOptions:
     """Return a format's own part of the wishes; statistics that a user gave, by their digest."""
     quantizer = of_format(format_.name)
     options = dict(quantizer.options(format_, wishes))
@@ -71,15 +71,15 @@ def make_wanted(
         options["imatrix"] = tools.store.digest_file(statistics).digest
     if about:
         options["about"] = dict(about)
-    return Wanted(name=name, format=format_, options=options, statistics=statistics)
+    return QuantizeOptions(name=name, format=format_, options=options, statistics=statistics)
 
 
-def needs_text(wanted: Wanted) -> bool:
+def needs_text(wanted: QuantizeOptions) -> bool:
     """Say whether a format measures activations."""
     return of_format(wanted.format.name).calibrated(wanted.format, wanted.options)
 
 
-def check_model(wanted: Wanted, config: Mapping[str, Json]) -> None:
+def check_model(wanted: QuantizeOptions, config: Mapping[str, Json]) -> None:
     """Raise InputRefused for a model that the quantizer cannot make of, from its config alone."""
     quantizer = of_format(wanted.format.name)
     quantizer.check_input(wanted.format, config)

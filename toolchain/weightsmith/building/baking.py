@@ -25,7 +25,7 @@ from weightsmith.provenance.labels import labels, reference, score_labels
 from weightsmith.quantizers import of_format
 from weightsmith.serving.memory import human, parse_size
 from weightsmith.serving.targets import Target
-from weightsmith.stages.attest import Made, public_recipe
+from weightsmith.stages.attest import ImageMaterials, public_recipe
 from weightsmith.stages.bake import bake
 from weightsmith.stages.base import (
     ENGINE_LABEL,
@@ -213,11 +213,11 @@ class Baking:
 
     def made(
         self, checkpoint: Checkpoint, scores: Mapping[str, Score], registry: Registry
-    ) -> tuple[Made, ...]:
+    ) -> tuple[ImageMaterials, ...]:
         """Return what each platform's image was made of, for those who will ask."""
         recipe, format_ = self.request.file.recipe, self.artifact.format
         return tuple(
-            Made(
+            ImageMaterials(
                 image=self._image(base, scores),
                 artifact=self.artifact,
                 served=self.served,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from weightsmith.building.artifacts import check_model, wanted_of, warn_of_texts
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
-from weightsmith.evaluating.gate import Limit
+from weightsmith.evaluating.gate import DropLimit
 from weightsmith.evaluating.items import read_items, read_prompts
 from weightsmith.evaluating.leaks import describe, find_leaks
 from weightsmith.evaluating.metrics import check_metric
@@ -21,14 +21,14 @@ from weightsmith.recipe import Evaluate, Serve
 from weightsmith.recipe_file import RecipeFile
 from weightsmith.serving import targets as serving_targets
 from weightsmith.serving.compatibility import check_engine_image, check_support
-from weightsmith.serving.engine import ServedAdapter, Wishes
+from weightsmith.serving.engine import ServedAdapter, ServeOptions
 from weightsmith.serving.memory import parse_size
 from weightsmith.serving.model import stated_dtype
 from weightsmith.serving.targets import Target
 from weightsmith.stages import merge as merging
 from weightsmith.stages import quantize as quantizing
 from weightsmith.stages.publish import Outputs
-from weightsmith.stages.quantize import Wanted, kept_bytes, model_config, serving_config_of
+from weightsmith.stages.quantize import QuantizeOptions, kept_bytes, model_config, serving_config_of
 from weightsmith.stages.render import render
 from weightsmith.stages.unmerged import served_adapters
 from weightsmith.values import (
@@ -134,7 +134,7 @@ def all_formats() -> Mapping[str, Format]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trialed:
+class RecipeTask:
     """One task of a build, whose adapters it is held against, and what may be lost."""
 
     task: Task
@@ -143,16 +143,16 @@ class Trialed:
     """Number of the one adapter whose own task it is; None for all of them together."""
 
     @property
-    def limit(self) -> Limit:
+    def limit(self) -> DropLimit:
         """What the merged model and the image may lose."""
-        return Limit(
+        return DropLimit(
             max_drop=self.wanted.max_drop,
             min_score=self.wanted.min_score,
             proven=self.wanted.certainty == "proven",
         )
 
 
-def tasks_of(file: RecipeFile) -> tuple[Trialed, ...]:
+def tasks_of(file: RecipeFile) -> tuple[RecipeTask, ...]:
     """Return the recipe's task and each adapter's own; () without any. Raises UsageError."""
     recipe = file.recipe
     wishes: list[tuple[int | None, str, Evaluate | None]] = [(None, "", recipe.evaluate)]
@@ -161,7 +161,7 @@ def tasks_of(file: RecipeFile) -> tuple[Trialed, ...]:
         for number, adapter in enumerate(recipe.adapters)
     ]
     return tuple(
-        Trialed(task=_task(file, name, wanted), wanted=wanted, adapter=number)
+        RecipeTask(task=_task(file, name, wanted), wanted=wanted, adapter=number)
         for number, name, wanted in wishes
         if wanted is not None
     )
@@ -184,7 +184,7 @@ def _task(file: RecipeFile, name: str, wanted: Evaluate) -> Task:
     )
 
 
-def check_leaks(file: RecipeFile, tasks: tuple[Trialed, ...], progress: Progress) -> None:
+def check_leaks(file: RecipeFile, tasks: tuple[RecipeTask, ...], progress: Progress) -> None:
     """Warn of questions that stand in the recipe's training or calibration text.
 
     Raises InputRefused instead where the task is strict.
@@ -201,9 +201,9 @@ def check_leaks(file: RecipeFile, tasks: tuple[Trialed, ...], progress: Progress
                 progress.warn(leaks)
 
 
-def wishes_of(serve: Serve) -> Wishes:
+def wishes_of(serve: Serve) -> ServeOptions:
     """Return the recipe's wishes in the planner's units."""
-    return Wishes(
+    return ServeOptions(
         gpu=serve.gpu,
         gpu_count=serve.gpu_count,
         gpu_memory_bytes=parse_size(serve.gpu_memory) if serve.gpu_memory else 0,
@@ -300,7 +300,9 @@ def sources_to_merge(targets: Sequence[Target], sources: Sources) -> Sources:
     return replace(sources, adapters=()) if served else sources
 
 
-def check_format(target: Target, wanted: Wanted, config: Mapping[str, Json], device: str) -> None:
+def check_format(
+    target: Target, wanted: QuantizeOptions, config: Mapping[str, Json], device: str
+) -> None:
     """Raise InputRefused for a format that the engine cannot load there, or nobody makes of it.
 
     From the table of what engines load and config.json alone.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from weightsmith.building.planning import Trialed
-from weightsmith.evaluating.gate import Limit, Verdict, judge_drop, too_few
+from weightsmith.building.planning import RecipeTask
+from weightsmith.evaluating.gate import DropLimit, Verdict, judge_drop, too_few
 from weightsmith.evaluating.task import Answers, score_task
 from weightsmith.ports import Tools
 from weightsmith.stages import reference as references
@@ -17,7 +17,7 @@ from weightsmith.values import Checkpoint, Json, Score, Sources
 class Result:
     """One task: the scores of everyone who was asked it, and the verdicts."""
 
-    tried: Trialed
+    tried: RecipeTask
     scores: Mapping[str, Score]
     """`base`, `adapter` (unmerged, all of the task's), `merged`, `image`: as far as asked."""
     verdicts: tuple[Verdict, ...] = ()
@@ -36,7 +36,7 @@ class Result:
 
 
 def ask_references(
-    tasks: Sequence[Trialed],
+    tasks: Sequence[RecipeTask],
     sources: Sources,
     checkpoint: Checkpoint,
     tools: Tools,
@@ -72,7 +72,7 @@ def ask_references(
 
 
 def _subjects(
-    tried: Trialed, sources: Sources, checkpoint: Checkpoint
+    tried: RecipeTask, sources: Sources, checkpoint: Checkpoint
 ) -> Mapping[str, references.Subject]:
     subjects = dict(references.subjects(sources, tried.adapter))
     if checkpoint.digest != sources.base.digest:
@@ -106,11 +106,11 @@ def with_image(
 
 
 def _judged(
-    tried: Trialed, subject: str, now: Score, against: str, before: Score, limit: Limit
+    tried: RecipeTask, subject: str, now: Score, against: str, before: Score, limit: DropLimit
 ) -> Verdict:
     verdict = judge_drop(subject, now, against, before, limit)
     return replace(verdict, reason=_named(tried, verdict.reason))
 
 
-def _named(tried: Trialed, text: str) -> str:
+def _named(tried: RecipeTask, text: str) -> str:
     return f"{tried.task.name}: {text}" if tried.task.name else text

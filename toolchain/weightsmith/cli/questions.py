@@ -57,7 +57,7 @@ def evaluate(
         evaluate_subject,
     )
     from weightsmith.commands.lm_eval import HarnessRequest, evaluate_tasks, tasks_text
-    from weightsmith.commands.server import Place
+    from weightsmith.commands.server import ServerSource
     from weightsmith.progress import progress_for
     from weightsmith.wiring import keep_clean, make_tools
 
@@ -65,7 +65,7 @@ def evaluate(
     if tasks:
         request = HarnessRequest(
             tasks=tasks,
-            place=Place(image=image, url=url),
+            place=ServerSource(image=image, url=url),
             served_name=served_name,
             tokenizer=tokenizer,
             include=include,
@@ -130,12 +130,12 @@ def bench(
     from weightsmith.commands.arguments import counts
     from weightsmith.commands.bench import BenchRequest, bench_text
     from weightsmith.commands.bench import bench as run
-    from weightsmith.commands.server import Place
+    from weightsmith.commands.server import ServerSource
     from weightsmith.progress import progress_for
     from weightsmith.wiring import make_tools
 
     request = BenchRequest(
-        place=Place(image=image, url=url),
+        place=ServerSource(image=image, url=url),
         served_name=served_name,
         concurrency=counts(concurrency, "--concurrency"),
         requests=counts(str(requests), "--requests")[0],

@@ -11,7 +11,7 @@ from weightsmith.errors import UsageError
 from weightsmith.oci.layout import is_layout, locate
 from weightsmith.recipe import Serve
 from weightsmith.recipe_file import RecipeFile, check_recipe, with_settings
-from weightsmith.serving.engine import Wishes
+from weightsmith.serving.engine import ServeOptions
 
 
 def required(**values: object) -> None:
@@ -69,7 +69,7 @@ def one_each(weights: Sequence[float], count: int) -> tuple[float, ...]:
     return tuple(weights)
 
 
-def serve_wishes(flags: Mapping[str, Any], settings: Sequence[str]) -> Wishes:
+def serve_wishes(flags: Mapping[str, Any], settings: Sequence[str]) -> ServeOptions:
     """Return serving wishes from flags and `--set serve.KEY=VALUE`; raises UsageError."""
     given = {key: _number(value) for key, value in flags.items() if value not in ("", None)}
     data = with_settings({"serve": given}, settings)

@@ -24,9 +24,9 @@ from weightsmith.oci.registry import Registry
 from weightsmith.ports import Progress, Store, Tools
 from weightsmith.provenance.labels import PREFIX
 from weightsmith.quantizers.gguf_types import FILE_TYPES
-from weightsmith.serving.engine import ServingPlan, Wishes
+from weightsmith.serving.engine import ServeOptions, ServingPlan
 from weightsmith.serving.targets import Target, find
-from weightsmith.stages.attest import Made, evidence
+from weightsmith.stages.attest import ImageMaterials, evidence
 from weightsmith.stages.bake import bake
 from weightsmith.stages.base import (
     ENGINE_LABEL,
@@ -129,7 +129,7 @@ def _config(
     if request.config:
         return read_config(request.config)
     # A size that follows from the model, not from this machine: so the digest does, too.
-    wishes = Wishes(host_memory_bytes=_MEMORY + 2 * model.weight_bytes)
+    wishes = ServeOptions(host_memory_bytes=_MEMORY + 2 * model.weight_bytes)
     try:
         return serving_config(model, target, wishes, place)
     except (UsageError, InputRefused) as error:
@@ -175,7 +175,7 @@ def _made(
     registry: Registry,
     tools: Tools,
     split: Resharded,
-) -> list[Made]:
+) -> list[ImageMaterials]:
     """Return the image for each platform of the base, and what it is made of."""
     if config is None:
         engine, wanted = "", data_base(request.kind, request.base_image)
@@ -190,7 +190,7 @@ def _made(
     labels = _labels(request, model, target, served, config)
     name = public_base(wanted)
 
-    def made(base: Image | None) -> Made:
+    def made(base: Image | None) -> ImageMaterials:
         image = bake(
             served,
             config,
@@ -204,7 +204,7 @@ def _made(
             largest=request.max_layer_size,
             contents=split.contents,
         )
-        return Made(
+        return ImageMaterials(
             image=image,
             artifact=artifact,
             served=served,
@@ -241,7 +241,7 @@ def _labels(
 
 
 def _publish(
-    made: list[Made], place: str, outputs: Outputs, registry: Registry, tools: Tools
+    made: list[ImageMaterials], place: str, outputs: Outputs, registry: Registry, tools: Tools
 ) -> Published:
     attachments = [evidence(one) for one in made]
     whole = whole_of([one.image for one in made])

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from weightsmith.commands.server import Place, served, served_name
+from weightsmith.commands.server import ServerSource, served, served_name
 from weightsmith.errors import CheckFailed, UsageError
 from weightsmith.evaluating.items import Item, read_items
 from weightsmith.evaluating.load import load_test
-from weightsmith.evaluating.session import Limits, Session
+from weightsmith.evaluating.session import ServerSession, SessionLimits
 from weightsmith.ports import Tools
 from weightsmith.stages.record import write_files
 from weightsmith.values import Json, without_passwords
@@ -33,7 +33,7 @@ _TOPICS = (
 class BenchRequest:
     """What is tested, and how hard."""
 
-    place: Place
+    place: ServerSource
     served_name: str = ""
     concurrency: tuple[int, ...] = (1, 4, 16)
     requests: int = 32
@@ -64,8 +64,8 @@ def bench(request: BenchRequest, tools: Tools) -> Mapping[str, Json]:
     with ExitStack() as stack:
         endpoint = stack.enter_context(served(request.place, tools))
         key = os.environ.get("WEIGHTSMITH_API_KEY", "") if request.place.url else ""
-        limits = Limits(request_seconds=request.timeout)
-        session = stack.enter_context(Session(endpoint, limits, key=key))
+        limits = SessionLimits(request_seconds=request.timeout)
+        session = stack.enter_context(ServerSession(endpoint, limits, key=key))
         name = served_name(session, request.served_name)
         runs = [_run(session, name, questions, count, request, tools) for count in
                 request.concurrency]  # fmt: skip
@@ -102,7 +102,7 @@ def _questions(request: BenchRequest) -> tuple[Item, ...]:
 
 
 def _run(
-    session: Session,
+    session: ServerSession,
     name: str,
     questions: tuple[Item, ...],
     count: int,

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from weightsmith.checkpoints.folder import check_adapter_folder, check_model_folder
 from weightsmith.commands.render import open_model
-from weightsmith.commands.server import Place, served, served_name
+from weightsmith.commands.server import ServerSource, served, served_name
 from weightsmith.errors import CheckFailed, InputRefused, UsageError
-from weightsmith.evaluating.gate import Limit, judge_drop, too_few
+from weightsmith.evaluating.gate import DropLimit, judge_drop, too_few
 from weightsmith.evaluating.items import read_items
 from weightsmith.evaluating.leaks import describe, find_leaks
 from weightsmith.evaluating.metrics import check_metric
-from weightsmith.evaluating.session import Limits, Session
+from weightsmith.evaluating.session import ServerSession, SessionLimits
 from weightsmith.evaluating.statistics import wilson
 from weightsmith.evaluating.task import Answers, Task, ask_server, score_task
 from weightsmith.foreign import TOKENIZER, parse_file
@@ -84,7 +84,7 @@ def evaluate_subject(
         "interval": wilson(right if score.per_item else round(score.score * score.n), score.n),
         "per_item": list(score.per_item),
     }
-    limit = Limit(
+    limit = DropLimit(
         max_drop=1.0 if options.max_drop is None else options.max_drop, min_score=options.min_score
     )
     verdict = judge_drop("this", score, "other", before, limit)
@@ -133,12 +133,12 @@ def _check_leaks(task: Task, options: EvaluateOptions, tools: Tools) -> None:
 def _score(subject: Subject, task: Task, options: EvaluateOptions, tools: Tools) -> Score:
     if subject.model:
         return score_task(task, _ask_checkpoint(subject, task, tools), tools.command)
-    place = Place(image=subject.image, url=subject.url)
-    limits = Limits(request_seconds=options.timeout, tries=options.retries + 1)
+    place = ServerSource(image=subject.image, url=subject.url)
+    limits = SessionLimits(request_seconds=options.timeout, tries=options.retries + 1)
     with ExitStack() as stack:
         endpoint = stack.enter_context(served(place, tools, modest=True))
         key = os.environ.get("WEIGHTSMITH_API_KEY", "") if subject.url else ""
-        session = stack.enter_context(Session(endpoint, limits, key=key))
+        session = stack.enter_context(ServerSession(endpoint, limits, key=key))
         name = served_name(session, subject.served_name)
         answers = ask_server(session, name, task, tools.progress, concurrency=options.concurrency)
         # While the server is there: the command may ask it on its own.

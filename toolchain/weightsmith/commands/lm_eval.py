@@ -12,10 +12,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightsmith.commands.server import Place, served, served_name
+from weightsmith.commands.server import ServerSource, served, served_name
 from weightsmith.errors import CheckFailed, EnvironmentFailure, UsageError
 from weightsmith.evaluating.likelihood import echoes
-from weightsmith.evaluating.session import Session
+from weightsmith.evaluating.session import ServerSession
 from weightsmith.foreign import TOKENIZER, parse_file
 from weightsmith.ports import Tools
 from weightsmith.trees import below
@@ -33,7 +33,7 @@ class HarnessRequest:
     """Tasks by the harness's own names, and the server to ask."""
 
     tasks: str
-    place: Place
+    place: ServerSource
     served_name: str = ""
     tokenizer: str = ""
     """Folder of the tokenizer; tasks that compare likelihoods are asked of /v1/completions then."""
@@ -58,7 +58,7 @@ def evaluate_tasks(request: HarnessRequest, tools: Tools) -> Mapping[str, Json]:
     tools.progress.stage("evaluate", request.tasks)
     with ExitStack() as stack:
         endpoint = stack.enter_context(served(request.place, tools, modest=True))
-        session = stack.enter_context(Session(endpoint))
+        session = stack.enter_context(ServerSession(endpoint))
         name = served_name(session, request.served_name)
         out = stack.enter_context(tools.scratch())
         words = command(request, endpoint.url, name, out)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from weightsmith.building.artifacts import texts_of, wanted_of
 from weightsmith.building.planning import (
-    Trialed,
+    RecipeTask,
     can_make,
     check_format,
     disk_peak,
@@ -36,7 +36,7 @@ from weightsmith.stages import quantize as quantizing
 from weightsmith.stages import reference as references
 from weightsmith.stages import validate as validating
 from weightsmith.stages.lock import pinned, read_lock, with_sources
-from weightsmith.stages.quantize import Wanted, model_config
+from weightsmith.stages.quantize import QuantizeOptions, model_config
 from weightsmith.stages.resolve import known
 from weightsmith.values import Json, Sources, StageInputs, Tree
 from weightsmith.visible import escaped
@@ -266,7 +266,7 @@ def _validate_rows(
 
 
 def _reference_rows(
-    sources: Sources, tasks: Sequence[Trialed], earlier: Mapping[str, Json], tools: Tools
+    sources: Sources, tasks: Sequence[RecipeTask], earlier: Mapping[str, Json], tools: Tools
 ) -> list[dict[str, Json]]:
     if not tasks:
         return []
@@ -291,7 +291,7 @@ def _checkpoint(file: RecipeFile, sources: Sources, tools: Tools) -> Tree | None
 
 
 def _quantize_row(
-    wanted: Wanted,
+    wanted: QuantizeOptions,
     target: Target,
     checkpoint: Tree | None,
     sources: Sources,

@@ -16,7 +16,7 @@ from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import GENERAL, Bounds, Texts, read_texts
 from weightsmith.recipe import Quality
 from weightsmith.stages.quality import measured
-from weightsmith.stages.quantize import Wanted, job_of, kept_bytes, model_config
+from weightsmith.stages.quantize import QuantizeOptions, job_of, kept_bytes, model_config
 from weightsmith.trees import below
 from weightsmith.values import Json
 
@@ -83,7 +83,7 @@ _UNASKED = {
 """Flag -> the recipe's key, and its value where it was not given."""
 
 
-def _refuse_ignored(asked: FolderRequest, wanted: Wanted) -> None:
+def _refuse_ignored(asked: FolderRequest, wanted: QuantizeOptions) -> None:
     """Raise UsageError for an option that the format has no use for."""
     for flag, (key, unasked) in _UNASKED.items():
         wish = asked.wishes.get(key, unasked)
@@ -105,7 +105,7 @@ def _texts(asked: FolderRequest, tools: Tools) -> Texts:
 
 
 def _quantized(
-    asked: FolderRequest, wanted: Wanted, size: int, folder: Path, tools: Tools
+    asked: FolderRequest, wanted: QuantizeOptions, size: int, folder: Path, tools: Tools
 ) -> Mapping[str, Json]:
     quantizer = of_format(wanted.format.name)
     tools.progress.stage("quantize", wanted.format.name)
@@ -119,7 +119,7 @@ def _quantized(
 
 
 def _judged(
-    asked: FolderRequest, wanted: Wanted, texts: Texts, made: Path, tools: Tools
+    asked: FolderRequest, wanted: QuantizeOptions, texts: Texts, made: Path, tools: Tools
 ) -> Mapping[str, Json]:
     """Return what was lost; CheckFailed over the format's limits unless the gate is off."""
     tools.progress.stage("quality", f"{len(texts.held_out)} held-out texts")

@@ -7,17 +7,16 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from weightsmith.commands.server import Place, served
+from weightsmith.commands.server import ServerSource, served
 from weightsmith.errors import CheckFailed, InputRefused
 from weightsmith.evaluating.client import chat, first_name
 from weightsmith.evaluating.items import Item
-from weightsmith.evaluating.session import Session
+from weightsmith.evaluating.session import ServerSession
 from weightsmith.oci import manifests
 from weightsmith.oci.collisions import first_collision
 from weightsmith.oci.image import Image, assemble
 from weightsmith.oci.index import is_own, own_of, whole_of
-from weightsmith.oci.places import Place as ImagePlace
-from weightsmith.oci.places import open_place
+from weightsmith.oci.places import Place, open_place
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.ports import Progress, Tools
@@ -77,7 +76,7 @@ def rebase_image(request: RebaseRequest, registry: Registry, tools: Tools) -> Ma
 
 
 def _moved(
-    old: Image, request: RebaseRequest, origin: ImagePlace, registry: Registry, tools: Tools
+    old: Image, request: RebaseRequest, origin: Place, registry: Registry, tools: Tools
 ) -> tuple[Image, Evidence]:
     """Return one platform's image on its new base, and what is known of it."""
     roles = roles_of(old, request.source)
@@ -186,8 +185,8 @@ def _smoke(image: Image, onto: str, tools: Tools) -> None:
 
 def _greet(name: str, tools: Tools) -> None:
     with (
-        served(Place(image=name), tools, modest=True) as endpoint,
-        Session(endpoint) as asked,
+        served(ServerSource(image=name), tools, modest=True) as endpoint,
+        ServerSession(endpoint) as asked,
     ):
         chat(asked, first_name(asked), _GREETING, 4)
 
@@ -197,7 +196,7 @@ def _evidence(
     new: Image,
     base: Image,
     request: RebaseRequest,
-    origin: ImagePlace,
+    origin: Place,
     registry: Registry,
     progress: Progress,
 ) -> Evidence:

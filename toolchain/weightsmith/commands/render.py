@@ -13,7 +13,7 @@ from weightsmith.checkpoints.gguf_config import gguf_config
 from weightsmith.checkpoints.packing import weight_kinds
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.foreign import INDEX, parse_file
-from weightsmith.serving.engine import Wishes
+from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.parameters import WORKED_OUT, weights_from_config
 from weightsmith.serving.targets import Target, find
 from weightsmith.stages.quantize import serving_config_of
@@ -115,7 +115,9 @@ def _indexed_bytes(path: Path) -> int:
     return size if isinstance(size, int) and not isinstance(size, bool) and size > 0 else 0
 
 
-def serving_config(model: Model, target: Target, wishes: Wishes, image: str = "") -> ServingConfig:
+def serving_config(
+    model: Model, target: Target, wishes: ServeOptions, image: str = ""
+) -> ServingConfig:
     """Plan and render a target for a model; raises UsageError where it does not fit."""
     own = own_weights(model, target)
     size = model.weight_bytes
@@ -168,7 +170,7 @@ def own_weights(model: Model, target: Target) -> tuple[str, ...]:
 
 
 def render_model(
-    path: Path, target: str, name: str, wishes: Wishes, out: Path
+    path: Path, target: str, name: str, wishes: ServeOptions, out: Path
 ) -> Mapping[str, Json]:
     """Write a target's serving files for a model; return their paths and the plan."""
     config = serving_config(foresee_model(path, name), find(target, all_targets()), wishes)

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from weightsmith.building.planning import all_targets
 from weightsmith.errors import CheckFailed, UsageError
 from weightsmith.evaluating.client import check_served_name, first_name, wait_until_healthy
-from weightsmith.evaluating.session import Session
+from weightsmith.evaluating.session import ServerSession
 from weightsmith.oci.layout import read_layout
 from weightsmith.ports import Endpoint, StartSpec, Tools
 from weightsmith.provenance.labels import plan_in
@@ -22,7 +22,7 @@ _START_SECONDS = 900.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class ServerSource:
     """Exactly one of an image, by reference or as `oci:DIR`, and a URL."""
 
     image: str = ""
@@ -30,7 +30,7 @@ class Place:
 
 
 @contextmanager
-def served(place: Place, tools: Tools, *, modest: bool = False) -> Iterator[Endpoint]:
+def served(place: ServerSource, tools: Tools, *, modest: bool = False) -> Iterator[Endpoint]:
     """Yield a ready server; one that was started for it ends with the block.
 
     `modest` leaves one CPU to others, where the engine's number of threads can be set: threads
@@ -87,7 +87,7 @@ def _image_config(image: str, tools: Tools) -> Mapping[str, Json]:
     return config
 
 
-def served_name(session: Session, wanted: str) -> str:
+def served_name(session: ServerSession, wanted: str) -> str:
     """Return the model's name: the one that is wanted, if the server has it, else its first.
 
     Raises CheckFailed where the server lists other models, or none and none is wanted.

@@ -139,7 +139,7 @@ def _reached(wanted: Confinement) -> frozenset[str] | None:
             cwd=Path(folder),
             env=process.scrubbed(),
             timeout=_PROBE_SECONDS,
-            limits=process.Limits(jail=jail),
+            limits=process.ResourceLimits(jail=jail),
         )
     if done.returncode != 0:
         return None

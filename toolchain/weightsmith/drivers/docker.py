@@ -27,7 +27,7 @@ from weightsmith.drivers.docker_requests import (
     NOBODY,
     OUTPUT,
     Bounds,
-    Place,
+    JobFiles,
     inside,
     job_request,
 )
@@ -289,13 +289,13 @@ def _passes_gpus(info: Mapping[str, Any]) -> bool:
     )
 
 
-def _hand_over(job: Job, staging: Path, *, by_others: bool) -> Place:
+def _hand_over(job: Job, staging: Path, *, by_others: bool) -> JobFiles:
     """Lay out what the container will see, readable for its user."""
     inputs = {
         name: readable(path, staging / "in" / name, by_others=by_others)
         for name, path in job.inputs.items()
     }
-    place = Place(
+    place = JobFiles(
         inputs=inputs,
         output=job.output.resolve(),
         job_file=staging / "job.json",

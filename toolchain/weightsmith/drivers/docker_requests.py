@@ -28,7 +28,7 @@ _SHM_WITH_GPU = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class JobFiles:
     """Where the things of one job lie on this machine."""
 
     inputs: Mapping[str, Path]
@@ -48,7 +48,7 @@ class Bounds:
 
 
 def job_request(
-    job: Job, image: str, place: Place, bounds: Bounds, environment: Mapping[str, str]
+    job: Job, image: str, place: JobFiles, bounds: Bounds, environment: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return the create request of a job's container: no network, no rights, one output."""
     binds = {f"{INPUTS}/{name}": path for name, path in sorted(place.inputs.items())}
@@ -84,7 +84,7 @@ def job_request(
     return request
 
 
-def inside(job: Job, place: Place) -> dict[str, str]:
+def inside(job: Job, place: JobFiles) -> dict[str, str]:
     """Return the job's inputs by the paths that hold inside its container."""
     return {name: f"{INPUTS}/{name}" for name in sorted(job.inputs) if name in place.inputs}
 

@@ -107,7 +107,7 @@ class LocalRunner:
                 on_error_line=conversation.hear_error,
                 hold_stdin=True,
                 timeout=job.seconds or None,
-                limits=process.Limits(
+                limits=process.ResourceLimits(
                     # A GPU's memory is mapped into the process, so no such limit would hold.
                     memory_bytes=0 if job.use_gpu and gpu_names() else job.memory_bytes,
                     jail=jail,

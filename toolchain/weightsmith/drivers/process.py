@@ -48,7 +48,7 @@ OnLine = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class ResourceLimits:
     """What a program may use."""
 
     memory_bytes: int = 0
@@ -85,7 +85,7 @@ class TookTooLong(EnvironmentFailure):
     """A program was ended because its time was over."""
 
 
-NO_LIMITS = Limits()
+NO_LIMITS = ResourceLimits()
 
 
 def describe_exit(returncode: int) -> str:
@@ -123,7 +123,7 @@ def run(
     on_error_line: OnLine | None = None,
     hold_stdin: bool = False,
     timeout: float | None = None,
-    limits: Limits = NO_LIMITS,
+    limits: ResourceLimits = NO_LIMITS,
 ) -> Completed:
     """Run a program to its end, handing on its output line by line as it comes.
 
@@ -200,7 +200,7 @@ def start(
     *,
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
-    limits: Limits = NO_LIMITS,
+    limits: ResourceLimits = NO_LIMITS,
     handing: Sequence[int] = (),
 ) -> Iterator[Server]:
     """Start a server, and stop it with all its children when the context ends.
@@ -226,7 +226,9 @@ def start(
 @functools.cache
 def can_leave_network() -> bool:
     """Say whether programs can be put where there is no network; found out once by trying."""
-    done = run([sys.executable, "-I", "-S", "-c", ""], limits=Limits(network=False), env=scrubbed())
+    done = run(
+        [sys.executable, "-I", "-S", "-c", ""], limits=ResourceLimits(network=False), env=scrubbed()
+    )
     return done.returncode == 0
 
 
@@ -236,7 +238,7 @@ def _spawn(
     cwd: Path | None,
     env: Mapping[str, str] | None,
     stdin: int | IO[bytes],
-    limits: Limits,
+    limits: ResourceLimits,
     merge: bool,
     handing: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:

@@ -14,7 +14,7 @@ import httpx
 
 from weightsmith.errors import CheckFailed
 from weightsmith.evaluating.items import Item
-from weightsmith.evaluating.session import Session, died, excerpt
+from weightsmith.evaluating.session import ServerSession, died, excerpt
 from weightsmith.evaluating.timely import Timely
 from weightsmith.ports import Endpoint, Progress
 from weightsmith.values import Json
@@ -60,7 +60,7 @@ def wait_until_healthy(
     )
 
 
-def check_served_name(session: Session, served_name: str) -> None:
+def check_served_name(session: ServerSession, served_name: str) -> None:
     """Raise CheckFailed unless the server lists the model by that name."""
     names = served_names(session)
     if served_name not in names:
@@ -70,7 +70,7 @@ def check_served_name(session: Session, served_name: str) -> None:
         )
 
 
-def served_names(session: Session) -> list[str]:
+def served_names(session: ServerSession) -> list[str]:
     """Return the models that the server lists."""
     rows = session.get("/v1/models").get("data")
     if not isinstance(rows, list):
@@ -78,7 +78,7 @@ def served_names(session: Session) -> list[str]:
     return [str(row["id"]) for row in rows if isinstance(row, dict) and "id" in row]
 
 
-def first_name(session: Session) -> str:
+def first_name(session: ServerSession) -> str:
     """Return the first model that the server lists; CheckFailed where it lists none."""
     names = served_names(session)
     if not names:
@@ -102,7 +102,9 @@ def chat_body(served_name: str, item: Item, max_tokens: int, *, stream: bool = F
     }
 
 
-def chat(session: Session, served_name: str, item: Item, max_tokens: int) -> Mapping[str, Json]:
+def chat(
+    session: ServerSession, served_name: str, item: Item, max_tokens: int
+) -> Mapping[str, Json]:
     """Return `{answer, finish_reason}` of one greedy chat request.
 
     Raises CheckFailed, after retries where they may help, when the server fails, hangs, sends
@@ -126,7 +128,9 @@ def chat(session: Session, served_name: str, item: Item, max_tokens: int) -> Map
     }
 
 
-def check_model(session: Session, path: str, served_name: str, answer: Mapping[str, Json]) -> None:
+def check_model(
+    session: ServerSession, path: str, served_name: str, answer: Mapping[str, Json]
+) -> None:
     """Raise CheckFailed where an answer says that another model gave it."""
     said = answer.get("model")
     if not isinstance(said, str) or said == served_name:

@@ -24,7 +24,7 @@ _WHO = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limit:
+class DropLimit:
     """What a subject may lose against another, in score from 0 to 1."""
 
     max_drop: float
@@ -81,7 +81,7 @@ class Verdict:
 
 
 def judge_drop(
-    subject: str, now: Score, against: str, before: Score | None, limit: Limit
+    subject: str, now: Score, against: str, before: Score | None, limit: DropLimit
 ) -> Verdict:
     """Judge a score by its lowest allowed value, and by what it lost against another.
 
@@ -162,7 +162,7 @@ def _reason(
     now: Score,
     against: str,
     before: Score,
-    limit: Limit,
+    limit: DropLimit,
     comparison: Comparison | None,
     *,
     passed: bool,

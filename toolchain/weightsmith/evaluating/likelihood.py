@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from weightsmith.errors import CheckFailed, UsageError
 from weightsmith.evaluating.items import Item
-from weightsmith.evaluating.session import Session, excerpt
+from weightsmith.evaluating.session import ServerSession, excerpt
 from weightsmith.foreign import parse
 from weightsmith.values import Json
 
@@ -40,13 +40,13 @@ def choose(item: Item, scores: Sequence[float]) -> Mapping[str, Json]:
     }
 
 
-def echoes(session: Session, served_name: str) -> bool:
+def echoes(session: ServerSession, served_name: str) -> bool:
     """Say whether a server gives the log-probabilities of a prompt's own tokens."""
     probe = session.try_post(_COMPLETIONS, _echo(served_name, "One two three"))
     return _token_scores(probe.text) is not None
 
 
-def scorer(session: Session, served_name: str) -> Score:
+def scorer(session: ServerSession, served_name: str) -> Score:
     """Return how this server scores a choice, found out by asking it.
 
     Raises CheckFailed, saying what the server answered, where it cannot.
@@ -95,7 +95,7 @@ def _token_scores(text: str) -> tuple[list[str], list[float | None], list[int]] 
     return tokens, scores, offsets
 
 
-def _by_echo(session: Session, served_name: str, item: Item, choice: str) -> float:
+def _by_echo(session: ServerSession, served_name: str, item: Item, choice: str) -> float:
     if not item.plain:
         return _by_ids(session, served_name, item, choice)
     context = item.prompt
@@ -114,7 +114,7 @@ def _by_echo(session: Session, served_name: str, item: Item, choice: str) -> flo
     return total
 
 
-def _by_ids(session: Session, served_name: str, item: Item, choice: str) -> float:
+def _by_ids(session: ServerSession, served_name: str, item: Item, choice: str) -> float:
     """Score a reply to messages by token numbers: vLLM's /tokenize applies the chat template."""
     context = _tokenized(session, served_name, {"messages": _messages(item)})
     reply = _tokenized(session, served_name, {"prompt": choice, "add_special_tokens": False})
@@ -127,7 +127,7 @@ def _by_ids(session: Session, served_name: str, item: Item, choice: str) -> floa
     return sum(score for score in scores if score is not None)
 
 
-def _tokenized(session: Session, served_name: str, what: Mapping[str, Json]) -> list[int]:
+def _tokenized(session: ServerSession, served_name: str, what: Mapping[str, Json]) -> list[int]:
     answer = session.try_post("/tokenize", {"model": served_name, **what})
     try:
         return [int(token) for token in parse(answer.text)["tokens"]]
@@ -143,12 +143,12 @@ def _messages(item: Item) -> list[dict[str, str]]:
     return [dict(message) for message in item.messages]
 
 
-def _is_llamacpp(session: Session) -> bool:
+def _is_llamacpp(session: ServerSession) -> bool:
     tried = session.try_post("/tokenize", {"content": "One two"})
     return tried.status == 200 and '"tokens"' in tried.text
 
 
-def _by_steps(session: Session, item: Item, choice: str) -> float:
+def _by_steps(session: ServerSession, item: Item, choice: str) -> float:
     """Score a choice token by token: llama.cpp gives probabilities of the next token only.
 
     The prompt's cache makes each step one token of work.
@@ -166,12 +166,12 @@ def _by_steps(session: Session, item: Item, choice: str) -> float:
     return sum(_next_score(session, whole[:n], whole[n]) for n in range(shared, len(whole)))
 
 
-def _pieces(session: Session, text: str) -> list[int]:
+def _pieces(session: ServerSession, text: str) -> list[int]:
     body = {"content": text, "add_special": True, "parse_special": True}
     return [int(token) for token in session.post("/tokenize", body)["tokens"]]
 
 
-def _next_score(session: Session, prefix: Sequence[int], token: int) -> float:
+def _next_score(session: ServerSession, prefix: Sequence[int], token: int) -> float:
     """Return the log-probability of a token after others; asks for more of them until it is there.
 
     Raises CheckFailed where the server never names it.

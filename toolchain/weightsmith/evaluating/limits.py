@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from weightsmith.errors import CheckFailed
-from weightsmith.recipe import Limits, Quality
+from weightsmith.recipe import Quality, QualityLimits
 from weightsmith.values import Format, Json
 
 
-def _limits(mean: float, p99: float, top1: float, ratio: float, layer: float) -> Limits:
-    return Limits(kl_mean=mean, kl_p99=p99, top1=top1, perplexity_ratio=ratio, layer_error=layer)
+def _limits(mean: float, p99: float, top1: float, ratio: float, layer: float) -> QualityLimits:
+    return QualityLimits(
+        kl_mean=mean, kl_p99=p99, top1=top1, perplexity_ratio=ratio, layer_error=layer
+    )
 
 
 # By bits per weight, down to which they hold (benchmarks/README.md has what was measured). The

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from weightsmith.evaluating.client import chat_body
 from weightsmith.evaluating.items import Item
-from weightsmith.evaluating.session import Refused, Session, TryAgain
+from weightsmith.evaluating.session import Refused, ServerSession, TryAgain
 from weightsmith.foreign import parse
 from weightsmith.ports import Progress
 from weightsmith.values import Json
@@ -35,7 +35,7 @@ class Sample:
 
 
 def load_test(
-    session: Session,
+    session: ServerSession,
     served_name: str,
     questions: Sequence[Item],
     concurrency: int,
@@ -66,7 +66,7 @@ def load_test(
     return summary(samples, concurrency, time.monotonic() - began)
 
 
-def measure(session: Session, served_name: str, question: Item, max_tokens: int) -> Sample:
+def measure(session: ServerSession, served_name: str, question: Item, max_tokens: int) -> Sample:
     """Return the times of one streamed request; a failure is kept, not raised."""
     times: list[float] = []
     began = time.monotonic()

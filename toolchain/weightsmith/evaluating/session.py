@@ -33,7 +33,7 @@ _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class SessionLimits:
     """What an answer may cost, in seconds and bytes."""
 
     request_seconds: float = 120.0
@@ -72,16 +72,18 @@ class Answer:
     text: str
 
 
-class Session:
+class ServerSession:
     """Asks one endpoint, from as many threads as you like, until its context ends.
 
     `key` goes out as a bearer token. Every failure is a CheckFailed with the server's last lines,
     but an EnvironmentFailure where no server listens.
     """
 
-    def __init__(self, endpoint: Endpoint, limits: Limits | None = None, *, key: str = "") -> None:
+    def __init__(
+        self, endpoint: Endpoint, limits: SessionLimits | None = None, *, key: str = ""
+    ) -> None:
         self.endpoint = endpoint
-        self.limits = limits or Limits()
+        self.limits = limits or SessionLimits()
         # Not compressed: a small answer must not unpack to a large one.
         headers = {"Accept-Encoding": "identity", "User-Agent": "weightsmith"}
         if key:

@@ -15,7 +15,7 @@ from weightsmith.evaluating.client import (
     wait_until_healthy,
 )
 from weightsmith.evaluating.items import Item
-from weightsmith.evaluating.session import Refused, Session, TryAgain, died, excerpt
+from weightsmith.evaluating.session import Refused, ServerSession, TryAgain, died, excerpt
 from weightsmith.foreign import parse
 from weightsmith.ports import Endpoint
 from weightsmith.values import Json
@@ -48,7 +48,7 @@ class Smoke:
 
     checks: list[Mapping[str, Json]] = field(default_factory=list)
 
-    def check(self, name: str, session: Session, look: Callable[[], str]) -> None:
+    def check(self, name: str, session: ServerSession, look: Callable[[], str]) -> None:
         """Run a check and keep what it saw; CheckFailed, naming it, where it fails."""
         began = time.monotonic()
         try:
@@ -62,7 +62,7 @@ class Smoke:
         self.checks.append({"name": name, "seen": seen, "seconds": seconds})
 
 
-def check_serving(smoke: Smoke, session: Session, promise: Promise) -> None:
+def check_serving(smoke: Smoke, session: ServerSession, promise: Promise) -> None:
     """Check a healthy server: its name, chat, stream, context limit, concurrency, logprobs.
 
     Raises CheckFailed with the name of the check and the server's last lines.
@@ -91,10 +91,10 @@ def check_life(smoke: Smoke, endpoint: Endpoint, promise: Promise) -> None:
     if endpoint.stop is None or endpoint.restart is None:
         return
     stop, restart = endpoint.stop, endpoint.restart
-    with Session(endpoint) as session:
+    with ServerSession(endpoint) as session:
         smoke.check("SIGTERM", session, lambda: _stopped(stop(_STOP_SECONDS)))
     again = restart()
-    with Session(again) as session:
+    with ServerSession(again) as session:
 
         def answers() -> str:
             waited = wait_until_healthy(again, promise.health_path, promise.start_seconds)
@@ -104,7 +104,7 @@ def check_life(smoke: Smoke, endpoint: Endpoint, promise: Promise) -> None:
         smoke.check("restart", session, answers)
 
 
-def _chat(session: Session, name: str) -> str:
+def _chat(session: ServerSession, name: str) -> str:
     answer = chat(session, name, _GREETING, _SHORT)["answer"]
     if not str(answer).strip():
         raise CheckFailed(
@@ -114,7 +114,7 @@ def _chat(session: Session, name: str) -> str:
     return excerpt(str(answer))
 
 
-def _stream(session: Session, name: str) -> str:
+def _stream(session: ServerSession, name: str) -> str:
     pieces, done = [], False
     try:
         with session.events(_CHAT, chat_body(name, _GREETING, _SHORT, stream=True)) as events:
@@ -138,14 +138,14 @@ def _contents(event: Json) -> list[Json]:
     return [(row.get("delta") or {}).get("content") for row in rows]
 
 
-def _end(session: Session, name: str) -> str:
+def _end(session: ServerSession, name: str) -> str:
     answer = chat(session, name, _GREETING, _LONG)
     if answer["finish_reason"] == "stop":
         return "an answer ends by itself"
     return f"the answer to 'Hello' did not end within {_LONG} tokens"
 
 
-def _context(session: Session, name: str, max_model_len: int) -> str:
+def _context(session: ServerSession, name: str, max_model_len: int) -> str:
     # At least one token a word, whatever the vocabulary.
     words = " ".join(f"word {number % 10}" for number in range(max_model_len // 2 + 32))
     item = Item(messages=({"role": "user", "content": words},), expected=("",), line=0)
@@ -164,7 +164,7 @@ def _context(session: Session, name: str, max_model_len: int) -> str:
     return f"HTTP {answer.status}: {said}"
 
 
-def _together(session: Session, name: str, count: int) -> str:
+def _together(session: ServerSession, name: str, count: int) -> str:
     with ThreadPoolExecutor(count) as pool:
         asked = [pool.submit(chat, session, name, _GREETING, _SHORT) for _ in range(count)]
         empty = sum(not str(one.result()["answer"]).strip() for one in asked)
@@ -173,7 +173,7 @@ def _together(session: Session, name: str, count: int) -> str:
     return f"{count} answers"
 
 
-def _logprobs(session: Session, name: str) -> str:
+def _logprobs(session: ServerSession, name: str) -> str:
     # A server may have none to give; one that ends when it is asked for them is broken.
     asked = {**chat_body(name, _GREETING, 1), "logprobs": True, "top_logprobs": 1}
     answer = session.try_post(_CHAT, asked)

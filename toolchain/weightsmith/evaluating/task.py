@@ -10,7 +10,7 @@ from weightsmith.evaluating.harness import question_lines, read_verdict
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.likelihood import choose, scorer
 from weightsmith.evaluating.metrics import score_answers
-from weightsmith.evaluating.session import Session
+from weightsmith.evaluating.session import ServerSession
 from weightsmith.ports import Progress, RunCommand
 from weightsmith.values import Digest, Json, Score, key_of
 
@@ -71,7 +71,12 @@ class Task:
 
 
 def ask_server(
-    session: Session, served_name: str, task: Task, progress: Progress, *, concurrency: int = 1
+    session: ServerSession,
+    served_name: str,
+    task: Task,
+    progress: Progress,
+    *,
+    concurrency: int = 1,
 ) -> Answers:
     """Return a server's answers, in order; raises CheckFailed for a server that fails or cannot."""
     ask = (
@@ -82,11 +87,11 @@ def ask_server(
     return ask_all(task.items, ask, progress, concurrency=concurrency)
 
 
-def _chatter(session: Session, served_name: str, max_tokens: int) -> Ask:
+def _chatter(session: ServerSession, served_name: str, max_tokens: int) -> Ask:
     return lambda item: chat(session, served_name, item, max_tokens)
 
 
-def _chooser(session: Session, served_name: str) -> Ask:
+def _chooser(session: ServerSession, served_name: str) -> Ask:
     score = scorer(session, served_name)
     return lambda item: choose(item, [score(item, choice) for choice in item.choices])
 

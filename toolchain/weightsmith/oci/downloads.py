@@ -9,7 +9,7 @@ from weightsmith.oci import manifests, proxies
 from weightsmith.oci.layers import CHUNK, verified
 from weightsmith.oci.references import Reference
 from weightsmith.oci.replies import Reply, Transient
-from weightsmith.oci.session import TRIES, Session
+from weightsmith.oci.session import TRIES, RegistrySession
 from weightsmith.time_limits import TooLong, steady
 from weightsmith.values import Blob, Digest
 
@@ -17,7 +17,7 @@ _ACCEPT = {"Accept": ", ".join((*manifests.MANIFESTS, *manifests.INDEXES))}
 _OK, _PARTIAL, _MISSING = 200, 206, 404
 
 
-def digest_of(session: Session, reference: Reference, tries: int = TRIES) -> Digest | None:
+def digest_of(session: RegistrySession, reference: Reference, tries: int = TRIES) -> Digest | None:
     """Return what a tag or digest names now, or None where it is not there."""
     name = reference.digest or reference.tag
     what = f"cannot look up {reference}"
@@ -32,7 +32,7 @@ def digest_of(session: Session, reference: Reference, tries: int = TRIES) -> Dig
     return promised(reply, str(reference)) or Digest.of(manifest(session, reference)[0])
 
 
-def manifest(session: Session, reference: Reference) -> tuple[bytes, str]:
+def manifest(session: RegistrySession, reference: Reference) -> tuple[bytes, str]:
     """Return a manifest's or index's bytes and media type; Altered for a wrong digest."""
     reply = _ask(session, reference)
     if reply.status != _OK:
@@ -40,7 +40,7 @@ def manifest(session: Session, reference: Reference) -> tuple[bytes, str]:
     return _checked(session, reply, reference)
 
 
-def manifest_or_none(session: Session, reference: Reference) -> tuple[bytes, str] | None:
+def manifest_or_none(session: RegistrySession, reference: Reference) -> tuple[bytes, str] | None:
     """Return the same, or None where there is nothing under the name."""
     reply = _ask(session, reference)
     if reply.status == _MISSING:
@@ -50,7 +50,7 @@ def manifest_or_none(session: Session, reference: Reference) -> tuple[bytes, str
     return _checked(session, reply, reference)
 
 
-def _ask(session: Session, reference: Reference) -> Reply:
+def _ask(session: RegistrySession, reference: Reference) -> Reply:
     name = reference.digest or reference.tag
     return session.attempt(
         f"cannot read {reference}",
@@ -60,7 +60,7 @@ def _ask(session: Session, reference: Reference) -> Reply:
     )
 
 
-def _checked(session: Session, reply: Reply, reference: Reference) -> tuple[bytes, str]:
+def _checked(session: RegistrySession, reply: Reply, reference: Reference) -> tuple[bytes, str]:
     digest = Digest.of(reply.body)
     if {reference.digest or digest, promised(reply, str(reference)) or digest} != {digest}:
         raise Altered(
@@ -74,7 +74,7 @@ def _checked(session: Session, reply: Reply, reference: Reference) -> tuple[byte
     return reply.body, kind
 
 
-def blob(session: Session, wanted: Blob) -> Iterator[bytes]:
+def blob(session: RegistrySession, wanted: Blob) -> Iterator[bytes]:
     """Yield a blob in chunks of about 1 MiB, resumed where the connection breaks.
 
     Raises Altered at its end if it is not what the digest promises.
@@ -83,7 +83,7 @@ def blob(session: Session, wanted: Blob) -> Iterator[bytes]:
     return verified(chunks, wanted, session.registry, blame(session), Altered)
 
 
-def blame(session: Session) -> str:
+def blame(session: RegistrySession) -> str:
     """Return what to do about bytes that changed between us and whoever pushed them."""
     proxy = proxies.told(session.root)
     who = f"the proxy {proxy} or the registry" if proxy else "the registry, or what is before it,"
@@ -102,7 +102,7 @@ def promised(reply: Reply, where: str) -> Digest | None:
         ) from None
 
 
-def _resumed(session: Session, wanted: Blob) -> Iterator[bytes]:
+def _resumed(session: RegistrySession, wanted: Blob) -> Iterator[bytes]:
     at = failures = 0
     while at < wanted.size:
         try:
@@ -118,7 +118,7 @@ def _resumed(session: Session, wanted: Blob) -> Iterator[bytes]:
             session.wait_after(what, trouble, failures)
 
 
-def _from(session: Session, wanted: Blob, at: int) -> Iterator[bytes]:
+def _from(session: RegistrySession, wanted: Blob, at: int) -> Iterator[bytes]:
     # With its end: some registries refuse a range without one, which RFC 9110 allows.
     headers = {"Range": f"bytes={at}-{wanted.size - 1}"} if at else {}
     url = f"blobs/{wanted.digest}"

@@ -16,7 +16,7 @@ GB, MIB, GIB = 10**9, 1 << 20, 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class RegistryLimits:
     """One kind of registry."""
 
     name: str
@@ -34,20 +34,20 @@ class Limits:
 
 
 REGISTRIES = (
-    Limits(
+    RegistryLimits(
         name="Amazon ECR, private",
         hosts=r"\d+\.dkr[.-]ecr(-fips)?\..*\.(amazonaws\.com(\.cn)?|on\.aws)",
         largest_layer=52_000 * MIB,
         most_layers=4200,
         source="https://docs.aws.amazon.com/AmazonECR/latest/userguide/service-quotas.html",
     ),
-    Limits(
+    RegistryLimits(
         name="Amazon ECR Public",
         hosts=r"public\.ecr\.aws",
         largest_layer=10_000 * MIB,
         source="https://docs.aws.amazon.com/AmazonECR/latest/public/public-service-quotas.html",
     ),
-    Limits(
+    RegistryLimits(
         name="GitHub Container Registry",
         hosts=r"ghcr\.io",
         largest_layer=10 * GB,
@@ -56,37 +56,37 @@ REGISTRIES = (
         source="https://docs.github.com/en/packages/working-with-a-github-packages-registry/"
         "working-with-the-container-registry",
     ),
-    Limits(
+    RegistryLimits(
         name="Google Artifact Registry",
         hosts=r"[a-z0-9-]+-docker\.pkg\.dev|([a-z]+\.)?gcr\.io",
         in_one_piece=True,
         source="https://cloud.google.com/artifact-registry/docs/docker/pushing-and-pulling",
     ),
-    Limits(
+    RegistryLimits(
         name="Azure Container Registry",
         hosts=r"[a-z0-9]+\.azurecr\.(io|cn|us)",
         largest_layer=200 * GIB,
         source="https://learn.microsoft.com/azure/container-registry/container-registry-skus",
     ),
-    Limits(
+    RegistryLimits(
         name="Docker Hub",
         hosts=r"docker\.io",
         note="none published",
         source="https://docs.docker.com/docker-hub/usage/",
     ),
-    Limits(
+    RegistryLimits(
         name="GitLab",
         hosts=r"registry\.gitlab\.com",
         note="of one's own on S3, versions of 2023 took no layers above 10 GB",
         source="https://gitlab.com/gitlab-org/container-registry/-/issues/1062",
     ),
-    Limits(
+    RegistryLimits(
         name="Harbor",
         hosts="",
         note="layers above 32 GiB need 2.9.2",
         source="https://github.com/goharbor/harbor/issues/19573",
     ),
-    Limits(
+    RegistryLimits(
         name="distribution",
         hosts="",
         source="https://distribution.github.io/distribution/about/configuration/",
@@ -94,7 +94,7 @@ REGISTRIES = (
 )
 
 
-def limits_of(host: str) -> Limits | None:
+def limits_of(host: str) -> RegistryLimits | None:
     """Return what is known of a registry by its host, or None."""
     return next((r for r in REGISTRIES if r.hosts and re.fullmatch(r.hosts, host.lower())), None)
 

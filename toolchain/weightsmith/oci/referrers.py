@@ -12,7 +12,7 @@ from weightsmith.oci import downloads, manifests, uploads
 from weightsmith.oci.attachments import Attachment, fallback_tag, load_attachment, with_rows
 from weightsmith.oci.references import Reference
 from weightsmith.oci.replies import Reply
-from weightsmith.oci.session import Session
+from weightsmith.oci.session import RegistrySession
 from weightsmith.values import Blob, Digest, Json
 
 _OK, _MISSING = 200, 404
@@ -21,7 +21,7 @@ _COSIGN = (".sig", ".att")
 """Suffixes of the tags that cosign keeps its signatures and statements under."""
 
 
-def attach(session: Session, reference: Reference, *attachments: Attachment) -> None:
+def attach(session: RegistrySession, reference: Reference, *attachments: Attachment) -> None:
     """Put attachments beside their image, where every reader will find them."""
     added: dict[Digest, list[Attachment]] = {}
     knows = True
@@ -43,7 +43,9 @@ def attach(session: Session, reference: Reference, *attachments: Attachment) -> 
             _list(session, reference, subject, those)
 
 
-def _list(session: Session, reference: Reference, subject: Digest, those: list[Attachment]) -> None:
+def _list(
+    session: RegistrySession, reference: Reference, subject: Digest, those: list[Attachment]
+) -> None:
     """Keep the list of what hangs on an image under a tag, where the registry keeps none."""
     tag = fallback_tag(subject)
     rows = _by_tag(session, reference, tag)
@@ -60,7 +62,7 @@ def _list(session: Session, reference: Reference, subject: Digest, those: list[A
 
 
 def find(
-    session: Session, reference: Reference, subject: Digest, *, tagged: bool = True
+    session: RegistrySession, reference: Reference, subject: Digest, *, tagged: bool = True
 ) -> list[tuple[Blob, str]]:
     """Return the manifests attached to an image, each with the tag it has, if it has one.
 
@@ -88,7 +90,7 @@ def find(
     return list(found.values())
 
 
-def read(session: Session, reference: Reference, blob: Blob, tag: str = "") -> Attachment:
+def read(session: RegistrySession, reference: Reference, blob: Blob, tag: str = "") -> Attachment:
     """Return an attachment; Altered where it is not what its digest says."""
     place = reference.at(blob.digest)
     data, _ = downloads.manifest(session, place)
@@ -97,7 +99,7 @@ def read(session: Session, reference: Reference, blob: Blob, tag: str = "") -> A
     )
 
 
-def _by_api(session: Session, reference: Reference, subject: Digest) -> list[Json] | None:
+def _by_api(session: RegistrySession, reference: Reference, subject: Digest) -> list[Json] | None:
     """Return the API's list, or None where the registry has no such API."""
     url = f"referrers/{subject}"
     rows: list[Json] = []
@@ -119,14 +121,14 @@ def _by_api(session: Session, reference: Reference, subject: Digest) -> list[Jso
     return rows
 
 
-def _next_page(session: Session, reply: Reply) -> str:
+def _next_page(session: RegistrySession, reply: Reply) -> str:
     """Return the next page's address (RFC 8288), or empty."""
     # Possessive: "<" a hundred thousand times would be searched for minutes.
     found = re.search(r'<([^<>]++)>\s*+;\s*+rel="?next"?', reply.headers.get("link", ""))
     return session.follow(reply.url, found[1]) if found else ""
 
 
-def _by_tag(session: Session, reference: Reference, tag: str) -> list[Json] | None:
+def _by_tag(session: RegistrySession, reference: Reference, tag: str) -> list[Json] | None:
     """Return the list under a tag, or None where it is the image: `cosign copy` leaves it there."""
     place = Reference(reference.registry, reference.repository, tag)
     found = downloads.manifest_or_none(session, place)

@@ -23,7 +23,7 @@ from weightsmith.oci.limits import check_layers, limits_of
 from weightsmith.oci.progress import Advance, Meter
 from weightsmith.oci.proxies import Routed
 from weightsmith.oci.references import Reference
-from weightsmith.oci.session import Session
+from weightsmith.oci.session import RegistrySession
 from weightsmith.oci.upload_deadline import UploadDeadline
 from weightsmith.values import Blob, Digest, Published
 
@@ -69,7 +69,7 @@ class Registry:
         self._insecure = insecure
         self._pause = pause
         self._clock = clock
-        self._sessions: dict[tuple[str, str, tuple[str, ...]], Session] = {}
+        self._sessions: dict[tuple[str, str, tuple[str, ...]], RegistrySession] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -294,7 +294,7 @@ class Registry:
         """Return an attachment; Altered where it is not what its digest says."""
         return referrers.read(self._session(reference, "pull"), reference, blob, tag)
 
-    def _elsewhere(self, reference: Reference, blob: Blob) -> tuple[Session, str] | None:
+    def _elsewhere(self, reference: Reference, blob: Blob) -> tuple[RegistrySession, str] | None:
         """Return where else on the registry a layer was pushed to, and who may ask there."""
         if self._memory is None or blob.size < _WORTH_MOUNTING:
             return None
@@ -305,12 +305,14 @@ class Registry:
         # whole token.
         return self._session(reference, "pull,push", (name,)), name
 
-    def _session(self, reference: Reference, actions: str, also: Sequence[str] = ()) -> Session:
+    def _session(
+        self, reference: Reference, actions: str, also: Sequence[str] = ()
+    ) -> RegistrySession:
         """Return the conversation about a repository; kept, so that its token is."""
         key = (reference.name, actions, tuple(also))
         with self._lock:
             if key not in self._sessions:
-                self._sessions[key] = Session(
+                self._sessions[key] = RegistrySession(
                     self._client,
                     reference,
                     actions=actions,
@@ -330,7 +332,7 @@ def _another_digest(found: Digest, reference: Reference) -> UsageError:
 
 
 def _guard_tag(
-    session: Session, reference: Reference, image: Image | Index | Digest, force: bool
+    session: RegistrySession, reference: Reference, image: Image | Index | Digest, force: bool
 ) -> None:
     """Refuse to move a tag; asks for the image's digest, so hashes it, only if the tag exists."""
     if force or not reference.tag:

@@ -14,7 +14,7 @@ from weightsmith.oci.downloads import blame, promised
 from weightsmith.oci.image import Opener
 from weightsmith.oci.limits import limits_of
 from weightsmith.oci.replies import Reply, Transient
-from weightsmith.oci.session import Session
+from weightsmith.oci.session import RegistrySession
 from weightsmith.values import Blob, Digest
 
 _OK, _CREATED, _ACCEPTED, _NO_CONTENT = 200, 201, 202, 204
@@ -35,7 +35,7 @@ _FINISH = 1800
 """Seconds that a registry may take after the last byte: some copy a layer to another store."""
 
 
-def send(session: Session, blob: Blob, body: Opener, opened: Reply, what: str) -> None:
+def send(session: RegistrySession, blob: Blob, body: Opener, opened: Reply, what: str) -> None:
     """Send a blob into the upload that `opened` opened; `what` names it in errors.
 
     Raises Transient where another try may help, Altered where other bytes arrived.
@@ -68,7 +68,7 @@ def send(session: Session, blob: Blob, body: Opener, opened: Reply, what: str) -
 
 
 def _persistently(
-    session: Session, blob: Blob, body: Opener, opened: Reply, size: int, what: str
+    session: RegistrySession, blob: Blob, body: Opener, opened: Reply, size: int, what: str
 ) -> tuple[Reply, bool]:
     """Send a blob, in pieces of `size` bytes (0: whole), and go on where a connection broke.
 
@@ -96,7 +96,7 @@ def _persistently(
             at, place = kept
 
 
-def _kept(session: Session, opened: Reply) -> tuple[int, Reply] | None:
+def _kept(session: RegistrySession, opened: Reply) -> tuple[int, Reply] | None:
     """Return how many bytes of an upload a registry has, and where it goes on; None for nothing.
 
     https://github.com/opencontainers/distribution-spec/blob/main/spec.md#resuming-an-upload
@@ -112,7 +112,7 @@ def _kept(session: Session, opened: Reply) -> tuple[int, Reply] | None:
     return int(found[1]) + 1, reply if reply.headers.get("location") else opened
 
 
-def _rest(session: Session, body: Opener, place: Reply, blob: Blob, at: int) -> Reply:
+def _rest(session: RegistrySession, body: Opener, place: Reply, blob: Blob, at: int) -> Reply:
     """Send all that comes after `at` bytes."""
     if at == blob.size:
         return _finish(session, place, blob)
@@ -121,7 +121,7 @@ def _rest(session: Session, body: Opener, place: Reply, blob: Blob, at: int) -> 
 
 
 def _in_chunks(
-    session: Session, body: Opener, place: Reply, blob: Blob, size: int, at: int
+    session: RegistrySession, body: Opener, place: Reply, blob: Blob, size: int, at: int
 ) -> Reply:
     """Send what comes after `at` bytes in pieces, as registries ask that take no large body.
 
@@ -138,7 +138,13 @@ def _in_chunks(
 
 
 def _patch(
-    session: Session, place: Reply, at: int, length: int, body: Opener, *, whole: bool = False
+    session: RegistrySession,
+    place: Reply,
+    at: int,
+    length: int,
+    body: Opener,
+    *,
+    whole: bool = False,
 ) -> Reply:
     headers = {"Content-Length": str(length), "Content-Type": _BINARY}
     if not whole:
@@ -147,7 +153,7 @@ def _patch(
     return session.call("PATCH", session.location(place), headers=headers, body=body, wait=_FINISH)
 
 
-def _finish(session: Session, place: Reply, blob: Blob) -> Reply:
+def _finish(session: RegistrySession, place: Reply, blob: Blob) -> Reply:
     url = _finishing(session.location(place), blob)
     return session.call("PUT", url, headers={"Content-Length": "0"}, wait=_FINISH)
 
@@ -183,7 +189,7 @@ def _finishing(location: str, blob: Blob) -> str:
     return f"{location}{'&' if '?' in location else '?'}digest={quote(blob.digest, safe='')}"
 
 
-def check_created(session: Session, reply: Reply, digest: Digest, what: str) -> None:
+def check_created(session: RegistrySession, reply: Reply, digest: Digest, what: str) -> None:
     """Raise what a reply means that does not say that something of this digest was made."""
     if reply.status not in (_OK, _CREATED, _ACCEPTED):
         raise session.refusal(what, reply)

@@ -52,7 +52,7 @@ _EARLY = 10
 """Seconds before its end at which a token is renewed."""
 
 
-class Session:
+class RegistrySession:
     """Asks one registry, for one repository and the scopes that the work needs."""
 
     def __init__(

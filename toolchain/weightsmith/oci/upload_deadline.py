@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 
 from weightsmith.oci.image import Opener
-from weightsmith.oci.limits import Limits
+from weightsmith.oci.limits import RegistryLimits
 
 _SURE = 1 / 20
 """Part of the time limit after which a rate is believed: of ten minutes, half a minute."""
@@ -18,7 +18,7 @@ class UploadDeadline:
     """Warns once in a push, and well before the registry gives up, of a layer that is too slow."""
 
     def __init__(
-        self, limits: Limits | None, warn: Callable[[str], None], clock: Callable[[], float]
+        self, limits: RegistryLimits | None, warn: Callable[[str], None], clock: Callable[[], float]
     ) -> None:
         self._name = limits.name if limits else ""
         self._limit = limits.upload_seconds if limits else 0

@@ -18,7 +18,7 @@ from weightsmith.oci.progress import Advance, Meter
 from weightsmith.oci.references import Reference
 from weightsmith.oci.replies import Reply, Transient
 from weightsmith.oci.sending import check_created, send
-from weightsmith.oci.session import Session
+from weightsmith.oci.session import RegistrySession
 from weightsmith.oci.upload_deadline import UploadDeadline
 from weightsmith.values import Blob, Digest
 
@@ -28,7 +28,7 @@ _FEW = 3
 """Tries of a first look: long enough for a hiccup, short enough to wait for."""
 
 
-Elsewhere: TypeAlias = Callable[[Blob], tuple[Session, str] | None]
+Elsewhere: TypeAlias = Callable[[Blob], tuple[RegistrySession, str] | None]
 """Blob -> a repository that had it before, and a conversation that may ask there; or None."""
 
 
@@ -57,7 +57,7 @@ def mount_sources(image: Image, reference: Reference, more: Sequence[str]) -> tu
 
 
 def bring_all(
-    session: Session,
+    session: RegistrySession,
     image: Image,
     sources: Sequence[str],
     progress: Advance | None,
@@ -83,7 +83,7 @@ def bring_all(
 
 
 def bring_each(
-    session: Session,
+    session: RegistrySession,
     things: Sequence[T],
     ready: Callable[[T], tuple[Blob, Opener]],
     sources: Sequence[str],
@@ -128,7 +128,7 @@ def _opener(layer: Layer, blob: Blob) -> Opener:
 
 
 def bring(
-    session: Session,
+    session: RegistrySession,
     blob: Blob,
     opener: Opener,
     sources: Sequence[str] = (),
@@ -168,7 +168,7 @@ def bring(
     return way
 
 
-def _held(session: Session, blob: Blob, what: str) -> int | None:
+def _held(session: RegistrySession, blob: Blob, what: str) -> int | None:
     """Return how many bytes the repository has under the digest, or None where it has no such blob.
 
     A registry may have kept a part of a broken upload as if it were all.
@@ -187,7 +187,7 @@ def _held(session: Session, blob: Blob, what: str) -> int | None:
     return int(length) if length.isascii() and length.isdigit() else blob.size
 
 
-def _damaged(session: Session, blob: Blob, held: int, what: str) -> EnvironmentFailure:
+def _damaged(session: RegistrySession, blob: Blob, held: int, what: str) -> EnvironmentFailure:
     return EnvironmentFailure(
         f"{what}: {session.registry} holds {held} of its {blob.size} bytes under that digest, "
         "and keeps them",
@@ -195,7 +195,7 @@ def _damaged(session: Session, blob: Blob, held: int, what: str) -> EnvironmentF
     )
 
 
-def try_upload(session: Session, where: str) -> None:
+def try_upload(session: RegistrySession, where: str) -> None:
     """Open an upload and give it up; raises what a push would, after seconds and not minutes."""
     what = f"cannot push to {where}"
     headers = {"Content-Length": "0"}
@@ -210,7 +210,7 @@ def try_upload(session: Session, where: str) -> None:
             session.call("DELETE", session.location(opened))
 
 
-def put_manifest(session: Session, name: str, manifest: bytes, media_type: str) -> Reply:
+def put_manifest(session: RegistrySession, name: str, manifest: bytes, media_type: str) -> Reply:
     """Put a manifest under a digest or a tag; Altered if another digest comes back."""
     what = f"cannot put the manifest {name}"
     headers = {"Content-Type": media_type}
@@ -228,7 +228,7 @@ def put_manifest(session: Session, name: str, manifest: bytes, media_type: str) 
 
 
 def put_tag(
-    session: Session, place: Reference, manifest: bytes, media_type: str, *, force: bool
+    session: RegistrySession, place: Reference, manifest: bytes, media_type: str, *, force: bool
 ) -> None:
     """Put a manifest under a tag; UsageError where it names another and `force` is false.
 
@@ -250,7 +250,7 @@ def taken(reference: Reference, found: Digest) -> UsageError:
     )
 
 
-def _mount(session: Session, blob: Blob, sources: Sequence[str]) -> Reply | None:
+def _mount(session: RegistrySession, blob: Blob, sources: Sequence[str]) -> Reply | None:
     """Return None if the blob was mounted, else the reply that opened an upload."""
     for source in sources:
         url = f"blobs/uploads/?mount={blob.digest}&from={quote(source, safe='')}"
@@ -263,7 +263,7 @@ def _mount(session: Session, blob: Blob, sources: Sequence[str]) -> Reply | None
     return session.call("POST", "blobs/uploads/", headers={"Content-Length": "0"})
 
 
-def _mounted(session: Session, source: str, blob: Blob) -> bool:
+def _mounted(session: RegistrySession, source: str, blob: Blob) -> bool:
     """Say whether a blob was mounted from where it was once pushed; it may be gone, or private."""
     url = f"blobs/uploads/?mount={blob.digest}&from={quote(source, safe='')}"
     try:

@@ -20,7 +20,7 @@ class ServedAdapter:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wishes:
+class ServeOptions:
     """What the user asks of a serving plan; None, 0 and "" stand for `auto`."""
 
     gpu: str = ""
@@ -133,7 +133,7 @@ class Engine:
     base: EngineBase
     port: int
     health_path: str
-    plan: Callable[[Mapping[str, Json], int, Wishes], ServingPlan]
+    plan: Callable[[Mapping[str, Json], int, ServeOptions], ServingPlan]
     """(config.json, weight bytes, wishes) -> plan; raises UsageError where it cannot fit."""
     env: Callable[[ServingPlan, Mapping[str, Json]], Mapping[str, str]]
     """(plan, names) -> environment of the process.

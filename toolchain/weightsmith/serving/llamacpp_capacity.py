@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from weightsmith.errors import UsageError
-from weightsmith.serving.engine import Wishes
+from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.gpus import gpu
 from weightsmith.serving.memory import (
     KV_PADDING,
@@ -124,7 +124,7 @@ class Capacity:
 
 
 def make_capacity(
-    shape: ModelShape, weights: int, wishes: Wishes, extra: Mapping[str, Json]
+    shape: ModelShape, weights: int, wishes: ServeOptions, extra: Mapping[str, Json]
 ) -> Capacity:
     """Return the capacity with llama-server's options read; UsageError for one that cannot be."""
     flash = str(extra.get("flash-attn", "on")).lower() not in {"off", "false", "0", "disabled"}
@@ -148,7 +148,7 @@ def make_capacity(
     )
 
 
-def _machine(wishes: Wishes) -> Machine:
+def _machine(wishes: ServeOptions) -> Machine:
     named = gpu(wishes.gpu) if wishes.gpu not in {"", "cpu"} else None
     if named and named.compute_capability == (0, 0):
         raise UsageError(

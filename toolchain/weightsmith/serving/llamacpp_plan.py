@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from weightsmith.errors import UsageError
 from weightsmith.serving.architectures import check_architecture
-from weightsmith.serving.engine import ServingPlan, Wishes
+from weightsmith.serving.engine import ServeOptions, ServingPlan
 from weightsmith.serving.llamacpp_capacity import PROGRAM, UBATCH, Capacity, make_capacity, ways
 from weightsmith.serving.llamacpp_options import extra_options
 from weightsmith.serving.memory import (
@@ -29,7 +29,7 @@ _SPLIT_LENGTH = 4096
 _BATCH = 2048
 
 
-def plan(config: Mapping[str, Json], weight_bytes: int, wishes: Wishes) -> ServingPlan:
+def plan(config: Mapping[str, Json], weight_bytes: int, wishes: ServeOptions) -> ServingPlan:
     """Return the plan for a model of `weight_bytes` on the wished machine.
 
     `auto` takes the longest request that fits, up to the model's own length, then up to four at
@@ -63,7 +63,7 @@ _CACHE_TYPES = {"fp8": "q8_0", "fp8_e4m3": "q8_0", "float16": "f16", "bfloat16":
 """Other engines' names -> the nearest of llama.cpp's own."""
 
 
-def _with_wishes(extra: dict[str, Json], wishes: Wishes) -> dict[str, Json]:
+def _with_wishes(extra: dict[str, Json], wishes: ServeOptions) -> dict[str, Json]:
     """Return the options that the wishes of every engine stand for; `extra` wins.
 
     Raises UsageError for a wish that llama.cpp has nothing for.
@@ -92,7 +92,7 @@ def _with_wishes(extra: dict[str, Json], wishes: Wishes) -> dict[str, Json]:
     return {**found, **extra}
 
 
-def _length_limit(shape: ModelShape, wishes: Wishes, extra: Mapping[str, Json]) -> int:
+def _length_limit(shape: ModelShape, wishes: ServeOptions, extra: Mapping[str, Json]) -> int:
     """Return the longest request the model allows; stretched positions lift the limit."""
     limit = shape.max_positions or _UNKNOWN_LENGTH
     wish = wishes.max_model_len
@@ -108,7 +108,7 @@ def _length_limit(shape: ModelShape, wishes: Wishes, extra: Mapping[str, Json]) 
     return max(limit, wish)
 
 
-def _choose(capacity: Capacity, wishes: Wishes, limit: int) -> tuple[int, int]:
+def _choose(capacity: Capacity, wishes: ServeOptions, limit: int) -> tuple[int, int]:
     """Return (tokens, slots): the wishes, and for `auto` the most that fits."""
     tokens = wishes.max_model_len
     if tokens is None:
@@ -122,7 +122,7 @@ def _choose(capacity: Capacity, wishes: Wishes, limit: int) -> tuple[int, int]:
     return tokens, slots
 
 
-def _split(capacity: Capacity, tokens: int, slots: int, wishes: Wishes) -> int:
+def _split(capacity: Capacity, tokens: int, slots: int, wishes: ServeOptions) -> int:
     """Return how many layers fit on the GPU, counting a layer's weights and cache as equal."""
     layers = capacity.shape.layers
     kv = capacity.kv(tokens, slots)

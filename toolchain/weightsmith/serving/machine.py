@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from weightsmith.errors import UsageError
-from weightsmith.serving.engine import Wishes
+from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.gpus import Gpu, gpu
 from weightsmith.serving.memory import host_memory
 from weightsmith.serving.model import ModelShape
@@ -29,7 +29,7 @@ class Machine:
     pipeline_parallel: int = 1
 
 
-def machine_for(wishes: Wishes, shape: ModelShape) -> Machine:
+def machine_for(wishes: ServeOptions, shape: ModelShape) -> Machine:
     """Return the wished machine; raises UsageError for a split that the model does not allow."""
     named = gpu(wishes.gpu) if wishes.gpu not in {"", "cpu"} else None
     if not named and not wishes.gpu_memory_bytes:
@@ -53,7 +53,7 @@ def machine_for(wishes: Wishes, shape: ModelShape) -> Machine:
     )
 
 
-def _split(wishes: Wishes, shape: ModelShape) -> tuple[int, int]:
+def _split(wishes: ServeOptions, shape: ModelShape) -> tuple[int, int]:
     """Return (tensor, pipeline) parallel sizes: as wished, else as many shards as heads allow."""
     tensor, pipeline, count = (
         wishes.tensor_parallel_size,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from weightsmith.serving.engine import Wishes
+from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.length import Lengths
 from weightsmith.serving.machine import Machine, dtype_bytes
 from weightsmith.serving.memory import GIB, MIB
@@ -82,7 +82,7 @@ class Capacity:
     shape: ModelShape
     weights: int
     machine: Machine
-    wishes: Wishes
+    wishes: ServeOptions
     dtype: str
     switches: Switches
     limit: Lengths

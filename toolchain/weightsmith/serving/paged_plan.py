@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from weightsmith.errors import UsageError
 from weightsmith.serving.architectures import check_architecture
-from weightsmith.serving.engine import ServingPlan, Wishes
+from weightsmith.serving.engine import ServeOptions, ServingPlan
 from weightsmith.serving.length import lengths
 from weightsmith.serving.machine import Machine, can_split, choose_dtype, machine_for
 from weightsmith.serving.memory import GIB, human
@@ -25,7 +25,7 @@ from weightsmith.values import SAFETENSORS, Json
 def plan_paged(
     config: Mapping[str, Json],
     weight_bytes: int,
-    wishes: Wishes,
+    wishes: ServeOptions,
     rules: Rules,
     switches: Switches | None = None,
 ) -> tuple[ServingPlan, Capacity]:
@@ -55,7 +55,7 @@ def plan_paged(
 def make_capacity(
     config: Mapping[str, Json],
     weight_bytes: int,
-    wishes: Wishes,
+    wishes: ServeOptions,
     rules: Rules,
     switches: Switches,
 ) -> Capacity:
@@ -100,12 +100,12 @@ def make_capacity(
     )
 
 
-def _shrinks(config: Mapping[str, Json], wishes: Wishes, dtype: str) -> bool:
+def _shrinks(config: Mapping[str, Json], wishes: ServeOptions, dtype: str) -> bool:
     """Say whether a float32 checkpoint is served in 16 bits; it must say that it is one."""
     return (wishes.format, stated_dtype(config)) == (SAFETENSORS, "float32") and dtype != "float32"
 
 
-def _stretched(wishes: Wishes) -> bool:
+def _stretched(wishes: ServeOptions) -> bool:
     return any(key.replace("_", "-") in {"hf-overrides", "rope-scaling"} for key in wishes.extra)
 
 
@@ -133,7 +133,7 @@ def _check_cache_dtype(rules: Rules, machine: Machine, dtype: str, wish: str) ->
         )
 
 
-def _check_fraction(wishes: Wishes) -> None:
+def _check_fraction(wishes: ServeOptions) -> None:
     if wishes.gpu_memory_utilization and not 0.05 <= wishes.gpu_memory_utilization <= 0.99:
         raise UsageError(
             f"gpu_memory_utilization {wishes.gpu_memory_utilization}: outside 0.05 to 0.99",

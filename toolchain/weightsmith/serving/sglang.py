@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from weightsmith.errors import UsageError
-from weightsmith.serving.engine import Engine, EngineBase, ServingPlan, Support, Wishes
+from weightsmith.serving.engine import Engine, EngineBase, ServeOptions, ServingPlan, Support
 from weightsmith.serving.machine import Machine
 from weightsmith.serving.memory import GIB
 from weightsmith.serving.options import OptionList, load_options
@@ -93,7 +93,7 @@ def options() -> OptionList:
     return load_options(_OPTIONS, _NOT_HERE)
 
 
-def plan(config: Mapping[str, Json], weight_bytes: int, wishes: Wishes) -> ServingPlan:
+def plan(config: Mapping[str, Json], weight_bytes: int, wishes: ServeOptions) -> ServingPlan:
     """Return the plan of a checkpoint of `weight_bytes` by SGLang's static fraction.
 
     Raises InputRefused for a lying config.json, and UsageError for a wish that does not fit.

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from weightsmith.errors import UsageError
-from weightsmith.serving.engine import Engine, EngineBase, ServingPlan, Wishes
+from weightsmith.serving.engine import Engine, EngineBase, ServeOptions, ServingPlan
 from weightsmith.serving.machine import Machine
 from weightsmith.serving.options import OptionList, load_options
 from weightsmith.serving.paged_capacity import Rules, Switches
@@ -79,7 +79,7 @@ def options() -> OptionList:
     return load_options(_OPTIONS, _NOT_HERE, underscores=True)
 
 
-def plan(config: Mapping[str, Json], weight_bytes: int, wishes: Wishes) -> ServingPlan:
+def plan(config: Mapping[str, Json], weight_bytes: int, wishes: ServeOptions) -> ServingPlan:
     """Return the plan of a checkpoint of `weight_bytes` by the fraction of free memory.
 
     Raises InputRefused for a lying config.json, and UsageError for a GPU before compute capability

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from weightsmith.errors import UsageError
-from weightsmith.serving.engine import Engine, EngineBase, ServingPlan, Support, Wishes
+from weightsmith.serving.engine import Engine, EngineBase, ServeOptions, ServingPlan, Support
 from weightsmith.serving.machine import Machine
 from weightsmith.serving.memory import GIB
 from weightsmith.serving.model import ModelShape
@@ -111,7 +111,7 @@ def options(*, cpu: bool = False) -> OptionList:
     return load_options(_OPTIONS, _NOT_HERE, without=frozenset(without))
 
 
-def plan(config: Mapping[str, Json], weight_bytes: int, wishes: Wishes) -> ServingPlan:
+def plan(config: Mapping[str, Json], weight_bytes: int, wishes: ServeOptions) -> ServingPlan:
     """Return the plan of a checkpoint of `weight_bytes` by vLLM's own block rules.
 
     Raises InputRefused for a lying config.json, and UsageError for a wish that cannot be, with
@@ -162,7 +162,7 @@ _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values of max-lora-rank (0.33, config/lora.py)."""
 
 
-def _lora_rank(wishes: Wishes) -> int:
+def _lora_rank(wishes: ServeOptions) -> int:
     largest = max(adapter.rank for adapter in wishes.adapters)
     for rank in _RANKS:
         if rank >= largest:
@@ -172,7 +172,7 @@ def _lora_rank(wishes: Wishes) -> int:
     )
 
 
-def _adapter_slots(config: Mapping[str, Json], wishes: Wishes) -> int:
+def _adapter_slots(config: Mapping[str, Json], wishes: ServeOptions) -> int:
     """Return the bytes of vLLM's buffers for adapters: every linear layer's A and B, per adapter.
 
     They are for the largest rank and for all seven linear layers, whatever an adapter has.

@@ -51,7 +51,7 @@ ENGINE_BILL, MODEL_BILL = "engine.cdx.json", "model.cdx.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Made:
+class ImageMaterials:
     """An image and what it was made of; sources are known only where it was built, not baked."""
 
     image: Image
@@ -75,7 +75,7 @@ class Made:
     """Bills of materials that the base's own makers attached to it."""
 
 
-def evidence(made: Made) -> Evidence:
+def evidence(made: ImageMaterials) -> Evidence:
     """Return the statements and documents of an image; the same image has the same."""
     documents = (*_bills(made), *_evaluation(made), *_adapters(made))
     told = [*_merged(made), *_quantized(made), *_split(made), _baked(made, documents)]
@@ -113,7 +113,7 @@ def _without_folders(value: Json, key: str = "") -> Json:
     return public_name(value) if key in files and isinstance(value, str) and value else value
 
 
-def _merged(made: Made) -> list[Mapping[str, Json]]:
+def _merged(made: ImageMaterials) -> list[Mapping[str, Json]]:
     sources, checkpoint, recipe = made.sources, made.checkpoint, made.recipe
     if sources is None or checkpoint is None or recipe is None or not sources.adapters:
         return []
@@ -149,7 +149,7 @@ def _source_resources(sources: Sources) -> list[Resource]:
     return [base, *adapters]
 
 
-def _quantized(made: Made) -> list[Mapping[str, Json]]:
+def _quantized(made: ImageMaterials) -> list[Mapping[str, Json]]:
     checkpoint = made.checkpoint
     if checkpoint is None or made.artifact.digest == checkpoint.digest:
         return []
@@ -166,7 +166,7 @@ def _quantized(made: Made) -> list[Mapping[str, Json]]:
     ]
 
 
-def _split(made: Made) -> list[Mapping[str, Json]]:
+def _split(made: ImageMaterials) -> list[Mapping[str, Json]]:
     if made.served.digest == made.artifact.digest:
         return []
     return [
@@ -179,13 +179,13 @@ def _split(made: Made) -> list[Mapping[str, Json]]:
     ]
 
 
-def _calibration(made: Made) -> list[Resource]:
+def _calibration(made: ImageMaterials) -> list[Resource]:
     found = made.artifact.details.get("calibration")
     digest = found.get("digest") if isinstance(found, dict) else None
     return [tree_resource("calibration", digest)] if digest else []
 
 
-def _baked(made: Made, documents: Sequence[Document]) -> Mapping[str, Json]:
+def _baked(made: ImageMaterials, documents: Sequence[Document]) -> Mapping[str, Json]:
     base = [Resource(name="base image", digest=made.base.digest, uri=made.base_name)] if (
         made.base
     ) else []  # fmt: skip
@@ -213,7 +213,7 @@ def _baked(made: Made, documents: Sequence[Document]) -> Mapping[str, Json]:
     )  # fmt: skip
 
 
-def _bills(made: Made) -> list[Document]:
+def _bills(made: ImageMaterials) -> list[Document]:
     bill = ml_bom(_facts(made))
     below = base_documents(made.base, made.base_name, made.base_bills)
     return [_document(MEDIA_TYPE, MODEL_BILL, bill), *below]
@@ -230,7 +230,7 @@ def base_documents(
     return (*bills, _document(MEDIA_TYPE, ENGINE_BILL, bill))
 
 
-def _facts(made: Made) -> ModelFacts:
+def _facts(made: ImageMaterials) -> ModelFacts:
     card = {"card": made.recipe.card} if made.recipe else {}
     return ModelFacts(
         name=made.name,
@@ -245,7 +245,7 @@ def _facts(made: Made) -> ModelFacts:
     )
 
 
-def _config(made: Made) -> Mapping[str, Json]:
+def _config(made: ImageMaterials) -> Mapping[str, Json]:
     """Return the model's configuration, from where there is one; {} where it cannot be read."""
     tree = made.checkpoint.tree if made.checkpoint else made.artifact.tree
     try:
@@ -257,7 +257,7 @@ def _config(made: Made) -> Mapping[str, Json]:
         return {}
 
 
-def _ancestors(made: Made) -> list[Ancestor]:
+def _ancestors(made: ImageMaterials) -> list[Ancestor]:
     if made.sources is None:
         return []
     base = made.sources.base
@@ -285,13 +285,13 @@ def _ancestors(made: Made) -> list[Ancestor]:
     return found
 
 
-def _evaluation(made: Made) -> list[Document]:
+def _evaluation(made: ImageMaterials) -> list[Document]:
     if not made.scores:
         return []
     return [_document(EVALUATION_TYPE, "evaluation.json", evaluation(made.scores))]
 
 
-def _adapters(made: Made) -> list[Document]:
+def _adapters(made: ImageMaterials) -> list[Document]:
     adapters = made.sources.adapters if made.sources else ()
     return [
         Document(

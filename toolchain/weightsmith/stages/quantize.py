@@ -29,7 +29,7 @@ from weightsmith.values import (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class QuantizeOptions:
     """One artifact as the user wants it; `options` are those that its format takes."""
 
     name: str
@@ -42,7 +42,7 @@ class Wanted:
     """What was measured elsewhere, such as the user's importance matrix."""
 
 
-def inputs(checkpoint: Digest, wanted: Wanted) -> StageInputs:
+def inputs(checkpoint: Digest, wanted: QuantizeOptions) -> StageInputs:
     """Return all that the quantized artifact depends on."""
     quantizer = of_format(wanted.format.name)
     return StageInputs(
@@ -74,7 +74,7 @@ def statistics_inputs(checkpoint: Digest, texts: Texts, quantizer: Quantizer) ->
     )
 
 
-def quantize(checkpoint: Checkpoint, wanted: Wanted, tools: Tools) -> Artifact:
+def quantize(checkpoint: Checkpoint, wanted: QuantizeOptions, tools: Tools) -> Artifact:
     """Return the checkpoint in a format, quantized in its builder and read back.
 
     Raises InputRefused for a model that the quantizer cannot read, CheckFailed for an output
@@ -133,7 +133,9 @@ def kept_bytes(checkpoint_bytes: int, format_: Format, config: Mapping[str, Json
     return min(checkpoint_bytes, tables * 2 * shape.vocab * shape.hidden)
 
 
-def _run(folder: Path, checkpoint: Checkpoint, wanted: Wanted, tools: Tools) -> Mapping[str, Json]:
+def _run(
+    folder: Path, checkpoint: Checkpoint, wanted: QuantizeOptions, tools: Tools
+) -> Mapping[str, Json]:
     quantizer = of_format(wanted.format.name)
     packed = wanted.format.suffix != ".gguf"
     config = model_config(checkpoint.tree.root) if packed else None
@@ -153,7 +155,7 @@ def _run(folder: Path, checkpoint: Checkpoint, wanted: Wanted, tools: Tools) -> 
     return result
 
 
-def job_of(model: Path, size: int, wanted: Wanted, folder: Path) -> Job:
+def job_of(model: Path, size: int, wanted: QuantizeOptions, folder: Path) -> Job:
     """Return the job that quantizes a checkpoint of `size` bytes into a folder."""
     quantizer = of_format(wanted.format.name)
     given = {"statistics": wanted.statistics} if wanted.statistics else {}

@@ -21,7 +21,7 @@ from jinja2 import (
 
 from weightsmith.errors import UsageError
 from weightsmith.resources import templates
-from weightsmith.serving.engine import Engine, ServingPlan, Wishes
+from weightsmith.serving.engine import Engine, ServeOptions, ServingPlan
 from weightsmith.serving.memory import human
 from weightsmith.serving.targets import Target
 from weightsmith.values import Digest, Json, ServingConfig, plain
@@ -44,7 +44,7 @@ def render(
     model_config: Mapping[str, Json],
     model_file: str,
     weight_bytes: int,
-    wishes: Wishes,
+    wishes: ServeOptions,
     image: str,
     made_from: tuple[Digest, ...],
     notes: tuple[str, ...] = (),

@@ -25,7 +25,7 @@ from jinja2 import (
 from markupsafe import Markup
 
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
-from weightsmith.evaluating.gate import Limit, judge_drop
+from weightsmith.evaluating.gate import DropLimit, judge_drop
 from weightsmith.files import write_whole
 from weightsmith.foreign import parse_file
 from weightsmith.reporting import answers, comparing, views
@@ -158,7 +158,7 @@ def _compared(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "reasons": ["the two images were not asked the same questions"],
         }
     before, now = (_score(items, who) for who in ("adapter", "image"))
-    found = judge_drop("this", now, "other", before, Limit(max_drop=1.0)).comparison
+    found = judge_drop("this", now, "other", before, DropLimit(max_drop=1.0)).comparison
     if found is None:
         raise AssertionError("both sides have all items")
     low, high = found.interval

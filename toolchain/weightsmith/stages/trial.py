@@ -10,7 +10,7 @@ from pathlib import Path
 
 from weightsmith.errors import CheckFailed
 from weightsmith.evaluating.client import wait_until_healthy
-from weightsmith.evaluating.session import Session
+from weightsmith.evaluating.session import ServerSession
 from weightsmith.evaluating.smoke import Promise, Smoke, check_life, check_serving
 from weightsmith.evaluating.task import Answers, Task, ask_server
 from weightsmith.ports import Endpoint, StartSpec, Tools
@@ -125,7 +125,7 @@ def ask(reference: str, image: Digest, trial: Trial, tools: Tools) -> tuple[Answ
         use_gpu=trial.config.plan["device"] != "cpu",
     )
     smoke, promise = Smoke(), trial.promise
-    with tools.launcher.serve(reference, spec) as endpoint, Session(endpoint) as session:
+    with tools.launcher.serve(reference, spec) as endpoint, ServerSession(endpoint) as session:
         smoke.check("health", session, lambda: _healthy(endpoint, promise))
         check_serving(smoke, session, promise)
         answers = tuple(
@@ -155,7 +155,7 @@ def _threads(trial: Trial) -> Mapping[str, str]:
     return {trial.threads_variable: str(max(1, len(os.sched_getaffinity(0)) - 1))}
 
 
-def _ask_task(session: Session, trial: Trial, asked: Asked, tools: Tools) -> Answers:
+def _ask_task(session: ServerSession, trial: Trial, asked: Asked, tools: Tools) -> Answers:
     """Ask every question of a task, and remember the answers by what they depend on."""
     answers = ask_server(
         session.adding(asked.fields),
@@ -174,7 +174,7 @@ def _ask_task(session: Session, trial: Trial, asked: Asked, tools: Tools) -> Ans
     return answers
 
 
-def _check_ends(answers: Answers, expected: int, session: Session) -> None:
+def _check_ends(answers: Answers, expected: int, session: ServerSession) -> None:
     """Raise CheckFailed where answers no longer end by themselves, as when the end token is lost.
 
     Half as many as the reference's is the limit: other weights may answer at more length.
