@@ -71,6 +71,13 @@ def echo(tmp_path: Path, seconds: int = 0, **parameters: object) -> Job:
     )
 
 
+def test_a_result_of_megabytes_arrives(runner, tmp_path, progress):
+    job = echo(tmp_path)
+    job.inputs["text"].write_text("x" * 3_000_000)
+
+    assert runner.run(job, progress)["text"] == "x" * 3_000_000
+
+
 def test_a_job_reads_its_input_and_writes_its_output(runner, tmp_path, progress):
     job = echo(tmp_path)
 

@@ -232,3 +232,13 @@ def test_a_line_without_an_end_does_not_grow_for_ever():
     assert lines.feed(b"x" * (1 << 20) + b"x") == ["x" * ((1 << 20) + 1)]
     assert lines.feed(b"rest") == []
     assert lines.feed(b"") == ["rest"]
+
+
+def test_a_line_of_megabytes_is_one_where_that_is_asked_for():
+    text = "print('x' * 3_000_000)"
+    heard = []
+
+    done = process.run([sys.executable, "-c", text], on_line=heard.append, longest_line=4_000_000)
+
+    assert heard == ["x" * 3_000_000]
+    assert [len(line) for line in done.tail] == [1 << 20]  # what is kept of it for a message

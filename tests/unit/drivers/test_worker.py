@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from weightsmith.drivers.lines import RESULT, Lines
 from weightsmith.drivers.process import TookTooLong
 from weightsmith.drivers.wire import Conversation, job_file
 from weightsmith.errors import EnvironmentFailure, InputRefused, WeightsmithError
@@ -134,6 +135,19 @@ def test_the_worker_needs_nothing_of_the_control_plane():
 @pytest.fixture
 def conversation(tmp_path):
     return Conversation(job=echo(tmp_path), progress=RecordingProgress(), log=Log())
+
+
+@pytest.mark.parametrize("megabytes", [3, 20])
+def test_a_result_of_megabytes_arrives(conversation, megabytes):
+    answers = ["x" * 1000] * (megabytes * 1000)
+    line = json.dumps({"result": {"answers": answers}}).encode() + b"\n"
+    lines = Lines(RESULT)
+
+    for at in range(0, len(line), 1 << 16):
+        for heard in lines.feed(line[at : at + (1 << 16)]):
+            conversation.hear(heard)
+
+    assert conversation.result(0) == {"answers": answers}
 
 
 def test_messages_become_progress(conversation):

@@ -33,7 +33,7 @@ from weightsmith.drivers.docker_requests import (
 )
 from weightsmith.drivers.handover import owned_by, readable
 from weightsmith.drivers.hardware import gpu_names
-from weightsmith.drivers.lines import Lines
+from weightsmith.drivers.lines import RESULT, Lines
 from weightsmith.drivers.local import worker_environment
 from weightsmith.drivers.ownership import is_dead, owner_token, private_folder
 from weightsmith.drivers.process import TookTooLong
@@ -365,7 +365,7 @@ def _beneath(socket: Any) -> Any:
 
 
 def _listen(socket: Any, conversation: Conversation) -> None:
-    hearers = {1: (Lines(), conversation.hear), 2: (Lines(), conversation.hear_error)}
+    hearers = {1: (Lines(RESULT), conversation.hear), 2: (Lines(), conversation.hear_error)}
     frames: Any = frames_iter
     for number, chunk in frames(socket, tty=False):
         lines, hear = hearers.get(number, hearers[2])

@@ -10,7 +10,10 @@ from typing import IO
 
 Hear = Callable[[str], None]
 
-_LONGEST = 1 << 20
+LONGEST = 1 << 20
+"""Bytes of a line that people read; a longer one comes in pieces."""
+RESULT = 256 << 20
+"""Bytes of a line that is a worker's result: all answers of an evaluation are in it."""
 _CHUNK = 1 << 16
 _TURN = 3600.0
 
@@ -18,22 +21,33 @@ _TURN = 3600.0
 class Lines:
     """Cuts bytes into lines; a carriage return ends one too, as progress bars use it."""
 
-    def __init__(self) -> None:
-        self._rest = b""
+    def __init__(self, longest: int = LONGEST) -> None:
+        self._longest = longest
+        self._rest = bytearray()
 
     def feed(self, chunk: bytes) -> list[str]:
         """Return the lines that are now complete; an empty chunk ends the last one."""
-        *whole, rest = (self._rest + chunk.replace(b"\r", b"\n")).split(b"\n")
+        first, *others = chunk.replace(b"\r", b"\n").split(b"\n")
+        # In place: a copy of what is held with each chunk would take minutes for a long line.
+        self._rest += first
+        whole = []
+        for piece in others:
+            whole.append(self._taken())
+            self._rest += piece
         # A line without an end must not grow for ever.
-        if not chunk or len(rest) > _LONGEST:
-            whole, rest = [*whole, rest], b""
-        self._rest = rest
-        return [line.decode(errors="replace") for line in whole if line]
+        if not chunk or len(self._rest) > self._longest:
+            whole.append(self._taken())
+        return [line for line in whole if line]
+
+    def _taken(self) -> str:
+        line = self._rest.decode(errors="replace")
+        self._rest = bytearray()
+        return line
 
 
 def pump(
     pid: int,
-    streams: list[tuple[IO[bytes], Hear]],
+    streams: list[tuple[IO[bytes], Lines, Hear]],
     deadline: float | None,
     on_exit: Callable[[], None],
 ) -> None:
@@ -47,8 +61,8 @@ def pump(
     try:
         with selectors.DefaultSelector() as selector:
             selector.register(watch, selectors.EVENT_READ, None)
-            for stream, hear in streams:
-                selector.register(stream, selectors.EVENT_READ, (Lines(), hear))
+            for stream, lines, hear in streams:
+                selector.register(stream, selectors.EVENT_READ, (lines, hear))
             while selector.get_map():
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
@@ -62,7 +76,7 @@ def pump(
                         selector.unregister(key.fileobj)
     finally:
         os.close(watch)
-        for stream, _ in streams:
+        for stream, *_ in streams:
             stream.close()
 
 

@@ -16,6 +16,7 @@ from weightsmith.drivers.environment import (
 )
 from weightsmith.drivers.hardware import cores, gpu_names
 from weightsmith.drivers.jail import Jail
+from weightsmith.drivers.lines import RESULT
 from weightsmith.drivers.ownership import private_folder
 from weightsmith.drivers.toolset import make_toolset, toolset_folder
 from weightsmith.drivers.wire import Conversation, job_file, open_log
@@ -105,6 +106,7 @@ class LocalRunner:
                 env=self._environment(job, folder),
                 on_line=conversation.hear,
                 on_error_line=conversation.hear_error,
+                longest_line=RESULT,
                 hold_stdin=True,
                 timeout=job.seconds or None,
                 limits=process.ResourceLimits(

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO
 
 from weightsmith.drivers.jail import Jail
-from weightsmith.drivers.lines import pump
+from weightsmith.drivers.lines import LONGEST, Lines, pump
 from weightsmith.errors import EnvironmentFailure
 
 _TRAMPOLINE = Path(__file__).with_name("trampoline.py")
@@ -121,14 +121,16 @@ def run(
     input: bytes | None = None,  # noqa: A002 - as subprocess.run calls it
     on_line: OnLine | None = None,
     on_error_line: OnLine | None = None,
+    longest_line: int = LONGEST,
     hold_stdin: bool = False,
     timeout: float | None = None,
     limits: ResourceLimits = NO_LIMITS,
 ) -> Completed:
     """Run a program to its end, handing on its output line by line as it comes.
 
-    Standard error joins standard output unless `on_error_line` wants it apart. `hold_stdin` keeps
-    the program's standard input open and silent, so that it sees the end of file when we die.
+    Standard error joins standard output unless `on_error_line` wants it apart. A line of
+    standard output with more bytes than `longest_line` comes in pieces. `hold_stdin` keeps the
+    program's standard input open and silent, so that it sees the end of file when we die.
     `timeout` is in seconds. The callbacks run on the caller's thread; what they raise ends the
     program. Raises EnvironmentFailure where the program is missing or took too long; an exit code
     is returned, not raised.
@@ -140,7 +142,7 @@ def run(
 
     def hear(listener: OnLine | None) -> OnLine:
         def keep(line: str) -> None:
-            tail.append(line)
+            tail.append(line[:LONGEST])
             if listener is not None:
                 listener(line)
 
@@ -149,8 +151,11 @@ def run(
     with _stdin(input, hold=hold_stdin) as stdin:
         merge = on_error_line is None
         process = _spawn(words, cwd=cwd, env=env, stdin=stdin, limits=limits, merge=merge)
-        both = ((process.stdout, on_line), (process.stderr, on_error_line))
-        streams = [(stream, hear(listener)) for stream, listener in both if stream is not None]
+        both = (
+            (process.stdout, Lines(longest_line), on_line),
+            (process.stderr, Lines(), on_error_line),
+        )
+        streams = [(stream, lines, hear(to)) for stream, lines, to in both if stream is not None]
         with _ended(process):
             try:
                 pump(process.pid, streams, deadline, lambda: _signal_group(process, signal.SIGKILL))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from weightsmith.drivers.lines import LONGEST, RESULT
 from weightsmith.drivers.process import TookTooLong, describe_exit
 from weightsmith.errors import EnvironmentFailure, WeightsmithError, from_code
 from weightsmith.files import age_order
@@ -45,7 +46,7 @@ class Conversation:
     def hear(self, line: str) -> None:
         """Take one line of the worker's standard output."""
         try:
-            message = parse(line)
+            message = parse(line, largest=RESULT)
         except ValueError:
             message = None
         if not isinstance(message, dict):
@@ -72,7 +73,7 @@ class Conversation:
     def hear_error(self, line: str) -> None:
         """Take one line of the worker's standard error: it goes to the log."""
         self.log.write(line + "\n")
-        self._stderr.append(line)
+        self._stderr.append(line[:LONGEST])
         del self._stderr[:-20]
 
     def result(self, returncode: int) -> Mapping[str, Json]:
