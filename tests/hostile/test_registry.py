@@ -601,13 +601,23 @@ def test_the_cache_of_the_hub_was_changed(hub: FakeHub, tmp_path: Path) -> None:
     assert again.digest == first.digest
 
 
-def test_an_extra_file_in_the_cache(hub: FakeHub, tmp_path: Path) -> None:
-    """A file that the commit does not hold is no part of the model."""
+def test_an_extra_file_in_the_cache(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that the commit does not hold may be its owner's: it is told, kept, and another
+    source than the one that the lock has."""
+    monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
+    told, request = Told(), locked_request(tmp_path, "hf://team/model")
+    tools = replace(tools_for(), progress=told)
+    _, sources = resolved(request, tools, {})
+    extra = sources.base.tree.root / "chat_template.jinja"
+    extra.write_text("Obey {{ messages }}")
     reader = HubReader(FileStore(tmp_path / "store"))
-    first = reader.fetch("hf://team/model", COMMIT, "", Silent())
-    (first.tree.root / "chat_template.jinja").write_text("Obey {{ messages }}")
-    with pytest.raises(Altered, match="chat_template"):
-        reader.fetch("hf://team/model", COMMIT, "", Silent())
+    reader.fetch("hf://team/model", COMMIT, "", told)
+    assert "not of this commit: chat_template.jinja" in told.warnings[-1]
+    with pytest.raises(InputRefused, match="has it as"):
+        resolved(request, tools, {})
+    assert extra.exists()
 
 
 def test_a_hub_that_answers_nonsense(hub: FakeHub, tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from weightsmith.drivers.hub import HubReader
 from weightsmith.drivers.store import FileStore
-from weightsmith.errors import EnvironmentFailure, InputRefused
+from weightsmith.errors import Altered, EnvironmentFailure, InputRefused
 from weightsmith.ports import Silent
 
 from tests.fakes.hub import COMMIT, FILES, FakeHub, fake_hub
@@ -105,3 +106,42 @@ def test_the_digest_is_that_of_the_wanted_files_whatever_else_the_cache_holds(
     known = reader.known("hf://team/model", COMMIT, "")
     assert known is not None
     assert known.digest == first.digest
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_weights_that_the_user_converted_beside_a_pickle_are_taken(
+    hub: FakeHub, reader: HubReader, monkeypatch: pytest.MonkeyPatch, offline: bool
+) -> None:
+    """As our own error says to: the commit has a pickle only, and the folder the safe file too."""
+    del hub.files["model.safetensors"]
+    root = reader.fetch("hf://team/model", COMMIT, "", Silent()).tree.root
+    (root / "model.safetensors").write_bytes(b"converted")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    again = reader.fetch("hf://team/model", COMMIT, "", Silent())
+    assert again.tree.path("model.safetensors").read_bytes() == b"converted"
+    assert reader.known("hf://team/model", COMMIT, "") is not None
+
+
+def test_a_file_that_the_user_edited_in_the_cache_is_not_deleted(
+    hub: FakeHub, reader: HubReader
+) -> None:
+    root = reader.fetch("hf://team/model", COMMIT, "", Silent()).tree.root
+    (root / "config.json").unlink()
+    (root / "config.json").write_bytes(b"{}")
+    with pytest.raises(Altered, match="config") as caught:
+        reader.fetch("hf://team/model", COMMIT, "", Silent())
+    assert (root / "config.json").read_bytes() == b"{}"
+    assert f"delete {root / 'config.json'} yourself" in caught.value.hint
+
+
+def test_nothing_is_deleted_that_cannot_be_fetched_again(
+    hub: FakeHub, reader: HubReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offline, an altered blob of a cache that others share stays for them to look at."""
+    root = reader.fetch("hf://team/model", COMMIT, "", Silent()).tree.root
+    (root / "config.json").resolve().write_bytes(b"{}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(Altered, match="config") as caught:
+        reader.fetch("hf://team/model", COMMIT, "", Silent())
+    assert (root / "config.json").read_bytes() == b"{}"
+    assert "nothing was deleted" in caught.value.hint

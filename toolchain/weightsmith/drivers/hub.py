@@ -48,13 +48,14 @@ class HubReader:
         root, commit = self._download(repository, revision, progress, pinned=pinned)
         pin = f"hf://{repository}@{commit}"
         tree = read_tree(root, self._store, progress, wanted=_is_wanted)
-        if wrong := _wrong(repository, commit, tree):
-            _forget(tree.path(wrong), root, commit)
+        said = _said(repository, commit, tree)
+        if wrong := _wrong(said, tree):
             raise Altered(
                 f"{pin}: {wrong} is not what {_endpoint()} says that this commit holds",
-                hint="it was taken out of the hub's cache: try again; if it stays so, a mirror "
-                "(HF_ENDPOINT) or a proxy changes what it passes on: ask whoever runs it",
+                hint=_after(tree.path(wrong), _forget(tree.path(wrong), root, commit)),
             )
+        if added := [file.path for file in tree.files if file.path not in said]:
+            progress.warn(f"{pin}: read too, though not of this commit: {', '.join(added)[:200]}")
         return Snapshot(tree=tree, source=source, pin=pin, pinned=pinned)
 
     def known(self, source: str, revision: str, sha256: str) -> Snapshot | None:
@@ -72,7 +73,7 @@ class HubReader:
         except (LocalEntryNotFoundError, HFValidationError, OSError):
             return None
         tree = read_tree(Path(root), self._store, Silent(), wanted=_is_wanted)
-        if _wrong(repository, revision, tree):
+        if _wrong(_said(repository, revision, tree), tree):
             return None
         return Snapshot(tree=tree, source=source, pin=f"hf://{repository}@{revision}", pinned=True)
 
@@ -137,11 +138,12 @@ def _is_wanted(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in _WANTED)
 
 
-def _wrong(repository: str, commit: str, tree: Tree) -> str:
+def _wrong(said: Mapping[str, str], tree: Tree) -> str:
     """Return the first file that is not what the hub said of the commit, or empty."""
-    said = _said(repository, commit, tree)
     for file in tree.files:
-        name, path = said.get(file.path), tree.path(file.path)
+        if file.path not in said:  # its owner put it there; the lock's digest covers it
+            continue
+        name, path = said[file.path], tree.path(file.path)
         if name not in (file.digest.hex, _pointer_name(file)) and name != _git_name(path):
             return file.path
     return ""
@@ -189,11 +191,36 @@ def _blob(size: int, data: bytes = b"") -> hashlib._Hash:
     return hashlib.sha1(b"blob %d\0" % size + data, usedforsecurity=False)
 
 
-def _forget(path: Path, root: Path, commit: str) -> None:
-    """Take a file out of the hub's cache, and the list that it was held against."""
-    for each in (path.resolve(), path, root.parents[1] / "trees" / f"{commit}.json"):
+def _forget(path: Path, root: Path, commit: str) -> bool:
+    """Take a file out of the hub's cache, with the list that it was held against.
+
+    Returns whether it is gone. Only what the hub's client downloaded is deleted, which is a link to
+    a blob, and only where it can be downloaded again: a file in its place is somebody's work.
+    """
+    from huggingface_hub import constants
+
+    blob, home = path.resolve(), root.parents[1]
+    if constants.HF_HUB_OFFLINE or not path.is_symlink():
+        return False
+    if blob.parent != (home / "blobs").resolve():
+        return False
+    for each in (blob, path, home / "trees" / f"{commit}.json"):
         with suppress(OSError):
             each.unlink()
+    return not path.is_symlink() and not blob.exists()
+
+
+def _after(path: Path, gone: bool) -> str:
+    """Return what to do about a file that is not the hub's."""
+    if gone:
+        return (
+            "it was taken out of the hub's cache: try again; if it stays so, a mirror "
+            "(HF_ENDPOINT) or a proxy changes what it passes on: ask whoever runs it"
+        )
+    return (
+        f"nothing was deleted: delete {path} yourself and build where the hub can be reached; "
+        "a model that you changed is a source as a folder of its own"
+    )
 
 
 def _split(source: str, revision: str) -> tuple[str, str]:
