@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from weightsmith import files
 from weightsmith.drivers.store import FileStore
 from weightsmith.drivers.wire import open_log
 from weightsmith.files import sweep, write_whole
@@ -101,7 +102,7 @@ def test_the_log_that_is_written_to_is_not_deleted(tmp_path: Path) -> None:
 
 def test_what_a_killed_writer_left_goes_however_new_it_looks(tmp_path: Path) -> None:
     """Whether a writer lives is asked of its lock, and not of the age of its files."""
-    (tmp_path / ".weightsmith-0123456789abcdef").write_bytes(b"half")
+    (tmp_path / f".weightsmith-{files._kernel()}89abcdef").write_bytes(b"half")
     put_back(tmp_path)
     sweep(tmp_path)
     write_whole(tmp_path / "file", b"")

@@ -382,7 +382,9 @@ with rootfs.RootfsLauncher(image, home / "cache").serve("oci:x", StartSpec(port=
 def test_without_namespaces_a_user_s_own_files_are_kept_from_an_image(tmp_path: Path) -> None:
     """As on machines that refuse them to ordinary users: the program runs as the user."""
     site = Path(pytest.__file__).parents[1]
-    env = {"PYTHONPATH": f"{Path(__file__).parents[2]}:{site}", "PATH": os.environ["PATH"]}
+    root = Path(__file__).parents[2]
+    paths = map(str, (root / "toolchain", root, site))
+    env = {"PYTHONPATH": ":".join(paths), "PATH": os.environ["PATH"]}
     user = ["setpriv", "--reuid=65532", "--regid=65532", "--clear-groups"]
     prefix = user if os.getuid() == 0 else []
     pythons = (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}")

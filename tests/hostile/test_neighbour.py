@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from weightsmith import files
 from weightsmith.drivers.checkup import _privacy
 from weightsmith.drivers.ownership import private_folder
 from weightsmith.drivers.pushed import PushedLayers
@@ -128,9 +129,26 @@ def test_two_builds_at_once_keep_each_others_pins(tmp_path: Path) -> None:
     assert sorted(left.name for left in tmp_path.iterdir()) == ["recipe.lock", "recipe.yaml"]
 
 
+LEFT = f".weightsmith-{files._kernel()}89abcdef"
+"""What a writer on this machine calls what is not finished."""
+
+
+def test_what_another_machine_is_writing_is_left_alone(tmp_path: Path) -> None:
+    """Locks of folders do not leave a machine on network file systems: theirs look free to us."""
+    theirs, forgotten = (tmp_path / f".weightsmith-{n * 16}" for n in "01")
+    for folder in (theirs, forgotten):
+        (folder / "model").mkdir(parents=True)
+    os.utime(forgotten, (1e9, 1e9))
+
+    write_whole(tmp_path / "file", b"")
+
+    assert theirs.is_dir()
+    assert not forgotten.exists()
+
+
 def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> None:
     """A writer was killed with its file half-written; one that is alive keeps its own."""
-    (tmp_path / ".weightsmith-0123456789abcdef").write_bytes(b"half")
+    (tmp_path / LEFT).write_bytes(b"half")
     (tmp_path / ".weightsmith-notes").write_bytes(b"not ours")
     seen = []
 
@@ -149,7 +167,7 @@ def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> N
 def test_what_a_killed_container_left_in_the_cache_is_deleted(tmp_path: Path) -> None:
     """A job's folder of a container that is gone; its process number may be anybody's here."""
     with private_folder(tmp_path) as alive:
-        dead = tmp_path / "jobs" / ".weightsmith-0123456789abcdef"
+        dead = tmp_path / "jobs" / LEFT
         (dead / "root").mkdir(parents=True)
         with private_folder(tmp_path):
             assert not dead.exists()
@@ -163,9 +181,9 @@ def test_a_link_with_the_name_of_something_unfinished_is_not_followed(tmp_path: 
     (kept / "file").write_bytes(b"")
     swept = tmp_path / "swept"
     swept.mkdir()
-    (swept / ".weightsmith-0123456789abcdef").symlink_to(kept)
-    (swept / ".weightsmith-0123456789abcde0").symlink_to(kept / "file")
-    os.mkfifo(swept / ".weightsmith-0123456789abcde1")
+    (swept / LEFT).symlink_to(kept)
+    (swept / f"{LEFT[:-1]}0").symlink_to(kept / "file")
+    os.mkfifo(swept / f"{LEFT[:-1]}1")
     sweep(swept)
     assert (kept / "file").exists()
     with folder_beside(swept / "out") as made:
@@ -181,11 +199,11 @@ def test_a_file_system_without_locks_loses_nothing(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    (tmp_path / ".weightsmith-0123456789abcdef").write_bytes(b"perhaps somebody's")
+    (tmp_path / LEFT).write_bytes(b"perhaps somebody's")
     write_whole(tmp_path / "file", b"1")
     write_whole(tmp_path / "file", b"2")
     assert (tmp_path / "file").read_bytes() == b"2"
-    assert (tmp_path / ".weightsmith-0123456789abcdef").exists()
+    assert (tmp_path / LEFT).exists()
 
 
 def test_who_waits_for_a_folder_that_is_renamed_meanwhile_gets_no_other(tmp_path: Path) -> None:

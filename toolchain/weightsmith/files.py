@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import functools
+import hashlib
 import os
 import re
 import secrets
@@ -22,6 +24,8 @@ from weightsmith.trees import discard
 
 _OURS = re.compile(r"\.weightsmith-[0-9a-f]{16}")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_FORGOTTEN = 7 * 86400
+"""Seconds after which another machine's unfinished work is taken for left."""
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -80,12 +84,17 @@ def folder_beside(path: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Delete what killed writers left in a folder, and nothing of one that is alive."""
+    """Delete what killed writers left in a folder, and nothing of one that is alive.
+
+    Network file systems keep a folder's lock on the machine that took it. So what another machine
+    is writing is not judged by its lock: it goes when it is a week old.
+    """
     with suppress(OSError), os.scandir(folder) as entries:
         names = [entry.name for entry in entries if is_unfinished(entry.name)]
         for name in names:
             with suppress(OSError):
-                _delete_dead(folder / name)
+                if _is_of_this_kernel(name) or _is_old(folder / name):
+                    _delete_dead(folder / name)
 
 
 def is_unfinished(name: str) -> bool:
@@ -156,7 +165,22 @@ def _claim(folder: Path) -> tuple[int, Path]:
 
 
 def _new_name(folder: Path) -> Path:
-    return folder / f".weightsmith-{secrets.token_hex(8)}"
+    return folder / f".weightsmith-{_kernel()}{secrets.token_hex(4)}"
+
+
+@functools.cache
+def _kernel() -> str:
+    """Return eight hexadecimal digits for the kernel that runs here, the same in its containers."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    return hashlib.sha256(boot).hexdigest()[:8]
+
+
+def _is_of_this_kernel(name: str) -> bool:
+    return name.removeprefix(".weightsmith-").startswith(_kernel())
+
+
+def _is_old(path: Path) -> bool:
+    return time.time() - path.lstat().st_mtime > _FORGOTTEN
 
 
 def _lock(handle: int) -> bool:

@@ -77,4 +77,5 @@ def _make(folder: Path) -> None:
             raise
     else:
         if folder.stat().st_mode & 0o7777 != 0o700:  # the umask, or what it inherits
-            folder.chmod(0o700)
+            with suppress(OSError):  # some network file systems have no modes: `doctor` says so
+                folder.chmod(0o700)

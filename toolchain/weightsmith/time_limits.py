@@ -55,11 +55,11 @@ def cpu_limit(seconds: float) -> Iterator[None]:
             raise _Ring
 
     before = signal.signal(signal.SIGVTALRM, ring)
-    tick = min(_TICK, seconds)
+    tick, timer = min(_TICK, seconds), (0.0, 0.0)
     try:
         try:
             # Again and again, in case that something swallows the first.
-            signal.setitimer(signal.ITIMER_VIRTUAL, tick, tick)
+            timer = signal.setitimer(signal.ITIMER_VIRTUAL, tick, tick)
             yield
         finally:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
@@ -67,6 +67,7 @@ def cpu_limit(seconds: float) -> Iterator[None]:
         raise TooLong from None
     finally:
         signal.signal(signal.SIGVTALRM, before or signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_VIRTUAL, *timer)  # whoever uses us as a library had one
 
 
 def steady(chunks: Iterable[bytes], size: int = 0) -> Iterator[bytes]:

@@ -124,8 +124,12 @@ def _with_links(place: Path) -> Iterator[Path]:
         yield from ((real / name).resolve() for name in scan(real))
 
 
+_GPUS = ("nvidia*", "nvhost*", "nvmap", "nvgpu", "dxg", "dri")
+"""Devices of GPUs: of servers, of Jetson boards, of Windows' Linux, and what renders."""
+
+
 def _gpus() -> list[str]:
-    named = (path for pattern in ("nvidia*", "dri") for path in Path("/dev").glob(pattern))
+    named = (path for pattern in _GPUS for path in Path("/dev").glob(pattern))
     return [str(path) for path in named]
 
 

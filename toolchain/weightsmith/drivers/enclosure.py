@@ -200,7 +200,7 @@ def bare(settings: Mapping[str, Any]) -> None:
         version = landlock.abi()
         if version:
             landlock.restrict(_reach(settings["root"]), version, sockets=True)
-        _refuse_calls(version)
+        _refuse_calls(version, serves=True)
         die_with_parent(settings["parent"])
     _become(settings)
 
@@ -216,10 +216,10 @@ def _reach(root: str) -> Iterator[tuple[str, int]]:
         yield f"/dev/{device}", landlock.USE
 
 
-def _refuse_calls(version: int) -> None:
+def _refuse_calls(version: int, *, serves: bool = False) -> None:
     """Refuse the ways into other processes, where a filter can be had."""
     with suppress(OSError):
-        code = filters.job_filter(filters.machine(), landlock=version, sockets=True)
+        code = filters.job_filter(filters.machine(), landlock=version, sockets=True, serves=serves)
         filters.install(code)
 
 

@@ -33,14 +33,15 @@ _X86 = (
     "pivot_root 155 mount 165 umount2 166 add_key 248 request_key 249 keyctl 250 mq_open 240 "
     "mq_unlink 241 unshare 272 perf_event_open 298 open_by_handle_at 304 setns 308 "
     "process_vm_readv 310 process_vm_writev 311 kcmp 312 bpf 321 userfaultfd 323 open 2 "
-    "openat 257"
+    "openat 257 prlimit64 302"
 )
 _ARM = (
     "socket 198 connect 203 bind 200 socketpair 199 clone 220 shmget 194 shmat 196 shmctl 195 "
     "semget 190 semop 193 semctl 191 msgget 186 msgsnd 189 msgrcv 188 msgctl 187 truncate 45 "
     "ptrace 117 pivot_root 41 mount 40 umount2 39 add_key 217 request_key 218 keyctl 219 "
     "mq_open 180 mq_unlink 181 unshare 97 perf_event_open 241 open_by_handle_at 265 setns 268 "
-    "process_vm_readv 270 process_vm_writev 271 kcmp 272 bpf 280 userfaultfd 282 openat 56"
+    "process_vm_readv 270 process_vm_writev 271 kcmp 272 bpf 280 userfaultfd 282 openat 56 "
+    "prlimit64 261"
 )
 _BOTH = (
     "io_uring_setup 425 io_uring_enter 426 io_uring_register 427 open_tree 428 move_mount 429 "
@@ -57,18 +58,22 @@ NUMBERS = {
 _UNKNOWN = ("clone3", "io_uring_setup", "io_uring_enter", "io_uring_register")
 """Refused as if the kernel did not know them: their callers have another way for that case."""
 _OF_SOCKETS = ("connect", "bind")
-_LOOKED_AT = ("socket", "socketpair", "clone", "open", "openat", "openat2", "truncate")
+_LOOKED_AT = ("socket", "socketpair", "clone", "open", "openat", "openat2", "truncate", "prlimit64")
 
 Code = tuple[int, int, int, int]
 """Operation, jump if true, jump if false, operand."""
 
 
-def job_filter(machine: str, *, landlock: int, sockets: bool = False) -> bytes:
+def job_filter(
+    machine: str, *, landlock: int, sockets: bool = False, serves: bool = False
+) -> bytes:
     """Return the filter of a job: no sockets but pairs of its own, no way into other processes.
 
     `landlock` is the ABI in force: before the third, Landlock lets files be cut off, so that is
     refused here. Nor are there namespaces, mounts, keys and System V memory, which others share.
-    `sockets` allows those and nothing more.
+    `sockets` allows those and nothing more. `serves` is for a server of somebody else's that runs
+    as the user: it may answer, and asks nobody, because a container engine, D-Bus or ssh-agent
+    would do for it what it may not do itself.
     """
     numbers = NUMBERS[machine]
     let = {*_LOOKED_AT, *(_OF_SOCKETS if sockets else ())}
@@ -77,6 +82,11 @@ def job_filter(machine: str, *, landlock: int, sockets: bool = False) -> bytes:
     plain |= {} if sockets else {"connect": errno.ECONNREFUSED}
     blocks = [_refused(numbers[name], code) for name, code in plain.items()]
     blocks.append(_block(numbers["clone"], _no_bit(0, _NEW_NAMESPACES)))
+    # Its own limits have the number 0; a limit of no time ends any other process of the user.
+    blocks.append(_block(numbers["prlimit64"], _no_bit(0, 0xFFFF_FFFF)))
+    if serves:
+        blocks.append(_block(numbers["socket"], _no_unix()))
+        blocks.append(_refused(numbers["connect"], errno.ECONNREFUSED))
     if not sockets:
         blocks += [_block(numbers[name], _local_stream()) for name in ("socket", "socketpair")]
     if landlock < 3:
@@ -153,6 +163,15 @@ def _local_stream() -> list[Code]:
         (_AND, 0, 0, _KIND),
         (_IF_EQUAL, 2, 0, _STREAM),
         (_IF_EQUAL, 1, 0, _PACKETS),
+        _answer(errno.EAFNOSUPPORT),
+        (_RETURN, 0, 0, _ALLOW),
+    ]
+
+
+def _no_unix() -> list[Code]:
+    return [
+        _argument(0),
+        (_IF_EQUAL, 0, 1, _UNIX),
         _answer(errno.EAFNOSUPPORT),
         (_RETURN, 0, 0, _ALLOW),
     ]

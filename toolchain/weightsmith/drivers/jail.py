@@ -27,7 +27,7 @@ _BIND, _RECURSIVE, _PRIVATE = 0x1000, 0x4000, 0x4_0000
 _NO_SETUID, _NO_DEVICES, _NO_PROGRAMS = 2, 4, 8
 _MOUNT_SETATTR, _READ_ONLY, _HERE, _AND_BELOW = 442, 1, -100, 0x8000
 _NO_NEW_PRIVILEGES, _DROP_BOUNDING, _AMBIENT, _CLEAR_ALL = 38, 24, 47, 4
-_CAPABILITIES_V3, _READ_ANY_FILE = 0x2008_0522, 2
+_CAPABILITIES_V3, _USE_ANY_FILE, _READ_ANY_FILE = 0x2008_0522, 1, 2
 _SHARED_MEMORY = "/dev/shm"  # noqa: S108 - the kernel's place, not a temporary file of ours
 
 ALL, NETWORK, NONE = "all", "network", "none"
@@ -78,8 +78,8 @@ def enter(jail: Jail, parent: int) -> Callable[[], bool] | None:
 def restrict(jail: Jail, landlock: ModuleType, filters: ModuleType) -> None:
     """Give up privileges, files and system calls, in this order; raises OSError."""
     _check(_libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0), "prctl")
-    _drop_capabilities()
     version = landlock.abi()
+    _drop_capabilities(landlocked=version > 0)
     if version:
         rules = [(path, landlock.RUN) for path in jail.run]
         rules += [(path, landlock.READ) for path in jail.read]
@@ -174,13 +174,20 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int) -> Non
     _check(_libc.mount(*words, ctypes.c_ulong(flags), None), f"mount {target}")
 
 
-def _drop_capabilities() -> None:
-    """Keep none but, for root, the right to read what is somebody else's: inputs may be."""
+def _drop_capabilities(*, landlocked: bool) -> None:
+    """Keep none but, for root, the right to read what is somebody else's: inputs may be.
+
+    In a container of Docker's or Kubernetes' default, root has that right only together with the
+    right to write; it is kept where Landlock bounds it.
+    """
     header = struct.pack("=Ii", _CAPABILITIES_V3, 0)
     data = ctypes.create_string_buffer(24)
     _check(_libc.capget(header, data), "capget")
     low = struct.unpack("=6I", data.raw)[1]
-    kept = low & (1 << _READ_ANY_FILE) if os.geteuid() == 0 else 0
+    is_root = os.geteuid() == 0
+    kept = low & (1 << _READ_ANY_FILE) if is_root else 0
+    if is_root and landlocked and not kept:
+        kept = low & (1 << _USE_ANY_FILE)
     for number in _capabilities():
         if not kept & (1 << number):
             # Refused to those who have none to give: then there is none to gain either.

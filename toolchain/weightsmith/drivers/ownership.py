@@ -32,7 +32,8 @@ def is_dead(token: str) -> bool:
     pid, _, started = rest.partition("-")
     if realm != _realm() or not pid.isdecimal():
         return False
-    return _started(int(pid)) != started
+    now = _started(int(pid))
+    return now != started and (bool(now) or not _is_hidden(int(pid)))
 
 
 @contextmanager
@@ -47,6 +48,17 @@ def private_folder(cache: Path) -> Iterator[Path]:
             discard(left)
     with folder_beside(jobs / "job") as folder:
         yield folder
+
+
+def _is_hidden(pid: int) -> bool:
+    """Say whether a process is there that /proc keeps from us (`hidepid`): another user's."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return False  # ours, of which /proc tells all
 
 
 def _realm() -> str:
