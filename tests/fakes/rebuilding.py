@@ -53,13 +53,20 @@ class Scene:
         self.key, self.public = make_key(folder)
 
     def publish(
-        self, pin: str, source: str, twist: Callable[[dict[str, Any]], None] = lambda _: None
+        self,
+        pin: str,
+        source: str,
+        twist: Callable[[dict[str, Any]], None] = lambda _: None,
+        **more: str,
     ) -> None:
-        """Push an image as `build` would, of two adapters; `twist` changes its stated recipe."""
+        """Push an image as `build` would, of two adapters; `twist` changes its stated recipe.
+
+        `more` are files that lie in both adapters, by name.
+        """
         push_base(self.client, self.name, {}, {"models/x": b"1"})
         image = self.client.pull(Reference.parse(self.name), platform="linux/amd64")
         base = tree(self.folder / "base", config_json="{}")
-        adapters = [tree(self.folder / f"a{n}", adapter_config_json=f"{n}") for n in (0, 1)]
+        adapters = [tree(self.folder / f"a{n}", adapter_config_json=f"{n}", **more) for n in (0, 1)]
         merged = tree(self.folder / "merged", model="m")
         recipe = check_recipe(
             {

@@ -8,10 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from weightsmith.drivers.folders import FolderReader
+from weightsmith.drivers.store import FileStore
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.oci.places import RegistryPlace
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
+from weightsmith.ports import Silent
 from weightsmith.stages.lock import read_lock
 
 from tests.fakes.baking import make_key, push_base
@@ -42,6 +45,16 @@ def test_sources_questions_and_pins_come_back(scene: Scene) -> None:
     lock = read_lock(file)
     assert lock.sources["hf://a/b"]["pin"] == f"hf://a/b@{COMMIT}"
     assert len(lock.sources) == 3
+
+
+def test_adapters_with_files_that_are_read_no_longer(scene: Scene) -> None:
+    """An older version attached a picture, too: the lock has what this one reads of them."""
+    scene.publish(f"hf://a/b@{COMMIT}", "hf://a/b", **{"training_loss.png": "picture"})
+    file = scene.again()
+    lock, reader = read_lock(file), FolderReader(FileStore(scene.folder / "store"))
+    for adapter in file.recipe.adapters:
+        found = reader.fetch(str(file.folder / adapter.source), "", "", Silent())
+        assert lock.sources[adapter.source] == {"pin": found.pin, "digest": str(found.digest)}
 
 
 def test_a_base_that_was_a_folder_has_to_be_named(scene: Scene) -> None:

@@ -118,6 +118,19 @@ def test_other_content_of_what_is_pinned_is_refused(
     assert told.said
 
 
+def test_a_build_that_takes_no_other_source_names_one_that_does(file: RecipeFile) -> None:
+    """`build --from` cannot update the lock that it writes; a build by its recipe can."""
+    locked(file, sources())
+    base = snapshot("hf://a/b", f"hf://a/b@{COMMIT}", b"read otherwise")
+    found = replace(sources(), base=base)
+    for only in (True, False):
+        with pytest.raises(InputRefused, match="hf://a/b") as caught:
+            locked(file, found, only=only)
+        assert f"`build --recipe {file.path} --update-lock`" in caught.value.hint
+    locked(file, found, update=True)
+    locked(file, found, only=True)
+
+
 def test_a_pin_that_the_recipe_changed_is_taken(file: RecipeFile) -> None:
     locked(file, sources())
     base = file.recipe.base.model_copy(update={"revision": "d" * 40})

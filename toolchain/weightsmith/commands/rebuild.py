@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
+from weightsmith.checkpoints.folder import scan
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.files import folder_beside
 from weightsmith.foreign import parse
@@ -22,7 +23,7 @@ from weightsmith.provenance.lineage import trace
 from weightsmith.recipe import Evaluate
 from weightsmith.recipe_file import check_recipe
 from weightsmith.trees import discard
-from weightsmith.values import Digest, Json
+from weightsmith.values import Digest, FileEntry, Json, tree_digest
 
 _NAMES = re.compile(r"[A-Za-z0-9._-]{1,255}(/[A-Za-z0-9._-]{1,255}){0,15}")
 """As deep as a model's folder may be."""
@@ -210,8 +211,21 @@ def _with_adapters(
         name = f"./adapters/{number}"
         _write(document, folder / name)
         row["source"] = name
-        locked[name] = {"pin": digest, "digest": str(Digest(digest))}
+        read = str(_digest_read(document, folder / name))
+        locked[name] = {"pin": read, "digest": read}
     return locked
+
+
+def _digest_read(document: Document, folder: Path) -> Digest:
+    """Return the digest of those files of an adapter that a build reads.
+
+    An older version may have attached more, such as pictures: all were checked as stated.
+    """
+    parts = {part.title: part.blob for part in document.parts}
+    return tree_digest(
+        FileEntry(path=name, size=parts[name].size, digest=parts[name].digest)
+        for name in scan(folder)
+    )
 
 
 def _write(document: Document, folder: Path) -> None:

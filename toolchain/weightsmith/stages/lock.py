@@ -98,22 +98,27 @@ def with_sources(
     found = {p.source: _row(s, lock) for p, s in zip(parts, snapshots, strict=True)}
     changed = [name for name, row in found.items() if lock.sources.get(name, row) != row]
     missing = [name for name in found if name not in lock.sources]
+    open_ = {part.source for part in parts if not _has_own_pin(part)}
+    forced = [n for n in changed if n in open_ or lock.sources[n]["pin"] == found[n]["pin"]]
+    recipe = f"--recipe {file.path} " if file.path else ""
     if locked and (changed or missing):
         names = ", ".join((*changed, *missing))
+        command = f"build {recipe}{'--update-lock' if forced else ''}".strip()
         raise InputRefused(
             f"not as {lock.path or 'recipe.lock'} pins them: {names}",
-            hint="build without --locked to accept them, and commit the lock that it writes",
+            hint=f"`{command}`, without --locked or --from, accepts them; "
+            "commit the lock that it writes",
         )
-    open_ = {part.source for part in parts if not _has_own_pin(part)}
     for name in changed:
         was, now = lock.sources[name], found[name]
         if update:
             progress.warn(f"{name}, by --update-lock: {_shown(was)} before, now {_shown(now)}")
-        elif was["pin"] == now["pin"] or name in open_:
+        elif name in forced:
             raise InputRefused(
                 f"{name} is {_shown(now)}, and {lock.path} has it as {_shown(was)}",
-                hint="ask whoever runs the hub, index or mirror why; --update-lock takes it on "
-                "purpose, as after an update of weightsmith that reads other files of a source",
+                hint="ask whoever runs the hub, index or mirror why; "
+                f"`build {recipe}--update-lock` takes it on purpose, as after an update of "
+                "weightsmith that reads other files of a source",
             )
         else:
             progress.note(f"{name} changed since {lock.path}: now {now['pin']}")
