@@ -57,6 +57,12 @@ def test_adapters_with_files_that_are_read_no_longer(scene: Scene) -> None:
         assert lock.sources[adapter.source] == {"pin": found.pin, "digest": str(found.digest)}
 
 
+def test_a_base_without_an_owner_comes_back(scene: Scene) -> None:
+    scene.publish(f"hf://gpt2@{COMMIT}", "hf://gpt2")
+    base = scene.again().recipe.base
+    assert (base.source, base.revision) == ("hf://gpt2", COMMIT)
+
+
 def test_a_base_that_was_a_folder_has_to_be_named(scene: Scene) -> None:
     scene.publish("", "/somewhere/base")
     with pytest.raises(UsageError, match="was a folder") as caught:

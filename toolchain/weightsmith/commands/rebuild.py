@@ -29,7 +29,8 @@ _NAMES = re.compile(r"[A-Za-z0-9._-]{1,255}(/[A-Za-z0-9._-]{1,255}){0,15}")
 """As deep as a model's folder may be."""
 _METRICS = ("contains", "exact", "regex", "choice")
 """Those that run nothing of the image's makers on this machine."""
-_HUB = re.compile(r"(?P<name>hf://[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})", re.ASCII)
+_HUB = re.compile(r"(?P<name>hf://([\w.-]+/)?[\w.-]+)@(?P<revision>[0-9a-f]{40})", re.ASCII)
+"""The hub's oldest models, such as gpt2, have no owner."""
 _WHEEL = re.compile(r"(?P<name>pypi://[\w.-]+==[\w.!+]+)#sha256=(?P<sha256>[0-9a-f]{64})", re.ASCII)
 _TAKEN = (
     "name", "version", "merge", "evaluate", "quantize", "quality", "targets", "serve", "card",
