@@ -20,6 +20,10 @@ SMALL = 16 << 20
 """Bytes of a configuration; the largest seen have one."""
 INDEX = 64 << 20
 """Bytes of an index of weights: 100,000 tensors take ten."""
+PART = 64 << 20
+"""Bytes of a part beside an image: a bill of materials of a large engine, signed, has twenty."""
+RECORD = 256 << 20
+"""Bytes of what a build recorded in its folder, every answer included."""
 TOKENIZER = 256 << 20
 """Bytes of a tokenizer.json; those of today's largest vocabularies have 35."""
 LONGEST_YAML = 256 << 10

@@ -21,7 +21,7 @@ from weightsmith.building.planning import (
     unmerged_adapters,
 )
 from weightsmith.errors import UsageError
-from weightsmith.foreign import parse_file
+from weightsmith.foreign import RECORD, parse_file
 from weightsmith.ports import Tools
 from weightsmith.quantizers import of_format
 from weightsmith.recipe_file import RecipeFile
@@ -184,7 +184,7 @@ def _changes(folder: Path) -> int:
     since, seen = (datetime.now(UTC) - timedelta(days=7)).isoformat(), set()
     for path in folder.glob("*/*/build.json"):
         try:
-            facts = parse_file(path)
+            facts = parse_file(path, largest=RECORD)
             if str(facts["created"]) >= since:
                 seen.add(tuple(str(adapter["digest"]) for adapter in facts["adapters"]))
         except (OSError, ValueError, KeyError, TypeError):
@@ -220,7 +220,7 @@ def _earlier(file: RecipeFile, targets: Sequence[Target], dist: Path) -> Mapping
     for target in targets:
         path = dist / file.recipe.name / file.recipe.version / target.name / "build.json"
         try:
-            inputs = parse_file(path).get("inputs", {})
+            inputs = parse_file(path, largest=RECORD).get("inputs", {})
         except (OSError, ValueError):
             continue
         kept = ("merge", "validate", "reference")

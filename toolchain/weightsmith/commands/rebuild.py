@@ -12,7 +12,7 @@ import yaml
 from weightsmith.checkpoints.folder import scan
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.files import folder_beside
-from weightsmith.foreign import parse
+from weightsmith.foreign import PART, parse
 from weightsmith.oci.attachments import Part
 from weightsmith.oci.places import open_place
 from weightsmith.oci.registry import Registry
@@ -264,7 +264,7 @@ def _with_questions(
 def _items(part: Part) -> list[dict[str, Json]]:
     """Return the questions of an attached evaluation; none where they are not what is asked."""
     try:
-        items = parse(part.read())["items"]
+        items = parse(part.read(), largest=PART)["items"]
         rows = [{"prompt": item["prompt"], "expected": item["expected"]} for item in items]
     except (ValueError, LookupError, TypeError):
         return []

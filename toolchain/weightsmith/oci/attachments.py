@@ -12,6 +12,7 @@ from pathlib import Path
 
 from weightsmith.checkpoints.reading import read_file
 from weightsmith.errors import InputRefused
+from weightsmith.foreign import PART
 from weightsmith.oci import manifests
 from weightsmith.oci.image import Opener
 from weightsmith.oci.layers import Member
@@ -20,7 +21,7 @@ from weightsmith.values import Blob, Digest, Json, canonical
 EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
 EMPTY = b"{}"
 BINARY = "application/octet-stream"
-LARGEST_PART = 64 << 20
+LARGEST_PART = PART
 """Bytes of a part that is read whole: a statement, a report, a bill of materials."""
 _MOST_PARTS = 10_000
 

@@ -9,7 +9,7 @@ import platform as host
 from collections.abc import Mapping, Sequence
 
 from weightsmith.errors import InputRefused, UsageError
-from weightsmith.foreign import parse
+from weightsmith.foreign import SMALL, parse
 from weightsmith.oci.layers import LAYER_TAR
 from weightsmith.values import Blob, Digest, Json
 
@@ -45,10 +45,10 @@ def host_platform() -> str:
     return f"linux/{_MACHINES.get(machine, machine)}"
 
 
-def read_json(data: bytes, where: str) -> Mapping[str, Json]:
+def read_json(data: bytes, where: str, largest: int = SMALL) -> Mapping[str, Json]:
     """Return a JSON object; InputRefused names `where` for anything else."""
     try:
-        value = parse(data, unique=True)
+        value = parse(data, largest=largest, unique=True)
     except ValueError:
         value = None
     if not isinstance(value, dict):

@@ -74,7 +74,7 @@ def _stated(attestation: Attachment) -> Iterator[Document]:
         media_type, name = _PREDICATES.get(part.annotations.get(_PREDICATE, ""), ("", ""))
         if not media_type:
             continue
-        bill = manifests.read_json(part.read(), name).get("predicate")
+        bill = manifests.read_json(part.read(), name, LARGEST_PART).get("predicate")
         if isinstance(bill, dict):
             titled = Part.of_bytes(canonical(bill), media_type, **{TITLE: name})
             yield Document(artifact_type=media_type, parts=(titled,), annotations={TITLE: name})

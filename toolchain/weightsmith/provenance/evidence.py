@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from weightsmith.errors import InputRefused
-from weightsmith.foreign import parse
+from weightsmith.foreign import PART, parse
 from weightsmith.oci.attachments import Attachment, Part
 from weightsmith.oci.places import Place
 from weightsmith.provenance import signing
@@ -118,7 +118,7 @@ def read_statement(part: Part, check: signing.Check | None) -> FoundStatement:
         statement, signed = signing.open_envelope(data, check)
         return FoundStatement(statement=statement, part=part, signed=signed)
     try:
-        plain = parse(data, unique=True)
+        plain = parse(data, largest=PART, unique=True)
     except ValueError:
         plain = None
     if not isinstance(plain, dict):

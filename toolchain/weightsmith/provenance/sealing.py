@@ -134,7 +134,8 @@ def _joined(parts: Iterable[Part]) -> list[Part]:
         groups.setdefault(_content(part), []).append(part)
     found = []
     for group in groups.values():
-        sealed = [part for part in group if part.blob.media_type == signing.ENVELOPE_TYPE]
+        unique = {part.blob.digest: part for part in group}.values()
+        sealed = [part for part in unique if part.blob.media_type == signing.ENVELOPE_TYPE]
         kind = group[0].annotations.get("predicateType", "")
         found.append(
             signing.envelope_part(signing.join([part.read() for part in sealed]), kind)

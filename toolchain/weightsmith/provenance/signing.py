@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from weightsmith.errors import InputRefused, UsageError
-from weightsmith.foreign import parse
+from weightsmith.foreign import PART, parse
 from weightsmith.oci.attachments import Attachment, Part
 from weightsmith.ports import Signer
 from weightsmith.values import Blob, Digest, Json, canonical
@@ -79,19 +79,19 @@ def countersign(envelope: bytes, signer: Signer) -> bytes:
     """
     if open_envelope(envelope, check_by(signer.public))[1]:
         return envelope
-    payload = base64.b64decode(parse(envelope)["payload"])
+    payload = base64.b64decode(parse(envelope, largest=PART)["payload"])
     signature = base64.b64encode(signer.sign(_pre_authentication(payload))).decode()
     return join([envelope, canonical({"signatures": [{"sig": signature}]})])
 
 
 def join(envelopes: Sequence[bytes]) -> bytes:
     """Return the fullest envelope with the signatures of all, each once: they sign the same."""
-    most = max(envelopes, key=lambda envelope: len(parse(envelope)["signatures"]))
-    rows = [row for envelope in (most, *envelopes) for row in parse(envelope)["signatures"]]
+    read = [parse(envelope, largest=PART) for envelope in envelopes]
+    document = max(read, key=lambda one: len(one["signatures"]))
+    rows = [row for one in (document, *read) for row in one["signatures"]]
     unique = {row["sig"]: row for row in rows}
-    document = parse(most)
     if len(unique) == len(document["signatures"]):
-        return most
+        return envelopes[read.index(document)]
     return canonical({**document, "signatures": list(unique.values())})
 
 
@@ -147,10 +147,10 @@ def open_envelope(data: bytes, check: Check | None) -> tuple[Mapping[str, Json],
     Raises InputRefused for what is no envelope of a statement.
     """
     try:
-        envelope = parse(data, unique=True)
+        envelope = parse(data, largest=PART, unique=True)
         payload = base64.b64decode(envelope["payload"], validate=True)
         signatures = [base64.b64decode(s["sig"], validate=True) for s in envelope["signatures"]]
-        told = parse(payload, unique=True)
+        told = parse(payload, largest=PART, unique=True)
         kind = envelope["payloadType"]
     except (ValueError, KeyError, TypeError):
         raise InputRefused("a signed statement is malformed", hint=_FOREIGN) from None
@@ -165,7 +165,7 @@ def open_envelope(data: bytes, check: Check | None) -> tuple[Mapping[str, Json],
 def unbundled(data: bytes) -> bytes:
     """Return the envelope in a Sigstore bundle; InputRefused where it holds none."""
     try:
-        return canonical(dict(parse(data)["dsseEnvelope"]))
+        return canonical(dict(parse(data, largest=PART)["dsseEnvelope"]))
     except (ValueError, KeyError, TypeError):
         raise InputRefused("a Sigstore bundle holds no signed statement", hint=_FOREIGN) from None
 

@@ -12,7 +12,7 @@ from weightsmith import __version__
 from weightsmith.errors import EnvironmentFailure
 from weightsmith.evaluating.statistics import wilson
 from weightsmith.files import write_whole
-from weightsmith.foreign import parse_file
+from weightsmith.foreign import RECORD, parse_file
 from weightsmith.oci.image import Image
 from weightsmith.provenance.evaluation import side_by_side
 from weightsmith.provenance.labels import without_secrets
@@ -89,7 +89,7 @@ def is_written(files: Mapping[str, str], folder: Path) -> bool:
 def has_layers(image: Image, folder: Path) -> bool:
     """Say whether the image that a folder records has these layers."""
     try:
-        recorded = parse_file(folder / "build.json")["image"]["layers"]
+        recorded = parse_file(folder / "build.json", largest=RECORD)["image"]["layers"]
         return [row["digest"] for row in recorded] == [layer.digest for layer in image.layers]
     except (OSError, ValueError, LookupError, TypeError):
         return False

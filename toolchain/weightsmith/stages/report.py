@@ -27,7 +27,7 @@ from markupsafe import Markup
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.evaluating.gate import DropLimit, judge_drop
 from weightsmith.files import write_whole
-from weightsmith.foreign import parse_file
+from weightsmith.foreign import RECORD, parse_file
 from weightsmith.reporting import answers, comparing, views
 from weightsmith.reporting.facts import whole
 from weightsmith.reporting.junit import junit
@@ -37,7 +37,6 @@ from weightsmith.values import Json, Score
 from weightsmith.visible import escaped, upright
 
 _BUILD, _BENCH = "build.json", "bench.json"
-_LARGEST_FILE = 256 << 20
 _MARKDOWN = re.compile(r"[\\`*_\[\]<>|&~]|:(?=//)|(?<=\bwww)\.|^#|^[-+=](?=\s|$|[-=])")
 """What is markup, or is at the beginning of a line."""
 _NUMBERED = re.compile(r"^(\d{1,9})([.)])(?=\s|$)")
@@ -196,7 +195,7 @@ def _shown(row: Mapping[str, Any]) -> Mapping[str, Any]:
 def read_json(path: Path) -> Any:
     """Return a result file's content; UsageError where it is not there, InputRefused damaged."""
     try:
-        found = parse_file(path, largest=_LARGEST_FILE)
+        found = parse_file(path, largest=RECORD)
     except OSError as error:
         raise UsageError(
             f"cannot read {path}: {error.strerror}",

@@ -1,0 +1,84 @@
+"""Statements as large as an engine's bill of materials are read, signed and joined."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from weightsmith.commands.rebuild import _items
+from weightsmith.oci.attachments import Attachment, Part
+from weightsmith.provenance import bills, evidence, signing
+from weightsmith.stages.record import has_layers
+from weightsmith.values import Blob, Digest
+
+from tests.fakes.images import entry, foreign_image, tar_of
+
+LARGE = "x" * (18 << 20)
+STATEMENT = {"predicateType": "https://spdx.dev/Document", "predicate": {"comment": LARGE}}
+
+
+class Key:
+    def __init__(self) -> None:
+        self.key = Ed25519PrivateKey.generate()
+
+    @cached_property
+    def public(self) -> bytes:
+        return self.key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+    def sign(self, data: bytes) -> bytes:
+        return self.key.sign(data)
+
+
+def bundled(envelope: bytes) -> bytes:
+    return b'{"dsseEnvelope": %s}' % envelope
+
+
+def test_a_large_statement_is_read_however_it_is_kept() -> None:
+    key = Key()
+    check = signing.check_by(key.public)
+    envelope = signing.sign_statement(STATEMENT, key)
+    kept = [
+        (json.dumps(STATEMENT).encode(), signing.STATEMENT_TYPE, False),
+        (envelope, signing.ENVELOPE_TYPE, True),
+        (bundled(envelope), signing.BUNDLE_TYPE, True),
+    ]
+    for data, kind, signed in kept:
+        read = evidence.read_statement(Part.of_bytes(data, kind), check)
+        assert (read.statement, read.signed) == (STATEMENT, signed)
+
+
+def test_a_large_envelope_is_signed_by_a_second_key() -> None:
+    first, second = Key(), Key()
+
+    both = signing.countersign(signing.sign_statement(STATEMENT, first), second)
+
+    for key in (first, second):
+        assert signing.open_envelope(both, signing.check_by(key.public))[1]
+
+
+def test_a_large_bill_beside_a_base_is_found() -> None:
+    part = Part.of_bytes(
+        json.dumps(STATEMENT).encode(),
+        signing.STATEMENT_TYPE,
+        **{"in-toto.io/predicate-type": "https://spdx.dev/Document"},
+    )
+    subject = Blob(digest=Digest.of(b""), size=0, media_type="")
+    found = list(bills._stated(Attachment(artifact_type="", subject=subject, parts=(part,))))
+    assert [document.parts[0].title for document in found] == ["base.spdx.json"]
+
+
+def test_a_large_attached_evaluation_keeps_its_questions() -> None:
+    rows = [{"prompt": LARGE, "expected": "y"}]
+    part = Part.of_bytes(json.dumps({"items": rows}).encode(), evidence.EVALUATION_TYPE)
+    assert _items(part) == rows
+
+
+def test_a_large_record_of_a_build_is_known_again(tmp_path: Path) -> None:
+    image = foreign_image(tar_of((entry("a"), b"")))
+    layers = [{"digest": layer.digest} for layer in image.layers]
+    document = {"image": {"layers": layers}, "answers": LARGE}
+    (tmp_path / "build.json").write_text(json.dumps(document))
+    assert has_layers(image, tmp_path)
