@@ -30,6 +30,7 @@ from weightsmith.values import (
     Tree,
     without_passwords,
 )
+from weightsmith.wiring import keep_clean
 
 # Folders that are read: nothing is made in them, not for a moment.
 
@@ -116,13 +117,31 @@ def test_a_store_or_cache_in_a_folder_that_is_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """WEIGHTSMITH_STORE or WEIGHTSMITH_CACHE names a folder of the base's own folder."""
-    monkeypatch.setenv(variable, str(read / "base" / ".cache"))
+    monkeypatch.setenv(variable, str(read / "base" / "cache"))
     before = watched(read)
     with pytest.raises(Exit) as ended:
         TASKS[command].body(None, **words)
     assert ended.value.code == 2
-    assert variable in capsys.readouterr().err
+    assert f"set {variable} to a place outside it" in capsys.readouterr().err
     assert watched(read) == before
+
+
+@pytest.mark.parametrize("variable", ["WEIGHTSMITH_CACHE", "WEIGHTSMITH_STORE"])
+def test_a_hidden_store_or_cache_in_a_folder_that_is_read(
+    read: Path, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In CI, an adapter's repository is built from its root, and caches lie in the project: names
+    that no reader looks at are no part of it. A link does not hide what it leads to."""
+    for name in (".cache", ".cache/weightsmith", "sub/.cache"):
+        monkeypatch.setenv(variable, str(read / "base" / name))
+        keep_clean(["base"])
+    with pytest.raises(UsageError, match=r"--dist base/\.dist lies in") as caught:
+        keep_clean(["base"], dist="base/.dist")
+    assert "give --dist" in caught.value.hint
+    (read / "base" / ".link").symlink_to(read / "base" / "sub")
+    monkeypatch.setenv(variable, str(read / "base" / ".link"))
+    with pytest.raises(UsageError, match=variable):
+        keep_clean(["base"])
 
 
 # Metrics that never end.

@@ -83,13 +83,13 @@ def keep_clean(inputs: Iterable[str | Path], **outputs: str | Path) -> None:
     """Raise UsageError where a command would make anything in a folder that it reads.
 
     `outputs` are its flags that name a place, empty where they are not given; cache and store are
-    looked at as well.
+    looked at as well, and may lie in a hidden folder.
     """
     flags: dict[str, str | Path] = {
         f"--{name.replace('_', '-')}": out for name, out in outputs.items()
     }
     folders = {"WEIGHTSMITH_CACHE": cache_folder(), "WEIGHTSMITH_STORE": store_folder()}
-    keep_apart(inputs, {**flags, **folders})
+    keep_apart(inputs, flags, folders)
 
 
 def make_store(tell: Callable[[str], None] | None = None) -> FileStore:

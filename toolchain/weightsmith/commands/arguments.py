@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +105,17 @@ def new_folder(path: Path, what: str) -> Path:
     return path
 
 
-def keep_apart(inputs: Iterable[str | Path], outputs: Mapping[str, str | Path | None]) -> None:
+def keep_apart(
+    inputs: Iterable[str | Path],
+    outputs: Mapping[str, str | Path | None],
+    own: Mapping[str, Path] | None = None,
+) -> None:
     """Make sure that nothing will be made in a folder that is read; UsageError where it would.
 
     What is no folder (a file, a source elsewhere) holds nothing that we make. `outputs` are by the
-    flag or variable that names them; those that are not given are empty.
+    flag that names them; those that are not given are empty. `own` are our own folders by variable,
+    which may be hidden in a folder that is read: hidden names are no part of any source, and
+    some CI systems cache nothing outside the project.
     """
     folders = [
         place.resolve()
@@ -117,14 +123,31 @@ def keep_apart(inputs: Iterable[str | Path], outputs: Mapping[str, str | Path | 
         if text and "://" not in str(text) and (place := _folder_of(text)).is_dir()
     ]
     for flag, out in outputs.items():
+        for folder, _ in _parts_inside(out, folders) if out else ():
+            raise _inside(flag, out or "", folder, f"give {flag} a place outside it")
+    for variable, out in (own or {}).items():
+        for folder, parts in _parts_inside(out, folders):
+            if not any(part.startswith(".") for part in parts):
+                hint = f"set {variable} to a place outside it, or in a hidden folder of it"
+                raise _inside(variable, out, folder, hint)
+
+
+def _parts_inside(
+    out: str | Path, folders: Iterable[Path]
+) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """Yield each folder that a place lies in, and the names from there to it."""
+    path = Path(out).absolute()
+    for folder in folders:
         # By where it leads, and by where its unfinished neighbour would be.
-        places = [Path(out).resolve(), Path(out).absolute().parent.resolve()] if out else []
-        for folder in folders:
-            if places and (places[0].is_relative_to(folder) or places[1].is_relative_to(folder)):
-                raise UsageError(
-                    f"{flag} {out} lies in {folder}, which is read and must stay as it is",
-                    hint="name a place outside it",
-                )
+        for place in (path.resolve(), path.parent.resolve() / path.name):
+            if place.is_relative_to(folder):
+                yield folder, place.relative_to(folder).parts
+
+
+def _inside(flag: str, out: str | Path, folder: Path, hint: str) -> UsageError:
+    return UsageError(
+        f"{flag} {out} lies in {folder}, which is read and must stay as it is", hint=hint
+    )
 
 
 def _folder_of(source: str | Path) -> Path:
