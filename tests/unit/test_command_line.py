@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from weightsmith.cli import namespace
+from weightsmith.cli.program import Weightsmith
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = {
@@ -66,6 +68,18 @@ def test_what_the_parser_refuses_is_reported_as_json_too(words):
     assert done.returncode == 2
     error = json.loads(done.stdout)["error"]
     assert done.stderr == f"error: {error['message']}\n  hint: {error['hint']}\n"
+
+
+def test_a_repeatable_flag_of_several_commands_in_one_line():
+    """Each flag is counted with its own value, whichever command of the line it belongs to."""
+    program = Weightsmith(name="weightsmith", version="0", namespace=namespace)
+    words = ["plan", "--target", "vllm", "--target", "tgi", "build", "--target", "tgi"]
+    program.create_config()
+    program.parse_core(["weightsmith", *words])
+    program.parse_collection()
+    program.parse_tasks()
+
+    assert [task.args.target.value for task in program.tasks] == [["vllm", "tgi"], ["tgi"]]
 
 
 @pytest.mark.parametrize("words", [("-T", "soon"), ("-T",), ("--list-depth", "x", "--list")])

@@ -74,7 +74,7 @@ def _texts(path: Path) -> Iterator[tuple[int, str, bool]]:
 
 def _parse(line: str, where: str) -> Json:
     try:
-        return parse(line)
+        return parse(line, pairs=False)  # a text that was cut within an emoji is trained on, too
     except ValueError as error:
         raise UsageError(
             f"{where} is not JSON: {error}", hint='a line is {"text": "…"} or {"messages": […]}'

@@ -94,7 +94,7 @@ def _is_valid(schema: str, answer: str) -> bool:
     from referencing.exceptions import Unresolvable
 
     try:
-        value = parse(_unfenced(answer.strip()))
+        value = parse(_unfenced(answer.strip()), pairs=False)
     except ValueError:
         return False
     wanted = parse(schema)
