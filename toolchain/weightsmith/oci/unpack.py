@@ -63,12 +63,13 @@ def unpack(image: Image, root: Path) -> None:
 
 def _require_room(image: Image, root: Path) -> None:
     """Raise EnvironmentFailure where not even the layers as they are have room."""
-    needed = sum(layer.size for layer in image.layers) / 1e9
-    free = shutil.disk_usage(root.parent).free / 1e9
+    needed = sum(layer.size for layer in image.layers)
+    free = shutil.disk_usage(root.parent).free
     if free < needed:
         raise EnvironmentFailure(
-            f"{root.parent} has {free:.1f} GB free, and the image has {needed:.1f} GB",
-            hint="make room there, or set WEIGHTSMITH_CACHE to a larger disk",
+            f"no space to unpack the image: {root.parent} has {free / 1e6:,.0f} MB free, and its"
+            f" layers have {needed / 1e6:,.0f} MB",
+            hint="free space there, or set WEIGHTSMITH_CACHE to a folder on a larger disk",
         )
 
 
