@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from invoke.exceptions import Exit, ParseError
+from invoke.parser import Argument
 from invoke.program import Program
 
 from weightsmith import __version__
@@ -51,8 +52,17 @@ class Weightsmith(Program):  # type: ignore[misc]  # mypy does not follow invoke
             for argument in context.args.values():
                 flags = tuple(f"--{name}" for name in argument.names)
                 given = [word for word in words if word.partition("=")[0] in flags]
-                if argument.kind is list and len(given) > len(argument.value):
+                if argument.kind is list and len(given) > self._values_of(argument):
                     raise ParseError(f"{flags[0]} takes a value", context)
+
+    def _values_of(self, flag: Argument) -> int:
+        """Count a repeatable flag's values in all commands of the line, as its words are."""
+        return sum(
+            len(argument.value)
+            for context in self.tasks
+            for argument in context.args.values()
+            if argument.kind is list and set(argument.names) & set(flag.names)
+        )
 
     @contextmanager
     def _answered(self) -> Iterator[None]:
