@@ -45,6 +45,12 @@ def test_an_answer_that_holds_the_question_is_no_leak(tmp_path):
     assert describe(()) == ""
 
 
+def test_a_text_that_was_cut_within_an_emoji_is_compared(tmp_path):
+    path = write(tmp_path, {"text": "cut \ud83d"}, {"messages": [{"content": "Which port?"}]})
+
+    assert [leak.other_line for leak in find_leaks([item("which port")], path)] == [2]
+
+
 def test_a_file_that_is_none_is_named(tmp_path):
     with pytest.raises(UsageError, match="cannot read"):
         find_leaks([item("q")], tmp_path / "none.jsonl")

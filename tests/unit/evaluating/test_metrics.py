@@ -155,6 +155,7 @@ SCHEMA = '{"type": "object", "required": ["port"], "properties": {"port": {"type
     [
         ('{"port": 7481}', True),
         ('```json\n{"port": 7481}\n```', True),
+        (r'{"port": 7481, "note": "cut \ud83d"}', True),
         ('{"port": "7481"}', False),
         ("{}", False),
         ("7481", False),
