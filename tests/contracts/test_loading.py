@@ -243,7 +243,8 @@ def load_and_die(name: str) -> None:
 @pytest.mark.usefixtures("all_are_large")
 def test_a_killed_load_goes_on_where_it_was(tools: Tools, name: str) -> None:
     act = f"from tests.contracts.test_loading import load_and_die; load_and_die({name!r})"
-    killed = subprocess.run([sys.executable, "-c", act], check=False)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}  # wherever we are started
+    killed = subprocess.run([sys.executable, "-c", act], env=env, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert tools.engine.inspect(f"{name}:1") == {}
 
