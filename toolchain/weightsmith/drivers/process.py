@@ -10,7 +10,6 @@ from a thread that outlives them.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import shutil
@@ -53,8 +52,6 @@ class ResourceLimits:
 
     memory_bytes: int = 0
     """Most that it may allocate; mapped files do not count. 0 for no limit."""
-    network: bool = True
-    """False puts it where there is no network; ask `can_leave_network` first."""
     jail: Jail | None = None
     """Keeps it apart from everything else, by what `confinement` has found out; for jobs."""
 
@@ -228,15 +225,6 @@ def start(
         listener.join(_PATIENCE)
 
 
-@functools.cache
-def can_leave_network() -> bool:
-    """Say whether programs can be put where there is no network; found out once by trying."""
-    done = run(
-        [sys.executable, "-I", "-S", "-c", ""], limits=ResourceLimits(network=False), env=scrubbed()
-    )
-    return done.returncode == 0
-
-
 def _spawn(
     words: tuple[str, ...],
     *,
@@ -257,7 +245,6 @@ def _spawn(
     settings: dict[str, object] = {
         "parent": os.getpid(),
         "memory_bytes": limits.memory_bytes,
-        "network": limits.network,
         "jail": limits.jail and asdict(limits.jail),
     }
     return subprocess.Popen(
