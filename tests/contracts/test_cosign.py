@@ -145,7 +145,7 @@ def test_a_bundle_stays_with_its_image(scene: Scene) -> None:
     scene.sign(name, theirs)
     onto = f"{scene.host}/base/engine:2"
     request = RebaseRequest(source=name, onto=onto, to=to, smoke=False, force=False)
-    rebase_image(request, scene.client, tools_for(key))
+    rebase_image(request, tools_for(key, scene.client))
     assert scene.check(to, public) == {}
     assert scene.check(to, other)["signature"] == "1 there, none by this key"
 

@@ -23,9 +23,9 @@ from weightsmith.oci import archive
 from weightsmith.oci.image import Image, ImageConfig, assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.registry import Registry
-from weightsmith.ports import Tools
 from weightsmith.provenance.evidence import Evidence
 from weightsmith.stages.publish import Outputs, candidate, discard_candidate, is_held, publish
+from weightsmith.tools import Tools
 
 from tests.fakes.baking import tools_for
 from tests.fakes.images import entry, foreign_image, tar_of
@@ -138,8 +138,7 @@ def image(content: bytes, label: str = "", base: Image | None = None) -> Image:
 
 
 def load(made: Image, reference: str, tools: Tools) -> None:
-    with Registry() as registry:
-        publish(made, reference, LOAD, [Evidence()], registry, tools)
+    publish(made, reference, LOAD, [Evidence()], tools)
 
 
 def test_an_image_is_sent_once(tools: Tools, name: str) -> None:

@@ -101,7 +101,7 @@ def test_rebased_and_still_proven(scene: Scene) -> None:
         smoke=False,
         force=False,
     )
-    done = rebase_image(request, scene.client, tools_for(scene.key))
+    done = rebase_image(request, tools_for(scene.key, scene.client))
     small = scene.image("new/app:2").config_blob.size
     assert done["uploaded_bytes"] in ((0, small) if scene.there.pools_blobs else (small,))
     assert scene.check(scene.name("new/app:2"))

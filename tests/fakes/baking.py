@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.commands.bake import BakeRequest, bake_model
-from weightsmith.drivers.signer import open_signer
 from weightsmith.oci.image import ImageConfig, assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
-from weightsmith.ports import Progress, Silent, Tools
-from weightsmith.wiring import make_tools
+from weightsmith.ports import Progress, Silent
+from weightsmith.tools import Tools
+from weightsmith.wiring import open_tools
 
 CONFIG = {
     "model_type": "llama",
@@ -62,10 +62,10 @@ def push_base(
     return registry.push(image, Reference.parse(reference), force=True).digest
 
 
-def tools_for(key: Path | None = None) -> Tools:
-    """Return the local outside world, with a signer where there is a key."""
-    tools, _ = make_tools("local", Silent())
-    return replace(tools, signer=open_signer(str(key))) if key else tools
+def tools_for(key: Path | None = None, registry: Registry | None = None) -> Tools:
+    """Return the local outside world, with a signer if there is a key."""
+    with open_tools("local", Silent(), sign_key=str(key or "")) as tools:
+        return replace(tools, registry=registry or tools.registry)
 
 
 def bake(
@@ -91,5 +91,5 @@ def bake(
         "force": False,
         **more,
     }
-    tools = replace(tools_for(key), progress=progress or Silent())
-    return bake_model(BakeRequest(**request), registry, tools)
+    tools = replace(tools_for(key, registry), progress=progress or Silent())
+    return bake_model(BakeRequest(**request), tools)

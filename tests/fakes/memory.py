@@ -17,16 +17,18 @@ from typing import Any
 import yaml
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from weightsmith.building.planning import BuildRequest, chosen_targets
 from weightsmith.building.recording import Built
 from weightsmith.drivers.folders import FolderReader
 from weightsmith.drivers.user_program import run_command
 from weightsmith.oci.registry import Registry
 from weightsmith.pipeline import build
-from weightsmith.ports import CANDIDATES, Progress, Signer, Tools
+from weightsmith.planning.request import BuildRequest
+from weightsmith.planning.targets import chosen_targets
+from weightsmith.ports import CANDIDATES, Progress, Signer
 from weightsmith.quantizers.calibration import MIN_CHARACTERS, MIN_TEXTS
 from weightsmith.recipe_file import read_recipe
 from weightsmith.stages.publish import Outputs
+from weightsmith.tools import Tools
 from weightsmith.worker.jobs import STAGES
 
 from tests.fakes.engine import MemoryEngine
@@ -105,12 +107,14 @@ class Memory:
             runner=self.runner,
             engine=self.engine,
             launcher=self.launcher,
+            registry=self.client,
             progress=self.progress,
             scratch=lambda: _scratch(self.folder),
             assemble_engine=self._assemble,
             command=run_command,
             signer=self.signer,
             clock=self._tick,
+            images_in_engine=self.engine.answering,
         )
 
     def write_recipe(self, **changes: Any) -> None:
@@ -154,7 +158,7 @@ class Memory:
         self.runner.jobs.clear()
         self.launcher.asked.clear()
         self.progress.warnings.clear()
-        built = list(build(self.request(*settings, **wanted), self.client, self.tools))
+        built = list(build(self.request(*settings, **wanted), self.tools))
         return {one.target.name: one for one in built}
 
     def results(self, target: str = "llamacpp-q4_k_m") -> Path:
@@ -212,7 +216,9 @@ class Memory:
         return self.ticks
 
 
-def memory_tools(folder: Path, stages: Mapping[str, Stage] = STAGES) -> Tools:
+def memory_tools(
+    folder: Path, stages: Mapping[str, Stage] = STAGES, registry: Registry | None = None
+) -> Tools:
     """Return ports for one stage or command, whose jobs are these; no engine answers."""
     store, engine = MemoryStore(folder / "store"), MemoryEngine(answering=False)
     return Tools(
@@ -221,6 +227,7 @@ def memory_tools(folder: Path, stages: Mapping[str, Stage] = STAGES) -> Tools:
         runner=MemoryRunner(stages=stages),
         engine=engine,
         launcher=MemoryLauncher(engine),
+        registry=registry or Registry(),
         progress=RecordingProgress(),
         scratch=lambda: _scratch(folder),
         command=run_command,

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 ROOT = Path(__file__).parents[2]
 _SEEN = {
@@ -125,9 +125,9 @@ def publish(source: str, layout: str, swap: bool) -> None:
     if not swap:
         publishing.exchange = lambda *_: False  # type: ignore[assignment]
     outputs = publishing.Outputs(layout=Path(layout))
-    image, no_registry = read_layout(Path(source)), cast("Any", None)
+    image = read_layout(Path(source))
     _spare_no_more()
-    publishing.publish(image, "x:1", outputs, [Evidence()], no_registry, tools_for())
+    publishing.publish(image, "x:1", outputs, [Evidence()], tools_for())
 
 
 def pull(source: str, layout: str, root: str) -> None:
@@ -159,8 +159,7 @@ def load(source: str, name: str) -> None:
 
     archive._LARGE = 1  # type: ignore[misc]
     tools = replace(tools_for(), engine=DockerEngine())
-    image, no_registry = read_layout(Path(source)), cast("Any", None)
-    publish(image, name, Outputs(load=True), [Evidence()], no_registry, tools)
+    publish(read_layout(Path(source)), name, Outputs(load=True), [Evidence()], tools)
 
 
 def merge(folder: str) -> None:

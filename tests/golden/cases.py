@@ -7,8 +7,9 @@ import json
 import os
 from pathlib import Path
 
-from weightsmith.building.planning import all_targets, estimated_bytes
 from weightsmith.errors import InputRefused, UsageError
+from weightsmith.planning.sizes import estimated_bytes
+from weightsmith.planning.targets import all_targets
 from weightsmith.serving.engine import ServedAdapter, ServeOptions
 from weightsmith.stages.render import render
 from weightsmith.values import Digest

@@ -23,9 +23,7 @@ import pytest
 from huggingface_hub import constants
 from weightsmith import time_limits
 from weightsmith.building.baking import bases_of
-from weightsmith.building.planning import BuildRequest, chosen_targets
 from weightsmith.commands.images import copy_image
-from weightsmith.commands.plan import forecast
 from weightsmith.commands.rebase import RebaseRequest, rebase_image
 from weightsmith.commands.rebuild import recipe_of_image
 from weightsmith.commands.verify import verify_image
@@ -56,6 +54,9 @@ from weightsmith.oci.replies import Reply, Transient, json_object, read_limited
 from weightsmith.oci.sending import _kept
 from weightsmith.oci.unpack import unpack
 from weightsmith.pipeline import resolved
+from weightsmith.planning.forecast import forecast
+from weightsmith.planning.request import BuildRequest
+from weightsmith.planning.targets import chosen_targets
 from weightsmith.ports import Silent
 from weightsmith.provenance import signing, statements
 from weightsmith.provenance.evaluation import test_result as result_of
@@ -230,7 +231,7 @@ def test_scores_go_along_when_an_image_is_rebased_and_not_back(shop: Shop) -> No
     name, to = shop.bake("app"), f"{shop.fake.host}/team/app:2"
     shop.state(name, passed(shop.blob(name)))
     request = RebaseRequest(source=name, onto=shop.base[:-1] + "2", to=to, smoke=False, force=False)
-    rebase_image(request, shop.client, tools_for(shop.key))
+    rebase_image(request, tools_for(shop.key, shop.client))
     assert shop.rows(to)["gate"][0]
     plain = shop.bake("plain")
     shop.plant(plain, passed(shop.blob(to)), *(one.statement for one in shop.stated(to)))
@@ -324,7 +325,7 @@ def test_no_command_signs_what_others_left(shop: Shop, command: str) -> None:
         request = RebaseRequest(
             source=source, onto=shop.base[:-1] + "2", to=to, smoke=False, force=False
         )
-        rebase_image(request, shop.client, tools_for(release))
+        rebase_image(request, tools_for(release, shop.client))
     by_release = [one.statement for one in shop.stated(to, public) if one.signed]
     assert {kind_of(one) for one in by_release} <= {"bake", "rebase"}
     assert not any("evaluation.json" in byproducts_of(one) for one in by_release)
@@ -713,15 +714,15 @@ def test_a_base_image_that_the_lock_has_and_the_registry_lost(
     tools = replace(tools_for(), progress=told)
     (target,) = chosen_targets(request.file, ("llamacpp-q8_0",))
     was = push_base(client, name, engine, {"app/llama-server": b"1"})
-    bases_of(request, target, "cpu", client, tools)
+    bases_of(request, target, "cpu", tools)
     now = push_base(client, name, engine, {"app/llama-server": b"2"})
-    assert bases_of(request, target, "cpu", client, tools)[1][0].digest == was
+    assert bases_of(request, target, "cpu", tools)[1][0].digest == was
     del fake.manifests["base/engine", was]
     with pytest.raises(InputRefused, match="404") as caught:
-        bases_of(request, target, "cpu", client, tools)
+        bases_of(request, target, "cpu", tools)
     assert "--update-lock" in caught.value.hint
     update = replace(request, update_lock=True)
-    assert bases_of(update, target, "cpu", client, tools)[1][0].digest == now
+    assert bases_of(update, target, "cpu", tools)[1][0].digest == now
     assert told.warnings[-1].startswith(f"{name}, by --update-lock: {was}")
 
 

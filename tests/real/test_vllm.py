@@ -23,7 +23,7 @@ from weightsmith.oci.layout import read_layout
 from weightsmith.oci.unpack import unpack
 from weightsmith.ports import Silent, StartSpec
 from weightsmith.quantizers.packed import PackedView
-from weightsmith.wiring import make_tools
+from weightsmith.wiring import open_tools
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
@@ -138,8 +138,10 @@ def log_probabilities(network: Any, ids: list[int]) -> list[float]:
 
 def served(layout: Path, ids: list[int]) -> list[float]:
     """Return the same of the started image: its `prompt_logprobs`."""
-    tools, _ = make_tools("local", Silent())
-    with tools.launcher.serve(f"oci:{layout}", StartSpec(port=8000, env={})) as endpoint:
+    with (
+        open_tools("local", Silent()) as tools,
+        tools.launcher.serve(f"oci:{layout}", StartSpec(port=8000, env={})) as endpoint,
+    ):
         wait_until_healthy(endpoint, "/health", 900)
         with urllib.request.urlopen(f"{endpoint.url}/v1/models") as answer:
             name = json.load(answer)["data"][0]["id"]

@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,8 @@ import pytest
 import weightsmith
 from weightsmith import progress as shows
 from weightsmith import recipe, wiring
-from weightsmith.ports import Progress, Tools
+from weightsmith.ports import Progress
+from weightsmith.tools import Tools
 
 from tests.fakes.jobs import Bench, Minds
 from tests.fakes.launcher import MemoryLauncher
@@ -47,10 +49,11 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tools:
     launcher = MemoryLauncher(made.engine, lambda question, _adapter: answer(question))
     made = replace(made, launcher=launcher)
 
-    def make_tools(runner: str, progress: Progress, **_more: Any) -> tuple[Tools, bool]:
-        return replace(made, progress=progress), False
+    @contextmanager
+    def open_tools(runner: str, progress: Progress, **_more: Any) -> Iterator[Tools]:
+        yield replace(made, progress=progress)
 
-    monkeypatch.setattr(wiring, "make_tools", make_tools)
+    monkeypatch.setattr(wiring, "open_tools", open_tools)
     monkeypatch.setattr(wiring, "make_engine", lambda: made.engine)
     monkeypatch.setenv("WEIGHTSMITH_CACHE", str(tmp_path / "memory"))
     monkeypatch.delenv("WEIGHTSMITH_STORE", raising=False)

@@ -6,25 +6,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from weightsmith.building.artifacts import quality_fault, wanted_of, with_quality
-from weightsmith.building.baking import Baking, check_images
-from weightsmith.building.planning import (
-    BuildRequest,
-    check_before_work,
-    probes,
-    serving_config,
-    sources_to_merge,
-    tasks_of,
-    unmerged_adapters,
-)
+from weightsmith.building.artifacts import quality_fault, with_quality
+from weightsmith.building.baking import Baking
 from weightsmith.building.proving import Result, ask_references, with_image
 from weightsmith.building.recording import Built, Record, main_scores
 from weightsmith.errors import CheckFailed
 from weightsmith.oci.image import Image
 from weightsmith.oci.index import is_own, own_of
 from weightsmith.oci.references import Reference
-from weightsmith.oci.registry import Registry
-from weightsmith.ports import Tools
+from weightsmith.planning.checks import check_before_work, check_images
+from weightsmith.planning.options import sources_to_merge, unmerged_adapters, wanted_of
+from weightsmith.planning.request import BuildRequest
+from weightsmith.planning.serving import serving_config
+from weightsmith.planning.tasks import probes, tasks_of
 from weightsmith.provenance.labels import reference
 from weightsmith.quantizers import formats
 from weightsmith.recipe_file import RecipeFile
@@ -39,6 +33,7 @@ from weightsmith.stages.record import has_layers, is_written
 from weightsmith.stages.resolve import known, resolve
 from weightsmith.stages.trial import ask, is_proven, known_answers
 from weightsmith.stages.unmerged import unmerged, unmerged_gguf
+from weightsmith.tools import Tools
 from weightsmith.values import (
     LORA,
     Artifact,
@@ -51,16 +46,16 @@ from weightsmith.values import (
 )
 
 
-def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[Built]:
+def build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
     """Yield each target's image: merged, quantized, planned, baked, proven, published."""
     recipe, clock = request.file.recipe, Clock(tools)
     tasks = tasks_of(request.file)
     asked = f"{sum(len(tried.task.items) for tried in tasks)} questions to"
-    check_machine(request, registry, tools)
+    check_machine(request, tools)
     with clock.stage("resolve", recipe.base.source) as note:
         request, sources = resolved(request, tools, note)
         devices = check_before_work(request, sources, tools)
-        check_images(request, sources, devices, registry, tools)
+        check_images(request, sources, devices, tools)
         merged = sources_to_merge(request.targets, sources)
     with clock.stage("merge", f"{len(merged.adapters)} adapter(s), {recipe.merge.method}") as note:
         checkpoint = merging.merge(merged, recipe.merge, tools)
@@ -81,7 +76,7 @@ def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[B
         with timed.stage("render", target.name) as note:
             config = config_of(request, target, sources, checkpoint, artifact, note)
         with timed.stage("bake", reference(recipe, target.name)) as note:
-            baking = Baking.of(request, target, sources, artifact, config, registry, tools)
+            baking = Baking.of(request, target, sources, artifact, config, tools)
             image = baking.own({})
             note["cached"] = has_layers(image, request.folder(target))
         record = replace(record, baking=baking, image=image)
@@ -89,7 +84,7 @@ def build(request: BuildRequest, registry: Registry, tools: Tools) -> Iterator[B
             results = prove(baking, image, expected, record, timed, note)
         judge(record, results, timed.stages)
         with timed.stage("publish", reference(recipe, target.name)) as note:
-            published = deliver(baking, checkpoint, main_scores(results), registry, note)
+            published = deliver(baking, checkpoint, main_scores(results), note)
         yield record.keep(published, results, timed.stages)
 
 
@@ -132,14 +127,14 @@ def resolved(
     return replace(request, file=file), sources
 
 
-def check_machine(request: BuildRequest, registry: Registry, tools: Tools) -> None:
+def check_machine(request: BuildRequest, tools: Tools) -> None:
     """Notice before the work that jobs could not be run, or their results written or pushed."""
     tools.runner.check(merging.BUILDER)
     for target in request.targets:
         publishing.check_layout(request.outputs_of(target))
     if request.outputs.push:
         first = request.targets[0].name
-        registry.check_push(Reference.parse(reference(request.file.recipe, first)))
+        tools.registry.check_push(Reference.parse(reference(request.file.recipe, first)))
 
 
 def config_of(
@@ -305,7 +300,6 @@ def deliver(
     baking: Baking,
     checkpoint: Checkpoint,
     scores: Mapping[str, Score],
-    registry: Registry,
     note: dict[str, Json],
 ) -> Published:
     """Publish with what is known of it, unless every output holds this very image already."""
@@ -320,7 +314,7 @@ def deliver(
         return publishing.describe(image, name, outputs)
     if trial is not None and outputs.layout is None:  # tried from a layout that nobody asked for
         publishing.discard_candidate(own_of(image), trial, tools)
-    attachments = [evidence(one) for one in baking.made(checkpoint, scores, registry)]
-    published = publishing.publish(image, name, outputs, attachments, registry, tools)
+    attachments = [evidence(one) for one in baking.made(checkpoint, scores)]
+    published = publishing.publish(image, name, outputs, attachments, tools)
     note["cached"] = held and not published.uploaded_bytes and not published.mounted
     return published

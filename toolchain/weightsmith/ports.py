@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from weightsmith.errors import EnvironmentFailure
 from weightsmith.values import Digest, FileEntry, Job, Json, Snapshot, Tree, without_passwords
 
 
@@ -243,32 +241,3 @@ class Signer:
     """Bytes -> signature: of their SHA-256 with ECDSA, or what the key's kind does."""
     public: bytes
     """Its public key in PEM form, by which signatures of its own are known again."""
-
-
-def _assembles_none(engine: str, _folder: Path, _progress: Progress) -> None:
-    raise EnvironmentFailure(
-        f"the engine {engine} cannot be assembled here", hint="name another base image"
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tools:
-    """The outside world of one build, put together in `wiring`."""
-
-    store: Store
-    readers: Mapping[str, SourceReader]
-    """Scheme -> reader; the empty scheme reads folders."""
-    runner: Runner
-    engine: ContainerEngine
-    launcher: Launcher
-    progress: Progress
-    scratch: Callable[[], AbstractContextManager[Path]]
-    """Makes a folder for a job's output and deletes it afterwards."""
-    assemble_engine: Callable[[str, Path, Progress], None] = _assembles_none
-    """(engine, empty folder, progress): fills it with the engine's root file system."""
-    command: RunCommand
-    """Runs the user's own evaluation program."""
-    signer: Signer | None = None
-    """Signs with the user's key, where there is one."""
-    clock: Callable[[], float] = time.monotonic
-    """Seconds since some moment: how long stages take is told by it."""

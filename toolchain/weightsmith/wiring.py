@@ -32,10 +32,11 @@ from weightsmith.oci import auth
 from weightsmith.oci.layout import read_layout
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.unpack import unpack
-from weightsmith.ports import Launcher, Progress, Runner, Signer, Tools
+from weightsmith.ports import Launcher, Progress, Runner, Signer
 from weightsmith.privacy import private
 from weightsmith.provenance.signing import check_by
 from weightsmith.time_limits import chosen_seconds
+from weightsmith.tools import Tools
 from weightsmith.values import Json
 
 RUNNERS = ("auto", "docker", "local")
@@ -111,15 +112,21 @@ def make_registry(*, insecure: bool = False) -> Registry:
     )
 
 
-def make_tools(
-    runner: str, progress: Progress, *, sign_key: str = "", allow_network_in_jobs: bool = False
-) -> tuple[Tools, bool]:
-    """Return the outside world of a build, and whether a container engine is part of it.
+@contextmanager
+def open_tools(
+    runner: str,
+    progress: Progress,
+    *,
+    sign_key: str = "",
+    allow_network_in_jobs: bool = False,
+    insecure: bool = False,
+) -> Iterator[Tools]:
+    """Yield everything outside this process that stages use; close connections afterwards.
 
-    `auto` takes the container engine where one answers, and does the jobs of builders that the
+    `auto` takes the container engine if one answers, and runs the jobs of builders that the
     engine cannot make (its base image is out of reach, say) on this machine. There, jobs that
     cannot be kept from the network are refused unless `allow_network_in_jobs`. Raises UsageError
-    for an unknown runner or time limit, EnvironmentFailure where `docker` is asked for and no
+    for an unknown runner or time limit, EnvironmentFailure if `docker` is asked for and no
     engine answers.
     """
     if runner not in RUNNERS:
@@ -129,26 +136,35 @@ def make_tools(
     answers = runner != "local" and engine.answers()
     if runner == "docker" and not answers:
         engine.client  # noqa: B018 - raises what is wrong and what to do
-    chosen: Runner = LocalRunner(cache_folder(), allow_network=allow_network_in_jobs)
-    if answers:
-        docker = DockerRunner(engine, cache_folder())
-        chosen = docker if runner == "docker" else FallbackRunner(docker, chosen)
-    launcher: Launcher = RootfsLauncher(start_info, cache_folder())
-    if answers:
-        launcher = EitherLauncher(DockerLauncher(engine), launcher)
     readers = (FolderReader(store), HubReader(store), PypiReader(store))
-    return Tools(
-        store=store,
-        readers={reader.scheme: reader for reader in readers},
-        runner=chosen,
-        engine=engine,
-        launcher=launcher,
-        progress=progress,
-        scratch=_scratch,
-        assemble_engine=partial(assemble_engine, cache_folder()),
-        command=run_command,
-        signer=make_signer(sign_key),
-    ), answers
+    with make_registry(insecure=insecure) as registry:
+        yield Tools(
+            store=store,
+            readers={reader.scheme: reader for reader in readers},
+            runner=_runner(runner, engine if answers else None, allow_network_in_jobs),
+            engine=engine,
+            launcher=_launcher(engine if answers else None),
+            registry=registry,
+            progress=progress,
+            scratch=_scratch,
+            assemble_engine=partial(assemble_engine, cache_folder()),
+            command=run_command,
+            signer=make_signer(sign_key),
+            images_in_engine=answers,
+        )
+
+
+def _runner(wanted: str, engine: DockerEngine | None, allow_network: bool) -> Runner:
+    local = LocalRunner(cache_folder(), allow_network=allow_network)
+    if engine is None:
+        return local
+    docker = DockerRunner(engine, cache_folder())
+    return docker if wanted == "docker" else FallbackRunner(docker, local)
+
+
+def _launcher(engine: DockerEngine | None) -> Launcher:
+    rootfs = RootfsLauncher(start_info, cache_folder())
+    return EitherLauncher(DockerLauncher(engine), rootfs) if engine else rootfs
 
 
 def make_signer(key: str) -> Signer | None:

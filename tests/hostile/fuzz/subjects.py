@@ -15,7 +15,6 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 from safetensors.numpy import save
-from weightsmith.building.planning import all_targets
 from weightsmith.checkpoints.gguf_config import gguf_config, gguf_file_type
 from weightsmith.checkpoints.gguf_import import import_gguf
 from weightsmith.checkpoints.safetensors import open_checkpoint
@@ -23,6 +22,7 @@ from weightsmith.commands.report import report_builds
 from weightsmith.errors import WeightsmithError
 from weightsmith.oci.image import load_image
 from weightsmith.oci.unpack import unpack
+from weightsmith.planning.targets import all_targets
 from weightsmith.provenance.labels import plan_in
 from weightsmith.provenance.roles import roles_of
 from weightsmith.provenance.signing import open_envelope

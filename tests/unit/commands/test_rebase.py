@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.ports import Silent
 from weightsmith.provenance.evidence import read_attached
-from weightsmith.wiring import make_tools
+from weightsmith.wiring import open_tools
 
 from tests.fakes.baking import bake, make_key, make_model, push_base, tools_for
 from tests.fakes.images import entry, foreign_image, tar_of
@@ -69,8 +70,7 @@ class Scene:
         place = f"{self.fake.host}/{to}"
         return rebase_image(
             RebaseRequest(source=source, onto=onto, to=place, **request),
-            self.client,
-            tools_for(self.key),
+            tools_for(self.key, self.client),
         )
 
     def image(self, name: str) -> Image:
@@ -226,13 +226,13 @@ def test_a_base_without_the_program_is_named_with_what_it_lacks(scene: Scene) ->
     """It had been the engine's fault: "see `docker info`"."""
     source = scene.bake(first_base(scene))
     onto = scene.base("2", {ENGINE: "llamacpp", VERSION: "1.1.0"}, {}, program="")
-    tools, answers = make_tools("auto", Silent())
-    assert answers
     wanted = RebaseRequest(
         source=source, onto=onto, to=f"{scene.fake.host}/team/app:2", smoke=True, force=False
     )
-    with pytest.raises(CheckFailed) as caught:
-        rebase_image(wanted, scene.client, tools)
+    with open_tools("auto", Silent()) as tools:
+        assert tools.images_in_engine
+        with pytest.raises(CheckFailed) as caught:
+            rebase_image(wanted, replace(tools, registry=scene.client))
     assert caught.value.message.startswith(f"the image does not work on {onto}: it cannot be")
     assert "'/app/llama-server' does not run" in caught.value.message
     assert "is not in the image" in caught.value.message

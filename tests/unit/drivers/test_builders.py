@@ -7,12 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from weightsmith.building.planning import all_targets, require_builder
 from weightsmith.drivers import docker_images, environment, toolset
 from weightsmith.drivers.environment import Pins, environment_folder, is_complete
 from weightsmith.drivers.local import LocalRunner
 from weightsmith.drivers.wheels import configured_wheels, pick_wheels
 from weightsmith.errors import EnvironmentFailure, UsageError
+from weightsmith.planning.checks import require_builder
+from weightsmith.planning.targets import all_targets
 from weightsmith.resources import builder_pins, containerfile, engine_pins
 
 from tests.fakes.journal import RecordingProgress

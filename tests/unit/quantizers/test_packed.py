@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from weightsmith.building.planning import disk_peak
 from weightsmith.errors import CheckFailed, InputRefused
+from weightsmith.planning.sizes import disk_peak
 from weightsmith.quantizers.checkpoints import LLAMAS, awq_config, check_grouped, finish, group_size
 from weightsmith.quantizers.packed import Layout, PackedView
 from weightsmith.quantizers.packed_check import check_checkpoint

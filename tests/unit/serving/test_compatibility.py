@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
-from weightsmith.building.planning import all_targets
 from weightsmith.errors import InputRefused
+from weightsmith.planning.targets import all_targets
 from weightsmith.serving import engines
 from weightsmith.serving.compatibility import check_engine_image, check_support
 from weightsmith.serving.gpus import GPUS

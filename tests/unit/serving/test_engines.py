@@ -4,8 +4,8 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from weightsmith.building.planning import all_targets
 from weightsmith.errors import InputRefused, UsageError
+from weightsmith.planning.targets import all_targets
 from weightsmith.serving import engines, sglang, tgi, trtllm
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.gpus import GPUS

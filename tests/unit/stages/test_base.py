@@ -33,13 +33,13 @@ def tools():
 
 
 def test_a_base_of_the_engine_is_taken_in_silence(tmp_path, tools) -> None:
-    base_image(layout(tmp_path, {ENGINE_LABEL: "llamacpp"}), "llamacpp", None, tools)
+    base_image(layout(tmp_path, {ENGINE_LABEL: "llamacpp"}), "llamacpp", tools)
 
     assert tools.progress.warnings == []
 
 
 def test_a_base_that_says_nothing_is_taken_with_a_warning(tmp_path, tools) -> None:
-    image = base_image(layout(tmp_path, {}), "llamacpp", None, tools)
+    image = base_image(layout(tmp_path, {}), "llamacpp", tools)
 
     assert len(image.layers) == 1
     assert "does not say" in tools.progress.warnings[0]
@@ -47,7 +47,7 @@ def test_a_base_that_says_nothing_is_taken_with_a_warning(tmp_path, tools) -> No
 
 def test_a_base_of_another_engine_is_refused(tmp_path, tools) -> None:
     with pytest.raises(InputRefused, match="says that it holds vllm") as caught:
-        base_image(layout(tmp_path, {ENGINE_LABEL: "vllm"}), "llamacpp", None, tools)
+        base_image(layout(tmp_path, {ENGINE_LABEL: "vllm"}), "llamacpp", tools)
     assert caught.value.hint
 
 

@@ -10,7 +10,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from weightsmith.building.planning import all_targets
+from weightsmith.planning.targets import all_targets
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.stages.render import render
 from weightsmith.values import Digest

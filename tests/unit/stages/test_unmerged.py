@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from weightsmith.building.planning import all_targets, sources_to_merge
 from weightsmith.errors import InputRefused, UsageError
+from weightsmith.planning.options import sources_to_merge
+from weightsmith.planning.targets import all_targets
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.stages.render import render
 from weightsmith.stages.unmerged import served_adapters, unmerged

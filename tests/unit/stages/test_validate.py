@@ -13,16 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from weightsmith.building import recording
-from weightsmith.building.planning import BuildRequest, chosen_targets
 from weightsmith.commands.validate import validate_folders
 from weightsmith.errors import CheckFailed, UsageError
 from weightsmith.oci.registry import Registry
 from weightsmith.pipeline import build
-from weightsmith.ports import Tools
+from weightsmith.planning.request import BuildRequest
+from weightsmith.planning.targets import chosen_targets
 from weightsmith.recipe import Merge
 from weightsmith.recipe_file import read_recipe
 from weightsmith.stages.publish import Outputs
 from weightsmith.stages.validate import validate
+from weightsmith.tools import Tools
 from weightsmith.values import Checkpoint, Job, Snapshot, Sources, Tree
 from weightsmith.worker.jobs import STAGES
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from weightsmith.building.planning import RecipeTask
 from weightsmith.evaluating.gate import DropLimit, Verdict, judge_drop, too_few
+from weightsmith.evaluating.results import RecipeTask
 from weightsmith.evaluating.task import Answers, score_task
-from weightsmith.ports import Tools
 from weightsmith.stages import reference as references
+from weightsmith.tools import Tools
 from weightsmith.values import Checkpoint, Json, Score, Sources
 
 

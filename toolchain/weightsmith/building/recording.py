@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightsmith.building.artifacts import network_in_jobs, wanted_of
+from weightsmith.building.artifacts import network_in_jobs
 from weightsmith.building.baking import Baking
-from weightsmith.building.planning import BuildRequest, probes
 from weightsmith.building.proving import Result
 from weightsmith.oci.image import Image
-from weightsmith.ports import Tools
+from weightsmith.planning.options import wanted_of
+from weightsmith.planning.request import BuildRequest
+from weightsmith.planning.tasks import probes
 from weightsmith.serving.targets import Target
 from weightsmith.stages import merge as merging
 from weightsmith.stages import publish as publishing
@@ -21,6 +22,7 @@ from weightsmith.stages import validate as validating
 from weightsmith.stages.record import Facts, TaskFacts, write_record
 from weightsmith.stages.report import write_report
 from weightsmith.stages.trial import checks_of
+from weightsmith.tools import Tools
 from weightsmith.values import Artifact, Checkpoint, Json, Published, Score, Sources
 
 

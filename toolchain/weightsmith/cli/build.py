@@ -46,13 +46,14 @@ def build(
 ) -> tuple[Mapping[str, Json], str]:
     """Build, check and publish the images of a recipe (or of --base and --adapter)."""
     del json
-    from weightsmith.building.planning import BuildRequest, chosen_targets
     from weightsmith.commands.arguments import sources_of
     from weightsmith.errors import UsageError
     from weightsmith.pipeline import build as run
+    from weightsmith.planning.request import BuildRequest
+    from weightsmith.planning.targets import chosen_targets
     from weightsmith.progress import Recorder, progress_for
     from weightsmith.stages.publish import Outputs
-    from weightsmith.wiring import keep_clean, make_registry, make_tools
+    from weightsmith.wiring import keep_clean, open_tools
 
     if allow_low_bits:
         set = (*set, "quantize.allow_low_bits=true")  # noqa: A001
@@ -74,29 +75,29 @@ def build(
     file = recipe_file(recipe, base, adapter, [*serve_settings(wishes), *set])
     keep_clean(sources_of(file), dist=dist, layout=layout)
     targets = chosen_targets(file, tuple(target), to_build=True)
-    tools, engine = make_tools(
+    with open_tools(
         runner,
         Recorder(progress_for()),
         sign_key=sign_key,
         allow_network_in_jobs=allow_network_in_jobs,
-    )
-    request = BuildRequest(
-        file=file,
-        targets=targets,
-        outputs=Outputs(
-            load=load,
-            layout=Path(layout).absolute() if layout else None,
-            push=push,
-            force=force,
-            tag_digest=push,
-        ),
-        dist=Path(dist).absolute(),
-        engine_answers=engine,
-        locked=locked,
-        update_lock=update_lock,
-    )
-    with make_registry(insecure=insecure) as registry:
-        built = list(run(request, registry, tools))
+        insecure=insecure,
+    ) as tools:
+        request = BuildRequest(
+            file=file,
+            targets=targets,
+            outputs=Outputs(
+                load=load,
+                layout=Path(layout).absolute() if layout else None,
+                push=push,
+                force=force,
+                tag_digest=push,
+            ),
+            dist=Path(dist).absolute(),
+            engine_answers=tools.images_in_engine,
+            locked=locked,
+            update_lock=update_lock,
+        )
+        built = list(run(request, tools))
     result = {
         b.target.name: {
             "image": b.published.reference,
@@ -144,11 +145,12 @@ def plan(
 ) -> tuple[Mapping[str, Json], str]:
     """Show what `build` would do: stages, which are cached or why not, memory, disk."""
     del json, push, load, layout
-    from weightsmith.building.planning import chosen_targets
     from weightsmith.commands.arguments import sources_of
-    from weightsmith.commands.plan import forecast, table
+    from weightsmith.commands.plan import table
+    from weightsmith.planning.forecast import forecast
+    from weightsmith.planning.targets import chosen_targets
     from weightsmith.ports import Silent
-    from weightsmith.wiring import keep_clean, make_tools
+    from weightsmith.wiring import keep_clean, open_tools
 
     wishes = {
         "gpu": gpu,
@@ -160,8 +162,8 @@ def plan(
     file = recipe_file(recipe, base, adapter, [*serve_settings(wishes), *set])
     keep_clean(sources_of(file))
     targets = chosen_targets(file, tuple(target))
-    tools, _ = make_tools(runner, Silent())
-    result = forecast(file, targets, Path(dist).absolute(), tools, update_lock=update_lock)
+    with open_tools(runner, Silent()) as tools:
+        result = forecast(file, targets, Path(dist).absolute(), tools, update_lock=update_lock)
     return result, table(result)
 
 

@@ -54,7 +54,7 @@ def report(
 def targets(_context: object, *, json: bool = False) -> tuple[Mapping[str, Json], str]:
     """List all targets: the engines, and the formats that each can load."""
     del json
-    from weightsmith.building.planning import all_targets
+    from weightsmith.planning.targets import all_targets
 
     found = {
         name: {

@@ -44,16 +44,10 @@ def bake(
     from weightsmith.commands.bake import BakeRequest, bake_model
     from weightsmith.progress import progress_for
     from weightsmith.serving.memory import parse_size
-    from weightsmith.wiring import keep_clean, make_registry, make_tools
+    from weightsmith.wiring import keep_clean, open_tools
 
     required(model=model, target=target)
     keep_clean([model, config, base_image], layout=layout)
-    tools, _ = make_tools(
-        runner,
-        progress_for(),
-        sign_key=sign_key,
-        allow_network_in_jobs=allow_network_in_jobs,
-    )
     request = BakeRequest(
         model=Path(model),
         target=target,
@@ -69,8 +63,14 @@ def bake(
         layout=Path(layout).absolute() if layout else None,
         force=force,
     )
-    with make_registry(insecure=insecure) as registry:
-        result = bake_model(request, registry, tools)
+    with open_tools(
+        runner,
+        progress_for(),
+        sign_key=sign_key,
+        allow_network_in_jobs=allow_network_in_jobs,
+        insecure=insecure,
+    ) as tools:
+        result = bake_model(request, tools)
     return result, pinned(result["reference"], result["digest"])
 
 
@@ -117,13 +117,12 @@ def rebase(
     from weightsmith.commands.arguments import required
     from weightsmith.commands.rebase import RebaseRequest, rebase_image
     from weightsmith.progress import progress_for
-    from weightsmith.wiring import make_registry, make_tools
+    from weightsmith.wiring import open_tools
 
     required(onto=onto, to=to)
-    tools, _ = make_tools("auto", progress_for(), sign_key=sign_key)
     request = RebaseRequest(source=source, onto=onto, to=to, smoke=smoke, force=force)
-    with make_registry(insecure=insecure) as registry:
-        result = rebase_image(request, registry, tools)
+    with open_tools("auto", progress_for(), sign_key=sign_key, insecure=insecure) as tools:
+        result = rebase_image(request, tools)
     return result, pinned(result["reference"], result["digest"])
 
 

@@ -36,7 +36,7 @@ def merge(
     from weightsmith.commands.arguments import parse_weights, required
     from weightsmith.commands.merge import Folders, keep_folder, merge_folders, merge_options
     from weightsmith.progress import progress_for
-    from weightsmith.wiring import keep_clean, make_tools
+    from weightsmith.wiring import keep_clean, open_tools
 
     required(base=base, adapter=adapter, **({} if keep_adapter else {"out": out}))
     keep_clean([base, *adapter], out=out, keep_adapter=keep_adapter)
@@ -57,9 +57,9 @@ def merge(
         adapters=tuple(Path(folder) for folder in adapter),
         weights=parse_weights(weights, len(adapter)),
     )
-    tools, _ = make_tools(runner, progress_for(), allow_network_in_jobs=allow_network_in_jobs)
-    kept = keep_folder(folders, Path(keep_adapter), options, tools) if keep_adapter else {}
-    result = merge_folders(folders, Path(out), options, tools) if out else kept
+    with open_tools(runner, progress_for(), allow_network_in_jobs=allow_network_in_jobs) as tools:
+        kept = keep_folder(folders, Path(keep_adapter), options, tools) if keep_adapter else {}
+        result = merge_folders(folders, Path(out), options, tools) if out else kept
     if kept and out:
         result = {**result, "adapter": kept}
     counts = ", ".join(f"{count} {what}" for what, count in result["tensors"].items())
@@ -89,26 +89,26 @@ def validate(
     from weightsmith.commands.arguments import number, parse_weights, required
     from weightsmith.commands.validate import validate_folders
     from weightsmith.progress import progress_for
-    from weightsmith.wiring import keep_clean, make_tools
+    from weightsmith.wiring import keep_clean, open_tools
 
     required(base=base, adapter=adapter, merged=merged)
     keep_clean([base, *adapter, merged])
     factors = parse_weights(weights, len(adapter))
-    tools, _ = make_tools(runner, progress_for(), allow_network_in_jobs=allow_network_in_jobs)
-    result = validate_folders(
-        Path(base),
-        tuple((Path(folder), w) for folder, w in zip(adapter, factors, strict=True)),
-        Path(merged),
-        Path(probes) if probes else None,
-        {
-            "method": method,
-            "density": number(density, "--density") if density else None,
-            "rank": rank or None,
-            "space": space,
-            "quantized_base": quantized_base,
-        },
-        tools,
-    )
+    with open_tools(runner, progress_for(), allow_network_in_jobs=allow_network_in_jobs) as tools:
+        result = validate_folders(
+            Path(base),
+            tuple((Path(folder), w) for folder, w in zip(adapter, factors, strict=True)),
+            Path(merged),
+            Path(probes) if probes else None,
+            {
+                "method": method,
+                "density": number(density, "--density") if density else None,
+                "rank": rank or None,
+                "space": space,
+                "quantized_base": quantized_base,
+            },
+            tools,
+        )
     return result, _verdict(merged, result)
 
 
@@ -156,7 +156,7 @@ def quantize(
     from weightsmith.commands.arguments import quantize_wishes, required
     from weightsmith.commands.quantize import FolderRequest, quantize_folder
     from weightsmith.progress import progress_for
-    from weightsmith.wiring import keep_clean, make_tools
+    from weightsmith.wiring import keep_clean, open_tools
 
     required(model=model, format=format, out=out)
     keep_clean([model], out=out)
@@ -171,7 +171,6 @@ def quantize(
             "tensor_types": dict(pair.partition("=")[::2] for pair in tensor_type),
         }
     )
-    tools, _ = make_tools(runner, progress_for(), allow_network_in_jobs=allow_network_in_jobs)
     asked = FolderRequest(
         model=Path(model),
         format_name=format,
@@ -180,7 +179,8 @@ def quantize(
         calibration=Path(calibration) if calibration else None,
         gate=not no_gate,
     )
-    result = quantize_folder(asked, tools)
+    with open_tools(runner, progress_for(), allow_network_in_jobs=allow_network_in_jobs) as tools:
+        result = quantize_folder(asked, tools)
     measures = ", ".join(
         f"{key} {result['quality'][key]:.4g}"
         for key in ("kl_mean", "top1", "perplexity_ratio")

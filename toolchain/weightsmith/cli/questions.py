@@ -59,7 +59,7 @@ def evaluate(
     from weightsmith.commands.lm_eval import HarnessRequest, evaluate_tasks, tasks_text
     from weightsmith.commands.server import ServerSource
     from weightsmith.progress import progress_for
-    from weightsmith.wiring import keep_clean, make_tools
+    from weightsmith.wiring import keep_clean, open_tools
 
     keep_clean([model, *adapter, image])
     if tasks:
@@ -72,15 +72,14 @@ def evaluate(
             limit=limit,
             concurrency=concurrency,
         )
-        tools, _ = make_tools(runner, progress_for())
-        result = evaluate_tasks(request, tools)
+        with open_tools(runner, progress_for()) as tools:
+            result = evaluate_tasks(request, tools)
         return result, tasks_text(result)
     required(data=data)
     subject = Subject(
         image=image, url=url, model=model, adapters=tuple(adapter), served_name=served_name
     )
     check_subject(subject)
-    tools, _ = make_tools(runner, progress_for(), allow_network_in_jobs=allow_network_in_jobs)
     options = EvaluateOptions(
         metric=metric,
         command=command,
@@ -95,7 +94,8 @@ def evaluate(
         max_drop=number(max_drop, "--max-drop") if max_drop else None,
         min_score=min_score,
     )
-    result = evaluate_subject(subject, Path(data), options, tools)
+    with open_tools(runner, progress_for(), allow_network_in_jobs=allow_network_in_jobs) as tools:
+        result = evaluate_subject(subject, Path(data), options, tools)
     low, high = result["interval"]
     text = f"{result['score']:.4f} ({metric}, n={result['n']}, 95 %: {low:.3f} to {high:.3f})"
     if "comparison" in result:
@@ -132,7 +132,7 @@ def bench(
     from weightsmith.commands.bench import bench as run
     from weightsmith.commands.server import ServerSource
     from weightsmith.progress import progress_for
-    from weightsmith.wiring import make_tools
+    from weightsmith.wiring import open_tools
 
     request = BenchRequest(
         place=ServerSource(image=image, url=url),
@@ -144,8 +144,8 @@ def bench(
         timeout=timeout,
         out=out,
     )
-    tools, _ = make_tools(runner, progress_for())
-    result = run(request, tools)
+    with open_tools(runner, progress_for()) as tools:
+        result = run(request, tools)
     return result, bench_text(result)
 
 

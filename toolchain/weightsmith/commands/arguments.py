@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from weightsmith.building.planning import wishes_of
 from weightsmith.errors import UsageError
 from weightsmith.oci.layout import is_layout, locate
+from weightsmith.planning.options import wishes_of
 from weightsmith.recipe import Serve
 from weightsmith.recipe_file import RecipeFile, check_recipe, with_settings
 from weightsmith.serving.engine import ServeOptions

@@ -9,7 +9,6 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from weightsmith.building.planning import all_targets
 from weightsmith.checkpoints.folder import scan
 from weightsmith.checkpoints.gguf_config import gguf_file_type
 from weightsmith.checkpoints.reshard import Resharded, reshard
@@ -20,8 +19,8 @@ from weightsmith.errors import InputRefused, UsageError
 from weightsmith.oci.image import Image, Order
 from weightsmith.oci.index import whole_of
 from weightsmith.oci.references import Reference
-from weightsmith.oci.registry import Registry
-from weightsmith.ports import Progress, Store, Tools
+from weightsmith.planning.targets import all_targets
+from weightsmith.ports import Progress, Store
 from weightsmith.provenance.labels import PREFIX
 from weightsmith.quantizers.gguf_types import FILE_TYPES
 from weightsmith.serving.engine import ServeOptions, ServingPlan
@@ -39,6 +38,7 @@ from weightsmith.stages.base import (
 )
 from weightsmith.stages.publish import Outputs, check_layout, publish
 from weightsmith.stages.render import portable, repository_name
+from weightsmith.tools import Tools
 from weightsmith.values import (
     Artifact,
     FileEntry,
@@ -76,13 +76,13 @@ class BakeRequest:
     """Bytes; larger safetensors files are split. 0: as large as they are."""
 
 
-def bake_model(request: BakeRequest, registry: Registry, tools: Tools) -> Mapping[str, Json]:
+def bake_model(request: BakeRequest, tools: Tools) -> Mapping[str, Json]:
     """Assemble a model's image and bring it where it is asked for; starts nothing."""
     began = time.monotonic()
     _check(request)
     check_layout(_outputs(request, push=bool(request.push)))
     if request.push:
-        registry.check_push(Reference.parse(request.push))
+        tools.registry.check_push(Reference.parse(request.push))
     target = find(request.target, all_targets())
     model = open_model(request.model, request.name or _name(request.model))
     artifact = _artifact(model, target, tools.store, tools.progress)
@@ -94,11 +94,11 @@ def bake_model(request: BakeRequest, registry: Registry, tools: Tools) -> Mappin
     config = None
     if request.kind == "image":
         config = _config(request, model, target, place, tools)
-    made = _made(request, model, target, artifact, config, registry, tools, split)
+    made = _made(request, model, target, artifact, config, tools, split)
     tools.progress.stage("publish", place)
-    published = _publish(made, place, _outputs(request, push=bool(request.push)), registry, tools)
+    published = _publish(made, place, _outputs(request, push=bool(request.push)), tools)
     if request.push and request.load and request.load != request.push:
-        _publish(made, request.load, Outputs(load=True), registry, tools)
+        _publish(made, request.load, Outputs(load=True), tools)
     seconds = round(time.monotonic() - began, 3)
     tools.progress.finish("publish", seconds, cached=False)
     return {**plain(published), "seconds": seconds}
@@ -172,7 +172,6 @@ def _made(
     target: Target,
     artifact: Artifact,
     config: ServingConfig | None,
-    registry: Registry,
     tools: Tools,
     split: Resharded,
 ) -> list[ImageMaterials]:
@@ -185,7 +184,7 @@ def _made(
     bases: tuple[Image | None, ...] = (None,)
     if wanted:
         asked = (request.platform,) if request.platform else ()
-        bases = base_images(wanted, engine, registry, tools, platforms=asked)
+        bases = base_images(wanted, engine, tools, platforms=asked)
     served = replace(artifact, tree=split.tree)
     labels = _labels(request, model, target, served, config)
     name = public_base(wanted)
@@ -214,7 +213,7 @@ def _made(
             version="0",
             parameters={"target": target.name, "kind": request.kind, "order": request.order},
             network_in_jobs=tools.runner.networked,
-            base_bills=bills_of(name, base, registry) if base else (),
+            base_bills=bills_of(name, base, tools.registry) if base else (),
         )
 
     return [made(base) for base in bases]
@@ -240,12 +239,10 @@ def _labels(
     return labels
 
 
-def _publish(
-    made: list[ImageMaterials], place: str, outputs: Outputs, registry: Registry, tools: Tools
-) -> Published:
+def _publish(made: list[ImageMaterials], place: str, outputs: Outputs, tools: Tools) -> Published:
     attachments = [evidence(one) for one in made]
     whole = whole_of([one.image for one in made])
-    return publish(whole, place, outputs, attachments, registry, tools)
+    return publish(whole, place, outputs, attachments, tools)
 
 
 def _outputs(request: BakeRequest, *, push: bool) -> Outputs:

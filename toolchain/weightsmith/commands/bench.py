@@ -15,8 +15,8 @@ from weightsmith.errors import CheckFailed, UsageError
 from weightsmith.evaluating.items import Item, read_items
 from weightsmith.evaluating.load import load_test
 from weightsmith.evaluating.session import ServerSession, SessionLimits
-from weightsmith.ports import Tools
 from weightsmith.stages.record import write_files
+from weightsmith.tools import Tools
 from weightsmith.values import Json, without_passwords
 from weightsmith.visible import joined
 

@@ -21,9 +21,9 @@ from weightsmith.evaluating.session import ServerSession, SessionLimits
 from weightsmith.evaluating.statistics import wilson
 from weightsmith.evaluating.task import Answers, Task, ask_server, score_task
 from weightsmith.foreign import TOKENIZER, parse_file
-from weightsmith.ports import Tools
 from weightsmith.stages.quantize import model_config
 from weightsmith.stages.reference import BUILDER, reference_job
+from weightsmith.tools import Tools
 from weightsmith.values import Json, Score
 
 

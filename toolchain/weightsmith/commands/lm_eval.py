@@ -17,7 +17,7 @@ from weightsmith.errors import CheckFailed, EnvironmentFailure, UsageError
 from weightsmith.evaluating.likelihood import echoes
 from weightsmith.evaluating.session import ServerSession
 from weightsmith.foreign import TOKENIZER, parse_file
-from weightsmith.ports import Tools
+from weightsmith.tools import Tools
 from weightsmith.trees import below
 from weightsmith.values import Json
 from weightsmith.visible import joined

@@ -11,11 +11,11 @@ from weightsmith.commands.arguments import new_folder
 from weightsmith.errors import UsageError
 from weightsmith.files import alone
 from weightsmith.merging.plan import KINDS, estimate, make_plan
-from weightsmith.ports import Tools
 from weightsmith.recipe import Merge
 from weightsmith.recipe_file import check_recipe
 from weightsmith.stages.merge import BUILDER, combination_of, memory_limit, parameters
 from weightsmith.time_limits import job_seconds
+from weightsmith.tools import Tools
 from weightsmith.values import Job, Json
 
 

@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from weightsmith.building.artifacts import check_model, make_wanted, needs_text
 from weightsmith.checkpoints.folder import check_model_folder
 from weightsmith.errors import UsageError
 from weightsmith.evaluating.limits import judge, limits_for, refusal
 from weightsmith.files import folder_beside
-from weightsmith.ports import Tools
+from weightsmith.planning.options import check_model, make_wanted, needs_text
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import GENERAL, Bounds, Texts, read_texts
 from weightsmith.recipe import Quality
 from weightsmith.stages.quality import measured
 from weightsmith.stages.quantize import QuantizeOptions, job_of, kept_bytes, model_config
+from weightsmith.tools import Tools
 from weightsmith.trees import below
 from weightsmith.values import Json
 

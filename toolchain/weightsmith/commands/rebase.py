@@ -18,8 +18,6 @@ from weightsmith.oci.image import Image, assemble
 from weightsmith.oci.index import is_own, own_of, whole_of
 from weightsmith.oci.places import Place, open_place
 from weightsmith.oci.references import Reference
-from weightsmith.oci.registry import Registry
-from weightsmith.ports import Progress, Tools
 from weightsmith.provenance import evidence as gathered
 from weightsmith.provenance import statements
 from weightsmith.provenance.evidence import Document, Evidence
@@ -31,6 +29,7 @@ from weightsmith.provenance.statements import Resource
 from weightsmith.stages.attest import MODEL_BILL, base_documents
 from weightsmith.stages.base import ENGINE_LABEL, base_image, bills_of, engine_version, public_base
 from weightsmith.stages.publish import Outputs, candidate, discard_candidate, publish
+from weightsmith.tools import Tools
 from weightsmith.values import Digest, Json, plain
 
 _BASE = "org.opencontainers.image.base."
@@ -49,26 +48,26 @@ class RebaseRequest:
     force: bool
 
 
-def rebase_image(request: RebaseRequest, registry: Registry, tools: Tools) -> Mapping[str, Json]:
+def rebase_image(request: RebaseRequest, tools: Tools) -> Mapping[str, Json]:
     """Push the image on its new base; weight layers are mounted or there, never sent again.
 
     Of an index, the image for every platform. Raises InputRefused where base and image do not go
     together, CheckFailed where the new image does not start.
     """
     began = time.monotonic()
-    registry.check_push(Reference.parse(request.to))
+    tools.registry.check_push(Reference.parse(request.to))
     tools.progress.stage("rebase", f"{request.source} onto {request.onto}")
-    origin = open_place(request.source, registry)
+    origin = open_place(request.source, tools.registry)
     index = origin.index()
     named = manifests.platforms_in(index, request.source) if index else []
     olds = [origin.image(platform) for platform in named] or [origin.image()]
-    moved = [_moved(old, request, origin, registry, tools) for old in olds]
+    moved = [_moved(old, request, origin, tools) for old in olds]
     whole = whole_of([image for image, _ in moved])
     if request.smoke:
         _smoke(own_of(whole), request.onto, tools)
     attachments = [evidence for _, evidence in moved]
     outputs = Outputs(push=True, force=request.force)
-    published = publish(whole, request.to, outputs, attachments, registry, tools)
+    published = publish(whole, request.to, outputs, attachments, tools)
     seconds = round(time.monotonic() - began, 3)
     tools.progress.finish("rebase", seconds, cached=False)
     before = Digest.of(index) if index else olds[0].digest
@@ -76,16 +75,14 @@ def rebase_image(request: RebaseRequest, registry: Registry, tools: Tools) -> Ma
 
 
 def _moved(
-    old: Image, request: RebaseRequest, origin: Place, registry: Registry, tools: Tools
+    old: Image, request: RebaseRequest, origin: Place, tools: Tools
 ) -> tuple[Image, Evidence]:
     """Return one platform's image on its new base, and what is known of it."""
     roles = roles_of(old, request.source)
-    base = base_image(
-        request.onto, old.labels.get(ENGINE_LABEL, ""), registry, tools, platform=old.platform
-    )
+    base = base_image(request.onto, old.labels.get(ENGINE_LABEL, ""), tools, platform=old.platform)
     check_contract(old, roles, base, request.onto, tools)
     new = exchange(old, roles, base, public_base(request.onto))
-    return new, _evidence(old, new, base, request, origin, registry, tools.progress)
+    return new, _evidence(old, new, base, request, origin, tools)
 
 
 def exchange(old: Image, roles: Roles, base: Image, base_name: str) -> Image:
@@ -197,8 +194,7 @@ def _evidence(
     base: Image,
     request: RebaseRequest,
     origin: Place,
-    registry: Registry,
-    progress: Progress,
+    tools: Tools,
 ) -> Evidence:
     """Return what was known of the old image, and how the new one came from it."""
     rows = gathered.limited(origin.attached(old.digest))
@@ -210,12 +206,12 @@ def _evidence(
     about = [lineage.holds(one) and gathered.is_ours(one) for one in told]
     kept = tuple(part for part, holds in zip(parts, about, strict=True) if holds)
     if len(kept) < len(parts):
-        progress.warn(
+        tools.progress.warn(
             f"{len(parts) - len(kept)} statement(s) that hang on {old.digest.short} are not about"
             " how it was made: left behind"
         )
     name = public_base(request.onto)
-    below = base_documents(base, name, bills_of(name, base, registry) if name else ())
+    below = base_documents(base, name, bills_of(name, base, tools.registry) if name else ())
     own = filter(lineage.names, gathered.documents_in(attachments))
     documents = (*_own(own), *below)
     statement = statements.provenance(

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightsmith.building.planning import all_targets, estimated_bytes
 from weightsmith.checkpoints.folder import scan
 from weightsmith.checkpoints.gguf_config import gguf_config
 from weightsmith.checkpoints.packing import weight_kinds
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.foreign import INDEX, parse_file
+from weightsmith.planning.sizes import estimated_bytes
+from weightsmith.planning.targets import all_targets
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.parameters import WORKED_OUT, weights_from_config
 from weightsmith.serving.targets import Target, find

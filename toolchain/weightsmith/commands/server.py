@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from weightsmith.building.planning import all_targets
 from weightsmith.errors import CheckFailed, UsageError
 from weightsmith.evaluating.client import check_served_name, first_name, wait_until_healthy
 from weightsmith.evaluating.session import ServerSession
 from weightsmith.oci.layout import read_layout
-from weightsmith.ports import Endpoint, StartSpec, Tools
+from weightsmith.planning.targets import all_targets
+from weightsmith.ports import Endpoint, StartSpec
 from weightsmith.provenance.labels import plan_in
+from weightsmith.tools import Tools
 from weightsmith.values import Json, without_passwords
 
 _START_SECONDS = 900.0

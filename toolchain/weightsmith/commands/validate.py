@@ -7,8 +7,8 @@ from pathlib import Path
 
 from weightsmith.checkpoints.folder import check_adapter_folder, check_model_folder
 from weightsmith.evaluating.items import read_prompts
-from weightsmith.ports import Tools
 from weightsmith.stages.validate import BUILDER, job, mixture, require_passed, scope
+from weightsmith.tools import Tools
 from weightsmith.values import Json
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from weightsmith import wiring
-from weightsmith.building.planning import BuildRequest, chosen_targets
 from weightsmith.commands.arguments import sources_of
 from weightsmith.commands.bake import BakeRequest, bake_model
 from weightsmith.commands.images import inspect_image
-from weightsmith.commands.plan import forecast
 from weightsmith.commands.verify import key_path, verify_image
 from weightsmith.library.arguments import AnyPath, AnyRecipe, Texts, path_of, recipe_of, texts_of
 from weightsmith.library.results import Baked, Built, StageTime, Verification
 from weightsmith.pipeline import build as run_build
+from weightsmith.planning.forecast import forecast
+from weightsmith.planning.request import BuildRequest
+from weightsmith.planning.targets import chosen_targets
 from weightsmith.ports import Silent
 from weightsmith.progress import shown
 from weightsmith.provenance.chain import Check
@@ -75,19 +76,24 @@ def bake(
         layout=place,
         force=force,
     )
-    with shown(progress) as told:
-        tools, _ = wiring.make_tools(
-            runner, told, sign_key=sign_key, allow_network_in_jobs=allow_network_in_jobs
-        )
-        with wiring.make_registry(insecure=insecure) as registry:
-            result = bake_model(request, registry, tools)
+    with (
+        shown(progress) as shown_progress,
+        wiring.open_tools(
+            runner,
+            shown_progress,
+            sign_key=sign_key,
+            allow_network_in_jobs=allow_network_in_jobs,
+            insecure=insecure,
+        ) as tools,
+    ):
+        result = bake_model(request, tools)
     return Baked(
         image=result["reference"],
         digest=Digest(result["digest"]),
         layers=tuple(result["layers"]),
         uploaded_bytes=result["uploaded_bytes"],
         seconds=result["seconds"],
-        warnings=tuple(told.warnings),
+        warnings=tuple(shown_progress.warnings),
     )
 
 
@@ -116,8 +122,8 @@ def plan(
     file = recipe_of(recipe, set)
     wiring.keep_clean(sources_of(file))
     wanted = chosen_targets(file, texts_of(targets))
-    tools, _ = wiring.make_tools(runner, Silent())
-    return forecast(file, wanted, path_of(dist).absolute(), tools, update_lock=update_lock)
+    with wiring.open_tools(runner, Silent()) as tools:
+        return forecast(file, wanted, path_of(dist).absolute(), tools, update_lock=update_lock)
 
 
 def build(
@@ -155,21 +161,26 @@ def build(
     place = path_of(layout).absolute() if layout else None
     wiring.keep_clean(sources_of(file), dist=path_of(dist), layout=place or "")
     wanted = chosen_targets(file, texts_of(targets), to_build=True)
-    with shown(progress) as told:
-        tools, engine = wiring.make_tools(
-            runner, told, sign_key=sign_key, allow_network_in_jobs=allow_network_in_jobs
-        )
+    with (
+        shown(progress) as shown_progress,
+        wiring.open_tools(
+            runner,
+            shown_progress,
+            sign_key=sign_key,
+            allow_network_in_jobs=allow_network_in_jobs,
+            insecure=insecure,
+        ) as tools,
+    ):
         request = BuildRequest(
             file=file,
             targets=wanted,
             outputs=Outputs(load=load, layout=place, push=push, force=force, tag_digest=push),
             dist=path_of(dist).absolute(),
-            engine_answers=engine,
+            engine_answers=tools.images_in_engine,
             locked=locked,
             update_lock=update_lock,
         )
-        with wiring.make_registry(insecure=insecure) as registry:
-            built = list(run_build(request, registry, tools))
+        built = list(run_build(request, tools))
     return {
         one.target.name: Built(
             target=one.target.name,
@@ -182,7 +193,7 @@ def build(
                 for name, row in one.stages.items()
             },
             uploaded_bytes=one.published.uploaded_bytes,
-            warnings=tuple(told.warnings),
+            warnings=tuple(shown_progress.warnings),
         )
         for one in built
     }
@@ -215,8 +226,11 @@ def verify(
     >>> any(check.ok is False for check in verification.checks)
     False
     """
-    with shown(progress) as told, wiring.make_registry(insecure=insecure) as registry:
-        result = verify_image(source, key_path(str(key or "")), registry, told)
+    with (
+        shown(progress) as shown_progress,
+        wiring.make_registry(insecure=insecure) as registry,
+    ):
+        result = verify_image(source, key_path(str(key or "")), registry, shown_progress)
     return Verification(
         image=result["reference"],
         digest=Digest(result["digest"]),

@@ -65,8 +65,12 @@ def merge(
         "merge",
     )
     asked = Folders(base=source, adapters=folders, weights=weights_of(weights, folders))
-    with shown(progress) as told:
-        tools, _ = wiring.make_tools(runner, told, allow_network_in_jobs=allow_network_in_jobs)
+    with (
+        shown(progress) as shown_progress,
+        wiring.open_tools(
+            runner, shown_progress, allow_network_in_jobs=allow_network_in_jobs
+        ) as tools,
+    ):
         result = merge_folders(asked, place, options, tools)
     return Merged(
         path=place,
@@ -124,8 +128,12 @@ def validate(
     )
     pairs = tuple(zip(folders, weights_of(weights, folders), strict=True))
     asked = path_of(probes) if probes else None
-    with shown(progress) as told:
-        tools, _ = wiring.make_tools(runner, told, allow_network_in_jobs=allow_network_in_jobs)
+    with (
+        shown(progress) as shown_progress,
+        wiring.open_tools(
+            runner, shown_progress, allow_network_in_jobs=allow_network_in_jobs
+        ) as tools,
+    ):
         result = validate_folders(source, pairs, made, asked, options.model_dump(), tools)
     return Validation(
         max_abs_logit_diff=result["max_abs_logit_diff"],
@@ -193,8 +201,12 @@ def quantize(
         calibration=path_of(calibration) if calibration else None,
         gate=gate,
     )
-    with shown(progress) as told:
-        tools, _ = wiring.make_tools(runner, told, allow_network_in_jobs=allow_network_in_jobs)
+    with (
+        shown(progress) as shown_progress,
+        wiring.open_tools(
+            runner, shown_progress, allow_network_in_jobs=allow_network_in_jobs
+        ) as tools,
+    ):
         result = quantize_folder(asked, tools)
     return Quantized(
         path=Path(result["out"]),
@@ -202,5 +214,5 @@ def quantize(
         bits_per_weight=result["bits_per_weight"],
         files=tuple(map(Path, result["files"])),
         quality=result["quality"],
-        warnings=tuple(told.warnings),
+        warnings=tuple(shown_progress.warnings),
     )

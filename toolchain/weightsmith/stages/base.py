@@ -25,13 +25,14 @@ from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.tar import source_date_epoch
 from weightsmith.oci.weights import OWN_LAYER
-from weightsmith.ports import Entry, Tools
+from weightsmith.ports import Entry
 from weightsmith.provenance.bills import read_bills
 from weightsmith.provenance.evidence import Document
 from weightsmith.provenance.labels import ENGINE_VERSION
 from weightsmith.resources import assembles_itself, engine_pins, engine_source, images
 from weightsmith.serving.engine import Engine
 from weightsmith.time_limits import job_seconds
+from weightsmith.tools import Tools
 from weightsmith.values import Blob, Digest, Job, Json, StageInputs, key_of
 
 OWN = "engine:"
@@ -96,9 +97,7 @@ def base_inputs(name: str) -> StageInputs:
     )
 
 
-def base_image(
-    reference: str, engine: str, registry: Registry, tools: Tools, *, platform: str | None = None
-) -> Image:
+def base_image(reference: str, engine: str, tools: Tools, *, platform: str | None = None) -> Image:
     """Return the base for an engine; its layers are read when they are needed.
 
     Without an engine nothing is asked of it. What it does not say of itself is a warning. Raises
@@ -110,14 +109,13 @@ def base_image(
     if is_layout(reference):
         image = read_layout(*locate(reference), platform=platform)
     else:
-        image = registry.pull(Reference.parse(reference), platform=platform)
+        image = tools.registry.pull(Reference.parse(reference), platform=platform)
     return _checked(image, reference, engine, tools)
 
 
 def base_images(
     reference: str,
     engine: str,
-    registry: Registry,
     tools: Tools,
     *,
     pins: Mapping[str, str] | None = None,
@@ -130,16 +128,16 @@ def base_images(
     UsageError for a platform that is not there.
     """
     if reference.startswith(OWN):
-        images: tuple[Image, ...] = (base_image(reference, engine, registry, tools),)
+        images: tuple[Image, ...] = (base_image(reference, engine, tools),)
     elif is_layout(reference):
         images = read_all(*locate(reference))
     else:
         place = Reference.parse(reference)
         known = {} if place.digest else dict(pins or {})
         images = tuple(
-            registry.pull(place.at(Digest(known[p])) if p in known else place, platform=p)
+            tools.registry.pull(place.at(Digest(known[p])) if p in known else place, platform=p)
             for p in sorted({*known, *platforms})
-        ) if known else registry.pull_all(place)  # fmt: skip
+        ) if known else tools.registry.pull_all(place)  # fmt: skip
     there = {image.platform for image in images}
     if missing := sorted(set(platforms) - there):
         raise UsageError(

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.plan import estimate, make_plan
-from weightsmith.ports import Entry, Tools
+from weightsmith.ports import Entry
 from weightsmith.recipe import Merge
 from weightsmith.resources import builder_pins
 from weightsmith.time_limits import job_seconds
+from weightsmith.tools import Tools
 from weightsmith.values import Checkpoint, Job, Json, Sources, StageInputs
 
 BUILDER = "merge"

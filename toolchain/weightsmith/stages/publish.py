@@ -23,11 +23,11 @@ from weightsmith.oci.layout import (
 from weightsmith.oci.layout_attachments import PARTS, forget
 from weightsmith.oci.places import LayoutPlace, Place, RegistryPlace
 from weightsmith.oci.references import Reference
-from weightsmith.oci.registry import Registry
-from weightsmith.ports import CANDIDATES, Tools
+from weightsmith.ports import CANDIDATES
 from weightsmith.provenance.evidence import Evidence
 from weightsmith.provenance.sealing import attach
 from weightsmith.serving.memory import human
+from weightsmith.tools import Tools
 from weightsmith.trees import discard
 from weightsmith.values import Json, Published, key_of
 
@@ -72,7 +72,6 @@ def publish(
     reference: str,
     outputs: Outputs,
     told: Sequence[Evidence],
-    registry: Registry,
     tools: Tools,
 ) -> Published:
     """Bring an image to every output; the registry last, so that nothing unproven is public.
@@ -95,9 +94,9 @@ def publish(
         with _settled(whole, outputs.layout, tools) as beside:
             _attach(whole, told, LayoutPlace(beside), place, tools)
     if outputs.push:
-        there = RegistryPlace(registry, place)
+        there = RegistryPlace(tools.registry, place)
         push: Callable[..., Published] = (
-            registry.push_index if isinstance(whole, Index) else registry.push
+            tools.registry.push_index if isinstance(whole, Index) else tools.registry.push
         )
         done = push(
             whole,

@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from weightsmith.ports import Tools
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import Texts
 from weightsmith.resources import builder_pins
 from weightsmith.time_limits import job_seconds
+from weightsmith.tools import Tools
 from weightsmith.values import Artifact, Checkpoint, Digest, Job, Json, StageInputs
 
 BUILDER = "merge"

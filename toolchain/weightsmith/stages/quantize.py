@@ -9,13 +9,14 @@ from pathlib import Path
 
 from weightsmith.errors import InputRefused
 from weightsmith.foreign import read_json
-from weightsmith.ports import Entry, Tools
+from weightsmith.ports import Entry
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import Texts
 from weightsmith.quantizers.quantizer import Quantizer
 from weightsmith.resources import builder_pins
 from weightsmith.serving.model import ModelShape
 from weightsmith.time_limits import GGUF_PER_GB, PACKING_PER_GB, job_seconds
+from weightsmith.tools import Tools
 from weightsmith.values import (
     SAFETENSORS,
     Artifact,

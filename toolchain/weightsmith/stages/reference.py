@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weightsmith.evaluating.task import Answers, Task
-from weightsmith.ports import Entry, Tools
+from weightsmith.ports import Entry
 from weightsmith.resources import builder_pins
 from weightsmith.time_limits import job_seconds
+from weightsmith.tools import Tools
 from weightsmith.values import AdapterSnapshot, Job, Json, Sources, StageInputs, Tree
 
 BUILDER = "merge"

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from weightsmith.checkpoints.folder import check_adapter_folder, check_model_folder, left_behind
 from weightsmith.errors import InputRefused, UsageError
-from weightsmith.ports import Entry, SourceReader, Tools
+from weightsmith.ports import Entry, SourceReader
 from weightsmith.recipe import Adapter, Base
 from weightsmith.recipe_file import RecipeFile
 from weightsmith.resources import builder_pins
 from weightsmith.time_limits import job_seconds
+from weightsmith.tools import Tools
 from weightsmith.values import AdapterSnapshot, Job, Snapshot, Sources, StageInputs
 
 _IMPORT_BUILDER = "merge"

@@ -13,7 +13,8 @@ from weightsmith.evaluating.client import wait_until_healthy
 from weightsmith.evaluating.session import ServerSession
 from weightsmith.evaluating.smoke import Promise, Smoke, check_life, check_serving
 from weightsmith.evaluating.task import Answers, Task, ask_server
-from weightsmith.ports import Endpoint, StartSpec, Tools
+from weightsmith.ports import Endpoint, StartSpec
+from weightsmith.tools import Tools
 from weightsmith.values import Artifact, Digest, Json, ServingConfig, StageInputs
 
 RECIPE_NUMBER = 2

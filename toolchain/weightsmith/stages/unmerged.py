@@ -8,11 +8,12 @@ from pathlib import Path
 
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.foreign import read_json
-from weightsmith.ports import Entry, Tools
+from weightsmith.ports import Entry
 from weightsmith.quantizers import gguf_lora
 from weightsmith.resources import builder_pins
 from weightsmith.serving.engine import ServedAdapter
 from weightsmith.time_limits import job_seconds
+from weightsmith.tools import Tools
 from weightsmith.values import (
     LORA,
     AdapterSnapshot,

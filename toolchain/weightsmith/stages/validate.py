@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from weightsmith.errors import CheckFailed
-from weightsmith.ports import Entry, Tools
+from weightsmith.ports import Entry
 from weightsmith.recipe import Merge
 from weightsmith.resources import builder_pins
 from weightsmith.time_limits import job_seconds
+from weightsmith.tools import Tools
 from weightsmith.values import Checkpoint, Digest, Job, Json, Sources, StageInputs, key_of
 
 BUILDER = "merge"

@@ -1,0 +1,334 @@
+"""Every stage of a build that was not run yet: cached or why not, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from weightsmith.errors import UsageError
+from weightsmith.evaluating.results import RecipeTask
+from weightsmith.foreign import RECORD, parse_file
+from weightsmith.planning.checks import check_format
+from weightsmith.planning.options import sources_to_merge, texts_of, unmerged_adapters, wanted_of
+from weightsmith.planning.serving import serving_config
+from weightsmith.planning.sizes import disk_peak, estimated_bytes
+from weightsmith.planning.targets import can_make
+from weightsmith.planning.tasks import probes, tasks_of
+from weightsmith.quantizers import of_format
+from weightsmith.recipe_file import RecipeFile
+from weightsmith.serving.advice import advise
+from weightsmith.serving.parameters import WORKED_OUT, weights_from_config
+from weightsmith.serving.targets import Target
+from weightsmith.stages import merge as merging
+from weightsmith.stages import quality
+from weightsmith.stages import quantize as quantizing
+from weightsmith.stages import reference as references
+from weightsmith.stages import validate as validating
+from weightsmith.stages.lock import pinned, read_lock, with_sources
+from weightsmith.stages.quantize import QuantizeOptions, model_config
+from weightsmith.stages.resolve import known
+from weightsmith.tools import Tools
+from weightsmith.values import Json, Sources, StageInputs, Tree
+
+_REFERENCE_MEMORY = 3 << 30
+"""Python, torch and transformers beside the float32 weights, in bytes."""
+_QUANTIZE_MEMORY = 4 << 30
+_VALIDATE_MEMORY = 3 << 29
+"""Whatever the model: weights pass by a few rows at a time."""
+_QUALITY_MEMORY = 3 << 30
+"""Python, torch and transformers beside one layer's weights and the embedding, in bytes."""
+
+
+def forecast(
+    file: RecipeFile,
+    targets: Sequence[Target],
+    dist: Path,
+    tools: Tools,
+    *,
+    update_lock: bool = False,
+) -> Mapping[str, Json]:
+    """Return stages, serving plans and totals of a build without doing any of it.
+
+    Sizes in bytes. Raises what the build would raise before its first long step.
+    """
+    tasks = tasks_of(file)
+    lock = read_lock(file)
+    file = file if update_lock else pinned(file, lock)
+    sources, why = known(file, tools)
+    if sources is None:
+        return _unresolved(file, targets, why)
+    with_sources(lock, file, sources, progress=tools.progress, update=update_lock)
+    earlier = _earlier(file, targets, dist)
+    rows = [_row("resolve", cached=True, why="", read=sources.base.tree.size)]
+    whole = sources_to_merge(targets, sources)
+    checkpoint = _checkpoint(file, whole, tools)
+    rows += [_merge_row(file, whole, earlier, tools)]
+    rows += _validate_rows(file, whole, checkpoint, earlier, tools)
+    rows += _reference_rows(sources, tasks, earlier, tools)
+    plans = {}
+    shape = model_config(sources.base.tree.root)
+    weights = sources.base.tree.weight_bytes or weights_from_config(shape)
+    for target in targets:
+        wanted = wanted_of(file, target.format, sources.base, tools)
+        row, artifact = _quantize_row(wanted, target, checkpoint, sources, earlier, tools)
+        rows += [row, *_quality_rows(file, target, checkpoint, artifact, tools)]
+        weight = artifact.weight_bytes if artifact else 0
+        weight = weight or estimated_bytes(weights, target.format, shape)
+        plans[target.name] = _serving_plan(file, target, sources, weight)
+        check_format(target, wanted, shape, str(plans[target.name]["device"]))
+        rows.append(_publish_row(target, artifact, weight))
+    todo = [row for row in rows if not row["cached"]]
+    return {
+        "name": file.recipe.name,
+        "version": file.recipe.version,
+        "stages": rows,
+        "serving": plans,
+        "plan": plans,  # the same, under the name that `render` gives it
+        "advice": _advice(file, targets, sources, dist, tools),
+        "read_bytes": sum(int(row["read_bytes"]) for row in todo),
+        "write_bytes": sum(int(row["write_bytes"]) for row in todo),
+        "peak_memory_bytes": max((int(row["peak_memory_bytes"]) for row in todo), default=0),
+        # What stays, and the largest of what is deleted again: one stage runs at a time.
+        "peak_disk_bytes": sum(int(row["write_bytes"]) for row in todo)
+        + max((int(row["disk_bytes"]) - int(row["write_bytes"]) for row in todo), default=0),
+    }
+
+
+def _serving_plan(
+    file: RecipeFile, target: Target, sources: Sources, weight: int
+) -> Mapping[str, Json]:
+    """Return a target's plan; where it does not fit, the error carries it by the target's name."""
+    adapters = unmerged_adapters(file, target, sources)
+    try:
+        return serving_config(
+            file,
+            target,
+            sources.base.tree,
+            weight,
+            weights="",
+            made_from=(),
+            adapters=adapters,
+            notes=() if sources.base.tree.weight_bytes else (WORKED_OUT,),
+        ).plan
+    except UsageError as error:
+        if "plan" not in error.details:
+            raise
+        details = {"plan": {target.name: error.details["plan"]}}
+        raise UsageError(
+            f"{target.name}: {error.message}", hint=error.hint, details=details
+        ) from None
+
+
+def _advice(
+    file: RecipeFile, targets: Sequence[Target], sources: Sources, dist: Path, tools: Tools
+) -> Mapping[str, Json]:
+    """Return whether to merge, from the recipe, the merge's measurement and the builds so far."""
+    entry = tools.store.find(merging.inputs(sources, file.recipe.merge).key)
+    return advise(
+        adapters=len(sources.adapters),
+        packed=any(target.format.packed for target in targets),
+        changes=_changes(dist / file.recipe.name),
+        conflicts=entry.meta.get("conflicts") or () if entry and sources.adapters else (),
+    )
+
+
+def _changes(folder: Path) -> int:
+    """Return how many different sets of adapters were built there within a week."""
+    since, seen = (datetime.now(UTC) - timedelta(days=7)).isoformat(), set()
+    for path in folder.glob("*/*/build.json"):
+        try:
+            facts = parse_file(path, largest=RECORD)
+            if str(facts["created"]) >= since:
+                seen.add(tuple(str(adapter["digest"]) for adapter in facts["adapters"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return len(seen)
+
+
+def _unresolved(file: RecipeFile, targets: Sequence[Target], missing: str) -> Mapping[str, Json]:
+    """Return the forecast of a build whose sources are not on this machine."""
+    why = "its inputs are known after `resolve`"
+    rows = [_row("resolve", cached=False, why=missing)]
+    rows += [_row(stage, cached=False, why=why) for stage in ("merge", "validate", "reference")]
+    rows += [_row("quantize", target=t.name, cached=False, why=why) for t in targets]
+    rows += [_row("publish", target=t.name, cached=False, why=why) for t in targets]
+    zeros = ("read_bytes", "write_bytes", "peak_memory_bytes", "peak_disk_bytes")
+    return {
+        "name": file.recipe.name,
+        "version": file.recipe.version,
+        "stages": rows,
+        "serving": {},
+        "plan": {},
+        "advice": None,
+        **dict.fromkeys(zeros, 0),
+    }
+
+
+def _earlier(file: RecipeFile, targets: Sequence[Target], dist: Path) -> Mapping[str, Json]:
+    """Return what the last build's stages were made from, by stage and target."""
+    found: dict[str, Json] = {}
+    for target in targets:
+        path = dist / file.recipe.name / file.recipe.version / target.name / "build.json"
+        try:
+            inputs = parse_file(path, largest=RECORD).get("inputs", {})
+        except (OSError, ValueError):
+            continue
+        kept = ("merge", "validate", "reference")
+        found |= {stage: inputs[stage] for stage in kept if stage in inputs}
+        found[f"quantize {target.name}"] = inputs.get("quantize")
+    return found
+
+
+def _merge_row(
+    file: RecipeFile, sources: Sources, earlier: Mapping[str, Json], tools: Tools
+) -> dict[str, Json]:
+    if not sources.adapters:
+        return _row("merge", cached=True, why="")
+    stage = merging.inputs(sources, file.recipe.merge)
+    cost = merging.check(sources, file.recipe.merge)
+    cached, why = _state(stage, earlier.get("merge"), tools)
+    return _row(
+        "merge",
+        cached=cached,
+        why=why,
+        read=cost["read_bytes"],
+        write=cost["write_bytes"],
+        memory=cost["peak_memory_bytes"],
+    )
+
+
+def _validate_rows(
+    file: RecipeFile,
+    sources: Sources,
+    checkpoint: Tree | None,
+    earlier: Mapping[str, Json],
+    tools: Tools,
+) -> list[dict[str, Json]]:
+    if not sources.adapters or not file.recipe.validation.enabled:
+        return []
+    read = 2 * sources.base.tree.size + sum(a.snapshot.tree.size for a in sources.adapters)
+    cost: dict[str, Json] = {"read": read, "memory": _VALIDATE_MEMORY}
+    if checkpoint is None:
+        return [_row("validate", cached=False, why="merge comes first", **cost)]
+    stage = validating.inputs(sources, file.recipe.merge, checkpoint.digest, probes(file))
+    cached, why = _state(stage, earlier.get("validate"), tools)
+    return [_row("validate", cached=cached, why=why, **cost)]
+
+
+def _reference_rows(
+    sources: Sources, tasks: Sequence[RecipeTask], earlier: Mapping[str, Json], tools: Tools
+) -> list[dict[str, Json]]:
+    if not tasks:
+        return []
+    before = earlier.get("reference")
+    states = []
+    for tried in tasks:
+        asked = references.subjects(sources, tried.adapter)
+        subject = asked.get("adapter", asked["base"])
+        states.append(_state(references.inputs(subject, tried.task), before, tools))
+    cached = all(there for there, _ in states)
+    why = next((why for there, why in states if not there), "")
+    size = sources.base.tree.size
+    memory = _REFERENCE_MEMORY + 2 * size
+    return [_row("reference", cached=cached, why=why, read=size, memory=memory)]
+
+
+def _checkpoint(file: RecipeFile, sources: Sources, tools: Tools) -> Tree | None:
+    if not sources.adapters:
+        return sources.base.tree
+    entry = tools.store.find(merging.inputs(sources, file.recipe.merge).key)
+    return entry.tree if entry else None
+
+
+def _quantize_row(
+    wanted: QuantizeOptions,
+    target: Target,
+    checkpoint: Tree | None,
+    sources: Sources,
+    earlier: Mapping[str, Json],
+    tools: Tools,
+) -> tuple[dict[str, Json], Tree | None]:
+    size, config = sources.base.tree.size, model_config(sources.base.tree.root)
+    if not target.format.packed:
+        return _row("quantize", target=target.name, cached=True, why=""), checkpoint
+    if not can_make(target.format):
+        why = f"no quantizer here makes {target.format.name}"
+        return _row("quantize", target=target.name, cached=False, why=why, read=size), None
+    row: dict[str, Json] = {
+        "target": target.name,
+        "read": size,
+        "write": estimated_bytes(size, target.format, config),
+        "memory": _QUANTIZE_MEMORY + size,
+        "disk": disk_peak(size, target.format, config),
+    }
+    if checkpoint is None:
+        return _row("quantize", cached=False, why="merge comes first", **row), None
+    stage = quantizing.inputs(checkpoint.digest, wanted)
+    cached, why = _state(stage, earlier.get(f"quantize {target.name}"), tools)
+    entry = tools.store.find(stage.key)
+    quantizer = of_format(target.format.name).name
+    why = why and f"{why} ({quantizer})"
+    return _row("quantize", cached=cached, why=why, **row), entry.tree if entry else None
+
+
+def _quality_rows(
+    file: RecipeFile, target: Target, checkpoint: Tree | None, artifact: Tree | None, tools: Tools
+) -> list[dict[str, Json]]:
+    if not target.format.packed or not can_make(target.format):
+        return []
+    texts, why = texts_of(file), "its weights are not made"
+    cached = False
+    if checkpoint and artifact:
+        stage = quality.inputs(
+            checkpoint.digest, artifact.digest, texts, file.recipe.quality.tokens
+        )
+        cached, why = _state(stage, None, tools)
+    size = checkpoint.size if checkpoint else 0
+    return [
+        _row(
+            "quality", target=target.name, cached=cached, why=why, read=size,
+            memory=_QUALITY_MEMORY,
+        )
+    ]  # fmt: skip
+
+
+def _publish_row(target: Target, artifact: Tree | None, weight: int) -> dict[str, Json]:
+    size = artifact.size if artifact else weight
+    why = "known once the image is assembled" if artifact else "its weights are not made"
+    return _row("publish", target=target.name, cached=False, why=why, read=size, write=size)
+
+
+def _state(
+    stage: StageInputs, earlier: Mapping[str, Json] | None, tools: Tools
+) -> tuple[bool, str]:
+    """Return whether a stage's result is there, and which inputs changed where it is not."""
+    if tools.store.find(stage.key):
+        return True, ""
+    changed = stage.changed_since(earlier)
+    if changed == "":
+        return False, "its result was cleaned from the store"
+    return False, changed if changed.startswith("never") else f"changed: {changed}"
+
+
+def _row(
+    stage: str,
+    *,
+    cached: bool,
+    why: str,
+    target: str = "",
+    read: int = 0,
+    write: int = 0,
+    memory: int = 0,
+    disk: int | None = None,
+) -> dict[str, Json]:
+    return {
+        "stage": stage,
+        "target": target,
+        "cached": cached,
+        "why": why,
+        "read_bytes": read,
+        "write_bytes": write,
+        "peak_memory_bytes": memory,
+        "disk_bytes": write if disk is None else disk,
+    }

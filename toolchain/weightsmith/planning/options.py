@@ -1,0 +1,164 @@
+"""The recipe's sections as the options of stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.ports import Progress
+from weightsmith.provenance.labels import public_name
+from weightsmith.quantizers import formats, of_format
+from weightsmith.quantizers.calibration import GENERAL, Bounds, Texts, read_texts
+from weightsmith.recipe import Serve
+from weightsmith.recipe_file import RecipeFile
+from weightsmith.serving.engine import ServedAdapter, ServeOptions
+from weightsmith.serving.memory import parse_size
+from weightsmith.serving.targets import Target
+from weightsmith.stages.quantize import QuantizeOptions
+from weightsmith.stages.unmerged import served_adapters
+from weightsmith.tools import Tools
+from weightsmith.values import LORA, Format, Json, Snapshot, Sources
+
+
+def wishes_of(serve: Serve) -> ServeOptions:
+    """Return the recipe's wishes in the planner's units."""
+    return ServeOptions(
+        gpu=serve.gpu,
+        gpu_count=serve.gpu_count,
+        gpu_memory_bytes=parse_size(serve.gpu_memory) if serve.gpu_memory else 0,
+        host_memory_bytes=parse_size(serve.memory) if serve.memory else 0,
+        max_model_len=_number(serve.max_model_len),
+        max_num_seqs=_number(serve.max_num_seqs),
+        max_num_batched_tokens=_number(serve.max_num_batched_tokens),
+        kv_cache_dtype=serve.kv_cache_dtype,
+        dtype=serve.dtype,
+        tensor_parallel_size=_number(serve.tensor_parallel_size) or 0,
+        pipeline_parallel_size=_number(serve.pipeline_parallel_size) or 0,
+        gpu_memory_utilization=(
+            0.0 if serve.gpu_memory_utilization == "auto" else serve.gpu_memory_utilization
+        ),
+        served_model_name=serve.served_model_name,
+        extra=serve.extra,
+    )
+
+
+def _number(wish: int | str) -> int | None:
+    return None if isinstance(wish, str) else wish
+
+
+def texts_of(file: RecipeFile) -> Texts:
+    """Return the recipe's calibration and held-out texts; the general ones where it names none.
+
+    The evaluation's questions never stand in for them: what is measured on them would not show
+    how the model does on others. Raises InputRefused for text that is malformed.
+    """
+    wanted = file.recipe.calibration
+    if wanted is None:
+        return read_texts(GENERAL, Bounds())
+    bounds = Bounds(**wanted.model_dump(exclude={"data"}))
+    return read_texts(file.folder / wanted.data, bounds)
+
+
+def wanted_of(file: RecipeFile, format_: Format, base: Snapshot, tools: Tools) -> QuantizeOptions:
+    """Return what a recipe wants of a format; raises UsageError, and InputRefused for its files."""
+    if format_.name not in formats():  # the checkpoint itself, or what only others make
+        return QuantizeOptions(name=file.recipe.name, format=format_)
+    about: dict[str, Json] = {"base_models": [_origin(base)]}
+    if file.recipe.base.license:
+        about["license"] = file.recipe.base.license
+    wishes = file.recipe.quantize.model_dump()
+    if wishes["imatrix"] not in {"", "auto", "off"}:
+        wishes["imatrix"] = str(file.folder / wishes["imatrix"])
+    found = make_wanted(file.recipe.name, format_, wishes, about, tools)
+    return replace(found, texts=texts_of(file)) if needs_text(found) else found
+
+
+def make_wanted(
+    name: str,
+    format_: Format,
+    wishes: Mapping[str, Json],
+    about: Mapping[str, Json],
+    tools: Tools,
+) -> QuantizeOptions:
+    """Return a format's own part of the wishes; statistics that a user gave, by their digest."""
+    quantizer = of_format(format_.name)
+    options = dict(quantizer.options(format_, wishes))
+    statistics = None
+    if options.get("imatrix", "auto") not in {"auto", "off"}:
+        statistics = Path(str(options["imatrix"])).absolute()
+        if not statistics.is_file():
+            raise InputRefused(
+                f"{statistics}: no such importance matrix", hint="give auto, off or a file"
+            )
+        options["imatrix"] = tools.store.digest_file(statistics).digest
+    if about:
+        options["about"] = dict(about)
+    return QuantizeOptions(name=name, format=format_, options=options, statistics=statistics)
+
+
+def needs_text(wanted: QuantizeOptions) -> bool:
+    """Say whether a format measures activations."""
+    return of_format(wanted.format.name).calibrated(wanted.format, wanted.options)
+
+
+def check_model(wanted: QuantizeOptions, config: Mapping[str, Json]) -> None:
+    """Raise InputRefused for a model that the quantizer cannot make of, from its config alone."""
+    quantizer = of_format(wanted.format.name)
+    quantizer.check_input(wanted.format, config)
+    quantizer.check_options(config, wanted.options)
+    if wanted.statistics and quantizer.check_statistics:
+        quantizer.check_statistics(wanted.statistics, config)
+
+
+def _origin(base: Snapshot) -> dict[str, str]:
+    """Return the base model as GGUF metadata spell it; a folder's name without the path to it."""
+    scheme, _, place = base.source.partition("://")
+    if scheme == "hf":
+        owner, _, name = place.partition("@")[0].rpartition("/")
+        url = f"https://huggingface.co/{owner}/{name}"
+        return {"name": name, "organization": owner, "repo_url": url}
+    if scheme == "pypi":
+        name, _, version = place.partition("==")
+        return {"name": name, "version": version, "repo_url": f"https://pypi.org/project/{name}/"}
+    return {"name": public_name(base.source)}
+
+
+def warn_of_texts(file: RecipeFile, progress: Progress) -> None:
+    """Read the texts now, and say what they are where that is not what one would think."""
+    texts = texts_of(file)
+    if file.recipe.calibration is None:
+        count = len(texts.calibration) + len(texts.held_out)
+        progress.warn(
+            f"the recipe has no `calibration`: {count} general texts are used, and never its"
+            " evaluation questions: calibrating on them would hide what is lost on others"
+        )
+    elif texts.warning():
+        progress.warn(texts.warning())
+
+
+def sources_to_merge(targets: Sequence[Target], sources: Sources) -> Sources:
+    """Return the sources as they are merged: without adapters where every target serves them."""
+    served = all(target.format == LORA for target in targets)
+    return replace(sources, adapters=()) if served else sources
+
+
+def unmerged_adapters(
+    file: RecipeFile, target: Target, sources: Sources
+) -> tuple[ServedAdapter, ...]:
+    """Return the adapters that a target serves beside the base; () for a merged one.
+
+    Raises UsageError where the recipe's gate cannot judge them, InputRefused for adapters that
+    cannot be served.
+    """
+    if target.format != LORA:
+        return ()
+    if len(sources.adapters) > 1 and file.recipe.evaluate is not None:
+        raise UsageError(
+            f"{target.name} serves {len(sources.adapters)} adapters apart, and the recipe's"
+            " `evaluate` judges them together",
+            hint="give each adapter an `evaluate` of its own: it is then asked of that adapter "
+            "alone",
+        )
+    return served_adapters(sources, gguf="gguf" in target.engine.accepts)

@@ -1,0 +1,41 @@
+"""A target planned and rendered by a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from weightsmith.planning.options import wishes_of
+from weightsmith.provenance.labels import reference
+from weightsmith.recipe_file import RecipeFile
+from weightsmith.serving.engine import ServedAdapter
+from weightsmith.serving.targets import Target
+from weightsmith.stages.quantize import serving_config_of
+from weightsmith.stages.render import render
+from weightsmith.values import Digest, ServingConfig, Tree
+
+
+def serving_config(
+    file: RecipeFile,
+    target: Target,
+    model: Tree,
+    weight_bytes: int,
+    *,
+    weights: str,
+    made_from: tuple[Digest, ...],
+    adapters: tuple[ServedAdapter, ...] = (),
+    notes: tuple[str, ...] = (),
+) -> ServingConfig:
+    """Plan and render a target; `weights` is the file that is served, empty before there is one."""
+    recipe = file.recipe
+    return render(
+        target=target,
+        name=recipe.name,
+        version=recipe.version,
+        model_config=serving_config_of(model.root),
+        model_file=weights,
+        weight_bytes=weight_bytes,
+        wishes=replace(wishes_of(recipe.serve), adapters=adapters),
+        image=reference(recipe, target.name),
+        made_from=made_from,
+        notes=notes,
+    )

@@ -1,0 +1,60 @@
+"""The targets there are, and those of a build."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from weightsmith.errors import UsageError
+from weightsmith.quantizers import formats, quantizers
+from weightsmith.recipe_file import RecipeFile
+from weightsmith.serving import targets as serving_targets
+from weightsmith.serving.targets import Target
+from weightsmith.values import AWQ, FP8, GPTQ, LORA, Format
+
+
+def chosen_targets(
+    file: RecipeFile, names: tuple[str, ...], *, to_build: bool = False
+) -> tuple[Target, ...]:
+    """Return the targets to build: those asked for, else the recipe's.
+
+    Raises UsageError for an unknown one; `to_build` also for one whose weights nothing here makes.
+    """
+    known = all_targets()
+    wanted = names or file.recipe.targets
+    if not wanted:
+        raise UsageError(
+            "no target: neither --target nor the recipe names one",
+            hint="`invoke targets` lists them",
+        )
+    whole = dict.fromkeys(_whole_name(name, known) for name in wanted)
+    chosen = tuple(serving_targets.find(name, known) for name in whole)
+    for target in chosen:
+        if to_build and not can_make(target.format):
+            buildable = [name for name, t in known.items() if can_make(t.format)]
+            raise UsageError(
+                f"{target.name} serves {target.format.name} weights, and no quantizer here makes"
+                " them",
+                hint=f"these can be built: {', '.join(buildable)}",
+            )
+    return chosen
+
+
+def _whole_name(name: str, known: Mapping[str, Target]) -> str:
+    """Return `llamacpp-q4_k_m` for `llamacpp`: the default of what such an engine loads."""
+    defaults = (f"{name}-{quantizer.default}" for quantizer in quantizers().values())
+    return name if name in known else next((d for d in defaults if d in known), name)
+
+
+def can_make(format_: Format) -> bool:
+    """Say whether a quantizer here makes that format, or none is needed."""
+    return not format_.packed or format_.name in formats()
+
+
+def all_targets() -> Mapping[str, Target]:
+    """Return every target there is: engines by formats, found by listing their folders."""
+    return serving_targets.targets(all_formats().values())
+
+
+def all_formats() -> Mapping[str, Format]:
+    """Return the formats that quantizers make, and those that engines load all the same."""
+    return {format_.name: format_ for format_ in (AWQ, GPTQ, FP8, LORA)} | dict(formats())

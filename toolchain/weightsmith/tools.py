@@ -1,0 +1,54 @@
+"""Everything outside this process that a build uses, in one value."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from weightsmith.errors import EnvironmentFailure
+from weightsmith.oci.registry import Registry
+from weightsmith.ports import (
+    ContainerEngine,
+    Launcher,
+    Progress,
+    RunCommand,
+    Runner,
+    Signer,
+    SourceReader,
+    Store,
+)
+
+
+def _assembles_none(engine: str, _folder: Path, _progress: Progress) -> None:
+    raise EnvironmentFailure(
+        f"the engine {engine} cannot be assembled here", hint="name another base image"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tools:
+    """The outside world of one build, put together in `wiring`."""
+
+    store: Store
+    readers: Mapping[str, SourceReader]
+    """Scheme -> reader; the empty scheme reads folders."""
+    runner: Runner
+    engine: ContainerEngine
+    launcher: Launcher
+    registry: Registry
+    progress: Progress
+    scratch: Callable[[], AbstractContextManager[Path]]
+    """Makes a folder for a job's output and deletes it afterwards."""
+    assemble_engine: Callable[[str, Path, Progress], None] = _assembles_none
+    """(engine, empty folder, progress): fills it with the engine's root file system."""
+    command: RunCommand
+    """Runs the user's own evaluation program."""
+    signer: Signer | None = None
+    """Signs with the user's key, where there is one."""
+    clock: Callable[[], float] = time.monotonic
+    """Seconds since an arbitrary moment; stages are timed with it."""
+    images_in_engine: bool = False
+    """Whether built images are started in the container engine; else from an OCI layout."""
