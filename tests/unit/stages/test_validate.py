@@ -138,7 +138,7 @@ def test_a_wrong_merge_ends_the_build(
     tools = memory_tools(tmp_path, {**STAGES, "merge": wrong_merge(change)})
 
     with pytest.raises(CheckFailed, match=says) as caught:
-        list(build(request, Registry(), tools))
+        list(build(request, tools))
 
     kept = tmp_path / "dist" / "tiny-capitals" / "1.0.0" / "refused" / "build.json"
     record = json.loads(kept.read_text())["validation"]
@@ -186,7 +186,7 @@ def test_a_recipe_may_leave_it_out(tmp_path: Path) -> None:
     tools = memory_tools(tmp_path, {"merge": STAGES["merge"], "reference": stop})
 
     with pytest.raises(Exception, match="Enough"):
-        list(build(request, Registry(), tools))
+        list(build(request, tools))
 
     assert [job.stage for job in tools.runner.jobs] == ["merge", "reference"]
     assert any("turns `validate` off" in str(line) for line in tools.progress.lines)
