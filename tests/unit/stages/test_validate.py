@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from weightsmith.building import recording
 from weightsmith.commands.validate import validate_folders
 from weightsmith.errors import CheckFailed, UsageError
-from weightsmith.oci.registry import Registry
 from weightsmith.pipeline import build
 from weightsmith.planning.request import BuildRequest
 from weightsmith.planning.targets import chosen_targets
@@ -169,7 +168,7 @@ def test_a_record_says_whether_jobs_had_the_network(
     tools.runner.networked = when == "now"
 
     with pytest.raises(CheckFailed):
-        list(build(request_for(tmp_path), Registry(), tools))
+        list(build(request_for(tmp_path), tools))
 
     kept = tmp_path / "dist" / "tiny-capitals" / "1.0.0" / "refused" / "build.json"
     assert json.loads(kept.read_text())["network_in_jobs"] is (when != "never")
