@@ -165,7 +165,7 @@ def test_kinds_that_peft_cannot_hold_side_by_side_are_told(tmp_path: Path) -> No
     result = held(base, out, *two)
 
     assert result["passed"], tell(result)
-    assert "PEFT cannot hold these adapters side by side" in tell(result)
+    assert "warning logits PEFT cannot load these adapters together" in tell(result)
 
 
 def test_a_wrong_weight_is_reported(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_a_wrong_weight_is_reported(tmp_path: Path) -> None:
     result = held(base, out, lora)
 
     assert not result["passed"]
-    assert "the adapter is in it 0.5 times" in tell(result)
+    assert "added 0.5 times" in tell(result)
 
 
 def test_a_layer_that_is_read_and_not_called_is_reported(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_base_and_merged_the_wrong_way_round(tmp_path: Path) -> None:
     result = held(out, base, lora)
 
     assert not result["passed"]
-    assert "right way round" in tell(result)
+    assert "subtracted" in tell(result)
 
 
 def test_another_model_is_reported(tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_another_model_is_reported(tmp_path: Path) -> None:
     result = held(base, other, lora)
 
     assert not result["passed"]
-    assert "model_type is 'gpt2', the base's is 'llama'" in tell(result)
+    assert "model_type is 'gpt2', but 'llama'" in tell(result)
     assert result["max_abs_logit_diff"] is None
 
 
@@ -278,7 +278,7 @@ def test_a_token_that_the_base_does_not_embed_either_is_a_note(tmp_path: Path) -
 
     assert result["passed"], tell(result)
     (found,) = [f for f in result["findings"] if f.severity == "warning"]
-    assert "513 tokens and the model embeds 512, as with the base: <image>" in found.message
+    assert all(fact in found.message for fact in ("513", "512", "<image>"))
 
 
 def test_a_token_of_the_adapter_that_is_not_embedded_is_a_fault(tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_a_token_of_the_adapter_that_is_not_embedded_is_a_fault(tmp_path: Path) 
     result = held(base, merged(tmp_path / "out", base, lora), lora)
 
     assert not result["passed"]
-    assert "513 tokens and the model embeds 512" in tell(result)
+    assert "error tokenizer the tokenizer has 513 tokens" in tell(result)
 
 
 def test_of_other_methods_the_rest_is_judged(tmp_path: Path) -> None:
@@ -325,4 +325,4 @@ def test_a_rounded_base_is_judged_by_its_files(tmp_path: Path) -> None:
 
     assert result["passed"], tell(result)
     assert result["max_abs_logit_diff"] is None
-    assert "judged alone" in tell(result)
+    assert "only files" in tell(result)

@@ -61,7 +61,7 @@ def test_a_wrong_merge_says_something_else(tmp_path: Path) -> None:
     parted = [row for row in result["greedy"] if row["same"] < row["tokens"]]
     assert parted
     assert all(row["reference"] != row["merged"] for row in parted)
-    assert "greedy texts are not what base and adapter say" in tell(result)
+    assert "greedy texts differ" in tell(result)
 
 
 def test_an_end_token_ends_the_text(tmp_path: Path) -> None:
@@ -87,4 +87,4 @@ def test_of_a_large_model_the_first_token_is_reported(
 
     assert result["passed"], tell(result)
     assert [row["tokens"] for row in result["greedy"]] == [1, 1, 1]
-    assert "the first token alone is compared" in tell(result)
+    assert "only the first token" in tell(result)

@@ -196,13 +196,13 @@ MUTATIONS = (
     Mutation(
         "A and B of two layers swapped",
         swap,
-        ("what was added belongs to model.layers.1.self_attn.q_proj.weight",),
+        ("belongs to model.layers.1.self_attn.q_proj.weight",),
     ),
     Mutation("square matrix transposed", transpose, (Q1, "transposed")),
     Mutation(
         "wrong expert",
         wrong_expert,
-        ("experts.0.down_proj.weight: it holds the base's model.layers.1.mlp.experts.2.down_proj",),
+        ("experts.0.down_proj.weight: it has the base's model.layers.1.mlp.experts.2.down_proj",),
         (("kind", "qwen3_moe"), ("attention_only", True)),
     ),
     Mutation(
@@ -220,17 +220,17 @@ MUTATIONS = (
     Mutation(
         "tied head changed with the embedding",
         tied_embedding,
-        ("lm_head.weight and model.embed_tokens.weight are one tensor",),
+        ("lm_head.weight and model.embed_tokens.weight share a tensor",),
         (("tie_word_embeddings", True), ("embedding", True)),
     ),
-    Mutation("shard from another run", foreign_shard, ("no merge of",)),
+    Mutation("shard from another run", foreign_shard, ("not a merge of",)),
     Mutation("shard lost", lost_shard, ("model-00002",)),
     Mutation("one sign bit flipped", flip, (K0, "[5, 7]", "sign is flipped")),
     Mutation("adapter applied twice", twice, ("twice",)),
     Mutation("tokenizer from another model", foreign_tokenizer, ("tokenizer",)),
-    Mutation("end of sequence lost", lost_end, ("end of sequence", "token 2")),
+    Mutation("end of sequence lost", lost_end, ("end-of-sequence", "token 2")),
     Mutation("end of sequence changed in config.json", end_of_config, ("token 2",)),
-    Mutation("chat template lost", lost_template, ("template is lost",)),
+    Mutation("chat template lost", lost_template, ("template is missing",)),
     Mutation("positions computed otherwise", other_rope, ("rope",)),
     Mutation("a norm zeroed", lost_norm, ("model.norm.weight",)),
 )

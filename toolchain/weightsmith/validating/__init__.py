@@ -1,1 +1,1 @@
-"""The merged checkpoint held against base and adapters, with no code of the merge."""
+"""Checks a merged checkpoint against base and adapters without using the merge's own code."""

@@ -1,4 +1,4 @@
-"""Each adapted layer while the reference runs: its merged tensor, and what PEFT computes there."""
+"""Check each adapted layer while the reference runs: its merged tensor and PEFT's output."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ from weightsmith.validating.sites import Site, is_approximate, tuner_layers
 from weightsmith.validating.weights import Weights, blocks_of
 
 _SAMPLES = 8
-"""Tokens of each layer at which PEFT's output is held against the formula."""
+"""Tokens per layer at which PEFT's output is compared with the formula."""
 _UNIT = 2.0**-24
-_ROUGHLY = 2.0**-12
-"""What a singular value decomposition in float32 may be off, as a part of the values."""
+_SVD_ERROR = 2.0**-12
+"""Relative error allowed for a float32 singular value decomposition."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Examiner:
     """Examines sites as the reference runs through them.
 
-    The last tokens of a batch are twins of the first ones: at every site their outputs are
-    computed anew with the exact sum rounded to the merged tensor's type, so that at the end they
-    tell what rounding alone does to the logits.
+    The last tokens of a batch are copies ("twins") of the first ones. At every site their outputs
+    are recomputed with the exact sum rounded to the merged tensor's type, so their logits show
+    the effect of rounding alone.
     """
 
     base: Weights
     merged: Weights
     twins: Mapping[int, int]
-    """Tokens of a layer's input -> how many of them, at the end, are twins."""
+    """Number of a layer's input tokens -> how many of them, at the end, are twins."""
     tallies: dict[str, Tally] = field(default_factory=dict)
-    """By the model's own parameter name."""
+    """By the model's parameter name."""
     findings: list[Finding] = field(default_factory=list)
     signal: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Parameter -> size of what the adapter adds to its outputs, and of what rounding takes."""
+    """Parameter -> RMS of the adapter's effect on its outputs, and of the rounding error."""
     mixture: Mixture | None = None
-    """How parts of the deltas were kept, where the merge is not their sum."""
+    """How the method combines deltas, if the merge is not their sum."""
     mixed: set[str] = field(default_factory=set)
-    """Parameters of which a mixture can be judged."""
+    """Parameters checked against the mixture."""
     kept: dict[str, Kept] = field(default_factory=dict)
-    """Parameter -> which adapters are in it, where parts were kept."""
+    """Parameter -> which adapters it contains, if the method keeps parts of the deltas."""
     unjudged: list[str] = field(default_factory=list)
-    """Parameters whose rounding the twins do not show."""
+    """Parameters whose rounding the twins do not cover."""
     bypassed: list[str] = field(default_factory=list)
-    """Parameters that the model's code does not use by calling their layer, as PEFT needs it."""
+    """Parameters that the model's code reads without calling their layer, bypassing PEFT."""
 
     def watch(self, site: Site) -> None:
         """Examine a site when it runs."""
@@ -60,15 +60,15 @@ class Examiner:
         else:
             site.layer.register_forward_hook(self._plain(site))
 
-    def watch_brought(self, module: Any, parameters: Mapping[str, str]) -> None:
-        """Run the twins through what an adapter brings whole as the merged file has it: rounded.
+    def watch_replaced(self, module: Any, parameters: Mapping[str, str]) -> None:
+        """Run the twins with an adapter's replaced parameters, rounded to the merged file's dtype.
 
-        `parameters` is attribute -> the model's own name.
+        `parameters` maps attributes to the model's parameter names.
         """
-        kinds = {part: _kind(self.merged, name) for part, name in parameters.items()}
+        kinds = {part: _dtype_of(self.merged, name) for part, name in parameters.items()}
         busy = False
 
-        def again(_: Any, args: tuple[Any, ...], out: Any) -> torch.Tensor | None:
+        def rerun(_: Any, args: tuple[Any, ...], out: Any) -> torch.Tensor | None:
             nonlocal busy
             if busy:
                 return None
@@ -79,17 +79,17 @@ class Examiner:
                 self.unjudged += list(parameters.values())
                 return None
             busy = True
-            twin, busy = _anew(module, kinds, x[-twins:]), False
+            twin, busy = _with_rounded(module, kinds, x[-twins:]), False
             flat = out.reshape(-1, out.shape[-1])
             return torch.cat([flat[:-twins], twin]).view(out.shape)
 
-        module.register_forward_hook(again)
+        module.register_forward_hook(rerun)
 
     def finish(self, site: Site) -> None:
         """Examine a site that the probes did not run through."""
         if site.seen:
             return
-        if ".experts." not in site.path:  # an expert that no token went to is called by others
+        if ".experts." not in site.path:  # an expert that got no token is not bypassed
             self.bypassed += [n for part, n in site.parameters.items() if part != "bias"]
         if site.kind == "other":
             self._fill(site)
@@ -112,8 +112,8 @@ class Examiner:
             bias = self._bias(site)
             self.findings += outputs.judge(bias)
             self.signal[site.parameters["weight"]] = outputs.loss()
-            if bias is not None:  # an adapter may have brought it in more digits
-                bias = bias.to(_kind(self.merged, site.parameters["bias"])).float()
+            if bias is not None:  # an adapter's own bias may have a higher precision
+                bias = bias.to(_dtype_of(self.merged, site.parameters["bias"])).float()
             return outputs.with_twins(bias)
 
         return examine
@@ -121,7 +121,7 @@ class Examiner:
     def _blocks(
         self, site: Site, take: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
     ) -> None:
-        """Compare the site's tensor rows by rows; `take` gets base, exact sum and what is there."""
+        """Compare the site's tensor in row blocks; `take` gets base, exact sum and merged rows."""
         name = site.parameters["weight"]
         factors = site.factors()
         tally = self.tallies.setdefault(name, Tally(tensor=self.merged.tensor_of(name)))
@@ -145,7 +145,7 @@ class Examiner:
             take(first, weights, weights + delta, found)
 
     def _base_rows(self, site: Site, name: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield the base's rows; an adapter may have brought its own, of another vocabulary."""
+        """Yield the base's rows, or an adapter's own if it changes the vocabulary."""
         own = site.layer.get_base_layer().weight
         return self.base.rows(name) if is_missing(own) else blocks_of(own.detach())
 
@@ -154,7 +154,7 @@ class Examiner:
         bias = getattr(layer, "bias", None)
         if bias is None:
             return None
-        # An adapter that trained biases has brought its own.
+        # An adapter that trained biases has its own.
         return self.base.whole(site.parameters["bias"]) if is_missing(bias) else bias
 
     def _fill(self, site: Site) -> None:
@@ -180,10 +180,11 @@ class Examiner:
         return examine
 
     def _merge(self, site: Site) -> None:
-        """Let PEFT merge this one layer in float32, and compare what its parameters became.
+        """Let PEFT merge this layer in float32, and compare the resulting parameters.
 
-        Each adapter by itself, and their changes summed, as they act side by side: merged one onto
-        the other, those that scale the base would scale the others' changes too.
+        Adapters are merged one by one and their changes summed, because unmerged adapters act
+        independently: merged onto each other, adapters that scale the base would scale the
+        others' changes too.
         """
         inner = site.layer.get_base_layer()
         before = {part: _attribute(inner, part).detach().clone() for part in site.parameters}
@@ -196,7 +197,7 @@ class Examiner:
                 changed = _attribute(inner, part).detach() - values
                 total[part] += site.weights.get(adapter, 1.0) * changed
                 _attribute(inner, part).data = values.clone()
-        slack = _ROUGHLY if is_approximate(site.layer) else ARITHMETIC
+        slack = _SVD_ERROR if is_approximate(site.layer) else ARITHMETIC
         for part, name in site.parameters.items():
             tensor = self.merged.tensor_of(name) or name
             tally = self.tallies.setdefault(name, Tally(tensor=tensor))
@@ -208,7 +209,7 @@ class Examiner:
             _attribute(inner, part).data = exact.to(found.dtype).float()
 
     def _twins_of_other(self, site: Site, args: tuple[Any, ...], out: Any) -> Any:
-        """Compute the twins again with the rounded parameters that `_merge` left behind."""
+        """Recompute the twins with the rounded parameters that `_merge` set."""
         if not isinstance(out, torch.Tensor):
             self.unjudged += list(site.parameters.values())
             return out
@@ -223,7 +224,7 @@ class Examiner:
 
 
 class _Outputs:
-    """A site's outputs by the formula, gathered while its rows go by."""
+    """A site's outputs by the formula, accumulated over blocks of rows."""
 
     def __init__(self, site: Site, x: torch.Tensor, out: torch.Tensor, twins: int) -> None:
         self.site, self.out, self.twins = site, out, twins
@@ -233,11 +234,11 @@ class _Outputs:
         self.peft = out.reshape(-1, out.shape[-1])[self.places]
         self.twin_x = x[len(x) - twins :]
         shape = (len(self.places), out.shape[-1])
-        self.wanted, self.base, self.found = (torch.zeros(shape) for _ in range(3))
+        self.expected, self.base, self.found = (torch.zeros(shape) for _ in range(3))
         self.room = torch.zeros(shape)
         self.twin = torch.zeros((twins, out.shape[-1])) if twins else None
         self.reach = self.x.norm(dim=1, keepdim=True) if site.kind == "linear" else torch.zeros(())
-        # W·x and B·A·x apart are each as large as the sum and the other together.
+        # |W·x| and |B·A·x| can each be as large as the sum and the other term together.
         self.unit = 16 * float(self.x.shape[-1]) ** 0.5 * _UNIT
         self.added = self._added()
 
@@ -248,23 +249,23 @@ class _Outputs:
         rounded = exact.to(found.dtype).float()
         base, exact, merged = base.float(), exact.float(), found.float()
         where = slice(first, first + len(exact))
-        for into, rows in ((self.wanted, exact), (self.base, base), (self.found, merged)):
+        for into, rows in ((self.expected, exact), (self.base, base), (self.found, merged)):
             _apply(self.site.kind, self.x, rows, where, into)
         if self.twin is not None:
             _apply(self.site.kind, self.twin_x, rounded, where, self.twin)
         if self.site.kind == "linear":
             # Higham and Mary, "A new approach to probabilistic rounding error analysis", 2019:
-            # a sum of n products is off by about √n units, not n; `unit` has a wide factor.
+            # a sum of n products has an error of about √n units, not n; `unit` has a safety factor.
             reach = self.reach * exact.norm(dim=1)
             self.room[:, where] = self.unit * (reach + self.added[:, where])
 
     def judge(self, bias: torch.Tensor | None) -> list[Finding]:
-        """Return a finding where PEFT's output is not the formula's."""
+        """Return a finding if PEFT's output differs from the formula."""
         if self.site.kind != "linear":
             return []
-        wanted = self.wanted if bias is None else self.wanted + bias
-        room = self.room + 8 * _UNIT * wanted.abs()
-        off = (self.peft - wanted).abs()
+        expected = self.expected if bias is None else self.expected + bias
+        room = self.room + 8 * _UNIT * expected.abs()
+        off = (self.peft - expected).abs()
         if bool((off <= room).all()):
             return []
         name = self.site.parameters["weight"]
@@ -273,21 +274,21 @@ class _Outputs:
                 ERROR,
                 "outputs",
                 f"{name}: PEFT's output differs from W + Σ s·B·A by {float(off.max()):.3g}, more "
-                f"than arithmetic explains ({float(room.max()):.3g}): this adapter is not what "
-                "the merge takes it for",
+                f"than the arithmetic error ({float(room.max()):.3g}): PEFT computes something "
+                "else for this adapter than the merge does",
                 name,
             )
         ]
 
     def loss(self) -> tuple[float, float]:
-        """Return the sizes of what the adapter adds, and of what the merged tensor lacks of it."""
+        """Return the RMS of the adapter's effect, and of the merged tensor's error."""
         return (
-            float((self.wanted - self.base).square().mean().sqrt()),
-            float((self.wanted - self.found).square().mean().sqrt()),
+            float((self.expected - self.base).square().mean().sqrt()),
+            float((self.expected - self.found).square().mean().sqrt()),
         )
 
     def with_twins(self, bias: torch.Tensor | None) -> torch.Tensor | None:
-        """Return PEFT's output with the twins' replaced, or None where there are none."""
+        """Return PEFT's output with the twins' outputs replaced, or None without twins."""
         if self.twin is None:
             return None
         twin = self.twin if bias is None else self.twin + bias
@@ -295,7 +296,7 @@ class _Outputs:
         return torch.cat([flat[: -self.twins], twin]).view(self.out.shape)
 
     def _added(self) -> torch.Tensor:
-        """Bound what the adapter's own products may add to the rounding error."""
+        """Bound the rounding error of the adapter's own products."""
         if self.site.kind != "linear":
             return torch.zeros(())
         factors = self.site.factors()
@@ -307,7 +308,7 @@ class _Outputs:
 def _apply(
     kind: str, x: torch.Tensor, rows: torch.Tensor, where: slice, into: torch.Tensor
 ) -> None:
-    """Add what some rows of a stored matrix contribute to the outputs for x."""
+    """Add the contribution of some rows of a stored matrix to the outputs for x."""
     if kind == "linear":
         into[..., where] = x @ rows.T
     elif kind == "conv1d":
@@ -318,7 +319,7 @@ def _apply(
 
 
 def _weighted(site: Site, args: tuple[Any, ...]) -> torch.Tensor:
-    """Return a layer's outputs with a part of each adapter's change: W + Σ weight·(changed - W)."""
+    """Return a layer's outputs with weighted adapters: W + Σ weight·(changed - W)."""
     layers, active = tuner_layers(site.layer), list(site.layer.active_adapters)
     base: torch.Tensor = site.layer.get_base_layer()(*args)
     out = base.clone()
@@ -331,16 +332,16 @@ def _weighted(site: Site, args: tuple[Any, ...]) -> torch.Tensor:
     return out
 
 
-def _anew(module: Any, kinds: Mapping[str, torch.dtype], x: torch.Tensor) -> torch.Tensor:
-    """Return a module's outputs with some parameters rounded; of matrices a few rows at a time."""
+def _with_rounded(module: Any, kinds: Mapping[str, torch.dtype], x: torch.Tensor) -> torch.Tensor:
+    """Return a module's outputs with some parameters rounded, a few matrix rows at a time."""
     exact = {part: getattr(module, part).data for part in kinds}
     if type(module) is nn.Linear and kinds.keys() == dict(module.named_parameters()).keys():
         blocks = (rows.to(kinds["weight"]).float() for _, rows in blocks_of(exact["weight"]))
         out = torch.cat([x @ rows.T for rows in blocks], -1)
         return out + exact["bias"].to(kinds["bias"]).float() if "bias" in kinds else out
     if isinstance(module, nn.Embedding):
-        wanted, x = torch.unique(x, return_inverse=True)
-        rounded = {"weight": exact["weight"][wanted].to(kinds["weight"]).float()}
+        unique, x = torch.unique(x, return_inverse=True)
+        rounded = {"weight": exact["weight"][unique].to(kinds["weight"]).float()}
     else:
         rounded = {part: values.to(kinds[part]).float() for part, values in exact.items()}
     for part, values in rounded.items():
@@ -351,13 +352,13 @@ def _anew(module: Any, kinds: Mapping[str, torch.dtype], x: torch.Tensor) -> tor
     return again
 
 
-def _kind(weights: Weights, parameter: str) -> torch.dtype:
-    """Return the type that the file has a parameter in."""
+def _dtype_of(weights: Weights, parameter: str) -> torch.dtype:
+    """Return a parameter's dtype in the file."""
     return next(weights.blocks(weights.tensors_of(parameter)[0]))[1].dtype
 
 
 def _stored(weights: Weights, parameter: str) -> torch.Tensor:
-    """Return a parameter in the type that the file has it in."""
+    """Return a parameter in its dtype in the file."""
     tensor = weights.tensor_of(parameter)
     if tensor:
         return weights.read(tensor)

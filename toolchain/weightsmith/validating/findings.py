@@ -1,4 +1,4 @@
-"""What a validation found: one sentence each, with the place that it points at."""
+"""Validation findings: one sentence each, with the tensor or file concerned."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _LAYER = re.compile(r"\.(?:layers|h|blocks?|layer)\.(\d+)\.")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One difference that matters (`error`), may matter (`warning`), or is worth knowing."""
+    """A difference that fails the validation (`error`), may matter (`warning`), or is a `note`."""
 
     severity: str
     check: str
-    """Which detector saw it: `files`, `tokenizer`, `elements`, `outputs`, `layers`, `logits`."""
+    """The check that found it: `files`, `tokenizer`, `elements`, `outputs`, `layers`, `logits`."""
     message: str
     tensor: str = ""
-    """The tensor or file to suspect."""
+    """The tensor or file concerned."""
     layer: int | None = None
-    """The decoder layer it belongs to, counted from 0."""
+    """Its decoder layer, counted from 0."""
 
 
 def finding(severity: str, check: str, message: str, tensor: str = "") -> Finding:
@@ -38,5 +38,5 @@ def layer_of(tensor: str) -> int | None:
 
 
 def failed(findings: Iterable[Finding]) -> list[Finding]:
-    """Return the findings that make a validation fail."""
+    """Return the findings that fail a validation."""
     return [found for found in findings if found.severity == ERROR]

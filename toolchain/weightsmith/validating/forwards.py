@@ -1,4 +1,4 @@
-"""The two forwards: base with adapters on it, examined on the way, and the merged checkpoint."""
+"""The two forward passes: base with adapters (the reference), and the merged checkpoint."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ from weightsmith.validating.weights import Weights
 
 Advance = Callable[[], None]
 _KEPT_TOKENS = 16
-"""Tokens of a probe whose hidden states are kept for each layer."""
+"""Tokens per probe whose hidden states are kept for each layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Probes side by side, filled up on the right: a causal model does not look there."""
+    """A batch of probes, padded on the right, which a causal model ignores."""
 
     ids: torch.Tensor
     lengths: tuple[int, ...]
     counted: tuple[int, ...]
-    """Of each probe, how many tokens at its end have logits."""
+    """Per probe, the number of tokens at its end that get logits."""
 
     @classmethod
     def of(cls, probes: Sequence[Sequence[int]], most: int = sys.maxsize) -> Batch:
-        """Put probes of several lengths into one batch, with at most so many logits each."""
+        """Return a batch of probes with at most `most` logits each."""
         width = max(len(probe) for probe in probes)
         rows = [[*probe, *[probe[-1]] * (width - len(probe))] for probe in probes]
         lengths = tuple(len(probe) for probe in probes)
@@ -54,14 +54,14 @@ class Batch:
 
     @property
     def places(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Row and column of every token that counts."""
+        """Row and column of every token that gets logits."""
         both = list(enumerate(zip(self.lengths, self.counted, strict=True)))
         rows = [row for row, (_, count) in both for _ in range(count)]
         columns = [column for _, (n, count) in both for column in range(n - count, n)]
         return torch.tensor(rows), torch.tensor(columns)
 
     def doubled(self, twins: int) -> Batch:
-        """Return the batch with twins of its first probes behind it."""
+        """Return the batch with copies of its first probes appended."""
         return Batch(
             ids=torch.cat([self.ids, self.ids[:twins]]),
             lengths=(*self.lengths, *self.lengths[:twins]),
@@ -69,9 +69,9 @@ class Batch:
         )
 
     def twin_tokens(self, twins: int) -> dict[int, int]:
-        """Return how many of a layer's input tokens belong to the last sequences.
+        """Return a layer's number of input tokens -> how many belong to the last `twins` sequences.
 
-        Layers get all tokens, the sequences apart or in one row; the head those that count.
+        Layers get all tokens; the head only those that get logits.
         """
         width = self.ids.shape[1]
         mine = sum(self.counted[len(self.counted) - twins :])
@@ -80,26 +80,26 @@ class Batch:
 
 @dataclass(slots=True, kw_only=True)
 class Run:
-    """What one forward gave."""
+    """Results of one forward pass."""
 
     logits: torch.Tensor
-    """(tokens that count, vocabulary), probe by probe."""
+    """(tokens with logits, vocabulary), probe by probe."""
     hidden: list[torch.Tensor]
-    """Per decoder layer, some tokens of the first probes: (tokens, width)."""
+    """Per decoder layer, hidden states of some tokens of the first probes: (tokens, width)."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Reference:
-    """The forward of base and adapters, and what was seen on the way."""
+    """The forward pass of base and adapters, with the results of its checks."""
 
     run: Run
     twins: Run
-    """The first probes again, with every merged tensor rounded as an exact merge rounds it."""
+    """The first probes again, with every tensor rounded as in an exact merge."""
     base: Weights
     examiner: Examiner
     sites: tuple[Site, ...]
     replaced: dict[str, torch.Tensor]
-    """Parameters that an adapter brings whole."""
+    """Parameters that an adapter replaces."""
 
 
 @torch.no_grad()
@@ -115,10 +115,10 @@ def reference_forward(
     advance: Advance,
     mixture: Mixture | None = None,
 ) -> Reference:
-    """Run base and adapters, unmerged, and examine every adapted layer on the way.
+    """Run base and unmerged adapters, checking every adapted layer on the way.
 
-    `like` is the merged model's skeleton: adapters may have given it another vocabulary; `mixture`
-    says how the merge kept parts of the deltas, where it is not their sum.
+    `like` is the merged model's skeleton, whose vocabulary adapters may have changed; `mixture`
+    says how the merge combines the deltas, if not by their sum.
     """
     bare = skeleton(base)
     weights = Weights(base, bare)
@@ -131,8 +131,8 @@ def reference_forward(
     if (layers := replication(model)) is not None:
         weights.replicate(layers)
     adapted = tuple(sites(model))
-    given = list(brought(model, names))
-    _weigh(model, adapters, adapted, given, weights)
+    replaced = list(replaced_parameters(model, names))
+    _apply_weights(model, adapters, adapted, replaced, weights)
     whole = batch.doubled(twins)
     examiner = Examiner(
         base=weights, merged=merged, twins=whole.twin_tokens(twins), mixture=mixture
@@ -144,10 +144,10 @@ def reference_forward(
     for site in adapted:
         examiner.watch(site)
     inside = {id(module) for site in adapted for module in site.layer.modules()}
-    for module, parameters in given:
+    for module, parameters in replaced:
         if id(module) not in inside:
             known = {part: name for part, name in parameters.items() if merged.has(name)}
-            examiner.watch_brought(module, known)
+            examiner.watch_replaced(module, known)
     rows = [*range(twins), *range(len(batch.ids), len(whole.ids))]
     run = _forward(model.get_base_model(), model, whole, rows, advance)
     for site in adapted:
@@ -162,7 +162,7 @@ def reference_forward(
         sites=adapted,
         replaced={
             name: getattr(module, part).detach()
-            for module, parameters in given
+            for module, parameters in replaced
             for part, name in parameters.items()
         },
     )
@@ -172,7 +172,7 @@ def reference_forward(
 def merged_forward(
     model: Any, weights: Weights, batch: Batch, twins: int, *, streamed: bool, advance: Advance
 ) -> Run:
-    """Run the merged checkpoint, and keep hidden states of its first `twins` probes."""
+    """Run the merged checkpoint, keeping hidden states of its first `twins` probes."""
     load_buffers(model, weights)
     if streamed:
         stream(model, weights)
@@ -181,23 +181,23 @@ def merged_forward(
     return _forward(model, model, batch, list(range(twins)), advance)
 
 
-def _weigh(
+def _apply_weights(
     model: Any,
     adapters: Sequence[tuple[Path, float]],
     adapted: Sequence[Site],
-    given: Sequence[tuple[Any, dict[str, str]]],
+    replaced: Sequence[tuple[Any, dict[str, str]]],
     base: Weights,
 ) -> None:
-    """Mean a part of what each adapter changes, and of what one brings whole."""
+    """Apply the adapters' weights to their deltas and to replaced parameters."""
     parts = {f"adapter_{number}": weight for number, (_, weight) in enumerate(adapters)}
     if all(weight == 1.0 for weight in parts.values()):
         return
     for site in adapted:
-        site.weigh(parts)
-    # PEFT lets one adapter alone bring biases, and a module be brought by one.
+        site.apply_weights(parts)
+    # PEFT allows biases from one adapter only, and one adapter per replaced module.
     biased = [n for n in parts if getattr(model.peft_config[n], "bias", "none") != "none"]
     paths = {id(module): path for path, module in model.named_modules()}
-    for module, parameters in given:
+    for module, parameters in replaced:
         owner = next((n for n in parts if f".modules_to_save.{n}" in paths[id(module)]), "")
         weight = parts.get(owner or next(iter(biased), ""), 1.0)
         for part, name in parameters.items():
@@ -206,8 +206,8 @@ def _weigh(
                 own.data = before + weight * (own.data - before)
 
 
-def brought(model: Any, names: set[str]) -> Iterator[tuple[Any, dict[str, str]]]:
-    """Yield modules with what PEFT replaced there by an adapter's own: attribute -> base's name."""
+def replaced_parameters(model: Any, names: set[str]) -> Iterator[tuple[Any, dict[str, str]]]:
+    """Yield modules whose parameters an adapter replaces: attribute -> the base's name."""
     for path, module in model.named_modules():
         found = {}
         for part, parameter in module.named_parameters(recurse=False):
@@ -222,7 +222,7 @@ def brought(model: Any, names: set[str]) -> Iterator[tuple[Any, dict[str, str]]]
 
 
 def _forward(model: Any, outer: Any, batch: Batch, rows: Sequence[int], advance: Advance) -> Run:
-    """Run once; the head sees only the tokens that count."""
+    """Run once; the head gets only the tokens that need logits."""
     hidden: list[torch.Tensor] = []
     length = min(batch.lengths[row] for row in rows)
     columns = torch.arange(0, length, max(1, length // _KEPT_TOKENS))

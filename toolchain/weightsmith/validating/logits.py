@@ -1,4 +1,4 @@
-"""Logits of three forwards: reference, the same rounded once, and the merged checkpoint."""
+"""Compare logits of the reference, the exact merge (rounded once), and the merged checkpoint."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from weightsmith.validating.findings import ERROR, Finding, finding
 
 _FLOOR = 2.0**-14
-"""What float32 arithmetic may do to logits, as a part of the largest: sums in another order."""
-_UNSEEN = 4.0
-"""Room where the exact rounding of some layers is not in the limits, as it was not computed."""
+"""Relative error of float32 logits, from sums in another order."""
+_INCOMPLETE_FACTOR = 4.0
+"""Factor on the limits if the exact rounding of some layers was not computed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distance:
-    """How far one set of logits is from another, over all positions."""
+    """Distance of two sets of logits over all positions."""
 
     max_abs: float
     mean_abs: float
@@ -25,7 +25,7 @@ class Distance:
     """Kullback-Leibler divergence from the reference, in nats."""
     kl_max: float
     top1: float
-    """Part of the positions whose most likely token is the same."""
+    """Fraction of positions with the same most likely token."""
 
 
 def distance(reference: torch.Tensor, other: torch.Tensor) -> Distance:
@@ -53,7 +53,7 @@ def distance(reference: torch.Tensor, other: torch.Tensor) -> Distance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitLimits:
-    """How far a merge may be from the exact one: no further than rounding is from the reference."""
+    """How far a merge may be from the exact one: as far as rounding moves the reference."""
 
     rms: float
     max_abs: float
@@ -62,12 +62,12 @@ class LogitLimits:
 
 
 def limits(rounding: Distance, reference: torch.Tensor, *, complete: bool) -> LogitLimits:
-    """Return the limits from what one exact rounding did to these logits.
+    """Return the limits from the effect of exact rounding on these logits.
 
-    A divergence grows with the square of the logits' distance. `complete` says that the rounding
+    A divergence grows with the square of the logits' distance. `complete` means that the rounding
     of every changed tensor was computed.
     """
-    room = 1.0 if complete else _UNSEEN
+    room = 1.0 if complete else _INCOMPLETE_FACTOR
     floor = _FLOOR * float(reference.abs().max())
     return LogitLimits(
         rms=room * rounding.rms + floor,
@@ -78,13 +78,13 @@ def limits(rounding: Distance, reference: torch.Tensor, *, complete: bool) -> Lo
 
 
 def judge(off: Distance, allowed: LogitLimits) -> list[Finding]:
-    """Return a finding where merged logits are off the exact merge's by more than the limits."""
+    """Return a finding if merged logits differ from the exact merge's by more than the limits."""
     found = []
     for what, value, limit in (
-        ("logits are off by", off.rms, allowed.rms),
-        ("one logit by", off.max_abs, allowed.max_abs),
-        ("the mean divergence is", off.kl_mean, allowed.kl_mean),
-        ("the largest", off.kl_max, allowed.kl_max),
+        ("RMS difference", off.rms, allowed.rms),
+        ("largest difference", off.max_abs, allowed.max_abs),
+        ("mean KL divergence", off.kl_mean, allowed.kl_mean),
+        ("largest KL divergence", off.kl_max, allowed.kl_max),
     ):
         if not value <= limit:
             found.append(f"{what} {value:.3g} (limit {limit:.3g})")
@@ -95,14 +95,14 @@ def judge(off: Distance, allowed: LogitLimits) -> list[Finding]:
         finding(
             ERROR,
             "logits",
-            f"the merged model answers otherwise than base and adapter: {text}; the limits are "
-            "what rounding the exact sum does to this model",
+            f"the merged model's logits differ from base + adapter: {text}; the limits are the "
+            "effect of rounding the exact sum",
         )
     ]
 
 
 def judge_choices(exact: torch.Tensor, merged: torch.Tensor, allowed: LogitLimits) -> list[Finding]:
-    """Return a finding where another token is the likeliest and no near tie explains it."""
+    """Return a finding if the most likely token differs and no near tie explains it."""
     best = exact.topk(2, -1).values
     margin = best[:, 0] - best[:, 1]
     wrong = (exact.argmax(-1) != merged.argmax(-1)) & (margin > 2 * allowed.max_abs)
@@ -112,7 +112,7 @@ def judge_choices(exact: torch.Tensor, merged: torch.Tensor, allowed: LogitLimit
         finding(
             ERROR,
             "logits",
-            f"{int(wrong.sum())} of {len(exact)} positions have another likeliest token, by a "
+            f"{int(wrong.sum())} of {len(exact)} positions have another most likely token, by a "
             f"margin of up to {float(margin[wrong].max()):.3g}",
         )
     ]

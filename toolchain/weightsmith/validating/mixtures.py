@@ -1,10 +1,9 @@
-"""Merges that are no plain sum: of parts of each delta (TIES, DARE, pruning), or of bounded rank.
+"""Merges that are not a plain sum: of pruned deltas (TIES, DARE, pruning), or of bounded rank.
 
-The first are judged without knowing which parts. At each element such a merge is the base and what
-some of the adapters add there, by the methods' definitions (Yadav et al., "TIES-Merging", 2023; Yu
-et al., "Language Models are Super Mario", 2023). So each element must be one of 2^n numbers for n
-adapters, whatever was drawn or elected, and every adapter must be somewhere in each tensor that it
-changes.
+Pruned merges are checked without knowing which elements were kept. By the methods' definitions
+(Yadav et al., "TIES-Merging", 2023; Yu et al., "Language Models are Super Mario", 2023), each
+element is the base plus the deltas of some of the adapters. So with n adapters each element must
+be one of 2^n numbers, and every adapter must occur somewhere in each tensor that it changes.
 """
 
 from __future__ import annotations
@@ -19,38 +18,38 @@ from weightsmith.validating.findings import ERROR, Finding, finding
 
 MOST_ADAPTERS = 6
 TRUNCATION = 4 * ARITHMETIC
-"""What the factors of a truncated sum, rounded to float32, may be off, as a part of the values."""
+"""Relative error allowed for a truncated sum whose factors are rounded to float32."""
 _ENOUGH = 64
-"""Elements that show that an adapter is left out; fewer may be chance."""
+"""Elements needed to show that an adapter is left out; fewer may be chance."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
-    """What a method does with the deltas that it keeps at an element, or with their sum."""
+    """How a method combines the deltas that it keeps at an element, or truncates their sum."""
 
     gain: float = 1.0
-    """What kept deltas are multiplied by: DARE divides them by their density."""
+    """Factor on kept deltas: DARE divides them by the density."""
     mean: bool = False
-    """They are averaged, not summed."""
+    """Kept deltas are averaged, not summed."""
     truncates: bool = False
-    """All are kept, and of their sum the largest singular values."""
+    """All deltas are summed, and the sum's largest singular values kept."""
     rank: int | None = None
-    """How many of those; the largest of the adapters' ranks by default."""
+    """How many singular values; default: the largest adapter rank."""
 
     def judges(self, parts: Sequence[Factors]) -> bool:
-        """Say whether what these adapters' parts became can be judged."""
+        """Return whether a merge of these adapters' deltas can be checked."""
         return self.truncates or 0 < len(parts) <= MOST_ADAPTERS
 
 
 @dataclass(slots=True)
 class Kept:
-    """Of each adapter, at how many elements of a tensor it must be in the sum, or cannot be."""
+    """Per adapter, the number of elements of a tensor that must, or cannot, contain it."""
 
     inside: list[int] = field(default_factory=list)
     outside: list[int] = field(default_factory=list)
 
     def missing(self) -> list[int]:
-        """Return the numbers of adapters that are nowhere in the tensor."""
+        """Return the indices of adapters that the tensor does not contain."""
         both = enumerate(zip(self.inside, self.outside, strict=True))
         return [number for number, (there, away) in both if not there and away >= _ENOUGH]
 
@@ -64,16 +63,16 @@ def compare_kept(
     deltas: Sequence[torch.Tensor],
     merged: torch.Tensor,
 ) -> None:
-    """Count the elements of `merged` that no choice of the (weighted) deltas explains.
+    """Count the elements of `merged` that no subset of the (weighted) deltas explains.
 
-    Half a unit in the last place of its type is allowed, and what float32 sums are off by.
+    The tolerance is half a unit in the last place plus the error of float32 sums.
     """
     found = merged.to(base.dtype)
     slack = ARITHMETIC * (base.abs() + mixture.gain * sum(delta.abs() for delta in deltas))
     can = [torch.zeros_like(found, dtype=torch.bool) for _ in deltas]
     need_not = [part.clone() for part in can]
     nearest = torch.full_like(found, torch.inf)
-    wanted = base.clone()
+    expected = base.clone()
     for choice in range(1 << len(deltas)):
         members = [number for number in range(len(deltas)) if choice >> number & 1]
         scale = mixture.gain / (len(members) if mixture.mean and members else 1)
@@ -84,7 +83,7 @@ def compare_kept(
         for number in range(len(deltas)):
             (can if number in members else need_not)[number].logical_or_(fits)
         closer = off < nearest
-        nearest, wanted = torch.where(closer, off, nearest), torch.where(closer, total, wanted)
+        nearest, expected = torch.where(closer, off, nearest), torch.where(closer, total, expected)
     explained = can[0] | need_not[0]
     tally.total += found.numel()
     tally.changed = True
@@ -98,14 +97,14 @@ def compare_kept(
     if len(bad) and not tally.wrong:
         row, column = (int(part) for part in bad[0])
         tally.row, tally.column = row + first, column
-        tally.found, tally.wanted = float(found[row, column]), float(wanted[row, column])
+        tally.found, tally.expected = float(found[row, column]), float(expected[row, column])
     tally.wrong += len(bad)
 
 
 def truncated(parts: Sequence[Factors], whole: Factors, rank: int | None) -> Factors:
-    """Return the best approximation of bounded rank to the sum of all parts (Eckart and Young).
+    """Return the best low-rank approximation of the sum of all parts (Eckart and Young).
 
-    From thin QRs of both factors, in float64; the singular values are the scalings.
+    Computed in float64 from thin QRs of both factors; the scalings are the singular values.
     """
     q1, r1 = torch.linalg.qr(whole.left.double() * whole.scalings)
     q2, r2 = torch.linalg.qr(whole.right.double().T)
@@ -119,12 +118,12 @@ def truncated(parts: Sequence[Factors], whole: Factors, rank: int | None) -> Fac
 
 
 def left_out(kept: dict[str, Kept], tensors: dict[str, str]) -> list[Finding]:
-    """Return a finding for each tensor that an adapter changes and that has nothing of it."""
+    """Return a finding for each tensor that lacks the delta of one of its adapters."""
     return [
         finding(
             ERROR,
             "elements",
-            f"{tensors[name]}: adapter number {number + 1} is nowhere in it",
+            f"{tensors[name]}: adapter {number + 1} is missing",
             tensors[name],
         )
         for name, each in kept.items()

@@ -1,4 +1,4 @@
-"""Models without weights: built from a configuration, fed from files while they run."""
+"""Models built without weights, which are read from files while the model runs."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ PEFT_PREFIX = "base_model.model."
 _WRAPPERS = frozenset({"base_layer", "original_module", "token_adapter"})
 
 
-class Apart(Exception):
-    """Adapters that PEFT cannot hold side by side: of several kinds, or upon the same module."""
+class IncompatibleAdapters(Exception):
+    """PEFT cannot load these adapters together: of different kinds, or on the same module."""
 
 
 def skeleton(root: Path) -> Any:
-    """Return the folder's model in float32 with every parameter missing; buffers are real.
+    """Return the folder's model in float32 with every parameter missing but real buffers.
 
-    A missing parameter is one NaN shown in the parameter's shape: what computes with it unnoticed
-    cannot give a number.
+    A missing parameter is one NaN expanded to the parameter's shape, so that using it by mistake
+    gives NaN.
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -39,11 +39,11 @@ def skeleton(root: Path) -> Any:
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, trust_remote_code=False
         )
-    _hollow(model)
+    _set_missing(model)
     return model.eval()
 
 
-def _hollow(model: Any) -> None:
+def _set_missing(model: Any) -> None:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.device.type == "meta":
@@ -58,9 +58,9 @@ def load_buffers(model: Any, weights: Weights) -> None:
 
 
 def with_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
-    """Put adapters beside the model's layers with PEFT, all active, each as it is.
+    """Load adapters with PEFT, unmerged and all active.
 
-    What they trained is in memory, in float32. Raises Apart where PEFT cannot.
+    Their weights are in memory in float32. Raises IncompatibleAdapters if PEFT cannot.
     """
     from peft import PeftModel
 
@@ -76,7 +76,7 @@ def with_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
         try:
             model.load_adapter(root, **how)
         except (ValueError, KeyError) as error:
-            raise Apart(f"{type(error).__name__}: {error}") from error
+            raise IncompatibleAdapters(f"{type(error).__name__}: {error}") from error
     model.base_model.set_adapter(names)
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         _load_again(model, dict(zip(names, adapters, strict=True)))
@@ -84,7 +84,7 @@ def with_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
 
 
 def resize(model: Any, like: Any) -> bool:
-    """Give a skeleton another's vocabulary size, whose rows adapters must bring; say if it did."""
+    """Give a skeleton the vocabulary size of `like`; return whether it changed."""
     rows = like.get_input_embeddings().weight.shape[0]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding.weight.shape[0] == rows:
@@ -99,7 +99,7 @@ def resize(model: Any, like: Any) -> bool:
 
 
 def tie_again(model: Any) -> None:
-    """Let a tied parameter that is missing be the one that an adapter brought instead."""
+    """Tie missing tied parameters to those that an adapter replaced."""
     for target, source in dict(getattr(model, "all_tied_weights_keys", {})).items():
         mine, theirs = (_parameter(model, name) for name in (target, source))
         if mine is not None and theirs is not None and is_missing(mine) and not is_missing(theirs):
@@ -107,7 +107,7 @@ def tie_again(model: Any) -> None:
 
 
 def _parameter(model: Any, name: str) -> Any:
-    """Return a parameter by the name it had before PEFT came, or None where it is elsewhere now."""
+    """Return a parameter by its name before PEFT wrapped the model, or None if PEFT moved it."""
     try:
         return model.get_parameter(name)
     except AttributeError:
@@ -119,10 +119,10 @@ def _parameter(model: Any, name: str) -> Any:
 
 
 def _load_again(model: Any, adapters: Mapping[str, tuple[Path, float]]) -> None:
-    """Bring what PEFT left on the meta device, where it puts the layers that it replicates."""
+    """Load what PEFT left on the meta device, such as layers that it replicates."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
-    _hollow(model)
+    _set_missing(model)
     for name, (root, _) in adapters.items():
         weights = load_peft_weights(
             str(root), device="cpu", key_mapping=KEY_MAPPING, use_safetensors=True
@@ -134,7 +134,7 @@ def _load_again(model: Any, adapters: Mapping[str, tuple[Path, float]]) -> None:
 
 
 def replication(model: Any) -> list[int] | None:
-    """Return which layer of the base each layer is, where an adapter replicates them."""
+    """Return the base layer of each layer if an adapter replicates layers, else None."""
     for config in model.peft_config.values():
         spans = getattr(config, "layer_replication", None)
         if spans:
@@ -143,21 +143,21 @@ def replication(model: Any) -> list[int] | None:
 
 
 def is_missing(parameter: torch.Tensor) -> bool:
-    """Say whether a parameter still waits for its weights."""
+    """Return whether a parameter has no weights yet."""
     return parameter.numel() > 0 and not any(parameter.stride()) and _is_nan(parameter)
 
 
 def base_name(name: str) -> str:
-    """Return the model's own name of a parameter that PEFT has wrapped."""
+    """Return the model's name of a parameter that PEFT has wrapped."""
     parts = name.removeprefix(PEFT_PREFIX).split(".")
     return ".".join(part for part in parts if part not in _WRAPPERS)
 
 
 def stream(model: Any, weights: Weights, *, skip: Sequence[Any] = ()) -> None:
-    """Let every module of the model read its weights when it runs, and forget them afterwards.
+    """Make every module read its weights when it runs, and drop them afterwards.
 
-    Linear layers and embeddings read a few rows at a time, whatever their size; other modules
-    their own parameters at once. Modules in `skip` are left alone.
+    Linear layers and embeddings read a few rows at a time; other modules read their parameters
+    whole. Modules in `skip` are left alone.
     """
     left = {id(part) for module in skip for part in module.modules()}
     for path, module in model.named_modules():
@@ -178,7 +178,7 @@ def stream(model: Any, weights: Weights, *, skip: Sequence[Any] = ()) -> None:
 def fill_while_running(
     outer: Any, weights: Weights, places: dict[tuple[Any, str], str] | None = None
 ) -> None:
-    """Give a module the parameters it lacks before it runs, and take them away afterwards."""
+    """Load a module's missing parameters before it runs, and drop them afterwards."""
     places = missing_below(outer, "") if places is None else places
 
     def fill(*_: object) -> None:
@@ -195,7 +195,7 @@ def fill_while_running(
 
 
 def missing_below(outer: Any, path: str) -> dict[tuple[Any, str], str]:
-    """Return (module, attribute) -> the model's own name of every missing parameter below."""
+    """Return (module, attribute) -> the model's name of every missing parameter below `outer`."""
     return {
         (module, name): base_name(".".join(p for p in (path, inner, name) if p))
         for inner, module in outer.named_modules()
@@ -205,13 +205,13 @@ def missing_below(outer: Any, path: str) -> dict[tuple[Any, str], str]:
 
 
 def fill(model: Any, weights: Weights) -> None:
-    """Load every missing parameter of a model, for good."""
+    """Load every missing parameter of a model, and keep it."""
     for (module, name), parameter in missing_below(model, "").items():
         getattr(module, name).data = weights.whole(parameter)
 
 
 def decoder_layers(model: Any) -> list[Any]:
-    """Return the model's repeated blocks: the longest list of modules in it."""
+    """Return the model's decoder layers: its longest list of modules."""
     lists: list[Any] = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     return list(max(lists, key=len, default=()))
 
@@ -237,7 +237,7 @@ def _linear(module: Any, weights: Weights, places: dict[str, str], x: torch.Tens
 
 
 def _embedding(weights: Weights, name: str, ids: torch.Tensor) -> torch.Tensor:
-    wanted, places = torch.unique(ids, return_inverse=True)
+    unique, places = torch.unique(ids, return_inverse=True)
     tensor = weights.tensor_of(name)
-    table = torch.cat([weights.slice(tensor, i, i + 1) for i in wanted.tolist()]).float()
+    table = torch.cat([weights.slice(tensor, i, i + 1) for i in unique.tolist()]).float()
     return table[places]

@@ -1,4 +1,4 @@
-"""What both sides are asked: chats in the folder's own template, as token ids."""
+"""Probes: chats rendered by the folder's chat template, as token ids."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BUILT_IN: tuple[tuple[Message, ...], ...] = tuple(
         'Return JSON with the keys "name" and "age" for Ada, 36.',
     )
 )
-"""Asked where neither the recipe nor the user has questions."""
+"""Used if neither the recipe nor the user provides questions."""
 
 ROUND_TRIP = (
     "The quick brown fox, 1234567890!\n\tdef f(x): return x**2  # ok",
@@ -38,11 +38,11 @@ _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 MOST_PROBES = 8
 MOST_TOKENS = 64
 _LOGIT_BYTES = 96 << 20
-"""Memory that one side's logits may take."""
+"""Memory limit for one side's logits."""
 
 
 def choose(items: Sequence[Sequence[Message]]) -> list[Sequence[Message]]:
-    """Return at most MOST_PROBES of the items, spread evenly; the built-in ones where none are."""
+    """Return at most MOST_PROBES items, spread evenly; the built-in ones if there are none."""
     if not items:
         return list(BUILT_IN)
     count = min(len(items), MOST_PROBES)
@@ -50,22 +50,22 @@ def choose(items: Sequence[Sequence[Message]]) -> list[Sequence[Message]]:
 
 
 def load_tokenizer(root: Path) -> Any:
-    """Return a folder's tokenizer, from local files alone."""
+    """Return a folder's tokenizer, from local files only."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(root, local_files_only=True, trust_remote_code=False)
 
 
 def has_tokenizer(root: Path) -> bool:
-    """Say whether a folder brings a tokenizer."""
+    """Return whether a folder has a tokenizer."""
     return any((root / name).is_file() for name in _TOKENIZERS)
 
 
 def expected_tokenizer(base: Path, adapters: Sequence[Path]) -> Any:
     """Return the tokenizer that the merged model must have: the last adapter's, else the base's.
 
-    A chat template alone counts too, also from an adapter that brings no tokenizer. None where
-    nobody has one. Raises InputRefused where it cannot be loaded.
+    An adapter may also have a chat template only. None if there is no tokenizer. Raises
+    InputRefused if it cannot be loaded.
     """
     if not any(has_tokenizer(root) for root in (base, *adapters)):
         return None
@@ -74,7 +74,7 @@ def expected_tokenizer(base: Path, adapters: Sequence[Path]) -> Any:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputRefused(
             f"the tokenizer of base and adapters cannot be loaded: {str(error)[:200]}",
-            hint="check that its files are complete and of one model",
+            hint="check that its files are complete and belong to the same model",
         ) from error
 
 
@@ -99,70 +99,70 @@ def _expected(base: Path, adapters: Sequence[Path]) -> Any:
 def encode(tokenizer: Any, items: Sequence[Sequence[Message]], vocabulary: int) -> list[list[int]]:
     """Return token ids of the items, the last MOST_TOKENS of each."""
     if tokenizer is None:
-        return _made_up(vocabulary)
+        return _random_tokens(vocabulary)
     texts = [_text(tokenizer, item) for item in items]
-    with doing(f"cutting the probes into tokens by the tokenizer of {tokenizer.name_or_path}"):
+    with doing(f"tokenizing the probes with the tokenizer of {tokenizer.name_or_path}"):
         ids = [
             list(tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"])
             for text in texts
         ]
-    # The end of a prompt is where the answer begins, so that is what is kept.
+    # Keep the end of a prompt, where the answer begins.
     return [part[-MOST_TOKENS:] or [0] for part in ids]
 
 
 def most_logits(count: int, vocabulary: int) -> int:
-    """Return how many tokens of each of `count` probes can have logits in memory."""
+    """Return for how many tokens of each of `count` probes logits fit into memory."""
     return max(4, _LOGIT_BYTES // (4 * max(1, vocabulary * count)))
 
 
-def _made_up(vocabulary: int) -> list[list[int]]:
-    """Return tokens drawn with a fixed seed, for models that come without a tokenizer."""
+def _random_tokens(vocabulary: int) -> list[list[int]]:
+    """Return random tokens with a fixed seed, for models without a tokenizer."""
     draw = random.Random(0)  # noqa: S311 - nothing secret
     return [[draw.randrange(max(1, vocabulary)) for _ in range(24)] for _ in BUILT_IN]
 
 
 def compare(expected: Any, merged: Any, vocabulary: int, base: Path) -> list[Finding]:
-    """Hold the merged folder's tokenizer and template against what they must be.
+    """Compare the merged folder's tokenizer and chat template with the expected ones.
 
-    `vocabulary` is how many tokens the model embeds.
+    `vocabulary` is the number of rows of the model's embedding.
     """
     found: list[Finding] = []
     if expected.chat_template and not merged.chat_template:
         found.append(
-            finding(ERROR, "tokenizer", "the chat template is lost", "chat_template.jinja")
+            finding(ERROR, "tokenizer", "the chat template is missing", "chat_template.jinja")
         )
     elif expected.chat_template != merged.chat_template:
         found.append(
-            finding(ERROR, "tokenizer", "the chat template is another one", "chat_template.jinja")
+            finding(ERROR, "tokenizer", "the chat template differs", "chat_template.jinja")
         )
     for name in ("eos_token", "bos_token"):
-        wanted, there = getattr(expected, name), getattr(merged, name)
-        if wanted != there:
-            message = f"the tokenizer's {name} is {there!r}, not {wanted!r}"
+        before, after = getattr(expected, name), getattr(merged, name)
+        if before != after:
+            message = f"the tokenizer's {name} is {after!r}, not {before!r}"
             found.append(finding(ERROR, "tokenizer", message, "tokenizer_config.json"))
     found += _round_trip(expected, merged)
-    return [*found, *_beyond(merged, vocabulary, base)]
+    return [*found, *_not_embedded(merged, vocabulary, base)]
 
 
-def _beyond(merged: Any, vocabulary: int, base: Path) -> list[Finding]:
-    """Find tokens that the model does not embed.
+def _not_embedded(merged: Any, vocabulary: int, base: Path) -> list[Finding]:
+    """Report tokens that the model does not embed.
 
-    Those that the base has too, such as Gemma 3's token of an image, nobody was trained with; of
-    others the embeddings are lost.
+    A warning if the base's tokenizer has them too (such as Gemma 3's image token), else an error:
+    their embeddings are missing.
     """
     lacking = {text for text, number in merged.get_vocab().items() if number >= vocabulary > 0}
     if not lacking:
         return []
     known = set(load_tokenizer(base).get_vocab()) if has_tokenizer(base) else set()
-    message = f"the tokenizer has {len(merged)} tokens and the model embeds {vocabulary}"
+    message = f"the tokenizer has {len(merged)} tokens, but the model embeds {vocabulary}"
     if lacking <= known:
-        message += f", as with the base: {', '.join(sorted(lacking)[:3])}"
+        message += f", as in the base: {', '.join(sorted(lacking)[:3])}"
     severity = WARNING if lacking <= known else ERROR
     return [finding(severity, "tokenizer", message, "tokenizer.json")]
 
 
 def _round_trip(expected: Any, merged: Any) -> list[Finding]:
-    """Encode and decode texts with both."""
+    """Compare both tokenizers' encoding and decoding of some texts."""
     for text in (*ROUND_TRIP, *(item[0]["content"] for item in BUILT_IN)):
         mine, theirs = expected(text)["input_ids"], merged(text)["input_ids"]
         if mine != theirs:
@@ -171,15 +171,15 @@ def _round_trip(expected: Any, merged: Any) -> list[Finding]:
                 min(len(mine), len(theirs)),
             )
             message = (
-                f"the tokenizer is another one: {text[:24]!r}… becomes other tokens from number "
-                f"{place} on"
+                f"the tokenizer differs: {text[:24]!r}… is encoded differently from token {place} "
+                "on"
             )
             return [finding(ERROR, "tokenizer", message, "tokenizer.json")]
         if expected.decode(mine) != merged.decode(theirs):
-            message = f"the tokenizer decodes {text[:24]!r}… to another text"
+            message = f"the tokenizer decodes {text[:24]!r}… differently"
             return [finding(ERROR, "tokenizer", message, "tokenizer.json")]
     if expected.get_vocab() != merged.get_vocab():
-        message = "the tokenizer's vocabulary is another one"
+        message = "the tokenizer's vocabulary differs"
         return [finding(ERROR, "tokenizer", message, "tokenizer.json")]
     return []
 
@@ -191,7 +191,7 @@ def _text(tokenizer: Any, item: Sequence[Message]) -> str:
 
 
 def _template(root: Path) -> str:
-    """Return the chat template that a folder brings, or nothing."""
+    """Return a folder's chat template, or ""."""
     from weightsmith.foreign import read_json
 
     if (root / _TEMPLATES[0]).is_file():

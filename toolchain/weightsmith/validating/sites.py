@@ -1,4 +1,4 @@
-"""The layers that PEFT wrapped, and what it adds to each."""
+"""The layers that PEFT wrapped, and the deltas that it adds to them."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class Site:
     path: str
     layer: Any
     parameters: dict[str, str]
-    """Parameter of the base layer (`weight`) -> the model's own name of it."""
+    """Parameter of the base layer (`weight`) -> its name in the model."""
     kind: str
-    """`linear`, `conv1d`, `embedding`, or `other` where more than a product is added."""
+    """`linear`, `conv1d`, `embedding`, or `other` if the delta is not a plain product."""
     parts: Callable[[], list[Factors]] = _none
-    """What each adapter adds, as one product, as the base stores it; scalings are PEFT's own."""
+    """Each adapter's delta as a product, in the base's layout, with PEFT's scalings."""
     seen: bool = False
     weights: dict[str, float] = field(default_factory=dict)
-    """Adapter -> part of its change that is meant, where no scaling of PEFT's says it."""
+    """Adapter -> weight of its change, if PEFT's scaling cannot express it."""
 
-    def weigh(self, weights: Mapping[str, float]) -> None:
-        """Mean a part of what each adapter changes here."""
+    def apply_weights(self, weights: Mapping[str, float]) -> None:
+        """Apply the adapters' weights to their changes of this layer."""
         layers = tuner_layers(self.layer)
         if not all(_is_linear_in_scaling(layer) for layer in layers):
             self.weights = dict(weights)
@@ -45,7 +45,7 @@ class Site:
                 layer.scaling[name] *= weights[name]
 
     def factors(self) -> Factors:
-        """Return the sum of what all adapters add, as one product."""
+        """Return the sum of all adapters' deltas as one product."""
         parts = self.parts()
         return Factors(
             left=torch.cat([part.left for part in parts], 1).contiguous(),
@@ -79,21 +79,21 @@ def sites(reference: Any) -> list[Site]:
 
 
 def tuner_layers(layer: Any) -> list[Any]:
-    """Return PEFT's layers within one of them, itself included."""
+    """Return PEFT's layers inside one of them, including itself."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [module for module in layer.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def _is_linear_in_scaling(layer: Any) -> bool:
-    """Say whether half of PEFT's scaling is half of the change: of DoRA's length it is not."""
+    """Return whether the change is proportional to PEFT's scaling (not so for DoRA)."""
     from peft.tuners.lora import LoraLayer
 
     return isinstance(layer, LoraLayer) and not getattr(layer, "lora_variant", {})
 
 
 def is_approximate(layer: Any) -> bool:
-    """Say whether PEFT itself computes the layer's merged weight roughly, as KaSA's SVD does."""
+    """Return whether PEFT computes the layer's merged weight only approximately (KaSA's SVD)."""
     variants = [
         v for part in tuner_layers(layer) for v in getattr(part, "lora_variant", {}).values()
     ]
@@ -101,7 +101,7 @@ def is_approximate(layer: Any) -> bool:
 
 
 def _active(layer: Any) -> list[str]:
-    """Return the adapters that this very layer has."""
+    """Return the adapters of this layer."""
     return [name for name in layer.active_adapters if name in getattr(layer, "scaling", {})]
 
 

@@ -1,4 +1,4 @@
-"""Files and headers: tensors, types, configuration, ends of generation, tied heads."""
+"""Checks of files and headers: tensors, dtypes, configuration, end tokens, tied heads."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _FREE = {
     "eos_token_id", "bos_token_id", "pad_token_id", "vocab_size", "quantization_config",
     "num_hidden_layers", "layer_types", "use_cache", "architectures",
 }  # fmt: skip
-"""Keys of config.json that a merge may change; each is looked at on its own where it matters."""
+"""Keys of config.json that a merge may change; those that matter have checks of their own."""
 UNREADABLE = "model.safetensors"
-"""What a finding points at where shards, headers and index do not fit together."""
+"""The file named by a finding if shards, headers and index are inconsistent."""
 
 
 def compare_files(base: Path, adapters: Sequence[Path], merged: Path) -> list[Finding]:
-    """Return what files and headers alone tell.
+    """Return findings from files and headers only.
 
-    Raises InputRefused for a folder that is no checkpoint.
+    Raises InputRefused for a folder that is not a checkpoint.
     """
     check_model_folder(merged)
     before = open_checkpoint(base)
@@ -41,7 +41,7 @@ def compare_files(base: Path, adapters: Sequence[Path], merged: Path) -> list[Fi
     except InputRefused as error:
         return [finding(ERROR, "files", error.message, UNREADABLE)]
     config, new = read_json(base / "config.json"), read_json(merged / "config.json")
-    # A quantized base has other tensors than what is merged onto it.
+    # A quantized base has other tensors than the merged model.
     comparable = not config.get("quantization_config")
     return [
         *_configs(config, new),
@@ -53,12 +53,12 @@ def compare_files(base: Path, adapters: Sequence[Path], merged: Path) -> list[Fi
 
 
 def is_readable(findings: Sequence[Finding]) -> bool:
-    """Say whether the merged folder's tensors can be read at all."""
+    """Return whether the merged folder's tensors can be read."""
     return not any(found.tensor == UNREADABLE for found in findings)
 
 
 def vocabulary(merged: Path) -> int:
-    """Return the rows of the model's embedding, 0 where its name is not known."""
+    """Return the number of rows of the model's embedding, 0 if it is not found."""
     for name, info in open_checkpoint(merged).tensors.items():
         if name.endswith(_EMBEDDINGS):
             return info.shape[0]
@@ -66,8 +66,8 @@ def vocabulary(merged: Path) -> int:
 
 
 def end_tokens(root: Path) -> set[int]:
-    """Return the tokens that end an answer, by either configuration."""
-    return _ids(_maybe(root / "generation_config.json")) | _ids(_maybe(root / "config.json"))
+    """Return the end tokens in generation_config.json and config.json."""
+    return _ids(_read(root / "generation_config.json")) | _ids(_read(root / "config.json"))
 
 
 def _tensors(
@@ -78,25 +78,25 @@ def _tensors(
 ) -> Iterator[Finding]:
     old, there = before.tensors, after.tensors
     for name in sorted(old.keys() - there.keys()):
-        yield finding(ERROR, "files", f"the tensor {name} is missing", name)
-    # A head that was tied may have become one of its own; replicated layers are new.
+        yield finding(ERROR, "files", f"tensor {name} is missing", name)
+    # An untied head and replicated layers are new tensors.
     untied = _is_tied(config) and not _is_tied(new)
     grown = _number(new, "num_hidden_layers") != _number(config, "num_hidden_layers")
     for name in sorted(there.keys() - old.keys()):
         if not untied and not grown:
-            yield finding(ERROR, "files", f"the tensor {name} is not in the base", name)
+            yield finding(ERROR, "files", f"tensor {name} is not in the base", name)
     for name in sorted(old.keys() & there.keys()):
         mine, theirs = old[name].shape, there[name].shape
         resized = (
             len(mine) == 2 and mine[1:] == theirs[1:] and name.endswith((*_EMBEDDINGS, *_HEADS))
         )
         if mine != theirs and not resized:
-            message = f"{name} has the shape {list(theirs)}, the base's is {list(mine)}"
+            message = f"{name} has shape {list(theirs)}, but {list(mine)} in the base"
             yield finding(ERROR, "files", message, name)
 
 
 def _types(before: CheckpointIndex, after: CheckpointIndex) -> Iterator[Finding]:
-    """Say which types changed: one cast of all is a choice, some tensors alone are a fault."""
+    """Report dtype changes: a note if all tensors were cast, an error if only some were."""
     changes: dict[tuple[str, str], list[str]] = {}
     old = before.tensors
     for name, info in after.tensors.items():
@@ -108,7 +108,7 @@ def _types(before: CheckpointIndex, after: CheckpointIndex) -> Iterator[Finding]
             yield finding(
                 ERROR,
                 "files",
-                f"{len(names)} tensors became {now}, {len(same)} others stayed {was}",
+                f"{len(names)} tensors were cast to {now}, {len(same)} others are still {was}",
                 names[0],
             )
         else:
@@ -122,30 +122,30 @@ def _configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Finding
         if isinstance(mine, dict) and isinstance(theirs, dict):
             yield from _configs(mine, theirs)
         elif mine != theirs:
-            message = f"config.json: {key} is {theirs!r}, the base's is {mine!r}"
+            message = f"config.json: {key} is {theirs!r}, but {mine!r} in the base"
             yield finding(ERROR, "files", message[:300], "config.json")
 
 
 def _ends(
     base: Path, adapters: Sequence[Path], merged: Path, config: Mapping[str, Any]
 ) -> Iterator[Finding]:
-    """Every end token that an input names must still end the merged model's answers."""
-    wanted = _ids(read_json(base / "config.json"))
+    """Report end tokens of the inputs that the merged model's configuration lacks."""
+    expected = _ids(read_json(base / "config.json"))
     for folder in (base, *adapters):
-        wanted |= _ids(_maybe(folder / "generation_config.json"))
-    kept = _ids(_maybe(merged / "generation_config.json")) or _ids(config)
-    lost = sorted((wanted - kept) | (_ids(read_json(base / "config.json")) - _ids(config)))
+        expected |= _ids(_read(folder / "generation_config.json"))
+    kept = _ids(_read(merged / "generation_config.json")) or _ids(config)
+    lost = sorted((expected - kept) | (_ids(read_json(base / "config.json")) - _ids(config)))
     if lost:
         yield finding(
             ERROR,
             "files",
-            f"the end of sequence is lost: token {', '.join(map(str, lost))} ended answers before",
+            f"end-of-sequence token {', '.join(map(str, lost))} is missing",
             "generation_config.json",
         )
 
 
 def _tied(after: CheckpointIndex, config: Mapping[str, Any]) -> Iterator[Finding]:
-    """Hold the flag against what the file has of head and embedding."""
+    """Compare the flag `tie_word_embeddings` with the file's head and embedding."""
     heads = [n for n in after.tensors if n.endswith(_HEADS)]
     embeddings = [n for n in after.tensors if n.endswith(_EMBEDDINGS)]
     tied = _is_tied(config)
@@ -153,21 +153,21 @@ def _tied(after: CheckpointIndex, config: Mapping[str, Any]) -> Iterator[Finding
         yield finding(
             ERROR,
             "files",
-            "config.json says that the head is not tied, and the checkpoint has no head",
+            "config.json says that the head is not tied, but the checkpoint has no head",
             "lm_head.weight",
         )
     if tied and heads and embeddings and _digest(after, heads[0]) != _digest(after, embeddings[0]):
         yield finding(
             ERROR,
             "files",
-            f"config.json ties the head to {embeddings[0]}, but {heads[0]} holds other numbers: "
-            "engines that follow the flag and engines that read the tensor give other answers",
+            f"config.json ties the head to {embeddings[0]}, but {heads[0]} differs from it: "
+            "engines that follow the flag and engines that read the tensor will disagree",
             heads[0],
         )
 
 
 def _is_tied(config: Mapping[str, Any]) -> bool | None:
-    """Return what a configuration says of tied embeddings; None where it says nothing."""
+    """Return `tie_word_embeddings`, or None if the configuration does not set it."""
     text = config.get("text_config")
     nested = text.get("tie_word_embeddings") if isinstance(text, dict) else None
     value = config.get("tie_word_embeddings", nested)
@@ -201,7 +201,7 @@ def _ids(config: Mapping[str, Any]) -> set[int]:
     return {n for n in (value if isinstance(value, list) else [value]) if type(n) is int}
 
 
-def _maybe(path: Path) -> Mapping[str, Any]:
+def _read(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     try:

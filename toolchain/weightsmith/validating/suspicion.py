@@ -1,4 +1,4 @@
-"""What a wrong tensor looks like: the adapter missing, twice, transposed, or another layer's."""
+"""Diagnose a wrong tensor: adapter missing, added twice, transposed, or of another layer."""
 
 from __future__ import annotations
 
@@ -12,55 +12,55 @@ from weightsmith.validating.findings import ERROR, Finding, finding
 from weightsmith.validating.sites import Site
 
 _ROWS = 64
-_NOT_THE_BASE = "no adapter changes it, and it is not the base's"
-_ALIKE = 0.95
-"""Cosine from which on two changes count as the same."""
+_NOT_BASE = "it differs from the base although no adapter changes it"
+_SIMILAR = 0.95
+"""Cosine above which two changes count as the same."""
 
 
 def explain(
     tally: Tally, parameter: str, site: Site | None, others: Sequence[Site], examiner: Examiner
 ) -> Finding:
-    """Return the finding of a tensor with wrong elements, with what it most looks like."""
+    """Return the finding for a tensor with wrong elements, with the most likely cause."""
     name = tally.tensor or parameter
-    where = f"[{tally.row}, {tally.column}] is {tally.found:.6g}, not {tally.wanted:.6g}"
+    where = f"[{tally.row}, {tally.column}] is {tally.found:.6g}, not {tally.expected:.6g}"
     if site is not None and not examiner.merged.tensor_of(parameter):
-        # Stacked as transformers stacks them: the first index is the expert.
-        where = f"the first in expert {tally.row}: {tally.found:.6g}, not {tally.wanted:.6g}"
+        # transformers stacks experts along the first dimension.
+        where = f"first in expert {tally.row}: {tally.found:.6g}, not {tally.expected:.6g}"
     few = tally.wrong <= max(8, tally.total // 1000)
     if few:
-        flipped = abs(tally.found + tally.wanted) <= 2.0**-7 * abs(tally.wanted)
+        flipped = abs(tally.found + tally.expected) <= 2.0**-7 * abs(tally.expected)
         sign = " (its sign is flipped)" if flipped else ""
         count = "1 element differs" if tally.wrong == 1 else f"{tally.wrong} elements differ"
         return finding(ERROR, "elements", f"{name}: {count}: {where}{sign}", name)
     reason = ""
     if site is not None and tally.delta:
-        reason = _of_change(tally) or _of_place(parameter, site, others, examiner)
+        reason = _explain_scale(tally) or _explain_place(parameter, site, others, examiner)
     elif site is None:
         other = _same_bytes(tally.tensor, examiner)
-        reason = f"it holds the base's {other}" if other else _NOT_THE_BASE
-    reason = reason or "it is no merge of this base and these adapters"
+        reason = f"it has the base's {other}" if other else _NOT_BASE
+    reason = reason or "it is not a merge of this base and these adapters"
     part = tally.wrong / max(1, tally.total)
     return finding(
         ERROR, "elements", f"{name}: {reason}; {part:.0%} of its elements differ: {where}", name
     )
 
 
-def _of_change(tally: Tally) -> str:
-    """Judge by how often the delta is in what was added."""
+def _explain_scale(tally: Tally) -> str:
+    """Explain a wrong tensor by how many times the delta was added."""
     if not tally.change:
-        return "the adapter is missing from it, it is the base's"
+        return "the adapter is missing: it equals the base"
     times = tally.times()
-    if abs(tally.likeness()) < _ALIKE:
+    if abs(tally.cosine()) < _SIMILAR:
         return ""
     if abs(times + 1) < 0.05:
-        return "the adapter was taken out of it; are base and merged the right way round?"
+        return "the adapter was subtracted; are base and merged model swapped?"
     if abs(times - 2) < 0.05:
-        return "the adapter is in it twice, or its scaling is doubled"
-    return f"the adapter is in it {times:.3g} times, so its scaling or weight is off"
+        return "the adapter was added twice, or its scaling is doubled"
+    return f"the adapter was added {times:.3g} times: its scaling or weight is wrong"
 
 
-def _of_place(parameter: str, site: Site, others: Sequence[Site], examiner: Examiner) -> str:
-    """Look whether it is transposed, or whether another layer's delta was added to it."""
+def _explain_place(parameter: str, site: Site, others: Sequence[Site], examiner: Examiner) -> str:
+    """Check whether it is transposed, or got another layer's delta."""
     if site.kind == "other":
         return ""
     tensor = examiner.merged.tensor_of(parameter)
@@ -70,9 +70,9 @@ def _of_place(parameter: str, site: Site, others: Sequence[Site], examiner: Exam
     factors = site.factors()
     if shape[0] == shape[1]:
         whole = examiner.merged.read(tensor)[:, :_ROWS].float().T
-        if _like(whole, base + factors.rows(0, _ROWS)) > _ALIKE:
+        if _cosine(whole, base + factors.rows(0, _ROWS)) > _SIMILAR:
             return "it is transposed"
-        if _like(merged - base, _columns(factors).T) > _ALIKE:
+        if _cosine(merged - base, _columns(factors).T) > _SIMILAR:
             return "the adapter was added transposed"
     for other in others:
         if other is site or other.kind == "other":
@@ -81,11 +81,11 @@ def _of_place(parameter: str, site: Site, others: Sequence[Site], examiner: Exam
         if theirs.left.shape != factors.left.shape or theirs.right.shape != factors.right.shape:
             continue
         name = other.parameters["weight"]
-        if _like(merged - base, theirs.rows(0, _ROWS)) > _ALIKE:
-            return f"what was added belongs to {name}"
+        if _cosine(merged - base, theirs.rows(0, _ROWS)) > _SIMILAR:
+            return f"the added delta belongs to {name}"
         there = examiner.base.slice(examiner.base.tensor_of(name), 0, _ROWS).float()
-        if _like(merged, there + theirs.rows(0, _ROWS)) > _ALIKE:
-            return f"it holds what belongs into {name}"
+        if _cosine(merged, there + theirs.rows(0, _ROWS)) > _SIMILAR:
+            return f"it has the values of {name}"
     return ""
 
 
@@ -95,7 +95,7 @@ def _columns(factors: Factors) -> torch.Tensor:
 
 
 def _same_bytes(tensor: str, examiner: Examiner) -> str:
-    """Return the other tensor of the base whose first row a merged tensor has, or nothing."""
+    """Return the other base tensor with the same first row as a merged tensor, or ""."""
     base, merged = examiner.base, examiner.merged
     shape = merged.infos[tensor].shape if tensor in merged.infos else ()
     if not shape:
@@ -107,7 +107,7 @@ def _same_bytes(tensor: str, examiner: Examiner) -> str:
     return ""
 
 
-def _like(one: torch.Tensor, other: torch.Tensor) -> float:
+def _cosine(one: torch.Tensor, other: torch.Tensor) -> float:
     """Return the cosine between two changes."""
     size = float(one.norm() * other.norm())
     return float((one * other).sum()) / size if size else 0.0

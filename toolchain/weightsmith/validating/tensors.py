@@ -1,4 +1,4 @@
-"""Every tensor of a merged checkpoint: changed, replaced, or left as it was."""
+"""Check every tensor of a merged checkpoint: adapted, replaced, or unchanged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from weightsmith.validating.weights import Weights
 def judge_tensors(
     reference: Reference, weights: Weights, *, summed: bool
 ) -> tuple[list[Finding], dict[str, int]]:
-    """Judge every tensor of the merged checkpoint; where it is no sum, those not adapted."""
+    """Check every tensor of the merged checkpoint; if it is not a sum, only those that can be."""
     examiner = reference.examiner
     tallies = dict(examiner.tallies)
     places = {name: site for site in reference.sites for name in site.parameters.values()}
@@ -28,8 +28,8 @@ def judge_tensors(
     touched = set(tallies)
     tallies |= _untouched(reference, weights, touched)
     if not summed:
-        told = (touched - examiner.mixed) & tallies.keys()
-        tallies = {name: tally for name, tally in tallies.items() if name not in told}
+        unchecked = touched - examiner.mixed
+        tallies = {name: tally for name, tally in tallies.items() if name not in unchecked}
     shared = _shared(reference, weights, touched)
     wrong = {name: tally for name, tally in tallies.items() if tally.wrong}
     found = [
@@ -46,7 +46,7 @@ def judge_tensors(
 
 
 def _untouched(reference: Reference, weights: Weights, touched: set[str]) -> dict[str, Tally]:
-    """Compare what no adapter changes, tensor by tensor; a tied head counts as the embedding."""
+    """Compare tensors that no adapter changes; a tied head counts as the embedding."""
     base = reference.base
     pairs: dict[tuple[str, str], None] = {}
     for name in base.parameters:
@@ -74,15 +74,15 @@ def _untouched(reference: Reference, weights: Weights, touched: set[str]) -> dic
 
 
 def _shared(reference: Reference, weights: Weights, touched: set[str]) -> list[Finding]:
-    """Return a finding where one tensor is two parameters, of which an adapter changes one."""
+    """Return a finding if two parameters share a tensor and adapters change only one of them."""
     base = reference.base
     changed = {t.tensor: n for n, t in reference.examiner.tallies.items() if t.changed}
     return [
         finding(
             ERROR,
             "elements",
-            f"{name} and {changed[weights.tensor_of(name)]} are one tensor in the merged "
-            "checkpoint, and the adapters change only the second: they must be untied",
+            f"{name} and {changed[weights.tensor_of(name)]} share a tensor in the merged "
+            "checkpoint, but the adapters change only the second: they must be untied",
             name,
         )
         for name in base.parameters

@@ -1,4 +1,4 @@
-"""A merged checkpoint against its base with the adapters on it: files, elements, logits."""
+"""Compare a merged checkpoint with base and adapters: files, elements, logits."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ import torch
 
 from weightsmith.errors import EnvironmentFailure, InputRefused
 from weightsmith.foreign import read_json
-from weightsmith.validating import greedy
-from weightsmith.validating import probes as asked
+from weightsmith.validating import greedy, probes
 from weightsmith.validating.findings import ERROR, NOTE, WARNING, Finding, failed, finding
 from weightsmith.validating.forwards import Batch, Reference, Run, merged_forward, reference_forward
 from weightsmith.validating.mixtures import Mixture
-from weightsmith.validating.network import Apart, decoder_layers, skeleton
+from weightsmith.validating.network import IncompatibleAdapters, decoder_layers, skeleton
 from weightsmith.validating.probes import Message
 from weightsmith.validating.structure import compare_files, end_tokens, is_readable, vocabulary
 from weightsmith.validating.verdict import judge_models
@@ -28,34 +27,33 @@ from weightsmith.validating.weights import Weights
 
 Progress = Callable[[int, int], None]
 _SHOWN = 20
-"""Findings of one kind that are reported one by one; more are counted."""
+"""Findings of one kind that are listed; more are only counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What is compared with what."""
+    """The folders to compare, and how."""
 
     base: Path
     adapters: tuple[tuple[Path, float], ...]
     """Folder and weight, in order."""
     merged: Path
     items: tuple[Sequence[Message], ...] = ()
-    """Chats to probe with; built-in ones where there are none."""
+    """Chats to probe with; default: built-in ones."""
     scope: str = "all"
-    """What base and adapters can judge: `all` of a weighted sum; `rest`, what no adapter changes;
-    `files` and tokenizer."""
+    """What is compared: `all` for a weighted sum; `rest`, only tensors that no adapter changes;
+    `files`, only files and tokenizer."""
     mixture: Mixture | None = None
-    """Of scope `rest`: how parts of the deltas were kept, where that can be judged."""
+    """With scope `rest`: how the method combines deltas, if that can be checked."""
 
 
 def validate(request: Request, progress: Progress | None = None) -> dict[str, Any]:
     """Return `{max_abs_logit_diff, kl_mean, kl_max, top1_agreement, findings, …}`.
 
-    Weights are read a few rows at a time on both sides, so that memory does not grow with the
-    model. Raises InputRefused for folders that are not what they should be; what fails is told by
-    findings of severity `error`.
+    Weights are read a few rows at a time on both sides, so memory does not grow with the model.
+    Raises InputRefused for invalid folders; failed checks are findings of severity `error`.
     """
-    # One CPU is left to others, as in the reference answers: waiting threads spin.
+    # Leave one CPU free, as for the reference answers: waiting threads spin.
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
     try:
@@ -69,14 +67,14 @@ def _validate(request: Request, progress: Progress) -> dict[str, Any]:
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     folders = [root for root, _ in request.adapters]
     findings = compare_files(request.base, folders, request.merged)
-    expected = asked.expected_tokenizer(request.base, folders)
+    expected = probes.expected_tokenizer(request.base, folders)
     readable = is_readable(findings)
     findings += _tokenizers(request, expected) if readable else []
     result: dict[str, Any] = dict.fromkeys(
         ("max_abs_logit_diff", "mean_abs_logit_diff", "kl_mean", "kl_max", "top1_agreement")
     )
     if why := _no_reference(request):
-        findings.append(finding(NOTE, "logits", f"{why}: files and tokenizer were judged alone"))
+        findings.append(finding(NOTE, "logits", f"{why}: only files and tokenizer were checked"))
     elif readable:
         result |= _compare(request, expected, findings, progress)
     return {
@@ -89,16 +87,16 @@ def _validate(request: Request, progress: Progress) -> dict[str, Any]:
 
 
 def _no_reference(request: Request) -> str:
-    """Say why base with adapters is no reference for this merge; nothing where it is one."""
+    """Return why base + adapters cannot be the reference of this merge, or ""."""
     if request.scope == "files":
-        return "the base was rounded before it was merged onto"
+        return "the base was quantized before the merge"
     if read_json(request.base / "config.json").get("quantization_config"):
-        return "the base is quantized, and what it computes depends on how it is unpacked"
+        return "the base is quantized, and its outputs depend on how it is dequantized"
     return ""
 
 
 def _finite(value: Any) -> Any:
-    """Return a result that JSON can hold: NaN and infinities become null."""
+    """Replace NaN and infinities by None, for JSON."""
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -108,49 +106,49 @@ def _finite(value: Any) -> Any:
 
 def _tokenizers(request: Request, expected: Any) -> list[Finding]:
     if expected is None:
-        text = "neither base nor adapters have a tokenizer: the probes are tokens drawn at random"
+        text = "neither base nor adapters have a tokenizer: the probes are random tokens"
         return [finding(NOTE, "tokenizer", text)]
     try:
-        merged = asked.load_tokenizer(request.merged)
+        merged = probes.load_tokenizer(request.merged)
     except (OSError, ValueError, TypeError) as error:
         message = f"the merged folder's tokenizer cannot be loaded: {str(error)[:200]}"
         return [finding(ERROR, "tokenizer", message, "tokenizer.json")]
-    return asked.compare(expected, merged, vocabulary(request.merged), request.base)
+    return probes.compare(expected, merged, vocabulary(request.merged), request.base)
 
 
 def _compare(
     request: Request, expected: Any, findings: list[Finding], progress: Progress
 ) -> dict[str, Any]:
-    """Run both sides and judge them; what cannot run is a finding."""
+    """Run and compare both sides; add a finding if one cannot run."""
     try:
         model = skeleton(request.merged)
     except ValueError as error:
         why = " ".join(str(error).split())[:120]
-        text = f"not a model that transformers generates text with: files were judged alone ({why})"
+        text = f"transformers cannot load it as a causal model: only files were checked ({why})"
         findings.append(finding(WARNING, "logits", text))
         return {}
     weights = Weights(request.merged, model)
     lacking = [name for name in weights.parameters if not weights.has(name)]
     if lacking:
-        message = f"the merged model cannot run: nothing in its files is {lacking[0]}"
+        message = f"the merged model cannot run: its files lack {lacking[0]}"
         findings.append(finding(ERROR, "files", message, lacking[0]))
         return {}
-    words = _vocabulary(model)
-    ids = asked.encode(expected, asked.choose(request.items), words)
+    size = _vocabulary(model)
+    ids = probes.encode(expected, probes.choose(request.items), size)
     highest = max(max(probe) for probe in ids)
     if highest >= model.get_input_embeddings().weight.shape[0]:
-        message = f"the tokenizer gives token {highest}, which the merged model does not embed"
+        message = f"the tokenizer produces token {highest}, which the merged model does not embed"
         findings.append(finding(ERROR, "tokenizer", message, "tokenizer.json"))
         return {}
-    most = asked.most_logits(len(ids), words)
+    most = probes.most_logits(len(ids), size)
     texts = _texts(request.merged, weights, ids, most, findings)
     batch = Batch.of(greedy.longer(ids, texts) if texts else ids, most)
     sides = Sides(request=request, model=model, weights=weights, batch=batch)
     streamed = True
     try:
         reference, run = sides.forwards(progress, streamed=True)
-    except Apart as error:
-        text = f"PEFT cannot hold these adapters side by side: files were judged alone ({error})"
+    except IncompatibleAdapters as error:
+        text = f"PEFT cannot load these adapters together: only files were checked ({error})"
         findings.append(finding(WARNING, "logits", text))
         return {}
     except _NOT_STREAMABLE as error:
@@ -174,12 +172,12 @@ def _compare(
 def _loaded_whole(
     sides: Sides, error: Exception, findings: list[Finding], progress: Progress
 ) -> tuple[Reference, Run] | None:
-    """Return both forwards of models that are in memory whole; None where findings say why not.
+    """Run both forward passes with the models in memory; None if a finding says why they fail.
 
-    Raises EnvironmentFailure where they do not fit into memory.
+    Raises EnvironmentFailure if they do not fit into memory.
     """
     why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    text = f"this architecture was not streamed but loaded whole ({why})"
+    text = f"this architecture cannot be streamed and was loaded whole ({why})"
     findings.append(finding(NOTE, "logits", text))
     _require_memory(sides.weights, why)
     model = skeleton(sides.request.merged)
@@ -189,8 +187,8 @@ def _loaded_whole(
     except _NOT_STREAMABLE as again:
         if not failed(findings):
             raise
-        # The findings say why: files of another model cannot run in the base's place.
-        text = f"the logits were not compared: it does not run ({type(again).__name__})"
+        # The findings already say why: the merged files do not fit the base.
+        text = f"logits were not compared: the model does not run ({type(again).__name__})"
         findings.append(finding(NOTE, "logits", text))
         return None
 
@@ -198,7 +196,7 @@ def _loaded_whole(
 def _texts(
     merged: Path, weights: Weights, ids: list[list[int]], most: int, findings: list[Finding]
 ) -> list[list[int]]:
-    """Return how the merged model goes on after each probe; [] where it was not asked."""
+    """Return the merged model's greedy tokens after each probe; [] if it cannot generate."""
     if not greedy.can_generate(weights):
         findings.append(greedy.TOO_LARGE)
         return []
@@ -206,13 +204,13 @@ def _texts(
         return greedy.generate(merged, ids, end_tokens(merged), min(greedy.MOST_NEW, most))
     except (*_NOT_STREAMABLE, ValueError, IndexError, AssertionError) as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        text = f"of each answer the first token alone is compared: it cannot generate ({why})"
+        text = f"only the first token of each answer is compared: generation failed ({why})"
         findings.append(finding(NOTE, "logits", text))
         return []
 
 
 def _require_memory(weights: Weights, why: str) -> None:
-    """Raise EnvironmentFailure where both sides in float32 do not fit into memory."""
+    """Raise EnvironmentFailure if both sides in float32 do not fit into memory."""
     needed = 8 * sum(math.prod(info.shape) for info in weights.infos.values())
     try:
         meminfo = Path("/proc/meminfo").read_text("utf-8")
@@ -223,20 +221,20 @@ def _require_memory(weights: Weights, why: str) -> None:
     )
     if needed > available << 10:
         raise EnvironmentFailure(
-            f"this architecture cannot be validated a few rows at a time ({why}), and as a whole "
-            f"it needs {needed >> 30} GiB of memory, and {available >> 20} GiB are available",
+            f"this architecture cannot be streamed ({why}), and to load it whole needs "
+            f"{needed >> 30} GiB of memory, of which {available >> 20} GiB are available",
             hint="use a machine with more memory, or set `validate: {enabled: false}` in the "
             "recipe",
         )
 
 
 _NOT_STREAMABLE = (RuntimeError, AttributeError, KeyError, TypeError, NotImplementedError)
-"""What an architecture raises that reaches for weights otherwise than by calling their module."""
+"""Raised by an architecture that uses weights without calling their module."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sides:
-    """Both sides of a comparison, ready to run."""
+    """Both sides of a comparison."""
 
     request: Request
     model: Any
@@ -246,16 +244,16 @@ class Sides:
 
     @property
     def summed(self) -> bool:
-        """Say whether the merge is the sum that the reference computes."""
+        """Return whether the merge is the weighted sum that the reference computes."""
         return self.request.scope == "all"
 
     @property
     def twins(self) -> int:
-        """Probes that are run twice, to see what rounding does: half of them, for time."""
+        """Number of probes that run twice, to measure rounding: half of them, to save time."""
         return -(-len(self.batch.ids) // 2)
 
     def forwards(self, progress: Progress, *, streamed: bool) -> tuple[Reference, Run]:
-        """Run both; RuntimeError where the numbers are none."""
+        """Run both; raises RuntimeError if the reference's logits are not finite."""
         steps = 2 * max(1, len(decoder_layers(self.model)))
         done = 0
 
@@ -285,7 +283,7 @@ class Sides:
 
 
 def _first(findings: Sequence[Finding]) -> list[Finding]:
-    """Return the findings, errors first, each kind in the model's order and not too many."""
+    """Return the findings, errors first, with at most _SHOWN of each kind."""
     order = {ERROR: 0, WARNING: 1, NOTE: 2}
     ranked = sorted(findings, key=lambda found: order[found.severity])
     kept: list[Finding] = []
@@ -303,7 +301,7 @@ def _vocabulary(model: Any) -> int:
     head = model.get_output_embeddings()
     if head is None:
         raise InputRefused(
-            "the model has no output layer, so it answers nothing",
+            "the model has no output layer, so it cannot generate text",
             hint="validate a checkpoint that generates text",
         )
     return int(head.weight.shape[0])

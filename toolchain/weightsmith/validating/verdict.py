@@ -1,4 +1,4 @@
-"""The verdict on two forwards: measures, limits, and where the models part."""
+"""The verdict on two forward passes: measures, limits, and where the models diverge."""
 
 from __future__ import annotations
 
@@ -24,18 +24,17 @@ from weightsmith.validating.tensors import judge_tensors
 from weightsmith.validating.weights import Weights
 
 _NOT_SUMMED = (
-    "this method is no plain sum, which the reference is: how far their logits are apart is told "
-    "and not judged; {}, and the evaluation judges the rest"
+    "this method is not a plain sum as the reference is: the logits' distance is reported but not "
+    "judged; {}, and the evaluation judges the rest"
 )
-_MIXED = "each element was held against what the method can make of the adapters' changes"
-_UNMIXED = "what no adapter changes was compared"
+_MIXED = "each element was checked against the values that the method can produce"
+_UNMIXED = "tensors that no adapter changes were compared"
 _BYPASSED = (
-    "the model's code reads {} without calling the layer: there the adapter acts in the merge and "
-    "not beside the base, where training could not reach it either; the logits' distance is told "
-    "and not judged"
+    "the model's code reads {} without calling the layer: there the adapter takes effect only when "
+    "merged, and had none in training; the logits' distance is reported but not judged"
 )
 _SWALLOWED = 0.5
-"""Part of the adapter's effect that rounding may take before it is worth a warning."""
+"""Fraction of the adapter's effect that rounding may take without a warning."""
 
 
 def judge_models(
@@ -49,10 +48,10 @@ def judge_models(
     *,
     summed: bool,
 ) -> dict[str, Any]:
-    """Return what was measured of both models, and add to the findings what is wrong.
+    """Return the measures of both models, and append to `findings` what is wrong.
 
-    `summed` says that the merge is the weighted sum that the reference computes; of others the
-    distance is reported and not judged.
+    `summed` means that the merge is the weighted sum that the reference computes; otherwise the
+    distance is reported but not judged.
     """
     examined, elements = judge_tensors(reference, weights, summed=summed)
     findings += reference.examiner.findings
@@ -79,7 +78,7 @@ def judge_models(
         findings.append(_where(parted, examined))
     findings += verdict
     lost, swallowed = _swallowed(reference)
-    # Of a wrong merge the rest says nothing about rounding.
+    # If elements are wrong, the difference is not rounding.
     findings += lost if summed and not elements["wrong"] else []
     measured = {
         "max_abs_logit_diff": seen.max_abs,
@@ -89,7 +88,7 @@ def judge_models(
         "top1_agreement": seen.top1,
     }
     return {
-        # Of logits that are no numbers nothing was measured, the agreement included.
+        # If logits are not finite, no measure means anything, including the agreement.
         **(measured if math.isfinite(seen.max_abs) else dict.fromkeys(measured)),
         "limits": _measures(allowed),
         "rounding": _measures(rounding),
@@ -102,10 +101,10 @@ def judge_models(
 
 
 def _layers(reference: Reference, run: Run) -> list[dict[str, Any]]:
-    """Return how far the hidden states after each layer are from the reference's.
+    """Return the distance of the hidden states after each layer from the reference's.
 
-    All as parts of their size: `difference` of the merged model, `rounding` of the exact merge, and
-    `off`, between those two, which is arithmetic alone where the merge is right.
+    Relative to their norm: `difference` of the merged model, `rounding` of the exact merge, and
+    `off`, between those two, which is only arithmetic error if the merge is right.
     """
     rows: list[dict[str, Any]] = []
     states = zip(reference.run.hidden, reference.twins.hidden, run.hidden, strict=False)
@@ -125,14 +124,14 @@ def _layers(reference: Reference, run: Run) -> list[dict[str, Any]]:
 
 
 def _bounded(value: float) -> float:
-    """Return a number that can be drawn: NaN and infinities become a billion."""
+    """Replace NaN and infinities by a billion, so that it can be plotted."""
     return value if math.isfinite(value) else 1e9
 
 
 def _where(parted: int, examined: Sequence[Finding]) -> Finding:
     suspects = sorted({f.tensor for f in examined if f.layer == parted and f.tensor})
-    what = f"; suspect {', '.join(suspects[:3])}" if suspects else ""
-    message = f"the two part in decoder layer {parted}{what}"
+    what = f"; check {', '.join(suspects[:3])}" if suspects else ""
+    message = f"hidden states first diverge in decoder layer {parted}{what}"
     return Finding(
         severity=ERROR,
         check="layers",
@@ -143,7 +142,7 @@ def _where(parted: int, examined: Sequence[Finding]) -> Finding:
 
 
 def _swallowed(reference: Reference) -> tuple[list[Finding], float | None]:
-    """Return a warning where rounding took most of the adapter, and the part that it took."""
+    """Return a warning if rounding removed most of the adapter, and the fraction removed."""
     signal = reference.examiner.signal.values()
     added = sum(size**2 for size, _ in signal) ** 0.5
     lost = sum(size**2 for _, size in signal) ** 0.5
@@ -156,8 +155,8 @@ def _swallowed(reference: Reference) -> tuple[list[Finding], float | None]:
         finding(
             WARNING,
             "outputs",
-            f"rounding changes the adapted layers' outputs by {part:.0%} of what the adapters add: "
-            "they are small against the checkpoint's type; merge with dtype float32 to keep them",
+            f"rounding changes the adapted layers' outputs by {part:.0%} of the adapters' effect, "
+            "which is small for the checkpoint's dtype; merge with dtype float32 to keep it",
         )
     ], part
 

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors under the names of the model's parameters, read a few rows at a time."""
+"""Read a checkpoint's tensors by the model's parameter names, a few rows at a time."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from safetensors import safe_open
 from weightsmith.checkpoints.safetensors import TensorInfo, open_checkpoint
 
 BLOCK = 1 << 19
-"""Elements that are held at a time: few enough that one pass over them stays in the cache."""
+"""Elements held at a time: few enough to stay in the CPU cache."""
 _BLOCKS = 32
-"""Blocks that are read before the file is opened anew: until then its pages count as ours."""
+"""Blocks read before the file is reopened: until then its pages count as our memory."""
 
 _LAYER = re.compile(r"(.*\.layers\.)(\d+)(\..+)")
-"""What PEFT replicates is called so in every architecture that it knows."""
+"""The names of layers that PEFT replicates, in every architecture that it supports."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Fused:
-    """Parameters that transformers makes of several tensors, such as a layer's stacked experts."""
+    """A parameter that transformers builds from several tensors, such as stacked experts."""
 
     converter: Any
     parts: list[tuple[str, str]] = field(default_factory=list)
-    """Tensor name and the converter's pattern that it fits."""
+    """Tensor name and the converter's pattern that it matches."""
 
 
 class Weights:
-    """The tensors of a folder, by parameter name of `model`; renamed as transformers would load.
+    """A folder's tensors by parameter name of `model`, renamed as transformers does on loading.
 
-    Files are read with the safetensors library and closed at once, so that what was read does not
-    count as this process's memory any longer.
+    Files are read with the safetensors library and closed at once, so that their pages do not
+    count as this process's memory.
     """
 
     def __init__(self, root: Path, model: Any) -> None:
@@ -54,7 +54,7 @@ class Weights:
                 self._direct[target] = self._direct[source]
 
     def replicate(self, sources: Sequence[int]) -> None:
-        """Follow a model whose layers were replicated: layer i now is the file's `sources[i]`."""
+        """Rename for a model with replicated layers: layer i is the file's layer `sources[i]`."""
         if self._fused:
             raise NotImplementedError("replicated layers of an architecture with stacked weights")
         old, self._direct = self._direct, {}
@@ -69,25 +69,25 @@ class Weights:
         self.parameters = tuple(self._direct)
 
     def has(self, parameter: str) -> bool:
-        """Say whether the checkpoint has what the parameter needs."""
+        """Return whether the checkpoint has the tensors of the parameter."""
         return parameter in self._direct or parameter in self._fused
 
     def tensor_of(self, parameter: str) -> str:
-        """Return the one tensor that is the parameter, or nothing where several make it."""
+        """Return the parameter's tensor, or "" if it is built from several."""
         return self._direct.get(parameter, "")
 
     def tensors_of(self, parameter: str) -> tuple[str, ...]:
-        """Return every tensor that goes into the parameter."""
+        """Return all tensors of the parameter."""
         if parameter in self._direct:
             return (self._direct[parameter],)
         return tuple(name for name, _ in self._fused[parameter][1].parts)
 
     def rows(self, parameter: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield first row and rows of a parameter that is one tensor, in the file's type."""
+        """Yield first row and rows of a parameter that is one tensor, in the file's dtype."""
         return self.blocks(self._direct[parameter])
 
     def blocks(self, tensor: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield first row and rows of a tensor of the file, in its type, BLOCK elements at most."""
+        """Yield first row and rows of a tensor in the file's dtype, at most BLOCK elements."""
         shape = self.infos[tensor].shape
         if not shape:
             yield 0, self.read(tensor)
@@ -100,13 +100,13 @@ class Weights:
                     yield first, part[first : first + step].clone()
 
     def slice(self, tensor: str, first: int, last: int) -> torch.Tensor:
-        """Return rows of a tensor, a copy in the file's type."""
+        """Return a copy of rows of a tensor, in the file's dtype."""
         with safe_open(self._files[tensor], framework="pt") as file:
             rows: torch.Tensor = file.get_slice(tensor)[first:last]
             return rows.clone()
 
     def read(self, tensor: str) -> torch.Tensor:
-        """Return a whole tensor, a copy in the file's type."""
+        """Return a copy of a whole tensor, in the file's dtype."""
         with safe_open(self._files[tensor], framework="pt") as file:
             values: torch.Tensor = file.get_tensor(tensor)
             return values.clone()
@@ -125,7 +125,7 @@ class Weights:
         return whole
 
     def _map(self, model: Any) -> None:
-        """Sort the tensors by parameter, as `convert_and_load_state_dict_in_model` does."""
+        """Map tensors to parameters as `convert_and_load_state_dict_in_model` does."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
             WeightConverter,
@@ -162,7 +162,7 @@ class Weights:
 
 
 def blocks_of(values: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield first row and rows of a tensor in memory, cut as a file's tensors are."""
+    """Yield first row and rows of a tensor in memory, in blocks like those of a file's tensor."""
     step = _rows_of(values.shape)
     for first in range(0, len(values), step):
         yield first, values[first : first + step]
