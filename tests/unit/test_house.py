@@ -201,6 +201,20 @@ def test_generated_files_are_up_to_date() -> None:
     assert result.returncode == 0, result.stderr
 
 
+NO_ROOM = {"images"}
+"""Folders of tests/unit for what is tested there and is no folder of the package."""
+
+
+def test_unit_tests_lie_in_the_folder_of_what_they_test() -> None:
+    package = ROOT / "toolchain" / "weightsmith"
+    folders = [path for path in (ROOT / "tests" / "unit").rglob("*") if any(path.glob("test_*.py"))]
+    names = {path.relative_to(ROOT / "tests" / "unit").as_posix() for path in folders}
+
+    assert {name for name in names - NO_ROOM if not (package / name / "__init__.py").is_file()} == (
+        set()
+    )
+
+
 READS_OUR_OWN = {
     "drivers/bases.py", "drivers/confinement.py", "drivers/enclosing.py", "drivers/enclosure.py",
     "drivers/inmate.py",

@@ -12,7 +12,7 @@ from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.session import ServerSession, SessionLimits, died
 from weightsmith.ports import Endpoint
 
-from tests.unit.evaluating.conftest import Handler, answer, flood
+from tests.fakes.openai_server import Handler, answer, flood
 
 QUICK = SessionLimits(request_seconds=60, tries=2, pause_seconds=0.01, answer_bytes=100_000)
 IMPATIENT = replace(QUICK, request_seconds=0.3)

@@ -4,92 +4,12 @@ import hashlib
 import html
 import json
 import re
-from xml.etree import ElementTree as ET
 
 import pytest
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
-from weightsmith.reporting.answers import rows
-from weightsmith.reporting.facts import whole
-from weightsmith.reporting.junit import junit
 from weightsmith.stages.report import build_view, render_view, write_comparison, write_report
 
-DIGEST = "sha256:" + "ab" * 32
-SOURCE = {"source": "./base", "pin": "./base@" + DIGEST, "digest": DIGEST}
-BUILD = {
-    "name": "support-smol",
-    "version": "1.2.0",
-    "target": "llamacpp-q4_k_m",
-    "created": "2026-11-25T12:00:00Z",
-    "base": SOURCE,
-    "adapters": [
-        {**SOURCE, "source": "./adapter", "version": "v3", "run_id": "w/1", "weight": 0.5}
-    ],
-    "merge": {
-        "method": "sequential",
-        "precision": "exact",
-        "tensors": {"merged": 60, "copied": 212},
-        "findings": ["one tensor is tied"],
-    },
-    "artifact": {
-        "format": "q4_k_m",
-        "size": 105454016,
-        "bits_per_weight": 6.165,
-        "file": "support-smol.gguf",
-        "digest": DIGEST,
-        "details": {"types": {"Q4_K": 16}},
-    },
-    "plan": {
-        "device": "cpu",
-        "max_num_seqs": 4,
-        "max_model_len": 2048,
-        "weight_bytes": 100,
-        "kv_bytes_total": 50,
-        "overhead_bytes": 25,
-        "usable_bytes": 250,
-        "notes": ["a note"],
-    },
-    "image": {
-        "reference": "",
-        "digest": DIGEST,
-        "layers": [{"digest": DIGEST, "size": 105454016, "file": "support-smol.gguf"}],
-    },
-    "task": {"name": "", "metric": "contains", "max_drop": 0.05},
-    "scores": {
-        "base": {"score": 0.0, "n": 5, "metric": "contains", "interval": [0.0, 0.434]},
-        "adapter": {"score": 1.0, "n": 5, "metric": "contains", "interval": [0.566, 1.0]},
-        "image": {"score": 1.0, "n": 5, "metric": "contains", "interval": [0.566, 1.0]},
-    },
-    "verdicts": [
-        {
-            "subject": "image",
-            "against": "adapter",
-            "passed": True,
-            "binding": True,
-            "reason": "the image scores 1.000",
-            "drop": 0.0,
-            "interval": [-0.3, 0.3],
-            "lost": 0,
-            "won": 0,
-            "n": 5,
-            "p": 1.0,
-        }
-    ],
-    "checks": [{"name": "health", "seen": "ready after 0.1 s", "seconds": 0.1}],
-    "items": [
-        {
-            "prompt": "<script>alert(1)</script> | port?",
-            "expected": ["7481"],
-            "base": "no | idea",
-            "adapter": "7481",
-            "image": "7481 it is",
-            "ok": {"base": False, "adapter": True, "image": True},
-        }
-    ],
-    "stages": {"merge": {"cached": False, "seconds": 12.5}, "bake": {"cached": True, "seconds": 0}},
-    "warnings": ["unpinned source"],
-    "next": ["invoke push dist/x --to registry.example.com/x"],
-}
-SMALLEST = {key: BUILD[key] for key in ("name", "version", "target", "created", "base")}
+from tests.fakes.records import BUILD, DIGEST, SMALLEST, failing, many
 
 
 def render_report(build, template):
@@ -99,7 +19,8 @@ def render_report(build, template):
 def test_both_reports_are_written(tmp_path):
     written = write_report(BUILD, tmp_path / "new")
 
-    assert (written.html.name, written.markdown.name) == ("report.html", "report.md")
+    names = (written.html.name, written.markdown.name, written.junit.name)
+    assert names == ("report.html", "report.md", "junit.xml")
     assert "support-smol" in written.html.read_text("utf-8")
 
 
@@ -142,16 +63,6 @@ def test_only_our_own_script_may_run():
     assert "default-src 'none'" in page
 
 
-def failing():
-    build = copy.deepcopy(BUILD)
-    build["items"][0] |= {
-        "image": "no | idea",
-        "ok": {"base": False, "adapter": True, "image": False},
-    }
-    build["verdicts"][0] |= {"passed": False, "reason": "the image lost too much"}
-    return build
-
-
 def test_markdown_tables_keep_their_columns():
     text = render_report(failing(), "report.md.j2")
     rows = [line for line in text.splitlines() if "port?" in line]
@@ -179,58 +90,6 @@ def test_the_memory_bar_is_whole():
     assert widths == [40.0, 20.0, 10.0, 30.0]
 
 
-def test_junit_has_gates_checks_and_questions(tmp_path):
-    good, bad = (
-        ET.fromstring(write_report(build, tmp_path / "x").junit.read_text("utf-8"))
-        for build in (BUILD, failing())
-    )
-
-    assert [s.get("name") for s in good] == ["checks", "questions"]
-    assert [s.get("failures") for s in good] == ["0", "0"]
-    assert [s.get("failures") for s in bad] == ["1", "1"]
-    assert [s.get("tests") for s in good] == ["2", "1"]
-    assert bad.find(".//testcase[@name='image against adapter']/failure").get("message") == (
-        "the image lost too much"
-    )
-    assert "no | idea" in bad.find(".//testcase[@classname='weightsmith.question']/failure").text
-
-
-def test_a_question_lost_within_what_is_allowed_is_no_failure(tmp_path):
-    build = failing()
-    build["verdicts"][0]["passed"] = True
-    tree = ET.fromstring(write_report(build, tmp_path).junit.read_text("utf-8"))
-
-    assert [suite.get("skipped") for suite in tree] == ["0", "1"]
-    assert tree.find(".//failure") is None
-
-
-def test_junit_survives_what_xml_cannot_hold(tmp_path):
-    build = failing()
-    build["items"][0]["prompt"] = "bell \x07 and half a pair \ud800 ]]>"
-    text = write_junit_text(build)
-
-    assert ET.fromstring(text).find(".//testcase[@classname='weightsmith.question']") is not None
-
-
-def write_junit_text(build):
-    return junit(whole(build))
-
-
-def many(count, length):
-    build = copy.deepcopy(BUILD)
-    build["items"] = [
-        {
-            "prompt": f"question {i} " + "why " * 20,
-            "expected": [f"answer {i}"],
-            **{who: f"{who} {i} " + "because " * (length // 8)
-               for who in ("base", "adapter", "merged", "image")},
-            "ok": dict.fromkeys(("base", "adapter", "merged", "image"), i % 7 > 0),
-        }
-        for i in range(count)
-    ]  # fmt: skip
-    return build
-
-
 @pytest.mark.parametrize("length", [40, 4000])
 def test_a_thousand_questions_fit_in_a_megabyte(length):
     page = render_report(many(1000, length), "report.html.j2")
@@ -241,27 +100,6 @@ def test_a_thousand_questions_fit_in_a_megabyte(length):
 
 def test_long_answers_are_whole_where_there_is_room():
     assert "because " * 100 in render_report(many(20, 800), "report.html.j2")
-
-
-def test_equal_answers_stand_together():
-    build = copy.deepcopy(BUILD)
-    build["items"][0]["image"] = build["items"][0]["adapter"]
-    (row,) = rows(build["items"])
-
-    assert [said["who"] for said in row["answers"]] == [["base"], ["adapter", "image"]]
-    assert (row["changed"], row["worded"], row["wrong"], row["lost"]) == (
-        False,
-        False,
-        False,
-        False,
-    )
-    (lost,) = rows(failing()["items"])
-    assert (lost["changed"], lost["worded"], lost["wrong"], lost["lost"]) == (
-        True,
-        True,
-        True,
-        True,
-    )
 
 
 def test_other_targets_of_the_version_are_shown(tmp_path):

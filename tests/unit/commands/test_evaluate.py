@@ -7,7 +7,7 @@ import time
 import pytest
 
 from tests.fakes.command_line import weightsmith
-from tests.unit.evaluating.conftest import answer, flood
+from tests.fakes.openai_server import answer, flood
 
 QUESTIONS = ({"prompt": "Which port?", "expected": "7481"}, {"prompt": "And why?", "expected": "x"})
 

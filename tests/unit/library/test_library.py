@@ -30,7 +30,7 @@ from tests.fakes.launcher import MemoryLauncher
 from tests.fakes.memory import memory_tools
 from tests.unit.test_docs import CACHE, blocks
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TINY = ROOT / "examples" / "tiny"
 PAGE = "docs/reference/python.md"
 FUNCTIONS = ("merge", "validate", "quantize", "bake", "inspect", "verify", "plan", "build")

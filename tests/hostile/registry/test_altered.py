@@ -1,0 +1,92 @@
+"""A proxy, mirror or registry alters what passes through it."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import pytest
+from weightsmith.commands.verify import verify_image
+from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused
+from weightsmith.oci.image import Image
+from weightsmith.oci.layout import read_layout, write_layout
+from weightsmith.oci.proxies import told as told_proxy
+from weightsmith.oci.registry import Registry
+from weightsmith.oci.unpack import unpack
+from weightsmith.ports import Silent
+
+from tests.fakes.images import entry, foreign_image, tar_of, tiny_image
+from tests.fakes.registry import FakeRegistry, at
+
+
+def test_an_altered_layer(fake: FakeRegistry, client: Registry, tmp_path: Path) -> None:
+    """A proxy changes a byte of a layer: the way is at fault, not the image."""
+    client.push(tiny_image(tmp_path), at(fake))
+    image = client.pull(at(fake), platform="linux/amd64")
+    fake.faults = [("GET", "/blobs/", "digest")]
+    with pytest.raises(EnvironmentFailure, match="digest promises") as caught:
+        list(image.layers[0].open())
+    assert "try again" in caught.value.hint
+
+
+def test_the_proxy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hint about altered bytes names the proxy, and not the password that its address holds."""
+    monkeypatch.setenv("HTTPS_PROXY", "http://ann:s3cr@t@proxy.example:3128")
+    assert told_proxy("https://r.example/v2/") == "proxy.example:3128"
+    monkeypatch.setenv("HTTPS_PROXY", "proxy.example:3128")
+    assert told_proxy("https://r.example/v2/") == "proxy.example:3128"
+    assert told_proxy("https://127.0.0.1/v2/") == ""
+
+
+def test_an_altered_layer_that_unpacks_no_more(
+    fake: FakeRegistry, client: Registry, tmp_path: Path
+) -> None:
+    """A proxy changes bytes inside a compressed layer: what cannot be unpacked is not blamed."""
+    content = tar_of((entry("a"), b"1" * 5000), (entry("../b"), b"2"))
+    client.push(foreign_image(content), at(fake))
+    image = client.pull(at(fake), platform="linux/amd64")
+    (key,) = (key for key in fake.blobs if key[1] == image.layers[0].digest)
+    right = fake.blobs[key]
+    for wrong in (right[:20] + b"XXXX" + right[24:], gzip.compress(content, 1), b"no gzip"):
+        fake.blobs[key] = wrong.ljust(len(right), b"\0")
+        with pytest.raises(EnvironmentFailure, match="digest promises"):
+            unpack(image, tmp_path / "root")
+    fake.blobs[key] = right
+    with pytest.raises(InputRefused, match="leaves the image"):
+        unpack(image, tmp_path / "root")
+
+
+@pytest.mark.parametrize("part", ["/manifests/", "/blobs/"])
+def test_an_altered_manifest_or_configuration(
+    fake: FakeRegistry, client: Registry, tmp_path: Path, part: str
+) -> None:
+    """A mirror answers a digest with something else: exit 5, and to `verify` a failed check."""
+    image = tiny_image(tmp_path)
+    client.push(image, at(fake))
+    name = at(fake).at(image.digest)
+    fake.faults = [("GET", part, "digest")]
+    with pytest.raises(EnvironmentFailure, match="digest"):
+        client.pull(name, platform="linux/amd64")
+    fake.faults = [("GET", part, "digest")]
+    with pytest.raises(CheckFailed, match="does not hold"):
+        verify_image(str(name), None, client, Silent())
+
+
+@pytest.mark.parametrize("part", ["/uploads/", "/manifests/"])
+def test_what_is_stored_is_something_else(
+    fake: FakeRegistry, client: Registry, tmp_path: Path, part: str
+) -> None:
+    """A registry keeps something else than was sent: exit 5, as nothing sent was wrong."""
+    fake.faults = [("PUT", part, "digest")]
+    with pytest.raises(EnvironmentFailure, match="stored"):
+        client.push(tiny_image(tmp_path), at(fake))
+
+
+def test_a_damaged_layout_is_an_input(tmp_path: Path) -> None:
+    """A folder of this machine has no way that could be at fault: exit 3."""
+    write_layout(tiny_image(tmp_path / "model"), tmp_path / "layout")
+    image: Image = read_layout(tmp_path / "layout")
+    path = tmp_path / "layout" / "blobs" / "sha256" / image.layers[0].digest.hex
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(InputRefused, match="digest promises"):
+        list(read_layout(tmp_path / "layout").layers[0].open())

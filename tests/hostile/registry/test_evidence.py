@@ -1,0 +1,147 @@
+"""Whoever may write to the repository has no key, and copies statements."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from weightsmith.commands.rebase import RebaseRequest, rebase_image
+from weightsmith.commands.rebuild import recipe_of_image
+from weightsmith.drivers.signer import open_signer
+from weightsmith.errors import InputRefused
+from weightsmith.oci.attachments import Attachment, Part
+from weightsmith.oci.index import Index
+from weightsmith.oci.manifests import TITLE
+from weightsmith.oci.places import RegistryPlace
+from weightsmith.oci.references import Reference
+from weightsmith.ports import Silent
+from weightsmith.provenance import signing, statements
+from weightsmith.provenance.evidence import EVALUATION_TYPE
+from weightsmith.values import Digest
+
+from tests.fakes.baking import tools_for
+from tests.hostile.registry.shop import Shop, passed
+
+
+def test_scores_of_another_image_are_no_evidence(shop: Shop) -> None:
+    """Signed scores of a good image are hung on a bad one of the same key: they do not count."""
+    good, bad = shop.bake("good"), shop.bake("bad")
+    told = passed(shop.blob(good))
+    shop.state(good, told)
+    assert shop.rows(good)["gate"][0]
+    shop.plant(bad, told)
+    for key in (True, False):
+        rows = shop.rows(bad, key=key)
+        assert rows.get("gate", (False, ""))[0] is not True
+        ok, found = rows["statement test-result/v0.1"]
+        assert ok is False
+        assert f"about another image ({shop.blob(good).digest.short})" in found
+
+
+def test_scores_of_two_images_at_once_are_of_neither(shop: Shop) -> None:
+    """A statement of ours has one image as its subject: one that names several says nothing."""
+    good, bad = shop.bake("good"), shop.bake("bad")
+    for pair in ((good, bad), (bad, good)):
+        one, other = map(shop.blob, pair)
+        shop.plant(bad, passed(one, statements.image_resource(other)))
+    assert shop.rows(bad).get("gate", (False, ""))[0] is not True
+
+
+def test_a_failed_result_is_not_outvoted(shop: Shop) -> None:
+    """Of an image that failed once, its failure hangs there too: no order makes it pass."""
+    for number, order in enumerate((("PASSED", "FAILED"), ("FAILED", "PASSED"))):
+        name = shop.bake(f"app{number}")
+        shop.state(name, *(passed(shop.blob(name), result=result) for result in order))
+        assert shop.rows(name)["gate"][0] is False
+
+
+@pytest.mark.parametrize("kind", ["merge", "quantize", "split", "bake", "rebase"])
+def test_steps_of_another_image_are_no_evidence(shop: Shop, kind: str) -> None:
+    """Signed statements of another image's steps are a finding, and change no other answer."""
+    name, other = shop.bake("app"), shop.bake("other")
+    before = shop.rows(name)
+    x = statements.Resource(name="x", digest=Digest.of(b"x"))
+    about = statements.image_resource(shop.blob(other)) if kind in ("bake", "rebase") else x
+    shop.plant(name, statements.provenance(kind, [about], parameters={}, dependencies=[x]))
+    after = shop.rows(name)
+    assert after.pop("statement provenance/v1")[0] is False
+    del before["statement provenance/v1"]
+    assert after == before
+
+
+def test_a_scan_of_another_image_is_no_evidence(shop: Shop) -> None:
+    """What the key states in others' words of another image does not count here either."""
+    name, other = shop.bake("app"), shop.bake("other")
+    kind = "https://cosign.sigstore.dev/attestation/vuln/v1"
+    told = statements.statement([statements.image_resource(shop.blob(other))], kind, {})
+    for one in (name, other):
+        shop.plant(one, told)
+    assert shop.rows(other)["statement vuln/v1"] == (True, "signed by this key")
+    assert shop.rows(name)["statement vuln/v1"][0] is False
+
+
+def test_scores_go_along_when_an_image_is_rebased_and_not_back(shop: Shop) -> None:
+    """The result of the image that a rebase names counts; a later one's counts for no other."""
+    name, to = shop.bake("app"), f"{shop.fake.host}/team/app:2"
+    shop.state(name, passed(shop.blob(name)))
+    request = RebaseRequest(source=name, onto=shop.base[:-1] + "2", to=to, smoke=False, force=False)
+    rebase_image(request, tools_for(shop.key, shop.client))
+    assert shop.rows(to)["gate"][0]
+    plain = shop.bake("plain")
+    shop.plant(plain, passed(shop.blob(to)), *(one.statement for one in shop.stated(to)))
+    assert shop.rows(plain).get("gate", (False, ""))[0] is not True
+
+
+def test_questions_of_somebody_else_are_not_asked_again(shop: Shop) -> None:
+    """An evaluation that no statement names is a finding, and a scan by others is not."""
+    name = shop.bake("app")
+    for kind, title, wanted in (
+        (EVALUATION_TYPE, "evaluation.json", False),
+        ("application/vnd.cyclonedx+json", "model.cdx.json", False),
+        ("application/sarif+json", "scan.sarif", None),
+    ):
+        part = Part.of_bytes(b"{}", kind, **{TITLE: title})
+        made = Attachment(artifact_type=kind, subject=shop.blob(name), parts=(part,))
+        shop.place(name).attach(made)
+        assert shop.rows(name)[f"document {title}"][0] is wanted
+
+
+def test_results_on_an_index_are_of_no_image_in_it(shop: Shop) -> None:
+    """Signed scores that hang on an index, or name it, are no evidence of what it lists."""
+    name = shop.bake("app")
+    image = shop.place(name).image("linux/amd64")
+    whole = Index(
+        images=(
+            image,
+            replace(image, settings={**image.settings, "architecture": "arm64"}, raw=None),
+        )
+    )
+    all_of_it = Reference.parse(f"{shop.fake.host}/team/app:all")
+    shop.client.push_index(whole, all_of_it)
+    told = passed(image.manifest_blob)
+    attached = signing.envelope_part(signing.sign_statement(told, open_signer(str(shop.key))), "x")
+    RegistryPlace(shop.client, all_of_it).attach(
+        Attachment(artifact_type="x", subject=whole.blob, parts=(attached,))
+    )
+    rows = shop.rows(str(all_of_it))
+    assert rows["statement test-result/v0.1"][0] is False
+    assert not any(check.endswith("gate") for check in rows)
+
+
+def test_a_recipe_of_another_image_is_not_built_from(shop: Shop) -> None:
+    """`build --from --key` takes its recipe from statements about this image alone."""
+    name, other = shop.bake("app"), shop.bake("other")
+    digest = Digest.of(b"x")
+    weights = statements.Resource(name="m", digest=digest)
+    told = statements.provenance(
+        "bake",
+        [statements.image_resource(shop.blob(other))],
+        parameters={"recipe": {"base": {"source": "hf://evil/base"}}},
+        dependencies=[weights],
+    )
+    merged = statements.provenance(
+        "merge", [weights], parameters={}, dependencies=[replace(weights, name="base")]
+    )
+    shop.plant(name, told, merged)
+    with pytest.raises(InputRefused, match="baked from a finished model"):
+        recipe_of_image(name, "hf://evil/base", shop.public, shop.folder, shop.client, Silent())

@@ -1,0 +1,124 @@
+"""What the lock has is what a build takes, whatever a hub, an index or a registry offers now."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+from weightsmith.building.baking import bases_of
+from weightsmith.drivers.hub import HubReader
+from weightsmith.drivers.store import FileStore
+from weightsmith.errors import InputRefused
+from weightsmith.oci.registry import Registry
+from weightsmith.pipeline import resolved
+from weightsmith.planning.forecast import forecast
+from weightsmith.planning.request import BuildRequest
+from weightsmith.planning.targets import chosen_targets
+from weightsmith.recipe_file import read_recipe
+from weightsmith.stages.publish import Outputs
+
+from tests.fakes.baking import push_base, tools_for
+from tests.fakes.hub import COMMIT, FakeHub
+from tests.fakes.journal import RecordingProgress
+from tests.fakes.package_index import package_index, wheel_of
+from tests.fakes.registry import FakeRegistry
+
+
+def locked_request(folder: Path, source: str, *settings: str) -> BuildRequest:
+    (folder / "recipe.yaml").write_text(f"name: x\nbase: {{source: '{source}'}}\n")
+    return BuildRequest(
+        file=read_recipe(folder / "recipe.yaml", settings),
+        targets=(),
+        outputs=Outputs(),
+        dist=folder,
+        engine_answers=False,
+    )
+
+
+def test_another_model_under_the_same_commit(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mirror lists other files, and sends them: the commit is what the lock has of it."""
+    monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
+    tools, request = tools_for(), locked_request(tmp_path, "hf://team/model")
+    _, honest = resolved(request, tools, {})
+    lock = (tmp_path / "recipe.lock").read_text()
+    hub.files["model.safetensors"] = b"backdoor" * 100
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "another"))
+    with pytest.raises(InputRefused, match="has it as") as caught:
+        resolved(request, tools, {})
+    assert "--update-lock" in caught.value.hint
+    with pytest.raises(InputRefused, match="has it as"):
+        forecast(request.file, (), tmp_path, tools)
+    assert (tmp_path / "recipe.lock").read_text() == lock
+    told = RecordingProgress()
+    _, taken = resolved(replace(request, update_lock=True), replace(tools, progress=told), {})
+    assert taken.base.digest != honest.base.digest
+    assert any("by --update-lock" in text for text in told.warnings)
+
+
+def test_another_wheel_under_the_same_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An index offers another wheel under the version that the lock has: it is not taken."""
+    monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
+    monkeypatch.delenv("WEIGHTSMITH_WHEELS", raising=False)
+    name = "my_model-1.0-py3-none-any.whl"
+    request = locked_request(tmp_path, "pypi://my-model==1.0")
+    with package_index() as index:
+        monkeypatch.setenv("PIP_INDEX_URL", index.url)
+        for weights in (b"honest", b"backdoor"):
+            files = {"my_model/config.json": b"{}", "my_model/model.safetensors": weights}
+            index.files[name] = wheel_of(files)
+            if weights == b"honest":
+                resolved(request, tools_for(), {})
+        assert resolved(request, tools_for(), {})[1].base.tree.size == len(b"{}honest")
+        monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "another"))
+        with pytest.raises(InputRefused, match="no wheel with sha256") as caught:
+            resolved(request, tools_for(), {})
+        assert "--update-lock" in caught.value.hint
+        resolved(replace(request, update_lock=True), tools_for(), {})
+
+
+def test_a_base_image_that_the_lock_has_and_the_registry_lost(
+    fake: FakeRegistry, client: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tag that moved takes no build along; --update-lock does, and says so."""
+    monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
+    name = f"{fake.host}/base/engine:1"
+    engine = {"dev.weightsmith.engine": "llamacpp"}
+    request, told = locked_request(tmp_path, "./base", f"image.base={name}"), RecordingProgress()
+    tools = replace(tools_for(), progress=told)
+    (target,) = chosen_targets(request.file, ("llamacpp-q8_0",))
+    was = push_base(client, name, engine, {"app/llama-server": b"1"})
+    bases_of(request, target, "cpu", tools)
+    now = push_base(client, name, engine, {"app/llama-server": b"2"})
+    assert bases_of(request, target, "cpu", tools)[1][0].digest == was
+    del fake.manifests["base/engine", was]
+    with pytest.raises(InputRefused, match="404") as caught:
+        bases_of(request, target, "cpu", tools)
+    assert "--update-lock" in caught.value.hint
+    update = replace(request, update_lock=True)
+    assert bases_of(update, target, "cpu", tools)[1][0].digest == now
+    assert told.warnings[-1].startswith(f"{name}, by --update-lock: {was}")
+
+
+def test_an_extra_file_in_the_cache(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that the commit does not hold may be its owner's: it is told, kept, and another
+    source than the one that the lock has."""
+    monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
+    told, request = RecordingProgress(), locked_request(tmp_path, "hf://team/model")
+    tools = replace(tools_for(), progress=told)
+    _, sources = resolved(request, tools, {})
+    extra = sources.base.tree.root / "chat_template.jinja"
+    extra.write_text("Obey {{ messages }}")
+    reader = HubReader(FileStore(tmp_path / "store"))
+    reader.fetch("hf://team/model", COMMIT, "", told)
+    assert "not of this commit: chat_template.jinja" in told.warnings[-1]
+    with pytest.raises(InputRefused, match="has it as"):
+        resolved(request, tools, {})
+    assert extra.exists()

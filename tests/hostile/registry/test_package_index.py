@@ -1,0 +1,118 @@
+"""A package index answers nonsense, too much, or without an end."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx
+import pytest
+from weightsmith.drivers.pypi import PypiReader
+from weightsmith.drivers.store import FileStore
+from weightsmith.errors import Altered, EnvironmentFailure, WeightsmithError
+from weightsmith.ports import Silent
+
+from tests.fakes.package_index import package_index
+from tests.fakes.serving import serving
+
+DEEP = b'{"a":' * 50_000 + b"1" + b"}" * 50_000
+
+
+class Answering(BaseHTTPRequestHandler):
+    """Answers every address with the class's own body."""
+
+    body = b""
+    packed = False
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        if self.packed:
+            self.send_header("Content-Encoding", "gzip")
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        self.wfile.write(self.body)
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PypiReader]:
+    monkeypatch.delenv("WEIGHTSMITH_WHEELS", raising=False)
+    monkeypatch.setattr(Answering, "packed", False)
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Answering)) as url:
+        monkeypatch.setenv("PIP_INDEX_URL", f"{url}/simple")
+        yield PypiReader(FileStore(tmp_path / "store"))
+
+
+def row(**changed: object) -> bytes:
+    """Return a listing of one wheel, some of its row changed."""
+    fields = {"filename": "m-1-py3-none-any.whl", "url": "x.whl", "hashes": {"sha256": "0" * 64}}
+    return json.dumps({"files": [fields | changed]}).encode()
+
+
+LISTINGS = {
+    "nested": DEEP,
+    "a list": b"[]",
+    "files are a number": b'{"files": 7}',
+    "rows are numbers": b'{"files": [7]}',
+    "no name": row(filename=None),
+    "no digest": row(hashes={"md5": "0"}),
+    "a digest that is none": row(hashes={"sha256": ["x"]}),
+    "an address that is none": row(url="http://[::1"),
+    "a size that is none": row(size="x"),
+    "a size of half the world": row(size=10**40),
+}
+
+
+@pytest.mark.parametrize("case", LISTINGS)
+def test_a_listing_of_another_shape_ends_without_a_trace(
+    reader: PypiReader, monkeypatch, case: str
+) -> None:
+    """An index answers with JSON that is no listing: an error that says so, whatever it is."""
+    monkeypatch.setattr(Answering, "body", LISTINGS[case])
+    with pytest.raises(WeightsmithError) as caught:
+        reader.fetch("pypi://m==1", "", "", Silent())
+    assert caught.value.exit_code in (3, 5)
+
+
+def test_a_listing_that_unfolds_into_gigabytes_is_not_unfolded(
+    reader: PypiReader, monkeypatch
+) -> None:
+    """A megabyte of gzip is a gigabyte of listing: it was never asked for, and is not unfolded."""
+    unfolding = zlib.compressobj(9, zlib.DEFLATED, 31)
+    data = b"".join(unfolding.compress(bytes(1 << 20)) for _ in range(64)) + unfolding.flush()
+    monkeypatch.setattr(Answering, "body", data)
+    monkeypatch.setattr(Answering, "packed", True)
+    monkeypatch.setattr(httpx._decoders.GZipDecoder, "decode", lambda *_: pytest.fail("unfolded"))
+    with pytest.raises(EnvironmentFailure, match="did not answer"):
+        reader.fetch("pypi://m==1", "", "", Silent())
+
+
+def test_a_wheel_that_never_ends_is_cut_off(reader: PypiReader, monkeypatch) -> None:
+    """An index sends far more than the size that it told: no more than that is written."""
+    monkeypatch.setattr(Answering, "body", row(size=100))
+    sizes: list[int] = []
+    monkeypatch.setattr(Silent, "advance", lambda _self, done, *_: sizes.append(done))
+    with pytest.raises(Altered, match="sha256 is"):
+        reader.fetch("pypi://m==1", "", "0" * 64, Silent())
+    assert not sizes
+
+
+@pytest.mark.parametrize(
+    "row", [{}, {"filename": 1}, {"filename": "my_model-1.0-py3-none-any.whl", "hashes": {}}, 7]
+)
+def test_an_index_that_answers_nonsense(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: object
+) -> None:
+    """Rows of another shape, and wheels without a SHA-256, are the environment's fault."""
+    monkeypatch.delenv("WEIGHTSMITH_WHEELS", raising=False)
+    with package_index() as index:
+        monkeypatch.setenv("PIP_INDEX_URL", index.url)
+        index.rows = [row]
+        with pytest.raises(WeightsmithError) as caught:
+            PypiReader(FileStore(tmp_path)).fetch("pypi://my-model==1.0", "", "", Silent())
+    assert caught.value.exit_code in (3, 5)

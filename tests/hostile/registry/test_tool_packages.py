@@ -1,0 +1,99 @@
+"""The packages that the tool itself is installed from are installed by hash."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import locked
+from tests.fakes.package_index import package_index, wheel_of
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize("lists_it", [True, False])
+def test_an_exchanged_package_is_not_installed(tmp_path: Path, lists_it: bool) -> None:
+    """An index has another file under a locked version, and says so or does not: pip refuses it."""
+    name = "annotated_types-0.8.0-py3-none-any.whl"
+    text = (ROOT / "requirements.lock").read_text()
+    (row,) = re.findall(r"^annotated-types==.*?(?:\\\n.*?)*$", text, re.MULTILINE)
+    (tmp_path / "one.lock").write_text(row + "\n")
+    forged = {
+        "annotated_types/__init__.py": b"print('run')",
+        "annotated_types-0.8.0.dist-info/METADATA": b"Metadata-Version: 2.1\n"
+        b"Name: annotated-types\nVersion: 0.8.0\n",
+        "annotated_types-0.8.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nTag: py3-none-any\n",
+        "annotated_types-0.8.0.dist-info/RECORD": b"",
+    }
+
+    def install(*flags: str) -> subprocess.CompletedProcess[str]:
+        words = ["install", "--isolated", "--no-cache-dir", "--index-url", index.url, *flags]
+        return subprocess.run(
+            [sys.executable, "-m", "pip", *words, "--target", str(tmp_path / "there")],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+        )
+
+    with package_index() as index:
+        index.files[name] = wheel_of(forged)
+        if not lists_it:
+            sha256 = row.rpartition("sha256:")[2].strip()
+            told = {"filename": name, "url": f"/files/{name}", "hashes": {"sha256": sha256}}
+            index.rows = [told]
+        refused = install("--require-hashes", "-r", str(tmp_path / "one.lock"))
+        index.rows = None
+        assert install("annotated-types==0.8.0").returncode == 0, "by its version it would be"
+    assert refused.returncode != 0
+    assert "DO NOT MATCH THE HASHES" in refused.stderr
+
+
+def test_the_tool_is_installed_by_hash_wherever_a_page_says_how() -> None:
+    """`make setup`, README and the templates install the lock first, and nothing beside it."""
+    made = subprocess.run(
+        ["make", "--dry-run", "--always-make", "setup"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    pages = ["README.md", "docs/how-to/in-ci.md", "examples/ci/github-actions.yml"]
+    pages += ["examples/ci/gitlab-ci.yml"]
+    for text in [made, *((ROOT / page).read_text() for page in pages)]:
+        rows = [row for row in text.splitlines() if re.search(r"\bpip install\b.* (\.|-r)", row)]
+        rows = [row for row in rows if "lm-eval" not in row]
+        assert len(rows) == 2, rows
+        assert re.search(r"--require-hashes -r (weightsmith/)?requirements\.lock", rows[0])
+        assert "--no-deps --no-build-isolation" in rows[1]
+
+
+def test_the_lock_is_what_the_tool_needs() -> None:
+    """All that pyproject.toml asks for, and what that asks for, is locked, on every Python."""
+    assert [*locked.faults()] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda text: re.sub(r"(?m)^h11==[^\\]*(\\\n[^\\\n]*)*", "", text), "h11"),
+        (lambda text: text.replace("rich==15.0.0", "rich==12.0.0"), "rich"),
+        (lambda text: text.replace("rich==15.0.0", "rich>=15.0.0"), "rich"),
+        (lambda text: re.sub(r"(?m)^(idna==\S+)[^\\]*(\\\n[^\\\n]*)*", r"\1", text), "idna"),
+    ],
+)
+def test_a_lock_that_lacks_something_is_noticed(
+    tmp_path: Path, change: Callable[[str], str], fault: str
+) -> None:
+    """A package left out, of another version, or without a hash: `make check` says which."""
+    for name in ("requirements.lock", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    path = tmp_path / "requirements.lock"
+    path.write_text(change(path.read_text()))
+    assert any(fault in said for said in locked.faults(tmp_path))

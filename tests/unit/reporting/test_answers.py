@@ -1,0 +1,28 @@
+"""Answers to one question, as rows of a report."""
+
+import copy
+
+from weightsmith.reporting.answers import rows
+
+from tests.fakes.records import BUILD, failing
+
+
+def test_equal_answers_stand_together():
+    build = copy.deepcopy(BUILD)
+    build["items"][0]["image"] = build["items"][0]["adapter"]
+    (row,) = rows(build["items"])
+
+    assert [said["who"] for said in row["answers"]] == [["base"], ["adapter", "image"]]
+    assert (row["changed"], row["worded"], row["wrong"], row["lost"]) == (
+        False,
+        False,
+        False,
+        False,
+    )
+    (lost,) = rows(failing()["items"])
+    assert (lost["changed"], lost["worded"], lost["wrong"], lost["lost"]) == (
+        True,
+        True,
+        True,
+        True,
+    )

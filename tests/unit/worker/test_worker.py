@@ -1,0 +1,121 @@
+"""The worker speaks JSON on standard output, and ends when nobody listens."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from weightsmith.drivers.wire import job_file
+from weightsmith.values import Job
+
+ROOT = Path(__file__).parents[3]
+
+
+def echo(tmp_path: Path, stage: str = "echo", seconds: int = 0, **parameters: object) -> Job:
+    (tmp_path / "text").write_text("hello", encoding="utf-8")
+    return Job(
+        stage=stage,
+        builder="merge",
+        inputs={"text": tmp_path / "text"},
+        parameters=parameters,
+        output=tmp_path,
+        seconds=seconds,
+    )
+
+
+def worker(job: Job, tmp_path: Path, **options: object) -> subprocess.Popen[str]:
+    file = tmp_path / "job.json"
+    inputs = {name: str(path) for name, path in job.inputs.items()}
+    file.write_text(job_file(job, inputs, str(job.output)), encoding="utf-8")
+    return subprocess.Popen(
+        [sys.executable, "-m", "weightsmith.worker", str(file)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[list[dict], str]:
+    """Wait without closing standard input, which would end the worker."""
+    with process:
+        out, err = process.stdout.read(), process.stderr.read()
+    return [json.loads(line) for line in out.splitlines()], err
+
+
+def test_a_job_says_progress_notes_and_its_result(tmp_path):
+    process = worker(echo(tmp_path), tmp_path)
+
+    messages, err = ended(process)
+
+    assert messages[0] == {"note": "echo begins"}
+    assert messages[1] == {"progress": [1, 1, "items"]}
+    assert messages[2]["result"]["text"] == "hello"
+    assert process.returncode == 0
+    assert "printed by the stage" in err
+
+
+def test_an_expected_error_is_one_message_without_traceback(tmp_path):
+    process = worker(echo(tmp_path, fail=3), tmp_path)
+
+    messages, err = ended(process)
+
+    said = {"message": "asked to fail", "hint": "ask for something else", "exit_code": 3}
+    assert messages == [{"error": said}]
+    assert process.returncode == 3
+    assert "Traceback" not in err
+
+
+def test_a_surprise_has_its_traceback_on_standard_error(tmp_path):
+    process = worker(echo(tmp_path, crash="boom"), tmp_path)
+
+    messages, err = ended(process)
+
+    assert messages[0]["error"]["exit_code"] == 1
+    assert "Traceback" in err
+    assert "boom" in err
+
+
+def test_an_unknown_stage_is_refused(tmp_path):
+    messages, _ = ended(worker(echo(tmp_path, stage="dance"), tmp_path))
+
+    assert "dance" in messages[0]["error"]["message"]
+
+
+def test_the_worker_ends_when_its_standard_input_does(tmp_path):
+    process = worker(echo(tmp_path, sleep=600), tmp_path)
+    process.stdout.readline()
+
+    process.stdin.close()
+
+    assert process.wait(timeout=120) == 130
+    process.stdout.close()
+    process.stderr.close()
+
+
+def test_a_worker_that_hangs_says_where_before_its_time_is_over(tmp_path):
+    process = worker(echo(tmp_path, sleep=600, seconds=1), tmp_path)
+    with process:
+        lines = iter(process.stderr.readline, "")
+        assert any("in _echo" in line for line in lines)
+        process.stdin.close()
+
+
+def test_the_worker_needs_nothing_of_the_control_plane():
+    code = (
+        "import sys, weightsmith.worker.__main__, weightsmith.drivers.process;"
+        "heavy = ('pydantic', 'rich', 'docker', 'torch', 'filelock');"
+        "print([m for m in heavy if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "[]\n"
