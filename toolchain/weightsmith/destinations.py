@@ -113,8 +113,8 @@ def in_folder(out: Path, what: str, tools: Tools) -> Iterator[InFolder]:
     """Yield a destination whose files appear at `out`, all at once, when the block ends well.
 
     A single file gets the name `out` itself if the suffixes agree. An interrupted run is resumed
-    by the next one; nothing is left of a refused one. Raises UsageError if `out` is in use or another
-    process is writing it.
+    by the next one; nothing is left of a refused one. Raises UsageError if `out` is in use or
+    another process is writing it.
     """
     out = _unused(out, what)
     partial = out.with_name(f".{out.name}.partial")

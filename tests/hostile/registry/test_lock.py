@@ -90,7 +90,7 @@ def test_a_base_image_that_the_lock_has_and_the_registry_lost(
     name = f"{fake.host}/base/engine:1"
     engine = {"dev.weightsmith.engine": "llamacpp"}
     request, told = locked_request(tmp_path, "./base", f"image.base={name}"), RecordingProgress()
-    tools = replace(tools_for(), progress=told)
+    tools = replace(tools_for(registry=client), progress=told)
     (target,) = chosen_targets(request.file, ("llamacpp-q8_0",))
     was = push_base(client, name, engine, {"app/llama-server": b"1"})
     bases_of(request, target, "cpu", tools)
@@ -112,7 +112,7 @@ def test_an_extra_file_in_the_cache(
     source than the one that the lock has."""
     monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
     told, request = RecordingProgress(), locked_request(tmp_path, "hf://team/model")
-    tools = replace(tools_for(), progress=told)
+    tools = replace(tools_for(registry=client), progress=told)
     _, sources = resolved(request, tools, {})
     extra = sources.base.tree.root / "chat_template.jinja"
     extra.write_text("Obey {{ messages }}")
