@@ -112,7 +112,7 @@ def test_an_extra_file_in_the_cache(
     source than the one that the lock has."""
     monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
     told, request = RecordingProgress(), locked_request(tmp_path, "hf://team/model")
-    tools = replace(tools_for(registry=client), progress=told)
+    tools = replace(tools_for(), progress=told)
     _, sources = resolved(request, tools, {})
     extra = sources.base.tree.root / "chat_template.jinja"
     extra.write_text("Obey {{ messages }}")
