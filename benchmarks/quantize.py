@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
+from weightsmith.destinations import InStore
 from weightsmith.ports import Silent
 from weightsmith.quantizers import of_format
 from weightsmith.recipe_file import read_recipe
@@ -183,7 +184,9 @@ def merged(example: str) -> Path:
     file = read_recipe(ROOT / "examples" / example / "recipe.yaml")
     file = pinned(file, read_lock(file))
     with open_tools("local", Silent()) as tools:
-        return merge(resolve(file, tools), file.recipe.merge, tools).tree.root
+        store = InStore(tools.store)
+        merged = merge(resolve(file, tools), file.recipe.merge, store, tools)
+        return merged.value.tree.root
 
 
 def say(cells: list[str] | tuple[str, ...]) -> None:

@@ -341,6 +341,7 @@ RUN = """
 import sys
 from pathlib import Path
 from weightsmith.drivers.folders import read_tree
+from weightsmith.destinations import InStore
 from weightsmith.ports import Silent
 from weightsmith.quality.measure import measure
 from weightsmith.quantizers import formats
@@ -358,7 +359,7 @@ wanted = QuantizeOptions(name="tiny", format=formats()["q4_k_m"], options={"imat
                 texts=read_texts(texts, Bounds()))
 with open_tools("local", Loud()) as tools:
     tree = read_tree(model, tools.store, tools.progress)
-    made = quantize(Checkpoint(tree=tree, made_from=()), wanted, tools)
+    made = quantize(Checkpoint(tree=tree, made_from=()), wanted, InStore(tools.store), tools).value
 print("made", [(file.path, file.digest) for file in made.tree.files])
 """
 

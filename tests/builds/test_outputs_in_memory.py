@@ -120,7 +120,7 @@ def test_a_recipe_may_leave_the_validation_out(memory: Memory) -> None:
     memory.build("validate.enabled=false")
 
     assert "validate" not in memory.jobs()
-    assert any("turns `validate` off" in text for text in memory.progress.warnings)
+    assert any("validation is off" in text for text in memory.progress.warnings)
     assert memory.record()["validation"] is None
 
 

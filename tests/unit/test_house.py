@@ -59,7 +59,7 @@ def test_import_contracts_hold(copy: Path) -> None:
         ("planning/checks.py", "import torch", "The control plane is light"),
         ("serving/llamacpp.py", "import jinja2", "Templates are rendered in one place"),
         ("values.py", "import weightsmith.recipe", "One direction"),
-        ("building/artifacts.py", "import weightsmith.building.proving", "within a build"),
+        ("building/artifacts.py", "import weightsmith.building.recording", "within a build"),
         ("merging/outputs.py", "import weightsmith.merging.stream", "No circles"),
         ("library/models.py", "import weightsmith.cli.build", "One direction"),
         ("values.py", "import weightsmith.library.models", "One direction"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ from weightsmith.files import alone, sync_folder
 from weightsmith.ports import Store
 from weightsmith.tools import Tools
 from weightsmith.trees import below, discard
-from weightsmith.values import FileEntry, Json, StageInputs, Tree
+from weightsmith.values import Digest, FileEntry, Json, StageInputs, Tree
 
 Make = Callable[[Path], Mapping[str, Json]]
 """Fills an empty folder and returns what is to be remembered beside the files."""
+MakeDocument = Callable[[Path], Json]
+"""Returns the document; the folder is for files that nobody keeps."""
 Inputs = Callable[[], StageInputs]
 """Works out a store key; a folder of the user's has none, so nothing is hashed for it."""
 
@@ -40,7 +43,14 @@ class Document:
     cached: bool
 
 
-class Destination(Protocol):
+class Documents(Protocol):
+    """Keeps results that are one JSON document."""
+
+    def document(self, inputs: Inputs, name: str, make: MakeDocument) -> Document:
+        """Return the JSON that `make(folder)` returns; a store keeps it as a file `name`."""
+
+
+class Destination(Documents, Protocol):
     """Keeps what a stage makes; a stage does not know where."""
 
     def files(self, inputs: Inputs, make: Make, *, resume: bool = False) -> Files:
@@ -49,8 +59,11 @@ class Destination(Protocol):
         With `resume`, `make` finds what an interrupted run left in the folder.
         """
 
-    def document(self, inputs: Inputs, name: str, make: Make) -> Document:
-        """Return the JSON that `make(folder)` returns; a store keeps it as a file `name`."""
+    def find(self, inputs: Inputs) -> Tree | None:
+        """Return what an earlier run kept under these inputs, if anything is kept here."""
+
+    def keep(self, inputs: Inputs, file: Path) -> None:
+        """Keep a by-product of a stage for other stages, if anything is kept here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +81,7 @@ class InStore:
         )
         return Files(tree=entry.tree, meta=entry.meta, cached=entry.cached)
 
-    def document(self, inputs: Inputs, name: str, make: Make) -> Document:
+    def document(self, inputs: Inputs, name: str, make: MakeDocument) -> Document:
         """Return the document of the store's entry, made if it is not there."""
 
         def written(folder: Path) -> Mapping[str, Json]:
@@ -80,6 +93,20 @@ class InStore:
         value = json.loads(files.tree.path(name).read_text("utf-8"))
         return Document(value=value, cached=files.cached)
 
+    def find(self, inputs: Inputs) -> Tree | None:
+        """Return the entry's files, or None."""
+        entry = self.store.find(inputs().key)
+        return entry.tree if entry else None
+
+    def keep(self, inputs: Inputs, file: Path) -> None:
+        """Keep a copy of the file as an entry of its own."""
+
+        def copied(folder: Path) -> Mapping[str, Json]:
+            shutil.copyfile(file, folder / file.name)
+            return {}
+
+        self.files(inputs, copied)
+
 
 @dataclass(frozen=True, slots=True)
 class Unkept:
@@ -87,7 +114,7 @@ class Unkept:
 
     tools: Tools
 
-    def document(self, _inputs: Inputs, _name: str, make: Make) -> Document:
+    def document(self, _inputs: Inputs, _name: str, make: MakeDocument) -> Document:
         """Return the document, made in a folder that is deleted afterwards."""
         with self.tools.scratch() as folder:
             return Document(value=make(folder), cached=False)
@@ -105,15 +132,35 @@ class InFolder(Unkept):
             for path in self.folder.iterdir():
                 discard(path)
         meta = dict(make(self.folder))
-        return Files(tree=folder_tree(self.folder, self.tools.store), meta=meta, cached=False)
+        known: Mapping[str, str] = meta.pop("sha256", {})
+        return Files(tree=self._tree(known), meta=meta, cached=False)
+
+    def find(self, _inputs: Inputs) -> Tree | None:
+        """Return None: nothing was kept."""
+        return None
+
+    def keep(self, _inputs: Inputs, _file: Path) -> None:
+        """Keep nothing: nobody asked for by-products."""
+
+    def _tree(self, known: Mapping[str, str]) -> Tree:
+        """Return what is in the folder; the maker knows the digests of its large files."""
+        names = sorted(
+            str(path.relative_to(self.folder)) for path in below(self.folder) if path.is_file()
+        )
+        entries = []
+        for name in names:
+            found = self.tools.store.digest_file(self.folder / name, read=False)
+            digest = Digest(f"sha256:{known[name]}") if name in known else found.digest
+            entries.append(FileEntry(path=name, size=found.size, digest=digest))
+        return Tree(root=self.folder, files=tuple(entries))
 
 
 @contextmanager
 def in_folder(out: Path, what: str, tools: Tools) -> Iterator[InFolder]:
     """Yield a destination whose files appear at `out`, all at once, when the block ends well.
 
-    A single file gets the name `out` itself if the suffixes agree. An interrupted run is resumed
-    by the next one; nothing is left of a refused one. Raises UsageError if `out` is in use or
+    A single file gets the name `out` itself if the suffixes agree. The next run resumes an
+    interrupted one; nothing is left of a refused one. Raises UsageError if `out` is in use or
     another process is writing it.
     """
     out = _unused(out, what)
@@ -126,14 +173,6 @@ def in_folder(out: Path, what: str, tools: Tools) -> Iterator[InFolder]:
             discard(partial)
             raise
         _rename(partial, out)
-
-
-def folder_tree(root: Path, store: Store) -> Tree:
-    """Return a folder's files without reading large ones: their digests may be placeholders."""
-    names = sorted(str(path.relative_to(root)) for path in below(root) if path.is_file())
-    entries = ((name, store.digest_file(root / name, read=False)) for name in names)
-    files = [FileEntry(path=name, size=entry.size, digest=entry.digest) for name, entry in entries]
-    return Tree(root=root, files=tuple(files))
 
 
 def _unused(path: Path, what: str) -> Path:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from weightsmith.destinations import InStore
 from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import GENERAL, Bounds, read_texts
@@ -46,8 +47,8 @@ def wanted(name="q4_k_m", texts=TEXTS):
 
 
 def test_a_second_type_takes_the_importance_matrix_of_the_first(checkpoint, tools):
-    first = quantize(checkpoint, wanted("q4_k_m"), tools)
-    second = quantize(checkpoint, wanted("iq4_xs"), tools)
+    first = quantize(checkpoint, wanted("q4_k_m"), InStore(tools.store), tools).value
+    second = quantize(checkpoint, wanted("iq4_xs"), InStore(tools.store), tools).value
 
     assert first.details["given"] == ""
     assert second.details["given"] == "measured"
@@ -55,23 +56,23 @@ def test_a_second_type_takes_the_importance_matrix_of_the_first(checkpoint, tool
 
 
 def test_other_texts_measure_again(checkpoint, tools):
-    quantize(checkpoint, wanted(), tools)
+    quantize(checkpoint, wanted(), InStore(tools.store), tools)
     fewer = replace(TEXTS, calibration=TEXTS.calibration[:-1])
 
-    again = quantize(checkpoint, wanted("iq4_xs", fewer), tools)
+    again = quantize(checkpoint, wanted("iq4_xs", fewer), InStore(tools.store), tools).value
 
     assert again.details["given"] == ""
 
 
 def test_the_same_wish_is_not_quantized_again(checkpoint, tools):
-    quantize(checkpoint, wanted(), tools)
-    quantize(checkpoint, wanted(), tools)
+    quantize(checkpoint, wanted(), InStore(tools.store), tools)
+    quantize(checkpoint, wanted(), InStore(tools.store), tools)
 
     assert len(tools.runner.jobs) == 1
 
 
 def test_calibration_text_changes_nothing_for_a_type_that_measures_nothing(checkpoint, tools):
-    quantize(checkpoint, wanted("q8_0", None), tools)
+    quantize(checkpoint, wanted("q8_0", None), InStore(tools.store), tools)
 
     assert of_format("q8_0").calibrated(formats()["q8_0"], wanted("q8_0").options) is False
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from weightsmith.building.artifacts import network_in_jobs
-from weightsmith.building.proving import Result
 from weightsmith.checkpoints.reshard import Resharded, reshard
+from weightsmith.evaluating.results import Result
 from weightsmith.oci.image import Image
 from weightsmith.oci.index import Whole, is_own, whole_of
 from weightsmith.oci.limits import check_layers

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from weightsmith.building.artifacts import network_in_jobs
 from weightsmith.building.baking import Baking
-from weightsmith.building.proving import Result
+from weightsmith.evaluating.results import Result
 from weightsmith.oci.image import Image
 from weightsmith.planning.options import wanted_of
 from weightsmith.planning.request import BuildRequest

@@ -86,7 +86,8 @@ def validate(
 ) -> tuple[Mapping[str, Json], str]:
     """Compare a merged checkpoint with its base and adapters: files, every element, logits."""
     del json
-    from weightsmith.commands.arguments import number, parse_weights, required
+    from weightsmith.commands.arguments import parse_weights, required
+    from weightsmith.commands.merge import merge_options
     from weightsmith.commands.validate import validate_folders
     from weightsmith.progress import progress_for
     from weightsmith.wiring import keep_clean, open_tools
@@ -94,19 +95,22 @@ def validate(
     required(base=base, adapter=adapter, merged=merged)
     keep_clean([base, *adapter, merged])
     factors = parse_weights(weights, len(adapter))
+    options = merge_options(
+        {
+            "method": method,
+            "density": density,
+            "rank": rank or None,
+            "space": space,
+            "quantized_base": quantized_base,
+        }
+    )
     with open_tools(runner, progress_for(), allow_network_in_jobs=allow_network_in_jobs) as tools:
         result = validate_folders(
             Path(base),
             tuple((Path(folder), w) for folder, w in zip(adapter, factors, strict=True)),
             Path(merged),
             Path(probes) if probes else None,
-            {
-                "method": method,
-                "density": number(density, "--density") if density else None,
-                "rank": rank or None,
-                "space": space,
-                "quantized_base": quantized_base,
-            },
+            options,
             tools,
         )
     return result, _verdict(merged, result)

@@ -9,9 +9,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightsmith.checkpoints.folder import check_adapter_folder, check_model_folder
-from weightsmith.commands.render import open_model
+from weightsmith.commands.folders import open_sources
 from weightsmith.commands.server import ServerSource, served, served_name
+from weightsmith.destinations import Unkept
 from weightsmith.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.evaluating.gate import DropLimit, judge_drop, too_few
 from weightsmith.evaluating.items import read_items
@@ -22,7 +22,8 @@ from weightsmith.evaluating.statistics import wilson
 from weightsmith.evaluating.task import Answers, Task, ask_server, score_task
 from weightsmith.foreign import TOKENIZER, parse_file
 from weightsmith.stages.quantize import model_config
-from weightsmith.stages.reference import BUILDER, reference_job
+from weightsmith.stages.reference import BUILDER, answers
+from weightsmith.stages.reference import Subject as AskedModel
 from weightsmith.tools import Tools
 from weightsmith.values import Json, Score
 
@@ -148,16 +149,12 @@ def _score(subject: Subject, task: Task, options: EvaluateOptions, tools: Tools)
 
 def _ask_checkpoint(subject: Subject, task: Task, tools: Tools) -> Answers:
     model = Path(subject.model)
-    check_model_folder(model)
     model_config(model)
-    adapters = [Path(adapter).resolve() for adapter in subject.adapters]
-    for adapter in adapters:
-        check_adapter_folder(adapter)
-    tools.runner.prepare(BUILDER, tools.progress)
-    size = open_model(model).weight_bytes
-    with tools.scratch() as folder:
-        job = reference_job(model.resolve(), size, adapters, [1.0] * len(adapters), task, folder)
-        return task.answers_of(tools.runner.run(job, tools.progress)["answers"])
+    adapters = [Path(adapter) for adapter in subject.adapters]
+    weights = [1.0] * len(adapters)
+    sources = open_sources(model, adapters, weights, tools.store)
+    asked = AskedModel(model=sources.base.tree, adapters=sources.adapters)
+    return answers(asked, task, Unkept(tools), tools)
 
 
 def _earlier(path: str) -> Score:

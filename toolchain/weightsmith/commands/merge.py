@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightsmith.commands.arguments import new_folder
-from weightsmith.errors import UsageError
-from weightsmith.files import alone
-from weightsmith.merging.plan import KINDS, estimate, make_plan
+from weightsmith.commands.folders import open_sources
+from weightsmith.destinations import in_folder
+from weightsmith.merging.plan import KINDS
 from weightsmith.recipe import Merge
 from weightsmith.recipe_file import check_recipe
-from weightsmith.stages.merge import BUILDER, combination_of, memory_limit, parameters
-from weightsmith.time_limits import job_seconds
+from weightsmith.stages.merge import BUILDER, combine, merge
 from weightsmith.tools import Tools
-from weightsmith.values import Job, Json
+from weightsmith.values import Json, Sources
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,11 +24,6 @@ class Folders:
     adapters: tuple[Path, ...]
     weights: tuple[float, ...]
 
-    @property
-    def pairs(self) -> list[tuple[Path, float]]:
-        """Adapters with their weights."""
-        return list(zip(self.adapters, self.weights, strict=True))
-
 
 def merge_options(flags: Mapping[str, Json], where: str = "the command line") -> Merge:
     """Return the options that flags give, checked as a recipe's; raises UsageError."""
@@ -41,11 +33,17 @@ def merge_options(flags: Mapping[str, Json], where: str = "the command line") ->
 
 
 def merge_folders(folders: Folders, out: Path, options: Merge, tools: Tools) -> Mapping[str, Json]:
-    """Merge adapters into `out`, which appears when it is whole; a killed merge goes on.
+    """Merge adapters into `out`, which appears when it is whole; a killed merge is resumed.
 
     Raises UsageError for options that do not fit, InputRefused for inputs that do not.
     """
-    return _run(folders, new_folder(out, "the merged checkpoint"), options, tools, keep=False)
+    with in_folder(out, "the merged checkpoint", tools) as to:
+        sources = _opened(folders, tools)
+        merged = merge(sources, options, to, tools)
+    _tell(merged.value.details, tools)
+    files = merged.value.tree.files
+    sums = [{"path": f.path, "size": f.size, "sha256": f.digest.hex} for f in files]
+    return {**merged.value.details, "files": sums, "out": str(out.absolute())}
 
 
 def keep_folder(folders: Folders, out: Path, options: Merge, tools: Tools) -> Mapping[str, Json]:
@@ -54,52 +52,22 @@ def keep_folder(folders: Folders, out: Path, options: Merge, tools: Tools) -> Ma
     Raises UsageError for methods whose result is no adapter, InputRefused for inputs of more than
     plain factors.
     """
-    return _run(folders, new_folder(out, "the combined adapter"), options, tools, keep=True)
+    with in_folder(out, "the combined adapter", tools) as to:
+        combined = combine(_opened(folders, tools), options, to, tools)
+    _tell(combined.value, tools)
+    return {**combined.value, "out": str(out.absolute())}
 
 
-def _run(
-    folders: Folders, out: Path, options: Merge, tools: Tools, *, keep: bool
-) -> Mapping[str, Json]:
+def _opened(folders: Folders, tools: Tools) -> Sources:
     tools.runner.check(BUILDER)
-    plan = make_plan(
-        folders.base,
-        folders.pairs,
-        dtype=options.dtype,
-        combination=combination_of(options),
-        quantized_base=options.quantized_base,
-    )
-    cost = estimate(plan, exact=options.precision == "exact")
-    tools.store.require_room(0 if keep else cost["write_bytes"], "the merged checkpoint")
-    what = "of" if keep else "into"
-    tools.progress.stage("merge", f"{len(folders.adapters)} adapter(s) {what} {folders.base}")
-    tools.runner.prepare(BUILDER, tools.progress)
-    beside = out.with_name(f".{out.name}.partial")
-    beside.mkdir(parents=True, exist_ok=True)
-    with _alone(beside, out):
-        job = _job(folders, beside, options, cost, keep=keep)
-        result = tools.runner.run(job, tools.progress)
-        if out.exists():
-            out.rmdir()  # it is empty
-        beside.rename(out)
-    tools.progress.finish("merge", float(result["seconds"]), cached=False)
+    return open_sources(folders.base, folders.adapters, folders.weights, tools.store)
+
+
+def _tell(result: Mapping[str, Json], tools: Tools) -> None:
     for finding in result.get("findings", ()):
         tools.progress.warn(str(finding))
     for line in summary(result):
         tools.progress.note(line)
-    return {**result, "out": str(out)}
-
-
-@contextmanager
-def _alone(folder: Path, out: Path) -> Iterator[None]:
-    """Keep other merges out of a folder meanwhile; UsageError where one is in it already."""
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(alone(folder, wait=False))
-        except (BlockingIOError, FileNotFoundError):
-            raise UsageError(
-                f"another merge is writing {out}", hint="wait for it, or name another folder"
-            ) from None
-        yield
 
 
 def summary(result: Mapping[str, Json]) -> list[str]:
@@ -108,29 +76,3 @@ def summary(result: Mapping[str, Json]) -> list[str]:
     lines = [f"  {'tensors':<10}{'count':>8}{'MiB':>12}"]
     lines += [f"  {kind:<10}{count:>8}{size / 2**20:>12,.1f}" for kind, count, size in rows]
     return [*lines, f"  {'refused':<10}{0:>8}{0:>12,.1f}"]
-
-
-def _job(
-    folders: Folders, out: Path, options: Merge, cost: Mapping[str, int], *, keep: bool
-) -> Job:
-    names = [f"adapter{i}" for i in range(len(folders.adapters))]
-    return Job(
-        stage="merge",
-        builder=BUILDER,
-        inputs={
-            "base": folders.base.resolve(),
-            **{n: path.resolve() for n, path in zip(names, folders.adapters, strict=True)},
-        },
-        parameters={
-            "adapters": names,
-            "weights": list(folders.weights),
-            **parameters(options),
-            "device": "auto",
-            "own_out": True,
-            "keep_adapter": keep,
-        },
-        output=out,
-        memory_bytes=memory_limit(cost),
-        seconds=job_seconds(cost["read_bytes"]),
-        use_gpu=True,
-    )

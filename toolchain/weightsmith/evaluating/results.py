@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-from weightsmith.evaluating.gate import DropLimit
+from weightsmith.evaluating.gate import DropLimit, Verdict, judge_drop
 from weightsmith.evaluating.task import Task
 from weightsmith.recipe import Evaluate
+from weightsmith.values import Score
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,3 +28,38 @@ class RecipeTask:
             min_score=self.wanted.min_score,
             proven=self.wanted.certainty == "proven",
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One task: the scores of everyone who was asked it, and the verdicts."""
+
+    tried: RecipeTask
+    scores: Mapping[str, Score]
+    """`base`, `adapter` (unmerged, all of the task's), `merged`, `image`: as far as asked."""
+    verdicts: tuple[Verdict, ...] = ()
+
+    def require(self) -> None:
+        """Raise CheckFailed with the first verdict that failed."""
+        for verdict in self.verdicts:
+            verdict.require()
+
+    @property
+    def ends(self) -> int:
+        """How many answers of the reference ended by themselves."""
+        reference = self.scores.get("adapter", self.scores.get("base"))
+        rows = reference.per_item if reference else ()
+        return sum(row.get("finish_reason") == "stop" for row in rows)
+
+
+def judged(
+    tried: RecipeTask, subject: str, now: Score, against: str, before: Score, limit: DropLimit
+) -> Verdict:
+    """Return whether a score is within its limit of another; the reason names the task."""
+    verdict = judge_drop(subject, now, against, before, limit)
+    return replace(verdict, reason=named(tried, verdict.reason))
+
+
+def named(tried: RecipeTask, text: str) -> str:
+    """Return the text with the task's name before it, if it has one."""
+    return f"{tried.task.name}: {text}" if tried.task.name else text

@@ -134,7 +134,7 @@ def validate(
             runner, shown_progress, allow_network_in_jobs=allow_network_in_jobs
         ) as tools,
     ):
-        result = validate_folders(source, pairs, made, asked, options.model_dump(), tools)
+        result = validate_folders(source, pairs, made, asked, options, tools)
     return Validation(
         max_abs_logit_diff=result["max_abs_logit_diff"],
         kl_mean=result["kl_mean"],

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from weightsmith.destinations import Destination
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.plan import estimate, make_plan
-from weightsmith.ports import Entry
+from weightsmith.outcome import Outcome, Timer
 from weightsmith.recipe import Merge
 from weightsmith.resources import builder_pins
 from weightsmith.time_limits import job_seconds
@@ -84,60 +85,68 @@ def check(sources: Sources, options: Merge) -> Mapping[str, int]:
     return estimate(plan, exact=options.precision == "exact")
 
 
-def merge(sources: Sources, options: Merge, tools: Tools) -> Checkpoint:
+def merge(sources: Sources, options: Merge, to: Destination, tools: Tools) -> Outcome[Checkpoint]:
     """Return the merged checkpoint; without adapters, the base as it is.
 
-    Raises InputRefused where an adapter does not fit the base in every key.
+    Raises InputRefused if an adapter does not fit the base in every key.
     """
+    timer = Timer("merge", f"{len(sources.adapters)} adapter(s), {options.method}", tools)
     if not sources.adapters:
-        return Checkpoint(tree=sources.base.tree, made_from=(sources.base.digest,))
-    stage = inputs(sources, options)
-    entry = tools.store.find(stage.key)
-    if entry is None:
-        entry = tools.store.produce(
-            stage.key,
-            {"stage": "merge", "inputs": stage.inputs},
-            lambda folder: _run(folder, sources, options, tools),
-            resume=True,
-        )
-    return found(sources, entry)
-
-
-def found(sources: Sources, entry: Entry) -> Checkpoint:
-    """Return the checkpoint that a store entry holds."""
-    made_from = (sources.base.digest, *(a.snapshot.digest for a in sources.adapters))
-    return Checkpoint(
-        tree=entry.tree, made_from=made_from, details={**entry.meta, "cached": entry.cached}
+        base = Checkpoint(tree=sources.base.tree, made_from=(sources.base.digest,))
+        return timer.done(base, cached=True)
+    files = to.files(
+        lambda: inputs(sources, options),
+        lambda folder: _run(folder, sources, options, tools),
+        resume=True,
     )
+    made_from = (sources.base.digest, *(a.snapshot.digest for a in sources.adapters))
+    checkpoint = Checkpoint(tree=files.tree, made_from=made_from, details=files.meta)
+    return timer.done(checkpoint, cached=files.cached)
 
 
-def _run(folder: Path, sources: Sources, options: Merge, tools: Tools) -> Mapping[str, Json]:
+def combine(
+    sources: Sources, options: Merge, to: Destination, tools: Tools
+) -> Outcome[Mapping[str, Json]]:
+    """Write the adapters' combination as one adapter; return what the job says of it.
+
+    Raises UsageError for methods whose result is no adapter, InputRefused for inputs with more
+    than plain factors.
+    """
+    timer = Timer("merge", f"{len(sources.adapters)} adapter(s) into one", tools)
+    files = to.files(
+        lambda: inputs(sources, options),
+        lambda folder: _run(folder, sources, options, tools, keep_adapter=True),
+        resume=True,
+    )
+    return timer.done(files.meta, cached=files.cached)
+
+
+def _run(
+    folder: Path, sources: Sources, options: Merge, tools: Tools, *, keep_adapter: bool = False
+) -> Mapping[str, Json]:
     cost = check(sources, options)
-    tools.store.require_room(cost["write_bytes"], "the merged checkpoint")
+    tools.store.require_room(0 if keep_adapter else cost["write_bytes"], "the merged checkpoint")
     tools.runner.prepare(BUILDER, tools.progress)
     names = [f"adapter{i}" for i in range(len(sources.adapters))]
     adapters = {n: a.snapshot.tree.root for n, a in zip(names, sources.adapters, strict=True)}
-    result = dict(
-        tools.runner.run(
-            Job(
-                stage="merge",
-                builder=BUILDER,
-                inputs={"base": sources.base.tree.root, **adapters},
-                parameters={
-                    "adapters": names,
-                    "weights": [a.weight for a in sources.adapters],
-                    **parameters(options),
-                    "device": "auto",
-                    "own_out": True,
-                },
-                output=folder,
-                memory_bytes=memory_limit(cost),
-                seconds=job_seconds(cost["read_bytes"]),
-                use_gpu=True,
-            ),
-            tools.progress,
-        )
+    job = Job(
+        stage="merge",
+        builder=BUILDER,
+        inputs={"base": sources.base.tree.root, **adapters},
+        parameters={
+            "adapters": names,
+            "weights": [a.weight for a in sources.adapters],
+            **parameters(options),
+            "device": "auto",
+            "own_out": True,
+            "keep_adapter": keep_adapter,
+        },
+        output=folder,
+        memory_bytes=memory_limit(cost),
+        seconds=job_seconds(cost["read_bytes"]),
+        use_gpu=True,
     )
+    result = dict(tools.runner.run(job, tools.progress))
     files = result.pop("files", [])
     result.pop("out", None)
     return {**result, "sha256": {f["path"]: f["sha256"] for f in files}}

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
+from weightsmith.destinations import Documents
+from weightsmith.errors import CheckFailed
+from weightsmith.evaluating.limits import judge, limits_for, refusal
+from weightsmith.outcome import Outcome, Timer
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import Texts
+from weightsmith.recipe import Quality
 from weightsmith.resources import builder_pins
 from weightsmith.time_limits import job_seconds
 from weightsmith.tools import Tools
-from weightsmith.values import Artifact, Checkpoint, Digest, Job, Json, StageInputs
+from weightsmith.values import Artifact, Checkpoint, Digest, Format, Job, Json, StageInputs
 
 BUILDER = "merge"
 RECIPE_NUMBER = 2
@@ -38,52 +43,71 @@ def inputs(checkpoint: Digest, artifact: Digest, texts: Texts, tokens: int) -> S
 
 
 def quality(
-    checkpoint: Checkpoint, artifact: Artifact, texts: Texts, tokens: int, tools: Tools
-) -> Mapping[str, Json]:
-    """Return what `weightsmith.quality.measure` finds, measured once per artifact and text.
+    checkpoint: Checkpoint,
+    artifact: Artifact,
+    texts: Texts,
+    options: Quality,
+    to: Documents,
+    tools: Tools,
+) -> Outcome[Artifact]:
+    """Return the artifact with `quality` among its details: what was lost, limits and verdict.
 
-    Empty for the merged checkpoint itself; `skipped` says why where an architecture cannot be
-    measured. Raises CheckFailed for weights that are no numbers.
+    `weightsmith.quality.measure` says what is measured, once per artifact and text; nothing of the
+    merged checkpoint itself. `skipped` says why an architecture cannot be measured. Raises
+    CheckFailed for weights that are no numbers.
     """
+    timer = Timer("quality", f"{artifact.format.name}, {len(texts.held_out)} texts", tools)
     if not artifact.format.packed:
-        return {}
-    stage = inputs(checkpoint.digest, artifact.digest, texts, tokens)
-    entry = tools.store.find(stage.key) or tools.store.produce(
-        stage.key,
-        {"stage": "quality", "inputs": stage.inputs},
-        lambda folder: _run(folder, checkpoint.tree.root, artifact, texts, tokens, tools),
+        return timer.done(artifact, cached=True)
+    document = to.document(
+        lambda: inputs(checkpoint.digest, artifact.digest, texts, options.tokens),
+        _RESULT,
+        lambda folder: _run(folder, checkpoint, artifact, texts, options.tokens, tools),
     )
-    found = json.loads(entry.tree.path(_RESULT).read_text("utf-8"))
-    return {**found, "cached": entry.cached}
+    found = _judged(document.value, artifact.format, texts, options, tools)
+    judged = replace(artifact, details={**artifact.details, "quality": found})
+    return timer.done(judged, cached=document.cached)
+
+
+def quality_fault(artifact: Artifact, options: Quality) -> CheckFailed | None:
+    """Return the error of an artifact that lost more than its limits; None for any other."""
+    found = artifact.details.get("quality", {})
+    return refusal(artifact.format, found) if found.get("exceeded") and options.gate else None
+
+
+def _judged(
+    found: Mapping[str, Json], format_: Format, texts: Texts, options: Quality, tools: Tools
+) -> Mapping[str, Json]:
+    if "skipped" in found:
+        tools.progress.warn(f"quality not measured: {found['skipped']}")
+        return found
+    verdict = judge(found, limits_for(format_, options, general=bool(texts.general)))
+    return {
+        **found,
+        "limits": verdict.limits,
+        "exceeded": verdict.exceeded,
+        "calibration": texts.described(),
+    }
 
 
 def _run(
-    folder: Path, model: Path, artifact: Artifact, texts: Texts, tokens: int, tools: Tools
-) -> Mapping[str, Json]:
-    found = measured(folder, model, artifact.tree.root, artifact.format.name, texts, tokens, tools)
-    (folder / _RESULT).write_text(json.dumps(found), "utf-8")
-    return {}
-
-
-def measured(
     folder: Path,
-    model: Path,
-    artifact: Path,
-    format_name: str,
+    checkpoint: Checkpoint,
+    artifact: Artifact,
     texts: Texts,
     tokens: int,
     tools: Tools,
 ) -> Mapping[str, Json]:
-    """Measure a file or folder in its builder; `folder` is an empty one for the job."""
-    quantizer = of_format(format_name)
+    quantizer = of_format(artifact.format.name)
     if quantizer.view is None:
         return {"skipped": f"{quantizer.name} has no view for the quality gate"}
     tools.runner.prepare(BUILDER, tools.progress)
+    model = checkpoint.tree.root
     size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     job = Job(
         stage="quality",
         builder=BUILDER,
-        inputs={"model": model, "artifact": artifact},
+        inputs={"model": model, "artifact": artifact.tree.root},
         parameters={
             "quantizer": quantizer.name,
             "texts": [dict(row) for row in texts.held_out],
@@ -93,6 +117,5 @@ def measured(
         # The gate holds a layer in float32; a text or a template of the model's may ask for more.
         memory_bytes=_MEMORY_BYTES + 2 * size + tokens * _TOKEN_BYTES,
         seconds=job_seconds(size, tokens=tokens),
-        use_gpu=False,
     )
     return tools.runner.run(job, tools.progress)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from weightsmith.destinations import Destination
 from weightsmith.errors import InputRefused
 from weightsmith.foreign import read_json
-from weightsmith.ports import Entry
+from weightsmith.outcome import Outcome, Timer
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import Texts
 from weightsmith.quantizers.quantizer import Quantizer
@@ -43,19 +43,19 @@ class QuantizeOptions:
     """What was measured elsewhere, such as the user's importance matrix."""
 
 
-def inputs(checkpoint: Digest, wanted: QuantizeOptions) -> StageInputs:
+def inputs(checkpoint: Digest, options: QuantizeOptions) -> StageInputs:
     """Return all that the quantized artifact depends on."""
-    quantizer = of_format(wanted.format.name)
+    quantizer = of_format(options.format.name)
     return StageInputs(
         stage="quantize",
         recipe_number=quantizer.recipe_number,
         inputs={
             "checkpoint": checkpoint,
             "quantizer": quantizer.name,
-            "format": wanted.format.name,
-            "name": wanted.name,
-            "options": dict(wanted.options),
-            "calibration": wanted.texts.calibration_digest if wanted.texts else "",
+            "format": options.format.name,
+            "name": options.name,
+            "options": dict(options.options),
+            "calibration": options.texts.calibration_digest if options.texts else "",
             "builder": builder_pins(quantizer.builder),
         },
     )
@@ -75,35 +75,30 @@ def statistics_inputs(checkpoint: Digest, texts: Texts, quantizer: Quantizer) ->
     )
 
 
-def quantize(checkpoint: Checkpoint, wanted: QuantizeOptions, tools: Tools) -> Artifact:
+def quantize(
+    checkpoint: Checkpoint, options: QuantizeOptions, to: Destination, tools: Tools
+) -> Outcome[Artifact]:
     """Return the checkpoint in a format, quantized in its builder and read back.
 
     Raises InputRefused for a model that the quantizer cannot read, CheckFailed for an output
     that is not what was asked.
     """
-    format_ = wanted.format
+    format_ = options.format
+    timer = Timer("quantize", format_.name, tools)
     if format_ == SAFETENSORS:
-        return Artifact(format=format_, tree=checkpoint.tree, made_from=(checkpoint.digest,))
-    stage = inputs(checkpoint.digest, wanted)
-    entry = tools.store.find(stage.key)
-    if entry is None:
-        entry = tools.store.produce(
-            stage.key,
-            {"stage": "quantize", "inputs": stage.inputs},
-            lambda folder: _run(folder, checkpoint, wanted, tools),
-            resume=True,
-        )
-    return found(checkpoint.digest, format_, entry)
-
-
-def found(checkpoint: Digest, format_: Format, entry: Entry) -> Artifact:
-    """Return the artifact that a store entry holds."""
-    return Artifact(
-        format=format_,
-        tree=entry.tree,
-        made_from=(checkpoint,),
-        details={**entry.meta, "cached": entry.cached},
+        artifact = Artifact(format=format_, tree=checkpoint.tree, made_from=(checkpoint.digest,))
+        return timer.done(artifact, cached=True)
+    files = to.files(
+        lambda: inputs(checkpoint.digest, options),
+        lambda folder: _run(folder, checkpoint, options, to, tools),
+        resume=True,
     )
+    for text in files.meta.get("warnings", ()):
+        tools.progress.warn(text)
+    artifact = Artifact(
+        format=format_, tree=files.tree, made_from=(checkpoint.digest,), details=files.meta
+    )
+    return timer.done(artifact, cached=files.cached)
 
 
 def serving_config_of(tree_root: Path) -> Mapping[str, Json]:
@@ -135,61 +130,57 @@ def kept_bytes(checkpoint_bytes: int, format_: Format, config: Mapping[str, Json
 
 
 def _run(
-    folder: Path, checkpoint: Checkpoint, wanted: QuantizeOptions, tools: Tools
+    folder: Path,
+    checkpoint: Checkpoint,
+    options: QuantizeOptions,
+    to: Destination,
+    tools: Tools,
 ) -> Mapping[str, Json]:
-    quantizer = of_format(wanted.format.name)
-    packed = wanted.format.suffix != ".gguf"
+    quantizer = of_format(options.format.name)
+    packed = options.format.suffix != ".gguf"
     config = model_config(checkpoint.tree.root) if packed else None
-    kept = kept_bytes(checkpoint.tree.size, wanted.format, config)
-    peak = quantizer.peak_disk(checkpoint.tree.size, kept, wanted.format)
-    tools.store.require_room(peak, f"quantizing to {wanted.format.name}")
-    known = None
-    if wanted.texts and quantizer.statistics:
-        known = statistics_inputs(checkpoint.digest, wanted.texts, quantizer)
-        if entry := tools.store.find(known.key):
-            wanted = replace(wanted, statistics=entry.tree.path(quantizer.statistics))
-    tools.runner.prepare(quantizer.builder, tools.progress)
-    job = job_of(checkpoint.tree.root, checkpoint.tree.size, wanted, folder)
-    result = tools.runner.run(job, tools.progress)
-    if quantizer.statistics:
-        _keep_statistics(folder / quantizer.statistics, known, tools)
+    kept = kept_bytes(checkpoint.tree.size, options.format, config)
+    peak = quantizer.peak_disk(checkpoint.tree.size, kept, options.format)
+    tools.store.require_room(peak, f"quantizing to {options.format.name}")
+    if not (options.texts and quantizer.statistics):
+        return _quantized(folder, checkpoint, options, tools)
+    known = statistics_inputs(checkpoint.digest, options.texts, quantizer)
+    if earlier := to.find(lambda: known):
+        options = replace(options, statistics=earlier.path(quantizer.statistics))
+    result = _quantized(folder, checkpoint, options, tools)
+    measured = folder / quantizer.statistics
+    if measured.is_file():
+        to.keep(lambda: known, measured)
+    measured.unlink(missing_ok=True)
     return result
 
 
-def job_of(model: Path, size: int, wanted: QuantizeOptions, folder: Path) -> Job:
+def _quantized(
+    folder: Path, checkpoint: Checkpoint, options: QuantizeOptions, tools: Tools
+) -> Mapping[str, Json]:
+    tools.runner.prepare(of_format(options.format.name).builder, tools.progress)
+    job = job_of(checkpoint.tree.root, checkpoint.tree.size, options, folder)
+    return tools.runner.run(job, tools.progress)
+
+
+def job_of(model: Path, size: int, options: QuantizeOptions, folder: Path) -> Job:
     """Return the job that quantizes a checkpoint of `size` bytes into a folder."""
-    quantizer = of_format(wanted.format.name)
-    given = {"statistics": wanted.statistics} if wanted.statistics else {}
-    texts = [dict(row) for row in wanted.texts.calibration] if wanted.texts else []
-    per_gb = GGUF_PER_GB if wanted.format.suffix == ".gguf" else PACKING_PER_GB
+    quantizer = of_format(options.format.name)
+    given = {"statistics": options.statistics} if options.statistics else {}
+    texts = [dict(row) for row in options.texts.calibration] if options.texts else []
+    per_gb = GGUF_PER_GB if options.format.suffix == ".gguf" else PACKING_PER_GB
     return Job(
         stage="quantize",
         builder=quantizer.builder,
         inputs={"model": model, **given},
         parameters={
             "quantizer": quantizer.name,
-            "format": wanted.format.name,
-            "name": wanted.name,
-            "options": dict(wanted.options),
+            "format": options.format.name,
+            "name": options.name,
+            "options": dict(options.options),
             "texts": texts,
         },
         output=folder,
         memory_bytes=(4 << 30) + 2 * size,
         seconds=job_seconds(size, per_gb=per_gb, tokens=sum(len(str(row)) for row in texts)),
     )
-
-
-def _keep_statistics(measured: Path, stage: StageInputs | None, tools: Tools) -> None:
-    """Move what calibration measured into the store, for the next format of this checkpoint."""
-    if stage is not None and measured.is_file():
-        tools.store.produce(
-            stage.key,
-            {"stage": "statistics", "inputs": stage.inputs},
-            lambda folder: _copied(measured, folder),
-        )
-    measured.unlink(missing_ok=True)
-
-
-def _copied(file: Path, folder: Path) -> Mapping[str, Json]:
-    shutil.copyfile(file, folder / file.name)
-    return {}

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from weightsmith.evaluating.task import Answers, Task
-from weightsmith.ports import Entry
+from weightsmith.destinations import Documents, InStore
+from weightsmith.evaluating.gate import Verdict
+from weightsmith.evaluating.results import RecipeTask, Result, judged
+from weightsmith.evaluating.task import Answers, Task, score_task
+from weightsmith.outcome import Outcome, Timer
 from weightsmith.resources import builder_pins
 from weightsmith.time_limits import job_seconds
 from weightsmith.tools import Tools
-from weightsmith.values import AdapterSnapshot, Job, Json, Sources, StageInputs, Tree
+from weightsmith.values import AdapterSnapshot, Checkpoint, Job, Json, Sources, StageInputs, Tree
 
 BUILDER = "merge"
 RECIPE_NUMBER = 2
@@ -65,54 +68,76 @@ def inputs(subject: Subject, task: Task) -> StageInputs:
     )
 
 
-def answers(subject: Subject, task: Task, tools: Tools) -> Answers:
+def answers(subject: Subject, task: Task, to: Documents, tools: Tools) -> Answers:
     """Return the subject's greedy answers in float32, or its likeliest choices."""
-    stage = inputs(subject, task)
-    entry = tools.store.find(stage.key) or tools.store.produce(
-        stage.key,
-        {"stage": "reference", "inputs": stage.inputs},
+    found = to.document(
+        lambda: inputs(subject, task),
+        _ANSWERS,
         lambda folder: _run(folder, subject, task, tools),
     )
-    return task.answers_of(_found(entry))
+    return task.answers_of(tuple(found.value))
 
 
-def _found(entry: Entry) -> Sequence[Json]:
-    return tuple(json.loads(entry.tree.path(_ANSWERS).read_text("utf-8")))
-
-
-def _run(folder: Path, subject: Subject, task: Task, tools: Tools) -> Mapping[str, Json]:
-    job = reference_job(
-        subject.model.root,
-        subject.model.size,
-        [a.snapshot.tree.root for a in subject.adapters],
-        subject.factors,
-        task,
-        folder,
-    )
-    tools.runner.prepare(BUILDER, tools.progress)
-    result = tools.runner.run(job, tools.progress)
-    text = json.dumps(result["answers"], ensure_ascii=False)
-    (folder / _ANSWERS).write_text(text, "utf-8")
-    return {"n": len(task.items)}
-
-
-def reference_job(
-    model: Path,
-    size: int,
-    adapters: Sequence[Path],
-    weights: Sequence[float],
-    task: Task,
-    output: Path,
-) -> Job:
-    """Return the job that asks a checkpoint of `size` bytes."""
-    trees = {f"adapter{number}": folder for number, folder in enumerate(adapters)}
-    return Job(
+def _run(folder: Path, subject: Subject, task: Task, tools: Tools) -> Json:
+    names = [f"adapter{number}" for number in range(len(subject.adapters))]
+    adapters = {n: a.snapshot.tree.root for n, a in zip(names, subject.adapters, strict=True)}
+    job = Job(
         stage="reference",
         builder=BUILDER,
-        inputs={"model": model, **trees},
-        parameters={"weights": list(weights), **task.parameters},
-        output=output,
-        memory_bytes=(3 << 30) + 5 * size,
-        seconds=job_seconds(size, tokens=task.most_tokens),
+        inputs={"model": subject.model.root, **adapters},
+        parameters={"weights": list(subject.factors), **task.parameters},
+        output=folder,
+        memory_bytes=(3 << 30) + 5 * subject.model.size,
+        seconds=job_seconds(subject.model.size, tokens=task.most_tokens),
         use_gpu=True,
     )
+    tools.runner.prepare(BUILDER, tools.progress)
+    return tools.runner.run(job, tools.progress)["answers"]
+
+
+def reference(
+    tasks: Sequence[RecipeTask],
+    sources: Sources,
+    checkpoint: Checkpoint,
+    to: InStore,
+    tools: Tools,
+) -> Outcome[tuple[Result, ...]]:
+    """Return each task with the scores of base, adapter and merged model, and the merge judged.
+
+    A several-adapter merge that wins one task at another's cost fails here, before anything is
+    quantized: each adapter's own task is compared with that adapter alone.
+    """
+    questions = sum(len(task.task.items) for task in tasks)
+    detail = f"{questions} questions to base, adapter and merged model"
+    timer = Timer("reference", detail, tools)
+    asked = [_subjects(task, sources, checkpoint) for task in tasks]
+    cached = all(
+        to.find(partial(inputs, subject, task.task))
+        for task, subjects in zip(tasks, asked, strict=True)
+        for subject in subjects.values()
+    )
+    results = tuple(
+        _result(task, subjects, to, tools) for task, subjects in zip(tasks, asked, strict=True)
+    )
+    return timer.done(results, cached=cached)
+
+
+def _result(
+    task: RecipeTask, subjects: Mapping[str, Subject], to: Documents, tools: Tools
+) -> Result:
+    scores = {
+        name: score_task(task.task, answers(subject, task.task, to, tools), tools.command)
+        for name, subject in subjects.items()
+    }
+    verdicts: tuple[Verdict, ...] = ()
+    if "merged" in scores:
+        limit = replace(task.limit, min_score=0.0)
+        verdicts = (judged(task, "merged", scores["merged"], "adapter", scores["adapter"], limit),)
+    return Result(tried=task, scores=scores, verdicts=verdicts)
+
+
+def _subjects(task: RecipeTask, sources: Sources, checkpoint: Checkpoint) -> Mapping[str, Subject]:
+    found = dict(subjects(sources, task.adapter))
+    if checkpoint.digest != sources.base.digest:
+        found["merged"] = Subject(model=checkpoint.tree)
+    return found

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
+from weightsmith.destinations import Files, InStore
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.foreign import read_json
-from weightsmith.ports import Entry
+from weightsmith.outcome import Outcome, Timer
 from weightsmith.quantizers import gguf_lora
 from weightsmith.resources import builder_pins
 from weightsmith.serving.engine import ServedAdapter
@@ -53,11 +55,16 @@ def unmerged(sources: Sources) -> Artifact:
     return Artifact(format=LORA, tree=tree, made_from=made_from)
 
 
-def unmerged_gguf(sources: Sources, base: Artifact, tools: Tools) -> Artifact:
+def unmerged_gguf(
+    sources: Sources, converted: Outcome[Artifact], tools: Tools
+) -> Outcome[Artifact]:
     """Return a GGUF base and its adapters, converted in their builder, as one tree."""
+    timer = Timer("quantize", f"{len(sources.adapters)} adapter(s) to GGUF", tools)
+    base, cached = converted.value, converted.cached
     files, places = list(base.tree.files), {}
     for served, adapter in zip(served_adapters(sources, gguf=True), sources.adapters, strict=True):
-        tree = _converted(sources, adapter, tools).tree
+        made = _converted(sources, adapter, tools)
+        tree, cached = made.tree, cached and made.cached
         (entry,) = (entry for entry in tree.files if entry.path == gguf_lora.FILE)
         files.append(FileEntry(path=served.folder, size=entry.size, digest=entry.digest))
         places[served.folder] = tree.path(entry.path)
@@ -65,10 +72,11 @@ def unmerged_gguf(sources: Sources, base: Artifact, tools: Tools) -> Artifact:
         root=base.tree.root, files=tuple(sorted(files, key=lambda e: e.path)), places=places
     )
     made_from = (*base.made_from, *(adapter.snapshot.digest for adapter in sources.adapters))
-    return Artifact(format=LORA, tree=tree, made_from=made_from)
+    outcome = timer.done(Artifact(format=LORA, tree=tree, made_from=made_from), cached=cached)
+    return replace(outcome, seconds=round(outcome.seconds + converted.seconds, 3))
 
 
-def _converted(sources: Sources, adapter: AdapterSnapshot, tools: Tools) -> Entry:
+def _converted(sources: Sources, adapter: AdapterSnapshot, tools: Tools) -> Files:
     stage = StageInputs(
         stage="convert-adapter",
         recipe_number=_RECIPE_NUMBER,
@@ -93,8 +101,7 @@ def _converted(sources: Sources, adapter: AdapterSnapshot, tools: Tools) -> Entr
             tools.progress,
         )
 
-    meta = {"stage": stage.stage, "inputs": stage.inputs}
-    return tools.store.find(stage.key) or tools.store.produce(stage.key, meta, make)
+    return InStore(tools.store).files(lambda: stage, make)
 
 
 def served_adapters(sources: Sources, *, gguf: bool = False) -> tuple[ServedAdapter, ...]:

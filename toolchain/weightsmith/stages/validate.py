@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from weightsmith.destinations import Documents
 from weightsmith.errors import CheckFailed
-from weightsmith.ports import Entry
+from weightsmith.outcome import Outcome, Timer
 from weightsmith.recipe import Merge
 from weightsmith.resources import builder_pins
 from weightsmith.time_limits import job_seconds
@@ -80,60 +80,24 @@ def validate(
     sources: Sources,
     options: Merge,
     items: Sequence[Messages],
+    to: Documents,
     tools: Tools,
-) -> Checkpoint:
+) -> Outcome[Checkpoint]:
     """Return the checkpoint with `validation` among its details: what was compared and found.
 
-    Raises CheckFailed, with the whole result as details, where it is not base and adapters.
+    Raises CheckFailed, with the whole result as details, if it differs from base and adapters.
     """
-    stage = inputs(sources, options, checkpoint.digest, items)
-    entry = tools.store.find(stage.key) or tools.store.produce(
-        stage.key,
-        {"stage": "validate", "inputs": stage.inputs},
+    timer = Timer("validate", "merged weights against base and adapters", tools)
+    found = to.document(
+        lambda: inputs(sources, options, checkpoint.digest, items),
+        _RESULT,
         lambda folder: _run(folder, checkpoint, sources, options, items, tools),
     )
-    return replace(checkpoint, details={**checkpoint.details, "validation": found(entry)})
+    proven = replace(checkpoint, details={**checkpoint.details, "validation": found.value})
+    return timer.done(proven, cached=found.cached)
 
 
-def found(entry: Entry) -> Mapping[str, Json]:
-    """Return the result that a store entry holds."""
-    result: Mapping[str, Json] = json.loads(entry.tree.path(_RESULT).read_text("utf-8"))
-    return {**result, "cached": entry.cached}
-
-
-def job(
-    base: Path,
-    adapters: Sequence[tuple[Path, float]],
-    merged: Path,
-    items: Sequence[Messages],
-    *,
-    scope: str,
-    mixture: Mapping[str, Json] | None,
-    output: Path,
-) -> Job:
-    """Return the job that compares three folders."""
-    return Job(
-        stage="validate",
-        builder=BUILDER,
-        inputs={
-            "base": base,
-            "merged": merged,
-            **{f"adapter{i}": folder for i, (folder, _) in enumerate(adapters)},
-        },
-        parameters={
-            "weights": [weight for _, weight in adapters],
-            "items": [[dict(message) for message in item] for item in items],
-            "scope": scope,
-            "mixture": mixture,
-        },
-        output=output,
-        # Only an architecture that cannot be streamed takes more than a fraction of this.
-        memory_bytes=MEMORY_BYTES + 5 * _size(merged),
-        seconds=job_seconds(_size(base) + _size(merged)),
-    )
-
-
-def require_passed(result: Mapping[str, Json], where: str) -> None:
+def _require_passed(result: Mapping[str, Json]) -> None:
     """Raise CheckFailed with the worst findings of a result that did not pass."""
     if result["passed"]:
         return
@@ -141,7 +105,7 @@ def require_passed(result: Mapping[str, Json], where: str) -> None:
     more = f"\n  … and {len(errors) - _SHOWN} more" if len(errors) > _SHOWN else ""
     lines = "".join(f"\n  {message}" for message in errors[:_SHOWN])
     raise CheckFailed(
-        f"{where} is not what base and adapters are:{lines}{more}",
+        f"the merged checkpoint differs from base and adapters:{lines}{more}",
         hint="merge again from the same inputs; if it fails again, one of them is not what its "
         "configuration says, or a disk or memory is faulty",
         details=result,
@@ -157,24 +121,29 @@ def _run(
     tools: Tools,
 ) -> Mapping[str, Json]:
     tools.runner.prepare(BUILDER, tools.progress)
-    result = tools.runner.run(
-        job(
-            sources.base.tree.root,
-            [(a.snapshot.tree.root, a.weight) for a in sources.adapters],
-            checkpoint.tree.root,
-            items,
-            scope=scope(options.method, options.space, options.quantized_base),
-            mixture=mixture(options.method, options.space, options.density, options.rank),
-            output=folder,
-        ),
-        tools.progress,
+    base, merged = sources.base.tree.root, checkpoint.tree.root
+    adapters = {f"adapter{i}": a.snapshot.tree.root for i, a in enumerate(sources.adapters)}
+    job = Job(
+        stage="validate",
+        builder=BUILDER,
+        inputs={"base": base, "merged": merged, **adapters},
+        parameters={
+            "weights": [a.weight for a in sources.adapters],
+            "items": [[dict(message) for message in item] for item in items],
+            "scope": scope(options.method, options.space, options.quantized_base),
+            "mixture": mixture(options.method, options.space, options.density, options.rank),
+        },
+        output=folder,
+        # Only an architecture that cannot be streamed takes more than a fraction of this.
+        memory_bytes=MEMORY_BYTES + 5 * _size(merged),
+        seconds=job_seconds(_size(base) + _size(merged)),
     )
-    require_passed(result, "the merged checkpoint")
+    result = tools.runner.run(job, tools.progress)
+    _require_passed(result)
     for each in result["findings"]:
         if each["severity"] == "warning":
             tools.progress.warn(each["message"])
-    (folder / _RESULT).write_text(json.dumps(result, ensure_ascii=False), "utf-8")
-    return {"probes": result.get("probes", 0)}
+    return result
 
 
 def _size(folder: Path) -> int:

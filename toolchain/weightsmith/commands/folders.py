@@ -1,0 +1,43 @@
+"""A user's folders as the values that stages take; no large file is read for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from weightsmith.checkpoints.folder import check_adapter_folder, check_model_folder
+from weightsmith.ports import Store
+from weightsmith.values import AdapterSnapshot, Checkpoint, FileEntry, Snapshot, Sources, Tree
+
+
+def open_sources(
+    base: Path, adapters: Sequence[Path], weights: Sequence[float], store: Store
+) -> Sources:
+    """Return a base and adapters in order; InputRefused for a folder that is not safe to read."""
+    return Sources(
+        base=_snapshot(base, check_model_folder(base), store),
+        adapters=tuple(
+            AdapterSnapshot(
+                snapshot=_snapshot(folder, check_adapter_folder(folder), store), weight=weight
+            )
+            for folder, weight in zip(adapters, weights, strict=True)
+        ),
+    )
+
+
+def open_checkpoint(folder: Path, store: Store) -> Checkpoint:
+    """Return a checkpoint folder; InputRefused if it is not one, or not safe to read."""
+    return Checkpoint(tree=_tree(folder, check_model_folder(folder), store), made_from=())
+
+
+def _snapshot(folder: Path, names: Sequence[str], store: Store) -> Snapshot:
+    tree = _tree(folder, names, store)
+    return Snapshot(tree=tree, source=str(folder), pin="", pinned=False)
+
+
+def _tree(folder: Path, names: Sequence[str], store: Store) -> Tree:
+    """Return the files; the digest of a large one may be a placeholder that no file has."""
+    root = folder.resolve()
+    entries = ((name, store.digest_file(root / name, read=False)) for name in names)
+    files = [FileEntry(path=name, size=entry.size, digest=entry.digest) for name, entry in entries]
+    return Tree(root=root, files=tuple(files))
