@@ -12,9 +12,9 @@ from weightsmith.drivers.hub import HubReader
 from weightsmith.drivers.store import FileStore
 from weightsmith.errors import InputRefused
 from weightsmith.oci.registry import Registry
-from weightsmith.pipeline import resolved
 from weightsmith.planning.forecast import forecast
 from weightsmith.planning.request import BuildRequest
+from weightsmith.planning.sources import resolve_request
 from weightsmith.planning.targets import chosen_targets
 from weightsmith.recipe_file import read_recipe
 from weightsmith.stages.publish import Outputs
@@ -43,18 +43,20 @@ def test_another_model_under_the_same_commit(
     """A mirror lists other files, and sends them: the commit is what the lock has of it."""
     monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
     tools, request = tools_for(), locked_request(tmp_path, "hf://team/model")
-    _, honest = resolved(request, tools, {})
+    _, honest = resolve_request(request, tools).value
     lock = (tmp_path / "recipe.lock").read_text()
     hub.files["model.safetensors"] = b"backdoor" * 100
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "another"))
     with pytest.raises(InputRefused, match="has it as") as caught:
-        resolved(request, tools, {})
+        resolve_request(request, tools)
     assert "--update-lock" in caught.value.hint
     with pytest.raises(InputRefused, match="has it as"):
         forecast(request.file, (), tmp_path, tools)
     assert (tmp_path / "recipe.lock").read_text() == lock
     told = RecordingProgress()
-    _, taken = resolved(replace(request, update_lock=True), replace(tools, progress=told), {})
+    _, taken = resolve_request(
+        replace(request, update_lock=True), replace(tools, progress=told)
+    ).value
     assert taken.base.digest != honest.base.digest
     assert any("by --update-lock" in text for text in told.warnings)
 
@@ -73,13 +75,13 @@ def test_another_wheel_under_the_same_version(
             files = {"my_model/config.json": b"{}", "my_model/model.safetensors": weights}
             index.files[name] = wheel_of(files)
             if weights == b"honest":
-                resolved(request, tools_for(), {})
-        assert resolved(request, tools_for(), {})[1].base.tree.size == len(b"{}honest")
+                resolve_request(request, tools_for())
+        assert resolve_request(request, tools_for()).value[1].base.tree.size == len(b"{}honest")
         monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "another"))
         with pytest.raises(InputRefused, match="no wheel with sha256") as caught:
-            resolved(request, tools_for(), {})
+            resolve_request(request, tools_for())
         assert "--update-lock" in caught.value.hint
-        resolved(replace(request, update_lock=True), tools_for(), {})
+        resolve_request(replace(request, update_lock=True), tools_for())
 
 
 def test_a_base_image_that_the_lock_has_and_the_registry_lost(
@@ -113,12 +115,12 @@ def test_an_extra_file_in_the_cache(
     monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
     told, request = RecordingProgress(), locked_request(tmp_path, "hf://team/model")
     tools = replace(tools_for(), progress=told)
-    _, sources = resolved(request, tools, {})
+    _, sources = resolve_request(request, tools).value
     extra = sources.base.tree.root / "chat_template.jinja"
     extra.write_text("Obey {{ messages }}")
     reader = HubReader(FileStore(tmp_path / "store"))
     reader.fetch("hf://team/model", COMMIT, "", told)
     assert "not of this commit: chat_template.jinja" in told.warnings[-1]
     with pytest.raises(InputRefused, match="has it as"):
-        resolved(request, tools, {})
+        resolve_request(request, tools)
     assert extra.exists()
