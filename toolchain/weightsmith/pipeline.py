@@ -18,7 +18,12 @@ from weightsmith.oci.index import is_own, own_of
 from weightsmith.oci.references import Reference
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.planning.checks import check_before_work, check_images
-from weightsmith.planning.options import sources_to_merge, texts_of, unmerged_adapters, wanted_of
+from weightsmith.planning.options import (
+    quantize_options,
+    sources_to_merge,
+    texts_of,
+    unmerged_adapters,
+)
 from weightsmith.planning.request import BuildRequest
 from weightsmith.planning.serving import serving_config
 from weightsmith.planning.sources import resolve_request
@@ -150,12 +155,12 @@ def quantized(
     """Return the weights in the target's format, by the recipe's options for it."""
     store = InStore(tools.store)
     if target.format != LORA:
-        options = wanted_of(file, target.format, sources.base, tools)
+        options = quantize_options(file, target.format, sources.base, tools)
         return quantize(checkpoint, options, store, tools)
     if "gguf" not in target.engine.accepts:
         return Timer("quantize", LORA.name, tools).done(unmerged(sources), cached=True)
     base = Checkpoint(tree=sources.base.tree, made_from=(sources.base.digest,))
-    options = wanted_of(file, formats()["f16"], sources.base, tools)
+    options = quantize_options(file, formats()["f16"], sources.base, tools)
     return unmerged_gguf(sources, quantize(base, options, store, tools), tools)
 
 

@@ -10,7 +10,7 @@ from weightsmith.building.artifacts import network_in_jobs
 from weightsmith.building.baking import Baking
 from weightsmith.evaluating.results import Result
 from weightsmith.oci.image import Image
-from weightsmith.planning.options import wanted_of
+from weightsmith.planning.options import quantize_options
 from weightsmith.planning.request import BuildRequest
 from weightsmith.planning.tasks import probes
 from weightsmith.serving.targets import Target
@@ -139,7 +139,9 @@ class Record:
             subject = asked.get("adapter", asked["base"])
             found["reference"] = references.inputs(subject, result.tried.task).inputs
         if self.artifact and self.artifact.format.packed:
-            wanted = wanted_of(self.request.file, self.artifact.format, sources.base, self.tools)
+            wanted = quantize_options(
+                self.request.file, self.artifact.format, sources.base, self.tools
+            )
             found["quantize"] = quantizing.inputs(self.checkpoint.digest, wanted).inputs
         return found
 

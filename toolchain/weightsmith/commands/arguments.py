@@ -8,7 +8,7 @@ from typing import Any
 
 from weightsmith.errors import UsageError
 from weightsmith.oci.layout import is_layout, locate
-from weightsmith.planning.options import wishes_of
+from weightsmith.planning.options import serve_options
 from weightsmith.recipe import Serve
 from weightsmith.recipe_file import RecipeFile, check_recipe, with_settings
 from weightsmith.serving.engine import ServeOptions
@@ -81,7 +81,7 @@ def serve_wishes(flags: Mapping[str, Any], settings: Sequence[str]) -> ServeOpti
         )
     skeleton = {"name": "x", "base": {"source": "x"}, "serve": data["serve"]}
     serve: Serve = check_recipe(skeleton, "the command line").serve
-    return wishes_of(serve)
+    return serve_options(serve)
 
 
 def quantize_wishes(flags: Mapping[str, Any], where: str = "the command line") -> Mapping[str, Any]:

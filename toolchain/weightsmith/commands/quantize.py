@@ -9,7 +9,7 @@ from pathlib import Path
 from weightsmith.commands.folders import open_checkpoint
 from weightsmith.destinations import in_folder
 from weightsmith.errors import UsageError
-from weightsmith.planning.options import check_model, make_wanted, needs_text
+from weightsmith.planning.options import check_model, format_options, needs_text
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import GENERAL, Bounds, Texts, read_texts
 from weightsmith.recipe import Quality
@@ -46,7 +46,7 @@ def quantize_folder(asked: FolderRequest, tools: Tools) -> Mapping[str, Json]:
         raise UsageError(f"{out} exists already", hint="name a new file or folder with --out")
     tools.runner.check(quantizer.builder)
     checkpoint = open_checkpoint(asked.model, tools.store)
-    options = make_wanted(out.stem or asked.model.name, format_, asked.wishes, {}, tools)
+    options = format_options(out.stem or asked.model.name, format_, asked.wishes, {}, tools)
     _refuse_ignored(asked, options)
     check_model(options, model_config(asked.model))
     texts = _texts(asked, tools)

@@ -12,9 +12,9 @@ from weightsmith.oci.references import Reference
 from weightsmith.planning.bases import bases_of
 from weightsmith.planning.options import (
     check_model,
+    quantize_options,
     sources_to_merge,
     unmerged_adapters,
-    wanted_of,
     warn_of_texts,
 )
 from weightsmith.planning.request import BuildRequest
@@ -63,7 +63,7 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
         planned = serving_config(
             file, target, tree, size, weights="", made_from=(), adapters=adapters
         )
-        wanted = wanted_of(request.file, target.format, sources.base, tools)
+        wanted = quantize_options(request.file, target.format, sources.base, tools)
         devices[target.name] = device = str(planned.plan["device"])
         check_format(target, wanted, config, device)
         if not recipe.image.base:
@@ -116,7 +116,8 @@ def everything_cached(request: BuildRequest, sources: Sources, tools: Tools) -> 
         not target.format.packed
         or tools.store.find(
             quantizing.inputs(
-                checkpoint.digest, wanted_of(request.file, target.format, sources.base, tools)
+                checkpoint.digest,
+                quantize_options(request.file, target.format, sources.base, tools),
             ).key
         )
         for target in request.targets

@@ -10,7 +10,12 @@ from weightsmith.errors import UsageError
 from weightsmith.evaluating.results import RecipeTask
 from weightsmith.foreign import RECORD, parse_file
 from weightsmith.planning.checks import check_format
-from weightsmith.planning.options import sources_to_merge, texts_of, unmerged_adapters, wanted_of
+from weightsmith.planning.options import (
+    quantize_options,
+    sources_to_merge,
+    texts_of,
+    unmerged_adapters,
+)
 from weightsmith.planning.serving import serving_config
 from weightsmith.planning.sizes import disk_peak, estimated_bytes
 from weightsmith.planning.targets import can_make
@@ -70,7 +75,7 @@ def forecast(
     shape = model_config(sources.base.tree.root)
     weights = sources.base.tree.weight_bytes or weights_from_config(shape)
     for target in targets:
-        wanted = wanted_of(file, target.format, sources.base, tools)
+        wanted = quantize_options(file, target.format, sources.base, tools)
         row, artifact = _quantize_row(wanted, target, checkpoint, sources, earlier, tools)
         rows += [row, *_quality_rows(file, target, checkpoint, artifact, tools)]
         weight = artifact.weight_bytes if artifact else 0

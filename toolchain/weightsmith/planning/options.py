@@ -22,8 +22,8 @@ from weightsmith.tools import Tools
 from weightsmith.values import LORA, Format, Json, Snapshot, Sources
 
 
-def wishes_of(serve: Serve) -> ServeOptions:
-    """Return the recipe's wishes in the planner's units."""
+def serve_options(serve: Serve) -> ServeOptions:
+    """Return the recipe's `serve` section in the planner's units."""
     return ServeOptions(
         gpu=serve.gpu,
         gpu_count=serve.gpu_count,
@@ -44,47 +44,49 @@ def wishes_of(serve: Serve) -> ServeOptions:
     )
 
 
-def _number(wish: int | str) -> int | None:
-    return None if isinstance(wish, str) else wish
+def _number(value: int | str) -> int | None:
+    return None if isinstance(value, str) else value
 
 
 def texts_of(file: RecipeFile) -> Texts:
-    """Return the recipe's calibration and held-out texts; the general ones where it names none.
+    """Return the recipe's calibration and held-out texts; general ones if it names none.
 
-    The evaluation's questions never stand in for them: what is measured on them would not show
-    how the model does on others. Raises InputRefused for text that is malformed.
+    Evaluation questions are never used for it: a loss measured on them would not show the loss on
+    others. Raises InputRefused for malformed text.
     """
-    wanted = file.recipe.calibration
-    if wanted is None:
+    calibration = file.recipe.calibration
+    if calibration is None:
         return read_texts(GENERAL, Bounds())
-    bounds = Bounds(**wanted.model_dump(exclude={"data"}))
-    return read_texts(file.folder / wanted.data, bounds)
+    bounds = Bounds(**calibration.model_dump(exclude={"data"}))
+    return read_texts(file.folder / calibration.data, bounds)
 
 
-def wanted_of(file: RecipeFile, format_: Format, base: Snapshot, tools: Tools) -> QuantizeOptions:
-    """Return what a recipe wants of a format; raises UsageError, and InputRefused for its files."""
-    if format_.name not in formats():  # the checkpoint itself, or what only others make
+def quantize_options(
+    file: RecipeFile, format_: Format, base: Snapshot, tools: Tools
+) -> QuantizeOptions:
+    """Return the options of a format; raises UsageError, and InputRefused for files they name."""
+    if format_.name not in formats():  # the checkpoint itself, or a format made elsewhere
         return QuantizeOptions(name=file.recipe.name, format=format_)
     about: dict[str, Json] = {"base_models": [_origin(base)]}
     if file.recipe.base.license:
         about["license"] = file.recipe.base.license
-    wishes = file.recipe.quantize.model_dump()
-    if wishes["imatrix"] not in {"", "auto", "off"}:
-        wishes["imatrix"] = str(file.folder / wishes["imatrix"])
-    found = make_wanted(file.recipe.name, format_, wishes, about, tools)
+    settings = file.recipe.quantize.model_dump()
+    if settings["imatrix"] not in {"", "auto", "off"}:
+        settings["imatrix"] = str(file.folder / settings["imatrix"])
+    found = format_options(file.recipe.name, format_, settings, about, tools)
     return replace(found, texts=texts_of(file)) if needs_text(found) else found
 
 
-def make_wanted(
+def format_options(
     name: str,
     format_: Format,
-    wishes: Mapping[str, Json],
+    settings: Mapping[str, Json],
     about: Mapping[str, Json],
     tools: Tools,
 ) -> QuantizeOptions:
-    """Return a format's own part of the wishes; statistics that a user gave, by their digest."""
+    """Return the options that a format takes; an importance matrix is named by its digest."""
     quantizer = of_format(format_.name)
-    options = dict(quantizer.options(format_, wishes))
+    options = dict(quantizer.options(format_, settings))
     statistics = None
     if options.get("imatrix", "auto") not in {"auto", "off"}:
         statistics = Path(str(options["imatrix"])).absolute()
@@ -98,22 +100,22 @@ def make_wanted(
     return QuantizeOptions(name=name, format=format_, options=options, statistics=statistics)
 
 
-def needs_text(wanted: QuantizeOptions) -> bool:
-    """Say whether a format measures activations."""
-    return of_format(wanted.format.name).calibrated(wanted.format, wanted.options)
+def needs_text(options: QuantizeOptions) -> bool:
+    """Return whether the format needs calibration text."""
+    return of_format(options.format.name).calibrated(options.format, options.options)
 
 
-def check_model(wanted: QuantizeOptions, config: Mapping[str, Json]) -> None:
-    """Raise InputRefused for a model that the quantizer cannot make of, from its config alone."""
-    quantizer = of_format(wanted.format.name)
-    quantizer.check_input(wanted.format, config)
-    quantizer.check_options(config, wanted.options)
-    if wanted.statistics and quantizer.check_statistics:
-        quantizer.check_statistics(wanted.statistics, config)
+def check_model(options: QuantizeOptions, config: Mapping[str, Json]) -> None:
+    """Raise InputRefused if the quantizer cannot quantize the model, judging by its config alone."""
+    quantizer = of_format(options.format.name)
+    quantizer.check_input(options.format, config)
+    quantizer.check_options(config, options.options)
+    if options.statistics and quantizer.check_statistics:
+        quantizer.check_statistics(options.statistics, config)
 
 
 def _origin(base: Snapshot) -> dict[str, str]:
-    """Return the base model as GGUF metadata spell it; a folder's name without the path to it."""
+    """Return the base model as GGUF metadata name it; of a folder, the name without its path."""
     scheme, _, place = base.source.partition("://")
     if scheme == "hf":
         owner, _, name = place.partition("@")[0].rpartition("/")
@@ -126,20 +128,20 @@ def _origin(base: Snapshot) -> dict[str, str]:
 
 
 def warn_of_texts(file: RecipeFile, progress: Progress) -> None:
-    """Read the texts now, and say what they are where that is not what one would think."""
+    """Read the texts now, and warn if they are general or few."""
     texts = texts_of(file)
     if file.recipe.calibration is None:
         count = len(texts.calibration) + len(texts.held_out)
         progress.warn(
-            f"the recipe has no `calibration`: {count} general texts are used, and never its"
-            " evaluation questions: calibrating on them would hide what is lost on others"
+            f"the recipe has no `calibration`: {count} general texts are used (never the evaluation"
+            " questions: calibrating on them would hide losses on other text)"
         )
     elif texts.warning():
         progress.warn(texts.warning())
 
 
 def sources_to_merge(targets: Sequence[Target], sources: Sources) -> Sources:
-    """Return the sources as they are merged: without adapters where every target serves them."""
+    """Return the sources to merge: without adapters if every target serves them unmerged."""
     served = all(target.format == LORA for target in targets)
     return replace(sources, adapters=()) if served else sources
 
@@ -147,18 +149,17 @@ def sources_to_merge(targets: Sequence[Target], sources: Sources) -> Sources:
 def unmerged_adapters(
     file: RecipeFile, target: Target, sources: Sources
 ) -> tuple[ServedAdapter, ...]:
-    """Return the adapters that a target serves beside the base; () for a merged one.
+    """Return the adapters that a target serves unmerged; () for a merged target.
 
-    Raises UsageError where the recipe's gate cannot judge them, InputRefused for adapters that
+    Raises UsageError if the recipe's gate cannot judge them, InputRefused for adapters that
     cannot be served.
     """
     if target.format != LORA:
         return ()
     if len(sources.adapters) > 1 and file.recipe.evaluate is not None:
         raise UsageError(
-            f"{target.name} serves {len(sources.adapters)} adapters apart, and the recipe's"
+            f"{target.name} serves {len(sources.adapters)} adapters separately, but the recipe's"
             " `evaluate` judges them together",
-            hint="give each adapter an `evaluate` of its own: it is then asked of that adapter "
-            "alone",
+            hint="give each adapter its own `evaluate`",
         )
     return served_adapters(sources, gguf="gguf" in target.engine.accepts)

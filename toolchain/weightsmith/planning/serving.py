@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from weightsmith.planning.options import wishes_of
+from weightsmith.planning.options import serve_options
 from weightsmith.provenance.labels import reference
 from weightsmith.recipe_file import RecipeFile
 from weightsmith.serving.engine import ServedAdapter
@@ -34,7 +34,7 @@ def serving_config(
         model_config=serving_config_of(model.root),
         model_file=weights,
         weight_bytes=weight_bytes,
-        wishes=replace(wishes_of(recipe.serve), adapters=adapters),
+        wishes=replace(serve_options(recipe.serve), adapters=adapters),
         image=reference(recipe, target.name),
         made_from=made_from,
         notes=notes,

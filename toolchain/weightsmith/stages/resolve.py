@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from weightsmith.checkpoints.folder import check_adapter_folder, check_model_folder, left_behind
+from weightsmith.destinations import InStore
 from weightsmith.errors import InputRefused, UsageError
-from weightsmith.ports import Entry, SourceReader
+from weightsmith.ports import SourceReader
 from weightsmith.recipe import Adapter, Base
 from weightsmith.recipe_file import RecipeFile
 from weightsmith.resources import builder_pins
 from weightsmith.time_limits import job_seconds
 from weightsmith.tools import Tools
-from weightsmith.values import AdapterSnapshot, Job, Snapshot, Sources, StageInputs
+from weightsmith.values import AdapterSnapshot, Job, Snapshot, Sources, StageInputs, Tree
 
 _IMPORT_BUILDER = "merge"
 _IMPORT_RECIPE = 1
@@ -41,10 +43,10 @@ def known(file: RecipeFile, tools: Tools) -> tuple[Sources | None, str]:
     """Return what `resolve` would, if that needs no network and no work; else None and why not."""
     base = _known(file.recipe.base, file, tools)
     if base and _is_gguf(base):
-        entry = tools.store.find(import_inputs(base).key)
-        if entry is None:
+        tree = InStore(tools.store).find(partial(import_inputs, base))
+        if tree is None:
             return None, f"{base.source} is here, but not converted to a checkpoint yet"
-        base = _imported(base, entry)
+        base = _imported(base, tree)
     adapters = [(_known(a, file, tools), a) for a in file.recipe.adapters]
     missing = [a.source for snapshot, a in adapters if snapshot is None]
     missing += [file.recipe.base.source] if base is None else []
@@ -127,13 +129,12 @@ def _import_gguf(source: Snapshot, tools: Tools) -> Snapshot:
         tools.runner.run(job, tools.progress)
         return {}
 
-    entry = tools.store.produce(inputs.key, {"stage": "import", "from": source.pin}, make)
-    return _imported(source, entry)
+    return _imported(source, InStore(tools.store).files(lambda: inputs, make).tree)
 
 
-def _imported(source: Snapshot, entry: Entry) -> Snapshot:
+def _imported(source: Snapshot, tree: Tree) -> Snapshot:
     return Snapshot(
-        tree=entry.tree,
+        tree=tree,
         source=source.source,
         pin=source.pin,
         pinned=source.pinned,
