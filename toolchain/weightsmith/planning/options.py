@@ -106,7 +106,7 @@ def needs_text(options: QuantizeOptions) -> bool:
 
 
 def check_model(options: QuantizeOptions, config: Mapping[str, Json]) -> None:
-    """Raise InputRefused if the quantizer cannot quantize the model, judging by its config alone."""
+    """Raise InputRefused if the quantizer cannot take the model; looks at its config only."""
     quantizer = of_format(options.format.name)
     quantizer.check_input(options.format, config)
     quantizer.check_options(config, options.options)
