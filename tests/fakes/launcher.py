@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from weightsmith.errors import EnvironmentFailure
 from weightsmith.ports import Endpoint, StartSpec
-from weightsmith.provenance.labels import plan_in
+from weightsmith.provenance.labels import plan_of
 from weightsmith.values import Json
 
 from tests.fakes.engine import Held, MemoryEngine
@@ -40,7 +40,7 @@ class Program:
         config, files = held.config, held.files()
         env = dict(pair.partition("=")[::2] for pair in config["Env"])
         words = (*config["Entrypoint"], *(config.get("Cmd") or ()))
-        longest = int(plan_in(config["Labels"])["max_model_len"])
+        longest = plan_of(config["Labels"]).max_model_len
         if not {words[0], f"/usr/bin/{words[0]}"} & set(files):
             raise ValueError(f"{words[0]}: no such program in the image")
         if "LLAMA_ARG_MODEL" in env:

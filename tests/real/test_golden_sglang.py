@@ -79,9 +79,9 @@ def test_it_reads_every_golden_config_as_planned(told):
     assert len(told[1]) > 30
     for name, (plan, read) in told[1].items():
         assert "error" not in read, (name, read)
-        settings = {key.replace("-", "_"): value for key, value in plan["settings"].items()}
+        settings = {key.replace("-", "_"): value for key, value in plan.settings.items()}
         assert {key: read[key] for key in settings} == settings, name
-        assert read["context_length"] == plan["max_model_len"]
-        assert read["max_running_requests"] == plan["max_num_seqs"]
-        assert read["tp_size"] == plan["tensor_parallel_size"]
+        assert read["context_length"] == plan.max_model_len
+        assert read["max_running_requests"] == plan.max_num_seqs
+        assert read["tp_size"] == plan.tensor_parallel_size
         assert (read["host"], read["port"], read["model_path"]) == ("0.0.0.0", 30000, "/models")

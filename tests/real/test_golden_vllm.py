@@ -82,8 +82,8 @@ def answers(tmp_path_factory):
             "config": str(path),
             "model": str(folder(root, which)),
             "keys": [key.replace("-", "_") for key in settings],
-            "kv_cache_bytes": plan["kv_cache_bytes"],
-            "batches": plan["pipeline_parallel_size"] + (1 if plan["gpus"] else 0),
+            "kv_cache_bytes": plan.kv_cache_bytes,
+            "batches": plan.pipeline_parallel_size + (1 if plan.gpus else 0),
             "block": settings.get("block-size", 16),
             "state_dtype": settings.get("mamba-ssm-cache-dtype", "auto"),
         }
@@ -124,14 +124,14 @@ def test_its_engine_config_is_the_plan(answers):
         for key in (*keys, "pipeline_parallel_size"):
             # A CPU's latent attention takes prompts whole, whatever the file says.
             if key == "max_num_batched_tokens" and name.startswith("deepseek"):
-                assert told[key] == max(plan[key], plan["max_model_len"])
+                assert told[key] == max(getattr(plan, key), plan.max_model_len)
             else:
-                assert told[key] == plan[key], (name, key)
+                assert told[key] == getattr(plan, key), (name, key)
         assert told["dtype"] == settings["dtype"], name
 
 
 def test_its_cache_rules_give_the_planned_bytes_and_concurrency(answers):
     for name, (plan, _, told) in answers.items():
-        gpus = max(1, plan["gpus"])
-        assert told["request"] * gpus == plan["kv_bytes_per_request"], name
-        assert int(told["concurrency"] * 100) / 100 == plan["max_concurrency"], name
+        gpus = max(1, plan.gpus)
+        assert told["request"] * gpus == plan.kv_bytes_per_request, name
+        assert int(told["concurrency"] * 100) / 100 == plan.max_concurrency, name

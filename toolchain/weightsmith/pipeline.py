@@ -31,6 +31,7 @@ from weightsmith.planning.tasks import probes, tasks_of
 from weightsmith.provenance.labels import reference as name_of
 from weightsmith.quantizers import formats
 from weightsmith.recipe_file import RecipeFile
+from weightsmith.serving.plan import ServingConfig
 from weightsmith.serving.targets import Target
 from weightsmith.stages import publish as publishing
 from weightsmith.stages.attest import evidence
@@ -51,7 +52,6 @@ from weightsmith.values import (
     Json,
     Published,
     Score,
-    ServingConfig,
     Sources,
 )
 
@@ -214,7 +214,7 @@ def prove(
     Raises CheckFailed where it does not start or keep its promises; the report is kept.
     """
     request, tools, trial = baking.request, baking.tools, baking.trial(expected)
-    if baking.config.plan["device"] != "cpu" and not tools.engine.describe().get("gpu"):
+    if baking.config.plan.device != "cpu" and not tools.engine.describe().get("gpu"):
         tools.progress.warn("the image is for a GPU and none is here: it was not started")
         return expected
     if not is_own(image):

@@ -265,27 +265,6 @@ class Artifact:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServingConfig:
-    """Rendered files and the process that an image starts."""
-
-    target: str
-    files: Mapping[str, str]
-    """Relative path -> text, as written beside `build.json`."""
-    image_files: Mapping[str, str]
-    """Absolute path in the image -> text."""
-    entrypoint: tuple[str, ...]
-    command: tuple[str, ...]
-    env: Mapping[str, str]
-    port: int
-    health_path: str
-    healthcheck: tuple[str, ...]
-    """Command inside the image that exits 0 when it serves; empty where there is none."""
-    served_name: str
-    plan: Mapping[str, Json]
-    made_from: tuple[Digest, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
     """A task score over a data file."""
 

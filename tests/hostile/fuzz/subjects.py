@@ -138,7 +138,7 @@ def rendered(config, asked) -> None:
         image="",
         made_from=(),
     )
-    json.dumps(found.plan, allow_nan=False)
+    json.dumps(found.plan.to_json(), allow_nan=False)
 
 
 def read_report(data: bytes, folder: Path) -> None:

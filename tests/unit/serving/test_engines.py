@@ -46,27 +46,27 @@ def test_memory_adds_up(engine):
     plan = rendered(engine, **L40S).plan
     whole = GPUS["nvidia-l40s"].usable_bytes
 
-    taken = plan["weights_bytes_per_gpu"] + plan["kv_cache_bytes"] + plan["overhead_bytes"]
-    assert taken + plan["margin_bytes"] <= whole
-    assert plan["kv_bytes_total"] <= plan["kv_cache_bytes"]
-    assert plan["max_concurrency"] >= plan["max_num_seqs"]
-    assert plan["kv_bytes_per_token"] == 131072
-    assert 0 <= plan["kv_bytes_per_request"] - 8192 * 131072 < 64 * 131072
+    taken = plan.weights_bytes_per_gpu + plan.kv_cache_bytes + plan.overhead_bytes
+    assert taken + plan.margin_bytes <= whole
+    assert plan.kv_bytes_total <= plan.kv_cache_bytes
+    assert plan.max_concurrency >= plan.max_num_seqs
+    assert plan.kv_bytes_per_token == 131072
+    assert 0 <= plan.kv_bytes_per_request - 8192 * 131072 < 64 * 131072
 
 
 @pytest.mark.parametrize("engine", ON_GPUS)
 def test_two_gpus_share_weights_and_cache(engine):
     plan = rendered(engine, **L40S, gpu_count=2).plan
 
-    assert plan["tensor_parallel_size"] == 2
-    assert plan["weights_bytes_per_gpu"] == LLAMA_8B_BYTES // 2
-    assert plan["kv_bytes_per_token"] == 131072
-    assert plan["shm_bytes"] >= GIB
+    assert plan.tensor_parallel_size == 2
+    assert plan.weights_bytes_per_gpu == LLAMA_8B_BYTES // 2
+    assert plan.kv_bytes_per_token == 131072
+    assert plan.shm_bytes >= GIB
 
 
 def test_vllm_on_a_cpu_gets_the_shared_memory_that_it_asks_for():
     """160 MiB by its own message; a container without the setting has 64, and it ends there."""
-    assert rendered("vllm").plan["shm_bytes"] >= 160 << 20
+    assert rendered("vllm").plan.shm_bytes >= 160 << 20
 
 
 wishes = st.fixed_dictionaries(
@@ -164,13 +164,13 @@ def test_wishes_that_cannot_be(engine, wish, says):
 def test_heads_that_three_gpus_cannot_share_are_split_by_layers():
     plan = rendered("vllm", gpu="nvidia-l40s", gpu_count=3).plan
 
-    assert (plan["tensor_parallel_size"], plan["pipeline_parallel_size"]) == (1, 3)
+    assert (plan.tensor_parallel_size, plan.pipeline_parallel_size) == (1, 3)
 
 
 def test_float16_on_old_gpus_and_not_for_models_that_overflow():
     plan = rendered("vllm", weights=4 * GIB, gpu="nvidia-t4").plan
-    assert plan["settings"]["dtype"] == "float16"
-    assert any("no bfloat16" in note for note in plan["notes"])
+    assert plan.settings["dtype"] == "float16"
+    assert any("no bfloat16" in note for note in plan.notes)
 
     with pytest.raises(UsageError, match="has no bfloat16"):
         rendered("vllm", weights=4 * GIB, gpu="nvidia-t4", dtype="bfloat16")
@@ -182,7 +182,7 @@ def test_float16_on_old_gpus_and_not_for_models_that_overflow():
 def test_eight_bit_caches_need_the_hardware():
     with pytest.raises(UsageError, match=r"needs compute capability 8\.9"):
         rendered("vllm", gpu="nvidia-a100-80gb", kv_cache_dtype="fp8")
-    assert rendered("vllm", gpu="nvidia-a100-80gb", kv_cache_dtype="fp8_e5m2").plan["fits"]
+    assert rendered("vllm", gpu="nvidia-a100-80gb", kv_cache_dtype="fp8_e5m2").plan.fits
 
 
 # TGI: launcher/src/main.rs and backends/v3/src/main.rs of 3.3.
@@ -206,9 +206,9 @@ def test_tgi_accepts_its_own_budgets(wish):
 def test_tgi_has_larger_blocks_where_flashinfer_has_no_kernel():
     narrow = {**LLAMA_8B, "head_dim": 96}
 
-    assert rendered("tgi", **L40S).plan["kv_bytes_per_request"] == 8192 * 131072
+    assert rendered("tgi", **L40S).plan.kv_bytes_per_request == 8192 * 131072
     odd = rendered("tgi", config=narrow, **{**L40S, "max_model_len": 8000}).plan
-    assert odd["kv_bytes_per_request"] == 8192 * 32 * 8 * 2 * 96 * 2
+    assert odd.kv_bytes_per_request == 8192 * 32 * 8 * 2 * 96 * 2
 
 
 def test_tgi_takes_gemma_3s_prompts_whole():
@@ -228,16 +228,16 @@ def test_windows_are_planned_at_full_length_where_the_engine_may_keep_less():
 
     for engine in ("sglang", "trtllm"):
         plan = rendered(engine, config=windows, **L40S).plan
-        assert plan["kv_bytes_per_token"] == 131072
-        assert any("full length" in note for note in plan["notes"])
+        assert plan.kv_bytes_per_token == 131072
+        assert any("full length" in note for note in plan.notes)
     # SGLang would else divide its memory by a ratio, and end before the planned number.
-    assert rendered("sglang", config=windows, **L40S).plan["settings"]["disable-hybrid-swa-memory"]
+    assert rendered("sglang", config=windows, **L40S).plan.settings["disable-hybrid-swa-memory"]
 
 
 def test_tgi_says_that_it_is_over():
     config = rendered("tgi", **L40S)
 
-    assert any("archived" in note for note in config.plan["notes"])
+    assert any("archived" in note for note in config.plan.notes)
     assert engines()["tgi"].legacy
 
 
@@ -322,10 +322,10 @@ def test_sglangs_fraction_leaves_room_for_activations():
     plan = rendered("sglang", **L40S).plan
     whole = GPUS["nvidia-l40s"].usable_bytes
 
-    assert 0.5 < plan["gpu_memory_utilization"] <= 0.9
-    static = plan["weights_bytes_per_gpu"] + plan["kv_cache_bytes"]
-    assert static == int(whole * plan["gpu_memory_utilization"])
-    assert whole - static >= plan["overhead_bytes"] + plan["margin_bytes"]
+    assert 0.5 < plan.gpu_memory_utilization <= 0.9
+    static = plan.weights_bytes_per_gpu + plan.kv_cache_bytes
+    assert static == int(whole * plan.gpu_memory_utilization)
+    assert whole - static >= plan.overhead_bytes + plan.margin_bytes
 
 
 def test_sglang_is_probed_patiently_because_health_generates():
@@ -366,9 +366,9 @@ def test_nothing_stands_in_trtllms_file_and_arguments():
 
 def test_trtllm_takes_a_part_of_what_is_free_beside_weights():
     plan = rendered("trtllm", **L40S).plan
-    free = GPUS["nvidia-l40s"].usable_bytes - plan["weights_bytes_per_gpu"] - plan["overhead_bytes"]
+    free = GPUS["nvidia-l40s"].usable_bytes - plan.weights_bytes_per_gpu - plan.overhead_bytes
 
-    assert plan["kv_cache_bytes"] == int(free * 0.9)
+    assert plan.kv_cache_bytes == int(free * 0.9)
 
 
 def test_trtllm_serves_under_its_folders_name():

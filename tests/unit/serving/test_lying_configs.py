@@ -76,11 +76,9 @@ def test_a_lie_is_planned_soundly_or_refused(config, target, gpu):
         ).plan
     except (UsageError, InputRefused):
         return
-    assert json.dumps(plan, allow_nan=False)
-    assert min(plan["max_model_len"], plan["max_num_seqs"], plan["kv_bytes_per_request"]) > 0
-    assert (
-        plan["kv_bytes_total"] <= plan["kv_cache_bytes"] * max(1, plan["gpus"]) or not plan["fits"]
-    )
+    assert json.dumps(plan.to_json(), allow_nan=False)
+    assert min(plan.max_model_len, plan.max_num_seqs, plan.kv_bytes_per_request) > 0
+    assert plan.kv_bytes_total <= plan.kv_cache_bytes * max(1, plan.gpus) or not plan.fits
 
 
 @settings(max_examples=300, deadline=None)

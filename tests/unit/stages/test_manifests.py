@@ -85,16 +85,16 @@ def test_the_pod_is_asked_for_what_was_planned(config):
     annotations = template["metadata"]["annotations"]
     assert annotations["prometheus.io/scrape"] == "true"
     assert annotations["prometheus.io/port"] == str(config.port)
-    assert int(container["resources"]["limits"]["memory"]) == plan["memory_limit_bytes"]
+    assert int(container["resources"]["limits"]["memory"]) == plan.memory_limit_bytes
     gpus = [value for key, value in container["resources"]["limits"].items() if "gpu" in key]
-    assert gpus == ([plan["gpus"]] if plan["gpus"] else [])
+    assert gpus == ([plan.gpus] if plan.gpus else [])
     probe = container["startupProbe"]
     assert probe["failureThreshold"] * probe["periodSeconds"] >= 600
     assert template["spec"]["securityContext"]["runAsNonRoot"] is True
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
     assert "/tmp" in mounted
-    assert ("/dev/shm" in mounted) == (plan["shm_bytes"] > 0)
+    assert ("/dev/shm" in mounted) == (plan.shm_bytes > 0)
     assert service["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"]
 
 
@@ -133,7 +133,7 @@ def test_production_stack_takes_its_values(target):
 
     jsonschema.validate(values, PRODUCTION_STACK)
     assert f"{model['repository']}:{model['tag']}" == IMAGE
-    assert model["requestGPU"] == config.plan["gpus"]
+    assert model["requestGPU"] == config.plan.gpus
     # The chart turns prefix caching off where nothing is said.
     assert model["vllmConfig"]["enablePrefixCaching"] is True
 

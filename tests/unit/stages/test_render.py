@@ -9,8 +9,9 @@ from weightsmith.errors import UsageError
 from weightsmith.quantizers import formats
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.memory import GIB, MIB
+from weightsmith.serving.plan import ServingConfig, ServingPlan
 from weightsmith.serving.targets import find, targets
-from weightsmith.stages.render import portable, render, render_files
+from weightsmith.stages.render import render, render_files
 from weightsmith.values import Digest
 
 from tests.fakes.configs import LLAMA_8B
@@ -94,7 +95,7 @@ def test_the_env_file_is_the_images_environment():
     assert pairs == config.env
     assert config.env["LLAMA_ARG_MODEL"] == "/models/support-smol.gguf"
     assert config.image_files["/etc/weightsmith/llamacpp.env"] == config.files["llamacpp.env"]
-    assert json.loads(config.image_files["/etc/weightsmith/plan.json"]) == portable(config.plan)
+    assert json.loads(config.image_files["/etc/weightsmith/plan.json"]) == config.plan.portable()
 
 
 def test_a_cpu_image_holds_nothing_of_the_machine_that_planned_it():
@@ -105,20 +106,20 @@ def test_a_cpu_image_holds_nothing_of_the_machine_that_planned_it():
 
     assert small.image_files == large.image_files
     assert small.env == large.env
-    assert portable(small.plan) == portable(large.plan)
-    assert small.plan["usable_bytes"] != large.plan["usable_bytes"]
+    assert small.plan.portable() == large.plan.portable()
+    assert small.plan.usable_bytes != large.plan.usable_bytes
 
 
 def test_the_plan_has_the_names_that_every_engine_has():
     plan = rendered().plan
 
     # 30 layers x 3 heads x 256 bytes x 2048 tokens
-    assert plan["kv_bytes_per_request"] == 23040 * 2048
-    assert plan["weights_bytes_per_gpu"] == 105 * MIB
-    assert plan["fits"] is True
-    assert plan["nearest"] is None
-    assert plan["max_concurrency"] >= 4
-    assert plan["margin_bytes"] >= 0
+    assert plan.kv_bytes_per_request == 23040 * 2048
+    assert plan.weights_bytes_per_gpu == 105 * MIB
+    assert plan.fits is True
+    assert plan.nearest is None
+    assert plan.max_concurrency >= 4
+    assert plan.margin_bytes >= 0
 
 
 def test_the_same_facts_give_the_same_files():
@@ -204,12 +205,52 @@ def test_a_plan_that_leaves_layers_on_the_host_says_that_it_does_not_fit():
         config=LLAMA_8B, weights=4_920_000_000, wishes=ServeOptions(gpu_memory_bytes=4 * GIB)
     )
 
-    assert config.plan["fits"] is False
-    assert "layers fit" in config.plan["notes"][0]
-    assert config.plan["nearest"]
+    assert config.plan.fits is False
+    assert "layers fit" in config.plan.notes[0]
+    assert config.plan.nearest
 
 
-def test_plan_facts_are_plain_json():
-    config = rendered()
+@pytest.mark.parametrize("wishes", [CPU, ServeOptions(gpu_memory_bytes=4 * GIB)])
+def test_what_is_written_is_read_back_the_same(wishes):
+    config = rendered(wishes=wishes)
+    written = json.dumps(config.to_json())
 
-    assert json.loads(json.dumps(config.plan)) == config.plan
+    assert ServingConfig.from_json(json.loads(written)) == config
+    assert json.loads(config.files["plan.json"]) == json.loads(written)["plan"]
+
+
+def test_an_image_has_the_plan_but_for_the_machine():
+    plan = rendered().plan
+    read = ServingPlan.from_json(json.loads(json.dumps(plan.portable())))
+
+    assert read.portable() == plan.portable()
+    assert read.usable_bytes == 0
+
+
+def test_of_a_plan_that_was_not_made_the_device_is_written():
+    plan = ServingPlan.from_json({"device": "gpu"})
+
+    assert plan.to_json() == plan.portable() == {"device": "gpu"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("max_model_len", "8192"),
+        ("max_num_seqs", True),
+        ("fits", 1),
+        ("notes", "one"),
+        ("nearest", [1]),
+        ("settings", []),
+        ("gpu_memory_utilization", "0.9"),
+    ],
+)
+def test_a_plan_with_a_value_of_another_type_is_refused(key, value):
+    with pytest.raises(ValueError, match=key):
+        ServingPlan.from_json({**rendered().plan.to_json(), key: value})
+
+
+@pytest.mark.parametrize("change", [{"port": "8080"}, {"env": {"A": 1}}, {"more": 1}, {"plan": []}])
+def test_a_damaged_configuration_is_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        ServingConfig.from_json({**rendered().to_json(), **change})

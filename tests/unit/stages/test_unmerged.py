@@ -103,7 +103,7 @@ def test_adapters_take_memory_of_their_own():
         * config["num_hidden_layers"]
         * (4 * hidden + 2 * heads + 2 * kv + 3 * (hidden + inner))
     )
-    assert two["overhead_bytes"] - one["overhead_bytes"] == each
+    assert two.overhead_bytes - one.overhead_bytes == each
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_the_largest_rank_counts_and_has_a_limit(tmp_path):
     path.write_text(json.dumps({**config, "r": 65}))
     made = sources(AdapterSnapshot(snapshot=snapshot(tmp_path)))
     assert served_adapters(made)[0].rank == 65
-    assert rendered(made, gpu="nvidia-l4").plan["settings"]["max-lora-rank"] == 128
+    assert rendered(made, gpu="nvidia-l4").plan.settings["max-lora-rank"] == 128
 
     path.write_text(json.dumps({**config, "r": 1024}))
     with pytest.raises(UsageError, match="rank 1024"):

@@ -18,6 +18,7 @@ from weightsmith.planning.request import BuildRequest
 from weightsmith.provenance.labels import labels, reference, score_labels
 from weightsmith.quantizers import of_format
 from weightsmith.serving.memory import parse_size
+from weightsmith.serving.plan import ServingConfig
 from weightsmith.serving.targets import Target
 from weightsmith.stages.attest import ImageMaterials, public_recipe
 from weightsmith.stages.bake import bake
@@ -27,10 +28,9 @@ from weightsmith.stages.base import (
     engine_version,
     public_base,
 )
-from weightsmith.stages.render import portable
 from weightsmith.stages.trial import Asked, Trial
 from weightsmith.tools import Tools
-from weightsmith.values import LORA, Artifact, Checkpoint, Score, ServingConfig, Sources
+from weightsmith.values import LORA, Artifact, Checkpoint, Score, Sources
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +66,7 @@ class Baking:
         be cut to the size that a layer may have.
         """
         wanted = request.file.recipe.image
-        name, bases = bases_of(request, target, str(config.plan["device"]), tools)
+        name, bases = bases_of(request, target, config.plan.device, tools)
         largest = parse_size(wanted.max_layer_size) if wanted.max_layer_size else 0
         split = Resharded(artifact.tree, {})
         return cls(
@@ -107,8 +107,8 @@ class Baking:
         return whole_of([self._image(base, scores) for base in self.bases])
 
     def _image(self, base: Image, scores: Mapping[str, Score]) -> Image:
-        plan, recipe = portable(self.config.plan), self.request.file.recipe
-        said = labels(recipe, self.sources, self.served, self.config, plan)
+        recipe = self.request.file.recipe
+        said = labels(recipe, self.sources, self.served, self.config)
         wanted = recipe.image
         return bake(
             self.served,
@@ -157,7 +157,7 @@ class Baking:
             config=self.config,
             base=self.base.digest,
             asked=tuple(self._asked(result) for result in results),
-            memory_bytes=int(self.config.plan["memory_limit_bytes"]),
+            memory_bytes=self.config.plan.memory_limit_bytes,
             port_variable=self.target.engine.port_variable,
             host_variable=self.target.engine.host_variable,
             threads_variable=self.target.engine.threads_variable,

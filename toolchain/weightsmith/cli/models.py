@@ -231,9 +231,9 @@ def render(
         },
         set,
     )
-    result = render_model(Path(model), target, name, wishes, Path(out))
-    files = joined([*map(str, result["files"]), ""])
-    return result, f"{files}\n{summary(target, result['plan'])}"
+    files, plan = render_model(Path(model), target, name, wishes, Path(out))
+    result = {"files": files, "plan": plan.to_json()}
+    return result, f"{joined([*files, ''])}\n{summary(target, plan)}"
 
 
 COMMANDS = (merge, validate, quantize, render)

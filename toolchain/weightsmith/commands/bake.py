@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from weightsmith.checkpoints.folder import scan
 from weightsmith.checkpoints.gguf_config import gguf_file_type
@@ -23,7 +23,8 @@ from weightsmith.planning.targets import all_targets
 from weightsmith.ports import Progress, Store
 from weightsmith.provenance.labels import PREFIX
 from weightsmith.quantizers.gguf_types import FILE_TYPES
-from weightsmith.serving.engine import ServeOptions, ServingPlan
+from weightsmith.serving.engine import ServeOptions
+from weightsmith.serving.plan import ServingConfig, ServingPlan
 from weightsmith.serving.targets import Target, find
 from weightsmith.stages.attest import ImageMaterials, evidence
 from weightsmith.stages.bake import bake
@@ -37,14 +38,13 @@ from weightsmith.stages.base import (
     public_base,
 )
 from weightsmith.stages.publish import Outputs, check_layout, publish
-from weightsmith.stages.render import portable, repository_name
+from weightsmith.stages.render import repository_name
 from weightsmith.tools import Tools
 from weightsmith.values import (
     Artifact,
     FileEntry,
     Json,
     Published,
-    ServingConfig,
     Tree,
     plain,
 )
@@ -144,12 +144,7 @@ def _default_config(model: Model, target: Target) -> ServingConfig:
     if target.format.suffix == ".gguf":
         path += "/" + next(name for name in model.weights if name.endswith(".gguf"))
     names = {"model_path": path, "served_name": model.name}
-    nothing: dict[str, Any] = {
-        f.name: 0
-        for f in fields(ServingPlan)
-        if f.default is MISSING and f.default_factory is MISSING
-    }
-    plan = ServingPlan(**{**nothing, "weight_bytes": model.weight_bytes, "device": device})
+    plan = ServingPlan.from_json({"device": device})
     return ServingConfig(
         target=target.name,
         files={},
@@ -161,7 +156,7 @@ def _default_config(model: Model, target: Target) -> ServingConfig:
         health_path=engine.health_path,
         healthcheck=engine.healthcheck,
         served_name=model.name,
-        plan={"device": device},
+        plan=plan,
         made_from=(),
     )
 
@@ -179,7 +174,7 @@ def _made(
     if config is None:
         engine, wanted = "", data_base(request.kind, request.base_image)
     else:
-        engine, device = target.engine.name, str(config.plan["device"])
+        engine, device = target.engine.name, config.plan.device
         wanted = base_reference(target.engine, device, request.base_image)
     bases: tuple[Image | None, ...] = (None,)
     if wanted:
@@ -235,7 +230,7 @@ def _labels(
     }
     if config is not None:
         labels[ENGINE_LABEL] = target.engine.name
-        labels[PREFIX + "plan"] = json.dumps(portable(config.plan), sort_keys=True)
+        labels[PREFIX + "plan"] = json.dumps(config.plan.portable(), sort_keys=True)
     return labels
 
 

@@ -6,6 +6,7 @@ import io
 from collections.abc import Mapping
 
 from weightsmith.serving.memory import human
+from weightsmith.serving.plan import ServingPlan
 from weightsmith.serving.plan_summary import summary
 from weightsmith.values import Json
 from weightsmith.visible import escaped
@@ -34,7 +35,7 @@ def table(result: Mapping[str, Json]) -> str:
     console = Console(file=text, width=110, highlight=False)
     console.print(rows)
     for name, plan in result["serving"].items():
-        console.print(Text(summary(name, plan)), soft_wrap=True)
+        console.print(Text(summary(name, ServingPlan.from_json(plan))), soft_wrap=True)
     if advice := result["advice"]:
         what = {True: "merge", False: "serve the adapters beside the base", None: "as it is"}
         said = f"advice: {what[advice['merge']]}: {'; '.join(advice['why'])}"

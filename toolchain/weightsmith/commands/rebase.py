@@ -21,7 +21,7 @@ from weightsmith.oci.references import Reference
 from weightsmith.provenance import evidence as gathered
 from weightsmith.provenance import statements
 from weightsmith.provenance.evidence import Document, Evidence
-from weightsmith.provenance.labels import ENGINE_VERSION, PREFIX, plan_in
+from weightsmith.provenance.labels import ENGINE_VERSION, PREFIX, plan_of
 from weightsmith.provenance.lineage import trace
 from weightsmith.provenance.mlbom import MEDIA_TYPE
 from weightsmith.provenance.roles import ADDED, LAYERS, Roles, config_label, roles_label, roles_of
@@ -162,9 +162,7 @@ def _smoke(image: Image, onto: str, tools: Tools) -> None:
     if not tools.engine.answers():
         tools.progress.warn("no container engine answers: the image was not started")
         return
-    if plan_in(image.labels).get("device", "cpu") != "cpu" and not tools.engine.describe().get(
-        "gpu"
-    ):
+    if plan_of(image.labels).device != "cpu" and not tools.engine.describe().get("gpu"):
         tools.progress.warn("the image is for a GPU and none is here: it was not started")
         return
     try:

@@ -16,11 +16,12 @@ from weightsmith.planning.sizes import estimated_bytes
 from weightsmith.planning.targets import all_targets
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.parameters import WORKED_OUT, weights_from_config
+from weightsmith.serving.plan import ServingConfig, ServingPlan
 from weightsmith.serving.targets import Target, find
 from weightsmith.stages.quantize import serving_config_of
 from weightsmith.stages.record import write_files
 from weightsmith.stages.render import render
-from weightsmith.values import SAFETENSORS, Json, ServingConfig, plain
+from weightsmith.values import SAFETENSORS, Json
 
 _CONFIG = "serving.json"
 """Everything that `bake` needs of a rendered folder."""
@@ -172,24 +173,21 @@ def own_weights(model: Model, target: Target) -> tuple[str, ...]:
 
 def render_model(
     path: Path, target: str, name: str, wishes: ServeOptions, out: Path
-) -> Mapping[str, Json]:
+) -> tuple[tuple[str, ...], ServingPlan]:
     """Write a target's serving files for a model; return their paths and the plan."""
     config = serving_config(foresee_model(path, name), find(target, all_targets()), wishes)
-    text = json.dumps(plain(config), indent=2, sort_keys=True) + "\n"
+    text = json.dumps(config.to_json(), indent=2, sort_keys=True) + "\n"
     files = {**config.files, _CONFIG: text}
     write_files(files, out)
-    return {"files": [str(out / name) for name in sorted(files)], "plan": config.plan}
+    return tuple(str(out / name) for name in sorted(files)), config.plan
 
 
 def read_config(folder: Path) -> ServingConfig:
     """Return what `render` wrote into a folder; UsageError or InputRefused where it cannot be."""
     path = folder / _CONFIG
     try:
-        data = parse_file(path)
-        for name in ("entrypoint", "command", "healthcheck", "made_from"):
-            data[name] = tuple(data[name])
-        return ServingConfig(**data)
+        return ServingConfig.from_json(parse_file(path))
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist", hint="make it with `invoke render`") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise InputRefused(f"{path} is damaged: {error}", hint="render the folder again") from None

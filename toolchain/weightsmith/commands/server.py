@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -15,7 +15,7 @@ from weightsmith.evaluating.session import ServerSession
 from weightsmith.oci.layout import read_layout
 from weightsmith.planning.targets import all_targets
 from weightsmith.ports import Endpoint, StartSpec
-from weightsmith.provenance.labels import plan_in
+from weightsmith.provenance.labels import plan_of
 from weightsmith.tools import Tools
 from weightsmith.values import Json, without_passwords
 
@@ -59,20 +59,13 @@ def served(place: ServerSource, tools: Tools, *, modest: bool = False) -> Iterat
         env={variable: str(max(1, len(os.sched_getaffinity(0)) - 1))} if variable else {},
         port_variable=target.engine.port_variable if target else "",
         host_variable=target.engine.host_variable if target else "",
-        shm_bytes=_shm_bytes(labels),
+        shm_bytes=plan_of(labels).shm_bytes,
         use_gpu=True,
     )
     with tools.launcher.serve(place.image, spec) as endpoint:
         path = target.engine.health_path if target else "/health"
         wait_until_healthy(endpoint, path, _START_SECONDS)
         yield endpoint
-
-
-def _shm_bytes(labels: Mapping[str, str]) -> int:
-    """Return what an image's plan says of shared memory; 0 for an image without a plan."""
-    with suppress(ValueError, TypeError):
-        return int(plan_in(labels).get("shm_bytes", 0))
-    return 0
 
 
 def _image_config(image: str, tools: Tools) -> Mapping[str, Json]:

@@ -64,7 +64,7 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
             file, target, tree, size, weights="", made_from=(), adapters=adapters
         )
         wanted = quantize_options(request.file, target.format, sources.base, tools)
-        devices[target.name] = device = str(planned.plan["device"])
+        devices[target.name] = device = planned.plan.device
         check_format(target, wanted, config, device)
         if not recipe.image.base:
             check_engine_image(target.engine, device, config)

@@ -24,6 +24,7 @@ from weightsmith.quantizers import of_format
 from weightsmith.recipe_file import RecipeFile
 from weightsmith.serving.advice import advise
 from weightsmith.serving.parameters import WORKED_OUT, weights_from_config
+from weightsmith.serving.plan import ServingPlan
 from weightsmith.serving.targets import Target
 from weightsmith.stages import merge as merging
 from weightsmith.stages import quality
@@ -81,15 +82,16 @@ def forecast(
         weight = artifact.weight_bytes if artifact else 0
         weight = weight or estimated_bytes(weights, target.format, shape)
         plans[target.name] = _serving_plan(file, target, sources, weight)
-        check_format(target, wanted, shape, str(plans[target.name]["device"]))
+        check_format(target, wanted, shape, plans[target.name].device)
         rows.append(_publish_row(target, artifact, weight))
     todo = [row for row in rows if not row["cached"]]
+    serving = {name: plan.to_json() for name, plan in plans.items()}
     return {
         "name": file.recipe.name,
         "version": file.recipe.version,
         "stages": rows,
-        "serving": plans,
-        "plan": plans,  # the same, under the name that `render` gives it
+        "serving": serving,
+        "plan": serving,  # the same, under the name that `render` gives it
         "advice": _advice(file, targets, sources, dist, tools),
         "read_bytes": sum(int(row["read_bytes"]) for row in todo),
         "write_bytes": sum(int(row["write_bytes"]) for row in todo),
@@ -100,9 +102,7 @@ def forecast(
     }
 
 
-def _serving_plan(
-    file: RecipeFile, target: Target, sources: Sources, weight: int
-) -> Mapping[str, Json]:
+def _serving_plan(file: RecipeFile, target: Target, sources: Sources, weight: int) -> ServingPlan:
     """Return a target's plan; where it does not fit, the error carries it by the target's name."""
     adapters = unmerged_adapters(file, target, sources)
     try:

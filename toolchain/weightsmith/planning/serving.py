@@ -8,10 +8,11 @@ from weightsmith.planning.options import serve_options
 from weightsmith.provenance.labels import reference
 from weightsmith.recipe_file import RecipeFile
 from weightsmith.serving.engine import ServedAdapter
+from weightsmith.serving.plan import ServingConfig
 from weightsmith.serving.targets import Target
 from weightsmith.stages.quantize import serving_config_of
 from weightsmith.stages.render import render
-from weightsmith.values import Digest, ServingConfig, Tree
+from weightsmith.values import Digest, Tree
 
 
 def serving_config(

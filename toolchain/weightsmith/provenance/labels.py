@@ -10,7 +10,8 @@ from pathlib import Path
 
 from weightsmith.foreign import parse
 from weightsmith.recipe import Recipe
-from weightsmith.values import Artifact, Json, Score, ServingConfig, Sources, without_passwords
+from weightsmith.serving.plan import ServingConfig, ServingPlan
+from weightsmith.values import Artifact, Json, Score, Sources, without_passwords
 
 PREFIX = "dev.weightsmith."
 """Our labels; the others are the OCI annotations of image-spec annotations.md."""
@@ -30,16 +31,12 @@ def reference(recipe: Recipe, target: str) -> str:
 
 
 def labels(
-    recipe: Recipe,
-    sources: Sources,
-    artifact: Artifact,
-    config: ServingConfig,
-    plan: Mapping[str, Json],
+    recipe: Recipe, sources: Sources, artifact: Artifact, config: ServingConfig
 ) -> dict[str, str]:
     """Return the labels that name every source by digest, and the plan.
 
-    `plan` is the serving plan without what is the planning machine's own: labels depend on
-    nothing but the inputs, so that the same inputs give the same digest.
+    The plan is without what is the planning machine's own: labels depend on nothing but the
+    inputs, so that the same inputs give the same digest.
     """
     found = {
         "org.opencontainers.image.title": recipe.name,
@@ -52,7 +49,7 @@ def labels(
         PREFIX + "base.digest": sources.base.digest,
         PREFIX + "merge.method": recipe.merge.method,
         PREFIX + "merge.precision": recipe.merge.precision,
-        PREFIX + "plan": json.dumps(plan, sort_keys=True, separators=(",", ":")),
+        PREFIX + "plan": json.dumps(config.plan.portable(), sort_keys=True, separators=(",", ":")),
     }
     found |= _quality(artifact)
     for number, adapter in enumerate(sources.adapters):
@@ -114,8 +111,18 @@ def score_labels(scores: Mapping[str, Score]) -> dict[str, str]:
     }
 
 
+def plan_of(labels: Mapping[str, str]) -> ServingPlan:
+    """Return the plan that an image's labels hold; for a CPU, with zeros, where none can be read.
+
+    Of a plan for a CPU an image has nothing of the planning machine.
+    """
+    with suppress(ValueError):
+        return ServingPlan.from_json(plan_in(labels))
+    return ServingPlan.from_json({})
+
+
 def plan_in(labels: Mapping[str, str]) -> Mapping[str, Json]:
-    """Return the plan that an image's labels hold; {} where none can be read."""
+    """Return the plan that an image's labels hold, to be shown; {} where none can be read."""
     try:
         plan = parse(labels.get(PREFIX + "plan", "{}"))
     except ValueError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from weightsmith.serving.plan import ServingPlan
 from weightsmith.values import SAFETENSORS, Format, Json
 
 
@@ -41,58 +42,6 @@ class ServeOptions:
     format: Format = SAFETENSORS
     """The target's, not a wish: what the weights are packed in."""
     extra: Mapping[str, Json] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServingPlan:
-    """Memory worked out for one engine, model and machine; bytes throughout.
-
-    On a GPU: `weights_bytes_per_gpu + kv_cache_bytes + margin_bytes` and each GPU's part of
-    `overhead_bytes` are what the engine may take of one GPU.
-    """
-
-    device: str
-    """`cpu` or the GPU's name."""
-    gpus: int = 0
-    """GPUs of one replica; 0 on a CPU."""
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_concurrency: float
-    """Requests of `max_model_len` that the cache holds at once."""
-    weight_bytes: int
-    """All weights; on several GPUs together."""
-    weights_bytes_per_gpu: int
-    kv_bytes_per_token: int
-    """What a request grows by with each token, on all GPUs together."""
-    kv_bytes_per_request: int
-    """A request of `max_model_len` by the engine's own rules, on all GPUs together."""
-    kv_bytes_total: int
-    """`max_num_seqs` such requests."""
-    kv_cache_bytes: int
-    """What is left for the cache, per GPU."""
-    overhead_bytes: int
-    """Neither weights nor cache, on all GPUs together: an estimate."""
-    usable_bytes: int
-    """What the plan may use, on all GPUs together."""
-    margin_bytes: int
-    """Held back per GPU, because the overhead is an estimate."""
-    host_bytes: int
-    """Memory that the server's container needs on the host."""
-    shm_bytes: int = 0
-    """Shared memory that the engine's processes talk through; 0 where the default does."""
-    gpu_memory_utilization: float | None = None
-    """The engine's own fraction, where it has one."""
-    tensor_parallel_size: int = 1
-    pipeline_parallel_size: int = 1
-    gpu_layers: int = 0
-    """Layers on the GPU; 0 on CPU."""
-    fits: bool = True
-    nearest: tuple[Mapping[str, Json], ...] | None = None
-    """Where it does not fit: changed wishes that do, each with a `text` for people."""
-    settings: Mapping[str, Json] = field(default_factory=dict)
-    """Engine options that follow from the plan, in the engine's own names."""
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

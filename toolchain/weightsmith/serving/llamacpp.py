@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from weightsmith.serving.engine import Engine, EngineBase, ServingPlan
+from weightsmith.serving.engine import Engine, EngineBase
 from weightsmith.serving.llamacpp_options import as_arguments, as_environment
 from weightsmith.serving.llamacpp_plan import plan
+from weightsmith.serving.plan import ServingPlan
 from weightsmith.values import Json
 
 CUDA_IMAGE = "ghcr.io/ggml-org/llama.cpp:server-cuda-b11434"

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from weightsmith.errors import UsageError
 from weightsmith.serving.architectures import check_architecture
-from weightsmith.serving.engine import ServeOptions, ServingPlan
+from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.llamacpp_capacity import PROGRAM, UBATCH, Capacity, make_capacity, ways
 from weightsmith.serving.llamacpp_options import extra_options
 from weightsmith.serving.memory import (
@@ -21,6 +21,7 @@ from weightsmith.serving.memory import (
     sliding_layers,
 )
 from weightsmith.serving.model import ModelShape
+from weightsmith.serving.plan import ServingPlan
 from weightsmith.values import Json
 
 _AUTO_SLOTS = 4

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from weightsmith.serving.engine import ServingPlan
 from weightsmith.serving.gpus import GPUS
 from weightsmith.serving.machine import can_split
 from weightsmith.serving.memory import human
 from weightsmith.serving.paged_capacity import Capacity
+from weightsmith.serving.plan import ServingPlan
 from weightsmith.values import Json
 
 _MOST_GPUS = 16

@@ -12,13 +12,14 @@ from dataclasses import replace
 
 from weightsmith.errors import UsageError
 from weightsmith.serving.architectures import check_architecture
-from weightsmith.serving.engine import ServeOptions, ServingPlan
+from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.length import lengths
 from weightsmith.serving.machine import Machine, can_split, choose_dtype, machine_for
 from weightsmith.serving.memory import GIB, human
 from weightsmith.serving.model import ModelShape, stated_dtype
 from weightsmith.serving.nearest import alternatives
 from weightsmith.serving.paged_capacity import Capacity, Rules, Switches
+from weightsmith.serving.plan import ServingPlan
 from weightsmith.values import SAFETENSORS, Json
 
 

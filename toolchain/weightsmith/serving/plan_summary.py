@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from weightsmith.serving.memory import human
-from weightsmith.values import Json
+from weightsmith.serving.plan import ServingPlan
 from weightsmith.visible import joined
 
 _WIDTH = 60
 
 
-def summary(name: str, plan: Mapping[str, Json]) -> str:
+def summary(name: str, plan: ServingPlan) -> str:
     """Return a plan as lines: what it serves, a bar of one device's memory, and its numbers.
 
-    `plan` is a ServingConfig's; sizes are per GPU, or of the machine without one.
+    Sizes are per GPU, or of the machine without one.
     """
-    gpus = int(plan["gpus"])
-    where = f"{gpus} x {plan['device']}" if gpus > 1 else str(plan["device"])
+    gpus = plan.gpus
+    where = f"{gpus} x {plan.device}" if gpus > 1 else plan.device
     parts = _parts(plan, max(1, gpus))
     whole = sum(size for _, _, size, _ in parts)
-    requests = int(plan["max_num_seqs"])
+    requests = plan.max_num_seqs
     lines = [
         (
             f"{name} on {where}: {requests} request{'s' * (requests > 1)} of"
-            f" {plan['max_model_len']} tokens at once, {plan['max_num_batched_tokens']} tokens a"
+            f" {plan.max_model_len} tokens at once, {plan.max_num_batched_tokens} tokens a"
             " step"
         ),
         f"  [{_bar(parts, whole)}] {human(whole)}{' per GPU' if gpus > 1 else ''}",
@@ -34,35 +32,35 @@ def summary(name: str, plan: Mapping[str, Json]) -> str:
         for sign, what, size, said in parts
         if size
     ]
-    if not plan["fits"]:
+    if not plan.fits:
         lines.append("  it does not fit as a whole:")
-        lines += [f"   - {way['text']}" for way in plan["nearest"] or ()]
-    return joined([*lines, *(f"  note: {note}" for note in plan["notes"] if plan["fits"])])
+        lines += [f"   - {way['text']}" for way in plan.nearest or ()]
+    return joined([*lines, *(f"  note: {note}" for note in plan.notes if plan.fits)])
 
 
-def _parts(plan: Mapping[str, Json], devices: int) -> list[tuple[str, str, int, str]]:
+def _parts(plan: ServingPlan, devices: int) -> list[tuple[str, str, int, str]]:
     """Return (sign, name, bytes, explanation) of all that takes memory, per device."""
-    cache = int(plan["kv_bytes_total"]) // devices
-    spare = max(0, int(plan["kv_cache_bytes"]) - cache)
+    cache = plan.kv_bytes_total // devices
+    spare = max(0, plan.kv_cache_bytes - cache)
     return [
-        ("w", "weights", int(plan["weights_bytes_per_gpu"]), "by the files' size"),
+        ("w", "weights", plan.weights_bytes_per_gpu, "by the files' size"),
         (
             "k",
             "cache",
             cache,
             (
-                f"exact: {human(int(plan['kv_bytes_per_request']))} per request,"
-                f" {human(int(plan['kv_bytes_per_token']))} per further token"
+                f"exact: {human(plan.kv_bytes_per_request)} per request,"
+                f" {human(plan.kv_bytes_per_token)} per further token"
             ),
         ),
-        ("o", "other", int(plan["overhead_bytes"]) // devices, "an estimate"),
+        ("o", "other", plan.overhead_bytes // devices, "an estimate"),
         (
             "+",
             "cache to spare",
             spare,
-            f"{plan['max_concurrency']:g} requests of full length would fit",
+            f"{plan.max_concurrency:g} requests of full length would fit",
         ),
-        (".", "held back", int(plan["margin_bytes"]), "because the rest is estimated"),
+        (".", "held back", plan.margin_bytes, "because the rest is estimated"),
     ]
 
 

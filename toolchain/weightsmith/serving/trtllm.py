@@ -8,11 +8,12 @@ from functools import cache
 from pathlib import Path
 
 from weightsmith.errors import UsageError
-from weightsmith.serving.engine import Engine, EngineBase, ServeOptions, ServingPlan
+from weightsmith.serving.engine import Engine, EngineBase, ServeOptions
 from weightsmith.serving.machine import Machine
 from weightsmith.serving.options import OptionList, load_options
 from weightsmith.serving.paged_capacity import Rules, Switches
 from weightsmith.serving.paged_plan import plan_paged
+from weightsmith.serving.plan import ServingPlan
 from weightsmith.values import Json
 
 GPU_IMAGE = "nvcr.io/nvidia/tensorrt-llm/release:1.1.0"

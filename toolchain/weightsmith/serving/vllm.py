@@ -9,13 +9,14 @@ from functools import cache
 from pathlib import Path
 
 from weightsmith.errors import UsageError
-from weightsmith.serving.engine import Engine, EngineBase, ServeOptions, ServingPlan, Support
+from weightsmith.serving.engine import Engine, EngineBase, ServeOptions, Support
 from weightsmith.serving.machine import Machine
 from weightsmith.serving.memory import GIB
 from weightsmith.serving.model import ModelShape
 from weightsmith.serving.options import OptionList, load_options
 from weightsmith.serving.paged_capacity import Capacity, Rules, Switches
 from weightsmith.serving.paged_plan import plan_paged
+from weightsmith.serving.plan import ServingPlan
 from weightsmith.serving.vllm_packing import check_packing
 from weightsmith.values import Json
 

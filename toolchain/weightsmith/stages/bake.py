@@ -13,7 +13,8 @@ from weightsmith.oci.weights import most_beside, weight_layers
 from weightsmith.ports import Store
 from weightsmith.provenance.labels import ENGINE_VERSION
 from weightsmith.provenance.roles import ADDED, LAYERS, config_label, roles_label
-from weightsmith.values import Artifact, Pieces, ServingConfig
+from weightsmith.serving.plan import ServingConfig
+from weightsmith.values import Artifact, Pieces
 
 USER = "65532:65532"
 """The unprivileged user that images run as, by number: the image may have no user database."""

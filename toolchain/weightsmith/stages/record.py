@@ -17,13 +17,13 @@ from weightsmith.oci.image import Image
 from weightsmith.provenance.evaluation import side_by_side
 from weightsmith.provenance.labels import without_secrets
 from weightsmith.recipe import Recipe
+from weightsmith.serving.plan import ServingConfig
 from weightsmith.values import (
     Artifact,
     Checkpoint,
     Json,
     Published,
     Score,
-    ServingConfig,
     Snapshot,
     Sources,
     plain,
@@ -138,7 +138,7 @@ def build_document(facts: Facts) -> dict[str, Json]:
         "validation": _without_cached(merged.get("validation")),
         "artifact": _artifact(facts.artifact) if facts.artifact else None,
         "quality": _quality(facts.artifact) if facts.artifact else None,
-        "plan": facts.config.plan if facts.config else None,
+        "plan": facts.config.plan.to_json() if facts.config else None,
         "image": _image(facts.published) if facts.published else None,
         **(_task(facts.tasks[0]) if facts.tasks else _task(NO_TASK)),
         "more_tasks": [{"name": t.name, **_task(t)} for t in facts.tasks[1:]],

@@ -21,17 +21,15 @@ from jinja2 import (
 
 from weightsmith.errors import UsageError
 from weightsmith.resources import templates
-from weightsmith.serving.engine import Engine, ServeOptions, ServingPlan
+from weightsmith.serving.engine import Engine, ServeOptions
 from weightsmith.serving.memory import human
+from weightsmith.serving.plan import ServingConfig, ServingPlan
 from weightsmith.serving.targets import Target
-from weightsmith.values import Digest, Json, ServingConfig, plain
+from weightsmith.values import Digest, Json
 
 USER_ID = 65532
 """The unprivileged user that images run as, as in distroless images."""
 
-_OF_THE_MACHINE = frozenset(
-    {"usable_bytes", "kv_cache_bytes", "margin_bytes", "max_concurrency", "notes", "nearest"}
-)
 _SLOWEST_DISK = 50_000_000
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -83,9 +81,8 @@ def render(
         **_engine_facts(engine, plan, names),
     }
     files = render_files((templates() / engine.name, templates() / "deploy"), facts)
-    recorded = plan_facts(plan)
-    plan_json = json.dumps(recorded, indent=2, sort_keys=True) + "\n"
-    inside_json = json.dumps(portable(recorded), indent=2, sort_keys=True) + "\n"
+    plan_json = json.dumps(plan.to_json(), indent=2, sort_keys=True) + "\n"
+    inside_json = json.dumps(plan.portable(), indent=2, sort_keys=True) + "\n"
     inside = {path: files[file] for path, file in engine.image_files.items()}
     return ServingConfig(
         target=target.name,
@@ -98,7 +95,7 @@ def render(
         health_path=engine.health_path,
         healthcheck=healthcheck,
         served_name=str(names["served_name"]),
-        plan=recorded,
+        plan=plan,
         made_from=made_from,
     )
 
@@ -115,7 +112,7 @@ def _engine_facts(
         "plan": plan,
         "port": engine.port,
         "health_path": engine.health_path,
-        "memory_limit": memory_limit(plan),
+        "memory_limit": plan.memory_limit_bytes,
         "user_id": USER_ID,
         "probe_seconds": engine.probe_seconds,
         "key_variable": engine.key_variable,
@@ -145,27 +142,6 @@ def _parts(image: str) -> Mapping[str, Json]:
     if not colon or "/" in tag:
         repository, tag = name, "latest"
     return {"repository": repository, "tag": f"{tag}{at}{digest}"}
-
-
-def plan_facts(plan: ServingPlan) -> Mapping[str, Json]:
-    """Return the plan as plain JSON, with what to limit a container to; sizes in bytes."""
-    facts: Mapping[str, Json] = {**plain(plan), "memory_limit_bytes": memory_limit(plan)}
-    return facts
-
-
-def portable(plan: Mapping[str, Json]) -> Mapping[str, Json]:
-    """Return what of a plan goes into the image: on a CPU, nothing of the planning machine.
-
-    Else the same build would have another digest on a machine with more memory.
-    """
-    own = _OF_THE_MACHINE if plan["device"] == "cpu" else frozenset()
-    return {key: value for key, value in plan.items() if key not in own}
-
-
-def memory_limit(plan: ServingPlan) -> int:
-    """Return what to limit the container to: its need on the host and a tenth, in whole 64 MiB."""
-    step = 64 << 20
-    return -(-plan.host_bytes * 11 // 10 // step) * step
 
 
 def startup_seconds(weight_bytes: int) -> int:

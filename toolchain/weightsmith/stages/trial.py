@@ -14,8 +14,9 @@ from weightsmith.evaluating.session import ServerSession
 from weightsmith.evaluating.smoke import Promise, Smoke, check_life, check_serving
 from weightsmith.evaluating.task import Answers, Task, ask_server
 from weightsmith.ports import Endpoint, StartSpec
+from weightsmith.serving.plan import ServingConfig
 from weightsmith.tools import Tools
-from weightsmith.values import Artifact, Digest, Json, ServingConfig, StageInputs
+from weightsmith.values import Artifact, Digest, Json, StageInputs
 
 RECIPE_NUMBER = 2
 _ANSWERS = "answers.json"
@@ -57,7 +58,7 @@ class Trial:
         """All that a task's answers depend on: not the names, labels and limits of the image."""
         plan, task = self.config.plan, asked.task
         chosen = {"of": [asked.model, dict(asked.fields)]} if asked.model or asked.fields else {}
-        settings = {k: v for k, v in dict(plan["settings"]).items() if k not in self.neutral}
+        settings = {k: v for k, v in plan.settings.items() if k not in self.neutral}
         longest = max((sum(len(m["content"]) for m in i.messages) for i in task.items), default=0)
         return StageInputs(
             stage="trial",
@@ -68,7 +69,7 @@ class Trial:
                 "settings": settings,
                 # A context that holds every question changes nothing by being longer; a token
                 # is at least one character, and a chat template adds a few.
-                "context": min(int(plan["max_model_len"]), longest + task.max_tokens + 256),
+                "context": min(plan.max_model_len, longest + task.max_tokens + 256),
                 "questions": task.digest,
                 "max_tokens": task.max_tokens,
                 **chosen,
@@ -81,8 +82,8 @@ class Trial:
         return Promise(
             served_name=self.config.served_name,
             health_path=self.config.health_path,
-            max_model_len=int(self.config.plan["max_model_len"]),
-            max_num_seqs=int(self.config.plan["max_num_seqs"]),
+            max_model_len=self.config.plan.max_model_len,
+            max_num_seqs=self.config.plan.max_num_seqs,
             start_seconds=max(_START_SECONDS, self.artifact.tree.size / _SLOWEST_DISK),
         )
 
@@ -122,8 +123,8 @@ def ask(reference: str, image: Digest, trial: Trial, tools: Tools) -> tuple[Answ
         port_variable=trial.port_variable,
         host_variable=trial.host_variable,
         memory_bytes=trial.memory_bytes,
-        shm_bytes=int(trial.config.plan.get("shm_bytes", 0)),
-        use_gpu=trial.config.plan["device"] != "cpu",
+        shm_bytes=trial.config.plan.shm_bytes,
+        use_gpu=trial.config.plan.device != "cpu",
     )
     smoke, promise = Smoke(), trial.promise
     with tools.launcher.serve(reference, spec) as endpoint, ServerSession(endpoint) as session:
