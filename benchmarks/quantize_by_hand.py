@@ -35,6 +35,7 @@ OURS = """
 import sys
 from pathlib import Path
 from weightsmith.drivers.local import LocalRunner
+from weightsmith.jobs import Input
 from weightsmith.ports import Silent
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import GENERAL, Bounds, read_texts
@@ -44,7 +45,7 @@ model, out, name = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 wanted = QuantizeOptions(name="m", format=formats()[name],
                 options=of_format(name).options(formats()[name], {"imatrix": "auto"}),
                 texts=read_texts(GENERAL, Bounds()))
-LocalRunner(cache_folder()).run(job_of(model, 1 << 30, wanted, out), Silent())
+LocalRunner(cache_folder()).run(job_of(Input(path=model), 1 << 30, wanted, out), Silent())
 """
 
 SAMPLES = """

@@ -38,6 +38,7 @@ from weightsmith.drivers.local import LocalRunner
 from weightsmith.drivers.pypi import PypiReader
 from weightsmith.drivers.store import FileStore
 from weightsmith.drivers.toolset import toolset_folder
+from weightsmith.jobs import Input
 from weightsmith.ports import Silent
 from weightsmith.quality.measure import measure
 from weightsmith.quantizers import formats, of_format
@@ -216,7 +217,8 @@ def convert(model: Path, out: Path, name: str) -> Path:
     """Run llama.cpp's converter in its builder; return the file."""
     out.mkdir()
     wanted = QuantizeOptions(name="demo", format=formats()[name], options={"imatrix": "off"})
-    LocalRunner(cache_folder()).run(job_of(model, 1 << 20, wanted, out), RecordingProgress())
+    job = job_of(Input(path=model), 1 << 20, wanted, out)
+    LocalRunner(cache_folder()).run(job, RecordingProgress())
     return out / "demo.gguf"
 
 

@@ -135,12 +135,12 @@ def test_of_several_unmerged_adapters_each_is_asked_its_own(two: Memory, target:
 
 def test_of_several_merged_adapters_each_is_held_against_itself(two: Memory) -> None:
     built = two.build()[TARGET]
-    jobs = [job for job in two.runner.jobs if job.stage == "reference"]
+    jobs = [job for job in two.runner.jobs if job.kind == "reference"]
 
-    assert [sorted(path.name for path in job.inputs.values()) for job in jobs[:2]] == [
+    assert [sorted(given.path.name for given in job.inputs.values()) for job in jobs[:2]] == [
         ["base"], ["a", "base"],
     ]  # fmt: skip
-    assert [job.parameters["weights"] for job in jobs] == [[], [1.0], [], [], [1.0], []]
+    assert [job.weights for job in jobs] == [(), (1.0,), (), (), (1.0,), ()]
     assert [result.tried.task.name for result in built.results] == ["a v1", "b v1"]
     assert len(two.launcher.asked) > 2 * QUESTIONS
     assert asked(two) == {"": {"a", "b"}}

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from weightsmith.drivers.docker import DockerEngine, DockerRunner
 from weightsmith.drivers.docker_requests import LABEL_JOB
 from weightsmith.drivers.local import LocalRunner
 from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused, WeightsmithError
+from weightsmith.jobs import EchoJob, Input, MergeJob
 from weightsmith.ports import Runner
-from weightsmith.values import Job
+from weightsmith.recipe import Merge
+from weightsmith.stages.merge import options_of
 from weightsmith.wiring import cache_folder
+from weightsmith.worker.jobs import STAGES
 
 from tests.fakes.journal import RecordingProgress
+from tests.fakes.remote import RemoteRunner, read_input
 from tests.fakes.runner import MemoryRunner
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +38,9 @@ REAL = [
 ]
 
 
-def make_runner(kind: str) -> Runner:
+def make_runner(kind: str, folder: Path | None = None) -> Runner:
+    if kind == "remote":
+        return RemoteRunner(machine=folder / "remote")
     if kind == "local":
         return LocalRunner(CACHE)
     if kind == "docker":
@@ -39,9 +48,9 @@ def make_runner(kind: str) -> Runner:
     return MemoryRunner()
 
 
-@pytest.fixture(params=["fake", *REAL])
-def runner(request: pytest.FixtureRequest) -> Runner:
-    return make_runner(request.param)
+@pytest.fixture(params=["fake", "remote", *REAL])
+def runner(request: pytest.FixtureRequest, tmp_path: Path) -> Runner:
+    return make_runner(request.param, tmp_path)
 
 
 @pytest.fixture(params=REAL)
@@ -54,26 +63,25 @@ def progress() -> RecordingProgress:
     return RecordingProgress()
 
 
-def echo(tmp_path: Path, seconds: int = 0, **parameters: object) -> Job:
+def echo(tmp_path: Path, seconds: int = 0, **wishes: Any) -> EchoJob:
     (tmp_path / "in").mkdir(exist_ok=True)
     text = tmp_path / "in" / "text.txt"
     text.write_text("grüße\n", encoding="utf-8")
     output = tmp_path / "out"
     output.mkdir(exist_ok=True)
-    return Job(
-        stage="echo",
+    return EchoJob(
         builder="merge",
-        inputs={"text": text},
-        parameters=parameters,
+        text=Input(path=text),
         output=output,
         memory_bytes=1 << 30,
         seconds=seconds,
+        **wishes,
     )
 
 
 def test_a_result_of_megabytes_arrives(runner, tmp_path, progress):
     job = echo(tmp_path)
-    job.inputs["text"].write_text("x" * 3_000_000)
+    job.text.path.write_text("x" * 3_000_000)
 
     assert runner.run(job, progress)["text"] == "x" * 3_000_000
 
@@ -115,6 +123,61 @@ def test_a_prepared_builder_is_ready(runner, progress):
     runner.prepare("merge", progress)
 
     assert runner.ready("merge")
+
+
+def merge_of(folder: Path, output: Path, refer: Callable[[Path], Input]) -> MergeJob:
+    """Return a merge of two adapters, one of them at half its weight."""
+    output.mkdir()
+    return MergeJob(
+        builder="merge",
+        base=refer(folder / "base"),
+        adapters=(refer(folder / "adapters" / "a"), refer(folder / "adapters" / "b")),
+        weights=(0.5, 1.0),
+        options=options_of(Merge(method="linear")),
+        output=output,
+        seconds=0,
+    )
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    copied = shutil.ignore_patterns("*.py", "*.jsonl")
+    return shutil.copytree(ROOT / "examples" / "tiny", tmp_path / "tiny", ignore=copied)
+
+
+@pytest.mark.parametrize("refer", [read_input, lambda path: Input(path=path)], ids=["known", "not"])
+def test_a_job_needs_no_more_than_its_references(refer, tiny, tmp_path, progress):
+    """The inputs are out of reach while another machine merges what it fetched."""
+
+    def merge_there(job: MergeJob, report: Any) -> Any:
+        hidden = tiny.rename(tmp_path / "hidden")
+        try:
+            return STAGES["merge"](job, report)
+        finally:
+            hidden.rename(tiny)
+
+    here, there = merge_of(tiny, tmp_path / "a", refer), merge_of(tiny, tmp_path / "b", refer)
+    remote = RemoteRunner(machine=tmp_path / "remote", stages={"merge": merge_there})
+
+    results = [MemoryRunner().run(here, progress), remote.run(there, progress)]
+
+    assert (here.output / "model.safetensors").stat().st_size > 1_000_000
+    assert read_input(here.output).files == read_input(there.output).files
+    assert results[0]["files"] == results[1]["files"]
+    assert results[0]["tensors"] == results[1]["tensors"]
+
+
+def test_an_input_that_differs_from_its_reference_is_not_used(tiny, tmp_path, progress):
+    job = merge_of(tiny, tmp_path / "out", read_input)
+    weights = tiny / "adapters" / "b" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    remote = RemoteRunner(machine=tmp_path / "remote")
+
+    with pytest.raises(EnvironmentFailure, match="changed on the way"):
+        remote.run(job, progress)
+
+    assert remote.jobs == []
+    assert not any(job.output.iterdir())
 
 
 def test_a_crash_leaves_its_traceback_in_the_log(real_runner, tmp_path, progress):
@@ -161,7 +224,7 @@ def test_a_job_that_hangs_is_ended_and_the_next_one_runs(real_runner, tmp_path, 
 @pytest.mark.docker
 @pytest.mark.builders
 def test_a_container_can_write_nothing_but_its_output(tmp_path, progress):
-    wanted = ["/in/x", "/weightsmith/x", "/opt/x", "/etc/x", "/root/x", "/out/x"]
+    wanted = ("/in/x", "/weightsmith/x", "/opt/x", "/etc/x", "/root/x", "/out/x")
 
     result = make_runner("docker").run(echo(tmp_path, try_to_write=wanted), progress)
 
@@ -174,12 +237,12 @@ def test_a_container_can_write_nothing_but_its_output(tmp_path, progress):
 @pytest.mark.builders
 def test_inputs_that_others_cannot_read_are_handed_over(tmp_path, progress):
     job = echo(tmp_path)
-    job.inputs["text"].chmod(0o600)
+    job.text.path.chmod(0o600)
 
     result = make_runner("docker").run(job, progress)
     assert result["text"] == "grüße\n"
     assert result["builder_image"].startswith("sha256:")
-    assert job.inputs["text"].stat().st_mode & 0o777 == 0o600
+    assert job.text.path.stat().st_mode & 0o777 == 0o600
 
 
 SLEEPER = """

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 import venv
 from pathlib import Path
+from typing import Any
 
 from weightsmith.drivers.environment import environment_folder
 from weightsmith.drivers.local import LocalRunner, _pins
-from weightsmith.values import Job
+from weightsmith.jobs import EchoJob, Input
 
 
 def bare_builder(cache: Path, name: str = "merge") -> Path:
@@ -23,18 +24,18 @@ def bare_runner(cache: Path, **options: bool) -> LocalRunner:
     return LocalRunner(bare_builder(cache), **options)
 
 
-def echo_job(folder: Path, **parameters: object) -> Job:
+def echo_job(folder: Path, **wishes: Any) -> EchoJob:
     """Return a job that reads one file and writes one, below a folder."""
     for name in ("in", "out"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "in" / "text.txt").write_text("text")
-    return Job(
-        stage="echo",
+    return EchoJob(
         builder="merge",
-        inputs={"text": folder / "in" / "text.txt"},
-        parameters=parameters,
+        text=Input(path=folder / "in" / "text.txt"),
         output=folder / "out",
+        seconds=0,
         memory_bytes=1 << 30,
+        **wishes,
     )
 
 

@@ -12,9 +12,11 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from weightsmith.jobs import ConvertAdapterJob, ExportEngineJob, QuantizeJob, ReferenceJob
 from weightsmith.quantizers import formats, gguf_lora, of_format
-from weightsmith.values import Job, Json, canonical
+from weightsmith.values import Json, canonical
 from weightsmith.worker.jobs import STAGES
 
 Report = Callable[[int, int, str], None]
@@ -53,7 +55,7 @@ class Bench:
     """Of llama.cpp's engine."""
 
     @property
-    def stages(self) -> Mapping[str, Callable[[Job, Report], Mapping[str, Json]]]:
+    def stages(self) -> Mapping[str, Callable[[Any, Report], Mapping[str, Json]]]:
         return {
             "merge": STAGES["merge"],
             "validate": lambda job, report: self.valid,
@@ -64,46 +66,44 @@ class Bench:
             "convert-adapter": _convert_adapter,
         }
 
-    def _reference(self, job: Job, report: Report) -> Mapping[str, Json]:
-        model = job.inputs["model"]
-        adapters = tuple(path.name for name, path in job.inputs.items() if name != "model")
-        who = "adapter" if adapters else "base" if model == self.base else "merged"
+    def _reference(self, job: ReferenceJob, report: Report) -> Mapping[str, Json]:
+        adapters = tuple(given.path.name for given in job.adapters)
+        who = "adapter" if adapters else "base" if job.model.path == self.base else "merged"
         if who == "merged":
             adapters = tuple(teacher for teacher, _ in self.minds.facts.values())
         report(1, 1, "items")
-        questions = [item[-1]["content"] for item in job.parameters["items"]]
+        questions = [each.messages[-1]["content"] for each in job.questions]
         answers = [self.minds.answer(who, adapters, question) for question in questions]
         return {"answers": [{"answer": text, "finish_reason": "stop"} for text in answers]}
 
-    def _quantize(self, job: Job, report: Report) -> Mapping[str, Json]:
-        wanted = job.parameters
-        format_ = formats()[str(wanted["format"])]
+    def _quantize(self, job: QuantizeJob, report: Report) -> Mapping[str, Json]:
+        format_, source = formats()[job.format], job.model.path
         statistics = of_format(format_.name).statistics
-        if wanted["texts"] and statistics and "statistics" not in job.inputs:
-            (job.output / statistics).write_bytes(digest_of(wanted["texts"]))
-        model = job.inputs["model"] / "model.safetensors"
-        told = {key: wanted[key] for key in ("quantizer", "format", "name", "options", "texts")}
-        weights = digest_of([hashlib.sha256(model.read_bytes()).hexdigest(), told]) * 4096
+        if job.texts and statistics and not job.statistics:
+            (job.output / statistics).write_bytes(digest_of(job.texts))
+        told = [job.quantizer, job.format, job.name, job.options, job.texts]
+        model = hashlib.sha256((source / "model.safetensors").read_bytes()).hexdigest()
+        weights = digest_of([model, told]) * 4096
         report(1, 1, "steps")
         if format_.suffix == ".gguf":
-            name = f"{wanted['name']}.gguf"
+            name = f"{job.name}.gguf"
         else:
             name = "model.safetensors"
-            for path in job.inputs["model"].iterdir():
+            for path in source.iterdir():
                 if path.name != name:
                     shutil.copy(path, job.output)
         (job.output / name).write_bytes(weights)
         os.truncate(job.output / name, len(weights) + self.padding)
         return {"file": name, "bits_per_weight": 4.9, "warnings": [], **self.quantized}
 
-    def _export_engine(self, job: Job, report: Report) -> Mapping[str, Json]:
+    def _export_engine(self, job: ExportEngineJob, report: Report) -> Mapping[str, Json]:
         for name in self.programs:
             (job.output / name).write_bytes(b"\x7fELF " + name.encode())
         return {}
 
 
-def _convert_adapter(job: Job, report: Report) -> Mapping[str, Json]:
-    weights = (job.inputs["adapter"] / "adapter_model.safetensors").read_bytes()
+def _convert_adapter(job: ConvertAdapterJob, report: Report) -> Mapping[str, Json]:
+    weights = (job.adapter.path / "adapter_model.safetensors").read_bytes()
     (job.output / gguf_lora.FILE).write_bytes(b"GGUF" + weights)
     return {"tensors": 2}
 

@@ -171,7 +171,7 @@ class Memory:
 
     def jobs(self) -> list[str]:
         """The stages whose jobs ran in the last build."""
-        return [job.stage for job in self.runner.jobs]
+        return [job.kind for job in self.runner.jobs]
 
     def seen(self) -> list[str]:
         """Everything that a user, or another machine, would take for a finished image."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from weightsmith.errors import EnvironmentFailure, WeightsmithError, from_code
+from weightsmith.jobs import Job, read_job, write_job
 from weightsmith.ports import Progress
-from weightsmith.values import Job, Json, plain
+from weightsmith.values import Json, plain
 from weightsmith.worker.jobs import STAGES
 
 from tests.fakes.journal import Journal
 
-Stage = Callable[[Job, Callable[[int, int, str], None]], Mapping[str, Json]]
+Stage = Callable[[Any, Callable[[int, int, str], None]], Mapping[str, Json]]
 
 
 @dataclass
@@ -45,10 +47,9 @@ class MemoryRunner:
     def run(self, job: Job, progress: Progress) -> Mapping[str, Json]:
         self.prepare(job.builder, progress)
         self.jobs.append(job)
-        json.dumps(plain(job.parameters))
         try:
-            self.journal.add(f"job {job.stage}")
-            result = self.stages[job.stage](job, progress.advance)
+            self.journal.add(f"job {job.kind}")
+            result = self.stages[job.kind](read_job(write_job(job)), progress.advance)
         except WeightsmithError as error:
             raise from_code(error.exit_code, error.message, error.hint) from None
         except Exception as problem:  # noqa: BLE001 - as the worker does

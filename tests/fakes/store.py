@@ -10,7 +10,7 @@ from pathlib import Path
 
 from weightsmith.errors import EnvironmentFailure
 from weightsmith.ports import Entry
-from weightsmith.values import Digest, FileEntry, Json, Tree, canonical
+from weightsmith.values import Digest, FileEntry, Json, Tree, UnreadDigest, canonical
 
 _LARGE = 256 << 10
 
@@ -82,7 +82,7 @@ class MemoryStore:
         stamp = (path.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
         if stamp not in self._digests:
             if not read and stat.st_size >= _LARGE:
-                nobody = Digest.of(canonical(["not read", *map(str, stamp)]))
+                nobody = UnreadDigest.of(canonical(["not read", *map(str, stamp)]))
                 return FileEntry(path=path.name, size=stat.st_size, digest=nobody)
             self._digests[stamp] = Digest.of(path.read_bytes())
         return FileEntry(path=path.name, size=stat.st_size, digest=self._digests[stamp])

@@ -222,8 +222,7 @@ READS_OUR_OWN = {
     "quantizers/compressor.py", "quantizers/gguf.py", "quantizers/running.py",
     "quantizers/sentencepiece_export.py", "resources.py", "serving/llamacpp_options.py",
     "serving/options.py", "serving/text.py", "serving/vllm.py", "stages/base.py",
-    "stages/quality.py", "stages/reference.py", "stages/trial.py", "stages/validate.py",
-    "merging/peft_layers.py", "merging/tuned.py", "worker/__main__.py",
+    "stages/trial.py", "merging/peft_layers.py", "merging/tuned.py", "destinations.py", "jobs.py",
 }  # fmt: skip
 """Files that read JSON of this very program: its own lists, job files, results; and two that run
 in a builder by their path, where nothing of ours can be imported."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from weightsmith.values import Digest, FileEntry, Job, Json, Snapshot, Tree, without_passwords
+from weightsmith.jobs import Job
+from weightsmith.values import Digest, FileEntry, Json, Snapshot, Tree, without_passwords
 
 
 class Progress(Protocol):
@@ -84,7 +85,7 @@ class Store(Protocol):
     def digest_file(self, path: Path, *, read: bool = True) -> FileEntry:
         """Return size and digest of a file, read again only when it changed.
 
-        Without `read` no large file is read: one that is not known has a digest that no file has.
+        Without `read` no large file is read: one that is not known has an UnreadDigest.
         """
 
     def require_room(self, needed: int, what: str) -> None:

@@ -28,7 +28,7 @@ class Digest(str):
         return super().__new__(cls, text)
 
     @classmethod
-    def of(cls, data: bytes) -> Digest:
+    def of(cls, data: bytes) -> Self:
         """Return the digest of bytes in memory."""
         return cls("sha256:" + hashlib.sha256(data).hexdigest())
 
@@ -41,6 +41,12 @@ class Digest(str):
     def short(self) -> str:
         """The first 12 digits, for people."""
         return self[7:19]
+
+
+class UnreadDigest(Digest):
+    """Stands for the digest of a file that was not read; no file has it."""
+
+    __slots__ = ()
 
 
 def canonical(value: Json) -> bytes:
@@ -272,24 +278,6 @@ class Score:
     n: int
     metric: str
     per_item: tuple[Mapping[str, Json], ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """Everything a heavy stage needs, and nothing else; a runner carries it to a builder."""
-
-    stage: str
-    builder: str
-    inputs: Mapping[str, Path]
-    """Name -> file or folder, read-only inside the builder."""
-    parameters: Mapping[str, Json] = field(default_factory=dict)
-    output: Path
-    """An existing empty folder; the only place the job writes."""
-    memory_bytes: int = 0
-    """Limit for the container; 0 for none."""
-    seconds: int = 0
-    """Most that it may take, as `time_limits.job_seconds` works it out; 0 for no limit."""
-    use_gpu: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

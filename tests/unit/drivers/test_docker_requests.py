@@ -17,11 +17,11 @@ from weightsmith.drivers.docker_requests import (
     server_request,
 )
 from weightsmith.drivers.process import Completed
+from weightsmith.jobs import ConvertAdapterJob, Input
 from weightsmith.ports import StartSpec
-from weightsmith.values import Job
 
 PLACE = JobFiles(
-    inputs={"base": Path("/models/base"), "adapter0": Path("/models/lora")},
+    inputs={"base": Path("/models/base"), "adapter": Path("/models/lora")},
     output=Path("/store/tmp/out"),
     job_file=Path("/staging/job.json"),
     package=Path("/src/weightsmith"),
@@ -29,11 +29,12 @@ PLACE = JobFiles(
 
 
 def request(*, gpu: bool = False, memory: int = 1 << 30):
-    job = Job(
-        stage="merge",
-        builder="merge",
-        inputs=PLACE.inputs,
+    job = ConvertAdapterJob(
+        builder="gguf",
+        base=Input(path=PLACE.inputs["base"]),
+        adapter=Input(path=PLACE.inputs["adapter"]),
         output=PLACE.output,
+        seconds=0,
         memory_bytes=memory,
         use_gpu=gpu,
     )
@@ -61,7 +62,7 @@ def test_a_job_sees_its_inputs_read_only_and_writes_one_folder():
     }
 
     assert mounts == {
-        "/in/adapter0": ("/models/lora", True),
+        "/in/adapter": ("/models/lora", True),
         "/in/base": ("/models/base", True),
         "/job/job.json": ("/staging/job.json", True),
         "/weightsmith/weightsmith": ("/src/weightsmith", True),
@@ -77,7 +78,7 @@ def test_memory_is_limited_without_swap_beside_it():
 
 
 def test_the_owner_is_on_the_label():
-    assert request()["labels"] == {"weightsmith.owner": "me", "weightsmith.job": "merge"}
+    assert request()["labels"] == {"weightsmith.owner": "me", "weightsmith.job": "convert-adapter"}
 
 
 def test_gpus_are_asked_for_only_when_there_are_any():

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from weightsmith.drivers.fallback import FallbackRunner
 from weightsmith.errors import EnvironmentFailure, InputRefused
+from weightsmith.jobs import ExportEngineJob
 from weightsmith.ports import Silent
-from weightsmith.values import Job
 
 from tests.fakes.journal import RecordingProgress
 
@@ -26,13 +26,13 @@ class Runner:
         return self._prepares
 
     def run(self, job, progress):
-        self.jobs.append(job.stage)
+        self.jobs.append(job.kind)
         if self._fails:
             raise InputRefused("no")
         return {"by": self.name}
 
 
-JOB = Job(stage="merge", builder="merge", inputs={}, output=Path())
+JOB = ExportEngineJob(builder="merge", output=Path(), seconds=0)
 
 
 def test_the_first_runner_is_preferred() -> None:

@@ -12,7 +12,7 @@ from weightsmith.drivers.lines import RESULT, Lines
 from weightsmith.drivers.process import TookTooLong
 from weightsmith.drivers.wire import Conversation, open_log
 from weightsmith.errors import EnvironmentFailure, InputRefused, WeightsmithError
-from weightsmith.values import Job
+from weightsmith.jobs import EchoJob, Input, Job
 
 from tests.fakes.journal import RecordingProgress
 
@@ -22,11 +22,8 @@ class Log(io.StringIO):
 
 
 def job_in(tmp_path: Path, seconds: int = 0) -> Job:
-    inputs = {"text": tmp_path / "text"}
-    return Job(
-        stage="echo", builder="merge", inputs=inputs, parameters={}, output=tmp_path,
-        seconds=seconds,
-    )  # fmt: skip
+    text = Input(path=tmp_path / "text")
+    return EchoJob(builder="merge", text=text, output=tmp_path, seconds=seconds)
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def test_a_merge_is_a_value_with_types(tools: Tools) -> None:
     assert len(merged.shards[0].sha256) == 64
     assert merged.tensors["merged"] > 0
     assert merged.peak_rss_bytes > 0
-    assert tools.runner.jobs[0].parameters["weights"] == [0.5]
+    assert tools.runner.jobs[0].weights == (0.5,)
 
 
 def test_options_have_the_defaults_of_the_recipe() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from weightsmith.errors import InputRefused
+from weightsmith.jobs import Question
 from weightsmith.merging.choices import likelihoods
 from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.merging.reference import answer
@@ -106,11 +107,9 @@ def test_choices_are_scored_by_the_models_own_probabilities(base: Path, make_ada
     from transformers import AutoModelForCausalLM
 
     adapter = make_adapter(base, "one")
-    item = {
-        "messages": [{"role": "user", "content": "w1 w2"}],
-        "choices": ["w3", "w4 w5"],
-        "plain": True,
-    }
+    item = Question(
+        messages=({"role": "user", "content": "w1 w2"},), choices=("w3", "w4 w5"), plain=True
+    )
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = PeftModel.from_pretrained(model, adapter).eval()
 

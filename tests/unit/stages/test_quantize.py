@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from weightsmith.destinations import InStore
 from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused
+from weightsmith.jobs import Input, QuantizeJob
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import GENERAL, Bounds, read_texts
 from weightsmith.quantizers.quantizer import QuantizeRequest, Step
 from weightsmith.stages.quantize import QuantizeOptions, quantize
-from weightsmith.values import Checkpoint, Digest, FileEntry, Job, Tree
+from weightsmith.values import Checkpoint, Digest, FileEntry, Tree
 from weightsmith.worker import jobs
 from weightsmith.worker import steps as steps_of
 
@@ -29,11 +30,11 @@ def checkpoint(tmp_path):
 
 def quantizer_job(job, _report):
     """Do what the worker does to the output, without the programs."""
-    given = job.inputs.get("statistics")
-    if job.parameters["texts"] and not given:
+    given = job.statistics
+    if job.texts and not given:
         (job.output / "imatrix.gguf").write_text("measured")
-    (job.output / "demo.gguf").write_text(f"{job.parameters['format']}")
-    return {"given": given.read_text() if given else ""}
+    (job.output / "demo.gguf").write_text(job.format)
+    return {"given": given.path.read_text() if given else ""}
 
 
 @pytest.fixture
@@ -176,12 +177,15 @@ def test_a_refused_file_is_made_from_the_start_the_next_time(request_, monkeypat
 
     quantizer = replace(of_format("q4_k_m"), steps=lambda _: (python(add("first")),), check=check)
     monkeypatch.setattr(jobs, "_quantizer", lambda _: quantizer)
-    job = Job(
-        stage="quantize",
+    job = QuantizeJob(
         builder="gguf",
-        inputs={"model": tmp_path},
-        parameters={"quantizer": "gguf", "format": "q4_k_m", "name": "demo"},
+        model=Input(path=tmp_path),
+        quantizer="gguf",
+        format="q4_k_m",
+        name="demo",
+        options={},
         output=request_.output,
+        seconds=0,
     )
     for _ in range(2):
         with pytest.raises(CheckFailed):

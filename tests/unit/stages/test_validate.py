@@ -16,6 +16,7 @@ from weightsmith.building import recording
 from weightsmith.commands.validate import validate_folders
 from weightsmith.destinations import InStore
 from weightsmith.errors import CheckFailed, UsageError
+from weightsmith.jobs import MergeJob
 from weightsmith.pipeline import build
 from weightsmith.planning.request import BuildRequest
 from weightsmith.planning.targets import chosen_targets
@@ -24,7 +25,7 @@ from weightsmith.recipe_file import read_recipe
 from weightsmith.stages.publish import Outputs
 from weightsmith.stages.validate import validate
 from weightsmith.tools import Tools
-from weightsmith.values import Checkpoint, Job, Snapshot, Sources, Tree
+from weightsmith.values import Checkpoint, Snapshot, Sources, Tree
 from weightsmith.worker.jobs import STAGES
 
 from tests.fakes.memory import memory_tools
@@ -77,8 +78,8 @@ def test_the_command_fails_with_its_findings(tmp_path: Path) -> None:
         validate_folders(TINY / "base", (adapter,), TINY / "base", None, TIES, tools)
 
     assert caught.value.details["findings"] == [BAD]
-    assert tools.runner.jobs[0].parameters["weights"] == [0.5]
-    assert tools.runner.jobs[0].parameters["scope"] == "rest"
+    assert tools.runner.jobs[0].weights == (0.5,)
+    assert tools.runner.jobs[0].scope == "rest"
 
 
 def test_probes_are_read_before_anything_runs(tmp_path: Path) -> None:
@@ -95,7 +96,7 @@ def test_probes_are_read_before_anything_runs(tmp_path: Path) -> None:
 def wrong_merge(change: Callable[[int], int]) -> Any:
     """Merge, and change the bits of one of four million elements."""
 
-    def run(job: Job, report: Any) -> Any:
+    def run(job: MergeJob, report: Any) -> Any:
         result = STAGES["merge"](job, report)
         path = job.output / "model.safetensors"
         tensors = load_file(path)
@@ -136,7 +137,7 @@ def test_a_wrong_merge_ends_the_build(
 
     kept = tmp_path / "dist" / "tiny-capitals" / "1.0.0" / "refused" / "build.json"
     record = json.loads(kept.read_text())["validation"]
-    assert [job.stage for job in tools.runner.jobs] == ["merge", "validate"]
+    assert [job.kind for job in tools.runner.jobs] == ["merge", "validate"]
     assert "report: " in caught.value.hint
     assert (kept.parent / "report.html").is_file()
     assert record["elements"]["wrong"] == 1
@@ -173,7 +174,7 @@ def test_a_recipe_may_leave_it_out(tmp_path: Path) -> None:
     class Enough(Exception):
         pass
 
-    def stop(job: Job, report: Any) -> Any:
+    def stop(job: Any, report: Any) -> Any:
         raise Enough
 
     request = request_for(tmp_path, "validate.enabled=false")
@@ -182,5 +183,5 @@ def test_a_recipe_may_leave_it_out(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="Enough"):
         list(build(request, tools))
 
-    assert [job.stage for job in tools.runner.jobs] == ["merge", "reference"]
+    assert [job.kind for job in tools.runner.jobs] == ["merge", "reference"]
     assert any("validation is off" in str(line) for line in tools.progress.lines)

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from weightsmith.jobs import Mixture
 from weightsmith.stages.validate import mixture
 from weightsmith.validating.elements import Tally
-from weightsmith.validating.mixtures import Kept, Mixture, compare_kept
+from weightsmith.validating.mixtures import Kept, compare_kept
 
 from tests.unit.validating.conftest import (
     edit_tensors,

@@ -7,29 +7,29 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from weightsmith.drivers.wire import job_file
-from weightsmith.values import Job
+import pytest
+from weightsmith.jobs import EchoJob, Input, Job, write_job
 
 ROOT = Path(__file__).parents[3]
 
 
-def echo(tmp_path: Path, stage: str = "echo", seconds: int = 0, **parameters: object) -> Job:
+def echo(tmp_path: Path, seconds: int = 0, **wishes: Any) -> Job:
     (tmp_path / "text").write_text("hello", encoding="utf-8")
-    return Job(
-        stage=stage,
+    return EchoJob(
         builder="merge",
-        inputs={"text": tmp_path / "text"},
-        parameters=parameters,
+        text=Input(path=tmp_path / "text"),
         output=tmp_path,
         seconds=seconds,
+        **wishes,
     )
 
 
-def worker(job: Job, tmp_path: Path, **options: object) -> subprocess.Popen[str]:
+def worker(job: Job | str, tmp_path: Path) -> subprocess.Popen[str]:
+    """Start a worker on a job, or on a text in its place."""
     file = tmp_path / "job.json"
-    inputs = {name: str(path) for name, path in job.inputs.items()}
-    file.write_text(job_file(job, inputs, str(job.output)), encoding="utf-8")
+    file.write_text(job if isinstance(job, str) else write_job(job), encoding="utf-8")
     return subprocess.Popen(
         [sys.executable, "-m", "weightsmith.worker", str(file)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -80,10 +80,15 @@ def test_a_surprise_has_its_traceback_on_standard_error(tmp_path):
     assert "boom" in err
 
 
-def test_an_unknown_stage_is_refused(tmp_path):
-    messages, _ = ended(worker(echo(tmp_path, stage="dance"), tmp_path))
+@pytest.mark.parametrize("text", ['{"kind": "dance", "job": {}}', '{"kind": "echo"}', "{", "[]"])
+def test_what_is_not_a_job_of_this_version_is_refused(text, tmp_path):
+    process = worker(text, tmp_path)
 
-    assert "dance" in messages[0]["error"]["message"]
+    messages, err = ended(process)
+
+    assert [message["error"]["exit_code"] for message in messages] == [3]
+    assert process.returncode == 3
+    assert "Traceback" not in err
 
 
 def test_the_worker_ends_when_its_standard_input_does(tmp_path):

@@ -25,7 +25,6 @@ from weightsmith.drivers.docker_requests import (
     INPUTS,
     LABEL_OWNER,
     NOBODY,
-    OUTPUT,
     Bounds,
     JobFiles,
     inside,
@@ -37,11 +36,12 @@ from weightsmith.drivers.lines import RESULT, Lines
 from weightsmith.drivers.local import worker_environment
 from weightsmith.drivers.ownership import is_dead, owner_token, private_folder
 from weightsmith.drivers.process import TookTooLong
-from weightsmith.drivers.wire import Conversation, job_file, open_log
+from weightsmith.drivers.wire import Conversation, open_log
 from weightsmith.errors import EnvironmentFailure
+from weightsmith.jobs import Job, write_job
 from weightsmith.ports import CANDIDATES, Progress
 from weightsmith.resources import package
-from weightsmith.values import Job, Json
+from weightsmith.values import Json
 
 GONE = (DockerException, RequestException, OSError)
 """What the client library raises for an engine that is not there or went away."""
@@ -225,14 +225,14 @@ class DockerRunner:
         with contextlib.ExitStack() as stack:
             staging = stack.enter_context(private_folder(self._cache))
             place = _hand_over(job, staging, by_others=root)
-            log = stack.enter_context(open_log(self._cache, job.stage))
+            log = stack.enter_context(open_log(self._cache, job.kind))
             if root:
                 stack.enter_context(owned_by(job.output, user, group))
             image = image_tag(job.builder, self._flavour())
             request = job_request(job, image, place, bounds, worker_environment())
             conversation = Conversation(job=job, progress=progress, log=log, inside=INPUTS)
             stack.enter_context(conversation.in_time())
-            with engine_errors(f"running the {job.stage} job"):
+            with engine_errors(f"running the {job.kind} job"):
                 returncode = _converse(self._engine.client, request, conversation)
             ran_in = self._engine.inspect(image).get("Id", "")
             return {**conversation.result(returncode), "builder_image": ran_in}
@@ -292,8 +292,8 @@ def _passes_gpus(info: Mapping[str, Any]) -> bool:
 def _hand_over(job: Job, staging: Path, *, by_others: bool) -> JobFiles:
     """Lay out what the container will see, readable for its user."""
     inputs = {
-        name: readable(path, staging / "in" / name, by_others=by_others)
-        for name, path in job.inputs.items()
+        name: readable(given.path, staging / "in" / name, by_others=by_others)
+        for name, given in job.inputs.items()
     }
     place = JobFiles(
         inputs=inputs,
@@ -301,7 +301,7 @@ def _hand_over(job: Job, staging: Path, *, by_others: bool) -> JobFiles:
         job_file=staging / "job.json",
         package=readable(package(), staging / "weightsmith", by_others=by_others),
     )
-    place.job_file.write_text(job_file(job, inside(job, place), OUTPUT), encoding="utf-8")
+    place.job_file.write_text(write_job(inside(job)), encoding="utf-8")
     place.job_file.chmod(0o444)
     return place
 

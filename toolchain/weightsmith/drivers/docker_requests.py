@@ -9,8 +9,8 @@ from typing import Any
 
 from docker.types import DeviceRequest, Mount
 
+from weightsmith.jobs import Job
 from weightsmith.ports import StartSpec
-from weightsmith.values import Job
 
 LABEL_OWNER = "weightsmith.owner"
 LABEL_JOB = "weightsmith.job"
@@ -80,13 +80,14 @@ def job_request(
         "detach": False,
         "auto_remove": True,
     }
-    request["labels"] = {**request["labels"], LABEL_JOB: job.stage}
+    request["labels"] = {**request["labels"], LABEL_JOB: job.kind}
     return request
 
 
-def inside(job: Job, place: JobFiles) -> dict[str, str]:
-    """Return the job's inputs by the paths that hold inside its container."""
-    return {name: f"{INPUTS}/{name}" for name in sorted(job.inputs) if name in place.inputs}
+def inside(job: Job) -> Job:
+    """Return the job with the paths that hold inside its container."""
+    inputs = {name: given.at(Path(INPUTS, name)) for name, given in job.inputs.items()}
+    return job.at(inputs, Path(OUTPUT))
 
 
 def server_request(

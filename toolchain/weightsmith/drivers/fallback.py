@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from weightsmith.errors import EnvironmentFailure
+from weightsmith.jobs import Job
 from weightsmith.ports import Progress, Runner
-from weightsmith.values import Job, Json
+from weightsmith.values import Json
 
 _LONG = 160
 """Characters of a reason; its beginning and its end say most."""

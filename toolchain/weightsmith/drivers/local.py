@@ -19,11 +19,12 @@ from weightsmith.drivers.jail import Jail
 from weightsmith.drivers.lines import RESULT
 from weightsmith.drivers.ownership import private_folder
 from weightsmith.drivers.toolset import make_toolset, toolset_folder
-from weightsmith.drivers.wire import Conversation, job_file, open_log
+from weightsmith.drivers.wire import Conversation, open_log
 from weightsmith.errors import EnvironmentFailure
+from weightsmith.jobs import Job, write_job
 from weightsmith.ports import Progress
 from weightsmith.resources import compiled_engines, package
-from weightsmith.values import Job, Json
+from weightsmith.values import Json
 
 WAYS_OUT = (
     "use the docker runner; or have the kernel give ordinary users namespaces (Ubuntu: sysctl "
@@ -84,14 +85,16 @@ class LocalRunner:
     def run(self, job: Job, progress: Progress) -> Mapping[str, Json]:
         """Run the job to its end; raises the job's own error, EnvironmentFailure where it died."""
         self.prepare(job.builder, progress)
+        here = {n: given.at(given.path.absolute()) for n, given in job.inputs.items()}
+        job = job.at(here, job.output.absolute())
         python = environment_folder(self._cache, _pins(job.builder)) / "bin" / "python"
         with (
             private_folder(self._cache) as folder,
-            open_log(self._cache, job.stage) as log,
+            open_log(self._cache, job.kind) as log,
             Conversation(job=job, progress=progress, log=log).in_time() as conversation,
         ):
             _furnish(folder)
-            (folder / "job.json").write_text(_local_job(job), encoding="utf-8")
+            (folder / "job.json").write_text(write_job(job), encoding="utf-8")
             found = confinement()
             jail = self._jail(job, folder, found)
             if left := found.left():
@@ -132,8 +135,8 @@ class LocalRunner:
             found,
             run=[environment, *interpreter(environment / "bin" / "python"), package(), *tools],
             read=[folder],
-            inputs=[path.absolute() for path in job.inputs.values()],
-            write=[folder / "tmp", job.output.absolute()],
+            inputs=[given.path for given in job.inputs.values()],
+            write=[folder / "tmp", job.output],
             gpu=job.use_gpu,
             sockets=not found.network,
         )
@@ -175,8 +178,3 @@ def worker_environment() -> dict[str, str]:
 
 def _pins(builder: str) -> Pins:
     return Pins(name=builder, flavour="cuda" if gpu_names() else "cpu")
-
-
-def _local_job(job: Job) -> str:
-    inputs = {name: str(path.absolute()) for name, path in job.inputs.items()}
-    return job_file(job, inputs, str(job.output.absolute()))

@@ -25,7 +25,7 @@ from weightsmith.foreign import parse
 from weightsmith.ports import Entry
 from weightsmith.privacy import private
 from weightsmith.trees import below, discard, remove
-from weightsmith.values import Digest, FileEntry, Json, Tree, canonical
+from weightsmith.values import Digest, FileEntry, Json, Tree, UnreadDigest, canonical
 
 _WORTH_REMEMBERING = 256 << 10
 """Bytes below which hashing a file again costs less than remembering its digest."""
@@ -93,7 +93,7 @@ class FileStore:
     def digest_file(self, path: Path, *, read: bool = True) -> FileEntry:
         """Return size and digest of a file, read again only when its inode or times changed.
 
-        Without `read` no large file is read: one that is not known has a digest that no file has.
+        Without `read` no large file is read: one that is not known has an UnreadDigest.
         """
         stat = path.stat()
         if stat.st_size < _WORTH_REMEMBERING:
@@ -106,7 +106,7 @@ class FileStore:
             if known["stamp"] == stamp:
                 return FileEntry(path=path.name, size=stat.st_size, digest=Digest(known["digest"]))
         if not read:
-            nobody = Digest.of(canonical(["not read", *stamp]))
+            nobody = UnreadDigest.of(canonical(["not read", *stamp]))
             return FileEntry(path=path.name, size=stat.st_size, digest=nobody)
         with path.open("rb") as file:
             digest = Digest("sha256:" + file_digest(file, "sha256").hexdigest())

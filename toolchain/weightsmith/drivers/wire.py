@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import secrets
@@ -18,10 +17,11 @@ from weightsmith.drivers.process import TookTooLong, describe_exit
 from weightsmith.errors import EnvironmentFailure, WeightsmithError, from_code
 from weightsmith.files import age_order
 from weightsmith.foreign import parse
+from weightsmith.jobs import Job
 from weightsmith.ports import Progress
 from weightsmith.privacy import private
 from weightsmith.time_limits import VARIABLE
-from weightsmith.values import Job, Json, plain
+from weightsmith.values import Json
 
 _LOGS_KEPT = 40
 _KILLED = (-9, 137)
@@ -85,7 +85,7 @@ class Conversation:
             raise self._error
         if self._result is not None and returncode == 0:
             return self._result
-        name = self.job.stage
+        name = self.job.kind
         if returncode in _KILLED:
             limit = f" (limit {self.job.memory_bytes:,} bytes)" if self.job.memory_bytes else ""
             raise EnvironmentFailure(
@@ -107,7 +107,7 @@ class Conversation:
         except TookTooLong:
             self.log.flush()
             raise EnvironmentFailure(
-                f"the {self.job.stage} job was ended after {_span(self.job.seconds)}, the most "
+                f"the {self.job.kind} job was ended after {_span(self.job.seconds)}, the most "
                 f"that it may take{self._at() or '; it was at: its start'}",
                 hint=f"if that is where it hangs, give another input; if it is only slow, "
                 f"{VARIABLE} sets another limit; log: {self.log.name}",
@@ -117,7 +117,8 @@ class Conversation:
         if not self.inside:
             return text
         place = rf"(?<![\w./]){re.escape(self.inside)}/([\w-]+)"
-        return re.sub(place, lambda found: str(self.job.inputs.get(found[1], found[0])), text)
+        inputs = self.job.inputs
+        return re.sub(place, lambda m: str(inputs[m[1]].path if m[1] in inputs else m[0]), text)
 
     def _at(self) -> str:
         at = ", ".join(text for text in (self._doing or self._noted, self._done) if text)
@@ -129,19 +130,6 @@ def _span(seconds: int) -> str:
     if seconds < 120:
         return f"{seconds} seconds"
     return f"{hours} h {minutes} min" if hours else f"{minutes} minutes"
-
-
-def job_file(job: Job, inputs: Mapping[str, str], output: str) -> str:
-    """Return the job as JSON text, with the paths that hold inside the builder."""
-    data = {
-        "stage": job.stage,
-        "builder": job.builder,
-        "inputs": dict(inputs),
-        "parameters": plain(job.parameters),
-        "output": output,
-        "seconds": job.seconds,
-    }
-    return json.dumps(data, ensure_ascii=False)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.likelihood import choose, scorer
 from weightsmith.evaluating.metrics import score_answers
 from weightsmith.evaluating.session import ServerSession
+from weightsmith.jobs import Question
 from weightsmith.ports import Progress, RunCommand
 from weightsmith.values import Digest, Json, Score, key_of
 
@@ -41,16 +42,12 @@ class Task:
         return key_of([asked, [[item.choices, item.plain] for item in self.items]])
 
     @property
-    def parameters(self) -> Mapping[str, Json]:
+    def questions(self) -> tuple[Question, ...]:
         """The same for a job that asks a checkpoint."""
-        facts: dict[str, Json] = {
-            "items": [[dict(m) for m in item.messages] for item in self.items],
-            "max_tokens": self.max_tokens,
-        }
-        if self.metric == "choice":
-            facts["choices"] = [list(item.choices) for item in self.items]
-            facts["plain"] = [item.plain for item in self.items]
-        return facts
+        return tuple(
+            Question(messages=item.messages, choices=item.choices, plain=item.plain)
+            for item in self.items
+        )
 
     @property
     def most_tokens(self) -> int:

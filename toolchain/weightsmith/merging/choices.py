@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from weightsmith.jobs import Question
 from weightsmith.merging.reference import (
     Message,
     Progress,
@@ -22,14 +23,14 @@ from weightsmith.merging.reference import (
 def likelihoods(
     model: Path,
     adapters: Sequence[tuple[Path, float]],
-    items: Sequence[Mapping[str, Any]],
+    items: Sequence[Question],
     progress: Progress | None = None,
 ) -> list[list[float]]:
     """Return each choice's log-likelihood (natural logarithm, float32 forward), item by item.
 
-    An item has `messages`, `choices`, and `plain`: whether its one message is continued as text,
-    after one space, without a chat template. The sum runs over the tokens by which the text with
-    the choice differs from the text without. Raises InputRefused as `reference.answer` does.
+    A plain question's one message is continued as text, after one space, without a chat template.
+    The sum runs over the tokens by which the text with the choice differs from the text without.
+    Raises InputRefused as `reference.answer` does.
     """
     stay_offline()
     with modest_threads():
@@ -37,19 +38,17 @@ def likelihoods(
         network = load_network(model, adapters)
         found = []
         for number, item in enumerate(items, start=1):
-            pairs = [_tokens(tokenizer, item, choice, model) for choice in item["choices"]]
+            pairs = [_tokens(tokenizer, item, choice, model) for choice in item.choices]
             found.append([_score(network, whole, shared) for whole, shared in pairs])
             if progress is not None:
                 progress(number, len(items))
     return found
 
 
-def _tokens(
-    tokenizer: Any, item: Mapping[str, Any], choice: str, model: Path
-) -> tuple[list[int], int]:
+def _tokens(tokenizer: Any, item: Question, choice: str, model: Path) -> tuple[list[int], int]:
     """Return the token ids of context and choice together, and how many the context alone has."""
-    messages: Sequence[Message] = item["messages"]
-    if item["plain"]:
+    messages: Sequence[Message] = item.messages
+    if item.plain:
         context = messages[0]["content"]
         apart = context[-1:].isspace() or choice[:1].isspace()
         before = list(tokenizer(context)["input_ids"])

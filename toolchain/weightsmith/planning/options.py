@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from weightsmith.errors import InputRefused, UsageError
+from weightsmith.jobs import Input
 from weightsmith.ports import Progress
 from weightsmith.provenance.labels import public_name
 from weightsmith.quantizers import formats, of_format
@@ -19,7 +20,7 @@ from weightsmith.serving.targets import Target
 from weightsmith.stages.quantize import QuantizeOptions
 from weightsmith.stages.unmerged import served_adapters
 from weightsmith.tools import Tools
-from weightsmith.values import LORA, Format, Json, Snapshot, Sources
+from weightsmith.values import LORA, Format, Json, Snapshot, Sources, Tree
 
 
 def serve_options(serve: Serve) -> ServeOptions:
@@ -89,12 +90,14 @@ def format_options(
     options = dict(quantizer.options(format_, settings))
     statistics = None
     if options.get("imatrix", "auto") not in {"auto", "off"}:
-        statistics = Path(str(options["imatrix"])).absolute()
-        if not statistics.is_file():
+        path = Path(str(options["imatrix"])).absolute()
+        if not path.is_file():
             raise InputRefused(
-                f"{statistics}: no such importance matrix", hint="give auto, off or a file"
+                f"{path}: no such importance matrix", hint="give auto, off or a file"
             )
-        options["imatrix"] = tools.store.digest_file(statistics).digest
+        entry = tools.store.digest_file(path)
+        statistics = Input.file(Tree(root=path.parent, files=(entry,)), entry.path)
+        options["imatrix"] = entry.digest
     if about:
         options["about"] = dict(about)
     return QuantizeOptions(name=name, format=format_, options=options, statistics=statistics)
@@ -111,7 +114,7 @@ def check_model(options: QuantizeOptions, config: Mapping[str, Json]) -> None:
     quantizer.check_input(options.format, config)
     quantizer.check_options(config, options.options)
     if options.statistics and quantizer.check_statistics:
-        quantizer.check_statistics(options.statistics, config)
+        quantizer.check_statistics(options.statistics.path, config)
 
 
 def _origin(base: Snapshot) -> dict[str, str]:

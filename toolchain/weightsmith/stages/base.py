@@ -9,6 +9,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from weightsmith.errors import InputRefused, UsageError
+from weightsmith.jobs import ExportEngineJob
 from weightsmith.oci.image import Image, ImageConfig, assemble
 from weightsmith.oci.layers import (
     LAYER_TAR,
@@ -33,7 +34,7 @@ from weightsmith.resources import assembles_itself, engine_pins, engine_source, 
 from weightsmith.serving.engine import Engine
 from weightsmith.time_limits import job_seconds
 from weightsmith.tools import Tools
-from weightsmith.values import Blob, Digest, Job, Json, StageInputs, key_of
+from weightsmith.values import Blob, Digest, Json, StageInputs, key_of
 
 OWN = "engine:"
 """Prefix of bases that are a folder of images/engines/, assembled here from its tools."""
@@ -277,9 +278,7 @@ def _accounts() -> tuple[Member, ...]:
 
 def _export(folder: Path, tools: Tools) -> Mapping[str, Json]:
     tools.runner.prepare(_BUILDER, tools.progress)
-    job = Job(
-        stage="export-engine", builder=_BUILDER, inputs={}, output=folder, seconds=job_seconds(0)
-    )
+    job = ExportEngineJob(builder=_BUILDER, output=folder, seconds=job_seconds(0))
     return tools.runner.run(job, tools.progress)
 
 

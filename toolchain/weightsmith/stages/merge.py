@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from weightsmith.destinations import Destination
+from weightsmith.jobs import Input, MergeJob, MergeOptions
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.plan import estimate, make_plan
 from weightsmith.outcome import Outcome, Timer
@@ -13,7 +15,7 @@ from weightsmith.recipe import Merge
 from weightsmith.resources import builder_pins
 from weightsmith.time_limits import job_seconds
 from weightsmith.tools import Tools
-from weightsmith.values import Checkpoint, Job, Json, Sources, StageInputs
+from weightsmith.values import Checkpoint, Json, Sources, StageInputs
 
 BUILDER = "merge"
 RECIPE_NUMBER = 1
@@ -30,24 +32,15 @@ def inputs(sources: Sources, options: Merge) -> StageInputs:
             "base": sources.base.digest,
             "adapters": [a.snapshot.digest for a in sources.adapters],
             "weights": [a.weight for a in sources.adapters],
-            **parameters(options),
+            **asdict(options_of(options)),
             "builder": builder_pins(BUILDER),
         },
     )
 
 
-def parameters(options: Merge) -> dict[str, Json]:
-    """Return what the options tell the merge job, and what its result depends on."""
-    return {
-        "method": options.method,
-        "density": options.density,
-        "rank": options.rank,
-        "seed": options.seed,
-        "space": options.space,
-        "dtype": options.dtype,
-        "precision": options.precision,
-        "quantized_base": options.quantized_base,
-    }
+def options_of(options: Merge) -> MergeOptions:
+    """Return the recipe's options that the merge job takes, and its result depends on."""
+    return MergeOptions(**{f.name: getattr(options, f.name) for f in fields(MergeOptions)})
 
 
 def combination_of(options: Merge) -> Combination:
@@ -127,20 +120,13 @@ def _run(
     cost = check(sources, options)
     tools.store.require_room(0 if keep_adapter else cost["write_bytes"], "the merged checkpoint")
     tools.runner.prepare(BUILDER, tools.progress)
-    names = [f"adapter{i}" for i in range(len(sources.adapters))]
-    adapters = {n: a.snapshot.tree.root for n, a in zip(names, sources.adapters, strict=True)}
-    job = Job(
-        stage="merge",
+    job = MergeJob(
         builder=BUILDER,
-        inputs={"base": sources.base.tree.root, **adapters},
-        parameters={
-            "adapters": names,
-            "weights": [a.weight for a in sources.adapters],
-            **parameters(options),
-            "device": "auto",
-            "own_out": True,
-            "keep_adapter": keep_adapter,
-        },
+        base=Input.tree(sources.base.tree),
+        adapters=tuple(Input.tree(a.snapshot.tree) for a in sources.adapters),
+        weights=tuple(a.weight for a in sources.adapters),
+        options=options_of(options),
+        keep_adapter=keep_adapter,
         output=folder,
         memory_bytes=memory_limit(cost),
         seconds=job_seconds(cost["read_bytes"]),

@@ -9,6 +9,7 @@ from pathlib import Path
 from weightsmith.destinations import Documents
 from weightsmith.errors import CheckFailed
 from weightsmith.evaluating.limits import judge, limits_for, refusal
+from weightsmith.jobs import Input, QualityJob
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import Texts
@@ -16,7 +17,7 @@ from weightsmith.recipe import Quality
 from weightsmith.resources import builder_pins
 from weightsmith.time_limits import job_seconds
 from weightsmith.tools import Tools
-from weightsmith.values import Artifact, Checkpoint, Digest, Format, Job, Json, StageInputs
+from weightsmith.values import Artifact, Checkpoint, Digest, Format, Json, StageInputs
 
 BUILDER = "merge"
 RECIPE_NUMBER = 2
@@ -102,17 +103,14 @@ def _run(
     if quantizer.view is None:
         return {"skipped": f"{quantizer.name} has no view for the quality gate"}
     tools.runner.prepare(BUILDER, tools.progress)
-    model = checkpoint.tree.root
-    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    job = Job(
-        stage="quality",
+    size = sum(path.stat().st_size for path in checkpoint.tree.root.glob("*.safetensors"))
+    job = QualityJob(
         builder=BUILDER,
-        inputs={"model": model, "artifact": artifact.tree.root},
-        parameters={
-            "quantizer": quantizer.name,
-            "texts": [dict(row) for row in texts.held_out],
-            "tokens": tokens,
-        },
+        model=Input.tree(checkpoint.tree),
+        artifact=Input.tree(artifact.tree),
+        quantizer=quantizer.name,
+        texts=texts.held_out,
+        tokens=tokens,
         output=folder,
         # The gate holds a layer in float32; a text or a template of the model's may ask for more.
         memory_bytes=_MEMORY_BYTES + 2 * size + tokens * _TOKEN_BYTES,

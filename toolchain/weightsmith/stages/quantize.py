@@ -9,6 +9,7 @@ from pathlib import Path
 from weightsmith.destinations import Destination
 from weightsmith.errors import InputRefused
 from weightsmith.foreign import read_json
+from weightsmith.jobs import Input, QuantizeJob
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import Texts
@@ -23,7 +24,6 @@ from weightsmith.values import (
     Checkpoint,
     Digest,
     Format,
-    Job,
     Json,
     StageInputs,
 )
@@ -39,7 +39,7 @@ class QuantizeOptions:
     options: Mapping[str, Json] = field(default_factory=dict)
     texts: Texts | None = None
     """Calibration text; None where the format measures nothing."""
-    statistics: Path | None = None
+    statistics: Input | None = None
     """What was measured elsewhere, such as the user's importance matrix."""
 
 
@@ -146,7 +146,7 @@ def _run(
         return _quantized(folder, checkpoint, options, tools)
     known = statistics_inputs(checkpoint.digest, options.texts, quantizer)
     if earlier := to.find(lambda: known):
-        options = replace(options, statistics=earlier.path(quantizer.statistics))
+        options = replace(options, statistics=Input.file(earlier, quantizer.statistics))
     result = _quantized(folder, checkpoint, options, tools)
     measured = folder / quantizer.statistics
     if measured.is_file():
@@ -159,27 +159,24 @@ def _quantized(
     folder: Path, checkpoint: Checkpoint, options: QuantizeOptions, tools: Tools
 ) -> Mapping[str, Json]:
     tools.runner.prepare(of_format(options.format.name).builder, tools.progress)
-    job = job_of(checkpoint.tree.root, checkpoint.tree.size, options, folder)
+    job = job_of(Input.tree(checkpoint.tree), checkpoint.tree.size, options, folder)
     return tools.runner.run(job, tools.progress)
 
 
-def job_of(model: Path, size: int, options: QuantizeOptions, folder: Path) -> Job:
+def job_of(model: Input, size: int, options: QuantizeOptions, folder: Path) -> QuantizeJob:
     """Return the job that quantizes a checkpoint of `size` bytes into a folder."""
     quantizer = of_format(options.format.name)
-    given = {"statistics": options.statistics} if options.statistics else {}
-    texts = [dict(row) for row in options.texts.calibration] if options.texts else []
+    texts = options.texts.calibration if options.texts else ()
     per_gb = GGUF_PER_GB if options.format.suffix == ".gguf" else PACKING_PER_GB
-    return Job(
-        stage="quantize",
+    return QuantizeJob(
         builder=quantizer.builder,
-        inputs={"model": model, **given},
-        parameters={
-            "quantizer": quantizer.name,
-            "format": options.format.name,
-            "name": options.name,
-            "options": dict(options.options),
-            "texts": texts,
-        },
+        model=model,
+        quantizer=quantizer.name,
+        format=options.format.name,
+        name=options.name,
+        options=options.options,
+        texts=texts,
+        statistics=options.statistics,
         output=folder,
         memory_bytes=(4 << 30) + 2 * size,
         seconds=job_seconds(size, per_gb=per_gb, tokens=sum(len(str(row)) for row in texts)),

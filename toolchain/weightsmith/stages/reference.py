@@ -11,11 +11,12 @@ from weightsmith.destinations import Documents, InStore
 from weightsmith.evaluating.gate import Verdict
 from weightsmith.evaluating.results import RecipeTask, Result, judged
 from weightsmith.evaluating.task import Answers, Task, score_task
+from weightsmith.jobs import Input, ReferenceJob
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.resources import builder_pins
 from weightsmith.time_limits import job_seconds
 from weightsmith.tools import Tools
-from weightsmith.values import AdapterSnapshot, Checkpoint, Job, Json, Sources, StageInputs, Tree
+from weightsmith.values import AdapterSnapshot, Checkpoint, Json, Sources, StageInputs, Tree
 
 BUILDER = "merge"
 RECIPE_NUMBER = 2
@@ -79,13 +80,14 @@ def answers(subject: Subject, task: Task, to: Documents, tools: Tools) -> Answer
 
 
 def _run(folder: Path, subject: Subject, task: Task, tools: Tools) -> Json:
-    names = [f"adapter{number}" for number in range(len(subject.adapters))]
-    adapters = {n: a.snapshot.tree.root for n, a in zip(names, subject.adapters, strict=True)}
-    job = Job(
-        stage="reference",
+    job = ReferenceJob(
         builder=BUILDER,
-        inputs={"model": subject.model.root, **adapters},
-        parameters={"weights": list(subject.factors), **task.parameters},
+        model=Input.tree(subject.model),
+        adapters=tuple(Input.tree(a.snapshot.tree) for a in subject.adapters),
+        weights=subject.factors,
+        questions=task.questions,
+        max_tokens=task.max_tokens,
+        choose=task.metric == "choice",
         output=folder,
         memory_bytes=(3 << 30) + 5 * subject.model.size,
         seconds=job_seconds(subject.model.size, tokens=task.most_tokens),

@@ -8,13 +8,14 @@ from pathlib import Path
 from weightsmith.checkpoints.folder import check_adapter_folder, check_model_folder, left_behind
 from weightsmith.destinations import InStore
 from weightsmith.errors import InputRefused, UsageError
+from weightsmith.jobs import ImportGgufJob, Input
 from weightsmith.ports import SourceReader
 from weightsmith.recipe import Adapter, Base
 from weightsmith.recipe_file import RecipeFile
 from weightsmith.resources import builder_pins
 from weightsmith.time_limits import job_seconds
 from weightsmith.tools import Tools
-from weightsmith.values import AdapterSnapshot, Job, Snapshot, Sources, StageInputs, Tree
+from weightsmith.values import AdapterSnapshot, Snapshot, Sources, StageInputs, Tree
 
 _IMPORT_BUILDER = "merge"
 _IMPORT_RECIPE = 1
@@ -119,10 +120,9 @@ def _import_gguf(source: Snapshot, tools: Tools) -> Snapshot:
     def make(folder: Path) -> dict[str, str]:
         tools.store.require_room(8 * source.tree.size, "converting the GGUF source")
         tools.runner.prepare(_IMPORT_BUILDER, tools.progress)
-        job = Job(
-            stage="import-gguf",
+        job = ImportGgufJob(
             builder=_IMPORT_BUILDER,
-            inputs={"gguf": source.tree.path(names[0])},
+            gguf=Input.file(source.tree, names[0]),
             output=folder,
             seconds=job_seconds(source.tree.size),
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 from weightsmith.destinations import Files, InStore
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.foreign import read_json
+from weightsmith.jobs import ConvertAdapterJob, Input
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.quantizers import gguf_lora
 from weightsmith.resources import builder_pins
@@ -21,7 +22,6 @@ from weightsmith.values import (
     AdapterSnapshot,
     Artifact,
     FileEntry,
-    Job,
     Json,
     Sources,
     StageInputs,
@@ -90,10 +90,10 @@ def _converted(sources: Sources, adapter: AdapterSnapshot, tools: Tools) -> File
     def make(folder: Path) -> Mapping[str, Json]:
         tools.runner.prepare(_BUILDER, tools.progress)
         return tools.runner.run(
-            Job(
-                stage="convert-adapter",
+            ConvertAdapterJob(
                 builder=_BUILDER,
-                inputs={"base": sources.base.tree.root, "adapter": adapter.snapshot.tree.root},
+                base=Input.tree(sources.base.tree),
+                adapter=Input.tree(adapter.snapshot.tree),
                 output=folder,
                 memory_bytes=4 << 30,
                 seconds=job_seconds(adapter.snapshot.tree.size),

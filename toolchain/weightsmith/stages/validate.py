@@ -8,12 +8,13 @@ from pathlib import Path
 
 from weightsmith.destinations import Documents
 from weightsmith.errors import CheckFailed
+from weightsmith.jobs import Input, Mixture, ValidateJob
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.recipe import Merge
 from weightsmith.resources import builder_pins
 from weightsmith.time_limits import job_seconds
 from weightsmith.tools import Tools
-from weightsmith.values import Checkpoint, Digest, Job, Json, Sources, StageInputs, key_of
+from weightsmith.values import Checkpoint, Digest, Json, Sources, StageInputs, key_of
 
 BUILDER = "merge"
 RECIPE_NUMBER = 2
@@ -122,17 +123,16 @@ def _run(
 ) -> Mapping[str, Json]:
     tools.runner.prepare(BUILDER, tools.progress)
     base, merged = sources.base.tree.root, checkpoint.tree.root
-    adapters = {f"adapter{i}": a.snapshot.tree.root for i, a in enumerate(sources.adapters)}
-    job = Job(
-        stage="validate",
+    mixed = mixture(options.method, options.space, options.density, options.rank)
+    job = ValidateJob(
         builder=BUILDER,
-        inputs={"base": base, "merged": merged, **adapters},
-        parameters={
-            "weights": [a.weight for a in sources.adapters],
-            "items": [[dict(message) for message in item] for item in items],
-            "scope": scope(options.method, options.space, options.quantized_base),
-            "mixture": mixture(options.method, options.space, options.density, options.rank),
-        },
+        base=Input.tree(sources.base.tree),
+        merged=Input.tree(checkpoint.tree),
+        adapters=tuple(Input.tree(a.snapshot.tree) for a in sources.adapters),
+        weights=tuple(a.weight for a in sources.adapters),
+        chats=tuple(tuple(item) for item in items),
+        scope=scope(options.method, options.space, options.quantized_base),
+        mixture=Mixture(**mixed) if mixed else None,
         output=folder,
         # Only an architecture that cannot be streamed takes more than a fraction of this.
         memory_bytes=MEMORY_BYTES + 5 * _size(merged),

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from weightsmith.jobs import Mixture
 from weightsmith.validating.elements import ARITHMETIC, Tally, compare_rows
 from weightsmith.validating.findings import ERROR, Finding, finding
-from weightsmith.validating.mixtures import TRUNCATION, Kept, Mixture, compare_kept, truncated
+from weightsmith.validating.mixtures import TRUNCATION, Kept, can_judge, compare_kept, truncated
 from weightsmith.validating.network import is_missing, missing_below
 from weightsmith.validating.sites import Site, is_approximate, tuner_layers
 from weightsmith.validating.weights import Weights, blocks_of
@@ -127,7 +128,7 @@ class Examiner:
         tally = self.tallies.setdefault(name, Tally(tensor=self.merged.tensor_of(name)))
         mixed, parts = self.mixture, site.parts() if self.mixture else []
         low = truncated(parts, factors, mixed.rank) if mixed and mixed.truncates else None
-        if mixed and mixed.judges(parts):
+        if mixed and can_judge(mixed, parts):
             self.mixed.add(name)
         both = zip(self._base_rows(site, name), self.merged.rows(name), strict=True)
         for (first, rows), (_, found) in both:

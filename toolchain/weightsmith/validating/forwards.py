@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from weightsmith.jobs import Mixture
 from weightsmith.validating.examine import Examiner
-from weightsmith.validating.mixtures import Mixture
 from weightsmith.validating.network import (
     PEFT_PREFIX,
     base_name,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from weightsmith.jobs import Mixture
 from weightsmith.validating.elements import ARITHMETIC, Factors, Tally, half_step
 from weightsmith.validating.findings import ERROR, Finding, finding
 
@@ -23,22 +24,9 @@ _ENOUGH = 64
 """Elements needed to show that an adapter is left out; fewer may be chance."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mixture:
-    """How a method combines the deltas that it keeps at an element, or truncates their sum."""
-
-    gain: float = 1.0
-    """Factor on kept deltas: DARE divides them by the density."""
-    mean: bool = False
-    """Kept deltas are averaged, not summed."""
-    truncates: bool = False
-    """All deltas are summed, and the sum's largest singular values kept."""
-    rank: int | None = None
-    """How many singular values; default: the largest adapter rank."""
-
-    def judges(self, parts: Sequence[Factors]) -> bool:
-        """Return whether a merge of these adapters' deltas can be checked."""
-        return self.truncates or 0 < len(parts) <= MOST_ADAPTERS
+def can_judge(mixture: Mixture, parts: Sequence[Factors]) -> bool:
+    """Return whether a merge of these adapters' deltas can be checked."""
+    return mixture.truncates or 0 < len(parts) <= MOST_ADAPTERS
 
 
 @dataclass(slots=True)

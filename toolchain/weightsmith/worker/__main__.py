@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import faulthandler
-import json
 import os
 import stat
 import sys
@@ -13,42 +12,23 @@ import traceback
 from pathlib import Path
 
 from weightsmith.errors import EnvironmentFailure, InputRefused, WeightsmithError, of_open_files
+from weightsmith.jobs import Job, read_job
 from weightsmith.time_limits import tell_what_is_done
-from weightsmith.values import Job
 from weightsmith.worker.jobs import STAGES
 from weightsmith.worker.wire import Wire, open_wire
 
 PARENT_GONE = 130
 
 
-def read_job(path: Path) -> Job:
-    """Read a job file; paths in it are the builder's own."""
-    data = json.loads(path.read_text("utf-8"))
-    return Job(
-        stage=data["stage"],
-        builder=data["builder"],
-        inputs={name: Path(where) for name, where in data["inputs"].items()},
-        parameters=data["parameters"],
-        output=Path(data["output"]),
-        seconds=int(data.get("seconds", 0)),
-    )
-
-
 def run_job(job: Job, wire: Wire) -> int:
-    """Run the job's stage, send its result or error, and return the exit code."""
+    """Run the job, send its result or error, and return the exit code."""
     try:
-        stage = STAGES.get(job.stage)
-        if stage is None:
-            raise InputRefused(
-                f"the builder does not know the stage {job.stage!r}",
-                hint=f"it knows {', '.join(sorted(STAGES))}; builder and control plane must match",
-            )
-        result = stage(job, wire.progress)
+        result = STAGES[job.kind](job, wire.progress)
     except WeightsmithError as error:
         return _send_error(wire, of_open_files(error) or error)
     except MemoryError:
         traceback.print_exc()
-        what = f"the {job.stage} job ran out of memory"
+        what = f"the {job.kind} job ran out of memory"
         hint = "close other programs or use a machine with more memory"
         return _send_error(wire, EnvironmentFailure(what, hint=hint))
     except OSError as problem:
@@ -56,7 +36,7 @@ def run_job(job: Job, wire: Wire) -> int:
         return _send_error(wire, _of_the_disk(problem, job))
     except Exception as problem:  # noqa: BLE001 - the last frame: reported, with its traceback
         traceback.print_exc()
-        what = f"unexpected {type(problem).__name__} in the {job.stage} job: {problem}"
+        what = f"unexpected {type(problem).__name__} in the {job.kind} job: {problem}"
         return _send_error(wire, WeightsmithError(what, hint="the traceback is in the job's log"))
     wire.send({"result": result})
     return 0
@@ -67,13 +47,13 @@ def _of_the_disk(problem: OSError, job: Job) -> WeightsmithError:
     # shutil gathers several failures into one that has no number.
     if problem.errno in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(problem):
         return EnvironmentFailure(
-            f"the disk is full while the {job.stage} job writes to {job.output}",
+            f"the disk is full while the {job.kind} job writes to {job.output}",
             hint="free some (`invoke clean --keep 0` empties the store) or set WEIGHTSMITH_STORE "
             "to a folder on a larger disk",
         )
     if too_many := of_open_files(problem):
         return too_many
-    what = f"unexpected {type(problem).__name__} in the {job.stage} job: {problem}"
+    what = f"unexpected {type(problem).__name__} in the {job.kind} job: {problem}"
     return WeightsmithError(what, hint="the traceback is in the job's log")
 
 
@@ -102,7 +82,12 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m weightsmith.worker job.json", file=sys.stderr)  # noqa: T201
         return 2
     end_with_parent()
-    job, wire = read_job(Path(arguments[0])), open_wire()
+    wire = open_wire()
+    try:
+        job = read_job(Path(arguments[0]).read_text("utf-8"))
+    except ValueError as problem:
+        hint = "builder and control plane must be of one version"
+        return _send_error(wire, InputRefused(f"not a job for this builder: {problem}", hint=hint))
     tell_what_is_done(wire.doing)
     if job.seconds:
         # What hangs is then in the log before the runner ends it.

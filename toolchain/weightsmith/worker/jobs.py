@@ -1,4 +1,4 @@
-"""What a builder can do: each stage imports what it needs when it is called."""
+"""What a builder does for each kind of job."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +21,36 @@ from weightsmith.errors import (
     Unmeasurable,
     from_code,
 )
-from weightsmith.values import Job, Json, plain
+from weightsmith.jobs import (
+    ConvertAdapterJob,
+    EchoJob,
+    ExportEngineJob,
+    ImportGgufJob,
+    MergeJob,
+    QualityJob,
+    QuantizeJob,
+    ReferenceJob,
+    ValidateJob,
+)
+from weightsmith.values import Json, plain
 from weightsmith.worker.steps import forget_steps, run_steps
 from weightsmith.worker.wire import Report, note
 
 
-def _merge(job: Job, report: Report) -> Mapping[str, Json]:
+def _merge(job: MergeJob, report: Report) -> Mapping[str, Json]:
     engine: Any = importlib.import_module("weightsmith.merging.engine")
-    wanted = dict(job.parameters)
-    names = wanted.pop("adapters")
-    weights = wanted.pop("weights")
     request = engine.MergeRequest(
-        base=job.inputs["base"],
-        adapters=tuple((job.inputs[n], w) for n, w in zip(names, weights, strict=True)),
+        base=job.base.path,
+        adapters=job.weighted,
         out=job.output,
-        **wanted,
+        keep_adapter=job.keep_adapter,
+        own_out=True,
+        **asdict(job.options),
     )
     return _mapping(engine.merge(request, lambda done, total: report(done, total, "bytes")))
 
 
-def _export_engine(job: Job, report: Report) -> Mapping[str, Json]:
+def _export_engine(job: ExportEngineJob, report: Report) -> Mapping[str, Json]:
     """Copy the engine's programs, which the builder compiled, to the output."""
     source = _tools() / "app"
     if not source.is_dir():
@@ -52,55 +63,53 @@ def _export_engine(job: Job, report: Report) -> Mapping[str, Json]:
     return {}
 
 
-def _import_gguf(job: Job, report: Report) -> Mapping[str, Json]:
+def _import_gguf(job: ImportGgufJob, report: Report) -> Mapping[str, Json]:
     gguf_import: Any = importlib.import_module("weightsmith.checkpoints.gguf_import")
-    gguf_import.import_gguf(job.inputs["gguf"], job.output)
+    gguf_import.import_gguf(job.gguf.path, job.output)
     report(1, 1, "items")
     return {}
 
 
-def _quantize(job: Job, report: Report) -> Mapping[str, Json]:
+def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, Json]:
     from weightsmith.quantizers.quantizer import QuantizeRequest
 
-    quantizer = _quantizer(str(job.parameters["quantizer"]))
-    wanted = job.parameters["format"]
+    quantizer, model = _quantizer(job.quantizer), job.model.path
     calibration, measured = None, job.output / (quantizer.statistics or ".none")
-    if texts := job.parameters.get("texts"):
+    if job.texts:
         calibration = job.output / ".calibration.jsonl"
         rendering: Any = importlib.import_module("weightsmith.quality.texts")
-        calibration.write_text(rendering.as_lines(job.inputs["model"], texts), encoding="utf-8")
-    given = "statistics" in job.inputs
-    if given:
+        calibration.write_text(rendering.as_lines(model, job.texts), encoding="utf-8")
+    if job.statistics:
         measured.unlink(missing_ok=True)
-        measured.symlink_to(job.inputs["statistics"])
+        measured.symlink_to(job.statistics.path)
     request = QuantizeRequest(
-        model=job.inputs["model"],
-        format=next(f for f in quantizer.formats if f.name == wanted),
+        model=model,
+        format=next(f for f in quantizer.formats if f.name == job.format),
         output=job.output,
-        name=str(job.parameters["name"]),
+        name=job.name,
         tools=_tools(),
         python=sys.executable,
         calibration=calibration,
-        measured=given,
-        options=dict(job.parameters.get("options", {})),
+        measured=job.statistics is not None,
+        options=job.options,
     )
     try:
-        run_steps(quantizer.steps(request), request.output, report)
+        run_steps(quantizer.steps(request), job.output, report)
         result = _mapping(quantizer.check(request))
     except CheckFailed:
         forget_steps(job.output)  # a second try must not trust what this one left
         raise
-    for path in (calibration, measured if given else None):
+    for path in (calibration, measured if job.statistics else None):
         if path is not None:
             path.unlink()
     forget_steps(job.output)
     return result
 
 
-def _convert_adapter(job: Job, report: Report) -> Mapping[str, Json]:
+def _convert_adapter(job: ConvertAdapterJob, report: Report) -> Mapping[str, Json]:
     """Convert a LoRA adapter to GGUF and read it back."""
     gguf_lora: Any = importlib.import_module("weightsmith.quantizers.gguf_lora")
-    base, adapter = job.inputs["base"], job.inputs["adapter"]
+    base, adapter = job.base.path, job.adapter.path
     made = gguf_lora.steps(base, adapter, job.output, _tools(), sys.executable)
     run_steps(made, job.output, report)
     found = gguf_lora.check(adapter, job.output)
@@ -122,53 +131,44 @@ def _tools() -> Path:
     return Path(os.environ.get("WEIGHTSMITH_TOOLS", "/opt/llamacpp"))
 
 
-def _reference(job: Job, report: Report) -> Mapping[str, Json]:
-    weights = job.parameters.get("weights", [])
-    adapters = [(job.inputs[f"adapter{i}"], weight) for i, weight in enumerate(weights)]
-    wanted = job.parameters
-
+def _reference(job: ReferenceJob, report: Report) -> Mapping[str, Json]:
     def tell(done: int, total: int) -> None:
         report(done, total, "items")
 
-    if "choices" in wanted:
+    model = job.model.path
+    if job.choose:
         choices: Any = importlib.import_module("weightsmith.merging.choices")
-        columns = (wanted["items"], wanted["choices"], wanted["plain"])
-        items = [
-            {"messages": m, "choices": c, "plain": p} for m, c, p in zip(*columns, strict=True)
-        ]
-        return {"answers": choices.likelihoods(job.inputs["model"], adapters, items, tell)}
+        return {"answers": choices.likelihoods(model, job.weighted, job.questions, tell)}
     reference: Any = importlib.import_module("weightsmith.merging.reference")
-    answers = reference.answer(
-        job.inputs["model"], adapters, wanted["items"], wanted["max_tokens"], tell
-    )
+    chats = [question.messages for question in job.questions]
+    answers = reference.answer(model, job.weighted, chats, job.max_tokens, tell)
     return {"answers": plain(answers)}
 
 
-def _validate(job: Job, report: Report) -> Mapping[str, Json]:
+def _validate(job: ValidateJob, report: Report) -> Mapping[str, Json]:
     module: Any = importlib.import_module("weightsmith.validating.validate")
-    weights, mixture = job.parameters["weights"], job.parameters["mixture"]
     request = module.Request(
-        base=job.inputs["base"],
-        adapters=tuple((job.inputs[f"adapter{i}"], w) for i, w in enumerate(weights)),
-        merged=job.inputs["merged"],
-        items=tuple(job.parameters["items"]),
-        scope=job.parameters["scope"],
-        mixture=module.Mixture(**mixture) if mixture else None,
+        base=job.base.path,
+        adapters=job.weighted,
+        merged=job.merged.path,
+        items=job.chats,
+        scope=job.scope,
+        mixture=job.mixture,
     )
     return _mapping(module.validate(request, lambda done, total: report(done, total, "layers")))
 
 
-def _quality(job: Job, report: Report) -> Mapping[str, Json]:
+def _quality(job: QualityJob, report: Report) -> Mapping[str, Json]:
     measure: Any = importlib.import_module("weightsmith.quality.measure")
-    quantizer = _quantizer(str(job.parameters["quantizer"]))
-    model = job.inputs["model"]
+    model = job.model.path
     try:
+        view = _quantizer(job.quantizer).view(job.artifact.path, model)
         return _mapping(
             measure.measure(
                 model,
-                quantizer.view(job.inputs["artifact"], model),
-                job.parameters["texts"],
-                int(job.parameters["tokens"]),
+                view,
+                job.texts,
+                job.tokens,
                 lambda done, total: report(done, total, "layers"),
             )
         )
@@ -176,26 +176,24 @@ def _quality(job: Job, report: Report) -> Mapping[str, Json]:
         return {"skipped": error.message}
 
 
-def _echo(job: Job, report: Report) -> Mapping[str, Json]:
-    """Copy the input `text` to the output and say how the builder confines this process."""
-    wanted = job.parameters
-    if "fail" in wanted:
-        raise from_code(int(wanted["fail"]), "asked to fail", "ask for something else")
-    if "crash" in wanted:
-        raise ValueError(str(wanted["crash"]))
+def _echo(job: EchoJob, report: Report) -> Mapping[str, Json]:
+    if job.fail is not None:
+        raise from_code(job.fail, "asked to fail", "ask for something else")
+    if job.crash is not None:
+        raise ValueError(job.crash)
     print("printed by the stage")  # noqa: T201
     note("echo begins")
-    time.sleep(float(wanted.get("sleep", 0)))
-    text = job.inputs["text"].read_text("utf-8")
+    time.sleep(job.sleep)
+    text = job.text.path.read_text("utf-8")
     (job.output / "echo.txt").write_text(text, encoding="utf-8")
     report(1, 1, "items")
     return {
         "text": text,
         "uid": os.getuid(),
         "network": _network_reachable(),
-        "writable": [path for path in wanted.get("try_to_write", []) if _writable(Path(path))],
-        "reached": attempts(wanted["targets"]) if "targets" in wanted else {},
-        "input_writable": _writable(job.inputs["text"].parent / "intruder"),
+        "writable": [path for path in job.try_to_write if _writable(Path(path))],
+        "reached": attempts(dict(job.targets)) if job.targets else {},
+        "input_writable": _writable(job.text.path.parent / "intruder"),
         "secrets": sorted(
             n for n in os.environ if n.endswith(("TOKEN", "PASSWORD", "SECRET", "KEY"))
         ),
@@ -226,15 +224,15 @@ def _mapping(value: object) -> Mapping[str, Json]:
     return mapping if isinstance(mapping, dict) else {}
 
 
-STAGES: dict[str, Callable[[Job, Report], Mapping[str, Json]]] = {
-    "merge": _merge,
-    "import-gguf": _import_gguf,
-    "quantize": _quantize,
-    "convert-adapter": _convert_adapter,
-    "reference": _reference,
-    "validate": _validate,
-    "quality": _quality,
-    "export-engine": _export_engine,
-    "echo": _echo,
+STAGES: Mapping[str, Callable[[Any, Report], Mapping[str, Json]]] = {
+    MergeJob.kind: _merge,
+    ImportGgufJob.kind: _import_gguf,
+    QuantizeJob.kind: _quantize,
+    ConvertAdapterJob.kind: _convert_adapter,
+    ReferenceJob.kind: _reference,
+    ValidateJob.kind: _validate,
+    QualityJob.kind: _quality,
+    ExportEngineJob.kind: _export_engine,
+    EchoJob.kind: _echo,
 }
-"""Name -> function; each imports what it needs when it is called."""
+"""Kind of job -> function; each imports what it needs when it is called."""

@@ -1,0 +1,304 @@
+"""What a builder can be asked to do: a value for each kind of job, and its JSON form.
+
+A job names its inputs by content, so that a runner on another machine knows what to fetch and how
+to check it; a runner on this machine reads them where they lie.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from types import UnionType
+from typing import Any, ClassVar, Self, TypeAlias, get_args, get_origin, get_type_hints
+
+from weightsmith.values import Digest, FileEntry, Json, Tree, UnreadDigest, plain
+
+Chat: TypeAlias = tuple[Mapping[str, str], ...]
+"""Messages, each with `role` and `content`."""
+Row: TypeAlias = Mapping[str, Json]
+"""`{"text": …}` or `{"messages": […]}`: a text to calibrate on or to judge by."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Input:
+    """A file or folder that a job reads: where it lies, and its content if that is known."""
+
+    path: Path
+    files: tuple[FileEntry, ...] | None = None
+    """Its files by their paths below `path`, `.` for `path` itself; None if one was never read."""
+
+    def at(self, path: Path) -> Self:
+        """Return the same content at another path."""
+        return replace(self, path=path)
+
+    @classmethod
+    def tree(cls, tree: Tree) -> Self:
+        """Return a folder."""
+        unread = any(isinstance(entry.digest, UnreadDigest) for entry in tree.files)
+        return cls(path=tree.root, files=None if unread else tree.files)
+
+    @classmethod
+    def file(cls, tree: Tree, name: str) -> Self:
+        """Return one file of a folder."""
+        (entry,) = (entry for entry in tree.files if entry.path == name)
+        return cls(path=tree.path(name), files=(replace(entry, path="."),))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Everything that a heavy stage needs, and nothing else; a runner carries it to a builder."""
+
+    kind: ClassVar[str]
+    builder: str
+    output: Path
+    """An existing folder, empty or left by an interrupted run; the job writes nowhere else."""
+    seconds: int
+    """Time limit, from `time_limits.job_seconds`; 0 for none."""
+    memory_bytes: int = 0
+    """Memory limit; 0 for none."""
+    use_gpu: bool = False
+
+    @property
+    def inputs(self) -> Mapping[str, Input]:
+        """What the job reads, by field; several adapters are `adapter0`, `adapter1` and so on."""
+        return {name: given for each in fields(self) for name, given in self._given(each.name)}
+
+    def at(self, inputs: Mapping[str, Input], output: Path) -> Self:
+        """Return the same job with inputs and output at other paths, such as a builder's."""
+        moved: dict[str, Any] = {}
+        for each in fields(self):
+            if found := tuple(inputs[name] for name, _ in self._given(each.name)):
+                several = isinstance(getattr(self, each.name), tuple)
+                moved[each.name] = found if several else found[0]
+        return replace(self, output=output, **moved)
+
+    def _given(self, name: str) -> Iterator[tuple[str, Input]]:
+        """Yield the inputs of one field with their names."""
+        value = getattr(self, name)
+        if isinstance(value, Input):
+            yield name, value
+        elif isinstance(value, tuple):
+            numbered = ((f"{name.removesuffix('s')}{i}", each) for i, each in enumerate(value))
+            yield from ((name, each) for name, each in numbered if isinstance(each, Input))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _OfAdapters(Job):
+    adapters: tuple[Input, ...]
+    weights: tuple[float, ...]
+    """One per adapter."""
+
+    @property
+    def weighted(self) -> tuple[tuple[Path, float], ...]:
+        """Each adapter's folder and weight, in order."""
+        return tuple(
+            (given.path, weight) for given, weight in zip(self.adapters, self.weights, strict=True)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeOptions:
+    """How adapters are combined and added; docs/reference/recipe.md explains each under `merge`."""
+
+    method: str
+    density: float | None
+    rank: int | None
+    seed: int
+    space: str
+    dtype: str
+    precision: str
+    quantized_base: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeJob(_OfAdapters):
+    """Merge adapters into a base."""
+
+    kind = "merge"
+    base: Input
+    options: MergeOptions
+    keep_adapter: bool = False
+    """Write the combined adapter instead."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixture:
+    """How a method combines the deltas that it keeps at an element, or truncates their sum."""
+
+    gain: float = 1.0
+    """Factor on kept deltas: DARE divides them by the density."""
+    mean: bool = False
+    """Kept deltas are averaged, not summed."""
+    truncates: bool = False
+    """All deltas are summed, and the sum's largest singular values kept."""
+    rank: int | None = None
+    """How many singular values; default: the largest adapter rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidateJob(_OfAdapters):
+    """Compare a merged checkpoint with base and adapters."""
+
+    kind = "validate"
+    base: Input
+    merged: Input
+    chats: tuple[Chat, ...]
+    """Chats to compare logits on; built-in ones if there are none."""
+    scope: str
+    """What base and adapters can judge: `all`, `rest` or `files`, as `validating` explains."""
+    mixture: Mixture | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """One question of a task, without the answers that count as right."""
+
+    messages: Chat
+    choices: tuple[str, ...] = ()
+    """Answers to choose from."""
+    plain: bool = False
+    """The choices continue the one message as text, without a chat template."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceJob(_OfAdapters):
+    """Ask a checkpoint, with adapters on it, unmerged."""
+
+    kind = "reference"
+    model: Input
+    questions: tuple[Question, ...]
+    max_tokens: int
+    """Length of an answer."""
+    choose: bool
+    """Return each choice's log-likelihood instead of an answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportGgufJob(Job):
+    """Turn a GGUF file into a checkpoint."""
+
+    kind = "import-gguf"
+    gguf: Input
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeJob(Job):
+    """Quantize a checkpoint to one format."""
+
+    kind = "quantize"
+    model: Input
+    quantizer: str
+    """A module of `weightsmith.quantizers`."""
+    format: str
+    name: str
+    """The model's name, and the output file's without suffix."""
+    options: Mapping[str, Json]
+    """Those that the format takes."""
+    texts: tuple[Row, ...] = ()
+    """What to calibrate on, if the format measures anything."""
+    statistics: Input | None = None
+    """What was measured before, such as an importance matrix."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertAdapterJob(Job):
+    """Convert a LoRA adapter to GGUF."""
+
+    kind = "convert-adapter"
+    base: Input
+    adapter: Input
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualityJob(Job):
+    """Measure how far a quantized model is from its checkpoint."""
+
+    kind = "quality"
+    model: Input
+    artifact: Input
+    quantizer: str
+    texts: tuple[Row, ...]
+    tokens: int
+    """How many tokens of the texts are measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportEngineJob(Job):
+    """Copy an engine's programs, which the builder compiled, to the output."""
+
+    kind = "export-engine"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EchoJob(Job):
+    """Copy a text, and report how the builder confines the job; for tests of runners."""
+
+    kind = "echo"
+    text: Input
+    sleep: float = 0.0
+    fail: int | None = None
+    """Raise the error of this exit code."""
+    crash: str | None = None
+    """Raise an unexpected error."""
+    try_to_write: tuple[str, ...] = ()
+    targets: Mapping[str, Json] = field(default_factory=dict)
+    """What to try to reach, for `drivers.inmate.attempts`."""
+
+
+_KINDS: Mapping[str, type[Job]] = {
+    each.kind: each
+    for each in (
+        MergeJob,
+        ValidateJob,
+        ReferenceJob,
+        ImportGgufJob,
+        QuantizeJob,
+        ConvertAdapterJob,
+        QualityJob,
+        ExportEngineJob,
+        EchoJob,
+    )
+}
+
+
+def write_job(job: Job) -> str:
+    """Return a job as JSON text."""
+    return json.dumps({"kind": job.kind, "job": plain(job)}, ensure_ascii=False)
+
+
+def read_job(text: str) -> Job:
+    """Return the job that `write_job` wrote; ValueError, with the place, for any other text."""
+    data = json.loads(text)
+    if not isinstance(data, dict) or data.get("kind") not in _KINDS:
+        raise ValueError(f"kind: not one of {', '.join(_KINDS)}: {text[:80]}")
+    found: Job = _read(_KINDS[data["kind"]], data.get("job"), data["kind"])
+    return found
+
+
+def _read(kind: Any, value: Json, where: str) -> Any:
+    """Return a JSON value as a type's; `plain` is the way back."""
+    inner = get_args(kind)
+    if kind is Any:
+        return value
+    if get_origin(kind) is UnionType:
+        return None if value is None else _read(inner[0], value, where)
+    if get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(_read(inner[0], each, f"{where}[{i}]") for i, each in enumerate(value))
+    if get_origin(kind) is Mapping and isinstance(value, dict):
+        return {key: _read(inner[1], each, f"{where}.{key}") for key, each in value.items()}
+    if is_dataclass(kind) and isinstance(value, dict):
+        return _read_fields(kind, value, where)
+    if kind in (Path, Digest) and isinstance(value, str):
+        return kind(value)
+    if type(value) is kind or (kind is float and type(value) is int):
+        return value
+    raise ValueError(f"{where}: {str(value)[:80]!r} is not of type {kind}")
+
+
+def _read_fields(kind: Any, value: Mapping[str, Json], where: str) -> Any:
+    types, names = get_type_hints(kind), {each.name for each in fields(kind)}
+    if differ := names ^ set(value):
+        raise ValueError(f"{where}: lacks or does not know {', '.join(sorted(differ))}")
+    return kind(**{name: _read(types[name], value[name], f"{where}.{name}") for name in names})
