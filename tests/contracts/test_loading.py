@@ -24,7 +24,7 @@ from weightsmith.oci.image import Image, ImageConfig, assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.registry import Registry
 from weightsmith.provenance.evidence import Evidence
-from weightsmith.stages.publish import Outputs, candidate, discard_candidate, is_held, publish
+from weightsmith.stages.publish import Outputs, candidate, deliver, discard_candidate, is_held
 from weightsmith.tools import Tools
 
 from tests.fakes.baking import tools_for
@@ -138,7 +138,7 @@ def image(content: bytes, label: str = "", base: Image | None = None) -> Image:
 
 
 def load(made: Image, reference: str, tools: Tools) -> None:
-    publish(made, reference, LOAD, [Evidence()], tools)
+    deliver(made, reference, LOAD, [Evidence()], tools)
 
 
 def test_an_image_is_sent_once(tools: Tools, name: str) -> None:

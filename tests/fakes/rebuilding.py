@@ -7,15 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from weightsmith.checkpoints.reshard import Resharded
 from weightsmith.commands.rebuild import recipe_of_image
 from weightsmith.drivers.signer import open_signer
 from weightsmith.oci.places import RegistryPlace
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.ports import Progress, Silent
+from weightsmith.provenance.attest import evidence, public_recipe
+from weightsmith.provenance.materials import ImageInputs, ImageMaterials
 from weightsmith.provenance.sealing import seal
 from weightsmith.recipe_file import RecipeFile, check_recipe, read_recipe
-from weightsmith.stages.attest import ImageMaterials, evidence, public_recipe
+from weightsmith.serving.llamacpp import ENGINE
 from weightsmith.values import (
     SAFETENSORS,
     AdapterSnapshot,
@@ -84,12 +87,13 @@ class Scene:
         twist(told)
         item = {"prompt": "Capital of Ö?", "expected": ["A"], "answer": "A", "ok": True}
         artifact = Artifact(format=SAFETENSORS, tree=merged, made_from=())
-        made = ImageMaterials(
-            image=image,
+        inputs = ImageInputs(
             artifact=artifact,
-            served=artifact,
-            base=None,
+            engine=ENGINE,
+            config=None,
+            bases=(),
             base_name="",
+            labels={},
             name="x",
             version="1",
             parameters={"recipe": told},
@@ -103,10 +107,16 @@ class Scene:
             ),
             checkpoint=Checkpoint(tree=merged, made_from=()),
             recipe=recipe,
-            scores={"image": Score(score=1.0, n=1, metric="contains", per_item=(item,))},
         )  # fmt: skip
+        made = ImageMaterials(
+            inputs=inputs,
+            split=Resharded(merged, {}),
+            base=None,
+            image=image,
+            scores={"image": Score(score=1.0, n=1, metric="contains", per_item=(item,))},
+        )
         place = RegistryPlace(self.client, Reference.parse(self.name))
-        told = evidence(made)
+        told = evidence(made, ())
         assert str(self.folder) not in json.dumps(told.statements)
         for attachment in seal(told, image.manifest_blob, "x", open_signer(str(self.key))):
             place.attach(attachment)

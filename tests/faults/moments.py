@@ -116,18 +116,18 @@ def push(layout: str, to: str) -> None:
 
 def publish(source: str, layout: str, swap: bool) -> None:
     """Give a layout its image, as `build` does after the image has passed."""
+    from weightsmith import layouts
     from weightsmith.oci.layout import read_layout
     from weightsmith.provenance.evidence import Evidence
-    from weightsmith.stages import publish as publishing
+    from weightsmith.stages.publish import Outputs, deliver
 
     from tests.fakes.baking import tools_for
 
     if not swap:
-        publishing.exchange = lambda *_: False  # type: ignore[assignment]
-    outputs = publishing.Outputs(layout=Path(layout))
+        layouts.exchange = lambda *_: False  # type: ignore[assignment]
     image = read_layout(Path(source))
     _spare_no_more()
-    publishing.publish(image, "x:1", outputs, [Evidence()], tools_for())
+    deliver(image, "x:1", Outputs(layout=Path(layout)), [Evidence()], tools_for())
 
 
 def pull(source: str, layout: str, root: str) -> None:
@@ -153,13 +153,13 @@ def load(source: str, name: str) -> None:
     from weightsmith.oci import archive
     from weightsmith.oci.layout import read_layout
     from weightsmith.provenance.evidence import Evidence
-    from weightsmith.stages.publish import Outputs, publish
+    from weightsmith.stages.publish import Outputs, deliver
 
     from tests.fakes.baking import tools_for
 
     archive._LARGE = 1  # type: ignore[misc]
     tools = replace(tools_for(), engine=DockerEngine())
-    publish(read_layout(Path(source)), name, Outputs(load=True), [Evidence()], tools)
+    deliver(read_layout(Path(source)), name, Outputs(load=True), [Evidence()], tools)
 
 
 def merge(folder: str) -> None:

@@ -18,8 +18,8 @@ from weightsmith.errors import UsageError
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.metrics import score_answers
 from weightsmith.oci.references import Reference
+from weightsmith.provenance.attest import public_recipe
 from weightsmith.recipe_file import check_recipe
-from weightsmith.stages.attest import public_recipe
 from weightsmith.stages.record import Facts, build_document
 from weightsmith.values import (
     AdapterSnapshot,

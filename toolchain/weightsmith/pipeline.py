@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeVar
 
-from weightsmith.building.baking import Baking
-from weightsmith.building.proving import with_image
 from weightsmith.building.recording import Built, Record, main_scores
 from weightsmith.destinations import InStore
 from weightsmith.errors import CheckFailed
 from weightsmith.evaluating.results import Result
-from weightsmith.oci.image import Image
-from weightsmith.oci.index import is_own, own_of
+from weightsmith.layouts import check_layout
+from weightsmith.oci.index import own_of
 from weightsmith.oci.references import Reference
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.planning.checks import check_before_work, check_images
+from weightsmith.planning.images import evaluation_of, image_inputs
 from weightsmith.planning.options import (
     quantize_options,
     sources_to_merge,
@@ -29,19 +28,20 @@ from weightsmith.planning.serving import serving_config
 from weightsmith.planning.sources import resolve_request
 from weightsmith.planning.tasks import probes, tasks_of
 from weightsmith.provenance.labels import reference as name_of
+from weightsmith.provenance.materials import ImageInputs, whole_image
 from weightsmith.quantizers import formats
 from weightsmith.recipe_file import RecipeFile
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.serving.targets import Target
-from weightsmith.stages import publish as publishing
-from weightsmith.stages.attest import evidence
+from weightsmith.stages.bake import bake, with_scores
+from weightsmith.stages.evaluate import evaluate
 from weightsmith.stages.merge import BUILDER as MERGE_BUILDER
 from weightsmith.stages.merge import merge
+from weightsmith.stages.publish import candidate, publish
 from weightsmith.stages.quality import quality, quality_fault
 from weightsmith.stages.quantize import quantize
-from weightsmith.stages.record import has_layers, is_written
+from weightsmith.stages.record import is_written, layers_in
 from weightsmith.stages.reference import reference
-from weightsmith.stages.trial import ask, is_proven, known_answers
 from weightsmith.stages.unmerged import unmerged, unmerged_gguf
 from weightsmith.stages.validate import validate
 from weightsmith.tools import Tools
@@ -50,8 +50,6 @@ from weightsmith.values import (
     Artifact,
     Checkpoint,
     Json,
-    Published,
-    Score,
     Sources,
 )
 
@@ -78,39 +76,30 @@ def build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
         record = Record(request, sources, checkpoint, tools, target, artifact)
         judge_quality(record, expected, timed.stages)
         config = timed.take(rendered(request, target, sources, checkpoint, artifact, tools))
-        with timed.stage("bake", name_of(recipe, target.name)) as note:
-            baking = Baking.of(request, target, sources, artifact, config, tools)
-            image = baking.own({})
-            note["cached"] = has_layers(image, request.folder(target))
-        record = replace(record, baking=baking, image=image)
-        with timed.stage(
-            "evaluate",
-            f"{sum(len(one.task.items) for one in tasks)} questions to the started image",
-        ) as note:
-            results = prove(baking, image, expected, record, timed, note)
+        name, folder = name_of(recipe, target.name), request.folder(target)
+        prepare = partial(
+            image_inputs, request, target, sources, checkpoint, artifact, config, tools
+        )
+        made = timed.take(
+            bake(prepare, name, tools, push=request.outputs.push, earlier=layers_in(folder))
+        )
+        record = replace(record, config=config, image=own_of(whole_image(made)))
+        results = evaluated(record, made[0].inputs, expected, timed)
         judge(record, results, timed.stages)
-        with timed.stage("publish", name_of(recipe, target.name)) as note:
-            published = deliver(baking, checkpoint, main_scores(results), note)
+        made = with_scores(made, main_scores(results), tools.store)
+        layout = request.candidate_layout(target)
+        published = timed.take(
+            publish(made, name, request.outputs_of(target), tools, started_in=layout)
+        )
         yield record.keep(published, results, timed.stages)
 
 
 @dataclass(slots=True)
 class Clock:
-    """Tells the user what runs, and keeps how long it took and whether it was cached."""
+    """Keeps how long each stage took, and whether it was cached."""
 
     tools: Tools
     stages: dict[str, dict[str, Json]] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str, detail: str = "") -> Iterator[dict[str, Json]]:
-        """Time a stage; its body sets `cached` where it fetched, made, changed and sent nothing."""
-        note: dict[str, Json] = {"cached": False, "seconds": 0.0}
-        self.tools.progress.stage(name, detail)
-        began = self.tools.clock()
-        yield note
-        note["seconds"] = round(self.tools.clock() - began, 3)
-        self.stages[name] = note
-        self.tools.progress.finish(name, float(note["seconds"]), bool(note["cached"]))
 
     def take(self, outcome: Outcome[T]) -> T:
         """Return a stage's value, and remember its time."""
@@ -122,7 +111,7 @@ def check_machine(request: BuildRequest, tools: Tools) -> None:
     """Notice before the work that jobs could not be run, or their results written or pushed."""
     tools.runner.check(MERGE_BUILDER)
     for target in request.targets:
-        publishing.check_layout(request.outputs_of(target))
+        check_layout(request.outputs_of(target).layout)
     if request.outputs.push:
         first = request.targets[0].name
         tools.registry.check_push(Reference.parse(name_of(request.file.recipe, first)))
@@ -201,36 +190,22 @@ def refusal(
     return CheckFailed(error.message, hint=f"{error.hint}\nreport: {report}", details=error.details)
 
 
-def prove(
-    baking: Baking,
-    image: Image,
-    expected: tuple[Result, ...],
-    record: Record,
-    clock: Clock,
-    note: dict[str, Json],
+def evaluated(
+    record: Record, inputs: ImageInputs, expected: tuple[Result, ...], clock: Clock
 ) -> tuple[Result, ...]:
-    """Start the image unless this very one was proven before, and score its answers.
+    """Return the tasks with the scores of the started image.
 
     Raises CheckFailed where it does not start or keep its promises; the report is kept.
     """
-    request, tools, trial = baking.request, baking.tools, baking.trial(expected)
-    if baking.config.plan.device != "cpu" and not tools.engine.describe().get("gpu"):
-        tools.progress.warn("the image is for a GPU and none is here: it was not started")
-        return expected
-    if not is_own(image):
-        tools.progress.warn(f"the image is for {image.platform} alone: it was not started")
-        return expected
-    note["cached"] = is_proven(image.digest, trial, tools)
-    if note["cached"]:
-        answers = tuple(known_answers(trial, one, tools) or () for one in trial.asked)
-    else:
-        layout = request.trial_layout(baking.target)
-        try:
-            with publishing.candidate(image, layout, tools) as started:
-                answers = ask(started, image.digest, trial, tools)
-        except CheckFailed as error:
-            raise refusal(record, expected, clock.stages, error) from None
-    return with_image(expected, answers, tools)
+    request, target, image, tools = record.request, record.target, record.image, record.tools
+    if target is None or image is None:
+        raise AssertionError("there is nothing to start")
+    evaluation = evaluation_of(request, target, inputs, expected)
+    started = candidate(image, request.candidate_layout(target), tools)
+    try:
+        return clock.take(evaluate(image, evaluation, started, tools))
+    except CheckFailed as error:
+        raise refusal(record, expected, clock.stages, error) from None
 
 
 def judge(
@@ -252,27 +227,3 @@ def judge_quality(
         raise AssertionError("there is nothing to judge")
     if fault := quality_fault(record.artifact, record.request.file.recipe.quality):
         raise refusal(record, results, stages, fault)
-
-
-def deliver(
-    baking: Baking,
-    checkpoint: Checkpoint,
-    scores: Mapping[str, Score],
-    note: dict[str, Json],
-) -> Published:
-    """Publish with what is known of it, unless every output holds this very image already."""
-    request, tools = baking.request, baking.tools
-    image = baking.whole(scores)
-    outputs, trial = request.outputs_of(baking.target), request.trial_layout(baking.target)
-    name = name_of(request.file.recipe, baking.target.name)
-    held = publishing.is_held(image, name, outputs, tools)
-    if held and not outputs.push:
-        note["cached"] = True
-        publishing.discard_candidate(own_of(image), trial, tools)
-        return publishing.describe(image, name, outputs)
-    if trial is not None and outputs.layout is None:  # tried from a layout that nobody asked for
-        publishing.discard_candidate(own_of(image), trial, tools)
-    attachments = [evidence(one) for one in baking.made(checkpoint, scores)]
-    published = publishing.publish(image, name, outputs, attachments, tools)
-    note["cached"] = held and not published.uploaded_bytes and not published.mounted
-    return published

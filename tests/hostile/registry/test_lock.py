@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
-from weightsmith.building.baking import bases_of
 from weightsmith.drivers.hub import HubReader
 from weightsmith.drivers.store import FileStore
 from weightsmith.errors import InputRefused
 from weightsmith.oci.registry import Registry
+from weightsmith.planning.bases import bases_of
 from weightsmith.planning.forecast import forecast
 from weightsmith.planning.request import BuildRequest
 from weightsmith.planning.sources import resolve_request

@@ -14,8 +14,9 @@ from weightsmith.errors import InputRefused
 from weightsmith.oci.image import ImageConfig, assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.layout import write_layout
+from weightsmith.provenance.labels import ENGINE_LABEL
 from weightsmith.stages import base as stage
-from weightsmith.stages.base import ENGINE_LABEL, base_image
+from weightsmith.stages.base import base_image
 from weightsmith.values import key_of
 
 from tests.fakes.journal import RecordingProgress

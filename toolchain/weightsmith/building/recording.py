@@ -6,22 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightsmith.building.artifacts import network_in_jobs
-from weightsmith.building.baking import Baking
 from weightsmith.evaluating.results import Result
 from weightsmith.oci.image import Image
+from weightsmith.planning.images import network_in_jobs
 from weightsmith.planning.options import quantize_options
 from weightsmith.planning.request import BuildRequest
 from weightsmith.planning.tasks import probes
+from weightsmith.serving.plan import ServingConfig
 from weightsmith.serving.targets import Target
 from weightsmith.stages import merge as merging
 from weightsmith.stages import publish as publishing
 from weightsmith.stages import quantize as quantizing
 from weightsmith.stages import reference as references
 from weightsmith.stages import validate as validating
+from weightsmith.stages.evaluate import checks_of
 from weightsmith.stages.record import Facts, TaskFacts, write_record
 from weightsmith.stages.report import write_report
-from weightsmith.stages.trial import checks_of
 from weightsmith.tools import Tools
 from weightsmith.values import Artifact, Checkpoint, Json, Published, Score, Sources
 
@@ -57,7 +57,7 @@ class Record:
     tools: Tools
     target: Target | None = None
     artifact: Artifact | None = None
-    baking: Baking | None = None
+    config: ServingConfig | None = None
     image: Image | None = None
 
     def keep(
@@ -90,7 +90,7 @@ class Record:
         folder = self.request.folder(self.target) / "refused"
         if self.image is None:
             return self._write(None, results, stages, folder, why)
-        layout = self.request.trial_layout(self.target)
+        layout = self.request.candidate_layout(self.target)
         publishing.discard_candidate(self.image, layout, self.tools)
         unpublished = Published(reference="", digest=self.image.digest, layers=())
         return self._write(unpublished, results, stages, folder, why)
@@ -109,7 +109,7 @@ class Record:
             checkpoint=self.checkpoint,
             target=self.target.name if self.target else "",
             artifact=self.artifact,
-            config=self.baking.config if self.baking else None,
+            config=self.config,
             published=published,
             tasks=tuple(_task_facts(result) for result in results),
             checks=checks_of(self.image.digest, self.tools) if self.image else (),
@@ -117,9 +117,7 @@ class Record:
             refused=refused,
             warnings=tuple(getattr(self.tools.progress, "warnings", ())),
             inputs=self._inputs(results),
-            network_in_jobs=network_in_jobs(
-                self.checkpoint, self.baking.artifact if self.baking else None, self.tools
-            ),
+            network_in_jobs=network_in_jobs(self.checkpoint, self.artifact, self.tools),
         )
         return write_report(write_record(facts, folder), folder).html
 

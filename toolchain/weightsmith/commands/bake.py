@@ -5,46 +5,37 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 from weightsmith.checkpoints.folder import scan
 from weightsmith.checkpoints.gguf_config import gguf_file_type
-from weightsmith.checkpoints.reshard import Resharded, reshard
 from weightsmith.checkpoints.safetensors import read_header
 from weightsmith.commands.arguments import required
 from weightsmith.commands.render import Model, open_model, own_weights, read_config, serving_config
 from weightsmith.errors import InputRefused, UsageError
-from weightsmith.oci.image import Image, Order
-from weightsmith.oci.index import whole_of
+from weightsmith.layouts import check_layout
+from weightsmith.oci.image import Order
 from weightsmith.oci.references import Reference
 from weightsmith.planning.targets import all_targets
 from weightsmith.ports import Progress, Store
 from weightsmith.provenance.labels import PREFIX
+from weightsmith.provenance.materials import ImageInputs
 from weightsmith.quantizers.gguf_types import FILE_TYPES
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.plan import ServingConfig, ServingPlan
 from weightsmith.serving.targets import Target, find
-from weightsmith.stages.attest import ImageMaterials, evidence
 from weightsmith.stages.bake import bake
-from weightsmith.stages.base import (
-    ENGINE_LABEL,
-    base_images,
-    base_reference,
-    bills_of,
-    data_base,
-    engine_version,
-    public_base,
-)
-from weightsmith.stages.publish import Outputs, check_layout, publish
-from weightsmith.stages.render import repository_name
+from weightsmith.stages.base import base_images, base_reference, data_base, public_base
+from weightsmith.stages.publish import Outputs, publish
+from weightsmith.stages.render import repository_name, startup_seconds
 from weightsmith.tools import Tools
 from weightsmith.values import (
     Artifact,
     FileEntry,
     Json,
-    Published,
     Tree,
     plain,
 )
@@ -80,28 +71,19 @@ def bake_model(request: BakeRequest, tools: Tools) -> Mapping[str, Json]:
     """Assemble a model's image and bring it where it is asked for; starts nothing."""
     began = time.monotonic()
     _check(request)
-    check_layout(_outputs(request, push=bool(request.push)))
+    outputs = _outputs(request)
+    check_layout(outputs.layout)
     if request.push:
         tools.registry.check_push(Reference.parse(request.push))
     target = find(request.target, all_targets())
     model = open_model(request.model, request.name or _name(request.model))
-    artifact = _artifact(model, target, tools.store, tools.progress)
-    _compare_type(model, target, tools)
-    split = Resharded(artifact.tree, {})
-    if request.max_layer_size:
-        split = reshard(artifact.tree, request.max_layer_size, tools.store.memo)
     place = request.push or request.load or f"{repository_name(model.name)}:latest"
-    config = None
-    if request.kind == "image":
-        config = _config(request, model, target, place, tools)
-    made = _made(request, model, target, artifact, config, tools, split)
-    tools.progress.stage("publish", place)
-    published = _publish(made, place, _outputs(request, push=bool(request.push)), tools)
+    prepare = partial(_inputs, request, model, target, place, tools)
+    made = bake(prepare, place, tools, push=outputs.push).value
+    published = publish(made, place, outputs, tools, started_in=outputs.layout).value
     if request.push and request.load and request.load != request.push:
-        _publish(made, request.load, Outputs(load=True), tools)
-    seconds = round(time.monotonic() - began, 3)
-    tools.progress.finish("publish", seconds, cached=False)
-    return {**plain(published), "seconds": seconds}
+        publish(made, request.load, Outputs(load=True), tools)
+    return {**plain(published), "seconds": round(time.monotonic() - began, 3)}
 
 
 def _check(request: BakeRequest) -> None:
@@ -143,7 +125,12 @@ def _default_config(model: Model, target: Target) -> ServingConfig:
     path = engine.model_dir
     if target.format.suffix == ".gguf":
         path += "/" + next(name for name in model.weights if name.endswith(".gguf"))
-    names = {"model_path": path, "served_name": model.name}
+    names = {
+        "model_path": path,
+        "served_name": model.name,
+        "adapters": {},
+        "startup_seconds": startup_seconds(model.weight_bytes),
+    }
     plan = ServingPlan.from_json({"device": device})
     return ServingConfig(
         target=target.name,
@@ -161,89 +148,56 @@ def _default_config(model: Model, target: Target) -> ServingConfig:
     )
 
 
-def _made(
-    request: BakeRequest,
-    model: Model,
-    target: Target,
-    artifact: Artifact,
-    config: ServingConfig | None,
-    tools: Tools,
-    split: Resharded,
-) -> list[ImageMaterials]:
-    """Return the image for each platform of the base, and what it is made of."""
-    if config is None:
-        engine, wanted = "", data_base(request.kind, request.base_image)
-    else:
+def _inputs(
+    request: BakeRequest, model: Model, target: Target, place: str, tools: Tools
+) -> ImageInputs:
+    """Return what the images are made of: the base for each platform that is asked for."""
+    artifact = _artifact(model, target, tools.store, tools.progress)
+    _compare_type(model, target, tools)
+    config, engine = None, ""
+    base_name = data_base(request.kind, request.base_image)
+    if request.kind == "image":
+        config = _config(request, model, target, place, tools)
         engine, device = target.engine.name, config.plan.device
-        wanted = base_reference(target.engine, device, request.base_image)
-    bases: tuple[Image | None, ...] = (None,)
-    if wanted:
-        asked = (request.platform,) if request.platform else ()
-        bases = base_images(wanted, engine, tools, platforms=asked)
-    served = replace(artifact, tree=split.tree)
-    labels = _labels(request, model, target, served, config)
-    name = public_base(wanted)
-
-    def made(base: Image | None) -> ImageMaterials:
-        image = bake(
-            served,
-            config,
-            base=base,
-            base_name=name,
-            engine_version=engine_version(base) if base and config else "",
-            labels=labels,
-            store=tools.store,
-            model_dir=target.engine.model_dir,
-            order="weights-first" if request.order == "weights-first" else "engine-first",
-            largest=request.max_layer_size,
-            contents=split.contents,
-        )
-        return ImageMaterials(
-            image=image,
-            artifact=artifact,
-            served=served,
-            base=base,
-            base_name=name,
-            name=model.name,
-            version="0",
-            parameters={"target": target.name, "kind": request.kind, "order": request.order},
-            network_in_jobs=tools.runner.networked,
-            base_bills=bills_of(name, base, tools.registry) if base else (),
-        )
-
-    return [made(base) for base in bases]
+        base_name = base_reference(target.engine, device, request.base_image)
+    platforms = (request.platform,) if request.platform else ()
+    return ImageInputs(
+        name=model.name,
+        version="0",
+        artifact=artifact,
+        engine=target.engine,
+        config=config,
+        bases=base_images(base_name, engine, tools, platforms=platforms) if base_name else (),
+        base_name=public_base(base_name),
+        labels=_labels(request, model, target, config),
+        order="weights-first" if request.order == "weights-first" else "engine-first",
+        largest_layer=request.max_layer_size,
+        parameters={"target": target.name, "kind": request.kind, "order": request.order},
+        network_in_jobs=tools.runner.networked,
+    )
 
 
 def _labels(
-    request: BakeRequest,
-    model: Model,
-    target: Target,
-    served: Artifact,
-    config: ServingConfig | None,
+    request: BakeRequest, model: Model, target: Target, config: ServingConfig | None
 ) -> dict[str, str]:
     labels = {
         "org.opencontainers.image.title": model.name,
         PREFIX + "target": target.name,
         PREFIX + "kind": request.kind,
         PREFIX + "format": target.format.name,
-        PREFIX + "artifact.digest": served.digest,
     }
     if config is not None:
-        labels[ENGINE_LABEL] = target.engine.name
         labels[PREFIX + "plan"] = json.dumps(config.plan.portable(), sort_keys=True)
     return labels
 
 
-def _publish(made: list[ImageMaterials], place: str, outputs: Outputs, tools: Tools) -> Published:
-    attachments = [evidence(one) for one in made]
-    whole = whole_of([one.image for one in made])
-    return publish(whole, place, outputs, attachments, tools)
-
-
-def _outputs(request: BakeRequest, *, push: bool) -> Outputs:
-    same = not push or request.load == request.push
+def _outputs(request: BakeRequest) -> Outputs:
+    """Return where the image goes by its first name; another one to load it by comes after."""
     return Outputs(
-        load=bool(request.load) and same, layout=request.layout, push=push, force=request.force
+        load=bool(request.load) and request.push in ("", request.load),
+        layout=request.layout,
+        push=bool(request.push),
+        force=request.force,
     )
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from weightsmith.commands.server import ServerSource, served, served_name
+from weightsmith.commands.server import ServerSource, served_name, session_with
 from weightsmith.errors import CheckFailed, UsageError
 from weightsmith.evaluating.items import Item, read_items
 from weightsmith.evaluating.load import load_test
@@ -61,11 +60,8 @@ def bench(request: BenchRequest, tools: Tools) -> Mapping[str, Json]:
             f"{request.out} has no build.json", hint="name a target's folder below dist/"
         )
     questions = _questions(request)
-    with ExitStack() as stack:
-        endpoint = stack.enter_context(served(request.place, tools))
-        key = os.environ.get("WEIGHTSMITH_API_KEY", "") if request.place.url else ""
-        limits = SessionLimits(request_seconds=request.timeout)
-        session = stack.enter_context(ServerSession(endpoint, limits, key=key))
+    limits = SessionLimits(request_seconds=request.timeout)
+    with session_with(request.place, tools, limits) as session:
         name = served_name(session, request.served_name)
         runs = [_run(session, name, questions, count, request, tools) for count in
                 request.concurrency]  # fmt: skip

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from weightsmith.commands.folders import open_sources
-from weightsmith.commands.server import ServerSource, served, served_name
+from weightsmith.commands.server import ServerSource, served_name, session_with
 from weightsmith.destinations import Unkept
 from weightsmith.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.evaluating.gate import DropLimit, judge_drop, too_few
 from weightsmith.evaluating.items import read_items
 from weightsmith.evaluating.leaks import describe, find_leaks
 from weightsmith.evaluating.metrics import check_metric
-from weightsmith.evaluating.session import ServerSession, SessionLimits
+from weightsmith.evaluating.session import SessionLimits
 from weightsmith.evaluating.statistics import wilson
 from weightsmith.evaluating.task import Answers, Task, ask_server, score_task
 from weightsmith.foreign import TOKENIZER, parse_file
@@ -136,14 +134,14 @@ def _score(subject: Subject, task: Task, options: EvaluateOptions, tools: Tools)
         return score_task(task, _ask_checkpoint(subject, task, tools), tools.command)
     place = ServerSource(image=subject.image, url=subject.url)
     limits = SessionLimits(request_seconds=options.timeout, tries=options.retries + 1)
-    with ExitStack() as stack:
-        endpoint = stack.enter_context(served(place, tools, modest=True))
-        key = os.environ.get("WEIGHTSMITH_API_KEY", "") if subject.url else ""
-        session = stack.enter_context(ServerSession(endpoint, limits, key=key))
+    with session_with(place, tools, limits, modest=True) as session:
         name = served_name(session, subject.served_name)
         answers = ask_server(session, name, task, tools.progress, concurrency=options.concurrency)
         # While the server is there: the command may ask it on its own.
-        environment = {"WEIGHTSMITH_URL": f"{endpoint.url}/v1", "WEIGHTSMITH_MODEL": name}
+        environment = {
+            "WEIGHTSMITH_URL": f"{session.endpoint.url}/v1",
+            "WEIGHTSMITH_MODEL": name,
+        }
         return score_task(task, answers, tools.command, environment)
 
 

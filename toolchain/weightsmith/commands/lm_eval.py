@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightsmith.commands.server import ServerSource, served, served_name
+from weightsmith.commands.server import ServerSource, served_name, session_with
 from weightsmith.errors import CheckFailed, EnvironmentFailure, UsageError
 from weightsmith.evaluating.likelihood import echoes
-from weightsmith.evaluating.session import ServerSession
 from weightsmith.foreign import TOKENIZER, parse_file
 from weightsmith.tools import Tools
 from weightsmith.trees import below
@@ -56,12 +54,9 @@ def evaluate_tasks(request: HarnessRequest, tools: Tools) -> Mapping[str, Json]:
             hint="--image REF starts an image, --url asks a server",
         )
     tools.progress.stage("evaluate", request.tasks)
-    with ExitStack() as stack:
-        endpoint = stack.enter_context(served(request.place, tools, modest=True))
-        session = stack.enter_context(ServerSession(endpoint))
+    with session_with(request.place, tools, modest=True) as session, tools.scratch() as out:
         name = served_name(session, request.served_name)
-        out = stack.enter_context(tools.scratch())
-        words = command(request, endpoint.url, name, out)
+        words = command(request, session.endpoint.url, name, out)
         key = os.environ.get("WEIGHTSMITH_API_KEY", "") or "none"
         try:
             tools.command(words, {"OPENAI_API_KEY": key}, b"", _SECONDS)
@@ -74,8 +69,8 @@ def evaluate_tasks(request: HarnessRequest, tools: Tools) -> Mapping[str, Json]:
             if not request.tokenizer or echoes(session, name):
                 raise
             raise CheckFailed(
-                f"{endpoint.shown} gives no log-probabilities of a prompt (llama.cpp's server "
-                f"never does), which tasks that compare likelihoods need; {error.message}",
+                f"{session.endpoint.shown} gives no log-probabilities of a prompt (llama.cpp's "
+                f"server never does), which tasks that compare likelihoods need; {error.message}",
                 hint="ask such tasks of the vLLM image, take tasks that generate (without "
                 "--tokenizer), or use --data with --metric choice, which llama.cpp can answer",
             ) from None

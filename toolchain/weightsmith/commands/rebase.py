@@ -7,28 +7,29 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from weightsmith.commands.server import ServerSource, served
+from weightsmith.commands.server import ServerSource, session_with
 from weightsmith.errors import CheckFailed, InputRefused
 from weightsmith.evaluating.client import chat, first_name
 from weightsmith.evaluating.items import Item
-from weightsmith.evaluating.session import ServerSession
 from weightsmith.oci import manifests
 from weightsmith.oci.collisions import first_collision
 from weightsmith.oci.image import Image, assemble
-from weightsmith.oci.index import is_own, own_of, whole_of
+from weightsmith.oci.index import own_of, whole_of
 from weightsmith.oci.places import Place, open_place
 from weightsmith.oci.references import Reference
 from weightsmith.provenance import evidence as gathered
 from weightsmith.provenance import statements
+from weightsmith.provenance.attest import MODEL_BILL
+from weightsmith.provenance.bills import base_documents
 from weightsmith.provenance.evidence import Document, Evidence
-from weightsmith.provenance.labels import ENGINE_VERSION, PREFIX, plan_of
+from weightsmith.provenance.labels import ENGINE_LABEL, ENGINE_VERSION, PREFIX, engine_version
 from weightsmith.provenance.lineage import trace
 from weightsmith.provenance.mlbom import MEDIA_TYPE
 from weightsmith.provenance.roles import ADDED, LAYERS, Roles, config_label, roles_label, roles_of
 from weightsmith.provenance.statements import Resource
-from weightsmith.stages.attest import MODEL_BILL, base_documents
-from weightsmith.stages.base import ENGINE_LABEL, base_image, bills_of, engine_version, public_base
-from weightsmith.stages.publish import Outputs, candidate, discard_candidate, publish
+from weightsmith.stages.base import base_image, public_base
+from weightsmith.stages.publish import Outputs, candidate, deliver, discard_candidate
+from weightsmith.starting import why_not_started
 from weightsmith.tools import Tools
 from weightsmith.values import Digest, Json, plain
 
@@ -67,7 +68,7 @@ def rebase_image(request: RebaseRequest, tools: Tools) -> Mapping[str, Json]:
         _smoke(own_of(whole), request.onto, tools)
     attachments = [evidence for _, evidence in moved]
     outputs = Outputs(push=True, force=request.force)
-    published = publish(whole, request.to, outputs, attachments, tools)
+    published = deliver(whole, request.to, outputs, attachments, tools)
     seconds = round(time.monotonic() - began, 3)
     tools.progress.finish("rebase", seconds, cached=False)
     before = Digest.of(index) if index else olds[0].digest
@@ -91,7 +92,7 @@ def exchange(old: Image, roles: Roles, base: Image, base_name: str) -> Image:
     if roles.weights_first:
         below, middle = middle, below
     dropped = (_BASE + "name", _BASE + "digest", ENGINE_VERSION)
-    version = engine_version(base)
+    version = engine_version(base.labels)
     labels = {
         **{key: text for key, text in roles.config.labels.items() if key not in dropped},
         **({_BASE + "name": base_name} if base_name else {}),
@@ -122,7 +123,7 @@ def check_contract(old: Image, roles: Roles, base: Image, name: str, tools: Tool
             f"{name} is for {base.platform}, the image for {old.platform}",
             hint="choose a base for the image's platform",
         )
-    before, after = old.labels.get(ENGINE_VERSION, ""), engine_version(base)
+    before, after = old.labels.get(ENGINE_VERSION, ""), engine_version(base.labels)
     if before and after and _major(before) != _major(after):
         raise InputRefused(
             f"{name} holds version {after}, and the image was planned for {before}",
@@ -156,19 +157,17 @@ def _smoke(image: Image, onto: str, tools: Tools) -> None:
 
     Raises CheckFailed with what it lacks on its new base.
     """
-    if not is_own(image):
-        tools.progress.warn(f"the image is for {image.platform}: it was not started")
-        return
-    if not tools.engine.answers():
-        tools.progress.warn("no container engine answers: the image was not started")
-        return
-    if plan_of(image.labels).device != "cpu" and not tools.engine.describe().get("gpu"):
-        tools.progress.warn("the image is for a GPU and none is here: it was not started")
+    reason = why_not_started(image, tools)
+    if not reason and not tools.engine.answers():
+        reason = "no container engine answers: the image was not started"
+    if reason:
+        tools.progress.warn(reason)
         return
     try:
         with candidate(image, None, tools) as name:
             try:
-                _greet(name, tools)
+                with session_with(ServerSource(image=name), tools, modest=True) as session:
+                    chat(session, first_name(session), _GREETING, 4)
             except CheckFailed as error:
                 raise CheckFailed(
                     f"the image does not work on {onto}: {error.message.replace(name, 'it')}",
@@ -176,14 +175,6 @@ def _smoke(image: Image, onto: str, tools: Tools) -> None:
                 ) from None
     finally:
         discard_candidate(image, None, tools)
-
-
-def _greet(name: str, tools: Tools) -> None:
-    with (
-        served(ServerSource(image=name), tools, modest=True) as endpoint,
-        ServerSession(endpoint) as asked,
-    ):
-        chat(asked, first_name(asked), _GREETING, 4)
 
 
 def _evidence(
@@ -198,10 +189,10 @@ def _evidence(
     rows = gathered.limited(origin.attached(old.digest))
     attachments = [origin.read(blob, tag) for blob, tag in rows]
     parts = gathered.statement_parts(attachments)
-    told = [gathered.read_statement(part, None).statement for part in parts]
-    lineage = trace(old.digest, told)
+    attached = [gathered.read_statement(part, None).statement for part in parts]
+    lineage = trace(old.digest, attached)
     # Nothing else: with a key, what is kept gets our signature.
-    about = [lineage.holds(one) and gathered.is_ours(one) for one in told]
+    about = [lineage.holds(one) and gathered.is_ours(one) for one in attached]
     kept = tuple(part for part, holds in zip(parts, about, strict=True) if holds)
     if len(kept) < len(parts):
         tools.progress.warn(
@@ -209,7 +200,7 @@ def _evidence(
             " how it was made: left behind"
         )
     name = public_base(request.onto)
-    below = base_documents(base, name, bills_of(name, base, tools.registry) if name else ())
+    below = base_documents(base, name, tools.registry)
     own = filter(lineage.names, gathered.documents_in(attachments))
     documents = (*_own(own), *below)
     statement = statements.provenance(

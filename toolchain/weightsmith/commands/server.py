@@ -10,12 +10,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from weightsmith.errors import CheckFailed, UsageError
-from weightsmith.evaluating.client import check_served_name, first_name, wait_until_healthy
-from weightsmith.evaluating.session import ServerSession
+from weightsmith.evaluating.client import check_served_name, first_name
+from weightsmith.evaluating.session import ServerSession, SessionLimits
 from weightsmith.oci.layout import read_layout
 from weightsmith.planning.targets import all_targets
 from weightsmith.ports import Endpoint, StartSpec
 from weightsmith.provenance.labels import plan_of
+from weightsmith.starting import spare_cpu, start
 from weightsmith.tools import Tools
 from weightsmith.values import Json, without_passwords
 
@@ -31,41 +32,49 @@ class ServerSource:
 
 
 @contextmanager
-def served(place: ServerSource, tools: Tools, *, modest: bool = False) -> Iterator[Endpoint]:
-    """Yield a ready server; one that was started for it ends with the block.
+def session_with(
+    place: ServerSource, tools: Tools, limits: SessionLimits | None = None, *, modest: bool = False
+) -> Iterator[ServerSession]:
+    """Yield a session with a ready server; one that was started for it ends with the block.
 
-    `modest` leaves one CPU to others, where the engine's number of threads can be set: threads
-    that wait for each other stand still when one is displaced.
-    Raises UsageError for an image that is not there or an address that is none, CheckFailed for
-    an image that does not become ready.
+    `modest` leaves one CPU to others, where the engine's number of threads can be set. A server
+    at a URL gets the key in WEIGHTSMITH_API_KEY.
+    Raises UsageError for an image that is not there or a malformed address, CheckFailed for an
+    image that does not become ready.
     """
     if place.url:
-        parts = urlsplit(place.url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise UsageError(
-                f"--url {without_passwords(place.url)}: not the address of a server",
-                hint="as in --url http://127.0.0.1:8000",
-            )
-        url = place.url.rstrip("/").removesuffix("/v1")
-        yield Endpoint(url=url, logs=lambda _: "", alive=lambda: True)
+        key = os.environ.get("WEIGHTSMITH_API_KEY", "")
+        with ServerSession(_running(place.url), limits, key=key) as session:
+            yield session
         return
     config = _image_config(place.image, tools)
     labels = config.get("Labels") or {}
     target = all_targets().get(labels.get("dev.weightsmith.target", ""))
     ports = sorted(int(port.partition("/")[0]) for port in config.get("ExposedPorts") or ())
-    variable = target.engine.threads_variable if target and modest else ""
     spec = StartSpec(
         port=ports[0] if ports else 8000,
-        env={variable: str(max(1, len(os.sched_getaffinity(0)) - 1))} if variable else {},
+        env=spare_cpu(target.engine.threads_variable) if target and modest else {},
         port_variable=target.engine.port_variable if target else "",
         host_variable=target.engine.host_variable if target else "",
         shm_bytes=plan_of(labels).shm_bytes,
         use_gpu=True,
     )
-    with tools.launcher.serve(place.image, spec) as endpoint:
-        path = target.engine.health_path if target else "/health"
-        wait_until_healthy(endpoint, path, _START_SECONDS)
-        yield endpoint
+    path = target.engine.health_path if target else "/health"
+    with start(
+        place.image, spec, tools, health_path=path, seconds=_START_SECONDS, limits=limits
+    ) as session:
+        yield session
+
+
+def _running(url: str) -> Endpoint:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise UsageError(
+            f"--url {without_passwords(url)}: not the address of a server",
+            hint="as in --url http://127.0.0.1:8000",
+        )
+    address = url.rstrip("/").removesuffix("/v1")
+    return Endpoint(url=address, logs=lambda _: "", alive=lambda: True)
 
 
 def _image_config(image: str, tools: Tools) -> Mapping[str, Json]:

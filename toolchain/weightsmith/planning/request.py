@@ -20,7 +20,7 @@ class BuildRequest:
     dist: Path
     """Folder that gets NAME/VERSION/TARGET/."""
     engine_answers: bool
-    """Images are tried in the container engine, else from a layout."""
+    """Images are started in the container engine, else from a layout."""
     locked: bool = False
     """Sources that are not as in the recipe's lock are refused."""
     update_lock: bool = False
@@ -43,8 +43,8 @@ class BuildRequest:
             load = self.outputs.load
         return replace(self.outputs, load=load, layout=layout)
 
-    def trial_layout(self, target: Target) -> Path | None:
-        """Where the image is tried: None for the container engine, else beside this layout."""
+    def candidate_layout(self, target: Target) -> Path | None:
+        """Where the image is started from: None for the engine, else beside this layout."""
         if self.engine_answers:
             return None
         return self.outputs_of(target).layout or self.folder(target) / "image"

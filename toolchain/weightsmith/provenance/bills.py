@@ -11,15 +11,18 @@ from contextlib import suppress
 
 from weightsmith.errors import WeightsmithError
 from weightsmith.oci import manifests
-from weightsmith.oci.attachments import LARGEST_PART, Attachment, Part
+from weightsmith.oci.attachments import LARGEST_PART, Attachment
 from weightsmith.oci.image import Image
-from weightsmith.oci.manifests import TITLE
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
-from weightsmith.provenance.evidence import SPDX_TYPE, Document
-from weightsmith.provenance.mlbom import MEDIA_TYPE
-from weightsmith.values import canonical
+from weightsmith.provenance.evidence import SPDX_TYPE, Document, titled
+from weightsmith.provenance.mlbom import MEDIA_TYPE, engine_bom
+from weightsmith.resources import engine_source
 
+OWN_ENGINE = "engine:"
+"""Prefix of bases that are a folder of images/engines/, assembled here from its tools."""
+
+ENGINE_BILL = "engine.cdx.json"
 _TYPES = (MEDIA_TYPE, SPDX_TYPE)
 _PREDICATES = {
     "https://spdx.dev/Document": (SPDX_TYPE, "base.spdx.json"),
@@ -29,6 +32,17 @@ _PREDICATES = {
 _PREDICATE = "in-toto.io/predicate-type"
 _ABOUT, _KIND = "vnd.docker.reference.digest", "vnd.docker.reference.type"
 _MOST = 20
+
+
+def base_documents(base: Image | None, name: str, registry: Registry) -> tuple[Document, ...]:
+    """Return the bills of materials of what is below the weights: its makers', or ours."""
+    if base is None or not name:
+        return ()
+    if not name.startswith(OWN_ENGINE):
+        return read_bills(Reference.parse(name), base, registry)
+    engine = name.removeprefix(OWN_ENGINE)
+    bill = engine_bom(engine, engine_source(engine), base.digest)
+    return (titled(MEDIA_TYPE, ENGINE_BILL, bill),)
 
 
 def read_bills(place: Reference, base: Image, registry: Registry) -> tuple[Document, ...]:
@@ -76,8 +90,7 @@ def _stated(attestation: Attachment) -> Iterator[Document]:
             continue
         bill = manifests.read_json(part.read(), name, LARGEST_PART).get("predicate")
         if isinstance(bill, dict):
-            titled = Part.of_bytes(canonical(bill), media_type, **{TITLE: name})
-            yield Document(artifact_type=media_type, parts=(titled,), annotations={TITLE: name})
+            yield titled(media_type, name, bill)
 
 
 def _size(attachment: Attachment) -> int:

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from weightsmith.errors import InputRefused
 from weightsmith.foreign import PART, parse
 from weightsmith.oci.attachments import Attachment, Part
+from weightsmith.oci.manifests import TITLE
 from weightsmith.oci.places import Place
 from weightsmith.provenance import signing
 from weightsmith.provenance.statements import TEST_RESULT, kind_of, subjects_of
-from weightsmith.values import Blob, Digest, FileEntry, Json, tree_digest
+from weightsmith.values import Blob, Digest, FileEntry, Json, canonical, tree_digest
 
 EVALUATION_TYPE = "application/vnd.weightsmith.evaluation.v1+json"
 ADAPTER_TYPE = "application/vnd.weightsmith.adapter.v1"
@@ -34,6 +35,12 @@ class Document:
     artifact_type: str
     parts: tuple[Part, ...]
     annotations: Mapping[str, str] = field(default_factory=dict)
+
+
+def titled(artifact_type: str, title: str, content: Json) -> Document:
+    """Return a document of one JSON file."""
+    part = Part.of_bytes(canonical(content), artifact_type, **{TITLE: title})
+    return Document(artifact_type=artifact_type, parts=(part,), annotations={TITLE: title})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

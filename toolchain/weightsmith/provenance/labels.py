@@ -16,8 +16,11 @@ from weightsmith.values import Artifact, Json, Score, Sources, without_passwords
 PREFIX = "dev.weightsmith."
 """Our labels; the others are the OCI annotations of image-spec annotations.md."""
 _SCORE = PREFIX + "score."
+ENGINE_LABEL = PREFIX + "engine"
+"""How an image says which engine it holds."""
 ENGINE_VERSION = PREFIX + "engine.version"
 """The version of the engine that an image holds, so that the plan was made for."""
+ARTIFACT = PREFIX + "artifact.digest"
 
 
 def tag(recipe: Recipe, target: str) -> str:
@@ -43,7 +46,6 @@ def labels(
         "org.opencontainers.image.version": recipe.version,
         PREFIX + "target": config.target,
         PREFIX + "format": artifact.format.name,
-        PREFIX + "artifact.digest": artifact.digest,
         PREFIX + "base.source": public_name(sources.base.source),
         PREFIX + "base.pin": sources.base.pin,
         PREFIX + "base.digest": sources.base.digest,
@@ -119,6 +121,11 @@ def plan_of(labels: Mapping[str, str]) -> ServingPlan:
     with suppress(ValueError):
         return ServingPlan.from_json(plan_in(labels))
     return ServingPlan.from_json({})
+
+
+def engine_version(labels: Mapping[str, str]) -> str:
+    """Return the version that a base's labels say its engine has; "" where they do not."""
+    return labels.get(ENGINE_VERSION) or labels.get("org.opencontainers.image.version", "")
 
 
 def plan_in(labels: Mapping[str, str]) -> Mapping[str, Json]:

@@ -1,20 +1,33 @@
-"""Artifact + ServingConfig + base -> Image: layers in memory, nothing written."""
+"""Artifact + ServingConfig + bases -> images: layers in memory, nothing written."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from weightsmith.checkpoints.reshard import Resharded, reshard
 from weightsmith.errors import InputRefused
 from weightsmith.oci.collisions import first_collision
-from weightsmith.oci.image import Healthcheck, Image, ImageConfig, Order, assemble
-from weightsmith.oci.layers import Member, TarLayer
+from weightsmith.oci.image import Healthcheck, Image, ImageConfig, assemble
+from weightsmith.oci.index import own_of
+from weightsmith.oci.layers import Layer, Member, TarLayer
+from weightsmith.oci.limits import check_layers
+from weightsmith.oci.references import Reference
 from weightsmith.oci.weights import most_beside, weight_layers
+from weightsmith.outcome import Outcome, Timer
 from weightsmith.ports import Store
-from weightsmith.provenance.labels import ENGINE_VERSION
+from weightsmith.provenance.labels import (
+    ARTIFACT,
+    ENGINE_LABEL,
+    ENGINE_VERSION,
+    engine_version,
+    score_labels,
+)
+from weightsmith.provenance.materials import ImageInputs, ImageMaterials, whole_image
 from weightsmith.provenance.roles import ADDED, LAYERS, config_label, roles_label
 from weightsmith.serving.plan import ServingConfig
-from weightsmith.values import Artifact, Pieces
+from weightsmith.tools import Tools
+from weightsmith.values import Score
 
 USER = "65532:65532"
 """The unprivileged user that images run as, by number: the image may have no user database."""
@@ -23,61 +36,103 @@ _BASE = "org.opencontainers.image.base."
 
 
 def bake(
-    artifact: Artifact,
-    config: ServingConfig | None,
+    prepare: Callable[[], ImageInputs],
+    name: str,
+    tools: Tools,
     *,
-    base: Image | None,
-    labels: Mapping[str, str],
-    store: Store,
-    base_name: str = "",
-    engine_version: str = "",
-    model_dir: str = "/models",
-    order: Order = "engine-first",
-    largest: int = 0,
-    contents: Mapping[str, Pieces] | None = None,
-) -> Image:
-    """Return an image of an artifact: the base, a layer per weight file, a small one on top.
+    push: bool = False,
+    earlier: Sequence[str] = (),
+) -> Outcome[tuple[ImageMaterials, ...]]:
+    """Return the image for each platform of the base: base, weight layers, a small one on top.
 
-    Without `config` the image serves nothing: it holds the weights for others to mount. The
-    weight layers are the same for every kind of image. Layer digests are remembered in the
-    store, so an unchanged file is not hashed again. Raises UsageError above 125 layers,
-    InputRefused for a base that would hide weights below it.
+    `prepare` brings the inputs, which takes long where a base is assembled here. The weight
+    layers are the same for every kind of image. Layer digests are remembered in the store, so an
+    unchanged file is not hashed again. `earlier` are the layers of the image that was made last;
+    with the same layers the outcome is cached.
+
+    Raises UsageError above 125 layers, where a file cannot be cut to the size that a layer may
+    have, and with `push` for a layer that the registry of `name` does not take; InputRefused for
+    a base that would hide weights below it.
     """
-    if order == "weights-first" and base:
-        _require_clear(base, base_name, model_dir, store)
+    timer = Timer("bake", name, tools)
+    inputs = prepare()
+    split = Resharded(inputs.artifact.tree, {})
+    if inputs.largest_layer:
+        split = reshard(split.tree, inputs.largest_layer, tools.store.memo)
+    made = tuple(_made(inputs, split, base, {}, tools.store) for base in inputs.bases or (None,))
+    layers = own_of(whole_image(made)).layers
+    if push:
+        sizes = [(layer.file or layer.digest.short, layer.size) for layer in layers]
+        check_layers(sizes, Reference.parse(name).registry)
+    return timer.done(made, cached=[layer.digest for layer in layers] == list(earlier))
+
+
+def with_scores(
+    made: Sequence[ImageMaterials], scores: Mapping[str, Score], store: Store
+) -> tuple[ImageMaterials, ...]:
+    """Return the images with labels that say how they scored; the layers stay as they are."""
+    return tuple(_made(one.inputs, one.split, one.base, scores, store) for one in made)
+
+
+def _made(
+    inputs: ImageInputs,
+    split: Resharded,
+    base: Image | None,
+    scores: Mapping[str, Score],
+    store: Store,
+) -> ImageMaterials:
+    """Return one platform's image with what it was made of."""
+    config, model_dir, below = inputs.config, inputs.engine.model_dir, base.layers if base else ()
+    if inputs.order == "weights-first" and base:
+        _require_clear(base, inputs.base_name, model_dir, store)
     weights = weight_layers(
-        artifact.tree,
+        split.tree,
         model_dir,
         memo=store.memo,
-        most=most_beside(len(base.layers) if base else 0),
-        largest=largest,
-        contents=contents,
+        most=most_beside(len(below)),
+        largest=inputs.largest_layer,
+        contents=split.contents,
     )
+    settings = _settings(config)
+    roles = [("base", len(below)), ("weights", len(weights))]
+    if inputs.order == "weights-first":
+        roles.reverse()
+    labels = {
+        ARTIFACT: split.tree.digest,
+        **({ENGINE_LABEL: inputs.engine.name} if config else {}),
+        **inputs.labels,
+        **score_labels(scores),
+        **_base_labels(inputs, base),
+        LAYERS: roles_label(*roles, ("settings", len(settings))),
+    }
+    added = _added(config, labels)
+    image = assemble(
+        weights,
+        settings,
+        config=replace(added, labels={**labels, ADDED: config_label(added)}),
+        base=base,
+        annotations={k: v for k, v in labels.items() if k.startswith("org.opencontainers.")},
+        order=inputs.order,
+    )
+    return ImageMaterials(inputs=inputs, split=split, base=base, image=image, scores=scores)
+
+
+def _base_labels(inputs: ImageInputs, base: Image | None) -> dict[str, str]:
+    version = engine_version(base.labels) if base and inputs.config else ""
+    return {
+        **({_BASE + "name": inputs.base_name} if inputs.base_name else {}),
+        **({_BASE + "digest": base.digest} if base else {}),
+        **({ENGINE_VERSION: version} if version else {}),
+    }
+
+
+def _settings(config: ServingConfig | None) -> tuple[Layer, ...]:
+    """Return the layer of the files that the engine is configured with, if there are any."""
     inside = config.image_files if config else {}
     files = tuple(
         Member.of_bytes(path.lstrip("/"), text.encode()) for path, text in sorted(inside.items())
     )
-    settings = (TarLayer(members=files),) if files else ()
-    below, middle = ("base", len(base.layers) if base else 0), ("weights", len(weights))
-    if order == "weights-first":
-        below, middle = middle, below
-    said = {
-        **labels,
-        **({_BASE + "name": base_name} if base_name else {}),
-        **({_BASE + "digest": base.digest} if base else {}),
-        **({ENGINE_VERSION: engine_version} if engine_version else {}),
-        LAYERS: roles_label(below, middle, ("settings", len(settings))),
-    }
-    added = _added(config, said)
-    added = replace(added, labels={**said, ADDED: config_label(added)})
-    return assemble(
-        weights,
-        settings,
-        config=added,
-        base=base,
-        annotations={k: v for k, v in said.items() if k.startswith("org.opencontainers.")},
-        order=order,
-    )
+    return (TarLayer(members=files),) if files else ()
 
 
 def _require_clear(base: Image, name: str, model_dir: str, store: Store) -> None:

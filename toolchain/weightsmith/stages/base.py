@@ -23,35 +23,27 @@ from weightsmith.oci.layers import (
 from weightsmith.oci.layout import is_layout, locate, read_all, read_layout
 from weightsmith.oci.manifests import host_platform
 from weightsmith.oci.references import Reference
-from weightsmith.oci.registry import Registry
 from weightsmith.oci.tar import source_date_epoch
 from weightsmith.oci.weights import OWN_LAYER
 from weightsmith.ports import Entry
-from weightsmith.provenance.bills import read_bills
-from weightsmith.provenance.evidence import Document
-from weightsmith.provenance.labels import ENGINE_VERSION
+from weightsmith.provenance.bills import OWN_ENGINE
+from weightsmith.provenance.labels import ENGINE_LABEL, ENGINE_VERSION
 from weightsmith.resources import assembles_itself, engine_pins, engine_source, images
 from weightsmith.serving.engine import Engine
 from weightsmith.time_limits import job_seconds
 from weightsmith.tools import Tools
 from weightsmith.values import Blob, Digest, Json, StageInputs, key_of
 
-OWN = "engine:"
-"""Prefix of bases that are a folder of images/engines/, assembled here from its tools."""
-
+OWN = OWN_ENGINE
 MODELCAR = OWN + "modelcar"
 """A shell and nothing else; made of packages for the one platform below."""
 
 MODELCAR_ELSEWHERE = "docker.io/library/busybox:1.37.0-musl"
 
-ENGINE_LABEL = "dev.weightsmith.engine"
-"""How an image says which engine it holds."""
-
 _BUILDER = "gguf"
 _RECIPE_NUMBER = 1
 _GROUPING = 1
 """Raised when `_grouped` would make other layers of the same files by the same rules."""
-_OCI_VERSION = "org.opencontainers.image.version"
 _PINNED = frozenset({"commit", "package"})
 """Either marks the entry of source.json that is the engine itself."""
 _WHOLE_PLATFORM = "linux/amd64"
@@ -168,13 +160,6 @@ def public_base(reference: str) -> str:
     return "" if is_layout(reference) else reference
 
 
-def bills_of(reference: str, base: Image, registry: Registry) -> tuple[Document, ...]:
-    """Return the bills of materials that a base's makers left; () where none can be read."""
-    if not reference or reference.startswith(OWN):
-        return ()
-    return read_bills(Reference.parse(reference), base, registry)
-
-
 def _own(name: str, engine: str, tools: Tools) -> Image:
     if not (images() / "engines" / name).is_dir():
         raise UsageError(
@@ -214,11 +199,6 @@ def _own_labels(name: str, engine: str) -> dict[str, str]:
     parts = [part for part in source.values() if isinstance(part, dict)]
     versions = [str(part["version"]) for part in parts if _PINNED & set(part)]
     return {ENGINE_LABEL: engine or name, **({ENGINE_VERSION: versions[0]} if versions else {})}
-
-
-def engine_version(base: Image) -> str:
-    """Return the version that a base says its engine has, or empty."""
-    return base.labels.get(ENGINE_VERSION) or base.labels.get(_OCI_VERSION, "")
 
 
 def _program_layer(entry: Entry, tools: Tools) -> TarLayer:

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from weightsmith.errors import EnvironmentFailure, UsageError, WeightsmithError
-from weightsmith.files import alone, exchange, is_unfinished
+from weightsmith.errors import EnvironmentFailure, WeightsmithError
+from weightsmith.layouts import (
+    candidate_layout,
+    check_layout,
+    discard_candidate_layout,
+    final_layout,
+)
 from weightsmith.oci.archive import docker_archive, in_turn
 from weightsmith.oci.image import Image
 from weightsmith.oci.index import Index, Whole, images_of, own_of
-from weightsmith.oci.layout import (
-    DEFAULT_NAME,
-    held_digest,
-    image_names,
-    write_index,
-    write_layout,
-)
-from weightsmith.oci.layout_attachments import PARTS, forget
+from weightsmith.oci.layout import held_digest
 from weightsmith.oci.places import LayoutPlace, Place, RegistryPlace
 from weightsmith.oci.references import Reference
+from weightsmith.outcome import Outcome, Timer
 from weightsmith.ports import CANDIDATES
+from weightsmith.provenance.attest import evidence
+from weightsmith.provenance.bills import base_documents
 from weightsmith.provenance.evidence import Evidence
+from weightsmith.provenance.materials import ImageMaterials, whole_image
 from weightsmith.provenance.sealing import attach
-from weightsmith.serving.memory import human
 from weightsmith.tools import Tools
-from weightsmith.trees import discard
 from weightsmith.values import Json, Published, key_of
 
 
@@ -50,7 +49,7 @@ def candidate(image: Image, layout: Path | None, tools: Tools) -> Iterator[str]:
     """Make the image startable without giving it its name; yield what a launcher starts.
 
     In the container engine where `layout` is None, else in a layout beside the final one. It
-    stays until `publish` or `discard_candidate`, so that its layers are not brought twice.
+    stays until `deliver` or `discard_candidate`, so that its layers are not brought twice.
     """
     if layout is None:
         name = _candidate_name(image, tools)
@@ -62,37 +61,65 @@ def candidate(image: Image, layout: Path | None, tools: Tools) -> Iterator[str]:
                 tools.engine.untag(name)
             raise
         return
-    with _alone(_beside(layout), tools) as folder:
-        _layout(image, folder, tools)
+    with candidate_layout(image, layout, tools) as folder:
         yield f"oci:{folder}"
 
 
 def publish(
+    made: Sequence[ImageMaterials],
+    name: str,
+    outputs: Outputs,
+    tools: Tools,
+    *,
+    started_in: Path | None = None,
+) -> Outcome[Published]:
+    """Publish the image of each platform with its evidence, and delete the candidate.
+
+    Nothing is done where every output holds this very image already; a registry, and a layout
+    that is to be signed, are looked at again. `started_in` is the layout that the candidate was
+    started from, None for the engine. Raises as `deliver` does.
+    """
+    timer = Timer("publish", name, tools)
+    whole = whole_image(made)
+    held = is_held(whole, name, outputs, tools)
+    if held and not outputs.push and not (outputs.layout and tools.signer):
+        discard_candidate(own_of(whole), started_in, tools)
+        return timer.done(describe(whole, name, outputs), cached=True)
+    if started_in is not None and outputs.layout is None:  # a layout that nobody asked for
+        discard_candidate(own_of(whole), started_in, tools)
+    attachments = [
+        evidence(one, base_documents(one.base, one.inputs.base_name, tools.registry))
+        for one in made
+    ]
+    published = deliver(whole, name, outputs, attachments, tools)
+    return timer.done(published, cached=held and not published.uploaded_bytes + published.mounted)
+
+
+def deliver(
     whole: Whole,
     reference: str,
     outputs: Outputs,
-    told: Sequence[Evidence],
+    attachments: Sequence[Evidence],
     tools: Tools,
 ) -> Published:
     """Bring an image to every output; the registry last, so that nothing unproven is public.
 
-    `told` is the evidence of each platform's image. It goes with them, signed where there is a
-    key; an engine has no place for it, and gets the image for this machine alone.
+    `attachments` is the evidence of each platform's image. It goes with them, signed where there
+    is a key; an engine has no place for it, and gets the image for this machine alone.
 
     Raises EnvironmentFailure where an engine or a registry fails, UsageError for a tag that
     holds another image already.
     """
     began = tools.clock()
-    check_layout(outputs)
+    check_layout(outputs.layout)
     place, own = Reference.parse(reference), own_of(whole)
     done = describe(whole, reference, outputs)
     if outputs.load:
         _load(own, place, tools)
-    if tools.engine.answers():
-        tools.engine.untag(_candidate_name(own, tools))
+    discard_candidate(own, None, tools)
     if outputs.layout is not None:
-        with _settled(whole, outputs.layout, tools) as beside:
-            _attach(whole, told, LayoutPlace(beside), place, tools)
+        with final_layout(whole, outputs.layout, tools) as folder:
+            _attach(whole, attachments, LayoutPlace(folder), place, tools)
     if outputs.push:
         there = RegistryPlace(tools.registry, place)
         push: Callable[..., Published] = (
@@ -103,7 +130,7 @@ def publish(
             place,
             force=outputs.force,
             also_tags=(f"{place.tag}-{whole.digest.short}",) if outputs.tag_digest else (),
-            before_tag=lambda: _attach(whole, told, there, place, tools),
+            before_tag=lambda: _attach(whole, attachments, there, place, tools),
             progress=lambda sent, total: tools.progress.advance(sent, total, "bytes"),
             warn=tools.progress.warn,
         )
@@ -111,9 +138,9 @@ def publish(
 
 
 def _attach(
-    whole: Whole, told: Sequence[Evidence], place: Place, reference: Reference, tools: Tools
+    whole: Whole, attachments: Sequence[Evidence], place: Place, reference: Reference, tools: Tools
 ) -> None:
-    for image, one in zip(images_of(whole), told, strict=True):
+    for image, one in zip(images_of(whole), attachments, strict=True):
         attach(one, image.manifest_blob, reference.name, place, tools.signer)
     if isinstance(whole, Index):
         attach(Evidence(), whole.blob, reference.name, place, tools.signer)
@@ -205,163 +232,15 @@ def _like(image: Image, reference: Reference, tools: Tools) -> tuple[str, ...]:
     return best
 
 
-def _layout(whole: Whole, folder: Path, tools: Tools) -> None:
-    _require_room(whole, folder)
-
-    def progress(done: int, total: int) -> None:
-        tools.progress.advance(done, total, "bytes")
-
-    if isinstance(whole, Index):
-        write_index(whole, folder, progress=progress)
-    else:
-        write_layout(whole, folder, progress=progress)
-
-
-def _require_room(whole: Whole, folder: Path) -> None:
-    """Raise EnvironmentFailure where the layout's own disk has no room for what it lacks."""
-    store = folder / "blobs" / "sha256"
-    sizes = {layer.digest: layer.size for image in images_of(whole) for layer in image.layers}
-    needed = sum(size for digest, size in sizes.items() if not (store / digest.hex).is_file())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise EnvironmentFailure(
-            f"the image layout needs {human(needed)} of disk, {folder.parent} has {human(free)}"
-            " free",
-            hint="make free space there, or name a folder on a larger disk",
-        )
-
-
-def check_layout(outputs: Outputs) -> None:
-    """Refuse a layout folder that holds anything else, because the image takes its place whole.
-
-    Raises UsageError.
-    """
-    folder = outputs.layout
-    if folder is None:
-        return
-    _recover(folder)
-    if not folder.exists():
-        return
-    others = {"."} if not folder.is_dir() else {path.name for path in folder.iterdir()} - PARTS
-    others = {name for name in others if not is_unfinished(name)}
-    if others or image_names(folder) - {DEFAULT_NAME, ""}:
-        raise UsageError(
-            f"{folder} is there, and holds something else than one image's layout",
-            hint="choose a folder that does not exist yet",
-        )
-
-
-@contextmanager
-def _settled(whole: Whole, folder: Path, tools: Tools) -> Iterator[Path]:
-    """Yield the candidate's layout, whole; give it its final place at once afterwards."""
-    with _alone(_beside(folder), tools) as beside:
-        stale = held_digest(beside)
-        _layout(whole, beside, tools)
-        if stale is not None and stale != whole.digest:
-            _forget_unnamed(beside, whole)
-        yield beside
-        with _explained(folder):
-            _take_place(beside, folder)
-
-
-def _take_place(beside: Path, folder: Path) -> None:
-    """Give a layout its final name, in place of what has it; there is no moment without one.
-
-    Where the file system cannot swap names there is, and `_recover` ends what a kill left there.
-    """
-    old = _old(folder)
-    if not folder.exists():
-        beside.rename(folder)
-        discard(old)
-        return
-    discard(old)
-    with alone(folder):  # it is the candidate for a moment, and nobody is to take it for one
-        if not folder.is_symlink() and exchange(beside, folder):
-            beside.rename(old)
-        else:
-            folder.rename(old)
-            beside.rename(folder)
-        discard(old)
-
-
-def _recover(folder: Path) -> None:
-    """Bring back the layout that a build was about to replace when it was killed.
-
-    Raises EnvironmentFailure where it cannot be renamed.
-    """
-    old = _old(folder)
-    if folder.exists() or not old.exists():
-        return
-    with _alone(_beside(folder)) as beside:
-        with _explained(folder):
-            if old.exists() and not folder.exists():  # nobody did it meanwhile
-                old.rename(folder)
-        with suppress(OSError):
-            beside.rmdir()  # where we made it
-
-
-@contextmanager
-def _alone(folder: Path, tools: Tools | None = None) -> Iterator[Path]:
-    """Yield a folder that no other build of the same results writes to or renames meanwhile.
-
-    Raises EnvironmentFailure where it cannot be made.
-    """
-    wait = False
-    with ExitStack() as stack:
-        with _explained(folder):
-            while True:
-                folder.mkdir(parents=True, exist_ok=True)
-                try:
-                    stack.enter_context(alone(folder, wait=wait))
-                    break
-                except FileNotFoundError:
-                    continue  # renamed between the two
-                except BlockingIOError:
-                    wait = True
-                    if tools is not None:
-                        tools.progress.note(f"another process writes {folder}: waiting for it")
-        yield folder
-
-
-@contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise EnvironmentFailure(
-            f"cannot write the image layout {folder}: {error.strerror}",
-            hint="check free space and permissions, then run it again",
-        ) from None
-
-
-def _forget_unnamed(folder: Path, whole: Whole) -> None:
-    """Delete blobs that the layout no longer names: the candidate's manifest and configuration."""
-    forget(folder)
-    named = {blob.digest.hex for image in images_of(whole) for blob, _ in image.blobs()}
-    named |= {image.digest.hex for image in images_of(whole)} | {whole.digest.hex}
-    for path in (folder / "blobs" / "sha256").iterdir():
-        if path.name not in named:
-            path.unlink()
-
-
 def discard_candidate(image: Image, layout: Path | None, tools: Tools) -> None:
-    """Delete a candidate that did not pass, from the engine or beside its layout."""
-    if layout is None:
+    """Delete a candidate from the engine, or the one beside a layout, where there is any."""
+    if layout is not None:
+        discard_candidate_layout(layout, tools)
+    elif tools.engine.answers():
         tools.engine.untag(_candidate_name(image, tools))
-    elif _beside(layout).exists():
-        with _alone(_beside(layout), tools) as folder:
-            discard(folder)
 
 
 def _candidate_name(image: Image, tools: Tools) -> str:
     """Return a name of this build by the layers alone: the final image has these, other labels."""
     key = key_of([layer.digest for layer in image.layers]).short
     return f"{CANDIDATES}:{key}-{tools.engine.owner}"
-
-
-def _old(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
-
-
-def _beside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.candidate")

@@ -13,7 +13,6 @@ from weightsmith.errors import EnvironmentFailure
 from weightsmith.evaluating.statistics import wilson
 from weightsmith.files import write_whole
 from weightsmith.foreign import RECORD, parse_file
-from weightsmith.oci.image import Image
 from weightsmith.provenance.evaluation import side_by_side
 from weightsmith.provenance.labels import without_secrets
 from weightsmith.recipe import Recipe
@@ -86,13 +85,13 @@ def is_written(files: Mapping[str, str], folder: Path) -> bool:
         return False
 
 
-def has_layers(image: Image, folder: Path) -> bool:
-    """Say whether the image that a folder records has these layers."""
+def layers_in(folder: Path) -> tuple[str, ...]:
+    """Return the layers of the image that a folder records, bottom first; () without one."""
     try:
         recorded = parse_file(folder / "build.json", largest=RECORD)["image"]["layers"]
-        return [row["digest"] for row in recorded] == [layer.digest for layer in image.layers]
+        return tuple(row["digest"] for row in recorded)
     except (OSError, ValueError, LookupError, TypeError):
-        return False
+        return ()
 
 
 def write_files(files: Mapping[str, str], folder: Path) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 from weightsmith.checkpoints.gguf_config import gguf_config
 from weightsmith.errors import WeightsmithError
 from weightsmith.foreign import read_json
 from weightsmith.oci.attachments import Part
-from weightsmith.oci.image import Image
 from weightsmith.oci.manifests import TITLE
 from weightsmith.provenance import statements
 from weightsmith.provenance.evaluation import evaluation, test_result
@@ -21,85 +19,58 @@ from weightsmith.provenance.evidence import (
     Evidence,
     document_digest,
     document_name,
+    titled,
 )
 from weightsmith.provenance.labels import public_name, without_secrets
-from weightsmith.provenance.mlbom import (
-    MEDIA_TYPE,
-    Ancestor,
-    ModelFacts,
-    engine_bom,
-    license_of,
-    ml_bom,
-)
+from weightsmith.provenance.materials import ImageInputs, ImageMaterials
+from weightsmith.provenance.mlbom import MEDIA_TYPE, Ancestor, ModelFacts, license_of, ml_bom
 from weightsmith.provenance.statements import Resource, file_resources, provenance, tree_resource
 from weightsmith.recipe import Recipe
-from weightsmith.resources import builder_pins, engine_source
+from weightsmith.resources import builder_pins
 from weightsmith.values import (
     Artifact,
-    Checkpoint,
     Digest,
     Json,
     Score,
     Sources,
-    canonical,
+    Tree,
     plain,
     without_passwords,
 )
 
-OWN_ENGINE = "engine:"
-ENGINE_BILL, MODEL_BILL = "engine.cdx.json", "model.cdx.json"
+MODEL_BILL = "model.cdx.json"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageMaterials:
-    """An image and what it was made of; sources are known only where it was built, not baked."""
+def evidence(made: ImageMaterials, base_documents: Sequence[Document]) -> Evidence:
+    """Return the statements and documents of an image; the same image has the same.
 
-    image: Image
-    artifact: Artifact
-    """As quantized, or as merged."""
-    served: Artifact
-    """As it lies in the image: large files may be cut."""
-    base: Image | None
-    base_name: str
-    name: str
-    version: str
-    parameters: Mapping[str, Json]
-    sources: Sources | None = None
-    checkpoint: Checkpoint | None = None
-    recipe: Recipe | None = None
-    quantizer_builder: str = ""
-    scores: Mapping[str, Score] = field(default_factory=dict)
-    network_in_jobs: bool = False
-    """A job that made any of it had the machine's network, because the user allowed it."""
-    base_bills: Sequence[Document] = ()
-    """Bills of materials that the base's own makers attached to it."""
-
-
-def evidence(made: ImageMaterials) -> Evidence:
-    """Return the statements and documents of an image; the same image has the same."""
-    documents = (*_bills(made), *_evaluation(made), *_adapters(made))
-    told = [*_merged(made), *_quantized(made), *_split(made), _baked(made, documents)]
-    if made.recipe and made.recipe.evaluate and "image" in made.scores:
-        wanted = made.recipe.evaluate
-        told.append(
+    `base_documents` are the bills of materials of what is below its weights.
+    """
+    bill = titled(MEDIA_TYPE, MODEL_BILL, ml_bom(_facts(made)))
+    inputs = made.inputs
+    documents = (bill, *base_documents, *_evaluation(made.scores), *_adapters(inputs.sources))
+    found = [*_merged(inputs), *_quantized(inputs), *_split(made), _baked(made, documents)]
+    if inputs.recipe and inputs.recipe.evaluate and "image" in made.scores:
+        wanted = inputs.recipe.evaluate
+        found.append(
             statements.statement(
                 [statements.image_resource(made.image.manifest_blob)],
                 statements.TEST_RESULT,
                 test_result(made.scores, wanted.max_drop, wanted.min_score),
             )
         )
-    return Evidence(statements=tuple(told), documents=documents)
+    return Evidence(statements=tuple(found), documents=documents)
 
 
 def public_recipe(recipe: Recipe) -> Mapping[str, Json]:
     """Return a recipe without paths, secrets and push targets, and without what is default."""
-    told = dict(recipe.model_dump(mode="json", exclude_defaults=True, by_alias=True))
-    told["base"] = {**told["base"], "source": public_name(recipe.base.source)}
-    told["adapters"] = [
-        {**row, "source": public_name(str(row["source"]))} for row in told.get("adapters", ())
+    found = dict(recipe.model_dump(mode="json", exclude_defaults=True, by_alias=True))
+    found["base"] = {**found["base"], "source": public_name(recipe.base.source)}
+    found["adapters"] = [
+        {**row, "source": public_name(str(row["source"]))} for row in found.get("adapters", ())
     ]
-    told.pop("image", None)
-    named: Mapping[str, Json] = _without_folders(without_secrets(told))
+    found.pop("image", None)
+    named: Mapping[str, Json] = _without_folders(without_secrets(found))
     return named
 
 
@@ -113,8 +84,8 @@ def _without_folders(value: Json, key: str = "") -> Json:
     return public_name(value) if key in files and isinstance(value, str) and value else value
 
 
-def _merged(made: ImageMaterials) -> list[Mapping[str, Json]]:
-    sources, checkpoint, recipe = made.sources, made.checkpoint, made.recipe
+def _merged(inputs: ImageInputs) -> list[Mapping[str, Json]]:
+    sources, checkpoint, recipe = inputs.sources, inputs.checkpoint, inputs.recipe
     if sources is None or checkpoint is None or recipe is None or not sources.adapters:
         return []
     parameters = {
@@ -149,44 +120,43 @@ def _source_resources(sources: Sources) -> list[Resource]:
     return [base, *adapters]
 
 
-def _quantized(made: ImageMaterials) -> list[Mapping[str, Json]]:
-    checkpoint = made.checkpoint
-    if checkpoint is None or made.artifact.digest == checkpoint.digest:
+def _quantized(inputs: ImageInputs) -> list[Mapping[str, Json]]:
+    checkpoint, artifact, name = inputs.checkpoint, inputs.artifact, inputs.quantizer_builder
+    if checkpoint is None or artifact.digest == checkpoint.digest:
         return []
-    details = {k: v for k, v in made.artifact.details.items() if k in ("options", "calibration")}
-    name = made.quantizer_builder
+    details = {k: v for k, v in artifact.details.items() if k in ("options", "calibration")}
     return [
         provenance(
             "quantize",
-            file_resources(made.artifact.tree),
-            parameters={"format": made.artifact.format.name, **plain(details)},
-            dependencies=[tree_resource("checkpoint", checkpoint.digest), *_calibration(made)],
-            builder=_builder(name, made.artifact.details) if name else [],
+            file_resources(artifact.tree),
+            parameters={"format": artifact.format.name, **plain(details)},
+            dependencies=[tree_resource("checkpoint", checkpoint.digest), *_calibration(artifact)],
+            builder=_builder(name, artifact.details) if name else [],
         )
     ]
 
 
 def _split(made: ImageMaterials) -> list[Mapping[str, Json]]:
-    if made.served.digest == made.artifact.digest:
+    if made.served.digest == made.inputs.artifact.digest:
         return []
     return [
         provenance(
             "split",
             file_resources(made.served.tree),
             parameters={},
-            dependencies=[tree_resource("artifact", made.artifact.digest)],
+            dependencies=[tree_resource("artifact", made.inputs.artifact.digest)],
         )
     ]
 
 
-def _calibration(made: ImageMaterials) -> list[Resource]:
-    found = made.artifact.details.get("calibration")
+def _calibration(artifact: Artifact) -> list[Resource]:
+    found = artifact.details.get("calibration")
     digest = found.get("digest") if isinstance(found, dict) else None
     return [tree_resource("calibration", digest)] if digest else []
 
 
 def _baked(made: ImageMaterials, documents: Sequence[Document]) -> Mapping[str, Json]:
-    base = [Resource(name="base image", digest=made.base.digest, uri=made.base_name)] if (
+    base = [Resource(name="base image", digest=made.base.digest, uri=made.inputs.base_name)] if (
         made.base
     ) else []  # fmt: skip
     files = [
@@ -198,8 +168,8 @@ def _baked(made: ImageMaterials, documents: Sequence[Document]) -> Mapping[str, 
         [statements.image_resource(made.image.manifest_blob),
          *statements.layer_resources(made.image)],
         parameters={
-            **made.parameters,
-            **({"network_in_jobs": True} if made.network_in_jobs else {}),
+            **made.inputs.parameters,
+            **({"network_in_jobs": True} if made.inputs.network_in_jobs else {}),
         },
         dependencies=[tree_resource("artifact", made.served.digest), *base, *files],
         byproducts=[
@@ -213,41 +183,24 @@ def _baked(made: ImageMaterials, documents: Sequence[Document]) -> Mapping[str, 
     )  # fmt: skip
 
 
-def _bills(made: ImageMaterials) -> list[Document]:
-    bill = ml_bom(_facts(made))
-    below = base_documents(made.base, made.base_name, made.base_bills)
-    return [_document(MEDIA_TYPE, MODEL_BILL, bill), *below]
-
-
-def base_documents(
-    base: Image | None, name: str, bills: Sequence[Document]
-) -> tuple[Document, ...]:
-    """Return the bills of materials of what is below the weights."""
-    if base is None or not name.startswith(OWN_ENGINE):
-        return tuple(bills)
-    engine = name.removeprefix(OWN_ENGINE)
-    bill = engine_bom(engine, engine_source(engine), base.digest)
-    return (*bills, _document(MEDIA_TYPE, ENGINE_BILL, bill))
-
-
 def _facts(made: ImageMaterials) -> ModelFacts:
-    card = {"card": made.recipe.card} if made.recipe else {}
+    inputs = made.inputs
+    card = {"card": inputs.recipe.card} if inputs.recipe else {}
     return ModelFacts(
-        name=made.name,
-        version=made.version,
+        name=inputs.name,
+        version=inputs.version,
         digest=made.served.digest,
         files=made.served.tree.files,
-        format=made.artifact.format.name,
-        config=_config(made),
-        ancestors=_ancestors(made),
+        format=inputs.artifact.format.name,
+        config=_config((inputs.checkpoint or inputs.artifact).tree),
+        ancestors=_ancestors(inputs.sources),
         scores=made.scores,
         **card,
     )
 
 
-def _config(made: ImageMaterials) -> Mapping[str, Json]:
+def _config(tree: Tree) -> Mapping[str, Json]:
     """Return the model's configuration, from where there is one; {} where it cannot be read."""
-    tree = made.checkpoint.tree if made.checkpoint else made.artifact.tree
     try:
         if tree.has("config.json"):
             return read_json(tree.path("config.json"))
@@ -257,10 +210,10 @@ def _config(made: ImageMaterials) -> Mapping[str, Json]:
         return {}
 
 
-def _ancestors(made: ImageMaterials) -> list[Ancestor]:
-    if made.sources is None:
+def _ancestors(sources: Sources | None) -> list[Ancestor]:
+    if sources is None:
         return []
-    base = made.sources.base
+    base = sources.base
     found = [
         Ancestor(
             name=public_name(base.source),
@@ -270,7 +223,7 @@ def _ancestors(made: ImageMaterials) -> list[Ancestor]:
             description="base model",
         )
     ]
-    for adapter in made.sources.adapters:
+    for adapter in sources.adapters:
         snapshot = adapter.snapshot
         found.append(
             Ancestor(
@@ -285,14 +238,12 @@ def _ancestors(made: ImageMaterials) -> list[Ancestor]:
     return found
 
 
-def _evaluation(made: ImageMaterials) -> list[Document]:
-    if not made.scores:
-        return []
-    return [_document(EVALUATION_TYPE, "evaluation.json", evaluation(made.scores))]
+def _evaluation(scores: Mapping[str, Score]) -> list[Document]:
+    return [titled(EVALUATION_TYPE, "evaluation.json", evaluation(scores))] if scores else []
 
 
-def _adapters(made: ImageMaterials) -> list[Document]:
-    adapters = made.sources.adapters if made.sources else ()
+def _adapters(sources: Sources | None) -> list[Document]:
+    adapters = sources.adapters if sources else ()
     return [
         Document(
             artifact_type=ADAPTER_TYPE,
@@ -313,9 +264,3 @@ def _adapters(made: ImageMaterials) -> list[Document]:
         )
         for number, a in enumerate(adapters)
     ]
-
-
-def _document(artifact_type: str, title: str, content: Json) -> Document:
-    part = Part.of_bytes(canonical(content), artifact_type)
-    titled = Part(blob=part.blob, open=part.open, annotations={TITLE: title})
-    return Document(artifact_type=artifact_type, parts=(titled,), annotations={TITLE: title})

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from weightsmith.checkpoints.reshard import Resharded
 from weightsmith.oci.image import ImageConfig, assemble
+from weightsmith.provenance.attest import evidence
+from weightsmith.provenance.materials import ImageInputs, ImageMaterials
 from weightsmith.provenance.statements import kind_of
 from weightsmith.recipe_file import check_recipe
-from weightsmith.stages.attest import ImageMaterials, evidence
+from weightsmith.serving.llamacpp import ENGINE
 from weightsmith.values import (
     SAFETENSORS,
     AdapterSnapshot,
@@ -37,12 +40,13 @@ def made_with(folder: Path, details: dict[str, str], *, networked: bool = False)
         Snapshot(tree=tree(folder, name), source="./x", pin="x", pinned=False)
         for name in ("base", "adapter")
     )
-    return ImageMaterials(
-        image=assemble((), (), config=ImageConfig(), epoch=0),
+    inputs = ImageInputs(
         artifact=artifact,
-        served=artifact,
-        base=None,
+        engine=ENGINE,
+        config=None,
+        bases=(),
         base_name="",
+        labels={},
         name="x",
         version="1",
         parameters={"target": "vllm"},
@@ -51,13 +55,19 @@ def made_with(folder: Path, details: dict[str, str], *, networked: bool = False)
         recipe=check_recipe({"name": "x", "base": {"source": "./x"}}, "test"),
         network_in_jobs=networked,
     )
+    return ImageMaterials(
+        inputs=inputs,
+        split=Resharded(merged, {}),
+        base=None,
+        image=assemble((), (), config=ImageConfig(), epoch=0),
+    )
 
 
 @pytest.mark.parametrize("networked", [False, True])
 def test_that_jobs_had_the_network_is_said_where_they_had(networked: bool, tmp_path: Path) -> None:
     made = made_with(tmp_path, {}, networked=networked)
 
-    (told,) = [one for one in evidence(made).statements if kind_of(one) == "bake"]
+    (told,) = [one for one in evidence(made, ()).statements if kind_of(one) == "bake"]
 
     parameters = told["predicate"]["buildDefinition"]["externalParameters"]
     assert parameters == {"target": "vllm", **({"network_in_jobs": True} if networked else {})}
@@ -67,7 +77,7 @@ def test_that_jobs_had_the_network_is_said_where_they_had(networked: bool, tmp_p
 def test_the_builder_of_a_merge(details: dict[str, str], tmp_path: Path) -> None:
     made = made_with(tmp_path, details)
 
-    (told,) = [one for one in evidence(made).statements if kind_of(one) == "merge"]
+    (told,) = [one for one in evidence(made, ()).statements if kind_of(one) == "merge"]
 
     rows = told["predicate"]["runDetails"]["builder"]["builderDependencies"]
     found = {row["name"]: row["digest"]["sha256"] for row in rows}

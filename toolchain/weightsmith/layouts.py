@@ -1,0 +1,184 @@
+"""An image layout on disk: written beside its place, which it takes whole and at once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from weightsmith.errors import EnvironmentFailure, UsageError
+from weightsmith.files import alone, exchange, is_unfinished
+from weightsmith.oci.index import Index, Whole, images_of
+from weightsmith.oci.layout import (
+    DEFAULT_NAME,
+    held_digest,
+    image_names,
+    write_index,
+    write_layout,
+)
+from weightsmith.oci.layout_attachments import PARTS, forget
+from weightsmith.serving.memory import human
+from weightsmith.tools import Tools
+from weightsmith.trees import discard
+
+
+@contextmanager
+def candidate_layout(whole: Whole, folder: Path, tools: Tools) -> Iterator[Path]:
+    """Write an image's layout beside the place that it is meant for; yield where it is."""
+    with _alone(_candidate(folder), tools) as candidate:
+        _write(whole, candidate, tools)
+        yield candidate
+
+
+def discard_candidate_layout(folder: Path, tools: Tools) -> None:
+    """Delete the layout beside a place, where there is one."""
+    if _candidate(folder).exists():
+        with _alone(_candidate(folder), tools) as candidate:
+            discard(candidate)
+
+
+@contextmanager
+def final_layout(whole: Whole, folder: Path, tools: Tools) -> Iterator[Path]:
+    """Yield the candidate's layout, whole; give it its final place at once afterwards."""
+    with _alone(_candidate(folder), tools) as candidate:
+        stale = held_digest(candidate)
+        _write(whole, candidate, tools)
+        if stale is not None and stale != whole.digest:
+            _forget_unnamed(candidate, whole)
+        yield candidate
+        with _explained(folder):
+            _take_place(candidate, folder)
+
+
+def _take_place(candidate: Path, folder: Path) -> None:
+    """Give a layout its final name, in place of what has it; there is no moment without one.
+
+    Where the file system cannot swap names there is, and `_recover` ends what a kill left there.
+    """
+    old = _old(folder)
+    if not folder.exists():
+        candidate.rename(folder)
+        discard(old)
+        return
+    discard(old)
+    with alone(folder):  # it is the candidate for a moment, and nobody is to take it for one
+        if not folder.is_symlink() and exchange(candidate, folder):
+            candidate.rename(old)
+        else:
+            folder.rename(old)
+            candidate.rename(folder)
+        discard(old)
+
+
+def _recover(folder: Path) -> None:
+    """Bring back the layout that a build was about to replace when it was killed.
+
+    Raises EnvironmentFailure where it cannot be renamed.
+    """
+    old = _old(folder)
+    if folder.exists() or not old.exists():
+        return
+    with _alone(_candidate(folder)) as candidate:
+        with _explained(folder):
+            if old.exists() and not folder.exists():  # nobody did it meanwhile
+                old.rename(folder)
+        with suppress(OSError):
+            candidate.rmdir()  # where we made it
+
+
+@contextmanager
+def _alone(folder: Path, tools: Tools | None = None) -> Iterator[Path]:
+    """Yield a folder that no other build of the same results writes to or renames meanwhile.
+
+    Raises EnvironmentFailure where it cannot be made.
+    """
+    wait = False
+    with ExitStack() as stack:
+        with _explained(folder):
+            while True:
+                folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    stack.enter_context(alone(folder, wait=wait))
+                    break
+                except FileNotFoundError:
+                    continue  # renamed between the two
+                except BlockingIOError:
+                    wait = True
+                    if tools is not None:
+                        tools.progress.note(f"another process writes {folder}: waiting for it")
+        yield folder
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"cannot write the image layout {folder}: {error.strerror}",
+            hint="check free space and permissions, then run it again",
+        ) from None
+
+
+def _forget_unnamed(folder: Path, whole: Whole) -> None:
+    """Delete blobs that the layout no longer names: the candidate's manifest and configuration."""
+    forget(folder)
+    named = {blob.digest.hex for image in images_of(whole) for blob, _ in image.blobs()}
+    named |= {image.digest.hex for image in images_of(whole)} | {whole.digest.hex}
+    for path in (folder / "blobs" / "sha256").iterdir():
+        if path.name not in named:
+            path.unlink()
+
+
+def check_layout(folder: Path | None) -> None:
+    """Refuse a layout folder that holds anything else, because the image takes its place whole.
+
+    Raises UsageError.
+    """
+    if folder is None:
+        return
+    _recover(folder)
+    if not folder.exists():
+        return
+    others = {"."} if not folder.is_dir() else {path.name for path in folder.iterdir()} - PARTS
+    others = {name for name in others if not is_unfinished(name)}
+    if others or image_names(folder) - {DEFAULT_NAME, ""}:
+        raise UsageError(
+            f"{folder} is there, and holds something else than one image's layout",
+            hint="choose a folder that does not exist yet",
+        )
+
+
+def _write(whole: Whole, folder: Path, tools: Tools) -> None:
+    _require_room(whole, folder)
+
+    def progress(done: int, total: int) -> None:
+        tools.progress.advance(done, total, "bytes")
+
+    if isinstance(whole, Index):
+        write_index(whole, folder, progress=progress)
+    else:
+        write_layout(whole, folder, progress=progress)
+
+
+def _require_room(whole: Whole, folder: Path) -> None:
+    """Raise EnvironmentFailure where the layout's own disk has no room for what it lacks."""
+    store = folder / "blobs" / "sha256"
+    sizes = {layer.digest: layer.size for image in images_of(whole) for layer in image.layers}
+    needed = sum(size for digest, size in sizes.items() if not (store / digest.hex).is_file())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise EnvironmentFailure(
+            f"the image layout needs {human(needed)} of disk, {folder.parent} has {human(free)}"
+            " free",
+            hint="make free space there, or name a folder on a larger disk",
+        )
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _candidate(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.candidate")

@@ -1,0 +1,92 @@
+"""What a recipe's images are made of, and what the started one is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from weightsmith.evaluating.results import Result
+from weightsmith.oci.index import own_of, whole_of
+from weightsmith.planning.bases import bases_of
+from weightsmith.planning.options import unmerged_adapters
+from weightsmith.planning.request import BuildRequest
+from weightsmith.provenance.attest import public_recipe
+from weightsmith.provenance.labels import labels
+from weightsmith.provenance.materials import ImageInputs
+from weightsmith.quantizers import of_format
+from weightsmith.serving.memory import parse_size
+from weightsmith.serving.plan import ServingConfig
+from weightsmith.serving.targets import Target
+from weightsmith.stages.base import public_base
+from weightsmith.stages.evaluate import Evaluation, Question
+from weightsmith.tools import Tools
+from weightsmith.values import LORA, Artifact, Checkpoint, Sources
+
+
+def image_inputs(
+    request: BuildRequest,
+    target: Target,
+    sources: Sources,
+    checkpoint: Checkpoint,
+    artifact: Artifact,
+    config: ServingConfig,
+    tools: Tools,
+) -> ImageInputs:
+    """Return what a target's images are made of: the base for each platform as the lock pins it.
+
+    Raises as `bases_of` does.
+    """
+    recipe = request.file.recipe
+    base_name, bases = bases_of(request, target, config.plan.device, tools)
+    wanted, packed = recipe.image, artifact.format.packed
+    return ImageInputs(
+        name=recipe.name,
+        version=recipe.version,
+        artifact=artifact,
+        engine=target.engine,
+        config=config,
+        bases=bases,
+        base_name=public_base(base_name),
+        labels=labels(recipe, sources, artifact, config),
+        order=wanted.order,
+        largest_layer=parse_size(wanted.max_layer_size) if wanted.max_layer_size else 0,
+        parameters={"target": target.name, "recipe": public_recipe(recipe)},
+        sources=sources,
+        checkpoint=checkpoint,
+        recipe=recipe,
+        quantizer_builder=of_format(artifact.format.name).builder if packed else "",
+        network_in_jobs=network_in_jobs(checkpoint, artifact, tools),
+    )
+
+
+def network_in_jobs(checkpoint: Checkpoint, artifact: Artifact | None, tools: Tools) -> bool:
+    """Say whether a job had the machine's network: one of now, or one that made what is cached."""
+    made = (checkpoint.details, artifact.details if artifact else {})
+    return tools.runner.networked or any(details.get("network_in_jobs") for details in made)
+
+
+def evaluation_of(
+    request: BuildRequest, target: Target, inputs: ImageInputs, results: Sequence[Result]
+) -> Evaluation:
+    """Return what the image for this machine is asked, and what its answers depend on."""
+    if inputs.config is None:
+        raise AssertionError("an image of a recipe serves")
+    return Evaluation(
+        artifact=inputs.artifact,
+        config=inputs.config,
+        base=own_of(whole_of(inputs.bases)).digest,
+        engine=target.engine,
+        questions=tuple(_question(request, target, inputs.sources, one) for one in results),
+    )
+
+
+def _question(
+    request: BuildRequest, target: Target, sources: Sources | None, result: Result
+) -> Question:
+    """Return a task with the adapter that is to answer it, where the image serves several."""
+    number = result.tried.adapter
+    if target.format != LORA or sources is None or number is None or len(sources.adapters) == 1:
+        return Question(result=result)
+    if target.engine.numbers_adapters:
+        return Question(result=result, fields={"lora": [{"id": number, "scale": 1.0}]})
+    served = unmerged_adapters(request.file, target, sources)
+    return Question(result=result, model=served[number].name)

@@ -1,0 +1,69 @@
+"""What the images of a model are made of: what is put together, and what is said of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from weightsmith.checkpoints.reshard import Resharded
+from weightsmith.oci.image import Image, Order
+from weightsmith.oci.index import Whole, whole_of
+from weightsmith.recipe import Recipe
+from weightsmith.serving.engine import Engine
+from weightsmith.serving.plan import ServingConfig
+from weightsmith.values import Artifact, Checkpoint, Json, Score, Sources
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageInputs:
+    """A model, the process that serves it, and the base for each platform.
+
+    Sources, checkpoint and recipe are known only where the model was built, not baked.
+    """
+
+    name: str
+    version: str
+    artifact: Artifact
+    """As quantized, or as merged."""
+    engine: Engine
+    config: ServingConfig | None
+    """None for an image that serves nothing: it holds the weights for others to mount."""
+    bases: tuple[Image, ...]
+    """One for each platform; () for an image from scratch."""
+    base_name: str
+    """What the image says that it is built on; "" for a folder of this machine."""
+    labels: Mapping[str, str]
+    """All but those that follow from the other inputs."""
+    order: Order = "engine-first"
+    largest_layer: int = 0
+    """Bytes; larger safetensors files are split. 0: as large as they are."""
+    parameters: Mapping[str, Json]
+    """What the user asked for, as the statement of the image says it."""
+    sources: Sources | None = None
+    checkpoint: Checkpoint | None = None
+    recipe: Recipe | None = None
+    quantizer_builder: str = ""
+    network_in_jobs: bool = False
+    """A job that made any of it had the machine's network, because the user allowed it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageMaterials:
+    """One platform's image, and what it was made of."""
+
+    inputs: ImageInputs
+    split: Resharded
+    """The artifact's files as they lie in the image: large ones may be cut."""
+    base: Image | None
+    image: Image
+    scores: Mapping[str, Score] = field(default_factory=dict)
+
+    @property
+    def served(self) -> Artifact:
+        """The artifact as it lies in the image."""
+        return replace(self.inputs.artifact, tree=self.split.tree)
+
+
+def whole_image(made: Sequence[ImageMaterials]) -> Whole:
+    """Return the image of one platform, or the index of several."""
+    return whole_of([one.image for one in made])

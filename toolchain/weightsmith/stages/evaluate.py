@@ -1,0 +1,211 @@
+"""Image -> scores: the image is started as its users will start it, checked, asked and judged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from weightsmith.destinations import InStore
+from weightsmith.errors import CheckFailed
+from weightsmith.evaluating.gate import too_few
+from weightsmith.evaluating.results import Result, judged, named
+from weightsmith.evaluating.session import ServerSession
+from weightsmith.evaluating.smoke import Promise, Smoke, check_life, check_serving
+from weightsmith.evaluating.task import Answers, ask_server, score_task
+from weightsmith.oci.image import Image
+from weightsmith.outcome import Outcome, Timer
+from weightsmith.ports import StartSpec
+from weightsmith.serving.engine import Engine
+from weightsmith.serving.plan import ServingConfig
+from weightsmith.starting import spare_cpu, start, why_not_started
+from weightsmith.tools import Tools
+from weightsmith.values import Artifact, Digest, Json, StageInputs
+
+RECIPE_NUMBER = 2
+_ANSWERS = "answers.json"
+_START_SECONDS = 600.0
+_SLOWEST_DISK = 50_000_000
+"""Bytes a second that weights are read with at the worst."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A task's result so far, and which of the adapters that the image serves answers it."""
+
+    result: Result
+    model: str = ""
+    """The name that requests ask for; "" for the image's own."""
+    fields: Mapping[str, Json] = field(default_factory=dict)
+    """Further fields of each request, where a name does not choose the adapter."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What an image is made of, as far as its answers depend on it, and what it is asked."""
+
+    artifact: Artifact
+    config: ServingConfig
+    base: Digest
+    """Digest of the image below the weights."""
+    engine: Engine
+    questions: tuple[Question, ...]
+
+    def inputs(self, question: Question) -> StageInputs:
+        """All that a task's answers depend on: not the names, labels and limits of the image."""
+        plan, task = self.config.plan, question.result.tried.task
+        model, fields = question.model, dict(question.fields)
+        neutral = self.engine.neutral_settings
+        settings = {k: v for k, v in plan.settings.items() if k not in neutral}
+        longest = max((sum(len(m["content"]) for m in i.messages) for i in task.items), default=0)
+        return StageInputs(
+            stage="trial",
+            recipe_number=RECIPE_NUMBER,
+            inputs={
+                "artifact": self.artifact.digest,
+                "base": self.base,
+                "settings": settings,
+                # A context that holds every question changes nothing by being longer; a token
+                # is at least one character, and a chat template adds a few.
+                "context": min(plan.max_model_len, longest + task.max_tokens + 256),
+                "questions": task.digest,
+                "max_tokens": task.max_tokens,
+                **({"of": [model, fields]} if model or fields else {}),
+            },
+        )
+
+    @property
+    def spec(self) -> StartSpec:
+        """How the image is started."""
+        return StartSpec(
+            port=self.config.port,
+            env=spare_cpu(self.engine.threads_variable),
+            port_variable=self.engine.port_variable,
+            host_variable=self.engine.host_variable,
+            memory_bytes=self.config.plan.memory_limit_bytes,
+            shm_bytes=self.config.plan.shm_bytes,
+            use_gpu=self.config.plan.device != "cpu",
+        )
+
+    @property
+    def promise(self) -> Promise:
+        """What the checks hold the server to."""
+        return Promise(
+            served_name=self.config.served_name,
+            health_path=self.config.health_path,
+            max_model_len=self.config.plan.max_model_len,
+            max_num_seqs=self.config.plan.max_num_seqs,
+            start_seconds=max(_START_SECONDS, self.artifact.tree.size / _SLOWEST_DISK),
+        )
+
+
+def evaluate(
+    image: Image, evaluation: Evaluation, candidate: AbstractContextManager[str], tools: Tools
+) -> Outcome[tuple[Result, ...]]:
+    """Start the image, check it and score its answers; nothing of it where that was done before.
+
+    `candidate` makes the image startable and yields its name; it is entered only if needed. An
+    image that cannot be started on this machine is a warning, and keeps the results as they are.
+
+    Raises CheckFailed, with the server's last lines, for an image that does not start, does not
+    answer, or does not keep what its plan promises.
+    """
+    questions, store = evaluation.questions, InStore(tools.store)
+    count = sum(len(question.result.tried.task.items) for question in questions)
+    timer = Timer("evaluate", f"{count} questions to the started image", tools)
+    if reason := why_not_started(image, tools):
+        tools.progress.warn(reason)
+        return timer.done(tuple(question.result for question in questions), cached=False)
+    wanted = [
+        partial(smoke_inputs, image.digest),
+        *(partial(evaluation.inputs, q) for q in questions),
+    ]
+    cached = all(store.find(inputs) for inputs in wanted)
+    if not cached:
+        with candidate as name:
+            _run(name, image.digest, evaluation, tools)
+    answers = (_answers(evaluation, question, None, tools) for question in questions)
+    scored = (_scored(q.result, a, tools) for q, a in zip(questions, answers, strict=True))
+    return timer.done(tuple(scored), cached=cached)
+
+
+def smoke_inputs(image: Digest) -> StageInputs:
+    """Return what a successful start depends on: the image and nothing else."""
+    return StageInputs(stage="smoke", recipe_number=RECIPE_NUMBER, inputs={"image": image})
+
+
+def checks_of(image: Digest, tools: Tools) -> Sequence[Mapping[str, Json]]:
+    """Return what the checks of an image saw when it passed them; () where it was not started."""
+    entry = tools.store.find(smoke_inputs(image).key)
+    return tuple(entry.meta.get("checks", ())) if entry else ()
+
+
+def _run(name: str, image: Digest, evaluation: Evaluation, tools: Tools) -> None:
+    """Start the image, check it, and ask every question that is not answered yet."""
+    smoke, promise = Smoke(), evaluation.promise
+    health, seconds = promise.health_path, promise.start_seconds
+    with start(
+        name, evaluation.spec, tools, health_path=health, seconds=seconds, smoke=smoke
+    ) as session:
+        check_serving(smoke, session, promise)
+        for question in evaluation.questions:
+            _answers(evaluation, question, session, tools)
+        check_life(smoke, session.endpoint, promise)
+    InStore(tools.store).files(partial(smoke_inputs, image), lambda _: {"checks": smoke.checks})
+
+
+def _answers(
+    evaluation: Evaluation, question: Question, session: ServerSession | None, tools: Tools
+) -> Answers:
+    """Return the answers to a task, which any image of the same weights and engine gave before."""
+
+    def ask(_: Path) -> Answers:
+        if session is None:
+            raise AssertionError("nobody asked the image")
+        answers = ask_server(
+            session.adding(question.fields),
+            question.model or evaluation.config.served_name,
+            question.result.tried.task,
+            tools.progress,
+        )
+        _check_ends(answers, question.result.ends, session)
+        return answers
+
+    inputs = partial(evaluation.inputs, question)
+    return tuple(InStore(tools.store).document(inputs, _ANSWERS, ask).value)
+
+
+def _check_ends(answers: Answers, expected: int, session: ServerSession) -> None:
+    """Raise CheckFailed where answers no longer end by themselves, as when the end token is lost.
+
+    Half as many as the reference's is the limit: other weights may answer at more length.
+    """
+    ends = sum(answer.get("finish_reason") == "stop" for answer in answers)
+    if 2 * ends < expected:
+        raise CheckFailed(
+            f"only {ends} of {len(answers)} answers end by themselves, of the reference's"
+            f" {expected}{session.log()}",
+            hint="the end token may be lost: compare eos_token_id in generation_config.json and"
+            " the chat template with the adapter's",
+        )
+
+
+def _scored(result: Result, answers: Answers, tools: Tools) -> Result:
+    """Return a task with the image's score, judged against the adapter's or else the base's.
+
+    The image against the merged model shows what quantizing and serving changed; it is
+    reported, and does not decide.
+    """
+    task, scores = result.tried, dict(result.scores)
+    scores["image"] = image = score_task(task.task, answers, tools.command)
+    against = "adapter" if "adapter" in scores else "base"
+    verdict = judged(task, "image", image, against, scores[against], task.limit)
+    verdicts = [*result.verdicts, verdict]
+    if "merged" in scores:
+        loss = judged(task, "image", image, "merged", scores["merged"], task.limit)
+        verdicts.append(replace(loss, binding=False))
+    if few := too_few(verdict, task.limit.max_drop):
+        tools.progress.warn(named(task, few))
+    return replace(result, scores=scores, verdicts=tuple(verdicts))

@@ -1,0 +1,65 @@
+"""Image -> a session with its server: the one way in which an image is started here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from weightsmith.evaluating.client import wait_until_healthy
+from weightsmith.evaluating.session import ServerSession, SessionLimits
+from weightsmith.evaluating.smoke import Smoke
+from weightsmith.oci.image import Image
+from weightsmith.oci.index import is_own
+from weightsmith.ports import StartSpec
+from weightsmith.provenance.labels import plan_of
+from weightsmith.tools import Tools
+
+
+@contextmanager
+def start(
+    reference: str,
+    spec: StartSpec,
+    tools: Tools,
+    *,
+    health_path: str,
+    seconds: float,
+    limits: SessionLimits | None = None,
+    smoke: Smoke | None = None,
+) -> Iterator[ServerSession]:
+    """Start an image, wait until it is healthy, and yield a session; the server ends with it.
+
+    `reference` is the engine's or `oci:DIR`; `smoke` gets what the first check saw.
+    Raises CheckFailed, with the server's last lines, where it is not healthy after `seconds`.
+    """
+    with (
+        tools.launcher.serve(reference, spec) as endpoint,
+        ServerSession(endpoint, limits) as session,
+    ):
+
+        def healthy() -> str:
+            waited = wait_until_healthy(endpoint, health_path, seconds)
+            confinement = ", ".join(endpoint.confinement)
+            return f"ready after {waited:.1f} s" + (f"; {confinement}" if confinement else "")
+
+        (smoke or Smoke()).check("health", session, healthy)
+        yield session
+
+
+def spare_cpu(variable: str) -> Mapping[str, str]:
+    """Return the environment that leaves one CPU to us, by an engine's variable for its threads.
+
+    Threads that wait for each other stand still when one is displaced. {} without a variable.
+    """
+    if not variable:
+        return {}
+    return {variable: str(max(1, len(os.sched_getaffinity(0)) - 1))}
+
+
+def why_not_started(image: Image, tools: Tools) -> str:
+    """Return why an image of ours cannot be started on this machine; "" where it can."""
+    if not is_own(image):
+        return f"the image is for {image.platform}: it was not started"
+    if plan_of(image.labels).device != "cpu" and not tools.engine.describe().get("gpu"):
+        return "the image is for a GPU and none is here: it was not started"
+    return ""
