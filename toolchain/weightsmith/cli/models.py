@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from weightsmith.cli.command import command
+from weightsmith.cli.flags import SERVED
+from weightsmith.cli.sections import Flags
+from weightsmith.recipe import Merge, Quantize, Serve, Validate
 from weightsmith.values import Json
 from weightsmith.visible import escaped, joined
 
 
-@command(many=("adapter",))
+@command(many=("adapter",), sections={"options": Flags(section=Merge)})
 def merge(
     _context: object,
     *,
@@ -18,15 +21,8 @@ def merge(
     adapter: Sequence[str] = (),
     out: str = "",
     weights: str = "",
-    method: str = "sequential",
-    density: str = "",
-    rank: str = "",
-    seed: int = 0,
-    space: str = "delta",
+    options: Merge,
     keep_adapter: str = "",
-    dtype: str = "auto",
-    precision: str = "exact",
-    quantized_base: str = "refuse",
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
     json: bool = False,
@@ -34,24 +30,12 @@ def merge(
     """Merge adapters into a base and write a plain Hugging Face checkpoint to --out."""
     del json
     from weightsmith.commands.arguments import parse_weights, required
-    from weightsmith.commands.merge import Folders, keep_folder, merge_folders, merge_options
+    from weightsmith.commands.merge import Folders, keep_folder, merge_folders
     from weightsmith.progress import progress_for
     from weightsmith.wiring import keep_clean, open_tools
 
     required(base=base, adapter=adapter, **({} if keep_adapter else {"out": out}))
     keep_clean([base, *adapter], out=out, keep_adapter=keep_adapter)
-    options = merge_options(
-        {
-            "method": method,
-            "density": density,
-            "rank": rank,
-            "seed": seed,
-            "space": space,
-            "dtype": dtype,
-            "precision": precision,
-            "quantized_base": quantized_base,
-        }
-    )
     folders = Folders(
         base=Path(base),
         adapters=tuple(Path(folder) for folder in adapter),
@@ -66,7 +50,13 @@ def merge(
     return result, escaped(f"{result['out']}: {counts} tensors, {result['seconds']:.1f} s")
 
 
-@command(many=("adapter",))
+@command(
+    many=("adapter",),
+    sections={
+        "options": Flags(section=Merge, without=("seed", "dtype", "precision")),
+        "validation": Flags(section=Validate, only=("probes",)),
+    },
+)
 def validate(
     _context: object,
     *,
@@ -74,12 +64,8 @@ def validate(
     adapter: Sequence[str] = (),
     merged: str = "",
     weights: str = "",
-    method: str = "sequential",
-    density: str = "",
-    rank: int = 0,
-    space: str = "delta",
-    quantized_base: str = "refuse",
-    probes: str = "",
+    options: Merge,
+    validation: Validate,
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
     json: bool = False,
@@ -87,7 +73,6 @@ def validate(
     """Compare a merged checkpoint with its base and adapters: files, every element, logits."""
     del json
     from weightsmith.commands.arguments import parse_weights, required
-    from weightsmith.commands.merge import merge_options
     from weightsmith.commands.validate import validate_folders
     from weightsmith.progress import progress_for
     from weightsmith.wiring import keep_clean, open_tools
@@ -95,21 +80,12 @@ def validate(
     required(base=base, adapter=adapter, merged=merged)
     keep_clean([base, *adapter, merged])
     factors = parse_weights(weights, len(adapter))
-    options = merge_options(
-        {
-            "method": method,
-            "density": density,
-            "rank": rank or None,
-            "space": space,
-            "quantized_base": quantized_base,
-        }
-    )
     with open_tools(runner, progress_for(), allow_network_in_jobs=allow_network_in_jobs) as tools:
         result = validate_folders(
             Path(base),
             tuple((Path(folder), w) for folder, w in zip(adapter, factors, strict=True)),
             Path(merged),
-            Path(probes) if probes else None,
+            Path(validation.probes) if validation.probes else None,
             options,
             tools,
         )
@@ -135,7 +111,7 @@ def _verdict(merged: str, result: Mapping[str, Json]) -> str:
     return joined(lines)
 
 
-@command(many=("tensor_type", "keep_module"))
+@command(sections={"settings": Flags(section=Quantize)})
 def quantize(
     _context: object,
     *,
@@ -143,13 +119,7 @@ def quantize(
     format: str = "q4_k_m",  # noqa: A002 - the flag's name
     out: str = "",
     calibration: str = "",
-    imatrix: str = "",
-    group_size: int = 0,
-    zero_point: bool = True,
-    keep_module: Sequence[str] = (),
-    tensor_type: Sequence[str] = (),
-    split_max_size: str = "",
-    allow_low_bits: bool = False,
+    settings: Quantize,
     no_gate: bool = False,
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
@@ -157,29 +127,18 @@ def quantize(
 ) -> tuple[Mapping[str, Json], str]:
     """Quantize a checkpoint to --format, read the result back and measure what was lost."""
     del json
-    from weightsmith.commands.arguments import quantize_wishes, required
+    from weightsmith.commands.arguments import required
     from weightsmith.commands.quantize import FolderRequest, quantize_folder
     from weightsmith.progress import progress_for
     from weightsmith.wiring import keep_clean, open_tools
 
     required(model=model, format=format, out=out)
     keep_clean([model], out=out)
-    wishes = quantize_wishes(
-        {
-            "imatrix": imatrix,
-            "allow_low_bits": allow_low_bits,
-            "split_max_size": split_max_size,
-            **({"group_size": group_size} if group_size else {}),
-            **({} if zero_point else {"zero_point": False}),
-            "keep": tuple(keep_module),
-            "tensor_types": dict(pair.partition("=")[::2] for pair in tensor_type),
-        }
-    )
     asked = FolderRequest(
         model=Path(model),
         format_name=format,
         out=Path(out),
-        wishes=wishes,
+        settings=settings,
         calibration=Path(calibration) if calibration else None,
         gate=not no_gate,
     )
@@ -196,7 +155,7 @@ def quantize(
     )
 
 
-@command(many=("set",))
+@command(many=("set",), sections={"serve": Flags(section=Serve, only=SERVED)})
 def render(
     _context: object,
     *,
@@ -204,11 +163,7 @@ def render(
     target: str = "",
     out: str = "",
     name: str = "",
-    gpu: str = "",
-    gpu_memory: str = "",
-    gpu_count: int = 1,
-    max_model_len: str = "auto",
-    max_num_seqs: str = "auto",
+    serve: Serve,
     set: Sequence[str] = (),  # noqa: A002 - the flag's name
     json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
@@ -221,16 +176,7 @@ def render(
 
     required(model=model, target=target, out=out)
     keep_clean([model], out=out)
-    wishes = serve_wishes(
-        {
-            "gpu": gpu,
-            "gpu_memory": gpu_memory,
-            "gpu_count": gpu_count,
-            "max_model_len": max_model_len,
-            "max_num_seqs": max_num_seqs,
-        },
-        set,
-    )
+    wishes = serve_wishes(serve, set)
     files, plan = render_model(Path(model), target, name, wishes, Path(out))
     result = {"files": files, "plan": plan.to_json()}
     return result, f"{joined([*files, ''])}\n{summary(target, plan)}"

@@ -10,7 +10,7 @@ from weightsmith.errors import UsageError
 from weightsmith.oci.layout import is_layout, locate
 from weightsmith.planning.options import serve_options
 from weightsmith.recipe import Serve
-from weightsmith.recipe_file import RecipeFile, check_recipe, with_settings
+from weightsmith.recipe_file import RecipeFile, Section, check_section, with_settings
 from weightsmith.serving.engine import ServeOptions
 
 
@@ -69,30 +69,26 @@ def one_each(weights: Sequence[float], count: int) -> tuple[float, ...]:
     return tuple(weights)
 
 
-def serve_wishes(flags: Mapping[str, Any], settings: Sequence[str]) -> ServeOptions:
-    """Return serving wishes from flags and `--set serve.KEY=VALUE`; raises UsageError."""
-    given = {key: _number(value) for key, value in flags.items() if value not in ("", None)}
-    data = with_settings({"serve": given}, settings)
+def serve_wishes(serve: Serve, settings: Sequence[str]) -> ServeOptions:
+    """Return serving wishes with `--set serve.KEY=VALUE` on top; raises UsageError."""
+    data = with_settings({"serve": serve.model_dump(exclude_unset=True)}, settings)
     extra = sorted(set(data) - {"serve"})
     if extra:
         raise UsageError(
             f"--set {extra[0]}: only serve.KEY can be set here",
             hint="other recipe keys are for `build` and `plan`",
         )
-    skeleton = {"name": "x", "base": {"source": "x"}, "serve": data["serve"]}
-    serve: Serve = check_recipe(skeleton, "the command line").serve
-    return serve_options(serve)
+    return serve_options(check_section(Serve, data["serve"], "the command line"))
 
 
-def quantize_wishes(flags: Mapping[str, Any], where: str = "the command line") -> Mapping[str, Any]:
-    """Return those of the recipe's `quantize` keys that flags give; raises UsageError."""
-    given = {key: value for key, value in flags.items() if value or value is False}
-    given = {
-        key: value for key, value in given.items() if (key, value) != ("allow_low_bits", False)
-    }
-    skeleton = {"name": "x", "base": {"source": "x"}, "quantize": given}
-    found = check_recipe(skeleton, where).quantize.model_dump()
-    return {key: found[key] for key in given}
+def options_of(section: type[Section], given: Mapping[str, Any], where: str) -> Section:
+    """Return a recipe's section from a function's arguments by name; raises UsageError.
+
+    Other arguments are left out; None stands for the default.
+    """
+    names = section.model_fields.keys() & given.keys()
+    chosen = {name: given[name] for name in names if given[name] is not None}
+    return check_section(section, chosen, where)
 
 
 def new_folder(path: Path, what: str) -> Path:
@@ -161,7 +157,3 @@ def sources_of(file: RecipeFile) -> list[Path]:
     found = [file.folder / Path(name).expanduser() for name in names if "://" not in name]
     base = recipe.image.base
     return [*found, locate(base)[0]] if base and is_layout(base) else found
-
-
-def _number(value: object) -> object:
-    return int(value) if isinstance(value, str) and value.lstrip("-").isdigit() else value

@@ -10,7 +10,6 @@ from weightsmith.commands.folders import open_sources
 from weightsmith.destinations import in_folder
 from weightsmith.merging.plan import KINDS
 from weightsmith.recipe import Merge
-from weightsmith.recipe_file import check_recipe
 from weightsmith.stages.merge import BUILDER, combine, merge
 from weightsmith.tools import Tools
 from weightsmith.values import Json, Sources
@@ -23,13 +22,6 @@ class Folders:
     base: Path
     adapters: tuple[Path, ...]
     weights: tuple[float, ...]
-
-
-def merge_options(flags: Mapping[str, Json], where: str = "the command line") -> Merge:
-    """Return the options that flags give, checked as a recipe's; raises UsageError."""
-    given = {name: value for name, value in flags.items() if value not in ("", None)}
-    skeleton = {"name": "x", "base": {"source": "x"}, "merge": given}
-    return check_recipe(skeleton, where).merge
 
 
 def merge_folders(folders: Folders, out: Path, options: Merge, tools: Tools) -> Mapping[str, Json]:

@@ -12,7 +12,7 @@ from weightsmith.errors import UsageError
 from weightsmith.planning.options import check_model, format_options, needs_text
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import GENERAL, Bounds, Texts, read_texts
-from weightsmith.recipe import Quality
+from weightsmith.recipe import Quality, Quantize, spelling
 from weightsmith.stages.quality import quality, quality_fault
 from weightsmith.stages.quantize import QuantizeOptions, model_config, quantize
 from weightsmith.tools import Tools
@@ -22,12 +22,12 @@ from weightsmith.values import Json
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FolderRequest:
-    """One `quantize` command: `wishes` has those of the recipe's `quantize` keys that are given."""
+    """One `quantize` command."""
 
     model: Path
     format_name: str
     out: Path
-    wishes: Mapping[str, Json]
+    settings: Quantize
     calibration: Path | None = None
     gate: bool = True
 
@@ -46,7 +46,8 @@ def quantize_folder(asked: FolderRequest, tools: Tools) -> Mapping[str, Json]:
         raise UsageError(f"{out} exists already", hint="name a new file or folder with --out")
     tools.runner.check(quantizer.builder)
     checkpoint = open_checkpoint(asked.model, tools.store)
-    options = format_options(out.stem or asked.model.name, format_, asked.wishes, {}, tools)
+    name, settings = out.stem or asked.model.name, asked.settings.model_dump()
+    options = format_options(name, format_, settings, {}, tools)
     _refuse_ignored(asked, options)
     check_model(options, model_config(asked.model))
     texts = _texts(asked, tools)
@@ -69,23 +70,16 @@ def quantize_folder(asked: FolderRequest, tools: Tools) -> Mapping[str, Json]:
     }
 
 
-_UNASKED = {
-    "--group-size": ("group_size", "auto"),
-    "--no-zero-point": ("zero_point", True),
-    "--keep-module": ("keep", ()),
-    "--tensor-type": ("tensor_types", {}),
-    "--split-max-size": ("split_max_size", ""),
-    "--imatrix": ("imatrix", ""),
-}
-"""Flag -> the recipe's key, and its value where it was not given."""
-
-
 def _refuse_ignored(asked: FolderRequest, wanted: QuantizeOptions) -> None:
     """Raise UsageError for an option that the format has no use for."""
-    for flag, (key, unasked) in _UNASKED.items():
-        wish = asked.wishes.get(key, unasked)
-        if wish not in (unasked, "auto", "off") and key not in wanted.options:
-            raise UsageError(f"{flag} has no meaning for {asked.format_name}", hint="leave it out")
+    for name, field in Quantize.model_fields.items():
+        wish, unasked = getattr(asked.settings, name), field.get_default(call_default_factory=True)
+        if wish in (unasked, "auto", "off") or name in {*wanted.options, "allow_low_bits"}:
+            continue
+        raise UsageError(
+            f"{spelling(Quantize, name)} has no meaning for {asked.format_name}",
+            hint="leave it out",
+        )
 
 
 def _texts(asked: FolderRequest, tools: Tools) -> Texts:

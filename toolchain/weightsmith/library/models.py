@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from weightsmith import wiring
-from weightsmith.commands.arguments import quantize_wishes
-from weightsmith.commands.merge import Folders, merge_folders, merge_options
+from weightsmith.commands.arguments import options_of
+from weightsmith.commands.merge import Folders, merge_folders
 from weightsmith.commands.quantize import FolderRequest, quantize_folder
 from weightsmith.commands.validate import validate_folders
 from weightsmith.library.arguments import AnyPath, path_of, paths_of, weights_of
 from weightsmith.library.results import Merged, Quantized, Shard, Validation
 from weightsmith.progress import shown
+from weightsmith.recipe import Merge, Quantize
 from weightsmith.validating.findings import Finding
 
 
@@ -49,21 +50,9 @@ def merge(
     >>> [shard.path.name for shard in merged.shards]
     ['model.safetensors']
     """
+    options = options_of(Merge, locals(), "merge")
     source, folders, place = path_of(base), paths_of(adapters), path_of(out)
     wiring.keep_clean([source, *folders], out=place)
-    options = merge_options(
-        {
-            "method": method,
-            "density": density,
-            "rank": rank,
-            "seed": seed,
-            "space": space,
-            "dtype": dtype,
-            "precision": precision,
-            "quantized_base": quantized_base,
-        },
-        "merge",
-    )
     asked = Folders(base=source, adapters=folders, weights=weights_of(weights, folders))
     with (
         shown(progress) as shown_progress,
@@ -114,18 +103,9 @@ def validate(
     >>> validation.top1_agreement
     1.0
     """
+    options = options_of(Merge, locals(), "validate")
     source, folders, made = path_of(base), paths_of(adapters), path_of(merged)
     wiring.keep_clean([source, *folders, made])
-    options = merge_options(
-        {
-            "method": method,
-            "density": density,
-            "rank": rank,
-            "space": space,
-            "quantized_base": quantized_base,
-        },
-        "validate",
-    )
     pairs = tuple(zip(folders, weights_of(weights, folders), strict=True))
     asked = path_of(probes) if probes else None
     with (
@@ -179,25 +159,14 @@ def quantize(
     >>> quantized.path.name, quantized.quality["top1"] > 0.86
     ('capitals.gguf', True)
     """
+    settings = options_of(Quantize, {**locals(), "imatrix": str(imatrix)}, "quantize")
     source, place = path_of(model), path_of(out)
     wiring.keep_clean([source], out=place)
-    wishes = quantize_wishes(
-        {
-            "imatrix": str(imatrix),
-            "allow_low_bits": allow_low_bits,
-            "split_max_size": split_max_size,
-            **({} if group_size == "auto" else {"group_size": group_size}),
-            **({} if zero_point else {"zero_point": False}),
-            "keep": tuple(keep),
-            "tensor_types": dict(tensor_types or {}),
-        },
-        "quantize",
-    )
     asked = FolderRequest(
         model=source,
         format_name=format,
         out=place,
-        wishes=wishes,
+        settings=settings,
         calibration=path_of(calibration) if calibration else None,
         gate=gate,
     )

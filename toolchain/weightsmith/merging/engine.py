@@ -71,13 +71,7 @@ class MergeRequest:
     @property
     def combination(self) -> Combination:
         """How the adapters become one; raises UsageError where the parameters do not fit."""
-        return Combination(
-            method=self.method,
-            density=self.density,
-            rank=self.rank,
-            seed=self.seed,
-            space=self.space,
-        )
+        return Combination.of(self)
 
 
 def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, Any]:

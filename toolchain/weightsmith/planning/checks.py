@@ -23,7 +23,7 @@ from weightsmith.planning.sizes import disk_peak, estimated_bytes
 from weightsmith.planning.targets import all_targets, can_make
 from weightsmith.planning.tasks import check_leaks, probes, tasks_of
 from weightsmith.ports import Runner, Silent
-from weightsmith.provenance.labels import reference
+from weightsmith.provenance.labels import repository
 from weightsmith.quantizers import of_format
 from weightsmith.serving.compatibility import check_engine_image, check_support
 from weightsmith.serving.memory import human, parse_size
@@ -131,7 +131,7 @@ def check_layer_sizes(request: BuildRequest, sources: Sources) -> None:
     """
     recipe, tree = request.file.recipe, sources.base.tree
     own = parse_size(recipe.image.max_layer_size) if recipe.image.max_layer_size else 0
-    limits = limits_of(Reference.parse(reference(recipe, "x")).registry)
+    limits = limits_of(Reference.parse(repository(recipe)).registry)
     theirs = limits.largest_layer if limits and request.outputs.push else 0
     for target in request.targets:
         if target.format.suffix == ".gguf":

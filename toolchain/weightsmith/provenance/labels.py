@@ -29,8 +29,13 @@ def tag(recipe: Recipe, target: str) -> str:
 
 
 def reference(recipe: Recipe, target: str) -> str:
-    """Return `REPOSITORY:VERSION-TARGET`; the repository is the recipe's name by default."""
-    return f"{recipe.image.repository or recipe.name}:{tag(recipe, target)}"
+    """Return `REPOSITORY:VERSION-TARGET`."""
+    return f"{repository(recipe)}:{tag(recipe, target)}"
+
+
+def repository(recipe: Recipe) -> str:
+    """Return where the recipe's images go; the recipe's name by default."""
+    return recipe.image.repository or recipe.name
 
 
 def labels(

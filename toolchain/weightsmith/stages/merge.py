@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
 from pathlib import Path
 
 from weightsmith.destinations import Destination
-from weightsmith.jobs import Input, MergeJob, MergeOptions
+from weightsmith.jobs import Input, MergeJob
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.plan import estimate, make_plan
 from weightsmith.outcome import Outcome, Timer
@@ -32,25 +31,9 @@ def inputs(sources: Sources, options: Merge) -> StageInputs:
             "base": sources.base.digest,
             "adapters": [a.snapshot.digest for a in sources.adapters],
             "weights": [a.weight for a in sources.adapters],
-            **asdict(options_of(options)),
+            **options.model_dump(),
             "builder": builder_pins(BUILDER),
         },
-    )
-
-
-def options_of(options: Merge) -> MergeOptions:
-    """Return the recipe's options that the merge job takes, and its result depends on."""
-    return MergeOptions(**{f.name: getattr(options, f.name) for f in fields(MergeOptions)})
-
-
-def combination_of(options: Merge) -> Combination:
-    """Return how the adapters become one; raises UsageError where parameters do not fit."""
-    return Combination(
-        method=options.method,
-        density=options.density,
-        rank=options.rank,
-        seed=options.seed,
-        space=options.space,
     )
 
 
@@ -72,7 +55,7 @@ def check(sources: Sources, options: Merge) -> Mapping[str, int]:
         sources.base.tree.root,
         adapters,
         dtype=options.dtype,
-        combination=combination_of(options),
+        combination=Combination.of(options),
         quantized_base=options.quantized_base,
     )
     return estimate(plan, exact=options.precision == "exact")
@@ -125,7 +108,7 @@ def _run(
         base=Input.tree(sources.base.tree),
         adapters=tuple(Input.tree(a.snapshot.tree) for a in sources.adapters),
         weights=tuple(a.weight for a in sources.adapters),
-        options=options_of(options),
+        options=options.model_dump(),
         keep_adapter=keep_adapter,
         output=folder,
         memory_bytes=memory_limit(cost),

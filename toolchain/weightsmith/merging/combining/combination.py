@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from weightsmith.errors import UsageError
 
@@ -29,6 +30,11 @@ class Combination:
     """Of DARE's masks."""
     space: str = "delta"
     """`delta`: methods act on B·A; `factors`: on A and B apart, as PEFT defines it."""
+
+    @classmethod
+    def of(cls, options: Any) -> Combination:
+        """Return those of a merge's options that say how adapters become one."""
+        return cls(**{field.name: getattr(options, field.name) for field in fields(cls)})
 
     def __post_init__(self) -> None:
         """Refuse what would be ignored or guessed."""

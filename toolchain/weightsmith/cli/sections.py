@@ -1,0 +1,146 @@
+"""A section of the recipe as flags: name, type, default and help are those of its fields."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from weightsmith.errors import UsageError
+from weightsmith.recipe import flag_of, spelling
+
+_EXPECTED = {"int_parsing": "a whole number", "float_parsing": "a number"}
+"""Kind of fault -> what a flag takes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flags:
+    """The flags that a command takes from one section."""
+
+    section: type[BaseModel]
+    only: tuple[str, ...] = ()
+    """Fields that are flags; by default all."""
+    without: tuple[str, ...] = ()
+    """Fields that are none."""
+    over_recipe: bool = False
+    """Whether a recipe is read, too: what no flag says is the recipe's, so no default is shown."""
+
+    def fields(self) -> Iterator[tuple[str, str, FieldInfo]]:
+        """Yield the parameter, the field's name and the field of each flag."""
+        for name, field in self.section.model_fields.items():
+            if name not in self.without and (not self.only or name in self.only):
+                yield flag_of(self.section, name).name or name, name, field
+
+    def parameters(self) -> list[inspect.Parameter]:
+        """Return the flags as parameters, from whose defaults Invoke reads the types."""
+        kind = inspect.Parameter.KEYWORD_ONLY
+        return [
+            inspect.Parameter(parameter, kind, default=self._default(name, field))
+            for parameter, name, field in self.fields()
+        ]
+
+    def help(self) -> dict[str, str]:
+        """Return each flag's help by its parameter."""
+        return {parameter: self._help(name, field) for parameter, name, field in self.fields()}
+
+    def many(self) -> tuple[str, ...]:
+        """Return the flags that may be repeated."""
+        return tuple(p for p, name, field in self.fields() if self._is_many(name, field))
+
+    def read(self, arguments: dict[str, Any]) -> BaseModel:
+        """Take the flags out of the arguments; return the section with those that were given.
+
+        Raises UsageError naming the flag.
+        """
+        given = {}
+        texts = {}
+        for parameter, name, field in self.fields():
+            value = arguments.pop(parameter)
+            if value in ("", [], None) or value == self._default(name, field):
+                continue
+            texts[name] = value
+            read = flag_of(self.section, name).read
+            value = read(value) if read else value
+            choices = {str(choice): choice for choice in _choices(field.annotation)}
+            given[name] = choices.get(value, value) if isinstance(value, str) else value
+        try:
+            return self.section.model_validate(given)
+        except ValidationError as error:
+            raise self._refused(error.errors(include_url=False), texts) from None
+
+    def _refused(self, faults: list[ErrorDetails], texts: Mapping[str, Any]) -> UsageError:
+        name = str(faults[0]["loc"][0]) if faults[0]["loc"] else ""
+        if name not in texts:  # a rule about several fields
+            return UsageError(_message(faults[0]), hint="`--help` of the command lists every flag")
+        own = [fault for fault in faults if fault["loc"][:1] == (name,)]
+        expected = [text for fault in own if (text := _expected(fault))]
+        problem = f"{' or '.join(expected)} is expected" if expected else _message(own[0])
+        value = texts[name]
+        shown = " ".join(value) if isinstance(value, list) else str(value)
+        return UsageError(
+            f"{spelling(self.section, name)} {shown}: {problem}",
+            hint=_described(self.section.model_fields[name]),
+        )
+
+    def _help(self, name: str, field: FieldInfo) -> str:
+        """Return a field's description as a flag's help, with the choices that it lacks."""
+        text = _described(field)
+        choices = [str(choice) for choice in _choices(field.annotation)]
+        if not all(choice in text for choice in choices):
+            *first, last = choices
+            text += f". Choices: {', '.join(first)} or {last}" if first else f", or {last}"
+        if example := flag_of(self.section, name).example:
+            text += f": {example}"
+        return f"{text}; repeat for several" if self._is_many(name, field) else text
+
+    def _is_many(self, name: str, field: FieldInfo) -> bool:
+        many = flag_of(self.section, name).many
+        return get_origin(field.annotation) in (tuple, dict) if many is None else many
+
+    def _default(self, name: str, field: FieldInfo) -> Any:
+        if self._is_many(name, field):
+            return None
+        if isinstance(field.default, bool):
+            return field.default
+        return "" if self.over_recipe or not field.default else str(field.default)
+
+
+def given(key: str, section: BaseModel) -> list[str]:
+    """Return what was given of a section as `key.path=value` settings of a recipe."""
+    values = section.model_dump(mode="json", exclude_unset=True)
+    return [f"{key}.{name}={json.dumps(value)}" for name, value in values.items()]
+
+
+def _described(field: FieldInfo) -> str:
+    """Return a field's description as the command line writes it."""
+    text = (field.description or "").replace("`", "").rstrip(".")
+    return text[:1].lower() + text[1:] if text[1:2].islower() else text
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    """Return the values that an annotation lists."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    if get_origin(annotation) in (Union, UnionType):
+        return tuple(choice for kind in get_args(annotation) for choice in _choices(kind))
+    return ()
+
+
+def _expected(fault: ErrorDetails) -> str:
+    if fault["type"] == "literal_error":
+        return str(fault["ctx"]["expected"]).replace("'", "")
+    return _EXPECTED.get(fault["type"], "")
+
+
+def _message(fault: ErrorDetails) -> str:
+    if fault["type"] == "string_pattern_mismatch":
+        return "not in the expected form"
+    text = fault["msg"].removeprefix("Value error, ")
+    return text[:1].lower() + text[1:]
