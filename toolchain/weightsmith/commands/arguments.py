@@ -91,16 +91,6 @@ def options_of(section: type[Section], given: Mapping[str, Any], where: str) -> 
     return check_section(section, chosen, where)
 
 
-def new_folder(path: Path, what: str) -> Path:
-    """Return the path, absolute, of a folder that is to be made; UsageError where it is in use."""
-    path = path.absolute()
-    if path.is_symlink():  # by its own name it could not be replaced
-        path = path.resolve()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UsageError(f"{path} exists already", hint=f"name a new folder for {what}")
-    return path
-
-
 def keep_apart(
     inputs: Iterable[str | Path],
     outputs: Mapping[str, str | Path | None],
