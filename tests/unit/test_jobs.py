@@ -107,7 +107,7 @@ def test_a_job_is_the_same_behind_the_wire(job: Job) -> None:
         ({"base": {"path": "/b", "files": [{"path": "a", "size": 1}]}}, "merge.base.files"),
         ({"base": {"path": "/b", "files": [{"path": "a", "size": 1, "digest": "x"}]}}, "sha256"),
         ({"weights": [1.0, None]}, r"merge.weights\[1\]"),
-        ({"options": {}}, "merge.options"),
+        ({"options": []}, "merge.options"),
         ({"colour": "red"}, "colour"),
     ],
 )
