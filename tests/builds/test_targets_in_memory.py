@@ -141,7 +141,7 @@ def test_of_several_merged_adapters_each_is_held_against_itself(two: Memory) -> 
         ["base"], ["a", "base"],
     ]  # fmt: skip
     assert [job.weights for job in jobs] == [(), (1.0,), (), (), (1.0,), ()]
-    assert [result.tried.task.name for result in built.results] == ["a v1", "b v1"]
+    assert [result.task.task.name for result in built.results] == ["a v1", "b v1"]
     assert len(two.launcher.asked) > 2 * QUESTIONS
     assert asked(two) == {"": {"a", "b"}}
 

@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 from weightsmith.drivers.docker import DockerEngine
 from weightsmith.drivers.ownership import is_dead
+from weightsmith.layouts import check_layout as before_work
 from weightsmith.oci.image import Image, ImageConfig
 from weightsmith.oci.layout import held_digest, read_layout, write_layout
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
-from weightsmith.stages.publish import Outputs
-from weightsmith.stages.publish import check_layout as before_work
 from weightsmith.values import Digest
 
 from tests.fakes.images import tiny_image
@@ -74,7 +73,7 @@ def test_a_layout_that_is_published(
             prepare()
             assert ended(moments.end_at(moment, number, "publish", **words), number)
             if not swap:
-                before_work(Outputs(layout=results / "image"))
+                before_work(results / "image")
             assert held_digest(results / "image") in (old.digest, new.digest)
             check_layout(results / "image")
             moments.count("publish", **words)

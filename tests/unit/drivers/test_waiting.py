@@ -8,9 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from filelock import FileLock
+from weightsmith import layouts
 from weightsmith.drivers.store import FileStore
 from weightsmith.drivers.waiting import locked
-from weightsmith.stages import publish
 from weightsmith.values import key_of
 
 from tests.fakes.journal import RecordingProgress
@@ -64,6 +64,6 @@ def test_a_layout_that_another_build_writes_is_waited_for_aloud(tmp_path: Path) 
             os.close(holder)
 
     progress = Telling()
-    with publish._alone(folder, SimpleNamespace(progress=progress)) as mine:
+    with layouts._alone(folder, SimpleNamespace(progress=progress)) as mine:
         assert mine == folder
     assert progress.lines == [("note", f"another process writes {folder}: waiting for it")]

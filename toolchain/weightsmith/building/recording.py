@@ -133,9 +133,9 @@ class Record:
                 sources, recipe.merge, self.checkpoint.digest, asked_with
             ).inputs
         for result in results[:1]:
-            asked = references.subjects(sources, result.tried.adapter)
+            asked = references.subjects(sources, result.task.adapter)
             subject = asked.get("adapter", asked["base"])
-            found["reference"] = references.inputs(subject, result.tried.task).inputs
+            found["reference"] = references.inputs(subject, result.task.task).inputs
         if self.artifact and self.artifact.format.packed:
             wanted = quantize_options(
                 self.request.file, self.artifact.format, sources.base, self.tools
@@ -146,9 +146,9 @@ class Record:
 
 def _task_facts(result: Result) -> TaskFacts:
     return TaskFacts(
-        name=result.tried.task.name,
-        metric=result.tried.task.metric,
-        max_drop=result.tried.wanted.max_drop,
+        name=result.task.task.name,
+        metric=result.task.task.metric,
+        max_drop=result.task.wanted.max_drop,
         scores=result.scores,
         verdicts=tuple(verdict.facts for verdict in result.verdicts),
     )

@@ -111,9 +111,9 @@ def _config(
     if request.config:
         return read_config(request.config)
     # A size that follows from the model, not from this machine: so the digest does, too.
-    wishes = ServeOptions(host_memory_bytes=_MEMORY + 2 * model.weight_bytes)
+    options = ServeOptions(host_memory_bytes=_MEMORY + 2 * model.weight_bytes)
     try:
-        return serving_config(model, target, wishes, place)
+        return serving_config(model, target, options, place)
     except (UsageError, InputRefused) as error:
         tools.progress.warn(f"no memory plan: {error.message}; the engine's defaults are used")
         return _default_config(model, target)

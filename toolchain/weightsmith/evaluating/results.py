@@ -34,7 +34,7 @@ class RecipeTask:
 class Result:
     """One task: the scores of everyone who was asked it, and the verdicts."""
 
-    tried: RecipeTask
+    task: RecipeTask
     scores: Mapping[str, Score]
     """`base`, `adapter` (unmerged, all of the task's), `merged`, `image`: as far as asked."""
     verdicts: tuple[Verdict, ...] = ()
@@ -53,13 +53,13 @@ class Result:
 
 
 def judged(
-    tried: RecipeTask, subject: str, now: Score, against: str, before: Score, limit: DropLimit
+    task: RecipeTask, subject: str, now: Score, against: str, before: Score, limit: DropLimit
 ) -> Verdict:
     """Return whether a score is within its limit of another; the reason names the task."""
     verdict = judge_drop(subject, now, against, before, limit)
-    return replace(verdict, reason=named(tried, verdict.reason))
+    return replace(verdict, reason=named(task, verdict.reason))
 
 
-def named(tried: RecipeTask, text: str) -> str:
+def named(task: RecipeTask, text: str) -> str:
     """Return the text with the task's name before it, if it has one."""
-    return f"{tried.task.name}: {text}" if tried.task.name else text
+    return f"{task.task.name}: {text}" if task.task.name else text

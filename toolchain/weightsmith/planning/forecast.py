@@ -228,10 +228,10 @@ def _reference_rows(
         return []
     before = earlier.get("reference")
     states = []
-    for tried in tasks:
-        asked = references.subjects(sources, tried.adapter)
+    for task in tasks:
+        asked = references.subjects(sources, task.adapter)
         subject = asked.get("adapter", asked["base"])
-        states.append(_state(references.inputs(subject, tried.task), before, tools))
+        states.append(_state(references.inputs(subject, task.task), before, tools))
     cached = all(there for there, _ in states)
     why = next((why for there, why in states if not there), "")
     size = sources.base.tree.size

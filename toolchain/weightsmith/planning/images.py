@@ -83,7 +83,7 @@ def _question(
     request: BuildRequest, target: Target, sources: Sources | None, result: Result
 ) -> Question:
     """Return a task with the adapter that is to answer it, where the image serves several."""
-    number = result.tried.adapter
+    number = result.task.adapter
     if target.format != LORA or sources is None or number is None or len(sources.adapters) == 1:
         return Question(result=result)
     if target.engine.numbers_adapters:

@@ -53,12 +53,12 @@ def check_leaks(file: RecipeFile, tasks: tuple[RecipeTask, ...], progress: Progr
     Raises InputRefused instead where the task is strict.
     """
     calibration = file.recipe.calibration
-    for tried in tasks:
-        for other in (tried.wanted.training, calibration.data if calibration else ""):
+    for task in tasks:
+        for other in (task.wanted.training, calibration.data if calibration else ""):
             if not other:
                 continue
-            leaks = describe(find_leaks(tried.task.items, file.folder / other))
-            if leaks and tried.wanted.strict:
+            leaks = describe(find_leaks(task.task.items, file.folder / other))
+            if leaks and task.wanted.strict:
                 raise InputRefused(leaks, hint="remove them from either file")
             if leaks:
                 progress.warn(leaks)

@@ -222,7 +222,7 @@ def _root_layers(entry: Entry, memo: Memo) -> tuple[BlobLayer, ...]:
 def _remembered(entry: Entry, memo: Memo) -> tuple[BlobLayer, ...]:
     grouped = cache(lambda: _grouped(entry, memo))
 
-    def told() -> str:
+    def summary() -> str:
         return json.dumps([(layer.digest, layer.size, layer.file) for layer in grouped()])
 
     def opened(number: int, blob: Blob) -> Iterator[bytes]:
@@ -231,7 +231,7 @@ def _remembered(entry: Entry, memo: Memo) -> tuple[BlobLayer, ...]:
     rules = [_GROUPING, _PACKAGE.pattern, OWN_LAYER, _ACCOUNTS, TAR_RECIPE, source_date_epoch()]
     made_of = {"root layers of": entry.tree.digest, "rules": rules}
     layers = []
-    for number, (digest, size, file) in enumerate(json.loads(memo(key_of(made_of), told))):
+    for number, (digest, size, file) in enumerate(json.loads(memo(key_of(made_of), summary))):
         blob = Blob(digest=Digest(digest), size=size, media_type=LAYER_TAR)
         opener = partial(opened, number, blob)
         layers.append(BlobLayer(blob=blob, diff_id=blob.digest, opener=opener, file=file))

@@ -55,7 +55,7 @@ class Evaluation:
 
     def inputs(self, question: Question) -> StageInputs:
         """All that a task's answers depend on: not the names, labels and limits of the image."""
-        plan, task = self.config.plan, question.result.tried.task
+        plan, task = self.config.plan, question.result.task.task
         model, fields = question.model, dict(question.fields)
         neutral = self.engine.neutral_settings
         settings = {k: v for k, v in plan.settings.items() if k not in neutral}
@@ -113,7 +113,7 @@ def evaluate(
     answer, or does not keep what its plan promises.
     """
     questions, store = evaluation.questions, InStore(tools.store)
-    count = sum(len(question.result.tried.task.items) for question in questions)
+    count = sum(len(question.result.task.task.items) for question in questions)
     timer = Timer("evaluate", f"{count} questions to the started image", tools)
     if reason := why_not_started(image, tools):
         tools.progress.warn(reason)
@@ -167,7 +167,7 @@ def _answers(
         answers = ask_server(
             session.adding(question.fields),
             question.model or evaluation.config.served_name,
-            question.result.tried.task,
+            question.result.task.task,
             tools.progress,
         )
         _check_ends(answers, question.result.ends, session)
@@ -198,7 +198,7 @@ def _scored(result: Result, answers: Answers, tools: Tools) -> Result:
     The image against the merged model shows what quantizing and serving changed; it is
     reported, and does not decide.
     """
-    task, scores = result.tried, dict(result.scores)
+    task, scores = result.task, dict(result.scores)
     scores["image"] = image = score_task(task.task, answers, tools.command)
     against = "adapter" if "adapter" in scores else "base"
     verdict = judged(task, "image", image, against, scores[against], task.limit)

@@ -135,7 +135,7 @@ def _result(
     if "merged" in scores:
         limit = replace(task.limit, min_score=0.0)
         verdicts = (judged(task, "merged", scores["merged"], "adapter", scores["adapter"], limit),)
-    return Result(tried=task, scores=scores, verdicts=verdicts)
+    return Result(task=task, scores=scores, verdicts=verdicts)
 
 
 def _subjects(task: RecipeTask, sources: Sources, checkpoint: Checkpoint) -> Mapping[str, Subject]:
