@@ -390,8 +390,8 @@ def test_a_killed_quantization_goes_on_where_it_was(tmp_path):
     with start("whole") as process:
         whole = process.stdout.read().splitlines()
 
-    done = [line for line in again if line.endswith(": done before")]
+    done = [line for line in again if line.endswith(": already done")]
     assert [line.split()[0] for line in done] == ["converting", "measuring"]
-    assert not any("done before" in line for line in whole)
+    assert not any("already done" in line for line in whole)
     assert again[-1] == whole[-1]
     assert whole[-1].startswith("made [('tiny.gguf'")

@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 from weightsmith.drivers.docker import DockerEngine, DockerRunner
 from weightsmith.drivers.docker_requests import LABEL_JOB
+from weightsmith.drivers.folders import read_tree
 from weightsmith.drivers.local import LocalRunner
 from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused, WeightsmithError
 from weightsmith.jobs import EchoJob, Input, MergeJob
-from weightsmith.ports import Runner
+from weightsmith.ports import Runner, Silent
 from weightsmith.recipe import Merge
 from weightsmith.stages.merge import options_of
 from weightsmith.wiring import cache_folder
@@ -28,6 +29,7 @@ from weightsmith.worker.jobs import STAGES
 from tests.fakes.journal import RecordingProgress
 from tests.fakes.remote import RemoteRunner, read_input
 from tests.fakes.runner import MemoryRunner
+from tests.fakes.store import MemoryStore
 
 ROOT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("WEIGHTSMITH_TEST_CACHE") or cache_folder())
@@ -40,7 +42,7 @@ REAL = [
 
 def make_runner(kind: str, folder: Path | None = None) -> Runner:
     if kind == "remote":
-        return RemoteRunner(machine=folder / "remote")
+        return RemoteRunner(MemoryRunner(), folder / "remote")
     if kind == "local":
         return LocalRunner(CACHE)
     if kind == "docker":
@@ -145,7 +147,12 @@ def tiny(tmp_path: Path) -> Path:
     return shutil.copytree(ROOT / "examples" / "tiny", tmp_path / "tiny", ignore=copied)
 
 
-@pytest.mark.parametrize("refer", [read_input, lambda path: Input(path=path)], ids=["known", "not"])
+def known(path: Path) -> Input:
+    """Refer to a folder as a build does to its sources."""
+    return Input.tree(read_tree(path, MemoryStore(path.parent), Silent()))
+
+
+@pytest.mark.parametrize("refer", [known, lambda path: Input(path=path)], ids=["known", "not"])
 def test_a_job_needs_no_more_than_its_references(refer, tiny, tmp_path, progress):
     """The inputs are out of reach while another machine merges what it fetched."""
 
@@ -157,7 +164,7 @@ def test_a_job_needs_no_more_than_its_references(refer, tiny, tmp_path, progress
             hidden.rename(tiny)
 
     here, there = merge_of(tiny, tmp_path / "a", refer), merge_of(tiny, tmp_path / "b", refer)
-    remote = RemoteRunner(machine=tmp_path / "remote", stages={"merge": merge_there})
+    remote = RemoteRunner(MemoryRunner(stages={"merge": merge_there}), tmp_path / "remote")
 
     results = [MemoryRunner().run(here, progress), remote.run(there, progress)]
 
@@ -168,15 +175,15 @@ def test_a_job_needs_no_more_than_its_references(refer, tiny, tmp_path, progress
 
 
 def test_an_input_that_differs_from_its_reference_is_not_used(tiny, tmp_path, progress):
-    job = merge_of(tiny, tmp_path / "out", read_input)
+    job = merge_of(tiny, tmp_path / "out", known)
     weights = tiny / "adapters" / "b" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    remote = RemoteRunner(machine=tmp_path / "remote")
+    there = MemoryRunner()
 
     with pytest.raises(EnvironmentFailure, match="changed on the way"):
-        remote.run(job, progress)
+        RemoteRunner(there, tmp_path / "remote").run(job, progress)
 
-    assert remote.jobs == []
+    assert there.jobs == []
     assert not any(job.output.iterdir())
 
 

@@ -6,29 +6,40 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 
 from weightsmith.errors import EnvironmentFailure
 from weightsmith.jobs import Input, Job, read_job, write_job
-from weightsmith.ports import Progress
+from weightsmith.ports import Progress, Runner
 from weightsmith.values import Digest, FileEntry, Json
 
-from tests.fakes.runner import MemoryRunner
 
+@dataclass
+class RemoteRunner:
+    """Runs jobs on a `machine` (a folder) that never reads the paths that a job names here."""
 
-@dataclass(kw_only=True)
-class RemoteRunner(MemoryRunner):
-    """Runs jobs below `machine`, which never reads the paths that a job names here."""
-
+    inner: Runner
     machine: Path
     name: str = "remote"
+    networked: bool = False
+
+    def prepare(self, builder: str, progress: Progress) -> None:
+        self.inner.prepare(builder, progress)
+
+    def check(self, builder: str) -> None:
+        self.inner.check(builder)
+
+    def ready(self, builder: str) -> bool:
+        return self.inner.ready(builder)
 
     def run(self, job: Job, progress: Progress) -> Mapping[str, Json]:
         sent = {name: self._send(given) for name, given in job.inputs.items()}
         there = read_job(write_job(job.at(sent, job.output)))
-        place = self.machine / f"job-{len(self.jobs)}"
-        (place / "out").mkdir(parents=True)
+        self.machine.mkdir(exist_ok=True)
+        place = Path(mkdtemp(dir=self.machine, prefix="job-"))
         fetched = {n: self._fetch(given, place / n) for n, given in there.inputs.items()}
-        result = super().run(there.at(fetched, place / "out"), progress)
+        shutil.copytree(job.output, place / "out")  # a job may resume what another one left
+        result = self.inner.run(there.at(fetched, place / "out"), progress)
         shutil.copytree(place / "out", job.output, dirs_exist_ok=True)
         return result
 

@@ -35,13 +35,13 @@ class Input:
 
     @classmethod
     def tree(cls, tree: Tree) -> Self:
-        """Return a folder."""
+        """Return a folder; its files lie below its root, and nowhere else."""
         unread = any(isinstance(entry.digest, UnreadDigest) for entry in tree.files)
         return cls(path=tree.root, files=None if unread else tree.files)
 
     @classmethod
     def file(cls, tree: Tree, name: str) -> Self:
-        """Return one file of a folder."""
+        """Return one file of a tree."""
         (entry,) = (entry for entry in tree.files if entry.path == name)
         return cls(path=tree.path(name), files=(replace(entry, path="."),))
 

@@ -1,4 +1,4 @@
-"""Reads a job, runs its stage, and sends the result or the error."""
+"""Reads a job, runs it, and sends the result or the error."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run_job(job: Job, wire: Wire) -> int:
         return _send_error(wire, EnvironmentFailure(what, hint=hint))
     except OSError as problem:
         traceback.print_exc()
-        return _send_error(wire, _of_the_disk(problem, job))
+        return _send_error(wire, _of_the_system(problem, job))
     except Exception as problem:  # noqa: BLE001 - the last frame: reported, with its traceback
         traceback.print_exc()
         what = f"unexpected {type(problem).__name__} in the {job.kind} job: {problem}"
@@ -42,9 +42,9 @@ def run_job(job: Job, wire: Wire) -> int:
     return 0
 
 
-def _of_the_disk(problem: OSError, job: Job) -> WeightsmithError:
-    """Return what a failed call of the operating system means for the user."""
-    # shutil gathers several failures into one that has no number.
+def _of_the_system(problem: OSError, job: Job) -> WeightsmithError:
+    """Return the error to show for a failed system call."""
+    # shutil raises several failures as one error without a number.
     if problem.errno in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(problem):
         return EnvironmentFailure(
             f"the disk is full while the {job.kind} job writes to {job.output}",
@@ -64,7 +64,7 @@ def _send_error(wire: Wire, error: WeightsmithError) -> int:
 
 
 def end_with_parent() -> None:
-    """Watch standard input, where it is a pipe, and end the moment its other side is gone."""
+    """Exit as soon as standard input closes, if it is a pipe."""
     kind = os.fstat(0).st_mode
     if stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind):
         threading.Thread(target=_watch_stdin, daemon=True).start()
@@ -90,7 +90,7 @@ def main(arguments: list[str]) -> int:
         return _send_error(wire, InputRefused(f"not a job for this builder: {problem}", hint=hint))
     tell_what_is_done(wire.doing)
     if job.seconds:
-        # What hangs is then in the log before the runner ends it.
+        # A job that hangs logs where each of its threads is before the runner ends it.
         faulthandler.dump_traceback_later(job.seconds * 0.8, exit=False)
     return run_job(job, wire)
 

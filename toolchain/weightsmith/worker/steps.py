@@ -1,4 +1,4 @@
-"""Runs the commands of a quantization, one after another; what an interrupted run did is kept."""
+"""Runs the commands of a quantization in order, and resumes an interrupted run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _EXCEPTION = re.compile(r"(?!OSError|MemoryError|BrokenPipe)(\w+Error): .+")
 
 
 def run_steps(steps: tuple[Step, ...], output: Path, report: Report) -> None:
-    """Run the commands in order; those that an interrupted run finished are not run again."""
+    """Run the commands in order, except those that an interrupted run finished."""
     done = output / _DONE
     known = done.read_text("utf-8").splitlines() if done.is_file() else []
     for number, step in enumerate(steps):
@@ -32,7 +32,7 @@ def run_steps(steps: tuple[Step, ...], output: Path, report: Report) -> None:
         argv = _filled(step, output)
         mark = json.dumps([number, *argv])
         if mark in known:
-            note(f"{step.title}: done before")
+            note(f"{step.title}: already done")
             continue
         note(step.title)
         for path, text in step.writes.items():
@@ -50,7 +50,7 @@ def run_steps(steps: tuple[Step, ...], output: Path, report: Report) -> None:
             f"{step.title} ({Path(step.argv[0]).name})",
             hint="the lines above are the program's own; the job's log has all of them",
         )
-        # Before its inputs go: a run that is killed between the two has both, not neither.
+        # Marked before its inputs are deleted: a run that is killed in between can be resumed.
         with done.open("a", encoding="utf-8") as marks:
             marks.write(mark + "\n")
         for path in step.removes:
@@ -60,7 +60,7 @@ def run_steps(steps: tuple[Step, ...], output: Path, report: Report) -> None:
 
 
 def _refuse(step: Step, tail: Sequence[str]) -> None:
-    """Raise InputRefused where a converter's last line is an exception that its input caused."""
+    """Raise InputRefused if the converter's last line is an exception caused by its input."""
     last = next((line.strip() for line in reversed(tail) if line.strip()), "")
     if _EXCEPTION.fullmatch(last):
         raise InputRefused(
@@ -70,7 +70,7 @@ def _refuse(step: Step, tail: Sequence[str]) -> None:
 
 
 def _filled(step: Step, output: Path) -> tuple[str, ...]:
-    """Return a command with its `{name}`s replaced by digests and names of files."""
+    """Return a command in which each `{name}` is replaced by a file's digest or path."""
     known = {f"{{{name}}}": path for name, path in step.digests.items()}
     found = {f"{{{name}}}": pattern for name, pattern in step.finds.items()}
     words = []
@@ -87,11 +87,11 @@ def _filled(step: Step, output: Path) -> tuple[str, ...]:
 
 
 def forget_steps(output: Path) -> None:
-    """Let the next run repeat all of them."""
+    """Make the next run repeat every step."""
     (output / _DONE).unlink(missing_ok=True)
 
 
 def _inherited() -> dict[str, str]:
-    """Return the variables by which the runner keeps libraries offline and within their share."""
+    """Return the environment variables that keep libraries offline and limit their threads."""
     prefixes = ("HF_", "TRANSFORMERS_", "OMP_", "PYTHON", "TMPDIR")
     return {name: value for name, value in os.environ.items() if name.startswith(prefixes)}

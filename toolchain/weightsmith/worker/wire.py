@@ -1,4 +1,4 @@
-"""The line to the control plane: progress, notes and the result, as JSON on standard output."""
+"""Sends progress, notes and the result to the control plane, as JSON lines on standard output."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Report = Callable[[int, int, str], None]
 
 
 class Wire:
-    """The line to the control plane: the original standard output, kept for JSON alone."""
+    """Owns the original standard output, so that nothing but JSON lines goes there."""
 
     def __init__(self) -> None:
         self._file: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
-        # Also what C libraries print must not get between the JSON lines.
+        # What C libraries print must not mix with the JSON lines either.
         os.dup2(2, 1)
         self._last = 0.0
 
@@ -28,14 +28,14 @@ class Wire:
         self._file.write(json.dumps(plain(message), ensure_ascii=False) + "\n")
 
     def progress(self, done: int, total: int, unit: str) -> None:
-        """Report work done, ten times a second at most."""
+        """Report work done, at most ten times a second."""
         now = time.monotonic()
         if done >= total or now - self._last >= 0.1:
             self._last = now
             self.send({"progress": [done, total, unit]})
 
     def doing(self, what: str) -> None:
-        """Say what is being done, for the message of a job that is ended in it."""
+        """Say what the job is doing; the error of a job that takes too long quotes it."""
         self.send({"doing": what})
 
 
@@ -43,19 +43,19 @@ _wire: Wire | None = None
 
 
 def open_wire() -> Wire:
-    """Keep standard output for JSON from now on; `note` and `warn` go there too."""
+    """Reserve standard output for JSON from now on; `note` and `warn` write there."""
     global _wire
     _wire = Wire()
     return _wire
 
 
 def note(text: str) -> None:
-    """Say one line to the user; a stage may import this."""
+    """Show the user one line; code that runs in a job may call this."""
     if _wire is not None:
         _wire.send({"note": text})
 
 
 def warn(text: str) -> None:
-    """Say one warning line to the user, kept for the report; a stage may import this."""
+    """Show the user one warning, kept for the report; code that runs in a job may call this."""
     if _wire is not None:
         _wire.send({"warn": text})
