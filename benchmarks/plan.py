@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from itertools import cycle, islice, product
 from pathlib import Path
 
+from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import WeightsmithError
 from weightsmith.planning.targets import all_targets
 from weightsmith.serving.engine import ServeOptions
@@ -39,7 +40,9 @@ def sweep() -> tuple[float, int]:
     began = time.perf_counter()
     for model, engine, wishes in todo:
         try:
-            plan = targets[engine].engine.plan(model["config"], model["weight_bytes"], wishes)
+            plan = targets[engine].engine.plan(
+                ModelFacts.of(model["config"]), model["weight_bytes"], wishes
+            )
         except WeightsmithError:
             continue
         fitting += plan.fits
@@ -54,7 +57,7 @@ def one_render() -> float:
         target=all_targets()["vllm"],
         name="bench",
         version="1",
-        model_config=model["config"],
+        model=ModelFacts.of(model["config"]),
         model_file="",
         weight_bytes=model["weight_bytes"],
         wishes=ServeOptions(gpu="nvidia-l40s"),

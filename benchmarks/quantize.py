@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
+from weightsmith.checkpoints.facts import read_facts
 from weightsmith.destinations import InStore
 from weightsmith.ports import Silent
 from weightsmith.quantizers import of_format
@@ -114,8 +115,8 @@ def checkpoint_rows(example: str, name: str, model: Path) -> tuple[list[str], li
     size = sum(path.stat().st_size for path in model.iterdir())
     quantizer = of_format(name)
     format_ = next(f for f in quantizer.formats if f.name == name)
-    config = json.loads((model / "config.json").read_text())
-    planned = quantizer.peak_disk(size, kept_bytes(size, format_, config), format_) / 1e6
+    kept = kept_bytes(size, format_, read_facts(model))
+    planned = quantizer.peak_disk(size, kept, format_) / 1e6
     lost = row(example, name, details["size"], details["bits_per_weight"], told["quality"], score)
     costs = [f"{cost[key]:.1f}" for key in ("cpu", "wall", "rss", "disk")]
     return lost, [example, name, *costs, f"{planned:.1f}"]

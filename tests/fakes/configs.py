@@ -1,5 +1,8 @@
 """A config.json that many tests plan for: Llama 3.1 8B's, as far as planners read it."""
 
+from weightsmith.checkpoints.facts import ModelFacts
+from weightsmith.checkpoints.shape import ModelShape
+
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -14,3 +17,14 @@ LLAMA_8B = {
 }
 LLAMA_8B_BYTES = 16_060_522_496
 """Its weights in 16 bits."""
+
+
+def facts(config: dict) -> ModelFacts:
+    """Return the facts of a config.json; a `tokenizer` in it is what tokenizer_config.json says."""
+    tokenizer = config.get("tokenizer")
+    return ModelFacts.of(config, tokenizer if isinstance(tokenizer, dict) else None)
+
+
+def shape_of(config: dict) -> ModelShape:
+    """Return the decoder's numbers of a config.json."""
+    return facts(config).shape

@@ -14,6 +14,8 @@ from weightsmith.serving.engine import ServedAdapter, ServeOptions
 from weightsmith.stages.render import render
 from weightsmith.values import Digest
 
+from tests.fakes.configs import facts
+
 GOLDEN = Path(__file__).parent
 MODELS = sorted(path.stem for path in (GOLDEN / "models").glob("*.json"))
 MACHINES = {
@@ -69,10 +71,12 @@ def model(name):
 
 def weight_bytes(name, target):
     """The model's weights in the target's format."""
-    facts = model(name)
+    known = model(name)
     if name in PACKED:
-        return facts["weight_bytes"]
-    return estimated_bytes(facts["weight_bytes"], all_targets()[target].format, facts["config"])
+        return known["weight_bytes"]
+    return estimated_bytes(
+        known["weight_bytes"], all_targets()[target].format, facts(known["config"])
+    )
 
 
 def planned(name, target, machine, **wishes):
@@ -80,7 +84,7 @@ def planned(name, target, machine, **wishes):
     (gpu, count), chosen = MACHINES[machine], all_targets()[target]
     asked = ServeOptions(gpu=gpu, gpu_count=count, format=chosen.format, **wishes)
     try:
-        plan = chosen.engine.plan(model(name)["config"], weight_bytes(name, target), asked)
+        plan = chosen.engine.plan(facts(model(name)["config"]), weight_bytes(name, target), asked)
     except (UsageError, InputRefused) as error:
         return None, error
     return plan, None
@@ -95,7 +99,7 @@ def rendered(name, target, wishes, *, config=None):
         target=all_targets()[target],
         name=f"support-{name}",
         version="1.2.0",
-        model_config=config or model(name)["config"],
+        model=facts(config or model(name)["config"]),
         model_file="support.gguf" if target.startswith("llamacpp") else "",
         weight_bytes=10_000_000_000 if config else weight_bytes(name, target),
         wishes=ServeOptions(**wishes),

@@ -18,6 +18,7 @@ import gguf
 import pytest
 import transformers
 from weightsmith import time_limits
+from weightsmith.checkpoints.facts import read_facts
 from weightsmith.checkpoints.folder import check_model_folder, left_behind, scan
 from weightsmith.checkpoints.gguf_config import gguf_config
 from weightsmith.checkpoints.gguf_import import import_gguf
@@ -31,7 +32,6 @@ from weightsmith.ports import Silent
 from weightsmith.provenance.mlbom import license_of
 from weightsmith.recipe_file import read_recipe
 from weightsmith.resources import package
-from weightsmith.stages.quantize import model_config
 from weightsmith.time_limits import cpu_limit
 from weightsmith.values import Digest
 
@@ -264,7 +264,7 @@ def test_json_that_no_reader_survives_is_refused(tmp_path: Path, name: str, case
     """Configuration and index are nested, long or ambiguous: refused, whoever reads them first."""
     (tmp_path / name).write_bytes(HOSTILE_JSON[case])
     with pytest.raises(InputRefused):
-        model_config(tmp_path) if name == "config.json" else open_checkpoint(tmp_path)
+        read_facts(tmp_path) if name == "config.json" else open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
@@ -282,7 +282,7 @@ def test_a_pipe_in_a_configurations_place_is_refused(tmp_path: Path) -> None:
     """config.json is a pipe that nobody writes to: nothing waits for it."""
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(InputRefused, match="not a regular file"):
-        model_config(tmp_path)
+        read_facts(tmp_path)
 
 
 FRONT_MATTER = {

@@ -220,7 +220,7 @@ READS_OUR_OWN = {
     "drivers/trampoline.py", "foreign.py", "quantizers/convert.py",
     "quantizers/compressor.py", "quantizers/gguf.py", "quantizers/running.py",
     "quantizers/sentencepiece_export.py", "resources.py", "serving/llamacpp_options.py",
-    "serving/options.py", "serving/text.py", "serving/vllm.py", "stages/base.py",
+    "checkpoints/text.py", "serving/options.py", "serving/vllm.py", "stages/base.py",
     "merging/peft_layers.py", "merging/tuned.py", "destinations.py", "jobs.py",
 }  # fmt: skip
 """Files that read JSON of this very program: its own lists, job files, results; and two that run

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TypeVar
 
 from weightsmith.building.recording import Built, Record, main_scores
+from weightsmith.checkpoints.facts import read_facts
 from weightsmith.destinations import InStore
 from weightsmith.errors import CheckFailed
 from weightsmith.evaluating.results import Result
@@ -169,7 +170,7 @@ def rendered(
     config = serving_config(
         request.file,
         target,
-        sources.base.tree if target.format == LORA else checkpoint.tree,
+        read_facts((sources.base if target.format == LORA else checkpoint).tree.root),
         artifact.tree.weight_bytes,
         weights=files[0] if files else "",
         made_from=(artifact.digest,),

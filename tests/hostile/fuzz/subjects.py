@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 from safetensors.numpy import save
+from weightsmith.checkpoints.facts import read_facts
 from weightsmith.checkpoints.gguf_config import gguf_config, gguf_file_type
 from weightsmith.checkpoints.gguf_import import import_gguf
 from weightsmith.checkpoints.safetensors import open_checkpoint
@@ -28,7 +29,6 @@ from weightsmith.provenance.roles import roles_of
 from weightsmith.provenance.signing import open_envelope
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.parameters import weights_from_config
-from weightsmith.stages.quantize import serving_config_of
 from weightsmith.stages.render import render
 from weightsmith.values import Digest, canonical
 
@@ -117,21 +117,21 @@ def read_config(data: bytes, folder: Path) -> None:
     """Weigh, plan and render the model for the target."""
     asked = json.loads(data)
     (folder / "config.json").write_text(json.dumps(asked["config"]))
-    config = serving_config_of(folder)
-    for work in (weights_from_config, lambda config: rendered(config, asked)):
+    model = read_facts(folder)
+    for work in (weights_from_config, lambda model: rendered(model, asked)):
         try:
-            work(config)
+            work(model)
         except WeightsmithError:
             continue
 
 
-def rendered(config, asked) -> None:
+def rendered(model, asked) -> None:
     """Render all files of a target; the plan is JSON."""
     found = render(
         target=all_targets()[asked["target"]],
         name="fuzz",
         version="1",
-        model_config=config,
+        model=model,
         model_file="x.gguf",
         weight_bytes=16_000_000_000,
         wishes=ServeOptions(gpu=asked["gpu"], host_memory_bytes=64 << 30),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from weightsmith.provenance.mlbom import Ancestor, ModelFacts, engine_bom, license_of, ml_bom
+from weightsmith.provenance.mlbom import Ancestor, BilledModel, engine_bom, license_of, ml_bom
 from weightsmith.recipe import Card
 from weightsmith.resources import engine_source
 from weightsmith.values import Digest, FileEntry, Json, Score
@@ -13,14 +13,15 @@ from weightsmith.values import Digest, FileEntry, Json, Score
 DIGEST = Digest.of(b"x")
 
 
-def facts(**more: Json) -> ModelFacts:
+def facts(**more: Json) -> BilledModel:
     given: dict[str, Json] = {
         "name": "bot",
         "version": "1.2.0",
         "digest": DIGEST,
         "files": [FileEntry(path="m.gguf", size=1, digest=DIGEST)],
         "format": "q4_k_m",
-        "config": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+        "model_type": "llama",
+        "architecture": "LlamaForCausalLM",
         "ancestors": [
             Ancestor(name="base", pin="hf://a/b@c", digest=DIGEST, license="apache-2.0"),
             Ancestor(name="v3", pin="sha", digest=DIGEST, version="v3", license="llama3"),
@@ -29,7 +30,7 @@ def facts(**more: Json) -> ModelFacts:
         "card": Card(description="Answers.", intended_use="Support.", limitations="English."),
         **more,
     }
-    return ModelFacts(**given)
+    return BilledModel(**given)
 
 
 def test_what_it_says() -> None:

@@ -13,6 +13,7 @@ from weightsmith.quantizers.checkpoints import DENSE, LLAMAS
 from weightsmith.quantizers.packed import Layout, PackedView
 from weightsmith.quantizers.packed_check import check_checkpoint
 
+from tests.fakes.configs import facts
 from tests.fakes.dense import make_dense
 
 ROWS = [json.loads(line) for line in GENERAL.read_text("utf-8").splitlines()[:2]]
@@ -54,12 +55,13 @@ def test_what_an_engine_does_not_know_is_refused_with_what_it_knows(
     name: str, known: frozenset[str]
 ) -> None:
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    shape |= {"num_hidden_layers": 2, "vocab_size": 100}
     for architecture in sorted(DENSE | {"Phi3ForCausalLM"}):
-        config = {**shape, "architectures": [architecture]}
+        model = facts({**shape, "architectures": [architecture]})
         check = of_format(name).check_input
         if architecture in known:
-            check(formats()[name], config)
+            check(formats()[name], model)
             continue
         with pytest.raises(InputRefused, match="not among the architectures") as caught:
-            check(formats()[name], config)
+            check(formats()[name], model)
         assert "LlamaForCausalLM" in caught.value.message

@@ -16,6 +16,7 @@ from weightsmith.quantizers.gguf import check_input, output_file
 from weightsmith.quantizers.gguf_types import FILE_TYPES, TENSOR_TYPES
 from weightsmith.quantizers.quantizer import QuantizeRequest
 
+from tests.fakes.configs import facts
 from tests.unit.quantizers.conftest import request
 
 LLAMA = {"architectures": ["LlamaForCausalLM"]}
@@ -112,11 +113,11 @@ def test_the_file_between_rounds_nothing(tmp_path, dtype, kind):
 )
 def test_bad_input_is_refused_from_its_config_alone(config, says):
     with pytest.raises(InputRefused, match=says):
-        check_input(config)
+        check_input(facts(config))
 
 
 def test_good_input_is_not_refused():
-    check_input(LLAMA)
+    check_input(facts(LLAMA))
 
 
 def test_peak_disk_counts_the_file_between():
@@ -239,4 +240,4 @@ def test_tensor_types_have_the_blocks_that_gguf_knows():
 
 def test_an_architecture_that_the_converter_lacks_is_refused():
     with pytest.raises(InputRefused, match="converts no MambaVisionForever"):
-        check_input({"architectures": ["MambaVisionForever"]})
+        check_input(facts({"architectures": ["MambaVisionForever"]}))

@@ -6,6 +6,8 @@ from gguf import GGUFWriter
 from weightsmith.errors import InputRefused
 from weightsmith.quantizers.gguf_imatrix import check_imatrix, experts_missed, read_imatrix
 
+from tests.fakes.configs import facts
+
 CONFIG = {"num_hidden_layers": 2, "hidden_size": 64}
 
 
@@ -36,8 +38,8 @@ def write_dat(path, *, layers=2, hidden=64):
 
 @pytest.mark.parametrize("writer", [write, write_dat])
 def test_the_models_own_matrix_passes(tmp_path, writer):
-    check_imatrix(writer(tmp_path / "m"), CONFIG)
-    check_imatrix(writer(tmp_path / "n"), {"text_config": CONFIG})
+    check_imatrix(writer(tmp_path / "m"), facts(CONFIG))
+    check_imatrix(writer(tmp_path / "n"), facts({"text_config": CONFIG}))
 
 
 @pytest.mark.parametrize("writer", [write, write_dat])
@@ -49,7 +51,7 @@ def test_another_models_matrix_is_refused(tmp_path, writer, other, says):
     path = writer(tmp_path / "m", **other)
 
     with pytest.raises(InputRefused, match=f"another model.*{says}"):
-        check_imatrix(path, CONFIG)
+        check_imatrix(path, facts(CONFIG))
 
 
 @pytest.mark.parametrize("raw", [b"", b"GGUF", b"\xff" * 64, b"\x05\0\0\0\x03\0\0\0abc"])

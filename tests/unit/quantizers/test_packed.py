@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from weightsmith.checkpoints.facts import read_facts
 from weightsmith.errors import CheckFailed, InputRefused
 from weightsmith.planning.sizes import disk_peak
 from weightsmith.quantizers.checkpoints import LLAMAS, awq_config, check_grouped, finish, group_size
@@ -21,6 +22,8 @@ from weightsmith.quantizers.rounded import quantization, rounded
 from weightsmith.quantizers.running import even, samples
 from weightsmith.values import FP8
 
+from tests.fakes.configs import facts
+
 HIDDEN, INNER, GROUP = 64, 128, 32
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -28,6 +31,7 @@ CONFIG = {
     "intermediate_size": INNER,
     "num_attention_heads": 4,
     "num_hidden_layers": 2,
+    "vocab_size": 100,
     "torch_dtype": "bfloat16",
 }
 SHAPES = {
@@ -354,13 +358,14 @@ def test_configurations_of_eight_bits_are_read_as_their_layouts() -> None:
 
 
 def test_the_group_size_is_the_largest_that_divides_every_row() -> None:
-    smollm2 = {**CONFIG, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
+    changes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
+    smollm2 = facts({**CONFIG, **changes})
     assert group_size(smollm2, "auto") == 64
     assert group_size(smollm2, 32) == 32
     with pytest.raises(InputRefused, match=r"128 inputs does not divide the 576 inputs of q_proj"):
         group_size(smollm2, 128)
     with pytest.raises(InputRefused, match="does not divide"):
-        group_size({**CONFIG, "intermediate_size": 100}, "auto")
+        group_size(facts({**CONFIG, "intermediate_size": 100}), "auto")
 
 
 @pytest.mark.parametrize(
@@ -374,7 +379,7 @@ def test_the_group_size_is_the_largest_that_divides_every_row() -> None:
 )
 def test_models_that_cannot_be_quantized_are_refused(change: dict, what: str) -> None:
     with pytest.raises(InputRefused, match=what):
-        check_grouped({**CONFIG, **change}, LLAMAS)
+        check_grouped(facts({**CONFIG, **change}), LLAMAS)
 
 
 def letters(text: str) -> list[int]:
@@ -416,6 +421,5 @@ def test_the_planned_disk_is_what_rounding_takes(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", module, str(settings)], check=True)
     taken = sum(file.stat().st_size for file in out.iterdir())
     size = sum(file.stat().st_size for file in tiny.iterdir())
-    config = json.loads((tiny / "config.json").read_text("utf-8"))
-    planned = disk_peak(size, FP8, config)
+    planned = disk_peak(size, FP8, read_facts(tiny))
     assert taken <= planned < 1.05 * taken

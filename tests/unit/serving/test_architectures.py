@@ -1,14 +1,13 @@
 import pytest
+from weightsmith.checkpoints.attention import cache_layers
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.serving import llamacpp, vllm
-from weightsmith.serving.attention import cache_layers
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.length import lengths
 from weightsmith.serving.memory import GIB
-from weightsmith.serving.model import ModelShape
 from weightsmith.serving.paged import paged_cache
 
-from tests.fakes.configs import LLAMA_8B
+from tests.fakes.configs import LLAMA_8B, facts, shape_of
 
 LLAMA = {**LLAMA_8B, "max_position_embeddings": 8192}
 L40S = ServeOptions(gpu="nvidia-l40s", max_model_len=4096, max_num_seqs=2)
@@ -23,7 +22,9 @@ def kinds(**changes):
 
 @pytest.mark.parametrize("module", [vllm, llamacpp])
 def test_an_unknown_architecture_is_planned_where_its_cache_is_certain(module):
-    plan = module.ENGINE.plan({**LLAMA, "architectures": ["NovelForCausalLM"]}, 4 * GIB, L40S)
+    plan = module.ENGINE.plan(
+        facts({**LLAMA, "architectures": ["NovelForCausalLM"]}), 4 * GIB, L40S
+    )
 
     assert any("NovelForCausalLM is not known: planned as 32 layers" in n for n in plan.notes)
     assert plan.kv_bytes_per_token == 131072
@@ -36,7 +37,7 @@ def test_an_unknown_architecture_is_planned_where_its_cache_is_certain(module):
 def test_an_unknown_architecture_with_a_way_of_its_own_is_refused(module, strange):
     with pytest.raises(InputRefused, match="NovelForCausalLM is not known") as caught:
         module.ENGINE.plan(
-            {**LLAMA, "architectures": ["NovelForCausalLM"], **strange}, 4 * GIB, L40S
+            facts({**LLAMA, "architectures": ["NovelForCausalLM"], **strange}), 4 * GIB, L40S
         )
 
     assert caught.value.exit_code == 3
@@ -44,7 +45,7 @@ def test_an_unknown_architecture_with_a_way_of_its_own_is_refused(module, strang
 
 def test_encoders_with_decoders_are_refused():
     with pytest.raises(InputRefused, match="encoder"):
-        vllm.plan({**LLAMA, "is_encoder_decoder": True}, 4 * GIB, L40S)
+        vllm.plan(facts({**LLAMA, "is_encoder_decoder": True}), 4 * GIB, L40S)
 
 
 @pytest.mark.parametrize(
@@ -91,9 +92,9 @@ def test_one_head_for_all_queries():
     falcon = {**LLAMA, "architectures": ["FalconForCausalLM"], "multi_query": True}
     del falcon["num_key_value_heads"]
 
-    assert ModelShape.from_config(falcon).kv_heads == 1
+    assert shape_of(falcon).kv_heads == 1
     newer = {**falcon, "new_decoder_architecture": True, "num_kv_heads": 8}
-    assert ModelShape.from_config(newer).kv_heads == 8
+    assert shape_of(newer).kv_heads == 8
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,7 @@ def test_one_head_for_all_queries():
     ],
 )
 def test_a_models_length_is_vllms(changes, default, most):
-    found = lengths({**LLAMA, **changes})
+    found = lengths(facts({**LLAMA, **changes}))
 
     assert (found.default, found.most) == (default, most)
 
@@ -133,11 +134,11 @@ def test_a_models_length_is_vllms(changes, default, most):
 @pytest.mark.parametrize("factor", [-1, 0, 10**9, "8", True])
 def test_a_lying_factor_is_refused(factor):
     with pytest.raises(InputRefused, match="factor"):
-        lengths({**LLAMA, "rope_scaling": {"rope_type": "linear", "factor": factor}})
+        lengths(facts({**LLAMA, "rope_scaling": {"rope_type": "linear", "factor": factor}}))
 
 
 def test_a_state_of_unknown_size_is_refused():
-    shape = ModelShape.from_config({**LLAMA, "layer_types": ["mamba", "attention"] * 16})
+    shape = shape_of({**LLAMA, "layer_types": ["mamba", "attention"] * 16})
 
     with pytest.raises(InputRefused, match="how large a state"):
         paged_cache(shape, block=16, element=2, state_element=2)
@@ -146,20 +147,20 @@ def test_a_state_of_unknown_size_is_refused():
 def test_llamacpp_reads_the_wishes_of_every_engine():
     wishes = {"host_memory_bytes": 64 * GIB, "max_model_len": 1024, "max_num_seqs": 2}
     plan = llamacpp.ENGINE.plan(
-        LLAMA, GIB, ServeOptions(**wishes, kv_cache_dtype="fp8", max_num_batched_tokens=256)
+        facts(LLAMA), GIB, ServeOptions(**wishes, kv_cache_dtype="fp8", max_num_batched_tokens=256)
     )
 
     assert plan.settings["cache-type-k"] == plan.settings["cache-type-v"] == "q8_0"
     assert (plan.settings["batch-size"], plan.settings["ubatch-size"]) == (256, 256)
     for wish in ({"dtype": "float16"}, {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}):
         with pytest.raises(UsageError):
-            llamacpp.ENGINE.plan(LLAMA, GIB, ServeOptions(**wishes, **wish))
+            llamacpp.ENGINE.plan(facts(LLAMA), GIB, ServeOptions(**wishes, **wish))
 
 
 def test_a_misfit_of_llamacpp_carries_its_plan():
     with pytest.raises(UsageError) as caught:
         llamacpp.ENGINE.plan(
-            LLAMA,
+            facts(LLAMA),
             5 * GIB,
             ServeOptions(max_model_len=8192, max_num_seqs=16, host_memory_bytes=12 * GIB),
         )

@@ -12,6 +12,8 @@ from weightsmith.serving.compatibility import check_engine_image, check_support
 from weightsmith.serving.gpus import GPUS
 from weightsmith.values import Format
 
+from tests.fakes.configs import facts
+
 IMAGES = Path(__file__).parents[3] / "images"
 ENGINES = engines()
 TABLE = {
@@ -107,11 +109,11 @@ def test_the_table_is_of_the_pinned_versions() -> None:
 
 
 def test_the_cpu_engine_assembled_here_is_for_text() -> None:
-    images = {"vision_config": {"hidden_size": 1152}}
+    images = facts({"vision_config": {"hidden_size": 1152}})
 
     with pytest.raises(InputRefused, match="reads images") as refused:
         check_engine_image(ENGINES["vllm"], "cpu", images)
     assert "image.base" in refused.value.hint
     check_engine_image(ENGINES["vllm"], "nvidia-l4", images)
     check_engine_image(ENGINES["llamacpp"], "cpu", images)
-    check_engine_image(ENGINES["vllm"], "cpu", {})
+    check_engine_image(ENGINES["vllm"], "cpu", facts({}))

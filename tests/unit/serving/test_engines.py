@@ -13,7 +13,7 @@ from weightsmith.serving.memory import GIB
 from weightsmith.stages.render import render
 from weightsmith.values import AWQ
 
-from tests.fakes.configs import LLAMA_8B, LLAMA_8B_BYTES
+from tests.fakes.configs import LLAMA_8B, LLAMA_8B_BYTES, facts
 
 ON_GPUS = ["vllm", "tgi", "sglang", "trtllm"]
 L40S = {"gpu": "nvidia-l40s", "max_model_len": 8192, "max_num_seqs": 4}
@@ -24,7 +24,7 @@ def rendered(target, *, config=LLAMA_8B, weights=LLAMA_8B_BYTES, name="support",
         target=all_targets()[target],
         name=name,
         version="1.0.0",
-        model_config=config,
+        model=facts(config),
         model_file="",
         weight_bytes=weights,
         wishes=ServeOptions(**wishes),
@@ -82,7 +82,7 @@ wishes = st.fixed_dictionaries(
 
 def planned(engine, wish):
     try:
-        return engines()[engine].plan(LLAMA_8B, LLAMA_8B_BYTES, ServeOptions(**wish))
+        return engines()[engine].plan(facts(LLAMA_8B), LLAMA_8B_BYTES, ServeOptions(**wish))
     except UsageError:
         return None
 
@@ -120,7 +120,7 @@ def test_a_plan_holds_its_requests_and_leaves_the_margin(engine, wish):
 def test_every_way_out_of_a_misfit_is_one(engine):
     wish = {"gpu": "nvidia-l4", "max_model_len": 32768, "max_num_seqs": 4}
     with pytest.raises(UsageError, match="does not fit on nvidia-l4") as caught:
-        engines()[engine].plan(LLAMA_8B, LLAMA_8B_BYTES, ServeOptions(**wish))
+        engines()[engine].plan(facts(LLAMA_8B), LLAMA_8B_BYTES, ServeOptions(**wish))
 
     told = caught.value.details["plan"]
     assert (told.fits, told.max_model_len) == (False, 32768)
@@ -131,7 +131,9 @@ def test_every_way_out_of_a_misfit_is_one(engine):
     for way in told.nearest:
         changed = {key: value for key, value in way.items() if key in ServeOptions.__slots__}
         size = way.get("weight_bytes", LLAMA_8B_BYTES)
-        assert engines()[engine].plan(LLAMA_8B, size, ServeOptions(**{**wish, **changed})).fits
+        assert (
+            engines()[engine].plan(facts(LLAMA_8B), size, ServeOptions(**{**wish, **changed})).fits
+        )
 
 
 @pytest.mark.parametrize("engine", ON_GPUS[1:])
@@ -338,7 +340,7 @@ def test_sglang_is_probed_patiently_because_health_generates():
 
 
 def test_sglang_computes_awq_in_float16():
-    plan = sglang.plan(LLAMA_8B, 6 * GIB, ServeOptions(**L40S, format=AWQ))
+    plan = sglang.plan(facts(LLAMA_8B), 6 * GIB, ServeOptions(**L40S, format=AWQ))
 
     assert plan.settings["dtype"] == "float16"
 

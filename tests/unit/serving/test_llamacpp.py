@@ -4,13 +4,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from weightsmith.errors import InputRefused, UsageError
+from weightsmith.serving import llamacpp_plan
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.llamacpp import ENGINE, command, env
 from weightsmith.serving.llamacpp_options import environment_names, extra_options
-from weightsmith.serving.llamacpp_plan import plan
 from weightsmith.serving.memory import GIB, MIB, padded
 
-from tests.fakes.configs import LLAMA_8B
+from tests.fakes.configs import LLAMA_8B, facts
 
 SMOL = {
     "architectures": ["LlamaForCausalLM"],
@@ -23,6 +23,10 @@ SMOL = {
     "vocab_size": 49152,
 }
 Q4 = 4_920_000_000
+
+
+def plan(config, weight_bytes, options):
+    return llamacpp_plan.plan(facts(config), weight_bytes, options)
 
 
 def test_a_wish_that_fits_is_kept_and_its_context_is_the_total_over_slots():

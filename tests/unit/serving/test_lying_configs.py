@@ -17,6 +17,7 @@ from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.parameters import weights_from_config
 from weightsmith.stages.render import render
 
+from tests.fakes.configs import facts
 from tests.golden.cases import MODELS, model
 
 ENGINES = ["vllm", "vllm-awq", "sglang", "trtllm", "tgi", "llamacpp-q4_k_m"]
@@ -67,7 +68,7 @@ def test_a_lie_is_planned_soundly_or_refused(config, target, gpu):
             target=all_targets()[target],
             name="lie",
             version="1",
-            model_config=config,
+            model=facts(config),
             model_file="",
             weight_bytes=16_000_000_000,
             wishes=wishes,
@@ -85,7 +86,7 @@ def test_a_lie_is_planned_soundly_or_refused(config, target, gpu):
 @given(lies())
 def test_a_lie_is_weighed_or_refused(config):
     with suppress(InputRefused):
-        assert weights_from_config(config) > 0
+        assert weights_from_config(facts(config)) > 0
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "null", "{", '{"architectures": NaN}', "\x00", ""])

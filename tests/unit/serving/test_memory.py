@@ -1,6 +1,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from weightsmith.checkpoints.shape import ModelShape
 from weightsmith.errors import UsageError
 from weightsmith.serving.memory import (
     GIB,
@@ -11,7 +12,8 @@ from weightsmith.serving.memory import (
     padded,
     parse_size,
 )
-from weightsmith.serving.model import ModelShape
+
+from tests.fakes.configs import shape_of
 
 LLAMA_8B = ModelShape(
     architecture="LlamaForCausalLM",
@@ -80,7 +82,7 @@ def test_packed_types_take_their_block_bytes():
 
 
 def test_a_packed_type_must_divide_the_head():
-    shape = ModelShape.from_config(
+    shape = shape_of(
         {
             "architectures": ["X"],
             "num_hidden_layers": 1,

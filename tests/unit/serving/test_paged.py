@@ -2,10 +2,9 @@
 
 import pytest
 from weightsmith.serving.memory import GIB
-from weightsmith.serving.model import ModelShape
 from weightsmith.serving.paged import paged_cache
 
-from tests.fakes.configs import LLAMA_8B
+from tests.fakes.configs import LLAMA_8B, shape_of
 
 QWEN3_8B = {
     **LLAMA_8B,
@@ -60,7 +59,7 @@ DEEPSEEK_V3 = {
 
 def pool(config, *, element=2.0, **options):
     return paged_cache(
-        ModelShape.from_config(config),
+        shape_of(config),
         **{"block": 16, "element": element, "state_element": 2, **options},
     )
 

@@ -7,6 +7,8 @@ import pytest
 from weightsmith.errors import InputRefused
 from weightsmith.serving.parameters import parameters, weights_from_config
 
+from tests.fakes.configs import facts
+
 MODELS = Path(__file__).parents[2] / "golden" / "models"
 
 
@@ -15,7 +17,9 @@ def test_published_checkpoints_weigh_what_is_worked_out(path):
     """`weight_bytes` there is what the checkpoint's own index says."""
     told = json.loads(path.read_text("utf-8"))
 
-    assert weights_from_config(told["config"]) == pytest.approx(told["weight_bytes"], rel=0.002)
+    assert weights_from_config(facts(told["config"])) == pytest.approx(
+        told["weight_bytes"], rel=0.002
+    )
 
 
 SMALL = {
@@ -76,8 +80,8 @@ def test_transformers_builds_as_many_parameters(kind):
     told = {**given.to_dict(), "architectures": [architecture], "num_nextn_predict_layers": 0}
 
     # Norms and biases, which are left out, are a larger part of so small a model.
-    assert parameters(told).all == pytest.approx(built, rel=0.012)
-    assert parameters(told).all <= built
+    assert parameters(facts(told)).all == pytest.approx(built, rel=0.012)
+    assert parameters(facts(told)).all <= built
 
 
 @pytest.mark.parametrize(
@@ -95,4 +99,4 @@ def test_what_cannot_be_worked_out_is_refused(change, says):
     config = {**SMALL, "architectures": ["LlamaForCausalLM"], **change}
 
     with pytest.raises(InputRefused, match=says):
-        weights_from_config(config)
+        weights_from_config(facts(config))

@@ -7,10 +7,10 @@ from weightsmith.errors import UsageError
 from weightsmith.planning.targets import all_targets
 from weightsmith.serving.engine import ServedAdapter, ServeOptions
 from weightsmith.serving.memory import GIB
-from weightsmith.serving.vllm import CONFIG_FILE, ENGINE, options, plan
+from weightsmith.serving.vllm import CONFIG_FILE, ENGINE, options
 from weightsmith.stages.render import render
 
-from tests.fakes.configs import LLAMA_8B, LLAMA_8B_BYTES
+from tests.fakes.configs import LLAMA_8B, LLAMA_8B_BYTES, facts
 
 
 def rendered(target="vllm", *, config=LLAMA_8B, weights=LLAMA_8B_BYTES, name="support", **wishes):
@@ -18,13 +18,17 @@ def rendered(target="vllm", *, config=LLAMA_8B, weights=LLAMA_8B_BYTES, name="su
         target=all_targets()[target],
         name=name,
         version="1.0.0",
-        model_config=config,
+        model=facts(config),
         model_file="",
         weight_bytes=weights,
         wishes=ServeOptions(**wishes),
         image="",
         made_from=(),
     )
+
+
+def plan(config, weight_bytes, wishes):
+    return ENGINE.plan(facts(config), weight_bytes, wishes)
 
 
 def settings_of(config) -> dict:

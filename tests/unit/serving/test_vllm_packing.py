@@ -1,11 +1,13 @@
 import pytest
+from weightsmith.checkpoints.packing import Packing
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.machine import machine_for
-from weightsmith.serving.model import ModelShape
 from weightsmith.serving.vllm_packing import check_packing
 
-SHAPE = ModelShape.from_config(
+from tests.fakes.configs import shape_of
+
+SHAPE = shape_of(
     {
         "architectures": ["LlamaForCausalLM"],
         "num_hidden_layers": 2,
@@ -20,26 +22,26 @@ CPU = machine_for(ServeOptions(host_memory_bytes=1 << 33), SHAPE)
 
 
 def packed(method, **more):
-    return {"quantization_config": {"quant_method": method, **more}}
+    return Packing.of({"quant_method": method, **more})
 
 
 @pytest.mark.parametrize("machine", [GPU, CPU])
 @pytest.mark.parametrize(
-    "config",
+    "packing",
     [
-        {},
+        None,
         packed("awq", bits=4, version="gemm", group_size=128),
         packed("gptq", bits=4, sym=True, desc_act=False, group_size=128),
         packed("gptq", bits=4, sym=True, desc_act=True, group_size=-1),
         packed("compressed-tensors"),
     ],
 )
-def test_what_vllm_loads_everywhere(config, machine):
-    assert check_packing(config, machine) == ()
+def test_what_vllm_loads_everywhere(packing, machine):
+    assert check_packing(packing, machine) == ()
 
 
 @pytest.mark.parametrize(
-    ("config", "says"),
+    ("packing", "says"),
     [
         (packed("gptq", bits=4, desc_act=True, group_size=128), "desc_act"),
         (packed("gptq", bits=4, sym=False), "sym=false"),
@@ -50,9 +52,9 @@ def test_what_vllm_loads_everywhere(config, machine):
         (packed("fbgemm_fp8"), "fbgemm"),
     ],
 )
-def test_what_vllm_no_longer_loads(config, says):
+def test_what_vllm_no_longer_loads(packing, says):
     with pytest.raises(InputRefused, match=says):
-        check_packing(config, GPU)
+        check_packing(packing, GPU)
 
 
 def test_eight_bit_gptq_is_for_gpus():

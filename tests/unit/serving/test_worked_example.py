@@ -5,13 +5,15 @@ from pathlib import Path
 from weightsmith.serving import vllm
 from weightsmith.serving.engine import ServeOptions
 
-from tests.fakes.configs import LLAMA_8B, LLAMA_8B_BYTES
+from tests.fakes.configs import LLAMA_8B, LLAMA_8B_BYTES, facts
 
 PAGE = Path(__file__).parents[3] / "docs" / "explanation" / "memory-plan.md"
 
 
 def test_the_page_says_what_the_planner_says():
-    plan = vllm.plan(LLAMA_8B, LLAMA_8B_BYTES, ServeOptions(gpu="nvidia-l40s", max_model_len=8192))
+    plan = vllm.plan(
+        facts(LLAMA_8B), LLAMA_8B_BYTES, ServeOptions(gpu="nvidia-l40s", max_model_len=8192)
+    )
     page = PAGE.read_text("utf-8")
 
     assert f"{plan.weight_bytes:,} bytes" in page

@@ -15,7 +15,7 @@ from weightsmith.serving.engine import ServeOptions
 from weightsmith.stages.render import render
 from weightsmith.values import Digest
 
-from tests.fakes.configs import LLAMA_8B
+from tests.fakes.configs import LLAMA_8B, facts
 
 # What our documents use of serving.kserve.io/v1beta1 and v1alpha1, KServe at aaac4e29 (August
 # 2026), config/crd/full: names and types, nothing else allowed. Pods are held against Kubernetes.
@@ -46,7 +46,7 @@ def rendered(target, name="support", image=IMAGE, **wishes):
         target=all_targets()[target],
         name=name,
         version="1.0.0",
-        model_config=LLAMA_8B,
+        model=facts(LLAMA_8B),
         model_file="",
         weight_bytes=16_000_000_000,
         wishes=ServeOptions(

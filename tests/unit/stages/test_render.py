@@ -14,7 +14,7 @@ from weightsmith.serving.targets import find, targets
 from weightsmith.stages.render import render, render_files
 from weightsmith.values import Digest
 
-from tests.fakes.configs import LLAMA_8B
+from tests.fakes.configs import LLAMA_8B, facts
 
 SMOL = {
     "architectures": ["LlamaForCausalLM"],
@@ -34,7 +34,7 @@ def rendered(*, name="support-smol", wishes=CPU, image="", config=SMOL, weights=
         target=find("llamacpp-q4_k_m", targets(formats().values())),
         name=name,
         version="1.2.0",
-        model_config=config,
+        model=facts(config),
         model_file=f"{name}.gguf",
         weight_bytes=weights,
         wishes=wishes,

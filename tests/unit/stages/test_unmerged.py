@@ -12,6 +12,8 @@ from weightsmith.stages.render import render
 from weightsmith.stages.unmerged import served_adapters, unmerged
 from weightsmith.values import AdapterSnapshot, Digest, FileEntry, Snapshot, Sources, Tree
 
+from tests.fakes.configs import facts
+
 TINY = Path(__file__).parents[3] / "examples" / "tiny"
 
 
@@ -41,7 +43,7 @@ def rendered(made: Sources, **wishes):
         target=all_targets()["vllm-lora"],
         name="capitals",
         version="1",
-        model_config=json.loads((TINY / "base" / "config.json").read_text()),
+        model=facts(json.loads((TINY / "base" / "config.json").read_text())),
         model_file="",
         weight_bytes=unmerged(made).tree.size,
         wishes=ServeOptions(adapters=served_adapters(made), **wishes),
@@ -147,7 +149,7 @@ def test_llamacpp_adds_one_adapter_always_and_of_several_none():
             target=all_targets()["llamacpp-lora"],
             name="capitals",
             version="1",
-            model_config=json.loads((TINY / "base" / "config.json").read_text()),
+            model=facts(json.loads((TINY / "base" / "config.json").read_text())),
             model_file="capitals.gguf",
             weight_bytes=8 << 20,
             wishes=ServeOptions(

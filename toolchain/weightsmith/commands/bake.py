@@ -249,4 +249,4 @@ def _compare_type(model: Model, target: Target, tools: Tools) -> None:
 
 def _is_ready(model: Model, target: Target) -> bool:
     """Say whether the weights are in the target's format; True where that cannot be known."""
-    return not model.config or bool(own_weights(model, target))
+    return not model.facts.architecture or bool(own_weights(model, target))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from weightsmith.checkpoints.facts import read_facts
 from weightsmith.commands.folders import open_sources
 from weightsmith.commands.server import ServerSource, served_name, session_with
 from weightsmith.destinations import Unkept
@@ -19,7 +20,6 @@ from weightsmith.evaluating.session import SessionLimits
 from weightsmith.evaluating.statistics import wilson
 from weightsmith.evaluating.task import Answers, Task, ask_server, score_task
 from weightsmith.foreign import TOKENIZER, parse_file
-from weightsmith.stages.quantize import model_config
 from weightsmith.stages.reference import BUILDER, answers
 from weightsmith.stages.reference import Subject as AskedModel
 from weightsmith.tools import Tools
@@ -147,7 +147,7 @@ def _score(subject: Subject, task: Task, options: EvaluateOptions, tools: Tools)
 
 def _ask_checkpoint(subject: Subject, task: Task, tools: Tools) -> Answers:
     model = Path(subject.model)
-    model_config(model)
+    read_facts(model)
     adapters = [Path(adapter) for adapter in subject.adapters]
     weights = [1.0] * len(adapters)
     sources = open_sources(model, adapters, weights, tools.store)

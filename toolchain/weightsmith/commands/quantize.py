@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from weightsmith.checkpoints.facts import read_facts
 from weightsmith.commands.folders import open_checkpoint
 from weightsmith.destinations import in_folder
 from weightsmith.errors import UsageError
@@ -14,7 +15,7 @@ from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import GENERAL, Bounds, Texts, read_texts
 from weightsmith.recipe import Quality, Quantize, spelling
 from weightsmith.stages.quality import quality, quality_fault
-from weightsmith.stages.quantize import QuantizeOptions, model_config, quantize
+from weightsmith.stages.quantize import QuantizeOptions, quantize
 from weightsmith.tools import Tools
 from weightsmith.trees import below
 from weightsmith.values import Json
@@ -49,7 +50,7 @@ def quantize_folder(asked: FolderRequest, tools: Tools) -> Mapping[str, Json]:
     name, settings = out.stem or asked.model.name, asked.settings.model_dump()
     options = format_options(name, format_, settings, {}, tools)
     _refuse_ignored(asked, options)
-    check_model(options, model_config(asked.model))
+    check_model(options, read_facts(asked.model))
     texts = _texts(asked, tools)
     if needs_text(options):
         options = replace(options, texts=texts)

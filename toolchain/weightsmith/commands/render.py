@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.checkpoints.folder import scan
-from weightsmith.checkpoints.gguf_config import gguf_config
-from weightsmith.checkpoints.packing import weight_kinds
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.foreign import INDEX, parse_file
 from weightsmith.planning.sizes import estimated_bytes
@@ -18,10 +16,9 @@ from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.parameters import WORKED_OUT, weights_from_config
 from weightsmith.serving.plan import ServingConfig, ServingPlan
 from weightsmith.serving.targets import Target, find
-from weightsmith.stages.quantize import serving_config_of
 from weightsmith.stages.record import write_files
 from weightsmith.stages.render import render
-from weightsmith.values import SAFETENSORS, Json
+from weightsmith.values import SAFETENSORS
 
 _CONFIG = "serving.json"
 """Everything that `bake` needs of a rendered folder."""
@@ -34,7 +31,7 @@ class Model:
 
     path: Path
     name: str
-    config: Mapping[str, Json]
+    facts: ModelFacts
     weights: tuple[str, ...]
     """The files that hold weights, relative to `root`."""
     weight_bytes: int
@@ -56,7 +53,7 @@ def open_model(path: Path, name: str = "") -> Model:
         return Model(
             path=path,
             name=name or path.stem,
-            config=gguf_config(path),
+            facts=read_facts(path),
             weights=(path.name,),
             weight_bytes=path.stat().st_size,
         )
@@ -70,9 +67,9 @@ def open_model(path: Path, name: str = "") -> Model:
             hint="give the folder that holds the weights",
         )
     if "config.json" in names:
-        config = serving_config_of(path)
+        facts = read_facts(path)
     elif weights[0].endswith(".gguf"):
-        config = gguf_config(path / weights[0])
+        facts = read_facts(path / weights[0])
     else:
         raise InputRefused(
             f"{path}: no config.json in it, beside {weights[0]}",
@@ -81,7 +78,7 @@ def open_model(path: Path, name: str = "") -> Model:
     return Model(
         path=path,
         name=name or path.absolute().name,
-        config=config,
+        facts=facts,
         weights=weights,
         weight_bytes=sum((path / name).stat().st_size for name in weights),
     )
@@ -96,14 +93,14 @@ def foresee_model(path: Path, name: str = "") -> Model:
         return open_model(path, name)
     if any(n.endswith((".gguf", ".safetensors")) for n in names):
         return open_model(path, name)
-    config = serving_config_of(path)
+    facts = read_facts(path)
     size = _indexed_bytes(path / _INDEX) if _INDEX in names else 0
     return Model(
         path=path,
         name=name or path.absolute().name,
-        config=config,
+        facts=facts,
         weights=("model.safetensors",),
-        weight_bytes=size or weights_from_config(config),
+        weight_bytes=size or weights_from_config(facts),
         notes=(f"no weights there: their size is {_INDEX}'s",) if size else (WORKED_OUT,),
     )
 
@@ -124,12 +121,12 @@ def serving_config(
     own = own_weights(model, target)
     size = model.weight_bytes
     if not own:
-        size = estimated_bytes(model.weight_bytes, target.format, model.config)
+        size = estimated_bytes(model.weight_bytes, target.format, model.facts)
     return render(
         target=target,
         name=model.name,
         version="0",
-        model_config=model.config,
+        model=model.facts,
         model_file=own[0] if len(own) == 1 and target.format.suffix == ".gguf" else "",
         weight_bytes=size,
         wishes=wishes,
@@ -156,7 +153,7 @@ def own_weights(model: Model, target: Target) -> tuple[str, ...]:
         )
     if target.format == SAFETENSORS:
         return own  # as it is: the engine sees how it is packed
-    kinds = weight_kinds(model.config)
+    kinds = model.facts.weight_kinds
     if target.format.kind in kinds:
         return own
     if "safetensors" not in kinds:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 
+from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.errors import EnvironmentFailure, UsageError
 from weightsmith.oci.limits import limits_of
 from weightsmith.oci.references import Reference
@@ -31,9 +32,9 @@ from weightsmith.serving.targets import Target
 from weightsmith.stages import merge as merging
 from weightsmith.stages import quantize as quantizing
 from weightsmith.stages.base import OWN, base_reference
-from weightsmith.stages.quantize import QuantizeOptions, model_config
+from weightsmith.stages.quantize import QuantizeOptions
 from weightsmith.tools import Tools
-from weightsmith.values import Json, Sources
+from weightsmith.values import Sources
 
 
 def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> dict[str, str]:
@@ -53,29 +54,27 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
     check_leaks(request.file, tasks, tools.progress)
     if not tasks:
         tools.progress.warn("the recipe has no `evaluate`: nothing proves what the image knows")
+    tree, model = sources.base.tree, read_facts(sources.base.tree.root)
     for target in request.targets:
         if target.engine.legacy:
             tools.progress.warn(target.engine.legacy)
-        config = model_config(sources.base.tree.root)
-        size = estimated_bytes(sources.base.tree.weight_bytes, target.format, config)
+        size = estimated_bytes(tree.weight_bytes, target.format, model)
         adapters = unmerged_adapters(request.file, target, sources)
-        file, tree = request.file, sources.base.tree
         planned = serving_config(
-            file, target, tree, size, weights="", made_from=(), adapters=adapters
+            request.file, target, model, size, weights="", made_from=(), adapters=adapters
         )
         wanted = quantize_options(request.file, target.format, sources.base, tools)
         devices[target.name] = device = planned.plan.device
-        check_format(target, wanted, config, device)
+        check_format(target, wanted, model, device)
         if not recipe.image.base:
-            check_engine_image(target.engine, device, config)
+            check_engine_image(target.engine, device, model)
     if any(target.format.packed for target in request.targets):
         warn_of_texts(request.file, tools.progress)
     if not everything_cached(request, sources, tools):
         for target in request.targets:
             if target.format.packed:
                 require_builder(target, tools.runner)
-        config, size = model_config(sources.base.tree.root), sources.base.tree.size
-        written += max(disk_peak(size, target.format, config) for target in request.targets)
+        written += max(disk_peak(tree.size, target.format, model) for target in request.targets)
         tools.store.require_room(written, "the build")
     return devices
 
@@ -95,16 +94,14 @@ def require_builder(target: Target, runner: Runner) -> None:
         raise EnvironmentFailure(lacking.message, hint=hint) from lacking
 
 
-def check_format(
-    target: Target, wanted: QuantizeOptions, config: Mapping[str, Json], device: str
-) -> None:
+def check_format(target: Target, wanted: QuantizeOptions, model: ModelFacts, device: str) -> None:
     """Raise InputRefused for a format that the engine cannot load there, or nobody makes of it.
 
-    From the table of what engines load and config.json alone.
+    By the table of what engines load and the model's facts alone.
     """
     check_support(target.engine, target.format, device)
     if target.format.packed and can_make(target.format):
-        check_model(wanted, config)
+        check_model(wanted, model)
 
 
 def everything_cached(request: BuildRequest, sources: Sources, tools: Tools) -> bool:
@@ -135,7 +132,7 @@ def check_layer_sizes(request: BuildRequest, sources: Sources) -> None:
     theirs = limits.largest_layer if limits and request.outputs.push else 0
     for target in request.targets:
         if target.format.suffix == ".gguf":
-            size = estimated_bytes(tree.weight_bytes, target.format, model_config(tree.root))
+            size = estimated_bytes(tree.weight_bytes, target.format, read_facts(tree.root))
             most, key = min(filter(None, (own, theirs)), default=0), "quantize.split_max_size"
             fits = bool(recipe.quantize.split_max_size)
         else:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.errors import UsageError
 from weightsmith.evaluating.results import RecipeTask
 from weightsmith.foreign import RECORD, parse_file
@@ -32,7 +33,7 @@ from weightsmith.stages import quantize as quantizing
 from weightsmith.stages import reference as references
 from weightsmith.stages import validate as validating
 from weightsmith.stages.lock import pinned, read_lock, with_sources
-from weightsmith.stages.quantize import QuantizeOptions, model_config
+from weightsmith.stages.quantize import QuantizeOptions
 from weightsmith.stages.resolve import known
 from weightsmith.tools import Tools
 from weightsmith.values import Json, Sources, StageInputs, Tree
@@ -73,16 +74,16 @@ def forecast(
     rows += _validate_rows(file, whole, checkpoint, earlier, tools)
     rows += _reference_rows(sources, tasks, earlier, tools)
     plans = {}
-    shape = model_config(sources.base.tree.root)
-    weights = sources.base.tree.weight_bytes or weights_from_config(shape)
+    model = read_facts(sources.base.tree.root)
+    weights = sources.base.tree.weight_bytes or weights_from_config(model)
     for target in targets:
         wanted = quantize_options(file, target.format, sources.base, tools)
         row, artifact = _quantize_row(wanted, target, checkpoint, sources, earlier, tools)
         rows += [row, *_quality_rows(file, target, checkpoint, artifact, tools)]
         weight = artifact.weight_bytes if artifact else 0
-        weight = weight or estimated_bytes(weights, target.format, shape)
-        plans[target.name] = _serving_plan(file, target, sources, weight)
-        check_format(target, wanted, shape, plans[target.name].device)
+        weight = weight or estimated_bytes(weights, target.format, model)
+        plans[target.name] = _serving_plan(file, target, sources, model, weight)
+        check_format(target, wanted, model, plans[target.name].device)
         rows.append(_publish_row(target, artifact, weight))
     todo = [row for row in rows if not row["cached"]]
     serving = {name: plan.to_json() for name, plan in plans.items()}
@@ -102,14 +103,16 @@ def forecast(
     }
 
 
-def _serving_plan(file: RecipeFile, target: Target, sources: Sources, weight: int) -> ServingPlan:
+def _serving_plan(
+    file: RecipeFile, target: Target, sources: Sources, model: ModelFacts, weight: int
+) -> ServingPlan:
     """Return a target's plan; where it does not fit, the error carries it by the target's name."""
     adapters = unmerged_adapters(file, target, sources)
     try:
         return serving_config(
             file,
             target,
-            sources.base.tree,
+            model,
             weight,
             weights="",
             made_from=(),
@@ -254,7 +257,7 @@ def _quantize_row(
     earlier: Mapping[str, Json],
     tools: Tools,
 ) -> tuple[dict[str, Json], Tree | None]:
-    size, config = sources.base.tree.size, model_config(sources.base.tree.root)
+    size, model = sources.base.tree.size, read_facts(sources.base.tree.root)
     if not target.format.packed:
         return _row("quantize", target=target.name, cached=True, why=""), checkpoint
     if not can_make(target.format):
@@ -263,9 +266,9 @@ def _quantize_row(
     row: dict[str, Json] = {
         "target": target.name,
         "read": size,
-        "write": estimated_bytes(size, target.format, config),
+        "write": estimated_bytes(size, target.format, model),
         "memory": _QUANTIZE_MEMORY + size,
-        "disk": disk_peak(size, target.format, config),
+        "disk": disk_peak(size, target.format, model),
     }
     if checkpoint is None:
         return _row("quantize", cached=False, why="merge comes first", **row), None

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.jobs import Input
 from weightsmith.ports import Progress
@@ -108,13 +109,13 @@ def needs_text(options: QuantizeOptions) -> bool:
     return of_format(options.format.name).calibrated(options.format, options.options)
 
 
-def check_model(options: QuantizeOptions, config: Mapping[str, Json]) -> None:
+def check_model(options: QuantizeOptions, model: ModelFacts) -> None:
     """Raise InputRefused if the quantizer cannot take the model; looks at its config only."""
     quantizer = of_format(options.format.name)
-    quantizer.check_input(options.format, config)
-    quantizer.check_options(config, options.options)
+    quantizer.check_input(options.format, model)
+    quantizer.check_options(model, options.options)
     if options.statistics and quantizer.check_statistics:
-        quantizer.check_statistics(options.statistics.path, config)
+        quantizer.check_statistics(options.statistics.path, model)
 
 
 def _origin(base: Snapshot) -> dict[str, str]:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.planning.options import serve_options
 from weightsmith.provenance.labels import reference
 from weightsmith.recipe_file import RecipeFile
 from weightsmith.serving.engine import ServedAdapter
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.serving.targets import Target
-from weightsmith.stages.quantize import serving_config_of
 from weightsmith.stages.render import render
-from weightsmith.values import Digest, Tree
+from weightsmith.values import Digest
 
 
 def serving_config(
     file: RecipeFile,
     target: Target,
-    model: Tree,
+    model: ModelFacts,
     weight_bytes: int,
     *,
     weights: str,
@@ -32,7 +32,7 @@ def serving_config(
         target=target,
         name=recipe.name,
         version=recipe.version,
-        model_config=serving_config_of(model.root),
+        model=model,
         model_file=weights,
         weight_bytes=weight_bytes,
         wishes=replace(serve_options(recipe.serve), adapters=adapters),

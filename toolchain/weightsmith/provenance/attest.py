@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from weightsmith.checkpoints.gguf_config import gguf_config
+from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.errors import WeightsmithError
-from weightsmith.foreign import read_json
 from weightsmith.oci.attachments import Part
 from weightsmith.oci.manifests import TITLE
 from weightsmith.provenance import statements
@@ -23,7 +22,7 @@ from weightsmith.provenance.evidence import (
 )
 from weightsmith.provenance.labels import public_name, without_secrets
 from weightsmith.provenance.materials import ImageInputs, ImageMaterials
-from weightsmith.provenance.mlbom import MEDIA_TYPE, Ancestor, ModelFacts, license_of, ml_bom
+from weightsmith.provenance.mlbom import MEDIA_TYPE, Ancestor, BilledModel, license_of, ml_bom
 from weightsmith.provenance.statements import Resource, file_resources, provenance, tree_resource
 from weightsmith.recipe import Recipe
 from weightsmith.resources import builder_pins
@@ -46,7 +45,7 @@ def evidence(made: ImageMaterials, base_documents: Sequence[Document]) -> Eviden
 
     `base_documents` are the bills of materials of what is below its weights.
     """
-    bill = titled(MEDIA_TYPE, MODEL_BILL, ml_bom(_facts(made)))
+    bill = titled(MEDIA_TYPE, MODEL_BILL, ml_bom(_billed(made)))
     inputs = made.inputs
     documents = (bill, *base_documents, *_evaluation(made.scores), *_adapters(inputs.sources))
     found = [*_merged(inputs), *_quantized(inputs), *_split(made), _baked(made, documents)]
@@ -183,31 +182,33 @@ def _baked(made: ImageMaterials, documents: Sequence[Document]) -> Mapping[str, 
     )  # fmt: skip
 
 
-def _facts(made: ImageMaterials) -> ModelFacts:
+def _billed(made: ImageMaterials) -> BilledModel:
     inputs = made.inputs
+    facts = _facts((inputs.checkpoint or inputs.artifact).tree)
     card = {"card": inputs.recipe.card} if inputs.recipe else {}
-    return ModelFacts(
+    return BilledModel(
         name=inputs.name,
         version=inputs.version,
         digest=made.served.digest,
         files=made.served.tree.files,
         format=inputs.artifact.format.name,
-        config=_config((inputs.checkpoint or inputs.artifact).tree),
+        model_type=facts.model_type if facts else "",
+        architecture=facts.architecture if facts else "",
         ancestors=_ancestors(inputs.sources),
         scores=made.scores,
         **card,
     )
 
 
-def _config(tree: Tree) -> Mapping[str, Json]:
-    """Return the model's configuration, from where there is one; {} where it cannot be read."""
+def _facts(tree: Tree) -> ModelFacts | None:
+    """Return what the model is, from its folder or GGUF file; None where it cannot be read."""
     try:
         if tree.has("config.json"):
-            return read_json(tree.path("config.json"))
+            return read_facts(tree.path("config.json").parent)
         names = [file.path for file in tree.files if file.path.endswith(".gguf")]
-        return gguf_config(tree.path(names[0])) if names else {}
+        return read_facts(tree.path(names[0])) if names else None
     except (OSError, ValueError, WeightsmithError):
-        return {}
+        return None
 
 
 def _ancestors(sources: Sources | None) -> list[Ancestor]:

@@ -42,7 +42,7 @@ class Ancestor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelFacts:
+class BilledModel:
     """What a bill of materials says of a model."""
 
     name: str
@@ -50,37 +50,37 @@ class ModelFacts:
     digest: Digest
     files: Sequence[FileEntry]
     format: str
-    config: Mapping[str, Json]
-    """The model's config.json."""
+    model_type: str = ""
+    architecture: str = ""
     ancestors: Sequence[Ancestor] = ()
     scores: Mapping[str, Score] = field(default_factory=dict)
     card: Card = field(default_factory=Card)
 
 
-def ml_bom(facts: ModelFacts) -> dict[str, Json]:
+def ml_bom(model: BilledModel) -> dict[str, Json]:
     """Return the bill of a model: what it is, what it came from, how it scored, what it is for."""
-    licenses = [facts.card.license] if facts.card.license else []
-    licenses += [a.license for a in facts.ancestors if a.license and not licenses]
+    licenses = [model.card.license] if model.card.license else []
+    licenses += [a.license for a in model.ancestors if a.license and not licenses]
     component: dict[str, Json] = {
         "type": "machine-learning-model",
         "bom-ref": "model",
-        "name": facts.name,
-        "version": facts.version,
-        "hashes": [_hash(facts.digest)],
-        "modelCard": _card(facts),
-        "properties": [{"name": "weightsmith:format", "value": facts.format}],
+        "name": model.name,
+        "version": model.version,
+        "hashes": [_hash(model.digest)],
+        "modelCard": _card(model),
+        "properties": [{"name": "weightsmith:format", "value": model.format}],
     }
-    if facts.card.description:
-        component["description"] = facts.card.description
+    if model.card.description:
+        component["description"] = model.card.description
     if licenses:
         component["licenses"] = [_license(licenses[0])]
-    parents = [_ancestor(n, ancestor) for n, ancestor in enumerate(facts.ancestors)]
+    parents = [_ancestor(n, ancestor) for n, ancestor in enumerate(model.ancestors)]
     if parents:
         component["pedigree"] = {"ancestors": parents}
     files = [
         {"type": "file", "bom-ref": f"file:{file.path}", "name": file.path,
          "hashes": [_hash(file.digest)]}
-        for file in facts.files
+        for file in model.files
     ]  # fmt: skip
     return _document(component, files, [str(row["bom-ref"]) for row in files])
 
@@ -127,28 +127,27 @@ def license_of(folder: Path) -> str:
     return named if isinstance(named, str) else ""
 
 
-def _card(facts: ModelFacts) -> dict[str, Json]:
+def _card(model: BilledModel) -> dict[str, Json]:
     parameters: dict[str, Json] = {
         "task": "text-generation",
         "inputs": [{"format": "string"}],
         "outputs": [{"format": "string"}],
     }
-    if family := facts.config.get("model_type"):
-        parameters["architectureFamily"] = str(family)
-    architectures = facts.config.get("architectures")
-    if isinstance(architectures, list) and architectures:
-        parameters["modelArchitecture"] = str(architectures[0])
+    if model.model_type:
+        parameters["architectureFamily"] = model.model_type
+    if model.architecture:
+        parameters["modelArchitecture"] = model.architecture
     card: dict[str, Json] = {"modelParameters": parameters}
-    if facts.scores:
+    if model.scores:
         card["quantitativeAnalysis"] = {
             "performanceMetrics": [
                 {"type": score.metric, "value": f"{score.score:.4f}", "slice": f"{who}, {score.n}"}
-                for who, score in sorted(facts.scores.items())
+                for who, score in sorted(model.scores.items())
             ]
         }
     considerations = {
-        "useCases": [facts.card.intended_use] if facts.card.intended_use else [],
-        "technicalLimitations": [facts.card.limitations] if facts.card.limitations else [],
+        "useCases": [model.card.intended_use] if model.card.intended_use else [],
+        "technicalLimitations": [model.card.limitations] if model.card.limitations else [],
     }
     if any(considerations.values()):
         card["considerations"] = {key: value for key, value in considerations.items() if value}

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from weightsmith.checkpoints.facts import read_facts
 from weightsmith.errors import UsageError
-from weightsmith.foreign import read_json
 from weightsmith.quantizers.awq_search import mend
 from weightsmith.quantizers.checkpoints import (
     LLAMAS,
@@ -64,8 +64,8 @@ def check(request: QuantizeRequest) -> Mapping[str, Json]:
 
 
 def _layout(request: QuantizeRequest) -> Layout:
-    config = read_json(request.model / "config.json")
-    group = group_size(config, request.options.get("group_size"))
+    model = read_facts(request.model)
+    group = group_size(model, request.options.get("group_size"))
     return Layout(method="awq", bits=4, group_size=group, symmetric=False)
 
 
@@ -109,7 +109,7 @@ QUANTIZER = Quantizer(
     builder="autoawq",
     formats=(AWQ_AUTOAWQ,),
     recipe_number=5,
-    check_input=lambda _format, config: check_grouped(config, LLAMAS),
+    check_input=lambda _format, model: check_grouped(model, LLAMAS),
     steps=steps,
     check=check,
     peak_disk=peak_disk,

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.foreign import read_json
 from weightsmith.quantizers.packed import PARTS
@@ -44,45 +45,49 @@ _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _NOT_COPIED = ("config.json", "model.safetensors.index.json")
 
 
-def check_config(config: Mapping[str, Json], known: Collection[str]) -> None:
+def check_config(model: ModelFacts, known: Collection[str]) -> None:
     """Refuse, from config.json alone, what a quantizer of these architectures cannot make."""
-    names = config.get("architectures")
-    if not isinstance(names, list) or not names:
+    if not model.architecture:
         raise InputRefused(
             "config.json lacks architectures, by which quantizers know a model",
             hint="add the model class's name, such as LlamaForCausalLM",
         )
-    if method := config.get("quantization_config"):
-        kind = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
+    check_unpacked(model)
+    if model.architecture not in known:
         raise InputRefused(
-            f"the checkpoint is already quantized ({kind}); quantizing twice loses quality",
-            hint="start from the 16-bit checkpoint",
-        )
-    if names[0] not in known:
-        raise InputRefused(
-            f"{names[0]} is not among the architectures that are quantized here with every "
-            f"layer accounted for: {', '.join(sorted(known))}",
+            f"{model.architecture} is not among the architectures that are quantized here with"
+            f" every layer accounted for: {', '.join(sorted(known))}",
             hint="serve it in 16 bits (target vllm), or as GGUF",
         )
 
 
-def check_grouped(config: Mapping[str, Json], known: Collection[str]) -> None:
+def check_unpacked(model: ModelFacts) -> None:
+    """Refuse a checkpoint whose weights are packed."""
+    if model.packing:
+        kind = model.packing.method or "unknown"
+        raise InputRefused(
+            f"the checkpoint is already quantized ({kind}); quantizing twice loses quality",
+            hint="start from the 16-bit checkpoint",
+        )
+
+
+def check_grouped(model: ModelFacts, known: Collection[str]) -> None:
     """Refuse, besides, a model whose rows no group size divides."""
-    check_config(config, known)
-    group_size(config, "auto")
+    check_config(model, known)
+    group_size(model, "auto")
 
 
-def check_group(config: Mapping[str, Json], options: Mapping[str, Json]) -> None:
+def check_group(model: ModelFacts, options: Mapping[str, Json]) -> None:
     """Refuse a wanted group size that does not divide every row."""
-    group_size(config, options.get("group_size"))
+    group_size(model, options.get("group_size"))
 
 
-def group_size(config: Mapping[str, Json], wanted: Json) -> int:
+def group_size(model: ModelFacts, wanted: Json) -> int:
     """Return the group size: the wanted one, or the largest that divides every row.
 
     Raises InputRefused, with the row and the sizes that would do, where it does not divide.
     """
-    rows = row_lengths(config)
+    rows = row_lengths(model)
     fitting = [size for size in GROUP_SIZES if all(row % size == 0 for row in rows.values())]
     if wanted in {None, "", "auto", 0} and fitting:
         return fitting[0]
@@ -104,15 +109,13 @@ def group_size(config: Mapping[str, Json], wanted: Json) -> int:
     )
 
 
-def row_lengths(config: Mapping[str, Json]) -> dict[str, int]:
+def row_lengths(model: ModelFacts) -> dict[str, int]:
     """Return the number of inputs of each kind of matrix."""
-    heads = int(config["num_attention_heads"])
-    hidden = int(config["hidden_size"])
-    head = int(config.get("head_dim") or hidden // heads)
+    shape = model.shape
     return {
-        "q_proj, k_proj, v_proj, gate_proj and up_proj": hidden,
-        "o_proj": heads * head,
-        "down_proj": int(config["intermediate_size"]),
+        "q_proj, k_proj, v_proj, gate_proj and up_proj": shape.hidden,
+        "o_proj": shape.heads * shape.head_dim,
+        "down_proj": shape.intermediate,
     }
 
 

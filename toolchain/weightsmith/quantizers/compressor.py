@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weightsmith.foreign import read_json
+from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.quantizers.checkpoints import (
     LLAMAS,
     check_config,
@@ -45,10 +45,10 @@ def options(format_: Format, wanted: Mapping[str, Json]) -> Mapping[str, Json]:
     return found
 
 
-def check_options(config: Mapping[str, Json], chosen: Mapping[str, Json]) -> None:
+def check_options(model: ModelFacts, chosen: Mapping[str, Json]) -> None:
     """Refuse, for the format that has groups, a size that does not divide every row."""
     if "group_size" in chosen:
-        check_group(config, chosen)
+        check_group(model, chosen)
 
 
 def steps(request: QuantizeRequest) -> tuple[Step, ...]:
@@ -77,11 +77,11 @@ def check(request: QuantizeRequest) -> Mapping[str, Json]:
 def _layout(request: QuantizeRequest) -> Layout:
     if request.format == FP8_STATIC:
         return Layout(method="float-quantized", bits=8, group_size=0, symmetric=True, inputs=True)
-    config = read_json(request.model / "config.json")
+    model = read_facts(request.model)
     return Layout(
         method="pack-quantized",
         bits=4,
-        group_size=group_size(config, request.options.get("group_size")),
+        group_size=group_size(model, request.options.get("group_size")),
         symmetric=not request.options.get("zero_point", True),
     )
 
@@ -153,7 +153,7 @@ QUANTIZER = Quantizer(
     builder="compressor",
     formats=(FP8_STATIC, AWQ_COMPRESSED),
     recipe_number=4,
-    check_input=lambda _format, config: check_config(config, LLAMAS),
+    check_input=lambda _format, model: check_config(model, LLAMAS),
     steps=steps,
     check=check,
     peak_disk=peak_disk,

@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.foreign import parse, parse_file
+from weightsmith.quantizers.checkpoints import check_unpacked
 from weightsmith.quantizers.gguf_check import check_files
 from weightsmith.quantizers.gguf_file import model_files
 from weightsmith.quantizers.gguf_imatrix import check_imatrix, experts_missed
@@ -39,29 +41,22 @@ _SPLIT_MARGIN = 0.7
 """Types are mixtures, and a part may hold the larger ones."""
 
 
-def check_input(config: Mapping[str, Json]) -> None:
+def check_input(model: ModelFacts) -> None:
     """Refuse what the converter cannot read, from config.json alone."""
-    names = config.get("architectures")
-    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+    if not model.architecture:
         raise InputRefused(
             "config.json lacks architectures, by which llama.cpp's converter knows a model",
             hint="add the model class's name, such as LlamaForCausalLM",
         )
-    if config.get("is_encoder_decoder"):
+    if model.encoder_decoder:
         raise InputRefused(
-            f"{names[0]} is an encoder with a decoder; only decoders are served here",
+            f"{model.architecture} is an encoder with a decoder; only decoders are served here",
             hint="choose a decoder-only model",
         )
-    if config.get("quantization_config"):
-        method = config["quantization_config"]
-        kind = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
+    check_unpacked(model)
+    if model.architecture not in _architectures():
         raise InputRefused(
-            f"the checkpoint is already quantized ({kind}); quantizing twice loses quality",
-            hint="start from the 16-bit checkpoint",
-        )
-    if names[0] not in _architectures():
-        raise InputRefused(
-            f"the pinned llama.cpp converts no {names[0]}",
+            f"the pinned llama.cpp converts no {model.architecture}",
             hint="choose an engine that loads safetensors, or a newer llama.cpp (see "
             "images/engines/llamacpp/README.md)",
         )
@@ -312,7 +307,7 @@ QUANTIZER = Quantizer(
     builder="gguf",
     formats=FORMATS,
     recipe_number=3,
-    check_input=lambda _format, config: check_input(config),
+    check_input=lambda _format, model: check_input(model),
     options=options,
     calibrated=calibrated,
     steps=steps,

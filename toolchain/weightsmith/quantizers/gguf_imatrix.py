@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import InputRefused
-from weightsmith.values import Json
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 _READS_HIDDEN = frozenset({"attn_q", "attn_k", "attn_v", "attn_qkv", "ffn_up", "ffn_gate"})
@@ -28,23 +28,21 @@ class Entry:
     counts: tuple[float, ...]
 
 
-def check_imatrix(path: Path, config: Mapping[str, Json]) -> None:
+def check_imatrix(path: Path, model: ModelFacts) -> None:
     """Raise InputRefused unless a file is an importance matrix that fits a model's config.json.
 
     Layers and widths are compared; another model of the very same shape cannot be told apart.
     """
     entries = read_imatrix(path)
-    text = {**config, **(config.get("text_config") or {})}
     blocks = {int(m[1]) + 1 for e in entries if (m := _BLOCK.fullmatch(e.name))}
-    layers, hidden = text.get("num_hidden_layers"), text.get("hidden_size")
     if not blocks:
         raise _of_another(path, "it names no layer of a language model")
-    if layers is not None and max(blocks) != layers:
-        raise _of_another(path, f"it has {max(blocks)} layers, the model {layers}")
+    if model.layers not in (0, max(blocks)):
+        raise _of_another(path, f"it has {max(blocks)} layers, the model {model.layers}")
     for entry in entries:
         part = _BLOCK.fullmatch(entry.name)
-        if part and part[2] in _READS_HIDDEN and hidden not in (None, entry.columns):
-            raise _of_another(path, f"{entry.name} has {entry.columns} columns, not {hidden}")
+        if part and part[2] in _READS_HIDDEN and model.hidden not in (0, entry.columns):
+            raise _of_another(path, f"{entry.name} has {entry.columns} columns, not {model.hidden}")
 
 
 def experts_missed(path: Path) -> list[str]:

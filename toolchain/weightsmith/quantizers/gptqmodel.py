@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weightsmith.foreign import read_json
+from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.quantizers.awq_search import best_clip
 from weightsmith.quantizers.checkpoints import (
     DENSE,
@@ -64,9 +64,9 @@ def steps(request: QuantizeRequest) -> tuple[Step, ...]:
     )
 
 
-def check_input(format_: Format, config: Mapping[str, Json]) -> None:
+def check_input(format_: Format, model: ModelFacts) -> None:
     """Refuse architectures that are not known, and rows that no group size divides."""
-    check_grouped(config, DENSE - NO_AWQ if format_ == AWQ else DENSE)
+    check_grouped(model, DENSE - NO_AWQ if format_ == AWQ else DENSE)
 
 
 def check(request: QuantizeRequest) -> Mapping[str, Json]:
@@ -77,12 +77,12 @@ def check(request: QuantizeRequest) -> Mapping[str, Json]:
 
 
 def _layout(request: QuantizeRequest) -> Layout:
-    config = read_json(request.model / "config.json")
+    model = read_facts(request.model)
     method = request.format.kind
     return Layout(
         method=method,
         bits=4,
-        group_size=group_size(config, request.options.get("group_size")),
+        group_size=group_size(model, request.options.get("group_size")),
         symmetric=method == "gptq",
     )
 
@@ -164,8 +164,7 @@ def _is_narrow(model: Path) -> bool:
     With rows of 576 and 1536 weights two threads took 114 s for what one did in 64; with 2048 and
     5632 they took 49 for 59.
     """
-    config = read_json(model / "config.json")
-    return max(row_lengths(config).values()) < _WIDE
+    return max(row_lengths(read_facts(model)).values()) < _WIDE
 
 
 def _let_cpu_copy(torch: Any) -> None:

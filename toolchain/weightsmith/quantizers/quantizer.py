@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.values import Format, Json
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def _no_options(_format: Format, _wanted: Mapping[str, Json]) -> Mapping[str, Js
     return {}
 
 
-def _any_options(_config: Mapping[str, Json], _options: Mapping[str, Json]) -> None:
+def _any_options(_model: ModelFacts, _options: Mapping[str, Json]) -> None:
     """Find nothing wrong."""
 
 
@@ -87,8 +88,8 @@ class Quantizer:
     formats: tuple[Format, ...]
     recipe_number: int
     """Raised whenever the same inputs would give other bytes; part of the store's key."""
-    check_input: Callable[[Format, Mapping[str, Json]], None]
-    """(format, config.json) -> None; raises InputRefused for a model that it cannot quantize so."""
+    check_input: Callable[[Format, ModelFacts], None]
+    """(format, model) -> None; raises InputRefused for a model that it cannot quantize so."""
     steps: Callable[[QuantizeRequest], tuple[Step, ...]]
     """The commands, in order; starts nothing and writes nothing."""
     check: Callable[[QuantizeRequest], Mapping[str, Json]]
@@ -98,8 +99,8 @@ class Quantizer:
     moment, output included."""
     options: Callable[[Format, Mapping[str, Json]], Mapping[str, Json]] = _no_options
     """(format, the recipe's `quantize`) -> those that change this format's bytes; UsageError."""
-    check_options: Callable[[Mapping[str, Json], Mapping[str, Json]], None] = _any_options
-    """(config.json, options) -> None; raises InputRefused for options that do not fit the model."""
+    check_options: Callable[[ModelFacts, Mapping[str, Json]], None] = _any_options
+    """(model, options) -> None; raises InputRefused for options that do not fit the model."""
     calibrated: Callable[[Format, Mapping[str, Json]], bool] = _never
     """(format, options) -> whether it measures activations on calibration text."""
     view: Callable[[Path, Path], View] | None = None
@@ -110,5 +111,5 @@ class Quantizer:
     that the next format of the same checkpoint need not measure again."""
     default: str = ""
     """The format that an engine's bare name stands for, where it loads no plain checkpoint."""
-    check_statistics: Callable[[Path, Mapping[str, Json]], None] | None = None
-    """(file, config.json) -> None; raises InputRefused for statistics of another model."""
+    check_statistics: Callable[[Path, ModelFacts], None] | None = None
+    """(file, model) -> None; raises InputRefused for statistics of another model."""

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 
+from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import InputRefused
-from weightsmith.serving.model import ModelShape
-from weightsmith.serving.text import text_part
-from weightsmith.values import Json
 
 _KNOWN = (
     "Arcee|Bamba|Cohere|Cohere2|DeepseekV2|DeepseekV3|Ernie4_5|Ernie4_5_Moe|Exaone|Exaone4|Falcon"
@@ -19,27 +16,20 @@ _KNOWN = (
 )
 _KNOWN_NAME = re.compile(rf"(?:{_KNOWN})(?:ForCausalLM|LMHeadModel|ForConditionalGeneration)")
 
-# Signs of layers that keep something else than keys and values of every token.
-_STRANGE = re.compile(
-    "mamba|ssm|state_size|conv_kernel|linear_num|lora_rank|chunk|recurrent|retention|index_topk"
-    "|global_head_dim|kv_shared|attn_layer|hybrid|cross_attention|compress|rwkv|hyena"
-)
 
-
-def check_architecture(shape: ModelShape, config: Mapping[str, Json]) -> str:
+def check_architecture(model: ModelFacts) -> str:
     """Return what is assumed of an architecture that is not known; "" for one that is.
 
     Raises InputRefused where its cache would be a guess, and for encoders.
     """
-    if config.get("is_encoder_decoder"):
+    shape, strange = model.shape, model.stateful_keys
+    if model.encoder_decoder:
         raise InputRefused(
             f"{shape.architecture} is an encoder with a decoder; only decoders are served here",
             hint="choose a decoder-only model",
         )
     if _KNOWN_NAME.fullmatch(shape.architecture):
         return ""
-    inner = text_part(config)
-    strange = sorted(key for key in inner if _STRANGE.search(str(key)) and inner[key])
     if strange:
         raise InputRefused(
             f"the architecture {shape.architecture} is not known, and {', '.join(strange[:3])} in"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
+from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import InputRefused
 from weightsmith.serving.engine import Engine, Support
 from weightsmith.serving.gpus import GPUS
-from weightsmith.values import Format, Json
+from weightsmith.values import Format
 
 _AMD = (0, 0)
 """The compute capability of GPUs that have none."""
@@ -63,12 +62,12 @@ def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
 
-def check_engine_image(engine: Engine, device: str, config: Mapping[str, Json]) -> None:
+def check_engine_image(engine: Engine, device: str, model: ModelFacts) -> None:
     """Refuse a model that the CPU engine assembled here cannot load; another base image may.
 
     Raises InputRefused.
     """
-    if device == "cpu" and (lacks := engine.cpu_build_lacks(config)):
+    if device == "cpu" and (lacks := engine.cpu_build_lacks(model)):
         raise InputRefused(
             lacks,
             hint="choose a llamacpp target or a GPU, or name an image that can with image.base",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.serving.plan import ServingPlan
 from weightsmith.values import SAFETENSORS, Format, Json
 
@@ -82,8 +83,8 @@ class Engine:
     base: EngineBase
     port: int
     health_path: str
-    plan: Callable[[Mapping[str, Json], int, ServeOptions], ServingPlan]
-    """(config.json, weight bytes, wishes) -> plan; raises UsageError where it cannot fit."""
+    plan: Callable[[ModelFacts, int, ServeOptions], ServingPlan]
+    """(model, weight bytes, wishes) -> plan; raises UsageError where it cannot fit."""
     env: Callable[[ServingPlan, Mapping[str, Json]], Mapping[str, str]]
     """(plan, names) -> environment of the process.
 
@@ -125,5 +126,5 @@ class Engine:
 
     A test fails when the pins move on: read the files that the rows name again, then change this.
     """
-    cpu_build_lacks: Callable[[Mapping[str, Json]], str] = field(default=lambda _config: "")
-    """(config.json) -> why the CPU engine that is assembled here cannot load it, or empty."""
+    cpu_build_lacks: Callable[[ModelFacts], str] = field(default=lambda _model: "")
+    """(model) -> why the CPU engine that is assembled here cannot load it, or empty."""

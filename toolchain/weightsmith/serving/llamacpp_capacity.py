@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from weightsmith.checkpoints.shape import ModelShape
 from weightsmith.errors import UsageError
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.gpus import gpu
@@ -20,7 +21,6 @@ from weightsmith.serving.memory import (
     kv_layer_bytes,
     padded,
 )
-from weightsmith.serving.model import ModelShape
 from weightsmith.values import Json
 
 UBATCH = 512

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from weightsmith.checkpoints.facts import ModelFacts
+from weightsmith.checkpoints.shape import ModelShape
 from weightsmith.errors import UsageError
 from weightsmith.serving.architectures import check_architecture
 from weightsmith.serving.engine import ServeOptions
@@ -20,7 +22,6 @@ from weightsmith.serving.memory import (
     require_attention,
     sliding_layers,
 )
-from weightsmith.serving.model import ModelShape
 from weightsmith.serving.plan import ServingPlan
 from weightsmith.values import Json
 
@@ -30,19 +31,19 @@ _SPLIT_LENGTH = 4096
 _BATCH = 2048
 
 
-def plan(config: Mapping[str, Json], weight_bytes: int, wishes: ServeOptions) -> ServingPlan:
+def plan(model: ModelFacts, weight_bytes: int, wishes: ServeOptions) -> ServingPlan:
     """Return the plan for a model of `weight_bytes` on the wished machine.
 
     `auto` takes the longest request that fits, up to the model's own length, then up to four at
     once. Raises InputRefused for a lying config.json, and UsageError for a wish that cannot be,
     with the nearest that can.
     """
-    shape = ModelShape.from_config(config)
+    shape = model.shape
     require_attention(shape)
     extra = _with_wishes(extra_options(wishes.extra), wishes)
     capacity = make_capacity(shape, weight_bytes, wishes, extra)
     notes = _shape_notes(shape)
-    if said := check_architecture(shape, config):
+    if said := check_architecture(model):
         notes.append(said)
     limit = _length_limit(shape, wishes, extra)
     tokens, slots = _choose(capacity, wishes, limit)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from weightsmith.checkpoints.shape import ModelShape
 from weightsmith.errors import UsageError
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.gpus import Gpu, gpu
 from weightsmith.serving.memory import host_memory
-from weightsmith.serving.model import ModelShape
 
 _LOW_PRECISION = ("Gemma2", "Gemma3", "Glm4")
 """Models whose activations overflow float16; vLLM 0.33, config/model.py refuses it for them."""

@@ -6,8 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from weightsmith.checkpoints.shape import ModelShape
 from weightsmith.errors import InputRefused, UsageError
-from weightsmith.serving.model import ModelShape
 
 MIB = 1 << 20
 GIB = 1 << 30

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from weightsmith.checkpoints.shape import ModelShape
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.length import Lengths
 from weightsmith.serving.machine import Machine, dtype_bytes
 from weightsmith.serving.memory import GIB, MIB
-from weightsmith.serving.model import ModelShape
 from weightsmith.serving.paged import PagedCache, paged_cache
 
 _MARGIN = 20

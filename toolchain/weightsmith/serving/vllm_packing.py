@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from weightsmith.checkpoints.packing import Packing
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.serving.machine import Machine
-from weightsmith.values import Json
 
 _GONE: Mapping[str, str] = {
     "gguf": "vLLM dropped GGUF in 0.24: choose a llamacpp target",
@@ -22,16 +22,15 @@ _GROUPS = frozenset({-1, 32, 64, 128})
 """Group sizes that the Marlin kernels have."""
 
 
-def check_packing(config: Mapping[str, Json], machine: Machine) -> tuple[str, ...]:
+def check_packing(packing: Packing | None, machine: Machine) -> tuple[str, ...]:
     """Return notes on a packed checkpoint for a machine; () for one that is not packed.
 
     Raises InputRefused for a packing that vLLM does not load, UsageError for one that this
     machine does not run.
     """
-    packing = config.get("quantization_config")
-    if not isinstance(packing, Mapping):
+    if packing is None:
         return ()
-    method = str(packing.get("quant_method", ""))
+    method = packing.method
     if method in _GONE:
         raise InputRefused(f"vLLM does not load {method} checkpoints", hint=_GONE[method])
     card = machine.gpu
@@ -51,21 +50,22 @@ def check_packing(config: Mapping[str, Json], machine: Machine) -> tuple[str, ..
     return ()
 
 
-def _awq(packing: Mapping[str, Json]) -> tuple[str, ...]:
-    bits = packing.get("bits", packing.get("w_bit", 4))
-    if bits != 4:
-        raise InputRefused(f"AWQ with {bits} bits: vLLM has kernels for 4", hint="quantize it anew")
+def _awq(packing: Packing) -> tuple[str, ...]:
+    if packing.bits != 4:
+        raise InputRefused(
+            f"AWQ with {packing.bits} bits: vLLM has kernels for 4", hint="quantize it anew"
+        )
     return ()
 
 
-def _gptq(packing: Mapping[str, Json], machine: Machine) -> tuple[str, ...]:
-    bits, group = packing.get("bits", 4), packing.get("group_size", -1)
-    if packing.get("desc_act") is True and group != -1:
+def _gptq(packing: Packing, machine: Machine) -> tuple[str, ...]:
+    bits, group = packing.bits, packing.group_size
+    if packing.reordered and group != -1:
         raise InputRefused(
             "GPTQ with desc_act=true: vLLM dropped group activation ordering in 0.30",
             hint="quantize it anew with desc_act=false, or static ordering",
         )
-    if packing.get("sym") is False:
+    if not packing.symmetric:
         raise InputRefused("GPTQ with sym=false: vLLM loads symmetric ones", hint="quantize anew")
     if bits not in {4, 8}:
         raise InputRefused(f"GPTQ with {bits} bits: vLLM loads 4 and 8", hint="quantize it anew")
@@ -78,12 +78,12 @@ def _gptq(packing: Mapping[str, Json], machine: Machine) -> tuple[str, ...]:
     return ()
 
 
-def _fp8(packing: Mapping[str, Json], machine: Machine) -> tuple[str, ...]:
+def _fp8(packing: Packing, machine: Machine) -> tuple[str, ...]:
     if not machine.gpus:
-        blocks = packing.get("weight_block_size")
-        if blocks and list(blocks)[-1:] != [128]:
+        if packing.block and packing.block[-1] != 128:
             raise UsageError(
-                f"FP8 in blocks of {blocks} does not run on a CPU", hint="blocks of 128 do"
+                f"FP8 in blocks of {list(packing.block)} does not run on a CPU",
+                hint="blocks of 128 do",
             )
         return ("FP8 on a CPU needs AMX (Intel's Sapphire Rapids or later) for most layouts",)
     if machine.gpu and not machine.gpu.fp8:

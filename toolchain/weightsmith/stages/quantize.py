@@ -6,16 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.destinations import Destination
-from weightsmith.errors import InputRefused
-from weightsmith.foreign import read_json
 from weightsmith.jobs import Input, QuantizeJob
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import Texts
 from weightsmith.quantizers.quantizer import Quantizer
 from weightsmith.resources import builder_pins
-from weightsmith.serving.model import ModelShape
 from weightsmith.time_limits import GGUF_PER_GB, PACKING_PER_GB, job_seconds
 from weightsmith.tools import Tools
 from weightsmith.values import (
@@ -101,32 +99,12 @@ def quantize(
     return timer.done(artifact, cached=files.cached)
 
 
-def serving_config_of(tree_root: Path) -> Mapping[str, Json]:
-    """Return config.json, and under `tokenizer` what the tokenizer's own file says of serving.
-
-    Raises InputRefused where config.json is not JSON.
-    """
-    config = model_config(tree_root)
-    try:
-        tokenizer = read_json(tree_root / "tokenizer_config.json")
-    except InputRefused:
-        return config
-    names = ("tokenizer_class", "model_max_length")
-    return {**config, "tokenizer": {k: tokenizer[k] for k in names if k in tokenizer}}
-
-
-def model_config(tree_root: Path) -> Mapping[str, Json]:
-    """Return a checkpoint's config.json; InputRefused where it is not JSON."""
-    return read_json(tree_root / "config.json")
-
-
-def kept_bytes(checkpoint_bytes: int, format_: Format, config: Mapping[str, Json] | None) -> int:
+def kept_bytes(checkpoint_bytes: int, format_: Format, model: ModelFacts | None) -> int:
     """Return the bytes that stay in 16 bits in a packed checkpoint: embeddings, and the head."""
-    if not config or format_.suffix == ".gguf":
+    if model is None or format_.suffix == ".gguf":
         return 0
-    shape = ModelShape.from_config(config)
-    tables = 1 if config.get("tie_word_embeddings") else 2
-    return min(checkpoint_bytes, tables * 2 * shape.vocab * shape.hidden)
+    tables = 1 if model.tied_embeddings else 2
+    return min(checkpoint_bytes, tables * 2 * model.shape.vocab * model.shape.hidden)
 
 
 def _run(
@@ -138,8 +116,8 @@ def _run(
 ) -> Mapping[str, Json]:
     quantizer = of_format(options.format.name)
     packed = options.format.suffix != ".gguf"
-    config = model_config(checkpoint.tree.root) if packed else None
-    kept = kept_bytes(checkpoint.tree.size, options.format, config)
+    model = read_facts(checkpoint.tree.root) if packed else None
+    kept = kept_bytes(checkpoint.tree.size, options.format, model)
     peak = quantizer.peak_disk(checkpoint.tree.size, kept, options.format)
     tools.store.require_room(peak, f"quantizing to {options.format.name}")
     if not (options.texts and quantizer.statistics):

@@ -19,6 +19,7 @@ from jinja2 import (
     UndefinedError,
 )
 
+from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import UsageError
 from weightsmith.resources import templates
 from weightsmith.serving.engine import Engine, ServeOptions
@@ -39,7 +40,7 @@ def render(
     target: Target,
     name: str,
     version: str,
-    model_config: Mapping[str, Json],
+    model: ModelFacts,
     model_file: str,
     weight_bytes: int,
     wishes: ServeOptions,
@@ -56,7 +57,7 @@ def render(
     """
     engine = target.engine
     wishes = replace(wishes, format=target.format)
-    plan = engine.plan(model_config, weight_bytes, wishes)
+    plan = engine.plan(model, weight_bytes, wishes)
     legacy = (engine.legacy,) if engine.legacy else ()
     plan = replace(plan, notes=(*notes, *plan.notes, *legacy))
     served = engine.fixed_name or wishes.served_model_name or name

@@ -2,16 +2,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from weightsmith.errors import InputRefused
-from weightsmith.serving.model import ModelShape
 
 from tests.fakes import configs
+from tests.fakes.configs import shape_of
 
 LLAMA_8B = {name: value for name, value in configs.LLAMA_8B.items() if name != "dtype"}
 LLAMA_8B |= {"torch_dtype": "bfloat16"}  # as transformers 4 spells it
 
 
 def test_reads_a_llama_config():
-    shape = ModelShape.from_config(LLAMA_8B)
+    shape = shape_of(LLAMA_8B)
 
     assert (shape.layers, shape.kv_heads, shape.head_dim, shape.v_head_dim) == (32, 8, 128, 128)
     assert (shape.max_positions, shape.vocab, shape.dtype) == (131072, 128256, "bfloat16")
@@ -21,7 +21,7 @@ def test_reads_a_llama_config():
 def test_reads_the_nested_text_config_of_a_multimodal_model():
     inner = {key: value for key, value in LLAMA_8B.items() if key != "architectures"}
 
-    shape = ModelShape.from_config({"architectures": ["Gemma3"], "text_config": inner})
+    shape = shape_of({"architectures": ["Gemma3"], "text_config": inner})
 
     assert (shape.architecture, shape.layers) == ("Gemma3", 32)
 
@@ -29,19 +29,19 @@ def test_reads_the_nested_text_config_of_a_multimodal_model():
 def test_heads_without_groups_are_their_own_kv_heads():
     config = {key: value for key, value in LLAMA_8B.items() if key != "num_key_value_heads"}
 
-    assert ModelShape.from_config(config).kv_heads == 32
+    assert shape_of(config).kv_heads == 32
 
 
 def test_head_dim_wins_over_the_quotient():
-    assert ModelShape.from_config({**LLAMA_8B, "head_dim": 256}).head_dim == 256
+    assert shape_of({**LLAMA_8B, "head_dim": 256}).head_dim == 256
 
 
 def test_counts_sliding_layers():
     kinds = ["sliding_attention", "full_attention"] * 16
     config = {**LLAMA_8B, "sliding_window": 1024, "layer_types": kinds}
 
-    assert ModelShape.from_config(config).sliding_layers == 16
-    assert ModelShape.from_config({**config, "use_sliding_window": False}).sliding_layers == 0
+    assert shape_of(config).sliding_layers == 16
+    assert shape_of({**config, "use_sliding_window": False}).sliding_layers == 0
 
 
 def test_latent_attention_has_its_ranks():
@@ -53,7 +53,7 @@ def test_latent_attention_has_its_ranks():
         "v_head_dim": 128,
     }
 
-    shape = ModelShape.from_config(config)
+    shape = shape_of(config)
 
     assert (shape.kv_lora_rank, shape.rope_head_dim, shape.head_dim) == (512, 64, 192)
 
@@ -76,7 +76,7 @@ def test_latent_attention_has_its_ranks():
 )
 def test_refuses_lying_numbers(change, says):
     with pytest.raises(InputRefused, match=says):
-        ModelShape.from_config({**LLAMA_8B, **change})
+        shape_of({**LLAMA_8B, **change})
 
 
 @given(
@@ -87,7 +87,7 @@ def test_refuses_lying_numbers(change, says):
 )
 def test_any_config_is_read_or_refused(change):
     try:
-        shape = ModelShape.from_config({**LLAMA_8B, **change})
+        shape = shape_of({**LLAMA_8B, **change})
     except InputRefused:
         return
     assert min(shape.layers, shape.heads, shape.kv_heads, shape.head_dim, shape.vocab) > 0

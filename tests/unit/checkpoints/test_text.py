@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import transformers
-import weightsmith.serving.text as module
+import weightsmith.checkpoints.text as module
 from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from weightsmith.serving.model import ModelShape
-from weightsmith.serving.text import text_part
+from weightsmith.checkpoints.text import text_part
+
+from tests.fakes.configs import shape_of
 
 FILE = Path(module.__file__).with_name("text_defaults.json")
 NUMBERS = (
@@ -73,7 +74,7 @@ def test_the_defaults_are_those_of_transformers():
 
 def test_gemma_3_4b_is_read_as_its_class_reads_it():
     truth = transformers.Gemma3Config(text_config=dict(GEMMA_3_4B["text_config"])).text_config
-    shape = ModelShape.from_config(GEMMA_3_4B)
+    shape = shape_of(GEMMA_3_4B)
 
     assert (shape.heads, shape.kv_heads, shape.head_dim) == (8, 4, 256)
     assert shape.heads == truth.num_attention_heads

@@ -1,13 +1,12 @@
-"""What a serving plan needs to know of a model, read from its config.json and checked."""
+"""The numbers of a decoder, read from its config.json and checked."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from weightsmith.checkpoints.attention import CacheLayers, cache_layers
 from weightsmith.errors import InputRefused
-from weightsmith.serving.attention import CacheLayers, cache_layers
-from weightsmith.serving.text import text_part
 from weightsmith.values import Json
 
 _LARGEST = {
@@ -64,12 +63,13 @@ class ModelShape:
         return sum(kind == "sliding_attention" for kind in self.layer_types)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Json]) -> ModelShape:
-        """Read a config.json, its `text_config` where there is one.
+    def of(cls, inner: Mapping[str, Json], architecture: str, dtype: str) -> ModelShape:
+        """Read the text model's part of a config.json.
 
         Raises InputRefused for numbers that are missing, of the wrong type, or absurd.
         """
-        inner = text_part(config)
+        if not architecture:
+            raise InputRefused("config.json lacks architectures", hint=_HINT)
         layers = _number(inner, "num_hidden_layers", "n_layer")
         hidden = _number(inner, "hidden_size", "n_embd")
         heads = _number(inner, "num_attention_heads", "n_head")
@@ -81,7 +81,7 @@ class ModelShape:
                 f" num_key_value_heads {kv_heads}",
                 hint=_HINT,
             )
-        architecture, window = _architecture(config), _sliding_window(inner)
+        window = _sliding_window(inner)
         kinds = _layer_types(inner, layers)
         return cls(
             architecture=architecture,
@@ -96,7 +96,7 @@ class ModelShape:
             vocab=_number(inner, "vocab_size"),
             sliding_window=window,
             layer_types=kinds,
-            dtype=stated_dtype(config) or "float32",
+            dtype=dtype or "float32",
             kv_lora_rank=_number(inner, "kv_lora_rank", default=0),
             rope_head_dim=_number(inner, "qk_rope_head_dim", default=0),
             state_dtype=_state_dtype(architecture, inner),
@@ -146,13 +146,6 @@ def _head_dim(config: Mapping[str, Json], hidden: int, heads: int) -> int:
     return hidden // heads
 
 
-def _architecture(config: Mapping[str, Json]) -> str:
-    names = config.get("architectures")
-    if isinstance(names, list) and names and isinstance(names[0], str):
-        return names[0]
-    raise InputRefused("config.json lacks architectures", hint=_HINT)
-
-
 def _sliding_window(config: Mapping[str, Json]) -> int:
     # Qwen2 names a window and then turns it off.
     if config.get("use_sliding_window") is False:
@@ -179,13 +172,3 @@ def _state_dtype(architecture: str, config: Mapping[str, Json]) -> str:
         if config.get(name) in {"float32", "float16", "bfloat16"}:
             return str(config[name])
     return "float32" if architecture.startswith("NemotronH") else ""
-
-
-def stated_dtype(config: Mapping[str, Json]) -> str:
-    """Return the type that config.json says its weights have; empty where it says none."""
-    inner = config.get("text_config")
-    for place in (inner if isinstance(inner, Mapping) else {}, config):
-        for name in ("dtype", "torch_dtype"):
-            if isinstance(place.get(name), str):
-                return str(place[name]).removeprefix("torch.")
-    return ""

@@ -1,0 +1,71 @@
+"""What config.json says of positions: how many there are, and how they are turned and scaled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from weightsmith.values import Json
+
+_LENGTHS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "seq_length",
+    "model_max_length",
+    "max_sequence_length",
+    "max_seq_length",
+    "seq_len",
+)
+"""Names for the length (vLLM 0.33, model_arch_config_convertor.py)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Positions:
+    """Positions of a model's tokens; numbers are 0 where the configuration does not name them."""
+
+    lengths: tuple[int, ...]
+    """Every length that is stated, in tokens."""
+    scaling: str
+    """The kind of scaling, such as `llama3`, `yarn` or `linear`; `default` for none."""
+    factor: float
+    """What lengths are stretched by; 0 for what is not a number up to 1000."""
+    original: int
+    """The length before stretching."""
+    theta: float
+    """Base of the rotation, as `rope_parameters` has it."""
+    transformers_5_only: bool
+    """Only `rope_parameters` says how they are turned, which transformers 4 does not read."""
+
+    @classmethod
+    def of(cls, text: Mapping[str, Json]) -> Positions:
+        """Read them from the text model's part of a config.json."""
+        parameters, rope = text.get("rope_parameters"), _rope(text)
+        factor = _number(rope.get("factor", 1.0))
+        original = rope.get("original_max_position_embeddings")
+        return cls(
+            lengths=tuple(filter(None, (_whole(text.get(key)) for key in _LENGTHS))),
+            scaling=str(rope.get("rope_type") or rope.get("type") or "default"),
+            factor=factor if 0 < factor <= 1000 else 0,
+            original=_whole(original or text.get("original_max_position_embeddings")),
+            theta=_number(parameters.get("rope_theta")) if isinstance(parameters, Mapping) else 0,
+            transformers_5_only=isinstance(parameters, Mapping) and "rope_theta" not in text,
+        )
+
+
+def _rope(text: Mapping[str, Json]) -> Mapping[str, Json]:
+    for key in ("rope_parameters", "rope_scaling"):
+        found = text.get(key)
+        if not isinstance(found, Mapping):
+            continue
+        nested = found.get("full_attention")  # transformers 5: one per kind of layer
+        return nested if isinstance(nested, Mapping) else found
+    return {}
+
+
+def _whole(value: Json) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
+def _number(value: Json) -> float:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else 0
