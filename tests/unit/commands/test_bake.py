@@ -7,11 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from weightsmith.commands.images import copy_image
 from weightsmith.commands.verify import verify_image
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
@@ -25,6 +28,7 @@ from weightsmith.ports import Silent
 
 from tests.fakes.baking import bake, make_key, make_model, push_base
 from tests.fakes.registry import FakeRegistry, fake_registry
+from tests.fakes.tiny import write_model
 
 ENGINE = {"dev.weightsmith.engine": "llamacpp"}
 
@@ -260,6 +264,28 @@ def test_a_model_that_cannot_be_planned_is_baked_with_a_warning(scene: Scene) ->
     scene.bake("team/app:1")
     image = scene.image("team/app:1")
     assert "LLAMA_ARG_MODEL=/models/tiny.gguf" in image.config["Env"]
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "trtllm"])
+def test_an_image_without_a_plan_has_the_file_that_its_process_reads(
+    scene: Scene, engine: str
+) -> None:
+    model = write_model(scene.folder / "unknown")
+    (model / "config.json").write_text('{"model_type": "mystery"}')
+    base = f"{scene.fake.host}/base/{engine}:1"
+    push_base(scene.client, base, {"dev.weightsmith.engine": engine}, {"usr/bin/server": b"1"})
+    scene.model = model
+    scene.bake("team/app:1", base=base, target=engine)
+    image = scene.image("team/app:1")
+    words = image.config["Cmd"]
+    (path,) = [word for word in words if word.endswith(".yaml")]
+    with tarfile.open(fileobj=BytesIO(b"".join(image.layers[-1].open()))) as layer:
+        file = layer.extractfile(path.lstrip("/"))
+        assert file is not None
+        settings = yaml.safe_load(file)
+
+    assert "/models" in [*words, settings.get("model"), settings.get("model-path")]
+    assert not [key for key in (*settings, *words) if "len" in key or "seq" in key]
 
 
 def test_weights_below_a_base_that_hides_them(scene: Scene) -> None:

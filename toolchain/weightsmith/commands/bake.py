@@ -25,12 +25,12 @@ from weightsmith.provenance.labels import PREFIX
 from weightsmith.provenance.materials import ImageInputs
 from weightsmith.quantizers.gguf_types import FILE_TYPES
 from weightsmith.serving.engine import ServeOptions
-from weightsmith.serving.plan import ServingConfig, ServingPlan
+from weightsmith.serving.plan import ServingConfig
 from weightsmith.serving.targets import Target, find
 from weightsmith.stages.bake import bake
 from weightsmith.stages.base import base_images, base_reference, data_base, public_base
 from weightsmith.stages.publish import Outputs, publish
-from weightsmith.stages.render import repository_name, startup_seconds
+from weightsmith.stages.render import render_unplanned, repository_name
 from weightsmith.tools import Tools
 from weightsmith.values import (
     Artifact,
@@ -116,36 +116,9 @@ def _config(
         return serving_config(model, target, options, place)
     except (UsageError, InputRefused) as error:
         tools.progress.warn(f"no memory plan: {error.message}; the engine's defaults are used")
-        return _default_config(model, target)
-
-
-def _default_config(model: Model, target: Target) -> ServingConfig:
-    engine = target.engine
-    device = "cpu" if engine.base.cpu else "gpu"
-    path = engine.model_dir
-    if target.format.suffix == ".gguf":
-        path += "/" + next(name for name in model.weights if name.endswith(".gguf"))
-    names = {
-        "model_path": path,
-        "served_name": model.name,
-        "adapters": {},
-        "startup_seconds": startup_seconds(model.weight_bytes),
-    }
-    plan = ServingPlan.from_json({"device": device})
-    return ServingConfig(
-        target=target.name,
-        files={},
-        image_files={},
-        entrypoint=engine.entrypoint,
-        command=engine.command(plan, names),
-        env=engine.env(plan, names),
-        port=engine.port,
-        health_path=engine.health_path,
-        healthcheck=engine.healthcheck,
-        served_name=model.name,
-        plan=plan,
-        made_from=(),
-    )
+        files = [name for name in model.weights if name.endswith(".gguf")]
+        file = files[0] if target.format.suffix == ".gguf" else ""
+        return render_unplanned(target, model.name, file, model.weight_bytes)
 
 
 def _inputs(

@@ -126,7 +126,8 @@ def command(plan: ServingPlan, names: Mapping[str, Json]) -> tuple[str, ...]:
     """Return the arguments; the host is explicit because the default is this container alone."""
     argv = [str(names["model_path"]), "--host", "0.0.0.0", "--port", str(_PORT)]  # noqa: S104
     for key, argument in _ARGUMENTS.items():
-        argv += [f"--{argument}", str(plan.settings[key])]
+        if key in plan.settings:
+            argv += [f"--{argument}", str(plan.settings[key])]
     return (*argv, "--extra_llm_api_options", CONFIG_FILE)
 
 

@@ -101,6 +101,44 @@ def render(
     )
 
 
+def render_unplanned(
+    target: Target, name: str, model_file: str, weight_bytes: int
+) -> ServingConfig:
+    """Return the process of a target whose memory cannot be planned: the engine's own defaults.
+
+    The image gets only those files that the process is told to read.
+    """
+    engine = target.engine
+    plan = ServingPlan.from_json({"device": "cpu" if engine.base.cpu else "gpu"})
+    names: dict[str, Json] = {
+        "model_path": f"{engine.model_dir}/{model_file}".rstrip("/"),
+        "served_name": name,
+        "startup_seconds": startup_seconds(weight_bytes),
+    }
+    command = engine.command(plan, names)
+    settings = engine.file_settings(plan, names)
+    facts = {"name": name, "version": "0", "plan": plan, "file_settings": settings}
+    environment = _environment((templates() / engine.name, templates() / "deploy"))
+    return ServingConfig(
+        target=target.name,
+        files={},
+        image_files={
+            path: _one(environment, f"{file}.j2", facts)
+            for path, file in engine.image_files.items()
+            if path in command
+        },
+        entrypoint=engine.entrypoint,
+        command=command,
+        env=engine.env(plan, names),
+        port=engine.port,
+        health_path=engine.health_path,
+        healthcheck=engine.healthcheck,
+        served_name=name,
+        plan=plan,
+        made_from=(),
+    )
+
+
 def _engine_facts(
     engine: Engine, plan: ServingPlan, names: Mapping[str, Json]
 ) -> Mapping[str, Json]:
