@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from weightsmith.errors import EnvironmentFailure, InputRefused
 from weightsmith.oci.layout import held_digest
 
-from tests.fakes.memory import Memory
+from tests.fakes.memory import Memory, new_signer
 
 TARGET = "llamacpp-q4_k_m"
 TAG = f"1.0.0-{TARGET}"
@@ -79,6 +80,28 @@ def test_an_image_that_is_there_is_tried_again_and_left_alone(warm: Memory, engi
     assert "start" in warm.journal.events
     assert built.stages["publish"]["cached"]
     assert (warm.seen(), warm.left()) == (there, [])
+
+
+def test_a_layout_that_is_there_is_signed_with_a_new_key(warm: Memory) -> None:
+    layout = warm.folder / "own"
+    warm.build(layout=layout)
+    unsigned = signed_digests(layout)
+    warm.signer = new_signer()
+    built = warm.build(layout=layout)[TARGET]
+
+    assert (unsigned, signed_digests(layout)) == ([], [built.published.digest])
+    assert built.stages["publish"]["cached"]
+    assert warm.left() == []
+
+
+def signed_digests(layout: Path) -> list[str]:
+    """Return the image digests that cosign's signatures in a layout are about."""
+    claims = [
+        json.loads(path.read_bytes())
+        for path in (layout / "blobs").rglob("*")
+        if path.is_file() and b"cosign container image signature" in path.read_bytes()
+    ]
+    return [claim["critical"]["image"]["docker-manifest-digest"] for claim in claims]
 
 
 def test_two_targets_get_a_layout_each(warm: Memory) -> None:
