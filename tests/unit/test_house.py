@@ -214,6 +214,34 @@ def test_unit_tests_lie_in_the_folder_of_what_they_test() -> None:
     )
 
 
+CONFIG_KEYS = {
+    "architectures", "dtype", "head_dim", "hidden_size", "intermediate_size", "is_encoder_decoder",
+    "layer_types", "max_position_embeddings", "model_max_length", "num_attention_heads",
+    "num_hidden_layers", "num_key_value_heads", "quant_method", "quantization_config",
+    "rope_parameters", "rope_scaling", "sliding_window", "text_config", "tie_word_embeddings",
+    "tokenizer_class", "torch_dtype", "vision_config", "vocab_size",
+}  # fmt: skip
+"""Keys of a model's configuration, which `checkpoints/facts.py` and what it calls read."""
+OWN_WORDS = {"dtype"}
+"""Those that are also the names of an engine's options."""
+
+
+@pytest.mark.parametrize(
+    "folder", ["building", "cli", "commands", "library", "planning", "serving", "stages"]
+)
+def test_a_models_configuration_is_read_in_one_place(folder: str) -> None:
+    import ast
+
+    found = {
+        (path.name, node.value)
+        for path in (ROOT / "toolchain" / "weightsmith" / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value in CONFIG_KEYS - OWN_WORDS
+    }
+
+    assert found == set(), "ask ModelFacts (checkpoints/facts.py), or give it a field"
+
+
 READS_OUR_OWN = {
     "drivers/bases.py", "drivers/confinement.py", "drivers/enclosing.py", "drivers/enclosure.py",
     "drivers/inmate.py",
