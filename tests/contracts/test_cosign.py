@@ -29,9 +29,10 @@ from weightsmith.ports import Silent
 from weightsmith.provenance import evidence
 from weightsmith.values import Blob, Digest
 
-from tests.fakes.baking import bake, make_key, make_model, push_base, tools_for
+from tests.fakes.baking import bake, make_key, make_model, push_base
 from tests.fakes.bundles import attached, bundle, claim
 from tests.fakes.debian_registry import real_registry
+from tests.fakes.memory import memory_tools
 
 pytestmark = [
     pytest.mark.registry,
@@ -145,7 +146,7 @@ def test_a_bundle_stays_with_its_image(scene: Scene) -> None:
     scene.sign(name, theirs)
     onto = f"{scene.host}/base/engine:2"
     request = RebaseRequest(source=name, onto=onto, to=to, smoke=False, force=False)
-    rebase_image(request, tools_for(key, scene.client))
+    rebase_image(request, memory_tools(scene.folder, registry=scene.client, key=key))
     assert scene.check(to, public) == {}
     assert scene.check(to, other)["signature"] == "1 there, none by this key"
 

@@ -27,8 +27,8 @@ from weightsmith.provenance.evidence import Evidence
 from weightsmith.stages.publish import Outputs, candidate, deliver, discard_candidate, is_held
 from weightsmith.tools import Tools
 
-from tests.fakes.baking import tools_for
 from tests.fakes.images import entry, foreign_image, tar_of
+from tests.fakes.memory import memory_tools
 
 pytestmark = [pytest.mark.docker, pytest.mark.root]
 LOAD = Outputs(load=True)
@@ -121,7 +121,7 @@ def tools(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
     if request.param == "containerd":
         monkeypatch.setenv("DOCKER_HOST", request.getfixturevalue("containerd"))
-    return replace(tools_for(), engine=Counting(DockerEngine()))
+    return replace(memory_tools(tmp_path), engine=Counting(DockerEngine()))
 
 
 @pytest.fixture
@@ -235,7 +235,7 @@ def load_and_die(name: str) -> None:
 
             return super().load(map(watched, archives), reference)
 
-    tools = replace(tools_for(), engine=Killing(DockerEngine()))
+    tools = replace(memory_tools(Path()), engine=Killing(DockerEngine()))
     load(layered(four_layers(name)), f"{name}:1", tools)
 
 

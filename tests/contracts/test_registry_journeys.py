@@ -23,8 +23,9 @@ from weightsmith.oci.registry import Registry
 from weightsmith.ports import Silent
 from weightsmith.values import Digest
 
-from tests.fakes.baking import bake, make_key, make_model, push_base, tools_for
+from tests.fakes.baking import bake, make_key, make_model, push_base
 from tests.fakes.faulty_proxy import Faults, faulty_proxy
+from tests.fakes.memory import memory_tools
 from tests.fakes.other_registries import Given
 from tests.fakes.registry import fake_registry
 
@@ -101,7 +102,7 @@ def test_rebased_and_still_proven(scene: Scene) -> None:
         smoke=False,
         force=False,
     )
-    done = rebase_image(request, tools_for(scene.key, scene.client))
+    done = rebase_image(request, memory_tools(scene.folder, registry=scene.client, key=scene.key))
     small = scene.image("new/app:2").config_blob.size
     assert done["uploaded_bytes"] in ((0, small) if scene.there.pools_blobs else (small,))
     assert scene.check(scene.name("new/app:2"))

@@ -15,8 +15,8 @@ from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.ports import Progress, Silent
-from weightsmith.tools import Tools
-from weightsmith.wiring import open_tools
+
+from tests.fakes.memory import memory_tools
 
 CONFIG = {
     "model_type": "llama",
@@ -62,12 +62,6 @@ def push_base(
     return registry.push(image, Reference.parse(reference), force=True).digest
 
 
-def tools_for(key: Path | None = None, registry: Registry | None = None) -> Tools:
-    """Return the local outside world, with a signer if there is a key."""
-    with open_tools("local", Silent(), sign_key=str(key or "")) as tools:
-        return replace(tools, registry=registry or tools.registry)
-
-
 def bake(
     registry: Registry,
     model: Path,
@@ -91,5 +85,5 @@ def bake(
         "force": False,
         **more,
     }
-    tools = replace(tools_for(key, registry), progress=progress or Silent())
-    return bake_model(BakeRequest(**request), tools)
+    tools = memory_tools(model.parent, registry=registry, key=key)
+    return bake_model(BakeRequest(**request), replace(tools, progress=progress or Silent()))

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from weightsmith.building.recording import Built
 from weightsmith.drivers.folders import FolderReader
+from weightsmith.drivers.signer import open_signer
 from weightsmith.drivers.user_program import run_command
 from weightsmith.oci.registry import Registry
 from weightsmith.pipeline import build
@@ -217,9 +218,12 @@ class Memory:
 
 
 def memory_tools(
-    folder: Path, stages: Mapping[str, Stage] = STAGES, registry: Registry | None = None
+    folder: Path,
+    stages: Mapping[str, Stage] = STAGES,
+    registry: Registry | None = None,
+    key: Path | None = None,
 ) -> Tools:
-    """Return ports for one stage or command, whose jobs are these; no engine answers."""
+    """Return ports for one stage or command: jobs, a registry, a key; no engine answers."""
     store, engine = MemoryStore(folder / "store"), MemoryEngine(answering=False)
     return Tools(
         store=store,
@@ -231,6 +235,7 @@ def memory_tools(
         progress=RecordingProgress(),
         scratch=lambda: _scratch(folder),
         command=run_command,
+        signer=open_signer(str(key)) if key else None,
     )
 
 

@@ -121,13 +121,15 @@ def publish(source: str, layout: str, swap: bool) -> None:
     from weightsmith.provenance.evidence import Evidence
     from weightsmith.stages.publish import Outputs, deliver
 
-    from tests.fakes.baking import tools_for
+    from tests.fakes.memory import memory_tools
 
     if not swap:
         layouts.exchange = lambda *_: False  # type: ignore[assignment]
     image = read_layout(Path(source))
     _spare_no_more()
-    deliver(image, "x:1", Outputs(layout=Path(layout)), [Evidence()], tools_for())
+    deliver(
+        image, "x:1", Outputs(layout=Path(layout)), [Evidence()], memory_tools(Path(layout).parent)
+    )
 
 
 def pull(source: str, layout: str, root: str) -> None:
@@ -155,10 +157,10 @@ def load(source: str, name: str) -> None:
     from weightsmith.provenance.evidence import Evidence
     from weightsmith.stages.publish import Outputs, deliver
 
-    from tests.fakes.baking import tools_for
+    from tests.fakes.memory import memory_tools
 
     archive._LARGE = 1  # type: ignore[misc]
-    tools = replace(tools_for(), engine=DockerEngine())
+    tools = replace(memory_tools(Path(source).parent), engine=DockerEngine())
     deliver(read_layout(Path(source)), name, Outputs(load=True), [Evidence()], tools)
 
 
@@ -202,6 +204,8 @@ def _serve() -> None:
     import weightsmith.commands.images
     import weightsmith.stages.publish
     import weightsmith.wiring  # noqa: F401 - loaded once, for every child
+
+    import tests.fakes.memory  # noqa: F401 - the same
 
     gc.freeze()
     for line in sys.stdin:

@@ -24,9 +24,11 @@ from weightsmith.provenance.evidence import (
     statement_parts,
 )
 from weightsmith.provenance.sealing import attach
+from weightsmith.tools import Tools
 from weightsmith.values import Blob, Score
 
 from tests.fakes.baking import bake, make_model
+from tests.fakes.memory import memory_tools
 from tests.fakes.registry import FakeRegistry
 
 
@@ -47,6 +49,10 @@ class Shop:
         reference = f"{self.fake.host}/team/{name}:1"
         bake(self.client, model, self.base, key or self.key, push=reference)
         return reference
+
+    def tools(self, key: Path) -> Tools:
+        """Return ports whose signatures are of this key."""
+        return memory_tools(self.folder, registry=self.client, key=key)
 
     def place(self, name: str) -> RegistryPlace:
         return RegistryPlace(self.client, Reference.parse(name))

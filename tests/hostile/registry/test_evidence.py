@@ -19,7 +19,6 @@ from weightsmith.provenance import signing, statements
 from weightsmith.provenance.evidence import EVALUATION_TYPE
 from weightsmith.values import Digest
 
-from tests.fakes.baking import tools_for
 from tests.hostile.registry.shop import Shop, passed
 
 
@@ -85,7 +84,7 @@ def test_scores_go_along_when_an_image_is_rebased_and_not_back(shop: Shop) -> No
     name, to = shop.bake("app"), f"{shop.fake.host}/team/app:2"
     shop.state(name, passed(shop.blob(name)))
     request = RebaseRequest(source=name, onto=shop.base[:-1] + "2", to=to, smoke=False, force=False)
-    rebase_image(request, tools_for(shop.key, shop.client))
+    rebase_image(request, shop.tools(shop.key))
     assert shop.rows(to)["gate"][0]
     plain = shop.bake("plain")
     shop.plant(plain, passed(shop.blob(to)), *(one.statement for one in shop.stated(to)))

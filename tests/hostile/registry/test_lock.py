@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 from weightsmith.drivers.hub import HubReader
-from weightsmith.drivers.store import FileStore
+from weightsmith.drivers.pypi import PypiReader
 from weightsmith.errors import InputRefused
 from weightsmith.oci.registry import Registry
 from weightsmith.planning.bases import bases_of
@@ -18,12 +18,21 @@ from weightsmith.planning.sources import resolve_request
 from weightsmith.planning.targets import chosen_targets
 from weightsmith.recipe_file import read_recipe
 from weightsmith.stages.publish import Outputs
+from weightsmith.tools import Tools
 
-from tests.fakes.baking import push_base, tools_for
+from tests.fakes.baking import push_base
 from tests.fakes.hub import COMMIT, FakeHub
 from tests.fakes.journal import RecordingProgress
+from tests.fakes.memory import memory_tools
 from tests.fakes.package_index import package_index, wheel_of
 from tests.fakes.registry import FakeRegistry
+
+
+def machine(folder: Path) -> Tools:
+    """Return the ports of a machine that reads from hubs and package indexes as any other does."""
+    tools = memory_tools(folder)
+    readers = (HubReader(tools.store), PypiReader(tools.store))
+    return replace(tools, readers={reader.scheme: reader for reader in readers})
 
 
 def locked_request(folder: Path, source: str, *settings: str) -> BuildRequest:
@@ -41,8 +50,7 @@ def test_another_model_under_the_same_commit(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mirror lists other files, and sends them: the commit is what the lock has of it."""
-    monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
-    tools, request = tools_for(), locked_request(tmp_path, "hf://team/model")
+    tools, request = machine(tmp_path), locked_request(tmp_path, "hf://team/model")
     _, honest = resolve_request(request, tools).value
     lock = (tmp_path / "recipe.lock").read_text()
     hub.files["model.safetensors"] = b"backdoor" * 100
@@ -65,7 +73,7 @@ def test_another_wheel_under_the_same_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An index offers another wheel under the version that the lock has: it is not taken."""
-    monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
+    here, another = machine(tmp_path / "here"), machine(tmp_path / "another")
     monkeypatch.delenv("WEIGHTSMITH_WHEELS", raising=False)
     name = "my_model-1.0-py3-none-any.whl"
     request = locked_request(tmp_path, "pypi://my-model==1.0")
@@ -75,24 +83,22 @@ def test_another_wheel_under_the_same_version(
             files = {"my_model/config.json": b"{}", "my_model/model.safetensors": weights}
             index.files[name] = wheel_of(files)
             if weights == b"honest":
-                resolve_request(request, tools_for())
-        assert resolve_request(request, tools_for()).value[1].base.tree.size == len(b"{}honest")
-        monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "another"))
+                resolve_request(request, here)
+        assert resolve_request(request, here).value[1].base.tree.size == len(b"{}honest")
         with pytest.raises(InputRefused, match="no wheel with sha256") as caught:
-            resolve_request(request, tools_for())
+            resolve_request(request, another)
         assert "--update-lock" in caught.value.hint
-        resolve_request(replace(request, update_lock=True), tools_for())
+        resolve_request(replace(request, update_lock=True), another)
 
 
 def test_a_base_image_that_the_lock_has_and_the_registry_lost(
-    fake: FakeRegistry, client: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fake: FakeRegistry, client: Registry, tmp_path: Path
 ) -> None:
     """A tag that moved takes no build along; --update-lock does, and says so."""
-    monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
     name = f"{fake.host}/base/engine:1"
     engine = {"dev.weightsmith.engine": "llamacpp"}
     request, told = locked_request(tmp_path, "./base", f"image.base={name}"), RecordingProgress()
-    tools = replace(tools_for(registry=client), progress=told)
+    tools = replace(memory_tools(tmp_path, registry=client), progress=told)
     (target,) = chosen_targets(request.file, ("llamacpp-q8_0",))
     was = push_base(client, name, engine, {"app/llama-server": b"1"})
     bases_of(request, target, "cpu", tools)
@@ -107,19 +113,15 @@ def test_a_base_image_that_the_lock_has_and_the_registry_lost(
     assert told.warnings[-1].startswith(f"{name}, by --update-lock: {was}")
 
 
-def test_an_extra_file_in_the_cache(
-    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_extra_file_in_the_cache(hub: FakeHub, tmp_path: Path) -> None:
     """A file that the commit does not hold may be its owner's: it is told, kept, and another
     source than the one that the lock has."""
-    monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
     told, request = RecordingProgress(), locked_request(tmp_path, "hf://team/model")
-    tools = replace(tools_for(), progress=told)
+    tools = replace(machine(tmp_path), progress=told)
     _, sources = resolve_request(request, tools).value
     extra = sources.base.tree.root / "chat_template.jinja"
     extra.write_text("Obey {{ messages }}")
-    reader = HubReader(FileStore(tmp_path / "store"))
-    reader.fetch("hf://team/model", COMMIT, "", told)
+    tools.readers["hf"].fetch("hf://team/model", COMMIT, "", told)
     assert "not of this commit: chat_template.jinja" in told.warnings[-1]
     with pytest.raises(InputRefused, match="has it as"):
         resolve_request(request, tools)

@@ -13,7 +13,7 @@ from weightsmith.provenance import statements
 from weightsmith.provenance.evidence import EVALUATION_TYPE
 from weightsmith.provenance.statements import byproducts_of, kind_of
 
-from tests.fakes.baking import make_key, tools_for
+from tests.fakes.baking import make_key
 from tests.fakes.journal import RecordingProgress
 from tests.hostile.registry.shop import Shop, passed
 
@@ -69,7 +69,7 @@ def test_no_command_signs_what_others_left(shop: Shop, command: str) -> None:
         request = RebaseRequest(
             source=source, onto=shop.base[:-1] + "2", to=to, smoke=False, force=False
         )
-        rebase_image(request, tools_for(release, shop.client))
+        rebase_image(request, shop.tools(release))
     by_release = [one.statement for one in shop.stated(to, public) if one.signed]
     assert {kind_of(one) for one in by_release} <= {"bake", "rebase"}
     assert not any("evaluation.json" in byproducts_of(one) for one in by_release)

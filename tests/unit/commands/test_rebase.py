@@ -21,8 +21,9 @@ from weightsmith.ports import Silent
 from weightsmith.provenance.evidence import read_attached
 from weightsmith.wiring import open_tools
 
-from tests.fakes.baking import bake, make_key, make_model, push_base, tools_for
+from tests.fakes.baking import bake, make_key, make_model, push_base
 from tests.fakes.images import entry, foreign_image, tar_of
+from tests.fakes.memory import memory_tools
 from tests.fakes.registry import FakeRegistry, fake_registry
 
 ENGINE = "dev.weightsmith.engine"
@@ -70,7 +71,7 @@ class Scene:
         place = f"{self.fake.host}/{to}"
         return rebase_image(
             RebaseRequest(source=source, onto=onto, to=place, **request),
-            tools_for(self.key, self.client),
+            memory_tools(self.folder, registry=self.client, key=self.key),
         )
 
     def image(self, name: str) -> Image:
