@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,21 @@ def _begin_with_the_same_chance() -> None:
         numpy.random.seed(0)
     if torch := sys.modules.get("torch"):
         torch.random.default_generator.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def as_found() -> Iterator[None]:
+    """Give the next test the variables and the working directory that this one found.
+
+    Libraries of models, and what runs in a worker elsewhere, set some for their whole process.
+    """
+    folder, environment = Path.cwd(), dict(os.environ)
+    yield
+    os.chdir(folder)
+    environment["PYTEST_CURRENT_TEST"] = os.environ["PYTEST_CURRENT_TEST"]
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
 
 
 @pytest.fixture(scope="session", autouse=True)
