@@ -22,7 +22,6 @@ from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused, We
 from weightsmith.jobs import EchoJob, Input, MergeJob
 from weightsmith.ports import Runner, Silent
 from weightsmith.recipe import Merge
-from weightsmith.stages.merge import options_of
 from weightsmith.wiring import cache_folder
 from weightsmith.worker.jobs import STAGES
 
@@ -135,7 +134,7 @@ def merge_of(folder: Path, output: Path, refer: Callable[[Path], Input]) -> Merg
         base=refer(folder / "base"),
         adapters=(refer(folder / "adapters" / "a"), refer(folder / "adapters" / "b")),
         weights=(0.5, 1.0),
-        options=options_of(Merge(method="linear")),
+        options=Merge(method="linear").model_dump(),
         output=output,
         seconds=0,
     )
