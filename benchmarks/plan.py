@@ -60,7 +60,7 @@ def one_render() -> float:
         model=ModelFacts.of(model["config"]),
         model_file="",
         weight_bytes=model["weight_bytes"],
-        wishes=ServeOptions(gpu="nvidia-l40s"),
+        options=ServeOptions(gpu="nvidia-l40s"),
         image="",
         made_from=(),
     )

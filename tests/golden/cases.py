@@ -102,7 +102,7 @@ def rendered(name, target, wishes, *, config=None):
         model=facts(config or model(name)["config"]),
         model_file="support.gguf" if target.startswith("llamacpp") else "",
         weight_bytes=10_000_000_000 if config else weight_bytes(name, target),
-        wishes=ServeOptions(**wishes),
+        options=ServeOptions(**wishes),
         image=IMAGE,
         made_from=(Digest.of(b"artifact"),),
     )

@@ -134,7 +134,7 @@ def rendered(model, asked) -> None:
         model=model,
         model_file="x.gguf",
         weight_bytes=16_000_000_000,
-        wishes=ServeOptions(gpu=asked["gpu"], host_memory_bytes=64 << 30),
+        options=ServeOptions(gpu=asked["gpu"], host_memory_bytes=64 << 30),
         image="",
         made_from=(),
     )

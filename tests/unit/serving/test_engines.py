@@ -27,7 +27,7 @@ def rendered(target, *, config=LLAMA_8B, weights=LLAMA_8B_BYTES, name="support",
         model=facts(config),
         model_file="",
         weight_bytes=weights,
-        wishes=ServeOptions(**wishes),
+        options=ServeOptions(**wishes),
         image="",
         made_from=(),
     )
@@ -310,8 +310,8 @@ def test_sglangs_file_holds_what_it_can_read():
     config = rendered("sglang", **L40S, extra=extra)
     told = yaml.safe_load(config.files["sglang.yaml"])
 
-    assert set(told) <= set(sglang.options().kinds)
-    assert all(sglang.options().kinds[key] in {"value", "flag"} for key in told)
+    assert set(told) <= set(sglang.known_options().kinds)
+    assert all(sglang.known_options().kinds[key] in {"value", "flag"} for key in told)
     assert not any(
         isinstance(value, list | dict) or value in (None, False) for value in told.values()
     )
@@ -363,7 +363,7 @@ def test_nothing_stands_in_trtllms_file_and_arguments():
     assert not given & set(told)
     assert told["kv_cache_config"]["free_gpu_memory_fraction"] == 0.9
     assert config.command[-2:] == ("--extra_llm_api_options", trtllm.CONFIG_FILE)
-    assert set(told) <= set(trtllm.options().kinds)
+    assert set(told) <= set(trtllm.known_options().kinds)
 
 
 def test_trtllm_takes_a_part_of_what_is_free_beside_weights():

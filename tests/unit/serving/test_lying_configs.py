@@ -62,7 +62,7 @@ def lies(draw):
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(lies(), st.sampled_from(ENGINES), st.sampled_from(["", "nvidia-l40s", "nvidia-h100-80gb"]))
 def test_a_lie_is_planned_soundly_or_refused(config, target, gpu):
-    wishes = ServeOptions(gpu=gpu, host_memory_bytes=64 << 30)
+    options = ServeOptions(gpu=gpu, host_memory_bytes=64 << 30)
     try:
         plan = render(
             target=all_targets()[target],
@@ -71,7 +71,7 @@ def test_a_lie_is_planned_soundly_or_refused(config, target, gpu):
             model=facts(config),
             model_file="",
             weight_bytes=16_000_000_000,
-            wishes=wishes,
+            options=options,
             image="",
             made_from=(),
         ).plan

@@ -7,7 +7,7 @@ from weightsmith.errors import UsageError
 from weightsmith.planning.targets import all_targets
 from weightsmith.serving.engine import ServedAdapter, ServeOptions
 from weightsmith.serving.memory import GIB
-from weightsmith.serving.vllm import CONFIG_FILE, ENGINE, options
+from weightsmith.serving.vllm import CONFIG_FILE, ENGINE, known_options
 from weightsmith.stages.render import render
 
 from tests.fakes.configs import LLAMA_8B, LLAMA_8B_BYTES, facts
@@ -21,7 +21,7 @@ def rendered(target="vllm", *, config=LLAMA_8B, weights=LLAMA_8B_BYTES, name="su
         model=facts(config),
         model_file="",
         weight_bytes=weights,
-        wishes=ServeOptions(**wishes),
+        options=ServeOptions(**wishes),
         image="",
         made_from=(),
     )
@@ -53,7 +53,7 @@ def test_keys_have_dashes_and_are_known_to_the_pinned_version():
     extra = {"enable_prefix_caching": False, "override_generation_config": {"temperature": 0.2}}
     settings = settings_of(rendered(extra=extra, **wishes))
 
-    assert {key.removeprefix("no-") for key in settings} <= set(options().kinds)
+    assert {key.removeprefix("no-") for key in settings} <= set(known_options().kinds)
     assert None not in settings.values()
     # `vllm serve` drops the first of the two.
     assert settings["enable-prefix-caching"] is False
@@ -132,7 +132,7 @@ def test_no_name_breaks_out_of_the_file(name):
 
 
 def test_the_engine_is_pinned():
-    assert ENGINE.base.gpu.endswith("v" + options().version)
+    assert ENGINE.base.gpu.endswith("v" + known_options().version)
 
 
 def test_latent_attention_on_a_cpu_takes_prompts_whole():

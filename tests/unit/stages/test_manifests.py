@@ -49,7 +49,7 @@ def rendered(target, name="support", image=IMAGE, **wishes):
         model=facts(LLAMA_8B),
         model_file="",
         weight_bytes=16_000_000_000,
-        wishes=ServeOptions(
+        options=ServeOptions(
             **{**CASES[target], "max_num_seqs": 4, "max_model_len": 4096, **wishes}
         ),
         image=image,

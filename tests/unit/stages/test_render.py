@@ -29,7 +29,7 @@ SMOL = {
 CPU = ServeOptions(max_model_len=2048, max_num_seqs=4, host_memory_bytes=2 * GIB)
 
 
-def rendered(*, name="support-smol", wishes=CPU, image="", config=SMOL, weights=105 * MIB):
+def rendered(*, name="support-smol", options=CPU, image="", config=SMOL, weights=105 * MIB):
     return render(
         target=find("llamacpp-q4_k_m", targets(formats().values())),
         name=name,
@@ -37,7 +37,7 @@ def rendered(*, name="support-smol", wishes=CPU, image="", config=SMOL, weights=
         model=facts(config),
         model_file=f"{name}.gguf",
         weight_bytes=weights,
-        wishes=wishes,
+        options=options,
         image=image,
         made_from=(Digest.of(b"artifact"),),
     )
@@ -59,7 +59,7 @@ CASES = {
         "name": "support-llama3-8b",
         "config": LLAMA_8B,
         "weights": 4_920_000_000,
-        "wishes": ServeOptions(gpu="nvidia-l4", max_model_len=8192, max_num_seqs=8),
+        "options": ServeOptions(gpu="nvidia-l4", max_model_len=8192, max_num_seqs=8),
     },
 }
 
@@ -99,9 +99,9 @@ def test_the_env_file_is_the_images_environment():
 
 
 def test_a_cpu_image_holds_nothing_of_the_machine_that_planned_it():
-    wishes = {"max_model_len": 1024, "max_num_seqs": 2}
+    options = {"max_model_len": 1024, "max_num_seqs": 2}
     small, large = (
-        rendered(wishes=ServeOptions(host_memory_bytes=size << 30, **wishes)) for size in (4, 400)
+        rendered(options=ServeOptions(host_memory_bytes=size << 30, **options)) for size in (4, 400)
     )
 
     assert small.image_files == large.image_files
@@ -202,7 +202,7 @@ def test_an_engines_own_template_hides_the_shared_one(tmp_path):
 
 def test_a_plan_that_leaves_layers_on_the_host_says_that_it_does_not_fit():
     config = rendered(
-        config=LLAMA_8B, weights=4_920_000_000, wishes=ServeOptions(gpu_memory_bytes=4 * GIB)
+        config=LLAMA_8B, weights=4_920_000_000, options=ServeOptions(gpu_memory_bytes=4 * GIB)
     )
 
     assert config.plan.fits is False
@@ -210,9 +210,9 @@ def test_a_plan_that_leaves_layers_on_the_host_says_that_it_does_not_fit():
     assert config.plan.nearest
 
 
-@pytest.mark.parametrize("wishes", [CPU, ServeOptions(gpu_memory_bytes=4 * GIB)])
-def test_what_is_written_is_read_back_the_same(wishes):
-    config = rendered(wishes=wishes)
+@pytest.mark.parametrize("options", [CPU, ServeOptions(gpu_memory_bytes=4 * GIB)])
+def test_what_is_written_is_read_back_the_same(options):
+    config = rendered(options=options)
     written = json.dumps(config.to_json())
 
     assert ServingConfig.from_json(json.loads(written)) == config

@@ -46,7 +46,7 @@ def rendered(made: Sources, **wishes):
         model=facts(json.loads((TINY / "base" / "config.json").read_text())),
         model_file="",
         weight_bytes=unmerged(made).tree.size,
-        wishes=ServeOptions(adapters=served_adapters(made), **wishes),
+        options=ServeOptions(adapters=served_adapters(made), **wishes),
         image="",
         made_from=(),
     )
@@ -152,7 +152,7 @@ def test_llamacpp_adds_one_adapter_always_and_of_several_none():
             model=facts(json.loads((TINY / "base" / "config.json").read_text())),
             model_file="capitals.gguf",
             weight_bytes=8 << 20,
-            wishes=ServeOptions(
+            options=ServeOptions(
                 adapters=served_adapters(made, gguf=True), host_memory_bytes=1 << 33
             ),
             image="",

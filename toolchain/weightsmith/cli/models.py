@@ -169,15 +169,15 @@ def render(
 ) -> tuple[Mapping[str, Json], str]:
     """Plan a target's memory and render its serving configuration and manifests into --out."""
     del json
-    from weightsmith.commands.arguments import required, serve_wishes
+    from weightsmith.commands.arguments import required, serving_options
     from weightsmith.commands.render import render_model
     from weightsmith.serving.plan_summary import summary
     from weightsmith.wiring import keep_clean
 
     required(model=model, target=target, out=out)
     keep_clean([model], out=out)
-    wishes = serve_wishes(serve, set)
-    files, plan = render_model(Path(model), target, name, wishes, Path(out))
+    options = serving_options(serve, set)
+    files, plan = render_model(Path(model), target, name, options, Path(out))
     result = {"files": files, "plan": plan.to_json()}
     return result, f"{joined([*files, ''])}\n{summary(target, plan)}"
 

@@ -69,8 +69,8 @@ def one_each(weights: Sequence[float], count: int) -> tuple[float, ...]:
     return tuple(weights)
 
 
-def serve_wishes(serve: Serve, settings: Sequence[str]) -> ServeOptions:
-    """Return serving wishes with `--set serve.KEY=VALUE` on top; raises UsageError."""
+def serving_options(serve: Serve, settings: Sequence[str]) -> ServeOptions:
+    """Return serving options with `--set serve.KEY=VALUE` on top; raises UsageError."""
     data = with_settings({"serve": serve.model_dump(exclude_unset=True)}, settings)
     extra = sorted(set(data) - {"serve"})
     if extra:

@@ -37,7 +37,7 @@ def table(result: Mapping[str, Json]) -> str:
     for name, plan in result["serving"].items():
         console.print(Text(summary(name, ServingPlan.from_json(plan))), soft_wrap=True)
     if advice := result["advice"]:
-        what = {True: "merge", False: "serve the adapters beside the base", None: "as it is"}
+        what = {True: "merge", False: "serve the adapters unmerged", None: "as it is"}
         said = f"advice: {what[advice['merge']]}: {'; '.join(advice['why'])}"
         console.print(Text(escaped(said)))
     if not result["serving"]:

@@ -115,7 +115,7 @@ def _indexed_bytes(path: Path) -> int:
 
 
 def serving_config(
-    model: Model, target: Target, wishes: ServeOptions, image: str = ""
+    model: Model, target: Target, options: ServeOptions, image: str = ""
 ) -> ServingConfig:
     """Plan and render a target for a model; raises UsageError where it does not fit."""
     own = own_weights(model, target)
@@ -129,7 +129,7 @@ def serving_config(
         model=model.facts,
         model_file=own[0] if len(own) == 1 and target.format.suffix == ".gguf" else "",
         weight_bytes=size,
-        wishes=wishes,
+        options=options,
         image=image,
         made_from=(),
         notes=model.notes,
@@ -169,10 +169,10 @@ def own_weights(model: Model, target: Target) -> tuple[str, ...]:
 
 
 def render_model(
-    path: Path, target: str, name: str, wishes: ServeOptions, out: Path
+    path: Path, target: str, name: str, options: ServeOptions, out: Path
 ) -> tuple[tuple[str, ...], ServingPlan]:
     """Write a target's serving files for a model; return their paths and the plan."""
-    config = serving_config(foresee_model(path, name), find(target, all_targets()), wishes)
+    config = serving_config(foresee_model(path, name), find(target, all_targets()), options)
     text = json.dumps(config.to_json(), indent=2, sort_keys=True) + "\n"
     files = {**config.files, _CONFIG: text}
     write_files(files, out)

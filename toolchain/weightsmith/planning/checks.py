@@ -40,7 +40,7 @@ from weightsmith.values import Sources
 def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> dict[str, str]:
     """Refuse, before anything long starts, what would be refused after it.
 
-    Adapters that do not fit the base, wishes that do not fit the memory, too small a disk. Returns
+    Adapters that do not fit the base, options that do not fit the memory, too small a disk. Returns
     the device that each target is planned for, by its name.
     """
     recipe = request.file.recipe

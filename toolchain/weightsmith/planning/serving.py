@@ -35,7 +35,7 @@ def serving_config(
         model=model,
         model_file=weights,
         weight_bytes=weight_bytes,
-        wishes=replace(serve_options(recipe.serve), adapters=adapters),
+        options=replace(serve_options(recipe.serve), adapters=adapters),
         image=reference(recipe, target.name),
         made_from=made_from,
         notes=notes,

@@ -1,4 +1,4 @@
-"""Merge the adapters, or serve them beside the base? What speaks for either, from what is known."""
+"""Whether to merge the adapters or to serve them unmerged, and the reasons for either."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ def advise(
     merged: list[str] = []
     apart = [
         f"{' and '.join(map(str, pair['adapters']))} work against each other (cosine"
-        f" {float(pair['cosine']):.2f}): merged, each loses"
+        f" {float(pair['cosine']):.2f}): merging weakens both"
         for pair in conflicts
         if float(pair["cosine"]) < _OPPOSED
     ]
     if changes >= _OFTEN:
         apart.append(
-            f"the adapters changed {changes} times within a week: beside the base an update moves"
-            " megabytes, merged all weights"
+            f"the adapters changed {changes} times within a week: unmerged, an update moves"
+            " megabytes; merged, it moves all weights"
         )
     if packed:
         merged.append("a target is quantized: quantizers take one plain checkpoint")
     if adapters == 1:
-        merged.append("one adapter: merged it costs nothing at each request")
+        merged.append("one adapter: once merged, it costs nothing per request")
     elif not conflicts:
         merged.append(
-            f"{adapters} adapters for one model: if each is for clients of its own, serve them"
-            " beside one base (vllm-lora) instead"
+            f"{adapters} adapters for one model: if each has clients of its own, serve them"
+            " unmerged with one base (vllm-lora) instead"
         )
     else:
         merged.append("the adapters do not work against each other, as measured")

@@ -12,7 +12,7 @@ from weightsmith.values import SAFETENSORS, Format, Json
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedAdapter:
-    """A LoRA adapter that is served beside its base."""
+    """A LoRA adapter that is served unmerged, with its base."""
 
     name: str
     """What clients ask for."""
@@ -23,7 +23,7 @@ class ServedAdapter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
-    """What the user asks of a serving plan; None, 0 and "" stand for `auto`."""
+    """The user's serving options; None, 0 and "" stand for `auto`."""
 
     gpu: str = ""
     gpu_count: int = 1
@@ -39,9 +39,9 @@ class ServeOptions:
     gpu_memory_utilization: float = 0.0
     served_model_name: str = ""
     adapters: tuple[ServedAdapter, ...] = ()
-    """Served beside the base, for formats that do not merge them."""
+    """Served unmerged, for formats that do not merge them."""
     format: Format = SAFETENSORS
-    """The target's, not a wish: what the weights are packed in."""
+    """The target's, not the user's: what the weights are packed in."""
     extra: Mapping[str, Json] = field(default_factory=dict)
 
 
@@ -84,7 +84,7 @@ class Engine:
     port: int
     health_path: str
     plan: Callable[[ModelFacts, int, ServeOptions], ServingPlan]
-    """(model, weight bytes, wishes) -> plan; raises UsageError where it cannot fit."""
+    """(model, weight bytes, options) -> plan; raises UsageError for what does not fit."""
     env: Callable[[ServingPlan, Mapping[str, Json]], Mapping[str, str]]
     """(plan, names) -> environment of the process.
 
@@ -120,11 +120,11 @@ class Engine:
     legacy: str = ""
     """Why one should choose another engine, or empty."""
     support: Mapping[str, Support] = field(default_factory=dict)
-    """Name or kind of a Format -> what loading it needs; nothing is known of those left out."""
+    """Name or kind of a Format -> what loading it needs; formats without a row are not checked."""
     support_versions: Mapping[str, str] = field(default_factory=dict)
-    """`cpu` and `gpu` -> the version whose source `support` was read from, that is the pinned one.
+    """`cpu` and `gpu` -> the pinned version, whose source the rows of `support` were read from.
 
-    A test fails when the pins move on: read the files that the rows name again, then change this.
+    A test fails when a pin changes: then read the files that the rows name again.
     """
     cpu_build_lacks: Callable[[ModelFacts], str] = field(default=lambda _model: "")
     """(model) -> why the CPU engine that is assembled here cannot load it, or empty."""

@@ -23,7 +23,7 @@ class Lengths:
 
     default: int
     most: int
-    """What may be wished for; larger than the default where positions can be stretched."""
+    """What may be asked for; larger than the default where positions can be stretched."""
 
 
 def lengths(model: ModelFacts, *, stretched: bool = False) -> Lengths:

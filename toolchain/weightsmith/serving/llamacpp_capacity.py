@@ -124,7 +124,7 @@ class Capacity:
 
 
 def make_capacity(
-    shape: ModelShape, weights: int, wishes: ServeOptions, extra: Mapping[str, Json]
+    shape: ModelShape, weights: int, options: ServeOptions, extra: Mapping[str, Json]
 ) -> Capacity:
     """Return the capacity with llama-server's options read; UsageError for one that cannot be."""
     flash = str(extra.get("flash-attn", "on")).lower() not in {"off", "false", "0", "disabled"}
@@ -139,7 +139,7 @@ def make_capacity(
     return Capacity(
         shape=shape,
         weights=weights,
-        machine=_machine(wishes),
+        machine=_machine(options),
         type_k=str(extra.get("cache-type-k", "f16")),
         type_v=type_v,
         ubatch=_whole(extra, "ubatch-size", UBATCH, least=1),
@@ -148,22 +148,22 @@ def make_capacity(
     )
 
 
-def _machine(wishes: ServeOptions) -> Machine:
-    named = gpu(wishes.gpu) if wishes.gpu not in {"", "cpu"} else None
+def _machine(options: ServeOptions) -> Machine:
+    named = gpu(options.gpu) if options.gpu not in {"", "cpu"} else None
     if named and named.compute_capability == (0, 0):
         raise UsageError(
             f"{named.name}: the llama.cpp image here is built for NVIDIA GPUs",
             hint="leave the GPU out to plan for the CPU, or choose an NVIDIA GPU",
         )
-    if named or wishes.gpu_memory_bytes:
-        each = wishes.gpu_memory_bytes or (named.usable_bytes if named else 0)
-        total = each * wishes.gpu_count
+    if named or options.gpu_memory_bytes:
+        each = options.gpu_memory_bytes or (named.usable_bytes if named else 0)
+        total = each * options.gpu_count
         device = named.name if named else "gpu"
         held = total // _MARGIN
-        if wishes.gpu_memory_utilization:
-            held = total - int(total * wishes.gpu_memory_utilization)
-        return Machine(device=device, gpus=wishes.gpu_count, total=total, held_back=held)
-    total = wishes.host_memory_bytes or host_memory()
+        if options.gpu_memory_utilization:
+            held = total - int(total * options.gpu_memory_utilization)
+        return Machine(device=device, gpus=options.gpu_count, total=total, held_back=held)
+    total = options.host_memory_bytes or host_memory()
     return Machine(device="cpu", gpus=0, total=total, held_back=total // _MARGIN)
 
 
@@ -181,7 +181,7 @@ def _whole(extra: Mapping[str, Json], option: str, default: int, *, least: int) 
 
 
 def ways(capacity: Capacity, tokens: int, slots: int) -> list[dict[str, Json]]:
-    """Return the wishes closest to these that fit: `text` for people, the rest as `serve` keys."""
+    """Return the nearest options that fit: `text` for people, the rest as `serve` keys."""
     both: dict[str, Json] = {"max_model_len": tokens, "max_num_seqs": slots}
     found: list[dict[str, Json]] = []
     if shorter := capacity.longest(slots, tokens):

@@ -31,26 +31,26 @@ _SPLIT_LENGTH = 4096
 _BATCH = 2048
 
 
-def plan(model: ModelFacts, weight_bytes: int, wishes: ServeOptions) -> ServingPlan:
-    """Return the plan for a model of `weight_bytes` on the wished machine.
+def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> ServingPlan:
+    """Return the plan for a model of `weight_bytes` on the machine that the options name.
 
     `auto` takes the longest request that fits, up to the model's own length, then up to four at
-    once. Raises InputRefused for a lying config.json, and UsageError for a wish that cannot be,
-    with the nearest that can.
+    once. Raises InputRefused for numbers in config.json that are wrong, and UsageError for options
+    that do not fit, with the nearest that do.
     """
     shape = model.shape
     require_attention(shape)
-    extra = _with_wishes(extra_options(wishes.extra), wishes)
-    capacity = make_capacity(shape, weight_bytes, wishes, extra)
+    extra = _with_options(extra_options(options.extra), options)
+    capacity = make_capacity(shape, weight_bytes, options, extra)
     notes = _shape_notes(shape)
     if said := check_architecture(model):
         notes.append(said)
-    limit = _length_limit(shape, wishes, extra)
-    tokens, slots = _choose(capacity, wishes, limit)
+    limit = _length_limit(shape, options, extra)
+    tokens, slots = _choose(capacity, options, limit)
     if capacity.fits(tokens, slots):
         layers = capacity.shape.layers + 1 if capacity.machine.gpus else 0
     elif capacity.machine.gpus:
-        layers = _split(capacity, tokens, slots, wishes)
+        layers = _split(capacity, tokens, slots, options)
         notes.append(
             f"{layers} of {shape.layers} layers fit on {capacity.machine.device}; the rest run on"
             " the host's CPU, many times slower. All would fit with:"
@@ -65,66 +65,67 @@ _CACHE_TYPES = {"fp8": "q8_0", "fp8_e4m3": "q8_0", "float16": "f16", "bfloat16":
 """Other engines' names -> the nearest of llama.cpp's own."""
 
 
-def _with_wishes(extra: dict[str, Json], wishes: ServeOptions) -> dict[str, Json]:
-    """Return the options that the wishes of every engine stand for; `extra` wins.
+def _with_options(extra: dict[str, Json], options: ServeOptions) -> dict[str, Json]:
+    """Return llama-server's options for those that every engine has; `extra` wins.
 
-    Raises UsageError for a wish that llama.cpp has nothing for.
+    Raises UsageError for an option that llama.cpp has nothing for.
     """
-    if wishes.dtype not in {"", "auto"}:
+    if options.dtype not in {"", "auto"}:
         raise UsageError(
-            f"dtype {wishes.dtype}: a GGUF file has its types already", hint="choose another target"
+            f"dtype {options.dtype}: a GGUF file has its types already",
+            hint="choose another target",
         )
-    if wishes.tensor_parallel_size > 1:
+    if options.tensor_parallel_size > 1:
         raise UsageError(
             "tensor_parallel_size: llama.cpp gives whole layers to each GPU",
             hint="set serve.gpu_count alone",
         )
-    if wishes.pipeline_parallel_size not in {0, wishes.gpu_count}:
+    if options.pipeline_parallel_size not in {0, options.gpu_count}:
         raise UsageError(
-            f"pipeline_parallel_size {wishes.pipeline_parallel_size} is not gpu_count"
-            f" {wishes.gpu_count}",
+            f"pipeline_parallel_size {options.pipeline_parallel_size} is not gpu_count"
+            f" {options.gpu_count}",
             hint="leave it out: llama.cpp spreads the layers over all GPUs",
         )
     found: dict[str, Json] = {}
-    if wishes.kv_cache_dtype not in {"", "auto"}:
-        kind = _CACHE_TYPES.get(wishes.kv_cache_dtype, wishes.kv_cache_dtype)
+    if options.kv_cache_dtype not in {"", "auto"}:
+        kind = _CACHE_TYPES.get(options.kv_cache_dtype, options.kv_cache_dtype)
         found |= {"cache-type-k": kind, "cache-type-v": kind}
-    if batch := wishes.max_num_batched_tokens:
+    if batch := options.max_num_batched_tokens:
         found |= {"batch-size": batch, "ubatch-size": min(UBATCH, batch)}
     return {**found, **extra}
 
 
-def _length_limit(shape: ModelShape, wishes: ServeOptions, extra: Mapping[str, Json]) -> int:
+def _length_limit(shape: ModelShape, options: ServeOptions, extra: Mapping[str, Json]) -> int:
     """Return the longest request the model allows; stretched positions lift the limit."""
     limit = shape.max_positions or _UNKNOWN_LENGTH
-    wish = wishes.max_model_len
-    if wish is None:
+    wanted = options.max_model_len
+    if wanted is None:
         return limit
     stretched = any(option.startswith(("rope-", "yarn-")) for option in extra)
-    if shape.max_positions and wish > shape.max_positions and not stretched:
+    if shape.max_positions and wanted > shape.max_positions and not stretched:
         raise UsageError(
-            f"max_model_len {wish} is longer than the model's {shape.max_positions} positions",
+            f"max_model_len {wanted} is longer than the model's {shape.max_positions} positions",
             hint=f"nearest: max_model_len {shape.max_positions}; or stretch the positions with"
             " serve.extra.rope-scale or serve.extra.yarn-orig-ctx",
         )
-    return max(limit, wish)
+    return max(limit, wanted)
 
 
-def _choose(capacity: Capacity, wishes: ServeOptions, limit: int) -> tuple[int, int]:
-    """Return (tokens, slots): the wishes, and for `auto` the most that fits."""
-    tokens = wishes.max_model_len
+def _choose(capacity: Capacity, options: ServeOptions, limit: int) -> tuple[int, int]:
+    """Return (tokens, slots): the options, and for `auto` the most that fits."""
+    tokens = options.max_model_len
     if tokens is None:
-        tokens = capacity.longest(wishes.max_num_seqs or 1, limit)
+        tokens = capacity.longest(options.max_num_seqs or 1, limit)
         # A GPU that cannot hold everything is used for as many layers as it can.
         useful = min(_SPLIT_LENGTH, limit)
         if capacity.machine.gpus and tokens < useful:
             tokens = useful
         tokens = tokens or min(KV_PADDING, limit)
-    slots = wishes.max_num_seqs or capacity.most_slots(tokens, _AUTO_SLOTS) or 1
+    slots = options.max_num_seqs or capacity.most_slots(tokens, _AUTO_SLOTS) or 1
     return tokens, slots
 
 
-def _split(capacity: Capacity, tokens: int, slots: int, wishes: ServeOptions) -> int:
+def _split(capacity: Capacity, tokens: int, slots: int, options: ServeOptions) -> int:
     """Return how many layers fit on the GPU, counting a layer's weights and cache as equal."""
     layers = capacity.shape.layers
     kv = capacity.kv(tokens, slots)
@@ -134,10 +135,10 @@ def _split(capacity: Capacity, tokens: int, slots: int, wishes: ServeOptions) ->
     if fitting < 1:
         raise _too_much(capacity, tokens, slots)
     rest = (layers - fitting) * each + PROGRAM
-    if wishes.host_memory_bytes and rest > wishes.host_memory_bytes:
+    if options.host_memory_bytes and rest > options.host_memory_bytes:
         raise UsageError(
             f"{layers - fitting} layers do not fit on {capacity.machine.device} and need"
-            f" {human(rest)} of host memory; there are {human(wishes.host_memory_bytes)}",
+            f" {human(rest)} of host memory; there are {human(options.host_memory_bytes)}",
             hint=f"nearest that fits: {_nearest(capacity, tokens, slots)}",
         )
     return fitting
@@ -157,7 +158,7 @@ def _too_much(capacity: Capacity, tokens: int, slots: int) -> UsageError:
 
 
 def _nearest(capacity: Capacity, tokens: int, slots: int) -> str:
-    """Return the wishes closest to these that fit, for people."""
+    """Return the nearest options that fit, for people."""
     return "; or ".join(str(way["text"]) for way in ways(capacity, tokens, slots))
 
 

@@ -29,36 +29,36 @@ class Machine:
     pipeline_parallel: int = 1
 
 
-def machine_for(wishes: ServeOptions, shape: ModelShape) -> Machine:
-    """Return the wished machine; raises UsageError for a split that the model does not allow."""
-    named = gpu(wishes.gpu) if wishes.gpu not in {"", "cpu"} else None
-    if not named and not wishes.gpu_memory_bytes:
-        if wishes.tensor_parallel_size > 1 or wishes.pipeline_parallel_size > 1:
+def machine_for(options: ServeOptions, shape: ModelShape) -> Machine:
+    """Return the machine to plan for; raises UsageError for a split that the model does not allow."""
+    named = gpu(options.gpu) if options.gpu not in {"", "cpu"} else None
+    if not named and not options.gpu_memory_bytes:
+        if options.tensor_parallel_size > 1 or options.pipeline_parallel_size > 1:
             raise UsageError(
                 "tensor_parallel_size and pipeline_parallel_size split a model over GPUs, and none"
                 " is named",
                 hint="set serve.gpu, or serve.gpu_memory",
             )
         return Machine(
-            device="cpu", gpu=None, gpus=0, bytes_each=wishes.host_memory_bytes or host_memory()
+            device="cpu", gpu=None, gpus=0, bytes_each=options.host_memory_bytes or host_memory()
         )
-    tensor, pipeline = _split(wishes, shape)
+    tensor, pipeline = _split(options, shape)
     return Machine(
         device=named.name if named else "gpu",
         gpu=named,
         gpus=tensor * pipeline,
-        bytes_each=wishes.gpu_memory_bytes or (named.usable_bytes if named else 0),
+        bytes_each=options.gpu_memory_bytes or (named.usable_bytes if named else 0),
         tensor_parallel=tensor,
         pipeline_parallel=pipeline,
     )
 
 
-def _split(wishes: ServeOptions, shape: ModelShape) -> tuple[int, int]:
-    """Return (tensor, pipeline) parallel sizes: as wished, else as many shards as heads allow."""
+def _split(options: ServeOptions, shape: ModelShape) -> tuple[int, int]:
+    """Return (tensor, pipeline) parallel sizes: the user's, else as many shards as heads allow."""
     tensor, pipeline, count = (
-        wishes.tensor_parallel_size,
-        wishes.pipeline_parallel_size,
-        wishes.gpu_count,
+        options.tensor_parallel_size,
+        options.pipeline_parallel_size,
+        options.gpu_count,
     )
     if tensor or pipeline:
         if not tensor:
@@ -99,20 +99,20 @@ def can_split(shape: ModelShape, shards: int) -> bool:
     return shape.heads % shards == 0 and (even or bool(shape.kv_lora_rank))
 
 
-def choose_dtype(shape: ModelShape, machine: Machine, wish: str) -> tuple[str, str]:
+def choose_dtype(shape: ModelShape, machine: Machine, wanted: str) -> tuple[str, str]:
     """Return (dtype, note): the type that activations are computed in, and why where it changed.
 
     float32 checkpoints are served in bfloat16, as vLLM does. GPUs before compute capability 8.0
     lack bfloat16. Raises UsageError for a type that the GPU or the model does not allow.
     """
-    if wish not in {"", "auto", *_DTYPES}:
-        raise UsageError(f"dtype {wish}: unknown", hint=f"one of auto, {', '.join(_DTYPES)}")
+    if wanted not in {"", "auto", *_DTYPES}:
+        raise UsageError(f"dtype {wanted}: unknown", hint=f"one of auto, {', '.join(_DTYPES)}")
     bf16 = machine.gpu is None or machine.gpu.bf16
     own = shape.dtype if shape.dtype in {"bfloat16", "float16"} else "bfloat16"
-    chosen = wish if wish in _DTYPES else own
+    chosen = wanted if wanted in _DTYPES else own
     note = ""
     if chosen == "bfloat16" and not bf16:
-        if wish == "bfloat16":
+        if wanted == "bfloat16":
             raise UsageError(
                 f"{machine.device} has no bfloat16 (it came with compute capability 8.0)",
                 hint="set serve.dtype=float16, or choose an L4 or later",

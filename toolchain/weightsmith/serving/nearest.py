@@ -1,4 +1,4 @@
-"""What would fit, where a wish does not: changed wishes, each with its numbers."""
+"""What would fit, where the options do not: changed ones, each with its numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FOUR_BITS = 4.25
 
 
 def alternatives(capacity: Capacity, plan: ServingPlan) -> tuple[Mapping[str, Json], ...]:
-    """Return changes of one wish each that fit: `text` for people, the rest as `serve` keys.
+    """Return changes of one option each that fit: `text` for people, the rest as `serve` keys.
 
     In this order: a shorter request, fewer at once, a smaller cache type, smaller weights, more
     GPUs, another GPU. One that changes nothing enough is left out; the list may be empty.
@@ -62,7 +62,7 @@ def _smaller_cache(capacity: Capacity, tokens: int, requests: int) -> Mapping[st
     card = capacity.machine.gpu
     if capacity.element <= 1 or "fp8" not in capacity.rules.cache_dtypes or (card and not card.fp8):
         return {}
-    packed = replace(capacity, wishes=replace(capacity.wishes, kv_cache_dtype="fp8"))
+    packed = replace(capacity, options=replace(capacity.options, kv_cache_dtype="fp8"))
     longest = packed.longest(requests, tokens)
     if longest <= capacity.longest(requests, tokens):
         return {}
@@ -76,7 +76,7 @@ def _smaller_cache(capacity: Capacity, tokens: int, requests: int) -> Mapping[st
 
 
 def _smaller_weights(capacity: Capacity, tokens: int, requests: int) -> Mapping[str, Json]:
-    bits = capacity.wishes.format.bits_per_weight
+    bits = capacity.options.format.bits_per_weight
     if bits <= 8 or not capacity.rules.small_target:
         return {}
     outside = min(capacity.weights, capacity.shape.vocab * capacity.shape.hidden * 2)

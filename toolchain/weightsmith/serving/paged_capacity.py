@@ -40,7 +40,7 @@ class Switches:
     graphs: bool = True
     state_dtype: str = ""
     """Of recurrent states; "" for what model and engine choose."""
-    beside: int = 0
+    adapter_bytes: int = 0
     """Further bytes per GPU, such as adapters that are loaded."""
 
 
@@ -82,7 +82,7 @@ class Capacity:
     shape: ModelShape
     weights: int
     machine: Machine
-    wishes: ServeOptions
+    options: ServeOptions
     dtype: str
     switches: Switches
     limit: Lengths
@@ -101,7 +101,7 @@ class Capacity:
             tensor_parallel=machine.tensor_parallel,
             pipeline_parallel=machine.pipeline_parallel,
             prefix_caching=switches.prefix_caching,
-            sparse=self.wishes.kv_cache_dtype == "fp8_ds_mla",
+            sparse=self.options.kv_cache_dtype == "fp8_ds_mla",
             hybrid=switches.hybrid and rules.keeps_windows_small,
         )
 
@@ -117,9 +117,11 @@ class Capacity:
     @property
     def element(self) -> float:
         """Bytes of a number in the cache."""
-        wish = self.wishes.kv_cache_dtype
+        wanted = self.options.kv_cache_dtype
         return (
-            self.rules.cache_dtypes[wish] if wish not in {"", "auto"} else dtype_bytes(self.dtype)
+            self.rules.cache_dtypes[wanted]
+            if wanted not in {"", "auto"}
+            else dtype_bytes(self.dtype)
         )
 
     @cached_property
@@ -134,9 +136,9 @@ class Capacity:
         return -(-(inner * -(-layers // stages) // layers + ends) // machine.tensor_parallel)
 
     def batched(self, tokens: int, requests: int) -> int:
-        """Return max_num_batched_tokens: the wish, else the engine's, no more than can come."""
-        wish = self.wishes.max_num_batched_tokens
-        chosen = wish or max(
+        """Return max_num_batched_tokens: the option, else the engine's, no more than can come."""
+        wanted = self.options.max_num_batched_tokens
+        chosen = wanted or max(
             requests, min(self.rules.batched_tokens(self.machine), requests * tokens)
         )
         return chosen if self.switches.chunked_prefill else max(chosen, tokens)
@@ -169,18 +171,18 @@ class Capacity:
                 min(1536 * MIB, 300 * MIB + 15 * MIB * shape.layers) if self.switches.graphs else 0
             )
             fixed = GIB + (GIB // 2 if tensor > 1 else 0) + graphs
-        return activations + logits + fixed + self.switches.beside
+        return activations + logits + fixed + self.switches.adapter_bytes
 
     def budget(self, tokens: int, requests: int) -> tuple[int, int, float]:
         """Return (bytes for the cache, bytes held back, the engine's fraction), per GPU."""
         total, rules = self.machine.bytes_each, self.rules
-        beside = self.weights_each + self.overhead(tokens, requests)
-        fraction = self.wishes.gpu_memory_utilization or rules.fraction
+        taken = self.weights_each + self.overhead(tokens, requests)
+        fraction = self.options.gpu_memory_utilization or rules.fraction
         if not self.machine.gpus:
             margin = total // _MARGIN
-            return total - margin - beside, margin, 0.0
+            return total - margin - taken, margin, 0.0
         if rules.fraction_of == "free":
-            free = total - beside
+            free = total - taken
             room = int(free * fraction)
             return room, free - room, fraction
         if rules.fraction_of == "static":
@@ -190,7 +192,7 @@ class Capacity:
             return int(total * chosen) - self.weights_each, margin, chosen
         asked = math.ceil(total * fraction * rules.wiggle)
         margin = asked // _MARGIN
-        return asked - margin - beside, margin, fraction
+        return asked - margin - taken, margin, fraction
 
     def room(self, tokens: int, requests: int) -> int:
         """Return the bytes for the cache, per GPU; negative where not even the weights fit."""

@@ -25,24 +25,24 @@ from weightsmith.values import SAFETENSORS
 def plan_paged(
     model: ModelFacts,
     weight_bytes: int,
-    wishes: ServeOptions,
+    options: ServeOptions,
     rules: Rules,
     switches: Switches | None = None,
 ) -> tuple[ServingPlan, Capacity]:
     """Return a model's plan, without the engine's settings, and its capacity.
 
     `auto` takes the longest request that fits, up to the model's own length, for as many requests
-    as are wished; then as many requests as fit. Raises InputRefused for a lying config.json and
-    UsageError for a wish that cannot be, with the nearest that can.
+    as the options say; then as many requests as fit. Raises InputRefused for numbers in config.json
+    that are wrong, and UsageError for options that do not fit, with the nearest that do.
     """
-    capacity = make_capacity(model, weight_bytes, wishes, rules, switches or Switches())
+    capacity = make_capacity(model, weight_bytes, options, rules, switches or Switches())
     tokens = _tokens(capacity)
     requests = (
-        wishes.max_num_seqs or capacity.most(tokens, rules.most_requests(capacity.machine)) or 1
+        options.max_num_seqs or capacity.most(tokens, rules.most_requests(capacity.machine)) or 1
     )
-    if wishes.max_num_batched_tokens and wishes.max_num_batched_tokens < requests:
+    if options.max_num_batched_tokens and options.max_num_batched_tokens < requests:
         raise UsageError(
-            f"max_num_batched_tokens {wishes.max_num_batched_tokens} is less than max_num_seqs"
+            f"max_num_batched_tokens {options.max_num_batched_tokens} is less than max_num_seqs"
             f" {requests}: each request takes at least one token of a batch",
             hint=f"nearest: max_num_batched_tokens {requests}",
         )
@@ -55,13 +55,13 @@ def plan_paged(
 def make_capacity(
     model: ModelFacts,
     weight_bytes: int,
-    wishes: ServeOptions,
+    options: ServeOptions,
     rules: Rules,
     switches: Switches,
 ) -> Capacity:
     """Return the checked capacity; raises as `plan_paged`."""
     shape = model.shape
-    machine = machine_for(wishes, shape)
+    machine = machine_for(options, shape)
     if not machine.gpus and not rules.runs_on_cpu:
         raise UsageError(
             f"{rules.name} needs a GPU",
@@ -74,17 +74,17 @@ def make_capacity(
             " heads do not divide, and it does not split by layers",
             hint=f"nearest: gpu_count {max(fitting)}",
         )
-    dtype, note = choose_dtype(shape, machine, wishes.dtype)
-    _check_cache_dtype(rules, machine, dtype, wishes.kv_cache_dtype)
-    _check_fraction(wishes)
+    dtype, note = choose_dtype(shape, machine, options.dtype)
+    _check_cache_dtype(rules, machine, dtype, options.kv_cache_dtype)
+    _check_fraction(options)
     notes = [said for said in (note, check_architecture(model)) if said]
-    if wishes.gpu_memory_bytes and machine.gpu is None:
+    if options.gpu_memory_bytes and machine.gpu is None:
         notes.append("a GPU without a name: its number formats are not checked")
     if not shape.max_positions:
         notes.append("config.json gives no length")
     if not rules.keeps_windows_small and any(p.kind in {"sliding", "chunked"} for p in shape.cache):
         notes.append("layers with a window are planned at full length, which is never too little")
-    if _shrinks(model, wishes, dtype):
+    if _shrinks(model, options, dtype):
         notes.append(f"float32 weights are loaded as {dtype}: half of the files' size")
         weight_bytes //= 2
     return Capacity(
@@ -92,68 +92,68 @@ def make_capacity(
         shape=shape,
         weights=weight_bytes,
         machine=machine,
-        wishes=wishes,
+        options=options,
         dtype=dtype,
         switches=switches,
-        limit=lengths(model, stretched=_stretched(wishes)),
+        limit=lengths(model, stretched=_stretched(options)),
         notes=tuple(notes),
     )
 
 
-def _shrinks(model: ModelFacts, wishes: ServeOptions, dtype: str) -> bool:
+def _shrinks(model: ModelFacts, options: ServeOptions, dtype: str) -> bool:
     """Say whether a float32 checkpoint is served in 16 bits; it must say that it is one."""
-    return (wishes.format, model.stated_dtype) == (SAFETENSORS, "float32") and dtype != "float32"
+    return (options.format, model.stated_dtype) == (SAFETENSORS, "float32") and dtype != "float32"
 
 
-def _stretched(wishes: ServeOptions) -> bool:
-    return any(key.replace("_", "-") in {"hf-overrides", "rope-scaling"} for key in wishes.extra)
+def _stretched(options: ServeOptions) -> bool:
+    return any(key.replace("_", "-") in {"hf-overrides", "rope-scaling"} for key in options.extra)
 
 
-def _check_cache_dtype(rules: Rules, machine: Machine, dtype: str, wish: str) -> None:
-    if wish in {"", "auto"}:
+def _check_cache_dtype(rules: Rules, machine: Machine, dtype: str, wanted: str) -> None:
+    if wanted in {"", "auto"}:
         return
-    if wish not in rules.cache_dtypes:
+    if wanted not in rules.cache_dtypes:
         raise UsageError(
-            f"kv_cache_dtype {wish}: {rules.name} has no such type",
+            f"kv_cache_dtype {wanted}: {rules.name} has no such type",
             hint=f"one of auto, {', '.join(rules.cache_dtypes)}",
         )
-    if wish in {"float16", "bfloat16"} and wish != dtype:
+    if wanted in {"float16", "bfloat16"} and wanted != dtype:
         raise UsageError(
-            f"kv_cache_dtype {wish} is not the model's {dtype}",
+            f"kv_cache_dtype {wanted} is not the model's {dtype}",
             hint="leave it out, or set an 8-bit type",
         )
     # E4M3 in hardware came with compute capability 8.9; E5M2 is converted from 8.0 on.
     card = machine.gpu
-    needs = (8, 0) if wish == "fp8_e5m2" else (8, 9)
-    if card and wish.startswith("fp8") and not card.fp8 and card.compute_capability < needs:
+    needs = (8, 0) if wanted == "fp8_e5m2" else (8, 9)
+    if card and wanted.startswith("fp8") and not card.fp8 and card.compute_capability < needs:
         raise UsageError(
-            f"kv_cache_dtype {wish} needs compute capability {needs[0]}.{needs[1]}, {card.name} has"
-            f" {card.compute_capability[0]}.{card.compute_capability[1]}",
+            f"kv_cache_dtype {wanted} needs compute capability {needs[0]}.{needs[1]}, and"
+            f" {card.name} has {card.compute_capability[0]}.{card.compute_capability[1]}",
             hint="leave it out, or choose an L4, L40S, H100 or later",
         )
 
 
-def _check_fraction(wishes: ServeOptions) -> None:
-    if wishes.gpu_memory_utilization and not 0.05 <= wishes.gpu_memory_utilization <= 0.99:
+def _check_fraction(options: ServeOptions) -> None:
+    if options.gpu_memory_utilization and not 0.05 <= options.gpu_memory_utilization <= 0.99:
         raise UsageError(
-            f"gpu_memory_utilization {wishes.gpu_memory_utilization}: outside 0.05 to 0.99",
+            f"gpu_memory_utilization {options.gpu_memory_utilization}: outside 0.05 to 0.99",
             hint="it is a fraction of one GPU's memory, such as 0.9",
         )
 
 
 def _tokens(capacity: Capacity) -> int:
-    """Return max_model_len: the wish, else the longest that fits; at least one block."""
-    wish, limit = capacity.wishes.max_model_len, capacity.limit
-    if wish is None:
-        return capacity.longest(capacity.wishes.max_num_seqs or 1, limit.default) or min(
+    """Return max_model_len: the option, else the longest that fits; at least one block."""
+    wanted, limit = capacity.options.max_model_len, capacity.limit
+    if wanted is None:
+        return capacity.longest(capacity.options.max_num_seqs or 1, limit.default) or min(
             16, limit.default
         )
-    if wish > limit.most:
+    if wanted > limit.most:
         raise UsageError(
-            f"max_model_len {wish} is longer than the model's {limit.most} positions",
+            f"max_model_len {wanted} is longer than the model's {limit.most} positions",
             hint=f"nearest: max_model_len {limit.most}",
         )
-    return wish
+    return wanted
 
 
 def _plan(capacity: Capacity, tokens: int, requests: int) -> ServingPlan:
@@ -196,10 +196,10 @@ def _plan(capacity: Capacity, tokens: int, requests: int) -> ServingPlan:
 
 
 def _lowered(capacity: Capacity, fraction: float) -> tuple[str, ...]:
-    wish = capacity.wishes.gpu_memory_utilization
-    if not wish or fraction >= wish:
+    wanted = capacity.options.gpu_memory_utilization
+    if not wanted or fraction >= wanted:
         return ()
-    return (f"gpu_memory_utilization {fraction} instead of {wish}: activations need the rest",)
+    return (f"gpu_memory_utilization {fraction} instead of {wanted}: activations need the rest",)
 
 
 def _growth(capacity: Capacity, groups: int) -> int:

@@ -59,7 +59,7 @@ class ServingPlan:
     """Layers on the GPU; 0 on CPU."""
     fits: bool = True
     nearest: tuple[Mapping[str, Json], ...] | None = None
-    """Where it does not fit: changed wishes that do, each with a `text` for people."""
+    """Where it does not fit: changed options that do, each with a `text` for people."""
     settings: Mapping[str, Json] = field(default_factory=dict)
     """Engine options that follow from the plan, in the engine's own names."""
     notes: tuple[str, ...] = ()

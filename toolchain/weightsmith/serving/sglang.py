@@ -90,20 +90,21 @@ RULES = Rules(
 
 
 @cache
-def options() -> OptionList:
+def known_options() -> OptionList:
     """Return the options of the pinned version."""
     return load_options(_OPTIONS, _NOT_HERE)
 
 
-def plan(model: ModelFacts, weight_bytes: int, wishes: ServeOptions) -> ServingPlan:
+def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> ServingPlan:
     """Return the plan of a checkpoint of `weight_bytes` by SGLang's static fraction.
 
-    Raises InputRefused for a lying config.json, and UsageError for a wish that does not fit.
+    Raises InputRefused for numbers in config.json that are wrong, and UsageError for options that
+    do not fit.
     """
-    extra = options().checked(wishes.extra)
-    if wishes.format.kind == "awq" and wishes.dtype in {"", "auto"}:
-        wishes = replace(wishes, dtype="float16")  # its AWQ kernels are written for it
-    planned, capacity = plan_paged(model, weight_bytes, wishes, RULES, Switches())
+    extra = known_options().checked(options.extra)
+    if options.format.kind == "awq" and options.dtype in {"", "auto"}:
+        options = replace(options, dtype="float16")  # its AWQ kernels are written for it
+    planned, capacity = plan_paged(model, weight_bytes, options, RULES, Switches())
     card = capacity.machine.gpu
     if card and not any(card.compute_capability):
         raise UsageError(
@@ -127,7 +128,7 @@ def _settings(planned: ServingPlan, capacity: Capacity) -> dict[str, Json]:
     if any(part.kind in {"sliding", "chunked"} for part in capacity.shape.cache):
         # Else windows share the memory by a ratio of its own, which is not planned here.
         settings["disable-hybrid-swa-memory"] = True
-    cache = capacity.wishes.kv_cache_dtype
+    cache = capacity.options.kv_cache_dtype
     if cache not in {"", "auto"}:
         settings["kv-cache-dtype"] = {"fp8": "fp8_e4m3", "bfloat16": "bf16"}.get(cache, cache)
     return settings
@@ -144,7 +145,7 @@ def file_settings(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, 
             f"the served name {served!r} would be read as an option, or not at all",
             hint="choose a name of letters, digits, dots and dashes",
         )
-    kinds = options().kinds
+    kinds = known_options().kinds
     return {
         "model-path": names["model_path"],
         "served-model-name": served,
@@ -160,7 +161,7 @@ def command(plan: ServingPlan, names: Mapping[str, Json]) -> tuple[str, ...]:
     del names
     argv = ["--config", CONFIG_FILE]
     for key, value in plan.settings.items():
-        kind = options().kinds[key]
+        kind = known_options().kinds[key]
         if kind == "switch":
             argv.append(f"--{key}" if value else f"--no-{key}")
         elif kind == "list":

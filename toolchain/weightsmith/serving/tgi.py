@@ -94,18 +94,18 @@ _ROPE_THETA = 10000.0
 
 
 @cache
-def options() -> OptionList:
+def known_options() -> OptionList:
     """Return the launcher's options; each has a variable of the same name."""
     return load_options(_OPTIONS, _NOT_HERE)
 
 
-def plan(model: ModelFacts, weight_bytes: int, wishes: ServeOptions) -> ServingPlan:
+def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> ServingPlan:
     """Return the plan of a checkpoint of `weight_bytes` by TGI's token budgets.
 
     Raises InputRefused for a model it does not know, UsageError for a GPU it has no kernels for
-    and for a wish that does not fit.
+    and for options that do not fit.
     """
-    extra = options().checked(wishes.extra)
+    extra = known_options().checked(options.extra)
     kind = model.model_type
     if kind and kind not in _MODEL_TYPES:
         raise InputRefused(
@@ -118,7 +118,7 @@ def plan(model: ModelFacts, weight_bytes: int, wishes: ServeOptions) -> ServingP
             hint="keep the base's tokenizer files as they were, or choose a vllm target",
         )
     _check_rotation(model.positions)
-    planned, capacity = plan_paged(model, weight_bytes, wishes, RULES, _switches(model))
+    planned, capacity = plan_paged(model, weight_bytes, options, RULES, _switches(model))
     card = capacity.machine.gpu
     # Its image has kernels for 8.0, 8.6 and 9.0, and code that later cards of 9.x can compile.
     if card and not (8, 0) <= card.compute_capability < (10, 0):
@@ -182,7 +182,7 @@ def _settings(planned: ServingPlan, capacity: Capacity) -> dict[str, Json]:
         "dtype": capacity.dtype,
         "cuda-memory-fraction": planned.gpu_memory_utilization,
     }
-    cache = capacity.wishes.kv_cache_dtype
+    cache = capacity.options.kv_cache_dtype
     if cache not in {"", "auto"}:
         settings["kv-cache-dtype"] = "fp8_e4m3fn" if cache in {"fp8", "fp8_e4m3"} else cache
     return settings

@@ -76,24 +76,24 @@ RULES = Rules(
 
 
 @cache
-def options() -> OptionList:
+def known_options() -> OptionList:
     """Return the keys of the options file, as recorded with the server's source."""
     return load_options(_OPTIONS, _NOT_HERE, underscores=True)
 
 
-def plan(model: ModelFacts, weight_bytes: int, wishes: ServeOptions) -> ServingPlan:
+def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> ServingPlan:
     """Return the plan of a checkpoint of `weight_bytes` by the fraction of free memory.
 
-    Raises InputRefused for a lying config.json, and UsageError for a GPU before compute capability
-    8.0, another maker's, a served name, and a wish that does not fit.
+    Raises InputRefused for numbers in config.json that are wrong, and UsageError for a GPU of
+    another maker or before compute capability 8.0, a served name, and options that do not fit.
     """
-    extra = options().checked(wishes.extra)
-    if wishes.served_model_name not in {"", ENGINE.fixed_name}:
+    extra = known_options().checked(options.extra)
+    if options.served_model_name not in {"", ENGINE.fixed_name}:
         raise UsageError(
             "trtllm-serve calls a model by its folder, and has no option for another name",
             hint=f"leave serve.served_model_name out: clients ask for `{ENGINE.fixed_name}`",
         )
-    planned, capacity = plan_paged(model, weight_bytes, wishes, RULES, Switches())
+    planned, capacity = plan_paged(model, weight_bytes, options, RULES, Switches())
     card = capacity.machine.gpu
     if card and card.compute_capability < (8, 0):
         raise UsageError(
@@ -101,8 +101,8 @@ def plan(model: ModelFacts, weight_bytes: int, wishes: ServeOptions) -> ServingP
             hint="choose an NVIDIA GPU from the A100, A10G or L4 on, or a vllm target",
         )
     cache: dict[str, Json] = {"free_gpu_memory_fraction": planned.gpu_memory_utilization}
-    if wishes.kv_cache_dtype not in {"", "auto"}:
-        cache["dtype"] = wishes.kv_cache_dtype
+    if options.kv_cache_dtype not in {"", "auto"}:
+        cache["dtype"] = options.kv_cache_dtype
     settings: dict[str, Json] = {
         "max_seq_len": planned.max_model_len,
         "max_batch_size": planned.max_num_seqs,

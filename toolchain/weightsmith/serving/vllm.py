@@ -107,27 +107,27 @@ RULES = Rules(
 
 
 @cache
-def options(*, cpu: bool = False) -> OptionList:
+def known_options(*, cpu: bool = False) -> OptionList:
     """Return the options of the pinned version; the CPU build's may be an earlier one."""
     without = json.loads(_OPTIONS.read_text("utf-8"))["not_on_cpu"] if cpu else ()
     return load_options(_OPTIONS, _NOT_HERE, without=frozenset(without))
 
 
-def plan(model: ModelFacts, weight_bytes: int, wishes: ServeOptions) -> ServingPlan:
+def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> ServingPlan:
     """Return the plan of a checkpoint of `weight_bytes` by vLLM's own block rules.
 
-    Raises InputRefused for a lying config.json, and UsageError for a wish that cannot be, with
-    the nearest that can.
+    Raises InputRefused for numbers in config.json that are wrong, and UsageError for options that
+    do not fit, with the nearest that do.
     """
-    on_cpu = wishes.gpu in {"", "cpu"} and not wishes.gpu_memory_bytes
-    extra = options(cpu=on_cpu).checked(wishes.extra)
+    on_cpu = options.gpu in {"", "cpu"} and not options.gpu_memory_bytes
+    extra = known_options(cpu=on_cpu).checked(options.extra)
     chosen = switches(extra)
     if on_cpu and model.shape.kv_lora_rank:
         # Latent attention there takes a prompt as a whole (platforms/cpu.py).
         chosen = replace(chosen, chunked_prefill=False)
-    if wishes.adapters:
-        chosen = replace(chosen, beside=_adapter_slots(model.shape, wishes))
-    planned, capacity = plan_paged(model, weight_bytes, wishes, RULES, chosen)
+    if options.adapters:
+        chosen = replace(chosen, adapter_bytes=_adapter_bytes(model.shape, options))
+    planned, capacity = plan_paged(model, weight_bytes, options, RULES, chosen)
     notes = (*planned.notes, *check_packing(model.packing, capacity.machine))
     return replace(planned, notes=notes, settings={**_settings(planned, capacity), **extra})
 
@@ -164,8 +164,8 @@ _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values of max-lora-rank (0.33, config/lora.py)."""
 
 
-def _lora_rank(wishes: ServeOptions) -> int:
-    largest = max(adapter.rank for adapter in wishes.adapters)
+def _lora_rank(options: ServeOptions) -> int:
+    largest = max(adapter.rank for adapter in options.adapters)
     for rank in _RANKS:
         if rank >= largest:
             return rank
@@ -174,14 +174,14 @@ def _lora_rank(wishes: ServeOptions) -> int:
     )
 
 
-def _adapter_slots(shape: ModelShape, wishes: ServeOptions) -> int:
+def _adapter_bytes(shape: ModelShape, options: ServeOptions) -> int:
     """Return the bytes of vLLM's buffers for adapters: every linear layer's A and B, per adapter.
 
     They are for the largest rank and for all seven linear layers, whatever an adapter has.
     """
     heads, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     ends = 4 * shape.hidden + 2 * heads + 2 * kv + 3 * (shape.hidden + shape.intermediate)
-    return 2 * len(wishes.adapters) * _lora_rank(wishes) * shape.layers * ends
+    return 2 * len(options.adapters) * _lora_rank(options) * shape.layers * ends
 
 
 def _settings(planned: ServingPlan, capacity: Capacity) -> dict[str, Json]:
@@ -192,13 +192,13 @@ def _settings(planned: ServingPlan, capacity: Capacity) -> dict[str, Json]:
         "max-num-seqs": planned.max_num_seqs,
         "max-num-batched-tokens": planned.max_num_batched_tokens,
     }
-    if capacity.wishes.kv_cache_dtype not in {"", "auto"}:
-        settings["kv-cache-dtype"] = capacity.wishes.kv_cache_dtype
-    if capacity.wishes.adapters:
+    if capacity.options.kv_cache_dtype not in {"", "auto"}:
+        settings["kv-cache-dtype"] = capacity.options.kv_cache_dtype
+    if capacity.options.adapters:
         settings |= {
             "enable-lora": True,
-            "max-loras": len(capacity.wishes.adapters),
-            "max-lora-rank": _lora_rank(capacity.wishes),
+            "max-loras": len(capacity.options.adapters),
+            "max-lora-rank": _lora_rank(capacity.options),
         }
     if planned.gpus:
         settings["gpu-memory-utilization"] = planned.gpu_memory_utilization

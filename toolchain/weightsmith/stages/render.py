@@ -43,7 +43,7 @@ def render(
     model: ModelFacts,
     model_file: str,
     weight_bytes: int,
-    wishes: ServeOptions,
+    options: ServeOptions,
     image: str,
     made_from: tuple[Digest, ...],
     notes: tuple[str, ...] = (),
@@ -52,19 +52,19 @@ def render(
 
     `image` is a reference, or "" where it is not known yet: manifests then say `name:version`.
     `notes` of the caller stand before the plan's own.
-    Raises UsageError for a wish that does not fit or a template that does not render, and
-    InputRefused for a lying config.json.
+    Raises UsageError for options that do not fit and a template that does not render, and
+    InputRefused for numbers in config.json that are wrong.
     """
     engine = target.engine
-    wishes = replace(wishes, format=target.format)
-    plan = engine.plan(model, weight_bytes, wishes)
+    options = replace(options, format=target.format)
+    plan = engine.plan(model, weight_bytes, options)
     legacy = (engine.legacy,) if engine.legacy else ()
     plan = replace(plan, notes=(*notes, *plan.notes, *legacy))
-    served = engine.fixed_name or wishes.served_model_name or name
+    served = engine.fixed_name or options.served_model_name or name
     names: dict[str, Json] = {
         "model_path": f"{engine.model_dir}/{model_file}".rstrip("/"),
         "served_name": served,
-        "adapters": {a.name or served: f"{engine.model_dir}/{a.folder}" for a in wishes.adapters},
+        "adapters": {a.name or served: f"{engine.model_dir}/{a.folder}" for a in options.adapters},
         "startup_seconds": startup_seconds(weight_bytes),
     }
     env = dict(engine.env(plan, names))
