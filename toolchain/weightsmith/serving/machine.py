@@ -30,7 +30,7 @@ class Machine:
 
 
 def machine_for(options: ServeOptions, shape: ModelShape) -> Machine:
-    """Return the machine to plan for; raises UsageError for a split that the model does not allow."""
+    """Return the machine to plan for; UsageError for a split that the model does not allow."""
     named = gpu(options.gpu) if options.gpu not in {"", "cpu"} else None
     if not named and not options.gpu_memory_bytes:
         if options.tensor_parallel_size > 1 or options.pipeline_parallel_size > 1:
