@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -13,10 +12,11 @@ from weightsmith.evaluating.client import chat, first_name
 from weightsmith.evaluating.items import Item
 from weightsmith.oci import manifests
 from weightsmith.oci.collisions import first_collision
-from weightsmith.oci.image import Image, assemble
+from weightsmith.oci.image import Image
 from weightsmith.oci.index import own_of, whole_of
 from weightsmith.oci.places import Place, open_place
 from weightsmith.oci.references import Reference
+from weightsmith.outcome import Timer
 from weightsmith.provenance import evidence as gathered
 from weightsmith.provenance import statements
 from weightsmith.provenance.attest import MODEL_BILL
@@ -25,7 +25,13 @@ from weightsmith.provenance.evidence import Document, Evidence
 from weightsmith.provenance.labels import ENGINE_LABEL, ENGINE_VERSION, PREFIX, engine_version
 from weightsmith.provenance.lineage import trace
 from weightsmith.provenance.mlbom import MEDIA_TYPE
-from weightsmith.provenance.roles import ADDED, LAYERS, Roles, config_label, roles_label, roles_of
+from weightsmith.provenance.roles import (
+    BASE_DIGEST,
+    BASE_NAME,
+    Roles,
+    assemble_in_roles,
+    roles_of,
+)
 from weightsmith.provenance.statements import Resource
 from weightsmith.stages.base import base_image, public_base
 from weightsmith.stages.publish import Outputs, candidate, deliver, discard_candidate
@@ -33,7 +39,6 @@ from weightsmith.starting import why_not_started
 from weightsmith.tools import Tools
 from weightsmith.values import Digest, Json, plain
 
-_BASE = "org.opencontainers.image.base."
 _REBASED = PREFIX + "rebased.from"
 _GREETING = Item(messages=({"role": "user", "content": "Hello"},), expected=("",), line=0)
 
@@ -55,9 +60,8 @@ def rebase_image(request: RebaseRequest, tools: Tools) -> Mapping[str, Json]:
     Of an index, the image for every platform. Raises InputRefused where base and image do not go
     together, CheckFailed where the new image does not start.
     """
-    began = time.monotonic()
     tools.registry.check_push(Reference.parse(request.to))
-    tools.progress.stage("rebase", f"{request.source} onto {request.onto}")
+    timer = Timer("rebase", f"{request.source} onto {request.onto}", tools)
     origin = open_place(request.source, tools.registry)
     index = origin.index()
     named = manifests.platforms_in(index, request.source) if index else []
@@ -69,8 +73,7 @@ def rebase_image(request: RebaseRequest, tools: Tools) -> Mapping[str, Json]:
     attachments = [evidence for _, evidence in moved]
     outputs = Outputs(push=True, force=request.force)
     published = deliver(whole, request.to, outputs, attachments, tools)
-    seconds = round(time.monotonic() - began, 3)
-    tools.progress.finish("rebase", seconds, cached=False)
+    seconds = timer.done(published, cached=False).seconds
     before = Digest.of(index) if index else olds[0].digest
     return {**plain(published), "rebased_from": before, "seconds": seconds}
 
@@ -88,27 +91,16 @@ def _moved(
 
 def exchange(old: Image, roles: Roles, base: Image, base_name: str) -> Image:
     """Return the image with another base: the same weights, settings and additions."""
-    below, middle = ("base", len(base.layers)), ("weights", len(roles.weights))
-    if roles.weights_first:
-        below, middle = middle, below
-    dropped = (_BASE + "name", _BASE + "digest", ENGINE_VERSION)
-    version = engine_version(base.labels)
-    labels = {
-        **{key: text for key, text in roles.config.labels.items() if key not in dropped},
-        **({_BASE + "name": base_name} if base_name else {}),
-        **({ENGINE_VERSION: version} if version else {}),
-        _BASE + "digest": base.digest,
-        LAYERS: roles_label(below, middle, ("settings", len(roles.settings))),
-        _REBASED: old.digest,
-    }
-    config = replace(roles.config, labels=labels)
-    return assemble(
+    of_base = (BASE_NAME, BASE_DIGEST, ENGINE_VERSION)
+    kept = {key: text for key, text in roles.config.labels.items() if key not in of_base}
+    return assemble_in_roles(
         roles.weights,
         roles.settings,
-        config=replace(config, labels={**labels, ADDED: config_label(config)}),
-        base=base,
-        annotations={k: v for k, v in labels.items() if k.startswith("org.opencontainers.")},
+        replace(roles.config, labels={**kept, _REBASED: old.digest}),
+        base,
+        base_name,
         order="weights-first" if roles.weights_first else "engine-first",
+        version=engine_version(base.labels),
     )
 
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from weightsmith.errors import InputRefused
 from weightsmith.foreign import parse
-from weightsmith.oci.image import Healthcheck, Image, ImageConfig
+from weightsmith.oci.image import Healthcheck, Image, ImageConfig, Order, assemble
 from weightsmith.oci.layers import Layer
-from weightsmith.provenance.labels import PREFIX
+from weightsmith.provenance.labels import ENGINE_VERSION, PREFIX
 from weightsmith.values import Json, canonical, plain
 
 LAYERS = PREFIX + "layers"
 """Label: the roles of the layers from the bottom, such as `base:1 weights:2 settings:1`."""
 ADDED = PREFIX + "config"
 """Label: what was added to the base's configuration, so that the base can be exchanged."""
+BASE_NAME = "org.opencontainers.image.base.name"
+BASE_DIGEST = "org.opencontainers.image.base.digest"
 _ROLE = re.compile(r"(base|weights|settings):([0-9]{1,3})")
 
 
@@ -32,12 +34,42 @@ class Roles:
     """What was added to the base, its own labels included."""
 
 
-def roles_label(*counts: tuple[str, int]) -> str:
-    """Spell roles and layer counts from the bottom."""
-    return " ".join(f"{role}:{count}" for role, count in counts)
+def assemble_in_roles(
+    weights: Sequence[Layer],
+    settings: Sequence[Layer],
+    config: ImageConfig,
+    base: Image | None,
+    base_name: str,
+    *,
+    order: Order,
+    version: str,
+) -> Image:
+    """Return an image whose labels say what its layers are for and what was added to its base.
+
+    So `rebase` can exchange the base. `version` is the engine's; "" where nobody says it.
+    """
+    counts = [("base", len(base.layers) if base else 0), ("weights", len(weights))]
+    if order == "weights-first":
+        counts.reverse()
+    labels = {
+        **config.labels,
+        **({BASE_NAME: base_name} if base_name else {}),
+        **({BASE_DIGEST: base.digest} if base else {}),
+        **({ENGINE_VERSION: version} if version else {}),
+        LAYERS: " ".join(f"{role}:{n}" for role, n in (*counts, ("settings", len(settings)))),
+    }
+    added = _added_label(replace(config, labels=labels))
+    return assemble(
+        weights,
+        settings,
+        config=replace(config, labels={**labels, ADDED: added}),
+        base=base,
+        annotations={k: v for k, v in labels.items() if k.startswith("org.opencontainers.")},
+        order=order,
+    )
 
 
-def config_label(config: ImageConfig) -> str:
+def _added_label(config: ImageConfig) -> str:
     """Spell what is added to a base: all but the labels' values, which stand beside it."""
     stated = {**plain(config), "labels": sorted(config.labels)}
     return canonical({key: value for key, value in stated.items() if value}).decode()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 from weightsmith.checkpoints.reshard import Resharded, reshard
 from weightsmith.errors import InputRefused
 from weightsmith.oci.collisions import first_collision
-from weightsmith.oci.image import Healthcheck, Image, ImageConfig, assemble
+from weightsmith.oci.image import Healthcheck, Image, ImageConfig
 from weightsmith.oci.index import own_of
 from weightsmith.oci.layers import Layer, Member, TarLayer
 from weightsmith.oci.limits import check_layers
@@ -19,20 +18,17 @@ from weightsmith.ports import Store
 from weightsmith.provenance.labels import (
     ARTIFACT,
     ENGINE_LABEL,
-    ENGINE_VERSION,
     engine_version,
     score_labels,
 )
 from weightsmith.provenance.materials import ImageInputs, ImageMaterials, whole_image
-from weightsmith.provenance.roles import ADDED, LAYERS, config_label, roles_label
+from weightsmith.provenance.roles import assemble_in_roles
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.tools import Tools
 from weightsmith.values import Score
 
 USER = "65532:65532"
 """The unprivileged user that images run as, by number: the image may have no user database."""
-
-_BASE = "org.opencontainers.image.base."
 
 
 def bake(
@@ -93,37 +89,22 @@ def _made(
         largest=inputs.largest_layer,
         contents=split.contents,
     )
-    settings = _settings(config)
-    roles = [("base", len(below)), ("weights", len(weights))]
-    if inputs.order == "weights-first":
-        roles.reverse()
     labels = {
         ARTIFACT: split.tree.digest,
         **({ENGINE_LABEL: inputs.engine.name} if config else {}),
         **inputs.labels,
         **score_labels(scores),
-        **_base_labels(inputs, base),
-        LAYERS: roles_label(*roles, ("settings", len(settings))),
     }
-    added = _added(config, labels)
-    image = assemble(
+    image = assemble_in_roles(
         weights,
-        settings,
-        config=replace(added, labels={**labels, ADDED: config_label(added)}),
-        base=base,
-        annotations={k: v for k, v in labels.items() if k.startswith("org.opencontainers.")},
+        _settings(config),
+        _added(config, labels),
+        base,
+        inputs.base_name,
         order=inputs.order,
+        version=engine_version(base.labels) if base and config else "",
     )
     return ImageMaterials(inputs=inputs, split=split, base=base, image=image, scores=scores)
-
-
-def _base_labels(inputs: ImageInputs, base: Image | None) -> dict[str, str]:
-    version = engine_version(base.labels) if base and inputs.config else ""
-    return {
-        **({_BASE + "name": inputs.base_name} if inputs.base_name else {}),
-        **({_BASE + "digest": base.digest} if base else {}),
-        **({ENGINE_VERSION: version} if version else {}),
-    }
 
 
 def _settings(config: ServingConfig | None) -> tuple[Layer, ...]:
