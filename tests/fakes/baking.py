@@ -15,6 +15,7 @@ from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.ports import Progress, Silent
+from weightsmith.recipe import ImageNames
 
 from tests.fakes.memory import memory_tools
 
@@ -71,13 +72,19 @@ def bake(
     **more: Any,
 ) -> Any:
     """Bake a model for llama.cpp."""
+    platform = more.pop("platform", "")
+    image = ImageNames(
+        base=base,
+        order=more.pop("order", "engine-first"),
+        platforms=(platform,) if platform else (),
+        max_layer_size=more.pop("max_layer_size", ""),
+    )
     request = {
         "model": model,
         "target": "llamacpp-q8_0",
         "config": None,
         "name": "",
-        "base_image": base,
-        "order": "engine-first",
+        "image": image,
         "kind": "image",
         "push": "",
         "load": "",

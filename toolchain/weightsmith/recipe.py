@@ -41,6 +41,7 @@ def _pairs(texts: list[str]) -> dict[str, str]:
 
 
 _NAME = r"^[a-z0-9]+(?:[._-][a-z0-9]+)*$"
+_SIZE = r"^(\d+(\.\d+)?\s*([KMGTkmgt]i?)?[Bb]?)?$"
 
 
 class _Part(BaseModel):
@@ -284,12 +285,12 @@ class Serve(_Part):
     gpu_count: int = Field(1, ge=1, le=64, description="Number of GPUs per replica.")
     gpu_memory: str = Field(
         "",
-        pattern=r"^(\d+(\.\d+)?\s*([KMGT]i?B)?)?$",
+        pattern=_SIZE,
         description="Memory per GPU, such as `24GiB`, instead of a GPU's name.",
     )
     memory: str = Field(
         "",
-        pattern=r"^(\d+(\.\d+)?\s*([KMGT]i?B)?)?$",
+        pattern=_SIZE,
         description="Memory that a CPU server may use; default: this machine's.",
     )
     max_model_len: int | Literal["auto"] = Field(
@@ -345,20 +346,22 @@ class ImageNames(_Part):
     )
     labels: dict[str, str] = Field(default_factory=dict, description="Labels added to the image.")
     base: Annotated[str, Flag("base_image")] = Field(
-        "", description="Engine base image instead of the pinned one."
+        "",
+        description="Image to use below the weights instead of the engine's pinned one: a "
+        "reference or `oci:DIR`.",
     )
-    platforms: tuple[str, ...] = Field(
-        (), description="Platforms of the base to take, such as `linux/amd64`; default: all."
+    platforms: Annotated[tuple[str, ...], Flag("platform")] = Field(
+        (), description="Platforms to take of the base, such as `linux/amd64`; default: all it has."
     )
     order: Literal["engine-first", "weights-first"] = Field(
         "engine-first",
-        description="Which layers are at the bottom; with `weights-first` an engine update pulls"
-        " no weights.",
+        description="Order of layers. With `weights-first`, nodes do not download the weights "
+        "again after an engine update.",
     )
     max_layer_size: str = Field(
         "",
-        pattern=r"^([1-9]\d*(\.\d+)?\s*([kMGT]i?)?B)?$",
-        description="Largest layer, such as `10GB`: larger safetensors files are split.",
+        pattern=_SIZE,
+        description="Largest layer, such as `10GB`; larger safetensors files are split.",
     )
 
 

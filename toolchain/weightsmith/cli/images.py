@@ -6,15 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from weightsmith.cli.command import command
+from weightsmith.cli.sections import Flags
 from weightsmith.lines import pinned
+from weightsmith.recipe import ImageNames
 from weightsmith.values import Json
 
 
 @command(
+    sections={
+        "image": Flags(section=ImageNames, only=("base", "platforms", "order", "max_layer_size"))
+    },
     meanings={
         "push": "reference to push the image to",
         "load": "load the image into the container engine under this name",
-    }
+    },
 )
 def bake(
     _context: object,
@@ -23,11 +28,8 @@ def bake(
     target: str = "",
     config: str = "",
     name: str = "",
-    base_image: str = "",
-    order: str = "engine-first",
+    image: ImageNames,
     kind: str = "image",
-    platform: str = "",
-    max_layer_size: str = "",
     push: str = "",
     load: str = "",
     layout: str = "",
@@ -43,21 +45,17 @@ def bake(
     from weightsmith.commands.arguments import required
     from weightsmith.commands.bake import BakeRequest, bake_model
     from weightsmith.progress import progress_for
-    from weightsmith.serving.memory import parse_size
     from weightsmith.wiring import keep_clean, open_tools
 
     required(model=model, target=target)
-    keep_clean([model, config, base_image], layout=layout)
+    keep_clean([model, config, image.base], layout=layout)
     request = BakeRequest(
         model=Path(model),
         target=target,
         config=Path(config) if config else None,
         name=name,
-        base_image=base_image,
-        order=order,
+        image=image,
         kind=kind,
-        platform=platform,
-        max_layer_size=parse_size(max_layer_size) if max_layer_size else 0,
         push=push,
         load=load,
         layout=Path(layout).absolute() if layout else None,

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
 from weightsmith.checkpoints.folder import scan
 from weightsmith.checkpoints.gguf_config import gguf_file_type
@@ -17,14 +16,15 @@ from weightsmith.commands.arguments import required
 from weightsmith.commands.render import Model, open_model, own_weights, read_config, serving_config
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.layouts import check_layout
-from weightsmith.oci.image import Order
 from weightsmith.oci.references import Reference
 from weightsmith.planning.targets import all_targets
 from weightsmith.ports import Progress, Store
 from weightsmith.provenance.labels import PREFIX
 from weightsmith.provenance.materials import ImageInputs
 from weightsmith.quantizers.gguf_types import FILE_TYPES
+from weightsmith.recipe import ImageNames
 from weightsmith.serving.engine import ServeOptions
+from weightsmith.serving.memory import parse_size
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.serving.targets import Target, find
 from weightsmith.stages.bake import bake
@@ -54,17 +54,12 @@ class BakeRequest:
     target: str
     config: Path | None
     name: str
-    base_image: str
-    order: str
+    image: ImageNames
     kind: str
     push: str
     load: str
     layout: Path | None
     force: bool
-    platform: str = ""
-    """The base's only platform to take, such as linux/amd64; all of them without."""
-    max_layer_size: int = 0
-    """Bytes; larger safetensors files are split. 0: as large as they are."""
 
 
 def bake_model(request: BakeRequest, tools: Tools) -> Mapping[str, Json]:
@@ -89,9 +84,6 @@ def bake_model(request: BakeRequest, tools: Tools) -> Mapping[str, Json]:
 def _check(request: BakeRequest) -> None:
     if not (request.push or request.load or request.layout):
         required(**{"push (or --load, --layout)": ""})
-    orders = get_args(Order)
-    if request.order not in orders:
-        raise UsageError(f"--order {request.order}: unknown", hint=f"one of {', '.join(orders)}")
     if request.kind not in KINDS:
         raise UsageError(f"--kind {request.kind}: unknown", hint=f"one of {', '.join(KINDS)}")
 
@@ -128,12 +120,12 @@ def _inputs(
     artifact = _artifact(model, target, tools.store, tools.progress)
     _compare_type(model, target, tools)
     config, engine = None, ""
-    base_name = data_base(request.kind, request.base_image)
+    base_name = data_base(request.kind, request.image.base)
     if request.kind == "image":
         config = _config(request, model, target, place, tools)
         engine, device = target.engine.name, config.plan.device
-        base_name = base_reference(target.engine, device, request.base_image)
-    platforms = (request.platform,) if request.platform else ()
+        base_name = base_reference(target.engine, device, request.image.base)
+    platforms, most = request.image.platforms, request.image.max_layer_size
     return ImageInputs(
         name=model.name,
         version="0",
@@ -143,9 +135,9 @@ def _inputs(
         bases=base_images(base_name, engine, tools, platforms=platforms) if base_name else (),
         base_name=public_base(base_name),
         labels=_labels(request, model, target, config),
-        order="weights-first" if request.order == "weights-first" else "engine-first",
-        largest_layer=request.max_layer_size,
-        parameters={"target": target.name, "kind": request.kind, "order": request.order},
+        order=request.image.order,
+        largest_layer=parse_size(most) if most else 0,
+        parameters={"target": target.name, "kind": request.kind, "order": request.image.order},
         network_in_jobs=tools.runner.networked,
     )
 

@@ -18,7 +18,8 @@ from weightsmith.planning.targets import chosen_targets
 from weightsmith.ports import Silent
 from weightsmith.progress import shown
 from weightsmith.provenance.chain import Check
-from weightsmith.serving.memory import parse_size
+from weightsmith.recipe import ImageNames
+from weightsmith.recipe_file import check_section
 from weightsmith.stages.publish import Outputs
 from weightsmith.values import Digest, Json
 
@@ -58,6 +59,9 @@ def bake(
     >>> sum(layer["file"].endswith(".safetensors") for layer in baked.layers)
     1
     """
+    given = {"base": base_image, "order": order, "max_layer_size": max_layer_size}
+    platforms = (platform,) if platform else ()
+    image = check_section(ImageNames, {**given, "platforms": platforms}, "bake")
     source, place = path_of(model), path_of(layout).absolute() if layout else None
     settings = path_of(config) if config else None
     wiring.keep_clean([source, settings or "", base_image], layout=place or "")
@@ -66,11 +70,8 @@ def bake(
         target=target,
         config=settings,
         name=name,
-        base_image=base_image,
-        order=order,
+        image=image,
         kind=kind,
-        platform=platform,
-        max_layer_size=parse_size(max_layer_size) if max_layer_size else 0,
         push=push,
         load=load,
         layout=place,
