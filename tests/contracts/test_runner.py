@@ -19,9 +19,8 @@ from weightsmith.drivers.docker_requests import LABEL_JOB
 from weightsmith.drivers.folders import read_tree
 from weightsmith.drivers.local import LocalRunner
 from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused, WeightsmithError
-from weightsmith.jobs import EchoJob, Input, MergeJob
+from weightsmith.jobs import EchoJob, Input, MergeJob, MergeOptions
 from weightsmith.ports import Runner, Silent
-from weightsmith.recipe import Merge
 from weightsmith.wiring import cache_folder
 from weightsmith.worker.jobs import STAGES
 
@@ -134,7 +133,7 @@ def merge_of(folder: Path, output: Path, refer: Callable[[Path], Input]) -> Merg
         base=refer(folder / "base"),
         adapters=(refer(folder / "adapters" / "a"), refer(folder / "adapters" / "b")),
         weights=(0.5, 1.0),
-        options=Merge(method="linear").model_dump(),
+        options=MergeOptions(method="linear"),
         output=output,
         seconds=0,
     )

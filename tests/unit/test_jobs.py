@@ -16,6 +16,7 @@ from weightsmith.jobs import (
     Input,
     Job,
     MergeJob,
+    MergeOptions,
     Mixture,
     QualityJob,
     QuantizeJob,
@@ -33,7 +34,7 @@ TREE = Tree(root=Path("/store/é"), files=(ENTRY,))
 KNOWN, UNKNOWN = Input.tree(TREE), Input(path=Path("/home/model"))
 CHAT = ({"role": "user", "content": "Wie heißt es?\n"},)
 ENVELOPE: dict[str, Any] = {"builder": "merge", "output": Path("/out"), "seconds": 90}
-OPTIONS = {"method": "ties", "density": 0.5, "rank": None, "seed": 7}
+OPTIONS = MergeOptions(method="ties", density=0.5, seed=7)
 JOBS = (
     MergeJob(
         **ENVELOPE,
@@ -107,7 +108,7 @@ def test_a_job_is_the_same_behind_the_wire(job: Job) -> None:
         ({"base": {"path": "/b", "files": [{"path": "a", "size": 1}]}}, "merge.base.files"),
         ({"base": {"path": "/b", "files": [{"path": "a", "size": 1, "digest": "x"}]}}, "sha256"),
         ({"weights": [1.0, None]}, r"merge.weights\[1\]"),
-        ({"options": []}, "merge.options"),
+        ({"options": {"method": "ties"}}, "merge.options"),
         ({"colour": "red"}, "colour"),
     ],
 )

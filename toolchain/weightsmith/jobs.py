@@ -99,13 +99,26 @@ class _OfAdapters(Job):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MergeOptions:
+    """How adapters are combined and added; docs/reference/recipe.md explains each under `merge`."""
+
+    method: str = "sequential"
+    density: float | None = None
+    rank: int | None = None
+    seed: int = 0
+    space: str = "delta"
+    dtype: str = "auto"
+    precision: str = "exact"
+    quantized_base: str = "refuse"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MergeJob(_OfAdapters):
     """Merge adapters into a base."""
 
     kind = "merge"
     base: Input
-    options: Mapping[str, Json]
-    """The recipe's `merge` section: those fields of `MergeRequest`."""
+    options: MergeOptions
     keep_adapter: bool = False
     """Write the combined adapter instead."""
 

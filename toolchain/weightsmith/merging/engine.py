@@ -18,6 +18,7 @@ from threadpoolctl import threadpool_limits
 from weightsmith.checkpoints.safetensors import open_checkpoint
 from weightsmith.errors import CheckFailed, EnvironmentFailure, UsageError
 from weightsmith.files import sync_folder
+from weightsmith.jobs import MergeOptions
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.combining.measure import measure
 from weightsmith.merging.companions import companion_files, index_json, write_file
@@ -45,21 +46,13 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MergeRequest:
+class MergeRequest(MergeOptions):
     """What to merge, and how."""
 
     base: Path
     adapters: tuple[tuple[Path, float], ...]
     """Folder and weight, in order."""
     out: Path
-    dtype: str = "auto"
-    precision: str = "exact"
-    method: str = "sequential"
-    density: float | None = None
-    rank: int | None = None
-    seed: int = 0
-    space: str = "delta"
-    quantized_base: str = "refuse"
     keep_adapter: bool = False
     """Write the combined adapter to `out` instead of merging it."""
     device: str = "auto"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from weightsmith.destinations import Destination
-from weightsmith.jobs import Input, MergeJob
+from weightsmith.jobs import Input, MergeJob, MergeOptions
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.plan import estimate, make_plan
 from weightsmith.outcome import Outcome, Timer
@@ -108,7 +108,7 @@ def _run(
         base=Input.tree(sources.base.tree),
         adapters=tuple(Input.tree(a.snapshot.tree) for a in sources.adapters),
         weights=tuple(a.weight for a in sources.adapters),
-        options=options.model_dump(),
+        options=MergeOptions(**options.model_dump()),
         keep_adapter=keep_adapter,
         output=folder,
         memory_bytes=memory_limit(cost),

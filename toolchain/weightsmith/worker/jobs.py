@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def _merge(job: MergeJob, report: Report) -> Mapping[str, Json]:
         out=job.output,
         keep_adapter=job.keep_adapter,
         own_out=True,
-        **job.options,
+        **asdict(job.options),
     )
     return _mapping(engine.merge(request, lambda done, total: report(done, total, "bytes")))
 
