@@ -75,7 +75,7 @@ REFUSED = InputRefused("it cannot be read", hint="download it again")
 
 BEFORE_WORK = {
     "a base that is not there": Refusal(
-        "resolve", InputRefused, "does not exist", settings=("base.source=./nowhere",)
+        "resolve", InputRefused, "nowhere", settings=("base.source=./nowhere",)
     ),
     "an adapter's broken configuration": Refusal(
         "resolve", InputRefused, "adapter_config.json", spoils("a/adapter_config.json", "{")
@@ -89,24 +89,24 @@ BEFORE_WORK = {
         ("validate.probes=p.jsonl",),
     ),
     "a question of the training text": Refusal(
-        "resolve", InputRefused, "evaluation question",
+        "resolve", InputRefused, "t.jsonl|a.jsonl",
         spoils("t.jsonl", '{"text": "What does a say to 3? a says 9."}\n'),
         ("evaluate.training=t.jsonl", "evaluate.strict=true"),
     ),
     "a context that no memory holds": Refusal(
-        "resolve", UsageError, "are usable on cpu", settings=("serve.memory=1MiB",)
+        "resolve", UsageError, "512[.]0 KiB", settings=("serve.memory=1MiB",)
     ),
     "a disk that is too small": Refusal(
         "resolve", EnvironmentFailure, "of disk", lambda m: setattr(m.store, "free", 1000)
     ),
     "a builder that nobody can make": Refusal(
-        "resolve", EnvironmentFailure, "no builder gguf", lambda m: m.runner.lacking.add("gguf")
+        "resolve", EnvironmentFailure, "gguf", lambda m: m.runner.lacking.add("gguf")
     ),
     "a base image that is not there": Refusal(
         "resolve", InputRefused, "engines/none", lambda m: own_base(m, "none"),
     ),
     "a base image of another engine": Refusal(
-        "resolve", InputRefused, "it holds vllm", lambda m: own_base(m, "vllm")
+        "resolve", InputRefused, "vllm", lambda m: own_base(m, "vllm")
     ),
     "a platform that the base lacks": Refusal(
         "resolve", UsageError, "linux/arm64", lambda m: own_base(m, "llamacpp"),
@@ -116,7 +116,7 @@ BEFORE_WORK = {
         "resolve", UsageError, "one layer", settings=("image.max_layer_size=1kB",)
     ),
     "a folder that holds something else": Refusal(
-        "", UsageError, "something else", lambda m: (m.folder / "own" / "x").mkdir(parents=True),
+        "", UsageError, "/own", lambda m: (m.folder / "own" / "x").mkdir(parents=True),
         outputs={"layout": "own"},
     ),
     "a registry that lets nobody push": Refusal(
@@ -143,7 +143,7 @@ AT_WORK = {
         "validate", EnvironmentFailure, "killed", fails("job validate", DIED)
     ),
     "a merge that forgot its task": Refusal(
-        "reference", CheckFailed, "the merged model scores 0.5", forgets("merged")
+        "reference", CheckFailed, r"0\.5", forgets("merged")
     ),
     "a reference that dies": Refusal(
         "reference", EnvironmentFailure, "killed", fails("job reference", DIED)
@@ -187,7 +187,7 @@ AT_WORK = {
         lambda m: setattr(m.launcher, "ends", "length"),
     ),
     "an image that forgot its task": Refusal(
-        "evaluate", CheckFailed, "the image scores 0.5", forgets("image")
+        "evaluate", CheckFailed, r"0\.5", forgets("image")
     ),
     "an engine that takes no image": Refusal(
         "publish", EnvironmentFailure, "full",
@@ -199,7 +199,7 @@ AT_WORK = {
         outputs={"push": True},
     ),
     "a tag that another image has": Refusal(
-        "publish", UsageError, "another image",
+        "publish", UsageError, TARGET,
         lambda m: push_base(m.client, f"{m.repository}:1.0.0-{TARGET}", {}, {"x": b"x"}),
         outputs={"push": True},
     ),
@@ -335,7 +335,7 @@ def test_a_layer_that_its_registry_will_not_take_is_refused_before_the_image_is_
     monkeypatch.setattr(limits, "REGISTRIES", (narrow,))
     monkeypatch.setattr(checks, "estimated_bytes", lambda *_: 1)
 
-    with pytest.raises(UsageError, match="Narrow takes layers of up to 9 bytes"):
+    with pytest.raises(UsageError, match=r"Narrow.* 9 "):
         memory.build(push=True)
 
     assert memory.journal.of("stage")[-1] == "stage bake"

@@ -149,7 +149,7 @@ def test_of_several_merged_adapters_each_is_held_against_itself(two: Memory) -> 
 def test_a_merge_that_wins_one_task_at_the_others_cost_goes_no_further(two: Memory) -> None:
     two.minds.forgot["merged"] = {question for question in two.facts if " b " in question}
 
-    with pytest.raises(CheckFailed, match="b v1: the merged model scores 0"):
+    with pytest.raises(CheckFailed, match="b v1"):
         two.build()
 
     assert "quantize" not in two.jobs()

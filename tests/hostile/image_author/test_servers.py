@@ -58,7 +58,7 @@ def test_a_server_whose_headers_never_end_is_given_up() -> None:
     with (
         serving(drips_headers) as endpoint,
         ServerSession(endpoint, limits) as session,
-        pytest.raises(CheckFailed, match="no answer in"),
+        pytest.raises(CheckFailed, match=r"0\.5 s"),
     ):
         session.get("/v1/models")
 
@@ -67,7 +67,7 @@ def test_a_server_whose_health_never_comes_is_given_up(monkeypatch: pytest.Monke
     """It drips the headers of its health answer: the wait ends when its time is over."""
     monkeypatch.setattr(client, "_PROBE_SECONDS", 0.2)
 
-    with serving(drips_headers) as endpoint, pytest.raises(CheckFailed, match="not ready"):
+    with serving(drips_headers) as endpoint, pytest.raises(CheckFailed, match=r"0\.5 s"):
         wait_until_healthy(endpoint, "/health", 0.5)
 
 

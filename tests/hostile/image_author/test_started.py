@@ -313,7 +313,7 @@ def test_links_in_an_image_lead_nowhere_on_the_machine(tmp_path: Path) -> None:
 
     launcher = RootfsLauncher(attacker, tmp_path / "cache")
     wanted = "admin"
-    with pytest.raises(CheckFailed, match="'admin' is not in its /etc/passwd"):
+    with pytest.raises(CheckFailed, match="'admin'"):
         launcher.serve("oci:x", StartSpec(port=1, env={})).__enter__()
     wanted = "7:8"
     with launcher.serve("oci:x", StartSpec(port=1, env={})) as endpoint:

@@ -25,7 +25,7 @@ from tests.fakes.images import entry, foreign_image, tar_of
 def test_a_layer_of_1500_nested_folders_is_refused(tmp_path: Path) -> None:
     """A layer nests its folders too deep for any program: refused before they are made."""
     deep = entry("/".join(["deep"] * 1500), tarfile.DIRTYPE)
-    with pytest.raises(InputRefused, match="nested deeper than 256 folders"):
+    with pytest.raises(InputRefused, match="256"):
         unpack(foreign_image(tar_of(deep)), tmp_path / "work" / "root")
     assert not list((tmp_path / "work").iterdir())
 
@@ -36,14 +36,14 @@ def test_folders_nested_through_links_are_refused(tmp_path: Path) -> None:
         entry(f"link{n}", tarfile.SYMTYPE, to=f"link{n - 1}/" + "a/" * 99) for n in range(1, 9)
     ]
     folders = [entry(f"link{n}/" + "a/" * 99, tarfile.DIRTYPE) for n in range(9)]
-    with pytest.raises(InputRefused, match="nested deeper than 256 folders"):
+    with pytest.raises(InputRefused, match="256"):
         unpack(foreign_image(tar_of(*links, *folders)), tmp_path / "work" / "root")
     assert not list((tmp_path / "work").iterdir())
 
 
 def test_a_name_that_no_file_system_holds_is_refused(tmp_path: Path) -> None:
     """A layer has a name of 300 bytes: the image is at fault, not this machine's disk."""
-    with pytest.raises(InputRefused, match="longer than"):
+    with pytest.raises(InputRefused, match=r"n{80}"):
         unpack(foreign_image(tar_of(entry("n" * 300))), tmp_path / "work" / "root")
 
 
@@ -116,6 +116,6 @@ def test_an_attached_adapter_has_no_deep_names(tmp_path: Path) -> None:
     """An image attaches an adapter whose file lies in a thousand folders: refused at once."""
     part = replace(Part.of_bytes(b"x", ""), annotations={TITLE: "a/" * 1000 + "x"})
     document = Document(artifact_type="", parts=(part,))
-    with pytest.raises(InputRefused, match="an attached adapter has a file"):
+    with pytest.raises(InputRefused, match="a/a/a/"):
         _write(document, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()

@@ -24,7 +24,7 @@ def test_an_altered_layer(fake: FakeRegistry, client: Registry, tmp_path: Path) 
     client.push(tiny_image(tmp_path), at(fake))
     image = client.pull(at(fake), platform="linux/amd64")
     fake.faults = [("GET", "/blobs/", "digest")]
-    with pytest.raises(EnvironmentFailure, match="digest promises") as caught:
+    with pytest.raises(EnvironmentFailure, match=image.layers[0].digest.short) as caught:
         list(image.layers[0].open())
     assert "try again" in caught.value.hint
 
@@ -49,10 +49,10 @@ def test_an_altered_layer_that_unpacks_no_more(
     right = fake.blobs[key]
     for wrong in (right[:20] + b"XXXX" + right[24:], gzip.compress(content, 1), b"no gzip"):
         fake.blobs[key] = wrong.ljust(len(right), b"\0")
-        with pytest.raises(EnvironmentFailure, match="digest promises"):
+        with pytest.raises(EnvironmentFailure, match=image.layers[0].digest.short):
             unpack(image, tmp_path / "root")
     fake.blobs[key] = right
-    with pytest.raises(InputRefused, match="leaves the image"):
+    with pytest.raises(InputRefused, match=r"\.\./b"):
         unpack(image, tmp_path / "root")
 
 
@@ -65,11 +65,13 @@ def test_an_altered_manifest_or_configuration(
     client.push(image, at(fake))
     name = at(fake).at(image.digest)
     fake.faults = [("GET", part, "digest")]
-    with pytest.raises(EnvironmentFailure, match="digest"):
+    with pytest.raises(EnvironmentFailure, match=fake.host) as caught:
         client.pull(name, platform="linux/amd64")
+    assert caught.value.exit_code == 5
     fake.faults = [("GET", part, "digest")]
-    with pytest.raises(CheckFailed, match="does not hold"):
+    with pytest.raises(CheckFailed) as failed:
         verify_image(str(name), None, client, Silent())
+    assert failed.value.exit_code == 4
 
 
 @pytest.mark.parametrize("part", ["/uploads/", "/manifests/"])
@@ -78,7 +80,7 @@ def test_what_is_stored_is_something_else(
 ) -> None:
     """A registry keeps something else than was sent: exit 5, as nothing sent was wrong."""
     fake.faults = [("PUT", part, "digest")]
-    with pytest.raises(EnvironmentFailure, match="stored"):
+    with pytest.raises(EnvironmentFailure, match=fake.host):
         client.push(tiny_image(tmp_path), at(fake))
 
 
@@ -88,5 +90,5 @@ def test_a_damaged_layout_is_an_input(tmp_path: Path) -> None:
     image: Image = read_layout(tmp_path / "layout")
     path = tmp_path / "layout" / "blobs" / "sha256" / image.layers[0].digest.hex
     path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(InputRefused, match="digest promises"):
+    with pytest.raises(InputRefused, match=image.layers[0].digest.short):
         list(read_layout(tmp_path / "layout").layers[0].open())

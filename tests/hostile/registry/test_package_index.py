@@ -88,7 +88,7 @@ def test_a_listing_that_unfolds_into_gigabytes_is_not_unfolded(
     monkeypatch.setattr(Answering, "body", data)
     monkeypatch.setattr(Answering, "packed", True)
     monkeypatch.setattr(httpx._decoders.GZipDecoder, "decode", lambda *_: pytest.fail("unfolded"))
-    with pytest.raises(EnvironmentFailure, match="did not answer"):
+    with pytest.raises(EnvironmentFailure, match="pypi://m"):
         reader.fetch("pypi://m==1", "", "", Silent())
 
 
@@ -97,7 +97,7 @@ def test_a_wheel_that_never_ends_is_cut_off(reader: PypiReader, monkeypatch) -> 
     monkeypatch.setattr(Answering, "body", row(size=100))
     sizes: list[int] = []
     monkeypatch.setattr(Silent, "advance", lambda _self, done, *_: sizes.append(done))
-    with pytest.raises(Altered, match="sha256 is"):
+    with pytest.raises(Altered, match="0" * 64):
         reader.fetch("pypi://m==1", "", "0" * 64, Silent())
     assert not sizes
 

@@ -26,10 +26,10 @@ def test_a_registry_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(time_limits, "time", SimpleNamespace(monotonic=lambda: next(looks)))
     session = SimpleNamespace(stream=lambda *_, **__: nullcontext(dripping()))
 
-    with pytest.raises(Transient, match="less than 1 kB a second"):
+    with pytest.raises(Transient, match=r"r\.example\.com"):
         read_limited(dripping(), 1 << 20, "r.example.com")
     wanted = Blob(digest=Digest.of(b"x"), size=1 << 40, media_type="x")
-    with pytest.raises(Transient, match="less than 1 kB a second"):
+    with pytest.raises(Transient):
         list(downloads._from(session, wanted, 0))
 
 

@@ -317,11 +317,11 @@ def test_weights_that_are_of_no_known_kind(scene: Scene, tmp_path: Path) -> None
 
 
 def test_layouts_that_cannot_be(scene: Scene, tmp_path: Path) -> None:
-    with pytest.raises(EnvironmentFailure, match="cannot write"):
+    with pytest.raises(EnvironmentFailure, match="/proc/there"):
         bake(scene.client, scene.model, scene.base, layout=Path("/proc/there/is/none"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UsageError, match="something else"):
+    with pytest.raises(UsageError, match="mine"):
         bake(scene.client, scene.model, scene.base, layout=tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").is_file()
 

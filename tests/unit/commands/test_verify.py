@@ -243,7 +243,7 @@ def test_unsigned(scene: Scene) -> None:
 def test_what_is_not_there_is_not_a_failed_check(scene: Scene) -> None:
     with pytest.raises(InputRefused, match="404"):
         scene.check(f"{scene.fake.host}/team/none:1")
-    with pytest.raises(UsageError, match="not a public key"):
+    with pytest.raises(UsageError, match=r"config\.json"):
         scene.check(key=scene.model / "config.json")
 
 

@@ -62,7 +62,7 @@ def test_auto_shortens_to_what_fits():
 def test_a_wish_that_does_not_fit_names_the_nearest_that_does():
     wishes = ServeOptions(max_model_len=32768, max_num_seqs=8, host_memory_bytes=24 * GIB)
 
-    with pytest.raises(UsageError, match="max_model_len 32768 x max_num_seqs 8 needs") as caught:
+    with pytest.raises(UsageError, match="max_model_len 32768 x max_num_seqs 8") as caught:
         plan(LLAMA_8B, Q4, wishes)
 
     hint = caught.value.hint
@@ -82,7 +82,7 @@ def test_a_wish_that_does_not_fit_names_the_nearest_that_does():
 
 
 def test_a_wish_beyond_all_machines_is_answered_at_once():
-    with pytest.raises(UsageError, match="max_num_seqs 1000000000000000000000 needs") as caught:
+    with pytest.raises(UsageError, match="max_num_seqs 1000000000000000000000") as caught:
         plan(SMOL, 105 * MIB, ServeOptions(max_num_seqs=10**21, host_memory_bytes=GIB))
 
     nearest = caught.value.details["plan"].nearest
@@ -103,7 +103,7 @@ def test_weights_that_do_not_fit_say_how_much_memory_would_do():
 def test_a_length_beyond_the_model_is_refused_unless_positions_are_stretched():
     wishes = ServeOptions(max_model_len=16384, max_num_seqs=1, host_memory_bytes=64 * GIB)
 
-    with pytest.raises(UsageError, match="8192 positions"):
+    with pytest.raises(UsageError, match="8192"):
         plan(SMOL, 105 * MIB, wishes)
 
     stretched = ServeOptions(

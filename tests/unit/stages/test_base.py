@@ -47,7 +47,7 @@ def test_a_base_that_says_nothing_is_taken_with_a_warning(tmp_path, tools) -> No
 
 
 def test_a_base_of_another_engine_is_refused(tmp_path, tools) -> None:
-    with pytest.raises(InputRefused, match="says that it holds vllm") as caught:
+    with pytest.raises(InputRefused, match="vllm") as caught:
         base_image(layout(tmp_path, {ENGINE_LABEL: "vllm"}), "llamacpp", tools)
     assert caught.value.hint
 
@@ -108,5 +108,5 @@ def test_a_file_that_became_another_is_noticed_where_layers_are_remembered(root)
 
     rest, _ = in_a_new_process(root)
 
-    with pytest.raises(InputRefused, match="not have the content"):
+    with pytest.raises(InputRefused, match=rest.digest.short):
         list(rest.open())

@@ -108,7 +108,7 @@ def test_other_content_of_what_is_pinned_is_refused(
         return Sources(base=snapshot("hf://a/b", f"hf://a/b@{COMMIT}", content), adapters=(made,))
 
     before = locked(file, found(was, b"1"))
-    with pytest.raises(InputRefused, match="has it as") as caught:
+    with pytest.raises(InputRefused, match=r"recipe\.lock") as caught:
         locked(file, found(now, b"2"))
     assert "--update-lock" in caught.value.hint
     assert read_lock(file) == before
@@ -187,5 +187,5 @@ def test_no_file_no_lock(file: RecipeFile) -> None:
 
 def test_a_damaged_lock_is_named(file: RecipeFile) -> None:
     (file.folder / "recipe.lock").write_text('{"bases": {"a": {"linux/amd64": "sha256:1"}}}')
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match=r"recipe\.lock"):
         read_lock(file)

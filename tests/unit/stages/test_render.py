@@ -158,7 +158,7 @@ def test_no_name_breaks_out_of_its_place(name):
 
 @pytest.mark.parametrize("name", ["line\nLLAMA_ARG_TOOLS=all", "\u2028", "\x85", "\x7f"])
 def test_a_name_with_control_characters_is_refused(name):
-    with pytest.raises(UsageError, match="LLAMA_ARG_ALIAS has a line break"):
+    with pytest.raises(UsageError, match="LLAMA_ARG_ALIAS"):
         rendered(name=name)
 
 
@@ -175,7 +175,7 @@ def test_any_text_comes_back_from_yaml(tmp_path_factory, text):
 def test_a_variable_that_is_not_there_is_named(tmp_path):
     (tmp_path / "broken.yaml.j2").write_text("x: {{ mistyped }}\n")
 
-    with pytest.raises(UsageError, match=r"broken\.yaml\.j2: 'mistyped' is undefined") as caught:
+    with pytest.raises(UsageError, match=r"broken\.yaml\.j2.*mistyped") as caught:
         render_files((tmp_path,), {"name": "x"})
 
     assert "name" in caught.value.hint
