@@ -28,7 +28,7 @@ import sys
 from pathlib import Path
 from weightsmith.validating.validate import Request, validate
 base, adapter, merged = map(Path, sys.argv[1:4])
-assert validate(Request(base=base, adapters=((adapter, 1.0),), merged=merged))["passed"]
+assert validate(Request(base=base, adapters=((adapter, 1.0),), merged=merged)).passed
 """
 FORWARD = """
 import sys, torch

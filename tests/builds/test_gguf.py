@@ -108,9 +108,9 @@ def test_a_broken_file_is_stopped_with_its_layer_named(tmp_path):
     view = of_format("q4_0").view(Path(done["out"]), TINY / "base")
     found = measure(TINY / "base", view, rows, 300, lambda *_: None)
 
-    assert found["layer_error"] > 2 * done["quality"]["layer_error"]
-    assert found["worst_layers"][0]["layer"] == 2
-    assert found["worst_tensors"][0]["tensor"] == "model.layers.2.mlp.up_proj.weight"
+    assert found.layer_error > 2 * done["quality"]["layer_error"]
+    assert found.worst_layers[0].layer == 2
+    assert found.worst_tensors[0].tensor == "model.layers.2.mlp.up_proj.weight"
 
 
 def test_a_type_that_cannot_be_read_back_is_not_measured(tmp_path):
@@ -210,7 +210,7 @@ def test_of_a_model_that_sees_the_part_that_reads_becomes_a_file(tmp_path):
         np.testing.assert_allclose(view.tensor(name), truth.tensor(name), atol=1e-2, err_msg=name)
     assert f"{len(left)} tensors that see or hear are left out" in facts["warnings"][0]
     rows = [json.loads(line) for line in GENERAL.read_text("utf-8").splitlines()[:4]]
-    assert measure(model, view, rows, 300, lambda *_: None)["kl_mean"] < 1e-3
+    assert measure(model, view, rows, 300, lambda *_: None).kl_mean < 1e-3
 
 
 def convert(model: Path, out: Path, name: str) -> Path:
@@ -334,7 +334,7 @@ def test_the_divergence_is_near_what_llama_cpp_says_of_its_own(tmp_path):
     rows = [{"text": text[i : i + 280]} for i in range(0, len(text), 280)]
 
     view = of_format("q2_k").view(Path(small), TINY / "base")
-    ours = measure(TINY / "base", view, rows, 100_000, lambda *_: None)["kl_mean"]
+    ours = measure(TINY / "base", view, rows, 100_000, lambda *_: None).kl_mean
 
     assert ours == pytest.approx(theirs, rel=0.25)
 

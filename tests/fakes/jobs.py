@@ -134,6 +134,8 @@ QUALITY: Mapping[str, Json] = {
     "kl_mean": 0.01,
     "kl_p99": 0.1,
     "top1": 0.98,
+    "perplexity": 3.03,
+    "perplexity_reference": 3.0,
     "perplexity_ratio": 1.01,
     "texts": 4,
     "tokens": 400,

@@ -38,6 +38,8 @@ from weightsmith.progress import PlainProgress, progress_for
 from weightsmith.reporting.facts import whole
 from weightsmith.reporting.junit import junit
 from weightsmith.stages.report import build_view, render_view
+from weightsmith.validating.findings import finding
+from weightsmith.validating.result import Validation
 from weightsmith.visible import as_json
 
 from tests.unit.stages.test_report import BUILD
@@ -261,7 +263,7 @@ def test_no_name_adds_a_row(name: str) -> None:
         (inspect_text(wanted), 7),
         (verify_table(checks), 1),
         (tasks_text(tasks), 1),
-        (_verdict("m", {"findings": [{"severity": "warning", "message": name}]}), 2),
+        (_verdict("m", Validation(passed=True, findings=(finding("warning", "logits", name),))), 2),
     ):
         shown = as_printed(text)
         assert_harmless(shown)

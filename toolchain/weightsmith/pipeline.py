@@ -46,6 +46,7 @@ from weightsmith.stages.reference import reference
 from weightsmith.stages.unmerged import unmerged, unmerged_gguf
 from weightsmith.stages.validate import validate
 from weightsmith.tools import Tools
+from weightsmith.validating.result import Validation
 from weightsmith.values import (
     LORA,
     Artifact,
@@ -135,7 +136,8 @@ def validated(
     try:
         return clock.take(validate(checkpoint, sources, recipe.merge, items, store, tools))
     except CheckFailed as error:
-        judged = replace(checkpoint, details={**checkpoint.details, "validation": error.details})
+        found = Validation.from_json(error.details) if error.details else None
+        judged = replace(checkpoint, details={**checkpoint.details, "validation": found})
         raise refusal(Record(request, sources, judged, tools), (), clock.stages, error) from None
 
 

@@ -120,7 +120,8 @@ def test_what_does_not_fit_is_refused_before_any_job(tools: Tools, options: Any)
 
 def test_a_failed_validation_has_its_findings(tools: Tools) -> None:
     merge()
-    wrong = {"passed": False, "seconds": 1.0, "findings": [{"severity": "error", "message": "off"}]}
+    finding = {"severity": "error", "check": "logits", "message": "off", "tensor": "", "layer": 3}
+    wrong = {"passed": False, "seconds": 1.0, "findings": [finding]}
     tools.runner.stages = {"validate": lambda job, report: wrong}
 
     with pytest.raises(weightsmith.CheckFailed) as caught:

@@ -14,11 +14,12 @@ from transformers import (
 )
 from weightsmith.checkpoints.tensors import CheckpointTensors
 from weightsmith.errors import CheckFailed, InputRefused
-from weightsmith.evaluating.limits import judge, limits_for
+from weightsmith.quality.limits import limits_for
 from weightsmith.quality.measure import measure
+from weightsmith.quality.result import Quality
 from weightsmith.quality.streamed import StreamedModel
 from weightsmith.quantizers import formats
-from weightsmith.recipe import Quality
+from weightsmith.recipe import Quality as Wanted
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny"
 ROWS = [json.loads(line) for line in (TINY / "calibration.jsonl").read_text().splitlines()][:12]
@@ -52,23 +53,34 @@ def measured(view, tokens=300, rows=ROWS):
     return measure(TINY / "base", view, rows, tokens, lambda done, total: None)
 
 
+TEXTS = {
+    "source": "texts.jsonl",
+    "texts": 3,
+    "held_out": 1,
+    "general": 0,
+    "digest": "sha256:" + "a" * 64,
+    "held_out_digest": "sha256:" + "b" * 64,
+}
+
+
 def allowed(found, name="q4_k_m"):
-    return not judge(found, limits_for(formats()[name], Quality())).exceeded
+    limits = limits_for(formats()[name], Wanted())
+    return not Quality(loss=found).judged(limits, TEXTS).exceeded
 
 
 def test_the_checkpoint_loses_nothing_against_itself():
     found = measured(View())
 
-    assert found["kl_mean"] == 0
-    assert found["top1"] == 1
-    assert found["perplexity_ratio"] == 1
-    assert all(worst["error"] == 0 for worst in found["worst_layers"])
+    assert found.kl_mean == 0
+    assert found.top1 == 1
+    assert found.perplexity_ratio == 1
+    assert all(worst.error == 0 for worst in found.worst_layers)
 
 
 def test_a_sound_quantization_passes_and_is_seen():
     found = measured(View(sound))
 
-    assert found["kl_mean"] > 0
+    assert found.kl_mean > 0
     assert allowed(found)
 
 
@@ -82,7 +94,7 @@ def test_a_sound_quantization_of_random_weights_passes(tmp_path):
 
     found = measure(model, View(sound, model), ROWS, 300, lambda done, total: None)
 
-    assert found["perplexity_reference"] > 300
+    assert found.perplexity_reference > 300
     assert allowed(found)
 
 
@@ -111,9 +123,9 @@ def test_the_figures_are_those_of_two_whole_forward_passes(tmp_path):
             for a, b in zip(*(m[range(len(m)), whole[0, start:]] for m in (p, q)), strict=True)
         ]
 
-    assert found["kl_mean"] == pytest.approx(np.mean(divergences), rel=1e-3)
-    assert found["kl_p99"] == pytest.approx(np.quantile(divergences, 0.99), rel=1e-2)
-    assert found["perplexity_ratio"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-4)
+    assert found.kl_mean == pytest.approx(np.mean(divergences), rel=1e-3)
+    assert found.kl_p99 == pytest.approx(np.quantile(divergences, 0.99), rel=1e-2)
+    assert found.perplexity_ratio == pytest.approx(np.exp(np.mean(losses)), rel=1e-4)
 
 
 def test_a_layers_error_is_that_of_text_and_not_of_padding():
@@ -121,7 +133,7 @@ def test_a_layers_error_is_that_of_text_and_not_of_padding():
 
     plain, padded = (measured(View(sound), tokens=10_000, rows=rows) for rows in (ROWS, longer))
 
-    assert padded["layer_error"] == pytest.approx(plain["layer_error"], rel=1e-4)
+    assert padded.layer_error == pytest.approx(plain.layer_error, rel=1e-4)
 
 
 def shuffled_scales(name, data):
@@ -151,8 +163,8 @@ def test_a_broken_quantization_is_stopped(broken):
 def test_the_broken_layer_is_named():
     found = measured(View(zeroed_layer))
 
-    assert found["worst_layers"][0]["layer"] == 2
-    assert "layers.2." in found["worst_tensors"][0]["tensor"]
+    assert found.worst_layers[0].layer == 2
+    assert "layers.2." in found.worst_tensors[0].tensor
 
 
 def test_values_that_are_no_numbers_are_refused_with_their_tensor():

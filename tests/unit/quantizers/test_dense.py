@@ -36,7 +36,7 @@ def test_its_matrices_are_rounded_and_it_says_the_same(
     view = PackedView(out)
     assert len(view.modules) == 2 * 7
     found = measure(model, view, ROWS, 300, lambda *_: None)
-    assert 0 < found["kl_mean"] < 0.02
+    assert 0 < found.kl_mean < 0.02
 
 
 @pytest.mark.parametrize(

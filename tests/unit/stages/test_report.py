@@ -146,7 +146,8 @@ def test_differences_per_layer_are_drawn():
     build = copy.deepcopy(BUILD)
     build["validation"] = {
         "max_abs_logit_diff": 0.5, "kl_mean": 1e-6, "kl_max": 1e-5, "top1_agreement": 0.75,
-        "findings": [{"severity": "error", "message": "layer 1 differs"}], "passed": False,
+        "findings": [{"severity": "error", "check": "logits", "message": "layer 1 differs"}],
+        "passed": False,
         "layers": [
             {"layer": 0, "difference": 0.0, "rounding": 1e-8, "parted": False},
             {"layer": 1, "difference": 0.5, "rounding": 1e-4, "parted": True},

@@ -31,9 +31,16 @@ from weightsmith.worker.jobs import STAGES
 from tests.fakes.memory import memory_tools
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny"
-GOOD = {"passed": True, "findings": [{"severity": "warning", "message": "small"}], "seconds": 1.0}
+SMALL = {"severity": "warning", "check": "outputs", "message": "small"}
+GOOD = {"passed": True, "findings": [SMALL], "seconds": 1.0}
 TIES = Merge(method="ties", density=0.5)
-BAD = {"severity": "error", "check": "elements", "message": "x.weight: wrong"}
+BAD = {
+    "severity": "error",
+    "check": "elements",
+    "message": "x.weight: wrong",
+    "tensor": "x.weight",
+    "layer": None,
+}
 
 
 def sources(tools: Tools) -> tuple[Sources, Checkpoint]:

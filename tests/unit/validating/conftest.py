@@ -138,7 +138,7 @@ def held(base: Path, out: Path, *adapters: Path, **options: Any) -> dict[str, An
 
 def tell(result: dict[str, Any]) -> str:
     """Return all findings as text, for a failure's message."""
-    return "\n".join(f"{f.severity} {f.check} {f.message}" for f in result["findings"])
+    return "\n".join(f"{f.severity} {f.check} {f.message}" for f in result.findings)
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:

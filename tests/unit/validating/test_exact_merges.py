@@ -56,12 +56,12 @@ def test_exact_merge_passes(tmp_path: Path, kind: str, model: dict, adapter: dic
 
     result = held(base, out, lora)
 
-    assert result["passed"], tell(result)
-    assert result["streamed"], tell(result)
-    assert result["elements"]["wrong"] == 0
-    assert result["top1_agreement"] > 0.9
-    assert result["first_difference"] is None
-    assert result["max_abs_logit_diff"] < 1
+    assert result.passed, tell(result)
+    assert result.comparison.streamed, tell(result)
+    assert result.comparison.elements.wrong == 0
+    assert result.top1_agreement > 0.9
+    assert result.comparison.first_difference is None
+    assert result.max_abs_logit_diff < 1
 
 
 @pytest.mark.parametrize(
@@ -85,9 +85,9 @@ def test_what_peft_merges_exactly_passes(tmp_path: Path, kind: str, adapter: dic
 
     result = held(base, out, lora)
 
-    assert result["passed"], tell(result)
-    assert result["streamed"], tell(result)
-    assert result["elements"]["wrong"] == 0
+    assert result.passed, tell(result)
+    assert result.comparison.streamed, tell(result)
+    assert result.comparison.elements.wrong == 0
 
 
 @pytest.mark.parametrize(
@@ -126,9 +126,9 @@ def test_ways_to_merge_pass(
 
     result = held(base, out, *loras, weights=weights)
 
-    assert result["passed"], tell(result)
-    assert result["streamed"], tell(result)
-    assert result["elements"]["wrong"] == 0
+    assert result.passed, tell(result)
+    assert result.comparison.streamed, tell(result)
+    assert result.comparison.elements.wrong == 0
 
 
 @pytest.mark.parametrize("kind", ["loha", "ia3", "bias"])
@@ -146,9 +146,9 @@ def test_a_part_of_what_is_no_factor_passes(tmp_path: Path, kind: str) -> None:
 
     result = held(base, out, tuned, weights=(0.5,))
 
-    assert result["passed"], tell(result)
-    assert result["elements"]["wrong"] == 0
-    assert not held(base, out, tuned)["passed"]
+    assert result.passed, tell(result)
+    assert result.comparison.elements.wrong == 0
+    assert not held(base, out, tuned).passed
 
 
 def test_kinds_that_peft_cannot_hold_side_by_side_are_told(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_kinds_that_peft_cannot_hold_side_by_side_are_told(tmp_path: Path) -> No
 
     result = held(base, out, *two)
 
-    assert result["passed"], tell(result)
+    assert result.passed, tell(result)
     assert "warning logits PEFT cannot load these adapters together" in tell(result)
 
 
@@ -175,7 +175,7 @@ def test_a_wrong_weight_is_reported(tmp_path: Path) -> None:
 
     result = held(base, out, lora)
 
-    assert not result["passed"]
+    assert not result.passed
     assert "added 0.5 times" in tell(result)
 
 
@@ -187,10 +187,10 @@ def test_a_layer_that_is_read_and_not_called_is_reported(tmp_path: Path) -> None
 
     result = held(base, out, lora)
 
-    assert result["passed"], tell(result)
+    assert result.passed, tell(result)
     assert "reads model.layers.0.mamba.dt_proj.weight" in tell(result)
     wrong = merged(tmp_path / "wrong", base, lora, weights=(0.5,))
-    assert not held(base, wrong, lora)["passed"]
+    assert not held(base, wrong, lora).passed
 
 
 def test_base_and_merged_the_wrong_way_round(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_base_and_merged_the_wrong_way_round(tmp_path: Path) -> None:
 
     result = held(out, base, lora)
 
-    assert not result["passed"]
+    assert not result.passed
     assert "subtracted" in tell(result)
 
 
@@ -211,9 +211,9 @@ def test_another_model_is_reported(tmp_path: Path) -> None:
 
     result = held(base, other, lora)
 
-    assert not result["passed"]
+    assert not result.passed
     assert "model_type is 'gpt2', but 'llama'" in tell(result)
-    assert result["max_abs_logit_diff"] is None
+    assert result.max_abs_logit_diff is None
 
 
 def test_a_small_adapter_passes_and_its_loss_is_reported(tmp_path: Path) -> None:
@@ -224,9 +224,9 @@ def test_a_small_adapter_passes_and_its_loss_is_reported(tmp_path: Path) -> None
 
     result = held(base, out, lora)
 
-    assert result["passed"], tell(result)
+    assert result.passed, tell(result)
     assert "merge with dtype float32" in tell(result)
-    assert result["lost_to_rounding"] > 0.5
+    assert result.comparison.lost_to_rounding > 0.5
 
 
 def test_probes_of_ones_own(tmp_path: Path) -> None:
@@ -237,12 +237,12 @@ def test_probes_of_ones_own(tmp_path: Path) -> None:
 
     result = held(base, out, lora, items=items)
 
-    assert result["passed"], tell(result)
-    assert result["probes"] == 1
-    told = result["greedy"][0]
-    assert "price of salt" in told["after"]
-    assert told["reference"] == told["merged"]
-    assert told["same"] == told["tokens"] == 16
+    assert result.passed, tell(result)
+    assert result.comparison.probes == 1
+    told = result.comparison.greedy[0]
+    assert "price of salt" in told.after
+    assert told.reference == told.merged
+    assert told.same == told.tokens == 16
 
 
 def test_a_model_without_a_tokenizer_is_probed_too(tmp_path: Path) -> None:
@@ -256,9 +256,9 @@ def test_a_model_without_a_tokenizer_is_probed_too(tmp_path: Path) -> None:
     result = held(base, out, lora)
     wrong = held(base, out, lora, weights=(2.0,))
 
-    assert result["passed"], tell(result)
-    assert result["probes"] == 6
-    assert not wrong["passed"]
+    assert result.passed, tell(result)
+    assert result.comparison.probes == 6
+    assert not wrong.passed
 
 
 def with_token(folder: Path, text: str, number: int = 512) -> None:
@@ -276,8 +276,8 @@ def test_a_token_that_the_base_does_not_embed_either_is_a_note(tmp_path: Path) -
 
     result = held(base, merged(tmp_path / "out", base, lora), lora)
 
-    assert result["passed"], tell(result)
-    (found,) = [f for f in result["findings"] if f.severity == "warning"]
+    assert result.passed, tell(result)
+    (found,) = [f for f in result.findings if f.severity == "warning"]
     assert all(fact in found.message for fact in ("513", "512", "<image>"))
 
 
@@ -292,7 +292,7 @@ def test_a_token_of_the_adapter_that_is_not_embedded_is_a_fault(tmp_path: Path) 
 
     result = held(base, merged(tmp_path / "out", base, lora), lora)
 
-    assert not result["passed"]
+    assert not result.passed
     assert "error tokenizer the tokenizer has 513 tokens" in tell(result)
 
 
@@ -305,14 +305,14 @@ def test_of_other_methods_the_rest_is_judged(tmp_path: Path) -> None:
 
     result = held(base, out, *loras, scope="rest")
 
-    assert result["passed"], tell(result)
-    assert result["max_abs_logit_diff"] > 0
+    assert result.passed, tell(result)
+    assert result.max_abs_logit_diff > 0
     assert "not judged" in tell(result)
 
     edit_tensors(out, lambda t: t["model.layers.2.mlp.up_proj.weight"][3].zero_())
     wrong = held(base, out, *loras, scope="rest")
 
-    assert not wrong["passed"]
+    assert not wrong.passed
     assert "model.layers.2.mlp.up_proj.weight" in tell(wrong)
 
 
@@ -323,6 +323,6 @@ def test_a_rounded_base_is_judged_by_its_files(tmp_path: Path) -> None:
 
     result = held(base, out, lora, scope="files")
 
-    assert result["passed"], tell(result)
-    assert result["max_abs_logit_diff"] is None
+    assert result.passed, tell(result)
+    assert result.max_abs_logit_diff is None
     assert "only files" in tell(result)

@@ -79,8 +79,8 @@ def test_an_architecture_that_cannot_be_streamed_is_loaded_whole(
 
     result = held(base, out, lora)
 
-    assert result["passed"], tell(result)
-    assert not result["streamed"]
+    assert result.passed, tell(result)
+    assert not result.comparison.streamed
     assert "loaded whole" in tell(result)
 
     huge = {"x": SimpleNamespace(shape=(1 << 40,))}

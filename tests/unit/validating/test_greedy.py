@@ -44,11 +44,11 @@ def test_both_sides_say_what_they_say_alone(tmp_path: Path, kind: str) -> None:
 
     result = held(base, out, lora, items=ITEMS)
 
-    assert result["passed"], tell(result)
+    assert result.passed, tell(result)
     assert "cannot generate" not in tell(result)
     wanted = said_by_peft(base, lora)
-    assert [row["reference"] for row in result["greedy"]] == wanted
-    assert [row["merged"] for row in result["greedy"]] == wanted
+    assert [row.reference for row in result.comparison.greedy] == wanted
+    assert [row.merged for row in result.comparison.greedy] == wanted
 
 
 def test_a_wrong_merge_says_something_else(tmp_path: Path) -> None:
@@ -58,9 +58,9 @@ def test_a_wrong_merge_says_something_else(tmp_path: Path) -> None:
 
     result = held(base, out, lora, items=ITEMS)
 
-    parted = [row for row in result["greedy"] if row["same"] < row["tokens"]]
+    parted = [row for row in result.comparison.greedy if row.same < row.tokens]
     assert parted
-    assert all(row["reference"] != row["merged"] for row in parted)
+    assert all(row.reference != row.merged for row in parted)
     assert "greedy texts differ" in tell(result)
 
 
@@ -85,6 +85,6 @@ def test_of_a_large_model_the_first_token_is_reported(
 
     result = held(base, out, lora, items=ITEMS)
 
-    assert result["passed"], tell(result)
-    assert [row["tokens"] for row in result["greedy"]] == [1, 1, 1]
+    assert result.passed, tell(result)
+    assert [row.tokens for row in result.comparison.greedy] == [1, 1, 1]
     assert "only the first token" in tell(result)

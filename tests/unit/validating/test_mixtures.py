@@ -57,7 +57,7 @@ def test_what_the_merge_makes_passes(tmp_path: Path, method: str, dtype: str) ->
 
     result = judge(base, out, loras, method, 0.4)
 
-    assert result["passed"], tell(result)
+    assert result.passed, tell(result)
     assert "values that the method can produce" in tell(result)
 
 
@@ -78,9 +78,9 @@ def test_a_sum_of_bounded_rank(tmp_path: Path, rank: int | None, dtype: str) -> 
     edit_tensors(out, lambda t: t[Q1].__setitem__((5, 7), -t[Q1][5, 7]))
     bad = held(base, out, *loras, scope="rest", mixture=judged)
 
-    assert good["passed"], tell(good)
-    assert not other["passed"]
-    assert not bad["passed"]
+    assert good.passed, tell(good)
+    assert not other.passed
+    assert not bad.passed
     assert f"{Q1}: 1 element differs: [5, 7]" in tell(bad)
 
 
@@ -93,7 +93,7 @@ def test_three_adapters_pass(tmp_path: Path) -> None:
 
     result = judge(base, out, loras, "dare_ties", 0.4)
 
-    assert result["passed"], tell(result)
+    assert result.passed, tell(result)
 
 
 def flip(tensors: dict[str, torch.Tensor]) -> None:
@@ -121,7 +121,7 @@ def test_wrong_elements_fail(
 
     result = judge(base, out, loras, method, 0.4)
 
-    assert not result["passed"]
+    assert not result.passed
     assert tensor in tell(result)
 
 
@@ -133,7 +133,7 @@ def test_another_scaling_fails(tmp_path: Path, method: str) -> None:
 
     result = judge(base, out, loras, method, 0.4)
 
-    assert not result["passed"]
+    assert not result.passed
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -145,7 +145,7 @@ def test_an_adapter_that_is_left_out_is_named(tmp_path: Path, method: str) -> No
 
     result = judge(base, out, [*loras, other], method, 0.4)
 
-    assert not result["passed"]
+    assert not result.passed
     assert f"{Q1}: adapter 2 is missing" in tell(result)
 
 

@@ -9,6 +9,7 @@ from weightsmith.cli.command import command
 from weightsmith.cli.flags import SERVED
 from weightsmith.cli.sections import Flags
 from weightsmith.recipe import Merge, Quantize, Serve, Validate
+from weightsmith.validating.result import Validation
 from weightsmith.values import Json
 from weightsmith.visible import escaped, joined
 
@@ -89,25 +90,26 @@ def validate(
             options,
             tools,
         )
-    return result, _verdict(merged, result)
+    return result.to_json(), _verdict(merged, result)
 
 
-def _verdict(merged: str, result: Mapping[str, Json]) -> str:
+def _verdict(merged: str, result: Validation) -> str:
     lines = [f"{merged} matches base and adapters"]
-    if result.get("elements"):
+    if compared := result.comparison:
+        if compared.elements:
+            lines.append(
+                f"  {compared.elements.elements} elements of {compared.elements.tensors} tensors "
+                "are right"
+            )
         lines.append(
-            f"  {result['elements']['elements']} elements of {result['elements']['tensors']} "
-            "tensors are right"
+            f"  logits of {compared.positions} positions: largest difference "
+            f"{result.max_abs_logit_diff:.3g}, mean divergence {result.kl_mean:.3g}, "
+            f"same first choice {result.top1_agreement:.1%}"
         )
-        lines.append(
-            f"  logits of {result['positions']} positions: largest difference "
-            f"{result['max_abs_logit_diff']:.3g}, mean divergence {result['kl_mean']:.3g}, "
-            f"same first choice {result['top1_agreement']:.1%}"
-        )
-    if texts := result.get("greedy"):
-        same, tokens = (sum(row[key] for row in texts) for key in ("same", "tokens"))
-        lines.append(f"  {same} of {tokens} tokens of greedy text are those of base and adapters")
-    lines += [f"  {found['severity']}: {found['message']}" for found in result["findings"]]
+        if texts := compared.greedy:
+            same, tokens = sum(text.same for text in texts), sum(text.tokens for text in texts)
+            lines.append(f"  {same} of {tokens} tokens of greedy text are those of base + adapters")
+    lines += [f"  {found.severity}: {found.message}" for found in result.findings]
     return joined(lines)
 
 

@@ -66,7 +66,7 @@ def quantize_folder(asked: FolderRequest, tools: Tools) -> Mapping[str, Json]:
         "format": format_.name,
         "bits_per_weight": details.get("bits_per_weight"),
         "files": [str(path) for path in written],
-        "quality": details.pop("quality"),
+        "quality": details.pop("quality").to_json() if format_.packed else {},
         "details": details,
     }
 

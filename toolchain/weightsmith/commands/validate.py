@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from weightsmith.commands.folders import open_checkpoint, open_sources
@@ -11,7 +10,7 @@ from weightsmith.evaluating.items import read_prompts
 from weightsmith.recipe import Merge
 from weightsmith.stages.validate import BUILDER, validate
 from weightsmith.tools import Tools
-from weightsmith.values import Json
+from weightsmith.validating.result import Validation
 
 
 def validate_folders(
@@ -21,7 +20,7 @@ def validate_folders(
     probes: Path | None,
     options: Merge,
     tools: Tools,
-) -> Mapping[str, Json]:
+) -> Validation:
     """Return what was compared and found; `options` say how it was merged.
 
     Raises CheckFailed with the same as details if the folder differs from base and adapters,
@@ -33,5 +32,5 @@ def validate_folders(
     checkpoint = open_checkpoint(merged, tools.store)
     items = read_prompts(probes) if probes else ()
     proven = validate(checkpoint, sources, options, items, Unkept(tools), tools)
-    result: Mapping[str, Json] = proven.value.details["validation"]
+    result: Validation = proven.value.details["validation"]
     return result

@@ -11,10 +11,10 @@ from weightsmith.commands.merge import Folders, merge_folders
 from weightsmith.commands.quantize import FolderRequest, quantize_folder
 from weightsmith.commands.validate import validate_folders
 from weightsmith.library.arguments import AnyPath, path_of, paths_of, weights_of
-from weightsmith.library.results import Merged, Quantized, Shard, Validation
+from weightsmith.library.results import Merged, Quantized, Shard
 from weightsmith.progress import shown
 from weightsmith.recipe import Merge, Quantize
-from weightsmith.validating.findings import Finding
+from weightsmith.validating.result import Validation
 
 
 def merge(
@@ -114,15 +114,7 @@ def validate(
             runner, shown_progress, allow_network_in_jobs=allow_network_in_jobs
         ) as tools,
     ):
-        result = validate_folders(source, pairs, made, asked, options, tools)
-    return Validation(
-        max_abs_logit_diff=result["max_abs_logit_diff"],
-        kl_mean=result["kl_mean"],
-        top1_agreement=result["top1_agreement"],
-        findings=tuple(Finding(**row) for row in result["findings"]),
-        seconds=result["seconds"],
-        facts=result,
-    )
+        return validate_folders(source, pairs, made, asked, options, tools)
 
 
 def quantize(

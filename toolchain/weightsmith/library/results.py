@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weightsmith.provenance.chain import Check
-from weightsmith.validating.findings import Finding
+from weightsmith.validating.result import Validation as Validation
 from weightsmith.values import Digest, Json
 
 
@@ -34,22 +34,6 @@ class Merged:
     seconds: float
     findings: tuple[str, ...]
     """What is worth knowing, one sentence each; these were shown as warnings."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Validation:
-    """A checkpoint that is what base and adapters are. What was not measured is None."""
-
-    max_abs_logit_diff: float | None
-    kl_mean: float | None
-    """Mean Kullback-Leibler divergence per token, in nats."""
-    top1_agreement: float | None
-    """Share of tokens whose likeliest successor is the same, from 0 to 1."""
-    findings: tuple[Finding, ...]
-    """Warnings and notes: `severity`, `check`, `message`, `tensor`, `layer`."""
-    seconds: float
-    facts: Mapping[str, Json]
-    """All that was measured, as `weightsmith validate --json` prints it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from weightsmith.foreign import parse
+from weightsmith.quality.result import Quality
 from weightsmith.recipe import Recipe
 from weightsmith.serving.plan import ServingConfig, ServingPlan
 from weightsmith.values import Artifact, Json, Score, Sources, without_passwords
@@ -94,11 +95,12 @@ def _program(words: Sequence[str]) -> list[str]:
 
 def _quality(artifact: Artifact) -> dict[str, str]:
     """Return what quantizing lost, rounded: the last digits are the measuring machine's own."""
-    measured = artifact.details.get("quality", {})
-    keys = ("kl_mean", "kl_p99", "top1", "perplexity_ratio")
-    if any(key not in measured for key in keys):
+    quality: Quality | None = artifact.details.get("quality")
+    if quality is None or quality.loss is None:
         return {}
-    return {PREFIX + "quality": " ".join(f"{key}={float(measured[key]):.2g}" for key in keys)}
+    keys = ("kl_mean", "kl_p99", "top1", "perplexity_ratio")
+    measured = (f"{key}={getattr(quality.loss, key):.2g}" for key in keys)
+    return {PREFIX + "quality": " ".join(measured)}
 
 
 def public_name(source: str) -> str:

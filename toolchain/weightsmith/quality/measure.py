@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from weightsmith.errors import CheckFailed, InputRefused
+from weightsmith.quality.result import LayerError, Loss, TensorError
 from weightsmith.quality.streamed import StreamedModel
 from weightsmith.quality.texts import Reading, readings
 from weightsmith.values import Json
@@ -47,16 +48,11 @@ def measure(
     texts: Sequence[Mapping[str, Json]],
     tokens: int,
     progress: Progress,
-) -> Mapping[str, Json]:
+) -> Loss:
     """Return how far `view` is from the checkpoint in `model`, in float32, on held-out texts.
 
-    `kl_mean` and `kl_p99` (nats per token, KL of the checkpoint's next-token distribution to the
-    view's), `top1` (share of tokens whose likeliest successor is the same, or one that the
-    checkpoint holds nearly as likely), `perplexity` and `perplexity_ratio`; `layer_error`: the
-    largest error of a layer's output, by what the layer adds, on the checkpoint's own input;
-    `worst_layers` names them, `worst_tensors`: relative error of the weights. Raises Unmeasurable
-    for an architecture that it cannot look into, InputRefused for too little text, CheckFailed for
-    weights that are no finite numbers.
+    Raises Unmeasurable for an architecture that it cannot look into, InputRefused for too little
+    text, CheckFailed for weights that are not finite numbers.
     """
     from weightsmith.checkpoints.tensors import CheckpointTensors
 
@@ -81,14 +77,14 @@ def measure(
         found.add(reference[number], _log_probabilities(network, wrong[number, span]), following)
         reference[number] = torch.empty(0)
     progress(steps, steps)
-    return {
+    return Loss(
         **found.result(),
-        "texts": len(chosen),
-        "tokens": sum(len(text.ids) for text in chosen),
-        "layer_error": _short(max(notes.layers.values())),
-        "worst_layers": notes.worst_layers(),
-        "worst_tensors": notes.worst_tensors(),
-    }
+        texts=len(chosen),
+        tokens=sum(len(text.ids) for text in chosen),
+        layer_error=_short(max(notes.layers.values())),
+        worst_layers=notes.worst_layers(),
+        worst_tensors=notes.worst_tensors(),
+    )
 
 
 def _log_probabilities(network: StreamedModel, states: torch.Tensor) -> torch.Tensor:
@@ -185,15 +181,15 @@ class _Notes:
         self.layers[number] = float((found - right).norm()) / change
         self.progress(len(self.outputs) + number + 1)
 
-    def worst_layers(self) -> list[Mapping[str, Json]]:
+    def worst_layers(self) -> tuple[LayerError, ...]:
         """Return the layers with the largest error of their own."""
         worst = sorted(self.layers, key=lambda number: -self.layers[number])[:_NAMED]
-        return [{"layer": n, "error": _short(self.layers[n])} for n in worst]
+        return tuple(LayerError(layer=n, error=_short(self.layers[n])) for n in worst)
 
-    def worst_tensors(self) -> list[Mapping[str, Json]]:
+    def worst_tensors(self) -> tuple[TensorError, ...]:
         """Return the tensors with the largest relative error."""
         worst = sorted(self.errors, key=lambda name: -self.errors[name])[:_NAMED]
-        return [{"tensor": name, "error": _short(self.errors[name])} for name in worst]
+        return tuple(TensorError(tensor=n, error=_short(self.errors[n])) for n in worst)
 
 
 def _tensor(view: View, name: str) -> torch.Tensor:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from weightsmith.destinations import Documents
 from weightsmith.errors import CheckFailed
-from weightsmith.evaluating.limits import judge, limits_for, refusal
 from weightsmith.jobs import Input, QualityJob
 from weightsmith.outcome import Outcome, Timer
+from weightsmith.quality.limits import limits_for, refusal
+from weightsmith.quality.result import Quality
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import Texts
-from weightsmith.recipe import Quality
+from weightsmith.recipe import Quality as Limits
 from weightsmith.resources import builder_pins
 from weightsmith.time_limits import job_seconds
 from weightsmith.tools import Tools
-from weightsmith.values import Artifact, Checkpoint, Digest, Format, Json, StageInputs
+from weightsmith.values import Artifact, Checkpoint, Digest, StageInputs
 
 BUILDER = "merge"
 RECIPE_NUMBER = 2
@@ -47,7 +47,7 @@ def quality(
     checkpoint: Checkpoint,
     artifact: Artifact,
     texts: Texts,
-    options: Quality,
+    options: Limits,
     to: Documents,
     tools: Tools,
 ) -> Outcome[Artifact]:
@@ -63,32 +63,21 @@ def quality(
     document = to.document(
         lambda: inputs(checkpoint.digest, artifact.digest, texts, options.tokens),
         _RESULT,
-        lambda folder: _run(folder, checkpoint, artifact, texts, options.tokens, tools),
+        lambda folder: _run(folder, checkpoint, artifact, texts, options.tokens, tools).to_json(),
     )
-    found = _judged(document.value, artifact.format, texts, options, tools)
+    found = Quality.from_json(document.value)
+    if found.skipped:
+        tools.progress.warn(f"quality not measured: {found.skipped}")
+    limits = limits_for(artifact.format, options, general=bool(texts.general))
+    found = found.judged(limits, texts.described())
     judged = replace(artifact, details={**artifact.details, "quality": found})
     return timer.done(judged, cached=document.cached)
 
 
-def quality_fault(artifact: Artifact, options: Quality) -> CheckFailed | None:
+def quality_fault(artifact: Artifact, options: Limits) -> CheckFailed | None:
     """Return the error of an artifact that lost more than its limits; None for any other."""
-    found = artifact.details.get("quality", {})
-    return refusal(artifact.format, found) if found.get("exceeded") and options.gate else None
-
-
-def _judged(
-    found: Mapping[str, Json], format_: Format, texts: Texts, options: Quality, tools: Tools
-) -> Mapping[str, Json]:
-    if "skipped" in found:
-        tools.progress.warn(f"quality not measured: {found['skipped']}")
-        return found
-    verdict = judge(found, limits_for(format_, options, general=bool(texts.general)))
-    return {
-        **found,
-        "limits": verdict.limits,
-        "exceeded": verdict.exceeded,
-        "calibration": texts.described(),
-    }
+    found: Quality | None = artifact.details.get("quality")
+    return refusal(artifact.format, found) if found and found.exceeded and options.gate else None
 
 
 def _run(
@@ -98,10 +87,10 @@ def _run(
     texts: Texts,
     tokens: int,
     tools: Tools,
-) -> Mapping[str, Json]:
+) -> Quality:
     quantizer = of_format(artifact.format.name)
     if quantizer.view is None:
-        return {"skipped": f"{quantizer.name} has no view for the quality gate"}
+        return Quality(skipped=f"{quantizer.name} has no view for the quality gate")
     tools.runner.prepare(BUILDER, tools.progress)
     size = sum(path.stat().st_size for path in checkpoint.tree.root.glob("*.safetensors"))
     job = QualityJob(
@@ -116,4 +105,4 @@ def _run(
         memory_bytes=_MEMORY_BYTES + 2 * size + tokens * _TOKEN_BYTES,
         seconds=job_seconds(size, tokens=tokens),
     )
-    return tools.runner.run(job, tools.progress)
+    return Quality.from_json(tools.runner.run(job, tools.progress))

@@ -13,6 +13,7 @@ from weightsmith.errors import EnvironmentFailure
 from weightsmith.evaluating.statistics import wilson
 from weightsmith.files import write_whole
 from weightsmith.foreign import RECORD, parse_file
+from weightsmith.json_objects import JsonObject
 from weightsmith.provenance.evaluation import side_by_side
 from weightsmith.provenance.labels import without_secrets
 from weightsmith.recipe import Recipe
@@ -134,9 +135,9 @@ def build_document(facts: Facts) -> dict[str, Json]:
             "repairs": merged.get("repairs", {}),
             "shards": merged.get("shards", []),
         },
-        "validation": _without_cached(merged.get("validation")),
+        "validation": _json(merged.get("validation")),
         "artifact": _artifact(facts.artifact) if facts.artifact else None,
-        "quality": _quality(facts.artifact) if facts.artifact else None,
+        "quality": _json(facts.artifact.details.get("quality")) if facts.artifact else None,
         "plan": facts.config.plan.to_json() if facts.config else None,
         "image": _image(facts.published) if facts.published else None,
         **(_task(facts.tasks[0]) if facts.tasks else _task(NO_TASK)),
@@ -154,8 +155,8 @@ def build_document(facts: Facts) -> dict[str, Json]:
     return dict(plain(document))
 
 
-def _without_cached(result: Mapping[str, Json] | None) -> Mapping[str, Json] | None:
-    return result and {key: value for key, value in result.items() if key != "cached"}
+def _json(found: JsonObject | None) -> dict[str, Json] | None:
+    return found.to_json() if found else None
 
 
 def _source(snapshot: Snapshot) -> dict[str, Json]:
@@ -179,13 +180,6 @@ def _artifact(artifact: Artifact) -> dict[str, Json]:
         "files": [plain(file) for file in artifact.tree.files],
         "details": details,
     }
-
-
-def _quality(artifact: Artifact) -> dict[str, Json] | None:
-    """Return what quantizing lost, as measured on held-out text; None for what was not."""
-    found = dict(artifact.details.get("quality", {}))
-    found.pop("cached", None)
-    return found or None
 
 
 NO_TASK = TaskFacts(name="", metric="", max_drop=0.0, scores={}, verdicts=())

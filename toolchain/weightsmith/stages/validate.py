@@ -14,6 +14,7 @@ from weightsmith.recipe import Merge
 from weightsmith.resources import builder_pins
 from weightsmith.time_limits import job_seconds
 from weightsmith.tools import Tools
+from weightsmith.validating.result import Validation
 from weightsmith.values import Checkpoint, Digest, Json, Sources, StageInputs, key_of
 
 BUILDER = "merge"
@@ -92,24 +93,25 @@ def validate(
     found = to.document(
         lambda: inputs(sources, options, checkpoint.digest, items),
         _RESULT,
-        lambda folder: _run(folder, checkpoint, sources, options, items, tools),
+        lambda folder: _run(folder, checkpoint, sources, options, items, tools).to_json(),
     )
-    proven = replace(checkpoint, details={**checkpoint.details, "validation": found.value})
+    validation = Validation.from_json(found.value)
+    proven = replace(checkpoint, details={**checkpoint.details, "validation": validation})
     return timer.done(proven, cached=found.cached)
 
 
-def _require_passed(result: Mapping[str, Json]) -> None:
+def _require_passed(result: Validation) -> None:
     """Raise CheckFailed with the worst findings of a result that did not pass."""
-    if result["passed"]:
+    if result.passed:
         return
-    errors = [f["message"] for f in result["findings"] if f["severity"] == "error"]
+    errors = [found.message for found in result.errors]
     more = f"\n  … and {len(errors) - _SHOWN} more" if len(errors) > _SHOWN else ""
     lines = "".join(f"\n  {message}" for message in errors[:_SHOWN])
     raise CheckFailed(
         f"the merged checkpoint differs from base and adapters:{lines}{more}",
         hint="merge again from the same inputs; if it fails again, one of them is not what its "
         "configuration says, or a disk or memory is faulty",
-        details=result,
+        details=result.to_json(),
     )
 
 
@@ -120,7 +122,7 @@ def _run(
     options: Merge,
     items: Sequence[Messages],
     tools: Tools,
-) -> Mapping[str, Json]:
+) -> Validation:
     tools.runner.prepare(BUILDER, tools.progress)
     base, merged = sources.base.tree.root, checkpoint.tree.root
     mixed = mixture(options.method, options.space, options.density, options.rank)
@@ -138,11 +140,10 @@ def _run(
         memory_bytes=MEMORY_BYTES + 5 * _size(merged),
         seconds=job_seconds(_size(base) + _size(merged)),
     )
-    result = tools.runner.run(job, tools.progress)
+    result = Validation.from_json(tools.runner.run(job, tools.progress))
     _require_passed(result)
-    for each in result["findings"]:
-        if each["severity"] == "warning":
-            tools.progress.warn(each["message"])
+    for found in result.warnings:
+        tools.progress.warn(found.message)
     return result
 
 

@@ -17,8 +17,8 @@ import torch
 
 from weightsmith.validating.findings import ERROR, NOTE, Finding, finding
 from weightsmith.validating.forwards import Batch
-from weightsmith.validating.logits import LogitLimits
 from weightsmith.validating.network import fill, load_buffers, skeleton
+from weightsmith.validating.result import GreedyText, LogitLimits
 from weightsmith.validating.weights import Weights
 
 MOST_NEW = 16
@@ -121,27 +121,24 @@ def read(
             )
 
 
-def described(texts: Sequence[Text], tokenizer: Any) -> list[dict[str, Any]]:
-    """Return `{after, merged, reference, tokens, same}` of each text, decoded.
-
-    The reference's text ends with its first token that differs.
-    """
+def described(texts: Sequence[Text], tokenizer: Any) -> tuple[GreedyText, ...]:
+    """Return each text, decoded; none without a tokenizer."""
     if tokenizer is None:
-        return []
+        return ()
     rows = []
     for text in texts:
         count, same = len(text.tokens), text.differs_at
         agreed = text.tokens if same is None else (*text.tokens[:same], text.other)
         rows.append(
-            {
-                "after": _tail(tokenizer.decode(text.probe, skip_special_tokens=True)),
-                "reference": tokenizer.decode(agreed),
-                "merged": tokenizer.decode(text.tokens),
-                "tokens": count,
-                "same": count if same is None else same,
-            }
+            GreedyText(
+                after=_tail(tokenizer.decode(text.probe, skip_special_tokens=True)),
+                reference=tokenizer.decode(agreed),
+                merged=tokenizer.decode(text.tokens),
+                tokens=count,
+                same=count if same is None else same,
+            )
         )
-    return rows
+    return tuple(rows)
 
 
 def _tail(text: str) -> str:

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from weightsmith.validating.findings import ERROR, Finding, finding
+from weightsmith.validating.result import Distance, LogitLimits
 
 _FLOOR = 2.0**-14
 """Relative error of float32 logits, from sums in another order."""
 _INCOMPLETE_FACTOR = 4.0
 """Factor on the limits if the exact rounding of some layers was not computed."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Distance:
-    """Distance of two sets of logits over all positions."""
-
-    max_abs: float
-    mean_abs: float
-    rms: float
-    kl_mean: float
-    """Kullback-Leibler divergence from the reference, in nats."""
-    kl_max: float
-    top1: float
-    """Fraction of positions with the same most likely token."""
 
 
 def distance(reference: torch.Tensor, other: torch.Tensor) -> Distance:
@@ -49,16 +34,6 @@ def distance(reference: torch.Tensor, other: torch.Tensor) -> Distance:
         kl_max=max(divergences, default=0.0),
         top1=same / max(1, len(divergences)),
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogitLimits:
-    """How far a merge may be from the exact one: as far as rounding moves the reference."""
-
-    rms: float
-    max_abs: float
-    kl_mean: float
-    kl_max: float
 
 
 def limits(rounding: Distance, reference: torch.Tensor, *, complete: bool) -> LogitLimits:

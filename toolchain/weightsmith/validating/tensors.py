@@ -8,13 +8,14 @@ from weightsmith.validating.elements import Tally, compare_bytes, compare_rows
 from weightsmith.validating.findings import ERROR, Finding, finding
 from weightsmith.validating.forwards import Reference
 from weightsmith.validating.mixtures import left_out
+from weightsmith.validating.result import ElementCount
 from weightsmith.validating.suspicion import explain
 from weightsmith.validating.weights import Weights
 
 
 def judge_tensors(
     reference: Reference, weights: Weights, *, summed: bool
-) -> tuple[list[Finding], dict[str, int]]:
+) -> tuple[list[Finding], ElementCount]:
     """Check every tensor of the merged checkpoint; if it is not a sum, only those that can be."""
     examiner = reference.examiner
     tallies = dict(examiner.tallies)
@@ -38,11 +39,11 @@ def judge_tensors(
     ]
     right = {name: tally.tensor for name, tally in tallies.items() if not tally.wrong}
     lacking = {name: kept for name, kept in examiner.kept.items() if name in right}
-    return found + left_out(lacking, right) + shared, {
-        "tensors": len(tallies),
-        "elements": sum(tally.total for tally in tallies.values()),
-        "wrong": sum(tally.wrong for tally in wrong.values()),
-    }
+    return found + left_out(lacking, right) + shared, ElementCount(
+        tensors=len(tallies),
+        elements=sum(tally.total for tally in tallies.values()),
+        wrong=sum(tally.wrong for tally in wrong.values()),
+    )
 
 
 def _untouched(reference: Reference, weights: Weights, touched: set[str]) -> dict[str, Tally]:

@@ -21,6 +21,7 @@ from weightsmith.validating.findings import ERROR, NOTE, WARNING, Finding, faile
 from weightsmith.validating.forwards import Batch, Reference, Run, merged_forward, reference_forward
 from weightsmith.validating.network import IncompatibleAdapters, decoder_layers, skeleton
 from weightsmith.validating.probes import Message
+from weightsmith.validating.result import Comparison, Distance, Validation
 from weightsmith.validating.structure import compare_files, end_tokens, is_readable, vocabulary
 from weightsmith.validating.verdict import judge_models
 from weightsmith.validating.weights import Weights
@@ -47,8 +48,8 @@ class Request:
     """With scope `rest`: how the method combines deltas, if that can be checked."""
 
 
-def validate(request: Request, progress: Progress | None = None) -> dict[str, Any]:
-    """Return `{max_abs_logit_diff, kl_mean, kl_max, top1_agreement, findings, …}`.
+def validate(request: Request, progress: Progress | None = None) -> Validation:
+    """Return what comparing files, tokenizer, elements and logits found.
 
     Weights are read a few rows at a time on both sides, so memory does not grow with the model.
     Raises InputRefused for invalid folders; failed checks are findings of severity `error`.
@@ -62,7 +63,7 @@ def validate(request: Request, progress: Progress | None = None) -> dict[str, An
         torch.set_num_threads(threads)
 
 
-def _validate(request: Request, progress: Progress) -> dict[str, Any]:
+def _validate(request: Request, progress: Progress) -> Validation:
     began = time.monotonic()
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     folders = [root for root, _ in request.adapters]
@@ -70,20 +71,26 @@ def _validate(request: Request, progress: Progress) -> dict[str, Any]:
     expected = probes.expected_tokenizer(request.base, folders)
     readable = is_readable(findings)
     findings += _tokenizers(request, expected) if readable else []
-    result: dict[str, Any] = dict.fromkeys(
-        ("max_abs_logit_diff", "mean_abs_logit_diff", "kl_mean", "kl_max", "top1_agreement")
-    )
+    seen, comparison = None, None
     if why := _no_reference(request):
         findings.append(finding(NOTE, "logits", f"{why}: only files and tokenizer were checked"))
     elif readable:
-        result |= _compare(request, expected, findings, progress)
-    return {
-        **_finite(result),
-        "passed": not failed(findings),
-        "findings": _first(findings),
-        "seconds": round(time.monotonic() - began, 3),
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
+        seen, comparison = _compare(request, expected, findings, progress) or (None, None)
+    # If logits are not finite, no measure means anything, including the agreement.
+    if seen and not math.isfinite(seen.max_abs):
+        seen = None
+    return Validation(
+        max_abs_logit_diff=seen.max_abs if seen else None,
+        mean_abs_logit_diff=seen.mean_abs if seen else None,
+        kl_mean=seen.kl_mean if seen else None,
+        kl_max=seen.kl_max if seen else None,
+        top1_agreement=seen.top1 if seen else None,
+        comparison=comparison,
+        passed=not failed(findings),
+        findings=tuple(_first(findings)),
+        seconds=round(time.monotonic() - began, 3),
+        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
 
 
 def _no_reference(request: Request) -> str:
@@ -93,15 +100,6 @@ def _no_reference(request: Request) -> str:
     if read_json(request.base / "config.json").get("quantization_config"):
         return "the base is quantized, and its outputs depend on how it is dequantized"
     return ""
-
-
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinities by None, for JSON."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _tokenizers(request: Request, expected: Any) -> list[Finding]:
@@ -118,28 +116,28 @@ def _tokenizers(request: Request, expected: Any) -> list[Finding]:
 
 def _compare(
     request: Request, expected: Any, findings: list[Finding], progress: Progress
-) -> dict[str, Any]:
-    """Run and compare both sides; add a finding if one cannot run."""
+) -> tuple[Distance, Comparison] | None:
+    """Run and compare both sides; None and a finding if one cannot run."""
     try:
         model = skeleton(request.merged)
     except ValueError as error:
         why = " ".join(str(error).split())[:120]
         text = f"transformers cannot load it as a causal model: only files were checked ({why})"
         findings.append(finding(WARNING, "logits", text))
-        return {}
+        return None
     weights = Weights(request.merged, model)
     lacking = [name for name in weights.parameters if not weights.has(name)]
     if lacking:
         message = f"the merged model cannot run: its files lack {lacking[0]}"
         findings.append(finding(ERROR, "files", message, lacking[0]))
-        return {}
+        return None
     size = _vocabulary(model)
     ids = probes.encode(expected, probes.choose(request.items), size)
     highest = max(max(probe) for probe in ids)
     if highest >= model.get_input_embeddings().weight.shape[0]:
         message = f"the tokenizer produces token {highest}, which the merged model does not embed"
         findings.append(finding(ERROR, "tokenizer", message, "tokenizer.json"))
-        return {}
+        return None
     most = probes.most_logits(len(ids), size)
     texts = _texts(request.merged, weights, ids, most, findings)
     batch = Batch.of(greedy.longer(ids, texts) if texts else ids, most)
@@ -150,23 +148,24 @@ def _compare(
     except IncompatibleAdapters as error:
         text = f"PEFT cannot load these adapters together: only files were checked ({error})"
         findings.append(finding(WARNING, "logits", text))
-        return {}
+        return None
     except _NOT_STREAMABLE as error:
         streamed = False
         whole = _loaded_whole(sides, error, findings, progress)
         if whole is None:
-            return {}
+            return None
         reference, run = whole
     greedy_texts = list(greedy.read(reference.run.logits, run.logits, batch, texts))
-    verdict = judge_models(
+    seen, comparison = judge_models(
         reference, run, weights, batch, sides.twins, findings, greedy_texts, summed=sides.summed
     )
-    return verdict | {
-        "probes": len(ids),
-        "positions": len(run.logits),
-        "streamed": streamed,
-        "greedy": greedy.described(greedy_texts, expected),
-    }
+    return seen, replace(
+        comparison,
+        probes=len(ids),
+        positions=len(run.logits),
+        streamed=streamed,
+        greedy=greedy.described(greedy_texts, expected),
+    )
 
 
 def _loaded_whole(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -12,14 +11,8 @@ from weightsmith.validating.findings import ERROR, NOTE, WARNING, Finding, faile
 from weightsmith.validating.forwards import Batch, Reference, Run
 from weightsmith.validating.greedy import Text
 from weightsmith.validating.greedy import judge as judge_texts
-from weightsmith.validating.logits import (
-    Distance,
-    LogitLimits,
-    distance,
-    judge,
-    judge_choices,
-    limits,
-)
+from weightsmith.validating.logits import distance, judge, judge_choices, limits
+from weightsmith.validating.result import Comparison, Distance, LayerDifference
 from weightsmith.validating.tensors import judge_tensors
 from weightsmith.validating.weights import Weights
 
@@ -47,8 +40,8 @@ def judge_models(
     texts: Sequence[Text],
     *,
     summed: bool,
-) -> dict[str, Any]:
-    """Return the measures of both models, and append to `findings` what is wrong.
+) -> tuple[Distance, Comparison]:
+    """Return the distance of the logits and the comparison; append to `findings` what is wrong.
 
     `summed` means that the merge is the weighted sum that the reference computes; otherwise the
     distance is reported but not judged.
@@ -69,58 +62,45 @@ def judge_models(
     if not summed:
         judged = _MIXED if reference.examiner.mixed else _UNMIXED
         verdict = [finding(NOTE, "logits", _NOT_SUMMED.format(judged))]
-    if failed(verdict) and reference.examiner.bypassed and not elements["wrong"]:
+    if failed(verdict) and reference.examiner.bypassed and not elements.wrong:
         shown = ", ".join(reference.examiner.bypassed[:3])
         verdict = [finding(WARNING, "logits", _BYPASSED.format(shown))]
     layers = _layers(reference, run)
-    parted = next((row["layer"] for row in layers if row["parted"]), None)
+    parted = next((row.layer for row in layers if row.parted), None)
     if failed(verdict) and parted is not None:
         findings.append(_where(parted, examined))
     findings += verdict
     lost, swallowed = _swallowed(reference)
     # If elements are wrong, the difference is not rounding.
-    findings += lost if summed and not elements["wrong"] else []
-    measured = {
-        "max_abs_logit_diff": seen.max_abs,
-        "mean_abs_logit_diff": seen.mean_abs,
-        "kl_mean": seen.kl_mean,
-        "kl_max": seen.kl_max,
-        "top1_agreement": seen.top1,
-    }
-    return {
-        # If logits are not finite, no measure means anything, including the agreement.
-        **(measured if math.isfinite(seen.max_abs) else dict.fromkeys(measured)),
-        "limits": _measures(allowed),
-        "rounding": _measures(rounding),
-        "from_exact": _measures(off),
-        "first_difference": parted,
-        "layers": layers,
-        "elements": elements,
-        "lost_to_rounding": swallowed,
-    }
+    findings += lost if summed and not elements.wrong else []
+    return seen, Comparison(
+        limits=allowed,
+        rounding=rounding,
+        from_exact=off,
+        first_difference=parted,
+        layers=layers,
+        elements=elements,
+        lost_to_rounding=swallowed,
+    )
 
 
-def _layers(reference: Reference, run: Run) -> list[dict[str, Any]]:
-    """Return the distance of the hidden states after each layer from the reference's.
-
-    Relative to their norm: `difference` of the merged model, `rounding` of the exact merge, and
-    `off`, between those two, which is only arithmetic error if the merge is right.
-    """
-    rows: list[dict[str, Any]] = []
+def _layers(reference: Reference, run: Run) -> tuple[LayerDifference, ...]:
+    """Return the distance of the hidden states after each layer from the reference's."""
+    rows: list[LayerDifference] = []
     states = zip(reference.run.hidden, reference.twins.hidden, run.hidden, strict=False)
     for number, (mine, exact, there) in enumerate(states):
         size = float(mine.norm()) or 1.0
         rounding, off = float((exact - mine).norm()) / size, float((there - exact).norm()) / size
         rows.append(
-            {
-                "layer": number,
-                "difference": _bounded(float((there - mine).norm()) / size),
-                "rounding": _bounded(rounding),
-                "off": _bounded(off),
-                "parted": not off <= rounding + 2.0**-14,
-            }
+            LayerDifference(
+                layer=number,
+                difference=_bounded(float((there - mine).norm()) / size),
+                rounding=_bounded(rounding),
+                off=_bounded(off),
+                parted=not off <= rounding + 2.0**-14,
+            )
         )
-    return rows
+    return tuple(rows)
 
 
 def _bounded(value: float) -> float:
@@ -159,7 +139,3 @@ def _swallowed(reference: Reference) -> tuple[list[Finding], float | None]:
             "which is small for the checkpoint's dtype; merge with dtype float32 to keep it",
         )
     ], part
-
-
-def _measures(value: Distance | LogitLimits) -> dict[str, float]:
-    return {name: getattr(value, name) for name in value.__slots__}

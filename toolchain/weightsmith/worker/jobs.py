@@ -155,23 +155,22 @@ def _validate(job: ValidateJob, report: Report) -> Mapping[str, Json]:
         scope=job.scope,
         mixture=job.mixture,
     )
-    return _mapping(module.validate(request, lambda done, total: report(done, total, "layers")))
+    found = module.validate(request, lambda done, total: report(done, total, "layers"))
+    return _mapping(found.to_json())
 
 
 def _quality(job: QualityJob, report: Report) -> Mapping[str, Json]:
     measure: Any = importlib.import_module("weightsmith.quality.measure")
     model = job.model.path
     try:
-        view = _quantizer(job.quantizer).view(job.artifact.path, model)
-        return _mapping(
-            measure.measure(
-                model,
-                view,
-                job.texts,
-                job.tokens,
-                lambda done, total: report(done, total, "layers"),
-            )
+        loss = measure.measure(
+            model,
+            _quantizer(job.quantizer).view(job.artifact.path, model),
+            job.texts,
+            job.tokens,
+            lambda done, total: report(done, total, "layers"),
         )
+        return _mapping(loss.to_json())
     except Unmeasurable as error:
         return {"skipped": error.message}
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from weightsmith.errors import CheckFailed
-from weightsmith.recipe import Quality, QualityLimits
-from weightsmith.values import Format, Json
+from weightsmith.quality.result import Quality
+from weightsmith.recipe import Quality as Wanted
+from weightsmith.recipe import QualityLimits
+from weightsmith.values import Format
 
 
 def _limits(mean: float, p99: float, top1: float, ratio: float, layer: float) -> QualityLimits:
@@ -38,15 +39,7 @@ _GENERAL = 2.0
 """Measured: q4_k_m of the support bot errs 5 times as often on general text as on its own."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QualityVerdict:
-    """What was found against what is allowed; `exceeded` is empty when all is well."""
-
-    limits: Mapping[str, float]
-    exceeded: tuple[str, ...]
-
-
-def limits_for(format_: Format, quality: Quality, *, general: bool = False) -> Mapping[str, float]:
+def limits_for(format_: Format, quality: Wanted, *, general: bool = False) -> Mapping[str, float]:
     """Return a format's limits: the defaults of its size, changed by the recipe's.
 
     The recipe's `*` changes all formats, a format's own name only that one. On `general` text,
@@ -67,27 +60,14 @@ def limits_for(format_: Format, quality: Quality, *, general: bool = False) -> M
     return {key: float(value) for key, value in merged.items()}
 
 
-def judge(measured: Mapping[str, Json], limits: Mapping[str, float]) -> QualityVerdict:
-    """Compare what was measured with limits; `top1` is a least, the others are most."""
-    exceeded = []
-    for key, limit in limits.items():
-        value = float(measured[key])
-        # Turned so that a value that is no number exceeds any limit.
-        if not (value >= limit if key == "top1" else value <= limit):
-            exceeded.append(
-                f"{key} {value:g}, {'at least' if key == 'top1' else 'at most'} {limit:g}"
-            )
-    return QualityVerdict(limits=limits, exceeded=tuple(exceeded))
-
-
-def refusal(format_: Format, measured: Mapping[str, Json]) -> CheckFailed:
+def refusal(format_: Format, quality: Quality) -> CheckFailed:
     """Return the error for a model over its limits: where the loss is and what to try."""
-    layers = ", ".join(
-        f"{worst['layer']} ({worst['error']:.2g})" for worst in measured.get("worst_layers", ())
-    )
-    tensors = ", ".join(worst["tensor"] for worst in measured.get("worst_tensors", ())[:1])
-    where = f"; worst layers: {layers}" if layers else ""
-    where += f"; worst weights: {tensors}" if tensors else ""
+    where = ""
+    if quality.loss and quality.loss.worst_layers:
+        worst = (f"{one.layer} ({one.error:.2g})" for one in quality.loss.worst_layers)
+        where += f"; worst layers: {', '.join(worst)}"
+    if quality.loss and quality.loss.worst_tensors:
+        where += f"; worst weights: {quality.loss.worst_tensors[0].tensor}"
     tries = {
         "gguf": "a larger type (q5_k_m), an imatrix, quantize.tensor_types for the worst weights, "
         "or more calibration text",
@@ -95,7 +75,7 @@ def refusal(format_: Format, measured: Mapping[str, Json]) -> CheckFailed:
         "gptq": "a smaller group size, or more calibration text like the task",
     }
     hint = tries.get(format_.kind, "a format with more bits, or more calibration text")
-    much = "; ".join(measured["exceeded"])
+    much = "; ".join(quality.exceeded)
     return CheckFailed(
         f"{format_.name} lost too much of the merged model: {much}{where}",
         hint=f"try {hint}; quality.limits.{format_.name} sets what may be lost",

@@ -1,0 +1,154 @@
+"""JSON objects as frozen dataclasses: one class reads and writes each, by the types it names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
+from types import NoneType, UnionType
+from typing import Annotated, Any, Self, TypeAlias, Union, get_args, get_origin, get_type_hints
+
+from weightsmith.values import Json, plain
+
+Measured: TypeAlias = Annotated[float, "null is not a number"]
+"""A float that may be infinite or not a number: JSON has null for both, read back as NaN."""
+
+INLINE = {"inline": True}
+"""Metadata of a field of type `D | None` whose keys stand among those of the object around it;
+the field is None if none of them is there."""
+OMITTED = {"omitted": True}
+"""Metadata of a field that is left out of the JSON if it equals its default."""
+
+
+class JsonObject:
+    """The base of a frozen dataclass that is a JSON object; keys are the fields, in their order."""
+
+    __slots__ = ()
+
+    @classmethod
+    def from_json(cls, value: Json) -> Self:
+        """Read an object; ValueError names the key that is missing or of another type.
+
+        Keys that the class does not know are ignored. A field with a default may be missing, or
+        null as written by an earlier version.
+        """
+        return cls(**_fields_of(cls, value, ""))
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the JSON object; numbers that are not finite become null."""
+        kind: Any = type(self)
+        found: dict[str, Json] = {}
+        for one in _fields(kind):
+            value = getattr(self, one.name)
+            if is_inline(one):
+                found |= value.to_json() if value is not None else {}
+            elif not ("omitted" in one.metadata and value == one.default):
+                found[one.name] = _written(value)
+        return found
+
+
+def is_inline(one: Field[Any]) -> bool:
+    """Whether the keys of a field's value stand among those of the object around it."""
+    return "inline" in one.metadata
+
+
+@cache
+def types_of(kind: Any) -> Mapping[str, Any]:
+    """Return a dataclass's fields by name with their types."""
+    return get_type_hints(kind, include_extras=True)
+
+
+@cache
+def _fields(kind: Any) -> tuple[Field[Any], ...]:
+    return fields(kind)
+
+
+def _written(value: Any) -> Json:
+    if isinstance(value, JsonObject):
+        return value.to_json()
+    if isinstance(value, Mapping):
+        return {str(key): _written(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_written(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return plain(value)
+
+
+def _fields_of(kind: Any, value: Json, place: str) -> dict[str, Any]:
+    """Return the arguments of a dataclass from a JSON object."""
+    if not isinstance(value, dict):
+        raise _another(value, "an object", place)
+    found = {}
+    for one in _fields(kind):
+        hint, path = types_of(kind)[one.name], f"{place}.{one.name}" if place else one.name
+        if is_inline(one):
+            inner = part_of(hint)
+            if any(key.name in value for key in _fields(inner)):
+                found[one.name] = inner(**_fields_of(inner, value, place))
+        elif value.get(one.name) is not None or (one.name in value and not _has_default(one)):
+            found[one.name] = _read(hint, value[one.name], path)
+        elif not _has_default(one):
+            raise ValueError(f"{path} is missing")
+    return found
+
+
+def _has_default(one: Field[Any]) -> bool:
+    return one.default is not MISSING or one.default_factory is not MISSING
+
+
+def part_of(hint: Any) -> Any:
+    """Return X of a type `X | None`."""
+    return next(part for part in get_args(hint) if part is not NoneType)
+
+
+def _read(hint: Any, value: Json, place: str) -> Any:
+    origin, parts = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, UnionType):
+        return None if value is None else _read(part_of(hint), value, place)
+    if origin is Annotated:
+        return math.nan if value is None else _read(parts[0], value, place)
+    if origin is tuple:
+        return _read_list(parts, value, place)
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, dict):
+            raise _another(value, "an object", place)
+        return {key: _read(parts[1], inner, f"{place}.{key}") for key, inner in value.items()}
+    if is_dataclass(hint):
+        kind: Any = hint
+        return kind(**_fields_of(hint, value, place))
+    return _scalar(hint, value, place)
+
+
+def _read_list(parts: tuple[Any, ...], value: Json, place: str) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise _another(value, "a list", place)
+    if parts[-1] is Ellipsis:
+        return tuple(_read(parts[0], inner, f"{place}[{i}]") for i, inner in enumerate(value))
+    if len(value) != len(parts):
+        raise ValueError(f"{place} has {len(value)} values, not {len(parts)}")
+    pairs = zip(parts, value, strict=True)
+    return tuple(_read(part, inner, f"{place}[{i}]") for i, (part, inner) in enumerate(pairs))
+
+
+def _scalar(kind: type, value: Json, place: str) -> Any:
+    if kind is bool or isinstance(value, bool):  # a bool is an int to Python, and not to JSON
+        right = kind is bool and isinstance(value, bool)
+    elif kind is float:
+        right = isinstance(value, int | float)
+    else:
+        right = isinstance(value, str if issubclass(kind, str) else kind)
+    if not right:
+        names = {bool: "true or false", int: "a whole number", float: "a number"}
+        raise _another(value, names.get(kind, "text"), place)
+    try:
+        return value if kind in (bool, int, float, str) else kind(value)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+
+
+def _another(value: Json, wanted: str, place: str) -> ValueError:
+    return ValueError(f"{place or 'it'} is not {wanted}: {repr(value)[:80]}")

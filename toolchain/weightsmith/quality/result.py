@@ -1,0 +1,110 @@
+"""What the quality gate measures: how far quantized weights are from the merged checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+from weightsmith.json_objects import INLINE, OMITTED, JsonObject
+from weightsmith.values import Digest, Json, plain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerError(JsonObject):
+    """The error of one decoder layer's output, relative to what the layer adds."""
+
+    layer: int
+    error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorError(JsonObject):
+    """The relative error of one tensor's weights."""
+
+    tensor: str
+    error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss(JsonObject):
+    """What `quality.measure` finds on held-out text, against the merged checkpoint."""
+
+    kl_mean: float
+    """Mean Kullback-Leibler divergence per token, of the checkpoint's next-token distribution to
+    the quantized model's, in nats."""
+    kl_p99: float
+    """The divergence's 99th percentile, in nats."""
+    top1: float
+    """Share of tokens whose likeliest successor is the same, or one that the checkpoint holds
+    nearly as likely, from 0 to 1."""
+    perplexity: float
+    perplexity_reference: float
+    """The merged checkpoint's."""
+    perplexity_ratio: float
+    """Perplexity by the merged checkpoint's."""
+    texts: int
+    tokens: int
+    layer_error: float
+    """The largest error of a layer's output, relative to what the layer adds, on the checkpoint's
+    own input."""
+    worst_layers: tuple[LayerError, ...] = ()
+    worst_tensors: tuple[TensorError, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualityVerdict(JsonObject):
+    """What was measured against what is allowed."""
+
+    limits: Mapping[str, float]
+    """Measure -> limit; `top1` is a minimum, the others are maxima."""
+    exceeded: tuple[str, ...] = ()
+    """One phrase for each exceeded limit; empty if the weights passed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextsUsed(JsonObject):
+    """Which texts the weights were calibrated on, and which were held out to measure them."""
+
+    source: str
+    texts: int
+    held_out: int
+    general: int
+    """Texts of our own that were added because there were too few."""
+    digest: Digest
+    held_out_digest: Digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quality(JsonObject):
+    """What quantizing lost: a loss and its verdict, or why nothing was measured."""
+
+    skipped: str = field(default="", metadata=OMITTED)
+    """Why it was not measured; empty if it was."""
+    loss: Loss | None = field(default=None, metadata=INLINE)
+    verdict: QualityVerdict | None = field(default=None, metadata=INLINE)
+    calibration: TextsUsed | None = field(default=None, metadata=OMITTED)
+
+    def judged(self, limits: Mapping[str, float], calibration: Mapping[str, Json]) -> Self:
+        """Return it with its verdict and the texts it was measured on; as it is if it was skipped.
+
+        `top1` is a minimum, the other limits are maxima.
+        """
+        if self.loss is None:
+            return self
+        exceeded = []
+        for key, limit in limits.items():
+            value, least = float(getattr(self.loss, key)), key == "top1"
+            # Not the opposite comparison: NaN exceeds any limit.
+            if not (value >= limit if least else value <= limit):
+                exceeded.append(f"{key} {value:g}, {'at least' if least else 'at most'} {limit:g}")
+        return replace(
+            self,
+            verdict=QualityVerdict(limits=limits, exceeded=tuple(exceeded)),
+            calibration=TextsUsed.from_json(plain(calibration)),
+        )
+
+    @property
+    def exceeded(self) -> tuple[str, ...]:
+        """One phrase for each exceeded limit."""
+        return self.verdict.exceeded if self.verdict else ()

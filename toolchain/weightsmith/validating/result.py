@@ -1,0 +1,131 @@
+"""What validating found: a merged checkpoint against its base with the adapters on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from weightsmith.json_objects import INLINE, JsonObject, Measured
+from weightsmith.validating.findings import ERROR, WARNING, Finding
+from weightsmith.values import Json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distance(JsonObject):
+    """Distance of two sets of logits over all positions."""
+
+    max_abs: Measured
+    mean_abs: Measured
+    rms: Measured
+    kl_mean: Measured
+    """Kullback-Leibler divergence from the reference, in nats."""
+    kl_max: Measured
+    top1: Measured
+    """Fraction of positions with the same most likely token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitLimits(JsonObject):
+    """How far a merge may be from the exact one: as far as rounding moves the reference."""
+
+    rms: Measured
+    max_abs: Measured
+    kl_mean: Measured
+    kl_max: Measured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerDifference(JsonObject):
+    """Distance of the hidden states after a decoder layer, relative to the reference's norm."""
+
+    layer: int
+    difference: float
+    """Of the merged model from base and adapters."""
+    rounding: float
+    """Of the exact merge, rounded once, from base and adapters."""
+    off: float = 0.0
+    """Of the merged model from the exact merge: only arithmetic error if the merge is right."""
+    parted: bool
+    """Whether rounding does not explain it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ElementCount(JsonObject):
+    """How many tensors and elements were compared, and how many elements are wrong."""
+
+    tensors: int
+    elements: int
+    wrong: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GreedyText(JsonObject):
+    """How both sides continue after a probe."""
+
+    after: str
+    """The end of the probe."""
+    reference: str
+    """Up to its first token that differs."""
+    merged: str
+    tokens: int
+    same: int
+    """How many tokens agree before the first that differs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison(JsonObject):
+    """What was measured of both models where both ran."""
+
+    limits: LogitLimits | None = None
+    rounding: Distance | None = None
+    """The exact merge, rounded once, against base and adapters."""
+    from_exact: Distance | None = None
+    """The merged model against the exact merge, rounded once."""
+    first_difference: int | None = None
+    """The first decoder layer whose difference rounding does not explain."""
+    layers: tuple[LayerDifference, ...] = ()
+    """In the model's order."""
+    elements: ElementCount | None = None
+    lost_to_rounding: float | None = None
+    """Fraction of the adapters' effect that rounding removed; None if they have no effect."""
+    probes: int = 0
+    positions: int = 0
+    streamed: bool = True
+    """False where the architecture had to be loaded whole."""
+    greedy: tuple[GreedyText, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation(JsonObject):
+    """What validating a merged checkpoint found. What was not measured is None."""
+
+    max_abs_logit_diff: float | None = None
+    mean_abs_logit_diff: float | None = None
+    kl_mean: float | None = None
+    """Mean Kullback-Leibler divergence per position, in nats."""
+    kl_max: float | None = None
+    top1_agreement: float | None = None
+    """Fraction of positions with the same most likely next token."""
+    comparison: Comparison | None = field(default=None, metadata=INLINE)
+    """None where the two models did not run."""
+    passed: bool
+    findings: tuple[Finding, ...]
+    """Errors first, then warnings and notes."""
+    seconds: float = 0.0
+    peak_rss_bytes: int = 0
+    """Most memory that the job's process had (resident set size)."""
+
+    @property
+    def facts(self) -> Mapping[str, Json]:
+        """All that was measured, as `weightsmith validate --json` prints it."""
+        return self.to_json()
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """The findings for which it did not pass."""
+        return tuple(found for found in self.findings if found.severity == ERROR)
+
+    @property
+    def warnings(self) -> tuple[Finding, ...]:
+        """The findings that may matter."""
+        return tuple(found for found in self.findings if found.severity == WARNING)
