@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 from weightsmith.drivers.toolset import toolset_folder
-from weightsmith.serving.memory import padded
+from weightsmith.serving.llamacpp_cache import padded
 from weightsmith.wiring import cache_folder
 
 from tests.fakes.started import at_once, free_port, started, weightsmith

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.planning.targets import all_targets
 from weightsmith.serving import engines, sglang, tgi, trtllm
-from weightsmith.serving.engine import ServeOptions
+from weightsmith.serving.engine import ServedModel, ServeOptions
 from weightsmith.serving.gpus import GPUS
 from weightsmith.serving.memory import GIB
 from weightsmith.stages.render import render
@@ -196,7 +196,7 @@ def test_tgi_accepts_its_own_budgets(wish):
     plan = planned("tgi", {**wish, "kv_cache_dtype": ""})
     if plan is None:
         return
-    env = tgi.env(plan, {"model_path": "/models"})
+    env = tgi.env(plan, ServedModel(path="/models", name="m", startup_seconds=600))
     total, batch = int(env["MAX_TOTAL_TOKENS"]), plan.kv_cache_bytes * plan.gpus // 131072
     assert int(env["MAX_INPUT_TOKENS"]) < total <= batch
     assert int(env["MAX_BATCH_PREFILL_TOKENS"]) <= batch

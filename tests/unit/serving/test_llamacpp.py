@@ -5,10 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.serving import llamacpp_plan
-from weightsmith.serving.engine import ServeOptions
+from weightsmith.serving.engine import ServedModel, ServeOptions
 from weightsmith.serving.llamacpp import ENGINE, command, env
+from weightsmith.serving.llamacpp_cache import padded
 from weightsmith.serving.llamacpp_options import environment_names, extra_options
-from weightsmith.serving.memory import GIB, MIB, padded
+from weightsmith.serving.memory import GIB, MIB
 
 from tests.fakes.configs import LLAMA_8B, facts
 
@@ -23,6 +24,7 @@ SMOL = {
     "vocab_size": 49152,
 }
 Q4 = 4_920_000_000
+SERVED = ServedModel(path="/models/m.gguf", name="support", startup_seconds=600)
 
 
 def plan(config, weight_bytes, options):
@@ -176,7 +178,7 @@ def test_a_packed_cache_takes_less():
     )
 
     assert made.kv_bytes_total * 32 == plan(LLAMA_8B, Q4, base).kv_bytes_total * 17
-    assert env(made, {"model_path": "/m", "served_name": "s"})["LLAMA_ARG_CACHE_TYPE_V"] == "q8_0"
+    assert env(made, SERVED)["LLAMA_ARG_CACHE_TYPE_V"] == "q8_0"
 
 
 def test_a_packed_value_cache_needs_flash_attention():
@@ -244,9 +246,7 @@ def test_a_plan_never_takes_more_than_is_usable(size, tokens, slots):
 
 def test_the_environment_is_explicit_and_known_to_the_server():
     made = plan(SMOL, MIB, ServeOptions(max_model_len=512, max_num_seqs=2, host_memory_bytes=GIB))
-    names = {"model_path": "/models/m.gguf", "served_name": "support"}
-
-    found = env(made, names)
+    found = env(made, SERVED)
 
     assert set(found) <= set(environment_names().values())
     assert found["LLAMA_ARG_CTX_SIZE"] == "1024"
@@ -262,8 +262,8 @@ def test_options_without_a_variable_become_arguments():
         SMOL, MIB, ServeOptions(extra={"seed": 3, "warmup": False, "escape": True, "top_k": 5})
     )
 
-    assert command(made, {}) == ("--seed", "3", "--no-warmup", "--escape")
-    assert env(made, {"model_path": "", "served_name": ""})["LLAMA_ARG_TOP_K"] == "5"
+    assert command(made, SERVED) == ("--seed", "3", "--no-warmup", "--escape")
+    assert env(made, SERVED)["LLAMA_ARG_TOP_K"] == "5"
 
 
 def test_extra_options_are_known_by_option_and_by_variable():

@@ -3,15 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from weightsmith.checkpoints.shape import ModelShape
 from weightsmith.errors import UsageError
-from weightsmith.serving.memory import (
-    GIB,
-    host_memory,
-    human,
-    kv_cache_bytes,
-    kv_layer_bytes,
-    padded,
-    parse_size,
-)
+from weightsmith.serving.llamacpp_cache import kv_cache_bytes, kv_layer_bytes, padded
+from weightsmith.serving.memory import GIB, host_memory, human, parse_size
 
 from tests.fakes.configs import shape_of
 

@@ -86,7 +86,7 @@ def _question(
     number = result.task.adapter
     if target.format != LORA or sources is None or number is None or len(sources.adapters) == 1:
         return Question(result=result)
-    if target.engine.numbers_adapters:
-        return Question(result=result, fields={"lora": [{"id": number, "scale": 1.0}]})
+    if fields_of := target.engine.adapter_fields:
+        return Question(result=result, fields=fields_of(number))
     served = unmerged_adapters(request.file, target, sources)
     return Question(result=result, model=served[number].name)

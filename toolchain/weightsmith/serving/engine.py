@@ -46,6 +46,19 @@ class ServeOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """The model as it lies in the image and as clients ask for it."""
+
+    path: str
+    """Absolute, in the image: the folder, or the GGUF file."""
+    name: str
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    """Served name -> absolute path in the image."""
+    startup_seconds: int
+    """How long the server may take to start."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineBase:
     """The image below the weights."""
 
@@ -85,17 +98,14 @@ class Engine:
     health_path: str
     plan: Callable[[ModelFacts, int, ServeOptions], ServingPlan]
     """(model, weight bytes, options) -> plan; raises UsageError for what does not fit."""
-    env: Callable[[ServingPlan, Mapping[str, Json]], Mapping[str, str]]
-    """(plan, names) -> environment of the process.
-
-    `names` has `model_path`, `served_name` and `startup_seconds`.
-    """
+    env: Callable[[ServingPlan, ServedModel], Mapping[str, str]]
+    """(plan, model) -> environment of the process."""
     entrypoint: tuple[str, ...]
-    command: Callable[[ServingPlan, Mapping[str, Json]], tuple[str, ...]]
-    file_settings: Callable[[ServingPlan, Mapping[str, Json]], Mapping[str, Json]] = field(
-        default=lambda _plan, _names: {}
+    command: Callable[[ServingPlan, ServedModel], tuple[str, ...]]
+    file_settings: Callable[[ServingPlan, ServedModel], Mapping[str, Json]] = field(
+        default=lambda _plan, _model: {}
     )
-    """(plan, names) -> what the engine's own file says, for its template."""
+    """(plan, model) -> what the engine's own file says, for its template."""
     healthcheck: tuple[str, ...]
     """Command inside the CPU image; empty where there is no program for it."""
     model_dir: str = "/models"
@@ -111,8 +121,8 @@ class Engine:
     """The variable for its number of threads, where it would count the machine's CPUs itself."""
     neutral_settings: frozenset[str] = frozenset()
     """Settings of a plan that change no answer: slots, total context, threads."""
-    numbers_adapters: bool = False
-    """Of several adapters requests name one by its number, in a field `lora`, not by its name."""
+    adapter_fields: Callable[[int], Mapping[str, Json]] | None = None
+    """(adapter's number) -> request fields that choose it; None where its name is the model's."""
     probe_seconds: int = 3
     """How long a health probe may take."""
     fixed_name: str = ""

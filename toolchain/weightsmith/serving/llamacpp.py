@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from weightsmith.serving.engine import Engine, EngineBase
+from weightsmith.serving.engine import Engine, EngineBase, ServedModel
 from weightsmith.serving.llamacpp_options import as_arguments, as_environment
 from weightsmith.serving.llamacpp_plan import plan
 from weightsmith.serving.plan import ServingPlan
@@ -16,15 +16,15 @@ CUDA_IMAGE = "ghcr.io/ggml-org/llama.cpp:server-cuda-b11434"
 _PORT = 8080
 
 
-def env(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, str]:
+def env(plan: ServingPlan, model: ServedModel) -> Mapping[str, str]:
     """Return the LLAMA_ARG_ variables of a plan.
 
-    `names` has `model_path` and `served_name`. Everything a plan depends on is explicit, so the
+    Everything a plan depends on is explicit, so the
     server neither fits nor downloads anything of its own (`--fit off`, `--offline`).
     """
     served: dict[str, Json] = {
-        "model": names["model_path"],
-        "alias": names["served_name"],
+        "model": model.path,
+        "alias": model.name,
         "host": "0.0.0.0",  # noqa: S104  # a container is reached through its published port
         "port": _PORT,
         "metrics": True,
@@ -35,13 +35,13 @@ def env(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, str]:
     return as_environment({**served, **plan.settings})
 
 
-def command(plan: ServingPlan, names: Mapping[str, Json]) -> tuple[str, ...]:
+def command(plan: ServingPlan, model: ServedModel) -> tuple[str, ...]:
     """Return the arguments for what has no variable: adapters, and a few options of `serve.extra`.
 
     A single adapter is added to every request. Of several none is, until a request names it by
     its number, in the order of the arguments: `"lora": [{"id": 0, "scale": 1.0}]`.
     """
-    adapters = dict(names.get("adapters") or {})
+    adapters = model.adapters
     loaded = ("--lora", ",".join(adapters.values())) if adapters else ()
     quiet = ("--lora-init-without-apply",) if len(adapters) > 1 else ()
     return (*loaded, *quiet, *as_arguments(plan.settings))
@@ -62,7 +62,7 @@ ENGINE = Engine(
     key_variable="LLAMA_API_KEY",
     port_variable="LLAMA_ARG_PORT",
     host_variable="LLAMA_ARG_HOST",
-    numbers_adapters=True,
+    adapter_fields=lambda number: {"lora": [{"id": number, "scale": 1.0}]},
     threads_variable="LLAMA_ARG_THREADS",
     neutral_settings=frozenset({"ctx-size", "parallel", "threads", "cache-ram"}),
     image_files={"/etc/weightsmith/llamacpp.env": "llamacpp.env"},

@@ -12,15 +12,8 @@ from weightsmith.checkpoints.shape import ModelShape
 from weightsmith.errors import UsageError
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.gpus import gpu
-from weightsmith.serving.memory import (
-    KV_PADDING,
-    MIB,
-    host_memory,
-    human,
-    kv_cache_bytes,
-    kv_layer_bytes,
-    padded,
-)
+from weightsmith.serving.llamacpp_cache import KV_PADDING, kv_cache_bytes, kv_layer_bytes, padded
+from weightsmith.serving.memory import MIB, host_memory, human
 from weightsmith.values import Json
 
 UBATCH = 512

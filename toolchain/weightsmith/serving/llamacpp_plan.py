@@ -13,15 +13,10 @@ from weightsmith.checkpoints.shape import ModelShape
 from weightsmith.errors import UsageError
 from weightsmith.serving.architectures import check_architecture
 from weightsmith.serving.engine import ServeOptions
+from weightsmith.serving.llamacpp_cache import KV_PADDING, padded, require_attention, sliding_layers
 from weightsmith.serving.llamacpp_capacity import PROGRAM, UBATCH, Capacity, make_capacity, ways
 from weightsmith.serving.llamacpp_options import extra_options
-from weightsmith.serving.memory import (
-    KV_PADDING,
-    human,
-    padded,
-    require_attention,
-    sliding_layers,
-)
+from weightsmith.serving.memory import human
 from weightsmith.serving.plan import ServingPlan
 from weightsmith.values import Json
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import UsageError
-from weightsmith.serving.engine import Engine, EngineBase, ServeOptions, Support
+from weightsmith.serving.engine import Engine, EngineBase, ServedModel, ServeOptions, Support
 from weightsmith.serving.machine import Machine
 from weightsmith.serving.memory import GIB
 from weightsmith.serving.options import OptionList, load_options
@@ -134,12 +134,12 @@ def _settings(planned: ServingPlan, capacity: Capacity) -> dict[str, Json]:
     return settings
 
 
-def file_settings(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, Json]:
+def file_settings(plan: ServingPlan, model: ServedModel) -> Mapping[str, Json]:
     """Return everything that sglang.yaml says: single values, and flags that are on.
 
     Raises UsageError for a name that an argument parser would take for an option.
     """
-    served = str(names["served_name"])
+    served = model.name
     if served.startswith("-") or not served.strip() or not served.isprintable():
         raise UsageError(
             f"the served name {served!r} would be read as an option, or not at all",
@@ -147,7 +147,7 @@ def file_settings(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, 
         )
     kinds = known_options().kinds
     return {
-        "model-path": names["model_path"],
+        "model-path": model.path,
         "served-model-name": served,
         "host": "0.0.0.0",  # noqa: S104  # its default is this container alone
         "port": _PORT,
@@ -156,9 +156,9 @@ def file_settings(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, 
     }
 
 
-def command(plan: ServingPlan, names: Mapping[str, Json]) -> tuple[str, ...]:
+def command(plan: ServingPlan, model: ServedModel) -> tuple[str, ...]:
     """Return the arguments: the file in two words, and what a file cannot say."""
-    del names
+    del model
     argv = ["--config", CONFIG_FILE]
     for key, value in plan.settings.items():
         kind = known_options().kinds[key]
@@ -169,9 +169,9 @@ def command(plan: ServingPlan, names: Mapping[str, Json]) -> tuple[str, ...]:
     return tuple(argv)
 
 
-def env(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, str]:
+def env(plan: ServingPlan, model: ServedModel) -> Mapping[str, str]:
     """Return the environment: offline, writing below /tmp only."""
-    del plan, names
+    del plan, model
     return {
         "HOME": "/tmp",  # noqa: S108
         "USER": "model",

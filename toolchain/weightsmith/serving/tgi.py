@@ -10,7 +10,7 @@ from pathlib import Path
 from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.checkpoints.positions import Positions
 from weightsmith.errors import InputRefused, UsageError
-from weightsmith.serving.engine import Engine, EngineBase, ServeOptions, Support
+from weightsmith.serving.engine import Engine, EngineBase, ServedModel, ServeOptions, Support
 from weightsmith.serving.machine import Machine
 from weightsmith.serving.options import OptionList, load_options
 from weightsmith.serving.paged_capacity import Capacity, Rules, Switches
@@ -188,10 +188,10 @@ def _settings(planned: ServingPlan, capacity: Capacity) -> dict[str, Json]:
     return settings
 
 
-def env(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, str]:
+def env(plan: ServingPlan, model: ServedModel) -> Mapping[str, str]:
     """Return the environment, which holds everything: the image's start script splits arguments."""
     served: dict[str, Json] = {
-        "model-id": names["model_path"],
+        "model-id": model.path,
         "hostname": "0.0.0.0",  # noqa: S104  # a container is reached through its published port
         "port": _PORT,
         "usage-stats": "off",
@@ -228,7 +228,7 @@ ENGINE = Engine(
     plan=plan,
     env=env,
     entrypoint=("/tgi-entrypoint.sh",),
-    command=lambda _plan, _names: (),
+    command=lambda _plan, _model: (),
     healthcheck=(),
     key_variable="API_KEY",
     port_variable="PORT",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import UsageError
-from weightsmith.serving.engine import Engine, EngineBase, ServeOptions
+from weightsmith.serving.engine import Engine, EngineBase, ServedModel, ServeOptions
 from weightsmith.serving.machine import Machine
 from weightsmith.serving.options import OptionList, load_options
 from weightsmith.serving.paged_capacity import Rules, Switches
@@ -116,24 +116,24 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
     return replace(planned, settings={**settings, **extra})
 
 
-def file_settings(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, Json]:
+def file_settings(plan: ServingPlan, model: ServedModel) -> Mapping[str, Json]:
     """Return what trtllm.yaml says: nothing that an argument says, because the file would win."""
-    del names
+    del model
     return {key: value for key, value in plan.settings.items() if key not in _ARGUMENTS}
 
 
-def command(plan: ServingPlan, names: Mapping[str, Json]) -> tuple[str, ...]:
+def command(plan: ServingPlan, model: ServedModel) -> tuple[str, ...]:
     """Return the arguments; the host is explicit because the default is this container alone."""
-    argv = [str(names["model_path"]), "--host", "0.0.0.0", "--port", str(_PORT)]  # noqa: S104
+    argv = [model.path, "--host", "0.0.0.0", "--port", str(_PORT)]  # noqa: S104
     for key, argument in _ARGUMENTS.items():
         if key in plan.settings:
             argv += [f"--{argument}", str(plan.settings[key])]
     return (*argv, "--extra_llm_api_options", CONFIG_FILE)
 
 
-def env(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, str]:
+def env(plan: ServingPlan, model: ServedModel) -> Mapping[str, str]:
     """Return the environment: offline, silent about usage, writing below /tmp only."""
-    del plan, names
+    del plan, model
     return {
         "HOME": "/tmp",  # noqa: S108
         "USER": "model",

@@ -11,7 +11,7 @@ from pathlib import Path
 from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.checkpoints.shape import ModelShape
 from weightsmith.errors import UsageError
-from weightsmith.serving.engine import Engine, EngineBase, ServeOptions, Support
+from weightsmith.serving.engine import Engine, EngineBase, ServedModel, ServeOptions, Support
 from weightsmith.serving.machine import Machine
 from weightsmith.serving.memory import GIB
 from weightsmith.serving.options import OptionList, load_options
@@ -215,7 +215,7 @@ def _settings(planned: ServingPlan, capacity: Capacity) -> dict[str, Json]:
     return settings
 
 
-def env(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, str]:
+def env(plan: ServingPlan, model: ServedModel) -> Mapping[str, str]:
     """Return the environment: offline, silent about usage, writing below /tmp only."""
     found = {
         "HOME": "/tmp",  # noqa: S108  # the one place that is writable in a read-only container
@@ -228,7 +228,7 @@ def env(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, str]:
         "VLLM_CONFIG_ROOT": "/tmp/vllm/config",  # noqa: S108
         "TRITON_CACHE_DIR": "/tmp/triton",  # noqa: S108
         "TORCHINDUCTOR_CACHE_DIR": "/tmp/inductor",  # noqa: S108
-        "VLLM_ENGINE_READY_TIMEOUT_S": str(names["startup_seconds"]),
+        "VLLM_ENGINE_READY_TIMEOUT_S": str(model.startup_seconds),
     }
     if not plan.gpus:
         # Else 4-bit weights meet activations rounded to 8 bits on CPUs with AMX.
@@ -239,13 +239,13 @@ def env(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, str]:
     return found
 
 
-def command(plan: ServingPlan, names: Mapping[str, Json]) -> tuple[str, ...]:
+def command(plan: ServingPlan, model: ServedModel) -> tuple[str, ...]:
     """Return the arguments: two words, because vLLM does not read `--config=FILE`."""
-    del plan, names
+    del plan, model
     return ("--config", CONFIG_FILE)
 
 
-def file_settings(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, Json]:
+def file_settings(plan: ServingPlan, model: ServedModel) -> Mapping[str, Json]:
     """Return everything that vllm.yaml says.
 
     What is off is said twice: `vllm serve` looks for `--no-KEY` among the options of the wrong
@@ -253,15 +253,15 @@ def file_settings(plan: ServingPlan, names: Mapping[str, Json]) -> Mapping[str, 
 
     Raises UsageError for a name that an argument parser would take for an option.
     """
-    served = str(names["served_name"])
+    served = model.name
     if served.startswith("-") or not served.strip() or not served.isprintable():
         raise UsageError(
             f"the served name {served!r} would be read as an option, or not at all",
             hint="choose a name of letters, digits, dots and dashes",
         )
-    adapters = names.get("adapters") or {}
+    adapters = model.adapters
     return {
-        "model": names["model_path"],
+        "model": model.path,
         # A single adapter has the model's name, so that clients ask for it.
         "served-model-name": f"{served}-base" if served in adapters else served,
         **({"lora-modules": [f"{n}={path}" for n, path in adapters.items()]} if adapters else {}),

@@ -22,7 +22,7 @@ from jinja2 import (
 from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import UsageError
 from weightsmith.resources import templates
-from weightsmith.serving.engine import Engine, ServeOptions
+from weightsmith.serving.engine import Engine, ServedModel, ServeOptions
 from weightsmith.serving.memory import human
 from weightsmith.serving.plan import ServingConfig, ServingPlan
 from weightsmith.serving.targets import Target
@@ -60,14 +60,12 @@ def render(
     plan = engine.plan(model, weight_bytes, options)
     legacy = (engine.legacy,) if engine.legacy else ()
     plan = replace(plan, notes=(*notes, *plan.notes, *legacy))
-    served = engine.fixed_name or options.served_model_name or name
-    names: dict[str, Json] = {
-        "model_path": f"{engine.model_dir}/{model_file}".rstrip("/"),
-        "served_name": served,
-        "adapters": {a.name or served: f"{engine.model_dir}/{a.folder}" for a in options.adapters},
-        "startup_seconds": startup_seconds(weight_bytes),
-    }
-    env = dict(engine.env(plan, names))
+    served = _served(
+        engine, engine.fixed_name or options.served_model_name or name, model_file, weight_bytes
+    )
+    paths = {a.name or served.name: f"{engine.model_dir}/{a.folder}" for a in options.adapters}
+    served = replace(served, adapters=paths)
+    env = dict(engine.env(plan, served))
     # Upstream's GPU images bring a check of their own.
     healthcheck = engine.healthcheck if plan.device == "cpu" else ()
     image = image or f"{repository_name(name)}:{version}"
@@ -78,8 +76,11 @@ def render(
         "image_parts": _parts(image),
         "env": env,
         "healthcheck": list(healthcheck),
-        **names,
-        **_engine_facts(engine, plan, names),
+        "model_path": served.path,
+        "served_name": served.name,
+        "adapters": served.adapters,
+        "startup_seconds": served.startup_seconds,
+        **_engine_facts(engine, plan, served),
     }
     files = render_files((templates() / engine.name, templates() / "deploy"), facts)
     plan_json = json.dumps(plan.to_json(), indent=2, sort_keys=True) + "\n"
@@ -90,12 +91,12 @@ def render(
         files={**files, "plan.json": plan_json},
         image_files={**inside, "/etc/weightsmith/plan.json": inside_json},
         entrypoint=engine.entrypoint,
-        command=engine.command(plan, names),
+        command=engine.command(plan, served),
         env=env,
         port=engine.port,
         health_path=engine.health_path,
         healthcheck=healthcheck,
-        served_name=str(names["served_name"]),
+        served_name=served.name,
         plan=plan,
         made_from=made_from,
     )
@@ -110,13 +111,9 @@ def render_unplanned(
     """
     engine = target.engine
     plan = ServingPlan.from_json({"device": "cpu" if engine.base.cpu else "gpu"})
-    names: dict[str, Json] = {
-        "model_path": f"{engine.model_dir}/{model_file}".rstrip("/"),
-        "served_name": name,
-        "startup_seconds": startup_seconds(weight_bytes),
-    }
-    command = engine.command(plan, names)
-    settings = engine.file_settings(plan, names)
+    served = _served(engine, name, model_file, weight_bytes)
+    command = engine.command(plan, served)
+    settings = engine.file_settings(plan, served)
     facts = {"name": name, "version": "0", "plan": plan, "file_settings": settings}
     environment = _environment((templates() / engine.name, templates() / "deploy"))
     return ServingConfig(
@@ -129,7 +126,7 @@ def render_unplanned(
         },
         entrypoint=engine.entrypoint,
         command=command,
-        env=engine.env(plan, names),
+        env=engine.env(plan, served),
         port=engine.port,
         health_path=engine.health_path,
         healthcheck=engine.healthcheck,
@@ -139,13 +136,17 @@ def render_unplanned(
     )
 
 
-def _engine_facts(
-    engine: Engine, plan: ServingPlan, names: Mapping[str, Json]
-) -> Mapping[str, Json]:
+def _served(engine: Engine, name: str, model_file: str, weight_bytes: int) -> ServedModel:
+    """Return the model as its image serves it; `model_file` is "" for a folder."""
+    path = f"{engine.model_dir}/{model_file}".rstrip("/")
+    return ServedModel(path=path, name=name, startup_seconds=startup_seconds(weight_bytes))
+
+
+def _engine_facts(engine: Engine, plan: ServingPlan, served: ServedModel) -> Mapping[str, Json]:
     return {
         "engine_title": engine.title,
-        "start_command": [*engine.entrypoint, *engine.command(plan, names)],
-        "file_settings": engine.file_settings(plan, names),
+        "start_command": [*engine.entrypoint, *engine.command(plan, served)],
+        "file_settings": engine.file_settings(plan, served),
         "plan_arguments": _as_arguments(plan.settings),
         "gpu_resource": "amd.com/gpu" if plan.device.startswith("amd-") else "nvidia.com/gpu",
         "plan": plan,

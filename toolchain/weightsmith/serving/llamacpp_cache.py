@@ -1,0 +1,108 @@
+"""What llama.cpp's key-value cache weighs, by its own rules. Bytes throughout."""
+
+from __future__ import annotations
+
+from weightsmith.checkpoints.shape import ModelShape
+from weightsmith.errors import InputRefused, UsageError
+
+KV_TYPES: dict[str, tuple[int, int]] = {
+    "f32": (4, 1),
+    "f16": (2, 1),
+    "bf16": (2, 1),
+    "q8_0": (34, 32),
+    "q5_0": (22, 32),
+    "q5_1": (24, 32),
+    "q4_0": (18, 32),
+    "q4_1": (20, 32),
+    "iq4_nl": (18, 32),
+}
+"""Cache type -> (bytes, elements) of one block; ggml/src/ggml-common.h of llama.cpp."""
+
+KV_PADDING = 256
+"""llama.cpp rounds the context of a slot up to this many tokens (src/llama-context.cpp)."""
+
+# Models whose sliding layers get the small cache in llama.cpp (src/models/*.cpp set swa_type), and
+# the period by which every last layer is full whatever config.json lists, since its converter
+# writes none down; for all others every layer is planned at full length, never too little.
+_PERIODS = {
+    "Cohere2ForCausalLM": 4,
+    "Gemma2ForCausalLM": 2,
+    "Gemma3ForCausalLM": 6,
+    "Gemma3ForConditionalGeneration": 6,
+    "GptOssForCausalLM": 2,
+}
+
+
+def padded(tokens: int) -> int:
+    """Return the tokens that llama.cpp allocates for a slot of that length."""
+    return -(-tokens // KV_PADDING) * KV_PADDING
+
+
+def kv_layer_bytes(shape: ModelShape, type_k: str, type_v: str) -> int:
+    """Return the bytes that one token takes in one layer of llama.cpp's cache.
+
+    `kv_heads * (head_dim * k + v_head_dim * v)`, with the bytes per element of the two types;
+    for multi-head latent attention one row of `kv_lora_rank + rope_head_dim` and no values
+    (src/llama-kv-cache.cpp). Raises UsageError for a type that does not divide the heads.
+    """
+    if shape.kv_lora_rank:
+        return _row(shape.kv_lora_rank + shape.rope_head_dim, type_k, "K")
+    keys = shape.kv_heads * _row(shape.head_dim, type_k, "K")
+    return keys + shape.kv_heads * _row(shape.v_head_dim, type_v, "V")
+
+
+def kv_cache_bytes(
+    shape: ModelShape, tokens: int, slots: int, layer_bytes: int, ubatch: int
+) -> int:
+    """Return llama.cpp's whole cache for `slots` requests of up to `tokens` each.
+
+    Full layers hold every token of a slot; sliding layers hold window + ubatch
+    (src/llama-kv-cache-iswa.cpp); both are padded to 256.
+    """
+    sliding = sliding_layers(shape)
+    full = (shape.layers - sliding) * padded(tokens)
+    window = padded(min(padded(tokens), shape.sliding_window + ubatch))
+    return (full + sliding * window) * slots * layer_bytes
+
+
+def sliding_layers(shape: ModelShape) -> int:
+    """Return the layers that have the small cache in llama.cpp.
+
+    Raises InputRefused for a model whose layers slide otherwise than llama.cpp computes them.
+    """
+    period = _PERIODS.get(shape.architecture)
+    if not period or not shape.sliding_layers:
+        return 0
+    slides = [layer % period < period - 1 for layer in range(shape.layers)]
+    if [kind == "sliding_attention" for kind in shape.layer_types] != slides:
+        raise InputRefused(
+            f"config.json: layer_types of {shape.architecture} are not {period - 1} sliding and one"
+            " full in turn, and llama.cpp computes no others",
+            hint="choose a target of vLLM",
+        )
+    return sum(slides)
+
+
+def _row(elements: int, kind: str, which: str) -> int:
+    try:
+        size, block = KV_TYPES[kind]
+    except KeyError:
+        raise UsageError(
+            f"unknown cache type {kind!r} for {which}", hint=f"one of: {', '.join(KV_TYPES)}"
+        ) from None
+    if elements % block:
+        raise UsageError(
+            f"cache type {kind} packs {block} elements, which does not divide this model's"
+            f" {which} head of {elements}",
+            hint="choose f16 or bf16",
+        )
+    return elements // block * size
+
+
+def require_attention(shape: ModelShape) -> None:
+    """Raise InputRefused for a model without attention layers, which the formulas do not cover."""
+    if shape.layer_types and not any("attention" in kind for kind in shape.layer_types):
+        raise InputRefused(
+            f"{shape.architecture} has no attention layer: its cache cannot be planned",
+            hint="choose a decoder with attention",
+        )
