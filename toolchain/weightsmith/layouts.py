@@ -1,4 +1,4 @@
-"""An image layout on disk: written beside its place, which it takes whole and at once."""
+"""An image layout on disk: written beside its final place, then moved there in one step."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from weightsmith.trees import discard
 
 @contextmanager
 def candidate_layout(whole: Whole, folder: Path, tools: Tools) -> Iterator[Path]:
-    """Write an image's layout beside the place that it is meant for; yield where it is."""
+    """Write an image's layout beside its final place; yield the folder."""
     with _alone(_candidate(folder), tools) as candidate:
         _write(whole, candidate, tools)
         yield candidate
 
 
 def discard_candidate_layout(folder: Path, tools: Tools) -> None:
-    """Delete the layout beside a place, where there is one."""
+    """Delete the layout beside a final place, if there is one."""
     if _candidate(folder).exists():
         with _alone(_candidate(folder), tools) as candidate:
             discard(candidate)
@@ -40,7 +40,7 @@ def discard_candidate_layout(folder: Path, tools: Tools) -> None:
 
 @contextmanager
 def final_layout(whole: Whole, folder: Path, tools: Tools) -> Iterator[Path]:
-    """Yield the candidate's layout, whole; give it its final place at once afterwards."""
+    """Yield the candidate's layout, complete; move it to its final place afterwards."""
     with _alone(_candidate(folder), tools) as candidate:
         stale = held_digest(candidate)
         _write(whole, candidate, tools)
@@ -52,9 +52,10 @@ def final_layout(whole: Whole, folder: Path, tools: Tools) -> Iterator[Path]:
 
 
 def _take_place(candidate: Path, folder: Path) -> None:
-    """Give a layout its final name, in place of what has it; there is no moment without one.
+    """Give a layout its final name; at every moment there is a layout of that name.
 
-    Where the file system cannot swap names there is, and `_recover` ends what a kill left there.
+    A file system that cannot swap names needs two renames. `_recover` completes them if the
+    process was killed in between.
     """
     old = _old(folder)
     if not folder.exists():
@@ -62,7 +63,7 @@ def _take_place(candidate: Path, folder: Path) -> None:
         discard(old)
         return
     discard(old)
-    with alone(folder):  # it is the candidate for a moment, and nobody is to take it for one
+    with alone(folder):  # for a moment it has the candidate's name: nobody may write to it
         if not folder.is_symlink() and exchange(candidate, folder):
             candidate.rename(old)
         else:
@@ -72,26 +73,26 @@ def _take_place(candidate: Path, folder: Path) -> None:
 
 
 def _recover(folder: Path) -> None:
-    """Bring back the layout that a build was about to replace when it was killed.
+    """Bring back the layout that a killed build was about to replace.
 
-    Raises EnvironmentFailure where it cannot be renamed.
+    Raises EnvironmentFailure if it cannot be renamed.
     """
     old = _old(folder)
     if folder.exists() or not old.exists():
         return
     with _alone(_candidate(folder)) as candidate:
         with _explained(folder):
-            if old.exists() and not folder.exists():  # nobody did it meanwhile
+            if old.exists() and not folder.exists():  # no other process did it
                 old.rename(folder)
         with suppress(OSError):
-            candidate.rmdir()  # where we made it
+            candidate.rmdir()  # if we made it
 
 
 @contextmanager
 def _alone(folder: Path, tools: Tools | None = None) -> Iterator[Path]:
-    """Yield a folder that no other build of the same results writes to or renames meanwhile.
+    """Yield a folder that no other build writes to or renames before the block ends.
 
-    Raises EnvironmentFailure where it cannot be made.
+    Raises EnvironmentFailure if it cannot be made.
     """
     wait = False
     with ExitStack() as stack:
@@ -122,7 +123,7 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 def _forget_unnamed(folder: Path, whole: Whole) -> None:
-    """Delete blobs that the layout no longer names: the candidate's manifest and configuration."""
+    """Delete blobs that the layout no longer refers to: the candidate's manifest and config."""
     forget(folder)
     named = {blob.digest.hex for image in images_of(whole) for blob, _ in image.blobs()}
     named |= {image.digest.hex for image in images_of(whole)} | {whole.digest.hex}
@@ -132,10 +133,7 @@ def _forget_unnamed(folder: Path, whole: Whole) -> None:
 
 
 def check_layout(folder: Path | None) -> None:
-    """Refuse a layout folder that holds anything else, because the image takes its place whole.
-
-    Raises UsageError.
-    """
+    """Raise UsageError for a layout folder with other files: the image would replace them all."""
     if folder is None:
         return
     _recover(folder)
@@ -145,7 +143,7 @@ def check_layout(folder: Path | None) -> None:
     others = {name for name in others if not is_unfinished(name)}
     if others or image_names(folder) - {DEFAULT_NAME, ""}:
         raise UsageError(
-            f"{folder} is there, and holds something else than one image's layout",
+            f"{folder} holds something else than the layout of one image",
             hint="choose a folder that does not exist yet",
         )
 
@@ -163,7 +161,7 @@ def _write(whole: Whole, folder: Path, tools: Tools) -> None:
 
 
 def _require_room(whole: Whole, folder: Path) -> None:
-    """Raise EnvironmentFailure where the layout's own disk has no room for what it lacks."""
+    """Raise EnvironmentFailure if the layout's disk has no room for the missing blobs."""
     store = folder / "blobs" / "sha256"
     sizes = {layer.digest: layer.size for image in images_of(whole) for layer in image.layers}
     needed = sum(size for digest, size in sizes.items() if not (store / digest.hex).is_file())

@@ -29,7 +29,7 @@ from weightsmith.planning.serving import serving_config
 from weightsmith.planning.sources import resolve_request
 from weightsmith.planning.tasks import probes, tasks_of
 from weightsmith.provenance.labels import reference as name_of
-from weightsmith.provenance.materials import ImageInputs, whole_image
+from weightsmith.provenance.materials import ImageInputs, ImageMaterials, whole_image
 from weightsmith.quantizers import formats
 from weightsmith.recipe_file import RecipeFile
 from weightsmith.serving.plan import ServingConfig
@@ -59,7 +59,7 @@ T = TypeVar("T")
 
 
 def build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
-    """Yield each target's image: merged, quantized, planned, baked, proven, published."""
+    """Yield each target's image: merged, quantized, planned, baked, evaluated, published."""
     recipe, clock, store = request.file.recipe, Clock(tools), InStore(tools.store)
     tasks = tasks_of(request.file)
     check_machine(request, tools)
@@ -78,21 +78,14 @@ def build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
         record = Record(request, sources, checkpoint, tools, target, artifact)
         judge_quality(record, expected, timed.stages)
         config = timed.take(rendered(request, target, sources, checkpoint, artifact, tools))
-        name, folder = name_of(recipe, target.name), request.folder(target)
-        prepare = partial(
-            image_inputs, request, target, sources, checkpoint, artifact, config, tools
-        )
-        made = timed.take(
-            bake(prepare, name, tools, push=request.outputs.push, earlier=layers_in(folder))
-        )
+        made = timed.take(baked(request, target, sources, checkpoint, artifact, config, tools))
         record = replace(record, config=config, image=own_of(whole_image(made)))
         results = evaluated(record, made[0].inputs, expected, timed)
         judge(record, results, timed.stages)
         made = with_scores(made, main_scores(results), tools.store)
+        name, outputs = name_of(recipe, target.name), request.outputs_of(target)
         layout = request.candidate_layout(target)
-        published = timed.take(
-            publish(made, name, request.outputs_of(target), tools, started_in=layout)
-        )
+        published = timed.take(publish(made, name, outputs, tools, started_in=layout))
         yield record.keep(published, results, timed.stages)
 
 
@@ -181,6 +174,21 @@ def rendered(
     return timer.done(config, cached=is_written(config.files, request.folder(target)))
 
 
+def baked(
+    request: BuildRequest,
+    target: Target,
+    sources: Sources,
+    checkpoint: Checkpoint,
+    artifact: Artifact,
+    config: ServingConfig,
+    tools: Tools,
+) -> Outcome[tuple[ImageMaterials, ...]]:
+    """Put the images together, on the base that the lock pins; they have no scores yet."""
+    prepare = partial(image_inputs, request, target, sources, checkpoint, artifact, config, tools)
+    name, earlier = name_of(request.file.recipe, target.name), layers_in(request.folder(target))
+    return bake(prepare, name, tools, push=request.outputs.push, earlier=earlier)
+
+
 def refusal(
     record: Record,
     results: tuple[Result, ...],
@@ -198,7 +206,7 @@ def evaluated(
 ) -> tuple[Result, ...]:
     """Return the tasks with the scores of the started image.
 
-    Raises CheckFailed where it does not start or keep its promises; the report is kept.
+    Raises CheckFailed if it does not start or breaks what its plan promises; the report is kept.
     """
     request, target, image, tools = record.request, record.target, record.image, record.tools
     if target is None or image is None:

@@ -1,4 +1,4 @@
-"""Image -> Published: first as a candidate for its own tests, then under its name."""
+"""Images -> Published: first a candidate that can be started, then the image under its name."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Outputs:
 def candidate(image: Image, layout: Path | None, tools: Tools) -> Iterator[str]:
     """Make the image startable without giving it its name; yield what a launcher starts.
 
-    In the container engine where `layout` is None, else in a layout beside the final one. It
-    stays until `deliver` or `discard_candidate`, so that its layers are not brought twice.
+    It is loaded into the container engine if `layout` is None, else written to a layout beside
+    that one. It stays until `deliver` or `discard_candidate`, so its layers are copied once.
     """
     if layout is None:
         name = _candidate_name(image, tools)
@@ -75,9 +75,9 @@ def publish(
 ) -> Outcome[Published]:
     """Publish the image of each platform with its evidence, and delete the candidate.
 
-    Nothing is done where every output holds this very image already; a registry, and a layout
-    that is to be signed, are looked at again. `started_in` is the layout that the candidate was
-    started from, None for the engine. Raises as `deliver` does.
+    Does nothing if every output has exactly this image. It always asks a registry, and writes a
+    layout again if there is a key to sign it with. `started_in` is the layout beside which the
+    candidate was written, None for the engine. Raises as `deliver` does.
     """
     timer = Timer("publish", name, tools)
     whole = whole_image(made)
@@ -89,7 +89,7 @@ def publish(
         discard_candidate(own_of(whole), started_in, tools)
     attachments = [
         evidence(one, base_documents(one.base, one.inputs.base_name, tools.registry))
-        for one in made
+        for one in (made if outputs.layout or outputs.push else ())
     ]
     published = deliver(whole, name, outputs, attachments, tools)
     return timer.done(published, cached=held and not published.uploaded_bytes + published.mounted)
@@ -102,13 +102,13 @@ def deliver(
     attachments: Sequence[Evidence],
     tools: Tools,
 ) -> Published:
-    """Bring an image to every output; the registry last, so that nothing unproven is public.
+    """Load, write and push an image, as `outputs` says; push last, when all else has worked.
 
-    `attachments` is the evidence of each platform's image. It goes with them, signed where there
-    is a key; an engine has no place for it, and gets the image for this machine alone.
+    `attachments` is the evidence of each platform's image. Layouts and registries get it, signed
+    if there is a key. An engine has no place for it, and gets only the image for this machine.
 
-    Raises EnvironmentFailure where an engine or a registry fails, UsageError for a tag that
-    holds another image already.
+    Raises EnvironmentFailure if an engine or a registry fails, UsageError for a tag that already
+    names another image.
     """
     began = tools.clock()
     check_layout(outputs.layout)
@@ -147,7 +147,7 @@ def _attach(
 
 
 def describe(whole: Whole, reference: str, outputs: Outputs) -> Published:
-    """Return where the image is once it is published, at no cost."""
+    """Return where the image will be when it is published; contacts nothing."""
     local = outputs.layout is not None and not outputs.load and not outputs.push
     return Published(
         reference=f"oci:{outputs.layout}" if local else reference,
@@ -157,7 +157,7 @@ def describe(whole: Whole, reference: str, outputs: Outputs) -> Published:
 
 
 def is_held(whole: Whole, reference: str, outputs: Outputs, tools: Tools) -> bool:
-    """Say whether every local output holds this very image already; a registry is to be asked."""
+    """Return whether every local output already has exactly this image; asks no registry."""
     own = own_of(whole)
     if outputs.load and not _is_loaded(own, reference, tools):
         return False
@@ -183,7 +183,7 @@ def _load(image: Image, reference: Reference, tools: Tools) -> None:
 
 
 def _load_in_turn(turns: Sequence[Image], held: Sequence[str], name: str, tools: Tools) -> None:
-    """Load images that each rest on the one before, and forget all but the last one's name."""
+    """Load images that are each based on the one before; only the last one keeps its name."""
     passing = [_candidate_name(image, tools) for image in turns[:-1]]
     names = [*map(Reference.parse, passing), Reference.parse(name)]
     below = [held, *([layer.diff_id for layer in image.layers] for image in turns)]
@@ -201,7 +201,7 @@ def _load_in_turn(turns: Sequence[Image], held: Sequence[str], name: str, tools:
     try:
         tools.engine.load(map(seen, archives), name)
     except BaseException:
-        # An engine may name what it could not unpack: that is not loaded.
+        # An engine may name an image that it could not unpack; that image is not loaded.
         with suppress(WeightsmithError):
             if _is_loaded(turns[-1], name, tools):
                 tools.engine.untag(name)
@@ -213,7 +213,7 @@ def _load_in_turn(turns: Sequence[Image], held: Sequence[str], name: str, tools:
 
 
 def _is_loaded(image: Image, name: str, tools: Tools) -> bool:
-    """Say whether the engine has this image of that name.
+    """Return whether the engine has this image under that name.
 
     Docker's own store names images by their configuration, containerd's by their manifest.
     """
@@ -221,7 +221,7 @@ def _is_loaded(image: Image, name: str, tools: Tools) -> bool:
 
 
 def _like(image: Image, reference: Reference, tools: Tools) -> tuple[str, ...]:
-    """Return the layers of an engine's image that shares most with this one from the bottom."""
+    """Return the layers at the bottom that this image shares with an image of the engine."""
     ids = [layer.diff_id for layer in image.layers]
     best: tuple[str, ...] = ()
     for held in tools.engine.chains_of(reference.name, CANDIDATES):
@@ -233,7 +233,7 @@ def _like(image: Image, reference: Reference, tools: Tools) -> tuple[str, ...]:
 
 
 def discard_candidate(image: Image, layout: Path | None, tools: Tools) -> None:
-    """Delete a candidate from the engine, or the one beside a layout, where there is any."""
+    """Delete the candidate from the engine, or from beside a layout, if there is one."""
     if layout is not None:
         discard_candidate_layout(layout, tools)
     elif tools.engine.answers():
@@ -241,6 +241,6 @@ def discard_candidate(image: Image, layout: Path | None, tools: Tools) -> None:
 
 
 def _candidate_name(image: Image, tools: Tools) -> str:
-    """Return a name of this build by the layers alone: the final image has these, other labels."""
+    """Return a name for this build's candidate; it depends on layers only, not on labels."""
     key = key_of([layer.digest for layer in image.layers]).short
     return f"{CANDIDATES}:{key}-{tools.engine.owner}"
