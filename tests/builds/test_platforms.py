@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from weightsmith.oci.registry import Registry
 from weightsmith.ports import Silent
 
 from tests.fakes.baking import make_key, push_base
+from tests.fakes.command_line import weightsmith
 from tests.fakes.registry import FakeRegistry, fake_registry
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny" / "base"
@@ -63,13 +61,9 @@ class Scene:
                       "base": f"{self.fake.host}/base/vllm:1", **image},
         }  # fmt: skip
         (self.folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-        said = subprocess.run(
-            [sys.executable, "-m", "weightsmith", "build", "--recipe", self.folder / "recipe.yaml",
-             "--runner", "local", "--dist", self.folder / "dist", "--json", *words],
-            capture_output=True, text=True,
-            env={**os.environ, "PYTHONPATH": str(TINY.parents[2])},
-        )  # fmt: skip
-        told = json.loads(said.stdout or "{}")
+        said = weightsmith("build", "--recipe", self.folder / "recipe.yaml", "--runner", "local",
+                           "--dist", self.folder / "dist", "--json", *words)  # fmt: skip
+        told = json.loads(said.out)
         return told["targets"]["vllm"] if "targets" in told else told["error"]
 
     def weights(self, machine: str, name: str = "ml/tiny:0.1.0-vllm") -> list[str]:

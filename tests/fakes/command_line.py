@@ -21,12 +21,12 @@ class Ended:
     err: str
 
 
-def weightsmith(*words: object, env: Mapping[str, str]) -> Ended:
-    """Run a command to its end, as `weightsmith` with these variables would be run."""
+def weightsmith(*words: object, env: Mapping[str, str] | None = None) -> Ended:
+    """Run a command to its end, with these variables; a traceback is a failure."""
     out, err = io.StringIO(), io.StringIO()
     with (
         patch.object(sys, "argv", ["weightsmith", *map(str, words)]),
-        patch.dict("os.environ", env),
+        patch.dict("os.environ", env or {}),
         redirect_stdout(out),
         redirect_stderr(err),
     ):
@@ -35,4 +35,5 @@ def weightsmith(*words: object, env: Mapping[str, str]) -> Ended:
             code = 0
         except SystemExit as end:
             code = int(end.code or 0)
+    assert "Traceback" not in err.getvalue()
     return Ended(code, out.getvalue(), err.getvalue())

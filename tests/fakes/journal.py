@@ -36,6 +36,11 @@ class RecordingProgress:
     journal: Journal = field(default_factory=Journal)
     warnings: list[str] = field(default_factory=list)
 
+    @property
+    def said(self) -> list[str]:
+        """Notes and warnings, in order."""
+        return [line[1] for line in self.lines if line[0] in ("note", "warn")]
+
     def stage(self, name: str, detail: str) -> None:
         self.lines.append(("stage", name, detail))
         self.journal.add(f"stage {name}")

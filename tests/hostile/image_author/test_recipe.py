@@ -10,9 +10,9 @@ import pytest
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.oci.registry import Registry
 
+from tests.fakes.journal import RecordingProgress
 from tests.fakes.rebuilding import COMMIT, Scene
 from tests.fakes.registry import fake_registry
-from tests.fakes.told import Told
 
 HUB = f"hf://a/b@{COMMIT}"
 
@@ -46,7 +46,7 @@ def test_a_stated_recipe_names_no_push_target_program_or_file(scene: Scene) -> N
         recipe["from_the_future"] = 1
 
     scene.publish(HUB, "hf://a/b", twist)
-    told = Told()
+    told = RecordingProgress()
     file = scene.again(progress=told)
     recipe = file.recipe
     assert recipe.image.repository == recipe.image.base == ""
@@ -73,7 +73,7 @@ def test_gates_that_a_stated_recipe_opens_are_told(scene: Scene) -> None:
         recipe["quality"] = {"gate": False, "limits": {"awq": {"kl_mean": 99}}}
 
     scene.publish(HUB, "hf://a/b", twist)
-    told = Told()
+    told = RecordingProgress()
     scene.again(progress=told)
     said = "\n".join(told.said)
     assert "quality.gate: false, quality.limits, evaluate.max_drop: 0.2" in said

@@ -23,7 +23,6 @@ def evaluate(tmp_path):
         store = {"WEIGHTSMITH_STORE": str(tmp_path / "store")}
         given = ("--url", url, "--data", data, "--json", *words)
         done = weightsmith("evaluate", *given, env=store)
-        assert "Traceback" not in done.err
         return done.code, json.loads(done.out), done.err
 
     return run

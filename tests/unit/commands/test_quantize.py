@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.fakes.command_line import weightsmith
 
 ROOT = Path(__file__).parents[3]
 TINY = ROOT / "examples" / "tiny"
@@ -28,20 +28,11 @@ def changed(model: Path, **config: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
 
 
-def command(*words: object) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "weightsmith.cli.program", *map(str, words)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert "Traceback" not in done.stderr
-    return done
-
-
 def refused(
     model: Path, tmp_path: Path, *words: object, expect: int = 3, calibration: Path = TEXTS
 ) -> str:
     out = tmp_path / "out"
-    done = command(
+    done = weightsmith(
         "quantize",
         "--model",
         model,
@@ -53,14 +44,14 @@ def refused(
         calibration,
         *words,
     )
-    assert done.returncode == expect, done.stderr
-    assert not any(word in done.stderr for word in WORK), done.stderr
-    assert "hint: " in done.stderr
+    assert done.code == expect, done.err
+    assert not any(word in done.err for word in WORK), done.err
+    assert "hint: " in done.err
     assert (
         sorted(path.name for path in tmp_path.iterdir() if path.name.startswith((".out", "out")))
         == []
     )
-    return done.stderr
+    return done.err
 
 
 @pytest.mark.parametrize("format_", ["q4_k_m", "awq", "gptq", "fp8", "awq-compressed"])
@@ -156,7 +147,7 @@ def test_a_wish_that_a_format_cannot_have(model, tmp_path, words, says) -> None:
     ],
 )
 def test_a_build_s_targets_are_refused_by_its_plan_too(name, words, code, says, tmp_path) -> None:
-    done = command(name, "--recipe", TINY, "--runner", "local", "--dist", tmp_path, *words)
+    done = weightsmith(name, "--recipe", TINY, "--runner", "local", "--dist", tmp_path, *words)
 
-    assert (done.returncode, says in done.stderr) == (code, True), done.stderr
-    assert not any(word in done.stderr for word in WORK), done.stderr
+    assert (done.code, says in done.err) == (code, True), done.err
+    assert not any(word in done.err for word in WORK), done.err

@@ -6,11 +6,11 @@ of equal size, windows with what is under way, one row for latent attention.
 
 import json
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.fakes.command_line import weightsmith
 
 ROOT = Path(__file__).parents[3]
 MODELS = ROOT / "tests" / "golden" / "models"
@@ -18,12 +18,8 @@ MODELS = ROOT / "tests" / "golden" / "models"
 
 def invoke(*words):
     """(exit code, what --json printed, standard error)."""
-    done = subprocess.run(
-        [sys.executable, "-m", "weightsmith.cli.program", *map(str, words), "--json"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert "Traceback" not in done.stderr
-    return done.returncode, json.loads(done.stdout), done.stderr
+    done = weightsmith(*words, "--json")
+    return done.code, json.loads(done.out), done.err
 
 
 def folder(tmp_path, name, *, weights=True):

@@ -9,22 +9,13 @@ import pytest
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.oci.image import ImageConfig, assemble
 from weightsmith.oci.layout import write_layout
-from weightsmith.ports import Silent
 from weightsmith.recipe_file import RecipeFile, read_recipe
 from weightsmith.stages.lock import Lock, pinned, read_lock, with_sources, write_lock
 from weightsmith.values import AdapterSnapshot, Digest, FileEntry, Snapshot, Sources, Tree
 
+from tests.fakes.journal import RecordingProgress
+
 COMMIT = "c" * 40
-
-
-class Told(Silent):
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.said.append(text)
-
-    warn = note
 
 
 @pytest.fixture
@@ -51,9 +42,9 @@ def locked(
     *,
     only: bool = False,
     update: bool = False,
-    told: Told | None = None,
+    told: RecordingProgress | None = None,
 ) -> Lock:
-    before, progress = read_lock(file), told or Told()
+    before, progress = read_lock(file), told or RecordingProgress()
     after = with_sources(before, file, found, locked=only, update=update, progress=progress)
     write_lock(before, after, progress)
     return read_lock(file)
@@ -85,7 +76,7 @@ def test_a_change_is_reported_or_refused(file: RecipeFile) -> None:
     locked(file, sources(), only=True)
     with pytest.raises(InputRefused, match="adapter"):
         locked(file, sources(b"2"), only=True)
-    told = Told()
+    told = RecordingProgress()
     locked(file, sources(b"2"), told=told)
     assert "changed since" in told.said[0]
 
@@ -112,7 +103,7 @@ def test_other_content_of_what_is_pinned_is_refused(
         locked(file, found(now, b"2"))
     assert "--update-lock" in caught.value.hint
     assert read_lock(file) == before
-    told = Told()
+    told = RecordingProgress()
     assert locked(file, found(now, b"2"), update=True, told=told) != before
     assert all("by --update-lock" in text for text in told.said)
     assert told.said
@@ -135,7 +126,7 @@ def test_a_pin_that_the_recipe_changed_is_taken(file: RecipeFile) -> None:
     locked(file, sources())
     base = file.recipe.base.model_copy(update={"revision": "d" * 40})
     file = replace(file, recipe=file.recipe.model_copy(update={"base": base}))
-    told = Told()
+    told = RecordingProgress()
     new = replace(sources(), base=snapshot("hf://a/b", "hf://a/b@" + "d" * 40, b"2"))
     assert locked(file, new, told=told).sources["hf://a/b"]["pin"].endswith("d")
     assert "changed since" in told.said[0]
@@ -150,7 +141,10 @@ def test_what_was_converted_is_known_by_what_came(file: RecipeFile) -> None:
     row = {"pin": came.pin, "digest": str(base.digest)}
     assert (
         with_sources(
-            replace(read_lock(file), sources={"hf://a/b": row}), file, found, progress=Told()
+            replace(read_lock(file), sources={"hf://a/b": row}),
+            file,
+            found,
+            progress=RecordingProgress(),
         ).sources["hf://a/b"]
         == row
     ), "as earlier versions wrote it"
@@ -167,7 +161,7 @@ def test_a_base_is_pinned_when_it_is_reached(file: RecipeFile) -> None:
     image = assemble((), (), config=ImageConfig(), platform="linux/amd64", epoch=0)
     lock = read_lock(file)
     name = "r.example/engine:1"
-    write_lock(lock, lock.with_base(name, image), Told())
+    write_lock(lock, lock.with_base(name, image), RecordingProgress())
     lock = read_lock(file)
     assert lock.bases == {name: {"linux/amd64": image.digest}}
     assert lock.with_base(f"{name}@{image.digest}", image) == lock
