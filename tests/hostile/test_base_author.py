@@ -19,7 +19,7 @@ import pytest
 import transformers
 from weightsmith import time_limits
 from weightsmith.checkpoints.facts import read_facts
-from weightsmith.checkpoints.folder import check_model_folder, left_behind, scan
+from weightsmith.checkpoints.folder import check_model_folder, ignored_files, scan
 from weightsmith.checkpoints.gguf_config import gguf_config
 from weightsmith.checkpoints.gguf_import import import_gguf
 from weightsmith.checkpoints.safetensors import open_checkpoint
@@ -430,7 +430,7 @@ def test_what_no_checkpoint_holds_does_not_come_along(tmp_path: Path) -> None:
         (tmp_path / name).write_text("{}")
     (tmp_path / "CONFIG.JSON").unlink()
     assert scan(tmp_path) == sorted(PARTS)
-    assert left_behind(tmp_path) == "'LIB.SO', 'LICENSE.py', 'Makefile' and 20 more"
+    assert ignored_files(tmp_path) == "'LIB.SO', 'LICENSE.py', 'Makefile' and 20 more"
 
 
 def test_nothing_that_transformers_reads_is_left_behind(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import base64
 from pathlib import Path
 
 import pytest
-from weightsmith.checkpoints.folder import left_behind
+from weightsmith.checkpoints.folder import ignored_files
 from weightsmith.commands.rebuild import _with_questions
 from weightsmith.errors import InputRefused
 from weightsmith.oci.attachments import Part
@@ -73,7 +73,7 @@ def test_a_deep_folder_beside_a_model_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / ".git").mkdir()
     nested(tmp_path / ".git", 1500)
     try:
-        assert left_behind(tmp_path) == ""
+        assert ignored_files(tmp_path) == ""
         assert tmp_path / ".git" / "deep" in below(tmp_path)
     finally:
         discard(tmp_path / ".git")

@@ -65,7 +65,7 @@ def test_links_to_another_model_of_the_cache_are_refused(tmp_path: Path) -> None
     touch(tmp_path, "models--org--name2/blobs/9")
     (snapshot / "LICENSE").symlink_to("../../../models--org--name2/blobs/9")
 
-    assert "leaves the folder" in refusal(scan, snapshot).message
+    assert "outside the folder" in refusal(scan, snapshot).message
 
 
 def test_links_inside_the_folder_are_followed(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_hostile_names_are_refused(name: bytes, tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_text("x")
 
     message = refusal(scan, tmp_path).message
-    assert "name is not plain UTF-8 text" in message
+    assert "invalid name" in message
     assert message.isprintable()
 
 
@@ -104,7 +104,7 @@ def test_hostile_names_are_refused(name: bytes, tmp_path: Path) -> None:
 def test_names_that_collide_elsewhere_are_refused(names: tuple[str, str], tmp_path: Path) -> None:
     touch(tmp_path, *names)
 
-    assert "differ in case or accents only" in refusal(scan, tmp_path).message
+    assert "differ only in case" in refusal(scan, tmp_path).message
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "m.pt"])
@@ -142,7 +142,7 @@ def test_code_of_its_own_is_refused(name: str, tmp_path: Path) -> None:
     error = refusal(check_model_folder, tmp_path)
 
     assert name in error.message
-    assert "code of its own" in error.message
+    assert "auto_map" in error.message
 
 
 @pytest.mark.parametrize(

@@ -294,7 +294,7 @@ def test_same_file_gives_the_same_bytes_and_open_modes(tmp_path: Path) -> None:
         ({"architecture": "qwen2"}, "architecture 'qwen2'"),
         ({"pre": "from-the-future"}, "pre-tokenizer 'from-the-future'"),
         ({"model": "llama"}, "tokenizer 'llama'"),
-        ({"tokens": [*TOKENS[:-1], "Ā"]}, "names a token twice"),
+        ({"tokens": [*TOKENS[:-1], "Ā"]}, "duplicate tokens"),
     ],
 )
 def test_unknown_kinds_are_refused(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
@@ -313,7 +313,7 @@ def test_a_cut_off_file_is_refused(tmp_path: Path, kept: int) -> None:
     whole = (tmp_path / "m.gguf").read_bytes()
     (tmp_path / "m.gguf").write_bytes(whole[:kept])
 
-    with pytest.raises(InputRefused, match="cut off or damaged"):
+    with pytest.raises(InputRefused, match="not a valid GGUF file"):
         import_gguf(tmp_path / "m.gguf", tmp_path / "out")
 
 

@@ -92,7 +92,7 @@ def test_what_cannot_be_split(tmp_path: Path) -> None:
         reshard(tree_of(tmp_path), LARGEST, plain)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.gguf").write_bytes(bytes(500_000))
-    with pytest.raises(UsageError, match="larger than a layer") as caught:
+    with pytest.raises(UsageError, match="maximum layer size") as caught:
         reshard(tree_of(tmp_path), LARGEST, plain)
     assert "--split-max-size" in caught.value.hint
 

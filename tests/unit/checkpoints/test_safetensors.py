@@ -70,25 +70,25 @@ BAD = {
     "not utf-8": (b'{"\xff": 1}', None, "JSON"),
     "deep": (b"[" * 100_000, None, "JSON"),
     "twice": (b'{"a": 1, "a": 2}', None, "'a' is there twice"),
-    "too long": (b"{}", 100_000_001, "header of 100000001 bytes"),
-    "longer than the file": (b"{}", 64, "header of 64 bytes"),
-    "huge": (b"{}", (1 << 64) - 1, "does not fit"),
+    "too long": (b"{}", 100_000_001, "header size 100000001"),
+    "longer than the file": (b"{}", 64, "header size 64"),
+    "huge": (b"{}", (1 << 64) - 1, "invalid header size"),
     "metadata": ({"__metadata__": {"a": 1}}, None, "__metadata__"),
-    "unknown type": ({"w": entry("F31")}, None, "'w' has the unknown type 'F31'"),
-    "type is a list": ({"w": entry() | {"dtype": []}}, None, "unknown type"),
-    "negative": ({"w": entry(shape=(-2,))}, None, "bad shape"),
-    "boolean": ({"w": entry(shape=(True, 2))}, None, "bad shape"),
-    "fraction": ({"w": entry(shape=(2.0,))}, None, "bad shape"),
-    "overflow": ({"w": entry(shape=(1 << 62, 1 << 62))}, None, "cannot be 8 bytes"),
-    "wrong size": ({"w": entry(shape=(3,))}, None, "'w' of type F32"),
-    "backwards": ({"w": entry(offsets=(8, 0))}, None, "cannot be -8 bytes"),
-    "half a byte": ({"w": entry("F4", (3,), (0, 1))}, None, "cannot be 1 bytes"),
-    "more keys": ({"w": entry(code="x")}, None, "or has more"),
-    "no entry": ({"w": 3}, None, "lacks dtype"),
-    "gap": ({"w": entry(offsets=(8, 16))}, None, "'w' leaves a gap"),
-    "overlap": ({"w": entry(), "v": entry()}, None, "overlaps its neighbour"),
-    "cut off": ({"w": entry(shape=(4,), offsets=(0, 16))}, None, "cut off at"),
-    "more data": ({"w": entry(shape=(1,), offsets=(0, 4))}, None, "bytes that no tensor owns"),
+    "unknown type": ({"w": entry("F31")}, None, "'w' has the unknown dtype 'F31'"),
+    "type is a list": ({"w": entry() | {"dtype": []}}, None, "unknown dtype"),
+    "negative": ({"w": entry(shape=(-2,))}, None, "invalid shape"),
+    "boolean": ({"w": entry(shape=(True, 2))}, None, "invalid shape"),
+    "fraction": ({"w": entry(shape=(2.0,))}, None, "invalid shape"),
+    "overflow": ({"w": entry(shape=(1 << 62, 1 << 62))}, None, "cannot have 8 bytes"),
+    "wrong size": ({"w": entry(shape=(3,))}, None, "'w' of dtype F32"),
+    "backwards": ({"w": entry(offsets=(8, 0))}, None, "cannot have -8 bytes"),
+    "half a byte": ({"w": entry("F4", (3,), (0, 1))}, None, "cannot have 1 bytes"),
+    "more keys": ({"w": entry(code="x")}, None, "must have exactly"),
+    "no entry": ({"w": 3}, None, "must have exactly"),
+    "gap": ({"w": entry(offsets=(8, 16))}, None, "'w' has a gap"),
+    "overlap": ({"w": entry(), "v": entry()}, None, "overlaps"),
+    "cut off": ({"w": entry(shape=(4,), offsets=(0, 16))}, None, "truncated at"),
+    "more data": ({"w": entry(shape=(1,), offsets=(0, 4))}, None, "extra bytes"),
     "no name": ({"": entry()}, None, "name ''"),
     "control character": ({"a\u0007": entry()}, None, "not printable"),
     "lone surrogate": (b'{"\\ud800": 1}', None, "half a character"),
@@ -113,7 +113,7 @@ def test_bad_files_are_refused_with_the_reason(case: str, file: Path) -> None:
 def test_files_too_short_for_a_header(size: int, file: Path) -> None:
     file.write_bytes(bytes(size))
 
-    with pytest.raises(InputRefused, match="does not fit"):
+    with pytest.raises(InputRefused, match="invalid header size"):
         read_header(file)
 
 
@@ -165,10 +165,10 @@ def test_shards_keep_their_order(tmp_path: Path) -> None:
         ({"a": ONE, "b": ONE}, {ONE: ["a"]}, "'b' should be in " + ONE + " but is in no shard"),
         ({"a": ONE}, {ONE: ["a", "b"]}, "'b' should be in no shard"),
         ({"a": ONE, "b": TWO}, {ONE: ["b"], TWO: ["a"]}, "'a' should be in"),
-        ({"a": ONE, "b": TWO}, {ONE: ["a"], TWO: ["a", "b"]}, "'a' is in"),
-        ({"a": "../" + ONE}, {}, "no file of the folder"),
-        ({"a": "weights.bin"}, {}, "no file of the folder"),
-        ({}, {}, "no weight_map"),
+        ({"a": ONE, "b": TWO}, {ONE: ["a"], TWO: ["a", "b"]}, "duplicate tensor 'a'"),
+        ({"a": "../" + ONE}, {}, "invalid file name"),
+        ({"a": "weights.bin"}, {}, "invalid file name"),
+        ({}, {}, "weight_map"),
         ({"a": ONE}, {}, "cannot be read"),
     ],
 )
@@ -187,7 +187,7 @@ def test_single_file_and_index_contradict_each_other(tmp_path: Path) -> None:
     sharded(tmp_path, {"a": ONE}, {ONE: ["a"]})
     save_file({"a": np.zeros(2, np.float32)}, tmp_path / "model.safetensors")
 
-    with pytest.raises(InputRefused, match="holds both"):
+    with pytest.raises(InputRefused, match="has both"):
         open_checkpoint(tmp_path)
 
 

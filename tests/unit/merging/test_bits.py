@@ -73,7 +73,7 @@ def matrix(array: np.ndarray, side: str, rank: int, layout: str) -> np.ndarray:
 def part(stored: Stored, side: str, rank: int, layout: str) -> Part:
     height = stored.shape[0]
     if layout == "turned":
-        return Part(stored=stored, height=height).turned
+        return Part(stored=stored, height=height).transpose
     if layout == "strided":
         cut = {"columns": slice(1, None, 2)} if side == "b" else {"rows": slice(rank, 2 * rank)}
         return Part(stored=stored, height=height, **cut)

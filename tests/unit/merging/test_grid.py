@@ -45,7 +45,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "saved-head": {"target_modules": ["LINEAR"], "modules_to_save": ["HEAD"]},
     "saved-both": {"target_modules": ["LINEAR"], "modules_to_save": ["EMBEDDING", "HEAD"]},
 }
-NO_BIAS = "whose bias PEFT leaves out"
+NO_BIAS = "whose bias PEFT ignores"
 SHARED = "encoder and decoder"
 REFUSED = {
     ("bert", "tokens-tied"): NO_BIAS,

@@ -138,12 +138,12 @@ def gate_and_up_exchanged(patch: Patch) -> None:
 
 
 def replaced_tensors_kept(patch: Patch) -> None:
-    made = compose._of_one
+    made = compose._single
 
     def kept(plain: Any, some: Any) -> Any:
         return replace(made(plain, some), source=plain.source, shape=plain.shape)
 
-    patch.setattr(compose, "_of_one", kept)
+    patch.setattr(compose, "_single", kept)
 
 
 def patches_forgotten(patch: Patch) -> None:
@@ -206,7 +206,7 @@ STACKS: list[tuple[Callable[..., None], Callable[[Patch], None]]] = [
     ),
     (
         test_layouts.test_transposed_experts,
-        each_term(lambda term: replace(term, left=term.right.turned, right=term.left.turned)),
+        each_term(lambda term: replace(term, left=term.right.transpose, right=term.left.transpose)),
     ),
 ]
 

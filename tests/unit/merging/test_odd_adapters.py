@@ -187,7 +187,7 @@ def test_a_table_that_no_stack_reads_by_its_name_is_refused(
     """Unmerged, it has no effect: merged into the table that all share it would have one."""
     lora = {"target_modules": ["q"], "modules_to_save": ["shared"]}
 
-    with pytest.raises(InputRefused, match="unmerged, it has no effect"):
+    with pytest.raises(InputRefused, match="it had no effect in training"):
         check(bases("t5"), "t5", tmp_path, lora)
 
 
@@ -267,7 +267,7 @@ def test_vocabularies_that_grew_apart_are_refused(bases: MakeBase, tmp_path: Pat
         for name, size in (("q_proj", 101), ("v_proj", 102))
     ]
 
-    with pytest.raises(InputRefused, match="another vocabulary size") as refused:
+    with pytest.raises(InputRefused, match="an adapter resizes") as refused:
         merge(
             MergeRequest(
                 base=base, adapters=tuple((a, 1.0) for a in adapters), out=tmp_path / "out"

@@ -81,7 +81,7 @@ def test_a_wrong_copy_is_caught(merged: tuple[OutputShard, Path]) -> None:
     shard, path = merged
     rows_of(path, "transformer.wte.weight")[95, 31] ^= 1
 
-    with pytest.raises(CheckFailed, match=r"wte\.weight was written wrong: 1 of"):
+    with pytest.raises(CheckFailed, match=r"wte\.weight was written wrongly: 1 of"):
         check(shard, path)
 
 
@@ -100,7 +100,7 @@ def test_a_wrong_scaling_is_caught(merged: tuple[OutputShard, Path]) -> None:
 def test_a_missing_tensor_is_caught(merged: tuple[OutputShard, Path]) -> None:
     shard, path = merged
 
-    with pytest.raises(CheckFailed, match="its header is not what was planned"):
+    with pytest.raises(CheckFailed, match="its header differs from the plan"):
         check(replace(shard, outputs=shard.outputs[1:]), path)
 
 
@@ -176,4 +176,4 @@ def test_a_change_that_rounding_swallows_is_reported(make_model: Any, make_adapt
 
     found = merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=base.parent / "out"))
 
-    assert "2 of 2 merged tensors have the base's bits" in found["findings"][0]
+    assert "2 of 2 merged tensors equal the base" in found["findings"][0]

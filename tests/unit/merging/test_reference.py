@@ -147,5 +147,5 @@ def test_every_variant_answers_unmerged_as_merged(base: Path, make_adapter: Any)
 def test_a_weighted_dora_has_no_unmerged_answer(base: Path, make_adapter: Any) -> None:
     adapter = make_adapter(base, target_modules=["q_proj"], use_dora=True)
 
-    with pytest.raises(InputRefused, match="no unmerged forward pass"):
+    with pytest.raises(InputRefused, match="cannot evaluate it unmerged"):
         answer(base, [(adapter, 0.5)], items("w1"), 2)

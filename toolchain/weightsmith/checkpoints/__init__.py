@@ -1,1 +1,1 @@
-"""Checkpoint files: reading them strictly, walking folders safely, importing other layouts."""
+"""Checkpoint files: strict readers, safe folder scans, GGUF import."""

@@ -1,4 +1,4 @@
-"""Model and adapter folders, walked safely: what may be read, and what must not be there."""
+"""Safe scans of model and adapter folders: which files are used, which are refused."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from weightsmith.foreign import read_json
 from weightsmith.trees import below
 
 _ALLOWED = re.compile(
-    # Weights, and tables and texts that nothing runs.
+    # Weights, tables and texts: nothing that is executed.
     r".+\.(safetensors|json|jinja|txt|md|ya?ml)"
-    # Vocabularies of transformers' tokenizers; a test holds this to the names that they read.
+    # Vocabularies of transformers' tokenizers; a test compares them with the names that those read.
     r"|.+\.(model|tiktoken|spm|vocab|bpe)|bpe\.codes|prophetnet\.tokenizer"
     r"|(LICEN[CS]E|License|COPYING|COPYRIGHT|NOTICE|Notice|USE_POLICY|TERMS)([-_.][A-Za-z0-9_-]*)?"
 )
-"""What a checkpoint may hold, by name and in this case: what is not known does not come along."""
+"""Names of a checkpoint's files (case-sensitive); all others are ignored."""
 _JUNK_FOLDERS = re.compile(r"__pycache__|checkpoint-\d+|global_step\d+|runs|wandb|logs")
 _JUNK_FILES = re.compile(
     r"consolidated.*|trainer_state\.json|training_args\..*|all_results\.json|train_results\.json"
     r"|eval_results\.json|trainer_log\.jsonl|events\.out\.tfevents.*|latest"
     r"|.*\.(py|pyc|pyd|so|sh|gguf|ggml|onnx|onnx_data|h5|msgpack|tflite|lock|tmp|part|incomplete)"
 )
-"""Allowed by their name, but of the training; and what is looked at no further."""
+"""Files left by training, and files that are not checked further."""
 _PICKLES = re.compile(r".*\.(bin|pt|pth|pth\.tar|ckpt|pkl|pickle|joblib|dill)", re.IGNORECASE)
 _CODE_CONFIGS = (
     "config.json",
@@ -41,32 +41,31 @@ _MAX_DEPTH = 16
 
 
 def scan(root: Path, *, gguf: bool = False) -> list[str]:
-    """Return the relative POSIX paths of the files that belong to a model, sorted.
+    """Return the sorted relative POSIX paths of a model's files.
 
-    Those are weights, tables, texts and vocabularies by their known names, with `gguf` that format
-    as well. Left out is all else: hidden names, code, pickles, and what training leaves behind.
-    Links are followed to regular files inside the folder, or inside the model's own hub cache
-    folder. Raises InputRefused for other links, devices, pipes, sockets and names that a second
-    machine could read otherwise.
+    These are weights, tables, texts and vocabularies with known names, and GGUF files if `gguf`.
+    Everything else is ignored: hidden files, code, pickles, and leftovers of training. Links are
+    followed to regular files inside the folder or inside the model's hub cache folder. Raises
+    InputRefused for other links, devices, pipes, sockets, and non-portable names.
     """
     if not root.is_dir():
-        raise InputRefused(f"{root} is not a folder", hint="give the folder that holds the files")
+        raise InputRefused(f"{root} is not a folder", hint="give the folder with the files")
     real = root.resolve()
-    names = sorted(_walk(real, "", _home(real), 0, gguf))
+    names = sorted(_walk(real, "", _link_root(real), 0, gguf))
     seen: dict[str, str] = {}
     for name in names:
         folded = unicodedata.normalize("NFC", name).casefold()
         if folded in seen:
             raise InputRefused(
-                f"{root}: {seen[folded]!r} and {name!r} differ in case or accents only",
-                hint="rename one of them: on some file systems they are one file",
+                f"{root}: {seen[folded]!r} and {name!r} differ only in case or Unicode form",
+                hint="rename one of them: some file systems treat them as the same file",
             )
         seen[folded] = name
     return [name for name in names if _belongs(name, gguf)]
 
 
-def left_behind(root: Path) -> str:
-    """Return in a few words what `scan` leaves out, hidden names aside; empty for nothing."""
+def ignored_files(root: Path) -> str:
+    """Return a short list of the files that `scan` ignores, except hidden ones; "" if none."""
     taken = set(scan(root))
     found = [path.relative_to(root) for path in below(root) if not path.is_dir()]
     shown = [path for path in found if not any(part.startswith(".") for part in path.parts)]
@@ -81,7 +80,7 @@ def _belongs(path: str, gguf: bool) -> bool:
 
 
 def check_model_folder(root: Path) -> list[str]:
-    """Return the files of a base model that has config and weights and needs no code of its own."""
+    """Return a base model's files; raise InputRefused if it lacks any or needs custom code."""
     names = scan(root)
     _require(root, names, "config.json", "give the folder of a Hugging Face checkpoint")
     _check_no_code(root, names)
@@ -91,11 +90,11 @@ def check_model_folder(root: Path) -> list[str]:
 
 
 def check_adapter_folder(root: Path) -> list[str]:
-    """Return the files of a PEFT adapter that has config and weights and needs no own code."""
+    """Return an adapter's files; raise InputRefused if it lacks any or needs custom code."""
     names = scan(root)
     below = [str(root / n) for n in names if n.endswith("/adapter_config.json")]
     hint = "give the folder that PEFT's save_pretrained wrote"
-    # PEFT writes adapters with a name of their own into folders of that name.
+    # PEFT writes named adapters into subfolders.
     _require(
         root,
         names,
@@ -110,18 +109,18 @@ def check_adapter_folder(root: Path) -> list[str]:
     return names
 
 
-def _home(real: Path) -> Path:
-    """Return what links may not leave: a snapshot's hub cache folder, or the folder itself."""
+def _link_root(real: Path) -> Path:
+    """Return the folder that links may not leave: a snapshot's hub cache folder, else `real`."""
     cache = real.parent.parent
     return cache if real.parent.name == "snapshots" and cache.name.startswith("models--") else real
 
 
 def _walk(root: Path, prefix: str, home: Path, depth: int, gguf: bool) -> Iterator[str]:
-    """Yield the files below `prefix`, those that do not belong included."""
+    """Yield all files below `prefix`."""
     if depth > _MAX_DEPTH:
         raise InputRefused(
             f"{root} is nested deeper than {_MAX_DEPTH} folders: {prefix!r}",
-            hint="give the folder of one model, without what is unpacked or linked below it",
+            hint="give the folder of a single model",
         )
     with os.scandir(root / prefix) as entries:
         for entry in entries:
@@ -144,8 +143,8 @@ def _check_name(root: Path, name: str) -> None:
     # Undecodable bytes arrive as lone surrogates, which are not printable either.
     if not name.isprintable() or "\\" in name:
         raise InputRefused(
-            f"{root} holds a file whose name is not plain UTF-8 text: {name!r}",
-            hint="rename it: control characters, backslashes and broken UTF-8 are refused",
+            f"{root} has a file with an invalid name: {name!r}",
+            hint="rename it: control characters, backslashes and invalid UTF-8 are refused",
         )
 
 
@@ -156,11 +155,11 @@ def _check_link(root: Path, name: str, home: Path) -> None:
         mode = target.stat().st_mode
     except (OSError, RuntimeError) as error:
         raise InputRefused(
-            f"{path} is a link that leads nowhere", hint="download the model again, or remove it"
+            f"{path} is a broken link", hint="download the model again, or remove the link"
         ) from error
     if not target.is_relative_to(home):
         raise InputRefused(
-            f"{path} is a link that leaves the folder: {target}",
+            f"{path} is a link to a file outside the folder: {target}",
             hint="copy the file into the folder if it belongs to the model",
         )
     if not stat.S_ISREG(mode):
@@ -173,28 +172,28 @@ def _irregular(path: Path) -> InputRefused:
     )
 
 
-def _require(root: Path, names: list[str], wanted: str, hint: str) -> None:
-    if wanted not in names:
-        raise InputRefused(f"{root} has no {wanted}", hint=hint)
+def _require(root: Path, names: list[str], required: str, hint: str) -> None:
+    if required not in names:
+        raise InputRefused(f"{root} has no {required}", hint=hint)
 
 
 def _check_no_code(root: Path, names: list[str]) -> None:
     for name in _CODE_CONFIGS:
         if name in names and read_json(root / name).get("auto_map"):
             raise InputRefused(
-                f"{root / name} has an auto_map: the model wants to run code of its own",
-                hint="use a model whose architecture transformers has built in; if this one has, "
+                f"{root / name} has an auto_map: the model needs custom code",
+                hint="use a model with an architecture that transformers supports; if this is one, "
                 "remove auto_map from the file",
             )
 
 
-def _no_weights(root: Path, wanted: str) -> InputRefused:
+def _no_weights(root: Path, required: str) -> InputRefused:
     pickles = sorted(p.name for p in root.iterdir() if _PICKLES.fullmatch(p.name))
     weights = [name for name in pickles if name.startswith(("pytorch_model", "adapter_model"))]
     found = (weights or [n for n in pickles if n.endswith((".pt", ".pth", ".ckpt"))])[:3]
     if not found:
         return InputRefused(
-            f"{root} has no weights: {wanted} is missing",
+            f"{root} has no weights: {required} is missing",
             hint="check that the download is complete",
         )
     convert = (
@@ -203,6 +202,6 @@ def _no_weights(root: Path, wanted: str) -> InputRefused:
         "save_file({k:v.clone().contiguous() for k,v in w.items()},sys.argv[2],{'format':'pt'})"
     )
     return InputRefused(
-        f"{root} has its weights only as pickle files, which can run code: {', '.join(found)}",
-        hint=f'convert them: python -c "{convert}" {found[0]} {wanted}',
+        f"{root} has only pickle files, which can run code: {', '.join(found)}",
+        hint=f'convert them: python -c "{convert}" {found[0]} {required}',
     )

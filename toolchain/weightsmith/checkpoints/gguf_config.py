@@ -1,4 +1,4 @@
-"""The shape of a GGUF file's model, in the terms of config.json."""
+"""A GGUF file's model shape as keys of config.json."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ _NAMES = {
 
 
 def gguf_config(path: Path) -> Mapping[str, Json]:
-    """Return what a GGUF file says of its model's shape; InputRefused where it is not readable."""
+    """Return a GGUF file's model shape; raise InputRefused if the file is invalid."""
     fields = _fields(path)
-    architecture = _said(path, fields["general.architecture"])
+    architecture = _contents(path, fields["general.architecture"])
     if not isinstance(architecture, str):
-        raise _unreadable(path, "its general.architecture is no text")
+        raise _unreadable(path, "general.architecture is not a string")
     config: dict[str, Json] = {"model_type": architecture, "architectures": [architecture]}
     for key, name in _NAMES.items():
         if field := fields.get(f"{architecture}.{key}"):
-            config[name] = _said(path, field)
+            config[name] = _contents(path, field)
     if "vocab_size" not in config and (tokens := fields.get("tokenizer.ggml.tokens")):
         config["vocab_size"] = len(tokens.data)
     return config
 
 
 def gguf_file_type(path: Path) -> int | None:
-    """Return llama.h's llama_ftype that a GGUF file says it has; None where it says nothing."""
+    """Return a GGUF file's llama_ftype (llama.h), or None if it is not set."""
     try:
         field = _fields(path).get("general.file_type")
-        found = _said(path, field) if field else None
+        found = _contents(path, field) if field else None
     except InputRefused:
         return None
     return found if isinstance(found, int) else None
 
 
-def _said(path: Path, field: Any) -> Json:
+def _contents(path: Path, field: Any) -> Json:
     try:
         return field.contents()
     except ValueError as error:
@@ -64,11 +64,11 @@ def _fields(path: Path) -> Mapping[str, Any]:
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from None
     if "general.architecture" not in fields:
-        raise _unreadable(path, "it lacks general.architecture")
+        raise _unreadable(path, "it has no general.architecture")
     return fields
 
 
 def _unreadable(path: Path, why: object) -> InputRefused:
     return InputRefused(
-        f"{path}: not a readable GGUF file: {why}", hint="it may be cut off: download it again"
+        f"{path}: invalid GGUF file: {why}", hint="it may be truncated: download it again"
     )

@@ -1,4 +1,4 @@
-"""Turns a llama-architecture GGUF file into a plain Hugging Face checkpoint folder."""
+"""Convert a GGUF file of the llama architecture to a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from weightsmith.checkpoints.gguf_facts import count_of, number_of, numbers_of, 
 from weightsmith.checkpoints.gguf_reader import GGUFReader
 from weightsmith.errors import InputRefused
 
-# llama.cpp's name of a pre-tokenizer -> how the tokenizers library spells the same split.
+# llama.cpp's name of a pre-tokenizer -> the same split in the tokenizers library.
 _DIGITS = {"type": "Digits", "individual_digits": True}
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -61,7 +61,7 @@ _ROWS_PER_BLOCK = 4096
 
 
 def import_gguf(source: Path, out: Path) -> None:
-    """Write the model in `source` as a float16 Hugging Face checkpoint into the folder `out`."""
+    """Write the model in `source` as a float16 Hugging Face checkpoint to the folder `out`."""
     reader, facts = _open(source)
     try:
         tensors = {_hugging_face_name(tensor.name): tensor for tensor in reader.tensors}
@@ -70,7 +70,7 @@ def import_gguf(source: Path, out: Path) -> None:
         texts = _tokenizer_files(facts, config)
     except KeyError as missing:
         raise InputRefused(
-            f"{source.name} lacks the GGUF entry {missing}",
+            f"{source.name} has no GGUF key {missing}",
             hint="convert the model again with a current llama.cpp",
         ) from None
     texts["config.json"] = _json(config)
@@ -83,7 +83,7 @@ def import_gguf(source: Path, out: Path) -> None:
 
 
 def _open(source: Path) -> tuple[GGUFReader, Mapping[str, Any]]:
-    """Open a complete GGUF file of the llama architecture and read its entries, or refuse it."""
+    """Open a GGUF file and return its metadata; raise InputRefused unless it is a valid llama."""
     if not source.is_file():
         raise InputRefused(f"{source} is not a file", hint="give the path of one .gguf file")
     try:
@@ -91,26 +91,26 @@ def _open(source: Path) -> tuple[GGUFReader, Mapping[str, Any]]:
         facts = {name: field.contents() for name, field in reader.fields.items()}
     except ValueError as problem:
         raise InputRefused(
-            f"{source.name} cannot be read as GGUF, it is cut off or damaged: {problem}",
+            f"{source.name} is not a valid GGUF file: {problem}",
             hint="download the file again and compare its sha256 with the publisher's",
         ) from problem
     architecture = facts.get("general.architecture")
     if architecture != "llama":
         raise InputRefused(
-            f"{source.name} has the architecture {architecture!r}; only 'llama' can be imported",
+            f"{source.name} has architecture {architecture!r}; only 'llama' can be imported",
             hint="start from the model's original Hugging Face checkpoint instead",
         )
     return reader, facts
 
 
 def _hugging_face_name(name: str) -> str:
-    """Translate a GGUF tensor's name, refusing a tensor that plain Llama lacks."""
+    """Return a GGUF tensor's Hugging Face name; raise InputRefused if Llama has no such tensor."""
     if name in _GLOBAL_TENSORS:
         return _GLOBAL_TENSORS[name]
     match = _LAYER_NAME.fullmatch(name)
     if match is None or match[2] not in _LAYER_TENSORS:
         raise InputRefused(
-            f"the GGUF tensor {name!r} has no place in a plain Llama checkpoint",
+            f"the GGUF tensor {name!r} does not exist in a plain Llama checkpoint",
             hint="biases, experts and long-context rope factors cannot be imported; "
             "start from the original Hugging Face checkpoint",
         )
@@ -118,7 +118,7 @@ def _hugging_face_name(name: str) -> str:
 
 
 def _model_config(facts: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
-    """Describe the same Llama model as config.json does."""
+    """Return the model's config.json."""
     if facts.get("llama.rope.scaling.type", "none") != "none":
         raise InputRefused(
             f"rope scaling {facts['llama.rope.scaling.type']!r} cannot be imported",
@@ -155,12 +155,12 @@ def _model_config(facts: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
     }
     if head % 2:
         raise InputRefused(
-            f"an attention head of {head} numbers cannot be rotated in pairs",
+            f"the attention head size {head} is odd, but rope needs pairs",
             hint="the file is damaged; convert or download it again",
         )
     if facts.get("llama.rope.dimension_count", head) != head:
         raise InputRefused(
-            "rope covers only a part of each attention head, which no Llama configuration can "
+            "rope covers only part of each attention head, which a Llama configuration cannot "
             "express",
             hint="start from the original Hugging Face checkpoint",
         )
@@ -168,22 +168,22 @@ def _model_config(facts: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
 
 
 def _check_tensors(config: Mapping[str, Any], tensors: Mapping[str, ReaderTensor]) -> None:
-    """Refuse a file whose tensors are not exactly those that its configuration needs."""
+    """Refuse a file whose tensors do not match its configuration."""
     if config["num_hidden_layers"] > len(tensors):
         raise InputRefused(
-            f"{config['num_hidden_layers']} layers cannot be made of {len(tensors)} tensors",
+            f"{config['num_hidden_layers']} layers need more than {len(tensors)} tensors",
             hint="the file is incomplete or was not made from a plain Llama model",
         )
     expected = dict(_expected_shapes(config))
     found = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()}
     wrong = [
-        f"{name} should be {expected.get(name, 'absent')} and is {found.get(name, 'absent')}"
+        f"{name} should be {expected.get(name, 'absent')}, but is {found.get(name, 'absent')}"
         for name in sorted(expected.keys() | found.keys())
         if expected.get(name) != found.get(name)
     ]
     if wrong:
         raise InputRefused(
-            f"{len(wrong)} tensors do not fit the GGUF's own configuration: {wrong[0]}",
+            f"{len(wrong)} tensors do not match the GGUF's configuration: {wrong[0]}",
             hint="the file is incomplete or was not made from a plain Llama model",
         )
 
@@ -217,7 +217,7 @@ def _expected_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int
 
 
 def _generation_config(facts: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Stop at the end token and, where the file names another, at the end of a turn."""
+    """Return generation_config.json with the end token and, if set, the end-of-turn token."""
     ends = [config["eos_token_id"], token_id(facts, "eot")]
     ends = [token for token in dict.fromkeys(ends) if token is not None]
     return {
@@ -229,18 +229,18 @@ def _generation_config(facts: Mapping[str, Any], config: Mapping[str, Any]) -> d
 
 
 def _tokenizer_files(facts: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
-    """Give the text of each of the tokenizer's files, by file name."""
+    """Return the tokenizer's files by name."""
     kind, split = facts["tokenizer.ggml.model"], str(facts.get("tokenizer.ggml.pre"))
     if kind != "gpt2" or split not in _PRE_TOKENIZERS:
         raise InputRefused(
-            f"the tokenizer {kind!r} with the pre-tokenizer {split!r} cannot be imported",
-            hint=f"known: 'gpt2' with {', '.join(sorted(_PRE_TOKENIZERS))}; otherwise start from "
-            "the original Hugging Face checkpoint",
+            f"the tokenizer {kind!r} with pre-tokenizer {split!r} cannot be imported",
+            hint=f"supported: 'gpt2' with {', '.join(sorted(_PRE_TOKENIZERS))}; otherwise start "
+            "from the original Hugging Face checkpoint",
         )
     tokens = texts_of(facts, "tokenizer.ggml.tokens")
     if len(set(tokens)) != len(tokens):
         raise InputRefused(
-            "the GGUF vocabulary names a token twice, which tokenizer.json cannot express",
+            "the GGUF vocabulary has duplicate tokens, which tokenizer.json cannot express",
             hint="start from the original Hugging Face checkpoint",
         )
     names = _special_tokens(facts, tokens)
@@ -259,7 +259,7 @@ def _tokenizer_files(facts: Mapping[str, Any], config: Mapping[str, Any]) -> dic
     }
     files = {"special_tokens_map.json": _json(names)}
     if isinstance(template := facts.get("tokenizer.chat_template"), str) and template:
-        # Newer libraries read the file of its own, older engines only the key.
+        # Newer libraries read the file, older engines only the key.
         files["chat_template.jinja"] = settings["chat_template"] = template
     files["tokenizer_config.json"] = _json(settings)
     bos = token_id(facts, "bos") if add_bos else None
@@ -268,20 +268,20 @@ def _tokenizer_files(facts: Mapping[str, Any], config: Mapping[str, Any]) -> dic
 
 
 def _special_tokens(facts: Mapping[str, Any], tokens: list[str]) -> dict[str, str]:
-    """Look up the begin, end, unknown and padding tokens that the file names."""
+    """Return the file's begin, end, unknown and padding tokens."""
     keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     ids = {name: token_id(facts, key) for name, key in keys.items()}
     outside = {name: number for name, number in ids.items() if number and number >= len(tokens)}
     if outside:
         raise InputRefused(
-            f"special tokens outside the vocabulary of {len(tokens)}: {outside}",
+            f"special token ids beyond the {len(tokens)} tokens of the vocabulary: {outside}",
             hint="the file is damaged; convert or download it again",
         )
     return {f"{name}_token": tokens[n] for name, n in sorted(ids.items()) if n is not None}
 
 
 def _added_tokens(tokens: list[str], types: list[int]) -> list[dict[str, Any]]:
-    """List the tokens that are never cut into pieces: control tokens and the user's own."""
+    """Return the tokens that are never split: control and user-defined tokens."""
     whole = (TokenType.CONTROL, TokenType.USER_DEFINED)
     return [
         {
@@ -304,7 +304,7 @@ def _tokenizer(
     added: list[dict[str, Any]],
     bos: int | None,
 ) -> dict[str, Any]:
-    """Describe a byte-level BPE vocabulary as tokenizer.json does."""
+    """Return tokenizer.json for a byte-level BPE vocabulary."""
     tokens = texts_of(facts, "tokenizer.ggml.tokens")
     return {
         "version": "1.0",
@@ -333,7 +333,7 @@ def _tokenizer(
 
 
 def _begin_with(token: str, number: int) -> dict[str, Any]:
-    """Describe a post-processor that puts the begin token before each sequence."""
+    """Return a post-processor that prepends the begin token to each sequence."""
     begin = {"SpecialToken": {"id": token, "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     return {
@@ -347,7 +347,7 @@ def _begin_with(token: str, number: int) -> dict[str, Any]:
 def _write_weights(
     path: Path, tensors: Mapping[str, ReaderTensor], config: Mapping[str, Any]
 ) -> None:
-    """Write the tensors in float16, in the order of their names, one block of rows at a time."""
+    """Write the tensors in float16, sorted by name, one block of rows at a time."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in sorted(tensors):
@@ -368,21 +368,19 @@ def _write_weights(
 def _float16_blocks(
     name: str, tensor: ReaderTensor, config: Mapping[str, Any]
 ) -> Iterator[npt.NDArray[np.float16]]:
-    """Yield a tensor's rows in the checkpoint's order, in blocks that keep memory small."""
+    """Yield a tensor's rows in the checkpoint's order, in small blocks."""
     half = config["head_dim"] // 2
     rotated = name.endswith(("q_proj.weight", "k_proj.weight"))
     rows = 2 * half if rotated else _ROWS_PER_BLOCK
     for start in range(0, len(tensor.data), rows):
-        # An overflow is found and refused below, so numpy need not warn of it.
+        # Overflow is checked below, so suppress numpy's warning.
         with np.errstate(over="ignore"):
             exact = _exact(name, tensor, start, rows)
             block = exact.astype(np.dtype("<f2"))
         if not np.isfinite(block).all():
-            raise InputRefused(
-                f"{name} has values that float16 cannot hold", hint="import a bfloat16 checkpoint"
-            )
+            raise InputRefused(f"{name} overflows float16", hint="start from a bfloat16 checkpoint")
         if rotated:
-            # llama.cpp pairs neighbouring rows of a head for rope, Hugging Face the two halves.
+            # For rope, llama.cpp pairs neighbouring rows of a head; Hugging Face pairs the halves.
             block = block.reshape(half, 2, -1).swapaxes(0, 1).reshape(2 * half, -1)
         yield block
 
@@ -394,7 +392,7 @@ def _exact(name: str, tensor: ReaderTensor, start: int, rows: int) -> npt.NDArra
         )
     except NotImplementedError:
         raise InputRefused(
-            f"{name} is of the type {tensor.tensor_type.name}, which is not read here",
+            f"{name} has the unsupported type {tensor.tensor_type.name}",
             hint="start from the original Hugging Face checkpoint",
         ) from None
     return found

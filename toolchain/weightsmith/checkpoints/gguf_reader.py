@@ -1,4 +1,4 @@
-"""The gguf package's reader, for files with the vocabularies of today."""
+"""A faster reader of GGUF metadata, based on the gguf package."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from gguf import GGUFReader as PackageReader
 from gguf import GGUFValueType
 
 _HEAD = 12
-"""Bytes before an array's values: their type in 4 and their number in 8."""
+"""Size of an array's header: 4 bytes type, 8 bytes length."""
 _LENGTH = struct.Struct("<Q")
 
 
 class GGUFReader(PackageReader):  # type: ignore[misc] # the package has no types
-    """The package's reader, except that an array of the metadata is read in one go.
+    """The package's reader, but metadata arrays are read at once.
 
-    The package makes several views of a memory map for each value, and a tokenizer has hundreds of
-    thousands: seconds for what is a part of a second here. `contents` and all else is its own.
-    Raises OSError, and ValueError for whatever is no whole GGUF file of this machine's byte order.
+    The package creates several views of a memory map per value, which takes seconds for a
+    tokenizer's hundreds of thousands. Raises OSError, and ValueError for anything but a complete
+    GGUF file in this machine's byte order.
     """
 
     def __init__(self, path: Path) -> None:
-        """Read all but the tensors' bytes, which are looked at when they are used."""
+        """Read everything but the tensors' data, which is mapped."""
         try:
             with np.errstate(all="raise"):
                 super().__init__(path)
-        # What numbers out of a damaged file lead to: places outside it, sizes beyond 64 bits.
+        # Caused by wrong numbers in damaged files, such as offsets beyond the end.
         except (ArithmeticError, LookupError, TypeError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from None
 
     @property
     def data(self) -> Any:
-        """The file's bytes, as a plain array: views of a memory map cost ten times as much."""
+        """The file's bytes as a plain array: views of a memory map are ten times slower."""
         return self._plain
 
     @data.setter
@@ -45,9 +45,9 @@ class GGUFReader(PackageReader):  # type: ignore[misc] # the package has no type
     def _get_field_parts(
         self, orig_offs: int, raw_type: int
     ) -> tuple[int, list[Any], Sequence[int], list[GGUFValueType]]:
-        """Return a value's size, its parts, which of them are data, and its types."""
+        """Return a value's size, its parts, the indices of data parts, and its types."""
         if self.byte_order != "I":
-            raise ValueError("it is of the other byte order")
+            raise ValueError("wrong byte order")
         if raw_type != GGUFValueType.ARRAY:
             found: tuple[int, list[Any], list[int], list[GGUFValueType]]
             found = super()._get_field_parts(orig_offs, raw_type)
@@ -61,7 +61,7 @@ class GGUFReader(PackageReader):  # type: ignore[misc] # the package has no type
                 raise ValueError(f"an array of {length} values is longer than the file")
             values = [self._get(first, scalar, length)]
         else:
-            raise ValueError("an array of arrays")
+            raise ValueError("nested arrays are not supported")
         size = _HEAD + sum(value.nbytes for value in values)
         if kind[0] == GGUFValueType.STRING:
             size += _LENGTH.size * length
@@ -70,7 +70,7 @@ class GGUFReader(PackageReader):  # type: ignore[misc] # the package has no type
 
 
 def _strings(data: Any, offset: int, count: int) -> list[Any]:
-    """Return the bytes of `count` strings, each after its length."""
+    """Return `count` length-prefixed strings."""
     raw, found = memoryview(data), []
     for _ in range(count):
         if offset + _LENGTH.size > len(raw):

@@ -1,4 +1,4 @@
-"""Keys of an adapter's file as PEFT loads them; it leaves out what it does not know."""
+"""Adapter keys as PEFT loads them; PEFT silently ignores unknown keys."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from weightsmith.checkpoints.safetensors import read_header
 from weightsmith.errors import InputRefused
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""What torch.compile, FSDP and activation checkpointing put into the names of modules."""
+"""Name parts added by torch.compile, FSDP and activation checkpointing."""
 KEY_MAPPING = {rf"\b(?:{'|'.join(WRAPPERS)})\.": ""}
-"""For PEFT's `key_mapping`: patterns, and what takes their place."""
+"""PEFT's `key_mapping`: pattern -> replacement."""
 
 
 def check_peft_keys(root: Path) -> None:
-    """Raise InputRefused for an adapter of which PEFT would load nothing and say nothing."""
+    """Raise InputRefused for an adapter with keys that PEFT would silently ignore."""
     header = read_header(root / "adapter_model.safetensors")
-    strange = [info.name for info in header.tensors if not info.name.startswith("base_model.")]
-    if strange:
+    ignored = [info.name for info in header.tensors if not info.name.startswith("base_model.")]
+    if ignored:
         raise InputRefused(
-            f"PEFT loads no key that does not begin with base_model., such as {strange[0]} of "
-            f"{header.path}: there is no unmerged model to compare with",
+            f"PEFT ignores keys without the prefix base_model., such as {ignored[0]} in "
+            f"{header.path}, so there is no unmerged model to compare with",
             hint="export the adapter with PEFT's save_pretrained, from the unwrapped model",
         )

@@ -1,7 +1,7 @@
-"""The regular expressions of an adapter's configuration, which PEFT matches against every module.
+"""Time limits for the regular expressions of an adapter's configuration.
 
-They are foreign, and Python's `re` may take longer than the universe on them. It has the say
-nevertheless, since PEFT uses it: other engines know no lookaheads, or read a pattern differently.
+PEFT matches these untrusted patterns against every module with Python's `re`, which can take
+forever. Another engine is no alternative: some lack lookaheads or match differently.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from weightsmith.foreign import read_json
 from weightsmith.time_limits import TooLong, cpu_limit, doing
 
 _PLAIN = re.compile(r"[\w.]*")
-"""Names, which most entries are: nothing in them repeats, so nothing has to be tried."""
+"""Plain names, as most entries are: they cannot backtrack and need no check."""
 _SHOWN = 60
 _SECONDS_EACH = 0.001
 
 
 def check_peft_patterns(root: Path, modules: Iterable[str]) -> None:
-    """Match each pattern of an adapter against all modules, as PEFT will, within a limit of time.
+    """Match each pattern of an adapter against all modules as PEFT does, with a time limit.
 
-    Raises InputRefused for one that takes longer or is none. To be called on the main thread.
+    Raises InputRefused for slow and invalid patterns. Must be called on the main thread.
     """
     path = root / "adapter_config.json"
     patterns = list(_patterns(read_json(path)))
@@ -40,19 +40,19 @@ def check_peft_patterns(root: Path, modules: Iterable[str]) -> None:
                 for name in names:
                     fits(name)
     except TooLong:
-        raise _endless(path, at) from None
+        raise _too_slow(path, at) from None
     except (re.error, RecursionError, OverflowError) as error:
         raise InputRefused(
-            f"{path}: {at} is no regular expression: {error}",
+            f"{path}: {at} is not a valid regular expression: {error}",
             hint="export the adapter again with PEFT's save_pretrained",
         ) from None
 
 
 @contextmanager
-def reading_names(root: Path, keys: int) -> Iterator[None]:
-    """Limit the time of a block that reads the names of an adapter's `keys` tensors.
+def limit_matching(root: Path, keys: int) -> Iterator[None]:
+    """Limit the CPU time of a block that matches the names of an adapter's `keys` tensors.
 
-    It may match its patterns as well. Raises InputRefused where the time is over.
+    Raises InputRefused if the time is exceeded.
     """
     path = root / "adapter_config.json"
     seconds = time_limits.FOREIGN_SECONDS + keys * _SECONDS_EACH
@@ -62,27 +62,25 @@ def reading_names(root: Path, keys: int) -> Iterator[None]:
     except TooLong:
         patterns = [f"{field} {_excerpt(text)}" for field, text, _ in _patterns(read_json(path))]
         if patterns:
-            raise _endless(path, ", ".join(dict.fromkeys(patterns))) from None
+            raise _too_slow(path, ", ".join(dict.fromkeys(patterns))) from None
         raise InputRefused(
-            f"{root}: to understand the names of its {keys} tensors takes more than {seconds:g} s"
-            " of CPU time",
+            f"{root}: matching the names of its {keys} tensors exceeded {seconds:g} s of CPU time",
             hint="export the adapter again with PEFT's save_pretrained",
         ) from None
 
 
-def _endless(path: Path, named: str) -> InputRefused:
+def _too_slow(path: Path, named: str) -> InputRefused:
     return InputRefused(
-        f"{path}: matching {named} against the names of the base's modules takes more than "
+        f"{path}: matching {named} against the base's module names exceeded "
         f"{time_limits.FOREIGN_SECONDS:g} s of CPU time",
-        hint="name the modules one by one, or write the pattern without repetitions inside "
-        "repetitions",
+        hint="list the modules one by one, or avoid nested repetitions in the pattern",
     )
 
 
 def _patterns(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield field, text, and the expression that PEFT makes of it (`tuners_utils`, `utils.other`).
+    """Yield field, text, and PEFT's regular expression for it (`tuners_utils`, `utils.other`).
 
-    Of texts alone: what is of another type is refused where the configuration is read.
+    Only for strings: other types are refused when the configuration is read.
     """
     for field, value in raw.items():
         if field.endswith("layers_pattern"):

@@ -1,4 +1,4 @@
-"""Reads files of a model while others may write to them: what changes meanwhile is noticed."""
+"""Read model files, and detect changes by other processes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _CHUNK = 1 << 20
 
 
 def read_file(source: Path, size: int) -> Iterator[bytes]:
-    """Yield a regular file in chunks; InputRefused where it is not of that size or changes."""
+    """Yield a regular file in chunks; raise InputRefused if its size differs or it changes."""
     return _read(Slice(path=source, offset=0, size=size), size)
 
 
 def read_part(part: Slice) -> Iterator[bytes]:
-    """Yield a part of a regular file in chunks; InputRefused where the file changes."""
+    """Yield a part of a regular file in chunks; raise InputRefused if the file changes."""
     return _read(part, None)
 
 
 def _read(part: Slice, size: int | None) -> Iterator[bytes]:
     try:
-        # A pipe in a file's place would keep an ordinary open waiting for ever.
+        # O_NONBLOCK, because opening a pipe would block forever.
         handle = os.open(part.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(handle, "rb", buffering=0) as file:
             before = os.fstat(file.fileno())
@@ -49,6 +49,6 @@ def _read(part: Slice, size: int | None) -> Iterator[bytes]:
 
 def _changed(source: Path) -> InputRefused:
     return InputRefused(
-        f"{source} changed while it was put into the image",
-        hint="stop what writes it, then build again",
+        f"{source} changed while it was added to the image",
+        hint="stop the process that writes to it, then build again",
     )

@@ -1,4 +1,4 @@
-"""Splits large safetensors files into smaller ones, without copying a byte until they are read.
+"""Split large safetensors files into smaller ones; data is copied only when read.
 
 https://huggingface.co/docs/safetensors/index#format
 """
@@ -20,24 +20,24 @@ from weightsmith.values import Digest, FileEntry, Json, Pieces, Slice, Tree, can
 
 INDEX = "model.safetensors.index.json"
 _SPARE = 64 << 10
-"""Bytes kept free in a layer for tar headers and folders."""
+"""Bytes reserved in a layer for tar headers and folders."""
 
 Memo = Callable[[str, Callable[[], str]], str]
 
 
 @dataclass(frozen=True, slots=True)
 class Resharded:
-    """A tree whose large files are replaced, and where the new files' bytes are."""
+    """A tree with split files, and the content of the new files."""
 
     tree: Tree
     contents: Mapping[str, Pieces]
 
 
 def reshard(tree: Tree, largest: int, memo: Memo) -> Resharded:
-    """Return the tree with no safetensors file above `largest` bytes, its index rewritten.
+    """Return the tree with all safetensors files at most `largest` bytes and a new index.
 
-    Tensors keep their bytes and their order; files that fit stay as they are. Raises UsageError
-    where a single tensor, or a file of another format, is larger.
+    Tensors keep their bytes and order; files that fit are unchanged. Raises UsageError if a single
+    tensor, or a file of another format, is larger.
     """
     large = [file for file in tree.files if file.size > largest - _SPARE]
     if not large:
@@ -45,8 +45,8 @@ def reshard(tree: Tree, largest: int, memo: Memo) -> Resharded:
     others = [file.path for file in large if not file.path.endswith(".safetensors")]
     if others:
         raise UsageError(
-            f"{others[0]} is larger than a layer may be",
-            hint="split a GGUF file with `invoke quantize --split-max-size`",
+            f"{others[0]} is larger than the maximum layer size",
+            hint="split GGUF files with `invoke quantize --split-max-size`",
         )
     contents: dict[str, Pieces] = {}
     moved: dict[str, str] = {}
@@ -66,7 +66,7 @@ def reshard(tree: Tree, largest: int, memo: Memo) -> Resharded:
 
 
 def read_pieces(pieces: Pieces) -> Iterator[bytes]:
-    """Yield pieces in chunks; InputRefused where a file changes meanwhile."""
+    """Yield pieces in chunks; raise InputRefused if a file changes."""
     for piece in pieces:
         if isinstance(piece, bytes):
             yield piece
@@ -75,12 +75,12 @@ def read_pieces(pieces: Pieces) -> Iterator[bytes]:
 
 
 def size_of(pieces: Pieces) -> int:
-    """Return the bytes of pieces together."""
+    """Return the total size of pieces in bytes."""
     return sum(len(p) if isinstance(p, bytes) else p.size for p in pieces)
 
 
 def _groups(header: Header, largest: int) -> list[list[TensorInfo]]:
-    """Return the tensors in runs that fit, as few as their order allows."""
+    """Return the tensors in as few consecutive groups as fit."""
     table = 8 + sum(len(t.name) + 256 for t in header.tensors)
     room = largest - _SPARE - min(table, largest // 2)
     groups: list[list[TensorInfo]] = [[]]
@@ -88,7 +88,7 @@ def _groups(header: Header, largest: int) -> list[list[TensorInfo]]:
     for tensor in header.tensors:
         if tensor.size > room:
             raise UsageError(
-                f"{header.path.name}: the tensor {tensor.name} alone has {tensor.size} bytes",
+                f"{header.path.name}: tensor {tensor.name} alone has {tensor.size} bytes",
                 hint="choose a larger --max-layer-size",
             )
         if used + tensor.size > room:
@@ -124,7 +124,7 @@ def _shard(header: Header, group: list[TensorInfo]) -> Pieces:
 
 
 def _index(tree: Tree, moved: Mapping[str, str]) -> bytes:
-    """Return the index of all tensors: those that moved, and the rest where they were."""
+    """Return the index of all tensors with the moved ones updated."""
     if tree.has(INDEX):
         data = read_json(tree.path(INDEX), largest=LARGEST_INDEX)
         if not isinstance(data.get("weight_map"), dict):

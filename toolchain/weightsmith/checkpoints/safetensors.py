@@ -1,4 +1,4 @@
-"""Safetensors headers, read strictly: no byte of a file is trusted before its place is proven."""
+"""Strict reader of safetensors headers: every offset is checked before it is used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from weightsmith.errors import InputRefused
 from weightsmith.foreign import INDEX, json_object, read_json
 
 MAX_HEADER_BYTES = 100_000_000
-"""The safetensors crate's own limit."""
+"""The safetensors crate's limit."""
 
 BITS = {
     **dict.fromkeys(("F4",), 4),
@@ -25,15 +25,15 @@ BITS = {
     **dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
-"""Bits per element of every type that safetensors 0.8 knows."""
+"""Bits per element of every dtype of safetensors 0.8."""
 
-_AGAIN = "the file is damaged or incomplete; download or export it again and compare its sha256"
+_HINT = "the file is damaged or incomplete; download or export it again and compare its sha256"
 _MAX_NAME = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
-    """One tensor of a file: `start` and `end` are offsets from the start of the file, in bytes."""
+    """A tensor in a file; `start` and `end` are byte offsets from the start of the file."""
 
     name: str
     dtype: str
@@ -43,13 +43,13 @@ class TensorInfo:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return self.end - self.start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """A file's table of contents; tensors are in the order of their bytes."""
+    """A file's header; tensors are in file order."""
 
     path: Path
     tensors: tuple[TensorInfo, ...]
@@ -64,7 +64,7 @@ class CheckpointIndex:
     root: Path
     shards: tuple[Header, ...]
     index_file: str
-    """Name of the index, or empty for a single file."""
+    """Name of the index file; empty for a single file."""
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -73,24 +73,24 @@ class CheckpointIndex:
 
 
 def read_header(path: Path) -> Header:
-    """Return the header of a file whose tensors tile it exactly, without gap or overlap.
+    """Return the header of a file; its tensors must cover the data without gaps or overlaps.
 
-    Raises InputRefused for whatever the safetensors crate refuses, and besides for names that
-    repeat, are empty or hold control characters. Unaligned tensors are legal in the format.
+    Raises InputRefused for everything that the safetensors crate refuses, and for names that are
+    duplicate, empty or have control characters. The format allows unaligned tensors.
     """
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little") if size >= 8 else -1
             if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                raise _refuse(path, f"its header of {length} bytes does not fit {size} bytes")
+                raise _refuse(path, f"invalid header size {length} in a file of {size} bytes")
             text = file.read(length)
     except OSError as error:
         raise InputRefused(
             f"{path} cannot be read: {error.strerror}", hint="check the path and its permissions"
         ) from error
     if len(text) != length:
-        raise _refuse(path, "it ends within its header")
+        raise _refuse(path, "it is truncated within the header")
     table = json_object(text, str(path), largest=MAX_HEADER_BYTES, unique=True)
     metadata = _metadata(path, table.pop("__metadata__", {}))
     infos = [_tensor(path, name, entry, 8 + length) for name, entry in table.items()]
@@ -100,15 +100,15 @@ def read_header(path: Path) -> Header:
 
 
 def open_checkpoint(root: Path) -> CheckpointIndex:
-    """Return the index of `model.safetensors`, or of the shards that its `.index.json` names.
+    """Return the index of `model.safetensors`, or of the shards in `model.safetensors.index.json`.
 
-    Shards come in the order of their names. Raises InputRefused where index and headers disagree.
+    Shards are sorted by name. Raises InputRefused if index and headers disagree.
     """
     single, index = root / "model.safetensors", root / "model.safetensors.index.json"
     if single.exists() and index.exists():
         raise InputRefused(
-            f"{root} holds both {single.name} and {index.name}: it is unclear which one counts",
-            hint="remove the one that is stale",
+            f"{root} has both {single.name} and {index.name}",
+            hint="remove the outdated one",
         )
     if single.exists():
         return CheckpointIndex(root=root, shards=(read_header(single),), index_file="")
@@ -126,9 +126,9 @@ def open_checkpoint(root: Path) -> CheckpointIndex:
 def build_header(
     tensors: Iterable[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str]
 ) -> bytes:
-    """Return length and header of a file that holds (name, dtype, shape) in this order.
+    """Return length prefix and header for tensors (name, dtype, shape) in this order.
 
-    The header is padded with spaces to a multiple of 8 bytes, as the format asks.
+    The header is padded with spaces to a multiple of 8 bytes, as in the format's specification.
     """
     table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -143,24 +143,26 @@ def build_header(
 
 def _metadata(path: Path, value: Any) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise _refuse(path, "its __metadata__ is not a table of strings")
+        raise _refuse(path, "__metadata__ is not an object of strings")
     return value
 
 
 def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
-    """Check one entry of the table by itself."""
+    """Check one entry of the header."""
     _check_name(path, name)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _refuse(path, f"tensor {name!r} lacks dtype, shape or data_offsets, or has more")
+        raise _refuse(path, f"tensor {name!r} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise _refuse(path, f"tensor {name!r} has the unknown type {dtype!r}")
+        raise _refuse(path, f"tensor {name!r} has the unknown dtype {dtype!r}")
     if not _is_naturals(shape) or not _is_naturals(offsets) or len(offsets) != 2:
-        raise _refuse(path, f"tensor {name!r} has a bad shape {shape!r} or offsets {offsets!r}")
+        raise _refuse(
+            path, f"tensor {name!r} has an invalid shape {shape!r} or offsets {offsets!r}"
+        )
     bits, length = math.prod(shape) * BITS[dtype], offsets[1] - offsets[0]
     if bits % 8 or bits // 8 != length:
         raise _refuse(
-            path, f"tensor {name!r} of type {dtype} and shape {shape} cannot be {length} bytes"
+            path, f"tensor {name!r} of dtype {dtype} and shape {shape} cannot have {length} bytes"
         )
     return TensorInfo(
         name=name,
@@ -172,31 +174,31 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
 
 
 def _is_naturals(value: Any) -> bool:
-    # Below 2**63, as any file offset; a bool is an int in Python, but not in JSON.
+    # Below 2**63 like file offsets; bool is an int in Python, but not in JSON.
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 
 
 def _check_name(path: Path, name: str) -> None:
-    # Lone surrogates are "not printable" too, so what passes can be shown and encoded.
+    # Lone surrogates are not printable either, so accepted names can be shown and encoded.
     if not name or len(name) > _MAX_NAME or not name.isprintable():
-        raise _refuse(path, f"the tensor name {name[:80]!r} is empty, too long or not printable")
+        raise _refuse(path, f"invalid tensor name {name[:80]!r}: empty, too long or not printable")
 
 
 def _check_tiling(path: Path, infos: list[TensorInfo], start: int, size: int) -> None:
     for info in infos:
         if info.start != start:
-            what = "overlaps its neighbour" if info.start < start else "leaves a gap before it"
+            what = "overlaps the previous one" if info.start < start else "has a gap before it"
             raise _refuse(path, f"tensor {info.name!r} {what}")
         start = info.end
     if start != size:
-        what = "cut off" if size < start else "followed by bytes that no tensor owns"
-        raise _refuse(path, f"the data, which should end at byte {start}, is {what} at {size}")
+        what = "truncated" if size < start else "followed by extra bytes"
+        raise _refuse(path, f"the data should end at byte {start}, but is {what} at {size}")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index, largest=INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise _refuse(index, "it has no weight_map")
+        raise _refuse(index, "it has no valid weight_map")
     for tensor, name in weight_map.items():
         if (
             not isinstance(name, str)
@@ -204,20 +206,19 @@ def _weight_map(index: Path) -> dict[str, str]:
             or not name.isprintable()
             or Path(name).name != name
         ):
-            raise _refuse(
-                index, f"it puts {tensor!r} into {name!r}, which is no file of the folder"
-            )
+            raise _refuse(index, f"{tensor!r} is mapped to the invalid file name {name!r}")
     return weight_map
 
 
 def _check_shards(index: Path, weight_map: Mapping[str, str], shards: Sequence[Header]) -> None:
-    """Check that index and headers tell the same, both ways."""
+    """Check that index and headers agree in both directions."""
     found: dict[str, str] = {}
     for shard in shards:
         for info in shard.tensors:
             if info.name in found:
                 raise _refuse(
-                    index, f"{info.name!r} is in {found[info.name]} and in {shard.path.name}"
+                    index,
+                    f"duplicate tensor {info.name!r} in {found[info.name]} and {shard.path.name}",
                 )
             found[info.name] = shard.path.name
     for name in sorted(found.keys() | weight_map.keys()):
@@ -230,4 +231,4 @@ def _check_shards(index: Path, weight_map: Mapping[str, str], shards: Sequence[H
 
 
 def _refuse(path: Path, what: str) -> InputRefused:
-    return InputRefused(f"{path} is not a valid checkpoint file: {what}", hint=_AGAIN)
+    return InputRefused(f"{path} is not a valid checkpoint file: {what}", hint=_HINT)

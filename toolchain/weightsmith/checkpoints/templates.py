@@ -1,6 +1,6 @@
-"""Chat templates: programs that a model's author wrote, run by transformers in Jinja's sandbox.
+"""Render chat templates, which are untrusted programs, with transformers in Jinja's sandbox.
 
-The sandbox keeps them from files and from Python; nothing there limits time and memory.
+The sandbox prevents access to files and Python, but does not limit time and memory.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from weightsmith.time_limits import TooLong, cpu_limit, doing
 def render_chat(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, answer: bool, hint: str = ""
 ) -> str:
-    """Return what the tokenizer's chat template makes of messages; `answer` opens the model's turn.
+    """Render messages by the tokenizer's chat template; `answer` adds the generation prompt.
 
-    Raises InputRefused where it refuses them or takes too much time or memory.
+    Raises InputRefused if the template raises an error or takes too much time or memory.
     """
     named = f"the chat template of {tokenizer.name_or_path}"
     try:
@@ -32,17 +32,16 @@ def render_chat(
             )
     except TooLong:
         raise InputRefused(
-            f"{named} takes more than {time_limits.FOREIGN_SECONDS:g} s of CPU time for one "
-            "conversation",
-            hint="look for loops inside loops in it, or give the model another chat_template.jinja",
+            f"{named} exceeded {time_limits.FOREIGN_SECONDS:g} s of CPU time for one conversation",
+            hint="look for nested loops in it, or give the model another chat_template.jinja",
         ) from None
     except MemoryError:
         raise InputRefused(
-            f"{named} takes more memory for one conversation than the whole job may have",
-            hint="look for texts that it doubles, or give the model another chat_template.jinja",
+            f"{named} exceeded the job's memory for one conversation",
+            hint="look for strings that grow in it, or give the model another chat_template.jinja",
         ) from None
-    except Exception as error:  # noqa: BLE001 - templates raise what they like
+    except Exception as error:  # noqa: BLE001 - templates can raise anything
         raise InputRefused(
-            f"{named} refuses a conversation: {error}",
-            hint=hint or "write the conversations as the model expects them",
+            f"{named} refused a conversation: {error}",
+            hint=hint or "write the conversations in the form that the template expects",
         ) from None

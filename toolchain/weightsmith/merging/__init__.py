@@ -1,1 +1,1 @@
-"""The merge engine: names and plan, deltas, rounding, streamed writer, checks."""
+"""The merge engine: plan, deltas, rounding, streaming writer, checks."""

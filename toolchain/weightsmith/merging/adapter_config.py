@@ -1,4 +1,4 @@
-"""What an `adapter_config.json` says, read strictly: what cannot be merged rightly is refused."""
+"""Read `adapter_config.json` strictly: settings that cannot be merged correctly are refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from weightsmith.foreign import read_json
 from weightsmith.merging.refused import SETTINGS, UNMERGED
 
 _MUTATING = ("pissa", "olora", "corda", "lora_ga", "loftq")
-"""Initialisations that change the base weights too, so that B·A alone is not the adapter."""
+"""Initialisations that also change the base weights, so that B·A alone is not the adapter."""
 
 _TIED = ("embed_tokens", "lm_head")
 """PEFT's `EMBEDDING_LAYER_NAMES`."""
@@ -28,12 +28,12 @@ _PLAIN = (
     "modules_to_save target_parameters trainable_token_indices layer_replication kasa_config "
     "use_bdlora use_qalora megatron_config token_indices init_weights peft_type"
 )
-"""Fields that are read here, or that change nothing in a merge."""
+"""Fields that are read here or do not affect a merge."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterConfig:
-    """The part of a LoRA configuration that decides what is added to which module."""
+    """The fields of an adapter's configuration that matter for a merge."""
 
     kind: str
     """PEFT's `peft_type`."""
@@ -50,35 +50,35 @@ class AdapterConfig:
     ensure_weight_tying: bool = False
     base_model: str = ""
     raw: Mapping[str, Any] = field(default_factory=dict)
-    """The file, for what only one family reads."""
+    """The parsed file, for fields that only one family reads."""
     unknown: tuple[str, ...] = field(default=())
-    """Set fields that this version does not know; worth a warning, as PEFT gives."""
+    """Unknown fields that are set; they get a warning, as in PEFT."""
 
     def rank(self, module: str) -> int:
-        """Return the rank that the configuration gives to a module."""
+        """Return the configured rank of a module."""
         return int(_by_pattern(self.rank_pattern, module, self.r))
 
     def scaling(self, module: str) -> float:
         """Return the factor on B·A: alpha/r, or alpha/√r for rank-stabilised LoRA.
 
-        One float64 formula, so that it is the same everywhere; PEFT's `LoraLayer.update_layer`.
+        In float64, as in PEFT's `LoraLayer.update_layer`.
         """
         alpha, rank = _by_pattern(self.alpha_pattern, module, self.lora_alpha), self.rank(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def pattern_name(self, module: str) -> str:
-        """Return the name that `rank_pattern` and `alpha_pattern` must fit.
+        """Return the name that `rank_pattern` and `alpha_pattern` are matched against.
 
-        That of the parameter where `target_parameters` named it, else the module's.
+        The parameter's if `target_parameters` lists it, else the module's.
         """
         parameter = f"{module}.weight"
         named = _names(tuple(self.raw.get("target_parameters") or ()), parameter)
         return parameter if named else module
 
     def ties(self, module: str) -> bool:
-        """Say whether PEFT lets what it trains of an embedding act in the tied head too.
+        """Return whether PEFT applies what it trains for an embedding to the tied head too.
 
-        `ensure_weight_tying` does nothing where embedding and head have other names.
+        `ensure_weight_tying` only works for the names in _TIED.
         """
         names = [module, *(self.raw.get("modules_to_save") or ())]
         if isinstance(self.target_modules, tuple):
@@ -86,7 +86,7 @@ class AdapterConfig:
         return self.ensure_weight_tying and any(n.rpartition(".")[2] in _TIED for n in names)
 
     def targets(self, module: str) -> bool:
-        """Say whether PEFT would put an adapter on the module (`check_target_module_exists`)."""
+        """Return whether PEFT targets the module (`check_target_module_exists`)."""
         if _names(self.exclude_modules, module):
             return False
         if isinstance(self.target_modules, str):
@@ -104,7 +104,7 @@ class AdapterConfig:
 
 
 def read_adapter_config(root: Path) -> AdapterConfig:
-    """Return the adapter's configuration; raise InputRefused for what cannot be merged rightly."""
+    """Return the adapter's configuration; raise InputRefused if it cannot be merged correctly."""
     path = root / "adapter_config.json"
     raw = read_json(path)
     _check_kind(path, raw)
@@ -121,7 +121,7 @@ def read_adapter_config(root: Path) -> AdapterConfig:
 
 def _read(raw: Mapping[str, Any]) -> AdapterConfig:
     targets = raw.get("target_modules")
-    # Ranks and alphas of other methods mean other things; PEFT reads them itself.
+    # Other methods define rank and alpha differently; PEFT reads them itself.
     lora = raw if raw.get("peft_type") == "LORA" else {}
     return AdapterConfig(
         kind=str(raw.get("peft_type")),
@@ -136,7 +136,7 @@ def _read(raw: Mapping[str, Any]) -> AdapterConfig:
             key: _number(alpha) for key, alpha in dict(lora.get("alpha_pattern") or {}).items()
         },
         fan_in_fan_out=_flag(raw, "fan_in_fan_out"),
-        # PEFT expands `all-linear` before it saves, so a config that kept it says nothing.
+        # PEFT expands `all-linear` before saving; if it is still there, the targets are unknown.
         target_modules=None if targets in (None, "all-linear") else _texts(targets),
         exclude_modules=_texts(raw.get("exclude_modules") or ()),
         layers_to_transform=_numbers(raw.get("layers_to_transform")),
@@ -148,7 +148,7 @@ def _read(raw: Mapping[str, Any]) -> AdapterConfig:
 
 
 def _check_kind(path: Path, raw: Mapping[str, Any]) -> None:
-    """Refuse the variants of LoRA that no weights can stand for, or that lack their base."""
+    """Refuse variants of LoRA that cannot be merged, or not onto the original base."""
     init = raw.get("init_lora_weights", True)
     if raw.get("peft_type") != "LORA":
         return
@@ -157,11 +157,11 @@ def _check_kind(path: Path, raw: Mapping[str, Any]) -> None:
             raise InputRefused(f"{path} sets {name}: {reason}", hint=UNMERGED)
     if isinstance(init, str) and init.lower().startswith(_MUTATING):
         raise InputRefused(
-            f"{path} was initialised with {init!r}, which changed the base weights too: on the "
+            f"{path}: init_lora_weights is {init!r}, which also changes the base weights: on the "
             "original base, B·A alone is not the adapter",
             hint="convert it to plain LoRA: save_pretrained(..., "
-            "path_initial_model_for_weight_conversion=<the adapter as initialised>); or give the "
-            "residual base that the training saved, with init_lora_weights set to true in "
+            "path_initial_model_for_weight_conversion=<the adapter as initialised>); or use the "
+            "residual base that the training saved, and set init_lora_weights to true in "
             "adapter_config.json",
         )
 
@@ -174,28 +174,28 @@ def _check_patterns(config: AdapterConfig) -> None:
 
 
 def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
-    """Return the first pattern's value whose regex fits, as PEFT's `get_pattern_key` does."""
+    """Return the value of the first matching pattern, as PEFT's `get_pattern_key` does."""
     for key, value in patterns.items():
         if re.match(rf"(.*\.)?({key})$", module):
             return value
     return default
 
 
-def _names(wanted: str | tuple[str, ...], module: str) -> bool:
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in wanted)
+def _names(targets: str | tuple[str, ...], module: str) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in targets)
 
 
 def _rank(value: Any) -> int:
     if type(value) is not int or not 0 < value <= 1 << 20:
-        raise ValueError(f"a rank must be a positive whole number, not {value!r}")
+        raise ValueError(f"rank must be a positive integer, not {value!r}")
     return value
 
 
 def _number(value: Any) -> float:
     if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError(f"an alpha must be a finite number, not {value!r}")
+        raise ValueError(f"alpha must be a finite number, not {value!r}")
     return float(value)
 
 
@@ -210,7 +210,7 @@ def _texts(value: Any) -> str | tuple[str, ...]:
     if isinstance(value, str):
         return value
     if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
-        raise TypeError(f"expected a text or a list of texts, not {value!r}")
+        raise TypeError(f"expected a string or a list of strings, not {value!r}")
     return tuple(value)
 
 
@@ -221,5 +221,5 @@ def _several(value: str | tuple[str, ...]) -> tuple[str, ...]:
 def _numbers(value: Any) -> tuple[int, ...]:
     numbers = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(number) is int for number in numbers):
-        raise TypeError(f"layers_to_transform must hold whole numbers, not {value!r}")
+        raise TypeError(f"layers_to_transform must be integers, not {value!r}")
     return tuple(numbers)

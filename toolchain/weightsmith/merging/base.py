@@ -1,4 +1,4 @@
-"""The base's tensors as a merge sees them: where each is, and which file its result goes into."""
+"""The base's tensors: where each is read from, and which file its result is written to."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _LAYER = re.compile(
     r"(?P<before>(?:.*\.)?(?:layers|h|encoder\.layer))\.(?P<number>\d+)\.(?P<after>.+)"
 )
 Layers = tuple[tuple[int, int], ...]
-"""PEFT's `layer_replication`: ranges of layers, end excluded, one after the other."""
+"""PEFT's `layer_replication`: consecutive ranges of layers, end excluded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseTensors:
-    """Every tensor of the base by name, and the files of the result with their names in order."""
+    """Every tensor of the base by name, and the result's files with their tensor names in order."""
 
     sources: Mapping[str, Source]
     layout: tuple[tuple[str, tuple[str, ...]], ...]
 
 
 def stored_tensors(index: CheckpointIndex) -> BaseTensors:
-    """Return the base's tensors as its files hold them, in the order of their bytes."""
+    """Return the base's tensors in the order of its files."""
     return BaseTensors(
         sources={
             info.name: Stored(path=shard.path, info=info)
@@ -41,10 +41,10 @@ def stored_tensors(index: CheckpointIndex) -> BaseTensors:
 
 
 def replicate(base: BaseTensors, layers: Layers) -> BaseTensors:
-    """Return a base whose layers are those that the ranges list, numbered anew.
+    """Return a base with the layers of the given ranges, renumbered.
 
-    PEFT shares the weights of replicas; here each has a name of its own, so that each can get its
-    own change. As `replicate_layers` in PEFT's tuners_utils.py.
+    PEFT shares the weights of replicas; here each has its own name, so that each can be changed
+    separately. Same order as `replicate_layers` in PEFT's tuners_utils.py.
     """
     old = [number for first, end in layers for number in range(first, end)]
     found = {int(m["number"]) for name in base.sources if (m := _LAYER.fullmatch(name))}
@@ -52,7 +52,7 @@ def replicate(base: BaseTensors, layers: Layers) -> BaseTensors:
         raise InputRefused(
             f"layer_replication in adapter_config.json names layers {sorted(set(old) - found)}, "
             "which the base does not have",
-            hint="the adapter belongs to another model",
+            hint="the adapter was trained on another model",
         )
     copies: dict[str, list[str]] = {}
     for name in base.sources:
@@ -76,7 +76,7 @@ def replicate(base: BaseTensors, layers: Layers) -> BaseTensors:
 
 
 def replicated_settings(config: Mapping[str, Any], layers: Layers) -> dict[str, Any]:
-    """Return what config.json says of a base with replicated layers: counts and lists by layer."""
+    """Return config.json's settings for replicated layers: layer counts and per-layer lists."""
     old = [number for first, end in layers for number in range(first, end)]
     names = ("num_hidden_layers", "n_layer", "num_layers")
     settings: dict[str, Any] = {name: len(old) for name in names if name in config}
@@ -88,11 +88,11 @@ def replicated_settings(config: Mapping[str, Any], layers: Layers) -> dict[str, 
 
 
 def same_layers(configured: Sequence[Any]) -> Layers:
-    """Return the one `layer_replication` of all adapters; refuse where they differ."""
-    wanted = {tuple((int(first), int(end)) for first, end in value or ()) for value in configured}
-    if len(wanted) > 1:
+    """Return the `layer_replication` of all adapters; raise InputRefused if they differ."""
+    found = {tuple((int(first), int(end)) for first, end in value or ()) for value in configured}
+    if len(found) > 1:
         raise InputRefused(
-            "the adapters' layer_replication settings differ: they change different models",
+            "the adapters' layer_replication settings differ",
             hint="merge one of them, and train the others on the result",
         )
-    return next(iter(wanted), ())
+    return next(iter(found), ())

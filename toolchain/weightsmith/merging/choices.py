@@ -1,4 +1,4 @@
-"""How likely a model finds each choice of an item: base, or base with unmerged adapters."""
+"""Log-likelihoods of an item's choices: base, or base with unmerged adapters."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def likelihoods(
 ) -> list[list[float]]:
     """Return each choice's log-likelihood (natural logarithm, float32 forward), item by item.
 
-    A plain question's one message is continued as text, after one space, without a chat template.
-    The sum runs over the tokens by which the text with the choice differs from the text without.
-    Raises InputRefused as `reference.answer` does.
+    A choice continues a plain question's single message as text, after a space, without a chat
+    template. The sum is over the tokens that the choice adds to the context. Raises InputRefused
+    as `reference.answer` does.
     """
     stay_offline()
     with modest_threads():
@@ -46,7 +46,7 @@ def likelihoods(
 
 
 def _tokens(tokenizer: Any, item: Question, choice: str, model: Path) -> tuple[list[int], int]:
-    """Return the token ids of context and choice together, and how many the context alone has."""
+    """Return the token ids of context plus choice, and the number of context tokens among them."""
     messages: Sequence[Message] = item.messages
     if item.plain:
         context = messages[0]["content"]
@@ -67,5 +67,5 @@ def _tokens(tokenizer: Any, item: Question, choice: str, model: Path) -> tuple[l
 def _score(network: Any, tokens: Sequence[int], shared: int) -> float:
     logits = network(input_ids=torch.tensor([tokens])).logits[0]
     scores = torch.log_softmax(logits[shared - 1 : -1].double(), dim=-1)
-    wanted = torch.tensor(tokens[shared:])
-    return float(scores.gather(1, wanted[:, None]).sum())
+    targets = torch.tensor(tokens[shared:])
+    return float(scores.gather(1, targets[:, None]).sum())

@@ -1,4 +1,4 @@
-"""What a family of adapter weights claims: the keys it understood, and what they do to the base."""
+"""Claims: which adapter keys a family handles, and how they change the base."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ SHOWN = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """Adapter keys that a family understood, the base tensor they change, and how: one way of it.
+    """Adapter keys handled by a family, the base tensor that they change, and how.
 
-    `terms` are added, `patch` replaces rows, `replacement` the tensor, `change` computes it.
+    One of `terms` (added), `patch` (new rows), `replacement` (new tensor), `change` (computed).
     """
 
     keys: tuple[str, ...]
-    """Each key of the adapter is in one claim; further claims of the same key leave them out."""
+    """Each key of the adapter is in exactly one claim; further claims of a key omit it."""
     module: str
     """The module's name in the model."""
     target: str = ""
-    """The base tensor's name; empty for keys that only training needs."""
+    """The base tensor's name; empty for keys used only in training."""
     both: bool = False
-    """True where a weight that embedding and head share changes for both of them."""
+    """True if a weight shared by embedding and head changes for both."""
     columns: int = 0
-    """Width of the matrix that the target is seen as; 0 for what its shape says."""
+    """Width of the target viewed as a matrix; 0: from its shape."""
     terms: tuple[Term, ...] = ()
     patch: Patch | None = None
     replacement: Stored | None = None
     change: Change | None = None
     new: bool = False
-    """True where the base has no such tensor: the head of another task."""
+    """True if the base has no such tensor: the head of another task."""
 
     @property
     def kind(self) -> str:
-        """Which of the ways it is."""
+        """Which one of the four is set."""
         ways = ("terms", "patch", "replacement", "change")
         return next(way for way in ways if getattr(self, way))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterView:
-    """What a family may look at: one adapter's keys and configuration, and the base's tensors."""
+    """A family's input: one adapter's keys and configuration, and the base's tensors."""
 
     index: int
-    """The adapter's place in the request."""
+    """The adapter's index in the request."""
     path: Path
     """The adapter's folder."""
     file: Path
@@ -63,17 +63,17 @@ class AdapterView:
     config: AdapterConfig
     names: BaseNames
     sources: Mapping[str, Source]
-    """The base's tensors, quantized ones as what they decode to."""
+    """The base's tensors; quantized ones are dequantized."""
     base_config: Mapping[str, object]
     tie: Tie | None = None
-    """The weight that the base's embedding and head share."""
+    """The weight shared by the base's embedding and head."""
 
     def stored(self, key: str) -> Stored:
         """Return one of the adapter's tensors."""
         return Stored(path=self.file, info=self.keys[key])
 
     def source(self, target: str) -> Source:
-        """Return a target's values before the merge; a tied head has its embedding's."""
+        """Return a target's values before the merge; for a tied head, its embedding's."""
         tied = self.tie and target == self.tie.head
         return self.sources[self.tie.embedding if self.tie and tied else target]
 
@@ -82,7 +82,7 @@ class AdapterView:
         return self.source(target).shape
 
     def factor(self, scaling: float) -> float:
-        """Return weight · scaling; raise InputRefused where that overflows."""
+        """Return weight · scaling; raise InputRefused if it overflows."""
         factor = self.weight * scaling
         if not math.isfinite(factor):
             raise InputRefused(
@@ -91,34 +91,34 @@ class AdapterView:
             )
         return factor
 
-    def second_name(self, name: str) -> str:
-        """Return the base's tensor that a tied one is another name of, or nothing."""
+    def alias_target(self, name: str) -> str:
+        """Return the base tensor that a tied bias is an alias of, or ""."""
         biases = self.tie.also if self.tie and name.endswith(".bias") else ()
         return dict(biases).get(name, "")
 
     def find(self, module: str, parameter: str = "weight") -> str:
-        """Return the one base tensor that a module's parameter means, or nothing.
+        """Return the base tensor of a module's parameter, or "".
 
-        Raises InputRefused where several could be meant.
+        Raises InputRefused if it is ambiguous.
         """
         if self.tie and parameter == "weight" and is_head(module):
             return self.tie.head
         name = f"{module}.{parameter}"
-        found = self.names.find(name) or self.names.find(self.second_name(name) or name)
+        found = self.names.find(name) or self.names.find(self.alias_target(name) or name)
         if len(found) > 1:
             raise InputRefused(
-                f"{self.path}: {module} may mean several base tensors: {', '.join(found[:SHOWN])}",
-                hint="rename the adapter's keys so that they carry the full module path",
+                f"{self.path}: {module} matches several base tensors: {', '.join(found[:SHOWN])}",
+                hint="rename the adapter's keys to the full module path",
             )
         return found[0] if found else ""
 
     def need(self, module: str, parameter: str = "weight") -> str:
-        """Return the one base tensor that a module's parameter means; raise where there is none."""
+        """Return the base tensor of a module's parameter; raise InputRefused if there is none."""
         found = self.find(module, parameter)
         if not found:
             raise InputRefused(
                 f"{self.path} changes {module}, which the base does not have",
-                hint="the adapter belongs to another model: "
+                hint="the adapter was trained on another model: "
                 f"{self.config.base_model or '(not named)'!r}",
             )
         return found
@@ -126,24 +126,24 @@ class AdapterView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """One row of the reference's table of what can be merged."""
+    """A row of the reference page's table of mergeable adapters."""
 
     name: str
-    """As users know it."""
+    """The name shown to users."""
     how: str
-    """What the merge does, or why there is none and what to do instead."""
+    """How it is merged, or why not and what to do instead."""
     merged: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """One kind of adapter weights; a file of this folder holds it as `FAMILY`."""
+    """One kind of adapter weights; defined as `FAMILY` in a file of `families/`."""
 
     name: str
     kinds: frozenset[str]
-    """The `peft_type`s that it looks at."""
+    """The `peft_type`s that it handles."""
     claim: Callable[[AdapterView], Iterable[Claim]]
-    """Yield what it understands; raise InputRefused for keys of its own that make no sense."""
+    """Yields claims for its keys; raises InputRefused for invalid ones."""
     variants: tuple[Variant, ...] = ()
     every: bool = False
-    """True where adapters of all other kinds may have such keys too."""
+    """True if adapters of all other kinds may also have such keys."""

@@ -1,4 +1,4 @@
-"""All that one adapter does: each of its keys understood once, each module that it names there."""
+"""Collect an adapter's claims, and check that every key and every target is covered."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from weightsmith.merging.tasks import TASKS
 from weightsmith.merging.tying import is_head
 
 _BUFFERS = ("e_score_correction_bias", "final_logits_bias")
-"""Biases that are no parameters, so that nothing trains or saves them."""
+"""Biases that are buffers, not parameters, so they are never trained or saved."""
 
 
 def claims_of(view: AdapterView) -> list[Claim]:
-    """Return what the families understood of an adapter.
+    """Return the claims of all families for an adapter.
 
-    Raises InputRefused for keys that are left over or mean the same twice, and where the
-    configuration targets modules that the file has no weights for.
+    Raises InputRefused for keys without a claim or with several, and if the configuration targets
+    modules for which the file has no weights.
     """
     claims = [
         claim
@@ -34,22 +34,21 @@ def claims_of(view: AdapterView) -> list[Claim]:
         raise InputRefused(
             f"{view.path} has {len(left)} tensors that cannot be merged: "
             + "; ".join(f"{key} ({_kind(key)})" for key in left[:SHOWN]),
-            hint="nothing of an adapter is left out in silence: export it again with PEFT's "
-            "save_pretrained, or serve it unmerged",
+            hint="export the adapter again with PEFT's save_pretrained, or serve it unmerged",
         )
     twice = sorted(key for key, count in used.items() if count > 1)
     if twice:
         raise InputRefused(
-            f"{view.path}: {', '.join(twice[:SHOWN])} may mean several things",
+            f"{view.path}: ambiguous keys: {', '.join(twice[:SHOWN])}",
             hint="export the adapter again with PEFT's save_pretrained",
         )
     _check_complete(view, claims)
-    _check_promises(view, claims)
+    _check_trained(view, claims)
     return claims
 
 
 def _kind(key: str) -> str:
-    """Say in a few words what an unsupported key is."""
+    """Describe an unsupported key."""
     kinds = {
         "lora_embedding_": "LoRA on an embedding",
         "lora_magnitude_vector": "DoRA",
@@ -64,10 +63,10 @@ def _kind(key: str) -> str:
 
 
 def _check_complete(view: AdapterView, claims: Sequence[Claim]) -> None:
-    """Refuse where the configuration targets modules of the base that the file has no keys for."""
+    """Refuse an adapter whose file lacks keys for targeted modules of the base."""
     if not claims or view.config.target_modules is None:
         return
-    # The base's names are translated as the first module's was: they may lack `model.`.
+    # Translate the base's names like the first module's: they may lack `model.`.
     plain = next((c for c in claims if _same_end(f"{c.module}.weight", c.target)), None)
     if plain is None:
         return
@@ -81,16 +80,16 @@ def _check_complete(view: AdapterView, claims: Sequence[Claim]) -> None:
             missing.append(module)
     if missing:
         raise InputRefused(
-            f"{view.path} targets {len(missing)} modules that it has no weights for, such as "
+            f"{view.path} has no weights for {len(missing)} of its target modules, such as "
             + ", ".join(missing[:SHOWN]),
             hint="the adapter file is incomplete or its keys were renamed; export it again",
         )
 
 
-def _check_promises(view: AdapterView, claims: Sequence[Claim]) -> None:
-    """Refuse where the configuration names more that was trained than the file holds."""
+def _check_trained(view: AdapterView, claims: Sequence[Claim]) -> None:
+    """Refuse an adapter whose file lacks weights that the configuration says were trained."""
     raw, keys = view.config.raw, list(view.keys)
-    # For classifiers PEFT lists all the names that a head may have.
+    # For classifiers PEFT lists all possible names of a head.
     heads = ("classifier", "score") if raw.get("task_type") in TASKS else ()
     missing = [
         f"modules_to_save {name}"
@@ -111,14 +110,14 @@ def _check_promises(view: AdapterView, claims: Sequence[Claim]) -> None:
     missing += [f"the bias {name}" for name in _missing_biases(view, claims)]
     if missing:
         raise InputRefused(
-            f"{view.path}: adapter_config.json says that these were trained, and the file has no "
-            f"weights for them: {', '.join(missing[:SHOWN])}",
+            f"{view.path} has no weights for parts that adapter_config.json says were trained: "
+            f"{', '.join(missing[:SHOWN])}",
             hint="the adapter file is incomplete or its keys were renamed; export it again",
         )
 
 
 def _missing_biases(view: AdapterView, claims: Sequence[Claim]) -> list[str]:
-    """Return the base's biases that `bias` says were trained, without a claim."""
+    """Return the base's biases that `bias` says were trained but that have no claim."""
     bias = str(view.config.raw.get("bias", "none"))
     have = {claim.target for claim in claims if claim.replacement}
     if bias == "all":

@@ -1,4 +1,4 @@
-"""The files beside the weights: configuration, tokenizer, chat template, where generation ends."""
+"""The files besides the weights: configuration, tokenizer, chat template, end tokens."""
 
 from __future__ import annotations
 
@@ -30,11 +30,10 @@ _NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 def companion_files(plan: MergePlan) -> tuple[dict[str, bytes], list[str]]:
-    """Return the files to write beside the weights, by relative path, and what is worth knowing.
+    """Return the files besides the weights by relative path, and findings.
 
-    The last adapter that has tokenizer files wins over the base as a whole set, since mixing two
-    tokenizers' files makes a third one; a chat template or a generation_config.json alone wins by
-    itself.
+    The last adapter with a tokenizer replaces all tokenizer files, because files of two tokenizers
+    must not be mixed; a chat template or a generation_config.json is replaced on its own.
     """
     files = {
         name: (plan.base.root / name).read_bytes()
@@ -55,9 +54,9 @@ def companion_files(plan: MergePlan) -> tuple[dict[str, bytes], list[str]]:
 
 
 def adapter_companions(plan: MergePlan) -> tuple[dict[str, bytes], list[str]]:
-    """Return the files beside a combined adapter's weights: what its adapters bring, no more.
+    """Return the files besides a combined adapter's weights: only those of its adapters.
 
-    The last one that has a tokenizer or a chat template wins, as in a merge.
+    The last adapter with a tokenizer or a chat template wins, as in a merge.
     """
     files: dict[str, bytes] = {}
     findings: list[str] = []
@@ -70,7 +69,7 @@ def adapter_companions(plan: MergePlan) -> tuple[dict[str, bytes], list[str]]:
 
 
 def index_json(weight_map: Mapping[str, str], total_size: int, parameters: int) -> bytes:
-    """Return the text of `model.safetensors.index.json`."""
+    """Return the content of `model.safetensors.index.json`."""
     metadata = {"total_parameters": parameters, "total_size": total_size}
     return _json({"metadata": metadata, "weight_map": dict(weight_map)})
 
@@ -87,7 +86,7 @@ def write_file(root: Path, name: str, data: bytes) -> dict[str, Any]:
 
 
 def _overlay(files: dict[str, bytes], root: Path, names: tuple[str, ...]) -> list[str]:
-    """Put an adapter's tokenizer and chat template in place of what is there."""
+    """Replace tokenizer and chat template by an adapter's, if it has them."""
     own = [name for name in names if name in _TOKENIZER]
     before = _template_in(files)
     template = [name for name in names if name in _TEMPLATES]
@@ -103,19 +102,19 @@ def _overlay(files: dict[str, bytes], root: Path, names: tuple[str, ...]) -> lis
             files.pop(name, None)
     files.update(new)
     if before and not _template_in(files) and not any(name in files for name in _TEMPLATES):
-        # The adapter's tokenizer has none of its own, and replaced the file that held the base's.
+        # The adapter's tokenizer has no template and replaced the file with the base's.
         files["chat_template.jinja"] = before.encode()
     return [f"{', '.join(sorted(new))} taken from the adapter {root.name}"] if new else []
 
 
 def _template_in(files: Mapping[str, bytes]) -> str:
-    """Return the chat template that tokenizer_config.json holds, or nothing."""
+    """Return the chat template in tokenizer_config.json, or ""."""
     template = _object(files, "tokenizer_config.json").get("chat_template")
     return template if isinstance(template, str) else ""
 
 
 def _template_of(root: Path, files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Take the chat template alone from a tokenizer_config.json that came without a tokenizer."""
+    """Take only the chat template from a tokenizer_config.json without a tokenizer."""
     template = read_json(root / "tokenizer_config.json").get("chat_template")
     if not template or "tokenizer_config.json" not in files:
         return {}
@@ -124,7 +123,7 @@ def _template_of(root: Path, files: Mapping[str, bytes]) -> dict[str, bytes]:
 
 
 def _set_dtype(files: dict[str, bytes], dtype: str) -> None:
-    """Make config.json say the type that the weights were cast to, under the keys that it uses."""
+    """Set config.json's dtype keys to the dtype that the weights were cast to."""
     if dtype == "auto":
         return
     config = _object(files, "config.json")
@@ -136,7 +135,7 @@ def _set_dtype(files: dict[str, bytes], dtype: str) -> None:
 
 
 def _apply(files: dict[str, bytes], settings: Mapping[str, Any]) -> None:
-    """Change config.json, its text part where that holds the setting; None leaves a key out."""
+    """Apply settings to config.json (in `text_config` if it has the key); None removes a key."""
     if not settings:
         return
     config = _object(files, "config.json")
@@ -146,19 +145,19 @@ def _apply(files: dict[str, bytes], settings: Mapping[str, Any]) -> None:
         if value is None:
             config.pop(name, None)
             continue
-        held = name in text
-        if held:
+        nested = name in text
+        if nested:
             text[name] = value
-        if name in config or not held:
+        if name in config or not nested:
             config[name] = value
     files["config.json"] = _json(config)
 
 
 def _join_ends(files: dict[str, bytes], plan: MergePlan, base: Mapping[str, Any]) -> list[str]:
-    """Make generation_config.json name every end-of-sequence token that any input names.
+    """Add every end-of-sequence token of any input to generation_config.json.
 
-    A fine-tuned model that may end its turns with another token than its base never stops where
-    only one of the two is listed. The file is left as it is when it names them all.
+    A fine-tuned model may end its turns with another token than its base, and never stops if only
+    one of the two is listed. The file is unchanged if it lists them all.
     """
     generation = _object(files, "generation_config.json")
     ends: dict[int, None] = dict.fromkeys(_ids(generation))
@@ -173,10 +172,10 @@ def _join_ends(files: dict[str, bytes], plan: MergePlan, base: Mapping[str, Any]
     if "generation_config.json" not in files:
         generation = {"_from_model_config": True, **_special(files), **generation}
         if len(tokens) == 1:
-            # The model's own config says the same already.
+            # config.json has the same token.
             return []
     files["generation_config.json"] = _json(generation)
-    return [f"generation_config.json: end tokens {before or 'none'} became {tokens}"]
+    return [f"generation_config.json: end tokens changed from {before or 'none'} to {tokens}"]
 
 
 def _generation_configs(plan: MergePlan) -> list[dict[str, Any]]:
@@ -196,7 +195,7 @@ def _special(files: Mapping[str, bytes]) -> dict[str, Any]:
 
 
 def _tokenizer_end(files: Mapping[str, bytes]) -> list[int]:
-    """Return the id of the tokenizer's own end token."""
+    """Return the id of the tokenizer's end token."""
     config = _object(files, "tokenizer_config.json")
     end = config.get("eos_token")
     text = end.get("content") if isinstance(end, dict) else end
@@ -215,7 +214,7 @@ def _tokenizer_end(files: Mapping[str, bytes]) -> list[int]:
 
 
 def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    """Return what a file says, nothing where it is not there."""
+    """Return a JSON file's object, {} if it does not exist."""
     return json_object(files.get(name, b"{}"), name, largest=TOKENIZER)
 
 

@@ -24,7 +24,7 @@ _FLOATS = MERGEABLE | {"F64"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Composition:
-    """The files to write, what config.json says differently, and what is worth knowing."""
+    """The files to write, changed settings of config.json, and findings."""
 
     shards: tuple[OutputShard, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -39,9 +39,9 @@ def compose(
     dtype: str,
     combination: Combination,
 ) -> Composition:
-    """Return every output, in the order of the base's bytes; `claims[i]` are those of `views[i]`.
+    """Return every output in the base's order; `claims[i]` are those of `views[i]`.
 
-    Raises InputRefused where claims contradict each other or the base's type cannot hold them.
+    Raises InputRefused if claims contradict each other or the base's dtype is not supported.
     """
     shares: dict[str, list[Share]] = defaultdict(list)
     for view, some in zip(views, claims, strict=True):
@@ -56,7 +56,7 @@ def compose(
     layout = {shard: list(names) for shard, names in base.layout}
     if tie and untied:
         source = base.sources[tie.embedding]
-        # Without a change of its own the head is the shared weight as it was: a copy of it.
+        # Without a change of its own, the head is a copy of the original shared weight.
         outputs[tie.head] = compose_output(tie.head, source, shares[tie.head], dtype, combination)
         home = next(names for names in layout.values() if tie.embedding in names)
         place = home.index(tie.embedding) + 1
@@ -71,7 +71,7 @@ def compose(
             outputs[name] = _added(name, mine, base, dtype)
     settings: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
     if tie is None and _touches_both(shares, outputs):
-        # Said aloud, for classes that would tie where config.json is silent.
+        # Set explicitly, for classes that tie by default.
         settings["tie_word_embeddings"] = False
     return Composition(
         shards=tuple(
@@ -84,7 +84,7 @@ def compose(
 
 
 def _touches_both(shares: Mapping[str, Sequence[Share]], outputs: Mapping[str, Output]) -> bool:
-    """Say whether an embedding or a head changes in a checkpoint that has one of each."""
+    """Return whether an embedding or a head changes in a checkpoint that has both."""
     names = [name.removesuffix(".weight") for name in outputs]
     changed = [name.removesuffix(".weight") for name, some in shares.items() if some]
     both = any(map(is_head, names)) and any(map(is_embedding, names))
@@ -92,15 +92,14 @@ def _touches_both(shares: Mapping[str, Sequence[Share]], outputs: Mapping[str, O
 
 
 def out_dtype(source: Source, dtype: str) -> str:
-    """Return the type that a base tensor is written in."""
+    """Return the dtype in which a base tensor is written."""
     return dtype if dtype != "auto" and source.dtype in _FLOATS else source.dtype
 
 
 def _untie(tie: Tie | None, shares: dict[str, list[Share]]) -> str:
-    """Give the head its own shares where it changes otherwise than the embedding; say why.
+    """Give the head its own shares if it changes differently from the embedding; return a finding.
 
-    Changes of both stay with the shared weight, where the head's own copy, if the base has one,
-    gets them too.
+    Changes of both apply to the shared weight, and to the head's own copy if the base has one.
     """
     if tie is None:
         return ""
@@ -112,40 +111,40 @@ def _untie(tie: Tie | None, shares: dict[str, list[Share]]) -> str:
         return ""
     if not tie.known:
         raise InputRefused(
-            f"the adapter changes {tie.embedding} and its tied head differently, and what this "
-            "model calls its head is not known",
+            f"the adapter changes {tie.embedding} and its tied head differently, but the name of "
+            "this model's head is unknown",
             hint="serve it unmerged, or train embedding and head together (ensure_weight_tying)",
         )
     shares[tie.head] = shared + own
     modules = sorted({share.claim.module for share in (*alone, *own)})
     return (
-        f"untied: the adapter changes {' and '.join(modules)} alone, so {tie.head} is written "
-        f"beside {tie.embedding} and tie_word_embeddings becomes false"
+        f"untied: the adapter changes only {' and '.join(modules)}, so {tie.head} is written "
+        f"in addition to {tie.embedding}, and tie_word_embeddings is set to false"
     )
 
 
 def _kept(tie: Tie | None, shares: Mapping[str, Sequence[Share]]) -> tuple[str, ...]:
     if tie is None or not shares.get(tie.embedding):
         return ()
-    return (f"still tied: {tie.embedding} is changed once, for the embedding and the head",)
+    return (f"still tied: {tie.embedding} changes for both the embedding and the head",)
 
 
 def compose_output(
     name: str, source: Source, shares: Sequence[Share], dtype: str, combination: Combination
 ) -> Output:
-    """Return one output: the source with all that is claimed to change it.
+    """Return one output: the source with all shares applied.
 
-    Low-rank terms alone are summed exactly; a tensor or rows that one adapter replaces are taken
-    as they are; everything else is W + Σ weight · (changed - W) in float64 (`Mixture`), or what
-    the method makes of these deltas (`Combined`).
+    Low-rank terms are summed exactly; a tensor or rows replaced by a single adapter are copied;
+    everything else is W + Σ weight · (changed - W) in float64 (`Mixture`), or the method's
+    combination of these deltas (`Combined`).
     """
     out, columns = out_dtype(source, dtype), matrix_columns(source.shape)
     plain = Output(name=name, dtype=out, shape=source.shape, source=source, columns=columns)
     if not shares:
         return plain
-    if source.dtype not in MERGEABLE and not _is_taken(source, shares):
+    if source.dtype not in MERGEABLE and not _is_copied(source, shares):
         raise InputRefused(
-            f"the base's {name} is of type {source.dtype}",
+            f"the base's {name} has the unsupported dtype {source.dtype}",
             hint="adapters can be merged onto bfloat16, float16 and float32 weights",
         )
     claims = [share.claim for share in shares]
@@ -155,17 +154,17 @@ def compose_output(
         terms = tuple(term for claim in claims for term in claim.terms)
         return replace(plain, terms=terms, kind="merged")
     alone = len({share.path for share in shares}) == 1 and shares[0].weight == 1.0
-    taken = any(claim.replacement or claim.patch for claim in claims)
-    # What one adapter alone brings as a whole is no delta that could be voted on or pruned.
-    if alone and (combination.sums or taken):
-        return _of_one(plain, claims)
+    replaces = any(claim.replacement or claim.patch for claim in claims)
+    # A tensor or rows replaced by a single adapter are not a delta to vote on or prune.
+    if alone and (combination.sums or replaces):
+        return _single(plain, claims)
     resized = [c.replacement for c in claims if c.replacement]
     if len(resized) == len(claims) and _only_grown(source, resized):
         return replace(plain, source=resized[0], shape=resized[0].shape, kind="replaced")
     if any(stored.shape != source.shape for stored in resized):
         raise InputRefused(
-            f"an adapter with another vocabulary size replaces {name}: {list(resized[0].shape)} "
-            f"for {list(source.shape)}",
+            f"an adapter resizes {name} from {list(source.shape)} to {list(resized[0].shape)}, "
+            "which cannot be combined with other adapters",
             hint="merge it alone and at weight 1; then merge the others onto the result",
         )
     if combination.sums:
@@ -173,15 +172,15 @@ def compose_output(
     return replace(plain, change=combined(name, shares, combination), kind="merged")
 
 
-def _is_taken(source: Source, shares: Sequence[Share]) -> bool:
-    """Say whether one adapter's tensor of the same type takes the place: nothing is computed."""
+def _is_copied(source: Source, shares: Sequence[Share]) -> bool:
+    """Return whether one adapter's tensor of the same dtype replaces it without computation."""
     (share, *others) = shares
     stored = share.claim.replacement
     return stored is not None and stored.dtype == source.dtype and not others and share.weight == 1
 
 
 def _only_grown(source: Source, tensors: Sequence[Stored]) -> bool:
-    """Say whether all adapters bring the same tensor: the base's rows, and more after them."""
+    """Return whether all adapters have the same tensor: the base's rows and additional ones."""
     first, *others = tensors
     if not isinstance(source, Stored) or first.shape[0] <= source.shape[0]:
         return False
@@ -190,10 +189,10 @@ def _only_grown(source: Source, tensors: Sequence[Stored]) -> bool:
 
 
 def _added(name: str, shares: Sequence[Share], base: BaseTensors, dtype: str) -> Output:
-    """Return a tensor that the base has not, in the type of the base's matrices."""
+    """Return the output of a new tensor, in the dtype of the base's matrices."""
     (share,) = shares
     stored = share.claim.replacement
-    assert stored is not None  # noqa: S101 - new tensors are an adapter's own
+    assert stored is not None  # noqa: S101 - new tensors come from an adapter
     kinds = [source.dtype for source in base.sources.values() if len(source.shape) == 2]
     usual = next((kind for kind in kinds if kind in MERGEABLE), stored.dtype)
     return Output(
@@ -206,8 +205,8 @@ def _added(name: str, shares: Sequence[Share], base: BaseTensors, dtype: str) ->
     )
 
 
-def _of_one(plain: Output, claims: Sequence[Claim]) -> Output:
-    """Return what a single adapter at weight 1 makes of a tensor."""
+def _single(plain: Output, claims: Sequence[Claim]) -> Output:
+    """Return the output of a tensor changed by a single adapter at weight 1."""
     made, kind = plain, "merged"
     replacement = next((claim.replacement for claim in claims if claim.replacement), None)
     if replacement is not None:
@@ -218,8 +217,8 @@ def _of_one(plain: Output, claims: Sequence[Claim]) -> Output:
     for patch in patches:
         if max(patch.places, default=0) >= made.rows:
             raise InputRefused(
-                f"the adapter trains token {max(patch.places)}, but {plain.name} has {made.rows}",
-                hint="resize the base's vocabulary as the training did, or export the adapter with "
+                f"the adapter trains token {max(patch.places)}; {plain.name} has {made.rows} rows",
+                hint="resize the base's vocabulary as in training, or export the adapter with "
                 "save_embedding_layers=True",
             )
     change = next((claim.change for claim in claims if claim.change), None)
@@ -229,7 +228,7 @@ def _of_one(plain: Output, claims: Sequence[Claim]) -> Output:
 def _vocabulary(
     base: BaseTensors, outputs: Mapping[str, Output], tie: Tie | None
 ) -> dict[str, Any]:
-    """Return the new `vocab_size`, where embeddings and heads have one and the same new one."""
+    """Return the new `vocab_size` if embeddings and heads are resized alike."""
     sizes: dict[str, int] = {}
     for name, output in outputs.items():
         module = name.removesuffix(".weight")
@@ -241,15 +240,15 @@ def _vocabulary(
         return {}
     if len(set(sizes.values())) > 1:
         raise InputRefused(
-            f"the adapter resizes {', '.join(n for n, s in sizes.items() if s > 0)} alone: "
-            "embedding and head would differ in their number of tokens",
+            f"the adapter resizes only {', '.join(n for n, s in sizes.items() if s > 0)}: "
+            "embedding and head would have different numbers of tokens",
             hint="export the adapter with save_pretrained(..., save_embedding_layers=True)",
         )
     return {"vocab_size": changed.pop()}
 
 
 def _check_overlaps(name: str, shares: Sequence[Share]) -> None:
-    """Refuse an adapter that changes the same rows twice: its modules mean the same tensor."""
+    """Refuse an adapter with two modules that change the same rows of a tensor."""
     for path in {share.path for share in shares}:
         mine = [share.claim for share in shares if share.path == path]
         spans = sorted(
@@ -263,8 +262,8 @@ def _check_overlaps(name: str, shares: Sequence[Share]) -> None:
             if other[0] < one[1] and one[2] != other[2]
         ]
         kinds = [claim.kind for claim in mine if not claim.terms]
-        # A copy of the base that comes with factors or rows for it is what they are added to; PEFT
-        # writes one for embeddings, heads and biases alone.
+        # Factors or rows may come with a copy of the base tensor that they apply to; PEFT writes
+        # one only for embeddings, heads and biases.
         modules = [claim.module for claim in mine]
         copied = name.endswith("bias") or all(is_embedding(m) or is_head(m) for m in modules)
         legal = len(kinds) == len(set(kinds)) and not ({"change", "patch"} <= set(kinds))
@@ -274,5 +273,5 @@ def _check_overlaps(name: str, shares: Sequence[Share]) -> None:
             what = doubled[:SHOWN] or sorted({claim.module for claim in mine})
             raise InputRefused(
                 f"{path} changes {name} twice: {', '.join(what)}",
-                hint="two of its modules mean the same base tensor; export one adapter per folder",
+                hint="two of its modules match the same base tensor; export one adapter per folder",
             )

@@ -1,4 +1,4 @@
-"""DoRA: each row (or column) of W + s·BA brought to a trained length."""
+"""DoRA: each row (or column) of W + s·BA scaled to a trained norm."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 _PASS = 1 << 18
-"""Elements at a time in the pass that measures columns."""
+"""Elements processed at once when computing column norms."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,41 +25,41 @@ class Dora:
     term: Term
     magnitude: Stored
     by_column: bool
-    """True where the base stores (in, out), so that lengths are those of columns."""
+    """True if the base stores (in, out), so that norms are of columns."""
     whole: bool = False
     by_row: bool = True
 
     def held_elements(self, output: Output) -> int:
-        """Return how many float64 elements are in memory at a time."""
+        """Return the peak number of float64 elements in memory."""
         return self.term.rank * sum(self.term.shape) + 2 * (output.rows + output.columns)
 
     def begin(self, output: Output, files: Files) -> Rows:
-        """Return what computes rows; columns are measured first, in a pass over the tensor."""
+        """Return a function that computes rows; column norms need a pass over the tensor first."""
         width = output.columns if self.by_column else output.rows
         count = math.prod(self.magnitude.shape)
         magnitude = files.rows(self.magnitude.path, self.magnitude.info, 0, 1, count)[0]
         if len(magnitude) != width:
             raise InputRefused(
-                f"{self.magnitude.info.name} has {len(magnitude)} lengths, {output.name} needs "
-                f"{width}",
+                f"{self.magnitude.info.name} has {len(magnitude)} elements, but {output.name} "
+                f"needs {width}",
                 hint="the adapter was trained on another model",
             )
-        lengths, add = magnitude.astype("float64"), adder(self.term, files)
-        measured = self._columns(output, files, add) if self.by_column else None
+        target, add = magnitude.astype("float64"), adder(self.term, files)
+        columns = self._column_norms(output, files, add) if self.by_column else None
 
         def rows(first: int, count: int) -> np.ndarray:
             total = _sum(output, files, add, first, count)
-            if measured is not None:
-                total *= lengths / measured
+            if columns is not None:
+                total *= target / columns
             else:
                 norms = (total * total).sum(1) ** 0.5
-                total *= (lengths[first : first + count] / norms)[:, None]
+                total *= (target[first : first + count] / norms)[:, None]
             return total
 
         return rows
 
     @staticmethod
-    def _columns(output: Output, files: Files, add: Adder) -> np.ndarray:
+    def _column_norms(output: Output, files: Files, add: Adder) -> np.ndarray:
         step = max(1, _PASS // output.columns)
         first = _sum(output, files, add, 0, min(step, output.rows))
         squares: np.ndarray = (first * first).sum(0)

@@ -1,4 +1,4 @@
-"""Whether two tensors of an adapter hold the same numbers: tied layers are saved twice."""
+"""Compare tensors of an adapter byte by byte: tied layers are saved twice."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _PIECE = 1 << 24
 def same_bytes(
     path: Path, one: TensorInfo, other: TensorInfo, other_path: Path | None = None
 ) -> bool:
-    """Say whether two tensors of a file, or of two, are equal, byte for byte."""
+    """Return whether two tensors, of one file or two, are equal byte for byte."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     return _same(path, one, other_path or path, other, one.size)
 
 
 def same_beginning(path: Path, one: TensorInfo, other_path: Path, other: TensorInfo) -> bool:
-    """Say whether a tensor begins with all the rows of another, byte for byte."""
+    """Return whether a tensor begins with all rows of another, byte for byte."""
     fits = one.dtype == other.dtype and one.shape[1:] == other.shape[1:] and one.size >= other.size
     return fits and _same(path, one, other_path, other, other.size)
 
@@ -36,7 +36,7 @@ def _same(path: Path, one: TensorInfo, other_path: Path, other: TensorInfo, size
 
 
 def same_transposed(path: Path, one: TensorInfo, other: TensorInfo) -> bool:
-    """Say whether one matrix of a file is the other's transpose, byte for byte."""
+    """Return whether one matrix of a file is the other's transpose, byte for byte."""
     if one.dtype != other.dtype or one.shape != other.shape[::-1] or len(one.shape) != 2:
         return False
     import numpy as np

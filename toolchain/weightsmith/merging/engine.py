@@ -1,4 +1,4 @@
-"""The merge: base and adapters in, a plain checkpoint out, in the memory of a few blocks."""
+"""The merge: writes base + adapters as a plain checkpoint, with a few blocks in memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from weightsmith.merging.tally import Tally
 from weightsmith.values import key_of
 
 _RECIPE = 1
-"""Raised when the same inputs would give other bytes."""
+"""Increased if the same inputs would give other bytes."""
 _MOST_WORKERS = 16
 _GPU_BLOCK = 1 << 24
 _SHOWN = 5
@@ -47,7 +47,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeRequest(MergeOptions):
-    """What to merge, and how."""
+    """Inputs and options of a merge."""
 
     base: Path
     adapters: tuple[tuple[Path, float], ...]
@@ -57,9 +57,9 @@ class MergeRequest(MergeOptions):
     """Write the combined adapter to `out` instead of merging it."""
     device: str = "auto"
     workers: int = 0
-    """Threads; 0 for one per CPU."""
+    """Threads; 0: one per CPU."""
     own_out: bool = False
-    """`out` is a folder of the caller's making: what it holds of another merge is deleted."""
+    """`out` was created by the caller: files of another merge in it are deleted."""
 
     @property
     def combination(self) -> Combination:
@@ -68,13 +68,12 @@ class MergeRequest(MergeOptions):
 
 
 def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, Any]:
-    """Write base + adapters as a checkpoint in `out`, and return what was written.
+    """Write base + adapters as a checkpoint to `out`, and return a summary.
 
     Exact merges are the correctly rounded result of the real number W + Σ weight·scaling·B·A, so
-    their bytes do not depend on threads, blocks or machine. A killed merge goes on at the first
-    unfinished shard. The written file is read back and checked on random rows. `progress` is called
-    with bytes done and bytes in all. Raises InputRefused, UsageError, CheckFailed or
-    EnvironmentFailure.
+    their bytes do not depend on threads, blocks or machine. A killed merge resumes at the first
+    unfinished shard. Each written file is read back and checked. `progress` is called with bytes
+    done and total bytes. Raises InputRefused, UsageError, CheckFailed or EnvironmentFailure.
     """
     started = time.monotonic()
     plan = make_plan(
@@ -115,9 +114,9 @@ def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, 
 
 
 def _keep(request: MergeRequest, plan: MergePlan, started: float) -> dict[str, Any]:
-    """Write the combined adapter instead."""
+    """Write the combined adapter instead of a checkpoint."""
     if not request.adapters:
-        raise UsageError("there is no adapter to keep", hint="give --adapter")
+        raise UsageError("no adapter to write", hint="give --adapter")
     request.out.mkdir(parents=True, exist_ok=True)
     with threadpool_limits(1, "blas"):
         made = keep_adapter(plan, request.combination, request.out)
@@ -132,7 +131,7 @@ def _keep(request: MergeRequest, plan: MergePlan, started: float) -> dict[str, A
 
 
 def _conflicts(plan: MergePlan) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return how the adapters relate, in numbers, and warnings where they conflict."""
+    """Return conflict measures of the adapters, and warnings about conflicts."""
     names = [adapter.root.name for adapter in plan.adapters]
     with threadpool_limits(1, "blas"):
         conflicts = measure(plan.outputs.values())
@@ -146,7 +145,7 @@ def _settings(request: MergeRequest, plan: MergePlan) -> Settings:
         raise UsageError(f"unknown device {request.device!r}", hint="one of auto, cpu, cuda")
     has_gpu = request.device != "cpu" and _has_gpu()
     if request.device == "cuda" and not has_gpu:
-        raise EnvironmentFailure("torch finds no CUDA device", hint="merge with device cpu")
+        raise EnvironmentFailure("no CUDA device found", hint="merge with device cpu")
     device = "cuda" if has_gpu else "cpu"
     workers = request.workers or len(os.sched_getaffinity(0))
     exact = request.precision == "exact"
@@ -161,7 +160,7 @@ def _settings(request: MergeRequest, plan: MergePlan) -> Settings:
 
 
 def _has_gpu() -> bool:
-    """Say whether torch sees a GPU; it is imported only where the system has a driver for one."""
+    """Return whether torch finds a GPU; torch is imported only if a GPU driver is present."""
     if not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
         return False
     import torch
@@ -170,7 +169,7 @@ def _has_gpu() -> bool:
 
 
 def _key(request: MergeRequest, plan: MergePlan) -> str:
-    """Name the inputs: adapters by content, the base's large files by place, size and time."""
+    """Return the inputs' key: adapters by content, the base's files by path, size and time."""
     base = [
         (shard.path.name, shard.file_size, shard.path.stat().st_mtime_ns, str(shard.path.resolve()))
         for shard in plan.base.shards
@@ -190,7 +189,7 @@ def _key(request: MergeRequest, plan: MergePlan) -> str:
 
 @contextmanager
 def _one_thread_per_worker(settings: Settings) -> Iterator[None]:
-    """Let blocks, not operations, run in parallel: idle threads would spin between them."""
+    """Run blocks in parallel instead of operations, whose idle threads would spin."""
     with threadpool_limits(limits=1):
         if not settings.torch:
             check_arithmetic()
@@ -214,7 +213,7 @@ def _one_thread_per_worker(settings: Settings) -> Iterator[None]:
 def _write_shards(
     plan: MergePlan, settings: Settings, journal: Journal, tally: Tally, progress: Progress
 ) -> list[dict[str, Any]]:
-    """Write what is not there yet; return all shards in their order."""
+    """Write the unfinished shards; return all shards in order."""
     total = sum(shard.size for shard in plan.shards)
     finished, parts = journal.finished(journal.path.parent), journal.parts()
     done = 0
@@ -231,7 +230,7 @@ def _write_shards(
         journal.record(finished, parts)
 
     maker = ShardMaker(settings, tally)
-    # A shard is brought to the disk and proven while the next one is computed.
+    # A shard is flushed and checked while the next one is computed.
     with closing(maker), ThreadPoolExecutor(1, "finish") as finisher:
         waiting: Future[None] = finisher.submit(lambda: None)
         for shard in plan.shards:
@@ -255,7 +254,7 @@ def _write_shards(
 
 
 def _write_companions(plan: MergePlan, out: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Write everything that is not a shard; return the files, and what is worth knowing."""
+    """Write all files except shards; return the files and findings."""
     extra, notes = companion_files(plan)
     if plan.base.index_file:
         extra[plan.base.index_file] = _index(plan)
@@ -265,7 +264,7 @@ def _write_companions(plan: MergePlan, out: Path) -> tuple[list[dict[str, Any]],
 
 
 def _prove(shard: OutputShard, writer: Writer, maker: ShardMaker, *, exact: bool) -> Proof:
-    """Check what was written; what fails is not kept."""
+    """Check a written shard; delete it if the check fails."""
     checksums = tuple(writer.checksums)
     try:
         return prove(shard, writer.path, checksums, maker.files, maker.pool, exact=exact)
@@ -275,18 +274,18 @@ def _prove(shard: OutputShard, writer: Writer, maker: ShardMaker, *, exact: bool
 
 
 def _check_index(plan: MergePlan, out: Path) -> None:
-    """Read the finished checkpoint as anyone would: index, headers, every planned tensor."""
+    """Check index and headers of the finished checkpoint: it must have every planned tensor."""
     found = open_checkpoint(out).tensors
     missing = sorted(plan.outputs.keys() ^ found.keys())
     if missing:
         raise CheckFailed(
-            f"{out} was written wrong: {', '.join(missing[:_SHOWN])} is missing or too much",
+            f"{out} was written wrongly, missing or extra tensors: {', '.join(missing[:_SHOWN])}",
             hint="memory or disk may be faulty: merge again, on another machine if it recurs",
         )
 
 
 def _index(plan: MergePlan) -> bytes:
-    """Return the index of the written shards, tensors in the order of their names."""
+    """Return the index of the written shards, sorted by tensor name."""
     places = {output.name: shard.name for shard in plan.shards for output in shard.outputs}
     elements = sum(math.prod(output.shape) for output in plan.outputs.values())
     size = sum(shard.size for shard in plan.shards)
@@ -294,20 +293,20 @@ def _index(plan: MergePlan) -> bytes:
 
 
 def _silent(plan: MergePlan, tally: Tally) -> list[str]:
-    """Say which adapters add nothing to some of their modules."""
+    """Return findings about adapters with all-zero factors."""
     return [
-        f"{plan.adapters[number].root.name}: a factor (lora_B) is all zero for {len(names)} of its "
-        f"tensors, such as {', '.join(names[:_SHOWN])}: it was not trained there"
+        f"{plan.adapters[number].root.name}: a factor (lora_B) is all zero, so untrained, for "
+        f"{len(names)} tensors, such as {', '.join(names[:_SHOWN])}"
         for number, names in sorted(tally.silent.items())
     ]
 
 
 def _unchanged(plan: MergePlan, tally: Tally) -> list[str]:
-    """Say which changes were lost in rounding: they are smaller than half a unit everywhere."""
+    """Return a finding about changes lost in rounding: smaller than half a unit everywhere."""
     silent = {name for names in tally.silent.values() for name in names}
     lost = [name for name in tally.unchanged if name not in silent]
     if not lost:
         return []
-    share = f"{len(lost)} of {plan.count('merged')} merged tensors have the base's bits"
+    share = f"{len(lost)} of {plan.count('merged')} merged tensors equal the base"
     few = ", ".join(lost[:_SHOWN])
-    return [f"{share}, such as {few}: the change is too small for the checkpoint's type, or none"]
+    return [f"{share}, such as {few}: the change is zero or too small for the checkpoint's dtype"]

@@ -1,8 +1,8 @@
-"""`fast`: W + (B·A)·s in float32, rounded once, with numpy's products where these are torch's.
+"""`fast`: W + (B·A)·s in float32, rounded once; with numpy if its products equal torch's.
 
-PEFT's default sums with torch, whose float32 products of matrices are chains of fused multiply-adds
-in the order of k, on the CPUs that were tried. OpenBLAS' are on CPUs with AVX-512: then numpy gives
-the same bits and torch, whose import costs as much as a gigabyte's sums, is not needed.
+PEFT merges with torch, whose float32 matrix products are chains of fused multiply-adds in the order
+of k on the tested CPUs. OpenBLAS does the same on CPUs with AVX-512. Then numpy gives the same
+bits, and torch, whose import takes as long as merging a gigabyte, is not needed.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from functools import cache
 
 import numpy as np
 
-from weightsmith.merging.kernel import Addition, Space, check_finite, stays_below
+from weightsmith.merging.kernel import Addition, Space, check_finite, is_below
 from weightsmith.merging.outputs import Output
 from weightsmith.merging.rounding import F32, F64, FORMATS
 
-LEAST = 16
-"""Rows and columns below which a library may sum in another order."""
+MIN_SIZE = 16
+"""Below this number of rows or columns a library may sum in another order."""
 _RANKS = range(2, 129)
-"""A single product may be -0, which a sum never is; beyond, a library sums in parts."""
+"""Rank 1 may give -0, which a sum never is; with higher ranks a library sums in parts."""
 
 
 def needs_torch(outputs: Iterable[Output]) -> bool:
-    """Say whether numpy's products may differ from torch's in any of these."""
+    """Return whether numpy's products may differ from torch's for any output."""
     terms = [term for output in outputs for term in output.terms]
-    usual = all(min(term.shape) >= LEAST and term.rank in _RANKS for term in terms)
+    usual = all(min(term.shape) >= MIN_SIZE and term.rank in _RANKS for term in terms)
     return bool(terms) and not (usual and products_are_fused())
 
 
 @cache
 def products_are_fused() -> bool:
-    """Say whether this machine's numpy sums products as one chain of fused multiply-adds."""
+    """Return whether numpy sums products as one chain of fused multiply-adds on this machine."""
     random = np.random.default_rng(1)
-    for rows, depth, columns in ((LEAST, 64, 80), (48, _RANKS[-1], LEAST), (64, 9, 200)):
+    for rows, depth, columns in ((MIN_SIZE, 64, 80), (48, _RANKS[-1], MIN_SIZE), (64, 9, 200)):
         left = random.standard_normal((rows, depth), np.float32)
         right = random.standard_normal((depth, columns), np.float32)
         total = np.zeros((rows, columns), np.float32)
@@ -49,9 +49,9 @@ def products_are_fused() -> bool:
 def merge_rows_fast(
     addition: Addition, weight: np.ndarray, first: int, space: Space, out: np.ndarray
 ) -> None:
-    """Fill `out` with rows `first` and following; shapes and errors are `kernel.merge_rows`'s.
+    """Fill `out` with the rows from `first` on; shapes and errors as `kernel.merge_rows`.
 
-    `space` is of float32.
+    `space` has dtype float32.
     """
     safe, limit = True, FORMATS[addition.dtype].largest * 0.99
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
@@ -60,17 +60,17 @@ def merge_rows_fast(
             wide = space.signed[: sums.size].reshape(sums.shape)
             np.copyto(wide, weight[part])
             sums += wide
-            safe = safe and stays_below(sums, limit)
+            safe = safe and is_below(sums, limit)
             np.copyto(out[part], sums, casting="unsafe")
     if not safe:
         check_finite(addition, weight, out)
 
 
 def _sums(addition: Addition, first: int, end: int, space: Space) -> np.ndarray:
-    """Compute (B·A)·s of some rows, adapter after adapter, each as torch would."""
+    """Compute (B·A)·s for some rows, one adapter after the other, in torch's order."""
     factors = addition.factors
-    # Few rows would be multiplied in another way: some before them are, too.
-    start = max(0, min(first, end - LEAST))
+    # A product of few rows is summed in another order, so include rows before them.
+    start = max(0, min(first, end - MIN_SIZE))
     columns = factors.right.shape[1]
     size = (end - first) * columns
     total = space.sums[:size].reshape(-1, columns)
@@ -88,7 +88,7 @@ def _sums(addition: Addition, first: int, end: int, space: Space) -> np.ndarray:
 
 
 def groups(gains: np.ndarray) -> Iterator[tuple[float, int, int]]:
-    """Yield each run of equal gains with where it starts and ends."""
+    """Yield each run of equal gains with its start and end."""
     start = 0
     for end in [*(np.flatnonzero(np.diff(gains)) + 1).tolist(), len(gains)]:
         yield float(gains[start]), start, end

@@ -1,4 +1,4 @@
-"""A merge that was killed goes on: what is finished is written down beside it."""
+"""The journal of finished shards, with which a killed merge resumes."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _NAME = ".merge-journal.json"
 
 @dataclass(slots=True)
 class Journal:
-    """Which shards of one merge are finished; it is worthless to a merge of anything else."""
+    """The finished shards of one merge, identified by `key`."""
 
     path: Path
     key: str
-    """Identity of the merge's inputs and parameters."""
+    """Key of the merge's inputs and parameters."""
 
     def matches(self) -> bool:
-        """Say whether there is a journal of this very merge."""
+        """Return whether the journal exists and has this key."""
         return self._read() is not None
 
     def finished(self, root: Path) -> dict[str, dict[str, Any]]:
-        """Return the finished shards that are still there, byte for byte."""
+        """Return the finished shards whose files are unchanged."""
         shards: Mapping[str, dict[str, Any]] = (self._read() or {}).get("shards", {})
         parts = self.parts()
         return {
@@ -40,7 +40,7 @@ class Journal:
         }
 
     def parts(self) -> dict[str, dict[str, Any]]:
-        """Return what was counted in each shard (`Tally.about`)."""
+        """Return each shard's counts (`Tally.about`)."""
         return dict((self._read() or {}).get("parts", {}))
 
     def _read(self) -> dict[str, Any] | None:
@@ -55,7 +55,7 @@ class Journal:
         shards: Mapping[str, Mapping[str, Any]],
         parts: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        """Replace the journal with one that names these shards, and what was counted in them."""
+        """Replace the journal's shards and counts."""
         text = json.dumps({"key": self.key, "shards": shards, "parts": parts}, sort_keys=True)
         temporary = self.path.with_name(f"{self.path.name}.partial")
         temporary.write_text(text)
@@ -63,36 +63,38 @@ class Journal:
 
 
 def open_out(out: Path, inputs: Sequence[Path], key: str, *, own: bool) -> Journal:
-    """Make the output folder; an earlier run of the same merge, by its key, may go on in it.
+    """Create the output folder, or resume an earlier run with the same key in it.
 
-    Of a folder of one's `own` making, what it holds of another merge is deleted. Raises UsageError
-    where the folder holds something else or lies in an input, and EnvironmentFailure.
+    In an `own` folder, files of another merge are deleted. Raises UsageError if the folder has
+    other files or is inside an input, and EnvironmentFailure if it cannot be created.
     """
     out = out.resolve()
     for source in inputs:
         if out == source.resolve() or out.is_relative_to(source.resolve()):
-            raise UsageError(f"{out} lies in the input {source}", hint="give another output folder")
+            raise UsageError(
+                f"{out} is inside the input {source}", hint="choose another output folder"
+            )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        held = [name for name in os.listdir(out) if not name.endswith(".partial")]  # noqa: PTH208
+        existing = [name for name in os.listdir(out) if not name.endswith(".partial")]  # noqa: PTH208
     except OSError as error:
         raise EnvironmentFailure(
-            f"{out} cannot be made: {error.strerror}", hint="give another output folder"
+            f"cannot create {out}: {error.strerror}", hint="choose another output folder"
         ) from error
     journal = Journal(path=out / _NAME, key=key)
-    if held and not journal.matches():
+    if existing and not journal.matches():
         if own:
-            # Killed after the journal's end but before the folder got its name, or begun from
-            # other files: worth nothing, and nobody else could clear it.
+            # Killed after the journal was deleted but before the folder was renamed, or started
+            # from other files: useless, and nobody else would delete it.
             remove(out)
             return open_out(out, inputs, key, own=own)
         raise UsageError(
-            f"{out} is not empty, and what it holds is not the start of this merge",
-            hint="empty it, or give another output folder",
+            f"{out} is not empty and cannot be resumed: it does not belong to this merge",
+            hint="empty it, or choose another output folder",
         )
     for left in out.glob("*.partial"):
         left.unlink()
-    if not held:
+    if not existing:
         journal.record({}, {})
     return journal
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Kasa:
     """W - U_r S_r V_r + s · B diag(d) A in float64 (Wang et al., "KaSA", 2024, section 3).
 
-    PEFT truncates W when the adapter is loaded, so that the truncation belongs to the adapter.
+    PEFT truncates W when it loads the adapter, so the truncation is part of the adapter.
     """
 
     term: Term
@@ -25,17 +25,17 @@ class Kasa:
     by_row: bool = False
 
     def held_elements(self, output: Output) -> int:
-        """Return how many float64 elements are in memory at a time."""
+        """Return the peak number of float64 elements in memory."""
         return 5 * output.rows * output.columns
 
     def begin(self, output: Output, files: Files) -> Rows:
-        """Return what computes rows."""
+        """Return a function that computes rows."""
         from numpy.linalg import svd
 
         rank, right = self.term.rank, self.term.right
         if right is None or rank >= min(output.rows, output.columns):
             raise InputRefused(
-                f"KaSA of rank {rank} would leave nothing of {output.name}",
+                f"KaSA's rank {rank} is not below that of {output.name}",
                 hint="the adapter was trained on another model",
             )
         stored = files.rows(self.diagonal.path, self.diagonal.info, 0, 1, rank)[0]

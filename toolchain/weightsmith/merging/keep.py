@@ -1,4 +1,4 @@
-"""The combined adapter itself: written as one that PEFT loads, instead of merged."""
+"""Write the combined adapter in PEFT's format instead of merging it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _HINT = "merge into the base instead, without --keep-adapter"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Module:
-    """One module of the combined adapter."""
+    """A module of the combined adapter."""
 
     a: str
     """Key of A in the file."""
@@ -43,7 +43,7 @@ class _Module:
 
     @property
     def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Shapes of A and B, as PEFT stores them."""
+        """Shapes of A and B in PEFT's layout."""
         rows, columns = self.band.end - self.band.first, self.output.columns
         if self.band.terms[0].left.transposed:
             rows, columns = columns, rows
@@ -57,10 +57,10 @@ class _Module:
 
 
 def keep_adapter(plan: MergePlan, combination: Combination, out: Path) -> dict[str, Any]:
-    """Write the combined adapter to `out`, in float32 and with scaling 1; return its files.
+    """Write the combined adapter to `out` in float32 with scaling 1; return its files.
 
-    One module is in memory at a time. Raises UsageError for methods whose result is no adapter,
-    InputRefused for adapters that are more than pairs of factors.
+    One module is in memory at a time. Raises UsageError for methods whose result is not an adapter,
+    InputRefused for adapters with more than pairs of factors.
     """
     if combination.space == "delta" and combination.method not in KEEPABLE:
         raise UsageError(
@@ -113,7 +113,7 @@ def _modules(output: Output) -> Iterator[_Module]:
     if not pure or not all(_is_plain(term) for term in terms):
         raise InputRefused(
             f"the adapters change {output.name} by more than pairs of factors (DoRA, biases, "
-            "experts or whole tensors), which a combined LoRA adapter cannot hold",
+            "experts or whole tensors), which a combined LoRA adapter cannot represent",
             hint=_HINT,
         )
     for band in bands(replace(output, terms=terms, change=None)):
@@ -133,7 +133,7 @@ def _is_plain(term: Term) -> bool:
 
 
 def _keys(output: Output, band: Band) -> tuple[str, str]:
-    """Return the keys of A and B, which all adapters must agree upon."""
+    """Return the keys of A and B; raise InputRefused if adapters use different ones."""
     found = set()
     for term in band.terms:
         sides = [term.left.stored.info.name, term.right.stored.info.name if term.right else ""]
@@ -160,7 +160,7 @@ def _factors(module: _Module, files: OpenFiles) -> Factors:
 
 
 def _config(plan: MergePlan, modules: list[_Module]) -> bytes:
-    """Return adapter_config.json: alpha is the rank everywhere, so that scaling is 1."""
+    """Return adapter_config.json; alpha equals the rank, so scaling is 1."""
     first = plan.adapters[0].config.raw
     rank = max(module.rank for module in modules)
     others = {re.escape(module.name): module.rank for module in modules if module.rank != rank}

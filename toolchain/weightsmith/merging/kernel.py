@@ -1,9 +1,9 @@
 """The merge of one tensor, block by block: W + Σ factor · B·A, correctly rounded at float32 speed.
 
-A first pass computes in `work` precision and bounds its own error rigorously. Rounding is monotone:
-where both ends of the error interval round to the same value, that value is the correctly rounded
-one, whatever the order of summation, thread count, block size, BLAS or device. The other elements,
-about one in a thousand, go to `repair`.
+A first pass computes in `work` precision with a rigorous error bound. Rounding is monotone: if both
+ends of the error interval round to the same value, it is the correctly rounded one, independent of
+the order of summation, thread count, block size, BLAS and device. The other elements, about one in
+a thousand, go to `repair`.
 """
 
 from __future__ import annotations
@@ -18,44 +18,44 @@ from weightsmith.merging.repair import Factors, Repairs, repair
 from weightsmith.merging.rounding import BF16, F16, F32, F64, FORMATS, round_once
 
 PIECE = 1 << 18
-"""Elements that are worked on at once: what the second-level cache holds."""
+"""Elements processed at once: they fit into the second-level cache."""
 
 SLACK = 8
-"""Half units that an interval is widened by, for the roundings of W + δ and of its own ends."""
+"""Half units added to an interval for the roundings of W + δ and of its ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Addition:
-    """What is added to one tensor."""
+    """The sum of factors added to one tensor."""
 
     name: str
     factors: Factors
-    """Exact."""
+    """Exact, unscaled."""
     dtype: np.dtype
-    """Of the result."""
+    """The result's dtype."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared(Addition):
-    """An addition that is ready to be applied to row blocks, with correct rounding."""
+    """An addition prepared for correctly rounded merging of row blocks."""
 
     left: np.ndarray
-    """(rows, K), gains multiplied in, in the working type."""
+    """(rows, K), scaled by the gains, in the working dtype."""
     right: np.ndarray
     """(K, columns)."""
     bound: np.ndarray
-    """(rows, 1): what the matrix product may be off by, in any order of summation."""
-    still: np.ndarray
-    """Rows that nothing is added to."""
+    """(rows, 1): error bound of the matrix product, for any order of summation."""
+    zero_rows: np.ndarray
+    """Rows whose addition is zero."""
 
     @property
     def work(self) -> np.dtype:
-        """The type of the first pass: one step above the result's."""
+        """The first pass's dtype: one step wider than the result's."""
         return self.left.dtype
 
 
 class Space:
-    """One worker's buffers for pieces of `elements`, so that these cost no allocation."""
+    """One worker's buffers for pieces of `elements` elements, reused between pieces."""
 
     def __init__(self, elements: int, dtype: np.dtype, work: np.dtype) -> None:
         self.elements = elements
@@ -63,19 +63,19 @@ class Space:
         self.low = np.empty(elements, dtype)
 
     def pieces(self, rows: np.ndarray) -> Iterator[slice]:
-        """Yield the row ranges of a matrix that fit, one row at least."""
+        """Yield row ranges of a matrix that fit, at least one row each."""
         step = max(1, self.elements // max(1, rows.shape[1]))
         for start in range(0, len(rows), step):
             yield slice(start, min(start + step, len(rows)))
 
 
 def work_type(dtype: np.dtype) -> np.dtype:
-    """Return the first pass's type: float32 for 16-bit results, float64 for float32."""
+    """Return the first pass's dtype: float32 for 16-bit results, float64 for float32."""
     return F64 if dtype == F32 else F32
 
 
 def prepare(name: str, factors: Factors, dtype: np.dtype) -> Prepared:
-    """Return the addition in the working type, with the error bound of each row."""
+    """Return the addition in the working dtype, with each row's error bound."""
     work = work_type(dtype)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         bound = _bound(factors.norms, factors.norm, len(factors.gains), work)
@@ -85,7 +85,7 @@ def prepare(name: str, factors: Factors, dtype: np.dtype) -> Prepared:
             left=(factors.left * factors.gains).astype(work),
             right=factors.right.astype(work, copy=False),
             bound=bound.astype(work)[:, None],
-            still=np.flatnonzero(factors.norms == 0),
+            zero_rows=np.flatnonzero(factors.norms == 0),
             dtype=dtype,
         )
 
@@ -94,9 +94,9 @@ def _bound(left: np.ndarray, right: float, terms: int, work: np.dtype) -> np.nda
     """Bound |computed - exact| of a row of the product, given its norms: γₙ · ‖bᵢ‖ · maxⱼ‖aⱼ‖.
 
     γₙ = n·u / (1 - n·u) holds for any order of summation, fused or not (Higham, section 3.5); n
-    counts the K products and sums, the rounding of the gains, and room to spare. The second part
-    covers underflow, even where subnormals are flushed. A row that nothing is added to is exact,
-    and one whose partial sums could overflow has no bound.
+    counts the K products and sums, the rounding of the gains, and a margin. The second part
+    covers underflow, even if subnormals are flushed. A row with a zero addition is exact; a row
+    whose partial sums could overflow has an infinite bound.
     """
     info = np.finfo(work)
     unit, tiny = float(info.eps) / 2, float(info.tiny)
@@ -111,10 +111,10 @@ def _bound(left: np.ndarray, right: float, terms: int, work: np.dtype) -> np.nda
 def merge_rows(
     prepared: Prepared, weight: np.ndarray, first: int, space: Space, out: np.ndarray
 ) -> Repairs:
-    """Fill `out` with rows `first` and following of W + δ, correctly rounded, ties to even.
+    """Fill `out` with the rows of W + δ from `first` on, correctly rounded, ties to even.
 
-    `weight` (rows, columns) is of the base's type, `out` of the result's. Rows without addition
-    keep W's bits. Raises InputRefused where W is not finite or `out` overflows.
+    `weight` (rows, columns) has the base's dtype, `out` the result's. Rows with a zero addition
+    keep W's bits. Raises InputRefused if W is not finite or `out` overflows.
     """
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         flagged, safe = first_pass(prepared, weight, first, space, out)
@@ -129,7 +129,7 @@ def finish_rows(
     flagged: np.ndarray,
     safe: bool,
 ) -> Repairs:
-    """Decide what a first pass could not: the flat places `flagged`, or all if it is not `safe`."""
+    """Repair what a first pass could not decide: the flat indices `flagged`; all if not `safe`."""
     rows, columns = weight.shape
     if not safe:
         _check_base(prepared.name, weight)
@@ -145,8 +145,11 @@ def finish_rows(
             prepared.dtype,
         )
         out.reshape(-1)[flagged] = values
-    if len(prepared.still):
-        inside = prepared.still[(prepared.still >= first) & (prepared.still < first + rows)] - first
+    if len(prepared.zero_rows):
+        inside = (
+            prepared.zero_rows[(prepared.zero_rows >= first) & (prepared.zero_rows < first + rows)]
+            - first
+        )
         out[inside] = round_once(weight[inside], prepared.dtype)
     if not safe:
         _check_result(prepared, out)
@@ -156,28 +159,27 @@ def finish_rows(
 def first_pass(
     prepared: Prepared, weight: np.ndarray, first: int, space: Space, out: np.ndarray
 ) -> tuple[np.ndarray, bool]:
-    """Round what the working type can decide, in pieces of the size of `space`.
+    """Round what the working dtype can decide, in pieces of the size of `space`.
 
-    Returns the flat places of what could not be decided, and whether every sum stays clear of
-    overflow.
+    Returns the flat indices of undecided elements, and whether no sum is near overflow.
     """
     safe, rest = True, []
     limit = FORMATS[prepared.dtype].largest * 0.99
     for part in space.pieces(weight):
         place = first + part.start
         sums = _sums(prepared, weight[part], place, space)
-        safe = safe and stays_below(sums, limit)
-        unsure = _round_ends(prepared, sums, place, space, out[part])
-        rest.append(np.flatnonzero(unsure) + part.start * weight.shape[1])
+        safe = safe and is_below(sums, limit)
+        undecided = _round_ends(prepared, sums, place, space, out[part])
+        rest.append(np.flatnonzero(undecided) + part.start * weight.shape[1])
     return np.concatenate(rest) if rest else np.empty(0, np.int64), safe
 
 
 def _sums(prepared: Prepared, weight: np.ndarray, first: int, space: Space) -> np.ndarray:
-    """Compute fl(W + fl(B·A)) in the working type."""
+    """Compute fl(W + fl(B·A)) in the working dtype."""
     sums = space.sums[: weight.size].reshape(weight.shape)
     np.matmul(prepared.left[first : first + len(weight)], prepared.right, out=sums)
     if weight.dtype != prepared.work:
-        # One conversion and one addition of equal types: mixed, numpy converts in small buffers.
+        # Convert first: with mixed dtypes numpy converts in small buffers.
         wide = space.spare[: weight.size].reshape(weight.shape)
         if weight.dtype == F16 and prepared.work == F32 and not _any_infinite(weight):
             _widen_half(weight, wide)
@@ -191,7 +193,7 @@ def _sums(prepared: Prepared, weight: np.ndarray, first: int, space: Space) -> n
 def _widen_half(weight: np.ndarray, out: np.ndarray) -> None:
     """Fill `out` with finite float16 values as float32, faster than numpy does.
 
-    The 15 low bits lie where float32 has exponent and fraction, 112 binades too low.
+    The 15 low bits become float32's exponent and fraction, 112 binades too low.
     """
     bits = out.view(np.int32)
     np.left_shift(weight.view(np.int16), 13, out=bits, dtype=np.int32)
@@ -200,17 +202,17 @@ def _widen_half(weight: np.ndarray, out: np.ndarray) -> None:
 
 
 def _any_infinite(weight: np.ndarray) -> bool:
-    """Say whether any float16 has the exponent of infinities and NaN."""
+    """Return whether any float16 is infinite or NaN."""
     return bool(((weight.view(np.int16) & 0x7C00) == 0x7C00).any())
 
 
 def _round_ends(
     prepared: Prepared, sums: np.ndarray, first: int, space: Space, out: np.ndarray
 ) -> np.ndarray:
-    """Round both ends of sum ± error, the outer one into `out`; say flat where they differ.
+    """Round both ends of sum ± error, the outer one into `out`; return a flat mask of differences.
 
-    The error is the row's bound and SLACK / 2 units of the sum's last place, and the ends are
-    computed with the sum's sign, so an interval around zero has ends that differ in it.
+    The error is the row's bound plus SLACK / 2 units in the sum's last place. The ends are computed
+    with the sum's sign, so an interval around zero has ends of different signs.
     """
     shape, size = sums.shape, sums.size
     signed = _with_sign(prepared.bound[first : first + len(sums)], sums, space)
@@ -232,7 +234,7 @@ def _round_ends(
 
 
 def _with_sign(bound: np.ndarray, sums: np.ndarray, space: Space) -> np.ndarray:
-    """Return each row's bound with the sums' signs, in integers: four times as fast as copysign."""
+    """Return each row's bound with the sums' signs; four times faster than copysign."""
     signed = space.signed[: sums.size].reshape(sums.shape)
     bits = np.dtype(f"u{sums.itemsize}")
     sign = bits.type(1 << (8 * sums.itemsize - 1))
@@ -242,16 +244,16 @@ def _with_sign(bound: np.ndarray, sums: np.ndarray, space: Space) -> np.ndarray:
 
 
 def _any_small(low: np.ndarray) -> bool:
-    """Say whether any of the float32 values is below float16's normal numbers."""
+    """Return whether any float32 value is below float16's normal range."""
     return bool((np.abs(low) < np.float32(2.0**-14)).any())
 
 
 def _round_bits(high: np.ndarray, low: np.ndarray, cut: int, out: np.ndarray) -> np.ndarray:
     """Round float32 ends to 16 bits by their integers: add half a unit and cut the low bits.
 
-    A unit of float32 is one of its integer, whatever the sign. Ties, where this would not round to
-    even, lie in the interval's inside and so are always among those that differ. The half is more
-    than the slack, so that nothing is borrowed from the sign.
+    A float32 unit is 1 of its integer for both signs. Ties, which this would not round to even, are
+    inside the interval and so always among those that differ. The half is more than the slack, so
+    nothing is borrowed from the sign.
     """
     half = 1 << (cut - 1)
     upper, lower = high.view(np.uint32), low.view(np.uint32)
@@ -271,8 +273,8 @@ def _round_bits(high: np.ndarray, low: np.ndarray, cut: int, out: np.ndarray) ->
     return differ.reshape(-1)
 
 
-def stays_below(sums: np.ndarray, limit: float) -> bool:
-    """Say whether all are finite and below the limit; a sum of squares costs a third."""
+def is_below(sums: np.ndarray, limit: float) -> bool:
+    """Return whether all are finite and below the limit; tries the cheaper sum of squares first."""
     flat = sums.reshape(-1)
     if float(np.dot(flat, flat)) < limit * limit / 4:
         return True
@@ -280,10 +282,10 @@ def stays_below(sums: np.ndarray, limit: float) -> bool:
 
 
 def check_arithmetic() -> None:
-    """Raise EnvironmentFailure where this machine's float32 is not what the bounds assume.
+    """Raise EnvironmentFailure if this machine's float32 arithmetic violates the bounds.
 
-    Reduced-precision products and flushed subnormals are settings and compilers' options of the
-    BLAS, so they are looked for, not trusted to be off.
+    Reduced-precision products and flushed subnormals are options of the BLAS and its compiler, so
+    they are tested for.
     """
     random = np.random.default_rng(1)
     left, right = (random.standard_normal((96, 96), np.float32) for _ in range(2))
@@ -294,12 +296,12 @@ def check_arithmetic() -> None:
     if (np.abs(left @ right - exact) > room).any() or (kept != small).any() or small[0] / 2 == 0:
         raise EnvironmentFailure(
             "this machine computes float32 with reduced precision or flushes small numbers to zero",
-            hint="unset settings of the BLAS that trade precision for speed, or merge elsewhere",
+            hint="disable reduced-precision settings of the BLAS, or merge on another machine",
         )
 
 
 def check_finite(addition: Addition, weight: np.ndarray, out: np.ndarray) -> None:
-    """Raise InputRefused, naming the tensor, where base or result is not finite."""
+    """Raise InputRefused with the tensor's name if base or result is not finite."""
     if not np.isfinite(out).all():
         _check_base(addition.name, weight)
         _check_result(addition, out)
@@ -308,7 +310,7 @@ def check_finite(addition: Addition, weight: np.ndarray, out: np.ndarray) -> Non
 def _check_base(name: str, weight: np.ndarray) -> None:
     if not np.isfinite(weight).all():
         raise InputRefused(
-            f"the base's {name} holds NaN or infinite values",
+            f"the base's {name} has NaN or infinite values",
             hint="the base checkpoint is damaged; download it again",
         )
 
@@ -319,7 +321,7 @@ def _check_result(addition: Addition, out: np.ndarray) -> None:
     factors = addition.factors
     largest = (np.abs(factors.left * factors.gains) @ np.abs(factors.right.astype(F64))).max()
     raise InputRefused(
-        f"{addition.name} overflows {addition.dtype.name}, which ends at "
-        f"{FORMATS[addition.dtype].largest:g}: the adapter adds up to {float(largest):.3g}",
+        f"{addition.name} overflows {addition.dtype.name} (maximum "
+        f"{FORMATS[addition.dtype].largest:g}): the adapter adds up to {float(largest):.3g}",
         hint="merge with dtype bfloat16 or float32, or lower the adapter's weight",
     )

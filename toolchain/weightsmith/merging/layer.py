@@ -1,4 +1,4 @@
-"""A layer of the base that one of PEFT's tuners changes, as a value."""
+"""A layer of the base that one of PEFT's tuners changes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ class Layer:
     """A layer of the base that an adapter changes."""
 
     module: str
-    """Its path in the model, which patterns in the configuration may speak about."""
+    """Its path in the model, which patterns in the configuration match."""
     kind: str
     """`linear`, `embedding`, `conv1d` (GPT-2's, which stores (in, out)), `conv` or `norm`."""
     shape: tuple[int, ...]
-    """Of the base's weight."""
+    """Shape of the base's weight."""
     bias: bool

@@ -1,4 +1,4 @@
-"""What a merge asks of the C library and Linux that Python has no name for."""
+"""C library and Linux functions that Python does not offer."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import os
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 """glibc's <malloc.h>."""
 _KEPT = 64 << 20
-"""Bytes at the heap's end that are not given back."""
+"""Free bytes at the heap's end that are kept."""
 _HEAP = 32 << 20
-"""Bytes up to which arrays come from the heap: the most that glibc allows."""
+"""Arrays up to this size come from the heap: glibc's maximum."""
 _UNABLE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 def keep_freed_memory() -> None:
-    """Let arrays of some megabytes come from memory that was used before, in one heap for all.
+    """Make glibc reuse freed memory for arrays of some megabytes, in one heap for all threads.
 
-    By default glibc takes each from the system and gives it back, which clears every page anew: a
-    tenth of a merge's CPU time. Does nothing where the C library is another one.
+    By default glibc maps and unmaps each array, so the kernel clears every page again: a tenth of
+    a merge's CPU time. Does nothing with other C libraries.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -32,11 +32,11 @@ def keep_freed_memory() -> None:
 
 
 def reserve(fd: int, size: int) -> None:
-    """Give an empty file its size and its place on the disk.
+    """Allocate disk space for an empty file.
 
-    Writing is then two to five times cheaper on ext4, and a full disk is found at once. Does
-    nothing where the file system cannot: `os.posix_fallocate` would write to every block there.
-    Raises OSError where there is no room.
+    Writing is then two to five times cheaper on ext4, and a full disk is noticed at once. Does
+    nothing if the file system cannot: there `os.posix_fallocate` would write to every block.
+    Raises OSError if there is not enough space.
     """
     fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
     if not size or fallocate is None:

@@ -1,4 +1,4 @@
-"""Changes of one tensor by several adapters, of which some are no low-rank sums."""
+"""Weighted sum of several adapters' changes of one tensor, if some are not low-rank."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 Adder = Callable[["np.ndarray", int], None]
-"""Adds to rows in place; the number is the first row's."""
+"""Adds to rows in place; the number is that of the first row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """What one adapter claims of a tensor, and its weight in the merge."""
+    """One adapter's claim on a tensor, and its weight in the merge."""
 
     claim: Claim
     weight: float
@@ -30,22 +30,22 @@ class Share:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
-    """W + Σ weight · (changed - W) in float64: each adapter's whole change, in delta space."""
+    """W + Σ weight · (changed - W) in float64."""
 
     shares: tuple[Share, ...]
 
     @property
     def whole(self) -> bool:
-        """Say whether any of the changes needs the whole tensor."""
+        """Return whether any change needs the whole tensor."""
         return any(share.claim.change and share.claim.change.whole for share in self.shares)
 
     @property
     def by_row(self) -> bool:
-        """Say whether all of the changes can be computed row by row."""
+        """Return whether all changes can be computed row by row."""
         return all(share.claim.change.by_row for share in self.shares if share.claim.change)
 
     def held_elements(self, output: Output) -> int:
-        """Return how many float64 elements are in memory at a time."""
+        """Return the peak number of float64 elements in memory."""
         held = output.rows * output.columns * 3 if self.whole else 0
         for share in self.shares:
             held += sum(term.rank * sum(term.shape) for term in share.claim.terms)
@@ -54,7 +54,7 @@ class Mixture:
         return held
 
     def begin(self, output: Output, files: Files) -> Rows:
-        """Return what computes rows of the sum."""
+        """Return a function that computes rows of the sum."""
         plain = replace(output, change=None)
         changed = [
             (share, share.claim.change.begin(plain, files) if share.claim.change else None)
@@ -80,7 +80,7 @@ class Mixture:
                 elif claim.patch is not None:
                     for row, place in enumerate(claim.patch.places):
                         if first <= place < first + count:
-                            # Rows are trained on the adapter's own copy, where it has one.
+                            # Rows were trained on the adapter's copy, if it has one.
                             old = copies.get(share.path, output.source)
                             new = claim.patch.stored.rows(files, row, 1, output.columns)
                             moved = new.astype("float64") - old.rows(
@@ -93,7 +93,7 @@ class Mixture:
 
 
 def adder(term: Term, files: Files) -> Adder:
-    """Return what adds a term's part of rows `first` and following, in float64 and in place."""
+    """Return a function that adds a term's part to the rows from `first` on, in float64."""
     left = files.matrix(term.left).astype("float64") * term.factor
     right = files.matrix(term.right).astype("float64") if term.right else None
 

@@ -1,4 +1,4 @@
-"""Which base tensor an adapter's module means, whatever prefix either side was saved with."""
+"""Match an adapter's module names to base tensors with other prefixes or spellings."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _SPELLINGS: tuple[tuple[tuple[str, str], ...], ...] = (
         (r"\bmlp\.fc2\b", "output.dense"),
     ),
 )
-"""Renames between transformers 4 and 5 (its conversion_mapping.py), both ways where both occur:
+"""Renames between transformers 4 and 5 (its conversion_mapping.py), in both directions if needed:
 checkpoints keep the older names, adapters have those of the version that trained them."""
 
 
 class BaseNames:
-    """The base's tensors by module name: exact first, then the one tensor with the same ending."""
+    """The base's tensors by name: an exact match first, else the tensor with the same ending."""
 
     def __init__(self, tensors: Mapping[str, object]) -> None:
         self._tensors = tensors
@@ -49,10 +49,10 @@ class BaseNames:
                 self._endings[".".join(parts[cut:])].append(name)
 
     def find(self, tensor: str) -> tuple[str, ...]:
-        """Return the base tensors that a name may mean: one if it is clear, none, or several.
+        """Return the base tensors that match a name: none, one, or several if ambiguous.
 
-        The name counts as the model's own (`model.layers.0.mlp.up_proj.weight`); the base may lack
-        its leading parts, have more of them, or use the names of another transformers version.
+        `tensor` is the model's name (`model.layers.0.mlp.up_proj.weight`); the base may have fewer
+        or more leading parts, or the names of another transformers version.
         """
         return next((found for name in spellings(tensor) if (found := self._find(name))), ())
 
@@ -67,7 +67,7 @@ class BaseNames:
 
 
 def spellings(name: str) -> Iterator[str]:
-    """Yield a tensor's name, and what other versions of transformers call it."""
+    """Yield a tensor's name, then its names in other versions of transformers."""
     yield name
     for rules in _SPELLINGS:
         other = name
@@ -78,19 +78,19 @@ def spellings(name: str) -> Iterator[str]:
 
 
 def module_key(key: str) -> str:
-    """Return an adapter's key without PEFT's prefix, and without other wrappers' names."""
+    """Return an adapter's key without PEFT's prefix and the names of other wrappers."""
     return plain_key(key).removeprefix(_WRAPPER)
 
 
 @lru_cache(maxsize=1 << 16)
 def plain_key(key: str) -> str:
-    """Return a key as PEFT writes it, if the model was compiled, sharded or checkpointed."""
+    """Return a key without the prefixes that compiling, sharding or checkpointing adds."""
     plain = ".".join(part for part in key.split(".") if part not in WRAPPERS)
     return plain.removeprefix("module.") if plain.startswith(f"module.{_WRAPPER}") else plain
 
 
 def added_prefix(module: str, base: str) -> tuple[str, str]:
-    """Return what to cut from, and to put before, a base name to get the model's own name.
+    """Return the prefixes to remove from and to add to a base name to get the model's name.
 
     `("", "model.")` means that the base was saved without `model.`.
     """
@@ -100,10 +100,10 @@ def added_prefix(module: str, base: str) -> tuple[str, str]:
 
 
 def is_conv1d(model_type: str, module: str) -> bool:
-    """Say whether a module is transformers' Conv1D, which stores its weight as (in, out)."""
+    """Return whether a module is transformers' Conv1D, which stores its weight as (in, out)."""
     return model_type in CONV1D_MODELS and module.rpartition(".")[2] in _CONV1D_MODULES
 
 
 def plain_module(raw: str) -> str:
-    """Return a module's name without the wrappers that PEFT put between it and its parents."""
+    """Return a module's name without PEFT's wrappers."""
     return ".".join(part for part in raw.split(".") if part != "base_layer")

@@ -1,4 +1,4 @@
-"""Whether an adapter says that it was trained on another family of models than the base's."""
+"""Detect adapters that were trained on another model family than the base's."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 _FAMILIES = frozenset({"llama", "qwen", "gemma", "mistral", "mixtral"})
-"""Those whose modules have the same names, and in small models the same shapes.
+"""Families with the same module names and, in small models, the same shapes.
 
-Families whose published models often have another's `model_type` (Falcon, Granite, DeepSeek) are
-left out: their names say nothing against a base.
+Families whose models often have another family's `model_type` (Falcon, Granite, DeepSeek) are
+omitted.
 """
 
 
 def other_family(trained_on: str, config: Mapping[str, Any]) -> str:
-    """Return the base's `model_type` where the name `trained_on` contradicts it, else nothing.
+    """Return the base's `model_type` if the name `trained_on` contradicts it, else "".
 
-    `trained_on` is `base_model_name_or_path`, a hub's name or any path: its last part alone counts.
+    `trained_on` is `base_model_name_or_path`, a hub name or a path; only its last part is used.
     """
     own = str(config.get("model_type", ""))
     named = _families(trained_on.rstrip("/\\").replace("\\", "/").rpartition("/")[2])

@@ -1,4 +1,4 @@
-"""What a merge writes: every output tensor, where its values come from and what changes them."""
+"""The output tensors of a merge: sources of their values, and their changes."""
 
 from __future__ import annotations
 
@@ -16,52 +16,52 @@ if TYPE_CHECKING:
     import numpy as np
 
 Rows = Callable[[int, int], "np.ndarray"]
-"""(first, count) -> rows of a tensor's matrix, (count, columns); called by several threads."""
+"""(first, count) -> rows of a tensor viewed as a matrix, (count, columns); thread-safe."""
 
 
 class Files(Protocol):
-    """The open files that a merge reads; safe for several threads. `stream.OpenFiles` is one."""
+    """The open input files of a merge; thread-safe. Implemented by `stream.OpenFiles`."""
 
     def rows(
         self, path: Path, info: TensorInfo, first: int, count: int, columns: int
     ) -> np.ndarray:
-        """Return rows of a stored tensor seen as a matrix, in its own type."""
+        """Return rows of a stored tensor viewed as a matrix, in its own dtype."""
 
     def array(self, path: Path, info: TensorInfo) -> np.ndarray:
-        """Return a whole stored tensor of any type, in its own shape."""
+        """Return a whole stored tensor of any dtype, in its own shape."""
 
     def matrix(self, part: Part) -> np.ndarray:
-        """Return a factor as float32; raise InputRefused where it is not finite."""
+        """Return a factor as float32; raise InputRefused if it is not finite."""
 
     def once(self, key: object, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """Return what `make` returned for the key, kept for the blocks that follow."""
+        """Return the cached result of `make` for the key."""
 
 
 class Source(Protocol):
-    """Where a tensor's unchanged values are: a file, or what is decoded from several."""
+    """A tensor's values before the merge: stored in a file, or dequantized."""
 
     @property
     def dtype(self) -> str:
-        """The safetensors type of the values."""
+        """The safetensors dtype of the values."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The tensor's shape."""
 
     def rows(self, files: Files, first: int, count: int, columns: int) -> np.ndarray:
-        """Return rows of the tensor seen as a matrix with `columns` columns, in its own type."""
+        """Return rows of the tensor viewed as a matrix with `columns` columns, in its own dtype."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """A tensor as a file holds it: of the base, or of an adapter where that replaces the base's."""
+    """A tensor in a file of the base, or of an adapter that replaces it."""
 
     path: Path
     info: TensorInfo
 
     @property
     def dtype(self) -> str:
-        """The safetensors type of the values."""
+        """The safetensors dtype of the values."""
         return self.info.dtype
 
     @property
@@ -70,13 +70,13 @@ class Stored:
         return self.info.shape
 
     def rows(self, files: Files, first: int, count: int, columns: int) -> np.ndarray:
-        """Return rows of the tensor seen as a matrix with `columns` columns, in its own type."""
+        """Return rows of the tensor viewed as a matrix with `columns` columns, in its own dtype."""
         return files.rows(self.path, self.info, first, count, columns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A matrix within a stored tensor: seen as `height` rows, cut, then transposed."""
+    """A matrix in a stored tensor: viewed as `height` rows, sliced, then transposed."""
 
     stored: Stored
     height: int
@@ -84,21 +84,21 @@ class Part:
     columns: slice = field(default_factory=lambda: slice(None))
     transposed: bool = False
     blocks: int = 1
-    """Row blocks that are put on the diagonal of a wider matrix (BD-LoRA)."""
+    """Number of row blocks to place on the diagonal of a wider matrix (BD-LoRA)."""
 
     @property
     def whole(self) -> bool:
-        """Say whether every element of the tensor belongs to it."""
+        """Return whether it is the whole tensor."""
         return self.rows == slice(None) == self.columns
 
     @property
     def width(self) -> int:
-        """Columns of the tensor as it is stored."""
+        """Columns of the stored tensor."""
         return math.prod(self.stored.shape) // self.height if self.height else 0
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns of the matrix."""
+        """(rows, columns) of the matrix."""
         width = self.width * self.blocks
         cut = (
             len(range(*self.rows.indices(self.height))),
@@ -107,25 +107,25 @@ class Part:
         return cut[::-1] if self.transposed else cut
 
     @property
-    def turned(self) -> Part:
+    def transpose(self) -> Part:
         """The same matrix, transposed."""
         return replace(self, transposed=not self.transposed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Term:
-    """One low-rank addition, factor · left · right, to rows `first` and following of a matrix."""
+    """A low-rank term factor · left · right, added to the rows of a matrix from `first` on."""
 
     adapter: int
-    """Which adapter, by its place in the request."""
+    """Index of the adapter in the request."""
     left: Part
-    """(rows, rank): B, or A transposed where the base stores (in, out)."""
+    """(rows, rank): B, or A transposed if the base stores (in, out)."""
     right: Part | None
-    """(rank, columns); None is a single 1, so that a vector is added to a column."""
+    """(rank, columns); None is a single 1, to add a vector to a column."""
     scaling: float
-    """What the adapter's configuration says."""
+    """The adapter's configured scaling."""
     factor: float
-    """weight · scaling, rounded once to float64: the exact number that the merge uses."""
+    """weight · scaling, rounded once to float64; the merge uses exactly this number."""
     first: int = 0
 
     @property
@@ -135,13 +135,13 @@ class Term:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns that it is added to."""
+        """(rows, columns) of the product."""
         return self.left.shape[0], self.right.shape[1] if self.right else 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patch:
-    """Rows that take the place of the base's: `places[i]` becomes row i of `stored`."""
+    """Rows that replace the base's: row `places[i]` becomes row i of `stored`."""
 
     adapter: int
     places: tuple[int, ...]
@@ -149,21 +149,21 @@ class Patch:
 
 
 class Change(Protocol):
-    """A new value of a tensor that is no sum of low-rank terms: computed, then rounded once."""
+    """A change that is not a sum of low-rank terms: computed in float64, then rounded once."""
 
     @property
     def whole(self) -> bool:
-        """True where rows cannot be computed apart: the tensor is then one block."""
+        """True if rows cannot be computed separately; the tensor is then one block."""
 
     @property
     def by_row(self) -> bool:
-        """True where a single row can be computed again, to float64's accuracy."""
+        """True if a single row can be recomputed to float64 accuracy."""
 
     def held_elements(self, output: Output) -> int:
-        """Return how many float64 elements are in memory at a time, for the plan."""
+        """Return the peak number of float64 elements in memory, for the plan."""
 
     def begin(self, output: Output, files: Files) -> Rows:
-        """Return what computes rows of the result in float64, from `output.source` and files.
+        """Return a function that computes rows of the result in float64.
 
         Raises InputRefused for values that are not finite.
         """
@@ -175,18 +175,18 @@ class Output:
 
     name: str
     dtype: str
-    """The safetensors type that is written."""
+    """The safetensors dtype to write."""
     shape: tuple[int, ...]
     source: Source
     columns: int
-    """Width of the matrix that the tensor is seen as; terms, patches and changes speak of it."""
+    """Width of the tensor viewed as a matrix, for terms, patches and changes."""
     terms: tuple[Term, ...] = ()
     """Added exactly, in the order of the adapters."""
     patches: tuple[Patch, ...] = ()
     change: Change | None = None
-    """Computes all rows instead; `terms` and `patches` are empty then."""
+    """Computes all rows; then `terms` and `patches` are empty."""
     kind: str = "copied"
-    """`merged`, `replaced` (an adapter's tensor as it is) or `copied`."""
+    """`merged`, `replaced` (by an adapter's tensor) or `copied`."""
 
     @cached_property
     def rows(self) -> int:
@@ -200,14 +200,14 @@ class Output:
 
     @property
     def as_is(self) -> bool:
-        """Say whether the source's bytes are written as they are."""
+        """Return whether the source's bytes are written unchanged."""
         changed = self.terms or self.patches or self.change
         return not changed and self.dtype == self.source.dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Band:
-    """Rows `first` to `end` of an output, to which the same terms are added."""
+    """The rows `first` to `end` of an output, with the same terms."""
 
     first: int
     end: int
@@ -215,7 +215,7 @@ class Band:
 
 
 def bands(output: Output) -> list[Band]:
-    """Cut an output's rows where terms begin and end; bands without terms are there too."""
+    """Split an output's rows where terms begin and end; some bands may have no terms."""
     ends = {0, output.rows}
     for term in output.terms:
         ends |= {term.first, term.first + term.shape[0]}
@@ -234,7 +234,7 @@ def bands(output: Output) -> list[Band]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputShard:
-    """One file of the merged checkpoint: its tensors in the order of their bytes."""
+    """One file of the merged checkpoint, with its tensors in file order."""
 
     name: str
     outputs: tuple[Output, ...]
@@ -247,5 +247,5 @@ class OutputShard:
 
 
 def matrix_columns(shape: tuple[int, ...]) -> int:
-    """Return how wide a tensor is as a matrix: its rows are what its first axis counts."""
+    """Return the width of a tensor viewed as a matrix whose rows are its first axis."""
     return math.prod(shape[1:]) if len(shape) > 1 else 1

@@ -1,7 +1,7 @@
-"""Tuners other than LoRA: PEFT's own layer, built around one base tensor at a time and merged.
+"""Tuners other than LoRA, merged by PEFT's own layer, one base tensor at a time.
 
-The only place of the merge besides `torch_kernel` and `reference` that imports torch. PEFT computes
-in float32, whatever the base's type; the result is rounded once.
+Besides `torch_kernel` and `reference`, only this module of the merge imports torch. PEFT computes
+in float32 for every base dtype; the result is rounded once.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from weightsmith.merging.rounding import F32
 
 Arrays = Mapping[str, np.ndarray]
 State = tuple[Path, tuple[str, ...]]
-WIDE = frozenset({"RANDLORA"})
-"""Tuners whose sums cancel, so that float32 loses a thousandth of the change: float64 for them."""
+FLOAT64_TUNERS = frozenset({"RANDLORA"})
+"""Tuners computed in float64: their sums cancel, and float32 loses a thousandth of the change."""
 _lock = threading.Lock()
-"""One layer at a time: memory stays that of one tensor, and PEFT draws from global generators."""
+"""One layer at a time, to save memory and because PEFT uses global random generators."""
 
 
 def merge_layer(layer: Layer, raw: str, base: Arrays, adapter: Arrays) -> dict[str, np.ndarray]:
-    """Return the layer's merged parameters, `weight` and perhaps `bias`, in float32.
+    """Return the layer's merged parameters, `weight` and possibly `bias`, in float32.
 
-    `raw` is adapter_config.json, `base` the layer's parameters, `adapter` its tensors by their keys
-    in the file. Raises InputRefused where PEFT cannot build or load the layer.
+    `raw` is adapter_config.json, `base` the layer's parameters, `adapter` its tensors by key.
+    Raises InputRefused if PEFT cannot build or load the layer.
     """
     with _lock, _quiet():
         model = _build((layer,), raw, {layer.module: base})
         _load(model, {name: _tensor(value) for name, value in adapter.items()}, layer.module)
         merged = _merged(model, layer)
-        _empty_out(model)
+        _free_memory(model)
         return merged
 
 
-def _empty_out(model: Any) -> None:
-    """Give the weights' memory back at once: modules refer to each other in circles."""
+def _free_memory(model: Any) -> None:
+    """Free the weights' memory at once: modules are in reference cycles."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = torch.empty(0, dtype=tensor.dtype)
 
@@ -59,11 +59,11 @@ def merge_shared_layer(
     state: State,
     folder: Path | None = None,
 ) -> dict[str, np.ndarray]:
-    """Return a layer's merged parameters where layers share projections or banks.
+    """Return a layer's merged parameters if layers share projections or banks.
 
-    All `layers` are built once, around weights that take no memory, and the tuner's tensors are
-    loaded once, from the adapter's file by their names (`state`); each layer gets its real weight
-    only while it is merged. With the base's `folder`, layers come in the order of its model.
+    All `layers` are built once with placeholder weights, and the tuner's tensors (`state`: file and
+    names) are loaded once; each layer has its real weight only while it is merged. With the base's
+    `folder`, layers are in the order of its model.
     """
     with _lock, _quiet():
         return _merged(_shared(layers, raw, state, folder), layer, base)
@@ -83,7 +83,7 @@ def _shared(layers: tuple[Layer, ...], raw: str, state: State, folder: Path | No
 
 
 def _ordered(layers: Sequence[Layer], folder: Path) -> list[Layer]:
-    """Return the layers as the base's model has them, which is built without weights."""
+    """Return the layers in the order of the base's model, which is built without weights."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(
@@ -96,21 +96,21 @@ def _ordered(layers: Sequence[Layer], folder: Path) -> list[Layer]:
             model = kind(config) if kind else transformers.AutoModel.from_config(config)
     except (ValueError, TypeError, AttributeError, ImportError) as error:
         raise InputRefused(
-            f"transformers cannot build a {config.model_type} model, so that the order of its "
-            f"layers is unknown: {error}",
+            f"transformers cannot build a {config.model_type} model to get the order of its "
+            f"layers: {error}",
             hint="serve this adapter unmerged with PEFT",
         ) from error
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
-    if strange := [layer.module for layer in layers if layer.module not in order]:
+    if unknown := [layer.module for layer in layers if layer.module not in order]:
         raise InputRefused(
-            f"a {config.model_type} model has no {strange[0]}: the order of layers is unknown",
+            f"a {config.model_type} model has no {unknown[0]}: the order of layers is unknown",
             hint="serve this adapter unmerged with PEFT",
         )
     return sorted(layers, key=lambda layer: order[layer.module])
 
 
 def _build(layers: Sequence[Layer], raw: str, base: Mapping[str, Arrays]) -> Any:
-    """Return a PEFT model of nothing but these layers, each at its own path."""
+    """Return a PEFT model of only these layers, each at its path."""
     from peft import get_peft_model
 
     root = nn.Module()
@@ -123,20 +123,19 @@ def _build(layers: Sequence[Layer], raw: str, base: Mapping[str, Arrays]) -> Any
         parent.add_module(last, _plain(layer, base.get(layer.module)))
     try:
         config = _config(json.loads(raw), layers)
-        # Tuners that draw or decompose at random do it again here: as from a fresh start.
+        # Some tuners draw at random here, so make it reproducible.
         torch.manual_seed(0)
         model = get_peft_model(root, config).eval()
-        return model.double() if str(config.peft_type) in WIDE else model
+        return model.double() if str(config.peft_type) in FLOAT64_TUNERS else model
     except (ValueError, TypeError, KeyError, NotImplementedError, ImportError) as error:
         raise InputRefused(
-            f"PEFT cannot build {json.loads(raw).get('peft_type')} around {layers[0].module}: "
-            f"{error}",
+            f"PEFT cannot build {json.loads(raw).get('peft_type')} for {layers[0].module}: {error}",
             hint="serve this adapter unmerged with PEFT",
         ) from error
 
 
 def _plain(layer: Layer, base: Arrays | None) -> nn.Module:
-    """Return the layer with its weights, or with one number in place of all of them."""
+    """Return the layer with its weights, or with an expanded zero as placeholder."""
     made = _empty(layer)
     for name, parameter in list(made.named_parameters()):
         if base is not None and name in base:
@@ -168,27 +167,27 @@ def _empty(layer: Layer) -> nn.Module:
 
 
 def _config(raw: dict[str, Any], layers: Sequence[Layer]) -> Any:
-    """Return PEFT's configuration of these layers alone, which it must not look for elsewhere."""
+    """Return PEFT's configuration restricted to these layers."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     kind = PEFT_TYPE_TO_CONFIG_MAPPING[raw["peft_type"]]
     known = kind.__dataclass_fields__
     modules = [layer.module for layer in layers]
-    wanted = {name: value for name, value in raw.items() if name in known}
-    wanted |= {"inference_mode": True, "task_type": None, "modules_to_save": None}
-    wanted["target_modules"] = modules
-    # Which layers, and what of their own parameters was trained, is known already.
-    wanted |= dict.fromkeys(("layers_to_transform", "layers_pattern", "exclude_modules"))
-    wanted["bias"] = "none"
+    settings = {name: value for name, value in raw.items() if name in known}
+    settings |= {"inference_mode": True, "task_type": None, "modules_to_save": None}
+    settings["target_modules"] = modules
+    # `layers` already says which layers, and the biases are handled elsewhere.
+    settings |= dict.fromkeys(("layers_to_transform", "layers_pattern", "exclude_modules"))
+    settings["bias"] = "none"
     if feedforward := raw.get("feedforward_modules"):
-        wanted["feedforward_modules"] = [m for m in modules if _named(m, feedforward)]
+        settings["feedforward_modules"] = [m for m in modules if _named(m, feedforward)]
     if raw["peft_type"] == "ADALORA" and raw.get("rank_pattern"):
-        wanted["rank_pattern"] = {
+        settings["rank_pattern"] = {
             name: kept
             for name, kept in raw["rank_pattern"].items()
             if name.startswith(tuple(f"{module}." for module in modules))
         }
-    config = kind(**{name: value for name, value in wanted.items() if name in known})
+    config = kind(**{name: value for name, value in settings.items() if name in known})
     config.peft_type = raw["peft_type"]
     return config
 
@@ -202,7 +201,7 @@ def _named(module: str, names: str | list[str]) -> bool:
 
 
 def _tensor(value: np.ndarray) -> torch.Tensor:
-    """Return floats as float32, and indices as they are."""
+    """Return floats as float32, integers and booleans unchanged."""
     kept = value.dtype.kind in "iu" or value.dtype == np.bool_
     return torch.from_numpy(value.copy() if kept else value.astype(F32))
 
@@ -214,20 +213,20 @@ def _load(model: Any, tensors: Mapping[str, torch.Tensor], what: str) -> None:
         result = set_peft_model_state_dict(model, dict(tensors))
     except (RuntimeError, ValueError, KeyError) as error:
         raise InputRefused(
-            f"the adapter's tensors of {what} do not fit: {error}",
-            hint="configuration and weights are of different trainings; export both together",
+            f"the adapter's tensors for {what} do not fit: {error}",
+            hint="configuration and weights are from different trainings; export both together",
         ) from error
-    strange = list(result.unexpected_keys)
-    strange += _missing(model, result.missing_keys)
-    if strange:
+    faulty = list(result.unexpected_keys)
+    faulty += _missing(model, result.missing_keys)
+    if faulty:
         raise InputRefused(
-            f"the adapter's tensors of {what} are incomplete or unknown: {', '.join(strange[:5])}",
+            f"missing or unknown adapter tensors for {what}: {', '.join(faulty[:5])}",
             hint="export the adapter again with PEFT's save_pretrained",
         )
 
 
 def _missing(model: Any, names: Sequence[str]) -> list[str]:
-    """Return trained parameters that were not loaded, under any of the names that they have."""
+    """Return trained parameters that were not loaded under any of their names."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     loaded = {id(parameter) for name, parameter in parameters.items() if name not in names}
     return [
@@ -240,10 +239,10 @@ def _missing(model: Any, names: Sequence[str]) -> list[str]:
 
 
 def _merged(model: Any, layer: Layer, base: Arrays | None = None) -> dict[str, np.ndarray]:
-    """Merge one layer and return its parameters; with `base`, around these for the moment."""
+    """Merge one layer and return its parameters; `base` replaces placeholders temporarily."""
     tuned = model.base_model.model.get_submodule(layer.module)
     plain = tuned.get_base_layer()
-    stand_ins = {name: parameter.data for name, parameter in plain.named_parameters()}
+    placeholders = {name: parameter.data for name, parameter in plain.named_parameters()}
     for name, value in (base or {}).items():
         parameter = plain.get_parameter(name)
         parameter.data = _tensor(value).to(parameter.dtype)
@@ -255,17 +254,17 @@ def _merged(model: Any, layer: Layer, base: Arrays | None = None) -> dict[str, n
             f"PEFT cannot merge {layer.module}: {error}",
             hint="serve this adapter unmerged with PEFT",
         ) from error
-    # The layer may have been replaced by one that was trained as a whole.
+    # PEFT may have replaced the layer by a fully trained one.
     result = {name: p.data.numpy() for name, p in tuned.get_base_layer().named_parameters()}
     if base is not None:
         tuned.merged_adapters.clear()
-        for name, stand_in in stand_ins.items():
-            plain.get_parameter(name).data = stand_in
+        for name, placeholder in placeholders.items():
+            plain.get_parameter(name).data = placeholder
     return result
 
 
 class _quiet(warnings.catch_warnings):  # noqa: N801 - used like a function
-    """Leave out PEFT's warnings about models without a configuration and adapters' order."""
+    """Suppress PEFT's warnings about models without configuration and adapter order."""
 
     def __enter__(self) -> Any:
         entered = super().__enter__()

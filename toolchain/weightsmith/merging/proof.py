@@ -1,11 +1,11 @@
-"""The written file, read back: nothing but what was computed, and computed rightly.
+"""Read back a written shard and check that it was computed and written correctly.
 
-Two checks together leave no byte out. A projection of the bytes onto random odd numbers, taken
-while they were written, is taken again from the file: one wrong byte always changes it. And each
-merged tensor, projected onto a random vector, is compared with the projections of base and factors
-(Freivalds, "Probabilistic machines can use less running time", 1977), row by row, which a wrong
-scaling, order, place or transposition cannot pass; a row that looks odd is recomputed in float64,
-and so are a few more.
+Two checks cover every byte. A checksum of the bytes (a projection onto random odd numbers), taken
+while writing, is compared with the file's: a single wrong byte always changes it. And each merged
+tensor, projected onto random vectors, is compared with the projections of base and factors
+(Freivalds, "Probabilistic machines can use less running time", 1977), row by row, which detects a
+wrong scaling, order, position or transposition; suspicious rows and a few random ones are
+recomputed in float64.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from weightsmith.merging.rounding import F32, F64, FORMATS, round_once
 from weightsmith.merging.stream import ARRAY_TYPES, Checksum, OpenFiles, Reader, as_bytes, continued
 
 ROWS = 16
-"""Rows per tensor that are recomputed element by element."""
+"""Random rows per tensor that are recomputed element by element."""
 _BLOCK = 1 << 17
 """Elements per block."""
 _COPY = 1 << 20
 _VECTORS = 2
-"""Random vectors per tensor: one alone misses a wrong row in about a hundred."""
+"""Random vectors per tensor: a single one misses about one wrong row in a hundred."""
 _SIGMAS = 6.0
-"""How odd a row's projection must be, in standard deviations of its roundings, to be recomputed."""
+"""Deviation of a row's projection, in standard deviations of rounding, to be recomputed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
-    """What reading back a shard showed beside being right."""
+    """Result of a successful check of a shard."""
 
     unchanged: tuple[str, ...]
-    """Tensors that an adapter changes and that came out as the base's bits."""
+    """Tensors that an adapter changes but that equal the base's bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ class _Written:
     output: Output
     info: TensorInfo
     checksums: tuple[Checksum, ...]
-    """Of its bytes, as they were computed."""
+    """Checksums of its bytes, taken while writing."""
     reader: Reader
     files: OpenFiles
     """The inputs."""
@@ -61,13 +61,13 @@ class _Written:
         return self.reader.rows(self.info, row, 1, self.output.columns)
 
     def pieces(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Read all bytes once, and prove that they are those that were computed.
+        """Read all bytes once, and check them against their checksums.
 
-        Yields pieces of whole rows with the number of their first row.
+        Yields pieces of whole rows with the index of their first row.
         """
         row = self.info.size // self.output.rows
         step = max(1, _BLOCK // self.output.columns) * row
-        for start, data in _proven(self.reader, self.checksums):
+        for start, data in _checked_blocks(self.reader, self.checksums):
             for at in range(0, len(data), step):
                 piece = data[at : at + step].view(ARRAY_TYPES[self.info.dtype])
                 first = (start + at - self.info.start) // row
@@ -83,10 +83,10 @@ def prove(
     *,
     exact: bool,
 ) -> Proof:
-    """Check a written shard against its plan; `checksums` are those of the bytes as computed.
+    """Check a written shard against its plan; `checksums` were taken while writing.
 
-    These are in the order of the file: first the header's, then each tensor's, in whole rows where
-    the tensor is changed. Raises CheckFailed naming the first tensor that is off, or the file.
+    They are in file order: first the header's, then each tensor's, in whole rows if the tensor is
+    changed. Raises CheckFailed with the first wrong tensor or the file.
     """
     reader, left = Reader(path), deque(checksums)
     checks: list[tuple[str, Future[bool]]] = []
@@ -112,24 +112,24 @@ def prove(
 
 
 def _headers(shard: OutputShard, path: Path) -> dict[str, TensorInfo]:
-    """Read the written table of contents, and compare it with the plan."""
+    """Read the written header, and compare it with the plan."""
     infos = read_header(path).tensors
-    wanted = [(output.name, output.dtype, tuple(output.shape)) for output in shard.outputs]
-    if sorted(wanted) != sorted((info.name, info.dtype, info.shape) for info in infos):
+    expected = [(output.name, output.dtype, tuple(output.shape)) for output in shard.outputs]
+    if sorted(expected) != sorted((info.name, info.dtype, info.shape) for info in infos):
         raise CheckFailed(
-            f"{path.name} was written wrong: its header is not what was planned",
+            f"{path.name} was written wrongly: its header differs from the plan",
             hint="memory or disk may be faulty: merge again, on another machine if it recurs",
         )
     return {info.name: info for info in infos}
 
 
-def _proven(
+def _checked_blocks(
     reader: Reader, checksums: Iterable[Checksum], most: int | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Take the projection of the bytes again, block by block as they were written, and yield them.
+    """Yield the file's bytes in the blocks that were written, checking each block's checksum.
 
-    `most` bounds what is read at once, where blocks need not come whole. Raises CheckFailed after a
-    block that is not what was written.
+    `most` limits the bytes read at once, if blocks need not be whole. Raises CheckFailed after a
+    block with a wrong checksum.
     """
     for checksum in checksums:
         value, end = 0, checksum.start + checksum.size
@@ -140,20 +140,20 @@ def _proven(
             yield start, data
         if value != checksum.value:
             raise CheckFailed(
-                f"{reader.path.name} holds other bytes than were written between "
+                f"{reader.path.name} differs from what was written between bytes "
                 f"{checksum.start} and {end}",
                 hint="the disk may be faulty: merge again, to another disk if it recurs",
             )
 
 
 def _check_bytes(reader: Reader, checksums: tuple[Checksum, ...]) -> None:
-    """Read all bytes, and prove that they are those that were computed."""
-    for _ in _proven(reader, checksums, _COPY):
+    """Read all bytes, and check them against their checksums."""
+    for _ in _checked_blocks(reader, checksums, _COPY):
         pass
 
 
 def _check(written: _Written, *, exact: bool) -> bool:
-    """Check one tensor, and say whether it differs from the base's bits."""
+    """Check one tensor; return whether it differs from the base's bits."""
     if written.output.terms:
         return _project(written, exact=exact)
     if written.output.change is not None:
@@ -166,15 +166,15 @@ def _check(written: _Written, *, exact: bool) -> bool:
 
 
 def _project(written: _Written, *, exact: bool) -> bool:
-    """Compare W'x with Wx + Σ factor · B(Ax), x random signs; recompute rows that look odd."""
+    """Compare W'x with Wx + Σ factor · B(Ax) for random signs x; recompute suspicious rows."""
     output, files = written.output, written.files
     work = F64 if output.dtype == "F32" else F32
     random = np.random.default_rng(_seed(output.name))
     signs = random.integers(0, 2, (_VECTORS, output.columns)).astype(work) * 2 - 1
     factors = _loaded(output, files)
-    wanted = np.zeros((output.rows, _VECTORS))
+    expected = np.zeros((output.rows, _VECTORS))
     for some in factors:
-        some.projected(signs.T.astype(F64), wanted)
+        some.projected(signs.T.astype(F64), expected)
     rows = set(random.integers(0, output.rows, ROWS).tolist())
     moved = output.kind == "replaced"
     form = FORMATS[ARRAY_TYPES[output.dtype]]
@@ -183,12 +183,12 @@ def _project(written: _Written, *, exact: bool) -> bool:
         base = output.source.rows(files, first, count, output.columns)
         moved = moved or _differ(base, found)
         change = found.astype(work)
-        # A rounding is off by at most half a unit: uniform, its variance is a third of its square.
+        # A rounding error is uniform up to half a unit, so its variance is a third of its square.
         size = np.vecdot(change, change) * 4.0**-form.precision / 3
         size += output.columns * 4.0 ** (form.least - form.precision)
         np.subtract(change, base, out=change, dtype=work)
-        # One vector at a time: products of narrow matrices are slow.
-        off = np.stack([change @ some for some in signs], 1) - wanted[first : first + count]
+        # One vector at a time: products with narrow matrices are slow.
+        off = np.stack([change @ some for some in signs], 1) - expected[first : first + count]
         fine = (np.abs(off).max(1) <= _SIGMAS * np.sqrt(size)) & np.isfinite(size)
         rows.update((np.flatnonzero(~fine) + first).tolist())
     ordered = sorted(rows)
@@ -210,14 +210,14 @@ def _compare_rows(
 
 @dataclass(frozen=True, slots=True)
 class _Factors:
-    """A term with its matrices in memory."""
+    """A term with its factors in memory."""
 
     term: Term
     left: np.ndarray
     right: np.ndarray
 
     def projected(self, signs: np.ndarray, into: np.ndarray) -> None:
-        """Add factor · B(Ax) of its rows, in float64."""
+        """Add factor · B(Ax) to its rows, in float64."""
         step = max(1, _BLOCK // self.right.shape[1])
         inner = [
             self.right[at : at + step].astype(F64) @ signs for at in range(0, self.term.rank, step)
@@ -230,7 +230,7 @@ class _Factors:
             into[place : place + len(part)] += part @ product
 
     def add_rows(self, rows: np.ndarray, total: np.ndarray) -> None:
-        """Add its part of some rows of the output, (rows, columns), in float64."""
+        """Add its part to some rows of the output, (rows, columns), in float64."""
         own = np.flatnonzero((rows >= self.term.first) & (rows < self.term.first + len(self.left)))
         left = self.left[rows[own] - self.term.first].astype(F64)
         step = max(1, _BLOCK // self.right.shape[1])
@@ -262,23 +262,23 @@ def _patched(patch: Patch, files: OpenFiles, row: int, columns: int) -> np.ndarr
     return patch.stored.rows(files, place, 1, columns).astype(F64)
 
 
-def _compare(output: Output, wanted: np.ndarray, found: np.ndarray, exact: bool) -> None:
-    """Allow half a unit in the last place, and what float64 or, for `fast`, float32 may be off."""
+def _compare(output: Output, expected: np.ndarray, found: np.ndarray, exact: bool) -> None:
+    """Compare with a tolerance of half a unit plus the error of float64 (`fast`: float32)."""
     form = FORMATS[found.dtype]
-    size = np.abs(wanted)
+    size = np.abs(expected)
     room = size * 2.0**-form.precision * (1 + 2.0**-20) + 2.0 ** (form.least - form.precision)
-    # Sums that cancel are off by a part of what went in, which the row's largest value bounds.
+    # For sums that cancel, the error is relative to the row's largest value.
     room += size.max(1, keepdims=True) * (2.0**-40 if exact else 2.0**-16)
-    off = np.abs(found.astype(F64) - wanted) > room
+    off = np.abs(found.astype(F64) - expected) > room
     if off.any() or not np.isfinite(found).all():
         raise _wrong(output, int(off.sum()), off.size)
 
 
 def _recompute(written: _Written) -> bool:
-    """Compute some rows of a change again; say whether any differs from the base's bits.
+    """Recompute some rows of a change; return whether any row differs from the base's bits.
 
-    A change that cannot be computed row by row would take as long as the merge: its bytes are known
-    to be those that were computed, and that is all.
+    A change that cannot be computed row by row is not recomputed, because that would take as long
+    as the merge; only its checksums are checked.
     """
     output, files = written.output, written.files
     if output.change is None or not output.change.by_row:
@@ -301,7 +301,7 @@ def _recompute(written: _Written) -> bool:
 def _compare_bytes(written: _Written, source: Stored) -> None:
     """Compare every byte with the source's."""
     reader = written.files.reader(source.path)
-    for start, data in _proven(written.reader, written.checksums, _COPY):
+    for start, data in _checked_blocks(written.reader, written.checksums, _COPY):
         place = source.info.start + start - written.info.start
         off = reader.read_into(np.empty_like(data), place) != data
         if off.any():
@@ -309,7 +309,7 @@ def _compare_bytes(written: _Written, source: Stored) -> None:
 
 
 def _compare_values(written: _Written) -> bool:
-    """Compare every element with the source's, cast and patched; say whether a patch differs."""
+    """Compare every element with the source, cast and patched; return whether a patch differs."""
     output, files = written.output, written.files
     moved = not output.patches
     for patch in output.patches:
@@ -319,18 +319,18 @@ def _compare_values(written: _Written) -> bool:
     patched = {row for patch in output.patches for row in patch.places}
     for first, found in written.pieces():
         count = len(found)
-        wanted = output.source.rows(files, first, count, output.columns).astype(F64)
+        expected = output.source.rows(files, first, count, output.columns).astype(F64)
         for row in patched & set(range(first, first + count)):
-            wanted[row - first] = _source_row(output, files, row)[0]
-        off = round_once(wanted, found.dtype).view(_bits(found)) != found.view(_bits(found))
-        off &= ~np.isnan(wanted)
+            expected[row - first] = _source_row(output, files, row)[0]
+        off = round_once(expected, found.dtype).view(_bits(found)) != found.view(_bits(found))
+        off &= ~np.isnan(expected)
         if off.any():
             raise _wrong(output, int(off.sum()), off.size)
     return moved
 
 
 def _differ(base: np.ndarray, found: np.ndarray) -> bool:
-    """Say whether any bit of a result differs from the base's, rounded to the result's type."""
+    """Return whether a result differs from the base rounded to the result's dtype."""
     if base.dtype != found.dtype:
         base = round_once(base.astype(F64), found.dtype)
     return not np.array_equal(base.view(_bits(base)), found.view(_bits(found)))
@@ -341,12 +341,12 @@ def _bits(array: np.ndarray) -> np.dtype:
 
 
 def _seed(name: str) -> int:
-    """Draw by the tensor's name, so that a failure can be seen again."""
+    """Return a seed from the tensor's name, so that a failure is reproducible."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
 
 
 def _wrong(output: Output, off: int, size: int) -> CheckFailed:
     return CheckFailed(
-        f"{output.name} was written wrong: {off} of {size} elements that were compared differ",
+        f"{output.name} was written wrongly: {off} of {size} compared elements differ",
         hint="memory or disk may be faulty: merge again, on another machine if it recurs",
     )

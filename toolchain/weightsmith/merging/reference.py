@@ -1,4 +1,4 @@
-"""What the model should answer: base, or base with unmerged adapters, greedy, in float32."""
+"""Reference answers: base, or base with unmerged adapters, greedy, in float32."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Message = Mapping[str, str]
 Progress = Callable[[int, int], None]
 
 _BATCH_TOKENS = 2048
-"""Prompt tokens of one batch: enough to share the weights' way through memory, few to hold."""
+"""Prompt tokens per batch: enough to reuse the weights, few enough for memory."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _TEMPLATE = "chat_template.jinja"
 
@@ -34,15 +34,14 @@ def answer(
     max_tokens: int,
     progress: Progress | None = None,
 ) -> list[dict[str, str]]:
-    """Return one greedy answer per item, in order, from local files alone.
+    """Return one greedy answer per item, in order, from local files only.
 
-    Each has `answer` and `finish_reason`: `stop` where the model ended it, `length` where it was
-    cut off.
+    Each has `answer` and `finish_reason`: `stop` if the model ended it, `length` if it was cut off.
 
-    Adapters stay unmerged and act side by side, each times its weight: what training saw. Items are
-    chat messages in the folder's own chat template (an adapter's, where it brings one); without a
-    template, an item's single message is completed as plain text. `progress` is called with
-    items done and items in all. Raises InputRefused for folders that need code of their own.
+    Adapters stay unmerged and act in parallel, each times its weight, as in training. Items are
+    chat messages, rendered by the model's chat template (or an adapter's, if it has one); without a
+    template, an item's single message is completed as plain text. `progress` is called with items
+    done and total items. Raises InputRefused for folders that need code of their own.
     """
     stay_offline()
     with modest_threads():
@@ -50,16 +49,16 @@ def answer(
 
 
 def stay_offline() -> None:
-    """Keep the libraries from the network, whatever the environment says."""
+    """Keep libraries off the network, regardless of the environment."""
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 
 @contextmanager
 def modest_threads() -> Iterator[None]:
-    """Leave one CPU to others while the block runs.
+    """Leave one CPU free while the block runs.
 
-    OpenMP's barriers wait for a thread that was preempted, which on a busy machine with two CPUs
-    made answers five times slower than a single thread.
+    OpenMP's barriers wait for preempted threads, which on a busy machine with two CPUs made answers
+    five times slower than a single thread.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
@@ -92,7 +91,7 @@ def _answer(
 
 
 def load_tokenizer(model: Path, adapters: Sequence[tuple[Path, float]]) -> Any:
-    """Load the tokenizer of the last adapter that has one, or the base's; likewise the template."""
+    """Load tokenizer and chat template of the last adapter that has them, else the base's."""
     from transformers import AutoTokenizer
 
     folder, template, author = model, "", model
@@ -110,14 +109,14 @@ def load_tokenizer(model: Path, adapters: Sequence[tuple[Path, float]]) -> Any:
         tokenizer.chat_template, author = base.chat_template, model
     if template:
         tokenizer.chat_template = template
-    tokenizer.name_or_path = str(author)  # for messages: whose template it is
+    tokenizer.name_or_path = str(author)  # for error messages about the template
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_network(model: Path, adapters: Sequence[tuple[Path, float]]) -> Any:
-    """Load the model in float32, and the adapters on it, all active at once."""
+    """Load the model in float32 with all adapters active."""
     from transformers import AutoModelForCausalLM
 
     check_model_folder(model)
@@ -159,9 +158,9 @@ def _with_adapters(network: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
 
 
 def _check_together(adapters: Sequence[tuple[Path, float]]) -> None:
-    """Refuse what PEFT's forward pass cannot say: weights and sums of other than low-rank terms.
+    """Refuse weighted sums that PEFT's forward pass cannot compute: of other than low-rank terms.
 
-    PEFT scales B·A alone, also inside DoRA's lengths, and activates one set of saved modules.
+    PEFT scales only B·A, also inside DoRA's norms, and activates one set of saved modules.
     """
     if len(adapters) == 1 and adapters[0][1] == 1.0:
         return
@@ -173,9 +172,8 @@ def _check_together(adapters: Sequence[tuple[Path, float]]) -> None:
         if config.kind != "LORA" or used:
             raise InputRefused(
                 f"{root} is {config.kind} with {', '.join(used) or 'no low-rank factors'}: "
-                "PEFT has no unmerged forward pass for its part of a weighted sum",
-                hint="evaluate it by itself at weight 1, or leave the comparison with the adapter "
-                "out",
+                "PEFT cannot evaluate it unmerged in a weighted sum",
+                hint="evaluate it alone at weight 1, or omit the comparison with the adapter",
             )
 
 
@@ -183,19 +181,19 @@ def prompt_tokens(tokenizer: Any, item: Sequence[Message], model: Path) -> list[
     """Return an item's token ids."""
     if tokenizer.chat_template:
         text = render_chat(tokenizer, item, answer=True)
-        with doing(f"cutting text into tokens by the tokenizer of {model}"):
-            # The template writes the begin token itself.
+        with doing(f"tokenizing with the tokenizer of {model}"):
+            # The template adds the begin token.
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if len(item) != 1:
         raise InputRefused(
-            f"{model} has no chat template, and an item has {len(item)} messages",
+            f"{model} has no chat template, but an item has {len(item)} messages",
             hint="give plain prompts, or add chat_template.jinja to the model or the adapter",
         )
     return list(tokenizer(item[0]["content"])["input_ids"])
 
 
 def _batches(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Yield places of prompts of like length, so that little is padded."""
+    """Yield indices of prompts with similar lengths, to reduce padding."""
     batch: list[int] = []
     for place in sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i)):
         if batch and (len(batch) + 1) * len(prompts[place]) > _BATCH_TOKENS:
@@ -210,14 +208,14 @@ def _batches(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
 def _generate(
     network: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_tokens: int
 ) -> list[dict[str, str]]:
-    """Complete a batch, padded on the left; padding is masked and positions count without it."""
+    """Complete a batch, padded on the left; padding is masked and not counted in positions."""
     from transformers import GenerationConfig
 
     width = max(1, max(len(prompt) for prompt in prompts))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    # Greedy whatever generation_config.json says of sampling and penalties; only its ends count.
+    # Ignore sampling and penalties in generation_config.json; only its end tokens are used.
     ends = _ends(network, tokenizer)
     greedy = GenerationConfig(
         do_sample=False,
@@ -240,7 +238,7 @@ def _generate(
 
 
 def _ends(network: Any, tokenizer: Any) -> list[int] | None:
-    """Return every token that ends an answer for the model, its generation config or tokenizer."""
+    """Return the end tokens of the model, its generation config and its tokenizer."""
     ends: list[int] = []
     given = (
         network.generation_config.eos_token_id,

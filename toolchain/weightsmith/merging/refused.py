@@ -1,10 +1,10 @@
-"""PEFT's methods that no merged weight can stand for, and what to do with them instead."""
+"""PEFT methods that cannot be merged, and why."""
 
 from __future__ import annotations
 
 _PROMPT = "it adds tokens or keys and values to the input and changes no weight"
 _ROUTED = "its weights depend on the input"
-_LAYERS = "it adds layers of its own to the model"
+_LAYERS = "it adds layers to the model"
 
 REFUSED = {
     "PROMPT_TUNING": _PROMPT,
@@ -18,17 +18,17 @@ REFUSED = {
     "POLY": _ROUTED,
     "LILY": "its factors are shared between layers and chosen by a router",
     "SHADOW": _LAYERS,
-    "ADAMSS": "which rows a factor acts on is in no file: PEFT clusters the base's weights anew at "
-    "each loading, by scikit-learn and a random SVD whose last bits depend on the machine",
+    "ADAMSS": "the rows that a factor changes are not saved: PEFT clusters the base's weights on "
+    "each load, with scikit-learn and a random SVD whose last bits depend on the machine",
 }
-"""`peft_type` -> why there is no merge."""
+"""`peft_type` -> why it cannot be merged."""
 
 SETTINGS = {
-    "use_qalora": "QALoRA's factors act on groups of inputs of a GPTQ base and have no merged form",
-    "alora_invocation_tokens": "activated LoRA (aLoRA) acts only after its invocation tokens",
-    "arrow_config": "Arrow routes every token to other adapters",
-    "megatron_config": "Megatron's parallel layers split the weights in a way of their own",
+    "use_qalora": "QALoRA's factors act on groups of inputs of a GPTQ base",
+    "alora_invocation_tokens": "activated LoRA (aLoRA) is active only after its invocation tokens",
+    "arrow_config": "Arrow chooses adapters for each token",
+    "megatron_config": "Megatron's parallel layers split the weights in their own way",
 }
-"""Setting of a LoRA configuration -> why there is no merge."""
+"""Setting of a LoRA configuration -> why it cannot be merged."""
 
-UNMERGED = "serve it unmerged, with PEFT's own forward pass"
+UNMERGED = "serve it unmerged with PEFT"

@@ -1,4 +1,4 @@
-"""The few elements that float arithmetic could not decide: float64 first, exact integers last."""
+"""Round the few elements that the first pass could not: in float64, else with exact integers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 from weightsmith.merging.rounding import F64, FORMATS, Binary, round_dyadic, round_once
 
 _CHUNK = 1 << 18
-"""Products at once: what the second-level cache holds, in float64."""
+"""Products computed at once: they fit into the second-level cache in float64."""
 _UNIT = 2.0**-53
 
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
-    """The exact addition to one tensor, Σₖ gain[k] · left[:, k] · right[k, :].
+    """The addition to one tensor, Σₖ gain[k] · left[:, k] · right[k, :].
 
     `left` (rows, K) and `right` (K, columns) are float32 and finite, `gains` (K,) is float64.
     """
@@ -27,7 +27,7 @@ class Factors:
 
     @cached_property
     def columns(self) -> np.ndarray:
-        """`right` transposed, so that a column is read from one place."""
+        """`right` transposed, so that a column is contiguous."""
         return np.ascontiguousarray(self.right.T)
 
     @cached_property
@@ -42,7 +42,7 @@ class Factors:
 
 
 def _norms(matrix: np.ndarray, gains: np.ndarray) -> np.ndarray:
-    """Return ‖gains · row‖ of each row in float64, some rows at a time to keep memory small."""
+    """Return ‖gains · row‖ of each row in float64, some rows at a time to save memory."""
     step = max(1, _CHUNK // max(1, matrix.shape[1]))
     parts = [np.empty(0)]
     for start in range(0, len(matrix), step):
@@ -54,13 +54,13 @@ def _norms(matrix: np.ndarray, gains: np.ndarray) -> np.ndarray:
 
 @dataclass(slots=True)
 class Repairs:
-    """How many elements needed more than the first pass, and where they were decided."""
+    """Numbers of elements decided in float64, and by exact integers."""
 
     float64: int = 0
     exact: int = 0
 
     def since(self, before: Repairs) -> Repairs:
-        """Return how many more they are than they were."""
+        """Return the increase since `before`."""
         return Repairs(self.float64 - before.float64, self.exact - before.exact)
 
 
@@ -95,12 +95,11 @@ def _decide(
     dtype: np.dtype,
     done: Repairs,
 ) -> np.ndarray:
-    """Round n sums, given their factors (n, K) and what Σ|terms| cannot exceed.
+    """Round n sums, given their factors (n, K) and an upper bound `reach` of Σ|terms|.
 
-    The product of a gain and a float32 is rounded once, and its product with another float32 once
-    more at most, so that the sum of K of them has an error below (K + 2) · 2**-53 · Σ|terms| to
-    first order, in any order of summation (Higham, "Accuracy and Stability of Numerical
-    Algorithms", section 3.1). The bound is generous.
+    gain · left · right has at most two roundings, so the sum of K terms has an error below
+    (K + 2) · 2**-53 · Σ|terms| to first order, in any order of summation (Higham, "Accuracy and
+    Stability of Numerical Algorithms", section 3.1). The bound used is larger.
     """
     form = FORMATS[dtype]
     with np.errstate(over="ignore", invalid="ignore"):
@@ -122,9 +121,9 @@ def _decide(
 def _exact(
     left: np.ndarray, right: np.ndarray, gains: np.ndarray, base: float, form: Binary
 ) -> int:
-    """Return the bits of base + Σ gain · left · right, rounded once from the exact number.
+    """Return the bits of base + Σ gain · left · right, rounded once from the exact value.
 
-    A sum of exact zero is +0, but adding nothing leaves the base as it is, its sign included.
+    A sum of exactly zero is +0, but adding zero keeps the base with its sign.
     """
     (lm, le), (rm, re), (gm, ge) = _integers(left), _integers(right), _integers(gains)
     exponents = [a + b + c for a, b, c in zip(le, re, ge, strict=True)]

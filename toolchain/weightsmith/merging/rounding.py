@@ -21,7 +21,7 @@ class Binary:
     """The unsigned integer of the same width."""
     width: int
     precision: int
-    """Bits of the significand, the implicit one included."""
+    """Significand bits, including the implicit one."""
     least: int
     """Exponent of the smallest normal number."""
 
@@ -44,9 +44,9 @@ FORMATS = {BF16: _binary(BF16, 8, -126), F16: _binary(F16, 11, -14), F32: _binar
 def round_once(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Return float64 or float32 values rounded once to bfloat16, float16 or float32.
 
-    numpy goes from float64 to bfloat16 through float32 and so rounds twice. Here the float32 step
-    rounds to odd, which keeps the second rounding right because float32 has more than two bits to
-    spare (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
+    numpy casts float64 to bfloat16 via float32 and so rounds twice. Here the float32 step rounds to
+    odd, which keeps the second rounding correct because float32 has more than two extra bits
+    (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
     """
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         if values.dtype != F64 or dtype == F32:
@@ -63,7 +63,7 @@ def round_once(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def round_dyadic(numerator: int, exponent: int, form: Binary) -> int:
     """Return the bits of numerator · 2**exponent (not 0) rounded once; overflow gives infinity."""
     sign, magnitude = int(numerator < 0), abs(numerator)
-    # Exponent of one unit in the last place, never below the subnormals'.
+    # Exponent of one unit in the last place, at least the subnormals'.
     unit = max(magnitude.bit_length() + exponent, form.least + 1) - form.precision
     shift = unit - exponent
     if shift <= 0:

@@ -1,4 +1,4 @@
-"""One shard at a time: blocks are computed by several workers and written in their order."""
+"""Write shards: blocks are computed by several workers and written in order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from weightsmith.checkpoints.safetensors import build_header
 from weightsmith.errors import InputRefused
-from weightsmith.merging.fast import LEAST, merge_rows_fast
+from weightsmith.merging.fast import MIN_SIZE, merge_rows_fast
 from weightsmith.merging.kernel import (
     PIECE,
     Addition,
@@ -32,19 +32,19 @@ from weightsmith.merging.stream import ARRAY_TYPES, OpenFiles, Writer, as_bytes
 from weightsmith.merging.tally import Tally
 
 BLOCK = 1 << 20
-"""Elements per block on the CPU: repairs and hand-overs cost the less, the larger it is."""
+"""Elements per block on the CPU; larger blocks reduce the overhead of repairs and queues."""
 _COPY_BYTES = 1 << 20
 _AHEAD = 2
-"""Blocks in flight per worker: enough that nobody waits, few enough to keep memory small."""
+"""Blocks in flight per worker: enough to keep workers busy with little memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How blocks are computed; none of it changes the bytes of an exact merge."""
+    """How blocks are computed; does not affect the bytes of an exact merge."""
 
     exact: bool
     torch: bool
-    """Whether torch multiplies: on a GPU, or for `fast` where numpy's products are not torch's."""
+    """Use torch: on a GPU, or for `fast` if numpy's products differ from torch's."""
     device: str
     workers: int
     block: int = BLOCK
@@ -52,7 +52,7 @@ class Settings:
 
 
 Block = Callable[[], np.ndarray]
-"""Computes what is written next."""
+"""Computes the next data to write."""
 
 
 class ShardMaker:
@@ -66,14 +66,14 @@ class ShardMaker:
         self._on_device: tuple[Prepared, Any] | None = None
 
     def close(self) -> None:
-        """Stop the workers and give the files back."""
+        """Stop the workers and close the files."""
         self.pool.shutdown(wait=True, cancel_futures=True)
         self.files.close()
 
     def write(self, shard: OutputShard, path: Path, progress: Callable[[int], None]) -> Writer:
-        """Write a shard, its tensors in their order; return the file, which is yet to be finished.
+        """Write a shard's tensors in order; return the writer, which must still be finished.
 
-        `progress` is called with the bytes of each block once they are written.
+        `progress` is called with the bytes of each written block.
         """
         tensors = [(output.name, output.dtype, output.shape) for output in shard.outputs]
         header = build_header(tensors, {"format": "pt"})
@@ -94,26 +94,26 @@ class ShardMaker:
             writer.abandon()
             raise
         finally:
-            # Workers may still compute: nothing of theirs may end up in the next shard.
+            # Wait for workers that still compute, so that nothing leaks into the next shard.
             for future in waiting:
                 if not future.cancelled():
                     future.exception()
         return writer
 
     def _blocks(self, output: Output) -> Iterator[Block]:
-        """Yield the work of one tensor, in the order of its bytes."""
+        """Yield the blocks of one tensor in file order."""
         if not output.size:
             return
-        # What an adapter brings is looked at for NaN, where its type has one.
-        unseen = output.kind == "copied" or output.dtype not in ARRAY_TYPES
-        if output.as_is and unseen and isinstance(output.source, Stored):
+        # Tensors from adapters are checked for NaN, if their dtype can have it.
+        unchecked = output.kind == "copied" or output.dtype not in ARRAY_TYPES
+        if output.as_is and unchecked and isinstance(output.source, Stored):
             info = output.source.info
             for start in range(info.start, info.end, _COPY_BYTES):
                 size = min(_COPY_BYTES, info.end - start)
                 yield partial(self._copy, output.source.path, start, size)
         elif output.change is not None:
             rows = output.change.begin(output, self.files)
-            # Always the same blocks: float64 sums may depend on how many rows are computed at once.
+            # Fixed blocks: float64 sums may depend on the number of rows computed at once.
             step = output.rows if output.change.whole else max(1, BLOCK // output.columns)
             for first in range(0, output.rows, step):
                 count = min(step, output.rows - first)
@@ -126,7 +126,7 @@ class ShardMaker:
         return max(1, self._settings.block // output.columns)
 
     def _band(self, output: Output, band: Band) -> Iterator[Block]:
-        """Yield the work of rows to which the same is added."""
+        """Yield the blocks of rows with the same terms."""
         addition = self._prepare(output, band)
         step = self._step(output)
         for first in range(band.first, band.end, step):
@@ -137,7 +137,7 @@ class ShardMaker:
                 yield partial(self._merge, output, addition, band.first, first, count)
 
     def _prepare(self, output: Output, band: Band) -> Addition | None:
-        """Read the factors of one band; None where they add nothing at all."""
+        """Read the factors of one band; None if they are all zero."""
         lefts, rights, gains = [], [], []
         for term in band.terms:
             start = band.first - term.first
@@ -165,7 +165,7 @@ class ShardMaker:
         return prepare(output.name, factors, dtype)
 
     def _append(self, writer: Writer, waiting: deque[Future[np.ndarray]]) -> int:
-        """Write the oldest block; return its bytes."""
+        """Write the oldest block; return its size in bytes."""
         block = waiting.popleft().result()
         writer.write(as_bytes(block))
         return block.nbytes
@@ -187,7 +187,7 @@ class ShardMaker:
     def _apply(
         self, addition: Addition, weight: np.ndarray, first: int, out: np.ndarray
     ) -> Repairs:
-        """Merge rows the way the settings ask for."""
+        """Merge rows as configured."""
         if not isinstance(addition, Prepared):
             if self._settings.torch:
                 from weightsmith.merging import torch_kernel
@@ -211,11 +211,11 @@ class ShardMaker:
         return finish_rows(addition, weight, first, out, flagged, safe)
 
     def _space(self, dtype: np.dtype, work: np.dtype, columns: int) -> Space:
-        """Return this worker's buffers, larger or of another type only when they must be."""
+        """Return this worker's buffers; replace them only if too small or of another dtype."""
         key = (dtype, work)
         held: tuple[Any, int, Space] | None = getattr(self._local, "space", None)
-        # Products of few rows take twice the time for each.
-        least = LEAST * columns
+        # Products of few rows take twice as long per row.
+        least = MIN_SIZE * columns
         if held is None or held[0] != key or held[1] < least:
             size = max(least, self._settings.piece)
             held = (key, size, Space(size, *key))
@@ -223,12 +223,12 @@ class ShardMaker:
         return held[2]
 
     def _unchanged(self, output: Output, first: int, count: int) -> np.ndarray:
-        """Rows that nothing is added to: patched and cast, with one rounding."""
+        """Return rows without terms: patched and cast, with one rounding."""
         weight = output.source.rows(self.files, first, count, output.columns)
         weight = patched(output.patches, self.files, weight, first)
         if output.kind != "copied" and not np.isfinite(weight).all():
             raise InputRefused(
-                f"what replaces {output.name} has NaN or infinite values",
+                f"the adapter's {output.name} has NaN or infinite values",
                 hint="the training diverged or a file is damaged; use an earlier checkpoint",
             )
         return self._rounded(output, weight)
@@ -237,7 +237,7 @@ class ShardMaker:
         values = rows(first, count)
         if not np.isfinite(values).all():
             raise InputRefused(
-                f"{output.name} becomes NaN or infinite",
+                f"the merged {output.name} has NaN or infinite values",
                 hint="the base or the adapter is damaged, or a weight is far too large",
             )
         return self._rounded(output, values)
@@ -247,8 +247,8 @@ class ShardMaker:
         out = values if values.dtype == dtype else round_once(values, dtype)
         if not np.array_equal(np.isfinite(out), np.isfinite(values)):
             raise InputRefused(
-                f"{output.name} reaches {float(np.abs(values).max()):g}, which "
-                f"{dtype.name} cannot hold",
+                f"{output.name} overflows {dtype.name}: its largest value is "
+                f"{float(np.abs(values).max()):g}",
                 hint="merge with dtype bfloat16 or float32",
             )
         return out
@@ -257,7 +257,7 @@ class ShardMaker:
 def patched(
     patches: tuple[Patch, ...], files: OpenFiles, weight: np.ndarray, first: int
 ) -> np.ndarray:
-    """Return rows `first` and following with the patches' rows put in; float64 where there are."""
+    """Return the rows from `first` on with patches applied; float64 if there are any."""
     columns = weight.shape[1]
     for patch in patches:
         for row, place in enumerate(patch.places):

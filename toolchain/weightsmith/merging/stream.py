@@ -1,4 +1,4 @@
-"""Shards, read and written block by block: positioned reads in, hashed and renamed files out."""
+"""Read and write shards block by block: positioned reads, hashed and atomically renamed files."""
 
 from __future__ import annotations
 
@@ -34,48 +34,48 @@ STORED_TYPES = {
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "F8_E8M0": np.dtype(np.uint8),
 }
-"""Types of codes, indices and scales as well; exponents alone are kept as bytes."""
+"""Includes dtypes of codes, indices and scales; exponent-only floats are read as bytes."""
 _MODE = 0o644
 _PIECE = 1 << 18
 _KEPT = 4
-"""Factors kept for the next part of them: those of a layer's experts, both projections."""
+"""Sliced factors to cache: those of a layer's experts, for both projections."""
 _MADE = 2
-"""Decoded tensors kept."""
+"""Dequantized tensors to cache."""
 
 
 class Reader:
-    """An open file that several threads may read from, each at its own place."""
+    """An open file for positioned reads by several threads."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the file."""
         os.close(self._fd)
 
     def read_into(self, data: np.ndarray, start: int) -> np.ndarray:
-        """Fill bytes from the offset and return them; raise InputRefused where the file ends."""
+        """Fill `data` from offset `start` and return it; raise InputRefused at the file's end."""
         view, done = as_bytes(data), 0
         while done < len(view):
             count = os.preadv(self._fd, [view[done:]], start + done)
             if not count:
                 raise InputRefused(
-                    f"{self.path} became shorter while it was read",
-                    hint="something else writes to it; start again when it is done",
+                    f"{self.path} was truncated while it was read",
+                    hint="another process writes to it; run again when that is done",
                 )
             done += count
         return data
 
     def rows(self, info: TensorInfo, first: int, count: int, columns: int) -> np.ndarray:
-        """Return rows of a tensor seen as a matrix, in its own type."""
+        """Return rows of a tensor viewed as a matrix, in its own dtype."""
         row = columns * BITS[info.dtype] // 8
         data = self.read_into(np.empty(count * row, np.uint8), info.start + first * row)
         return data.view(ARRAY_TYPES[info.dtype]).reshape(count, columns)
 
 
 class OpenFiles:
-    """The files that a merge reads, each opened once; safe for several threads."""
+    """The input files of a merge, each opened once; thread-safe."""
 
     def __init__(self) -> None:
         self._readers: dict[Path, Reader] = {}
@@ -84,14 +84,14 @@ class OpenFiles:
         self._lock, self._making = threading.Lock(), threading.Lock()
 
     def reader(self, path: Path) -> Reader:
-        """Return the file, open."""
+        """Return the file, opened if needed."""
         with self._lock:
             if path not in self._readers:
                 self._readers[path] = Reader(path)
             return self._readers[path]
 
     def close(self) -> None:
-        """Give all files back."""
+        """Close all files."""
         for reader in self._readers.values():
             reader.close()
         self._readers.clear()
@@ -111,9 +111,9 @@ class OpenFiles:
         return array
 
     def once(self, key: object, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """Return what `make` returned for the key, one of the last two: not made twice at a time.
+        """Return the cached result of `make` for the key; only the last two are kept.
 
-        Blocks of one tensor, and of the one before, are in flight together, never more.
+        Blocks of at most two consecutive tensors are in flight at a time.
         """
         with self._making:
             if key not in self._made:
@@ -123,15 +123,15 @@ class OpenFiles:
             return self._made[key]
 
     def matrix(self, part: Part) -> np.ndarray:
-        """Return a factor as float32, which holds every supported type exactly.
+        """Return a factor as float32, which represents every supported dtype exactly.
 
-        Raises InputRefused where it is not finite.
+        Raises InputRefused if it is not finite.
         """
         whole = self._finite(part)[part.rows, part.columns]
         return whole.T if part.transposed else whole
 
     def _finite(self, part: Part) -> np.ndarray:
-        """Return the whole tensor that a part is of; those that are cut are kept for the next."""
+        """Return the whole tensor of a part; sliced ones are cached for the next part."""
         path, info = part.stored.path, part.stored.info
         key = (path, info.name, part.height, part.blocks)
         with self._lock:
@@ -141,7 +141,7 @@ class OpenFiles:
         tensor = self.rows(path, info, 0, part.height, part.width).astype(F32, copy=False)
         if not np.isfinite(tensor).all():
             raise InputRefused(
-                f"{path}: {info.name} holds NaN or infinite values",
+                f"{path}: {info.name} has NaN or infinite values",
                 hint="the training diverged or the file is damaged; use an earlier checkpoint",
             )
         if part.blocks > 1:
@@ -156,10 +156,10 @@ class OpenFiles:
 
 @dataclass(frozen=True, slots=True)
 class Checksum:
-    """Where bytes lie in a file, and their projection onto random odd numbers, modulo 2**64.
+    """A byte range of a file, and its projection onto random odd numbers modulo 2**64.
 
-    An odd factor never turns a difference into none, so a single wrong word always shows; several
-    at once stay unseen with a chance of 2**-63.
+    An odd factor never maps a difference to zero, so a single wrong word is always detected;
+    several wrong words are missed with a probability of 2**-63.
     """
 
     start: int
@@ -168,7 +168,7 @@ class Checksum:
 
     @staticmethod
     def of(data: memoryview, start: int) -> Checksum:
-        """Return the checksum of bytes that lie at `start`."""
+        """Return the checksum of bytes at offset `start`."""
         return Checksum(start, len(data), continued(0, data))
 
 
@@ -176,7 +176,7 @@ _ODD = np.random.default_rng().integers(0, 1 << 63, _PIECE // 8, np.uint64) * 2 
 
 
 def continued(value: int, data: memoryview) -> int:
-    """Return a checksum's value, continued by bytes; all but the last are multiples of `_PIECE`."""
+    """Update a checksum's value by bytes; all calls but the last need multiples of `_PIECE`."""
     for at in range(0, len(data), _PIECE):
         part = data[at : at + _PIECE]
         count = len(part) // 8
@@ -188,10 +188,10 @@ def continued(value: int, data: memoryview) -> int:
 
 
 class Writer:
-    """A file that appears under its name only when it is whole, with its sha256."""
+    """Writes a file that gets its name only when complete, and computes its sha256."""
 
     def __init__(self, path: Path, size: int = 0) -> None:
-        """Begin a file that will have `size` bytes, where that is known."""
+        """Start a file of `size` bytes (0: unknown)."""
         self.path, self.size = path, 0
         self.checksums: list[Checksum] = []
         self._temporary = path.with_name(f".{path.name}.partial")
@@ -207,7 +207,7 @@ class Writer:
             raise _disk(path, error) from error
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append, and hash in the same pass, piece by piece while it is in the cache."""
+        """Append data, and hash it piece by piece while it is in the CPU cache."""
         view, value = memoryview(data), 0
         try:
             for start in range(0, len(view), _PIECE):
@@ -222,7 +222,7 @@ class Writer:
         self.size += len(data)
 
     def finish(self) -> dict[str, Any]:
-        """Flush to the disk, rename into place, and return path, size and sha256."""
+        """Flush to disk, rename into place, and return path, size and sha256."""
         try:
             self._file.flush()
             os.fchmod(self._file.fileno(), _MODE)
@@ -235,25 +235,25 @@ class Writer:
         return {"file": self.path.name, "size": self.size, "sha256": self._hash.hexdigest()}
 
     def abandon(self) -> None:
-        """Close and delete what is not finished."""
+        """Close and delete the unfinished file."""
         self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 
 def sha256_file(path: Path) -> str:
-    """Return a file's sha256 in hexadecimal digits."""
+    """Return a file's sha256 in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def as_bytes(array: np.ndarray) -> memoryview:
-    """Return a contiguous array's memory, without a copy."""
+    """Return a contiguous array's memory without copying."""
     data: Any = array.reshape(-1).view(np.uint8)
     return memoryview(data)
 
 
 def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
-    """Return a matrix of zeros with the blocks, all of one shape, along its diagonal."""
+    """Return the block-diagonal matrix of blocks with equal shapes."""
     (rows, columns), count = blocks[0].shape, len(blocks)
     out = np.zeros((rows * count, columns * count), blocks[0].dtype)
     for place, block in enumerate(blocks):
@@ -264,5 +264,5 @@ def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
 def _disk(path: Path, error: OSError) -> EnvironmentFailure:
     return EnvironmentFailure(
         f"{path} cannot be written: {error.strerror}",
-        hint="check free space and permissions; finished shards are kept and need not be redone",
+        hint="check free space and permissions; finished shards are kept",
     )

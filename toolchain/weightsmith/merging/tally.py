@@ -1,4 +1,4 @@
-"""What happened to the tensors: counted while they stream by, and kept for a merge that goes on."""
+"""Counts about the tensors of a merge, kept in the journal for a merge that resumes."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from weightsmith.merging.repair import Repairs
 
 @dataclass(slots=True)
 class Tally:
-    """Counts and names that become findings."""
+    """Counts and tensor names that become findings."""
 
     repairs: Repairs = field(default_factory=Repairs)
     silent: dict[int, list[str]] = field(default_factory=dict)
-    """Adapter -> tensors that it adds nothing to, because a factor is all zero."""
+    """Adapter index -> tensors for which a factor is all zero."""
     unchanged: tuple[str, ...] = ()
-    """Tensors that are to be changed and have the base's bits."""
+    """Changed tensors whose result equals the base's bits."""
 
     def about(self, names: Iterable[str], repairs: Repairs) -> dict[str, Any]:
-        """Return the part about these tensors, as JSON; `repairs` are theirs."""
+        """Return the counts of these tensors as JSON; `repairs` are theirs."""
         own = set(names)
-        # A copy: the next shard is being computed.
+        # Copied because the next shard is being computed concurrently.
         silent = list(self.silent.items())
         return {
             "silent": {
@@ -33,7 +33,7 @@ class Tally:
         }
 
     def add(self, part: Mapping[str, Any]) -> None:
-        """Count what `about` once returned."""
+        """Add counts returned by `about`."""
         for number, names in part["silent"].items():
             if names:
                 self.silent.setdefault(int(number), []).extend(names)

@@ -1,4 +1,4 @@
-"""Adapters that bring the head of another task: what config.json has to say of the new model."""
+"""Adapters with the head of another task: the new model's settings in config.json."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TASKS = {
     "TOKEN_CLS": "ForTokenClassification",
     "QUESTION_ANS": "ForQuestionAnswering",
 }
-"""PEFT's `task_type` -> the end of the architecture's name in transformers."""
+"""PEFT's `task_type` -> suffix of the architecture's name in transformers."""
 
 _HEAD = re.compile(r"(?:LMHeadModel|For[A-Z]\w*|Model)$")
 
@@ -22,9 +22,9 @@ _HEAD = re.compile(r"(?:LMHeadModel|For[A-Z]\w*|Model)$")
 def task_settings(
     config: Mapping[str, Any], views: Sequence[AdapterView], claims: Sequence[Sequence[Claim]]
 ) -> dict[str, Any]:
-    """Return the architecture and labels of a model that gets a new head, or nothing.
+    """Return architecture and labels of a model with a new head, {} without one.
 
-    Raises InputRefused where it is unclear which model that is.
+    Raises InputRefused if the architecture is ambiguous.
     """
     heads = [
         (view, claim)
@@ -38,9 +38,9 @@ def task_settings(
     listed = config.get("architectures") or [""]
     if any(other is not view for other, _ in heads) or view.weight != 1.0 or not listed[0]:
         raise InputRefused(
-            f"{view.path} brings {first.target}, a head that the base does not have",
-            hint="such an adapter is merged alone, at weight 1, and onto a base whose config.json "
-            "names its architecture",
+            f"{view.path} has {first.target}, a head that the base does not have",
+            hint="merge it alone, at weight 1, and onto a base whose config.json has "
+            "`architectures`",
         )
     suffix = TASKS[str(view.config.raw["task_type"])]
     settings: dict[str, Any] = {"architectures": [_HEAD.sub("", listed[0]) + suffix]}

@@ -1,4 +1,4 @@
-"""The merge of one tensor with torch: on a GPU the same bytes, and `fast` with PEFT's own bits."""
+"""The merge of one tensor with torch: the same bytes on a GPU, and `fast` with PEFT's bits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from weightsmith.errors import EnvironmentFailure
-from weightsmith.merging.fast import LEAST, groups
+from weightsmith.merging.fast import MIN_SIZE, groups
 from weightsmith.merging.kernel import SLACK, Addition, Prepared, check_finite
 from weightsmith.merging.rounding import BF16, F16, F32, F64, FORMATS
 
@@ -19,7 +19,7 @@ _BITS = {2: torch.int16, 4: torch.int32}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnDevice:
-    """What the first pass of one tensor needs, on the device."""
+    """One tensor's factors and bounds on the device."""
 
     left: torch.Tensor
     right: torch.Tensor
@@ -52,12 +52,12 @@ def to_device(prepared: Prepared, device: str) -> OnDevice:
 def first_pass(
     held: OnDevice, weight: np.ndarray, first: int, out: np.ndarray
 ) -> tuple[np.ndarray, bool]:
-    """Do what `kernel.first_pass` does, on the device, for a whole block."""
+    """Like `kernel.first_pass`, for a whole block on the device."""
     place = slice(first, first + len(weight))
     sums = torch.mm(held.left[place], held.right)
     sums.add_(as_tensor(weight).to(sums.device).to(sums.dtype))
-    # The lower end is computed negated, so ends that agree differ in the sign bit alone, and an
-    # interval around zero does not pass for one.
+    # The lower end is computed negated, so equal ends differ only in the sign bit, and those of an
+    # interval around zero never do.
     widen = SLACK * torch.finfo(sums.dtype).eps / 2
     signed = torch.copysign(held.bound[place], sums)
     high = torch.add(signed, sums, alpha=1 + widen).to(held.dtype)
@@ -72,20 +72,20 @@ def first_pass(
 
 
 def merge_rows_fast(addition: Addition, weight: np.ndarray, first: int, out: np.ndarray) -> None:
-    """Do what `fast.merge_rows_fast` does, with torch's own products: for one adapter, PEFT's bits.
+    """Like `fast.merge_rows_fast`, with torch's products: PEFT's bits for a single adapter.
 
     Runs on the CPU; shapes and errors are those of `kernel.merge_rows`.
     """
     factors, target = addition.factors, as_tensor(out)
     lefts, right, base = as_tensor(factors.left), as_tensor(factors.right), as_tensor(weight)
     parts = list(groups(factors.gains))
-    step = max(LEAST, (1 << 18) // max(1, weight.shape[1]))
+    step = max(MIN_SIZE, (1 << 18) // max(1, weight.shape[1]))
     for start in range(0, len(weight), step):
         end = min(start + step, len(weight))
-        # As PEFT multiplies whole matrices: few rows alone would be multiplied in another way.
-        before = max(0, min(first + start, first + end - LEAST))
+        # PEFT multiplies whole matrices; a product of few rows is summed in another order.
+        before = max(0, min(first + start, first + end - MIN_SIZE))
         left = lefts[before : first + end]
-        # The first product itself, since adding it to zero would turn -0 into 0.
+        # Start with the first product, because adding it to zero would turn -0 into 0.
         delta = reduce(
             torch.Tensor.add_, [(left[:, s:e] @ right[s:e]).mul_(gain) for gain, s, e in parts]
         )[first + start - before :]
@@ -94,10 +94,10 @@ def merge_rows_fast(addition: Addition, weight: np.ndarray, first: int, out: np.
 
 
 def check_arithmetic(device: str) -> None:
-    """Raise EnvironmentFailure where the device's float32 is not what the bounds assume.
+    """Raise EnvironmentFailure if the device's float32 arithmetic violates the bounds.
 
     Reduced-precision products (TF32, bfloat16 "fast math") and conversions that flush subnormals
-    are settings and compilers' options, so they are looked for, not trusted to be off.
+    are options of libraries and compilers, so they are tested for.
     """
     generator = torch.Generator().manual_seed(1)
     left, right = (torch.randn(96, 96, generator=generator) for _ in range(2))

@@ -1,4 +1,4 @@
-"""A layer that one of PEFT's other tuners changes: what is known before PEFT is imported."""
+"""The change of a layer by PEFT's other tuners; PEFT is imported only when it is computed."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ _BY_ROWS = {
     "IA3": ("ia3_l",),
     "LOHA": ("hada_w1_a", "hada_w2_a"),
 }
-"""Tuners that change each row of a linear layer by itself, and their tensors with a row for each:
-a layer of some rows is then merged at a time. Half the CPU time too, since blocks stay in cache."""
+"""Tuners that change each row of a linear layer independently -> their tensors with one row each.
+They are merged some rows at a time, which halves the CPU time, because blocks stay in cache."""
 BIASED = frozenset({"BEFT", "GLORA", "IA3", "ROAD"})
-"""Tuners that change a layer's bias as well."""
+"""Tuners that also change a layer's bias."""
 
 
 _BLOCK = 1 << 22
-"""float64 elements that some rows take, generously."""
+"""float64 elements that some rows take, rounded up."""
 _IMPORTS = (270 << 20) // 8
-"""And what torch and PEFT take once they are imported."""
+"""float64 elements that the import of torch and PEFT takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuned:
-    """A layer's weight or bias as PEFT merges it in float32: some rows at a time, or the whole."""
+    """A layer's weight or bias merged by PEFT in float32, whole or some rows at a time."""
 
     layer: Layer
     parameter: str
@@ -45,23 +45,23 @@ class Tuned:
     base: tuple[tuple[str, Source], ...]
     """The layer's parameters by name."""
     keys: tuple[Stored, ...]
-    """The layer's own tensors of the adapter."""
+    """The adapter's tensors for the layer."""
     raw: str
     """adapter_config.json."""
     file: Path
     shared: tuple[Layer, ...] = ()
-    """All layers of the adapter, where they share something."""
+    """All layers of the adapter, if they share tensors."""
     shared_keys: tuple[str, ...] = ()
-    """Names of all tensors of the tuner, likewise."""
+    """Names of all the tuner's tensors, if layers share some."""
     folder: Path | None = None
-    """The base's, where the order of its layers counts."""
+    """The base's folder, if the order of layers matters."""
 
     by_row: bool = False
-    """Not to float64's accuracy."""
+    """False: not to float64 accuracy."""
 
     @property
     def whole(self) -> bool:
-        """The tensor is one block."""
+        """Whether the tensor is computed as one block."""
         linear = self.parameter == "weight" and self.layer.kind == "linear"
         return not linear or self._kind not in _BY_ROWS
 
@@ -70,12 +70,12 @@ class Tuned:
         return str(json.loads(self.raw)["peft_type"])
 
     def held_elements(self, output: Output) -> int:
-        """Return how many float64 elements are in memory: base, delta and result in float32."""
+        """Return the peak memory in float64 elements: base, delta and result in float32."""
         own = sum(stored.info.size for stored in self.keys) // 8
         return _IMPORTS + own + (3 * output.rows * output.columns if self.whole else _BLOCK)
 
     def begin(self, output: Output, files: Files) -> Rows:
-        """Return what computes rows, or the whole tensor."""
+        """Return a function that computes rows, or the whole tensor."""
         return self._whole(output, files) if self.whole else self._by_rows(output, files)
 
     def _by_rows(self, output: Output, files: Files) -> Rows:
@@ -121,7 +121,7 @@ class Tuned:
         return rows
 
     def _check(self, merged: dict[str, np.ndarray], base: dict[str, np.ndarray]) -> None:
-        """Refuse a changed bias that the plan does not write."""
+        """Refuse a changed bias that the plan would not write."""
         import numpy as np
 
         if "bias" in base and self._kind not in BIASED:
@@ -129,13 +129,13 @@ class Tuned:
             same = np.array_equal(merged["bias"], before)
             if not same:
                 raise InputRefused(
-                    f"{self._kind} changes the bias of {self.layer.module}, which is not expected",
-                    hint="serve this adapter unmerged, and report it with the version of PEFT",
+                    f"{self._kind} unexpectedly changes the bias of {self.layer.module}",
+                    hint="serve this adapter unmerged, and report this with the version of PEFT",
                 )
 
 
 def _array(source: Source, files: Files) -> np.ndarray:
-    """Return a whole tensor in its own type."""
+    """Return a whole tensor in its own dtype."""
     if isinstance(source, Stored):
         return files.array(source.path, source.info)
     count, columns = math.prod(source.shape[:-1]), source.shape[-1]

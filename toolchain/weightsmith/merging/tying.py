@@ -1,4 +1,4 @@
-"""Embeddings and heads that share one weight: which tensor, and what a model without a head is."""
+"""Tied embeddings and heads: find the shared weight."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ _TIED_MODELS = (
     *("gpt2", "gemma", "gemma2", "gemma3", "gemma3_text", "falcon", "bloom", "opt", "mpt"),
     *("cohere", "cohere2", "t5", "bert", "roberta"),
 )
-"""Models whose class ties where config.json does not say: older files leave defaults out."""
+"""Models tied by default: older config.json files omit defaults."""
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tie:
-    """A weight that the model uses twice: to look tokens up, and to score them."""
+    """A weight shared by embedding and head."""
 
     embedding: str
     """The base tensor's name."""
     head: str
-    """The name that the head's own weight has, or would have."""
+    """The head's tensor name in the base, or after untying."""
     also: tuple[tuple[str, str], ...] = ()
-    """More tensors that are tied with it: (name when untied, base tensor)."""
+    """Further tied tensors: (name when untied, base tensor)."""
     known: bool = True
-    """False where the head's name is a guess, so that it cannot be written."""
+    """False if the head's name is only a guess, so it cannot be written."""
 
 
 def is_embedding(module: str) -> bool:
-    """Say whether a module looks tokens up."""
+    """Return whether a module is an embedding."""
     return module.rpartition(".")[2] in EMBEDDINGS
 
 
 def is_head(module: str) -> bool:
-    """Say whether a module scores tokens."""
+    """Return whether a module is a head."""
     last = module.rpartition(".")[2]
     return last in HEADS or any(f".{module}".endswith(f".{name}") for name in _HEAD_NAMES.values())
 
@@ -56,8 +56,8 @@ def is_head(module: str) -> bool:
 def find_tie(config: Mapping[str, object], names: Mapping[str, object]) -> Tie | None:
     """Return the shared weight of a model with tied embeddings, or None.
 
-    transformers ties where `tie_word_embeddings` is true, whatever the file holds; a checkpoint
-    without a head's weight can only be tied. Where config.json is silent, the class decides.
+    transformers ties if `tie_word_embeddings` is true, regardless of the file; a checkpoint without
+    a head's weight can only be tied. If config.json does not set it, the class decides.
     """
     embeddings = [name for name in names if is_embedding(name.removesuffix(".weight"))]
     embeddings = [name for name in embeddings if name.endswith(".weight")]
@@ -68,7 +68,7 @@ def find_tie(config: Mapping[str, object], names: Mapping[str, object]) -> Tie |
     embedding = min(embeddings, key=lambda name: (name.count("."), name))
     head = heads[0] if heads else _head_name(config, embedding)
     bias, outer = f"{head.removesuffix('.weight')}.bias", head.rpartition(".decoder.")[0]
-    # BERT's decoder has a second name for the head's bias too.
+    # BERT's decoder also has a second name for the head's bias.
     twice = head.endswith(".decoder.weight") and f"{outer}.bias" in names and bias not in names
     also: tuple[tuple[str, str], ...] = ((bias, f"{outer}.bias"),) if twice else ()
     causal = not kinds or any("CausalLM" in kind or "LMHead" in kind for kind in kinds)
@@ -79,7 +79,7 @@ def find_tie(config: Mapping[str, object], names: Mapping[str, object]) -> Tie |
 
 
 def has_head(config: Mapping[str, object]) -> bool:
-    """Say whether the model's class scores tokens; one that is not named may."""
+    """Return whether the model's class has a head; True if the class is unknown."""
     kinds = _classes(config)
     return not kinds or any(
         kind.endswith(_WITH_HEAD) or "ConditionalGeneration" in kind for kind in kinds
@@ -92,16 +92,16 @@ def _classes(config: Mapping[str, object]) -> list[str]:
 
 
 def _shares(config: Mapping[str, object]) -> bool:
-    """Say whether encoder and decoder share a table; the head above them is `lm_head`."""
+    """Return whether encoder and decoder share an embedding; their head is `lm_head`."""
     return bool(config.get("is_encoder_decoder"))
 
 
 def _stacks(
     config: Mapping[str, object], embedding: str, names: Mapping[str, object]
 ) -> tuple[tuple[str, str], ...]:
-    """Return the tables of encoder and decoder, which an untied head takes with it.
+    """Return the embeddings of encoder and decoder, which are untied together with the head.
 
-    Not those of T5's kin, whose class ties them whatever config.json says.
+    Not those of T5 and its variants, whose class always ties them.
     """
     outer = embedding.removesuffix("shared.weight")
     if not _shares(config) or outer == embedding or "t5" in str(config.get("model_type", "")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from weightsmith.checkpoints.folder import check_adapter_folder, check_model_folder, left_behind
+from weightsmith.checkpoints.folder import check_adapter_folder, check_model_folder, ignored_files
 from weightsmith.destinations import InStore
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.jobs import ImportGgufJob, Input
@@ -57,7 +57,7 @@ def known(file: RecipeFile, tools: Tools) -> tuple[Sources | None, str]:
 
 
 def _tell_left(snapshot: Snapshot, tools: Tools) -> None:
-    if left := left_behind(snapshot.tree.root):
+    if left := ignored_files(snapshot.tree.root):
         tools.progress.note(f"{snapshot.source}: left behind, as no part of a checkpoint: {left}")
 
 

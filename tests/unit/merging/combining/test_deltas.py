@@ -135,13 +135,13 @@ def test_thresholds_of_tiny_and_negative_values() -> None:
         ({"method": "ties"}, "needs a density"),
         ({"method": "ties", "density": 0.0}, "density 0"),
         ({"method": "ties", "density": 1.5}, "density 1.5"),
-        ({"method": "linear", "density": 0.5}, "density 0.5 with method linear"),
+        ({"method": "linear", "density": 0.5}, "density 0.5 for method linear"),
         ({"method": "linear", "rank": 4}, "rank 4"),
         ({"method": "svd", "rank": 0}, "rank 0"),
         ({"method": "ties", "density": 0.5, "seed": 1}, "seed 1"),
         ({"method": "dare_ties", "density": 0.5, "seed": -1}, "seed -1"),
         ({"method": "linear", "space": "product"}, "unknown space"),
-        ({"space": "factors"}, "sequential has no form on factors"),
+        ({"space": "factors"}, "sequential does not work on factors"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options: dict[str, object], what: str) -> None:

@@ -114,7 +114,7 @@ def test_dequantize_merges_onto_what_the_codes_stand_for(
     assert result["quantized_base"]["method"] == method
     assert result["quantized_base"]["tensors"] == 14
     assert result["tensors"] == {"merged": 4, "copied": len(wanted) - 4, "replaced": 0}
-    assert any("decoded" in finding for finding in result["findings"])
+    assert any("dequantized" in finding for finding in result["findings"])
 
     from transformers import AutoModelForCausalLM
 

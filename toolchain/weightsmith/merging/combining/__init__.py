@@ -1,1 +1,1 @@
-"""Several adapters into one change per tensor: sums, truncations, votes and prunings."""
+"""Combine several adapters into one change per tensor: sums, truncation, TIES, DARE, pruning."""

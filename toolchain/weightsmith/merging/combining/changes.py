@@ -1,4 +1,4 @@
-"""What several adapters make of one tensor, where that is no plain sum of their deltas."""
+"""The combined change of one tensor by several adapters, if not a plain sum of their deltas."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from weightsmith.merging.combining.lowrank import Factors, Pair
 
 Add = Callable[["np.ndarray", int], None]
-"""(total, first): add the change of rows `first` and following to them, in place."""
+"""(total, first): add the change to `total`, the rows from `first` on, in place."""
 _ROWS = 1 << 20
-"""Elements of a delta that are computed at once."""
+"""Elements of a delta computed at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,16 +34,16 @@ class Combined:
 
     @property
     def whole(self) -> bool:
-        """Rows can be computed apart once the deltas are there."""
+        """False: once the deltas are computed, rows are independent."""
         return False
 
     @property
     def by_row(self) -> bool:
-        """Single rows too: deltas are computed in blocks of their own."""
+        """True: deltas are computed in fixed blocks, so single rows give the same bits."""
         return True
 
     def held_elements(self, output: Output) -> int:
-        """Return how many float64 elements are in memory: factors, or one delta per adapter."""
+        """Return the number of float64 elements in memory: factors, or one delta per adapter."""
         factors = sum(t.rank * sum(t.shape) for share in self.shares for t in share.claim.terms)
         if not self.combination.needs_deltas and self._low_rank:
             return 4 * factors
@@ -52,7 +52,7 @@ class Combined:
         return factors + deltas + more
 
     def begin(self, output: Output, files: Files) -> Rows:
-        """Return what computes rows of the result."""
+        """Return a function that computes rows of the result."""
         import numpy as np
 
         low_rank = self.combination.truncates or self.combination.space == "factors"
@@ -90,7 +90,7 @@ class Combined:
 
     @property
     def _adapters(self) -> dict[Path, float]:
-        """The adapters that change the tensor, in order, with their weights."""
+        """The adapters that change the tensor, in order -> weight."""
         return {share.path: share.weight for share in self.shares}
 
     @property
@@ -102,14 +102,14 @@ class Combined:
         return tuple(term for share in self.shares for term in share.claim.terms)
 
     def bands(self, output: Output) -> list[Band]:
-        """Return the rows that the same adapters change: low-rank results are made for each."""
+        """Return row ranges changed by the same adapters; each has its own low-rank result."""
         if self.combination.needs_deltas or not self._low_rank:
             return [Band(first=0, end=output.rows, terms=self._terms)]
         found = bands(replace(output, terms=self._terms, change=None))
         return [band for band in found if band.terms]
 
     def rank(self, output: Output, band: Band) -> int:
-        """Return the largest rank that the result of a band can have."""
+        """Return the largest possible rank of a band's result."""
         ranks = [term.rank for term in band.terms]
         width = min(band.end - band.first, output.columns)
         if self.combination.truncates:
@@ -132,7 +132,7 @@ class Combined:
         return lowrank.to_float32(lowrank.truncate_whole(whole, rank), output.name)
 
     def _deltas(self, output: Output, files: Files) -> list[np.ndarray]:
-        """Return each adapter's whole, pruned delta at weight 1, in float32."""
+        """Return each adapter's pruned delta of the whole tensor at weight 1, in float32."""
         from weightsmith.merging.combining.deltas import prune
 
         deltas = [self._delta(output, path, files) for path in self._adapters]
@@ -164,45 +164,45 @@ class Combined:
             if share.claim.terms[0] in band.terms
         ]
         a, b = combine_factors(factors, self.combination, name)
-        return (a.T, b.T) if _turned(band.terms[0]) else (b, a)
+        return (a.T, b.T) if _is_transposed(band.terms[0]) else (b, a)
 
 
 def combined(name: str, shares: Sequence[Share], combination: Combination) -> Combined:
-    """Return the change; raise InputRefused where the method has no meaning for what is there."""
+    """Return the change; raise InputRefused if the method is not defined for these shares."""
     if combination.space == "factors":
         _check_factors(name, shares, combination)
     return Combined(shares=tuple(shares), combination=combination)
 
 
 def _check_factors(name: str, shares: Sequence[Share], combination: Combination) -> None:
-    """Refuse what PEFT's `add_weighted_adapter` leaves out or gets wrong."""
-    hint = "leave --space out: in delta space every change counts as what it is"
+    """Refuse what PEFT's `add_weighted_adapter` ignores or gets wrong."""
+    hint = "omit --space: delta space supports every change"
     for share in shares:
         terms = share.claim.terms
         plain = len(terms) == 1 and terms[0].right is not None
         if not plain or not (terms[0].left.whole and terms[0].right and terms[0].right.whole):
             raise InputRefused(
                 f"{share.path} changes {name} by more than one pair of factors, which PEFT's "
-                "combination of factors leaves out",
+                "combination of factors ignores",
                 hint=hint,
             )
     ranks = {term.rank for share in shares for term in share.claim.terms}
     if len(ranks) > 1 and not combination.truncates and combination.method != "cat":
         raise InputRefused(
-            f"the adapters' ranks at {name} differ ({', '.join(map(str, sorted(ranks)))}), and "
-            f"{combination.method} on factors needs equal ones",
+            f"the adapters' ranks for {name} differ ({', '.join(map(str, sorted(ranks)))}), but "
+            f"{combination.method} on factors needs equal ranks",
             hint=hint,
         )
 
 
 def _alone(share: Share) -> Share:
-    """Return what an adapter does by itself, at weight 1."""
+    """Return an adapter's share at weight 1."""
     terms = tuple(replace(term, factor=term.scaling) for term in share.claim.terms)
     return Share(claim=replace(share.claim, terms=terms), weight=1.0, path=share.path)
 
 
 def pair(term: Term, band: Band, files: Files) -> Pair:
-    """Return a term's factors within the rows of a band, its weight as the gain."""
+    """Return a term's factors for the rows of a band, with weight · scaling as the gain."""
     import numpy as np
 
     from weightsmith.merging.combining.lowrank import Pair
@@ -213,8 +213,8 @@ def pair(term: Term, band: Band, files: Files) -> Pair:
     return Pair(left=left, right=right, gain=term.factor)
 
 
-def _turned(term: Term) -> bool:
-    """Say whether the base stores (in, out), so that the left factor is A transposed."""
+def _is_transposed(term: Term) -> bool:
+    """Return whether the base stores (in, out), so that the left factor is A transposed."""
     return term.left.transposed
 
 
@@ -225,7 +225,7 @@ def _factor(term: Term, weight: float, path: Path, files: Files) -> Factor:
 
     left = files.matrix(term.left)
     right = files.matrix(term.right) if term.right else np.ones((1, 1), np.float32)
-    a, b = (left.T, right.T) if _turned(term) else (right, left)
+    a, b = (left.T, right.T) if _is_transposed(term) else (right, left)
     return Factor(
         a=np.ascontiguousarray(a),
         b=np.ascontiguousarray(b),
@@ -236,7 +236,7 @@ def _factor(term: Term, weight: float, path: Path, files: Files) -> Factor:
 
 
 def adapter_digest(root: Path) -> str:
-    """Return what an adapter is known by in draws: the sha256 of its weights."""
+    """Return the adapter's identity for random draws: the sha256 of its weights."""
     path = root / "adapter_model.safetensors"
     state = path.stat()
     return _digest(path, state.st_size, state.st_mtime_ns)

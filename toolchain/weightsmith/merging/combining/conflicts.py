@@ -1,4 +1,4 @@
-"""How much adapters work against one another, from their factors, without whole deltas."""
+"""Measure how much adapters conflict, from their factors, without whole deltas."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from weightsmith.merging.rounding import F64
 _SAMPLED = 16
 """Rows per tensor on which signs are compared."""
 _COSINE = -0.05
-"""Below this two adapters undo a part of each other: unrelated ones have about 0."""
+"""Below this cosine, adapters partly cancel each other; unrelated ones have about 0."""
 _OPPOSED = 0.55
-"""Share of opposing signs; unrelated adapters have one half."""
+"""Fraction of opposing signs; unrelated adapters have one half."""
 _RATIO = 10.0
-"""One delta this many times as large as the other drowns it."""
+"""Ratio of norms above which one delta dominates the other."""
 _SHOWN = 3
 
 
 @dataclass(slots=True)
 class _Sums:
-    """What is added up over the tensors that two adapters share."""
+    """Sums over the tensors that two adapters both change."""
 
     dot: float = 0.0
     first: float = 0.0
@@ -48,20 +48,20 @@ class _Sums:
 
     @property
     def share(self) -> float:
-        """The share of opposing signs among weights that both change."""
+        """The fraction of opposing signs among weights that both change."""
         return self.opposed / self.compared if self.compared else 0.0
 
 
 class Conflicts:
-    """Numbers about each two adapters, gathered tensor by tensor."""
+    """Measures for each pair of adapters, accumulated over tensors."""
 
     def __init__(self) -> None:
         self._pairs: dict[tuple[int, int], _Sums] = {}
 
     def add(self, name: str, pairs: Mapping[int, Sequence[Pair]]) -> None:
-        """Count a tensor in: adapter's number -> its additions to the tensor, weights included.
+        """Add a tensor; `pairs` maps an adapter's index to its weighted factors of the tensor.
 
-        ⟨Δ₁, Δ₂⟩ = Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ) costs the factors' size times a rank, whatever the tensor's.
+        ⟨Δ₁, Δ₂⟩ = Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ) costs the factors' size times a rank.
         """
         norms = {number: inner(own, own) for number, own in pairs.items()}
         rows = {number: _rows(own) for number, own in pairs.items()}
@@ -77,7 +77,7 @@ class Conflicts:
             sums.cosines[name] = _cosine(dot, norms[one], norms[two])
 
     def report(self, adapters: Sequence[str]) -> list[dict[str, Any]]:
-        """Return one entry per two adapters: cosine, norm ratio, opposing signs, layers."""
+        """Return one entry per pair of adapters: cosine, norm ratio, opposing signs, layers."""
         return [
             {
                 "adapters": [adapters[one], adapters[two]],
@@ -90,7 +90,7 @@ class Conflicts:
         ]
 
     def findings(self, adapters: Sequence[str]) -> list[str]:
-        """Return one warning, with numbers, for each two adapters that conflict."""
+        """Return one warning per pair of adapters that conflict."""
         return [
             _warning(adapters[one], adapters[two], sums)
             for (one, two), sums in sorted(self._pairs.items())
@@ -99,7 +99,7 @@ class Conflicts:
 
 
 def inner(one: Sequence[Pair], two: Sequence[Pair]) -> float:
-    """Return ⟨Δ₁, Δ₂⟩, the sum of the products of two low-rank deltas' weights."""
+    """Return the inner product ⟨Δ₁, Δ₂⟩ of two low-rank deltas."""
     return sum(
         x.gain * y.gain * float((_gram(x.left.T, y.left) * _gram(x.right, y.right.T)).sum())
         for x in one
@@ -118,7 +118,7 @@ def _cosine(dot: float, first: float, second: float) -> float:
 
 
 def _rows(pairs: Sequence[Pair]) -> np.ndarray:
-    """Return rows of a delta, evenly spread."""
+    """Return evenly spaced rows of a delta."""
     count = pairs[0].left.shape[0]
     places = np.linspace(0, count - 1, min(count, _SAMPLED)).astype(int)
     parts = [pair.gain * _gram(pair.left[places], pair.right) for pair in pairs]

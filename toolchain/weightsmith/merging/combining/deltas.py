@@ -1,4 +1,4 @@
-"""Whole deltas of one tensor into one: their weighted sum, or the mean of those that agree."""
+"""Combine whole deltas of one tensor: weighted sum, or mean of those with the elected sign."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def prune(
 ) -> None:
     """Prune each delta in place as the method says.
 
-    `deltas` are float32, contiguous and of one shape; `name` is the tensor's, and `adapters` say
-    which adapter each delta is of, by content, so that its mask goes with it.
+    `deltas` are float32, contiguous and of the same shape; `name` is the tensor's name, and
+    `adapters` has each delta's adapter digest, which with the name and the seed gives its mask.
     """
     if combination.density is None:
         return
@@ -31,11 +31,11 @@ def prune(
 def combine(
     deltas: Sequence[np.ndarray], weights: Sequence[float], combination: Combination
 ) -> np.ndarray:
-    """Return the combination of pruned deltas, or of the same rows of each, in float64.
+    """Return the combination of pruned deltas (or of the same rows of each) in float64.
 
-    `ties` and `dare_ties` elect each weight's sign by the sum of the unweighted deltas, zero
-    counting as plus, and return the mean of the weighted deltas that agree with it; the others
-    return the weighted sum. PEFT's definitions (`peft.utils.merge_utils`), in float64.
+    `ties` and `dare_ties` elect each weight's sign by the sum of the unweighted deltas (zero
+    counts as plus) and return the mean of the weighted deltas with that sign; other methods
+    return the weighted sum. As PEFT defines them (`peft.utils.merge_utils`), but in float64.
     """
     parts = [delta.astype(F64) for delta in deltas]
     if combination.rule.endswith("ties"):

@@ -1,7 +1,7 @@
-"""PEFT's `add_weighted_adapter` on A and B apart: its own arithmetic, to the bit, in float32.
+"""PEFT's `add_weighted_adapter` on A and B separately, bit for bit, in float32.
 
-This is not a sum of deltas: the product of two summed factors has cross terms. It is here for
-models that were made and judged that way (`peft.tuners.lora.model`, version 0.21).
+This is not a sum of deltas: the product of two summed factors has cross terms. It reproduces
+models made with PEFT (`peft.tuners.lora.model`, version 0.21).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from weightsmith.merging.rounding import F32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factor:
-    """One adapter's A and B of a module, float32 as PEFT loads them."""
+    """One adapter's A and B for a module, float32 as PEFT loads them."""
 
     a: np.ndarray
     """(rank, in)."""
@@ -28,21 +28,21 @@ class Factor:
     weight: float
     scaling: float
     adapter: str
-    """The adapter, by content."""
+    """Digest of the adapter."""
 
 
 def combine_factors(
     factors: Sequence[Factor], combination: Combination, name: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the combined (A, B), whose product counts with scaling 1, in float32.
+    """Return the combined (A, B) for scaling 1, in float32.
 
-    DARE's masks are ours, keyed by seed, tensor and adapter: PEFT draws them from the global
-    generator. Of equal magnitudes pruning keeps the first, where PEFT's choice is torch's. A single
-    adapter is `linear` in PEFT, whatever is asked for; that is the caller's to know, since of
-    several adapters only one may change a module.
+    Two differences from PEFT: DARE's masks are keyed by seed, tensor and adapter instead of drawn
+    from the global generator, and among equal magnitudes pruning keeps the first. PEFT always
+    combines a single adapter by `linear`; callers must do so, because here a single factor can
+    also mean that only one of several adapters changes the module.
     """
     if combination.method == "cat":
-        # Both factors one by one and in this order: (A · weight) · scaling has PEFT's bits.
+        # In this order, (A · weight) · scaling, for the same bits as PEFT.
         scaled = [f.a * F32.type(f.weight) * F32.type(f.scaling) for f in factors]
         return np.concatenate(scaled, 0), np.concatenate([factor.b for factor in factors], 1)
     products = [factor.weight * factor.scaling for factor in factors]

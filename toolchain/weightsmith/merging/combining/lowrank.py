@@ -1,4 +1,4 @@
-"""Low-rank deltas into one: side by side, or truncated, without ever forming a whole delta."""
+"""Combine low-rank deltas by concatenation or truncation, without forming whole deltas."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Factors = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """One adapter's addition to a tensor: gain · left · right."""
+    """One adapter's delta of a tensor: gain · left · right."""
 
     left: np.ndarray
     """(rows, rank)."""
@@ -27,9 +27,9 @@ class Pair:
 
 
 def concatenate(pairs: Sequence[Pair]) -> Factors:
-    """Return factors in float64 whose product is Σ gain · left · right, of the ranks' sum.
+    """Return float64 factors of Σ gain · left · right, whose rank is the sum of the ranks.
 
-    The gains go to the right side.
+    The right factor includes the gains.
     """
     left = np.concatenate([pair.left.astype(F64) for pair in pairs], 1)
     right = np.concatenate([pair.right.astype(F64) * pair.gain for pair in pairs], 0)
@@ -37,10 +37,10 @@ def concatenate(pairs: Sequence[Pair]) -> Factors:
 
 
 def truncate(pairs: Sequence[Pair], rank: int) -> Factors:
-    """Return the best factors of at most `rank` for Σ gain · left · right, in float64.
+    """Return the best float64 factors of at most `rank` for Σ gain · left · right.
 
     Best in the Frobenius norm (Eckart and Young). With thin QRs L = Q₁R₁ and Rᵀ = Q₂R₂, the
-    singular values are those of the small matrix R₁R₂ᵀ. They go to the left side, as in PEFT.
+    singular values are those of the small matrix R₁R₂ᵀ. The left factor includes them, as in PEFT.
     """
     left, right = concatenate(pairs)
     q1, r1 = np.linalg.qr(left)
@@ -50,10 +50,10 @@ def truncate(pairs: Sequence[Pair], rank: int) -> Factors:
 
 
 def truncate_whole(delta: np.ndarray, rank: int) -> Factors:
-    """Return the best factors of at most `rank` for a whole delta, in float64.
+    """Return the best float64 factors of at most `rank` for a whole delta.
 
-    By the eigenvectors of the smaller Gram matrix, which costs a fraction of a full decomposition
-    and loses only singular values below 1e-8 of the largest.
+    Uses the eigenvectors of the smaller Gram matrix, which costs a fraction of a full SVD and
+    loses only singular values below 1e-8 of the largest.
     """
     matrix = delta.astype(F64)
     wide = matrix.shape[0] <= matrix.shape[1]
@@ -63,21 +63,21 @@ def truncate_whole(delta: np.ndarray, rank: int) -> Factors:
 
 
 def to_float32(factors: Factors, name: str) -> Factors:
-    """Return both factors in float32, of like size so that neither over- nor underflows.
+    """Return both factors in float32, scaled to similar norms to avoid over- and underflow.
 
-    Raises CheckFailed naming the tensor where they are not finite.
+    Raises CheckFailed with the tensor's name if they are not finite.
     """
     left, right = factors
     norms = np.linalg.norm(left, axis=0), np.linalg.norm(right, axis=1)
     both = (norms[0] > 0) & (norms[1] > 0)
     ratio = np.divide(norms[1], norms[0], out=np.ones_like(norms[0]), where=both)
-    # A power of two changes no digit of either factor.
+    # Scaling by a power of two is exact.
     shift = np.exp2(np.round(np.log2(ratio) / 2))
     with np.errstate(over="ignore"):
         single = (left * shift).astype(F32), (right / shift[:, None]).astype(F32)
     if not all(np.isfinite(side).all() for side in single):
         raise CheckFailed(
             f"the combined factors of {name} are not finite",
-            hint="an adapter holds very large values; lower its weight",
+            hint="an adapter has very large values; lower its weight",
         )
     return single

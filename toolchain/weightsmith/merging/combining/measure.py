@@ -1,4 +1,4 @@
-"""Where several adapters of a plan meet, and how much they conflict there."""
+"""Measure conflicts between the adapters of a plan on the tensors that they share."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from weightsmith.merging.stream import OpenFiles
 
 
 def measure(outputs: Iterable[Output]) -> Conflicts:
-    """Compare the adapters on every tensor that at least two of them add factors to.
+    """Compare the adapters on every tensor to which at least two of them add factors.
 
-    Changes that are no low-rank terms, such as DoRA's norms, are left out of the numbers.
+    Changes other than low-rank terms, such as DoRA's norms, are not counted.
     """
     conflicts, files = Conflicts(), OpenFiles()
     try:
@@ -36,7 +36,7 @@ def measure(outputs: Iterable[Output]) -> Conflicts:
 
 
 def terms_of(output: Output) -> tuple[Term, ...]:
-    """Return the low-rank additions that go into an output, however they are combined."""
+    """Return the low-rank terms of an output, however they are combined."""
     if isinstance(output.change, Combined | Mixture):
         return tuple(term for share in output.change.shares for term in share.claim.terms)
     return output.terms

@@ -1,4 +1,4 @@
-"""What of a delta is kept: its largest weights, or weights drawn at random."""
+"""Prune a delta: keep its largest weights, or random ones."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import math
 import numpy as np
 
 _CHUNK = 1 << 20
-"""Elements whose draws are made at once; it is even, and the stream does not depend on it."""
+"""Elements per call of the generator; must be even; the result does not depend on it."""
 
 
 def keep_largest(delta: np.ndarray, density: float) -> np.ndarray:
-    """Zero in place all but the ⌊density · n⌋ weights of largest magnitude, and return the delta.
+    """Zero all but the ⌊density · n⌋ weights of largest magnitude in place; return the delta.
 
-    `delta` is float32 and contiguous. Among equal magnitudes the first in row order stay, so that
-    the result is one and the same everywhere (PEFT's `torch.topk` leaves that open). The trimming
-    of TIES (Yadav et al., "TIES-Merging", 2023, section 4) per tensor, as in PEFT.
+    `delta` is float32 and contiguous. Among equal magnitudes the first in row order are kept, so
+    the result is deterministic (PEFT's `torch.topk` is not). This is the trimming of TIES (Yadav
+    et al., "TIES-Merging", 2023, section 4) per tensor, as in PEFT.
     """
     flat = delta.reshape(-1)
     kept = int(density * len(flat))
@@ -25,7 +25,7 @@ def keep_largest(delta: np.ndarray, density: float) -> np.ndarray:
     if kept == 0:
         flat[:] = 0
         return delta
-    # Magnitudes of floats are in the order of their bits.
+    # Magnitudes of floats sort like their bits.
     bits = flat.view(np.uint32) & np.uint32(0x7FFFFFFF)
     least = np.partition(bits, len(bits) - kept)[len(bits) - kept]
     drop = bits < least
@@ -36,11 +36,11 @@ def keep_largest(delta: np.ndarray, density: float) -> np.ndarray:
 
 
 def drop_at_random(delta: np.ndarray, density: float, *names: str) -> np.ndarray:
-    """Keep each weight with probability `density`, divide it by that, in place; return the delta.
+    """Keep each weight with probability `density` and divide it by that, in place.
 
-    DARE (Yu et al., "Language Models are Super Mario", 2023). What is drawn depends on the names
-    alone, such as seed, tensor and adapter, and on the weight's place in row order: not on threads,
-    blocks or the order of tensors. The stream is Philox 4x64 keyed by the names' SHA-256.
+    DARE (Yu et al., "Language Models are Super Mario", 2023). The draws depend only on `names`
+    (seed, tensor and adapter) and the weight's position in row order, not on threads, blocks or
+    the order of tensors. The generator is Philox 4x64 keyed by the SHA-256 of the names.
     """
     flat = delta.reshape(-1)
     digest = hashlib.sha256("\0".join(names).encode()).digest()

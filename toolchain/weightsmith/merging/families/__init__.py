@@ -1,4 +1,4 @@
-"""The kinds of adapter weights we can merge: one file each, found by listing this folder."""
+"""The kinds of adapter weights that can be merged: one file each, found by listing this folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from weightsmith.merging.claim import Family
 
 @cache
 def families() -> tuple[Family, ...]:
-    """Return the families there are, by name: each module of this folder that has a `FAMILY`."""
+    """Return the families sorted by name: the `FAMILY` of each module of this folder."""
     modules = (
         importlib.import_module(f"{__name__}.{module.name}")
         for module in pkgutil.iter_modules(__path__)

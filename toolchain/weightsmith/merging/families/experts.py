@@ -1,6 +1,6 @@
-"""LoRA on stacked experts (`target_parameters`), whether the base stacks them or not.
+"""LoRA on stacked experts (`target_parameters`), for bases with and without stacked experts.
 
-PEFT keeps all experts of a layer in one pair of factors: A has a block of rows for each expert, B
+PEFT stores all experts of a layer in one pair of factors: A has a block of rows per expert, B
 has expert e in every E-th column (`ParamWrapper.get_delta_weight`, peft/tuners/lora/layer.py).
 """
 
@@ -17,20 +17,20 @@ from weightsmith.merging.claim import AdapterView, Claim
 from weightsmith.merging.outputs import Part, Term
 
 _ORDER = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
-"""The order in which experts' classes register their parameters: the first is wrapped first."""
+"""The order in which expert classes register their parameters, and PEFT wraps them."""
 _PIECES = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "down_proj": (("down_proj",), ("w2",)),
 }
-"""Stacked parameter -> what checkpoints with one tensor per expert call its parts, in order."""
+"""Stacked parameter -> names of its parts in checkpoints with one tensor per expert, in order."""
 _TRANSPOSED_MODELS = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
-"""Models whose experts' classes say `is_transposed`: parameters are (experts, in, out)."""
+"""Models whose expert classes set `is_transposed`: parameters are (experts, in, out)."""
 _ONE = re.compile(r"(?P<stack>.+\.experts)\.(?P<number>\d+)\.(?P<name>\w+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The factors of one wrapper."""
+    """The factors of one of PEFT's wrappers."""
 
     raw: str
     a: TensorInfo
@@ -39,21 +39,21 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """Where one stacked parameter is in the base."""
+    """One stacked parameter's tensors in the base."""
 
     parameter: str
     tensor: str
-    """The stacked tensor, or empty where each expert has tensors of its own."""
+    """The stacked tensor; empty if each expert has its own tensors."""
     pieces: tuple[tuple[str, ...], ...]
     """Expert -> its tensors, in the order of the stack's rows."""
 
     def fits(self, view: AdapterView, pair: Pair) -> bool:
-        """Say whether a pair of factors can be this parameter's."""
+        """Return whether a pair of factors fits this parameter."""
         return bool(_orientation(view, self, pair))
 
 
-def concerns(view: AdapterView, module: str) -> bool:
-    """Say whether a module is a stack of experts, or one expert that the base has in a stack."""
+def is_expert(view: AdapterView, module: str) -> bool:
+    """Return whether a module is a stack of experts, or one expert that the base stacks."""
     if view.find(module) or view.find(module, "in_proj_weight"):
         return False
     one = _ONE.fullmatch(module)
@@ -63,8 +63,8 @@ def concerns(view: AdapterView, module: str) -> bool:
 def claims(view: AdapterView, module: str, pairs: Sequence[Pair]) -> Iterator[Claim]:
     """Yield one claim per base tensor that a module's pairs change.
 
-    Raises InputRefused where it is unclear which parameter a wrapper means, or where ranks or
-    shapes are another model's.
+    Raises InputRefused if it is ambiguous which parameter a wrapper changes, or if ranks or
+    shapes do not match.
     """
     if (one := _ONE.fullmatch(module)) and not _stacks(view, module):
         yield _one_of_stack(view, one, module, pairs[0])
@@ -79,10 +79,10 @@ def claims(view: AdapterView, module: str, pairs: Sequence[Pair]) -> Iterator[Cl
 
 
 def _stacks(view: AdapterView, module: str) -> list[Stack]:
-    """Return the parameters of a module that the configuration targets, first wrapped first."""
-    wanted = view.config.raw.get("target_parameters") or ()
-    names = {name.rpartition(".")[2] for name in wanted}
-    names = {n for n in names if any(f".{module}.{n}".endswith(f".{name}") for name in wanted)}
+    """Return the targeted parameters of a module in the order in which PEFT wraps them."""
+    targets = view.config.raw.get("target_parameters") or ()
+    names = {name.rpartition(".")[2] for name in targets}
+    names = {n for n in names if any(f".{module}.{n}".endswith(f".{name}") for name in targets)}
     order = sorted(names, key=lambda n: (_ORDER.index(n) if n in _ORDER else len(_ORDER), n))
     return [stack for name in order if (stack := _stack(view, module, name))]
 
@@ -102,7 +102,7 @@ def _stack(view: AdapterView, module: str, parameter: str) -> Stack | None:
 def _assigned(
     view: AdapterView, module: str, pairs: Sequence[Pair]
 ) -> Iterator[tuple[Pair, Stack]]:
-    """Yield which wrapper is which parameter's: the innermost wraps the first that fits."""
+    """Yield each pair with its parameter: the innermost wrapper has the first that fits."""
     stacks = _stacks(view, module)
     inner_first = sorted(pairs, key=lambda pair: -pair.raw.count("base_layer"))
     orders = [
@@ -116,11 +116,11 @@ def _assigned(
         shapes = "; ".join(f"{p.raw}: A {list(p.a.shape)}, B {list(p.b.shape)}" for p in pairs)
         names = ", ".join(stack.parameter for stack in stacks)
         raise InputRefused(
-            f"{view.path}: {module} has {len(pairs)} pairs of factors, which do not fit the "
-            f"base's {names or 'parameters'} ({shapes})",
+            f"{view.path}: the {len(pairs)} pairs of factors of {module} do not fit the base's "
+            f"{names or 'parameters'} ({shapes})",
             hint="the adapter was trained on another model, or its keys were renamed",
         )
-    # In the order of registration where shapes leave it open.
+    # If shapes are ambiguous, in the order of registration.
     yield from zip(inner_first, orders[0], strict=True)
 
 
@@ -132,7 +132,7 @@ def _count(view: AdapterView, stack: Stack) -> int:
 
 
 def _orientation(view: AdapterView, stack: Stack, pair: Pair) -> str:
-    """Return `straight` where the base stores (out, in), `turned` for (in, out), or nothing."""
+    """Return `straight` if the base stores (out, in), `transposed` for (in, out), else ""."""
     given = (pair.b.shape[0], pair.a.shape[1])
     if stack.tensor:
         shape = view.shape(stack.tensor)[-2:]
@@ -146,11 +146,11 @@ def _orientation(view: AdapterView, stack: Stack, pair: Pair) -> str:
     transposed = stacked and view.base_config.get("model_type") in _TRANSPOSED_MODELS
     if given == shape and not transposed:
         return "straight"
-    return "turned" if stacked and given == shape[::-1] else ""
+    return "transposed" if stacked and given == shape[::-1] else ""
 
 
 def _terms(view: AdapterView, name: str, stack: Stack, pair: Pair) -> dict[str, tuple[Term, ...]]:
-    """Return what the factors add to each base tensor."""
+    """Return each base tensor's terms."""
     experts, orientation = _count(view, stack), _orientation(view, stack, pair)
     rank = pair.a.shape[0] // experts
     _check_rank(view, name, rank)
@@ -171,7 +171,7 @@ def _terms(view: AdapterView, name: str, stack: Stack, pair: Pair) -> dict[str, 
                 columns=slice(expert, None, experts),
             )
             first += height
-            left, right = (b, a) if orientation == "straight" else (a.turned, b.turned)
+            left, right = (b, a) if orientation == "straight" else (a.transpose, b.transpose)
             place = expert * left.shape[0] if stack.tensor else 0
             found.setdefault(target, []).append(_term(view, name, left, right, place))
     return {target: tuple(terms) for target, terms in found.items()}
@@ -186,7 +186,7 @@ def _term(view: AdapterView, name: str, left: Part, right: Part, first: int) -> 
 
 
 def _place(view: AdapterView, stack: str, name: str) -> tuple[str, int, int] | None:
-    """Return the stacked tensor, which of its parts a single expert's layer is, and of how many."""
+    """Return the stacked tensor, the index of a layer of one expert in it, and the layer count."""
     for parameter, namings in _PIECES.items():
         for names in namings:
             tensor = view.find(stack, parameter)
@@ -196,7 +196,7 @@ def _place(view: AdapterView, stack: str, name: str) -> tuple[str, int, int] | N
 
 
 def _one_of_stack(view: AdapterView, one: re.Match[str], module: str, pair: Pair) -> Claim:
-    """One expert's layer, as adapters of transformers 4 have it, in a base that stacks them."""
+    """Return the claim of one expert's layer (transformers 4) in a base with stacked experts."""
     place = _place(view, one["stack"], one["name"])
     tensor, part, parts = place or ("", 0, 1)
     shape, number = view.shape(tensor), int(one["number"])
@@ -217,7 +217,7 @@ def _one_of_stack(view: AdapterView, one: re.Match[str], module: str, pair: Pair
 def _check_rank(view: AdapterView, name: str, rank: int) -> None:
     if rank != view.config.rank(name):
         raise InputRefused(
-            f"{view.path}: {name} has rank {rank} for each expert, but {view.config.rank(name)} in "
+            f"{view.path}: {name} has rank {rank} per expert, but {view.config.rank(name)} in "
             "adapter_config.json",
-            hint="configuration and weights are of different trainings; export both together",
+            hint="configuration and weights are from different trainings; export both together",
         )

@@ -1,4 +1,4 @@
-"""FRoD's keys: one basis and one pattern for all layers of a role, and each layer's own numbers."""
+"""FRoD: a basis and a sparsity pattern per role of layers, and values per layer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _claim(view: AdapterView) -> Iterator[Claim]:
 
 
 def _role(module: str) -> str:
-    """Return what PEFT calls the layers of one role (`_category_from_key` in its frod/model.py)."""
+    """Return PEFT's name of a layer's role (`_category_from_key` in its frod/model.py)."""
     parts = module.split(".")
     if len(parts) == 1 or parts[-2].isdigit():
         return parts[-1]
@@ -41,9 +41,9 @@ def _role(module: str) -> str:
 def _layer(view: AdapterView, module: str, own: dict[str, str], shared: dict[str, str]) -> Claim:
     if missing := [name for name in _SHARED if name not in shared]:
         raise InputRefused(
-            f"{view.path} has no {', '.join(missing)} for {module}: its basis would have to be "
-            "decomposed again from all layers, which does not give the same on every machine",
-            hint="load it where it was trained and export it with save_projection=True",
+            f"{view.path} has no {', '.join(missing)} for {module}: computing its basis again "
+            "from all layers is not reproducible across machines",
+            hint="export it with save_projection=True on the machine where it was trained",
         )
     if missing := [name for name in _OWN if name not in own]:
         raise InputRefused(
@@ -52,16 +52,16 @@ def _layer(view: AdapterView, module: str, own: dict[str, str], shared: dict[str
         )
     target = view.need(module)
     shape = view.shape(target)
-    turned = is_conv1d(str(view.base_config.get("model_type", "")), module)
-    width = shape[0] if turned else shape[-1]
+    transposed = is_conv1d(str(view.base_config.get("model_type", "")), module)
+    width = shape[0] if transposed else shape[-1]
     count = view.keys[own["frod_lambda_s_values"]].shape
-    wanted = {
+    expected = {
         shared["frod_V"]: (width, width),
         shared["frod_s_indices"]: (2, *count),
         own["frod_lambda_l"]: (width,),
     }
-    shapes = {key: view.keys[key].shape for key in wanted}
-    wrong = [f"{key} {list(shape)}" for key, shape in shapes.items() if shape != wanted[key]]
+    shapes = {key: view.keys[key].shape for key in expected}
+    wrong = [f"{key} {list(shape)}" for key, shape in shapes.items() if shape != expected[key]]
     if wrong or len(shape) != 2:
         raise InputRefused(
             f"{view.path}: {', '.join(wrong) or module} does not fit {target} {list(shape)}",
@@ -72,7 +72,7 @@ def _layer(view: AdapterView, module: str, own: dict[str, str], shared: dict[str
         places=view.stored(shared["frod_s_indices"]),
         values=view.stored(own["frod_lambda_s_values"]),
         lengths=view.stored(own["frod_lambda_l"]),
-        transposed=turned,
+        transposed=transposed,
     )
     return Claim(keys=tuple(own.values()), module=module, target=target, change=change)
 
@@ -84,8 +84,7 @@ FAMILY = Family(
     variants=(
         Variant(
             name="FRoD",
-            how="float64 in the basis that the adapter holds, rounded once; not without "
-            "`save_projection`",
+            how="float64 in the adapter's basis, rounded once; needs `save_projection`",
         ),
     ),
 )

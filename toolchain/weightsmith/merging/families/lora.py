@@ -1,4 +1,4 @@
-"""LoRA and its variants: W + factor · B·A, wherever PEFT puts the two factors."""
+"""LoRA and its variants: W + factor · B·A for all layers that PEFT supports."""
 
 from __future__ import annotations
 
@@ -28,40 +28,40 @@ _TRAINING_ONLY = ("lora_velora_embed", "lora_monteclora_sampler")
 
 @dataclass(slots=True)
 class Group:
-    """The keys of one wrapped module, by what they are."""
+    """The keys of one wrapped module, by role."""
 
     raw: str
-    """The module's name as the file has it."""
+    """The module's name in the file."""
     module: str
     keys: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
 
 
 def _claim(view: AdapterView) -> Iterator[Claim]:
-    misfits: list[str] = []
+    mismatches: list[str] = []
     stacks: dict[str, list[experts.Pair]] = {}
     groups = _groups(view)
-    twins = _twins(view, groups)
+    tied_copy = _has_tied_copy(view, groups)
     for group in groups.values():
         if group.unused:
             yield Claim(keys=tuple(group.unused), module=group.module)
         if not group.keys:
             continue
         a, b = _factors(view, group)
-        if len(a.shape) == 2 and experts.concerns(view, group.module):
+        if len(a.shape) == 2 and experts.is_expert(view, group.module):
             stacks.setdefault(group.module, []).append(experts.Pair(group.raw, a, b))
-        elif twins and is_head(group.module):
-            # The same factors as the embedding's, transposed: they act through the shared weight.
+        elif tied_copy and is_head(group.module):
+            # The embedding's factors, transposed: already applied to the shared weight.
             yield Claim(keys=(a.name, b.name), module=group.module)
         else:
-            yield from _layer(view, group, (a, b), twins, misfits)
+            yield from _layer(view, group, (a, b), tied_copy, mismatches)
     for module, pairs in stacks.items():
         yield from experts.claims(view, module, pairs)
-    if misfits:
+    if mismatches:
         raise InputRefused(
-            f"{view.path} was trained on another model; {len(misfits)} shapes differ, such as "
-            + "; ".join(misfits[:SHOWN]),
-            hint=f"its configuration names the base {view.config.base_model or '(none)'!r}",
+            f"{view.path} was trained on another model: {len(mismatches)} shapes differ, such as "
+            + "; ".join(mismatches[:SHOWN]),
+            hint=f"its adapter_config.json names the base {view.config.base_model or '(none)'!r}",
         )
 
 
@@ -73,17 +73,17 @@ FAMILY = Family(
         Variant(name="LoRA on linear layers", how="exact: W + s·BA, rounded once"),
         Variant(name="LoRA on transposed layers (Conv1D, `fan_in_fan_out`)", how="exact"),
         Variant(name="LoRA on Conv1d, Conv2d, Conv3d", how="exact; not with groups > 1"),
-        Variant(name="LoRA on embeddings and heads", how="exact; tied ones are untied if need be"),
+        Variant(name="LoRA on embeddings and heads", how="exact; tied ones are untied if needed"),
         Variant(name="LoRA on MultiheadAttention", how="exact: in_proj and out_proj"),
         Variant(
             name="`target_parameters`: matrices and stacked experts",
-            how="exact, also where the base has a tensor for each expert",
+            how="exact, also for bases with one tensor per expert",
         ),
         Variant(name="`layer_replication`", how="exact: every replica is written out"),
         Variant(name="`rank_pattern`, `alpha_pattern`, `use_rslora`", how="exact"),
-        Variant(name="`lora_bias`", how="exact: b + s·bias; the base needs a bias"),
-        Variant(name="MiCA, VeLoRA, MonteCLoRA, EVA, orthogonal", how="exact: as plain LoRA"),
-        Variant(name="BD-LoRA", how="exact: blocks put on the diagonal"),
+        Variant(name="`lora_bias`", how="exact: b + s·bias; the base must have a bias"),
+        Variant(name="MiCA, VeLoRA, MonteCLoRA, EVA, orthogonal", how="exact, like plain LoRA"),
+        Variant(name="BD-LoRA", how="exact, as block-diagonal factors"),
         Variant(name="DoRA", how="float64, rounded once"),
         Variant(name="KaSA", how="float64 singular values, rounded once"),
     ),
@@ -91,7 +91,7 @@ FAMILY = Family(
 
 
 def _groups(view: AdapterView) -> dict[str, Group]:
-    """Sort the family's keys by module."""
+    """Group the family's keys by module."""
     groups: dict[str, Group] = {}
     for key in view.keys:
         match = _KEY.fullmatch(module_key(key))
@@ -108,15 +108,15 @@ def _groups(view: AdapterView) -> dict[str, Group]:
         role = part + (".bias" if rest["end"] == ".bias" else "")
         if role in group.keys:
             raise InputRefused(
-                f"{view.path} has {role} of {raw} twice: {group.keys[role]} and {key}",
+                f"{view.path}: duplicate {role} for {raw}: {group.keys[role]} and {key}",
                 hint="export one adapter per folder",
             )
         group.keys[role] = key
     return {raw: group for raw, group in groups.items() if group.keys or group.unused}
 
 
-def _twins(view: AdapterView, groups: dict[str, Group]) -> bool:
-    """Say whether a tied head's factors are its embedding's (`ensure_weight_tying`)."""
+def _has_tied_copy(view: AdapterView, groups: dict[str, Group]) -> bool:
+    """Return whether a tied head has its embedding's factors (`ensure_weight_tying`)."""
     embeddings = [g for g in groups.values() if "lora_embedding_A" in g.keys]
     heads = [g for g in groups.values() if is_head(g.module) and "lora_A" in g.keys]
     if not view.tie or len(embeddings) != 1 or len(heads) != 1:
@@ -130,23 +130,23 @@ def _layer(
     view: AdapterView,
     group: Group,
     factors: tuple[TensorInfo, TensorInfo],
-    twins: bool,
-    misfits: list[str],
+    tied_copy: bool,
+    mismatches: list[str],
 ) -> Iterator[Claim]:
-    """Yield what one layer's keys do; add to `misfits` where a shape is another model's."""
+    """Yield the claims of one layer; append shapes that do not match to `mismatches`."""
     a, b = factors
     embedding = "lora_embedding_A" in group.keys
     parameter = "weight"
     if not embedding and not view.find(group.module):
         parameter = "in_proj_weight" if view.find(group.module, "in_proj_weight") else "weight"
     if is_embedding(group.module) and view.base_config.get("is_encoder_decoder"):
-        raise _of_two_stacks(view, group.module)
+        raise _encoder_decoder_error(view, group.module)
     target = view.need(group.module, parameter)
     shape = _shape(view, group, target)
     if embedding and _may_be_tied(view, group.module, shape):
         raise InputRefused(
-            f"{view.path} has LoRA on {group.module}, which looks like the embedding, and the "
-            "base stores no head: whether its head shares it is not known",
+            f"{view.path} has LoRA on {group.module}, which may be an embedding tied to the head: "
+            "the base stores no head",
             hint="serve it unmerged, or train it without the embeddings in target_modules",
         )
     left, right = _oriented(view, group, shape, a, b)
@@ -156,12 +156,12 @@ def _layer(
     )
     columns = matrix_columns(shape)
     if (shape[0], columns) != term.shape:
-        misfits.append(f"{target}: base {list(shape)}, adapter {list(term.shape)}")
+        mismatches.append(f"{target}: base {list(shape)}, adapter {list(term.shape)}")
         return
     claim = Claim(
         keys=(a.name, b.name), module=group.module, target=target, columns=columns, terms=(term,)
     )
-    both = embedding and bool(view.tie) and (twins or view.config.ties(group.module))
+    both = embedding and bool(view.tie) and (tied_copy or view.config.ties(group.module))
     yield replace(_variant(view, group, claim), both=both)
     if "lora_B.bias" in group.keys:
         yield _bias(view, group, scaling)
@@ -169,22 +169,22 @@ def _layer(
         raise _incomplete(view, "lora_bias", group.module, "lora_B.bias")
 
 
-def _of_two_stacks(view: AdapterView, module: str) -> InputRefused:
-    """Say why not: encoder, decoder and head share a table, PEFT adapts it in one place alone."""
+def _encoder_decoder_error(view: AdapterView, module: str) -> InputRefused:
+    """Return the error: encoder, decoder and head share an embedding, but PEFT adapts only one."""
     return InputRefused(
         f"{view.path} has LoRA on {module}, whose embedding is shared by encoder and decoder: "
         + (
-            "neither calls it by this name, so that the factors have no effect in training"
+            "neither uses it by this name, so the factors had no effect in training"
             if module.rpartition(".")[2] == "shared"
-            else "each would need an embedding of its own, which most programs do not load"
+            else "a merge would need separate embeddings, which most programs do not load"
         ),
-        hint="train it without the embeddings in target_modules; new words can be trained with "
-        "trainable_token_indices, which is merged for all that share the embedding",
+        hint="train it without the embeddings in target_modules; train new words with "
+        "trainable_token_indices, which can be merged",
     )
 
 
 def _may_be_tied(view: AdapterView, module: str, shape: tuple[int, ...]) -> bool:
-    """Say whether a table of unknown name may be the one that a head without weights shares."""
+    """Return whether an embedding with an unknown name may be tied to a head without weights."""
     words = shape[0] == view.base_config.get("vocab_size")
     unknown = view.tie is None and words and not is_embedding(module)
     headless = not any(is_head(name.removesuffix(".weight")) for name in view.sources)
@@ -192,12 +192,12 @@ def _may_be_tied(view: AdapterView, module: str, shape: tuple[int, ...]) -> bool
 
 
 def _has_copy(module: str) -> bool:
-    """Say whether PEFT saves the base's weight beside the factors: of resized vocabularies."""
+    """Return whether PEFT may save the base's weight with the factors (resized vocabularies)."""
     return is_embedding(module) or is_head(module)
 
 
 def _shape(view: AdapterView, group: Group, target: str) -> tuple[int, ...]:
-    """Return the shape that the factors are added to: that of the adapter's own copy, if any."""
+    """Return the shape of the weight that the factors change: the adapter's copy, if any."""
     for prefix in ("base_model.model.", "") if _has_copy(group.module) else ():
         if info := view.keys.get(f"{prefix}{group.raw}.base_layer.weight"):
             return info.shape
@@ -205,7 +205,7 @@ def _shape(view: AdapterView, group: Group, target: str) -> tuple[int, ...]:
 
 
 def _factors(view: AdapterView, group: Group) -> tuple[TensorInfo, TensorInfo]:
-    """Return A and B, paired, of the configured rank and of a type that can be added."""
+    """Return A and B; raise InputRefused if one is missing or has an unsupported dtype or shape."""
     embedding = "lora_embedding_A" in group.keys or "lora_embedding_B" in group.keys
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
     if not all(name in group.keys for name in names):
@@ -217,14 +217,14 @@ def _factors(view: AdapterView, group: Group) -> tuple[TensorInfo, TensorInfo]:
     for info in (a, b):
         if info.dtype not in ("F32", "F16", "BF16"):
             raise InputRefused(
-                f"{view.path}: {info.name} is of type {info.dtype}",
+                f"{view.path}: {info.name} has the unsupported dtype {info.dtype}",
                 hint="save the adapter in float32, float16 or bfloat16",
             )
     if len(a.shape) != len(b.shape) or not 2 <= len(a.shape) <= 5 or 0 in (*a.shape, *b.shape):
         raise InputRefused(
-            f"{view.path}: {group.module} is not a layer that LoRA knows (lora_A {list(a.shape)},"
+            f"{view.path}: {group.module} has invalid LoRA shapes (lora_A {list(a.shape)},"
             f" lora_B {list(b.shape)})",
-            hint="sharded training saved empty or flat tensors: gather them before saving",
+            hint="sharded training may save empty or flat tensors: gather them before saving",
         )
     return a, b
 
@@ -232,24 +232,24 @@ def _factors(view: AdapterView, group: Group) -> tuple[TensorInfo, TensorInfo]:
 def _oriented(
     view: AdapterView, group: Group, shape: tuple[int, ...], a: TensorInfo, b: TensorInfo
 ) -> tuple[Part, Part]:
-    """Return both factors as the base stores their product."""
+    """Return (left, right) in the layout of the base's weight."""
     a_blocks, b_blocks = _blocks(view, group)
     right = Part(stored=view.stored(a.name), height=a.shape[0], blocks=a_blocks)
     left = Part(stored=view.stored(b.name), height=b.shape[0], blocks=b_blocks)
     _check_rank(view, group.module, right.shape[0], left.shape[1])
     if len(a.shape) > 2 and math.prod(b.shape[2:]) != 1:
         raise InputRefused(
-            f"{view.path}: {b.name} is not a 1x1 convolution, as PEFT's are",
+            f"{view.path}: {b.name} is not a 1x1 convolution, as in PEFT",
             hint="export the adapter again with PEFT's save_pretrained",
         )
     embedding = "lora_embedding_A" in group.keys
     if embedding or (len(a.shape) == 2 and _is_transposed(view, group.module, shape, left, right)):
-        return right.turned, left.turned
+        return right.transpose, left.transpose
     return left, right
 
 
 def _blocks(view: AdapterView, group: Group) -> tuple[int, int]:
-    """Return in how many diagonal blocks A and B are stored; PEFT's `BdLoraLinearVariant`."""
+    """Return the numbers of diagonal blocks of A and B (PEFT's `BdLoraLinearVariant`)."""
     raw = view.config.raw.get("use_bdlora")
     if not isinstance(raw, dict) or "lora_embedding_A" in group.keys:
         return 1, 1
@@ -267,14 +267,14 @@ def _check_rank(view: AdapterView, module: str, a: int, b: int) -> None:
         raise InputRefused(
             f"{view.path}: {module} has rank {a} in lora_A and {b} in lora_B,"
             f" but {rank} in adapter_config.json",
-            hint="configuration and weights are of different trainings; export both together",
+            hint="configuration and weights are from different trainings; export both together",
         )
 
 
 def _variant(view: AdapterView, group: Group, claim: Claim) -> Claim:
-    """Return the claim as DoRA or KaSA makes of it, where there are such keys."""
+    """Return the claim, changed to DoRA's or KaSA's if the module has their keys."""
     (term,) = claim.terms
-    # These scale the base too, so that the adapter's weight applies to the whole change.
+    # These scale the base too, so the adapter's weight applies to the whole change.
     plain = replace(term, factor=term.scaling)
     if magnitude := group.keys.get("lora_magnitude_vector"):
         return replace(
@@ -303,13 +303,13 @@ def _incomplete(view: AdapterView, setting: str, module: str, key: str) -> Input
 
 
 def _bias(view: AdapterView, group: Group, scaling: float) -> Claim:
-    """B + scaling · bias: a rank of one, on the bias as a column."""
+    """Return the claim b + scaling · bias: a rank-1 term on the bias as a column."""
     key = group.keys["lora_B.bias"]
     target = view.find(group.module, "bias")
     shape = view.keys[key].shape
     if not target or view.sources[target].shape != shape:
         raise InputRefused(
-            f"{view.path} has a LoRA bias for {group.module}, whose layer has no bias to add it to",
+            f"{view.path} has a LoRA bias for {group.module}, but that layer has no bias",
             hint="PEFT cannot merge this either: serve the adapter unmerged, or train it without "
             "lora_bias",
         )
@@ -322,10 +322,10 @@ def _bias(view: AdapterView, group: Group, scaling: float) -> Claim:
 def _is_transposed(
     view: AdapterView, module: str, shape: tuple[int, ...], b: Part, a: Part
 ) -> bool:
-    """Say whether the base stores (in, out).
+    """Return whether the base stores (in, out).
 
-    The layer's class decides, as in PEFT, which overrules `fan_in_fan_out`; where the class is not
-    known, the shape does, and a square matrix that only `fan_in_fan_out` speaks about is refused.
+    As in PEFT, the layer's class overrides `fan_in_fan_out`. If the class is unknown, the shape
+    decides, and a square matrix with `fan_in_fan_out` is refused.
     """
     straight = (b.shape[0], a.shape[1])
     kind = str(view.base_config.get("model_type", ""))
@@ -334,7 +334,7 @@ def _is_transposed(
     if not view.config.fan_in_fan_out or straight[0] != straight[1]:
         return view.config.fan_in_fan_out and shape == straight[::-1]
     raise InputRefused(
-        f"{view.path} sets fan_in_fan_out, but {module} is square and {kind or 'this model'!r} is "
-        "not known to store its weights transposed",
+        f"{view.path} sets fan_in_fan_out, but {module} is square, and whether "
+        f"{kind or 'this model'!r} stores weights transposed is unknown",
         hint="set fan_in_fan_out to false in adapter_config.json if its layers are nn.Linear",
     )

@@ -1,4 +1,4 @@
-"""Whole tensors that an adapter brings: trained modules, biases, resized or copied embeddings."""
+"""Whole tensors in an adapter: trained modules, biases, resized or copied embeddings."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def _claim(view: AdapterView) -> Iterator[Claim]:
         owner, _, parameter = name.rpartition(".")
         module = plain_module(owner.removesuffix(".token_adapter.base_layer"))
         module = _WRAPPED.sub("", module)
-        if _is_spare(view, key, module, parameter):
+        if _is_redundant(view, key, module, parameter):
             yield Claim(keys=(key,), module=module)
-        elif _legal(view, key, module):
+        elif _is_expected(view, key, module):
             yield _one(view, key, owner, module, parameter)
 
 
@@ -37,22 +37,22 @@ FAMILY = Family(
     every=True,
     claim=_claim,
     variants=(
-        Variant(name="`modules_to_save`", how="the adapter's tensor takes the base's place"),
-        Variant(name="`bias` all or lora_only", how="the adapter's bias takes the base's place"),
+        Variant(name="`modules_to_save`", how="the adapter's tensor replaces the base's"),
+        Variant(name="`bias` all or lora_only", how="the adapter's bias replaces the base's"),
         Variant(
             name="heads of another task (`task_type` SEQ_CLS, TOKEN_CLS, QUESTION_ANS)",
-            how="the head is added; `architectures` and labels in config.json follow",
+            how="the head is added; `architectures` and labels in config.json are updated",
         ),
         Variant(
             name="resized vocabularies",
-            how="the adapter's embeddings take the base's place; `vocab_size` follows",
+            how="the adapter's embeddings replace the base's; `vocab_size` is updated",
         ),
     ),
 )
 
 
-def _legal(view: AdapterView, key: str, module: str) -> bool:
-    """Say whether the configuration, or PEFT's saving of embeddings, explains a whole tensor."""
+def _is_expected(view: AdapterView, key: str, module: str) -> bool:
+    """Return whether a whole tensor is expected: by the configuration, or as a saved embedding."""
     if _is_saved(view, module):
         return True
     owner, _, parameter = key.rpartition(".")
@@ -61,29 +61,29 @@ def _legal(view: AdapterView, key: str, module: str) -> bool:
         bias = str(view.config.raw.get("bias", "none"))
         if bias == "all" or (bias.endswith("_only") and wrapped):
             return True
-        # Of a resized head, which PEFT saves whole.
+        # The bias of a resized head, which PEFT saves whole.
         return is_head(module) and f"{key.rpartition('.')[0]}.weight" in view.keys
     return parameter == "weight" and (is_embedding(module) or is_head(module))
 
 
-def _is_spare(view: AdapterView, key: str, module: str, parameter: str) -> bool:
-    """Say whether a tensor adds nothing: the untrained original, or what another key holds too.
+def _is_redundant(view: AdapterView, key: str, module: str, parameter: str) -> bool:
+    """Return whether a tensor is redundant: the untrained original, or a copy of another key's.
 
-    PEFT writes all parts of an embedding's wrapper where the vocabulary was resized, and BERT's
-    head has two names for its bias.
+    PEFT writes all parts of an embedding's wrapper if the vocabulary was resized, and BERT's head
+    has two names for its bias.
     """
     prefix, name = key.removesuffix(module_key(key)), f"{module}.{parameter}"
-    twin = f"{prefix}{view.second_name(name) or name}"
-    if twin == key or twin not in view.keys:
+    other = f"{prefix}{view.alias_target(name) or name}"
+    if other == key or other not in view.keys:
         return False
     original = ".original_module." in key
-    return original or same_bytes(view.file, view.keys[key], view.keys[twin])
+    return original or same_bytes(view.file, view.keys[key], view.keys[other])
 
 
 def _is_saved(view: AdapterView, module: str) -> bool:
-    """Say whether the module, or one that it is part of, is among `modules_to_save`.
+    """Return whether the module or one of its parents is in `modules_to_save`.
 
-    PEFT compares the ends of names, not of their parts: `norm` means `input_layernorm` too.
+    PEFT matches suffixes of names, not whole parts: `norm` also matches `input_layernorm`.
     """
     saved = tuple(view.config.raw.get("modules_to_save") or ())
     parts = module.split(".")
@@ -93,15 +93,15 @@ def _is_saved(view: AdapterView, module: str) -> bool:
 def _one(view: AdapterView, key: str, owner: str, module: str, parameter: str) -> Claim:
     info = view.keys[key]
     target = view.find(module, parameter)
-    # Counters of a batch norm are whole numbers on both sides.
+    # A batch norm's counters are integers in both.
     counted = target in view.sources and info.dtype == view.sources[target].dtype
     if info.dtype not in ("F32", "F16", "BF16") and not counted:
         raise InputRefused(
-            f"{view.path}: {key} is of type {info.dtype}",
+            f"{view.path}: {key} has the unsupported dtype {info.dtype}",
             hint="save the adapter in float32, float16 or bfloat16",
         )
-    if parameter == "weight" and _is_unread(view, module):
-        return _unread(view, key, module)
+    if parameter == "weight" and _is_unused_table(view, module):
+        return _unused_table(view, key, module)
     if view.tie and parameter == "weight" and (is_embedding(module) or is_head(module)):
         return _tied(view, key, owner, module)
     if not target and str(view.config.raw.get("task_type")) in TASKS and _is_saved(view, module):
@@ -114,7 +114,7 @@ def _one(view: AdapterView, key: str, owner: str, module: str, parameter: str) -
         )
     if not target:
         raise InputRefused(
-            f"{view.path} brings {module}.{parameter}, which the base does not have",
+            f"{view.path} has {module}.{parameter}, which the base does not have",
             hint="a new head needs an architecture: set task_type in adapter_config.json to "
             + ", ".join(TASKS),
         )
@@ -122,43 +122,43 @@ def _one(view: AdapterView, key: str, owner: str, module: str, parameter: str) -
     return Claim(keys=(key,), module=module, target=target, replacement=view.stored(key))
 
 
-def _is_unread(view: AdapterView, module: str) -> bool:
-    """Say whether it is the table of an encoder-decoder, trained under the name that none calls."""
+def _is_unused_table(view: AdapterView, module: str) -> bool:
+    """Return whether it is an encoder-decoder's `shared` table, by a name that no stack uses."""
     both = bool(view.base_config.get("is_encoder_decoder"))
     return both and module.rpartition(".")[2] == "shared" and _is_saved(view, module)
 
 
-def _unread(view: AdapterView, key: str, module: str) -> Claim:
-    """Return a claim without effect; PEFT's copy of the table is not what the stacks read."""
+def _unused_table(view: AdapterView, key: str, module: str) -> Claim:
+    """Return a claim without effect: encoder and decoder do not use PEFT's copy of the table."""
     source, info = view.sources[view.need(module)], view.keys[key]
     if isinstance(source, Stored) and same_bytes(view.file, info, source.info, source.path):
         return Claim(keys=(key,), module=module)
     raise InputRefused(
-        f"{view.path} brings {module} (modules_to_save), which encoder and decoder read under "
-        "names of their own: unmerged, it has no effect",
-        hint="take it out of modules_to_save and out of the file if it was not meant; new words "
-        "can be trained with trainable_token_indices",
+        f"{view.path} has {module} (modules_to_save), but encoder and decoder use it by other "
+        "names: it had no effect in training",
+        hint="remove it from modules_to_save and from the file if it was not intended; train new "
+        "words with trainable_token_indices",
     )
 
 
 def _tied(view: AdapterView, key: str, owner: str, module: str) -> Claim:
-    """Return what a tensor of an embedding or a head does whose weight they share.
+    """Return the claim of a tensor for a tied embedding or head.
 
-    A tensor saved for both stays tied; one of two that differ, and a module that was trained by
-    itself (`modules_to_save`), is its module's own.
+    Equal tensors for both keep them tied; different ones, or one trained alone
+    (`modules_to_save`), untie them.
     """
     tie = view.tie
-    assert tie is not None  # noqa: S101 - the caller looked
-    twin = _twin(view, key, is_embedding(module))
+    assert tie is not None  # noqa: S101 - checked by the caller
+    other = _counterpart(view, key, is_embedding(module))
     _check_shape(view, key, module, tie.embedding)
-    if twin and same_bytes(view.file, view.keys[key], view.keys[twin]):
+    if other and same_bytes(view.file, view.keys[key], view.keys[other]):
         if is_head(module):
             return Claim(keys=(key,), module=module)
         alone = False
     else:
         wrapped = owner.endswith("base_layer")
         tying = view.config.ties(module)
-        alone = bool(twin) or (_is_saved(view, module) and not wrapped and not tying)
+        alone = bool(other) or (_is_saved(view, module) and not wrapped and not tying)
     own = tie.head if is_head(module) else tie.embedding
     return Claim(
         keys=(key,),
@@ -169,8 +169,8 @@ def _tied(view: AdapterView, key: str, owner: str, module: str) -> Claim:
     )
 
 
-def _twin(view: AdapterView, key: str, embedding: bool) -> str:
-    """Return the key of the other one of embedding and head, saved in the same way."""
+def _counterpart(view: AdapterView, key: str, embedding: bool) -> str:
+    """Return the head's key for an embedding, the embedding's for a head, or ""."""
     for other in view.keys:
         name = module_key(other)
         owner, _, parameter = name.rpartition(".")
@@ -182,12 +182,14 @@ def _twin(view: AdapterView, key: str, embedding: bool) -> str:
 
 
 def _check_shape(view: AdapterView, key: str, module: str, target: str) -> None:
-    shape, wanted = view.keys[key].shape, view.shape(target)
+    shape, expected = view.keys[key].shape, view.shape(target)
     resizable = is_embedding(module) or is_head(module)
-    if shape == wanted or (resizable and shape[1:] == wanted[1:] and len(shape) == len(wanted)):
+    if shape == expected or (
+        resizable and shape[1:] == expected[1:] and len(shape) == len(expected)
+    ):
         return
     raise InputRefused(
-        f"{view.path}: {key} has the shape {list(shape)}, the base's {target} {list(wanted)}",
-        hint="the adapter was trained on another model: its configuration names "
+        f"{view.path}: {key} has shape {list(shape)}, but the base's {target} has {list(expected)}",
+        hint="the adapter was trained on another model: its adapter_config.json names "
         f"{view.config.base_model or '(none)'!r}",
     )

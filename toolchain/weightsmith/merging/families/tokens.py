@@ -1,4 +1,4 @@
-"""Trained tokens: single rows of an embedding, or of a head, that an adapter brings."""
+"""Trained tokens: rows of an embedding or head in an adapter."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FAMILY = Family(
     variants=(
         Variant(
             name="`trainable_token_indices`, trainable tokens",
-            how="the adapter's rows take the base's place, in a tied head too",
+            how="the adapter's rows replace the base's, also in a tied head",
         ),
     ),
 )
@@ -48,16 +48,16 @@ def _one(view: AdapterView, module: str, key: str, found: dict[str, str]) -> Cla
     shape = view.shape(target)
     if info.shape != (len(places), *shape[1:]):
         raise InputRefused(
-            f"{view.path}: {key} has the shape {list(info.shape)}; {len(places)} tokens of "
+            f"{view.path}: {key} has shape {list(info.shape)}, but {len(places)} tokens of "
             f"{target} {list(shape)} need {[len(places), *shape[1:]]}",
-            hint="configuration and weights are of different trainings; export both together",
+            hint="configuration and weights are from different trainings; export both together",
         )
-    # PEFT lets a head follow its embedding, not an embedding its head.
+    # In PEFT a tied head follows its embedding, but not the other way round.
     both = bool(view.tie) and is_embedding(module)
-    twins = [m for m in found if (is_embedding(m) if head else is_head(m))]
-    if twins and (head or both):
-        other = found[twins[0]]
-        both = places == _places(view, twins[0]) and same_bytes(view.file, info, view.keys[other])
+    others = [m for m in found if (is_embedding(m) if head else is_head(m))]
+    if others and (head or both):
+        other = found[others[0]]
+        both = places == _places(view, others[0]) and same_bytes(view.file, info, view.keys[other])
         if both and head:
             return Claim(keys=(key,), module=module)
     patch = Patch(adapter=view.index, places=places, stored=view.stored(key))
@@ -65,19 +65,19 @@ def _one(view: AdapterView, module: str, key: str, found: dict[str, str]) -> Cla
 
 
 def _check_bias(view: AdapterView, module: str) -> None:
-    """Refuse a head with a bias, which PEFT's layer of trained tokens leaves out."""
+    """Refuse a head with a bias, which PEFT's layer for trained tokens ignores."""
     follows = view.tie and is_embedding(module)
     head = view.tie.head.removesuffix(".weight") if view.tie and follows else module
     if is_head(head) and view.find(head, "bias"):
         raise InputRefused(
-            f"{view.path} trains tokens of {head}, whose bias PEFT leaves out while such an "
-            "adapter acts: no merged model answers as the trained one did",
-            hint="serve it unmerged with PEFT, or train the rows through modules_to_save",
+            f"{view.path} trains tokens of {head}, whose bias PEFT ignores for such adapters: a "
+            "merged model would differ from the trained one",
+            hint="serve it unmerged with PEFT, or train the rows with modules_to_save",
         )
 
 
 def _places(view: AdapterView, module: str) -> tuple[int, ...]:
-    """Return the rows that the configuration gives to a module, in the order of the tensor's."""
+    """Return the token ids that the configuration lists for a module, in the tensor's row order."""
     raw: Any = view.config.raw.get("trainable_token_indices")
     if view.config.kind == "TRAINABLE_TOKENS":
         raw = view.config.raw.get("token_indices")

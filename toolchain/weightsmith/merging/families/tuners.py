@@ -1,4 +1,4 @@
-"""PEFT's other tuners: each layer's merged weight comes from PEFT's own code (`layer.py`)."""
+"""PEFT's other tuners: PEFT's own code merges each layer (`peft_layers.py`)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _OWN = {
     "SUPERTUNING": "SuperTuning",
     "WAVEFT": "WaveFT",
 }
-"""`peft_type` -> name of tuners whose layers stand alone."""
+"""`peft_type` -> name of tuners with independent layers."""
 _SHARED = {
     "PVERA": "PVeRA",
     "RANDLORA": "RandLoRA",
@@ -49,27 +49,27 @@ _SHARED = {
     "VBLORA": "VB-LoRA",
     "VERA": "VeRA",
 }
-"""Tuners whose layers share projections or banks."""
+"""`peft_type` -> name of tuners whose layers share projections or banks."""
 _ORDERED = ("TINYLORA", "UNILORA")
-"""Tuners that give layers numbers in the order of the model."""
+"""Tuners that number layers in the model's order."""
 _NORM = "LN_TUNING"
 _WHOLE = frozenset({"base_layer", "modules_to_save", "original_module"})
-"""Parts of keys that hold a layer's own tensors, which the family `replaced` looks at."""
+"""Parts of keys of whole tensors, which the family `replaced` handles."""
 
 
 def _claim(view: AdapterView) -> Iterator[Claim]:
     if view.config.kind == _NORM:
         yield from _norms(view)
         return
-    modules, rest = _sorted(view)
+    modules, rest = _by_module(view)
     kind = view.config.kind
     shared = kind in _SHARED
     if shared and not modules:
         modules = dict.fromkeys(_targeted(view), ())
     if not modules:
         raise InputRefused(
-            f"{view.path} changes no module of the base",
-            hint=f"the adapter belongs to another model: {view.config.base_model!r}",
+            f"{view.path} does not change any module of the base",
+            hint=f"the adapter was trained on another model: {view.config.base_model!r}",
         )
     layers = {module: _layer(view, module, keys) for module, keys in modules.items()}
     every = tuple(sorted((*(key for keys in modules.values() for key in keys), *rest)))
@@ -101,8 +101,8 @@ def _claim(view: AdapterView) -> Iterator[Claim]:
             )
 
 
-def _sorted(view: AdapterView) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
-    """Return the keys by the module of the base that they begin with, and those of none."""
+def _by_module(view: AdapterView) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+    """Return the keys by their module of the base, and the keys without one."""
     modules: dict[str, tuple[str, ...]] = {}
     rest: list[str] = []
     for key in view.keys:
@@ -120,15 +120,15 @@ def _sorted(view: AdapterView) -> tuple[dict[str, tuple[str, ...]], tuple[str, .
 
 
 def _targeted(view: AdapterView) -> list[str]:
-    """Return the modules that the configuration names, for tuners that save nothing per module."""
+    """Return the modules that the configuration targets, for tuners without tensors per module."""
     names = [name.removesuffix(".weight") for name in view.sources if name.endswith(".weight")]
     return [name for name in names if view.config.targets(name)]
 
 
 def _raw(view: AdapterView, keys: tuple[str, ...]) -> str:
-    """Return the configuration for one layer alone.
+    """Return the configuration for one layer.
 
-    WaveFT shares a number of frequencies out among all layers; the tensor tells this one's part.
+    WaveFT distributes frequencies over all layers; the tensor's shape gives this layer's number.
     """
     raw = dict(view.config.raw)
     if raw.get("proportional_parameters"):
@@ -138,7 +138,7 @@ def _raw(view: AdapterView, keys: tuple[str, ...]) -> str:
 
 
 def _base(view: AdapterView, module: str) -> tuple[tuple[str, Source], ...]:
-    """Return a layer's parameters: the adapter's own copies, where it has such, or the base's."""
+    """Return a layer's parameters: the adapter's copies if it has any, else the base's."""
     found: list[tuple[str, Source]] = []
     for name in ("weight", "bias"):
         if target := view.find(module, name):
@@ -153,32 +153,32 @@ def _layer(view: AdapterView, module: str, keys: tuple[str, ...]) -> Layer:
     kinds = {1: "norm", 2: "linear", 3: "conv", 4: "conv", 5: "conv"}
     if len(shape) not in kinds:
         raise InputRefused(
-            f"{view.path}: {module} has the shape {list(shape)}, which fits no known kind of layer",
+            f"{view.path}: {module} has the unsupported shape {list(shape)}",
             hint="serve this adapter unmerged with PEFT",
         )
     kind = kinds[len(shape)]
     if kind == "linear" and is_conv1d(str(view.base_config.get("model_type", "")), module):
         kind = "conv1d"
-    if kind == "linear" and _looks_up(module, keys):
+    if kind == "linear" and _is_embedding_layer(module, keys):
         kind = "embedding"
     return Layer(module=module, kind=kind, shape=shape, bias=bool(view.find(module, "bias")))
 
 
-def _looks_up(module: str, keys: tuple[str, ...]) -> bool:
-    """Say whether a layer is an embedding, whose shape is no different from a linear layer's."""
+def _is_embedding_layer(module: str, keys: tuple[str, ...]) -> bool:
+    """Return whether a layer is an embedding, by names, because the shape cannot tell."""
     last = module.rpartition(".")[2]
     named = is_embedding(module) or last.endswith(("embeddings", "embed_positions", "wpe"))
     return named or any("_embedding_" in key for key in keys)
 
 
 def _folder(view: AdapterView, module: str) -> Path | None:
-    """Return the base's folder, whose configuration gives the model's order of layers."""
+    """Return the base's folder, whose configuration gives the order of layers."""
     source = view.source(view.need(module))
     return source.path.parent if isinstance(source, Stored) else None
 
 
 def _norms(view: AdapterView) -> Iterator[Claim]:
-    """Trained norms are whole tensors that take the base's place."""
+    """Yield the claims of trained norms, which replace the base's tensors."""
     for key in view.keys:
         module, _, parameter = module_key(key).rpartition(".")
         module = module.removesuffix(".ln_tuning_layers")
@@ -190,9 +190,9 @@ def _norms(view: AdapterView) -> Iterator[Claim]:
         )
 
 
-_ALONE = "PEFT's layer, built around one base tensor at a time, float32, rounded once"
-_TOGETHER = "the same; what the layers share is loaded once"
-_WIDER = "; in float64, since its sums cancel"
+_ALONE = "merged by PEFT's own layer, one base tensor at a time, in float32, rounded once"
+_TOGETHER = "the same; tensors shared by layers are loaded once"
+_WIDER = "; in float64, because its sums cancel"
 
 FAMILY = Family(
     name="tuners",
@@ -204,6 +204,6 @@ FAMILY = Family(
             Variant(name=name, how=_TOGETHER + _WIDER * (kind == "RANDLORA"))
             for kind, name in _SHARED.items()
         ),
-        Variant(name="LayerNorm tuning", how="the adapter's tensor takes the base's place"),
+        Variant(name="LayerNorm tuning", how="the adapter's tensor replaces the base's"),
     ),
 )

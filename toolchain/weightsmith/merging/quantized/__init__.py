@@ -1,1 +1,1 @@
-"""Bases that are stored quantized: seen in configuration and tensors, and decoded one by one."""
+"""Quantized bases: detection from configuration and tensors, and dequantization."""

@@ -1,4 +1,4 @@
-"""The base of a merge as the user wants a quantized one to be seen; no torch and no numpy here."""
+"""The base's tensors under the user's choice for quantized bases; no torch or numpy here."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from weightsmith.merging.quantized.layout import Layout, quantization_of, read_l
 from weightsmith.merging.quantized.sources import Decoded, Rounded
 
 STALE = frozenset({"quant_config.json", "quantize_config.json", "quant_log.csv"})
-"""Files beside quantized weights that say nothing true of plain ones."""
+"""Files of quantized checkpoints that do not apply to plain weights."""
 _IN_LAYER = re.compile(r"(?:.*\.)?\d+\..+\.weight")
-_NO_LINEAR = ("embed", "wte", "wpe", "relative_attention_bias", "norm", "shared")
+_NOT_LINEAR = ("embed", "wte", "wpe", "relative_attention_bias", "norm", "shared")
 _MIXTURES = (".experts.", ".router.", ".block_sparse_moe.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SeenBase:
-    """The base's tensors, what its configuration says no more, and what was chosen."""
+class BaseView:
+    """The base's tensors as plain weights, its remaining configuration, and the choice made."""
 
     tensors: BaseTensors
     config: Mapping[str, Any]
     dropped: tuple[str, ...] = ()
-    """Keys of config.json that are left out of the result."""
+    """Keys of config.json that the result omits."""
     findings: tuple[str, ...] = ()
     record: Mapping[str, Any] = field(default_factory=dict)
 
 
-def see_base(index: CheckpointIndex, config: Mapping[str, Any], choice: str) -> SeenBase:
+def base_view(index: CheckpointIndex, config: Mapping[str, Any], choice: str) -> BaseView:
     """Return the base's tensors as plain weights.
 
-    Raises InputRefused for a quantized base that no choice was made for, or that cannot be decoded,
-    and for a base that 4-bit training cannot be reproduced on; UsageError for no choice.
+    Raises InputRefused for a quantized base without a choice, one that cannot be dequantized, and
+    a base on which 4-bit training cannot be reproduced; UsageError for an unknown choice.
     """
     check_choice(choice)
     method = quantization_of(config, index.tensors)
@@ -51,11 +51,11 @@ def see_base(index: CheckpointIndex, config: Mapping[str, Any], choice: str) -> 
     if simulates(choice):
         return _simulated(stored, config, choice)
     note = () if choice == "refuse" else ("the base is not quantized: nothing to dequantize",)
-    return SeenBase(tensors=stored, config=config, findings=note)
+    return BaseView(tensors=stored, config=config, findings=note)
 
 
-def _decoded(index: CheckpointIndex, config: Mapping[str, Any]) -> SeenBase:
-    """Return a quantized base with every weight as what its codes and scales stand for."""
+def _decoded(index: CheckpointIndex, config: Mapping[str, Any]) -> BaseView:
+    """Return a quantized base with every weight dequantized."""
     paths = {info.name: shard.path for shard in index.shards for info in shard.tensors}
 
     def read(info: TensorInfo) -> bytes:
@@ -81,11 +81,11 @@ def _decoded(index: CheckpointIndex, config: Mapping[str, Any]) -> SeenBase:
         files.append((shard.path.name, tuple(names)))
     keys = [key for key in ("quantization_config", "compression_config") if key in config]
     what = f"{len(layout.packed)} weights of a {layout.method} base"
-    return SeenBase(
+    return BaseView(
         tensors=BaseTensors(sources=sources, layout=tuple(files)),
         config={key: value for key, value in config.items() if key not in keys},
         dropped=tuple(keys),
-        findings=(f"{what} were decoded, and the adapter merged onto what their codes stand for",),
+        findings=(f"{what} were dequantized before the merge",),
         record={
             "choice": "dequantize",
             "method": layout.method,
@@ -96,7 +96,7 @@ def _decoded(index: CheckpointIndex, config: Mapping[str, Any]) -> SeenBase:
 
 
 def _name(info: TensorInfo, layout: Layout) -> str:
-    """Return the plain tensor that stands at a stored one's place, or nothing."""
+    """Return the plain tensor that replaces a stored one, or ""."""
     if info.name in layout.dropped:
         return ""
     name = layout.parts.get(info.name)
@@ -105,10 +105,10 @@ def _name(info: TensorInfo, layout: Layout) -> str:
     return name if layout.packed[name].parts["weight"].name == info.name else ""
 
 
-def _simulated(stored: BaseTensors, config: Mapping[str, Any], choice: str) -> SeenBase:
-    """Return a 16-bit base with its linear layers as a training with 4-bit weights saw them.
+def _simulated(stored: BaseTensors, config: Mapping[str, Any], choice: str) -> BaseView:
+    """Return a 16-bit base with its linear layers rounded to NF4, as in 4-bit training.
 
-    bitsandbytes quantizes every linear layer but the head, not the adapter's targets alone.
+    bitsandbytes quantizes every linear layer but the head, not only the adapter's targets.
     """
     kind = str(config.get("model_type", ""))
     rounded: dict[str, Source] = {}
@@ -116,25 +116,23 @@ def _simulated(stored: BaseTensors, config: Mapping[str, Any], choice: str) -> S
         module = name.removesuffix(".weight")
         if any(part in name for part in _MIXTURES) or is_conv1d(kind, module):
             raise InputRefused(
-                f"4-bit training cannot be reproduced on this base: which of its weights, such as "
-                f"{name}, bitsandbytes quantizes, and in which order, depends on its version",
-                hint="merge with --quantized-base dequantize onto the quantized checkpoint that "
-                "was trained on, or onto the 16-bit base as it is",
+                f"4-bit training cannot be reproduced on this base: whether and in which order "
+                f"bitsandbytes quantizes weights like {name} depends on its version",
+                hint="merge with --quantized-base dequantize onto the quantized checkpoint used "
+                "in training, or onto the unchanged 16-bit base",
             )
         if isinstance(source, Stored) and _is_linear(name, source):
             rounded[name] = Rounded(source=source, double=choice.endswith("-double"))
     if not rounded:
         raise InputRefused(
-            "the base has no linear layers that are known to be quantized in 4-bit training",
-            hint="merge onto the 16-bit base as it is",
+            "the base has no linear layers that 4-bit training is known to quantize",
+            hint="merge onto the unchanged 16-bit base",
         )
-    blocks = ", block scales to 8 bits" if choice.endswith("-double") else ""
-    return SeenBase(
+    blocks = " (block scales to 8 bits)" if choice.endswith("-double") else ""
+    return BaseView(
         tensors=BaseTensors(sources={**stored.sources, **rounded}, layout=stored.layout),
         config=config,
-        findings=(
-            f"{len(rounded)} linear weights were rounded to NF4 and back before the merge{blocks}",
-        ),
+        findings=(f"{len(rounded)} linear weights were rounded to NF4{blocks} before the merge",),
         record={"choice": choice, "method": "bitsandbytes nf4", "tensors": len(rounded)},
     )
 
@@ -144,5 +142,5 @@ def _is_linear(name: str, source: Stored) -> bool:
         _IN_LAYER.fullmatch(name) is not None
         and len(source.shape) == 2
         and source.dtype in ("BF16", "F16", "F32")
-        and not any(part in name for part in _NO_LINEAR)
+        and not any(part in name for part in _NOT_LINEAR)
     )

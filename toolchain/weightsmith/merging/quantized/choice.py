@@ -1,4 +1,4 @@
-"""What to do with a quantized base: the choices, and what each of them means; no torch here."""
+"""The choices for a quantized base; no torch here."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from pathlib import Path
 from weightsmith.errors import InputRefused, UsageError
 
 CHOICES = ("refuse", "dequantize", "simulate-nf4", "simulate-nf4-double")
-"""`-double`: block scales quantized too, as with `bnb_4bit_use_double_quant`."""
+"""`-double` also quantizes block scales, as `bnb_4bit_use_double_quant` does."""
 
 _ADVICE = (
-    "choose on purpose: (1) merge onto the original 16-bit checkpoint: the better base, but the "
-    "adapter learned to correct this one's rounding, and the difference of the two bases was "
-    "measured at 1.5 to 46 times the adapter's own size; if the adapter was trained in 4-bit, "
-    "--quantized-base simulate-nf4 with that base reproduces the training; (2) --quantized-base "
-    "dequantize: decode this base to 16 bits and merge there, which reproduces what was trained "
-    "and writes a plain 16-bit checkpoint. Adding and quantizing again on the same grid is not "
-    "offered: it kept 0.2 % to 1.6 % of adapters up to a fiftieth of the weights' size"
+    "choose one: (1) merge onto the original 16-bit checkpoint: a better base, but the adapter "
+    "was trained with this one's rounding errors, which measured 1.5 to 46 times the adapter's "
+    "own size; if the adapter was trained in 4-bit, --quantized-base simulate-nf4 with that base "
+    "reproduces the training; (2) --quantized-base dequantize: dequantize this base to 16 bits "
+    "and merge there, which reproduces the training and writes a plain 16-bit checkpoint. "
+    "Requantizing the sum on the same grid is not offered: it kept only 0.2 % to 1.6 % of "
+    "adapters up to a fiftieth of the weights' size"
 )
 
 
 def check_choice(choice: str) -> None:
-    """Raise UsageError for what is no choice."""
+    """Raise UsageError for an unknown choice."""
     if choice not in CHOICES:
         raise UsageError(
             f"unknown choice {choice!r} for a quantized base", hint=f"one of {', '.join(CHOICES)}"
@@ -29,15 +29,15 @@ def check_choice(choice: str) -> None:
 
 
 def refuse(base: Path, method: str, *, simulates: bool = False) -> InputRefused:
-    """Return the refusal of a quantized base, with both ways on and their price."""
+    """Return the error for a quantized base, with the choices and their drawbacks."""
     if simulates:
         return InputRefused(
-            f"{base} is quantized ({method}) already, and simulate-nf4 rounds a 16-bit base",
-            hint="--quantized-base dequantize merges onto what this base's codes stand for",
+            f"{base} is already quantized ({method}), but simulate-nf4 needs a 16-bit base",
+            hint="use --quantized-base dequantize to merge onto this base's dequantized weights",
         )
     return InputRefused(f"{base} is quantized ({method})", hint=_ADVICE)
 
 
 def simulates(choice: str) -> bool:
-    """Say whether a 16-bit base is to be rounded to 4 bits first."""
+    """Return whether the choice rounds a 16-bit base to 4 bits first."""
     return choice.startswith("simulate-nf4")

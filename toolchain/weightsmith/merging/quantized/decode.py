@@ -1,4 +1,4 @@
-"""Stored codes and scales back into weights, one tensor at a time, in float32, rounded once."""
+"""Dequantize weights from codes and scales, one tensor at a time, in float32, rounded once."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from weightsmith.merging.stream import ARRAY_TYPES
 
 Parts = Mapping[str, np.ndarray]
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Column that nibble i of a word holds; AutoAWQ's `order_map`."""
+"""Column of nibble i of a word; AutoAWQ's `order_map`."""
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes of E2M1; the code's high bit is the sign (OCP Microscaling Formats, section 5.3.3)."""
 _NVFP4_GROUP = 16
 
 
 def decode(weight: Packed, parts: Parts) -> np.ndarray:
-    """Return the weight in its plain type and shape.
+    """Return the dequantized weight in its plain dtype and shape.
 
-    `parts` are the stored tensors, by part, each in its own type and shape. Peak memory is a few
-    times the decoded tensor in float32. Raises InputRefused where the parts' shapes do not fit.
+    `parts` maps part names to stored tensors in their own dtype and shape. Peak memory is a few
+    times the dequantized tensor in float32. Raises InputRefused if the parts' shapes do not fit.
     """
     try:
         values = DECODERS[weight.scheme](weight, parts)
@@ -32,17 +32,17 @@ def decode(weight: Packed, parts: Parts) -> np.ndarray:
     except (IndexError, ValueError) as error:
         shapes = ", ".join(f"{part} {list(array.shape)}" for part, array in sorted(parts.items()))
         raise InputRefused(
-            f"{weight.name} cannot be decoded as {weight.scheme}: {shapes} do not fit together",
-            hint="the checkpoint is damaged or of a variant that is not known: merge onto the "
-            "original 16-bit checkpoint instead",
+            f"{weight.name} cannot be dequantized as {weight.scheme}: shapes {shapes} do not match",
+            hint="the checkpoint is damaged or of an unknown variant: merge onto the original "
+            "16-bit checkpoint instead",
         ) from error
 
 
 def unpack_words(words: np.ndarray, bits: int) -> np.ndarray:
     """Return the unsigned codes of (…, words) int32, as (…, words · 32 // bits) int32.
 
-    Codes are a little-endian bit stream along the last dimension, also where they straddle words,
-    as AutoGPTQ's 3-bit layout does.
+    Codes are a little-endian bit stream along the last dimension; they may straddle words, as in
+    AutoGPTQ's 3-bit layout.
     """
     unsigned = np.ascontiguousarray(words).view(np.uint32)
     starts = np.arange(words.shape[-1] * 32 // bits) * bits
@@ -66,7 +66,7 @@ def _bnb_4bit(weight: Packed, parts: Parts) -> np.ndarray:
 
 
 def _bnb_int8(_weight: Packed, parts: Parts) -> np.ndarray:
-    # The constant as bitsandbytes' int8_vectorwise_dequant has it, 1/127, and in its order.
+    # The constant (1/127) and order of bitsandbytes' int8_vectorwise_dequant.
     rows = parts["weight"].astype(F32)
     rows *= parts["scale"].astype(F32).reshape(-1, 1)
     rows *= F32.type(7.874015718698502e-3)
@@ -101,7 +101,7 @@ def _awq(weight: Packed, parts: Parts) -> np.ndarray:
 
 
 def _awq_gemv(weight: Packed, parts: Parts) -> np.ndarray:
-    """Decode AutoAWQ's `WQLinear_GEMV`: in order along the inputs, groups padded with nothing."""
+    """Dequantize AutoAWQ's `WQLinear_GEMV`: codes in input order, groups padded."""
     size = weight.options["group_size"]
     groups = weight.shape[1] // size
     codes = unpack_words(parts["weight"], 4)
@@ -112,7 +112,7 @@ def _awq_gemv(weight: Packed, parts: Parts) -> np.ndarray:
 
 
 def _ct_packed(weight: Packed, parts: Parts) -> np.ndarray:
-    """Decode signed codes that are stored with half their range added."""
+    """Dequantize signed codes stored with an offset of half their range."""
     bits = weight.options["bits"]
     *lead, columns = weight.shape
     half = 1 << (bits - 1)
@@ -136,7 +136,7 @@ def _apply(
     groups: np.ndarray | None,
     block: list[int] | None = None,
 ) -> np.ndarray:
-    """Return (values - zeros) · scale, either spread over the tensor, rows, groups or blocks."""
+    """Return (values - zeros) · scale, both per tensor, row, group or block."""
     place = None if groups is None or (groups < 0).any() else groups
     if zeros is not None:
         values = values - _spread(zeros.astype(F32), values.shape, place, block)
@@ -175,7 +175,7 @@ def _e2m1(codes: np.ndarray) -> np.ndarray:
 def _nvfp4(weight: Packed, parts: Parts) -> np.ndarray:
     scale = parts["scale"].astype(F32) / parts["global_scale"].astype(F32)
     if scale.shape[-1] * _NVFP4_GROUP != weight.shape[-1]:
-        raise ValueError("one scale per 16 columns is expected")
+        raise ValueError("expected one scale per 16 columns")
     values = _e2m1(parts["weight"])
     values *= scale.repeat(_NVFP4_GROUP, -1)
     return values

@@ -1,4 +1,4 @@
-"""Which stored tensors make up which weight of a quantized checkpoint; no torch, no decoding.
+"""Map the stored tensors of a quantized checkpoint to its weights; no torch, no dequantization.
 
 Sources: bitsandbytes `functional.QuantState`, AutoGPTQ and GPTQModel `qlinear`, AutoAWQ
 `WQLinear_GEMM`, compressed-tensors `compressors/`, transformers `integrations/finegrained_fp8.py`,
@@ -18,7 +18,7 @@ from weightsmith.foreign import parse
 
 Tensors = Mapping[str, TensorInfo]
 ReadBytes = Callable[[TensorInfo], bytes]
-"""Read a small tensor's bytes."""
+"""Reads a small tensor's bytes."""
 
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
@@ -29,34 +29,34 @@ _HINT = "merge onto the original 16-bit checkpoint instead"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packed:
-    """One weight that is stored quantized."""
+    """One quantized weight."""
 
     name: str
-    """As an unquantized checkpoint has it."""
+    """Its name in an unquantized checkpoint."""
     scheme: str
-    """How it is decoded; a key of `decode.DECODERS`."""
+    """A key of `decode.DECODERS`."""
     shape: tuple[int, ...]
     dtype: str
-    """Safetensors type of the decoded weight."""
+    """Safetensors dtype of the dequantized weight."""
     parts: Mapping[str, TensorInfo]
-    """What it is stored in, by part; `weight` holds the codes, and its place is the weight's."""
+    """Part -> stored tensor; `weight` has the codes, and its position in the file is used."""
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """What a quantized checkpoint holds besides plain tensors."""
+    """The quantized weights and unused tensors of a checkpoint."""
 
     method: str
-    """As config.json names it, such as `bitsandbytes`."""
+    """Its name in config.json, such as `bitsandbytes`."""
     packed: Mapping[str, Packed]
     """Weight -> how it is stored."""
     dropped: frozenset[str]
-    """Stored tensors that only a quantized forward pass uses, such as activations' scales."""
+    """Stored tensors used only in quantized inference, such as activation scales."""
 
     @property
     def parts(self) -> dict[str, str]:
-        """Stored tensor -> the weight that it is a part of."""
+        """Stored tensor -> the weight that it belongs to."""
         return {
             part.name: weight.name
             for weight in self.packed.values()
@@ -65,9 +65,9 @@ class Layout:
 
 
 def quantization_of(config: Mapping[str, Any], tensors: Tensors) -> str:
-    """Return how the checkpoint is quantized, from its configuration or else its tensors, or ``.
+    """Return the quantization method from the configuration, else from the tensors; "" if none.
 
-    What is returned for an unknown method is its own name.
+    An unknown method is returned by its name.
     """
     settings = config.get("quantization_config") or config.get("compression_config")
     if settings:
@@ -93,31 +93,31 @@ def quantization_of(config: Mapping[str, Any], tensors: Tensors) -> str:
 
 
 def read_layout(config: Mapping[str, Any], tensors: Tensors, read: ReadBytes) -> Layout:
-    """Return how each quantized weight is stored, and what is left out of a plain checkpoint.
+    """Return how each quantized weight is stored, and which tensors a plain checkpoint omits.
 
-    Raises InputRefused for methods and variants that cannot be decoded, or whose parts are missing.
+    Raises InputRefused for unsupported methods and variants, and for missing parts.
     """
     method = quantization_of(config, tensors)
     settings = config.get("quantization_config") or config.get("compression_config") or {}
     find = _FINDERS.get(method)
     if find is None:
         raise InputRefused(
-            f"the base is quantized with {method!r}, which cannot be decoded here",
-            hint=f"{_HINT}; decoded are {', '.join(sorted(_FINDERS))}",
+            f"the base is quantized with {method!r}, which cannot be dequantized",
+            hint=f"{_HINT}; supported are {', '.join(sorted(_FINDERS))}",
         )
     found = {weight.name: weight for weight in find(config, settings, tensors, read)}
     used = {part.name for weight in found.values() for part in weight.parts.values()}
-    aside = {
+    unused = {
         name
         for name in tensors.keys() - used
         if name.rpartition(".")[2] in (*_ACTIVATION, *_ACTIVATION_MORE)
     }
-    _check_rest(tensors, used | aside, found, method)
-    return Layout(method=method, packed=found, dropped=frozenset(aside))
+    _check_rest(tensors, used | unused, found, method)
+    return Layout(method=method, packed=found, dropped=frozenset(unused))
 
 
 def plain_dtype(config: Mapping[str, Any], fallback: str = "BF16") -> str:
-    """Return the type that the configuration gives to unquantized weights."""
+    """Return the configuration's dtype of unquantized weights."""
     text = config.get("text_config")
     nested = text.get("dtype", text.get("torch_dtype")) if isinstance(text, Mapping) else None
     stated = config.get("dtype", config.get("torch_dtype", nested))
@@ -125,15 +125,15 @@ def plain_dtype(config: Mapping[str, Any], fallback: str = "BF16") -> str:
 
 
 def _check_rest(tensors: Tensors, used: set[str], found: Mapping[str, Any], method: str) -> None:
-    """Refuse what is neither plain nor understood: it would be written as it is, and be wrong."""
+    """Refuse tensors that look quantized but belong to no known weight."""
     for name, info in tensors.items():
         if name in used:
             continue
         quantized = info.dtype in ("F4", "F6_E2M3", "F6_E3M2", *_FLOAT8, "I8", "U8", "I32")
         if quantized and len(info.shape) > 1:
-            raise _strange(f"{name} ({info.dtype}) belongs to no weight that {method} explains")
+            raise _undecodable(f"{name} ({info.dtype}) is not part of a known {method} weight")
         if name in found:
-            raise _strange(f"{name} is stored both plain and quantized")
+            raise _undecodable(f"{name} is stored twice, plain and quantized")
 
 
 def _bitsandbytes(
@@ -150,7 +150,7 @@ def _bitsandbytes(
             if form := tensors.get(f"{module}.weight_format"):
                 parts["format"] = form
                 if any(read(form)[:1]):
-                    raise _strange(f"{module}.weight is in another row order than plain int8")
+                    raise _undecodable(f"{module}.weight has another row order than plain int8")
             yield Packed(
                 name=weight.name,
                 scheme="bnb-int8",
@@ -166,7 +166,7 @@ def _bnb_4bit(name: str, state: TensorInfo, tensors: Tensors, read: ReadBytes) -
         shape, dtype = tuple(int(n) for n in settings["shape"]), _DTYPES[settings["dtype"]]
         options = {"kind": str(settings["quant_type"]), "blocksize": int(settings["blocksize"])}
     except (ValueError, KeyError, TypeError) as error:
-        raise _strange(f"{state.name} cannot be read: {error}") from error
+        raise _undecodable(f"{state.name} cannot be read: {error}") from error
     parts = {"weight": _part(tensors, name), "state": state}
     parts |= {"absmax": _part(tensors, f"{name}.absmax")}
     parts |= {"code": _part(tensors, f"{name}.quant_map")}
@@ -181,7 +181,7 @@ def _bnb_4bit(name: str, state: TensorInfo, tensors: Tensors, read: ReadBytes) -
         }
     codes = parts["weight"].size * 2
     if codes - math.prod(shape) not in (0, 1) or options["kind"] not in ("nf4", "fp4"):
-        raise _strange(f"{name} holds {codes} codes for the shape {list(shape)}")
+        raise _undecodable(f"{name} has {codes} codes for shape {list(shape)}")
     return Packed(
         name=name,
         scheme="bnb-4bit",
@@ -198,11 +198,11 @@ def _gptq(
     bits = int(settings.get("bits", 4))
     form = str(settings.get("checkpoint_format", "gptq"))
     if form not in ("gptq", "gptq_v2"):
-        raise _strange(f"the GPTQ format {form!r} packs weights for one kernel")
+        raise _undecodable(f"unsupported GPTQ format {form!r}, packed for one kernel")
     for module in _modules(tensors, ".qweight"):
         parts = _integer_parts(tensors, module)
         if "groups" not in parts and settings.get("desc_act"):
-            raise _strange(f"{module} lacks g_idx, but the configuration says desc_act")
+            raise _undecodable(f"{module} has no g_idx, but the configuration sets desc_act")
         rows, columns = parts["weight"].shape
         yield Packed(
             name=f"{module}.weight",
@@ -213,7 +213,7 @@ def _gptq(
             options={
                 "bits": bits,
                 "group_size": int(settings.get("group_size", -1)),
-                # The first format stores zero points less one.
+                # The first format stores zero points minus one.
                 "zero_offset": 1 if form == "gptq" else 0,
             },
         )
@@ -224,7 +224,9 @@ def _awq(
 ) -> Iterator[Packed]:
     form, bits = str(settings.get("version", "gemm")).lower(), int(settings.get("bits", 4))
     if form not in ("gemm", "gemv") or bits != 4:
-        raise _strange(f"AWQ of version {form!r} with {bits} bits packs weights for one kernel")
+        raise _undecodable(
+            f"unsupported AWQ version {form!r} with {bits} bits, packed for one kernel"
+        )
     group = int(settings.get("group_size", settings.get("q_group_size", -1)))
     for module in _modules(tensors, ".qweight"):
         parts = _integer_parts(tensors, module)
@@ -232,7 +234,9 @@ def _awq(
         shape = (second * 8, first) if form == "gemm" else (first, second * 8)
         size = group if group > 0 else shape[1]
         if form == "gemv" and (shape[1] % size or parts["scale"].shape[-1] < shape[1] // size):
-            raise _strange(f"{module} of {shape[1]} inputs does not fit groups of {size}")
+            raise _undecodable(
+                f"{module} has {shape[1]} inputs, not a multiple of the group size {size}"
+            )
         yield Packed(
             name=f"{module}.weight",
             scheme=f"awq-{form}",
@@ -250,7 +254,7 @@ def _integer_parts(tensors: Tensors, module: str) -> dict[str, TensorInfo]:
         "scale": _part(tensors, f"{module}.scales"),
     }
     if parts["weight"].dtype != "I32" or len(parts["weight"].shape) != 2:
-        raise _strange(f"{module}.qweight is {parts['weight'].dtype}, not packed in int32")
+        raise _undecodable(f"{module}.qweight has dtype {parts['weight'].dtype}, not int32")
     groups = tensors.get(f"{module}.g_idx")
     return parts | ({"groups": groups} if groups else {})
 
@@ -259,7 +263,7 @@ def _compressed(
     config: Mapping[str, Any], settings: Mapping[str, Any], tensors: Tensors, read: ReadBytes
 ) -> Iterator[Packed]:
     if (settings.get("sparsity_config") or {}).get("format", "dense") != "dense":
-        raise _strange("its weights are stored sparse")
+        raise _undecodable("sparse weights are not supported")
     dtype = plain_dtype(config)
     for module in _modules(tensors, ".weight_packed"):
         packed = tensors[f"{module}.weight_packed"]
@@ -290,7 +294,7 @@ def _compressed(
                 name=f"{module}.weight", scheme="nvfp4", shape=shape, dtype=dtype, parts=parts
             )
         else:
-            raise _strange(f"{packed.name} is packed as {packed.dtype}")
+            raise _undecodable(f"{packed.name} has the unsupported packed dtype {packed.dtype}")
     for name, info in tensors.items():
         if name.endswith(".weight") and info.dtype in ("I8", *_FLOAT8):
             yield _scaled(name, info, tensors, dtype, _block_structure(settings))
@@ -312,7 +316,7 @@ def _fp8(
 
 
 def _scaled(name: str, info: TensorInfo, tensors: Tensors, dtype: str, block: Any = None) -> Packed:
-    """Describe 8-bit numbers, times a scale per tensor, row, group or block."""
+    """Describe an 8-bit weight with a scale per tensor, row, group or block."""
     module = name.removesuffix(".weight")
     stem = f"{module}.weight" if name.endswith(".weight") else name
     parts = {"weight": info}
@@ -321,7 +325,7 @@ def _scaled(name: str, info: TensorInfo, tensors: Tensors, dtype: str, block: An
             parts["scale"] = scale
             break
     else:
-        raise _strange(f"{name} ({info.dtype}) has no scale")
+        raise _undecodable(f"{name} ({info.dtype}) has no scale")
     parts |= _some(tensors, module, zeros="weight_zero_point", groups="weight_g_idx")
     return Packed(
         name=name,
@@ -340,8 +344,8 @@ def _mxfp4(
         parts = {"weight": tensors[f"{name}_blocks"], "scale": _part(tensors, f"{name}_scales")}
         shape = parts["weight"].shape
         if len(shape) != 4 or shape[:3] != parts["scale"].shape:
-            raise _strange(f"{name}_blocks has the shape {list(shape)}")
-        # transformers holds experts as (expert, in, out).
+            raise _undecodable(f"{name}_blocks has the unexpected shape {list(shape)}")
+        # transformers stores experts as (expert, in, out).
         yield Packed(
             name=name,
             scheme="mxfp4",
@@ -356,22 +360,22 @@ def _modules(tensors: Tensors, suffix: str) -> list[str]:
 
 
 def _some(tensors: Tensors, module: str, **names: str) -> dict[str, TensorInfo]:
-    """Return those parts of a module that are there."""
+    """Return those of a module's optional parts that exist."""
     return {part: info for part, name in names.items() if (info := tensors.get(f"{module}.{name}"))}
 
 
 def _part(tensors: Tensors, name: str) -> TensorInfo:
     if name not in tensors:
-        raise _strange(f"{name} is missing")
+        raise _undecodable(f"{name} is missing")
     return tensors[name]
 
 
 def _bits(words: int, columns: int, module: str) -> int:
-    """Return the bits per code of `columns` codes in 32-bit words, without padding between."""
+    """Return the bits per code of `columns` codes packed in 32-bit words without gaps."""
     for bits in range(2, 9):
         if words == -(-columns * bits // 32):
             return bits
-    raise _strange(f"{module}.weight_packed has {words} words for {columns} columns")
+    raise _undecodable(f"{module}.weight_packed has {words} words for {columns} columns")
 
 
 def _int64s(data: bytes) -> tuple[int, ...]:
@@ -380,8 +384,8 @@ def _int64s(data: bytes) -> tuple[int, ...]:
     )
 
 
-def _strange(what: str) -> InputRefused:
-    return InputRefused(f"the quantized base cannot be decoded: {what}", hint=_HINT)
+def _undecodable(what: str) -> InputRefused:
+    return InputRefused(f"the quantized base cannot be dequantized: {what}", hint=_HINT)
 
 
 _Finder = Callable[[Mapping[str, Any], Any, Tensors, ReadBytes], Iterator[Packed]]
@@ -396,4 +400,4 @@ _FINDERS: dict[str, _Finder] = {
 }
 
 METHODS = tuple(sorted(_FINDERS))
-"""Quantization methods whose checkpoints can be decoded."""
+"""Quantization methods that can be dequantized."""

@@ -1,7 +1,7 @@
-"""4-bit NormalFloat as bitsandbytes has it: encode, decode, and the round trip of QLoRA.
+"""4-bit NormalFloat as in bitsandbytes: encode, decode, and QLoRA's round trip.
 
-NF4 is from Dettmers et al., "QLoRA" (2023), appendix E; arithmetic and layout, to the bit, are
-bitsandbytes' (`functional.quantize_4bit`, `backends/default/ops.py`).
+NF4 is defined in Dettmers et al., "QLoRA" (2023), appendix E; arithmetic and layout are bit for
+bit those of bitsandbytes (`functional.quantize_4bit`, `backends/default/ops.py`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _EDGES = (_CODE[:-1] + _CODE[1:]) / F32.type(2)
 BLOCK = 64
 _NESTED_BLOCK = 256
 _CHUNK = 1 << 20
-"""Elements that are worked on at once; a multiple of every block size."""
+"""Elements processed at once; a multiple of every block size."""
 
 
 def decode_blocks(
@@ -55,10 +55,10 @@ def decode_blocks(
 
 
 def round_trip(weight: np.ndarray, *, double: bool = False) -> np.ndarray:
-    """Return the weight as NF4 keeps it, in its own type and shape.
+    """Return the weight after rounding to NF4, in its own dtype and shape.
 
-    This is what a QLoRA training with a base loaded in 4-bit has computed with. `double` quantizes
-    the blocks' scales too. One block's scale is its largest magnitude, blocks run over rows.
+    These are the weights that QLoRA training with a 4-bit base used. `double` also quantizes the
+    block scales. A block's scale is its largest magnitude; blocks are in row order.
     """
     flat, out = weight.reshape(-1), np.empty_like(weight).reshape(-1)
     starts = range(0, len(flat), _CHUNK)
@@ -94,7 +94,7 @@ def _encode(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def _round_scales(scales: np.ndarray) -> np.ndarray:
-    """Return scales after bitsandbytes' double quantization: their mean, and 8 bits of the rest."""
+    """Return scales after bitsandbytes' double quantization: the mean plus 8-bit differences."""
     offset = F32.type(scales.astype(np.float64).mean())
     rest, code = scales - offset, dynamic_code()
     spread = _scales(rest, _NESTED_BLOCK).repeat(_NESTED_BLOCK)[: len(rest)]
@@ -107,8 +107,8 @@ def _round_scales(scales: np.ndarray) -> np.ndarray:
 def dynamic_code() -> np.ndarray:
     """Return the 256 values of 8-bit dynamic quantization, ascending, in float32.
 
-    Sign, a run of zero bits that counts decimal places, then a linear fraction of what bits are
-    left (Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", 2015);
+    Sign, a run of zero bits that counts decimal places, then a linear fraction in the remaining
+    bits (Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", 2015);
     `functional.create_dynamic_map`.
     """
     values = [0.0, 1.0]
@@ -120,7 +120,7 @@ def dynamic_code() -> np.ndarray:
 
 
 def _linspace(count: int) -> np.ndarray:
-    """Return `torch.linspace(0.1, 1, count)`: from both ends to the middle, with fused products."""
+    """Return `torch.linspace(0.1, 1, count)`, computed from both ends with fused products."""
     first, last = F32.type(0.1), F32.type(1)
     step = np.float64((last - first) / F32.type(count - 1))
     places = np.arange(count)

@@ -1,4 +1,4 @@
-"""Weights that are no plain stored tensors: decoded ones, and 16-bit ones rounded to 4 bits."""
+"""Sources of computed weights: dequantized ones, and 16-bit ones rounded to 4 bits."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ if TYPE_CHECKING:
 
 
 _BYTES = 20
-"""Per element while one is decoded: codes, spread scales and products in 32 bits, and the result,
-of which two are kept."""
+"""Bytes per element while dequantizing: codes, expanded scales and products in 32 bits, and the
+result, of which two are kept."""
 
 
 class DecodedSource(ABC):
-    """A weight that is made whole and kept, so that rows can be taken from it."""
+    """A weight that is computed whole and kept, so that rows can be read from it."""
 
     @abstractmethod
     def make(self, files: Files) -> np.ndarray:
-        """Return the whole weight."""
+        """Compute the whole weight."""
 
     @property
     @abstractmethod
     def held_bytes(self) -> int:
-        """Memory that making it takes; two are kept."""
+        """Memory that computing it takes; the last two are kept."""
 
     def rows(self, files: Files, first: int, count: int, columns: int) -> np.ndarray:
-        """Return rows of the tensor seen as a matrix with `columns` columns, in its own type."""
+        """Return rows of the tensor viewed as a matrix with `columns` columns, in its own dtype."""
         whole = files.once(self, lambda: self.make(files))
         return whole.reshape(-1, columns)[first : first + count]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Decoded(DecodedSource):
-    """A weight that is stored as codes and scales; the whole of it is decoded at once, and kept."""
+    """A weight stored as codes and scales."""
 
     weight: Packed
     parts: Mapping[str, Stored]
 
     @property
     def dtype(self) -> str:
-        """The safetensors type of the values."""
+        """The safetensors dtype of the values."""
         return self.weight.dtype
 
     @property
@@ -58,11 +58,11 @@ class Decoded(DecodedSource):
 
     @property
     def held_bytes(self) -> int:
-        """Memory that decoding takes."""
+        """Memory that dequantizing takes."""
         return _BYTES * math.prod(self.shape)
 
     def make(self, files: Files) -> np.ndarray:
-        """Return the values that codes and scales stand for."""
+        """Return the dequantized weight."""
         from weightsmith.merging.quantized.decode import decode
 
         parts = {
@@ -75,14 +75,14 @@ class Decoded(DecodedSource):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rounded(DecodedSource):
-    """A 16-bit weight as it is after a round trip through NF4."""
+    """A 16-bit weight rounded to NF4 and back."""
 
     source: Stored
     double: bool
 
     @property
     def dtype(self) -> str:
-        """The safetensors type of the values."""
+        """The safetensors dtype of the values."""
         return self.source.dtype
 
     @property
@@ -92,16 +92,16 @@ class Rounded(DecodedSource):
 
     @property
     def held_bytes(self) -> int:
-        """Memory that the round trip takes: before and after, of which two are kept."""
+        """Memory that the round trip takes: input and output, of which two are kept."""
         return 4 * math.prod(self.shape) * BITS[self.dtype] // 8
 
     def make(self, files: Files) -> np.ndarray:
-        """Return the weight after the round trip."""
+        """Return the rounded weight."""
         from weightsmith.merging.quantized.nf4 import round_trip
 
         return round_trip(files.array(self.source.path, self.source.info), double=self.double)
 
 
 def held_bytes(source: Source) -> int:
-    """Return the memory that a source takes beside the blocks that it gives."""
+    """Return the memory that a source takes in addition to the blocks that it returns."""
     return source.held_bytes if isinstance(source, DecodedSource) else 0
