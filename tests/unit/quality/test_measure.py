@@ -171,17 +171,17 @@ def test_values_that_are_no_numbers_are_refused_with_their_tensor():
     def poisoned(name, data):
         return np.where(data == data.max(), np.nan, data) if "layers.1.mlp.up" in name else data
 
-    with pytest.raises(CheckFailed, match=r"layers\.1\.mlp\.up_proj\.weight holds values"):
+    with pytest.raises(CheckFailed, match=r"layers\.1\.mlp\.up_proj\.weight has NaN"):
         measured(View(poisoned))
 
 
 def test_another_shape_is_refused():
-    with pytest.raises(CheckFailed, match="has the shape"):
+    with pytest.raises(CheckFailed, match="has shape"):
         measured(View(lambda name, data: data[:-1]))
 
 
 def test_too_little_text_is_reported_with_numbers():
-    with pytest.raises(InputRefused, match=r"has \d+ tokens; the quality gate needs 64"):
+    with pytest.raises(InputRefused, match=r"has \d+ tokens, .* needs 64"):
         measure(TINY / "base", View(), ROWS[:1], 300, lambda done, total: None)
 
 

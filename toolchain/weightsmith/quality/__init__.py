@@ -1,1 +1,1 @@
-"""How much a quantized model differs from the one it was made from."""
+"""Measure how much a quantized model differs from its 16-bit checkpoint."""

@@ -1,4 +1,4 @@
-"""A quantized model against the one it was made from, on held-out text, layer by layer."""
+"""Compare a quantized model with its 16-bit checkpoint on held-out text, layer by layer."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from weightsmith.values import Json
 Progress = Callable[[int, int], None]
 
 _LONGEST = 256
-"""Tokens of one sequence."""
-_LEAST_TOKENS = 64
+"""Maximum tokens of a sequence."""
+_MIN_TOKENS = 64
 _PROBE_ROWS = 1
-"""Sequences with which each layer is judged by itself, on the right input: the first of them."""
+"""First sequences on which each layer's own error is measured, with the checkpoint's input."""
 _TIE = 0.1
-"""Nats within which two successors are as likely: rounding decides between them, and loses nothing
-that the model knew. A model that knows little has many such ties."""
+"""Nats within which two next tokens count as tied: rounding decides between them without a loss.
+A weak model has many such ties."""
 _NAMED = 3
-"""Layers and tensors that a report names."""
+"""Worst layers and tensors to report."""
 
 
 class View(Protocol):
-    """A model that yields its tensors by the checkpoint's names."""
+    """A model's tensors by the checkpoint's names."""
 
     @property
     def names(self) -> frozenset[str]:
-        """The checkpoint's tensors that it holds."""
+        """Names of its tensors."""
 
     def tensor(self, name: str) -> Any:
         """Return one tensor as a float32 array."""
@@ -49,28 +49,32 @@ def measure(
     tokens: int,
     progress: Progress,
 ) -> Loss:
-    """Return how far `view` is from the checkpoint in `model`, in float32, on held-out texts.
+    """Compare `view` with the checkpoint in `model`, in float32, on held-out texts.
 
-    Raises Unmeasurable for an architecture that it cannot look into, InputRefused for too little
-    text, CheckFailed for weights that are not finite numbers.
+    Raises Unmeasurable for an unsupported architecture, InputRefused for too little text,
+    CheckFailed for weights that are not finite.
     """
     from weightsmith.checkpoints.tensors import CheckpointTensors
 
-    # One CPU is left to others: threads that wait for each other stand still with one of them.
+    # Leave one CPU free: if one thread is preempted, all others wait for it.
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
     chosen = _chosen(readings(model, texts), tokens)
     ids = _padded(chosen)
-    network, truth = StreamedModel(model), CheckpointTensors(model)
+    network, checkpoint = StreamedModel(model), CheckpointTensors(model)
     steps = 2 * len(network.layers) + 1
-    notes = _Notes(lambda done: progress(done, steps), length=len(chosen[0].ids))
-    right = network.hidden(ids, notes.plain(truth), notes.pass_on, notes.remember)
-    # The head differs too: keep what is needed of the checkpoint's before it is replaced.
+    recorder = _Recorder(lambda done: progress(done, steps), length=len(chosen[0].ids))
+    right = network.hidden(
+        ids, recorder.plain(checkpoint), recorder.record_input, recorder.record_output
+    )
+    # Compute the checkpoint's log probabilities now, before its head is replaced.
     spans = [slice(text.answer - 1, len(text.ids) - 1) for text in chosen]
     reference = [
         _log_probabilities(network, row[span]) for row, span in zip(right, spans, strict=True)
     ]
     probed = torch.cat([ids, ids[:_PROBE_ROWS]])
-    wrong = network.hidden(probed, notes.compared(truth, view), notes.replace, notes.judge)
+    wrong = network.hidden(
+        probed, recorder.compared(checkpoint, view), recorder.replace, recorder.judge
+    )
     found = _Totals()
     for number, span in enumerate(spans):
         following = ids[number, span.start + 1 : span.stop + 1]
@@ -81,9 +85,9 @@ def measure(
         **found.result(),
         texts=len(chosen),
         tokens=sum(len(text.ids) for text in chosen),
-        layer_error=_short(max(notes.layers.values())),
-        worst_layers=notes.worst_layers(),
-        worst_tensors=notes.worst_tensors(),
+        layer_error=_short(max(recorder.layers.values())),
+        worst_layers=recorder.worst_layers(),
+        worst_tensors=recorder.worst_tensors(),
     )
 
 
@@ -93,7 +97,7 @@ def _log_probabilities(network: StreamedModel, states: torch.Tensor) -> torch.Te
 
 
 def _chosen(found: Sequence[Reading], tokens: int) -> list[Reading]:
-    """Return the first texts, cut to a length that can be held, of `tokens` together."""
+    """Return the first texts, truncated, with `tokens` tokens in total."""
     chosen: list[Reading] = []
     left = tokens
     for text in found:
@@ -103,55 +107,55 @@ def _chosen(found: Sequence[Reading], tokens: int) -> list[Reading]:
             left -= len(cut.ids)
         if left <= 0:
             break
-    if tokens - left < _LEAST_TOKENS:
+    if tokens - left < _MIN_TOKENS:
         raise InputRefused(
-            f"the held-out text has {tokens - left} tokens; the quality gate needs {_LEAST_TOKENS}",
+            f"the held-out text has {tokens - left} tokens, the quality gate needs {_MIN_TOKENS}",
             hint="add calibration text, or hold out a larger share (calibration.held_out)",
         )
     return chosen
 
 
 def _padded(chosen: Sequence[Reading]) -> torch.Tensor:
-    """Return the texts as one batch, [texts, longest]: no token sees the padding behind it."""
+    """Return the texts as one batch, [texts, longest], padded on the right (ignored: causal)."""
     longest = max(len(text.ids) for text in chosen)
     return torch.tensor([[*text.ids, *[0] * (longest - len(text.ids))] for text in chosen])
 
 
 @dataclass(slots=True)
-class _Notes:
-    """What the checkpoint's layers were given and made, and how the other's differ."""
+class _Recorder:
+    """Inputs and outputs of the checkpoint's layers, and the errors of the view's."""
 
     progress: Callable[[int], None]
     length: int
-    """Tokens of the probe. What a layer makes of the padding behind it is nothing that a model ever
-    sees, and its error there can be that of all else threefold."""
+    """Tokens of the probe without padding, where errors do not matter but can be three times as
+    large."""
     inputs: list[torch.Tensor] = field(default_factory=list)
     outputs: list[torch.Tensor] = field(default_factory=list)
     layers: dict[int, float] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
 
-    def plain(self, truth: View) -> Callable[[str], torch.Tensor]:
-        """Return the checkpoint's own weights."""
-        return lambda name: _tensor(truth, name)
+    def plain(self, checkpoint: View) -> Callable[[str], torch.Tensor]:
+        """Return a function for the checkpoint's weights."""
+        return lambda name: _tensor(checkpoint, name)
 
-    def compared(self, truth: View, view: View) -> Callable[[str], torch.Tensor]:
-        """Return the view's weights, noting how far each is from the checkpoint's."""
+    def compared(self, checkpoint: View, view: View) -> Callable[[str], torch.Tensor]:
+        """Return a function for the view's weights that records their errors."""
 
         def weights(name: str) -> torch.Tensor:
             if name not in view.names:
-                # Norms that a format leaves out of its files would be the checkpoint's own.
+                # Do not fall back to the checkpoint's weights.
                 raise KeyError(name)
-            tensor, right = _tensor(view, name), _tensor(truth, name)
+            tensor, right = _tensor(view, name), _tensor(checkpoint, name)
             if tensor.shape != right.shape:
                 raise CheckFailed(
-                    f"{name} has the shape {list(tensor.shape)}, in the checkpoint "
-                    f"{list(right.shape)}",
+                    f"{name} has shape {list(tensor.shape)}, but {list(right.shape)} in the "
+                    "checkpoint",
                     hint="the quantizer wrote another model; quantize again",
                 )
             error, size = float((tensor - right).norm()), float(right.norm())
             if not math.isfinite(error):
                 raise CheckFailed(
-                    f"{name} holds values that are no finite numbers",
+                    f"{name} has NaN or infinite values",
                     hint="check the merged weights for outliers, or choose a larger format",
                 )
             self.errors[name] = error / size if size else error
@@ -159,22 +163,22 @@ class _Notes:
 
         return weights
 
-    def pass_on(self, _: int, states: torch.Tensor) -> torch.Tensor:
-        """Remember what a layer of the checkpoint is given."""
+    def record_input(self, _: int, states: torch.Tensor) -> torch.Tensor:
+        """Record the input of a layer of the checkpoint."""
         self.inputs.append(states[:_PROBE_ROWS].clone())
         return states
 
-    def remember(self, number: int, states: torch.Tensor) -> None:
-        """Remember what it makes."""
+    def record_output(self, number: int, states: torch.Tensor) -> None:
+        """Record the output of a layer of the checkpoint."""
         self.outputs.append(states[:_PROBE_ROWS].clone())
         self.progress(number + 1)
 
     def replace(self, number: int, states: torch.Tensor) -> torch.Tensor:
-        """Give the probe the checkpoint's input, so that errors of earlier layers do not count."""
+        """Replace the probe by the checkpoint's input, to exclude errors of earlier layers."""
         return torch.cat([states[:-_PROBE_ROWS], self.inputs[number]])
 
     def judge(self, number: int, states: torch.Tensor) -> None:
-        """Note a layer's own error: of its output, by what the layer adds to its input."""
+        """Record a layer's own error, relative to what the layer adds to its input."""
         right = self.outputs[number][:, : self.length]
         change = float((right - self.inputs[number][:, : self.length]).norm()) or 1.0
         found = states[-_PROBE_ROWS:, : self.length]
@@ -182,7 +186,7 @@ class _Notes:
         self.progress(len(self.outputs) + number + 1)
 
     def worst_layers(self) -> tuple[LayerError, ...]:
-        """Return the layers with the largest error of their own."""
+        """Return the layers with the largest own error."""
         worst = sorted(self.layers, key=lambda number: -self.layers[number])[:_NAMED]
         return tuple(LayerError(layer=n, error=_short(self.layers[n])) for n in worst)
 
@@ -201,7 +205,7 @@ def _tensor(view: View, name: str) -> torch.Tensor:
 
 @dataclass(slots=True)
 class _Totals:
-    """Sums over all tokens."""
+    """Totals over all tokens."""
 
     divergences: list[torch.Tensor] = field(default_factory=list)
     agree: int = 0
@@ -209,7 +213,7 @@ class _Totals:
     predicted: int = 0
 
     def add(self, right: torch.Tensor, other: torch.Tensor, following: torch.Tensor) -> None:
-        """Add both models' log probabilities [positions, vocabulary] and what did follow."""
+        """Add both models' log probabilities [positions, vocabulary] and the actual next tokens."""
         self.divergences.append((right.exp() * (right - other)).sum(-1).clamp(min=0))
         picked = right.gather(1, other.argmax(-1, keepdim=True))[:, 0]
         self.agree += int((right.amax(-1) - picked <= _TIE).sum())
@@ -234,5 +238,5 @@ class _Totals:
 
 
 def _short(value: float) -> float:
-    """Return six digits of a number: more than two machines agree on."""
+    """Round to six digits, more than two machines agree on."""
     return float(f"{value:.6g}")

@@ -13,11 +13,11 @@ import torch
 from weightsmith.errors import Unmeasurable
 
 Weights = Callable[[str], "torch.Tensor"]
-"""Checkpoint name -> float32 tensor; KeyError where there is none of that name."""
+"""Checkpoint name -> float32 tensor; raises KeyError for an unknown name."""
 Started = Callable[[int, "torch.Tensor"], "torch.Tensor"]
 Ended = Callable[[int, "torch.Tensor"], None]
 
-# transformers keeps a layer's experts in one tensor; checkpoints have one for each of them.
+# transformers stacks a layer's experts in one tensor; checkpoints have one per expert.
 _FUSED = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "down_proj": (("down_proj",), ("w2",)),
@@ -25,16 +25,16 @@ _FUSED = {
 
 
 class StreamedModel:
-    """A causal language model whose layers are filled with weights when their turn comes."""
+    """A causal language model that loads each layer's weights only while it runs."""
 
     def __init__(self, model: Path) -> None:
-        """Build the network of `model`'s config.json without weights; Unmeasurable if it cannot."""
+        """Build the network from config.json without weights; raise Unmeasurable if unsupported."""
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
         os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
         config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
         text = config.get_text_config(decoder=True)
-        # Of a model that sees, too, the part that reads.
+        # Of a multimodal model, the language model.
         config = text if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING else config
         config.use_cache = False
         with _without_weights():
@@ -43,8 +43,8 @@ class StreamedModel:
         lists = [m for m in self.decoder.children() if isinstance(m, torch.nn.ModuleList)]
         if len(lists) != 1:
             raise Unmeasurable(
-                f"{type(self.network).__name__} has no single row of layers to measure one by one",
-                hint="the task score says what the quantized model can do",
+                f"{type(self.network).__name__} has no single list of decoder layers to measure",
+                hint="use the task score instead",
             )
         self.layers = lists[0]
         self._names = {id(module): name for name, module in self.network.named_modules()}
@@ -54,10 +54,10 @@ class StreamedModel:
     ) -> torch.Tensor:
         """Return the last hidden states of token ids [batch, length].
 
-        `started(i, states)` may replace what layer i is given, `ended(i, states)` sees what it
-        makes. Weights of layers are dropped again; embedding and final norm stay until `logits`.
+        `started(i, states)` may replace layer i's input, `ended(i, states)` gets its output.
+        Layers' weights are dropped after use; embedding and final norm are kept for `logits`.
         """
-        for module in self._around():
+        for module in self._outside_layers():
             self._fill(module, weights)
         handles = []
         for number, layer in enumerate(self.layers):
@@ -71,7 +71,7 @@ class StreamedModel:
         return found
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Return the logits of last hidden states, by the model's own head and its scaling."""
+        """Return the logits of last hidden states, by the model's head and scaling."""
         own = self.decoder.forward
         from transformers.modeling_outputs import MoeModelOutputWithPast
 
@@ -85,14 +85,14 @@ class StreamedModel:
         return found
 
     def tensors(self, module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, str]]:
-        """Yield each parameter of a module: its name in the checkpoint, its owner, its key."""
+        """Yield each parameter of a module: checkpoint name, owner, key."""
         for path, owner in module.named_modules():
             for key in owner._parameters:  # noqa: SLF001 - torch has no public way to assign
                 prefix = self._names[id(module)]
                 yield ".".join(part for part in (prefix, path, key) if part), owner, key
 
-    def _around(self) -> Iterator[torch.nn.Module]:
-        """Yield all that is no layer: embedding, norms, head."""
+    def _outside_layers(self) -> Iterator[torch.nn.Module]:
+        """Yield the modules outside of layers: embedding, norms, head."""
         inner = {id(m) for layer in self.layers for m in layer.modules()}
         for module in self.network.modules():
             direct = any(True for _ in module.parameters(recurse=False))
@@ -107,7 +107,7 @@ class StreamedModel:
                 )
 
     def _weight(self, name: str, weights: Weights) -> torch.Tensor:
-        """Return a parameter's weights, whether tied, fused by transformers or plain."""
+        """Return a parameter's weights: plain, tied, or stacked by transformers."""
         for spelling in _spellings(name):
             try:
                 return weights(spelling)
@@ -119,8 +119,8 @@ class StreamedModel:
             embedding = self._names[id(self.network.get_input_embeddings())]
             return self._weight(f"{embedding}.weight", weights)
         raise Unmeasurable(
-            f"the checkpoint has no {name}, which its architecture needs",
-            hint="the task score says what the quantized model can do",
+            f"the checkpoint has no tensor {name}, which its architecture needs",
+            hint="use the task score instead",
         )
 
     def empty(self, module: torch.nn.Module) -> None:
@@ -158,7 +158,7 @@ def _hook(
 
 
 def _spellings(name: str) -> Iterator[str]:
-    """Yield what checkpoints call a parameter: Mixtral's, and language models among other parts."""
+    """Yield a parameter's names in checkpoints: Mixtral's, and those of multimodal models."""
     yield name
     yield name.replace(".mlp.", ".block_sparse_moe.")
     yield f"language_model.{name}"
@@ -166,7 +166,7 @@ def _spellings(name: str) -> Iterator[str]:
 
 
 def _fused(name: str, weights: Weights) -> torch.Tensor | None:
-    """Return a layer's experts as transformers 5 holds them: [experts, rows, columns]."""
+    """Return a layer's experts stacked as in transformers 5: [experts, rows, columns]."""
     stem, _, key = name.rpartition(".")
     for parts in _FUSED.get(key, ()):
         found: list[torch.Tensor] = []
@@ -183,7 +183,7 @@ def _fused(name: str, weights: Weights) -> torch.Tensor | None:
 
 @contextmanager
 def _without_weights() -> Iterator[None]:
-    """Make modules whose parameters have a shape and no memory; buffers are real."""
+    """Create modules with parameters on the meta device but real buffers."""
     original = torch.nn.Module.register_parameter
 
     def register(self: Any, name: str, param: Any) -> None:

@@ -1,4 +1,4 @@
-"""Texts as a model reads them: its chat template applied, cut into its tokens."""
+"""Render texts by the model's chat template and tokenize them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from weightsmith.time_limits import doing
 from weightsmith.values import Json
 
 _FILE = "tokenizer.json"
-_HINT = "write the calibration text's conversations as the model expects them"
+_HINT = "write the calibration conversations in the form that the chat template expects"
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def as_lines(model: Path, rows: Sequence[Mapping[str, Json]]) -> str:
-    """Return JSON Lines `{text, tokens}`: what each row reads like, and its number of tokens.
+    """Return JSON Lines `{text, tokens}`: each row rendered, and its number of tokens.
 
-    Raises InputRefused for conversations where the model has no chat template for them.
+    Raises InputRefused for conversations if the model has no chat template.
     """
     tokenizer = None if all("text" in row for row in rows) else _renderer(model)
     texts = [_rendered(tokenizer, row) for row in rows]
@@ -35,7 +35,7 @@ def as_lines(model: Path, rows: Sequence[Mapping[str, Json]]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """One text in tokens, and where what the model itself would say begins."""
+    """A tokenized text, and where the model's answer begins."""
 
     ids: tuple[int, ...]
     answer: int
@@ -43,7 +43,7 @@ class Reading:
 
 
 def readings(model: Path, rows: Sequence[Mapping[str, Json]]) -> list[Reading]:
-    """Return each row in tokens, through the chat template where it is a conversation."""
+    """Return each row tokenized; conversations are rendered by the chat template."""
     tokenizer = load_tokenizer(model)
     found = []
     for row in rows:
@@ -53,7 +53,7 @@ def readings(model: Path, rows: Sequence[Mapping[str, Json]]) -> list[Reading]:
 
 
 def _answer(tokenizer: Any, row: Mapping[str, Json], ids: Sequence[int]) -> int:
-    """Return where the last answer begins; 1 where the template does not tell."""
+    """Return the index of the last answer's first token; 1 if it cannot be determined."""
     messages = row.get("messages", [])
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         return 1
@@ -63,7 +63,7 @@ def _answer(tokenizer: Any, row: Mapping[str, Json], ids: Sequence[int]) -> int:
 
 
 def load_tokenizer(model: Path) -> Any:
-    """Return a checkpoint's tokenizer, from local files alone."""
+    """Return a checkpoint's tokenizer, from local files only."""
     os.environ.update(_OFFLINE)
     from transformers import AutoTokenizer
 
@@ -71,10 +71,10 @@ def load_tokenizer(model: Path) -> Any:
 
 
 def _renderer(model: Path) -> Any:
-    """Return a tokenizer that renders the chat template, without torch where that is the same.
+    """Return a tokenizer that renders the chat template, without importing torch if possible.
 
-    AutoTokenizer looks for the model's own class, for which it imports torch: two CPU seconds. All
-    that such a class adds to a template are special tokens that the files leave out.
+    AutoTokenizer imports torch to find the model's own class, which takes two CPU seconds. Such a
+    class only matters if the template uses special tokens that the files do not define.
     """
     if not (model / _FILE).is_file():
         return load_tokenizer(model)
@@ -82,12 +82,12 @@ def _renderer(model: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     found = PreTrainedTokenizerFast.from_pretrained(model, local_files_only=True)
-    unsaid = set(found.SPECIAL_TOKENS_ATTRIBUTES) - set(found.special_tokens_map)
-    return load_tokenizer(model) if any(n in str(found.chat_template) for n in unsaid) else found
+    undefined = set(found.SPECIAL_TOKENS_ATTRIBUTES) - set(found.special_tokens_map)
+    return load_tokenizer(model) if any(n in str(found.chat_template) for n in undefined) else found
 
 
 def _lengths(model: Path, texts: Sequence[str]) -> list[int]:
-    """Return each text's number of tokens, by tokenizer.json alone where there is one."""
+    """Return each text's number of tokens, by tokenizer.json if there is one."""
     if not (model / _FILE).is_file():
         return [len(ids) for ids in _ids(load_tokenizer(model), texts)]
     from tokenizers import Tokenizer
@@ -95,7 +95,7 @@ def _lengths(model: Path, texts: Sequence[str]) -> list[int]:
     tokenizer = Tokenizer.from_file(str(model / _FILE))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    with doing(f"cutting text into tokens by {model / _FILE}"):
+    with doing(f"tokenizing with {model / _FILE}"):
         return [len(e.ids) for e in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
 
@@ -104,13 +104,13 @@ def _rendered(tokenizer: Any, row: Mapping[str, Json]) -> str:
         return str(row["text"])
     if not tokenizer.chat_template:
         raise InputRefused(
-            "the calibration text has conversations and the model has no chat template",
-            hint='give it as {"text": …}, or add a chat template to the model',
+            "the calibration text has conversations, but the model has no chat template",
+            hint='write it as {"text": …}, or add a chat template to the model',
         )
     return render_chat(tokenizer, row["messages"], answer=False, hint=_HINT)
 
 
 def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    with doing(f"cutting text into tokens by the tokenizer of {tokenizer.name_or_path}"):
-        # The template writes the begin token itself; plain text has none inside a stream either.
+    with doing(f"tokenizing with the tokenizer of {tokenizer.name_or_path}"):
+        # The template adds the begin token; plain text inside a stream has none.
         return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
