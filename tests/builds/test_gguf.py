@@ -116,14 +116,14 @@ def test_a_broken_file_is_stopped_with_its_layer_named(tmp_path):
 def test_a_type_that_cannot_be_read_back_is_not_measured(tmp_path):
     done = quantize(tmp_path / "t.gguf", "--format", "q1_0", "--allow-low-bits")
 
-    assert done["quality"] == {"skipped": "the gguf package does not read Q1_0 back"}
+    assert done["quality"] == {"skipped": "the gguf package cannot dequantize Q1_0"}
     assert "quality not measured" in done["stderr"]
 
 
 def test_low_bits_are_refused_before_any_work(tmp_path):
     refused = quantize(tmp_path / "t.gguf", "--format", "q2_k", expect=2)
 
-    assert "few erase" in refused["stderr"]
+    assert "too few to preserve" in refused["stderr"]
     assert "converting" not in refused["stderr"]
 
 
@@ -208,7 +208,7 @@ def test_of_a_model_that_sees_the_part_that_reads_becomes_a_file(tmp_path):
     assert view.names == truth.names - left
     for name in sorted(view.names):
         np.testing.assert_allclose(view.tensor(name), truth.tensor(name), atol=1e-2, err_msg=name)
-    assert f"{len(left)} tensors that see or hear are left out" in facts["warnings"][0]
+    assert f"{len(left)} vision and audio tensors" in facts["warnings"][0]
     rows = [json.loads(line) for line in GENERAL.read_text("utf-8").splitlines()[:4]]
     assert measure(model, view, rows, 300, lambda *_: None).kl_mean < 1e-3
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from weightsmith.quantizers.awq_search import best_clip, mend
+from weightsmith.quantizers.awq_search import best_clip, patch_searches
 
 
 class Four:
@@ -72,7 +72,7 @@ def test_searching_scales_leaves_the_weights_as_they_were():
 
     layer = torch.nn.Sequential(torch.nn.Linear(4, 4))
     before = layer[0].weight.detach().clone()
-    mend(Search)
+    patch_searches(Search)
 
     assert Search()._compute_best_scale(7, None, None, layer, [layer[0]]) == 7
     assert torch.equal(layer[0].weight, before)

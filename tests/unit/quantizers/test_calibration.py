@@ -62,7 +62,7 @@ def test_long_text_is_cut_and_not_dropped(tmp_path):
 
 
 def test_short_texts_are_left_out_and_none_is_refused(data):
-    with pytest.raises(InputRefused, match=r"texts.jsonl gives no text"):
+    with pytest.raises(InputRefused, match=r"texts\.jsonl has no usable"):
         read_texts(data, Bounds(min_length=10_000))
 
 
@@ -73,16 +73,16 @@ def test_general_texts_make_up_for_too_few(tmp_path):
 
     assert all(row in (*texts.calibration, *texts.held_out) for row in few)
     assert texts.general == len(texts.calibration) + len(texts.held_out) - 4
-    assert texts.warning().startswith("few.jsonl has 4 texts, too few to measure on")
+    assert texts.warning().startswith("few.jsonl has only 4 texts")
     assert not read_texts(GENERAL, Bounds()).warning()
 
 
 @pytest.mark.parametrize(
     ("raw", "says"),
     [
-        (b"", "gives no text"),
+        (b"", "no usable calibration text"),
         (b'{"text": "\xff"}\n', r"t\.jsonl:1 is not UTF-8"),
-        (b"not json\n", r"t\.jsonl:1 is not JSON"),
+        (b"not json\n", r"t\.jsonl:1: invalid JSON"),
         (b'{"text": 5}\n', "neither text nor messages"),
         (b'{"messages": []}\n', "neither text nor messages"),
         (b'{"messages": [{"role": "user"}]}\n', "neither text nor messages"),
@@ -99,7 +99,7 @@ def test_bad_files_are_refused_with_their_line(tmp_path, raw, says):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(InputRefused, match="cannot be read"):
+    with pytest.raises(InputRefused, match="cannot read"):
         read_texts(tmp_path / "no.jsonl", Bounds())
 
 

@@ -106,7 +106,7 @@ def test_the_file_between_rounds_nothing(tmp_path, dtype, kind):
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({}, "lacks architectures"),
+        ({}, "no architectures"),
         ({"architectures": ["T5"], "is_encoder_decoder": True}, "decoder"),
         ({**LLAMA, "quantization_config": {"quant_method": "awq"}}, r"already quantized \(awq\)"),
     ],
@@ -133,7 +133,7 @@ def chosen(name, **wanted):
 
 @pytest.mark.parametrize("name", ["q2_k", "q3_k_m", "iq1_s", "iq2_xxs", "iq3_m", "tq1_0"])
 def test_low_bits_need_to_be_asked_for(name):
-    with pytest.raises(UsageError, match="few erase"):
+    with pytest.raises(UsageError, match="too few to preserve"):
         chosen(name)
 
     assert chosen(name, allow_low_bits=True)
@@ -152,7 +152,7 @@ def test_the_user_decides_about_the_importance_matrix():
     assert chosen("q4_k_m", imatrix="off")["imatrix"] == "off"
     assert chosen("q5_k_m", imatrix="auto")["imatrix"] == "auto"
     assert chosen("q4_k_m", imatrix="mine.gguf")["imatrix"] == "mine.gguf"
-    with pytest.raises(UsageError, match="no iq2_xxs without an importance matrix"):
+    with pytest.raises(UsageError, match="iq2_xxs needs an importance matrix"):
         chosen("iq2_xxs", allow_low_bits=True, imatrix="off")
 
 
@@ -197,7 +197,7 @@ def test_what_was_measured_before_is_not_measured_again(tmp_path):
 def test_too_few_calibration_tokens_are_reported_with_numbers(tmp_path):
     made = with_text(request(tmp_path, "q4_k_m", imatrix="auto"), tokens=100)
 
-    with pytest.raises(InputRefused, match=r"1 calibration texts have 100 tokens.*at least 256"):
+    with pytest.raises(InputRefused, match=r"have 100 tokens.*at least 256"):
         of_format("q4_k_m").steps(made)
 
 

@@ -29,10 +29,10 @@ def test_names_are_sorted_and_lm_head_is_kept_anyhow() -> None:
 @pytest.mark.parametrize(
     ("keep", "says"),
     [
-        (("proj",), "'proj' is not the end of a matrix's name"),
-        (("mlp",), "not the end"),
-        (("xdown_proj",), "not the end"),
-        (("q_proj",), "q_proj is named without k_proj, v_proj"),
+        (("proj",), "'proj' is not the suffix"),
+        (("mlp",), "not the suffix"),
+        (("xdown_proj",), "not the suffix"),
+        (("q_proj",), "q_proj is listed without k_proj, v_proj"),
         (("layers.1.mlp.up_proj", "gate_proj"), "without"),
         (MATRICES, "nothing would be quantized"),
     ],

@@ -55,7 +55,7 @@ def test_byte_pairs_that_are_learnt_as_pairs_are_refused():
     lines = [line.replace(" ", "▁") for line in TEXT.read_text("utf-8").splitlines()]
     trainer = BpeTrainer(vocab_size=700, special_tokens=["<unk>", *bytes_], show_progress=False)
     tokenizer.train_from_iterator(lines, trainer)
-    with pytest.raises(NotImplementedError, match=r"no SentencePiece model: '.*' is a piece"):
+    with pytest.raises(NotImplementedError, match=r"not a SentencePiece model: '.*' is a piece"):
         sentence_pieces(json.loads(tokenizer.to_str()))
 
 

@@ -1,4 +1,4 @@
-"""Quantizers: the formats there are, and the commands that make them."""
+"""Quantizers: the formats, and the commands that produce them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from weightsmith.values import Format
 
 @cache
 def quantizers() -> Mapping[str, Quantizer]:
-    """Return every quantizer of this folder by name, found by listing it."""
+    """Return every quantizer of this folder by name."""
     found: dict[str, Quantizer] = {}
     for module in pkgutil.iter_modules(__path__):
         value = getattr(importlib.import_module(f"{__name__}.{module.name}"), "QUANTIZER", None)
@@ -27,7 +27,7 @@ def quantizers() -> Mapping[str, Quantizer]:
 
 @cache
 def formats() -> Mapping[str, Format]:
-    """Return every format that a quantizer makes, by name."""
+    """Return every quantizer's formats by name."""
     return MappingProxyType(
         {
             format_.name: format_
@@ -38,12 +38,10 @@ def formats() -> Mapping[str, Format]:
 
 
 def of_format(name: str) -> Quantizer:
-    """Return the quantizer that makes a format; UsageError with near misses otherwise."""
+    """Return a format's quantizer; raise UsageError with similar names if it is unknown."""
     for quantizer in quantizers().values():
         if any(format_.name == name for format_ in quantizer.formats):
             return quantizer
     near = difflib.get_close_matches(name.lower(), formats(), n=2, cutoff=0.5)
     guess = f"did you mean {' or '.join(near)}? " if near else ""
-    raise UsageError(
-        f"unknown format {name!r}", hint=f"{guess}the formats are: {', '.join(formats())}"
-    )
+    raise UsageError(f"unknown format {name!r}", hint=f"{guess}formats: {', '.join(formats())}")

@@ -1,4 +1,4 @@
-"""AWQ by AutoAWQ, archived upstream: the second engine for the same layout as `awq`."""
+"""AWQ by AutoAWQ (archived upstream): a second engine for the layout of `awq`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from weightsmith.checkpoints.facts import read_facts
 from weightsmith.errors import UsageError
-from weightsmith.quantizers.awq_search import mend
+from weightsmith.quantizers.awq_search import patch_searches
 from weightsmith.quantizers.checkpoints import (
     LLAMAS,
     awq_config,
@@ -26,7 +26,7 @@ from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
 from weightsmith.quantizers.running import (
     encoder,
-    even,
+    equal_length,
     python_step,
     read_settings,
     samples,
@@ -39,26 +39,26 @@ from weightsmith.values import Format, Json
 AWQ_AUTOAWQ = Format(name="awq-autoawq", kind="awq", bits_per_weight=4.16)
 
 
-def options(format_: Format, wanted: Mapping[str, Json]) -> Mapping[str, Json]:
-    """Return the recipe's wishes that change the bytes; raises UsageError."""
-    zero_point_option(format_, wanted)
-    if keep := keep_option(wanted):
+def options(format_: Format, requested: Mapping[str, Json]) -> Mapping[str, Json]:
+    """Return the recipe's options that affect the output; raises UsageError."""
+    zero_point_option(format_, requested)
+    if keep := keep_option(requested):
         raise UsageError(
-            f"keep: AutoAWQ searches scales by the inputs of every matrix, so {keep[0]} cannot stay"
-            " in 16 bits",
-            hint="choose awq or awq-compressed, which can keep it",
+            f"keep: {keep[0]} cannot stay in 16 bits, because AutoAWQ scales the inputs of every "
+            "matrix",
+            hint="use awq or awq-compressed, which support keep",
         )
-    return {"group_size": group_option(wanted)}
+    return {"group_size": group_option(requested)}
 
 
 def steps(request: QuantizeRequest) -> tuple[Step, ...]:
-    """Return the one command: AutoAWQ, and our own writing of what it made."""
+    """Return the step: AutoAWQ, and conversion of its output by our code."""
     title = f"quantizing to {request.format.name} by AutoAWQ"
     return (python_step(__name__, request, title, group_size=_layout(request).group_size),)
 
 
 def check(request: QuantizeRequest) -> Mapping[str, Json]:
-    """Re-read the finished checkpoint against its original; raises CheckFailed."""
+    """Check the finished checkpoint against the original; raises CheckFailed."""
     found = check_checkpoint(request.output, request.model, _layout(request))
     return {**found, "engine": "autoawq"}
 
@@ -70,16 +70,16 @@ def _layout(request: QuantizeRequest) -> Layout:
 
 
 def main() -> None:
-    """Run in the builder: quantize by the settings file that the command line names."""
+    """Run in the builder: quantize as set in the settings file of the command line."""
     settings = read_settings()
     raw, model = Path(settings["raw"]), Path(settings["model"])
     discard(raw)
     torch: Any = importlib.import_module("torch")
     transformers: Any = importlib.import_module("transformers")
     library: Any = importlib.import_module("awq")
-    mend(importlib.import_module("awq.quantize.quantizer").AwqQuantizer)
+    patch_searches(importlib.import_module("awq.quantize.quantizer").AwqQuantizer)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    joined = even(samples(texts(settings["calibration"]), encoder(tokenizer)))
+    joined = equal_length(samples(texts(settings["calibration"]), encoder(tokenizer)))
     gpu = torch.cuda.is_available()
     loaded = library.AutoAWQForCausalLM.from_pretrained(
         str(model),
@@ -87,16 +87,16 @@ def main() -> None:
         device_map="cuda" if gpu else "cpu",
         **({} if gpu else {"torch_dtype": torch.float32}),
     )
-    wanted = {
+    config = {
         "zero_point": True,
         "q_group_size": settings["group_size"],
         "w_bit": 4,
         "version": "GEMM",
     }
-    # It joins what it is given and cuts it again; of what is longer than its samples, and of what
-    # does not fill the last, it silently leaves out all.
+    # AutoAWQ concatenates and splits the samples again; it silently drops samples that are longer
+    # than its limit, and an incomplete last one.
     loaded.quantize(
-        tokenizer, quant_config=wanted, calib_data=joined, max_calib_seq_len=len(joined[0]),
+        tokenizer, quant_config=config, calib_data=joined, max_calib_seq_len=len(joined[0]),
         max_calib_samples=len(joined), n_parallel_calib_samples=8,
     )  # fmt: skip
     loaded.save_quantized(str(raw), safetensors=True)

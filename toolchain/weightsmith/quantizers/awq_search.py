@@ -1,11 +1,11 @@
-"""AWQ's two searches, mended: on a CPU the one ruins weights and the other takes half an hour.
+"""Patches for AWQ's two searches: on a CPU one corrupts weights and the other takes half an hour.
 
-Scales: AutoAWQ keeps a layer's weights with `tensor.cpu()`, which copies from a GPU only, and then
-multiplies them in place. On a CPU every matrix stays multiplied by the first scales tried.
+Scales: AutoAWQ saves a layer's weights by `tensor.cpu()`, which only copies from a GPU, and then
+multiplies them in place. On a CPU every matrix stays multiplied by the first candidate scales.
 
-Clipping: AutoAWQ, and GPTQModel after it, multiply every sampled input with every weight, once for
-each of eleven limits. The squared error of a group's output over all tokens is `d G d`, with d what
-its weights moved by and G the inputs' Gram matrix, which is formed once.
+Clipping: AutoAWQ and GPTQModel multiply every sampled input by every weight for each of eleven
+limits. Here the squared error of a group's output over all tokens is computed as `d G d`, with d
+the change of its weights and G the inputs' Gram matrix, which is computed once.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 
 _SAMPLED_TOKENS = 512
 _GRID, _STEPS = 20, 10
-"""Limits tried: the largest weight of a group times 1 - step / grid. All three are AutoAWQ's."""
+"""Candidate limits: a group's largest weight times 1 - step / grid. All are AutoAWQ's values."""
 
 
-def mend(search: Any) -> None:
-    """Give AutoAWQ 0.2.9's class AwqQuantizer (quantize/quantizer.py) both searches."""
-    upstream = search._compute_best_scale  # noqa: SLF001 - the one place that it can be put
+def patch_searches(search: Any) -> None:
+    """Patch both searches of AutoAWQ 0.2.9's class AwqQuantizer (quantize/quantizer.py)."""
+    upstream = search._compute_best_scale  # noqa: SLF001 - there is no public hook
 
     def best_scale(quantizer: Any, x: Any, w: Any, seen: Any, module: Any, *more: Any) -> Any:
         own = module.state_dict
@@ -39,12 +39,11 @@ def mend(search: Any) -> None:
 def best_clip(
     size: int, rounded: Callable[[Any], tuple[Any, ...]], weight: Any, inputs: Any
 ) -> Any:
-    """Return the limit of each group's weights with the least squared error of its output.
+    """Return each group's clipping limit with the smallest squared error of its output.
 
     weight [out, in] and inputs [..., in] are torch tensors, a group has `size` inputs, and
-    `rounded` gives weights on the grid of their groups first. The result is [out, groups, 1]. The
-    choice is that of AutoAWQ 0.2.9 (quantize/quantizer.py, _compute_best_clip) but for the
-    rounding of its sums.
+    `rounded` returns the quantized weights as its first value. The result is [out, groups, 1], as
+    in AutoAWQ 0.2.9 (quantize/quantizer.py, _compute_best_clip) except for the rounding of sums.
     """
     rows = inputs.detach().reshape(-1, inputs.shape[-1])
     rows = rows[:: max(1, rows.shape[0] // _SAMPLED_TOKENS)].to(weight.device, weight.dtype)

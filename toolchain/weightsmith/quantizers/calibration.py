@@ -1,4 +1,4 @@
-"""The text that quantizers measure activations on, and the part held out to judge them by."""
+"""Calibration text for quantizers, and held-out text for the quality gate."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from weightsmith.foreign import parse
 from weightsmith.values import Digest, Json, canonical, key_of
 
 Row = Mapping[str, Json]
-"""`{"text": …}` or `{"messages": [{"role", "content"}, …]}`; the builder applies the template."""
+"""`{"text": …}` or `{"messages": [{"role", "content"}, …]}`, rendered in the builder."""
 
 GENERAL = Path(__file__).with_name("general.jsonl")
-"""Plain text on everyday subjects, for recipes that name none of their own."""
+"""Plain text on everyday subjects, for recipes without calibration text."""
 
 MIN_TEXTS = 8
 MIN_CHARACTERS = 1000
@@ -24,50 +24,49 @@ _SHAPE = 'a line is {"text": "…"} or {"messages": [{"role": "user", "content":
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """Which texts of a file are used: at most `n`, by length in characters, in `seed`'s order."""
+    """Which texts of a file are used: at most `n`, by length in characters, chosen by `seed`."""
 
     n: int = 512
     min_length: int = 1
     max_length: int = 8192
     seed: int = 0
     held_out: float = 0.25
-    """Share of the texts that no quantizer sees."""
+    """Fraction of the texts that is held out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Texts:
-    """Texts to calibrate on and texts to judge by; none is in both."""
+    """Calibration and held-out texts, which are disjoint."""
 
     source: str
     """The file's name, or `general`."""
     calibration: tuple[Row, ...]
     held_out: tuple[Row, ...]
     general: int = 0
-    """How many of them are general texts, which make up for what the file lacks."""
+    """Number of general texts among them, added if the file has too few."""
 
     @property
     def calibration_digest(self) -> Digest:
-        """What a calibrated artifact depends on."""
+        """Key of the calibration texts."""
         return key_of(self.calibration)
 
     @property
     def held_out_digest(self) -> Digest:
-        """What a measured quality depends on."""
+        """Key of the held-out texts."""
         return key_of(self.held_out)
 
     def warning(self) -> str:
-        """Say what is used beside the user's file where that has too little; else ''."""
+        """Return a warning if general texts were added to the user's; else ''."""
         count = len(self.calibration) + len(self.held_out)
         if not self.general or self.general == count:
             return ""
         return (
-            f"{self.source} has {count - self.general} texts, too few to measure on (at least "
-            f"{MIN_TEXTS} of {MIN_CHARACTERS} characters together): {self.general} general ones "
-            "are used beside them"
+            f"{self.source} has only {count - self.general} texts (needed: {MIN_TEXTS} with "
+            f"{MIN_CHARACTERS} characters in total): {self.general} general texts were added"
         )
 
     def described(self) -> Mapping[str, Json]:
-        """Return what a build records of its texts."""
+        """Return the facts that a build records about its texts."""
         return {
             "source": self.source,
             "texts": len(self.calibration),
@@ -79,18 +78,17 @@ class Texts:
 
 
 def read_texts(path: Path, bounds: Bounds) -> Texts:
-    """Return a JSON Lines file's texts, each once, split in an order that only the seed decides.
+    """Return a JSON Lines file's texts without duplicates, split in an order set by the seed.
 
-    The order is by the digest of seed and text, so a text that is added moves no other from one
-    part to the other part. Where a file gives less than MIN_TEXTS or MIN_CHARACTERS, the general
-    texts are added. Raises InputRefused, with file and line, for what is not UTF-8 JSON Lines and
-    for a file without a text.
+    The order is by the digest of seed and text, so an added text does not move others from one part
+    to the other. If a file has less than MIN_TEXTS or MIN_CHARACTERS, the general texts are added.
+    Raises InputRefused with file and line for invalid lines, and for a file without texts.
     """
     chosen = _chosen(_rows(path), bounds)
     if not chosen:
         raise InputRefused(
-            f"{path} gives no text to calibrate on",
-            hint="add texts like those the model will see, or widen n, min_length and max_length",
+            f"{path} has no usable calibration text",
+            hint="add texts like those the model will see, or relax n, min_length and max_length",
         )
     general = list(chosen) if path == GENERAL else []
     if len(chosen) < MIN_TEXTS or sum(map(_length, chosen.values())) < MIN_CHARACTERS:
@@ -98,17 +96,17 @@ def read_texts(path: Path, bounds: Bounds) -> Texts:
         general = [key for key in added if key not in chosen]
         chosen |= added
     ordered = [chosen[key] for key in sorted(chosen, key=_place(bounds.seed))]
-    aside = max(1, round(len(ordered) * bounds.held_out))
+    held = max(1, round(len(ordered) * bounds.held_out))
     return Texts(
         source="general" if path == GENERAL else path.name,
-        calibration=tuple(ordered[aside:]),
-        held_out=tuple(ordered[:aside]),
+        calibration=tuple(ordered[held:]),
+        held_out=tuple(ordered[:held]),
         general=len(general),
     )
 
 
 def _chosen(rows: Iterable[Row], bounds: Bounds) -> dict[bytes, Row]:
-    """Return at most `n` rows by what they say, each once."""
+    """Return at most `n` rows without duplicates, by their canonical form."""
     once = {canonical(row): row for row in _pieces(rows, bounds)}
     return {key: once[key] for key in sorted(once, key=_place(bounds.seed))[: bounds.n]}
 
@@ -119,7 +117,7 @@ def _place(seed: int) -> Callable[[bytes], Digest]:
 
 
 def _pieces(rows: Iterable[Row], bounds: Bounds) -> Iterator[Row]:
-    """Yield the rows that are long enough; plain text that is too long comes in pieces."""
+    """Yield the rows that are long enough; plain text that is too long is split."""
     for row in rows:
         if _length(row) < bounds.min_length:
             continue
@@ -149,7 +147,7 @@ def _rows(path: Path) -> Iterator[Row]:
                     yield _row(raw, f"{path}:{number}")
     except OSError as error:
         raise InputRefused(
-            f"{path} cannot be read: {error.strerror}", hint="give the path of a JSON Lines file"
+            f"cannot read {path}: {error.strerror}", hint="give the path of a JSON Lines file"
         ) from None
 
 
@@ -161,7 +159,7 @@ def _row(raw: bytes, where: str) -> Row:
     except UnicodeDecodeError:
         raise InputRefused(f"{where} is not UTF-8", hint="save the file as UTF-8") from None
     except ValueError as error:
-        raise InputRefused(f"{where} is not JSON: {error}", hint=_SHAPE) from None
+        raise InputRefused(f"{where}: invalid JSON: {error}", hint=_SHAPE) from None
     if isinstance(row, dict):
         text, messages = row.get("text"), row.get("messages")
         if isinstance(text, str) and messages is None and text.strip():
@@ -172,7 +170,7 @@ def _row(raw: bytes, where: str) -> Row:
 
 
 def _is_chat(messages: list[Json]) -> bool:
-    """Say whether this is a conversation of texts that has something in it."""
+    """Return whether this is a non-empty conversation."""
     return (
         bool(messages)
         and all(

@@ -1,4 +1,4 @@
-"""What all quantizers of checkpoints share: what they refuse, and how a finished folder looks."""
+"""Shared by all quantizers of checkpoints: input checks, and writing the finished folder."""
 
 from __future__ import annotations
 
@@ -18,38 +18,37 @@ from weightsmith.quantizers.tensors import Output, Tensors, array_type, write_ch
 from weightsmith.values import Format, Json
 
 GROUP_SIZES = (128, 64, 32)
-"""Inputs that may share a scale, the best known first: what vLLM's kernels have for 4 bits."""
+"""Group sizes of vLLM's 4-bit kernels, in order of preference."""
 LINEAR = re.compile(r"\.layers\.\d+\..*_proj\.weight$")
-"""The matrices that are quantized: those of the decoder's layers."""
+"""The quantized matrices: those of the decoder layers."""
 LLAMAS = frozenset(
     {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 )
-"""Architectures of Llama's kind, which every engine here knows."""
+"""Llama-like architectures, which every engine here supports."""
 DENSE = LLAMAS | {
     "Cohere2ForCausalLM", "Exaone4ForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM",
     "GemmaForCausalLM", "GraniteForCausalLM", "HunYuanDenseV1ForCausalLM", "Olmo2ForCausalLM",
     "Olmo3ForCausalLM", "SeedOssForCausalLM", "SmolLM3ForCausalLM",
 }  # fmt: skip
-"""Dense decoders whose layers hold nothing but `*_proj` matrices, one for each of a server's parts,
-norms and biases: each matrix is rounded by itself. vLLM's log-probabilities of each were held
-against ours."""
+"""Dense decoders whose layers consist of `*_proj` matrices, norms and biases, so that each matrix
+can be rounded separately. For each, vLLM's log-probabilities were compared with ours."""
 
 _SCALES = 1.02
-"""What a format's nominal bits leave out: scales of narrow rows and small groups, and headers."""
+"""Overhead over a format's nominal bits: scales of narrow rows and small groups, and headers."""
 
 _ENGINE = 1.02
-"""What an engine writes besides: its own tokenizer, zero points, groups of fewer than 128."""
+"""Overhead of an engine's output: tokenizer, zero points, groups smaller than 128."""
 
-# Not weights: beside them in the finished folder, byte for byte as they were.
+# Files other than weights, copied unchanged to the finished folder.
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _NOT_COPIED = ("config.json", "model.safetensors.index.json")
 
 
 def check_config(model: ModelFacts, known: Collection[str]) -> None:
-    """Refuse, from config.json alone, what a quantizer of these architectures cannot make."""
+    """Refuse models that a quantizer of these architectures cannot quantize, by config.json."""
     if not model.architecture:
         raise InputRefused(
-            "config.json lacks architectures, by which quantizers know a model",
+            "config.json has no architectures",
             hint="add the model class's name, such as LlamaForCausalLM",
         )
     check_unpacked(model)
@@ -66,51 +65,51 @@ def check_unpacked(model: ModelFacts) -> None:
     if model.packing:
         kind = model.packing.method or "unknown"
         raise InputRefused(
-            f"the checkpoint is already quantized ({kind}); quantizing twice loses quality",
+            f"the checkpoint is already quantized ({kind})",
             hint="start from the 16-bit checkpoint",
         )
 
 
 def check_grouped(model: ModelFacts, known: Collection[str]) -> None:
-    """Refuse, besides, a model whose rows no group size divides."""
+    """Like `check_config`, and refuse a model whose rows no group size divides."""
     check_config(model, known)
     group_size(model, "auto")
 
 
 def check_group(model: ModelFacts, options: Mapping[str, Json]) -> None:
-    """Refuse a wanted group size that does not divide every row."""
+    """Refuse a requested group size that does not divide every row."""
     group_size(model, options.get("group_size"))
 
 
-def group_size(model: ModelFacts, wanted: Json) -> int:
-    """Return the group size: the wanted one, or the largest that divides every row.
+def group_size(model: ModelFacts, requested: Json) -> int:
+    """Return the requested group size, or the largest that divides every row.
 
-    Raises InputRefused, with the row and the sizes that would do, where it does not divide.
+    Raises InputRefused with the row and the possible sizes if it does not divide a row.
     """
     rows = row_lengths(model)
     fitting = [size for size in GROUP_SIZES if all(row % size == 0 for row in rows.values())]
-    if wanted in {None, "", "auto", 0} and fitting:
+    if requested in {None, "", "auto", 0} and fitting:
         return fitting[0]
-    if wanted in fitting:
-        return int(wanted)
-    tried = GROUP_SIZES[-1] if wanted in {None, "", "auto", 0} else int(wanted)
+    if requested in fitting:
+        return int(requested)
+    size = GROUP_SIZES[-1] if requested in {None, "", "auto", 0} else int(requested)
     name, row = (
-        next((n, r) for n, r in rows.items() if r % tried)
-        if any(r % tried for r in rows.values())
-        else ("every matrix", tried)
+        next((n, r) for n, r in rows.items() if r % size)
+        if any(r % size for r in rows.values())
+        else ("every matrix", size)
     )
     raise InputRefused(
-        f"a group of {tried} inputs does not divide the {row} inputs of {name}"
-        if row % tried
-        else f"no engine here reads groups of {tried} inputs",
+        f"group size {size} does not divide the {row} inputs of {name}"
+        if row % size
+        else f"no engine supports group size {size}",
         hint=f"choose --group-size {' or '.join(map(str, fitting))}"
         if fitting
-        else "serve it in 16 bits, or as fp8 or w8a8, whose scales are per row",
+        else "serve it in 16 bits, or as fp8 or w8a8, which have a scale per row",
     )
 
 
 def row_lengths(model: ModelFacts) -> dict[str, int]:
-    """Return the number of inputs of each kind of matrix."""
+    """Return the number of inputs for each kind of matrix."""
     shape = model.shape
     return {
         "q_proj, k_proj, v_proj, gate_proj and up_proj": shape.hidden,
@@ -119,40 +118,40 @@ def row_lengths(model: ModelFacts) -> dict[str, int]:
     }
 
 
-def group_option(wanted: Mapping[str, Json]) -> Json:
-    """Return `quantize.group_size` of a recipe; UsageError for what is no group size."""
-    size = wanted.get("group_size") or "auto"
+def group_option(requested: Mapping[str, Json]) -> Json:
+    """Return `quantize.group_size` of a recipe; raise UsageError if it is invalid."""
+    size = requested.get("group_size") or "auto"
     if size != "auto" and size not in GROUP_SIZES:
         raise UsageError(
-            f"group_size {size!r} is none that the engines read",
-            hint=f"auto, or one of {', '.join(map(str, GROUP_SIZES))}",
+            f"unsupported group_size {size!r}",
+            hint=f"use auto, or one of {', '.join(map(str, GROUP_SIZES))}",
         )
     return size
 
 
-def zero_point_option(format_: Format, wanted: Mapping[str, Json]) -> None:
-    """Raise UsageError for AWQ's own layout without zero points, which no server's kernel reads.
+def zero_point_option(format_: Format, requested: Mapping[str, Json]) -> None:
+    """Raise UsageError for AWQ's own layout without zero points, which no server supports.
 
-    vLLM 0.33 and SGLang 0.5 know 4 bits without a zero only with an offset of eight (`uint4b8`),
-    which that layout has not (query_marlin_supported_quant_types).
+    vLLM 0.33 and SGLang 0.5 support 4 bits without a zero point only with an offset of eight
+    (`uint4b8`), which that layout does not have (query_marlin_supported_quant_types).
     """
-    if wanted.get("zero_point", True) is False:
+    if requested.get("zero_point", True) is False:
         raise UsageError(
-            f"{format_.name} has zero points: servers read its layout with them alone",
-            hint="leave zero_point out; or choose gptq, which is symmetric, or awq-compressed, "
-            "which can be",
+            f"zero_point: false is not supported by {format_.name}: its layout needs zero points",
+            hint="remove zero_point; or use gptq, which is symmetric, or awq-compressed, which "
+            "can be",
         )
 
 
 def output_bytes(checkpoint_bytes: int, kept: int, format_: Format) -> int:
-    """Return the bytes of the finished folder; embeddings and head, the `kept`, are as before."""
+    """Return the bytes of the finished folder; `kept` bytes (embeddings, head) are unchanged."""
     return kept + int((checkpoint_bytes - kept) * format_.bits_per_weight / 16 * _SCALES)
 
 
 def peak_disk(checkpoint_bytes: int, kept: int, format_: Format) -> int:
-    """Return the bytes at the worst moment: what the engine writes, and the finished folder.
+    """Return the peak disk usage in bytes: the engine's output, and the finished folder.
 
-    On a CPU engines compute in float32, and write what they do not quantize so.
+    On a CPU engines compute in float32, and write unquantized tensors in it.
     """
     return int((2 * output_bytes(checkpoint_bytes, kept, format_) + kept) * _ENGINE)
 
@@ -163,11 +162,11 @@ def finish(
     out: Path,
     quantization: Mapping[str, Json],
 ) -> None:
-    """Write the finished checkpoint from what an engine saved, and nothing else of it.
+    """Write the finished checkpoint from an engine's output.
 
-    Tokenizer, template and configuration are the checkpoint's own, byte for byte: engines rewrite
-    them in forms that servers cannot read. What is not quantized has the checkpoint's type; what
-    the engine left unchanged has its very bytes.
+    Tokenizer, template and configuration are copied from the checkpoint, because engines rewrite
+    them in forms that servers cannot read. Unquantized tensors get the checkpoint's dtype, so those
+    that the engine did not change equal the checkpoint's.
     """
     made, source = Tensors(raw), Tensors(model)
     outputs = []
@@ -177,14 +176,14 @@ def finish(
             outputs.append(Output(name, info.dtype, info.shape, partial(made.array, name)))
         elif name in source.names:
             own = source.info(name)
-            make = partial(_as_before, made, source, name)
+            make = partial(_in_original_dtype, made, source, name)
             outputs.append(Output(name, own.dtype, own.shape, make))
     write_checkpoint(out, outputs)
     write_companions(model, out, quantization)
 
 
 def write_companions(model: Path, out: Path, quantization: Mapping[str, Json]) -> None:
-    """Copy tokenizer and template, and write config.json with its quantization."""
+    """Copy tokenizer and template, and write config.json with `quantization_config`."""
     for pattern in _COMPANIONS:
         for file in sorted(model.glob(pattern)):
             if file.name not in _NOT_COPIED:
@@ -195,14 +194,14 @@ def write_companions(model: Path, out: Path, quantization: Mapping[str, Json]) -
     (out / "config.json").write_text(text, encoding="utf-8")
 
 
-def _as_before(made: Tensors, source: Tensors, name: str) -> Any:
-    """Return a tensor in the checkpoint's type; engines compute in wider ones."""
-    wanted = array_type(source.info(name).dtype)
-    return made.array(name).astype(wanted)
+def _in_original_dtype(made: Tensors, source: Tensors, name: str) -> Any:
+    """Return a tensor in the checkpoint's dtype; engines compute in wider ones."""
+    dtype = array_type(source.info(name).dtype)
+    return made.array(name).astype(dtype)
 
 
 def awq_config(group: int, kept: Sequence[str] = ()) -> dict[str, Json]:
-    """Return the quantization_config of AutoAWQ's GEMM layout, as its readers know it."""
+    """Return the quantization_config of AutoAWQ's GEMM layout."""
     return {
         "quant_method": "awq", "version": "gemm", "bits": 4, "group_size": group,
         "zero_point": True, "modules_to_not_convert": list(kept) or None,

@@ -1,7 +1,7 @@
 """FP8 and 4 bits in compressed-tensors' layouts by llm-compressor, for vLLM.
 
-`fp8-static` has a fixed scale of each matrix's inputs, measured on the text; `awq-compressed` moves
-scales between layers as AWQ does and packs groups of inputs (the scheme W4A16_ASYM).
+`fp8-static` has a fixed, calibrated input scale per matrix; `awq-compressed` moves scales between
+layers like AWQ and packs groups of inputs (scheme W4A16_ASYM).
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ FP8_STATIC = Format(name="fp8-static", kind="fp8", bits_per_weight=8.0)
 AWQ_COMPRESSED = Format(name="awq-compressed", kind="compressed-tensors", bits_per_weight=4.16)
 
 
-def options(format_: Format, wanted: Mapping[str, Json]) -> Mapping[str, Json]:
-    """Return the recipe's wishes that change a format's bytes."""
-    found: dict[str, Json] = {"keep": keep_option(wanted)}
+def options(format_: Format, requested: Mapping[str, Json]) -> Mapping[str, Json]:
+    """Return the recipe's options that affect a format's output."""
+    found: dict[str, Json] = {"keep": keep_option(requested)}
     if format_ == AWQ_COMPRESSED:
         found |= {
-            "group_size": group_option(wanted),
-            "zero_point": bool(wanted.get("zero_point", True)),
+            "group_size": group_option(requested),
+            "zero_point": bool(requested.get("zero_point", True)),
         }
     return found
 
 
 def check_options(model: ModelFacts, chosen: Mapping[str, Json]) -> None:
-    """Refuse, for the format that has groups, a size that does not divide every row."""
+    """Refuse a group size that does not divide every row, for the format with groups."""
     if "group_size" in chosen:
         check_group(model, chosen)
 
 
 def steps(request: QuantizeRequest) -> tuple[Step, ...]:
-    """Return the one command: llm-compressor, and our own writing of what it made."""
+    """Return the step: llm-compressor, and conversion of its output by our code."""
     layout = _layout(request)
     return (
         python_step(
@@ -68,7 +68,7 @@ def steps(request: QuantizeRequest) -> tuple[Step, ...]:
 
 
 def check(request: QuantizeRequest) -> Mapping[str, Json]:
-    """Re-read the finished checkpoint against its original; raises CheckFailed."""
+    """Check the finished checkpoint against the original; raises CheckFailed."""
     keep = tuple(request.options.get("keep", ()))
     found = check_checkpoint(request.output, request.model, _layout(request), keep)
     return {**found, "engine": "llm-compressor"}
@@ -87,7 +87,7 @@ def _layout(request: QuantizeRequest) -> Layout:
 
 
 def main() -> None:
-    """Run in the builder: quantize by the settings file that the command line names."""
+    """Run in the builder: quantize as set in the settings file of the command line."""
     settings = read_settings()
     raw, model, out = Path(settings["raw"]), Path(settings["model"]), Path(settings["out"])
     discard(raw)
@@ -95,7 +95,7 @@ def main() -> None:
     transformers: Any = importlib.import_module("transformers")
     datasets: Any = importlib.import_module("datasets")
     library: Any = importlib.import_module("llmcompressor")
-    _leave_memory_unpinned(torch)
+    _disable_pinning(torch)
     gpu = torch.cuda.is_available()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     read = samples(texts(settings["calibration"]), encoder(tokenizer))
@@ -110,7 +110,7 @@ def main() -> None:
         recipe=_modifiers(settings, ["lm_head", *kept_modules(model, settings["keep"])]),
         max_seq_length=max(map(len, read)),
         num_calibration_samples=len(read),
-        # In another order each run, sums of activations differ in their last bits.
+        # Shuffling changes the last bits of sums of activations.
         shuffle_calibration_samples=False,
     )
     network.save_pretrained(raw, save_compressed=True)
@@ -120,7 +120,7 @@ def main() -> None:
 
 
 def _modifiers(settings: Mapping[str, Json], ignored: list[str]) -> list[Any]:
-    """Return llm-compressor's recipe of a format."""
+    """Return llm-compressor's recipe for a format."""
     modifiers: Any = importlib.import_module("llmcompressor.modifiers.quantization")
     if settings["format"] == FP8_STATIC.name:
         return [modifiers.QuantizationModifier(scheme="FP8", targets="Linear", ignore=ignored)]
@@ -140,8 +140,8 @@ def _modifiers(settings: Mapping[str, Json], ignored: list[str]) -> list[Any]:
     ]
 
 
-def _leave_memory_unpinned(torch: Any) -> None:
-    """Without a GPU there is no memory to pin; 0.14 asks for a GPU (pipelines/cache.py)."""
+def _disable_pinning(torch: Any) -> None:
+    """Disable pinned memory without a GPU; version 0.14 needs a GPU for it (pipelines/cache.py)."""
     if torch.accelerator.is_available():
         return
     cache: Any = importlib.import_module("llmcompressor.pipelines.cache").IntermediatesCache

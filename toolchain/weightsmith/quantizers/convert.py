@@ -1,10 +1,10 @@
-"""llama.cpp's converter, run for tokenizers too that it does not know by name or lacks files of.
+"""Run llama.cpp's converter, also for tokenizers that it does not know or whose files are missing.
 
-llama.cpp names the ways to split a text before byte pairs are joined. Its converter finds the name
-by a hash of one text's tokens, so that it refuses vocabularies that nobody has published. How a
-tokenizer splits stands in its tokenizer.json: where that is what a name stands for, it is given.
+llama.cpp has names for pre-tokenizers. Its converter finds the name by a hash of one text's tokens,
+so it refuses unpublished vocabularies. This wrapper derives the name from the pre-tokenizer in
+tokenizer.json if there is an exact match.
 
-Runs by its path in a builder, with the converter and its arguments: it imports nothing of ours.
+Runs as a script in a builder, with the converter and its arguments; it must not import weightsmith.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _BY_EXPRESSION = {
     _WORDS + r"\p{N}" + _REST: "qwen2",
-    # Llama 3's own name stands for `ignore_merges` and a first token too; this one for the split.
+    # llama-bpe also implies `ignore_merges` and a begin token; smaug-bpe only the split.
     _WORDS + r"\p{N}{1,3}" + _REST: "smaug-bpe",
 }
-"""What a Split before bytes isolates -> its name (llama.cpp, src/llama-vocab.cpp)."""
+"""Regex of a Split before ByteLevel -> llama.cpp's name (src/llama-vocab.cpp)."""
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False}
 
 
 def split_name(tokenizer: Mapping[str, Any]) -> str:
-    """Return llama.cpp's name of how a tokenizer.json splits; empty where it has none for sure."""
+    """Return llama.cpp's name of a tokenizer.json's pre-tokenizer; empty without an exact match."""
     model, normalizer = tokenizer.get("model") or {}, tokenizer.get("normalizer")
     odd = ("ignore_merges", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
     if model.get("type") != "BPE" or any(model.get(name) for name in odd):
         return ""
-    if normalizer and normalizer.get("type") != "NFC":  # which llama.cpp leaves to its callers
+    if normalizer and normalizer.get("type") != "NFC":  # llama.cpp leaves NFC to its callers
         return ""
     whole = tokenizer.get("pre_tokenizer") or {}
     steps = whole.get("pretokenizers", []) if whole.get("type") == "Sequence" else [whole]
@@ -56,9 +56,9 @@ def split_name(tokenizer: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    """Run `ARGV[1]`, the converter, with the model's folder and the arguments behind it."""
+    """Run the converter `ARGV[1]` with the model's folder and the remaining arguments."""
     _split_by_tokenizer(importlib.import_module("conversion.base").TextModel)
-    # By its path, too: beside it lies a module of the converter's package's name.
+    # By path: an import would search this folder, where a module shadows the converter's package.
     with_pieces = runpy.run_path(str(Path(__file__).with_name("sentencepiece_export.py")))[
         "with_pieces"
     ]
@@ -78,7 +78,7 @@ def _split_by_tokenizer(model_class: Any) -> None:
             name = split_name(json.loads(path.read_text("utf-8"))) if path.is_file() else ""
             if not name:
                 raise
-            print(f"a vocabulary of its own, split as {name!r}", file=sys.stderr)  # noqa: T201
+            print(f"unknown vocabulary, pre-tokenizer {name!r}", file=sys.stderr)  # noqa: T201
             return name
 
     model_class.get_vocab_base_pre = by_hash_or_split

@@ -1,4 +1,4 @@
-"""GGUF files for llama.cpp, made by llama.cpp's own converter and quantizer."""
+"""GGUF files for llama.cpp, made by llama.cpp's converter and quantizer."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from weightsmith.quantizers.gguf_view import open_view
 from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
 from weightsmith.values import Format, Json
 
-# What the converter would take from folder names and `_name_or_path`; null leaves it out, so
-# the same checkpoint gives the same bytes wherever it lies (gguf-py/gguf/metadata.py).
+# Metadata that the converter would guess from folder names and `_name_or_path`; null omits it, so
+# that the bytes do not depend on the path (gguf-py/gguf/metadata.py).
 _FROM_PATHS = ("basename", "finetune", "organization", "version", "size_label")
 _INTERMEDIATE = {"bfloat16": "bf16", "float32": "f32"}
-# Where it really lies: a job's own folder, which shows it too, has another name in the next run,
-# and a command that was done under another name is done again.
+# Resolved: the path in a job's folder changes with each run, and a step whose command changed is
+# repeated.
 _CONVERT = Path(__file__).resolve().with_name("convert.py")
 _ARCHITECTURES = Path(__file__).with_name("gguf_architectures.json")
 IMATRIX = "imatrix.gguf"
 DIGEST_KEY = "weightsmith.imatrix.digest"
-"""The key under which a file says the sha256 of its importance matrix."""
+"""GGUF key of the sha256 of the importance matrix."""
 _WINDOW = 512
-"""Tokens of one window of the importance matrix: llama-imatrix's default."""
-_LEAST_TOKENS = 256
+"""Context size for the importance matrix: llama-imatrix's default."""
+_MIN_TOKENS = 256
 _UNITS = {"M": 10**6, "G": 10**9}
 _SPLIT_MARGIN = 0.7
-"""Types are mixtures, and a part may hold the larger ones."""
+"""Safety factor: formats mix types, and a part may have the larger ones."""
 
 
 def check_input(model: ModelFacts) -> None:
-    """Refuse what the converter cannot read, from config.json alone."""
+    """Refuse models that the converter does not support, by config.json."""
     if not model.architecture:
         raise InputRefused(
-            "config.json lacks architectures, by which llama.cpp's converter knows a model",
+            "config.json has no architectures",
             hint="add the model class's name, such as LlamaForCausalLM",
         )
     if model.encoder_decoder:
@@ -57,86 +57,86 @@ def check_input(model: ModelFacts) -> None:
     if model.architecture not in _architectures():
         raise InputRefused(
             f"the pinned llama.cpp converts no {model.architecture}",
-            hint="choose an engine that loads safetensors, or a newer llama.cpp (see "
+            hint="use an engine that loads safetensors, or a newer llama.cpp (see "
             "images/engines/llamacpp/README.md)",
         )
 
 
 @cache
 def _architectures() -> frozenset[str]:
-    """Return what `convert_hf_to_gguf.py --print-supported-models` lists; a test compares them."""
+    """Return the output of `convert_hf_to_gguf.py --print-supported-models`, checked by a test."""
     return frozenset(json.loads(_ARCHITECTURES.read_text("utf-8")))
 
 
-def options(format_: Format, wanted: Mapping[str, Json]) -> Mapping[str, Json]:
-    """Return what a type takes of the recipe's `quantize`; UsageError for what cannot be."""
+def options(format_: Format, requested: Mapping[str, Json]) -> Mapping[str, Json]:
+    """Return the recipe's options that affect a format's output; raises UsageError."""
     name = format_.name
-    if FILE_TYPES[name].is_low and not wanted.get("allow_low_bits"):
+    if FILE_TYPES[name].is_low and not requested.get("allow_low_bits"):
         raise UsageError(
-            f"{name} has about {format_.bits_per_weight:g} bits per weight: so few erase the small"
-            " changes that fine-tuning made",
-            hint="choose q4_k_m; or set quantize.allow_low_bits (--allow-low-bits), and let the "
-            "quality gate and the task score say what is left",
+            f"{name} has about {format_.bits_per_weight:g} bits per weight, too few to preserve"
+            " fine-tuning",
+            hint="use q4_k_m; or set quantize.allow_low_bits (--allow-low-bits) and check the "
+            "quality gate and the task score",
         )
-    found: dict[str, Json] = {"imatrix": _imatrix_mode(name, str(wanted.get("imatrix") or ""))}
-    if wanted.get("split_max_size"):
-        found["split_max_size"] = str(wanted["split_max_size"])
-    if types := dict(wanted.get("tensor_types") or {}):
+    found: dict[str, Json] = {"imatrix": _imatrix_mode(name, str(requested.get("imatrix") or ""))}
+    if requested.get("split_max_size"):
+        found["split_max_size"] = str(requested["split_max_size"])
+    if types := dict(requested.get("tensor_types") or {}):
         found["tensor_types"] = _tensor_types(name, types)
     return found
 
 
-def _imatrix_mode(name: str, asked: str) -> str:
-    """Return `off`, `auto`, or the user's file as it was asked for."""
+def _imatrix_mode(name: str, requested: str) -> str:
+    """Return `off`, `auto`, or the user's file."""
     row = FILE_TYPES[name]
     if not row.takes_imatrix:
         return "off"
-    if row.needs_imatrix and asked == "off":
+    if row.needs_imatrix and requested == "off":
         raise UsageError(
-            f"llama.cpp makes no {name} without an importance matrix",
-            hint="leave imatrix out, or set it to auto or to a file",
+            f"{name} needs an importance matrix",
+            hint="remove imatrix, or set it to auto or to a file",
         )
-    return asked or ("auto" if row.named_bits < 5 else "off")
+    return requested or ("auto" if row.named_bits < 5 else "off")
 
 
 def _tensor_types(name: str, types: Mapping[str, Json]) -> dict[str, str]:
     if FILE_TYPES[name].direct:
         raise UsageError(
-            f"{name} is written by the converter, which has one type for all tensors",
-            hint="leave tensor_types out, or choose a quantized format",
+            f"tensor_types is not supported by {name}: the converter uses one type for all tensors",
+            hint="remove tensor_types, or use a quantized format",
         )
-    known = sorted(row.name for row in TENSOR_TYPES.values() if row.chosen)
+    known = sorted(row.name for row in TENSOR_TYPES.values() if row.selectable)
     for pattern, kind in types.items():
         try:
             re.compile(str(pattern))
         except re.error as error:
             raise UsageError(
-                f"tensor_types: {pattern!r} is no expression: {error}",
-                hint="write a regular expression, such as attn_v",
+                f"tensor_types: invalid regular expression {pattern!r}: {error}",
+                hint="use a regular expression such as attn_v",
             ) from None
         if str(kind).lower() not in known or re.search(r"[=\s,]", str(pattern)):
             raise UsageError(
-                f"tensor_types: {pattern}={kind} is no name and type of a tensor",
-                hint=f"the types are {', '.join(known)}",
+                f"tensor_types: invalid pattern or type in {pattern}={kind}",
+                hint=f"types: {', '.join(known)}",
             )
     return {str(pattern): str(kind).lower() for pattern, kind in sorted(types.items())}
 
 
 def calibrated(_format: Format, chosen: Mapping[str, Json]) -> bool:
-    """Say whether an importance matrix is to be made."""
+    """Return whether an importance matrix is computed from calibration text."""
     return chosen.get("imatrix") == "auto"
 
 
 def output_file(request: QuantizeRequest) -> Path:
-    """Return where the finished file lies; the parts of a split one lie beside it."""
+    """Return the path of the finished file; parts of a split one are in the same folder."""
     return request.output / f"{request.name}.gguf"
 
 
 def steps(request: QuantizeRequest) -> tuple[Step, ...]:
-    """Return the commands: convert, and for quantized types imatrix and quantize.
+    """Return the steps: convert, and for quantized types imatrix and quantize.
 
-    Quantized types go through a file of the checkpoint's own type (float32 for float32), so
-    nothing is rounded before it is quantized; `options.threads` changes time, never bytes.
+    For quantized types the intermediate file has the checkpoint's dtype, so nothing is rounded
+    before quantization; `options.threads` does not affect the bytes.
     """
     final, kind = output_file(request), request.format.name
     if FILE_TYPES[kind].direct:
@@ -152,7 +152,7 @@ def steps(request: QuantizeRequest) -> tuple[Step, ...]:
 
 
 def _part_size(request: QuantizeRequest, bits: int) -> str:
-    """Return how to split the file between: llama-quantize keeps the parts that it is given."""
+    """Return the part size of the intermediate file, whose parts llama-quantize keeps."""
     split = str(request.options.get("split_max_size", ""))
     if not split:
         return ""
@@ -161,7 +161,7 @@ def _part_size(request: QuantizeRequest, bits: int) -> str:
 
 
 def check(request: QuantizeRequest) -> Mapping[str, Json]:
-    """Re-read the finished file or files against the checkpoint; raises CheckFailed."""
+    """Check the finished files against the checkpoint; raises CheckFailed."""
     matrix = request.output / IMATRIX
     files = [path for path in model_files(request.output) if path != matrix]
     facts = check_files(files, request.model, request.format.name, request.options)
@@ -169,14 +169,14 @@ def check(request: QuantizeRequest) -> Mapping[str, Json]:
         facts["warnings"] += experts_missed(matrix)
     if FILE_TYPES[request.format.name].is_low:
         facts["warnings"].append(
-            f"{request.format.name} has less than four bits per weight: what fine-tuning changed "
-            "is lost first; look at the task score"
+            f"{request.format.name} has less than four bits per weight, which may lose the "
+            "fine-tuning: check the task score"
         )
     return facts
 
 
 def peak_disk(checkpoint_bytes: int, _kept: int, format_: Format) -> int:
-    """Return the bytes at the worst moment: the output, and a 16-bit copy for quantized types."""
+    """Return the peak disk usage in bytes: output, and a 16-bit file for quantized types."""
     output = int(checkpoint_bytes * format_.bits_per_weight / 16 * 1.3)
     return output if FILE_TYPES[format_.name].direct else checkpoint_bytes + output
 
@@ -196,7 +196,7 @@ def _convert(request: QuantizeRequest, out: Path, kind: str, split: str) -> Step
             *("--model-name", request.name, "--metadata", str(overrides)),
         ),
         env={
-            # Both by name: a safe path keeps the script's own folder out.
+            # Both folders explicitly, because PYTHONSAFEPATH omits the script's folder.
             "PYTHONPATH": f"{converter}:{converter / 'gguf-py'}",
             "PYTHONDONTWRITEBYTECODE": "1",
             "HF_HUB_OFFLINE": "1",
@@ -209,33 +209,33 @@ def _convert(request: QuantizeRequest, out: Path, kind: str, split: str) -> Step
 
 
 def _metadata(request: QuantizeRequest) -> dict[str, Json]:
-    """Return what the file says of its origin; what the converter would guess is switched off."""
+    """Return the file's metadata; keys that the converter would guess are null."""
     about = dict(request.options.get("about") or {})
     found: dict[str, Json] = {f"general.{key}": None for key in _FROM_PATHS}
     found |= {f"general.{key}": value for key, value in about.items()}
-    if "license" in about:  # the converter reads that key from a model card alone
+    if "license" in about:  # the converter reads this key only from a model card
         found["general.license.name"] = about["license"]
     return found
 
 
 def _imatrix(request: QuantizeRequest, model: Path) -> Step:
-    """Return the command that measures the importance of each weight's column."""
+    """Return the step that computes the importance matrix."""
     if request.calibration is None:
         raise InputRefused(
             "an importance matrix needs calibration text",
-            hint="give calibration text, or set imatrix to off",
+            hint="provide calibration text, or set imatrix to off",
         )
     rows = [parse(line) for line in request.calibration.read_text("utf-8").splitlines()]
     tokens = sum(int(row["tokens"]) for row in rows)
-    if tokens < _LEAST_TOKENS:
+    if tokens < _MIN_TOKENS:
         raise InputRefused(
-            f"{len(rows)} calibration texts have {tokens} tokens together; an importance matrix "
-            f"needs at least {_LEAST_TOKENS}",
+            f"the {len(rows)} calibration texts have {tokens} tokens; an importance matrix needs "
+            f"at least {_MIN_TOKENS}",
             hint="add calibration text, or set imatrix to off",
         )
     text = request.output / ".calibration.txt"
     window = min(_WINDOW, _context(request.model), 1 << (tokens.bit_length() - 2))
-    # One CPU is left to others: threads that wait for each other stand still with one of them.
+    # Leave one CPU free: if one thread is preempted, all others wait for it.
     threads = request.options.get("threads") or max(1, len(os.sched_getaffinity(0)) - 1)
     split = "split_max_size" in request.options
     return Step(
@@ -246,7 +246,7 @@ def _imatrix(request: QuantizeRequest, model: Path) -> Step:
             *("-c", str(window), "--parse-special", "--no-ppl", "-fa", "off"),
             *("-t", str(threads)),
         ),
-        # Sums in another order give other last bits: one variant, and so one result, everywhere.
+        # The order of sums affects the last bits, so use the same CPU variant everywhere.
         env={"WEIGHTSMITH_CPU_VARIANT": _variant()},
         writes={text: "\n".join(row["text"] for row in rows)},
         finds={"first": f"{model.stem}*.gguf"} if split else {},
@@ -255,7 +255,7 @@ def _imatrix(request: QuantizeRequest, model: Path) -> Step:
 
 
 def _variant() -> str:
-    """Return the CPU variant that all machines but very old ones can run."""
+    """Return the CPU variant that all but very old machines support."""
     return "x86-64-v3" if platform.machine() in {"x86_64", "AMD64"} else "armv8-a"
 
 
@@ -270,7 +270,7 @@ def _quantize(request: QuantizeRequest, middle: Path, *, matrix: bool) -> Step:
         argv=(
             str(request.tools / "bin" / "llama-quantize"),
             *(word for p, kind in types.items() for word in ("--tensor-type", f"{p}={kind}")),
-            # By its name alone: the file remembers what the quantizer was given.
+            # Relative, because the quantizer stores this argument in the file.
             *(("--imatrix", IMATRIX) if matrix else ()),
             *(("--override-kv", f"{DIGEST_KEY}=str:sha256:{{imatrix}}") if matrix else ()),
             *(("--override-kv", f"general.license=str:{license_}") if license_ else ()),

@@ -1,4 +1,4 @@
-"""Re-reads a finished GGUF model: whether it is whole, what was asked, and able to chat."""
+"""Check a finished GGUF model: complete, of the requested type, with the chat template."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from weightsmith.quantizers.gguf_tokens import check_tokenizer
 from weightsmith.quantizers.gguf_types import FILE_TYPES, TENSOR_TYPES
 from weightsmith.values import Json
 
-# Architectures where one tensor of the checkpoint becomes one of the file.
+# Architectures whose tensors are converted one to one.
 _ONE_TO_ONE = frozenset(
     {
         "gemma", "gemma2", "gemma3", "granite", "llama", "olmo2", "qwen2", "qwen3", "smollm3",
@@ -26,36 +26,35 @@ _ONE_TO_ONE = frozenset(
 _COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _NOT_WEIGHTS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
-_OTHER_SENSES = re.compile(
+_MULTIMODAL = re.compile(
     r"^(mlp|vit\.|vpm\.|siglip2\.|conformer\.|merger\.|resampler\.)|(visual|vision|audio|talker)\."
     r"|(vision|audio)_|projector\.|image_newline|patch_(embed|embedding|merger|merge_mlp)"
 )
-"""Tensors of what sees and hears, which the converter keeps for a file of their own
+"""Tensors of vision and audio models, which the converter omits
 (TextModel.filter_tensors of llama.cpp's conversion/base.py)."""
-# What the converter would guess from folder names; gguf.py switches it off.
+# Keys that the converter would guess from folder names; gguf.py disables them.
 _GUESSED = ("general.basename", "general.finetune", "general.organization", "general.version")
 _FLOATS = frozenset({"F32", "F16", "BF16", "F64"})
 _UNQUANTIZED_SHARE = 0.01
-"""Share of the weights that may stay in 16 or 32 bits: norms, routers and other small tensors."""
+"""Fraction of weights that may stay in 16 or 32 bits: norms, routers, other small tensors."""
 
 
 def check_files(
     files: Sequence[Path], model: Path, format_name: str, options: Mapping[str, Json]
 ) -> dict[str, Json]:
-    """Return what the report says of a GGUF model; raises CheckFailed if anything is off.
+    """Return a GGUF model's facts for the report; raises CheckFailed if a check fails.
 
-    Checked: every tensor lies inside its file and nothing follows the last; the file type; the
-    tensor count against the checkpoint's; tokens, merges and special tokens against the
-    checkpoint's tokenizer, and its chat template; that scales are finite; that next to nothing
-    stayed in 16 bits that should not; the size.
+    Checks: all tensors are inside the file and nothing follows the last; file type; tensor count;
+    tokens, merges, special tokens and chat template equal the checkpoint's; scales are finite;
+    almost no matrices are left unquantized.
     """
     read = GGUFModel(files)
     architecture = str(read.value("general.architecture"))
     _check_type(read, format_name)
     _check_guesses(read)
     names = _checkpoint_tensors(model)
-    senses = {name for name in names if _OTHER_SENSES.search(name)}
-    _check_count(read, names - senses, architecture)
+    multimodal = {name for name in names if _MULTIMODAL.search(name)}
+    _check_count(read, names - multimodal, architecture)
     tokens = check_tokenizer(read, model)
     template = _check_template(read, model)
     _check_finite(read)
@@ -78,23 +77,23 @@ def check_files(
         "tokens": tokens,
         "chat_template": template,
         "imatrix": read.get("weightsmith.imatrix.digest") or "",
-        "warnings": _warnings(fallbacks, len(read.tensors), len(senses), template=template),
+        "warnings": _warnings(fallbacks, len(read.tensors), len(multimodal), template=template),
     }
 
 
 def _warnings(
-    fallbacks: Sequence[Mapping[str, Json]], tensors: int, senses: int, *, template: bool
+    fallbacks: Sequence[Mapping[str, Json]], tensors: int, multimodal: int, *, template: bool
 ) -> list[str]:
     warnings = []
-    if senses:
+    if multimodal:
         warnings.append(
-            f"the file holds the language model alone: {senses} tensors that see or hear are left"
-            " out, and the server reads no images or sound"
+            f"the file has only the language model: {multimodal} vision and audio tensors are"
+            " omitted, so the server does not accept images or audio"
         )
     if fallbacks:
         warnings.append(
-            f"{len(fallbacks)} of {tensors} tensors have rows that are not a multiple of 256 and"
-            " took a larger type: the file is bigger than its name says"
+            f"{len(fallbacks)} of {tensors} tensors have a larger type, because their rows are not"
+            " a multiple of 256: the file has more bits per weight than its name says"
         )
     if not template:
         warnings.append("the checkpoint has no chat template: the server falls back to ChatML")
@@ -102,11 +101,11 @@ def _warnings(
 
 
 def _check_type(read: GGUFModel, format_name: str) -> None:
-    found, wanted = read.value("general.file_type"), FILE_TYPES[format_name].number
-    if found != wanted:
+    found, expected = read.value("general.file_type"), FILE_TYPES[format_name].number
+    if found != expected:
         raise CheckFailed(
-            f"the file says file type {found}, {format_name} is {wanted}",
-            hint="the quantizer did something else than asked; look at its output",
+            f"the file has file type {found}, but {format_name} is {expected}",
+            hint="check the quantizer's output",
         )
 
 
@@ -114,9 +113,9 @@ def _check_guesses(read: GGUFModel) -> None:
     guessed = [key for key in _GUESSED if read.get(key) is not None]
     if guessed:
         raise CheckFailed(
-            f"the file holds {', '.join(guessed)}, guessed from a folder's name: the same"
-            " checkpoint would give other bytes elsewhere",
-            hint="the converter did not read its metadata overrides; look at its output",
+            f"the file has {', '.join(guessed)}, guessed from a folder's name, so its bytes depend"
+            " on the path",
+            hint="the converter ignored its metadata overrides; check its output",
         )
 
 
@@ -126,12 +125,12 @@ def _check_count(read: GGUFModel, names: set[str], architecture: str) -> None:
     merged = {_EXPERT.sub(".experts.", name) for name in names}
     weights = {name for name in merged if not name.endswith(_NOT_WEIGHTS)}
     written = sum(name not in _COMPUTED for name in read.tensors)
-    # A tied output may be stored twice in the checkpoint and once in the file.
+    # A tied head may be stored twice in the checkpoint and once in the file.
     untied = {name for name in weights if not name.endswith("lm_head.weight")}
     if written not in {len(weights), len(untied)}:
         raise CheckFailed(
-            f"{read.name} holds {written} tensors, the checkpoint {len(weights)}",
-            hint="the converter left some out or made some up; look at its output",
+            f"{read.name} has {written} tensors, but the checkpoint has {len(weights)}",
+            hint="the converter dropped or added tensors; check its output",
         )
 
 
@@ -146,16 +145,16 @@ def _check_template(read: GGUFModel, model: Path) -> bool:
     expected = _chat_template(model)
     found = read.get("tokenizer.chat_template")
     if expected is not None and found != expected:
-        what = "lacks" if found is None else "has another chat template than"
+        what = "is missing from" if found is None else "differs in"
         raise CheckFailed(
-            f"the file {what} the checkpoint's chat template",
-            hint="chat requests would be worded wrongly; convert it again",
+            f"the checkpoint's chat template {what} the file",
+            hint="chat prompts would be rendered wrongly; convert it again",
         )
     return found is not None
 
 
 def _chat_template(model: Path) -> str | None:
-    """Return the checkpoint's default template; a file of its own wins, as in transformers."""
+    """Return the checkpoint's default template; chat_template.jinja wins, as in transformers."""
     own = model / "chat_template.jinja"
     if own.is_file():
         return own.read_text("utf-8")
@@ -172,14 +171,14 @@ def _chat_template(model: Path) -> str | None:
 def _fallbacks(
     read: GGUFModel, format_name: str, overrides: Mapping[str, str]
 ) -> list[dict[str, Json]]:
-    """Return the tensors whose rows no block of 256 fits, in a format that has such blocks."""
+    """Return the tensors whose rows are not a multiple of 256, in formats with blocks of 256."""
     if "_k" not in format_name and not format_name.startswith(("iq", "tq")):
         return []
     return [
         {
             "tensor": name,
             "type": tensor.tensor_type.name,
-            "reason": f"rows of {int(tensor.shape[0])} weights are no multiple of 256",
+            "reason": f"rows of {int(tensor.shape[0])} weights are not a multiple of 256",
         }
         for name, tensor in read.tensors.items()
         if len(tensor.shape) > 1
@@ -191,7 +190,7 @@ def _fallbacks(
 
 
 def _check_quantized(read: GGUFModel, format_name: str, elements: int) -> None:
-    """Refuse a quantized model with matrices in 16 or 32 bits that blocks of 32 would fit."""
+    """Refuse a quantized model with matrices in 16 or 32 bits whose rows fit blocks of 32."""
     if FILE_TYPES[format_name].named_bits >= 16:
         return
     left = {
@@ -205,20 +204,20 @@ def _check_quantized(read: GGUFModel, format_name: str, elements: int) -> None:
         worst = sorted(left, key=lambda name: -left[name])[:3]
         raise CheckFailed(
             f"{read.name}: {len(left)} matrices were left unquantized, such as {', '.join(worst)}",
-            hint="the quantizer skipped them; look at its output",
+            hint="check the quantizer's output",
         )
 
 
 def _check_finite(read: GGUFModel) -> None:
-    """Refuse scales and float16 weights that are infinite or not a number."""
+    """Refuse scales and float16 weights that are infinite or NaN."""
     for name, tensor in read.tensors.items():
         kind = tensor.tensor_type.name
         if kind == "F16":
-            # bfloat16 reaches further than float16: a large weight becomes an infinity, silently.
+            # bfloat16 weights beyond float16's range silently become infinite.
             if _has_infinities(tensor.data):
                 raise CheckFailed(
-                    f"{read.name}: {name} has weights beyond float16's range",
-                    hint="choose q8_0, or a format with its own scales",
+                    f"{read.name}: {name} overflows float16",
+                    hint="use q8_0, or another format with scales",
                 )
             continue
         row = TENSOR_TYPES.get(kind.lower())
@@ -226,13 +225,13 @@ def _check_finite(read: GGUFModel) -> None:
             blocks = tensor.data.reshape(-1, _block_bytes(tensor))
             if _has_infinities(blocks[:, offset : offset + 2].copy()):
                 raise CheckFailed(
-                    f"{read.name}: {name} ({kind}) has scales that are no finite numbers",
+                    f"{read.name}: {name} ({kind}) has NaN or infinite scales",
                     hint="check the merged weights for outliers; quantize again",
                 )
 
 
 def _block(tensor: Any) -> int:
-    """Return the weights in a block of a tensor; of types that we do not know, the most."""
+    """Return a tensor's block size; 256, the largest, for unknown types."""
     row = TENSOR_TYPES.get(tensor.tensor_type.name.lower())
     return row.block if row else 256
 

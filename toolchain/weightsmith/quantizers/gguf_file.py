@@ -1,4 +1,4 @@
-"""A GGUF model as it lies on disk, in one file or in parts: its facts and its tensors."""
+"""Read a GGUF model of one or several files: metadata and tensors."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from weightsmith.errors import CheckFailed
 from weightsmith.values import Json
 
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
-_AGAIN = "make it again; a full disk is a common cause"
+_HINT = "create it again; a common cause is a full disk"
 
 
 class GGUFModel:
-    """The files of one model, opened; every tensor is in exactly one of them."""
+    """The open files of one model."""
 
     def __init__(self, files: Sequence[Path]) -> None:
-        """Raise CheckFailed unless the files are whole and all parts of one model are there."""
+        """Raise CheckFailed unless the files are complete and are all parts of one model."""
         self.files = tuple(files)
         _check_parts(self.files)
         readers = [_open(path) for path in self.files]
@@ -27,7 +27,7 @@ class GGUFModel:
         self._first = readers[0]
         self.tensors: dict[str, Any] = {t.name: t for reader in readers for t in reader.tensors}
         if not self.tensors:
-            raise CheckFailed(f"{self.name} holds no tensors", hint="convert it again")
+            raise CheckFailed(f"{self.name} has no tensors", hint="convert it again")
 
     @property
     def name(self) -> str:
@@ -35,47 +35,47 @@ class GGUFModel:
         return self.files[0].name
 
     def value(self, key: str) -> Json:
-        """Return an entry; CheckFailed where it is not there."""
+        """Return a key's value; raise CheckFailed if it is missing."""
         found = self.get(key)
         if found is None:
-            raise CheckFailed(f"{self.name} lacks {key}", hint="convert it again")
+            raise CheckFailed(f"{self.name} has no key {key}", hint="convert it again")
         return found
 
     def get(self, key: str) -> Json:
-        """Return an entry, or None; CheckFailed where it is damaged."""
+        """Return a key's value, or None; raise CheckFailed if it is damaged."""
         field = self._first.fields.get(key)
         try:
             return None if field is None else field.contents()
         except ValueError as error:
-            raise CheckFailed(f"{self.name}: {key} is damaged: {error}", hint=_AGAIN) from None
+            raise CheckFailed(f"{self.name}: {key} is damaged: {error}", hint=_HINT) from None
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Return a folder's GGUF files, parts in their order; a single file stands for itself."""
+    """Return a folder's GGUF files in order; for a file, the file itself."""
     return [folder] if folder.is_file() else sorted(folder.glob("[!.]*.gguf"))
 
 
 def _check_parts(files: Sequence[Path]) -> None:
     if not files:
-        raise CheckFailed("there is no GGUF file", hint=_AGAIN)
+        raise CheckFailed("no GGUF file found", hint=_HINT)
     parts = [_PART.search(path.name) for path in files]
     counts = {int(part[2]) for part in parts if part}
     whole = len(files) == 1 and not parts[0]
     if not whole and (None in parts or counts != {len(files)}):
         raise CheckFailed(
-            f"{files[0].name} and {len(files) - 1} more files are not all parts of one model",
-            hint=_AGAIN,
+            f"{files[0].name} and {len(files) - 1} more files are not all the parts of one model",
+            hint=_HINT,
         )
 
 
 def _open(path: Path) -> Any:
-    # Here, so that listing the formats stays light.
+    # Imported here to keep listing the formats fast.
     from weightsmith.checkpoints.gguf_reader import GGUFReader
 
     try:
         return GGUFReader(path)
     except (OSError, ValueError) as error:
-        raise CheckFailed(f"{path.name} is not a whole GGUF file: {error}", hint=_AGAIN) from None
+        raise CheckFailed(f"{path.name} is not a valid GGUF file: {error}", hint=_HINT) from None
 
 
 def _check_size(reader: Any, path: Path) -> None:
@@ -86,4 +86,6 @@ def _check_size(reader: Any, path: Path) -> None:
     padded = -(-end // reader.alignment) * reader.alignment
     size = path.stat().st_size
     if size not in {end, padded}:
-        raise CheckFailed(f"{path.name} has {size} bytes, its tensors end at {padded}", hint=_AGAIN)
+        raise CheckFailed(
+            f"{path.name} has {size} bytes, but its tensors end at {padded}", hint=_HINT
+        )

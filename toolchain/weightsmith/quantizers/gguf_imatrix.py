@@ -1,4 +1,4 @@
-"""Importance matrices of llama.cpp: whose they are, and which experts they know nothing of."""
+"""Importance matrices of llama.cpp: checks against a model, and experts without data."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 _READS_HIDDEN = frozenset({"attn_q", "attn_k", "attn_v", "attn_qkv", "ffn_up", "ffn_gate"})
 _MAGIC = b"GGUF"
 _LONGEST_NAME = 4096
-_AGAIN = "make it again with `imatrix: auto`, or with llama-imatrix on this very model"
+_HINT = "create it with `imatrix: auto`, or with llama-imatrix from this model"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """What one tensor's inputs were: `columns` of it, and how often each of its matrices ran."""
+    """One tensor's entry: number of inputs, and how often each of its matrices was used."""
 
     name: str
     columns: int
@@ -29,24 +29,24 @@ class Entry:
 
 
 def check_imatrix(path: Path, model: ModelFacts) -> None:
-    """Raise InputRefused unless a file is an importance matrix that fits a model's config.json.
+    """Raise InputRefused unless a file is an importance matrix that matches a config.json.
 
-    Layers and widths are compared; another model of the very same shape cannot be told apart.
+    Layer count and widths are compared; models of the same shape cannot be distinguished.
     """
     entries = read_imatrix(path)
     blocks = {int(m[1]) + 1 for e in entries if (m := _BLOCK.fullmatch(e.name))}
     if not blocks:
-        raise _of_another(path, "it names no layer of a language model")
+        raise _wrong_model(path, "it has no entries for decoder layers")
     if model.layers not in (0, max(blocks)):
-        raise _of_another(path, f"it has {max(blocks)} layers, the model {model.layers}")
+        raise _wrong_model(path, f"it has {max(blocks)} layers, the model {model.layers}")
     for entry in entries:
         part = _BLOCK.fullmatch(entry.name)
         if part and part[2] in _READS_HIDDEN and model.hidden not in (0, entry.columns):
-            raise _of_another(path, f"{entry.name} has {entry.columns} columns, not {model.hidden}")
+            raise _wrong_model(path, f"{entry.name} has {entry.columns} columns, not {model.hidden}")
 
 
 def experts_missed(path: Path) -> list[str]:
-    """Return one warning if calibration reached some experts never, else none."""
+    """Return a warning if calibration did not reach some experts."""
     missed = {
         f"layer {part[1]}" if (part := _BLOCK.fullmatch(entry.name)) else entry.name: sum(
             count == 0 for count in entry.counts
@@ -59,14 +59,14 @@ def experts_missed(path: Path) -> list[str]:
     where = ", ".join(f"{name}: {count}" for name, count in list(missed.items())[:8])
     more = ", …" if len(missed) > 8 else ""
     text = (
-        f"no calibration text reached {sum(missed.values())} experts ({where}{more}): their "
-        "weights are quantized without importance; add calibration text of more kinds"
+        f"calibration did not reach {sum(missed.values())} experts ({where}{more}): their "
+        "weights are quantized without importance; add more varied calibration text"
     )
     return [text]
 
 
 def read_imatrix(path: Path) -> list[Entry]:
-    """Return the entries of a GGUF importance matrix or of the older `.dat`; InputRefused."""
+    """Return the entries of a GGUF or `.dat` importance matrix; raises InputRefused."""
     try:
         with path.open("rb") as stream:
             if stream.read(4) == _MAGIC:
@@ -75,20 +75,20 @@ def read_imatrix(path: Path) -> list[Entry]:
             return list(_of_dat(stream, path.stat().st_size))
     except OSError as error:
         raise InputRefused(
-            f"{path} cannot be read: {error.strerror}", hint="give an importance matrix file"
+            f"cannot read {path}: {error.strerror}", hint="give an importance matrix file"
         ) from None
     except (ValueError, IndexError, KeyError, TypeError, struct.error, OverflowError) as error:
-        raise InputRefused(f"{path} is no importance matrix: {error}", hint=_AGAIN) from None
+        raise InputRefused(f"{path} is not an importance matrix: {error}", hint=_HINT) from None
 
 
 def _of_gguf(path: Path) -> list[Entry]:
-    # Here, so that listing the formats stays light.
+    # Imported here to keep listing the formats fast.
     from weightsmith.checkpoints.gguf_reader import GGUFReader
 
     reader = GGUFReader(path)
     kind = reader.fields.get("general.type")
     if kind is None or kind.contents() != "imatrix":
-        raise ValueError("it is a GGUF file of another kind")
+        raise ValueError("its general.type is not imatrix")
     tensors: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
     return [
         Entry(
@@ -106,21 +106,21 @@ def _counts(name: str) -> str:
 
 
 def _of_dat(stream: IO[bytes], size: int) -> Iterator[Entry]:
-    """Read the format of llama.cpp's `--output-format dat`: no counts of single experts."""
+    """Read llama.cpp's `--output-format dat`, which has no counts per expert."""
     (number,) = struct.unpack("<i", stream.read(4))
     if number < 1:
         raise ValueError(f"it has {number} entries")
     for _ in range(number):
         (length,) = struct.unpack("<i", stream.read(4))
         if not 0 < length <= _LONGEST_NAME:
-            raise ValueError(f"a name of {length} bytes")
+            raise ValueError(f"invalid name length {length}")
         name = stream.read(length).decode("utf-8")
         calls, columns = struct.unpack("<ii", stream.read(8))
         if not 0 < 4 * columns <= size - stream.tell():
-            raise ValueError(f"{name} does not fit the file")
+            raise ValueError(f"{name} has an invalid size")
         stream.seek(4 * columns, 1)
         yield Entry(name=name, columns=columns, counts=(float(calls),))
 
 
-def _of_another(path: Path, why: str) -> InputRefused:
-    return InputRefused(f"{path} is the importance matrix of another model: {why}", hint=_AGAIN)
+def _wrong_model(path: Path, why: str) -> InputRefused:
+    return InputRefused(f"{path} does not match the model: {why}", hint=_HINT)

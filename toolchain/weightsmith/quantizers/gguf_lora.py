@@ -1,4 +1,4 @@
-"""LoRA adapters as GGUF files, made by llama.cpp's own converter."""
+"""LoRA adapters as GGUF files, made by llama.cpp's converter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FILE = "adapter.gguf"
 
 
 def steps(base: Path, adapter: Path, output: Path, tools: Path, python: str) -> tuple[Step, ...]:
-    """Return the converter's command; A and B stay float32, so nothing is rounded again."""
+    """Return the converter's step; A and B are written in float32, so nothing is rounded."""
     converter = tools / "convert"
     return (
         Step(
@@ -35,14 +35,14 @@ def steps(base: Path, adapter: Path, output: Path, tools: Path, python: str) -> 
 
 
 def check(adapter: Path, output: Path) -> int:
-    """Return how many tensors the file holds; raises CheckFailed where the adapter has others."""
-    import gguf  # here, so that listing the formats stays light
+    """Return the file's tensor count; raise CheckFailed if the adapter's differs."""
+    import gguf  # here to keep listing the formats fast
 
-    wanted = len(read_header(adapter / "adapter_model.safetensors").tensors)
+    expected = len(read_header(adapter / "adapter_model.safetensors").tensors)
     found = len(gguf.GGUFReader(output / FILE).tensors)
-    if found != wanted:
+    if found != expected:
         raise CheckFailed(
-            f"the converted adapter holds {found} tensors, the adapter {wanted}",
-            hint="the converter left some out; merge this adapter instead",
+            f"the converted adapter has {found} tensors, but the adapter has {expected}",
+            hint="the converter dropped some; merge this adapter instead",
         )
     return found

@@ -1,4 +1,4 @@
-"""Whether a GGUF file's tokenizer is the checkpoint's: tokens, merges and special tokens."""
+"""Compare a GGUF file's tokenizer with the checkpoint's: tokens, merges, special tokens."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from weightsmith.foreign import TOKENIZER, parse_file
 from weightsmith.quantizers.gguf_file import GGUFModel
 from weightsmith.values import Json
 
-_HINT = "text would be cut into other tokens than in training; convert it again"
+_HINT = "text would be tokenized differently than in training; convert it again"
 _SPECIAL = {"bos_token_id": "bos", "eos_token_id": "eos"}
 
 
 def check_tokenizer(read: GGUFModel, model: Path) -> int:
-    """Return the number of tokens; raises CheckFailed where the tokenizers differ.
+    """Return the number of tokens; raise CheckFailed if the tokenizers differ.
 
-    Compared with `tokenizer.json` where there is one: every token by its number, the number of
-    merges; with `config.json`: begin and end token. Added tokens may be written with spaces.
+    Compares every token and the number of merges with `tokenizer.json`, if there is one, and begin
+    and end token with `config.json`. Added tokens may be written with spaces.
     """
     tokens = read.get("tokenizer.ggml.tokens") or []
     embedding = read.tensors.get("token_embd.weight")
     rows = len(tokens) if embedding is None else int(embedding.shape[1])
     if not tokens or len(tokens) != rows:
         raise CheckFailed(
-            f"the file has {len(tokens)} tokens and {rows} embedding rows",
+            f"the file has {len(tokens)} tokens but {rows} embedding rows",
             hint="check the checkpoint's tokenizer files",
         )
     tokenizer = _read(model / "tokenizer.json")
@@ -46,13 +46,13 @@ def _check_tokens(tokens: list[str], tokenizer: Mapping[str, Json]) -> None:
             continue
         if tokens[number] != text:
             raise CheckFailed(
-                f"token {number} is {tokens[number]!r} in the file and {text!r} in tokenizer.json",
+                f"token {number} is {tokens[number]!r} in the file, but {text!r} in tokenizer.json",
                 hint=_HINT,
             )
     for number, text in added.items():
         if number < len(tokens) and tokens[number].replace("▁", " ") != text.replace("▁", " "):
             raise CheckFailed(
-                f"the added token {number} is {tokens[number]!r} in the file and {text!r} in "
+                f"the added token {number} is {tokens[number]!r} in the file, but {text!r} in "
                 "tokenizer.json",
                 hint=_HINT,
             )
@@ -60,24 +60,24 @@ def _check_tokens(tokens: list[str], tokenizer: Mapping[str, Json]) -> None:
 
 def _check_merges(read: GGUFModel, tokenizer: Mapping[str, Json]) -> None:
     merges, found = tokenizer.get("model", {}).get("merges"), read.get("tokenizer.ggml.merges")
-    # A SentencePiece vocabulary has scores in place of merges.
+    # A SentencePiece vocabulary has scores instead of merges.
     if merges and found is not None and len(found) != len(merges):
         raise CheckFailed(
-            f"the file has {len(found)} merges, tokenizer.json {len(merges)}", hint=_HINT
+            f"the file has {len(found)} merges, but tokenizer.json {len(merges)}", hint=_HINT
         )
 
 
 def _check_special(read: GGUFModel, config: Mapping[str, Json], tokens: int) -> None:
     for key, name in _SPECIAL.items():
-        wanted, found = config.get(key), read.get(f"tokenizer.ggml.{name}_token_id")
-        wanted = wanted if isinstance(wanted, list) else [wanted]
+        expected, found = config.get(key), read.get(f"tokenizer.ggml.{name}_token_id")
+        expected = expected if isinstance(expected, list) else [expected]
         if found is not None and not 0 <= int(found) < tokens:
             raise CheckFailed(
                 f"the file's {name} token {found} is outside its vocabulary",
                 hint="check the checkpoint's config.json and tokenizer files",
             )
-        if found is None and None not in wanted and name == "eos":
-            raise CheckFailed(f"the file lacks the checkpoint's {key}", hint=_HINT)
+        if found is None and None not in expected and name == "eos":
+            raise CheckFailed(f"the file does not have the checkpoint's {key}", hint=_HINT)
 
 
 def _read(path: Path) -> Mapping[str, Json]:
@@ -86,5 +86,5 @@ def _read(path: Path) -> Mapping[str, Json]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise CheckFailed(f"{path.name} cannot be read: {error}", hint=_HINT) from None
+        raise CheckFailed(f"cannot read {path.name}: {error}", hint=_HINT) from None
     return data if isinstance(data, dict) else {}

@@ -1,4 +1,4 @@
-"""llama.cpp's file types and tensor types: a row for each, with all that we know of it."""
+"""Tables of llama.cpp's file types and tensor types."""
 
 from __future__ import annotations
 
@@ -11,44 +11,44 @@ from weightsmith.values import Format
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileType:
-    """A type of whole files, such as `q4_k_m`: which tensor types llama.cpp mixes in it."""
+    """A type of files such as `q4_k_m`, for which llama.cpp mixes tensor types."""
 
     name: str
     number: int
-    """llama.h's llama_ftype, which the file's `general.file_type` holds."""
+    """llama.h's llama_ftype, stored as `general.file_type`."""
     bits: float
-    """Per weight of Llama-3.1-8B (tools/quantize/README.md of llama.cpp); of the types that it does
-    not list, those of the tensor type itself."""
+    """Bits per weight of Llama-3.1-8B (tools/quantize/README.md of llama.cpp); for types not listed
+    there, of the tensor type."""
     direct: bool = False
-    """The converter writes it by itself."""
+    """Written by the converter without llama-quantize."""
     takes_imatrix: bool = True
-    """An importance matrix changes what is written."""
+    """Whether an importance matrix affects it."""
     needs_imatrix: bool = False
-    """llama-quantize refuses it without an importance matrix (tools/quantize.cpp)."""
+    """Whether llama-quantize requires an importance matrix (tools/quantize.cpp)."""
 
     @property
     def named_bits(self) -> int:
-        """The bits that the name promises: 4 for q4_k_m and iq4_xs."""
+        """The bits in the name: 4 for q4_k_m and iq4_xs."""
         found = re.search(r"\d+", self.name)
         return int(found[0]) if found else 16
 
     @property
     def is_low(self) -> bool:
-        """Less than four bits by its name."""
+        """Whether the name says less than four bits."""
         return self.named_bits < 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorType:
-    """A type of single tensors (ggml_type), such as `q4_k`."""
+    """A tensor type (ggml_type) such as `q4_k`."""
 
     name: str
     block: int
-    """Weights in a block; a tensor's rows must be a multiple of it."""
+    """Weights per block; rows must be a multiple of it."""
     scales: tuple[int, ...] = ()
-    """Byte offsets of the float16 scales inside a block (ggml-common.h)."""
-    chosen: bool = True
-    """Users may give it to a tensor (llama-quantize's --tensor-type)."""
+    """Byte offsets of the float16 scales in a block (ggml-common.h)."""
+    selectable: bool = True
+    """Whether users may choose it (llama-quantize's --tensor-type)."""
 
 
 def _plain(name: str, number: int, bits: float) -> FileType:
@@ -111,7 +111,7 @@ TENSOR_TYPES: Mapping[str, TensorType] = {
     row.name: row
     for row in (
         TensorType(name="f32", block=1),
-        TensorType(name="f64", block=1, chosen=False),
+        TensorType(name="f64", block=1, selectable=False),
         TensorType(name="f16", block=1),
         TensorType(name="bf16", block=1),
         TensorType(name="q8_0", block=32, scales=(0,)),
@@ -136,7 +136,7 @@ TENSOR_TYPES: Mapping[str, TensorType] = {
         TensorType(name="iq1_s", block=256, scales=(0,)),
         TensorType(name="tq2_0", block=256, scales=(64,)),
         TensorType(name="tq1_0", block=256, scales=(52,)),
-        TensorType(name="q1_0", block=128, scales=(0,), chosen=False),
+        TensorType(name="q1_0", block=128, scales=(0,), selectable=False),
     )
 }
 

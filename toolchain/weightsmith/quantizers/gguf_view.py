@@ -1,4 +1,4 @@
-"""A GGUF model seen as its checkpoint: names and orders of the converter undone, dequantized."""
+"""A GGUF model's dequantized tensors in the checkpoint's names and order."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-# What the converter does to the tensors of each architecture (conversion/*.py of llama.cpp).
+# The converter's changes per architecture (conversion/*.py of llama.cpp).
 _PERMUTED = frozenset({"llama", "granite", "smollm3", "arcee"})
-"""Rows of Q and K go from the two halves of a head to neighbouring pairs (LlamaModel.permute)."""
+"""Rows of Q and K are permuted from halves of a head to neighbouring pairs (LlamaModel.permute)."""
 _NORM_PLUS_ONE = frozenset({"gemma", "gemma2", "gemma3"})
-_AS_THEY_ARE = frozenset(
+_UNCHANGED = frozenset(
     {
         "cohere2", "command-r", "olmo2", "phi3", "qwen2", "qwen2moe", "qwen3", "qwen3moe",
         "starcoder2",
@@ -27,32 +27,32 @@ _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 def open_view(artifact: Path, model: Path) -> GGUFView:
-    """Return the GGUF file or files of a folder as the checkpoint in `model` names its tensors.
+    """Return a folder's GGUF tensors by the names of the checkpoint in `model`.
 
-    Raises Unmeasurable for an architecture whose conversion is not known here.
+    Raises Unmeasurable for an unsupported architecture.
     """
     return GGUFView(GGUFModel(model_files(artifact)), model)
 
 
 class GGUFView:
-    """The checkpoint's tensors, dequantized one at a time by the `gguf` package."""
+    """A View of GGUF files, dequantized one tensor at a time by the `gguf` package."""
 
     def __init__(self, read: GGUFModel, model: Path) -> None:
-        """Find the file's tensor for each of the checkpoint's."""
+        """Map the checkpoint's tensors to the file's."""
         from weightsmith.checkpoints.tensors import CheckpointTensors
 
         self._read = read
         self._arch = str(read.value("general.architecture"))
-        if self._arch not in _PERMUTED | _NORM_PLUS_ONE | _AS_THEY_ARE:
+        if self._arch not in _PERMUTED | _NORM_PLUS_ONE | _UNCHANGED:
             raise Unmeasurable(
-                f"how llama.cpp converts the tensors of {self._arch} is not known here",
-                hint="the task score says what the quantized model can do",
+                f"measuring GGUF files of architecture {self._arch} is not supported",
+                hint="use the task score instead",
             )
         self._places = self._find(CheckpointTensors(model).names)
 
     @property
     def names(self) -> frozenset[str]:
-        """The checkpoint's tensors that the file holds."""
+        """Names of the tensors."""
         return frozenset(self._places)
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
@@ -66,8 +66,8 @@ class GGUFView:
             values: npt.NDArray[np.float32] = gguf.dequantize(data, found.tensor_type)
         except NotImplementedError:  # Q1_0, as of 0.19
             raise Unmeasurable(
-                f"the gguf package does not read {found.tensor_type.name} back",
-                hint="the task score says what the quantized model can do",
+                f"the gguf package cannot dequantize {found.tensor_type.name}",
+                hint="use the task score instead",
             ) from None
         if self._arch in _NORM_PLUS_ONE and name.endswith("norm.weight"):
             return values - 1

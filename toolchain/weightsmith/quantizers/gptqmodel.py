@@ -27,7 +27,7 @@ from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
 from weightsmith.quantizers.running import (
     encoder,
-    even,
+    equal_length,
     python_step,
     read_settings,
     samples,
@@ -38,20 +38,20 @@ from weightsmith.trees import discard, remove
 from weightsmith.values import AWQ, GPTQ, Format, Json
 
 NO_AWQ = frozenset({"Cohere2ForCausalLM", "Gemma3ForCausalLM"})
-"""What its AWQ cannot do: norms of layers in parallel, rotations that differ between layers."""
+"""Not supported by its AWQ: parallel layers' norms, rotary embeddings that differ by layer."""
 _WIDE = 3072
-"""Weights of the longest row."""
+"""Row length from which GPTQ uses several threads."""
 
 
-def options(format_: Format, wanted: Mapping[str, Json]) -> Mapping[str, Json]:
-    """Return the recipe's wishes that change these formats' bytes."""
+def options(format_: Format, requested: Mapping[str, Json]) -> Mapping[str, Json]:
+    """Return the recipe's options that affect these formats' output."""
     if format_ == AWQ:
-        zero_point_option(format_, wanted)
-    return {"group_size": group_option(wanted), "keep": keep_option(wanted)}
+        zero_point_option(format_, requested)
+    return {"group_size": group_option(requested), "keep": keep_option(requested)}
 
 
 def steps(request: QuantizeRequest) -> tuple[Step, ...]:
-    """Return the one command: GPTQModel, and our own writing of what it made."""
+    """Return the step: GPTQModel, and conversion of its output by our code."""
     return (
         python_step(
             __name__,
@@ -65,12 +65,12 @@ def steps(request: QuantizeRequest) -> tuple[Step, ...]:
 
 
 def check_input(format_: Format, model: ModelFacts) -> None:
-    """Refuse architectures that are not known, and rows that no group size divides."""
+    """Refuse unsupported architectures, and rows that no group size divides."""
     check_grouped(model, DENSE - NO_AWQ if format_ == AWQ else DENSE)
 
 
 def check(request: QuantizeRequest) -> Mapping[str, Json]:
-    """Re-read the finished checkpoint against its original; raises CheckFailed."""
+    """Check the finished checkpoint against the original; raises CheckFailed."""
     keep = tuple(request.options.get("keep", ()))
     found = check_checkpoint(request.output, request.model, _layout(request), keep)
     return {**found, "engine": "gptqmodel"}
@@ -88,12 +88,12 @@ def _layout(request: QuantizeRequest) -> Layout:
 
 
 def main() -> None:
-    """Run in the builder: quantize by the settings file that the command line names."""
+    """Run in the builder: quantize as set in the settings file of the command line."""
     settings = read_settings()
     group, keep = int(settings["group_size"]), list(settings["keep"])
     raw, out, model = Path(settings["raw"]), Path(settings["out"]), Path(settings["model"])
     discard(raw)
-    # With fewer it stops on two cores: "requests 2 workers but parent only has 1".
+    # With fewer, GPTQModel fails on two cores: "requests 2 workers but parent only has 1".
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     if settings["method"] == "gptq" and _is_narrow(model):  # read when torch is imported, below
         os.environ["OMP_NUM_THREADS"] = "1"
@@ -123,9 +123,9 @@ def _quantize(
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     read = samples(texts(calibration), encoder(tokenizer))
     if method == "awq":
-        # Of samples that are not of one length it searches by the last alone, and says nothing
+        # With samples of different lengths, GPTQModel silently uses only the last
         # (looper/awq_processor.py, _layer_input_features).
-        read = even(read)
+        read = equal_length(read)
     rows = [
         {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
         for ids in read
@@ -133,25 +133,25 @@ def _quantize(
     gpu = torch.cuda.is_available()
     dynamic = negative_patterns(keep) or None
     if method == "awq":
-        wanted = configs.AWQConfig(
+        config = configs.AWQConfig(
             bits=4, group_size=group, format=configs.FORMAT.GEMM, sym=False, dynamic=dynamic
         )
         backend = library.BACKEND.AUTO if gpu else library.BACKEND.AWQ_TORCH
-        # 16-bit arithmetic is emulated on most CPUs; the kernel that packs takes any type.
-        _let_cpu_copy(torch)
+        # Use float32, because most CPUs emulate 16-bit arithmetic; the packing kernel can take it.
+        _patch_cpu_copy(torch)
         _clip_by_gram(importlib.import_module("gptqmodel.looper.awq_processor").AWQProcessor)
         kernel = importlib.import_module("gptqmodel.nn_modules.qlinear.torch_awq").AwqTorchLinear
         kernel.SUPPORTS_DTYPES = [*kernel.SUPPORTS_DTYPES, torch.float32]
     else:
-        # `mse`: a group's scale is that of the least squared error, not that of its largest weight.
-        wanted = configs.GPTQConfig(
+        # `mse`: choose a group's scale by squared error instead of by its largest weight.
+        config = configs.GPTQConfig(
             bits=4, group_size=group, desc_act=False, sym=True, mse=2.0, dynamic=dynamic
         )
         backend = library.BACKEND.AUTO if gpu else library.BACKEND.GPTQ_TORCH
-    wanted.device = "cuda" if gpu else "cpu"
-    wanted.pack_impl = "original"  # the others compile a C++ extension each time
+    config.device = "cuda" if gpu else "cpu"
+    config.pack_impl = "original"  # the others compile a C++ extension each time
     dtype = "auto" if gpu else torch.float32
-    loaded = library.GPTQModel.load(str(model), wanted, trust_remote_code=False, dtype=dtype)
+    loaded = library.GPTQModel.load(str(model), config, trust_remote_code=False, dtype=dtype)
     loaded.quantize(
         rows, batch_size=1, calibration_data_min_length=1, tokenizer=tokenizer, backend=backend
     )
@@ -159,27 +159,27 @@ def _quantize(
 
 
 def _is_narrow(model: Path) -> bool:
-    """Say whether GPTQ's steps, a column of a matrix each, are too small to be shared by threads.
+    """Return whether GPTQ's steps, one column each, are too small to split between threads.
 
-    With rows of 576 and 1536 weights two threads took 114 s for what one did in 64; with 2048 and
-    5632 they took 49 for 59.
+    Measured with one and two threads: 64 s and 114 s for rows of 576 and 1536 weights; 59 s and
+    49 s for 2048 and 5632.
     """
     return max(row_lengths(read_facts(model)).values()) < _WIDE
 
 
-def _let_cpu_copy(torch: Any) -> None:
-    """Make `tensor.cpu()` a copy on a CPU as well, where it is the tensor itself.
+def _patch_cpu_copy(torch: Any) -> None:
+    """Make `tensor.cpu()` return a copy on a CPU, too.
 
-    GPTQModel keeps a layer's weights by it while it tries 20 scales on them in place, and puts
-    them back after each (looper/awq_processor.py, _compute_best_scale of 7.6 and 7.7): in float32
-    on a CPU, all 20 roundings stayed.
+    GPTQModel saves a layer's weights by it while it tries 20 scales in place, and restores them
+    after each (looper/awq_processor.py, _compute_best_scale of 7.6 and 7.7): in float32 on a CPU,
+    all 20 roundings accumulated.
     """
     own = torch.Tensor.cpu
     torch.Tensor.cpu = lambda tensor, *args, **named: own(tensor, *args, **named).clone()
 
 
 def _clip_by_gram(search: Any) -> None:
-    """Give GPTQModel's AWQProcessor the search for clipping that AutoAWQ has here."""
+    """Patch the clipping search of GPTQModel's AWQProcessor, as for AutoAWQ."""
     search._compute_best_clip = lambda own, weight, inputs: best_clip(  # noqa: SLF001
         own.qcfg.group_size, own.pseudo_quantize_tensor, weight, inputs
     )

@@ -1,4 +1,4 @@
-"""Quantized checkpoints read back to float32, by our own reading of their layouts.
+"""Dequantize packed checkpoints to float32, independently of the engines.
 
 AutoAWQ's GEMM layout (awq/modules/linear/gemm.py of AutoAWQ 0.2.9), GPTQ's first layout
 (qlinear/torch.py of GPTQModel 7.6), and compressed-tensors 0.19 (compressors/: pack-quantized,
@@ -22,37 +22,37 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Column of eight that nibble i of an int32 holds."""
+"""Column (of eight) of nibble i of an int32."""
 PARTS = (
     ".qweight", ".qzeros", ".scales", ".g_idx",
     ".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".input_scale",
 )  # fmt: skip
-"""Ends of the names by which a quantized module is stored, beside `.weight`."""
+"""Suffixes of a quantized module's tensors, except `.weight`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How a checkpoint's quantized modules are stored."""
+    """Storage layout of a checkpoint's quantized modules."""
 
     method: str
-    """`awq`, `gptq` or a format of compressed-tensors."""
+    """`awq`, `gptq` or a compressed-tensors format."""
     bits: int
     group_size: int
-    """Inputs that share a scale; 0 for a whole row."""
+    """Inputs per scale; 0: a whole row."""
     symmetric: bool
     inputs: bool = False
-    """Whether each module has a fixed scale of its inputs."""
+    """Whether each module has a fixed input scale."""
 
     @property
     def marker(self) -> str:
-        """The end of the name that every quantized module has."""
+        """Suffix of a tensor that every quantized module has."""
         if self.method in {"awq", "gptq"}:
             return ".qweight"
         return ".weight_packed" if self.method == "pack-quantized" else ".weight_scale"
 
 
 def layout_of(config: Mapping[str, Json]) -> Layout:
-    """Return the layout that config.json promises; CheckFailed for none or an unknown one."""
+    """Return the layout in config.json; raise CheckFailed if it is missing or unknown."""
     quantization = config.get("quantization_config") or {}
     method = quantization.get("quant_method", "")
     if method in {"awq", "gptq"} and quantization.get("bits") == 4:
@@ -74,13 +74,13 @@ def layout_of(config: Mapping[str, Json]) -> Layout:
             inputs=(group.get("input_activations") or {}).get("dynamic") is False,
         )
     raise CheckFailed(
-        f"config.json says quant_method {method!r}, which is none that is made here",
-        hint="the engine did something else than asked; look at its output",
+        f"config.json has the unexpected quant_method {method!r}",
+        hint="check the engine's output",
     )
 
 
 class PackedView:
-    """A quantized checkpoint seen as the checkpoint it was made from, one tensor at a time."""
+    """A View of a quantized checkpoint, dequantized one tensor at a time."""
 
     def __init__(self, folder: Path) -> None:
         """Read config.json and the headers."""
@@ -93,12 +93,12 @@ class PackedView:
 
     @property
     def names(self) -> frozenset[str]:
-        """The checkpoint's tensors that it holds, by their names there."""
+        """Names of the tensors, as in the original checkpoint."""
         own = {f"{module}.weight" for module in self.modules}
         return frozenset(own | {n for n in self.tensors.names if not n.endswith(PARTS)})
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
-        """Return one tensor as float32 in the checkpoint's shape."""
+        """Return one tensor as float32 in the original shape."""
         module = name.removesuffix(".weight")
         return self._module(module) if module in self.modules else self.tensors.f32(name)
 
@@ -116,12 +116,12 @@ class PackedView:
 
 
 def view_of(folder: Path, _model: Path) -> PackedView:
-    """Return a finished folder as the quality gate reads it."""
+    """Return a finished folder's View for the quality gate."""
     return PackedView(folder)
 
 
 def nibbles(packed: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
-    """Return [rows, columns, 8]: the eight 4-bit numbers of each int32, lowest bits first."""
+    """Return [rows, columns, 8]: the eight 4-bit values of each int32, lowest bits first."""
     import numpy as np
 
     shifts = np.arange(0, 32, 4, dtype=np.uint32)
@@ -150,7 +150,7 @@ def _awq(tensors: Tensors, module: str) -> npt.NDArray[np.float32]:
 
 
 def _gptq(tensors: Tensors, module: str) -> npt.NDArray[np.float32]:
-    """W[i, o] = (q - z[g(i)]) s[g(i)]; the zeros are stored less one."""
+    """W[i, o] = (q - z[g(i)]) s[g(i)]; zero points are stored minus one."""
     import numpy as np
 
     packed = tensors.array(f"{module}.qweight")
@@ -167,7 +167,7 @@ def _gptq(tensors: Tensors, module: str) -> npt.NDArray[np.float32]:
 
 
 def _packed(tensors: Tensors, module: str) -> npt.NDArray[np.float32]:
-    """W[o, i] = (q - z[g]) s[g]; q and z are stored plus eight, z packed along the outputs."""
+    """W[o, i] = (q - z[g]) s[g]; q and z are stored plus eight, z is packed along the outputs."""
     import numpy as np
 
     rows, columns = (int(n) for n in tensors.array(f"{module}.weight_shape"))

@@ -1,4 +1,4 @@
-"""What a quantizer is: one frozen value per file of this folder, found by listing it."""
+"""The interface of a quantizer: one frozen value per file of this folder."""
 
 from __future__ import annotations
 
@@ -17,62 +17,62 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One command of a quantization, run in the builder without a shell."""
+    """A command of a quantization, run in the builder without a shell."""
 
     title: str
     argv: tuple[str, ...]
     env: Mapping[str, str]
     writes: Mapping[Path, str] = field(default_factory=dict)
-    """Small files that the command reads, written before it runs."""
+    """Small input files, written before the command runs."""
     removes: tuple[Path, ...] = ()
-    """Intermediate files deleted once the step succeeded; a name may be a pattern."""
+    """Intermediate files to delete after success; names may be glob patterns."""
     digests: Mapping[str, Path] = field(default_factory=dict)
-    """`{name}` in argv -> the file that an earlier step made, whose sha256 takes its place."""
+    """`{name}` in argv -> file of an earlier step whose sha256 replaces it."""
     finds: Mapping[str, str] = field(default_factory=dict)
-    """`{name}` in argv -> pattern of files in the output; the first of them takes its place."""
+    """`{name}` in argv -> glob pattern in the output whose first match replaces it."""
     reads: str = ""
-    """The input that a Python program converts, such as `the model`: an exception that ends it, but
-    for memory and disk, says that it cannot read that."""
+    """The input that a Python program converts, such as `the model`: if the program fails, except
+    for lack of memory or disk, the error says that it cannot read this input."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeRequest:
-    """A checkpoint, the wanted format, and where the result goes."""
+    """A checkpoint, the requested format, and the output folder."""
 
     model: Path
     format: Format
     output: Path
-    """The folder that the result is written into."""
+    """The folder to write the result to."""
     name: str
-    """The model's name, and the output file's without suffix."""
+    """The model's name, and the output file's stem."""
     tools: Path
-    """Folder of the builder's own programs."""
+    """Folder of the builder's programs."""
     python: str
-    """The builder's Python."""
+    """The builder's Python interpreter."""
     calibration: Path | None = None
-    """JSON Lines `{text, tokens}`: the chat template is applied, `tokens` is their number."""
+    """JSON Lines `{text, tokens}`: rendered text and its number of tokens."""
     measured: bool = False
-    """What calibration measures lies in the output already, under `Quantizer.statistics`."""
+    """The output already has the calibration statistics (`Quantizer.statistics`)."""
     options: Mapping[str, Json]
 
 
 class View(Protocol):
-    """A quantized model seen as the checkpoint it was made from, one tensor at a time."""
+    """A quantized model's tensors, dequantized, by the original checkpoint's names."""
 
     @property
     def names(self) -> frozenset[str]:
-        """The checkpoint's tensors that it holds, by their names there."""
+        """Names of the tensors."""
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
-        """Return one tensor as float32 in the checkpoint's shape and order."""
+        """Return one tensor as float32 in the original shape and order."""
 
 
-def _no_options(_format: Format, _wanted: Mapping[str, Json]) -> Mapping[str, Json]:
+def _no_options(_format: Format, _requested: Mapping[str, Json]) -> Mapping[str, Json]:
     return {}
 
 
 def _any_options(_model: ModelFacts, _options: Mapping[str, Json]) -> None:
-    """Find nothing wrong."""
+    """Accept all options."""
 
 
 def _never(_format: Format, _options: Mapping[str, Json]) -> bool:
@@ -87,29 +87,29 @@ class Quantizer:
     builder: str
     formats: tuple[Format, ...]
     recipe_number: int
-    """Raised whenever the same inputs would give other bytes; part of the store's key."""
+    """Increased if the same inputs would give other bytes; part of the store's key."""
     check_input: Callable[[Format, ModelFacts], None]
     """(format, model) -> None; raises InputRefused for a model that it cannot quantize so."""
     steps: Callable[[QuantizeRequest], tuple[Step, ...]]
-    """The commands, in order; starts nothing and writes nothing."""
+    """Returns the steps in order; has no side effects."""
     check: Callable[[QuantizeRequest], Mapping[str, Json]]
-    """Re-read the output and describe it; raises CheckFailed where it is not what was asked."""
+    """Reads the output and returns its facts; raises CheckFailed if a check fails."""
     peak_disk: Callable[[int, int, Format], int]
-    """(checkpoint bytes, those of them that stay in 16 bits, format) -> bytes on disk at the worst
-    moment, output included."""
+    """(checkpoint bytes, bytes of them that stay in 16 bits, format) -> peak disk usage in bytes,
+    including the output."""
     options: Callable[[Format, Mapping[str, Json]], Mapping[str, Json]] = _no_options
-    """(format, the recipe's `quantize`) -> those that change this format's bytes; UsageError."""
+    """(format, the recipe's `quantize`) -> options that affect the output; raises UsageError."""
     check_options: Callable[[ModelFacts, Mapping[str, Json]], None] = _any_options
     """(model, options) -> None; raises InputRefused for options that do not fit the model."""
     calibrated: Callable[[Format, Mapping[str, Json]], bool] = _never
-    """(format, options) -> whether it measures activations on calibration text."""
+    """(format, options) -> whether it needs calibration text."""
     view: Callable[[Path, Path], View] | None = None
-    """(artifact folder, checkpoint folder) -> its tensors for the quality gate; Unmeasurable
-    for an architecture whose tensors it cannot bring back. None: the gate is left out."""
+    """(artifact folder, checkpoint folder) -> View for the quality gate; raises Unmeasurable for
+    an unsupported architecture. None: no quality gate."""
     statistics: str = ""
-    """Name of the file in the output that calibration measured: kept in the store by itself, so
-    that the next format of the same checkpoint need not measure again."""
+    """Name of the output file with calibration statistics, which is stored separately for use by
+    other formats of the same checkpoint."""
     default: str = ""
-    """The format that an engine's bare name stands for, where it loads no plain checkpoint."""
+    """The format of an engine's bare name, if the engine does not load plain checkpoints."""
     check_statistics: Callable[[Path, ModelFacts], None] | None = None
     """(file, model) -> None; raises InputRefused for statistics of another model."""

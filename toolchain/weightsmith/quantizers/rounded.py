@@ -1,8 +1,8 @@
-"""FP8 and int8 without calibration: each row's scale, each weight rounded, tensor by tensor.
+"""FP8 and int8 without calibration: weights are rounded with a scale per row, tensor by tensor.
 
 The layouts are compressed-tensors 0.19's `float-quantized` and `int-quantized` with a scale per
-output channel; activations are scaled per token while serving (llm-compressor's FP8_DYNAMIC and
-W8A8 schemes). No model is built: a checkpoint larger than memory passes.
+output channel; servers scale activations per token (llm-compressor's FP8_DYNAMIC and W8A8 schemes).
+The model is not loaded, so the checkpoint may be larger than memory.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ if TYPE_CHECKING:
 W8A8 = Format(name="w8a8", kind="compressed-tensors", bits_per_weight=8.0)
 
 _LARGEST = {"fp8": 448.0, "w8a8": 127.0}
-"""float8_e4m3fn's largest number (arXiv 2209.05433), and int8's without -128."""
+"""Largest value of float8_e4m3fn (arXiv 2209.05433) and of int8 without -128."""
 _TYPES = {"fp8": "F8_E4M3", "w8a8": "I8"}
 _LAYOUTS = {"fp8": "float-quantized", "w8a8": "int-quantized"}
 
 
-def options(_format: Format, wanted: Mapping[str, Json]) -> Mapping[str, Json]:
-    """Return the recipe's wishes that change the bytes."""
-    return {"keep": keep_option(wanted)}
+def options(_format: Format, requested: Mapping[str, Json]) -> Mapping[str, Json]:
+    """Return the recipe's options that affect the output."""
+    return {"keep": keep_option(requested)}
 
 
 def steps(request: QuantizeRequest) -> tuple[Step, ...]:
-    """Return the one command, which is our own."""
+    """Return the step, which runs this module."""
     name = request.format.name
     keep = request.options.get("keep", [])
     return (python_step(__name__, request, f"rounding to {name}", method=name, keep=keep),)
 
 
 def check(request: QuantizeRequest) -> Mapping[str, Json]:
-    """Re-read the finished checkpoint against its original; raises CheckFailed."""
+    """Check the finished checkpoint against the original; raises CheckFailed."""
     method = _LAYOUTS[request.format.name]
     layout = Layout(method=method, bits=8, group_size=0, symmetric=True)
     keep = tuple(request.options.get("keep", ()))
@@ -62,9 +62,9 @@ def check(request: QuantizeRequest) -> Mapping[str, Json]:
 def rounded(
     weight: npt.NDArray[np.float32], method: str
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32]]:
-    """Return a matrix [out, in] in 8 bits and its scales [out, 1]: W = q s, to nearest, ties even.
+    """Return a matrix [out, in] in 8 bits and its scales [out, 1]: W = q s, ties to even.
 
-    s is the row's largest magnitude over the type's largest number; 1 for a row of zeros.
+    s is the row's largest magnitude divided by the type's largest value; 1 for a row of zeros.
     """
     import numpy as np
 
@@ -78,7 +78,7 @@ def rounded(
 
 
 def quantization(method: str, ignored: list[str]) -> dict[str, Json]:
-    """Return the quantization_config that compressed-tensors' readers know."""
+    """Return compressed-tensors' quantization_config."""
     kind = "float" if method == "fp8" else "int"
     common = {"num_bits": 8, "type": kind, "symmetric": True}
     weights = {**common, "strategy": "channel", "dynamic": False}
@@ -99,7 +99,7 @@ def quantization(method: str, ignored: list[str]) -> dict[str, Json]:
 
 
 def main() -> None:
-    """Run in the builder: round by the settings file that the command line names."""
+    """Run in the builder: quantize as set in the settings file of the command line."""
     settings = read_settings()
     method, model, out = settings["method"], Path(settings["model"]), Path(settings["out"])
     source, ignored = Tensors(model), kept_modules(model, settings["keep"])

@@ -1,4 +1,4 @@
-"""How a quantizer of Python runs in its builder: a file of settings, our module, its own folder."""
+"""Run Python quantizers in their builder: settings file, calibration samples."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from weightsmith.quantizers.quantizer import QuantizeRequest, Step
 from weightsmith.values import Json
 
 BLOCK = 512
-"""Tokens of one calibration sample, at most."""
-_FEWEST = 256
+"""Maximum tokens of a calibration sample."""
+_MIN_TOKENS = 256
 RAW = ".engine"
-"""Folder in the output that the engine itself writes to."""
+"""Subfolder of the output for the engine's own output."""
 
 
 def python_step(module: str, request: QuantizeRequest, title: str, **settings: Json) -> Step:
-    """Return the step that runs `module` with settings, offline and in UTF-8."""
+    """Return the step that runs `module` offline with settings."""
     file = request.output / ".settings.json"
     contents = {
         "model": str(request.model),
@@ -41,7 +41,7 @@ def python_step(module: str, request: QuantizeRequest, title: str, **settings: J
             "TRANSFORMERS_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONDONTWRITEBYTECODE": "1",
-            # Threads that spin while they wait take the CPU from the one that they wait for.
+            # Spinning threads take CPU time from the thread that they wait for.
             "OMP_WAIT_POLICY": "PASSIVE",
         },
         writes={file: json.dumps(contents, sort_keys=True)},
@@ -50,45 +50,45 @@ def python_step(module: str, request: QuantizeRequest, title: str, **settings: J
 
 
 def read_settings() -> Mapping[str, Json]:
-    """Return the settings of the file that the command line names; leave the output folder."""
+    """Return the settings in the file of the command line, and change to a temporary folder."""
     settings: Mapping[str, Json] = json.loads(Path(sys.argv[1]).read_text("utf-8"))
-    # Libraries leave logs where they are started.
+    # Libraries write logs to the current folder.
     os.chdir(tempfile.gettempdir())
     return settings
 
 
 def texts(calibration: str) -> list[str]:
-    """Return the calibration texts, their chat template applied."""
+    """Return the calibration texts, rendered by the chat template."""
     lines = Path(calibration).read_text("utf-8").splitlines() if calibration else []
     found = [str(parse(line)["text"]) for line in lines if line.strip()]
     if not found:
         raise InputRefused(
-            "this format measures activations, and there is no calibration text",
-            hint="name a JSON Lines file with --calibration or calibration.data",
+            "this format needs calibration text",
+            hint="give a JSON Lines file with --calibration or calibration.data",
         )
     return found
 
 
 def samples(lines: list[str], encode: Callable[[str], list[int]]) -> list[list[int]]:
-    """Return every text by itself, in pieces of BLOCK tokens where it is longer.
+    """Return each text's tokens, split into pieces of at most BLOCK tokens.
 
-    A model is asked so: from position 0, where it keeps its largest activations, and without the
-    text before. Raises InputRefused for too few tokens to measure on.
+    Texts are not concatenated, because in use a model also starts at position 0, where activations
+    are largest. Raises InputRefused for too few tokens.
     """
     read = [encode(line) for line in lines]
-    if (count := sum(map(len, read))) < _FEWEST:
+    if (count := sum(map(len, read))) < _MIN_TOKENS:
         raise InputRefused(
-            f"the calibration text has {count} tokens, {_FEWEST} are the fewest to measure on",
+            f"the calibration text has {count} tokens, but at least {_MIN_TOKENS} are needed",
             hint="add texts like those the model will see",
         )
     return [ids[start : start + BLOCK] for ids in read for start in range(0, len(ids), BLOCK)]
 
 
-def even(pieces: Iterable[list[int]]) -> list[list[int]]:
-    """Return the pieces one after another, in samples of one length of at most BLOCK tokens.
+def equal_length(pieces: Iterable[list[int]]) -> list[list[int]]:
+    """Concatenate the pieces and split them into samples of equal length, at most BLOCK tokens.
 
-    For an engine that joins texts and drops what does not fill its last sample. The last one is
-    filled with the first tokens once more.
+    For engines that concatenate texts and drop an incomplete last sample. The last sample is
+    padded with the first tokens.
     """
     ids = [token for piece in pieces for token in piece]
     count = -(-len(ids) // BLOCK)
@@ -98,7 +98,7 @@ def even(pieces: Iterable[list[int]]) -> list[list[int]]:
 
 
 def encoder(tokenizer: Any) -> Callable[[str], list[int]]:
-    """Return how a text becomes tokens; the chat template has the special ones in it already."""
+    """Return a function that tokenizes; the chat template already adds special tokens."""
 
     def encode(text: str) -> list[int]:
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]

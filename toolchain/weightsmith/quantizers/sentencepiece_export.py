@@ -1,11 +1,11 @@
-"""SentencePiece files for llama.cpp's converter, out of a tokenizer.json that came without them.
+"""Create SentencePiece files for llama.cpp's converter from a tokenizer.json.
 
-Tokenizers of Llama 2's, Mistral's and Gemma's kind are SentencePiece models, of which transformers
-writes tokenizer.json alone, as beside an adapter. The converter then refuses, or gives all pieces
-one score, with which llama.cpp joins other pieces than in training; and it knows the added tokens
-from tokenizer_config.json alone, where they no longer stand.
+Tokenizers of Llama 2, Mistral and Gemma are SentencePiece models, but transformers (for example
+with an adapter) writes only tokenizer.json. Without the SentencePiece model the converter fails, or
+gives all pieces the same score, so that llama.cpp tokenizes differently than in training. It also
+reads added tokens only from tokenizer_config.json, which may no longer have them.
 
-Runs in a builder, by its path: it imports nothing of ours.
+Runs as a script in a builder; it must not import weightsmith.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 @contextmanager
 def with_pieces(model: Path) -> Iterator[Path]:
-    """Yield a folder that is the model's, with what the converter misses of its tokenizer.
+    """Yield a folder with the model's files and the tokenizer files that the converter needs.
 
-    The model's own where nothing lacks. Raises NotImplementedError for byte pairs with bytes as
-    pieces that are no SentencePiece model: llama.cpp has nothing that joins them.
+    This is the model's folder if none are missing. Raises NotImplementedError for BPE with byte
+    fallback that is not a SentencePiece model, which llama.cpp does not support.
     """
     files = _missing(model)
     if not files:
@@ -62,12 +62,12 @@ def _missing(model: Path) -> dict[str, bytes]:
 
 
 def sentence_pieces(tokenizer: Mapping[str, Any]) -> bytes:
-    """Return the SentencePiece model that a tokenizer.json was made from, but for its scores.
+    """Return the SentencePiece model of a tokenizer.json, with equivalent scores.
 
-    SentencePiece joins the neighbours whose piece has the highest score, tokenizer.json those whose
-    merge comes first; so minus a merge's place is a score that joins the same
-    (https://github.com/google/sentencepiece, src/bpe_model.cc). Raises NotImplementedError where
-    that does not hold: a piece that two others make is made by no merge.
+    SentencePiece merges the neighbours with the highest score, tokenizer.json those with the first
+    merge; so minus a merge's index is an equivalent score
+    (https://github.com/google/sentencepiece, src/bpe_model.cc). Raises NotImplementedError if that
+    does not hold: two pieces form another piece, but there is no such merge.
     """
     pb: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     vocabulary: dict[str, int] = tokenizer["model"]["vocab"]
@@ -76,7 +76,7 @@ def sentence_pieces(tokenizer: Mapping[str, Any]) -> bytes:
     unknown = tokenizer["model"].get("unk_token") or _UNKNOWN
     places = _places(tokenizer["model"], added)
     if unknown not in vocabulary:
-        raise NotImplementedError("byte pairs that are no SentencePiece model: no unknown token")
+        raise NotImplementedError("not a SentencePiece model: BPE without an unknown token")
     kinds, made = pb.ModelProto.SentencePiece, pb.ModelProto()
     texts = {number: text for text, number in vocabulary.items()}
     for number in range(max(texts) + 1):
@@ -92,7 +92,7 @@ def sentence_pieces(tokenizer: Mapping[str, Any]) -> bytes:
             kind = kinds.CONTROL
         elif text in added:
             kind = kinds.USER_DEFINED
-        # Single characters come after all that is joined, as SentencePiece's trainer writes them.
+        # Single characters come after all merged pieces, as in SentencePiece's trainer.
         score = float(-places.get(text, len(places) + number))
         made.pieces.add(piece=text, score=score if kind == kinds.NORMAL else 0.0, type=kind)
     made.trainer_spec.model_type = pb.TrainerSpec.BPE
@@ -107,7 +107,7 @@ def sentence_pieces(tokenizer: Mapping[str, Any]) -> bytes:
 
 
 def starts_with_space(tokenizer: Mapping[str, Any]) -> bool:
-    """Say whether a space is put before a text."""
+    """Return whether the tokenizer prepends a space to texts."""
     for step in (*_steps(tokenizer, "normalizer"), *_steps(tokenizer, "pre_tokenizer")):
         if step.get("type") == "Prepend":
             return True
@@ -117,13 +117,13 @@ def starts_with_space(tokenizer: Mapping[str, Any]) -> bool:
 
 
 def _has_byte_pieces(tokenizer: Mapping[str, Any]) -> bool:
-    """Say whether this is byte pairs of characters, with bytes as pieces for unknown ones."""
+    """Return whether this is BPE with byte fallback."""
     model = tokenizer.get("model") or {}
     return bool(model.get("type") == "BPE" and model.get("byte_fallback"))
 
 
 def _places(model: Mapping[str, Any], added: set[str]) -> dict[str, int]:
-    """Return each joined piece's place among them, by the merges."""
+    """Return each merged piece's index in the merges."""
     places: dict[str, int] = {}
     merges = set()
     for merge in model.get("merges") or ():
@@ -139,8 +139,8 @@ def _places(model: Mapping[str, Any], added: set[str]) -> dict[str, int]:
             parts = {left, right}
             if parts <= vocabulary.keys() and not parts & added and (left, right) not in merges:
                 raise NotImplementedError(
-                    f"byte pairs that are no SentencePiece model: {text!r} is a piece, and "
-                    f"{left!r} and {right!r} are never joined"
+                    f"not a SentencePiece model: {text!r} is a piece, but there is no merge of "
+                    f"{left!r} and {right!r}"
                 )
     return places
 

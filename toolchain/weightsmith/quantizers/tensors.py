@@ -1,4 +1,4 @@
-"""Checkpoint tensors as arrays: read where they lie, written one at a time."""
+"""Checkpoint tensors as arrays: memory-mapped for reading, written one at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 SHARD_BYTES = 4 << 30
-"""Registries and engines take files of this size well."""
+"""Maximum shard size, suitable for registries and engines."""
 _PLAIN = {
     "F64": "f8", "F32": "f4", "F16": "f2", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1",
     "U8": "u1", "BOOL": "?",
@@ -25,7 +25,7 @@ _SMALL = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}
 
 
 def array_type(dtype: str) -> np.dtype[Any]:
-    """Return numpy's type for a safetensors type; KeyError for one that it has not."""
+    """Return numpy's dtype for a safetensors dtype; raise KeyError if there is none."""
     import numpy as np
 
     if dtype in _SMALL:
@@ -37,10 +37,10 @@ def array_type(dtype: str) -> np.dtype[Any]:
 
 
 class Tensors:
-    """The tensors of a checkpoint folder, mapped into memory and never all read."""
+    """The memory-mapped tensors of a checkpoint folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the headers; InputRefused where they are not whole."""
+        """Read the headers; raise InputRefused if they are invalid."""
         index = open_checkpoint(folder)
         self.folder = folder
         self._shards = {info.name: shard.path for shard in index.shards for info in shard.tensors}
@@ -52,11 +52,11 @@ class Tensors:
         return frozenset(self._infos)
 
     def info(self, name: str) -> TensorInfo:
-        """Return type, shape and place; KeyError for an unknown name."""
+        """Return dtype, shape and offsets; raise KeyError for an unknown name."""
         return self._infos[name]
 
     def array(self, name: str) -> npt.NDArray[Any]:
-        """Return a tensor in its own type, mapped."""
+        """Return a memory-mapped tensor in its own dtype."""
         import numpy as np
 
         info = self._infos[name]
@@ -74,13 +74,13 @@ class Tensors:
 
     @property
     def size(self) -> int:
-        """Bytes of all tensors."""
+        """Total size of the tensors in bytes."""
         return sum(info.size for info in self._infos.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A tensor to be written: made only when its turn comes."""
+    """A tensor to write, computed when it is written."""
 
     name: str
     dtype: str
@@ -89,12 +89,12 @@ class Output:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
 def write_checkpoint(folder: Path, outputs: Iterable[Output]) -> None:
-    """Write the tensors in the order of their names, as one file or as shards with their index."""
+    """Write the tensors sorted by name, as one file or as shards with an index."""
     ordered = sorted(outputs, key=lambda output: output.name)
     shards: list[list[Output]] = [[]]
     for output in ordered:
