@@ -84,11 +84,11 @@ def test_a_context_that_cannot_fit(workshop: Workshop) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('{"prompt": "What?", "expected": "x"', "not JSON"),
-        ('{"prompt": "What?"}', "lacks expected"),
-        ('["prompt"]', "not an object"),
-        ('{"prompt": 5, "expected": "x"}', "prompt is not a text"),
-        ('{"messages": [{"role": "oracle", "content": "x"}], "expected": "x"}', "no known role"),
+        ('{"prompt": "What?", "expected": "x"', "invalid JSON"),
+        ('{"prompt": "What?"}', "no expected"),
+        ('["prompt"]', "not a JSON object"),
+        ('{"prompt": 5, "expected": "x"}', "prompt is not"),
+        ('{"messages": [{"role": "oracle", "content": "x"}], "expected": "x"}', "unknown role"),
     ],
     ids=["cut", "no-answer", "list", "number", "role"],
 )

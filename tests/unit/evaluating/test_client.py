@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from weightsmith.errors import CheckFailed, EnvironmentFailure
-from weightsmith.evaluating import client, timely
+from weightsmith.evaluating import client, deadlines
 from weightsmith.evaluating.client import ask_all, chat, check_served_name, wait_until_healthy
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.session import ServerSession, SessionLimits, died
@@ -63,7 +63,7 @@ def test_a_server_that_hangs_is_given_up(serve):
     given_up = threading.Event()
     server = serve(lambda handler, body: given_up.wait(300))
 
-    with pytest.raises(CheckFailed, match=r"no answer in 0.3 s \(2 tries\)"):
+    with pytest.raises(CheckFailed, match=r"within 0.3 s \(2 tries\)"):
         ask(server, IMPATIENT)
 
     given_up.set()
@@ -80,9 +80,9 @@ def test_a_server_that_drips_is_given_up(serve, monkeypatch):
                 handler.wfile.write(b" " * 70_000)
 
     looks = itertools.count(0.0, 25.0)
-    monkeypatch.setattr(timely, "time", SimpleNamespace(monotonic=lambda: next(looks)))
+    monkeypatch.setattr(deadlines, "time", SimpleNamespace(monotonic=lambda: next(looks)))
 
-    with pytest.raises(CheckFailed, match=r"no answer in 60 s"):
+    with pytest.raises(CheckFailed, match=r"within 60 s"):
         ask(serve(drip), replace(QUICK, tries=1, answer_bytes=10**9))
 
     assert next(looks) == 100.0
@@ -109,7 +109,7 @@ def test_nobody_listens(serve):
     server = serve()
     server.server_close()
 
-    with pytest.raises(EnvironmentFailure, match=r"does not answer: .*refused") as caught:
+    with pytest.raises(EnvironmentFailure, match=r"cannot connect to .*refused") as caught:
         ask(server)
 
     assert "start the server" in caught.value.hint
@@ -135,7 +135,7 @@ def test_half_an_answer_is_reported(serve, cut):
 def test_an_answer_without_a_message_is_reported(serve):
     server = serve(lambda handler, body: handler.send(200, {"choices": []}))
 
-    with pytest.raises(CheckFailed, match="has no message"):
+    with pytest.raises(CheckFailed, match="no message"):
         ask(server)
 
 
@@ -145,7 +145,7 @@ def test_an_answer_of_100_megabytes_is_not_read(serve):
 
 
 def test_another_model_is_reported(serve):
-    with pytest.raises(CheckFailed, match=r"no model 'other'; it serves support"):
+    with pytest.raises(CheckFailed, match=r"'other', but support"):
         check_served_name(ServerSession(serve().endpoint, QUICK), "other")
 
 
@@ -153,7 +153,7 @@ def test_a_server_that_died_shows_its_last_lines(serve):
     server = serve(lambda handler, body: handler.send(500, {}))
     server.living = False
 
-    with pytest.raises(CheckFailed, match=r"stopped while it was asked[^$]*out of memory"):
+    with pytest.raises(CheckFailed, match=r"/v1/chat/completions[^$]*out of memory"):
         ask(server)
     with pytest.raises(CheckFailed, match=r"stopped before it was ready[^$]*out of memory"):
         wait_until_healthy(server.endpoint, "/health", 5, poll=0.01)
@@ -184,9 +184,9 @@ def clock(monkeypatch):
 @pytest.mark.parametrize(
     ("line", "hint"),
     [
-        ("exec /app/x: exec format error", "another kind of machine"),
+        ("exec /app/x: exec format error", "another CPU architecture"),
         ("exec /app/x: no such file or directory", "lacks its program"),
-        ("x: error while loading shared libraries: libx.so: cannot open", "lacks a library"),
+        ("x: error while loading shared libraries: libx.so: cannot open", "lacks a shared library"),
         ("ggml: failed to allocate", "too little memory"),
     ],
 )
@@ -213,7 +213,7 @@ def test_waiting_ends(serve, clock):
     server = serve()
     server.health = 503
 
-    with pytest.raises(CheckFailed, match=r"not ready after 5 s: the last answer was HTTP 503"):
+    with pytest.raises(CheckFailed, match=r"not ready after 5 s: .*HTTP 503"):
         wait_until_healthy(server.endpoint, "/health", 5, poll=1)
 
     assert clock.now == 5
@@ -285,7 +285,7 @@ def test_another_models_answer_is_reported(serve):
     def behave(handler, body):
         handler.send(200, {**answer(), "model": "someone-else"})
 
-    with pytest.raises(CheckFailed, match=r"asked for 'support', the model 'someone-else'"):
+    with pytest.raises(CheckFailed, match=r"'support', but 'someone-else'"):
         ask(serve(behave))
 
 
@@ -326,5 +326,5 @@ def test_a_compressed_answer_is_not_unpacked(serve):
         handler.end_headers()
         handler.wfile.write(bomb)
 
-    with pytest.raises(CheckFailed, match="half an answer"):
+    with pytest.raises(CheckFailed, match="invalid JSON"):
         ask(serve(behave))

@@ -47,12 +47,12 @@ def test_a_program_may_ask_the_server_itself():
         ("no json", "printed no JSON object"),
         ({"ok": [True]}, "judged 1 of 2"),
         ({"ok": "yes"}, "judged no of 2"),
-        ({"score": 1.5, "n": 2}, "not from 0 to 1"),
-        ({"score": float("nan"), "n": 2}, "not from 0 to 1"),
-        ({"score": True, "n": 2}, "not from 0 to 1"),
-        ({"score": 0.5, "n": "many"}, "not from 0 to 1"),
+        ({"score": 1.5, "n": 2}, "invalid score"),
+        ({"score": float("nan"), "n": 2}, "invalid score"),
+        ({"score": True, "n": 2}, "invalid score"),
+        ({"score": 0.5, "n": "many"}, "invalid score"),
         ({"score": 0.5, "n": 2, "per_item": [1]}, "per_item"),
-        ({}, "not from 0 to 1"),
+        ({}, "invalid score"),
     ],
 )
 def test_what_is_no_judgement_is_reported(printed, says):

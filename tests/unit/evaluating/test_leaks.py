@@ -55,5 +55,5 @@ def test_a_file_that_is_none_is_named(tmp_path):
     with pytest.raises(UsageError, match="cannot read"):
         find_leaks([item("q")], tmp_path / "none.jsonl")
     (tmp_path / "bad.jsonl").write_text("{}\n{")
-    with pytest.raises(UsageError, match=r"bad\.jsonl:2 is not JSON"):
+    with pytest.raises(UsageError, match=r"bad\.jsonl:2: invalid JSON"):
         find_leaks([item("q")], tmp_path / "bad.jsonl")

@@ -43,7 +43,7 @@ def scores(endpoint, item):
 
 
 class Echoing:
-    """A server as vLLM's: /v1/completions echoes, /tokenize applies the chat template."""
+    """A server as vLLM's: /v1/completions supports_echo, /tokenize applies the chat template."""
 
     def __init__(self, *, begin="", offsets=True, extra=True):
         self.begin, self.offsets, self.extra = begin, offsets, extra
@@ -151,7 +151,7 @@ def test_messages_are_scored_step_by_step(serve):
 
 
 def test_a_server_that_can_neither_is_refused(serve):
-    with pytest.raises(CheckFailed, match=r"gives no log-likelihoods.*HTTP 404") as caught:
+    with pytest.raises(CheckFailed, match=r"log-probabilities.*HTTP 404") as caught:
         scores(serve(lambda path, body: (404, {"error": "not found"})), PLAIN)
     assert "--model" in caught.value.hint
 

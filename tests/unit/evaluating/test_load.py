@@ -56,8 +56,8 @@ def test_measures_first_piece_and_gaps(serve, monkeypatch):
     ("behave", "says"),
     [
         (lambda h, b: h.send_error(500), "HTTP 500"),
-        (lambda h, b: h.stream(event("[DONE]")), "without text"),
-        (lambda h, b: h.stream(event("{half")), "no JSON"),
+        (lambda h, b: h.stream(event("[DONE]")), "no text"),
+        (lambda h, b: h.stream(event("{half")), "not JSON"),
         (lambda h, b: h.stream(event({"error": {"message": "slot exploded"}})), "slot exploded"),
     ],
 )

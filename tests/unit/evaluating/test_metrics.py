@@ -92,7 +92,7 @@ def test_a_larger_drop_fails_with_the_numbers_and_what_changed():
 
 
 def test_a_low_score_fails_even_where_the_reference_is_as_low():
-    with pytest.raises(CheckFailed, match="below the lowest that passes"):
+    with pytest.raises(CheckFailed, match="below the minimum"):
         gate(scored(False), scored(False), 1.0, 0.5)
     with pytest.raises(CheckFailed) as caught:
         gate(scored(False, True), None, 1.0, 0.9)
@@ -125,7 +125,7 @@ def test_too_few_questions_are_reported_with_how_many_would_do():
     )
 
     assert "33 questions are too few" in too_few(few, 0.05)
-    assert "takes 54" in too_few(few, 0.05)
+    assert "54 are needed" in too_few(few, 0.05)
     assert too_few(enough, 0.05) == ""
 
 
@@ -169,12 +169,12 @@ def test_an_answer_must_be_json_of_the_schema(answer, right):
 
 
 def test_a_schema_that_is_none_is_named():
-    with pytest.raises(UsageError, match=r"line 2: expected is not a JSON schema: .*circle"):
+    with pytest.raises(UsageError, match=r"line 2: .*circle"):
         check_metric("json-schema", [item("q", '{"type": "circle"}', line=2)])
-    with pytest.raises(UsageError, match="line 2: expected is not a JSON schema"):
+    with pytest.raises(UsageError, match=r"line 2: .*JSON schema"):
         check_metric("json-schema", [item("q", "no schema", line=2)])
 
 
 def test_a_schema_fetches_nothing():
-    with pytest.raises(UsageError, match="refers to what it does not hold"):
+    with pytest.raises(UsageError, match="unresolvable reference"):
         judge("json-schema", '{"$ref": "http://127.0.0.1:9/schema.json"}', "{}")

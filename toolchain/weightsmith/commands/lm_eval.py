@@ -13,7 +13,7 @@ from pathlib import Path
 
 from weightsmith.commands.server import ServerSource, served_name, session_with
 from weightsmith.errors import CheckFailed, EnvironmentFailure, UsageError
-from weightsmith.evaluating.likelihood import echoes
+from weightsmith.evaluating.likelihood import supports_echo
 from weightsmith.foreign import TOKENIZER, parse_file
 from weightsmith.tools import Tools
 from weightsmith.trees import below
@@ -66,7 +66,7 @@ def evaluate_tasks(request: HarnessRequest, tools: Tools) -> Mapping[str, Json]:
                 hint="`pip install 'lm-eval[api]'` brings the program lm_eval",
             ) from None
         except CheckFailed as error:
-            if not request.tokenizer or echoes(session, name):
+            if not request.tokenizer or supports_echo(session, name):
                 raise
             raise CheckFailed(
                 f"{session.endpoint.shown} gives no log-probabilities of a prompt (llama.cpp's "

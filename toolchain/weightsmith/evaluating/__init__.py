@@ -1,1 +1,1 @@
-"""Questions, answers and scores: data files, metrics, the client that asks a server."""
+"""Evaluation: data files, metrics, scores, and the client of the server."""

@@ -1,4 +1,4 @@
-"""Asks an OpenAI-compatible server: is it ready, what does it serve, what does it answer."""
+"""Client of an OpenAI-compatible server: health, model list, chat."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from itertools import islice
 import httpx
 
 from weightsmith.errors import CheckFailed
+from weightsmith.evaluating.deadlines import DeadlineTransport
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.session import ServerSession, died, excerpt
-from weightsmith.evaluating.timely import Timely
 from weightsmith.ports import Endpoint, Progress
 from weightsmith.values import Json
 
 _POLL_SECONDS = 0.05
 _PROBE_SECONDS = 5.0
 _DATED = re.compile(r"-\d{4}-\d\d-\d\d")
-"""What hosted servers add to a model's name to say which of its versions answered."""
+"""Date suffix that hosted servers append to a model's name."""
 
 Ask = Callable[[Item], Mapping[str, Json]]
 
@@ -30,19 +30,19 @@ Ask = Callable[[Item], Mapping[str, Json]]
 def wait_until_healthy(
     endpoint: Endpoint, health_path: str, limit_seconds: float, *, poll: float = _POLL_SECONDS
 ) -> float:
-    """Return the seconds until the server answered 200 on its health path.
+    """Wait until the health path returns 200; return the seconds waited.
 
-    Raises CheckFailed with the server's last log lines when it dies or the time is over.
+    Raises CheckFailed with the server's last log lines if it stops or the time is up.
     """
     started = time.monotonic()
-    last = "nothing answered"
-    transport = Timely()
+    last = "no response"
+    transport = DeadlineTransport()
     with httpx.Client(base_url=endpoint.url, transport=transport, trust_env=False) as http:
         while (waited := time.monotonic() - started) < limit_seconds:
             if not endpoint.alive():
                 raise died(endpoint, f"before it was ready, after {waited:.1f} s")
             try:
-                # The status is what counts: a body may have no end.
+                # Only read the status: the body may be endless.
                 with transport.within(_PROBE_SECONDS), http.stream("GET", health_path) as answer:
                     status = answer.status_code
             except httpx.HTTPError as error:
@@ -50,28 +50,28 @@ def wait_until_healthy(
             else:
                 if status == httpx.codes.OK:
                     return time.monotonic() - started
-                last = f"the last answer was HTTP {status}"
+                last = f"the last response was HTTP {status}"
             time.sleep(poll)
     lines = endpoint.logs(15).strip()
     raise CheckFailed(
         f"the server was not ready after {limit_seconds:g} s: {last}"
         + (f"\n{lines}" if lines else ""),
-        hint="a large model on a slow disk may need longer",
+        hint="a large model on a slow disk may need more time",
     )
 
 
 def check_served_name(session: ServerSession, served_name: str) -> None:
-    """Raise CheckFailed unless the server lists the model by that name."""
+    """Raise CheckFailed unless the server lists the model."""
     names = served_names(session)
     if served_name not in names:
         raise CheckFailed(
-            f"the server has no model {served_name!r}; it serves {', '.join(names) or 'nothing'}",
-            hint="is this the right port, and the right image?",
+            f"the server does not serve {served_name!r}, but {', '.join(names) or 'nothing'}",
+            hint="check the port and the image",
         )
 
 
 def served_names(session: ServerSession) -> list[str]:
-    """Return the models that the server lists."""
+    """Return the names of the server's models."""
     rows = session.get("/v1/models").get("data")
     if not isinstance(rows, list):
         return []
@@ -79,18 +79,18 @@ def served_names(session: ServerSession) -> list[str]:
 
 
 def first_name(session: ServerSession) -> str:
-    """Return the first model that the server lists; CheckFailed where it lists none."""
+    """Return the server's first model; raise CheckFailed if it lists none."""
     names = served_names(session)
     if not names:
         raise CheckFailed(
             f"{session.endpoint.shown}/v1/models lists no model",
-            hint="is it an OpenAI-compatible server? else name the model with --served-name",
+            hint="check that the server is OpenAI-compatible, or name the model with --served-name",
         )
     return names[0]
 
 
 def chat_body(served_name: str, item: Item, max_tokens: int, *, stream: bool = False) -> Json:
-    """Return a greedy chat request."""
+    """Return the body of a greedy chat request."""
     return {
         "model": served_name,
         "messages": [dict(message) for message in item.messages],
@@ -105,10 +105,10 @@ def chat_body(served_name: str, item: Item, max_tokens: int, *, stream: bool = F
 def chat(
     session: ServerSession, served_name: str, item: Item, max_tokens: int
 ) -> Mapping[str, Json]:
-    """Return `{answer, finish_reason}` of one greedy chat request.
+    """Send a greedy chat request; return `{answer, finish_reason}`.
 
-    Raises CheckFailed, after retries where they may help, when the server fails, hangs, sends
-    half an answer, too large a one or another model's; and with its last lines when it died.
+    Raises CheckFailed, after retries if useful, if the server fails, hangs or stops, or if its
+    response is truncated, too large or from another model.
     """
     path = "/v1/chat/completions"
     answer = session.post(path, chat_body(served_name, item, max_tokens))
@@ -118,11 +118,11 @@ def chat(
         content = choice["message"]["content"]
     except (KeyError, IndexError, TypeError):
         raise CheckFailed(
-            f"the server's answer has no message: {excerpt(json.dumps(answer))}",
-            hint="does it speak the OpenAI chat API?",
+            f"the server's response has no message: {excerpt(json.dumps(answer))}",
+            hint="check that it supports the OpenAI chat API",
         ) from None
     return {
-        # JSON can hold halves of a surrogate pair, which no file can.
+        # JSON can contain lone surrogates, which UTF-8 cannot.
         "answer": content.encode("utf-8", "replace").decode() if isinstance(content, str) else "",
         "finish_reason": choice.get("finish_reason"),
     }
@@ -131,22 +131,22 @@ def chat(
 def check_model(
     session: ServerSession, path: str, served_name: str, answer: Mapping[str, Json]
 ) -> None:
-    """Raise CheckFailed where an answer says that another model gave it."""
+    """Raise CheckFailed if a response names another model."""
     said = answer.get("model")
     if not isinstance(said, str) or said == served_name:
         return
     if said.startswith(served_name) and _DATED.fullmatch(said.removeprefix(served_name)):
         return
-    raise session.failed(path, f"asked for {served_name!r}, the model {said!r} answered")
+    raise session.failed(path, f"requested model {served_name!r}, but {said!r} answered")
 
 
 def ask_all(
     items: Sequence[Item], ask: Ask, progress: Progress, *, concurrency: int = 1
 ) -> tuple[Mapping[str, Json], ...]:
-    """Return what a server answers, in order, each with the `seconds` that it took.
+    """Return the answers in order, each with the `seconds` that it took.
 
-    One at a time by default: batching changes the order of sums in a server, and so an answer
-    that is nearly a tie. Raises what `ask` raises; what was not yet asked then stays unasked.
+    One at a time by default, because batching changes the order of sums in a server and so answers
+    that are nearly tied. If `ask` raises, the remaining items are not asked.
     """
 
     def timed(item: Item) -> Mapping[str, Json]:
@@ -169,7 +169,7 @@ _Map = Callable[
 
 @contextmanager
 def _mapping(concurrency: int) -> Iterator[_Map]:
-    """Yield a `map` with so many calls at once, that starts no more than are wanted soon."""
+    """Yield a `map` with `concurrency` calls at once, which submits only a few calls ahead."""
     if concurrency <= 1:
         yield map
         return

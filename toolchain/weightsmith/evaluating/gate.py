@@ -1,4 +1,4 @@
-"""Says whether a score is good enough: the gates of a build, with what is uncertain about them."""
+"""The gates of a build: decide whether a score is good enough, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -12,48 +12,48 @@ from weightsmith.values import Json, Score
 _MOST_SHOWN = 3
 _SHOWN_LENGTH = 120
 _CHANCE = 0.05
-_WHO = {
-    "base": "base",
-    "adapter": "adapter on its base",
-    "merged": "merged model",
-    "image": "image",
-    "this": "subject",
-    "other": "other run",
+_NAMES = {
+    "base": "the base",
+    "adapter": "base + adapter",
+    "merged": "the merged model",
+    "image": "the image",
+    "this": "the subject",
+    "other": "the other run",
 }
-"""Who is judged and against whom, as a sentence has it."""
+"""Subject of a comparison -> its name in sentences."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DropLimit:
-    """What a subject may lose against another, in score from 0 to 1."""
+    """Allowed loss of score, from 0 to 1."""
 
     max_drop: float
     min_score: float = 0.0
     proven: bool = False
-    """True where the whole interval of the drop must be within `max_drop`, not the drop alone."""
+    """True if the drop's whole confidence interval must be within `max_drop`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """One comparison, judged."""
+    """The result of one comparison."""
 
     subject: str
     against: str
-    """Empty where there is nothing to compare with, and `min_score` alone counts."""
+    """Empty if there is nothing to compare with; then only `min_score` applies."""
     passed: bool
     reason: str
-    """One sentence for people."""
+    """One sentence for users."""
     hint: str = ""
-    """Up to three items that were lost."""
+    """Up to three lost items."""
     comparison: Comparison | None = None
     needed: int = 0
-    """Items that could show the asked `max_drop`; 0 where these are enough."""
+    """Number of items needed to show the requested `max_drop`; 0 if there are enough."""
     binding: bool = True
-    """False for a comparison that is reported and decides nothing."""
+    """False if the comparison is only reported."""
 
     @property
     def facts(self) -> Mapping[str, Json]:
-        """The same as plain JSON, for build.json and `--json`."""
+        """The verdict as JSON, for build.json and `--json`."""
         facts: dict[str, Json] = {
             "subject": self.subject,
             "against": self.against,
@@ -83,9 +83,9 @@ class Verdict:
 def judge_drop(
     subject: str, now: Score, against: str, before: Score | None, limit: DropLimit
 ) -> Verdict:
-    """Judge a score by its lowest allowed value, and by what it lost against another.
+    """Judge a score by `min_score` and by its drop from another score.
 
-    Scores without items, such as a harness's, are compared as they are. A drop of exactly
+    Scores without items, such as a harness's, are compared without an interval. A drop of exactly
     `max_drop` passes.
     """
     comparison = _comparison(now, before)
@@ -94,17 +94,17 @@ def judge_drop(
             subject=subject,
             against=against if before else "",
             passed=False,
-            reason=f"the {_WHO[subject]} scores {shown(now)}, below the lowest that passes,"
+            reason=f"{_NAMES[subject]} scores {shown(now)}, below the minimum score of"
             f" {limit.min_score:.3f}",
             hint=changed(now, before) or changed(now, None),
             comparison=comparison,
         )
     if before is None:
-        reason = f"the {_WHO[subject]} scores {shown(now)}"
+        reason = f"{_NAMES[subject]} scores {shown(now)}"
         return Verdict(subject=subject, against="", passed=True, reason=reason)
     drop = before.score - now.score
     worst = comparison.interval[1] if comparison and limit.proven else drop
-    # Scores are multiples of 1/n: a drop of exactly max_drop passes, whatever floats make of it.
+    # A drop of exactly max_drop passes, despite rounding of floats.
     passed = worst <= limit.max_drop + 1e-9
     needed = items_needed(limit.max_drop) if comparison else 0
     return Verdict(
@@ -119,17 +119,17 @@ def judge_drop(
 
 
 def too_few(verdict: Verdict, max_drop: float) -> str:
-    """Say that the items cannot show the asked `max_drop`, and how many could; else ''."""
+    """Return a warning if there are too few items to show the requested `max_drop`, else ''."""
     if not verdict.needed or verdict.comparison is None:
         return ""
     return (
-        f"{verdict.comparison.n} questions are too few to show that a drop is at most"
-        f" {max_drop:g}: even if no answer changes, that takes {verdict.needed}"
+        f"{verdict.comparison.n} questions are too few to show that the drop is at most"
+        f" {max_drop:g}: even if no answer changes, {verdict.needed} are needed"
     )
 
 
 def shown(score: Score) -> str:
-    """Return a score with its interval, for people."""
+    """Return a score with its interval, as text."""
     if not score.n:
         return f"{score.score:.3f}"
     low, high = wilson(round(score.score * score.n), score.n)
@@ -137,7 +137,7 @@ def shown(score: Score) -> str:
 
 
 def changed(now: Score, before: Score | None) -> str:
-    """Return up to three items that went wrong: those that were right before, if that is known."""
+    """Describe up to three wrong items; if known, only those that were right before."""
     earlier = before.per_item if before else ()
     lines = []
     for position, row in enumerate(now.per_item):
@@ -168,8 +168,8 @@ def _reason(
     passed: bool,
 ) -> str:
     drop = before.score - now.score
-    loss = f"{drop:.3f} below" if drop > 0 else f"{-drop:.3f} above" if drop < 0 else "as much as"
-    text = f"the {_WHO[subject]} scores {shown(now)}, {loss} the {_WHO[against]}, {shown(before)}"
+    loss = f"{drop:.3f} below" if drop > 0 else f"{-drop:.3f} above" if drop < 0 else "the same as"
+    text = f"{_NAMES[subject]} scores {shown(now)}, {loss} {_NAMES[against]}, {shown(before)}"
     if comparison:
         low, high = comparison.interval
         text += f"; the drop is {low:.3f} to {high:.3f} with 95 % confidence"
@@ -178,7 +178,7 @@ def _reason(
             text += f" and {chance} chance (p={comparison.p:.2g})"
     if passed:
         return text
-    allowed = "must be shown to be" if limit.proven else "is allowed"
+    allowed = "must be shown" if limit.proven else "is allowed"
     return f"{text}; at most {limit.max_drop:.3f} {allowed}"
 
 

@@ -1,9 +1,9 @@
-"""Metric `command`: a program of the user's own judges the answers, or asks the server itself.
+"""Metric `command`: the user's program judges the answers, or asks the server itself.
 
-It finds one JSON object per question on standard input, `{prompt, messages, expected, answer}`,
-and in its environment WEIGHTSMITH_URL (up to and with /v1) and WEIGHTSMITH_MODEL where a server is
-there to ask. It prints one JSON object last: `{"ok": [true, …]}`, one per question and in their
-order, or `{"score": 0.93, "n": 200}` with, if it likes, `per_item`. Exit code 0, else it failed.
+Its standard input has one JSON object per question, `{prompt, messages, expected, answer}`; if a
+server is running, its environment has WEIGHTSMITH_URL (including /v1) and WEIGHTSMITH_MODEL. Its
+last output must be a JSON object: `{"ok": [true, …]}` with one value per question, in order, or
+`{"score": 0.93, "n": 200}` with an optional `per_item`. An exit code other than 0 is a failure.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _HINT = 'it must print {"ok": [true, …]} or {"score": 0.93, "n": 200} as its l
 
 
 def question_lines(items: Sequence[Item], answers: Sequence[Mapping[str, Json]]) -> bytes:
-    """Return what the program finds on its standard input."""
+    """Return the program's standard input."""
     lines = [
         json.dumps(
             {
@@ -40,9 +40,9 @@ def question_lines(items: Sequence[Item], answers: Sequence[Mapping[str, Json]])
 def read_verdict(
     output: str, items: Sequence[Item], answers: Sequence[Mapping[str, Json]]
 ) -> Score:
-    """Return the score that a program printed, with each question's where it gives them.
+    """Return the score that a program printed, with the questions' verdicts if it gave them.
 
-    Raises CheckFailed for output that is not what the module promises.
+    Raises CheckFailed for invalid output.
     """
     verdict = _last_object(output)
     if "ok" in verdict:
@@ -56,7 +56,7 @@ def read_verdict(
         or not isinstance(n, int)
         or n < 0
     ):
-        raise CheckFailed(f"the command's score is not from 0 to 1: {score!r}, n={n!r}", hint=_HINT)
+        raise CheckFailed(f"invalid score from the command: {score!r}, n={n!r}", hint=_HINT)
     rows = verdict.get("per_item", [])
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise CheckFailed("the command's per_item is not a list of objects", hint=_HINT)
@@ -82,7 +82,7 @@ def _judged(verdicts: Json, items: Sequence[Item], answers: Sequence[Mapping[str
 
 
 def _rows(rows: Sequence[Mapping[str, Json]]) -> tuple[Mapping[str, Json], ...]:
-    """Return the program's own rows, if they can be compared with another run's; else none."""
+    """Return the program's rows if all have `ok`, so that runs can be compared; else none."""
     if not all("ok" in row for row in rows):
         return ()
     return tuple(
@@ -98,7 +98,7 @@ def _rows(rows: Sequence[Mapping[str, Json]]) -> tuple[Mapping[str, Json], ...]:
 
 
 def _last_object(output: str) -> Mapping[str, Json]:
-    """Return the whole output as an object, or its last line that is one."""
+    """Return the output, or its last line that is a JSON object."""
     for text in (output, *reversed(output.splitlines())):
         try:
             value = parse(text)

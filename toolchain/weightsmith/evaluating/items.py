@@ -1,4 +1,4 @@
-"""Reads the questions of an evaluation: JSON Lines, one question with its expected answer each."""
+"""Read evaluation data: JSON Lines with a question and its expected answer per line."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ _MOST_ITEMS = 100_000
 _ROLES = frozenset({"system", "user", "assistant", "developer", "tool"})
 _SHAPE = (
     'a line is {"prompt": "…", "expected": "…"} or {"messages": […], "expected": "…"};'
-    ' for metric choice it has "choices": ["…", "…"] too'
+    ' metric choice also needs "choices": ["…", "…"]'
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
-    """One question: the chat that asks it, and every answer that counts as right."""
+    """One question: its chat messages, and the accepted answers."""
 
     messages: tuple[Mapping[str, str], ...]
     expected: tuple[str, ...]
-    """Texts, patterns, or JSON schemas as JSON; for `choice`, some of the choices."""
+    """Texts, patterns, or JSON schemas as text; for `choice`, some of the choices."""
     line: int
     choices: tuple[str, ...] = ()
-    """What metric `choice` chooses from."""
+    """The options of metric `choice`."""
     plain: bool = False
-    """Given as one prompt: metric `choice` continues it without a chat template."""
+    """True for a single prompt: metric `choice` continues it without a chat template."""
 
     @property
     def prompt(self) -> str:
-        """The text of the last message, for people."""
+        """The text of the last message, for display."""
         return self.messages[-1]["content"]
 
 
 def read_items(path: Path) -> tuple[Item, ...]:
-    """Return the questions of a data file, in order; blank lines are skipped.
+    """Return the questions of a data file in order; blank lines are skipped.
 
-    Raises UsageError naming file and line for anything malformed, for a question asked twice,
-    and for a file without questions.
+    Raises UsageError with file and line for invalid lines and duplicate questions, and for a file
+    without questions.
     """
     items: list[Item] = []
     asked: dict[str, int] = {}
@@ -53,8 +53,8 @@ def read_items(path: Path) -> tuple[Item, ...]:
         key = json.dumps(asks, sort_keys=True)
         if key in asked:
             raise UsageError(
-                f"{path}:{number} asks the same as line {asked[key]}",
-                hint='remove one of them; "expected" may be a list of answers that are all right',
+                f"{path}:{number} duplicates the question of line {asked[key]}",
+                hint='remove one of them; "expected" may be a list of accepted answers',
             )
         asked[key] = number
         items.append(item)
@@ -66,9 +66,9 @@ def read_items(path: Path) -> tuple[Item, ...]:
 
 
 def read_prompts(path: Path) -> tuple[tuple[Mapping[str, str], ...], ...]:
-    """Return the chats of a data file, in order; what they expect, if anything, does not count.
+    """Return the chats of a data file in order, ignoring expected answers.
 
-    Raises UsageError naming file and line for anything malformed, and for a file without chats.
+    Raises UsageError with file and line for invalid lines, and for a file without chats.
     """
     found = tuple(
         _item({**_parse(line, f"{path}:{number}"), "expected": "-"}, number, f"{path}:{number}")
@@ -89,7 +89,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 if len(raw) > _LONGEST_LINE:
                     raise UsageError(
                         f"{where} is longer than {_LONGEST_LINE} bytes",
-                        hint="is this JSON Lines, one question per line?",
+                        hint="use JSON Lines, one question per line",
                     )
                 text = _decode(raw, where).strip()
                 if text:
@@ -111,9 +111,9 @@ def _parse(line: str, where: str) -> Mapping[str, Json]:
     try:
         value = parse(line)
     except ValueError as error:
-        raise UsageError(f"{where} is not JSON: {error}", hint=_SHAPE) from None
+        raise UsageError(f"{where}: invalid JSON: {error}", hint=_SHAPE) from None
     if not isinstance(value, dict):
-        raise UsageError(f"{where} is a JSON {type(value).__name__}, not an object", hint=_SHAPE)
+        raise UsageError(f"{where} is not a JSON object but a {type(value).__name__}", hint=_SHAPE)
     return value
 
 
@@ -144,7 +144,7 @@ def _messages(value: Json, where: str) -> tuple[dict[str, str], ...]:
         name = f"messages[{position}]"
         if not isinstance(message, dict) or message.get("role") not in _ROLES:
             raise UsageError(
-                f"{where}: {name} has no known role", hint=f"one of: {', '.join(sorted(_ROLES))}"
+                f"{where}: {name} has an unknown role", hint=f"one of: {', '.join(sorted(_ROLES))}"
             )
         content = _text(message.get("content"), f"{name}.content", where)
         found.append({"role": str(message["role"]), "content": content})
@@ -154,18 +154,18 @@ def _messages(value: Json, where: str) -> tuple[dict[str, str], ...]:
 def _choices(value: Mapping[str, Json], where: str) -> tuple[str, ...]:
     choices = value.get("choices", [])
     if not isinstance(choices, list):
-        raise UsageError(f"{where}: choices is not a list of texts", hint=_SHAPE)
+        raise UsageError(f"{where}: choices is not a list of strings", hint=_SHAPE)
     texts = tuple(_text(choice, "a choice", where) for choice in choices)
     if texts and len(set(texts)) < max(2, len(texts)):
         raise UsageError(
-            f"{where}: choices are fewer than two, or the same twice", hint="name each once"
+            f"{where}: fewer than two choices, or duplicates", hint="list each choice once"
         )
     return texts
 
 
 def _expected(value: Mapping[str, Json], choices: tuple[str, ...], where: str) -> tuple[str, ...]:
     if "expected" not in value:
-        raise UsageError(f"{where} lacks expected", hint=_SHAPE)
+        raise UsageError(f"{where} has no expected", hint=_SHAPE)
     expected = value["expected"]
     answers = expected if isinstance(expected, list) else [expected]
     if not answers:
@@ -174,26 +174,26 @@ def _expected(value: Mapping[str, Json], choices: tuple[str, ...], where: str) -
 
 
 def _answer(answer: Json, choices: tuple[str, ...], where: str) -> str:
-    """Return an expected answer as text: a schema as JSON, a choice's number as the choice."""
+    """Return an expected answer as text: schemas as JSON, choice indices as the choice."""
     if isinstance(answer, dict):
         return json.dumps(answer, sort_keys=True)
     if choices and isinstance(answer, int) and not isinstance(answer, bool):
         if not 0 <= answer < len(choices):
             raise UsageError(
-                f"{where}: expected {answer} is not the number of a choice",
-                hint=f"they count from 0 to {len(choices) - 1}",
+                f"{where}: expected {answer} is not the index of a choice",
+                hint=f"give an index from 0 to {len(choices) - 1}",
             )
         return choices[answer]
     text = _text(answer, "expected", where)
     if choices and text not in choices:
         raise UsageError(
             f"{where}: expected {text!r} is not one of its choices",
-            hint=f"it has {', '.join(map(repr, choices[:6]))}",
+            hint=f"choices: {', '.join(map(repr, choices[:6]))}",
         )
     return text
 
 
 def _text(value: Json, name: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise UsageError(f"{where}: {name} is not a text", hint=_SHAPE)
+        raise UsageError(f"{where}: {name} is not a non-empty string", hint=_SHAPE)
     return value

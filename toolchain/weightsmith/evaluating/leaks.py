@@ -1,4 +1,4 @@
-"""Finds questions of an evaluation in the text that a model was trained or calibrated on."""
+"""Find evaluation questions in training or calibration text."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from weightsmith.foreign import parse
 from weightsmith.values import Json
 
 _SHORTEST = 12
-"""Characters below which a question may stand in another text by chance."""
+"""Shorter questions may occur in other texts by chance."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leak:
-    """One question of the evaluation that stands in another file."""
+    """An evaluation question found in another file."""
 
     line: int
-    """In the evaluation's data."""
+    """Line in the evaluation's data."""
     other: Path
     other_line: int
     prompt: str
 
 
 def find_leaks(items: Sequence[Item], other: Path) -> tuple[Leak, ...]:
-    """Return the questions that are also asked, or stand word for word, in a JSON Lines file.
+    """Return the questions that a JSON Lines file also asks or contains word for word.
 
-    Case, white space and punctuation do not count. The file has `{"text"}`, `{"prompt"}` or
-    `{"messages"}` in each line. Raises UsageError for a file that cannot be read.
+    Case, white space and punctuation are ignored. Lines have `{"text"}`, `{"prompt"}` or
+    `{"messages"}`. Raises UsageError for a file that cannot be read.
     """
     asked = {key: item for item in items if (key := _key(item.prompt))}
     long = [(key, item) for key, item in asked.items() if len(key) >= _SHORTEST]
@@ -47,19 +47,19 @@ def find_leaks(items: Sequence[Item], other: Path) -> tuple[Leak, ...]:
 
 
 def describe(leaks: Sequence[Leak]) -> str:
-    """Say in one line which questions leaked; '' for none."""
+    """Return one line about the leaked questions; '' if there are none."""
     if not leaks:
         return ""
     shown = ", ".join(f"line {x.line} in line {x.other_line}" for x in leaks[:5])
     more = f" and {len(leaks) - 5} more" if len(leaks) > 5 else ""
     return (
-        f"{len(leaks)} evaluation question(s) stand in {leaks[0].other}: {shown}{more};"
-        " the score says nothing about new questions"
+        f"{leaks[0].other} contains {len(leaks)} evaluation question(s): {shown}{more};"
+        " the score does not apply to new questions"
     )
 
 
 def _texts(path: Path) -> Iterator[tuple[int, str, bool]]:
-    """Yield line number, normal form, and whether it is one message: short ones match whole."""
+    """Yield line number, normalised text, and whether it must match as a whole (a message)."""
     try:
         with path.open(encoding="utf-8-sig") as stream:
             for number, line in enumerate(stream, start=1):
@@ -74,10 +74,10 @@ def _texts(path: Path) -> Iterator[tuple[int, str, bool]]:
 
 def _parse(line: str, where: str) -> Json:
     try:
-        return parse(line, pairs=False)  # a text that was cut within an emoji is trained on, too
+        return parse(line, pairs=False)  # training text may contain lone surrogates
     except ValueError as error:
         raise UsageError(
-            f"{where} is not JSON: {error}", hint='a line is {"text": "…"} or {"messages": […]}'
+            f"{where}: invalid JSON: {error}", hint='a line is {"text": "…"} or {"messages": […]}'
         ) from None
 
 

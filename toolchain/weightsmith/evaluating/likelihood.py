@@ -1,7 +1,7 @@
-"""Metric `choice`: which continuation a server finds likeliest.
+"""Metric `choice`: the continuation with the highest likelihood on a server.
 
-A prompt is continued as it is, as lm-evaluation-harness does (one space between, no chat
-template); messages go through the model's chat template, where the server can apply it.
+A prompt is continued as text, as in lm-evaluation-harness (after one space, no chat template);
+messages are rendered by the model's chat template if the server can apply it.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from weightsmith.foreign import parse
 from weightsmith.values import Json
 
 Score = Callable[[Item, str], float]
-"""Return the log-likelihood (natural logarithm) of one choice of an item."""
+"""Returns the log-likelihood (natural logarithm) of a choice of an item."""
 
 _COMPLETIONS = "/v1/completions"
 _FEW, _MANY = 128, 16
 _LONG_LIST = 64 << 20
-"""Bytes of an answer that names every token of a vocabulary."""
+"""Maximum size of a response that lists every token of a vocabulary."""
 
 
 def spaced(context: str, choice: str) -> str:
-    """Return a choice as it continues a context: after one space, unless there is one already."""
+    """Return a choice with a space before it, unless context or choice already has one."""
     apart = not context or context[-1].isspace() or choice[:1].isspace()
     return choice if apart else f" {choice}"
 
 
 def choose(item: Item, scores: Sequence[float]) -> Mapping[str, Json]:
-    """Return the likeliest choice as the answer, with the log-likelihoods of all."""
+    """Return the most likely choice as the answer, with all log-likelihoods."""
     best = max(range(len(scores)), key=lambda place: scores[place])
     return {
         "answer": item.choices[best],
@@ -40,16 +40,16 @@ def choose(item: Item, scores: Sequence[float]) -> Mapping[str, Json]:
     }
 
 
-def echoes(session: ServerSession, served_name: str) -> bool:
-    """Say whether a server gives the log-probabilities of a prompt's own tokens."""
+def supports_echo(session: ServerSession, served_name: str) -> bool:
+    """Return whether a server returns log-probabilities of prompt tokens."""
     probe = session.try_post(_COMPLETIONS, _echo(served_name, "One two three"))
     return _token_scores(probe.text) is not None
 
 
 def scorer(session: ServerSession, served_name: str) -> Score:
-    """Return how this server scores a choice, found out by asking it.
+    """Return a function that scores choices on this server, by a method that it supports.
 
-    Raises CheckFailed, saying what the server answered, where it cannot.
+    Raises CheckFailed with the server's response if it supports none.
     """
     probe = session.try_post(_COMPLETIONS, _echo(served_name, "One two three"))
     if _token_scores(probe.text) is not None:
@@ -57,10 +57,11 @@ def scorer(session: ServerSession, served_name: str) -> Score:
     if _is_llamacpp(session):
         return lambda item, choice: _by_steps(session, item, choice)
     raise CheckFailed(
-        f"{session.endpoint.shown} gives no log-likelihoods of a prompt, which metric choice needs;"
-        f" {_COMPLETIONS} with echo and logprobs: HTTP {probe.status}: {excerpt(probe.text)}",
-        hint="vLLM, SGLang and llama.cpp can; or evaluate the checkpoint with --model, or use"
-        " metric contains",
+        f"{session.endpoint.shown} does not return log-probabilities of prompts, which metric"
+        f" choice needs; {_COMPLETIONS} with echo and logprobs: HTTP {probe.status}:"
+        f" {excerpt(probe.text)}",
+        hint="use vLLM, SGLang or llama.cpp, evaluate the checkpoint with --model, or use metric"
+        " contains",
     )
 
 
@@ -68,7 +69,7 @@ def _echo(served_name: str, prompt: str | Sequence[int]) -> Json:
     return {
         "model": served_name,
         "prompt": prompt,
-        "max_tokens": 1,  # none is asked for, but not every server takes 0
+        "max_tokens": 1,  # some servers reject 0
         "temperature": 0.0,
         "seed": 0,
         "logprobs": 1,
@@ -77,13 +78,13 @@ def _echo(served_name: str, prompt: str | Sequence[int]) -> Json:
 
 
 def _token_scores(text: str) -> tuple[list[str], list[float | None], list[int]] | None:
-    """Return tokens, log-probabilities and text offsets of an echoed prompt; None without."""
+    """Return tokens, log-probabilities and text offsets of an echoed prompt, or None."""
     try:
         scored = parse(text)["choices"][0]["logprobs"]
         tokens, scores = list(scored["tokens"]), list(scored["token_logprobs"])
     except (ValueError, KeyError, IndexError, TypeError):
         return None
-    # One token is the answer alone: the prompt was not echoed.
+    # A single token is the generated one: the prompt was not echoed.
     if len(tokens) < 2 or len(tokens) != len(scores):
         return None
     offsets = scored.get("text_offset")
@@ -102,9 +103,9 @@ def _by_echo(session: ServerSession, served_name: str, item: Item, choice: str) 
     whole = context + spaced(context, choice)
     scored = _token_scores(json.dumps(session.post(_COMPLETIONS, _echo(served_name, whole))))
     if scored is None:
-        raise session.failed(_COMPLETIONS, "an answer without the prompt's log-likelihoods")
+        raise session.failed(_COMPLETIONS, "the response has no log-probabilities of the prompt")
     tokens, scores, offsets = scored
-    # A begin token may stand before the text, at offset 0 or as text of its own.
+    # A begin token may precede the text, with or without text of its own.
     shift = offsets[0]
     total = 0.0
     for token, score, offset in zip(tokens, scores, offsets, strict=True):
@@ -115,14 +116,14 @@ def _by_echo(session: ServerSession, served_name: str, item: Item, choice: str) 
 
 
 def _by_ids(session: ServerSession, served_name: str, item: Item, choice: str) -> float:
-    """Score a reply to messages by token numbers: vLLM's /tokenize applies the chat template."""
+    """Score a reply to messages by token ids: vLLM's /tokenize applies the chat template."""
     context = _tokenized(session, served_name, {"messages": _messages(item)})
     reply = _tokenized(session, served_name, {"prompt": choice, "add_special_tokens": False})
     scored = _token_scores(
         json.dumps(session.post(_COMPLETIONS, _echo(served_name, [*context, *reply])))
     )
     if scored is None or len(scored[1]) < len(context) + len(reply):
-        raise session.failed(_COMPLETIONS, "an answer without the prompt's log-likelihoods")
+        raise session.failed(_COMPLETIONS, "the response has no log-probabilities of the prompt")
     scores = scored[1][len(context) : len(context) + len(reply)]
     return sum(score for score in scores if score is not None)
 
@@ -133,9 +134,9 @@ def _tokenized(session: ServerSession, served_name: str, what: Mapping[str, Json
         return [int(token) for token in parse(answer.text)["tokens"]]
     except (ValueError, KeyError, TypeError):
         raise UsageError(
-            f"{session.endpoint.shown} cannot apply its chat template outside a chat"
+            f"{session.endpoint.shown} cannot apply its chat template outside of chat requests"
             f" (/tokenize: HTTP {answer.status})",
-            hint='for metric choice give "prompt" instead of "messages", or use --model',
+            hint='for metric choice use "prompt" instead of "messages", or use --model',
         ) from None
 
 
@@ -144,14 +145,14 @@ def _messages(item: Item) -> list[dict[str, str]]:
 
 
 def _is_llamacpp(session: ServerSession) -> bool:
-    tried = session.try_post("/tokenize", {"content": "One two"})
-    return tried.status == 200 and '"tokens"' in tried.text
+    answer = session.try_post("/tokenize", {"content": "One two"})
+    return answer.status == 200 and '"tokens"' in answer.text
 
 
 def _by_steps(session: ServerSession, item: Item, choice: str) -> float:
-    """Score a choice token by token: llama.cpp gives probabilities of the next token only.
+    """Score a choice token by token: llama.cpp returns only next-token probabilities.
 
-    The prompt's cache makes each step one token of work.
+    With the prompt cache, each step computes one token.
     """
     if item.plain:
         context = item.prompt
@@ -172,9 +173,9 @@ def _pieces(session: ServerSession, text: str) -> list[int]:
 
 
 def _next_score(session: ServerSession, prefix: Sequence[int], token: int) -> float:
-    """Return the log-probability of a token after others; asks for more of them until it is there.
+    """Return a token's log-probability after a prefix, requesting more tokens until it is listed.
 
-    Raises CheckFailed where the server never names it.
+    Raises CheckFailed if the server never lists it.
     """
     count = _FEW
     while True:
@@ -189,7 +190,7 @@ def _next_score(session: ServerSession, prefix: Sequence[int], token: int) -> fl
         try:
             rows = scored["completion_probabilities"][0]["top_logprobs"]
         except (KeyError, IndexError, TypeError):
-            raise session.failed("/completion", "an answer without log-probabilities") from None
+            raise session.failed("/completion", "the response has no log-probabilities") from None
         for row in rows:
             if int(row["id"]) == token:
                 score = float(row["logprob"])

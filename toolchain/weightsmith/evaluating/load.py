@@ -1,4 +1,4 @@
-"""A short load test over the streaming chat API: throughput, first token, tokens after it."""
+"""A short load test over the streaming chat API: throughput, time to first token, latency."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Sample:
     """One request; times in seconds."""
 
     first: float = 0.0
-    """From sending to the first piece of text."""
+    """From sending the request to the first text."""
     gaps: tuple[float, ...] = ()
-    """Between a piece and the next; servers send one token a piece, most of the time."""
+    """Between consecutive chunks; servers usually send one token per chunk."""
     whole: float = 0.0
     error: str = ""
-    """Why it failed; empty where it did not."""
+    """Why it failed; empty if it succeeded."""
 
 
 def load_test(
@@ -43,11 +43,11 @@ def load_test(
     max_tokens: int,
     progress: Progress,
 ) -> Mapping[str, Json]:
-    """Return one run: `requests` questions, `concurrency` of them at once, all the time.
+    """Run `requests` questions, always `concurrency` at a time.
 
-    `{concurrency, requests, requests_per_s, tokens_per_s, ttft_ms, itl_ms, latency_ms, errors}`,
-    each of the times as `{p50, p95}` in milliseconds, None where nothing was measured, and
-    `failures` with each reason and how often it came. Failed requests count as errors alone.
+    Returns `{concurrency, requests, requests_per_s, tokens_per_s, ttft_ms, itl_ms, latency_ms,
+    errors}`, times as `{p50, p95}` in milliseconds (None if nothing was measured), and `failures`,
+    reason -> count. Failed requests are only counted as errors.
     """
     done = 0
     lock = threading.Lock()
@@ -67,7 +67,7 @@ def load_test(
 
 
 def measure(session: ServerSession, served_name: str, question: Item, max_tokens: int) -> Sample:
-    """Return the times of one streamed request; a failure is kept, not raised."""
+    """Return the times of one streamed request; a failure is returned, not raised."""
     times: list[float] = []
     began = time.monotonic()
     try:
@@ -81,9 +81,9 @@ def measure(session: ServerSession, served_name: str, question: Item, max_tokens
     except (TryAgain, Refused) as error:
         return Sample(error=str(error))
     except ValueError:
-        return Sample(error="an event that is no JSON")
+        return Sample(error="an event is not JSON")
     if not times:
-        return Sample(error="a stream without text")
+        return Sample(error="the stream has no text")
     gaps = tuple(after - before for before, after in itertools.pairwise(times))
     return Sample(first=times[0] - began, gaps=gaps, whole=times[-1] - began)
 
@@ -91,7 +91,7 @@ def measure(session: ServerSession, served_name: str, question: Item, max_tokens
 def _has_text(event: str) -> bool:
     data = parse(event)
     if not isinstance(data, dict) or "error" in data:
-        raise Refused(f"the stream says: {event[:200]}")
+        raise Refused(f"error in the stream: {event[:200]}")
     for choice in data.get("choices") or ():
         delta = choice.get("delta") or {}
         if delta.get("content") or delta.get("reasoning_content"):
@@ -100,7 +100,7 @@ def _has_text(event: str) -> bool:
 
 
 def summary(samples: Sequence[Sample], concurrency: int, seconds: float) -> Mapping[str, Json]:
-    """Return what a run says; see `load_test`."""
+    """Return the results of a run; see `load_test`."""
     good = [sample for sample in samples if not sample.error]
     pieces = sum(1 + len(sample.gaps) for sample in good)
     return {
@@ -121,7 +121,7 @@ def _spread(seconds: Sequence[float]) -> Mapping[str, float | None]:
 
 
 def percentile(seconds: Sequence[float], share: float) -> float | None:
-    """Return the smallest value, in ms, that a share of all do not exceed (nearest rank)."""
+    """Return a percentile (nearest rank) in ms; `share` from 0 to 1."""
     if not seconds:
         return None
     rank = max(1, math.ceil(share * len(seconds) - 1e-9))

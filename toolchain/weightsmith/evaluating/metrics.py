@@ -1,4 +1,4 @@
-"""Judges answers: pure functions of text."""
+"""Metrics: pure functions that judge answers."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from weightsmith.values import Json, Score
 METRICS = ("contains", "exact", "regex", "choice", "json-schema", "command")
 _FENCE = re.compile(r"```(?:json)?[^\S\n]*\n", re.IGNORECASE)
 _SECONDS_EACH = 0.1
-"""CPU time for each answer beside what all have; a schema takes some milliseconds."""
+"""Additional CPU time per answer; a schema takes some milliseconds."""
 
 
 def judge(metric: str, expected: str | Sequence[str], answer: str) -> bool:
-    """Say whether an answer is right; several expected answers are alternatives.
+    """Return whether an answer is right; several expected answers are alternatives.
 
-    contains: the expected text is somewhere in the answer, without regard to case and to how
-    much white space there is. exact: the answer is the expected text, but for white space around
-    it. regex: `re.search` finds the pattern in the answer. choice: the answer, the likeliest of
-    the item's choices, is an expected one. json-schema: the answer, which may stand in a Markdown
-    fence, is JSON that the schema allows. command: judged elsewhere, by the user's own program.
+    contains: the answer contains the expected text, ignoring case and the amount of white space.
+    exact: the answer is the expected text, ignoring surrounding white space. regex: `re.search`
+    finds the pattern in the answer. choice: the answer, the most likely of the item's choices, is
+    an expected one. json-schema: the answer, which may be in a Markdown fence, is JSON that matches
+    the schema. command: judged elsewhere, by the user's program.
     """
     alternatives = (expected,) if isinstance(expected, str) else expected
     match metric:
@@ -42,9 +42,9 @@ def judge(metric: str, expected: str | Sequence[str], answer: str) -> bool:
 
 
 def check_metric(metric: str, items: Iterable[Item]) -> None:
-    """Raise UsageError, naming the line, before anything is asked.
+    """Raise UsageError with the line for an unknown metric, or items that do not fit the metric.
 
-    For an unknown metric, an item without choices, a pattern or a schema that is none.
+    That is, items without choices, or with an invalid pattern or schema.
     """
     if metric not in METRICS:
         raise UsageError(f"unknown metric {metric!r}", hint=f"one of: {', '.join(METRICS)}")
@@ -52,7 +52,7 @@ def check_metric(metric: str, items: Iterable[Item]) -> None:
         where = f"line {item.line}"
         if metric == "choice" and not item.choices:
             raise UsageError(
-                f"{where} has no choices, which metric choice chooses from",
+                f"{where} has no choices, which metric choice needs",
                 hint='give "choices": ["…", "…"], and expected as one of them',
             )
         for expected in item.expected:
@@ -67,7 +67,7 @@ def _check_pattern(pattern: str, where: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise UsageError(
-            f"{where}: {pattern!r} is not a regular expression: {error}",
+            f"{where}: invalid regular expression {pattern!r}: {error}",
             hint="escape special characters with a backslash, or use metric contains",
         ) from None
 
@@ -76,16 +76,16 @@ def _check_schema(schema: str, where: str) -> None:
     from jsonschema import SchemaError
     from jsonschema.validators import validator_for
 
-    hint = 'expected is the schema itself: "expected": {"type": "object", …}'
+    hint = 'write the schema itself: "expected": {"type": "object", …}'
     try:
         value = parse(schema)
         validator_for(value).check_schema(value)
     except SchemaError as error:
         raise UsageError(
-            f"{where}: expected is not a JSON schema: {error.message}", hint=hint
+            f"{where}: expected is not a valid JSON schema: {error.message}", hint=hint
         ) from None
     except ValueError:
-        raise UsageError(f"{where}: expected is not a JSON schema", hint=hint) from None
+        raise UsageError(f"{where}: expected is not a valid JSON schema", hint=hint) from None
 
 
 def _is_valid(schema: str, answer: str) -> bool:
@@ -97,20 +97,20 @@ def _is_valid(schema: str, answer: str) -> bool:
         value = parse(_unfenced(answer.strip()), pairs=False)
     except ValueError:
         return False
-    wanted = parse(schema)
-    # An empty registry: the library would else fetch a reference to another document.
-    validator = validator_for(wanted)(wanted, registry=Registry())
+    parsed = parse(schema)
+    # With an empty registry the library does not fetch references to other documents.
+    validator = validator_for(parsed)(parsed, registry=Registry())
     try:
         return bool(validator.is_valid(value))
     except Unresolvable as error:
         raise UsageError(
-            f"the JSON schema refers to what it does not hold: {error}",
+            f"the JSON schema has an unresolvable reference: {error}",
             hint="put the definition into the schema itself, under $defs",
         ) from None
 
 
 def _unfenced(answer: str) -> str:
-    """Return what stands in a Markdown fence; the answer itself where there is none."""
+    """Return the content of a Markdown fence, or the answer if there is none."""
     begin = _FENCE.match(answer)
     fenced = begin is not None and len(answer) >= begin.end() + 3 and answer.endswith("```")
     return answer[begin.end() : -3] if begin and fenced else answer
@@ -121,12 +121,12 @@ def score_answers(
 ) -> Score:
     """Return the score of answers in the items' order.
 
-    An answer is a text, or a mapping with `answer` and facts to keep beside it; metric `command`
-    needs its own judgement there, `ok`.
+    An answer is a text, or a mapping with `answer` and further facts to keep; for metric `command`
+    it must have `ok`.
     """
     if len(answers) != len(items):
         raise CheckFailed(
-            f"{len(answers)} answers for {len(items)} questions",
+            f"got {len(answers)} answers for {len(items)} questions",
             hint="the evaluation was cut short; run it again",
         )
     check_metric(metric, items)
@@ -140,7 +140,7 @@ def score_answers(
 def _rows(
     answers: Sequence[str | Mapping[str, Json]], items: Sequence[Item], metric: str
 ) -> tuple[Mapping[str, Json], ...]:
-    """Judge all answers in a limit of time: patterns and schemas may take for ever."""
+    """Judge all answers with a time limit: patterns and schemas may take forever."""
     rows: list[Mapping[str, Json]] = []
     seconds = time_limits.FOREIGN_SECONDS + len(items) * _SECONDS_EACH
     try:
@@ -149,10 +149,8 @@ def _rows(
                 rows.append(_row(item, answer, metric))
     except TooLong:
         raise UsageError(
-            f"line {items[len(rows)].line}: judging the answers by metric {metric} takes more than"
-            f" {seconds:g} s of CPU time, the last of it on this line",
-            hint="write its pattern without repetitions inside repetitions, such as (a+)+, or use "
-            "metric contains",
+            f"line {items[len(rows)].line}: metric {metric} exceeded {seconds:g} s of CPU time",
+            hint="avoid nested repetitions such as (a+)+ in patterns, or use metric contains",
         ) from None
     return tuple(rows)
 

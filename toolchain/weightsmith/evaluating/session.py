@@ -1,4 +1,4 @@
-"""One server, asked over kept connections: time limits, size limits, retries, clear failures."""
+"""HTTP session with one server: time limits, size limits, retries, clear errors."""
 
 from __future__ import annotations
 
@@ -14,50 +14,50 @@ from typing import Self, TypeVar
 import httpx
 
 from weightsmith.errors import CheckFailed, EnvironmentFailure, WeightsmithError
-from weightsmith.evaluating.timely import Timely
+from weightsmith.evaluating.deadlines import DeadlineTransport
 from weightsmith.foreign import parse
 from weightsmith.ports import Endpoint
 from weightsmith.values import Json
 
 _LOG_LINES = 15
-_LAST_WORDS = {
-    r"exec format error": "the image's program is for another kind of machine: build it for this "
-    "one, or start it on one of its own",
-    r"exec .*: no such file or directory": "the image lacks its program, or the loader or "
-    "interpreter that the program names: build it again, on a base that has them",
+_LOADER_ERRORS = {
+    r"exec format error": "the image's program is for another CPU architecture: build it for this "
+    "one, or start it on a matching machine",
+    r"exec .*: no such file or directory": "the image lacks its program, or the program's loader "
+    "or interpreter: build it again on a base that has them",
     r"error while loading shared libraries|Error loading shared library": "the image lacks a "
-    "library that its program needs: build it again, on a base that has it",
+    "shared library: build it again on a base that has it",
 }
-"""What a loader says of an image's program -> what to do."""
+"""Pattern of a loader's error -> hint."""
 _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionLimits:
-    """What an answer may cost, in seconds and bytes."""
+    """Limits of a request, in seconds and bytes."""
 
     request_seconds: float = 120.0
-    """From sending a question to the last byte of its answer."""
+    """From sending a request to the last byte of its response."""
     tries: int = 3
     pause_seconds: float = 1.0
-    """Before the second try; doubled before each further one."""
+    """Before the second try; doubled for each further one."""
     answer_bytes: int = 4 << 20
 
 
 class TryAgain(Exception):
-    """A failure that another try may not meet."""
+    """A failure that a retry may avoid."""
 
 
 class TooSlow(TryAgain):
-    """No answer in time: tried once more, not as often as others, because it costs so long."""
+    """A timeout: retried only once, because it takes long."""
 
 
 class Unreachable(TryAgain):
-    """Nobody listens at the address."""
+    """No server listens at the address."""
 
 
 class Refused(Exception):
-    """A failure that every try would meet."""
+    """A failure that a retry cannot avoid."""
 
     def __init__(self, message: str, status: int = 0) -> None:
         super().__init__(message)
@@ -66,17 +66,17 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A status and its body, read whole."""
+    """Status and whole body of a response."""
 
     status: int
     text: str
 
 
 class ServerSession:
-    """Asks one endpoint, from as many threads as you like, until its context ends.
+    """Sends requests to one endpoint, from any number of threads.
 
-    `key` goes out as a bearer token. Every failure is a CheckFailed with the server's last lines,
-    but an EnvironmentFailure where no server listens.
+    `key` is sent as a bearer token. Failures raise CheckFailed with the server's last log lines, or
+    EnvironmentFailure if no server listens.
     """
 
     def __init__(
@@ -84,11 +84,11 @@ class ServerSession:
     ) -> None:
         self.endpoint = endpoint
         self.limits = limits or SessionLimits()
-        # Not compressed: a small answer must not unpack to a large one.
+        # No compression: a small response must not decompress to a large one.
         headers = {"Accept-Encoding": "identity", "User-Agent": "weightsmith"}
         if key:
             headers["Authorization"] = f"Bearer {key}"
-        self._transport = Timely()
+        self._transport = DeadlineTransport()
         self._http = httpx.Client(
             transport=self._transport,
             headers=headers,
@@ -99,7 +99,7 @@ class ServerSession:
         self._urls: dict[str, httpx.URL] = {}
 
     def adding(self, fields: Mapping[str, Json]) -> Self:
-        """Return the same session with these fields in the body of each of its requests."""
+        """Return a session that adds these fields to each request's body."""
         other = copy.copy(self)
         other._fields = {**self._fields, **fields}
         return other
@@ -122,24 +122,24 @@ class ServerSession:
         return self._retried(path, lambda: _object(self._once("GET", path, None)))
 
     def post(self, path: str, body: Json, *, most: int = 0) -> Mapping[str, Json]:
-        """Return the JSON object that a POST of a JSON body is answered with.
+        """Return the JSON object in the response to a POST.
 
-        `most` bytes where an answer may rightly be larger than the limits say.
+        `most` overrides the limit of the response's size in bytes.
         """
         return self._retried(path, lambda: _object(self._once("POST", path, body, most)))
 
     def try_post(self, path: str, body: Json) -> Answer:
-        """Return status and text of one POST, whatever the status; for asking what a server can.
+        """Return status and text of a POST for any status, to find out what a server supports.
 
-        Raises CheckFailed only where no whole answer came.
+        Raises CheckFailed only if there is no complete response.
         """
         return self._retried(path, lambda: self._once("POST", path, body))
 
     @contextmanager
     def events(self, path: str, body: Json) -> Iterator[Iterator[str]]:
-        """Yield the data of each server-sent event of one POST, as it comes; not tried again.
+        """Yield the data of each server-sent event of a POST as it arrives; without retries.
 
-        Raises TryAgain or Refused, as the failure is, for the caller to count or to report.
+        Raises TryAgain or Refused.
         """
         with self._opened("POST", path, body) as response:
             if response.status_code != httpx.codes.OK:
@@ -153,11 +153,11 @@ class ServerSession:
         """Return the error for a request that failed."""
         return CheckFailed(
             f"{self.endpoint.shown}{path}: {what}{self.log()}",
-            hint="ask the server by hand with curl; its log says more",
+            hint="check the server's log, or send the request with curl",
         )
 
     def log(self) -> str:
-        """Return the server's last lines, on lines of their own; '' where there are none."""
+        """Return the server's last log lines after a newline; '' if there are none."""
         lines = self.endpoint.logs(_LOG_LINES).strip()
         return f"\n{lines}" if lines else ""
 
@@ -170,13 +170,13 @@ class ServerSession:
                 raise self.failed(path, str(refusal)) from None
             except TryAgain as failure:
                 if not self.endpoint.alive():
-                    raise died(self.endpoint, f"while it was asked {path}") from None
+                    raise died(self.endpoint, f"during a request to {path}") from None
                 slow = isinstance(failure, TooSlow)
                 if attempt == (min(2, self.limits.tries) if slow else self.limits.tries):
                     if isinstance(failure, Unreachable):
                         raise EnvironmentFailure(
-                            f"{self.endpoint.shown} does not answer: {failure}{self.log()}",
-                            hint="start the server there, or correct the address",
+                            f"cannot connect to {self.endpoint.shown}: {failure}{self.log()}",
+                            hint="start the server, or correct the URL",
                         ) from None
                     raise self.failed(path, f"{failure} ({attempt} tries)") from None
             time.sleep(pause)
@@ -199,14 +199,14 @@ class ServerSession:
             ):
                 yield response
         except httpx.TimeoutException:
-            raise TooSlow(f"no answer in {seconds:g} s") from None
+            raise TooSlow(f"no response within {seconds:g} s") from None
         except httpx.ConnectError as error:
             raise Unreachable(str(error)) from None
         except httpx.HTTPError as error:
             raise TryAgain(f"{type(error).__name__}: {error}") from None
 
     def _url(self, path: str) -> httpx.URL:
-        """Return the whole address; parsing it is a fifth of what a request costs."""
+        """Return the URL, cached because parsing takes a fifth of a request's time."""
         if path not in self._urls:
             self._urls[path] = httpx.URL(f"{self.endpoint.url.rstrip('/')}{path}")
         return self._urls[path]
@@ -220,7 +220,7 @@ class ServerSession:
         for part in response.iter_raw():
             size += len(part)
             if size > most:
-                raise Refused(f"the answer is larger than {most} bytes")
+                raise Refused(f"the response is larger than {most} bytes")
             yield part
 
     def _lines(self, response: httpx.Response) -> Iterator[str]:
@@ -234,17 +234,17 @@ class ServerSession:
 
 
 def died(endpoint: Endpoint, when: str) -> WeightsmithError:
-    """Return the error for a server that ended, with its last lines."""
+    """Return the error for a stopped server, with its last log lines."""
     lines = endpoint.logs(_LOG_LINES).strip()
     hint = next(
-        (told for words, told in _LAST_WORDS.items() if re.search(words, lines)),
-        "its last lines say why; too little memory is a common cause",
+        (hint for pattern, hint in _LOADER_ERRORS.items() if re.search(pattern, lines)),
+        "see its last log lines; a common cause is too little memory",
     )
     return CheckFailed(f"the server stopped {when}" + (f"\n{lines}" if lines else ""), hint=hint)
 
 
 def excerpt(text: str) -> str:
-    """Return a text in one line of at most 200 characters."""
+    """Return a text on one line, at most 200 characters."""
     flat = " ".join(text.split())
     return flat if len(flat) <= 200 else flat[:199] + "…"
 
@@ -258,20 +258,20 @@ def _object(answer: Answer) -> Mapping[str, Json]:
     try:
         value = parse(text)
     except ValueError:
-        raise TryAgain(f"half an answer: {excerpt(text)}") from None
+        raise TryAgain(f"truncated or invalid JSON: {excerpt(text)}") from None
     if not isinstance(value, dict):
-        raise Refused(f"an answer that is no object: {excerpt(text)}")
+        raise Refused(f"the response is not a JSON object: {excerpt(text)}")
     return value
 
 
 def _data(lines: Iterator[str]) -> Iterator[str]:
-    """Yield the data of server-sent events, as the HTML standard has them (9.2.6)."""
-    held: list[str] = []
+    """Yield the data of server-sent events (HTML standard, 9.2.6)."""
+    data: list[str] = []
     for line in lines:
         if line.startswith("data:"):
-            held.append(line[5:].removeprefix(" "))
-        elif not line and held:
-            yield "\n".join(held)
-            held = []
-    if held:
-        yield "\n".join(held)
+            data.append(line[5:].removeprefix(" "))
+        elif not line and data:
+            yield "\n".join(data)
+            data = []
+    if data:
+        yield "\n".join(data)

@@ -1,4 +1,4 @@
-"""Is a started image fit to be published? One check after the other, on the running server."""
+"""Smoke test of a started image: checks on the running server before publishing."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _GREETING = Item(messages=({"role": "user", "content": "Hello"},), expected=("",
 _SHORT, _LONG = 8, 256
 _MOST_AT_ONCE = 64
 _STOP_SECONDS = 10.0
-"""What `docker stop` waits before it kills."""
+"""Default timeout of `docker stop`."""
 _CLEAN_ENDS = frozenset({0, 143, -15})
-"""Exit codes of a program that SIGTERM ended: by itself, or by the signal's default."""
+"""Exit codes after SIGTERM: handled, or the signal's default action."""
 _CLEAR = ("context", "token", "length", "long")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Promise:
-    """What the image promises: its plan, and the name it serves."""
+    """The image's plan: served name, health path, limits."""
 
     served_name: str
     health_path: str
@@ -44,18 +44,18 @@ class Promise:
 
 @dataclass(slots=True)
 class Smoke:
-    """The checks so far, each with how long it took and what it saw."""
+    """Results of the checks: name, observation, seconds."""
 
     checks: list[Mapping[str, Json]] = field(default_factory=list)
 
     def check(self, name: str, session: ServerSession, look: Callable[[], str]) -> None:
-        """Run a check and keep what it saw; CheckFailed, naming it, where it fails."""
+        """Run a check and record its result; raise CheckFailed with its name if it fails."""
         began = time.monotonic()
         try:
             seen = look()
         except WeightsmithError as error:
-            message = f"the image fails its check {name!r}: {error.message}"
-            # Errors of the session have the log already.
+            message = f"smoke test {name!r} failed: {error.message}"
+            # Errors of the session already include the log.
             log = "" if session.log() in error.message else session.log()
             raise CheckFailed(message + log, hint=error.hint) from None
         seconds = round(time.monotonic() - began, 3)
@@ -63,9 +63,9 @@ class Smoke:
 
 
 def check_serving(smoke: Smoke, session: ServerSession, promise: Promise) -> None:
-    """Check a healthy server: its name, chat, stream, context limit, concurrency, logprobs.
+    """Check a healthy server: model list, chat, streaming, context limit, concurrency, logprobs.
 
-    Raises CheckFailed with the name of the check and the server's last lines.
+    Raises CheckFailed with the check's name and the server's last log lines.
     """
     name = promise.served_name
 
@@ -84,9 +84,9 @@ def check_serving(smoke: Smoke, session: ServerSession, promise: Promise) -> Non
 
 
 def check_life(smoke: Smoke, endpoint: Endpoint, promise: Promise) -> None:
-    """Stop the server as its users will, start it again, and ask it once more.
+    """Stop the server with SIGTERM, restart it, and send another request.
 
-    Does nothing where the launcher can do neither.
+    Does nothing if the launcher does not support this.
     """
     if endpoint.stop is None or endpoint.restart is None:
         return
@@ -108,8 +108,8 @@ def _chat(session: ServerSession, name: str) -> str:
     answer = chat(session, name, _GREETING, _SHORT)["answer"]
     if not str(answer).strip():
         raise CheckFailed(
-            f"{session.endpoint.shown}{_CHAT}: the answer to 'Hello' is empty",
-            hint="does the checkpoint have its chat template?",
+            f"{session.endpoint.shown}{_CHAT}: empty answer to 'Hello'",
+            hint="check that the checkpoint has its chat template",
         )
     return excerpt(str(answer))
 
@@ -125,10 +125,10 @@ def _stream(session: ServerSession, name: str) -> str:
                 pieces += [c for c in _contents(parse(event)) if c]
     except (TryAgain, Refused, ValueError) as error:
         if not session.endpoint.alive():
-            raise died(session.endpoint, "while it was streaming") from None
+            raise died(session.endpoint, "while streaming") from None
         raise session.failed(_CHAT, f"streaming: {error}") from None
     if not pieces or not done:
-        what = "it does not end with [DONE]" if pieces else "it has no text"
+        what = "no [DONE] at the end" if pieces else "no text"
         raise session.failed(_CHAT, f"streaming: {what}")
     return f"{len(pieces)} pieces"
 
@@ -141,12 +141,12 @@ def _contents(event: Json) -> list[Json]:
 def _end(session: ServerSession, name: str) -> str:
     answer = chat(session, name, _GREETING, _LONG)
     if answer["finish_reason"] == "stop":
-        return "an answer ends by itself"
+        return "the answer ends by itself"
     return f"the answer to 'Hello' did not end within {_LONG} tokens"
 
 
 def _context(session: ServerSession, name: str, max_model_len: int) -> str:
-    # At least one token a word, whatever the vocabulary.
+    # At least one token per word with any vocabulary.
     words = " ".join(f"word {number % 10}" for number in range(max_model_len // 2 + 32))
     item = Item(messages=({"role": "user", "content": words},), expected=("",), line=0)
     answer = session.try_post(_CHAT, chat_body(name, item, 1))
@@ -154,13 +154,13 @@ def _context(session: ServerSession, name: str, max_model_len: int) -> str:
     if not 400 <= answer.status < 500:
         raise session.failed(
             _CHAT,
-            f"a prompt longer than {max_model_len} tokens is answered with HTTP"
-            f" {answer.status}, not refused: {said}",
+            f"a prompt longer than {max_model_len} tokens got HTTP {answer.status} instead of an"
+            f" error: {said}",
         )
     if not any(word in answer.text.lower() for word in _CLEAR):
-        raise session.failed(_CHAT, f"the refusal of a long prompt does not say why: {said}")
+        raise session.failed(_CHAT, f"the error for a long prompt does not say why: {said}")
     if not session.endpoint.alive():
-        raise session.failed(_CHAT, "the server ended over a prompt that is too long")
+        raise session.failed(_CHAT, "the server stopped after a too long prompt")
     return f"HTTP {answer.status}: {said}"
 
 
@@ -169,27 +169,27 @@ def _together(session: ServerSession, name: str, count: int) -> str:
         asked = [pool.submit(chat, session, name, _GREETING, _SHORT) for _ in range(count)]
         empty = sum(not str(one.result()["answer"]).strip() for one in asked)
     if empty:
-        raise session.failed(_CHAT, f"{empty} of {count} requests at once got an empty answer")
+        raise session.failed(_CHAT, f"{empty} of {count} concurrent requests got an empty answer")
     return f"{count} answers"
 
 
 def _logprobs(session: ServerSession, name: str) -> str:
-    # A server may have none to give; one that ends when it is asked for them is broken.
+    # A server may not support them, but must not fail.
     asked = {**chat_body(name, _GREETING, 1), "logprobs": True, "top_logprobs": 1}
     answer = session.try_post(_CHAT, asked)
     if answer.status >= 500 or not session.endpoint.alive():
         raise session.failed(_CHAT, f"log-probabilities: HTTP {answer.status}")
-    return "given" if answer.status == 200 else f"HTTP {answer.status}: {excerpt(answer.text)}"
+    return "supported" if answer.status == 200 else f"HTTP {answer.status}: {excerpt(answer.text)}"
 
 
 def _stopped(code: int | None) -> str:
     if code is None:
         raise CheckFailed(
-            f"the server still runs {_STOP_SECONDS:g} s after SIGTERM",
-            hint="a container engine would kill it now, with its requests",
+            f"the server is still running {_STOP_SECONDS:g} s after SIGTERM",
+            hint="a container engine would now kill it, and lose its requests",
         )
     if code not in _CLEAN_ENDS:
         raise CheckFailed(
-            f"the server ended with exit code {code} after SIGTERM", hint="its last lines say why"
+            f"the server exited with code {code} after SIGTERM", hint="see its last log lines"
         )
     return f"exit code {code}"

@@ -1,4 +1,4 @@
-"""Shares and paired comparisons with their uncertainty: pure arithmetic, no dependency."""
+"""Confidence intervals of shares and paired comparisons; no dependencies."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """Return the exact two-sided p value that as many were lost as won only by chance.
+    """Return the two-sided p value of McNemar's exact test.
 
-    The smaller of the two counts under a fair coin, doubled: McNemar, "Note on the sampling
-    error of the difference between correlated proportions", 1947, in its exact form.
+    Twice the binomial tail of the smaller count: McNemar, "Note on the sampling error of the
+    difference between correlated proportions", 1947, in its exact form.
     """
     n = lost + won
     tail = sum(math.comb(n, k) for k in range(min(lost, won) + 1))
-    # Python's integers divide exactly where floats would overflow.
+    # Integer division, because floats would overflow.
     return min(1.0, 2 * tail / (1 << n))
 
 
 def paired_interval(lost: int, won: int, n: int) -> tuple[float, float]:
-    """Return the interval of (lost - won) / n, the drop of a score over the same n items.
+    """Return the 95 % interval of (lost - won) / n, the drop of a score over the same n items.
 
     Bonett and Price, "Adjusted Wald confidence interval for a difference of binomial proportions
     based on paired data", 2012; (-1, 1) for n = 0.
@@ -50,10 +50,10 @@ def paired_interval(lost: int, won: int, n: int) -> tuple[float, float]:
 
 
 def items_needed(max_drop: float) -> int:
-    """Return how many items can show that a drop is at most `max_drop` when no answer changes.
+    """Return the number of items needed to show a drop of at most `max_drop` if no answer changes.
 
-    Where the upper end of `paired_interval(0, 0, n)` comes down to it; 0 for a `max_drop` of 0,
-    which no number shows.
+    The n at which the upper end of `paired_interval(0, 0, n)` reaches it; 0 for a `max_drop` of 0,
+    which no number of items can show.
     """
     if max_drop <= 0:
         return 0
@@ -62,16 +62,16 @@ def items_needed(max_drop: float) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """One subject against another over the same items; shares from 0 to 1."""
+    """A paired comparison over the same items."""
 
     lost: int
-    """Items that were right and are wrong now."""
+    """Items that were right before and are wrong now."""
     won: int
     n: int
 
     @property
     def drop(self) -> float:
-        """How much lower the score is; negative where it rose."""
+        """Decrease of the score; negative if it rose."""
         return (self.lost - self.won) / self.n if self.n else 0.0
 
     @property
@@ -86,7 +86,7 @@ class Comparison:
 
 
 def compare(now: Sequence[bool], before: Sequence[bool]) -> Comparison:
-    """Return the comparison of two subjects' right and wrong, in the items' order.
+    """Compare two subjects' correctness, in the items' order.
 
     Raises ValueError for different numbers of items.
     """

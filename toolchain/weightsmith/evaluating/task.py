@@ -1,4 +1,4 @@
-"""A task: what is asked, and how the answers are judged."""
+"""A task: questions and metric."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from weightsmith.ports import Progress, RunCommand
 from weightsmith.values import Digest, Json, Score, key_of
 
 Answers = tuple[Mapping[str, Json], ...]
-"""One per item, in order: `answer` and facts beside it, such as `finish_reason`."""
+"""One per item, in order: `answer` and further facts, such as `finish_reason`."""
 
 _COMMAND_SECONDS = 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """Questions, metric and length of an answer."""
+    """Questions, metric and maximum length of an answer."""
 
     items: tuple[Item, ...]
     metric: str = "contains"
@@ -31,11 +31,11 @@ class Task:
     command: tuple[str, ...] = ()
     """The program of metric `command`, with its arguments."""
     name: str = ""
-    """For people, where a build has several tasks."""
+    """The task's name, if a build has several."""
 
     @property
     def digest(self) -> Digest:
-        """What is asked; the expected answers may change without asking again."""
+        """Key of the questions, without expected answers: changing those needs no new run."""
         asked: list[Json] = [[dict(m) for m in item.messages] for item in self.items]
         if self.metric != "choice":
             return key_of(asked)
@@ -43,7 +43,7 @@ class Task:
 
     @property
     def questions(self) -> tuple[Question, ...]:
-        """The same for a job that asks a checkpoint."""
+        """The task's questions for a job that asks a checkpoint."""
         return tuple(
             Question(messages=item.messages, choices=item.choices, plain=item.plain)
             for item in self.items
@@ -51,7 +51,7 @@ class Task:
 
     @property
     def most_tokens(self) -> int:
-        """About the most tokens that a model reads and writes for it: a token a letter."""
+        """Upper estimate of tokens read and written: one per character."""
         letters = [sum(len(str(m["content"])) for m in item.messages) for item in self.items]
         if self.metric == "choice":
             return sum(
@@ -61,7 +61,7 @@ class Task:
         return sum(letters) + self.max_tokens * len(self.items)
 
     def answers_of(self, answers: Sequence[Json]) -> Answers:
-        """Return a job's answers, the likeliest choices where it sent likelihoods."""
+        """Return a job's answers; for metric `choice`, the most likely choices."""
         if self.metric == "choice":
             return tuple(choose(i, s) for i, s in zip(self.items, answers, strict=True))
         return tuple(answers)
@@ -75,7 +75,7 @@ def ask_server(
     *,
     concurrency: int = 1,
 ) -> Answers:
-    """Return a server's answers, in order; raises CheckFailed for a server that fails or cannot."""
+    """Return a server's answers in order; raises CheckFailed if the server fails."""
     ask = (
         _chooser(session, served_name)
         if task.metric == "choice"
@@ -101,7 +101,7 @@ def score_task(
 ) -> Score:
     """Return the score of answers; metric `command` runs the user's program on them.
 
-    Raises CheckFailed for a program that fails or says nothing useful.
+    Raises CheckFailed for a program that fails or prints no valid result.
     """
     if task.metric != "command":
         return score_answers(answers, task.items, task.metric)

@@ -1,4 +1,4 @@
-"""What a quantized model may differ from the one it was made from, per format."""
+"""Limits per format on the difference between a quantized model and its checkpoint."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ def _limits(mean: float, p99: float, top1: float, ratio: float, layer: float) ->
     )
 
 
-# By bits per weight, down to which they hold (benchmarks/README.md has what was measured). The
-# divergence is a mean over some hundred tokens of answers, a few of which are ties: on a model of
-# 135 million weights, sound files of four to six bits gave 0.02 to 0.18. So what tells a sound file
-# from a coarse or broken one there is the error of a layer, 0.04 to 0.17 against 0.22 and more.
-# Below four bits nothing more is allowed: that is where fine-tuning is lost.
+# By minimum bits per weight (measurements are in benchmarks/README.md). The divergence is a mean
+# over some hundred answer tokens, a few of which are ties: on a model of 135 million weights, good
+# files of four to six bits had 0.02 to 0.18. So the layer error separates good files (0.04 to 0.17)
+# from coarse or broken ones (0.22 and more). Below four bits the limits stay the same, because
+# fine-tuning is lost there.
 _DEFAULTS = (
     (15.0, _limits(0.001, 0.02, 0.99, 1.01, 0.02)),
     (7.5, _limits(0.01, 0.2, 0.96, 1.05, 0.1)),
     (0.0, _limits(0.25, 3.0, 0.86, 1.3, 0.25)),
 )
 _FP8 = _limits(0.03, 0.6, 0.94, 1.1, 0.12)
-"""fp8 has three bits of mantissa, whatever its eight cost: 0.007, 0.16, 0.979, 0.999 and 0.056 on
-the support bot, where int8's were 0.001, 0.016, 1, 0.999 and 0.04."""
+"""fp8 has only three bits of mantissa: 0.007, 0.16, 0.979, 0.999 and 0.056 on the support bot,
+where int8 has 0.001, 0.016, 1, 0.999 and 0.04."""
 _GROUPED = frozenset({"awq", "gptq"})
 _GROUPED_LAYER = 0.35
-"""One scale for 64 or 128 weights is coarser than GGUF's for 32: 0.17 and 0.16 on the support bot,
-where q4_k_m's layers err by 0.10 and q2_k's, which is stopped, by 0.22."""
+"""One scale per 64 or 128 weights is coarser than GGUF's per 32: 0.17 and 0.16 on the support bot,
+where q4_k_m has a layer error of 0.10, and q2_k, which fails, 0.22."""
 _ANY = "*"
 _GENERAL = 2.0
-"""Measured: q4_k_m of the support bot errs 5 times as often on general text as on its own."""
+"""Measured: the support bot's q4_k_m errs 5 times as often on general text as on its own task."""
 
 
 def limits_for(format_: Format, quality: Wanted, *, general: bool = False) -> Mapping[str, float]:
-    """Return a format's limits: the defaults of its size, changed by the recipe's.
+    """Return a format's limits: the defaults for its size, overridden by the recipe.
 
-    The recipe's `*` changes all formats, a format's own name only that one. On `general` text,
-    which is not what the model was tuned on, more words are possible next, and rounding decides
-    between them: the defaults for divergence and agreement are wider there.
+    The recipe's `*` applies to all formats, a format's name only to that one. On `general` text,
+    which the model was not tuned on, more next tokens are nearly tied, so the defaults for
+    divergence and agreement are wider.
     """
     bits = format_.bits_per_weight
     found = next(limits for least, limits in _DEFAULTS if bits >= least)
@@ -61,7 +61,7 @@ def limits_for(format_: Format, quality: Wanted, *, general: bool = False) -> Ma
 
 
 def refusal(format_: Format, quality: Quality) -> CheckFailed:
-    """Return the error for a model over its limits: where the loss is and what to try."""
+    """Return the error for a model over its limits: where the loss is, and what to try."""
     where = ""
     if quality.loss and quality.loss.worst_layers:
         worst = (f"{one.layer} ({one.error:.2g})" for one in quality.loss.worst_layers)
@@ -77,6 +77,6 @@ def refusal(format_: Format, quality: Quality) -> CheckFailed:
     hint = tries.get(format_.kind, "a format with more bits, or more calibration text")
     much = "; ".join(quality.exceeded)
     return CheckFailed(
-        f"{format_.name} lost too much of the merged model: {much}{where}",
-        hint=f"try {hint}; quality.limits.{format_.name} sets what may be lost",
+        f"{format_.name} differs too much from the merged model: {much}{where}",
+        hint=f"try {hint}; quality.limits.{format_.name} sets the limits",
     )

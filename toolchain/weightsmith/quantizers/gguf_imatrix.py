@@ -42,7 +42,9 @@ def check_imatrix(path: Path, model: ModelFacts) -> None:
     for entry in entries:
         part = _BLOCK.fullmatch(entry.name)
         if part and part[2] in _READS_HIDDEN and model.hidden not in (0, entry.columns):
-            raise _wrong_model(path, f"{entry.name} has {entry.columns} columns, not {model.hidden}")
+            raise _wrong_model(
+                path, f"{entry.name} has {entry.columns} columns, not {model.hidden}"
+            )
 
 
 def experts_missed(path: Path) -> list[str]:

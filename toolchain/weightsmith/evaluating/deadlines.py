@@ -1,4 +1,4 @@
-"""Requests that end at a moment, however slowly a server drips: httpx limits each read alone."""
+"""HTTP transport with a deadline for the whole request; httpx only limits each single read."""
 
 from __future__ import annotations
 
@@ -13,55 +13,55 @@ import httpcore
 import httpx
 
 
-class Timely(httpx.HTTPTransport):
-    """Sends requests, from many threads; those made inside `within` have that many seconds."""
+class DeadlineTransport(httpx.HTTPTransport):
+    """An HTTP transport that limits the total time of requests made inside `within`."""
 
     def __init__(self) -> None:
         super().__init__(trust_env=False)
-        self._moment = _Moment()
-        # The library's own pool, with our way of waiting below it; httpx hands on none.
+        self._deadline = _Deadline()
+        # httpx does not accept a network backend, so replace its pool.
         self._pool = httpcore.ConnectionPool(
             ssl_context=httpx.create_ssl_context(trust_env=False),
             max_connections=None,
             max_keepalive_connections=None,
-            network_backend=_Network(self._moment),
+            network_backend=_Network(self._deadline),
         )
 
     @contextmanager
     def within(self, seconds: float) -> Iterator[None]:
-        """Give what this thread asks in the block, head and body, so many seconds in all."""
-        self._moment.until = time.monotonic() + seconds
+        """Limit the total time of this thread's request in the block, including the body."""
+        self._deadline.until = time.monotonic() + seconds
         try:
             yield
         finally:
-            self._moment.until = None
+            self._deadline.until = None
 
 
-class _Moment(threading.local):
-    """When this thread's request must have ended."""
+class _Deadline(threading.local):
+    """The deadline of this thread's request."""
 
     until: float | None = None
 
     def left(self, timeout: float | None) -> float | None:
-        """Return how long may be waited; raises ReadTimeout where the moment has come."""
+        """Return the remaining seconds to wait; raises ReadTimeout after the deadline."""
         if self.until is None:
             return timeout
         left = self.until - time.monotonic()
         if left <= 0:
-            raise httpcore.ReadTimeout("the time for the whole answer is over")
+            raise httpcore.ReadTimeout("deadline of the whole response exceeded")
         return left if timeout is None else min(left, timeout)
 
 
 class _Stream(httpcore.NetworkStream):
-    def __init__(self, inner: httpcore.NetworkStream, moment: _Moment) -> None:
+    def __init__(self, inner: httpcore.NetworkStream, deadline: _Deadline) -> None:
         self._inner = inner
-        self._moment = moment
+        self._deadline = deadline
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._inner.read(max_bytes, self._moment.left(timeout))
+        return self._inner.read(max_bytes, self._deadline.left(timeout))
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._inner.write(buffer, self._moment.left(timeout))
+        self._inner.write(buffer, self._deadline.left(timeout))
 
     def close(self) -> None:
         self._inner.close()
@@ -72,17 +72,17 @@ class _Stream(httpcore.NetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,
     ) -> httpcore.NetworkStream:
-        left = self._moment.left(timeout)
-        return _Stream(self._inner.start_tls(ssl_context, server_hostname, left), self._moment)
+        left = self._deadline.left(timeout)
+        return _Stream(self._inner.start_tls(ssl_context, server_hostname, left), self._deadline)
 
     def get_extra_info(self, info: str) -> Any:
         return self._inner.get_extra_info(info)
 
 
 class _Network(httpcore.NetworkBackend):
-    def __init__(self, moment: _Moment) -> None:
+    def __init__(self, deadline: _Deadline) -> None:
         self._inner = httpcore.SyncBackend()
-        self._moment = moment
+        self._deadline = deadline
 
     def connect_tcp(
         self,
@@ -92,6 +92,6 @@ class _Network(httpcore.NetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.NetworkStream:
-        left = self._moment.left(timeout)
+        left = self._deadline.left(timeout)
         stream = self._inner.connect_tcp(host, port, left, local_address, socket_options)
-        return _Stream(stream, self._moment)
+        return _Stream(stream, self._deadline)
