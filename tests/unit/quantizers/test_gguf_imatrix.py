@@ -50,7 +50,7 @@ def test_the_models_own_matrix_passes(tmp_path, writer):
 def test_another_models_matrix_is_refused(tmp_path, writer, other, says):
     path = writer(tmp_path / "m", **other)
 
-    with pytest.raises(InputRefused, match=f"another model.*{says}"):
+    with pytest.raises(InputRefused, match=f"does not match the model.*{says}"):
         check_imatrix(path, facts(CONFIG))
 
 

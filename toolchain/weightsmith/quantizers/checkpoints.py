@@ -54,8 +54,8 @@ def check_config(model: ModelFacts, known: Collection[str]) -> None:
     check_unpacked(model)
     if model.architecture not in known:
         raise InputRefused(
-            f"{model.architecture} is not among the architectures that are quantized here with"
-            f" every layer accounted for: {', '.join(sorted(known))}",
+            f"unsupported architecture {model.architecture}; supported are"
+            f" {', '.join(sorted(known))}",
             hint="serve it in 16 bits (target vllm), or as GGUF",
         )
 

@@ -50,13 +50,13 @@ def check_input(model: ModelFacts) -> None:
         )
     if model.encoder_decoder:
         raise InputRefused(
-            f"{model.architecture} is an encoder with a decoder; only decoders are served here",
+            f"{model.architecture} is an encoder-decoder; only decoder-only models are supported",
             hint="choose a decoder-only model",
         )
     check_unpacked(model)
     if model.architecture not in _architectures():
         raise InputRefused(
-            f"the pinned llama.cpp converts no {model.architecture}",
+            f"the pinned llama.cpp does not support {model.architecture}",
             hint="use an engine that loads safetensors, or a newer llama.cpp (see "
             "images/engines/llamacpp/README.md)",
         )

@@ -38,7 +38,7 @@ def check_imatrix(path: Path, model: ModelFacts) -> None:
     if not blocks:
         raise _wrong_model(path, "it has no entries for decoder layers")
     if model.layers not in (0, max(blocks)):
-        raise _wrong_model(path, f"it has {max(blocks)} layers, the model {model.layers}")
+        raise _wrong_model(path, f"it has {max(blocks)} layers, but the model has {model.layers}")
     for entry in entries:
         part = _BLOCK.fullmatch(entry.name)
         if part and part[2] in _READS_HIDDEN and model.hidden not in (0, entry.columns):
