@@ -65,7 +65,10 @@ def _registries() -> Iterator[str]:
 def _recipe(model: type[BaseModel], prefix: str) -> Iterator[str]:
     if not prefix:
         yield "| key | type | default | meaning |\n|---|---|---|---|"
-    for attribute, field in model.model_fields.items():
+    fields = list(model.model_fields.items())
+    if prefix:  # what a section cannot do without comes first
+        fields.sort(key=lambda item: not item[1].is_required())
+    for attribute, field in fields:
         name = field.alias or attribute
         inner, many = _inner(field.annotation)
         place = f"{prefix}{name}" + ("[]" if many else "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -72,10 +72,9 @@ class Base(_Part):
     )
 
 
-class Evaluate(_Part):
-    """The task that the image must still do."""
+class Scoring(_Part):
+    """How answers are judged."""
 
-    data: str = Field(min_length=1, description="JSON Lines: `{prompt | messages, expected}`.")
     metric: Literal["contains", "exact", "regex", "choice", "json-schema", "command"] = Field(
         "contains", description="How an answer is judged."
     )
@@ -90,8 +89,8 @@ class Evaluate(_Part):
         description="What must be within `max_drop`: the loss as observed, or the whole of its"
         " 95 % interval.",
     )
-    min_score: float = Field(0.0, ge=0, le=1, description="Lowest score that passes.")
-    max_tokens: int = Field(64, ge=1, le=8192, description="Length of an answer in tokens.")
+    min_score: float = Field(0.0, ge=0, le=1, description="Lowest score that passes, from 0 to 1.")
+    max_tokens: int = Field(64, ge=1, le=131072, description="Most tokens of an answer.")
     training: str = Field(
         "",
         description="JSON Lines that the adapter was trained on; questions found in it are "
@@ -102,10 +101,18 @@ class Evaluate(_Part):
     )
 
     @model_validator(mode="after")
-    def _with_command(self) -> Evaluate:
+    def _with_command(self) -> Self:
         if (self.metric == "command") != bool(self.command):
-            raise ValueError("metric: command and command: [program, …] belong together")
+            raise ValueError(
+                "metric `command` needs a command that judges; other metrics take none"
+            )
         return self
+
+
+class Evaluate(Scoring):
+    """The task that the image must still do."""
+
+    data: str = Field(min_length=1, description="JSON Lines: `{prompt | messages, expected}`.")
 
 
 class Adapter(_Part):

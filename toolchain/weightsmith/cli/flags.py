@@ -9,7 +9,6 @@ FLAGS = {
     "allow_network_in_jobs": "run jobs even if this machine cannot isolate them from the network",
     "base": "base model: a folder, hf://owner/name or pypi://package==version",
     "calibration": "calibration text as JSON Lines; part of it is held out for the quality gate",
-    "command": "program that judges the answers, with --metric command",
     "compare": "folder of the first of two builds to compare; the second follows",
     "concurrency": "number of requests at once",
     "config": "folder that `render` wrote",
@@ -34,8 +33,6 @@ FLAGS = {
     "max_drop": "largest accepted drop in score compared with --against, from 0 to 1",
     "max_tokens": "maximum tokens of an answer",
     "merged": "merged checkpoint folder",
-    "metric": "how an answer is judged: contains, exact, regex, choice, json-schema or command",
-    "min_score": "lowest accepted score, from 0 to 1",
     "model": "model folder or .gguf file",
     "name": "the model's name; default: the name of its file, or of its folder in `render`",
     "no_gate": "report the loss, but do not fail because of it",
@@ -53,15 +50,12 @@ FLAGS = {
     "awskms://…",
     "smoke": "start the new image once if a container engine is running; --no-smoke: do not",
     "source": "registry reference, or an OCI layout: a folder, oci:DIR or oci:DIR:NAME",
-    "strict": "refuse questions found in --training or --calibration",
     "target": "engine and format, such as llamacpp-q4_k_m",
     "tasks": "names of lm-evaluation-harness tasks, separated by commas; the harness must be "
     "installed",
     "timeout": "seconds to wait for one answer",
     "to": "reference to push to",
     "tokenizer": "tokenizer folder, for tasks that compare likelihoods",
-    "training": "JSON Lines that the adapter was trained on; questions that appear in it are "
-    "reported",
     "update_lock": "ignore the lock file next to the recipe: use sources and bases as they are "
     "now, and rewrite the file",
     "url": "URL of an OpenAI-compatible server",

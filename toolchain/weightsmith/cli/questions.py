@@ -6,12 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from weightsmith.cli.command import command
+from weightsmith.cli.sections import Flags
+from weightsmith.recipe import Scoring
 from weightsmith.values import Json
 from weightsmith.visible import joined
 
 
 @command(
     many=("adapter",),
+    # `max_drop` is against an earlier run, and there is no limit without the flag.
+    sections={"scoring": Flags(section=Scoring, without=("max_drop", "certainty"))},
     meanings={
         "calibration": "JSON Lines that the model was calibrated on; questions that appear in it "
         "are reported",
@@ -22,27 +26,22 @@ def evaluate(
     _context: object,
     *,
     data: str = "",
-    metric: str = "contains",
+    scoring: Scoring,
     image: str = "",
     url: str = "",
     model: str = "",
     adapter: Sequence[str] = (),
     served_name: str = "",
-    command: str = "",
     tasks: str = "",
     tokenizer: str = "",
     include: str = "",
     limit: int = 0,
-    max_tokens: int = 64,
     concurrency: int = 1,
     timeout: float = 120.0,
     retries: int = 2,
-    training: str = "",
     calibration: str = "",
-    strict: bool = False,
     against: str = "",
     max_drop: str = "",
-    min_score: float = 0.0,
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
     json: bool = False,
@@ -81,23 +80,20 @@ def evaluate(
     )
     check_subject(subject)
     options = EvaluateOptions(
-        metric=metric,
-        command=command,
-        max_tokens=max_tokens,
+        scoring=scoring,
         concurrency=concurrency,
         timeout=timeout,
         retries=retries,
-        training=training,
         calibration=calibration,
-        strict=strict,
         against=against,
         max_drop=number(max_drop, "--max-drop") if max_drop else None,
-        min_score=min_score,
     )
     with open_tools(runner, progress_for(), allow_network_in_jobs=allow_network_in_jobs) as tools:
         result = evaluate_subject(subject, Path(data), options, tools)
     low, high = result["interval"]
-    text = f"{result['score']:.4f} ({metric}, n={result['n']}, 95 %: {low:.3f} to {high:.3f})"
+    text = (
+        f"{result['score']:.4f} ({scoring.metric}, n={result['n']}, 95 %: {low:.3f} to {high:.3f})"
+    )
     if "comparison" in result:
         return result, joined([text, result["comparison"]["reason"]])
     return result, text

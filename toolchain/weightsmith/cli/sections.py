@@ -66,8 +66,12 @@ class Flags:
             if value in ("", [], None) or value == self._default(name, field):
                 continue
             texts[name] = value
-            read = flag_of(self.section, name).read
-            value = read(value) if read else value
+            if read := flag_of(self.section, name).read:
+                try:
+                    value = read(value)
+                except ValueError as error:
+                    flag = spelling(self.section, name)
+                    raise UsageError(f"{flag} {value}: {error}", hint=_described(field)) from None
             choices = {str(choice): choice for choice in _choices(field.annotation)}
             given[name] = choices.get(value, value) if isinstance(value, str) else value
         try:

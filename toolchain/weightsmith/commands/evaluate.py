@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from weightsmith.evaluating.session import SessionLimits
 from weightsmith.evaluating.statistics import wilson
 from weightsmith.evaluating.task import Answers, Task, ask_server, score_task
 from weightsmith.foreign import TOKENIZER, parse_file
+from weightsmith.recipe import Scoring
 from weightsmith.stages.reference import BUILDER, answers
 from weightsmith.stages.reference import Subject as AskedModel
 from weightsmith.tools import Tools
@@ -42,21 +42,16 @@ class Subject:
 class EvaluateOptions:
     """How it is asked and judged."""
 
-    metric: str = "contains"
-    command: str = ""
-    """Program and arguments of metric `command`, as a shell would read them."""
-    max_tokens: int = 64
+    scoring: Scoring
+    """`max_drop` and `certainty` are not used: the limit is the one below."""
     concurrency: int = 1
     timeout: float = 120.0
     """Seconds for one answer."""
     retries: int = 2
-    training: str = ""
     calibration: str = ""
-    strict: bool = False
     against: str = ""
     """What an earlier `evaluate --json` printed, to compare with item by item."""
     max_drop: float | None = None
-    min_score: float = 0.0
 
 
 def evaluate_subject(
@@ -84,7 +79,8 @@ def evaluate_subject(
         "per_item": list(score.per_item),
     }
     limit = DropLimit(
-        max_drop=1.0 if options.max_drop is None else options.max_drop, min_score=options.min_score
+        max_drop=1.0 if options.max_drop is None else options.max_drop,
+        min_score=options.scoring.min_score,
     )
     verdict = judge_drop("this", score, "other", before, limit)
     if before is not None:
@@ -109,21 +105,20 @@ def check_subject(subject: Subject) -> None:
 
 
 def _task(data: Path, options: EvaluateOptions) -> Task:
-    command = tuple(shlex.split(options.command))
-    if (options.metric == "command") != bool(command):
-        raise UsageError(
-            "--metric command and --command belong together",
-            hint="as in --metric command --command 'python judge.py'",
-        )
-    items = read_items(data)
-    check_metric(options.metric, items)
-    return Task(items=items, metric=options.metric, max_tokens=options.max_tokens, command=command)
+    items, scoring = read_items(data), options.scoring
+    check_metric(scoring.metric, items)
+    return Task(
+        items=items,
+        metric=scoring.metric,
+        max_tokens=scoring.max_tokens,
+        command=scoring.command,
+    )
 
 
 def _check_leaks(task: Task, options: EvaluateOptions, tools: Tools) -> None:
-    for other in (options.training, options.calibration):
+    for other in (options.scoring.training, options.calibration):
         leaks = describe(find_leaks(task.items, Path(other))) if other else ""
-        if leaks and options.strict:
+        if leaks and options.scoring.strict:
             raise InputRefused(leaks, hint="remove them from either file, or leave --strict out")
         if leaks:
             tools.progress.warn(leaks)
