@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from invoke.collection import Collection
@@ -14,6 +15,8 @@ from weightsmith.cli.program import Weightsmith
 from weightsmith.cli.sections import Flags, given
 from weightsmith.commands.folders import open_sources
 from weightsmith.destinations import InStore
+from weightsmith.jobs import MergeOptions
+from weightsmith.ports import Runner
 from weightsmith.recipe import Merge, Quantize, Recipe, Serve
 from weightsmith.stages.merge import inputs, merge
 
@@ -31,6 +34,28 @@ class MoreRecipe(Recipe):
     """A recipe with it."""
 
     merge: More = More()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoreOptions(MergeOptions):
+    """What a builder is told then."""
+
+    strength: float = 1.0
+
+
+class Builder:
+    """Keeps the jobs that it is given."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Any] = []
+
+    def prepare(self, *_given: object) -> None:
+        """Have everything."""
+
+    def run(self, job: Any, _progress: object) -> dict[str, Any]:
+        """Do nothing."""
+        self.jobs.append(job)
+        return {"seconds": 0.0}
 
 
 def run(flags: Flags, *words: str) -> tuple[int, Any]:
@@ -54,10 +79,13 @@ def run(flags: Flags, *words: str) -> tuple[int, Any]:
     return 0, taken[0] if taken else None
 
 
-def test_a_new_option_needs_only_its_field(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_new_option_is_its_field_in_recipe_and_job(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is a flag with help, a key of the recipe, part of the job and of the result's key."""
+    """It is a flag with help, a key of the recipe, part of the job and of the result's key.
+
+    The builder's own class of options, which has no pydantic, gets the field as well.
+    """
     flags = Flags(section=More)
     code, options = run(flags, "--strength", "0.5", "--method", "cat")
     assert (code, options) == (0, More(strength=0.5, method="cat"))
@@ -70,18 +98,20 @@ def test_a_new_option_needs_only_its_field(
     row = MoreRecipe.model_json_schema()["$defs"]["More"]["properties"]["strength"]
     assert (row["default"], row["maximum"]) == (1.0, 2)
 
-    jobs: list[Any] = []
-
-    def made(job: Any, _report: Any) -> dict[str, Any]:
-        jobs.append(job)
-        return {"seconds": 0.0}
-
-    tools = memory_tools(tmp_path, {"merge": made})
+    runner = Builder()
+    tools = replace(memory_tools(tmp_path), runner=cast("Runner", runner))
     base, adapter = write_model(tmp_path / "base"), write_adapter(tmp_path / "a", seed=1)
     sources = open_sources(base, [adapter], [1.0], tools.store)
     assert inputs(sources, options).key != inputs(sources, More(method="cat")).key
+    monkeypatch.setattr("weightsmith.stages.merge.MergeOptions", MoreOptions)
     merge(sources, options, InStore(tools.store), tools)
-    assert jobs[0].options == {**Merge(method="cat").model_dump(), "strength": 0.5}
+    assert runner.jobs[0].options == MoreOptions(method="cat", strength=0.5)
+
+
+def test_the_job_has_every_option_of_the_recipe() -> None:
+    carried = {field.name: field.default for field in fields(MergeOptions)}
+
+    assert carried == {name: field.default for name, field in Merge.model_fields.items()}
 
 
 @pytest.mark.parametrize(
