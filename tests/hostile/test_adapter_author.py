@@ -100,7 +100,7 @@ def test_a_pattern_that_never_ends_does_not_reach_peft(
 ) -> None:
     """PEFT would match it against every module of the model: the jobs that ask PEFT refuse it."""
     from weightsmith.merging.reference import load_network
-    from weightsmith.validating.network import skeleton, with_adapters
+    from weightsmith.forward.network import skeleton, with_adapters
 
     adapter = adapter_with(tmp_path, **{name: PATTERNS[name]})
 

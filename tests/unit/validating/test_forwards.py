@@ -13,9 +13,9 @@ import torch
 from weightsmith.checkpoints.safetensors import build_header
 from weightsmith.errors import EnvironmentFailure
 from weightsmith.validating.forwards import Batch, merged_forward, reference_forward
-from weightsmith.validating.network import skeleton
+from weightsmith.forward.network import skeleton
 from weightsmith.validating.validate import _require_memory
-from weightsmith.validating.weights import Weights
+from weightsmith.forward.weights import Weights
 
 from tests.unit.validating.conftest import held, make_adapter, make_model, merged, tell
 
@@ -93,7 +93,7 @@ import resource, sys
 from pathlib import Path
 from types import SimpleNamespace
 from weightsmith.checkpoints.safetensors import open_checkpoint
-from weightsmith.validating.weights import Weights
+from weightsmith.forward.weights import Weights
 
 root = Path(sys.argv[1])
 index = open_checkpoint(root)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +18,28 @@ from weightsmith.checkpoints.peft_keys import KEY_MAPPING, check_peft_keys
 from weightsmith.checkpoints.peft_patterns import check_peft_patterns
 from weightsmith.checkpoints.templates import render_chat
 from weightsmith.errors import InputRefused
+from weightsmith.foreign import read_json
+from weightsmith.forward.greedy import Answers, Questions, greedy
+from weightsmith.forward.meeting import Meeting
+from weightsmith.forward.views import NOT_STREAMABLE, view
 from weightsmith.merging.adapter_config import read_adapter_config
 from weightsmith.time_limits import doing
 
 Message = Mapping[str, str]
 Progress = Callable[[int, int], None]
 
-_BATCH_TOKENS = 2048
-"""Prompt tokens per batch: enough to reuse the weights, few enough for memory."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _TEMPLATE = "chat_template.jinja"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """Who is asked: a checkpoint with adapters on it, unmerged, each times its weight."""
+
+    model: Path
+    adapters: Sequence[tuple[Path, float]] = ()
+    draft: str = ""
+    """Name of the subject whose answers this one is likely to give."""
 
 
 def answer(
@@ -34,18 +49,112 @@ def answer(
     max_tokens: int,
     progress: Progress | None = None,
 ) -> list[dict[str, str]]:
-    """Return one greedy answer per item, in order, from local files only.
+    """Return one greedy answer per item of one subject, as `answers` does."""
+    subject = Subject(model=model, adapters=tuple(adapters))
+    return answers({"": subject}, items, max_tokens, progress)[""]
+
+
+def answers(
+    subjects: Mapping[str, Subject],
+    items: Sequence[Sequence[Message]],
+    max_tokens: int,
+    progress: Progress | None = None,
+) -> dict[str, list[dict[str, str]]]:
+    """Return one greedy answer per item of each subject, in order, from local files alone.
 
     Each has `answer` and `finish_reason`: `stop` if the model ended it, `length` if it was cut off.
 
-    Adapters stay unmerged and act in parallel, each times its weight, as in training. Items are
-    chat messages, rendered by the model's chat template (or an adapter's, if it has one); without a
-    template, an item's single message is completed as plain text. `progress` is called with items
-    done and total items. Raises InputRefused for folders that need code of their own.
+    Adapters stay unmerged and act side by side, each times its weight: what training saw. Items are
+    chat messages in the folder's own chat template (an adapter's, if it brings one); without a
+    template, an item's single message is completed as plain text. Weights stay in their files and
+    are read for all subjects at once; a model that cannot run like that is loaded. `progress` is
+    called with answers done and answers in all. Raises InputRefused for folders that need code of
+    their own.
     """
     stay_offline()
-    with modest_threads():
-        return _answer(model, adapters, items, max_tokens, progress)
+    count = _Count(len(items) * len(subjects), progress)
+    asked = {name: _asked(subject, items, max_tokens) for name, subject in subjects.items()}
+    found: dict[str, Answers] = {}
+    for round_ in (False, True):
+        names = [name for name, subject in subjects.items() if bool(subject.draft) is round_]
+        for name in names:
+            if draft := found.get(subjects[name].draft):
+                asked[name].questions.drafts = dict(enumerate(draft.tokens))
+        chosen = {name: subjects[name] for name in names}
+        found |= _walk(chosen, asked, count) if names else {}
+    return {name: _texts(asked[name], found[name]) for name in subjects}
+
+
+@dataclass(slots=True, kw_only=True)
+class _Asked:
+    tokenizer: Any
+    questions: Questions
+
+
+class _Count:
+    """Counts answers from several threads."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._total, self._progress, self._done = total, progress, 0
+        self._lock = threading.Lock()
+
+    def __call__(self, more: int) -> None:
+        with self._lock:
+            self._done += more
+            if self._progress is not None:
+                self._progress(min(self._done, self._total), self._total)
+
+
+def _asked(subject: Subject, items: Sequence[Sequence[Message]], max_tokens: int) -> _Asked:
+    tokenizer = load_tokenizer(subject.model, subject.adapters)
+    questions = Questions(
+        prompts=[prompt_tokens(tokenizer, item, subject.model) for item in items],
+        ends=_ends(subject.model, tokenizer),
+        most=max_tokens,
+        filler=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+    )
+    return _Asked(tokenizer=tokenizer, questions=questions)
+
+
+def _walk(
+    subjects: Mapping[str, Subject], asked: Mapping[str, _Asked], count: _Count
+) -> dict[str, Answers]:
+    """Ask subjects side by side; one after the other, in memory, if a model cannot be streamed."""
+    meeting = Meeting()
+    try:
+        with doing("building the models without their weights"):
+            views = _views(subjects, meeting)
+        return meeting.run(
+            {name: partial(greedy, views[name], asked[name].questions, count) for name in subjects}
+        )
+    except NOT_STREAMABLE:
+        found = {}
+        for name, subject in subjects.items():
+            network = load_network(subject.model, subject.adapters)
+            found[name] = greedy(network, asked[name].questions, count)
+            del network
+        return found
+
+
+def _views(subjects: Mapping[str, Subject], meeting: Meeting) -> dict[str, Any]:
+    numbers: dict[Path, int] = {}
+    views = {}
+    for name, subject in subjects.items():
+        check_model_folder(subject.model)
+        _check_together(subject.adapters)
+        number = numbers.setdefault(subject.model, len(numbers))
+        views[name] = view(subject.model, subject.adapters, meeting, number)
+        _weigh(views[name], [weight for _, weight in subject.adapters])
+    return views
+
+
+def _texts(asked: _Asked, found: Answers) -> list[dict[str, str]]:
+    texts = asked.tokenizer.batch_decode(found.tokens, skip_special_tokens=True)
+    ends = set(asked.questions.ends)
+    return [
+        {"answer": str(text), "finish_reason": "stop" if set(row) & ends else "length"}
+        for text, row in zip(texts, found.tokens, strict=True)
+    ]
 
 
 def stay_offline() -> None:
@@ -66,28 +175,6 @@ def modest_threads() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _answer(
-    model: Path,
-    adapters: Sequence[tuple[Path, float]],
-    items: Sequence[Sequence[Message]],
-    max_tokens: int,
-    progress: Progress | None,
-) -> list[dict[str, str]]:
-    tokenizer = load_tokenizer(model, adapters)
-    network = load_network(model, adapters)
-    prompts = [prompt_tokens(tokenizer, item, model) for item in items]
-    answers: list[dict[str, str]] = [{}] * len(items)
-    done = 0
-    for batch in _batches(prompts):
-        found = _generate(network, tokenizer, [prompts[i] for i in batch], max_tokens)
-        for place, answer in zip(batch, found, strict=True):
-            answers[place] = answer
-        done += len(batch)
-        if progress is not None:
-            progress(done, len(items))
-    return answers
 
 
 def load_tokenizer(model: Path, adapters: Sequence[tuple[Path, float]]) -> Any:
@@ -136,7 +223,6 @@ def load_network(model: Path, adapters: Sequence[tuple[Path, float]]) -> Any:
 
 def _with_adapters(network: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
     from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
 
     _check_together(adapters)
     names = [f"adapter_{number}" for number in range(len(adapters))]
@@ -149,12 +235,19 @@ def _with_adapters(network: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
         else:
             network.load_adapter(root, **how)
     network.base_model.set_adapter(names)
+    _weigh(network, [weight for _, weight in adapters])
+    return network
+
+
+def _weigh(network: Any, weights: Sequence[float]) -> None:
+    """Scale each adapter's delta by its weight."""
+    from peft.tuners.lora import LoraLayer
+
     for layer in network.modules():
         if isinstance(layer, LoraLayer):
-            for name, (_, weight) in zip(names, adapters, strict=True):
-                if name in layer.scaling:
+            for number, weight in enumerate(weights):
+                if (name := f"adapter_{number}") in layer.scaling:
                     layer.scaling[name] *= weight
-    return network
 
 
 def _check_together(adapters: Sequence[tuple[Path, float]]) -> None:
@@ -192,59 +285,12 @@ def prompt_tokens(tokenizer: Any, item: Sequence[Message], model: Path) -> list[
     return list(tokenizer(item[0]["content"])["input_ids"])
 
 
-def _batches(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Yield indices of prompts with similar lengths, to reduce padding."""
-    batch: list[int] = []
-    for place in sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i)):
-        if batch and (len(batch) + 1) * len(prompts[place]) > _BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(place)
-    if batch:
-        yield batch
-
-
-@torch.inference_mode()
-def _generate(
-    network: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_tokens: int
-) -> list[dict[str, str]]:
-    """Complete a batch, padded on the left; padding is masked and not counted in positions."""
-    from transformers import GenerationConfig
-
-    width = max(1, max(len(prompt) for prompt in prompts))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    # Ignore sampling and penalties in generation_config.json; only its end tokens are used.
-    ends = _ends(network, tokenizer)
-    greedy = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_tokens,
-        pad_token_id=pad,
-        eos_token_id=ends,
-    )
-    network.generation_config = greedy
-    found = network.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
-    rows = found[:, width:]
-    return [
-        {
-            "answer": str(text),
-            "finish_reason": "stop" if set(row.tolist()) & set(ends or ()) else "length",
-        }
-        for text, row in zip(
-            tokenizer.batch_decode(rows, skip_special_tokens=True), rows, strict=True
-        )
-    ]
-
-
-def _ends(network: Any, tokenizer: Any) -> list[int] | None:
-    """Return the end tokens of the model, its generation config and its tokenizer."""
+def _ends(model: Path, tokenizer: Any) -> list[int]:
+    """Return every token that ends an answer, by its configurations or the tokenizer."""
     ends: list[int] = []
-    given = (
-        network.generation_config.eos_token_id,
-        network.config.eos_token_id,
-        tokenizer.eos_token_id,
-    )
+    files = [model / "generation_config.json", model / "config.json"]
+    configs = [read_json(path) for path in files if path.is_file()]
+    given = [tokenizer.eos_token_id, *(config.get("eos_token_id") for config in configs)]
     for value in given:
         ends += value if isinstance(value, list) else [] if value is None else [value]
-    return sorted(set(ends)) or None
+    return sorted(set(ends))

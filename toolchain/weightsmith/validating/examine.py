@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from weightsmith.forward.network import is_missing, missing_below
+from weightsmith.forward.weights import Weights, blocks_of
 from weightsmith.jobs import Mixture
 from weightsmith.validating.elements import ARITHMETIC, Tally, compare_rows
 from weightsmith.validating.findings import ERROR, Finding, finding
 from weightsmith.validating.mixtures import TRUNCATION, Kept, can_judge, compare_kept, truncated
-from weightsmith.validating.network import is_missing, missing_below
 from weightsmith.validating.sites import Site, is_approximate, tuner_layers
-from weightsmith.validating.weights import Weights, blocks_of
 
 _SAMPLES = 8
 """Tokens per layer at which PEFT's output is compared with the formula."""

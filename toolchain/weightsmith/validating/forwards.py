@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 
-from weightsmith.jobs import Mixture
-from weightsmith.validating.examine import Examiner
-from weightsmith.validating.network import (
+from weightsmith.forward.network import (
     PEFT_PREFIX,
     base_name,
     decoder_layers,
@@ -26,8 +24,10 @@ from weightsmith.validating.network import (
     tie_again,
     with_adapters,
 )
+from weightsmith.forward.weights import Weights
+from weightsmith.jobs import Mixture
+from weightsmith.validating.examine import Examiner
 from weightsmith.validating.sites import Site, sites
-from weightsmith.validating.weights import Weights
 
 Advance = Callable[[], None]
 _KEPT_TOKENS = 16

@@ -17,9 +17,9 @@ import torch
 
 from weightsmith.validating.findings import ERROR, NOTE, Finding, finding
 from weightsmith.validating.forwards import Batch
-from weightsmith.validating.network import fill, load_buffers, skeleton
+from weightsmith.forward.network import fill, load_buffers, skeleton
 from weightsmith.validating.result import GreedyText, LogitLimits
-from weightsmith.validating.weights import Weights
+from weightsmith.forward.weights import Weights
 
 MOST_NEW = 16
 """Tokens generated after a probe."""

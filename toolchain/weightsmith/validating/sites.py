@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from weightsmith.forward.network import base_name
 from weightsmith.validating.elements import Factors
-from weightsmith.validating.network import base_name
 
 
 def _none() -> list[Factors]:

@@ -15,16 +15,16 @@ import torch
 
 from weightsmith.errors import EnvironmentFailure, InputRefused
 from weightsmith.foreign import read_json
+from weightsmith.forward.network import IncompatibleAdapters, decoder_layers, skeleton
+from weightsmith.forward.weights import Weights
 from weightsmith.jobs import Mixture
 from weightsmith.validating import greedy, probes
 from weightsmith.validating.findings import ERROR, NOTE, WARNING, Finding, failed, finding
 from weightsmith.validating.forwards import Batch, Reference, Run, merged_forward, reference_forward
-from weightsmith.validating.network import IncompatibleAdapters, decoder_layers, skeleton
 from weightsmith.validating.probes import Message
 from weightsmith.validating.result import Comparison, Distance, Validation
 from weightsmith.validating.structure import compare_files, end_tokens, is_readable, vocabulary
 from weightsmith.validating.verdict import judge_models
-from weightsmith.validating.weights import Weights
 
 Progress = Callable[[int, int], None]
 _SHOWN = 20

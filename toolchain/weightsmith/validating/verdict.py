@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from weightsmith.forward.weights import Weights
 from weightsmith.validating.findings import ERROR, NOTE, WARNING, Finding, failed, finding
 from weightsmith.validating.forwards import Batch, Reference, Run
 from weightsmith.validating.greedy import Text
@@ -14,7 +15,6 @@ from weightsmith.validating.greedy import judge as judge_texts
 from weightsmith.validating.logits import distance, judge, judge_choices, limits
 from weightsmith.validating.result import Comparison, Distance, LayerDifference
 from weightsmith.validating.tensors import judge_tensors
-from weightsmith.validating.weights import Weights
 
 _NOT_SUMMED = (
     "this method is not a plain sum as the reference is: the logits' distance is reported but not "

@@ -14,7 +14,7 @@ from torch import nn
 from weightsmith.checkpoints.folder import check_adapter_folder, check_model_folder
 from weightsmith.checkpoints.peft_keys import KEY_MAPPING, check_peft_keys
 from weightsmith.checkpoints.peft_patterns import check_peft_patterns
-from weightsmith.validating.weights import Weights
+from weightsmith.forward.weights import Weights
 
 PEFT_PREFIX = "base_model.model."
 _WRAPPERS = frozenset({"base_layer", "original_module", "token_adapter"})

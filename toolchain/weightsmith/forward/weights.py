@@ -46,6 +46,7 @@ class Weights:
         self._model = model
         self.infos: dict[str, TensorInfo] = index.tensors
         self._files = {i.name: shard.path for shard in index.shards for i in shard.tensors}
+        self._open: dict[Path, Any] = {}
         self._direct: dict[str, str] = {}
         self._fused: dict[str, tuple[str, _Fused]] = {}
         self._map(model)
@@ -98,6 +99,17 @@ class Weights:
                 part = file.get_slice(tensor)
                 for first in range(start, min(start + step * _BLOCKS, shape[0]), step):
                     yield first, part[first : first + step].clone()
+
+    def mapped(self, tensor: str) -> torch.Tensor:
+        """Return a whole tensor in the file's dtype; a row is read from the disk when it is used.
+
+        The file stays open, and its pages are the kernel's to drop.
+        """
+        path = self._files[tensor]
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt")
+        values: torch.Tensor = self._open[path].get_tensor(tensor)
+        return values
 
     def slice(self, tensor: str, first: int, last: int) -> torch.Tensor:
         """Return a copy of rows of a tensor, in the file's dtype."""

@@ -1,0 +1,143 @@
+"""Greedy answers of several views in one walk over the weights, by drafts where there are some."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Tokens = Sequence[int]
+_BATCH_TOKENS = 2048
+"""Prompt tokens of one batch: enough to share a weight, few enough to hold."""
+
+
+@dataclass(slots=True)
+class Answers:
+    """One view's tokens after each prompt, and how many of them a draft had right."""
+
+    tokens: list[list[int]]
+    from_drafts: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Questions:
+    """Prompts in tokens, the tokens that end an answer, and how many there are at most."""
+
+    prompts: Sequence[Tokens]
+    ends: Sequence[int]
+    most: int
+    filler: int = 0
+    drafts: Mapping[int, Tokens] = field(default_factory=dict)
+    """Prompt's number -> what the answer may be."""
+
+
+@torch.inference_mode()
+def greedy(model: Any, asked: Questions, advance: Callable[[int], None]) -> Answers:
+    """Return the likeliest tokens after each prompt, including the one that ends an answer.
+
+    A draft is read in one pass. Its tokens are the answer as long as each is the likeliest; the
+    first that is not is replaced, and what follows it is tried again. The rest is generated.
+    `advance` is called with the number of answers that are done.
+    """
+    found: dict[int, list[int]] = {n: [] for n in range(len(asked.prompts))}
+    rest = {n: list(draft[: asked.most]) for n, draft in asked.drafts.items() if draft}
+    right = 0
+    while rest:
+        for batch in batches({n: [*asked.prompts[n], *found[n], *rest[n]] for n in rest}):
+            right += _verify(model, asked, batch, found, rest)
+        rest = {n: draft for n, draft in rest.items() if draft and not _ended(found[n], asked)}
+    left = [n for n in found if not _ended(found[n], asked)]
+    advance(len(found) - len(left))
+    for batch in batches({n: [*asked.prompts[n], *found[n]] for n in left}):
+        _generate(model, asked, batch, found)
+        advance(len(batch))
+    return Answers([found[n] for n in range(len(asked.prompts))], right)
+
+
+def batches(rows: Mapping[int, Tokens]) -> Iterator[list[int]]:
+    """Yield numbers of rows of like length, so that little is padded."""
+    batch: list[int] = []
+    for number in sorted(rows, key=lambda n: (len(rows[n]), n)):
+        if batch and (len(batch) + 1) * len(rows[number]) > _BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
+
+
+def _ended(tokens: Tokens, asked: Questions) -> bool:
+    return len(tokens) >= asked.most or bool(tokens and tokens[-1] in asked.ends)
+
+
+def _verify(
+    model: Any,
+    asked: Questions,
+    batch: Sequence[int],
+    found: dict[int, list[int]],
+    rest: dict[int, list[int]],
+) -> int:
+    """Read the drafts of a batch in one pass; return how many of their tokens are right."""
+    rows = [[*asked.prompts[n], *found[n], *rest[n]] for n in batch]
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[asked.filler] * (width - len(row))] for row in rows])
+    counts = [len(rest[n]) + 1 for n in batch]
+    places = (
+        torch.tensor([i for i, count in enumerate(counts) for _ in range(count)]),
+        torch.tensor(
+            [c for row, count in zip(rows, counts, strict=True)
+             for c in range(len(row) - count, len(row))]
+        ),
+    )  # fmt: skip
+    likeliest = _likeliest(model, ids, places).split(counts)
+    right = 0
+    for number, chosen in zip(batch, likeliest, strict=True):
+        draft, tokens = rest[number], chosen.tolist()
+        same = next((i for i, t in enumerate(draft) if tokens[i] != t), len(draft))
+        kept = [*draft[:same], tokens[same]]
+        end = next((i for i, t in enumerate(kept) if t in asked.ends), len(kept) - 1)
+        found[number] += kept[: end + 1]
+        del found[number][asked.most :]
+        rest[number] = draft[same + 1 :]
+        right += same
+    return right
+
+
+def _likeliest(model: Any, ids: torch.Tensor, places: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Return the likeliest next token at some places; causal models ignore padding on the right."""
+
+    def select(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][places].unsqueeze(0), *args[1:])
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        return torch.argmax(model(input_ids=ids, use_cache=False).logits[0], -1)
+    finally:
+        hook.remove()
+
+
+def _generate(
+    model: Any, asked: Questions, batch: Sequence[int], found: dict[int, list[int]]
+) -> None:
+    """Continue a batch, padded on the left; padding is masked and positions count without it."""
+    from transformers import GenerationConfig
+
+    rows = [[*asked.prompts[n], *found[n]] for n in batch]
+    width = max(1, max(map(len, rows)))
+    ids = torch.tensor([[*[asked.filler] * (width - len(row)), *row] for row in rows])
+    mask = torch.tensor([[*[0] * (width - len(row)), *[1] * len(row)] for row in rows])
+    # Greedy whatever generation_config.json says of sampling and penalties.
+    settings = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=asked.most - min(len(found[n]) for n in batch),
+        pad_token_id=asked.filler,
+        eos_token_id=list(asked.ends) or None,
+    )
+    model.generation_config = settings
+    made = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+    for number, row in zip(batch, made[:, width:].tolist(), strict=True):
+        end = next((i for i, token in enumerate(row) if token in asked.ends), len(row) - 1)
+        found[number] += row[: end + 1]
+        del found[number][asked.most :]

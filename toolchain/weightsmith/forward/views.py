@@ -1,0 +1,112 @@
+"""A view of a model: a checkpoint, with adapters or without, that reads matrices at a meeting."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from weightsmith.forward.meeting import Meeting
+from weightsmith.forward.network import (
+    base_name,
+    fill_while_running,
+    is_missing,
+    load_buffers,
+    missing_below,
+    replication,
+    skeleton,
+    with_adapters,
+)
+from weightsmith.forward.weights import Weights
+
+NOT_STREAMABLE = (RuntimeError, AttributeError, KeyError, TypeError, NotImplementedError)
+"""Raised by an architecture that uses weights without calling their module."""
+
+
+def view(
+    checkpoint: Path,
+    adapters: Sequence[tuple[Path, float]],
+    meeting: Meeting,
+    number: int,
+) -> Any:
+    """Return a transformers model, with PEFT's layers on it, in float32 and ready to run.
+
+    Views of one checkpoint have one `number`. Raises what an architecture raises that cannot run
+    without its weights in memory.
+    """
+    bare = skeleton(checkpoint)
+    weights = Weights(checkpoint, bare)
+    load_buffers(bare, weights)
+    model = with_adapters(bare, adapters) if adapters else bare
+    if adapters and (layers := replication(model)) is not None:
+        weights.replicate(layers)
+    order = {name: place for place, name in enumerate(weights.parameters)}
+    own = [layer for layer in _tuned(model) if not _is_plain(layer)]
+    for path, layer in ((path, layer) for path, layer in model.named_modules() if layer in own):
+        fill_while_running(layer, weights, missing_below(layer, path))
+    inside = {id(module) for layer in own for module in layer.modules()}
+    for path, module in model.named_modules():
+        if id(module) not in inside:
+            _stream(path, module, weights, meeting, number, order)
+    model.get_output_embeddings().register_forward_hook(_require_finite)
+    return model
+
+
+def _tuned(model: Any) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _is_plain(layer: Any) -> bool:
+    """Return whether a layer calls its base layer and never reads the base's weight."""
+    from peft.tuners.lora import Embedding, Linear
+
+    plain = isinstance(layer, Linear | Embedding)
+    return plain and not any(getattr(layer, "use_dora", {}).values())
+
+
+def _stream(
+    path: str,
+    module: nn.Module,
+    weights: Weights,
+    meeting: Meeting,
+    number: int,
+    order: dict[str, int],
+) -> None:
+    """Make a module read its weights when it runs; vectors such as norms stay in memory."""
+    names = [n for n, p in module.named_parameters(recurse=False) if is_missing(p)]
+    places = {name: base_name(f"{path}.{name}") for name in names}
+    tensor = weights.tensor_of(places.get("weight", ""))
+    if tensor and type(module) is nn.Linear:
+        key = (number, order[places.pop("weight")])
+        matrix = weights.mapped(tensor)
+        setattr(module, "forward", functools.partial(_linear, module, meeting, key, matrix))  # noqa: B010
+    elif tensor and type(module) is nn.Embedding:
+        places.pop("weight")
+        setattr(module, "forward", functools.partial(_embedding, weights.mapped(tensor)))  # noqa: B010
+    for name in [name for name in places if module.get_parameter(name).dim() < 2]:
+        module.get_parameter(name).data = weights.whole(places.pop(name))
+    if places:
+        fill_while_running(module, weights, {(module, n): p for n, p in places.items()})
+
+
+def _linear(
+    module: Any, meeting: Meeting, key: tuple[int, int], matrix: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor:
+    product = meeting.multiply(key, x, matrix)
+    return product if module.bias is None else product + module.bias
+
+
+def _embedding(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return table[ids].float()
+
+
+def _require_finite(_: Any, __: Any, logits: torch.Tensor) -> None:
+    """Raise RuntimeError for logits that are no numbers: a weight was used without its module."""
+    if not bool(torch.isfinite(logits).all()):
+        raise RuntimeError("the logits are not finite")
