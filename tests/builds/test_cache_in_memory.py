@@ -29,7 +29,9 @@ class Change:
     make: Callable[[Memory], object] = lambda memory: None
 
 
-MERGED = ("merge", "validate", "reference", "reference", "quantize", "quality")
+MERGED = (
+    "merge", "validate", "reference adapter", "reference merged", "quantize", "quality",
+)  # fmt: skip
 AGAIN = ("merge", "validate", "reference", "quantize", "quality", *LATE)
 CHANGES = (
     Change("serve.max_model_len=400", stages=("render", *LATE)),
@@ -38,7 +40,12 @@ CHANGES = (
     Change("serve.served_model_name=other", stages=("render", *LATE)),
     Change("evaluate.max_drop=0.5", stages=()),
     Change("evaluate.metric=exact"),
-    Change("evaluate.max_tokens=32", ("reference",) * 3, ("reference", "evaluate"), QUESTIONS),
+    Change(
+        "evaluate.max_tokens=32",
+        ("reference base", "reference adapter", "reference merged"),
+        ("reference", "evaluate"),
+        QUESTIONS,
+    ),
     Change("image.labels={team: a}", stages=("evaluate", "publish")),
     Change("adapters.0.version=v2", stages=("evaluate", "publish")),
     Change("validate.probes=a.jsonl", stages=()),

@@ -25,7 +25,7 @@ def test_what_happens_in_which_order(memory: Memory) -> None:
         "stage resolve",
         "stage merge", "job merge",
         "stage validate", "job validate",
-        "stage reference", "job reference", "job reference", "job reference",
+        "stage reference", "job reference",
         "stage quantize", "job quantize",
         "stage quality", "job quality",
         "stage render",

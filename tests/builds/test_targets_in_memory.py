@@ -54,7 +54,9 @@ def test_vllm_serves_the_merged_checkpoint_on_a_base_of_a_registry(memory: Memor
     image = memory.engine.held(f"{memory.repository}:1.0.0-vllm")
     below = memory.client.pull(Reference.parse(base))
 
-    assert memory.jobs() == ["merge", "validate", "reference", "reference", "reference"]
+    assert memory.jobs() == [
+        "merge", "validate", "reference base", "reference adapter", "reference merged",
+    ]  # fmt: skip
     assert image.diff_ids[: len(below.layers)] == tuple(one.diff_id for one in below.layers)
     assert image.files()["/models/model.safetensors"] == merged(memory)
     assert image.config["Labels"]["org.opencontainers.image.base.digest"] == below.digest
@@ -81,7 +83,7 @@ def test_a_four_bit_checkpoint_is_quantized_from_the_merged_one(memory: Memory) 
     built = memory.build(targets=["vllm-awq"])["vllm-awq"]
 
     assert memory.jobs()[5:] == ["quantize", "quality"]
-    assert memory.runner.jobs[5].builder == "gptqmodel"
+    assert memory.runner.jobs[-2].builder == "gptqmodel"
     assert built.scores["image"].score == 1
 
 
@@ -95,7 +97,7 @@ def test_two_targets_share_what_comes_before_them(memory: Memory) -> None:
         )
     ]  # fmt: skip
     assert memory.jobs() == [
-        "merge", "validate", "reference", "reference", "reference",
+        "merge", "validate", "reference base", "reference adapter", "reference merged",
         "quantize", "quality", "export-engine",
     ]  # fmt: skip
     assert len({one.published.digest for one in built.values()}) == 2
@@ -119,7 +121,11 @@ def test_an_unmerged_adapter_is_served_beside_the_base(memory: Memory, target: s
     built = memory.build(targets=[target])[target]
     converted = ["quantize", "convert-adapter", "export-engine"]
 
-    assert memory.jobs() == ["reference", "reference", *(converted if "llama" in target else [])]
+    assert memory.jobs() == [
+        "reference base",
+        "reference adapter",
+        *(converted if "llama" in target else []),
+    ]
     assert built.scores["image"].score == 1
     assert set(built.scores) == {"base", "adapter", "image"}
     assert asked(memory) == {"a-v1": {"a"}}
@@ -137,10 +143,9 @@ def test_of_several_merged_adapters_each_is_held_against_itself(two: Memory) -> 
     built = two.build()[TARGET]
     jobs = [job for job in two.runner.jobs if job.kind == "reference"]
 
-    assert [sorted(given.path.name for given in job.inputs.values()) for job in jobs[:2]] == [
-        ["base"], ["a", "base"],
-    ]  # fmt: skip
-    assert [job.weights for job in jobs] == [(), (1.0,), (), (), (1.0,), ()]
+    assert [[given.path.name for given in job.adapters] for job in jobs] == [["a"], ["b"]]
+    assert all(job.models[0].path.name == "base" for job in jobs)
+    assert [[one.weights for one in job.asked] for job in jobs] == [[(), (1.0,), ()]] * 2
     assert [result.task.task.name for result in built.results] == ["a v1", "b v1"]
     assert len(two.launcher.asked) > 2 * QUESTIONS
     assert asked(two) == {"": {"a", "b"}}
@@ -163,7 +168,7 @@ def test_a_base_alone_is_neither_merged_nor_validated(memory: Memory) -> None:
     memory.write_recipe(adapters=[])
     built = memory.build()[TARGET]
 
-    assert memory.jobs() == ["reference", "quantize", "quality", "export-engine"]
+    assert memory.jobs() == ["reference base", "quantize", "quality", "export-engine"]
     assert built.stages["merge"]["cached"] is True
     assert any("no adapter" in text for text in memory.progress.warnings)
 

@@ -14,7 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weightsmith.jobs import ConvertAdapterJob, ExportEngineJob, QuantizeJob, ReferenceJob
+from weightsmith.jobs import (
+    AskedModel,
+    ConvertAdapterJob,
+    ExportEngineJob,
+    QuantizeJob,
+    ReferenceJob,
+)
 from weightsmith.quantizers import formats, gguf_lora, of_format
 from weightsmith.values import Json, canonical
 from weightsmith.worker.jobs import STAGES
@@ -67,14 +73,18 @@ class Bench:
         }
 
     def _reference(self, job: ReferenceJob, report: Report) -> Mapping[str, Json]:
-        adapters = tuple(given.path.name for given in job.adapters)
-        who = "adapter" if adapters else "base" if job.model.path == self.base else "merged"
+        report(1, 1, "items")
+        return {"answers": {one.name: self._answers(job, one) for one in job.asked}}
+
+    def _answers(self, job: ReferenceJob, asked: AskedModel) -> list[dict[str, str]]:
+        adapters = tuple(job.adapters[number].path.name for number in asked.adapters)
+        model = job.models[asked.model].path
+        who = "adapter" if adapters else "base" if model == self.base else "merged"
         if who == "merged":
             adapters = tuple(teacher for teacher, _ in self.minds.facts.values())
-        report(1, 1, "items")
         questions = [each.messages[-1]["content"] for each in job.questions]
         answers = [self.minds.answer(who, adapters, question) for question in questions]
-        return {"answers": [{"answer": text, "finish_reason": "stop"} for text in answers]}
+        return [{"answer": text, "finish_reason": "stop"} for text in answers]
 
     def _quantize(self, job: QuantizeJob, report: Report) -> Mapping[str, Json]:
         format_, source = formats()[job.format], job.model.path

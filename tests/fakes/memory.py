@@ -21,6 +21,7 @@ from weightsmith.building.recording import Built
 from weightsmith.drivers.folders import FolderReader
 from weightsmith.drivers.signer import open_signer
 from weightsmith.drivers.user_program import run_command
+from weightsmith.jobs import Job, ReferenceJob
 from weightsmith.oci.registry import Registry
 from weightsmith.pipeline import build
 from weightsmith.planning.request import BuildRequest
@@ -171,8 +172,8 @@ class Memory:
         return dict(json.loads((self.results(target) / "build.json").read_text()))
 
     def jobs(self) -> list[str]:
-        """The stages whose jobs ran in the last build."""
-        return [job.kind for job in self.runner.jobs]
+        """What ran in the last build: kinds of jobs, and of one that asks models, whom it asked."""
+        return [name for job in self.runner.jobs for name in _names(job)]
 
     def seen(self) -> list[str]:
         """Everything that a user, or another machine, would take for a finished image."""
@@ -215,6 +216,12 @@ class Memory:
         """One second later, each time that somebody looks."""
         self.ticks += 1
         return self.ticks
+
+
+def _names(job: Job) -> list[str]:
+    if isinstance(job, ReferenceJob):
+        return [f"reference {one.name}" for one in job.asked]
+    return [job.kind]
 
 
 def memory_tools(

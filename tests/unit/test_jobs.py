@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from weightsmith.jobs import (
+    AskedModel,
     ConvertAdapterJob,
     EchoJob,
     ExportEngineJob,
@@ -58,9 +59,12 @@ JOBS = (
     ),
     ReferenceJob(
         **ENVELOPE,
-        model=KNOWN,
+        models=(KNOWN,),
         adapters=(UNKNOWN,),
-        weights=(1.0,),
+        asked=(
+            AskedModel(name="a", model=0, adapters=(0,), weights=(0.5,)),
+            AskedModel(name="m", model=0, draft="a", draft_texts=("x",)),
+        ),
         questions=(Question(messages=CHAT, choices=("a", "b"), plain=True),),
         max_tokens=8,
         choose=True,

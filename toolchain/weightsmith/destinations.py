@@ -49,6 +49,9 @@ class Documents(Protocol):
     def document(self, inputs: Inputs, name: str, make: MakeDocument) -> Document:
         """Return the JSON that `make(folder)` returns; a store keeps it as a file `name`."""
 
+    def find(self, inputs: Inputs) -> Tree | None:
+        """Return what an earlier run kept under these inputs, if anything is kept here."""
+
 
 class Destination(Documents, Protocol):
     """Keeps what a stage makes; a stage does not know where."""
@@ -58,9 +61,6 @@ class Destination(Documents, Protocol):
 
         With `resume`, `make` finds what an interrupted run left in the folder.
         """
-
-    def find(self, inputs: Inputs) -> Tree | None:
-        """Return what an earlier run kept under these inputs, if anything is kept here."""
 
     def keep(self, inputs: Inputs, file: Path) -> None:
         """Keep a by-product of a stage for other stages, if anything is kept here."""
@@ -119,6 +119,10 @@ class Unkept:
         with self.tools.scratch() as folder:
             return Document(value=make(folder), cached=False)
 
+    def find(self, _inputs: Inputs) -> Tree | None:
+        """Return None: nothing was kept."""
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class InFolder(Unkept):
@@ -134,10 +138,6 @@ class InFolder(Unkept):
         meta = dict(make(self.folder))
         known: Mapping[str, str] = meta.pop("sha256", {})
         return Files(tree=self._tree(known), meta=meta, cached=False)
-
-    def find(self, _inputs: Inputs) -> Tree | None:
-        """Return None: nothing was kept."""
-        return None
 
     def keep(self, _inputs: Inputs, _file: Path) -> None:
         """Keep nothing: nobody asked for by-products."""

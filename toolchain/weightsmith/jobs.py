@@ -163,11 +163,30 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReferenceJob(_OfAdapters):
-    """Ask a checkpoint, with adapters on it, unmerged."""
+class AskedModel:
+    """Who is asked: a checkpoint, with adapters on it, unmerged, each times its weight."""
+
+    name: str
+    model: int
+    """Which of the job's models."""
+    adapters: tuple[int, ...] = ()
+    """Which of the job's adapters."""
+    weights: tuple[float, ...] = ()
+    """One per adapter."""
+    draft: str = ""
+    """Name of another in the job whose answers this one is likely to give."""
+    draft_texts: tuple[str, ...] = ()
+    """Answers that this one is likely to give, if they are known already."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceJob(Job):
+    """Ask checkpoints the same questions, in one walk over their weights."""
 
     kind = "reference"
-    model: Input
+    models: tuple[Input, ...]
+    adapters: tuple[Input, ...]
+    asked: tuple[AskedModel, ...]
     questions: tuple[Question, ...]
     max_tokens: int
     """Length of an answer."""

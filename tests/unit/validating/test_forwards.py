@@ -12,10 +12,10 @@ import pytest
 import torch
 from weightsmith.checkpoints.safetensors import build_header
 from weightsmith.errors import EnvironmentFailure
-from weightsmith.validating.forwards import Batch, merged_forward, reference_forward
 from weightsmith.forward.network import skeleton
-from weightsmith.validating.validate import _require_memory
 from weightsmith.forward.weights import Weights
+from weightsmith.validating.forwards import Batch, merged_forward, reference_forward
+from weightsmith.validating.validate import _require_memory
 
 from tests.unit.validating.conftest import held, make_adapter, make_model, merged, tell
 

@@ -147,7 +147,7 @@ def _ask_checkpoint(subject: Subject, task: Task, tools: Tools) -> Answers:
     weights = [1.0] * len(adapters)
     sources = open_sources(model, adapters, weights, tools.store)
     asked = AskedModel(model=sources.base.tree, adapters=sources.adapters)
-    return answers(asked, task, Unkept(tools), tools)
+    return answers({"model": asked}, task, Unkept(tools), tools)["model"]
 
 
 def _earlier(path: str) -> Score:

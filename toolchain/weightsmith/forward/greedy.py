@@ -91,7 +91,7 @@ def _verify(
              for c in range(len(row) - count, len(row))]
         ),
     )  # fmt: skip
-    likeliest = _likeliest(model, ids, places).split(counts)
+    likeliest = torch.split(_likeliest(model, ids, places), counts)
     right = 0
     for number, chosen in zip(batch, likeliest, strict=True):
         draft, tokens = rest[number], chosen.tolist()

@@ -128,6 +128,6 @@ def _multiply(requests: Sequence[_Request], pool: ThreadPoolExecutor, cpus: int)
 
     list(pool.map(work, range(min(cpus, len(starts)))))
     for request, part in zip(
-        requests, output.split([len(r.inputs) for r in requests]), strict=True
+        requests, torch.split(output, [len(r.inputs) for r in requests]), strict=True
     ):
         request.output = part

@@ -40,6 +40,8 @@ class Subject:
     adapters: Sequence[tuple[Path, float]] = ()
     draft: str = ""
     """Name of the subject whose answers this one is likely to give."""
+    draft_texts: Sequence[str] = ()
+    """Answers that it is likely to give, if they are known already."""
 
 
 def answer(
@@ -78,8 +80,7 @@ def answers(
     for round_ in (False, True):
         names = [name for name, subject in subjects.items() if bool(subject.draft) is round_]
         for name in names:
-            if draft := found.get(subjects[name].draft):
-                asked[name].questions.drafts = dict(enumerate(draft.tokens))
+            asked[name].questions.drafts = _drafts(subjects[name], asked[name], found)
         chosen = {name: subjects[name] for name in names}
         found |= _walk(chosen, asked, count) if names else {}
     return {name: _texts(asked[name], found[name]) for name in subjects}
@@ -114,6 +115,20 @@ def _asked(subject: Subject, items: Sequence[Sequence[Message]], max_tokens: int
         filler=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
     )
     return _Asked(tokenizer=tokenizer, questions=questions)
+
+
+def _drafts(
+    subject: Subject, asked: _Asked, found: Mapping[str, Answers]
+) -> Mapping[int, Sequence[int]]:
+    """Return the tokens of likely answers, by the question's number."""
+    if subject.draft in found:
+        return dict(enumerate(found[subject.draft].tokens))
+    end = asked.questions.ends[:1]
+    return {
+        number: [*asked.tokenizer(text, add_special_tokens=False)["input_ids"], *end]
+        for number, text in enumerate(subject.draft_texts)
+        if text
+    }
 
 
 def _walk(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 from weightsmith.destinations import Documents, InStore
 from weightsmith.evaluating.gate import Verdict
 from weightsmith.evaluating.results import RecipeTask, Result, judged
 from weightsmith.evaluating.task import Answers, Task, score_task
-from weightsmith.jobs import Input, ReferenceJob
+from weightsmith.jobs import AskedModel, Input, ReferenceJob
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.resources import builder_pins
 from weightsmith.time_limits import job_seconds
@@ -69,32 +69,74 @@ def inputs(subject: Subject, task: Task) -> StageInputs:
     )
 
 
-def answers(subject: Subject, task: Task, to: Documents, tools: Tools) -> Answers:
-    """Return the subject's greedy answers in float32, or its likeliest choices."""
-    found = to.document(
-        lambda: inputs(subject, task),
-        _ANSWERS,
-        lambda folder: _run(folder, subject, task, tools),
-    )
-    return task.answers_of(tuple(found.value))
+def answers(
+    asked: Mapping[str, Subject], task: Task, to: Documents, tools: Tools
+) -> Mapping[str, Answers]:
+    """Return each subject's greedy answers in float32, or its likeliest choices.
+
+    What is not known yet is asked in one job: it reads each weight once for all subjects.
+    """
+    made: dict[str, Json] = {}
+
+    def found(name: str) -> tuple[Json, ...]:
+        key = partial(inputs, asked[name], task)
+        return tuple(to.document(key, _ANSWERS, lambda _: made[name]).value)
+
+    missing = {n: one for n, one in asked.items() if not to.find(partial(inputs, one, task))}
+    known = {name: found(name) for name in asked if name not in missing}
+    if missing:
+        made |= _run(missing, known, task, tools)
+    return {name: task.answers_of(known.get(name) or found(name)) for name in asked}
 
 
-def _run(folder: Path, subject: Subject, task: Task, tools: Tools) -> Json:
-    job = ReferenceJob(
-        builder=BUILDER,
-        model=Input.tree(subject.model),
-        adapters=tuple(Input.tree(a.snapshot.tree) for a in subject.adapters),
-        weights=subject.factors,
-        questions=task.questions,
-        max_tokens=task.max_tokens,
-        choose=task.metric == "choice",
-        output=folder,
-        memory_bytes=(3 << 30) + 5 * subject.model.size,
-        seconds=job_seconds(subject.model.size, tokens=task.most_tokens),
-        use_gpu=True,
-    )
-    tools.runner.prepare(BUILDER, tools.progress)
-    return tools.runner.run(job, tools.progress)["answers"]
+def _run(
+    asked: Mapping[str, Subject],
+    known: Mapping[str, Sequence[Json]],
+    task: Task,
+    tools: Tools,
+) -> Mapping[str, Json]:
+    models = {subject.model.digest: subject.model for subject in asked.values()}
+    adapters = {a.snapshot.digest: a.snapshot.tree for s in asked.values() for a in s.adapters}
+    size = sum(tree.size for tree in models.values())
+    with tools.scratch() as folder:
+        job = ReferenceJob(
+            builder=BUILDER,
+            models=tuple(map(Input.tree, models.values())),
+            adapters=tuple(map(Input.tree, adapters.values())),
+            asked=tuple(
+                AskedModel(
+                    name=name,
+                    model=list(models).index(subject.model.digest),
+                    adapters=tuple(
+                        list(adapters).index(a.snapshot.digest) for a in subject.adapters
+                    ),
+                    weights=subject.factors,
+                    **_draft(name, asked, known, task),
+                )
+                for name, subject in asked.items()
+            ),
+            questions=task.questions,
+            max_tokens=task.max_tokens,
+            choose=task.metric == "choice",
+            output=folder,
+            memory_bytes=(3 << 30) + 5 * size,
+            seconds=job_seconds(size, tokens=len(asked) * task.most_tokens),
+            use_gpu=True,
+        )
+        tools.runner.prepare(BUILDER, tools.progress)
+        found: Mapping[str, Json] = tools.runner.run(job, tools.progress)["answers"]
+        return found
+
+
+def _draft(
+    name: str, asked: Mapping[str, Subject], known: Mapping[str, Sequence[Json]], task: Task
+) -> Mapping[str, Any]:
+    """Say whose answers the merged model will give if the merge is right: the adapter's."""
+    if name != "merged" or task.metric == "choice":
+        return {}
+    if "adapter" in known:
+        return {"draft_texts": tuple(str(row["answer"]) for row in known["adapter"])}
+    return {"draft": "adapter"} if "adapter" in asked else {}
 
 
 def reference(
@@ -127,10 +169,8 @@ def reference(
 def _result(
     task: RecipeTask, subjects: Mapping[str, Subject], to: Documents, tools: Tools
 ) -> Result:
-    scores = {
-        name: score_task(task.task, answers(subject, task.task, to, tools), tools.command)
-        for name, subject in subjects.items()
-    }
+    found = answers(subjects, task.task, to, tools)
+    scores = {name: score_task(task.task, found[name], tools.command) for name in subjects}
     verdicts: tuple[Verdict, ...] = ()
     if "merged" in scores:
         limit = replace(task.limit, min_score=0.0)

@@ -135,14 +135,29 @@ def _reference(job: ReferenceJob, report: Report) -> Mapping[str, Json]:
     def tell(done: int, total: int) -> None:
         report(done, total, "items")
 
-    model = job.model.path
+    reference: Any = importlib.import_module("weightsmith.merging.reference")
+    subjects = {
+        one.name: reference.Subject(
+            model=job.models[one.model].path,
+            adapters=tuple(
+                (job.adapters[number].path, weight)
+                for number, weight in zip(one.adapters, one.weights, strict=True)
+            ),
+            draft=one.draft,
+            draft_texts=one.draft_texts,
+        )
+        for one in job.asked
+    }
     if job.choose:
         choices: Any = importlib.import_module("weightsmith.merging.choices")
-        return {"answers": choices.likelihoods(model, job.weighted, job.questions, tell)}
-    reference: Any = importlib.import_module("weightsmith.merging.reference")
+        return {
+            "answers": {
+                name: choices.likelihoods(one.model, one.adapters, job.questions, tell)
+                for name, one in subjects.items()
+            }
+        }
     chats = [question.messages for question in job.questions]
-    answers = reference.answer(model, job.weighted, chats, job.max_tokens, tell)
-    return {"answers": plain(answers)}
+    return {"answers": plain(reference.answers(subjects, chats, job.max_tokens, tell))}
 
 
 def _validate(job: ValidateJob, report: Report) -> Mapping[str, Json]:
