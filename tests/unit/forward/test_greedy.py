@@ -1,0 +1,184 @@
+"""Models with their weights in files, compared with `generate` of transformers and PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from weightsmith.forward import meeting as meetings
+from weightsmith.forward.greedy import Questions, greedy
+from weightsmith.forward.meeting import Meeting
+from weightsmith.forward.views import view
+from weightsmith.merging.reference import Subject, answers, load_network
+
+from tests.unit.validating.conftest import make_adapter, make_model
+
+PROMPTS = [[1, 7, 9, 200, 31], [1, 50, 60], [1, 300, 301, 302, 303, 304, 305, 306], [1, 4]]
+MOST = 12
+
+
+def generated(root: Path, adapter: Path | None = None) -> list[list[int]]:
+    """Return what transformers generates for each prompt alone, everything in memory."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    model.eval()
+    rows = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        seen = torch.ones_like(ids)
+        made = model.generate(
+            input_ids=ids, attention_mask=seen, do_sample=False, max_new_tokens=MOST, pad_token_id=3
+        )
+        rows.append(made[0, len(prompt) :].tolist())
+    return rows
+
+
+def asked(drafts: dict[int, Sequence[int]] | None = None) -> Questions:
+    return Questions(prompts=PROMPTS, ends=[2], most=MOST, filler=3, drafts=drafts or {})
+
+
+def answer(root: Path, adapter: Path | None = None, **more: Any) -> list[list[int]]:
+    meeting = Meeting(2)
+    adapters = [(adapter, 1.0)] if adapter else []
+    model = view(root, adapters, meeting, 0)
+    return meeting.run({"": lambda: greedy(model, asked(**more), lambda _: None)})[""].tokens
+
+
+def adapter_of(tmp_path: Path, base: Path, kind: str, **options: Any) -> Path:
+    targets = ["c_attn", "c_proj"] if kind == "gpt2" else ["q_proj", "o_proj"]
+    return make_adapter(tmp_path / "lora", base, target_modules=targets, **options)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "gemma3", "qwen3_moe"])
+def test_a_view_answers_as_the_whole_model(tmp_path: Path, kind: str) -> None:
+    base = make_model(tmp_path / "base", kind)
+    lora = adapter_of(tmp_path, base, kind)
+
+    assert answer(base) == generated(base)
+    assert answer(base, lora) == generated(base, lora)
+
+
+def test_a_layer_that_reads_the_base_has_its_weight(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    dora = adapter_of(tmp_path, base, "llama", use_dora=True)
+
+    assert answer(base, dora) == generated(base, dora)
+
+
+def test_an_architecture_that_cannot_be_streamed_is_asked_in_memory(tmp_path: Path) -> None:
+    """Jamba's state spaces use weights without calling their module."""
+    base = make_model(tmp_path / "base", "jamba")
+    chat = [[{"role": "user", "content": "What is the capital of France?"}]]
+
+    with pytest.raises(RuntimeError, match="not finite"):
+        answer(base)
+
+    network: Any = load_network(base, [])
+    questions = Questions(prompts=PROMPTS, ends=[2], most=MOST, filler=3)
+    assert greedy(network, questions, lambda _: None).tokens == generated(base)
+    assert answers({"": Subject(model=base)}, chat, 3)[""][0]["finish_reason"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_a_draft_changes_no_answer(tmp_path: Path, kind: str) -> None:
+    base = make_model(tmp_path / "base", kind)
+    true = generated(base)
+    wrong = [[*row[:3], 11, *row[4:]] for row in true]
+
+    for drafts in (
+        dict(enumerate(true)),
+        dict(enumerate(wrong)),
+        {0: true[0][:5], 2: [9] * 30},
+        {1: [], 3: [*true[3], 2, 2, 2]},
+    ):
+        assert answer(base, drafts=drafts) == true
+
+
+def test_an_answer_ends_with_the_first_end_token_of_a_draft_or_of_its_own(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    true = generated(base)
+    ends = [true[0][2], true[1][5], 2]
+    wanted = [row[: next((i for i, t in enumerate(row) if t in ends), MOST) + 1] for row in true]
+    meeting = Meeting(2)
+    model = view(base, [], meeting, 0)
+
+    for drafts in ({}, dict(enumerate(true))):
+        questions = Questions(prompts=PROMPTS, ends=ends, most=MOST, drafts=drafts)
+        found = meeting.run({"": lambda q=questions: greedy(model, q, lambda _: None)})
+
+        assert found[""].tokens == wanted
+
+
+def test_views_of_one_checkpoint_read_each_matrix_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_model(tmp_path / "base")
+    lora = adapter_of(tmp_path, base, "llama")
+    shared: list[int] = []
+    multiply = meetings._multiply
+
+    def counted(requests: Any, *more: Any) -> None:
+        shared.append(len(requests))
+        multiply(requests, *more)
+
+    monkeypatch.setattr(meetings, "_multiply", counted)
+    meeting = Meeting(2)
+    views = {n: view(base, a, meeting, 0) for n, a in (("base", []), ("adapter", [(lora, 1.0)]))}
+    run = {n: lambda m=m: greedy(m, asked(), lambda _: None) for n, m in views.items()}
+
+    found = meeting.run(run)
+
+    assert found["base"].tokens == generated(base)
+    assert found["adapter"].tokens == generated(base, lora)
+    assert shared.count(2) > 0.9 * len(shared)
+
+
+def test_a_draft_that_is_right_needs_no_step_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_model(tmp_path / "base")
+    true = generated(base)
+    seen: list[object] = []
+    multiply = meetings._multiply
+    monkeypatch.setattr(meetings, "_multiply", lambda *a: (seen.append(1), multiply(*a)))
+
+    assert answer(base, drafts=dict(enumerate(true))) == true
+    drafted = len(seen)
+    answer(base)
+
+    assert MOST * drafted <= len(seen) - drafted
+
+
+def test_a_view_that_fails_ends_the_meeting() -> None:
+    meeting = Meeting(2)
+    matrix = torch.ones((300, 4))
+
+    def good() -> torch.Tensor:
+        return meeting.multiply(
+            (0, 1), meeting.multiply((0, 0), torch.ones(2, 4), matrix)[:, :4], matrix
+        )
+
+    def bad() -> torch.Tensor:
+        meeting.multiply((0, 0), torch.ones(2, 4), matrix)
+        return meeting.multiply((0, 2), torch.ones(2, 5), matrix)
+
+    with pytest.raises(RuntimeError, match="5"):
+        meeting.run({"good": good, "bad": bad})
+
+
+def test_products_are_those_of_torch() -> None:
+    meeting = Meeting(2)
+    for rows, columns, inputs in ((1, 1, 1), (127, 8, 3), (1000, 64, 200)):
+        matrix = torch.randn(rows, columns, dtype=torch.bfloat16)
+        x = torch.randn(2, inputs, columns)
+
+        found = meeting.run({"": lambda x=x, m=matrix: meeting.multiply((0, 0), x, m)})[""]
+
+        torch.testing.assert_close(found, x @ matrix.float().T, rtol=1e-5, atol=1e-4)
