@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from weightsmith.forward import meeting as meetings
 from weightsmith.forward.greedy import Questions, greedy
 from weightsmith.forward.meeting import Meeting
 from weightsmith.forward.views import view
@@ -122,13 +121,13 @@ def test_views_of_one_checkpoint_read_each_matrix_once(
     base = make_model(tmp_path / "base")
     lora = adapter_of(tmp_path, base, "llama")
     shared: list[int] = []
-    multiply = meetings._multiply
+    multiply = Meeting._multiply
 
-    def counted(requests: Any, *more: Any) -> None:
+    def counted(self: Meeting, requests: Any) -> None:
         shared.append(len(requests))
-        multiply(requests, *more)
+        multiply(self, requests)
 
-    monkeypatch.setattr(meetings, "_multiply", counted)
+    monkeypatch.setattr(Meeting, "_multiply", counted)
     meeting = Meeting(2)
     views = {n: view(base, a, meeting, 0) for n, a in (("base", []), ("adapter", [(lora, 1.0)]))}
     run = {n: lambda m=m: greedy(m, asked(), lambda _: None) for n, m in views.items()}
@@ -146,8 +145,8 @@ def test_a_draft_that_is_right_needs_no_step_of_its_own(
     base = make_model(tmp_path / "base")
     true = generated(base)
     seen: list[object] = []
-    multiply = meetings._multiply
-    monkeypatch.setattr(meetings, "_multiply", lambda *a: (seen.append(1), multiply(*a)))
+    multiply = Meeting._multiply
+    monkeypatch.setattr(Meeting, "_multiply", lambda *a: (seen.append(1), multiply(*a)))
 
     assert answer(base, drafts=dict(enumerate(true))) == true
     drafted = len(seen)

@@ -31,20 +31,28 @@ class _Request:
     output: torch.Tensor | None = None
     failed: BaseException | None = None
 
+    @property
+    def answered(self) -> bool:
+        return self.output is not None or self.failed is not None
+
 
 class Meeting:
-    """Runs views in threads of their own; a matrix is multiplied when all of them wait.
+    """Runs views in threads of their own; when all of them wait, one multiplies for all.
 
-    Then the one that comes first in the model is read once for all views that ask for it. Tiles are
-    spread over the CPUs by plain threads: OpenMP's barriers wait for a thread that was preempted,
-    which on a busy machine makes products many times slower.
+    It takes the matrix that comes first in the model, for every view that asks for it, so that it
+    is read once. Tiles are spread over the CPUs by plain threads: OpenMP's barriers wait for a
+    thread that was preempted, which on a busy machine makes products many times slower.
     """
 
     def __init__(self, cpus: int = 0) -> None:
         self._cpus = cpus or len(os.sched_getaffinity(0))
+        self._pool = ThreadPoolExecutor(
+            max(1, self._cpus - 1), initializer=torch.set_num_threads, initargs=(1,)
+        )
         self._changed = threading.Condition()
         self._waiting: dict[Key, list[_Request]] = {}
         self._running = 0
+        self._busy = False
 
     def run(self, views: Mapping[str, Callable[[], T]]) -> dict[str, T]:
         """Return what each view returns; raises the first view's error when all have ended."""
@@ -63,18 +71,14 @@ class Meeting:
                     self._running -= 1
                     self._changed.notify_all()
 
-        with ThreadPoolExecutor(
-            self._cpus, initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
-            threads = [
-                threading.Thread(target=live, args=(name, view), daemon=True)
-                for name, view in views.items()
-            ]
-            for thread in threads:
-                thread.start()
-            self._serve(pool)
-            for thread in threads:
-                thread.join()
+        threads = [
+            threading.Thread(target=live, args=(name, view), daemon=True)
+            for name, view in views.items()
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
         if errors:
             raise errors[0]
         return found
@@ -84,50 +88,48 @@ class Meeting:
         request = _Request(inputs.reshape(-1, inputs.shape[-1]), matrix)
         with self._changed:
             self._waiting.setdefault(key, []).append(request)
-            self._changed.notify_all()
-            while request.output is None and request.failed is None:
-                self._changed.wait()
+            while not request.answered:
+                if self._busy or sum(map(len, self._waiting.values())) < self._running:
+                    self._changed.wait()
+                else:
+                    self._serve(self._waiting.pop(min(self._waiting)))
         if request.output is None:
             raise request.failed or AssertionError("nobody multiplied")
         return request.output.view(*inputs.shape[:-1], matrix.shape[0])
 
-    def _serve(self, pool: ThreadPoolExecutor) -> None:
-        """Multiply for whoever waits, until no view runs any more."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._count() == self._running)
-                if not self._running:
-                    return
-                requests = self._waiting.pop(min(self._waiting))
-            try:
-                _multiply(requests, pool, self._cpus)
-            except BaseException as error:  # noqa: BLE001 - the views end with it
-                for request in requests:
-                    request.failed = error
-            with self._changed:
-                self._changed.notify_all()
+    def _serve(self, requests: Sequence[_Request]) -> None:
+        """Multiply for these views while the lock is released."""
+        self._busy = True
+        self._changed.release()
+        try:
+            self._multiply(requests)
+        except BaseException as error:  # noqa: BLE001 - the views end with it
+            for request in requests:
+                request.failed = error
+        finally:
+            self._changed.acquire()
+            self._busy = False
+            self._changed.notify_all()
 
-    def _count(self) -> int:
-        return sum(len(requests) for requests in self._waiting.values())
+    def _multiply(self, requests: Sequence[_Request]) -> None:
+        matrix, rows = requests[0].matrix, requests[0].inputs
+        if requests[1:]:
+            rows = torch.cat([request.inputs for request in requests])
+        output = torch.empty((len(rows), len(matrix)))
+        step = _WIDE_TILE if len(rows) > _MANY else _TILE
+        starts = range(0, len(matrix), step)
+        shares = min(self._cpus, len(starts))
 
+        def work(share: int) -> None:
+            with torch.inference_mode():
+                for start in starts[share::shares]:
+                    tile = matrix[start : start + step].float()
+                    torch.mm(rows, tile.T, out=output[:, start : start + step])
 
-def _multiply(requests: Sequence[_Request], pool: ThreadPoolExecutor, cpus: int) -> None:
-    matrix = requests[0].matrix
-    rows = (
-        torch.cat([request.inputs for request in requests]) if requests[1:] else requests[0].inputs
-    )
-    output = torch.empty((len(rows), len(matrix)))
-    step = _WIDE_TILE if len(rows) > _MANY else _TILE
-    starts = range(0, len(matrix), step)
-
-    def work(first: int) -> None:
-        with torch.inference_mode():
-            for start in starts[first::cpus]:
-                tile = matrix[start : start + step].float()
-                output[:, start : start + step] = rows @ tile.T
-
-    list(pool.map(work, range(min(cpus, len(starts)))))
-    for request, part in zip(
-        requests, torch.split(output, [len(r.inputs) for r in requests]), strict=True
-    ):
-        request.output = part
+        others = [self._pool.submit(work, share) for share in range(1, shares)]
+        work(0)
+        for other in others:
+            other.result()
+        parts = torch.split(output, [len(request.inputs) for request in requests])
+        for request, part in zip(requests, parts, strict=True):
+            request.output = part
