@@ -39,7 +39,7 @@ from weightsmith.tools import Tools
 from weightsmith.values import Json, Sources, StageInputs, Tree
 
 _REFERENCE_MEMORY = 3 << 30
-"""Python, torch and transformers beside the float32 weights, in bytes."""
+"""Python, torch, transformers and the caches of a batch; weights stay in their files. In bytes."""
 _QUANTIZE_MEMORY = 4 << 30
 _VALIDATE_MEMORY = 3 << 29
 """Whatever the model: weights pass by a few rows at a time."""
@@ -238,8 +238,7 @@ def _reference_rows(
     cached = all(there for there, _ in states)
     why = next((why for there, why in states if not there), "")
     size = sources.base.tree.size
-    memory = _REFERENCE_MEMORY + 2 * size
-    return [_row("reference", cached=cached, why=why, read=size, memory=memory)]
+    return [_row("reference", cached=cached, why=why, read=size, memory=_REFERENCE_MEMORY)]
 
 
 def _checkpoint(file: RecipeFile, sources: Sources, tools: Tools) -> Tree | None:
