@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
+from weightsmith.forward.network import fill, load_buffers, skeleton
+from weightsmith.forward.weights import Weights
 from weightsmith.validating.findings import ERROR, NOTE, Finding, finding
 from weightsmith.validating.forwards import Batch
-from weightsmith.forward.network import fill, load_buffers, skeleton
 from weightsmith.validating.result import GreedyText, LogitLimits
-from weightsmith.forward.weights import Weights
 
 MOST_NEW = 16
 """Tokens generated after a probe."""
