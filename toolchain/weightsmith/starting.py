@@ -1,4 +1,4 @@
-"""Image -> a session with its server: the one way in which an image is started here."""
+"""Image -> a session with its server; every image that weightsmith starts is started here."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def start(
 ) -> Iterator[ServerSession]:
     """Start an image, wait until it is healthy, and yield a session; the server ends with it.
 
-    `reference` is the engine's or `oci:DIR`; `smoke` gets what the first check saw.
-    Raises CheckFailed, with the server's last lines, where it is not healthy after `seconds`.
+    `reference` is a name in the container engine or `oci:DIR`; `smoke` records the health check.
+    Raises CheckFailed, with the server's last lines, if it is not healthy after `seconds`.
     """
     with (
         tools.launcher.serve(reference, spec) as endpoint,
@@ -47,9 +47,9 @@ def start(
 
 
 def spare_cpu(variable: str) -> Mapping[str, str]:
-    """Return the environment that leaves one CPU to us, by an engine's variable for its threads.
+    """Return the environment that leaves one CPU free; `variable` sets an engine's threads.
 
-    Threads that wait for each other stand still when one is displaced. {} without a variable.
+    Threads that wait for each other all stop when one loses its CPU. {} without a variable.
     """
     if not variable:
         return {}
@@ -57,7 +57,7 @@ def spare_cpu(variable: str) -> Mapping[str, str]:
 
 
 def why_not_started(image: Image, tools: Tools) -> str:
-    """Return why an image of ours cannot be started on this machine; "" where it can."""
+    """Return why an image of ours cannot be started on this machine; "" if it can."""
     if not is_own(image):
         return f"the image is for {image.platform}: it was not started"
     if plan_of(image.labels).device != "cpu" and not tools.engine.describe().get("gpu"):

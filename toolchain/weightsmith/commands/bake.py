@@ -41,7 +41,7 @@ from weightsmith.values import (
 )
 
 KINDS = ("image", "modelcar", "volume")
-"""`image` serves; `modelcar` is KServe's, with a shell; `volume` is the weights alone."""
+"""`image` serves; `modelcar` is for KServe and has a shell; `volume` has only the weights."""
 _DEFAULT_NAME = "model"
 _MEMORY = 4 << 30
 
@@ -63,7 +63,7 @@ class BakeRequest:
 
 
 def bake_model(request: BakeRequest, tools: Tools) -> Mapping[str, Json]:
-    """Assemble a model's image and bring it where it is asked for; starts nothing."""
+    """Assemble a model's image and load, write or push it; does not start it."""
     began = time.monotonic()
     _check(request)
     outputs = _outputs(request)
@@ -89,7 +89,7 @@ def _check(request: BakeRequest) -> None:
 
 
 def _name(path: Path) -> str:
-    """Return a name that is the same wherever the model lies: the file's own, else a fixed one."""
+    """Return a name that does not depend on the model's folder: the file's, else a fixed one."""
     if path.is_file():
         return path.stem
     files = sorted(path.glob("*.gguf")) if path.is_dir() else []
@@ -99,10 +99,10 @@ def _name(path: Path) -> str:
 def _config(
     request: BakeRequest, model: Model, target: Target, place: str, tools: Tools
 ) -> ServingConfig:
-    """Return what `render` wrote, or a plan; the engine's own defaults where none can be made."""
+    """Return what `render` wrote, else a new plan; without a plan, the engine's own defaults."""
     if request.config:
         return read_config(request.config)
-    # A size that follows from the model, not from this machine: so the digest does, too.
+    # The size depends on the model, not on this machine, so the digest does too.
     options = ServeOptions(host_memory_bytes=_MEMORY + 2 * model.weight_bytes)
     try:
         return serving_config(model, target, options, place)
@@ -116,7 +116,7 @@ def _config(
 def _inputs(
     request: BakeRequest, model: Model, target: Target, place: str, tools: Tools
 ) -> ImageInputs:
-    """Return what the images are made of: the base for each platform that is asked for."""
+    """Return what the images are made of, with the base for each requested platform."""
     artifact = _artifact(model, target, tools.store, tools.progress)
     _compare_type(model, target, tools)
     config, engine = None, ""
@@ -157,7 +157,7 @@ def _labels(
 
 
 def _outputs(request: BakeRequest) -> Outputs:
-    """Return where the image goes by its first name; another one to load it by comes after."""
+    """Return where the image goes under its first name; `bake_model` loads a second name later."""
     return Outputs(
         load=bool(request.load) and request.push in ("", request.load),
         layout=request.layout,
@@ -167,7 +167,7 @@ def _outputs(request: BakeRequest) -> Outputs:
 
 
 def _artifact(model: Model, target: Target, store: Store, progress: Progress) -> Artifact:
-    """Return the files that go into the image; InputRefused where they are of another format."""
+    """Return the files that go into the image; InputRefused if they have another format."""
     ending = target.format.suffix
     if not any(name.endswith(ending) for name in model.weights) or not _is_ready(model, target):
         raise InputRefused(
@@ -188,7 +188,7 @@ def _artifact(model: Model, target: Target, store: Store, progress: Progress) ->
 
 
 def _check_whole(path: Path, progress: Progress) -> None:
-    """Refuse a file that was cut off here, not when it is served; another content is a warning."""
+    """Raise InputRefused for a truncated file; warn of a file that is not safetensors."""
     try:
         read_header(path)
     except InputRefused as error:
@@ -200,7 +200,7 @@ def _check_whole(path: Path, progress: Progress) -> None:
 
 
 def _compare_type(model: Model, target: Target, tools: Tools) -> None:
-    """Warn where a GGUF file says of itself that it is of another type than the target."""
+    """Warn if a GGUF file's metadata name another type than the target."""
     row = FILE_TYPES.get(target.format.name)
     files = sorted(name for name in model.weights if name.endswith(".gguf"))
     found = gguf_file_type(model.root / files[0]) if row and files else None
@@ -213,5 +213,5 @@ def _compare_type(model: Model, target: Target, tools: Tools) -> None:
 
 
 def _is_ready(model: Model, target: Target) -> bool:
-    """Say whether the weights are in the target's format; True where that cannot be known."""
+    """Return whether the weights have the target's format; True if that is unknown."""
     return not model.facts.architecture or bool(own_weights(model, target))

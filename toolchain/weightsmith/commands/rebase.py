@@ -1,4 +1,4 @@
-"""`invoke rebase`: an image on another engine base; its weights stay where they are."""
+"""`invoke rebase`: put an image on another engine base, without sending its weights again."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def rebase_image(request: RebaseRequest, tools: Tools) -> Mapping[str, Json]:
 def _moved(
     old: Image, request: RebaseRequest, origin: Place, tools: Tools
 ) -> tuple[Image, Evidence]:
-    """Return one platform's image on its new base, and what is known of it."""
+    """Return one platform's image on its new base, and its evidence."""
     roles = roles_of(old, request.source)
     base = base_image(request.onto, old.labels.get(ENGINE_LABEL, ""), tools, platform=old.platform)
     check_contract(old, roles, base, request.onto, tools)
@@ -105,7 +105,7 @@ def exchange(old: Image, roles: Roles, base: Image, base_name: str) -> Image:
 
 
 def check_contract(old: Image, roles: Roles, base: Image, name: str, tools: Tools) -> None:
-    """Raise InputRefused where the new base cannot carry the image.
+    """Raise InputRefused if the image does not fit on the new base.
 
     Engine and platform must be the same, the major version the one that the plan was made for,
     and no file of the base may lie where the image's own are.
@@ -137,7 +137,7 @@ def _major(version: str) -> str:
 
 
 def _folders(roles: Roles) -> frozenset[str]:
-    """Return the folders that weights and settings are in, from the layers' own titles."""
+    """Return the folders of weights and settings, from the layers' titles."""
     paths = [layer.file.partition(" and ")[0] for layer in (*roles.weights, *roles.settings)]
     folders = {path.rpartition("/")[0] for path in paths if "/" in path}
     return frozenset(folder.split("/")[0] if folder.startswith("models") else folder
@@ -145,9 +145,9 @@ def _folders(roles: Roles) -> frozenset[str]:
 
 
 def _smoke(image: Image, onto: str, tools: Tools) -> None:
-    """Start the image once, where an engine and what it needs are there.
+    """Start the image once, if there is an engine with what the image needs.
 
-    Raises CheckFailed with what it lacks on its new base.
+    Raises CheckFailed, with the server's last lines, if it does not work.
     """
     reason = why_not_started(image, tools)
     if not reason and not tools.engine.answers():
@@ -183,7 +183,7 @@ def _evidence(
     parts = gathered.statement_parts(attachments)
     attached = [gathered.read_statement(part, None).statement for part in parts]
     lineage = trace(old.digest, attached)
-    # Nothing else: with a key, what is kept gets our signature.
+    # Keep nothing else: with a key, we sign what we keep.
     about = [lineage.holds(one) and gathered.is_ours(one) for one in attached]
     kept = tuple(part for part, holds in zip(parts, about, strict=True) if holds)
     if len(kept) < len(parts):
@@ -219,7 +219,7 @@ def _evidence(
 
 
 def _own(documents: Iterable[Document]) -> list[Document]:
-    """Leave out the bills of the base that goes, and what others said of the image as it was."""
+    """Leave out the old base's bills, and documents of others about the old image."""
     kinds = (gathered.EVALUATION_TYPE, gathered.ADAPTER_TYPE)
     return [
         d for d in documents if d.artifact_type in kinds or _title(d) == (MEDIA_TYPE, MODEL_BILL)

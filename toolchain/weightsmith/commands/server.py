@@ -1,4 +1,4 @@
-"""A server to ask: an image that is started for it, or one that runs already."""
+"""A server for a command to ask: a started image, or a server that is already running."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class ServerSource:
 def session_with(
     place: ServerSource, tools: Tools, limits: SessionLimits | None = None, *, modest: bool = False
 ) -> Iterator[ServerSession]:
-    """Yield a session with a ready server; one that was started for it ends with the block.
+    """Yield a session with a ready server; a server that we started ends with the block.
 
-    `modest` leaves one CPU to others, where the engine's number of threads can be set. A server
-    at a URL gets the key in WEIGHTSMITH_API_KEY.
-    Raises UsageError for an image that is not there or a malformed address, CheckFailed for an
-    image that does not become ready.
+    `modest` leaves one CPU free if the engine's number of threads can be set. The key in
+    WEIGHTSMITH_API_KEY is sent to a server at a URL, and to no other.
+    Raises UsageError for a missing image or a malformed URL, CheckFailed for an image that does
+    not become ready.
     """
     if place.url:
         key = os.environ.get("WEIGHTSMITH_API_KEY", "")
@@ -91,11 +91,11 @@ def _image_config(image: str, tools: Tools) -> Mapping[str, Json]:
 
 
 def served_name(session: ServerSession, wanted: str) -> str:
-    """Return the model's name: the one that is wanted, if the server has it, else its first.
+    """Return the model's name at the server: `wanted`, or the first that it lists.
 
-    Raises CheckFailed where the server lists other models, or none and none is wanted.
+    Raises CheckFailed if the server does not list `wanted`, or lists no model.
     """
-    # Asked with little patience: a server that does not even list its models hangs.
+    # Short time limits: a server that cannot list its models hangs.
     patient = session.limits
     session.limits = replace(patient, request_seconds=min(30.0, patient.request_seconds), tries=2)
     try:

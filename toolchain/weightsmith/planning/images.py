@@ -1,4 +1,4 @@
-"""What a recipe's images are made of, and what the started one is asked."""
+"""What a recipe's images are made of, and which questions the started image gets."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def image_inputs(
     config: ServingConfig,
     tools: Tools,
 ) -> ImageInputs:
-    """Return what a target's images are made of: the base for each platform as the lock pins it.
+    """Return what a target's images are made of, with the bases that the lock pins.
 
     Raises as `bases_of` does.
     """
@@ -59,7 +59,7 @@ def image_inputs(
 
 
 def network_in_jobs(checkpoint: Checkpoint, artifact: Artifact | None, tools: Tools) -> bool:
-    """Say whether a job had the machine's network: one of now, or one that made what is cached."""
+    """Return whether any job had network access: in this build, or for a cached result."""
     made = (checkpoint.details, artifact.details if artifact else {})
     return tools.runner.networked or any(details.get("network_in_jobs") for details in made)
 
@@ -67,7 +67,7 @@ def network_in_jobs(checkpoint: Checkpoint, artifact: Artifact | None, tools: To
 def evaluation_of(
     request: BuildRequest, target: Target, inputs: ImageInputs, results: Sequence[Result]
 ) -> Evaluation:
-    """Return what the image for this machine is asked, and what its answers depend on."""
+    """Return the questions to the image for this machine, and what its answers depend on."""
     if inputs.config is None:
         raise AssertionError("an image of a recipe serves")
     return Evaluation(
@@ -82,7 +82,7 @@ def evaluation_of(
 def _question(
     request: BuildRequest, target: Target, sources: Sources | None, result: Result
 ) -> Question:
-    """Return a task with the adapter that is to answer it, where the image serves several."""
+    """Return a task with the adapter that answers it, if the image serves several."""
     number = result.task.adapter
     if target.format != LORA or sources is None or number is None or len(sources.adapters) == 1:
         return Question(result=result)

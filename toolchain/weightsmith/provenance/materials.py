@@ -1,4 +1,4 @@
-"""What the images of a model are made of: what is put together, and what is said of it."""
+"""What the images of a model are made of: their content, and the facts for their evidence."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ class ImageInputs:
     bases: tuple[Image, ...]
     """One for each platform; () for an image from scratch."""
     base_name: str
-    """What the image says that it is built on; "" for a folder of this machine."""
+    """The base's name in the image's labels; "" for a folder on this machine."""
     labels: Mapping[str, str]
-    """All but those that follow from the other inputs."""
+    """All labels that do not follow from the other inputs."""
     order: Order = "engine-first"
     largest_layer: int = 0
-    """Bytes; larger safetensors files are split. 0: as large as they are."""
+    """Bytes; larger safetensors files are split. 0: no limit."""
     parameters: Mapping[str, Json]
-    """What the user asked for, as the statement of the image says it."""
+    """What the user asked for, as the image's statement records it."""
     sources: Sources | None = None
     checkpoint: Checkpoint | None = None
     recipe: Recipe | None = None
     quantizer_builder: str = ""
     network_in_jobs: bool = False
-    """A job that made any of it had the machine's network, because the user allowed it."""
+    """Whether a job that made any of it had network access, because the user allowed it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,14 +53,14 @@ class ImageMaterials:
 
     inputs: ImageInputs
     split: Resharded
-    """The artifact's files as they lie in the image: large ones may be cut."""
+    """The artifact's files in the image: large ones may be split."""
     base: Image | None
     image: Image
     scores: Mapping[str, Score] = field(default_factory=dict)
 
     @property
     def served(self) -> Artifact:
-        """The artifact as it lies in the image."""
+        """The artifact with the files that are in the image."""
         return replace(self.inputs.artifact, tree=self.split.tree)
 
 

@@ -41,14 +41,14 @@ def bake(
 ) -> Outcome[tuple[ImageMaterials, ...]]:
     """Return the image for each platform of the base: base, weight layers, a small one on top.
 
-    `prepare` brings the inputs, which takes long where a base is assembled here. The weight
+    `prepare` returns the inputs; it takes minutes if a base is assembled here. The weight
     layers are the same for every kind of image. Layer digests are remembered in the store, so an
     unchanged file is not hashed again. `earlier` are the layers of the image that was made last;
     with the same layers the outcome is cached.
 
-    Raises UsageError above 125 layers, where a file cannot be cut to the size that a layer may
-    have, and with `push` for a layer that the registry of `name` does not take; InputRefused for
-    a base that would hide weights below it.
+    Raises UsageError for more than 125 layers, for a file that cannot be split to the size of a
+    layer, and with `push` for a layer that the registry of `name` does not accept; InputRefused
+    for a base whose files would hide the weights below it.
     """
     timer = Timer("bake", name, tools)
     inputs = prepare()
@@ -117,7 +117,7 @@ def _settings(config: ServingConfig | None) -> tuple[Layer, ...]:
 
 
 def _require_clear(base: Image, name: str, model_dir: str, store: Store) -> None:
-    """Refuse weights below a base that has files of its own in their folder."""
+    """Raise InputRefused if the base has files in the folder of the weights."""
     if found := first_collision(base, [model_dir.strip("/")], store.memo):
         raise InputRefused(
             f"the base {name} has /{found}, which would hide weights below it",

@@ -36,14 +36,14 @@ from weightsmith.values import Blob, Digest, Json, StageInputs, key_of
 
 OWN = OWN_ENGINE
 MODELCAR = OWN + "modelcar"
-"""A shell and nothing else; made of packages for the one platform below."""
+"""A shell and nothing else, made of packages for one platform (`_WHOLE_PLATFORM`)."""
 
 MODELCAR_ELSEWHERE = "docker.io/library/busybox:1.37.0-musl"
 
 _BUILDER = "gguf"
 _RECIPE_NUMBER = 1
 _GROUPING = 1
-"""Raised when `_grouped` would make other layers of the same files by the same rules."""
+"""Increase it if `_grouped` makes other layers of the same files by the same rules."""
 _PINNED = frozenset({"commit", "package"})
 """Either marks the entry of source.json that is the engine itself."""
 _WHOLE_PLATFORM = "linux/amd64"
@@ -55,9 +55,9 @@ _ACCOUNTS = {
 
 
 def base_reference(engine: Engine, device: str, override: str) -> str:
-    """Return what the image is built on: the user's choice, else the engine's for the device.
+    """Return the base's reference: the user's choice, else the engine's base for the device.
 
-    Raises UsageError where there is none.
+    Raises UsageError if there is none.
     """
     bases = engine.base
     own = bases.rocm if device.startswith("amd-") else bases.gpu
@@ -71,7 +71,7 @@ def base_reference(engine: Engine, device: str, override: str) -> str:
 
 
 def data_base(kind: str, override: str) -> str:
-    """Return what an image that serves nothing is built on; empty for nothing.
+    """Return the base's reference for an image that serves nothing; "" if it has no base.
 
     KServe starts a modelcar with a shell, which links `/models` for the server beside it.
     https://kserve.github.io/website/docs/model-serving/storage/providers/oci
@@ -93,9 +93,9 @@ def base_inputs(name: str) -> StageInputs:
 def base_image(reference: str, engine: str, tools: Tools, *, platform: str | None = None) -> Image:
     """Return the base for an engine; its layers are read when they are needed.
 
-    Without an engine nothing is asked of it. What it does not say of itself is a warning. Raises
-    InputRefused for a broken image and for one that says it holds another engine,
-    EnvironmentFailure where a registry is out of reach.
+    `engine` is "" for an image that serves nothing. Warns if the base does not name its engine.
+    Raises InputRefused for a broken image or the base of another engine, EnvironmentFailure if a
+    registry cannot be reached.
     """
     if reference.startswith(OWN):
         return _own(reference.removeprefix(OWN), engine, tools)
@@ -114,11 +114,10 @@ def base_images(
     pins: Mapping[str, str] | None = None,
     platforms: Sequence[str] = (),
 ) -> tuple[Image, ...]:
-    """Return the base for each platform that it is there for, as far as `platforms` names them.
+    """Return the base for each of its platforms, or only for those in `platforms`.
 
-    `pins` are digests by platform, as a lock knows them: where there are any they decide, and
-    what else the name stands for meanwhile does not count. Raises as `base_image` does, and
-    UsageError for a platform that is not there.
+    `pins` maps platforms to the digests in a lock; with pins, what the name refers to today does
+    not matter. Raises as `base_image` does, and UsageError if a platform is missing.
     """
     if reference.startswith(OWN):
         images: tuple[Image, ...] = (base_image(reference, engine, tools),)
@@ -156,7 +155,7 @@ def _checked(image: Image, reference: str, engine: str, tools: Tools) -> Image:
 
 
 def public_base(reference: str) -> str:
-    """Return what an image may say of its base's name: nothing for a folder of this machine."""
+    """Return the base's name for an image's labels; "" for a folder on this machine."""
     return "" if is_layout(reference) else reference
 
 
@@ -206,11 +205,11 @@ def _program_layer(entry: Entry, tools: Tools) -> TarLayer:
 
 
 _ROOTS: dict[Path, tuple[BlobLayer, ...]] = {}
-"""Entry's folder -> its layers: every target of a build has the same, of 17,000 files."""
+"""Entry's folder -> its layers; all targets of a build share them, and they have 17,000 files."""
 
 
 def _root_layers(entry: Entry, memo: Memo) -> tuple[BlobLayer, ...]:
-    """Return a whole root file system: a layer per large package, one with all that is left.
+    """Return a complete root file system: a layer per large package, and one with all other files.
 
     What they are is remembered: the files are looked at when a layer is opened.
     """
@@ -239,7 +238,7 @@ def _remembered(entry: Entry, memo: Memo) -> tuple[BlobLayer, ...]:
 
 
 def _grouped(entry: Entry, memo: Memo) -> tuple[TarLayer, ...]:
-    """Return a layer per large package: a new version of one leaves the others' as they are."""
+    """Return a layer per large package, so a new version of one changes only its own layer."""
     groups: dict[str, list[Member]] = {}
     for member in _members(entry, "", None):
         found = _PACKAGE.match(member.path)
@@ -263,7 +262,7 @@ def _export(folder: Path, tools: Tools) -> Mapping[str, Json]:
 
 
 def _members(entry: Entry, prefix: str, mode: int | None) -> tuple[Member, ...]:
-    """Return the entry's files; their own modes where none is given."""
+    """Return the entry's files, with their own modes if `mode` is None."""
     found = []
     for file in entry.tree.files:
         source = entry.tree.path(file.path)

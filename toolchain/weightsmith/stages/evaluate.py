@@ -1,4 +1,4 @@
-"""Image -> scores: the image is started as its users will start it, checked, asked and judged."""
+"""Image -> scores: start the image as its users will, check it, ask it, and judge its answers."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ RECIPE_NUMBER = 2
 _ANSWERS = "answers.json"
 _START_SECONDS = 600.0
 _SLOWEST_DISK = 50_000_000
-"""Bytes a second that weights are read with at the worst."""
+"""Bytes per second: the slowest disk that weights are read from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """A task's result so far, and which of the adapters that the image serves answers it."""
+    """A task with its result so far, and the adapter in the image that answers it."""
 
     result: Result
     model: str = ""
-    """The name that requests ask for; "" for the image's own."""
+    """The model's name in requests; "" for the image's served name."""
     fields: Mapping[str, Json] = field(default_factory=dict)
-    """Further fields of each request, where a name does not choose the adapter."""
+    """More fields of each request, for engines that do not choose the adapter by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """What an image is made of, as far as its answers depend on it, and what it is asked."""
+    """What an image's answers depend on, and its questions."""
 
     artifact: Artifact
     config: ServingConfig
@@ -54,7 +54,7 @@ class Evaluation:
     questions: tuple[Question, ...]
 
     def inputs(self, question: Question) -> StageInputs:
-        """All that a task's answers depend on: not the names, labels and limits of the image."""
+        """All that a task's answers depend on; not the image's names, labels and limits."""
         plan, task = self.config.plan, question.result.task.task
         model, fields = question.model, dict(question.fields)
         neutral = self.engine.neutral_settings
@@ -67,8 +67,8 @@ class Evaluation:
                 "artifact": self.artifact.digest,
                 "base": self.base,
                 "settings": settings,
-                # A context that holds every question changes nothing by being longer; a token
-                # is at least one character, and a chat template adds a few.
+                # If every question fits, a longer context changes nothing. A token has at least
+                # one character, and a chat template adds a few tokens.
                 "context": min(plan.max_model_len, longest + task.max_tokens + 256),
                 "questions": task.digest,
                 "max_tokens": task.max_tokens,
@@ -91,7 +91,7 @@ class Evaluation:
 
     @property
     def promise(self) -> Promise:
-        """What the checks hold the server to."""
+        """What the checks require of the server."""
         return Promise(
             served_name=self.config.served_name,
             health_path=self.config.health_path,
@@ -104,10 +104,10 @@ class Evaluation:
 def evaluate(
     image: Image, evaluation: Evaluation, candidate: AbstractContextManager[str], tools: Tools
 ) -> Outcome[tuple[Result, ...]]:
-    """Start the image, check it and score its answers; nothing of it where that was done before.
+    """Start the image, check it and score its answers; it is not started if that was done before.
 
-    `candidate` makes the image startable and yields its name; it is entered only if needed. An
-    image that cannot be started on this machine is a warning, and keeps the results as they are.
+    `candidate` makes the image startable and yields its name; it is entered only if needed. Warns
+    of an image that cannot be started on this machine, and returns the results unchanged.
 
     Raises CheckFailed, with the server's last lines, for an image that does not start, does not
     answer, or does not keep what its plan promises.
@@ -137,7 +137,7 @@ def smoke_inputs(image: Digest) -> StageInputs:
 
 
 def checks_of(image: Digest, tools: Tools) -> Sequence[Mapping[str, Json]]:
-    """Return what the checks of an image saw when it passed them; () where it was not started."""
+    """Return what an image's checks saw when it passed them; () if it was not started."""
     entry = tools.store.find(smoke_inputs(image).key)
     return tuple(entry.meta.get("checks", ())) if entry else ()
 
@@ -159,7 +159,10 @@ def _run(name: str, image: Digest, evaluation: Evaluation, tools: Tools) -> None
 def _answers(
     evaluation: Evaluation, question: Question, session: ServerSession | None, tools: Tools
 ) -> Answers:
-    """Return the answers to a task, which any image of the same weights and engine gave before."""
+    """Return the stored answers to a task, else ask the image and store them.
+
+    An earlier image with the same weights and engine gives the same answers.
+    """
 
     def ask(_: Path) -> Answers:
         if session is None:
@@ -178,9 +181,9 @@ def _answers(
 
 
 def _check_ends(answers: Answers, expected: int, session: ServerSession) -> None:
-    """Raise CheckFailed where answers no longer end by themselves, as when the end token is lost.
+    """Raise CheckFailed if answers no longer end by themselves, as when the end token is lost.
 
-    Half as many as the reference's is the limit: other weights may answer at more length.
+    At least half as many as the reference's must end: other weights may give longer answers.
     """
     ends = sum(answer.get("finish_reason") == "stop" for answer in answers)
     if 2 * ends < expected:
@@ -193,10 +196,10 @@ def _check_ends(answers: Answers, expected: int, session: ServerSession) -> None
 
 
 def _scored(result: Result, answers: Answers, tools: Tools) -> Result:
-    """Return a task with the image's score, judged against the adapter's or else the base's.
+    """Return a task with the image's score, compared with the adapter's, else with the base's.
 
-    The image against the merged model shows what quantizing and serving changed; it is
-    reported, and does not decide.
+    The comparison with the merged model shows what quantizing and serving changed. It is
+    reported, but it does not refuse an image.
     """
     task, scores = result.task, dict(result.scores)
     scores["image"] = image = score_task(task.task, answers, tools.command)
