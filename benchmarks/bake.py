@@ -1,9 +1,9 @@
-"""Weights into a registry: our assembly against docker, buildah, skopeo and oras.
+"""Pushing weights to a registry: our assembly against docker, buildah, skopeo and oras.
 
 Run as root from a checkout: `python benchmarks/bake.py [--rounds 3] [--gib 2] [--only ours,oras]`.
 Needs docker, dockerd and docker-registry, and about seven times the weights' size of free disk;
-buildah, skopeo and oras are measured where they are installed. Every round has a fresh registry,
-and docker's also a fresh daemon with its own folder; all is deleted at the end. `--act plan`
+buildah, skopeo and oras are measured if they are installed. Every round has a new registry, and
+docker's also a new daemon with its own folder; everything is deleted at the end. `--act plan`
 plans the layers of 100 GB instead.
 """
 
@@ -80,7 +80,7 @@ def push(folder: str, reference: str, streams: str = "4", label: str = "1") -> N
 
 
 def layers(folder: str) -> list[Any]:
-    """Return one layer for each file; its digest is known where `known_digests` told it."""
+    """Return one layer per file; its digest is known if `known_digests` has it."""
     sys.path.insert(0, str(HERE.parent))
     from weightsmith.oci.layers import Member, TarLayer
     from weightsmith.values import Digest
@@ -103,7 +103,7 @@ def digests(folder: str) -> None:
 
 
 def layout(folder: str, out: str) -> None:
-    """Write the same image as a layout, for tools that copy one."""
+    """Write the same image as a layout, for tools that copy layouts."""
     sys.path.insert(0, str(HERE.parent))
     from weightsmith.oci.image import ImageConfig, assemble
     from weightsmith.oci.layout import write_layout
@@ -112,7 +112,7 @@ def layout(folder: str, out: str) -> None:
 
 
 def rebase(source: str, onto: str, to: str) -> None:
-    """Exchange the base of an image that is in the registry, as `rebase` does."""
+    """Replace the base of an image in the registry, as `rebase` does."""
     sys.path.insert(0, str(HERE.parent))
     from weightsmith.oci.image import ImageConfig, assemble
     from weightsmith.oci.references import Reference
@@ -126,7 +126,7 @@ def rebase(source: str, onto: str, to: str) -> None:
 
 
 def load(folder: str, reference: str) -> None:
-    """Assemble, and stream into the engine as `bake --load` does; no tar is written."""
+    """Assemble and stream into the engine, as `bake --load` does; no tar is written."""
     sys.path.insert(0, str(HERE.parent))
     from weightsmith.oci.image import ImageConfig, assemble
     from weightsmith.ports import Silent
@@ -140,7 +140,7 @@ def load(folder: str, reference: str) -> None:
 
 
 def plan() -> None:
-    """Plan the layers of 100 GB in 20 sparse files, each to be cut to 4 GB at most."""
+    """Plan the layers of 100 GB in 20 sparse files, each split to 4 GB at most."""
     sys.path.insert(0, str(HERE.parent))
     from weightsmith.checkpoints.reshard import reshard
     from weightsmith.oci.weights import weight_layers
@@ -192,7 +192,7 @@ def make_weights(size: int) -> Path:
 
 
 def act(*words: object) -> list[str]:
-    """Return the command that does one of our acts in a process of its own."""
+    """Return the command that runs one of our acts in its own process."""
     return [sys.executable, __file__, "--act", *map(str, words)]
 
 
@@ -209,20 +209,20 @@ def one_stream(weights: Path) -> dict[str, float]:
 
 
 def known_digests(weights: Path) -> dict[str, str]:
-    """Return what tells the acts the layers' digests, as a merge tells them to a build."""
+    """Return the arguments with the layers' digests, which a build knows from the merge."""
     told = subprocess.run(act("digests", weights), check=True, capture_output=True, text=True)
     return {DIGESTS: told.stdout.strip()}
 
 
 def known(weights: Path) -> dict[str, float]:
-    """Time the same where the digests are known, as they are after a merge."""
+    """Time the same with known digests, as after a merge."""
     env = known_digests(weights)
     with registry() as (host, pids):
         return timed([(act("push", weights, f"{host}/bench/app:1"), env)], pids, {})
 
 
 def again(weights: Path) -> dict[str, float]:
-    """Time a second push after the configuration changed, digests remembered."""
+    """Time a second push after a change of the configuration, with cached digests."""
     env = known_digests(weights)
     with registry() as (host, pids):
         subprocess.run(act("push", weights, f"{host}/bench/app:1"), check=True)
@@ -230,7 +230,7 @@ def again(weights: Path) -> dict[str, float]:
 
 
 def rebased(weights: Path) -> dict[str, float]:
-    """Time an exchange of the base, into another repository."""
+    """Time a replacement of the base, into another repository."""
     with registry() as (host, pids):
         for words in (
             act("push", weights, f"{host}/bench/app:1"),
@@ -255,7 +255,7 @@ def base(reference: str) -> None:
 
 
 def skopeo(weights: Path) -> dict[str, float]:
-    """Time a layout's writing and skopeo's copy of it, digests kept."""
+    """Time writing a layout and skopeo's copy of it, with digests preserved."""
     with registry() as (host, pids):
         out = WORK / "layout"
         copy = ["skopeo", "copy", "-q", "--preserve-digests", "--dest-tls-verify=false",
@@ -267,7 +267,7 @@ def skopeo(weights: Path) -> dict[str, float]:
 
 
 def buildah(weights: Path) -> dict[str, float]:
-    """Time buildah's copy, commit and push, in a storage of its own."""
+    """Time buildah's copy, commit and push, with its own storage."""
     with registry() as (host, pids):
         root = WORK / "buildah"
         store = ["buildah", "--root", f"{root}/root", "--runroot", f"{root}/run",
@@ -283,7 +283,7 @@ def buildah(weights: Path) -> dict[str, float]:
 
 
 def oras(weights: Path) -> dict[str, float]:
-    """Time oras's push of the files as they are: an artifact, which nothing can run."""
+    """Time oras's push of the plain files: an artifact, not a runnable image."""
     with registry() as (host, pids):
         names = [path.name for path in sorted(weights.glob("*.safetensors"))]
         push = ["oras", "push", "--plain-http", f"{host}/bench/app:1", *names]
@@ -302,7 +302,7 @@ def docker(weights: Path) -> dict[str, float]:
 
 
 def loaded(weights: Path) -> dict[str, float]:
-    """Time one assembly and `docker load` into an empty daemon, digests known as in a pull."""
+    """Time one assembly and `docker load` into an empty daemon, with known digests as in a pull."""
     env = known_digests(weights)
     with daemon_of_our_own() as (where, daemon):
         words = act("load", weights, "bench/app:1")
@@ -310,7 +310,7 @@ def loaded(weights: Path) -> dict[str, float]:
 
 
 def pulled(weights: Path) -> dict[str, float]:
-    """Time a `docker pull` of the same from a registry on loopback, without the push before it."""
+    """Time a `docker pull` of the same from a loopback registry, without the push before it."""
     with ExitStack() as stack:
         host, pids = stack.enter_context(registry())
         name = f"{host}/bench/app:1"
@@ -347,7 +347,7 @@ def timed(
 
 
 def cpu(pids: dict[str, int]) -> float:
-    """Return the CPU seconds of processes and of the children that they waited for."""
+    """Return the CPU seconds of processes and their reaped children."""
     total = 0
     for pid in pids.values():
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -384,7 +384,7 @@ def registry() -> Iterator[tuple[str, dict[str, int]]]:
 
 @contextmanager
 def daemon_of_our_own() -> Iterator[tuple[str, dict[str, int]]]:
-    """Start a dockerd that shares nothing with the host's: no images, no build cache."""
+    """Start a dockerd that shares no images and no build cache with the host's."""
     folder = WORK / "docker"
     folder.mkdir()
     where = f"unix://{folder}/docker.sock"
@@ -393,7 +393,7 @@ def daemon_of_our_own() -> Iterator[tuple[str, dict[str, int]]]:
         f"--pidfile={folder}/pid", f"--bridge={BRIDGE}", "--iptables=false", "--ip6tables=false",
         "--containerd-namespace=wsbench", "--containerd-plugins-namespace=wsbench-plugins",
     ]  # fmt: skip
-    # A bridge of its own: with none, dockerd takes away the default bridge of the host's daemon.
+    # Its own bridge: without one, dockerd removes the default bridge of the host's daemon.
     subprocess.run(["ip", "link", "add", BRIDGE, "type", "bridge"], check=True)
     subprocess.run(["ip", "addr", "add", "172.31.255.1/24", "dev", BRIDGE], check=True)
     with (folder / "log").open("wb") as log:
@@ -408,7 +408,7 @@ def daemon_of_our_own() -> Iterator[tuple[str, dict[str, int]]]:
 
 
 def wait_for(ready: object) -> None:
-    """Call `ready` until it raises nothing, for up to 30 seconds."""
+    """Call `ready` until it succeeds, for up to 30 seconds."""
     for left in range(150, -1, -1):
         try:
             ready()  # type: ignore[operator]
@@ -421,7 +421,7 @@ def wait_for(ready: object) -> None:
 
 
 def stop(server: subprocess.Popen[bytes], folder: Path) -> None:
-    """End a server and delete what it kept."""
+    """Stop a server and delete its data."""
     server.terminate()
     server.wait(60)
     shutil.rmtree(folder)
@@ -452,7 +452,7 @@ ACTS = {
 
 
 def there(name: str) -> bool:
-    """Say whether what a measurement needs is installed."""
+    """Say whether the tools for a measurement are installed."""
     return name not in ("skopeo", "buildah", "oras") or shutil.which(name) is not None
 
 

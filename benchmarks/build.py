@@ -3,7 +3,7 @@ changed context length; prints a Markdown table.
 
     python benchmarks/build.py [--rounds 3] [--runner auto]
 
-The builders are made first and not timed. Everything is written below benchmarks/work/build.
+The builders are made first, untimed. Everything is written below benchmarks/work/build.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RECIPE = ROOT / "examples" / "support-bot" / "recipe.yaml"
 
 
 def build(runner: str, *extra: str) -> tuple[float, dict]:
-    """Run one build as a whole process; return its wall seconds and its JSON."""
+    """Run one build in its own process; return its wall seconds and its JSON."""
     words = ["build", "--recipe", str(RECIPE), "--runner", runner, "--json"]
     words += ["--dist", str(WORK / "dist"), *extra]
     began = time.monotonic()
@@ -47,7 +47,7 @@ def listing() -> float:
 
 
 def main() -> None:
-    """Time every case in turn, `--rounds` times."""
+    """Time all cases, `--rounds` times."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--runner", default="auto")

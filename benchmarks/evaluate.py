@@ -1,7 +1,7 @@
-"""What asking and reporting cost by themselves, beside the server's time and one page's.
+"""Our overhead of asking a server, and the cost of a report.
 
-The server is a stand-in of known slowness: it answers each request after a fixed time, so that
-whatever is above that is ours (and the machine's). The report is that of 1,000 questions.
+The server is a fake that replies after a fixed time, so that the rest is our overhead (and the
+machine's). The report has 1,000 questions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MODELS = json.dumps({"data": [{"id": "m"}]}).encode()
 
 
 async def serve(seconds: float) -> None:
-    """Answer every request after so many seconds; say the port on standard output."""
+    """Reply to every request after some seconds; print the port on standard output."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -60,7 +60,7 @@ def timed(*words: str | Path) -> tuple[float, float, float]:
 
 
 def asking(folder: Path, rounds: int, requests: int, seconds: float) -> list[dict[str, Any]]:
-    """Time `evaluate` at several numbers of requests at once, less what it takes for one alone."""
+    """Time `evaluate` with several numbers of parallel requests, minus the time without any."""
     data, one = folder / "eval.jsonl", folder / "one.jsonl"
     rows = [json.dumps({"prompt": f"q{n}", "expected": "7481"}) for n in range(requests)]
     data.write_text("\n".join(rows))
@@ -100,7 +100,7 @@ def asking(folder: Path, rounds: int, requests: int, seconds: float) -> list[dic
 
 
 def reporting(folder: Path, rounds: int) -> list[dict[str, Any]]:
-    """Time `report` of 1,000 questions, with short and with long answers."""
+    """Time `report` for 1,000 questions, with short and with long answers."""
     found = []
     for name, repeat in (("short answers", 4), ("long answers", 400)):
         place = folder / name.replace(" ", "-")
@@ -136,7 +136,7 @@ write_report(build, place)
 
 
 def build(count: int, repeat: int) -> dict[str, Any]:
-    """Return a build.json of so many questions; every seventh is lost."""
+    """Return a build.json with `count` questions, every seventh of them wrong."""
     source = {"source": "./base", "pin": "sha256:" + "a" * 64, "digest": "sha256:" + "a" * 64}
     who = ("base", "adapter", "merged", "image")
     items = [

@@ -1,20 +1,19 @@
-"""Merging against PEFT, mergekit, axolotl and `cp`: CPU seconds, wall seconds, peak memory.
+"""Merging compared with PEFT, mergekit, axolotl and `cp`: CPU and wall seconds, peak memory.
 
     python benchmarks/merge.py [--case gigabyte|small|wide|large|layer70b|tuner]
         [--rounds 3] [--only NAME,…] [--peers] [--work benchmarks/work]
     python benchmarks/merge.py --case whole70b
 
-Every way is a process of its own, and all run in turn, so that a change in the machine's load
-touches all of them. Checkpoints are of Llama's shapes, bfloat16, with an adapter of rank 64 on all
-linear layers: `gigabyte` has 0.97 GB, `small` 1.85 GB; `large` has three layers of a 70B model, and
-6.2 GB, `wide` two, `layer70b` one; `tuner` is `small` with a LoHa adapter, which is merged by
-PEFT's own layers. `whole70b` plans the merge of all 80 layers on a sparse file and says what memory
-the plan states.
+Every tool runs in its own process, and all run alternately, so that a change in the machine's load
+affects all of them. Checkpoints have Llama's shapes in bfloat16, with an adapter of rank 64 on all
+linear layers: `gigabyte` has 0.97 GB, `small` 1.85 GB; `large` has three layers of a 70B model and
+6.2 GB, `wide` two, `layer70b` one; `tuner` is `small` with a LoHa adapter, which PEFT's own layers
+merge. `whole70b` plans the merge of all 80 layers on a sparse file and prints the predicted memory.
 
-With `--peers` mergekit and axolotl's wheel are put beside the inputs, not into the project's
-environment: of axolotl only the module that merges shard by shard is used, with its logger in
-place of the package's, since the package itself wants CUDA. Variables that tell a BLAS or OpenMP
-what to do are taken away: every way runs as it does by default.
+With `--peers` mergekit and axolotl's wheel are installed beside the inputs, not into the project's
+environment. Of axolotl only the module that merges shard by shard is used, with a standard logger,
+since the package itself needs CUDA. Variables for BLAS and OpenMP are removed, so that every tool
+runs with its defaults.
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ print(json.dumps(estimate(plan, 2) | {"seconds": time.monotonic() - started,
 
 @dataclass(frozen=True)
 class Shape:
-    """A model of Llama's form."""
+    """A model with Llama's architecture."""
 
     hidden: int
     inner: int
@@ -98,7 +97,7 @@ class Shape:
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """The linear layers of one layer."""
+        """The linear layers of one decoder layer."""
         keys = self.hidden // self.heads * self.key_heads
         return {
             "mlp.down_proj": (self.hidden, self.inner),
@@ -139,7 +138,7 @@ CASES = {
 
 
 def make_base(folder: Path, shape: Shape, *, sparse: bool = False) -> None:
-    """Write a base: one random block over and over, or holes alone."""
+    """Write a base: one random block repeated, or only holes."""
     import ml_dtypes
     import numpy as np
     from weightsmith.checkpoints.safetensors import build_header
@@ -180,7 +179,7 @@ def make_base(folder: Path, shape: Shape, *, sparse: bool = False) -> None:
 
 
 def make_adapter(folder: Path, shape: Shape, kind: str, *, sparse: bool = False) -> None:
-    """Write an adapter on all linear layers, about one hundredth of the weights in size."""
+    """Write an adapter for all linear layers, about one hundredth of the weights in size."""
     import numpy as np
     from weightsmith.checkpoints.safetensors import build_header
 
@@ -244,7 +243,7 @@ def run(argv: list[str], path: Path | None = None) -> dict[str, float]:
 
 
 def ways(options: argparse.Namespace, base: Path, adapter: Path, out: Path) -> dict[str, Any]:
-    """Return each way's command, and what its PYTHONPATH has besides."""
+    """Return each tool's command and its additional PYTHONPATH."""
     python, folders = [sys.executable, "-W", "ignore", "-c"], [str(base), str(adapter), str(out)]
     found: dict[str, Any] = {
         "weightsmith exact": ([*python, OURS, *folders, "exact"], None),
@@ -265,7 +264,7 @@ def ways(options: argparse.Namespace, base: Path, adapter: Path, out: Path) -> d
 
 
 def peer(work: Path, name: str) -> Path:
-    """Install a peer's own code into a folder, once; its dependencies are the project's."""
+    """Install a tool's own code into a folder, once; it uses the project's dependencies."""
     folder = work.resolve() / name
     if not folder.exists():
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
@@ -286,7 +285,7 @@ def show(options: argparse.Namespace, base: Path, found: dict[str, list[dict[str
 
 
 def main() -> None:
-    """Make the inputs, run every way in turn, print the table."""
+    """Make the inputs, run all tools alternately, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", default="small", choices=CASES)
     parser.add_argument("--rounds", type=int, default=3)
@@ -295,7 +294,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="install and run mergekit and axolotl")
     parser.add_argument("--make", action="store_true", help="make the inputs, run nothing")
     options = parser.parse_args()
-    # In a process of its own: a child's peak memory starts at its parent's.
+    # In its own process: a child's peak memory starts at its parent's.
     if not options.make:
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         again = [sys.executable, __file__, *sys.argv[1:], "--make"]
@@ -315,7 +314,7 @@ def main() -> None:
             for folder in (out, options.work / "out-cache"):
                 shutil.rmtree(folder, ignore_errors=True)
             found[name].append(run(argv, path))
-            # Kept as it comes: a run that is cut short has told something.
+            # Saved at once, so that an aborted run keeps its results.
             kept = options.work / f"results-{options.case}.json"
             kept.write_text(json.dumps(found, indent=2))
     for folder in (out, options.work / "out-cache"):

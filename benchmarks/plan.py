@@ -34,7 +34,7 @@ def cases() -> Iterator[tuple[dict, str, ServeOptions]]:
 
 
 def sweep() -> tuple[float, int]:
-    """Return the seconds of COUNT plans, and how many of them fit."""
+    """Return the seconds for COUNT plans, and how many of them fit."""
     targets, fitting = all_targets(), 0
     todo = list(islice(cycle(cases()), COUNT))
     began = time.perf_counter()
@@ -50,7 +50,7 @@ def sweep() -> tuple[float, int]:
 
 
 def one_render() -> float:
-    """Return the seconds of one render with every file."""
+    """Return the seconds for one render of all files."""
     model = json.loads((MODELS / "llama-3-8b.json").read_text("utf-8"))
     began = time.perf_counter()
     render(

@@ -1,4 +1,4 @@
-"""What each format costs and loses on the examples, as Markdown tables.
+"""Cost and loss of each format on the examples, as Markdown tables.
 
     python benchmarks/quantize.py [--example tiny] [--types q8_0,q4_k_m] [--runner auto]
     python benchmarks/quantize.py --example tiny --checkpoints fp8,w8a8,gptq,awq
@@ -6,9 +6,9 @@
 GGUF types: one build per example with the gates off: size, bits, divergence from the merged
 checkpoint on held-out text (`quality` of build.json) and the task score of the started image.
 
-Checkpoints for vLLM: `quantize` of the merged example, each in a process of its own whose CPU time,
-peak memory and peak disk are told; the task score is that of the dequantized weights in
-transformers. Everything is written below benchmarks/work/quantize, which is deleted at the end.
+Checkpoints for vLLM: `quantize` of the merged example, each in its own process, with its CPU time,
+peak memory and peak disk space; the task score is that of the dequantized weights in transformers.
+Everything is written below benchmarks/work/quantize, which is deleted at the end.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def row(example: str, name: str, size: int, bits: float, lost: dict, score: dict
 
 
 def checkpoint_rows(example: str, name: str, model: Path) -> tuple[list[str], list[str]]:
-    """Quantize the merged example; return a line of what it lost and one of what it cost."""
+    """Quantize the merged example; return one line for its loss and one for its cost."""
     file = read_recipe(ROOT / "examples" / example / "recipe.yaml")
     recipe = file.recipe
     folder = WORK / example / name
@@ -138,7 +138,7 @@ def measured(words: list, folder: Path) -> tuple[dict, dict[str, float]]:
 
 @contextmanager
 def watched(folder: Path) -> Iterator[list[int]]:
-    """Yield a list whose one number becomes the most bytes of files that lay below a folder."""
+    """Yield a list whose only number becomes the peak bytes of files below a folder."""
     seen, done = [0], threading.Event()
 
     def watch() -> None:
@@ -155,7 +155,7 @@ def watched(folder: Path) -> Iterator[list[int]]:
 
 
 def used(folder: Path) -> int:
-    """Return the bytes of all files below a folder; those that go meanwhile count nothing."""
+    """Return the bytes of all files below a folder; files deleted meanwhile count as 0."""
     total = 0
     for place, _, names in os.walk(folder):  # unlike rglob, it bears folders that go meanwhile
         for name in names:
@@ -167,7 +167,7 @@ def used(folder: Path) -> int:
 
 
 def dequantized(folder: Path, name: str, model: Path) -> Path:
-    """Write the quantized checkpoint as a plain one in float32; return its folder."""
+    """Write the quantized checkpoint dequantized to float32; return its folder."""
     view = of_format(name).view(folder / "out", model)
     plain = shutil.copytree(
         model, folder / "plain", ignore=shutil.ignore_patterns("*.safetensors*")
@@ -181,7 +181,7 @@ def dequantized(folder: Path, name: str, model: Path) -> Path:
 
 
 def merged(example: str) -> Path:
-    """Return the folder of an example's merged checkpoint, in the user's own store."""
+    """Return the folder of an example's merged checkpoint in the user's store."""
     file = read_recipe(ROOT / "examples" / example / "recipe.yaml")
     file = pinned(file, read_lock(file))
     with open_tools("local", Silent()) as tools:

@@ -2,11 +2,11 @@
 
     python benchmarks/quantize_by_hand.py CHECKPOINT [--formats q4_k_m,gptq] [--rounds 3]
 
-Ours is the job in the local builder: the chat template is applied, the result is written with the
-checkpoint's own tokenizer, read back and checked; the gate's measuring is not in it. By hand are
-llama.cpp's three commands with an importance matrix, or a script that calls the library and saves.
-Both get the general texts. `start` is the builder's Python that imports the library, no more.
-Scratch is below benchmarks/work/quantize-by-hand.
+Ours is the job in the local builder: it applies the chat template, writes the result with the
+checkpoint's own tokenizer, reads it back and checks it, without the gate. By hand means llama.cpp's
+three commands with an importance matrix, or a script that calls the library and saves. Both use the
+general texts. `start` is the builder's Python importing the library. Files are written below
+benchmarks/work/quantize-by-hand.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ START = {
     "autoawq": "import awq",
     "merge": "import numpy, ml_dtypes",
 }
-"""What a quantization in each builder imports at least."""
+"""The library that each builder must import at least."""
 
 
 def python_of(builder: str) -> Path:
@@ -111,7 +111,7 @@ def python_of(builder: str) -> Path:
 
 
 def by_hand(name: str, model: Path, folder: Path) -> list[list]:
-    """Return the commands that a person would run, in turn, in an empty folder."""
+    """Return the commands that a person would run one by one in an empty folder."""
     rows = [str(row["text"]) for row in read_texts(GENERAL, Bounds()).calibration]
     (folder / "text").write_text("\n".join(rows))
     if of_format(name).builder == "gguf":
@@ -134,7 +134,7 @@ def by_hand(name: str, model: Path, folder: Path) -> list[list]:
 
 
 def timed(commands: list[list], folder: Path, made: Path) -> tuple[float, float, float, float]:
-    """Run commands in turn; return wall and CPU seconds, the largest one's MiB, MB below `made`."""
+    """Run commands one by one; return wall and CPU seconds, the peak MiB, and MB below `made`."""
     tools = toolset_folder(cache_folder(), "llamacpp")
     more = {
         "PYTHONPATH": f"{tools}/convert:{tools}/convert/gguf-py:{ROOT}",
@@ -162,7 +162,7 @@ def timed(commands: list[list], folder: Path, made: Path) -> tuple[float, float,
 
 
 def compare(name: str, model: Path, rounds: int) -> None:
-    """Print what ours, the tools by hand, and their start take; medians."""
+    """Print the medians of our jobs, of the tools by hand, and of their start."""
     builder = of_format(name).builder
     found: dict[str, list[tuple[float, ...]]] = {"ours": [], "by hand": [], "start": []}
     for _ in range(rounds):

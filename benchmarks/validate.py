@@ -1,11 +1,11 @@
-"""Validation of a merge against one forward of the same probes in transformers.
+"""Validation of a merge compared with one forward of the same probes in transformers.
 
     python benchmarks/validate.py [--case gigabyte|small|wide|large] [--rounds 3] [--only validate]
         [--work benchmarks/work]
 
 Uses base and adapter of benchmarks/merge.py's cases with the tiny example's tokenizer, and runs
-each way in turn. `forward` loads the merged checkpoint with
-transformers in float32 and runs the probes once; its imports and loading count, as ours do.
+both alternately. `forward` loads the merged checkpoint with transformers in float32 and runs the
+probes once, including imports and loading, as ours.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=out))
 
 
 def make_merged(base: Path, adapter: Path, out: Path) -> None:
-    """Merge once, and give both folders a tokenizer."""
+    """Merge once, and add a tokenizer to both folders."""
     for path in (ROOT / "examples" / "tiny" / "base").iterdir():
         if "token" in path.name or "template" in path.name:
             shutil.copy(path, base)
@@ -75,7 +75,7 @@ def main() -> None:
     if options.make:
         make_merged(*make_inputs(options.work, options.case), out)
         return
-    # In a process of its own: a child's peak memory starts at its parent's.
+    # In its own process: a child's peak memory starts at its parent's.
     subprocess.run([sys.executable, __file__, *sys.argv[1:], "--make"], check=True)
     base, adapter = make_inputs(options.work, options.case)
     python = [sys.executable, "-c"]
