@@ -21,8 +21,8 @@ from weightsmith.commands.verify import verify_image
 from weightsmith.drivers.signer import open_signer
 from weightsmith.errors import CheckFailed
 from weightsmith.oci.attachments import fallback_tag
+from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.manifests import OCI_INDEX
-from weightsmith.oci.places import RegistryPlace
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.ports import Silent
@@ -55,8 +55,8 @@ class Scene:
         bake(self.client, self.model, f"{self.host}/base/engine:1", key, push=made)
         return made
 
-    def place(self, name: str) -> RegistryPlace:
-        return RegistryPlace(self.client, Reference.parse(name))
+    def place(self, name: str) -> RegistryLocation:
+        return RegistryLocation(self.client, Reference.parse(name))
 
     def blob(self, name: str) -> Blob:
         return self.place(name).image("linux/amd64").manifest_blob

@@ -14,7 +14,7 @@ import pytest
 from weightsmith.drivers.docker import DockerEngine, DockerRunner, engine_host
 from weightsmith.drivers.docker_images import base_reference
 from weightsmith.drivers.docker_launcher import DockerLauncher
-from weightsmith.drivers.docker_loading import Taking
+from weightsmith.drivers.docker_loading import ArchiveUpload
 from weightsmith.drivers.docker_requests import LABEL_OWNER
 from weightsmith.drivers.ownership import is_dead, owner_token
 from weightsmith.errors import EnvironmentFailure
@@ -82,14 +82,14 @@ def test_an_interrupted_load_is_over_when_it_ends(engine, server_image, monkeypa
     engine.client.images.get(server_image).tag(*name.split(":"))
     archive = list(engine.client.images.get(name).save(named=name))
     engine.untag(name)
-    told, give_up = threading.Event(), Taking.give_up
+    told, give_up = threading.Event(), ArchiveUpload.give_up
 
     def tell(taking):
         taking._given_up.set()
         told.set()
         give_up(taking)
 
-    monkeypatch.setattr(Taking, "give_up", tell)
+    monkeypatch.setattr(ArchiveUpload, "give_up", tell)
 
     def chunks():
         for number, chunk in enumerate(archive):
@@ -231,7 +231,9 @@ def test_an_engine_that_goes_away_in_mid_job_is_an_environment_failure(
             def note(self, text):
                 relay.cut()
 
-        with pytest.raises(EnvironmentFailure, match="container engine went away") as caught:
+        with pytest.raises(
+            EnvironmentFailure, match="lost the connection to the container engine"
+        ) as caught:
             DockerRunner(DockerEngine(), CACHE).run(echo(tmp_path, sleep=600), Cutting())
-    assert "stages that ended are kept" in caught.value.hint
+    assert "finished stages are kept" in caught.value.hint
     assert (tmp_path / "out").stat().st_uid == os.getuid()

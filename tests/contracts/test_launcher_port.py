@@ -45,7 +45,7 @@ ENTRYPOINT ["python3", "-c", "raise SystemExit('no such file in the image')"]
 
 
 @dataclass
-class Place:
+class LauncherCase:
     """A launcher, and two images that it can start: one serves, the other ends at once."""
 
     launcher: Launcher
@@ -54,36 +54,36 @@ class Place:
     close: list[Callable[[], object]] = field(default_factory=list)
 
 
-def in_memory() -> Place:
+def in_memory() -> LauncherCase:
     """Images of our own making; one lacks its model."""
     engine = MemoryEngine()
-    place = Place(MemoryLauncher(engine))
+    case = LauncherCase(MemoryLauncher(engine))
     env = {"LLAMA_ARG_MODEL": "/models/tiny.gguf", "LLAMA_ARG_ALIAS": "tiny"}
     labels = {"dev.weightsmith.plan": json.dumps({"max_model_len": 8})}
     config = ImageConfig(entrypoint=("/app/llama-server",), env=env, labels=labels)
     program, model = "/app/llama-server", "/models/tiny.gguf"
-    for name, paths in ((place.serves, (program, model)), (place.ends, (program,))):
+    for name, paths in ((case.serves, (program, model)), (case.ends, (program,))):
         members = tuple(Member.of_bytes(path, b"x") for path in paths)
         made = assemble((), (TarLayer(members=members, epoch=0),), config=config, epoch=0)
         engine.load([docker_archive(made, Reference.parse(name))], name)
-    return place
+    return case
 
 
-def in_docker() -> Place:
+def in_docker() -> LauncherCase:
     engine = DockerEngine()
-    place = Place(DockerLauncher(engine))
+    case = LauncherCase(DockerLauncher(engine))
     images = engine.client.images
     for name, text in (("serves", SERVER), ("ends", ENDS)):
         tag = f"weightsmith-test-{name}:{os.getpid()}"
         recipe = text.format(base=base_reference("cpu")).encode()
         images.build(fileobj=io.BytesIO(recipe), rm=True, tag=tag)
-        setattr(place, name, tag)
-        place.close.append(lambda tag=tag: images.remove(tag, force=True))
-    return place
+        setattr(case, name, tag)
+        case.close.append(lambda tag=tag: images.remove(tag, force=True))
+    return case
 
 
 @pytest.fixture(scope="module", params=["memory", pytest.param("docker", marks=pytest.mark.docker)])
-def place(request: pytest.FixtureRequest) -> Iterator[Place]:
+def case(request: pytest.FixtureRequest) -> Iterator[LauncherCase]:
     found = in_memory() if request.param == "memory" else in_docker()
     yield found
     for close in found.close:
@@ -98,8 +98,8 @@ def ended(endpoint: Endpoint) -> bool:
     return not endpoint.alive()
 
 
-def test_an_image_serves_as_long_as_its_context_lasts(place: Place) -> None:
-    with place.launcher.serve(place.serves, SPEC) as endpoint:
+def test_an_image_serves_as_long_as_its_context_lasts(case: LauncherCase) -> None:
+    with case.launcher.serve(case.serves, SPEC) as endpoint:
         assert wait_until_healthy(endpoint, "/health", PATIENCE) >= 0
         assert endpoint.alive()
         assert endpoint.url.startswith("http://")
@@ -107,33 +107,33 @@ def test_an_image_serves_as_long_as_its_context_lasts(place: Place) -> None:
     assert not endpoint.alive()
 
 
-def test_two_servers_of_one_image_are_apart(place: Place) -> None:
+def test_two_servers_of_one_image_are_apart(case: LauncherCase) -> None:
     with (
-        place.launcher.serve(place.serves, SPEC) as one,
-        place.launcher.serve(place.serves, SPEC) as other,
+        case.launcher.serve(case.serves, SPEC) as one,
+        case.launcher.serve(case.serves, SPEC) as other,
     ):
         assert one.url != other.url
 
 
-def test_a_server_is_stopped_where_its_user_fails(place: Place) -> None:
+def test_a_server_is_stopped_where_its_user_fails(case: LauncherCase) -> None:
     with (
         pytest.raises(KeyboardInterrupt),
-        place.launcher.serve(place.serves, SPEC) as endpoint,
+        case.launcher.serve(case.serves, SPEC) as endpoint,
     ):
         raise KeyboardInterrupt
     assert not endpoint.alive()
 
 
-def test_a_server_that_ends_leaves_its_last_lines(place: Place) -> None:
-    with place.launcher.serve(place.ends, SPEC) as endpoint:
+def test_a_server_that_ends_leaves_its_last_lines(case: LauncherCase) -> None:
+    with case.launcher.serve(case.ends, SPEC) as endpoint:
         assert ended(endpoint)
         assert "no such file in the image" in endpoint.logs(5)
 
 
-def test_an_image_that_is_not_there_is_named(place: Place) -> None:
+def test_an_image_that_is_not_there_is_named(case: LauncherCase) -> None:
     with (
         pytest.raises(EnvironmentFailure, match="no-such-image") as caught,
-        place.launcher.serve("no-such-image:1", SPEC),
+        case.launcher.serve("no-such-image:1", SPEC),
     ):
         pytest.fail("it was started")
     assert "load or pull" in caught.value.hint

@@ -17,7 +17,7 @@ from weightsmith.oci.image import Image, ImageConfig, Order, assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.layout import read_layout, write_layout
 from weightsmith.oci.layout_attachments import attach, attached
-from weightsmith.oci.places import open_place
+from weightsmith.oci.locations import open_location
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.unpack import unpack
@@ -136,11 +136,11 @@ def test_a_layout_of_several_names_needs_one(image: Image, tmp_path: Path) -> No
         _run("skopeo", "copy", "-q", "--preserve-digests",
              f"oci:{tmp_path}/{folder}", f"oci:{tmp_path}/both:{name}")  # fmt: skip
     with Registry() as client:
-        place = open_place(f"{tmp_path}/both:x", client)
+        place = open_location(f"{tmp_path}/both:x", client)
         assert place.image().digest == image.digest
-        assert open_place(f"oci:{tmp_path}/both:y", client).image().digest == other.digest
+        assert open_location(f"oci:{tmp_path}/both:y", client).image().digest == other.digest
         with pytest.raises(UsageError, match="several") as caught:
-            open_place(f"{tmp_path}/both", client).image()
+            open_location(f"{tmp_path}/both", client).image()
         assert "x, y" in caught.value.hint
 
 

@@ -17,7 +17,7 @@ from weightsmith.oci.attachments import fallback_tag
 from weightsmith.oci.image import Image
 from weightsmith.oci.index import Index
 from weightsmith.oci.layers import Member, TarLayer
-from weightsmith.oci.places import RegistryPlace
+from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.ports import Silent
@@ -52,7 +52,7 @@ class Scene:
         return bake(self.client, model, self.name(base), self.key, push=push, **more)
 
     def attached(self, rest: str) -> set[str]:
-        place = RegistryPlace(self.client, Reference.parse(self.name(rest)))
+        place = RegistryLocation(self.client, Reference.parse(self.name(rest)))
         return {blob.digest for blob, _ in place.attached(self.image(rest).digest)}
 
     def check(self, name: str) -> bool:

@@ -2,7 +2,7 @@
 
 `python hardened.py WITHOUT[,WITHOUT…] PROGRAM [ARG…]`, with `namespaces` (as Docker's filter does),
 `capabilities` (as Ubuntu's AppArmor does: a user namespace can be entered, and is of no use there),
-`filters` and `landlock`. The kernel itself refuses, by a filter that stays on. It drops root first.
+`seccomp` and `landlock`. The kernel itself refuses, by a filter that stays on. It drops root first.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def sibling(name: str) -> ModuleType:
 
 
 def main(without: list[str], argv: list[str]) -> None:
-    filters = sibling("filters")
+    seccomp = sibling("seccomp")
 
     def when(argument: int, value: int, code: int) -> list[tuple[int, int, int, int]]:
         return [(0x20, 0, 0, 16 + 8 * argument), (0x15, 0, 1, value), (0x06, 0, 0, 0x50000 | code)]
@@ -50,7 +50,7 @@ def main(without: list[str], argv: list[str]) -> None:
             _UNSHARE,
             [(0x20, 0, 0, 16), (0x15, 1, 0, _NEW_USER), *refuse(errno.EPERM), *allow],
         )
-    if "filters" in without:
+    if "seccomp" in without:
         block(_SECCOMP, refuse(errno.ENOSYS))
         block(_PRCTL, [*when(0, 22, errno.EINVAL), *allow])
     if "landlock" in without:
@@ -62,7 +62,7 @@ def main(without: list[str], argv: list[str]) -> None:
         os.setuid(user)
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.prctl(38, 1, 0, 0, 0) == 0
-    filters.install(filters.program("x86_64", blocks))
+    seccomp.install(seccomp.program("x86_64", blocks))
     os.execvp(argv[0], argv)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from weightsmith.checkpoints.reshard import Resharded
 from weightsmith.commands.rebuild import recipe_of_image
 from weightsmith.drivers.signer import open_signer
-from weightsmith.oci.places import RegistryPlace
+from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.ports import Progress, Silent
@@ -115,7 +115,7 @@ class Scene:
             image=image,
             scores={"image": Score(score=1.0, n=1, metric="contains", per_item=(item,))},
         )
-        place = RegistryPlace(self.client, Reference.parse(self.name))
+        place = RegistryLocation(self.client, Reference.parse(self.name))
         told = evidence(made, ())
         assert str(self.folder) not in json.dumps(told.statements)
         for attachment in seal(told, image.manifest_blob, "x", open_signer(str(self.key))):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from weightsmith import files
 from weightsmith.drivers.store import FileStore
-from weightsmith.drivers.wire import open_log
+from weightsmith.drivers.worker_protocol import open_log
 from weightsmith.files import sweep, write_whole
 from weightsmith.oci.layout import held_digest
 from weightsmith.oci.registry import Registry

@@ -76,7 +76,7 @@ def test_an_engine_that_goes_away(workshop: Workshop, digest: str, tmp_path: Pat
         relay.cut()
         outcome = running.end()
 
-    outcome.refused(5, "engine went away", "run the same command")
+    outcome.refused(5, "lost the connection to the container engine", "run the same command")
     check_no_container(workshop)
     assert workshop.build("--runner", "docker", *layout(workshop)).digest == digest
     workshop.check_intact(digest)

@@ -73,7 +73,7 @@ def test_a_build(workshop: Workshop, digest: str, most: int) -> None:
     recipe = ["--recipe", str(workshop.tiny / "recipe.yaml"), "--runner", "local"]
     under = ("prlimit", f"--nofile={most}:{most}")
     outcome = workshop.start("build", *recipe, "--json", under=under).end()
-    outcome.refused(5, "no more files", "ulimit")
+    outcome.refused(5, "cannot open more files", "ulimit")
     workshop.check_quiet()
     assert not (workshop.results / "image").exists()
     workshop.check_intact(digest)

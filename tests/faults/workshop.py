@@ -234,7 +234,7 @@ class Workshop:
             ended = running.process.poll() is not None
             for found in self.processes():
                 number, _, words = found.partition(": ")
-                if name in words and "trampoline" not in words:
+                if name in words and "sandbox_launcher" not in words:
                     return int(number)
             time.sleep(0.005)
         return 0

@@ -39,7 +39,7 @@ from tests.fakes.bare_builder import bare_runner, echo_job
 from tests.fakes.journal import RecordingProgress
 
 ROOT = Path(__file__).parents[2]
-WARNING = "jobs have the network of this machine: --allow-network-in-jobs"
+WARNING = "jobs have network access, because of --allow-network-in-jobs"
 
 
 # Jobs: what a base could do that had found a hole in a library, and runs code of its own in a job.
@@ -96,7 +96,7 @@ def test_a_job_reads_no_other_files_where_namespaces_are_refused(tmp_path):
 
 def test_a_job_that_cannot_be_kept_from_the_network_is_not_run(tmp_path):
     """Neither line holds on this machine: exit 5, with the ways out, and nothing was started."""
-    answer = on_a_machine_without("namespaces,filters", tmp_path)
+    answer = on_a_machine_without("namespaces,seccomp", tmp_path)
 
     assert answer["exit_code"] == 5
     assert "docker runner" in answer["hint"]
@@ -105,7 +105,7 @@ def test_a_job_that_cannot_be_kept_from_the_network_is_not_run(tmp_path):
 
 
 def test_a_job_gets_the_network_where_the_user_said_so_and_it_is_recorded(tmp_path):
-    answer = on_a_machine_without("namespaces,filters", tmp_path, "--allow-network-in-jobs")
+    answer = on_a_machine_without("namespaces,seccomp", tmp_path, "--allow-network-in-jobs")
 
     assert answer["reached"]["network"] is answer["network_in_jobs"] is answer["networked"] is True
     assert ["warn", WARNING] in answer["lines"]
@@ -133,10 +133,10 @@ def test_no_command_starts_jobs_with_the_network(words, tmp_path):
     """Each is refused before any work: nothing is fetched, made or left behind."""
     argv = [sys.executable, "-m", "invoke", *words.format(tmp_path / "result").split()]
 
-    done = hardened("namespaces,filters", [*argv, "--runner", "local"], tmp_path / "cache")
+    done = hardened("namespaces,seccomp", [*argv, "--runner", "local"], tmp_path / "cache")
 
     assert done.returncode == 5, done.stderr
-    assert "does not let the local runner take the network away from jobs" in done.stderr
+    assert "cannot isolate jobs from the network" in done.stderr
     assert not (tmp_path / "result").exists()
     assert not list((tmp_path / "cache").glob("builders/*"))
     assert "resolve: done" not in done.stderr

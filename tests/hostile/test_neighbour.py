@@ -17,9 +17,9 @@ import pytest
 from weightsmith import files
 from weightsmith.drivers.checkup import _privacy
 from weightsmith.drivers.ownership import private_folder
-from weightsmith.drivers.pushed import PushedLayers
+from weightsmith.drivers.pushed_layers import PushedLayers
 from weightsmith.drivers.store import FileStore
-from weightsmith.drivers.wire import open_log
+from weightsmith.drivers.worker_protocol import open_log
 from weightsmith.files import alone, folder_beside, replace_file, sweep, write_whole
 from weightsmith.ports import Silent
 from weightsmith.recipe_file import read_recipe

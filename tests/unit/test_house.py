@@ -243,9 +243,10 @@ def test_a_models_configuration_is_read_in_one_place(folder: str) -> None:
 
 
 READS_OUR_OWN = {
-    "drivers/bases.py", "drivers/confinement.py", "drivers/enclosing.py", "drivers/enclosure.py",
-    "drivers/inmate.py",
-    "drivers/trampoline.py", "foreign.py", "quantizers/convert.py",
+    "drivers/bases.py", "drivers/confinement.py", "drivers/image_launcher.py",
+    "drivers/image_sandbox.py",
+    "drivers/sandbox_probe.py",
+    "drivers/sandbox_launcher.py", "foreign.py", "quantizers/convert.py",
     "quantizers/compressor.py", "quantizers/gguf.py", "quantizers/running.py",
     "quantizers/sentencepiece_export.py", "resources.py", "serving/llamacpp_options.py",
     "checkpoints/text.py", "serving/options.py", "serving/vllm.py", "stages/base.py",

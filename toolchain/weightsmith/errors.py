@@ -19,11 +19,11 @@ class WeightsmithError(Exception):
         self.message = message
         self.hint = hint
         self.details = details or {}
-        """What `--json` prints beside the error, under keys of its own."""
+        """What `--json` prints in addition to the error, under its own keys."""
 
 
 class UsageError(WeightsmithError):
-    """The command line or the recipe asks for something that cannot be (exit 2)."""
+    """The command line or the recipe is wrong (exit 2)."""
 
     exit_code = 2
 
@@ -35,7 +35,7 @@ class InputRefused(WeightsmithError):
 
 
 class Unmeasurable(InputRefused):
-    """A model that the quality gate cannot look into; it is then judged by its answers alone."""
+    """A model that the quality gate cannot measure; only its answers are then judged."""
 
 
 class CheckFailed(WeightsmithError):
@@ -51,21 +51,21 @@ class EnvironmentFailure(WeightsmithError):
 
 
 class Altered(EnvironmentFailure):
-    """What came over the network is not what its sender said it is (exit 5)."""
+    """Data from the network does not match what its sender declared (exit 5)."""
 
 
 def of_open_files(error: BaseException) -> EnvironmentFailure | None:
-    """Return what it means that no more files may be opened, where that is behind an error.
+    """Return an error about the limit of open files, if that caused `error`; else None.
 
-    Whoever could not open one thing or other says what that was for, and takes it for damaged.
+    Code that fails to open something for this reason often reports it as damaged.
     """
     cause: BaseException | None = error
     seen: set[int] = set()
-    while cause is not None and id(cause) not in seen:  # an error may be behind itself
+    while cause is not None and id(cause) not in seen:  # causes may form a loop
         seen.add(id(cause))
         if isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE):
             return EnvironmentFailure(
-                f"no more files or connections may be opened: {cause.strerror}",
+                f"cannot open more files or connections: {cause.strerror}",
                 hint="raise the limit in the shell that runs this (`ulimit -n 4096`), then run it "
                 "again",
             )
@@ -79,5 +79,5 @@ _BY_CODE = {
 
 
 def from_code(code: int, message: str, hint: str = "") -> WeightsmithError:
-    """Rebuild an error that crossed a process boundary from its exit code."""
+    """Rebuild an error from another process by its exit code."""
     return _BY_CODE.get(code, WeightsmithError)(message, hint=hint)

@@ -1,8 +1,8 @@
-"""Files and folders that are whole or as they were, whatever ends the process that writes them.
+"""Atomic writes of files and folders: complete or unchanged, even if the process is killed.
 
-What is being written has a name of its own and is locked by its writer (`flock`). The kernel frees
-the lock when the writer dies, also in another container on the same volume, where numbers of
-processes say nothing: so the next writer knows what was left, and deletes it.
+Unfinished output has a random name and is locked by its writer (`flock`). The kernel releases the
+lock when the writer dies, even in another container on the same volume, where process numbers mean
+nothing. So the next writer recognizes leftovers and deletes them.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from weightsmith.trees import discard
 _OURS = re.compile(r"\.weightsmith-[0-9a-f]{16}")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _FORGOTTEN = 7 * 86400
-"""Seconds after which another machine's unfinished work is taken for left."""
+"""Seconds after which another machine's unfinished work counts as left over."""
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file, in a folder that is made if need be; what was there is replaced at once.
+    """Write a file atomically; creates its folder if needed.
 
-    Raises OSError where it cannot be written; then nothing is left of it, and the old file stays.
+    Raises OSError if it cannot be written; then the old file stays and nothing else is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, (data,))
 
 
 def replace_file(path: Path, chunks: Iterable[bytes], mode: int | None = None) -> None:
-    """Write a file beside its place, flush it to the disk, and rename it; then flush the folder.
+    """Write a temporary file, flush it to disk and rename it to `path`; then flush the folder.
 
-    With `mode` it has these rights whatever the umask. Raises OSError as `write_whole` does, and
+    `mode` sets its permissions regardless of the umask. Raises OSError as `write_whole` does, and
     what the chunks raise.
     """
     sweep(path.parent)
-    handle, beside = _claim(path.parent)
+    handle, temporary = _claim(path.parent)
     try:
         with os.fdopen(handle, "wb", buffering=0) as file:
             for chunk in chunks:
@@ -54,25 +54,25 @@ def replace_file(path: Path, chunks: Iterable[bytes], mode: int | None = None) -
             if mode is not None:
                 os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
-            beside.replace(path)
+            temporary.replace(path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
 
 @contextmanager
 def folder_beside(path: Path) -> Iterator[Path]:
-    """Make a folder beside a path, to be renamed to it; else it is deleted when the block ends.
+    """Create a temporary folder in the path's parent, for the block to rename to the path.
 
-    Raises OSError where it cannot be made.
+    If the block does not rename it, it is deleted. Raises OSError if it cannot be created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent)
     while True:
         folder = _new_name(path.parent)
         folder.mkdir(mode=0o700)
-        with suppress(FileNotFoundError):  # swept before it was locked
+        with suppress(FileNotFoundError):  # another process deleted it before it was locked
             handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             if _lock(handle):
                 break
@@ -84,10 +84,10 @@ def folder_beside(path: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Delete what killed writers left in a folder, and nothing of one that is alive.
+    """Delete what killed writers left in a folder, and nothing of a living one.
 
-    Network file systems keep a folder's lock on the machine that took it. So what another machine
-    is writing is not judged by its lock: it goes when it is a week old.
+    On network file systems a folder's lock is visible only on the machine that holds it. So another
+    machine's unfinished work is deleted when it is a week old, whatever its lock.
     """
     with suppress(OSError), os.scandir(folder) as entries:
         names = [entry.name for entry in entries if is_unfinished(entry.name)]
@@ -98,16 +98,16 @@ def sweep(folder: Path) -> None:
 
 
 def is_unfinished(name: str) -> bool:
-    """Say whether a name is one that a writer of ours gives to what is not finished."""
+    """Say whether a name is one that we give to unfinished work."""
     return bool(_OURS.fullmatch(name))
 
 
 @contextmanager
 def alone(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a folder's lock for the length of the block; one that was renamed meanwhile is another.
+    """Hold a folder's lock during the block; if the folder is replaced meanwhile, lock the new one.
 
-    Raises FileNotFoundError where it is not there (any more), BlockingIOError where another
-    process has the lock and we are not to wait.
+    Raises FileNotFoundError if it does not exist, BlockingIOError without `wait` if another process
+    has the lock.
     """
     while True:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -121,9 +121,9 @@ def alone(folder: Path, *, wait: bool = True) -> Iterator[None]:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Let two folders swap their names at once; False where kernel or file system cannot.
+    """Swap the names of two folders atomically; False if kernel or file system cannot.
 
-    Raises OSError where that is not why it failed. `man 2 renameat2`, RENAME_EXCHANGE.
+    Raises OSError for any other failure. `man 2 renameat2`, RENAME_EXCHANGE.
     """
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
@@ -138,9 +138,9 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def age_order(stamp: float) -> tuple[bool, float]:
-    """Return what sorts a file's time among others, the oldest first.
+    """Return a sort key for file times, oldest first.
 
-    A time to come is one from before the clock was put back, and older than all since.
+    A future time was set before the clock was put back, so it sorts before all others.
     """
     return stamp <= time.time(), stamp
 
@@ -155,7 +155,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _claim(folder: Path) -> tuple[int, Path]:
-    """Make a file of a new name and lock it; return both."""
+    """Create a file with a new name and lock it; return both."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     while True:
         path = _new_name(folder)
@@ -170,7 +170,7 @@ def _new_name(folder: Path) -> Path:
 
 @functools.cache
 def _kernel() -> str:
-    """Return eight hexadecimal digits for the kernel that runs here, the same in its containers."""
+    """Return eight hexadecimal digits that identify the running kernel, also in its containers."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
     return hashlib.sha256(boot).hexdigest()[:8]
 
@@ -184,8 +184,8 @@ def _is_old(path: Path) -> bool:
 
 
 def _lock(handle: int) -> bool:
-    """Lock what was just made; say whether it is still there, else close it."""
-    with suppress(OSError):  # without locks nothing is lost, and what we leave is not swept
+    """Lock what was just created; if it was deleted meanwhile, close it and return False."""
+    with suppress(OSError):  # without locks nothing breaks, but leftovers stay for a week
         fcntl.flock(handle, fcntl.LOCK_EX)
     if os.fstat(handle).st_nlink:
         return True
@@ -194,7 +194,7 @@ def _lock(handle: int) -> bool:
 
 
 def _delete_dead(path: Path) -> None:
-    """Delete an unfinished file or folder whose writer is dead; raises OSError for all others."""
+    """Delete an unfinished file or folder of a dead writer; raises OSError for all others."""
     flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         handle = os.open(path, os.O_RDWR | flags)
@@ -202,6 +202,6 @@ def _delete_dead(path: Path) -> None:
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | flags)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        discard(path)  # by its name, which is nobody's any more if it was renamed
+        discard(path)  # by name: if it was renamed, nobody uses this name
     finally:
         os.close(handle)

@@ -1,9 +1,8 @@
-"""JSON and YAML that others wrote, read within limits: the only place that parses either.
+"""Parses untrusted JSON and YAML within limits; nothing else in the package parses either.
 
-What is refused beside broken text, so that nothing behind this has to expect it: nesting that
-recursion does not survive, tables in which a key is there twice (two readers would disagree on
-it), half a character (which cannot be written anywhere again), more values than memory is for,
-and YAML whose aliases unfold into more than was written.
+Besides broken text it refuses what later code then need not expect: nesting too deep for recursion,
+duplicate keys (on which two readers would disagree), lone surrogates (which cannot be written
+again), too many values for memory, and YAML whose aliases expand to more than was written.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ from typing import Any
 from weightsmith.errors import InputRefused
 
 SMALL = 16 << 20
-"""Bytes of a configuration; the largest seen have one."""
+"""Bytes of a configuration; the largest seen have 1 MiB."""
 INDEX = 64 << 20
-"""Bytes of an index of weights: 100,000 tensors take ten."""
+"""Bytes of an index of weights; 100,000 tensors take 10 MiB."""
 PART = 64 << 20
-"""Bytes of a part beside an image: a bill of materials of a large engine, signed, has twenty."""
+"""Bytes of a part of an attachment; a large engine's signed bill of materials has 20 MiB."""
 RECORD = 256 << 20
-"""Bytes of what a build recorded in its folder, every answer included."""
+"""Bytes of a build's record, including every answer."""
 TOKENIZER = 256 << 20
-"""Bytes of a tokenizer.json; those of today's largest vocabularies have 35."""
+"""Bytes of a tokenizer.json; those of today's largest vocabularies have 35 MB."""
 LONGEST_YAML = 256 << 10
-"""Bytes; PyYAML reads a hundred thousand in a second."""
+"""Bytes; PyYAML reads 100,000 per second."""
 DEEPEST = 100
-"""Levels; a tokenizer has ten. Python's own writers fail at some hundred."""
+"""Levels; a tokenizer has ten. Python's own writers fail at a few hundred."""
 MOST_VALUES = 6_000_000
 """A few hundred megabytes of objects; the largest tokenizers have two million values."""
 _MOST_YAML = 50_000
@@ -39,11 +38,11 @@ _AGAIN = "the file is damaged or incomplete; download or export it again and com
 def parse(
     text: bytes | str, *, largest: int = SMALL, unique: bool = False, pairs: bool = True
 ) -> Any:
-    """Return the value of a JSON text in UTF-8; `unique` refuses a key that is there twice.
+    """Return the value of a JSON text in UTF-8; `unique` refuses duplicate keys.
 
-    Without `pairs`, half a character passes: for what is only compared and never written again.
-    NaN and Infinity pass, since transformers writes them into configurations. Raises ValueError,
-    and nothing else, for what is broken or beyond the limits above.
+    Without `pairs`, lone surrogates are accepted, for text that is only compared and never written.
+    NaN and Infinity are accepted, since transformers writes them into configurations. Raises only
+    ValueError, for broken text or text beyond the limits above.
     """
     if len(text) > largest:
         raise ValueError(f"it has {len(text)} bytes; at most {largest} are read")
@@ -66,14 +65,14 @@ def parse_file(path: Path, *, largest: int = SMALL, unique: bool = False) -> Any
 
 
 def read_json(path: Path, *, largest: int = SMALL, unique: bool = True) -> dict[str, Any]:
-    """Return the JSON object of a file of somebody else's; InputRefused where there is none."""
+    """Return the JSON object in an untrusted file; raises InputRefused if there is none."""
     return json_object(read_bytes(path, largest), str(path), largest=largest, unique=unique)
 
 
 def json_object(
     data: bytes | str, what: str, *, largest: int = SMALL, unique: bool = False
 ) -> dict[str, Any]:
-    """Return the JSON object of what was read already; InputRefused names `what`."""
+    """Return the JSON object in `text`; raises InputRefused, which names `what`, otherwise."""
     try:
         value = parse(data, largest=largest, unique=unique)
     except ValueError as error:
@@ -86,7 +85,7 @@ def json_object(
 
 
 def read_bytes(path: Path, largest: int) -> bytes:
-    """Return a regular file's content; InputRefused for another kind, or one that is larger."""
+    """Return a regular file's content; raises InputRefused for other kinds and larger files."""
     try:
         return _content(path, largest)
     except OSError as error:
@@ -95,12 +94,12 @@ def read_bytes(path: Path, largest: int) -> bytes:
         ) from error
     except ValueError as error:
         raise InputRefused(
-            f"{path}: {error}", hint="check where it comes from: it may be another file's content"
+            f"{path}: {error}", hint="check where it comes from: it may be a different file"
         ) from None
 
 
 def _content(path: Path, largest: int) -> bytes:
-    # A pipe in a file's place would keep an ordinary open waiting for ever.
+    # An ordinary open of a pipe would wait forever.
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(handle, "rb") as file:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -112,9 +111,9 @@ def _content(path: Path, largest: int) -> bytes:
 
 
 def parse_yaml(text: str, loader: type[Any] | None = None) -> Any:
-    """Return the value of a YAML text; ValueError, and nothing else, for what is no sane YAML.
+    """Return the value of a YAML text; raises only ValueError, for broken or oversized YAML.
 
-    A fault that has a place in the text is a yaml.MarkedYAMLError in the error's `__cause__`.
+    If the position of the error is known, the `__cause__` is a yaml.MarkedYAMLError.
     """
     import yaml
 
@@ -130,22 +129,22 @@ def parse_yaml(text: str, loader: type[Any] | None = None) -> Any:
             reader.dispose()
     except RecursionError:
         raise ValueError(f"it is nested deeper than {DEEPEST} levels") from None
-    # A date of month 99 or a number without digits is a ValueError, IndexError, AttributeError …
+    # For month 99 or a number without digits, PyYAML raises ValueError, IndexError and others.
     except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(" ".join(str(error).split())) from error
 
 
 def _unfolded(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """Return how many values a node stands for, its aliases written out, and how deep they nest.
+    """Return a node's number of values and depth, with its aliases expanded.
 
-    An alias is the very node that it names, so that each is looked at once. ValueError for many.
+    An alias is the same node object, so each node is visited once. Raises ValueError for too many.
     """
     import yaml
 
     if node is None or isinstance(node, yaml.ScalarNode):
         return 1, 0
     if id(node) not in known:
-        known[id(node)] = _MOST_YAML + 1, 0  # an alias within what it names has no end
+        known[id(node)] = _MOST_YAML + 1, 0  # an alias inside its own node never ends
         parts = node.value
         if isinstance(node, yaml.MappingNode):
             parts = [part for pair in parts for part in pair]
@@ -155,9 +154,7 @@ def _unfolded(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
         known[id(node)] = 1 + sum(sizes), 1 + max(depths, default=0)
     values, depth = known[id(node)]
     if values > _MOST_YAML or depth > DEEPEST:
-        raise ValueError(
-            f"it stands for more than {_MOST_YAML} values, or {DEEPEST} levels of them"
-        )
+        raise ValueError(f"it expands to more than {_MOST_YAML} values or {DEEPEST} levels")
     return values, depth
 
 
@@ -166,7 +163,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(table) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice[:80]!r} is there twice")
+        raise ValueError(f"duplicate key {twice[:80]!r}")
     return table
 
 
@@ -185,8 +182,8 @@ def _check_depth(value: Any) -> None:
 
 
 def _check_pairs(value: Any) -> None:
-    """Refuse a half of a surrogate pair, as Rust's reader does."""
+    """Refuse lone surrogates, as Rust's parser does."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise ValueError("it holds half a character, a surrogate without its pair") from None
+        raise ValueError("it contains half a character, a surrogate without its pair") from None

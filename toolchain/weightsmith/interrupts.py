@@ -1,6 +1,6 @@
-"""Ctrl-C while Python still imports: one line and exit code 130, no traceback.
+"""Ctrl-C while Python is still importing: one line and exit code 130, no traceback.
 
-Imports next to nothing, so that it can be called before everything else.
+Imports almost nothing, so that it can be called before everything else.
 """
 
 import os
@@ -8,9 +8,9 @@ import signal
 
 
 def leave_quietly() -> None:
-    """End at once on Ctrl-C from now on, unless it is ignored as in a background job.
+    """Exit at once on Ctrl-C from now on, unless it is ignored, as in a background job.
 
-    For the time before a command begins, which has nothing to undo; commands raise
+    For the time before a command begins, when there is nothing to undo; commands raise
     KeyboardInterrupt instead (`raise_it`).
     """
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:

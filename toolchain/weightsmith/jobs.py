@@ -263,7 +263,7 @@ class EchoJob(Job):
     """Raise an unexpected error."""
     try_to_write: tuple[str, ...] = ()
     targets: Mapping[str, Json] = field(default_factory=dict)
-    """What to try to reach, for `drivers.inmate.attempts`."""
+    """What to try to reach, for `drivers.sandbox_probe.attempts`."""
 
 
 _KINDS: Mapping[str, type[Job]] = {

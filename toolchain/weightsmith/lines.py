@@ -1,4 +1,4 @@
-"""Lines of output, which may have no reader any longer."""
+"""Prints lines of output, whose reader may be gone."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from weightsmith.visible import escaped, printed
 
 
 def put_line(text: str, stream: TextIO) -> str:
-    """Print a line at once; into nothing from the moment in which that cannot be done any more.
+    """Print a line and flush it; once that fails, discard all further output.
 
-    Return why it was not written, as on a full disk; empty also where nobody reads any longer.
+    Return why it was not written, as on a full disk; empty if the reader has closed the pipe.
     """
     try:
         print(printed(text), file=stream, flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        # The reader, such as `head`, had enough; the work goes on.
+        # The reader, such as `head`, has closed the pipe; the work goes on.
         return "" if isinstance(error, BrokenPipeError) else str(error.strerror)
     return ""
 
 
 def pinned(reference: str, digest: str) -> str:
-    """Return a reference with its digest, once."""
+    """Return a reference with its digest, without repeating it."""
     return escaped(reference if "@" in reference else f"{reference}@{digest}")

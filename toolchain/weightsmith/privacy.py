@@ -1,9 +1,9 @@
-"""Cache and store are their user's alone: weights, questions and answers lie in them.
+"""Keeps cache and store private: they contain weights, questions and answers.
 
-They are made 0700 whatever the umask, and closed where an earlier version left them open. A place
-that was given to a group on purpose, set-group-id and writable by the group (`chmod g+rws`), stays
-as it is. A folder that a user named and that holds other things, such as /var/cache, stays open
-itself; what is ours in it is closed.
+They are created with mode 0700 whatever the umask, and closed if an earlier version left them open.
+A folder shared with a group on purpose (set-group-id and group-writable: `chmod g+rws`) stays as it
+is. A folder chosen by the user that has other content too, such as /var/cache, stays open; only our
+folders in it are closed.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _OURS = frozenset(
     {"builders", "jobs", "logs", "pushed", "store", "toolsets"}
     | {"digests", "locks", "memos", "partial", "results"}
 )
-"""All that we make in a cache or a store."""
+"""All names that we create in a cache or a store."""
 _SHARED = stat.S_ISGID | stat.S_IWGRP
 
 
 def private(root: Path, name: str = "") -> Path:
-    """Return a cache or store, or a folder of that name in it, made if need be and closed.
+    """Return a cache or store, or the folder `name` in it; creates it if needed and closes it.
 
-    Raises OSError where it cannot be made; where it cannot be closed it stays as it is.
+    Raises OSError if it cannot be created; if it cannot be closed, it stays as it is.
     """
     if not root.is_dir():
         root.parent.mkdir(parents=True, exist_ok=True)
@@ -44,19 +44,19 @@ def private(root: Path, name: str = "") -> Path:
 
 
 def is_shared(root: Path) -> bool:
-    """Say whether a cache or store was given to its group on purpose."""
+    """Say whether a cache or store is shared with a group on purpose."""
     return root.stat().st_mode & _SHARED == _SHARED
 
 
 def open_to_others(root: Path) -> list[Path]:
-    """Return what is ours, in and of a cache or store, and others may enter or read."""
+    """Return our folders, of a cache or store, that other users can enter or read."""
     found = []
     alone = True
     with suppress(OSError), os.scandir(root) as entries:
         for entry in entries:
             status = entry.stat(follow_symlinks=False)
             if entry.name not in _OURS or status.st_mode & _SHARED == _SHARED:
-                alone = False  # whoever it is for must get through to it
+                alone = False  # the group must be able to pass through
             elif _is_open(status):
                 found.append(Path(entry.path))
         if alone and _is_open(root.stat()):
@@ -73,9 +73,9 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(mode=0o700)
     except FileExistsError:
-        if not folder.is_dir():  # else another process was quicker
+        if not folder.is_dir():  # else another process created it
             raise
     else:
-        if folder.stat().st_mode & 0o7777 != 0o700:  # the umask, or what it inherits
+        if folder.stat().st_mode & 0o7777 != 0o700:  # because of the umask or inherited bits
             with suppress(OSError):  # some network file systems have no modes: `doctor` says so
                 folder.chmod(0o700)

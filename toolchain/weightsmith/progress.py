@@ -1,4 +1,4 @@
-"""Progress on stderr: a live bar on a terminal or in a notebook, plain lines everywhere else."""
+"""Progress on stderr: a live bar on a terminal or in a notebook, otherwise plain lines."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from weightsmith.ports import Progress, Silent
 from weightsmith.visible import escaped, printed, quoted
 
 _PLAIN_EVERY_S = 10.0
-"""Seconds between two plain lines of one stage: a CI log stays readable."""
+"""Seconds between two plain lines of one stage, so that a CI log stays readable."""
 
 
 def progress_for() -> Progress:
-    """Return the progress that suits where stderr goes."""
+    """Return the right kind of progress for stderr."""
     live = sys.stderr.isatty() or _in_notebook()
     return LiveProgress() if live else PlainProgress(sys.stderr)
 
 
 @contextmanager
 def shown(wanted: bool) -> Iterator[Recorder]:
-    """Yield progress that keeps warnings, seen where it is wanted; no bar stays after an error."""
+    """Yield progress that collects warnings, shown if `wanted`; an error leaves no bar behind."""
     inner = progress_for() if wanted else Silent()
     try:
         yield Recorder(inner)
@@ -34,7 +34,7 @@ def shown(wanted: bool) -> Iterator[Recorder]:
 
 
 def _in_notebook() -> bool:
-    if "IPython" not in sys.modules:  # rich takes a while to import
+    if "IPython" not in sys.modules:  # rich is slow to import
         return False
     from rich.console import Console
 
@@ -42,14 +42,14 @@ def _in_notebook() -> bool:
 
 
 class PlainProgress:
-    """One line when a stage starts and ends, and now and then between."""
+    """One line when a stage starts and ends, and every few seconds in between."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._started = self._printed = time.monotonic()
 
     def stage(self, name: str, detail: str) -> None:
-        """Print the stage's name and what it will do."""
+        """Print the stage's name and detail."""
         self._started = self._printed = time.monotonic()
         self._print(quoted(f"{name}: {detail}" if detail else name))
 
@@ -133,8 +133,8 @@ class LiveProgress:
         self._print((f"  warning: {text}", "yellow"))
 
     def _print(self, *parts: tuple[str, str]) -> None:
-        # Text and never markup: `[bold]` or `:skull:` in a name is no instruction. The terminal
-        # breaks long lines, so that none begins with what a name says.
+        # Text, never markup: `[bold]` or `:skull:` in a name must not be interpreted. The terminal
+        # wraps long lines, so that no new line starts with part of a name.
         text = self._text.assemble(*((printed(quoted(part)), style) for part, style in parts))
         self._console.print(text, soft_wrap=True)
 
@@ -147,7 +147,7 @@ class LiveProgress:
 
 
 class Recorder:
-    """Passes everything on and keeps the warnings for the report."""
+    """Passes everything on and collects the warnings for the report."""
 
     def __init__(self, inner: Progress) -> None:
         self._inner = inner

@@ -1,4 +1,4 @@
-"""Where `images/` and `templates/` lie: beside the package in a checkout, inside it in a wheel."""
+"""Finds `images/` and `templates/`: beside the package in a checkout, inside it in a wheel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from weightsmith.values import Digest, Json, key_of
 _PACKAGE = Path(__file__).resolve().parent
 _INSTALLED = _PACKAGE / "_resources"
 _DEBS = "debs.py"
-"""What the engines that are assembled from Debian's packages share, beside their folders."""
+"""Shared by the engines that are assembled from Debian packages."""
 _ROOT = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent.parent
 
 
@@ -28,15 +28,15 @@ def images() -> Path:
 
 
 def package() -> Path:
-    """Return the folder that holds the `weightsmith` package itself, for builders to import."""
+    """Return the folder of the `weightsmith` package itself, for builders to import."""
     return _PACKAGE
 
 
 def builder_pins(name: str) -> Digest:
-    """Return the digest of all that defines a builder.
+    """Return the digest of everything that defines a builder.
 
-    That is its folder, the sources it compiles and the Containerfile it is built by. Raises
-    UsageError for a builder that is not there.
+    That is its folder, the sources that it compiles and its Containerfile. Raises UsageError for
+    an unknown builder.
     """
     folder = _builder(name)
     parts = [folder, *(images() / "engines" / engine for engine in compiled_engines(name))]
@@ -47,9 +47,9 @@ def builder_pins(name: str) -> Digest:
 
 
 def containerfile(builder: str) -> Path:
-    """Return what a builder's image is built by: its own file, or the one for packages alone.
+    """Return a builder's Containerfile: its own, or the shared one for packages only.
 
-    Raises UsageError for a builder that is not there.
+    Raises UsageError for an unknown builder.
     """
     own = _builder(builder) / "Containerfile"
     return own if own.is_file() else own.parents[1] / own.name
@@ -66,9 +66,9 @@ def _builder(name: str) -> Path:
 
 
 def engine_pins(name: str) -> Digest:
-    """Return the digest of what defines an engine layer of our own: its folder, and `debs.py`.
+    """Return the digest of what defines one of our engine layers: its folder, and `debs.py`.
 
-    A Containerfile there is another way to the same files, and does not count.
+    A Containerfile in it is another way to make the same files, so it is left out.
     """
     rows = [row for row in _fingerprint(images() / "engines" / name) if row[0] != "Containerfile"]
     if assembles_itself(name):
@@ -77,7 +77,7 @@ def engine_pins(name: str) -> Digest:
 
 
 def engine_source(name: str) -> Mapping[str, Json]:
-    """Return the `source.json` of an engine of our own."""
+    """Return the `source.json` of one of our engines."""
     source: Mapping[str, Json] = json.loads(
         (images() / "engines" / name / "source.json").read_text("utf-8")
     )
@@ -85,12 +85,12 @@ def engine_source(name: str) -> Mapping[str, Json]:
 
 
 def assembles_itself(engine: str) -> bool:
-    """Say whether an engine's folder has a program that makes its whole root file system."""
+    """Say whether an engine's folder has a program that makes its complete root file system."""
     return (images() / "engines" / engine / "assemble.py").is_file()
 
 
 def compiled_engines(builder: str) -> tuple[str, ...]:
-    """Return the engine folders whose tools a builder holds: those that name it in source.json."""
+    """Return the engines whose tools a builder contains: those that name it in source.json."""
     return tuple(
         source.parent.name
         for source in sorted((images() / "engines").glob("*/source.json"))

@@ -1,8 +1,8 @@
-"""Trees that somebody else made: walked and deleted whatever their depth, their modes, their links.
+"""Walks and deletes untrusted trees, whatever their depth, modes and links.
 
-`shutil.rmtree`, `os.walk` and `Path.rglob` of Python 3.11 call themselves for each level, and paths
-end at 4,096 bytes: a thousand nested folders end either. Here each step is one name below an open
-folder, two of which are open at a time.
+`shutil.rmtree`, `os.walk` and `Path.rglob` of Python 3.11 are recursive, and paths are limited to
+4,096 bytes: a thousand nested folders break both. Here each step is one name in an open folder, and
+only two folders are open at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FOLDER = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One thing in a tree, by its name in an open folder that the next step closes."""
+    """One entry of a tree: its name in an open folder, which the next step closes."""
 
     parent: int
     name: str
@@ -36,23 +36,23 @@ class _Level:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link or a whole tree, if it is there; OSError where anything of it stays."""
+    """Delete a file, a link or a tree, if it exists; raises OSError if anything remains."""
     if problem := discard(path):
         raise problem
 
 
 def discard(path: Path) -> OSError | None:
-    """Delete a file, a link or a whole tree; return what kept anything of it, None where all went.
+    """Delete a file, a link or a tree; return the error if anything remains, else None.
 
-    Never raises OSError. What cannot be deleted is passed over; folders whose own modes forbid it
-    are opened up first, which their owner may.
+    Never raises OSError. What cannot be deleted is skipped; folders without permission are made
+    accessible first, if we own them.
     """
     first: OSError | None = None
     try:
         for step in walk(path, open_up=True):
             try:
                 (os.rmdir if step.is_folder else os.unlink)(step.name, dir_fd=step.parent)
-            except FileNotFoundError:  # another process was quicker
+            except FileNotFoundError:  # another process deleted it
                 pass
             except OSError as error:
                 first = first or error
@@ -64,10 +64,10 @@ def discard(path: Path) -> OSError | None:
 
 
 def walk(top: Path, *, open_up: bool = False) -> Iterator[Step]:
-    """Yield all in a tree and last the tree itself, each folder after what is in it.
+    """Yield the entries of a tree, each folder after its content, and last the tree itself.
 
-    Links are never followed. A folder that cannot be read comes alone; with `open_up` its owner
-    is given the right first. Raises OSError where the top cannot be reached, or where folders are
+    Links are never followed. Of an unreadable folder only itself is yielded; with `open_up` our own
+    folders are made readable first. Raises OSError if the top cannot be opened, or if folders are
     moved meanwhile.
     """
     here = os.open(top.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -97,10 +97,10 @@ def walk(top: Path, *, open_up: bool = False) -> Iterator[Step]:
 
 
 def below(top: Path) -> list[Path]:
-    """Return the path of all that is below a folder, sorted; links are listed, never followed.
+    """Return all paths below a folder, sorted; links are listed, never followed.
 
-    Nothing of a folder that is not there or may not be read, and no path too long for anybody.
-    Raises OSError for what is wrong with this process, such as too many open files.
+    A missing or unreadable folder has no paths, and too long paths are left out. Raises OSError for
+    problems of this process, such as too many open files.
     """
     found, folders = [], [str(top)]
     while folders:
@@ -127,7 +127,7 @@ def _open(name: str, parent: int, *, open_up: bool) -> int | None:
         with suppress(OSError):
             closed = os.open(name, os.O_PATH | _FOLDER, dir_fd=parent)
             try:
-                os.chmod(f"/proc/self/fd/{closed}", 0o700)  # noqa: PTH101 - of the open one, no other
+                os.chmod(f"/proc/self/fd/{closed}", 0o700)  # noqa: PTH101 - of exactly the open one
             finally:
                 os.close(closed)
             return _open(name, parent, open_up=False)

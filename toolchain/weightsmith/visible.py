@@ -1,8 +1,8 @@
-"""Text for people, of which nothing steers a terminal, hides, or is taken for a line of ours.
+"""Makes untrusted text safe to show: nothing controls a terminal, is hidden, or fakes our output.
 
-Names, keys, labels and logs are written by others. https://unicode.org/reports/tr36/ says what such
-text can do by characters that are not seen, https://trojansource.codes by those that turn its order
-round. CI systems take some lines of output for commands:
+Names, keys, labels and logs come from others. https://unicode.org/reports/tr36/ describes attacks
+by invisible characters, https://trojansource.codes those by characters that reverse the order of
+text. CI systems interpret some lines of output as commands:
 https://docs.github.com/actions/reference/workflow-commands-for-github-actions and
 https://learn.microsoft.com/azure/devops/pipelines/scripts/logging-commands
 """
@@ -16,39 +16,39 @@ from collections.abc import Iterable
 from weightsmith.values import Json
 
 QUOTED = "  | "
-"""Begins every further line of a message that has several: what follows is quoted."""
+"""Starts every line of a message but the first: the rest is quoted."""
 _BLANK = frozenset("\u115f\u1160\u17b4\u17b5\u3164\uffa0")
-"""Letters by their category, and drawn as nothing."""
+"""Letters by category that are drawn as nothing."""
 _COMMAND = re.compile(r"(?m)^([^\S\n]*):(?=:)|##(?=\w*\[)")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _TURNING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 def escaped(text: str) -> str:
-    """Return a text that others wrote as part of one line; what cannot be seen is spelled out."""
+    """Return untrusted text for use within a line, with invisible characters escaped."""
     if text.isprintable() and not _BLANK.intersection(text):
         return text
     return "".join(c if c.isprintable() and c not in _BLANK else _spelled(c) for c in text)
 
 
 def joined(lines: Iterable[str]) -> str:
-    """Return lines of ours as a text; a newline in what one of them quotes does not add another."""
+    """Join our lines to a text; newlines inside a line are escaped."""
     return "\n".join(map(escaped, lines))
 
 
 def quoted(text: str) -> str:
     """Return a message that may have several lines, such as the end of a log.
 
-    All but the first are marked, so that none of them passes for a line of ours.
+    All but the first are marked, so that none of them looks like ours.
     """
     first, *others = text.replace("\r\n", "\n").split("\n")
     return "\n".join([escaped(first), *(QUOTED + escaped(line) for line in others)])
 
 
 def printed(text: str) -> str:
-    """Return what goes to a stream for people: newlines and tabs stay, nothing else steers it.
+    """Return text for output to people: newlines and tabs stay, other control characters do not.
 
-    No CI system takes any of it for a command.
+    No CI system interprets any of it as a command.
     """
     if not text.isprintable():
         lines = ("\t".join(map(escaped, line.split("\t"))) for line in text.split("\n"))
@@ -57,20 +57,20 @@ def printed(text: str) -> str:
 
 
 def passed_on(line: str) -> str:
-    """Return a line of another program's output as it is printed on; colours are taken out."""
+    """Return a line of another program's output for printing, without colours."""
     return printed(_COLOUR.sub("", line))
 
 
 def as_json(value: Json) -> str:
-    """Return JSON in one line of ASCII that no terminal and no CI system obeys.
+    """Return JSON in one line of ASCII that no terminal or CI system interprets.
 
-    It is the same value: what JSON leaves as it is, and they do not, is written as an escape.
+    The value stays the same: characters that they would interpret are written as JSON escapes.
     """
     return json.dumps(value).replace("\x7f", "\\u007f").replace("##", "#\\u0023")
 
 
 def upright(text: str) -> str:
-    """Return a text for a page: controls and what turns its order round are spelled out.
+    """Return text for a page, with control and bidirectional characters escaped.
 
     Joiners and marks that languages need stay.
     """

@@ -1,4 +1,4 @@
-"""The one place that builds the outside world."""
+"""Constructs the drivers; nothing else does."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from weightsmith.drivers.folders import FolderReader
 from weightsmith.drivers.hub import HubReader
 from weightsmith.drivers.local import LocalRunner
 from weightsmith.drivers.ownership import private_folder
-from weightsmith.drivers.pushed import PushedLayers
+from weightsmith.drivers.pushed_layers import PushedLayers
 from weightsmith.drivers.pypi import PypiReader
 from weightsmith.drivers.rootfs import EitherLauncher, RootfsLauncher, StartInfo
 from weightsmith.drivers.signer import open_signer
@@ -43,9 +43,9 @@ RUNNERS = ("auto", "docker", "local")
 
 
 def cache_folder() -> Path:
-    """Return where builders and logs live: WEIGHTSMITH_CACHE, else the user's cache folder.
+    """Return the folder of builders and logs: WEIGHTSMITH_CACHE, else the user's cache folder.
 
-    Raises EnvironmentFailure where the user has no home folder.
+    Raises EnvironmentFailure if the user has no home folder.
     """
     if named := os.environ.get("WEIGHTSMITH_CACHE"):
         return Path(named).absolute()
@@ -55,36 +55,36 @@ def cache_folder() -> Path:
         folder = Path("~")
     if not folder.is_absolute():
         raise EnvironmentFailure(
-            "there is no home folder to keep the cache in",
+            "there is no home folder for the cache",
             hint="set HOME, or WEIGHTSMITH_CACHE and WEIGHTSMITH_STORE to folders of your choice",
         )
     return folder
 
 
 def store_folder() -> Path:
-    """Return where results are kept: WEIGHTSMITH_STORE, else `store` in the cache folder."""
+    """Return the folder of results: WEIGHTSMITH_STORE, else `store` in the cache folder."""
     named = os.environ.get("WEIGHTSMITH_STORE")
     return Path(named).absolute() if named else cache_folder() / "store"
 
 
 def require_folders() -> None:
-    """Raise EnvironmentFailure where cache or store are in a place that can hold no folder."""
+    """Raise EnvironmentFailure if the folders of cache or store cannot be created."""
     folders = {"WEIGHTSMITH_CACHE": cache_folder(), "WEIGHTSMITH_STORE": store_folder()}
     for variable, folder in folders.items():
         try:
             private(folder)
         except OSError as error:
             raise EnvironmentFailure(
-                f"there can be no folder {folder}: {error.strerror}",
-                hint=f"set {variable} to a folder that you may write to",
+                f"cannot create the folder {folder}: {error.strerror}",
+                hint=f"set {variable} to a writable folder",
             ) from error
 
 
 def keep_clean(inputs: Iterable[str | Path], **outputs: str | Path) -> None:
-    """Raise UsageError where a command would make anything in a folder that it reads.
+    """Raise UsageError if a command would write into a folder that it reads.
 
-    `outputs` are its flags that name a place, empty where they are not given; cache and store are
-    looked at as well, and may lie in a hidden folder.
+    `outputs` are the values of its output flags, empty if not given; cache and store are checked
+    too, and may be in a hidden folder.
     """
     flags: dict[str, str | Path] = {
         f"--{name.replace('_', '-')}": out for name, out in outputs.items()
@@ -94,17 +94,17 @@ def keep_clean(inputs: Iterable[str | Path], **outputs: str | Path) -> None:
 
 
 def make_store(tell: Callable[[str], None] | None = None) -> FileStore:
-    """Return the user's store; it tells when another process has to be waited for."""
+    """Return the user's store; `tell` is called when another process must be waited for."""
     return FileStore(store_folder(), tell)
 
 
 def make_engine() -> DockerEngine:
-    """Return the container engine, whether it answers or not."""
+    """Return the container engine, whether it runs or not."""
     return DockerEngine()
 
 
 def make_registry(*, insecure: bool = False) -> Registry:
-    """Return a registry client with the user's Docker credentials, read when one asks for them."""
+    """Return a registry client with the user's Docker credentials, which are read on demand."""
     return Registry(
         credentials=lambda host: auth.docker_config(docker_config(), ask_helper)(host),
         insecure=insecure,
@@ -168,10 +168,10 @@ def _launcher(engine: DockerEngine | None) -> Launcher:
 
 
 def make_signer(key: str) -> Signer | None:
-    """Return what signs with the user's key, or None without one.
+    """Return the signer of the user's key, or None without a key.
 
-    Whether it can is found out now, not after the build. Raises as `open_signer` does, and
-    UsageError for a key whose signatures `verify` would not believe.
+    It signs once to test the key before the build. Raises as `open_signer` does, and UsageError
+    for a key whose signatures `verify` cannot check.
     """
     if not key:
         return None
@@ -185,7 +185,7 @@ def make_signer(key: str) -> Signer | None:
 
 
 def start_info(layout: str, root: Path) -> StartInfo:
-    """Unpack the image of a layout folder, and return how its configuration starts it."""
+    """Unpack the image of a layout folder and return how to start it."""
     image = read_layout(Path(layout))
     unpack(image, root)
     config = image.config
@@ -200,7 +200,7 @@ def start_info(layout: str, root: Path) -> StartInfo:
 
 @contextmanager
 def _scratch() -> Iterator[Path]:
-    """Make a folder in the cache for one job's output, and delete it afterwards."""
+    """Create a folder in the cache for one job's output; deleted afterwards."""
     with private_folder(cache_folder()) as folder:
         output = folder / "out"
         output.mkdir()
@@ -208,5 +208,5 @@ def _scratch() -> Iterator[Path]:
 
 
 def examine() -> Mapping[str, Json]:
-    """Return what `doctor` says: each check with what was found and what to do."""
+    """Return the checks of `doctor`, each with what was found and what to do."""
     return examine_machine(DockerEngine(), cache_folder(), store_folder())

@@ -219,7 +219,7 @@ import json, os, sys, time
 from pathlib import Path
 from tests.fakes.rootfs import copy_shell
 from weightsmith.drivers import landlock, rootfs
-from weightsmith.drivers.enclosing import NotAllowed
+from weightsmith.drivers.image_launcher import NotAllowed
 from weightsmith.ports import StartSpec
 
 home = Path(sys.argv[1])
@@ -237,7 +237,7 @@ def image(layout, root):
     script += "; echo z > $HOME/z; cat $HOME/z; echo up; sleep 600"
     return rootfs.StartInfo(argv=("/bin/sh", "-c", script), env={}, user="0")
 
-rootfs._relayed = refuse
+rootfs._in_namespaces = refuse
 with rootfs.RootfsLauncher(image, home / "cache").serve("oci:x", StartSpec(port=1, env={})) as it:
     while it.alive() and "up" not in it.logs(99):
         time.sleep(0.05)

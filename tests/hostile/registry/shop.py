@@ -10,7 +10,7 @@ from weightsmith.commands.verify import verify_image
 from weightsmith.drivers.signer import open_signer
 from weightsmith.errors import CheckFailed
 from weightsmith.oci.attachments import Attachment
-from weightsmith.oci.places import RegistryPlace
+from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.ports import Silent

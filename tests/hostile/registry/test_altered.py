@@ -10,7 +10,7 @@ from weightsmith.commands.verify import verify_image
 from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused
 from weightsmith.oci.image import Image
 from weightsmith.oci.layout import read_layout, write_layout
-from weightsmith.oci.proxies import told as told_proxy
+from weightsmith.oci.proxies import display_proxy
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.unpack import unpack
 from weightsmith.ports import Silent
@@ -32,10 +32,10 @@ def test_an_altered_layer(fake: FakeRegistry, client: Registry, tmp_path: Path) 
 def test_the_proxy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hint about altered bytes names the proxy, and not the password that its address holds."""
     monkeypatch.setenv("HTTPS_PROXY", "http://ann:s3cr@t@proxy.example:3128")
-    assert told_proxy("https://r.example/v2/") == "proxy.example:3128"
+    assert display_proxy("https://r.example/v2/") == "proxy.example:3128"
     monkeypatch.setenv("HTTPS_PROXY", "proxy.example:3128")
-    assert told_proxy("https://r.example/v2/") == "proxy.example:3128"
-    assert told_proxy("https://127.0.0.1/v2/") == ""
+    assert display_proxy("https://r.example/v2/") == "proxy.example:3128"
+    assert display_proxy("https://127.0.0.1/v2/") == ""
 
 
 def test_an_altered_layer_that_unpacks_no_more(

@@ -11,8 +11,8 @@ from weightsmith.drivers.signer import open_signer
 from weightsmith.errors import InputRefused
 from weightsmith.oci.attachments import Attachment, Part
 from weightsmith.oci.index import Index
+from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.manifests import TITLE
-from weightsmith.oci.places import RegistryPlace
 from weightsmith.oci.references import Reference
 from weightsmith.ports import Silent
 from weightsmith.provenance import signing, statements
@@ -119,7 +119,7 @@ def test_results_on_an_index_are_of_no_image_in_it(shop: Shop) -> None:
     shop.client.push_index(whole, all_of_it)
     told = passed(image.manifest_blob)
     attached = signing.envelope_part(signing.sign_statement(told, open_signer(str(shop.key))), "x")
-    RegistryPlace(shop.client, all_of_it).attach(
+    RegistryLocation(shop.client, all_of_it).attach(
         Attachment(artifact_type="x", subject=whole.blob, parts=(attached,))
     )
     rows = shop.rows(str(all_of_it))

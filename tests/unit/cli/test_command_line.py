@@ -190,8 +190,8 @@ def test_a_place_that_can_hold_no_folder_is_reported(tmp_path, variable, place):
     done = run("weightsmith", *merge, "--out", str(tmp_path / "out"), "--runner", "local", **here)
 
     assert done.returncode == 5
-    assert f"there can be no folder {here[variable]}" in done.stderr
-    assert f"hint: set {variable} to a folder" in done.stderr
+    assert f"cannot create the folder {here[variable]}" in done.stderr
+    assert f"hint: set {variable} to a writable folder" in done.stderr
     disk = run("weightsmith", "doctor", "--json", **here)
     store = here["WEIGHTSMITH_STORE"]
     assert json.loads(disk.stdout)["checks"]["disk"]["ok"] is store.startswith(str(tmp_path / "st"))

@@ -21,7 +21,7 @@ from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.oci.image import Image, ImageConfig, assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.layout import read_layout, write_layout
-from weightsmith.oci.places import open_place
+from weightsmith.oci.locations import open_location
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.ports import Silent
@@ -130,7 +130,7 @@ def test_the_layout_and_the_registry_have_the_same_digest(scene: Scene, tmp_path
     pushed = scene.bake("team/app:1")
     written = bake(scene.client, scene.model, scene.base, layout=tmp_path / "layout")
     assert written["digest"] == pushed["digest"]
-    assert open_place(str(tmp_path / "layout"), scene.client).image().digest == pushed["digest"]
+    assert open_location(str(tmp_path / "layout"), scene.client).image().digest == pushed["digest"]
 
 
 def test_a_model_of_a_name_that_no_image_has(scene: Scene, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from weightsmith.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.oci.attachments import Attachment, Part
 from weightsmith.oci.image import Image
 from weightsmith.oci.index import Index
-from weightsmith.oci.places import RegistryPlace
+from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.ports import Silent
@@ -136,7 +136,7 @@ def test_what_others_attached_to_the_old_image_stays_with_it(scene: Scene) -> No
     scene.rebase(source, scene.base("2", {ENGINE: "llamacpp", VERSION: "1.1.0"}, {}))
     found = {
         tag: {one.artifact_type for one in read_attached(
-            RegistryPlace(scene.client, place), scene.image(f"team/app:{tag}").digest)}
+            RegistryLocation(scene.client, place), scene.image(f"team/app:{tag}").digest)}
         for tag in "12"
     }  # fmt: skip
     assert found["1"] - found["2"] == set(theirs)

@@ -11,7 +11,7 @@ import pytest
 from weightsmith.drivers.folders import FolderReader
 from weightsmith.drivers.store import FileStore
 from weightsmith.errors import InputRefused, UsageError
-from weightsmith.oci.places import RegistryPlace
+from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.ports import Silent
@@ -82,7 +82,7 @@ def test_only_what_the_key_signed_is_believed(scene: Scene) -> None:
 
 def test_another_adapter_than_stated_is_refused(scene: Scene) -> None:
     scene.publish(f"hf://a/b@{COMMIT}", "hf://a/b")
-    place = RegistryPlace(scene.client, Reference.parse(scene.name))
+    place = RegistryLocation(scene.client, Reference.parse(scene.name))
     digest = scene.client.digest_of(place.reference)
     assert digest is not None
     tag = f"sha256-{digest.hex}"

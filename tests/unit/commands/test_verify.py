@@ -18,7 +18,7 @@ from weightsmith.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.oci.attachments import fallback_tag
 from weightsmith.oci.image import Image
 from weightsmith.oci.layers import Member, TarLayer
-from weightsmith.oci.places import RegistryPlace
+from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.ports import Silent
@@ -77,7 +77,7 @@ def test_an_untouched_image_holds(scene: Scene) -> None:
 
 
 def test_openssl_agrees_with_the_signature(scene: Scene) -> None:
-    place = RegistryPlace(scene.client, Reference.parse(scene.name))
+    place = RegistryLocation(scene.client, Reference.parse(scene.name))
     parts = [
         part
         for blob, tag in place.attached(scene.image().digest)
@@ -132,7 +132,7 @@ def retag(scene: Scene, image: Image, *, move: bool) -> None:
     place = Reference.parse(scene.name)
     scene.client.push(image, place, force=True)
     if move:
-        here = RegistryPlace(scene.client, place)
+        here = RegistryLocation(scene.client, place)
         for blob, tag in here.attached(before.digest):
             old = here.read(blob, tag)
             here.attach(replace(old.about(image.manifest_blob), tag=""))
@@ -171,7 +171,7 @@ def test_a_layer_swapped_and_everything_moved_along(scene: Scene) -> None:
 
 
 def test_a_statement_changed(scene: Scene) -> None:
-    place = RegistryPlace(scene.client, Reference.parse(scene.name))
+    place = RegistryLocation(scene.client, Reference.parse(scene.name))
     image = scene.image()
     rows = [
         (blob, tag)
@@ -298,8 +298,8 @@ def test_a_key_of_cosigns_own_and_a_signature_by_cosign(
 
 def test_attachments_are_copied_once(scene: Scene) -> None:
     place = Reference.parse(f"{scene.fake.host}/other/app:1")
-    here = RegistryPlace(scene.client, Reference.parse(scene.name))
-    there = RegistryPlace(scene.client, place)
+    here = RegistryLocation(scene.client, Reference.parse(scene.name))
+    there = RegistryLocation(scene.client, place)
     digest = scene.image().digest
     scene.client.push(scene.image(), place)
     for _ in range(2):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from weightsmith.drivers.docker_loading import load_in_turn
+from weightsmith.drivers.docker_loading import load_in_order
 from weightsmith.errors import EnvironmentFailure
 
 PATIENCE = 60
@@ -77,7 +77,7 @@ def test_one_is_sent_while_the_one_before_is_unpacked_and_not_more() -> None:
 
     thread = threading.Thread(target=unpack)
     thread.start()
-    load_in_turn(connect(engine), archives(), "app:1")
+    load_in_order(connect(engine), archives(), "app:1")
     thread.join()
 
     order = engine.events
@@ -101,7 +101,7 @@ def test_two_are_sent_at_once_where_that_is_asked_for() -> None:
         second_has_begun.set()
         yield from archive("2", engine)
 
-    load_in_turn(connect(engine), [first(), second(), archive("3", engine)], "app:1", 2)
+    load_in_order(connect(engine), [first(), second(), archive("3", engine)], "app:1", 2)
 
     unpacked = [event for event in engine.events if event.startswith("unpacked")]
     assert unpacked == ["unpacked 1", "unpacked 2", "unpacked 3"]
@@ -121,7 +121,7 @@ def test_what_rests_on_a_refused_one_is_not_given_whole(refusal: dict[str, str])
     archives = (archive(name, engine) for name in "1234")
 
     with pytest.raises(EnvironmentFailure, match=r"app:1: .*no space left") as caught:
-        load_in_turn(connect(engine), archives, "app:1")
+        load_in_order(connect(engine), archives, "app:1")
 
     assert "docker system df" in caught.value.hint
     assert "unpacked 1" in engine.events
@@ -137,7 +137,7 @@ def test_an_archive_that_breaks_off_is_reported() -> None:
         raise EnvironmentFailure("the file shrank", hint="")
 
     with pytest.raises(EnvironmentFailure, match="shrank"):
-        load_in_turn(connect(engine), [archive("1", engine), broken()], "app:1")
+        load_in_order(connect(engine), [archive("1", engine), broken()], "app:1")
 
     assert engine.events[-1] == "unpacked 1"
     assert "whole 2" not in engine.events

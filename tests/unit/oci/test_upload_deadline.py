@@ -34,7 +34,7 @@ def told(limits: RegistryLimits | None, size: int, rate: float) -> list[str]:
 def test_too_slow_by_its_own_rate(rate: float, advised: str) -> None:
     (said,) = told(SLOW, int(rate * 700), rate)
     assert f"a.safetensors will take about 12 minutes at {rate:.1f} MB/s" in said
-    assert "Slow Registry ends an upload after 10: bake it with" in said
+    assert "Slow Registry ends uploads after 10" in said
     assert f"--max-layer-size {advised} " in said
     assert parse_size(advised) / MB / rate < 600
 

@@ -11,7 +11,7 @@ from weightsmith.oci import manifests
 from weightsmith.oci.attachments import Attachment
 from weightsmith.oci.inspect import describe
 from weightsmith.oci.layout import is_layout
-from weightsmith.oci.places import Place, RegistryPlace, open_place
+from weightsmith.oci.locations import ImageLocation, RegistryLocation, open_location
 from weightsmith.oci.references import DOCKER_HUB, Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.ports import ContainerEngine, Progress, Signer
@@ -37,8 +37,8 @@ def copy_image(
     Layers that are there already are not sent. With a key, the image and what it states of itself
     are signed at the new place; signatures that it has stay.
     """
-    origin, place = open_place(source, registry), Reference.parse(to)
-    there = RegistryPlace(registry, place)
+    origin, place = open_location(source, registry), Reference.parse(to)
+    there = RegistryLocation(registry, place)
     progress.stage("push", to)
     if (index := origin.index()) is not None:
         return _copy_index(index, origin, there, progress, force=force, signer=signer)
@@ -59,8 +59,8 @@ def copy_image(
 
 def _copy_index(
     index: bytes,
-    origin: Place,
-    there: RegistryPlace,
+    origin: ImageLocation,
+    there: RegistryLocation,
     progress: Progress,
     *,
     force: bool,
@@ -69,7 +69,7 @@ def _copy_index(
     """Bring an index with all that it names, whatever it is; the digest stays."""
     registry, to = there.registry, there.reference
     sources = []
-    if isinstance(origin, RegistryPlace) and origin.reference.registry == to.registry:
+    if isinstance(origin, RegistryLocation) and origin.reference.registry == to.registry:
         sources = [origin.reference.repository]
     document = manifests.read_json(index, str(to))
     kind = str(document.get("mediaType") or manifests.OCI_INDEX)
@@ -109,8 +109,8 @@ def _copy_index(
 
 def copy_attachments(
     image: Blob,
-    origin: Place,
-    there: RegistryPlace,
+    origin: ImageLocation,
+    there: RegistryLocation,
     signer: Signer | None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> None:
@@ -164,7 +164,7 @@ def inspect_image(
     """
     if not platform and (held := _held_by_engine(source, registry, engine)):
         return {**_with_provenance(source, _described_by_engine(held)), "attached": []}
-    place = open_place(source, registry)
+    place = open_location(source, registry)
     if index := place.index():
         named = manifests.platforms_in(index, source)
         whole: dict[str, Json] = {"index": Digest.of(index), "platforms": named}

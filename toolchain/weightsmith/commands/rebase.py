@@ -14,7 +14,7 @@ from weightsmith.oci import manifests
 from weightsmith.oci.collisions import first_collision
 from weightsmith.oci.image import Image
 from weightsmith.oci.index import own_of, whole_of
-from weightsmith.oci.places import Place, open_place
+from weightsmith.oci.locations import ImageLocation, open_location
 from weightsmith.oci.references import Reference
 from weightsmith.outcome import Timer
 from weightsmith.provenance import evidence as gathered
@@ -79,7 +79,7 @@ def rebase_image(request: RebaseRequest, tools: Tools) -> Mapping[str, Json]:
 
 
 def _moved(
-    old: Image, request: RebaseRequest, origin: Place, tools: Tools
+    old: Image, request: RebaseRequest, origin: ImageLocation, tools: Tools
 ) -> tuple[Image, Evidence]:
     """Return one platform's image on its new base, and its evidence."""
     roles = roles_of(old, request.source)
@@ -174,7 +174,7 @@ def _evidence(
     new: Image,
     base: Image,
     request: RebaseRequest,
-    origin: Place,
+    origin: ImageLocation,
     tools: Tools,
 ) -> Evidence:
     """Return what was known of the old image, and how the new one came from it."""

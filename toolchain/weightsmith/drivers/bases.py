@@ -1,4 +1,4 @@
-"""Reads `images/bases.lock`: which upstream images are built upon, and their pinned digests."""
+"""Reads `images/bases.lock`: the upstream base images and their pinned digests."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from weightsmith.values import Digest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Base:
-    """An upstream image: its tag, and its digest per platform where that is pinned."""
+    """An upstream image: its tag, and its digest per platform if pinned."""
 
     purpose: str
     reference: str
     digests: Mapping[str, Digest | None]
-    """Platform (`linux/amd64`) -> digest; None until the tag is first reached."""
+    """Platform (`linux/amd64`) -> digest; None if not pinned."""
 
     def pinned(self, platform: str) -> str:
-        """Return the reference by digest where the lock has one for the platform, else by tag."""
+        """Return the reference by digest if the lock has one for the platform, else by tag."""
         digest = self.digests.get(platform)
         return f"{self.reference}@{digest}" if digest else self.reference
 
 
 def read_bases(path: Path | None = None) -> dict[str, Base]:
-    """Return all bases of the lock file by purpose; UsageError where the file is damaged."""
+    """Return all bases in the lock file by purpose; raises UsageError if it is damaged."""
     file = images() / "bases.lock" if path is None else path
     try:
         entries = json.loads(file.read_text("utf-8"))
@@ -40,7 +40,7 @@ def read_bases(path: Path | None = None) -> dict[str, Base]:
 
 
 def base(purpose: str) -> Base:
-    """Return the base for a purpose such as `builder-cpu`; UsageError for an unknown one."""
+    """Return the base for a purpose such as `builder-cpu`; raises UsageError if unknown."""
     bases = read_bases()
     if purpose not in bases:
         raise UsageError(

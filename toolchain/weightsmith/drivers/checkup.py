@@ -1,4 +1,4 @@
-"""What `doctor` looks at: engine, GPU, memory, disk, credentials, builders."""
+"""The checks of `doctor`: engine, GPU, memory, disk, credentials, builders."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ENOUGH_MEMORY = 4 * 10**9
 
 
 def examine_machine(engine: DockerEngine, cache: Path, store: Path) -> Mapping[str, Json]:
-    """Return `{checks: {name: {ok, found, todo}}, …}`; looks only, changes nothing."""
+    """Return `{checks: {name: {ok, found, todo}}, …}`; changes nothing."""
     checks = {
         "engine": _engine(engine),
         "gpu": _gpu(engine),
@@ -59,7 +59,7 @@ def _gpu(engine: DockerEngine) -> dict[str, Json]:
         return _check("no NVIDIA GPU answers", todo="everything runs on the CPU, more slowly")
     if engine.answers() and not engine.has_gpu():
         return _check(
-            ", ".join(names), todo="the engine cannot hand it on: install nvidia-container-toolkit"
+            ", ".join(names), todo="the engine cannot use it: install nvidia-container-toolkit"
         )
     return _check(", ".join(names), ok=True)
 
@@ -75,12 +75,10 @@ def _memory() -> dict[str, Json]:
 
 
 def _disk(store: Path) -> dict[str, Json]:
-    place = next(p for p in (store, *store.parents) if p.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK)):
-        return _check(
-            f"{store} cannot be written to", todo="set WEIGHTSMITH_STORE to a folder that can"
-        )
-    free = shutil.disk_usage(place).free
+    folder = next(p for p in (store, *store.parents) if p.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        return _check(f"{store} is not writable", todo="set WEIGHTSMITH_STORE to a writable folder")
+    free = shutil.disk_usage(folder).free
     enough = free >= _ENOUGH_DISK
     return _check(
         f"{free / 1e9:.0f} GB free at {store}",
@@ -90,13 +88,13 @@ def _disk(store: Path) -> dict[str, Json]:
 
 
 def _privacy(cache: Path, store: Path) -> dict[str, Json]:
-    """Say who else may read results, jobs and logs."""
-    places = [place for place in dict.fromkeys((cache, store)) if place.is_dir()]
-    shared = [place for place in places if is_shared(place)]
-    opened = [str(p) for place in places if place not in shared for p in open_to_others(place)]
+    """Check who else can read results, jobs and logs."""
+    folders = [folder for folder in dict.fromkeys((cache, store)) if folder.is_dir()]
+    shared = [folder for folder in folders if is_shared(folder)]
+    opened = [str(p) for folder in folders if folder not in shared for p in open_to_others(folder)]
     if opened:
         return _check(
-            f"others may read {', '.join(opened)}",
+            f"other users can read {', '.join(opened)}",
             todo="the next command that writes there closes them; to share one with a group: "
             "chmod g+rws",
         )
@@ -104,11 +102,11 @@ def _privacy(cache: Path, store: Path) -> dict[str, Json]:
         return _check(
             f"shared with a group on purpose (set-group-id): {', '.join(map(str, shared))}", ok=True
         )
-    return _check("cache and store are yours alone", ok=True)
+    return _check("only you can read cache and store", ok=True)
 
 
 def _credentials() -> dict[str, Json]:
-    """Name the registries that the user is logged in to; never a secret."""
+    """List the registries that the user is logged in to; never a secret."""
     try:
         config = docker_config()
     except WeightsmithError as error:
@@ -134,15 +132,15 @@ def _builders(engine: DockerEngine, cache: Path) -> dict[str, Json]:
 
 
 def _jobs() -> dict[str, Json]:
-    """Say what jobs of the local runner cannot reach, and what they can."""
+    """Check what jobs of the local runner can reach."""
     found = confinement()
     left = found.left()
-    todo = f"still in reach of local jobs: {left}; the docker runner takes away all of it"
+    todo = f"local jobs can still reach: {left}; with the docker runner they cannot"
     if not found.network:
         todo = f"local jobs are refused: {WAYS_OUT}"
     said = "local jobs have no network and reach no other files, sockets or processes"
     if left:
-        said = f"local jobs are kept from {found.taken() or 'nothing'}"
+        said = f"local jobs cannot reach {found.blocked() or 'nothing'}"
     return _check(said, ok=not left, todo=todo if left else "")
 
 

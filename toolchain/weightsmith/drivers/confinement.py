@@ -1,4 +1,4 @@
-"""Finds out how far this machine lets jobs be kept apart, and makes their jails."""
+"""Finds the strongest sandbox that this machine supports, and configures it for jobs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from pathlib import Path
 from weightsmith.checkpoints.folder import scan
 from weightsmith.drivers import process
 from weightsmith.drivers.handover import leads_out
-from weightsmith.drivers.jail import LEVELS, NONE, Jail
+from weightsmith.drivers.job_sandbox import LEVELS, NONE, JobSandbox
 
 _SYSTEM = (
     *("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"),
     *("/nix/store", "/gnu/store", "/run/opengl-driver"),
 )
-"""Where systems keep their libraries and programs."""
+"""Folders of system libraries and programs."""
 _FACTS = (
     *("/proc", "/sys/devices", "/sys/class", "/sys/bus", "/sys/dev", "/sys/module"),
     *("/sys/fs/cgroup", "/sys/kernel/mm", "/dev/fd"),
@@ -33,9 +33,9 @@ _FACTS = (
     *("/etc/ssl/openssl.cnf", "/etc/pki/tls/openssl.cnf", "/etc/crypto-policies"),
     *("/etc/alternatives", "/etc/mime.types", "/etc/OpenCL", "/etc/nvidia"),
 )
-"""What libraries ask about the machine."""
+"""Files that libraries read to learn about the machine."""
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
-_PROBE = Path(__file__).with_name("inmate.py")
+_PROBE = Path(__file__).with_name("sandbox_probe.py")
 _PROBE_SECONDS = 120
 _WORDS = {
     "network": "the network",
@@ -50,12 +50,12 @@ _WORDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Confinement:
-    """How jobs are kept apart here, and what was seen from inside to be out of their reach."""
+    """The sandbox of jobs on this machine, and what a probe inside it could still reach."""
 
     namespaces: str = NONE
     filtered: bool = False
     reached: frozenset[str] = frozenset(_WORDS)
-    """What a job could do all the same: keys of the probe's answer."""
+    """What a job could still do: keys of the probe's answer."""
 
     @property
     def network(self) -> bool:
@@ -63,17 +63,17 @@ class Confinement:
         return "network" not in self.reached
 
     def left(self) -> str:
-        """Name for people what jobs can reach; '' where that is nothing."""
+        """List for people what jobs can reach; '' for nothing."""
         return ", ".join(word for key, word in _WORDS.items() if key in self.reached)
 
-    def taken(self) -> str:
-        """Name for people what they cannot."""
+    def blocked(self) -> str:
+        """List for people what jobs cannot reach."""
         return ", ".join(word for key, word in _WORDS.items() if key not in self.reached)
 
 
 @functools.cache
 def confinement() -> Confinement:
-    """Return the best that this machine allows; found out once, by trying to break out."""
+    """Return the strongest sandbox here; found once, by trying to break out of each."""
     for namespaces in LEVELS:
         for filtered in (True, False):
             wanted = Confinement(namespaces=namespaces, filtered=filtered)
@@ -83,7 +83,7 @@ def confinement() -> Confinement:
     return Confinement()
 
 
-def job_jail(
+def job_sandbox(
     found: Confinement,
     *,
     run: Iterable[Path],
@@ -92,13 +92,13 @@ def job_jail(
     inputs: Iterable[Path] = (),
     gpu: bool = False,
     sockets: bool = False,
-) -> Jail:
-    """Return the jail of a job: the system's libraries, and these paths.
+) -> JobSandbox:
+    """Return a job's sandbox: it can use the system's libraries and these paths.
 
-    Of `inputs` also what their links lead to. `sockets` is for users who allow jobs the network.
+    Of `inputs` also the targets of links. `sockets` is for users who allow network in jobs.
     """
     behind = (path for place in inputs for path in _with_links(place))
-    return Jail(
+    return JobSandbox(
         namespaces=found.namespaces,
         filtered=found.filtered,
         sockets=sockets,
@@ -110,22 +110,22 @@ def job_jail(
 
 
 def interpreter(python: Path) -> tuple[Path, ...]:
-    """Return the folders of the Python that an environment's `python` is a link to."""
+    """Return the folders of the Python that an environment's `python` links to."""
     prefix = python.resolve().parent.parent
     return tuple(prefix / name for name in ("bin", "lib", "lib64", "include", "ssl", "etc/ssl"))
 
 
 def _with_links(place: Path) -> Iterator[Path]:
-    """Yield a path and what its links lead to: models in the hub's cache are links to blobs."""
+    """Yield a path and the targets of its links: models in the hub's cache are links to blobs."""
     yield place
     real = place.resolve()
     if real.is_dir() and leads_out(real):
-        # Links are followed by the rules for model folders alone.
+        # Links are followed only by the rules for model folders.
         yield from ((real / name).resolve() for name in scan(real))
 
 
 _GPUS = ("nvidia*", "nvhost*", "nvmap", "nvgpu", "dxg", "dri")
-"""Devices of GPUs: of servers, of Jetson boards, of Windows' Linux, and what renders."""
+"""GPU devices: of servers, Jetson boards, WSL, and render nodes."""
 
 
 def _gpus() -> list[str]:
@@ -134,16 +134,16 @@ def _gpus() -> list[str]:
 
 
 def _reached(wanted: Confinement) -> frozenset[str] | None:
-    """Return what a program confined like that reached; None where it cannot be."""
+    """Return what a program in this sandbox reached; None if the sandbox cannot be set up."""
     python = Path(getattr(sys, "_base_executable", sys.executable))
     with targets() as outside, tempfile.TemporaryDirectory() as folder:
-        jail = job_jail(wanted, run=interpreter(python), read=[_PROBE], write=[Path(folder)])
+        sandbox = job_sandbox(wanted, run=interpreter(python), read=[_PROBE], write=[Path(folder)])
         done = process.run(
             [python, "-I", "-S", _PROBE, json.dumps(outside)],
             cwd=Path(folder),
             env=process.scrubbed(),
             timeout=_PROBE_SECONDS,
-            limits=process.ResourceLimits(jail=jail),
+            limits=process.ResourceLimits(sandbox=sandbox),
         )
     if done.returncode != 0:
         return None
@@ -153,7 +153,7 @@ def _reached(wanted: Confinement) -> frozenset[str] | None:
 
 @contextmanager
 def targets() -> Iterator[dict[str, object]]:
-    """Make what the probe tries to reach: listeners, and a file in a folder of the user's."""
+    """Create the probe's targets: listeners, and a file in a folder of the user's."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         file, path, abstract = folder / "file", folder / "socket", secrets.token_hex(8)

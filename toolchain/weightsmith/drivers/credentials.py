@@ -1,4 +1,4 @@
-"""Registry credentials: Docker's config.json and the helper programs that it names."""
+"""Registry credentials: Docker's config.json and its credential helpers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _PROGRAM = re.compile(r"[A-Za-z0-9._-]+")
 
 
 def docker_config() -> Mapping[str, Any]:
-    """Return the user's config.json (DOCKER_CONFIG, else ~/.docker); {} where there is none.
+    """Return the user's config.json (DOCKER_CONFIG, else ~/.docker); {} if there is none.
 
-    Raises EnvironmentFailure where it may not be read, InputRefused where it is damaged.
+    Raises EnvironmentFailure if it cannot be read, InputRefused if it is damaged.
     """
     try:
         folder = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
@@ -31,10 +31,10 @@ def docker_config() -> Mapping[str, Any]:
     except OSError as error:
         raise EnvironmentFailure(
             f"cannot read {folder}/config.json: {error.strerror}",
-            hint="correct whom it belongs to, or set DOCKER_CONFIG to another folder",
+            hint="correct its owner and permissions, or set DOCKER_CONFIG to another folder",
         ) from None
     try:
-        config = parse(data) if data.strip() else {}  # Docker takes an empty one, too
+        config = parse(data) if data.strip() else {}  # Docker accepts an empty file, too
     except ValueError:
         config = None
     if not isinstance(config, dict):
@@ -45,13 +45,13 @@ def docker_config() -> Mapping[str, Any]:
 
 
 def ask_helper(name: str, server: str) -> tuple[str, str] | None:
-    """Run `docker-credential-NAME get` for a server; None where it knows nothing.
+    """Run `docker-credential-NAME get` for a server; None if it has no credentials.
 
     https://github.com/docker/docker-credential-helpers
     """
     if not _PROGRAM.fullmatch(name):
         raise InputRefused(
-            f"the credential helper {name!r} is not the plain name of a program",
+            f"the credential helper {name!r} is not a valid program name",
             hint="correct credHelpers or credsStore in Docker's config.json",
         )
     try:

@@ -1,4 +1,4 @@
-"""Builds the builder images: what `docker build` is good at."""
+"""Builds the builder images with `docker build`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from weightsmith.drivers.environment import Pins
 from weightsmith.drivers.pip_settings import pip_setting
 from weightsmith.drivers.toolset import toolset_folder
 from weightsmith.drivers.wheels import configured_wheels, pick_wheels
-from weightsmith.drivers.wire import open_log
+from weightsmith.drivers.worker_protocol import open_log
 from weightsmith.errors import EnvironmentFailure, UsageError
 from weightsmith.ports import Progress
 from weightsmith.resources import builder_pins, compiled_engines, containerfile, images
@@ -27,25 +27,25 @@ from weightsmith.values import key_of
 
 _STEP = re.compile(r"#\d+ \[[^\]]*?(\d+)/(\d+)\] ")
 _SAID = re.compile(r"#\d+ +[\d.]+ (.*)")
-"""A line that a program printed inside the build."""
+"""A line printed by a program inside the build."""
 _PLATFORMS = {"x86_64": "linux/amd64", "aarch64": "linux/arm64", "arm64": "linux/arm64"}
 
 
 def base_reference(flavour: str) -> str:
-    """Return the image that builders start from: `WEIGHTSMITH_BUILDER_BASE` or the lock's."""
+    """Return the builders' base image: `WEIGHTSMITH_BUILDER_BASE`, or the lock's."""
     override = os.environ.get("WEIGHTSMITH_BUILDER_BASE")
     machine = platform.machine()
     return override or base(f"builder-{flavour}").pinned(_PLATFORMS.get(machine, machine))
 
 
 def image_tag(builder: str, flavour: str) -> str:
-    """Return the builder image's name: it changes with all that the image is made from."""
+    """Return the builder image's name; it changes with everything the image is made from."""
     made_from = key_of([builder_pins(builder), flavour, base_reference(flavour)])
     return f"weightsmith-builder-{builder}:{made_from.short}"
 
 
 def build_image(builder: str, flavour: str, host: str, cache: Path, progress: Progress) -> None:
-    """Build a builder's image under its tag; raises EnvironmentFailure with the build's end."""
+    """Build a builder's image; EnvironmentFailure has the end of the build's output."""
     _require_buildx(host)
     reference = base_reference(flavour)
     progress.note(f"building the {flavour} image of the builder {builder!r} on {reference}, once")
@@ -62,25 +62,25 @@ def build_image(builder: str, flavour: str, host: str, cache: Path, progress: Pr
             contexts=_contexts(builder, cache, Path(wheels)),
         )
 
-        def hear(line: str) -> None:
+        def on_line(line: str) -> None:
             log.write(line + "\n")
             if step := _STEP.match(line):
                 progress.advance(int(step[1]), int(step[2]), "steps")
 
-        # What was built stays: only the step that failed is done again.
+        # Finished steps are cached: only the failed one is repeated.
         done = persistently(
-            lambda: process.run(command, env=_environment(host), on_line=hear), progress
+            lambda: process.run(command, env=_environment(host), on_line=on_line), progress
         )
         _only_said(done).require(
             f"building the image of the builder {builder!r}",
-            hint="a base that cannot be pulled: WEIGHTSMITH_BUILDER_BASE names another; a package "
-            "index behind certificates of your own: WEIGHTSMITH_CA_BUNDLE names their file; wheels "
-            f"that no index has: WEIGHTSMITH_WHEELS names their folder; log: {log.name}",
+            hint="set WEIGHTSMITH_BUILDER_BASE if the base cannot be pulled, WEIGHTSMITH_CA_BUNDLE "
+            "to a private CA's certificates, WEIGHTSMITH_WHEELS to a folder of wheels that the "
+            f"package index lacks; log: {log.name}",
         )
 
 
 def _only_said(done: process.Completed) -> process.Completed:
-    """Leave of a failed build's output what its programs printed, without BuildKit's frame."""
+    """Keep only what programs printed in a failed build, without BuildKit's own lines."""
     said = tuple(match[1] for line in done.tail if (match := _SAID.match(line)))
     errors = tuple(line for line in done.tail if line.startswith("ERROR"))
     return dataclasses.replace(done, tail=said[-8:] or errors or done.tail[-3:])
@@ -89,16 +89,16 @@ def _only_said(done: process.Completed) -> process.Completed:
 def _require_buildx(host: str) -> None:
     hint = "install the docker command and its buildx plugin (Debian: docker-cli docker-buildx)"
     if shutil.which("docker") is None:
-        raise EnvironmentFailure("the docker command is not there", hint=hint)
+        raise EnvironmentFailure("the docker command was not found", hint=hint)
     asked = process.run(["docker", "buildx", "version"], env=_environment(host), timeout=30)
     if asked.returncode != 0:
-        raise EnvironmentFailure("the docker command has no buildx", hint=hint)
+        raise EnvironmentFailure("the docker command has no buildx plugin", hint=hint)
 
 
 def _arguments(flavour: str, reference: str) -> dict[str, str]:
     arguments = {"BASE": reference, "FLAVOUR": flavour}
     index = pip_setting("index-url")
-    # An argument is readable in the image's history, so an index with a password is not passed.
+    # Build arguments are visible in the image's history, so an index with a password is not passed.
     if index and "@" not in index:
         arguments["PIP_INDEX_URL"] = index
     if os.environ.get("PIP_NO_INDEX"):
@@ -107,24 +107,24 @@ def _arguments(flavour: str, reference: str) -> dict[str, str]:
 
 
 def _secrets() -> dict[str, Path]:
-    """Return the certificates to trust while building.
+    """Return the certificates to trust during the build, as a build secret.
 
-    Somebody who sets SSL_CERT_FILE trusts more than a plain base image does, so it is used where
-    WEIGHTSMITH_CA_BUNDLE does not say otherwise. It is a secret of the build: nothing of it stays.
+    WEIGHTSMITH_CA_BUNDLE, else SSL_CERT_FILE: whoever sets that trusts CAs that the base image does
+    not. A build secret leaves nothing in the image.
     """
     named = os.environ.get("WEIGHTSMITH_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE")
     if not named:
         return {}
     if not Path(named).is_file():
         raise UsageError(
-            f"the certificate file {named} is not there",
+            f"no such certificate file: {named}",
             hint="correct WEIGHTSMITH_CA_BUNDLE or SSL_CERT_FILE",
         )
     return {"ca_bundle": Path(named)}
 
 
 def _contexts(builder: str, cache: Path, wheels: Path) -> Mapping[str, Path]:
-    """Return the named contexts: wheels that no index has, and tools compiled here already."""
+    """Return the named contexts: local wheels, and tools that are compiled already."""
     contexts = {}
     if named := os.environ.get("WEIGHTSMITH_WHEELS"):
         contexts["wheels"] = Path(named)

@@ -1,4 +1,4 @@
-"""Starts an image that the container engine holds, the way its users will, but alone."""
+"""Starts an image in the container engine as its users will, but isolated."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from requests.exceptions import RequestException
 from weightsmith.drivers.docker import GONE, DockerEngine, engine_errors, engine_host, remove
 from weightsmith.drivers.docker_requests import LABEL_OWNER, server_request
 from weightsmith.drivers.ownership import owner_token
-from weightsmith.drivers.starting import told_by_engine
+from weightsmith.drivers.start_errors import from_engine_message
 from weightsmith.errors import EnvironmentFailure
 from weightsmith.ports import Endpoint, StartSpec
 
 
 class DockerLauncher:
-    """Starts an image as its own user, read-only, in a network without a way out.
+    """Starts an image as its own user, read-only, in a network without internet access.
 
-    Where this machine cannot reach such a network (the engine is in a virtual machine or on
-    another host), the server's port is published on loopback instead.
+    If this machine cannot reach such a network (the engine is in a virtual machine or on another
+    host), the server's port is published on loopback instead.
     """
 
     name = "docker"
@@ -35,15 +35,14 @@ class DockerLauncher:
 
     @contextlib.contextmanager
     def serve(self, image: str, spec: StartSpec) -> Iterator[Endpoint]:
-        """Start `image`, and remove its container when the context ends.
+        """Start `image`; its container is removed when the context ends.
 
-        Waits for nothing: the caller asks the server's health. Raises CheckFailed for an image
-        that cannot be started, EnvironmentFailure for one that is not there and for an engine
-        that fails.
+        Does not wait: the caller polls the server's health. Raises CheckFailed for an image that
+        cannot be started, EnvironmentFailure for a missing image or a failing engine.
         """
         self._engine.reap()
         gpu = spec.use_gpu and self._engine.has_gpu()
-        with self._no_way_out() as network:
+        with self._internal_network() as network:
             name = (network.name or "") if network else ""
             request = server_request(image, spec, owner_token(), gpu=gpu, network=name)
             with _starting(image):
@@ -57,7 +56,7 @@ class DockerLauncher:
         with _starting(image):
             container.start()
             container.reload()
-        address = _inside(container, network) if network else ""
+        address = _address(container, network) if network else ""
         return Endpoint(
             url=f"http://{address}:{spec.port}"
             if network
@@ -70,11 +69,11 @@ class DockerLauncher:
         )
 
     @contextlib.contextmanager
-    def _no_way_out(self) -> Iterator[Network | None]:
-        """Yield a network of our own that leads nowhere, or None where we could not reach it."""
-        network = self._made()
+    def _internal_network(self) -> Iterator[Network | None]:
+        """Yield an internal network of our own, or None if this machine could not reach it."""
+        network = self._create_network()
         try:
-            # The bridge is this machine's own only where the engine runs right here.
+            # The bridge exists on this machine only if the engine runs on it.
             bridge = Path("/sys/class/net", f"br-{(network.id or '')[:12]}") if network else None
             yield network if bridge and bridge.exists() else None
         finally:
@@ -82,38 +81,38 @@ class DockerLauncher:
                 with contextlib.suppress(*GONE):
                     network.remove()
 
-    def _made(self) -> Network | None:
+    def _create_network(self) -> Network | None:
         if not engine_host().startswith("unix://"):
             return None
         name = f"weightsmith-{secrets.token_hex(6)}"
         labels = {LABEL_OWNER: owner_token()}
         try:
             return self._engine.client.networks.create(name, internal=True, labels=labels)
-        except (APIError, RequestException):  # no address range is left, say
+        except (APIError, RequestException):  # such as no free address range
             return None
 
 
 @contextlib.contextmanager
 def _starting(image: str) -> Iterator[None]:
-    """Turn the client library's exceptions into an error of the image's, or of the engine's."""
+    """Turn the client library's exceptions into an error of the image or of the engine."""
     try:
         with engine_errors(f"starting {image}"):
             yield
     except EnvironmentFailure as failure:
         problem = failure.__cause__
         said = str(problem.explanation or "") if isinstance(problem, APIError) else ""
-        if fault := told_by_engine(image, said):
+        if fault := from_engine_message(image, said):
             raise fault from problem
         raise
 
 
-def confinement(told: Mapping[str, Any], network: str) -> tuple[str, ...]:
-    """Return how a container is kept apart, as the engine tells it and not as it was asked for.
+def confinement(reported: Mapping[str, Any], network: str) -> tuple[str, ...]:
+    """Return a container's isolation as the engine reports it, not as it was requested.
 
-    `network` is the one that leads nowhere, where the container is to be in it.
+    `network` is the internal one, if the container should be in it.
     """
-    host, config = told.get("HostConfig") or {}, told.get("Config") or {}
-    networks = set((told.get("NetworkSettings") or {}).get("Networks") or {})
+    host, config = reported.get("HostConfig") or {}, reported.get("Config") or {}
+    networks = set((reported.get("NetworkSettings") or {}).get("Networks") or {})
     dropped = {str(name).upper() for name in host.get("CapDrop") or ()}
     options = [str(option) for option in host.get("SecurityOpt") or ()]
     memory = int(host.get("Memory") or 0)
@@ -128,13 +127,13 @@ def confinement(told: Mapping[str, Any], network: str) -> tuple[str, ...]:
     return tuple(word for word in words if word)
 
 
-def _inside(container: Container, network: str) -> str:
-    """Return a container's address in a network; EnvironmentFailure where it ended already."""
+def _address(container: Container, network: str) -> str:
+    """Return a container's address in a network, or empty if the container has ended."""
     networks: dict[str, Any] = (
         (container.attrs or {}).get("NetworkSettings", {}).get("Networks", {})
     )
     address = str((networks.get(network) or {}).get("IPAddress") or "")
-    # One that has ended has none; whoever asks its health is told of its last lines.
+    # An ended container has none; the health check reports its last lines.
     return address or "127.0.0.1"
 
 
@@ -165,10 +164,10 @@ def _alive(container: Container) -> bool:
 
 
 def _stop(container: Container, seconds: float) -> int | None:
-    """Send SIGTERM, nothing harder, and wait for the end."""
+    """Send only SIGTERM, and wait for the end."""
     with engine_errors("stopping the server"):
         container.kill("SIGTERM")
         try:
             return int(container.wait(timeout=seconds)["StatusCode"])
-        except RequestException:  # the client library's way of saying that the time is over
+        except RequestException:  # how the client library reports a timeout
             return None

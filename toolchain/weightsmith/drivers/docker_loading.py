@@ -1,4 +1,4 @@
-"""Gives image archives to the engine so that, interrupted, an image is there or it is not."""
+"""Loads image archives into the engine; an interrupt leaves an image loaded or not loaded."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ import docker
 from weightsmith.errors import EnvironmentFailure
 
 LAST_SECONDS = 15.0
-"""How long an interrupted command waits for an engine that unpacks an image already."""
+"""Seconds that an interrupted command waits for an engine that is already unpacking."""
 
 _NOT_UNPACKED = "Error unpacking image"
 
 
-def load_in_turn(
+def load_in_order(
     connect: Callable[[], docker.DockerClient],
     archives: Iterable[Iterator[bytes]],
     reference: str,
-    abreast: int = 1,
+    parallel: int = 1,
 ) -> None:
-    """Send archives of which each rests on the layers of the one before; some at a time.
+    """Send archives, each based on the layers of the previous one; several at a time.
 
-    `abreast` of them are sent at once while the engine unpacks one, as in a pull, so that its disk
-    holds those instead of all. Raises EnvironmentFailure for what it refuses.
+    `parallel` of them are sent while the engine unpacks one, as in a pull, so its disk holds only
+    those at a time. Raises EnvironmentFailure if the engine refuses one.
     """
-    begun: list[Taking] = []
+    begun: list[ArchiveUpload] = []
     try:
         for archive in archives:
-            begun.append(Taking(connect, archive, reference, begun[-1] if begun else None))
-            if len(begun) >= abreast:
-                begun[-abreast].wait_until_sent()
-            for before in begun[:-abreast]:
+            begun.append(ArchiveUpload(connect, archive, reference, begun[-1] if begun else None))
+            if len(begun) >= parallel:
+                begun[-parallel].wait_until_sent()
+            for before in begun[:-parallel]:
                 before.finish()
-            del begun[:-abreast]
+            del begun[:-parallel]
         for last in begun:
             last.finish()
     except BaseException:
@@ -47,10 +47,10 @@ def load_in_turn(
         raise
 
 
-class Taking(threading.Thread):
-    """Sends an archive beside the main thread, which alone is interrupted.
+class ArchiveUpload(threading.Thread):
+    """Sends an archive on its own thread, since Ctrl-C interrupts only the main thread.
 
-    Its last chunk, without which the engine does not look at what came, waits for `before`.
+    The engine starts with the last chunk, so that one is held back until `before` is done.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Taking(threading.Thread):
         connect: Callable[[], docker.DockerClient],
         archive: Iterator[bytes],
         reference: str,
-        before: Taking | None = None,
+        before: ArchiveUpload | None = None,
     ) -> None:
         super().__init__(daemon=True)
         self._connect, self._archive, self._reference = connect, archive, reference
@@ -66,33 +66,33 @@ class Taking(threading.Thread):
         self._given_up = threading.Event()
         self._sent = threading.Event()
         self._ended = threading.Event()
-        """Set at the end: an interrupted `join` takes the thread for ended (Python 3.11, 3.12)."""
+        """Set at the end: an interrupted `join` treats the thread as ended (Python 3.11, 3.12)."""
         self._problem: BaseException | None = None
         self.start()
 
     def run(self) -> None:
-        """Send it all, and listen to what the engine says of it."""
+        """Send the archive and read the engine's reply."""
         try:
             with contextlib.closing(self._connect()) as client:
                 api: Any = client.api
-                for told in api.load_image(self._chunks()):
-                    self._hear(told)
-        except BaseException as problem:  # noqa: BLE001 - raised again by who waits for it
+                for line in api.load_image(self._chunks()):
+                    self._check_line(line)
+        except BaseException as problem:  # noqa: BLE001 - raised again by `finish`
             self._problem = problem
         finally:
-            self._before = None  # or each would keep all that came before it
+            self._before = None  # else each would keep all previous ones in memory
             self._sent.set()
             self._ended.set()
 
-    def _hear(self, told: Mapping[str, str]) -> None:
-        # Docker 28 with images in containerd names an image that it could not unpack, and says so
-        # among its other lines (daemon/containerd/image_exporter.go).
-        said = told.get("stream", "").strip()
-        problem = told.get("error") or (said if said.startswith(_NOT_UNPACKED) else "")
+    def _check_line(self, line: Mapping[str, str]) -> None:
+        # Docker 28 with containerd's image store names an image even if unpacking failed, and
+        # reports that among its other lines (daemon/containerd/image_exporter.go).
+        output = line.get("stream", "").strip()
+        problem = line.get("error") or (output if output.startswith(_NOT_UNPACKED) else "")
         if problem:
             raise EnvironmentFailure(
-                f"the container engine did not take {self._reference}: {problem}",
-                hint="see its free disk space with `docker system df`",
+                f"the container engine did not load {self._reference}: {problem}",
+                hint="check its free disk space with `docker system df`",
             )
 
     def _chunks(self) -> Iterator[bytes]:
@@ -113,14 +113,14 @@ class Taking(threading.Thread):
 
     def _check(self) -> None:
         if self._given_up.is_set():
-            raise ConnectionError("given up")  # the engine drops what is not whole
+            raise ConnectionError("given up")  # the engine drops incomplete archives
 
     def wait_until_sent(self) -> None:
         """Wait until all but the last chunk is sent, or until it failed."""
         self._sent.wait()
 
     def finish(self) -> None:
-        """Wait for the end; raises what went wrong."""
+        """Wait for the end; raises the error, if any."""
         self._ended.wait()
         if self._problem is not None:
             raise self._problem
@@ -130,6 +130,6 @@ class Taking(threading.Thread):
         self._given_up.set()
 
     def give_up(self) -> None:
-        """Send no more, and wait until the engine has dropped it or, with all of it, is done."""
+        """Send no more, and wait until the engine has dropped the image or finished loading it."""
         self.stop()
         self._ended.wait(LAST_SECONDS)

@@ -1,4 +1,4 @@
-"""What is asked of the container engine, worked out before it is asked: pure functions."""
+"""Builds the requests to the container engine: pure functions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SHM_WITH_GPU = 1 << 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobFiles:
-    """Where the things of one job lie on this machine."""
+    """Where the files of one job are on this machine."""
 
     inputs: Mapping[str, Path]
     output: Path
@@ -39,7 +39,7 @@ class JobFiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """As whom a container runs, for whom, and with which GPUs."""
+    """A container's user, owner and GPUs."""
 
     user: int
     group: int
@@ -48,11 +48,11 @@ class Bounds:
 
 
 def job_request(
-    job: Job, image: str, place: JobFiles, bounds: Bounds, environment: Mapping[str, str]
+    job: Job, image: str, files: JobFiles, bounds: Bounds, environment: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return the create request of a job's container: no network, no rights, one output."""
-    binds = {f"{INPUTS}/{name}": path for name, path in sorted(place.inputs.items())}
-    binds |= {JOB_FILE: place.job_file, f"{PACKAGE}/weightsmith": place.package}
+    """Return the create request of a job's container: no network, no privileges, one output."""
+    binds = {f"{INPUTS}/{name}": path for name, path in sorted(files.inputs.items())}
+    binds |= {JOB_FILE: files.job_file, f"{PACKAGE}/weightsmith": files.package}
     request = {
         **_confined(job.memory_bytes, bounds.owner, gpu=bounds.gpu),
         "image": image,
@@ -69,13 +69,13 @@ def job_request(
         },
         "mounts": [
             *(_bind(source, target) for target, source in binds.items()),
-            _bind(place.output, OUTPUT, read_only=False),
+            _bind(files.output, OUTPUT, read_only=False),
         ],
         "network_mode": "none",
         "cap_drop": ["ALL"],
         "pids_limit": 2048,
-        # Standard input is ours and closes with our connection (the client library asks for that
-        # unless `detach` is set): its end tells the worker that we are gone.
+        # Standard input closes with our connection (the client library requests that unless
+        # `detach` is set), so end of file tells the worker that we are gone.
         "stdin_open": True,
         "detach": False,
         "auto_remove": True,
@@ -93,11 +93,11 @@ def inside(job: Job) -> Job:
 def server_request(
     image: str, spec: StartSpec, owner: str, *, gpu: bool, network: str = ""
 ) -> dict[str, Any]:
-    """Return the create request of a server: the image as it is, with the image's own user.
+    """Return the create request of a server: the image unchanged, with its own user.
 
-    It is on `network`, which leads nowhere, where there is one; else on the default bridge, from
-    where its port is published on loopback. Its root file system is read-only, its home is the
-    temporary folder, and it is process 1, as it will be where it is deployed.
+    It is on `network`, the internal one, if given; else on the default bridge, with its port
+    published on loopback. Its root file system is read-only, its home is the temporary folder, and
+    it is process 1, as in production.
     """
     request = {
         **_confined(spec.memory_bytes, owner, gpu=gpu),
@@ -114,8 +114,8 @@ def server_request(
 
 
 def _confined(memory_bytes: int, owner: str, *, gpu: bool) -> dict[str, Any]:
-    """Return what every container of ours has in common."""
-    # GPU libraries compile kernels into their cache folder and load them from there.
+    """Return the settings of all our containers."""
+    # GPU libraries compile kernels into their cache folder and run them from there.
     temporary = "rw,nosuid,nodev,mode=1777" + (",exec" if gpu else ",noexec")
     request: dict[str, Any] = {
         "read_only": True,
@@ -125,7 +125,7 @@ def _confined(memory_bytes: int, owner: str, *, gpu: bool) -> dict[str, Any]:
         "labels": {LABEL_OWNER: owner},
     }
     if memory_bytes:
-        # The same limit for both: no swap beside it.
+        # The same limit for both: no additional swap.
         request |= {"mem_limit": memory_bytes, "memswap_limit": memory_bytes}
     if gpu:
         every = DeviceRequest(count=-1, capabilities=[["gpu", "compute", "utility"]])

@@ -1,4 +1,4 @@
-"""Runs programs that download once more where a connection broke, not where the answer was no."""
+"""Retries programs that download, if a connection broke; not if the server refused."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _BROKE = re.compile(
     r"broke off|Connection broken:|IncompleteRead|Read timed out|read operation timed out"
     r"|Connection reset|RemoteDisconnected|not enough bytes|unexpected EOF|TLS handshake timeout"
     r"|HTTP [Ee]rror 50\d|Service Unavailable|Bad Gateway|Gateway Time-?out"
-    # A cut download is taken for a whole one by some, until it is hashed.
+    # Some take a truncated download for complete until they hash it.
     r"|DO NOT MATCH THE HASHES|broken or not the published file|Hash Sum mismatch|unexpected size"
 )
-"""What pip, apt, BuildKit and our own scripts say of a connection that was there and broke."""
+"""How pip, apt, BuildKit and our own scripts report a connection that broke."""
 
 
 def persistently(run: Callable[[], Completed], progress: Progress) -> Completed:
-    """Return how a program ended that downloads; a broken connection is tried three times.
+    """Run a program that downloads, up to three times if a connection broke.
 
-    A place that nobody answers at is no such case: the programs try that again by themselves.
+    An unreachable server is not retried here: the programs do that themselves.
     """
     for pause in PAUSES:
         done = run()

@@ -1,4 +1,4 @@
-"""Makes a builder's virtual environment from its pinned requirements."""
+"""Creates a builder's virtual environment from its pinned requirements."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from typing import TextIO
 
 from weightsmith.drivers import process
 from weightsmith.drivers.downloading import persistently
-from weightsmith.drivers.waiting import locked
-from weightsmith.drivers.wire import open_log
+from weightsmith.drivers.locks import locked
+from weightsmith.drivers.worker_protocol import open_log
 from weightsmith.errors import EnvironmentFailure, UsageError
 from weightsmith.ports import Progress
 from weightsmith.privacy import private
@@ -27,7 +27,7 @@ from weightsmith.trees import discard
 from weightsmith.values import key_of
 
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-"""Where torch's CPU builds live; PyPI has only those that bring 3 GB of CUDA libraries."""
+"""Index of torch's CPU builds; PyPI has only those with 3 GB of CUDA libraries."""
 _CUDA_SIZE = "about 3 GB to download, 6 GB on disk"
 _COMPLETE = ".complete"
 
@@ -41,7 +41,7 @@ class Pins:
 
     @property
     def folder(self) -> Path:
-        """The builder's folder; UsageError where there is none of that name."""
+        """The builder's folder; raises UsageError if there is none of that name."""
         folder = images() / "builders" / self.name
         if not (folder / "requirements.txt").is_file():
             known = sorted(p.parent.name for p in folder.parent.glob("*/requirements.txt"))
@@ -57,7 +57,7 @@ class Pins:
 
     @property
     def torch(self) -> Path | None:
-        """Torch alone, as this flavour wants it; None for a builder without torch."""
+        """Only torch, for this flavour; None for a builder without torch."""
         files = [self.folder / f"requirements-{kind}.txt" for kind in (self.flavour, "cpu")]
         return next((file for file in files if file.is_file()), None)
 
@@ -73,25 +73,25 @@ class Pins:
 
     @property
     def sources(self) -> Path | None:
-        """Packages that exist as source only, built by the setuptools that `light` pins."""
+        """Packages that exist only as source, built with the setuptools in `light`."""
         file = self.folder / "requirements-source.txt"
         return file if file.is_file() else None
 
     @property
     def compiled(self) -> tuple[str, ...]:
-        """Those of `sources` that take a C compiler: the lines of compiled.txt."""
+        """Those of `sources` that need a C compiler: the lines of compiled.txt."""
         file = self.folder / "compiled.txt"
         return tuple(_without_comments(file)) if file.is_file() else ()
 
     @property
     def accepted(self) -> frozenset[str]:
-        """What `pip check` may say of this builder: the lines of unmet.txt."""
+        """What `pip check` may report for this builder: the lines of unmet.txt."""
         file = self.folder / "unmet.txt"
         return frozenset(_without_comments(file)) if file.is_file() else frozenset()
 
     @property
     def key(self) -> str:
-        """Name and a digest of the pins, the Python version and the machine's kind."""
+        """Name, and a digest of the pins, the Python version and the machine type."""
         files = [file for file in (self.light, self.torch, self.sources) if file is not None]
         pins = [_without_comments(file) for file in files]
         facts = [sys.version_info[:2], platform.machine(), pins]
@@ -99,7 +99,7 @@ class Pins:
 
 
 def _torch_version(file: Path) -> str:
-    """Return the pinned version of torch without its build's tag, such as `+cpu`."""
+    """Return the pinned version of torch without a local part such as `+cpu`."""
     found = re.search(r"^torch==([\d.]+)", file.read_text("utf-8"), re.MULTILINE)
     return found[1] if found else ""
 
@@ -109,28 +109,28 @@ def _without_comments(file: Path) -> list[str]:
 
 
 def environment_folder(cache: Path, pins: Pins) -> Path:
-    """Return where the builder's environment is or will be."""
+    """Return the path of the builder's environment, whether it exists or not."""
     return cache / "builders" / pins.key
 
 
 def is_complete(folder: Path) -> bool:
-    """Say whether an environment was made to its end."""
+    """Say whether an environment is complete."""
     return (folder / _COMPLETE).is_file()
 
 
 def make_environment(cache: Path, pins: Pins, progress: Progress) -> Path:
-    """Return the builder's environment, made now if it is not there.
+    """Return the builder's environment, and create it if needed.
 
-    It is made where it will stay, because its scripts hold their own path; a marker written last
-    says that it is complete, and one without the marker is made anew. Raises EnvironmentFailure
-    where packages cannot be had.
+    It is created in its final folder, because its scripts contain their own path. A marker,
+    written last, says that it is complete; without it, it is created again. Raises
+    EnvironmentFailure if packages cannot be installed.
     """
     folder = environment_folder(cache, pins)
     private(cache, "builders")
     if is_complete(folder):
         return folder
     lock = folder.with_name(folder.name + ".lock")
-    with locked(lock, f"makes the builder {pins.name!r}", progress.note):
+    with locked(lock, f"is making the builder {pins.name!r}", progress.note):
         if is_complete(folder):
             return folder
         discard(folder)
@@ -142,15 +142,15 @@ def make_environment(cache: Path, pins: Pins, progress: Progress) -> Path:
 
 
 def check_compiler(pins: Pins) -> None:
-    """Raise EnvironmentFailure where the builder compiles packages, and nothing here can."""
+    """Raise EnvironmentFailure if the builder needs a C compiler and there is none."""
     header = Path(sysconfig.get_path("include")) / "Python.h"
-    # The one that Python was built by is the one that setuptools calls.
+    # setuptools calls the compiler that Python was built with.
     compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
     lacking = [] if shutil.which(compiler) else [f"no C compiler `{compiler}`"]
     lacking += [] if header.is_file() else [f"no {header}"]
     if pins.compiled and lacking:
         raise EnvironmentFailure(
-            f"the builder {pins.name!r} compiles {', '.join(pins.compiled)}, and there is "
+            f"the builder {pins.name!r} must compile {', '.join(pins.compiled)}, but there is "
             f"{' and '.join(lacking)}",
             hint="install them (Debian and Ubuntu: apt-get install gcc python3-dev), or use the "
             "docker runner",
@@ -160,7 +160,7 @@ def check_compiler(pins: Pins) -> None:
 def make_bare_environment(
     folder: Path, requirements: Path, log: TextIO, progress: Progress
 ) -> Path:
-    """Make an environment for a tool of ours at `folder`; return its Python."""
+    """Create an environment for one of our tools at `folder`; return its Python."""
     installer = _Installer(folder, log, progress)
     installer.create()
     installer.install(requirements)
@@ -178,8 +178,8 @@ def _fill(pins: Pins, installer: _Installer) -> None:
 
 
 def _install_torch(pins: Pins, installer: _Installer) -> None:
-    """Find torch: pip's own configuration and our wheels, then torch's index, then PyPI."""
-    assert pins.torch is not None  # noqa: S101 - the caller asked
+    """Install torch from pip's configured sources, else torch's index, else PyPI."""
+    assert pins.torch is not None  # noqa: S101 - checked by the caller
     if pins.torch != pins.cuda:
         if installer.try_torch(pins.torch):
             return
@@ -191,10 +191,10 @@ def _install_torch(pins: Pins, installer: _Installer) -> None:
             installer.install(pins.torch)
             return
         installer.progress.warn(
-            f"no CPU build of torch that runs here comes from {TORCH_CPU_INDEX}, pip's "
-            f"configuration or WEIGHTSMITH_WHEELS: taking PyPI's with CUDA libraries ({_CUDA_SIZE})"
+            f"no working CPU build of torch in {TORCH_CPU_INDEX}, pip's configuration or "
+            f"WEIGHTSMITH_WHEELS: installing PyPI's with CUDA libraries ({_CUDA_SIZE})"
         )
-    assert pins.cuda is not None  # noqa: S101 - it is the file just compared
+    assert pins.cuda is not None  # noqa: S101 - compared above
     installer.install(pins.cuda)
 
 
@@ -209,7 +209,7 @@ def _answers(url: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Installer:
-    """pip in one environment; its output goes to the log, its steps to the progress."""
+    """pip in one environment; its output goes to the log, its steps to `progress`."""
 
     folder: Path
     log: TextIO
@@ -220,7 +220,7 @@ class _Installer:
         return self.folder / "bin" / "python"
 
     def create(self) -> None:
-        # The base interpreter: an environment made from an environment would die with it.
+        # The base interpreter: else the environment would break when ours is deleted.
         base = getattr(sys, "_base_executable", sys.executable)
         process.run(
             [base, "-m", "venv", self.folder], env=process.scrubbed(), on_line=self._keep
@@ -232,20 +232,20 @@ class _Installer:
     def install(self, requirements: Path, *options: str) -> None:
         self._pip(requirements, options).require(
             f"installing {requirements.parent.name}/{requirements.name}",
-            hint="see that the package index can be reached: pip's own configuration and the proxy "
-            "variables are used, WEIGHTSMITH_WHEELS may name a folder of wheels; "
+            hint="check that the package index can be reached (pip's configuration and the proxy "
+            "variables are used); WEIGHTSMITH_WHEELS may name a folder of wheels; "
             f"log: {self.log.name}",
         )
 
     def try_torch(self, requirements: Path, *options: str) -> bool:
-        """Install torch and load it: a build for a newer C library installs but does not load."""
+        """Install and import torch: a build for a newer C library installs but does not import."""
         if self._pip(requirements, ["--force-reinstall", *options]).returncode != 0:
             return False
         load: list[str | Path] = [self.python, "-c", "import torch"]
         return process.run(load, env=process.scrubbed(), on_line=self._keep).returncode == 0
 
     def build(self, requirements: Path) -> None:
-        """Build and install pinned source packages by what is installed already."""
+        """Build and install pinned source packages with the installed build tools."""
         only = ["--only-binary", ":none:", "--no-build-isolation"]
         self._pip(requirements, only).require(
             f"building {requirements.parent.name}/{requirements.name}",
@@ -255,7 +255,7 @@ class _Installer:
         )
 
     def check(self, accepted: frozenset[str]) -> None:
-        """Make sure that the packages fit together: they were installed without resolving."""
+        """Check that the packages are compatible: they were installed without resolving."""
         asked = process.run(
             [self.python, "-m", "pip", "check"], env=self._env(), on_line=self._keep
         )
@@ -263,7 +263,7 @@ class _Installer:
             return
         asked.require(
             "pip check of the new environment",
-            hint=f"the builder's requirements do not fit together; log: {self.log.name}",
+            hint=f"the builder's requirements are not compatible; log: {self.log.name}",
         )
 
     def _pip(self, requirements: Path, options: Sequence[str]) -> process.Completed:
@@ -271,7 +271,7 @@ class _Installer:
         total = sum(1 for word in words if re.match(r"[A-Za-z0-9]", word))
         seen = 0
 
-        def hear(line: str) -> None:
+        def on_line(line: str) -> None:
             nonlocal seen
             self._keep(line)
             if line.startswith("Collecting "):
@@ -290,7 +290,7 @@ class _Installer:
         def install() -> process.Completed:
             nonlocal seen
             seen = 0
-            return process.run(command, env=self._env(), on_line=hear)
+            return process.run(command, env=self._env(), on_line=on_line)
 
         return persistently(install, self.progress)
 

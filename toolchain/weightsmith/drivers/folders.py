@@ -1,4 +1,4 @@
-"""Reads a source that is a folder of this machine."""
+"""Reads a source from a local folder."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from weightsmith.ports import Progress, Silent, Store
 from weightsmith.values import FileEntry, Snapshot, Tree
 
 _SOON = 2 << 30
-"""Bytes; a folder up to this is hashed to say what is cached, in about two seconds."""
+"""Bytes; a smaller folder is hashed to predict what is cached, in about two seconds."""
 
 
 class FolderReader:
-    """Brings a local folder as it is: nothing is copied, every file is hashed."""
+    """Uses a local folder in place: every file is hashed, nothing is copied."""
 
     scheme = ""
 
@@ -23,13 +23,13 @@ class FolderReader:
         self._store = store
 
     def fetch(self, source: str, revision: str, sha256: str, progress: Progress) -> Snapshot:
-        """Return the folder's safe files by digest; InputRefused where it is missing or unsafe."""
+        """Return the folder's safe files; raises InputRefused if it is missing or unsafe."""
         return self._snapshot(source, revision, sha256, progress, read=True)
 
     def known(self, source: str, revision: str, sha256: str) -> Snapshot | None:
-        """Return the folder, which is always here.
+        """Return the folder, which is always available.
 
-        What would take long to hash and is not known has a digest that nothing was made from.
+        Large files without a cached digest get a placeholder, which no result was made from.
         """
         return self._snapshot(source, revision, sha256, Silent(), read=False)
 

@@ -1,4 +1,4 @@
-"""Hands folders to a container that runs as somebody else, and takes them back."""
+"""Makes folders accessible to a container that runs as another user."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from weightsmith.errors import EnvironmentFailure
 from weightsmith.trees import below, walk
 
 _FICLONE = 0x4004_9409
-"""Linux's request to let one file share another's blocks."""
+"""FICLONE, see ioctl_ficlone(2): share another file's blocks."""
 
 
 def readable(source: Path, staging: Path, *, by_others: bool) -> Path:
-    """Return a path whose content the container can read: the source itself, or a private copy.
+    """Return a path that the container can read: the source itself, or a private copy.
 
-    A copy below `staging` (hard links where the file itself may be shared) is made where a link
-    of the source leads out of it, since a container sees only what is mounted, and, with
-    `by_others`, where a file is not readable by everyone.
+    A copy below `staging` (hard links if possible) is made if a link in the source leads out of
+    it, since only the mount is visible in the container, and, with `by_others`, if a file is not
+    readable by everyone.
     """
     real = source.resolve()
     if real.is_file():
@@ -47,12 +47,12 @@ def readable(source: Path, staging: Path, *, by_others: bool) -> Path:
 
 
 def leads_out(folder: Path) -> bool:
-    """Say whether a link in a folder leads out of it; the folder's own name leads to no link."""
+    """Say whether a link in a folder leads out of it; `folder` itself must not be a link."""
     return any(p.is_symlink() and not p.resolve().is_relative_to(folder) for p in below(folder))
 
 
 def _closed(path: Path) -> bool:
-    """Say whether somebody else cannot read it."""
+    """Say whether other users cannot read it."""
     mode = path.lstat().st_mode
     needed = 0o005 if stat.S_ISDIR(mode) else 0o004
     return not stat.S_ISLNK(mode) and mode & needed != needed
@@ -63,7 +63,7 @@ def _give(real: Path, target: Path) -> Path:
         try:
             os.link(real, target)
         except OSError:
-            # Another file system, or a file that is not ours to link.
+            # Another file system, or a file that we may not link.
             pass
         else:
             return target
@@ -73,7 +73,7 @@ def _give(real: Path, target: Path) -> Path:
 
 
 def _copy(real: Path, target: Path) -> None:
-    """Copy a file, sharing its blocks where the file system can."""
+    """Copy a file, sharing its blocks if the file system can."""
     size, free = real.stat().st_size, shutil.disk_usage(target.parent).free
     with real.open("rb") as source, target.open("wb") as copy:
         try:
@@ -81,16 +81,16 @@ def _copy(real: Path, target: Path) -> None:
         except OSError:
             if size > free:
                 raise EnvironmentFailure(
-                    f"{real} is not readable by everyone, and {target.parent} has no room for the "
-                    f"private copy of {size:,} bytes that its container needs",
-                    hint=f"chmod o+r {real}, or build as an ordinary user who owns the file",
+                    f"{real} is not readable by everyone, and {target.parent} has no space for the "
+                    f"private copy of {size:,} bytes that the container needs",
+                    hint=f"chmod o+r {real}, or build as a non-root user who owns the file",
                 ) from None
             shutil.copyfileobj(source, copy, 1 << 24)
 
 
 @contextmanager
 def owned_by(folder: Path, user: int, group: int) -> Iterator[None]:
-    """Give a folder and all in it to a user for the length of the block, then take it back."""
+    """Give a folder and its content to a user during the block, then take it back."""
     before = folder.stat()
     _chown(folder, user, group)
     try:
@@ -100,6 +100,6 @@ def owned_by(folder: Path, user: int, group: int) -> Iterator[None]:
 
 
 def _chown(folder: Path, user: int, group: int) -> None:
-    # The container may have left links behind: they are changed themselves, never followed.
+    # The container may have left links: change the links themselves, never follow them.
     for step in walk(folder):
         os.chown(step.name, user, group, dir_fd=step.parent, follow_symlinks=False)

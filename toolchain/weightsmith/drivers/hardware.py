@@ -1,4 +1,4 @@
-"""What this machine has to compute with."""
+"""CPU cores and GPUs of this machine."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from weightsmith.errors import EnvironmentFailure
 
 
 def cores() -> int:
-    """Return how many CPU cores this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 @functools.cache
 def gpu_names() -> tuple[str, ...]:
-    """Return the names of the NVIDIA GPUs that answer; asked once."""
+    """Return the names of the available NVIDIA GPUs; cached."""
     if shutil.which("nvidia-smi") is None:
         return ()
     question = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]

@@ -1,4 +1,4 @@
-"""Reads a source from a model hub (`hf://owner/name`), with the hub's own client and cache."""
+"""Reads a source from a model hub (`hf://owner/name`) with the hub's client and cache."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _CHUNK = 1 << 20
 
 
 class HubReader:
-    """Brings a repository at one commit; `HF_ENDPOINT`, `HF_TOKEN` and `HF_HOME` are honoured.
+    """Downloads a repository at one commit; uses `HF_ENDPOINT`, `HF_TOKEN` and `HF_HOME`.
 
-    Every file is held against what the hub says that the commit holds, by git's own names.
+    Every file is verified against the hub's list of the commit, by git object ids.
     """
 
     scheme = "hf"
@@ -33,14 +33,14 @@ class HubReader:
         self._store = store
 
     def fetch(self, source: str, revision: str, sha256: str, progress: Progress) -> Snapshot:
-        """Return the repository's files at a commit; an unpinned revision is resolved first.
+        """Return the repository's files at a commit; resolves an unpinned revision first.
 
-        Raises InputRefused for a repository that is not there or not ours to read, Altered for a
-        file that is not what the hub says, EnvironmentFailure where it cannot be reached.
+        Raises InputRefused if the repository does not exist or access is denied, Altered if a file
+        differs from the hub's list, EnvironmentFailure if the hub cannot be reached.
         """
         if sha256:
             raise InputRefused(
-                f"{source}: `sha256` pins a pypi:// source; use `revision` here",
+                f"{source}: `sha256` is only for pypi:// sources; use `revision` here",
                 hint="give the commit",
             )
         repository, revision = _split(source, revision)
@@ -51,15 +51,15 @@ class HubReader:
         said = _said(repository, commit, tree)
         if wrong := _wrong(said, tree):
             raise Altered(
-                f"{pin}: {wrong} is not what {_endpoint()} says that this commit holds",
+                f"{pin}: {wrong} does not match this commit at {_endpoint()}",
                 hint=_after(tree.path(wrong), _forget(tree.path(wrong), root, commit)),
             )
         if added := [file.path for file in tree.files if file.path not in said]:
-            progress.warn(f"{pin}: read too, though not of this commit: {', '.join(added)[:200]}")
+            progress.warn(f"{pin}: also reading files not in this commit: {', '.join(added)[:200]}")
         return Snapshot(tree=tree, source=source, pin=pin, pinned=pinned)
 
     def known(self, source: str, revision: str, sha256: str) -> Snapshot | None:
-        """Return the repository where its commit is pinned and lies in the hub's cache."""
+        """Return the repository if its commit is pinned and in the hub's cache."""
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -80,7 +80,7 @@ class HubReader:
     def _download(
         self, repository: str, revision: str, progress: Progress, *, pinned: bool
     ) -> tuple[Path, str]:
-        # Imported here: the hub's client takes longer to load than `invoke --list` may take.
+        # Imported here: the hub's client loads too slowly for `invoke --list`.
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import (
             GatedRepoError,
@@ -94,7 +94,7 @@ class HubReader:
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()
-        # Of whichever library the client asks the hub with; it does not explain them itself.
+        # Errors of the client's HTTP library, which it does not convert.
         transport = [kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"]
         try:
             commit = revision
@@ -104,7 +104,7 @@ class HubReader:
             root = snapshot_download(repository, revision=commit, allow_patterns=list(_WANTED))
         except GatedRepoError:
             raise InputRefused(
-                f"hf://{repository} is gated and this account may not read it",
+                f"hf://{repository} is gated and this account has no access",
                 hint="accept its terms on the hub and set HF_TOKEN",
             ) from None
         except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
@@ -120,28 +120,28 @@ class HubReader:
             ) from None
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise EnvironmentFailure(
-                f"hf://{repository}: {_endpoint()} answers as no hub does: {type(error).__name__}",
+                f"hf://{repository}: invalid reply from {_endpoint()}: {type(error).__name__}",
                 hint="check HF_ENDPOINT and the proxy; a folder with the files works as a source",
             ) from None
         return Path(root), commit
 
 
 def _endpoint() -> str:
-    """Return the hub's address, without what is secret of it."""
+    """Return the hub's URL, without credentials."""
     address = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     scheme, separator, place = address.rpartition("://")
     return f"{scheme}{separator}{place.rpartition('@')[2]}"
 
 
 def _is_wanted(name: str) -> bool:
-    """Say whether a file is one of those that are fetched; other programs bring more."""
+    """Say whether we download this file; other programs may have cached more."""
     return any(fnmatch(name, pattern) for pattern in _WANTED)
 
 
 def _wrong(said: Mapping[str, str], tree: Tree) -> str:
-    """Return the first file that is not what the hub said of the commit, or empty."""
+    """Return the first file that does not match the hub's list of the commit, or empty."""
     for file in tree.files:
-        if file.path not in said:  # its owner put it there; the lock's digest covers it
+        if file.path not in said:  # put there by the user; the lock's digest covers it
             continue
         name, path = said[file.path], tree.path(file.path)
         if name not in (file.digest.hex, _pointer_name(file)) and name != _git_name(path):
@@ -150,11 +150,11 @@ def _wrong(said: Mapping[str, str], tree: Tree) -> str:
 
 
 def _said(repository: str, commit: str, tree: Tree) -> Mapping[str, str]:
-    """Return git's name for each file of a commit, as the hub listed it before the download.
+    """Return the git object id of each file of a commit, as the hub listed it before the download.
 
-    A cache that an older client wrote has no list, but files named by what the hub said of them:
+    A cache written by an older client has no list, but its blobs are named by these ids:
     https://huggingface.co/docs/huggingface_hub/guides/manage-cache. Files without such a name were
-    copied into the cache by its owner, and are what they are.
+    copied into the cache by the user and are accepted as they are.
     """
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
@@ -170,7 +170,7 @@ def _said(repository: str, commit: str, tree: Tree) -> Mapping[str, str]:
 
 
 def _pointer_name(file: FileEntry) -> str:
-    """Return git's name for what stands for a large file in a commit.
+    """Return the git object id of a large file's LFS pointer.
 
     https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md#the-pointer
     """
@@ -179,7 +179,7 @@ def _pointer_name(file: FileEntry) -> str:
 
 
 def _git_name(path: Path) -> str:
-    """Return git's name for a file: https://git-scm.com/book/en/v2/Git-Internals-Git-Objects."""
+    """Return a file's git object id: https://git-scm.com/book/en/v2/Git-Internals-Git-Objects."""
     state = _blob(path.stat().st_size)
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -192,10 +192,10 @@ def _blob(size: int, data: bytes = b"") -> hashlib._Hash:
 
 
 def _forget(path: Path, root: Path, commit: str) -> bool:
-    """Take a file out of the hub's cache, with the list that it was held against.
+    """Delete a file from the hub's cache, with the list that it was verified against.
 
-    Returns whether it is gone. Only what the hub's client downloaded is deleted, which is a link to
-    a blob, and only where it can be downloaded again: a file in its place is somebody's work.
+    Returns whether it was deleted. Only the client's own downloads are deleted, which are links to
+    blobs, and only if they can be downloaded again: a regular file is the user's own work.
     """
     from huggingface_hub import constants
 
@@ -211,15 +211,15 @@ def _forget(path: Path, root: Path, commit: str) -> bool:
 
 
 def _after(path: Path, gone: bool) -> str:
-    """Return what to do about a file that is not the hub's."""
+    """Return the hint for a file that does not match the hub's list."""
     if gone:
         return (
-            "it was taken out of the hub's cache: try again; if it stays so, a mirror "
-            "(HF_ENDPOINT) or a proxy changes what it passes on: ask whoever runs it"
+            "it was deleted from the hub's cache: try again; if it happens again, a mirror "
+            "(HF_ENDPOINT) or a proxy changes the data: ask its administrator"
         )
     return (
         f"nothing was deleted: delete {path} yourself and build where the hub can be reached; "
-        "a model that you changed is a source as a folder of its own"
+        "if you changed the model, use its folder as the source"
     )
 
 

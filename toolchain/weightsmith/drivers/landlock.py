@@ -1,7 +1,7 @@
-"""Gives up files, signals and abstract sockets by the kernel's Landlock rules, for this process.
+"""Blocks files, signals and abstract sockets for this process with the kernel's Landlock rules.
 
-Run by the trampoline, so of the standard library alone. Rights and structures are those of
-<linux/landlock.h>; https://docs.kernel.org/userspace-api/landlock.html says which ABI has what.
+Run by the sandbox launcher, so it uses only the standard library. Rights and structures are those
+of <linux/landlock.h>; https://docs.kernel.org/userspace-api/landlock.html says what each ABI has.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 _REMOVE_DIR, _REMOVE_FILE, _MAKE_DIR, _MAKE_REG = 1 << 4, 1 << 5, 1 << 7, 1 << 8
 _MAKE_FIFO, _MAKE_SYM, _REFER, _TRUNCATE, _IOCTL = 1 << 10, 1 << 12, 1 << 13, 1 << 14, 1 << 15
 _OF_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL
-"""Rights that a rule for something else than a folder may have."""
+"""Rights allowed in a rule for anything but a folder."""
 _NO_TCP, _NO_ABSTRACT_SOCKETS, _NO_SIGNALS = 0b11, 0b01, 0b10
 _FIRST_WITH = {"refer": 2, "truncate": 3, "tcp": 4, "ioctl": 5, "scopes": 6}
 
@@ -28,21 +28,21 @@ RUN = READ | _EXECUTE
 WRITE = READ | _WRITE_FILE | _REMOVE_DIR | _REMOVE_FILE | _MAKE_DIR | _MAKE_REG | _MAKE_FIFO
 WRITE |= _MAKE_SYM | _REFER | _TRUNCATE
 USE = _READ_FILE | _WRITE_FILE | _READ_DIR | _IOCTL
-"""What devices are for."""
+"""Rights for devices."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def abi() -> int:
-    """Return the version of the rules that this kernel knows; 0 where it has none."""
+    """Return the kernel's Landlock ABI version; 0 without Landlock."""
     return max(0, int(_libc.syscall(_CREATE, None, ctypes.c_size_t(0), _VERSION)))
 
 
 def restrict(rules: Iterable[tuple[str, int]], version: int, *, sockets: bool = False) -> None:
-    """Keep from now on to these paths with these rights; what does not exist is passed over.
+    """Restrict this process to these paths with these rights; missing paths are skipped.
 
-    Processes outside the domain cannot be traced either, whichever the ABI. `sockets` leaves the
-    network as it is. Raises OSError.
+    With any ABI, processes outside the domain cannot be traced either. `sockets` does not restrict
+    the network. Raises OSError.
     """
     handled = _handled(version)
     tcp = _NO_TCP if version >= _FIRST_WITH["tcp"] and not sockets else 0

@@ -1,4 +1,4 @@
-"""Reads a running program's output by lines, on the caller's own thread."""
+"""Reads a running program's output line by line, on the caller's thread."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ import time
 from collections.abc import Callable
 from typing import IO
 
-Hear = Callable[[str], None]
+Listener = Callable[[str], None]
 
 LONGEST = 1 << 20
-"""Bytes of a line that people read; a longer one comes in pieces."""
+"""Bytes of a line for people; a longer one is split."""
 RESULT = 256 << 20
-"""Bytes of a line that is a worker's result: all answers of an evaluation are in it."""
+"""Bytes of a line with a worker's result: it has all answers of an evaluation."""
 _CHUNK = 1 << 16
 _TURN = 3600.0
 
 
 class Lines:
-    """Cuts bytes into lines; a carriage return ends one too, as progress bars use it."""
+    """Splits bytes into lines; a carriage return also ends one, as in progress bars."""
 
     def __init__(self, longest: int = LONGEST) -> None:
         self._longest = longest
         self._rest = bytearray()
 
     def feed(self, chunk: bytes) -> list[str]:
-        """Return the lines that are now complete; an empty chunk ends the last one."""
+        """Return the lines now complete; an empty chunk ends the last one."""
         first, *others = chunk.replace(b"\r", b"\n").split(b"\n")
-        # In place: a copy of what is held with each chunk would take minutes for a long line.
+        # In place: copying the buffer with each chunk would take minutes for a long line.
         self._rest += first
         whole = []
         for piece in others:
             whole.append(self._taken())
             self._rest += piece
-        # A line without an end must not grow for ever.
+        # An endless line must not grow without limit.
         if not chunk or len(self._rest) > self._longest:
             whole.append(self._taken())
         return [line for line in whole if line]
@@ -47,27 +47,27 @@ class Lines:
 
 def pump(
     pid: int,
-    streams: list[tuple[IO[bytes], Lines, Hear]],
+    streams: list[tuple[IO[bytes], Lines, Listener]],
     deadline: float | None,
     on_exit: Callable[[], None],
 ) -> None:
-    """Hand on each stream's lines until the process ended and all its output is read.
+    """Pass on each stream's lines until the process has ended and its output is read.
 
-    `on_exit` is called once the process has ended, before the rest is read: it must end children
-    that were left behind, because they hold the pipes open. Raises TimeoutError at `deadline`
-    (of `time.monotonic`), and whatever the listeners raise.
+    `on_exit` is called when the process has ended, before the rest is read: it must end remaining
+    children, because they keep the pipes open. Raises TimeoutError at `deadline` (of
+    `time.monotonic`), and whatever the listeners raise.
     """
     watch = os.pidfd_open(pid)
     try:
         with selectors.DefaultSelector() as selector:
             selector.register(watch, selectors.EVENT_READ, None)
-            for stream, lines, hear in streams:
-                selector.register(stream, selectors.EVENT_READ, (lines, hear))
+            for stream, lines, listener in streams:
+                selector.register(stream, selectors.EVENT_READ, (lines, listener))
             while selector.get_map():
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     raise TimeoutError
-                # In turns: epoll takes no more than 24 days at once.
+                # In steps: epoll's longest timeout is 24 days.
                 for key, _ in selector.select(_TURN if left is None else min(left, _TURN)):
                     if key.data is None:
                         on_exit()
@@ -80,9 +80,9 @@ def pump(
             stream.close()
 
 
-def _read(source: int, lines: Lines, hear: Hear) -> bool:
-    """Hand on what there is; False at the end of the stream."""
+def _read(source: int, lines: Lines, listener: Listener) -> bool:
+    """Pass on what is available; False at the end of the stream."""
     chunk = os.read(source, _CHUNK)
     for line in lines.feed(chunk):
-        hear(line)
+        listener(line)
     return bool(chunk)

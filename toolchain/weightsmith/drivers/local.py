@@ -1,4 +1,4 @@
-"""Runs jobs in virtual environments of this machine: what there is without a container engine."""
+"""Runs jobs in virtual environments on this machine, without a container engine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from weightsmith.drivers import process
-from weightsmith.drivers.confinement import Confinement, confinement, interpreter, job_jail
+from weightsmith.drivers.confinement import Confinement, confinement, interpreter, job_sandbox
 from weightsmith.drivers.environment import (
     Pins,
     check_compiler,
@@ -15,11 +15,11 @@ from weightsmith.drivers.environment import (
     make_environment,
 )
 from weightsmith.drivers.hardware import cores, gpu_names
-from weightsmith.drivers.jail import Jail
+from weightsmith.drivers.job_sandbox import JobSandbox
 from weightsmith.drivers.lines import RESULT
 from weightsmith.drivers.ownership import private_folder
 from weightsmith.drivers.toolset import make_toolset, toolset_folder
-from weightsmith.drivers.wire import Conversation, open_log
+from weightsmith.drivers.worker_protocol import Conversation, open_log
 from weightsmith.errors import EnvironmentFailure
 from weightsmith.jobs import Job, write_job
 from weightsmith.ports import Progress
@@ -32,17 +32,16 @@ WAYS_OUT = (
     "elsewhere: sysctl user.max_user_namespaces) or system call filters; or give "
     "--allow-network-in-jobs"
 )
-"""What to do where jobs cannot be kept from the network."""
+"""Hint if jobs cannot be isolated from the network."""
 
 
 class LocalRunner:
-    """Runs each job in a subprocess of its builder's own virtual environment below `cache`.
+    """Runs each job in a sandboxed subprocess in its builder's virtual environment below `cache`.
 
-    The subprocess has no network, none of the caller's tokens, a memory limit, and ends with us.
-    It reads its inputs, its builder and the system's libraries, writes its output and a temporary
-    folder, and reaches no other program, as far as the kernel lets us see to it: `doctor` says how
-    far that is. Where not even the network can be taken away, no job is run, unless
-    `allow_network` is given.
+    The subprocess has no network, none of the caller's tokens, a memory limit, and dies with us.
+    It can read its inputs, its builder and the system's libraries, write its output and a temporary
+    folder, and reach no other program, as far as the kernel supports that: `doctor` reports it. If
+    not even the network can be blocked, no job is run, unless `allow_network` is given.
     """
 
     name = "local"
@@ -53,7 +52,7 @@ class LocalRunner:
         self.networked = False
 
     def prepare(self, builder: str, progress: Progress) -> None:
-        """Make the builder's environment and tools, if they are not there."""
+        """Create the builder's environment and tools, if needed."""
         self._require_confinement()
         pins = _pins(builder)
         if not is_complete(environment_folder(self._cache, pins)):
@@ -66,9 +65,9 @@ class LocalRunner:
             make_toolset(self._cache, engine, progress)
 
     def check(self, builder: str) -> None:
-        """Raise EnvironmentFailure where its jobs would have the network, or it cannot be made.
+        """Raise EnvironmentFailure if its jobs would have network access, or it cannot be made.
 
-        It cannot where a package has to be compiled, and nothing here can.
+        It cannot be made if a package must be compiled and there is no compiler.
         """
         self._require_confinement()
         pins = _pins(builder)
@@ -76,14 +75,14 @@ class LocalRunner:
             check_compiler(pins)
 
     def ready(self, builder: str) -> bool:
-        """Say whether environment and tools are there."""
+        """Say whether environment and tools are complete."""
         tools = [toolset_folder(self._cache, engine) for engine in compiled_engines(builder)]
         return is_complete(environment_folder(self._cache, _pins(builder))) and all(
             folder.is_dir() for folder in tools
         )
 
     def run(self, job: Job, progress: Progress) -> Mapping[str, Json]:
-        """Run the job to its end; raises the job's own error, EnvironmentFailure where it died."""
+        """Run the job; raises the job's own error, or EnvironmentFailure if it died."""
         self.prepare(job.builder, progress)
         here = {n: given.at(given.path.absolute()) for n, given in job.inputs.items()}
         job = job.at(here, job.output.absolute())
@@ -96,42 +95,42 @@ class LocalRunner:
             _furnish(folder)
             (folder / "job.json").write_text(write_job(job), encoding="utf-8")
             found = confinement()
-            jail = self._jail(job, folder, found)
+            sandbox = self._sandbox(job, folder, found)
             if left := found.left():
-                log.write(f"this machine does not let us keep the job from {left}\n")
-            if jail.sockets:
+                log.write(f"on this machine the job can reach {left}\n")
+            if sandbox.sockets:
                 if not self.networked:
-                    progress.warn("jobs have the network of this machine: --allow-network-in-jobs")
+                    progress.warn("jobs have network access, because of --allow-network-in-jobs")
                 self.networked = True
             done = process.run(
                 [python, "-m", "weightsmith.worker", folder / "job.json"],
                 cwd=folder / "tmp",
                 env=self._environment(job, folder),
-                on_line=conversation.hear,
-                on_error_line=conversation.hear_error,
+                on_line=conversation.on_line,
+                on_error_line=conversation.on_error_line,
                 longest_line=RESULT,
                 hold_stdin=True,
                 timeout=job.seconds or None,
                 limits=process.ResourceLimits(
                     # A GPU's memory is mapped into the process, so no such limit would hold.
                     memory_bytes=0 if job.use_gpu and gpu_names() else job.memory_bytes,
-                    jail=jail,
+                    sandbox=sandbox,
                 ),
             )
             result = conversation.result(done.returncode)
-            return {**result, "network_in_jobs": True} if jail.sockets else result
+            return {**result, "network_in_jobs": True} if sandbox.sockets else result
 
     def _require_confinement(self) -> None:
         if not self._allow_network and not confinement().network:
             raise EnvironmentFailure(
-                "this machine does not let the local runner take the network away from jobs",
+                "the local runner cannot isolate jobs from the network on this machine",
                 hint=WAYS_OUT,
             )
 
-    def _jail(self, job: Job, folder: Path, found: Confinement) -> Jail:
+    def _sandbox(self, job: Job, folder: Path, found: Confinement) -> JobSandbox:
         environment = environment_folder(self._cache, _pins(job.builder))
         tools = [toolset_folder(self._cache, engine) for engine in compiled_engines(job.builder)]
-        return job_jail(
+        return job_sandbox(
             found,
             run=[environment, *interpreter(environment / "bin" / "python"), package(), *tools],
             read=[folder],
@@ -155,14 +154,14 @@ class LocalRunner:
 
 
 def _furnish(folder: Path) -> None:
-    """Give the job a temporary folder, and nothing to import but our package."""
+    """Create the job's temporary folder, and a folder to import only our package from."""
     (folder / "tmp").mkdir()
     (folder / "lib").mkdir()
     (folder / "lib" / "weightsmith").symlink_to(package())
 
 
 def worker_environment() -> dict[str, str]:
-    """Return the variables that every worker gets, wherever it runs."""
+    """Return the environment variables of every worker, in any runner."""
     return {
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",

@@ -1,4 +1,4 @@
-"""Puts the file system of an image together, and makes it the only one of this process."""
+"""Mounts an image's file system and makes it the root of this process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from weightsmith.drivers.trampoline import check, libc
+from weightsmith.drivers.sandbox_launcher import check, libc
 
 _READ_ONLY, _NO_SETUID, _NO_DEVICES, _NO_PROGRAMS, _REMOUNT = 1, 2, 4, 8, 32
 _NO_ACCESS_TIMES, _RELATIVE_ACCESS_TIMES = 0x400, 0x20_0000
@@ -26,20 +26,20 @@ _LINKS = {
     "ptmx": "pts/ptmx",
 }
 _SHARED_MEMORY, _SHARED_MEMORY_WITH_GPU = 64 << 20, 1 << 30
-"""As a container engine gives them where nothing else is asked for."""
+"""Container engines' default."""
 
 
 def mount(source: str, target: str | Path, kind: str, flags: int, options: str = "") -> None:
-    """Put a file system in its place; raises OSError."""
+    """Mount a file system; raises OSError."""
     words = [os.fsencode(word) if word else None for word in (source, str(target), kind, options)]
     check(libc.mount(words[0], words[1], words[2], flags, words[3]), f"mount {target}")
 
 
 def furnish(root: Path, shm_bytes: int, *, gpu: bool) -> None:
-    """Make `root` a mount with /dev, /proc, /sys and /tmp of its own, and go there.
+    """Make `root` a mount with its own /dev, /proc, /sys and /tmp, and change to it.
 
-    The process is the first of a process namespace, and in a mount namespace of its own. OSError
-    where the kernel does not allow it.
+    The process must be the first of a process namespace, in its own mount namespace. Raises OSError
+    if the kernel does not allow it.
     """
     mount("", "/", "", _RECURSIVE | _PRIVATE)
     mount(str(root), root, "", _BIND)
@@ -51,14 +51,14 @@ def furnish(root: Path, shm_bytes: int, *, gpu: bool) -> None:
     quiet = _NO_SETUID | _NO_DEVICES | _NO_PROGRAMS
     try:
         mount("proc", "proc", "proc", quiet)
-    except OSError:  # as where a container hides parts of its own
+    except OSError:  # such as in a container that hides parts of /proc
         mount("/proc", "proc", "", _BIND | _RECURSIVE)
-    with suppress(OSError):  # the same; a server does without
+    with suppress(OSError):  # the same; servers work without it
         mount("sysfs", "sys", "sysfs", quiet | _READ_ONLY)
 
 
 def _make_folder(path: Path) -> None:
-    """Make a folder, whatever the image has there; its own copy is ours to change."""
+    """Create a folder, replacing what the image has there; the copy is ours to change."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         path.mkdir()
@@ -69,7 +69,7 @@ def _furnish_devices(folder: Path, shm_bytes: int, *, gpu: bool) -> None:
     mount("tmpfs", folder, "tmpfs", flags | _NO_DEVICES, "mode=0755,size=256k")
     host = Path("/dev")
     found = [host / name for name in _DEVICES]
-    # The kernel driver's; libraries are the image's own.
+    # The kernel driver's devices; the libraries are the image's own.
     found += sorted(host.glob("nvidia*")) if gpu else []
     for device in found:
         if device.is_char_device():
@@ -82,15 +82,15 @@ def _furnish_devices(folder: Path, shm_bytes: int, *, gpu: bool) -> None:
         (folder / name).mkdir()
     size = f"mode=1777,size={max(shm_bytes, least)}"
     mount("tmpfs", folder / "shm", "tmpfs", flags | _NO_DEVICES, size)
-    with suppress(OSError):  # needed by nothing that serves
+    with suppress(OSError):  # servers do not need it
         mount("devpts", folder / "pts", "devpts", flags, "newinstance,mode=0600,ptmxmode=0666")
     _remount(folder, _READ_ONLY)
 
 
 def make_devices(folder: Path) -> None:
-    """Make the devices that every program counts on, where no mount may bring them.
+    """Create the devices that every program expects, if they cannot be mounted.
 
-    As root of a container may; what is not allowed is left out.
+    Root in a container may do this; what is not allowed is skipped.
     """
     _make_folder(folder)
     for name, number in _MEMORY_DEVICES.items():
@@ -100,22 +100,22 @@ def make_devices(folder: Path) -> None:
 
 
 def change_root() -> None:
-    """Make the working directory, which is a mount, the root; nothing else stays in reach."""
+    """Make the working directory, a mount, the root; nothing else stays visible."""
     pivot = _PIVOT_ROOT.get(platform.machine(), -1)
     if libc.syscall(pivot, b".", b".") == 0:
         check(libc.umount2(b".", _DETACH), "umount2")
-    else:  # the machine's own root is one that cannot be left: an initial ramdisk
+    else:  # the machine's root cannot be pivoted: it is an initial ramdisk
         os.chroot(".")
     os.chdir("/")
 
 
 def seal() -> None:
-    """Make the root read-only, without devices and without programs that change the user."""
+    """Make the root read-only, without devices and set-user-id programs."""
     _remount(Path("/"), _READ_ONLY | _NO_SETUID | _NO_DEVICES)
 
 
 def _remount(place: Path, flags: int) -> None:
-    # What the place has already must be said again, or the kernel refuses.
+    # Existing flags must be repeated, or the kernel refuses.
     present = os.statvfs(place).f_flag
     flags |= present & (_NO_SETUID | _NO_DEVICES | _NO_PROGRAMS | _NO_ACCESS_TIMES)
     flags |= _RELATIVE_ACCESS_TIMES if present & getattr(os, "ST_RELATIME", 4096) else 0

@@ -1,4 +1,4 @@
-"""Names the process that owns something outside it, so that leftovers of dead owners are found."""
+"""Marks containers and folders with their owning process, to find those of dead processes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from weightsmith.trees import discard
 
 
 def owner_token() -> str:
-    """Return a text that names this process and no other, before or after it.
+    """Return a text that identifies this process uniquely, also over time.
 
-    Of letters, digits and dashes, so that it may stand in an image's tag.
+    It has only letters, digits and dashes, so that it is valid in an image tag.
     """
     pid = os.getpid()
     return f"{_realm()}-{pid}-{_started(pid)}"
@@ -25,7 +25,7 @@ def owner_token() -> str:
 def is_dead(token: str) -> bool:
     """Say whether the owner has certainly ended.
 
-    False for owners that this process cannot see: those of another machine, another boot or
+    False for owners that this process cannot see: on another machine, from another boot or in
     another process namespace.
     """
     realm, _, rest = token.partition("-")
@@ -38,27 +38,27 @@ def is_dead(token: str) -> bool:
 
 @contextmanager
 def private_folder(cache: Path) -> Iterator[Path]:
-    """Make a folder below the cache that only we can enter, deleted when the block ends.
+    """Create a folder below the cache that only we can enter; deleted when the block ends.
 
-    What killed processes left there before is deleted first.
+    Folders left by killed processes are deleted first.
     """
     jobs = private(cache, "jobs")
     for left in jobs.iterdir():
-        if is_dead(left.name.partition(".")[0]):  # as versions before this one named them
+        if is_dead(left.name.partition(".")[0]):  # names of earlier versions
             discard(left)
     with folder_beside(jobs / "job") as folder:
         yield folder
 
 
 def _is_hidden(pid: int) -> bool:
-    """Say whether a process is there that /proc keeps from us (`hidepid`): another user's."""
+    """Say whether a process exists that /proc hides from us (`hidepid`): another user's."""
     try:
         os.kill(pid, 0)
     except PermissionError:
         return True
     except OSError:
         return False
-    return False  # ours, of which /proc tells all
+    return False  # ours, which /proc shows
 
 
 def _realm() -> str:
@@ -68,11 +68,11 @@ def _realm() -> str:
 
 
 def _started(pid: int) -> str:
-    """Return when the process started, in the kernel's ticks; empty where there is none."""
+    """Return when the process started, in kernel ticks; empty if it does not exist."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text("utf-8", errors="replace")
     except OSError:
         return ""
-    # The program's name may hold spaces and brackets; the fields after it do not.
+    # The program's name may contain spaces and brackets; the fields after it do not.
     state, *fields = text.rpartition(")")[2].split()
     return "" if state in {"Z", "X"} else fields[18]

@@ -1,4 +1,4 @@
-"""pip's settings on this machine, from its variables or its files."""
+"""pip's settings on this machine, from its environment variables and files."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import sys
 from weightsmith.drivers import process
 from weightsmith.errors import EnvironmentFailure
 
-_PLACES = ("global", "install", ":env:")
-"""Where pip takes options of `pip install` from; the last one that has it counts."""
+_SECTIONS = ("global", "install", ":env:")
+"""Sections of options for `pip install`; the last one with the option wins."""
 _SECONDS = 60
 
 
 def pip_settings(name: str) -> tuple[str, ...]:
-    """Return an option of pip such as `index-url` from each place that sets it, the strongest last.
+    """Return a pip option such as `index-url` from each section that sets it, the strongest last.
 
-    Empty where there is no pip. https://pip.pypa.io/en/stable/topics/configuration/
+    Empty without pip. https://pip.pypa.io/en/stable/topics/configuration/
     """
     found: dict[str, str] = {}
 
@@ -36,10 +36,10 @@ def pip_settings(name: str) -> tuple[str, ...]:
         )
     except EnvironmentFailure:
         return ()
-    keys = (f"{place}.{name}" for place in _PLACES)
+    keys = (f"{section}.{name}" for section in _SECTIONS)
     return tuple(found[key] for key in keys if key in found)
 
 
 def pip_setting(name: str) -> str:
-    """Return what pip would take an option for; empty where nothing sets it."""
+    """Return pip's value of an option; empty if nothing sets it."""
     return next(reversed(pip_settings(name)), "")

@@ -1,10 +1,10 @@
-"""Starts programs: the one place of the toolchain that does.
+"""Starts programs; nothing else in the toolchain does.
 
-Every program runs without a shell, with an environment made here, in a process group of its own.
-The group ends with its leader, on an exception, on Ctrl-C, and when this process is killed: a
-small trampoline (`trampoline.py`) asks the kernel for a death signal before it becomes the
-program. The kernel ties that signal to the *thread* that started the program, so start programs
-from a thread that outlives them.
+Every program runs without a shell, with an environment made here, in its own process group. The
+group ends with its leader, on an exception, on Ctrl-C, and when this process is killed: the sandbox
+launcher (`sandbox_launcher.py`) asks the kernel for a death signal before it executes the program.
+The kernel ties that signal to the *thread* that started the program, so start programs from a
+thread that outlives them.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
 
-from weightsmith.drivers.jail import Jail
+from weightsmith.drivers.job_sandbox import JobSandbox
 from weightsmith.drivers.lines import LONGEST, Lines, pump
 from weightsmith.errors import EnvironmentFailure
 
-_TRAMPOLINE = Path(__file__).with_name("trampoline.py")
+_LAUNCHER = Path(__file__).with_name("sandbox_launcher.py")
 _NOT_STARTED = 125
-"""The trampoline's exit code for what fails before the program runs."""
+"""The sandbox launcher's exit code for failures before the program runs."""
 _TAIL_LINES = 200
 _PATIENCE = 5.0
-"""Seconds between asking a group to end and killing it."""
+"""Seconds between SIGTERM and SIGKILL for a group."""
 
 _KEPT = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR")
 _KEPT_FOR_NETWORK = (
@@ -48,27 +48,27 @@ OnLine = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResourceLimits:
-    """What a program may use."""
+    """Limits for a program."""
 
     memory_bytes: int = 0
-    """Most that it may allocate; mapped files do not count. 0 for no limit."""
-    jail: Jail | None = None
-    """Keeps it apart from everything else, by what `confinement` has found out; for jobs."""
+    """Bytes that it may allocate, without mapped files. 0 for no limit."""
+    sandbox: JobSandbox | None = None
+    """For jobs: isolates it from everything else, as chosen by `confinement`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completed:
-    """A program that ended by itself."""
+    """A program that has ended by itself."""
 
     argv: tuple[str, ...]
     returncode: int
-    """Negative for the signal that ended it."""
+    """Negative if a signal ended it."""
     seconds: float
     tail: tuple[str, ...]
     """The last lines of its output, both streams."""
 
     def require(self, what: str, *, hint: str) -> Completed:
-        """Return itself, or raise EnvironmentFailure with the end of the output."""
+        """Return itself; raises EnvironmentFailure with the end of the output if it failed."""
         if self.returncode == 0:
             return self
         last = "\n".join(f"  {line}" for line in self.tail[-12:] if line.strip())
@@ -79,14 +79,14 @@ class Completed:
 
 
 class TookTooLong(EnvironmentFailure):
-    """A program was ended because its time was over."""
+    """A program was ended because it exceeded its time limit."""
 
 
 NO_LIMITS = ResourceLimits()
 
 
 def describe_exit(returncode: int) -> str:
-    """Say how a program ended, for people."""
+    """Describe how a program ended, for people."""
     if returncode >= 0:
         return f"exit code {returncode}"
     with contextlib.suppress(ValueError):
@@ -97,9 +97,9 @@ def describe_exit(returncode: int) -> str:
 def scrubbed(
     extra: Mapping[str, str] | None = None, *, network: bool = False, prefixes: Sequence[str] = ()
 ) -> dict[str, str]:
-    """Return an environment of the few harmless variables, without tokens and passwords.
+    """Return an environment of a few harmless variables, without tokens and passwords.
 
-    `network` adds proxies and certificate files, `prefixes` whole families such as `PIP_`.
+    `network` adds proxies and certificate files, `prefixes` adds whole families such as `PIP_`.
     """
     names = {*_KEPT, *(_KEPT_FOR_NETWORK if network else ())}
     kept = {
@@ -123,21 +123,21 @@ def run(
     timeout: float | None = None,
     limits: ResourceLimits = NO_LIMITS,
 ) -> Completed:
-    """Run a program to its end, handing on its output line by line as it comes.
+    """Run a program to its end, passing on its output line by line.
 
-    Standard error joins standard output unless `on_error_line` wants it apart. A line of
-    standard output with more bytes than `longest_line` comes in pieces. `hold_stdin` keeps the
-    program's standard input open and silent, so that it sees the end of file when we die.
-    `timeout` is in seconds. The callbacks run on the caller's thread; what they raise ends the
-    program. Raises EnvironmentFailure where the program is missing or took too long; an exit code
-    is returned, not raised.
+    Standard error is merged into standard output unless there is `on_error_line`. A line of
+    standard output longer than `longest_line` bytes is split. `hold_stdin` keeps the program's
+    standard input open and silent, so that it sees end of file when we die. `timeout` is in
+    seconds. The callbacks run on the caller's thread; an exception in them ends the program.
+    Raises EnvironmentFailure if the program is missing or takes too long; a failing exit code is
+    returned, not raised.
     """
     words = tuple(str(word) for word in argv)
     started = time.monotonic()
     deadline = None if timeout is None else started + timeout
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
 
-    def hear(listener: OnLine | None) -> OnLine:
+    def listening(listener: OnLine | None) -> OnLine:
         def keep(line: str) -> None:
             tail.append(line[:LONGEST])
             if listener is not None:
@@ -152,14 +152,16 @@ def run(
             (process.stdout, Lines(longest_line), on_line),
             (process.stderr, Lines(), on_error_line),
         )
-        streams = [(stream, lines, hear(to)) for stream, lines, to in both if stream is not None]
+        streams = [
+            (stream, lines, listening(to)) for stream, lines, to in both if stream is not None
+        ]
         with _ended(process):
             try:
                 pump(process.pid, streams, deadline, lambda: _signal_group(process, signal.SIGKILL))
             except TimeoutError:
                 raise TookTooLong(
                     f"{_name(words)} did not end within {timeout:g} s",
-                    hint="see whether the machine is overloaded, then run the command again",
+                    hint="check whether the machine is overloaded, then run the command again",
                 ) from None
     return Completed(
         argv=words,
@@ -181,16 +183,16 @@ class Server:
         return "\n".join(list(self._lines)[-count:])
 
     def alive(self) -> bool:
-        """Say whether it still runs."""
+        """Say whether it is running."""
         return self.process.poll() is None
 
     def stop(self, seconds: float) -> int | None:
-        """Send SIGTERM to it and its children; return its exit code, None where it still runs."""
+        """Send SIGTERM to it and its children; return its exit code, None if it still runs."""
         _signal_group(self.process, signal.SIGTERM)
         return self.process.wait() if _exited(self.process, seconds) else None
 
     def listen(self) -> None:
-        """Keep its output until it closes it; runs on a thread of its own."""
+        """Collect its output until it ends; runs on its own thread."""
         with self.process.stdout or open(os.devnull, "rb") as stream:  # noqa: PTH123
             for raw in stream:
                 self._lines.append(raw.decode(errors="replace").rstrip("\r\n"))
@@ -203,17 +205,17 @@ def start(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     limits: ResourceLimits = NO_LIMITS,
-    handing: Sequence[int] = (),
+    inherited: Sequence[int] = (),
 ) -> Iterator[Server]:
-    """Start a server, and stop it with all its children when the context ends.
+    """Start a server; it is stopped with all its children when the context ends.
 
-    `handing` are open files that it gets too, by their numbers. Raises EnvironmentFailure where
-    the program is missing; whether it then serves is for the caller to find out.
+    `handing` are numbers of open files that it inherits. Raises EnvironmentFailure if the program
+    is missing; the caller must check whether it serves.
     """
     words = tuple(str(word) for word in argv)
     with _stdin(None, hold=False) as stdin:
         process = _spawn(
-            words, cwd=cwd, env=env, stdin=stdin, limits=limits, merge=True, handing=handing
+            words, cwd=cwd, env=env, stdin=stdin, limits=limits, merge=True, inherited=inherited
         )
     server = Server(process)
     listener = threading.Thread(target=server.listen, daemon=True)
@@ -233,35 +235,35 @@ def _spawn(
     stdin: int | IO[bytes],
     limits: ResourceLimits,
     merge: bool,
-    handing: Sequence[int] = (),
+    inherited: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
-    """Start the trampoline that becomes the program."""
+    """Start the sandbox launcher, which executes the program."""
     environment = dict(scrubbed() if env is None else env)
     if shutil.which(words[0], path=environment.get("PATH")) is None:
         raise EnvironmentFailure(
-            f"the program {words[0]!r} is not there",
-            hint="install it and make sure that PATH finds it",
+            f"program not found: {words[0]!r}",
+            hint="install it and make sure that it is in PATH",
         )
     settings: dict[str, object] = {
         "parent": os.getpid(),
         "memory_bytes": limits.memory_bytes,
-        "jail": limits.jail and asdict(limits.jail),
+        "sandbox": limits.sandbox and asdict(limits.sandbox),
     }
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", str(_TRAMPOLINE), json.dumps(settings), *words],
+        [sys.executable, "-I", "-S", str(_LAUNCHER), json.dumps(settings), *words],
         cwd=cwd,
         env=environment,
         stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT if merge else subprocess.PIPE,
         start_new_session=True,
-        pass_fds=tuple(handing),
+        pass_fds=tuple(inherited),
     )
 
 
 @contextlib.contextmanager
 def _stdin(content: bytes | None, *, hold: bool) -> Iterator[int | IO[bytes]]:
-    """Give a program nothing, some bytes, or a pipe that stays open for as long as we live."""
+    """Yield standard input: nothing, some bytes, or a pipe that stays open while we live."""
     if content is not None:
         # A file, not a pipe: a program that does not read cannot block us.
         with tempfile.TemporaryFile() as file:
@@ -281,7 +283,7 @@ def _stdin(content: bytes | None, *, hold: bool) -> Iterator[int | IO[bytes]]:
 
 @contextlib.contextmanager
 def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """End the whole group when the block ends; politely first where the leader still runs."""
+    """End the whole group when the block ends; with SIGTERM first if the leader still runs."""
     try:
         yield
     finally:
@@ -321,7 +323,7 @@ def _returncode(
     if code == _NOT_STARTED and tail and tail[-1].startswith("cannot start"):
         raise EnvironmentFailure(
             f"{_name(words)} could not be started: {tail[-1]}",
-            hint="see that the file is a program for this machine",
+            hint="check that the file is a program for this machine",
         )
     return code
 

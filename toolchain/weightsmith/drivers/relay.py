@@ -1,4 +1,4 @@
-"""Passes connections on into a network that has no way in: a child of the process before it."""
+"""Forwards connections into an isolated network, as a child process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import struct
 import threading
 from collections.abc import Callable
 
-from weightsmith.drivers.trampoline import die_with_parent
+from weightsmith.drivers.sandbox_launcher import die_with_parent
 
 _SET_FLAGS, _UP = 0x8914, 1
 """SIOCSIFFLAGS and IFF_UP, see netdevice(7)."""
@@ -23,15 +23,15 @@ def raise_loopback() -> None:
 
 
 def start_relay(listening: int, port: int, reduce: Callable[[], None]) -> None:
-    """Leave a relay behind as a child of this process; it ends with that.
+    """Start a relay as a child of this process; it ends with this process.
 
-    A socket stays in the network that it was made in: `listening` is the outside's, and the relay
-    connects to `port` in the network that it is in itself. `reduce` takes its rights away.
+    A socket stays in the network namespace it was created in: `listening` is outside, and the relay
+    connects to `port` in its own. `reduce` drops its privileges.
     """
     parent = os.getpid()
     if os.fork() == 0:
         try:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the server may have something to say
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the server may still send its reply
             for number in (0, 1, 2):
                 os.dup2(os.open(os.devnull, os.O_RDWR), number)
             reduce()
@@ -50,12 +50,12 @@ def _pass_on(listening: int, port: int) -> None:
 
 
 def _carry(outer: socket.socket, port: int) -> None:
-    inner = socket.socket()  # create_connection would import a codec for the host's name
+    inner = socket.socket()  # create_connection would import the idna codec
     try:
         inner.connect(("127.0.0.1", port))
     except OSError:
         inner.close()
-        outer.close()  # it does not listen yet
+        outer.close()  # the server does not listen yet
         return
     back = threading.Thread(target=_copy, args=(inner, outer), daemon=True)
     back.start()

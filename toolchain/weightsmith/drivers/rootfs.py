@@ -1,4 +1,4 @@
-"""Starts an image without a container engine: its own programs on its own root file system."""
+"""Starts an image without a container engine: its program on its own root file system."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from functools import partial
 from pathlib import Path
 
 from weightsmith.drivers import process
-from weightsmith.drivers.enclosing import (
-    Enclosed,
+from weightsmith.drivers.image_launcher import (
+    Mode,
     NotAllowed,
     Relay,
-    Way,
+    SandboxedProgram,
     not_confined,
-    start_enclosed,
+    start_sandboxed,
 )
-from weightsmith.drivers.inventory import Facts, words
 from weightsmith.drivers.ownership import private_folder
-from weightsmith.drivers.rights import NOBODY, is_root
-from weightsmith.drivers.starting import without_program
+from weightsmith.drivers.privileges import NOBODY, is_root
+from weightsmith.drivers.sandbox_facts import Facts, words
+from weightsmith.drivers.start_errors import no_program
 from weightsmith.errors import CheckFailed, UsageError
 from weightsmith.ports import Endpoint, Launcher, StartSpec
 from weightsmith.trees import walk
 
 _SCHEME = "oci:"
 _NO_ID = (1 << 32) - 1
-"""Stands for no user or group in system calls; all below may be one's number."""
+"""Means no user or group in system calls; every smaller number is valid."""
 _LARGEST_TABLE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartInfo:
-    """What an image's configuration says of starting it."""
+    """How an image's configuration says to start it."""
 
     argv: tuple[str, ...]
-    """Entrypoint and command together."""
+    """Entrypoint and command, joined."""
     env: Mapping[str, str]
     workdir: str = "/"
     user: str = ""
@@ -47,19 +47,19 @@ class StartInfo:
 
 
 Unpack = Callable[[str, Path], StartInfo]
-"""Unpacks the image in a layout folder (first argument, without `oci:`) into an empty folder."""
+"""Unpacks the image of a layout folder (first argument, without `oci:`) into an empty folder."""
 
 
 class RootfsLauncher:
-    """Starts an image that lies in an OCI layout folder, with no engine.
+    """Starts an image from an OCI layout folder, without an engine.
 
-    The root file system is unpacked to a folder below `cache` and becomes the program's only one,
-    read-only, in namespaces of its own, without capabilities, and as a user who is nobody outside
-    (root) or the caller (others); a relay is the one way in. Where the kernel does not allow that,
-    the server shares the network, moved to a free loopback port by the variable that
-    `spec.port_variable` names: root's without capabilities, as nobody, with the folder as its
-    root; others' as themselves, with the paths in its arguments and environment pointed into the
-    folder, which is for programs that need no libraries of the image.
+    The root file system is unpacked below `cache` and becomes the program's only one, read-only, in
+    its own namespaces, without capabilities, as a user who is nobody outside (if we are root) or
+    the caller (otherwise); a relay is the only way in. If the kernel does not allow that, the
+    server is on the machine's network, on a free loopback port set by `spec.port_variable`.
+    Then root starts it as nobody, without capabilities, with the folder as its root. Other users
+    start it as themselves, with the paths in its arguments and environment changed to the folder,
+    which works only for programs that need no libraries of the image.
     """
 
     name = "rootfs"
@@ -70,68 +70,68 @@ class RootfsLauncher:
 
     @contextlib.contextmanager
     def serve(self, image: str, spec: StartSpec) -> Iterator[Endpoint]:
-        """Start `image` (`oci:DIR`), stop it and delete its files when the context ends.
+        """Start `image` (`oci:DIR`); stop it and delete its files when the context ends.
 
-        Waits for nothing: the caller asks the server's health. Raises UsageError for another kind
-        of reference, CheckFailed for an image that cannot be started, EnvironmentFailure where
-        root's rights cannot be taken away from it here.
+        Does not wait: the caller polls the server's health. Raises UsageError for another kind of
+        reference, CheckFailed for an image that cannot be started, EnvironmentFailure if root's
+        privileges cannot be dropped.
         """
         if not image.startswith(_SCHEME):
             raise UsageError(
                 f"{image!r} cannot be started without a container engine",
                 hint="start an engine, or give the image as oci:DIR",
             )
-        # Below the cache, where what a killed process leaves is found and deleted.
+        # Below the cache, where leftovers of killed processes are found and deleted.
         with private_folder(self._cache) as folder:
             root = folder / "root"
             root.mkdir()
-            # Other users must get in: the image's user is one of them.
+            # The image's user must be able to enter.
             root.chmod(0o755)
             info = self._unpack(image.removeprefix(_SCHEME), root)
             if not info.argv:
-                raise without_program(image)
+                raise no_program(image)
             if is_root():
                 try:
                     give_to(root, NOBODY)
-                except OSError as problem:  # root of a namespace without others
+                except OSError as problem:  # root in a namespace without other users
                     raise not_confined(image, problem.strerror or str(problem)) from None
             with contextlib.ExitStack() as servers:
-                yield _first_way(image, root, info, spec, servers)
+                yield _start_strongest(image, root, info, spec, servers)
 
 
-def _first_way(
+def _start_strongest(
     image: str, root: Path, info: StartInfo, spec: StartSpec, servers: contextlib.ExitStack
 ) -> Endpoint:
-    """Start the server as far apart as this machine lets us."""
+    """Start the server in the strongest sandbox that this machine supports."""
     try:
-        return _relayed(image, root, info, spec, servers)
+        return _in_namespaces(image, root, info, spec, servers)
     except NotAllowed:
         port = servers.enter_context(_port(spec))
         moved = {spec.port_variable: str(port)} if spec.port_variable else {}
         if spec.host_variable:
             moved[spec.host_variable] = "127.0.0.1"
         at_port = replace(spec, env={**spec.env, **moved})
-        return _beside_us(image, root, info, at_port, port, servers)
+        return _in_host_network(image, root, info, at_port, port, servers)
 
 
-def _relayed(
+def _in_namespaces(
     image: str, root: Path, info: StartInfo, spec: StartSpec, servers: contextlib.ExitStack
 ) -> Endpoint:
-    """Start the server in namespaces of its own, with a relay as the one way in."""
+    """Start the server in its own namespaces, with a relay as the only way in."""
     with contextlib.ExitStack() as attempt:
         listener = attempt.enter_context(socket.socket())
         listener.bind(("127.0.0.1", 0))
         listener.listen(128)
         inside = _inside(image, root, info, spec)
         server, found = attempt.enter_context(
-            start_enclosed(inside, spec, "apart", Relay(listener=listener, port=spec.port))
+            start_sandboxed(inside, spec, "apart", Relay(listener=listener, port=spec.port))
         )
         port = listener.getsockname()[1]
         servers.push(attempt.pop_all())
-    return _endpoint(port, server, found, lambda: _relayed(image, root, info, spec, servers))
+    return _endpoint(port, server, found, lambda: _in_namespaces(image, root, info, spec, servers))
 
 
-def _beside_us(
+def _in_host_network(
     image: str,
     root: Path,
     info: StartInfo,
@@ -139,21 +139,21 @@ def _beside_us(
     port: int,
     servers: contextlib.ExitStack,
 ) -> Endpoint:
-    """Start the server in this machine's network: by root without rights and in its own files."""
+    """Start the server in this machine's network; as root, unprivileged and in its own files."""
     inside = _inside(image, root, info, spec)
-    way: Way = "folder"
+    mode: Mode = "folder"
     if not is_root():
-        env = dict(zip(inside.env, pointed_into(root, tuple(inside.env.values())), strict=True))
-        argv = pointed_into(root, info.argv)
-        inside, way = replace(inside, argv=argv, env=env, workdir=str(root)), "bare"
-    server, found = servers.enter_context(start_enclosed(inside, spec, way))
-    again = partial(_beside_us, image, root, info, spec, port, servers)
+        env = dict(zip(inside.env, relocated(root, tuple(inside.env.values())), strict=True))
+        argv = relocated(root, info.argv)
+        inside, mode = replace(inside, argv=argv, env=env, workdir=str(root)), "bare"
+    server, found = servers.enter_context(start_sandboxed(inside, spec, mode))
+    again = partial(_in_host_network, image, root, info, spec, port, servers)
     return _endpoint(port, server, found, again)
 
 
-def _inside(image: str, root: Path, info: StartInfo, spec: StartSpec) -> Enclosed:
+def _inside(image: str, root: Path, info: StartInfo, spec: StartSpec) -> SandboxedProgram:
     environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp"}  # noqa: S108 - inside
-    return Enclosed(
+    return SandboxedProgram(
         image=image,
         root=root,
         argv=info.argv,
@@ -178,7 +178,7 @@ def _endpoint(
 
 
 class EitherLauncher:
-    """Starts layouts from their own root file system, and all else in the container engine."""
+    """Starts layouts from their root file system, and other images in the container engine."""
 
     def __init__(self, engine: Launcher, layouts: Launcher) -> None:
         self._engine = engine
@@ -186,13 +186,13 @@ class EitherLauncher:
         self.name = engine.name
 
     def serve(self, image: str, spec: StartSpec) -> AbstractContextManager[Endpoint]:
-        """Start `image` where it is."""
+        """Start `image`."""
         launcher = self._layouts if image.startswith(_SCHEME) else self._engine
         return launcher.serve(image, spec)
 
 
 def free_port() -> int:
-    """Return a loopback port that nothing listens on now."""
+    """Return a currently free loopback port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -200,14 +200,14 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def _port(spec: StartSpec) -> Iterator[int]:
-    """Yield the port to serve on, kept from other builds until the block ends.
+    """Yield the port to serve on, reserved against other builds until the block ends.
 
-    Between finding it free and the server's taking it lies a moment, and servers that share ports
-    would even answer each other's questions.
+    The server binds the port only later, and servers that share a port would even answer each
+    other's requests.
     """
     while spec.port_variable:
         port = free_port()
-        # A name in the abstract namespace, which is the ports' own: gone when we are.
+        # An abstract socket name, per network namespace as ports are; it disappears with us.
         with socket.socket(socket.AF_UNIX) as mark:
             try:
                 mark.bind(f"\0weightsmith-port-{port}")
@@ -219,15 +219,15 @@ def _port(spec: StartSpec) -> Iterator[int]:
 
 
 def give_to(root: Path, user: int) -> None:
-    """Make a user and its group the owner of a folder and all that is in it."""
+    """Make a user and its group the owner of a folder and everything in it."""
     for step in walk(root):
         os.chown(step.name, user, user, dir_fd=step.parent, follow_symlinks=False)
 
 
 def user_ids(root: Path, user: str) -> tuple[int, int]:
-    """Return user and group numbers of an image's user, looked up in its own /etc.
+    """Return user and group numbers of an image's user, looked up in the image's /etc.
 
-    Raises CheckFailed for a name that the image does not know, or a number that none can have.
+    Raises CheckFailed for an unknown name or an invalid number.
     """
     name, _, group = user.partition(":")
     known = _table(root, "passwd")
@@ -254,7 +254,7 @@ def _number(text: str) -> int:
 
 
 def _table(root: Path, name: str) -> list[list[str]]:
-    """Return the rows of a table below the image's /etc; a link there would lead into ours."""
+    """Return the rows of a file in the image's /etc; not if it is a link, which could leave it."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         etc = os.open(root / "etc", flags | os.O_DIRECTORY)
@@ -268,19 +268,19 @@ def _table(root: Path, name: str) -> list[list[str]]:
     return [entry for line in text.splitlines() if len(entry := line.split(":")) >= 4]
 
 
-def pointed_into(root: Path, words: Sequence[str]) -> tuple[str, ...]:
-    """Return the words with every path of the root file system pointed into its folder.
+def relocated(root: Path, words: Sequence[str]) -> tuple[str, ...]:
+    """Return the words with every path of the root file system changed to its folder here.
 
-    A word is such a path where it begins, alone or after `=` or `:`, with a top-level folder of
-    the root file system.
+    A path starts with a top-level folder of the root file system, at the start of the word or after
+    `=` or `:`.
     """
     tops = {f"/{path.name}" for path in root.iterdir() if path.name not in {"dev", "proc", "sys"}}
-    return tuple(_pointed(str(root), tops, word) for word in words)
+    return tuple(_relocate(str(root), tops, word) for word in words)
 
 
-def _pointed(root: str, tops: set[str], word: str) -> str:
+def _relocate(root: str, tops: set[str], word: str) -> str:
     for separator in ("=", ":"):
         if separator in word:
-            return separator.join(_pointed(root, tops, part) for part in word.split(separator))
+            return separator.join(_relocate(root, tops, part) for part in word.split(separator))
     top = "/" + word[1:].partition("/")[0]
     return f"{root}{word}" if word.startswith("/") and top in tops else word

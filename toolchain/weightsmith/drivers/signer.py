@@ -1,4 +1,4 @@
-"""Signs with a private key: a PEM file here, every other kind of key by the cosign program."""
+"""Signs with a private key: with a PEM file directly, with other keys through cosign."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 
 _CLOUDS = ("COSIGN_", "AWS_", "GOOGLE_", "AZURE_", "VAULT_", "TRANSIT_", "SIGSTORE_", "TUF_")
-"""What cosign reads to open an encrypted key or to reach a key management service."""
+"""Variables that cosign reads for encrypted keys and key management services."""
 
 
 def open_signer(key: str) -> Signer:
-    """Return what signs with a key: a PEM file, cosign's own key file, or a reference.
+    """Return the signer of a key: a PEM file, cosign's own key file, or a reference.
 
     References are cosign's: `awskms://…`, `gcpkms://…`, `azurekms://…`, `hashivault://…`.
 
-    Raises UsageError for a key that is none, EnvironmentFailure where cosign is needed and absent
-    or does not know it.
+    Raises UsageError for an invalid key, EnvironmentFailure if cosign is needed and missing or
+    cannot use the key.
     """
     return _by_cosign(key) if "://" in key else _by_file(Path(key).expanduser())
 
@@ -69,8 +69,8 @@ def _by_library(path: Path, data: bytes) -> Signer:
             return Signer(sign=key.sign, public=_pem(key.public_key()))
         case _:
             raise UsageError(
-                f"{path} is not a private key of a known kind",
-                hint="make one: `cosign generate-key-pair`, or "
+                f"{path} is not a private key of a supported kind",
+                hint="create one: `cosign generate-key-pair`, or "
                 "`openssl ecparam -name prime256v1 -genkey -noout -out key.pem`",
             )
 
@@ -78,7 +78,7 @@ def _by_library(path: Path, data: bytes) -> Signer:
 def _by_cosign(key: str) -> Signer:
     if shutil.which("cosign") is None:
         raise EnvironmentFailure(
-            f"signing with {key} needs the cosign program, which was not found",
+            f"signing with {key} needs the program cosign, which was not found",
             hint="install it (https://docs.sigstore.dev), or give an unencrypted PEM key",
         )
 
@@ -89,7 +89,7 @@ def _by_cosign(key: str) -> Signer:
             timeout=120,
         ).require(
             f"signing with {key}",
-            hint="set COSIGN_PASSWORD for an encrypted key file, and for a key service its own "
+            hint="set COSIGN_PASSWORD for an encrypted key file, or a key management service's "
             "variables, such as AWS_REGION or VAULT_ADDR",
         )
 
@@ -120,10 +120,10 @@ def _pem(key: PublicKeyTypes) -> bytes:
 
 def _settings() -> dict[str, str]:
     return {
-        # Without it cosign asks on a terminal, and a build has none.
+        # Without it cosign prompts on a terminal, which a build does not have.
         "COSIGN_PASSWORD": os.environ.get("COSIGN_PASSWORD", ""),
-        # Flags of cosign 3, which writes a bundle for Sigstore's services unless it is told not
-        # to. As variables, because older ones refuse flags that they do not know.
+        # Keeps cosign 3 from writing a bundle for Sigstore's services. Variables instead of flags,
+        # because older versions refuse unknown flags.
         "COSIGN_NEW_BUNDLE_FORMAT": "false",
         "COSIGN_USE_SIGNING_CONFIG": "false",
     }

@@ -1,8 +1,8 @@
-"""The content-addressed store: results are whole or absent, whatever kills the build.
+"""The content-addressed store: results are complete or absent, whatever kills the build.
 
 results/<key>/data/…        the files of one finished result
-results/<key>/manifest.json size and sha256 of each, the inputs that made it, the maker's meta
-partial/<key>/              being made, under an exclusive lock; a resumable maker finds it again
+results/<key>/manifest.json size and sha256 of each, the inputs, and the maker's metadata
+partial/<key>/              in progress, under an exclusive lock; a resumable maker continues it
 locks/<key>                 flock: exclusive while making or deleting, shared while in use
 digests/, memos/            small caches that may be deleted at any time
 """
@@ -28,34 +28,34 @@ from weightsmith.trees import below, discard, remove
 from weightsmith.values import Digest, FileEntry, Json, Tree, UnreadDigest, canonical
 
 _WORTH_REMEMBERING = 256 << 10
-"""Bytes below which hashing a file again costs less than remembering its digest."""
+"""Bytes below which hashing a file again is cheaper than caching its digest."""
 _PAUSE_SECONDS = 0.05
 _SETTLED_NS = 2_000_000_000
-"""A file younger than this may still change within one mtime tick, so its digest is not kept."""
+"""A younger file may still change within one mtime tick, so its digest is not cached."""
 
 
 class FileStore:
-    """A store in a folder of the local disk, shared by any number of builds at once."""
+    """A store in a local folder, shared by any number of concurrent builds."""
 
     def __init__(self, root: Path, tell: Callable[[str], None] | None = None) -> None:
         self.root = root
         self._tell = tell or (lambda _: None)
-        """Hears that another process has to be waited for."""
+        """Called with a message when another process must be waited for."""
         self._held: dict[Digest, int] = {}
-        """Open descriptors whose shared lock lives as long as this process."""
+        """Open descriptors whose shared locks last as long as this process."""
         self._found: dict[Digest, Entry] = {}
-        """What is held, looked at once: nobody deletes it meanwhile."""
+        """Entries in use, read once: nobody can delete them meanwhile."""
 
     def find(self, key: Digest) -> Entry | None:
-        """Return the entry, kept from deletion while this process lives, or None."""
+        """Return the entry, protected from deletion while this process lives, or None."""
         if key in self._found:
             return self._found[key]
         try:
             self._hold(key)
         except BlockingIOError:
-            return None  # another process is making or deleting it right now
+            return None  # another process is making or deleting it
         except OSError:
-            pass  # a read-only store still serves what it has
+            pass  # a read-only store can still be read
         entry = self._read(key, cached=True)
         if entry is None:
             self._release(key)
@@ -71,7 +71,7 @@ class FileStore:
         *,
         resume: bool = False,
     ) -> Entry:
-        """Return the entry, made under the key's lock where it is not there yet."""
+        """Return the entry; make it under the key's lock if it does not exist."""
         while True:
             if entry := self.find(key):
                 return entry
@@ -81,17 +81,17 @@ class FileStore:
                     break
             if not mine:
                 self._wait(key, str(note.get("stage", "a stage")))
-        self.find(key)  # holds it
+        self.find(key)  # takes the shared lock
         entry = self._read(key, cached=False)
         if entry is None:
             raise EnvironmentFailure(
-                f"{self.root}: a result vanished right after it was made",
-                hint="is another process deleting files in the store? run the build again",
+                f"{self.root}: a result disappeared right after it was made",
+                hint="check whether another process deletes files in the store, then build again",
             )
         return entry
 
     def digest_file(self, path: Path, *, read: bool = True) -> FileEntry:
-        """Return size and digest of a file, read again only when its inode or times changed.
+        """Return size and digest of a file; read again only if its inode or times have changed.
 
         Without `read` no large file is read: one that is not known has an UnreadDigest.
         """
@@ -117,7 +117,7 @@ class FileStore:
         return FileEntry(path=path.name, size=stat.st_size, digest=digest)
 
     def memo(self, key: str, make: Callable[[], str]) -> str:
-        """Return a small text remembered under a key, made where it is not known."""
+        """Return the small text cached under a key; make and cache it if there is none."""
         path = self.root / "memos" / sha256(key.encode()).hexdigest()
         with suppress(OSError, ValueError):
             known = parse(path.read_bytes())
@@ -137,12 +137,12 @@ class FileStore:
         if free < needed:
             raise EnvironmentFailure(
                 f"{what} needs {_gb(needed)} of disk, {self.root} has {_gb(free)} free",
-                hint="free some (`invoke clean --keep 0` empties the store) or set "
+                hint="free space (`invoke clean --keep 0` empties the store) or set "
                 "WEIGHTSMITH_STORE to a folder on a larger disk",
             )
 
     def clean(self, keep_bytes: int) -> Mapping[str, Json]:
-        """Delete least recently used results above the budget; none that a build holds."""
+        """Delete least recently used results above the budget, except those in use."""
         with self._writing("cleaning"):
             return self._clean(keep_bytes)
 
@@ -157,7 +157,7 @@ class FileStore:
         for key, _, size in results:
             if total <= keep_bytes:
                 break
-            # Another user's in a shared store stays, and keeps nobody from deleting the rest.
+            # In a shared store, another user's result stays; the others are still deleted.
             gone = False
             with suppress(PermissionError), self._try_exclusive(key) as mine:
                 gone = mine and self._delete(key)
@@ -173,7 +173,7 @@ class FileStore:
                 yield folder.name, (folder / "manifest.json").stat().st_mtime, size
 
     def _delete(self, name: str) -> bool:
-        # Renamed first: a reader sees the whole result or none, also when we are killed here.
+        # Renamed first: readers see a complete result or none, even if we are killed here.
         grave = private(self.root, "partial") / name
         discard(grave)
         (self.root / "results" / name).rename(grave)
@@ -197,19 +197,19 @@ class FileStore:
             meta = dict(make(data))
         except BaseException as problem:
             if not resume or isinstance(problem, OSError):
-                discard(partial)  # gives a full disk its room back
+                discard(partial)  # frees the space on a full disk
             raise
         files = self._seal(data, meta.pop("sha256", {}))
         manifest = {"key": key, "note": note, "meta": meta, "files": files}
         write_whole(partial / "manifest.json", canonical(manifest))
         final = private(self.root, "results") / key.hex
-        if final.exists():  # it was there but damaged, else we would not be here
+        if final.exists():  # damaged, else we would not be here
             remove(final)
         partial.rename(final)
         sync_folder(final.parent)
 
     def _seal(self, data: Path, known: Mapping[str, str]) -> list[FileEntry]:
-        """Fsync and describe every file; digests that the maker computed are not read again."""
+        """Fsync and describe every file; files with a known digest are not read again."""
         files = []
         for path in [p for p in below(data) if p.is_file()]:
             name = path.relative_to(data).as_posix()
@@ -233,9 +233,9 @@ class FileStore:
                 FileEntry(path=f["path"], size=f["size"], digest=Digest(f["digest"]))
                 for f in manifest["files"]
             )
-            data = f"{folder}/data/"  # text: a Path for each of 20,000 files is slow
+            data = f"{folder}/data/"  # a string: a Path for each of 20,000 files is slow
             if any(os.stat(data + file.path).st_size != file.size for file in files):  # noqa: PTH116
-                return None  # cut by a crash of the disk itself: made again
+                return None  # truncated by a disk crash: made again
         except (OSError, ValueError, KeyError, TypeError):
             return None
         with suppress(OSError):
@@ -258,7 +258,7 @@ class FileStore:
             self._held[key] = descriptor
 
     def close(self) -> None:
-        """Let go of everything held; other processes may then delete it."""
+        """Release all entries; other processes may then delete them."""
         for key in list(self._held):
             self._release(key)
 
@@ -273,19 +273,21 @@ class FileStore:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     def _wait(self, key: Digest, stage: str) -> None:
-        """Return when no process makes the result any more; the one that made it may use it."""
+        """Return when no process is making the result; it may still be in use."""
         with self._writing("waiting for a result"):
             descriptor = self._open_lock(key.hex)
             try:
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    self._tell(f"another process is at the same result of {stage}: waiting for it")
-                    # The kernel frees it when its maker dies.
+                    self._tell(
+                        f"another process is making the same result of {stage}: waiting for it"
+                    )
+                    # The kernel releases it when the other process dies.
                     fcntl.flock(descriptor, fcntl.LOCK_SH)
             finally:
                 os.close(descriptor)
-            time.sleep(_PAUSE_SECONDS)  # it may be damaged, and held by one who has read it
+            time.sleep(_PAUSE_SECONDS)  # a damaged result may be locked by a reader
 
     @contextmanager
     def _try_exclusive(self, name: str) -> Iterator[bool]:
@@ -312,17 +314,17 @@ class FileStore:
     def _explain(self, error: OSError, what: str) -> Exception:
         place = error.filename if isinstance(error.filename, str | Path) else self.root
         if not Path(place).is_relative_to(self.root):
-            return error  # not the store's own: whoever knows the place explains it
+            return error  # not in the store: the caller explains it
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return EnvironmentFailure(
                 f"the disk is full while {what} ({place})",
-                hint="nothing half-written was left; free some (`invoke clean --keep 0` empties "
+                hint="nothing incomplete was left; free space (`invoke clean --keep 0` empties "
                 "the store) or set WEIGHTSMITH_STORE to a folder on a larger disk",
             )
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             return EnvironmentFailure(
                 f"cannot write to the store while {what}: {place}: {error.strerror}",
-                hint="set WEIGHTSMITH_STORE to a folder that you may write to",
+                hint="set WEIGHTSMITH_STORE to a writable folder",
             )
         return error
 

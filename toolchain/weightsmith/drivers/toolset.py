@@ -1,4 +1,4 @@
-"""Compiles the programs that a builder needs beside Python packages, once per machine."""
+"""Compiles the programs that a builder needs in addition to Python packages, once per machine."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from weightsmith.drivers import process
 from weightsmith.drivers.downloading import persistently
 from weightsmith.drivers.environment import make_bare_environment
 from weightsmith.drivers.hardware import cores
-from weightsmith.drivers.waiting import locked
-from weightsmith.drivers.wire import open_log
+from weightsmith.drivers.locks import locked
+from weightsmith.drivers.worker_protocol import open_log
 from weightsmith.errors import EnvironmentFailure
 from weightsmith.ports import Progress
 from weightsmith.privacy import private
@@ -24,23 +24,23 @@ _STEP = re.compile(r"\[(\d+)/(\d+)\]")
 
 
 def toolset_folder(cache: Path, engine: str) -> Path:
-    """Return where the engine's compiled tools are or will be; it exists only when complete."""
+    """Return the path of the engine's compiled tools; it exists only if they are complete."""
     return cache / "toolsets" / f"{engine}-{engine_pins(engine).short}"
 
 
 def make_toolset(cache: Path, engine: str, progress: Progress) -> Path:
-    """Return the folder of the engine's compiled tools, compiled now if it is not there.
+    """Return the folder of the engine's compiled tools, and compile them if needed.
 
     `fetch.py` and `compile.py` of `images/engines/<engine>/` do the work, with compilers from
-    PyPI in an environment that is deleted afterwards; neither root nor a system compiler is
-    needed. Raises EnvironmentFailure where the sources cannot be had or do not compile.
+    PyPI in a temporary environment; neither root nor a system compiler is needed. Raises
+    EnvironmentFailure if the sources cannot be downloaded or do not compile.
     """
     folder = toolset_folder(cache, engine)
     if folder.is_dir():
         return folder
     private(cache, "toolsets")
     lock = folder.with_name(folder.name + ".lock")
-    with locked(lock, f"compiles {engine}'s tools", progress.note):
+    with locked(lock, f"is compiling {engine}'s tools", progress.note):
         if not folder.is_dir():
             progress.note(
                 f"compiling {engine}'s tools with {cores()} cores, once for this machine: "
@@ -58,7 +58,7 @@ def make_toolset(cache: Path, engine: str, progress: Progress) -> Path:
 
 
 def _clear_leftovers(folder: Path) -> None:
-    """Delete what a killed compilation left; nobody else can be at it, the lock is ours."""
+    """Delete what a killed compilation left; we hold the lock, so nobody else uses it."""
     for left in folder.parent.glob(f"{folder.name}.work-*"):
         discard(left)
 
@@ -66,7 +66,7 @@ def _clear_leftovers(folder: Path) -> None:
 def _compile(recipe: Path, folder: Path, work: Path, log: TextIO, progress: Progress) -> None:
     python = make_bare_environment(work / "env", recipe / "requirements.txt", log, progress)
 
-    def hear(line: str) -> None:
+    def on_line(line: str) -> None:
         log.write(line + "\n")
         if step := _STEP.match(line):
             progress.advance(int(step[1]), int(step[2]), "files")
@@ -75,22 +75,22 @@ def _compile(recipe: Path, folder: Path, work: Path, log: TextIO, progress: Prog
         return process.run(
             [python, recipe / script, *words],
             env=process.scrubbed(network=True, prefixes=("PIP_",)),
-            on_line=hear,
+            on_line=on_line,
         )
 
     def require(done: process.Completed, script: str) -> None:
-        done.require(f"{recipe.name}'s {script}", hint=f"its whole output is in {log.name}")
+        done.require(f"{recipe.name}'s {script}", hint=f"its full output is in {log.name}")
 
     wheels = os.environ.get("WEIGHTSMITH_WHEELS")
-    places = ("--find-links", wheels) if wheels else ()
-    fetched = persistently(lambda: run("fetch.py", "--out", work / "source", *places), progress)
+    find_links = ("--find-links", wheels) if wheels else ()
+    fetched = persistently(lambda: run("fetch.py", "--out", work / "source", *find_links), progress)
     require(fetched, "fetch.py")
     made = work / "tools"
     words = ("--source", work / "source", "--out", made, "--jobs", str(cores()))
     require(run("compile.py", *words), "compile.py")
     if not made.is_dir():
         raise EnvironmentFailure(
-            f"compiling {recipe.name} left no tools", hint=f"its whole output is in {log.name}"
+            f"compiling {recipe.name} produced no tools", hint=f"its full output is in {log.name}"
         )
-    # Complete before it is seen under its own name.
+    # Complete before it appears under its own name.
     made.rename(folder)

@@ -1,4 +1,4 @@
-"""Runs a program of the user's own, in the user's own environment."""
+"""Runs a program of the user's in the user's own environment."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _OUTPUT_BYTES = 64 << 20
 def run_command(
     argv: Sequence[str], environment: Mapping[str, str], stdin: bytes, seconds: float
 ) -> str:
-    """Return the program's standard output; what it writes to standard error is passed on.
+    """Return the program's standard output; its standard error is passed on.
 
-    Unlike our own programs it keeps the whole environment: it is the user's, with the user's
-    tokens. Raises CheckFailed for an exit code other than 0, for too much output and too long a
-    run; EnvironmentFailure where the program is not there.
+    Unlike our own programs it keeps the user's whole environment, including tokens. Raises
+    CheckFailed for an exit code other than 0, too much output or too long a run;
+    EnvironmentFailure if the program does not exist.
     """
     lines: list[str] = []
     size = 0
@@ -47,12 +47,12 @@ def run_command(
     except process.TookTooLong as error:
         raise CheckFailed(error.message, hint="give it fewer questions") from None
     if done.returncode != 0:
-        # Of a traceback, its last line: the others are the program's own affair.
+        # Of a traceback, only the last line.
         lines = [line for line in done.tail if line.strip() and not line[0].isspace()]
         last = "\n".join(f"  {line}" for line in lines[-4:])
         raise CheckFailed(
             f"{argv[0]} failed ({process.describe_exit(done.returncode)})"
             + (f":\n{last}" if last else ""),
-            hint="run it by hand; it must end with exit code 0 whatever the score",
+            hint="run it by hand; it must exit with 0 whatever the score",
         )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Finds wheels that lie on this machine, so that a container's pip has what the host's pip has."""
+"""Finds local wheels, so that a container's pip has the same ones as the host's."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _PIN = re.compile(r"([A-Za-z0-9._-]+)==([^\s;\\]+)")
 
 
 def configured_wheels() -> tuple[Path, ...]:
-    """Return the local folders that pip's own configuration names under `find-links`."""
-    places = [place for value in pip_settings("find-links") for place in value.split()]
-    folders = [Path(place.removeprefix("file://")) for place in places]
+    """Return the local folders in pip's `find-links` configuration."""
+    links = [link for value in pip_settings("find-links") for link in value.split()]
+    folders = [Path(link.removeprefix("file://")) for link in links]
     return tuple(dict.fromkeys(folder for folder in folders if folder.is_dir()))
 
 
 def pick_wheels(folders: Iterable[Path], pins: Pins, target: Path) -> bool:
-    """Put the builder's pinned wheels that the folders hold into `target`; say whether any were.
+    """Put the builder's pinned wheels from the folders into `target`; say whether there were any.
 
-    Only those: a whole folder of wheels may be many gigabytes, and all of it would be sent.
+    Only those: a folder of wheels may have many gigabytes, and all of it would be sent.
     """
     files = [file for file in (pins.light, pins.torch) if file is not None]
     wanted = {
@@ -35,7 +35,7 @@ def pick_wheels(folders: Iterable[Path], pins: Pins, target: Path) -> bool:
     found = False
     for wheel in (wheel for folder in folders for wheel in sorted(folder.glob("*.whl"))):
         name, version = wheel.name.split("-")[:2]
-        # A pin without a local part such as `+cpu` means every build of the version.
+        # A pin without a local part such as `+cpu` matches every build of the version.
         names = {(_normal(name), version), (_normal(name), version.partition("+")[0])}
         if names & wanted and not (target / wheel.name).exists():
             _place(wheel, target / wheel.name)

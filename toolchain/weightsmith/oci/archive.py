@@ -14,7 +14,7 @@ from weightsmith.oci.references import Reference
 from weightsmith.values import Digest, canonical
 
 _LARGE = 64 << 20
-"""From this many bytes on, receiving a layer takes longer than asking the engine once more."""
+"""Bytes; receiving a layer of this size takes longer than one more request to the engine."""
 
 
 def docker_archive(
@@ -22,35 +22,35 @@ def docker_archive(
 ) -> Iterator[bytes]:
     """Yield the archive in chunks of about 1 MiB; nothing is written to disk.
 
-    `skip_diff_ids` are the layers, bottom first, of an image that the engine holds: those that
-    both images start with are left out. The engine refuses the archive where it does not hold
-    them after all, which for containerd's image store is where it has them compressed.
+    `skip_diff_ids` are the layers, bottom first, of an image that the engine has. The layers that
+    both images start with are left out. The engine refuses the archive if it does not have them
+    after all; containerd's image store does so if it keeps them compressed.
     """
     held = _held(image, skip_diff_ids)
     yield from _file("oci-layout", MARKER)
     for blob, opener in image.blobs():
         if blob.digest in held:
             continue
-        yield tar.header(_place(blob.digest), size=blob.size, mode=0o644, mtime=0)
+        yield tar.header(_blob_path(blob.digest), size=blob.size, mode=0o644, mtime=0)
         yield from opener()
         yield tar.padding(blob.size)
-    yield from _file(_place(image.digest), image.manifest_bytes)
+    yield from _file(_blob_path(image.digest), image.manifest_bytes)
     name = f"{reference.name}:{reference.tag or 'latest'}"
     yield from _file("index.json", _index(image, name, reference.tag or "latest"))
     row = {
-        "Config": _place(image.config_blob.digest),
+        "Config": _blob_path(image.config_blob.digest),
         "RepoTags": [name],
-        "Layers": [_place(layer.digest) for layer in image.layers],
+        "Layers": [_blob_path(layer.digest) for layer in image.layers],
     }
     yield from _file("manifest.json", canonical([row]))
     yield tar.END
 
 
-def in_turn(image: Image, held: int = 0) -> tuple[Image, ...]:
-    """Return images that each add a large layer, or some small ones; the last is the image itself.
+def incremental_images(image: Image, held: int = 0) -> tuple[Image, ...]:
+    """Return images that each add one large layer or a few small ones; the last is `image` itself.
 
-    An engine that unpacks one of them can receive the next meanwhile. `held` is how many layers
-    from the bottom it holds already.
+    So the engine can unpack one while it receives the next. `held` is the number of bottom layers
+    that it already has.
     """
     ends, size = [], 0
     for end, layer in enumerate(image.layers[held:-1], held + 1):
@@ -63,7 +63,7 @@ def in_turn(image: Image, held: int = 0) -> tuple[Image, ...]:
 
 
 def _held(image: Image, skip_diff_ids: Sequence[str]) -> set[Digest]:
-    """Return the blobs that may be left out: a common start, and in no layer after it."""
+    """Return the blobs to leave out: the common bottom layers that no other layer needs."""
     common = 0
     for layer, diff_id in zip(image.layers, skip_diff_ids, strict=False):
         if layer.diff_id != diff_id:
@@ -84,7 +84,7 @@ def _index(image: Image, name: str, tag: str) -> bytes:
     return canonical({"schemaVersion": 2, "mediaType": manifests.OCI_INDEX, "manifests": [row]})
 
 
-def _place(digest: Digest) -> str:
+def _blob_path(digest: Digest) -> str:
     return f"blobs/sha256/{digest.hex}"
 
 

@@ -1,4 +1,4 @@
-"""What hangs on an image: manifests with a subject, such as statements, reports and signatures.
+"""Attachments of an image: manifests with a subject, such as statements, reports and signatures.
 
 https://github.com/opencontainers/image-spec/blob/main/manifest.md#guidelines-for-artifact-usage
 """
@@ -22,7 +22,7 @@ EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
 EMPTY = b"{}"
 BINARY = "application/octet-stream"
 LARGEST_PART = PART
-"""Bytes of a part that is read whole: a statement, a report, a bill of materials."""
+"""Bytes of a part that is read into memory: a statement, a report, a bill of materials."""
 _MOST_PARTS = 10_000
 
 
@@ -42,7 +42,7 @@ class Part:
 
     @classmethod
     def of_file(cls, path: Path, title: str, digest: Digest) -> Part:
-        """Return a part that is read from a file of a known digest."""
+        """Return a part that is read from a file with a known digest."""
         member = Member.of_file(title, path, digest)
         blob = Blob(digest=digest, size=member.size, media_type=BINARY)
         return cls(
@@ -53,14 +53,14 @@ class Part:
 
     @property
     def title(self) -> str:
-        """The file name that it had, or empty."""
+        """Its file name, or empty."""
         return self.annotations.get(manifests.TITLE, "")
 
     def read(self) -> bytes:
-        """Return the content; InputRefused where it is too large to be read whole."""
+        """Return the content; raises InputRefused if it is too large for memory."""
         if self.blob.size > LARGEST_PART:
             raise InputRefused(
-                f"{self.title or self.blob.digest} has {self.blob.size} bytes",
+                f"{self.title or self.blob.digest} is too large to read: {self.blob.size} bytes",
                 hint=manifests.DAMAGED,
             )
         return b"".join(self.open())
@@ -68,7 +68,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Attachment:
-    """A manifest about an image; it moves with the image, and its digest is its content's."""
+    """A manifest about an image; it is copied with the image and keeps its digest."""
 
     artifact_type: str
     subject: Blob
@@ -77,9 +77,9 @@ class Attachment:
     config: bytes = EMPTY
     config_type: str = EMPTY_TYPE
     tag: str = ""
-    """A tag beside the digest, where readers look for one: cosign's."""
+    """A tag in addition to the digest, for readers that look for one, such as cosign."""
     raw: bytes | None = None
-    """The manifest as read: so a digest stays."""
+    """The manifest as it was read, so that its digest stays the same."""
 
     @cached_property
     def manifest_bytes(self) -> bytes:
@@ -106,7 +106,7 @@ class Attachment:
 
     @property
     def row(self) -> Mapping[str, Json]:
-        """The entry of an index of referrers."""
+        """Its entry in a referrers index."""
         return {**_row(self.blob, self.annotations), "artifactType": self.artifact_type}
 
     @property
@@ -122,18 +122,18 @@ class Attachment:
             yield part.blob, part.open
 
     def about(self, subject: Blob) -> Attachment:
-        """Return the same content attached to another image."""
+        """Return the same content, attached to another image."""
         return replace(self, subject=subject, raw=None, tag="")
 
 
 def load_attachment(
     manifest: bytes, opener: Callable[[Blob], Opener], where: str, tag: str = ""
 ) -> Attachment:
-    """Return the attachment that a manifest describes; InputRefused for anything malformed."""
+    """Return the attachment that a manifest describes; raises InputRefused if it is malformed."""
     document = manifests.read_json(manifest, where)
     rows = manifests.listed(document, "layers", where)
     if len(rows) > _MOST_PARTS:
-        raise InputRefused(f"{where} has {len(rows)} parts", hint=manifests.DAMAGED)
+        raise InputRefused(f"{where} has too many parts: {len(rows)}", hint=manifests.DAMAGED)
     config = _blob(document.get("config"), where)
     subject = document.get("subject")
     found = Attachment(
@@ -158,14 +158,14 @@ def load_attachment(
         return found
     if config.size > manifests.LARGEST_CONFIG:
         raise InputRefused(
-            f"{where} claims a configuration of {config.size} bytes",
+            f"{where} declares a configuration of {config.size} bytes",
             hint=manifests.DAMAGED,
         )
     return replace(found, config=b"".join(opener(config)()))
 
 
 def fallback_tag(subject: Digest, suffix: str = "") -> str:
-    """Return the tag under which registries without the referrers API keep the list.
+    """Return the tag that holds the referrers list in registries without the referrers API.
 
     https://github.com/opencontainers/distribution-spec/blob/main/spec.md#referrers-tag-schema
     """
@@ -173,7 +173,7 @@ def fallback_tag(subject: Digest, suffix: str = "") -> str:
 
 
 def with_rows(rows: Sequence[Json], attachments: Sequence[Attachment]) -> bytes:
-    """Return an index of referrers with the attachments in it, each once."""
+    """Return a referrers index with the attachments added, each once."""
     new = {str(attachment.blob.digest): attachment.row for attachment in attachments}
     old = {str(row.get("digest")): row for row in rows if isinstance(row, dict)}
     return canonical(

@@ -1,4 +1,4 @@
-"""How a registry wants to be asked: Basic and Bearer challenges, and where secrets come from.
+"""Registry authentication: Basic and Bearer challenges, and credentials from Docker's config.
 
 https://distribution.github.io/distribution/spec/auth/token/ and RFC 9110 section 11
 """
@@ -18,25 +18,25 @@ from weightsmith.values import Json
 Credentials: TypeAlias = Callable[[str], tuple[str, str] | None]
 """Registry host (`docker.io` for Docker Hub) -> user and secret, or None for anonymous."""
 Helper: TypeAlias = Callable[[str, str], tuple[str, str] | None]
-"""Runs `docker-credential-<first> get` for the server `second`; starting it is a driver's work."""
+"""Runs `docker-credential-<first> get` for the server `second`; implemented by a driver."""
 
 IDENTITY = "<token>"
-"""The user name under which helpers hand out an identity token instead of a password."""
+"""User name with which helpers return an identity token instead of a password."""
 
 _HUB_KEY = "https://index.docker.io/v1/"
-# Possessive, each word tried once: a backtracking search takes seconds for a header of 16 kB.
+# Possessive quantifiers: backtracking would take seconds for a header of 16 kB.
 _PAIR = re.compile(r'(?<![a-zA-Z_])([a-zA-Z_]++)\s*+=\s*+(?:"([^"]*+)"|([^\s",]++))')
 _LONGEST_CHALLENGE = 8 << 10
-"""Characters of all WWW-Authenticate headers together; registries send some hundred."""
+"""Characters of all WWW-Authenticate headers together; registries send a few hundred."""
 
 
 def anonymous(_host: str) -> None:
-    """Give no credentials to anyone."""
+    """Return no credentials: anonymous access."""
 
 
 @dataclass(frozen=True, slots=True)
 class Challenge:
-    """What a 401 asks for: `basic`, or `bearer` with where to get a token."""
+    """What a 401 reply asks for: `basic`, or `bearer` with the token service's URL."""
 
     kind: str
     realm: str = ""
@@ -44,7 +44,7 @@ class Challenge:
 
 
 def parse_challenge(headers: list[str]) -> Challenge | None:
-    """Read WWW-Authenticate headers; Bearer before Basic, None for what we do not speak."""
+    """Parse WWW-Authenticate headers; Bearer before Basic, None for unsupported schemes."""
     text = ", ".join(headers)[:_LONGEST_CHALLENGE]
     bearer = re.search(r"(?i)\bbearer\s++(.*)", text)
     if bearer:
@@ -60,7 +60,7 @@ def basic(pair: tuple[str, str]) -> str:
 
 
 def docker_config(config: Mapping[str, Json], helper: Helper | None = None) -> Credentials:
-    """Return the credentials that a `~/.docker/config.json` knows, by Docker's own order.
+    """Return a lookup in a parsed `~/.docker/config.json`, in Docker's own order.
 
     A host's helper (`credHelpers`), then the store (`credsStore`), then `auths`.
     https://docs.docker.com/reference/cli/docker/login/
@@ -68,18 +68,18 @@ def docker_config(config: Mapping[str, Json], helper: Helper | None = None) -> C
 
     def find(host: str) -> tuple[str, str] | None:
         keys = [_HUB_KEY, "index.docker.io", host] if host == DOCKER_HUB else [host]
-        helpers = _meant(config.get("credHelpers"), keys)
+        helpers = _matching(config.get("credHelpers"), keys)
         program = next(helpers, config.get("credsStore"))
         if program and helper and (found := helper(str(program), keys[0])):
             return found
-        entry = next(filter(None, _meant(config.get("auths"), keys)), None)
+        entry = next(filter(None, _matching(config.get("auths"), keys)), None)
         return _stored(entry, host) if entry else None
 
     return find
 
 
-def _meant(table: Json, keys: Sequence[str]) -> Iterator[Json]:
-    """Yield what a table has under the names, then under addresses with these hosts, as Docker."""
+def _matching(table: Json, keys: Sequence[str]) -> Iterator[Json]:
+    """Yield a table's values for these keys, then for URLs with these hosts, as Docker does."""
     rows = table if isinstance(table, dict) else {}
     yield from (rows[key] for key in keys if key in rows)
     yield from (value for name, value in rows.items() if name not in keys and _host(name) in keys)

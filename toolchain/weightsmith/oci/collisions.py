@@ -1,4 +1,4 @@
-"""Whether a base has files where an image keeps its own: one of them would hide the other."""
+"""Finds files of a base where the image puts its own: the upper file would hide the lower one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from weightsmith.oci.streams import entries
 
 
 def first_collision(base: Image, folders: Collection[str], memo: Memo) -> str:
-    """Return a path of the base inside one of the folders, or in place of one; empty for none.
+    """Return a path of the base in one of the folders, or in place of one; empty if there is none.
 
-    `folders` have no slash around them. Each layer is read once and what was found remembered.
+    `folders` have no leading or trailing slash. Each layer is read once; the result is cached.
     Raises InputRefused for a damaged layer.
     """
     for layer in base.layers:
@@ -24,7 +24,7 @@ def first_collision(base: Image, folders: Collection[str], memo: Memo) -> str:
 
 
 def _first(layer: Layer, folders: Collection[str]) -> str:
-    """Return the first collision; the whole layer is read, so that its digest is right."""
+    """Return the first collision; the whole layer is read, so its digest is verified."""
     found = ""
     for path in _collisions(layer, folders):
         found = found or path

@@ -1,4 +1,4 @@
-"""The reading half of the distribution protocol: manifests and blobs, verified."""
+"""Downloads manifests and blobs from a registry and verifies them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OK, _PARTIAL, _MISSING = 200, 206, 404
 
 
 def digest_of(session: RegistrySession, reference: Reference, tries: int = TRIES) -> Digest | None:
-    """Return what a tag or digest names now, or None where it is not there."""
+    """Return the digest that a tag or digest resolves to now, or None if it does not exist."""
     name = reference.digest or reference.tag
     what = f"cannot look up {reference}"
     reply = session.attempt(
@@ -28,8 +28,8 @@ def digest_of(session: RegistrySession, reference: Reference, tries: int = TRIES
         return None
     if reply.status != _OK:
         raise session.refusal(what, reply)
-    # The header is optional in the specification; without it the bytes have to tell.
-    return promised(reply, str(reference)) or Digest.of(manifest(session, reference)[0])
+    # The header is optional in the specification; without it, hash the manifest.
+    return declared_digest(reply, str(reference)) or Digest.of(manifest(session, reference)[0])
 
 
 def manifest(session: RegistrySession, reference: Reference) -> tuple[bytes, str]:
@@ -41,7 +41,7 @@ def manifest(session: RegistrySession, reference: Reference) -> tuple[bytes, str
 
 
 def manifest_or_none(session: RegistrySession, reference: Reference) -> tuple[bytes, str] | None:
-    """Return the same, or None where there is nothing under the name."""
+    """Return the same, or None if the name does not exist."""
     reply = _ask(session, reference)
     if reply.status == _MISSING:
         return None
@@ -62,11 +62,10 @@ def _ask(session: RegistrySession, reference: Reference) -> Reply:
 
 def _checked(session: RegistrySession, reply: Reply, reference: Reference) -> tuple[bytes, str]:
     digest = Digest.of(reply.body)
-    if {reference.digest or digest, promised(reply, str(reference)) or digest} != {digest}:
+    if {reference.digest or digest, declared_digest(reply, str(reference)) or digest} != {digest}:
         raise Altered(
-            f"{reference}: the registry sent a manifest with the digest {digest.short}, "
-            "which is not the one it should have",
-            hint=blame(session),
+            f"{reference}: the registry sent a manifest with the wrong digest ({digest.short})",
+            hint=altered_hint(session),
         )
     kind = reply.headers.get("content-type", "").partition(";")[0].strip()
     if kind not in (*manifests.MANIFESTS, *manifests.INDEXES):
@@ -75,30 +74,30 @@ def _checked(session: RegistrySession, reply: Reply, reference: Reference) -> tu
 
 
 def blob(session: RegistrySession, wanted: Blob) -> Iterator[bytes]:
-    """Yield a blob in chunks of about 1 MiB, resumed where the connection breaks.
+    """Yield a blob in chunks of about 1 MiB; a broken connection is resumed.
 
-    Raises Altered at its end if it is not what the digest promises.
+    Raises Altered at the end if the content does not match the digest.
     """
     chunks = _resumed(session, wanted)
-    return verified(chunks, wanted, session.registry, blame(session), Altered)
+    return verified(chunks, wanted, session.registry, altered_hint(session), Altered)
 
 
-def blame(session: RegistrySession) -> str:
-    """Return what to do about bytes that changed between us and whoever pushed them."""
-    proxy = proxies.told(session.root)
-    who = f"the proxy {proxy} or the registry" if proxy else "the registry, or what is before it,"
-    return f"try again; if it stays so, {who} changes what it passes on: ask whoever runs it"
+def altered_hint(session: RegistrySession) -> str:
+    """Return the hint for data that was changed on its way here."""
+    proxy = proxies.display_proxy(session.root)
+    who = f"the proxy {proxy} or the registry" if proxy else "the registry or a proxy before it"
+    return f"try again; if it happens again, {who} changes the data: ask its administrator"
 
 
-def promised(reply: Reply, where: str) -> Digest | None:
-    """Return the digest that the registry says it has, or None where it says nothing."""
+def declared_digest(reply: Reply, where: str) -> Digest | None:
+    """Return the digest in the reply's header, or None without the header."""
     text = reply.headers.get("docker-content-digest", "")
     try:
         return Digest(text) if text else None
     except ValueError:
         raise Altered(
-            f"{where}: the registry answered with a malformed digest",
-            hint="try again; if it stays so, ask whoever runs the registry or a proxy before it",
+            f"{where}: the registry sent a malformed digest",
+            hint="try again; if it happens again, ask the administrator of the registry",
         ) from None
 
 
@@ -119,7 +118,7 @@ def _resumed(session: RegistrySession, wanted: Blob) -> Iterator[bytes]:
 
 
 def _from(session: RegistrySession, wanted: Blob, at: int) -> Iterator[bytes]:
-    # With its end: some registries refuse a range without one, which RFC 9110 allows.
+    # Some registries refuse a range without an end, though RFC 9110 allows it.
     headers = {"Range": f"bytes={at}-{wanted.size - 1}"} if at else {}
     url = f"blobs/{wanted.digest}"
     with session.stream("GET", url, headers=headers) as response:
@@ -133,4 +132,4 @@ def _from(session: RegistrySession, wanted: Blob, at: int) -> Iterator[bytes]:
                 if rest:
                     yield rest
         except TooLong:
-            raise Transient("it sends less than 1 kB a second") from None
+            raise Transient("the transfer is slower than 1 kB/s") from None

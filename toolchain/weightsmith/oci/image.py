@@ -24,13 +24,13 @@ _SECOND = 1_000_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Healthcheck:
-    """A command that exits 0 when the image serves; times in seconds."""
+    """A command that exits with 0 when the server is ready; times in seconds."""
 
     command: tuple[str, ...]
     interval: int = 10
     timeout: int = 5
     start_period: int = 900
-    """Loading weights takes minutes; failures before this do not count."""
+    """Loading weights takes minutes; earlier failures do not count."""
     retries: int = 3
 
 
@@ -50,15 +50,15 @@ class ImageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Image:
-    """An image; its digest is known once every layer's is, and nothing is on disk for it."""
+    """An image; its digest is known once every layer's is. Nothing is written to disk for it."""
 
     layers: tuple[Layer, ...]
-    """Bottom first, the base's included."""
+    """Bottom first, including the base's."""
     settings: Mapping[str, Json]
     """The configuration document without the layers' diff ids."""
     annotations: Mapping[str, str] = field(default_factory=dict)
     raw: tuple[bytes, bytes, str] | None = None
-    """Manifest, configuration and the manifest's media type as read: so a digest stays."""
+    """Manifest, configuration and the manifest's media type as read: this keeps the digest."""
 
     @cached_property
     def config_bytes(self) -> bytes:
@@ -115,7 +115,7 @@ class Image:
 
     @property
     def config(self) -> Mapping[str, Json]:
-        """The part of the configuration that an engine runs by: such as `Env` and `Labels`."""
+        """The part of the configuration that an engine uses, such as `Env` and `Labels`."""
         return self.settings.get("config") or {}
 
     @property
@@ -144,10 +144,10 @@ def assemble(
     platform: str = "linux/amd64",
     epoch: int | None = None,
 ) -> Image:
-    """Return an image of a base (none: from scratch), weight layers, and small layers on top.
+    """Return an image of a base (None: from scratch), weight layers, and small layers on top.
 
-    `weights-first` puts the weights below the base, so that engines which hold one version
-    do not fetch the weights again for the next base. `platform` counts only from scratch.
+    `weights-first` puts the weights below the base, so that engines do not download them again
+    when only the base changes. `platform` is used only without a base.
     Raises UsageError above 125 layers.
     """
     lower, upper = (weights, ()) if order == "weights-first" else ((), weights)
@@ -156,8 +156,8 @@ def assemble(
     if len(layers) > MOST_LAYERS:
         raise UsageError(
             f"the image would have {len(layers)} layers ({len(middle)} of its base); engines "
-            f"hold at most {MOST_LAYERS}",
-            hint="take a base with fewer layers, or let layers be larger (--max-layer-size)",
+            f"support at most {MOST_LAYERS}",
+            hint="use a base with fewer layers, or allow larger layers (--max-layer-size)",
         )
     created = _time(tar.source_date_epoch() if epoch is None else epoch)
     system, _, machine = platform.partition("/")
@@ -184,14 +184,14 @@ def load_image(
     where: str,
     origin: Reference | None = None,
 ) -> Image:
-    """Return the image that a manifest describes; InputRefused for anything malformed.
+    """Return the image that a manifest describes; raises InputRefused if it is malformed.
 
-    `read` returns a small blob, `opener` gives a layer's reader; both verify what they return.
+    `read` returns a small blob, `opener` returns a layer's opener; both verify the content.
     """
     document = manifests.read_json(manifest, where)
     if media_type not in manifests.MANIFESTS or document.get("schemaVersion") != 2:
         raise InputRefused(
-            f"{where} is not an image manifest of a known kind ({media_type[:100]!r})",
+            f"{where} is not an image manifest of a supported type ({media_type[:100]!r})",
             hint="push the image again with a current tool",
         )
     config = manifests.descriptor(
@@ -229,7 +229,7 @@ _OCI_TYPES = {
 
 
 def _as_oci(layer: Layer) -> Layer:
-    """Return a base's layer under OCI's media type: the same bytes, and umoci reads no others."""
+    """Return a base's layer with OCI's media type, the only one that umoci reads; same bytes."""
     kind = _OCI_TYPES.get(layer.media_type)
     if kind is None or not isinstance(layer, BlobLayer):
         return layer
@@ -245,7 +245,7 @@ def _descriptor(blob: Blob, title: str = "") -> dict[str, Json]:
         "digest": blob.digest,
         "size": blob.size,
     }
-    # A reader of the image alone can then say which layer holds which file.
+    # So the image itself says which layer holds which file.
     if title:
         found["annotations"] = {manifests.TITLE: title}
     return found
@@ -294,7 +294,7 @@ def _entry(layer: Layer, created: str) -> dict[str, Json]:
 
 
 def _base_history(base: Image, created: str) -> list[Json]:
-    """Return the base's history, or one entry a layer where it does not fit its layers."""
+    """Return the base's history, or one entry per layer if it does not match the layers."""
     rows = [row for row in base.settings.get("history") or () if isinstance(row, dict)]
     if sum(not row.get("empty_layer") for row in rows) == len(base.layers):
         return rows
@@ -310,7 +310,7 @@ def _diff_ids(settings: Mapping[str, Json], count: int, where: str) -> list[Dige
     ids = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
     if not isinstance(ids, list) or len(ids) != count:
         raise InputRefused(
-            f"{where}: the configuration does not name the {count} layers",
+            f"{where}: the configuration does not list the diff ids of the {count} layers",
             hint=manifests.DAMAGED,
         )
     try:
@@ -323,7 +323,7 @@ def _diff_ids(settings: Mapping[str, Json], count: int, where: str) -> list[Dige
 
 
 def _checked(settings: Mapping[str, Json], where: str) -> Mapping[str, Json]:
-    """Return a foreign configuration; InputRefused where its fields have other types than ours."""
+    """Return a configuration from outside; raises InputRefused if a field has the wrong type."""
     config = settings.get("config") or {}
     if not isinstance(config, dict):
         raise InputRefused(
@@ -352,7 +352,7 @@ def _texts(value: Json, where: str) -> dict[str, str]:
     found = {} if value is None else value
     if not isinstance(found, dict) or any(not isinstance(text, str) for text in found.values()):
         raise InputRefused(
-            f"{where}: annotations and labels must be texts",
+            f"{where}: annotations and labels must be strings",
             hint=manifests.DAMAGED,
         )
     return dict(found)

@@ -1,4 +1,4 @@
-"""Indexes: one image per platform under one name; weights are the same layers in each.
+"""Image indexes: one image per platform under one name; all share the weight layers.
 
 https://github.com/opencontainers/image-spec/blob/main/image-index.md
 """
@@ -40,26 +40,26 @@ class Index:
 
     @property
     def own(self) -> Image:
-        """The image for this machine, else the first."""
+        """The image for this machine's platform, else the first."""
         return next((i for i in self.images if is_own(i)), self.images[0])
 
 
 Whole: TypeAlias = Image | Index
-"""What one name stands for: an image, or one for each platform."""
+"""What a name resolves to: an image, or an index of one image per platform."""
 
 
 def whole_of(images: Sequence[Image]) -> Whole:
-    """Return an image alone as it is, several as an index."""
+    """Return a single image as it is, several as an index."""
     return images[0] if len(images) == 1 else Index(images=tuple(images))
 
 
 def images_of(whole: Whole) -> tuple[Image, ...]:
-    """Return the images that a name stands for."""
+    """Return the image itself, or all images of an index."""
     return whole.images if isinstance(whole, Index) else (whole,)
 
 
 def own_of(whole: Whole) -> Image:
-    """Return the image for this machine, where there are several."""
+    """Return the image itself, or an index's image for this machine."""
     return whole.own if isinstance(whole, Index) else whole
 
 

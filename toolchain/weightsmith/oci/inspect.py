@@ -1,4 +1,4 @@
-"""What an image says of itself, for people and for `--json`."""
+"""Describes an image, for people and for `--json`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SUMMARY = {
 def describe(image: Image) -> dict[str, Json]:
     """Return digest, platform, labels, annotations, layers and configuration as plain JSON.
 
-    Sizes are bytes as stored; nothing but the manifest and the configuration is read.
+    Sizes are bytes as stored; only the manifest and the configuration are read.
     """
     layers = [
         {

@@ -22,10 +22,10 @@ CHUNK = 1 << 20
 _GATHER = 128 << 10
 """Bytes; smaller pieces of a layer are joined before they are hashed and sent."""
 TAR_RECIPE = 1
-"""Raised when the same members would give other bytes, so that no remembered digest is wrong."""
+"""Increased when the same members would give other bytes, so that cached digests stay valid."""
 
 Memo: TypeAlias = Callable[[str, Callable[[], str]], str]
-"""`memo(key, make)` returns what it remembers for the key, or calls `make` and remembers that."""
+"""`memo(key, make)` returns the text cached under the key, or calls `make` and caches that."""
 
 
 class Layer(Protocol):
@@ -45,30 +45,30 @@ class Layer(Protocol):
 
     @property
     def media_type(self) -> str:
-        """The layer's media type, which says how it is compressed."""
+        """The layer's media type, which names its compression."""
 
     @property
     def file(self) -> str:
-        """What it holds, for reports; empty where that is not known."""
+        """What it contains, for reports; empty if unknown."""
 
     def open(self) -> Iterator[bytes]:
         """Yield the stored bytes in chunks of about 1 MiB.
 
-        The iterator closes what it opened when it ends or is closed; the caller opens nothing.
+        The iterator closes its files when it ends or is closed.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One regular file of a layer: its path in the image, and where its bytes come from."""
+    """One regular file of a layer: its path in the image, and the source of its bytes."""
 
     path: str
     size: int
     mode: int
-    """Only whether the owner may execute it counts: it becomes 0755 or 0644."""
+    """Only the owner's execute bit counts: the mode becomes 0755 or 0644."""
     source: Path | bytes | Pieces
     digest: Digest | None = None
-    """Digest of the content where it is known: the key under which a layer is remembered."""
+    """Digest of the content if known; without it the layer's digest is not cached."""
 
     @classmethod
     def of_bytes(cls, path: str, data: bytes, mode: int = 0o644) -> Member:
@@ -77,17 +77,17 @@ class Member:
 
     @classmethod
     def of_file(cls, path: str, source: Path, digest: Digest | None = None) -> Member:
-        """Return a member that is read from a file when the layer is; OSError if it is absent."""
+        """Return a member that is read from a file when the layer is; OSError if there is none."""
         status = source.stat()
         return cls(path, status.st_size, status.st_mode, source, digest)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TarLayer:
-    """An uncompressed layer made of files on the fly; same files, same bytes, on every machine.
+    """An uncompressed layer, generated from files; same files, same bytes, on every machine.
 
     Owner and group are 0, times are `epoch`, parent folders are entries of mode 0755.
-    Raises UsageError for paths that leave the image or meet twice.
+    Raises UsageError for paths that leave the image or occur twice.
     """
 
     members: tuple[Member, ...]
@@ -95,7 +95,7 @@ class TarLayer:
     memo: Memo | None = None
     known_digest: Digest | None = None
     shared: tuple[str, ...] = ()
-    """Folders that every user may write to, mode 1777, such as `tmp`."""
+    """Folders that every user may write to (mode 1777), such as `tmp`."""
 
     media_type = LAYER_TAR
 
@@ -115,7 +115,7 @@ class TarLayer:
 
     @cached_property
     def folders(self) -> tuple[str, ...]:
-        """All parent folders, without a slash at the end, parents first."""
+        """All parent folders without a trailing slash, parents first."""
         found: set[str] = set(self.shared)
         for member in self.members:
             parts = member.path.split("/")
@@ -124,14 +124,14 @@ class TarLayer:
 
     @cached_property
     def size(self) -> int:
-        """Bytes of the tar, worked out without reading a file."""
+        """Bytes of the tar, computed without reading a file."""
         headers = sum(len(head) for head, _ in self._entries())
         bodies = sum(-(-member.size // tar.BLOCK) * tar.BLOCK for member in self.members)
         return headers + bodies + len(tar.END)
 
     @cached_property
     def digest(self) -> Digest:
-        """Digest of the tar: known, remembered, or worked out in one pass over the files."""
+        """Digest of the tar: given, cached, or computed in one pass over the files."""
         if self.known_digest:
             return self.known_digest
         key = self.key
@@ -139,12 +139,12 @@ class TarLayer:
 
     @property
     def diff_id(self) -> Digest:
-        """The digest: nothing is compressed."""
+        """Same as the digest, since nothing is compressed."""
         return self.digest
 
     @property
     def key(self) -> str:
-        """What the bytes depend on, or empty where a member's content digest is not known."""
+        """What the bytes depend on, or empty if the digest of a member is unknown."""
         if any(member.digest is None for member in self.members):
             return ""
         facts = [(m.path, m.size, m.mode, m.digest) for m in self.members]
@@ -153,14 +153,14 @@ class TarLayer:
 
     @property
     def file(self) -> str:
-        """The one member's path, or the first one's and how many more there are."""
+        """The only member's path, or the first one's and the number of others."""
         if not self.members:
             return ""
         more = len(self.members) - 1
         return self.members[0].path + (f" and {more} more" if more else "")
 
     def open(self) -> Iterator[bytes]:
-        """Yield the tar; InputRefused names a file that changed since it was looked at."""
+        """Yield the tar; raises InputRefused for a file that has changed in the meantime."""
         return _gathered(self._pieces())
 
     def _pieces(self) -> Iterator[bytes]:
@@ -186,12 +186,12 @@ class TarLayer:
         return 0o1777 if path in self.shared else 0o755
 
     def is_as_hashed(self) -> bool:
-        """Say whether its files are still those that were read for the digest, in this process."""
+        """Say whether this process computed the digest and the files have not changed since."""
         hashed = self.__dict__.get("_hashed")
         return hashed is not None and hashed == self._stamps()
 
     def _stamps(self) -> tuple[tuple[int, ...], ...] | None:
-        """Return its files' inodes, sizes and times, where a change shows; None if one is gone."""
+        """Return the files' inodes, sizes and times, to detect changes; None if a file is gone."""
         try:
             found = [path.stat() for member in self.members for path in _paths(member.source)]
         except OSError:
@@ -208,7 +208,7 @@ class TarLayer:
 
 
 def _gathered(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """Join small pieces: a layer of 100,000 small files is some hundred writes then."""
+    """Join small pieces, so that a layer of 100,000 small files takes a few hundred writes."""
     held: list[bytes] = []
     size = 0
     for piece in pieces:
@@ -226,7 +226,7 @@ def _gathered(pieces: Iterator[bytes]) -> Iterator[bytes]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlobLayer:
-    """A layer that a registry or a layout already holds."""
+    """A layer that a registry or a layout already has."""
 
     blob: Blob
     diff_id: Digest
@@ -234,7 +234,7 @@ class BlobLayer:
     """Yields verified bytes."""
     file: str = ""
     origin: Reference | None = None
-    """The repository it is in, where it can be mounted from."""
+    """The repository that it can be mounted from."""
 
     @property
     def digest(self) -> Digest:
@@ -248,11 +248,11 @@ class BlobLayer:
 
     @property
     def media_type(self) -> str:
-        """As its manifest gave it."""
+        """The media type in its manifest."""
         return self.blob.media_type
 
     def open(self) -> Iterator[bytes]:
-        """Yield the stored bytes; InputRefused at the end if they are not what was promised."""
+        """Yield the stored bytes; InputRefused at the end if they do not match the digest."""
         return self.opener()
 
 
@@ -263,10 +263,9 @@ def verified(
     hint: str = "it is damaged or was tampered with; write or push the image again",
     kind: type[WeightsmithError] = InputRefused,
 ) -> Iterator[bytes]:
-    """Pass chunks on; raises `kind` if they are not exactly the blob's size and digest.
+    """Pass chunks on; raises `kind` unless they have exactly the blob's size and digest.
 
-    The last one is passed on only when all are right: who waits for it never has a whole blob
-    that is wrong.
+    The last chunk is passed on only after the check, so no caller ever has a complete, wrong blob.
     """
     state = hashlib.sha256()
     size = 0
@@ -281,7 +280,7 @@ def verified(
             break
     if size != blob.size or state.hexdigest() != blob.digest.hex:
         raise kind(
-            f"{where}: the blob {blob.digest.short} does not have the content its digest promises",
+            f"{where}: the content of the blob {blob.digest.short} does not match its digest",
             hint=hint,
         )
     if held:

@@ -1,4 +1,4 @@
-"""OCI image layout folders: written whole or not at all, read with distrust.
+"""OCI image layout folders: written atomically, read as untrusted input.
 
 https://github.com/opencontainers/image-spec/blob/main/image-layout.md
 """
@@ -25,7 +25,7 @@ DEFAULT_NAME = "latest"
 _SAVED = ("dev.cosignproject.cosign/sigs", "dev.cosignproject.cosign/atts")
 MARKER = canonical({"imageLayoutVersion": "1.0.0"})
 MODE = 0o644
-"""Of a layout's files, whatever the umask."""
+"""Mode of a layout's files, whatever the umask."""
 
 
 def write_layout(
@@ -33,8 +33,8 @@ def write_layout(
 ) -> Digest:
     """Add the image to a layout folder under the name `ref`, and return its digest.
 
-    Blobs that are there and right are kept; `index.json` comes last, so a reader never meets
-    half an image. Raises InputRefused for a source that changed, EnvironmentFailure for the disk.
+    Valid blobs are kept; `index.json` is written last, so a reader never sees half an image.
+    Raises InputRefused if a source has changed, EnvironmentFailure for disk errors.
     """
     try:
         store = folder / "blobs" / "sha256"
@@ -87,10 +87,10 @@ def write_index(
 
 
 def read_layout(folder: Path, ref: str | None = None, *, platform: str | None = None) -> Image:
-    """Return the image of that name (the only one by default) for a platform, this host's.
+    """Return the image of that name (default: the only one) for a platform (default: this one).
 
-    Every blob is verified when it is read. Raises InputRefused for anything malformed,
-    UsageError where the layout does not hold what is asked for.
+    Every blob is verified when it is read. Raises InputRefused for malformed content, UsageError
+    if the layout does not have the image.
     """
     rows = manifests.listed(index_document(folder), "manifests", f"{folder}/index.json")
     blob = _pick(rows, ref, platform, str(folder))
@@ -111,7 +111,7 @@ def read_layout(folder: Path, ref: str | None = None, *, platform: str | None = 
 
 
 def read_all(folder: Path, ref: str | None = None) -> tuple[Image, ...]:
-    """Return the image for each Linux platform that a name has; one where it is no index."""
+    """Return the images for all Linux platforms of an index, or the only image."""
     index = read_index(folder, ref)
     platforms = manifests.platforms_in(index, str(folder)) if index is not None else [None]
     return tuple(read_layout(folder, ref, platform=platform) for platform in platforms)
@@ -127,26 +127,27 @@ def locate(text: str) -> tuple[Path, str | None]:
 
 
 def is_layout(text: str) -> bool:
-    """Say whether a source means a layout: by its prefix, or because a folder is one."""
+    """Say whether a source is a layout: by its prefix, or because the folder is one."""
     return text.startswith("oci:") or (locate(text)[0] / "oci-layout").is_file()
 
 
 def read_index(folder: Path, ref: str | None = None) -> bytes | None:
-    """Return the index of that name (the only one by default), or None where it is an image.
+    """Return the index of that name (default: the only one), or None if it is an image.
 
-    A layout may be an index itself, with a row for each platform, as go-containerregistry writes.
+    index.json may itself be the index, with one row per platform, as go-containerregistry writes.
     """
     rows = manifests.listed(index_document(folder), "manifests", f"{folder}/index.json")
     named = [row for row in rows if not is_attachment(row) and ref in (None, _name(row))]
     kinds = (*manifests.MANIFESTS, *manifests.INDEXES)
     if _how_many(named) != 1:
-        return slurp(folder / "index.json") if _are_platforms(rows) and named == rows else None
+        whole = _are_platforms(rows) and named == rows
+        return read_small_file(folder / "index.json") if whole else None
     blob = manifests.descriptor(named[0], str(folder), kinds, manifests.LARGEST_MANIFEST)
     return read_blob(folder, blob) if blob.media_type in manifests.INDEXES else None
 
 
 def image_names(folder: Path) -> set[str]:
-    """Return the names of a layout's images, empty ones included; none without a layout."""
+    """Return the names of a layout's images, including empty ones; none without a layout."""
     if not (folder / "index.json").is_file():
         return set()
     rows = manifests.listed(index_document(folder), "manifests", f"{folder}/index.json")
@@ -154,7 +155,7 @@ def image_names(folder: Path) -> set[str]:
 
 
 def held_digest(folder: Path) -> Digest | None:
-    """Return what a layout of one name stands for, an image or an index; None without a layout."""
+    """Return the digest of a layout's only image or index; None without a layout."""
     if not (folder / "index.json").is_file():
         return None
     index = read_index(folder)
@@ -162,7 +163,7 @@ def held_digest(folder: Path) -> Digest | None:
 
 
 def put_blob(store: Path, blob: Blob, opener: Opener, meter: Meter) -> None:
-    """Make sure that `blobs/sha256` holds a blob, whole and right."""
+    """Write a blob to `blobs/sha256`, unless a valid copy is there."""
     target = store / blob.digest.hex
     if _is_right(target, blob):
         meter.reach(blob.digest, blob.size)
@@ -179,7 +180,7 @@ def _is_right(path: Path, blob: Blob) -> bool:
 
 
 def _index(image: Image, ref: str, folder: Path) -> Mapping[str, Json]:
-    """Return the folder's index with the image in it; other names stay."""
+    """Return the folder's index with the image added; other names stay."""
     kept: list[Json] = []
     if (folder / "index.json").exists():
         rows = manifests.listed(index_document(folder), "manifests", f"{folder}/index.json")
@@ -201,13 +202,13 @@ def _index(image: Image, ref: str, folder: Path) -> Mapping[str, Json]:
 
 
 def index_document(folder: Path) -> Mapping[str, Json]:
-    """Return a layout's index.json; InputRefused for a folder that is none."""
+    """Return a layout's index.json; raises InputRefused if the folder is not a layout."""
     if not (folder / "oci-layout").is_file():
         raise InputRefused(
             f"{folder} is not an OCI layout: it has no file 'oci-layout'",
             hint="give the folder that `--layout` wrote",
         )
-    return manifests.read_json(slurp(folder / "index.json"), f"{folder}/index.json")
+    return manifests.read_json(read_small_file(folder / "index.json"), f"{folder}/index.json")
 
 
 def _pick(rows: Sequence[Json], ref: str | None, platform: str | None, where: str) -> Blob:
@@ -229,25 +230,25 @@ def _pick(rows: Sequence[Json], ref: str | None, platform: str | None, where: st
 
 
 def _how_many(rows: Sequence[Json]) -> int:
-    """Return how many manifests rows are for: one may have several names."""
+    """Return the number of different manifests; one may have several names."""
     return len({str(row.get("digest")) if isinstance(row, dict) else "" for row in rows})
 
 
 def _are_platforms(rows: Sequence[Json]) -> bool:
-    """Say whether rows are one image, for several platforms."""
-    told = [
+    """Say whether the rows are one image for several platforms."""
+    for_platforms = [
         row for row in rows if isinstance(row, dict) and manifests.platform_of(row.get("platform"))
     ]
-    return len(told) == len(rows) and len({_name(row) for row in rows}) == 1
+    return len(for_platforms) == len(rows) and len({_name(row) for row in rows}) == 1
 
 
 def is_attachment(row: Json) -> bool:
-    """Say whether an index's row is not an image but hangs on one."""
+    """Say whether an index's row is an attachment and not an image."""
     return isinstance(row, dict) and ("artifactType" in row or is_saved_by_cosign(row))
 
 
 def is_saved_by_cosign(row: Json) -> bool:
-    """Say whether a row is what `cosign save` lays beside the only image of its layout."""
+    """Say whether a row was added by `cosign save` beside the only image of its layout."""
     notes = row.get("annotations") if isinstance(row, dict) else None
     return isinstance(notes, dict) and notes.get("kind") in _SAVED
 
@@ -263,13 +264,13 @@ def read_blob(folder: Path, blob: Blob) -> bytes:
 
 
 def open_blob(folder: Path, blob: Blob) -> Iterator[bytes]:
-    """Yield a blob in chunks; InputRefused at its end if it is not what its digest says."""
+    """Yield a blob in chunks; raises InputRefused at the end if it does not match its digest."""
     path = folder / "blobs" / "sha256" / blob.digest.hex
     return verified(_chunks(path, blob.size), blob, str(folder))
 
 
-def slurp(path: Path) -> bytes:
-    """Return a small file of a layout; InputRefused for links, pipes and what is too large."""
+def read_small_file(path: Path) -> bytes:
+    """Return a small file of a layout; raises InputRefused for links, pipes and large files."""
     return b"".join(_chunks(path, None))
 
 
@@ -287,7 +288,7 @@ def _chunks(path: Path, size: int | None) -> Iterator[bytes]:
         wrong = status.st_size > limit if size is None else status.st_size != size
         if not stat.S_ISREG(status.st_mode) or wrong:
             raise InputRefused(
-                f"{path} is not a regular file of the size that it should have",
+                f"{path} is not a regular file of the expected size",
                 hint="the layout is damaged; write it again",
             )
         while chunk := os.read(handle, CHUNK):

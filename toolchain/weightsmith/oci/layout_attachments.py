@@ -1,8 +1,8 @@
-"""What hangs on the images of an OCI layout.
+"""Attachments of the images in an OCI layout.
 
-Ours are listed in `referrers.json`, an index beside `index.json`: a layout of one image has one
-row in its index then, which skopeo, podman and umoci take without being told a name. Rows of
-`index.json` that have a subject, as oras writes them, are read as well, and what cosign saved.
+Ours are listed in `referrers.json`, an index beside `index.json`. So a layout of one image has one
+row in its index, and skopeo, podman and umoci accept it without a name. Rows of `index.json` with
+a subject, as oras writes them, are read as well, and so are those of `cosign save`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from weightsmith.values import Blob, Digest, Json
 
 LIST = "referrers.json"
 PARTS = frozenset({"blobs", "index.json", "oci-layout", LIST})
-"""All that a layout of ours has at its top."""
+"""All top-level names in a layout of ours."""
 
 
 def attach(folder: Path, attachment: Attachment) -> None:
-    """Put an attachment into a layout folder; its row comes last."""
+    """Write an attachment into a layout folder; its row is written last."""
     store = folder / "blobs" / "sha256"
     try:
         for blob, opener in attachment.blobs():
@@ -38,7 +38,7 @@ def attach(folder: Path, attachment: Attachment) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Forget all that was attached to the images of a layout."""
+    """Remove our list of attachments from a layout."""
     (folder / LIST).unlink(missing_ok=True)
 
 
@@ -57,7 +57,7 @@ def attached(folder: Path, subject: Digest) -> list[tuple[Blob, str]]:
 
 
 def read_attachment(folder: Path, blob: Blob) -> Attachment:
-    """Return an attachment; InputRefused where it is not what its digest says."""
+    """Return an attachment; raises InputRefused if it does not match its digest."""
     return load_attachment(
         layout.read_blob(folder, blob),
         lambda part: lambda: layout.open_blob(folder, part),
@@ -68,5 +68,5 @@ def read_attachment(folder: Path, blob: Blob) -> Attachment:
 def _listed(folder: Path) -> list[Json]:
     if not (folder / LIST).exists():
         return []
-    document = manifests.read_json(layout.slurp(folder / LIST), f"{folder}/{LIST}")
+    document = manifests.read_json(layout.read_small_file(folder / LIST), f"{folder}/{LIST}")
     return manifests.listed(document, "manifests", f"{folder}/{LIST}")

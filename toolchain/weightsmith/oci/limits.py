@@ -1,7 +1,7 @@
-"""What registries take: sizes, times and ways of uploading, each with where it is written.
+"""Limits of registries: sizes, times and upload methods, each with its source.
 
-Figures that were not tried here: they come from the registries' own pages. A limit that is not
-known is 0 and not checked.
+The figures come from the registries' own pages and were not tested here. An unknown limit is 0
+and is not checked.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ class RegistryLimits:
 
     name: str
     hosts: str
-    """Regular expression of the hosts that are surely of this kind; empty for none."""
+    """Regular expression of hosts that are certainly of this kind; empty if there are none."""
     largest_layer: int = 0
     """Bytes."""
     upload_seconds: int = 0
     most_layers: int = 0
     in_one_piece: bool = False
-    """It refuses uploads in chunks."""
+    """It refuses chunked uploads."""
     note: str = ""
-    """What else is known of its limits, for people."""
+    """Other known limits, for people."""
     source: str
 
 
@@ -77,7 +77,7 @@ REGISTRIES = (
     RegistryLimits(
         name="GitLab",
         hosts=r"registry\.gitlab\.com",
-        note="of one's own on S3, versions of 2023 took no layers above 10 GB",
+        note="self-hosted on S3, versions of 2023 accepted no layers above 10 GB",
         source="https://gitlab.com/gitlab-org/container-registry/-/issues/1062",
     ),
     RegistryLimits(
@@ -95,12 +95,12 @@ REGISTRIES = (
 
 
 def limits_of(host: str) -> RegistryLimits | None:
-    """Return what is known of a registry by its host, or None."""
+    """Return the known limits of a registry by its host, or None."""
     return next((r for r in REGISTRIES if r.hosts and re.fullmatch(r.hosts, host.lower())), None)
 
 
 def check_layers(layers: Iterable[tuple[str, int]], host: str) -> None:
-    """Refuse, before anything is sent, a layer that the registry is known not to take.
+    """Refuse, before anything is sent, a layer above the registry's known limit.
 
     `layers` are names and sizes. Raises UsageError.
     """
@@ -110,7 +110,7 @@ def check_layers(layers: Iterable[tuple[str, int]], host: str) -> None:
     for name, size in layers:
         if size > limits.largest_layer:
             raise UsageError(
-                f"{limits.name} takes layers of up to {limits.largest_layer} bytes, and {name} "
+                f"{limits.name} accepts layers of up to {limits.largest_layer} bytes, and {name} "
                 f"has {size}",
                 hint="split it: --max-layer-size for safetensors, `quantize --split-max-size` for "
                 f"GGUF; the limit is from {limits.source}",

@@ -1,4 +1,4 @@
-"""What manifests and indexes may look like, checked before anything in them is believed.
+"""Validates manifests and indexes before anything in them is used.
 
 https://github.com/opencontainers/image-spec (manifest.md, image-index.md, descriptor.md)
 """
@@ -30,9 +30,9 @@ CONFIGS = (OCI_CONFIG, DOCKER_CONFIG)
 LAYERS = (LAYER_TAR, LAYER_GZIP, LAYER_ZSTD, DOCKER_TAR, DOCKER_GZIP)
 
 DAMAGED = "the image is damaged; push or write it again"
-"""What to do where an image is not what its parts must be."""
+"""Hint for a malformed image."""
 LARGEST_MANIFEST = 4 << 20
-"""Bytes; what registries accept too."""
+"""Bytes; registries have the same limit."""
 LARGEST_CONFIG = 16 << 20
 TITLE = "org.opencontainers.image.title"
 
@@ -40,13 +40,13 @@ _MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
 def host_platform() -> str:
-    """Return this machine's platform as `linux/amd64`; images are for Linux whatever the host."""
+    """Return this machine's platform, such as `linux/amd64`; images are always for Linux."""
     machine = host.machine().lower()
     return f"linux/{_MACHINES.get(machine, machine)}"
 
 
 def read_json(data: bytes, where: str, largest: int = SMALL) -> Mapping[str, Json]:
-    """Return a JSON object; InputRefused names `where` for anything else."""
+    """Return a JSON object; for anything else raises InputRefused, which names `where`."""
     try:
         value = parse(data, largest=largest, unique=True)
     except ValueError:
@@ -57,7 +57,7 @@ def read_json(data: bytes, where: str, largest: int = SMALL) -> Mapping[str, Jso
 
 
 def descriptor(value: Json, where: str, allowed: Sequence[str], largest: int | None = None) -> Blob:
-    """Return a descriptor's blob; InputRefused for a bad digest, size or media type."""
+    """Return a descriptor's blob; raises InputRefused for a bad digest, size or media type."""
     fields = value if isinstance(value, dict) else {}
     media_type, size = fields.get("mediaType"), fields.get("size")
     if not isinstance(media_type, str) or media_type not in allowed:
@@ -69,7 +69,7 @@ def descriptor(value: Json, where: str, allowed: Sequence[str], largest: int | N
         raise InputRefused(f"{where} has no valid size", hint=DAMAGED)
     if largest is not None and size > largest:
         raise InputRefused(
-            f"{where} claims {size} bytes; at most {largest} are read",
+            f"{where} declares {size} bytes; at most {largest} are read",
             hint="the image is damaged or hostile; do not use it",
         )
     try:
@@ -82,7 +82,7 @@ def descriptor(value: Json, where: str, allowed: Sequence[str], largest: int | N
 
 
 def listed(document: Mapping[str, Json], key: str, where: str) -> list[Json]:
-    """Return a list of a document; InputRefused where it is something else."""
+    """Return a list in a document; raises InputRefused if it is not a list."""
     value = document.get(key)
     if not isinstance(value, list):
         raise InputRefused(f"{where} has no list {key!r}", hint=DAMAGED)
@@ -90,7 +90,7 @@ def listed(document: Mapping[str, Json], key: str, where: str) -> list[Json]:
 
 
 def choose(entries: Sequence[Json], platform: str | None, where: str) -> Blob:
-    """Return the index entry for a platform, this machine's by default; else UsageError."""
+    """Return the index entry for a platform (default: this one); UsageError if there is none."""
     wanted = platform or host_platform()
     kinds = (*MANIFESTS, *INDEXES)
     for entry in entries:
@@ -102,7 +102,7 @@ def choose(entries: Sequence[Json], platform: str | None, where: str) -> Blob:
     )
     raise UsageError(
         f"{where} has no image for {wanted}",
-        hint=f"it has: {', '.join(there)[:200]}" if there else "it names no platform",
+        hint=f"it has: {', '.join(there)[:200]}" if there else "it lists no platform",
     )
 
 
@@ -114,7 +114,7 @@ def platforms_in(index: bytes, where: str) -> list[str]:
 
 
 def platform_of(value: Json) -> str:
-    """Spell a platform object as `os/architecture`, or empty; variants of one are alike."""
+    """Return a platform object as `os/architecture`, or empty; the variant is ignored."""
     if not isinstance(value, dict):
         return ""
     return f"{value.get('os')}/{value.get('architecture')}"

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias
 
 Advance: TypeAlias = Callable[[int, int], None]
-"""Called with bytes done and bytes in all; from any thread, never by two at once."""
+"""Called with bytes done and total bytes; from any thread, never from two at once."""
 
 
 class Meter:
-    """Adds up pieces, each of which may start over."""
+    """Sums up the progress of pieces, each of which may start over."""
 
     def __init__(self, total: int, advance: Advance | None = None) -> None:
         self._total = total
@@ -21,7 +21,7 @@ class Meter:
         self._lock = threading.Lock()
 
     def reach(self, piece: object, done: int) -> None:
-        """Say how many bytes of a piece are done."""
+        """Set how many bytes of a piece are done."""
         with self._lock:
             self._done += done - self._pieces.get(piece, 0)
             self._pieces[piece] = done
@@ -29,7 +29,7 @@ class Meter:
                 self._advance(self._done, self._total)
 
     def counted(self, piece: object, chunks: Iterable[bytes]) -> Iterator[bytes]:
-        """Pass a piece's chunks on and count them, from nothing."""
+        """Pass a piece's chunks on and count them, starting at 0."""
         done = 0
         for chunk in chunks:
             yield chunk

@@ -23,7 +23,7 @@ _HIGHEST_PORT = 65535
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Where an image is: always with its registry, and with a tag, a digest or both."""
+    """An image reference: always with its registry, and with a tag, a digest or both."""
 
     registry: str
     repository: str
@@ -32,7 +32,7 @@ class Reference:
 
     @classmethod
     def parse(cls, text: str) -> Reference:
-        """Read a reference as Docker does (`docker.io`, `library/`, `latest`); else UsageError."""
+        """Parse a reference as Docker does (`docker.io`, `library/`, `latest`), or UsageError."""
         rest, _, digest_text = text.partition("@")
         digest = _digest(text, digest_text) if "@" in text else None
         registry, repository = _split_registry(rest)
@@ -46,7 +46,7 @@ class Reference:
         return cls(registry, repository, chosen, digest)
 
     def __str__(self) -> str:
-        """Spell it in full, so that parsing gives it back."""
+        """Return the full form; parsing it gives the same reference."""
         tag = f":{self.tag}" if self.tag else ""
         return f"{self.name}{tag}{f'@{self.digest}' if self.digest else ''}"
 
@@ -57,16 +57,16 @@ class Reference:
 
     @property
     def is_loopback(self) -> bool:
-        """True where the registry is on this machine, so that plain HTTP stays on it."""
+        """True if the registry is on this machine, so that plain HTTP does not leave it."""
         return is_loopback(re.sub(r":[0-9]+$", "", self.registry))
 
     def at(self, digest: Digest) -> Reference:
-        """Return the same repository's image of that digest, without a tag."""
+        """Return the reference of that digest in the same repository, without a tag."""
         return replace(self, tag=None, digest=digest)
 
 
 def is_loopback(host: str) -> bool:
-    """Say whether a host, given without a port, is this machine."""
+    """Say whether a host (without a port) is this machine."""
     name = host.strip("[]").lower()
     if name == "localhost" or name.endswith(".localhost"):
         return True
@@ -90,7 +90,7 @@ def _check_name(text: str, registry: str, repository: str) -> None:
     host = _HOST.fullmatch(registry)
     known = host and (not registry.startswith("[") or _is_ipv6(registry))
     if not host or not known or int(host["port"] or 1) not in range(1, _HIGHEST_PORT + 1):
-        raise _refused(text, f"{registry!r} is no registry host")
+        raise _refused(text, f"{registry!r} is not a valid registry host")
     if not _REPOSITORY.fullmatch(repository):
         raise _refused(
             text,
@@ -112,14 +112,14 @@ def _digest(text: str, digest: str) -> Digest:
     try:
         return Digest(digest)
     except ValueError:
-        raise _refused(text, "after '@' must stand sha256: and 64 hexadecimal digits") from None
+        raise _refused(text, "'@' must be followed by sha256: and 64 hexadecimal digits") from None
 
 
 def _refused(text: str, why: str) -> UsageError:
     login, at, rest = text.rpartition("@")
     if at and ":" in login and not rest.startswith("sha256"):
         return UsageError(
-            f"…@{rest[:300]} is not an image reference: it holds a name and a password",
+            f"…@{rest[:300]} is not an image reference: it contains a user name and a password",
             hint="write [registry[:port]/]repository[:tag][@sha256:…], and run `docker login`",
         )
     return UsageError(

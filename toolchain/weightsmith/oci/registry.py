@@ -1,4 +1,4 @@
-"""Pushes images to registries and reads them back, streaming; nothing is put on disk.
+"""Pushes images to registries and pulls them, streaming; nothing is written to disk.
 
 https://github.com/opencontainers/distribution-spec/blob/main/spec.md
 """
@@ -21,14 +21,14 @@ from weightsmith.oci.image import Image, Opener, load_image
 from weightsmith.oci.index import Index
 from weightsmith.oci.limits import check_layers, limits_of
 from weightsmith.oci.progress import Advance, Meter
-from weightsmith.oci.proxies import Routed
+from weightsmith.oci.proxies import ProxyTransport
 from weightsmith.oci.references import Reference
 from weightsmith.oci.session import RegistrySession
 from weightsmith.oci.upload_deadline import UploadDeadline
 from weightsmith.values import Blob, Digest, Published
 
 _WORTH_MOUNTING = 1 << 20
-"""Bytes; a smaller layer is sent in the time of asking whether it may be mounted."""
+"""Bytes; sending a smaller layer takes no longer than asking for a mount."""
 
 
 class Memory(Protocol):
@@ -38,16 +38,16 @@ class Memory(Protocol):
         """Return a repository that had the layer when it was last pushed, or empty."""
 
     def record(self, registry: str, repository: str, digests: Iterable[Digest]) -> None:
-        """Remember that a repository has these layers."""
+        """Record that a repository has these layers."""
 
 
 class Registry:
-    """Talks to registries; safe to use from several threads, closed by `close()` or `with`.
+    """Registry client; safe to use from several threads, closed by `close()` or `with`.
 
-    Plain HTTP is used for loopback hosts and where `insecure` says so, if they speak no TLS;
-    certificates are verified unless `insecure`. Errors name the host,
-    the status and what to do: EnvironmentFailure for the registry, its access and what was changed
-    on its way, InputRefused for an image that is malformed, UsageError for what was asked.
+    Plain HTTP is used for loopback hosts and with `insecure`, if the host speaks no TLS;
+    certificates are verified unless `insecure`. Errors name the host, the status and what to do:
+    EnvironmentFailure for the registry, access to it and data altered in transit, InputRefused
+    for a malformed image, UsageError for a wrong request.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Registry:
         self._memory = memory
         verify = tls.unverified() if insecure else tls.trusted()
         self._client = httpx.Client(
-            transport=transport or Routed(verify), timeout=60, trust_env=False
+            transport=transport or ProxyTransport(verify), timeout=60, trust_env=False
         )
         self._credentials = credentials
         self._insecure = insecure
@@ -85,10 +85,10 @@ class Registry:
         self._client.close()
 
     def check_push(self, reference: Reference) -> None:
-        """Ask for leave to push, before work that would be lost without it; nothing stays there.
+        """Check that we may push, before long work; leaves nothing in the registry.
 
-        An upload is opened and given up, which asks for all that a push needs. Raises
-        EnvironmentFailure for a registry that is out of reach or refuses the credentials.
+        It opens and cancels an upload, which needs the same rights as a push. Raises
+        EnvironmentFailure if the registry cannot be reached or refuses the credentials.
         """
         uploads.try_upload(self._session(reference, "pull,push"), str(reference))
 
@@ -105,12 +105,12 @@ class Registry:
         warn: Callable[[str], None] = lambda _: None,
         parallel: int = 4,
     ) -> Published:
-        """Bring the image there: blobs that are missing, then the manifest, then the tag.
+        """Push the image: missing blobs, then the manifest, then the tag.
 
-        `mount_from` are repositories of the same registry that may hold layers already;
-        `before_tag` is called when the image is there by its digest, and `also_tags` are set
-        before the reference's own; `warn` is told of a layer that is too slow for the registry.
-        A tag that names another digest is a UsageError unless `force`.
+        `mount_from` are repositories of the same registry that may have layers already;
+        `before_tag` is called once the image is there by its digest; `also_tags` are set before
+        the reference's own; `warn` gets a message about a layer that uploads too slowly.
+        Raises UsageError if a tag names another digest, unless `force`.
         """
         began = time.monotonic()
         if reference.digest and reference.digest != image.digest:
@@ -120,7 +120,7 @@ class Registry:
         sources = uploads.mount_sources(image, reference, mount_from)
         session = self._session(reference, "pull,push", sources)
         _guard_tag(session, reference, image, force)
-        sent = uploads.bring_all(
+        sent = uploads.upload_layers(
             session,
             image,
             sources,
@@ -132,9 +132,9 @@ class Registry:
         uploads.put_manifest(session, image.digest, image.manifest_bytes, image.media_type)
         before_tag()
         for tag in (*also_tags, *([reference.tag] if reference.tag else [])):
-            place = Reference(reference.registry, reference.repository, tag)
+            target = Reference(reference.registry, reference.repository, tag)
             data, kind = image.manifest_bytes, image.media_type
-            uploads.put_tag(session, place, data, kind, force=force)
+            uploads.put_tag(session, target, data, kind, force=force)
         if self._memory:
             large = [layer.digest for layer in image.layers if layer.size >= _WORTH_MOUNTING]
             self._memory.record(reference.registry, reference.repository, large)
@@ -142,18 +142,18 @@ class Registry:
             reference=str(reference),
             digest=image.digest,
             layers=[{"digest": x.digest, "size": x.size, "file": x.file} for x in image.layers],
-            uploaded_bytes=sum(size for how, size in sent if how is uploads.Way.SENT),
-            mounted=sum(how is uploads.Way.MOUNTED for how, _ in sent),
+            uploaded_bytes=sum(size for how, size in sent if how is uploads.Transfer.SENT),
+            mounted=sum(how is uploads.Transfer.MOUNTED for how, _ in sent),
             seconds=time.monotonic() - began,
         )
 
     def pull(self, reference: Reference, *, platform: str | None = None) -> Image:
-        """Return the image for a platform, this host's by default; layers are read when opened."""
+        """Return the image for a platform (default: this one); layers are read when opened."""
         body, kind = downloads.manifest(self._session(reference, "pull"), reference)
         return self._image(reference, body, kind, platform)
 
     def _image(self, reference: Reference, body: bytes, kind: str, platform: str | None) -> Image:
-        """Return the image of a manifest, or the platform's of an index."""
+        """Return the image of a manifest, or an index's image for the platform."""
         session = self._session(reference, "pull")
         for _ in range(4):
             if kind not in manifests.INDEXES:
@@ -182,19 +182,19 @@ class Registry:
         progress: Advance | None = None,
         warn: Callable[[str], None] = lambda _: None,
     ) -> Published:
-        """Bring every image of an index there by its digest, then the index, then the tags."""
+        """Push every image of an index by digest, then the index, then the tags."""
         session = self._session(reference, "pull,push")
         if reference.digest and reference.digest != index.digest:
             raise _another_digest(index.digest, reference)
         _guard_tag(session, reference, index, force)
-        place = Reference(reference.registry, reference.repository)
-        done = [self.push(image, place, progress=progress, warn=warn) for image in index.images]
+        target = Reference(reference.registry, reference.repository)
+        done = [self.push(image, target, progress=progress, warn=warn) for image in index.images]
         data = index.manifest_bytes
         uploads.put_manifest(session, index.digest, data, manifests.OCI_INDEX)
         before_tag()
         for tag in (*also_tags, *([reference.tag] if reference.tag else [])):
-            place = Reference(reference.registry, reference.repository, tag)
-            uploads.put_tag(session, place, data, manifests.OCI_INDEX, force=force)
+            target = Reference(reference.registry, reference.repository, tag)
+            uploads.put_tag(session, target, data, manifests.OCI_INDEX, force=force)
         own = done[index.images.index(index.own)]
         return Published(
             reference=str(reference),
@@ -206,7 +206,7 @@ class Registry:
         )
 
     def pull_all(self, reference: Reference) -> tuple[Image, ...]:
-        """Return the image for each Linux platform that a name has; one where it is no index."""
+        """Return the images for all Linux platforms of an index, or the only image."""
         body, kind = downloads.manifest(self._session(reference, "pull"), reference)
         if kind not in manifests.INDEXES:
             return (self._image(reference, body, kind, None),)
@@ -214,11 +214,11 @@ class Registry:
         return tuple(self._image(reference, body, kind, platform) for platform in found)
 
     def digest_of(self, reference: Reference) -> Digest | None:
-        """Return what the reference names now (of an index: the index's), or None."""
+        """Return the digest that the reference resolves to now (image or index), or None."""
         return downloads.digest_of(self._session(reference, "pull"), reference)
 
     def has(self, reference: Reference) -> bool:
-        """Say whether the registry answers, soon, that it holds the reference."""
+        """Say whether the registry confirms, after few tries, that it has the reference."""
         try:
             session = self._session(reference, "pull")
             return downloads.digest_of(session, reference, tries=2) is not None
@@ -230,7 +230,7 @@ class Registry:
         return downloads.manifest(self._session(reference, "pull"), reference)
 
     def check_tag(self, reference: Reference, digest: Digest) -> None:
-        """Raise UsageError where the reference's tag names another digest."""
+        """Raise UsageError if the reference's tag names another digest."""
         _guard_tag(self._session(reference, "pull,push"), reference, digest, force=False)
 
     def push_manifest(
@@ -247,10 +247,10 @@ class Registry:
         warn: Callable[[str], None] = lambda _: None,
         parallel: int = 4,
     ) -> Published:
-        """Put any manifest and its blobs there, such as an index, or a statement about an image.
+        """Push any manifest and its blobs, such as an index, or a statement about an image.
 
-        By its digest, then under the reference's tag, if it has one, and `before_tag` between
-        them; a tag that names another digest is a UsageError where `force` is false.
+        First by digest, then under the reference's tag, if it has one; `before_tag` is called in
+        between. Raises UsageError if the tag names another digest, unless `force`.
         """
         began, digest = time.monotonic(), Digest.of(manifest)
         check_layers([(blob.digest.short, blob.size) for blob, _ in blobs], reference.registry)
@@ -261,54 +261,54 @@ class Registry:
         unique = {blob.digest: (blob, deadline.over(opener, blob.size)) for blob, opener in blobs}
         meter = Meter(sum(blob.size for blob, _ in unique.values()), progress)
         pairs = [*unique.values()]
-        sent = uploads.bring_each(session, pairs, lambda pair: pair, sources, meter, parallel)
+        sent = uploads.upload_each(session, pairs, lambda pair: pair, sources, meter, parallel)
         uploads.put_manifest(session, digest, manifest, media_type)
         before_tag()
         if reference.tag:
-            place = replace(reference, digest=None)
-            uploads.put_tag(session, place, manifest, media_type, force=force)
+            target = replace(reference, digest=None)
+            uploads.put_tag(session, target, manifest, media_type, force=force)
         return Published(
             reference=str(reference),
             digest=digest,
             layers=(),
-            uploaded_bytes=sum(size for how, size in sent if how is uploads.Way.SENT),
-            mounted=sum(how is uploads.Way.MOUNTED for how, _ in sent),
+            uploaded_bytes=sum(size for how, size in sent if how is uploads.Transfer.SENT),
+            mounted=sum(how is uploads.Transfer.MOUNTED for how, _ in sent),
             seconds=time.monotonic() - began,
         )
 
     def attach(self, reference: Reference, *attachments: Attachment) -> None:
-        """Put attachments into the reference's repository, beside their image."""
+        """Push attachments into the reference's repository."""
         referrers.attach(self._session(reference, "pull,push"), reference, *attachments)
 
     def attached(
         self, reference: Reference, subject: Digest, *, tagged: bool = True
     ) -> list[tuple[Blob, str]]:
-        """Return the manifests attached to an image, each with its own tag or empty.
+        """Return the manifests attached to an image, each with its tag or an empty one.
 
-        Without `tagged` only those that the registry's list has, not cosign's.
+        Without `tagged`, only those in the referrers list, not those under cosign's tags.
         """
         session = self._session(reference, "pull")
         return referrers.find(session, reference, subject, tagged=tagged)
 
     def read_attachment(self, reference: Reference, blob: Blob, tag: str = "") -> Attachment:
-        """Return an attachment; Altered where it is not what its digest says."""
+        """Return an attachment; raises Altered if it does not match its digest."""
         return referrers.read(self._session(reference, "pull"), reference, blob, tag)
 
     def _elsewhere(self, reference: Reference, blob: Blob) -> tuple[RegistrySession, str] | None:
-        """Return where else on the registry a layer was pushed to, and who may ask there."""
+        """Return another repository that a layer was pushed to, with a session for it."""
         if self._memory is None or blob.size < _WORTH_MOUNTING:
             return None
         name = self._memory.repository(reference.registry, blob.digest)
         if not name or name == reference.repository:
             return None
-        # A conversation of its own: a registry may refuse the other repository, and with it the
-        # whole token.
+        # A separate session: a registry that refuses the other repository may refuse the whole
+        # token.
         return self._session(reference, "pull,push", (name,)), name
 
     def _session(
         self, reference: Reference, actions: str, also: Sequence[str] = ()
     ) -> RegistrySession:
-        """Return the conversation about a repository; kept, so that its token is."""
+        """Return the session for a repository; it is kept for its token."""
         key = (reference.name, actions, tuple(also))
         with self._lock:
             if key not in self._sessions:
@@ -334,9 +334,9 @@ def _another_digest(found: Digest, reference: Reference) -> UsageError:
 def _guard_tag(
     session: RegistrySession, reference: Reference, image: Image | Index | Digest, force: bool
 ) -> None:
-    """Refuse to move a tag; asks for the image's digest, so hashes it, only if the tag exists."""
+    """Refuse to move a tag; the image is hashed only if the tag exists."""
     if force or not reference.tag:
         return
     found = downloads.digest_of(session, replace(reference, digest=None))
     if found and found != (image if isinstance(image, Digest) else image.digest):
-        raise uploads.taken(reference, found)
+        raise uploads.tag_conflict(reference, found)

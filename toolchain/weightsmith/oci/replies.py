@@ -1,4 +1,4 @@
-"""A registry's small replies: read within limits, and what they say of errors and pauses."""
+"""Reads a registry's small replies within limits, and the errors and pauses in them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from weightsmith.values import Json
 
 
 class Transient(Exception):
-    """One try failed; another may not."""
+    """A request failed; a retry may succeed."""
 
     def __init__(self, why: str, pause: float | None = None) -> None:
         super().__init__(why)
@@ -26,7 +26,7 @@ class Transient(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A small reply, read whole."""
+    """A small reply, read into memory."""
 
     status: int
     headers: httpx.Headers
@@ -35,7 +35,7 @@ class Reply:
 
 
 def read_limited(response: httpx.Response, limit: int, registry: str) -> bytes:
-    """Read a reply of at most so many bytes; of a longer refusal the beginning says why."""
+    """Read a reply of at most `limit` bytes; a longer error reply is cut."""
     data = bytearray()
     for chunk in _in_time(response, registry):
         data += chunk
@@ -43,8 +43,8 @@ def read_limited(response: httpx.Response, limit: int, registry: str) -> bytes:
             return bytes(data[:limit])
         if len(data) > limit:
             raise InputRefused(
-                f"{registry} answered with more than {limit} bytes where few were due",
-                hint="check that the address is a registry's, and not a proxy's page",
+                f"{registry} sent an unexpectedly large reply: more than {limit} bytes",
+                hint="check that this is a registry's address, and not a proxy's web page",
             )
     return bytes(data)
 
@@ -53,7 +53,7 @@ def _in_time(response: httpx.Response, registry: str) -> Iterator[bytes]:
     try:
         yield from steady(response.iter_raw())
     except TooLong:
-        raise Transient(f"{registry} sends less than 1 kB a second") from None
+        raise Transient(f"{registry} sends less than 1 kB/s") from None
 
 
 def retry_after(headers: httpx.Headers) -> float | None:
@@ -68,14 +68,14 @@ def retry_after(headers: httpx.Headers) -> float | None:
 
 
 def is_full(reply: Reply) -> bool:
-    """Say whether the registry has no room left."""
-    # docker-registry says it as errno 28 of its own file system, with status 500.
+    """Say whether the registry's disk is full."""
+    # docker-registry reports errno 28 of its own file system, with status 500.
     full = b"no space left" in reply.body or b'"Err":28' in reply.body
     return reply.status == 507 or (reply.status == 500 and full)
 
 
 def json_object(body: bytes) -> Mapping[str, Json]:
-    """Return the JSON object that a body holds, or an empty one."""
+    """Return the JSON object in a body, or an empty one."""
     try:
         value = parse(body)
     except ValueError:
@@ -84,7 +84,7 @@ def json_object(body: bytes) -> Mapping[str, Json]:
 
 
 def stated_error(body: bytes) -> str:
-    """Return the first error of the specification's error body in one line, or nothing."""
+    """Return the first error of the specification's error body in one line, or empty."""
     errors = json_object(body).get("errors")
     first = errors[0] if isinstance(errors, list) and errors else {}
     if not isinstance(first, dict):

@@ -1,4 +1,4 @@
-"""Sends one blob into an opened upload: whole or in pieces, on from where a connection broke.
+"""Sends one blob into an upload session, whole or in chunks, and resumes broken connections.
 
 https://github.com/opencontainers/distribution-spec/blob/main/spec.md#push
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from urllib.parse import quote
 
 from weightsmith.errors import Altered, WeightsmithError
-from weightsmith.oci.downloads import blame, promised
+from weightsmith.oci.downloads import altered_hint, declared_digest
 from weightsmith.oci.image import Opener
 from weightsmith.oci.limits import limits_of
 from weightsmith.oci.replies import Reply, Transient
@@ -19,26 +19,26 @@ from weightsmith.values import Blob, Digest
 
 _OK, _CREATED, _ACCEPTED, _NO_CONTENT = 200, 201, 202, 204
 _TAKEN = (_ACCEPTED, _NO_CONTENT, _CREATED)
-"""Replies to a part of a blob: the specification's own, and those of registries that differ."""
+"""Replies to a chunk: the specification's, and those of registries that differ."""
 _BAD, _MISSING, _TOO_LARGE, _OUT_OF_STEP = 400, 404, 413, 416
 _NO_PARTS = (_MISSING, 405, 501)
-"""Replies of a registry that knows blobs in one request alone."""
+"""Replies of registries that accept a blob only in one request."""
 _CHUNK = 32 << 20
 _LARGEST_CHUNK = 256 << 20
 _SMALL = 1 << 20
-"""Bytes; up to this a blob and its end are one request. A larger one is sent as a part and ended
-after it, as Docker does: Pulp takes what came of a whole that broke off as if it were all."""
+"""Bytes; up to this size a blob is sent in one PUT. A larger one is sent by PATCH and finished by
+PUT, as Docker does: Pulp stores what arrived of a broken PUT as if it were the whole blob."""
 _BINARY = "application/octet-stream"
 _FEW = 3
-"""Tries of a look at what was kept."""
+"""Tries when asking how much was kept."""
 _FINISH = 1800
-"""Seconds that a registry may take after the last byte: some copy a layer to another store."""
+"""Seconds that a registry may take after the last byte; some copy a layer to another store."""
 
 
 def send(session: RegistrySession, blob: Blob, body: Opener, opened: Reply, what: str) -> None:
-    """Send a blob into the upload that `opened` opened; `what` names it in errors.
+    """Send a blob into the upload session of the reply `opened`; `what` begins error messages.
 
-    Raises Transient where another try may help, Altered where other bytes arrived.
+    Raises Transient if a retry may help, Altered if other bytes arrived.
     """
     if opened.status != _ACCEPTED:
         raise session.refusal(what, opened)
@@ -55,14 +55,14 @@ def send(session: RegistrySession, blob: Blob, body: Opener, opened: Reply, what
             raise session.refusal(what, again)
         reply, resumed = _persistently(session, blob, body, again, _CHUNK, what)
     if reply.status in (_MISSING, _OUT_OF_STEP):
-        # The registry lost the upload, as it does when it starts anew.
+        # The registry lost the session, as after a restart.
         raise Transient(session.explain(reply))
     if reply.status == _BAD and b"DIGEST_INVALID" in reply.body:
         if resumed:
-            raise Transient("the registry did not keep what it said it had")
+            raise Transient("the registry lost data that it had confirmed")
         raise Altered(
-            f"{what}: {session.explain(reply)}: what arrived does not have that digest",
-            hint=f"what was sent was right: {blame(session)}",
+            f"{what}: {session.explain(reply)}: the data that arrived does not match the digest",
+            hint=f"the data was correct when it was sent: {altered_hint(session)}",
         )
     check_created(session, reply, blob.digest, what)
 
@@ -70,34 +70,34 @@ def send(session: RegistrySession, blob: Blob, body: Opener, opened: Reply, what
 def _persistently(
     session: RegistrySession, blob: Blob, body: Opener, opened: Reply, size: int, what: str
 ) -> tuple[Reply, bool]:
-    """Send a blob, in pieces of `size` bytes (0: whole), and go on where a connection broke.
+    """Send a blob in chunks of `size` bytes (0: whole), and resume broken connections.
 
-    Return the last reply, and whether it went on anywhere. Raises Transient where the registry
-    kept nothing of it.
+    Return the last reply, and whether anything was resumed. Raises Transient if the registry
+    kept nothing.
     """
-    at, place = 0, opened
+    at, upload = 0, opened
     while True:
         try:
             if size:
-                return _in_chunks(session, body, place, blob, size, at), at > 0
+                return _in_chunks(session, body, upload, blob, size, at), at > 0
             if at or blob.size > _SMALL:
-                reply = _rest(session, body, place, blob, at)
+                reply = _rest(session, body, upload, blob, at)
                 if at or reply.status not in _NO_PARTS:
                     return reply, at > 0
             headers = {"Content-Length": str(blob.size), "Content-Type": _BINARY}
-            url = _finishing(session.location(place), blob)
+            url = _finishing(session.location(upload), blob)
             return session.call("PUT", url, headers=headers, body=body, wait=_FINISH), False
         except Transient as trouble:
-            kept = _kept(session, place)
+            kept = _kept(session, upload)
             if kept is None or not at < kept[0] <= blob.size:
                 raise
-            # It went on since the last time, so it will come to an end: this is the first try.
+            # There was progress, so it will end: count the tries anew.
             session.wait_after(what, trouble, 1)
-            at, place = kept
+            at, upload = kept
 
 
 def _kept(session: RegistrySession, opened: Reply) -> tuple[int, Reply] | None:
-    """Return how many bytes of an upload a registry has, and where it goes on; None for nothing.
+    """Return how many bytes of an upload the registry has, and its reply; None if none.
 
     https://github.com/opencontainers/distribution-spec/blob/main/spec.md#resuming-an-upload
     """
@@ -112,22 +112,22 @@ def _kept(session: RegistrySession, opened: Reply) -> tuple[int, Reply] | None:
     return int(found[1]) + 1, reply if reply.headers.get("location") else opened
 
 
-def _rest(session: RegistrySession, body: Opener, place: Reply, blob: Blob, at: int) -> Reply:
-    """Send all that comes after `at` bytes."""
+def _rest(session: RegistrySession, body: Opener, upload: Reply, blob: Blob, at: int) -> Reply:
+    """Send everything after the first `at` bytes."""
     if at == blob.size:
-        return _finish(session, place, blob)
-    reply = _patch(session, place, at, blob.size - at, lambda: _after(body(), at), whole=not at)
+        return _finish(session, upload, blob)
+    reply = _patch(session, upload, at, blob.size - at, lambda: _after(body(), at), whole=not at)
     return _finish(session, reply, blob) if reply.status in _TAKEN else reply
 
 
 def _in_chunks(
-    session: RegistrySession, body: Opener, place: Reply, blob: Blob, size: int, at: int
+    session: RegistrySession, body: Opener, upload: Reply, blob: Blob, size: int, at: int
 ) -> Reply:
-    """Send what comes after `at` bytes in pieces, as registries ask that take no large body.
+    """Send what follows `at` bytes in chunks, for registries that refuse large bodies.
 
-    A piece is held in memory, since it may have to be sent again with another token.
+    A chunk is held in memory, since it may have to be sent again with another token.
     """
-    reply = place
+    reply = upload
     for piece in _pieces(_after(body(), at), min(size, _LARGEST_CHUNK)):
         length = sum(map(len, piece))
         reply = _patch(session, reply, at, length, lambda piece=piece: iter(piece))  # type: ignore[misc]
@@ -139,7 +139,7 @@ def _in_chunks(
 
 def _patch(
     session: RegistrySession,
-    place: Reply,
+    upload: Reply,
     at: int,
     length: int,
     body: Opener,
@@ -148,18 +148,18 @@ def _patch(
 ) -> Reply:
     headers = {"Content-Length": str(length), "Content-Type": _BINARY}
     if not whole:
-        # Registries that take no parts of a blob take all of it, if it is not called a part.
+        # Registries without chunked uploads accept a whole blob if there is no Content-Range.
         headers["Content-Range"] = f"{at}-{at + length - 1}"
-    return session.call("PATCH", session.location(place), headers=headers, body=body, wait=_FINISH)
+    return session.call("PATCH", session.location(upload), headers=headers, body=body, wait=_FINISH)
 
 
-def _finish(session: RegistrySession, place: Reply, blob: Blob) -> Reply:
-    url = _finishing(session.location(place), blob)
+def _finish(session: RegistrySession, upload: Reply, blob: Blob) -> Reply:
+    url = _finishing(session.location(upload), blob)
     return session.call("PUT", url, headers={"Content-Length": "0"}, wait=_FINISH)
 
 
 def _after(chunks: Iterator[bytes], at: int) -> Iterator[bytes]:
-    """Leave out the first `at` bytes."""
+    """Skip the first `at` bytes."""
     for chunk in chunks:
         rest = chunk[at:]
         at -= len(chunk) - len(rest)
@@ -185,17 +185,17 @@ def _pieces(chunks: Iterator[bytes], size: int) -> Iterator[list[bytes]]:
 
 
 def _finishing(location: str, blob: Blob) -> str:
-    # Joined as text: the registry's own query is signed in places and must stay as it is.
+    # Joined as text: some registries sign their own query, which must stay unchanged.
     return f"{location}{'&' if '?' in location else '?'}digest={quote(blob.digest, safe='')}"
 
 
 def check_created(session: RegistrySession, reply: Reply, digest: Digest, what: str) -> None:
-    """Raise what a reply means that does not say that something of this digest was made."""
+    """Raise an error unless a reply confirms that content with this digest was created."""
     if reply.status not in (_OK, _CREATED, _ACCEPTED):
         raise session.refusal(what, reply)
-    there = promised(reply, session.registry)
+    there = declared_digest(reply, session.registry)
     if there and there != digest:
         raise Altered(
             f"{what}: {session.registry} stored {there.short} instead",
-            hint=blame(session),
+            hint=altered_hint(session),
         )

@@ -1,4 +1,4 @@
-"""One conversation with one registry: authorisation, redirects, limits, retries.
+"""A session with one registry: authorization, redirects, limits, retries.
 
 https://github.com/opencontainers/distribution-spec/blob/main/spec.md
 """
@@ -35,13 +35,13 @@ from weightsmith.values import Json
 
 T = TypeVar("T")
 Body: TypeAlias = Callable[[], Iterator[bytes]]
-"""Makes the request's bytes anew, for every try."""
+"""Yields the request's bytes from the start, for every try."""
 
 LARGEST_REPLY = 64 << 10
 LARGEST_TOKEN = 1 << 20
 TRIES = 6
 LONGEST_PAUSE = 60.0
-"""Seconds; a registry that asks for more is asked again after this."""
+"""Seconds; the longest pause before a retry, even if the registry asks for more."""
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MOST_REDIRECTS = 5
@@ -49,11 +49,11 @@ _BAD = 400
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 _DAY = 86400.0
 _EARLY = 10
-"""Seconds before its end at which a token is renewed."""
+"""Seconds before a token expires at which it is renewed."""
 
 
 class RegistrySession:
-    """Asks one registry, for one repository and the scopes that the work needs."""
+    """Sends requests to one registry, for one repository and the scopes that the work needs."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class RegistrySession:
         host = "registry-1.docker.io" if reference.registry == DOCKER_HUB else reference.registry
         scheme = "http" if insecure or reference.is_loopback else "https"
         self._may_switch = scheme == "http"
-        """Plain HTTP is allowed here; whether the registry speaks it, the first answer tells."""
+        """Plain HTTP is allowed; the first reply shows whether the registry speaks it."""
         self._is_loopback, self._insecure = reference.is_loopback, insecure
         self.registry = reference.registry
         self.root = f"{scheme}://{host}"
@@ -95,7 +95,7 @@ class RegistrySession:
         limit: int = LARGEST_REPLY,
         wait: float = 60,
     ) -> Reply:
-        """Ask once and read the reply, at most `limit` bytes; raises Transient for a bad moment."""
+        """Send one request and read at most `limit` bytes; raises Transient if a retry may help."""
         with self.stream(method, url, headers=headers, body=body, wait=wait) as response:
             data = b"" if method == "HEAD" else read_limited(response, limit, self.registry)
             reply = Reply(response.status_code, response.headers, data, str(response.url))
@@ -112,7 +112,7 @@ class RegistrySession:
         body: Body | bytes | None = None,
         wait: float = 60,
     ) -> Iterator[httpx.Response]:
-        """Ask once, authorised and through redirects; raises Transient for a broken connection."""
+        """Send one request, with authorization and redirects; Transient if it breaks off."""
         try:
             response = self._ask(method, urljoin(self.base, url), headers or {}, body, wait)
             try:
@@ -123,7 +123,7 @@ class RegistrySession:
             raise self._broken(error) from None
 
     def attempt(self, what: str, action: Callable[[], T], tries: int = TRIES) -> T:
-        """Run `action` until it does not raise Transient; EnvironmentFailure after six tries."""
+        """Run `action` until it does not raise Transient; EnvironmentFailure after `tries`."""
         for failures in itertools.count(1):
             try:
                 return action()
@@ -132,19 +132,19 @@ class RegistrySession:
         raise AssertionError("unreachable")
 
     def wait_after(self, what: str, trouble: Transient, failures: int, tries: int = TRIES) -> None:
-        """Pause before the next try: exponentially, or as the registry asks; else give up."""
+        """Pause before the next try: exponentially, or as the registry asks; or give up."""
         if failures >= tries:
             raise EnvironmentFailure(
                 f"{what}: {trouble}",
                 hint="check that the registry runs, has disk space and is reachable, "
-                "then run it again: what arrived is not sent twice",
+                "then run it again: what was uploaded is not sent twice",
             ) from None
-        # Jitter, so that many clients do not come back at the same moment.
+        # Jitter, so that many clients do not retry at the same moment.
         wished = 0.5 * 2 ** (failures - 1) * random.uniform(0.5, 1)  # noqa: S311 - no secret here
         self._pause(min(LONGEST_PAUSE, max(trouble.pause or 0.0, wished)))
 
     def check(self, what: str, response: httpx.Response) -> None:
-        """Raise what a failed reply, not yet read, means."""
+        """Raise the error for a failed reply whose body has not been read."""
         data = read_limited(response, LARGEST_REPLY, self.registry)
         reply = Reply(response.status_code, response.headers, data, str(response.url))
         self._check_transient(reply)
@@ -155,7 +155,7 @@ class RegistrySession:
             raise Transient(self.explain(reply), retry_after(reply.headers))
 
     def refusal(self, what: str, reply: Reply) -> WeightsmithError:
-        """Return the error for a status that another try does not change."""
+        """Return the error for a status that a retry does not change."""
         text = f"{what}: {self.explain(reply)}"
         if reply.status in (401, 403):
             return EnvironmentFailure(
@@ -168,13 +168,13 @@ class RegistrySession:
             )
         if reply.status == 413 or is_full(reply):
             return EnvironmentFailure(
-                text, hint="the registry has no room or a size limit; see its settings"
+                text, hint="the registry is full or has a size limit; check its settings"
             )
-        return EnvironmentFailure(text, hint="see the registry's own log for the reason")
+        return EnvironmentFailure(text, hint="see the registry's log for the reason")
 
     def explain(self, reply: Reply) -> str:
-        """Say what the registry answered, in one line and without secrets."""
-        return f"{self.registry} answered {reply.status}{self._said(reply.body)}"
+        """Describe the reply in one line, without secrets."""
+        return f"{self.registry} answered HTTP {reply.status}{self._said(reply.body)}"
 
     def _ask(
         self,
@@ -210,10 +210,10 @@ class RegistrySession:
                 url = self.follow(url, response.headers["location"])
             else:
                 return response
-        raise EnvironmentFailure(f"{self.registry} redirects in circles", hint="see its settings")
+        raise EnvironmentFailure(f"{self.registry} redirects in a loop", hint="check its settings")
 
     def _switch(self) -> bool:
-        """Go over to HTTPS where plain HTTP was tried first and the registry speaks only TLS."""
+        """Switch to HTTPS if plain HTTP was tried first and the registry speaks only TLS."""
         with self._lock:
             parts = urlsplit(self.root)
             if not self._may_switch or parts.scheme != "http":
@@ -244,10 +244,10 @@ class RegistrySession:
         return self._client.send(request, stream=True, follow_redirects=False)
 
     def follow(self, url: str, location: str, what: str = "redirects to") -> str:
-        """Return where a reply sends us: over plain HTTP only where nobody between could listen.
+        """Return the absolute URL of a redirect; plain HTTP only if nobody in between can listen.
 
-        That is on this machine, for a registry on this machine, or where `insecure` says that
-        nobody minds. Raises EnvironmentFailure; `what` says what the registry does.
+        That is: on this machine, for a registry on this machine, or with `insecure`. Raises
+        EnvironmentFailure; `what` describes what the registry does with the URL.
         """
         try:
             target = urljoin(url, location)
@@ -255,26 +255,26 @@ class RegistrySession:
             (urlsplit(target).hostname or "").encode("idna")  # as the resolver does
         except ValueError:
             raise EnvironmentFailure(
-                f"{self.registry} sends us to an address that is none",
+                f"{self.registry} {what} an invalid URL",
                 hint="correct the registry's public address",
             ) from None
         plain = self._insecure or (self._is_loopback and _is_loopback(target))
         parts = urlsplit(target)
         if parts.scheme not in (("https", "http") if plain else ("https",)):
             raise EnvironmentFailure(
-                f"{self.registry} {what} an address without HTTPS"
+                f"{self.registry} {what} a URL without HTTPS"
                 f" ({parts.scheme}://{parts.hostname or ''})",
-                hint="correct the registry's public address; where everything between here and "
-                "there is trusted, pass --insecure",
+                hint="correct the registry's public address; if you trust the network in between, "
+                "pass --insecure",
             )
         return target
 
     def location(self, reply: Reply) -> str:
-        """Return where an upload goes on; EnvironmentFailure where the reply does not say."""
+        """Return the URL of an upload session; raises EnvironmentFailure if the reply has none."""
         if not reply.headers.get("location"):
             raise EnvironmentFailure(
-                f"{self.registry} opened an upload without saying where",
-                hint="is there a proxy in between that drops the Location header?",
+                f"{self.registry} opened an upload without a Location header",
+                hint="check whether a proxy in between drops the header",
             )
         return self.follow(reply.url, reply.headers["location"])
 
@@ -286,7 +286,7 @@ class RegistrySession:
         return self._header
 
     def _renew(self, challenges: list[str], used: str) -> bool:
-        """Get a new Authorization header unless another thread just did; False if there is none."""
+        """Get a new Authorization header unless another thread just did; False if impossible."""
         with self._lock:
             if self._header != used:
                 return True
@@ -345,11 +345,11 @@ class RegistrySession:
         token = answer.get("token") or answer.get("access_token")
         if not isinstance(token, str) or not _TOKEN.fullmatch(token):
             raise EnvironmentFailure(
-                f"the token service of {self.registry} gave no token",
-                hint="is there a login page or proxy in between?",
+                f"the token service of {self.registry} returned no token",
+                hint="check whether a login page or proxy is in between",
             )
         seconds = answer.get("expires_in")
-        # Without a figure a token is good for 60 seconds, says the token specification.
+        # The token specification's default lifetime is 60 seconds.
         lasts = 60.0
         if isinstance(seconds, int | float) and seconds > 0:
             lasts = float(min(seconds, _DAY))
@@ -373,14 +373,14 @@ class RegistrySession:
         if cause is not None:
             return EnvironmentFailure(
                 f"the certificate of {self.registry} cannot be verified",
-                hint="set SSL_CERT_FILE to your authority's certificates, or pass --insecure",
+                hint="set SSL_CERT_FILE to your CA's certificates, or pass --insecure",
             )
         why = re.sub(r"\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
         return Transient(f"{self.registry} does not answer ({why[:100]})")
 
 
 def _is_loopback(url: str) -> bool:
-    """Say whether an address is on this machine, so that plain HTTP stays on it."""
+    """Say whether a URL is on this machine, so that plain HTTP does not leave it."""
     return is_loopback(urlsplit(url).hostname or "")
 
 

@@ -1,4 +1,4 @@
-"""Reads layers as tar archives, whatever they are compressed with."""
+"""Reads layers as tar archives, with any compression."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _EXTENDED = (
 )
 _LARGEST_EXTENDED = 1 << 20
 _MOST_EXTENDED = 16
-"""In a row, before one file; tools write at most one of each kind."""
+"""Consecutive extended headers before one file; tools write at most one of each kind."""
 _LEAST_ROOM, _MOST_RATIO = 256 << 20, 200
-"""Bytes that any layer may unfold into, and how often its own size; layers of zeros reach 1000."""
+"""Bytes that any layer may unpack to, and the multiple of its size; layers of zeros reach 1000."""
 _BUFFER = 1 << 20
 
 
 @contextmanager
 def opened(layer: Layer) -> Iterator[tuple[tarfile.TarFile, ChunkFile]]:
-    """Open a layer's tar, to be read in order, with the stream that it comes from.
+    """Open a layer's tar for sequential reading, with the stream that it comes from.
 
-    Raises InputRefused for what cannot be read. What was changed on its way is not the image's
-    fault: before anything is said against a layer, its bytes are held against its digest.
+    Raises InputRefused for a layer that cannot be read. Data altered in transit is not the image's
+    fault, so the digest is verified before a layer is refused.
     """
     chunks = layer.open()
     stream = ChunkFile(uncompressed(layer, chunks))
@@ -65,15 +65,15 @@ def entries(layer: Layer) -> Iterator[tarfile.TarInfo]:
     """Yield a layer's entries without their content; InputRefused for a damaged layer."""
     with opened(layer) as (archive, _):
         while (entry := archive.next()) is not None:
-            archive.members.clear()  # type: ignore[attr-defined]  # they would pile up
+            archive.members.clear()  # type: ignore[attr-defined]  # they would accumulate
             yield entry
 
 
 class Entry(tarfile.TarInfo):
-    """An entry that is small to read: `tarfile` takes what stands before it whole, and recursively.
+    """A tar entry with limits: `tarfile` reads extended headers whole, and recursively.
 
-    Extended headers are limited in size and number, and sparse files refused: no tool writes them
-    into layers, and half a kilobyte of one is a file of terabytes. Raises InputRefused.
+    Extended headers are limited in size and number. Sparse files are refused: no tool writes them
+    into layers, and half a kilobyte can declare terabytes. Raises InputRefused.
     """
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
@@ -98,7 +98,7 @@ def _hostile(what: str) -> InputRefused:
 
 
 class ChunkFile:
-    """Chunks as a file that can only be read on, hashed as it goes."""
+    """Chunks as a file that can only be read forward and is hashed as it is read."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks = chunks
@@ -118,7 +118,7 @@ class ChunkFile:
         return data[:size]
 
     def drain(self) -> None:
-        """Read what follows the archive's end: it belongs to the digest."""
+        """Read what follows the archive's end: it is part of the digest."""
         for chunk in self._chunks:
             self._state.update(chunk)
 
@@ -129,9 +129,9 @@ class ChunkFile:
 
 
 def uncompressed(layer: Layer, chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield a layer's tar, whatever it is compressed with; InputRefused where it cannot be.
+    """Yield a layer's uncompressed tar.
 
-    So too where it unfolds into far more than it is.
+    Raises InputRefused if it cannot be decompressed, or grows far beyond its compressed size.
     """
     if layer.media_type in (LAYER_TAR, manifests.DOCKER_TAR):
         return chunks
@@ -145,12 +145,12 @@ def _bounded(pieces: Iterator[bytes], layer: Layer) -> Iterator[bytes]:
     for piece in pieces:
         size += len(piece)
         if size > most:
-            raise _hostile(f"{layer.size} bytes that unfold into more than {most}")
+            raise _hostile(f"{layer.size} bytes that unpack to more than {most}")
         yield piece
 
 
 def _gunzip(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield a gzip stream's content, of all its members (RFC 1952), in bounded pieces."""
+    """Yield the content of all members of a gzip stream (RFC 1952), in bounded pieces."""
     machine = zlib.decompressobj(31)
     for chunk in chunks:
         rest = chunk
@@ -168,7 +168,7 @@ def _zstd(layer: Layer, chunks: Iterator[bytes]) -> Iterator[bytes]:
     if importlib.util.find_spec("zstandard") is None:
         raise InputRefused(
             f"the layer {layer.digest.short} is compressed with zstd, which cannot be read here",
-            hint="pip install zstandard, or take an image with gzip layers",
+            hint="pip install zstandard, or use an image with gzip layers",
         )
     zstandard = importlib.import_module("zstandard")
     reader = zstandard.ZstdDecompressor().stream_reader(ChunkFile(chunks), read_across_frames=True)

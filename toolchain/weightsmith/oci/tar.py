@@ -1,4 +1,4 @@
-"""The tar format, written by our own code so that the bytes are the same everywhere.
+"""Writes tar archives with our own code, so that the bytes are the same everywhere.
 
 POSIX.1-2001 ustar and pax: https://pubs.opengroup.org/onlinepubs/9699919799/utilities/pax.html
 """
@@ -12,16 +12,16 @@ from weightsmith.errors import UsageError
 
 BLOCK = 512
 END = bytes(2 * BLOCK)
-"""What closes an archive; longer padding is a habit of tape drives."""
+"""End of an archive; longer padding is only useful on tape drives."""
 
 _LARGEST_USTAR = 8**11 - 1
 _NAME, _PREFIX = 100, 155
 
 
 def header(path: str, *, size: int, mode: int, mtime: int, folder: bool = False) -> bytes:
-    """Return an entry's header: 512 bytes, more where pax has to carry a long name or size.
+    """Return an entry's header: 512 bytes, or more if a long name or size needs pax records.
 
-    `path` is relative POSIX, without a slash at the end; owner and group are 0 and have no names.
+    `path` is a relative POSIX path without a trailing slash; owner and group are 0, without names.
     """
     name = path + "/" if folder else path
     raw = name.encode()
@@ -43,7 +43,7 @@ def padding(size: int) -> bytes:
 
 
 def source_date_epoch(environ: Mapping[str, str] = os.environ) -> int:
-    """Return SOURCE_DATE_EPOCH in seconds, 0 where it is not set; UsageError for anything else.
+    """Return SOURCE_DATE_EPOCH in seconds, 0 if it is not set; UsageError if it is no number.
 
     https://reproducible-builds.org/specs/source-date-epoch/
     """
@@ -57,10 +57,10 @@ def source_date_epoch(environ: Mapping[str, str] = os.environ) -> int:
 
 
 def _split(raw: bytes) -> tuple[bytes, bytes] | None:
-    """Return ustar's name and prefix, or None where the path does not fit."""
+    """Return ustar's name and prefix, or None if the path does not fit."""
     if len(raw) <= _NAME:
         return raw, b""
-    # The name is as long as it can be: one rule, so that one path has one spelling.
+    # The name is as long as possible, so that each path has exactly one encoding.
     slash = raw.find(b"/", len(raw) - _NAME - 1, len(raw) - 1)
     if slash <= 0 or slash > _PREFIX:
         return None

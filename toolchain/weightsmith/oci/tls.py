@@ -1,4 +1,4 @@
-"""Which certificates are trusted, and whether a registry on this machine speaks TLS at all."""
+"""Trusted certificates, and whether a registry on this machine speaks TLS."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _SECONDS = 2.0
 
 
 def trusted() -> ssl.SSLContext:
-    """Return a context that trusts the system's authorities, or those of SSL_CERT_FILE.
+    """Return a context that trusts the system's CAs, or those of SSL_CERT_FILE.
 
-    Where the system has none, those that Mozilla trusts, as the certifi package has them.
+    If the system has none, it trusts Mozilla's, from the certifi package.
     """
     context = ssl.create_default_context()
     if not context.cert_store_stats()["x509_ca"]:
@@ -22,7 +22,7 @@ def trusted() -> ssl.SSLContext:
 
 
 def unverified() -> ssl.SSLContext:
-    """Return a context that takes any certificate: for `--insecure`."""
+    """Return a context that accepts any certificate, for `--insecure`."""
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -30,7 +30,7 @@ def unverified() -> ssl.SSLContext:
 
 
 def speaks_tls(host: str, port: int) -> bool:
-    """Say whether a TLS handshake succeeds there; nothing is sent in it but the handshake."""
+    """Say whether a TLS handshake succeeds; nothing else is sent."""
     try:
         with (
             socket.create_connection((host, port), _SECONDS) as plain,

@@ -1,4 +1,4 @@
-"""Unpacks an image into a root file system, with distrust of everything in its layers.
+"""Unpacks an image into a root file system; its layers are untrusted.
 
 https://github.com/opencontainers/image-spec/blob/main/layer.md (whiteouts, change sets)
 """
@@ -21,38 +21,38 @@ _WHITEOUT = ".wh."
 _OPAQUE = ".wh..wh..opq"
 _MOST_LINKS = 40
 _MOST_ENTRIES = 1_000_000
-"""Of an image's layers together; CUDA images have a tenth."""
+"""Entries in all layers of an image; CUDA images have a tenth of it."""
 _BUFFER = 1 << 20
 _DEEPEST = 256
-"""Folders in one another. Images that people use have some dozens, and a path of Linux, which ends
-at 4,096 bytes, has hardly room for more; what is deeper is there to end the programs that read it.
+"""Nested folders. Real images have a few dozen, and a Linux path (4,096 bytes) has hardly room for
+more; deeper trees are made to crash the programs that read them.
 """
 _LONGEST_NAME = 255
-"""Bytes that a name may have on Linux's file systems."""
+"""Bytes of a file name on Linux file systems."""
 
 
 def unpack(image: Image, root: Path) -> None:
-    """Make `root`, absent or empty before, the image's file system; whole or not at all.
+    """Unpack the image into `root`, which must be absent or empty; all or nothing.
 
-    Whiteouts are honoured, links are followed only inside the root, device nodes and pipes are
-    left out. Modes and times are kept, set-user-id bits are not; owners only when run by root.
-    Raises InputRefused for a layer that is malformed, would leave the root or is not what its
-    diff id promises; EnvironmentFailure for the disk.
+    Whiteouts are applied, links are followed only inside the root, device nodes and pipes are
+    left out. Modes and times are kept, set-user-id bits are not, owners only as root. Raises
+    InputRefused for a layer that is malformed, leaves the root or does not match its diff id;
+    EnvironmentFailure for disk errors.
     """
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UsageError(f"{root} is not empty", hint="name a folder that does not exist yet")
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         _require_room(image, root)
-        beside = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
         try:
-            tree = _Tree(beside)
+            tree = _Tree(temporary)
             for layer in image.layers:
                 _apply(tree, layer)
             tree.finish()
-            beside.replace(root)
+            temporary.replace(root)
         except BaseException:
-            discard(beside)
+            discard(temporary)
             raise
     except OSError as error:
         raise EnvironmentFailure(
@@ -62,7 +62,7 @@ def unpack(image: Image, root: Path) -> None:
 
 
 def _require_room(image: Image, root: Path) -> None:
-    """Raise EnvironmentFailure where not even the layers as they are have room."""
+    """Raise EnvironmentFailure if there is less space than the packed layers take."""
     needed = sum(layer.size for layer in image.layers)
     free = shutil.disk_usage(root.parent).free
     if free < needed:
@@ -74,7 +74,7 @@ def _require_room(image: Image, root: Path) -> None:
 
 
 class _Tree:
-    """A root file system that is being written; nobody else writes into it meanwhile."""
+    """A root file system that is being written, by us alone."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -82,9 +82,9 @@ class _Tree:
         self._folders: dict[Path, tarfile.TarInfo] = {}
 
     def place(self, name: str) -> Path | None:
-        """Return where an entry goes: its parent's links are followed, its own is not.
+        """Return an entry's path: its parent's links are followed, its own is not.
 
-        None is the root itself. Missing parents are made.
+        None is the root itself. Missing parents are created.
         """
         parts = [part for part in name.split("/") if part not in ("", ".")]
         if ".." in parts or "\0" in name:
@@ -105,7 +105,7 @@ class _Tree:
         return self._inside(parts[:-1]) / parts[-1]
 
     def write(self, entry: tarfile.TarInfo, archive: tarfile.TarFile, target: Path) -> None:
-        """Put one entry in its place, over whatever is there."""
+        """Write one entry, replacing what is there."""
         keeps = entry.isdir() and target.is_dir() and not target.is_symlink()
         if not keeps:
             self.remove(target)
@@ -128,7 +128,7 @@ class _Tree:
             self._write_file(entry, archive, target)
 
     def remove(self, target: Path) -> None:
-        """Delete a file or a folder; what a link points to stays."""
+        """Delete a file or a folder; the target of a link stays."""
         if target.is_dir() and not target.is_symlink():
             self._folders = {
                 path: entry
@@ -140,7 +140,7 @@ class _Tree:
             target.unlink(missing_ok=True)
 
     def finish(self) -> None:
-        """Give the folders their modes and times: before, they had to be writable."""
+        """Set the folders' modes and times; until now they had to be writable."""
         self.root.chmod(0o755)
         for path in sorted(self._folders, key=lambda path: len(path.parts), reverse=True):
             entry = self._folders[path]
@@ -155,12 +155,12 @@ class _Tree:
             if content is not None:
                 shutil.copyfileobj(content, file, _BUFFER)
         _own(target, entry)
-        # A set-user-id file of a foreign image would be a way to become root on this machine.
+        # A set-user-id file from an image would be a way to become root on this machine.
         target.chmod(entry.mode & 0o1777)
         _touch(target, entry)
 
     def _inside(self, parts: list[str]) -> Path:
-        """Walk from the root as a process in it would, and make the folders that are missing."""
+        """Resolve a path as a process in the root would, and create missing folders."""
         here, rest, links = self.root, list(parts), 0
         while rest:
             part = rest.pop(0)
@@ -176,7 +176,7 @@ class _Tree:
                 links += 1
                 if links > _MOST_LINKS:
                     raise InputRefused(
-                        "a layer has links that lead in circles",
+                        "a layer has a loop of symbolic links",
                         hint="the image is damaged or hostile; do not use it",
                     )
                 to = str(step.readlink())
@@ -199,7 +199,7 @@ def _apply(tree: _Tree, layer: Layer) -> None:
             archive.members.clear()  # type: ignore[attr-defined]  # they would pile up
     if stream.digest != layer.diff_id:
         raise InputRefused(
-            f"the layer {layer.digest.short} cannot be unpacked: its content has another digest",
+            f"the layer {layer.digest.short} cannot be unpacked: it does not match its diff id",
             hint="the image is damaged; pull or build it again",
         )
 
@@ -218,7 +218,7 @@ def _apply_entry(
         return
     if target.name == _OPAQUE:
         for child in list(target.parent.iterdir()):
-            # What this very layer brought stays: the marker hides only what is below.
+            # Files of this same layer stay: a whiteout hides only lower layers.
             if child not in made and not any(child in path.parents for path in made):
                 tree.remove(child)
     elif target.name.startswith(_WHITEOUT):
@@ -246,7 +246,7 @@ def _touch(path: Path, entry: tarfile.TarInfo) -> None:
 def _own(path: Path, entry: tarfile.TarInfo) -> None:
     if not (0 <= entry.uid < 1 << 31 and 0 <= entry.gid < 1 << 31):
         raise InputRefused(
-            f"a layer gives {entry.name[:200]!r} to an impossible owner",
+            f"a layer gives {entry.name[:200]!r} an invalid owner",
             hint="the image is damaged or hostile; do not use it",
         )
     if os.geteuid() == 0:
@@ -255,6 +255,6 @@ def _own(path: Path, entry: tarfile.TarInfo) -> None:
 
 def _too_deep() -> InputRefused:
     return InputRefused(
-        f"a layer has a path that is nested deeper than {_DEEPEST} folders",
+        f"a layer has a path nested deeper than {_DEEPEST} folders",
         hint="the image is damaged or hostile; do not use it",
     )

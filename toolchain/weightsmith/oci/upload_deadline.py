@@ -1,4 +1,4 @@
-"""Whether a layer will be there before its registry ends the upload, by how fast it goes."""
+"""Warns if a layer uploads too slowly for its registry's time limit."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from weightsmith.oci.image import Opener
 from weightsmith.oci.limits import RegistryLimits
 
 _SURE = 1 / 20
-"""Part of the time limit after which a rate is believed: of ten minutes, half a minute."""
+"""Fraction of the time limit after which the rate is reliable: half a minute of ten."""
 _SPARE = 0.8
-"""Part of what would just fit that is advised: rates change."""
+"""Fraction of the size that would just fit, as advice: rates vary."""
 
 
 class UploadDeadline:
-    """Warns once in a push, and well before the registry gives up, of a layer that is too slow."""
+    """Warns once per push, well before the registry's time limit, about a slow layer."""
 
     def __init__(
         self, limits: RegistryLimits | None, warn: Callable[[str], None], clock: Callable[[], float]
@@ -24,11 +24,11 @@ class UploadDeadline:
         self._limit = limits.upload_seconds if limits else 0
         self._warn = warn
         self._clock = clock
-        self._told = not self._limit
+        self._warned = not self._limit
         self._lock = threading.Lock()
 
     def over(self, opener: Opener, size: int, file: str = "") -> Opener:
-        """Return what yields the same layer of `size` bytes, and looks how long that takes."""
+        """Return an opener of the same layer of `size` bytes that watches the upload rate."""
         return lambda: self._watched(opener(), size, file)
 
     def _watched(self, chunks: Iterable[bytes], size: int, file: str) -> Iterator[bytes]:
@@ -36,20 +36,20 @@ class UploadDeadline:
         for chunk in chunks:
             yield chunk
             done += len(chunk)
-            if not self._told:
+            if not self._warned:
                 self._look(done, size, self._clock() - began, file)
 
     def _look(self, done: int, size: int, seconds: float, file: str) -> None:
         if seconds < self._limit * _SURE or seconds * size <= self._limit * done:
             return
         with self._lock:
-            if self._told:
+            if self._warned:
                 return
-            self._told = True
+            self._warned = True
         rate = done / seconds
         self._warn(
             f"{file or 'a layer'} will take about {size / rate / 60:.0f} minutes at "
-            f"{rate / 1e6:.1f} MB/s, and {self._name} ends an upload after {self._limit / 60:.0f}: "
+            f"{rate / 1e6:.1f} MB/s, and {self._name} ends uploads after {self._limit / 60:.0f}: "
             f"bake it with --max-layer-size {_written(rate * self._limit * _SPARE)} "
             "(for GGUF, `quantize --split-max-size`)"
         )

@@ -1,4 +1,4 @@
-"""The writing half of the distribution protocol: blobs skipped, mounted or streamed."""
+"""Uploads blobs and manifests to a registry; blobs are skipped, mounted or streamed."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from weightsmith.values import Blob, Digest
 T = TypeVar("T")
 _OK, _CREATED, _ACCEPTED, _MISSING, _KIND = 200, 201, 202, 404, 415
 _FEW = 3
-"""Tries of a first look: long enough for a hiccup, short enough to wait for."""
+"""Tries of the first request: enough for a hiccup, few enough to wait for."""
 
 
 Elsewhere: TypeAlias = Callable[[Blob], tuple[RegistrySession, str] | None]
-"""Blob -> a repository that had it before, and a conversation that may ask there; or None."""
+"""Blob -> a session for another repository that had it, and that repository; or None."""
 
 
-class Way(Enum):
-    """How a blob got there."""
+class Transfer(Enum):
+    """How a blob got into the repository."""
 
     THERE = "there"
     MOUNTED = "mounted"
@@ -41,11 +41,11 @@ class Way(Enum):
 
 
 class _Stopped(Exception):
-    """Another blob failed, or the user stopped the push."""
+    """Another upload failed, or the user stopped the push."""
 
 
 def mount_sources(image: Image, reference: Reference, more: Sequence[str]) -> tuple[str, ...]:
-    """Return the repositories of the same registry that may hold some of the layers."""
+    """Return the repositories of the same registry that may have some of the layers."""
     found = {
         layer.origin.repository: None
         for layer in image.layers
@@ -56,7 +56,7 @@ def mount_sources(image: Image, reference: Reference, more: Sequence[str]) -> tu
     return tuple(name for name in {**found, **dict.fromkeys(more)} if name != reference.repository)
 
 
-def bring_all(
+def upload_layers(
     session: RegistrySession,
     image: Image,
     sources: Sequence[str],
@@ -65,10 +65,10 @@ def bring_all(
     elsewhere: Elsewhere | None = None,
     *,
     deadline: UploadDeadline,
-) -> list[tuple[Way, int]]:
-    """Bring every layer and the configuration there; return how, and the bytes of each.
+) -> list[tuple[Transfer, int]]:
+    """Upload every layer and the configuration; return how, and the bytes, for each.
 
-    A layer that has to be hashed first is hashed in its own thread, beside other uploads.
+    A layer that must be hashed first is hashed in its own thread, during other uploads.
     """
 
     def ready(layer: Layer) -> tuple[Blob, Opener]:
@@ -76,13 +76,13 @@ def bring_all(
         return blob, deadline.over(_opener(layer, blob), blob.size, layer.file)
 
     meter = Meter(sum(layer.size for layer in image.layers), progress)
-    sent = bring_each(session, image.layers, ready, sources, meter, parallel, elsewhere)
+    sent = upload_each(session, image.layers, ready, sources, meter, parallel, elsewhere)
     config = image.config_blob
-    way = bring(session, config, lambda: iter((image.config_bytes,)))
-    return [*sent, (way, config.size)]
+    transfer = upload_blob(session, config, lambda: iter((image.config_bytes,)))
+    return [*sent, (transfer, config.size)]
 
 
-def bring_each(
+def upload_each(
     session: RegistrySession,
     things: Sequence[T],
     ready: Callable[[T], tuple[Blob, Opener]],
@@ -90,18 +90,18 @@ def bring_each(
     meter: Meter,
     parallel: int,
     elsewhere: Elsewhere | None = None,
-) -> list[tuple[Way, int]]:
-    """Bring blobs there, some at a time; where one fails, the others stop.
+) -> list[tuple[Transfer, int]]:
+    """Upload blobs in parallel; if one fails, the others stop.
 
-    `ready` tells what a thing's blob is, in the thread that sends it.
+    `ready` returns an item's blob and opener; it is called in the thread that uploads it.
     """
     stop = threading.Event()
 
-    def work(thing: T) -> tuple[Way, int]:
+    def work(thing: T) -> tuple[Transfer, int]:
         if stop.is_set():
             raise _Stopped
         blob, opener = ready(thing)
-        return bring(session, blob, opener, sources, meter, stop, elsewhere), blob.size
+        return upload_blob(session, blob, opener, sources, meter, stop, elsewhere), blob.size
 
     with ThreadPoolExecutor(max(1, parallel)) as pool:
         futures = [pool.submit(work, thing) for thing in things]
@@ -110,7 +110,7 @@ def bring_each(
             for future in done:
                 future.result()
         except BaseException:
-            # The pool waits for its threads, so they have to be told.
+            # The pool waits for its threads, so they must be told to stop.
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -118,16 +118,16 @@ def bring_each(
 
 
 def _opener(layer: Layer, blob: Blob) -> Opener:
-    """Return what yields the layer's bytes, checked: not every registry compares the digest."""
+    """Return an opener that verifies the layer: not every registry compares the digest."""
     known = isinstance(layer, BlobLayer) or (isinstance(layer, TarLayer) and layer.is_as_hashed())
     if known:
-        return layer.open  # checked where it is read, or a moment ago
+        return layer.open  # verified when it is read, or just hashed
     what = layer.file or "a layer"
     hint = "a file changed since it was hashed; build again"
     return lambda: verified(layer.open(), blob, what, hint)
 
 
-def bring(
+def upload_blob(
     session: RegistrySession,
     blob: Blob,
     opener: Opener,
@@ -135,10 +135,10 @@ def bring(
     meter: Meter | None = None,
     stop: threading.Event | None = None,
     elsewhere: Elsewhere | None = None,
-) -> Way:
-    """Make sure that the repository holds the blob.
+) -> Transfer:
+    """Upload a blob, unless the repository has it.
 
-    A broken upload goes on where the registry kept what came, else it starts again.
+    A broken upload is resumed if the registry kept its data, else it starts again.
     """
     meter = meter or Meter(blob.size)
     what = f"cannot upload the blob {blob.digest.short}"
@@ -149,29 +149,29 @@ def bring(
                 raise _Stopped
             yield chunk
 
-    def once() -> Way:
+    def once() -> Transfer:
         held = _held(session, blob, what)
         if held == blob.size:
-            return Way.THERE
-        if held is None and elsewhere and (place := elsewhere(blob)) and _mounted(*place, blob):
-            return Way.MOUNTED
+            return Transfer.THERE
+        if held is None and elsewhere and (other := elsewhere(blob)) and _mounted(*other, blob):
+            return Transfer.MOUNTED
         opened = _mount(session, blob, sources if held is None else ())
         if opened is None:
-            return Way.MOUNTED
+            return Transfer.MOUNTED
         send(session, blob, body, opened, what)
         if held is not None and _held(session, blob, what) != blob.size:
             raise _damaged(session, blob, held, what)
-        return Way.SENT
+        return Transfer.SENT
 
-    way = session.attempt(what, once)
+    transfer = session.attempt(what, once)
     meter.reach(blob.digest, blob.size)
-    return way
+    return transfer
 
 
 def _held(session: RegistrySession, blob: Blob, what: str) -> int | None:
-    """Return how many bytes the repository has under the digest, or None where it has no such blob.
+    """Return the size of the blob in the repository, or None if it has no such blob.
 
-    A registry may have kept a part of a broken upload as if it were all.
+    A registry may have stored part of a broken upload as if it were complete.
     """
     url = f"blobs/{blob.digest}"
     found = session.call("HEAD", url)
@@ -181,7 +181,7 @@ def _held(session: RegistrySession, blob: Blob, what: str) -> int | None:
         raise session.refusal(what, found)
     if found.headers.get("content-length") in (None, str(blob.size)):
         return blob.size
-    # Some answer HEAD with another length than GET, of which only the head is read here.
+    # Some registries send a wrong length with HEAD; of this GET only the headers are read.
     with session.stream("GET", url) as reply:
         length = reply.headers.get("content-length", "") if reply.status_code == _OK else "0"
     return int(length) if length.isascii() and length.isdigit() else blob.size
@@ -189,14 +189,14 @@ def _held(session: RegistrySession, blob: Blob, what: str) -> int | None:
 
 def _damaged(session: RegistrySession, blob: Blob, held: int, what: str) -> EnvironmentFailure:
     return EnvironmentFailure(
-        f"{what}: {session.registry} holds {held} of its {blob.size} bytes under that digest, "
-        "and keeps them",
+        f"{what}: {session.registry} has only {held} of its {blob.size} bytes under that digest "
+        "and does not replace them",
         hint="delete the blob there, or push to another repository",
     )
 
 
 def try_upload(session: RegistrySession, where: str) -> None:
-    """Open an upload and give it up; raises what a push would, after seconds and not minutes."""
+    """Open and cancel an upload; raises what a push would, in seconds instead of minutes."""
     what = f"cannot push to {where}"
     headers = {"Content-Length": "0"}
     opened = session.attempt(
@@ -205,66 +205,66 @@ def try_upload(session: RegistrySession, where: str) -> None:
     if opened.status != _ACCEPTED:
         raise session.refusal(what, opened)
     if opened.headers.get("location"):
-        # Some registries cannot cancel, and forget uploads by themselves.
+        # Some registries cannot cancel uploads; those expire.
         with suppress(Transient):
             session.call("DELETE", session.location(opened))
 
 
 def put_manifest(session: RegistrySession, name: str, manifest: bytes, media_type: str) -> Reply:
-    """Put a manifest under a digest or a tag; Altered if another digest comes back."""
+    """Put a manifest under a digest or a tag; raises Altered if another digest comes back."""
     what = f"cannot put the manifest {name}"
     headers = {"Content-Type": media_type}
     reply = session.attempt(
         what, lambda: session.call("PUT", f"manifests/{name}", headers=headers, body=manifest)
     )
     if reply.status == _KIND or b"MANIFEST_INVALID" in reply.body:
-        kind = "that hang on others (OCI 1.1)" if b'"subject"' in manifest else "of OCI's kind"
+        kind = "manifests with a subject (OCI 1.1)" if b'"subject"' in manifest else "OCI manifests"
         raise EnvironmentFailure(
             f"{what}: {session.explain(reply)}",
-            hint=f"does this registry take manifests {kind}? Older versions of some do not",
+            hint=f"check that the registry supports {kind}; older versions of some do not",
         )
     check_created(session, reply, Digest.of(manifest), what)
     return reply
 
 
 def put_tag(
-    session: RegistrySession, place: Reference, manifest: bytes, media_type: str, *, force: bool
+    session: RegistrySession, reference: Reference, manifest: bytes, media_type: str, *, force: bool
 ) -> None:
-    """Put a manifest under a tag; UsageError where it names another and `force` is false.
+    """Put a manifest under a tag; UsageError if it names another digest, unless `force`.
 
-    Asked anew, since others push during a long upload. Left out where it names this one: Amazon
-    ECR and Harbor refuse that, too, for a tag that is immutable.
+    The tag is read again, since others may have pushed during a long upload. A tag that names this
+    digest is not put again: Amazon ECR and Harbor refuse even that if tags are immutable.
     """
-    found, digest = downloads.digest_of(session, place), Digest.of(manifest)
+    found, digest = downloads.digest_of(session, reference), Digest.of(manifest)
     if found and found != digest and not force:
-        raise taken(place, found)
-    if found != digest and place.tag:
-        put_manifest(session, place.tag, manifest, media_type)
+        raise tag_conflict(reference, found)
+    if found != digest and reference.tag:
+        put_manifest(session, reference.tag, manifest, media_type)
 
 
-def taken(reference: Reference, found: Digest) -> UsageError:
+def tag_conflict(reference: Reference, found: Digest) -> UsageError:
     """Return the error for a tag that names another image."""
     return UsageError(
-        f"{reference} exists and is another image ({found.short})",
+        f"{reference} already exists and is another image ({found.short})",
         hint="choose another tag, or pass --force to move this one",
     )
 
 
 def _mount(session: RegistrySession, blob: Blob, sources: Sequence[str]) -> Reply | None:
-    """Return None if the blob was mounted, else the reply that opened an upload."""
+    """Return None if the blob was mounted, else the reply that opened an upload session."""
     for source in sources:
         url = f"blobs/uploads/?mount={blob.digest}&from={quote(source, safe='')}"
         reply = session.call("POST", url, headers={"Content-Length": "0"})
         if reply.status == _CREATED:
             return None
         if reply.status == _ACCEPTED:
-            # Not there: an upload was opened instead, which the next question replaces.
+            # Not mounted: an upload session was opened, which the next request replaces.
             session.call("DELETE", session.location(reply))
     return session.call("POST", "blobs/uploads/", headers={"Content-Length": "0"})
 
 
 def _mounted(session: RegistrySession, source: str, blob: Blob) -> bool:
-    """Say whether a blob was mounted from where it was once pushed; it may be gone, or private."""
+    """Say whether a blob was mounted from an earlier repository; it may be gone, or private."""
     url = f"blobs/uploads/?mount={blob.digest}&from={quote(source, safe='')}"
     try:
         reply = session.call("POST", url, headers={"Content-Length": "0"})

@@ -1,4 +1,4 @@
-"""A model's files as layers: which of them get one of their own, and which share one."""
+"""Groups a model's files into layers: large files get their own, small ones share one."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from weightsmith.oci.layers import Member, Memo, TarLayer
 from weightsmith.values import Pieces, Tree
 
 _WEIGHTS = (".safetensors", ".gguf")
-"""Endings of files that get a layer of their own, so that a changed tokenizer sends no weights."""
+"""Extensions of files with a layer of their own: a changed tokenizer uploads no weights again."""
 OWN_LAYER = 32 << 20
-"""Bytes from which any other file gets one, too; 32 MiB."""
+"""Bytes from which any other file gets its own layer; 32 MiB."""
 _MOST_LAYERS = 64
-"""Above this, neighbours share layers: engines hold at most 125, and the base needs its own."""
+"""Above this, neighbours share layers: engines support at most 125, including the base's."""
 
 
-def most_beside(base_layers: int) -> int:
-    """Return how many layers of weights go with a base; small files and settings need one each."""
+def max_weight_layers(base_layers: int) -> int:
+    """Return how many weight layers fit on a base; small files and settings need one each."""
     return max(1, min(_MOST_LAYERS, MOST_LAYERS - base_layers - 2))
 
 
@@ -33,19 +33,18 @@ def weight_layers(
     largest: int = 0,
     contents: Mapping[str, Pieces] | None = None,
 ) -> tuple[TarLayer, ...]:
-    """Return the tree as layers: each file of weights alone, small other ones together, sorted.
+    """Return the tree as layers: each weights file alone, small other files together, sorted.
 
-    Modes on disk do not count: weights are data, 0644 wherever they were kept. Files that share
-    a layer stay below `largest` bytes together, where that is given. `contents` are files that
-    are not on disk.
+    Modes on disk are ignored: all files become 0644. Files that share a layer have at most
+    `largest` bytes together, if given. `contents` are files that are in memory, not on disk.
     """
     when = tar.source_date_epoch() if epoch is None else epoch
     large: list[Member] = []
     small: list[Member] = []
     for entry in sorted(tree.files, key=lambda entry: entry.path):
-        place = f"{prefix.rstrip('/')}/{entry.path}"
+        path = f"{prefix.rstrip('/')}/{entry.path}"
         source = (contents or {}).get(entry.path, tree.path(entry.path))
-        member = Member(place, entry.size, 0o644, source, entry.digest)
+        member = Member(path, entry.size, 0o644, source, entry.digest)
         alone = entry.path.endswith(_WEIGHTS) or entry.size >= own_layer
         (large if alone else small).append(member)
     together = max(1, -(-len(large) // most))
@@ -59,11 +58,11 @@ def weight_layers(
 
 
 def _below(group: list[Member], largest: int) -> list[list[Member]]:
-    """Cut a group of files where its layer would become larger than `largest`; 0 never does."""
+    """Split a group of files so that no layer exceeds `largest` bytes; 0 for no limit."""
     parts: list[list[Member]] = [[]]
     used = 0
     for member in group:
-        # Headers, padding and folders: an upper bound that no path of an image exceeds.
+        # Headers, padding and folders: an upper bound for any path in an image.
         need = member.size + 8 * tar.BLOCK
         if largest and parts[-1] and used + need > largest:
             parts.append([])

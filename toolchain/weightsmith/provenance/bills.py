@@ -1,7 +1,7 @@
-"""The bills of materials that a base's makers left: attached to it, or beside it in its index.
+"""Reads the bills of materials of a base image: attached to it, or listed in its index.
 
-BuildKit writes them as statements, in a manifest of their own that names the image which they are
-about: https://github.com/moby/buildkit/blob/master/docs/attestations/attestation-storage.md
+BuildKit writes them as statements, in a separate manifest that names its image:
+https://github.com/moby/buildkit/blob/master/docs/attestations/attestation-storage.md
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PREDICATES = {
     "https://spdx.dev/Document": (SPDX_TYPE, "base.spdx.json"),
     "https://cyclonedx.org/bom": (MEDIA_TYPE, "base.cdx.json"),
 }
-"""Predicate type -> what its predicate is, and the name that it gets."""
+"""Predicate type -> media type of the predicate, and its file name."""
 _PREDICATE = "in-toto.io/predicate-type"
 _ABOUT, _KIND = "vnd.docker.reference.digest", "vnd.docker.reference.type"
 _MOST = 20
@@ -45,22 +45,22 @@ def base_documents(base: Image | None, name: str, registry: Registry) -> tuple[D
     return (titled(MEDIA_TYPE, ENGINE_BILL, bill),)
 
 
-def read_bills(place: Reference, base: Image, registry: Registry) -> tuple[Document, ...]:
-    """Return the bills of a base; () where none can be read.
+def read_bills(reference: Reference, base: Image, registry: Registry) -> tuple[Document, ...]:
+    """Return a base's bills of materials; () if none can be read.
 
-    They are a help and no condition, so a registry that does not tell is not an error here.
+    They are optional, so a registry's error is ignored here.
     """
     readers: Sequence[Callable[[Reference, Image, Registry], Iterator[Document]]]
-    readers = (_attached, _beside)
+    readers = (_attached, _in_index)
     found: list[Document] = []
     for reader in readers:
         with suppress(WeightsmithError):
-            found += reader(place, base, registry)
+            found += reader(reference, base, registry)
     return tuple(found)
 
 
-def _attached(place: Reference, base: Image, registry: Registry) -> Iterator[Document]:
-    there = place.at(base.digest)
+def _attached(reference: Reference, base: Image, registry: Registry) -> Iterator[Document]:
+    there = reference.at(base.digest)
     for blob, _ in registry.attached(there, base.digest, tagged=False)[:_MOST]:
         one = registry.read_attachment(there, blob)
         if one.artifact_type in _TYPES and _size(one) <= LARGEST_PART:
@@ -69,18 +69,20 @@ def _attached(place: Reference, base: Image, registry: Registry) -> Iterator[Doc
             )
 
 
-def _beside(place: Reference, base: Image, registry: Registry) -> Iterator[Document]:
-    body, kind = registry.read_manifest(place)
+def _in_index(reference: Reference, base: Image, registry: Registry) -> Iterator[Document]:
+    body, kind = registry.read_manifest(reference)
     if kind not in manifests.INDEXES:
         return
-    for row in manifests.listed(manifests.read_json(body, str(place)), "manifests", str(place)):
+    for row in manifests.listed(
+        manifests.read_json(body, str(reference)), "manifests", str(reference)
+    ):
         notes = row.get("annotations") if isinstance(row, dict) else None
         if not isinstance(notes, dict) or notes.get(_KIND) != "attestation-manifest":
             continue
         if notes.get(_ABOUT) == base.digest:
             kinds = (manifests.OCI_MANIFEST,)
-            blob = manifests.descriptor(row, str(place), kinds, manifests.LARGEST_MANIFEST)
-            yield from _stated(registry.read_attachment(place, blob))
+            blob = manifests.descriptor(row, str(reference), kinds, manifests.LARGEST_MANIFEST)
+            yield from _stated(registry.read_attachment(reference, blob))
 
 
 def _stated(attestation: Attachment) -> Iterator[Document]:

@@ -1,4 +1,4 @@
-"""Whether an image is what its statements say: each question is one check with its answer."""
+"""Checks whether an image is what its statements say, one question at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from weightsmith.values import Digest, FileEntry, Json, tree_digest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One question and its answer; `ok` is None where it could not be asked."""
+    """One question and its answer; `ok` is None if it could not be answered."""
 
     name: str
     ok: bool | None
@@ -36,9 +36,9 @@ def check_chain(
     documents: Sequence[Document],
     files: Mapping[str, str],
 ) -> Iterator[Check]:
-    """Yield what the statements say against what the image is.
+    """Yield the checks of an image against its statements.
 
-    `files` are the files of the weight layers as they were read: path -> digest.
+    `files` are the files read from the weight layers: path -> digest.
     """
     lineage = trace(image.digest, [one.statement for one in stated])
     own, baked = lineage.own, lineage.baked
@@ -51,7 +51,7 @@ def check_chain(
     if kind == "rebase":
         yield _rebased(lineage)
     if baked is None:
-        yield Check(name="weights", ok=False, found="no statement says how the weights got in")
+        yield Check(name="weights", ok=False, found="no statement says where the weights come from")
         return
     yield _weights(baked, files)
     yield from _sources(image, lineage)
@@ -64,13 +64,13 @@ def check_chain(
 def _unknown(image: Image, stated: Sequence[FoundStatement]) -> str:
     others = [s for one in stated if (s := subjects_of(one.statement).get("image"))]
     if not others:
-        return "none says how this image was made"
+        return "no statement says how this image was made"
     changed = _changes(image, stated)
     return f"about another image ({others[0][7:19]}), not this one{changed}"
 
 
 def _changes(image: Image, stated: Sequence[FoundStatement]) -> str:
-    """Say which layers differ from those of the image that a statement is about."""
+    """Say which layers differ from those in a statement."""
     for one in stated:
         named = subjects_of(one.statement)
         if "config" not in named:
@@ -82,7 +82,7 @@ def _changes(image: Image, stated: Sequence[FoundStatement]) -> str:
         rows = zip(statements.layer_resources(image), wanted, strict=True)
         bad = [row.name for row, digest in rows if row.digest != digest]
         spelled = ["labels or configuration" if name == "config" else name for name in bad]
-        return f": changed are {', '.join(spelled)}" if spelled else ""
+        return f": changed: {', '.join(spelled)}" if spelled else ""
     return ""
 
 
@@ -94,17 +94,17 @@ def _contents(image: Image, own: Mapping[str, Json]) -> Check:
     more = len(named) - 1 - len(statements.layer_resources(image))
     if bad or more:
         what = ", ".join(bad) or f"{abs(more)} layers too few or too many"
-        return Check(name="contents", ok=False, found=f"not as stated: {what}")
-    return Check(name="contents", ok=True, found="layers and configuration are as stated")
+        return Check(name="contents", ok=False, found=f"do not match the statement: {what}")
+    return Check(name="contents", ok=True, found="layers and configuration match the statement")
 
 
 def _rebased(lineage: Lineage) -> Check:
     if lineage.own is None or lineage.baked is None:
-        return Check(name="rebase", ok=False, found="the statement of the first image is missing")
+        return Check(name="rebase", ok=False, found="the original image's statement is missing")
     before, first = lineage.images[1], lineage.images[-1]
     ok = statements.parameters_of(lineage.own).get("first_image") in (None, first)
     found = f"from {before[7:19]}, first baked as {first[7:19]}"
-    return Check(name="rebase", ok=ok, found=found if ok else "its first image is another one")
+    return Check(name="rebase", ok=ok, found=found if ok else "its original image does not match")
 
 
 def _weights(baked: Mapping[str, Json], files: Mapping[str, str]) -> Check:
@@ -117,11 +117,13 @@ def _weights(baked: Mapping[str, Json], files: Mapping[str, str]) -> Check:
         {path for path in stated if files.get(path) != stated[path]} | (set(files) - set(stated))
     )
     if bad:
-        return Check(name="weights", ok=False, found=f"not the stated files: {', '.join(bad[:5])}")
+        return Check(
+            name="weights", ok=False, found=f"do not match the statement: {', '.join(bad[:5])}"
+        )
     artifact = dependencies_of(baked).get("artifact")
     if _tree(stated) != artifact:
-        return Check(name="weights", ok=False, found="the statement's own list does not add up")
-    return Check(name="weights", ok=True, found=f"{len(stated)} files are the stated ones")
+        return Check(name="weights", ok=False, found="the statement contradicts itself")
+    return Check(name="weights", ok=True, found=f"{len(stated)} files match the statement")
 
 
 def _sources(image: Image, lineage: Lineage) -> Iterator[Check]:
@@ -130,7 +132,7 @@ def _sources(image: Image, lineage: Lineage) -> Iterator[Check]:
     yield Check(
         name="label artifact",
         ok=label == artifact,
-        found=f"{label[7:19]}" + ("" if label == artifact else f", stated is {artifact[7:19]}"),
+        found=f"{label[7:19]}" + ("" if label == artifact else f", stated: {artifact[7:19]}"),
     )
     for kind in lineage.steps:
         yield Check(name=kind, ok=True, found=f"made {lineage.made[kind][7:19]}")
@@ -139,7 +141,7 @@ def _sources(image: Image, lineage: Lineage) -> Iterator[Check]:
     elif PREFIX + "base.digest" in image.labels:
         digest = image.labels[PREFIX + "base.digest"]
         ok = digest == lineage.made["merge"]
-        found = "served as it is" if ok else "not what was quantized or served"
+        found = "served as it is" if ok else "not the model that was quantized or served"
         yield Check(name="base", ok=ok, found=found)
 
 
@@ -147,7 +149,7 @@ def _labels(image: Image, sources: Mapping[str, str]) -> Iterator[Check]:
     for name, digest in sources.items():
         key = PREFIX + name.replace(":", ".") + ".digest"
         label = image.labels.get(key, "")
-        found = digest[7:19] if label == digest else f"{label[7:19] or 'none'}: not as stated"
+        found = (label[7:19] or "none") + ("" if label == digest else f", stated: {digest[7:19]}")
         yield Check(name=f"label {name}", ok=label == digest, found=found)
 
 
@@ -161,14 +163,14 @@ def _documents(own: Mapping[str, Json], documents: Sequence[Document]) -> Check:
 
 
 def _unnamed(lineage: Lineage, documents: Sequence[Document]) -> Iterator[Check]:
-    """Yield what is attached and named by no statement; it is wrong where it looks like ours."""
+    """Yield attached documents that no statement names; those that look like ours are wrong."""
     for document in documents:
         name = document_name(document)
         if lineage.names(document):
             continue
         ours = document.artifact_type in (EVALUATION_TYPE, ADAPTER_TYPE)
         wrong = ours or name in lineage.byproducts
-        found = "not the stated one" if wrong else "no statement of the image names it"
+        found = "does not match the statement" if wrong else "no statement of the image names it"
         yield Check(name=f"document {name}", ok=False if wrong else None, found=found)
 
 
@@ -176,13 +178,13 @@ def _gate(image: Image, lineage: Lineage) -> Check | None:
     if not lineage.results:
         scored = any(key.startswith(PREFIX + "score.image") for key in image.labels)
         return Check(name="gate", ok=False, found="scores without a result") if scored else None
-    # Where several hang there, one that failed is not outvoted.
-    told = [predicate_of(one) for one in lineage.results]
-    predicate = next((one for one in told if one.get("result") != "PASSED"), told[-1])
+    # One failed result counts, however many passed.
+    results = [predicate_of(one) for one in lineage.results]
+    predicate = next((one for one in results if one.get("result") != "PASSED"), results[-1])
     passed = predicate.get("passedTests")
     findings = "; ".join(map(str, passed))[:200] if isinstance(passed, list) else ""
     asked = statements.image_of(lineage.results[-1])
-    where = "" if asked == image.digest else f" (of {asked[7:19]}, before it was rebased)"
+    where = "" if asked == image.digest else f" (of {asked[7:19]}, before the rebase)"
     result = predicate.get("result")
     return Check(name="gate", ok=result == "PASSED", found=f"{result}{where}: {findings}")
 

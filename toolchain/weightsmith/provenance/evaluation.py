@@ -1,4 +1,4 @@
-"""Scores as documents: the questions with every subject's answer side by side."""
+"""Scores as documents: the questions with all subjects' answers side by side."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def side_by_side(scores: Mapping[str, Score]) -> list[dict[str, Json]]:
 
 
 def evaluation(scores: Mapping[str, Score]) -> dict[str, Json]:
-    """Return the whole evaluation: scores, and what was asked and answered."""
+    """Return the whole evaluation: scores, questions and answers."""
     return {
         "schema": 1,
         "scores": {
@@ -36,7 +36,7 @@ def evaluation(scores: Mapping[str, Score]) -> dict[str, Json]:
 
 
 def test_result(scores: Mapping[str, Score], max_drop: float, min_score: float) -> dict[str, Json]:
-    """Return the predicate of in-toto's test result: an image that is published has passed.
+    """Return in-toto's test result predicate; a published image has always passed.
 
     https://github.com/in-toto/attestation/blob/main/spec/predicates/test-result.md
     """

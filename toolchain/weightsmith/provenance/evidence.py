@@ -1,8 +1,8 @@
-"""What is known of an image: as gathered, and as read back from what hangs on it.
+"""An image's evidence: as collected by a build, and as read back from its attachments.
 
-Statements are signed one by one in the envelopes that cosign reads, or are plain without a key.
-Everything else (bills of materials, the evaluation, adapters) is named by digest in the image's
-own statement, so its signature covers them too.
+With a key, each statement is signed, in an envelope that cosign reads; without one, it is plain.
+All other documents (bills of materials, the evaluation, adapters) are named by digest in the
+image's statement, so its signature covers them too.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from weightsmith.errors import InputRefused
 from weightsmith.foreign import PART, parse
 from weightsmith.oci.attachments import Attachment, Part
+from weightsmith.oci.locations import ImageLocation
 from weightsmith.oci.manifests import TITLE
-from weightsmith.oci.places import Place
 from weightsmith.provenance import signing
 from weightsmith.provenance.statements import TEST_RESULT, kind_of, subjects_of
 from weightsmith.values import Blob, Digest, FileEntry, Json, canonical, tree_digest
@@ -22,7 +22,7 @@ from weightsmith.values import Blob, Digest, FileEntry, Json, canonical, tree_di
 EVALUATION_TYPE = "application/vnd.weightsmith.evaluation.v1+json"
 ADAPTER_TYPE = "application/vnd.weightsmith.adapter.v1"
 NUMBER = "dev.weightsmith.number"
-"""Annotation of an adapter: its place in the order of merging, from 0."""
+"""Annotation of an adapter: its position in the merge order, from 0."""
 SPDX_TYPE = "application/spdx+json"
 STATEMENTS = (signing.STATEMENT_TYPE, signing.ENVELOPE_TYPE)
 _MOST_ATTACHED = 1000
@@ -30,7 +30,7 @@ _MOST_ATTACHED = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """A file beside the image, by its kind."""
+    """A file attached to the image."""
 
     artifact_type: str
     parts: tuple[Part, ...]
@@ -45,34 +45,34 @@ def titled(artifact_type: str, title: str, content: Json) -> Document:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """All that goes beside an image."""
+    """Everything that is attached to an image."""
 
     statements: tuple[Mapping[str, Json], ...] = ()
-    """Those that we make and sign."""
+    """Made and signed by this build."""
     kept: tuple[Part, ...] = ()
-    """Those of the image that this one came from."""
+    """Those of the image that this one was made from."""
     documents: tuple[Document, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundStatement:
-    """A statement as found."""
+    """A statement as found on an image."""
 
     statement: Mapping[str, Json]
     part: Part
     signed: bool
-    """By the key that was asked for; False without a key."""
+    """Signed by the given key; False without a key."""
 
 
 def is_ours(statement: Mapping[str, Json]) -> bool:
-    """Say whether a statement is one that we make, so that our key has to vouch for it."""
+    """Say whether a statement is of a kind that we make, and must be signed by our key."""
     kinds = ("merge", "quantize", "split", "bake", "rebase")
     return statement.get("predicateType") == TEST_RESULT or kind_of(statement) in kinds
 
 
-def read_attached(place: Place, image: Digest) -> list[Attachment]:
-    """Return everything that hangs on an image; its parts are read when they are asked for."""
-    return [place.read(blob, tag) for blob, tag in limited(place.attached(image))]
+def read_attached(location: ImageLocation, image: Digest) -> list[Attachment]:
+    """Return an image's attachments; their parts are read on demand."""
+    return [location.read(blob, tag) for blob, tag in limited(location.attached(image))]
 
 
 def signatures_in(attachments: Iterable[Attachment]) -> list[Part]:
@@ -86,10 +86,9 @@ def signatures_in(attachments: Iterable[Attachment]) -> list[Part]:
 
 
 def claims_in(attachments: Sequence[Attachment], check: signing.Check | None) -> list[str]:
-    """Return the image digest that each signature vouches for; empty where the key did not sign.
+    """Return the image digest that each signature is for; empty if the key did not sign it.
 
-    Raises InputRefused for a signature that cannot be read. A bundle may be anything; those that
-    hold no claim are left out.
+    Raises InputRefused for a malformed signature. Bundles without such a claim are skipped.
     """
     found = [signing.signed_digest(part, check) for part in signatures_in(attachments)]
     for part in bundles_in(attachments):
@@ -103,12 +102,12 @@ def claims_in(attachments: Sequence[Attachment], check: signing.Check | None) ->
 
 
 def is_claim(statement: Mapping[str, Json]) -> bool:
-    """Say whether a statement is cosign 3's signature of an image, and says nothing else of it."""
+    """Say whether a statement is only cosign 3's signature of an image."""
     return statement.get("predicateType") == signing.SIGN_PREDICATE
 
 
 def bundles_in(attachments: Iterable[Attachment]) -> list[Part]:
-    """Return Sigstore's bundles, each once: statements, and cosign 3's signatures."""
+    """Return Sigstore bundles, each once: statements, and cosign 3's signatures."""
     parts = (part for attachment in attachments for part in attachment.parts)
     return list({part.blob.digest: part for part in parts if is_bundle(part)}.values())
 
@@ -119,7 +118,7 @@ def is_bundle(part: Part) -> bool:
 
 
 def read_statement(part: Part, check: signing.Check | None) -> FoundStatement:
-    """Return a statement, plain, in an envelope or in a bundle; InputRefused for anything else."""
+    """Return a statement, plain, in an envelope or in a bundle; raises InputRefused otherwise."""
     data = signing.unbundled(part.read()) if is_bundle(part) else part.read()
     if is_bundle(part) or part.blob.media_type == signing.ENVELOPE_TYPE:
         statement, signed = signing.open_envelope(data, check)
@@ -147,7 +146,7 @@ def statement_parts(attachments: Iterable[Attachment]) -> list[Part]:
 
 
 def documents_in(attachments: Iterable[Attachment]) -> list[Document]:
-    """Return everything attached that is neither statement nor signature."""
+    """Return all attachments that are neither statements nor signatures."""
     return [
         Document(
             artifact_type=attachment.artifact_type,
@@ -163,17 +162,17 @@ def documents_in(attachments: Iterable[Attachment]) -> list[Document]:
 
 
 def limited(rows: Sequence[tuple[Blob, str]]) -> Sequence[tuple[Blob, str]]:
-    """Return the rows; InputRefused where more hangs on an image than anybody would attach."""
+    """Return the rows; raises InputRefused if there are implausibly many attachments."""
     if len(rows) > _MOST_ATTACHED:
         raise InputRefused(
-            f"{len(rows)} manifests are attached to the image",
-            hint="delete those in the registry that nobody needs",
+            f"too many manifests are attached to the image: {len(rows)}",
+            hint="delete unneeded ones in the registry",
         )
     return rows
 
 
 def document_name(document: Document) -> str:
-    """Return what statements call a document: its file's name, or which adapter it is."""
+    """Return a document's name in statements: its file name, or the adapter's number."""
     number = document.annotations.get(NUMBER)
     if document.artifact_type == ADAPTER_TYPE:
         return f"adapter:{number or 0}"
@@ -181,7 +180,7 @@ def document_name(document: Document) -> str:
 
 
 def document_digest(document: Document) -> Digest:
-    """Return a document's content by digest: its only part's, or of the list of its parts."""
+    """Return a document's digest: its only part's, or that of the list of its parts."""
     if len(document.parts) == 1 and document.artifact_type != ADAPTER_TYPE:
         return document.parts[0].blob.digest
     return tree_digest(

@@ -1,4 +1,4 @@
-"""What an image says of itself: names, labels, and what it was made from."""
+"""An image's name and labels, which say what it was made from."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from weightsmith.serving.plan import ServingConfig, ServingPlan
 from weightsmith.values import Artifact, Json, Score, Sources, without_passwords
 
 PREFIX = "dev.weightsmith."
-"""Our labels; the others are the OCI annotations of image-spec annotations.md."""
+"""Prefix of our labels; the others are those of image-spec annotations.md."""
 _SCORE = PREFIX + "score."
 ENGINE_LABEL = PREFIX + "engine"
 """How an image says which engine it holds."""
 ENGINE_VERSION = PREFIX + "engine.version"
-"""The version of the engine that an image holds, so that the plan was made for."""
+"""The version of the engine in the image, which the plan was made for."""
 ARTIFACT = PREFIX + "artifact.digest"
 
 
@@ -42,7 +42,7 @@ def repository(recipe: Recipe) -> str:
 def labels(
     recipe: Recipe, sources: Sources, artifact: Artifact, config: ServingConfig
 ) -> dict[str, str]:
-    """Return the labels that name every source by digest, and the plan.
+    """Return the labels: every source by digest, and the serving plan.
 
     The plan is without what is the planning machine's own: labels depend on nothing but the
     inputs, so that the same inputs give the same digest.
@@ -74,10 +74,10 @@ def labels(
 
 
 def without_secrets(value: Json) -> Json:
-    """Return a recipe, or a part of it, as others may read it.
+    """Return a recipe, or a part of it, without secrets.
 
-    Arguments of a program are where people put keys: its name stays, and that there are some. A
-    digest of them would tell a short one, and where they lie nobody compares them.
+    People put keys into a program's arguments, so only its name stays, and that it has arguments.
+    Their digest would reveal short ones, and nobody needs to compare them.
     """
     if isinstance(value, dict):
         return {
@@ -104,9 +104,9 @@ def _quality(artifact: Artifact) -> dict[str, str]:
 
 
 def public_name(source: str) -> str:
-    """Return what an image may say of a source: a folder's name without the path to it.
+    """Return the name of a source for an image: of a folder, only its name.
 
-    The path is this machine's own; with it the same inputs would give another digest elsewhere.
+    With its path, the same inputs would give another digest on another machine.
     """
     return source if "://" in source else Path(source).absolute().name
 
@@ -145,7 +145,7 @@ def plan_in(labels: Mapping[str, str]) -> Mapping[str, Json]:
 
 
 def scores_in(labels: Mapping[str, str]) -> dict[str, float]:
-    """Return the scores that an image's labels hold, those that are numbers."""
+    """Return the scores in an image's labels; invalid ones are left out."""
     found = {}
     for name in sorted(labels):
         if name.startswith(_SCORE):

@@ -1,7 +1,7 @@
-"""Which statements beside an image are about it: about its digest, or a step on the way to it.
+"""Finds the statements about an image: about its digest, or about a step that led to it.
 
-Whoever may write to a repository can copy there what a key signed of another image. So a statement
-counts by its subject and never by where it hangs.
+Anyone who can write to a repository can copy statements there that a key signed for other images.
+So a statement counts by its subject and not by the image that it is attached to.
 https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md (subject)
 """
 
@@ -23,29 +23,29 @@ from weightsmith.values import Digest, FileEntry, Json, tree_digest
 
 _OF_IMAGES = ("bake", "rebase")
 _OF_WEIGHTS = (("split", "artifact"), ("quantize", "checkpoint"), ("merge", ""))
-"""Steps before baking, the last one first, each with what it was made from: the next one's."""
+"""Steps before baking, last first, each with the name of its input: the next one's result."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lineage:
-    """The statements about an image that hang together, from its own back to the sources."""
+    """The chain of statements about an image, from its own back to the sources."""
 
     images: tuple[str, ...]
-    """The image's digest, then those that it was rebased from; the last one was baked."""
+    """The image's digest, then those it was rebased from; the last one was baked."""
     own: Mapping[str, Json] | None = None
-    """How the image itself was made."""
+    """The statement about the image itself."""
     baked: Mapping[str, Json] | None = None
     steps: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
-    """`split`, `quantize` and `merge`, where there is one that made what the next one used."""
+    """`split`, `quantize` and `merge`, if their result is the next step's input."""
     made: Mapping[str, str] = field(default_factory=dict)
-    """What each of these must have made: kind -> digest of a tree."""
+    """The result that each of them must have: kind -> digest of a tree."""
     results: tuple[Mapping[str, Json], ...] = ()
-    """Every result of the image's tests, or of the nearest that it was rebased from."""
+    """All test results of the image, or of the nearest image that it was rebased from."""
     byproducts: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    """Documents that statements about `images` name, each with the digests that it may have."""
+    """Documents named by statements about `images`, each with its allowed digests."""
 
     def holds(self, statement: Mapping[str, Json]) -> bool:
-        """Say whether a statement is about this image, or about a step on the way to it."""
+        """Say whether a statement is about this image, or about a step that led to it."""
         kind = kind_of(statement)
         if kind in self.made:
             return made_tree(statement) == self.made[kind]
@@ -54,7 +54,7 @@ class Lineage:
         return self.images[0] in subjects_of(statement).values()
 
     def stray(self, statement: Mapping[str, Json]) -> str:
-        """Say what a statement is about that does not hold here."""
+        """Describe the subject of a statement that is not about this image."""
         kind = kind_of(statement)
         if kind in dict(_OF_WEIGHTS):
             return f"{kind} of other weights ({made_tree(statement)[7:19]})"
@@ -62,22 +62,22 @@ class Lineage:
         return f"about another image ({others[0][7:19]})" if others else "about no image"
 
     def names(self, document: Document) -> bool:
-        """Say whether a statement about the image names a document, by its digest."""
+        """Say whether a statement about the image names a document with its digest."""
         return any(document_digest(document) in digests for digests in self.byproducts.values())
 
 
 def trace(image: Digest, stated: Iterable[Mapping[str, Json]]) -> Lineage:
-    """Return the statements about an image; of several that fit, the last one."""
-    told = list(stated)
+    """Return the chain of statements about an image; of several that match, the last one."""
+    statements = list(stated)
     images: list[str] = [image]
-    own = baked = _image_made(image, told)
+    own = baked = _image_made(image, statements)
     while baked is not None and kind_of(baked) == "rebase":
         before = dependencies_of(baked).get("image", "")
-        baked = None if before in images else _image_made(before, told)
+        baked = None if before in images else _image_made(before, statements)
         images.append(before)
-    steps, made = _steps(baked, told)
+    steps, made = _steps(baked, statements)
     byproducts: dict[str, frozenset[str]] = {}
-    for one in told:
+    for one in statements:
         if kind_of(one) in _OF_IMAGES and image_of(one) in images:
             for name, digest in byproducts_of(one).items():
                 byproducts[name] = byproducts.get(name, frozenset()) | {digest}
@@ -87,34 +87,34 @@ def trace(image: Digest, stated: Iterable[Mapping[str, Json]]) -> Lineage:
         baked=baked,
         steps=steps,
         made=made,
-        results=_results(images, told),
+        results=_results(images, statements),
         byproducts=byproducts,
     )
 
 
 def made_tree(statement: Mapping[str, Json]) -> Digest:
-    """Return the digest of the files that a step made: its subjects."""
+    """Return the digest of a step's result: the files that are its subjects."""
     return tree_digest(
         FileEntry(path=path, size=0, digest=Digest(digest))
         for path, digest in subjects_of(statement).items()
     )
 
 
-def _image_made(image: str, told: Sequence[Mapping[str, Json]]) -> Mapping[str, Json] | None:
-    found = [one for one in told if kind_of(one) in _OF_IMAGES and image_of(one) == image]
+def _image_made(image: str, statements: Sequence[Mapping[str, Json]]) -> Mapping[str, Json] | None:
+    found = [one for one in statements if kind_of(one) in _OF_IMAGES and image_of(one) == image]
     return found[-1] if image and found else None
 
 
 def _steps(
-    baked: Mapping[str, Json] | None, told: Sequence[Mapping[str, Json]]
+    baked: Mapping[str, Json] | None, statements: Sequence[Mapping[str, Json]]
 ) -> tuple[dict[str, Mapping[str, Json]], dict[str, str]]:
-    """Return the steps before baking, and what each has to have made."""
+    """Return the steps before baking, and the result that each must have."""
     steps: dict[str, Mapping[str, Json]] = {}
     made: dict[str, str] = {}
     used = dependencies_of(baked).get("artifact", "") if baked else ""
     for kind, source in _OF_WEIGHTS:
         made[kind] = used
-        fitting = [one for one in told if kind_of(one) == kind and made_tree(one) == used]
+        fitting = [one for one in statements if kind_of(one) == kind and made_tree(one) == used]
         if fitting:
             steps[kind] = fitting[-1]
             used = dependencies_of(fitting[-1]).get(source, "")
@@ -122,8 +122,8 @@ def _steps(
 
 
 def _results(
-    images: Sequence[str], told: Sequence[Mapping[str, Json]]
+    images: Sequence[str], statements: Sequence[Mapping[str, Json]]
 ) -> tuple[Mapping[str, Json], ...]:
-    results = [one for one in told if one.get("predicateType") == TEST_RESULT]
+    results = [one for one in statements if one.get("predicateType") == TEST_RESULT]
     of_each = ([one for one in results if image_of(one) == image] for image in images)
     return tuple(next((found for found in of_each if found), ()))

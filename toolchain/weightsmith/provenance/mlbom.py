@@ -1,4 +1,4 @@
-"""Bills of materials in CycloneDX 1.6: the model with its card, and an engine made here.
+"""Bills of materials in CycloneDX 1.6: of the model with its card, and of a compiled engine.
 
 https://cyclonedx.org/docs/1.6/json/
 """
@@ -17,7 +17,7 @@ from weightsmith.values import Digest, FileEntry, Json, Score, key_of
 
 MEDIA_TYPE = "application/vnd.cyclonedx+json"
 _FRONT_MATTER = 65536
-"""Bytes within which a model card's header ends."""
+"""Bytes of a model card that are searched for its front matter."""
 _LICENSES = {
     name.lower(): name
     for name in (
@@ -26,12 +26,12 @@ _LICENSES = {
         *("CC-BY-SA-4.0", "CC-BY-NC-4.0", "CC-BY-NC-SA-4.0", "Artistic-2.0", "OFL-1.1"),
     )
 }
-"""What model cards write -> SPDX; others, such as `llama3`, are names."""
+"""Licence in model cards -> SPDX identifier; others, such as `llama3`, are plain names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ancestor:
-    """A model that this one was made from."""
+    """A model that this model was made from."""
 
     name: str
     pin: str
@@ -86,7 +86,7 @@ def ml_bom(model: BilledModel) -> dict[str, Json]:
 
 
 def engine_bom(name: str, source: Mapping[str, Json], digest: Digest) -> dict[str, Json]:
-    """Return the bill of an engine that was compiled here, from its `source.json`."""
+    """Return the bill of materials of an engine compiled here, from its `source.json`."""
     upstream = next((v for v in source.values() if isinstance(v, dict) and "commit" in v), {})
     repository = str(upstream.get("repository", ""))
     component: dict[str, Json] = {
@@ -112,7 +112,7 @@ def engine_bom(name: str, source: Mapping[str, Json], digest: Digest) -> dict[st
 
 
 def license_of(folder: Path) -> str:
-    """Return the licence that a model card's front matter names, or empty.
+    """Return the licence in a model card's front matter, or empty.
 
     https://huggingface.co/docs/hub/model-cards#model-card-metadata
     """
@@ -179,7 +179,7 @@ def _document(
     return {
         "bomFormat": "CycloneDX",
         "specVersion": "1.6",
-        # From the content, so that the same model has the same bill.
+        # Derived from the content, so that the same model has the same bill.
         "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_URL, facts)}",
         "version": 1,
         "metadata": {

@@ -1,4 +1,4 @@
-"""Which layers of an image are the engine's, the weights and the settings: read from its labels."""
+"""Tells from an image's labels which layers are the engine, the weights and the settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from weightsmith.provenance.labels import ENGINE_VERSION, PREFIX
 from weightsmith.values import Json, canonical, plain
 
 LAYERS = PREFIX + "layers"
-"""Label: the roles of the layers from the bottom, such as `base:1 weights:2 settings:1`."""
+"""Label: roles of the layers, bottom first, such as `base:1 weights:2 settings:1`."""
 ADDED = PREFIX + "config"
 """Label: what was added to the base's configuration, so that the base can be exchanged."""
 BASE_NAME = "org.opencontainers.image.base.name"
@@ -24,14 +24,14 @@ _ROLE = re.compile(r"(base|weights|settings):([0-9]{1,3})")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roles:
-    """An image's layers by what they are for."""
+    """An image's layers by role."""
 
     base: tuple[Layer, ...]
     weights: tuple[Layer, ...]
     settings: tuple[Layer, ...]
     weights_first: bool
     config: ImageConfig
-    """What was added to the base, its own labels included."""
+    """What was added to the base, including the base's own labels."""
 
 
 def assemble_in_roles(
@@ -76,13 +76,13 @@ def _added_label(config: ImageConfig) -> str:
 
 
 def roles_of(image: Image, where: str) -> Roles:
-    """Return an image's roles; InputRefused for one that does not tell them, or wrongly."""
+    """Return an image's roles; raises InputRefused if its labels are missing or wrong."""
     parts = [_ROLE.fullmatch(part) for part in image.labels.get(LAYERS, "").split()]
     counts = {part[1]: int(part[2]) for part in parts if part}
     if not all(parts) or not counts or sum(counts.values()) != len(image.layers):
         raise InputRefused(
-            f"{where} does not say which of its layers are weights",
-            hint="only images that `build` or `bake` made can be taken apart",
+            f"{where} has no label that says which layers are weights",
+            hint="only images made by `build` or `bake` have it",
         )
     at, found = 0, {}
     for role, count in counts.items():

@@ -1,7 +1,7 @@
-"""Evidence -> what hangs on an image, signed in the forms that cosign reads.
+"""Turns evidence into an image's attachments, signed in the formats that cosign reads.
 
-cosign looks for everybody's signatures under one tag, and for everybody's statements under another.
-So what others signed is read before, and stays there beside ours.
+cosign keeps all signatures of an image under one tag, and all statements under another. So what
+others signed is read first and kept beside ours.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from weightsmith.errors import InputRefused
 from weightsmith.oci.attachments import Attachment, Part, fallback_tag
-from weightsmith.oci.places import Place
+from weightsmith.oci.locations import ImageLocation
 from weightsmith.ports import Signer
 from weightsmith.provenance import signing
 from weightsmith.provenance.evidence import (
@@ -31,13 +31,15 @@ _COSIGN = (
     (signing.ENVELOPE_TYPE, signing.ENVELOPE_TYPE, ".att"),
     (signing.SIMPLE_SIGNING, signing.SIGNATURE_TYPE, ".sig"),
 )
-"""Media type of the parts, artifact type of the manifest that holds them, suffix of its tag."""
+"""Media type of the parts, artifact type of their manifest, suffix of its tag."""
 
 
-def attach(evidence: Evidence, image: Blob, name: str, place: Place, signer: Signer | None) -> None:
-    """Put evidence beside an image, signed where there is a key; `name` is its repository."""
-    held = read_attached(place, image.digest) if signer else ()
-    place.attach(*seal(evidence, image, name, signer, held))
+def attach(
+    evidence: Evidence, image: Blob, name: str, location: ImageLocation, signer: Signer | None
+) -> None:
+    """Attach evidence to an image, signed if there is a key; `name` is its repository."""
+    held = read_attached(location, image.digest) if signer else ()
+    location.attach(*seal(evidence, image, name, signer, held))
 
 
 def seal(
@@ -47,10 +49,10 @@ def seal(
     signer: Signer | None,
     held: Sequence[Attachment] = (),
 ) -> tuple[Attachment, ...]:
-    """Return the attachments that hold the evidence.
+    """Return the attachments with the evidence.
 
-    With a key, all statements of ours about the image are signed by it, those that were signed
-    before as well, and stand beside the signatures and signed statements in `held`, which get none.
+    With a key, all of our statements about the image are signed with it, including those signed
+    before. The signatures and statements in `held` are kept and get no new signature.
     """
     documents = tuple(
         Attachment(
@@ -64,7 +66,7 @@ def seal(
     parts = (*evidence.kept, *map(signing.statement_part, evidence.statements))
     if signer is None:
         return (*documents, *(_one_statement(part, image) for part in parts))
-    return (*documents, *_signed_beside(held, parts, image, name, signer))
+    return (*documents, *_signed_with_held(held, parts, image, name, signer))
 
 
 def countersigned(
@@ -74,11 +76,11 @@ def countersigned(
     signer: Signer | None,
     held: Sequence[Attachment] = (),
 ) -> tuple[Attachment, ...]:
-    """Return what an image brings along, as it hangs beside what is `held` at its new place.
+    """Return an image's own attachments, joined with those `held` at its new location.
 
-    Each statement is there once, with all its signatures. With a key, ours is added to the image
-    and to what the image brings along, as far as it is about this image: never to what is held,
-    which whoever may write there can have left.
+    Each statement occurs once, with all its signatures. With a key, our signature is added to the
+    image and to its own statements about this image, but never to what is held, which anyone with
+    write access may have put there.
     """
     both = (*attachments, *held)
     if signer is None and not any(_several(both, kind) for kind, _, _ in _COSIGN):
@@ -86,34 +88,34 @@ def countersigned(
     kinds = (*STATEMENTS, signing.SIMPLE_SIGNING)
     others = [a for a in attachments if not any(p.blob.media_type in kinds for p in a.parts)]
     parts = statement_parts(attachments)
-    return (*others, *_signed_beside(both, parts, image, name, signer))
+    return (*others, *_signed_with_held(both, parts, image, name, signer))
 
 
 def strays(parts: Sequence[Part], image: Digest) -> list[str]:
-    """Say of each statement of ours that is about something else than the image what it is."""
-    told = _told(parts)
-    lineage = trace(image, told)
-    return [lineage.stray(one) for one in told if is_ours(one) and not lineage.holds(one)]
+    """Describe each of our statements that is not about the image."""
+    stated = _readable(parts)
+    lineage = trace(image, stated)
+    return [lineage.stray(one) for one in stated if is_ours(one) and not lineage.holds(one)]
 
 
 def only_held(held: Sequence[Part], parts: Sequence[Part]) -> int:
-    """Return how many statements of ours are held that are not among an image's own."""
-    own = {canonical(one) for one in _told(parts)}
-    return len({canonical(one) for one in _told(held) if is_ours(one)} - own)
+    """Return how many of our statements are held that are not among the image's own."""
+    own = {canonical(one) for one in _readable(parts)}
+    return len({canonical(one) for one in _readable(held) if is_ours(one)} - own)
 
 
 def _several(attachments: Sequence[Attachment], kind: str) -> bool:
     return sum(any(p.blob.media_type == kind for p in a.parts) for a in attachments) > 1
 
 
-def _signed_beside(
+def _signed_with_held(
     held: Sequence[Attachment],
     parts: Sequence[Part],
     image: Blob,
     name: str,
     signer: Signer | None,
 ) -> Iterator[Attachment]:
-    """Yield manifests with the parts, signed, and with all that is signed in `held`."""
+    """Yield manifests with the signed parts and everything signed in `held`."""
     envelopes = [p for p in statement_parts(held) if p.blob.media_type == signing.ENVELOPE_TYPE]
     own = _about(parts, image.digest)
     statements, signatures = _joined([*parts, *envelopes]), signatures_in(held)
@@ -145,8 +147,8 @@ def _joined(parts: Iterable[Part]) -> list[Part]:
     return found
 
 
-def _told(parts: Sequence[Part]) -> list[Mapping[str, Json]]:
-    """Return what can be read of the statements."""
+def _readable(parts: Sequence[Part]) -> list[Mapping[str, Json]]:
+    """Return the statements that can be read."""
     found = []
     for part in parts:
         with suppress(InputRefused):
@@ -155,14 +157,14 @@ def _told(parts: Sequence[Part]) -> list[Mapping[str, Json]]:
 
 
 def _about(parts: Sequence[Part], image: Digest) -> set[bytes]:
-    """Return the statements of ours that are about an image, by what they say."""
-    told = _told(parts)
-    lineage = trace(image, told)
-    return {canonical(one) for one in told if is_ours(one) and lineage.holds(one)}
+    """Return the contents of our statements about an image."""
+    stated = _readable(parts)
+    lineage = trace(image, stated)
+    return {canonical(one) for one in stated if is_ours(one) and lineage.holds(one)}
 
 
 def _content(part: Part) -> bytes:
-    """Return what a statement says; its digest where it is another's and says nothing to us."""
+    """Return a statement's content; its digest if it is someone else's and unreadable."""
     try:
         return canonical(read_statement(part, None).statement)
     except InputRefused:
@@ -179,7 +181,7 @@ def _signed(part: Part, signer: Signer) -> Part:
 
 
 def _of_cosign(parts: Iterable[Part], image: Blob) -> Iterator[Attachment]:
-    """Yield the manifests that hold envelopes and signatures, and one for each other statement."""
+    """Yield the manifests with envelopes and signatures, and one for each other statement."""
     parts = tuple(parts)
     for part in parts:
         if part.blob.media_type == signing.STATEMENT_TYPE:

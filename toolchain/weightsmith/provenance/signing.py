@@ -1,4 +1,4 @@
-"""Signatures as cosign makes and checks them: simple signing of images, DSSE of statements.
+"""Signatures in cosign's formats: simple signing of images, DSSE of statements.
 
 https://github.com/sigstore/cosign/blob/main/specs/SIGNATURE_SPEC.md
 https://github.com/secure-systems-lab/dsse/blob/master/protocol.md
@@ -19,16 +19,16 @@ from weightsmith.ports import Signer
 from weightsmith.values import Blob, Digest, Json, canonical
 
 Check: TypeAlias = Callable[[bytes, bytes], bool]
-"""(bytes, signature) -> whether the signature is the key's."""
+"""(bytes, signature) -> whether the key made the signature."""
 
 SIGNATURE_TYPE = "application/vnd.dev.cosign.artifact.sig.v1+json"
 STATEMENT_TYPE = "application/vnd.in-toto+json"
 ENVELOPE_TYPE = "application/vnd.dsse.envelope.v1+json"
 SIMPLE_SIGNING = "application/vnd.dev.cosign.simplesigning.v1+json"
 BUNDLE_TYPE = "application/vnd.dev.sigstore.bundle"
-"""How the media type of a Sigstore bundle begins, whatever its version."""
+"""Start of a Sigstore bundle's media type, in any version."""
 SIGN_PREDICATE = "https://sigstore.dev/cosign/sign/v1"
-"""What cosign 3 states of an image that it signs."""
+"""Predicate type of cosign 3's image signatures."""
 _SIGNATURE = "dev.cosignproject.cosign/signature"
 _CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
 _FOREIGN = "ask whoever attached it; `cosign verify-attestation` may say more"
@@ -36,10 +36,9 @@ _PAYLOAD = "application/vnd.in-toto+json"
 
 
 def sign_image(image: Blob, name: str, signer: Signer, held: Sequence[Part] = ()) -> Part:
-    """Return the signed claim that an image's digest is ours; `name` is its repository.
+    """Return a signature of an image's digest; `name` is its repository.
 
-    The same claim of the same key among `held` is taken as it is: with some keys every signature
-    is another.
+    An equal signature of the same key in `held` is reused: some keys sign differently each time.
     """
     payload = canonical(
         {
@@ -59,9 +58,9 @@ def sign_image(image: Blob, name: str, signer: Signer, held: Sequence[Part] = ()
     return Part.of_bytes(payload, SIMPLE_SIGNING, **{_SIGNATURE: signature})
 
 
-def sign_statement(told: Mapping[str, Json], signer: Signer) -> bytes:
+def sign_statement(statement: Mapping[str, Json], signer: Signer) -> bytes:
     """Return a statement in a signed DSSE envelope."""
-    payload = canonical(told)
+    payload = canonical(statement)
     signature = base64.b64encode(signer.sign(_pre_authentication(payload))).decode()
     return canonical(
         {
@@ -73,9 +72,9 @@ def sign_statement(told: Mapping[str, Json], signer: Signer) -> bytes:
 
 
 def countersign(envelope: bytes, signer: Signer) -> bytes:
-    """Return an envelope with one more signature; unchanged where this key signed it already.
+    """Return an envelope with our signature added; unchanged if this key has signed it already.
 
-    Raises InputRefused for what is no envelope of a statement.
+    Raises InputRefused if it is not an envelope with a statement.
     """
     if open_envelope(envelope, check_by(signer.public))[1]:
         return envelope
@@ -85,7 +84,7 @@ def countersign(envelope: bytes, signer: Signer) -> bytes:
 
 
 def join(envelopes: Sequence[bytes]) -> bytes:
-    """Return the fullest envelope with the signatures of all, each once: they sign the same."""
+    """Return one envelope with the signatures of all, each once: their content is the same."""
     read = [parse(envelope, largest=PART) for envelope in envelopes]
     document = max(read, key=lambda one: len(one["signatures"]))
     rows = [row for one in (document, *read) for row in one["signatures"]]
@@ -96,21 +95,21 @@ def join(envelopes: Sequence[bytes]) -> bytes:
 
 
 def envelope_part(envelope: bytes, predicate_type: str) -> Part:
-    """Return a signed statement as cosign keeps it."""
+    """Return a signed statement in cosign's format."""
     notes = {_SIGNATURE: "", "predicateType": predicate_type}
     return Part.of_bytes(envelope, ENVELOPE_TYPE, **notes)
 
 
-def statement_part(told: Mapping[str, Json]) -> Part:
+def statement_part(statement: Mapping[str, Json]) -> Part:
     """Return an unsigned statement."""
-    notes = {"predicateType": str(told["predicateType"])}
-    return Part.of_bytes(canonical(told), STATEMENT_TYPE, **notes)
+    notes = {"predicateType": str(statement["predicateType"])}
+    return Part.of_bytes(canonical(statement), STATEMENT_TYPE, **notes)
 
 
 def cosign_manifest(
     parts: tuple[Part, ...], subject: Blob, artifact_type: str, tag: str
 ) -> Attachment:
-    """Return parts as cosign finds them: under a tag, with an image's configuration."""
+    """Return a manifest where cosign looks for it: under a tag, with an image's configuration."""
     ids = [part.blob.digest for part in parts]
     config = {
         "architecture": "",
@@ -131,7 +130,7 @@ def cosign_manifest(
 
 
 def signed_digest(part: Part, check: Check | None) -> str:
-    """Return the image digest that a signature vouches for, or empty where it is not the key's."""
+    """Return the image digest of a signature, or empty if the key did not make it."""
     payload = part.read()
     try:
         signature = base64.b64decode(part.annotations.get(_SIGNATURE, ""), validate=True)
@@ -144,26 +143,26 @@ def signed_digest(part: Part, check: Check | None) -> str:
 def open_envelope(data: bytes, check: Check | None) -> tuple[Mapping[str, Json], bool]:
     """Return an envelope's statement, and whether the key signed it.
 
-    Raises InputRefused for what is no envelope of a statement.
+    Raises InputRefused if it is not an envelope with a statement.
     """
     try:
         envelope = parse(data, largest=PART, unique=True)
         payload = base64.b64decode(envelope["payload"], validate=True)
         signatures = [base64.b64decode(s["sig"], validate=True) for s in envelope["signatures"]]
-        told = parse(payload, largest=PART, unique=True)
+        statement = parse(payload, largest=PART, unique=True)
         kind = envelope["payloadType"]
     except (ValueError, KeyError, TypeError):
         raise InputRefused("a signed statement is malformed", hint=_FOREIGN) from None
-    if kind != _PAYLOAD or not isinstance(told, dict):
-        raise InputRefused("a signed statement is of another kind than in-toto's", hint=_FOREIGN)
+    if kind != _PAYLOAD or not isinstance(statement, dict):
+        raise InputRefused("a signed statement is not an in-toto statement", hint=_FOREIGN)
     signed = check is not None and any(
         check(_pre_authentication(payload), signature) for signature in signatures
     )
-    return told, signed
+    return statement, signed
 
 
 def unbundled(data: bytes) -> bytes:
-    """Return the envelope in a Sigstore bundle; InputRefused where it holds none."""
+    """Return the envelope in a Sigstore bundle; raises InputRefused if there is none."""
     try:
         return canonical(dict(parse(data, largest=PART)["dsseEnvelope"]))
     except (ValueError, KeyError, TypeError):
@@ -171,9 +170,9 @@ def unbundled(data: bytes) -> bytes:
 
 
 def read_public_key(path: Path) -> Check:
-    """Return the check of a PEM file's public key: ECDSA, RSA (PKCS #1) or Ed25519.
+    """Return a verifier for a PEM file's public key: ECDSA, RSA (PKCS #1) or Ed25519.
 
-    Raises UsageError for a file that is none.
+    Raises UsageError if the file is not a public key.
     """
     try:
         return check_by(path.read_bytes())
@@ -185,9 +184,9 @@ def read_public_key(path: Path) -> Check:
 
 
 def check_by(public: bytes) -> Check:
-    """Return the check of a public key in PEM form: ECDSA, RSA (PKCS #1) or Ed25519.
+    """Return a verifier for a public key in PEM form: ECDSA, RSA (PKCS #1) or Ed25519.
 
-    Raises ValueError for what is none.
+    Raises ValueError if it is not a public key.
     """
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives import hashes

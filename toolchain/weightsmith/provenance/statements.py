@@ -1,4 +1,4 @@
-"""Who made what from what: in-toto statements with SLSA provenance, one per transformation.
+"""In-toto statements with SLSA provenance, one per transformation.
 
 https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md
 https://slsa.dev/spec/v1.0/provenance
@@ -26,7 +26,7 @@ BUILD_TYPE = f"{_PROJECT}/provenance/"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resource:
-    """A ResourceDescriptor: something by its digest."""
+    """A ResourceDescriptor: a name and a digest."""
 
     name: str
     digest: Digest
@@ -42,12 +42,12 @@ class Resource:
 
 
 def tree_resource(name: str, digest: Digest, uri: str = "") -> Resource:
-    """Return a folder by its content: sha256 over its sorted `sha256sum` list."""
+    """Return the resource of a folder; its digest is sha256 over its sorted `sha256sum` list."""
     return Resource(name=name, digest=digest, uri=uri, annotations={"of": "sha256sum list"})
 
 
 def file_resources(tree: Tree | Iterable[FileEntry]) -> list[Resource]:
-    """Return the files of a tree by path and digest."""
+    """Return one resource per file of a tree."""
     files = tree.files if isinstance(tree, Tree) else tree
     return [Resource(name=file.path, digest=file.digest) for file in files]
 
@@ -63,7 +63,7 @@ def provenance(
 ) -> dict[str, Json]:
     """Return the statement of one transformation; the same inputs give the same statement.
 
-    It has no times: they are in build.json, and would give every run another digest.
+    It has no times, which would change the digest with every run; they are in build.json.
     """
     details: dict[str, Json] = {
         "builder": {
@@ -101,12 +101,12 @@ def statement(
 
 
 def image_resource(image: Blob) -> Resource:
-    """Return an image by its manifest; no reference is part of it, so that it may move."""
+    """Return an image's resource; it has no reference, so that the image may be copied."""
     return Resource(name="image", digest=image.digest, media_type=image.media_type)
 
 
 def layer_resources(image: Image) -> list[Resource]:
-    """Return the layers, bottom first, and the configuration."""
+    """Return one resource per layer, bottom first, and one for the configuration."""
     rows = [
         Resource(name=f"layer {n}: {layer.file}" if layer.file else f"layer {n}",
                  digest=layer.digest, media_type=layer.media_type)
@@ -117,7 +117,7 @@ def layer_resources(image: Image) -> list[Resource]:
 
 
 def kind_of(statement: Mapping[str, Json]) -> str:
-    """Return the transformation that a statement of ours is about; empty for any other."""
+    """Return the transformation in one of our statements; empty for any other statement."""
     if statement.get("predicateType") != SLSA:
         return ""
     definition = _at(statement, "predicate", "buildDefinition")
@@ -127,7 +127,7 @@ def kind_of(statement: Mapping[str, Json]) -> str:
 def digests_of(rows: Json) -> dict[str, str]:
     """Return resource descriptors as name -> `sha256:…`.
 
-    Malformed ones are left out, and a name that is given to several: it says nothing.
+    Malformed descriptors are left out, and so are names that occur more than once.
     """
     found: dict[str, set[str]] = {}
     for row in rows if isinstance(rows, list) else []:
@@ -138,14 +138,14 @@ def digests_of(rows: Json) -> dict[str, str]:
 
 
 def subjects_of(statement: Mapping[str, Json]) -> dict[str, str]:
-    """Return what a statement is about: name -> digest."""
+    """Return a statement's subjects: name -> digest."""
     return digests_of(statement.get("subject"))
 
 
 def image_of(statement: Mapping[str, Json]) -> str:
-    """Return the image that a statement of ours is about; empty where it is about none, or several.
+    """Return the image that one of our statements is about; empty if there is none, or several.
 
-    One of a bake or a rebase has the image's layers as subjects too, any other the image alone.
+    `bake` and `rebase` also have the image's layers as subjects, others only the image.
     """
     rows = statement.get("subject")
     alone = bool(kind_of(statement)) or (isinstance(rows, list) and len(rows) == 1)
@@ -153,30 +153,30 @@ def image_of(statement: Mapping[str, Json]) -> str:
 
 
 def dependencies_of(statement: Mapping[str, Json]) -> dict[str, str]:
-    """Return what a transformation was made from: name -> digest."""
+    """Return a transformation's inputs: name -> digest."""
     return digests_of(_at(statement, "predicate", "buildDefinition").get("resolvedDependencies"))
 
 
 def dependency_uris(statement: Mapping[str, Json]) -> dict[str, str]:
-    """Return where a transformation says that it took what it was made from: name -> URI."""
+    """Return the stated origins of a transformation's inputs: name -> URI."""
     rows = _at(statement, "predicate", "buildDefinition").get("resolvedDependencies")
-    told = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    return {str(row.get("name")): str(row.get("uri", "")) for row in told}
+    listed = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return {str(row.get("name")): str(row.get("uri", "")) for row in listed}
 
 
 def byproducts_of(statement: Mapping[str, Json]) -> dict[str, str]:
-    """Return what a transformation gave beside its subjects: name -> digest."""
+    """Return a transformation's by-products: name -> digest."""
     return digests_of(_at(statement, "predicate", "runDetails").get("byproducts"))
 
 
 def parameters_of(statement: Mapping[str, Json]) -> Mapping[str, Json]:
-    """Return what the user asked of a transformation."""
+    """Return a transformation's parameters."""
     found = _at(statement, "predicate", "buildDefinition").get("externalParameters")
     return found if isinstance(found, dict) else {}
 
 
 def predicate_of(statement: Mapping[str, Json]) -> Mapping[str, Json]:
-    """Return what a statement says of its subjects; {} where it is malformed."""
+    """Return a statement's predicate; {} if it is malformed."""
     return _at(statement, "predicate")
 
 

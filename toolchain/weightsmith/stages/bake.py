@@ -12,7 +12,7 @@ from weightsmith.oci.index import own_of
 from weightsmith.oci.layers import Layer, Member, TarLayer
 from weightsmith.oci.limits import check_layers
 from weightsmith.oci.references import Reference
-from weightsmith.oci.weights import most_beside, weight_layers
+from weightsmith.oci.weights import max_weight_layers, weight_layers
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.ports import Store
 from weightsmith.provenance.labels import (
@@ -85,7 +85,7 @@ def _made(
         split.tree,
         model_dir,
         memo=store.memo,
-        most=most_beside(len(below)),
+        most=max_weight_layers(len(below)),
         largest=inputs.largest_layer,
         contents=split.contents,
     )

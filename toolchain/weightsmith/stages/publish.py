@@ -14,11 +14,11 @@ from weightsmith.layouts import (
     discard_candidate_layout,
     final_layout,
 )
-from weightsmith.oci.archive import docker_archive, in_turn
+from weightsmith.oci.archive import docker_archive, incremental_images
 from weightsmith.oci.image import Image
 from weightsmith.oci.index import Index, Whole, images_of, own_of
 from weightsmith.oci.layout import held_digest
-from weightsmith.oci.places import LayoutPlace, Place, RegistryPlace
+from weightsmith.oci.locations import ImageLocation, LayoutLocation, RegistryLocation
 from weightsmith.oci.references import Reference
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.ports import CANDIDATES
@@ -119,9 +119,9 @@ def deliver(
     discard_candidate(own, None, tools)
     if outputs.layout is not None:
         with final_layout(whole, outputs.layout, tools) as folder:
-            _attach(whole, attachments, LayoutPlace(folder), place, tools)
+            _attach(whole, attachments, LayoutLocation(folder), place, tools)
     if outputs.push:
-        there = RegistryPlace(tools.registry, place)
+        there = RegistryLocation(tools.registry, place)
         push: Callable[..., Published] = (
             tools.registry.push_index if isinstance(whole, Index) else tools.registry.push
         )
@@ -138,7 +138,11 @@ def deliver(
 
 
 def _attach(
-    whole: Whole, attachments: Sequence[Evidence], place: Place, reference: Reference, tools: Tools
+    whole: Whole,
+    attachments: Sequence[Evidence],
+    place: ImageLocation,
+    reference: Reference,
+    tools: Tools,
 ) -> None:
     for image, one in zip(images_of(whole), attachments, strict=True):
         attach(one, image.manifest_blob, reference.name, place, tools.signer)
@@ -173,7 +177,11 @@ def _load(image: Image, reference: Reference, tools: Tools) -> None:
     if _is_loaded(image, name, tools):
         return
     held = _like(image, reference, tools)
-    turns = in_turn(image, len(held)) if tools.engine.describe().get("layerwise") else (image,)
+    turns = (
+        incremental_images(image, len(held))
+        if tools.engine.describe().get("layerwise")
+        else (image,)
+    )
     if held or len(turns) > 1:
         # It may be gone by then, and an image store may keep such layers in another form.
         with suppress(EnvironmentFailure):

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from weightsmith.drivers.inmate import attempts
+from weightsmith.drivers.sandbox_probe import attempts
 from weightsmith.errors import (
     CheckFailed,
     EnvironmentFailure,

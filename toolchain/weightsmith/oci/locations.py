@@ -1,4 +1,4 @@
-"""Where an image is, with what hangs on it: a registry's reference or a layout folder."""
+"""Where an image and its attachments are: a registry reference or a layout folder."""
 
 from __future__ import annotations
 
@@ -16,67 +16,67 @@ from weightsmith.oci.registry import Registry
 from weightsmith.values import Blob, Digest
 
 
-class Place(Protocol):
-    """An image and its attachments, read when they are asked for."""
+class ImageLocation(Protocol):
+    """An image and its attachments, read on demand."""
 
     def image(self, platform: str | None = None) -> Image:
-        """Return the image for a platform, this machine's by default."""
+        """Return the image for a platform (default: this one)."""
 
     def index(self) -> bytes | None:
-        """Return the index that the place names, or None where it names an image."""
+        """Return the index at this location, or None if it is an image."""
 
     def attached(self, subject: Digest) -> list[tuple[Blob, str]]:
-        """Return the manifests attached to an image, each with its own tag or empty."""
+        """Return the manifests attached to an image, each with its tag or an empty one."""
 
     def read(self, blob: Blob, tag: str = "") -> Attachment:
-        """Return an attachment; an error where it is not what its digest says."""
+        """Return an attachment; raises an error if it does not match its digest."""
 
     def attach(self, *attachments: Attachment) -> None:
-        """Put attachments beside their image."""
+        """Store attachments with their image."""
 
 
 @dataclass(frozen=True, slots=True)
-class RegistryPlace:
+class RegistryLocation:
     """An image in a registry."""
 
     registry: Registry
     reference: Reference
 
     def image(self, platform: str | None = None) -> Image:
-        """Return the image for a platform, this machine's by default."""
+        """Return the image for a platform (default: this one)."""
         return self.registry.pull(self.reference, platform=platform)
 
     def index(self) -> bytes | None:
-        """Return the index that the reference names, or None where it names an image."""
+        """Return the index of the reference, or None if it is an image."""
         body, kind = self.registry.read_manifest(self.reference)
         return body if kind in manifests.INDEXES else None
 
     def attached(self, subject: Digest) -> list[tuple[Blob, str]]:
-        """Return the manifests attached to an image, each with its own tag or empty."""
+        """Return the manifests attached to an image, each with its tag or an empty one."""
         return self.registry.attached(self.reference, subject)
 
     def read(self, blob: Blob, tag: str = "") -> Attachment:
-        """Return an attachment; Altered where it is not what its digest says."""
+        """Return an attachment; raises Altered if it does not match its digest."""
         return self.registry.read_attachment(self.reference, blob, tag)
 
     def attach(self, *attachments: Attachment) -> None:
-        """Put attachments beside their image."""
+        """Store attachments with their image."""
         self.registry.attach(self.reference, *attachments)
 
 
 @dataclass(frozen=True, slots=True)
-class LayoutPlace:
-    """An image in an OCI layout folder: of that name, or the only one."""
+class LayoutLocation:
+    """An image in an OCI layout folder: the one of that name, or the only one."""
 
     folder: Path
     name: str | None = None
 
     def image(self, platform: str | None = None) -> Image:
-        """Return the image for a platform, this machine's by default."""
+        """Return the image for a platform (default: this one)."""
         return read_layout(self.folder, self.name, platform=platform)
 
     def index(self) -> bytes | None:
-        """Return the index that the name stands for, or None where it is an image."""
+        """Return the index of that name, or None if it is an image."""
         return read_index(self.folder, self.name)
 
     def attached(self, subject: Digest) -> list[tuple[Blob, str]]:
@@ -84,23 +84,26 @@ class LayoutPlace:
         return layout_attachments.attached(self.folder, subject)
 
     def read(self, blob: Blob, tag: str = "") -> Attachment:
-        """Return an attachment; InputRefused where it is not what its digest says."""
+        """Return an attachment; raises InputRefused if it does not match its digest."""
         del tag
         return layout_attachments.read_attachment(self.folder, blob)
 
     def attach(self, *attachments: Attachment) -> None:
-        """Put attachments beside their image."""
+        """Store attachments with their image."""
         for attachment in attachments:
             layout_attachments.attach(self.folder, attachment)
 
 
-def open_place(source: str, registry: Registry) -> Place:
-    """Return the place of a layout folder (`[oci:]DIR[:NAME]`) or of a registry reference."""
+def open_location(source: str, registry: Registry) -> ImageLocation:
+    """Return the location of a layout folder (`[oci:]DIR[:NAME]`) or a registry reference.
+
+    Raises UsageError for anything else.
+    """
     if is_layout(source):
-        return LayoutPlace(*locate(source))
+        return LayoutLocation(*locate(source))
     if Path(source).is_dir():
         raise UsageError(
             f"{source} is a folder, but not an OCI layout",
-            hint="give the folder that `--layout` wrote, or a reference",
+            hint="give the folder that `--layout` wrote, or an image reference",
         )
-    return RegistryPlace(registry, Reference.parse(source))
+    return RegistryLocation(registry, Reference.parse(source))

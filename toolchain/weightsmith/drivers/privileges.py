@@ -1,4 +1,4 @@
-"""Gives the rights of this process away, for good."""
+"""Drops this process's privileges, permanently."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from weightsmith.drivers.trampoline import NO_NEW_PRIVILEGES, check, libc
+from weightsmith.drivers.sandbox_launcher import NO_NEW_PRIVILEGES, check, libc
 
 NOBODY = 65532
-"""User and group outside of what root starts: nobody's, as in distroless images."""
+"""Outer user and group of programs started by root: nobody, as in distroless images."""
 _IN_BOUNDING, _DROP_FROM_BOUNDING, _SET_DUMPABLE, _GET_NO_NEW_PRIVILEGES = 23, 24, 4, 39
 _AMBIENT, _AMBIENT_IS_SET, _CLEAR_ALL = 47, 1, 4
 """Operations of prctl(2)."""
@@ -21,10 +21,10 @@ _MAP_OF_ALL = "4294967295"
 
 
 def is_root() -> bool:
-    """Say whether we are root outside too, or have other users to become.
+    """Say whether we are root outside too, or can switch to other users.
 
-    Root of a user namespace with no other user in it is the user who made it, and has no more
-    rights outside than that one.
+    Root in a user namespace without other users is its creator, and has no more privileges
+    outside than that user.
     """
     if os.geteuid() != 0:
         return False
@@ -39,7 +39,7 @@ def is_root() -> bool:
 
 
 def map_ids_of(process: int, user: int, group: int) -> bool:
-    """Let a process in a user namespace of its own be these inside, and nobody outside."""
+    """Map a process in its own user namespace to these ids inside and to nobody outside."""
     try:
         Path(f"/proc/{process}/uid_map").write_text(f"{user} {NOBODY} 1")
         Path(f"/proc/{process}/gid_map").write_text(f"{group} {NOBODY} 1")
@@ -49,13 +49,13 @@ def map_ids_of(process: int, user: int, group: int) -> bool:
 
 
 def become_nobody() -> None:
-    """Give up root outside of any user namespace of ours."""
+    """Stop being root outside our user namespaces."""
     os.setgroups([])
     become(NOBODY, NOBODY)
 
 
 def become(user: int, group: int) -> None:
-    """Become a user and a group without a capability, now or later."""
+    """Switch to a user and a group without capabilities, permanently."""
     _drop_bounding()
     os.setresgid(group, group, group)
     os.setresuid(user, user, user)
@@ -63,7 +63,7 @@ def become(user: int, group: int) -> None:
 
 
 def drop_capabilities() -> None:
-    """Give up every capability; without CAP_SETPCAP the bounding set stays as it is."""
+    """Drop every capability; without CAP_SETPCAP the bounding set stays."""
     with suppress(PermissionError):
         _drop_bounding()
     _drop_own()
@@ -76,7 +76,7 @@ def _drop_bounding() -> None:
         except OSError as problem:
             if isinstance(problem, PermissionError):
                 raise
-            return  # the kernel knows no more of them
+            return  # the last one of this kernel
 
 
 def _drop_own() -> None:
@@ -86,9 +86,9 @@ def _drop_own() -> None:
 
 
 def left() -> dict[str, bool]:
-    """Say, as the kernel tells it, which sets of capabilities hold any; and whether one can gain.
+    """Say which capability sets are not empty, and whether privileges can be gained (`gain`).
 
-    `gain` is False where no program that is started from here on can have more rights.
+    `gain` is False if no program started from here can have more privileges.
     """
     header, words = (ctypes.c_uint32 * 2)(_HEADER_VERSION, 0), (ctypes.c_uint32 * 6)()
     check(libc.capget(header, words), "capget")
@@ -105,15 +105,15 @@ def _any(*question: int) -> bool:
 
 
 def forbid_privileges() -> None:
-    """Let no program that is started from here on gain rights, and none look into this process."""
+    """Set no_new_privs for all programs started from here, and make this process untraceable."""
     check(libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0), "prctl")
     check(libc.prctl(_SET_DUMPABLE, 0, 0, 0, 0), "prctl")
 
 
 def forbid_user_namespaces() -> None:
-    """Let no process of this user namespace make another, in which it would have all rights.
+    """Forbid new user namespaces, in which a process would have all capabilities.
 
-    Only to be called in a user namespace of our own: the limit is that namespace's.
+    Call it only in our own user namespace: the limit applies to that namespace.
     """
     with suppress(OSError):
         if _MAP_OF_ALL not in Path("/proc/self/uid_map").read_text():

@@ -1,9 +1,9 @@
-"""Becomes another program after putting this process in order: limits, namespaces, user.
+"""Executes a program after setting up this process: limits, namespaces, user.
 
-Run as a file by `process.py`: `python -I -S trampoline.py SETTINGS PROGRAM [ARG…]` with SETTINGS a
-JSON object. It stands between so that no Python code has to run in a forked copy of the (threaded)
-control plane, and so that the death signal is set last: the kernel forgets it whenever a process
-changes its user or gets new capabilities.
+Run as a file by `process.py`: `python -I -S sandbox_launcher.py SETTINGS PROGRAM [ARG…]` with
+SETTINGS a JSON object. It is a process of its own so that no Python code has to run in a fork of
+the threaded control plane, and so that the death signal is set last: the kernel clears it when a
+process changes its user or gets new capabilities.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from typing import Any
 NEW_USER, NEW_NETWORK = 0x1000_0000, 0x4000_0000
 SET_DEATH_SIGNAL, NO_NEW_PRIVILEGES = 1, 38
 FAILED = 125
-"""Exit code for a failure before the program started, as other tools of this kind use it."""
+"""Exit code for a failure before the program started, as in other tools of this kind."""
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 def check(result: int, what: str) -> None:
-    """Raise OSError for a failed call of the C library."""
+    """Raise OSError if a C library call failed."""
     if result != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")
@@ -41,7 +41,7 @@ def unshare(flags: int) -> None:
 
 
 def map_ids(user: int, group: int) -> None:
-    """Call the caller's own user and group by these numbers inside the new user namespace."""
+    """Map the caller's user and group to these numbers in the new user namespace."""
     outside_user, outside_group = os.getuid(), os.getgid()
     unshare(NEW_USER)
     for name, text in (
@@ -53,27 +53,27 @@ def map_ids(user: int, group: int) -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """Be killed when the thread that started us ends, and at once if it has ended already."""
+    """Ask to be killed when the thread that started us ends; exit now if it has ended already."""
     check(libc.prctl(SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0), "prctl")
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def sibling(name: str) -> ModuleType:
-    """Import a file beside this one: isolated Python looks for none there."""
+    """Import a file from this folder, which isolated Python does not search."""
     path = Path(__file__).with_name(f"{name}.py")
     module = sys.modules[name] = ModuleType(name)
     importlib.machinery.SourceFileLoader(name, str(path)).exec_module(module)
     return module
 
 
-def imprison(settings: dict[str, Any]) -> None:
-    """Apply the settings of a job; see `jail.py`."""
-    jail, landlock, filters = sibling("jail"), sibling("landlock"), sibling("filters")
-    wanted = jail.Jail(**settings["jail"])
-    parent_gone = jail.enter(wanted, settings["parent"])
+def enter_sandbox(settings: dict[str, Any]) -> None:
+    """Enter a job's sandbox; see `job_sandbox.py`."""
+    sandbox, landlock, seccomp = sibling("job_sandbox"), sibling("landlock"), sibling("seccomp")
+    wanted = sandbox.JobSandbox(**settings["sandbox"])
+    parent_gone = sandbox.enter(wanted, settings["parent"])
     limit(settings)
-    jail.restrict(wanted, landlock, filters)
+    sandbox.restrict(wanted, landlock, seccomp)
     if parent_gone is None:
         die_with_parent(settings["parent"])
     else:
@@ -83,24 +83,24 @@ def imprison(settings: dict[str, Any]) -> None:
 
 
 def limit(settings: dict[str, Any]) -> None:
-    """Bound what the program may use."""
+    """Apply resource limits."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if settings.get("memory_bytes"):
-        # Counts what the process writes to, not the weight files that it maps.
+        # Limits what the process writes to, not the weight files that it maps.
         resource.setrlimit(resource.RLIMIT_DATA, (settings["memory_bytes"],) * 2)
 
 
 def prepare(settings: dict[str, Any]) -> None:
     """Apply all settings, the death signal last."""
-    if settings.get("jail"):
-        imprison(settings)
+    if settings.get("sandbox"):
+        enter_sandbox(settings)
         return
     limit(settings)
     die_with_parent(settings["parent"])
 
 
 def attempt(what: str, action: Callable[[], object]) -> None:
-    """Do it, or say in one line what could not be done and end."""
+    """Run `action`; if it fails, print one line and exit."""
     try:
         action()
     except OSError as problem:

@@ -1,8 +1,8 @@
-"""Refuses system calls that a job has no use for, by a seccomp filter, for this process.
+"""Blocks system calls that a job does not need, with a seccomp filter for this process.
 
-Run by the trampoline, so of the standard library alone. The filter is inherited by whatever the
-process starts and cannot be taken off. Layout of filters: <linux/filter.h>, <linux/seccomp.h>;
-numbers: <asm/unistd_64.h> and <asm-generic/unistd.h>.
+Run by the sandbox launcher, so it uses only the standard library. Child processes inherit the
+filter, and it cannot be removed. Layout of filters: <linux/filter.h>, <linux/seccomp.h>; numbers:
+<asm/unistd_64.h> and <asm-generic/unistd.h>.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _IF_EQUAL, _IF_AT_LEAST, _IF_ANY_BIT = 0x15, 0x35, 0x45
 _NUMBER_AT, _MACHINE_AT, _ARGUMENTS_AT = 0, 4, 16
 _SET_SECCOMP, _FILTER_MODE = 22, 2
 _X32 = 0x4000_0000
-"""Numbers from here on are x86-64's second set of system calls."""
+"""First number of the x32 system calls of x86-64."""
 _NEW_NAMESPACES = 0x7E02_0000
 _UNIX, _STREAM, _PACKETS, _KIND = 1, 1, 5, 0xF
 _TRUNCATES, _ACCESS = 0o1000, 0o3
 
 MACHINES = {"x86_64": 0xC000_003E, "aarch64": 0xC000_00B7}
-"""Machine -> what the kernel calls its system calls."""
+"""Machine -> the kernel's audit architecture."""
 _X86 = (
     "socket 41 connect 42 bind 49 socketpair 53 clone 56 shmget 29 shmat 30 shmctl 31 semget 64 "
     "semop 65 semctl 66 msgget 68 msgsnd 69 msgrcv 70 msgctl 71 truncate 76 ptrace 101 "
@@ -53,10 +53,10 @@ NUMBERS = {
     for machine, text in (("x86_64", _X86), ("aarch64", _ARM))
     if (words := f"{text} {_BOTH}".split())
 }
-"""Machine -> name -> number, of the system calls that are refused or looked at."""
+"""Machine -> name -> number of the system calls that are refused or inspected."""
 
 _UNKNOWN = ("clone3", "io_uring_setup", "io_uring_enter", "io_uring_register")
-"""Refused as if the kernel did not know them: their callers have another way for that case."""
+"""Refused with ENOSYS: callers then use an older call."""
 _OF_SOCKETS = ("connect", "bind")
 _LOOKED_AT = ("socket", "socketpair", "clone", "open", "openat", "openat2", "truncate", "prlimit64")
 
@@ -67,13 +67,13 @@ Code = tuple[int, int, int, int]
 def job_filter(
     machine: str, *, landlock: int, sockets: bool = False, serves: bool = False
 ) -> bytes:
-    """Return the filter of a job: no sockets but pairs of its own, no way into other processes.
+    """Return a job's filter: no sockets except its own pairs, no access to other processes.
 
-    `landlock` is the ABI in force: before the third, Landlock lets files be cut off, so that is
-    refused here. Nor are there namespaces, mounts, keys and System V memory, which others share.
-    `sockets` allows those and nothing more. `serves` is for a server of somebody else's that runs
-    as the user: it may answer, and asks nobody, because a container engine, D-Bus or ssh-agent
-    would do for it what it may not do itself.
+    `landlock` is the ABI in force: before the third, Landlock allows truncating files, so that is
+    refused here. Namespaces, mounts, keys and System V IPC, which processes share, are refused too.
+    `sockets` allows sockets and nothing more. `serves` is for an untrusted server that runs as the
+    user: it may accept connections but not open any, because a container engine, D-Bus or ssh-agent
+    would act for it.
     """
     numbers = NUMBERS[machine]
     let = {*_LOOKED_AT, *(_OF_SOCKETS if sockets else ())}
@@ -82,7 +82,7 @@ def job_filter(
     plain |= {} if sockets else {"connect": errno.ECONNREFUSED}
     blocks = [_refused(numbers[name], code) for name, code in plain.items()]
     blocks.append(_block(numbers["clone"], _no_bit(0, _NEW_NAMESPACES)))
-    # Its own limits have the number 0; a limit of no time ends any other process of the user.
+    # 0 is the process itself; a CPU limit of 0 would kill any other process of the user.
     blocks.append(_block(numbers["prlimit64"], _no_bit(0, 0xFFFF_FFFF)))
     if serves:
         blocks.append(_block(numbers["socket"], _no_unix()))
@@ -98,7 +98,7 @@ def job_filter(
 
 
 def program(machine: str, blocks: Iterable[Sequence[Code]]) -> bytes:
-    """Return a filter that goes through the blocks and allows what none of them refuses."""
+    """Return a filter of these blocks, which allows what none of them refuses."""
     other = [_answer(errno.ENOSYS)]
     codes: list[Code] = [
         (_LOAD, 0, 0, _MACHINE_AT),
@@ -115,7 +115,7 @@ def program(machine: str, blocks: Iterable[Sequence[Code]]) -> bytes:
 
 
 def install(filter_: bytes) -> None:
-    """Put a filter on this process; no new privileges must be set. Raises OSError."""
+    """Install a filter for this process; needs no_new_privs. Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
     buffer = ctypes.create_string_buffer(filter_, len(filter_))
     head = struct.pack("@HP", len(filter_) // 8, ctypes.addressof(buffer))
@@ -125,7 +125,7 @@ def install(filter_: bytes) -> None:
 
 
 def machine() -> str:
-    """Return this machine's name; raises OSError where its system calls are not known here."""
+    """Return this machine's name; raises OSError if its system calls are not listed here."""
     name = platform.machine()
     if name not in MACHINES:
         raise OSError(errno.ENOSYS, f"the system calls of {name} are not known")
@@ -137,7 +137,7 @@ def _refused(number: int, code: int) -> list[Code]:
 
 
 def _block(number: int, codes: list[Code]) -> list[Code]:
-    """Return codes that run for one system call alone, and answer it."""
+    """Return code that runs only for one system call."""
     return [(_IF_EQUAL, 0, len(codes), number), *codes]
 
 
@@ -146,15 +146,15 @@ def _answer(code: int) -> Code:
 
 
 def _argument(index: int) -> Code:
-    """Load an argument's lower half: flags and kinds fit there."""
+    """Load an argument's lower 32 bits, which hold flags and types."""
     return (_LOAD, 0, 0, _ARGUMENTS_AT + 8 * index)
 
 
 def _local_stream() -> list[Code]:
-    """Allow sockets within the machine that reach nothing before they are connected.
+    """Allow only Unix stream sockets, which reach nothing before they are connected.
 
-    Datagrams can be sent anywhere without. Libraries do make such sockets, and go on where nobody
-    answers: CUDA asks for its MPS daemon.
+    Datagram sockets can send without that. Libraries do create stream sockets and continue if the
+    connection fails: CUDA looks for its MPS daemon.
     """
     return [
         _argument(0),
@@ -187,7 +187,7 @@ def _no_bit(index: int, bits: int) -> list[Code]:
 
 
 def _no_cut(index: int) -> list[Code]:
-    """Refuse to open a file for reading alone and cut it off at once."""
+    """Refuse to open a file read-only and truncate it at once."""
     return [
         _argument(index),
         (_AND, 0, 0, _TRUNCATES | _ACCESS),

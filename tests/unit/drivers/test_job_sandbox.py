@@ -1,4 +1,4 @@
-"""The parts of a job's jail: rules for files, the filter of system calls, and the way in."""
+"""The parts of a job's sandbox: rules for files, the filter of system calls, and the way in."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from weightsmith.drivers import filters, landlock, local, process
-from weightsmith.drivers.confinement import Confinement, confinement, interpreter, job_jail
+from weightsmith.drivers import landlock, local, process, seccomp
+from weightsmith.drivers.confinement import Confinement, confinement, interpreter, job_sandbox
 from weightsmith.drivers.fallback import FallbackRunner
-from weightsmith.drivers.jail import ALL, NONE
+from weightsmith.drivers.job_sandbox import ALL, NONE
 from weightsmith.errors import EnvironmentFailure
 
 from tests.fakes.bare_builder import bare_builder, echo_job
 from tests.fakes.journal import RecordingProgress
 
 BASE_PYTHON = Path(getattr(sys, "_base_executable", sys.executable))
-PIECES = str(Path(filters.__file__).parent)
+PIECES = str(Path(seccomp.__file__).parent)
 HEADERS = {
     "x86_64": Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),
     "aarch64": Path("/usr/include/asm-generic/unistd.h"),
@@ -35,7 +35,7 @@ def test_numbers_of_system_calls_are_the_kernels(machine):
     found = re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", HEADERS[machine].read_text())
     known = {name: int(number) for name, number in found}
 
-    assert {name: known[name] for name in filters.NUMBERS[machine]} == filters.NUMBERS[machine]
+    assert {name: known[name] for name in seccomp.NUMBERS[machine]} == seccomp.NUMBERS[machine]
 
 
 def tried(folder: Path, code: str, abi: int) -> dict[str, str]:
@@ -45,14 +45,14 @@ def tried(folder: Path, code: str, abi: int) -> dict[str, str]:
     script = f"""
 import ctypes, errno, json, os, socket, sys
 sys.path.insert(0, {PIECES!r})
-import filters, landlock
+import seccomp, landlock
 ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)
 rules = [(path, landlock.RUN) for path in sys.path + ["/usr", "/lib", "/lib64"]]
 rules += [({str(folder / "given")!r}, landlock.READ), ({str(folder / "own")!r}, landlock.WRITE)]
 os.mkdir({str(folder / "own")!r})
 os.chdir({str(folder)!r})
 landlock.restrict(rules, {abi})
-filters.install(filters.job_filter(filters.machine(), landlock={abi}))
+seccomp.install(seccomp.job_filter(seccomp.machine(), landlock={abi}))
 answers = {{}}
 def attempt(name, action):
     try:
@@ -132,28 +132,28 @@ def test_there_are_no_sockets_but_pairs_of_its_own(tmp_path):
     assert answers["unshare"] == answers["keys"] == "EPERM"
 
 
-def imprisoned(folder: Path, code: str) -> process.Completed:
-    """Run a few lines of Python in the best jail that there is here."""
-    jail = job_jail(confinement(), run=interpreter(BASE_PYTHON), read=[], write=[folder])
+def sandboxed(folder: Path, code: str) -> process.Completed:
+    """Run a few lines of Python in the strongest sandbox of this machine."""
+    sandbox = job_sandbox(confinement(), run=interpreter(BASE_PYTHON), read=[], write=[folder])
     words = [BASE_PYTHON, "-I", "-S", "-c", code]
-    return process.run(words, cwd=folder, limits=process.ResourceLimits(jail=jail))
+    return process.run(words, cwd=folder, limits=process.ResourceLimits(sandbox=sandbox))
 
 
-def test_a_program_ends_in_a_jail_as_it_does_outside(tmp_path):
-    assert imprisoned(tmp_path, "raise SystemExit(7)").returncode == 7
+def test_a_program_ends_in_a_sandbox_as_it_does_outside(tmp_path):
+    assert sandboxed(tmp_path, "raise SystemExit(7)").returncode == 7
 
 
-def test_a_crash_in_a_jail_is_told_as_one(tmp_path):
+def test_a_crash_in_a_sandbox_is_told_as_one(tmp_path):
     crash = "import ctypes; ctypes.string_at(0)"
 
-    assert imprisoned(tmp_path, crash).returncode == -signal.SIGSEGV
+    assert sandboxed(tmp_path, crash).returncode == -signal.SIGSEGV
 
 
 def test_no_capability_is_left_but_roots_to_read(tmp_path):
     """Its output is the job's own, and its inputs may be another user's."""
     code = "print(*(x for x in open('/proc/self/status') if x.startswith('Cap')))"
 
-    rights = {line.split()[1] for line in imprisoned(tmp_path, code).tail if line.strip()}
+    rights = {line.split()[1] for line in sandboxed(tmp_path, code).tail if line.strip()}
 
     assert rights <= {"0" * 16, f"{4:016x}", f"{2:016x}"}  # the last in Docker's containers
     assert os.getuid() == 0 or rights == {"0" * 16}
@@ -167,19 +167,19 @@ def test_a_job_sets_no_limits_of_others(tmp_path):
         "print(libc.prlimit(1, 0, None, limits), ctypes.get_errno())"
     )
     if not confinement().filtered:
-        pytest.skip("this kernel has no filters of system calls")
+        pytest.skip("this kernel has no seccomp of system calls")
 
-    assert imprisoned(tmp_path, code).tail[-1] == "-1 1"
+    assert sandboxed(tmp_path, code).tail[-1] == "-1 1"
 
 
 def test_a_server_of_somebody_else_asks_nobody(tmp_path):
     """It runs as the user where there are no namespaces: D-Bus would do anything for it."""
     code = (
         "import socket\n"
-        "from weightsmith.drivers import filters, rights\n"
-        "rights.forbid_privileges()\n"
-        "filters.install(filters.job_filter(\n"
-        "    filters.machine(), landlock=6, sockets=True, serves=True))\n"
+        "from weightsmith.drivers import seccomp, privileges\n"
+        "privileges.forbid_privileges()\n"
+        "seccomp.install(seccomp.job_filter(\n"
+        "    seccomp.machine(), landlock=6, sockets=True, serves=True))\n"
         "server = socket.create_server(('127.0.0.1', 0))\n"
         "for make in (lambda: socket.socket(socket.AF_UNIX),\n"
         "             lambda: socket.create_connection(server.getsockname())):\n"
@@ -195,9 +195,7 @@ def test_a_job_sees_no_process_but_its_own(tmp_path):
     if confinement().namespaces != ALL:
         pytest.skip("this kernel gives no namespace of processes")
 
-    done = imprisoned(
-        tmp_path, "import os; print(*(x for x in os.listdir('/proc') if x.isdigit()))"
-    )
+    done = sandboxed(tmp_path, "import os; print(*(x for x in os.listdir('/proc') if x.isdigit()))")
 
     assert done.tail[-1] == "1"
 
@@ -212,11 +210,11 @@ def test_a_model_of_links_is_readable_with_what_they_lead_to(tmp_path):
     (blobs / "cd").write_text("another model's")
     (snapshot / "config.json").symlink_to("../../blobs/ab")
 
-    jail = job_jail(Confinement(), run=[], read=[], write=[], inputs=[snapshot])
+    sandbox = job_sandbox(Confinement(), run=[], read=[], write=[], inputs=[snapshot])
 
-    assert str(blobs / "ab") in jail.read
-    assert str(blobs) not in jail.read
-    assert str(blobs / "cd") not in jail.read
+    assert str(blobs / "ab") in sandbox.read
+    assert str(blobs) not in sandbox.read
+    assert str(blobs / "cd") not in sandbox.read
 
 
 class Unable:
@@ -242,7 +240,7 @@ def test_without_any_confinement_the_local_runner_refuses(nothing_holds, tmp_pat
         lambda: runner.run(echo_job(tmp_path), progress),
         lambda: FallbackRunner(Unable(), runner).run(echo_job(tmp_path), progress),
     ):
-        with pytest.raises(EnvironmentFailure, match="take the network away from jobs") as caught:
+        with pytest.raises(EnvironmentFailure, match="isolate jobs from the network") as caught:
             refused()
         assert "--allow-network-in-jobs" in caught.value.hint
 
@@ -264,4 +262,4 @@ def test_the_confinement_of_nothing_says_so():
     assert Confinement().namespaces == NONE
     assert not Confinement().network
     assert "the network" in Confinement().left()
-    assert Confinement().taken() == ""
+    assert Confinement().blocked() == ""

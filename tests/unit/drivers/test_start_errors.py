@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from weightsmith.drivers.starting import told_by_engine
+from weightsmith.drivers.start_errors import from_engine_message
 from weightsmith.errors import CheckFailed
 
 RUNC = (
@@ -15,22 +15,22 @@ RUNC = (
 @pytest.mark.parametrize(
     ("said", "told"),
     [
-        ("no command specified", "it names no program, neither an entrypoint nor a command"),
+        ("no command specified", "it has neither an entrypoint nor a command"),
         (
             RUNC + 'exec: "/missing": stat /missing: no such file or directory: unknown',
-            "its program '/missing' does not run: it, or the loader",
+            "cannot execute its program '/missing': the program, or its loader",
         ),
         (
             RUNC + 'exec: "missing": executable file not found in $PATH: unknown',
-            "its program 'missing' does not run: it, or the loader",
+            "cannot execute its program 'missing': the program, or its loader",
         ),
         (
             RUNC + 'exec: "/plain": permission denied: unknown',
-            "its program '/plain' does not run: it is no program that the image's user may run",
+            "cannot execute its program '/plain': the image's user may not execute it",
         ),
         (
             RUNC + 'exec: "/": is a directory: unknown: permission denied',
-            "its program '/' does not run: it is no program that the image's user may run",
+            "cannot execute its program '/': the image's user may not execute it",
         ),
         ("unable to find user x: no matching entries in passwd file", "its user is not in"),
         ("Cannot mkdir: /plain is not a directory", "its working directory is a file"),
@@ -38,7 +38,7 @@ RUNC = (
 )
 def test_an_image_s_fault_is_told_as_that(said: str, told: str) -> None:
     """Taken from Docker 26 with runc."""
-    fault = told_by_engine("image:1", said)
+    fault = from_engine_message("image:1", said)
     assert isinstance(fault, CheckFailed)
     assert fault.message.startswith(f"image:1 cannot be started: {told}")
     assert fault.hint
@@ -49,4 +49,4 @@ def test_an_image_s_fault_is_told_as_that(said: str, told: str) -> None:
     "said", ["no space left on device", "driver failed: no such file or directory", ""]
 )
 def test_an_engine_s_fault_stays_its_own(said: str) -> None:
-    assert told_by_engine("image:1", said) is None
+    assert from_engine_message("image:1", said) is None

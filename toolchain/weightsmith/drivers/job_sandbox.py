@@ -1,11 +1,10 @@
-"""Keeps a job apart from the rest of the machine, by whatever of the kernel's means there are.
+"""Isolates a job from the rest of the machine, with whatever the kernel offers.
 
-Run by the trampoline, so of the standard library alone; `Jail` is also what it is asked with.
-There are three means. Namespaces take away the network, other processes, and the right to write
-to any mounted place but the job's own; many machines refuse them to ordinary users. Landlock takes
-away files, and on newer kernels signals and abstract sockets. A system call filter takes away
-sockets of every kind. The last two need no privilege. What all of it comes to on this machine,
-`confinement.py` finds out by trying.
+Run by the sandbox launcher, so it uses only the standard library; `JobSandbox` holds the settings.
+There are three mechanisms. Namespaces block the network, other processes, and writing to any mount
+except the job's own; many machines refuse them to ordinary users. Landlock blocks files, and on
+newer kernels signals and abstract sockets. A seccomp filter blocks sockets of every kind. The last
+two need no privileges. `confinement.py` finds out by trying what holds on this machine.
 """
 
 from __future__ import annotations
@@ -28,73 +27,73 @@ _NO_SETUID, _NO_DEVICES, _NO_PROGRAMS = 2, 4, 8
 _MOUNT_SETATTR, _READ_ONLY, _HERE, _AND_BELOW = 442, 1, -100, 0x8000
 _NO_NEW_PRIVILEGES, _DROP_BOUNDING, _AMBIENT, _CLEAR_ALL = 38, 24, 47, 4
 _CAPABILITIES_V3, _USE_ANY_FILE, _READ_ANY_FILE = 0x2008_0522, 1, 2
-_SHARED_MEMORY = "/dev/shm"  # noqa: S108 - the kernel's place, not a temporary file of ours
+_SHARED_MEMORY = "/dev/shm"  # noqa: S108 - the kernel's mount, not a temporary file of ours
 
 ALL, NETWORK, NONE = "all", "network", "none"
-"""Namespaces: of network, processes and mounts; of the network alone; none."""
+"""Namespaces: network, processes and mounts; only the network; none."""
 LEVELS = (ALL, NETWORK, NONE)
-"""The best first."""
+"""The strongest first."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Jail:
-    """What a program may reach; everything else is taken away as far as `namespaces` goes."""
+class JobSandbox:
+    """What a program may reach; everything else is blocked as far as the kernel allows."""
 
     namespaces: str
     """One of LEVELS."""
     filtered: bool
-    """System calls are filtered."""
+    """Whether system calls are filtered."""
     sockets: bool = False
-    """True leaves it the network and all sockets: for the user who asked for that."""
+    """True allows the network and all sockets, for users who ask for that."""
     run: tuple[str, ...] = ()
-    """Paths that it may read and run programs of."""
+    """Paths that it may read and execute."""
     read: tuple[str, ...] = ()
     write: tuple[str, ...] = ()
-    """Folders that it may do anything in."""
+    """Folders that it may write to."""
     use: tuple[str, ...] = ()
     """Devices."""
 
 
-def enter(jail: Jail, parent: int) -> Callable[[], bool] | None:
-    """Go into the namespaces; with one of processes, the caller goes on in a child.
+def enter(sandbox: JobSandbox, parent: int) -> Callable[[], bool] | None:
+    """Enter the namespaces; with a process namespace, the caller continues in a child.
 
-    Returns what tells such a child that its parent has gone, else None. Raises OSError.
+    Returns a function that tells the child whether its parent is gone, else None. Raises OSError.
     """
-    if jail.namespaces == NONE:
+    if sandbox.namespaces == NONE:
         return None
-    kinds = _NEW_IPC | (0 if jail.sockets else _NEW_NETWORK)
-    if jail.namespaces == ALL:
+    kinds = _NEW_IPC | (0 if sandbox.sockets else _NEW_NETWORK)
+    if sandbox.namespaces == ALL:
         kinds |= _NEW_PROCESSES | _NEW_MOUNTS
     _unshare(kinds)
-    if jail.namespaces != ALL:
+    if sandbox.namespaces != ALL:
         return None
     gone = _fork(parent)
-    _arrange_mounts(jail.write)
+    _arrange_mounts(sandbox.write)
     return gone
 
 
-def restrict(jail: Jail, landlock: ModuleType, filters: ModuleType) -> None:
-    """Give up privileges, files and system calls, in this order; raises OSError."""
+def restrict(sandbox: JobSandbox, landlock: ModuleType, seccomp: ModuleType) -> None:
+    """Drop privileges, files and system calls, in this order; raises OSError."""
     _check(_libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0), "prctl")
     version = landlock.abi()
     _drop_capabilities(landlocked=version > 0)
     if version:
-        rules = [(path, landlock.RUN) for path in jail.run]
-        rules += [(path, landlock.READ) for path in jail.read]
-        rules += [(path, landlock.WRITE | landlock.RUN) for path in jail.write]
-        rules += [(path, landlock.USE) for path in jail.use]
+        rules = [(path, landlock.RUN) for path in sandbox.run]
+        rules += [(path, landlock.READ) for path in sandbox.read]
+        rules += [(path, landlock.WRITE | landlock.RUN) for path in sandbox.write]
+        rules += [(path, landlock.USE) for path in sandbox.use]
         if Path(_SHARED_MEMORY).is_dir():
             rules.append((_SHARED_MEMORY, landlock.WRITE))
-        landlock.restrict(rules, version, sockets=jail.sockets)
-    if jail.filtered:
-        code = filters.job_filter(filters.machine(), landlock=version, sockets=jail.sockets)
-        filters.install(code)
+        landlock.restrict(rules, version, sockets=sandbox.sockets)
+    if sandbox.filtered:
+        code = seccomp.job_filter(seccomp.machine(), landlock=version, sockets=sandbox.sockets)
+        seccomp.install(code)
 
 
 def _unshare(kinds: int) -> None:
-    """Leave the parent's namespaces, by root's right or inside a user namespace of our own."""
+    """Leave the parent's namespaces, as root or inside a new user namespace."""
     if _libc.unshare(kinds) == 0:
         return
     user, group = os.getuid(), os.getgid()
@@ -110,7 +109,7 @@ def _unshare(kinds: int) -> None:
 
 
 def _fork(parent: int) -> Callable[[], bool]:
-    """Go on as the first process of the new namespace; the old one ends as that one does."""
+    """Continue as the first process of the new namespace; the old one exits as it does."""
     reading, writing = os.pipe()
     inner = os.fork()
     if inner != 0:
@@ -119,7 +118,7 @@ def _fork(parent: int) -> Callable[[], bool]:
     os.close(writing)
 
     def gone() -> bool:
-        # Its number cannot be seen from here, but its end of the pipe is closed when it ends.
+        # Its number is not visible here, but its end of the pipe closes when it ends.
         ended = bool(select.select([reading], [], [], 0)[0])
         os.close(reading)
         return ended
@@ -128,7 +127,7 @@ def _fork(parent: int) -> Callable[[], bool]:
 
 
 def _wait(inner: int, parent: int) -> None:
-    """Be killed with our own parent, and end the way the inner process does."""
+    """Die with our own parent, and exit with the inner process's status."""
     _check(_libc.prctl(1, signal.SIGKILL, 0, 0, 0), "prctl")
     if os.getppid() != parent:
         os._exit(1)
@@ -143,9 +142,9 @@ def _wait(inner: int, parent: int) -> None:
 
 
 def _arrange_mounts(writable: Sequence[str]) -> None:
-    """Make every mounted place read-only but the given ones, with its own /proc and shared memory.
+    """Make every mount read-only except the given ones, with a new /proc and shared memory.
 
-    Modes and owners of files, which Landlock does not guard, are guarded by that.
+    That also protects modes and owners of files, which Landlock does not.
     """
     _mount(None, "/", None, _RECURSIVE | _PRIVATE)
     for path in writable:
@@ -159,7 +158,7 @@ def _arrange_mounts(writable: Sequence[str]) -> None:
     _set_mount("/", _AND_BELOW, on=_READ_ONLY)
     for path in kept:
         _set_mount(path, 0, off=_READ_ONLY)
-    os.chdir(Path.cwd())  # by its name: it is another mount now
+    os.chdir(Path.cwd())  # by name: it is a different mount now
 
 
 def _set_mount(path: str, flags: int, *, on: int = 0, off: int = 0) -> None:
@@ -175,10 +174,10 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int) -> Non
 
 
 def _drop_capabilities(*, landlocked: bool) -> None:
-    """Keep none but, for root, the right to read what is somebody else's: inputs may be.
+    """Drop all capabilities except, for root, reading other users' files: inputs may be such.
 
-    In a container of Docker's or Kubernetes' default, root has that right only together with the
-    right to write; it is kept where Landlock bounds it.
+    In Docker's and Kubernetes' default containers, root can read them only with a capability that
+    also allows writing; it is kept if Landlock limits it.
     """
     header = struct.pack("=Ii", _CAPABILITIES_V3, 0)
     data = ctypes.create_string_buffer(24)
@@ -190,7 +189,7 @@ def _drop_capabilities(*, landlocked: bool) -> None:
         kept = low & (1 << _USE_ANY_FILE)
     for number in _capabilities():
         if not kept & (1 << number):
-            # Refused to those who have none to give: then there is none to gain either.
+            # Fails without capabilities to drop: then there are none to gain either.
             _libc.prctl(_DROP_BOUNDING, number, 0, 0, 0)
     _libc.prctl(_AMBIENT, _CLEAR_ALL, 0, 0, 0)
     _check(_libc.capset(header, struct.pack("=6I", kept, kept, 0, 0, 0, 0)), "capset")

@@ -1,4 +1,4 @@
-"""The control plane's side of a worker: its JSON lines become progress, a result or an error."""
+"""Reads a worker's JSON lines and turns them into progress, a result or an error."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _KILLED = (-9, 137)
 
 @dataclass(slots=True)
 class Conversation:
-    """Listens to one worker until it has sent its result."""
+    """Reads one worker's output until it has sent its result."""
 
     job: Job
     progress: Progress
     log: TextIO
     inside: str = ""
-    """Folder of the inputs where the job runs, if that is another: messages name our own."""
+    """Folder of the inputs inside the container, if any; messages get our own paths."""
     _result: Mapping[str, Json] | None = None
     _error: WeightsmithError | None = None
     _stderr: list[str] = field(default_factory=list)
@@ -43,14 +43,14 @@ class Conversation:
     _doing: str = ""
     _done: str = ""
 
-    def hear(self, line: str) -> None:
-        """Take one line of the worker's standard output."""
+    def on_line(self, line: str) -> None:
+        """Process one line of the worker's standard output."""
         try:
             message = parse(line, largest=RESULT)
         except ValueError:
             message = None
         if not isinstance(message, dict):
-            self.hear_error(line)
+            self.on_error_line(line)
             return
         match message:
             case {"progress": [int(done), int(total), str(unit)]}:
@@ -68,16 +68,16 @@ class Conversation:
             case {"error": {"message": str(message), "hint": str(hint), "exit_code": int(code)}}:
                 self._error = from_code(code, self._ours(message), self._ours(hint))
             case _:
-                self.hear_error(line)
+                self.on_error_line(line)
 
-    def hear_error(self, line: str) -> None:
-        """Take one line of the worker's standard error: it goes to the log."""
+    def on_error_line(self, line: str) -> None:
+        """Write one line of the worker's standard error to the log."""
         self.log.write(line + "\n")
         self._stderr.append(line[:LONGEST])
         del self._stderr[:-20]
 
     def result(self, returncode: int) -> Mapping[str, Json]:
-        """Return what the worker returned; raise its error, or what its silence must mean."""
+        """Return the worker's result; raises its error, or one that explains a missing result."""
         self.log.flush()
         if self._error is not None:
             if self._error.exit_code == 1:
@@ -101,7 +101,7 @@ class Conversation:
 
     @contextmanager
     def in_time(self) -> Iterator[Conversation]:
-        """Say in what the job was ended, where the block ends because its time was over."""
+        """If the block exceeds its time limit, say what the job was doing."""
         try:
             yield self
         except TookTooLong:
@@ -109,16 +109,16 @@ class Conversation:
             raise EnvironmentFailure(
                 f"the {self.job.kind} job was ended after {_span(self.job.seconds)}, the most "
                 f"that it may take{self._at() or '; it was at: its start'}",
-                hint=f"if that is where it hangs, give another input; if it is only slow, "
-                f"{VARIABLE} sets another limit; log: {self.log.name}",
+                hint=f"if it hangs there, use another input; if it is only slow, set {VARIABLE} to "
+                f"another limit; log: {self.log.name}",
             ) from None
 
     def _ours(self, text: str) -> str:
         if not self.inside:
             return text
-        place = rf"(?<![\w./]){re.escape(self.inside)}/([\w-]+)"
+        pattern = rf"(?<![\w./]){re.escape(self.inside)}/([\w-]+)"
         inputs = self.job.inputs
-        return re.sub(place, lambda m: str(inputs[m[1]].path if m[1] in inputs else m[0]), text)
+        return re.sub(pattern, lambda m: str(inputs[m[1]].path if m[1] in inputs else m[0]), text)
 
     def _at(self) -> str:
         at = ", ".join(text for text in (self._doing or self._noted, self._done) if text)
@@ -134,7 +134,7 @@ def _span(seconds: int) -> str:
 
 @contextmanager
 def open_log(cache: Path, name: str) -> Iterator[TextIO]:
-    """Open a new log file below the cache folder; only those written to last are kept."""
+    """Open a new log file below the cache folder; only the last ones written are kept."""
     folder = private(cache, "logs")
     for old in sorted(folder.glob("*.log"), key=_written)[:-_LOGS_KEPT]:
         old.unlink(missing_ok=True)
@@ -145,13 +145,13 @@ def open_log(cache: Path, name: str) -> Iterator[TextIO]:
 
 
 def _unread(path: str, flags: int) -> int:
-    """Open a file that its owner alone may read: it holds answers."""
+    """Open a file that only its owner can read: it contains answers."""
     return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
 def _written(path: Path) -> tuple[bool, float]:
-    # By time and not by name: a long job's log is old by name, and still written to.
+    # By time, not by name: a long job's log has an old name and is still being written.
     try:
         return age_order(path.stat().st_mtime)
-    except OSError:  # another process was quicker to remove it
+    except OSError:  # another process has removed it
         return False, 0.0

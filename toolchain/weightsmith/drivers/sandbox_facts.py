@@ -1,4 +1,4 @@
-"""Looks around from inside: what this process can do, found out by reading and by trying."""
+"""Finds out from inside a sandbox what this process can do, by reading and by trying."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
-from weightsmith.drivers.rights import left
+from weightsmith.drivers.privileges import left
 
 Facts = dict[str, str | int | bool]
 _NOBODYS = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
-"""Addresses for documentation (RFC 5737, RFC 3849): nothing is sent there, a route is asked for."""
+"""Documentation addresses (RFC 5737, RFC 3849): nothing is sent, only a route is looked up."""
 
 
 def facts(host_network: int, home: str) -> Facts:
-    """Return what holds for this process; what could not be looked at does not hold.
+    """Return the facts for this process; what cannot be checked counts as not restricted.
 
-    `host_network` is the number of the machine's own network namespace, `home` the folder of a
-    user as whom the program runs; empty where no file of this machine is in reach anyway.
+    `host_network` is the inode of the machine's network namespace, `home` the home folder of the
+    user that the program runs as; empty if no file of this machine is visible.
     """
     rights = left()
     users, groups = ("/".join(map(str, sorted(set(n)))) for n in (os.getresuid(), os.getresgid()))
@@ -39,12 +39,12 @@ def facts(host_network: int, home: str) -> Facts:
 
 
 def unmet(found: Facts, *, as_root: bool) -> str:
-    """Say what of what every start needs does not hold; '' where all does.
+    """Return the first required restriction that does not hold; '' if all hold.
 
-    Only root, who starts it, can take what nobody else can give.
+    Only a start by root can drop all capabilities, so only that requires it.
     """
     if found["new privileges"]:
-        return "it could gain rights"
+        return "it could gain privileges"
     if found["held capabilities"] or (as_root and found["capabilities"]):
         return "it would have capabilities"
     if as_root and found["outside"] == 0:
@@ -53,7 +53,7 @@ def unmet(found: Facts, *, as_root: bool) -> str:
 
 
 def words(found: Facts) -> tuple[str, ...]:
-    """Return what holds, for people."""
+    """Return the restrictions that hold, for people."""
     mapped = f" ({found['outside']} outside)" if str(found["user"]).startswith("0:") else ""
     memory = int(found["memory"])
     said = (
@@ -70,7 +70,7 @@ def words(found: Facts) -> tuple[str, ...]:
 
 
 def _outside(user: int) -> int:
-    """Return the number that a user has outside of this user namespace."""
+    """Return a user's number outside this user namespace."""
     with suppress(OSError):
         for line in Path("/proc/self/uid_map").read_text().splitlines():
             inside, outside, count = map(int, line.split())
@@ -80,7 +80,7 @@ def _outside(user: int) -> int:
 
 
 def _is_sealed() -> bool:
-    """Say whether a file can be made neither at the root nor where the program starts."""
+    """Say whether files can be created neither in the root nor in the working directory."""
     return all(_refuses_files(Path(place)) for place in ("/", "."))
 
 
@@ -95,7 +95,7 @@ def _refuses_files(folder: Path) -> bool:
 
 
 def _has_network(host_network: int) -> bool:
-    """Say whether there is a way out: the machine's own network, another interface, a route."""
+    """Say whether there is a network: the machine's own, another interface or a route."""
     try:
         if os.stat("/proc/self/ns/net").st_ino == host_network:  # noqa: PTH116 - a magic link
             return True
@@ -114,7 +114,7 @@ def _has_route(family: socket.AddressFamily, address: str) -> bool:
 
 
 def _reaches(home: str) -> bool:
-    """Say whether a user's folder can be read, or is not there to be tried."""
+    """Say whether the user's folder can be read, or does not exist so it cannot be tried."""
     try:
         os.close(os.open(home, os.O_RDONLY | os.O_DIRECTORY))
     except OSError as problem:
@@ -123,9 +123,9 @@ def _reaches(home: str) -> bool:
 
 
 def _has_local_sockets() -> bool:
-    """Say whether a socket within the machine can be made.
+    """Say whether a Unix socket can be created.
 
-    A container engine, D-Bus and ssh-agent read and write files for whoever reaches them.
+    A container engine, D-Bus and ssh-agent read and write files for their clients.
     """
     try:
         socket.socket(socket.AF_UNIX).close()
@@ -135,7 +135,7 @@ def _has_local_sockets() -> bool:
 
 
 def _sees_others() -> bool:
-    """Say whether there are processes but the first of this namespace and ourselves."""
+    """Say whether processes other than the namespace's first and ourselves are visible."""
     try:
         seen = {int(name) for name in os.listdir("/proc") if name.isdecimal()}  # noqa: PTH208
     except OSError:

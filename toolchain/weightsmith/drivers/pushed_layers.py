@@ -1,4 +1,4 @@
-"""Remembers which repository of a registry has which layers, so that others mount them there."""
+"""Remembers which repository of a registry has which layers, for cross-repository mounts."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from weightsmith.privacy import private
 from weightsmith.values import Digest, canonical
 
 _MOST = 4000
-"""Layers that are remembered per registry; the oldest go first."""
+"""Layers remembered per registry; the oldest are dropped first."""
 
 
 class PushedLayers:
-    """A small file in the cache; a lost or damaged one costs an upload and nothing else."""
+    """A small file in the cache; losing it only costs an upload."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def repository(self, registry: str, digest: Digest) -> str:
-        """Return a repository that had the layer when we last pushed there, or empty."""
+        """Return a repository that had the layer at our last push, or empty."""
         return self._read(registry).get(digest, "")
 
     def record(self, registry: str, repository: str, digests: Iterable[Digest]) -> None:
-        """Remember that a repository has these layers."""
+        """Record that a repository has these layers."""
         known = self._read(registry)
         for digest in digests:
             known.pop(digest, None)

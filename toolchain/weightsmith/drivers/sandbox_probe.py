@@ -1,8 +1,8 @@
-"""Tries, from inside a job's jail, what no job may do; prints what it could, as JSON.
+"""Tries, from inside a job's sandbox, what no job may do; prints what succeeded, as JSON.
 
-Run as a file by `confinement.py`: `python -I -S inmate.py TARGETS` with TARGETS a JSON object of
-real things outside: a listener's `port`, `socket` by path and `abstract` name, a `file`, and the
-number of a `process`. Of the standard library alone; the `echo` job of a worker uses it too.
+Run as a file by `confinement.py`: `python -I -S sandbox_probe.py TARGETS` with TARGETS a JSON
+object of real targets outside: a listener's `port`, `socket` by path and `abstract` name, a `file`,
+and the number of a `process`. Uses only the standard library; workers' `echo` job uses it too.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _ELSEWHERE = (
     (socket.AF_INET, ("192.0.2.1", 9)),
     (socket.AF_INET6, ("2001:db8::1", 9)),
 )
-"""Addresses of documentation (RFC 5737, RFC 3849): connecting a datagram socket sends nothing, and
-fails where there is no way out."""
+"""Documentation addresses (RFC 5737, RFC 3849): connecting a datagram socket sends nothing, and
+fails without a route."""
 
 
-def could(*attempts: Callable[[], object]) -> bool:
-    """Say whether any of them went through."""
+def any_succeeds(*attempts: Callable[[], object]) -> bool:
+    """Say whether any of them succeeded."""
     for attempt in attempts:
         try:
             attempt()
@@ -36,14 +36,14 @@ def could(*attempts: Callable[[], object]) -> bool:
 
 
 def connect(family: int, kind: int, address: Any) -> None:
-    """Make a socket and connect it; raises OSError."""
+    """Create a socket and connect it; raises OSError."""
     with socket.socket(family, kind) as made:
         made.settimeout(5)
         made.connect(address)
 
 
 def attempts(targets: dict[str, Any]) -> dict[str, bool]:
-    """Return what went through, by what it would have reached."""
+    """Return which attempts succeeded, by target."""
     port, file, other = (
         targets["port"],
         Path(targets["file"]),
@@ -51,15 +51,15 @@ def attempts(targets: dict[str, Any]) -> dict[str, bool]:
     )
     unix = (targets["socket"], "\0" + targets["abstract"])
     tried = {
-        "network": could(
+        "network": any_succeeds(
             lambda: connect(socket.AF_INET, socket.SOCK_STREAM, ("127.0.0.1", port)),
             *(lambda f=f, a=a: connect(f, socket.SOCK_DGRAM, a) for f, a in _ELSEWHERE),
         ),
-        "sockets": could(
+        "sockets": any_succeeds(
             *(lambda name=name: connect(socket.AF_UNIX, socket.SOCK_STREAM, name) for name in unix)
         ),
-        "modes": could(lambda: file.chmod(0o640)),
-        "files": could(
+        "modes": any_succeeds(lambda: file.chmod(0o640)),
+        "files": any_succeeds(
             file.read_bytes,
             lambda: list(file.parent.iterdir()),
             lambda: file.write_bytes(b"x"),
@@ -67,15 +67,15 @@ def attempts(targets: dict[str, Any]) -> dict[str, bool]:
             lambda: file.with_name("new").touch(),
             file.unlink,
         ),
-        "processes": could(
+        "processes": any_succeeds(
             (other / "environ").read_bytes,
             (other / "maps").read_bytes,
             (other / "cwd").readlink,
         ),
-        "signals": could(lambda: os.kill(targets["process"], signal.SIGCONT)),
-        "names": could((other / "cmdline").read_bytes),
+        "signals": any_succeeds(lambda: os.kill(targets["process"], signal.SIGCONT)),
+        "names": any_succeeds((other / "cmdline").read_bytes),
     }
-    # In a container the one outside may be number 1 there, as we are in a namespace of our own.
+    # The target outside may be number 1 in a container, as we are in our own namespace.
     itself = ("processes", "signals", "names") if targets["process"] == os.getpid() else ()
     return tried | dict.fromkeys(itself, False)
 

@@ -1,4 +1,4 @@
-"""Locks between processes: who has to wait is told so, and for what."""
+"""Locks between processes, with a message to those that wait."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 @contextmanager
 def locked(path: Path, what: str, tell: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock of a file while the block runs; `what` is what its holder does meanwhile."""
+    """Hold a file's lock while the block runs; `what` says what its holder is doing."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)

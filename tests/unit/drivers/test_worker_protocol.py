@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from weightsmith.drivers.lines import RESULT, Lines
 from weightsmith.drivers.process import TookTooLong
-from weightsmith.drivers.wire import Conversation, open_log
+from weightsmith.drivers.worker_protocol import Conversation, open_log
 from weightsmith.errors import EnvironmentFailure, InputRefused, WeightsmithError
 from weightsmith.jobs import EchoJob, Input, Job
 
@@ -39,15 +39,15 @@ def test_a_result_of_megabytes_arrives(conversation, megabytes):
 
     for at in range(0, len(line), 1 << 16):
         for heard in lines.feed(line[at : at + (1 << 16)]):
-            conversation.hear(heard)
+            conversation.on_line(heard)
 
     assert conversation.result(0) == {"answers": answers}
 
 
 def test_messages_become_progress(conversation):
-    conversation.hear('{"progress": [1, 2, "bytes"]}')
-    conversation.hear('{"note": "n"}')
-    conversation.hear('{"warn": "w"}')
+    conversation.on_line('{"progress": [1, 2, "bytes"]}')
+    conversation.on_line('{"note": "n"}')
+    conversation.on_line('{"warn": "w"}')
 
     assert conversation.progress.lines == [
         ("advance", "1", "2", "bytes"),
@@ -58,7 +58,7 @@ def test_messages_become_progress(conversation):
 
 def test_a_line_that_is_no_message_goes_to_the_log(conversation):
     for line in ("no json", "[1]", '{"other": 1}', '{"progress": "soon"}'):
-        conversation.hear(line)
+        conversation.on_line(line)
 
     assert conversation.log.getvalue().splitlines() == [
         "no json",
@@ -71,7 +71,7 @@ def test_a_line_that_is_no_message_goes_to_the_log(conversation):
 
 
 def test_a_result_counts_only_with_exit_code_zero(conversation):
-    conversation.hear('{"result": {"a": 1}}')
+    conversation.on_line('{"result": {"a": 1}}')
 
     assert conversation.result(0) == {"a": 1}
     with pytest.raises(WeightsmithError, match="exit code 2"):
@@ -79,7 +79,7 @@ def test_a_result_counts_only_with_exit_code_zero(conversation):
 
 
 def test_an_error_is_rebuilt_from_its_code(conversation):
-    conversation.hear('{"error": {"message": "bad", "hint": "fix", "exit_code": 3}}')
+    conversation.on_line('{"error": {"message": "bad", "hint": "fix", "exit_code": 3}}')
 
     with pytest.raises(InputRefused, match="bad") as caught:
         conversation.result(3)
@@ -87,7 +87,7 @@ def test_an_error_is_rebuilt_from_its_code(conversation):
 
 
 def test_an_unexpected_error_names_the_log(conversation):
-    conversation.hear('{"error": {"message": "bad", "hint": "see the log", "exit_code": 1}}')
+    conversation.on_line('{"error": {"message": "bad", "hint": "see the log", "exit_code": 1}}')
 
     with pytest.raises(WeightsmithError) as caught:
         conversation.result(1)
@@ -101,7 +101,7 @@ def test_a_killed_worker_most_likely_lacked_memory(conversation, code):
 
 
 def test_silence_is_an_error_with_the_last_line(conversation):
-    conversation.hear_error("the last words")
+    conversation.on_error_line("the last words")
 
     with pytest.raises(WeightsmithError, match="the last words"):
         conversation.result(0)
@@ -110,9 +110,9 @@ def test_silence_is_an_error_with_the_last_line(conversation):
 def test_a_job_that_was_ended_says_what_it_was_at(tmp_path):
     job = job_in(tmp_path, seconds=5400)
     conversation = Conversation(job=job, progress=RecordingProgress(), log=Log())
-    conversation.hear('{"note": "reading"}')
-    conversation.hear('{"progress": [3, 12, "layers"]}')
-    conversation.hear('{"doing": "rendering the chat template of /m"}')
+    conversation.on_line('{"note": "reading"}')
+    conversation.on_line('{"progress": [3, 12, "layers"]}')
+    conversation.on_line('{"doing": "rendering the chat template of /m"}')
 
     with (
         pytest.raises(EnvironmentFailure, match="after 1 h 30 min") as caught,
@@ -126,9 +126,9 @@ def test_a_job_that_was_ended_says_what_it_was_at(tmp_path):
 
 
 def test_what_has_ended_is_not_named(conversation):
-    conversation.hear('{"note": "converting"}')
-    conversation.hear('{"doing": "cutting text into tokens"}')
-    conversation.hear('{"doing": ""}')
+    conversation.on_line('{"note": "converting"}')
+    conversation.on_line('{"doing": "cutting text into tokens"}')
+    conversation.on_line('{"doing": ""}')
 
     with pytest.raises(EnvironmentFailure, match="it was at: converting"):
         conversation.result(-9)
@@ -137,8 +137,8 @@ def test_what_has_ended_is_not_named(conversation):
 def test_messages_of_a_container_name_the_files_of_this_machine(tmp_path):
     progress = RecordingProgress()
     conversation = Conversation(job=job_in(tmp_path), progress=progress, log=Log(), inside="/in")
-    conversation.hear('{"note": "/in/text, /in/text/x and /in/other; not /a/in/text"}')
-    conversation.hear('{"error": {"message": "/in/text is bad", "hint": "", "exit_code": 3}}')
+    conversation.on_line('{"note": "/in/text, /in/text/x and /in/other; not /a/in/text"}')
+    conversation.on_line('{"error": {"message": "/in/text is bad", "hint": "", "exit_code": 3}}')
 
     here = tmp_path / "text"
     said = f"{here}, {here}/x and /in/other; not /a/in/text"

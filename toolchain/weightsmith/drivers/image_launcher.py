@@ -1,4 +1,4 @@
-"""Starts the program of an image by way of `enclosure.py`, and hears from it what holds."""
+"""Starts an image's program in the sandbox of `image_sandbox.py`, and reads which limits hold."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from weightsmith.drivers import process
-from weightsmith.drivers.inventory import Facts
-from weightsmith.drivers.starting import unstartable
+from weightsmith.drivers.sandbox_facts import Facts
+from weightsmith.drivers.start_errors import unstartable
 from weightsmith.errors import EnvironmentFailure
 from weightsmith.ports import StartSpec
 
-Way = Literal["apart", "folder", "bare"]
-"""In namespaces of its own; in a folder as its root; or as the user who asks."""
+Mode = Literal["apart", "folder", "bare"]
+"""In its own namespaces; with a folder as its root; or only as the calling user."""
 _CODE = (
     "import sys; sys.path.insert(0, sys.argv[1]);"
-    " from weightsmith.drivers.enclosure import main; main(int(sys.argv[2]))"
+    " from weightsmith.drivers.image_sandbox import main; main(int(sys.argv[2]))"
 )
 
 
 class NotAllowed(EnvironmentFailure):
-    """Raised where this machine does not let us start a program in that way; another may do."""
+    """Raised if this machine does not support this kind of sandbox; another kind may work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Enclosed:
-    """A program of an image, and the place that it is started in."""
+class SandboxedProgram:
+    """An image's program and the root file system it is started in."""
 
     image: str
     root: Path
@@ -41,48 +41,51 @@ class Enclosed:
     env: Mapping[str, str]
     workdir: str
     program: str
-    """What it is called in the image; `argv` may have the path to it here."""
+    """Its name in the image; `argv` may have its path on this machine."""
     user: tuple[int, int]
-    """User and group, as the program sees them."""
+    """User and group inside the sandbox."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Relay:
-    """A way into the network of a program that has none: a listening socket, and its port there."""
+    """A way into an isolated network: a listening socket outside, and the port inside."""
 
     listener: socket.socket
     port: int
 
 
 @contextlib.contextmanager
-def start_enclosed(
-    inside: Enclosed, spec: StartSpec, way: Way, relay: Relay | None = None
+def start_sandboxed(
+    inside: SandboxedProgram, spec: StartSpec, mode: Mode, relay: Relay | None = None
 ) -> Iterator[tuple[process.Server, Facts]]:
-    """Start the program, stopped with all its children when the context ends; yield what holds.
+    """Start the program and yield the facts about its sandbox; stop it when the context ends.
 
-    Raises NotAllowed where this way is closed here, CheckFailed where the image cannot be started.
+    Raises NotAllowed if this sandbox is not supported here, CheckFailed if the image cannot be
+    started.
     """
     with contextlib.ExitStack() as open_files:
         settings = open_files.enter_context(tempfile.TemporaryFile())
         reading, writing = os.pipe()
-        told = open_files.enter_context(os.fdopen(reading, "rb"))
-        handing = [settings.fileno(), writing, *([relay.listener.fileno()] if relay else ())]
+        pipe = open_files.enter_context(os.fdopen(reading, "rb"))
+        inherited = [settings.fileno(), writing, *([relay.listener.fileno()] if relay else ())]
         try:
-            _write(settings, {**_settings(inside, spec, way, relay), "tell": writing})
-            # Not with the image's environment: its variables would rule the loader of this Python.
+            _write(settings, {**_settings(inside, spec, mode, relay), "tell": writing})
+            # Not the image's environment: its variables would affect this Python's loader.
             command = [sys.executable, "-I", "-S", "-c", _CODE]
             command += [str(Path(__file__).parents[2]), str(settings.fileno()), str(inside.root)]
             server = open_files.enter_context(
-                process.start(command, env=process.scrubbed(), handing=handing)
+                process.start(command, env=process.scrubbed(), inherited=inherited)
             )
         finally:
             os.close(writing)
-        yield server, _heard(inside, told.read(), server)
+        yield server, _read_facts(inside, pipe.read(), server)
 
 
-def _settings(inside: Enclosed, spec: StartSpec, way: Way, relay: Relay | None) -> dict[str, Any]:
+def _settings(
+    inside: SandboxedProgram, spec: StartSpec, mode: Mode, relay: Relay | None
+) -> dict[str, Any]:
     return {
-        "way": way,
+        "way": mode,
         "parent": os.getpid(),
         "root": str(inside.root),
         "home": os.path.expanduser("~"),  # noqa: PTH111 - never raises
@@ -90,7 +93,7 @@ def _settings(inside: Enclosed, spec: StartSpec, way: Way, relay: Relay | None) 
         "env": dict(inside.env),
         "workdir": inside.workdir,
         "user": list(inside.user),
-        # A GPU's memory is mapped into the process, so no such limit would hold.
+        # GPU memory is mapped into the process, so this limit would be too low.
         "memory_bytes": 0 if spec.use_gpu else spec.memory_bytes,
         "shm_bytes": spec.shm_bytes,
         "gpu": spec.use_gpu,
@@ -104,16 +107,16 @@ def _write(file: IO[bytes], settings: Mapping[str, Any]) -> None:
     file.seek(0)
 
 
-def _heard(inside: Enclosed, told: bytes, server: process.Server) -> Facts:
-    """Return what the program's process found; told is all that it said before it became it."""
-    lines = [json.loads(line) for line in told.splitlines()]
+def _read_facts(inside: SandboxedProgram, pipe: bytes, server: process.Server) -> Facts:
+    """Return the facts that the process reported before it executed the program."""
+    lines = [json.loads(line) for line in pipe.splitlines()]
     problem = next((line for line in lines if "failed" in line), None)
     if problem is None and lines:
         return dict(lines[0])
     if problem is None:
         raise EnvironmentFailure(
             f"{inside.image} could not be started:\n{server.logs(5)}",
-            hint="see whether this machine runs out of memory or processes",
+            hint="check whether this machine is out of memory or processes",
         )
     if problem["failed"] == "start":
         raise unstartable(inside.image, inside.program, problem["errno"], problem["why"])
@@ -121,9 +124,8 @@ def _heard(inside: Enclosed, told: bytes, server: process.Server) -> Facts:
 
 
 def not_confined(image: str, why: str) -> NotAllowed:
-    """Return the error for a start in which rights would be left to the image."""
+    """Return the error for a start that would leave privileges to the image."""
     return NotAllowed(
-        f"{image} was not started, since it would not be confined here: {why}",
-        hint="run it as another user than root, or where a container engine answers: engines can "
-        "confine what they start",
+        f"{image} was not started, because it would not be confined: {why}",
+        hint="run as a user other than root, or start a container engine, which can confine it",
     )
