@@ -106,7 +106,7 @@ def make_engine() -> DockerEngine:
 def make_registry(*, insecure: bool = False) -> Registry:
     """Return a registry client with the user's Docker credentials, which are read on demand."""
     return Registry(
-        credentials=lambda host: auth.docker_config(docker_config(), ask_helper)(host),
+        credentials=lambda host: auth.credentials_in(docker_config(), ask_helper)(host),
         insecure=insecure,
         memory=PushedLayers(cache_folder()),
     )

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from weightsmith.commands.rebuild import _write
 from weightsmith.drivers.handover import owned_by
-from weightsmith.drivers.ownership import owner_token, private_folder
+from weightsmith.drivers.ownership import private_folder
 from weightsmith.errors import InputRefused
+from weightsmith.files import _new_name
 from weightsmith.oci.attachments import Part
 from weightsmith.oci.manifests import TITLE
 from weightsmith.oci.unpack import unpack
@@ -49,7 +50,7 @@ def test_a_name_that_no_file_system_holds_is_refused(tmp_path: Path) -> None:
 
 def test_cleaning_gets_through_a_tree_of_any_depth(tmp_path: Path) -> None:
     """A started image nested folders until it was killed: the next job cleans up and runs."""
-    left = tmp_path / "jobs" / f"{owner_token()}9.killed"
+    left = _new_name(tmp_path / "jobs")
     left.mkdir(parents=True)
     nested(left, 1500)
     try:
@@ -87,7 +88,7 @@ def test_cleaning_follows_no_link(tmp_path: Path) -> None:
 def test_what_cannot_be_deleted_stops_no_job() -> None:
     """Somebody else's file lies in a killed job's folder: it is passed over."""
     with somebody_else() as home:
-        left = home / "jobs" / f"{owner_token()}9.killed"
+        left = _new_name(home / "jobs")
         (left / "sub").mkdir(parents=True)
         (left / "sub" / "file").write_bytes(b"")
         os.seteuid(0)

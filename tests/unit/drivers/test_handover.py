@@ -11,6 +11,7 @@ from weightsmith.drivers.bases import Base, base, read_bases
 from weightsmith.drivers.handover import owned_by, readable
 from weightsmith.drivers.ownership import is_dead, owner_token, private_folder
 from weightsmith.errors import EnvironmentFailure, UsageError
+from weightsmith.files import _new_name
 from weightsmith.values import Digest
 
 
@@ -123,18 +124,18 @@ def test_owners_that_cannot_be_seen_are_left_alone():
 
 
 def test_folders_of_dead_owners_are_deleted_and_others_left_alone(tmp_path):
-    realm, pid, started = owner_token().split("-")
-    alive = f"{owner_token()}.alive"
-    for name in (f"{realm}-{pid}-{int(started) + 1}.dead", alive, "something else"):
-        (tmp_path / "jobs" / name / "inside").mkdir(parents=True)
-
-    with private_folder(tmp_path) as folder:
-        assert folder.stat().st_mode & 0o777 == 0o700
-        assert {path.name for path in folder.parent.iterdir()} == {
-            *(alive, "something else"),
-            folder.name,
-        }
-    assert not folder.exists()
+    with private_folder(tmp_path) as alive:
+        jobs = alive.parent
+        for name in (_new_name(jobs).name, "something else"):
+            (jobs / name / "inside").mkdir(parents=True)
+        with private_folder(tmp_path) as folder:
+            assert folder.stat().st_mode & 0o777 == 0o700
+            assert {path.name for path in jobs.iterdir()} == {
+                alive.name,
+                "something else",
+                folder.name,
+            }
+        assert not folder.exists()
 
 
 def test_the_lock_names_a_base_for_each_flavour():

@@ -4,7 +4,7 @@ import base64
 
 import pytest
 from weightsmith.errors import InputRefused
-from weightsmith.oci.auth import Challenge, docker_config, parse_challenge
+from weightsmith.oci.auth import Challenge, credentials_in, parse_challenge
 
 
 def _auth(text: str) -> dict[str, str]:
@@ -21,7 +21,7 @@ def test_docker_config() -> None:
             "empty.example": {},
         }
     }
-    find = docker_config(config)
+    find = credentials_in(config)
     assert find("r.example:5000") == ("ann", "a:b")
     assert find("docker.io") == ("hub", "pw")
     assert find("id.example") == ("<token>", "refresh")
@@ -42,7 +42,7 @@ def test_helpers_come_first() -> None:
         "credsStore": "desktop",
         "auths": {"b.example": _auth("b:c")},
     }
-    find = docker_config(config, helper)
+    find = credentials_in(config, helper)
     assert find("a.example") == ("h", "s")
     assert find("b.example") == ("b", "c")
     assert find("docker.io") == ("h", "s")
@@ -55,7 +55,7 @@ def test_helpers_come_first() -> None:
 def test_a_damaged_entry_is_not_shown(auth: object) -> None:
     for entry in ({"auth": auth}, auth):
         with pytest.raises(InputRefused, match=r"r\.example") as caught:
-            docker_config({"auths": {"r.example": entry}})("r.example")
+            credentials_in({"auths": {"r.example": entry}})("r.example")
         assert "c2VjcmV0" not in str(caught.value)
 
 
@@ -65,23 +65,23 @@ def test_a_damaged_entry_is_not_shown(auth: object) -> None:
      "https://r.example:5000/v1/"],
 )  # fmt: skip
 def test_addresses_are_read_as_docker_reads_them(written: str) -> None:
-    find = docker_config({"auths": {"other.example": _auth("x:y"), written: _auth("ann:pw")}})
+    find = credentials_in({"auths": {"other.example": _auth("x:y"), written: _auth("ann:pw")}})
     assert find("r.example:5000") == ("ann", "pw")
     assert find("r.example") is None
 
 
 def test_the_host_itself_comes_before_addresses_with_it() -> None:
     rows = {"https://r.example/team": _auth("team:pw"), "r.example": _auth("ann:pw")}
-    assert docker_config({"auths": rows})("r.example") == ("ann", "pw")
+    assert credentials_in({"auths": rows})("r.example") == ("ann", "pw")
 
 
 def test_a_line_end_in_an_entry() -> None:
     entry = {"auth": _auth("ann:pw")["auth"] + "\n"}
-    assert docker_config({"auths": {"r.example": entry}})("r.example") == ("ann", "pw")
+    assert credentials_in({"auths": {"r.example": entry}})("r.example") == ("ann", "pw")
 
 
 def test_lists_where_tables_belong_hold_nothing() -> None:
-    find = docker_config({"auths": ["r.example"], "credHelpers": ["r.example"]}, lambda *_: None)
+    find = credentials_in({"auths": ["r.example"], "credHelpers": ["r.example"]}, lambda *_: None)
     assert find("r.example") is None
 
 

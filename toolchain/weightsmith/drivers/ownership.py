@@ -10,7 +10,6 @@ from pathlib import Path
 
 from weightsmith.files import folder_beside
 from weightsmith.privacy import private
-from weightsmith.trees import discard
 
 
 def owner_token() -> str:
@@ -42,11 +41,7 @@ def private_folder(cache: Path) -> Iterator[Path]:
 
     Folders left by killed processes are deleted first.
     """
-    jobs = private(cache, "jobs")
-    for left in jobs.iterdir():
-        if is_dead(left.name.partition(".")[0]):  # names of earlier versions
-            discard(left)
-    with folder_beside(jobs / "job") as folder:
+    with folder_beside(private(cache, "jobs") / "job") as folder:
         yield folder
 
 

@@ -59,7 +59,7 @@ def basic(pair: tuple[str, str]) -> str:
     return "Basic " + base64.b64encode(":".join(pair).encode()).decode()
 
 
-def docker_config(config: Mapping[str, Json], helper: Helper | None = None) -> Credentials:
+def credentials_in(config: Mapping[str, Json], helper: Helper | None = None) -> Credentials:
     """Return a lookup in a parsed `~/.docker/config.json`, in Docker's own order.
 
     A host's helper (`credHelpers`), then the store (`credsStore`), then `auths`.
