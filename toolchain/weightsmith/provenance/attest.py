@@ -1,4 +1,4 @@
-"""What an image was made of -> the evidence beside it: statements, bills, answers, adapters."""
+"""Makes an image's evidence from its materials: statements, bills, answers, adapters."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ MODEL_BILL = "model.cdx.json"
 
 
 def evidence(made: ImageMaterials, base_documents: Sequence[Document]) -> Evidence:
-    """Return the statements and documents of an image; the same image has the same.
+    """Return an image's statements and documents; equal images have equal evidence.
 
-    `base_documents` are the bills of materials of what is below its weights.
+    `base_documents` are the bills of materials of the base.
     """
     bill = titled(MEDIA_TYPE, MODEL_BILL, ml_bom(_billed(made)))
     inputs = made.inputs
@@ -62,7 +62,7 @@ def evidence(made: ImageMaterials, base_documents: Sequence[Document]) -> Eviden
 
 
 def public_recipe(recipe: Recipe) -> Mapping[str, Json]:
-    """Return a recipe without paths, secrets and push targets, and without what is default."""
+    """Return a recipe without paths, secrets, push targets and default values."""
     found = dict(recipe.model_dump(mode="json", exclude_defaults=True, by_alias=True))
     found["base"] = {**found["base"], "source": public_name(recipe.base.source)}
     found["adapters"] = [
@@ -74,7 +74,7 @@ def public_recipe(recipe: Recipe) -> Mapping[str, Json]:
 
 
 def _without_folders(value: Json, key: str = "") -> Json:
-    """Return a recipe's part with the names of its files, without the paths to them."""
+    """Return a part of a recipe with file names instead of paths."""
     if isinstance(value, dict):
         return {k: _without_folders(inner, k) for k, inner in value.items()}
     if isinstance(value, list):
@@ -103,7 +103,7 @@ def _merged(inputs: ImageInputs) -> list[Mapping[str, Json]]:
 
 
 def _builder(name: str, details: Mapping[str, Json]) -> list[Resource]:
-    """Return the pins that a builder is made of, and the image that the job ran in, if it did."""
+    """Return a builder's pins, and the image that the job ran in, if any."""
     found = [Resource(name=f"builder:{name}", digest=builder_pins(name))]
     if image := details.get("builder_image"):
         found.append(Resource(name=f"builder image:{name}", digest=Digest(str(image))))

@@ -18,7 +18,7 @@ PREFIX = "dev.weightsmith."
 """Prefix of our labels; the others are those of image-spec annotations.md."""
 _SCORE = PREFIX + "score."
 ENGINE_LABEL = PREFIX + "engine"
-"""How an image says which engine it holds."""
+"""Label: the engine in the image."""
 ENGINE_VERSION = PREFIX + "engine.version"
 """The version of the engine in the image, which the plan was made for."""
 ARTIFACT = PREFIX + "artifact.digest"
@@ -35,7 +35,7 @@ def reference(recipe: Recipe, target: str) -> str:
 
 
 def repository(recipe: Recipe) -> str:
-    """Return where the recipe's images go; the recipe's name by default."""
+    """Return the repository of the recipe's images; the default is the recipe's name."""
     return recipe.image.repository or recipe.name
 
 
@@ -44,8 +44,8 @@ def labels(
 ) -> dict[str, str]:
     """Return the labels: every source by digest, and the serving plan.
 
-    The plan is without what is the planning machine's own: labels depend on nothing but the
-    inputs, so that the same inputs give the same digest.
+    The plan has nothing of the planning machine: labels depend only on the inputs, so that the
+    same inputs give the same digest.
     """
     found = {
         "org.opencontainers.image.title": recipe.name,
@@ -121,9 +121,9 @@ def score_labels(scores: Mapping[str, Score]) -> dict[str, str]:
 
 
 def plan_of(labels: Mapping[str, str]) -> ServingPlan:
-    """Return the plan that an image's labels hold; for a CPU, with zeros, where none can be read.
+    """Return the plan in an image's labels; a CPU plan of zeros if there is no valid one.
 
-    Of a plan for a CPU an image has nothing of the planning machine.
+    A CPU plan in an image has nothing of the planning machine.
     """
     with suppress(ValueError):
         return ServingPlan.from_json(plan_in(labels))
@@ -131,12 +131,12 @@ def plan_of(labels: Mapping[str, str]) -> ServingPlan:
 
 
 def engine_version(labels: Mapping[str, str]) -> str:
-    """Return the version that a base's labels say its engine has; "" where they do not."""
+    """Return the engine version in a base's labels, or empty."""
     return labels.get(ENGINE_VERSION) or labels.get("org.opencontainers.image.version", "")
 
 
 def plan_in(labels: Mapping[str, str]) -> Mapping[str, Json]:
-    """Return the plan that an image's labels hold, to be shown; {} where none can be read."""
+    """Return the plan in an image's labels, for display; {} if there is no valid one."""
     try:
         plan = parse(labels.get(PREFIX + "plan", "{}"))
     except ValueError:

@@ -18,7 +18,7 @@ from weightsmith.values import Artifact, Checkpoint, Json, Score, Sources
 class ImageInputs:
     """A model, the process that serves it, and the base for each platform.
 
-    Sources, checkpoint and recipe are known only where the model was built, not baked.
+    Sources, checkpoint and recipe are known only in `build`, not in `bake`.
     """
 
     name: str
@@ -27,9 +27,9 @@ class ImageInputs:
     """As quantized, or as merged."""
     engine: Engine
     config: ServingConfig | None
-    """None for an image that serves nothing: it holds the weights for others to mount."""
+    """None for an image that only holds weights, for other containers to mount."""
     bases: tuple[Image, ...]
-    """One for each platform; () for an image from scratch."""
+    """One per platform; () for an image from scratch."""
     base_name: str
     """The base's name in the image's labels; "" for a folder on this machine."""
     labels: Mapping[str, str]
@@ -49,7 +49,7 @@ class ImageInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageMaterials:
-    """One platform's image, and what it was made of."""
+    """One platform's image and its materials."""
 
     inputs: ImageInputs
     split: Resharded
