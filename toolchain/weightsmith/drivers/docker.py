@@ -277,7 +277,7 @@ def _connect(timeout: int) -> docker.DockerClient:
         return docker.from_env(environment=environment, timeout=timeout)
     except GONE as problem:
         raise EnvironmentFailure(
-            f"no container engine responds at {engine_host()}: {problem}",
+            f"no container engine answers at {engine_host()}: {problem}",
             hint="start it, set DOCKER_HOST, or use `--runner local`, which needs no engine",
         ) from problem
 
