@@ -198,9 +198,9 @@ except WeightsmithError as error:
     [
         # As in a container of Docker's: no namespaces, and no others' rights are needed.
         ("-sys_admin", "user 65532:65532, no capabilities, no new privileges"),
-        ("-sys_admin,-setuid", "5 oci:x was not started, since it would not be confined here"),
-        ("-sys_admin,-setpcap", "5 oci:x was not started, since it would not be confined here"),
-        ("-sys_admin,-sys_chroot", "5 oci:x was not started, since it would not be confined here"),
+        ("-sys_admin,-setuid", "5 oci:x was not started, because it would not be confined"),
+        ("-sys_admin,-setpcap", "5 oci:x was not started, because it would not be confined"),
+        ("-sys_admin,-sys_chroot", "5 oci:x was not started, because it would not be confined"),
     ],
 )
 def test_root_gives_its_rights_away_or_starts_nothing(
