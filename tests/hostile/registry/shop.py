@@ -54,8 +54,8 @@ class Shop:
         """Return ports whose signatures are of this key."""
         return memory_tools(self.folder, registry=self.client, key=key)
 
-    def place(self, name: str) -> RegistryPlace:
-        return RegistryPlace(self.client, Reference.parse(name))
+    def place(self, name: str) -> RegistryLocation:
+        return RegistryLocation(self.client, Reference.parse(name))
 
     def blob(self, name: str) -> Blob:
         return self.place(name).image("linux/amd64").manifest_blob

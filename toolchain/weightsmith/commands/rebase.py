@@ -62,7 +62,7 @@ def rebase_image(request: RebaseRequest, tools: Tools) -> Mapping[str, Json]:
     """
     tools.registry.check_push(Reference.parse(request.to))
     timer = Timer("rebase", f"{request.source} onto {request.onto}", tools)
-    origin = open_place(request.source, tools.registry)
+    origin = open_location(request.source, tools.registry)
     index = origin.index()
     named = manifests.platforms_in(index, request.source) if index else []
     olds = [origin.image(platform) for platform in named] or [origin.image()]

@@ -43,7 +43,7 @@ class Ancestor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BilledModel:
-    """What a bill of materials says of a model."""
+    """Facts about a model for its bill of materials."""
 
     name: str
     version: str
@@ -58,7 +58,7 @@ class BilledModel:
 
 
 def ml_bom(model: BilledModel) -> dict[str, Json]:
-    """Return the bill of a model: what it is, what it came from, how it scored, what it is for."""
+    """Return a model's bill of materials: identity, ancestors, scores and use."""
     licenses = [model.card.license] if model.card.license else []
     licenses += [a.license for a in model.ancestors if a.license and not licenses]
     component: dict[str, Json] = {

@@ -16,7 +16,7 @@ from weightsmith.values import Json, canonical, plain
 LAYERS = PREFIX + "layers"
 """Label: roles of the layers, bottom first, such as `base:1 weights:2 settings:1`."""
 ADDED = PREFIX + "config"
-"""Label: what was added to the base's configuration, so that the base can be exchanged."""
+"""Label: what was added to the base's configuration, so that the base can be replaced."""
 BASE_NAME = "org.opencontainers.image.base.name"
 BASE_DIGEST = "org.opencontainers.image.base.digest"
 _ROLE = re.compile(r"(base|weights|settings):([0-9]{1,3})")
@@ -46,7 +46,7 @@ def assemble_in_roles(
 ) -> Image:
     """Return an image whose labels say what its layers are for and what was added to its base.
 
-    So `rebase` can exchange the base. `version` is the engine's; "" where nobody says it.
+    So `rebase` can replace the base. `version` is the engine's; "" if unknown.
     """
     counts = [("base", len(base.layers) if base else 0), ("weights", len(weights))]
     if order == "weights-first":
@@ -70,7 +70,7 @@ def assemble_in_roles(
 
 
 def _added_label(config: ImageConfig) -> str:
-    """Spell what is added to a base: all but the labels' values, which stand beside it."""
+    """Return the label's value: what is added to a base, without the labels' own values."""
     stated = {**plain(config), "labels": sorted(config.labels)}
     return canonical({key: value for key, value in stated.items() if value}).decode()
 
