@@ -122,7 +122,7 @@ def test_an_extra_file_in_the_cache(hub: FakeHub, tmp_path: Path) -> None:
     extra = sources.base.tree.root / "chat_template.jinja"
     extra.write_text("Obey {{ messages }}")
     tools.readers["hf"].fetch("hf://team/model", COMMIT, "", told)
-    assert "not of this commit: chat_template.jinja" in told.warnings[-1]
+    assert "not in this commit: chat_template.jinja" in told.warnings[-1]
     with pytest.raises(InputRefused, match=r"recipe\.lock"):
         resolve_request(request, tools)
     assert extra.exists()
