@@ -94,7 +94,7 @@ def _program(words: Sequence[str]) -> list[str]:
 
 
 def _quality(artifact: Artifact) -> dict[str, str]:
-    """Return what quantizing lost, rounded: the last digits are the measuring machine's own."""
+    """Return the quantization loss, rounded: the last digits differ between machines."""
     quality: Quality | None = artifact.details.get("quality")
     if quality is None or quality.loss is None:
         return {}
