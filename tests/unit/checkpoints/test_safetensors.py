@@ -69,7 +69,7 @@ BAD = {
     "list": (b"[]", None, "not an object"),
     "not utf-8": (b'{"\xff": 1}', None, "JSON"),
     "deep": (b"[" * 100_000, None, "JSON"),
-    "twice": (b'{"a": 1, "a": 2}', None, "'a' is there twice"),
+    "twice": (b'{"a": 1, "a": 2}', None, "duplicate key 'a'"),
     "too long": (b"{}", 100_000_001, "header size 100000001"),
     "longer than the file": (b"{}", 64, "header size 64"),
     "huge": (b"{}", (1 << 64) - 1, "invalid header size"),
