@@ -47,7 +47,7 @@ def test_a_tokenizer_that_cannot_be_read_is_left_out(tmp_path: Path) -> None:
     [
         ({"hidden_size": "4096"}, "hidden_size"),
         ({"num_attention_heads": 0}, "num_attention_heads"),
-        ({"architectures": []}, "lacks architectures"),
+        ({"architectures": []}, "no architectures"),
     ],
 )
 def test_wrong_numbers_are_refused_when_they_are_asked_for(change: dict, says: str) -> None:

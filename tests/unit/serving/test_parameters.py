@@ -91,8 +91,8 @@ def test_transformers_builds_as_many_parameters(kind):
         ({"architectures": ["MixtralForCausalLM"]}, "does not say how many"),
         ({"quantization_config": {"quant_method": "hqq"}}, "size of hqq weights"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, "size of gptq weights"),
-        ({"num_experts": -4}, "not a whole number"),
-        ({"vision_config": {"hidden_size": "wide"}}, "not a whole number"),
+        ({"num_experts": -4}, "not a non-negative integer"),
+        ({"vision_config": {"hidden_size": "wide"}}, "not a non-negative integer"),
     ],
 )
 def test_what_cannot_be_worked_out_is_refused(change, says):

@@ -148,7 +148,7 @@ def _task_facts(result: Result) -> TaskFacts:
     return TaskFacts(
         name=result.task.task.name,
         metric=result.task.task.metric,
-        max_drop=result.task.wanted.max_drop,
+        max_drop=result.task.settings.max_drop,
         scores=result.scores,
         verdicts=tuple(verdict.facts for verdict in result.verdicts),
     )

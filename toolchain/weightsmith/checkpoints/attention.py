@@ -1,4 +1,4 @@
-"""What each layer of a decoder keeps of the tokens it has seen, read from config.json."""
+"""What each layer of a decoder caches, read from config.json."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Kind = Literal["full", "sliding", "chunked", "state"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheLayers:
-    """Layers of one kind: how many, and what they keep."""
+    """Layers of one kind: their number and what they cache."""
 
     kind: Kind
     """`full`: every token; `sliding`, `chunked`: a window; `state`: a fixed size per request."""
     layers: int
     window: int = 0
-    """Tokens of the window or chunk."""
+    """Size of the window or chunk in tokens."""
     convolved: int = 0
-    """Numbers of one request's convolution state in one layer, for `state`."""
+    """For `state`: elements of the convolution state per request and layer."""
     recurrent: int = 0
-    """The same of its recurrent state, which may be kept in another type."""
+    """For `state`: elements of the recurrent state, which may have another dtype."""
 
 
 _KINDS: Mapping[str, Kind] = {
@@ -42,9 +42,9 @@ _KINDS: Mapping[str, Kind] = {
 """Names in `layer_types` (transformers, configuration_utils.ALLOWED_LAYER_TYPES) -> kind."""
 
 _NONE = frozenset({"moe", "mlp", "dense"})
-"""Layers that keep nothing."""
+"""Layers without a cache."""
 
-# Every n-th layer is full, the others slide, where an older config.json does not list them.
+# In older config.json files without layer_types, every n-th layer is full, the others slide.
 # vLLM 0.33: model_executor/models/{gemma2,gemma3,cohere2}.py; transformers has the same defaults.
 _FULL_EVERY = {"Gemma2": 2, "Gemma3": 6, "Cohere2": 4, "GptOss": 2}
 
@@ -52,10 +52,10 @@ _FULL_EVERY = {"Gemma2": 2, "Gemma3": 6, "Cohere2": 4, "GptOss": 2}
 def cache_layers(
     architecture: str, config: Mapping[str, Json], layers: int, window: int
 ) -> tuple[CacheLayers, ...]:
-    """Return the kinds of layers that keep something, largest reach first.
+    """Return the layers with a cache by kind, full attention first.
 
-    `config` is the text model's part of config.json; `window` its sliding window, 0 for none.
-    Raises InputRefused for layer names that are not known: their cache would be a guess.
+    `config` is the text config; `window` its sliding window, 0 for none. Raises InputRefused for
+    unknown layer types.
     """
     names = _names(architecture, config, layers, window)
     shared = config.get("num_kv_shared_layers")
@@ -79,7 +79,7 @@ def cache_layers(
         )
     if not found:
         raise InputRefused(
-            f"{architecture} has no layer with a cache or a state: it cannot be planned",
+            f"{architecture} has no layers with a cache or a state",
             hint="choose a decoder with attention",
         )
     return tuple(found)
@@ -88,11 +88,11 @@ def cache_layers(
 def _names(
     architecture: str, config: Mapping[str, Json], layers: int, window: int
 ) -> Sequence[str]:
-    """Return one kind per layer; "" keeps nothing."""
+    """Return one kind per layer; "" for no cache."""
     listed = config.get("layer_types") or config.get("layers_block_type")
     if isinstance(listed, list):
         kinds = [_kind(architecture, str(name)) for name in listed]
-        # Without a window a sliding layer sees everything.
+        # Without a window, sliding layers are full.
         return kinds if window else ["full" if k == "sliding" else k for k in kinds]
     pattern = config.get("hybrid_override_pattern")  # Nemotron-H: M mamba, * attention, - MLP
     if isinstance(pattern, str):
@@ -114,7 +114,7 @@ def _names(
     every = _full_every(architecture, config)
     if every:
         return ["sliding" if (i + 1) % every else "full" for i in range(layers)]
-    first = config.get("max_window_layers")  # Qwen2: the layers from there on slide
+    first = config.get("max_window_layers")  # Qwen2: the layers from here on slide
     if isinstance(first, int) and config.get("use_sliding_window") is True:
         return ["full" if i < first else "sliding" for i in range(layers)]
     return ["sliding"] * layers  # Mistral 7B v0.1, Phi-3
@@ -127,7 +127,7 @@ def _kind(architecture: str, name: str) -> str:
         return _KINDS[name]
     except KeyError:
         raise InputRefused(
-            f"config.json: {architecture} has layers of a kind {name!r}, whose cache is not known",
+            f"config.json: {architecture} has the unknown layer type {name!r}",
             hint=f"known: {', '.join(_KINDS)}",
         ) from None
 
@@ -144,7 +144,7 @@ def _chunk(config: Mapping[str, Json], kind: str) -> int:
 
 
 def _state(config: Mapping[str, Json]) -> tuple[int, int]:
-    """Return the numbers in one layer's convolution and recurrent state; (0, 0): not known.
+    """Return the elements of a layer's convolution and recurrent state; (0, 0) if unknown.
 
     vLLM 0.33, model_executor/layers/mamba/mamba_utils.py: gated delta net, Mamba 2, Mamba 1.
     """
@@ -176,7 +176,7 @@ def _int(config: Mapping[str, Json], name: str, default: int) -> int:
     value = config.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 1_000_000_000:
         raise InputRefused(
-            f"config.json: {name} is {value!r}, not a whole number from 0 on",
+            f"config.json: {name} is {value!r}, not a non-negative integer",
             hint="check the checkpoint's config.json",
         )
     return value
@@ -186,7 +186,7 @@ def _list(config: Mapping[str, Json], name: str) -> list[int]:
     value = config.get(name)
     if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
         raise InputRefused(
-            f"config.json: {name} is not a list of whole numbers",
+            f"config.json: {name} is not a list of integers",
             hint="check the checkpoint's config.json",
         )
     return value

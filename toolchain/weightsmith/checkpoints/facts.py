@@ -1,4 +1,4 @@
-"""What a model is, read once from its files: what planners, quantizers and renderers ask."""
+"""Facts about a model, read once from its files for planners, quantizers and renderers."""
 
 from __future__ import annotations
 
@@ -27,49 +27,49 @@ _Part = TypeVar("_Part")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """A model as its configuration describes it; nothing here is changed by who asks.
+    """A model's facts according to its configuration.
 
-    Reading never refuses a configuration: `shape` and `matrices` raise, when they are asked for,
-    what was wrong with the numbers, so that a model that cannot be planned can still be packaged.
+    Reading never refuses a configuration: invalid numbers raise only when `shape` or `matrices` is
+    used, so that a model that cannot be planned can still be packaged.
     """
 
     architecture: str
-    """The model class, such as `LlamaForCausalLM`; "" where the configuration names none."""
+    """The model class, such as `LlamaForCausalLM`; "" if it is not set."""
     model_type: str
     text_model_type: str
-    """The same of the language model, which may be a part of the model."""
+    """The language model's, which may be only a part of the model."""
     encoder_decoder: bool
     sees_images: bool
     stated_dtype: str
-    """The weights' type, such as `bfloat16`; "" where the configuration does not say."""
+    """The weights' dtype, such as `bfloat16`; "" if it is not set."""
     layers: int
-    """0 where the configuration does not say; `shape.layers` refuses that."""
+    """0 if it is not set, which `shape` refuses."""
     hidden: int
     tied_embeddings: bool | None
-    """Whether the output layer is the embedding; None where the configuration does not say."""
+    """`tie_word_embeddings`; None if it is not set."""
     packing: Packing | None
     positions: Positions
     stateful_keys: tuple[str, ...]
-    """Keys that tell of layers which keep something else than keys and values of every token."""
+    """Keys of layers that cache something other than keys and values of every token."""
     tokenizer_class: str
     tokenizer_length: int
-    """The tokenizer's own limit in tokens; 0 for none."""
+    """The tokenizer's limit in tokens; 0 for none."""
     read_shape: ModelShape | InputRefused
     read_matrices: Matrices | InputRefused
 
     @property
     def shape(self) -> ModelShape:
-        """The decoder's numbers; raises InputRefused where one is missing, wrong or absurd."""
-        return _asked(self.read_shape)
+        """The decoder's dimensions; raises InputRefused if one is missing or invalid."""
+        return _checked(self.read_shape)
 
     @property
     def matrices(self) -> Matrices:
-        """What counts its parameters beside the shape; raises InputRefused as `shape` does."""
-        return _asked(self.read_matrices)
+        """Further dimensions for counting parameters; raises InputRefused as `shape` does."""
+        return _checked(self.read_matrices)
 
     @property
     def weight_kinds(self) -> frozenset[str]:
-        """The kinds of Format that its folder of safetensors may be served as."""
+        """The kinds of Format with which its folder of safetensors can be served."""
         return self.packing.kinds if self.packing else frozenset({"safetensors"})
 
     @classmethod
@@ -77,7 +77,7 @@ class ModelFacts:
         cls, config: Mapping[str, Json], tokenizer: Mapping[str, Json] | None = None
     ) -> ModelFacts:
         """Return the facts in a config.json and a tokenizer_config.json."""
-        text, told = text_part(config), tokenizer or {}
+        text, settings = text_part(config), tokenizer or {}
         architecture, dtype = _architecture(config), _dtype(config)
         tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
         shape = _read(lambda: ModelShape.of(text, architecture, dtype))
@@ -94,8 +94,8 @@ class ModelFacts:
             packing=Packing.of(config.get("quantization_config")),
             positions=Positions.of(text),
             stateful_keys=tuple(sorted(k for k in text if _STATEFUL.search(k) and text[k])),
-            tokenizer_class=str(told.get("tokenizer_class") or ""),
-            tokenizer_length=_whole(told.get("model_max_length")),
+            tokenizer_class=str(settings.get("tokenizer_class") or ""),
+            tokenizer_length=_whole(settings.get("model_max_length")),
             read_shape=shape,
             read_matrices=shape
             if isinstance(shape, InputRefused)
@@ -106,7 +106,7 @@ class ModelFacts:
 def read_facts(path: Path) -> ModelFacts:
     """Return the facts of a checkpoint's folder, or of a GGUF file by its header.
 
-    Raises InputRefused for a GGUF file that is not readable, and where config.json is not JSON.
+    Raises InputRefused for an invalid GGUF file or config.json.
     """
     if path.suffix == ".gguf" and not path.is_dir():
         return ModelFacts.of(gguf_config(path))
@@ -118,14 +118,14 @@ def read_facts(path: Path) -> ModelFacts:
 
 
 def _read(reader: Callable[[], _Part]) -> _Part | InputRefused:
-    """Return a part, or why it cannot be read."""
+    """Return a part, or the error that reading it raises."""
     try:
         return reader()
     except InputRefused as refused:
         return refused
 
 
-def _asked(part: _Part | InputRefused) -> _Part:
+def _checked(part: _Part | InputRefused) -> _Part:
     if isinstance(part, InputRefused):
         raise InputRefused(part.message, hint=part.hint)
     return part

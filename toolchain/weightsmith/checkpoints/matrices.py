@@ -1,4 +1,4 @@
-"""What config.json says of a decoder's matrices beside its shape: enough to count parameters."""
+"""Further dimensions of a decoder in config.json, for counting parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vision:
-    """A vision tower: its layers and their widths; 0 layers for a model without one."""
+    """A vision tower's layers and widths; 0 layers for a model without one."""
 
     layers: int = 0
     hidden: int = 0
@@ -22,27 +22,27 @@ class Vision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matrices:
-    """Numbers that decide what a checkpoint weighs; 0 for what config.json does not name."""
+    """Dimensions that affect a checkpoint's size; 0 if config.json does not set them."""
 
     experts: int
-    """Routed experts of a sparse layer."""
+    """Routed experts per sparse layer."""
     sparse_layers: int
-    """Layers that have experts instead of one feed-forward."""
+    """Layers with experts instead of a feed-forward network."""
     expert_width: int
     shared_experts: int
     shared_width: int
-    """Width of an expert that sees every token, where it has one of its own."""
+    """Width of shared experts, if it is set separately."""
     predicted_layers: int
-    """Further layers at the end for multi-token prediction, which the files have."""
+    """Additional layers for multi-token prediction."""
     query_rank: int
-    """Width that queries are factored through, in multi-head latent attention."""
+    """Rank of the query projection in multi-head latent attention."""
     nope_head_dim: int
-    """Part of each head without rotary positions, in multi-head latent attention."""
+    """Part of each head without rotary embedding, in multi-head latent attention."""
     vision: Vision
 
     @classmethod
     def of(cls, text: Mapping[str, Json], vision: Json, layers: int) -> Matrices:
-        """Read the text model's part and `vision_config`; raises InputRefused for odd numbers."""
+        """Read text config and `vision_config`; raises InputRefused for invalid numbers."""
         experts = next((count(text, name) for name in _EXPERTS if text.get(name)), 0)
         return cls(
             experts=experts,
@@ -76,11 +76,11 @@ def _vision(tower: Json) -> Vision:
 
 
 def count(config: Mapping[str, Json], name: str) -> int:
-    """Return a number of things, 0 where it is not there; InputRefused for anything else."""
+    """Return a count, 0 if it is missing; raise InputRefused if it is invalid."""
     value = config.get(name) or 0
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 10_000_000:
         raise InputRefused(
-            f"config.json: {name} is {value!r}, not a whole number from 0 on",
+            f"config.json: {name} is {value!r}, not a non-negative integer",
             hint="check the checkpoint's config.json",
         )
     return value

@@ -1,4 +1,4 @@
-"""How a checkpoint's weights are packed, by config.json's `quantization_config`."""
+"""How a checkpoint's weights are packed, according to `quantization_config`."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from weightsmith.values import Json
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packing:
-    """Weights that a quantizer packed."""
+    """The layout of quantized weights."""
 
     method: str
-    """`quant_method`, such as `awq`, `gptq`, `fp8` or `compressed-tensors`; "" for none."""
+    """`quant_method`, such as `awq`, `gptq`, `fp8` or `compressed-tensors`; "" if it is not set."""
     bits: int
-    """Bits of a weight; 4 where the configuration does not say, 0 for what is no number."""
+    """Bits per weight; 4 if it is not set, 0 if it is invalid."""
     group_size: int
-    """Weights that share a scale; -1 for a whole row."""
+    """Weights per scale; -1 for a whole row."""
     symmetric: bool
     reordered: bool
-    """GPTQ's `desc_act`: columns are ordered by their activations."""
+    """GPTQ's `desc_act`: columns are ordered by activations."""
     block: tuple[int, ...]
-    """`weight_block_size`: rows and columns that share a scale; () for none."""
+    """`weight_block_size`: rows and columns per scale; () if it is not set."""
     kinds: frozenset[str]
-    """Kinds of Format that the folder may be served as; empty for what no target serves."""
+    """Kinds of Format with which it can be served; empty if no target supports it."""
 
     @classmethod
     def of(cls, value: Json) -> Packing | None:
-        """Read a `quantization_config`; None where the weights are not packed."""
+        """Read a `quantization_config`; return None if the weights are not quantized."""
         if not value:
             return None
-        told = value if isinstance(value, Mapping) else {}
-        method, block = str(told.get("quant_method", "")), told.get("weight_block_size")
+        settings = value if isinstance(value, Mapping) else {}
+        method, block = str(settings.get("quant_method", "")), settings.get("weight_block_size")
         return cls(
             method=method,
-            bits=_whole(told.get("bits", told.get("w_bit", 4))),
-            group_size=_whole(told.get("group_size", -1)),
-            symmetric=told.get("sym") is not False,
-            reordered=told.get("desc_act") is True,
+            bits=_whole(settings.get("bits", settings.get("w_bit", 4))),
+            group_size=_whole(settings.get("group_size", -1)),
+            symmetric=settings.get("sym") is not False,
+            reordered=settings.get("desc_act") is True,
             block=tuple(map(_whole, block if isinstance(block, list) else [block]))
             if block
             else (),
-            kinds=_kinds(method, told.get("config_groups")),
+            kinds=_kinds(method, settings.get("config_groups")),
         )
 
 
@@ -51,9 +51,9 @@ def _whole(value: Json) -> int:
 
 
 def _kinds(method: str, groups: Json) -> frozenset[str]:
-    """Return what an engine may load it as.
+    """Return the kinds of Format that engines load.
 
-    compressed-tensors with 4-bit weights is what both AWQ and GPTQ write there.
+    compressed-tensors with 4-bit weights may be AWQ or GPTQ.
     """
     if method in {"awq", "gptq", "fp8"}:
         return frozenset({method})

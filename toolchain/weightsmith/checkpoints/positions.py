@@ -1,4 +1,4 @@
-"""What config.json says of positions: how many there are, and how they are turned and scaled."""
+"""Positions in config.json: lengths, and rope parameters."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ _LENGTHS = (
     "max_seq_length",
     "seq_len",
 )
-"""Names for the length (vLLM 0.33, model_arch_config_convertor.py)."""
+"""Keys of the length (vLLM 0.33, model_arch_config_convertor.py)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Positions:
-    """Positions of a model's tokens; numbers are 0 where the configuration does not name them."""
+    """Lengths and rope parameters; numbers are 0 if they are not set."""
 
     lengths: tuple[int, ...]
-    """Every length that is stated, in tokens."""
+    """Every configured length, in tokens."""
     scaling: str
-    """The kind of scaling, such as `llama3`, `yarn` or `linear`; `default` for none."""
+    """The rope type, such as `llama3`, `yarn` or `linear`; `default` for no scaling."""
     factor: float
-    """What lengths are stretched by; 0 for what is not a number up to 1000."""
+    """Rope's scaling factor; 0 if it is not a number up to 1000."""
     original: int
-    """The length before stretching."""
+    """The length before scaling."""
     theta: float
-    """Base of the rotation, as `rope_parameters` has it."""
+    """`rope_theta` in `rope_parameters`."""
     transformers_5_only: bool
-    """Only `rope_parameters` says how they are turned, which transformers 4 does not read."""
+    """Only `rope_parameters` has the theta, which transformers 4 does not read."""
 
     @classmethod
     def of(cls, text: Mapping[str, Json]) -> Positions:
-        """Read them from the text model's part of a config.json."""
+        """Read them from the text config."""
         parameters, rope = text.get("rope_parameters"), _rope(text)
         factor = _number(rope.get("factor", 1.0))
         original = rope.get("original_max_position_embeddings")

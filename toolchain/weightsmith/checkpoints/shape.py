@@ -1,4 +1,4 @@
-"""The numbers of a decoder, read from its config.json and checked."""
+"""A decoder's dimensions, read from config.json and checked."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _HINT = "check the checkpoint's config.json: a serving plan made from wrong numb
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """The numbers of a decoder that decide what its cache and activations weigh."""
+    """A decoder's dimensions, from which the sizes of cache and activations follow."""
 
     architecture: str
     layers: int
@@ -40,36 +40,36 @@ class ModelShape:
     head_dim: int
     v_head_dim: int
     max_positions: int
-    """Tokens that the model was made for; 0 where the configuration does not say."""
+    """The model's maximum context in tokens; 0 if it is not set."""
     vocab: int
     sliding_window: int
-    """Tokens that a sliding layer looks back; 0 where no layer slides."""
+    """The sliding window in tokens; 0 without sliding layers."""
     layer_types: tuple[str, ...]
-    """One per layer, where the configuration gives them; else empty."""
+    """One per layer; empty if they are not set."""
     dtype: str
     kv_lora_rank: int = 0
     """Width of the compressed cache of multi-head latent attention; 0 for other models."""
     rope_head_dim: int = 0
     state_dtype: str = ""
-    """What the recurrent state of Mamba and linear attention is kept in; "" for the model's own."""
+    """Dtype of the recurrent state of Mamba and linear attention; "" for the model's."""
     cache: tuple[CacheLayers, ...] = ()
-    """What its layers keep, by kind."""
+    """The layers' caches, by kind."""
 
     @property
     def sliding_layers(self) -> int:
-        """Layers with a sliding window; 0 where config.json names none: full length is planned."""
+        """Layers with a sliding window; 0 if config.json does not list them."""
         if not self.sliding_window:
             return 0
         return sum(kind == "sliding_attention" for kind in self.layer_types)
 
     @classmethod
     def of(cls, inner: Mapping[str, Json], architecture: str, dtype: str) -> ModelShape:
-        """Read the text model's part of a config.json.
+        """Read the text config.
 
-        Raises InputRefused for numbers that are missing, of the wrong type, or absurd.
+        Raises InputRefused for missing and invalid numbers.
         """
         if not architecture:
-            raise InputRefused("config.json lacks architectures", hint=_HINT)
+            raise InputRefused("config.json has no architectures", hint=_HINT)
         layers = _number(inner, "num_hidden_layers", "n_layer")
         hidden = _number(inner, "hidden_size", "n_embd")
         heads = _number(inner, "num_attention_heads", "n_head")
@@ -105,8 +105,8 @@ class ModelShape:
 
 
 def _kv_heads(config: Mapping[str, Json], heads: int) -> int:
-    """Return the key-value heads by the names that there are (vLLM 0.33, config/model.py)."""
-    # Falcon before its second architecture, and GPT-BigCode: one head for all queries.
+    """Return the number of key-value heads by any of its keys (vLLM 0.33, config/model.py)."""
+    # Older Falcon and GPT-BigCode: one key-value head.
     if config.get("multi_query") is True and not config.get("new_decoder_architecture"):
         return 1
     names = ("num_key_value_heads", "n_head_kv", "num_kv_heads", "multi_query_group_num")
@@ -114,13 +114,13 @@ def _kv_heads(config: Mapping[str, Json], heads: int) -> int:
 
 
 def _number(config: Mapping[str, Json], *names: str, default: int | None = None) -> int:
-    """Return the first of these fields that is set; a default of 0 allows 0 itself."""
+    """Return the first key that is set; a default of 0 also allows the value 0."""
     for name in names:
         value = config.get(name)
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int):
-            raise InputRefused(f"config.json: {name} is {value!r}, not a whole number", hint=_HINT)
+            raise InputRefused(f"config.json: {name} is {value!r}, not an integer", hint=_HINT)
         most = _LARGEST.get(name, _LARGEST["vocab_size"])
         least = 0 if default == 0 else 1
         if not least <= value <= most:
@@ -129,7 +129,7 @@ def _number(config: Mapping[str, Json], *names: str, default: int | None = None)
             )
         return value
     if default is None:
-        raise InputRefused(f"config.json lacks {names[0]}", hint=_HINT)
+        raise InputRefused(f"config.json has no {names[0]}", hint=_HINT)
     return default
 
 
@@ -147,7 +147,7 @@ def _head_dim(config: Mapping[str, Json], hidden: int, heads: int) -> int:
 
 
 def _sliding_window(config: Mapping[str, Json]) -> int:
-    # Qwen2 names a window and then turns it off.
+    # Qwen2 sets a window and disables it.
     if config.get("use_sliding_window") is False:
         return 0
     return _number(config, "sliding_window", default=0)
@@ -167,7 +167,7 @@ def _layer_types(config: Mapping[str, Json], layers: int) -> tuple[str, ...]:
 
 
 def _state_dtype(architecture: str, config: Mapping[str, Json]) -> str:
-    """Return the type that a model asks for (vLLM, model_executor/models/config.py)."""
+    """Return the model's state dtype (vLLM, model_executor/models/config.py)."""
     for name in ("mamba_ssm_cache_dtype", "mamba_ssm_dtype"):
         if config.get(name) in {"float32", "float16", "bfloat16"}:
             return str(config[name])

@@ -1,7 +1,7 @@
-"""The text part of a config.json, whole: transformers leaves out what is its class's default.
+"""The text config of a config.json, completed by defaults.
 
-A checkpoint of several parts, such as Gemma 3 with its eyes, says of its text model only what
-differs from the class (`PretrainedConfig.to_diff_dict`): Gemma 3 4B names no number of heads.
+Multimodal checkpoints such as Gemma 3 store only values of the text config that differ from the
+class's defaults (`PretrainedConfig.to_diff_dict`): Gemma 3 4B has no number of heads.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _DEFAULTS = "text_defaults.json"
 
 
 def text_part(config: Mapping[str, Json]) -> Mapping[str, Json]:
-    """Return the configuration of the language model: `text_config` with its class's defaults.
+    """Return the language model's configuration: `text_config` with its class's defaults.
 
-    The whole one where there is no such part: what is not nested is written with every number.
+    Without a `text_config`, the whole configuration, which is complete.
     """
     text = config.get("text_config")
     if not isinstance(text, Mapping):
@@ -30,6 +30,6 @@ def text_part(config: Mapping[str, Json]) -> Mapping[str, Json]:
 
 @cache
 def _defaults() -> Mapping[str, Mapping[str, int]]:
-    """Return model type -> the numbers that its class has; a test holds them to transformers."""
+    """Return model type -> its class's defaults; a test compares them with transformers."""
     text = resources.files(__package__).joinpath(_DEFAULTS).read_text("utf-8")
     return cast("Mapping[str, Mapping[str, int]]", json.loads(text))

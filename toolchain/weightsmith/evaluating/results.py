@@ -1,4 +1,4 @@
-"""What a build asks of whom, and how it was answered and judged."""
+"""The tasks of a build with their scores and verdicts."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from weightsmith.values import Score
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecipeTask:
-    """One task of a build, whose adapters it is held against, and what may be lost."""
+    """A task of a build, its reference, and the allowed drop."""
 
     task: Task
-    wanted: Evaluate
+    settings: Evaluate
     adapter: int | None = None
-    """Number of the one adapter whose own task it is; None for all of them together."""
+    """Index of the adapter whose task it is; None for all adapters together."""
 
     @property
     def limit(self) -> DropLimit:
-        """What the merged model and the image may lose."""
+        """The allowed drop of merged model and image."""
         return DropLimit(
-            max_drop=self.wanted.max_drop,
-            min_score=self.wanted.min_score,
-            proven=self.wanted.certainty == "proven",
+            max_drop=self.settings.max_drop,
+            min_score=self.settings.min_score,
+            proven=self.settings.certainty == "proven",
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One task: the scores of everyone who was asked it, and the verdicts."""
+    """A task's scores and verdicts."""
 
     task: RecipeTask
     scores: Mapping[str, Score]
-    """`base`, `adapter` (unmerged, all of the task's), `merged`, `image`: as far as asked."""
+    """Subject -> score; subjects are `base`, `adapter` (unmerged), `merged` and `image`."""
     verdicts: tuple[Verdict, ...] = ()
 
     def require(self) -> None:
@@ -46,7 +46,7 @@ class Result:
 
     @property
     def ends(self) -> int:
-        """How many answers of the reference ended by themselves."""
+        """Number of the reference's answers that ended by themselves."""
         reference = self.scores.get("adapter", self.scores.get("base"))
         rows = reference.per_item if reference else ()
         return sum(row.get("finish_reason") == "stop" for row in rows)

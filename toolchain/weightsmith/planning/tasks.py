@@ -24,7 +24,7 @@ def tasks_of(file: RecipeFile) -> tuple[RecipeTask, ...]:
         for number, adapter in enumerate(recipe.adapters)
     ]
     return tuple(
-        RecipeTask(task=_task(file, name, wanted), wanted=wanted, adapter=number)
+        RecipeTask(task=_task(file, name, wanted), settings=wanted, adapter=number)
         for number, name, wanted in wishes
         if wanted is not None
     )
@@ -54,11 +54,11 @@ def check_leaks(file: RecipeFile, tasks: tuple[RecipeTask, ...], progress: Progr
     """
     calibration = file.recipe.calibration
     for task in tasks:
-        for other in (task.wanted.training, calibration.data if calibration else ""):
+        for other in (task.settings.training, calibration.data if calibration else ""):
             if not other:
                 continue
             leaks = describe(find_leaks(task.task.items, file.folder / other))
-            if leaks and task.wanted.strict:
+            if leaks and task.settings.strict:
                 raise InputRefused(leaks, hint="remove them from either file")
             if leaks:
                 progress.warn(leaks)

@@ -1,4 +1,4 @@
-"""What the quality gate measures: how far quantized weights are from the merged checkpoint."""
+"""Results of the quality gate: the distance of quantized weights from the checkpoint."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TensorError(JsonObject):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loss(JsonObject):
-    """What `quality.measure` finds on held-out text, against the merged checkpoint."""
+    """The distance measured on held-out text."""
 
     kl_mean: float
     """Mean Kullback-Leibler divergence per token, of the checkpoint's next-token distribution to
@@ -36,13 +36,13 @@ class Loss(JsonObject):
     kl_p99: float
     """The divergence's 99th percentile, in nats."""
     top1: float
-    """Share of tokens whose likeliest successor is the same, or one that the checkpoint holds
-    nearly as likely, from 0 to 1."""
+    """Fraction of tokens with the same most likely next token, or one nearly as likely in the
+    checkpoint."""
     perplexity: float
     perplexity_reference: float
     """The merged checkpoint's."""
     perplexity_ratio: float
-    """Perplexity by the merged checkpoint's."""
+    """Ratio of the perplexity to the merged checkpoint's."""
     texts: int
     tokens: int
     layer_error: float
@@ -54,7 +54,7 @@ class Loss(JsonObject):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QualityVerdict(JsonObject):
-    """What was measured against what is allowed."""
+    """The limits, and those that are exceeded."""
 
     limits: Mapping[str, float]
     """Measure -> limit; `top1` is a minimum, the others are maxima."""
@@ -70,14 +70,14 @@ class TextsUsed(JsonObject):
     texts: int
     held_out: int
     general: int
-    """Texts of our own that were added because there were too few."""
+    """Number of general texts that were added because there were too few."""
     digest: Digest
     held_out_digest: Digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality(JsonObject):
-    """What quantizing lost: a loss and its verdict, or why nothing was measured."""
+    """The loss by quantization and its verdict, or why it was not measured."""
 
     skipped: str = field(default="", metadata=OMITTED)
     """Why it was not measured; empty if it was."""

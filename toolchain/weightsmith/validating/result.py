@@ -1,4 +1,4 @@
-"""What validating found: a merged checkpoint against its base with the adapters on it."""
+"""Results of a validation."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class LayerDifference(JsonObject):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ElementCount(JsonObject):
-    """How many tensors and elements were compared, and how many elements are wrong."""
+    """Numbers of compared tensors and elements, and of wrong elements."""
 
     tensors: int
     elements: int
@@ -60,7 +60,7 @@ class ElementCount(JsonObject):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GreedyText(JsonObject):
-    """How both sides continue after a probe."""
+    """Both sides' continuation of a probe."""
 
     after: str
     """The end of the probe."""
@@ -69,12 +69,12 @@ class GreedyText(JsonObject):
     merged: str
     tokens: int
     same: int
-    """How many tokens agree before the first that differs."""
+    """Number of equal tokens before the first that differs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison(JsonObject):
-    """What was measured of both models where both ran."""
+    """Measures of both models, if both ran."""
 
     limits: LogitLimits | None = None
     rounding: Distance | None = None
@@ -91,13 +91,13 @@ class Comparison(JsonObject):
     probes: int = 0
     positions: int = 0
     streamed: bool = True
-    """False where the architecture had to be loaded whole."""
+    """False if the architecture had to be loaded whole."""
     greedy: tuple[GreedyText, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validation(JsonObject):
-    """What validating a merged checkpoint found. What was not measured is None."""
+    """The result of a validation; measures are None if they were not taken."""
 
     max_abs_logit_diff: float | None = None
     mean_abs_logit_diff: float | None = None
@@ -107,22 +107,22 @@ class Validation(JsonObject):
     top1_agreement: float | None = None
     """Fraction of positions with the same most likely next token."""
     comparison: Comparison | None = field(default=None, metadata=INLINE)
-    """None where the two models did not run."""
+    """None if the models did not run."""
     passed: bool
     findings: tuple[Finding, ...]
     """Errors first, then warnings and notes."""
     seconds: float = 0.0
     peak_rss_bytes: int = 0
-    """Most memory that the job's process had (resident set size)."""
+    """Peak memory (resident set size) of the job's process."""
 
     @property
     def facts(self) -> Mapping[str, Json]:
-        """All that was measured, as `weightsmith validate --json` prints it."""
+        """All facts, as `weightsmith validate --json` prints them."""
         return self.to_json()
 
     @property
     def errors(self) -> tuple[Finding, ...]:
-        """The findings for which it did not pass."""
+        """The findings that fail the validation."""
         return tuple(found for found in self.findings if found.severity == ERROR)
 
     @property
