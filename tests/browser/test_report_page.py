@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from weightsmith.build_record import BuildRecord
 from weightsmith.stages.report import write_comparison, write_report
 
 pytestmark = pytest.mark.browser
@@ -104,7 +105,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     bench = {"max_tokens": 64, "cpus": 2, "created": "2026-11-25T12:00:00+00:00", "runs": [run]}
     (folder / "bench.json").write_text(json.dumps(bench))
     return {
-        "report": write_report(build(), folder).html,
+        "report": write_report(BuildRecord.from_json(build()), folder).html,
         "compare": write_comparison(folder, version / "llamacpp-f16", version / "both").html,
     }
 
@@ -252,7 +253,7 @@ def test_what_a_model_says_is_never_run(
             "<img src=x onerror=\"document.title='owned'\">"
         )
     evil["name"] = "</title><script>document.title='owned'</script>"
-    pages["evil"] = write_report(evil, tmp_path).html
+    pages["evil"] = write_report(BuildRecord.from_json(evil), tmp_path).html
 
     page = opened("evil")
 

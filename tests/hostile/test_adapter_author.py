@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from safetensors.numpy import save_file
 from weightsmith import time_limits
+from weightsmith.build_record import BuildRecord
 from weightsmith.cli.command import print_error
 from weightsmith.cli.models import _verdict
 from weightsmith.commands.images import inspect_text
@@ -35,7 +36,6 @@ from weightsmith.lines import put_line
 from weightsmith.merging.plan import make_plan
 from weightsmith.ports import Progress
 from weightsmith.progress import PlainProgress, progress_for
-from weightsmith.reporting.facts import whole
 from weightsmith.reporting.junit import junit
 from weightsmith.stages.report import build_view, render_view
 from weightsmith.validating.findings import finding
@@ -302,6 +302,10 @@ def spoiled(facts: Any, evil: str) -> Any:
     return facts + evil if isinstance(facts, str) else facts
 
 
+def spoiled_build(evil: str) -> BuildRecord:
+    return BuildRecord.from_json(spoiled(BUILD, evil))
+
+
 def kinds_in(markdown: str) -> list[str]:
     """Return the kinds of what a Markdown reader makes of a text, in order."""
     parser = MarkdownIt("commonmark").enable(["table", "strikethrough"])
@@ -315,7 +319,7 @@ def kinds_in(markdown: str) -> list[str]:
 def test_a_summary_has_no_markup_of_others(evil: str) -> None:
     """Every name, digest, verdict and check of report.md is text: its structure stays as it is."""
     harmless, hostile = (
-        render_view(build_view(spoiled(BUILD, text), (), None), "report.md.j2")
+        render_view(build_view(spoiled_build(text), (), None), "report.md.j2")
         for text in ("x", evil)
     )
     assert kinds_in(hostile) == kinds_in(harmless)
@@ -328,7 +332,7 @@ def test_a_report_page_has_no_markup_of_others(evil: str) -> None:
     """report.html has the elements that it should, and no character that turns its text round."""
     tags = []
     for text in ("x", evil):
-        page = render_view(build_view(spoiled(BUILD, text), (), None), "report.html.j2")
+        page = render_view(build_view(spoiled_build(text), (), None), "report.html.j2")
         reader = HTMLParser()
         kept: list[tuple[str, list[str]]] = []
         reader.handle_starttag = lambda tag, attrs, kept=kept: kept.append(  # type: ignore[method-assign, misc]
@@ -343,7 +347,7 @@ def test_a_report_page_has_no_markup_of_others(evil: str) -> None:
 def test_junit_is_xml_whatever_names_hold() -> None:
     """CI systems read junit.xml strictly: it stays XML, with as many cases."""
     counts = [
-        len([*ET.fromstring(junit(whole(spoiled(BUILD, text)))).iter("testcase")])
+        len([*ET.fromstring(junit(spoiled_build(text))).iter("testcase")])
         for text in ("x", EVIL + MARKUP + "]]>\ud800\ufffe")
     ]
     assert counts[0] == counts[1]

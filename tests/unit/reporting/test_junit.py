@@ -2,14 +2,14 @@
 
 from xml.etree import ElementTree as ET
 
-from weightsmith.reporting.facts import whole
+from weightsmith.build_record import BuildRecord
 from weightsmith.reporting.junit import junit
 
 from tests.fakes.records import BUILD, failing
 
 
 def read(build):
-    return ET.fromstring(junit(whole(build)))
+    return ET.fromstring(junit(BuildRecord.from_json(build)))
 
 
 def test_junit_has_gates_checks_and_questions():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from weightsmith.build_record import FILE, BuildRecord
 from weightsmith.errors import UsageError
 from weightsmith.stages.report import (
     Written,
@@ -16,8 +17,6 @@ from weightsmith.stages.report import (
 from weightsmith.trees import below
 from weightsmith.values import Json
 
-_BUILD = "build.json"
-
 
 def report_builds(folder: Path) -> Mapping[str, Json]:
     """Write the report of every build.json in a folder and below; return where they are.
@@ -27,7 +26,7 @@ def report_builds(folder: Path) -> Mapping[str, Json]:
     found = [folder] if folder.is_file() else _builds(folder)
     if not found:
         raise UsageError(
-            f"{folder} holds no {_BUILD}",
+            f"{folder} holds no {FILE}",
             hint="name the folder that `build` wrote to, dist by default",
         )
     reports = [_written(path) for path in found]
@@ -37,7 +36,7 @@ def report_builds(folder: Path) -> Mapping[str, Json]:
 def _written(path: Path) -> Written:
     facts = read_json(path)
     with read_as_facts(path):
-        return write_report(facts, path.parent)
+        return write_report(BuildRecord.from_json(facts), path.parent)
 
 
 def compare_builds(first: str, second: str, out: Path | None) -> Mapping[str, Json]:
@@ -57,19 +56,19 @@ def _only(place: Path) -> Path:
     """Return the folder of the one build that a path names: itself, or the only one below."""
     if place.is_file():
         return place.parent
-    if (place / _BUILD).is_file():
+    if (place / FILE).is_file():
         return place
     builds = _builds(place)
     if len(builds) == 1:
         return builds[0].parent
-    what = f"{len(builds)} builds" if builds else f"no {_BUILD}"
+    what = f"{len(builds)} builds" if builds else f"no {FILE}"
     raise UsageError(
         f"{place} holds {what}", hint="name one target's folder, such as dist/NAME/VERSION/TARGET"
     )
 
 
 def _builds(folder: Path) -> list[Path]:
-    return [path for path in below(folder) if path.name == _BUILD]
+    return [path for path in below(folder) if path.name == FILE]
 
 
 def _paths(written: Written) -> dict[str, Json]:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from weightsmith.build_record import read_build
 from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.errors import UsageError
 from weightsmith.evaluating.results import RecipeTask
-from weightsmith.foreign import RECORD, parse_file
 from weightsmith.planning.checks import check_format
 from weightsmith.planning.options import (
     quantize_options,
@@ -146,11 +146,11 @@ def _changes(folder: Path) -> int:
     since, seen = (datetime.now(UTC) - timedelta(days=7)).isoformat(), set()
     for path in folder.glob("*/*/build.json"):
         try:
-            facts = parse_file(path, largest=RECORD)
-            if str(facts["created"]) >= since:
-                seen.add(tuple(str(adapter["digest"]) for adapter in facts["adapters"]))
-        except (OSError, ValueError, KeyError, TypeError):
+            record = read_build(path.parent)
+        except (OSError, ValueError):
             continue
+        if record.created >= since:
+            seen.add(tuple(adapter.digest for adapter in record.adapters))
     return len(seen)
 
 
@@ -177,9 +177,9 @@ def _earlier(file: RecipeFile, targets: Sequence[Target], dist: Path) -> Mapping
     """Return what the last build's stages were made from, by stage and target."""
     found: dict[str, Json] = {}
     for target in targets:
-        path = dist / file.recipe.name / file.recipe.version / target.name / "build.json"
+        folder = dist / file.recipe.name / file.recipe.version / target.name
         try:
-            inputs = parse_file(path, largest=RECORD).get("inputs", {})
+            inputs = read_build(folder).inputs
         except (OSError, ValueError):
             continue
         kept = ("merge", "validate", "reference")

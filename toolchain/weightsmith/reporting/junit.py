@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 from xml.etree import ElementTree as ET
 
+from weightsmith.build_record import BuildRecord
 from weightsmith.reporting.answers import rows
 from weightsmith.reporting.views import tasks
 
@@ -19,12 +20,13 @@ _NOT_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """What XML 1.0 has no place for, in section 2.2."""
 
 
-def junit(build: Mapping[str, Any]) -> str:
+def junit(record: BuildRecord) -> str:
     """Return the XML: one suite of gates and checks, and one of questions per task.
 
     A question that the image lost is a failure where the build was stopped, and skipped with the
     answers where the loss was within what the recipe allows.
     """
+    build = record.to_json()
     name = _clean(f"{build['name']} {build['version']} {build['target']}".strip())
     root = ET.Element("testsuites", name=name)
     _gates(root, build)

@@ -7,13 +7,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from weightsmith import __version__
+from weightsmith.build_record import (
+    FILE,
+    NO_TASK,
+    AdapterRecord,
+    AnsweredTask,
+    ArtifactRecord,
+    BuildRecord,
+    CheckRecord,
+    ImageRecord,
+    LayerRecord,
+    MergeRecord,
+    ScoreRecord,
+    SourceRecord,
+    StageRecord,
+    TaskRecord,
+    VerdictRecord,
+    read_build,
+)
 from weightsmith.errors import EnvironmentFailure
 from weightsmith.evaluating.statistics import wilson
 from weightsmith.files import write_whole
-from weightsmith.foreign import RECORD, parse_file
-from weightsmith.json_objects import JsonObject
 from weightsmith.provenance.evaluation import side_by_side
 from weightsmith.provenance.labels import without_secrets
 from weightsmith.recipe import Recipe
@@ -26,7 +43,6 @@ from weightsmith.values import (
     Score,
     Snapshot,
     Sources,
-    plain,
     without_passwords,
 )
 
@@ -67,15 +83,15 @@ class Facts:
     """A job that made any of it had the machine's network, because the user allowed it."""
 
 
-def write_record(facts: Facts, folder: Path) -> Mapping[str, Json]:
-    """Write build.json and the rendered files into a folder; return build.json's content.
+def write_record(facts: Facts, folder: Path) -> BuildRecord:
+    """Write build.json and the rendered files into a folder; return what build.json says.
 
     Each file is replaced in one rename. Raises EnvironmentFailure where that fails.
     """
-    document = build_document(facts)
+    record = build_record(facts)
     files = facts.config.files if facts.config else {}
-    write_files({**files, "build.json": json.dumps(document, indent=2) + "\n"}, folder)
-    return document
+    write_files({**files, FILE: json.dumps(record.to_json(), indent=2) + "\n"}, folder)
+    return record
 
 
 def is_written(files: Mapping[str, str], folder: Path) -> bool:
@@ -89,10 +105,10 @@ def is_written(files: Mapping[str, str], folder: Path) -> bool:
 def layers_in(folder: Path) -> tuple[str, ...]:
     """Return the layers of the image that a folder records, bottom first; () without one."""
     try:
-        recorded = parse_file(folder / "build.json", largest=RECORD)["image"]["layers"]
-        return tuple(row["digest"] for row in recorded)
-    except (OSError, ValueError, LookupError, TypeError):
+        image = read_build(folder).image
+    except (OSError, ValueError):
         return ()
+    return tuple(layer.digest for layer in image.layers) if image else ()
 
 
 def write_files(files: Mapping[str, str], folder: Path) -> None:
@@ -108,103 +124,113 @@ def write_files(files: Mapping[str, str], folder: Path) -> None:
         ) from None
 
 
-def build_document(facts: Facts) -> dict[str, Json]:
-    """Return build.json; the report's BuildFacts describes the keys that it shows."""
-    recipe, merged = facts.recipe, facts.checkpoint.details
-    document = {
-        "schema": 1,
-        "name": recipe.name,
-        "version": recipe.version,
-        "target": facts.target,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "base": _source(facts.sources.base),
-        "adapters": [
-            {
+def build_record(facts: Facts) -> BuildRecord:
+    """Return what build.json says of a target."""
+    recipe, first = facts.recipe, facts.tasks[0] if facts.tasks else None
+    return BuildRecord(
+        name=recipe.name,
+        version=recipe.version,
+        target=facts.target,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        base=SourceRecord(**_source(facts.sources.base)),
+        adapters=tuple(
+            AdapterRecord(
                 **_source(adapter.snapshot),
-                "version": adapter.version,
-                "run_id": without_passwords(adapter.run_id),
-                "weight": adapter.weight,
-            }
+                version=adapter.version,
+                run_id=without_passwords(adapter.run_id),
+                weight=adapter.weight,
+            )
             for adapter in facts.sources.adapters
-        ],
-        "merge": {
-            **recipe.merge.model_dump(),
-            "digest": facts.checkpoint.digest,
-            "tensors": merged.get("tensors", {}),
-            "findings": merged.get("findings", []),
-            "repairs": merged.get("repairs", {}),
-            "shards": merged.get("shards", []),
-        },
-        "validation": _json(merged.get("validation")),
-        "artifact": _artifact(facts.artifact) if facts.artifact else None,
-        "quality": _json(facts.artifact.details.get("quality")) if facts.artifact else None,
-        "plan": facts.config.plan.to_json() if facts.config else None,
-        "image": _image(facts.published) if facts.published else None,
-        **(_task(facts.tasks[0]) if facts.tasks else _task(NO_TASK)),
-        "more_tasks": [{"name": t.name, **_task(t)} for t in facts.tasks[1:]],
-        "checks": facts.checks,
-        "stages": facts.stages,
-        "inputs": facts.inputs,
-        "refused": facts.refused,
-        "warnings": facts.warnings,
-        "network_in_jobs": facts.network_in_jobs,
-        "recipe": without_secrets(recipe.model_dump(mode="json", exclude_defaults=True)),
-        "reproduce": _reproduce(facts),
-        "next": _next(facts),
-    }
-    return dict(plain(document))
+        ),
+        merge=_merge(facts),
+        validation=facts.checkpoint.details.get("validation"),
+        artifact=_artifact(facts.artifact) if facts.artifact else None,
+        quality=facts.artifact.details.get("quality") if facts.artifact else None,
+        plan=facts.config.plan.to_json() if facts.config else None,
+        image=_image(facts.published) if facts.published else None,
+        task=_task(first) if first else NO_TASK,
+        scores=_scores(first) if first else {},
+        verdicts=_verdicts(first) if first else (),
+        items=tuple(side_by_side(first.scores)) if first else (),
+        more_tasks=tuple(
+            AnsweredTask(
+                name=task.name,
+                task=_task(task),
+                scores=_scores(task),
+                verdicts=_verdicts(task),
+                items=tuple(side_by_side(task.scores)),
+            )
+            for task in facts.tasks[1:]
+        ),
+        checks=tuple(CheckRecord.from_json(check) for check in facts.checks),
+        stages={name: StageRecord.from_json(stage) for name, stage in facts.stages.items()},
+        inputs=facts.inputs,
+        refused=facts.refused,
+        warnings=facts.warnings,
+        network_in_jobs=facts.network_in_jobs,
+        recipe=without_secrets(recipe.model_dump(mode="json", exclude_defaults=True)),
+        reproduce=tuple(_reproduce(facts)),
+        next=tuple(_next(facts)),
+    )
 
 
-def _json(found: JsonObject | None) -> dict[str, Json] | None:
-    return found.to_json() if found else None
-
-
-def _source(snapshot: Snapshot) -> dict[str, Json]:
+def _source(snapshot: Snapshot) -> dict[str, Any]:
     return {
         "source": snapshot.source,
         "pin": snapshot.pin,
         "digest": snapshot.digest,
-        "files": [plain(file) for file in snapshot.tree.files],
+        "files": snapshot.tree.files,
     }
 
 
-def _artifact(artifact: Artifact) -> dict[str, Json]:
-    largest = max(artifact.tree.files, key=lambda file: file.size)
+def _merge(facts: Facts) -> MergeRecord:
+    merged = facts.checkpoint.details
+    return MergeRecord(
+        **facts.recipe.merge.model_dump(),
+        digest=facts.checkpoint.digest,
+        tensors=merged.get("tensors", {}),
+        findings=tuple(merged.get("findings", ())),
+        repairs=merged.get("repairs", {}),
+        shards=tuple(merged.get("shards", ())),
+    )
+
+
+def _artifact(artifact: Artifact) -> ArtifactRecord:
     details = {k: v for k, v in artifact.details.items() if k not in {"cached", "quality"}}
+    return ArtifactRecord(
+        format=artifact.format.name,
+        size=artifact.tree.size,
+        bits_per_weight=details.get("bits_per_weight", artifact.format.bits_per_weight),
+        file=max(artifact.tree.files, key=lambda file: file.size).path,
+        digest=artifact.digest,
+        files=artifact.tree.files,
+        details=details,
+    )
+
+
+def _image(published: Published) -> ImageRecord:
+    return ImageRecord(
+        reference=published.reference,
+        digest=published.digest,
+        layers=tuple(LayerRecord.from_json(dict(layer)) for layer in published.layers),
+        uploaded_bytes=published.uploaded_bytes,
+        mounted=published.mounted,
+    )
+
+
+def _task(task: TaskFacts) -> TaskRecord:
+    return TaskRecord(name=task.name, metric=task.metric, max_drop=task.max_drop)
+
+
+def _scores(task: TaskFacts) -> dict[str, ScoreRecord]:
     return {
-        "format": artifact.format.name,
-        "size": artifact.tree.size,
-        "bits_per_weight": details.get("bits_per_weight", artifact.format.bits_per_weight),
-        "file": largest.path,
-        "digest": artifact.digest,
-        "files": [plain(file) for file in artifact.tree.files],
-        "details": details,
+        name: ScoreRecord(score=s.score, n=s.n, metric=s.metric, interval=_interval(s))
+        for name, s in task.scores.items()
     }
 
 
-NO_TASK = TaskFacts(name="", metric="", max_drop=0.0, scores={}, verdicts=())
-
-
-def _image(published: Published) -> dict[str, Json]:
-    return {
-        "reference": published.reference,
-        "digest": published.digest,
-        "layers": published.layers,
-        "uploaded_bytes": published.uploaded_bytes,
-        "mounted": published.mounted,
-    }
-
-
-def _task(task: TaskFacts) -> dict[str, Json]:
-    return {
-        "task": {"name": task.name, "metric": task.metric, "max_drop": task.max_drop},
-        "scores": {
-            name: {"score": s.score, "n": s.n, "metric": s.metric, "interval": _interval(s)}
-            for name, s in task.scores.items()
-        },
-        "verdicts": list(task.verdicts),
-        "items": side_by_side(task.scores),
-    }
+def _verdicts(task: TaskFacts) -> tuple[VerdictRecord, ...]:
+    return tuple(VerdictRecord.from_json(dict(verdict)) for verdict in task.verdicts)
 
 
 def _interval(score: Score) -> tuple[float, float]:

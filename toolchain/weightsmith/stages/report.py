@@ -24,12 +24,12 @@ from jinja2 import (
 )
 from markupsafe import Markup
 
+from weightsmith.build_record import BuildRecord, read_build
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.evaluating.gate import DropLimit, judge_drop
 from weightsmith.files import write_whole
 from weightsmith.foreign import RECORD, parse_file
 from weightsmith.reporting import answers, comparing, views
-from weightsmith.reporting.facts import whole
 from weightsmith.reporting.junit import junit
 from weightsmith.resources import templates
 from weightsmith.serving.memory import human
@@ -70,8 +70,8 @@ def read_as_facts(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_report(build: Mapping[str, Json], folder: Path) -> Written:
-    """Write report.html, report.md and junit.xml of a build (see reporting.facts.BuildFacts).
+def write_report(build: BuildRecord, folder: Path) -> Written:
+    """Write report.html, report.md and junit.xml of a build.
 
     The page stands alone: no script, font or image comes from elsewhere. Beside it, other
     targets of the version and a bench.json are looked for. Raises UsageError for facts that are
@@ -82,7 +82,7 @@ def write_report(build: Mapping[str, Json], folder: Path) -> Written:
     texts = {
         "report.html": render_view(view, "report.html.j2"),
         "report.md": render_view(view, "report.md.j2"),
-        "junit.xml": junit(whole(build)),
+        "junit.xml": junit(build),
     }
     _write(texts, folder)
     return Written(
@@ -98,11 +98,9 @@ def write_comparison(first: Path, second: Path, folder: Path) -> Written:
     return Written(html=folder / "compare.html", markdown=folder / "compare.md")
 
 
-def build_view(
-    build: Mapping[str, Json], targets: Sequence[Mapping[str, Json]], bench: Json
-) -> dict[str, Any]:
+def build_view(build: BuildRecord, targets: Sequence[BuildRecord], bench: Json) -> dict[str, Any]:
     """Return all that the templates show of a build, `targets` being the version's, with this."""
-    facts = whole(build)
+    facts = build.to_json()
     try:
         return {
             **facts,
@@ -115,7 +113,7 @@ def build_view(
             "memory": views.memory(facts["plan"]),
             "layers": views.layers(facts["image"]),
             "stages": views.stages(facts),
-            "targets": views.targets(targets, facts["target"]),
+            "targets": views.targets([each.to_json() for each in targets], build.target),
             "bench": {**bench, "rows": views.bench_rows(bench)} if bench else None,
             "title": f"{facts['name']} {facts['version']} {facts['target']}".strip(),
         }
@@ -214,10 +212,10 @@ def _side(place: Path) -> dict[str, Any]:
     folder = place.parent if place.name == _BUILD else place
     bench = read_json(folder / _BENCH) if (folder / _BENCH).is_file() else None
     with read_as_facts(folder / _BUILD):
-        return build_view(read_json(folder / _BUILD), (), bench)
+        return build_view(BuildRecord.from_json(read_json(folder / _BUILD)), (), bench)
 
 
-def _siblings(folder: Path, build: Mapping[str, Json]) -> list[Mapping[str, Json]]:
+def _siblings(folder: Path, build: BuildRecord) -> list[BuildRecord]:
     """Return this build and the other targets of its version, from the folders beside it."""
     version = folder.parent.parent if folder.name == "refused" else folder.parent
     found = [build]
@@ -225,11 +223,11 @@ def _siblings(folder: Path, build: Mapping[str, Json]) -> list[Mapping[str, Json
         if path.parent == folder:
             continue
         try:
-            other = read_json(path)
-        except (UsageError, InputRefused):
+            other = read_build(path.parent)
+        except (OSError, ValueError):
             continue  # another build may be writing it
-        same = all(other.get(key) == build.get(key) for key in ("name", "version"))
-        if same and other.get("target") not in {b.get("target") for b in found}:
+        same = (other.name, other.version) == (build.name, build.version)
+        if same and other.target not in {each.target for each in found}:
             found.append(other)
     return found
 

@@ -1,0 +1,228 @@
+"""build.json: what is recorded of one target of a build, passed or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from weightsmith.foreign import RECORD, parse_file
+from weightsmith.json_objects import INLINE, OMITTED, JsonObject
+from weightsmith.quality.result import Quality
+from weightsmith.validating.result import Validation
+from weightsmith.values import FileEntry, Json
+
+FILE = "build.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceRecord(JsonObject):
+    """The base: as the user wrote it, its pin, and the digest of its files."""
+
+    source: str
+    pin: str
+    digest: str
+    files: tuple[FileEntry, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterRecord(SourceRecord):
+    """An adapter: the same, and the user's names for it."""
+
+    version: str = ""
+    run_id: str = ""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeRecord(JsonObject):
+    """How the adapters were merged, and what became of the tensors."""
+
+    method: str
+    density: float | None = None
+    rank: int | None = None
+    seed: int = 0
+    space: str = "delta"
+    dtype: str = "auto"
+    precision: str
+    quantized_base: str = "refuse"
+    digest: str = ""
+    """Of the merged checkpoint."""
+    tensors: Mapping[str, int] = field(default_factory=dict)
+    """How many were merged, copied and replaced."""
+    findings: tuple[str, ...] = ()
+    """One sentence each."""
+    repairs: Mapping[str, int] = field(default_factory=dict)
+    """How many elements were decided in float64 and with exact integers."""
+    shards: tuple[Mapping[str, Json], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactRecord(JsonObject):
+    """The served weights; `size` in bytes."""
+
+    format: str
+    size: int
+    bits_per_weight: float
+    file: str
+    """The largest of them."""
+    digest: str
+    files: tuple[FileEntry, ...] = ()
+    details: Mapping[str, Json] = field(default_factory=dict)
+    """What the quantizer read back from them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerRecord(JsonObject):
+    """One layer of the image: size in bytes, and the file or purpose it holds."""
+
+    digest: str
+    size: int
+    file: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRecord(JsonObject):
+    """The image by digest."""
+
+    reference: str
+    """Empty if it was not published."""
+    digest: str
+    layers: tuple[LayerRecord, ...]
+    """Bottom first."""
+    uploaded_bytes: int = 0
+    mounted: int = 0
+    """Layers that the registry took from another repository."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskRecord(JsonObject):
+    """What was asked, and what may be lost."""
+
+    name: str
+    metric: str
+    max_drop: float
+
+
+NO_TASK = TaskRecord(name="", metric="", max_drop=0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRecord(JsonObject):
+    """A score from 0 to 1 over n questions."""
+
+    score: float
+    n: int
+    metric: str
+    interval: tuple[float, float] | None = field(default=None, metadata=OMITTED)
+    """95 %, Wilson."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropRecord(JsonObject):
+    """A paired comparison over the same questions."""
+
+    drop: float
+    interval: tuple[float, float]
+    """95 %, Bonett and Price."""
+    lost: int
+    """Answers that were right and are wrong now."""
+    won: int
+    n: int
+    p: float
+    """McNemar's exact test."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerdictRecord(JsonObject):
+    """One comparison, judged."""
+
+    subject: str
+    against: str
+    passed: bool
+    binding: bool
+    """Whether it decides."""
+    reason: str
+    comparison: DropRecord | None = field(default=None, metadata=INLINE)
+    items_needed: int = field(default=0, metadata=OMITTED)
+    """Questions that could show the allowed drop, if these are too few."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnsweredTask(JsonObject):
+    """A further task, an adapter's own."""
+
+    name: str
+    task: TaskRecord
+    scores: Mapping[str, ScoreRecord]
+    verdicts: tuple[VerdictRecord, ...]
+    items: tuple[Mapping[str, Json], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckRecord(JsonObject):
+    """One check that the started image passed."""
+
+    name: str
+    seen: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageRecord(JsonObject):
+    """How long a stage took, and whether nothing was fetched, made or sent."""
+
+    cached: bool
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildRecord(JsonObject):
+    """All that is recorded of one target; what came after a refusal is None or empty."""
+
+    schema: int = 1
+    """Raised when a key changes its meaning."""
+    name: str
+    version: str
+    target: str
+    """Engine and format; empty if a merge was refused."""
+    created: str
+    """When this was written, ISO 8601, UTC."""
+    base: SourceRecord
+    adapters: tuple[AdapterRecord, ...] = ()
+    """In the order of the merge."""
+    merge: MergeRecord | None = None
+    validation: Validation | None = None
+    artifact: ArtifactRecord | None = None
+    quality: Quality | None = None
+    plan: Mapping[str, Json] | None = None
+    """The serving plan, sizes in bytes."""
+    image: ImageRecord | None = None
+    task: TaskRecord = NO_TASK
+    """The first task."""
+    scores: Mapping[str, ScoreRecord] = field(default_factory=dict)
+    """`base`, `adapter` (base with adapters, unmerged), `merged` and `image`."""
+    verdicts: tuple[VerdictRecord, ...] = ()
+    items: tuple[Mapping[str, Json], ...] = ()
+    """Each question: expected answers, every model's answer, and which are right (`ok`)."""
+    more_tasks: tuple[AnsweredTask, ...] = ()
+    checks: tuple[CheckRecord, ...] = ()
+    stages: Mapping[str, StageRecord] = field(default_factory=dict)
+    inputs: Mapping[str, Json] = field(default_factory=dict)
+    """What each cached stage depended on; `plan` compares it to say what changed."""
+    refused: str = ""
+    """Why it was not published; empty if it was."""
+    warnings: tuple[str, ...] = ()
+    network_in_jobs: bool = False
+    """Whether a job that made any of it could reach the machine's network."""
+    recipe: Mapping[str, Json] = field(default_factory=dict)
+    """Without values that equal the default."""
+    reproduce: tuple[str, ...] = ()
+    """The command that gives the same digest, with the pins."""
+    next: tuple[str, ...] = ()
+    """Suggested next commands."""
+
+
+def read_build(folder: Path) -> BuildRecord:
+    """Read a folder's build.json; raises OSError, and ValueError for a damaged one."""
+    return BuildRecord.from_json(parse_file(folder / FILE, largest=RECORD))
