@@ -17,7 +17,6 @@ from typing import Any
 import yaml
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from weightsmith.building.recording import Built
 from weightsmith.drivers.folders import FolderReader
 from weightsmith.drivers.signer import open_signer
 from weightsmith.drivers.user_program import run_command
@@ -29,6 +28,7 @@ from weightsmith.planning.targets import chosen_targets
 from weightsmith.ports import CANDIDATES, Progress, Signer
 from weightsmith.quantizers.calibration import MIN_CHARACTERS, MIN_TEXTS
 from weightsmith.recipe_file import read_recipe
+from weightsmith.recording import Built
 from weightsmith.stages.publish import Outputs
 from weightsmith.tools import Tools
 from weightsmith.worker.jobs import STAGES

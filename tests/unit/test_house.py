@@ -226,9 +226,7 @@ OWN_WORDS = {"dtype"}
 """Those that are also the names of an engine's options."""
 
 
-@pytest.mark.parametrize(
-    "folder", ["building", "cli", "commands", "library", "planning", "serving", "stages"]
-)
+@pytest.mark.parametrize("folder", ["cli", "commands", "library", "planning", "serving", "stages"])
 def test_a_models_configuration_is_read_in_one_place(folder: str) -> None:
     import ast
 

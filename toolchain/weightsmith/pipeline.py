@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
-from weightsmith.building.recording import Built, Record, main_scores
 from weightsmith.checkpoints.facts import read_facts
 from weightsmith.destinations import InStore
 from weightsmith.errors import CheckFailed
@@ -32,6 +31,7 @@ from weightsmith.provenance.labels import reference as name_of
 from weightsmith.provenance.materials import ImageInputs, ImageMaterials, whole_image
 from weightsmith.quantizers import formats
 from weightsmith.recipe_file import RecipeFile
+from weightsmith.recording import Built, Record, main_scores
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.serving.targets import Target
 from weightsmith.stages.bake import bake, with_scores

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from weightsmith.building import recording
+from weightsmith import recording
 from weightsmith.commands.validate import validate_folders
 from weightsmith.destinations import InStore
 from weightsmith.errors import CheckFailed, UsageError

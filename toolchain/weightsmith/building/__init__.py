@@ -1,1 +1,0 @@
-"""What a build of a recipe does around its stages: checks before them, verdicts after them."""
