@@ -53,7 +53,7 @@ def pages() -> dict[str, str]:
 
 
 def _registries() -> Iterator[str]:
-    yield "What registries say that they take, in bytes and seconds. Nobody tried these figures here. A layer that is too large for the registry is refused before anything is sent; `bake --max-layer-size` splits safetensors files, `quantize --split-max-size` GGUF. Every image has at most 125 layers, the base's included: Docker's overlay2 holds no more.\n"
+    yield "Limits that registries document, in bytes and seconds; they were not measured here. A layer that is too large for the registry is refused before anything is sent; `bake --max-layer-size` splits safetensors files, `quantize --split-max-size` GGUF. Every image has at most 125 layers, the base's included: Docker's overlay2 holds no more.\n"
     yield "| registry | largest layer | longest upload | layers | in chunks | and | source |\n|---|---|---|---|---|---|---|"
     for limits in REGISTRIES:
         figures = [limits.largest_layer, limits.upload_seconds, limits.most_layers]
@@ -112,7 +112,7 @@ def _commands() -> Iterator[str]:
     yield (
         "Run as `invoke NAME` from a checkout or `weightsmith NAME` where the package is "
         "installed. Every command takes `--json`: one JSON object on standard output, nothing else "
-        "there. Flags marked * may be given more than once.\n"
+        "there. Flags marked * may be repeated.\n"
     )
     namespace["report"].positional = ("folder", "other")  # as many as a command line has words
     for name in sorted(namespace.task_names):
@@ -132,8 +132,8 @@ def _commands() -> Iterator[str]:
 
 def _adapters() -> Iterator[str]:
     yield (
-        "What PEFT can write, and what `merge` makes of it. Nothing is left out in silence: what "
-        f"is not merged is refused with the reason; {UNMERGED}.\n"
+        "What PEFT can write, and what `merge` does with it. What is not merged is refused with "
+        f"the reason; {UNMERGED}.\n"
     )
     yield "| adapter | merged | how, or why not |\n|---|---|---|"
     for family in families():
@@ -161,7 +161,7 @@ def _targets() -> Iterator[str]:
     for purpose, base in sorted(bases.read_bases().items()):
         yield f"| {purpose} | `{base.reference}` |"
     yield (
-        "\n## GPUs\n\nMemory is the data sheet's; usable is what a process is told on that card. "
+        "\n## GPUs\n\nMemory is from the data sheet; usable is what a process sees on that GPU. "
         "Compute capabilities and types are from the CUDA C++ Programming Guide.\n"
     )
     yield "| name | generation | capability | memory | usable | BF16 | FP8 |"
@@ -173,7 +173,7 @@ def _targets() -> Iterator[str]:
             f"| `{name}` | {gpu.generation} | {'.'.join(map(str, numbers)) if any(numbers) else ''} |"
             f" {gpu.total_bytes >> 30} GiB | {gpu.usable_bytes >> 20} MiB | {has} |"
         )
-    yield "\n`cpu`, or no name, plans for the machine's memory or `serve.memory`."
+    yield "\n`cpu`, or no name, plans for `serve.memory`, or else this machine's memory."
 
 
 def main(arguments: list[str]) -> int:

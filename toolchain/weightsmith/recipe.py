@@ -1,4 +1,4 @@
-"""The recipe: the one schema, from which the JSON Schema and the reference table are generated."""
+"""The recipe's schema; flags, the JSON Schema and the reference page are generated from it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Base(_Part):
     )
     revision: str = Field(
         "",
-        description="Commit of an `hf://` source; resolved and printed where it is not given.",
+        description="Commit of an `hf://` source; default: the current one, which is printed.",
     )
     sha256: str = Field(
         "", pattern=r"^([0-9a-f]{64})?$", description="SHA-256 of a `pypi://` wheel."
@@ -68,7 +68,7 @@ class Base(_Part):
     license: str = Field(
         "",
         max_length=100,
-        description="SPDX identifier of its licence, if its model card names none.",
+        description="SPDX identifier of its licence, if its model card has none.",
     )
 
 
@@ -82,15 +82,15 @@ class Scoring(_Part):
         (), description="Program and arguments that judge the answers, for metric `command`."
     )
     max_drop: float = Field(
-        0.01, ge=0, le=1, description="Largest loss of score against base+adapter."
+        0.01, ge=0, le=1, description="Largest accepted loss of score against base+adapter."
     )
     certainty: Literal["observed", "proven"] = Field(
         "observed",
-        description="What must be within `max_drop`: the loss as observed, or the whole of its"
-        " 95 % interval.",
+        description="What must be within `max_drop`: the observed loss, or (`proven`) its whole "
+        "95 % confidence interval.",
     )
     min_score: float = Field(0.0, ge=0, le=1, description="Lowest score that passes, from 0 to 1.")
-    max_tokens: int = Field(64, ge=1, le=131072, description="Most tokens of an answer.")
+    max_tokens: int = Field(64, ge=1, le=131072, description="Maximum tokens of an answer.")
     training: str = Field(
         "",
         description="JSON Lines that the adapter was trained on; questions found in it are "
@@ -162,7 +162,7 @@ class Merge(_Part):
     seed: int = Field(0, ge=0, description="Seed of the random draws of the `dare` methods.")
     space: Literal["delta", "factors"] = Field(
         "delta",
-        description="What methods act on: `delta` is B·A; `factors` is A and B apart, as in PEFT.",
+        description="What methods combine: `delta`, the products B·A; `factors`, A and B, as PEFT.",
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Type of the merged weights; `auto` keeps the base's."
@@ -183,7 +183,7 @@ class Validate(_Part):
     """How the merged checkpoint is compared with base and adapters."""
 
     enabled: bool = Field(
-        True, description="`false` leaves it out; the merge's own proof of what it wrote stays."
+        True, description="`false` skips it; the merge still checks what it wrote."
     )
     probes: str = Field(
         "",
@@ -196,12 +196,12 @@ class Calibration(_Part):
     """Text that quantizers measure activations on, a part of which is held out for the gate."""
 
     data: str = Field(min_length=1, description="JSON Lines: `{text}` or `{messages}`.")
-    n: int = Field(512, ge=1, description="Most texts to use; `seed` decides which.")
-    min_length: int = Field(1, ge=1, description="Characters below which a text is left out.")
+    n: int = Field(512, ge=1, description="Maximum number of texts; `seed` decides which are used.")
+    min_length: int = Field(1, ge=1, description="Characters of the shortest text that is used.")
     max_length: int = Field(
-        8192, ge=16, description="Characters above which a text is cut into pieces."
+        8192, ge=16, description="Characters of the longest text; longer ones are split."
     )
-    seed: int = Field(0, description="Order of the texts, and so which are held out.")
+    seed: int = Field(0, description="Seed of the texts' order, which decides which are held out.")
     held_out: float = Field(
         0.25, gt=0, lt=1, description="Share of the texts kept for the quality gate."
     )
@@ -239,8 +239,8 @@ class Quantize(_Part):
     )
     zero_point: bool = Field(
         True,
-        description="Give 4-bit groups zero points; without them, groups are symmetric. Only "
-        "awq-compressed can go without: servers read AWQ's own layout with zero points alone.",
+        description="Use zero points in 4-bit groups; without them, groups are symmetric. Only "
+        "awq-compressed works without: servers read AWQ's own layout only with zero points.",
     )
     keep: Annotated[tuple[str, ...], Flag("keep_module")] = Field(
         (),
@@ -251,7 +251,7 @@ class Quantize(_Part):
 
 
 class QualityLimits(_Part):
-    """How far a quantized model may be from the merged one; empty keeps the format's default."""
+    """Limits of a quantized model, compared with the merged one; empty: the format's default."""
 
     kl_mean: float | None = Field(
         None, ge=0, description="Mean Kullback-Leibler divergence per token, in nats."
@@ -261,10 +261,10 @@ class QualityLimits(_Part):
         None,
         ge=0,
         le=1,
-        description="Least share of tokens whose likeliest successor agrees, or ties.",
+        description="Smallest share of tokens whose likeliest successor is the same, or tied.",
     )
     perplexity_ratio: float | None = Field(
-        None, ge=0, description="Perplexity, divided by the merged model's."
+        None, ge=0, description="Perplexity divided by the merged model's."
     )
     layer_error: float | None = Field(
         None,
@@ -277,8 +277,8 @@ class QualityLimits(_Part):
 class Quality(_Part):
     """The gate after each quantization: held-out text, compared with the merged checkpoint."""
 
-    gate: bool = Field(True, description="`false` measures and reports, and stops nothing.")
-    tokens: int = Field(1024, ge=64, description="Held-out tokens to measure on, at most.")
+    gate: bool = Field(True, description="`false` measures and reports, but refuses nothing.")
+    tokens: int = Field(1024, ge=64, description="Maximum number of held-out tokens to measure on.")
     limits: dict[str, QualityLimits] = Field(
         default_factory=dict,
         description="Limits by format, such as `{q4_k_m: {kl_mean: 0.1}}`.",
@@ -301,16 +301,16 @@ class Serve(_Part):
         description="Memory that a CPU server may use; default: this machine's.",
     )
     max_model_len: int | Literal["auto"] = Field(
-        "auto", description="Most tokens of a prompt and its answer together, or `auto`."
+        "auto", description="Maximum tokens of a prompt and its answer together, or `auto`."
     )
     max_num_seqs: int | Literal["auto"] = Field(
-        "auto", description="Most requests served at once, or `auto`."
+        "auto", description="Maximum number of requests served at once, or `auto`."
     )
     max_num_batched_tokens: int | Literal["auto"] = Field(
-        "auto", description="Most tokens computed in one step, or `auto`."
+        "auto", description="Maximum tokens computed in one step, or `auto`."
     )
     kv_cache_dtype: str = Field(
-        "auto", description="Type of the cache: `auto`, `fp8`, or one of the engine's own names."
+        "auto", description="Type of the KV cache: `auto`, `fp8`, or a name of the engine's own."
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Type that activations are computed in."

@@ -31,13 +31,13 @@ _OF_THE_MACHINE = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
     | {errno.ENAMETOOLONG}
 )
-"""What a disk or its permissions refuse: for the user to change, no fault of ours."""
+"""Errors of a disk or its permissions: the user can correct them, so they are not bugs."""
 
 _NUMBERS: Mapping[type, str] = {int: "a whole number", float: "a number"}
-"""What a flag takes whose default is one."""
+"""Type of a flag's default -> what the flag takes, in words."""
 
 Body = Callable[..., tuple[Mapping[str, Json], str]]
-"""A command's body returns its JSON object and the same for people."""
+"""A command's body returns its JSON object, and the text for people."""
 
 
 def command(
@@ -89,7 +89,7 @@ def command(
 
 
 def _settle_streams() -> None:
-    """Take what a locale lacks a letter for, and streams that whoever started us has closed."""
+    """Escape what the locale cannot encode; replace streams that were closed before the start."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -100,7 +100,7 @@ def _settle_streams() -> None:
 
 def _print_result(text: str) -> None:
     if why := put_line(text, sys.stdout):
-        hint = "what was made is kept: make room, and run it again"
+        hint = "what was made is kept: free some space and run it again"
         told = EnvironmentFailure(f"cannot write the result: {why}", hint=hint)
         print_error(told, as_json=False)
         raise Exit(code=told.exit_code)
@@ -111,8 +111,8 @@ def _for_invoke(
 ) -> inspect.Signature:
     """Return the signature that Invoke reads; it takes a flag's type from the default.
 
-    Invoke makes a list only of None, and a text that is no number ends in a traceback of its own:
-    so it gets texts, and `_numbers` reads them.
+    Invoke makes a list only of the default None, and ends with a traceback for a text that is not
+    a number: so it gets texts, and `_numbers` reads them.
     """
 
     def seen(parameter: inspect.Parameter) -> list[inspect.Parameter]:
@@ -129,7 +129,7 @@ def _for_invoke(
 
 
 def _numbers(body: Body, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments with numbers for those that have one by default; raises UsageError."""
+    """Return the arguments; those with a number as default are numbers. Raises UsageError."""
     read = dict(arguments)
     for name, parameter in inspect.signature(body).parameters.items():
         kind = type(parameter.default)
@@ -149,7 +149,7 @@ def _numbers(body: Body, arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _guarded(
     body: Body, context: object, arguments: dict[str, Any]
 ) -> tuple[Mapping[str, Json], str]:
-    """Run a body; SIGTERM ends it like Ctrl-C, and a fault of ours leaves its trace in a file."""
+    """Run a body; SIGTERM ends it like Ctrl-C, and a bug leaves its traceback in a file."""
     raise_it()
     _require_folder()
     previous = signal.signal(signal.SIGTERM, _terminate)
@@ -168,7 +168,7 @@ def _guarded(
 
 
 def _refused(error: OSError) -> Exception:
-    """Return what the machine refused, or a fault of ours where it refused nothing."""
+    """Return what the machine refused, or a bug if it refused nothing."""
     if too_many := of_open_files(error):
         return too_many
     from weightsmith.wiring import require_folders
@@ -182,7 +182,7 @@ def _refused(error: OSError) -> Exception:
         return _unexpected(error)
     return EnvironmentFailure(
         f"cannot write {error.filename or 'a file'}: {error.strerror or error}",
-        hint="make room or get the right to write there, or set WEIGHTSMITH_CACHE, "
+        hint="free some space or get write permission there, or set WEIGHTSMITH_CACHE, "
         "WEIGHTSMITH_STORE and TMPDIR to folders where you may write",
     )
 
@@ -224,7 +224,7 @@ class _Interrupted(WeightsmithError):
 
 
 def print_error(error: WeightsmithError, *, as_json: bool) -> None:
-    """Print an error in a few lines on stderr, and as an object on stdout where JSON was asked."""
+    """Print an error in a few lines on stderr, and with --json as an object on stdout."""
     if as_json:
         report = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
         put_line(visible.as_json({**plain(error.details), "error": report}), sys.stdout)

@@ -1,4 +1,4 @@
-"""What is here already: `report`, `targets`, `doctor`, `clean`."""
+"""Reports, and what this machine has: `report`, `targets`, `doctor`, `clean`."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def clean(
     store = make_store()
     if not keep and not json and sys.stdin.isatty() and sys.stderr.isatty():
         where = escaped(str(store.root))
-        sys.stderr.write(f"Delete all results in {where} but those in use? [y/N] ")
+        sys.stderr.write(f"Delete all results in {where} that are not in use? [y/N] ")
         sys.stderr.flush()
         if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
             return {}, "nothing deleted; `--keep 20GiB` would keep the latest"

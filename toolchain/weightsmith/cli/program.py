@@ -20,11 +20,10 @@ _HELP = frozenset({"--help", "-h"})
 
 
 class Weightsmith(Program):  # type: ignore[misc]  # mypy does not follow invoke
-    """Invoke's program with wrong flags answered as all errors are: a hint, exit code 2, JSON.
+    """Invoke's program, which reports wrong flags like all errors: a hint, exit code 2, JSON.
 
-    Invoke itself ends with 1 there, which means a fault of ours, takes the `--help` of a command
-    with positional arguments for the first of them, and leaves out a repeatable flag without a
-    value.
+    Invoke itself ends with 1, which means a bug; takes `--help` for the first positional argument
+    of a command that has one; and ignores a repeatable flag without a value.
     """
 
     def parse_core(self, argv: list[str] | None) -> None:
@@ -42,12 +41,12 @@ class Weightsmith(Program):  # type: ignore[misc]  # mypy does not follow invoke
             self._require_values(words)
 
     def parse_cleanup(self) -> None:
-        """Print help or the list of commands, where that was asked for."""
+        """Print help or the list of commands, if asked."""
         with self._answered():
             super().parse_cleanup()
 
     def _require_values(self, words: list[str]) -> None:
-        """Raise ParseError for a repeatable flag that stands there more often than its values."""
+        """Raise ParseError for a repeatable flag that is given more often than it has values."""
         for context in self.tasks:
             for argument in context.args.values():
                 flags = tuple(f"--{name}" for name in argument.names)
@@ -68,7 +67,7 @@ class Weightsmith(Program):  # type: ignore[misc]  # mypy does not follow invoke
     def _answered(self) -> Iterator[None]:
         try:
             yield
-        except (ParseError, Exit, ValueError) as error:  # the last for a number that is none
+        except (ParseError, Exit, ValueError) as error:  # the last for a text that is not a number
             if isinstance(error, Exit) and not error.message:  # it has shown what was asked for
                 raise
             command = getattr(getattr(error, "context", None), "name", None)
