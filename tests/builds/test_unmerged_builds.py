@@ -2,11 +2,17 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from weightsmith.drivers.local import LocalRunner
+from weightsmith.jobs import ConvertAdapterJob, Input
+from weightsmith.ports import Silent
+from weightsmith.quantizers.gguf_lora import FILE
+from weightsmith.wiring import cache_folder
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
@@ -46,6 +52,26 @@ def test_an_image_with_the_adapter_beside_the_base_answers_as_the_adapter_does(
         "tiny-capitals.gguf",
         "adapters/a-v1.gguf",
     }
+
+
+def test_a_converted_adapter_does_not_depend_on_its_folders_name(tmp_path):
+    made = []
+    for name in ("a", "other"):
+        adapter = shutil.copytree(TINY.parent / "adapters" / "a", tmp_path / name / name)
+        output = tmp_path / name / "out"
+        output.mkdir()
+        job = ConvertAdapterJob(
+            builder="gguf",
+            base=Input(path=TINY.parent / "base"),
+            adapter=Input(path=adapter),
+            output=output,
+            seconds=600,
+        )
+        LocalRunner(cache_folder()).run(job, Silent())
+        assert [path.name for path in output.iterdir()] == [FILE]
+        made.append((output / FILE).read_bytes())
+
+    assert made[0] == made[1]
 
 
 def test_each_of_several_adapters_answers_its_own_task(tmp_path, shared_store):

@@ -109,10 +109,15 @@ def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, Json]:
 def _convert_adapter(job: ConvertAdapterJob, report: Report) -> Mapping[str, Json]:
     """Convert a LoRA adapter to GGUF and read it back."""
     gguf_lora: Any = importlib.import_module("weightsmith.quantizers.gguf_lora")
-    base, adapter = job.base.path, job.adapter.path
-    made = gguf_lora.steps(base, adapter, job.output, _tools(), sys.executable)
+    # The converter writes the folder's name into the file; without this, the bytes would depend on
+    # where the adapter lies.
+    named = job.output / "adapter"
+    named.unlink(missing_ok=True)
+    named.symlink_to(job.adapter.path)
+    made = gguf_lora.steps(job.base.path, named, job.output, _tools(), sys.executable)
     run_steps(made, job.output, report)
-    found = gguf_lora.check(adapter, job.output)
+    found = gguf_lora.check(named, job.output)
+    named.unlink()
     forget_steps(job.output)
     return {"tensors": found}
 
