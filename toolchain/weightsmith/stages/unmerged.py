@@ -32,7 +32,7 @@ FOLDER = "adapters"
 """Where adapters lie, below the base."""
 
 _BUILDER = "gguf"
-_RECIPE_NUMBER = 1
+_RECIPE_NUMBER = 2
 _FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
 
 
