@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ class AdapterConfig:
         The parameter's if `target_parameters` lists it, else the module's.
         """
         parameter = f"{module}.weight"
-        named = _names(tuple(self.raw.get("target_parameters") or ()), parameter)
+        named = names_match(tuple(self.raw.get("target_parameters") or ()), parameter)
         return parameter if named else module
 
     def ties(self, module: str) -> bool:
@@ -87,11 +87,11 @@ class AdapterConfig:
 
     def targets(self, module: str) -> bool:
         """Return whether PEFT targets the module (`check_target_module_exists`)."""
-        if _names(self.exclude_modules, module):
+        if names_match(self.exclude_modules, module):
             return False
         if isinstance(self.target_modules, str):
             return re.fullmatch(self.target_modules, module) is not None
-        if self.target_modules is None or not _names(self.target_modules, module):
+        if self.target_modules is None or not names_match(self.target_modules, module):
             return False
         return not self.layers_to_transform or self._layer(module) in self.layers_to_transform
 
@@ -181,7 +181,11 @@ def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> f
     return default
 
 
-def _names(targets: str | tuple[str, ...], module: str) -> bool:
+def names_match(targets: str | Sequence[str], module: str) -> bool:
+    """Return whether PEFT's `target_modules` or a similar setting matches a module.
+
+    A string is a regular expression; the strings of a list are suffixes of names.
+    """
     if isinstance(targets, str):
         return re.fullmatch(targets, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in targets)

@@ -63,7 +63,7 @@ class MergeRequest(MergeOptions):
 
     @property
     def combination(self) -> Combination:
-        """How the adapters become one; raises UsageError where the parameters do not fit."""
+        """Method and parameters; raises UsageError for invalid combinations."""
         return Combination.of(self)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -238,7 +238,6 @@ class OutputShard:
 
     name: str
     outputs: tuple[Output, ...]
-    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def size(self) -> int:

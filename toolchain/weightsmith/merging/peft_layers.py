@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from weightsmith.errors import InputRefused
+from weightsmith.merging.adapter_config import names_match
 from weightsmith.merging.layer import Layer
 from weightsmith.merging.names import plain_key
 from weightsmith.merging.rounding import F32
@@ -180,7 +181,7 @@ def _config(raw: dict[str, Any], layers: Sequence[Layer]) -> Any:
     settings |= dict.fromkeys(("layers_to_transform", "layers_pattern", "exclude_modules"))
     settings["bias"] = "none"
     if feedforward := raw.get("feedforward_modules"):
-        settings["feedforward_modules"] = [m for m in modules if _named(m, feedforward)]
+        settings["feedforward_modules"] = [m for m in modules if names_match(feedforward, m)]
     if raw["peft_type"] == "ADALORA" and raw.get("rank_pattern"):
         settings["rank_pattern"] = {
             name: kept
@@ -190,14 +191,6 @@ def _config(raw: dict[str, Any], layers: Sequence[Layer]) -> Any:
     config = kind(**{name: value for name, value in settings.items() if name in known})
     config.peft_type = raw["peft_type"]
     return config
-
-
-def _named(module: str, names: str | list[str]) -> bool:
-    import re
-
-    if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def _tensor(value: np.ndarray) -> torch.Tensor:

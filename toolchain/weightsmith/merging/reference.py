@@ -34,14 +34,14 @@ _TEMPLATE = "chat_template.jinja"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """Who is asked: a checkpoint with adapters on it, unmerged, each times its weight."""
+    """A checkpoint with unmerged adapters, each times its weight."""
 
     model: Path
     adapters: Sequence[tuple[Path, float]] = ()
     draft: str = ""
-    """Name of the subject whose answers this one is likely to give."""
+    """Name of the subject whose answers this one probably gives too."""
     draft_texts: Sequence[str] = ()
-    """Answers that it is likely to give, if they are known already."""
+    """Its probable answers, if they are known."""
 
 
 def answer(
@@ -51,7 +51,7 @@ def answer(
     max_tokens: int,
     progress: Progress | None = None,
 ) -> list[dict[str, str]]:
-    """Return one greedy answer per item of one subject, as `answers` does."""
+    """Return one greedy answer per item of a single subject; see `answers`."""
     subject = Subject(model=model, adapters=tuple(adapters))
     return answers({"": subject}, items, max_tokens, progress)[""]
 
@@ -62,16 +62,16 @@ def answers(
     max_tokens: int,
     progress: Progress | None = None,
 ) -> dict[str, list[dict[str, str]]]:
-    """Return one greedy answer per item of each subject, in order, from local files alone.
+    """Return one greedy answer per item of each subject, in order, from local files only.
 
     Each has `answer` and `finish_reason`: `stop` if the model ended it, `length` if it was cut off.
 
-    Adapters stay unmerged and act side by side, each times its weight: what training saw. Items are
-    chat messages in the folder's own chat template (an adapter's, if it brings one); without a
-    template, an item's single message is completed as plain text. Weights stay in their files and
-    are read for all subjects at once; a model that cannot run like that is loaded. `progress` is
-    called with answers done and answers in all. Raises InputRefused for folders that need code of
-    their own.
+    Adapters stay unmerged and act in parallel, each times its weight, as in training. Items are
+    chat messages, rendered by the model's chat template (or an adapter's, if it has one); without a
+    template, an item's single message is completed as plain text. Weights are streamed from their
+    files for all subjects at once; a model that does not support this is loaded. `progress` is
+    called with answers done and total answers. Raises InputRefused for folders that need custom
+    code.
     """
     stay_offline()
     count = _Count(len(items) * len(subjects), progress)
@@ -120,7 +120,7 @@ def _asked(subject: Subject, items: Sequence[Sequence[Message]], max_tokens: int
 def _drafts(
     subject: Subject, asked: _Asked, found: Mapping[str, Answers]
 ) -> Mapping[int, Sequence[int]]:
-    """Return the tokens of likely answers, by the question's number."""
+    """Return the tokens of probable answers by question index."""
     if subject.draft in found:
         return dict(enumerate(found[subject.draft].tokens))
     end = asked.questions.ends[:1]
@@ -134,7 +134,7 @@ def _drafts(
 def _walk(
     subjects: Mapping[str, Subject], asked: Mapping[str, _Asked], count: _Count
 ) -> dict[str, Answers]:
-    """Ask subjects side by side; one after the other, in memory, if a model cannot be streamed."""
+    """Ask all subjects together; one by one in memory if a model cannot be streamed."""
     meeting = Meeting()
     try:
         with doing("building the models without their weights"):
@@ -301,7 +301,7 @@ def prompt_tokens(tokenizer: Any, item: Sequence[Message], model: Path) -> list[
 
 
 def _ends(model: Path, tokenizer: Any) -> list[int]:
-    """Return every token that ends an answer, by its configurations or the tokenizer."""
+    """Return the end tokens of the model's configurations and the tokenizer."""
     ends: list[int] = []
     files = [model / "generation_config.json", model / "config.json"]
     configs = [read_json(path) for path in files if path.is_file()]

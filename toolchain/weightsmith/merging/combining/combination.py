@@ -33,7 +33,7 @@ class Combination:
 
     @classmethod
     def of(cls, options: Any) -> Combination:
-        """Return those of a merge's options that say how adapters become one."""
+        """Return a merge's options for combining adapters."""
         return cls(**{field.name: getattr(options, field.name) for field in fields(cls)})
 
     def __post_init__(self) -> None:
