@@ -1,28 +1,8 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from weightsmith.checkpoints.shape import ModelShape
 from weightsmith.errors import UsageError
-from weightsmith.serving.llamacpp_cache import kv_cache_bytes, kv_layer_bytes, padded
-from weightsmith.serving.memory import GIB, host_memory, human, parse_size
-
-from tests.fakes.configs import shape_of
-
-LLAMA_8B = ModelShape(
-    architecture="LlamaForCausalLM",
-    layers=32,
-    hidden=4096,
-    intermediate=14336,
-    heads=32,
-    kv_heads=8,
-    head_dim=128,
-    v_head_dim=128,
-    max_positions=131072,
-    vocab=128256,
-    sliding_window=0,
-    layer_types=(),
-    dtype="bfloat16",
-)
+from weightsmith.serving.memory import host_memory, human, parse_size
 
 
 @pytest.mark.parametrize(
@@ -58,71 +38,3 @@ def test_sizes_for_people():
 
 def test_this_machine_has_memory():
     assert host_memory() > 2**28
-
-
-def test_llama_8b_takes_128_kib_per_token():
-    # 32 layers x 8 heads x (128 + 128) x 2 bytes = 131072; at 131072 tokens that is 16 GiB.
-    per_layer = kv_layer_bytes(LLAMA_8B, "f16", "f16")
-
-    assert per_layer * 32 == 131072
-    assert kv_cache_bytes(LLAMA_8B, 131072, 1, per_layer, 512) == 16 * GIB
-
-
-def test_packed_types_take_their_block_bytes():
-    # q8_0: 34 bytes for 32 elements: 8 heads x 128/32 blocks x 34 = 1088 for keys.
-    assert kv_layer_bytes(LLAMA_8B, "q8_0", "f16") == 1088 + 8 * 128 * 2
-    assert kv_layer_bytes(LLAMA_8B, "q4_0", "q4_0") == 2 * 8 * 4 * 18
-
-
-def test_a_packed_type_must_divide_the_head():
-    shape = shape_of(
-        {
-            "architectures": ["X"],
-            "num_hidden_layers": 1,
-            "hidden_size": 80,
-            "num_attention_heads": 1,
-            "vocab_size": 10,
-        }
-    )
-
-    with pytest.raises(UsageError, match="does not divide"):
-        kv_layer_bytes(shape, "q8_0", "f16")
-
-
-def test_an_unknown_type_is_named():
-    with pytest.raises(UsageError, match="q3_0"):
-        kv_layer_bytes(LLAMA_8B, "q3_0", "f16")
-
-
-def test_latent_attention_keeps_one_row_and_no_values():
-    import dataclasses
-
-    # DeepSeek-V3: (512 + 64) x 2 bytes x 61 layers = 70272 bytes per token.
-    shape = dataclasses.replace(LLAMA_8B, layers=61, kv_lora_rank=512, rope_head_dim=64)
-
-    assert kv_layer_bytes(shape, "f16", "f16") * 61 == 70272
-
-
-def test_sliding_layers_hold_window_and_micro_batch():
-    import dataclasses
-
-    kinds = (*["sliding_attention"] * 5, "full_attention")
-    shape = dataclasses.replace(
-        LLAMA_8B,
-        architecture="Gemma3ForCausalLM",
-        layers=6,
-        layer_types=kinds,
-        sliding_window=1024,
-    )
-
-    # One full layer of 8192 tokens, five of 1024 + 512, for two slots, one byte a token.
-    assert kv_cache_bytes(shape, 8192, 2, 1, 512) == 2 * (8192 + 5 * 1536)
-    # A model that llama.cpp does not slide is planned at full length.
-    other = dataclasses.replace(shape, architecture="MistralForCausalLM")
-    assert kv_cache_bytes(other, 8192, 2, 1, 512) == 2 * 6 * 8192
-
-
-@given(st.integers(min_value=1, max_value=10**6))
-def test_padding_is_the_next_multiple_of_256(tokens):
-    assert padded(tokens) % 256 == 0
-    assert 0 <= padded(tokens) - tokens < 256

@@ -11,7 +11,7 @@ from typing import TypeVar
 from weightsmith.checkpoints.gguf_config import gguf_config
 from weightsmith.checkpoints.matrices import Matrices
 from weightsmith.checkpoints.packing import Packing
-from weightsmith.checkpoints.positions import Positions
+from weightsmith.checkpoints.positions import Positions, whole
 from weightsmith.checkpoints.shape import ModelShape
 from weightsmith.checkpoints.text import text_part
 from weightsmith.errors import InputRefused
@@ -88,14 +88,14 @@ class ModelFacts:
             encoder_decoder=bool(config.get("is_encoder_decoder")),
             sees_images=isinstance(config.get("vision_config"), Mapping),
             stated_dtype=dtype,
-            layers=_whole(text.get("num_hidden_layers")),
-            hidden=_whole(text.get("hidden_size")),
+            layers=whole(text.get("num_hidden_layers")),
+            hidden=whole(text.get("hidden_size")),
             tied_embeddings=None if tied is None else bool(tied),
             packing=Packing.of(config.get("quantization_config")),
             positions=Positions.of(text),
             stateful_keys=tuple(sorted(k for k in text if _STATEFUL.search(k) and text[k])),
             tokenizer_class=str(settings.get("tokenizer_class") or ""),
-            tokenizer_length=_whole(settings.get("model_max_length")),
+            tokenizer_length=whole(settings.get("model_max_length")),
             read_shape=shape,
             read_matrices=shape
             if isinstance(shape, InputRefused)
@@ -143,7 +143,3 @@ def _dtype(config: Mapping[str, Json]) -> str:
             if isinstance(place.get(name), str):
                 return str(place[name]).removeprefix("torch.")
     return ""
-
-
-def _whole(value: Json) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0

@@ -44,10 +44,10 @@ class Positions:
         factor = _number(rope.get("factor", 1.0))
         original = rope.get("original_max_position_embeddings")
         return cls(
-            lengths=tuple(filter(None, (_whole(text.get(key)) for key in _LENGTHS))),
+            lengths=tuple(filter(None, (whole(text.get(key)) for key in _LENGTHS))),
             scaling=str(rope.get("rope_type") or rope.get("type") or "default"),
             factor=factor if 0 < factor <= 1000 else 0,
-            original=_whole(original or text.get("original_max_position_embeddings")),
+            original=whole(original or text.get("original_max_position_embeddings")),
             theta=_number(parameters.get("rope_theta")) if isinstance(parameters, Mapping) else 0,
             transformers_5_only=isinstance(parameters, Mapping) and "rope_theta" not in text,
         )
@@ -63,7 +63,8 @@ def _rope(text: Mapping[str, Json]) -> Mapping[str, Json]:
     return {}
 
 
-def _whole(value: Json) -> int:
+def whole(value: Json) -> int:
+    """Return a whole number above 0, and 0 for anything else."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 

@@ -18,14 +18,14 @@ from weightsmith.recipe_file import RecipeFile
 def tasks_of(file: RecipeFile) -> tuple[RecipeTask, ...]:
     """Return the recipe's task and each adapter's own; () without any. Raises UsageError."""
     recipe = file.recipe
-    wishes: list[tuple[int | None, str, Evaluate | None]] = [(None, "", recipe.evaluate)]
-    wishes += [
+    sections: list[tuple[int | None, str, Evaluate | None]] = [(None, "", recipe.evaluate)]
+    sections += [
         (number, f"{_short(adapter.source)} {adapter.version}".strip(), adapter.evaluate)
         for number, adapter in enumerate(recipe.adapters)
     ]
     return tuple(
         RecipeTask(task=_task(file, name, wanted), settings=wanted, adapter=number)
-        for number, name, wanted in wishes
+        for number, name, wanted in sections
         if wanted is not None
     )
 

@@ -67,7 +67,7 @@ def weights_from_config(model: ModelFacts) -> int:
 
 
 def parameters(model: ModelFacts) -> Parameters:
-    """Count the parameters of a known family; raises InputRefused for another, or a lying file."""
+    """Count the parameters of a known family; raises InputRefused for others and wrong numbers."""
     shape = model.shape
     family = shape.architecture.partition("For")[0]
     if family not in _TIED or any(part.kind == "state" for part in shape.cache):
