@@ -235,7 +235,7 @@ def test_a_base_without_the_program_is_named_with_what_it_lacks(scene: Scene) ->
         with pytest.raises(CheckFailed) as caught:
             rebase_image(wanted, replace(tools, registry=scene.client))
     assert caught.value.message.startswith(f"the image does not work on {onto}: it cannot be")
-    assert "'/app/llama-server' does not run" in caught.value.message
+    assert "'/app/llama-server'" in caught.value.message
     assert "--no-smoke" in caught.value.hint
     assert "docker info" not in caught.value.message + caught.value.hint
     assert ("team/app", "2") not in scene.fake.manifests
