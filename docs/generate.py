@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from invoke.parser.context import to_flag
 from pydantic import BaseModel
+from weightsmith.build_record import BuildRecord
 from weightsmith.cli import namespace
 from weightsmith.drivers import bases
+from weightsmith.json_objects import is_inline, is_omitted, part_of, types_of
 from weightsmith.merging.families import families
 from weightsmith.merging.refused import REFUSED, SETTINGS, UNMERGED
 from weightsmith.oci.limits import REGISTRIES
 from weightsmith.planning.targets import all_targets
 from weightsmith.recipe import Recipe
 from weightsmith.serving.gpus import GPUS
+from weightsmith.values import Digest
 
 _TYPES = {
     str: "text",
@@ -44,12 +50,89 @@ def pages() -> dict[str, str]:
     }
     return {
         "recipe.schema.json": json.dumps(schema, indent=2) + "\n",
+        "build.schema.json": json.dumps(_build_schema(), indent=2) + "\n",
         "recipe.md": _GENERATED + "# Recipe\n\n" + "\n".join(_recipe(Recipe, "")) + "\n",
         "commands.md": _GENERATED + "# Commands\n\n" + "\n".join(_commands()) + "\n",
         "adapters.md": _GENERATED + "# Adapters\n\n" + "\n".join(_adapters()) + "\n",
         "registries.md": _GENERATED + "# Registries\n\n" + "\n".join(_registries()) + "\n",
         "targets.md": _GENERATED + "# Targets\n\n" + "\n".join(_targets()) + "\n",
     }
+
+
+def _build_schema() -> dict[str, Any]:
+    """Return the JSON Schema of build.json as this version writes it."""
+    definitions: dict[str, Any] = {}
+    root = _object_schema(BuildRecord, definitions)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "weightsmith build.json",
+        **root,
+        "$defs": dict(sorted(definitions.items())),
+    }
+
+
+def _object_schema(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a dataclass; what it refers to goes to the definitions."""
+    told, properties, required = _attribute_docs(kind), {}, []
+    for one in fields(kind):
+        hint = types_of(kind)[one.name]
+        if is_inline(one):
+            properties |= _object_schema(part_of(hint), definitions)["properties"]
+            continue
+        properties[one.name] = _value_schema(hint, definitions)
+        if one.name in told:
+            properties[one.name]["description"] = told[one.name]
+        if not is_omitted(one):
+            required.append(one.name)
+    return {
+        "type": "object",
+        "description": " ".join((inspect.getdoc(kind) or "").split()),
+        "properties": properties,
+        "required": required,
+    }
+
+
+def _attribute_docs(kind: type) -> dict[str, str]:
+    """Return the docstrings below a dataclass's fields, those of its bases too."""
+    found: dict[str, str] = {}
+    for one in reversed([each for each in kind.__mro__ if is_dataclass(each)]):
+        (tree,) = ast.parse(inspect.cleandoc(inspect.getsource(one))).body
+        body = tree.body if isinstance(tree, ast.ClassDef) else []
+        for first, second in pairwise(body):
+            match first, second:
+                case (
+                    ast.AnnAssign(target=ast.Name(id=name)),
+                    ast.Expr(value=ast.Constant(value=str(text))),
+                ):
+                    found[name] = " ".join(text.split())
+    return found
+
+
+def _value_schema(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+    origin, parts = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return {}
+    if origin is Annotated:
+        return {"type": ["number", "null"]}
+    if origin in (Union, UnionType):
+        return {"anyOf": [_value_schema(part_of(hint), definitions), {"type": "null"}]}
+    if origin is tuple and parts[-1] is Ellipsis:
+        return {"type": "array", "items": _value_schema(parts[0], definitions)}
+    if origin is tuple:
+        inner = [_value_schema(part, definitions) for part in parts]
+        return {"type": "array", "prefixItems": inner, "minItems": len(parts), "items": False}
+    if origin is not None and issubclass(origin, Mapping):
+        return {"type": "object", "additionalProperties": _value_schema(parts[1], definitions)}
+    if is_dataclass(hint):
+        name = hint.__name__  # type: ignore[union-attr]
+        if name not in definitions:
+            definitions[name] = {}
+            definitions[name] = _object_schema(hint, definitions)
+        return {"$ref": f"#/$defs/{name}"}
+    if hint is Digest:
+        return {"type": "string", "pattern": "^sha256:[0-9a-f]{64}$"}
+    names = {str: "string", int: "integer", float: "number", bool: "boolean"}
+    return {"type": names[hint]}
 
 
 def _registries() -> Iterator[str]:

@@ -43,7 +43,7 @@ class JsonObject:
             value = getattr(self, one.name)
             if is_inline(one):
                 found |= value.to_json() if value is not None else {}
-            elif not ("omitted" in one.metadata and value == one.default):
+            elif not (is_omitted(one) and value == one.default):
                 found[one.name] = _written(value)
         return found
 
@@ -51,6 +51,11 @@ class JsonObject:
 def is_inline(one: Field[Any]) -> bool:
     """Whether the keys of a field's value stand among those of the object around it."""
     return "inline" in one.metadata
+
+
+def is_omitted(one: Field[Any]) -> bool:
+    """Whether a field is left out of the JSON if it equals its default."""
+    return "omitted" in one.metadata
 
 
 @cache

@@ -1,0 +1,70 @@
+"""build.json of builds in memory, against the published JSON Schema with a validator of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from weightsmith.build_record import read_build
+from weightsmith.errors import CheckFailed
+
+from tests.fakes.jobs import WRONG
+from tests.fakes.memory import Memory
+
+SCHEMA = Path(__file__).parents[2] / "docs" / "reference" / "build.schema.json"
+TARGETS = ("llamacpp-q4_k_m", "vllm", "llamacpp-lora")
+
+
+def check(document: Any) -> None:
+    schema = json.loads(SCHEMA.read_text("utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.Draft202012Validator(schema).validate(document)
+
+
+def records(memory: Memory) -> dict[Path, Any]:
+    found = sorted(memory.dist.rglob("build.json"))
+    return {path.parent: json.loads(path.read_text("utf-8")) for path in found}
+
+
+def spoil(memory: Memory) -> None:
+    memory.bench.quality["layer_error"] = 0.9
+
+
+def invalidate(memory: Memory) -> None:
+    memory.bench.valid |= {"passed": False, "findings": [WRONG]}
+
+
+@pytest.mark.parametrize("refused", [None, spoil, invalidate])
+def test_what_a_build_records_is_what_the_schema_says(
+    memory: Memory, refused: Callable[[Memory], None] | None
+) -> None:
+    if refused is None:
+        memory.build(targets=list(TARGETS))
+    else:
+        refused(memory)
+        with pytest.raises(CheckFailed):
+            memory.build(targets=list(TARGETS))
+
+    found = records(memory)
+    assert found
+    for folder, document in found.items():
+        check(document)
+        assert read_build(folder).to_json() == document
+
+
+def test_a_record_without_a_key_or_with_another_type_is_not_what_the_schema_says(
+    memory: Memory,
+) -> None:
+    memory.build(targets=list(TARGETS[:1]))
+    (document,) = records(memory).values()
+
+    for change in ({"stages": []}, {"base": {}}, {"created": 1}):
+        with pytest.raises(jsonschema.ValidationError):
+            check({**document, **change})
+    del document["scores"]["image"]["n"]
+    with pytest.raises(jsonschema.ValidationError):
+        check(document)
