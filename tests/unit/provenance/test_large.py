@@ -15,6 +15,7 @@ from weightsmith.stages.record import layers_in
 from weightsmith.values import Blob, Digest
 
 from tests.fakes.images import entry, foreign_image, tar_of
+from tests.fakes.records import BUILD
 
 LARGE = "x" * (18 << 20)
 STATEMENT = {"predicateType": "https://spdx.dev/Document", "predicate": {"comment": LARGE}}
@@ -78,7 +79,8 @@ def test_a_large_attached_evaluation_keeps_its_questions() -> None:
 
 def test_a_large_record_of_a_build_is_known_again(tmp_path: Path) -> None:
     image = foreign_image(tar_of((entry("a"), b"")))
-    layers = [{"digest": layer.digest} for layer in image.layers]
-    document = {"image": {"layers": layers}, "answers": LARGE}
+    layers = [{"digest": x.digest, "size": x.size, "file": x.file} for x in image.layers]
+    recorded = {"reference": "", "digest": image.digest, "layers": layers}
+    document = {**BUILD, "image": recorded, "answers": LARGE}
     (tmp_path / "build.json").write_text(json.dumps(document))
     assert layers_in(tmp_path) == tuple(layer.digest for layer in image.layers)
