@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,13 +22,13 @@ from weightsmith.provenance import signing
 from weightsmith.values import Digest, canonical
 
 from tests.fakes.baking import bake, make_key, make_model, push_base
+from tests.fakes.command_line import weightsmith
 from tests.fakes.debian_registry import real_registry
 
 pytestmark = [
     pytest.mark.registry,
     pytest.mark.skipif(not shutil.which("docker-registry"), reason="no docker-registry"),
 ]
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -53,13 +51,9 @@ class Scene:
 
     def verify(self, key: Path | None = None) -> tuple[int, dict[str, str]]:
         """Return the exit code, and what does not hold."""
-        done = subprocess.run(
-            [sys.executable, "-m", "weightsmith", "verify", self.name, "--json",
-             "--key", key or self.public],
-            capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-        rows = json.loads(done.stdout)["checks"]
-        return done.returncode, {r["check"]: r["found"] for r in rows if r["ok"] is False}
+        done = weightsmith("verify", self.name, "--json", "--key", key or self.public)
+        rows = json.loads(done.out)["checks"]
+        return done.code, {r["check"]: r["found"] for r in rows if r["ok"] is False}
 
     def cosign(self, *words: str, key: Path | None = None) -> bool:
         """Say whether cosign believes the same."""
