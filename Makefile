@@ -15,8 +15,12 @@ done; \
 echo "setup: no package index? pip's own configuration is used, WEIGHTSMITH_WHEELS may name a folder of wheels" >&2; exit 1
 endef
 
-# What needs nothing beside the virtual environment, and no minutes of its own.
-FAST := not (builders or vllm or docker or registry or other_registries or browser or root or gpu or real or slow)
+# What one machine has one of, so that only one test at a time may use it; and what test-fast does
+# without: these, and tests that take seconds of their own.
+SHARED := builders or vllm or docker or registry or other_registries or browser
+FAST := not ($(SHARED) or root or gpu or real or slow)
+# As many processes as cores, each with one thread for torch and numpy: their tests are small.
+PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev demo check fix lock generate golden test test-fast test-real fuzz docs bench clean
@@ -69,15 +73,17 @@ test: setup-dev ## Every test that needs no GPU; starts a container engine where
 	@bash tests/engine.sh || test -z "$(WEIGHTSMITH_REQUIRE_DOCKER)"
 	@echo "test: making builders; ten minutes the first time, nothing afterwards"
 	@$(BIN)/python -m tests.builders
-	@$(BIN)/python -m pytest -m "not real and not gpu" $(PYTEST_FLAGS)
+	@$(PARALLEL) -m "not (real or gpu or $(SHARED))" $(PYTEST_FLAGS)
+	@$(BIN)/python -m pytest -m "($(SHARED)) and not (real or gpu)" $(PYTEST_FLAGS)
 
 test-fast: setup-dev ## The tests that need neither builders nor an engine nor other programs
-	@$(BIN)/python -m pytest -m "$(FAST)" $(PYTEST_FLAGS)
+	@$(PARALLEL) -m "$(FAST)" $(PYTEST_FLAGS)
 
 test-real: setup-dev ## The heavy tests on real weights as well
 	@bash tests/engine.sh || test -z "$(WEIGHTSMITH_REQUIRE_DOCKER)"
 	@$(BIN)/python -m tests.builders
-	@$(BIN)/python -m pytest -m "not gpu" $(PYTEST_FLAGS)
+	@$(PARALLEL) -m "not (real or gpu or $(SHARED))" $(PYTEST_FLAGS)
+	@$(BIN)/python -m pytest -m "(real or $(SHARED)) and not gpu" $(PYTEST_FLAGS)
 
 fuzz: setup-dev ## Read inputs changed at random for WEIGHTSMITH_FUZZ_SECONDS (an hour), by new seeds
 	@$(BIN)/python -m tests.hostile.fuzz $(FUZZ)

@@ -26,6 +26,8 @@ NAMES = {
     "t5": ("v", "shared", "lm_head"),
 }
 """Architecture -> a linear layer, the embedding, the head."""
+DIFFERENT = {"llama", "gpt2", "t5"}
+"""Whose layers, heads and stacks are of different shapes; the others are like one of them."""
 KINDS: dict[str, dict[str, Any]] = {
     "linear": {"target_modules": ["LINEAR"], "use_rslora": True},
     "dora": {"target_modules": ["LINEAR"], "use_dora": True},
@@ -75,7 +77,10 @@ def named(value: Any, names: tuple[str, str, str]) -> Any:
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("architecture", NAMES)
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in DIFFERENT)) for name in NAMES],
+)
 def test_merged_as_unmerged(
     architecture: str, kind: str, tied: bool, bases: MakeBase, tmp_path: Path
 ) -> None:
@@ -101,6 +106,7 @@ OTHERS = {
 """As `NAMES`: what other models call the head that shares the embedding's weight."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["embedding", "head", "saved-embedding", "linear"])
 @pytest.mark.parametrize("architecture", OTHERS)
 def test_heads_of_other_names(
