@@ -19,7 +19,7 @@ from weightsmith.evaluating.metrics import score_answers
 from weightsmith.oci.references import Reference
 from weightsmith.provenance.attest import public_recipe
 from weightsmith.recipe_file import check_recipe
-from weightsmith.stages.record import Facts, build_document
+from weightsmith.stages.record import Facts, write_record
 from weightsmith.values import (
     AdapterSnapshot,
     Checkpoint,
@@ -207,7 +207,7 @@ SECRETIVE = {
 }
 
 
-def test_arguments_of_the_judge_stay_here() -> None:
+def test_arguments_of_the_judge_stay_here(tmp_path: Path) -> None:
     """A key among the arguments of `evaluate.command` gets into no statement and no build.json."""
     recipe = check_recipe(SECRETIVE, "test")
     told = public_recipe(recipe)
@@ -235,7 +235,8 @@ def test_arguments_of_the_judge_stay_here() -> None:
         warnings=(),
         inputs={},
     )
-    document = build_document(facts)
+    write_record(facts, tmp_path)
+    document = json.loads((tmp_path / "build.json").read_text())
     assert document["recipe"]["evaluate"]["command"] == ["judge.py", "…"]
     assert KEY not in str(document)
 
