@@ -153,7 +153,7 @@ def test_a_registry_without_room(client: Registry, tmp_path: Path) -> None:
             client.push(Image(layers=(layer,), settings={}), Reference.parse(f"{host}/a/b:1"))
     finally:
         subprocess.run(["umount", disk], check=True)
-    assert "room" in caught.value.hint
+    assert "full" in caught.value.hint
 
 
 def test_in_chunks(
