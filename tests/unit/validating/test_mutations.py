@@ -137,7 +137,7 @@ def twice(place: Place) -> None:
 def foreign_tokenizer(place: Place) -> None:
     path = place.out / "tokenizer.json"
     told = json.loads(path.read_text())
-    vocabulary = told.model["vocab"]
+    vocabulary = told["model"]["vocab"]
     names = [n for n in vocabulary if n.isalpha()] if isinstance(vocabulary, dict) else []
     if names:
         one, two = names[10], names[11]
@@ -159,7 +159,7 @@ def lost_template(place: Place) -> None:
 
 def other_rope(place: Place) -> None:
     def change(told: dict[str, Any]) -> None:
-        told.rope_theta = 500.0
+        told["rope_theta"] = 500.0
         told.get("rope_parameters", {})["rope_theta"] = 500.0
 
     place.edit("config.json", change)
