@@ -171,3 +171,41 @@ def test_what_a_quantizer_warns_of_is_in_the_record(warm: Memory) -> None:
     warm.build()
 
     assert "the file has no chat template" in warm.record()["warnings"]
+
+
+def test_a_build_says_what_its_gate_shows(memory: Memory) -> None:
+    built = memory.build()[TARGET]
+
+    assert (built.verdict, built.unproven) == ("passed", ())
+    assert built.sameness == {"merged": 1.0, "image": 1.0}
+
+
+def test_other_words_of_the_same_score_are_seen(memory: Memory) -> None:
+    some = {next(iter(memory.facts))}
+    memory.minds.forgot["image"] = some
+    built = memory.build("evaluate.max_drop=0.5")[TARGET]
+
+    assert built.verdict == "passed"
+    assert built.sameness["merged"] == 1.0
+    assert built.sameness["image"] == 1 - 1 / len(memory.facts)
+
+
+@pytest.mark.parametrize("who", [("adapter", "merged", "image"), ("merged", "image")])
+def test_a_gate_that_cannot_fail_proves_nothing(memory: Memory, who: tuple[str, ...]) -> None:
+    """The adapter does not beat the base, or there is none and the base knows nothing."""
+    if "adapter" not in who:
+        memory.write_recipe(adapters=[])
+    memory.minds.forgot |= {name: set(memory.facts) for name in who}
+    built = memory.build()[TARGET]
+
+    assert built.verdict == "not proven"
+    assert len(built.unproven) == 1
+    assert built.sameness["image"] == 1.0
+
+
+def test_without_questions_nothing_is_proven(memory: Memory) -> None:
+    memory.write_recipe(evaluate=None)
+    built = memory.build()[TARGET]
+
+    assert built.verdict == "not proven"
+    assert built.sameness == {}

@@ -41,6 +41,23 @@ class Built:
         """The scores of the first task; empty without any."""
         return main_scores(self.results)
 
+    @property
+    def sameness(self) -> Mapping[str, float]:
+        """Share of the first task's answers that are the reference's to the letter, by subject."""
+        return self.results[0].sameness if self.results else {}
+
+    @property
+    def unproven(self) -> tuple[str, ...]:
+        """Why passing shows nothing, for each task of which that is so."""
+        if not self.results:
+            return ("the recipe has no `evaluate`",)
+        return tuple(result.unproven for result in self.results if result.unproven)
+
+    @property
+    def verdict(self) -> str:
+        """`passed`, or `not proven` if a gate could not have failed."""
+        return "not proven" if self.unproven else "passed"
+
 
 def main_scores(results: Sequence[Result]) -> Mapping[str, Score]:
     """Return the scores of the first task, which stand for the build where one line must do."""

@@ -102,7 +102,10 @@ def build(
         b.target.name: {
             "image": b.published.reference,
             "digest": b.published.digest,
+            "verdict": b.verdict,
+            "unproven": b.unproven,
             "scores": {name: score.score for name, score in b.scores.items()},
+            "sameness": b.sameness,
             "verdicts": [v.facts for result in b.results for v in result.verdicts],
             "uploaded_bytes": b.published.uploaded_bytes,
             "stages": b.stages,
@@ -118,6 +121,8 @@ def _lines(name: str, facts: Mapping[str, Any]) -> Iterator[str]:
     yield f"{name}: {facts['image']}@{facts['digest']}"
     if scores := ", ".join(f"{who} {score:.3f}" for who, score in facts["scores"].items()):
         yield f"  scores: {scores}"
+    if facts["unproven"]:
+        yield f"  not proven: {'; '.join(facts['unproven'])}"
     yield f"  report: {facts['report']}"
 
 

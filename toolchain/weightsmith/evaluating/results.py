@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from operator import eq
 
 from weightsmith.evaluating.gate import DropLimit, Verdict, judge_drop
 from weightsmith.evaluating.task import Task
 from weightsmith.recipe import Evaluate
 from weightsmith.values import Score
+
+_NEAR_ZERO = 0.05
+"""A score up to which losing everything would be within most limits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,11 +49,42 @@ class Result:
             verdict.require()
 
     @property
+    def reference(self) -> Score | None:
+        """The score that others are compared with: the adapter's, or the base's without one."""
+        return self.scores.get("adapter", self.scores.get("base"))
+
+    @property
     def ends(self) -> int:
         """Number of the reference's answers that ended by themselves."""
-        reference = self.scores.get("adapter", self.scores.get("base"))
-        rows = reference.per_item if reference else ()
+        rows = self.reference.per_item if self.reference else ()
         return sum(row.get("finish_reason") == "stop" for row in rows)
+
+    @property
+    def sameness(self) -> Mapping[str, float]:
+        """Share of answers that are the reference's text to the letter, of `merged` and `image`."""
+        rows = self.reference.per_item if self.reference else ()
+        expected = [row.get("answer") for row in rows]
+        return {
+            who: sum(map(eq, expected, given)) / len(expected)
+            for who in ("merged", "image")
+            if who in self.scores
+            and len(given := [row.get("answer") for row in self.scores[who].per_item])
+            == len(expected)
+            > 0
+        }
+
+    @property
+    def unproven(self) -> str:
+        """Why the gate could not have failed, so that passing it shows nothing; else empty."""
+        if "image" not in self.scores:
+            return named(self.task, "the image was not asked")
+        adapter, base = self.scores.get("adapter"), self.scores.get("base")
+        if adapter and base and adapter.score <= base.score:
+            text = f"the adapter scores {adapter.score:.3f}, no more than the base alone"
+            return named(self.task, text)
+        if self.reference and self.reference.score <= _NEAR_ZERO:
+            return named(self.task, f"the reference scores {self.reference.score:.3f}")
+        return ""
 
 
 def judged(

@@ -188,6 +188,8 @@ def build(
             image=one.published.reference,
             digest=one.published.digest,
             scores={name: score.score for name, score in one.scores.items()},
+            verdict=one.verdict,
+            sameness=one.sameness,
             report=one.report,
             stages={
                 name: StageTime(seconds=float(row["seconds"]), cached=bool(row["cached"]))

@@ -84,6 +84,10 @@ class Built:
     digest: Digest
     scores: Mapping[str, float]
     """`base`, `adapter`, `merged` and `image` on the recipe's task, from 0 to 1; {} without one."""
+    verdict: str
+    """`passed`, or `not proven` if the gate could not have failed."""
+    sameness: Mapping[str, float]
+    """Share of answers of `merged` and `image` that are the reference's text to the letter."""
     report: Path
     """report.html; build.json lies beside it."""
     stages: Mapping[str, StageTime]
