@@ -97,7 +97,7 @@ def test_a_signature_in_a_bundle(scene: Scene) -> None:
     image = scene.blob(name)
     seen = {**claim(image.digest), "predicateType": "https://example.com/seen"}
     scene.place(name).attach(attached(bundle(seen, theirs), image))
-    assert scene.check(name, other)["signature"] == "1 there, none by this key"
+    assert scene.check(name, other)["signature"] == "1 found, none by this key"
     moved = attached(bundle(claim(image.digest.of(b"another")), theirs), image)
     scene.place(name).attach(moved)
     assert "another image" in scene.check(name, other)["signature"]
@@ -106,7 +106,7 @@ def test_a_signature_in_a_bundle(scene: Scene) -> None:
     assert "statement provenance/v1" in scene.check(name, other)
     assert scene.check(name, public) == {}
     scene.sign(wrong, scene.folder / "key.pem")
-    assert scene.check(wrong, other)["signature"] == "1 there, none by this key"
+    assert scene.check(wrong, other)["signature"] == "1 found, none by this key"
 
 
 def test_statements_in_bundles(scene: Scene) -> None:
@@ -133,7 +133,7 @@ def test_a_bundle_that_was_changed_or_is_no_statement(scene: Scene) -> None:
     evil["dsseEnvelope"]["payload"] = bundle(claim(image.digest), key)["dsseEnvelope"]["payload"]
     for made in (evil, {"messageSignature": {}}, {"dsseEnvelope": []}, {"dsseEnvelope": {}}):
         scene.place(name).attach(attached(made, image))
-    assert scene.check(name, other)["signature"] == "2 there, none by this key"
+    assert scene.check(name, other)["signature"] == "2 found, none by this key"
     # What others hang there is not ours to be right.
     assert scene.check(name, public) == {}
 
@@ -148,7 +148,7 @@ def test_a_bundle_stays_with_its_image(scene: Scene) -> None:
     request = RebaseRequest(source=name, onto=onto, to=to, smoke=False, force=False)
     rebase_image(request, memory_tools(scene.folder, registry=scene.client, key=key))
     assert scene.check(to, public) == {}
-    assert scene.check(to, other)["signature"] == "1 there, none by this key"
+    assert scene.check(to, other)["signature"] == "1 found, none by this key"
 
 
 @pytest.fixture

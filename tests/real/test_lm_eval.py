@@ -102,4 +102,4 @@ def test_a_server_without_the_prompts_probabilities_is_reported(tmp_path: Path, 
     code, told = evaluate(tmp_path, url, "multiple_choice", CHOSEN, "--tokenizer", tokenizer)
 
     assert code == 4
-    assert "no log-probabilities of a prompt" in told["error"]["message"]
+    assert "log-probabilities of a prompt" in told["error"]["message"]

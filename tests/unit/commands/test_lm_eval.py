@@ -113,5 +113,5 @@ def test_a_server_without_the_prompts_probabilities_is_reported(tmp_path, tokeni
         with pytest.raises(CheckFailed, match="token_logprobs") as caught:
             evaluate_tasks(request, tools)
 
-    assert ("no log-probabilities of a prompt" in caught.value.message) == told
+    assert ("log-probabilities of a prompt" in caught.value.message) == told
     assert ("--metric choice" in caught.value.hint) == told

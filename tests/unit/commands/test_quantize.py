@@ -116,13 +116,13 @@ def test_the_importance_matrix_of_another_model(model, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("--format", "q4_k_m", "--group-size", 32), "--group-size has no meaning for q4_k_m"),
-        (("--format", "fp8", "--group-size", 32), "--group-size has no meaning for fp8"),
+        (("--format", "q4_k_m", "--group-size", 32), "--group-size does not apply to q4_k_m"),
+        (("--format", "fp8", "--group-size", 32), "--group-size does not apply to fp8"),
         (("--format", "awq", "--no-zero-point"), "zero_point: false is not supported by awq"),
-        (("--format", "gptq", "--no-zero-point"), "--no-zero-point has no meaning for gptq"),
+        (("--format", "gptq", "--no-zero-point"), "--no-zero-point does not apply to gptq"),
         (
             ("--format", "q4_0", "--keep-module", "down_proj"),
-            "--keep-module has no meaning for q4_0",
+            "--keep-module does not apply to q4_0",
         ),
         (("--format", "awq", "--group-size", 48), "32, 64 or 128"),
         (("--format", "gptq", "--keep-module", "q_proj"), "without k_proj, v_proj"),

@@ -188,7 +188,7 @@ def test_a_statement_changed(scene: Scene) -> None:
                                **part.annotations)  # fmt: skip
     place.attach(replace(attachment, parts=(evil,), raw=None))
     found = scene.check()
-    assert "changed since" in found["statement provenance/v1"]
+    assert "changed after signing" in found["statement provenance/v1"]
     assert "signature" not in found
 
 

@@ -24,47 +24,47 @@ def required(**values: object) -> None:
 
 
 def number(text: str, flag: str) -> float:
-    """Return a share from 0 to 1; UsageError naming the flag for anything else."""
+    """Return a number from 0 to 1; raise UsageError naming the flag for anything else."""
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise UsageError(f"{flag} {text}: a number from 0 to 1 is expected", hint="such as 0.5")
+        raise UsageError(f"{flag} {text}: expected a number from 0 to 1", hint="for example 0.5")
     return value
 
 
 def counts(text: str, flag: str) -> tuple[int, ...]:
-    """Return `1,4,16` as positive numbers; UsageError naming the flag for anything else."""
+    """Return `1,4,16` as positive integers; raise UsageError naming the flag if invalid."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise UsageError(
-            f"{flag} {text}: positive numbers separated by commas are expected",
-            hint=f"as in {flag} 1,4,16",
+            f"{flag} {text}: expected positive whole numbers separated by commas",
+            hint=f"for example {flag} 1,4,16",
         )
     return tuple(int(part) for part in parts)
 
 
 def parse_weights(text: str, count: int) -> tuple[float, ...]:
-    """Return `0.7,0.3` as numbers, one per adapter; all 1 where none is given."""
+    """Return `0.7,0.3` as numbers, one per adapter; without text, all are 1."""
     if not text:
         return (1.0,) * count
     try:
         weights = tuple(float(part) for part in text.split(","))
     except ValueError:
         raise UsageError(
-            f"--weights {text}: numbers separated by commas are expected",
-            hint="as in --weights 0.7,0.3",
+            f"--weights {text}: expected numbers separated by commas",
+            hint="for example --weights 0.7,0.3",
         ) from None
     return one_each(weights, count)
 
 
 def one_each(weights: Sequence[float], count: int) -> tuple[float, ...]:
-    """Return weights, one per adapter; UsageError for another number of them."""
+    """Return the weights; raise UsageError if there is not one per adapter."""
     if len(weights) != count:
         raise UsageError(
             f"--weights has {len(weights)} numbers for {count} adapter(s)",
-            hint="give one for each --adapter, in their order",
+            hint="give one weight for each --adapter, in the same order",
         )
     return tuple(weights)
 
@@ -82,9 +82,9 @@ def serving_options(serve: Serve, settings: Sequence[str]) -> ServeOptions:
 
 
 def options_of(section: type[Section], given: Mapping[str, Any], where: str) -> Section:
-    """Return a recipe's section from a function's arguments by name; raises UsageError.
+    """Return a recipe section built from a function's arguments; raises UsageError.
 
-    Other arguments are left out; None stands for the default.
+    Arguments that are not keys of the section are ignored; None means the default.
     """
     names = section.model_fields.keys() & given.keys()
     chosen = {name: given[name] for name in names if given[name] is not None}
@@ -96,12 +96,12 @@ def keep_apart(
     outputs: Mapping[str, str | Path | None],
     own: Mapping[str, Path] | None = None,
 ) -> None:
-    """Make sure that nothing will be made in a folder that is read; UsageError where it would.
+    """Raise UsageError if an output would be written inside an input folder.
 
-    What is no folder (a file, a source elsewhere) holds nothing that we make. `outputs` are by the
-    flag that names them; those that are not given are empty. `own` are our own folders by variable,
-    which may be hidden in a folder that is read: hidden names are no part of any source, and
-    some CI systems cache nothing outside the project.
+    Inputs that are not local folders are ignored. `outputs` maps flags to paths, empty if not
+    given. `own` maps environment variables to our own folders. These may be hidden folders inside
+    an input: sources never include hidden names, and some CI systems cache only what is in the
+    project.
     """
     folders = [
         place.resolve()
@@ -110,21 +110,21 @@ def keep_apart(
     ]
     for flag, out in outputs.items():
         for folder, _ in _parts_inside(out, folders) if out else ():
-            raise _inside(flag, out or "", folder, f"give {flag} a place outside it")
+            raise _inside(flag, out or "", folder, f"give {flag} a path outside it")
     for variable, out in (own or {}).items():
         for folder, parts in _parts_inside(out, folders):
             if not any(part.startswith(".") for part in parts):
-                hint = f"set {variable} to a place outside it, or in a hidden folder of it"
+                hint = f"set {variable} to a path outside it, or in a hidden folder inside it"
                 raise _inside(variable, out, folder, hint)
 
 
 def _parts_inside(
     out: str | Path, folders: Iterable[Path]
 ) -> Iterator[tuple[Path, tuple[str, ...]]]:
-    """Yield each folder that a place lies in, and the names from there to it."""
+    """Yield each folder that contains the path, and the path's parts relative to it."""
     path = Path(out).absolute()
     for folder in folders:
-        # By where it leads, and by where its unfinished neighbour would be.
+        # Check the target of a symbolic link, and the folder where the temporary output is written.
         for place in (path.resolve(), path.parent.resolve() / path.name):
             if place.is_relative_to(folder):
                 yield folder, place.relative_to(folder).parts
@@ -132,7 +132,7 @@ def _parts_inside(
 
 def _inside(flag: str, out: str | Path, folder: Path, hint: str) -> UsageError:
     return UsageError(
-        f"{flag} {out} lies in {folder}, which is read and must stay as it is", hint=hint
+        f"{flag} {out} is inside the input folder {folder}, which must not change", hint=hint
     )
 
 
@@ -141,7 +141,7 @@ def _folder_of(source: str | Path) -> Path:
 
 
 def sources_of(file: RecipeFile) -> list[Path]:
-    """Return where a recipe's sources are that are folders here, and its base's layout."""
+    """Return a recipe's local source folders, and the layout of its base image if it is local."""
     recipe = file.recipe
     names = [recipe.base.source, *(adapter.source for adapter in recipe.adapters)]
     found = [file.folder / Path(name).expanduser() for name in names if "://" not in name]

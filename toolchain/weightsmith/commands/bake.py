@@ -1,4 +1,4 @@
-"""`invoke bake`: a model on disk becomes an image; nothing is started."""
+"""`invoke bake`: make an image of a model on disk, without starting it."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ from weightsmith.values import (
 )
 
 KINDS = ("image", "modelcar", "volume")
-"""`image` serves; `modelcar` is for KServe and has a shell; `volume` has only the weights."""
+"""`image` runs a server; `modelcar` is for KServe and has a shell; `volume` has only weights."""
 _DEFAULT_NAME = "model"
 _MEMORY = 4 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BakeRequest:
-    """What `invoke bake` is asked."""
+    """The options of `invoke bake`."""
 
     model: Path
     target: str
@@ -63,7 +63,7 @@ class BakeRequest:
 
 
 def bake_model(request: BakeRequest, tools: Tools) -> Mapping[str, Json]:
-    """Assemble a model's image and load, write or push it; does not start it."""
+    """Assemble a model's image and load, write or push it, without starting it."""
     began = time.monotonic()
     _check(request)
     outputs = _outputs(request)
@@ -89,7 +89,7 @@ def _check(request: BakeRequest) -> None:
 
 
 def _name(path: Path) -> str:
-    """Return a name that does not depend on the model's folder: the file's, else a fixed one."""
+    """Return the model file's name, or a default; it does not depend on the folder's name."""
     if path.is_file():
         return path.stem
     files = sorted(path.glob("*.gguf")) if path.is_dir() else []
@@ -99,10 +99,10 @@ def _name(path: Path) -> str:
 def _config(
     request: BakeRequest, model: Model, target: Target, place: str, tools: Tools
 ) -> ServingConfig:
-    """Return what `render` wrote, else a new plan; without a plan, the engine's own defaults."""
+    """Return the rendered configuration, else a new plan, else the engine's own defaults."""
     if request.config:
         return read_config(request.config)
-    # The size depends on the model, not on this machine, so the digest does too.
+    # Derive the size from the model, not from this machine, so that the digest is reproducible.
     options = ServeOptions(host_memory_bytes=_MEMORY + 2 * model.weight_bytes)
     try:
         return serving_config(model, target, options, place)
@@ -116,7 +116,7 @@ def _config(
 def _inputs(
     request: BakeRequest, model: Model, target: Target, place: str, tools: Tools
 ) -> ImageInputs:
-    """Return what the images are made of, with the base for each requested platform."""
+    """Return the inputs of the images, with the base for each requested platform."""
     artifact = _artifact(model, target, tools.store, tools.progress)
     _compare_type(model, target, tools)
     config, engine = None, ""
@@ -157,7 +157,7 @@ def _labels(
 
 
 def _outputs(request: BakeRequest) -> Outputs:
-    """Return where the image goes under its first name; `bake_model` loads a second name later."""
+    """Return the outputs for the image's first name; `bake_model` loads a second name later."""
     return Outputs(
         load=bool(request.load) and request.push in ("", request.load),
         layout=request.layout,
@@ -167,11 +167,11 @@ def _outputs(request: BakeRequest) -> Outputs:
 
 
 def _artifact(model: Model, target: Target, store: Store, progress: Progress) -> Artifact:
-    """Return the files that go into the image; InputRefused if they have another format."""
+    """Return the files for the image; raise InputRefused if their format is not the target's."""
     ending = target.format.suffix
     if not any(name.endswith(ending) for name in model.weights) or not _is_ready(model, target):
         raise InputRefused(
-            f"{model.path}: no {target.format.name} weights, which {target.name} serves",
+            f"{model.path} has no {target.format.name} weights, which {target.name} needs",
             hint=f"run `invoke quantize --format {target.format.name}` first",
         )
     names = scan(model.root, gguf=True) if model.path.is_dir() else [model.path.name]
@@ -188,7 +188,7 @@ def _artifact(model: Model, target: Target, store: Store, progress: Progress) ->
 
 
 def _check_whole(path: Path, progress: Progress) -> None:
-    """Raise InputRefused for a truncated file; warn of a file that is not safetensors."""
+    """Raise InputRefused for a truncated file; warn about a file that is not safetensors."""
     try:
         read_header(path)
     except InputRefused as error:
@@ -196,19 +196,19 @@ def _check_whole(path: Path, progress: Progress) -> None:
             begins = file.read(9)
         if begins[8:] == b"{":
             raise
-        progress.warn(f"{error.message}; it goes into the image as it is")
+        progress.warn(f"{error.message}; it is added to the image unchanged")
 
 
 def _compare_type(model: Model, target: Target, tools: Tools) -> None:
-    """Warn if a GGUF file's metadata name another type than the target."""
+    """Warn if a GGUF file's metadata names a different type than the target."""
     row = FILE_TYPES.get(target.format.name)
     files = sorted(name for name in model.weights if name.endswith(".gguf"))
     found = gguf_file_type(model.root / files[0]) if row and files else None
     if row and found is not None and found != row.number:
         names = [other.name for other in FILE_TYPES.values() if other.number == found]
         tools.progress.warn(
-            f"{files[0]} says that it is {names[0] if names else f'of type {found}'}; the image's"
-            f" labels will say {target.format.name}, as --target {target.name} does"
+            f"the metadata of {files[0]} says {names[0] if names else f'type {found}'}, but the"
+            f" image's labels will say {target.format.name}, because of --target {target.name}"
         )
 
 

@@ -1,4 +1,4 @@
-"""`invoke bench`: a short load test of a started image or of a server."""
+"""`invoke bench`: run a short load test against an image or a server."""
 
 from __future__ import annotations
 
@@ -25,39 +25,39 @@ _TOPICS = (
     "why leaves change their colour", "how a bicycle stays upright", "what makes glass clear",
     "how a letter finds its way",
 )  # fmt: skip
-"""Different questions, so that a server's cache of earlier prompts does not answer for it."""
+"""Different questions, so that the server's prompt cache does not distort the results."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchRequest:
-    """What is tested, and how hard."""
+    """What to test, and with how much load."""
 
     place: ServerSource
     served_name: str = ""
     concurrency: tuple[int, ...] = (1, 4, 16)
     requests: int = 32
-    """Of each run."""
+    """Number of requests in each run."""
     max_tokens: int = 64
     data: str = ""
-    """JSON Lines of questions instead of our own."""
+    """JSON Lines with questions that replace the built-in ones."""
     timeout: float = 120.0
     out: str = ""
-    """A build's result folder, whose report then shows the numbers."""
+    """A build's result folder; its report is updated to show the results."""
 
 
 def bench(request: BenchRequest, tools: Tools) -> Mapping[str, Json]:
     """Return `{subject, runs: [...]}`, one run per concurrency; see `load.load_test`.
 
-    Raises UsageError for what cannot be asked, CheckFailed where no request was answered.
+    Raises UsageError for invalid options, CheckFailed if no request was answered.
     """
     if bool(request.place.image) == bool(request.place.url):
         raise UsageError(
             "give exactly one of --image and --url",
-            hint="--image REF starts an image, --url asks a server",
+            hint="--image REF starts an image, --url tests a running server",
         )
     if request.out and not Path(request.out, "build.json").is_file():
         raise UsageError(
-            f"{request.out} has no build.json", hint="name a target's folder below dist/"
+            f"{request.out} has no build.json", hint="give a target's result folder in dist/"
         )
     questions = _questions(request)
     limits = SessionLimits(request_seconds=request.timeout)
@@ -69,7 +69,7 @@ def bench(request: BenchRequest, tools: Tools) -> Mapping[str, Json]:
             reasons = ", ".join(runs[0]["failures"])
             raise CheckFailed(
                 f"no request was answered: {reasons}{session.log()}",
-                hint="ask the server by hand with curl; its log says more",
+                hint="test the server with curl, and read its log",
             )
     result = {
         "subject": request.place.image or without_passwords(request.place.url),

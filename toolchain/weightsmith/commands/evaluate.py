@@ -1,4 +1,4 @@
-"""`invoke evaluate`: a started image, a server, or a checkpoint, scored on a data file."""
+"""`invoke evaluate`: score an image, a server or a checkpoint on a data file."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ from weightsmith.values import Json, Score
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """What is asked: exactly one of image, url and model."""
+    """What to evaluate: exactly one of image, url and model."""
 
     image: str = ""
     url: str = ""
     model: str = ""
     adapters: tuple[str, ...] = ()
     served_name: str = ""
-    """The model's name at the server; the first that it lists by default."""
+    """The model's name on the server; by default, the first that the server lists."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateOptions:
-    """How it is asked and judged."""
+    """How to query the model and score its answers."""
 
     scoring: Scoring
-    """`max_drop` and `certainty` are not used: the limit is the one below."""
+    """`max_drop` and `certainty` are ignored; the limit below applies instead."""
     concurrency: int = 1
     timeout: float = 120.0
-    """Seconds for one answer."""
+    """Time limit for one answer, in seconds."""
     retries: int = 2
     calibration: str = ""
     against: str = ""
-    """What an earlier `evaluate --json` printed, to compare with item by item."""
+    """Output of an earlier `evaluate --json`, compared item by item."""
     max_drop: float | None = None
 
 
@@ -59,8 +59,8 @@ def evaluate_subject(
 ) -> Mapping[str, Json]:
     """Return `{score, n, metric, interval, per_item}` and, with `against`, `comparison`.
 
-    Raises UsageError for the data or the options, InputRefused for leaked questions where that is
-    strict, CheckFailed for a server that fails or a score that is too low.
+    Raises UsageError for invalid data or options, InputRefused for leaked questions if the task is
+    strict, CheckFailed if the server fails or the score is too low.
     """
     check_subject(subject)
     if subject.model:
@@ -98,10 +98,13 @@ def check_subject(subject: Subject) -> None:
     if len(given) != 1:
         raise UsageError(
             "give exactly one of --image, --url and --model",
-            hint="--image REF starts an image, --url asks a server, --model loads a checkpoint",
+            hint="--image REF starts an image, --url queries a server, --model loads a checkpoint",
         )
     if subject.adapters and not subject.model:
-        raise UsageError("--adapter needs --model", hint="an image holds its merged weights")
+        raise UsageError(
+            "--adapter needs --model",
+            hint="an image has merged weights: remove --adapter, or give --model",
+        )
 
 
 def _task(data: Path, options: EvaluateOptions) -> Task:
@@ -119,7 +122,9 @@ def _check_leaks(task: Task, options: EvaluateOptions, tools: Tools) -> None:
     for other in (options.scoring.training, options.calibration):
         leaks = describe(find_leaks(task.items, Path(other))) if other else ""
         if leaks and options.scoring.strict:
-            raise InputRefused(leaks, hint="remove them from either file, or leave --strict out")
+            raise InputRefused(
+                leaks, hint="remove them from one of the two files, or remove --strict"
+            )
         if leaks:
             tools.progress.warn(leaks)
 
@@ -132,7 +137,7 @@ def _score(subject: Subject, task: Task, options: EvaluateOptions, tools: Tools)
     with session_with(place, tools, limits, modest=True) as session:
         name = served_name(session, subject.served_name)
         answers = ask_server(session, name, task, tools.progress, concurrency=options.concurrency)
-        # While the server is there: the command may ask it on its own.
+        # The server must still be running: the command may query it.
         environment = {
             "WEIGHTSMITH_URL": f"{session.endpoint.url}/v1",
             "WEIGHTSMITH_MODEL": name,
@@ -151,7 +156,7 @@ def _ask_checkpoint(subject: Subject, task: Task, tools: Tools) -> Answers:
 
 
 def _earlier(path: str) -> Score:
-    """Return the score that an earlier run printed with --json."""
+    """Return the score from an earlier run's --json output."""
     try:
         data = parse_file(Path(path), largest=TOKENIZER)
         rows = tuple({**row, "ok": bool(row["ok"])} for row in data["per_item"])
@@ -174,10 +179,10 @@ def _earlier(path: str) -> Score:
 
 
 def check_same_questions(now: Score, before: Score) -> None:
-    """Raise CheckFailed where two runs were asked different questions."""
+    """Raise CheckFailed if the two runs used different questions."""
     asked = [[row["prompt"] for row in score.per_item] for score in (now, before)]
     if asked[0] != asked[1]:
         raise CheckFailed(
-            "the two runs were asked different questions",
+            "the two runs used different questions",
             hint="compare runs on the same data file",
         )

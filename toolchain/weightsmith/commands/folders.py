@@ -1,4 +1,4 @@
-"""A user's folders as the values that stages take; no large file is read for it."""
+"""Open a user's folders as the values that stages take, without reading large files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from weightsmith.values import AdapterSnapshot, Checkpoint, FileEntry, Snapshot,
 def open_sources(
     base: Path, adapters: Sequence[Path], weights: Sequence[float], store: Store
 ) -> Sources:
-    """Return a base and adapters in order; InputRefused for a folder that is not safe to read."""
+    """Return a base and adapters in order; raise InputRefused if a folder is not safe to read."""
     return Sources(
         base=_snapshot(base, check_model_folder(base), store),
         adapters=tuple(
@@ -26,7 +26,7 @@ def open_sources(
 
 
 def open_checkpoint(folder: Path, store: Store) -> Checkpoint:
-    """Return a checkpoint folder; InputRefused if it is not one, or not safe to read."""
+    """Return a checkpoint; raise InputRefused if the folder is not one or is not safe to read."""
     return Checkpoint(tree=_tree(folder, check_model_folder(folder), store), made_from=())
 
 
@@ -36,7 +36,7 @@ def _snapshot(folder: Path, names: Sequence[str], store: Store) -> Snapshot:
 
 
 def _tree(folder: Path, names: Sequence[str], store: Store) -> Tree:
-    """Return the files; the digest of a large one may be a placeholder that no file has."""
+    """Return the files; large ones may have a placeholder instead of a digest."""
     root = folder.resolve()
     entries = ((name, store.digest_file(root / name, read=False)) for name in names)
     files = [FileEntry(path=name, size=entry.size, digest=entry.digest) for name, entry in entries]

@@ -32,10 +32,10 @@ def copy_image(
     force: bool,
     signer: Signer | None = None,
 ) -> Mapping[str, Json]:
-    """Bring an image to a registry without changing a byte, with all that hangs on it.
+    """Copy an image and its attachments to a registry, byte for byte.
 
-    Layers that are there already are not sent. With a key, the image and what it states of itself
-    are signed at the new place; signatures that it has stay.
+    Layers that the registry already has are not sent. With a key, the copied image and its
+    statements are signed; existing signatures are kept.
     """
     origin, place = open_location(source, registry), Reference.parse(to)
     there = RegistryLocation(registry, place)
@@ -66,7 +66,7 @@ def _copy_index(
     force: bool,
     signer: Signer | None,
 ) -> Mapping[str, Json]:
-    """Bring an index with all that it names, whatever it is; the digest stays."""
+    """Copy an index and everything that it refers to; the digest does not change."""
     registry, to = there.registry, there.reference
     sources = []
     if isinstance(origin, RegistryLocation) and origin.reference.registry == to.registry:
@@ -114,10 +114,10 @@ def copy_attachments(
     signer: Signer | None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Bring everything that hangs on an image to its new place, under cosign's tags as well.
+    """Copy an image's attachments to its new location, also under cosign's tags.
 
-    Signed is what came from `origin` and is about this image. What hung at the new place before
-    keeps the signatures that it has, because cosign keeps everybody's under one tag.
+    Signs only statements from `origin` about this image. Attachments that were already at the new
+    location keep their signatures, because cosign stores everybody's signatures under one tag.
     """
     found, held = read_attached(origin, image.digest), []
     if signer or any(map(cosign_tag, found)):
@@ -125,7 +125,7 @@ def copy_attachments(
         held = [a for a in read_attached(there, image.digest) if a.blob.digest not in known]
     _warn_of_strays(image, found, held, warn, signed=signer is not None)
     made = countersigned(found, image, there.reference.name, signer, held)
-    # What is found by cosign's tag alone names no subject.
+    # Attachments that were found only through cosign's tag name no subject.
     ours = (a if a.subject.digest == image.digest else replace(a, subject=image) for a in made)
     there.attach(*(replace(a, tag=cosign_tag(a)) for a in ours))
 
@@ -138,29 +138,29 @@ def _warn_of_strays(
     *,
     signed: bool,
 ) -> None:
-    """Say what hangs on the image and is not about it, and what hung at its new place alone."""
+    """Warn about statements on other images, and those that only the new location had."""
     parts = statement_parts(found)
     if others := strays(parts, image.digest):
-        done = "left unsigned" if signed else "copied as it is"
+        done = "left unsigned" if signed else "copied unchanged"
         warn(
-            f"a statement that hangs on {image.digest.short} is {others[0]}"
+            f"a statement attached to {image.digest.short} is {others[0]}"
             f"{f', {len(others) - 1} more like it' if others[1:] else ''}: {done},"
-            " and `verify` refuses it"
+            " and `verify` rejects it"
         )
     if signed and (alien := only_held(statement_parts(held), parts)):
         warn(
-            f"{alien} statement(s) of {image.digest.short} at the new place did not come with it:"
-            " left unsigned there, and `verify --key` will name them"
+            f"{alien} statement(s) about {image.digest.short} were already at the destination:"
+            " they are left unsigned, and `verify --key` will report them"
         )
 
 
 def inspect_image(
     source: str, registry: Registry, engine: ContainerEngine, platform: str = ""
 ) -> Mapping[str, Json]:
-    """Return what an image says of itself: provenance, plan, scores, layers, configuration.
+    """Return an image's provenance, plan, scores, layers and configuration.
 
-    Of an index, the image for a platform, by default this machine's. What the reference's registry
-    does not hold is read in the container engine, if it is there.
+    For an index, reads the image for `platform`, by default this machine's. If the registry does
+    not have the image, reads it from the container engine.
     """
     if not platform and (held := _held_by_engine(source, registry, engine)):
         return {**_with_provenance(source, _described_by_engine(held)), "attached": []}
@@ -173,7 +173,8 @@ def inspect_image(
     image = place.image(platform or None)
     if platform not in {"", image.platform}:
         raise InputRefused(
-            f"{source} is for {image.platform}", hint=f"it has no image for {platform}"
+            f"{source} is for {image.platform}",
+            hint=f"there is no image for {platform}; remove --platform",
         )
     found = {**describe(image), **whole}
     rows = read_attached(place, Digest(found["digest"]))
@@ -182,9 +183,9 @@ def inspect_image(
 
 
 def _held_by_engine(source: str, registry: Registry, engine: ContainerEngine) -> Mapping[str, Json]:
-    """Return the engine's image of that name, unless its registry has one; {} where there is none.
+    """Return the engine's image of that name, or {} if the registry has it or the engine has none.
 
-    A name without a registry means the engine's first: nobody pushed `support-bot` to Docker Hub.
+    For a name without a registry, the engine comes first: `support-bot` is not on Docker Hub.
     """
     if is_layout(source) or Path(source).is_dir():
         return {}
@@ -195,9 +196,9 @@ def _held_by_engine(source: str, registry: Registry, engine: ContainerEngine) ->
 
 
 def _described_by_engine(held: Mapping[str, Json]) -> dict[str, Json]:
-    """Return an engine's image in the words of `describe`.
+    """Return an engine's image with the keys of `describe`.
 
-    Docker's own store keeps no manifest, so there is no digest; containerd's tells no other.
+    Docker's own store keeps no manifest, so `digest` is empty; in containerd's, `config_digest` is.
     """
     config = held.get("Config") or {}
     ids = held.get("RootFS", {}).get("Layers") or ()
@@ -214,7 +215,7 @@ def _described_by_engine(held: Mapping[str, Json]) -> dict[str, Json]:
 def _with_provenance(source: str, found: Mapping[str, Json]) -> Mapping[str, Json]:
     labels = found["labels"]
     plan, scores = plan_in(labels), scores_in(labels)
-    # What cannot be read is told as it is.
+    # Return values that cannot be parsed unchanged.
     read = {*(f"score.{name}" for name in scores), *(["plan"] if plan else [])}
     own = {k.removeprefix(PREFIX): v for k, v in labels.items() if k.startswith(PREFIX)}
     return {
@@ -227,7 +228,7 @@ def _with_provenance(source: str, found: Mapping[str, Json]) -> Mapping[str, Jso
 
 
 def inspect_text(found: Mapping[str, Json]) -> str:
-    """Return an inspection for people."""
+    """Return the result of `inspect` as text."""
     identity = found["digest"] or f"{found['config_digest']} (image id)"
     lines = [f"{found['reference']}", f"  digest    {identity}"]
     if "index" in found:

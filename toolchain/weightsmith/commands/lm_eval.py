@@ -1,6 +1,6 @@
-"""`invoke evaluate --tasks`: lm-evaluation-harness, where it is installed, against a server.
+"""`invoke evaluate --tasks`: run lm-evaluation-harness, if installed, against a server.
 
-Its command line and result files are those of https://github.com/EleutherAI/lm-evaluation-harness
+The command line and result files are documented at https://github.com/EleutherAI/lm-evaluation-harness
 (docs/interface.md, docs/API_guide.md).
 """
 
@@ -23,35 +23,35 @@ from weightsmith.visible import joined
 _PROGRAM = "lm_eval"
 _SECONDS = 24 * 3600.0
 _MAIN = ("exact_match", "acc_norm", "acc", "pass@1", "f1", "bleu")
-"""Which of a task's measures stands for it, first found."""
+"""A task's main measure is the first of these that it reports."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HarnessRequest:
-    """Tasks by the harness's own names, and the server to ask."""
+    """Tasks by the harness's names, and the server to query."""
 
     tasks: str
     place: ServerSource
     served_name: str = ""
     tokenizer: str = ""
-    """Folder of the tokenizer; tasks that compare likelihoods are asked of /v1/completions then."""
+    """Tokenizer folder; with it, tasks that compare likelihoods use /v1/completions."""
     limit: int = 0
-    """Questions of each task; 0 for all."""
+    """Number of questions per task; 0 for all."""
     include: str = ""
-    """Folder with task definitions of one's own."""
+    """Folder with custom task definitions."""
     concurrency: int = 1
 
 
 def evaluate_tasks(request: HarnessRequest, tools: Tools) -> Mapping[str, Json]:
     """Return `{score, n, metric, tasks, per_item}`: the mean of the tasks' main measures.
 
-    Raises UsageError for a checkpoint, EnvironmentFailure where the harness is not installed, and
-    CheckFailed with its last lines where it fails, as for a task that it does not know.
+    Raises UsageError for a checkpoint, EnvironmentFailure if the harness is not installed, and
+    CheckFailed with the harness's last lines if it fails, for example on an unknown task.
     """
     if bool(request.place.image) == bool(request.place.url):
         raise UsageError(
             "--tasks needs exactly one of --image and --url",
-            hint="--image REF starts an image, --url asks a server",
+            hint="--image REF starts an image, --url queries a server",
         )
     tools.progress.stage("evaluate", request.tasks)
     with session_with(request.place, tools, modest=True) as session, tools.scratch() as out:
@@ -63,16 +63,17 @@ def evaluate_tasks(request: HarnessRequest, tools: Tools) -> Mapping[str, Json]:
         except EnvironmentFailure:
             raise EnvironmentFailure(
                 "lm-evaluation-harness is not installed",
-                hint="`pip install 'lm-eval[api]'` brings the program lm_eval",
+                hint="install it with `pip install 'lm-eval[api]'`",
             ) from None
         except CheckFailed as error:
             if not request.tokenizer or supports_echo(session, name):
                 raise
             raise CheckFailed(
-                f"{session.endpoint.shown} gives no log-probabilities of a prompt (llama.cpp's "
-                f"server never does), which tasks that compare likelihoods need; {error.message}",
-                hint="ask such tasks of the vLLM image, take tasks that generate (without "
-                "--tokenizer), or use --data with --metric choice, which llama.cpp can answer",
+                f"{session.endpoint.shown} does not return log-probabilities of a prompt "
+                "(llama.cpp's server never does), and tasks that compare likelihoods need "
+                f"them; {error.message}",
+                hint="use the vLLM image, choose tasks that generate text (without --tokenizer), "
+                "or use --data with --metric choice, which works with llama.cpp",
             ) from None
         return read_results(out)
 
@@ -95,20 +96,20 @@ def command(request: HarnessRequest, url: str, name: str, out: Path) -> tuple[st
 
 
 def read_results(out: Path) -> Mapping[str, Json]:
-    """Return what the harness's newest result file says; CheckFailed where there is none."""
+    """Return the harness's newest results; raise CheckFailed if there are none."""
     files = [path for path in below(out) if path.match("results_*.json")]
     files.sort(key=lambda path: path.stat().st_mtime)
     if not files:
         raise CheckFailed(
-            "lm-evaluation-harness wrote no results", hint="run it by hand; its output says why"
+            "lm-evaluation-harness wrote no results", hint="run lm_eval by hand and read its output"
         )
     results = parse_file(files[-1], largest=TOKENIZER)
     tasks = {name: _task(name, measures, results) for name, measures in results["results"].items()}
     scored = [task for task in tasks.values() if task["score"] is not None]
     if not scored:
         raise CheckFailed(
-            f"none of the tasks reports a measure that is known here: {', '.join(tasks)}",
-            hint=f"known: {', '.join(_MAIN)}",
+            f"none of the tasks reports a known measure: {', '.join(tasks)}",
+            hint=f"known measures: {', '.join(_MAIN)}",
         )
     return {
         "score": sum(task["score"] for task in scored) / len(scored),
@@ -120,7 +121,7 @@ def read_results(out: Path) -> Mapping[str, Json]:
 
 
 def tasks_text(result: Mapping[str, Json]) -> str:
-    """Return the tasks' scores for people, a line each."""
+    """Return the tasks' scores as text, one line each."""
     return joined(
         f"{name}: {task['score']} ({task['measure']}, n={task['n']})"
         for name, task in result["tasks"].items()
@@ -133,7 +134,7 @@ def _task(name: str, measures: Mapping[str, Json], results: Mapping[str, Json]) 
         for key, value in measures.items()
         if isinstance(value, int | float) and "stderr" not in key
     }
-    main = next((key for wanted in _MAIN for key in numbers if key.split(",")[0] == wanted), "")
+    main = next((key for measure in _MAIN for key in numbers if key.split(",")[0] == measure), "")
     stderr = measures.get(main.replace(",", "_stderr,", 1)) if main else None
     count = results.get("n-samples", {}).get(name, {}).get("effective", 0)
     return {

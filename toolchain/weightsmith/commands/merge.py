@@ -1,4 +1,4 @@
-"""`invoke merge`: folders in, a checkpoint folder out, or the combined adapter."""
+"""`invoke merge`: merge adapters into a checkpoint folder, or into one adapter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from weightsmith.values import Json, Sources
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Folders:
-    """What goes in: a base, and adapters in order with their weights."""
+    """The inputs of a merge: a base, and adapters in order with their weights."""
 
     base: Path
     adapters: tuple[Path, ...]
@@ -25,9 +25,9 @@ class Folders:
 
 
 def merge_folders(folders: Folders, out: Path, options: Merge, tools: Tools) -> Mapping[str, Json]:
-    """Merge adapters into `out`, which appears when it is whole; a killed merge is resumed.
+    """Merge adapters into `out`, which appears when it is complete; resumes a killed merge.
 
-    Raises UsageError for options that do not fit, InputRefused for inputs that do not.
+    Raises UsageError for invalid options, InputRefused for inputs that cannot be merged.
     """
     with in_folder(out, "the merged checkpoint", tools) as to:
         sources = _opened(folders, tools)
@@ -39,10 +39,10 @@ def merge_folders(folders: Folders, out: Path, options: Merge, tools: Tools) -> 
 
 
 def keep_folder(folders: Folders, out: Path, options: Merge, tools: Tools) -> Mapping[str, Json]:
-    """Write the combined adapter to `out`, which appears when it is whole.
+    """Write the combined adapter to `out`, which appears when it is complete.
 
-    Raises UsageError for methods whose result is no adapter, InputRefused for inputs of more than
-    plain factors.
+    Raises UsageError for methods whose result is not an adapter, InputRefused for adapters that
+    have more than plain low-rank factors.
     """
     with in_folder(out, "the combined adapter", tools) as to:
         combined = combine(_opened(folders, tools), options, to, tools)
@@ -63,7 +63,7 @@ def _tell(result: Mapping[str, Json], tools: Tools) -> None:
 
 
 def summary(result: Mapping[str, Json]) -> list[str]:
-    """Return the table that a merge ends with; a refusal ends it before anything is written."""
+    """Return the summary table of a merge; a refused merge writes nothing, so that row is 0."""
     rows = [(kind, result["tensors"][kind], result["tensor_bytes"][kind]) for kind in KINDS]
     lines = [f"  {'tensors':<10}{'count':>8}{'MiB':>12}"]
     lines += [f"  {kind:<10}{count:>8}{size / 2**20:>12,.1f}" for kind, count, size in rows]

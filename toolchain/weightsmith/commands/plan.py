@@ -1,4 +1,4 @@
-"""`invoke plan`: a forecast as a table for people."""
+"""`invoke plan`: print a forecast as a table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NUMBERS = frozenset({"reads", "writes", "memory"})
 
 
 def table(result: Mapping[str, Json]) -> str:
-    """Return a forecast as a table for people."""
+    """Return a forecast as a table."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -28,20 +28,20 @@ def table(result: Mapping[str, Json]) -> str:
         state = "cached" if row["cached"] else f"to do: {row['why']}"
         numbers = (row["read_bytes"], row["write_bytes"], row["peak_memory_bytes"])
         shown = ("" if row["cached"] else human(int(n)) if n else "" for n in numbers)
-        # Text and never markup: what stands in a name is no instruction.
-        told = (Text(escaped(text)) for text in (row["stage"], row["target"], state))
-        rows.add_row(*told, *shown)
+        # Plain text, never markup: names come from the user.
+        cells = (Text(escaped(text)) for text in (row["stage"], row["target"], state))
+        rows.add_row(*cells, *shown)
     text = io.StringIO()
     console = Console(file=text, width=110, highlight=False)
     console.print(rows)
     for name, plan in result["serving"].items():
         console.print(Text(summary(name, ServingPlan.from_json(plan))), soft_wrap=True)
     if advice := result["advice"]:
-        what = {True: "merge", False: "serve the adapters unmerged", None: "as it is"}
+        what = {True: "merge", False: "serve the adapters unmerged", None: "use the base unchanged"}
         said = f"advice: {what[advice['merge']]}: {'; '.join(advice['why'])}"
         console.print(Text(escaped(said)))
     if not result["serving"]:
-        console.print("sizes are known once the sources are on this machine")
+        console.print("sizes will be known when the sources are on this machine")
         return text.getvalue().rstrip()
     console.print(
         f"at most {human(int(result['peak_memory_bytes']))} of memory and "

@@ -1,4 +1,4 @@
-"""`invoke quantize`: a checkpoint folder in, a quantized file or folder out."""
+"""`invoke quantize`: quantize a checkpoint folder to a file or folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from weightsmith.values import Json
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FolderRequest:
-    """One `quantize` command."""
+    """The options of `invoke quantize`."""
 
     model: Path
     format_name: str
@@ -34,17 +34,17 @@ class FolderRequest:
 
 
 def quantize_folder(asked: FolderRequest, tools: Tools) -> Mapping[str, Json]:
-    """Quantize a checkpoint; a single file goes to `out` itself where `out` names one.
+    """Quantize a checkpoint to `out`, a folder or a single file.
 
-    Raises UsageError for an unknown format or option, InputRefused for a checkpoint, calibration
-    text or importance matrix that is not one, CheckFailed for an output that is not what was
-    asked or lost too much; then nothing is left at `out`.
+    Raises UsageError for an unknown format or option, InputRefused for an invalid checkpoint,
+    calibration text or importance matrix, CheckFailed for a wrong output or too large a loss.
+    After a failure, `out` does not exist.
     """
     quantizer = of_format(asked.format_name)
     format_ = next(f for f in quantizer.formats if f.name == asked.format_name)
     out, limits = asked.out.absolute(), Quality(gate=asked.gate)
     if out.exists():
-        raise UsageError(f"{out} exists already", hint="name a new file or folder with --out")
+        raise UsageError(f"{out} exists already", hint="give a new file or folder with --out")
     tools.runner.check(quantizer.builder)
     checkpoint = open_checkpoint(asked.model, tools.store)
     name, settings = out.stem or asked.model.name, asked.settings.model_dump()
@@ -71,15 +71,15 @@ def quantize_folder(asked: FolderRequest, tools: Tools) -> Mapping[str, Json]:
     }
 
 
-def _refuse_ignored(asked: FolderRequest, wanted: QuantizeOptions) -> None:
-    """Raise UsageError for an option that the format has no use for."""
+def _refuse_ignored(asked: FolderRequest, options: QuantizeOptions) -> None:
+    """Raise UsageError for an option that the format does not use."""
     for name, field in Quantize.model_fields.items():
         wish, unasked = getattr(asked.settings, name), field.get_default(call_default_factory=True)
-        if wish in (unasked, "auto", "off") or name in {*wanted.options, "allow_low_bits"}:
+        if wish in (unasked, "auto", "off") or name in {*options.options, "allow_low_bits"}:
             continue
         raise UsageError(
-            f"{spelling(Quantize, name)} has no meaning for {asked.format_name}",
-            hint="leave it out",
+            f"{spelling(Quantize, name)} does not apply to {asked.format_name}",
+            hint="remove the option",
         )
 
 

@@ -1,4 +1,4 @@
-"""`invoke rebase`: put an image on another engine base, without sending its weights again."""
+"""`invoke rebase`: replace an image's engine base without uploading its weights again."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _GREETING = Item(messages=({"role": "user", "content": "Hello"},), expected=("",
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RebaseRequest:
-    """What `invoke rebase` is asked."""
+    """The options of `invoke rebase`."""
 
     source: str
     onto: str
@@ -55,10 +55,10 @@ class RebaseRequest:
 
 
 def rebase_image(request: RebaseRequest, tools: Tools) -> Mapping[str, Json]:
-    """Push the image on its new base; weight layers are mounted or there, never sent again.
+    """Push the image on its new base; weight layers are reused or mounted, never uploaded again.
 
-    Of an index, the image for every platform. Raises InputRefused where base and image do not go
-    together, CheckFailed where the new image does not start.
+    Rebases every platform of an index. Raises InputRefused if base and image are incompatible,
+    CheckFailed if the new image does not start.
     """
     tools.registry.check_push(Reference.parse(request.to))
     timer = Timer("rebase", f"{request.source} onto {request.onto}", tools)
@@ -90,7 +90,7 @@ def _moved(
 
 
 def exchange(old: Image, roles: Roles, base: Image, base_name: str) -> Image:
-    """Return the image with another base: the same weights, settings and additions."""
+    """Return the image on another base, with the same weights, settings and additions."""
     of_base = (BASE_NAME, BASE_DIGEST, ENGINE_VERSION)
     kept = {key: text for key, text in roles.config.labels.items() if key not in of_base}
     return assemble_in_roles(
@@ -105,29 +105,29 @@ def exchange(old: Image, roles: Roles, base: Image, base_name: str) -> Image:
 
 
 def check_contract(old: Image, roles: Roles, base: Image, name: str, tools: Tools) -> None:
-    """Raise InputRefused if the image does not fit on the new base.
+    """Raise InputRefused if the image is incompatible with the new base.
 
-    Engine and platform must be the same, the major version the one that the plan was made for,
-    and no file of the base may lie where the image's own are.
+    Engine and platform must be the same, and the engine's major version must be the one that the
+    plan was made for. The base must not have files at the paths of the image's own files.
     """
     if base.platform != old.platform:
         raise InputRefused(
-            f"{name} is for {base.platform}, the image for {old.platform}",
+            f"{name} is for {base.platform}, but the image is for {old.platform}",
             hint="choose a base for the image's platform",
         )
     before, after = old.labels.get(ENGINE_VERSION, ""), engine_version(base.labels)
     if before and after and _major(before) != _major(after):
         raise InputRefused(
-            f"{name} holds version {after}, and the image was planned for {before}",
+            f"{name} has engine version {after}, but the image was planned for {before}",
             hint="another major version may read its settings differently: build the image again "
             "for it",
         )
     if not after:
-        tools.progress.warn(f"{name} does not say which version of the engine it holds")
+        tools.progress.warn(f"{name} does not declare its engine version")
     if found := first_collision(base, _folders(roles), tools.store.memo):
         raise InputRefused(
-            f"{name} has /{found} where the image keeps its own files",
-            hint="choose a base that leaves these paths alone",
+            f"{name} has /{found}, where the image has its own files",
+            hint="choose a base without files at these paths",
         )
 
 
@@ -137,7 +137,7 @@ def _major(version: str) -> str:
 
 
 def _folders(roles: Roles) -> frozenset[str]:
-    """Return the folders of weights and settings, from the layers' titles."""
+    """Return the folders of weights and settings, taken from the layers' titles."""
     paths = [layer.file.partition(" and ")[0] for layer in (*roles.weights, *roles.settings)]
     folders = {path.rpartition("/")[0] for path in paths if "/" in path}
     return frozenset(folder.split("/")[0] if folder.startswith("models") else folder
@@ -145,13 +145,13 @@ def _folders(roles: Roles) -> frozenset[str]:
 
 
 def _smoke(image: Image, onto: str, tools: Tools) -> None:
-    """Start the image once, if there is an engine with what the image needs.
+    """Start the image once, if this machine has an engine that can run it.
 
     Raises CheckFailed, with the server's last lines, if it does not work.
     """
     reason = why_not_started(image, tools)
     if not reason and not tools.engine.answers():
-        reason = "no container engine answers: the image was not started"
+        reason = "no container engine is available: the image was not started"
     if reason:
         tools.progress.warn(reason)
         return
@@ -163,7 +163,7 @@ def _smoke(image: Image, onto: str, tools: Tools) -> None:
             except CheckFailed as error:
                 raise CheckFailed(
                     f"the image does not work on {onto}: {error.message.replace(name, 'it')}",
-                    hint=f"{error.hint}; or give --no-smoke, to push it without starting it",
+                    hint=f"{error.hint}; or give --no-smoke to push it without starting it",
                 ) from None
     finally:
         discard_candidate(image, None, tools)
@@ -177,19 +177,19 @@ def _evidence(
     origin: ImageLocation,
     tools: Tools,
 ) -> Evidence:
-    """Return what was known of the old image, and how the new one came from it."""
+    """Return the old image's evidence, and how the new image was derived from it."""
     rows = gathered.limited(origin.attached(old.digest))
     attachments = [origin.read(blob, tag) for blob, tag in rows]
     parts = gathered.statement_parts(attachments)
     attached = [gathered.read_statement(part, None).statement for part in parts]
     lineage = trace(old.digest, attached)
-    # Keep nothing else: with a key, we sign what we keep.
+    # Keep nothing else: with a key, everything that is kept gets signed.
     about = [lineage.holds(one) and gathered.is_ours(one) for one in attached]
     kept = tuple(part for part, holds in zip(parts, about, strict=True) if holds)
     if len(kept) < len(parts):
         tools.progress.warn(
-            f"{len(parts) - len(kept)} statement(s) that hang on {old.digest.short} are not about"
-            " how it was made: left behind"
+            f"{len(parts) - len(kept)} statement(s) attached to {old.digest.short} do not say"
+            " how it was made and were not copied"
         )
     name = public_base(request.onto)
     below = base_documents(base, name, tools.registry)
@@ -219,7 +219,7 @@ def _evidence(
 
 
 def _own(documents: Iterable[Document]) -> list[Document]:
-    """Leave out the old base's bills, and documents of others about the old image."""
+    """Leave out the old base's SBOMs, and third-party documents about the old image."""
     kinds = (gathered.EVALUATION_TYPE, gathered.ADAPTER_TYPE)
     return [
         d for d in documents if d.artifact_type in kinds or _title(d) == (MEDIA_TYPE, MODEL_BILL)

@@ -1,4 +1,4 @@
-"""`invoke build --from`: the recipe that an image names, with its adapters, as a folder."""
+"""`invoke build --from`: write an image's recipe and its adapters to a folder."""
 
 from __future__ import annotations
 
@@ -26,54 +26,55 @@ from weightsmith.trees import discard
 from weightsmith.values import Digest, FileEntry, Json, tree_digest
 
 _NAMES = re.compile(r"[A-Za-z0-9._-]{1,255}(/[A-Za-z0-9._-]{1,255}){0,15}")
-"""As deep as a model's folder may be."""
+"""Maximum depth of a model folder."""
 _METRICS = ("contains", "exact", "regex", "choice")
-"""Those that run nothing of the image's makers on this machine."""
+"""Metrics that run no program chosen by the image's publisher."""
 _HUB = re.compile(r"(?P<name>hf://([\w.-]+/)?[\w.-]+)@(?P<revision>[0-9a-f]{40})", re.ASCII)
-"""The hub's oldest models, such as gpt2, have no owner."""
+"""The oldest models on the hub, such as gpt2, have no owner."""
 _WHEEL = re.compile(r"(?P<name>pypi://[\w.-]+==[\w.!+]+)#sha256=(?P<sha256>[0-9a-f]{64})", re.ASCII)
 _TAKEN = (
     "name", "version", "merge", "evaluate", "quantize", "quality", "targets", "serve", "card",
 )  # fmt: skip
-"""Keys of a stated recipe that say what the model is and how it is served; `evaluate` in part."""
+"""Keys of a recorded recipe that define the model and its serving; `evaluate` only in part."""
 _OF_ADAPTERS = ("version", "run_id", "weight")
 _REPLACED = ("base", "adapters", "adapters[].source", "adapters[].revision")
-"""Those that follow from what is stated of the merge instead."""
+"""Keys that are derived from the statement about the merge instead."""
 
 
 def recipe_of_image(
     source: str, base: str, key: Path | None, dist: Path, registry: Registry, progress: Progress
 ) -> Path:
-    """Return a recipe that makes the image's model again, in a folder below `dist`.
+    """Write a recipe that rebuilds the image's model to a folder in `dist`, and return it.
 
-    Its adapters are those attached to the image, its lock has the digests that the image states,
-    so another base or adapter is refused. `base` says where a base is that was a folder. Raises
-    InputRefused for an image that does not say how it was made, or not with the key's signature.
+    It uses the adapters attached to the image. Its lock has the digests from the image's
+    statement, so a different base or adapter is refused. `base` is the path of a base that was a
+    folder. Raises InputRefused if the image has no statement about how it was made, or none that
+    the key signed.
     """
     place = open_location(source, registry)
     image = place.image()
     rows = evidence.limited(place.attached(image.digest))
     attachments = [place.read(blob, tag) for blob, tag in rows]
-    told = _statements(evidence.statement_parts(attachments), key, source)
-    lineage = trace(image.digest, told)
-    stated = [one for one in told if lineage.holds(one)]
+    statements = _statements(evidence.statement_parts(attachments), key, source)
+    lineage = trace(image.digest, statements)
+    stated = [one for one in statements if lineage.holds(one)]
     if key is None:
-        progress.warn(f"{source}: who states how it was made was not verified; give --key")
+        progress.warn(f"{source}: its build statement's signature was not verified; give --key")
     recipe = _recipe(stated, source, progress)
     sources = _sources(stated, source)
     documents = [*filter(lineage.names, evidence.documents_in(attachments))]
     folder = dist / "from" / image.digest.short
-    with folder_beside(folder) as beside:
-        beside.chmod(0o755)
+    with folder_beside(folder) as partial:
+        partial.chmod(0o755)
         locked = _with_base(recipe, base, sources.get("base", ("", "")))
-        locked |= _with_adapters(recipe, documents, sources, beside)
-        _with_questions(recipe, documents, beside, progress)
+        locked |= _with_adapters(recipe, documents, sources, partial)
+        _with_questions(recipe, documents, partial, progress)
         _check(recipe, source, progress)
         lock = {"bases": {}, "sources": locked}
-        (beside / "recipe.lock").write_text(json.dumps(lock, indent=2, sort_keys=True) + "\n")
-        (beside / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+        (partial / "recipe.lock").write_text(json.dumps(lock, indent=2, sort_keys=True) + "\n")
+        (partial / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
         discard(folder)
-        beside.rename(folder)
+        partial.rename(folder)
     progress.note(f"the recipe of {source} is in {folder}")
     return folder / "recipe.yaml"
 
@@ -85,7 +86,7 @@ def _statements(parts: Sequence[Part], key: Path | None, source: str) -> list[Ma
     if not right:
         raise InputRefused(
             f"{source} has no statement" + (" signed by this key" if key else ""),
-            hint="only images that were pushed or written by `build` say how they were made",
+            hint="only images that `build` pushed or wrote have a statement of how they were made",
         )
     return right
 
@@ -93,84 +94,86 @@ def _statements(parts: Sequence[Part], key: Path | None, source: str) -> list[Ma
 def _recipe(
     stated: Sequence[Mapping[str, Json]], source: str, progress: Progress
 ) -> dict[str, Json]:
-    """Return what is taken of the recipe that an image states; what else is in it is warned of.
+    """Return the trusted keys of the recipe in an image's statement; warn about all others.
 
-    Its makers choose what the model is, not what this machine runs, reads, names or pushes.
+    The publisher defines the model, but not what this machine runs, reads, names or pushes.
     """
     for one in stated:
         recipe = statements.parameters_of(one).get("recipe")
         if statements.kind_of(one) == "bake" and isinstance(recipe, dict):
             rows = recipe.get("adapters") or []
             if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-                raise _malformed(source, "its adapters are no list of mappings")
+                raise _malformed(source, "its adapters are not a list of mappings")
             kept = {key: recipe[key] for key in _TAKEN if key in recipe}
             if isinstance(quantize := kept.get("quantize"), dict):
-                # Another one is a file that did not come along.
+                # Any other value names a file that is not attached.
                 mine = quantize.get("imatrix") in ("auto", "off")
                 kept["quantize"] = {k: v for k, v in quantize.items() if k != "imatrix" or mine}
             kept["adapters"] = [{k: row[k] for k in _OF_ADAPTERS if k in row} for row in rows]
             given = {*recipe, *(f"adapters[].{key}" for row in rows for key in row)}
             known = {*_TAKEN, *_REPLACED, *(f"adapters[].{key}" for key in _OF_ADAPTERS)}
             if left := sorted(map(str, given - known)):
-                progress.warn(f"{source}: not taken from its recipe: {', '.join(left)[:200]}")
+                progress.warn(
+                    f"{source}: ignored these keys of its recipe: {', '.join(left)[:200]}"
+                )
             return kept
     raise InputRefused(
-        f"{source} was baked from a finished model: it names no base and no adapters",
+        f"{source} was made by `bake` from a finished model: it names no base and no adapters",
         hint="`build --from` needs an image that `build` made",
     )
 
 
 def _check(recipe: Mapping[str, Json], source: str, progress: Progress) -> None:
-    """Refuse a recipe whose values are of other types than a recipe's; tell of gates it opens."""
+    """Refuse a recipe with values of the wrong type; warn about checks that it weakens."""
     try:
         whole = check_recipe(recipe, source)
     except UsageError as error:
         raise _malformed(source, error.message) from None
-    wanted, usual = whole.evaluate, Evaluate(data="x")
+    task, usual = whole.evaluate, Evaluate(data="x")
     opened = [
         name
         for name, is_open in {
             "quality.gate: false": not whole.quality.gate,
             "quality.limits": bool(whole.quality.limits),
-            f"evaluate.max_drop: {wanted.max_drop if wanted else 0}": bool(
-                wanted and wanted.max_drop > usual.max_drop
+            f"evaluate.max_drop: {task.max_drop if task else 0}": bool(
+                task and task.max_drop > usual.max_drop
             ),
         }.items()
         if is_open
     ]
     if opened:
-        progress.warn(f"{source}: its gates are those of its makers: {', '.join(opened)}")
+        progress.warn(f"{source}: its recipe weakens checks: {', '.join(opened)}")
 
 
 def _malformed(source: str, why: str) -> InputRefused:
     return InputRefused(
-        f"{source} states a recipe that is none: {why[:300]}",
-        hint="do not use the image, or build from its sources by a recipe of your own",
+        f"{source} has an invalid recipe in its statement: {why[:300]}",
+        hint="do not use the image, or build from its sources with your own recipe",
     )
 
 
 def _sources(stated: Sequence[Mapping[str, Json]], source: str) -> dict[str, tuple[str, str]]:
-    """Return what was merged: `base`, `adapter:0` … -> pin and digest."""
+    """Return pin and digest of each merged source, by `base`, `adapter:0` and so on."""
     for one in stated:
         if statements.kind_of(one) == "merge":
             digests = statements.dependencies_of(one)
             uris = statements.dependency_uris(one)
             return {name: (uris.get(name, ""), digest) for name, digest in digests.items()}
     raise InputRefused(
-        f"{source} has no statement of a merge: there is nothing to merge again",
-        hint="build from base and adapters, by a recipe of your own",
+        f"{source} has no statement about a merge, so it cannot be rebuilt",
+        hint="build from the base and adapters with your own recipe",
     )
 
 
 def _with_base(
     recipe: dict[str, Json], base: str, stated: tuple[str, str]
 ) -> dict[str, dict[str, str]]:
-    """Name the base in the recipe; return its row of the lock."""
+    """Set the base in the recipe; return its entry for the lock."""
     pin, digest = stated
     if not digest:
         raise InputRefused(
-            "the image's statement of the merge names no base",
-            hint="do not use the image; no build leaves that out",
+            "the image's statement about the merge names no base",
+            hint="do not use the image: every build records its base",
         )
     row: dict[str, Json] = {"source": base}
     if base:
@@ -183,7 +186,7 @@ def _with_base(
     else:
         raise UsageError(
             f"the image's base was a folder ({digest[7:19]})",
-            hint="name it with --base DIR; the build says so if its content is another",
+            hint="give its path with --base DIR; the build fails if its content is different",
         )
     recipe["base"] = row
     name = str(row["source"])
@@ -196,7 +199,7 @@ def _with_adapters(
     stated: Mapping[str, tuple[str, str]],
     folder: Path,
 ) -> dict[str, dict[str, str]]:
-    """Write the attached adapters and name them in the recipe; return their rows of the lock."""
+    """Write the attached adapters and add them to the recipe; return their entries for the lock."""
     attached = {
         d.annotations.get(NUMBER, "0"): d for d in documents if d.artifact_type == ADAPTER_TYPE
     }
@@ -206,8 +209,8 @@ def _with_adapters(
         document = attached.get(str(number))
         if document is None or evidence.document_digest(document) != digest:
             raise InputRefused(
-                f"the image's statement names adapter {number}, and it is not attached unchanged",
-                hint="do not use the image: something was exchanged beside it",
+                f"adapter {number} of the image's statement is not attached, or was changed",
+                hint="do not use the image: its attachments do not match its statement",
             )
         name = f"./adapters/{number}"
         _write(document, folder / name)
@@ -218,9 +221,9 @@ def _with_adapters(
 
 
 def _digest_read(document: Document, folder: Path) -> Digest:
-    """Return the digest of those files of an adapter that a build reads.
+    """Return the digest of the adapter's files that a build reads.
 
-    An older version may have attached more, such as pictures: all were checked as stated.
+    An older version may have attached more files, such as pictures; all were verified.
     """
     parts = {part.title: part.blob for part in document.parts}
     return tree_digest(
@@ -233,8 +236,8 @@ def _write(document: Document, folder: Path) -> None:
     for part in document.parts:
         if not _NAMES.fullmatch(part.title) or ".." in PurePosixPath(part.title).parts:
             raise InputRefused(
-                f"an attached adapter has a file named {part.title[:200]!r}",
-                hint="do not use the image: no build attaches such a file",
+                f"an attached adapter has an unsafe file name: {part.title[:200]!r}",
+                hint="do not use the image: builds never attach such a file",
             )
         path = folder / part.title
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -246,23 +249,23 @@ def _write(document: Document, folder: Path) -> None:
 def _with_questions(
     recipe: dict[str, Json], documents: Sequence[Document], folder: Path, progress: Progress
 ) -> None:
-    """Write the questions of the attached evaluation, or leave the evaluation out."""
-    wanted = recipe.pop("evaluate", None)
-    if not isinstance(wanted, dict):
+    """Write the questions of the attached evaluation, or omit the evaluation."""
+    task = recipe.pop("evaluate", None)
+    if not isinstance(task, dict):
         return
     parts = [d.parts[0] for d in documents if d.artifact_type == EVALUATION_TYPE]
     items = _items(parts[0]) if parts else []
-    if not items or wanted.get("metric", "contains") not in _METRICS:
-        progress.warn("the image's evaluation cannot be repeated: the recipe gets none")
+    if not items or task.get("metric", "contains") not in _METRICS:
+        progress.warn("the image's evaluation cannot be repeated: the new recipe has no `evaluate`")
         return
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in items)
     (folder / "eval.jsonl").write_text(text, "utf-8")
     kept = ("metric", "max_drop", "min_score", "max_tokens", "certainty")
-    recipe["evaluate"] = {"data": "eval.jsonl", **{k: wanted[k] for k in kept if k in wanted}}
+    recipe["evaluate"] = {"data": "eval.jsonl", **{k: task[k] for k in kept if k in task}}
 
 
 def _items(part: Part) -> list[dict[str, Json]]:
-    """Return the questions of an attached evaluation; none where they are not what is asked."""
+    """Return the questions of an attached evaluation, or none if they are invalid."""
     try:
         items = parse(part.read(), largest=PART)["items"]
         rows = [{"prompt": item["prompt"], "expected": item["expected"]} for item in items]

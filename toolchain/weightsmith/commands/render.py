@@ -1,4 +1,4 @@
-"""`invoke render`: a model on disk, planned and configured to be served."""
+"""`invoke render`: plan a model on disk and write its serving files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from weightsmith.stages.render import render
 from weightsmith.values import SAFETENSORS
 
 _CONFIG = "serving.json"
-"""Everything that `bake` needs of a rendered folder."""
+"""The file with everything that `bake` needs from a rendered folder."""
 _INDEX = "model.safetensors.index.json"
 
 
@@ -35,21 +35,23 @@ class Model:
     weights: tuple[str, ...]
     """The files that hold weights, relative to `root`."""
     weight_bytes: int
-    """Of all of them."""
+    """Size of all weight files, in bytes."""
     notes: tuple[str, ...] = ()
-    """What is assumed of it."""
+    """Assumptions about the model, shown to the user."""
 
     @property
     def root(self) -> Path:
-        """The folder that its files are in."""
+        """The folder that contains the model's files."""
         return self.path if self.path.is_dir() else self.path.parent
 
 
 def open_model(path: Path, name: str = "") -> Model:
-    """Return the model at a path; InputRefused where there is none or it is not safe to read."""
+    """Return the model at a path; raise InputRefused if there is none or it is not safe to read."""
     if path.is_file():
         if path.suffix != ".gguf":
-            raise InputRefused(f"{path}: a model file must be a .gguf", hint="or name a folder")
+            raise InputRefused(
+                f"{path} is not a .gguf file", hint="give a .gguf file or the model's folder"
+            )
         return Model(
             path=path,
             name=name or path.stem,
@@ -63,8 +65,8 @@ def open_model(path: Path, name: str = "") -> Model:
     weights = tuple(n for n in names if n.endswith((".gguf", ".safetensors")))
     if not weights:
         raise InputRefused(
-            f"{path}: no .safetensors or .gguf file in it",
-            hint="give the folder that holds the weights",
+            f"{path} has no .safetensors or .gguf file",
+            hint="give the folder that contains the weights",
         )
     if "config.json" in names:
         facts = read_facts(path)
@@ -72,8 +74,8 @@ def open_model(path: Path, name: str = "") -> Model:
         facts = read_facts(path / weights[0])
     else:
         raise InputRefused(
-            f"{path}: no config.json in it, beside {weights[0]}",
-            hint="give the folder that has both; in the hub's cache that is snapshots/COMMIT",
+            f"{path} has {weights[0]}, but no config.json",
+            hint="give the folder that has both; in the hub's cache, that is snapshots/COMMIT",
         )
     return Model(
         path=path,
@@ -85,9 +87,9 @@ def open_model(path: Path, name: str = "") -> Model:
 
 
 def foresee_model(path: Path, name: str = "") -> Model:
-    """Return the model at a path, or where there is its config.json alone, what it will be.
+    """Return the model at a path, or a forecast of it if only its config.json is there.
 
-    Its weights' size is then the index's, else worked out from config.json; raises as `open_model`.
+    The size then comes from the index, or from config.json; raises what `open_model` raises.
     """
     if not path.is_dir() or "config.json" not in (names := scan(path, gguf=True)):
         return open_model(path, name)
@@ -106,7 +108,7 @@ def foresee_model(path: Path, name: str = "") -> Model:
 
 
 def _indexed_bytes(path: Path) -> int:
-    """Return the bytes that an index says its shards have; 0 where it does not."""
+    """Return the size of the shards in bytes from the index; 0 if the index does not have it."""
     try:
         size = parse_file(path, largest=INDEX)["metadata"]["total_size"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -117,7 +119,7 @@ def _indexed_bytes(path: Path) -> int:
 def serving_config(
     model: Model, target: Target, options: ServeOptions, image: str = ""
 ) -> ServingConfig:
-    """Plan and render a target for a model; raises UsageError where it does not fit."""
+    """Plan and render a target for a model; raises UsageError if it does not fit the memory."""
     own = own_weights(model, target)
     size = model.weight_bytes
     if not own:
@@ -137,10 +139,10 @@ def serving_config(
 
 
 def own_weights(model: Model, target: Target) -> tuple[str, ...]:
-    """Return the files that are in the target's format already; () where it is yet to be made.
+    """Return the files that already have the target's format; () if they must be quantized first.
 
-    Raises InputRefused for a model that cannot become it: a GGUF file for an engine that loads
-    none, a checkpoint that is packed in another way.
+    Raises InputRefused for a model that cannot be converted: a GGUF file for an engine that does
+    not load GGUF, or a checkpoint packed in another format.
     """
     suffix = target.format.suffix
     own = tuple(name for name in model.weights if name.endswith(suffix))
@@ -152,14 +154,14 @@ def own_weights(model: Model, target: Target) -> tuple[str, ...]:
             hint="GGUF files are for llamacpp targets; give the Hugging Face checkpoint",
         )
     if target.format == SAFETENSORS:
-        return own  # as it is: the engine sees how it is packed
+        return own  # unchanged: the engine detects the packing
     kinds = model.facts.weight_kinds
     if target.format.kind in kinds:
         return own
     if "safetensors" not in kinds:
-        packed = ", ".join(sorted(kinds)) or "in a way that no target serves"
+        packed = ", ".join(sorted(kinds)) or "in an unsupported format"
         raise InputRefused(
-            f"{model.path}: its weights are packed ({packed}), {target.name} serves"
+            f"{model.path} has packed weights ({packed}), but {target.name} serves"
             f" {target.format.name}",
             hint=f"choose {' or '.join(f'{target.engine.name}-{kind}' for kind in sorted(kinds))}"
             if kinds
@@ -180,7 +182,7 @@ def render_model(
 
 
 def read_config(folder: Path) -> ServingConfig:
-    """Return what `render` wrote into a folder; UsageError or InputRefused where it cannot be."""
+    """Return what `render` wrote to a folder; raises UsageError or InputRefused."""
     path = folder / _CONFIG
     try:
         return ServingConfig.from_json(parse_file(path))

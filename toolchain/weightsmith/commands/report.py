@@ -1,4 +1,4 @@
-"""`invoke report`: the report of builds that are there already, or of two beside each other."""
+"""`invoke report`: write the report of existing builds, or compare two builds."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from weightsmith.values import Json
 
 
 def report_builds(folder: Path) -> Mapping[str, Json]:
-    """Write the report of every build.json in a folder and below; return where they are.
+    """Write a report for every build.json in a folder and its subfolders; return their paths.
 
-    Raises UsageError where there is none.
+    Raises UsageError if there is no build.json.
     """
     found = [folder] if folder.is_file() else _builds(folder)
     if not found:
         raise UsageError(
-            f"{folder} holds no {FILE}",
-            hint="name the folder that `build` wrote to, dist by default",
+            f"{folder} has no {FILE}",
+            hint="give the folder that `build` wrote to, by default dist",
         )
     reports = [_written(path) for path in found]
     return {**_paths(reports[0]), "reports": [_paths(report) for report in reports]}
@@ -40,20 +40,20 @@ def _written(path: Path) -> Written:
 
 
 def compare_builds(first: str, second: str, out: Path | None) -> Mapping[str, Json]:
-    """Write the comparison of two builds' folders, beside the second unless `out` names a folder.
+    """Write the comparison of two builds to `out`, by default into the second build's folder.
 
-    Raises UsageError for a missing second build, and for folders without build.json.
+    Raises UsageError if there are not two builds, or a folder has no build.json.
     """
     if not second:
         raise UsageError(
-            "--compare needs two builds", hint="as in `invoke report --compare dist/A dist/B`"
+            "--compare needs two builds", hint="for example `invoke report --compare dist/A dist/B`"
         )
     one, two = (_only(Path(name)) for name in (first, second))
     return _paths(write_comparison(one, two, out or two))
 
 
 def _only(place: Path) -> Path:
-    """Return the folder of the one build that a path names: itself, or the only one below."""
+    """Return the folder of the single build at a path or in its subfolders."""
     if place.is_file():
         return place.parent
     if (place / FILE).is_file():
@@ -63,7 +63,7 @@ def _only(place: Path) -> Path:
         return builds[0].parent
     what = f"{len(builds)} builds" if builds else f"no {FILE}"
     raise UsageError(
-        f"{place} holds {what}", hint="name one target's folder, such as dist/NAME/VERSION/TARGET"
+        f"{place} has {what}", hint="give one target's folder, such as dist/NAME/VERSION/TARGET"
     )
 
 

@@ -1,4 +1,4 @@
-"""A server for a command to ask: a started image, or a server that is already running."""
+"""The server that a command queries: a started image, or a server that is already running."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _START_SECONDS = 900.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSource:
-    """Exactly one of an image, by reference or as `oci:DIR`, and a URL."""
+    """Either an image, by reference or as `oci:DIR`, or a URL."""
 
     image: str = ""
     url: str = ""
@@ -35,10 +35,10 @@ class ServerSource:
 def session_with(
     place: ServerSource, tools: Tools, limits: SessionLimits | None = None, *, modest: bool = False
 ) -> Iterator[ServerSession]:
-    """Yield a session with a ready server; a server that we started ends with the block.
+    """Yield a session with a ready server; stops the server afterwards if we started it.
 
     `modest` leaves one CPU free if the engine's number of threads can be set. The key in
-    WEIGHTSMITH_API_KEY is sent to a server at a URL, and to no other.
+    WEIGHTSMITH_API_KEY is sent only to a server at a URL.
     Raises UsageError for a missing image or a malformed URL, CheckFailed for an image that does
     not become ready.
     """
@@ -70,8 +70,8 @@ def _running(url: str) -> Endpoint:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise UsageError(
-            f"--url {without_passwords(url)}: not the address of a server",
-            hint="as in --url http://127.0.0.1:8000",
+            f"--url {without_passwords(url)}: invalid URL",
+            hint="for example --url http://127.0.0.1:8000",
         )
     address = url.rstrip("/").removesuffix("/v1")
     return Endpoint(url=address, logs=lambda _: "", alive=lambda: True)
@@ -83,28 +83,28 @@ def _image_config(image: str, tools: Tools) -> Mapping[str, Json]:
     found = tools.engine.inspect(image)
     if not found:
         raise UsageError(
-            f"the container engine holds no image {image}",
+            f"the container engine has no image {image}",
             hint="pull or load it first, or give a layout as oci:DIR",
         )
     config: Mapping[str, Json] = found.get("Config") or {}
     return config
 
 
-def served_name(session: ServerSession, wanted: str) -> str:
-    """Return the model's name at the server: `wanted`, or the first that it lists.
+def served_name(session: ServerSession, requested: str) -> str:
+    """Return the model's name on the server: `requested`, or the first that it lists.
 
-    Raises CheckFailed if the server does not list `wanted`, or lists no model.
+    Raises CheckFailed if the server does not list `requested`, or lists no model.
     """
     # Short time limits: a server that cannot list its models hangs.
     patient = session.limits
     session.limits = replace(patient, request_seconds=min(30.0, patient.request_seconds), tries=2)
     try:
-        if not wanted:
+        if not requested:
             return first_name(session)
-        check_served_name(session, wanted)
+        check_served_name(session, requested)
     except CheckFailed as error:
-        if not wanted or "HTTP 404" not in error.message:
+        if not requested or "HTTP 404" not in error.message:
             raise
     finally:
         session.limits = patient
-    return wanted
+    return requested

@@ -1,4 +1,4 @@
-"""`invoke validate`: a merged checkpoint folder against its base and adapters."""
+"""`invoke validate`: compare a merged checkpoint with its base and adapters."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def validate_folders(
     options: Merge,
     tools: Tools,
 ) -> Validation:
-    """Return what was compared and found; `options` say how it was merged.
+    """Compare a merged checkpoint with its sources; `options` say how it was merged.
 
-    Raises CheckFailed with the same as details if the folder differs from base and adapters,
-    InputRefused for a folder that is not a model or adapter, UsageError for the probes.
+    Raises CheckFailed, with the result as details, if the checkpoint differs from its sources,
+    InputRefused if a folder is not a model or adapter, UsageError for invalid probes.
     """
     tools.runner.check(BUILDER)
     folders, weights = [folder for folder, _ in adapters], [weight for _, weight in adapters]

@@ -1,4 +1,4 @@
-"""`invoke verify`: an image against its digests, its signature, and what is stated of it."""
+"""`invoke verify`: check an image's digests, signature and statements."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ from weightsmith.visible import joined
 _BUFFER = 1 << 20
 _READERS = 3
 _WRONG = (InputRefused, Altered)
-"""What is a finding here, whoever is at fault: what was pushed, or the way from the registry."""
+"""Errors reported as failed checks, whether the content or the download is at fault."""
 
 
 @dataclass(slots=True)
 class _Found:
-    """What was read, and what of it does not hold."""
+    """The content that was read, and the results of its checks."""
 
     checks: list[Check] = field(default_factory=list)
     attachments: list[Attachment] = field(default_factory=list)
     stated: list[FoundStatement] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     platform: str = ""
-    """Named in every check, where a name stands for several."""
+    """Prefix of every check's name, if the reference is an index of several platforms."""
     known: dict[tuple[Digest, bool], tuple[str, dict[str, str]]] = field(default_factory=dict)
-    """Layers that were read: fault and files. Platforms share those of the weights."""
+    """Fault and files of layers that were already read; platforms share the weight layers."""
 
     def say(self, name: str, ok: bool | None, found: str) -> None:
         shown = f"{self.platform} {name}".strip()
@@ -55,9 +55,9 @@ class _Found:
 def verify_image(
     source: str, key: Path | None, registry: Registry, progress: Progress
 ) -> Mapping[str, Json]:
-    """Return every check with its answer; CheckFailed, with all of them, where one says no.
+    """Return the result of every check; raise CheckFailed with all results if one failed.
 
-    Of an index, the image for every platform is checked.
+    For an index, the image for every platform is checked.
     """
     check = signing.read_public_key(key) if key else None
     place, found = open_location(source, registry), _Found()
@@ -79,8 +79,8 @@ def verify_image(
     bad = [one.name for one in found.checks if one.ok is False]
     if bad:
         raise CheckFailed(
-            f"{source} does not hold: {', '.join(dict.fromkeys(bad))}\n{table(result)}",
-            hint="do not use it; if you moved or rebuilt it, verify what you pushed",
+            f"{source} failed verification: {', '.join(dict.fromkeys(bad))}\n{table(result)}",
+            hint="do not use it; if you copied or rebuilt it, verify the image that you pushed",
             details=result,
         )
     return result
@@ -102,7 +102,7 @@ def _one_image(
     found: _Found,
     progress: Progress,
 ) -> str:
-    """Check one platform's image; return its digest, or empty where it cannot be read."""
+    """Check one platform's image; return its digest, or "" if it cannot be read."""
     image = _image(place, found)
     if image is None:
         return ""
@@ -117,7 +117,7 @@ def _one_image(
 
 
 def table(result: Mapping[str, Json]) -> str:
-    """Return the checks for people."""
+    """Return the checks as a text table."""
     width = max((len(row["check"]) for row in result["checks"]), default=0)
     words = {True: "ok", False: "NO", None: "-"}
     return joined(
@@ -147,13 +147,13 @@ def _image(place: ImageLocation, found: _Found) -> Image | None:
 
 
 def _require_there(place: ImageLocation, error: WeightsmithError) -> None:
-    """Raise the refusal where there is nothing under the name at all."""
+    """Raise the error again if the reference does not exist."""
     if isinstance(place, RegistryLocation) and place.registry.digest_of(place.reference) is None:
         raise error
 
 
 def _attachments(place: ImageLocation, subject: Digest, found: _Found) -> None:
-    """Read what hangs on the image; what does not have the digest that names it is a finding."""
+    """Read the image's attachments; one that does not match its digest is a failed check."""
     try:
         rows = evidence.limited(place.attached(subject))
     except _WRONG as error:
@@ -178,26 +178,26 @@ def _signature(
         found.say("signature", False, error.message)
         return
     if check is None:
-        said = f"{len(claims)} there, give --key to check" if claims else "not signed"
+        said = f"{len(claims)} found, give --key to check" if claims else "not signed"
         found.say("signature", None, said)
     elif digest in claims:
         found.say("signature", True, f"of {digest.short} by this key")
     elif not claims:
         found.say("signature", False, "not signed")
     elif not any(claims):
-        found.say("signature", False, f"{len(claims)} there, none by this key")
+        found.say("signature", False, f"{len(claims)} found, none by this key")
     else:
-        found.say("signature", False, "by this key, but of another image")
+        found.say("signature", False, "by this key, but for another image")
 
 
 def _statements(image: Digest, check: signing.Check | None, found: _Found) -> None:
-    """Read the statements, and say of each whether it counts: by its signature and its subject."""
+    """Read the statements, and check the signature and subject of each."""
     rows = _read(found, check)
     found.stated += [read for _, read in rows if check is None or read.signed]
     lineage = trace(image, [read.statement for read in found.stated])
     for part, read in rows:
         name = f"statement {_short_type(part, read.statement)}"
-        # What others state of the image is theirs to sign; what we state has to be ours.
+        # Third parties sign their own statements; ours must be signed by this key.
         ours, counts = evidence.is_ours(read.statement), read.signed or check is None
         if counts and not lineage.holds(read.statement):
             ok = False if ours or read.signed else None
@@ -208,14 +208,14 @@ def _statements(image: Digest, check: signing.Check | None, found: _Found) -> No
 
 
 def _read(found: _Found, check: signing.Check | None) -> list[tuple[Part, FoundStatement]]:
-    """Return each statement once: as the key signed it, where others signed it as well."""
+    """Return each statement once, preferring the copy that this key signed."""
     unique: dict[bytes, tuple[Part, FoundStatement]] = {}
     bundles = evidence.bundles_in(found.attachments)
     for part in (*evidence.statement_parts(found.attachments), *bundles):
         try:
             read = evidence.read_statement(part, check)
         except _WRONG as error:
-            # What others put into a bundle may be of a kind that is not known here.
+            # A third party's bundle may be of an unknown kind.
             ok = None if evidence.is_bundle(part) else False
             found.say(f"statement {_short_type(part)}", ok, error.message)
             continue
@@ -235,12 +235,12 @@ def _short_type(part: Part, statement: Mapping[str, Json] | None = None) -> str:
 
 def _why(part: Part) -> str:
     if evidence.is_bundle(part) or part.blob.media_type == signing.ENVELOPE_TYPE:
-        return "not signed by this key, or changed since"
+        return "not signed by this key, or changed after signing"
     return "not signed"
 
 
 def _documents(found: _Found) -> list[Document]:
-    """Return what hangs on the image beside statements, each part read and right."""
+    """Return the attached documents, other than statements, whose parts all match their digests."""
     right = []
     for document in evidence.documents_in(found.attachments):
         try:
@@ -255,7 +255,7 @@ def _documents(found: _Found) -> list[Document]:
 
 
 def _layers(image: Image, source: str, found: _Found, progress: Progress) -> None:
-    """Read every layer, a few at once: its digest, and the files of those that hold weights."""
+    """Check the digest of every layer, and read the files of weight layers; a few at once."""
     try:
         weights = {layer.digest for layer in roles_of(image, source).weights}
     except _WRONG as error:
@@ -282,7 +282,7 @@ def _layers(image: Image, source: str, found: _Found, progress: Progress) -> Non
 
 
 def _read_layer(layer: Layer, source: str, *, look_inside: bool) -> tuple[str, dict[str, str]]:
-    """Return what is wrong with a layer, or empty, and its files by digest where asked."""
+    """Return a layer's fault, or "", and if requested the digests of its files."""
     chunks = verified(layer.open(), blob_of(layer), source)
     try:
         if look_inside and layer.media_type == LAYER_TAR:
@@ -297,7 +297,7 @@ def _read_layer(layer: Layer, source: str, *, look_inside: bool) -> tuple[str, d
 
 def _diff(layer: Layer, source: str) -> str:
     if layer.media_type == LAYER_TAR and layer.diff_id != layer.digest:
-        return f"{source}: the configuration names other content for {layer.file}"
+        return f"{source}: the configuration has a different digest for {layer.file}"
     return ""
 
 
@@ -308,16 +308,14 @@ def _files(chunks: Iterator[bytes]) -> Iterator[tuple[str, str]]:
         fileobj=cast("IO[bytes]", stream), mode="r|", bufsize=_BUFFER, tarinfo=Entry
     ) as archive:
         while (entry := archive.next()) is not None:
-            archive.members.clear()  # type: ignore[attr-defined]  # they would pile up
+            archive.members.clear()  # type: ignore[attr-defined]  # keep memory bounded
             content = archive.extractfile(entry) if entry.isreg() else None
             if content is None:
                 continue
-            # "./a" after "a" would be what the engine reads, and "a" what is looked up here.
+            # Normalized, because an engine would read a "./a" that follows "a".
             name = posixpath.normpath("/" + entry.name).lstrip("/")
             if name in seen:
-                raise InputRefused(
-                    f"the file {name[:200]!r} is there twice", hint="do not use the image"
-                )
+                raise InputRefused(f"duplicate file {name[:200]!r}", hint="do not use the image")
             seen.add(name)
             state = hashlib.sha256()
             while piece := content.read(_BUFFER):
@@ -327,7 +325,7 @@ def _files(chunks: Iterator[bytes]) -> Iterator[tuple[str, str]]:
 
 
 def key_path(text: str) -> Path | None:
-    """Return the file of a public key; UsageError where there is none."""
+    """Return the path of a public key; raise UsageError if there is no such file."""
     if not text:
         return None
     path = Path(text).expanduser()

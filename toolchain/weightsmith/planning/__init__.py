@@ -1,1 +1,1 @@
-"""What a build will do, worked out and checked before it does it."""
+"""Plans a build and checks it before it starts."""

@@ -1,4 +1,4 @@
-"""The images below the weights, as the lock pins them."""
+"""The base images of a build, as pinned in the lock."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ from weightsmith.tools import Tools
 def bases_of(
     request: BuildRequest, target: Target, device: str, tools: Tools
 ) -> tuple[str, tuple[Image, ...]]:
-    """Return a base's name, and its image for each platform as the lock pins it; pin what is new.
+    """Return a base's name and its pinned image for each platform; pin a new base.
 
-    Raises UsageError for a platform that the base is not there for, InputRefused where it is gone
-    or another engine's, EnvironmentFailure where it is out of reach.
+    Raises UsageError if the base has no image for a platform, InputRefused if it is missing or has
+    a different engine, EnvironmentFailure if it cannot be reached.
     """
-    wanted = request.file.recipe.image
-    name = base_reference(target.engine, device, wanted.base)
+    settings = request.file.recipe.image
+    name = base_reference(target.engine, device, settings.base)
     lock = read_lock(request.file)
     known = lock.bases.get(name, {})
     pins = {} if request.update_lock else known
     try:
-        bases = base_images(name, target.engine.name, tools, pins=pins, platforms=wanted.platforms)
+        bases = base_images(
+            name, target.engine.name, tools, pins=pins, platforms=settings.platforms
+        )
     except InputRefused as error:
-        hint = f"; it is {lock.path} that pins it, and --update-lock takes {name} as it is now"
+        hint = f"; {lock.path} pins it, and --update-lock pins the current {name} instead"
         raise InputRefused(error.message, hint=error.hint + (hint if pins else "")) from None
     pinned = lock
     for base in bases:
         if (was := known.get(base.platform, base.digest)) != base.digest:
-            tools.progress.warn(f"{name}, by --update-lock: {was} before, now {base.digest}")
+            tools.progress.warn(f"{name}: updated from {was} to {base.digest}")
         pinned = pinned.with_base(name, base)
     write_lock(lock, pinned, tools.progress)
     return name, bases

@@ -1,4 +1,4 @@
-"""What a build refuses before anything long starts."""
+"""Checks of a build that run before any long step."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ from weightsmith.values import Sources
 
 
 def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> dict[str, str]:
-    """Refuse, before anything long starts, what would be refused after it.
+    """Check, before any long step, what would otherwise fail later.
 
-    Adapters that do not fit the base, options that do not fit the memory, too small a disk. Returns
-    the device that each target is planned for, by its name.
+    Checks that the adapters fit the base, the options fit the memory, and the disk has room.
+    Returns the planned device of each target, by the target's name.
     """
     recipe = request.file.recipe
     written, devices = 0, {}
@@ -49,11 +49,11 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
     if sources_to_merge(request.targets, sources).adapters:
         written += merging.check(sources, recipe.merge)["write_bytes"]
     elif not sources.adapters:
-        tools.progress.warn("the recipe has no adapter: the base is built as it is")
+        tools.progress.warn("the recipe has no adapter: the base is built unchanged")
     tasks = tasks_of(request.file)
     check_leaks(request.file, tasks, tools.progress)
     if not tasks:
-        tools.progress.warn("the recipe has no `evaluate`: nothing proves what the image knows")
+        tools.progress.warn("the recipe has no `evaluate`: the image's answers are not tested")
     tree, model = sources.base.tree, read_facts(sources.base.tree.root)
     for target in request.targets:
         if target.engine.legacy:
@@ -63,9 +63,9 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
         planned = serving_config(
             request.file, target, model, size, weights="", made_from=(), adapters=adapters
         )
-        wanted = quantize_options(request.file, target.format, sources.base, tools)
+        options = quantize_options(request.file, target.format, sources.base, tools)
         devices[target.name] = device = planned.plan.device
-        check_format(target, wanted, model, device)
+        check_format(target, options, model, device)
         if not recipe.image.base:
             check_engine_image(target.engine, device, model)
     if any(target.format.packed for target in request.targets):
@@ -80,32 +80,32 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
 
 
 def require_builder(target: Target, runner: Runner) -> None:
-    """Raise EnvironmentFailure where the target's builder cannot be made; name one that can."""
+    """Raise EnvironmentFailure if the target's builder cannot be made; suggest one that can."""
     try:
         runner.check(of_format(target.format.name).builder)
     except EnvironmentFailure as lacking:
         hint = lacking.hint
         for name, other in all_targets().items():
-            if name.startswith(f"{target.name}-"):  # the same weights by other hands
+            if name.startswith(f"{target.name}-"):  # the same weights from another quantizer
                 with suppress(EnvironmentFailure):
                     runner.check(of_format(other.format.name).builder)
-                    hint += f"; the target {name} needs none"
+                    hint += f"; the target {name} needs no builder"
                     break
         raise EnvironmentFailure(lacking.message, hint=hint) from lacking
 
 
-def check_format(target: Target, wanted: QuantizeOptions, model: ModelFacts, device: str) -> None:
-    """Raise InputRefused for a format that the engine cannot load there, or nobody makes of it.
+def check_format(target: Target, options: QuantizeOptions, model: ModelFacts, device: str) -> None:
+    """Raise InputRefused for a format that the engine cannot load, or that cannot be made.
 
-    By the table of what engines load and the model's facts alone.
+    Uses only the table of what engines load and the model's facts.
     """
     check_support(target.engine, target.format, device)
     if target.format.packed and can_make(target.format):
-        check_model(wanted, model)
+        check_model(options, model)
 
 
 def everything_cached(request: BuildRequest, sources: Sources, tools: Tools) -> bool:
-    """Say whether merging and quantizing are done already."""
+    """Return whether merging and quantizing are already done."""
     sources = sources_to_merge(request.targets, sources)
     merged = tools.store.find(merging.inputs(sources, request.file.recipe.merge).key)
     checkpoint = merged.tree if merged else (None if sources.adapters else sources.base.tree)
@@ -122,9 +122,9 @@ def everything_cached(request: BuildRequest, sources: Sources, tools: Tools) -> 
 
 
 def check_layer_sizes(request: BuildRequest, sources: Sources) -> None:
-    """Refuse, before the work, weights that will not fit a layer, as far as that can be told.
+    """Raise UsageError for a weight file that is too large for a layer, by its estimated size.
 
-    Raises UsageError. What is pushed in the end is checked by its true sizes.
+    The image's actual sizes are checked again before it is pushed.
     """
     recipe, tree = request.file.recipe, sources.base.tree
     own = parse_size(recipe.image.max_layer_size) if recipe.image.max_layer_size else 0
@@ -140,9 +140,9 @@ def check_layer_sizes(request: BuildRequest, sources: Sources) -> None:
             most, key, fits = theirs, "image.max_layer_size", bool(own) or target.format.packed
         if most and size > most and not fits:
             raise UsageError(
-                f"{target.name}: a file of about {human(size)} is one layer, and a layer may have "
-                f"{human(most)} at most",
-                hint=f"set {key} in the recipe, to split it",
+                f"{target.name}: a file of about {human(size)} would be one layer, and the limit "
+                f"for a layer is {human(most)}",
+                hint=f"set {key} in the recipe to split the file",
             )
 
 
@@ -152,16 +152,16 @@ def check_images(
     devices: Mapping[str, str],
     tools: Tools,
 ) -> None:
-    """Notice before the work that an image could not be put together.
+    """Check, before any long step, that each image can be assembled.
 
-    For a layer that cannot be small enough, a base out of reach, or one not there for a platform.
-    `devices` says by the target's name what each is planned for. Raises as `bases_of` does; what
-    is assembled on this machine is assembled when it is needed.
+    Checks the sizes of layers, and that the base can be reached and has every platform. `devices`
+    maps target names to planned devices. Raises what `bases_of` raises. Bases that are assembled
+    on this machine are assembled later, when they are needed.
     """
     check_layer_sizes(request, sources)
     for target in () if everything_cached(request, sources, tools) else request.targets:
         device = devices[target.name]
         chosen = base_reference(target.engine, device, request.file.recipe.image.base)
         if not chosen.startswith(OWN):
-            # What it warns of is said when the image is put together.
+            # Its warnings are shown later, when the image is assembled.
             bases_of(request, target, device, replace(tools, progress=Silent()))

@@ -1,4 +1,4 @@
-"""Every stage of a build that was not run yet: cached or why not, and what it costs."""
+"""Forecasts a build: which stages are cached, why others are not, and what they cost."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ from weightsmith.tools import Tools
 from weightsmith.values import Json, Sources, StageInputs, Tree
 
 _REFERENCE_MEMORY = 3 << 30
-"""Python, torch, transformers and the caches of a batch; weights stay in their files. In bytes."""
+"""Bytes for Python, torch, transformers and the caches of a batch; weights stay in their files."""
 _QUANTIZE_MEMORY = 4 << 30
 _VALIDATE_MEMORY = 3 << 29
-"""Whatever the model: weights pass by a few rows at a time."""
+"""Does not depend on the model: weights are read a few rows at a time."""
 _QUALITY_MEMORY = 3 << 30
-"""Python, torch and transformers beside one layer's weights and the embedding, in bytes."""
+"""Bytes for Python, torch and transformers, without a layer's weights and the embedding."""
 
 
 def forecast(
@@ -55,9 +55,9 @@ def forecast(
     *,
     update_lock: bool = False,
 ) -> Mapping[str, Json]:
-    """Return stages, serving plans and totals of a build without doing any of it.
+    """Return stages, serving plans and totals of a build without running it.
 
-    Sizes in bytes. Raises what the build would raise before its first long step.
+    Sizes are in bytes. Raises what the build would raise before its first long step.
     """
     tasks = tasks_of(file)
     lock = read_lock(file)
@@ -77,13 +77,13 @@ def forecast(
     model = read_facts(sources.base.tree.root)
     weights = sources.base.tree.weight_bytes or weights_from_config(model)
     for target in targets:
-        wanted = quantize_options(file, target.format, sources.base, tools)
-        row, artifact = _quantize_row(wanted, target, checkpoint, sources, earlier, tools)
+        options = quantize_options(file, target.format, sources.base, tools)
+        row, artifact = _quantize_row(options, target, checkpoint, sources, earlier, tools)
         rows += [row, *_quality_rows(file, target, checkpoint, artifact, tools)]
         weight = artifact.weight_bytes if artifact else 0
         weight = weight or estimated_bytes(weights, target.format, model)
         plans[target.name] = _serving_plan(file, target, sources, model, weight)
-        check_format(target, wanted, model, plans[target.name].device)
+        check_format(target, options, model, plans[target.name].device)
         rows.append(_publish_row(target, artifact, weight))
     todo = [row for row in rows if not row["cached"]]
     serving = {name: plan.to_json() for name, plan in plans.items()}
@@ -92,12 +92,12 @@ def forecast(
         "version": file.recipe.version,
         "stages": rows,
         "serving": serving,
-        "plan": serving,  # the same, under the name that `render` gives it
+        "plan": serving,  # the same, under the name that `render` uses
         "advice": _advice(file, targets, sources, dist, tools),
         "read_bytes": sum(int(row["read_bytes"]) for row in todo),
         "write_bytes": sum(int(row["write_bytes"]) for row in todo),
         "peak_memory_bytes": max((int(row["peak_memory_bytes"]) for row in todo), default=0),
-        # What stays, and the largest of what is deleted again: one stage runs at a time.
+        # Permanent files plus the largest temporary ones: one stage runs at a time.
         "peak_disk_bytes": sum(int(row["write_bytes"]) for row in todo)
         + max((int(row["disk_bytes"]) - int(row["write_bytes"]) for row in todo), default=0),
     }
@@ -106,7 +106,7 @@ def forecast(
 def _serving_plan(
     file: RecipeFile, target: Target, sources: Sources, model: ModelFacts, weight: int
 ) -> ServingPlan:
-    """Return a target's plan; where it does not fit, the error carries it by the target's name."""
+    """Return a target's plan; if it does not fit, the error's details have it by target name."""
     adapters = unmerged_adapters(file, target, sources)
     try:
         return serving_config(
@@ -131,7 +131,7 @@ def _serving_plan(
 def _advice(
     file: RecipeFile, targets: Sequence[Target], sources: Sources, dist: Path, tools: Tools
 ) -> Mapping[str, Json]:
-    """Return whether to merge, from the recipe, the merge's measurement and the builds so far."""
+    """Return whether to merge, from the recipe, the merge's measurement and earlier builds."""
     entry = tools.store.find(merging.inputs(sources, file.recipe.merge).key)
     return advise(
         adapters=len(sources.adapters),
@@ -142,7 +142,7 @@ def _advice(
 
 
 def _changes(folder: Path) -> int:
-    """Return how many different sets of adapters were built there within a week."""
+    """Return how many different sets of adapters were built in this folder within a week."""
     since, seen = (datetime.now(UTC) - timedelta(days=7)).isoformat(), set()
     for path in folder.glob("*/*/build.json"):
         try:
@@ -156,7 +156,7 @@ def _changes(folder: Path) -> int:
 
 def _unresolved(file: RecipeFile, targets: Sequence[Target], missing: str) -> Mapping[str, Json]:
     """Return the forecast of a build whose sources are not on this machine."""
-    why = "its inputs are known after `resolve`"
+    why = "its inputs are not known before `resolve`"
     rows = [_row("resolve", cached=False, why=missing)]
     rows += [_row(stage, cached=False, why=why) for stage in ("merge", "validate", "reference")]
     rows += [_row("quantize", target=t.name, cached=False, why=why) for t in targets]
@@ -174,7 +174,7 @@ def _unresolved(file: RecipeFile, targets: Sequence[Target], missing: str) -> Ma
 
 
 def _earlier(file: RecipeFile, targets: Sequence[Target], dist: Path) -> Mapping[str, Json]:
-    """Return what the last build's stages were made from, by stage and target."""
+    """Return the inputs of the last build's stages, by stage and target."""
     found: dict[str, Json] = {}
     for target in targets:
         folder = dist / file.recipe.name / file.recipe.version / target.name
@@ -249,7 +249,7 @@ def _checkpoint(file: RecipeFile, sources: Sources, tools: Tools) -> Tree | None
 
 
 def _quantize_row(
-    wanted: QuantizeOptions,
+    options: QuantizeOptions,
     target: Target,
     checkpoint: Tree | None,
     sources: Sources,
@@ -260,7 +260,7 @@ def _quantize_row(
     if not target.format.packed:
         return _row("quantize", target=target.name, cached=True, why=""), checkpoint
     if not can_make(target.format):
-        why = f"no quantizer here makes {target.format.name}"
+        why = f"no installed quantizer makes {target.format.name}"
         return _row("quantize", target=target.name, cached=False, why=why, read=size), None
     row: dict[str, Json] = {
         "target": target.name,
@@ -271,7 +271,7 @@ def _quantize_row(
     }
     if checkpoint is None:
         return _row("quantize", cached=False, why="merge comes first", **row), None
-    stage = quantizing.inputs(checkpoint.digest, wanted)
+    stage = quantizing.inputs(checkpoint.digest, options)
     cached, why = _state(stage, earlier.get(f"quantize {target.name}"), tools)
     entry = tools.store.find(stage.key)
     quantizer = of_format(target.format.name).name
@@ -284,7 +284,7 @@ def _quality_rows(
 ) -> list[dict[str, Json]]:
     if not target.format.packed or not can_make(target.format):
         return []
-    texts, why = texts_of(file), "its weights are not made"
+    texts, why = texts_of(file), "its weights do not exist yet"
     cached = False
     if checkpoint and artifact:
         stage = quality.inputs(
@@ -302,19 +302,19 @@ def _quality_rows(
 
 def _publish_row(target: Target, artifact: Tree | None, weight: int) -> dict[str, Json]:
     size = artifact.size if artifact else weight
-    why = "known once the image is assembled" if artifact else "its weights are not made"
+    why = "not known before the image is assembled" if artifact else "its weights do not exist yet"
     return _row("publish", target=target.name, cached=False, why=why, read=size, write=size)
 
 
 def _state(
     stage: StageInputs, earlier: Mapping[str, Json] | None, tools: Tools
 ) -> tuple[bool, str]:
-    """Return whether a stage's result is there, and which inputs changed where it is not."""
+    """Return whether a stage's result is cached, and if not, which inputs changed."""
     if tools.store.find(stage.key):
         return True, ""
     changed = stage.changed_since(earlier)
     if changed == "":
-        return False, "its result was cleaned from the store"
+        return False, "its result was removed from the store"
     return False, changed if changed.startswith("never") else f"changed: {changed}"
 
 

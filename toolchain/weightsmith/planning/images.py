@@ -1,4 +1,4 @@
-"""What a recipe's images are made of, and which questions the started image gets."""
+"""The inputs of a recipe's images, and the questions for the started image."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def image_inputs(
     config: ServingConfig,
     tools: Tools,
 ) -> ImageInputs:
-    """Return what a target's images are made of, with the bases that the lock pins.
+    """Return the inputs of a target's images, with the bases that the lock pins.
 
-    Raises as `bases_of` does.
+    Raises what `bases_of` raises.
     """
     recipe = request.file.recipe
     base_name, bases = bases_of(request, target, config.plan.device, tools)
-    wanted, packed = recipe.image, artifact.format.packed
+    settings, packed = recipe.image, artifact.format.packed
     return ImageInputs(
         name=recipe.name,
         version=recipe.version,
@@ -47,8 +47,8 @@ def image_inputs(
         bases=bases,
         base_name=public_base(base_name),
         labels=labels(recipe, sources, artifact, config),
-        order=wanted.order,
-        largest_layer=parse_size(wanted.max_layer_size) if wanted.max_layer_size else 0,
+        order=settings.order,
+        largest_layer=parse_size(settings.max_layer_size) if settings.max_layer_size else 0,
         parameters={"target": target.name, "recipe": public_recipe(recipe)},
         sources=sources,
         checkpoint=checkpoint,
@@ -59,7 +59,7 @@ def image_inputs(
 
 
 def network_in_jobs(checkpoint: Checkpoint, artifact: Artifact | None, tools: Tools) -> bool:
-    """Return whether any job had network access: in this build, or for a cached result."""
+    """Return whether any job had network access, in this build or for a cached result."""
     made = (checkpoint.details, artifact.details if artifact else {})
     return tools.runner.networked or any(details.get("network_in_jobs") for details in made)
 
@@ -67,9 +67,9 @@ def network_in_jobs(checkpoint: Checkpoint, artifact: Artifact | None, tools: To
 def evaluation_of(
     request: BuildRequest, target: Target, inputs: ImageInputs, results: Sequence[Result]
 ) -> Evaluation:
-    """Return the questions to the image for this machine, and what its answers depend on."""
+    """Return the questions for this machine's image, and what its answers depend on."""
     if inputs.config is None:
-        raise AssertionError("an image of a recipe serves")
+        raise AssertionError("an image built from a recipe has a serving configuration")
     return Evaluation(
         artifact=inputs.artifact,
         config=inputs.config,

@@ -1,4 +1,4 @@
-"""The recipe's sections as the options of stages."""
+"""Converts a recipe's sections to the options of stages."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def _number(value: int | str) -> int | None:
 
 
 def texts_of(file: RecipeFile) -> Texts:
-    """Return the recipe's calibration and held-out texts; general ones if it names none.
+    """Return the recipe's calibration and held-out texts; by default, general ones.
 
-    Evaluation questions are never used for it: a loss measured on them would not show the loss on
-    others. Raises InputRefused for malformed text.
+    Evaluation questions are never used: a loss measured on them says nothing about other texts.
+    Raises InputRefused for malformed text.
     """
     calibration = file.recipe.calibration
     if calibration is None:
@@ -66,7 +66,7 @@ def texts_of(file: RecipeFile) -> Texts:
 def quantize_options(
     file: RecipeFile, format_: Format, base: Snapshot, tools: Tools
 ) -> QuantizeOptions:
-    """Return the options of a format; raises UsageError, and InputRefused for files they name."""
+    """Return the options of a format; raises UsageError, or InputRefused for its files."""
     if format_.name not in formats():  # the checkpoint itself, or a format made elsewhere
         return QuantizeOptions(name=file.recipe.name, format=format_)
     about: dict[str, Json] = {"base_models": [_origin(base)]}
@@ -86,7 +86,7 @@ def format_options(
     about: Mapping[str, Json],
     tools: Tools,
 ) -> QuantizeOptions:
-    """Return the options that a format takes; an importance matrix is named by its digest."""
+    """Return the options that a format takes, with the digest of an importance matrix."""
     quantizer = of_format(format_.name)
     options = dict(quantizer.options(format_, settings))
     statistics = None
@@ -110,7 +110,7 @@ def needs_text(options: QuantizeOptions) -> bool:
 
 
 def check_model(options: QuantizeOptions, model: ModelFacts) -> None:
-    """Raise InputRefused if the quantizer cannot take the model; looks at its config only."""
+    """Raise InputRefused if the quantizer does not support the model; reads only its config."""
     quantizer = of_format(options.format.name)
     quantizer.check_input(options.format, model)
     quantizer.check_options(model, options.options)
@@ -119,7 +119,7 @@ def check_model(options: QuantizeOptions, model: ModelFacts) -> None:
 
 
 def _origin(base: Snapshot) -> dict[str, str]:
-    """Return the base model as GGUF metadata name it; of a folder, the name without its path."""
+    """Return the base model's name for GGUF metadata; for a folder, its name without the path."""
     scheme, _, place = base.source.partition("://")
     if scheme == "hf":
         owner, _, name = place.partition("@")[0].rpartition("/")
@@ -145,7 +145,7 @@ def warn_of_texts(file: RecipeFile, progress: Progress) -> None:
 
 
 def sources_to_merge(targets: Sequence[Target], sources: Sources) -> Sources:
-    """Return the sources to merge: without adapters if every target serves them unmerged."""
+    """Return the sources to merge, without adapters if every target serves them unmerged."""
     served = all(target.format == LORA for target in targets)
     return replace(sources, adapters=()) if served else sources
 
@@ -155,7 +155,7 @@ def unmerged_adapters(
 ) -> tuple[ServedAdapter, ...]:
     """Return the adapters that a target serves unmerged; () for a merged target.
 
-    Raises UsageError if the recipe's gate cannot judge them, InputRefused for adapters that
+    Raises UsageError if the recipe cannot evaluate them separately, InputRefused for adapters that
     cannot be served.
     """
     if target.format != LORA:
@@ -163,7 +163,7 @@ def unmerged_adapters(
     if len(sources.adapters) > 1 and file.recipe.evaluate is not None:
         raise UsageError(
             f"{target.name} serves {len(sources.adapters)} adapters separately, but the recipe's"
-            " `evaluate` judges them together",
+            " `evaluate` tests them together",
             hint="give each adapter its own `evaluate`",
         )
     return served_adapters(sources, gguf="gguf" in target.engine.accepts)

@@ -1,4 +1,4 @@
-"""What a build is asked to do."""
+"""The options of a build."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from weightsmith.stages.publish import Outputs
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildRequest:
-    """A recipe, the targets wanted of it, and where results go."""
+    """A recipe, the targets to build, and where results go."""
 
     file: RecipeFile
     targets: tuple[Target, ...]
     outputs: Outputs
     dist: Path
-    """Folder that gets NAME/VERSION/TARGET/."""
+    """Results go to NAME/VERSION/TARGET/ in this folder."""
     engine_answers: bool
-    """Images are started in the container engine, else from a layout."""
+    """Start images in the container engine; if false, from a layout."""
     locked: bool = False
-    """Sources that are not as in the recipe's lock are refused."""
+    """Refuse sources that differ from the recipe's lock."""
     update_lock: bool = False
-    """Sources and bases are pinned anew."""
+    """Pin sources and bases again."""
 
     def folder(self, target: Target) -> Path:
-        """Where a target's results go."""
+        """Return the folder for a target's results."""
         recipe = self.file.recipe
         return self.dist / recipe.name / recipe.version / target.name
 
     def outputs_of(self, target: Target) -> Outputs:
-        """Return the outputs of one target; several get a folder each below one layout folder."""
+        """Return one target's outputs; of several targets, each gets its own layout folder."""
         layout = self.outputs.layout
         if layout is not None and len(self.targets) > 1:
             layout = layout / target.name
@@ -44,7 +44,7 @@ class BuildRequest:
         return replace(self.outputs, load=load, layout=layout)
 
     def candidate_layout(self, target: Target) -> Path | None:
-        """Where the image is started from: None for the engine, else beside this layout."""
+        """Return None to start the image in the engine, else the layout next to which it starts."""
         if self.engine_answers:
             return None
         return self.outputs_of(target).layout or self.folder(target) / "image"

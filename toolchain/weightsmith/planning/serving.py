@@ -1,4 +1,4 @@
-"""A target planned and rendered by a recipe."""
+"""Plans and renders a target of a recipe."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def serving_config(
     adapters: tuple[ServedAdapter, ...] = (),
     notes: tuple[str, ...] = (),
 ) -> ServingConfig:
-    """Plan and render a target; `weights` is the file that is served, empty before there is one."""
+    """Plan and render a target; `weights` is the served file, "" if it does not exist yet."""
     recipe = file.recipe
     return render(
         target=target,

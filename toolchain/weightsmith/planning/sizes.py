@@ -1,4 +1,4 @@
-"""Sizes on disk of what does not exist yet."""
+"""Estimates sizes on disk before the files exist."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from weightsmith.values import Format
 
 
 def estimated_bytes(checkpoint_bytes: int, format_: Format, model: ModelFacts | None = None) -> int:
-    """Return the artifact's size before it exists, from nominal bits.
+    """Return the estimated size of an artifact in bytes, from nominal bits per weight.
 
-    The checkpoint has 16 where its config.json does not say that it has 32. Packed checkpoints
-    keep the embeddings, and an output layer of its own, in 16 bits.
+    The checkpoint has 16 bits per weight unless its config.json says 32. Packed checkpoints keep
+    the embeddings, and a separate output layer, in 16 bits.
     """
     if not format_.packed:
         return checkpoint_bytes
@@ -23,7 +23,7 @@ def estimated_bytes(checkpoint_bytes: int, format_: Format, model: ModelFacts | 
 
 
 def disk_peak(checkpoint_bytes: int, format_: Format, model: ModelFacts) -> int:
-    """Return the bytes on disk at the worst moment of making and keeping an artifact."""
+    """Return the peak disk usage, in bytes, of making and storing an artifact."""
     if not format_.packed:
         return checkpoint_bytes
     kept = kept_bytes(checkpoint_bytes, format_, model)

@@ -1,4 +1,4 @@
-"""A recipe's sources, brought here as the lock beside it pins them."""
+"""Fetches a recipe's sources as pinned in its lock."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from weightsmith.values import Sources
 
 
 def resolve_request(request: BuildRequest, tools: Tools) -> Outcome[tuple[BuildRequest, Sources]]:
-    """Return the request with its sources pinned, and the sources; the lock gets what is new.
+    """Return the request with pinned sources, and the sources; add new pins to the lock.
 
-    Raises what `resolve` does, and InputRefused for sources that `locked` refuses.
+    Raises what `resolve` raises, and InputRefused for sources that `locked` refuses.
     """
     timer = Timer("resolve", request.file.recipe.base.source, tools)
     lock = read_lock(request.file)

@@ -1,4 +1,4 @@
-"""The targets there are, and those of a build."""
+"""Lists all targets, and chooses those of a build."""
 
 from __future__ import annotations
 
@@ -15,46 +15,46 @@ from weightsmith.values import AWQ, FP8, GPTQ, LORA, Format
 def chosen_targets(
     file: RecipeFile, names: tuple[str, ...], *, to_build: bool = False
 ) -> tuple[Target, ...]:
-    """Return the targets to build: those asked for, else the recipe's.
+    """Return the targets to build: those named, else the recipe's.
 
-    Raises UsageError for an unknown one; `to_build` also for one whose weights nothing here makes.
+    Raises UsageError for an unknown target; with `to_build`, also for one that cannot be made.
     """
     known = all_targets()
-    wanted = names or file.recipe.targets
-    if not wanted:
+    requested = names or file.recipe.targets
+    if not requested:
         raise UsageError(
             "no target: neither --target nor the recipe names one",
             hint="`invoke targets` lists them",
         )
-    whole = dict.fromkeys(_whole_name(name, known) for name in wanted)
+    whole = dict.fromkeys(_whole_name(name, known) for name in requested)
     chosen = tuple(serving_targets.find(name, known) for name in whole)
     for target in chosen:
         if to_build and not can_make(target.format):
             buildable = [name for name, t in known.items() if can_make(t.format)]
             raise UsageError(
-                f"{target.name} serves {target.format.name} weights, and no quantizer here makes"
-                " them",
-                hint=f"these can be built: {', '.join(buildable)}",
+                f"{target.name} needs {target.format.name} weights, which no installed quantizer"
+                " makes",
+                hint=f"choose one of: {', '.join(buildable)}",
             )
     return chosen
 
 
 def _whole_name(name: str, known: Mapping[str, Target]) -> str:
-    """Return `llamacpp-q4_k_m` for `llamacpp`: the default of what such an engine loads."""
+    """Return a target's full name: `llamacpp` means `llamacpp-q4_k_m`, the engine's default."""
     defaults = (f"{name}-{quantizer.default}" for quantizer in quantizers().values())
     return name if name in known else next((d for d in defaults if d in known), name)
 
 
 def can_make(format_: Format) -> bool:
-    """Say whether a quantizer here makes that format, or none is needed."""
+    """Return whether a quantizer makes the format, or none is needed."""
     return not format_.packed or format_.name in formats()
 
 
 def all_targets() -> Mapping[str, Target]:
-    """Return every target there is: engines by formats, found by listing their folders."""
+    """Return every target: all engines with the formats that they load, found in their folders."""
     return serving_targets.targets(all_formats().values())
 
 
 def all_formats() -> Mapping[str, Format]:
-    """Return the formats that quantizers make, and those that engines load all the same."""
+    """Return the formats that quantizers make, and those that need no quantizer."""
     return {format_.name: format_ for format_ in (AWQ, GPTQ, FP8, LORA)} | dict(formats())

@@ -1,4 +1,4 @@
-"""The recipe's tasks and probes, read and checked."""
+"""Reads and checks the recipe's tasks and probes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from weightsmith.recipe_file import RecipeFile
 
 
 def tasks_of(file: RecipeFile) -> tuple[RecipeTask, ...]:
-    """Return the recipe's task and each adapter's own; () without any. Raises UsageError."""
+    """Return the recipe's task and those of its adapters, () if none; raises UsageError."""
     recipe = file.recipe
     sections: list[tuple[int | None, str, Evaluate | None]] = [(None, "", recipe.evaluate)]
     sections += [
@@ -24,9 +24,9 @@ def tasks_of(file: RecipeFile) -> tuple[RecipeTask, ...]:
         for number, adapter in enumerate(recipe.adapters)
     ]
     return tuple(
-        RecipeTask(task=_task(file, name, wanted), settings=wanted, adapter=number)
-        for number, name, wanted in sections
-        if wanted is not None
+        RecipeTask(task=_task(file, name, settings), settings=settings, adapter=number)
+        for number, name, settings in sections
+        if settings is not None
     )
 
 
@@ -35,20 +35,20 @@ def _short(source: str) -> str:
     return source.rstrip("/").rpartition("/")[2] or source
 
 
-def _task(file: RecipeFile, name: str, wanted: Evaluate) -> Task:
-    items = read_items(file.folder / wanted.data)
-    check_metric(wanted.metric, items)
+def _task(file: RecipeFile, name: str, settings: Evaluate) -> Task:
+    items = read_items(file.folder / settings.data)
+    check_metric(settings.metric, items)
     return Task(
         items=items,
-        metric=wanted.metric,
-        max_tokens=wanted.max_tokens,
-        command=wanted.command,
+        metric=settings.metric,
+        max_tokens=settings.max_tokens,
+        command=settings.command,
         name=name,
     )
 
 
 def check_leaks(file: RecipeFile, tasks: tuple[RecipeTask, ...], progress: Progress) -> None:
-    """Warn of questions that stand in the recipe's training or calibration text.
+    """Warn about questions that appear in the recipe's training or calibration text.
 
     Raises InputRefused instead where the task is strict.
     """
@@ -59,14 +59,14 @@ def check_leaks(file: RecipeFile, tasks: tuple[RecipeTask, ...], progress: Progr
                 continue
             leaks = describe(find_leaks(task.task.items, file.folder / other))
             if leaks and task.settings.strict:
-                raise InputRefused(leaks, hint="remove them from either file")
+                raise InputRefused(leaks, hint="remove them from one of the two files")
             if leaks:
                 progress.warn(leaks)
 
 
 def probes(file: RecipeFile) -> tuple[Sequence[Mapping[str, str]], ...]:
-    """Return the chats that validation probes with; () for the built-in ones. Raises UsageError."""
-    wanted, questions = file.recipe.validation, file.recipe.evaluate
-    if wanted.probes:
-        return read_prompts(file.folder / wanted.probes)
+    """Return the probe chats for validation, () for the built-in ones; raises UsageError."""
+    options, questions = file.recipe.validation, file.recipe.evaluate
+    if options.probes:
+        return read_prompts(file.folder / options.probes)
     return tuple(i.messages for i in read_items(file.folder / questions.data)) if questions else ()
