@@ -183,7 +183,7 @@ AT_WORK = {
         lambda m: setattr(m.launcher, "dies_at", "say to 7"),
     ),
     "answers without an end": Refusal(
-        "evaluate", CheckFailed, "end by themselves",
+        "evaluate", CheckFailed, "before the length limit",
         lambda m: setattr(m.launcher, "ends", "length"),
     ),
     "an image that forgot its task": Refusal(

@@ -110,7 +110,8 @@ def test_a_base_image_that_the_lock_has_and_the_registry_lost(
     assert "--update-lock" in caught.value.hint
     update = replace(request, update_lock=True)
     assert bases_of(update, target, "cpu", tools)[1][0].digest == now
-    assert told.warnings[-1].startswith(f"{name}, by --update-lock: {was}")
+    assert name in told.warnings[-1]
+    assert was in told.warnings[-1]
 
 
 def test_an_extra_file_in_the_cache(hub: FakeHub, tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_to_another_repository_of_the_registry(scene: Scene) -> None:
 @pytest.mark.parametrize(
     ("labels", "files", "why"),
     [
-        ({ENGINE: "vllm"}, {}, "says that it holds vllm"),
+        ({ENGINE: "vllm"}, {}, "declares the engine vllm"),
         ({ENGINE: "llamacpp", VERSION: "2.0.0"}, {}, "planned for 1.0.0"),
         ({ENGINE: "llamacpp"}, {"models/tiny.gguf": b"x"}, "/models/tiny.gguf"),
         ({ENGINE: "llamacpp"}, {"models": b"x"}, "/models"),

@@ -43,7 +43,7 @@ def test_a_base_that_says_nothing_is_taken_with_a_warning(tmp_path, tools) -> No
     image = base_image(layout(tmp_path, {}), "llamacpp", tools)
 
     assert len(image.layers) == 1
-    assert "does not say" in tools.progress.warnings[0]
+    assert "does not declare its engine" in tools.progress.warnings[0]
 
 
 def test_a_base_of_another_engine_is_refused(tmp_path, tools) -> None:

@@ -183,7 +183,10 @@ def test_a_variable_that_is_not_there_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("{% if %}", r"x\.j2, line 1"), ("{% include 'none.j2' %}", r"none\.j2, which is not there")],
+    [
+        ("{% if %}", r"x\.j2, line 1"),
+        ("{% include 'none.j2' %}", r"none\.j2, which does not exist"),
+    ],
 )
 def test_a_template_that_is_none_is_named(tmp_path, text, says):
     (tmp_path / "x.j2").write_text(text)

@@ -117,8 +117,8 @@ def test_adapters_take_memory_of_their_own():
         ({"target_modules": ["embed_tokens"]}, "embeddings"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
         ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
-        ({"r": 0}, "not a rank"),
-        ({"r": None}, "not a rank"),
+        ({"r": 0}, "not a valid rank"),
+        ({"r": None}, "not a valid rank"),
     ],
 )
 def test_what_engines_do_not_add_at_run_time_is_refused(tmp_path, change, says):

@@ -34,7 +34,7 @@ def bases_of(
     pinned = lock
     for base in bases:
         if (was := known.get(base.platform, base.digest)) != base.digest:
-            tools.progress.warn(f"{name}: updated from {was} to {base.digest}")
+            tools.progress.warn(f"{name}: {was} replaced by --update-lock, now {base.digest}")
         pinned = pinned.with_base(name, base)
     write_lock(lock, pinned, tools.progress)
     return name, bases

@@ -1,1 +1,1 @@
-"""One verb each: functions from frozen values to a frozen value."""
+"""The stages of a build: each is a function from frozen values to a frozen value."""

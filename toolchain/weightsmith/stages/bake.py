@@ -1,4 +1,4 @@
-"""Artifact + ServingConfig + bases -> images: layers in memory, nothing written."""
+"""Artifact, ServingConfig and bases -> images, assembled in memory without writing files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from weightsmith.tools import Tools
 from weightsmith.values import Score
 
 USER = "65532:65532"
-"""The unprivileged user that images run as, by number: the image may have no user database."""
+"""The unprivileged user of images, as a number because an image may have no user database."""
 
 
 def bake(
@@ -39,16 +39,16 @@ def bake(
     push: bool = False,
     earlier: Sequence[str] = (),
 ) -> Outcome[tuple[ImageMaterials, ...]]:
-    """Return the image for each platform of the base: base, weight layers, a small one on top.
+    """Return the image for each platform of the base: base, weight layers and a settings layer.
 
     `prepare` returns the inputs; it takes minutes if a base is assembled here. The weight
-    layers are the same for every kind of image. Layer digests are remembered in the store, so an
-    unchanged file is not hashed again. `earlier` are the layers of the image that was made last;
-    with the same layers the outcome is cached.
+    layers are the same for every kind of image. The store caches layer digests, so an unchanged
+    file is not hashed again. `earlier` are the layers of the previous image; if the layers are the
+    same, the outcome is cached.
 
-    Raises UsageError for more than 125 layers, for a file that cannot be split to the size of a
-    layer, and with `push` for a layer that the registry of `name` does not accept; InputRefused
-    for a base whose files would hide the weights below it.
+    Raises UsageError for more than 125 layers, for a file that cannot be split to fit a layer,
+    and with `push` for a layer that the registry of `name` does not accept; InputRefused for a
+    base whose files would hide the weights below it.
     """
     timer = Timer("bake", name, tools)
     inputs = prepare()
@@ -66,7 +66,7 @@ def bake(
 def with_scores(
     made: Sequence[ImageMaterials], scores: Mapping[str, Score], store: Store
 ) -> tuple[ImageMaterials, ...]:
-    """Return the images with labels that say how they scored; the layers stay as they are."""
+    """Return the images with their scores as labels; the layers do not change."""
     return tuple(_made(one.inputs, one.split, one.base, scores, store) for one in made)
 
 
@@ -77,7 +77,7 @@ def _made(
     scores: Mapping[str, Score],
     store: Store,
 ) -> ImageMaterials:
-    """Return one platform's image with what it was made of."""
+    """Return one platform's image with its materials."""
     config, model_dir, below = inputs.config, inputs.engine.model_dir, base.layers if base else ()
     if inputs.order == "weights-first" and base:
         _require_clear(base, inputs.base_name, model_dir, store)
@@ -108,7 +108,7 @@ def _made(
 
 
 def _settings(config: ServingConfig | None) -> tuple[Layer, ...]:
-    """Return the layer of the files that the engine is configured with, if there are any."""
+    """Return the layer of the engine's configuration files, if there are any."""
     inside = config.image_files if config else {}
     files = tuple(
         Member.of_bytes(path.lstrip("/"), text.encode()) for path, text in sorted(inside.items())
@@ -121,7 +121,7 @@ def _require_clear(base: Image, name: str, model_dir: str, store: Store) -> None
     if found := first_collision(base, [model_dir.strip("/")], store.memo):
         raise InputRefused(
             f"the base {name} has /{found}, which would hide weights below it",
-            hint="take the order engine-first, or another base",
+            hint="use the order engine-first, or another base",
         )
 
 

@@ -1,4 +1,4 @@
-"""Engine -> the image below the weights: our own engine layer, a layout, or a registry's image."""
+"""Engine -> its base image: our own engine layer, a layout, or an image in a registry."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ from weightsmith.values import Blob, Digest, Json, StageInputs, key_of
 
 OWN = OWN_ENGINE
 MODELCAR = OWN + "modelcar"
-"""A shell and nothing else, made of packages for one platform (`_WHOLE_PLATFORM`)."""
+"""An image with only a shell, made of packages for one platform (`_WHOLE_PLATFORM`)."""
 
 MODELCAR_ELSEWHERE = "docker.io/library/busybox:1.37.0-musl"
 
 _BUILDER = "gguf"
 _RECIPE_NUMBER = 1
 _GROUPING = 1
-"""Increase it if `_grouped` makes other layers of the same files by the same rules."""
+"""Increase it if `_grouped` makes different layers from the same files and rules."""
 _PINNED = frozenset({"commit", "package"})
-"""Either marks the entry of source.json that is the engine itself."""
+"""Either key marks the entry of source.json that is the engine itself."""
 _WHOLE_PLATFORM = "linux/amd64"
 _PACKAGE = re.compile(r"usr/local/lib/python[^/]+/dist-packages/([^/]+)/")
 _ACCOUNTS = {
@@ -64,8 +64,8 @@ def base_reference(engine: Engine, device: str, override: str) -> str:
     chosen = override or (bases.cpu if device == "cpu" else own)
     if not chosen:
         raise UsageError(
-            f"{engine.name} has no image for a {device}",
-            hint="set serve.gpu, or name a base with --base-image or image.base",
+            f"{engine.name} has no base image for a {device}",
+            hint="set serve.gpu, or give a base with --base-image or image.base",
         )
     return chosen
 
@@ -73,7 +73,7 @@ def base_reference(engine: Engine, device: str, override: str) -> str:
 def data_base(kind: str, override: str) -> str:
     """Return the base's reference for an image that serves nothing; "" if it has no base.
 
-    KServe starts a modelcar with a shell, which links `/models` for the server beside it.
+    KServe starts a modelcar with a shell, which links `/models` for the server's container.
     https://kserve.github.io/website/docs/model-serving/storage/providers/oci
     """
     if override or kind != "modelcar":
@@ -82,7 +82,7 @@ def data_base(kind: str, override: str) -> str:
 
 
 def base_inputs(name: str) -> StageInputs:
-    """Return what an engine layer of our own depends on."""
+    """Return what our own engine layer depends on."""
     return StageInputs(
         stage="base",
         recipe_number=_RECIPE_NUMBER,
@@ -91,11 +91,11 @@ def base_inputs(name: str) -> StageInputs:
 
 
 def base_image(reference: str, engine: str, tools: Tools, *, platform: str | None = None) -> Image:
-    """Return the base for an engine; its layers are read when they are needed.
+    """Return the base for an engine; its layers are read only when needed.
 
-    `engine` is "" for an image that serves nothing. Warns if the base does not name its engine.
-    Raises InputRefused for a broken image or the base of another engine, EnvironmentFailure if a
-    registry cannot be reached.
+    `engine` is "" for an image that serves nothing. Warns if the base does not declare its engine.
+    Raises InputRefused for an invalid image or a base with another engine, EnvironmentFailure if
+    the registry cannot be reached.
     """
     if reference.startswith(OWN):
         return _own(reference.removeprefix(OWN), engine, tools)
@@ -116,8 +116,8 @@ def base_images(
 ) -> tuple[Image, ...]:
     """Return the base for each of its platforms, or only for those in `platforms`.
 
-    `pins` maps platforms to the digests in a lock; with pins, what the name refers to today does
-    not matter. Raises as `base_image` does, and UsageError if a platform is missing.
+    `pins` maps platforms to the digests in a lock; with pins, the tag's current image does not
+    matter. Raises what `base_image` raises, and UsageError if a platform is missing.
     """
     if reference.startswith(OWN):
         images: tuple[Image, ...] = (base_image(reference, engine, tools),)
@@ -133,8 +133,8 @@ def base_images(
     there = {image.platform for image in images}
     if missing := sorted(set(platforms) - there):
         raise UsageError(
-            f"{reference} is not there for {', '.join(missing)}",
-            hint=f"it is there for {', '.join(sorted(there))}",
+            f"{reference} has no image for {', '.join(missing)}",
+            hint=f"available platforms: {', '.join(sorted(there))}",
         )
     chosen = tuple(image for image in images if image.platform in platforms or not platforms)
     for image in chosen:
@@ -145,32 +145,32 @@ def base_images(
 def _checked(image: Image, reference: str, engine: str, tools: Tools) -> Image:
     said = image.labels.get(ENGINE_LABEL, "")
     if engine and not said:
-        tools.progress.warn(f"{reference} does not say which engine it holds, {engine} is assumed")
+        tools.progress.warn(f"{reference} does not declare its engine; assuming {engine}")
     elif engine and said != engine:
         raise InputRefused(
-            f"{reference} says that it holds {said}, and the target needs {engine}",
-            hint="choose a base of that engine, or another target",
+            f"{reference} declares the engine {said}, but the target needs {engine}",
+            hint="choose a base with that engine, or another target",
         )
     return image
 
 
 def public_base(reference: str) -> str:
-    """Return the base's name for an image's labels; "" for a folder on this machine."""
+    """Return the base's name for an image's labels, or "" for a local folder."""
     return "" if is_layout(reference) else reference
 
 
 def _own(name: str, engine: str, tools: Tools) -> Image:
     if not (images() / "engines" / name).is_dir():
         raise UsageError(
-            f"there is no base image of our own for {name} here",
-            hint="name one with --base-image or image.base, or plan for a GPU",
+            f"no built-in base image for {name}",
+            hint="give one with --base-image or image.base, or plan for a GPU",
         )
     whole = assembles_itself(name)
     if whole and host_platform() != _WHOLE_PLATFORM:
         raise InputRefused(
-            f"the engine layer {name} is made of packages for {_WHOLE_PLATFORM}, and this machine "
+            f"the engine layer {name} has packages for {_WHOLE_PLATFORM}, but this machine "
             f"is {host_platform()}",
-            hint="name another base with --base-image or image.base",
+            hint="give another base with --base-image or image.base",
         )
     stage = base_inputs(name)
 
@@ -205,13 +205,13 @@ def _program_layer(entry: Entry, tools: Tools) -> TarLayer:
 
 
 _ROOTS: dict[Path, tuple[BlobLayer, ...]] = {}
-"""Entry's folder -> its layers; all targets of a build share them, and they have 17,000 files."""
+"""Entry's folder -> its layers, cached because they have 17,000 files and targets share them."""
 
 
 def _root_layers(entry: Entry, memo: Memo) -> tuple[BlobLayer, ...]:
-    """Return a complete root file system: a layer per large package, and one with all other files.
+    """Return a complete root file system: one layer per large package, one for all other files.
 
-    What they are is remembered: the files are looked at when a layer is opened.
+    The grouping is cached, so files are read only when a layer is opened.
     """
     if entry.tree.root not in _ROOTS:
         _ROOTS[entry.tree.root] = _remembered(entry, memo)
@@ -238,7 +238,7 @@ def _remembered(entry: Entry, memo: Memo) -> tuple[BlobLayer, ...]:
 
 
 def _grouped(entry: Entry, memo: Memo) -> tuple[TarLayer, ...]:
-    """Return a layer per large package, so a new version of one changes only its own layer."""
+    """Return one layer per large package, so that a new version changes only its own layer."""
     groups: dict[str, list[Member]] = {}
     for member in _members(entry, "", None):
         found = _PACKAGE.match(member.path)

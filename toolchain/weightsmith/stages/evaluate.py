@@ -1,4 +1,4 @@
-"""Image -> scores: start the image as its users will, check it, ask it, and judge its answers."""
+"""Image -> scores: start the image as users do, check it, query it, and score its answers."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ RECIPE_NUMBER = 2
 _ANSWERS = "answers.json"
 _START_SECONDS = 600.0
 _SLOWEST_DISK = 50_000_000
-"""Bytes per second: the slowest disk that weights are read from."""
+"""Read speed of the slowest supported disk, in bytes per second."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """A task with its result so far, and the adapter in the image that answers it."""
+    """A task with its result so far, and the adapter that answers it."""
 
     result: Result
     model: str = ""
     """The model's name in requests; "" for the image's served name."""
     fields: Mapping[str, Json] = field(default_factory=dict)
-    """More fields of each request, for engines that do not choose the adapter by name."""
+    """Extra request fields, for engines that do not choose the adapter by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ class Evaluation:
     questions: tuple[Question, ...]
 
     def inputs(self, question: Question) -> StageInputs:
-        """All that a task's answers depend on; not the image's names, labels and limits."""
+        """Everything that a task's answers depend on; not the image's names, labels and limits."""
         plan, task = self.config.plan, question.result.task.task
         model, fields = question.model, dict(question.fields)
         neutral = self.engine.neutral_settings
@@ -78,7 +78,7 @@ class Evaluation:
 
     @property
     def spec(self) -> StartSpec:
-        """How the image is started."""
+        """How to start the image."""
         return StartSpec(
             port=self.config.port,
             env=spare_cpu(self.engine.threads_variable),
@@ -91,7 +91,7 @@ class Evaluation:
 
     @property
     def promise(self) -> Promise:
-        """What the checks require of the server."""
+        """What the checks require from the server."""
         return Promise(
             served_name=self.config.served_name,
             health_path=self.config.health_path,
@@ -104,13 +104,13 @@ class Evaluation:
 def evaluate(
     image: Image, evaluation: Evaluation, candidate: AbstractContextManager[str], tools: Tools
 ) -> Outcome[tuple[Result, ...]]:
-    """Start the image, check it and score its answers; it is not started if that was done before.
+    """Start the image, check it and score its answers, unless all results are cached.
 
-    `candidate` makes the image startable and yields its name; it is entered only if needed. Warns
-    of an image that cannot be started on this machine, and returns the results unchanged.
+    `candidate` makes the image startable and yields its name; it is entered only if needed. If the
+    image cannot be started on this machine, warns and returns the results unchanged.
 
-    Raises CheckFailed, with the server's last lines, for an image that does not start, does not
-    answer, or does not keep what its plan promises.
+    Raises CheckFailed, with the server's last lines, if the image does not start, does not answer,
+    or does not meet its plan.
     """
     questions, store = evaluation.questions, InStore(tools.store)
     count = sum(len(question.result.task.task.items) for question in questions)
@@ -118,11 +118,11 @@ def evaluate(
     if reason := why_not_started(image, tools):
         tools.progress.warn(reason)
         return timer.done(tuple(question.result for question in questions), cached=False)
-    wanted = [
+    needed = [
         partial(smoke_inputs, image.digest),
         *(partial(evaluation.inputs, q) for q in questions),
     ]
-    cached = all(store.find(inputs) for inputs in wanted)
+    cached = all(store.find(inputs) for inputs in needed)
     if not cached:
         with candidate as name:
             _run(name, image.digest, evaluation, tools)
@@ -132,18 +132,18 @@ def evaluate(
 
 
 def smoke_inputs(image: Digest) -> StageInputs:
-    """Return what a successful start depends on: the image and nothing else."""
+    """Return what a successful start depends on: only the image."""
     return StageInputs(stage="smoke", recipe_number=RECIPE_NUMBER, inputs={"image": image})
 
 
 def checks_of(image: Digest, tools: Tools) -> Sequence[Mapping[str, Json]]:
-    """Return what an image's checks saw when it passed them; () if it was not started."""
+    """Return the results of the checks that an image passed; () if it was not started."""
     entry = tools.store.find(smoke_inputs(image).key)
     return tuple(entry.meta.get("checks", ())) if entry else ()
 
 
 def _run(name: str, image: Digest, evaluation: Evaluation, tools: Tools) -> None:
-    """Start the image, check it, and ask every question that is not answered yet."""
+    """Start the image, check it, and ask every question without a cached answer."""
     smoke, promise = Smoke(), evaluation.promise
     health, seconds = promise.health_path, promise.start_seconds
     with start(
@@ -159,14 +159,14 @@ def _run(name: str, image: Digest, evaluation: Evaluation, tools: Tools) -> None
 def _answers(
     evaluation: Evaluation, question: Question, session: ServerSession | None, tools: Tools
 ) -> Answers:
-    """Return the stored answers to a task, else ask the image and store them.
+    """Return the cached answers to a task, or ask the image and cache them.
 
     An earlier image with the same weights and engine gives the same answers.
     """
 
     def ask(_: Path) -> Answers:
         if session is None:
-            raise AssertionError("nobody asked the image")
+            raise AssertionError("the image was not queried")
         answers = ask_server(
             session.adding(question.fields),
             question.model or evaluation.config.served_name,
@@ -181,25 +181,26 @@ def _answers(
 
 
 def _check_ends(answers: Answers, expected: int, session: ServerSession) -> None:
-    """Raise CheckFailed if answers no longer end by themselves, as when the end token is lost.
+    """Raise CheckFailed if answers run on, for example because the end token was lost.
 
-    At least half as many as the reference's must end: other weights may give longer answers.
+    At least half as many answers must end as the reference's do, because other weights may give
+    longer answers.
     """
     ends = sum(answer.get("finish_reason") == "stop" for answer in answers)
     if 2 * ends < expected:
         raise CheckFailed(
-            f"only {ends} of {len(answers)} answers end by themselves, of the reference's"
-            f" {expected}{session.log()}",
+            f"only {ends} of {len(answers)} answers end before the length limit; the reference"
+            f" has {expected}{session.log()}",
             hint="the end token may be lost: compare eos_token_id in generation_config.json and"
             " the chat template with the adapter's",
         )
 
 
 def _scored(result: Result, answers: Answers, tools: Tools) -> Result:
-    """Return a task with the image's score, compared with the adapter's, else with the base's.
+    """Return a task with the image's score, compared with the adapter's, or the base's.
 
-    The comparison with the merged model shows what quantizing and serving changed. It is
-    reported, but it does not refuse an image.
+    The comparison with the merged model shows what quantizing and serving changed. It is only
+    reported.
     """
     task, scores = result.task, dict(result.scores)
     scores["image"] = image = score_task(task.task, answers, tools.command)

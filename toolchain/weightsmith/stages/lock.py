@@ -1,7 +1,7 @@
-"""recipe.lock: what a recipe's sources and bases were when first reached, for later builds.
+"""recipe.lock: pins a recipe's sources and bases, so that later builds use the same ones.
 
-No digest in it is invented: each was seen. It lies beside the recipe, under its name, so that it
-is kept and reviewed with it; a one-off build without a recipe file has none.
+Its digests are those of content that a build has read. The file is next to the recipe and has its
+name, so that both are versioned and reviewed together. A build without a recipe file has no lock.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lock:
-    """What was found: sources and base images as the recipe writes them -> what they were."""
+    """Pins of sources and base images, by their names in the recipe."""
 
     path: Path | None
     sources: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Lock:
     """Image reference -> platform -> digest."""
 
     def with_base(self, reference: str, image: Image) -> Lock:
-        """Return the lock with a base as it was reached."""
+        """Return the lock with a base added."""
         if reference.startswith("engine:") or is_layout(reference) or "@" in reference:
             return self
         row = {**self.bases.get(reference, {}), image.platform: image.digest}
@@ -45,7 +45,7 @@ class Lock:
 
 
 def read_lock(file: RecipeFile) -> Lock:
-    """Return the lock beside a recipe; empty where there is none, UsageError for a damaged one."""
+    """Return a recipe's lock, empty if it has none; raise UsageError for an invalid one."""
     path = file.path.with_suffix(".lock") if file.path else None
     if path is None or not path.is_file():
         return Lock(path=path)
@@ -65,13 +65,13 @@ def _read(path: Path) -> Lock:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
-            f"{path} cannot be read: {error}", hint="restore it, or delete it to pin anew"
+            f"{path} cannot be read: {error}", hint="restore it, or delete it to pin again"
         ) from None
     return Lock(path=path, sources=sources, bases=bases)
 
 
 def pinned(file: RecipeFile, lock: Lock) -> RecipeFile:
-    """Return the recipe with the pins of the lock, where it gives none itself."""
+    """Return the recipe, with the lock's pins for sources that it does not pin itself."""
     recipe = file.recipe
     adapters = tuple(adapter.model_copy(update=_pin(adapter, lock)) for adapter in recipe.adapters)
     base = recipe.base.model_copy(update=_pin(recipe.base, lock))
@@ -87,11 +87,11 @@ def with_sources(
     locked: bool = False,
     update: bool = False,
 ) -> Lock:
-    """Return the lock with the sources as they are.
+    """Return the lock with the current sources.
 
-    A folder that changed and a pin that the recipe changed are reported. InputRefused for other
-    content under the same pin, and for another pin where the recipe gives none, unless `update`
-    takes them on purpose; with `locked`, for all that differs.
+    Reports folders that changed, and pins that the recipe changed. Raises InputRefused for
+    different content under the same pin, and for a different pin if the recipe has none, unless
+    `update` accepts them; with `locked`, for every difference.
     """
     snapshots = [sources.base, *(adapter.snapshot for adapter in sources.adapters)]
     parts: list[Base | Adapter] = [file.recipe.base, *file.recipe.adapters]
@@ -105,30 +105,30 @@ def with_sources(
         names = ", ".join((*changed, *missing))
         command = f"build {recipe}{'--update-lock' if forced else ''}".strip()
         raise InputRefused(
-            f"not as {lock.path or 'recipe.lock'} pins them: {names}",
-            hint=f"`{command}`, without --locked or --from, accepts them; "
-            "commit the lock that it writes",
+            f"sources differ from {lock.path or 'recipe.lock'}: {names}",
+            hint=f"to accept them, run `{command}` without --locked or --from and "
+            "commit the new lock",
         )
     for name in changed:
         was, now = lock.sources[name], found[name]
         if update:
-            progress.warn(f"{name}, by --update-lock: {_shown(was)} before, now {_shown(now)}")
+            progress.warn(f"{name}: {_shown(was)} replaced by --update-lock, now {_shown(now)}")
         elif name in forced:
             raise InputRefused(
-                f"{name} is {_shown(now)}, and {lock.path} has it as {_shown(was)}",
-                hint="ask whoever runs the hub, index or mirror why; "
-                f"`build {recipe}--update-lock` takes it on purpose, as after an update of "
-                "weightsmith that reads other files of a source",
+                f"{name} is {_shown(now)}, but {lock.path} has {_shown(was)}",
+                hint="ask the operator of the hub, index or mirror why it changed; to accept it, "
+                f"run `build {recipe}--update-lock` (also needed after an update of weightsmith "
+                "that reads different files of a source)",
             )
         else:
-            progress.note(f"{name} changed since {lock.path}: now {now['pin']}")
+            progress.note(f"{name} changed since {lock.path} was written: now {now['pin']}")
     return replace(lock, sources=found)
 
 
 def write_lock(before: Lock, after: Lock, progress: Progress) -> None:
-    """Write down what changed; a folder that cannot be written to is a warning.
+    """Write the changes to the lock; if the folder is not writable, only warn.
 
-    What another build of the recipe pinned meanwhile stays.
+    Keeps pins that another build of the recipe added in the meantime.
     """
     path = after.path
     if path is None or before == after:
@@ -141,11 +141,11 @@ def write_lock(before: Lock, after: Lock, progress: Progress) -> None:
             data = {"bases": now.bases, "sources": now.sources}
             write_whole(path, (json.dumps(plain(data), indent=2, sort_keys=True) + "\n").encode())
     except OSError as error:
-        progress.warn(f"{path} was not written: {error.strerror}")
+        progress.warn(f"cannot write {path}: {error.strerror}")
 
 
 def _joined(before: Lock, after: Lock, now: Lock) -> Lock:
-    """Return what the lock is `now` with what changed from before to after."""
+    """Return the lock `now` with the changes from `before` to `after`."""
     bases = {
         name: _changed(before.bases.get(name, {}), row, now.bases.get(name, {}))
         for name, row in after.bases.items()
@@ -158,7 +158,7 @@ def _joined(before: Lock, after: Lock, now: Lock) -> Lock:
 
 
 def _changed(before: Mapping[str, T], after: Mapping[str, T], now: Mapping[str, T]) -> dict[str, T]:
-    """Apply to one mapping what changed from a second to a third."""
+    """Apply the changes between two mappings to a third."""
     kept = {key: row for key, row in now.items() if key in after or key not in before}
     return kept | {key: row for key, row in after.items() if before.get(key) != row}
 
@@ -176,14 +176,14 @@ def _pin(source: Base | Adapter, lock: Lock) -> dict[str, str]:
 
 
 def _has_own_pin(source: Base | Adapter) -> bool:
-    """Say whether the recipe pins a source; a folder is its own pin, and may change."""
+    """Return whether the recipe pins a source; folders are not pinned, and may change."""
     written = "://" not in source.source or "@" in source.source or source.revision
     return bool(written or (isinstance(source, Base) and source.sha256))
 
 
 def _row(snapshot: Snapshot, lock: Lock) -> Mapping[str, str]:
-    """Return a source's row; that of the lock, where it means the same content."""
-    # What was converted here is known by what came: another converter is no other source.
+    """Return a source's entry; the lock's entry, if it means the same content."""
+    # A converted source is identified by its original: a new converter does not change it.
     digests = [str(digest) for digest in (*snapshot.made_from, snapshot.digest)]
     for row in lock.sources.values():
         if row["pin"] == snapshot.pin and row["digest"] in digests:

@@ -1,4 +1,4 @@
-"""Sources -> Checkpoint: adapters merged into the base, in a builder, rounded once."""
+"""Sources -> Checkpoint: merge adapters into the base in a builder, rounding once."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from weightsmith.values import Checkpoint, Json, Sources, StageInputs
 BUILDER = "merge"
 RECIPE_NUMBER = 1
 _MEMORY_BYTES = 2 << 30
-"""Least limit of the merge container; a sum of deltas needs a fraction, whatever the model."""
+"""Smallest memory limit of the merge container; a sum of deltas needs only a fraction of it."""
 
 
 def inputs(sources: Sources, options: Merge) -> StageInputs:
-    """Return all that the merged checkpoint depends on."""
+    """Return everything that the merged checkpoint depends on."""
     return StageInputs(
         stage="merge",
         recipe_number=RECIPE_NUMBER,
@@ -38,17 +38,17 @@ def inputs(sources: Sources, options: Merge) -> StageInputs:
 
 
 def memory_limit(cost: Mapping[str, int]) -> int:
-    """Return the limit of the merge container: twice what the plan needs, for what it cannot see.
+    """Return the merge container's memory limit: twice the planned memory, as a margin.
 
-    Methods that vote or prune hold whole deltas of one tensor, one per adapter.
+    Methods that vote or prune keep a tensor's whole deltas in memory, one per adapter.
     """
     return max(_MEMORY_BYTES, 2 * cost["peak_memory_bytes"])
 
 
 def check(sources: Sources, options: Merge) -> Mapping[str, int]:
-    """Refuse, from headers alone, what the merge would refuse; return what it will cost.
+    """Return the cost of a merge; refuse what the merge would refuse, reading only headers.
 
-    Bytes: `read_bytes`, `write_bytes`, `peak_memory_bytes`. Raises InputRefused.
+    The keys are `read_bytes`, `write_bytes` and `peak_memory_bytes`. Raises InputRefused.
     """
     adapters = [(a.snapshot.tree.root, a.weight) for a in sources.adapters]
     plan = make_plan(
@@ -62,9 +62,9 @@ def check(sources: Sources, options: Merge) -> Mapping[str, int]:
 
 
 def merge(sources: Sources, options: Merge, to: Destination, tools: Tools) -> Outcome[Checkpoint]:
-    """Return the merged checkpoint; without adapters, the base as it is.
+    """Return the merged checkpoint; without adapters, the unchanged base.
 
-    Raises InputRefused if an adapter does not fit the base in every key.
+    Raises InputRefused if any key of an adapter does not fit the base.
     """
     timer = Timer("merge", f"{len(sources.adapters)} adapter(s), {options.method}", tools)
     if not sources.adapters:
@@ -83,10 +83,10 @@ def merge(sources: Sources, options: Merge, to: Destination, tools: Tools) -> Ou
 def combine(
     sources: Sources, options: Merge, to: Destination, tools: Tools
 ) -> Outcome[Mapping[str, Json]]:
-    """Write the adapters' combination as one adapter; return what the job says of it.
+    """Write the combined adapters as one adapter; return the job's result.
 
-    Raises UsageError for methods whose result is no adapter, InputRefused for inputs with more
-    than plain factors.
+    Raises UsageError for methods whose result is not an adapter, InputRefused for inputs with more
+    than plain low-rank factors.
     """
     timer = Timer("merge", f"{len(sources.adapters)} adapter(s) into one", tools)
     files = to.files(

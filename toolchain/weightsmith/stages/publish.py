@@ -1,4 +1,4 @@
-"""Images -> Published: first a candidate that can be started, then the image under its name."""
+"""Images -> Published: first a candidate that can be started, then the named image."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from weightsmith.values import Json, Published, key_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outputs:
-    """Where images go; several at once are fine."""
+    """Where to publish an image; several outputs can be combined."""
 
     load: bool = False
     layout: Path | None = None
@@ -41,15 +41,15 @@ class Outputs:
     push: bool = False
     force: bool = False
     tag_digest: bool = False
-    """Push a second tag that ends with the digest's first twelve digits, and never moves."""
+    """Also push an immutable tag that ends with the digest's first twelve digits."""
 
 
 @contextmanager
 def candidate(image: Image, layout: Path | None, tools: Tools) -> Iterator[str]:
-    """Make the image startable without giving it its name; yield what a launcher starts.
+    """Make the image startable without giving it its final name; yield a launcher's reference.
 
-    It is loaded into the container engine if `layout` is None, else written to a layout beside
-    that one. It stays until `deliver` or `discard_candidate`, so its layers are copied once.
+    The candidate is loaded into the container engine if `layout` is None, else written to a layout
+    next to `layout`. It is kept until `deliver` or `discard_candidate`, so layers are copied once.
     """
     if layout is None:
         name = _candidate_name(image, tools)
@@ -57,7 +57,7 @@ def candidate(image: Image, layout: Path | None, tools: Tools) -> Iterator[str]:
             _load(image, Reference.parse(name), tools)
             yield name
         except BaseException:
-            with suppress(WeightsmithError):  # the engine may be what went away
+            with suppress(WeightsmithError):  # the engine itself may have failed
                 tools.engine.untag(name)
             raise
         return
@@ -75,9 +75,9 @@ def publish(
 ) -> Outcome[Published]:
     """Publish the image of each platform with its evidence, and delete the candidate.
 
-    Does nothing if every output has exactly this image. It always asks a registry, and writes a
-    layout again if there is a key to sign it with. `started_in` is the layout beside which the
-    candidate was written, None for the engine. Raises as `deliver` does.
+    Does nothing if every output already has exactly this image. It always contacts the registry,
+    and always rewrites a layout that it signs. `started_in` is the layout next to which the
+    candidate was written, None for the engine. Raises what `deliver` raises.
     """
     timer = Timer("publish", name, tools)
     whole = whole_image(made)
@@ -85,7 +85,7 @@ def publish(
     if held and not outputs.push and not (outputs.layout and tools.signer):
         discard_candidate(own_of(whole), started_in, tools)
         return timer.done(describe(whole, name, outputs), cached=True)
-    if started_in is not None and outputs.layout is None:  # a layout that nobody asked for
+    if started_in is not None and outputs.layout is None:  # a layout that is not an output
         discard_candidate(own_of(whole), started_in, tools)
     attachments = [
         evidence(one, base_documents(one.base, one.inputs.base_name, tools.registry))
@@ -102,12 +102,12 @@ def deliver(
     attachments: Sequence[Evidence],
     tools: Tools,
 ) -> Published:
-    """Load, write and push an image, as `outputs` says; push last, when all else has worked.
+    """Load, write and push an image, as `outputs` says; push only after the rest succeeded.
 
     `attachments` is the evidence of each platform's image. Layouts and registries get it, signed
-    if there is a key. An engine has no place for it, and gets only the image for this machine.
+    if there is a key. An engine cannot store it, and gets only the image for this machine.
 
-    Raises EnvironmentFailure if an engine or a registry fails, UsageError for a tag that already
+    Raises EnvironmentFailure if an engine or a registry fails, UsageError if the tag already
     names another image.
     """
     began = tools.clock()
@@ -151,7 +151,7 @@ def _attach(
 
 
 def describe(whole: Whole, reference: str, outputs: Outputs) -> Published:
-    """Return where the image will be when it is published; contacts nothing."""
+    """Return where the image will be published, without contacting anything."""
     local = outputs.layout is not None and not outputs.load and not outputs.push
     return Published(
         reference=f"oci:{outputs.layout}" if local else reference,
@@ -161,7 +161,7 @@ def describe(whole: Whole, reference: str, outputs: Outputs) -> Published:
 
 
 def is_held(whole: Whole, reference: str, outputs: Outputs, tools: Tools) -> bool:
-    """Return whether every local output already has exactly this image; asks no registry."""
+    """Return whether every local output already has this image, without contacting a registry."""
     own = own_of(whole)
     if outputs.load and not _is_loaded(own, reference, tools):
         return False
@@ -183,7 +183,7 @@ def _load(image: Image, reference: Reference, tools: Tools) -> None:
         else (image,)
     )
     if held or len(turns) > 1:
-        # It may be gone by then, and an image store may keep such layers in another form.
+        # The image may be deleted by then, and image stores may keep such layers in another form.
         with suppress(EnvironmentFailure):
             _load_in_turn(turns, held, name, tools)
             return
@@ -191,7 +191,7 @@ def _load(image: Image, reference: Reference, tools: Tools) -> None:
 
 
 def _load_in_turn(turns: Sequence[Image], held: Sequence[str], name: str, tools: Tools) -> None:
-    """Load images that are each based on the one before; only the last one keeps its name."""
+    """Load images that are each based on the previous one; only the last keeps its name."""
     passing = [_candidate_name(image, tools) for image in turns[:-1]]
     names = [*map(Reference.parse, passing), Reference.parse(name)]
     below = [held, *([layer.diff_id for layer in image.layers] for image in turns)]
@@ -209,19 +209,19 @@ def _load_in_turn(turns: Sequence[Image], held: Sequence[str], name: str, tools:
     try:
         tools.engine.load(map(seen, archives), name)
     except BaseException:
-        # An engine may name an image that it could not unpack; that image is not loaded.
+        # An engine may list an image that it could not unpack; such an image is not loaded.
         with suppress(WeightsmithError):
             if _is_loaded(turns[-1], name, tools):
                 tools.engine.untag(name)
         raise
     finally:
-        with suppress(WeightsmithError):  # the engine may be what went away
+        with suppress(WeightsmithError):  # the engine itself may have failed
             for each in passing:
                 tools.engine.untag(each)
 
 
 def _is_loaded(image: Image, name: str, tools: Tools) -> bool:
-    """Return whether the engine has this image under that name.
+    """Return whether the engine has this image under this name.
 
     Docker's own store names images by their configuration, containerd's by their manifest.
     """
@@ -229,7 +229,7 @@ def _is_loaded(image: Image, name: str, tools: Tools) -> bool:
 
 
 def _like(image: Image, reference: Reference, tools: Tools) -> tuple[str, ...]:
-    """Return the layers at the bottom that this image shares with an image of the engine."""
+    """Return the bottom layers that this image shares with an image in the engine."""
     ids = [layer.diff_id for layer in image.layers]
     best: tuple[str, ...] = ()
     for held in tools.engine.chains_of(reference.name, CANDIDATES):
@@ -241,7 +241,7 @@ def _like(image: Image, reference: Reference, tools: Tools) -> tuple[str, ...]:
 
 
 def discard_candidate(image: Image, layout: Path | None, tools: Tools) -> None:
-    """Delete the candidate from the engine, or from beside a layout, if there is one."""
+    """Delete the candidate, if there is one, from the engine or from next to the layout."""
     if layout is not None:
         discard_candidate_layout(layout, tools)
     elif tools.engine.answers():
@@ -249,6 +249,6 @@ def discard_candidate(image: Image, layout: Path | None, tools: Tools) -> None:
 
 
 def _candidate_name(image: Image, tools: Tools) -> str:
-    """Return a name for this build's candidate; it depends on layers only, not on labels."""
+    """Return a name for this build's candidate; it depends only on layers, not on labels."""
     key = key_of([layer.digest for layer in image.layers]).short
     return f"{CANDIDATES}:{key}-{tools.engine.owner}"

@@ -1,4 +1,4 @@
-"""Checkpoint + Artifact -> how much was lost: held-out text through both, layer by layer."""
+"""Checkpoint and Artifact -> quality loss: run held-out text through both, layer by layer."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from weightsmith.values import Artifact, Checkpoint, Digest, StageInputs
 BUILDER = "merge"
 RECIPE_NUMBER = 2
 _MEMORY_BYTES = 8 << 30
-"""Limit of the container beside the weights."""
+"""Memory limit of the container, without the weights."""
 _TOKEN_BYTES = 4 << 20
-"""For a token's logits, of both sides and while they are compared, in a large vocabulary."""
+"""Bytes for one token's logits of both models and their comparison, for a large vocabulary."""
 _RESULT = "quality.json"
 
 
 def inputs(checkpoint: Digest, artifact: Digest, texts: Texts, tokens: int) -> StageInputs:
-    """Return all that a measured quality depends on; limits are applied to it afterwards."""
+    """Return everything that a measured quality depends on; limits are applied afterwards."""
     return StageInputs(
         stage="quality",
         recipe_number=RECIPE_NUMBER,
@@ -51,11 +51,11 @@ def quality(
     to: Documents,
     tools: Tools,
 ) -> Outcome[Artifact]:
-    """Return the artifact with `quality` among its details: what was lost, limits and verdict.
+    """Return the artifact with `quality` in its details: loss, limits and verdict.
 
-    `weightsmith.quality.measure` says what is measured, once per artifact and text; nothing of the
-    merged checkpoint itself. `skipped` says why an architecture cannot be measured. Raises
-    CheckFailed for weights that are no numbers.
+    `weightsmith.quality.measure` defines the measures; they are cached per artifact and text. The
+    unquantized checkpoint is not measured. `skipped` says why an architecture cannot be measured.
+    Raises CheckFailed for weights that are not finite.
     """
     timer = Timer("quality", f"{artifact.format.name}, {len(texts.held_out)} texts", tools)
     if not artifact.format.packed:
@@ -75,7 +75,7 @@ def quality(
 
 
 def quality_fault(artifact: Artifact, options: Limits) -> CheckFailed | None:
-    """Return the error of an artifact that lost more than its limits; None for any other."""
+    """Return an error if the artifact's loss is over its limits, else None."""
     found: Quality | None = artifact.details.get("quality")
     return refusal(artifact.format, found) if found and found.exceeded and options.gate else None
 
@@ -101,7 +101,7 @@ def _run(
         texts=texts.held_out,
         tokens=tokens,
         output=folder,
-        # The gate holds a layer in float32; a text or a template of the model's may ask for more.
+        # The gate keeps one layer in float32; long texts or chat templates may need more.
         memory_bytes=_MEMORY_BYTES + 2 * size + tokens * _TOKEN_BYTES,
         seconds=job_seconds(size, tokens=tokens),
     )

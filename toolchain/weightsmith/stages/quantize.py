@@ -1,4 +1,4 @@
-"""Checkpoint -> Artifact: the merged weights in the format that a target loads."""
+"""Checkpoint -> Artifact: quantize the merged weights to the target's format."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from weightsmith.values import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeOptions:
-    """One artifact as the user wants it; `options` are those that its format takes."""
+    """The user's options for one artifact; `options` are those that its format takes."""
 
     name: str
-    """The model's name; in the file's metadata."""
+    """The model's name in the file's metadata."""
     format: Format
     options: Mapping[str, Json] = field(default_factory=dict)
     texts: Texts | None = None
-    """Calibration text; None where the format measures nothing."""
+    """Calibration text; None if the format needs none."""
     statistics: Input | None = None
-    """What was measured elsewhere, such as the user's importance matrix."""
+    """An existing measurement, such as the user's importance matrix."""
 
 
 def inputs(checkpoint: Digest, options: QuantizeOptions) -> StageInputs:
-    """Return all that the quantized artifact depends on."""
+    """Return everything that the quantized artifact depends on."""
     quantizer = of_format(options.format.name)
     return StageInputs(
         stage="quantize",
@@ -60,7 +60,7 @@ def inputs(checkpoint: Digest, options: QuantizeOptions) -> StageInputs:
 
 
 def statistics_inputs(checkpoint: Digest, texts: Texts, quantizer: Quantizer) -> StageInputs:
-    """Return what calibration's measurement depends on: the same for all formats of one family."""
+    """Return what the calibration depends on; the same for all formats of a family."""
     return StageInputs(
         stage="statistics",
         recipe_number=quantizer.recipe_number,
@@ -76,10 +76,10 @@ def statistics_inputs(checkpoint: Digest, texts: Texts, quantizer: Quantizer) ->
 def quantize(
     checkpoint: Checkpoint, options: QuantizeOptions, to: Destination, tools: Tools
 ) -> Outcome[Artifact]:
-    """Return the checkpoint in a format, quantized in its builder and read back.
+    """Return the checkpoint quantized to a format in its builder, and read back.
 
-    Raises InputRefused for a model that the quantizer cannot read, CheckFailed for an output
-    that is not what was asked.
+    Raises InputRefused if the quantizer cannot read the model, CheckFailed if the output does not
+    match the request.
     """
     format_ = options.format
     timer = Timer("quantize", format_.name, tools)
@@ -100,7 +100,7 @@ def quantize(
 
 
 def kept_bytes(checkpoint_bytes: int, format_: Format, model: ModelFacts | None) -> int:
-    """Return the bytes that stay in 16 bits in a packed checkpoint: embeddings, and the head."""
+    """Return the bytes of embeddings and head, which stay in 16 bits in a packed checkpoint."""
     if model is None or format_.suffix == ".gguf":
         return 0
     tables = 1 if model.tied_embeddings else 2

@@ -1,4 +1,4 @@
-"""Everything -> build.json: each digest, parameter, time and score of one target."""
+"""Writes build.json: each digest, parameter, time and score of one target."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from weightsmith.values import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskFacts:
-    """One task as it was answered and judged."""
+    """One task with its answers and scores."""
 
     name: str
     metric: str
@@ -72,21 +72,21 @@ class Facts:
     published: Published | None
     tasks: tuple[TaskFacts, ...]
     checks: Sequence[Mapping[str, Json]]
-    """What the started image was checked for, and what was seen."""
+    """The checks of the started image, and their results."""
     stages: Mapping[str, Mapping[str, Json]]
     refused: str
-    """Why it was not published; empty where it was."""
+    """Why the image was not published; "" if it was."""
     warnings: tuple[str, ...]
     inputs: Mapping[str, Json]
-    """Stage -> what its result depends on: the next plan says what changed since."""
+    """Stage -> inputs of its result, so that the next plan can say what changed."""
     network_in_jobs: bool = False
-    """A job that made any of it had the machine's network, because the user allowed it."""
+    """Whether any job had network access, because the user allowed it."""
 
 
 def write_record(facts: Facts, folder: Path) -> BuildRecord:
     """Write build.json and the rendered files into a folder; return what build.json says.
 
-    Each file is replaced in one rename. Raises EnvironmentFailure where that fails.
+    Each file is replaced atomically. Raises EnvironmentFailure if that fails.
     """
     record = build_record(facts)
     files = facts.config.files if facts.config else {}
@@ -95,7 +95,7 @@ def write_record(facts: Facts, folder: Path) -> BuildRecord:
 
 
 def is_written(files: Mapping[str, str], folder: Path) -> bool:
-    """Say whether a folder has these texts already, as an earlier build wrote them."""
+    """Return whether a folder already has these texts from an earlier build."""
     try:
         return all((folder / name).read_text("utf-8") == text for name, text in files.items())
     except (OSError, ValueError):
@@ -103,7 +103,7 @@ def is_written(files: Mapping[str, str], folder: Path) -> bool:
 
 
 def layers_in(folder: Path) -> tuple[str, ...]:
-    """Return the layers of the image that a folder records, bottom first; () without one."""
+    """Return the layers of the image recorded in a folder, bottom first; () if there is none."""
     try:
         image = read_build(folder).image
     except (OSError, ValueError):
@@ -112,7 +112,7 @@ def layers_in(folder: Path) -> tuple[str, ...]:
 
 
 def write_files(files: Mapping[str, str], folder: Path) -> None:
-    """Write texts into a folder, each replaced in one rename; EnvironmentFailure where it fails."""
+    """Write texts to a folder, each atomically; raises EnvironmentFailure."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
@@ -120,12 +120,12 @@ def write_files(files: Mapping[str, str], folder: Path) -> None:
     except OSError as error:
         raise EnvironmentFailure(
             f"cannot write results to {folder}: {error.strerror}",
-            hint="run it where you may write, or make room on the disk",
+            hint="check the folder's permissions and the free space on its disk",
         ) from None
 
 
 def build_record(facts: Facts) -> BuildRecord:
-    """Return what build.json says of a target."""
+    """Return the content of a target's build.json."""
     recipe, first = facts.recipe, facts.tasks[0] if facts.tasks else None
     return BuildRecord(
         name=recipe.name,
@@ -239,7 +239,7 @@ def _interval(score: Score) -> tuple[float, float]:
 
 
 def _reproduce(facts: Facts) -> list[str]:
-    """Return the command that gives the same digest, and what it must find."""
+    """Return the command that reproduces the digest, with the pins of its sources."""
     sources = [("base", facts.sources.base)]
     sources += [("adapter", adapter.snapshot) for adapter in facts.sources.adapters]
     target = f" --target {facts.target}" if facts.target else ""

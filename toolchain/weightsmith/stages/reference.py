@@ -1,4 +1,4 @@
-"""Checkpoint, with or without adapters -> its answers: what the image is held against."""
+"""Checkpoint, with or without adapters -> reference answers for comparison with the image."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _ANSWERS = "answers.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """Who is asked: a checkpoint with adapters on it, unmerged, each times its weight."""
+    """A model to query: a checkpoint with unmerged adapters, each with its weight."""
 
     model: Tree
     adapters: tuple[AdapterSnapshot, ...] = ()
     weights: tuple[float, ...] | None = None
-    """Other weights than the adapters' own."""
+    """Weights that replace the adapters' own."""
 
     @property
     def factors(self) -> tuple[float, ...]:
@@ -39,10 +39,10 @@ class Subject:
 
 
 def subjects(sources: Sources, adapter: int | None) -> Mapping[str, Subject]:
-    """Return who answers a task before anything is merged: `base`, and `adapter` if there is one.
+    """Return the models that answer a task before merging: `base`, and `adapter` if there is one.
 
-    `adapter` is the number of the one whose own task it is, then at its full weight; None stands
-    for all of them side by side.
+    `adapter` is the number of the adapter that the task belongs to, used at full weight; None means
+    all adapters together.
     """
     base = Subject(model=sources.base.tree)
     if not sources.adapters:
@@ -54,7 +54,7 @@ def subjects(sources: Sources, adapter: int | None) -> Mapping[str, Subject]:
 
 
 def inputs(subject: Subject, task: Task) -> StageInputs:
-    """Return all that the reference answers depend on."""
+    """Return everything that the reference answers depend on."""
     return StageInputs(
         stage="reference",
         recipe_number=RECIPE_NUMBER,
@@ -72,9 +72,9 @@ def inputs(subject: Subject, task: Task) -> StageInputs:
 def answers(
     asked: Mapping[str, Subject], task: Task, to: Documents, tools: Tools
 ) -> Mapping[str, Answers]:
-    """Return each subject's greedy answers in float32, or its likeliest choices.
+    """Return each subject's greedy answers in float32, or its most likely choices.
 
-    What is not known yet is asked in one job: it reads each weight once for all subjects.
+    One job computes all answers that are not cached; it reads each weight once for all subjects.
     """
     made: dict[str, Json] = {}
 
@@ -131,7 +131,7 @@ def _run(
 def _draft(
     name: str, asked: Mapping[str, Subject], known: Mapping[str, Sequence[Json]], task: Task
 ) -> Mapping[str, Any]:
-    """Say whose answers the merged model will give if the merge is right: the adapter's."""
+    """Return the subject whose answers a correct merge gives: the adapter."""
     if name != "merged" or task.metric == "choice":
         return {}
     if "adapter" in known:
@@ -146,10 +146,10 @@ def reference(
     to: InStore,
     tools: Tools,
 ) -> Outcome[tuple[Result, ...]]:
-    """Return each task with the scores of base, adapter and merged model, and the merge judged.
+    """Return each task with the scores of base, adapter and merged model; check the merge.
 
-    A several-adapter merge that wins one task at another's cost fails here, before anything is
-    quantized: each adapter's own task is compared with that adapter alone.
+    Compares each adapter's own task with that adapter alone. So a merge of several adapters that
+    improves one task at another's cost fails here, before quantization.
     """
     questions = sum(len(task.task.items) for task in tasks)
     detail = f"{questions} questions to base, adapter and merged model"

@@ -1,4 +1,4 @@
-"""Artifact facts -> ServingConfig: the memory plan and the files rendered from it."""
+"""Artifact facts -> ServingConfig: plan the memory and render the serving files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from weightsmith.serving.targets import Target
 from weightsmith.values import Digest, Json
 
 USER_ID = 65532
-"""The unprivileged user that images run as, as in distroless images."""
+"""The unprivileged user of images, the same as in distroless images."""
 
 _SLOWEST_DISK = 50_000_000
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -48,12 +48,12 @@ def render(
     made_from: tuple[Digest, ...],
     notes: tuple[str, ...] = (),
 ) -> ServingConfig:
-    """Plan the memory and render every file of a target; nothing is written.
+    """Plan the memory and render every file of a target, without writing them.
 
-    `image` is a reference, or "" where it is not known yet: manifests then say `name:version`.
-    `notes` of the caller stand before the plan's own.
-    Raises UsageError for options that do not fit and a template that does not render, and
-    InputRefused for numbers in config.json that are wrong.
+    `image` is a reference, or "" if it is not known yet; manifests then use `name:version`. The
+    caller's `notes` precede the plan's own.
+    Raises UsageError if the options do not fit or a template does not render, InputRefused for
+    wrong numbers in config.json.
     """
     engine = target.engine
     options = replace(options, format=target.format)
@@ -66,7 +66,7 @@ def render(
     paths = {a.name or served.name: f"{engine.model_dir}/{a.folder}" for a in options.adapters}
     served = replace(served, adapters=paths)
     env = dict(engine.env(plan, served))
-    # Upstream's GPU images bring a check of their own.
+    # Upstream's GPU images have their own check.
     healthcheck = engine.healthcheck if plan.device == "cpu" else ()
     image = image or f"{repository_name(name)}:{version}"
     facts = {
@@ -105,9 +105,9 @@ def render(
 def render_unplanned(
     target: Target, name: str, model_file: str, weight_bytes: int
 ) -> ServingConfig:
-    """Return the process of a target whose memory cannot be planned: the engine's own defaults.
+    """Return a configuration with the engine's defaults, for a target without a memory plan.
 
-    The image gets only those files that the process is told to read.
+    The image gets only the files that the process reads.
     """
     engine = target.engine
     plan = ServingPlan.from_json({"device": "cpu" if engine.base.cpu else "gpu"})
@@ -137,7 +137,7 @@ def render_unplanned(
 
 
 def _served(engine: Engine, name: str, model_file: str, weight_bytes: int) -> ServedModel:
-    """Return the model as its image serves it; `model_file` is "" for a folder."""
+    """Return the model as the image serves it; `model_file` is "" for a folder."""
     path = f"{engine.model_dir}/{model_file}".rstrip("/")
     return ServedModel(path=path, name=name, startup_seconds=startup_seconds(weight_bytes))
 
@@ -161,7 +161,7 @@ def _engine_facts(engine: Engine, plan: ServingPlan, served: ServedModel) -> Map
 
 
 def _as_arguments(settings: Mapping[str, Json]) -> list[str]:
-    """Return settings as words of a command line, for manifests that take arguments only."""
+    """Return settings as command-line arguments, for manifests that take only arguments."""
     words: list[str] = []
     for key, value in settings.items():
         if isinstance(value, bool):
@@ -173,9 +173,9 @@ def _as_arguments(settings: Mapping[str, Json]) -> list[str]:
 
 
 def _parts(image: str) -> Mapping[str, Json]:
-    """Return a reference as repository and tag, the digest with the tag: `a/b`, `1@sha256:…`.
+    """Return a reference as repository and tag; the tag includes the digest: `a/b`, `1@sha256:…`.
 
-    Charts write them as `repository:tag`; a digest alone gets a tag that it overrides.
+    Charts join them as `repository:tag`; a digest without a tag gets one, which has no effect.
     """
     name, at, digest = image.partition("@")
     repository, colon, tag = name.rpartition(":")
@@ -185,12 +185,12 @@ def _parts(image: str) -> Mapping[str, Json]:
 
 
 def startup_seconds(weight_bytes: int) -> int:
-    """Return how long a start may take: ten minutes, or longer for weights from a slow disk."""
+    """Return the start's time limit in seconds: ten minutes, or more for large weights."""
     return max(600, 60 + weight_bytes // _SLOWEST_DISK // 10 * 10)
 
 
 def render_files(folders: tuple[Path, ...], facts: Mapping[str, Json]) -> dict[str, str]:
-    """Render every template of these folders; an earlier folder's file hides a later one's."""
+    """Render every template of these folders; files in earlier folders take precedence."""
     environment = _environment(folders)
     names = sorted(environment.list_templates(extensions=["j2"]))
     known = {**facts, "files": [name.removesuffix(".j2") for name in names]}
@@ -199,7 +199,7 @@ def render_files(folders: tuple[Path, ...], facts: Mapping[str, Json]) -> dict[s
 
 @cache
 def _environment(folders: tuple[Path, ...]) -> Environment:
-    """Return what renders these folders' templates, each compiled once for all targets."""
+    """Return the environment for these folders' templates, each compiled once for all targets."""
     environment = Environment(
         loader=FileSystemLoader(folders),
         undefined=StrictUndefined,
@@ -227,22 +227,22 @@ def _one(environment: Environment, template: str, facts: Mapping[str, Json]) -> 
     except UndefinedError as error:
         raise UsageError(
             f"template {template}: {error.message}",
-            hint=f"templates may use: {', '.join(sorted(facts))}",
+            hint=f"available variables: {', '.join(sorted(facts))}",
         ) from None
     except TemplateNotFound as error:
         raise UsageError(
-            f"template {template} includes {error.name}, which is not there",
-            hint="put it into the engine's template folder",
+            f"template {template} includes {error.name}, which does not exist",
+            hint="add it to the engine's template folder",
         ) from None
     except TemplateError as error:
         where = f", line {error.lineno}" if hasattr(error, "lineno") else ""
         raise UsageError(
-            f"template {template}{where}: {error.message}", hint="correct the template"
+            f"template {template}{where}: {error.message}", hint="fix the template"
         ) from None
 
 
 def _yaml(value: Json) -> str:
-    """Return a value in YAML's flow style; strings double-quoted, with nothing left to read."""
+    """Return a value in YAML's flow style, with double-quoted and escaped strings."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_yaml(str(k))}: {_yaml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
@@ -265,7 +265,7 @@ def _escaped(character: str) -> str:
 
 
 def _env_value(value: str, key: str) -> str:
-    """Return a value of an env file, which has no quoting: one line is all it can hold."""
+    """Return a value for an env file, which has no quoting and cannot hold line breaks."""
     if _CONTROL.search(value):
         raise UsageError(
             f"{key} has a line break or another control character, which an env file cannot hold",
@@ -275,21 +275,21 @@ def _env_value(value: str, key: str) -> str:
 
 
 def _comment(value: str) -> str:
-    """Return text that stays on its line."""
+    """Return the text on one line."""
     return _CONTROL.sub(" ", value)
 
 
 def _dns_label(value: str) -> str:
-    """Return the nearest name that Kubernetes takes for a Service (RFC 1035, 63 characters)."""
+    """Return the nearest valid name of a Kubernetes Service (RFC 1035, 63 characters)."""
     label = re.sub(r"[^a-z0-9]+", "-", value.lower()).strip("-")[:60].rstrip("-")
     return label if label[:1].isalpha() else f"m-{label}".rstrip("-")
 
 
 def _label_value(value: str) -> str:
-    """Return the nearest value that Kubernetes takes for a label."""
+    """Return the nearest valid value of a Kubernetes label."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", value)[:63].strip("-_.")
 
 
 def repository_name(name: str) -> str:
-    """Return a name that an image may have, for a model whose folder is called otherwise."""
+    """Return the nearest valid image name for a model's name."""
     return re.sub(r"[^a-z0-9._-]+|[._-]{2,}", "-", name.lower()).strip("._-") or "model"

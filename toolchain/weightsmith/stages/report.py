@@ -1,4 +1,4 @@
-"""build.json -> report.html, report.md and junit.xml: what was built, from what, how well."""
+"""build.json -> report.html, report.md and junit.xml: outputs, inputs and quality."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from weightsmith.visible import escaped, upright
 
 _BUILD, _BENCH = "build.json", "bench.json"
 _MARKDOWN = re.compile(r"[\\`*_\[\]<>|&~]|:(?=//)|(?<=\bwww)\.|^#|^[-+=](?=\s|$|[-=])")
-"""What is markup, or is at the beginning of a line."""
+"""Characters that are Markdown markup, anywhere or at the start of a line."""
 _NUMBERED = re.compile(r"^(\d{1,9})([.)])(?=\s|$)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """Where a report is; `junit` is None for a comparison."""
+    """Paths of a report; `junit` is None for a comparison."""
 
     html: Path
     markdown: Path
@@ -53,29 +53,30 @@ class Written:
 
 @contextmanager
 def read_as_facts(path: Path) -> Iterator[None]:
-    """Refuse a file that is JSON, and holds other things than a build: InputRefused names it.
+    """Raise InputRefused for a file that is valid JSON but not a valid build.json.
 
-    Not for facts of this process: there the same errors are a bug, and say where it is.
+    Not for facts from this process: there, the same errors are bugs and keep their traceback.
     """
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputRefused(
             f"{path} is damaged: {type(error).__name__}: {error}"[:300],
-            hint="build it again; cached stages cost nothing",
+            hint="build it again; cached stages are not repeated",
         ) from error
     except TemplateError as error:
         raise InputRefused(
-            f"{path} is damaged: {error.message}", hint="build it again; cached stages cost nothing"
+            f"{path} is damaged: {error.message}",
+            hint="build it again; cached stages are not repeated",
         ) from error
 
 
 def write_report(build: BuildRecord, folder: Path) -> Written:
     """Write report.html, report.md and junit.xml of a build.
 
-    The page stands alone: no script, font or image comes from elsewhere. Beside it, other
-    targets of the version and a bench.json are looked for. Raises UsageError for facts that are
-    missing and EnvironmentFailure for a folder that cannot be written.
+    The page is self-contained: it loads no script, font or image. It includes other targets of the
+    version, and a bench.json if the folder has one. Raises UsageError for missing facts and
+    EnvironmentFailure if the folder cannot be written.
     """
     bench = read_json(folder / _BENCH) if (folder / _BENCH).is_file() else None
     view = build_view(build, _siblings(folder, build), bench)
@@ -99,13 +100,13 @@ def write_comparison(first: Path, second: Path, folder: Path) -> Written:
 
 
 def build_view(build: BuildRecord, targets: Sequence[BuildRecord], bench: Json) -> dict[str, Any]:
-    """Return all that the templates show of a build, `targets` being the version's, with this."""
+    """Return what the templates show of a build; `targets` are all targets of the version."""
     facts = build.to_json()
     try:
         return {
             **facts,
             "verdict": views.verdict(facts),
-            # The verdict says that already.
+            # The verdict already shows these.
             "warnings": [w for w in facts["warnings"] if not w.startswith("not published: ")],
             "tasks": [_task_view(task) for task in views.tasks(facts)],
             "flow": views.flow(facts),
@@ -119,7 +120,7 @@ def build_view(build: BuildRecord, targets: Sequence[BuildRecord], bench: Json) 
         }
     except KeyError as error:
         raise UsageError(
-            f"the build's facts lack {error}", hint="build.json lacks what the report shows"
+            f"the build's facts have no {error}", hint="build.json has no such key: build it again"
         ) from None
 
 
@@ -152,7 +153,7 @@ def _compared(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return {
             "state": "untested",
             "headline": "Not compared by answers",
-            "reasons": ["the two images were not asked the same questions"],
+            "reasons": ["the two images were evaluated on different questions"],
         }
     before, now = (_score(items, who) for who in ("adapter", "image"))
     found = judge_drop("this", now, "other", before, DropLimit(max_drop=1.0)).comparison
@@ -191,17 +192,17 @@ def _shown(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def read_json(path: Path) -> Any:
-    """Return a result file's content; UsageError where it is not there, InputRefused damaged."""
+    """Return a result file's content; raises UsageError if missing, InputRefused if damaged."""
     try:
         found = parse_file(path, largest=RECORD)
     except OSError as error:
         raise UsageError(
             f"cannot read {path}: {error.strerror}",
-            hint="name a folder that `build` wrote, such as dist/NAME/VERSION/TARGET",
+            hint="give a folder that `build` wrote, such as dist/NAME/VERSION/TARGET",
         ) from None
     except ValueError as error:
         raise InputRefused(
-            f"{path} is damaged: {error}", hint="build it again; cached stages cost nothing"
+            f"{path} is damaged: {error}", hint="build it again; cached stages are not repeated"
         ) from None
     if not isinstance(found, dict):
         raise InputRefused(f"{path} is damaged: not a JSON object", hint="build it again")
@@ -216,7 +217,7 @@ def _side(place: Path) -> dict[str, Any]:
 
 
 def _siblings(folder: Path, build: BuildRecord) -> list[BuildRecord]:
-    """Return this build and the other targets of its version, from the folders beside it."""
+    """Return this build and the other targets of its version, from their folders."""
     version = folder.parent.parent if folder.name == "refused" else folder.parent
     found = [build]
     for path in sorted([*version.glob(f"*/{_BUILD}"), *version.glob(f"*/refused/{_BUILD}")]):
@@ -233,26 +234,27 @@ def _siblings(folder: Path, build: BuildRecord) -> list[BuildRecord]:
 
 
 def render_view(view: Mapping[str, Any], template: str) -> str:
-    """Return a template's text; UsageError where the facts lack what it shows."""
+    """Return a template's text; raises UsageError if the facts lack a key that it shows."""
     folder = templates() / "report"
     style, script = ((folder / name).read_text("utf-8") for name in ("report.css", "report.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # Both are ours, whole: nothing that a model said is in them.
+    # Both are our own files, without any output of a model.
     ours = {"style": Markup(style), "script": Markup(script), "script_digest": f"sha256-{digest}"}  # noqa: S704
     environment = _environment(folder, template.split(".")[-2])
     try:
         return environment.get_template(template).render({**view, **ours})
     except UndefinedError as error:
         raise UsageError(
-            f"{template}: {error.message}", hint="build.json lacks what the report shows"
+            f"{template}: {error.message}",
+            hint="build.json lacks a value of the report: build again",
         ) from None
 
 
 @cache
 def _environment(folder: Path, page: str) -> Environment:
-    """Return what renders the report's templates, compiled once for all targets.
+    """Return the environment for the report's templates, compiled once for all targets.
 
-    `page` is `html` or `md`: in either, nothing is markup that a template does not say is.
+    `page` is `html` or `md`; both escape everything that a template does not mark as markup.
     """
     environment = Environment(
         loader=FileSystemLoader(folder),
@@ -289,7 +291,7 @@ def _write(texts: Mapping[str, str], folder: Path) -> None:
 
 
 def _cell(value: Json) -> Markup:
-    """Return text for a cell of a Markdown table: one line, nothing of it markup.
+    """Return text for a cell of a Markdown table: one line, with all markup escaped.
 
     https://spec.commonmark.org/0.31.2/#backslash-escapes, and GitHub's own links and lists.
     """
@@ -297,16 +299,16 @@ def _cell(value: Json) -> Markup:
         return value
     flat = " ".join(upright(str(value)).split())
     flat = _NUMBERED.sub(r"\1\\\2", _MARKDOWN.sub(r"\\\g<0>", flat))
-    return Markup(flat)  # noqa: S704 - what it does is to escape
+    return Markup(flat)  # noqa: S704 - it was just escaped
 
 
 def _code(value: Json) -> Markup:
-    """Return a line of an indented block of Markdown, where nothing is markup but its end."""
-    return Markup(escaped(str(value)))  # noqa: S704 - an indented block shows it as it is
+    """Return a line of an indented Markdown block, where only the end of the block is markup."""
+    return Markup(escaped(str(value)))  # noqa: S704 - an indented block shows it verbatim
 
 
 def _upright(value: Json) -> Json:
-    """Return what a page shows; autoescaping does the rest."""
+    """Return a value's text for HTML; autoescaping does the rest."""
     return upright(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
@@ -323,7 +325,7 @@ def _spread(value: Mapping[str, float | None]) -> str:
 
 
 def _day(created: str) -> str:
-    """Return an ISO 8601 time for people, to the minute; any other text as it is."""
+    """Return an ISO 8601 time in readable form, to the minute; any other text unchanged."""
     try:
         return datetime.fromisoformat(created).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
     except ValueError:
@@ -331,10 +333,10 @@ def _day(created: str) -> str:
 
 
 def _sentence(finding: Json) -> str:
-    """Return a finding as text: it is one, or has one beside facts for machines."""
+    """Return a finding as text; it is a text, or a mapping that contains one."""
     if isinstance(finding, Mapping):
-        told = [finding.get(key) for key in ("message", "text", "detail") if finding.get(key)]
-        return str(told[0]) if told else json.dumps(finding, sort_keys=True)
+        texts = [finding.get(key) for key in ("message", "text", "detail") if finding.get(key)]
+        return str(texts[0]) if texts else json.dumps(finding, sort_keys=True)
     return str(finding)
 
 

@@ -1,4 +1,4 @@
-"""Recipe -> Sources: every source on disk, by digest, with the pin that names it for ever."""
+"""Recipe -> Sources: every source on disk, with its digest and an immutable pin."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _IMPORT_RECIPE = 1
 
 
 def resolve(file: RecipeFile, tools: Tools) -> Sources:
-    """Bring all sources of a recipe to local disk and check that they are what they say.
+    """Fetch all sources of a recipe to the local disk and verify them.
 
-    Raises InputRefused for unsafe or incomplete inputs, EnvironmentFailure for the network.
+    Raises InputRefused for unsafe or incomplete inputs, EnvironmentFailure for network errors.
     """
     base = _fetch(file.recipe.base, file, tools)
     if _is_gguf(base):
@@ -41,12 +41,12 @@ def resolve(file: RecipeFile, tools: Tools) -> Sources:
 
 
 def known(file: RecipeFile, tools: Tools) -> tuple[Sources | None, str]:
-    """Return what `resolve` would, if that needs no network and no work; else None and why not."""
+    """Return the sources if they are all here and converted, else None and the reason."""
     base = _known(file.recipe.base, file, tools)
     if base and _is_gguf(base):
         tree = InStore(tools.store).find(partial(import_inputs, base))
         if tree is None:
-            return None, f"{base.source} is here, but not converted to a checkpoint yet"
+            return None, f"{base.source} is on this machine, but not yet converted to a checkpoint"
         base = _imported(base, tree)
     adapters = [(_known(a, file, tools), a) for a in file.recipe.adapters]
     missing = [a.source for snapshot, a in adapters if snapshot is None]
@@ -58,7 +58,9 @@ def known(file: RecipeFile, tools: Tools) -> tuple[Sources | None, str]:
 
 def _tell_left(snapshot: Snapshot, tools: Tools) -> None:
     if left := ignored_files(snapshot.tree.root):
-        tools.progress.note(f"{snapshot.source}: left behind, as no part of a checkpoint: {left}")
+        tools.progress.note(
+            f"{snapshot.source}: ignored files that are not part of a checkpoint: {left}"
+        )
 
 
 def import_inputs(source: Snapshot) -> StageInputs:
@@ -75,7 +77,7 @@ def _fetch(source: Base | Adapter, file: RecipeFile, tools: Tools) -> Snapshot:
     sha256 = source.sha256 if isinstance(source, Base) else ""
     snapshot = reader.fetch(name, source.revision, sha256, tools.progress)
     if not snapshot.pinned:
-        tools.progress.warn(f"{source.source} is not pinned; it is now {snapshot.pin}")
+        tools.progress.warn(f"{source.source} is not pinned; using {snapshot.pin}")
     return snapshot
 
 
@@ -92,7 +94,7 @@ def _reader(source: Base | Adapter, file: RecipeFile, tools: Tools) -> tuple[Sou
         return tools.readers[""], str(path if path.is_absolute() else file.folder / path)
     if scheme not in tools.readers:
         schemes = ", ".join(f"{s}://" for s in sorted(tools.readers) if s)
-        raise UsageError(f"{source.source}: unknown kind of source", hint=f"known: {schemes}")
+        raise UsageError(f"{source.source}: unknown kind of source", hint=f"use one of: {schemes}")
     return tools.readers[scheme], source.source
 
 
@@ -108,12 +110,12 @@ def _is_gguf(snapshot: Snapshot) -> bool:
 
 
 def _import_gguf(source: Snapshot, tools: Tools) -> Snapshot:
-    """Turn a source that holds one GGUF file into a checkpoint, once."""
+    """Convert a source with one GGUF file to a checkpoint, cached in the store."""
     names = [f.path for f in source.tree.files if f.path.endswith(".gguf")]
     if len(names) > 1:
         raise InputRefused(
-            f"{source.source}: holds {len(names)} GGUF files, one is expected",
-            hint="name a source with one model in it",
+            f"{source.source} has {len(names)} GGUF files, expected one",
+            hint="give a source with a single model",
         )
     inputs = import_inputs(source)
 

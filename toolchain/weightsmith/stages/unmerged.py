@@ -1,4 +1,4 @@
-"""Sources -> Artifact: the base with its adapters beside it, nothing merged and nothing copied."""
+"""Sources -> Artifact: the base and its adapters, neither merged nor copied."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from weightsmith.values import (
 )
 
 FOLDER = "adapters"
-"""Where adapters lie, below the base."""
+"""Subfolder of the base that contains the adapters."""
 
 _BUILDER = "gguf"
 _RECIPE_NUMBER = 2
@@ -37,7 +37,7 @@ _FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
 
 
 def unmerged(sources: Sources) -> Artifact:
-    """Return base and adapters as one tree: the base's files, and a folder for each adapter."""
+    """Return one tree with the base's files and a folder for each adapter."""
     base, found = sources.base.tree, served_adapters(sources)
     files = [entry for entry in base.files if not entry.path.startswith(f"{FOLDER}/")]
     places: dict[str, Path] = {}
@@ -58,7 +58,7 @@ def unmerged(sources: Sources) -> Artifact:
 def unmerged_gguf(
     sources: Sources, converted: Outcome[Artifact], tools: Tools
 ) -> Outcome[Artifact]:
-    """Return a GGUF base and its adapters, converted in their builder, as one tree."""
+    """Return one tree with a GGUF base and its adapters, converted in their builder."""
     timer = Timer("quantize", f"{len(sources.adapters)} adapter(s) to GGUF", tools)
     base, cached = converted.value, converted.cached
     files, places = list(base.tree.files), {}
@@ -107,23 +107,24 @@ def _converted(sources: Sources, adapter: AdapterSnapshot, tools: Tools) -> File
 def served_adapters(sources: Sources, *, gguf: bool = False) -> tuple[ServedAdapter, ...]:
     """Return each adapter's name, rank, and folder (or file, as `gguf`) in the image.
 
-    A single one has no name of its own: it is served under the model's. Raises UsageError where
-    there is none or one is weighted, InputRefused for what engines do not add at run time.
+    A single adapter has no own name: it is served under the model's name. Raises UsageError if
+    there is none or one has a weight, InputRefused for adapters that engines cannot apply at run
+    time.
     """
     if not sources.adapters:
-        raise UsageError("no adapter to serve beside the base", hint="add one to the recipe")
+        raise UsageError("no adapter to serve with the base", hint="add an adapter to the recipe")
     found: list[ServedAdapter] = []
     for adapter in sources.adapters:
         if adapter.weight != 1.0:
             raise UsageError(
-                f"adapter {adapter.snapshot.source} has weight {adapter.weight}: engines add it"
-                " whole",
+                f"adapter {adapter.snapshot.source} has weight {adapter.weight}, but engines"
+                " apply it at full weight",
                 hint="merge it, or remove the weight",
             )
         name = _name(adapter)
         place = f"{FOLDER}/{name}.gguf" if gguf else f"{FOLDER}/{name}"
         if any(other.folder == place for other in found):
-            raise UsageError(f"two adapters are called {name}", hint="give them different versions")
+            raise UsageError(f"two adapters are named {name}", hint="give them different versions")
         rank = _rank(adapter, gguf=gguf)
         alone = len(sources.adapters) == 1
         found.append(ServedAdapter(name="" if alone else name, folder=place, rank=rank))
@@ -131,7 +132,7 @@ def served_adapters(sources: Sources, *, gguf: bool = False) -> tuple[ServedAdap
 
 
 def _name(adapter: AdapterSnapshot) -> str:
-    """Return the last part of an adapter's source, and its version, as a name for clients."""
+    """Return an adapter's name for clients: the last part of its source, and its version."""
     last = adapter.snapshot.source.rstrip("/").rpartition("/")[2]
     name = f"{last}-{adapter.version}" if adapter.version else last
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "adapter"
@@ -149,23 +150,23 @@ def _rank(adapter: AdapterSnapshot, *, gguf: bool) -> int:
     for key in scaled:
         if config.get(key):
             raise InputRefused(
-                f"{path}: {key} scales layers in a way that this engine does not read",
+                f"{path}: this engine does not support the scaling by {key}",
                 hint="merge it",
             )
     if config.get("bias", "none") != "none" or config.get("modules_to_save"):
         raise InputRefused(
-            f"{path}: it replaces parts of the base, which engines cannot do unmerged",
+            f"{path}: the adapter replaces parts of the base, which engines cannot do unmerged",
             hint="merge it",
         )
     targets = config.get("target_modules")
     if isinstance(targets, list) and {"embed_tokens", "lm_head"} & set(targets):
         raise InputRefused(
-            f"{path}: it changes the embeddings, which engines cannot do unmerged", hint="merge it"
+            f"{path}: it changes embeddings, which engines cannot do unmerged", hint="merge it"
         )
     ranks = [config.get("r"), *dict(config.get("rank_pattern") or {}).values()]
     if not all(isinstance(rank, int) and 0 < rank <= 10_000 for rank in ranks):
         raise InputRefused(
-            f"{path}: r is {config.get('r')!r}, not a rank",
+            f"{path}: r is {config.get('r')!r}, which is not a valid rank",
             hint="export the adapter again with PEFT's save_pretrained",
         )
     return max(int(rank) for rank in ranks)

@@ -1,4 +1,4 @@
-"""Checkpoint -> Checkpoint, proven: the merged weights held against base and adapters."""
+"""Checkpoint -> validated Checkpoint: compare the merged weights with base and adapters."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from weightsmith.values import Checkpoint, Digest, Json, Sources, StageInputs, k
 BUILDER = "merge"
 RECIPE_NUMBER = 2
 MEMORY_BYTES = 4 << 30
-"""Limit of the container beside a checkpoint that has to be loaded whole."""
+"""Container's memory limit, without a checkpoint that must be loaded whole."""
 SUMS = ("sequential", "linear", "cat")
-"""Methods whose result is the weighted sum that adapters side by side compute."""
+"""Methods whose result is the same weighted sum that unmerged adapters compute."""
 PRUNED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
-"""Methods whose result is, at each element, a choice of the adapters' changes."""
+"""Methods that choose among the adapters' changes at each element."""
 _RESULT = "validation.json"
 _SHOWN = 3
 
@@ -34,7 +34,7 @@ Messages = Sequence[Mapping[str, str]]
 def inputs(
     sources: Sources, options: Merge, checkpoint: Digest, items: Sequence[Messages]
 ) -> StageInputs:
-    """Return all that the result of a validation depends on."""
+    """Return everything that the result of a validation depends on."""
     return StageInputs(
         stage="validate",
         recipe_number=RECIPE_NUMBER,
@@ -52,10 +52,10 @@ def inputs(
 
 
 def scope(method: str, space: str, quantized_base: str) -> str:
-    """Return how much of a merge made so base and adapters can judge.
+    """Return how much of a merge with these options can be checked against base and adapters.
 
-    `all` of a weighted sum; `rest`, what no adapter changes, of other methods; `files` where every
-    layer was rounded to four bits first.
+    `all` for a weighted sum; `rest`, the tensors that no adapter changes, for other methods;
+    `files` if every layer was first rounded to four bits.
     """
     if quantized_base.startswith("simulate"):
         return "files"
@@ -65,9 +65,9 @@ def scope(method: str, space: str, quantized_base: str) -> str:
 def mixture(
     method: str, space: str, density: float | None, rank: int | None
 ) -> Mapping[str, Json] | None:
-    """Return what a method makes of the deltas, as the job wants it; None where it is not judged.
+    """Return a method's selection of deltas for the job; None if it cannot be checked.
 
-    DARE divides what it keeps by the density, so without one it cannot be.
+    DARE divides the kept deltas by the density, so it needs one.
     """
     if space == "delta" and method == "svd":
         return {"truncates": True, "rank": rank}
@@ -85,7 +85,7 @@ def validate(
     to: Documents,
     tools: Tools,
 ) -> Outcome[Checkpoint]:
-    """Return the checkpoint with `validation` among its details: what was compared and found.
+    """Return the checkpoint with `validation` in its details: the comparisons and results.
 
     Raises CheckFailed, with the whole result as details, if it differs from base and adapters.
     """
@@ -109,8 +109,8 @@ def _require_passed(result: Validation) -> None:
     lines = "".join(f"\n  {message}" for message in errors[:_SHOWN])
     raise CheckFailed(
         f"the merged checkpoint differs from base and adapters:{lines}{more}",
-        hint="merge again from the same inputs; if it fails again, one of them is not what its "
-        "configuration says, or a disk or memory is faulty",
+        hint="merge the same inputs again; if that fails too, an input does not match its "
+        "configuration, or this machine's disk or memory is faulty",
         details=result.to_json(),
     )
 
@@ -136,7 +136,7 @@ def _run(
         scope=scope(options.method, options.space, options.quantized_base),
         mixture=Mixture(**mixed) if mixed else None,
         output=folder,
-        # Only an architecture that cannot be streamed takes more than a fraction of this.
+        # Only architectures that cannot be streamed need more than a fraction of this.
         memory_bytes=MEMORY_BYTES + 5 * _size(merged),
         seconds=job_seconds(_size(base) + _size(merged)),
     )
