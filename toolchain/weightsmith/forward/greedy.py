@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
 
 Tokens = Sequence[int]
-_BATCH_TOKENS = 2048
+_LENGTH_DEPENDENT = ("longrope", "'dynamic'")
+"""Kinds of positions that are computed from the length of the whole text."""
+_ROUNDS = 2
+"""How often a draft is read: after two faults its text is another, and a pass finds few tokens."""
+_CACHE_BYTES = 512 << 20
+"""For the keys and values of one view's batch."""
+_BATCH_TOKENS = 4096
 """Prompt tokens of one batch: enough to share a weight, few enough to hold."""
 
 
@@ -42,25 +49,52 @@ def greedy(model: Any, asked: Questions, advance: Callable[[int], None]) -> Answ
     `advance` is called with the number of answers that are done.
     """
     found: dict[int, list[int]] = {n: [] for n in range(len(asked.prompts))}
-    rest = {n: list(draft[: asked.most]) for n, draft in asked.drafts.items() if draft}
-    right = 0
-    while rest:
-        for batch in batches({n: [*asked.prompts[n], *found[n], *rest[n]] for n in rest}):
+    rest, right = _usable_drafts(model, asked), 0
+    for _ in range(_ROUNDS):
+        rows = {n: [*asked.prompts[n], *found[n], *rest[n]] for n in rest}
+        for batch in batches(rows, batch_tokens(model)):
             right += _verify(model, asked, batch, found, rest)
         rest = {n: draft for n, draft in rest.items() if draft and not _ended(found[n], asked)}
     left = [n for n in found if not _ended(found[n], asked)]
     advance(len(found) - len(left))
-    for batch in batches({n: [*asked.prompts[n], *found[n]] for n in left}):
+    rows = {n: [*asked.prompts[n], *found[n]] for n in left}
+    for batch in batches(rows, batch_tokens(model), asked.most):
         _generate(model, asked, batch, found)
         advance(len(batch))
     return Answers([found[n] for n in range(len(asked.prompts))], right)
 
 
-def batches(rows: Mapping[int, Tokens]) -> Iterator[list[int]]:
+def _usable_drafts(model: Any, asked: Questions) -> dict[int, list[int]]:
+    """Return the drafts that can be read in one pass, as far as their tokens are the model's.
+
+    Not those of a model whose positions depend on the length of the text that it sees.
+    """
+    config = model.config.get_text_config()
+    if any(kind in str(config.to_dict()) for kind in _LENGTH_DEPENDENT):
+        return {}
+    drafts = {}
+    for number, draft in asked.drafts.items():
+        known = takewhile(lambda token: token < config.vocab_size, draft[: asked.most])
+        if asked.prompts[number] and (tokens := list(known)):
+            drafts[number] = tokens
+    return drafts
+
+
+def batch_tokens(model: Any) -> int:
+    """Return how many tokens of prompts and answers a batch may have, by the cache they need."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", 1)
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    held = getattr(config, "num_key_value_heads", None) or heads
+    layers = getattr(config, "num_hidden_layers", 1)
+    return min(_BATCH_TOKENS, _CACHE_BYTES // max(1, 2 * 4 * layers * held * width))
+
+
+def batches(rows: Mapping[int, Tokens], most: int, more: int = 0) -> Iterator[list[int]]:
     """Yield numbers of rows of like length, so that little is padded."""
     batch: list[int] = []
     for number in sorted(rows, key=lambda n: (len(rows[n]), n)):
-        if batch and (len(batch) + 1) * len(rows[number]) > _BATCH_TOKENS:
+        if batch and (len(batch) + 1) * (len(rows[number]) + more) > most:
             yield batch
             batch = []
         batch.append(number)

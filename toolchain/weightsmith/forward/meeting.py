@@ -36,6 +36,10 @@ class _Request:
         return self.output is not None or self.failed is not None
 
 
+class _StoppedError(Exception):
+    """Another view failed, or the caller was interrupted."""
+
+
 class Meeting:
     """Runs views in threads of their own; when all of them wait, one multiplies for all.
 
@@ -53,10 +57,11 @@ class Meeting:
         self._waiting: dict[Key, list[_Request]] = {}
         self._running = 0
         self._busy = False
+        self._stopped = False
 
     def run(self, views: Mapping[str, Callable[[], T]]) -> dict[str, T]:
         """Return what each view returns; raises the first view's error when all have ended."""
-        self._running = len(views)
+        self._running, self._stopped = len(views), False
         found: dict[str, Any] = {}
         errors: list[BaseException] = []
 
@@ -66,6 +71,7 @@ class Meeting:
                 found[name] = view()
             except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
                 errors.append(error)
+                self._stop()
             finally:
                 with self._changed:
                     self._running -= 1
@@ -77,11 +83,24 @@ class Meeting:
         ]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException:  # an interrupt: no view goes on behind the caller's back
+            self._stop()
+            for thread in threads:
+                thread.join()
+            raise
         if errors:
             raise errors[0]
         return found
+
+    def _stop(self) -> None:
+        """Let every view end at its next product."""
+        with self._changed:
+            self._stopped = True
+            self._waiting.clear()
+            self._changed.notify_all()
 
     def multiply(self, key: Key, inputs: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         """Return inputs [..., columns] times the matrix [rows, columns] transposed, in float32."""
@@ -89,6 +108,8 @@ class Meeting:
         with self._changed:
             self._waiting.setdefault(key, []).append(request)
             while not request.answered:
+                if self._stopped:
+                    raise _StoppedError
                 if self._busy or sum(map(len, self._waiting.values())) < self._running:
                     self._changed.wait()
                 else:
@@ -113,6 +134,8 @@ class Meeting:
 
     def _multiply(self, requests: Sequence[_Request]) -> None:
         matrix, rows = requests[0].matrix, requests[0].inputs
+        if any(request.matrix.shape != matrix.shape for request in requests):
+            raise AssertionError("views asked for different matrices by one key")
         if requests[1:]:
             rows = torch.cat([request.inputs for request in requests])
         output = torch.empty((len(rows), len(matrix)))

@@ -42,10 +42,12 @@ def view(
     weights = Weights(checkpoint, bare)
     load_buffers(bare, weights)
     model = with_adapters(bare, adapters) if adapters else bare
+    # By tensor: a view with replicated layers has other parameters than its base. A tied head's
+    # tensor has the place of the head, the last one.
+    order = {weights.tensor_of(name): place for place, name in enumerate(weights.parameters)}
     if adapters and (layers := replication(model)) is not None:
         weights.replicate(layers)
-    order = {name: place for place, name in enumerate(weights.parameters)}
-    own = [layer for layer in _tuned(model) if not _is_plain(layer)]
+    own = _outermost([layer for layer in _tuned(model) if not _is_plain(layer)])
     for path, layer in ((path, layer) for path, layer in model.named_modules() if layer in own):
         fill_while_running(layer, weights, missing_below(layer, path))
     inside = {id(module) for layer in own for module in layer.modules()}
@@ -60,6 +62,12 @@ def _tuned(model: Any) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _outermost(layers: Sequence[Any]) -> list[Any]:
+    """Leave out layers inside others: a parameter is filled once, before any of them changes it."""
+    inside = {id(m) for layer in layers for m in layer.modules() if m is not layer}
+    return [layer for layer in layers if id(layer) not in inside]
 
 
 def _is_plain(layer: Any) -> bool:
@@ -83,12 +91,15 @@ def _stream(
     places = {name: base_name(f"{path}.{name}") for name in names}
     tensor = weights.tensor_of(places.get("weight", ""))
     if tensor and type(module) is nn.Linear:
-        key = (number, order[places.pop("weight")])
-        matrix = weights.mapped(tensor)
-        setattr(module, "forward", functools.partial(_linear, module, meeting, key, matrix))  # noqa: B010
-    elif tensor and type(module) is nn.Embedding:
         places.pop("weight")
-        setattr(module, "forward", functools.partial(_embedding, weights.mapped(tensor)))  # noqa: B010
+        key = (number, order[tensor])
+        matrix = _mapped(weights, tensor, module)
+        setattr(module, "forward", functools.partial(_linear, module, meeting, key, matrix))  # noqa: B010
+    elif tensor and _looks_up(module):
+        places.pop("weight")
+        table = _mapped(weights, tensor, module)
+        lookup = functools.partial(_embedding, module, type(module).forward, table)
+        setattr(module, "forward", lookup)  # noqa: B010
     for name in [name for name in places if module.get_parameter(name).dim() < 2]:
         module.get_parameter(name).data = weights.whole(places.pop(name))
     if places:
@@ -102,8 +113,31 @@ def _linear(
     return product if module.bias is None else product + module.bias
 
 
-def _embedding(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    return table[ids].float()
+def _looks_up(module: nn.Module) -> bool:
+    """Return whether a module is an embedding, or Gemma's that scales what it looks up."""
+    scaled = isinstance(module, nn.Embedding) and "ScaledWordEmbedding" in type(module).__name__
+    return scaled or type(module) is nn.Embedding
+
+
+def _mapped(weights: Weights, tensor: str, module: Any) -> torch.Tensor:
+    """Return the tensor; RuntimeError if it does not have the shape of the module's weight."""
+    matrix = weights.mapped(tensor)
+    if matrix.shape != module.weight.shape:
+        raise RuntimeError(f"{tensor} has shape {[*matrix.shape]}, not {[*module.weight.shape]}")
+    return matrix
+
+
+def _embedding(module: Any, forward: Any, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Look ids up in the rows that are used, by the module's own forward."""
+    unique, places = torch.unique(ids, return_inverse=True)
+    missing, padding = module.weight, module.padding_idx
+    module.weight = nn.Parameter(table[unique].float(), requires_grad=False)
+    module.padding_idx = None
+    try:
+        found: torch.Tensor = forward(module, places)
+        return found
+    finally:
+        module.weight, module.padding_idx = missing, padding
 
 
 def _require_finite(_: Any, __: Any, logits: torch.Tensor) -> None:

@@ -21,6 +21,7 @@ from weightsmith.errors import InputRefused
 from weightsmith.foreign import read_json
 from weightsmith.forward.greedy import Answers, Questions, greedy
 from weightsmith.forward.meeting import Meeting
+from weightsmith.forward.network import IncompatibleAdapters
 from weightsmith.forward.views import NOT_STREAMABLE, view
 from weightsmith.merging.adapter_config import read_adapter_config
 from weightsmith.time_limits import doing
@@ -112,7 +113,6 @@ def _asked(subject: Subject, items: Sequence[Sequence[Message]], max_tokens: int
         prompts=[prompt_tokens(tokenizer, item, subject.model) for item in items],
         ends=_ends(subject.model, tokenizer),
         most=max_tokens,
-        filler=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
     )
     return _Asked(tokenizer=tokenizer, questions=questions)
 
@@ -158,7 +158,13 @@ def _views(subjects: Mapping[str, Subject], meeting: Meeting) -> dict[str, Any]:
         check_model_folder(subject.model)
         _check_together(subject.adapters)
         number = numbers.setdefault(subject.model, len(numbers))
-        views[name] = view(subject.model, subject.adapters, meeting, number)
+        try:
+            views[name] = view(subject.model, subject.adapters, meeting, number)
+        except IncompatibleAdapters as error:
+            raise InputRefused(
+                f"PEFT cannot load these adapters together: {error}",
+                hint="evaluate each adapter by itself",
+            ) from None
         _weigh(views[name], [weight for _, weight in subject.adapters])
     return views
 
