@@ -129,10 +129,15 @@ class InFolder(Unkept):
     """Puts files into a folder; made by `in_folder`, which gives the folder its name."""
 
     folder: Path
+    resumes: bool
 
     def files(self, _inputs: Inputs, make: Make, *, resume: bool = False) -> Files:
-        """Return the files, made in the folder; what an interrupted run left is used or deleted."""
-        if not resume:
+        """Return the files, made in the folder.
+
+        The folder has no key that says what an interrupted run was making: unless `resumes`, what
+        it left is deleted, whatever the stage could do with it.
+        """
+        if not (resume and self.resumes):
             for path in self.folder.iterdir():
                 discard(path)
         meta = dict(make(self.folder))
@@ -156,21 +161,25 @@ class InFolder(Unkept):
 
 
 @contextmanager
-def in_folder(out: Path, what: str, tools: Tools) -> Iterator[InFolder]:
+def in_folder(out: Path, what: str, tools: Tools, *, resumes: bool = False) -> Iterator[InFolder]:
     """Yield a destination whose files appear at `out`, all at once, when the block ends well.
 
-    A single file gets the name `out` itself if the suffixes agree. The next run resumes an
-    interrupted one; nothing is left of a refused one. Raises UsageError if `out` is in use or
-    another process is writing it.
+    A single file gets the name `out` itself if the suffixes agree. Nothing is left if the block
+    fails; with `resumes`, an interrupted run is left for the next one to resume. Raises UsageError
+    if `out` is in use or another process is writing it.
     """
     out = _unused(out, what)
     partial = out.with_name(f".{out.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UsageError(f"{partial} is not a folder", hint="delete it") from None
     with _locked(partial, out):
         try:
-            yield InFolder(tools, partial)
-        except (CheckFailed, InputRefused):
-            discard(partial)
+            yield InFolder(tools, partial, resumes)
+        except BaseException as error:
+            if not resumes or isinstance(error, CheckFailed | InputRefused | UsageError):
+                discard(partial)
             raise
         _rename(partial, out)
 
@@ -200,11 +209,16 @@ def _locked(partial: Path, out: Path) -> Iterator[None]:
 def _rename(partial: Path, out: Path) -> None:
     """Give the result its name: the one file that `out` names, or the folder."""
     files = [path for path in below(partial) if path.is_file()]
-    if out.exists():
-        out.rmdir()  # it is empty
-    if len(files) == 1 and out.suffix and out.suffix == files[0].suffix:
-        files[0].rename(out)
+    one = len(files) == 1 and bool(out.suffix) and out.suffix == files[0].suffix
+    try:
+        if out.exists():
+            out.rmdir()  # it is empty
+        (files[0] if one else partial).rename(out)
+    except OSError as error:
+        raise UsageError(
+            f"the result cannot be put at {out}: {error.strerror}",
+            hint=f"it is in {partial}: move it to another place",
+        ) from None
+    if one:
         discard(partial)
-    else:
-        partial.rename(out)
     sync_folder(out.parent)

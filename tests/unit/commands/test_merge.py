@@ -1,11 +1,12 @@
 """`invoke merge`: what becomes of its output folder."""
 
 import fcntl
+import hashlib
 import os
 from pathlib import Path
 
 import pytest
-from weightsmith.commands.merge import Folders, merge_folders
+from weightsmith.commands.merge import Folders, keep_folder, merge_folders
 from weightsmith.errors import UsageError
 from weightsmith.recipe import Merge
 
@@ -33,3 +34,26 @@ def test_two_merges_do_not_write_into_one_folder(tmp_path):
 
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert not beside.exists()
+
+
+def test_a_combined_adapter_is_told_by_its_files(tmp_path):
+    (adapter,) = sorted((TINY / "adapters").iterdir())[:1]
+    folders = Folders(base=TINY / "base", adapters=(adapter,), weights=(1.0,))
+
+    result = keep_folder(folders, tmp_path / "kept", Merge(), memory_tools(tmp_path / "m"))
+
+    files = {row["path"]: row["sha256"] for row in result["files"]}
+    path = tmp_path / "kept" / "adapter_model.safetensors"
+    assert files[path.name] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("options", [{"density": 0.5}, {"method": "svd", "density": 0.3}])
+def test_options_that_do_not_fit_leave_nothing(tmp_path, options):
+    (adapter,) = sorted((TINY / "adapters").iterdir())[:1]
+    folders = Folders(base=TINY / "base", adapters=(adapter,), weights=(1.0,))
+    out = tmp_path / "new" / "out"
+
+    with pytest.raises(UsageError):
+        merge_folders(folders, out, Merge(**options), memory_tools(tmp_path / "m"))
+
+    assert not out.parent.exists()

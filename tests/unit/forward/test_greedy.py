@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from weightsmith.forward import greedy as greedy_module
 from weightsmith.forward.greedy import Questions, greedy
 from weightsmith.forward.meeting import Meeting
 from weightsmith.forward.views import view
@@ -181,3 +182,95 @@ def test_products_are_those_of_torch() -> None:
         found = meeting.run({"": lambda x=x, m=matrix: meeting.multiply((0, 0), x, m)})[""]
 
         torch.testing.assert_close(found, x @ matrix.float().T, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe"])
+def test_an_adapter_on_both_parameters_of_experts_keeps_both_deltas(
+    tmp_path: Path, kind: str
+) -> None:
+    """PEFT nests one wrapper in another: each weight is filled once, before either changes it."""
+    base = make_model(tmp_path / "base", kind)
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    lora = make_adapter(
+        tmp_path / "lora", base, target_modules=["q_proj"], target_parameters=experts
+    )
+
+    assert answer(base, lora) == generated(base, lora)
+
+
+def test_a_view_with_replicated_layers_meets_its_base_at_the_right_matrices(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", num_key_value_heads=4, intermediate_size=64)
+    spans = [[0, 2], [0, 3]]
+    lora = make_adapter(tmp_path / "lora", base, target_modules=["q_proj"], layer_replication=spans)
+    meeting = Meeting(2)
+    views = {n: view(base, a, meeting, 0) for n, a in (("base", []), ("adapter", [(lora, 1.0)]))}
+
+    found = meeting.run(
+        {n: lambda m=m: greedy(m, asked(), lambda _: None) for n, m in views.items()}
+    )
+
+    assert found["base"].tokens == generated(base)
+    assert found["adapter"].tokens == generated(base, lora)
+
+
+def test_a_draft_of_other_text_costs_a_few_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_model(tmp_path / "base")
+    true = generated(base)
+    passes: list[object] = []
+    verify = greedy_module._verify
+    monkeypatch.setattr(greedy_module, "_verify", lambda *a: (passes.append(1), verify(*a))[1])
+
+    assert answer(base, drafts={n: [9] * 40 for n in range(len(PROMPTS))}) == true
+    assert len(passes) <= 2
+
+
+def test_drafts_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    model = view(base, [], meeting := Meeting(2), 0)
+    beyond = {0: [10_000, 5], 1: [*generated(base)[1][:2], 10_000]}
+
+    assert answer(base, drafts=beyond) == generated(base)
+
+    empty = Questions(prompts=[[1], []], ends=[2], most=4, drafts={1: [7, 7]})
+    assert greedy_module._usable_drafts(model, empty) == {}
+    del meeting
+
+
+def test_positions_that_depend_on_the_length_take_no_draft(tmp_path: Path) -> None:
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    base = make_model(tmp_path / "base", rope_parameters=scaling)
+    model = view(base, [], Meeting(2), 0)
+
+    assert greedy_module._usable_drafts(model, asked({0: [1, 2]})) == {}
+
+
+def test_gemmas_scaled_embedding_reads_the_rows_that_are_used(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", "gemma3", vocab_size=20_000)
+    model = view(base, [], Meeting(2), 0)
+    embed = model.get_input_embeddings()
+
+    found = embed(torch.tensor([[5, 9, 5]]))
+
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).get_input_embeddings()
+    torch.testing.assert_close(found, whole(torch.tensor([[5, 9, 5]])))
+    assert embed.weight.untyped_storage().nbytes() < 1000
+
+
+def test_a_view_that_fails_stops_the_others() -> None:
+    meeting, products = Meeting(2), []
+    matrix = torch.ones((4, 4))
+
+    def endless() -> None:
+        while True:
+            products.append(meeting.multiply((0, 0), torch.ones(2, 4), matrix))
+
+    def bad() -> None:
+        meeting.multiply((0, 0), torch.ones(2, 4), matrix)
+        raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        meeting.run({"endless": endless, "bad": bad})

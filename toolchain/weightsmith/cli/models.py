@@ -57,6 +57,7 @@ def merge(
         "options": Flags(section=Merge, without=("seed", "dtype", "precision")),
         "validation": Flags(section=Validate, only=("probes",)),
     },
+    meanings={"probes": "JSON Lines of chats to probe with; default: built-in ones"},
 )
 def validate(
     _context: object,

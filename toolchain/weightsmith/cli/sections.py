@@ -82,7 +82,8 @@ class Flags:
     def _refused(self, faults: list[ErrorDetails], texts: Mapping[str, Any]) -> UsageError:
         name = str(faults[0]["loc"][0]) if faults[0]["loc"] else ""
         if name not in texts:  # a rule about several fields
-            return UsageError(_message(faults[0]), hint="`--help` of the command lists every flag")
+            flags = ", ".join(spelling(self.section, given) for given in texts)
+            return UsageError(_message(faults[0]), hint=f"these are given: {flags}")
         own = [fault for fault in faults if fault["loc"][:1] == (name,)]
         expected = [text for fault in own if (text := _expected(fault))]
         problem = f"{' or '.join(expected)} is expected" if expected else _message(own[0])

@@ -10,9 +10,9 @@ from weightsmith.commands.folders import open_sources
 from weightsmith.destinations import in_folder
 from weightsmith.merging.plan import KINDS
 from weightsmith.recipe import Merge
-from weightsmith.stages.merge import BUILDER, combine, merge
+from weightsmith.stages.merge import BUILDER, check, combine, merge
 from weightsmith.tools import Tools
-from weightsmith.values import Json, Sources
+from weightsmith.values import Checkpoint, Json, Sources
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,13 +29,10 @@ def merge_folders(folders: Folders, out: Path, options: Merge, tools: Tools) -> 
 
     Raises UsageError for invalid options, InputRefused for inputs that cannot be merged.
     """
-    with in_folder(out, "the merged checkpoint", tools) as to:
-        sources = _opened(folders, tools)
-        merged = merge(sources, options, to, tools)
-    _tell(merged.value.details, tools)
-    files = merged.value.tree.files
-    sums = [{"path": f.path, "size": f.size, "sha256": f.digest.hex} for f in files]
-    return {**merged.value.details, "files": sums, "out": str(out.absolute())}
+    sources = _opened(folders, options, tools)
+    with in_folder(out, "the merged checkpoint", tools, resumes=True) as to:
+        merged = merge(sources, options, to, tools).value
+    return _result(merged, out, tools)
 
 
 def keep_folder(folders: Folders, out: Path, options: Merge, tools: Tools) -> Mapping[str, Json]:
@@ -44,22 +41,27 @@ def keep_folder(folders: Folders, out: Path, options: Merge, tools: Tools) -> Ma
     Raises UsageError for methods whose result is not an adapter, InputRefused for adapters that
     have more than plain low-rank factors.
     """
+    sources = _opened(folders, options, tools)
     with in_folder(out, "the combined adapter", tools) as to:
-        combined = combine(_opened(folders, tools), options, to, tools)
-    _tell(combined.value, tools)
-    return {**combined.value, "out": str(out.absolute())}
+        combined = combine(sources, options, to, tools).value
+    return _result(combined, out, tools)
 
 
-def _opened(folders: Folders, tools: Tools) -> Sources:
+def _opened(folders: Folders, options: Merge, tools: Tools) -> Sources:
+    """Return the sources; what would be refused is refused before anything is made."""
     tools.runner.check(BUILDER)
-    return open_sources(folders.base, folders.adapters, folders.weights, tools.store)
+    sources = open_sources(folders.base, folders.adapters, folders.weights, tools.store)
+    check(sources, options)
+    return sources
 
 
-def _tell(result: Mapping[str, Json], tools: Tools) -> None:
-    for finding in result.get("findings", ()):
+def _result(made: Checkpoint, out: Path, tools: Tools) -> Mapping[str, Json]:
+    for finding in made.details.get("findings", ()):
         tools.progress.warn(str(finding))
-    for line in summary(result):
+    for line in summary(made.details):
         tools.progress.note(line)
+    files = [{"path": f.path, "size": f.size, "sha256": f.digest.hex} for f in made.tree.files]
+    return {**made.details, "files": files, "out": str(out.absolute())}
 
 
 def summary(result: Mapping[str, Json]) -> list[str]:

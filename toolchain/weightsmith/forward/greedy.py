@@ -87,7 +87,7 @@ def batch_tokens(model: Any) -> int:
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     held = getattr(config, "num_key_value_heads", None) or heads
     layers = getattr(config, "num_hidden_layers", 1)
-    return min(_BATCH_TOKENS, _CACHE_BYTES // max(1, 2 * 4 * layers * held * width))
+    return min(_BATCH_TOKENS, _CACHE_BYTES // max(1, int(2 * 4 * layers * held * width)))
 
 
 def batches(rows: Mapping[int, Tokens], most: int, more: int = 0) -> Iterator[list[int]]:

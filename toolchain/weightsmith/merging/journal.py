@@ -86,7 +86,8 @@ def open_out(out: Path, inputs: Sequence[Path], key: str, *, own: bool) -> Journ
         if own:
             # Killed after the journal was deleted but before the folder was renamed, or started
             # from other files: useless, and nobody else would delete it.
-            remove(out)
+            for name in os.listdir(out):  # noqa: PTH208 - the folder itself is mounted
+                remove(out / name)
             return open_out(out, inputs, key, own=own)
         raise UsageError(
             f"{out} is not empty and cannot be resumed: it does not belong to this merge",

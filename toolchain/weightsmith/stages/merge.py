@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from weightsmith.destinations import Destination
+from weightsmith.destinations import Destination, InFolder
 from weightsmith.jobs import Input, MergeJob, MergeOptions
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.plan import estimate, make_plan
@@ -80,10 +80,8 @@ def merge(sources: Sources, options: Merge, to: Destination, tools: Tools) -> Ou
     return timer.done(checkpoint, cached=files.cached)
 
 
-def combine(
-    sources: Sources, options: Merge, to: Destination, tools: Tools
-) -> Outcome[Mapping[str, Json]]:
-    """Write the combined adapters as one adapter; return the job's result.
+def combine(sources: Sources, options: Merge, to: InFolder, tools: Tools) -> Outcome[Checkpoint]:
+    """Write the combined adapters as one adapter, into a folder of the user's.
 
     Raises UsageError for methods whose result is not an adapter, InputRefused for inputs with more
     than plain low-rank factors.
@@ -92,9 +90,10 @@ def combine(
     files = to.files(
         lambda: inputs(sources, options),
         lambda folder: _run(folder, sources, options, tools, keep_adapter=True),
-        resume=True,
     )
-    return timer.done(files.meta, cached=files.cached)
+    made_from = tuple(a.snapshot.digest for a in sources.adapters)
+    adapter = Checkpoint(tree=files.tree, made_from=made_from, details=files.meta)
+    return timer.done(adapter, cached=files.cached)
 
 
 def _run(

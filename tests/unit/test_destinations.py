@@ -1,0 +1,97 @@
+"""A user's folder as the place of a stage's result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from weightsmith.destinations import in_folder
+from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused, UsageError
+
+from tests.fakes.memory import memory_tools
+
+
+def write(*names: str) -> Any:
+    def make(folder: Path) -> Mapping[str, Any]:
+        for name in names:
+            (folder / name).write_bytes(name.encode())
+        return {"left": sorted(path.name for path in folder.iterdir() if path.name not in names)}
+
+    return make
+
+
+def no_key() -> Any:
+    raise AssertionError("a user's folder needs no key")
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+@pytest.mark.parametrize("resume", [False, True])
+def test_leftovers_are_used_only_where_both_can_tell_what_they_are(
+    tmp_path: Path, resumes: bool, resume: bool
+) -> None:
+    tools = memory_tools(tmp_path / "store")
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "old").write_text("of another run")
+
+    with in_folder(tmp_path / "out", "x", tools, resumes=resumes) as to:
+        made = to.files(no_key, write("new"), resume=resume)
+
+    assert made.meta["left"] == (["old"] if resume and resumes else [])
+    assert (tmp_path / "out" / "new").read_text() == "new"
+    assert not (tmp_path / ".out.partial").exists()
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+@pytest.mark.parametrize("error", [CheckFailed, InputRefused, UsageError, EnvironmentFailure])
+def test_what_is_left_of_a_run_that_failed(tmp_path: Path, error: Any, resumes: bool) -> None:
+    tools = memory_tools(tmp_path / "store")
+
+    def run() -> None:
+        with in_folder(tmp_path / "out", "x", tools, resumes=resumes) as to:
+            to.files(no_key, write("new"))
+            raise error("no", hint="no")
+
+    with pytest.raises(error):
+        run()
+
+    assert not (tmp_path / "out").exists()
+    kept = resumes and error is EnvironmentFailure
+    assert (tmp_path / ".out.partial").exists() is kept
+
+
+def test_a_single_file_gets_the_name_itself(tmp_path: Path) -> None:
+    tools = memory_tools(tmp_path / "store")
+
+    with in_folder(tmp_path / "m.gguf", "x", tools) as to:
+        to.files(no_key, write("other.gguf"))
+
+    assert (tmp_path / "m.gguf").read_text() == "other.gguf"
+
+
+def test_a_place_that_is_taken_meanwhile_keeps_what_it_has(tmp_path: Path) -> None:
+    tools = memory_tools(tmp_path / "store")
+
+    def run() -> None:
+        with in_folder(tmp_path / "out", "x", tools) as to:
+            to.files(no_key, write("new"))
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "mine").touch()
+
+    with pytest.raises(UsageError, match="out"):
+        run()
+
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+    assert (tmp_path / ".out.partial" / "new").exists()
+
+
+@pytest.mark.parametrize("there", ["out", ".out.partial"])
+def test_a_file_in_the_way_is_named(tmp_path: Path, there: str) -> None:
+    (tmp_path / there).write_text("x")
+
+    with (
+        pytest.raises(UsageError, match=there),
+        in_folder(tmp_path / "out", "x", memory_tools(tmp_path / "s")),
+    ):
+        pass
