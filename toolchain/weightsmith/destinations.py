@@ -18,21 +18,21 @@ from weightsmith.trees import below, discard
 from weightsmith.values import Digest, FileEntry, Json, StageInputs, Tree
 
 Make = Callable[[Path], Mapping[str, Json]]
-"""Fills an empty folder and returns what is to be remembered beside the files."""
+"""Fills an empty folder and returns metadata to store with the files."""
 MakeDocument = Callable[[Path], Json]
-"""Returns the document; the folder is for files that nobody keeps."""
+"""Returns the document; the folder is for temporary files."""
 Inputs = Callable[[], StageInputs]
-"""Works out a store key; a folder of the user's has none, so nothing is hashed for it."""
+"""Computes a store key; not called for a user's folder, which has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Files:
-    """A stage's files, and what their maker said of them."""
+    """A stage's files and their metadata."""
 
     tree: Tree
     meta: Mapping[str, Json]
     cached: bool
-    """True if they were there before."""
+    """True if they already existed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,36 +44,36 @@ class Document:
 
 
 class Documents(Protocol):
-    """Keeps results that are one JSON document."""
+    """Stores results that are one JSON document."""
 
     def document(self, inputs: Inputs, name: str, make: MakeDocument) -> Document:
-        """Return the JSON that `make(folder)` returns; a store keeps it as a file `name`."""
+        """Return the JSON from `make(folder)`; a store saves it as the file `name`."""
 
     def find(self, inputs: Inputs) -> Tree | None:
-        """Return what an earlier run kept under these inputs, if anything is kept here."""
+        """Return the stored result for these inputs, or None."""
 
 
 class Destination(Documents, Protocol):
-    """Keeps what a stage makes; a stage does not know where."""
+    """Stores a stage's result; the stage does not know where."""
 
     def files(self, inputs: Inputs, make: Make, *, resume: bool = False) -> Files:
-        """Return the files, made by `make(folder)` unless they are there.
+        """Return the files; call `make(folder)` if they do not exist.
 
-        With `resume`, `make` finds what an interrupted run left in the folder.
+        With `resume`, the folder has the files that an interrupted run left.
         """
 
     def keep(self, inputs: Inputs, file: Path) -> None:
-        """Keep a by-product of a stage for other stages, if anything is kept here."""
+        """Store a stage's by-product for other stages, if this destination stores any."""
 
 
 @dataclass(frozen=True, slots=True)
 class InStore:
-    """Keeps results in the store, by their inputs."""
+    """Saves results in the store, with their inputs as the key."""
 
     store: Store
 
     def files(self, inputs: Inputs, make: Make, *, resume: bool = False) -> Files:
-        """Return the store's entry, made if it is not there."""
+        """Return the store's entry; make it if it does not exist."""
         stage = inputs()
         note = {"stage": stage.stage, "inputs": stage.inputs}
         entry = self.store.find(stage.key) or self.store.produce(
@@ -82,7 +82,7 @@ class InStore:
         return Files(tree=entry.tree, meta=entry.meta, cached=entry.cached)
 
     def document(self, inputs: Inputs, name: str, make: MakeDocument) -> Document:
-        """Return the document of the store's entry, made if it is not there."""
+        """Return the document of the store's entry; make it if it does not exist."""
 
         def written(folder: Path) -> Mapping[str, Json]:
             text = json.dumps(make(folder), ensure_ascii=False)
@@ -99,7 +99,7 @@ class InStore:
         return entry.tree if entry else None
 
     def keep(self, inputs: Inputs, file: Path) -> None:
-        """Keep a copy of the file as an entry of its own."""
+        """Store a copy of the file as a separate entry."""
 
         def copied(folder: Path) -> Mapping[str, Json]:
             shutil.copyfile(file, folder / file.name)
@@ -110,23 +110,23 @@ class InStore:
 
 @dataclass(frozen=True, slots=True)
 class Unkept:
-    """Runs a stage whose result is a document, and keeps no file of it."""
+    """Runs a stage whose result is a document, without storing any file."""
 
     tools: Tools
 
     def document(self, _inputs: Inputs, _name: str, make: MakeDocument) -> Document:
-        """Return the document, made in a folder that is deleted afterwards."""
+        """Return the document, made in a temporary folder."""
         with self.tools.scratch() as folder:
             return Document(value=make(folder), cached=False)
 
     def find(self, _inputs: Inputs) -> Tree | None:
-        """Return None: nothing was kept."""
+        """Return None: nothing is stored."""
         return None
 
 
 @dataclass(frozen=True, slots=True)
 class InFolder(Unkept):
-    """Puts files into a folder; made by `in_folder`, which gives the folder its name."""
+    """Writes files to a folder; `in_folder` creates it and renames the folder."""
 
     folder: Path
     resumes: bool
@@ -145,10 +145,10 @@ class InFolder(Unkept):
         return Files(tree=self._tree(known), meta=meta, cached=False)
 
     def keep(self, _inputs: Inputs, _file: Path) -> None:
-        """Keep nothing: nobody asked for by-products."""
+        """Do nothing: by-products are not stored."""
 
     def _tree(self, known: Mapping[str, str]) -> Tree:
-        """Return what is in the folder; the maker knows the digests of its large files."""
+        """Return the folder's files; the metadata has the digests of large files."""
         names = sorted(
             str(path.relative_to(self.folder)) for path in below(self.folder) if path.is_file()
         )
@@ -162,7 +162,7 @@ class InFolder(Unkept):
 
 @contextmanager
 def in_folder(out: Path, what: str, tools: Tools, *, resumes: bool = False) -> Iterator[InFolder]:
-    """Yield a destination whose files appear at `out`, all at once, when the block ends well.
+    """Yield a destination whose files appear atomically at `out` when the block succeeds.
 
     A single file gets the name `out` itself if the suffixes agree. Nothing is left if the block
     fails; with `resumes`, an interrupted run is left for the next one to resume. Raises UsageError
@@ -185,12 +185,12 @@ def in_folder(out: Path, what: str, tools: Tools, *, resumes: bool = False) -> I
 
 
 def _unused(path: Path, what: str) -> Path:
-    """Return the path, absolute; UsageError if something is there already."""
+    """Return the absolute path; raise UsageError if it already exists."""
     path = path.absolute()
-    if path.is_symlink():  # by its own name it could not be replaced
+    if path.is_symlink():  # a link cannot be replaced by a rename
         path = path.resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UsageError(f"{path} exists already", hint=f"name a new place for {what}")
+        raise UsageError(f"{path} already exists", hint=f"give a new path for {what}")
     return path
 
 
@@ -201,13 +201,13 @@ def _locked(partial: Path, out: Path) -> Iterator[None]:
             stack.enter_context(alone(partial, wait=False))
         except (BlockingIOError, FileNotFoundError):
             raise UsageError(
-                f"another process is writing {out}", hint="wait for it, or name another place"
+                f"another process is writing {out}", hint="wait for it, or give another path"
             ) from None
         yield
 
 
 def _rename(partial: Path, out: Path) -> None:
-    """Give the result its name: the one file that `out` names, or the folder."""
+    """Rename the result to `out`: either its single file or the folder."""
     files = [path for path in below(partial) if path.is_file()]
     one = len(files) == 1 and bool(out.suffix) and out.suffix == files[0].suffix
     try:

@@ -1,7 +1,7 @@
-"""What a builder can be asked to do: a value for each kind of job, and its JSON form.
+"""The jobs of builders: a value for each kind of job, and its JSON form.
 
-A job names its inputs by content, so that a runner on another machine knows what to fetch and how
-to check it; a runner on this machine reads them where they lie.
+A job identifies its inputs by content, so that a runner on another machine can fetch and verify
+them. A runner on this machine reads them in place.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from weightsmith.values import Digest, FileEntry, Json, Tree, UnreadDigest, plai
 Chat: TypeAlias = tuple[Mapping[str, str], ...]
 """Messages, each with `role` and `content`."""
 Row: TypeAlias = Mapping[str, Json]
-"""`{"text": …}` or `{"messages": […]}`: a text to calibrate on or to judge by."""
+"""`{"text": …}` or `{"messages": […]}`: a text for calibration or evaluation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Input:
-    """A file or folder that a job reads: where it lies, and its content if that is known."""
+    """A file or folder that a job reads: its path, and its content if known."""
 
     path: Path
     files: tuple[FileEntry, ...] | None = None
-    """Its files by their paths below `path`, `.` for `path` itself; None if one was never read."""
+    """Its files by path relative to `path` (`.` for `path` itself); None if any has no digest."""
 
     def at(self, path: Path) -> Self:
         """Return the same content at another path."""
@@ -35,34 +35,34 @@ class Input:
 
     @classmethod
     def tree(cls, tree: Tree) -> Self:
-        """Return a folder; its files lie below its root, and nowhere else."""
+        """Return a folder as an input; all its files must be inside its root."""
         unread = any(isinstance(entry.digest, UnreadDigest) for entry in tree.files)
         return cls(path=tree.root, files=None if unread else tree.files)
 
     @classmethod
     def file(cls, tree: Tree, name: str) -> Self:
-        """Return one file of a tree."""
+        """Return one file of a tree as an input."""
         (entry,) = (entry for entry in tree.files if entry.path == name)
         return cls(path=tree.path(name), files=(replace(entry, path="."),))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """Everything that a heavy stage needs, and nothing else; a runner carries it to a builder."""
+    """Everything that a heavy stage needs; a runner sends it to a builder."""
 
     kind: ClassVar[str]
     builder: str
     output: Path
-    """An existing folder, empty or left by an interrupted run; the job writes nowhere else."""
+    """An existing folder, empty or from an interrupted run; the job writes only there."""
     seconds: int
-    """Time limit, from `time_limits.job_seconds`; 0 for none."""
+    """Time limit in seconds, from `time_limits.job_seconds`; 0 for none."""
     memory_bytes: int = 0
-    """Memory limit; 0 for none."""
+    """Memory limit in bytes; 0 for none."""
     use_gpu: bool = False
 
     @property
     def inputs(self) -> Mapping[str, Input]:
-        """What the job reads, by field; several adapters are `adapter0`, `adapter1` and so on."""
+        """The job's inputs by field; several adapters are `adapter0`, `adapter1` and so on."""
         return {name: given for each in fields(self) for name, given in self._given(each.name)}
 
     def at(self, inputs: Mapping[str, Input], output: Path) -> Self:
@@ -92,7 +92,7 @@ class _OfAdapters(Job):
 
     @property
     def weighted(self) -> tuple[tuple[Path, float], ...]:
-        """Each adapter's folder and weight, in order."""
+        """Each adapter's folder and weight, in the recipe's order."""
         return tuple(
             (given.path, weight) for given, weight in zip(self.adapters, self.weights, strict=True)
         )
@@ -147,7 +147,7 @@ class ValidateJob(_OfAdapters):
     chats: tuple[Chat, ...]
     """Chats to compare logits on; built-in ones if there are none."""
     scope: str
-    """What base and adapters can judge: `all`, `rest` or `files`, as `validating` explains."""
+    """What to compare with base and adapters: `all`, `rest` or `files`; see `validating`."""
     mixture: Mixture | None
 
 
@@ -164,24 +164,24 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AskedModel:
-    """Who is asked: a checkpoint, with adapters on it, unmerged, each times its weight."""
+    """A model to query: a checkpoint with unmerged adapters, each with its weight."""
 
     name: str
     model: int
-    """Which of the job's models."""
+    """Index of the job's model."""
     adapters: tuple[int, ...] = ()
-    """Which of the job's adapters."""
+    """Indices of the job's adapters."""
     weights: tuple[float, ...] = ()
     """One per adapter."""
     draft: str = ""
-    """Name of another in the job whose answers this one is likely to give."""
+    """Name of another subject in the job that probably gives the same answers."""
     draft_texts: tuple[str, ...] = ()
-    """Answers that this one is likely to give, if they are known already."""
+    """Drafts of this subject's answers, if they are already known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceJob(Job):
-    """Ask checkpoints the same questions, in one walk over their weights."""
+    """Ask several models the same questions, in one pass over their weights."""
 
     kind = "reference"
     models: tuple[Input, ...]
@@ -189,14 +189,14 @@ class ReferenceJob(Job):
     asked: tuple[AskedModel, ...]
     questions: tuple[Question, ...]
     max_tokens: int
-    """Length of an answer."""
+    """Maximum length of an answer."""
     choose: bool
     """Return each choice's log-likelihood instead of an answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportGgufJob(Job):
-    """Turn a GGUF file into a checkpoint."""
+    """Convert a GGUF file to a checkpoint."""
 
     kind = "import-gguf"
     gguf: Input
@@ -214,11 +214,11 @@ class QuantizeJob(Job):
     name: str
     """The model's name, and the output file's without suffix."""
     options: Mapping[str, Json]
-    """Those that the format takes."""
+    """Options of the format."""
     texts: tuple[Row, ...] = ()
-    """What to calibrate on, if the format measures anything."""
+    """Calibration texts, if the format needs them."""
     statistics: Input | None = None
-    """What was measured before, such as an importance matrix."""
+    """An existing measurement, such as an importance matrix."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,12 +240,12 @@ class QualityJob(Job):
     quantizer: str
     texts: tuple[Row, ...]
     tokens: int
-    """How many tokens of the texts are measured."""
+    """Number of tokens of the texts to measure."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportEngineJob(Job):
-    """Copy an engine's programs, which the builder compiled, to the output."""
+    """Copy an engine's programs, compiled by the builder, to the output."""
 
     kind = "export-engine"
 
@@ -263,7 +263,7 @@ class EchoJob(Job):
     """Raise an unexpected error."""
     try_to_write: tuple[str, ...] = ()
     targets: Mapping[str, Json] = field(default_factory=dict)
-    """What to try to reach, for `drivers.sandbox_probe.attempts`."""
+    """Addresses and paths to probe, for `drivers.sandbox_probe.attempts`."""
 
 
 _KINDS: Mapping[str, type[Job]] = {
@@ -288,7 +288,7 @@ def write_job(job: Job) -> str:
 
 
 def read_job(text: str) -> Job:
-    """Return the job that `write_job` wrote; ValueError, with the place, for any other text."""
+    """Return the job that `write_job` wrote; raise ValueError, with the place, if invalid."""
     data = json.loads(text)
     if not isinstance(data, dict) or data.get("kind") not in _KINDS:
         raise ValueError(f"kind: not one of {', '.join(_KINDS)}: {text[:80]}")
@@ -297,7 +297,7 @@ def read_job(text: str) -> Job:
 
 
 def _read(kind: Any, value: Json, where: str) -> Any:
-    """Return a JSON value as a type's; `plain` is the way back."""
+    """Return a JSON value converted to a type; the inverse of `plain`."""
     inner = get_args(kind)
     if kind is Any:
         return value
@@ -319,5 +319,5 @@ def _read(kind: Any, value: Json, where: str) -> Any:
 def _read_fields(kind: Any, value: Mapping[str, Json], where: str) -> Any:
     types, names = get_type_hints(kind), {each.name for each in fields(kind)}
     if differ := names ^ set(value):
-        raise ValueError(f"{where}: lacks or does not know {', '.join(sorted(differ))}")
+        raise ValueError(f"{where}: missing or unknown keys: {', '.join(sorted(differ))}")
     return kind(**{name: _read(types[name], value[name], f"{where}.{name}") for name in names})

@@ -1,4 +1,4 @@
-"""JSON objects as frozen dataclasses: one class reads and writes each, by the types it names."""
+"""JSON objects as frozen dataclasses, read and written according to their field types."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ Measured: TypeAlias = Annotated[float, "null is not a number"]
 """A float that may be infinite or not a number: JSON has null for both, read back as NaN."""
 
 INLINE = {"inline": True}
-"""Metadata of a field of type `D | None` whose keys stand among those of the object around it;
-the field is None if none of them is there."""
+"""Metadata of a field of type `D | None` whose keys are inlined into the enclosing object;
+the field is None if none of these keys is present."""
 OMITTED = {"omitted": True}
 """Metadata of a field that is left out of the JSON if it equals its default."""
 
 
 class JsonObject:
-    """The base of a frozen dataclass that is a JSON object; keys are the fields, in their order."""
+    """Base class of dataclasses that are JSON objects; the keys are the fields, in order."""
 
     __slots__ = ()
 
     @classmethod
     def from_json(cls, value: Json) -> Self:
-        """Read an object; ValueError names the key that is missing or of another type.
+        """Read an object; raise ValueError naming a key that is missing or has the wrong type.
 
-        Keys that the class does not know are ignored. A field with a default may be missing, or
+        Unknown keys are ignored. A field with a default may be missing, or
         null as written by an earlier version.
         """
         return cls(**_fields_of(cls, value, ""))
@@ -49,7 +49,7 @@ class JsonObject:
 
 
 def is_inline(one: Field[Any]) -> bool:
-    """Whether the keys of a field's value stand among those of the object around it."""
+    """Whether the keys of a field's value are inlined into the enclosing object."""
     return "inline" in one.metadata
 
 
@@ -140,7 +140,7 @@ def _read_list(parts: tuple[Any, ...], value: Json, place: str) -> tuple[Any, ..
 
 
 def _scalar(kind: type, value: Json, place: str) -> Any:
-    if kind is bool or isinstance(value, bool):  # a bool is an int to Python, and not to JSON
+    if kind is bool or isinstance(value, bool):  # a bool is an int in Python, but not in JSON
         right = kind is bool and isinstance(value, bool)
     elif kind is float:
         right = isinstance(value, int | float)

@@ -1,4 +1,4 @@
-"""An image layout on disk: written beside its final place, then moved there in one step."""
+"""Writes an image layout next to its final path, then moves it there atomically."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from weightsmith.trees import discard
 
 @contextmanager
 def candidate_layout(whole: Whole, folder: Path, tools: Tools) -> Iterator[Path]:
-    """Write an image's layout beside its final place; yield the folder."""
+    """Write an image's layout next to its final path; yield the folder."""
     with _alone(_candidate(folder), tools) as candidate:
         _write(whole, candidate, tools)
         yield candidate
 
 
 def discard_candidate_layout(folder: Path, tools: Tools) -> None:
-    """Delete the layout beside a final place, if there is one."""
+    """Delete the candidate layout next to the final path, if there is one."""
     if _candidate(folder).exists():
         with _alone(_candidate(folder), tools) as candidate:
             discard(candidate)
@@ -40,7 +40,7 @@ def discard_candidate_layout(folder: Path, tools: Tools) -> None:
 
 @contextmanager
 def final_layout(whole: Whole, folder: Path, tools: Tools) -> Iterator[Path]:
-    """Yield the candidate's layout, complete; move it to its final place afterwards."""
+    """Yield the complete candidate layout; move it to its final path afterwards."""
     with _alone(_candidate(folder), tools) as candidate:
         stale = held_digest(candidate)
         _write(whole, candidate, tools)
@@ -52,7 +52,7 @@ def final_layout(whole: Whole, folder: Path, tools: Tools) -> Iterator[Path]:
 
 
 def _take_place(candidate: Path, folder: Path) -> None:
-    """Give a layout its final name; at every moment there is a layout of that name.
+    """Rename a layout to its final path, so that a layout exists there at every moment.
 
     A file system that cannot swap names needs two renames. `_recover` completes them if the
     process was killed in between.
@@ -63,7 +63,7 @@ def _take_place(candidate: Path, folder: Path) -> None:
         discard(old)
         return
     discard(old)
-    with alone(folder):  # for a moment it has the candidate's name: nobody may write to it
+    with alone(folder):  # it briefly has the candidate's name, so lock it
         if not folder.is_symlink() and exchange(candidate, folder):
             candidate.rename(old)
         else:
@@ -73,7 +73,7 @@ def _take_place(candidate: Path, folder: Path) -> None:
 
 
 def _recover(folder: Path) -> None:
-    """Bring back the layout that a killed build was about to replace.
+    """Restore the layout that a killed build was replacing.
 
     Raises EnvironmentFailure if it cannot be renamed.
     """
@@ -82,15 +82,15 @@ def _recover(folder: Path) -> None:
         return
     with _alone(_candidate(folder)) as candidate:
         with _explained(folder):
-            if old.exists() and not folder.exists():  # no other process did it
+            if old.exists() and not folder.exists():  # no other process restored it
                 old.rename(folder)
         with suppress(OSError):
-            candidate.rmdir()  # if we made it
+            candidate.rmdir()  # if this call created it
 
 
 @contextmanager
 def _alone(folder: Path, tools: Tools | None = None) -> Iterator[Path]:
-    """Yield a folder that no other build writes to or renames before the block ends.
+    """Yield a locked folder: no other build writes to it or renames it until the block ends.
 
     Raises EnvironmentFailure if it cannot be made.
     """
@@ -103,11 +103,13 @@ def _alone(folder: Path, tools: Tools | None = None) -> Iterator[Path]:
                     stack.enter_context(alone(folder, wait=wait))
                     break
                 except FileNotFoundError:
-                    continue  # renamed between the two
+                    continue  # renamed between open and lock
                 except BlockingIOError:
                     wait = True
                     if tools is not None:
-                        tools.progress.note(f"another process writes {folder}: waiting for it")
+                        tools.progress.note(
+                            f"the layout {folder} is in use by another process: waiting for it"
+                        )
         yield folder
 
 
@@ -118,7 +120,7 @@ def _explained(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise EnvironmentFailure(
             f"cannot write the image layout {folder}: {error.strerror}",
-            hint="check free space and permissions, then run it again",
+            hint="check free space and permissions, then run the command again",
         ) from None
 
 
@@ -133,7 +135,7 @@ def _forget_unnamed(folder: Path, whole: Whole) -> None:
 
 
 def check_layout(folder: Path | None) -> None:
-    """Raise UsageError for a layout folder with other files: the image would replace them all."""
+    """Raise UsageError if the layout folder has other files, which the image would replace."""
     if folder is None:
         return
     _recover(folder)
@@ -143,7 +145,7 @@ def check_layout(folder: Path | None) -> None:
     others = {name for name in others if not is_unfinished(name)}
     if others or image_names(folder) - {DEFAULT_NAME, ""}:
         raise UsageError(
-            f"{folder} holds something else than the layout of one image",
+            f"{folder} exists and is not the layout of a single image",
             hint="choose a folder that does not exist yet",
         )
 
@@ -168,9 +170,9 @@ def _require_room(whole: Whole, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise EnvironmentFailure(
-            f"the image layout needs {human(needed)} of disk, {folder.parent} has {human(free)}"
+            f"the image layout needs {human(needed)} of disk, but {folder.parent} has {human(free)}"
             " free",
-            hint="make free space there, or name a folder on a larger disk",
+            hint="free some space there, or give a folder on a larger disk",
         )
 
 

@@ -1,4 +1,4 @@
-"""What a stage returns: its value, whether it was cached, and how long it took."""
+"""A stage's return value, with its duration and whether it was cached."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome(Generic[T]):
-    """A stage's value, whether nothing had to be done for it, and the seconds that it took."""
+    """A stage's value, whether it was cached, and its duration in seconds."""
 
     stage: str
     value: T
@@ -21,7 +21,7 @@ class Outcome(Generic[T]):
 
 
 class Timer:
-    """Announces a stage when it is made, and its end when the stage is done."""
+    """Reports the start of a stage when created, and later its end."""
 
     def __init__(self, stage: str, detail: str, tools: Tools) -> None:
         self._stage, self._tools = stage, tools
@@ -29,7 +29,7 @@ class Timer:
         self._began = tools.clock()
 
     def done(self, value: T, *, cached: bool) -> Outcome[T]:
-        """Return the stage's outcome, and say that it ended."""
+        """Return the stage's outcome, and report its end."""
         seconds = round(self._tools.clock() - self._began, 3)
         self._tools.progress.finish(self._stage, seconds, cached)
         return Outcome(stage=self._stage, value=value, cached=cached, seconds=seconds)

@@ -91,19 +91,19 @@ def build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
 
 @dataclass(slots=True)
 class Clock:
-    """Keeps how long each stage took, and whether it was cached."""
+    """Records how long each stage took, and whether it was cached."""
 
     tools: Tools
     stages: dict[str, dict[str, Json]] = field(default_factory=dict)
 
     def take(self, outcome: Outcome[T]) -> T:
-        """Return a stage's value, and remember its time."""
+        """Return a stage's value, and record its time."""
         self.stages[outcome.stage] = {"cached": outcome.cached, "seconds": outcome.seconds}
         return outcome.value
 
 
 def check_machine(request: BuildRequest, tools: Tools) -> None:
-    """Notice before the work that jobs could not be run, or their results written or pushed."""
+    """Check, before any long step, that jobs can run and results can be written and pushed."""
     tools.runner.check(MERGE_BUILDER)
     for target in request.targets:
         check_layout(request.outputs_of(target).layout)
@@ -115,9 +115,9 @@ def check_machine(request: BuildRequest, tools: Tools) -> None:
 def validated(
     request: BuildRequest, sources: Sources, checkpoint: Checkpoint, clock: Clock
 ) -> Checkpoint:
-    """Return the checkpoint as validated; as it is if nothing was merged or validation is off.
+    """Return the validated checkpoint; unchanged if nothing was merged or validation is off.
 
-    Raises CheckFailed if it differs from base and adapters; the report is kept.
+    Raises CheckFailed, and writes the report, if it differs from base and adapters.
     """
     recipe, tools = request.file.recipe, clock.tools
     if not sources.adapters:
@@ -157,9 +157,9 @@ def rendered(
     artifact: Artifact,
     tools: Tools,
 ) -> Outcome[ServingConfig]:
-    """Plan and render for the artifact as it came out."""
+    """Plan and render for the finished artifact."""
     timer = Timer("render", target.name, tools)
-    # A GGUF is served as a file, a checkpoint as the folder that it is.
+    # A GGUF model is served as a file, a checkpoint as a folder.
     names = [entry.path for entry in artifact.tree.files]
     files = [name for name in names if name.endswith(".gguf") and "/" not in name]
     config = serving_config(
@@ -183,7 +183,7 @@ def baked(
     config: ServingConfig,
     tools: Tools,
 ) -> Outcome[tuple[ImageMaterials, ...]]:
-    """Put the images together, on the base that the lock pins; they have no scores yet."""
+    """Assemble the images on the base that the lock pins; they have no scores yet."""
     prepare = partial(image_inputs, request, target, sources, checkpoint, artifact, config, tools)
     name, earlier = name_of(request.file.recipe, target.name), layers_in(request.folder(target))
     return bake(prepare, name, tools, push=request.outputs.push, earlier=earlier)
@@ -195,7 +195,7 @@ def refusal(
     stages: Mapping[str, Mapping[str, Json]],
     error: CheckFailed,
 ) -> CheckFailed:
-    """Return a gate's error with the report that is kept of it."""
+    """Write the report of a failed gate, and return its error with the report's path."""
     record.tools.progress.warn(f"not published: {error.message}")
     report = record.refuse(results, stages, error.message)
     return CheckFailed(error.message, hint=f"{error.hint}\nreport: {report}", details=error.details)
@@ -206,11 +206,11 @@ def evaluated(
 ) -> tuple[Result, ...]:
     """Return the tasks with the scores of the started image.
 
-    Raises CheckFailed if it does not start or breaks what its plan promises; the report is kept.
+    Raises CheckFailed, and writes the report, if it does not start or does not meet its plan.
     """
     request, target, image, tools = record.request, record.target, record.image, record.tools
     if target is None or image is None:
-        raise AssertionError("there is nothing to start")
+        raise AssertionError("there is no image to start")
     evaluation = evaluation_of(request, target, inputs, expected)
     started = candidate(image, request.candidate_layout(target), tools)
     try:
@@ -222,7 +222,7 @@ def evaluated(
 def judge(
     record: Record, results: tuple[Result, ...], stages: Mapping[str, Mapping[str, Json]]
 ) -> None:
-    """Raise CheckFailed when a model lost more than the recipe allows; the report is kept."""
+    """Raise CheckFailed, and write the report, if a score dropped more than the recipe allows."""
     try:
         for result in results:
             result.require()
@@ -233,8 +233,8 @@ def judge(
 def judge_quality(
     record: Record, results: tuple[Result, ...], stages: Mapping[str, Mapping[str, Json]]
 ) -> None:
-    """Raise CheckFailed where quantizing lost too much; the report is kept."""
+    """Raise CheckFailed, and write the report, if quantizing lost too much."""
     if record.artifact is None:
-        raise AssertionError("there is nothing to judge")
+        raise AssertionError("there is no artifact to check")
     if fault := quality_fault(record.artifact, record.request.file.recipe.quality):
         raise refusal(record, results, stages, fault)

@@ -1,4 +1,4 @@
-"""The outside world as the stages see it: Protocols of at most six methods each."""
+"""The stages' interfaces to the outside world: Protocols of at most six methods each."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from weightsmith.values import Digest, FileEntry, Json, Snapshot, Tree, without_
 
 
 class Progress(Protocol):
-    """Shows what goes on; never on stdout."""
+    """Shows progress to the user; never on stdout."""
 
     def stage(self, name: str, detail: str) -> None:
-        """Say that a stage starts."""
+        """Report the start of a stage."""
 
     def advance(self, done: int, total: int, unit: str) -> None:
         """Report work done so far in the current stage (`unit`: `bytes`, `items`, `steps`)."""
 
     def finish(self, name: str, seconds: float, cached: bool) -> None:
-        """Say that a stage ended."""
+        """Report the end of a stage."""
 
     def note(self, text: str) -> None:
         """Print one line for the user."""
 
     def warn(self, text: str) -> None:
-        """Print one warning line; it is kept for the report."""
+        """Print one warning line, which also goes into the report."""
 
 
 class Silent:
     """A Progress that shows nothing."""
 
     def stage(self, name: str, detail: str) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
     def advance(self, done: int, total: int, unit: str) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
     def finish(self, name: str, seconds: float, cached: bool) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
     def note(self, text: str) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
     def warn(self, text: str) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,11 +58,11 @@ class Entry:
     tree: Tree
     meta: Mapping[str, Json]
     cached: bool
-    """True when it was there before this call."""
+    """True if it existed before this call."""
 
 
 class Store(Protocol):
-    """Content-addressed results: whole or absent, never half-written."""
+    """Content-addressed results: complete or absent, never half-written."""
 
     def find(self, key: Digest) -> Entry | None:
         """Return the entry and mark it used, or None."""
@@ -75,31 +75,31 @@ class Store(Protocol):
         *,
         resume: bool = False,
     ) -> Entry:
-        """Return the entry, made by `make(folder)` under the key's lock if it is not there.
+        """Return the entry; if it does not exist, call `make(folder)` under the key's lock.
 
-        `make` returns the entry's meta; digests it knows already under `sha256` (path -> hex).
-        With `resume` it finds what an interrupted run of the same key left in the folder.
+        `make` returns the entry's metadata, with known digests under `sha256` (path -> hex). With
+        `resume`, the folder has the files that an interrupted run of the same key left.
         Raises EnvironmentFailure for a full or read-only disk.
         """
 
     def digest_file(self, path: Path, *, read: bool = True) -> FileEntry:
-        """Return size and digest of a file, read again only when it changed.
+        """Return size and digest of a file; read it again only if it changed.
 
-        Without `read` no large file is read: one that is not known has an UnreadDigest.
+        Without `read`, large files are not read: an unknown one gets an UnreadDigest.
         """
 
     def require_room(self, needed: int, what: str) -> None:
-        """Raise EnvironmentFailure unless `needed` bytes are free beside the store."""
+        """Raise EnvironmentFailure unless `needed` bytes are free on the store's disk."""
 
     def memo(self, key: str, make: Callable[[], str]) -> str:
-        """Return a small text remembered under a key, made where it is not known."""
+        """Return the small text cached under a key; make it if it is not cached."""
 
     def clean(self, keep_bytes: int) -> Mapping[str, Json]:
-        """Delete least recently used entries above the budget, none that a build holds."""
+        """Delete least recently used entries above the budget, except those in use by a build."""
 
 
 class SourceReader(Protocol):
-    """Brings one kind of source (`hf://`, `pypi://`, a folder) to local disk."""
+    """Fetches one kind of source (`hf://`, `pypi://`, a folder) to the local disk."""
 
     scheme: str
 
@@ -107,57 +107,57 @@ class SourceReader(Protocol):
         """Return the source's files by digest; raises InputRefused or EnvironmentFailure."""
 
     def known(self, source: str, revision: str, sha256: str) -> Snapshot | None:
-        """Return what `fetch` would, if that needs no network and no copying; else None."""
+        """Return the result of `fetch` if it needs no network and no copying, else None."""
 
 
 class Runner(Protocol):
-    """Runs jobs in a builder: a container or a virtual environment of the same pins."""
+    """Runs jobs in a builder: a container or a virtual environment with the same pins."""
 
     name: str
 
     @property
     def networked(self) -> bool:
-        """Say whether a job has run with the machine's network, because the user allowed it."""
+        """Whether any job has run with network access, because the user allowed it."""
 
     def prepare(self, builder: str, progress: Progress) -> None:
-        """Make the builder ready; says what it does and how long that may take."""
+        """Make the builder ready; report what it does and how long it may take."""
 
     def check(self, builder: str) -> None:
-        """Raise EnvironmentFailure, at no cost, where the builder surely cannot be made here.
+        """Raise EnvironmentFailure if it is already certain that the builder cannot be made.
 
-        Or where its jobs could not be kept from the network.
+        Also if its jobs cannot be isolated from the network. The check is cheap.
         """
 
     def ready(self, builder: str) -> bool:
-        """Say whether the builder is there already."""
+        """Return whether the builder already exists."""
 
     def run(self, job: Job, progress: Progress) -> Mapping[str, Json]:
-        """Run the job to its end and return its result; raises the job's own error."""
+        """Run the job and return its result; raises the job's own error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """A started server: where it answers and what it printed."""
+    """A started server: its address and its log."""
 
     url: str
     logs: Callable[[int], str]
-    """Return the last n lines."""
+    """Return the last n lines of the log."""
     alive: Callable[[], bool]
     stop: Callable[[float], int | None] | None = None
-    """Send SIGTERM and wait so many seconds; return the exit code, None where it still runs."""
+    """Send SIGTERM and wait so many seconds; return the exit code, None if still running."""
     restart: Callable[[], Endpoint] | None = None
-    """Start the stopped server again, in the same place."""
+    """Restart the stopped server at the same address."""
     confinement: tuple[str, ...] = ()
-    """How it is kept apart, for people: `no network`, `read-only root`, …"""
+    """How the server is isolated, as text: `no network`, `read-only root`, …"""
 
     @property
     def shown(self) -> str:
-        """The address without a password that the user may have put into it."""
+        """The address without any password in it."""
         return str(without_passwords(self.url))
 
 
 class RunCommand(Protocol):
-    """Runs a program of the user's own to its end."""
+    """Runs the user's own program."""
 
     def __call__(
         self,
@@ -169,7 +169,7 @@ class RunCommand(Protocol):
         """Return its standard output; its standard error goes to ours.
 
         The user's environment is passed on, with these variables added. Raises CheckFailed for
-        an exit code other than 0 or too long a run, EnvironmentFailure where it is not there.
+        an exit code other than 0 or a timeout, EnvironmentFailure if the program does not exist.
         """
 
 
@@ -181,9 +181,9 @@ class StartSpec:
     """Where the server listens inside the image."""
     env: Mapping[str, str]
     port_variable: str = ""
-    """Variable that moves the port, for launchers that share the host's network."""
+    """Environment variable for the port, for launchers that share the host's network."""
     host_variable: str = ""
-    """Variable that keeps it to loopback there."""
+    """Environment variable that restricts the server to loopback there."""
     memory_bytes: int = 0
     shm_bytes: int = 0
     """Shared memory of the container; 0 for the launcher's default."""
@@ -200,45 +200,45 @@ class Launcher(Protocol):
 
 
 CANDIDATES = "weightsmith-candidate"
-"""Repository of images that are there while a build is at work.
+"""Repository of temporary images that exist only during a build.
 
-Their tags are `KEY-OWNER`; a load removes those of owners that were killed.
+Their tags are `KEY-OWNER`; loading an image removes those whose owner was killed.
 """
 
 
 class ContainerEngine(Protocol):
-    """What we need of a container engine beside running jobs."""
+    """The container engine's operations on images."""
 
     owner: str
-    """Names this process in the tags of images that are its alone."""
+    """Identifies this process in the tags of its temporary images."""
 
     def answers(self) -> bool:
-        """Say whether an engine is there."""
+        """Return whether a container engine is available."""
 
     def load(self, archives: Iterable[Iterator[bytes]], reference: str) -> str:
-        """Load image archives, each on the one before it; return the last one's id."""
+        """Load image archives, each based on the previous one; return the last one's id."""
 
     def chains_of(self, *repositories: str) -> tuple[tuple[str, ...], ...]:
-        """Return the diff ids, bottom first, of each image that the engine holds of these."""
+        """Return the diff ids, bottom first, of those of these images that the engine has."""
 
     def inspect(self, reference: str) -> Mapping[str, Json]:
-        """Return an image's `Id` (a digest of its own) and `Config`; {} where absent."""
+        """Return an image's `Id` (the engine's digest) and `Config`; {} if absent."""
 
     def untag(self, reference: str) -> None:
-        """Remove a name; the image goes too when it was the last one. Absent is fine."""
+        """Remove a name, and the image with its last name; ignore a name that does not exist."""
 
     def describe(self) -> Mapping[str, Json]:
         """Version, storage driver, GPU runtime: for `doctor`.
 
-        Under `layerwise`, whether an archive may leave out what was loaded before.
+        `layerwise` says whether an archive may omit layers that are already loaded.
         """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signer:
-    """The user's private key, at work."""
+    """Signs with the user's private key."""
 
     sign: Callable[[bytes], bytes]
-    """Bytes -> signature: of their SHA-256 with ECDSA, or what the key's kind does."""
+    """Bytes -> signature, for example ECDSA over their SHA-256, depending on the key's type."""
     public: bytes
-    """Its public key in PEM form, by which signatures of its own are known again."""
+    """Its public key in PEM form, which identifies its own signatures."""

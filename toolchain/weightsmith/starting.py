@@ -1,4 +1,4 @@
-"""Image -> a session with its server; every image that weightsmith starts is started here."""
+"""Image -> a session with its server; weightsmith starts every image here."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def start(
     limits: SessionLimits | None = None,
     smoke: Smoke | None = None,
 ) -> Iterator[ServerSession]:
-    """Start an image, wait until it is healthy, and yield a session; the server ends with it.
+    """Start an image, wait until it is healthy, and yield a session; stop the server afterwards.
 
     `reference` is a name in the container engine or `oci:DIR`; `smoke` records the health check.
     Raises CheckFailed, with the server's last lines, if it is not healthy after `seconds`.
@@ -49,7 +49,7 @@ def start(
 def spare_cpu(variable: str) -> Mapping[str, str]:
     """Return the environment that leaves one CPU free; `variable` sets an engine's threads.
 
-    Threads that wait for each other all stop when one loses its CPU. {} without a variable.
+    Otherwise, one preempted thread makes all others wait. {} without a variable.
     """
     if not variable:
         return {}
@@ -57,7 +57,7 @@ def spare_cpu(variable: str) -> Mapping[str, str]:
 
 
 def why_not_started(image: Image, tools: Tools) -> str:
-    """Return why an image of ours cannot be started on this machine; "" if it can."""
+    """Return why this machine cannot start a built image; "" if it can."""
     if not is_own(image):
         return f"the image is for {image.platform}: it was not started"
     if plan_of(image.labels).device != "cpu" and not tools.engine.describe().get("gpu"):

@@ -1,4 +1,4 @@
-"""Everything outside this process that a build uses, in one value."""
+"""Everything outside this process that a build uses."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from weightsmith.ports import (
 
 def _assembles_none(engine: str, _folder: Path, _progress: Progress) -> None:
     raise EnvironmentFailure(
-        f"the engine {engine} cannot be assembled here", hint="name another base image"
+        f"the engine {engine} cannot be assembled here", hint="give another base image"
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tools:
-    """The outside world of one build, put together in `wiring`."""
+    """The external tools of one build, assembled in `wiring`."""
 
     store: Store
     readers: Mapping[str, SourceReader]
@@ -41,14 +41,14 @@ class Tools:
     registry: Registry
     progress: Progress
     scratch: Callable[[], AbstractContextManager[Path]]
-    """Makes a folder for a job's output and deletes it afterwards."""
+    """Creates a folder for a job's output, and deletes it afterwards."""
     assemble_engine: Callable[[str, Path, Progress], None] = _assembles_none
-    """(engine, empty folder, progress): fills it with the engine's root file system."""
+    """(engine, empty folder, progress): fills the folder with the engine's root file system."""
     command: RunCommand
     """Runs the user's own evaluation program."""
     signer: Signer | None = None
-    """Signs with the user's key, where there is one."""
+    """Signs with the user's key; None without a key."""
     clock: Callable[[], float] = time.monotonic
-    """Seconds since an arbitrary moment; stages are timed with it."""
+    """Monotonic clock in seconds, used to time stages."""
     images_in_engine: bool = False
-    """Whether built images are started in the container engine; else from an OCI layout."""
+    """Whether built images are started in the container engine or from an OCI layout."""

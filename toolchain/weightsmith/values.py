@@ -1,4 +1,4 @@
-"""The frozen values that flow between stages; each knows what it was made from."""
+"""The frozen values that stages exchange; each records what it was made from."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Digest(str):
 
 
 class UnreadDigest(Digest):
-    """Stands for the digest of a file that was not read; no file has it."""
+    """Placeholder for the digest of a file that was not read; no file has this digest."""
 
     __slots__ = ()
 
@@ -67,7 +67,7 @@ _PLAIN = frozenset({str, int, float, bool, type(None)})
 def plain(value: Json) -> Json:
     """Turn dataclasses, paths and tuples into plain JSON values."""
     kind = type(value)
-    if kind in _PLAIN:  # most values by far: a list of 20,000 files is asked for its key
+    if kind in _PLAIN:  # a fast path for most values: a key may cover 20,000 files
         return value
     if kind is tuple or kind is list:
         return [plain(v) for v in value]
@@ -87,13 +87,13 @@ def plain(value: Json) -> Json:
 
 
 _USER = re.compile(r'(https?)?://([^/?#\s"<>]+)@')
-"""What stands before the host in an address, which no address holds quotes in: a JSON text's end
-one. It is looked for once after each `://`, so that the time is in proportion to the length.
+"""The user part of a URL. It has no quotes, so a match ends at the end of a JSON string.
+It is searched once after each `://`, so that the time is linear in the length.
 """
 
 
 def without_passwords(value: Json) -> Json:
-    """Return a JSON value, or a text, without the names and passwords of addresses in it."""
+    """Return a JSON value or text with user names and passwords removed from URLs."""
     if isinstance(value, str):
         return _USER.sub(_without_user, value)
     if isinstance(value, Mapping):
@@ -104,7 +104,7 @@ def without_passwords(value: Json) -> Json:
 
 
 def _without_user(found: re.Match[str]) -> str:
-    """Leave out a name with its password, or a token alone; `ssh://git@` is neither."""
+    """Remove `user:password@` or a token; keep a plain user name such as `ssh://git@`."""
     scheme, user = found.groups()
     return f"{scheme or ''}://" if scheme or ":" in user else found[0]
 
@@ -120,7 +120,7 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slice:
-    """A part of a file on disk, by its place in bytes."""
+    """A part of a file on disk, by offset and size in bytes."""
 
     path: Path
     offset: int
@@ -128,40 +128,40 @@ class Slice:
 
 
 Pieces: TypeAlias = tuple[bytes | Slice, ...]
-"""A file's content that is not on disk as one file."""
+"""File content that is not stored as one file on disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tree:
-    """A folder whose content is known: the files under `root`, sorted by path."""
+    """A folder with known content: the files in `root`, sorted by path."""
 
     root: Path
     files: tuple[FileEntry, ...]
     places: Mapping[str, Path] = field(default_factory=dict)
-    """Files that lie elsewhere than below `root`."""
+    """Files stored outside `root`."""
 
     @property
     def digest(self) -> Digest:
-        """The content's identity: sha256 over the sorted `sha256sum` list, whatever the folder."""
+        """Digest of the content: sha256 of the sorted `sha256sum` list, whatever the folder."""
         return tree_digest(self.files)
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
+        """Total size in bytes."""
         return sum(entry.size for entry in self.files)
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the files that hold weights, as a server loads them."""
+        """Total size in bytes of the weight files that a server loads."""
         weights = (".safetensors", ".gguf")
         return sum(entry.size for entry in self.files if entry.path.endswith(weights))
 
     def path(self, name: str) -> Path:
-        """Return the file's place on disk."""
+        """Return the file's location on disk."""
         return self.places.get(name, self.root / name)
 
     def has(self, name: str) -> bool:
-        """Say whether the tree holds a file of that relative path."""
+        """Return whether the tree has a file with this relative path."""
         return any(entry.path == name for entry in self.files)
 
 
@@ -173,15 +173,15 @@ def tree_digest(files: Iterable[FileEntry]) -> Digest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """A resolved source: a tree on disk and the pin that names it for ever."""
+    """A resolved source: a tree on disk and its immutable pin."""
 
     tree: Tree
     source: str
     """As the user wrote it."""
     pin: str
-    """Source with revision or hash: enough to get the same bytes again."""
+    """Source with revision or hash, which always gets the same bytes."""
     pinned: bool
-    """False where the user gave no pin and the build found one."""
+    """False if the user gave no pin and the build added one."""
     made_from: tuple[Digest, ...] = ()
 
     @property
@@ -192,7 +192,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterSnapshot:
-    """One adapter of a merge: its files, weight, and the user's names for it."""
+    """One adapter of a merge: its files, weight, version and run id."""
 
     snapshot: Snapshot
     weight: float = 1.0
@@ -228,9 +228,9 @@ class Format:
 
     name: str
     kind: str
-    """What engines match on: `safetensors`, `gguf`, `awq`, `gptq`, `fp8`."""
+    """The kind that engines support: `safetensors`, `gguf`, `awq`, `gptq` or `fp8`."""
     bits_per_weight: float
-    """Nominal; used to plan disk and memory before the file exists."""
+    """Nominal bits per weight, used to plan disk and memory before the file exists."""
 
     @property
     def packed(self) -> bool:
@@ -239,20 +239,20 @@ class Format:
 
     @property
     def suffix(self) -> str:
-        """The ending of its weight files."""
+        """Suffix of its weight files."""
         return ".gguf" if self.kind == "gguf" else ".safetensors"
 
 
 SAFETENSORS = Format(name="safetensors", kind="safetensors", bits_per_weight=16.0)
-"""The merged checkpoint as it is: what a target without a suffix serves."""
+"""The unchanged merged checkpoint, which a target without a suffix serves."""
 
-# Checkpoints with packed weights, which need no quantizer of ours to be planned and served: four
+# Checkpoints with packed weights, which can be planned and served without our quantizers: four
 # bits, with a 16-bit scale and a 4-bit zero point per 128 weights; eight bits.
 AWQ = Format(name="awq", kind="awq", bits_per_weight=4.16)
 GPTQ = Format(name="gptq", kind="gptq", bits_per_weight=4.16)
 FP8 = Format(name="fp8", kind="fp8", bits_per_weight=8.0)
 LORA = Format(name="lora", kind="lora", bits_per_weight=16.0)
-"""The base with its adapters beside it, added when requests come and never merged."""
+"""The base and its unmerged adapters, which are applied at run time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,7 +282,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blob:
-    """A blob that a registry or a layout holds, by its descriptor alone."""
+    """The descriptor of a blob in a registry or a layout."""
 
     digest: Digest
     size: int
@@ -291,7 +291,7 @@ class Blob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """Where an image went, and what it cost to bring it there."""
+    """Where an image was published, and how many bytes were transferred."""
 
     reference: str
     digest: Digest
@@ -303,11 +303,11 @@ class Published:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageInputs:
-    """All that a stage's result depends on; its digest is the store's key."""
+    """Everything that a stage's result depends on; its digest is the store's key."""
 
     stage: str
     recipe_number: int
-    """Raised whenever the same inputs would give other bytes."""
+    """Version, increased whenever the same inputs would give different bytes."""
     inputs: Mapping[str, Json]
 
     @property
@@ -316,7 +316,7 @@ class StageInputs:
         return key_of(self)
 
     def changed_since(self, earlier: Mapping[str, Json] | None) -> str:
-        """Say which inputs differ from an earlier build's, for people; empty when none do."""
+        """Return as text which inputs differ from an earlier build's; "" if none do."""
         if not earlier:
             return "never built here"
         now = plain(self.inputs)

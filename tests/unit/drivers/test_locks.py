@@ -66,4 +66,6 @@ def test_a_layout_that_another_build_writes_is_waited_for_aloud(tmp_path: Path) 
     progress = Telling()
     with layouts._alone(folder, SimpleNamespace(progress=progress)) as mine:
         assert mine == folder
-    assert progress.lines == [("note", f"another process writes {folder}: waiting for it")]
+    assert progress.lines == [
+        ("note", f"the layout {folder} is in use by another process: waiting for it")
+    ]

@@ -1,1 +1,1 @@
-"""Models that run with their weights in files: a few rows at a time, shared by several views."""
+"""Runs models with weights read from files, a few rows at a time, shared by several views."""

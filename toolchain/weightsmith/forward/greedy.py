@@ -1,4 +1,4 @@
-"""Greedy answers of several views in one walk over the weights, by drafts where there are some."""
+"""Greedy answers of several views in one pass over the weights, using drafts if there are any."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _ROUNDS = 2
 _CACHE_BYTES = 512 << 20
 """For the keys and values of one view's batch."""
 _BATCH_TOKENS = 4096
-"""Prompt tokens of one batch: enough to share a weight, few enough to hold."""
+"""Prompt tokens of one batch: enough to share each weight, few enough for memory."""
 
 
 @dataclass(slots=True)
 class Answers:
-    """One view's tokens after each prompt, and how many of them a draft had right."""
+    """One view's tokens after each prompt, and the number of correct draft tokens."""
 
     tokens: list[list[int]]
     from_drafts: int = 0
@@ -30,23 +30,23 @@ class Answers:
 
 @dataclass(slots=True, kw_only=True)
 class Questions:
-    """Prompts in tokens, the tokens that end an answer, and how many there are at most."""
+    """Tokenized prompts, the tokens that end an answer, and the maximum answer length."""
 
     prompts: Sequence[Tokens]
     ends: Sequence[int]
     most: int
     filler: int = 0
     drafts: Mapping[int, Tokens] = field(default_factory=dict)
-    """Prompt's number -> what the answer may be."""
+    """Prompt's number -> draft of its answer."""
 
 
 @torch.inference_mode()
 def greedy(model: Any, asked: Questions, advance: Callable[[int], None]) -> Answers:
-    """Return the likeliest tokens after each prompt, including the one that ends an answer.
+    """Return the most likely tokens after each prompt, including the token that ends an answer.
 
-    A draft is read in one pass. Its tokens are the answer as long as each is the likeliest; the
-    first that is not is replaced, and what follows it is tried again. The rest is generated.
-    `advance` is called with the number of answers that are done.
+    A draft is checked in one pass. Its tokens are accepted up to the first that is not the most
+    likely one; that token is replaced, and the tokens after it are checked again. The rest is
+    generated. `advance` is called with the number of finished answers.
     """
     found: dict[int, list[int]] = {n: [] for n in range(len(asked.prompts))}
     rest, right = _usable_drafts(model, asked), 0
@@ -91,7 +91,7 @@ def batch_tokens(model: Any) -> int:
 
 
 def batches(rows: Mapping[int, Tokens], most: int, more: int = 0) -> Iterator[list[int]]:
-    """Yield numbers of rows of like length, so that little is padded."""
+    """Yield batches of row numbers of similar length, to keep padding small."""
     batch: list[int] = []
     for number in sorted(rows, key=lambda n: (len(rows[n]), n)):
         if batch and (len(batch) + 1) * (len(rows[number]) + more) > most:
@@ -113,7 +113,7 @@ def _verify(
     found: dict[int, list[int]],
     rest: dict[int, list[int]],
 ) -> int:
-    """Read the drafts of a batch in one pass; return how many of their tokens are right."""
+    """Check a batch's drafts in one pass; return the number of correct tokens of each."""
     rows = [[*asked.prompts[n], *found[n], *rest[n]] for n in batch]
     width = max(map(len, rows))
     ids = torch.tensor([[*row, *[asked.filler] * (width - len(row))] for row in rows])
@@ -140,7 +140,7 @@ def _verify(
 
 
 def _likeliest(model: Any, ids: torch.Tensor, places: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Return the likeliest next token at some places; causal models ignore padding on the right."""
+    """Return the most likely next token at each place; causal models ignore right padding."""
 
     def select(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0][places].unsqueeze(0), *args[1:])
@@ -162,7 +162,7 @@ def _generate(
     width = max(1, max(map(len, rows)))
     ids = torch.tensor([[*[asked.filler] * (width - len(row)), *row] for row in rows])
     mask = torch.tensor([[*[0] * (width - len(row)), *[1] * len(row)] for row in rows])
-    # Greedy whatever generation_config.json says of sampling and penalties.
+    # Always greedy; ignore sampling and penalties in generation_config.json.
     settings = GenerationConfig(
         do_sample=False,
         max_new_tokens=asked.most - min(len(found[n]) for n in batch),

@@ -1,4 +1,4 @@
-"""Several views of a model run side by side and meet at each weight, so that it is read once."""
+"""Runs several views of a model in step, so that each weight is read once for all of them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import torch
 
 T = TypeVar("T")
 Key = tuple[int, int]
-"""Which checkpoint, and the weight's place in the order in which a model uses its weights."""
+"""The checkpoint's number, and the weight's position in the order in which the model uses it."""
 
 _TILE = 128
-"""Rows of a matrix that are converted and multiplied at a time: they stay in a CPU's cache."""
+"""Rows of a matrix that are converted and multiplied at a time, so that they fit a CPU's cache."""
 _WIDE_TILE = 512
-"""The same where many inputs share the tile, so that its conversion costs little beside them."""
+"""The same if many inputs share the tile, which makes its conversion relatively cheap."""
 _MANY = 160
 
 
 @dataclass(slots=True)
 class _Request:
-    """One view's inputs to a matrix, and the product once it is there."""
+    """One view's inputs to a matrix, and the product once it is computed."""
 
     inputs: torch.Tensor
     matrix: torch.Tensor
@@ -41,9 +41,9 @@ class _StoppedError(Exception):
 
 
 class Meeting:
-    """Runs views in threads of their own; when all of them wait, one multiplies for all.
+    """Runs each view in its own thread; when all of them wait, one multiplies for all.
 
-    It takes the matrix that comes first in the model, for every view that asks for it, so that it
+    It takes the first requested matrix in the model's order, for all views that need it, so that it
     is read once. Tiles are spread over the CPUs by plain threads: OpenMP's barriers wait for a
     thread that was preempted, which on a busy machine makes products many times slower.
     """
@@ -60,7 +60,7 @@ class Meeting:
         self._stopped = False
 
     def run(self, views: Mapping[str, Callable[[], T]]) -> dict[str, T]:
-        """Return what each view returns; raises the first view's error when all have ended."""
+        """Return each view's result; raises the first view's error after all have ended."""
         self._running, self._stopped = len(views), False
         found: dict[str, Any] = {}
         errors: list[BaseException] = []
@@ -115,7 +115,7 @@ class Meeting:
                 else:
                     self._serve(self._waiting.pop(min(self._waiting)))
         if request.output is None:
-            raise request.failed or AssertionError("nobody multiplied")
+            raise request.failed or AssertionError("the product was not computed")
         return request.output.view(*inputs.shape[:-1], matrix.shape[0])
 
     def _serve(self, requests: Sequence[_Request]) -> None:

@@ -21,7 +21,7 @@ _WRAPPERS = frozenset({"base_layer", "original_module", "token_adapter"})
 
 
 class IncompatibleAdapters(Exception):
-    """PEFT cannot load these adapters together: of different kinds, or on the same module."""
+    """PEFT cannot load these adapters together: they are of different kinds or share a module."""
 
 
 def skeleton(root: Path) -> Any:

@@ -1,4 +1,4 @@
-"""A view of a model: a checkpoint, with adapters or without, that reads matrices at a meeting."""
+"""A view of a model: a checkpoint with or without adapters that shares its matrix reads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from weightsmith.forward.network import (
 from weightsmith.forward.weights import Weights
 
 NOT_STREAMABLE = (RuntimeError, AttributeError, KeyError, TypeError, NotImplementedError)
-"""Raised by an architecture that uses weights without calling their module."""
+"""The architecture uses weights without calling their module."""
 
 
 def view(
@@ -35,7 +35,7 @@ def view(
 ) -> Any:
     """Return a transformers model, with PEFT's layers on it, in float32 and ready to run.
 
-    Views of one checkpoint have one `number`. Raises what an architecture raises that cannot run
+    Views of the same checkpoint share a `number`. Raises the architecture's error if it cannot run
     without its weights in memory.
     """
     bare = skeleton(checkpoint)
@@ -141,6 +141,6 @@ def _embedding(module: Any, forward: Any, table: torch.Tensor, ids: torch.Tensor
 
 
 def _require_finite(_: Any, __: Any, logits: torch.Tensor) -> None:
-    """Raise RuntimeError for logits that are no numbers: a weight was used without its module."""
+    """Raise RuntimeError if logits are not finite: a weight was used without its module."""
     if not bool(torch.isfinite(logits).all()):
         raise RuntimeError("the logits are not finite")

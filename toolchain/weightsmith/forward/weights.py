@@ -17,7 +17,7 @@ from safetensors import safe_open
 from weightsmith.checkpoints.safetensors import TensorInfo, open_checkpoint
 
 BLOCK = 1 << 19
-"""Elements held at a time: few enough to stay in the CPU cache."""
+"""Elements in memory at a time: few enough for the CPU cache."""
 _BLOCKS = 32
 """Blocks read before the file is reopened: until then its pages count as our memory."""
 
@@ -103,7 +103,7 @@ class Weights:
     def mapped(self, tensor: str) -> torch.Tensor:
         """Return a whole tensor in the file's dtype; a row is read from the disk when it is used.
 
-        The file stays open, and its pages are the kernel's to drop.
+        The file stays open, and the kernel may drop its pages.
         """
         path = self._files[tensor]
         if path not in self._open:

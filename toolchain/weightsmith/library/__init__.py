@@ -1,1 +1,1 @@
-"""The public interface behind the names of `weightsmith`: each does what its command does."""
+"""The public functions of `weightsmith`: each does the same as its command."""

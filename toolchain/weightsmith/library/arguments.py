@@ -1,4 +1,4 @@
-"""What callers give: paths and recipes in any form."""
+"""Converts callers' arguments: paths, texts and recipes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from weightsmith.recipe_file import RecipeFile, check_recipe, read_recipe, with_
 AnyPath: TypeAlias = str | Path
 Texts: TypeAlias = str | Sequence[str]
 AnyRecipe: TypeAlias = AnyPath | Recipe | Mapping[str, Any]
-"""A file, a recipe, or the mapping that a file would hold."""
+"""A recipe file, a Recipe, or a mapping with a recipe file's keys."""
 
 
 def recipe_of(recipe: AnyRecipe, settings: Texts) -> RecipeFile:
@@ -27,21 +27,21 @@ def recipe_of(recipe: AnyRecipe, settings: Texts) -> RecipeFile:
 
 
 def path_of(given: AnyPath) -> Path:
-    """Return a path whose `~` is the home folder, as a shell would have it."""
+    """Return a path with `~` expanded to the home folder."""
     return Path(given).expanduser()
 
 
 def paths_of(given: AnyPath | Sequence[AnyPath]) -> tuple[Path, ...]:
-    """Return one path or several: a text is a sequence too, of letters."""
+    """Return paths as a tuple; a single path may be given without a list."""
     return (path_of(given),) if isinstance(given, str | Path) else tuple(map(path_of, given))
 
 
 def texts_of(given: Texts) -> tuple[str, ...]:
-    """Return one text or several."""
+    """Return texts as a tuple; a single text may be given without a list."""
     return (given,) if isinstance(given, str) else tuple(given)
 
 
 def weights_of(given: Sequence[float] | None, adapters: Sequence[Path]) -> tuple[float, ...]:
-    """Return a weight per adapter, all 1 where none is given; UsageError for another number."""
+    """Return one weight per adapter, by default 1; raise UsageError if their number differs."""
     count = len(adapters)
     return one_each([1.0] * count if given is None else [float(w) for w in given], count)

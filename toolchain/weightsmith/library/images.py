@@ -1,4 +1,4 @@
-"""What makes and looks at images: `plan`, `build`, `bake`, `inspect`, `verify`."""
+"""Functions for images: `plan`, `build`, `bake`, `inspect`, `verify`."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def bake(
     """Assemble the image of a model without starting it; push it, load it or write a layout.
 
     At least one of `push`, `load` (references) and `layout` (a folder) is needed. `config` is the
-    folder that `weightsmith render` wrote; `max_layer_size` is text, such as `10GB`.
+    folder that `weightsmith render` wrote; `max_layer_size` is text such as `10GB`.
 
-    Raises UsageError for an unknown target or option, InputRefused for weights of another format,
-    EnvironmentFailure where a registry or the container engine cannot be reached.
+    Raises UsageError for an unknown target or option, InputRefused for weights in another format,
+    EnvironmentFailure if a registry or the container engine cannot be reached.
 
     >>> baked = weightsmith.bake(
     ...     "merged", "vllm", kind="volume", layout="capitals", progress=False
@@ -107,14 +107,14 @@ def plan(
     dist: AnyPath = "dist",
     runner: str = "auto",
 ) -> Mapping[str, Json]:
-    """Return what `build` would do, without doing any of it.
+    """Return what `build` would do, without doing it.
 
     `stages` has a mapping each (`cached` or `why` not, `read_bytes`, `write_bytes`,
     `peak_memory_bytes`), `serving` each target's memory plan, and beside them are totals in bytes,
     as `weightsmith plan --json` prints them. `set` has `key.path=value` texts.
 
     Raises what the build would raise before its first long step: UsageError for a recipe that is
-    wrong or does not fit, InputRefused for its sources.
+    invalid or does not fit the memory, InputRefused for invalid sources.
 
     >>> foreseen = weightsmith.plan("examples/tiny/recipe.yaml")
     >>> [row["stage"] for row in foreseen["stages"]][:2]
@@ -145,7 +145,7 @@ def build(
     allow_network_in_jobs: bool = False,
     progress: bool = True,
 ) -> Mapping[str, Built]:
-    """Build, prove and publish the image of each target; return them by the target's name.
+    """Build, test and publish the image of each target; return them by target name.
 
     Relative paths of a recipe file start at its folder, those of a mapping or Recipe at the current
     one. `targets` and `set` (`key.path=value` texts) change the recipe for this run. Without
@@ -203,12 +203,12 @@ def build(
 
 
 def inspect(source: str, *, platform: str = "", insecure: bool = False) -> Mapping[str, Json]:
-    """Return what an image says of itself: provenance, memory plan, scores, labels, layers.
+    """Return an image's provenance, memory plan, scores, labels and layers.
 
     `source` is a reference or `oci:FOLDER`; the mapping is what `weightsmith inspect --json`
-    prints. Of an index, the image for `platform` is read, this machine's by default.
+    prints. For an index, reads the image for `platform`, by default this machine's.
 
-    Raises InputRefused for what is no image, EnvironmentFailure where it cannot be reached.
+    Raises InputRefused for an invalid image, EnvironmentFailure if it cannot be reached.
 
     >>> weightsmith.inspect("oci:capitals")["digest"] == baked.digest
     True
@@ -220,10 +220,10 @@ def inspect(source: str, *, platform: str = "", insecure: bool = False) -> Mappi
 def verify(
     source: str, *, key: AnyPath | None = None, insecure: bool = False, progress: bool = True
 ) -> Verification:
-    """Check an image's layers, its statements, and with `key` (a public one, PEM) its signature.
+    """Check an image's layers and statements, and with `key` (a public key, PEM) its signature.
 
-    Raises CheckFailed where one check says no, with all of them as `details["checks"]`, UsageError
-    for a key that cannot be read, EnvironmentFailure where the image cannot be reached.
+    Raises CheckFailed if a check fails, with all checks as `details["checks"]`, UsageError for a
+    key that cannot be read, EnvironmentFailure if the image cannot be reached.
 
     >>> verification = weightsmith.verify("oci:capitals", progress=False)
     >>> any(check.ok is False for check in verification.checks)

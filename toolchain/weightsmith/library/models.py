@@ -1,4 +1,4 @@
-"""What makes and checks a model's files: `merge`, `validate`, `quantize`."""
+"""Functions for model files: `merge`, `validate`, `quantize`."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def merge(
     allow_network_in_jobs: bool = False,
     progress: bool = True,
 ) -> Merged:
-    """Merge adapters into a base: `out` becomes a Hugging Face checkpoint of the base's shapes.
+    """Merge adapters into a base, and write a Hugging Face checkpoint with its shapes to `out`.
 
     `weights` has a factor per adapter, 1 by default; the other options are the recipe's `merge`
-    keys. A merge that was killed goes on where it was.
+    keys. A killed merge is resumed by the next call.
 
-    Raises UsageError for options that do not fit or an `out` in use, InputRefused for a base or
-    adapter that cannot be merged, CheckFailed where what was written reads back differently,
-    EnvironmentFailure where the machine lacks something.
+    Raises UsageError for invalid options or an `out` that exists, InputRefused for a base or
+    adapter that cannot be merged, CheckFailed if the written files read back differently,
+    EnvironmentFailure if the machine lacks something.
 
     >>> merged = weightsmith.merge(
     ...     "examples/tiny/base", ["examples/tiny/adapters/a"], "merged", progress=False
@@ -90,12 +90,12 @@ def validate(
     allow_network_in_jobs: bool = False,
     progress: bool = True,
 ) -> Validation:
-    """Compare a checkpoint that any tool merged with base and adapters: files, elements, logits.
+    """Compare a merged checkpoint, from any tool, with its sources by files, elements and logits.
 
     The options say how it was merged. `probes` are JSON Lines of `{prompt | messages}`.
 
-    Raises CheckFailed where it differs, with what was found as `details`, InputRefused for folders
-    that are no model or adapter, UsageError for options and probes.
+    Raises CheckFailed if it differs, with the result as `details`, InputRefused for folders that
+    are not a model or adapter, UsageError for invalid options or probes.
 
     >>> validation = weightsmith.validate(
     ...     "examples/tiny/base", ["examples/tiny/adapters/a"], "merged", progress=False
@@ -135,14 +135,14 @@ def quantize(
     allow_network_in_jobs: bool = False,
     progress: bool = True,
 ) -> Quantized:
-    """Quantize a checkpoint, read the result back, and measure what was lost on held-out text.
+    """Quantize a checkpoint, read the result back, and measure the loss on held-out text.
 
     `out` is a new file for GGUF formats, a new folder for the others. Options are the recipe's
     `quantize` keys; `calibration` is JSON Lines, general texts by default; without `gate`, what
     exceeds the format's limits is reported and kept.
 
-    Raises UsageError for an unknown format or an option without a use there, InputRefused for a
-    model or text that cannot be taken, CheckFailed over the limits; then nothing is left at `out`.
+    Raises UsageError for an unknown format or an option that it does not use, InputRefused for an
+    unsupported model or text, CheckFailed for a loss over the limits; then `out` does not exist.
 
     >>> quantized = weightsmith.quantize(
     ...     "merged", "capitals.gguf", format="q4_k_m",

@@ -27,13 +27,13 @@ class Merged:
 
     path: Path
     tensors: Mapping[str, int]
-    """How many were `merged`, `copied` from the base, and `replaced` by an adapter's."""
+    """Number of tensors `merged`, `copied` from the base, and `replaced` by an adapter's."""
     shards: tuple[Shard, ...]
     peak_rss_bytes: int
-    """Most memory that the job's process had (resident set size)."""
+    """Peak memory of the job's process (resident set size)."""
     seconds: float
     findings: tuple[str, ...]
-    """What is worth knowing, one sentence each; these were shown as warnings."""
+    """The merge's warnings, one sentence each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,13 +53,13 @@ class Quantized:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Baked:
-    """An assembled image, where it was asked for."""
+    """An assembled image at its destination."""
 
     image: str
     """Its reference, or `oci:FOLDER`."""
     digest: Digest
     layers: tuple[Mapping[str, Json], ...]
-    """`digest`, `size` and `file` of each, the lowest first."""
+    """`digest`, `size` and `file` of each layer, from the bottom up."""
     uploaded_bytes: int
     seconds: float
     warnings: tuple[str, ...]
@@ -71,7 +71,7 @@ class StageTime:
 
     seconds: float
     cached: bool
-    """True where its result was there already."""
+    """True if its result was already in the store."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,18 +89,18 @@ class Built:
     sameness: Mapping[str, float]
     """Share of answers of `merged` and `image` that are the reference's text to the letter."""
     report: Path
-    """report.html; build.json lies beside it."""
+    """Path of report.html; build.json is in the same folder."""
     stages: Mapping[str, StageTime]
     uploaded_bytes: int
     warnings: tuple[str, ...]
-    """Of the whole build."""
+    """Duration of the whole build."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """An image that holds: no check said no."""
+    """An image that passed verification: no check failed."""
 
     image: str
     digest: Digest
     checks: tuple[Check, ...]
-    """`name`, `found`, and `ok`: None where it was not asked, such as a signature without a key."""
+    """`name`, `found` and `ok`; `ok` is None if not checked, such as a signature without a key."""

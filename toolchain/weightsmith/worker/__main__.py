@@ -34,7 +34,7 @@ def run_job(job: Job, wire: Wire) -> int:
     except OSError as problem:
         traceback.print_exc()
         return _send_error(wire, _of_the_system(problem, job))
-    except Exception as problem:  # noqa: BLE001 - the last frame: reported, with its traceback
+    except Exception as problem:  # noqa: BLE001 - the last frame reports it with its traceback
         traceback.print_exc()
         what = f"unexpected {type(problem).__name__} in the {job.kind} job: {problem}"
         return _send_error(wire, WeightsmithError(what, hint="the traceback is in the job's log"))
@@ -86,11 +86,13 @@ def main(arguments: list[str]) -> int:
     try:
         job = read_job(Path(arguments[0]).read_text("utf-8"))
     except ValueError as problem:
-        hint = "builder and control plane must be of one version"
-        return _send_error(wire, InputRefused(f"not a job for this builder: {problem}", hint=hint))
+        hint = "builder and control plane must have the same version"
+        return _send_error(
+            wire, InputRefused(f"invalid job for this builder: {problem}", hint=hint)
+        )
     tell_what_is_done(wire.doing)
     if job.seconds:
-        # A job that hangs logs where each of its threads is before the runner ends it.
+        # If the job hangs, log every thread's stack before the runner stops it.
         faulthandler.dump_traceback_later(job.seconds * 0.8, exit=False)
     return run_job(job, wire)
 

@@ -1,4 +1,4 @@
-"""What a builder does for each kind of job."""
+"""Runs each kind of job in a builder."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _merge(job: MergeJob, report: Report) -> Mapping[str, Json]:
 
 
 def _export_engine(job: ExportEngineJob, report: Report) -> Mapping[str, Json]:
-    """Copy the engine's programs, which the builder compiled, to the output."""
+    """Copy the engine's programs, compiled by the builder, to the output."""
     source = _tools() / "app"
     if not source.is_dir():
         raise EnvironmentFailure(
@@ -97,7 +97,7 @@ def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, Json]:
         run_steps(quantizer.steps(request), job.output, report)
         result = _mapping(quantizer.check(request))
     except CheckFailed:
-        forget_steps(job.output)  # a second try must not trust what this one left
+        forget_steps(job.output)  # a retry must not trust files from this run
         raise
     for path in (calibration, measured if job.statistics else None):
         if path is not None:
@@ -125,8 +125,8 @@ def _convert_adapter(job: ConvertAdapterJob, report: Report) -> Mapping[str, Jso
 def _quantizer(name: str) -> Any:
     if not name.isidentifier():
         raise InputRefused(
-            f"{name!r} is not the name of a quantizer",
-            hint="builder and control plane must be of one version",
+            f"unknown quantizer {name!r}",
+            hint="builder and control plane must have the same version",
         )
     return importlib.import_module(f"weightsmith.quantizers.{name}").QUANTIZER
 

@@ -65,7 +65,7 @@ def _refuse(step: Step, tail: Sequence[str]) -> None:
     if _EXCEPTION.fullmatch(last):
         raise InputRefused(
             f"{step.title}: the converter cannot read {step.reads}: {last}",
-            hint="the job's log has where; another engine may load it, such as target vllm",
+            hint="the job's log has the traceback; try another engine, such as target vllm",
         )
 
 
