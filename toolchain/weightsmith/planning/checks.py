@@ -89,7 +89,7 @@ def require_builder(target: Target, runner: Runner) -> None:
             if name.startswith(f"{target.name}-"):  # the same weights from another quantizer
                 with suppress(EnvironmentFailure):
                     runner.check(of_format(other.format.name).builder)
-                    hint += f"; the target {name} needs no builder"
+                    hint += f"; the target {name} can be built here"
                     break
         raise EnvironmentFailure(lacking.message, hint=hint) from lacking
 
