@@ -71,7 +71,7 @@ def new_adapter(memory: Memory) -> None:
 
 
 def redone(built: Built) -> tuple[str, ...]:
-    return tuple(name for name, facts in built.stages.items() if not facts["cached"])
+    return tuple(name for name, facts in built.stages.items() if not facts.cached)
 
 
 def test_a_second_build_does_nothing(memory: Memory) -> None:

@@ -43,7 +43,7 @@ def test_each_stage_says_how_long_it_took_by_the_clock_of_its_tools(memory: Memo
     built = memory.build()[TARGET]
 
     assert tuple(built.stages) == STAGES
-    assert {name: facts["seconds"] for name, facts in built.stages.items()} == {
+    assert {name: facts.seconds for name, facts in built.stages.items()} == {
         **dict.fromkeys(STAGES, 1.0),
         "publish": 3.0,  # which looks at the clock itself
     }

@@ -78,7 +78,7 @@ def test_an_image_that_is_there_is_tried_again_and_left_alone(warm: Memory, engi
     built = warm.build()[TARGET]
 
     assert "start" in warm.journal.events
-    assert built.stages["publish"]["cached"]
+    assert built.stages["publish"].cached
     assert (warm.seen(), warm.left()) == (there, [])
 
 
@@ -90,7 +90,7 @@ def test_a_layout_that_is_there_is_signed_with_a_new_key(warm: Memory) -> None:
     built = warm.build(layout=layout)[TARGET]
 
     assert (unsigned, signed_digests(layout)) == ([], [built.published.digest])
-    assert built.stages["publish"]["cached"]
+    assert built.stages["publish"].cached
     assert warm.left() == []
 
 

@@ -169,7 +169,7 @@ def test_a_base_alone_is_neither_merged_nor_validated(memory: Memory) -> None:
     built = memory.build()[TARGET]
 
     assert memory.jobs() == ["reference base", "quantize", "quality", "export-engine"]
-    assert built.stages["merge"]["cached"] is True
+    assert built.stages["merge"].cached is True
     assert any("no adapter" in text for text in memory.progress.warnings)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
+from weightsmith.build_record import StageRecord
 from weightsmith.checkpoints.facts import read_facts
 from weightsmith.destinations import InStore
 from weightsmith.errors import CheckFailed
@@ -51,7 +52,6 @@ from weightsmith.values import (
     LORA,
     Artifact,
     Checkpoint,
-    Json,
     Sources,
 )
 
@@ -94,11 +94,11 @@ class Clock:
     """Records how long each stage took, and whether it was cached."""
 
     tools: Tools
-    stages: dict[str, dict[str, Json]] = field(default_factory=dict)
+    stages: dict[str, StageRecord] = field(default_factory=dict)
 
     def take(self, outcome: Outcome[T]) -> T:
         """Return a stage's value, and record its time."""
-        self.stages[outcome.stage] = {"cached": outcome.cached, "seconds": outcome.seconds}
+        self.stages[outcome.stage] = StageRecord(cached=outcome.cached, seconds=outcome.seconds)
         return outcome.value
 
 
@@ -192,7 +192,7 @@ def baked(
 def refusal(
     record: Record,
     results: tuple[Result, ...],
-    stages: Mapping[str, Mapping[str, Json]],
+    stages: Mapping[str, StageRecord],
     error: CheckFailed,
 ) -> CheckFailed:
     """Write the report of a failed gate, and return its error with the report's path."""
@@ -219,9 +219,7 @@ def evaluated(
         raise refusal(record, expected, clock.stages, error) from None
 
 
-def judge(
-    record: Record, results: tuple[Result, ...], stages: Mapping[str, Mapping[str, Json]]
-) -> None:
+def judge(record: Record, results: tuple[Result, ...], stages: Mapping[str, StageRecord]) -> None:
     """Raise CheckFailed, and write the report, if a score dropped more than the recipe allows."""
     try:
         for result in results:
@@ -231,7 +229,7 @@ def judge(
 
 
 def judge_quality(
-    record: Record, results: tuple[Result, ...], stages: Mapping[str, Mapping[str, Json]]
+    record: Record, results: tuple[Result, ...], stages: Mapping[str, StageRecord]
 ) -> None:
     """Raise CheckFailed, and write the report, if quantizing lost too much."""
     if record.artifact is None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from weightsmith.build_record import StageRecord
 from weightsmith.evaluating.results import Result
 from weightsmith.oci.image import Image
 from weightsmith.planning.images import network_in_jobs
@@ -23,7 +24,7 @@ from weightsmith.stages.evaluate import checks_of
 from weightsmith.stages.record import Facts, TaskFacts, write_record
 from weightsmith.stages.report import write_report
 from weightsmith.tools import Tools
-from weightsmith.values import Artifact, Checkpoint, Json, Published, Score, Sources
+from weightsmith.values import Artifact, Checkpoint, Json, Published, Scores, Sources
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,11 +34,11 @@ class Built:
     target: Target
     published: Published
     results: tuple[Result, ...]
-    stages: Mapping[str, Mapping[str, Json]]
+    stages: Mapping[str, StageRecord]
     report: Path
 
     @property
-    def scores(self) -> Mapping[str, Score]:
+    def scores(self) -> Scores:
         """The scores of the first task; empty without any."""
         return main_scores(self.results)
 
@@ -59,7 +60,7 @@ class Built:
         return "not proven" if self.unproven else "passed"
 
 
-def main_scores(results: Sequence[Result]) -> Mapping[str, Score]:
+def main_scores(results: Sequence[Result]) -> Scores:
     """Return the scores of the first task, which stand for the build where one line must do."""
     return results[0].scores if results else {}
 
@@ -81,7 +82,7 @@ class Record:
         self,
         published: Published,
         results: tuple[Result, ...],
-        stages: Mapping[str, Mapping[str, Json]],
+        stages: Mapping[str, StageRecord],
     ) -> Built:
         """Write build.json, the report and the rendered files of a target that passed."""
         if self.target is None:
@@ -93,7 +94,7 @@ class Record:
         )
 
     def refuse(
-        self, results: tuple[Result, ...], stages: Mapping[str, Mapping[str, Json]], why: str
+        self, results: tuple[Result, ...], stages: Mapping[str, StageRecord], why: str
     ) -> Path:
         """Write the same of what did not pass, apart, and forget its image; return the report.
 
@@ -116,7 +117,7 @@ class Record:
         self,
         published: Published | None,
         results: tuple[Result, ...],
-        stages: Mapping[str, Mapping[str, Json]],
+        stages: Mapping[str, StageRecord],
         folder: Path,
         refused: str,
     ) -> Path:

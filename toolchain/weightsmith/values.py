@@ -280,6 +280,10 @@ class Score:
     per_item: tuple[Mapping[str, Json], ...] = ()
 
 
+Scores: TypeAlias = Mapping[str, Score]
+"""Who was asked (`base`, `adapter`, `merged`, `image`) -> the score."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blob:
     """The descriptor of a blob in a registry or a layout."""

@@ -9,7 +9,7 @@ from operator import eq
 from weightsmith.evaluating.gate import DropLimit, Verdict, judge_drop
 from weightsmith.evaluating.task import Task
 from weightsmith.recipe import Evaluate
-from weightsmith.values import Score
+from weightsmith.values import Score, Scores
 
 _NEAR_ZERO = 0.05
 """A score up to which losing everything would be within most limits."""
@@ -39,7 +39,7 @@ class Result:
     """A task's scores and verdicts."""
 
     task: RecipeTask
-    scores: Mapping[str, Score]
+    scores: Scores
     """Subject -> score; subjects are `base`, `adapter` (unmerged), `merged` and `image`."""
     verdicts: tuple[Verdict, ...] = ()
 

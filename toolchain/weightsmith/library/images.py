@@ -192,7 +192,7 @@ def build(
             sameness=one.sameness,
             report=one.report,
             stages={
-                name: StageTime(seconds=float(row["seconds"]), cached=bool(row["cached"]))
+                name: StageTime(seconds=row.seconds, cached=row.cached)
                 for name, row in one.stages.items()
             },
             uploaded_bytes=one.published.uploaded_bytes,

@@ -30,7 +30,7 @@ from weightsmith.values import (
     Artifact,
     Digest,
     Json,
-    Score,
+    Scores,
     Sources,
     Tree,
     plain,
@@ -239,7 +239,7 @@ def _ancestors(sources: Sources | None) -> list[Ancestor]:
     return found
 
 
-def _evaluation(scores: Mapping[str, Score]) -> list[Document]:
+def _evaluation(scores: Scores) -> list[Document]:
     return [titled(EVALUATION_TYPE, "evaluation.json", evaluation(scores))] if scores else []
 
 

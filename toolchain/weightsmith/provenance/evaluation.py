@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from weightsmith.values import Json, Score
+from weightsmith.values import Json, Scores
 
 
-def side_by_side(scores: Mapping[str, Score]) -> list[dict[str, Json]]:
+def side_by_side(scores: Scores) -> list[dict[str, Json]]:
     """Return the questions with the answers of every subject."""
     names = [name for name in scores if scores[name].per_item]
     if len({len(scores[name].per_item) for name in names}) > 1:  # a command's own choice of rows
@@ -24,7 +22,7 @@ def side_by_side(scores: Mapping[str, Score]) -> list[dict[str, Json]]:
     ]
 
 
-def evaluation(scores: Mapping[str, Score]) -> dict[str, Json]:
+def evaluation(scores: Scores) -> dict[str, Json]:
     """Return the whole evaluation: scores, questions and answers."""
     return {
         "schema": 1,
@@ -35,7 +33,7 @@ def evaluation(scores: Mapping[str, Score]) -> dict[str, Json]:
     }
 
 
-def test_result(scores: Mapping[str, Score], max_drop: float, min_score: float) -> dict[str, Json]:
+def test_result(scores: Scores, max_drop: float, min_score: float) -> dict[str, Json]:
     """Return in-toto's test result predicate; a published image has always passed.
 
     https://github.com/in-toto/attestation/blob/main/spec/predicates/test-result.md

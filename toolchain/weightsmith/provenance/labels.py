@@ -12,7 +12,7 @@ from weightsmith.foreign import parse
 from weightsmith.quality.result import Quality
 from weightsmith.recipe import Recipe
 from weightsmith.serving.plan import ServingConfig, ServingPlan
-from weightsmith.values import Artifact, Json, Score, Sources, without_passwords
+from weightsmith.values import Artifact, Json, Scores, Sources, without_passwords
 
 PREFIX = "dev.weightsmith."
 """Prefix of our labels; the others are those of image-spec annotations.md."""
@@ -111,7 +111,7 @@ def public_name(source: str) -> str:
     return source if "://" in source else Path(source).absolute().name
 
 
-def score_labels(scores: Mapping[str, Score]) -> dict[str, str]:
+def score_labels(scores: Scores) -> dict[str, str]:
     """Return one label per score: `base`, `adapter`, `image`, each from 0 to 1 over n items."""
     shown = {name: scores[name] for name in ("base", "adapter", "image") if name in scores}
     return {

@@ -11,7 +11,7 @@ from weightsmith.oci.index import Whole, whole_of
 from weightsmith.recipe import Recipe
 from weightsmith.serving.engine import Engine
 from weightsmith.serving.plan import ServingConfig
-from weightsmith.values import Artifact, Checkpoint, Json, Score, Sources
+from weightsmith.values import Artifact, Checkpoint, Json, Scores, Sources
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +56,7 @@ class ImageMaterials:
     """The artifact's files in the image: large ones may be split."""
     base: Image | None
     image: Image
-    scores: Mapping[str, Score] = field(default_factory=dict)
+    scores: Scores = field(default_factory=dict)
 
     @property
     def served(self) -> Artifact:

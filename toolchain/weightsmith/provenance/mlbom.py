@@ -13,7 +13,7 @@ from pathlib import Path
 from weightsmith import __version__
 from weightsmith.foreign import parse_yaml
 from weightsmith.recipe import Card
-from weightsmith.values import Digest, FileEntry, Json, Score, key_of
+from weightsmith.values import Digest, FileEntry, Json, Scores, key_of
 
 MEDIA_TYPE = "application/vnd.cyclonedx+json"
 _FRONT_MATTER = 65536
@@ -53,7 +53,7 @@ class BilledModel:
     model_type: str = ""
     architecture: str = ""
     ancestors: Sequence[Ancestor] = ()
-    scores: Mapping[str, Score] = field(default_factory=dict)
+    scores: Scores = field(default_factory=dict)
     card: Card = field(default_factory=Card)
 
 

@@ -25,7 +25,7 @@ from weightsmith.provenance.materials import ImageInputs, ImageMaterials, whole_
 from weightsmith.provenance.roles import assemble_in_roles
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.tools import Tools
-from weightsmith.values import Score
+from weightsmith.values import Scores
 
 USER = "65532:65532"
 """The unprivileged user of images, as a number because an image may have no user database."""
@@ -64,7 +64,7 @@ def bake(
 
 
 def with_scores(
-    made: Sequence[ImageMaterials], scores: Mapping[str, Score], store: Store
+    made: Sequence[ImageMaterials], scores: Scores, store: Store
 ) -> tuple[ImageMaterials, ...]:
     """Return the images with their scores as labels; the layers do not change."""
     return tuple(_made(one.inputs, one.split, one.base, scores, store) for one in made)
@@ -74,7 +74,7 @@ def _made(
     inputs: ImageInputs,
     split: Resharded,
     base: Image | None,
-    scores: Mapping[str, Score],
+    scores: Scores,
     store: Store,
 ) -> ImageMaterials:
     """Return one platform's image with its materials."""

@@ -41,6 +41,7 @@ from weightsmith.values import (
     Json,
     Published,
     Score,
+    Scores,
     Snapshot,
     Sources,
     without_passwords,
@@ -54,7 +55,7 @@ class TaskFacts:
     name: str
     metric: str
     max_drop: float
-    scores: Mapping[str, Score]
+    scores: Scores
     verdicts: tuple[Mapping[str, Json], ...]
 
 
@@ -73,7 +74,7 @@ class Facts:
     tasks: tuple[TaskFacts, ...]
     checks: Sequence[Mapping[str, Json]]
     """The checks of the started image, and their results."""
-    stages: Mapping[str, Mapping[str, Json]]
+    stages: Mapping[str, StageRecord]
     refused: str
     """Why the image was not published; "" if it was."""
     warnings: tuple[str, ...]
@@ -163,7 +164,7 @@ def build_record(facts: Facts) -> BuildRecord:
             for task in facts.tasks[1:]
         ),
         checks=tuple(CheckRecord.from_json(check) for check in facts.checks),
-        stages={name: StageRecord.from_json(stage) for name, stage in facts.stages.items()},
+        stages=facts.stages,
         inputs=facts.inputs,
         refused=facts.refused,
         warnings=facts.warnings,
