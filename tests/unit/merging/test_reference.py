@@ -11,7 +11,7 @@ from weightsmith.errors import InputRefused
 from weightsmith.jobs import Question
 from weightsmith.merging.choices import likelihoods
 from weightsmith.merging.engine import MergeRequest, merge
-from weightsmith.merging.reference import answer
+from weightsmith.merging.reference import Subject, answer
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
@@ -120,10 +120,14 @@ def test_choices_are_scored_by_the_models_own_probabilities(base: Path, make_ada
 
     wanted = [logprob([1, 2], 3), logprob([1, 2], 4) + logprob([1, 2, 4], 5)]
 
-    (found,) = likelihoods(base, [(adapter, 1.0)], [item])
+    subjects = {
+        "adapter": Subject(model=base, adapters=[(adapter, 1.0)]),
+        "base": Subject(model=base),
+    }
+    found = likelihoods(subjects, [item])
 
-    assert found == pytest.approx(wanted, abs=1e-4)
-    assert found != pytest.approx(likelihoods(base, [], [item])[0], abs=1e-4)
+    assert found["adapter"][0] == pytest.approx(wanted, abs=1e-4)
+    assert found["base"][0] != pytest.approx(wanted, abs=1e-4)
 
 
 def test_every_variant_answers_unmerged_as_merged(base: Path, make_adapter: Any) -> None:

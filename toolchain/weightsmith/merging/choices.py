@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +11,47 @@ import torch
 
 from weightsmith.jobs import Question
 from weightsmith.merging.reference import (
+    Count,
     Message,
     Progress,
-    load_network,
+    Subject,
     load_tokenizer,
-    modest_threads,
     prompt_tokens,
     stay_offline,
+    walk,
 )
 
 
 def likelihoods(
-    model: Path,
-    adapters: Sequence[tuple[Path, float]],
-    items: Sequence[Question],
-    progress: Progress | None = None,
-) -> list[list[float]]:
+    subjects: Mapping[str, Subject], items: Sequence[Question], progress: Progress | None = None
+) -> dict[str, list[list[float]]]:
     """Return each choice's log-likelihood (natural logarithm, float32 forward), item by item.
 
     A choice continues a plain question's single message as text, after a space, without a chat
     template. The sum is over the tokens that the choice adds to the context. Raises InputRefused
-    as `reference.answer` does.
+    as `reference.answers` does.
     """
     stay_offline()
-    with modest_threads():
-        tokenizer = load_tokenizer(model, adapters)
-        network = load_network(model, adapters)
-        found = []
-        for number, item in enumerate(items, start=1):
-            pairs = [_tokens(tokenizer, item, choice, model) for choice in item.choices]
-            found.append([_score(network, whole, shared) for whole, shared in pairs])
-            if progress is not None:
-                progress(number, len(items))
+    count = Count(len(items) * len(subjects), progress)
+    ask = {name: partial(_scores, _pairs(one, items), count) for name, one in subjects.items()}
+    return walk(subjects, ask)
+
+
+def _pairs(subject: Subject, items: Sequence[Question]) -> list[list[tuple[list[int], int]]]:
+    tokenizer = load_tokenizer(subject.model, subject.adapters)
+    return [
+        [_tokens(tokenizer, item, choice, subject.model) for choice in item.choices]
+        for item in items
+    ]
+
+
+def _scores(
+    items: Sequence[Sequence[tuple[list[int], int]]], count: Count, network: Any
+) -> list[list[float]]:
+    found = []
+    for pairs in items:
+        found.append([_score(network, whole, shared) for whole, shared in pairs])
+        count(1)
     return found
 
 

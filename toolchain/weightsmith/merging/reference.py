@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +25,7 @@ from weightsmith.forward.views import NOT_STREAMABLE, view
 from weightsmith.merging.adapter_config import read_adapter_config
 from weightsmith.time_limits import doing
 
+T = TypeVar("T")
 Message = Mapping[str, str]
 Progress = Callable[[int, int], None]
 
@@ -75,7 +75,7 @@ def answers(
     code.
     """
     stay_offline()
-    count = _Count(len(items) * len(subjects), progress)
+    count = Count(len(items) * len(subjects), progress)
     asked = {name: _asked(subject, items, max_tokens) for name, subject in subjects.items()}
     found: dict[str, Answers] = {}
     for round_ in (False, True):
@@ -83,7 +83,8 @@ def answers(
         for name in names:
             asked[name].questions.drafts = _drafts(subjects[name], asked[name], found)
         chosen = {name: subjects[name] for name in names}
-        found |= _walk(chosen, asked, count) if names else {}
+        ask = {name: partial(_greedy, asked[name].questions, count) for name in names}
+        found |= walk(chosen, ask) if names else {}
     return {name: _texts(asked[name], found[name]) for name in subjects}
 
 
@@ -93,7 +94,7 @@ class _Asked:
     questions: Questions
 
 
-class _Count:
+class Count:
     """Counts answers from several threads."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
@@ -101,6 +102,7 @@ class _Count:
         self._lock = threading.Lock()
 
     def __call__(self, more: int) -> None:
+        """Count so many more, and report them."""
         with self._lock:
             self._done += more
             if self._progress is not None:
@@ -131,22 +133,21 @@ def _drafts(
     }
 
 
-def _walk(
-    subjects: Mapping[str, Subject], asked: Mapping[str, _Asked], count: _Count
-) -> dict[str, Answers]:
-    """Ask all subjects together; one by one in memory if a model cannot be streamed."""
+def walk(subjects: Mapping[str, Subject], ask: Mapping[str, Callable[[Any], T]]) -> dict[str, T]:
+    """Return what each subject's function returns of its model, all in one walk over the weights.
+
+    One by one, in memory, if a model cannot be streamed.
+    """
     meeting = Meeting()
     try:
         with doing("building the models without their weights"):
             views = _views(subjects, meeting)
-        return meeting.run(
-            {name: partial(greedy, views[name], asked[name].questions, count) for name in subjects}
-        )
+        return meeting.run({name: partial(ask[name], views[name]) for name in subjects})
     except NOT_STREAMABLE:
         found = {}
         for name, subject in subjects.items():
             network = load_network(subject.model, subject.adapters)
-            found[name] = greedy(network, asked[name].questions, count)
+            found[name] = ask[name](network)
             del network
         return found
 
@@ -169,6 +170,10 @@ def _views(subjects: Mapping[str, Subject], meeting: Meeting) -> dict[str, Any]:
     return views
 
 
+def _greedy(questions: Questions, count: Callable[[int], None], network: Any) -> Answers:
+    return greedy(network, questions, count)
+
+
 def _texts(asked: _Asked, found: Answers) -> list[dict[str, str]]:
     texts = asked.tokenizer.batch_decode(found.tokens, skip_special_tokens=True)
     ends = set(asked.questions.ends)
@@ -181,21 +186,6 @@ def _texts(asked: _Asked, found: Answers) -> list[dict[str, str]]:
 def stay_offline() -> None:
     """Keep libraries off the network, regardless of the environment."""
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-
-
-@contextmanager
-def modest_threads() -> Iterator[None]:
-    """Leave one CPU free while the block runs.
-
-    OpenMP's barriers wait for preempted threads, which on a busy machine with two CPUs made answers
-    five times slower than a single thread.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def load_tokenizer(model: Path, adapters: Sequence[tuple[Path, float]]) -> Any:

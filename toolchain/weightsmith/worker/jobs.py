@@ -155,12 +155,7 @@ def _reference(job: ReferenceJob, report: Report) -> Mapping[str, Json]:
     }
     if job.choose:
         choices: Any = importlib.import_module("weightsmith.merging.choices")
-        return {
-            "answers": {
-                name: choices.likelihoods(one.model, one.adapters, job.questions, tell)
-                for name, one in subjects.items()
-            }
-        }
+        return {"answers": choices.likelihoods(subjects, job.questions, tell)}
     chats = [question.messages for question in job.questions]
     return {"answers": plain(reference.answers(subjects, chats, job.max_tokens, tell))}
 
