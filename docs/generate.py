@@ -136,8 +136,8 @@ def _value_schema(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
 
 
 def _registries() -> Iterator[str]:
-    yield "Limits that registries document, in bytes and seconds; they were not measured here. A layer that is too large for the registry is refused before anything is sent; `bake --max-layer-size` splits safetensors files, `quantize --split-max-size` GGUF. Every image has at most 125 layers, the base's included: Docker's overlay2 holds no more.\n"
-    yield "| registry | largest layer | longest upload | layers | in chunks | and | source |\n|---|---|---|---|---|---|---|"
+    yield "Limits that registries document, in bytes and seconds; they were not measured here. A layer that is too large for the registry is refused before anything is sent; `bake --max-layer-size` splits safetensors files, `quantize --split-max-size` GGUF files. Every image has at most 125 layers, including the base's: Docker's overlay2 supports no more.\n"
+    yield "| registry | largest layer | longest upload | layers | in chunks | notes | source |\n|---|---|---|---|---|---|---|"
     for limits in REGISTRIES:
         figures = [limits.largest_layer, limits.upload_seconds, limits.most_layers]
         cells = [f"{figure:,}" if figure else "" for figure in figures]
