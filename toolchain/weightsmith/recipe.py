@@ -104,7 +104,7 @@ class Scoring(_Part):
     def _with_command(self) -> Self:
         if (self.metric == "command") != bool(self.command):
             raise ValueError(
-                "metric `command` needs a command that judges; other metrics take none"
+                "metric `command` needs a `command`, and other metrics must not have one"
             )
         return self
 
@@ -159,10 +159,10 @@ class Merge(_Part):
     rank: int | None = Field(
         None, ge=1, description="Rank of an `svd` method's result; default: the adapters' largest."
     )
-    seed: int = Field(0, ge=0, description="Seed of the random draws of the `dare` methods.")
+    seed: int = Field(0, ge=0, description="Random seed of the `dare` methods.")
     space: Literal["delta", "factors"] = Field(
         "delta",
-        description="What methods combine: `delta`, the products B·A; `factors`, A and B, as PEFT.",
+        description="What is combined. `delta`: the products B·A; `factors`: A and B, as in PEFT.",
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Type of the merged weights; `auto` keeps the base's."
@@ -173,9 +173,9 @@ class Merge(_Part):
     )
     quantized_base: Literal["refuse", "dequantize", "simulate-nf4", "simulate-nf4-double"] = Field(
         "refuse",
-        description="`refuse` a quantized base, or `dequantize` it: merge onto the weights that "
-        "its codes stand for. `simulate-nf4` rounds a 16-bit base's linear layers to 4 bits and "
-        "back first, as QLoRA training saw them; `simulate-nf4-double`: with double quantization.",
+        description="`refuse`: refuse a quantized base; `dequantize`: merge onto its dequantized "
+        "weights; `simulate-nf4`: first round a 16-bit base's linear layers to 4 bits and back, as "
+        "in QLoRA training; `simulate-nf4-double`: the same with double quantization.",
     )
 
 
@@ -197,18 +197,22 @@ class Calibration(_Part):
 
     data: str = Field(min_length=1, description="JSON Lines: `{text}` or `{messages}`.")
     n: int = Field(512, ge=1, description="Maximum number of texts; `seed` decides which are used.")
-    min_length: int = Field(1, ge=1, description="Characters of the shortest text that is used.")
-    max_length: int = Field(
-        8192, ge=16, description="Characters of the longest text; longer ones are split."
+    min_length: int = Field(
+        1, ge=1, description="Minimum characters of a text; shorter ones are not used."
     )
-    seed: int = Field(0, description="Seed of the texts' order, which decides which are held out.")
+    max_length: int = Field(
+        8192, ge=16, description="Maximum characters of a text; longer ones are split."
+    )
+    seed: int = Field(
+        0, description="Seed of the texts' order, which decides which texts are held out."
+    )
     held_out: float = Field(
         0.25, gt=0, lt=1, description="Share of the texts kept for the quality gate."
     )
 
 
 class Quantize(_Part):
-    """How weights are quantized; each format takes the keys that concern it."""
+    """How weights are quantized; each format uses the keys that apply to it."""
 
     allow_low_bits: bool = Field(
         False,
@@ -261,7 +265,7 @@ class QualityLimits(_Part):
         None,
         ge=0,
         le=1,
-        description="Smallest share of tokens whose likeliest successor is the same, or tied.",
+        description="Smallest share of tokens with the same most likely next token, or a tie.",
     )
     perplexity_ratio: float | None = Field(
         None, ge=0, description="Perplexity divided by the merged model's."
@@ -286,7 +290,7 @@ class Quality(_Part):
 
 
 class Serve(_Part):
-    """What the serving configuration must fit."""
+    """The hardware to serve on, and the limits and options of the server."""
 
     gpu: str = Field("", description="GPU to plan for, such as `nvidia-l4`; default: the CPU.")
     gpu_count: int = Field(1, ge=1, le=64, description="Number of GPUs per replica.")
@@ -358,7 +362,7 @@ class ImageNames(_Part):
         "reference or `oci:DIR`.",
     )
     platforms: Annotated[tuple[str, ...], Flag("platform")] = Field(
-        (), description="Platforms to take of the base, such as `linux/amd64`; default: all it has."
+        (), description="Platforms of the base to use, such as `linux/amd64`; default: all it has."
     )
     order: Literal["engine-first", "weights-first"] = Field(
         "engine-first",

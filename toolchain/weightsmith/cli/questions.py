@@ -101,7 +101,7 @@ def evaluate(
 
 @command(
     meanings={
-        "concurrency": "requests at once, one run each, separated by commas",
+        "concurrency": "numbers of requests at once, separated by commas; one run for each",
         "data": "JSON Lines as for `evaluate`; default: built-in questions",
         "out": "folder of a build, whose report gets the result",
     }
