@@ -64,8 +64,8 @@ def build(
 
     if update_lock and (locked or from_):
         raise UsageError(
-            f"--update-lock takes what {'--locked' if locked else '--from'} refuses",
-            hint="give one of them",
+            f"--update-lock and {'--locked' if locked else '--from'} exclude each other",
+            hint="give only one of them",
         )
     if from_:
         keep_clean([base], dist=dist)

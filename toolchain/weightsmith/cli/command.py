@@ -140,8 +140,8 @@ def _numbers(body: Body, arguments: Mapping[str, Any]) -> dict[str, Any]:
         except ValueError:
             flag = f"--{name.replace('_', '-')}"
             raise UsageError(
-                f"{flag} {read[name]}: {_NUMBERS[kind]} is expected",
-                hint="`--help` of the command shows its default",
+                f"{flag} {read[name]}: expected {_NUMBERS[kind]}",
+                hint="`--help COMMAND` shows its default",
             ) from None
     return read
 

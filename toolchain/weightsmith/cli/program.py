@@ -22,8 +22,8 @@ _HELP = frozenset({"--help", "-h"})
 class Weightsmith(Program):  # type: ignore[misc]  # mypy does not follow invoke
     """Invoke's program, which reports wrong flags like all errors: a hint, exit code 2, JSON.
 
-    Invoke itself ends with 1, which means a bug; takes `--help` for the first positional argument
-    of a command that has one; and ignores a repeatable flag without a value.
+    Invoke itself exits with 1, which means a bug here. It reads `--help` as the first positional
+    argument of a command that has one, and ignores a repeatable flag without a value.
     """
 
     def parse_core(self, argv: list[str] | None) -> None:
@@ -80,7 +80,7 @@ class Weightsmith(Program):  # type: ignore[misc]  # mypy does not follow invoke
 
 def _text(error: Exception) -> str:
     if isinstance(error, ValueError):  # int()'s own, which ends in what it was given
-        return f"{str(error).rpartition(': ')[2]}: a whole number is expected"
+        return f"{str(error).rpartition(': ')[2]}: expected a whole number"
     return str(error)
 
 

@@ -28,9 +28,9 @@ class Flags:
     only: tuple[str, ...] = ()
     """Fields that are flags; by default all."""
     without: tuple[str, ...] = ()
-    """Fields that are none."""
+    """Fields that are not flags."""
     over_recipe: bool = False
-    """Whether a recipe is read, too: what no flag says is the recipe's, so no default is shown."""
+    """Whether the command also reads a recipe. It has the other values, so no default is shown."""
 
     def fields(self) -> Iterator[tuple[str, str, FieldInfo]]:
         """Yield the parameter, the field's name and the field of each flag."""
@@ -39,7 +39,7 @@ class Flags:
                 yield flag_of(self.section, name).name or name, name, field
 
     def parameters(self) -> list[inspect.Parameter]:
-        """Return the flags as parameters, from whose defaults Invoke reads the types."""
+        """Return the flags as parameters; Invoke reads the types from their defaults."""
         kind = inspect.Parameter.KEYWORD_ONLY
         return [
             inspect.Parameter(parameter, kind, default=self._default(name, field))
@@ -83,10 +83,10 @@ class Flags:
         name = str(faults[0]["loc"][0]) if faults[0]["loc"] else ""
         if name not in texts:  # a rule about several fields
             flags = ", ".join(spelling(self.section, given) for given in texts)
-            return UsageError(_message(faults[0]), hint=f"these are given: {flags}")
+            return UsageError(_message(faults[0]), hint=f"given: {flags}")
         own = [fault for fault in faults if fault["loc"][:1] == (name,)]
         expected = [text for fault in own if (text := _expected(fault))]
-        problem = f"{' or '.join(expected)} is expected" if expected else _message(own[0])
+        problem = f"expected {' or '.join(expected)}" if expected else _message(own[0])
         value = texts[name]
         shown = " ".join(value) if isinstance(value, list) else str(value)
         return UsageError(
@@ -95,7 +95,7 @@ class Flags:
         )
 
     def _help(self, name: str, field: FieldInfo) -> str:
-        """Return a field's description as a flag's help, with the choices that it lacks."""
+        """Return a field's description as a flag's help, and add choices that it does not name."""
         text = _described(field)
         choices = [str(choice) for choice in _choices(field.annotation)]
         if not all(choice in text for choice in choices):

@@ -18,9 +18,7 @@ def required(**values: object) -> None:
     """Raise UsageError naming the flags that are not given."""
     missing = [f"--{name.replace('_', '-')}" for name, value in values.items() if not value]
     if missing:
-        raise UsageError(
-            f"missing: {', '.join(missing)}", hint="`invoke --help COMMAND` lists every flag"
-        )
+        raise UsageError(f"missing: {', '.join(missing)}", hint="`--help COMMAND` lists every flag")
 
 
 def number(text: str, flag: str) -> float:

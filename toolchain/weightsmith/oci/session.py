@@ -137,7 +137,7 @@ class RegistrySession:
             raise EnvironmentFailure(
                 f"{what}: {trouble}",
                 hint="check that the registry runs, has disk space and is reachable, "
-                "then run it again: what was uploaded is not sent twice",
+                "then run it again: uploaded layers are not sent again",
             ) from None
         # Jitter, so that many clients do not retry at the same moment.
         wished = 0.5 * 2 ** (failures - 1) * random.uniform(0.5, 1)  # noqa: S311 - no secret here

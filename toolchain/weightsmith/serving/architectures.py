@@ -33,7 +33,7 @@ def check_architecture(model: ModelFacts) -> str:
     if strange:
         raise InputRefused(
             f"the architecture {shape.architecture} is not known, and {', '.join(strange[:3])} in"
-            " its config.json says that it caches in a way of its own",
+            " its config.json implies a cache of an unknown kind",
             hint="its memory would be a guess; choose a known architecture, or serve it unplanned",
         )
     kinds = " and ".join(sorted({part.kind for part in shape.cache}))

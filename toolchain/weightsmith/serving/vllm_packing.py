@@ -53,7 +53,7 @@ def check_packing(packing: Packing | None, machine: Machine) -> tuple[str, ...]:
 def _awq(packing: Packing) -> tuple[str, ...]:
     if packing.bits != 4:
         raise InputRefused(
-            f"AWQ with {packing.bits} bits: vLLM has kernels for 4", hint="quantize it anew"
+            f"AWQ with {packing.bits} bits: vLLM has kernels for 4", hint="quantize it again"
         )
     return ()
 
@@ -63,12 +63,12 @@ def _gptq(packing: Packing, machine: Machine) -> tuple[str, ...]:
     if packing.reordered and group != -1:
         raise InputRefused(
             "GPTQ with desc_act=true: vLLM dropped group activation ordering in 0.30",
-            hint="quantize it anew with desc_act=false, or static ordering",
+            hint="quantize it again with desc_act=false, or static ordering",
         )
     if not packing.symmetric:
         raise InputRefused("GPTQ with sym=false: vLLM loads symmetric ones", hint="quantize anew")
     if bits not in {4, 8}:
-        raise InputRefused(f"GPTQ with {bits} bits: vLLM loads 4 and 8", hint="quantize it anew")
+        raise InputRefused(f"GPTQ with {bits} bits: vLLM loads 4 and 8", hint="quantize it again")
     if not machine.gpus and bits == 8:
         raise UsageError(
             "GPTQ with 8 bits does not run on a CPU", hint="choose 4 bits, or plan for a GPU"
