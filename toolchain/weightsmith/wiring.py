@@ -83,8 +83,8 @@ def require_folders() -> None:
 def keep_clean(inputs: Iterable[str | Path], **outputs: str | Path) -> None:
     """Raise UsageError if a command would write into a folder that it reads.
 
-    `outputs` are the values of its output flags, empty if not given; cache and store are checked
-    too, and may be in a hidden folder.
+    `outputs` are the values of its output flags, empty if not given. Cache and store are checked
+    too; they may be in a hidden folder of an input.
     """
     flags: dict[str, str | Path] = {
         f"--{name.replace('_', '-')}": out for name, out in outputs.items()

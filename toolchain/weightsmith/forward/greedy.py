@@ -13,7 +13,7 @@ Tokens = Sequence[int]
 _LENGTH_DEPENDENT = ("longrope", "'dynamic'")
 """Kinds of positions that are computed from the length of the whole text."""
 _ROUNDS = 2
-"""How often a draft is read: after two faults its text is another, and a pass finds few tokens."""
+"""How often a draft is read: after two wrong tokens, another pass would confirm few more."""
 _CACHE_BYTES = 512 << 20
 """For the keys and values of one view's batch."""
 _BATCH_TOKENS = 4096
@@ -67,7 +67,7 @@ def greedy(model: Any, asked: Questions, advance: Callable[[int], None]) -> Answ
 def _usable_drafts(model: Any, asked: Questions) -> dict[int, list[int]]:
     """Return the drafts that can be read in one pass, as far as their tokens are the model's.
 
-    Not those of a model whose positions depend on the length of the text that it sees.
+    Returns none if the model's positions depend on the length of the text.
     """
     config = model.config.get_text_config()
     if any(kind in str(config.to_dict()) for kind in _LENGTH_DEPENDENT):
@@ -113,7 +113,7 @@ def _verify(
     found: dict[int, list[int]],
     rest: dict[int, list[int]],
 ) -> int:
-    """Check a batch's drafts in one pass; return the number of correct tokens of each."""
+    """Check a batch's drafts in one pass; return the number of correct draft tokens."""
     rows = [[*asked.prompts[n], *found[n], *rest[n]] for n in batch]
     width = max(map(len, rows))
     ids = torch.tensor([[*row, *[asked.filler] * (width - len(row))] for row in rows])

@@ -86,7 +86,7 @@ class Meeting:
         try:
             for thread in threads:
                 thread.join()
-        except BaseException:  # an interrupt: no view goes on behind the caller's back
+        except BaseException:  # an interrupt: no view may continue after it
             self._stop()
             for thread in threads:
                 thread.join()

@@ -262,7 +262,7 @@ def _weigh(network: Any, weights: Sequence[float]) -> None:
 
 
 def _check_together(adapters: Sequence[tuple[Path, float]]) -> None:
-    """Refuse weighted sums that PEFT's forward pass cannot compute: of other than low-rank terms.
+    """Refuse weighted sums that PEFT's forward pass cannot compute: only low-rank terms work.
 
     PEFT scales only B·A, also inside DoRA's norms, and activates one set of saved modules.
     """

@@ -1,6 +1,6 @@
 """A model on a machine as llama-server has it: what it weighs there, and what of it fits. Bytes.
 
-The cache is exact, the rest beside the weights an estimate.
+The cache is exact; everything else except the weights is an estimate.
 """
 
 from __future__ import annotations

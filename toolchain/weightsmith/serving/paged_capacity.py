@@ -1,7 +1,7 @@
 """A model on a machine under the rules of an engine with a pool: what fits, per GPU.
 
-Exact: the weights, and the cache by the engine's own block rules. Estimated: what the engine needs
-beside them, so a margin is held back. Sizes in bytes.
+Exact: the weights, and the cache by the engine's own block rules. Estimated: what else the engine
+needs, so a margin is held back. Sizes in bytes.
 """
 
 from __future__ import annotations
