@@ -90,3 +90,10 @@ def test_elements_of_a_list_are_set_by_number():
     for setting in ("adapters.2={source: c}", "adapters.x=1", "adapters.7.weight=1"):
         with pytest.raises(UsageError, match="--set"):
             with_settings(data, [setting])
+
+
+def test_a_wrong_key_below_a_key_of_the_users_own_is_named() -> None:
+    data = {"name": "x", "base": {"source": "x"}, "quality": {"limits": {"q4_k_m": {"kl_men": 1}}}}
+
+    with pytest.raises(UsageError, match=r"quality\.limits\.q4_k_m\.kl_men.*kl_mean"):
+        check_recipe(data, "here")

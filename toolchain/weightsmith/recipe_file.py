@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -190,11 +190,14 @@ def _fault(error: Any) -> str:
 def _keys_at(location: Sequence[str | int]) -> list[str]:
     """Return the keys that a place of the recipe knows."""
     part: Any = Recipe
-    for step in location:
+    steps = iter(location)
+    for step in steps:
         if isinstance(step, int):
             continue
         field = next(f for name, f in part.model_fields.items() if (f.alias or name) == step)
         annotation = field.annotation
+        if get_origin(annotation) is dict:
+            next(steps, None)  # the user's own key
         choices = [annotation, *get_args(annotation)]
         part = next(c for c in choices if isinstance(c, type) and issubclass(c, BaseModel))
     return [field.alias or name for name, field in part.model_fields.items()]
