@@ -145,6 +145,8 @@ class LocalRunner:
             **worker_environment(),
             "HOME": str(folder / "tmp"),
             "TMPDIR": str(folder / "tmp"),
+            # Else a quantizer's library makes its cache in /tmp, which a job may not write to.
+            "HF_HOME": str(folder / "tmp" / "hub"),
             "PYTHONPATH": str(folder / "lib"),
             "PYTHONSAFEPATH": "1",
         }
