@@ -56,7 +56,7 @@ def test_the_server_kept_its_promises(dist: Path) -> None:
     assert "no network" in checks["health"]
     assert "user 65532" in checks["health"]
     assert "max" in checks["context limit"]
-    assert checks["log-probabilities"] == "given"
+    assert checks["log-probabilities"] == "supported"
     assert {"chat", "streaming", "4 requests at once", "SIGTERM", "restart"} <= set(checks)
 
 
