@@ -73,7 +73,7 @@ def fill(path: Path) -> None:
 @pytest.mark.root
 def test_a_full_disk_for_the_results(workshop: Workshop, digest: str) -> None:
     with mounted(workshop.folder / "dist", "-t", "tmpfs", "-o", "size=4m"):
-        workshop.build().refused(5, str(workshop.folder / "dist"), "free space")
+        workshop.build().refused(5, str(workshop.folder / "dist"), "disk")
 
         assert not (workshop.results / "image").exists()
         remount(workshop.folder / "dist", "size=200m")

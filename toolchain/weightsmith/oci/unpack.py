@@ -69,7 +69,7 @@ def _require_room(image: Image, root: Path) -> None:
         raise EnvironmentFailure(
             f"no space to unpack the image: {root.parent} has {free / 1e6:,.0f} MB free, and its"
             f" layers have {needed / 1e6:,.0f} MB",
-            hint="free space there, or set WEIGHTSMITH_CACHE to a folder on a larger disk",
+            hint="make room there, or set WEIGHTSMITH_CACHE to a folder on a larger disk",
         )
 
 
