@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from types import UnionType
-from typing import Any, ClassVar, Self, TypeAlias, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Self, TypeAlias
 
-from weightsmith.values import Digest, FileEntry, Json, Tree, UnreadDigest, plain
+from weightsmith.json_objects import read_exactly
+from weightsmith.values import FileEntry, Json, Tree, UnreadDigest, plain
 
 Chat: TypeAlias = tuple[Mapping[str, str], ...]
 """Messages, each with `role` and `content`."""
@@ -292,32 +292,5 @@ def read_job(text: str) -> Job:
     data = json.loads(text)
     if not isinstance(data, dict) or data.get("kind") not in _KINDS:
         raise ValueError(f"kind: not one of {', '.join(_KINDS)}: {text[:80]}")
-    found: Job = _read(_KINDS[data["kind"]], data.get("job"), data["kind"])
-    return found
-
-
-def _read(kind: Any, value: Json, where: str) -> Any:
-    """Return a JSON value converted to a type; the inverse of `plain`."""
-    inner = get_args(kind)
-    if kind is Any:
-        return value
-    if get_origin(kind) is UnionType:
-        return None if value is None else _read(inner[0], value, where)
-    if get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(_read(inner[0], each, f"{where}[{i}]") for i, each in enumerate(value))
-    if get_origin(kind) is Mapping and isinstance(value, dict):
-        return {key: _read(inner[1], each, f"{where}.{key}") for key, each in value.items()}
-    if is_dataclass(kind) and isinstance(value, dict):
-        return _read_fields(kind, value, where)
-    if kind in (Path, Digest) and isinstance(value, str):
-        return kind(value)
-    if type(value) is kind or (kind is float and type(value) is int):
-        return value
-    raise ValueError(f"{where}: {str(value)[:80]!r} is not of type {kind}")
-
-
-def _read_fields(kind: Any, value: Mapping[str, Json], where: str) -> Any:
-    types, names = get_type_hints(kind), {each.name for each in fields(kind)}
-    if differ := names ^ set(value):
-        raise ValueError(f"{where}: missing or unknown keys: {', '.join(sorted(differ))}")
-    return kind(**{name: _read(types[name], value[name], f"{where}.{name}") for name in names})
+    kind = data["kind"]
+    return read_exactly(_KINDS[kind], data.get("job"), kind)

@@ -6,13 +6,25 @@ import math
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
+from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Self, TypeAlias, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Self,
+    TypeAlias,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from weightsmith.values import Json, plain
 
 Measured: TypeAlias = Annotated[float, "null is not a number"]
 """A float that may be infinite or not a number: JSON has null for both, read back as NaN."""
+_Value = TypeVar("_Value")
 
 INLINE = {"inline": True}
 """Metadata of a field of type `D | None` whose keys are inlined into the enclosing object;
@@ -48,6 +60,15 @@ class JsonObject:
         return found
 
 
+def read_exactly(kind: type[_Value], value: Json, place: str = "") -> _Value:
+    """Read what `plain` wrote of a dataclass; raise ValueError naming what is wrong.
+
+    Every field must be there, and nothing else. A `JsonObject` inside is read by its own rules.
+    """
+    found: _Value = _read(kind, value, place, exact=True)
+    return found
+
+
 def is_inline(one: Field[Any]) -> bool:
     """Whether the keys of a field's value are inlined into the enclosing object."""
     return "inline" in one.metadata
@@ -81,10 +102,12 @@ def _written(value: Any) -> Json:
     return plain(value)
 
 
-def _fields_of(kind: Any, value: Json, place: str) -> dict[str, Any]:
+def _fields_of(kind: Any, value: Json, place: str, *, exact: bool = False) -> dict[str, Any]:
     """Return the arguments of a dataclass from a JSON object."""
     if not isinstance(value, dict):
         raise _another(value, "an object", place)
+    if exact and (wrong := {one.name for one in _fields(kind)} ^ set(value)):
+        raise ValueError(f"{place or 'it'}: missing or unknown keys: {', '.join(sorted(wrong))}")
     found = {}
     for one in _fields(kind):
         hint, path = types_of(kind)[one.name], f"{place}.{one.name}" if place else one.name
@@ -92,9 +115,11 @@ def _fields_of(kind: Any, value: Json, place: str) -> dict[str, Any]:
             inner = part_of(hint)
             if any(key.name in value for key in _fields(inner)):
                 found[one.name] = inner(**_fields_of(inner, value, place))
-        elif value.get(one.name) is not None or (one.name in value and not _has_default(one)):
-            found[one.name] = _read(hint, value[one.name], path)
-        elif not _has_default(one):
+            continue
+        optional = not exact and _has_default(one)
+        if value.get(one.name) is not None or (one.name in value and not optional):
+            found[one.name] = _read(hint, value[one.name], path, exact=exact)
+        elif not optional:
             raise ValueError(f"{path} is missing")
     return found
 
@@ -108,35 +133,38 @@ def part_of(hint: Any) -> Any:
     return next(part for part in get_args(hint) if part is not NoneType)
 
 
-def _read(hint: Any, value: Json, place: str) -> Any:
+def _read(hint: Any, value: Json, place: str, *, exact: bool) -> Any:
     origin, parts = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
     if origin in (Union, UnionType):
-        return None if value is None else _read(part_of(hint), value, place)
+        return None if value is None else _read(part_of(hint), value, place, exact=exact)
     if origin is Annotated:
-        return math.nan if value is None else _read(parts[0], value, place)
+        return math.nan if value is None else _read(parts[0], value, place, exact=exact)
     if origin is tuple:
-        return _read_list(parts, value, place)
+        return _read_list(parts, value, place, exact=exact)
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, dict):
             raise _another(value, "an object", place)
-        return {key: _read(parts[1], inner, f"{place}.{key}") for key, inner in value.items()}
+        return {
+            key: _read(parts[1], inner, f"{place}.{key}", exact=exact)
+            for key, inner in value.items()
+        }
     if is_dataclass(hint):
         kind: Any = hint
-        return kind(**_fields_of(hint, value, place))
+        exact = exact and not issubclass(kind, JsonObject)
+        return kind(**_fields_of(hint, value, place, exact=exact))
     return _scalar(hint, value, place)
 
 
-def _read_list(parts: tuple[Any, ...], value: Json, place: str) -> tuple[Any, ...]:
+def _read_list(parts: tuple[Any, ...], value: Json, place: str, *, exact: bool) -> tuple[Any, ...]:
     if not isinstance(value, list):
         raise _another(value, "a list", place)
-    if parts[-1] is Ellipsis:
-        return tuple(_read(parts[0], inner, f"{place}[{i}]") for i, inner in enumerate(value))
-    if len(value) != len(parts):
-        raise ValueError(f"{place} has {len(value)} values, not {len(parts)}")
-    pairs = zip(parts, value, strict=True)
-    return tuple(_read(part, inner, f"{place}[{i}]") for i, (part, inner) in enumerate(pairs))
+    kinds = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
+    if len(value) != len(kinds):
+        raise ValueError(f"{place} has {len(value)} values, not {len(kinds)}")
+    pairs = enumerate(zip(kinds, value, strict=True))
+    return tuple(_read(kind, inner, f"{place}[{i}]", exact=exact) for i, (kind, inner) in pairs)
 
 
 def _scalar(kind: type, value: Json, place: str) -> Any:
@@ -145,7 +173,7 @@ def _scalar(kind: type, value: Json, place: str) -> Any:
     elif kind is float:
         right = isinstance(value, int | float)
     else:
-        right = isinstance(value, str if issubclass(kind, str) else kind)
+        right = isinstance(value, str if issubclass(kind, str | Path) else kind)
     if not right:
         names = {bool: "true or false", int: "a whole number", float: "a number"}
         raise _another(value, names.get(kind, "text"), place)

@@ -231,7 +231,7 @@ def test_an_image_has_the_plan_but_for_the_machine():
 
 
 def test_of_a_plan_that_was_not_made_the_device_is_written():
-    plan = ServingPlan.from_json({"device": "gpu"})
+    plan = ServingPlan(device="gpu")
 
     assert plan.to_json() == plan.portable() == {"device": "gpu"}
 
@@ -257,3 +257,11 @@ def test_a_plan_with_a_value_of_another_type_is_refused(key, value):
 def test_a_damaged_configuration_is_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         ServingConfig.from_json({**rendered().to_json(), **change})
+
+
+def test_a_configuration_without_a_key_is_refused():
+    written = rendered().to_json()
+    del written["env"]
+
+    with pytest.raises(ValueError, match="missing or unknown keys: env"):
+        ServingConfig.from_json(written)

@@ -127,7 +127,7 @@ def plan_of(labels: Mapping[str, str]) -> ServingPlan:
     """
     with suppress(ValueError):
         return ServingPlan.from_json(plan_in(labels))
-    return ServingPlan.from_json({})
+    return ServingPlan()
 
 
 def engine_version(labels: Mapping[str, str]) -> str:

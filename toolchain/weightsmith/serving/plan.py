@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from weightsmith.json_objects import JsonObject, read_exactly
 from weightsmith.values import Digest, Json, plain
 
 _OF_THE_MACHINE = frozenset(
@@ -14,40 +14,41 @@ _OF_THE_MACHINE = frozenset(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServingPlan:
+class ServingPlan(JsonObject):
     """Memory worked out for one engine, model and machine; bytes throughout.
 
     On a GPU: `weights_bytes_per_gpu + kv_cache_bytes + margin_bytes` and each GPU's part of
-    `overhead_bytes` are what the engine may take of one GPU.
+    `overhead_bytes` are what the engine may take of one GPU. Numbers are 0 if nothing was planned,
+    or if an image's plan leaves them out (see `portable`).
     """
 
-    device: str
+    device: str = "cpu"
     """`cpu` or the GPU's name."""
     gpus: int = 0
     """GPUs of one replica; 0 on a CPU."""
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_concurrency: float
+    max_model_len: int = 0
+    max_num_seqs: int = 0
+    max_num_batched_tokens: int = 0
+    max_concurrency: float = 0
     """Requests of `max_model_len` that the cache holds at once."""
-    weight_bytes: int
+    weight_bytes: int = 0
     """All weights; on several GPUs together."""
-    weights_bytes_per_gpu: int
-    kv_bytes_per_token: int
+    weights_bytes_per_gpu: int = 0
+    kv_bytes_per_token: int = 0
     """What a request grows by with each token, on all GPUs together."""
-    kv_bytes_per_request: int
+    kv_bytes_per_request: int = 0
     """A request of `max_model_len` by the engine's own rules, on all GPUs together."""
-    kv_bytes_total: int
+    kv_bytes_total: int = 0
     """`max_num_seqs` such requests."""
-    kv_cache_bytes: int
+    kv_cache_bytes: int = 0
     """What is left for the cache, per GPU."""
-    overhead_bytes: int
+    overhead_bytes: int = 0
     """Neither weights nor cache, on all GPUs together: an estimate."""
-    usable_bytes: int
+    usable_bytes: int = 0
     """What the plan may use, on all GPUs together."""
-    margin_bytes: int
+    margin_bytes: int = 0
     """Held back per GPU, because the overhead is an estimate."""
-    host_bytes: int
+    host_bytes: int = 0
     """Memory that the server's container needs on the host."""
     shm_bytes: int = 0
     """Shared memory that the engine's processes talk through; 0 where the default does."""
@@ -84,17 +85,6 @@ class ServingPlan:
         own = _OF_THE_MACHINE if self.device == "cpu" else frozenset()
         return {key: value for key, value in self.to_json().items() if key not in own}
 
-    @classmethod
-    def from_json(cls, data: Json) -> ServingPlan:
-        """Read a plan, or the part of it that an image has; numbers that are missing become 0.
-
-        Raises ValueError for a value of another type.
-        """
-        numbers = (
-            f.name for f in fields(cls) if f.type in {"int", "float"} and f.default is MISSING
-        )
-        return cls(**{"device": "cpu", **dict.fromkeys(numbers, 0), **_checked(cls, data)})
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingConfig:
@@ -123,54 +113,4 @@ class ServingConfig:
     @classmethod
     def from_json(cls, data: Json) -> ServingConfig:
         """Read what `to_json` returned; raises ValueError for a part that is not as it was."""
-        whole = _checked(cls, data)
-        if wrong := {part.name for part in fields(cls)} ^ set(data):
-            raise ValueError(f"missing or unknown: {', '.join(sorted(wrong))}")
-        made_from = tuple(Digest(digest) for digest in whole["made_from"])
-        plan = ServingPlan.from_json(whole["plan"])
-        return cls(**{**whole, "plan": plan, "made_from": made_from})
-
-
-def _checked(cls: type, data: Json) -> dict[str, Any]:
-    """Return the fields of a value that JSON has, lists as tuples; ValueError for a wrong type."""
-    if not isinstance(data, Mapping):
-        raise ValueError(f"{cls.__name__} is not a JSON object")  # noqa: TRY004 - others wrote it
-    found = {}
-    for part in fields(cls):
-        if part.name not in data:
-            continue
-        value = data[part.name]
-        if not _IS_OF[str(part.type)](value):
-            raise ValueError(f"{part.name} is {value!r}, not of the type {part.type}")
-        found[part.name] = tuple(value) if isinstance(value, list) else value
-    return found
-
-
-def _is_whole(value: Json) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Json) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _are_texts(values: Json) -> bool:
-    return isinstance(values, list | tuple) and all(isinstance(value, str) for value in values)
-
-
-_IS_OF: Mapping[str, Callable[[Json], bool]] = {
-    "str": lambda value: isinstance(value, str),
-    "int": _is_whole,
-    "bool": lambda value: isinstance(value, bool),
-    "float": _is_number,
-    "float | None": lambda value: value is None or _is_number(value),
-    "tuple[str, ...]": _are_texts,
-    "tuple[Digest, ...]": _are_texts,
-    "tuple[Mapping[str, Json], ...] | None": lambda value: (
-        value is None or (isinstance(value, list) and all(isinstance(v, Mapping) for v in value))
-    ),
-    "Mapping[str, Json]": lambda value: isinstance(value, Mapping),
-    "Mapping[str, str]": lambda value: isinstance(value, Mapping) and _are_texts([*value.values()]),
-    "ServingPlan": lambda value: isinstance(value, Mapping),
-}
-"""A field's type, as it is written -> whether a JSON value is of it."""
+        return read_exactly(cls, data)

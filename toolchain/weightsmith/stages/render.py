@@ -110,7 +110,7 @@ def render_unplanned(
     The image gets only the files that the process reads.
     """
     engine = target.engine
-    plan = ServingPlan.from_json({"device": "cpu" if engine.base.cpu else "gpu"})
+    plan = ServingPlan(device="cpu" if engine.base.cpu else "gpu")
     served = _served(engine, name, model_file, weight_bytes)
     command = engine.command(plan, served)
     settings = engine.file_settings(plan, served)
