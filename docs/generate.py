@@ -14,7 +14,6 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from invoke.parser.context import to_flag
-from pydantic import BaseModel
 from weightsmith.build_record import BuildRecord
 from weightsmith.cli import namespace
 from weightsmith.drivers import bases
@@ -24,6 +23,7 @@ from weightsmith.merging.refused import REFUSED, SETTINGS, UNMERGED
 from weightsmith.oci.limits import REGISTRIES
 from weightsmith.planning.targets import all_targets
 from weightsmith.recipe import Recipe
+from weightsmith.recipe_section import fields_of, is_section
 from weightsmith.serving.gpus import GPUS
 from weightsmith.values import Digest
 
@@ -112,6 +112,8 @@ def _value_schema(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
     origin, parts = get_origin(hint), get_args(hint)
     if hint is Any:
         return {}
+    if origin is Literal:
+        return {"type": "string"}
     if origin is Annotated:
         return {"type": ["number", "null"]}
     if origin in (Union, UnionType):
@@ -145,10 +147,10 @@ def _registries() -> Iterator[str]:
         yield f"| {limits.name} | {' | '.join(cells)} | {chunks} | {limits.note} | {limits.source} |"
 
 
-def _recipe(model: type[BaseModel], prefix: str) -> Iterator[str]:
+def _recipe(section: type[Any], prefix: str) -> Iterator[str]:
     if not prefix:
         yield "| key | type | default | meaning |\n|---|---|---|---|"
-    fields = list(model.model_fields.items())
+    fields = list(fields_of(section).items())
     if prefix:  # what a section cannot do without comes first
         fields.sort(key=lambda item: not item[1].is_required())
     for attribute, field in fields:
@@ -168,9 +170,9 @@ def _recipe(model: type[BaseModel], prefix: str) -> Iterator[str]:
             yield f"| `{place}` | {_type(field.annotation)} | {default} | {_oneline(field.description)} |"
 
 
-def _inner(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+def _inner(annotation: Any) -> tuple[type[Any] | None, bool]:
     choices = [annotation, *getattr(annotation, "__args__", ())]
-    found = [c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)]
+    found = [choice for choice in choices if is_section(choice)]
     return (found[0] if found else None), getattr(annotation, "__origin__", None) is tuple
 
 

@@ -19,7 +19,8 @@ from weightsmith.drivers.docker_requests import LABEL_JOB
 from weightsmith.drivers.folders import read_tree
 from weightsmith.drivers.local import LocalRunner
 from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused, WeightsmithError
-from weightsmith.jobs import EchoJob, Input, MergeJob, MergeOptions
+from weightsmith.jobs import EchoJob, Input, MergeJob
+from weightsmith.merge_options import Merge
 from weightsmith.ports import Runner, Silent
 from weightsmith.wiring import cache_folder
 from weightsmith.worker.jobs import STAGES
@@ -133,7 +134,7 @@ def merge_of(folder: Path, output: Path, refer: Callable[[Path], Input]) -> Merg
         base=refer(folder / "base"),
         adapters=(refer(folder / "adapters" / "a"), refer(folder / "adapters" / "b")),
         weights=(0.5, 1.0),
-        options=MergeOptions(method="linear"),
+        options=Merge(method="linear"),
         output=output,
         seconds=0,
     )

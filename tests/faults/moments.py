@@ -167,7 +167,7 @@ def load(source: str, name: str) -> None:
 def merge(folder: str) -> None:
     """Merge a base and an adapter into a folder, as the worker does."""
     from weightsmith.commands.merge import Folders, merge_folders
-    from weightsmith.recipe import Merge
+    from weightsmith.merge_options import Merge
 
     from tests.fakes.memory import memory_tools
     from tests.fakes.tiny import write_adapter, write_model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from weightsmith.jobs import (
     Input,
     Job,
     MergeJob,
-    MergeOptions,
     Mixture,
     QualityJob,
     QuantizeJob,
@@ -27,6 +26,7 @@ from weightsmith.jobs import (
     read_job,
     write_job,
 )
+from weightsmith.merge_options import Merge
 from weightsmith.values import Digest, FileEntry, Tree, UnreadDigest
 from weightsmith.worker.jobs import STAGES
 
@@ -35,7 +35,7 @@ TREE = Tree(root=Path("/store/é"), files=(ENTRY,))
 KNOWN, UNKNOWN = Input.tree(TREE), Input(path=Path("/home/model"))
 CHAT = ({"role": "user", "content": "Wie heißt es?\n"},)
 ENVELOPE: dict[str, Any] = {"builder": "merge", "output": Path("/out"), "seconds": 90}
-OPTIONS = MergeOptions(method="ties", density=0.5, seed=7)
+OPTIONS = Merge(method="ties", density=0.5, seed=7)
 JOBS = (
     MergeJob(
         **ENVELOPE,
@@ -113,6 +113,8 @@ def test_a_job_is_the_same_behind_the_wire(job: Job) -> None:
         ({"base": {"path": "/b", "files": [{"path": "a", "size": 1, "digest": "x"}]}}, "sha256"),
         ({"weights": [1.0, None]}, r"merge.weights\[1\]"),
         ({"options": {"method": "ties"}}, "merge.options"),
+        ({"options": {**asdict(OPTIONS), "method": "mean"}}, r"merge\.options\.method"),
+        ({"options": {**asdict(OPTIONS), "density": "half"}}, r"merge\.options\.density"),
         ({"colour": "red"}, "colour"),
     ],
 )

@@ -66,19 +66,6 @@ def test_settings_that_are_none(setting: str) -> None:
         with_settings(SMALLEST, [setting])
 
 
-def test_the_recipe_knows_every_way_to_merge() -> None:
-    from typing import get_args
-
-    from weightsmith.merging.combining.combination import METHODS, SPACES
-    from weightsmith.merging.quantized.choice import CHOICES
-    from weightsmith.recipe import Merge
-
-    fields = Merge.model_fields
-    assert get_args(fields["method"].annotation) == METHODS
-    assert get_args(fields["space"].annotation) == SPACES
-    assert get_args(fields["quantized_base"].annotation) == CHOICES
-
-
 def test_elements_of_a_list_are_set_by_number():
     data = {"adapters": [{"source": "a"}, {"source": "b"}]}
 
@@ -90,6 +77,13 @@ def test_elements_of_a_list_are_set_by_number():
     for setting in ("adapters.2={source: c}", "adapters.x=1", "adapters.7.weight=1"):
         with pytest.raises(UsageError, match="--set"):
             with_settings(data, [setting])
+
+
+def test_a_wrong_key_of_a_merge_is_named_with_the_nearest() -> None:
+    data = {"name": "x", "base": {"source": "x"}, "merge": {"densty": 0.5}}
+
+    with pytest.raises(UsageError, match=r"unknown key `merge\.densty`, did you mean `density`"):
+        check_recipe(data, "here")
 
 
 def test_a_wrong_key_below_a_key_of_the_users_own_is_named() -> None:

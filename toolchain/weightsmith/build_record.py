@@ -8,6 +8,7 @@ from pathlib import Path
 
 from weightsmith.foreign import RECORD, parse_file
 from weightsmith.json_objects import INLINE, OMITTED, JsonObject
+from weightsmith.merge_options import Merge
 from weightsmith.quality.result import Quality
 from weightsmith.validating.result import Validation
 from weightsmith.values import FileEntry, Json
@@ -35,17 +36,9 @@ class AdapterRecord(SourceRecord):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MergeRecord(JsonObject):
+class MergeRecord(Merge, JsonObject):
     """How the adapters were merged, and what became of the tensors."""
 
-    method: str
-    density: float | None = None
-    rank: int | None = None
-    seed: int = 0
-    space: str = "delta"
-    dtype: str = "auto"
-    precision: str
-    quantized_base: str = "refuse"
     digest: str = ""
     """Of the merged checkpoint."""
     tensors: Mapping[str, int] = field(default_factory=dict)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeAlias
 
 from weightsmith.json_objects import read_exactly
+from weightsmith.merge_options import Merge
 from weightsmith.values import FileEntry, Json, Tree, UnreadDigest, plain
 
 Chat: TypeAlias = tuple[Mapping[str, str], ...]
@@ -99,26 +100,12 @@ class _OfAdapters(Job):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MergeOptions:
-    """How adapters are combined and added; docs/reference/recipe.md explains each under `merge`."""
-
-    method: str = "sequential"
-    density: float | None = None
-    rank: int | None = None
-    seed: int = 0
-    space: str = "delta"
-    dtype: str = "auto"
-    precision: str = "exact"
-    quantized_base: str = "refuse"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class MergeJob(_OfAdapters):
     """Merge adapters into a base."""
 
     kind = "merge"
     base: Input
-    options: MergeOptions
+    options: Merge
     keep_adapter: bool = False
     """Write the combined adapter instead."""
 

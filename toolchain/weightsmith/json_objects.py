@@ -11,6 +11,7 @@ from types import NoneType, UnionType
 from typing import (
     Annotated,
     Any,
+    Literal,
     Self,
     TypeAlias,
     TypeVar,
@@ -139,6 +140,8 @@ def _read(hint: Any, value: Json, place: str, *, exact: bool) -> Any:
         return value
     if origin in (Union, UnionType):
         return None if value is None else _read(part_of(hint), value, place, exact=exact)
+    if origin is Literal:
+        return _choice(parts, value, place, exact=exact)
     if origin is Annotated:
         return math.nan if value is None else _read(parts[0], value, place, exact=exact)
     if origin is tuple:
@@ -155,6 +158,13 @@ def _read(hint: Any, value: Json, place: str, *, exact: bool) -> Any:
         exact = exact and not issubclass(kind, JsonObject)
         return kind(**_fields_of(hint, value, place, exact=exact))
     return _scalar(hint, value, place)
+
+
+def _choice(choices: tuple[str, ...], value: Json, place: str, *, exact: bool) -> str:
+    """Return one of several texts; in a record of a later version, it may be a new one."""
+    if not isinstance(value, str) or (exact and value not in choices):
+        raise _another(value, f"one of {', '.join(choices)}", place)
+    return value
 
 
 def _read_list(parts: tuple[Any, ...], value: Json, place: str, *, exact: bool) -> tuple[Any, ...]:

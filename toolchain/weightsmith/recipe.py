@@ -3,37 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-
-@dataclass(frozen=True, slots=True)
-class Flag:
-    """How a field is spelled on the command line, where it differs from the field's own name."""
-
-    name: str = ""
-    """The flag, as a Python name."""
-    read: Callable[[Any], Any] | None = None
-    """What the flag's text stands for, or the list of its texts where it may be repeated."""
-    example: str = ""
-    """One text of the flag, where the description's example is another."""
-    many: bool | None = None
-    """Whether it may be repeated; by default, whether the field holds several values."""
-
-
-def flag_of(section: type[BaseModel], field: str) -> Flag:
-    """Return how a section's field is spelled on the command line."""
-    metadata = section.model_fields[field].metadata
-    return next((item for item in metadata if isinstance(item, Flag)), Flag())
-
-
-def spelling(section: type[BaseModel], field: str) -> str:
-    """Return the flag that changes a field, such as `--keep-module` for `keep`."""
-    no = "no-" if section.model_fields[field].default is True else ""
-    return f"--{no}{(flag_of(section, field).name or field).replace('_', '-')}"
+from weightsmith.merge_options import Merge
+from weightsmith.recipe_section import Flag, Section
 
 
 def _pairs(texts: list[str]) -> dict[str, str]:
@@ -44,13 +19,7 @@ _NAME = r"^[a-z0-9]+(?:[._-][a-z0-9]+)*$"
 _SIZE = r"^(\d+(\.\d+)?\s*([KMGTkmgt]i?)?[Bb]?)?$"
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), defer_build=True
-    )
-
-
-class Base(_Part):
+class Base(Section):
     """The base model."""
 
     source: str = Field(
@@ -72,7 +41,7 @@ class Base(_Part):
     )
 
 
-class Scoring(_Part):
+class Scoring(Section):
     """How answers are judged."""
 
     metric: Literal["contains", "exact", "regex", "choice", "json-schema", "command"] = Field(
@@ -115,7 +84,7 @@ class Evaluate(Scoring):
     data: str = Field(min_length=1, description="JSON Lines: `{prompt | messages, expected}`.")
 
 
-class Adapter(_Part):
+class Adapter(Section):
     """One adapter, in the order of merging."""
 
     source: str = Field(min_length=1, description="Folder or `hf://owner/name`.")
@@ -128,58 +97,7 @@ class Adapter(_Part):
     )
 
 
-class Merge(_Part):
-    """How adapters are merged."""
-
-    method: Literal[
-        "sequential",
-        "linear",
-        "cat",
-        "svd",
-        "ties",
-        "dare_linear",
-        "dare_ties",
-        "magnitude_prune",
-        "ties_svd",
-        "dare_linear_svd",
-        "dare_ties_svd",
-        "magnitude_prune_svd",
-    ] = Field(
-        "sequential",
-        description="How adapters are merged. `sequential`, `linear` and `cat`: the weighted sum "
-        "of all deltas, rounded once; `svd`: the same, truncated to `rank`; the others prune "
-        "deltas or vote on their signs.",
-    )
-    density: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Share of each delta that pruning methods keep, above 0 and up to 1.",
-    )
-    rank: int | None = Field(
-        None, ge=1, description="Rank of an `svd` method's result; default: the adapters' largest."
-    )
-    seed: int = Field(0, ge=0, description="Random seed of the `dare` methods.")
-    space: Literal["delta", "factors"] = Field(
-        "delta",
-        description="What is combined. `delta`: the products B·A; `factors`: A and B, as in PEFT.",
-    )
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="Type of the merged weights; `auto` keeps the base's."
-    )
-    precision: Literal["exact", "fast"] = Field(
-        "exact",
-        description="`exact`: the exact sum, rounded once; `fast`: float32 sums, as in PEFT.",
-    )
-    quantized_base: Literal["refuse", "dequantize", "simulate-nf4", "simulate-nf4-double"] = Field(
-        "refuse",
-        description="`refuse`: refuse a quantized base; `dequantize`: merge onto its dequantized "
-        "weights; `simulate-nf4`: first round a 16-bit base's linear layers to 4 bits and back, as "
-        "in QLoRA training; `simulate-nf4-double`: the same with double quantization.",
-    )
-
-
-class Validate(_Part):
+class Validate(Section):
     """How the merged checkpoint is compared with base and adapters."""
 
     enabled: bool = Field(
@@ -192,7 +110,7 @@ class Validate(_Part):
     )
 
 
-class Calibration(_Part):
+class Calibration(Section):
     """Text that quantizers measure activations on, a part of which is held out for the gate."""
 
     data: str = Field(min_length=1, description="JSON Lines: `{text}` or `{messages}`.")
@@ -211,7 +129,7 @@ class Calibration(_Part):
     )
 
 
-class Quantize(_Part):
+class Quantize(Section):
     """How weights are quantized; each format uses the keys that apply to it."""
 
     allow_low_bits: bool = Field(
@@ -254,7 +172,7 @@ class Quantize(_Part):
     )
 
 
-class QualityLimits(_Part):
+class QualityLimits(Section):
     """Limits of a quantized model, compared with the merged one; empty: the format's default."""
 
     kl_mean: float | None = Field(
@@ -278,7 +196,7 @@ class QualityLimits(_Part):
     )
 
 
-class Quality(_Part):
+class Quality(Section):
     """The gate after each quantization: held-out text, compared with the merged checkpoint."""
 
     gate: bool = Field(True, description="`false` measures and reports, but refuses nothing.")
@@ -289,7 +207,7 @@ class Quality(_Part):
     )
 
 
-class Serve(_Part):
+class Serve(Section):
     """The hardware to serve on, and the limits and options of the server."""
 
     gpu: str = Field("", description="GPU to plan for, such as `nvidia-l4`; default: the CPU.")
@@ -349,7 +267,7 @@ class Serve(_Part):
         return value
 
 
-class ImageNames(_Part):
+class ImageNames(Section):
     """Where the image goes."""
 
     repository: str = Field(
@@ -376,7 +294,7 @@ class ImageNames(_Part):
     )
 
 
-class Card(_Part):
+class Card(Section):
     """What the model's card says; it goes into the bill of materials."""
 
     description: str = Field("", max_length=2000, description="What the model is.")
@@ -385,7 +303,7 @@ class Card(_Part):
     limitations: str = Field("", max_length=2000, description="What it is not good for.")
 
 
-class Recipe(_Part):
+class Recipe(Section):
     """One build: what goes in, what it must prove, what comes out."""
 
     name: str = Field(

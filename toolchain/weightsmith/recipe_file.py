@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from weightsmith.errors import UsageError
 from weightsmith.foreign import parse_yaml
 from weightsmith.recipe import Recipe
+from weightsmith.recipe_section import fields_of, is_section
 
-Section = TypeVar("Section", bound=BaseModel)
+_Section = TypeVar("_Section")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,17 +73,17 @@ def check_recipe(data: Mapping[str, Any], where: str) -> Recipe:
     return _checked(Recipe, data, where, ())
 
 
-def check_section(section: type[Section], data: Mapping[str, Any], where: str) -> Section:
+def check_section(section: type[_Section], data: Mapping[str, Any], where: str) -> _Section:
     """Return one section of a recipe, checked as in a whole one; UsageError lists every fault."""
     return _checked(section, data, where, (_key_of(section),))
 
 
 def _checked(
-    model: type[Section], data: Mapping[str, Any], where: str, place: tuple[str, ...]
-) -> Section:
-    """Return a checked model that stands at a place of the recipe."""
+    section: type[_Section], data: Mapping[str, Any], where: str, place: tuple[str, ...]
+) -> _Section:
+    """Return a checked section that stands at a place of the recipe."""
     try:
-        return model.model_validate(dict(data))
+        return TypeAdapter(section).validate_python(dict(data))
     except ValidationError as error:
         faults = [
             _fault({**item, "loc": (*place, *item["loc"])})
@@ -94,7 +95,7 @@ def _checked(
         ) from None
 
 
-def _key_of(section: type[BaseModel]) -> str:
+def _key_of(section: type[Any]) -> str:
     """Return the recipe's key for a section."""
     return next(
         field.alias or name
@@ -177,7 +178,7 @@ def _yaml_fault(error: ValueError) -> str:
 
 def _fault(error: Any) -> str:
     place = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
+    if error["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
         near = difflib.get_close_matches(str(error["loc"][-1]), _keys_at(error["loc"][:-1]), 1, 0.5)
         return f"unknown key `{place}`" + (f", did you mean `{near[0]}`?" if near else "")
     if error["type"] == "missing":
@@ -194,10 +195,10 @@ def _keys_at(location: Sequence[str | int]) -> list[str]:
     for step in steps:
         if isinstance(step, int):
             continue
-        field = next(f for name, f in part.model_fields.items() if (f.alias or name) == step)
+        field = next(f for name, f in fields_of(part).items() if (f.alias or name) == step)
         annotation = field.annotation
         if get_origin(annotation) is dict:
             next(steps, None)  # the user's own key
         choices = [annotation, *get_args(annotation)]
-        part = next(c for c in choices if isinstance(c, type) and issubclass(c, BaseModel))
-    return [field.alias or name for name, field in part.model_fields.items()]
+        part = next(filter(is_section, choices))
+    return [field.alias or name for name, field in fields_of(part).items()]

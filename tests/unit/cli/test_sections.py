@@ -3,44 +3,41 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 from invoke.collection import Collection
-from pydantic import BaseModel, Field
 from weightsmith.cli.command import command
 from weightsmith.cli.program import Weightsmith
 from weightsmith.cli.sections import Flags, given
 from weightsmith.commands.folders import open_sources
 from weightsmith.destinations import InStore
-from weightsmith.jobs import MergeOptions
+from weightsmith.jobs import write_job
+from weightsmith.merge_options import Merge
+from weightsmith.merging.combining.combination import Combination
 from weightsmith.ports import Runner
-from weightsmith.recipe import Merge, Quantize, Recipe, Serve
+from weightsmith.recipe import Quantize, Recipe, Serve
 from weightsmith.stages.merge import inputs, merge
 
 from tests.fakes.memory import memory_tools
 from tests.fakes.tiny import write_adapter, write_model
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class More(Merge):
     """A merge with one more option."""
 
-    strength: float = Field(1.0, ge=0, le=2, description="Factor on `every` delta.")
+    strength: float = field(
+        default=1.0, metadata={"ge": 0, "le": 2, "description": "Factor on `every` delta."}
+    )
 
 
 class MoreRecipe(Recipe):
     """A recipe with it."""
 
     merge: More = More()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MoreOptions(MergeOptions):
-    """What a builder is told then."""
-
-    strength: float = 1.0
 
 
 class Builder:
@@ -79,13 +76,8 @@ def run(flags: Flags, *words: str) -> tuple[int, Any]:
     return 0, taken[0] if taken else None
 
 
-def test_a_new_option_is_its_field_in_recipe_and_job(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is a flag with help, a key of the recipe, part of the job and of the result's key.
-
-    The builder's own class of options, which has no pydantic, gets the field as well.
-    """
+def test_a_new_option_is_one_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is a flag with help, a key of the recipe, part of the job and of the result's key."""
     flags = Flags(section=More)
     code, options = run(flags, "--strength", "0.5", "--method", "cat")
     assert (code, options) == (0, More(strength=0.5, method="cat"))
@@ -103,15 +95,10 @@ def test_a_new_option_is_its_field_in_recipe_and_job(
     base, adapter = write_model(tmp_path / "base"), write_adapter(tmp_path / "a", seed=1)
     sources = open_sources(base, [adapter], [1.0], tools.store)
     assert inputs(sources, options).key != inputs(sources, More(method="cat")).key
-    monkeypatch.setattr("weightsmith.stages.merge.MergeOptions", MoreOptions)
     merge(sources, options, InStore(tools.store), tools)
-    assert runner.jobs[0].options == MoreOptions(method="cat", strength=0.5)
-
-
-def test_the_job_has_every_option_of_the_recipe() -> None:
-    carried = {field.name: field.default for field in fields(MergeOptions)}
-
-    assert carried == {name: field.default for name, field in Merge.model_fields.items()}
+    (job,) = runner.jobs
+    assert json.loads(write_job(job))["job"]["options"]["strength"] == 0.5
+    assert Combination.of(job.options).method == "cat"
 
 
 @pytest.mark.parametrize(
@@ -134,12 +121,12 @@ def test_the_job_has_every_option_of_the_recipe() -> None:
     ],
 )  # fmt: skip
 def test_texts_become_values(
-    section: type[BaseModel], words: tuple[str, ...], wanted: dict[str, Any]
+    section: type[Any], words: tuple[str, ...], wanted: dict[str, Any]
 ) -> None:
     code, options = run(Flags(section=section), *words)
 
     assert code == 0
-    assert options.model_dump(exclude_unset=True) == wanted
+    assert options == section(**wanted)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +141,7 @@ def test_texts_become_values(
     ],
 )
 def test_a_wrong_value_names_its_flag_and_the_choices(
-    section: type[BaseModel],
+    section: type[Any],
     words: tuple[str, ...],
     said: tuple[str, ...],
     capsys: pytest.CaptureFixture[str],

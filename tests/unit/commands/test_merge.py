@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from weightsmith.commands.merge import Folders, keep_folder, merge_folders
 from weightsmith.errors import UsageError
-from weightsmith.recipe import Merge
+from weightsmith.merge_options import Merge
 
 from tests.fakes.memory import memory_tools
 

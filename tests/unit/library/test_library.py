@@ -21,8 +21,11 @@ from typing import Any
 import pytest
 import weightsmith
 from weightsmith import progress as shows
-from weightsmith import recipe, wiring
+from weightsmith import wiring
+from weightsmith.merge_options import Merge
 from weightsmith.ports import Progress
+from weightsmith.recipe import Quantize
+from weightsmith.recipe_section import fields_of
 from weightsmith.tools import Tools
 
 from tests.fakes.jobs import Bench, Minds
@@ -95,14 +98,14 @@ def test_options_have_the_defaults_of_the_recipe() -> None:
         rows = inspect.signature(function).parameters.values()
         return {row.name: row.default for row in rows if row.default is not row.empty}
 
-    fields = recipe.Merge.model_fields
+    fields = fields_of(Merge)
     assert {name: defaults(weightsmith.merge)[name] for name in fields} == {
         name: field.default for name, field in fields.items()
     }
     of_validate = {n: v for n, v in defaults(weightsmith.validate).items() if n in fields}
     assert of_validate.items() <= defaults(weightsmith.merge).items()
     said = defaults(weightsmith.quantize)
-    for name, field in recipe.Quantize.model_fields.items():
+    for name, field in fields_of(Quantize).items():
         assert (said[name] or None) == (field.get_default(call_default_factory=True) or None), name
 
 

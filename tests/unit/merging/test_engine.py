@@ -330,16 +330,6 @@ def test_progress_counts_to_the_end(make_model: Any) -> None:
     assert seen == sorted(seen)
 
 
-@pytest.mark.parametrize(
-    "options", [{"precision": "sloppy"}, {"device": "tpu"}, {"method": "magic"}, {"dtype": "int4"}]
-)
-def test_unknown_options_are_usage_errors(options: dict[str, str], make_model: Any) -> None:
-    base = make_model()
-
-    with pytest.raises(UsageError, match="unknown"):
-        run(base, [], base.parent / "out", **options)
-
-
 def test_a_folder_of_the_callers_own_is_cleared_of_what_is_no_start(
     make_model: Any, make_adapter: Any
 ) -> None:

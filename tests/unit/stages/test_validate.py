@@ -17,10 +17,10 @@ from weightsmith.commands.validate import validate_folders
 from weightsmith.destinations import InStore
 from weightsmith.errors import CheckFailed, UsageError
 from weightsmith.jobs import MergeJob
+from weightsmith.merge_options import Merge
 from weightsmith.pipeline import build
 from weightsmith.planning.request import BuildRequest
 from weightsmith.planning.targets import chosen_targets
-from weightsmith.recipe import Merge
 from weightsmith.recipe_file import read_recipe
 from weightsmith.stages.publish import Outputs
 from weightsmith.stages.validate import validate

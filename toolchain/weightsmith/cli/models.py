@@ -8,7 +8,8 @@ from pathlib import Path
 from weightsmith.cli.command import command
 from weightsmith.cli.flags import SERVED
 from weightsmith.cli.sections import Flags
-from weightsmith.recipe import Merge, Quantize, Serve, Validate
+from weightsmith.merge_options import Merge
+from weightsmith.recipe import Quantize, Serve, Validate
 from weightsmith.validating.result import Validation
 from weightsmith.values import Json
 from weightsmith.visible import escaped, joined

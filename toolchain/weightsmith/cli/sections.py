@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from weightsmith.errors import UsageError
-from weightsmith.recipe import flag_of, spelling
+from weightsmith.recipe_section import fields_of, flag_of, spelling
 
 _EXPECTED = {"int_parsing": "a whole number", "float_parsing": "a number"}
 """Kind of fault -> what a flag takes."""
@@ -24,7 +24,7 @@ _EXPECTED = {"int_parsing": "a whole number", "float_parsing": "a number"}
 class Flags:
     """The flags that a command takes from one section."""
 
-    section: type[BaseModel]
+    section: type[Any]
     only: tuple[str, ...] = ()
     """Fields that are flags; by default all."""
     without: tuple[str, ...] = ()
@@ -34,27 +34,27 @@ class Flags:
 
     def fields(self) -> Iterator[tuple[str, str, FieldInfo]]:
         """Yield the parameter, the field's name and the field of each flag."""
-        for name, field in self.section.model_fields.items():
+        for name, field in fields_of(self.section).items():
             if name not in self.without and (not self.only or name in self.only):
-                yield flag_of(self.section, name).name or name, name, field
+                yield flag_of(field).name or name, name, field
 
     def parameters(self) -> list[inspect.Parameter]:
         """Return the flags as parameters; Invoke reads the types from their defaults."""
         kind = inspect.Parameter.KEYWORD_ONLY
         return [
-            inspect.Parameter(parameter, kind, default=self._default(name, field))
+            inspect.Parameter(parameter, kind, default=self._default(field))
             for parameter, name, field in self.fields()
         ]
 
     def help(self) -> dict[str, str]:
         """Return each flag's help by its parameter."""
-        return {parameter: self._help(name, field) for parameter, name, field in self.fields()}
+        return {parameter: _help(field) for parameter, name, field in self.fields()}
 
     def many(self) -> tuple[str, ...]:
         """Return the flags that may be repeated."""
-        return tuple(p for p, name, field in self.fields() if self._is_many(name, field))
+        return tuple(p for p, name, field in self.fields() if _is_many(field))
 
-    def read(self, arguments: dict[str, Any]) -> BaseModel:
+    def read(self, arguments: dict[str, Any]) -> Any:
         """Take the flags out of the arguments; return the section with those that were given.
 
         Raises UsageError naming the flag.
@@ -63,10 +63,10 @@ class Flags:
         texts = {}
         for parameter, name, field in self.fields():
             value = arguments.pop(parameter)
-            if value in ("", [], None) or value == self._default(name, field):
+            if value in ("", [], None) or value == self._default(field):
                 continue
             texts[name] = value
-            if read := flag_of(self.section, name).read:
+            if read := flag_of(field).read:
                 try:
                     value = read(value)
                 except ValueError as error:
@@ -75,7 +75,7 @@ class Flags:
             choices = {str(choice): choice for choice in _choices(field.annotation)}
             given[name] = choices.get(value, value) if isinstance(value, str) else value
         try:
-            return self.section.model_validate(given)
+            return TypeAdapter(self.section).validate_python(given)
         except ValidationError as error:
             raise self._refused(error.errors(include_url=False), texts) from None
 
@@ -91,26 +91,11 @@ class Flags:
         shown = " ".join(value) if isinstance(value, list) else str(value)
         return UsageError(
             f"{spelling(self.section, name)} {shown}: {problem}",
-            hint=_described(self.section.model_fields[name]),
+            hint=_described(fields_of(self.section)[name]),
         )
 
-    def _help(self, name: str, field: FieldInfo) -> str:
-        """Return a field's description as a flag's help, and add choices that it does not name."""
-        text = _described(field)
-        choices = [str(choice) for choice in _choices(field.annotation)]
-        if not all(choice in text for choice in choices):
-            *first, last = choices
-            text += f". Choices: {', '.join(first)} or {last}" if first else f", or {last}"
-        if example := flag_of(self.section, name).example:
-            text += f": {example}"
-        return f"{text}; repeat for several" if self._is_many(name, field) else text
-
-    def _is_many(self, name: str, field: FieldInfo) -> bool:
-        many = flag_of(self.section, name).many
-        return get_origin(field.annotation) in (tuple, dict) if many is None else many
-
-    def _default(self, name: str, field: FieldInfo) -> Any:
-        if self._is_many(name, field):
+    def _default(self, field: FieldInfo) -> Any:
+        if _is_many(field):
             return None
         if isinstance(field.default, bool):
             return field.default
@@ -121,6 +106,23 @@ def given(key: str, section: BaseModel) -> list[str]:
     """Return what was given of a section as `key.path=value` settings of a recipe."""
     values = section.model_dump(mode="json", exclude_unset=True)
     return [f"{key}.{name}={json.dumps(value)}" for name, value in values.items()]
+
+
+def _help(field: FieldInfo) -> str:
+    """Return a field's description as a flag's help, and add choices that it does not name."""
+    text = _described(field)
+    choices = [str(choice) for choice in _choices(field.annotation)]
+    if not all(choice in text for choice in choices):
+        *first, last = choices
+        text += f". Choices: {', '.join(first)} or {last}" if first else f", or {last}"
+    if example := flag_of(field).example:
+        text += f": {example}"
+    return f"{text}; repeat for several" if _is_many(field) else text
+
+
+def _is_many(field: FieldInfo) -> bool:
+    many = flag_of(field).many
+    return get_origin(field.annotation) in (tuple, dict) if many is None else many
 
 
 def _described(field: FieldInfo) -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from weightsmith.errors import UsageError
 from weightsmith.oci.layout import is_layout, locate
 from weightsmith.planning.options import serve_options
 from weightsmith.recipe import Serve
-from weightsmith.recipe_file import RecipeFile, Section, check_section, with_settings
+from weightsmith.recipe_file import RecipeFile, check_section, with_settings
+from weightsmith.recipe_section import fields_of
 from weightsmith.serving.engine import ServeOptions
+
+_Section = TypeVar("_Section")
 
 
 def required(**values: object) -> None:
@@ -79,12 +82,12 @@ def serving_options(serve: Serve, settings: Sequence[str]) -> ServeOptions:
     return serve_options(check_section(Serve, data["serve"], "the command line"))
 
 
-def options_of(section: type[Section], given: Mapping[str, Any], where: str) -> Section:
+def options_of(section: type[_Section], given: Mapping[str, Any], where: str) -> _Section:
     """Return a recipe section built from a function's arguments; raises UsageError.
 
     Arguments that are not keys of the section are ignored; None means the default.
     """
-    names = section.model_fields.keys() & given.keys()
+    names = fields_of(section).keys() & given.keys()
     chosen = {name: given[name] for name in names if given[name] is not None}
     return check_section(section, chosen, where)
 

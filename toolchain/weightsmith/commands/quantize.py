@@ -13,7 +13,8 @@ from weightsmith.errors import UsageError
 from weightsmith.planning.options import check_model, format_options, needs_text
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import GENERAL, Bounds, Texts, read_texts
-from weightsmith.recipe import Quality, Quantize, spelling
+from weightsmith.recipe import Quality, Quantize
+from weightsmith.recipe_section import spelling
 from weightsmith.stages.quality import quality, quality_fault
 from weightsmith.stages.quantize import QuantizeOptions, quantize
 from weightsmith.tools import Tools

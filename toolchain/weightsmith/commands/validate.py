@@ -7,7 +7,7 @@ from pathlib import Path
 from weightsmith.commands.folders import open_checkpoint, open_sources
 from weightsmith.destinations import Unkept
 from weightsmith.evaluating.items import read_prompts
-from weightsmith.recipe import Merge
+from weightsmith.merge_options import Merge
 from weightsmith.stages.validate import BUILDER, validate
 from weightsmith.tools import Tools
 from weightsmith.validating.result import Validation

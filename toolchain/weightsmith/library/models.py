@@ -12,8 +12,9 @@ from weightsmith.commands.quantize import FolderRequest, quantize_folder
 from weightsmith.commands.validate import validate_folders
 from weightsmith.library.arguments import AnyPath, path_of, paths_of, weights_of
 from weightsmith.library.results import Merged, Quantized, Shard
+from weightsmith.merge_options import Merge
 from weightsmith.progress import shown
-from weightsmith.recipe import Merge, Quantize
+from weightsmith.recipe import Quantize
 from weightsmith.validating.result import Validation
 
 

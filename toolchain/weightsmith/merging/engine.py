@@ -11,14 +11,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from threadpoolctl import threadpool_limits
 
 from weightsmith.checkpoints.safetensors import open_checkpoint
 from weightsmith.errors import CheckFailed, EnvironmentFailure, UsageError
 from weightsmith.files import sync_folder
-from weightsmith.jobs import MergeOptions
+from weightsmith.merge_options import Merge
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.combining.measure import measure
 from weightsmith.merging.companions import companion_files, index_json, write_file
@@ -46,7 +46,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MergeRequest(MergeOptions):
+class MergeRequest(Merge):
     """Inputs and options of a merge."""
 
     base: Path
@@ -55,7 +55,7 @@ class MergeRequest(MergeOptions):
     out: Path
     keep_adapter: bool = False
     """Write the combined adapter to `out` instead of merging it."""
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: int = 0
     """Threads; 0: one per CPU."""
     own_out: bool = False
@@ -139,10 +139,6 @@ def _conflicts(plan: MergePlan) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def _settings(request: MergeRequest, plan: MergePlan) -> Settings:
-    if request.precision not in ("exact", "fast"):
-        raise UsageError(f"unknown precision {request.precision!r}", hint="one of exact, fast")
-    if request.device not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"unknown device {request.device!r}", hint="one of auto, cpu, cuda")
     has_gpu = request.device != "cpu" and _has_gpu()
     if request.device == "cuda" and not has_gpu:
         raise EnvironmentFailure("no CUDA device found", hint="merge with device cpu")
@@ -182,9 +178,7 @@ def _key(request: MergeRequest, plan: MergePlan) -> str:
         )
         for adapter in plan.adapters
     ]
-    combination = asdict(request.combination)
-    how = [request.dtype, request.precision, combination, request.quantized_base]
-    return key_of([_RECIPE, base, adapters, *how])
+    return key_of([_RECIPE, base, adapters, asdict(request.combination)])
 
 
 @contextmanager

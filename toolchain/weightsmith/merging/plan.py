@@ -104,9 +104,9 @@ def make_plan(
     """Return the plan, from the headers and configurations of base and adapters.
 
     Every adapter key is used exactly once. Raises InputRefused for unused, missing, ambiguous or
-    quantized tensors and wrong shapes, UsageError for an unknown dtype, method or weight.
+    quantized tensors and wrong shapes, UsageError for an invalid weight.
     """
-    _check_request(adapters, dtype)
+    _check_weights(adapters)
     combination = _for_adapters(combination or Combination(), len(adapters))
     files = check_model_folder(base)
     index = open_checkpoint(base)
@@ -182,9 +182,7 @@ def _held(output: Output) -> int:
     return source + kept + elements * (24 if output.dtype == "F32" else 12)
 
 
-def _check_request(adapters: Sequence[tuple[Path, float]], dtype: str) -> None:
-    if dtype not in ("auto", *DTYPES):
-        raise UsageError(f"unknown dtype {dtype!r}", hint=f"one of auto, {', '.join(DTYPES)}")
+def _check_weights(adapters: Sequence[tuple[Path, float]]) -> None:
     for root, weight in adapters:
         if not math.isfinite(weight):
             raise UsageError(f"invalid weight {weight} for {root}", hint="give a finite number")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.errors import WeightsmithError
@@ -88,7 +89,7 @@ def _merged(inputs: ImageInputs) -> list[Mapping[str, Json]]:
     if sources is None or checkpoint is None or recipe is None or not sources.adapters:
         return []
     parameters = {
-        **recipe.merge.model_dump(mode="json"),
+        **asdict(recipe.merge),
         "weights": [adapter.weight for adapter in sources.adapters],
     }
     return [

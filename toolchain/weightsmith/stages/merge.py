@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from weightsmith.destinations import Destination, InFolder
-from weightsmith.jobs import Input, MergeJob, MergeOptions
+from weightsmith.jobs import Input, MergeJob
+from weightsmith.merge_options import Merge
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.plan import estimate, make_plan
 from weightsmith.outcome import Outcome, Timer
-from weightsmith.recipe import Merge
 from weightsmith.resources import builder_pins
 from weightsmith.time_limits import job_seconds
 from weightsmith.tools import Tools
@@ -31,7 +32,7 @@ def inputs(sources: Sources, options: Merge) -> StageInputs:
             "base": sources.base.digest,
             "adapters": [a.snapshot.digest for a in sources.adapters],
             "weights": [a.weight for a in sources.adapters],
-            **options.model_dump(),
+            **asdict(options),
             "builder": builder_pins(BUILDER),
         },
     )
@@ -107,7 +108,7 @@ def _run(
         base=Input.tree(sources.base.tree),
         adapters=tuple(Input.tree(a.snapshot.tree) for a in sources.adapters),
         weights=tuple(a.weight for a in sources.adapters),
-        options=MergeOptions(**options.model_dump()),
+        options=options,
         keep_adapter=keep_adapter,
         output=folder,
         memory_bytes=memory_limit(cost),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -187,7 +187,7 @@ def _source(snapshot: Snapshot) -> dict[str, Any]:
 def _merge(facts: Facts) -> MergeRecord:
     merged = facts.checkpoint.details
     return MergeRecord(
-        **facts.recipe.merge.model_dump(),
+        **asdict(facts.recipe.merge),
         digest=facts.checkpoint.digest,
         tensors=merged.get("tensors", {}),
         findings=tuple(merged.get("findings", ())),

@@ -9,8 +9,9 @@ from pathlib import Path
 from weightsmith.destinations import Documents
 from weightsmith.errors import CheckFailed
 from weightsmith.jobs import Input, Mixture, ValidateJob
+from weightsmith.merge_options import Merge
+from weightsmith.merging.combining.combination import PRUNING, SUMS
 from weightsmith.outcome import Outcome, Timer
-from weightsmith.recipe import Merge
 from weightsmith.resources import builder_pins
 from weightsmith.time_limits import job_seconds
 from weightsmith.tools import Tools
@@ -21,10 +22,6 @@ BUILDER = "merge"
 RECIPE_NUMBER = 2
 MEMORY_BYTES = 4 << 30
 """Container's memory limit, without a checkpoint that must be loaded whole."""
-SUMS = ("sequential", "linear", "cat")
-"""Methods whose result is the same weighted sum that unmerged adapters compute."""
-PRUNED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
-"""Methods that choose among the adapters' changes at each element."""
 _RESULT = "validation.json"
 _SHOWN = 3
 
@@ -71,7 +68,7 @@ def mixture(
     """
     if space == "delta" and method == "svd":
         return {"truncates": True, "rank": rank}
-    if method not in PRUNED or space != "delta" or (method.startswith("dare") and not density):
+    if method not in PRUNING or space != "delta" or (method.startswith("dare") and not density):
         return None
     gain = 1 / density if density and method.startswith("dare") else 1.0
     return {"gain": gain, "mean": method.endswith("ties")}

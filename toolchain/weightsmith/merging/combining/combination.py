@@ -3,47 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
 
 from weightsmith.errors import UsageError
+from weightsmith.merge_options import Merge
 
 SUMS = ("sequential", "linear", "cat")
 """Methods that are the weighted sum of the deltas."""
 PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 TRUNCATING = ("svd", *(f"{method}_svd" for method in PRUNING))
-METHODS = (*SUMS, "svd", *PRUNING, *TRUNCATING[1:])
-SPACES = ("delta", "factors")
 KEEPABLE = ("sequential", "linear", "cat", *TRUNCATING)
 """Methods whose result is an adapter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Combination:
-    """A method and its parameters; raises UsageError for invalid combinations."""
-
-    method: str = "sequential"
-    density: float | None = None
-    """Fraction of each delta that pruning keeps, in (0, 1]."""
-    rank: int | None = None
-    """Rank of a truncated result; default: the largest rank of the inputs."""
-    seed: int = 0
-    """Seed of DARE's masks."""
-    space: str = "delta"
-    """`delta`: methods act on B·A; `factors`: on A and B separately, as PEFT does."""
+class Combination(Merge):
+    """Options of a merge that fit together; raises UsageError for those that do not."""
 
     @classmethod
-    def of(cls, options: Any) -> Combination:
-        """Return a merge's options for combining adapters."""
-        return cls(**{field.name: getattr(options, field.name) for field in fields(cls)})
+    def of(cls, options: Merge) -> Combination:
+        """Return a merge's options, checked."""
+        return cls(**{each.name: getattr(options, each.name) for each in fields(cls)})
 
     def __post_init__(self) -> None:
         """Refuse parameters that would be ignored or guessed."""
-        if self.method not in METHODS:
-            raise UsageError(
-                f"unknown merge method {self.method!r}", hint=f"one of {', '.join(METHODS)}"
-            )
-        if self.space not in SPACES:
-            raise UsageError(f"unknown space {self.space!r}", hint=f"one of {', '.join(SPACES)}")
         self._check_density()
         if self.rank is not None and (self.method not in TRUNCATING or self.rank < 1):
             raise UsageError(
@@ -108,7 +90,7 @@ class Combination:
 
     def describe(self) -> str:
         """Return a one-line description."""
-        parts = [self.method]
+        parts: list[str] = [self.method]
         parts += [f"density {self.density:g}"] if self.density is not None else []
         parts += [f"rank {self.rank}"] if self.rank is not None else []
         parts += [f"seed {self.seed}"] if self.random else []

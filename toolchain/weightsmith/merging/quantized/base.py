@@ -12,7 +12,7 @@ from weightsmith.errors import InputRefused
 from weightsmith.merging.base import BaseTensors, stored_tensors
 from weightsmith.merging.names import is_conv1d
 from weightsmith.merging.outputs import Source, Stored
-from weightsmith.merging.quantized.choice import check_choice, refuse, simulates
+from weightsmith.merging.quantized.choice import refuse, simulates
 from weightsmith.merging.quantized.layout import Layout, quantization_of, read_layout
 from weightsmith.merging.quantized.sources import Decoded, Rounded
 
@@ -39,9 +39,8 @@ def base_view(index: CheckpointIndex, config: Mapping[str, Any], choice: str) ->
     """Return the base's tensors as plain weights.
 
     Raises InputRefused for a quantized base without a choice, one that cannot be dequantized, and
-    a base on which 4-bit training cannot be reproduced; UsageError for an unknown choice.
+    a base on which 4-bit training cannot be reproduced.
     """
-    check_choice(choice)
     method = quantization_of(config, index.tensors)
     if method and choice != "dequantize":
         raise refuse(index.root, method, simulates=simulates(choice))

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from weightsmith.errors import InputRefused, UsageError
-
-CHOICES = ("refuse", "dequantize", "simulate-nf4", "simulate-nf4-double")
-"""`-double` also quantizes block scales, as `bnb_4bit_use_double_quant` does."""
+from weightsmith.errors import InputRefused
 
 _ADVICE = (
     "choose one: (1) merge onto the original 16-bit checkpoint: a better base, but the adapter "
@@ -18,14 +15,6 @@ _ADVICE = (
     "Requantizing the sum on the same grid is not offered: it kept only 0.2 % to 1.6 % of "
     "adapters up to a fiftieth of the weights' size"
 )
-
-
-def check_choice(choice: str) -> None:
-    """Raise UsageError for an unknown choice."""
-    if choice not in CHOICES:
-        raise UsageError(
-            f"unknown choice {choice!r} for a quantized base", hint=f"one of {', '.join(CHOICES)}"
-        )
 
 
 def refuse(base: Path, method: str, *, simulates: bool = False) -> InputRefused:

@@ -1,0 +1,61 @@
+"""What a section of the recipe is: checked fields, each with its flag on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, get_type_hints
+
+from pydantic import BaseModel, ConfigDict
+from pydantic.fields import FieldInfo
+
+
+class Section(BaseModel):
+    """Base class of the recipe's sections; other keys than their fields are refused."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), defer_build=True
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """How a field is spelled on the command line, where it differs from the field's own name."""
+
+    name: str = ""
+    """The flag, as a Python name."""
+    read: Callable[[Any], Any] | None = None
+    """What the flag's text stands for, or the list of its texts where it may be repeated."""
+    example: str = ""
+    """One text of the flag, where the description's example is another."""
+    many: bool | None = None
+    """Whether it may be repeated; by default, whether the field holds several values."""
+
+
+def is_section(kind: Any) -> bool:
+    """Return whether a type is a section; one that builders read too is a plain dataclass."""
+    return isinstance(kind, type) and (issubclass(kind, BaseModel) or is_dataclass(kind))
+
+
+def fields_of(section: Any) -> Mapping[str, FieldInfo]:
+    """Return a section's fields by name."""
+    if not is_dataclass(section):
+        found: Mapping[str, FieldInfo] = section.model_fields
+        return found
+    hints = get_type_hints(section, include_extras=True)
+    return {
+        one.name: FieldInfo.from_annotated_attribute(hints[one.name], one)
+        for one in fields(section)
+    }
+
+
+def flag_of(field: FieldInfo) -> Flag:
+    """Return how a section's field is spelled on the command line."""
+    return next((item for item in field.metadata if isinstance(item, Flag)), Flag())
+
+
+def spelling(section: Any, name: str) -> str:
+    """Return the flag that changes a field, such as `--keep-module` for `keep`."""
+    field = fields_of(section)[name]
+    no = "no-" if field.default is True else ""
+    return f"--{no}{(flag_of(field).name or name).replace('_', '-')}"
