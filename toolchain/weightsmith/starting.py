@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from weightsmith.cpus import all_but_one
 from weightsmith.evaluating.client import wait_until_healthy
 from weightsmith.evaluating.session import ServerSession, SessionLimits
 from weightsmith.evaluating.smoke import Smoke
@@ -49,11 +49,11 @@ def start(
 def spare_cpu(variable: str) -> Mapping[str, str]:
     """Return the environment that leaves one CPU free; `variable` sets an engine's threads.
 
-    Otherwise, one preempted thread makes all others wait. {} without a variable.
+    {} without a variable.
     """
     if not variable:
         return {}
-    return {variable: str(max(1, len(os.sched_getaffinity(0)) - 1))}
+    return {variable: str(all_but_one())}
 
 
 def why_not_started(image: Image, tools: Tools) -> str:

@@ -3,24 +3,56 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, Protocol
 
 from weightsmith.checkpoints.safetensors import TensorInfo, open_checkpoint
 from weightsmith.errors import InputRefused
 
-_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I8": "i1", "U8": "u1", "I32": "<i4"}
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+_NUMPY = {
+    "F64": "f8", "F32": "f4", "F16": "f2", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1",
+    "U8": "u1", "BOOL": "?", "F8_E8M0": "u1",
+}  # fmt: skip
+_SMALL = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+
+
+def array_type(dtype: str) -> np.dtype[Any]:
+    """Return numpy's dtype for a safetensors dtype; raise KeyError if there is none.
+
+    Floats that are only an exponent are read as bytes.
+    """
+    import numpy as np
+
+    if dtype in _SMALL:
+        import ml_dtypes
+
+        small: np.dtype[Any] = np.dtype(getattr(ml_dtypes, _SMALL[dtype]))
+        return small
+    return np.dtype("<" + _NUMPY[dtype])
+
+
+class View(Protocol):
+    """A model's tensors by the checkpoint's names, dequantized if it is quantized."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the tensors."""
+
+    def tensor(self, name: str) -> npt.NDArray[np.float32]:
+        """Return one tensor as float32 in the checkpoint's shape and order."""
 
 
 class CheckpointTensors:
-    """The tensors of a folder's safetensors files; only requested ones are read."""
+    """The memory-mapped tensors of a folder's safetensors files."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, folder: Path) -> None:
         """Read the headers; raise InputRefused for damaged or incomplete files."""
-        self._where: dict[str, tuple[Path, TensorInfo]] = {
+        self._where = {
             info.name: (shard.path, info)
-            for shard in open_checkpoint(root).shards
+            for shard in open_checkpoint(folder).shards
             for info in shard.tensors
         }
 
@@ -29,34 +61,43 @@ class CheckpointTensors:
         """Every tensor's name."""
         return frozenset(self._where)
 
-    def dtype(self, name: str) -> str:
-        """Return a tensor's safetensors dtype, such as `BF16`."""
-        return self._where[name][1].dtype
+    @property
+    def size(self) -> int:
+        """Total size of the tensors in bytes."""
+        return sum(info.size for _, info in self._where.values())
 
-    def raw(self, name: str) -> npt.NDArray[np.generic]:
-        """Return a tensor in its own dtype; BF16 and 8-bit floats as unsigned integers."""
-        path, info = self._where[name]
-        kind = _NUMPY.get(info.dtype, {2: "<u2", 1: "u1"}.get(info.size // max(1, _count(info))))
-        if kind is None:
-            raise InputRefused(
-                f"{name} has the unsupported dtype {info.dtype}",
-                hint="start from a checkpoint in float32, float16 or bfloat16",
-            )
-        data = np.memmap(path, mode="r", offset=info.start, shape=(info.size,), dtype=np.uint8)
-        return data.view(kind).reshape(info.shape)
+    def info(self, name: str) -> TensorInfo:
+        """Return dtype, shape and offsets; raise KeyError for an unknown name."""
+        return self._where[name][1]
+
+    def array(self, name: str) -> npt.NDArray[Any]:
+        """Return a tensor in its own dtype."""
+        return self._mapped(name, array_type(self.info(name).dtype))
+
+    def f32(self, name: str) -> npt.NDArray[np.float32]:
+        """Return a tensor of any dtype as float32."""
+        import numpy as np
+
+        if self.info(name).dtype == "BF16":  # GGUF's builder has no ml_dtypes
+            bits = self._mapped(name, np.dtype("<u2")).astype(np.uint32)
+            return np.left_shift(bits, 16, out=bits).view(np.float32)
+        return np.asarray(self.array(name).astype(np.float32))
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
-        """Return a floating-point tensor of 64, 32 or 16 bits as float32."""
-        data, dtype = self.raw(name), self.dtype(name)
-        if dtype == "BF16":
-            return (data.astype(np.uint32) << 16).view(np.float32)
-        if dtype not in {"F64", "F32", "F16"}:
+        """Return a tensor as float32; raise InputRefused unless it is a float of 16 to 64 bits."""
+        dtype = self.info(name).dtype
+        if dtype not in {"F64", "F32", "F16", "BF16"}:
             raise InputRefused(
                 f"{name} has dtype {dtype}, not a floating-point dtype",
                 hint="start from a checkpoint in float32, float16 or bfloat16",
             )
-        return data.astype(np.float32)
+        return self.f32(name)
 
+    def _mapped(self, name: str, kind: np.dtype[Any]) -> npt.NDArray[Any]:
+        import numpy as np
 
-def _count(info: TensorInfo) -> int:
-    return int(np.prod(info.shape, dtype=np.int64))
+        path, info = self._where[name]
+        if info.size == 0:
+            return np.zeros(info.shape, kind)
+        raw = np.memmap(path, np.uint8, "r", offset=info.start, shape=(info.size,))
+        return np.asarray(raw).view(kind).reshape(info.shape)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from weightsmith.checkpoints.safetensors import BITS, TensorInfo
+from weightsmith.checkpoints.tensors import array_type
 from weightsmith.errors import EnvironmentFailure, InputRefused
 from weightsmith.files import sync_folder
 from weightsmith.merging.libc import reserve
@@ -22,19 +22,6 @@ from weightsmith.merging.outputs import Part
 from weightsmith.merging.rounding import BF16, F16, F32, F64
 
 ARRAY_TYPES = {"BF16": BF16, "F16": F16, "F32": F32, "F64": F64}
-STORED_TYPES = {
-    **ARRAY_TYPES,
-    "BOOL": np.dtype(np.bool_),
-    "U8": np.dtype(np.uint8),
-    "I8": np.dtype(np.int8),
-    "I16": np.dtype(np.int16),
-    "I32": np.dtype(np.int32),
-    "I64": np.dtype(np.int64),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "F8_E8M0": np.dtype(np.uint8),
-}
-"""Includes dtypes of codes, indices and scales; exponent-only floats are read as bytes."""
 _MODE = 0o644
 _PIECE = 1 << 18
 _KEPT = 4
@@ -107,7 +94,7 @@ class OpenFiles:
     def array(self, path: Path, info: TensorInfo) -> np.ndarray:
         """Return a whole stored tensor of any type, in its own shape."""
         data = self.reader(path).read_into(np.empty(info.size, np.uint8), info.start)
-        array: np.ndarray = data.view(STORED_TYPES[info.dtype]).reshape(info.shape)
+        array: np.ndarray = data.view(array_type(info.dtype)).reshape(info.shape)
         return array
 
     def once(self, key: object, make: Callable[[], np.ndarray]) -> np.ndarray:

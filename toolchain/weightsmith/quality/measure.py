@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 
+from weightsmith.checkpoints.tensors import CheckpointTensors, View
+from weightsmith.cpus import all_but_one
 from weightsmith.errors import CheckFailed, InputRefused
 from weightsmith.quality.result import LayerError, Loss, TensorError
 from weightsmith.quality.streamed import StreamedModel
@@ -31,17 +31,6 @@ _NAMED = 3
 """Worst layers and tensors to report."""
 
 
-class View(Protocol):
-    """A model's tensors by the checkpoint's names."""
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Names of its tensors."""
-
-    def tensor(self, name: str) -> Any:
-        """Return one tensor as a float32 array."""
-
-
 def measure(
     model: Path,
     view: View,
@@ -54,10 +43,7 @@ def measure(
     Raises Unmeasurable for an unsupported architecture, InputRefused for too little text,
     CheckFailed for weights that are not finite.
     """
-    from weightsmith.checkpoints.tensors import CheckpointTensors
-
-    # Leave one CPU free: if one thread is preempted, all others wait for it.
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
+    torch.set_num_threads(all_but_one())
     chosen = _chosen(readings(model, texts), tokens)
     ids = _padded(chosen)
     network, checkpoint = StreamedModel(model), CheckpointTensors(model)

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.checkpoints.facts import ModelFacts
+from weightsmith.checkpoints.tensors import CheckpointTensors, array_type
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.foreign import read_json
 from weightsmith.quantizers.packed import PARTS
-from weightsmith.quantizers.tensors import Output, Tensors, array_type, write_checkpoint
+from weightsmith.quantizers.writing import Output, write_checkpoint
 from weightsmith.values import Format, Json
 
 GROUP_SIZES = (128, 64, 32)
@@ -168,7 +169,7 @@ def finish(
     them in forms that servers cannot read. Unquantized tensors get the checkpoint's dtype, so those
     that the engine did not change equal the checkpoint's.
     """
-    made, source = Tensors(raw), Tensors(model)
+    made, source = CheckpointTensors(raw), CheckpointTensors(model)
     outputs = []
     for name in sorted(made.names):
         info = made.info(name)
@@ -194,7 +195,7 @@ def write_companions(model: Path, out: Path, quantization: Mapping[str, Json]) -
     (out / "config.json").write_text(text, encoding="utf-8")
 
 
-def _in_original_dtype(made: Tensors, source: Tensors, name: str) -> Any:
+def _in_original_dtype(made: CheckpointTensors, source: CheckpointTensors, name: str) -> Any:
     """Return a tensor in the checkpoint's dtype; engines compute in wider ones."""
     dtype = array_type(source.info(name).dtype)
     return made.array(name).astype(dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from weightsmith.checkpoints.facts import ModelFacts
+from weightsmith.cpus import all_but_one
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.foreign import parse, parse_file
 from weightsmith.quantizers.checkpoints import check_unpacked
@@ -235,8 +235,7 @@ def _imatrix(request: QuantizeRequest, model: Path) -> Step:
         )
     text = request.output / ".calibration.txt"
     window = min(_WINDOW, _context(request.model), 1 << (tokens.bit_length() - 2))
-    # Leave one CPU free: if one thread is preempted, all others wait for it.
-    threads = request.options.get("threads") or max(1, len(os.sched_getaffinity(0)) - 1)
+    threads = request.options.get("threads") or all_but_one()
     split = "split_max_size" in request.options
     return Step(
         title=f"measuring importance on {tokens} tokens",

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weightsmith.checkpoints.tensors import CheckpointTensors
 from weightsmith.errors import CheckFailed
 from weightsmith.foreign import read_json
-from weightsmith.quantizers.tensors import Tensors
 from weightsmith.values import Json
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class PackedView:
 
     def __init__(self, folder: Path) -> None:
         """Read config.json and the headers."""
-        self.tensors = Tensors(folder)
+        self.tensors = CheckpointTensors(folder)
         self.layout = layout_of(read_json(folder / "config.json"))
         end = self.layout.marker
         self.modules = frozenset(
@@ -137,7 +137,7 @@ def _in_awq_order(packed: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
     return found.reshape(packed.shape[0], -1)
 
 
-def _awq(tensors: Tensors, module: str) -> npt.NDArray[np.float32]:
+def _awq(tensors: CheckpointTensors, module: str) -> npt.NDArray[np.float32]:
     """W[i, o] = (q - z[g]) s[g]; g counts groups of inputs."""
     import numpy as np
 
@@ -149,7 +149,7 @@ def _awq(tensors: Tensors, module: str) -> npt.NDArray[np.float32]:
     return np.ascontiguousarray((centred * np.repeat(scales, group, 0)).T)
 
 
-def _gptq(tensors: Tensors, module: str) -> npt.NDArray[np.float32]:
+def _gptq(tensors: CheckpointTensors, module: str) -> npt.NDArray[np.float32]:
     """W[i, o] = (q - z[g(i)]) s[g(i)]; zero points are stored minus one."""
     import numpy as np
 
@@ -166,7 +166,7 @@ def _gptq(tensors: Tensors, module: str) -> npt.NDArray[np.float32]:
     return np.ascontiguousarray(((values - zeros[group]).astype(np.float32) * scales[group]).T)
 
 
-def _packed(tensors: Tensors, module: str) -> npt.NDArray[np.float32]:
+def _packed(tensors: CheckpointTensors, module: str) -> npt.NDArray[np.float32]:
     """W[o, i] = (q - z[g]) s[g]; q and z are stored plus eight, z is packed along the outputs."""
     import numpy as np
 

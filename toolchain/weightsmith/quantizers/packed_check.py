@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weightsmith.checkpoints.tensors import CheckpointTensors
 from weightsmith.errors import CheckFailed
 from weightsmith.quantizers.checkpoints import LINEAR
 from weightsmith.quantizers.packed import PARTS, Layout, PackedView
-from weightsmith.quantizers.tensors import Tensors
 from weightsmith.quantizers.unquantized import is_kept
 from weightsmith.values import Json
 
@@ -41,7 +41,7 @@ def check_checkpoint(
     quantized; scales are finite and positive; each matrix is near the original; the other tensors
     are finite and complete; the checkpoint is smaller.
     """
-    view, source = PackedView(folder), Tensors(model)
+    view, source = PackedView(folder), CheckpointTensors(model)
     if view.layout != expected:
         raise CheckFailed(
             f"{folder.name} has layout {view.layout}, expected {expected}",
@@ -87,7 +87,7 @@ def check_checkpoint(
     }
 
 
-def _count(tensors: Tensors, name: str) -> int:
+def _count(tensors: CheckpointTensors, name: str) -> int:
     count = 1
     for length in tensors.info(name).shape:
         count *= length
@@ -117,7 +117,7 @@ def _check_scales(view: PackedView, module: str) -> None:
             )
 
 
-def _check_near(view: PackedView, source: Tensors, module: str, layout: Layout) -> float:
+def _check_near(view: PackedView, source: CheckpointTensors, module: str, layout: Layout) -> float:
     import numpy as np
 
     found, before = view.tensor(f"{module}.weight"), source.f32(f"{module}.weight")
@@ -179,7 +179,7 @@ def rescaled(
     return np.asarray(near, np.float32)
 
 
-def _check_rest(view: PackedView, source: Tensors, name: str, layout: Layout) -> None:
+def _check_rest(view: PackedView, source: CheckpointTensors, name: str, layout: Layout) -> None:
     import numpy as np
 
     found: Any = view.tensors.info(name)
@@ -207,7 +207,7 @@ def _check_rest(view: PackedView, source: Tensors, name: str, layout: Layout) ->
     raise CheckFailed(f"{name} was unexpectedly changed", hint=_HINT)
 
 
-def _check_size(bits: float, view: PackedView, source: Tensors, expected: Layout) -> None:
+def _check_size(bits: float, view: PackedView, source: CheckpointTensors, expected: Layout) -> None:
     # A scale and a zero point per group, and an index per input in GPTQ's layout.
     most = expected.bits + (32 / expected.group_size if expected.group_size else 0) + 1
     if bits > most or view.tensors.size >= source.size:

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
 
 from weightsmith.checkpoints.facts import ModelFacts
+from weightsmith.checkpoints.tensors import View
 from weightsmith.values import Format, Json
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,17 +50,6 @@ class QuantizeRequest:
     measured: bool = False
     """The output already has the calibration statistics (`Quantizer.statistics`)."""
     options: Mapping[str, Json]
-
-
-class View(Protocol):
-    """A quantized model's tensors, dequantized, by the original checkpoint's names."""
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Names of the tensors."""
-
-    def tensor(self, name: str) -> npt.NDArray[np.float32]:
-        """Return one tensor as float32 in the original shape and order."""
 
 
 def _no_options(_format: Format, _requested: Mapping[str, Json]) -> Mapping[str, Json]:

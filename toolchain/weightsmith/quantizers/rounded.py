@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weightsmith.checkpoints.tensors import CheckpointTensors, array_type
 from weightsmith.quantizers.checkpoints import (
     DENSE,
     LINEAR,
@@ -23,8 +24,8 @@ from weightsmith.quantizers.packed import Layout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
 from weightsmith.quantizers.running import python_step, read_settings
-from weightsmith.quantizers.tensors import Output, Tensors, array_type, write_checkpoint
 from weightsmith.quantizers.unquantized import keep_option, kept_modules
+from weightsmith.quantizers.writing import Output, write_checkpoint
 from weightsmith.values import FP8, Format, Json
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def main() -> None:
     """Run in the builder: quantize as set in the settings file of the command line."""
     settings = read_settings()
     method, model, out = settings["method"], Path(settings["model"]), Path(settings["out"])
-    source, ignored = Tensors(model), kept_modules(model, settings["keep"])
+    source, ignored = CheckpointTensors(model), kept_modules(model, settings["keep"])
     outputs: list[Output] = []
     for name in sorted(source.names):
         info = source.info(name)
@@ -114,7 +115,7 @@ def main() -> None:
     write_companions(model, out, quantization(method, ignored))
 
 
-def _quantized(source: Tensors, name: str, method: str) -> tuple[Output, Output]:
+def _quantized(source: CheckpointTensors, name: str, method: str) -> tuple[Output, Output]:
     rows, columns = source.info(name).shape
     return (
         Output(name, _TYPES[method], (rows, columns), lambda: rounded(source.f32(name), method)[0]),

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from weightsmith.checkpoints.tensors import CheckpointTensors
 from weightsmith.errors import UsageError
 from weightsmith.quantizers.checkpoints import LINEAR
-from weightsmith.quantizers.tensors import Tensors
 from weightsmith.values import Json
 
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -50,7 +50,7 @@ def keep_option(requested: Mapping[str, Json]) -> list[str]:
 
 def kept_modules(model: Path, keep: Sequence[str]) -> list[str]:
     """Return a checkpoint's modules that match `keep`, sorted."""
-    linear = (n.removesuffix(".weight") for n in Tensors(model).names if LINEAR.search(n))
+    linear = (n.removesuffix(".weight") for n in CheckpointTensors(model).names if LINEAR.search(n))
     return sorted(module for module in linear if is_kept(module, keep))
 
 

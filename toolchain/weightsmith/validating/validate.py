@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from weightsmith.cpus import all_but_one
 from weightsmith.errors import EnvironmentFailure, InputRefused
 from weightsmith.foreign import read_json
 from weightsmith.forward.network import IncompatibleAdapters, decoder_layers, skeleton
@@ -54,9 +55,8 @@ def validate(request: Request, progress: Progress | None = None) -> Validation:
     Weights are read a few rows at a time on both sides, so memory does not grow with the model.
     Raises InputRefused for invalid folders; failed checks are findings of severity `error`.
     """
-    # Leave one CPU free, as for the reference answers: waiting threads spin.
     threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
+    torch.set_num_threads(all_but_one())
     try:
         return _validate(request, progress or (lambda *_: None))
     finally:

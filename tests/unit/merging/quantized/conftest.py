@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from weightsmith.checkpoints.safetensors import TensorInfo, read_header
+from weightsmith.checkpoints.tensors import array_type
 from weightsmith.merging.quantized.decode import decode
 from weightsmith.merging.quantized.layout import Layout, read_layout
-from weightsmith.merging.stream import STORED_TYPES
 
 Decode = Callable[..., tuple[Layout, dict[str, np.ndarray]]]
 
@@ -31,7 +31,7 @@ def decode_file(tmp_path: Path) -> Decode:
         infos = {info.name: info for info in read_header(path).tensors}
 
         def array(info: TensorInfo) -> np.ndarray:
-            raw = np.frombuffer(data[info.start : info.end], STORED_TYPES[info.dtype])
+            raw = np.frombuffer(data[info.start : info.end], array_type(info.dtype))
             return raw.reshape(info.shape)
 
         layout = read_layout(config, infos, lambda info: data[info.start : info.end])
