@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from weightsmith.checkpoints.safetensors import BITS
 from weightsmith.merging.outputs import Files, Source, Stored
-from weightsmith.merging.quantized.layout import Packed
+from weightsmith.merging.quantized.packed import Packed
 
 if TYPE_CHECKING:
     import numpy as np
