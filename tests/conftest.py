@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.util
 import json
 import os
@@ -76,6 +77,13 @@ NEEDS = {
     "root": (lambda: os.geteuid() == 0, "needs root"),
 }
 """Marker -> whether this machine has it, and what to say where it has not."""
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported by now out of every later garbage collection."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

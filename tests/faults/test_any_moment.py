@@ -82,6 +82,7 @@ def test_a_layout_that_is_published(
             check_nothing_is_left(results, "image")
 
 
+@pytest.mark.slow
 def test_an_image_that_is_pulled(moments: Moments, tmp_path: Path) -> None:
     """What has a name is whole, and the next pull leaves nothing else in layout or cache."""
     image, _ = images(tmp_path)
@@ -106,6 +107,7 @@ def test_an_image_that_is_pulled(moments: Moments, tmp_path: Path) -> None:
         assert hit
 
 
+@pytest.mark.slow
 def test_an_image_that_is_pushed(moments: Moments, tmp_path: Path) -> None:
     """A tag is there with all its blobs or it is not, and the next push makes it whole."""
     image, _ = images(tmp_path)

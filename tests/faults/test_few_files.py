@@ -54,6 +54,7 @@ def test_a_publication(moments: Moments, tmp_path: Path) -> None:
     check_layout(layout)
 
 
+@pytest.mark.slow
 def test_a_merge(moments: Moments, tmp_path: Path) -> None:
     out, codes = tmp_path / "out", []
     for spare in SPARE:

@@ -94,6 +94,7 @@ def test_a_pattern_that_never_ends_on_one_layer_is_refused_in_the_plan(
         make_plan(BASE, [(adapter, 1.0)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["target_modules", "modules_to_save"])
 def test_a_pattern_that_never_ends_does_not_reach_peft(
     name: str, tmp_path: Path, impatient: None
@@ -118,6 +119,7 @@ def test_a_pattern_nested_too_deeply_is_refused(tmp_path: Path) -> None:
         make_plan(BASE, [(adapter, 1.0)])
 
 
+@pytest.mark.slow
 def test_names_of_tensors_that_are_searched_for_ever_are_refused(
     tmp_path: Path, impatient: None
 ) -> None:

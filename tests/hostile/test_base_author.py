@@ -182,6 +182,7 @@ def base_with(folder: Path, template: str) -> Path:
     return base
 
 
+@pytest.mark.slow
 def test_a_chat_template_that_never_ends_is_refused(tmp_path: Path, impatient: None) -> None:
     """The template loops 10^20 times: wherever a job renders it, it is refused by name."""
     from weightsmith.merging.reference import answer
@@ -200,6 +201,7 @@ def test_a_chat_template_that_never_ends_is_refused(tmp_path: Path, impatient: N
             render()
 
 
+@pytest.mark.slow
 def test_a_chat_template_that_grows_is_refused_within_the_jobs_memory(tmp_path: Path) -> None:
     """The template doubles a text sixty times: refused by name at the job's limit of memory."""
     base = base_with(tmp_path, GROWS)

@@ -12,6 +12,7 @@ INPUTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INPUTS)
 def test_inputs_changed_at_random_are_read_or_refused(name: str) -> None:
     """Files of a model, layers, configurations and statements, each with some bytes changed."""

@@ -55,6 +55,7 @@ def test_headers_that_unfold_are_refused(tmp_path: Path, case: str) -> None:
     assert fault, "verify finds it, too"
 
 
+@pytest.mark.slow
 def test_a_layer_that_unfolds_into_gigabytes_is_refused(tmp_path: Path) -> None:
     """300 kB of gzip hold 300 MB of zeros: refused, and what was written is deleted."""
     layer = tar_of((entry("zeros"), bytes(300 << 20)))

@@ -69,6 +69,7 @@ def test_another_model_under_the_same_commit(
     assert any("by --update-lock" in text for text in told.warnings)
 
 
+@pytest.mark.slow
 def test_another_wheel_under_the_same_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from tests.fakes.package_index import package_index, wheel_of
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lists_it", [True, False])
 def test_an_exchanged_package_is_not_installed(tmp_path: Path, lists_it: bool) -> None:
     """An index has another file under a locked version, and says so or does not: pip refuses it."""

@@ -118,6 +118,7 @@ def test_pickles_alone_are_refused_with_a_way_out(name: str, tmp_path: Path) -> 
     assert "save_file" in error.hint
 
 
+@pytest.mark.slow
 def test_the_conversion_in_the_hint_works(tmp_path: Path) -> None:
     import torch
     from weightsmith.checkpoints.safetensors import read_header

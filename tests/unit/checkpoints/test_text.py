@@ -61,6 +61,7 @@ def told_by_transformers() -> dict[str, dict[str, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_the_defaults_are_those_of_transformers():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -56,7 +56,16 @@ def adapter_of(tmp_path: Path, base: Path, kind: str, **options: Any) -> Path:
     return make_adapter(tmp_path / "lora", base, target_modules=targets, **options)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "gemma3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "llama",
+        "gemma3",
+        "qwen3_moe",
+        pytest.param("qwen2", marks=pytest.mark.slow),
+        pytest.param("gpt2", marks=pytest.mark.slow),
+    ],
+)
 def test_a_view_answers_as_the_whole_model(tmp_path: Path, kind: str) -> None:
     base = make_model(tmp_path / "base", kind)
     lora = adapter_of(tmp_path, base, kind)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.merging.oracle import MakeBase, make_base
+from tests.unit.merging.oracle import MakeBase, make_base, save_adapter
 
 SIZES = {"vocab_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2}
@@ -91,7 +91,7 @@ def make_adapter(tmp_path: Path) -> MakeAdapter:
                 if "lora_" in key:
                     torch.nn.init.normal_(parameter, std=0.2)
             # Without the copy of a targeted head's base weight, which PEFT adds by default.
-            tuned.save_pretrained(tmp_path / name, save_embedding_layers=False)
+            save_adapter(tuned, tmp_path / name, save_embedding_layers=False)
         return tmp_path / name
 
     return make

@@ -67,6 +67,7 @@ def test_torchs_products_of_blocks_are_those_of_the_whole() -> None:
     check_all("torch")
 
 
+@pytest.mark.slow
 def test_numpys_products_are_torchs_where_both_are_fused() -> None:
     # In a process whose BLAS chooses its own instructions, whatever this one's was told.
     told = {name: value for name, value in os.environ.items() if "OPENBLAS" not in name}

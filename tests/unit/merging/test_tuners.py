@@ -21,7 +21,7 @@ from weightsmith.merging.refused import REFUSED
 
 from tests.unit.merging.conftest import config_of
 from tests.unit.merging.models import model_class
-from tests.unit.merging.oracle import MakeBase, answers, merged
+from tests.unit.merging.oracle import MakeBase, answers, merged, save_adapter
 
 TARGETS = ["q_proj", "down_proj"]
 CASES: dict[str, dict[str, Any]] = {
@@ -206,7 +206,7 @@ def test_odd_places(name: str, bases: MakeBase, tmp_path: Path) -> None:
     for parameter in tuned.parameters():
         if parameter.requires_grad:
             parameter.data += torch.randn_like(parameter) * 0.1
-    tuned.eval().save_pretrained(adapter)
+    save_adapter(tuned.eval(), adapter)
 
     run(folder, adapter, tmp_path / "out")
 

@@ -209,6 +209,7 @@ def test_a_remembered_digest_is_not_worked_out_again(tmp_path: Path) -> None:
     assert len(set(calls)) == 4
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_small_files() -> None:
     members = tuple(Member.of_bytes(f"/models/{n % 100}/{n}", b"x") for n in range(100_000))
     layer = TarLayer(members=members, epoch=0)

@@ -6,6 +6,7 @@ import json
 from functools import cached_property
 from pathlib import Path
 
+import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from weightsmith.commands.rebuild import _items
@@ -37,6 +38,7 @@ def bundled(envelope: bytes) -> bytes:
     return b'{"dsseEnvelope": %s}' % envelope
 
 
+@pytest.mark.slow
 def test_a_large_statement_is_read_however_it_is_kept() -> None:
     key = Key()
     check = signing.check_by(key.public)
@@ -51,6 +53,7 @@ def test_a_large_statement_is_read_however_it_is_kept() -> None:
         assert (read.statement, read.signed) == (STATEMENT, signed)
 
 
+@pytest.mark.slow
 def test_a_large_envelope_is_signed_by_a_second_key() -> None:
     first, second = Key(), Key()
 
@@ -60,6 +63,7 @@ def test_a_large_envelope_is_signed_by_a_second_key() -> None:
         assert signing.open_envelope(both, signing.check_by(key.public))[1]
 
 
+@pytest.mark.slow
 def test_a_large_bill_beside_a_base_is_found() -> None:
     part = Part.of_bytes(
         json.dumps(STATEMENT).encode(),
@@ -71,12 +75,14 @@ def test_a_large_bill_beside_a_base_is_found() -> None:
     assert [document.parts[0].title for document in found] == ["base.spdx.json"]
 
 
+@pytest.mark.slow
 def test_a_large_attached_evaluation_keeps_its_questions() -> None:
     rows = [{"prompt": LARGE, "expected": "y"}]
     part = Part.of_bytes(json.dumps({"items": rows}).encode(), evidence.EVALUATION_TYPE)
     assert _items(part) == rows
 
 
+@pytest.mark.slow
 def test_a_large_record_of_a_build_is_known_again(tmp_path: Path) -> None:
     image = foreign_image(tar_of((entry("a"), b"")))
     layers = [{"digest": x.digest, "size": x.size, "file": x.file} for x in image.layers]

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.validating.validate import Request, validate
 
+from tests.unit.merging.oracle import save_adapter
+
 TINY = Path(__file__).parents[3] / "examples" / "tiny"
 SIZES = {"vocab_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
 LLAMA = {"hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2}
@@ -82,7 +84,7 @@ def make_adapter(folder: Path, base: Path, seed: int = 1, **options: Any) -> Pat
                 torch.nn.init.normal_(parameter, std=0.04)
             elif "lora_" not in key and parameter.requires_grad:  # more digits than the base has
                 parameter.data += torch.randn_like(parameter) * 0.01
-        tuned.save_pretrained(folder, save_embedding_layers=False)
+        save_adapter(tuned, folder, save_embedding_layers=False)
     return folder
 
 
@@ -96,7 +98,7 @@ def make_tuned(folder: Path, base: Path, config: Any) -> Path:
     for parameter in tuned.parameters():
         if parameter.requires_grad:
             parameter.data += torch.randn_like(parameter) * 0.05
-    tuned.save_pretrained(folder)
+    save_adapter(tuned, folder)
     return folder
 
 

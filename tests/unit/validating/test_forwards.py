@@ -108,6 +108,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 """
 
 
+@pytest.mark.slow
 def test_a_large_tensor_is_never_held(tmp_path: Path) -> None:
     """Pages of a mapped file count as memory of the process that reads them."""
     header = build_header([("large", "BF16", (65536, 4096)), ("small", "BF16", (8, 8))], {})
