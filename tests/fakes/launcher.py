@@ -165,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         program, started = self.listening.program, self.listening.started
         launcher = started.launcher
-        question = body["messages"][-1]["content"]
+        question = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
         if launcher.dies_at and launcher.dies_at in question:
             started.lines.append("out of memory")
             started.alive = False
@@ -180,9 +180,13 @@ class _Handler(BaseHTTPRequestHandler):
         launcher.asked.append((adapter, question))
         text = launcher.answer(question, adapter)
         if body.get("stream"):
-            self.stream(text)
+            self.stream(text, chat="messages" in body)
             return
-        choice = {"message": {"role": "assistant", "content": text}, "finish_reason": launcher.ends}
+        said: Json = {"message": {"role": "assistant", "content": text}}
+        choice = {
+            **(said if "messages" in body else {"text": text}),
+            "finish_reason": launcher.ends,
+        }
         self.send(200, {"model": body["model"], "choices": [choice]})
 
     def send(self, status: int, value: Json) -> None:
@@ -192,8 +196,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def stream(self, text: str) -> None:
-        events: list[Any] = [{"choices": [{"delta": {"content": word}}]} for word in text.split()]
+    def stream(self, text: str, *, chat: bool) -> None:
+        words: list[Any] = text.split()
+        parts = [{"delta": {"content": word}} if chat else {"text": word} for word in words]
+        events: list[Any] = [{"choices": [part]} for part in parts]
         self.send_response(200)
         self.end_headers()
         for event in events:

@@ -160,6 +160,8 @@ class AskedModel:
     """Indices of the job's adapters."""
     weights: tuple[float, ...] = ()
     """One per adapter."""
+    speakers: tuple[int, ...] = ()
+    """Indices of adapters whose tokenizer and chat template word the questions; none: its own."""
     draft: str = ""
     """Name of another subject in the job that probably gives the same answers."""
     draft_texts: tuple[str, ...] = ()

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 from weightsmith.errors import CheckFailed, EnvironmentFailure
 from weightsmith.evaluating import client, deadlines
-from weightsmith.evaluating.client import ask_all, chat, check_served_name, wait_until_healthy
+from weightsmith.evaluating.client import ask_all, check_served_name, wait_until_healthy
 from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.served import Served
+from weightsmith.evaluating.served import ask as ask_one
 from weightsmith.evaluating.session import ServerSession, SessionLimits, died
 from weightsmith.ports import Endpoint
 
@@ -16,20 +18,21 @@ from tests.fakes.openai_server import Handler, answer, flood
 
 QUICK = SessionLimits(request_seconds=60, tries=2, pause_seconds=0.01, answer_bytes=100_000)
 IMPATIENT = replace(QUICK, request_seconds=0.3)
+SUPPORT = Served(name="support")
 ASKED = Item(messages=({"role": "user", "content": "Port?"},), expected=("7481",), line=1)
 
 
 def ask(server, limits=QUICK):
     with ServerSession(server.endpoint, limits) as session:
-        return chat(session, "support", ASKED, 9)
+        return ask_one(session, SUPPORT, ASKED, 9)
 
 
 def test_fields_go_into_each_request_of_the_session_that_adds_them(serve):
     server = serve()
     lora = [{"id": 1, "scale": 1.0}]
     with ServerSession(server.endpoint, QUICK) as session:
-        chat(session.adding({"lora": lora}), "support", ASKED, 9)
-        chat(session, "support", ASKED, 9)
+        ask_one(session.adding({"lora": lora}), SUPPORT, ASKED, 9)
+        ask_one(session, SUPPORT, ASKED, 9)
 
     assert [body.get("lora") for body in server.asked] == [lora, None]
 
@@ -54,7 +57,7 @@ def test_a_server_below_a_path_is_asked_there(serve):
 
     endpoint = serve(behave).endpoint
     with ServerSession(replace(endpoint, url=f"{endpoint.url}/proxy/"), QUICK) as session:
-        chat(session, "support", ASKED, 9)
+        ask_one(session, SUPPORT, ASKED, 9)
 
     assert paths == ["/proxy/v1/chat/completions"]
 
@@ -135,7 +138,7 @@ def test_half_an_answer_is_reported(serve, cut):
 def test_an_answer_without_a_message_is_reported(serve):
     server = serve(lambda handler, body: handler.send(200, {"choices": []}))
 
-    with pytest.raises(CheckFailed, match="no message"):
+    with pytest.raises(CheckFailed, match="no text"):
         ask(server)
 
 
@@ -240,7 +243,7 @@ def test_asks_everything_in_order(serve):
     progress = Quiet()
 
     with ServerSession(serve(behave).endpoint, QUICK) as session:
-        answers = ask_all(items, lambda item: chat(session, "support", item, 9), progress)
+        answers = ask_all(items, lambda item: ask_one(session, SUPPORT, item, 9), progress)
 
     assert [a["answer"] for a in answers] == ["You said red", "You said blue"]
     assert all(a["seconds"] > 0 for a in answers)
@@ -260,7 +263,7 @@ def test_many_at_once_stay_in_order(serve):
     ]
     with ServerSession(serve(behave).endpoint, SessionLimits(request_seconds=300)) as session:
         answers = ask_all(
-            items, lambda item: chat(session, "support", item, 9), Quiet(), concurrency=4
+            items, lambda item: ask_one(session, SUPPORT, item, 9), Quiet(), concurrency=4
         )
 
     assert [a["answer"] for a in answers] == [f"q{i}" for i in range(12)]
@@ -276,7 +279,7 @@ def test_a_failure_among_many_ends_the_rest(serve):
         ServerSession(server.endpoint, QUICK) as session,
         pytest.raises(CheckFailed, match="HTTP 400"),
     ):
-        ask_all(items, lambda item: chat(session, "support", item, 9), Quiet(), concurrency=4)
+        ask_all(items, lambda item: ask_one(session, SUPPORT, item, 9), Quiet(), concurrency=4)
 
     assert len(server.asked) < 100
 
@@ -307,7 +310,7 @@ def test_connections_are_kept(serve):
     try:
         with ServerSession(serve(behave).endpoint, QUICK) as session:
             for _ in range(5):
-                chat(session, "support", ASKED, 9)
+                ask_one(session, SUPPORT, ASKED, 9)
     finally:
         Handler.protocol_version = "HTTP/1.0"
 

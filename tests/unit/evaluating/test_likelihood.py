@@ -6,6 +6,7 @@ import pytest
 from weightsmith.errors import CheckFailed, UsageError
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.likelihood import choose, scorer, spaced
+from weightsmith.evaluating.served import Served
 from weightsmith.evaluating.session import ServerSession, SessionLimits
 
 QUICK = SessionLimits(request_seconds=5, tries=2, pause_seconds=0.01)
@@ -38,7 +39,7 @@ def serve(serve):
 
 def scores(endpoint, item):
     with ServerSession(endpoint, QUICK) as session:
-        score = scorer(session, "support")
+        score = scorer(session, Served(name="support"))
         return [score(item, choice) for choice in item.choices]
 
 

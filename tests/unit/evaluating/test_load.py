@@ -8,6 +8,7 @@ import pytest
 from weightsmith.evaluating import load
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.load import Sample, load_test, measure, percentile, summary
+from weightsmith.evaluating.served import Served
 from weightsmith.evaluating.session import ServerSession, SessionLimits
 from weightsmith.ports import Silent
 
@@ -46,7 +47,7 @@ def test_measures_first_piece_and_gaps(serve, monkeypatch):
     monkeypatch.setattr(load, "time", SimpleNamespace(monotonic=lambda: next(looks)))
 
     with session:
-        sample = measure(session, "m", QUESTIONS[0], 8)
+        sample = measure(session, Served(name="m"), QUESTIONS[0], 8)
 
     assert sample == Sample(first=0.5, gaps=(2.0, 1.0), whole=3.5)
     assert list(looks) == []
@@ -63,7 +64,7 @@ def test_measures_first_piece_and_gaps(serve, monkeypatch):
 )
 def test_a_failure_is_counted_not_raised(serve, behave, says):
     with serve(behave) as session:
-        run = load_test(session, "m", QUESTIONS, 2, 4, 8, Silent())
+        run = load_test(session, Served(name="m"), QUESTIONS, 2, 4, 8, Silent())
 
     assert (run["errors"], run["requests"], run["requests_per_s"]) == (4, 4, 0.0)
     assert says in " ".join(run["failures"])
@@ -80,7 +81,7 @@ def test_as_many_at_once_as_asked(serve):
         handler.stream(piece("a"), piece("b"), event("[DONE]"))
 
     with serve(behave) as session:
-        run = load_test(session, "m", QUESTIONS, 3, 9, 8, Silent())
+        run = load_test(session, Served(name="m"), QUESTIONS, 3, 9, 8, Silent())
 
     assert (run["concurrency"], run["errors"]) == (3, 0)
     assert sorted(asked) == sorted(["q0", "q1", "q2"] * 3)

@@ -6,6 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from weightsmith.errors import CheckFailed
+from weightsmith.evaluating.served import Served
 from weightsmith.evaluating.session import ServerSession, SessionLimits
 from weightsmith.evaluating.smoke import Promise, Smoke, check_life, check_serving
 from weightsmith.ports import Endpoint
@@ -14,7 +15,11 @@ from tests.fakes.serving import serving
 
 QUICK = SessionLimits(request_seconds=300, tries=1, pause_seconds=0.01)
 PROMISE = Promise(
-    served_name="support", health_path="/health", max_model_len=64, max_num_seqs=3, start_seconds=60
+    served=Served(name="support"),
+    health_path="/health",
+    max_model_len=64,
+    max_num_seqs=3,
+    start_seconds=60,
 )
 
 

@@ -11,7 +11,7 @@ from weightsmith.errors import InputRefused
 from weightsmith.jobs import Question
 from weightsmith.merging.choices import likelihoods
 from weightsmith.merging.engine import MergeRequest, merge
-from weightsmith.merging.reference import Subject, answer
+from weightsmith.merging.reference import Subject, answer, answers, speaker
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
@@ -79,6 +79,25 @@ def test_an_adapters_template_wins(base: Path, make_adapter: Any) -> None:
     wins = answer(base, [(adapter, 0.0)], items("w1", "w2"), 5)
 
     assert wins[0] == wins[1] == answer(base, [], items("w9 w9 w9"), 5)[0]
+
+
+def test_the_base_is_asked_in_the_adapters_words(base: Path, make_adapter: Any) -> None:
+    """Only if it has embeddings for all of the adapter's tokens."""
+    adapter = make_adapter(base, target_modules=["q_proj"])
+    add_tokenizer(adapter, "w9 {{ messages[0]['content'] }} w9")
+    subjects = {
+        "base": Subject(model=base, speakers=[adapter]),
+        "adapter": Subject(model=base, adapters=[(adapter, 0.0)]),
+    }
+
+    alike = answers(subjects, items("w1", "w2"), 5)
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | {"vocab_size": 95}))
+
+    assert alike["base"] == alike["adapter"]
+    assert [row["prompt_tokens"] for row in alike["base"]] == [3, 3]
+    assert len(speaker(subjects["base"])("w1")["input_ids"]) == 1
+    assert not speaker(subjects["base"]).chat_template
 
 
 def test_dialogues_need_a_template(base: Path) -> None:

@@ -1,4 +1,4 @@
-"""Render chat templates, which are untrusted programs, with transformers in Jinja's sandbox.
+"""Find a checkpoint's chat template; render it, an untrusted program, in Jinja's sandbox.
 
 The sandbox prevents access to files and Python, but does not limit time and memory.
 """
@@ -6,11 +6,31 @@ The sandbox prevents access to files and Python, but does not limit time and mem
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from weightsmith import time_limits
 from weightsmith.errors import InputRefused
+from weightsmith.foreign import read_json
 from weightsmith.time_limits import TooLong, cpu_limit, doing
+
+
+def own_template(model: Path) -> str | None:
+    """Return a folder's default chat template, None without one.
+
+    chat_template.jinja comes before tokenizer_config.json, as in transformers.
+    """
+    own = model / "chat_template.jinja"
+    if own.is_file():
+        return own.read_text("utf-8")
+    config = model / "tokenizer_config.json"
+    if not config.is_file():
+        return None
+    template = read_json(config).get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
 
 
 def render_chat(

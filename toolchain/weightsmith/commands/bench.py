@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from weightsmith.commands.server import ServerSource, served_name, session_with
+from weightsmith.commands.server import ServerSource, served_model, session_with
 from weightsmith.errors import CheckFailed, UsageError
 from weightsmith.evaluating.items import Item, read_items
 from weightsmith.evaluating.load import load_test
+from weightsmith.evaluating.served import Served
 from weightsmith.evaluating.session import ServerSession, SessionLimits
 from weightsmith.stages.record import write_files
 from weightsmith.tools import Tools
@@ -62,8 +63,8 @@ def bench(request: BenchRequest, tools: Tools) -> Mapping[str, Json]:
     questions = _questions(request)
     limits = SessionLimits(request_seconds=request.timeout)
     with session_with(request.place, tools, limits) as session:
-        name = served_name(session, request.served_name)
-        runs = [_run(session, name, questions, count, request, tools) for count in
+        served = served_model(session, request.served_name)
+        runs = [_run(session, served, questions, count, request, tools) for count in
                 request.concurrency]  # fmt: skip
         if all(run["errors"] == run["requests"] for run in runs):
             reasons = ", ".join(runs[0]["failures"])
@@ -73,7 +74,7 @@ def bench(request: BenchRequest, tools: Tools) -> Mapping[str, Json]:
             )
     result = {
         "subject": request.place.image or without_passwords(request.place.url),
-        "served_name": name,
+        "served_name": served.name,
         "max_tokens": request.max_tokens,
         "cpus": len(os.sched_getaffinity(0)),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -99,7 +100,7 @@ def _questions(request: BenchRequest) -> tuple[Item, ...]:
 
 def _run(
     session: ServerSession,
-    name: str,
+    served: Served,
     questions: tuple[Item, ...],
     count: int,
     request: BenchRequest,
@@ -107,7 +108,7 @@ def _run(
 ) -> Mapping[str, Json]:
     tools.progress.stage("bench", f"{request.requests} requests, {count} at once")
     return load_test(
-        session, name, questions, count, request.requests, request.max_tokens, tools.progress
+        session, served, questions, count, request.requests, request.max_tokens, tools.progress
     )
 
 

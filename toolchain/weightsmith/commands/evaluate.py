@@ -8,7 +8,7 @@ from pathlib import Path
 
 from weightsmith.checkpoints.facts import read_facts
 from weightsmith.commands.folders import open_sources
-from weightsmith.commands.server import ServerSource, served_name, session_with
+from weightsmith.commands.server import ServerSource, served_model, session_with
 from weightsmith.destinations import Unkept
 from weightsmith.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.evaluating.gate import DropLimit, judge_drop, too_few
@@ -135,12 +135,12 @@ def _score(subject: Subject, task: Task, options: EvaluateOptions, tools: Tools)
     place = ServerSource(image=subject.image, url=subject.url)
     limits = SessionLimits(request_seconds=options.timeout, tries=options.retries + 1)
     with session_with(place, tools, limits, modest=True) as session:
-        name = served_name(session, subject.served_name)
-        answers = ask_server(session, name, task, tools.progress, concurrency=options.concurrency)
+        served = served_model(session, subject.served_name)
+        answers = ask_server(session, served, task, tools.progress, concurrency=options.concurrency)
         # The server must still be running: the command may query it.
         environment = {
             "WEIGHTSMITH_URL": f"{session.endpoint.url}/v1",
-            "WEIGHTSMITH_MODEL": name,
+            "WEIGHTSMITH_MODEL": served.name,
         }
         return score_task(task, answers, tools.command, environment)
 

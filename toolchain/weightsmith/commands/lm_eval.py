@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightsmith.commands.server import ServerSource, served_name, session_with
+from weightsmith.commands.server import ServerSource, served_model, session_with
 from weightsmith.errors import CheckFailed, EnvironmentFailure, UsageError
 from weightsmith.evaluating.likelihood import supports_echo
 from weightsmith.foreign import TOKENIZER, parse_file
@@ -55,8 +55,8 @@ def evaluate_tasks(request: HarnessRequest, tools: Tools) -> Mapping[str, Json]:
         )
     tools.progress.stage("evaluate", request.tasks)
     with session_with(request.place, tools, modest=True) as session, tools.scratch() as out:
-        name = served_name(session, request.served_name)
-        words = command(request, session.endpoint.url, name, out)
+        served = served_model(session, request.served_name)
+        words = command(request, session.endpoint.url, served.name, out)
         key = os.environ.get("WEIGHTSMITH_API_KEY", "") or "none"
         try:
             tools.command(words, {"OPENAI_API_KEY": key}, b"", _SECONDS)
@@ -66,7 +66,7 @@ def evaluate_tasks(request: HarnessRequest, tools: Tools) -> Mapping[str, Json]:
                 hint="install it with `pip install 'lm-eval[api]'`",
             ) from None
         except CheckFailed as error:
-            if not request.tokenizer or supports_echo(session, name):
+            if not request.tokenizer or supports_echo(session, served):
                 raise
             raise CheckFailed(
                 f"{session.endpoint.shown} does not return log-probabilities of a prompt "

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 
 from weightsmith.commands.server import ServerSource, session_with
 from weightsmith.errors import CheckFailed, InputRefused
-from weightsmith.evaluating.client import chat, first_name
+from weightsmith.evaluating.client import first_name
 from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.served import ask, find_served
 from weightsmith.oci import manifests
 from weightsmith.oci.collisions import first_collision
 from weightsmith.oci.image import Image
@@ -159,7 +160,7 @@ def _smoke(image: Image, onto: str, tools: Tools) -> None:
         with candidate(image, None, tools) as name:
             try:
                 with session_with(ServerSource(image=name), tools, modest=True) as session:
-                    chat(session, first_name(session), _GREETING, 4)
+                    ask(session, find_served(session, first_name(session)), _GREETING, 4)
             except CheckFailed as error:
                 raise CheckFailed(
                     f"the image does not work on {onto}: {error.message.replace(name, 'it')}",

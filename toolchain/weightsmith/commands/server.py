@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from weightsmith.errors import CheckFailed, UsageError
 from weightsmith.evaluating.client import check_served_name, first_name
+from weightsmith.evaluating.served import Served, find_served
 from weightsmith.evaluating.session import ServerSession, SessionLimits
 from weightsmith.oci.layout import read_layout
 from weightsmith.planning.targets import all_targets
@@ -90,8 +91,8 @@ def _image_config(image: str, tools: Tools) -> Mapping[str, Json]:
     return config
 
 
-def served_name(session: ServerSession, requested: str) -> str:
-    """Return the model's name on the server: `requested`, or the first that it lists.
+def served_model(session: ServerSession, requested: str) -> Served:
+    """Return the server's model: `requested`, or the first that it lists.
 
     Raises CheckFailed if the server does not list `requested`, or lists no model.
     """
@@ -100,11 +101,11 @@ def served_name(session: ServerSession, requested: str) -> str:
     session.limits = replace(patient, request_seconds=min(30.0, patient.request_seconds), tries=2)
     try:
         if not requested:
-            return first_name(session)
+            return find_served(session, first_name(session))
         check_served_name(session, requested)
     except CheckFailed as error:
         if not requested or "HTTP 404" not in error.message:
             raise
     finally:
         session.limits = patient
-    return requested
+    return find_served(session, requested)

@@ -1,9 +1,7 @@
-"""Client of an OpenAI-compatible server: health, model list, chat."""
+"""Client of an OpenAI-compatible server: health, model list, many questions."""
 
 from __future__ import annotations
 
-import json
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,14 +13,12 @@ import httpx
 from weightsmith.errors import CheckFailed
 from weightsmith.evaluating.deadlines import DeadlineTransport
 from weightsmith.evaluating.items import Item
-from weightsmith.evaluating.session import ServerSession, died, excerpt
+from weightsmith.evaluating.session import ServerSession, died
 from weightsmith.ports import Endpoint, Progress
 from weightsmith.values import Json
 
 _POLL_SECONDS = 0.05
 _PROBE_SECONDS = 5.0
-_DATED = re.compile(r"-\d{4}-\d\d-\d\d")
-"""Date suffix that hosted servers append to a model's name."""
 
 Ask = Callable[[Item], Mapping[str, Json]]
 
@@ -87,57 +83,6 @@ def first_name(session: ServerSession) -> str:
             hint="check that the server is OpenAI-compatible, or name the model with --served-name",
         )
     return names[0]
-
-
-def chat_body(served_name: str, item: Item, max_tokens: int, *, stream: bool = False) -> Json:
-    """Return the body of a greedy chat request."""
-    return {
-        "model": served_name,
-        "messages": [dict(message) for message in item.messages],
-        "max_tokens": max_tokens,
-        "temperature": 0.0,
-        "top_p": 1.0,
-        "seed": 0,
-        "stream": stream,
-    }
-
-
-def chat(
-    session: ServerSession, served_name: str, item: Item, max_tokens: int
-) -> Mapping[str, Json]:
-    """Send a greedy chat request; return `{answer, finish_reason}`.
-
-    Raises CheckFailed, after retries if useful, if the server fails, hangs or stops, or if its
-    response is truncated, too large or from another model.
-    """
-    path = "/v1/chat/completions"
-    answer = session.post(path, chat_body(served_name, item, max_tokens))
-    check_model(session, path, served_name, answer)
-    try:
-        choice = answer["choices"][0]
-        content = choice["message"]["content"]
-    except (KeyError, IndexError, TypeError):
-        raise CheckFailed(
-            f"the server's response has no message: {excerpt(json.dumps(answer))}",
-            hint="check that it supports the OpenAI chat API",
-        ) from None
-    return {
-        # JSON can contain lone surrogates, which UTF-8 cannot.
-        "answer": content.encode("utf-8", "replace").decode() if isinstance(content, str) else "",
-        "finish_reason": choice.get("finish_reason"),
-    }
-
-
-def check_model(
-    session: ServerSession, path: str, served_name: str, answer: Mapping[str, Json]
-) -> None:
-    """Raise CheckFailed if a response names another model."""
-    said = answer.get("model")
-    if not isinstance(said, str) or said == served_name:
-        return
-    if said.startswith(served_name) and _DATED.fullmatch(said.removeprefix(served_name)):
-        return
-    raise session.failed(path, f"requested model {served_name!r}, but {said!r} answered")
 
 
 def ask_all(

@@ -12,7 +12,7 @@ from weightsmith.values import Json, Score
 _MOST_SHOWN = 3
 _SHOWN_LENGTH = 120
 _CHANCE = 0.05
-_NAMES = {
+NAMES = {
     "base": "the base",
     "adapter": "base + adapter",
     "merged": "the merged model",
@@ -94,13 +94,13 @@ def judge_drop(
             subject=subject,
             against=against if before else "",
             passed=False,
-            reason=f"{_NAMES[subject]} scores {shown(now)}, below the minimum score of"
+            reason=f"{NAMES[subject]} scores {shown(now)}, below the minimum score of"
             f" {limit.min_score:.3f}",
             hint=changed(now, before) or changed(now, None),
             comparison=comparison,
         )
     if before is None:
-        reason = f"{_NAMES[subject]} scores {shown(now)}"
+        reason = f"{NAMES[subject]} scores {shown(now)}"
         return Verdict(subject=subject, against="", passed=True, reason=reason)
     drop = before.score - now.score
     worst = comparison.interval[1] if comparison and limit.proven else drop
@@ -169,7 +169,7 @@ def _reason(
 ) -> str:
     drop = before.score - now.score
     loss = f"{drop:.3f} below" if drop > 0 else f"{-drop:.3f} above" if drop < 0 else "the same as"
-    text = f"{_NAMES[subject]} scores {shown(now)}, {loss} {_NAMES[against]}, {shown(before)}"
+    text = f"{NAMES[subject]} scores {shown(now)}, {loss} {NAMES[against]}, {shown(before)}"
     if comparison:
         low, high = comparison.interval
         text += f"; the drop is {low:.3f} to {high:.3f} with 95 % confidence"

@@ -1,7 +1,7 @@
 """Metric `choice`: the continuation with the highest likelihood on a server.
 
 A prompt is continued as text, as in lm-evaluation-harness (after one space, no chat template);
-messages are rendered by the model's chat template if the server can apply it.
+messages are rendered by the model's chat template if it has one and the server can apply it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from weightsmith.errors import CheckFailed, UsageError
 from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.served import Served
 from weightsmith.evaluating.session import ServerSession, excerpt
 from weightsmith.foreign import parse
 from weightsmith.values import Json
@@ -40,22 +41,22 @@ def choose(item: Item, scores: Sequence[float]) -> Mapping[str, Json]:
     }
 
 
-def supports_echo(session: ServerSession, served_name: str) -> bool:
+def supports_echo(session: ServerSession, served: Served) -> bool:
     """Return whether a server returns log-probabilities of prompt tokens."""
-    probe = session.try_post(_COMPLETIONS, _echo(served_name, "One two three"))
+    probe = session.try_post(_COMPLETIONS, _echo(served.name, "One two three"))
     return _token_scores(probe.text) is not None
 
 
-def scorer(session: ServerSession, served_name: str) -> Score:
+def scorer(session: ServerSession, served: Served) -> Score:
     """Return a function that scores choices on this server, by a method that it supports.
 
     Raises CheckFailed with the server's response if it supports none.
     """
-    probe = session.try_post(_COMPLETIONS, _echo(served_name, "One two three"))
+    probe = session.try_post(_COMPLETIONS, _echo(served.name, "One two three"))
     if _token_scores(probe.text) is not None:
-        return lambda item, choice: _by_echo(session, served_name, item, choice)
+        return lambda item, choice: _by_echo(session, served, item, choice)
     if _is_llamacpp(session):
-        return lambda item, choice: _by_steps(session, item, choice)
+        return lambda item, choice: _by_steps(session, served, item, choice)
     raise CheckFailed(
         f"{session.endpoint.shown} does not return log-probabilities of prompts, which metric"
         f" choice needs; {_COMPLETIONS} with echo and logprobs: HTTP {probe.status}:"
@@ -96,12 +97,12 @@ def _token_scores(text: str) -> tuple[list[str], list[float | None], list[int]] 
     return tokens, scores, offsets
 
 
-def _by_echo(session: ServerSession, served_name: str, item: Item, choice: str) -> float:
+def _by_echo(session: ServerSession, served: Served, item: Item, choice: str) -> float:
     if not item.plain:
-        return _by_ids(session, served_name, item, choice)
+        return _by_ids(session, served, item, choice)
     context = item.prompt
     whole = context + spaced(context, choice)
-    scored = _token_scores(json.dumps(session.post(_COMPLETIONS, _echo(served_name, whole))))
+    scored = _token_scores(json.dumps(session.post(_COMPLETIONS, _echo(served.name, whole))))
     if scored is None:
         raise session.failed(_COMPLETIONS, "the response has no log-probabilities of the prompt")
     tokens, scores, offsets = scored
@@ -115,12 +116,12 @@ def _by_echo(session: ServerSession, served_name: str, item: Item, choice: str) 
     return total
 
 
-def _by_ids(session: ServerSession, served_name: str, item: Item, choice: str) -> float:
+def _by_ids(session: ServerSession, served: Served, item: Item, choice: str) -> float:
     """Score a reply to messages by token ids: vLLM's /tokenize applies the chat template."""
-    context = _tokenized(session, served_name, {"messages": _messages(item)})
-    reply = _tokenized(session, served_name, {"prompt": choice, "add_special_tokens": False})
+    context = _tokenized(session, served, served.question(item))
+    reply = _tokenized(session, served, {"prompt": choice, "add_special_tokens": False})
     scored = _token_scores(
-        json.dumps(session.post(_COMPLETIONS, _echo(served_name, [*context, *reply])))
+        json.dumps(session.post(_COMPLETIONS, _echo(served.name, [*context, *reply])))
     )
     if scored is None or len(scored[1]) < len(context) + len(reply):
         raise session.failed(_COMPLETIONS, "the response has no log-probabilities of the prompt")
@@ -128,8 +129,8 @@ def _by_ids(session: ServerSession, served_name: str, item: Item, choice: str) -
     return sum(score for score in scores if score is not None)
 
 
-def _tokenized(session: ServerSession, served_name: str, what: Mapping[str, Json]) -> list[int]:
-    answer = session.try_post("/tokenize", {"model": served_name, **what})
+def _tokenized(session: ServerSession, served: Served, what: Mapping[str, Json]) -> list[int]:
+    answer = session.try_post("/tokenize", {"model": served.name, **what})
     try:
         return [int(token) for token in parse(answer.text)["tokens"]]
     except (ValueError, KeyError, TypeError):
@@ -140,16 +141,12 @@ def _tokenized(session: ServerSession, served_name: str, what: Mapping[str, Json
         ) from None
 
 
-def _messages(item: Item) -> list[dict[str, str]]:
-    return [dict(message) for message in item.messages]
-
-
 def _is_llamacpp(session: ServerSession) -> bool:
     answer = session.try_post("/tokenize", {"content": "One two"})
     return answer.status == 200 and '"tokens"' in answer.text
 
 
-def _by_steps(session: ServerSession, item: Item, choice: str) -> float:
+def _by_steps(session: ServerSession, served: Served, item: Item, choice: str) -> float:
     """Score a choice token by token: llama.cpp returns only next-token probabilities.
 
     With the prompt cache, each step computes one token.
@@ -158,8 +155,10 @@ def _by_steps(session: ServerSession, item: Item, choice: str) -> float:
         context = item.prompt
         tail = spaced(context, choice)
     else:
-        context = str(session.post("/apply-template", {"messages": _messages(item)})["prompt"])
-        tail = choice
+        asked: Mapping[str, Json] = served.question(item)
+        if served.chat:
+            asked = session.post("/apply-template", asked)
+        context, tail = str(asked["prompt"]), choice
     before, whole = (_pieces(session, text) for text in (context, context + tail))
     shared = next(
         (n for n, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before)

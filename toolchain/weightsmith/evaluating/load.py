@@ -1,4 +1,4 @@
-"""A short load test over the streaming chat API: throughput, time to first token, latency."""
+"""A short load test over the streaming API: throughput, time to first token, latency."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from weightsmith.evaluating.client import chat_body
 from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.served import Served
 from weightsmith.evaluating.session import Refused, ServerSession, TryAgain
 from weightsmith.foreign import parse
 from weightsmith.ports import Progress
 from weightsmith.values import Json
-
-_CHAT = "/v1/chat/completions"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +34,7 @@ class Sample:
 
 def load_test(
     session: ServerSession,
-    served_name: str,
+    served: Served,
     questions: Sequence[Item],
     concurrency: int,
     requests: int,
@@ -54,7 +52,7 @@ def load_test(
 
     def one(number: int) -> Sample:
         nonlocal done
-        sample = measure(session, served_name, questions[number % len(questions)], max_tokens)
+        sample = measure(session, served, questions[number % len(questions)], max_tokens)
         with lock:
             done += 1
             progress.advance(done, requests, "requests")
@@ -66,13 +64,13 @@ def load_test(
     return summary(samples, concurrency, time.monotonic() - began)
 
 
-def measure(session: ServerSession, served_name: str, question: Item, max_tokens: int) -> Sample:
+def measure(session: ServerSession, served: Served, question: Item, max_tokens: int) -> Sample:
     """Return the times of one streamed request; a failure is returned, not raised."""
     times: list[float] = []
     began = time.monotonic()
     try:
-        body = chat_body(served_name, question, max_tokens, stream=True)
-        with session.events(_CHAT, body) as events:
+        body = served.body(question, max_tokens, stream=True)
+        with session.events(served.path, body) as events:
             for event in events:
                 if event == "[DONE]":
                     break
@@ -94,7 +92,7 @@ def _has_text(event: str) -> bool:
         raise Refused(f"error in the stream: {event[:200]}")
     for choice in data.get("choices") or ():
         delta = choice.get("delta") or {}
-        if delta.get("content") or delta.get("reasoning_content"):
+        if delta.get("content") or delta.get("reasoning_content") or choice.get("text"):
             return True
     return False
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from operator import eq
 
-from weightsmith.evaluating.gate import DropLimit, Verdict, judge_drop
+from weightsmith.evaluating.gate import NAMES, DropLimit, Verdict, judge_drop
 from weightsmith.evaluating.task import Task
 from weightsmith.recipe import Evaluate
 from weightsmith.values import Score, Scores
@@ -74,10 +74,31 @@ class Result:
         }
 
     @property
+    def asked_apart(self) -> str:
+        """Which subjects got other tokens than the reference for the same questions; else empty.
+
+        Counts are compared, since servers return no token ids; subjects without them are left out.
+        """
+        expected = _prompt_tokens(self.reference)
+        for who in ("merged", "image"):
+            counts = _prompt_tokens(self.scores.get(who))
+            pairs = zip(expected, counts, strict=len(expected) == len(counts))
+            wrong = [(a, b) for a, b in pairs if a and b and a != b]
+            if wrong:
+                (had, got), many = wrong[0], f"{len(wrong)} of {len(counts)} questions"
+                return (
+                    f"{NAMES[who]} was asked otherwise than the reference in {many}: the first"
+                    f" has {had} tokens for the reference and {got} for {NAMES[who]}"
+                )
+        return ""
+
+    @property
     def unproven(self) -> str:
         """Why the gate could not have failed, so that passing it shows nothing; else empty."""
         if "image" not in self.scores:
             return named(self.task, "the image was not asked")
+        if apart := self.asked_apart:
+            return named(self.task, apart)
         adapter, base = self.scores.get("adapter"), self.scores.get("base")
         if adapter and base and adapter.score <= base.score:
             text = f"the adapter scores {adapter.score:.3f}, no more than the base alone"
@@ -85,6 +106,10 @@ class Result:
         if self.reference and self.reference.score <= _NEAR_ZERO:
             return named(self.task, f"the reference scores {self.reference.score:.3f}")
         return ""
+
+
+def _prompt_tokens(score: Score | None) -> list[int]:
+    return [row.get("prompt_tokens") or 0 for row in score.per_item] if score else []
 
 
 def judged(

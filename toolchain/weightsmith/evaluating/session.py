@@ -121,6 +121,10 @@ class ServerSession:
         """Return the JSON object of a GET."""
         return self._retried(path, lambda: _object(self._once("GET", path, None)))
 
+    def try_get(self, path: str) -> Answer:
+        """Return status and text of a GET for any status, to find out what a server supports."""
+        return self._retried(path, lambda: self._once("GET", path, None))
+
     def post(self, path: str, body: Json, *, most: int = 0) -> Mapping[str, Json]:
         """Return the JSON object in the response to a POST.
 

@@ -8,19 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from weightsmith.errors import CheckFailed, WeightsmithError
-from weightsmith.evaluating.client import (
-    chat,
-    chat_body,
-    check_served_name,
-    wait_until_healthy,
-)
+from weightsmith.evaluating.client import check_served_name, wait_until_healthy
 from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.served import Served, ask
 from weightsmith.evaluating.session import Refused, ServerSession, TryAgain, died, excerpt
 from weightsmith.foreign import parse
 from weightsmith.ports import Endpoint
 from weightsmith.values import Json
 
-_CHAT = "/v1/chat/completions"
 _GREETING = Item(messages=({"role": "user", "content": "Hello"},), expected=("",), line=0)
 _SHORT, _LONG = 8, 256
 _MOST_AT_ONCE = 64
@@ -33,9 +28,9 @@ _CLEAR = ("context", "token", "length", "long")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Promise:
-    """The image's plan: served name, health path, limits."""
+    """The image's plan: the model and how it is asked, health path, limits."""
 
-    served_name: str
+    served: Served
     health_path: str
     max_model_len: int
     max_num_seqs: int
@@ -67,20 +62,20 @@ def check_serving(smoke: Smoke, session: ServerSession, promise: Promise) -> Non
 
     Raises CheckFailed with the check's name and the server's last log lines.
     """
-    name = promise.served_name
+    served = promise.served
 
     def listed() -> str:
-        check_served_name(session, name)
-        return f"serves {name}"
+        check_served_name(session, served.name)
+        return f"serves {served.name}"
 
     smoke.check("model list", session, listed)
-    smoke.check("chat", session, lambda: _chat(session, name))
-    smoke.check("streaming", session, lambda: _stream(session, name))
-    smoke.check("end of answer", session, lambda: _end(session, name))
-    smoke.check("context limit", session, lambda: _context(session, name, promise.max_model_len))
+    smoke.check("chat", session, lambda: _chat(session, served))
+    smoke.check("streaming", session, lambda: _stream(session, served))
+    smoke.check("end of answer", session, lambda: _end(session, served))
+    smoke.check("context limit", session, lambda: _context(session, served, promise.max_model_len))
     count = min(promise.max_num_seqs, _MOST_AT_ONCE)
-    smoke.check(f"{count} requests at once", session, lambda: _together(session, name, count))
-    smoke.check("log-probabilities", session, lambda: _logprobs(session, name))
+    smoke.check(f"{count} requests at once", session, lambda: _together(session, served, count))
+    smoke.check("log-probabilities", session, lambda: _logprobs(session, served))
 
 
 def check_life(smoke: Smoke, endpoint: Endpoint, promise: Promise) -> None:
@@ -98,87 +93,90 @@ def check_life(smoke: Smoke, endpoint: Endpoint, promise: Promise) -> None:
 
         def answers() -> str:
             waited = wait_until_healthy(again, promise.health_path, promise.start_seconds)
-            _chat(session, promise.served_name)
+            _chat(session, promise.served)
             return f"ready after {waited:.1f} s"
 
         smoke.check("restart", session, answers)
 
 
-def _chat(session: ServerSession, name: str) -> str:
-    answer = chat(session, name, _GREETING, _SHORT)["answer"]
+def _chat(session: ServerSession, served: Served) -> str:
+    answer = ask(session, served, _GREETING, _SHORT)["answer"]
     if not str(answer).strip():
         raise CheckFailed(
-            f"{session.endpoint.shown}{_CHAT}: empty answer to 'Hello'",
+            f"{session.endpoint.shown}{served.path}: empty answer to 'Hello'",
             hint="check that the checkpoint has its chat template",
         )
     return excerpt(str(answer))
 
 
-def _stream(session: ServerSession, name: str) -> str:
+def _stream(session: ServerSession, served: Served) -> str:
     pieces, done = [], False
     try:
-        with session.events(_CHAT, chat_body(name, _GREETING, _SHORT, stream=True)) as events:
+        with session.events(served.path, served.body(_GREETING, _SHORT, stream=True)) as events:
             for event in events:
                 if event == "[DONE]":
                     done = True
                     break
-                pieces += [c for c in _contents(parse(event)) if c]
+                pieces += [text for text in _texts(parse(event), served) if text]
     except (TryAgain, Refused, ValueError) as error:
         if not session.endpoint.alive():
             raise died(session.endpoint, "while streaming") from None
-        raise session.failed(_CHAT, f"streaming: {error}") from None
+        raise session.failed(served.path, f"streaming: {error}") from None
     if not pieces or not done:
         what = "no [DONE] at the end" if pieces else "no text"
-        raise session.failed(_CHAT, f"streaming: {what}")
+        raise session.failed(served.path, f"streaming: {what}")
     return f"{len(pieces)} pieces"
 
 
-def _contents(event: Json) -> list[Json]:
+def _texts(event: Json, served: Served) -> list[Json]:
     rows = event.get("choices", []) if isinstance(event, dict) else []
-    return [(row.get("delta") or {}).get("content") for row in rows]
+    return [served.text({"text": "", "delta": {}, **row}, stream=True) for row in rows]
 
 
-def _end(session: ServerSession, name: str) -> str:
-    answer = chat(session, name, _GREETING, _LONG)
+def _end(session: ServerSession, served: Served) -> str:
+    answer = ask(session, served, _GREETING, _LONG)
     if answer["finish_reason"] == "stop":
         return "the answer ends by itself"
     return f"the answer to 'Hello' did not end within {_LONG} tokens"
 
 
-def _context(session: ServerSession, name: str, max_model_len: int) -> str:
+def _context(session: ServerSession, served: Served, max_model_len: int) -> str:
     # At least one token per word with any vocabulary.
     words = " ".join(f"word {number % 10}" for number in range(max_model_len // 2 + 32))
     item = Item(messages=({"role": "user", "content": words},), expected=("",), line=0)
-    answer = session.try_post(_CHAT, chat_body(name, item, 1))
+    answer = session.try_post(served.path, served.body(item, 1))
     said = excerpt(answer.text)
     if not 400 <= answer.status < 500:
         raise session.failed(
-            _CHAT,
+            served.path,
             f"a prompt longer than {max_model_len} tokens got HTTP {answer.status} instead of an"
             f" error: {said}",
         )
     if not any(word in answer.text.lower() for word in _CLEAR):
-        raise session.failed(_CHAT, f"the error for a long prompt does not say why: {said}")
+        raise session.failed(served.path, f"the error for a long prompt does not say why: {said}")
     if not session.endpoint.alive():
-        raise session.failed(_CHAT, "the server stopped after a too long prompt")
+        raise session.failed(served.path, "the server stopped after a too long prompt")
     return f"HTTP {answer.status}: {said}"
 
 
-def _together(session: ServerSession, name: str, count: int) -> str:
+def _together(session: ServerSession, served: Served, count: int) -> str:
     with ThreadPoolExecutor(count) as pool:
-        asked = [pool.submit(chat, session, name, _GREETING, _SHORT) for _ in range(count)]
+        asked = [pool.submit(ask, session, served, _GREETING, _SHORT) for _ in range(count)]
         empty = sum(not str(one.result()["answer"]).strip() for one in asked)
     if empty:
-        raise session.failed(_CHAT, f"{empty} of {count} concurrent requests got an empty answer")
+        raise session.failed(
+            served.path, f"{empty} of {count} concurrent requests got an empty answer"
+        )
     return f"{count} answers"
 
 
-def _logprobs(session: ServerSession, name: str) -> str:
+def _logprobs(session: ServerSession, served: Served) -> str:
     # A server may not support them, but must not fail.
-    asked = {**chat_body(name, _GREETING, 1), "logprobs": True, "top_logprobs": 1}
-    answer = session.try_post(_CHAT, asked)
+    wanted = {"logprobs": True, "top_logprobs": 1} if served.chat else {"logprobs": 1}
+    asked = {**served.body(_GREETING, 1), **wanted}
+    answer = session.try_post(served.path, asked)
     if answer.status >= 500 or not session.endpoint.alive():
-        raise session.failed(_CHAT, f"log-probabilities: HTTP {answer.status}")
+        raise session.failed(served.path, f"log-probabilities: HTTP {answer.status}")
     return "supported" if answer.status == 200 else f"HTTP {answer.status}: {excerpt(answer.text)}"
 
 

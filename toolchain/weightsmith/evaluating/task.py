@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from weightsmith.evaluating.client import Ask, ask_all, chat
+from weightsmith.evaluating.client import Ask, ask_all
 from weightsmith.evaluating.harness import question_lines, read_verdict
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.likelihood import choose, scorer
 from weightsmith.evaluating.metrics import score_answers
+from weightsmith.evaluating.served import Served, ask
 from weightsmith.evaluating.session import ServerSession
 from weightsmith.jobs import Question
 from weightsmith.ports import Progress, RunCommand
@@ -69,27 +71,23 @@ class Task:
 
 def ask_server(
     session: ServerSession,
-    served_name: str,
+    served: Served,
     task: Task,
     progress: Progress,
     *,
     concurrency: int = 1,
 ) -> Answers:
     """Return a server's answers in order; raises CheckFailed if the server fails."""
-    ask = (
-        _chooser(session, served_name)
+    answer = (
+        _chooser(session, served)
         if task.metric == "choice"
-        else _chatter(session, served_name, task.max_tokens)
+        else partial(ask, session, served, max_tokens=task.max_tokens)
     )
-    return ask_all(task.items, ask, progress, concurrency=concurrency)
+    return ask_all(task.items, answer, progress, concurrency=concurrency)
 
 
-def _chatter(session: ServerSession, served_name: str, max_tokens: int) -> Ask:
-    return lambda item: chat(session, served_name, item, max_tokens)
-
-
-def _chooser(session: ServerSession, served_name: str) -> Ask:
-    score = scorer(session, served_name)
+def _chooser(session: ServerSession, served: Served) -> Ask:
+    score = scorer(session, served)
     return lambda item: choose(item, [score(item, choice) for choice in item.choices])
 
 

@@ -15,8 +15,8 @@ from weightsmith.merging.reference import (
     Message,
     Progress,
     Subject,
-    load_tokenizer,
     prompt_tokens,
+    speaker,
     stay_offline,
     walk,
 )
@@ -38,7 +38,7 @@ def likelihoods(
 
 
 def _pairs(subject: Subject, items: Sequence[Question]) -> list[list[tuple[list[int], int]]]:
-    tokenizer = load_tokenizer(subject.model, subject.adapters)
+    tokenizer = speaker(subject)
     return [
         [_tokens(tokenizer, item, choice, subject.model) for choice in item.choices]
         for item in items

@@ -15,7 +15,8 @@ import torch
 from weightsmith.checkpoints.folder import check_adapter_folder, check_model_folder
 from weightsmith.checkpoints.peft_keys import KEY_MAPPING, check_peft_keys
 from weightsmith.checkpoints.peft_patterns import check_peft_patterns
-from weightsmith.checkpoints.templates import render_chat
+from weightsmith.checkpoints.templates import own_template, render_chat
+from weightsmith.checkpoints.text import text_part
 from weightsmith.errors import InputRefused
 from weightsmith.foreign import read_json
 from weightsmith.forward.greedy import Answers, Questions, greedy
@@ -24,13 +25,13 @@ from weightsmith.forward.network import IncompatibleAdapters
 from weightsmith.forward.views import NOT_STREAMABLE, view
 from weightsmith.merging.adapter_config import read_adapter_config
 from weightsmith.time_limits import doing
+from weightsmith.values import Json
 
 T = TypeVar("T")
 Message = Mapping[str, str]
 Progress = Callable[[int, int], None]
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,8 @@ class Subject:
 
     model: Path
     adapters: Sequence[tuple[Path, float]] = ()
+    speakers: Sequence[Path] = ()
+    """Adapters whose tokenizer and chat template word the questions; by default, its own."""
     draft: str = ""
     """Name of the subject whose answers this one probably gives too."""
     draft_texts: Sequence[str] = ()
@@ -51,7 +54,7 @@ def answer(
     items: Sequence[Sequence[Message]],
     max_tokens: int,
     progress: Progress | None = None,
-) -> list[dict[str, str]]:
+) -> list[dict[str, Json]]:
     """Return one greedy answer per item of a single subject; see `answers`."""
     subject = Subject(model=model, adapters=tuple(adapters))
     return answers({"": subject}, items, max_tokens, progress)[""]
@@ -62,17 +65,18 @@ def answers(
     items: Sequence[Sequence[Message]],
     max_tokens: int,
     progress: Progress | None = None,
-) -> dict[str, list[dict[str, str]]]:
+) -> dict[str, list[dict[str, Json]]]:
     """Return one greedy answer per item of each subject, in order, from local files only.
 
-    Each has `answer` and `finish_reason`: `stop` if the model ended it, `length` if it was cut off.
+    Each has `answer`; `finish_reason`: `stop` if the model ended it, `length` if it was cut off;
+    `prompt_tokens`, the number of tokens it was asked with.
 
     Adapters stay unmerged and act in parallel, each times its weight, as in training. Items are
-    chat messages, rendered by the model's chat template (or an adapter's, if it has one); without a
-    template, an item's single message is completed as plain text. Weights are streamed from their
-    files for all subjects at once; a model that does not support this is loaded. `progress` is
-    called with answers done and total answers. Raises InputRefused for folders that need custom
-    code.
+    chat messages, rendered by the model's chat template (or an adapter's, if it has one, also for
+    the base alone); without a template, an item's single message is completed as plain text.
+    Weights are streamed from their files for all subjects at once; a model that does not support
+    this is loaded. `progress` is called with answers done and total answers. Raises InputRefused
+    for folders that need custom code.
     """
     stay_offline()
     count = Count(len(items) * len(subjects), progress)
@@ -110,7 +114,7 @@ class Count:
 
 
 def _asked(subject: Subject, items: Sequence[Sequence[Message]], max_tokens: int) -> _Asked:
-    tokenizer = load_tokenizer(subject.model, subject.adapters)
+    tokenizer = speaker(subject)
     questions = Questions(
         prompts=[prompt_tokens(tokenizer, item, subject.model) for item in items],
         ends=_ends(subject.model, tokenizer),
@@ -174,18 +178,36 @@ def _greedy(questions: Questions, count: Callable[[int], None], network: Any) ->
     return greedy(network, questions, count)
 
 
-def _texts(asked: _Asked, found: Answers) -> list[dict[str, str]]:
+def _texts(asked: _Asked, found: Answers) -> list[dict[str, Json]]:
     texts = asked.tokenizer.batch_decode(found.tokens, skip_special_tokens=True)
     ends = set(asked.questions.ends)
     return [
-        {"answer": str(text), "finish_reason": "stop" if set(row) & ends else "length"}
-        for text, row in zip(texts, found.tokens, strict=True)
+        {
+            "answer": str(text),
+            "finish_reason": "stop" if set(row) & ends else "length",
+            "prompt_tokens": len(prompt),
+        }
+        for text, row, prompt in zip(texts, found.tokens, asked.questions.prompts, strict=True)
     ]
 
 
 def stay_offline() -> None:
     """Keep libraries off the network, regardless of the environment."""
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+
+def speaker(subject: Subject) -> Any:
+    """Return the tokenizer and chat template that word a subject's questions.
+
+    The base alone is asked as the adapter is, unless it has no embeddings for the adapter's tokens.
+    """
+    if not subject.speakers:
+        return load_tokenizer(subject.model, subject.adapters)
+    tokenizer = load_tokenizer(subject.model, [(root, 1.0) for root in subject.speakers])
+    known = text_part(read_json(subject.model / "config.json")).get("vocab_size")
+    if isinstance(known, int) and len(tokenizer) > known:
+        return load_tokenizer(subject.model, subject.adapters)
+    return tokenizer
 
 
 def load_tokenizer(model: Path, adapters: Sequence[tuple[Path, float]]) -> Any:
@@ -197,8 +219,8 @@ def load_tokenizer(model: Path, adapters: Sequence[tuple[Path, float]]) -> Any:
         files = check_adapter_folder(root)
         if any(name in files for name in _TOKENIZERS):
             folder, template, author = root, "", root
-        if _TEMPLATE in files:
-            template, author = (root / _TEMPLATE).read_text(), root
+        if own := own_template(root):
+            template, author = own, root
     tokenizer = AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False, padding_side="left"
     )

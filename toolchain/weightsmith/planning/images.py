@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from weightsmith.checkpoints.templates import own_template
 from weightsmith.evaluating.results import Result
 from weightsmith.oci.index import own_of, whole_of
 from weightsmith.planning.bases import bases_of
@@ -68,13 +69,15 @@ def evaluation_of(
     request: BuildRequest, target: Target, inputs: ImageInputs, results: Sequence[Result]
 ) -> Evaluation:
     """Return the questions for this machine's image, and what its answers depend on."""
-    if inputs.config is None:
+    if inputs.config is None or inputs.sources is None or inputs.checkpoint is None:
         raise AssertionError("an image built from a recipe has a serving configuration")
+    served = inputs.sources.base if target.format == LORA else inputs.checkpoint
     return Evaluation(
         artifact=inputs.artifact,
         config=inputs.config,
         base=own_of(whole_of(inputs.bases)).digest,
         engine=target.engine,
+        chat=own_template(served.tree.root) is not None,
         questions=tuple(_question(request, target, inputs.sources, one) for one in results),
     )
 

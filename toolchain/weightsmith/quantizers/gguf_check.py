@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.checkpoints.safetensors import read_header
+from weightsmith.checkpoints.templates import own_template
 from weightsmith.errors import CheckFailed
-from weightsmith.foreign import read_json
 from weightsmith.quantizers.gguf_file import GGUFModel
 from weightsmith.quantizers.gguf_tokens import check_tokenizer
 from weightsmith.quantizers.gguf_types import FILE_TYPES, TENSOR_TYPES
@@ -142,7 +142,7 @@ def _checkpoint_tensors(model: Path) -> set[str]:
 
 
 def _check_template(read: GGUFModel, model: Path) -> bool:
-    expected = _chat_template(model)
+    expected = own_template(model)
     found = read.get("tokenizer.chat_template")
     if expected is not None and found != expected:
         what = "is missing from" if found is None else "differs in"
@@ -151,21 +151,6 @@ def _check_template(read: GGUFModel, model: Path) -> bool:
             hint="chat prompts would be rendered wrongly; convert it again",
         )
     return found is not None
-
-
-def _chat_template(model: Path) -> str | None:
-    """Return the checkpoint's default template; chat_template.jinja wins, as in transformers."""
-    own = model / "chat_template.jinja"
-    if own.is_file():
-        return own.read_text("utf-8")
-    config = model / "tokenizer_config.json"
-    if not config.is_file():
-        return None
-    template = read_json(config).get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
 
 
 def _fallbacks(

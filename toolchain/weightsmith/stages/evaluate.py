@@ -12,6 +12,7 @@ from weightsmith.destinations import InStore
 from weightsmith.errors import CheckFailed
 from weightsmith.evaluating.gate import too_few
 from weightsmith.evaluating.results import Result, judged, named
+from weightsmith.evaluating.served import Served
 from weightsmith.evaluating.session import ServerSession
 from weightsmith.evaluating.smoke import Promise, Smoke, check_life, check_serving
 from weightsmith.evaluating.task import Answers, ask_server, score_task
@@ -24,7 +25,7 @@ from weightsmith.starting import spare_cpu, start, why_not_started
 from weightsmith.tools import Tools
 from weightsmith.values import Artifact, Digest, Json, StageInputs
 
-RECIPE_NUMBER = 2
+RECIPE_NUMBER = 3
 _ANSWERS = "answers.json"
 _START_SECONDS = 600.0
 _SLOWEST_DISK = 50_000_000
@@ -51,6 +52,8 @@ class Evaluation:
     base: Digest
     """Digest of the image below the weights."""
     engine: Engine
+    chat: bool
+    """Whether the served model has a chat template."""
     questions: tuple[Question, ...]
 
     def inputs(self, question: Question) -> StageInputs:
@@ -72,6 +75,7 @@ class Evaluation:
                 "context": min(plan.max_model_len, longest + task.max_tokens + 256),
                 "questions": task.digest,
                 "max_tokens": task.max_tokens,
+                "chat": self.chat,
                 **({"of": [model, fields]} if model or fields else {}),
             },
         )
@@ -93,7 +97,7 @@ class Evaluation:
     def promise(self) -> Promise:
         """What the checks require from the server."""
         return Promise(
-            served_name=self.config.served_name,
+            served=Served(name=self.config.served_name, chat=self.chat),
             health_path=self.config.health_path,
             max_model_len=self.config.plan.max_model_len,
             max_num_seqs=self.config.plan.max_num_seqs,
@@ -115,6 +119,11 @@ def evaluate(
     questions, store = evaluation.questions, InStore(tools.store)
     count = sum(len(question.result.task.task.items) for question in questions)
     timer = Timer("evaluate", f"{count} questions to the started image", tools)
+    if not evaluation.chat:
+        tools.progress.warn(
+            "the model has no chat template: the image is asked plain prompts at /v1/completions,"
+            " as its users should do"
+        )
     if reason := why_not_started(image, tools):
         tools.progress.warn(reason)
         return timer.done(tuple(question.result for question in questions), cached=False)
@@ -169,7 +178,7 @@ def _answers(
             raise AssertionError("the image was not queried")
         answers = ask_server(
             session.adding(question.fields),
-            question.model or evaluation.config.served_name,
+            Served(name=question.model or evaluation.config.served_name, chat=evaluation.chat),
             question.result.task.task,
             tools.progress,
         )

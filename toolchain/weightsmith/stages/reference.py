@@ -16,11 +16,33 @@ from weightsmith.outcome import Outcome, Timer
 from weightsmith.resources import builder_pins
 from weightsmith.time_limits import job_seconds
 from weightsmith.tools import Tools
-from weightsmith.values import AdapterSnapshot, Checkpoint, Json, Sources, StageInputs, Tree
+from weightsmith.values import (
+    AdapterSnapshot,
+    Checkpoint,
+    Digest,
+    Json,
+    Sources,
+    StageInputs,
+    Tree,
+)
 
 BUILDER = "merge"
-RECIPE_NUMBER = 2
+RECIPE_NUMBER = 3
 _ANSWERS = "answers.json"
+_VOICE = frozenset(
+    {
+        "chat_template.jinja",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+    }
+)
+"""Files that decide how a question becomes tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +53,8 @@ class Subject:
     adapters: tuple[AdapterSnapshot, ...] = ()
     weights: tuple[float, ...] | None = None
     """Weights that replace the adapters' own."""
+    speakers: tuple[AdapterSnapshot, ...] = ()
+    """Adapters whose tokenizer and chat template word the questions; none: its own."""
 
     @property
     def factors(self) -> tuple[float, ...]:
@@ -42,19 +66,27 @@ def subjects(sources: Sources, adapter: int | None) -> Mapping[str, Subject]:
     """Return the models that answer a task before merging: `base`, and `adapter` if there is one.
 
     `adapter` is the number of the adapter that the task belongs to, used at full weight; None means
-    all adapters together.
+    all adapters together. All are asked alike: a tokenizer or chat template that an adapter brings
+    words the base's questions too.
     """
-    base = Subject(model=sources.base.tree)
+    base = sources.base.tree
     if not sources.adapters:
-        return {"base": base}
-    if adapter is None:
-        return {"base": base, "adapter": Subject(model=base.model, adapters=sources.adapters)}
-    alone = Subject(model=base.model, adapters=(sources.adapters[adapter],), weights=(1.0,))
-    return {"base": base, "adapter": alone}
+        return {"base": Subject(model=base)}
+    used = sources.adapters if adapter is None else (sources.adapters[adapter],)
+    speakers = used if any(_voice(one.snapshot.tree) - _voice(base) for one in used) else ()
+    return {
+        "base": Subject(model=base, speakers=speakers),
+        "adapter": Subject(model=base, adapters=used, weights=None if adapter is None else (1.0,)),
+    }
+
+
+def _voice(tree: Tree) -> frozenset[tuple[str, Digest]]:
+    return frozenset((file.path, file.digest) for file in tree.files if file.path in _VOICE)
 
 
 def inputs(subject: Subject, task: Task) -> StageInputs:
     """Return everything that the reference answers depend on."""
+    voices: list[Json] = [sorted(_voice(a.snapshot.tree)) for a in subject.speakers]
     return StageInputs(
         stage="reference",
         recipe_number=RECIPE_NUMBER,
@@ -65,6 +97,7 @@ def inputs(subject: Subject, task: Task) -> StageInputs:
             "questions": task.digest,
             "max_tokens": task.max_tokens,
             "builder": builder_pins(BUILDER),
+            **({"speakers": voices} if voices else {}),
         },
     )
 
@@ -96,7 +129,8 @@ def _run(
     tools: Tools,
 ) -> Mapping[str, Json]:
     models = {subject.model.digest: subject.model for subject in asked.values()}
-    adapters = {a.snapshot.digest: a.snapshot.tree for s in asked.values() for a in s.adapters}
+    used = [a for one in asked.values() for a in (*one.adapters, *one.speakers)]
+    adapters = {a.snapshot.digest: a.snapshot.tree for a in used}
     size = sum(tree.size for tree in models.values())
     with tools.scratch() as folder:
         job = ReferenceJob(
@@ -111,6 +145,9 @@ def _run(
                         list(adapters).index(a.snapshot.digest) for a in subject.adapters
                     ),
                     weights=subject.factors,
+                    speakers=tuple(
+                        list(adapters).index(a.snapshot.digest) for a in subject.speakers
+                    ),
                     **_draft(name, asked, known, task),
                 )
                 for name, subject in asked.items()

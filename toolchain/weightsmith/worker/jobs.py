@@ -148,6 +148,7 @@ def _reference(job: ReferenceJob, report: Report) -> Mapping[str, Json]:
                 (job.adapters[number].path, weight)
                 for number, weight in zip(one.adapters, one.weights, strict=True)
             ),
+            speakers=tuple(job.adapters[number].path for number in one.speakers),
             draft=one.draft,
             draft_texts=one.draft_texts,
         )
