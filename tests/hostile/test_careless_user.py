@@ -103,6 +103,23 @@ def test_an_output_in_a_folder_that_is_read(
     assert f"--{name.replace('_', '-')} {out}" in refused(read, command, words)
 
 
+@pytest.mark.parametrize(
+    ("out", "keep_adapter"), [("new/model", "new"), ("new", "new/adapter"), ("new", "new")]
+)
+def test_an_output_in_another_output(read: Path, out: str, keep_adapter: str) -> None:
+    words = {"base": "base", "adapter": ["adapter"], "out": out, "keep_adapter": keep_adapter}
+    assert "give each its own folder" in refused(read, "merge", words)
+
+
+def test_a_key_that_nothing_is_checked_with(read: Path) -> None:
+    assert "--from" in refused(read, "build", {"base": "base", "key": "key.pub"})
+
+
+def test_a_repository_that_no_registry_takes(read: Path) -> None:
+    words = {"base": "base", "target": "vllm", "set": ["image.repository=Team/Model"]}
+    assert "Team/Model" in refused(read, "plan", words)
+
+
 @pytest.mark.parametrize("variable", ["WEIGHTSMITH_CACHE", "WEIGHTSMITH_STORE"])
 @pytest.mark.parametrize(
     ("command", "words"),

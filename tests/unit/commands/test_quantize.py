@@ -113,6 +113,11 @@ def test_the_importance_matrix_of_another_model(model, tmp_path) -> None:
     assert "does not match the model" in said
 
 
+def test_a_missing_importance_matrix_is_refused_by_a_format_without_one(model, tmp_path) -> None:
+    said = refused(model, tmp_path, "--format", "q8_0", "--imatrix", tmp_path / "missing.dat")
+    assert "missing.dat" in said
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -67,6 +67,11 @@ def build(
             f"--update-lock and {'--locked' if locked else '--from'} exclude each other",
             hint="give only one of them",
         )
+    if key and not from_:
+        raise UsageError(
+            "--key needs --from: it is the public key that the image's signature must match",
+            hint="--sign-key signs the images of this build",
+        )
     if from_:
         keep_clean([base], dist=dist)
         base, recipe, locked = "", _recipe_again(from_, base, key, dist, insecure), not base

@@ -31,13 +31,14 @@ def merge(
 ) -> tuple[Mapping[str, Json], str]:
     """Merge adapters into a base and write a plain Hugging Face checkpoint to --out."""
     del json
-    from weightsmith.commands.arguments import parse_weights, required
+    from weightsmith.commands.arguments import not_nested, parse_weights, required
     from weightsmith.commands.merge import Folders, keep_folder, merge_folders
     from weightsmith.progress import progress_for
     from weightsmith.wiring import keep_clean, open_tools
 
     required(base=base, adapter=adapter, **({} if keep_adapter else {"out": out}))
     keep_clean([base, *adapter], out=out, keep_adapter=keep_adapter)
+    not_nested(("--out", out), ("--keep-adapter", keep_adapter))
     folders = Folders(
         base=Path(base),
         adapters=tuple(Path(folder) for folder in adapter),

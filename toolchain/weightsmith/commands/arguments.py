@@ -119,6 +119,15 @@ def keep_apart(
                 raise _inside(variable, out, folder, hint)
 
 
+def not_nested(first: tuple[str, str], second: tuple[str, str]) -> None:
+    """Raise UsageError if of two outputs, each a flag and its path, one is inside the other."""
+    for (flag, out), (other_flag, other) in ((first, second), (second, first)):
+        if out and other and any(_parts_inside(out, [Path(other).resolve()])):
+            raise UsageError(
+                f"{flag} {out} is inside {other_flag} {other}", hint="give each its own folder"
+            )
+
+
 def _parts_inside(
     out: str | Path, folders: Iterable[Path]
 ) -> Iterator[tuple[Path, tuple[str, ...]]]:

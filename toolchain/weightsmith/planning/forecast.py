@@ -10,6 +10,7 @@ from weightsmith.build_record import read_build
 from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.errors import UsageError
 from weightsmith.evaluating.results import RecipeTask
+from weightsmith.oci.references import Reference
 from weightsmith.planning.checks import check_format
 from weightsmith.planning.options import (
     quantize_options,
@@ -21,6 +22,7 @@ from weightsmith.planning.serving import serving_config
 from weightsmith.planning.sizes import disk_peak, estimated_bytes
 from weightsmith.planning.targets import can_make
 from weightsmith.planning.tasks import probes, tasks_of
+from weightsmith.provenance.labels import repository
 from weightsmith.quantizers import of_format
 from weightsmith.recipe_file import RecipeFile
 from weightsmith.serving.advice import advise
@@ -59,6 +61,7 @@ def forecast(
 
     Sizes are in bytes. Raises what the build would raise before its first long step.
     """
+    Reference.parse(repository(file.recipe))
     tasks = tasks_of(file)
     lock = read_lock(file)
     file = file if update_lock else pinned(file, lock)

@@ -87,15 +87,13 @@ def format_options(
     tools: Tools,
 ) -> QuantizeOptions:
     """Return the options that a format takes, with the digest of an importance matrix."""
-    quantizer = of_format(format_.name)
-    options = dict(quantizer.options(format_, settings))
+    given = str(settings.get("imatrix", ""))
+    path = None if given in {"", "auto", "off"} else Path(given).absolute()
+    if path is not None and not path.is_file():
+        raise InputRefused(f"{path}: no such importance matrix", hint="give auto, off or a file")
+    options = dict(of_format(format_.name).options(format_, settings))
     statistics = None
-    if options.get("imatrix", "auto") not in {"auto", "off"}:
-        path = Path(str(options["imatrix"])).absolute()
-        if not path.is_file():
-            raise InputRefused(
-                f"{path}: no such importance matrix", hint="give auto, off or a file"
-            )
+    if path is not None and options.get("imatrix", "off") not in {"auto", "off"}:
         entry = tools.store.digest_file(path)
         statistics = Input.file(Tree(root=path.parent, files=(entry,)), entry.path)
         options["imatrix"] = entry.digest
