@@ -38,6 +38,13 @@ def config_of(kind: str, **options: Any) -> Any:
             return transformers.GPT2Config(**sizes, n_positions=128, **options)
         case "gemma3":
             return transformers.Gemma3TextConfig(**SIZES | LLAMA | {"head_dim": 16} | options)
+        case "bloom":
+            return transformers.BloomConfig(vocab_size=512, n_layer=3, n_head=4, hidden_size=64)
+        case "opt":
+            sizes = {"ffn_dim": 96, "word_embed_proj_dim": 64, "hidden_size": 64}
+            return transformers.OPTConfig(**SIZES | sizes | options)
+        case "mistral":
+            return transformers.MistralConfig(**SIZES | LLAMA | options)
         case "jamba":
             mamba = {"attn_layer_offset": 1, "attn_layer_period": 2, "num_experts": 1}
             mamba |= {"use_mamba_kernels": False, "mamba_d_state": 8, "mamba_dt_rank": 8}

@@ -9,15 +9,19 @@ from typing import Any
 
 import torch
 
+from weightsmith.forward.prefix import Prefix, align_right, depends_on_length, shared_prefix
+
 Tokens = Sequence[int]
-_LENGTH_DEPENDENT = ("longrope", "'dynamic'")
-"""Kinds of positions that are computed from the length of the whole text."""
 _ROUNDS = 2
 """How often a draft is read: after two wrong tokens, another pass would confirm few more."""
 _CACHE_BYTES = 512 << 20
 """For the keys and values of one view's batch."""
 _BATCH_TOKENS = 4096
 """Prompt tokens of one batch: enough to share each weight, few enough for memory."""
+_PADDING = 128
+"""Padding of a batch that is only read: another batch reads and converts every weight again."""
+_LEAVE = 4
+"""A batch continues without its finished answers as soon as they are one in so many."""
 
 
 @dataclass(slots=True)
@@ -49,17 +53,18 @@ def greedy(model: Any, asked: Questions, advance: Callable[[int], None]) -> Answ
     generated. `advance` is called with the number of finished answers.
     """
     found: dict[int, list[int]] = {n: [] for n in range(len(asked.prompts))}
+    shared = shared_prefix(model, asked.prompts, asked.most)
     rest, right = _usable_drafts(model, asked), 0
     for _ in range(_ROUNDS):
         rows = {n: [*asked.prompts[n], *found[n], *rest[n]] for n in rest}
-        for batch in batches(rows, batch_tokens(model)):
-            right += _verify(model, asked, batch, found, rest)
+        for batch in batches(rows, batch_tokens(model), padding=_PADDING):
+            right += _verify(model, asked, shared, batch, found, rest)
         rest = {n: draft for n, draft in rest.items() if draft and not _ended(found[n], asked)}
     left = [n for n in found if not _ended(found[n], asked)]
     advance(len(found) - len(left))
     rows = {n: [*asked.prompts[n], *found[n]] for n in left}
     for batch in batches(rows, batch_tokens(model), asked.most):
-        _generate(model, asked, batch, found)
+        _generate(model, asked, shared, batch, found)
         advance(len(batch))
     return Answers([found[n] for n in range(len(asked.prompts))], right)
 
@@ -69,10 +74,9 @@ def _usable_drafts(model: Any, asked: Questions) -> dict[int, list[int]]:
 
     Returns none if the model's positions depend on the length of the text.
     """
-    config = model.config.get_text_config()
-    if any(kind in str(config.to_dict()) for kind in _LENGTH_DEPENDENT):
+    if depends_on_length(model):
         return {}
-    drafts = {}
+    config, drafts = model.config.get_text_config(), {}
     for number, draft in asked.drafts.items():
         known = takewhile(lambda token: token < config.vocab_size, draft[: asked.most])
         if asked.prompts[number] and (tokens := list(known)):
@@ -90,13 +94,23 @@ def batch_tokens(model: Any) -> int:
     return min(_BATCH_TOKENS, _CACHE_BYTES // max(1, int(2 * 4 * layers * held * width)))
 
 
-def batches(rows: Mapping[int, Tokens], most: int, more: int = 0) -> Iterator[list[int]]:
-    """Yield batches of row numbers of similar length, to keep padding small."""
+def batches(
+    rows: Mapping[int, Tokens], most: int, more: int = 0, padding: int | None = None
+) -> Iterator[list[int]]:
+    """Yield batches of row numbers of similar length, to keep padding small.
+
+    A batch has at most `most` tokens, `more` of them per row beyond the longest row's, and
+    `padding` of them without meaning.
+    """
     batch: list[int] = []
+    tokens = 0
     for number in sorted(rows, key=lambda n: (len(rows[n]), n)):
-        if batch and (len(batch) + 1) * (len(rows[number]) + more) > most:
+        whole = (len(batch) + 1) * len(rows[number])
+        tokens += len(rows[number])
+        full = whole + (len(batch) + 1) * more > most
+        if batch and (full or (padding is not None and whole - tokens > padding)):
             yield batch
-            batch = []
+            batch, tokens = [], len(rows[number])
         batch.append(number)
     if batch:
         yield batch
@@ -109,15 +123,42 @@ def _ended(tokens: Tokens, asked: Questions) -> bool:
 def _verify(
     model: Any,
     asked: Questions,
+    shared: Prefix,
     batch: Sequence[int],
     found: dict[int, list[int]],
     rest: dict[int, list[int]],
 ) -> int:
     """Check a batch's drafts in one pass; return the number of correct draft tokens."""
-    rows = [[*asked.prompts[n], *found[n], *rest[n]] for n in batch]
-    width = max(map(len, rows))
-    ids = torch.tensor([[*row, *[asked.filler] * (width - len(row))] for row in rows])
+    rows = [[*asked.prompts[n], *found[n], *rest[n]][shared.length :] for n in batch]
+    cache = shared.rows(len(batch)) if shared.length else None
     counts = [len(rest[n]) + 1 for n in batch]
+    right = 0
+    for number, tokens in zip(batch, _read(model, rows, counts, asked.filler, cache), strict=True):
+        draft = rest[number]
+        same = next((i for i, t in enumerate(draft) if tokens[i] != t), len(draft))
+        kept = [*draft[:same], tokens[same]]
+        _append(found[number], kept, asked)
+        rest[number] = draft[same + 1 :]
+        right += same
+    return right
+
+
+def _append(found: list[int], tokens: Tokens, asked: Questions) -> None:
+    """Add tokens to an answer, up to one that ends it."""
+    end = next((i for i, token in enumerate(tokens) if token in asked.ends), len(tokens) - 1)
+    found += tokens[: end + 1]
+    del found[asked.most :]
+
+
+def _read(
+    model: Any, rows: Sequence[Tokens], counts: Sequence[int], filler: int, cache: Any = None
+) -> list[list[int]]:
+    """Return the most likely token after each of a row's last tokens, so many per row.
+
+    The rows continue those in `cache`. They are padded on the right, which causal models ignore.
+    """
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows])
     places = (
         torch.tensor([i for i, count in enumerate(counts) for _ in range(count)]),
         torch.tensor(
@@ -125,53 +166,78 @@ def _verify(
              for c in range(len(row) - count, len(row))]
         ),
     )  # fmt: skip
-    likeliest = torch.split(_likeliest(model, ids, places), counts)
-    right = 0
-    for number, chosen in zip(batch, likeliest, strict=True):
-        draft, tokens = rest[number], chosen.tolist()
-        same = next((i for i, t in enumerate(draft) if tokens[i] != t), len(draft))
-        kept = [*draft[:same], tokens[same]]
-        end = next((i for i, t in enumerate(kept) if t in asked.ends), len(kept) - 1)
-        found[number] += kept[: end + 1]
-        del found[number][asked.most :]
-        rest[number] = draft[same + 1 :]
-        right += same
-    return right
-
-
-def _likeliest(model: Any, ids: torch.Tensor, places: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Return the most likely next token at each place; causal models ignore right padding."""
 
     def select(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0][places].unsqueeze(0), *args[1:])
 
+    kept = {} if cache is None else {"cache": cache}
     hook = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
-        return torch.argmax(model(input_ids=ids, use_cache=False).logits[0], -1)
+        logits = model(input_ids=ids, use_cache=bool(kept), **kept).logits[0]
     finally:
         hook.remove()
+    return [part.tolist() for part in torch.split(torch.argmax(logits, -1), list(counts))]
 
 
 def _generate(
-    model: Any, asked: Questions, batch: Sequence[int], found: dict[int, list[int]]
+    model: Any,
+    asked: Questions,
+    shared: Prefix,
+    batch: Sequence[int],
+    found: dict[int, list[int]],
 ) -> None:
-    """Continue a batch, padded on the left; padding is masked and positions count without it."""
-    from transformers import GenerationConfig
+    """Continue a batch to the end of every answer."""
+    cache = shared.rows(len(batch))
+    if cache is not None:
+        rows = [[*asked.prompts[n], *found[n]][shared.length :] for n in batch]
+        firsts = _read(model, rows, [1] * len(batch), asked.filler, cache)
+        for number, first in zip(batch, firsts, strict=True):
+            _append(found[number], first, asked)
+        align_right(cache, [max(map(len, rows)) - len(row) for row in rows])
+    left = list(batch)
+    while kept := [i for i, n in enumerate(left) if not _ended(found[n], asked)]:
+        if cache is not None and len(kept) < len(left):
+            cache.batch_select_indices(torch.tensor(kept))
+        left = [left[i] for i in kept]
+        _decode(model, asked, left, found, cache)
+
+
+def _decode(
+    model: Any, asked: Questions, batch: Sequence[int], found: dict[int, list[int]], cache: Any
+) -> None:
+    """Continue a batch until a part of its answers has ended; without a cache, until all have.
+
+    It is padded on the left; padding is masked and positions count without it. The cache has every
+    token but each row's last.
+    """
+    from transformers import GenerationConfig, StoppingCriteriaList
 
     rows = [[*asked.prompts[n], *found[n]] for n in batch]
-    width = max(1, max(map(len, rows)))
+    width = max(1, *map(len, rows)) if cache is None else cache.get_seq_length() + 1
     ids = torch.tensor([[*[asked.filler] * (width - len(row)), *row] for row in rows])
     mask = torch.tensor([[*[0] * (width - len(row)), *[1] * len(row)] for row in rows])
+    left = torch.tensor([asked.most - len(found[n]) for n in batch])
+    ends = torch.tensor(list(asked.ends))
+
+    def some_ended(ids: torch.Tensor, _: object, **__: object) -> torch.Tensor:
+        new = ids[:, width:]
+        ended = torch.isin(new, ends).any(1) | (left <= new.shape[1])
+        return ended | (_LEAVE * ended.sum() >= len(ended))
+
     # Always greedy; ignore sampling and penalties in generation_config.json.
     settings = GenerationConfig(
         do_sample=False,
-        max_new_tokens=asked.most - min(len(found[n]) for n in batch),
+        max_new_tokens=int(left.max()),
         pad_token_id=asked.filler,
         eos_token_id=list(asked.ends) or None,
     )
     model.generation_config = settings
-    made = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+    made = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        generation_config=settings,
+        stopping_criteria=StoppingCriteriaList([] if cache is None else [some_ended]),
+        **({} if cache is None else {"cache": cache}),
+    )
     for number, row in zip(batch, made[:, width:].tolist(), strict=True):
-        end = next((i for i, token in enumerate(row) if token in asked.ends), len(row) - 1)
-        found[number] += row[: end + 1]
-        del found[number][asked.most :]
+        _append(found[number], row, asked)

@@ -1,0 +1,140 @@
+"""Prompts that begin alike, compared with `generate` of transformers for each prompt alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from weightsmith.forward.greedy import Questions, greedy
+from weightsmith.forward.meeting import Meeting
+from weightsmith.forward.prefix import Prefix, align_right, shared_prefix
+from weightsmith.forward.views import view
+from weightsmith.merging.reference import load_network
+
+from tests.unit.validating.conftest import make_adapter, make_model
+
+MOST = 12
+HEAD = [1, *range(40, 99)]
+PROMPTS = [[*HEAD, *tail] for tail in ([7, 9, 200, 31], [50], [300, 301, 302, 303, 304], [4, 4])]
+KINDS = ["llama", "qwen2", "gpt2", "gemma3", "qwen3_moe", "bloom", "opt", "mistral"]
+
+
+def generated(network: Any, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
+    rows = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        made = network.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=MOST,
+            pad_token_id=3,
+        )
+        rows.append(made[0, len(prompt) :].tolist())
+    return rows
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_after_a_shared_prefix_are_those_of_each_prompt_alone(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_model(tmp_path / "base", kind)
+    true = generated(load_network(base, []))
+    lengths: list[int] = []
+    rows = Prefix.rows
+    monkeypatch.setattr(Prefix, "rows", lambda p, n: (lengths.append(p.length), rows(p, n))[1])
+    model = view(base, [], meeting := Meeting(2), 0)
+    wrong = [[*row[:3], 11, *row[4:]] for row in true]
+
+    for drafts in ({}, dict(enumerate(true)), dict(enumerate(wrong)), {0: true[0][:4]}):
+        asked = Questions(prompts=PROMPTS, ends=[2], most=MOST, filler=3, drafts=drafts)
+        found = meeting.run({"": lambda asked=asked: greedy(model, asked, lambda _: None)})
+
+        assert found[""].tokens == true
+    assert len(HEAD) in lengths
+
+
+def test_an_adapter_has_its_own_prefix(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    lora = make_adapter(tmp_path / "lora", base, target_modules=["q_proj", "v_proj"])
+    asked = Questions(prompts=PROMPTS, ends=[2], most=MOST)
+    meeting = Meeting(2)
+    views = {n: view(base, a, meeting, 0) for n, a in (("base", []), ("adapter", [(lora, 1.0)]))}
+
+    found = meeting.run({n: lambda m=m: greedy(m, asked, lambda _: None) for n, m in views.items()})
+
+    assert found["base"].tokens == generated(load_network(base, []))
+    assert found["adapter"].tokens == generated(load_network(base, [(lora, 1.0)]))
+
+
+@pytest.mark.parametrize("window", [8, 4096])
+def test_a_window_shorter_than_the_text_has_no_shared_prefix(tmp_path: Path, window: int) -> None:
+    base = make_model(tmp_path / "base", "mistral", sliding_window=window)
+    network = load_network(base, [])
+    asked = Questions(prompts=PROMPTS, ends=[2], most=MOST)
+
+    prefix = shared_prefix(network, PROMPTS, MOST)
+
+    assert prefix.length == (0 if window == 8 else len(HEAD))
+    assert greedy(network, asked, lambda _: None).tokens == generated(network)
+
+
+def test_a_model_with_other_states_has_no_shared_prefix(tmp_path: Path) -> None:
+    network = load_network(make_model(tmp_path / "base", "jamba"), [])
+
+    assert shared_prefix(network, PROMPTS, MOST) == Prefix()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "length"),
+    [
+        ([], 0),
+        ([HEAD], 0),  # nothing is saved
+        ([HEAD] * 5, len(HEAD) - 1),  # the last token is left to each
+        ([HEAD[:3]] * 5, 0),  # saves less than it costs
+        ([[5, *HEAD], *[HEAD] * 9], 0),
+        ([HEAD[:20], *[HEAD] * 9], 19),
+    ],
+)
+def test_what_prompts_share(tmp_path: Path, prompts: list[list[int]], length: int) -> None:
+    with torch.inference_mode():
+        prefix = shared_prefix(load_network(make_model(tmp_path / "base"), []), prompts, MOST)
+
+    assert prefix.length == length
+    assert all(keys.shape[:1] == (1,) and keys.shape[2] == length for _, keys, _ in prefix.states)
+
+
+def test_answers_that_have_ended_leave_the_batch(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    network = load_network(base, [])
+    prompts = [[*prompt, extra] for prompt in PROMPTS for extra in (5, 6, 90)]
+    whole = generated(network, prompts)
+    ends = [row[2 * n % MOST] for n, row in enumerate(whole)]
+    wanted = [row[: next((i for i, t in enumerate(row) if t in ends), MOST) + 1] for row in whole]
+    rows: list[int] = []
+    network.register_forward_pre_hook(
+        lambda _, __, given: rows.append(len(given["input_ids"])), with_kwargs=True
+    )
+
+    found = greedy(network, Questions(prompts=prompts, ends=ends, most=MOST), lambda _: None)
+
+    assert found.tokens == wanted
+    assert len({*map(len, wanted)}) > 2
+    assert rows[0] == 1  # the prefix
+    assert rows[1:] == sorted(rows[1:], reverse=True)
+    assert rows[-1] < len(prompts) / 2
+
+
+def test_columns_are_aligned_to_the_right() -> None:
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    keys = torch.arange(8.0).view(2, 1, 4, 1)
+    cache.update(keys, -keys, 0)
+
+    align_right(cache, [0, 3])
+
+    assert cache.layers[0].keys.flatten().tolist() == [0, 1, 2, 3, 5, 6, 7, 4]
+    assert cache.layers[0].values.flatten().tolist() == [-0, -1, -2, -3, -5, -6, -7, -4]
