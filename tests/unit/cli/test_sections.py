@@ -60,9 +60,8 @@ def run(flags: Flags, *words: str) -> tuple[int, Any]:
     taken = []
 
     @command(sections={"options": flags})
-    def example(_context: object, *, options: Any, json: bool = False) -> tuple[Any, str]:
+    def example(*, options: Any) -> tuple[Any, str]:
         """Take options."""
-        del json
         taken.append(options)
         return {}, ""
 

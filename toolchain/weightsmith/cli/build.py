@@ -27,7 +27,6 @@ _SERVE = Flags(section=Serve, only=SERVED, over_recipe=True)
     },
 )
 def build(
-    _context: object,
     *,
     target: Sequence[str] = (),
     recipe: str = "",
@@ -49,10 +48,8 @@ def build(
     locked: bool = False,
     update_lock: bool = False,
     dist: str = "dist",
-    json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
     """Build, check and publish the images of a recipe (or of --base and --adapter)."""
-    del json
     from weightsmith.commands.arguments import sources_of
     from weightsmith.errors import UsageError
     from weightsmith.pipeline import build as run
@@ -133,7 +130,6 @@ def _lines(name: str, facts: Mapping[str, Any]) -> Iterator[str]:
 
 @command(many=("target", "adapter", "set"), sections={"serve": _SERVE})
 def plan(
-    _context: object,
     *,
     target: Sequence[str] = (),
     recipe: str = "",
@@ -147,10 +143,9 @@ def plan(
     set: Sequence[str] = (),  # noqa: A002 - the flag's name
     update_lock: bool = False,
     dist: str = "dist",
-    json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
     """Show what `build` would do: stages, which are cached or why not, memory, disk."""
-    del json, push, load, layout
+    del push, load, layout
     from weightsmith.commands.arguments import sources_of
     from weightsmith.commands.plan import table
     from weightsmith.planning.forecast import forecast

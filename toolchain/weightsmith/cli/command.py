@@ -36,6 +36,10 @@ _OF_THE_MACHINE = frozenset(
 _NUMBERS: Mapping[type, str] = {int: "a whole number", float: "a number"}
 """Type of a flag's default -> what the flag takes, in words."""
 
+_JSON = inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False)
+_CONTEXT = inspect.Parameter("context", inspect.Parameter.POSITIONAL_ONLY)
+"""Invoke's own first argument, which no command uses."""
+
 Body = Callable[..., tuple[Mapping[str, Json], str]]
 """A command's body returns its JSON object, and the text for people."""
 
@@ -49,6 +53,7 @@ def command(
 ) -> Callable[[Body], Any]:
     """Turn a function into an Invoke task of the contract: results on stdout, the rest on stderr.
 
+    It gets the flag `--json`; the function sees it only if it has a parameter of that name.
     `positional` names arguments without a flag, `many` those that may be given more than once.
     `sections` says which parameters are sections of a recipe: each stands for the flags of its
     fields, and the body gets them as one frozen value. `meanings` has the help of flags that mean
@@ -58,13 +63,15 @@ def command(
     every = (*many, *(name for flags in sections.values() for name in flags.many()))
 
     def wrap(body: Body) -> Any:
+        asks = "json" in inspect.signature(body).parameters
+
         @functools.wraps(body)
-        def run(context: object, **arguments: Any) -> None:
-            as_json = bool(arguments.get("json"))
+        def run(_context: object, /, **arguments: Any) -> None:
+            as_json = arguments["json"] if asks else arguments.pop("json")
             _settle_streams()
             try:
                 values = {name: flags.read(arguments) for name, flags in sections.items()}
-                result, text = _guarded(body, context, {**_numbers(body, arguments), **values})
+                result, text = _guarded(body, {**_numbers(body, arguments), **values})
             except WeightsmithError as error:
                 print_error(error, as_json=as_json)
                 raise Exit(code=error.exit_code) from None
@@ -124,7 +131,7 @@ def _for_invoke(
             return [parameter.replace(default=str(parameter.default))]
         return [parameter]
 
-    given = signature.parameters.values()
+    given = {"context": _CONTEXT, **signature.parameters, "json": _JSON}.values()
     return signature.replace(parameters=[each for one in given for each in seen(one)])
 
 
@@ -146,15 +153,13 @@ def _numbers(body: Body, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return read
 
 
-def _guarded(
-    body: Body, context: object, arguments: dict[str, Any]
-) -> tuple[Mapping[str, Json], str]:
+def _guarded(body: Body, arguments: dict[str, Any]) -> tuple[Mapping[str, Json], str]:
     """Run a body; SIGTERM ends it like Ctrl-C, and a bug leaves its traceback in a file."""
     raise_it()
     _require_folder()
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        return body(context, **arguments)
+        return body(**arguments)
     except WeightsmithError as error:
         if too_many := of_open_files(error):
             raise too_many from error

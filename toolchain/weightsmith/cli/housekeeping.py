@@ -29,16 +29,13 @@ def report_words(words: Sequence[str]) -> tuple[str, ...]:
 
 @command(positional=report_words(sys.argv), meanings={"out": "folder for the comparison"})
 def report(
-    _context: object,
     *,
     folder: str | None = None,
     other: str | None = None,
     compare: str = "",
     out: str = "",
-    json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
     """Write the report of the builds in a folder (dist), or of two builds with --compare A B."""
-    del json
     from weightsmith.commands.report import compare_builds, report_builds
 
     if compare:
@@ -51,9 +48,8 @@ def report(
 
 
 @command()
-def targets(_context: object, *, json: bool = False) -> tuple[Mapping[str, Json], str]:
+def targets() -> tuple[Mapping[str, Json], str]:
     """List all targets: the engines, and the formats that each can load."""
-    del json
     from weightsmith.planning.targets import all_targets
 
     found = {
@@ -75,9 +71,8 @@ def targets(_context: object, *, json: bool = False) -> tuple[Mapping[str, Json]
 
 
 @command()
-def doctor(_context: object, *, json: bool = False) -> tuple[Mapping[str, Json], str]:
+def doctor() -> tuple[Mapping[str, Json], str]:
     """Show what this machine provides, what is missing, and what to do about it."""
-    del json
     from weightsmith.wiring import examine
 
     result = examine()
@@ -89,9 +84,7 @@ def doctor(_context: object, *, json: bool = False) -> tuple[Mapping[str, Json],
 
 
 @command()
-def clean(
-    _context: object, *, keep: str = "", json: bool = False
-) -> tuple[Mapping[str, Json], str]:
+def clean(*, keep: str = "", json: bool = False) -> tuple[Mapping[str, Json], str]:
     """Shrink the store to --keep (default: 0), least recently used results first."""
     from weightsmith.serving.memory import human, parse_size
     from weightsmith.wiring import make_store

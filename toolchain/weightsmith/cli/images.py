@@ -22,7 +22,6 @@ from weightsmith.values import Json
     },
 )
 def bake(
-    _context: object,
     *,
     model: str = "",
     target: str = "",
@@ -38,10 +37,8 @@ def bake(
     sign_key: str = "",
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
-    json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
     """Assemble the image of a model, and push it, load it or write it as an OCI layout."""
-    del json
     from weightsmith.commands.arguments import required
     from weightsmith.commands.bake import BakeRequest, bake_model
     from weightsmith.progress import progress_for
@@ -74,17 +71,14 @@ def bake(
 
 @command(positional=("source",))
 def push(
-    _context: object,
     source: str,
     *,
     to: str = "",
     force: bool = False,
     insecure: bool = False,
     sign_key: str = "",
-    json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
     """Copy an image from a registry or an OCI layout to a registry; its digest stays the same."""
-    del json
     from weightsmith.commands.arguments import required
     from weightsmith.commands.images import copy_image
     from weightsmith.progress import progress_for
@@ -99,7 +93,6 @@ def push(
 
 @command(positional=("source",))
 def rebase(
-    _context: object,
     source: str,
     *,
     onto: str = "",
@@ -108,10 +101,8 @@ def rebase(
     force: bool = False,
     insecure: bool = False,
     sign_key: str = "",
-    json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
     """Move an image to another engine base and push it; its weights are not copied."""
-    del json
     from weightsmith.commands.arguments import required
     from weightsmith.commands.rebase import RebaseRequest, rebase_image
     from weightsmith.progress import progress_for
@@ -131,10 +122,9 @@ def rebase(
     },
 )
 def inspect(
-    _context: object, source: str, *, platform: str = "", insecure: bool = False, json: bool = False
+    source: str, *, platform: str = "", insecure: bool = False
 ) -> tuple[Mapping[str, Json], str]:
     """Show what an image contains, using only the image: provenance, plan, scores, layers."""
-    del json
     from weightsmith.commands.images import inspect_image, inspect_text
     from weightsmith.wiring import make_engine, make_registry
 
@@ -144,11 +134,8 @@ def inspect(
 
 
 @command(positional=("source",))
-def verify(
-    _context: object, source: str, *, key: str = "", insecure: bool = False, json: bool = False
-) -> tuple[Mapping[str, Json], str]:
+def verify(source: str, *, key: str = "", insecure: bool = False) -> tuple[Mapping[str, Json], str]:
     """Check an image's signature, its layers' digests, and the chain from sources to layers."""
-    del json
     from weightsmith.commands.verify import key_path, table, verify_image
     from weightsmith.progress import progress_for
     from weightsmith.wiring import make_registry

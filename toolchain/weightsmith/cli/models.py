@@ -17,7 +17,6 @@ from weightsmith.visible import escaped, joined
 
 @command(many=("adapter",), sections={"options": Flags(section=Merge)})
 def merge(
-    _context: object,
     *,
     base: str = "",
     adapter: Sequence[str] = (),
@@ -27,10 +26,8 @@ def merge(
     keep_adapter: str = "",
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
-    json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
     """Merge adapters into a base and write a plain Hugging Face checkpoint to --out."""
-    del json
     from weightsmith.commands.arguments import not_nested, parse_weights, required
     from weightsmith.commands.merge import Folders, keep_folder, merge_folders
     from weightsmith.progress import progress_for
@@ -62,7 +59,6 @@ def merge(
     meanings={"probes": "JSON Lines of chats to probe with; default: built-in ones"},
 )
 def validate(
-    _context: object,
     *,
     base: str = "",
     adapter: Sequence[str] = (),
@@ -72,10 +68,8 @@ def validate(
     validation: Validate,
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
-    json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
     """Compare a merged checkpoint with its base and adapters: files, every element, logits."""
-    del json
     from weightsmith.commands.arguments import parse_weights, required
     from weightsmith.commands.validate import validate_folders
     from weightsmith.progress import progress_for
@@ -118,7 +112,6 @@ def _verdict(merged: str, result: Validation) -> str:
 
 @command(sections={"settings": Flags(section=Quantize)})
 def quantize(
-    _context: object,
     *,
     model: str = "",
     format: str = "q4_k_m",  # noqa: A002 - the flag's name
@@ -128,10 +121,8 @@ def quantize(
     no_gate: bool = False,
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
-    json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
     """Quantize a checkpoint to --format, read the result back and measure what was lost."""
-    del json
     from weightsmith.commands.arguments import required
     from weightsmith.commands.quantize import FolderRequest, quantize_folder
     from weightsmith.progress import progress_for
@@ -162,7 +153,6 @@ def quantize(
 
 @command(many=("set",), sections={"serve": Flags(section=Serve, only=SERVED)})
 def render(
-    _context: object,
     *,
     model: str = "",
     target: str = "",
@@ -170,10 +160,8 @@ def render(
     name: str = "",
     serve: Serve,
     set: Sequence[str] = (),  # noqa: A002 - the flag's name
-    json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
     """Plan a target's memory and render its serving configuration and manifests into --out."""
-    del json
     from weightsmith.commands.arguments import required, serving_options
     from weightsmith.commands.render import render_model
     from weightsmith.serving.plan_summary import summary

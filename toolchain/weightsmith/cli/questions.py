@@ -23,7 +23,6 @@ from weightsmith.visible import joined
     },
 )
 def evaluate(
-    _context: object,
     *,
     data: str = "",
     scoring: Scoring,
@@ -44,10 +43,8 @@ def evaluate(
     max_drop: str = "",
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
-    json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
     """Score a started image, a server, or a checkpoint with or without adapter on --data."""
-    del json
     from weightsmith.commands.arguments import number, required
     from weightsmith.commands.evaluate import (
         EvaluateOptions,
@@ -107,7 +104,6 @@ def evaluate(
     }
 )
 def bench(
-    _context: object,
     *,
     image: str = "",
     url: str = "",
@@ -119,10 +115,8 @@ def bench(
     timeout: float = 120.0,
     out: str = "",
     runner: str = "auto",
-    json: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
     """Measure throughput and latencies of a started image or a server in a short load test."""
-    del json
     from weightsmith.commands.arguments import counts
     from weightsmith.commands.bench import BenchRequest, bench_text
     from weightsmith.commands.bench import bench as run
