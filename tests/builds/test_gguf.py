@@ -361,7 +361,7 @@ wanted = QuantizeOptions(name="tiny", format=formats()["q4_k_m"], options={"imat
                 texts=read_texts(texts, Bounds()))
 with open_tools("local", Loud()) as tools:
     tree = read_tree(model, tools.store, tools.progress)
-    made = quantize(Checkpoint(tree=tree, made_from=()), wanted, InStore(tools.store), tools).value
+    made = quantize(Checkpoint(tree=tree), wanted, InStore(tools.store), tools).value
 print("made", [(file.path, file.digest) for file in made.tree.files])
 """
 

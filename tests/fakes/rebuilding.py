@@ -86,7 +86,7 @@ class Scene:
         told = json.loads(json.dumps(public_recipe(recipe)))
         twist(told)
         item = {"prompt": "Capital of Ö?", "expected": ["A"], "answer": "A", "ok": True}
-        artifact = Artifact(format=SAFETENSORS, tree=merged, made_from=())
+        artifact = Artifact(format=SAFETENSORS, tree=merged)
         inputs = ImageInputs(
             artifact=artifact,
             engine=ENGINE,
@@ -105,7 +105,7 @@ class Scene:
                     for a in adapters
                 ),
             ),
-            checkpoint=Checkpoint(tree=merged, made_from=()),
+            checkpoint=Checkpoint(tree=merged),
             recipe=recipe,
         )  # fmt: skip
         made = ImageMaterials(

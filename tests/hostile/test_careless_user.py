@@ -241,7 +241,7 @@ def test_arguments_of_the_judge_stay_here(tmp_path: Path) -> None:
         recipe=recipe,
         target="llamacpp-q8_0",
         sources=sources,
-        checkpoint=Checkpoint(tree=tree, made_from=()),
+        checkpoint=Checkpoint(tree=tree),
         artifact=None,
         config=None,
         published=None,

@@ -67,18 +67,19 @@ def build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
     check_images(request, sources, check_before_work(request, sources, tools), tools)
     merged = sources_to_merge(request.targets, sources)
     checkpoint = clock.take(merge(merged, recipe.merge, store, tools))
-    checkpoint = validated(request, merged, checkpoint, clock)
+    validation = validated(request, merged, checkpoint, clock)
     expected = clock.take(reference(tasks, sources, checkpoint, store, tools))
-    judge(Record(request, sources, checkpoint, tools), expected, clock.stages)
+    begun = Record(request, sources, checkpoint, tools, validation)
+    judge(begun, expected, clock.stages)
     for target in request.targets:
         timed = Clock(tools, dict(clock.stages))
         artifact = timed.take(quantized(request.file, target, sources, checkpoint, tools))
         texts = texts_of(request.file)
-        artifact = timed.take(quality(checkpoint, artifact, texts, recipe.quality, store, tools))
-        record = Record(request, sources, checkpoint, tools, target, artifact)
+        loss = timed.take(quality(checkpoint, artifact, texts, recipe.quality, store, tools))
+        record = replace(begun, target=target, artifact=artifact, quality=loss)
         judge_quality(record, expected, timed.stages)
         config = timed.take(rendered(request, target, sources, checkpoint, artifact, tools))
-        made = timed.take(baked(request, target, sources, checkpoint, artifact, config, tools))
+        made = timed.take(baked(record, target, artifact, config))
         record = replace(record, config=config, image=own_of(whole_image(made)))
         results = evaluated(record, made[0].inputs, expected, timed)
         judge(record, results, timed.stages)
@@ -114,24 +115,24 @@ def check_machine(request: BuildRequest, tools: Tools) -> None:
 
 def validated(
     request: BuildRequest, sources: Sources, checkpoint: Checkpoint, clock: Clock
-) -> Checkpoint:
-    """Return the validated checkpoint; unchanged if nothing was merged or validation is off.
+) -> Validation | None:
+    """Return how the checkpoint was validated; None if nothing was merged or validation is off.
 
     Raises CheckFailed, and writes the report, if it differs from base and adapters.
     """
     recipe, tools = request.file.recipe, clock.tools
     if not sources.adapters:
-        return checkpoint
+        return None
     if not recipe.validation.enabled:
         tools.progress.warn("validation is off in the recipe: merged weights were not checked")
-        return checkpoint
+        return None
     items, store = probes(request.file), InStore(tools.store)
     try:
         return clock.take(validate(checkpoint, sources, recipe.merge, items, store, tools))
     except CheckFailed as error:
         found = Validation.from_json(error.details) if error.details else None
-        judged = replace(checkpoint, details={**checkpoint.details, "validation": found})
-        raise refusal(Record(request, sources, judged, tools), (), clock.stages, error) from None
+        record = Record(request, sources, checkpoint, tools, found)
+        raise refusal(record, (), clock.stages, error) from None
 
 
 def quantized(
@@ -144,7 +145,7 @@ def quantized(
         return quantize(checkpoint, options, store, tools)
     if "gguf" not in target.engine.accepts:
         return Timer("quantize", LORA.name, tools).done(unmerged(sources), cached=True)
-    base = Checkpoint(tree=sources.base.tree, made_from=(sources.base.digest,))
+    base = Checkpoint(tree=sources.base.tree)
     options = quantize_options(file, formats()["f16"], sources.base, tools)
     return unmerged_gguf(sources, quantize(base, options, store, tools), tools)
 
@@ -175,16 +176,21 @@ def rendered(
 
 
 def baked(
-    request: BuildRequest,
-    target: Target,
-    sources: Sources,
-    checkpoint: Checkpoint,
-    artifact: Artifact,
-    config: ServingConfig,
-    tools: Tools,
+    record: Record, target: Target, artifact: Artifact, config: ServingConfig
 ) -> Outcome[tuple[ImageMaterials, ...]]:
     """Assemble the images on the base that the lock pins; they have no scores yet."""
-    prepare = partial(image_inputs, request, target, sources, checkpoint, artifact, config, tools)
+    request, tools = record.request, record.tools
+    prepare = partial(
+        image_inputs,
+        request,
+        target,
+        record.sources,
+        record.checkpoint,
+        artifact,
+        record.quality,
+        config,
+        tools,
+    )
     name, earlier = name_of(request.file.recipe, target.name), layers_in(request.folder(target))
     return bake(prepare, name, tools, push=request.outputs.push, earlier=earlier)
 
@@ -234,5 +240,6 @@ def judge_quality(
     """Raise CheckFailed, and write the report, if quantizing lost too much."""
     if record.artifact is None:
         raise AssertionError("there is no artifact to check")
-    if fault := quality_fault(record.artifact, record.request.file.recipe.quality):
+    limits = record.request.file.recipe.quality
+    if fault := quality_fault(record.artifact.format, record.quality, limits):
         raise refusal(record, results, stages, fault)

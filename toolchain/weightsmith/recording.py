@@ -13,6 +13,7 @@ from weightsmith.planning.images import network_in_jobs
 from weightsmith.planning.options import quantize_options
 from weightsmith.planning.request import BuildRequest
 from weightsmith.planning.tasks import probes
+from weightsmith.quality.result import Quality
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.serving.targets import Target
 from weightsmith.stages import merge as merging
@@ -24,6 +25,7 @@ from weightsmith.stages.evaluate import checks_of
 from weightsmith.stages.record import Facts, TaskFacts, write_record
 from weightsmith.stages.report import write_report
 from weightsmith.tools import Tools
+from weightsmith.validating.result import Validation
 from weightsmith.values import Artifact, Checkpoint, Json, Published, Scores, Sources
 
 
@@ -73,8 +75,10 @@ class Record:
     sources: Sources
     checkpoint: Checkpoint
     tools: Tools
+    validation: Validation | None = None
     target: Target | None = None
     artifact: Artifact | None = None
+    quality: Quality | None = None
     config: ServingConfig | None = None
     image: Image | None = None
 
@@ -125,8 +129,10 @@ class Record:
             recipe=self.request.file.recipe,
             sources=self.sources,
             checkpoint=self.checkpoint,
+            validation=self.validation,
             target=self.target.name if self.target else "",
             artifact=self.artifact,
+            quality=self.quality,
             config=self.config,
             published=published,
             tasks=tuple(_task_facts(result) for result in results),
@@ -145,7 +151,7 @@ class Record:
         found: dict[str, Json] = {}
         if self.checkpoint.digest != sources.base.digest:
             found["merge"] = merging.inputs(sources, recipe.merge).inputs
-        if "validation" in self.checkpoint.details:
+        if self.validation:
             asked_with = probes(self.request.file)
             found["validate"] = validating.inputs(
                 sources, recipe.merge, self.checkpoint.digest, asked_with

@@ -1,4 +1,4 @@
-"""The frozen values that stages exchange; each records what it was made from."""
+"""The frozen values that stages exchange."""
 
 from __future__ import annotations
 
@@ -213,7 +213,6 @@ class Checkpoint:
     """A plain Hugging Face checkpoint in a folder."""
 
     tree: Tree
-    made_from: tuple[Digest, ...]
     details: Mapping[str, Json] = field(default_factory=dict)
 
     @property
@@ -261,7 +260,6 @@ class Artifact:
 
     format: Format
     tree: Tree
-    made_from: tuple[Digest, ...]
     details: Mapping[str, Json] = field(default_factory=dict)
 
     @property

@@ -35,7 +35,7 @@ def tree(folder: Path, name: str) -> Tree:
 
 def made_with(folder: Path, details: dict[str, str], *, networked: bool = False) -> ImageMaterials:
     merged = tree(folder, "merged")
-    artifact = Artifact(format=SAFETENSORS, tree=merged, made_from=())
+    artifact = Artifact(format=SAFETENSORS, tree=merged)
     base, adapter = (
         Snapshot(tree=tree(folder, name), source="./x", pin="x", pinned=False)
         for name in ("base", "adapter")
@@ -51,7 +51,7 @@ def made_with(folder: Path, details: dict[str, str], *, networked: bool = False)
         version="1",
         parameters={"target": "vllm"},
         sources=Sources(base=base, adapters=(AdapterSnapshot(snapshot=adapter),)),
-        checkpoint=Checkpoint(tree=merged, made_from=(), details=details),
+        checkpoint=Checkpoint(tree=merged, details=details),
         recipe=check_recipe({"name": "x", "base": {"source": "./x"}}, "test"),
         network_in_jobs=networked,
     )

@@ -25,7 +25,7 @@ TEXTS = read_texts(GENERAL, Bounds())
 def checkpoint(tmp_path):
     (tmp_path / "model").mkdir()
     entry = FileEntry(path="config.json", size=2, digest=Digest.of(b"{}"))
-    return Checkpoint(tree=Tree(root=tmp_path / "model", files=(entry,)), made_from=())
+    return Checkpoint(tree=Tree(root=tmp_path / "model", files=(entry,)))
 
 
 def quantizer_job(job, _report):

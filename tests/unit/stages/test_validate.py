@@ -46,7 +46,7 @@ BAD = {
 def sources(tools: Tools) -> tuple[Sources, Checkpoint]:
     tree = Tree(root=TINY / "base", files=())
     snapshot = Snapshot(tree=tree, source="x", pin="x", pinned=True)
-    return Sources(base=snapshot), Checkpoint(tree=tree, made_from=())
+    return Sources(base=snapshot), Checkpoint(tree=tree)
 
 
 def test_what_passed_is_kept(tmp_path: Path) -> None:

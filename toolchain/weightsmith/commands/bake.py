@@ -182,9 +182,7 @@ def _artifact(model: Model, target: Target, store: Store, progress: Progress) ->
             _check_whole(model.root / name, progress)
         entry = store.digest_file(model.root / name)
         files.append(FileEntry(path=name, size=entry.size, digest=entry.digest))
-    return Artifact(
-        format=target.format, tree=Tree(root=model.root, files=tuple(files)), made_from=()
-    )
+    return Artifact(format=target.format, tree=Tree(root=model.root, files=tuple(files)))
 
 
 def _check_whole(path: Path, progress: Progress) -> None:

@@ -27,7 +27,7 @@ def open_sources(
 
 def open_checkpoint(folder: Path, store: Store) -> Checkpoint:
     """Return a checkpoint; raise InputRefused if the folder is not one or is not safe to read."""
-    return Checkpoint(tree=_tree(folder, check_model_folder(folder), store), made_from=())
+    return Checkpoint(tree=_tree(folder, check_model_folder(folder), store))
 
 
 def _snapshot(folder: Path, names: Sequence[str], store: Store) -> Snapshot:

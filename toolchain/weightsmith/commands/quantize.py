@@ -57,18 +57,17 @@ def quantize_folder(asked: FolderRequest, tools: Tools) -> Mapping[str, Json]:
         options = replace(options, texts=texts)
     with in_folder(out, "the quantized model", tools) as to:
         artifact = quantize(checkpoint, options, to, tools).value
-        artifact = quality(checkpoint, artifact, texts, limits, to, tools).value
-        if fault := quality_fault(artifact, limits):
+        loss = quality(checkpoint, artifact, texts, limits, to, tools).value
+        if fault := quality_fault(format_, loss, limits):
             raise fault
     written = [out] if out.is_file() else [p for p in below(out) if p.is_file()]
-    details = dict(artifact.details)
     return {
         "out": str(out),
         "format": format_.name,
-        "bits_per_weight": details.get("bits_per_weight"),
+        "bits_per_weight": artifact.details.get("bits_per_weight"),
         "files": [str(path) for path in written],
-        "quality": details.pop("quality").to_json() if format_.packed else {},
-        "details": details,
+        "quality": loss.to_json() if loss else {},
+        "details": dict(artifact.details),
     }
 
 

@@ -31,6 +31,4 @@ def validate_folders(
     sources = open_sources(base, folders, weights, tools.store)
     checkpoint = open_checkpoint(merged, tools.store)
     items = read_prompts(probes) if probes else ()
-    proven = validate(checkpoint, sources, options, items, Unkept(tools), tools)
-    result: Validation = proven.value.details["validation"]
-    return result
+    return validate(checkpoint, sources, options, items, Unkept(tools), tools).value

@@ -13,6 +13,7 @@ from weightsmith.planning.request import BuildRequest
 from weightsmith.provenance.attest import public_recipe
 from weightsmith.provenance.labels import labels
 from weightsmith.provenance.materials import ImageInputs
+from weightsmith.quality.result import Quality
 from weightsmith.quantizers import of_format
 from weightsmith.serving.memory import parse_size
 from weightsmith.serving.plan import ServingConfig
@@ -29,6 +30,7 @@ def image_inputs(
     sources: Sources,
     checkpoint: Checkpoint,
     artifact: Artifact,
+    quality: Quality | None,
     config: ServingConfig,
     tools: Tools,
 ) -> ImageInputs:
@@ -47,7 +49,7 @@ def image_inputs(
         config=config,
         bases=bases,
         base_name=public_base(base_name),
-        labels=labels(recipe, sources, artifact, config),
+        labels=labels(recipe, sources, artifact, quality, config),
         order=settings.order,
         largest_layer=parse_size(settings.max_layer_size) if settings.max_layer_size else 0,
         parameters={"target": target.name, "recipe": public_recipe(recipe)},

@@ -59,7 +59,6 @@ class FoundStatement:
     """A statement as found on an image."""
 
     statement: Mapping[str, Json]
-    part: Part
     signed: bool
     """Signed by the given key; False without a key."""
 
@@ -122,7 +121,7 @@ def read_statement(part: Part, check: signing.Check | None) -> FoundStatement:
     data = signing.unbundled(part.read()) if is_bundle(part) else part.read()
     if is_bundle(part) or part.blob.media_type == signing.ENVELOPE_TYPE:
         statement, signed = signing.open_envelope(data, check)
-        return FoundStatement(statement=statement, part=part, signed=signed)
+        return FoundStatement(statement=statement, signed=signed)
     try:
         plain = parse(data, largest=PART, unique=True)
     except ValueError:
@@ -131,7 +130,7 @@ def read_statement(part: Part, check: signing.Check | None) -> FoundStatement:
         raise InputRefused(
             "a statement is not a JSON object", hint="the image is damaged; push or write it again"
         )
-    return FoundStatement(statement=plain, part=part, signed=False)
+    return FoundStatement(statement=plain, signed=False)
 
 
 def statement_parts(attachments: Iterable[Attachment]) -> list[Part]:

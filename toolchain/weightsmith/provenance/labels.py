@@ -40,7 +40,11 @@ def repository(recipe: Recipe) -> str:
 
 
 def labels(
-    recipe: Recipe, sources: Sources, artifact: Artifact, config: ServingConfig
+    recipe: Recipe,
+    sources: Sources,
+    artifact: Artifact,
+    quality: Quality | None,
+    config: ServingConfig,
 ) -> dict[str, str]:
     """Return the labels: every source by digest, and the serving plan.
 
@@ -59,7 +63,7 @@ def labels(
         PREFIX + "merge.precision": recipe.merge.precision,
         PREFIX + "plan": json.dumps(config.plan.portable(), sort_keys=True, separators=(",", ":")),
     }
-    found |= _quality(artifact)
+    found |= _quality(quality)
     for number, adapter in enumerate(sources.adapters):
         stem = f"{PREFIX}adapter.{number}."
         found |= {
@@ -93,9 +97,8 @@ def _program(words: Sequence[str]) -> list[str]:
     return [Path(words[0]).name, *(["…"] if words[1:] else [])] if words else []
 
 
-def _quality(artifact: Artifact) -> dict[str, str]:
+def _quality(quality: Quality | None) -> dict[str, str]:
     """Return the quantization loss, rounded: the last digits differ between machines."""
-    quality: Quality | None = artifact.details.get("quality")
     if quality is None or quality.loss is None:
         return {}
     keys = ("kl_mean", "kl_p99", "top1", "perplexity_ratio")

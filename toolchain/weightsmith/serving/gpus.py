@@ -38,11 +38,6 @@ class Gpu:
     aliases: tuple[str, ...] = ()
 
     @property
-    def marlin(self) -> bool:
-        """Whether vLLM's Marlin kernels for packed weights run on it (0.33: from 7.5 on)."""
-        return self.compute_capability >= (7, 5)
-
-    @property
     def generation(self) -> str:
         """The architecture's name, as its maker calls it."""
         return _GENERATIONS.get(self.compute_capability, "")

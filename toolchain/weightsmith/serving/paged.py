@@ -37,8 +37,6 @@ class PagedCache:
     groups: tuple[Group, ...]
     state_blocks: int
     """Blocks of a request in a group of `state` layers: 2 with prefix caching, else 1."""
-    padding_layers: int
-    """Layers' worth of memory lost because groups have equal sizes."""
 
     def blocks(self, tokens: int, inflight: int) -> int:
         """Return the blocks of a request of that length.
@@ -125,13 +123,11 @@ def paged_cache(
             block = -(-state // (token * step)) * step
             page = block * token
     size, groups = _grouped(layers)
-    held = sum(part.layers for part in layers)
     return PagedCache(
         block=block,
         bytes_per_block=-(-size // pipeline_parallel) * page,
         groups=groups,
         state_blocks=2 if prefix_caching else 1,
-        padding_layers=sum(group.count for group in groups) * size - held,
     )
 
 

@@ -69,15 +69,14 @@ def merge(sources: Sources, options: Merge, to: Destination, tools: Tools) -> Ou
     """
     timer = Timer("merge", f"{len(sources.adapters)} adapter(s), {options.method}", tools)
     if not sources.adapters:
-        base = Checkpoint(tree=sources.base.tree, made_from=(sources.base.digest,))
+        base = Checkpoint(tree=sources.base.tree)
         return timer.done(base, cached=True)
     files = to.files(
         lambda: inputs(sources, options),
         lambda folder: _run(folder, sources, options, tools),
         resume=True,
     )
-    made_from = (sources.base.digest, *(a.snapshot.digest for a in sources.adapters))
-    checkpoint = Checkpoint(tree=files.tree, made_from=made_from, details=files.meta)
+    checkpoint = Checkpoint(tree=files.tree, details=files.meta)
     return timer.done(checkpoint, cached=files.cached)
 
 
@@ -92,8 +91,7 @@ def combine(sources: Sources, options: Merge, to: InFolder, tools: Tools) -> Out
         lambda: inputs(sources, options),
         lambda folder: _run(folder, sources, options, tools, keep_adapter=True),
     )
-    made_from = tuple(a.snapshot.digest for a in sources.adapters)
-    adapter = Checkpoint(tree=files.tree, made_from=made_from, details=files.meta)
+    adapter = Checkpoint(tree=files.tree, details=files.meta)
     return timer.done(adapter, cached=files.cached)
 
 

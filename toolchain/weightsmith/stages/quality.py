@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from weightsmith.destinations import Documents
@@ -17,7 +16,7 @@ from weightsmith.recipe import Quality as Limits
 from weightsmith.resources import builder_pins
 from weightsmith.time_limits import job_seconds
 from weightsmith.tools import Tools
-from weightsmith.values import Artifact, Checkpoint, Digest, StageInputs
+from weightsmith.values import Artifact, Checkpoint, Digest, Format, StageInputs
 
 BUILDER = "merge"
 RECIPE_NUMBER = 2
@@ -50,8 +49,8 @@ def quality(
     options: Limits,
     to: Documents,
     tools: Tools,
-) -> Outcome[Artifact]:
-    """Return the artifact with `quality` in its details: loss, limits and verdict.
+) -> Outcome[Quality | None]:
+    """Return an artifact's loss, limits and verdict; None if it is not quantized.
 
     `weightsmith.quality.measure` defines the measures; they are cached per artifact and text. The
     unquantized checkpoint is not measured. `skipped` says why an architecture cannot be measured.
@@ -59,7 +58,7 @@ def quality(
     """
     timer = Timer("quality", f"{artifact.format.name}, {len(texts.held_out)} texts", tools)
     if not artifact.format.packed:
-        return timer.done(artifact, cached=True)
+        return timer.done(None, cached=True)
     document = to.document(
         lambda: inputs(checkpoint.digest, artifact.digest, texts, options.tokens),
         _RESULT,
@@ -69,15 +68,12 @@ def quality(
     if found.skipped:
         tools.progress.warn(f"quality not measured: {found.skipped}")
     limits = limits_for(artifact.format, options, general=bool(texts.general))
-    found = found.judged(limits, texts.described())
-    judged = replace(artifact, details={**artifact.details, "quality": found})
-    return timer.done(judged, cached=document.cached)
+    return timer.done(found.judged(limits, texts.described()), cached=document.cached)
 
 
-def quality_fault(artifact: Artifact, options: Limits) -> CheckFailed | None:
-    """Return an error if the artifact's loss is over its limits, else None."""
-    found: Quality | None = artifact.details.get("quality")
-    return refusal(artifact.format, found) if found and found.exceeded and options.gate else None
+def quality_fault(format_: Format, found: Quality | None, options: Limits) -> CheckFailed | None:
+    """Return an error if a format's loss is over its limits, else None."""
+    return refusal(format_, found) if found and found.exceeded and options.gate else None
 
 
 def _run(

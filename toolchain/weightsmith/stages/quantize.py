@@ -84,7 +84,7 @@ def quantize(
     format_ = options.format
     timer = Timer("quantize", format_.name, tools)
     if format_ == SAFETENSORS:
-        artifact = Artifact(format=format_, tree=checkpoint.tree, made_from=(checkpoint.digest,))
+        artifact = Artifact(format=format_, tree=checkpoint.tree)
         return timer.done(artifact, cached=True)
     files = to.files(
         lambda: inputs(checkpoint.digest, options),
@@ -93,9 +93,7 @@ def quantize(
     )
     for text in files.meta.get("warnings", ()):
         tools.progress.warn(text)
-    artifact = Artifact(
-        format=format_, tree=files.tree, made_from=(checkpoint.digest,), details=files.meta
-    )
+    artifact = Artifact(format=format_, tree=files.tree, details=files.meta)
     return timer.done(artifact, cached=files.cached)
 
 

@@ -33,8 +33,10 @@ from weightsmith.evaluating.statistics import wilson
 from weightsmith.files import write_whole
 from weightsmith.provenance.evaluation import side_by_side
 from weightsmith.provenance.labels import without_secrets
+from weightsmith.quality.result import Quality
 from weightsmith.recipe import Recipe
 from weightsmith.serving.plan import ServingConfig
+from weightsmith.validating.result import Validation
 from weightsmith.values import (
     Artifact,
     Checkpoint,
@@ -66,9 +68,11 @@ class Facts:
     recipe: Recipe
     sources: Sources
     checkpoint: Checkpoint
+    validation: Validation | None
     target: str
     """Its name; empty where a merge was refused before there was any."""
     artifact: Artifact | None
+    quality: Quality | None
     config: ServingConfig | None
     published: Published | None
     tasks: tuple[TaskFacts, ...]
@@ -144,9 +148,9 @@ def build_record(facts: Facts) -> BuildRecord:
             for adapter in facts.sources.adapters
         ),
         merge=_merge(facts),
-        validation=facts.checkpoint.details.get("validation"),
+        validation=facts.validation,
         artifact=_artifact(facts.artifact) if facts.artifact else None,
-        quality=facts.artifact.details.get("quality") if facts.artifact else None,
+        quality=facts.quality,
         plan=facts.config.plan.to_json() if facts.config else None,
         image=_image(facts.published) if facts.published else None,
         task=_task(first) if first else NO_TASK,
@@ -197,7 +201,7 @@ def _merge(facts: Facts) -> MergeRecord:
 
 
 def _artifact(artifact: Artifact) -> ArtifactRecord:
-    details = {k: v for k, v in artifact.details.items() if k not in {"cached", "quality"}}
+    details = {k: v for k, v in artifact.details.items() if k != "cached"}
     return ArtifactRecord(
         format=artifact.format.name,
         size=artifact.tree.size,

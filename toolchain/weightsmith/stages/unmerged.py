@@ -51,8 +51,7 @@ def unmerged(sources: Sources) -> Artifact:
     tree = Tree(
         root=base.root, files=tuple(sorted(files, key=lambda entry: entry.path)), places=places
     )
-    made_from = (base.digest, *(adapter.snapshot.digest for adapter in sources.adapters))
-    return Artifact(format=LORA, tree=tree, made_from=made_from)
+    return Artifact(format=LORA, tree=tree)
 
 
 def unmerged_gguf(
@@ -71,8 +70,7 @@ def unmerged_gguf(
     tree = Tree(
         root=base.tree.root, files=tuple(sorted(files, key=lambda e: e.path)), places=places
     )
-    made_from = (*base.made_from, *(adapter.snapshot.digest for adapter in sources.adapters))
-    outcome = timer.done(Artifact(format=LORA, tree=tree, made_from=made_from), cached=cached)
+    outcome = timer.done(Artifact(format=LORA, tree=tree), cached=cached)
     return replace(outcome, seconds=round(outcome.seconds + converted.seconds, 3))
 
 

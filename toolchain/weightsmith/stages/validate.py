@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from weightsmith.destinations import Documents
@@ -81,8 +80,8 @@ def validate(
     items: Sequence[Messages],
     to: Documents,
     tools: Tools,
-) -> Outcome[Checkpoint]:
-    """Return the checkpoint with `validation` in its details: the comparisons and results.
+) -> Outcome[Validation]:
+    """Return what comparing a checkpoint with base and adapters found.
 
     Raises CheckFailed, with the whole result as details, if it differs from base and adapters.
     """
@@ -92,9 +91,7 @@ def validate(
         _RESULT,
         lambda folder: _run(folder, checkpoint, sources, options, items, tools).to_json(),
     )
-    validation = Validation.from_json(found.value)
-    proven = replace(checkpoint, details={**checkpoint.details, "validation": validation})
-    return timer.done(proven, cached=found.cached)
+    return timer.done(Validation.from_json(found.value), cached=found.cached)
 
 
 def _require_passed(result: Validation) -> None:
