@@ -12,7 +12,6 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from weightsmith.commands.images import copy_image
@@ -76,8 +75,8 @@ class Scene:
         place.attach(attached(bundle(claim(image.digest), key), image))
         if all_of_it:
             parts = evidence.statement_parts(evidence.read_attached(place, image.digest))
-            told: list[Any] = [evidence.read_statement(part, None).statement for part in parts]
-            made = [attached(bundle(t, key), image, t["predicateType"]) for t in told]
+            told = [evidence.read_statement(part, None) for part in parts]
+            made = [attached(bundle(t.document, key), image, t.predicate_type) for t in told]
             place.attach(*made)
 
 

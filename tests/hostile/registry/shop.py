@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from weightsmith.commands.verify import verify_image
 from weightsmith.drivers.signer import open_signer
@@ -18,12 +17,12 @@ from weightsmith.provenance import signing, statements
 from weightsmith.provenance.evaluation import test_result as result_of
 from weightsmith.provenance.evidence import (
     Evidence,
-    FoundStatement,
     read_attached,
     read_statement,
     statement_parts,
 )
 from weightsmith.provenance.sealing import attach
+from weightsmith.provenance.statements import Statement
 from weightsmith.tools import Tools
 from weightsmith.values import Blob, Score
 
@@ -60,22 +59,22 @@ class Shop:
     def blob(self, name: str) -> Blob:
         return self.place(name).image("linux/amd64").manifest_blob
 
-    def state(self, name: str, *told: Any, key: Path | None = None) -> None:
+    def state(self, name: str, *told: Statement, key: Path | None = None) -> None:
         """Hang statements on an image, signed."""
         signer = open_signer(str(key or self.key))
         attach(Evidence(statements=told), self.blob(name), "team", self.place(name), signer)
 
-    def plant(self, name: str, *told: Any, key: Path | None = None) -> None:
+    def plant(self, name: str, *told: Statement, key: Path | None = None) -> None:
         """Hang statements on an image as somebody may who has no key but found them signed."""
         signer = open_signer(str(key or self.key))
         for one in told:
             envelope = signing.sign_statement(one, signer)
-            part = signing.envelope_part(envelope, str(one["predicateType"]))
+            part = signing.envelope_part(envelope, one.predicate_type)
             kind = part.blob.media_type
             made = Attachment(artifact_type=kind, subject=self.blob(name), parts=(part,))
             self.place(name).attach(made)
 
-    def stated(self, name: str, public: Path | None = None) -> list[FoundStatement]:
+    def stated(self, name: str, public: Path | None = None) -> list[Statement]:
         """Return what hangs on an image as statements, each with whether the key signed it."""
         parts = statement_parts(read_attached(self.place(name), self.blob(name).digest))
         check = signing.read_public_key(public or self.public)
@@ -91,7 +90,7 @@ class Shop:
         return {row["check"]: (row["ok"], row["found"]) for row in order}
 
 
-def passed(image: Blob, *more: statements.Resource, result: str = "PASSED") -> Any:
+def passed(image: Blob, *more: statements.Resource, result: str = "PASSED") -> Statement:
     told = result_of({"image": Score(score=1.0, n=9, metric="exact")}, 0.0, 0.0)
     about = [statements.image_resource(image), *more]
     return statements.statement(about, statements.TEST_RESULT, {**told, "result": result})

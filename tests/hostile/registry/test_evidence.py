@@ -87,7 +87,7 @@ def test_scores_go_along_when_an_image_is_rebased_and_not_back(shop: Shop) -> No
     rebase_image(request, shop.tools(shop.key))
     assert shop.rows(to)["gate"][0]
     plain = shop.bake("plain")
-    shop.plant(plain, passed(shop.blob(to)), *(one.statement for one in shop.stated(to)))
+    shop.plant(plain, passed(shop.blob(to)), *shop.stated(to))
     assert shop.rows(plain).get("gate", (False, ""))[0] is not True
 
 

@@ -11,7 +11,6 @@ from weightsmith.oci.manifests import TITLE
 from weightsmith.ports import Silent
 from weightsmith.provenance import statements
 from weightsmith.provenance.evidence import EVALUATION_TYPE
-from weightsmith.provenance.statements import byproducts_of, kind_of
 
 from tests.fakes.baking import make_key
 from tests.fakes.journal import RecordingProgress
@@ -24,16 +23,17 @@ def test_what_lies_at_the_destination_gets_no_signature(shop: Shop) -> None:
     to = f"{shop.fake.host}/prod/app:1"
     copy_image(source, to, shop.client, Silent(), force=False)
     forged = passed(shop.blob(to))
-    told = next(one.statement for one in shop.stated(source) if kind_of(one.statement) == "bake")
-    twisted = {**told, "predicate": {**told["predicate"], "runDetails": {}}}
+    told = next(one for one in shop.stated(source) if one.kind == "bake")
+    predicate = {**told.predicate, "runDetails": {}}
+    twisted = statements.Statement({**told.document, "predicate": predicate})
     shop.plant(to, forged, twisted, key=mine)
     shop.state(to, passed(shop.blob(to), result="better"), key=mine)
     release, public = make_key(shop.folder, "release")
     told_to_people = RecordingProgress()
     signer = open_signer(str(release))
     copy_image(source, to, shop.client, told_to_people, force=False, signer=signer)
-    by_release = [one.statement for one in shop.stated(to, public) if one.signed]
-    assert by_release == [told]
+    by_release = [one for one in shop.stated(to, public) if one.signed]
+    assert [one.document for one in by_release] == [told.document]
     assert any("were already at the destination" in text for text in told_to_people.warnings)
 
 
@@ -44,8 +44,8 @@ def test_statements_of_another_image_at_the_source_get_no_signature(shop: Shop) 
     release, public = make_key(shop.folder, "release")
     to, told = f"{shop.fake.host}/prod/app:1", RecordingProgress()
     copy_image(source, to, shop.client, told, force=False, signer=open_signer(str(release)))
-    by_release = [one.statement for one in shop.stated(to, public) if one.signed]
-    assert [kind_of(one) for one in by_release] == ["bake"]
+    by_release = [one for one in shop.stated(to, public) if one.signed]
+    assert [one.kind for one in by_release] == ["bake"]
     assert any("about another image" in text for text in told.warnings)
 
 
@@ -70,6 +70,6 @@ def test_no_command_signs_what_others_left(shop: Shop, command: str) -> None:
             source=source, onto=shop.base[:-1] + "2", to=to, smoke=False, force=False
         )
         rebase_image(request, shop.tools(release))
-    by_release = [one.statement for one in shop.stated(to, public) if one.signed]
-    assert {kind_of(one) for one in by_release} <= {"bake", "rebase"}
-    assert not any("evaluation.json" in byproducts_of(one) for one in by_release)
+    by_release = [one for one in shop.stated(to, public) if one.signed]
+    assert {one.kind for one in by_release} <= {"bake", "rebase"}
+    assert not any("evaluation.json" in one.byproducts for one in by_release)

@@ -9,7 +9,6 @@ from weightsmith.checkpoints.reshard import Resharded
 from weightsmith.oci.image import ImageConfig, assemble
 from weightsmith.provenance.attest import evidence
 from weightsmith.provenance.materials import ImageInputs, ImageMaterials
-from weightsmith.provenance.statements import kind_of
 from weightsmith.recipe_file import check_recipe
 from weightsmith.serving.llamacpp import ENGINE
 from weightsmith.values import (
@@ -67,9 +66,9 @@ def made_with(folder: Path, details: dict[str, str], *, networked: bool = False)
 def test_that_jobs_had_the_network_is_said_where_they_had(networked: bool, tmp_path: Path) -> None:
     made = made_with(tmp_path, {}, networked=networked)
 
-    (told,) = [one for one in evidence(made, ()).statements if kind_of(one) == "bake"]
+    (told,) = [one for one in evidence(made, ()).statements if one.kind == "bake"]
 
-    parameters = told["predicate"]["buildDefinition"]["externalParameters"]
+    parameters = told.parameters
     assert parameters == {"target": "vllm", **({"network_in_jobs": True} if networked else {})}
 
 
@@ -77,9 +76,9 @@ def test_that_jobs_had_the_network_is_said_where_they_had(networked: bool, tmp_p
 def test_the_builder_of_a_merge(details: dict[str, str], tmp_path: Path) -> None:
     made = made_with(tmp_path, details)
 
-    (told,) = [one for one in evidence(made, ()).statements if kind_of(one) == "merge"]
+    (told,) = [one for one in evidence(made, ()).statements if one.kind == "merge"]
 
-    rows = told["predicate"]["runDetails"]["builder"]["builderDependencies"]
+    rows = told.predicate["runDetails"]["builder"]["builderDependencies"]
     found = {row["name"]: row["digest"]["sha256"] for row in rows}
     assert len(found.pop("builder:merge")) == 64
     assert found == ({"builder image:merge": "5" * 64} if details else {})

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from weightsmith.commands.rebuild import _items
 from weightsmith.oci.attachments import Attachment, Part
 from weightsmith.provenance import bills, evidence, signing
+from weightsmith.provenance.statements import Statement
 from weightsmith.stages.record import layers_in
 from weightsmith.values import Blob, Digest
 
@@ -19,7 +20,9 @@ from tests.fakes.images import entry, foreign_image, tar_of
 from tests.fakes.records import BUILD
 
 LARGE = "x" * (18 << 20)
-STATEMENT = {"predicateType": "https://spdx.dev/Document", "predicate": {"comment": LARGE}}
+STATEMENT = Statement(
+    {"predicateType": "https://spdx.dev/Document", "predicate": {"comment": LARGE}}
+)
 
 
 class Key:
@@ -44,13 +47,13 @@ def test_a_large_statement_is_read_however_it_is_kept() -> None:
     check = signing.check_by(key.public)
     envelope = signing.sign_statement(STATEMENT, key)
     kept = [
-        (json.dumps(STATEMENT).encode(), signing.STATEMENT_TYPE, False),
+        (STATEMENT.content, signing.STATEMENT_TYPE, False),
         (envelope, signing.ENVELOPE_TYPE, True),
         (bundled(envelope), signing.BUNDLE_TYPE, True),
     ]
     for data, kind, signed in kept:
         read = evidence.read_statement(Part.of_bytes(data, kind), check)
-        assert (read.statement, read.signed) == (STATEMENT, signed)
+        assert (read.document, read.signed) == (STATEMENT.document, signed)
 
 
 @pytest.mark.slow
@@ -60,13 +63,13 @@ def test_a_large_envelope_is_signed_by_a_second_key() -> None:
     both = signing.countersign(signing.sign_statement(STATEMENT, first), second)
 
     for key in (first, second):
-        assert signing.open_envelope(both, signing.check_by(key.public))[1]
+        assert signing.open_envelope(both, signing.check_by(key.public)).signed
 
 
 @pytest.mark.slow
 def test_a_large_bill_beside_a_base_is_found() -> None:
     part = Part.of_bytes(
-        json.dumps(STATEMENT).encode(),
+        STATEMENT.content,
         signing.STATEMENT_TYPE,
         **{"in-toto.io/predicate-type": "https://spdx.dev/Document"},
     )

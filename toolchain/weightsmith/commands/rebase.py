@@ -182,10 +182,10 @@ def _evidence(
     rows = gathered.limited(origin.attached(old.digest))
     attachments = [origin.read(blob, tag) for blob, tag in rows]
     parts = gathered.statement_parts(attachments)
-    attached = [gathered.read_statement(part, None).statement for part in parts]
+    attached = [gathered.read_statement(part, None) for part in parts]
     lineage = trace(old.digest, attached)
     # Keep nothing else: with a key, everything that is kept gets signed.
-    about = [lineage.holds(one) and gathered.is_ours(one) for one in attached]
+    about = [lineage.holds(one) and one.is_ours for one in attached]
     kept = tuple(part for part, holds in zip(parts, about, strict=True) if holds)
     if len(kept) < len(parts):
         tools.progress.warn(

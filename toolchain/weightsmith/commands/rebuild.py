@@ -17,9 +17,10 @@ from weightsmith.oci.attachments import Part
 from weightsmith.oci.locations import open_location
 from weightsmith.oci.registry import Registry
 from weightsmith.ports import Progress
-from weightsmith.provenance import evidence, signing, statements
+from weightsmith.provenance import evidence, signing
 from weightsmith.provenance.evidence import ADAPTER_TYPE, EVALUATION_TYPE, NUMBER, Document
 from weightsmith.provenance.lineage import trace
+from weightsmith.provenance.statements import Statement
 from weightsmith.recipe import Evaluate
 from weightsmith.recipe_file import check_recipe
 from weightsmith.trees import discard
@@ -79,10 +80,10 @@ def recipe_of_image(
     return folder / "recipe.yaml"
 
 
-def _statements(parts: Sequence[Part], key: Path | None, source: str) -> list[Mapping[str, Json]]:
+def _statements(parts: Sequence[Part], key: Path | None, source: str) -> list[Statement]:
     check = signing.read_public_key(key) if key else None
     found = [evidence.read_statement(part, check) for part in parts]
-    right = [one.statement for one in found if key is None or one.signed]
+    right = [one for one in found if key is None or one.signed]
     if not right:
         raise InputRefused(
             f"{source} has no statement" + (" signed by this key" if key else ""),
@@ -91,16 +92,14 @@ def _statements(parts: Sequence[Part], key: Path | None, source: str) -> list[Ma
     return right
 
 
-def _recipe(
-    stated: Sequence[Mapping[str, Json]], source: str, progress: Progress
-) -> dict[str, Json]:
+def _recipe(stated: Sequence[Statement], source: str, progress: Progress) -> dict[str, Json]:
     """Return the trusted keys of the recipe in an image's statement; warn about all others.
 
     The publisher defines the model, but not what this machine runs, reads, names or pushes.
     """
     for one in stated:
-        recipe = statements.parameters_of(one).get("recipe")
-        if statements.kind_of(one) == "bake" and isinstance(recipe, dict):
+        recipe = one.parameters.get("recipe")
+        if one.kind == "bake" and isinstance(recipe, dict):
             rows = recipe.get("adapters") or []
             if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
                 raise _malformed(source, "its adapters are not a list of mappings")
@@ -152,12 +151,12 @@ def _malformed(source: str, why: str) -> InputRefused:
     )
 
 
-def _sources(stated: Sequence[Mapping[str, Json]], source: str) -> dict[str, tuple[str, str]]:
+def _sources(stated: Sequence[Statement], source: str) -> dict[str, tuple[str, str]]:
     """Return pin and digest of each merged source, by `base`, `adapter:0` and so on."""
     for one in stated:
-        if statements.kind_of(one) == "merge":
-            digests = statements.dependencies_of(one)
-            uris = statements.dependency_uris(one)
+        if one.kind == "merge":
+            digests = one.dependencies
+            uris = one.dependency_uris
             return {name: (uris.get(name, ""), digest) for name, digest in digests.items()}
     raise InputRefused(
         f"{source} has no statement about a merge, so it cannot be rebuilt",

@@ -22,10 +22,11 @@ from weightsmith.oci.streams import ChunkFile, Entry
 from weightsmith.ports import Progress
 from weightsmith.provenance import evidence, signing
 from weightsmith.provenance.chain import Check, check_chain
-from weightsmith.provenance.evidence import Document, FoundStatement
+from weightsmith.provenance.evidence import Document
 from weightsmith.provenance.lineage import trace
 from weightsmith.provenance.roles import roles_of
-from weightsmith.values import Digest, Json, canonical
+from weightsmith.provenance.statements import Statement
+from weightsmith.values import Digest, Json
 from weightsmith.visible import joined
 
 _BUFFER = 1 << 20
@@ -40,7 +41,7 @@ class _Found:
 
     checks: list[Check] = field(default_factory=list)
     attachments: list[Attachment] = field(default_factory=list)
-    stated: list[FoundStatement] = field(default_factory=list)
+    stated: list[Statement] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     platform: str = ""
     """Prefix of every check's name, if the reference is an index of several platforms."""
@@ -194,22 +195,22 @@ def _statements(image: Digest, check: signing.Check | None, found: _Found) -> No
     """Read the statements, and check the signature and subject of each."""
     rows = _read(found, check)
     found.stated += [read for _, read in rows if check is None or read.signed]
-    lineage = trace(image, [read.statement for read in found.stated])
+    lineage = trace(image, found.stated)
     for part, read in rows:
-        name = f"statement {_short_type(part, read.statement)}"
+        name = f"statement {_short_type(part, read.predicate_type)}"
         # Third parties sign their own statements; ours must be signed by this key.
-        ours, counts = evidence.is_ours(read.statement), read.signed or check is None
-        if counts and not lineage.holds(read.statement):
+        ours, counts = read.is_ours, read.signed or check is None
+        if counts and not lineage.holds(read):
             ok = False if ours or read.signed else None
-            found.say(name, ok, f"{lineage.stray(read.statement)}, no evidence of this one")
+            found.say(name, ok, f"{lineage.stray(read)}, no evidence of this one")
         elif check is not None:
             ok = True if read.signed else (False if ours else None)
             found.say(name, ok, "signed by this key" if read.signed else _why(part))
 
 
-def _read(found: _Found, check: signing.Check | None) -> list[tuple[Part, FoundStatement]]:
+def _read(found: _Found, check: signing.Check | None) -> list[tuple[Part, Statement]]:
     """Return each statement once, preferring the copy that this key signed."""
-    unique: dict[bytes, tuple[Part, FoundStatement]] = {}
+    unique: dict[bytes, tuple[Part, Statement]] = {}
     bundles = evidence.bundles_in(found.attachments)
     for part in (*evidence.statement_parts(found.attachments), *bundles):
         try:
@@ -219,17 +220,16 @@ def _read(found: _Found, check: signing.Check | None) -> list[tuple[Part, FoundS
             ok = None if evidence.is_bundle(part) else False
             found.say(f"statement {_short_type(part)}", ok, error.message)
             continue
-        if evidence.is_claim(read.statement):
+        if evidence.is_claim(read):
             continue
-        known = unique.get(content := canonical(read.statement))
+        known = unique.get(content := read.content)
         if known is None or not known[1].signed:
             unique[content] = part, read
     return list(unique.values())
 
 
-def _short_type(part: Part, statement: Mapping[str, Json] | None = None) -> str:
-    kind = (statement or part.annotations).get("predicateType", "")
-    words = str(kind).rstrip("/").split("/")
+def _short_type(part: Part, kind: str = "") -> str:
+    words = (kind or part.annotations.get("predicateType", "")).rstrip("/").split("/")
     return "/".join(words[-2:]) or part.blob.digest.short
 
 

@@ -24,7 +24,13 @@ from weightsmith.provenance.evidence import (
 from weightsmith.provenance.labels import public_name, without_secrets
 from weightsmith.provenance.materials import ImageInputs, ImageMaterials
 from weightsmith.provenance.mlbom import MEDIA_TYPE, Ancestor, BilledModel, license_of, ml_bom
-from weightsmith.provenance.statements import Resource, file_resources, provenance, tree_resource
+from weightsmith.provenance.statements import (
+    Resource,
+    Statement,
+    file_resources,
+    provenance,
+    tree_resource,
+)
 from weightsmith.recipe import Recipe
 from weightsmith.resources import builder_pins
 from weightsmith.values import (
@@ -84,7 +90,7 @@ def _without_folders(value: Json, key: str = "") -> Json:
     return public_name(value) if key in files and isinstance(value, str) and value else value
 
 
-def _merged(inputs: ImageInputs) -> list[Mapping[str, Json]]:
+def _merged(inputs: ImageInputs) -> list[Statement]:
     sources, checkpoint, recipe = inputs.sources, inputs.checkpoint, inputs.recipe
     if sources is None or checkpoint is None or recipe is None or not sources.adapters:
         return []
@@ -120,7 +126,7 @@ def _source_resources(sources: Sources) -> list[Resource]:
     return [base, *adapters]
 
 
-def _quantized(inputs: ImageInputs) -> list[Mapping[str, Json]]:
+def _quantized(inputs: ImageInputs) -> list[Statement]:
     checkpoint, artifact, name = inputs.checkpoint, inputs.artifact, inputs.quantizer_builder
     if checkpoint is None or artifact.digest == checkpoint.digest:
         return []
@@ -136,7 +142,7 @@ def _quantized(inputs: ImageInputs) -> list[Mapping[str, Json]]:
     ]
 
 
-def _split(made: ImageMaterials) -> list[Mapping[str, Json]]:
+def _split(made: ImageMaterials) -> list[Statement]:
     if made.served.digest == made.inputs.artifact.digest:
         return []
     return [
@@ -155,7 +161,7 @@ def _calibration(artifact: Artifact) -> list[Resource]:
     return [tree_resource("calibration", digest)] if digest else []
 
 
-def _baked(made: ImageMaterials, documents: Sequence[Document]) -> Mapping[str, Json]:
+def _baked(made: ImageMaterials, documents: Sequence[Document]) -> Statement:
     base = [Resource(name="base image", digest=made.base.digest, uri=made.inputs.base_name)] if (
         made.base
     ) else []  # fmt: skip

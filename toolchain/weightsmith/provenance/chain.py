@@ -11,14 +11,13 @@ from weightsmith.provenance.evidence import (
     ADAPTER_TYPE,
     EVALUATION_TYPE,
     Document,
-    FoundStatement,
     document_digest,
     document_name,
 )
 from weightsmith.provenance.labels import PREFIX
 from weightsmith.provenance.lineage import Lineage, trace
-from weightsmith.provenance.statements import dependencies_of, kind_of, predicate_of, subjects_of
-from weightsmith.values import Digest, FileEntry, Json, tree_digest
+from weightsmith.provenance.statements import Statement
+from weightsmith.values import Digest, FileEntry, tree_digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +31,7 @@ class Check:
 
 def check_chain(
     image: Image,
-    stated: Sequence[FoundStatement],
+    stated: Sequence[Statement],
     documents: Sequence[Document],
     files: Mapping[str, str],
 ) -> Iterator[Check]:
@@ -40,12 +39,12 @@ def check_chain(
 
     `files` are the files read from the weight layers: path -> digest.
     """
-    lineage = trace(image.digest, [one.statement for one in stated])
+    lineage = trace(image.digest, stated)
     own, baked = lineage.own, lineage.baked
     if own is None:
         yield Check(name="statement", ok=False, found=_unknown(image, stated))
         return
-    kind = kind_of(own)
+    kind = own.kind
     yield Check(name="statement", ok=True, found=f"{kind} of {image.digest.short}")
     yield _contents(image, own)
     if kind == "rebase":
@@ -61,18 +60,18 @@ def check_chain(
         yield gate
 
 
-def _unknown(image: Image, stated: Sequence[FoundStatement]) -> str:
-    others = [s for one in stated if (s := subjects_of(one.statement).get("image"))]
+def _unknown(image: Image, stated: Sequence[Statement]) -> str:
+    others = [s for one in stated if (s := one.subjects.get("image"))]
     if not others:
         return "no statement says how this image was made"
     changed = _changes(image, stated)
     return f"about another image ({others[0][7:19]}), not this one{changed}"
 
 
-def _changes(image: Image, stated: Sequence[FoundStatement]) -> str:
+def _changes(image: Image, stated: Sequence[Statement]) -> str:
     """Say which layers differ from those in a statement."""
     for one in stated:
-        named = subjects_of(one.statement)
+        named = one.subjects
         if "config" not in named:
             continue
         layers = [row.digest for row in statements.layer_resources(image)]
@@ -86,8 +85,8 @@ def _changes(image: Image, stated: Sequence[FoundStatement]) -> str:
     return ""
 
 
-def _contents(image: Image, own: Mapping[str, Json]) -> Check:
-    named = subjects_of(own)
+def _contents(image: Image, own: Statement) -> Check:
+    named = own.subjects
     bad = [
         row.name for row in statements.layer_resources(image) if named.get(row.name) != row.digest
     ]
@@ -102,15 +101,15 @@ def _rebased(lineage: Lineage) -> Check:
     if lineage.own is None or lineage.baked is None:
         return Check(name="rebase", ok=False, found="the original image's statement is missing")
     before, first = lineage.images[1], lineage.images[-1]
-    ok = statements.parameters_of(lineage.own).get("first_image") in (None, first)
+    ok = lineage.own.parameters.get("first_image") in (None, first)
     found = f"from {before[7:19]}, first baked as {first[7:19]}"
     return Check(name="rebase", ok=ok, found=found if ok else "its original image does not match")
 
 
-def _weights(baked: Mapping[str, Json], files: Mapping[str, str]) -> Check:
+def _weights(baked: Statement, files: Mapping[str, str]) -> Check:
     stated = {
         name.removeprefix("file:"): digest
-        for name, digest in dependencies_of(baked).items()
+        for name, digest in baked.dependencies.items()
         if name.startswith("file:")
     }
     bad = sorted(
@@ -120,7 +119,7 @@ def _weights(baked: Mapping[str, Json], files: Mapping[str, str]) -> Check:
         return Check(
             name="weights", ok=False, found=f"do not match the statement: {', '.join(bad[:5])}"
         )
-    artifact = dependencies_of(baked).get("artifact")
+    artifact = baked.dependencies.get("artifact")
     if _tree(stated) != artifact:
         return Check(name="weights", ok=False, found="the statement contradicts itself")
     return Check(name="weights", ok=True, found=f"{len(stated)} files match the statement")
@@ -137,7 +136,7 @@ def _sources(image: Image, lineage: Lineage) -> Iterator[Check]:
     for kind in lineage.steps:
         yield Check(name=kind, ok=True, found=f"made {lineage.made[kind][7:19]}")
     if merged := lineage.steps.get("merge"):
-        yield from _labels(image, dependencies_of(merged))
+        yield from _labels(image, merged.dependencies)
     elif PREFIX + "base.digest" in image.labels:
         digest = image.labels[PREFIX + "base.digest"]
         ok = digest == lineage.made["merge"]
@@ -153,8 +152,8 @@ def _labels(image: Image, sources: Mapping[str, str]) -> Iterator[Check]:
         yield Check(name=f"label {name}", ok=label == digest, found=found)
 
 
-def _documents(own: Mapping[str, Json], documents: Sequence[Document]) -> Check:
-    stated = statements.byproducts_of(own)
+def _documents(own: Statement, documents: Sequence[Document]) -> Check:
+    stated = own.byproducts
     there = {document_digest(document) for document in documents}
     missing = sorted(name for name, digest in stated.items() if digest not in there)
     if missing:
@@ -179,11 +178,11 @@ def _gate(image: Image, lineage: Lineage) -> Check | None:
         scored = any(key.startswith(PREFIX + "score.image") for key in image.labels)
         return Check(name="gate", ok=False, found="scores without a result") if scored else None
     # One failed result counts, however many passed.
-    results = [predicate_of(one) for one in lineage.results]
+    results = [one.predicate for one in lineage.results]
     predicate = next((one for one in results if one.get("result") != "PASSED"), results[-1])
     passed = predicate.get("passedTests")
     findings = "; ".join(map(str, passed))[:200] if isinstance(passed, list) else ""
-    asked = statements.image_of(lineage.results[-1])
+    asked = lineage.results[-1].image
     where = "" if asked == image.digest else f" (of {asked[7:19]}, before the rebase)"
     result = predicate.get("result")
     return Check(name="gate", ok=result == "PASSED", found=f"{result}{where}: {findings}")

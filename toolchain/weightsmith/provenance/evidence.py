@@ -16,7 +16,7 @@ from weightsmith.oci.attachments import Attachment, Part
 from weightsmith.oci.locations import ImageLocation
 from weightsmith.oci.manifests import TITLE
 from weightsmith.provenance import signing
-from weightsmith.provenance.statements import TEST_RESULT, kind_of, subjects_of
+from weightsmith.provenance.statements import Statement
 from weightsmith.values import Blob, Digest, FileEntry, Json, canonical, tree_digest
 
 EVALUATION_TYPE = "application/vnd.weightsmith.evaluation.v1+json"
@@ -47,26 +47,11 @@ def titled(artifact_type: str, title: str, content: Json) -> Document:
 class Evidence:
     """Everything that is attached to an image."""
 
-    statements: tuple[Mapping[str, Json], ...] = ()
+    statements: tuple[Statement, ...] = ()
     """Made and signed by this build."""
     kept: tuple[Part, ...] = ()
     """Those of the image that this one was made from."""
     documents: tuple[Document, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FoundStatement:
-    """A statement as found on an image."""
-
-    statement: Mapping[str, Json]
-    signed: bool
-    """Signed by the given key; False without a key."""
-
-
-def is_ours(statement: Mapping[str, Json]) -> bool:
-    """Say whether a statement is of a kind that we make, and must be signed by our key."""
-    kinds = ("merge", "quantize", "split", "bake", "rebase")
-    return statement.get("predicateType") == TEST_RESULT or kind_of(statement) in kinds
 
 
 def read_attached(location: ImageLocation, image: Digest) -> list[Attachment]:
@@ -95,14 +80,14 @@ def claims_in(attachments: Sequence[Attachment], check: signing.Check | None) ->
             read = read_statement(part, check)
         except InputRefused:
             continue
-        if is_claim(read.statement):
-            found += subjects_of(read.statement).values() if read.signed else [""]
+        if is_claim(read):
+            found += read.subjects.values() if read.signed else [""]
     return found
 
 
-def is_claim(statement: Mapping[str, Json]) -> bool:
+def is_claim(statement: Statement) -> bool:
     """Say whether a statement is only cosign 3's signature of an image."""
-    return statement.get("predicateType") == signing.SIGN_PREDICATE
+    return statement.predicate_type == signing.SIGN_PREDICATE
 
 
 def bundles_in(attachments: Iterable[Attachment]) -> list[Part]:
@@ -116,12 +101,11 @@ def is_bundle(part: Part) -> bool:
     return part.blob.media_type.startswith(signing.BUNDLE_TYPE)
 
 
-def read_statement(part: Part, check: signing.Check | None) -> FoundStatement:
+def read_statement(part: Part, check: signing.Check | None) -> Statement:
     """Return a statement, plain, in an envelope or in a bundle; raises InputRefused otherwise."""
     data = signing.unbundled(part.read()) if is_bundle(part) else part.read()
     if is_bundle(part) or part.blob.media_type == signing.ENVELOPE_TYPE:
-        statement, signed = signing.open_envelope(data, check)
-        return FoundStatement(statement=statement, signed=signed)
+        return signing.open_envelope(data, check)
     try:
         plain = parse(data, largest=PART, unique=True)
     except ValueError:
@@ -130,7 +114,7 @@ def read_statement(part: Part, check: signing.Check | None) -> FoundStatement:
         raise InputRefused(
             "a statement is not a JSON object", hint="the image is damaged; push or write it again"
         )
-    return FoundStatement(statement=plain, signed=False)
+    return Statement(plain)
 
 
 def statement_parts(attachments: Iterable[Attachment]) -> list[Part]:

@@ -11,15 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from weightsmith.provenance.evidence import Document, document_digest
-from weightsmith.provenance.statements import (
-    TEST_RESULT,
-    byproducts_of,
-    dependencies_of,
-    image_of,
-    kind_of,
-    subjects_of,
-)
-from weightsmith.values import Digest, FileEntry, Json, tree_digest
+from weightsmith.provenance.statements import TEST_RESULT, Statement
+from weightsmith.values import Digest
 
 _OF_IMAGES = ("bake", "rebase")
 _OF_WEIGHTS = (("split", "artifact"), ("quantize", "checkpoint"), ("merge", ""))
@@ -32,33 +25,33 @@ class Lineage:
 
     images: tuple[str, ...]
     """The image's digest, then those it was rebased from; the last one was baked."""
-    own: Mapping[str, Json] | None = None
+    own: Statement | None = None
     """The statement about the image itself."""
-    baked: Mapping[str, Json] | None = None
-    steps: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
+    baked: Statement | None = None
+    steps: Mapping[str, Statement] = field(default_factory=dict)
     """`split`, `quantize` and `merge`, if their result is the next step's input."""
     made: Mapping[str, str] = field(default_factory=dict)
     """The result that each of them must have: kind -> digest of a tree."""
-    results: tuple[Mapping[str, Json], ...] = ()
+    results: tuple[Statement, ...] = ()
     """All test results of the image, or of the nearest image that it was rebased from."""
     byproducts: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """Documents named by statements about `images`, each with its allowed digests."""
 
-    def holds(self, statement: Mapping[str, Json]) -> bool:
+    def holds(self, statement: Statement) -> bool:
         """Say whether a statement is about this image, or about a step that led to it."""
-        kind = kind_of(statement)
+        kind = statement.kind
         if kind in self.made:
-            return made_tree(statement) == self.made[kind]
-        if kind in _OF_IMAGES or statement.get("predicateType") == TEST_RESULT:
-            return image_of(statement) in self.images
-        return self.images[0] in subjects_of(statement).values()
+            return statement.tree == self.made[kind]
+        if kind in _OF_IMAGES or statement.predicate_type == TEST_RESULT:
+            return statement.image in self.images
+        return self.images[0] in statement.subjects.values()
 
-    def stray(self, statement: Mapping[str, Json]) -> str:
+    def stray(self, statement: Statement) -> str:
         """Describe the subject of a statement that is not about this image."""
-        kind = kind_of(statement)
+        kind = statement.kind
         if kind in dict(_OF_WEIGHTS):
-            return f"{kind} of other weights ({made_tree(statement)[7:19]})"
-        others = [digest for digest in subjects_of(statement).values() if digest != self.images[0]]
+            return f"{kind} of other weights ({statement.tree[7:19]})"
+        others = [digest for digest in statement.subjects.values() if digest != self.images[0]]
         return f"about another image ({others[0][7:19]})" if others else "about no image"
 
     def names(self, document: Document) -> bool:
@@ -66,20 +59,20 @@ class Lineage:
         return any(document_digest(document) in digests for digests in self.byproducts.values())
 
 
-def trace(image: Digest, stated: Iterable[Mapping[str, Json]]) -> Lineage:
+def trace(image: Digest, stated: Iterable[Statement]) -> Lineage:
     """Return the chain of statements about an image; of several that match, the last one."""
     statements = list(stated)
     images: list[str] = [image]
     own = baked = _image_made(image, statements)
-    while baked is not None and kind_of(baked) == "rebase":
-        before = dependencies_of(baked).get("image", "")
+    while baked is not None and baked.kind == "rebase":
+        before = baked.dependencies.get("image", "")
         baked = None if before in images else _image_made(before, statements)
         images.append(before)
     steps, made = _steps(baked, statements)
     byproducts: dict[str, frozenset[str]] = {}
     for one in statements:
-        if kind_of(one) in _OF_IMAGES and image_of(one) in images:
-            for name, digest in byproducts_of(one).items():
+        if one.kind in _OF_IMAGES and one.image in images:
+            for name, digest in one.byproducts.items():
                 byproducts[name] = byproducts.get(name, frozenset()) | {digest}
     return Lineage(
         images=tuple(images),
@@ -92,38 +85,28 @@ def trace(image: Digest, stated: Iterable[Mapping[str, Json]]) -> Lineage:
     )
 
 
-def made_tree(statement: Mapping[str, Json]) -> Digest:
-    """Return the digest of a step's result: the files that are its subjects."""
-    return tree_digest(
-        FileEntry(path=path, size=0, digest=Digest(digest))
-        for path, digest in subjects_of(statement).items()
-    )
-
-
-def _image_made(image: str, statements: Sequence[Mapping[str, Json]]) -> Mapping[str, Json] | None:
-    found = [one for one in statements if kind_of(one) in _OF_IMAGES and image_of(one) == image]
+def _image_made(image: str, statements: Sequence[Statement]) -> Statement | None:
+    found = [one for one in statements if one.kind in _OF_IMAGES and one.image == image]
     return found[-1] if image and found else None
 
 
 def _steps(
-    baked: Mapping[str, Json] | None, statements: Sequence[Mapping[str, Json]]
-) -> tuple[dict[str, Mapping[str, Json]], dict[str, str]]:
+    baked: Statement | None, statements: Sequence[Statement]
+) -> tuple[dict[str, Statement], dict[str, str]]:
     """Return the steps before baking, and the result that each must have."""
-    steps: dict[str, Mapping[str, Json]] = {}
+    steps: dict[str, Statement] = {}
     made: dict[str, str] = {}
-    used = dependencies_of(baked).get("artifact", "") if baked else ""
+    used = baked.dependencies.get("artifact", "") if baked else ""
     for kind, source in _OF_WEIGHTS:
         made[kind] = used
-        fitting = [one for one in statements if kind_of(one) == kind and made_tree(one) == used]
+        fitting = [one for one in statements if one.kind == kind and one.tree == used]
         if fitting:
             steps[kind] = fitting[-1]
-            used = dependencies_of(fitting[-1]).get(source, "")
+            used = fitting[-1].dependencies.get(source, "")
     return steps, made
 
 
-def _results(
-    images: Sequence[str], statements: Sequence[Mapping[str, Json]]
-) -> tuple[Mapping[str, Json], ...]:
-    results = [one for one in statements if one.get("predicateType") == TEST_RESULT]
-    of_each = ([one for one in results if image_of(one) == image] for image in images)
+def _results(images: Sequence[str], statements: Sequence[Statement]) -> tuple[Statement, ...]:
+    results = [one for one in statements if one.predicate_type == TEST_RESULT]
+    of_each = ([one for one in results if one.image == image] for image in images)
     return tuple(next((found for found in of_each if found), ()))

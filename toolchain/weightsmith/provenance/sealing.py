@@ -6,7 +6,7 @@ others signed is read first and kept beside ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
 from weightsmith.errors import InputRefused
@@ -17,14 +17,14 @@ from weightsmith.provenance import signing
 from weightsmith.provenance.evidence import (
     STATEMENTS,
     Evidence,
-    is_ours,
     read_attached,
     read_statement,
     signatures_in,
     statement_parts,
 )
 from weightsmith.provenance.lineage import trace
-from weightsmith.values import Blob, Digest, Json, canonical
+from weightsmith.provenance.statements import Statement
+from weightsmith.values import Blob, Digest
 
 _PREDICATE = "in-toto.io/predicate-type"
 _COSIGN = (
@@ -95,13 +95,13 @@ def strays(parts: Sequence[Part], image: Digest) -> list[str]:
     """Describe each of our statements that is not about the image."""
     stated = _readable(parts)
     lineage = trace(image, stated)
-    return [lineage.stray(one) for one in stated if is_ours(one) and not lineage.holds(one)]
+    return [lineage.stray(one) for one in stated if one.is_ours and not lineage.holds(one)]
 
 
 def only_held(held: Sequence[Part], parts: Sequence[Part]) -> int:
     """Return how many of our statements are held that are not among the image's own."""
-    own = {canonical(one) for one in _readable(parts)}
-    return len({canonical(one) for one in _readable(held) if is_ours(one)} - own)
+    own = {one.content for one in _readable(parts)}
+    return len({one.content for one in _readable(held) if one.is_ours} - own)
 
 
 def _several(attachments: Sequence[Attachment], kind: str) -> bool:
@@ -147,12 +147,12 @@ def _joined(parts: Iterable[Part]) -> list[Part]:
     return found
 
 
-def _readable(parts: Sequence[Part]) -> list[Mapping[str, Json]]:
+def _readable(parts: Sequence[Part]) -> list[Statement]:
     """Return the statements that can be read."""
     found = []
     for part in parts:
         with suppress(InputRefused):
-            found.append(read_statement(part, None).statement)
+            found.append(read_statement(part, None))
     return found
 
 
@@ -160,21 +160,21 @@ def _about(parts: Sequence[Part], image: Digest) -> set[bytes]:
     """Return the contents of our statements about an image."""
     stated = _readable(parts)
     lineage = trace(image, stated)
-    return {canonical(one) for one in stated if is_ours(one) and lineage.holds(one)}
+    return {one.content for one in stated if one.is_ours and lineage.holds(one)}
 
 
 def _content(part: Part) -> bytes:
     """Return a statement's content; its digest if it is someone else's and unreadable."""
     try:
-        return canonical(read_statement(part, None).statement)
+        return read_statement(part, None).content
     except InputRefused:
         return part.blob.digest.encode()
 
 
 def _signed(part: Part, signer: Signer) -> Part:
     """Return a statement in an envelope with our signature."""
-    statement = read_statement(part, None).statement
-    kind = str(statement["predicateType"])
+    statement = read_statement(part, None)
+    kind = statement.predicate_type
     if part.blob.media_type == signing.ENVELOPE_TYPE:
         return signing.envelope_part(signing.countersign(part.read(), signer), kind)
     return signing.envelope_part(signing.sign_statement(statement, signer), kind)

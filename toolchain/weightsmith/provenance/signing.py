@@ -8,7 +8,7 @@ https://github.com/sigstore/protobuf-specs/blob/main/protos/sigstore_bundle.prot
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -16,7 +16,8 @@ from weightsmith.errors import InputRefused, UsageError
 from weightsmith.foreign import PART, parse
 from weightsmith.oci.attachments import Attachment, Part
 from weightsmith.ports import Signer
-from weightsmith.values import Blob, Digest, Json, canonical
+from weightsmith.provenance.statements import Statement
+from weightsmith.values import Blob, Digest, canonical
 
 Check: TypeAlias = Callable[[bytes, bytes], bool]
 """(bytes, signature) -> whether the key made the signature."""
@@ -58,9 +59,9 @@ def sign_image(image: Blob, name: str, signer: Signer, held: Sequence[Part] = ()
     return Part.of_bytes(payload, SIMPLE_SIGNING, **{_SIGNATURE: signature})
 
 
-def sign_statement(statement: Mapping[str, Json], signer: Signer) -> bytes:
+def sign_statement(statement: Statement, signer: Signer) -> bytes:
     """Return a statement in a signed DSSE envelope."""
-    payload = canonical(statement)
+    payload = statement.content
     signature = base64.b64encode(signer.sign(_pre_authentication(payload))).decode()
     return canonical(
         {
@@ -76,7 +77,7 @@ def countersign(envelope: bytes, signer: Signer) -> bytes:
 
     Raises InputRefused if it is not an envelope with a statement.
     """
-    if open_envelope(envelope, check_by(signer.public))[1]:
+    if open_envelope(envelope, check_by(signer.public)).signed:
         return envelope
     payload = base64.b64decode(parse(envelope, largest=PART)["payload"])
     signature = base64.b64encode(signer.sign(_pre_authentication(payload))).decode()
@@ -100,10 +101,10 @@ def envelope_part(envelope: bytes, predicate_type: str) -> Part:
     return Part.of_bytes(envelope, ENVELOPE_TYPE, **notes)
 
 
-def statement_part(statement: Mapping[str, Json]) -> Part:
+def statement_part(statement: Statement) -> Part:
     """Return an unsigned statement."""
-    notes = {"predicateType": str(statement["predicateType"])}
-    return Part.of_bytes(canonical(statement), STATEMENT_TYPE, **notes)
+    notes = {"predicateType": statement.predicate_type}
+    return Part.of_bytes(statement.content, STATEMENT_TYPE, **notes)
 
 
 def cosign_manifest(
@@ -140,8 +141,8 @@ def signed_digest(part: Part, check: Check | None) -> str:
     return str(claim) if signature and check and check(payload, signature) else ""
 
 
-def open_envelope(data: bytes, check: Check | None) -> tuple[Mapping[str, Json], bool]:
-    """Return an envelope's statement, and whether the key signed it.
+def open_envelope(data: bytes, check: Check | None) -> Statement:
+    """Return an envelope's statement, with whether the key signed it.
 
     Raises InputRefused if it is not an envelope with a statement.
     """
@@ -158,7 +159,7 @@ def open_envelope(data: bytes, check: Check | None) -> tuple[Mapping[str, Json],
     signed = check is not None and any(
         check(_pre_authentication(payload), signature) for signature in signatures
     )
-    return statement, signed
+    return Statement(statement, signed)
 
 
 def unbundled(data: bytes) -> bytes:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from weightsmith import __version__
 from weightsmith.oci.image import Image
-from weightsmith.values import Blob, Digest, FileEntry, Json, Tree
+from weightsmith.values import Blob, Digest, FileEntry, Json, Tree, canonical, tree_digest
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 SLSA = "https://slsa.dev/provenance/v1"
@@ -21,7 +21,8 @@ TEST_RESULT = "https://in-toto.io/attestation/test-result/v0.1"
 _HEX = re.compile(r"[0-9a-f]{64}")
 _PROJECT = "https://github.com/weightsmith/weightsmith"
 BUILD_TYPE = f"{_PROJECT}/provenance/"
-"""Prefix of a transformation's name: `merge`, `quantize`, `bake`, `rebase`."""
+"""Prefix of a transformation's name, one of:"""
+_KINDS = ("merge", "quantize", "split", "bake", "rebase")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,111 @@ class Resource:
         found: dict[str, Json] = {"name": self.name, "digest": {"sha256": self.digest.hex}}
         extra = {"uri": self.uri, "mediaType": self.media_type, "annotations": self.annotations}
         return found | {key: value for key, value in extra.items() if value}
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """An in-toto statement, made here or by anyone; malformed parts read as empty."""
+
+    document: Mapping[str, Json]
+    signed: bool = False
+    """Signed by the given key; False without a key."""
+
+    @property
+    def content(self) -> bytes:
+        """Its canonical JSON."""
+        return canonical(self.document)
+
+    @property
+    def predicate_type(self) -> str:
+        """What kind of predicate it has."""
+        return str(self.document.get("predicateType", ""))
+
+    @property
+    def predicate(self) -> Mapping[str, Json]:
+        """What it says about its subjects."""
+        return self._at("predicate")
+
+    @property
+    def kind(self) -> str:
+        """The transformation in one of our statements; empty for any other statement."""
+        if self.predicate_type != SLSA:
+            return ""
+        return str(self._definition.get("buildType", "")).removeprefix(BUILD_TYPE)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is of a kind that we make, and must be signed by our key."""
+        return self.predicate_type == TEST_RESULT or self.kind in _KINDS
+
+    @property
+    def subjects(self) -> dict[str, str]:
+        """Name -> digest."""
+        return _digests(self.document.get("subject"))
+
+    @property
+    def image(self) -> str:
+        """The image that one of our statements is about; empty if there is none, or several.
+
+        `bake` and `rebase` also have the image's layers as subjects, others only the image.
+        """
+        rows = self.document.get("subject")
+        alone = bool(self.kind) or (isinstance(rows, list) and len(rows) == 1)
+        return self.subjects.get("image", "") if alone else ""
+
+    @property
+    def tree(self) -> Digest:
+        """The digest of a step's result: the files that are its subjects."""
+        return tree_digest(
+            FileEntry(path=path, size=0, digest=Digest(digest))
+            for path, digest in self.subjects.items()
+        )
+
+    @property
+    def dependencies(self) -> dict[str, str]:
+        """A transformation's inputs: name -> digest."""
+        return _digests(self._definition.get("resolvedDependencies"))
+
+    @property
+    def dependency_uris(self) -> dict[str, str]:
+        """The stated origins of a transformation's inputs: name -> URI."""
+        rows = self._definition.get("resolvedDependencies")
+        listed = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+        return {str(row.get("name")): str(row.get("uri", "")) for row in listed}
+
+    @property
+    def byproducts(self) -> dict[str, str]:
+        """A transformation's by-products: name -> digest."""
+        return _digests(self._at("predicate", "runDetails").get("byproducts"))
+
+    @property
+    def parameters(self) -> Mapping[str, Json]:
+        """A transformation's parameters."""
+        found = self._definition.get("externalParameters")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def _definition(self) -> Mapping[str, Json]:
+        return self._at("predicate", "buildDefinition")
+
+    def _at(self, *keys: str) -> Mapping[str, Json]:
+        value: Json = self.document
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value if isinstance(value, dict) else {}
+
+
+def _digests(rows: Json) -> dict[str, str]:
+    """Return resource descriptors as name -> `sha256:…`.
+
+    Malformed descriptors are left out, and so are names that occur more than once.
+    """
+    found: dict[str, set[str]] = {}
+    for row in rows if isinstance(rows, list) else []:
+        digest = row.get("digest") if isinstance(row, dict) else None
+        if isinstance(digest, dict) and _HEX.fullmatch(str(digest.get("sha256"))):
+            found.setdefault(str(row.get("name")), set()).add(f"sha256:{digest['sha256']}")
+    return {name: digests.pop() for name, digests in found.items() if len(digests) == 1}
 
 
 def tree_resource(name: str, digest: Digest, uri: str = "") -> Resource:
@@ -60,7 +166,7 @@ def provenance(
     dependencies: Sequence[Resource],
     builder: Sequence[Resource] = (),
     byproducts: Sequence[Resource] = (),
-) -> dict[str, Json]:
+) -> Statement:
     """Return the statement of one transformation; the same inputs give the same statement.
 
     It has no times, which would change the digest with every run; they are in build.json.
@@ -88,16 +194,16 @@ def provenance(
     )
 
 
-def statement(
-    subjects: Sequence[Resource], predicate_type: str, predicate: Json
-) -> dict[str, Json]:
+def statement(subjects: Sequence[Resource], predicate_type: str, predicate: Json) -> Statement:
     """Return an in-toto statement about the subjects."""
-    return {
-        "_type": STATEMENT,
-        "subject": [subject.row() for subject in subjects],
-        "predicateType": predicate_type,
-        "predicate": predicate,
-    }
+    return Statement(
+        {
+            "_type": STATEMENT,
+            "subject": [subject.row() for subject in subjects],
+            "predicateType": predicate_type,
+            "predicate": predicate,
+        }
+    )
 
 
 def image_resource(image: Blob) -> Resource:
@@ -114,74 +220,3 @@ def layer_resources(image: Image) -> list[Resource]:
     ]  # fmt: skip
     config = image.config_blob
     return [*rows, Resource(name="config", digest=config.digest, media_type=config.media_type)]
-
-
-def kind_of(statement: Mapping[str, Json]) -> str:
-    """Return the transformation in one of our statements; empty for any other statement."""
-    if statement.get("predicateType") != SLSA:
-        return ""
-    definition = _at(statement, "predicate", "buildDefinition")
-    return str(definition.get("buildType", "")).removeprefix(BUILD_TYPE)
-
-
-def digests_of(rows: Json) -> dict[str, str]:
-    """Return resource descriptors as name -> `sha256:…`.
-
-    Malformed descriptors are left out, and so are names that occur more than once.
-    """
-    found: dict[str, set[str]] = {}
-    for row in rows if isinstance(rows, list) else []:
-        digest = row.get("digest") if isinstance(row, dict) else None
-        if isinstance(digest, dict) and _HEX.fullmatch(str(digest.get("sha256"))):
-            found.setdefault(str(row.get("name")), set()).add(f"sha256:{digest['sha256']}")
-    return {name: digests.pop() for name, digests in found.items() if len(digests) == 1}
-
-
-def subjects_of(statement: Mapping[str, Json]) -> dict[str, str]:
-    """Return a statement's subjects: name -> digest."""
-    return digests_of(statement.get("subject"))
-
-
-def image_of(statement: Mapping[str, Json]) -> str:
-    """Return the image that one of our statements is about; empty if there is none, or several.
-
-    `bake` and `rebase` also have the image's layers as subjects, others only the image.
-    """
-    rows = statement.get("subject")
-    alone = bool(kind_of(statement)) or (isinstance(rows, list) and len(rows) == 1)
-    return subjects_of(statement).get("image", "") if alone else ""
-
-
-def dependencies_of(statement: Mapping[str, Json]) -> dict[str, str]:
-    """Return a transformation's inputs: name -> digest."""
-    return digests_of(_at(statement, "predicate", "buildDefinition").get("resolvedDependencies"))
-
-
-def dependency_uris(statement: Mapping[str, Json]) -> dict[str, str]:
-    """Return the stated origins of a transformation's inputs: name -> URI."""
-    rows = _at(statement, "predicate", "buildDefinition").get("resolvedDependencies")
-    listed = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    return {str(row.get("name")): str(row.get("uri", "")) for row in listed}
-
-
-def byproducts_of(statement: Mapping[str, Json]) -> dict[str, str]:
-    """Return a transformation's by-products: name -> digest."""
-    return digests_of(_at(statement, "predicate", "runDetails").get("byproducts"))
-
-
-def parameters_of(statement: Mapping[str, Json]) -> Mapping[str, Json]:
-    """Return a transformation's parameters."""
-    found = _at(statement, "predicate", "buildDefinition").get("externalParameters")
-    return found if isinstance(found, dict) else {}
-
-
-def predicate_of(statement: Mapping[str, Json]) -> Mapping[str, Json]:
-    """Return a statement's predicate; {} if it is malformed."""
-    return _at(statement, "predicate")
-
-
-def _at(statement: Mapping[str, Json], *keys: str) -> Mapping[str, Json]:
-    value: Json = statement
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value if isinstance(value, dict) else {}
