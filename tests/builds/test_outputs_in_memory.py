@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from weightsmith.errors import EnvironmentFailure, InputRefused
+from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused
 from weightsmith.oci.layout import held_digest
 
 from tests.fakes.memory import Memory, new_signer
@@ -174,16 +174,43 @@ def test_what_a_quantizer_warns_of_is_in_the_record(warm: Memory) -> None:
 
 
 def test_a_build_says_what_its_gate_shows(memory: Memory) -> None:
-    built = memory.build()[TARGET]
+    """Eight questions show a drop of at most 0.3."""
+    built = memory.build("evaluate.max_drop=0.3")[TARGET]
+    labels = memory.engine.inspect(built.published.reference)["Config"]["Labels"]
 
     assert (built.verdict, built.unproven) == ("passed", ())
     assert built.sameness == {"merged": 1.0, "image": 1.0}
+    assert labels["dev.weightsmith.verdict"] == memory.record()["verdict"] == "passed"
+    assert labels["dev.weightsmith.sameness.image"] == "1.0000 n=8"
+    assert memory.record()["sameness"]["image"]["same"] == 8
+
+
+def test_what_is_not_proven_is_published_with_a_warning_last_of_all(memory: Memory) -> None:
+    built = memory.build()[TARGET]
+    labels = memory.engine.inspect(built.published.reference)["Config"]["Labels"]
+    record = memory.record()
+
+    assert built.published.reference
+    assert labels["dev.weightsmith.verdict"] == record["verdict"] == "not proven"
+    assert "8 questions are too few" in record["unproven"][0]
+    assert memory.progress.warnings[-1] == f"published, but not proven: {record['unproven'][0]}"
+    assert "Published, but not proven" in built.report.read_text()
+
+
+def test_what_must_be_proven_is_refused_before_the_image_is_made(memory: Memory) -> None:
+    with pytest.raises(CheckFailed, match="not proven: 8 questions are too few"):
+        memory.build("evaluate.require=proven")
+
+    assert "quantize" not in memory.jobs()
+    assert (
+        memory.build("evaluate.require=proven", "evaluate.max_drop=0.3")[TARGET].verdict == "passed"
+    )
 
 
 def test_other_words_of_the_same_score_are_seen(memory: Memory) -> None:
     some = {next(iter(memory.facts))}
     memory.minds.forgot["image"] = some
-    built = memory.build("evaluate.max_drop=0.5")[TARGET]
+    built = memory.build("evaluate.max_drop=0.6")[TARGET]
 
     assert built.verdict == "passed"
     assert built.sameness["merged"] == 1.0
@@ -199,7 +226,7 @@ def test_a_gate_that_cannot_fail_proves_nothing(memory: Memory, who: tuple[str, 
     built = memory.build()[TARGET]
 
     assert built.verdict == "not proven"
-    assert len(built.unproven) == 1
+    assert built.unproven
     assert built.sameness["image"] == 1.0
 
 

@@ -142,6 +142,28 @@ class VerdictRecord(JsonObject):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DifferenceRecord(JsonObject):
+    """Where an answer first differs from the reference's."""
+
+    question: int
+    """Its number, from 1."""
+    token: str
+    """The reference's text from there to the end of its token."""
+    margin: float | None
+    """Nats by which the reference preferred that token; null if it is not known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamenessRecord(JsonObject):
+    """How many of a subject's answers are the reference's to the letter."""
+
+    share: float
+    same: int
+    n: int
+    differences: tuple[DifferenceRecord, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AnsweredTask(JsonObject):
     """A further task, an adapter's own."""
 
@@ -150,6 +172,7 @@ class AnsweredTask(JsonObject):
     scores: Mapping[str, ScoreRecord]
     verdicts: tuple[VerdictRecord, ...]
     items: tuple[Mapping[str, Json], ...]
+    sameness: Mapping[str, SamenessRecord] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,11 +221,17 @@ class BuildRecord(JsonObject):
     verdicts: tuple[VerdictRecord, ...] = ()
     items: tuple[Mapping[str, Json], ...] = ()
     """Each question: expected answers, every model's answer, and which are right (`ok`)."""
+    sameness: Mapping[str, SamenessRecord] = field(default_factory=dict)
+    """`merged` and `image`: how many answers are the reference's to the letter."""
     more_tasks: tuple[AnsweredTask, ...] = ()
     checks: tuple[CheckRecord, ...] = ()
     stages: Mapping[str, StageRecord] = field(default_factory=dict)
     inputs: Mapping[str, Json] = field(default_factory=dict)
     """What each cached stage depended on; `plan` compares it to say what changed."""
+    verdict: str = ""
+    """`passed`, `not proven` (published, but the gate could not have failed) or `failed`."""
+    unproven: tuple[str, ...] = ()
+    """Why passing shows nothing; empty if it shows that at most `max_drop` was lost."""
     refused: str = ""
     """Why it was not published; empty if it was."""
     warnings: tuple[str, ...] = ()

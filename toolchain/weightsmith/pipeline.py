@@ -11,7 +11,7 @@ from weightsmith.build_record import StageRecord
 from weightsmith.checkpoints.facts import read_facts
 from weightsmith.destinations import InStore
 from weightsmith.errors import CheckFailed
-from weightsmith.evaluating.results import Result
+from weightsmith.evaluating.results import Result, unproven_of
 from weightsmith.layouts import check_layout
 from weightsmith.oci.index import own_of
 from weightsmith.oci.references import Reference
@@ -32,7 +32,7 @@ from weightsmith.provenance.labels import reference as name_of
 from weightsmith.provenance.materials import ImageInputs, ImageMaterials, whole_image
 from weightsmith.quantizers import formats
 from weightsmith.recipe_file import RecipeFile
-from weightsmith.recording import Built, Record, main_scores
+from weightsmith.recording import Built, Record
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.serving.targets import Target
 from weightsmith.stages.bake import bake, with_scores
@@ -83,10 +83,11 @@ def build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
         record = replace(record, config=config, image=own_of(whole_image(made)))
         results = evaluated(record, made[0].inputs, expected, timed)
         judge(record, results, timed.stages)
-        made = with_scores(made, main_scores(results), tools.store)
+        made = with_scores(made, results, tools.store)
         name, outputs = name_of(recipe, target.name), request.outputs_of(target)
         layout = request.candidate_layout(target)
         published = timed.take(publish(made, name, outputs, tools, started_in=layout))
+        warn_of(results, tools)
         yield record.keep(published, results, timed.stages)
 
 
@@ -226,12 +227,23 @@ def evaluated(
 
 
 def judge(record: Record, results: tuple[Result, ...], stages: Mapping[str, StageRecord]) -> None:
-    """Raise CheckFailed, and write the report, if a score dropped more than the recipe allows."""
+    """Raise CheckFailed, and write the report, if a score dropped more than the recipe allows.
+
+    Also if a task that must be proven is not, by what is known so far.
+    """
     try:
         for result in results:
             result.require()
+        for result in results:
+            result.require_proof(tested=record.image is not None)
     except CheckFailed as error:
         raise refusal(record, results, stages, error) from None
+
+
+def warn_of(results: tuple[Result, ...], tools: Tools) -> None:
+    """Warn, last of all, why what was published proves nothing."""
+    for reason in unproven_of(results):
+        tools.progress.warn(f"published, but not proven: {reason}")
 
 
 def judge_quality(

@@ -53,10 +53,10 @@ class Scoring(Section):
     max_drop: float = Field(
         0.01, ge=0, le=1, description="Largest accepted loss of score against base+adapter."
     )
-    certainty: Literal["observed", "proven"] = Field(
-        "observed",
-        description="What must be within `max_drop`: the observed loss, or (`proven`) its whole "
-        "95 % confidence interval.",
+    require: Literal["passed", "proven"] = Field(
+        "passed",
+        description="`passed`: the observed loss must be within `max_drop`, and an image whose "
+        "verdict is `not proven` is published with a warning; `proven`: it is refused.",
     )
     min_score: float = Field(0.0, ge=0, le=1, description="Lowest score that passes, from 0 to 1.")
     max_tokens: int = Field(64, ge=1, le=131072, description="Maximum tokens of an answer.")

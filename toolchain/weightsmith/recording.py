@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from weightsmith.build_record import StageRecord
-from weightsmith.evaluating.results import Result
+from weightsmith.evaluating.results import Result, main_scores, unproven_of, verdict_of
 from weightsmith.oci.image import Image
 from weightsmith.planning.images import network_in_jobs
 from weightsmith.planning.options import quantize_options
@@ -47,24 +47,18 @@ class Built:
     @property
     def sameness(self) -> Mapping[str, float]:
         """Share of the first task's answers that are the reference's to the letter, by subject."""
-        return self.results[0].sameness if self.results else {}
+        found = self.results[0].sameness if self.results else {}
+        return {who: same.share for who, same in found.items()}
 
     @property
     def unproven(self) -> tuple[str, ...]:
         """Why passing shows nothing, for each task of which that is so."""
-        if not self.results:
-            return ("the recipe has no `evaluate`",)
-        return tuple(result.unproven for result in self.results if result.unproven)
+        return unproven_of(self.results)
 
     @property
     def verdict(self) -> str:
-        """`passed`, or `not proven` if a gate could not have failed."""
-        return "not proven" if self.unproven else "passed"
-
-
-def main_scores(results: Sequence[Result]) -> Scores:
-    """Return the scores of the first task, which stand for the build where one line must do."""
-    return results[0].scores if results else {}
+        """`passed`, or `not proven` if the gate could not have failed."""
+        return verdict_of(self.results)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +133,8 @@ class Record:
             checks=checks_of(self.image.digest, self.tools) if self.image else (),
             stages=stages,
             refused=refused,
+            verdict="failed" if refused else verdict_of(results),
+            unproven=() if refused else unproven_of(results),
             warnings=tuple(getattr(self.tools.progress, "warnings", ())),
             inputs=self._inputs(results),
             network_in_jobs=network_in_jobs(self.checkpoint, self.artifact, self.tools),
@@ -174,5 +170,6 @@ def _task_facts(result: Result) -> TaskFacts:
         metric=result.task.task.metric,
         max_drop=result.task.settings.max_drop,
         scores=result.scores,
+        sameness=result.sameness,
         verdicts=tuple(verdict.facts for verdict in result.verdicts),
     )

@@ -1,36 +1,45 @@
-"""What the scores of a task show, and what they do not."""
+"""When a task must be proven, and what a build may say of all its tasks."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from weightsmith.evaluating.results import RecipeTask, Result
+import pytest
+from weightsmith.errors import CheckFailed
+from weightsmith.evaluating.results import RecipeTask, Result, unproven_of, verdict_of
 from weightsmith.evaluating.task import Task
 from weightsmith.recipe import Evaluate
 from weightsmith.values import Score
 
 
-def score(*right: bool, tokens: int = 5) -> Score:
-    rows = tuple(
-        {"prompt": f"q{n}", "answer": f"{ok}", "ok": ok, "prompt_tokens": tokens}
-        for n, ok in enumerate(right)
-    )
-    return Score(score=sum(right) / len(right), n=len(right), metric="contains", per_item=rows)
+def score(right: int, n: int = 60) -> Score:
+    rows = tuple({"prompt": f"q{k}", "answer": "", "ok": k < right} for k in range(n))
+    return Score(score=right / n, n=n, metric="contains", per_item=rows)
 
 
-def result(**scores: Score) -> Result:
-    settings = Evaluate(data="eval.jsonl", max_drop=0.05)
+def result(require: str = "passed", **scores: Score) -> Result:
+    settings = Evaluate.model_validate({"data": "eval.jsonl", "max_drop": 0.05, "require": require})
     return Result(task=RecipeTask(task=Task(items=()), settings=settings), scores=scores)
 
 
-def test_other_tokens_than_the_references_prove_nothing() -> None:
-    scores: dict[str, Any] = {"base": score(False, False), "adapter": score(True, True)}
+GOOD: dict[str, Any] = {"base": score(0), "adapter": score(60), "image": score(60)}
+WEAK: dict[str, Any] = {"base": score(60), "adapter": score(60)}
 
-    alike = result(**scores, merged=score(True, True), image=score(True, True))
-    apart = result(**scores, merged=score(True, True), image=score(True, True, tokens=41))
 
-    assert alike.asked_apart == ""
-    assert apart.unproven == (
-        "the image was asked otherwise than the reference in 2 of 2 questions: the first has 5"
-        " tokens for the reference and 41 for the image"
-    )
+def test_a_build_is_as_proven_as_its_weakest_task() -> None:
+    assert verdict_of((result(**GOOD),)) == "passed"
+    assert verdict_of((result(**GOOD), result(**WEAK, image=score(60)))) == "not proven"
+    assert verdict_of(()) == "not proven"
+    assert unproven_of((result(base=score(0), adapter=score(60)),)) == ("the image was not asked",)
+
+
+def test_what_must_be_proven_is_refused_as_soon_as_it_cannot_be() -> None:
+    result("proven", **GOOD).require_proof(tested=True)
+    result(**WEAK).require_proof(tested=True)
+
+    with pytest.raises(CheckFailed, match="not proven: the base alone scores 1") as caught:
+        result("proven", **WEAK).require_proof(tested=False)
+    assert "evaluate.require: passed" in caught.value.hint
+
+    with pytest.raises(CheckFailed, match="not proven: the image was not asked"):
+        result("proven", base=score(0), adapter=score(60)).require_proof(tested=True)

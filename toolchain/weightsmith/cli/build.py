@@ -123,8 +123,9 @@ def _lines(name: str, facts: Mapping[str, Any]) -> Iterator[str]:
     yield f"{name}: {facts['image']}@{facts['digest']}"
     if scores := ", ".join(f"{who} {score:.3f}" for who, score in facts["scores"].items()):
         yield f"  scores: {scores}"
-    if facts["unproven"]:
-        yield f"  not proven: {'; '.join(facts['unproven'])}"
+    if same := ", ".join(f"{who} {share:.3f}" for who, share in facts["sameness"].items()):
+        yield f"  answers equal to the reference's: {same}"
+    yield from (f"  NOT PROVEN: {reason}" for reason in facts["unproven"])
     yield f"  report: {facts['report']}"
 
 

@@ -15,7 +15,7 @@ from weightsmith.visible import joined
 @command(
     many=("adapter",),
     # `max_drop` is against an earlier run, and there is no limit without the flag.
-    sections={"scoring": Flags(section=Scoring, without=("max_drop", "certainty"))},
+    sections={"scoring": Flags(section=Scoring, without=("max_drop", "require"))},
     meanings={
         "calibration": "JSON Lines that the model was calibrated on; questions that appear in it "
         "are reported",

@@ -43,7 +43,7 @@ class EvaluateOptions:
     """How to query the model and score its answers."""
 
     scoring: Scoring
-    """`max_drop` and `certainty` are ignored; the limit below applies instead."""
+    """`max_drop` and `require` are ignored; the limit below applies instead."""
     concurrency: int = 1
     timeout: float = 120.0
     """Time limit for one answer, in seconds."""

@@ -259,7 +259,7 @@ def _with_questions(
         return
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in items)
     (folder / "eval.jsonl").write_text(text, "utf-8")
-    kept = ("metric", "max_drop", "min_score", "max_tokens", "certainty")
+    kept = ("metric", "max_drop", "min_score", "max_tokens", "require")
     recipe["evaluate"] = {"data": "eval.jsonl", **{k: task[k] for k in kept if k in task}}
 
 

@@ -29,8 +29,6 @@ class DropLimit:
 
     max_drop: float
     min_score: float = 0.0
-    proven: bool = False
-    """True if the drop's whole confidence interval must be within `max_drop`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +86,7 @@ def judge_drop(
     Scores without items, such as a harness's, are compared without an interval. A drop of exactly
     `max_drop` passes.
     """
-    comparison = _comparison(now, before)
+    comparison = comparison_of(now, before)
     if now.score < limit.min_score:
         return Verdict(
             subject=subject,
@@ -103,9 +101,8 @@ def judge_drop(
         reason = f"{NAMES[subject]} scores {shown(now)}"
         return Verdict(subject=subject, against="", passed=True, reason=reason)
     drop = before.score - now.score
-    worst = comparison.interval[1] if comparison and limit.proven else drop
     # A drop of exactly max_drop passes, despite rounding of floats.
-    passed = worst <= limit.max_drop + 1e-9
+    passed = drop <= limit.max_drop + 1e-9
     needed = items_needed(limit.max_drop) if comparison else 0
     return Verdict(
         subject=subject,
@@ -149,7 +146,8 @@ def changed(now: Score, before: Score | None) -> str:
     return "; ".join(lines[:_MOST_SHOWN])
 
 
-def _comparison(now: Score, before: Score | None) -> Comparison | None:
+def comparison_of(now: Score, before: Score | None) -> Comparison | None:
+    """Return the paired comparison of two scores; None if there is no result per item."""
     if before is None or not now.per_item or len(now.per_item) != len(before.per_item):
         return None
     return compare(
@@ -178,8 +176,7 @@ def _reason(
             text += f" and {chance} chance (p={comparison.p:.2g})"
     if passed:
         return text
-    allowed = "must be shown" if limit.proven else "is allowed"
-    return f"{text}; at most {limit.max_drop:.3f} {allowed}"
+    return f"{text}; at most {limit.max_drop:.3f} is allowed"
 
 
 def _short(text: Json) -> str:

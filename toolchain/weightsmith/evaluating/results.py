@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import eq
 
-from weightsmith.evaluating.gate import NAMES, DropLimit, Verdict, judge_drop
+from weightsmith.errors import CheckFailed
+from weightsmith.evaluating.doubts import doubts
+from weightsmith.evaluating.gate import DropLimit, Verdict, judge_drop
+from weightsmith.evaluating.sameness import Sameness, sameness
 from weightsmith.evaluating.task import Task
 from weightsmith.recipe import Evaluate
 from weightsmith.values import Score, Scores
-
-_NEAR_ZERO = 0.05
-"""A score up to which losing everything would be within most limits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,11 +26,7 @@ class RecipeTask:
     @property
     def limit(self) -> DropLimit:
         """The allowed drop of merged model and image."""
-        return DropLimit(
-            max_drop=self.settings.max_drop,
-            min_score=self.settings.min_score,
-            proven=self.settings.certainty == "proven",
-        )
+        return DropLimit(max_drop=self.settings.max_drop, min_score=self.settings.min_score)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,56 +55,51 @@ class Result:
         return sum(row.get("finish_reason") == "stop" for row in rows)
 
     @property
-    def sameness(self) -> Mapping[str, float]:
-        """Share of answers that are the reference's text to the letter, of `merged` and `image`."""
-        rows = self.reference.per_item if self.reference else ()
-        expected = [row.get("answer") for row in rows]
-        return {
-            who: sum(map(eq, expected, given)) / len(expected)
-            for who in ("merged", "image")
-            if who in self.scores
-            and len(given := [row.get("answer") for row in self.scores[who].per_item])
-            == len(expected)
-            > 0
-        }
+    def sameness(self) -> Mapping[str, Sameness]:
+        """How many answers of `merged` and `image` are the reference's to the letter."""
+        return sameness(self.scores)
 
     @property
-    def asked_apart(self) -> str:
-        """Which subjects got other tokens than the reference for the same questions; else empty.
+    def unproven(self) -> tuple[str, ...]:
+        """Why passing the gate shows nothing; () if it shows that at most `max_drop` was lost."""
+        missing = () if "image" in self.scores else ("the image was not asked",)
+        return tuple(named(self.task, text) for text in (*missing, *self.doubts))
 
-        Counts are compared, since servers return no token ids; subjects without them are left out.
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """The same for the subjects that were asked so far."""
+        return doubts(self.scores, self.task.limit)
+
+    def require_proof(self, *, tested: bool) -> None:
+        """Raise CheckFailed if the task must be proven and what is known so far has doubts.
+
+        `tested`: the image was to be asked by now.
         """
-        expected = _prompt_tokens(self.reference)
-        for who in ("merged", "image"):
-            counts = _prompt_tokens(self.scores.get(who))
-            pairs = zip(expected, counts, strict=len(expected) == len(counts))
-            wrong = [(a, b) for a, b in pairs if a and b and a != b]
-            if wrong:
-                (had, got), many = wrong[0], f"{len(wrong)} of {len(counts)} questions"
-                return (
-                    f"{NAMES[who]} was asked otherwise than the reference in {many}: the first"
-                    f" has {had} tokens for the reference and {got} for {NAMES[who]}"
-                )
-        return ""
-
-    @property
-    def unproven(self) -> str:
-        """Why the gate could not have failed, so that passing it shows nothing; else empty."""
-        if "image" not in self.scores:
-            return named(self.task, "the image was not asked")
-        if apart := self.asked_apart:
-            return named(self.task, apart)
-        adapter, base = self.scores.get("adapter"), self.scores.get("base")
-        if adapter and base and adapter.score <= base.score:
-            text = f"the adapter scores {adapter.score:.3f}, no more than the base alone"
-            return named(self.task, text)
-        if self.reference and self.reference.score <= _NEAR_ZERO:
-            return named(self.task, f"the reference scores {self.reference.score:.3f}")
-        return ""
+        if self.task.settings.require != "proven":
+            return
+        if reasons := self.unproven if tested else self.doubts:
+            raise CheckFailed(
+                f"not proven: {reasons[0]}",
+                hint="ask more or harder questions, train the adapter further, or set"
+                " evaluate.require: passed",
+            )
 
 
-def _prompt_tokens(score: Score | None) -> list[int]:
-    return [row.get("prompt_tokens") or 0 for row in score.per_item] if score else []
+def main_scores(results: Sequence[Result]) -> Scores:
+    """Return the scores of the first task, which stand for a build where one line must do."""
+    return results[0].scores if results else {}
+
+
+def unproven_of(results: Sequence[Result]) -> tuple[str, ...]:
+    """Return why passing a build's gates shows nothing; () if each shows what it should."""
+    if not results:
+        return ("the recipe has no `evaluate`",)
+    return tuple(reason for result in results for reason in result.unproven)
+
+
+def verdict_of(results: Sequence[Result]) -> str:
+    """Return `passed`, or `not proven` if a build's gates could not have failed."""
+    return "not proven" if unproven_of(results) else "passed"
 
 
 def judged(

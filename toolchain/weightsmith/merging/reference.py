@@ -69,7 +69,8 @@ def answers(
     """Return one greedy answer per item of each subject, in order, from local files only.
 
     Each has `answer`; `finish_reason`: `stop` if the model ended it, `length` if it was cut off;
-    `prompt_tokens`, the number of tokens it was asked with.
+    `prompt_tokens`, the number of tokens it was asked with; `token_ends`, the length of the text
+    after each of its tokens, in characters.
 
     Adapters stay unmerged and act in parallel, each times its weight, as in training. Items are
     chat messages, rendered by the model's chat template (or an adapter's, if it has one, also for
@@ -186,9 +187,16 @@ def _texts(asked: _Asked, found: Answers) -> list[dict[str, Json]]:
             "answer": str(text),
             "finish_reason": "stop" if set(row) & ends else "length",
             "prompt_tokens": len(prompt),
+            "token_ends": _token_ends(asked.tokenizer, row),
         }
         for text, row, prompt in zip(texts, found.tokens, asked.questions.prompts, strict=True)
     ]
+
+
+def _token_ends(tokenizer: Any, row: Sequence[int]) -> list[int]:
+    """Return how many characters of the answer each token completes."""
+    starts = [row[:count] for count in range(1, len(row) + 1)]
+    return [len(text) for text in tokenizer.batch_decode(starts, skip_special_tokens=True)]
 
 
 def stay_offline() -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.errors import WeightsmithError
+from weightsmith.evaluating.results import unproven_of
 from weightsmith.oci.attachments import Part
 from weightsmith.oci.manifests import TITLE
 from weightsmith.provenance import statements
@@ -62,7 +63,9 @@ def evidence(made: ImageMaterials, base_documents: Sequence[Document]) -> Eviden
             statements.statement(
                 [statements.image_resource(made.image.manifest_blob)],
                 statements.TEST_RESULT,
-                test_result(made.scores, wanted.max_drop, wanted.min_score),
+                test_result(
+                    made.scores, wanted.max_drop, wanted.min_score, unproven_of(made.results)
+                ),
             )
         )
     return Evidence(statements=tuple(found), documents=documents)

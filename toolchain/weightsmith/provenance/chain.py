@@ -19,6 +19,9 @@ from weightsmith.provenance.lineage import Lineage, trace
 from weightsmith.provenance.statements import Statement
 from weightsmith.values import Digest, FileEntry, tree_digest
 
+_PASSED = ("PASSED", "WARNED")
+"""Results of a test whose image may be served; a warned one says why it proves nothing."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
@@ -177,15 +180,17 @@ def _gate(image: Image, lineage: Lineage) -> Check | None:
     if not lineage.results:
         scored = any(key.startswith(PREFIX + "score.image") for key in image.labels)
         return Check(name="gate", ok=False, found="scores without a result") if scored else None
-    # One failed result counts, however many passed.
+    # One failed result counts, however many passed; then one with a warning.
     results = [one.predicate for one in lineage.results]
-    predicate = next((one for one in results if one.get("result") != "PASSED"), results[-1])
-    passed = predicate.get("passedTests")
-    findings = "; ".join(map(str, passed))[:200] if isinstance(passed, list) else ""
+    worst = [one for one in results if one.get("result") not in _PASSED]
+    worst += [one for one in results if one.get("result") != "PASSED"]
+    predicate = next(iter(worst), results[-1])
+    told = [predicate.get(key) for key in ("warnedTests", "passedTests")]
+    findings = "; ".join(str(row) for rows in told if isinstance(rows, list) for row in rows)[:200]
     asked = lineage.results[-1].image
     where = "" if asked == image.digest else f" (of {asked[7:19]}, before the rebase)"
     result = predicate.get("result")
-    return Check(name="gate", ok=result == "PASSED", found=f"{result}{where}: {findings}")
+    return Check(name="gate", ok=result in _PASSED, found=f"{result}{where}: {findings}")
 
 
 def _tree(files: Mapping[str, str]) -> Digest:

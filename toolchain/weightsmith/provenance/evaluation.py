@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from weightsmith.values import Json, Scores
 
 
@@ -33,15 +35,18 @@ def evaluation(scores: Scores) -> dict[str, Json]:
     }
 
 
-def test_result(scores: Scores, max_drop: float, min_score: float) -> dict[str, Json]:
-    """Return in-toto's test result predicate; a published image has always passed.
+def test_result(
+    scores: Scores, max_drop: float, min_score: float, unproven: Sequence[str]
+) -> dict[str, Json]:
+    """Return in-toto's test result predicate: a published image has passed, perhaps with doubts.
 
     https://github.com/in-toto/attestation/blob/main/spec/predicates/test-result.md
     """
     passed = [f"{name}: {s.score:.4f} {s.metric}, n={s.n}" for name, s in sorted(scores.items())]
     return {
-        "result": "PASSED",
+        "result": "WARNED" if unproven else "PASSED",
         "configuration": [],
         "passedTests": [*passed, f"max_drop={max_drop:g}", f"min_score={min_score:g}"],
+        **({"warnedTests": [f"not proven: {reason}" for reason in unproven]} if unproven else {}),
         "failedTests": [],
     }

@@ -8,15 +8,19 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from weightsmith.evaluating.results import Result, verdict_of
 from weightsmith.foreign import parse
 from weightsmith.quality.result import Quality
 from weightsmith.recipe import Recipe
 from weightsmith.serving.plan import ServingConfig, ServingPlan
-from weightsmith.values import Artifact, Json, Scores, Sources, without_passwords
+from weightsmith.values import Artifact, Json, Sources, without_passwords
 
 PREFIX = "dev.weightsmith."
 """Prefix of our labels; the others are those of image-spec annotations.md."""
 _SCORE = PREFIX + "score."
+_SAMENESS = PREFIX + "sameness."
+VERDICT = PREFIX + "verdict"
+"""Label: `passed`, or `not proven` if the gate could not have failed."""
 ENGINE_LABEL = PREFIX + "engine"
 """Label: the engine in the image."""
 ENGINE_VERSION = PREFIX + "engine.version"
@@ -114,13 +118,25 @@ def public_name(source: str) -> str:
     return source if "://" in source else Path(source).absolute().name
 
 
-def score_labels(scores: Scores) -> dict[str, str]:
-    """Return one label per score: `base`, `adapter`, `image`, each from 0 to 1 over n items."""
+def result_labels(results: Sequence[Result]) -> dict[str, str]:
+    """Return what the test of an image showed: the verdict, and the first task's scores.
+
+    One label per score (`base`, `adapter`, `image`, each from 0 to 1 over n items) and per share
+    of answers that are the reference's to the letter (`merged`, `image`); {} without a task.
+    """
+    if not results:
+        return {}
+    scores = results[0].scores
     shown = {name: scores[name] for name in ("base", "adapter", "image") if name in scores}
-    return {
+    found = {
         f"{_SCORE}{name}": f"{score.score:.4f} {score.metric} n={score.n}"
         for name, score in shown.items()
     }
+    same = {
+        f"{_SAMENESS}{name}": f"{same.share:.4f} n={same.n}"
+        for name, same in results[0].sameness.items()
+    }
+    return {**found, **same, VERDICT: verdict_of(results)}
 
 
 def plan_of(labels: Mapping[str, str]) -> ServingPlan:

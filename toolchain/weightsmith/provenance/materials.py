@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from weightsmith.checkpoints.reshard import Resharded
+from weightsmith.evaluating.results import Result, main_scores
 from weightsmith.oci.image import Image, Order
 from weightsmith.oci.index import Whole, whole_of
 from weightsmith.recipe import Recipe
@@ -56,7 +57,13 @@ class ImageMaterials:
     """The artifact's files in the image: large ones may be split."""
     base: Image | None
     image: Image
-    scores: Scores = field(default_factory=dict)
+    results: tuple[Result, ...] = ()
+    """What the started image was tested with; () before it was."""
+
+    @property
+    def scores(self) -> Scores:
+        """The scores of the first task."""
+        return main_scores(self.results)
 
     @property
     def served(self) -> Artifact:

@@ -24,11 +24,24 @@ def verdict(build: Mapping[str, Any]) -> dict[str, Any]:
     if failed:
         return {"state": "failed", "headline": "Stopped: not published", "reasons": failed}
     last = [v["reason"] for v in binding if v["subject"] == "image"]
+    if build["unproven"]:
+        headline = "Published, but not proven" if last else "Built, not proven"
+        return {"state": "untested", "headline": headline, "reasons": [*build["unproven"], *last]}
     if last:
         headline = "Passed: the image is the fine-tuned model"
         return {"state": "passed", "headline": headline, "reasons": last}
     reason = "no questions were asked of the image" if not binding else "the image was not started"
     return {"state": "untested", "headline": "Built, not proven", "reasons": [reason]}
+
+
+def sameness(task: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return each subject's sameness, with the smallest and largest known margin in nats."""
+    rows = []
+    for who, same in task["sameness"].items():
+        known = [d["margin"] for d in same["differences"] if d["margin"] is not None]
+        margins = (min(known), max(known)) if known else None
+        rows.append({"label": _LABELS[who], **same, "margins": margins})
+    return rows
 
 
 def _earlier_failures(build: Mapping[str, Any]) -> list[str]:
@@ -52,7 +65,7 @@ def _severity(finding: Any) -> str:
 
 def tasks(build: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return every task with `name`, `task`, `scores`, `verdicts` and `items`; [] without any."""
-    first = {key: build[key] for key in ("task", "scores", "verdicts", "items")}
+    first = {key: build[key] for key in ("task", "scores", "verdicts", "items", "sameness")}
     found = [{"name": build["task"]["name"], **first}] if build["scores"] else []
     return found + list(build["more_tasks"])
 

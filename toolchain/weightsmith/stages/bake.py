@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from weightsmith.checkpoints.reshard import Resharded, reshard
 from weightsmith.errors import InputRefused
+from weightsmith.evaluating.results import Result
 from weightsmith.oci.collisions import first_collision
 from weightsmith.oci.image import Healthcheck, Image, ImageConfig
 from weightsmith.oci.index import own_of
@@ -19,13 +20,12 @@ from weightsmith.provenance.labels import (
     ARTIFACT,
     ENGINE_LABEL,
     engine_version,
-    score_labels,
+    result_labels,
 )
 from weightsmith.provenance.materials import ImageInputs, ImageMaterials, whole_image
 from weightsmith.provenance.roles import assemble_in_roles
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.tools import Tools
-from weightsmith.values import Scores
 
 USER = "65532:65532"
 """The unprivileged user of images, as a number because an image may have no user database."""
@@ -55,7 +55,7 @@ def bake(
     split = Resharded(inputs.artifact.tree, {})
     if inputs.largest_layer:
         split = reshard(split.tree, inputs.largest_layer, tools.store.memo)
-    made = tuple(_made(inputs, split, base, {}, tools.store) for base in inputs.bases or (None,))
+    made = tuple(_made(inputs, split, base, (), tools.store) for base in inputs.bases or (None,))
     layers = own_of(whole_image(made)).layers
     if push:
         sizes = [(layer.file or layer.digest.short, layer.size) for layer in layers]
@@ -64,17 +64,17 @@ def bake(
 
 
 def with_scores(
-    made: Sequence[ImageMaterials], scores: Scores, store: Store
+    made: Sequence[ImageMaterials], results: tuple[Result, ...], store: Store
 ) -> tuple[ImageMaterials, ...]:
-    """Return the images with their scores as labels; the layers do not change."""
-    return tuple(_made(one.inputs, one.split, one.base, scores, store) for one in made)
+    """Return the images with scores and verdict as labels; the layers do not change."""
+    return tuple(_made(one.inputs, one.split, one.base, results, store) for one in made)
 
 
 def _made(
     inputs: ImageInputs,
     split: Resharded,
     base: Image | None,
-    scores: Scores,
+    results: tuple[Result, ...],
     store: Store,
 ) -> ImageMaterials:
     """Return one platform's image with its materials."""
@@ -93,7 +93,7 @@ def _made(
         ARTIFACT: split.tree.digest,
         **({ENGINE_LABEL: inputs.engine.name} if config else {}),
         **inputs.labels,
-        **score_labels(scores),
+        **result_labels(results),
     }
     image = assemble_in_roles(
         weights,
@@ -104,7 +104,7 @@ def _made(
         order=inputs.order,
         version=engine_version(base.labels) if base and config else "",
     )
-    return ImageMaterials(inputs=inputs, split=split, base=base, image=image, scores=scores)
+    return ImageMaterials(inputs=inputs, split=split, base=base, image=image, results=results)
 
 
 def _settings(config: ServingConfig | None) -> tuple[Layer, ...]:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from weightsmith.destinations import InStore
 from weightsmith.errors import CheckFailed
-from weightsmith.evaluating.gate import too_few
-from weightsmith.evaluating.results import Result, judged, named
+from weightsmith.evaluating.results import Result, judged
 from weightsmith.evaluating.served import Served
 from weightsmith.evaluating.session import ServerSession
 from weightsmith.evaluating.smoke import Promise, Smoke, check_life, check_serving
@@ -219,6 +218,4 @@ def _scored(result: Result, answers: Answers, tools: Tools) -> Result:
     if "merged" in scores:
         loss = judged(task, "image", image, "merged", scores["merged"], task.limit)
         verdicts.append(replace(loss, binding=False))
-    if few := too_few(verdict, task.limit.max_drop):
-        tools.progress.warn(named(task, few))
     return replace(result, scores=scores, verdicts=tuple(verdicts))

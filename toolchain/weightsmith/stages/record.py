@@ -21,6 +21,7 @@ from weightsmith.build_record import (
     ImageRecord,
     LayerRecord,
     MergeRecord,
+    SamenessRecord,
     ScoreRecord,
     SourceRecord,
     StageRecord,
@@ -29,6 +30,7 @@ from weightsmith.build_record import (
     read_build,
 )
 from weightsmith.errors import EnvironmentFailure
+from weightsmith.evaluating.sameness import Sameness
 from weightsmith.evaluating.statistics import wilson
 from weightsmith.files import write_whole
 from weightsmith.provenance.evaluation import side_by_side
@@ -58,6 +60,7 @@ class TaskFacts:
     metric: str
     max_drop: float
     scores: Scores
+    sameness: Mapping[str, Sameness]
     verdicts: tuple[Mapping[str, Json], ...]
 
 
@@ -79,6 +82,10 @@ class Facts:
     checks: Sequence[Mapping[str, Json]]
     """The checks of the started image, and their results."""
     stages: Mapping[str, StageRecord]
+    verdict: str
+    """`passed`, `not proven` or `failed`."""
+    unproven: tuple[str, ...]
+    """Why passing shows nothing."""
     refused: str
     """Why the image was not published; "" if it was."""
     warnings: tuple[str, ...]
@@ -157,6 +164,7 @@ def build_record(facts: Facts) -> BuildRecord:
         scores=_scores(first) if first else {},
         verdicts=_verdicts(first) if first else (),
         items=tuple(side_by_side(first.scores)) if first else (),
+        sameness=_sameness(first) if first else {},
         more_tasks=tuple(
             AnsweredTask(
                 name=task.name,
@@ -164,12 +172,15 @@ def build_record(facts: Facts) -> BuildRecord:
                 scores=_scores(task),
                 verdicts=_verdicts(task),
                 items=tuple(side_by_side(task.scores)),
+                sameness=_sameness(task),
             )
             for task in facts.tasks[1:]
         ),
         checks=tuple(CheckRecord.from_json(check) for check in facts.checks),
         stages=facts.stages,
         inputs=facts.inputs,
+        verdict=facts.verdict,
+        unproven=facts.unproven,
         refused=facts.refused,
         warnings=facts.warnings,
         network_in_jobs=facts.network_in_jobs,
@@ -236,6 +247,10 @@ def _scores(task: TaskFacts) -> dict[str, ScoreRecord]:
 
 def _verdicts(task: TaskFacts) -> tuple[VerdictRecord, ...]:
     return tuple(VerdictRecord.from_json(dict(verdict)) for verdict in task.verdicts)
+
+
+def _sameness(task: TaskFacts) -> dict[str, SamenessRecord]:
+    return {who: SamenessRecord.from_json(dict(s.facts)) for who, s in task.sameness.items()}
 
 
 def _interval(score: Score) -> tuple[float, float]:

@@ -39,6 +39,7 @@ from weightsmith.visible import escaped, upright
 _BUILD, _BENCH = "build.json", "bench.json"
 _MARKDOWN = re.compile(r"[\\`*_\[\]<>|&~]|:(?=//)|(?<=\bwww)\.|^#|^[-+=](?=\s|$|[-=])")
 """Characters that are Markdown markup, anywhere or at the start of a line."""
+_IN_VERDICT = ("not published: ", "published, but not proven: ")
 _NUMBERED = re.compile(r"^(\d{1,9})([.)])(?=\s|$)")
 
 
@@ -107,7 +108,7 @@ def build_view(build: BuildRecord, targets: Sequence[BuildRecord], bench: Json) 
             **facts,
             "verdict": views.verdict(facts),
             # The verdict already shows these.
-            "warnings": [w for w in facts["warnings"] if not w.startswith("not published: ")],
+            "warnings": [w for w in facts["warnings"] if not w.startswith(_IN_VERDICT)],
             "tasks": [_task_view(task) for task in views.tasks(facts)],
             "flow": views.flow(facts),
             "differences": views.differences(facts["validation"]),
@@ -129,6 +130,7 @@ def _task_view(task: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **task,
         "rows": views.score_rows(task),
+        "same": views.sameness(task),
         "floor": views.floor(task),
         "answers": rows,
         "counts": answers.counts(rows),
