@@ -48,7 +48,8 @@ def test_scores_of_two_images_at_once_are_of_neither(shop: Shop) -> None:
 
 def test_a_failed_result_is_not_outvoted(shop: Shop) -> None:
     """Of an image that failed once, its failure hangs there too: no order makes it pass."""
-    for number, order in enumerate((("PASSED", "FAILED"), ("FAILED", "PASSED"))):
+    orders = (("PASSED", "FAILED"), ("FAILED", "PASSED"), ("WARNED", "FAILED"))
+    for number, order in enumerate(orders):
         name = shop.bake(f"app{number}")
         shop.state(name, *(passed(shop.blob(name), result=result) for result in order))
         assert shop.rows(name)["gate"][0] is False
