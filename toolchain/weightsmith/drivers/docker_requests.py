@@ -9,18 +9,14 @@ from typing import Any
 
 from docker.types import DeviceRequest, Mount
 
+from weightsmith.drivers.toolset import tools_variable
 from weightsmith.jobs import Job
 from weightsmith.ports import StartSpec
+from weightsmith.resources import compiled_engines
 
 LABEL_OWNER = "weightsmith.owner"
 LABEL_JOB = "weightsmith.job"
-INPUTS, OUTPUT, JOB_FILE, PACKAGE, TOOLS = (
-    "/in",
-    "/out",
-    "/job/job.json",
-    "/weightsmith",
-    "/opt/llamacpp",
-)
+INPUTS, OUTPUT, JOB_FILE, PACKAGE, TOOLS = "/in", "/out", "/job/job.json", "/weightsmith", "/opt"
 NOBODY = 65532
 """User and group of jobs whose caller is root."""
 _PYTHON = "/opt/venv/bin/python"
@@ -51,6 +47,7 @@ def job_request(
     job: Job, image: str, files: JobFiles, bounds: Bounds, environment: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return the create request of a job's container: no network, no privileges, one output."""
+    engines = compiled_engines(job.builder)
     binds = {f"{INPUTS}/{name}": path for name, path in sorted(files.inputs.items())}
     binds |= {JOB_FILE: files.job_file, f"{PACKAGE}/weightsmith": files.package}
     request = {
@@ -65,7 +62,7 @@ def job_request(
             "HOME": "/tmp",  # noqa: S108
             "PYTHONPATH": PACKAGE,
             "PYTHONSAFEPATH": "1",
-            "WEIGHTSMITH_TOOLS": TOOLS,
+            **{tools_variable(engine): f"{TOOLS}/{engine}" for engine in engines},
         },
         "mounts": [
             *(_bind(source, target) for target, source in binds.items()),

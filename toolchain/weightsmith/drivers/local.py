@@ -18,7 +18,7 @@ from weightsmith.drivers.hardware import cores, gpu_names
 from weightsmith.drivers.job_sandbox import JobSandbox
 from weightsmith.drivers.lines import RESULT
 from weightsmith.drivers.ownership import private_folder
-from weightsmith.drivers.toolset import make_toolset, toolset_folder
+from weightsmith.drivers.toolset import make_toolset, tools_variable, toolset_folder
 from weightsmith.drivers.worker_protocol import Conversation, open_log
 from weightsmith.errors import EnvironmentFailure
 from weightsmith.jobs import Job, write_job
@@ -151,7 +151,7 @@ class LocalRunner:
             "PYTHONSAFEPATH": "1",
         }
         for engine in compiled_engines(job.builder):
-            own["WEIGHTSMITH_TOOLS"] = str(toolset_folder(self._cache, engine))
+            own[tools_variable(engine)] = str(toolset_folder(self._cache, engine))
         return process.scrubbed(own)
 
 

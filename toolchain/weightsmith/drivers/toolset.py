@@ -17,7 +17,7 @@ from weightsmith.drivers.worker_protocol import open_log
 from weightsmith.errors import EnvironmentFailure
 from weightsmith.ports import Progress
 from weightsmith.privacy import private
-from weightsmith.resources import engine_pins, images
+from weightsmith.resources import engine_pins, engine_source, images
 from weightsmith.trees import discard
 
 _STEP = re.compile(r"\[(\d+)/(\d+)\]")
@@ -26,6 +26,11 @@ _STEP = re.compile(r"\[(\d+)/(\d+)\]")
 def toolset_folder(cache: Path, engine: str) -> Path:
     """Return the path of the engine's compiled tools; it exists only if they are complete."""
     return cache / "toolsets" / f"{engine}-{engine_pins(engine).short}"
+
+
+def tools_variable(engine: str) -> str:
+    """Return the environment variable that tells a job where an engine's tools are."""
+    return f"WEIGHTSMITH_TOOLS_{engine.upper()}"
 
 
 def make_toolset(cache: Path, engine: str, progress: Progress) -> Path:
@@ -44,7 +49,7 @@ def make_toolset(cache: Path, engine: str, progress: Progress) -> Path:
         if not folder.is_dir():
             progress.note(
                 f"compiling {engine}'s tools with {cores()} cores, once for this machine: "
-                "about ten minutes on four cores"
+                f"{engine_source(engine).get('takes', 'about ten minutes on four cores')}"
             )
             _clear_leftovers(folder)
             with (

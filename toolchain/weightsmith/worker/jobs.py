@@ -133,7 +133,7 @@ def _quantizer(name: str) -> Any:
 
 def _tools() -> Path:
     """Return the folder of the builder's own programs."""
-    return Path(os.environ.get("WEIGHTSMITH_TOOLS", "/opt/llamacpp"))
+    return Path(os.environ.get("WEIGHTSMITH_TOOLS_LLAMACPP", "/opt/llamacpp"))
 
 
 def _reference(job: ReferenceJob, report: Report) -> Mapping[str, Json]:

@@ -1,0 +1,71 @@
+"""Quantize rows to llama.cpp's types: by our kernels, and by llama.cpp's code for other types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING
+
+from weightsmith.kernels import library
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_QUANTIZED, _UNSUPPORTED = -1, -2
+_NEEDS_IMPORTANCE = frozenset({"IQ2_XXS", "IQ2_XS", "IQ1_S"})
+
+
+def supported(kind: str) -> bool:
+    """Return whether llama.cpp has a tensor type of this name, such as `Q4_K`."""
+    return kind in _numbers()
+
+
+def number(kind: str) -> int:
+    """Return llama.cpp's number of a type."""
+    return _numbers()[kind]
+
+
+def row_bytes(kind: str, columns: int) -> int:
+    """Return the bytes of a row; `columns` must be a multiple of the type's block."""
+    return int(library.ggml().ggml_row_size(number(kind), columns))
+
+
+def quantize_rows(kind: str, rows: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+    """Return rows in llama.cpp's bytes: uint8 [n, bytes per row].
+
+    `rows` is float32 [n, columns], C-contiguous and finite; `importance` is float32 [columns] or
+    None. Other threads run meanwhile. Raises ValueError if the result has NaN or infinite scales;
+    if a block's scale is so small that llama.cpp's result for it is undefined (1 / scale is
+    infinite); or if the type needs importance and there is none.
+    """
+    import numpy as np
+
+    if importance is None and kind in _NEEDS_IMPORTANCE:
+        raise ValueError(f"type {kind} needs importance")
+    type_, (count, columns) = number(kind), rows.shape
+    made = np.empty((count, row_bytes(kind, columns)), np.uint8)
+    source, target = rows.ctypes.data, made.ctypes.data
+    weights = None if importance is None else importance.ctypes.data
+    done = library.kernels().weightsmith_quantize_rows(
+        type_, source, target, count, columns, weights
+    )
+    if done == _UNSUPPORTED:
+        library.ggml().ggml_quantize_chunk(type_, source, target, 0, count, columns, weights)
+    elif done != _QUANTIZED:
+        raise ValueError(f"row {done}: weights too small for a scale of type {kind}")
+    check_rows(kind, made)
+    return made
+
+
+def check_rows(kind: str, rows: np.ndarray) -> None:
+    """Raise ValueError if a C-contiguous array has NaN or infinite scales or weights."""
+    if not library.ggml().ggml_validate_row_data(number(kind), rows.ctypes.data, rows.nbytes):
+        raise ValueError(f"NaN or infinity in rows of type {kind}")
+
+
+@cache
+def _numbers() -> Mapping[str, int]:
+    """Return llama.cpp's number of each tensor type."""
+    ggml = library.ggml()
+    named = ((ggml.ggml_type_name(n), n) for n in range(ggml.ggml_rows_types()))
+    return {name.decode().upper(): n for name, n in named if name}
