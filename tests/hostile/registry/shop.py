@@ -91,6 +91,6 @@ class Shop:
 
 
 def passed(image: Blob, *more: statements.Resource, result: str = "PASSED") -> Statement:
-    told = result_of({"image": Score(score=1.0, n=9, metric="exact")}, 0.0, 0.0)
+    told = result_of({"image": Score(score=1.0, n=9, metric="exact")}, 0.0, 0.0, ())
     about = [statements.image_resource(image), *more]
     return statements.statement(about, statements.TEST_RESULT, {**told, "result": result})

@@ -36,7 +36,7 @@ def evaluation(scores: Scores) -> dict[str, Json]:
 
 
 def test_result(
-    scores: Scores, max_drop: float, min_score: float, unproven: Sequence[str] = ()
+    scores: Scores, max_drop: float, min_score: float, unproven: Sequence[str]
 ) -> dict[str, Json]:
     """Return in-toto's test result predicate: a published image has passed, perhaps with doubts.
 
