@@ -287,7 +287,7 @@ def test_a_store_that_a_group_shares_on_purpose_stays_shared(tmp_path: Path) -> 
     use(tmp_path)
     assert store.stat().st_mode & 0o7777 == 0o2770
     assert (store / "results").stat().st_mode & 0o070 == 0o070
-    assert "shared with a group" in _privacy(store, store)["found"]
+    assert "shared with a group" in _privacy(store, store).found
 
 
 def test_doctor_names_what_others_may_read(tmp_path: Path) -> None:
@@ -295,6 +295,6 @@ def test_doctor_names_what_others_may_read(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir(mode=0o755)
     tmp_path.chmod(0o755)
     said = _privacy(tmp_path, tmp_path / "store")
-    assert str(tmp_path / "logs") in said["found"]
-    assert not said["ok"]
+    assert str(tmp_path / "logs") in said.found
+    assert not said.ok
     assert (tmp_path / "logs").stat().st_mode & 0o777 == 0o755

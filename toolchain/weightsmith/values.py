@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Self, TypeAlias
@@ -292,12 +292,21 @@ class Blob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ImageLayer:
+    """One layer of a published image: size in bytes, and the file or purpose it holds."""
+
+    digest: Digest
+    size: int
+    file: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
     """Where an image was published, and how many bytes were transferred."""
 
     reference: str
     digest: Digest
-    layers: Sequence[Mapping[str, Json]]
+    layers: tuple[ImageLayer, ...]
     uploaded_bytes: int = 0
     mounted: int = 0
     seconds: float = 0.0

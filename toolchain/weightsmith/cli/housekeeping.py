@@ -78,8 +78,8 @@ def doctor() -> tuple[Mapping[str, Json], str]:
     result = examine()
     lines = []
     for name, check in result["checks"].items():
-        lines.append(f"{'ok  ' if check['ok'] else 'no  '}{name:<12} {check['found']}")
-        lines += [f"{'':<17}{line}" for line in check["todo"].splitlines()]
+        lines.append(f"{'ok  ' if check.ok else 'no  '}{name:<12} {check.found}")
+        lines += [f"{'':<17}{line}" for line in check.todo.splitlines()]
     return result, joined(lines)
 
 

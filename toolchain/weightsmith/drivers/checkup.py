@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from weightsmith.drivers.confinement import confinement
@@ -20,6 +21,15 @@ from weightsmith.values import Json
 
 _ENOUGH_DISK = 20 * 10**9
 _ENOUGH_MEMORY = 4 * 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Checkup:
+    """What one check found, and what to do about it."""
+
+    ok: bool = field(default=False, kw_only=True)
+    found: str
+    todo: str = field(default="", kw_only=True)
 
 
 def examine_machine(engine: DockerEngine, cache: Path, store: Path) -> Mapping[str, Json]:
@@ -39,99 +49,101 @@ def examine_machine(engine: DockerEngine, cache: Path, store: Path) -> Mapping[s
         "cores": cores(),
         "cache": str(cache),
         "store": str(store),
-        "runner": "docker" if checks["engine"]["ok"] else "local",
+        "runner": "docker" if checks["engine"].ok else "local",
     }
 
 
-def _engine(engine: DockerEngine) -> dict[str, Json]:
+def _engine(engine: DockerEngine) -> Checkup:
     facts = engine.describe()
     if not facts:
-        return _check(
+        return Checkup(
             "no container engine answers",
             todo="builds use the local runner and write OCI layouts; to load images, start docker",
         )
-    return _check(f"docker {facts['version']} ({facts['storage']})", ok=True)
+    return Checkup(f"docker {facts['version']} ({facts['storage']})", ok=True)
 
 
-def _gpu(engine: DockerEngine) -> dict[str, Json]:
+def _gpu(engine: DockerEngine) -> Checkup:
     names = gpu_names()
     if not names:
-        return _check("no NVIDIA GPU answers", todo="everything runs on the CPU, more slowly")
+        return Checkup("no NVIDIA GPU answers", todo="everything runs on the CPU, more slowly")
     if engine.answers() and not engine.has_gpu():
-        return _check(
+        return Checkup(
             ", ".join(names), todo="the engine cannot use it: install nvidia-container-toolkit"
         )
-    return _check(", ".join(names), ok=True)
+    return Checkup(", ".join(names), ok=True)
 
 
-def _memory() -> dict[str, Json]:
+def _memory() -> Checkup:
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     enough = size >= _ENOUGH_MEMORY
-    return _check(
+    return Checkup(
         f"{size / 1e9:.0f} GB, {cores()} core(s)",
         ok=enough,
         todo="" if enough else "evaluation holds the base in float32: use a smaller model",
     )
 
 
-def _disk(store: Path) -> dict[str, Json]:
+def _disk(store: Path) -> Checkup:
     folder = next(p for p in (store, *store.parents) if p.exists())
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        return _check(f"{store} is not writable", todo="set WEIGHTSMITH_STORE to a writable folder")
+        return Checkup(
+            f"{store} is not writable", todo="set WEIGHTSMITH_STORE to a writable folder"
+        )
     free = shutil.disk_usage(folder).free
     enough = free >= _ENOUGH_DISK
-    return _check(
+    return Checkup(
         f"{free / 1e9:.0f} GB free at {store}",
         ok=enough,
         todo="" if enough else "`invoke clean --keep 0`, or set WEIGHTSMITH_STORE elsewhere",
     )
 
 
-def _privacy(cache: Path, store: Path) -> dict[str, Json]:
+def _privacy(cache: Path, store: Path) -> Checkup:
     """Check who else can read results, jobs and logs."""
     folders = [folder for folder in dict.fromkeys((cache, store)) if folder.is_dir()]
     shared = [folder for folder in folders if is_shared(folder)]
     opened = [str(p) for folder in folders if folder not in shared for p in open_to_others(folder)]
     if opened:
-        return _check(
+        return Checkup(
             f"other users can read {', '.join(opened)}",
             todo="the next command that writes there closes them; to share one with a group: "
             "chmod g+rws",
         )
     if shared:
-        return _check(
+        return Checkup(
             f"shared with a group on purpose (set-group-id): {', '.join(map(str, shared))}", ok=True
         )
-    return _check("only you can read cache and store", ok=True)
+    return Checkup("only you can read cache and store", ok=True)
 
 
-def _credentials() -> dict[str, Json]:
+def _credentials() -> Checkup:
     """List the registries that the user is logged in to; never a secret."""
     try:
         config = docker_config()
     except WeightsmithError as error:
-        return _check(error.message, todo=error.hint)
+        return Checkup(error.message, todo=error.hint)
     hosts = sorted({*(config.get("auths") or {}), *(config.get("credHelpers") or {})})
     if hosts or config.get("credsStore"):
-        return _check(", ".join(hosts) or f"kept by {config['credsStore']}", ok=True)
-    return _check("none", todo="`docker login HOST` before pushing to a registry that asks")
+        return Checkup(", ".join(hosts) or f"kept by {config['credsStore']}", ok=True)
+    return Checkup("none", todo="`docker login HOST` before pushing to a registry that asks")
 
 
-def _builders(engine: DockerEngine, cache: Path) -> dict[str, Json]:
+def _builders(engine: DockerEngine, cache: Path) -> Checkup:
     runners: dict[str, Runner] = {"local": LocalRunner(cache)}
     if engine.answers():
         runners = {"docker": DockerRunner(engine, cache), **runners}
     names = sorted(p.name for p in (images() / "builders").iterdir() if p.is_dir())
     ready = {kind: [n for n in names if runner.ready(n)] for kind, runner in runners.items()}
     missing = [name for name in names if not any(name in had for had in ready.values())]
-    return _check(
+    return Checkup(
         "; ".join(f"{kind}: {', '.join(had) or 'none'}" for kind, had in ready.items()),
         ok=not missing,
         todo=f"{', '.join(missing)}: made by the first build that needs it" if missing else "",
     )
 
 
-def _jobs() -> dict[str, Json]:
+def _jobs() -> Checkup:
     """Check what jobs of the local runner can reach."""
     found = confinement()
     left = found.left()
@@ -141,8 +153,4 @@ def _jobs() -> dict[str, Json]:
     said = "local jobs have no network and reach no other files, sockets or processes"
     if left:
         said = f"local jobs cannot reach {found.blocked() or 'nothing'}"
-    return _check(said, ok=not left, todo=todo if left else "")
-
-
-def _check(found: str, *, ok: bool = False, todo: str = "") -> dict[str, Json]:
-    return {"ok": ok, "found": found, "todo": todo}
+    return Checkup(said, ok=not left, todo=todo if left else "")

@@ -12,7 +12,7 @@ from weightsmith.errors import InputRefused, UsageError
 from weightsmith.oci import manifests, tar
 from weightsmith.oci.layers import LAYER_TAR, BlobLayer, Layer
 from weightsmith.oci.references import Reference
-from weightsmith.values import Blob, Digest, Json, canonical
+from weightsmith.values import Blob, Digest, ImageLayer, Json, canonical
 
 Order: TypeAlias = Literal["engine-first", "weights-first"]
 Opener: TypeAlias = Callable[[], Iterator[bytes]]
@@ -237,6 +237,11 @@ def _as_oci(layer: Layer) -> Layer:
 
 
 _KEPT = ("os", "os.version", "os.features", "architecture", "variant", "author")
+
+
+def image_layers(image: Image) -> tuple[ImageLayer, ...]:
+    """Return an image's layers as they are reported, bottom first."""
+    return tuple(ImageLayer(digest=x.digest, size=x.size, file=x.file) for x in image.layers)
 
 
 def _descriptor(blob: Blob, title: str = "") -> dict[str, Json]:

@@ -17,7 +17,7 @@ from weightsmith.errors import UsageError, WeightsmithError
 from weightsmith.oci import downloads, manifests, referrers, tls, uploads
 from weightsmith.oci.attachments import Attachment
 from weightsmith.oci.auth import Credentials, anonymous
-from weightsmith.oci.image import Image, Opener, load_image
+from weightsmith.oci.image import Image, Opener, image_layers, load_image
 from weightsmith.oci.index import Index
 from weightsmith.oci.limits import check_layers, limits_of
 from weightsmith.oci.progress import Advance, Meter
@@ -141,7 +141,7 @@ class Registry:
         return Published(
             reference=str(reference),
             digest=image.digest,
-            layers=[{"digest": x.digest, "size": x.size, "file": x.file} for x in image.layers],
+            layers=image_layers(image),
             uploaded_bytes=sum(size for how, size in sent if how is uploads.Transfer.SENT),
             mounted=sum(how is uploads.Transfer.MOUNTED for how, _ in sent),
             seconds=time.monotonic() - began,

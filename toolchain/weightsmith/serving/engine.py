@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from weightsmith.checkpoints.facts import ModelFacts
+from weightsmith.errors import UsageError
 from weightsmith.serving.plan import ServingPlan
 from weightsmith.values import SAFETENSORS, Format, Json
 
@@ -56,6 +57,17 @@ class ServedModel:
     """Served name -> absolute path in the image."""
     startup_seconds: int
     """How long the server may take to start."""
+
+
+def checked_name(model: ServedModel) -> str:
+    """Return the served name; raise UsageError for one that an argument parser takes otherwise."""
+    name = model.name
+    if name.startswith("-") or not name.strip() or not name.isprintable():
+        raise UsageError(
+            f"the served name {name!r} would be read as an option, or not at all",
+            hint="choose a name of letters, digits, dots and dashes",
+        )
+    return name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,14 @@ from pathlib import Path
 from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.checkpoints.shape import ModelShape
 from weightsmith.errors import UsageError
-from weightsmith.serving.engine import Engine, EngineBase, ServedModel, ServeOptions, Support
+from weightsmith.serving.engine import (
+    Engine,
+    EngineBase,
+    ServedModel,
+    ServeOptions,
+    Support,
+    checked_name,
+)
 from weightsmith.serving.machine import Machine
 from weightsmith.serving.memory import GIB
 from weightsmith.serving.options import OptionList, load_options
@@ -253,12 +260,7 @@ def file_settings(plan: ServingPlan, model: ServedModel) -> Mapping[str, Json]:
 
     Raises UsageError for a name that an argument parser would take for an option.
     """
-    served = model.name
-    if served.startswith("-") or not served.strip() or not served.isprintable():
-        raise UsageError(
-            f"the served name {served!r} would be read as an option, or not at all",
-            hint="choose a name of letters, digits, dots and dashes",
-        )
+    served = checked_name(model)
     adapters = model.adapters
     return {
         "model": model.path,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from weightsmith.layouts import (
     final_layout,
 )
 from weightsmith.oci.archive import docker_archive, incremental_images
-from weightsmith.oci.image import Image
+from weightsmith.oci.image import Image, image_layers
 from weightsmith.oci.index import Index, Whole, images_of, own_of
 from weightsmith.oci.layout import held_digest
 from weightsmith.oci.locations import ImageLocation, LayoutLocation, RegistryLocation
@@ -28,7 +28,7 @@ from weightsmith.provenance.evidence import Evidence
 from weightsmith.provenance.materials import ImageMaterials, whole_image
 from weightsmith.provenance.sealing import attach
 from weightsmith.tools import Tools
-from weightsmith.values import Json, Published, key_of
+from weightsmith.values import Published, key_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +134,7 @@ def deliver(
             progress=lambda sent, total: tools.progress.advance(sent, total, "bytes"),
             warn=tools.progress.warn,
         )
-    return replace(done, layers=_rows(own), seconds=tools.clock() - began)
+    return replace(done, layers=image_layers(own), seconds=tools.clock() - began)
 
 
 def _attach(
@@ -156,7 +156,7 @@ def describe(whole: Whole, reference: str, outputs: Outputs) -> Published:
     return Published(
         reference=f"oci:{outputs.layout}" if local else reference,
         digest=whole.digest,
-        layers=_rows(own_of(whole)),
+        layers=image_layers(own_of(whole)),
     )
 
 
@@ -166,10 +166,6 @@ def is_held(whole: Whole, reference: str, outputs: Outputs, tools: Tools) -> boo
     if outputs.load and not _is_loaded(own, reference, tools):
         return False
     return outputs.layout is None or held_digest(outputs.layout) == whole.digest
-
-
-def _rows(image: Image) -> list[Mapping[str, Json]]:
-    return [{"digest": x.digest, "size": x.size, "file": x.file} for x in image.layers]
 
 
 def _load(image: Image, reference: Reference, tools: Tools) -> None:

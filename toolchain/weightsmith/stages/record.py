@@ -228,7 +228,7 @@ def _image(published: Published) -> ImageRecord:
     return ImageRecord(
         reference=published.reference,
         digest=published.digest,
-        layers=tuple(LayerRecord.from_json(dict(layer)) for layer in published.layers),
+        layers=tuple(LayerRecord(**asdict(layer)) for layer in published.layers),
         uploaded_bytes=published.uploaded_bytes,
         mounted=published.mounted,
     )
