@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from weightsmith.drivers.docker import DockerEngine, DockerRunner
 from weightsmith.drivers.docker_requests import LABEL_JOB
 from weightsmith.drivers.folders import read_tree
 from weightsmith.drivers.local import LocalRunner
+from weightsmith.drivers.within_memory import WithinMemory
 from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused, WeightsmithError
 from weightsmith.jobs import EchoJob, Input, MergeJob
 from weightsmith.merge_options import Merge
@@ -40,6 +42,8 @@ REAL = [
 
 
 def make_runner(kind: str, folder: Path | None = None) -> Runner:
+    if kind == "within":
+        return WithinMemory(MemoryRunner(), 2 << 30)
     if kind == "remote":
         return RemoteRunner(MemoryRunner(), folder / "remote")
     if kind == "local":
@@ -49,7 +53,7 @@ def make_runner(kind: str, folder: Path | None = None) -> Runner:
     return MemoryRunner()
 
 
-@pytest.fixture(params=["fake", "remote", *REAL])
+@pytest.fixture(params=["fake", "remote", "within", *REAL])
 def runner(request: pytest.FixtureRequest, tmp_path: Path) -> Runner:
     return make_runner(request.param, tmp_path)
 
@@ -118,6 +122,32 @@ def test_a_crash_of_the_job_is_an_unexpected_error(runner, tmp_path, progress):
         runner.run(echo(tmp_path, crash="boom"), progress)
 
     assert caught.value.exit_code == 1
+
+
+def test_a_job_that_needs_more_memory_than_it_may_use_ends_with_an_error(
+    real_runner, tmp_path, progress
+):
+    """And one below its limit runs, although the kernel counts more than it uses."""
+    job = replace(echo(tmp_path, fill=3 << 30), memory_bytes=1 << 30)
+
+    with pytest.raises(
+        EnvironmentFailure, match=r"echo job.*memory.*limit 1,073,741,824"
+    ) as caught:
+        real_runner.run(job, progress)
+
+    assert "--memory" in caught.value.hint
+    assert real_runner.run(replace(job, fill=700 << 20), progress)["text"]
+
+
+@pytest.mark.parametrize(
+    ("own", "most", "limit"), [(0, 0, 0), (5, 0, 5), (0, 7, 7), (5, 7, 5), (9, 7, 7)]
+)
+def test_no_job_may_use_more_than_the_command_allows(tmp_path, progress, own, most, limit):
+    inner = MemoryRunner()
+
+    WithinMemory(inner, most).run(replace(echo(tmp_path), memory_bytes=own), progress)
+
+    assert inner.jobs[0].memory_bytes == limit
 
 
 def test_a_prepared_builder_is_ready(runner, progress):

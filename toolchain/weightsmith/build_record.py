@@ -237,6 +237,8 @@ class BuildRecord(JsonObject):
     warnings: tuple[str, ...] = ()
     network_in_jobs: bool = False
     """Whether a job that made any of it could reach the machine's network."""
+    memory_bytes: int = 0
+    """Most that each of its jobs was allowed to use; 0 for no limit."""
     recipe: Mapping[str, Json] = field(default_factory=dict)
     """Without values that equal the default."""
     reproduce: tuple[str, ...] = ()

@@ -73,6 +73,18 @@ def of_open_files(error: BaseException) -> EnvironmentFailure | None:
     return None
 
 
+_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc")
+"""What torch, CUDA, the C library and C++ say, in lower case."""
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out; torch says so with a RuntimeError."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM:
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _MEMORY)
+
+
 _BY_CODE = {
     kind.exit_code: kind for kind in (UsageError, InputRefused, CheckFailed, EnvironmentFailure)
 }

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeAlias
 
+from weightsmith.errors import EnvironmentFailure
 from weightsmith.json_objects import read_exactly
 from weightsmith.merge_options import Merge
 from weightsmith.values import FileEntry, Json, Tree, UnreadDigest, plain
@@ -250,6 +251,8 @@ class EchoJob(Job):
     """Raise the error of this exit code."""
     crash: str | None = None
     """Raise an unexpected error."""
+    fill: int = 0
+    """Bytes of memory to use."""
     try_to_write: tuple[str, ...] = ()
     targets: Mapping[str, Json] = field(default_factory=dict)
     """Addresses and paths to probe, for `drivers.sandbox_probe.attempts`."""
@@ -269,6 +272,16 @@ _KINDS: Mapping[str, type[Job]] = {
         EchoJob,
     )
 }
+
+
+def out_of_memory(job: Job, what: str = "ran out of memory") -> EnvironmentFailure:
+    """Return the error of a job that needed more memory than it may use or than there is."""
+    limit = f" (limit {job.memory_bytes:,} bytes)" if job.memory_bytes else ""
+    return EnvironmentFailure(
+        f"the {job.kind} job {what}{limit}",
+        hint="raise --memory if more is free, close other programs, or use a machine with more "
+        "memory; `plan` shows what each stage needs",
+    )
 
 
 def write_job(job: Job) -> str:

@@ -138,6 +138,7 @@ class Record:
             warnings=tuple(getattr(self.tools.progress, "warnings", ())),
             inputs=self._inputs(results),
             network_in_jobs=network_in_jobs(self.checkpoint, self.artifact, self.tools),
+            memory_bytes=self.tools.memory.limit,
         )
         return write_report(write_record(facts, folder), folder).html
 

@@ -29,6 +29,24 @@ def _assembles_none(engine: str, _folder: Path, _progress: Progress) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """What one job may use, in bytes; 0 where nothing is known or limited."""
+
+    limit: int = 0
+    """A job that uses more is ended: `--memory`, else what is free when the command starts."""
+    budget: int = 0
+    """What a job that can choose fills: `--memory`, else half of what is free."""
+
+    @classmethod
+    def of(cls, chosen: int, free: int) -> Memory:
+        """Return the memory that a user chose, 0 for no choice, of what is free."""
+        return cls(limit=chosen or free, budget=chosen or free // 2)
+
+
+NO_LIMIT = Memory()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tools:
     """The external tools of one build, assembled in `wiring`."""
 
@@ -50,5 +68,6 @@ class Tools:
     """Signs with the user's key; None without a key."""
     clock: Callable[[], float] = time.monotonic
     """Monotonic clock in seconds, used to time stages."""
+    memory: Memory = NO_LIMIT
     images_in_engine: bool = False
     """Whether built images are started in the container engine or from an OCI layout."""

@@ -18,6 +18,7 @@ from weightsmith.drivers.docker import DockerEngine, DockerRunner
 from weightsmith.drivers.docker_launcher import DockerLauncher
 from weightsmith.drivers.fallback import FallbackRunner
 from weightsmith.drivers.folders import FolderReader
+from weightsmith.drivers.hardware import free_memory
 from weightsmith.drivers.hub import HubReader
 from weightsmith.drivers.local import LocalRunner
 from weightsmith.drivers.ownership import private_folder
@@ -27,6 +28,7 @@ from weightsmith.drivers.rootfs import EitherLauncher, RootfsLauncher, StartInfo
 from weightsmith.drivers.signer import open_signer
 from weightsmith.drivers.store import FileStore
 from weightsmith.drivers.user_program import run_command
+from weightsmith.drivers.within_memory import WithinMemory
 from weightsmith.errors import EnvironmentFailure, UsageError
 from weightsmith.oci import auth
 from weightsmith.oci.layout import read_layout
@@ -35,11 +37,14 @@ from weightsmith.oci.unpack import unpack
 from weightsmith.ports import Launcher, Progress, Runner, Signer
 from weightsmith.privacy import private
 from weightsmith.provenance.signing import check_by
+from weightsmith.serving.memory import human, parse_size
 from weightsmith.time_limits import chosen_seconds
-from weightsmith.tools import Tools
+from weightsmith.tools import Memory, Tools
 from weightsmith.values import Json
 
 RUNNERS = ("auto", "docker", "local")
+_LEAST_MEMORY = 1 << 30
+"""Importing torch and transformers takes a third of it."""
 
 
 def cache_folder() -> Path:
@@ -119,19 +124,22 @@ def open_tools(
     *,
     sign_key: str = "",
     allow_network_in_jobs: bool = False,
+    memory: str = "",
     insecure: bool = False,
 ) -> Iterator[Tools]:
     """Yield everything outside this process that stages use; close connections afterwards.
 
     `auto` takes the container engine if one answers, and runs the jobs of builders that the
     engine cannot make (its base image is out of reach, say) on this machine. There, jobs that
-    cannot be kept from the network are refused unless `allow_network_in_jobs`. Raises UsageError
-    for an unknown runner or time limit, EnvironmentFailure if `docker` is asked for and no
-    engine answers.
+    cannot be kept from the network are refused unless `allow_network_in_jobs`. No job uses more
+    than `memory`, a size such as 6GiB; by default, than what is free. Raises UsageError for an
+    unknown runner, size or time limit, EnvironmentFailure if `docker` is asked for and no engine
+    answers.
     """
     if runner not in RUNNERS:
         raise UsageError(f"--runner {runner}: unknown", hint=f"one of {', '.join(RUNNERS)}")
     chosen_seconds()
+    room = Memory.of(_size(memory), free_memory())
     store, engine = make_store(progress.note), DockerEngine()
     answers = runner != "local" and engine.answers()
     if runner == "docker" and not answers:
@@ -141,7 +149,9 @@ def open_tools(
         yield Tools(
             store=store,
             readers={reader.scheme: reader for reader in readers},
-            runner=_runner(runner, engine if answers else None, allow_network_in_jobs),
+            runner=WithinMemory(
+                _runner(runner, engine if answers else None, allow_network_in_jobs), room.limit
+            ),
             engine=engine,
             launcher=_launcher(engine if answers else None),
             registry=registry,
@@ -150,8 +160,22 @@ def open_tools(
             assemble_engine=partial(assemble_engine, cache_folder()),
             command=run_command,
             signer=make_signer(sign_key),
+            memory=room,
             images_in_engine=answers,
         )
+
+
+def _size(memory: str) -> int:
+    """Return the bytes of --memory, 0 if it is not given; UsageError if no job could run in it."""
+    if not memory:
+        return 0
+    size = parse_size(memory)
+    if size < _LEAST_MEMORY:
+        raise UsageError(
+            f"--memory {memory}: too little for any job",
+            hint=f"give at least {human(_LEAST_MEMORY)}, or leave it out to use what is free",
+        )
+    return size
 
 
 def _runner(wanted: str, engine: DockerEngine | None, allow_network: bool) -> Runner:

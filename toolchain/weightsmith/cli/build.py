@@ -34,6 +34,7 @@ def build(
     key: str = "",
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
+    memory: str = "",
     push: bool = False,
     load: bool = False,
     layout: str = "",
@@ -82,6 +83,7 @@ def build(
         Recorder(progress_for()),
         sign_key=sign_key,
         allow_network_in_jobs=allow_network_in_jobs,
+        memory=memory,
         insecure=insecure,
     ) as tools:
         request = BuildRequest(
@@ -135,6 +137,7 @@ def plan(
     target: Sequence[str] = (),
     recipe: str = "",
     runner: str = "auto",
+    memory: str = "",
     push: bool = False,
     load: bool = False,
     layout: str = "",
@@ -157,7 +160,7 @@ def plan(
     file = recipe_file(recipe, base, adapter, [*given("serve", serve), *set])
     keep_clean(sources_of(file))
     targets = chosen_targets(file, tuple(target))
-    with open_tools(runner, Silent()) as tools:
+    with open_tools(runner, Silent(), memory=memory) as tools:
         result = forecast(file, targets, Path(dist).absolute(), tools, update_lock=update_lock)
     return result, table(result)
 

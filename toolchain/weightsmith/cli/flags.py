@@ -32,6 +32,7 @@ FLAGS = {
     "locked": "refuse sources that differ from the lock file next to the recipe",
     "max_drop": "largest accepted drop in score compared with --against, from 0 to 1",
     "max_tokens": "maximum tokens of an answer",
+    "memory": "most memory that a job may use, such as 6GiB; default: what is free",
     "merged": "merged checkpoint folder",
     "model": "model folder or .gguf file",
     "name": "the model's name; default: its file's name (in `render`, its folder's)",

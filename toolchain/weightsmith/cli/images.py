@@ -37,6 +37,7 @@ def bake(
     sign_key: str = "",
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
+    memory: str = "",
 ) -> tuple[Mapping[str, Json], str]:
     """Assemble the image of a model, and push it, load it or write it as an OCI layout."""
     from weightsmith.commands.arguments import required
@@ -63,6 +64,7 @@ def bake(
         progress_for(),
         sign_key=sign_key,
         allow_network_in_jobs=allow_network_in_jobs,
+        memory=memory,
         insecure=insecure,
     ) as tools:
         result = bake_model(request, tools)

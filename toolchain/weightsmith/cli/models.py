@@ -26,6 +26,7 @@ def merge(
     keep_adapter: str = "",
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
+    memory: str = "",
 ) -> tuple[Mapping[str, Json], str]:
     """Merge adapters into a base and write a plain Hugging Face checkpoint to --out."""
     from weightsmith.commands.arguments import not_nested, parse_weights, required
@@ -41,7 +42,9 @@ def merge(
         adapters=tuple(Path(folder) for folder in adapter),
         weights=parse_weights(weights, len(adapter)),
     )
-    with open_tools(runner, progress_for(), allow_network_in_jobs=allow_network_in_jobs) as tools:
+    with open_tools(
+        runner, progress_for(), allow_network_in_jobs=allow_network_in_jobs, memory=memory
+    ) as tools:
         kept = keep_folder(folders, Path(keep_adapter), options, tools) if keep_adapter else {}
         result = merge_folders(folders, Path(out), options, tools) if out else kept
     if kept and out:
@@ -68,6 +71,7 @@ def validate(
     validation: Validate,
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
+    memory: str = "",
 ) -> tuple[Mapping[str, Json], str]:
     """Compare a merged checkpoint with its base and adapters: files, every element, logits."""
     from weightsmith.commands.arguments import parse_weights, required
@@ -78,7 +82,9 @@ def validate(
     required(base=base, adapter=adapter, merged=merged)
     keep_clean([base, *adapter, merged])
     factors = parse_weights(weights, len(adapter))
-    with open_tools(runner, progress_for(), allow_network_in_jobs=allow_network_in_jobs) as tools:
+    with open_tools(
+        runner, progress_for(), allow_network_in_jobs=allow_network_in_jobs, memory=memory
+    ) as tools:
         result = validate_folders(
             Path(base),
             tuple((Path(folder), w) for folder, w in zip(adapter, factors, strict=True)),
@@ -121,6 +127,7 @@ def quantize(
     no_gate: bool = False,
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
+    memory: str = "",
 ) -> tuple[Mapping[str, Json], str]:
     """Quantize a checkpoint to --format, read the result back and measure what was lost."""
     from weightsmith.commands.arguments import required
@@ -138,7 +145,9 @@ def quantize(
         calibration=Path(calibration) if calibration else None,
         gate=not no_gate,
     )
-    with open_tools(runner, progress_for(), allow_network_in_jobs=allow_network_in_jobs) as tools:
+    with open_tools(
+        runner, progress_for(), allow_network_in_jobs=allow_network_in_jobs, memory=memory
+    ) as tools:
         result = quantize_folder(asked, tools)
     measures = ", ".join(
         f"{key} {result['quality'][key]:.4g}"

@@ -43,6 +43,7 @@ def evaluate(
     max_drop: str = "",
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
+    memory: str = "",
 ) -> tuple[Mapping[str, Json], str]:
     """Score a started image, a server, or a checkpoint with or without adapter on --data."""
     from weightsmith.commands.arguments import number, required
@@ -85,7 +86,9 @@ def evaluate(
         against=against,
         max_drop=number(max_drop, "--max-drop") if max_drop else None,
     )
-    with open_tools(runner, progress_for(), allow_network_in_jobs=allow_network_in_jobs) as tools:
+    with open_tools(
+        runner, progress_for(), allow_network_in_jobs=allow_network_in_jobs, memory=memory
+    ) as tools:
         result = evaluate_subject(subject, Path(data), options, tools)
     low, high = result["interval"]
     text = (

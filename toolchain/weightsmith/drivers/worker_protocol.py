@@ -17,7 +17,7 @@ from weightsmith.drivers.process import TookTooLong, describe_exit
 from weightsmith.errors import EnvironmentFailure, WeightsmithError, from_code
 from weightsmith.files import age_order
 from weightsmith.foreign import parse
-from weightsmith.jobs import Job
+from weightsmith.jobs import Job, out_of_memory
 from weightsmith.ports import Progress
 from weightsmith.privacy import private
 from weightsmith.time_limits import VARIABLE
@@ -87,11 +87,9 @@ class Conversation:
             return self._result
         name = self.job.kind
         if returncode in _KILLED:
-            limit = f" (limit {self.job.memory_bytes:,} bytes)" if self.job.memory_bytes else ""
+            error = out_of_memory(self.job, "was killed, most likely because memory ran out")
             raise EnvironmentFailure(
-                f"the {name} job was killed, most likely because memory ran out{limit}"
-                + self._at(),
-                hint=f"free memory or use a larger machine; log: {self.log.name}",
+                error.message + self._at(), hint=f"{error.hint}; log: {self.log.name}"
             )
         last = self._stderr[-1] if self._stderr else "it printed nothing"
         raise WeightsmithError(

@@ -43,6 +43,7 @@ def bake(
     sign_key: str = "",
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
+    memory: str = "",
     progress: bool = True,
 ) -> Baked:
     """Assemble the image of a model without starting it; push it, load it or write a layout.
@@ -84,6 +85,7 @@ def bake(
             shown_progress,
             sign_key=sign_key,
             allow_network_in_jobs=allow_network_in_jobs,
+            memory=memory,
             insecure=insecure,
         ) as tools,
     ):
@@ -106,6 +108,7 @@ def plan(
     update_lock: bool = False,
     dist: AnyPath = "dist",
     runner: str = "auto",
+    memory: str = "",
 ) -> Mapping[str, Json]:
     """Return what `build` would do, without doing it.
 
@@ -123,7 +126,7 @@ def plan(
     file = recipe_of(recipe, set)
     wiring.keep_clean(sources_of(file))
     wanted = chosen_targets(file, texts_of(targets))
-    with wiring.open_tools(runner, Silent()) as tools:
+    with wiring.open_tools(runner, Silent(), memory=memory) as tools:
         return forecast(file, wanted, path_of(dist).absolute(), tools, update_lock=update_lock)
 
 
@@ -143,6 +146,7 @@ def build(
     dist: AnyPath = "dist",
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
+    memory: str = "",
     progress: bool = True,
 ) -> Mapping[str, Built]:
     """Build, test and publish the image of each target; return them by target name.
@@ -169,6 +173,7 @@ def build(
             shown_progress,
             sign_key=sign_key,
             allow_network_in_jobs=allow_network_in_jobs,
+            memory=memory,
             insecure=insecure,
         ) as tools,
     ):

@@ -34,6 +34,7 @@ def merge(
     quantized_base: str = "refuse",
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
+    memory: str = "",
     progress: bool = True,
 ) -> Merged:
     """Merge adapters into a base, and write a Hugging Face checkpoint with its shapes to `out`.
@@ -58,7 +59,7 @@ def merge(
     with (
         shown(progress) as shown_progress,
         wiring.open_tools(
-            runner, shown_progress, allow_network_in_jobs=allow_network_in_jobs
+            runner, shown_progress, allow_network_in_jobs=allow_network_in_jobs, memory=memory
         ) as tools,
     ):
         result = merge_folders(asked, place, options, tools)
@@ -89,6 +90,7 @@ def validate(
     probes: AnyPath | None = None,
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
+    memory: str = "",
     progress: bool = True,
 ) -> Validation:
     """Compare a merged checkpoint, from any tool, with its sources by files, elements and logits.
@@ -112,7 +114,7 @@ def validate(
     with (
         shown(progress) as shown_progress,
         wiring.open_tools(
-            runner, shown_progress, allow_network_in_jobs=allow_network_in_jobs
+            runner, shown_progress, allow_network_in_jobs=allow_network_in_jobs, memory=memory
         ) as tools,
     ):
         return validate_folders(source, pairs, made, asked, options, tools)
@@ -134,6 +136,7 @@ def quantize(
     gate: bool = True,
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
+    memory: str = "",
     progress: bool = True,
 ) -> Quantized:
     """Quantize a checkpoint, read the result back, and measure the loss on held-out text.
@@ -166,7 +169,7 @@ def quantize(
     with (
         shown(progress) as shown_progress,
         wiring.open_tools(
-            runner, shown_progress, allow_network_in_jobs=allow_network_in_jobs
+            runner, shown_progress, allow_network_in_jobs=allow_network_in_jobs, memory=memory
         ) as tools,
     ):
         result = quantize_folder(asked, tools)

@@ -17,7 +17,7 @@ from weightsmith.checkpoints.peft_keys import KEY_MAPPING, check_peft_keys
 from weightsmith.checkpoints.peft_patterns import check_peft_patterns
 from weightsmith.checkpoints.templates import own_template, render_chat
 from weightsmith.checkpoints.text import text_part
-from weightsmith.errors import InputRefused
+from weightsmith.errors import InputRefused, ran_out_of_memory
 from weightsmith.foreign import read_json
 from weightsmith.forward.greedy import Answers, Questions, greedy
 from weightsmith.forward.meeting import Meeting
@@ -148,7 +148,9 @@ def walk(subjects: Mapping[str, Subject], ask: Mapping[str, Callable[[Any], T]])
         with doing("building the models without their weights"):
             views = _views(subjects, meeting)
         return meeting.run({name: partial(ask[name], views[name]) for name in subjects})
-    except NOT_STREAMABLE:
+    except NOT_STREAMABLE as error:
+        if ran_out_of_memory(error):
+            raise
         found = {}
         for name, subject in subjects.items():
             network = load_network(subject.model, subject.adapters)

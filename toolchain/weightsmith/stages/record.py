@@ -93,6 +93,8 @@ class Facts:
     """Stage -> inputs of its result, so that the next plan can say what changed."""
     network_in_jobs: bool = False
     """Whether any job had network access, because the user allowed it."""
+    memory_bytes: int = 0
+    """Memory limit of every job."""
 
 
 def write_record(facts: Facts, folder: Path) -> BuildRecord:
@@ -184,6 +186,7 @@ def build_record(facts: Facts) -> BuildRecord:
         refused=facts.refused,
         warnings=facts.warnings,
         network_in_jobs=facts.network_in_jobs,
+        memory_bytes=facts.memory_bytes,
         recipe=without_secrets(recipe.model_dump(mode="json", exclude_defaults=True)),
         reproduce=tuple(_reproduce(facts)),
         next=tuple(_next(facts)),

@@ -11,8 +11,14 @@ import threading
 import traceback
 from pathlib import Path
 
-from weightsmith.errors import EnvironmentFailure, InputRefused, WeightsmithError, of_open_files
-from weightsmith.jobs import Job, read_job
+from weightsmith.errors import (
+    EnvironmentFailure,
+    InputRefused,
+    WeightsmithError,
+    of_open_files,
+    ran_out_of_memory,
+)
+from weightsmith.jobs import Job, out_of_memory, read_job
 from weightsmith.time_limits import tell_what_is_done
 from weightsmith.worker.jobs import STAGES
 from weightsmith.worker.wire import Wire, open_wire
@@ -26,16 +32,12 @@ def run_job(job: Job, wire: Wire) -> int:
         result = STAGES[job.kind](job, wire.progress)
     except WeightsmithError as error:
         return _send_error(wire, of_open_files(error) or error)
-    except MemoryError:
-        traceback.print_exc()
-        what = f"the {job.kind} job ran out of memory"
-        hint = "close other programs or use a machine with more memory"
-        return _send_error(wire, EnvironmentFailure(what, hint=hint))
-    except OSError as problem:
-        traceback.print_exc()
-        return _send_error(wire, _of_the_system(problem, job))
     except Exception as problem:  # noqa: BLE001 - the last frame reports it with its traceback
         traceback.print_exc()
+        if ran_out_of_memory(problem):
+            return _send_error(wire, out_of_memory(job))
+        if isinstance(problem, OSError):
+            return _send_error(wire, _of_the_system(problem, job))
         what = f"unexpected {type(problem).__name__} in the {job.kind} job: {problem}"
         return _send_error(wire, WeightsmithError(what, hint="the traceback is in the job's log"))
     wire.send({"result": result})

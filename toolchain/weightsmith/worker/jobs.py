@@ -196,7 +196,8 @@ def _echo(job: EchoJob, report: Report) -> Mapping[str, Json]:
         raise from_code(job.fail, "asked to fail", "ask for something else")
     if job.crash is not None:
         raise ValueError(job.crash)
-    print("printed by the stage")  # noqa: T201
+    held = b"x" * job.fill
+    print(f"printed by the stage, which holds {len(held)} bytes")  # noqa: T201
     note("echo begins")
     time.sleep(job.sleep)
     text = job.text.path.read_text("utf-8")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _DONE = ".done"
 """One file for all steps: forgetting half of them would leave a step without its input."""
+_NO_MEMORY = ("std::bad_alloc", "MemoryError", "can't allocate memory", "Cannot allocate memory")
 _EXCEPTION = re.compile(r"(?!OSError|MemoryError|BrokenPipe)(\w+Error): .+")
 
 
@@ -44,6 +46,8 @@ def run_steps(steps: tuple[Step, ...], output: Path, report: Report) -> None:
             env=process.scrubbed({**_inherited(), **step.env}),
             on_line=lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201
         )
+        if ended.returncode and _lacked_memory(ended):
+            raise MemoryError(step.title)
         if ended.returncode and step.reads:
             _refuse(step, ended.tail)
         ended.require(
@@ -57,6 +61,12 @@ def run_steps(steps: tuple[Step, ...], output: Path, report: Report) -> None:
             for found in path.parent.glob(path.name):
                 found.unlink()
     report(len(steps), len(steps), "steps")
+
+
+def _lacked_memory(ended: process.Completed) -> bool:
+    """Return whether the kernel killed a program, or it says itself that memory ran out."""
+    said = any(words in line for line in ended.tail[-20:] for words in _NO_MEMORY)
+    return ended.returncode == -signal.SIGKILL or said
 
 
 def _refuse(step: Step, tail: Sequence[str]) -> None:
