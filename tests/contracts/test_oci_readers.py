@@ -18,9 +18,11 @@ from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.layout import read_layout, write_layout
 from weightsmith.oci.layout_attachments import attach, attached
 from weightsmith.oci.locations import open_location
+from weightsmith.oci.modelpack import ModelDescription, model_pack
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.unpack import unpack
+from weightsmith.values import Digest, FileEntry, Tree
 
 from tests.fakes.debian_registry import real_registry
 from tests.fakes.images import FILES, entry, foreign_image, tar_of, tiny_image
@@ -263,3 +265,52 @@ def test_docker_pulls_it(docker: bool, order: Order, tmp_path: Path) -> None:
             subprocess.run(["docker", "rmi", "-f", reference], capture_output=True)
     assert seen["RootFS"]["Layers"] == [layer.diff_id for layer in image.layers]
     assert seen["RepoDigests"][0].endswith(image.digest)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Image:
+    """A ModelPack of the tiny files."""
+    entries = []
+    for name, data in FILES.items():
+        path = tmp_path / "pack" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        entries.append(FileEntry(path=name, size=len(data), digest=Digest.of(data)))
+    facts = ModelDescription(name="tiny", version="1", format="safetensors")
+    return model_pack(Tree(root=tmp_path / "pack", files=tuple(entries)), facts, {})
+
+
+@_has("oras")
+@pytest.mark.registry
+def test_oras_pulls_a_model_packs_files(model: Image, tmp_path: Path) -> None:
+    with real_registry(tmp_path) as host, Registry() as client:
+        client.push(model, Reference.parse(f"{host}/models/tiny:1"))
+        _run("oras", "pull", "--plain-http", f"{host}/models/tiny:1", "-o", tmp_path / "pulled")
+
+    assert {name: (tmp_path / "pulled" / name).read_bytes() for name in FILES} == FILES
+
+
+@_has("skopeo")
+def test_skopeo_copies_a_model_pack_unchanged(model: Image, tmp_path: Path) -> None:
+    write_layout(model, tmp_path / "oci", ref="v1")
+    _run("skopeo", "copy", "-q", "--preserve-digests", f"oci:{tmp_path}/oci:v1",
+         f"oci:{tmp_path}/copy:v1")  # fmt: skip
+
+    assert read_layout(tmp_path / "copy", "v1").digest == model.digest
+
+
+@_has("podman")
+@pytest.mark.registry
+@pytest.mark.root
+def test_podman_pulls_a_model_pack_as_an_artifact(model: Image, tmp_path: Path) -> None:
+    with real_registry(tmp_path) as host, Registry() as client:
+        client.push(model, Reference.parse(f"{host}/models/tiny:1"))
+        podman = ("podman", "--root", tmp_path / "podman", "--storage-driver", "vfs")
+        name = f"{host}/models/tiny:1"
+        _run(*podman, "artifact", "pull", "-q", "--tls-verify=false", name)
+        said = json.loads(_run(*podman, "artifact", "inspect", name))
+
+    manifest = said["Manifest"]
+    assert manifest["artifactType"] == model.artifact_type
+    titles = [row["annotations"]["org.opencontainers.image.title"] for row in manifest["layers"]]
+    assert titles == sorted(FILES)

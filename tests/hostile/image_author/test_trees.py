@@ -14,7 +14,7 @@ from weightsmith.drivers.ownership import private_folder
 from weightsmith.errors import InputRefused
 from weightsmith.files import _new_name
 from weightsmith.oci.attachments import Part
-from weightsmith.oci.manifests import TITLE
+from weightsmith.oci.layers import TITLE
 from weightsmith.oci.unpack import unpack
 from weightsmith.provenance.evidence import Document
 from weightsmith.trees import discard, walk

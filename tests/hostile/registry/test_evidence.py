@@ -11,8 +11,8 @@ from weightsmith.drivers.signer import open_signer
 from weightsmith.errors import InputRefused
 from weightsmith.oci.attachments import Attachment, Part
 from weightsmith.oci.index import Index
+from weightsmith.oci.layers import TITLE
 from weightsmith.oci.locations import RegistryLocation
-from weightsmith.oci.manifests import TITLE
 from weightsmith.oci.references import Reference
 from weightsmith.ports import Silent
 from weightsmith.provenance import signing, statements

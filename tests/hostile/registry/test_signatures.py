@@ -7,7 +7,7 @@ from weightsmith.commands.images import copy_image
 from weightsmith.commands.rebase import RebaseRequest, rebase_image
 from weightsmith.drivers.signer import open_signer
 from weightsmith.oci.attachments import Attachment, Part
-from weightsmith.oci.manifests import TITLE
+from weightsmith.oci.layers import TITLE
 from weightsmith.ports import Silent
 from weightsmith.provenance import statements
 from weightsmith.provenance.evidence import EVALUATION_TYPE

@@ -103,7 +103,7 @@ def test_a_token_that_ends_in_the_middle(fake: FakeRegistry, image: Image, tmp_p
 
     class Slow:
         digest, diff_id, size = layer.digest, layer.diff_id, layer.size
-        media_type, file = layer.media_type, layer.file
+        media_type, file, annotations = layer.media_type, layer.file, layer.annotations
 
         def open(self) -> object:
             if fake.tokens_given == 1:

@@ -40,8 +40,9 @@ from weightsmith.values import (
     plain,
 )
 
-KINDS = ("image", "modelcar", "volume")
-"""`image` runs a server; `modelcar` is for KServe and has a shell; `volume` has only weights."""
+KINDS = ("image", "modelcar", "volume", "modelpack")
+"""`image` runs a server; `modelcar` is for KServe and has a shell; `volume` has only weights;
+`modelpack` is no image, but an artifact with the model's files, for model runners to pull."""
 _DEFAULT_NAME = "model"
 _MEMORY = 4 << 30
 
@@ -86,6 +87,16 @@ def _check(request: BakeRequest) -> None:
         required(**{"push (or --load, --layout)": ""})
     if request.kind not in KINDS:
         raise UsageError(f"--kind {request.kind}: unknown", hint=f"one of {', '.join(KINDS)}")
+    if request.kind == "modelpack" and request.load:
+        raise UsageError(
+            f"--load {request.load}: a ModelPack is not an image that an engine can load",
+            hint="give --push or --layout, or another --kind",
+        )
+    if request.kind == "modelpack" and request.image.base:
+        raise UsageError(
+            f"--base-image {request.image.base}: a ModelPack has no base",
+            hint="leave it out, or give another --kind",
+        )
 
 
 def _name(path: Path) -> str:
@@ -134,6 +145,7 @@ def _inputs(
         config=config,
         bases=base_images(base_name, engine, tools, platforms=platforms) if base_name else (),
         base_name=public_base(base_name),
+        kind=request.kind,
         labels=_labels(request, model, target, config),
         order=request.image.order,
         largest_layer=parse_size(most) if most else 0,

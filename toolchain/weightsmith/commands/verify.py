@@ -24,7 +24,7 @@ from weightsmith.provenance import evidence, signing
 from weightsmith.provenance.chain import Check, check_chain
 from weightsmith.provenance.evidence import Document
 from weightsmith.provenance.lineage import trace
-from weightsmith.provenance.roles import roles_of
+from weightsmith.provenance.roles import weights_of
 from weightsmith.provenance.statements import Statement
 from weightsmith.values import Digest, Json
 from weightsmith.visible import joined
@@ -257,11 +257,11 @@ def _documents(found: _Found) -> list[Document]:
 def _layers(image: Image, source: str, found: _Found, progress: Progress) -> None:
     """Check the digest of every layer, and read the files of weight layers; a few at once."""
     try:
-        weights = {layer.digest for layer in roles_of(image, source).weights}
+        weights = {layer.digest for layer in weights_of(image, source)}
     except _WRONG as error:
         found.say("roles", False, error.message)
         weights = set()
-    prefix = "models/"
+    prefix = "" if image.artifact_type else "models/"
     total, done = sum(layer.size for layer in image.layers), 0
 
     def read(layer: Layer) -> tuple[str, dict[str, str]]:
@@ -287,6 +287,10 @@ def _read_layer(layer: Layer, source: str, *, look_inside: bool) -> tuple[str, d
     try:
         if look_inside and layer.media_type == LAYER_TAR:
             return "", dict(_files(chunks))
+        if look_inside and layer.media_type.endswith(".raw"):
+            for _ in chunks:
+                pass
+            return "", {layer.file: layer.digest}
         for _ in chunks:
             pass
     except (*_WRONG, tarfile.TarError, ValueError, EOFError) as error:

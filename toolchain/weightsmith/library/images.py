@@ -49,7 +49,8 @@ def bake(
     """Assemble the image of a model without starting it; push it, load it or write a layout.
 
     At least one of `push`, `load` (references) and `layout` (a folder) is needed. `config` is the
-    folder that `weightsmith render` wrote; `max_layer_size` is text such as `10GB`.
+    folder that `weightsmith render` wrote; `max_layer_size` is text such as `10GB`; `kind` is
+    `image`, `modelcar`, `volume` or `modelpack`.
 
     Raises UsageError for an unknown target or option, InputRefused for weights in another format,
     EnvironmentFailure if a registry or the container engine cannot be reached.

@@ -15,7 +15,7 @@ from weightsmith.errors import InputRefused
 from weightsmith.foreign import PART
 from weightsmith.oci import manifests
 from weightsmith.oci.image import Opener
-from weightsmith.oci.layers import Member
+from weightsmith.oci.layers import TITLE, Member
 from weightsmith.values import Blob, Digest, Json, canonical
 
 EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
@@ -48,13 +48,13 @@ class Part:
         return cls(
             blob=blob,
             open=lambda: read_file(path, member.size),
-            annotations={manifests.TITLE: title},
+            annotations={TITLE: title},
         )
 
     @property
     def title(self) -> str:
         """Its file name, or empty."""
-        return self.annotations.get(manifests.TITLE, "")
+        return self.annotations.get(TITLE, "")
 
     def read(self) -> bytes:
         """Return the content; raises InputRefused if it is too large for memory."""

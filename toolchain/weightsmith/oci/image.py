@@ -10,13 +10,15 @@ from typing import Literal, TypeAlias
 
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.oci import manifests, tar
-from weightsmith.oci.layers import LAYER_TAR, BlobLayer, Layer
+from weightsmith.oci.layers import LAYER_TAR, TITLE, BlobLayer, Layer
 from weightsmith.oci.references import Reference
 from weightsmith.values import Blob, Digest, ImageLayer, Json, canonical
 
 Order: TypeAlias = Literal["engine-first", "weights-first"]
 Opener: TypeAlias = Callable[[], Iterator[bytes]]
 
+FILE_PATH = "org.cncf.model.filepath"
+"""Annotation of a ModelPack's layer: the file's path in the model's folder."""
 MOST_LAYERS = 125
 """Docker's overlay2 refuses the 126th with "max depth exceeded"."""
 _SECOND = 1_000_000_000
@@ -57,6 +59,8 @@ class Image:
     settings: Mapping[str, Json]
     """The configuration document without the layers' diff ids."""
     annotations: Mapping[str, str] = field(default_factory=dict)
+    artifact_type: str = ""
+    """Media type of an artifact that is no container image, such as a ModelPack."""
     raw: tuple[bytes, bytes, str] | None = None
     """Manifest, configuration and the manifest's media type as read: this keeps the digest."""
 
@@ -66,6 +70,8 @@ class Image:
         if self.raw:
             return self.raw[1]
         ids = [layer.diff_id for layer in self.layers]
+        if self.artifact_type:
+            return canonical({**self.settings, "modelfs": {"type": "layers", "diffIds": ids}})
         return canonical({**self.settings, "rootfs": {"type": "layers", "diff_ids": ids}})
 
     @cached_property
@@ -78,8 +84,10 @@ class Image:
             "schemaVersion": 2,
             "mediaType": manifests.OCI_MANIFEST,
             "config": _descriptor(config),
-            "layers": [_descriptor(blob_of(layer), layer.file) for layer in self.layers],
+            "layers": [_descriptor(blob_of(layer), layer.annotations) for layer in self.layers],
         }
+        if self.artifact_type:
+            document["artifactType"] = self.artifact_type
         if self.annotations:
             document["annotations"] = dict(self.annotations)
         return canonical(document)
@@ -104,24 +112,26 @@ class Image:
         """The configuration's descriptor; its digest is what Docker calls the image id."""
         data = self.config_bytes
         kind = manifests.OCI_CONFIG
-        if self.media_type == manifests.DOCKER_MANIFEST:
+        if self.artifact_type:
+            kind = manifests.MODEL_CONFIG
+        elif self.media_type == manifests.DOCKER_MANIFEST:
             kind = manifests.DOCKER_CONFIG
         return Blob(digest=Digest.of(data), size=len(data), media_type=kind)
 
     @property
     def platform(self) -> str:
-        """The platform as `os/architecture`."""
-        return manifests.platform_of(self.settings)
+        """The platform as `os/architecture`; "" for an artifact, which suits any."""
+        return "" if self.artifact_type else manifests.platform_of(self.settings)
 
     @property
     def config(self) -> Mapping[str, Json]:
         """The part of the configuration that an engine uses, such as `Env` and `Labels`."""
-        return self.settings.get("config") or {}
+        return {} if self.artifact_type else self.settings.get("config") or {}
 
     @property
     def labels(self) -> Mapping[str, str]:
-        """The image's labels."""
-        return self.config.get("Labels") or {}
+        """The image's labels; the annotations of an artifact, which has no labels."""
+        return self.annotations if self.artifact_type else self.config.get("Labels") or {}
 
     def blobs(self) -> Iterator[tuple[Blob, Opener]]:
         """Yield every blob below the manifest once: layers bottom first, then the configuration."""
@@ -201,18 +211,25 @@ def load_image(
     rows = manifests.listed(document, "layers", where)
     raw_config = read(config)
     settings = manifests.read_json(raw_config, f"{where}: the configuration")
-    ids = _diff_ids(settings, len(rows), where)
+    artifact_type = manifests.MODEL_MANIFEST if config.media_type == manifests.MODEL_CONFIG else ""
+    ids = _diff_ids(settings, len(rows), where, model=bool(artifact_type))
     layers = []
     for n, (row, diff_id) in enumerate(zip(rows, ids, strict=True)):
         blob = manifests.descriptor(row, f"{where}: layer {n}", manifests.LAYERS)
-        title = _texts(row.get("annotations"), where).get(manifests.TITLE, "")
+        notes = _texts(row.get("annotations"), where)
+        file = notes.get(TITLE) or notes.get(FILE_PATH, "")
         layers.append(
-            BlobLayer(blob=blob, diff_id=diff_id, opener=opener(blob), file=title, origin=origin)
+            BlobLayer(blob=blob, diff_id=diff_id, opener=opener(blob), file=file, origin=origin)
         )
     return Image(
         layers=tuple(layers),
-        settings={k: v for k, v in _checked(settings, where).items() if k != "rootfs"},
+        settings={
+            key: value
+            for key, value in (settings if artifact_type else _checked(settings, where)).items()
+            if key not in ("rootfs", "modelfs")
+        },
         annotations=_texts(document.get("annotations"), where),
+        artifact_type=artifact_type,
         raw=(manifest, raw_config, media_type),
     )
 
@@ -244,15 +261,14 @@ def image_layers(image: Image) -> tuple[ImageLayer, ...]:
     return tuple(ImageLayer(digest=x.digest, size=x.size, file=x.file) for x in image.layers)
 
 
-def _descriptor(blob: Blob, title: str = "") -> dict[str, Json]:
+def _descriptor(blob: Blob, annotations: Mapping[str, str] | None = None) -> dict[str, Json]:
     found: dict[str, Json] = {
         "mediaType": blob.media_type,
         "digest": blob.digest,
         "size": blob.size,
     }
-    # So the image itself says which layer holds which file.
-    if title:
-        found["annotations"] = {manifests.TITLE: title}
+    if annotations:
+        found["annotations"] = dict(annotations)
     return found
 
 
@@ -310,9 +326,9 @@ def _time(epoch: int) -> str:
     return datetime.fromtimestamp(epoch, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _diff_ids(settings: Mapping[str, Json], count: int, where: str) -> list[Digest]:
-    rootfs = settings.get("rootfs")
-    ids = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
+def _diff_ids(settings: Mapping[str, Json], count: int, where: str, *, model: bool) -> list[Digest]:
+    files = settings.get("modelfs" if model else "rootfs")
+    ids = files.get("diffIds" if model else "diff_ids") if isinstance(files, dict) else None
     if not isinstance(ids, list) or len(ids) != count:
         raise InputRefused(
             f"{where}: the configuration does not list the diff ids of the {count} layers",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,8 @@ from weightsmith.oci.references import Reference
 from weightsmith.values import Blob, Digest, Pieces, key_of
 
 LAYER_TAR = "application/vnd.oci.image.layer.v1.tar"
+TITLE = "org.opencontainers.image.title"
+_CHANGED = "it changed while it was packed; run the command again"
 CHUNK = 1 << 20
 _GATHER = 128 << 10
 """Bytes; smaller pieces of a layer are joined before they are hashed and sent."""
@@ -29,7 +31,7 @@ Memo: TypeAlias = Callable[[str, Callable[[], str]], str]
 
 
 class Layer(Protocol):
-    """One file system layer."""
+    """One layer: a part of a file system, or in a ModelPack one file."""
 
     @property
     def digest(self) -> Digest:
@@ -50,6 +52,10 @@ class Layer(Protocol):
     @property
     def file(self) -> str:
         """What it contains, for reports; empty if unknown."""
+
+    @property
+    def annotations(self) -> Mapping[str, str]:
+        """The annotations of its descriptor in a manifest."""
 
     def open(self) -> Iterator[bytes]:
         """Yield the stored bytes in chunks of about 1 MiB.
@@ -159,6 +165,11 @@ class TarLayer:
         more = len(self.members) - 1
         return self.members[0].path + (f" and {more} more" if more else "")
 
+    @property
+    def annotations(self) -> Mapping[str, str]:
+        """What it contains, so that the manifest says which layer holds which file."""
+        return {TITLE: self.file} if self.file else {}
+
     def open(self) -> Iterator[bytes]:
         """Yield the tar; raises InputRefused for a file that has changed in the meantime."""
         return _gathered(self._pieces())
@@ -251,9 +262,38 @@ class BlobLayer:
         """The media type in its manifest."""
         return self.blob.media_type
 
+    @property
+    def annotations(self) -> Mapping[str, str]:
+        """What it contains, if that is known."""
+        return {TITLE: self.file} if self.file else {}
+
     def open(self) -> Iterator[bytes]:
         """Yield the stored bytes; InputRefused at the end if they do not match the digest."""
         return self.opener()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileLayer:
+    """A layer that is one file's own bytes, as in a ModelPack; it has no owner, mode or time."""
+
+    file: str
+    """The file's path."""
+    size: int
+    digest: Digest
+    source: Path | Pieces
+    media_type: str
+    annotations: Mapping[str, str]
+
+    @property
+    def diff_id(self) -> Digest:
+        """Same as the digest, since nothing is packed or compressed."""
+        return self.digest
+
+    def open(self) -> Iterator[bytes]:
+        """Yield the file; InputRefused if it has changed since it was hashed."""
+        blob = Blob(digest=self.digest, size=self.size, media_type=self.media_type)
+        member = Member(self.file, self.size, 0o644, self.source)
+        return verified(_content(member), blob, self.file, hint=_CHANGED)
 
 
 def verified(

@@ -191,7 +191,7 @@ def _index(image: Image, ref: str, folder: Path) -> Mapping[str, Json]:
         "mediaType": blob.media_type,
         "digest": blob.digest,
         "size": blob.size,
-        "platform": {"os": system, "architecture": machine},
+        **({"platform": {"os": system, "architecture": machine}} if system else {}),
         "annotations": {REF_NAME: ref},
     }
     return {
@@ -244,7 +244,10 @@ def _are_platforms(rows: Sequence[Json]) -> bool:
 
 def is_attachment(row: Json) -> bool:
     """Say whether an index's row is an attachment and not an image."""
-    return isinstance(row, dict) and ("artifactType" in row or is_saved_by_cosign(row))
+    if not isinstance(row, dict):
+        return False
+    kind = row.get("artifactType", manifests.MODEL_MANIFEST)
+    return kind != manifests.MODEL_MANIFEST or is_saved_by_cosign(row)
 
 
 def is_saved_by_cosign(row: Json) -> bool:

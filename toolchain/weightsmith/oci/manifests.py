@@ -26,16 +26,24 @@ DOCKER_GZIP = f"{DOCKER_TAR}.gzip"
 
 MANIFESTS = (OCI_MANIFEST, DOCKER_MANIFEST)
 INDEXES = (OCI_INDEX, DOCKER_INDEX)
-CONFIGS = (OCI_CONFIG, DOCKER_CONFIG)
-LAYERS = (LAYER_TAR, LAYER_GZIP, LAYER_ZSTD, DOCKER_TAR, DOCKER_GZIP)
+MODEL_MANIFEST = "application/vnd.cncf.model.manifest.v1+json"
+"""The artifact type of a ModelPack; https://github.com/modelpack/model-spec docs/spec.md."""
+MODEL_CONFIG = "application/vnd.cncf.model.config.v1+json"
+MODEL_LAYER = "application/vnd.cncf.model.{kind}.v1.{form}"
+MODEL_LAYERS = tuple(
+    MODEL_LAYER.format(kind=kind, form=form)
+    for kind in ("weight", "weight.config", "doc", "code", "dataset")
+    for form in ("raw", "tar", "tar+gzip", "tar+zstd")
+)
+
+CONFIGS = (OCI_CONFIG, DOCKER_CONFIG, MODEL_CONFIG)
+LAYERS = (LAYER_TAR, LAYER_GZIP, LAYER_ZSTD, DOCKER_TAR, DOCKER_GZIP, *MODEL_LAYERS)
 
 DAMAGED = "the image is damaged; push or write it again"
 """Hint for a malformed image."""
 LARGEST_MANIFEST = 4 << 20
 """Bytes; registries have the same limit."""
 LARGEST_CONFIG = 16 << 20
-TITLE = "org.opencontainers.image.title"
-
 _MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
@@ -63,7 +71,7 @@ def descriptor(value: Json, where: str, allowed: Sequence[str], largest: int | N
     if not isinstance(media_type, str) or media_type not in allowed:
         raise InputRefused(
             f"{where} has the media type {str(media_type)[:100]!r}, which is not supported",
-            hint="supported: " + ", ".join(allowed),
+            hint="supported: " + ", ".join(name for name in allowed if name not in MODEL_LAYERS),
         )
     if not isinstance(size, int) or isinstance(size, bool) or size < 0:
         raise InputRefused(f"{where} has no valid size", hint=DAMAGED)

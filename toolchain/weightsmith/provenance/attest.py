@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
-from weightsmith.checkpoints.facts import ModelFacts, read_facts
-from weightsmith.errors import WeightsmithError
 from weightsmith.evaluating.results import unproven_of
 from weightsmith.oci.attachments import Part
-from weightsmith.oci.manifests import TITLE
+from weightsmith.oci.layers import TITLE
 from weightsmith.provenance import statements
 from weightsmith.provenance.evaluation import evaluation, test_result
 from weightsmith.provenance.evidence import (
@@ -23,7 +21,7 @@ from weightsmith.provenance.evidence import (
     titled,
 )
 from weightsmith.provenance.labels import public_name, without_secrets
-from weightsmith.provenance.materials import ImageInputs, ImageMaterials
+from weightsmith.provenance.materials import ImageInputs, ImageMaterials, facts_of
 from weightsmith.provenance.mlbom import MEDIA_TYPE, Ancestor, BilledModel, license_of, ml_bom
 from weightsmith.provenance.statements import (
     Resource,
@@ -40,7 +38,6 @@ from weightsmith.values import (
     Json,
     Scores,
     Sources,
-    Tree,
     plain,
     without_passwords,
 )
@@ -194,7 +191,7 @@ def _baked(made: ImageMaterials, documents: Sequence[Document]) -> Statement:
 
 def _billed(made: ImageMaterials) -> BilledModel:
     inputs = made.inputs
-    facts = _facts((inputs.checkpoint or inputs.artifact).tree)
+    facts = facts_of((inputs.checkpoint or inputs.artifact).tree)
     card = {"card": inputs.recipe.card} if inputs.recipe else {}
     return BilledModel(
         name=inputs.name,
@@ -208,17 +205,6 @@ def _billed(made: ImageMaterials) -> BilledModel:
         scores=made.scores,
         **card,
     )
-
-
-def _facts(tree: Tree) -> ModelFacts | None:
-    """Return what the model is, from its folder or GGUF file; None where it cannot be read."""
-    try:
-        if tree.has("config.json"):
-            return read_facts(tree.path("config.json").parent)
-        names = [file.path for file in tree.files if file.path.endswith(".gguf")]
-        return read_facts(tree.path(names[0])) if names else None
-    except (OSError, ValueError, WeightsmithError):
-        return None
 
 
 def _ancestors(sources: Sources | None) -> list[Ancestor]:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from weightsmith.errors import InputRefused
 from weightsmith.foreign import PART, parse
 from weightsmith.oci.attachments import Attachment, Part
+from weightsmith.oci.layers import TITLE
 from weightsmith.oci.locations import ImageLocation
-from weightsmith.oci.manifests import TITLE
 from weightsmith.provenance import signing
 from weightsmith.provenance.statements import Statement
 from weightsmith.values import Blob, Digest, FileEntry, Json, canonical, tree_digest

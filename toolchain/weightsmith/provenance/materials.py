@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.checkpoints.reshard import Resharded
+from weightsmith.errors import WeightsmithError
 from weightsmith.evaluating.results import Result, main_scores
 from weightsmith.oci.image import Image, Order
 from weightsmith.oci.index import Whole, whole_of
 from weightsmith.recipe import Recipe
 from weightsmith.serving.engine import Engine
 from weightsmith.serving.plan import ServingConfig
-from weightsmith.values import Artifact, Checkpoint, Json, Scores, Sources
+from weightsmith.values import Artifact, Checkpoint, Json, Scores, Sources, Tree
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,8 @@ class ImageInputs:
     """One per platform; () for an image from scratch."""
     base_name: str
     """The base's name in the image's labels; "" for a folder on this machine."""
+    kind: str = "image"
+    """`image`, `modelcar` and `volume` are images, `modelpack` is an artifact of plain files."""
     labels: Mapping[str, str]
     """All labels that do not follow from the other inputs."""
     order: Order = "engine-first"
@@ -69,6 +73,17 @@ class ImageMaterials:
     def served(self) -> Artifact:
         """The artifact with the files that are in the image."""
         return replace(self.inputs.artifact, tree=self.split.tree)
+
+
+def facts_of(tree: Tree) -> ModelFacts | None:
+    """Return what a model is, by its folder or GGUF file; None if it cannot be read."""
+    try:
+        if tree.has("config.json"):
+            return read_facts(tree.path("config.json").parent)
+        names = [file.path for file in tree.files if file.path.endswith(".gguf")]
+        return read_facts(tree.path(names[0])) if names else None
+    except (OSError, ValueError, WeightsmithError):
+        return None
 
 
 def whole_image(made: Sequence[ImageMaterials]) -> Whole:

@@ -75,6 +75,11 @@ def _added_label(config: ImageConfig) -> str:
     return canonical({key: value for key, value in stated.items() if value}).decode()
 
 
+def weights_of(image: Image, where: str) -> tuple[Layer, ...]:
+    """Return the layers with the model's files; raises InputRefused as `roles_of` does."""
+    return image.layers if image.artifact_type else roles_of(image, where).weights
+
+
 def roles_of(image: Image, where: str) -> Roles:
     """Return an image's roles; raises InputRefused if its labels are missing or wrong."""
     parts = [_ROLE.fullmatch(part) for part in image.labels.get(LAYERS, "").split()]

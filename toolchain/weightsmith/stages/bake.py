@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 from weightsmith.checkpoints.reshard import Resharded, reshard
 from weightsmith.errors import InputRefused
@@ -12,6 +13,7 @@ from weightsmith.oci.image import Healthcheck, Image, ImageConfig
 from weightsmith.oci.index import own_of
 from weightsmith.oci.layers import Layer, Member, TarLayer
 from weightsmith.oci.limits import check_layers
+from weightsmith.oci.modelpack import ModelDescription, model_pack
 from weightsmith.oci.references import Reference
 from weightsmith.oci.weights import max_weight_layers, weight_layers
 from weightsmith.outcome import Outcome, Timer
@@ -22,13 +24,16 @@ from weightsmith.provenance.labels import (
     engine_version,
     result_labels,
 )
-from weightsmith.provenance.materials import ImageInputs, ImageMaterials, whole_image
+from weightsmith.provenance.materials import ImageInputs, ImageMaterials, facts_of, whole_image
+from weightsmith.provenance.mlbom import license_of
 from weightsmith.provenance.roles import assemble_in_roles
+from weightsmith.serving.parameters import parameters
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.tools import Tools
 
 USER = "65532:65532"
 """The unprivileged user of images, as a number because an image may have no user database."""
+_PLAIN_BITS = 16
 
 
 def bake(
@@ -40,6 +45,8 @@ def bake(
     earlier: Sequence[str] = (),
 ) -> Outcome[tuple[ImageMaterials, ...]]:
     """Return the image for each platform of the base: base, weight layers and a settings layer.
+
+    A ModelPack is one artifact for all platforms.
 
     `prepare` returns the inputs; it takes minutes if a base is assembled here. The weight
     layers are the same for every kind of image. The store caches layer digests, so an unchanged
@@ -78,6 +85,9 @@ def _made(
     store: Store,
 ) -> ImageMaterials:
     """Return one platform's image with its materials."""
+    if inputs.kind == "modelpack":
+        image = _packed(inputs, split, results)
+        return ImageMaterials(inputs=inputs, split=split, base=None, image=image, results=results)
     config, model_dir, below = inputs.config, inputs.engine.model_dir, base.layers if base else ()
     if inputs.order == "weights-first" and base:
         _require_clear(base, inputs.base_name, model_dir, store)
@@ -105,6 +115,28 @@ def _made(
         version=engine_version(base.labels) if base and config else "",
     )
     return ImageMaterials(inputs=inputs, split=split, base=base, image=image, results=results)
+
+
+def _packed(inputs: ImageInputs, split: Resharded, results: tuple[Result, ...]) -> Image:
+    """Return the model's files as a ModelPack, with the labels as annotations."""
+    format_, facts = inputs.artifact.format, facts_of(inputs.artifact.tree)
+    license_ = license_of(split.tree.root)
+    count = 0
+    with suppress(InputRefused):  # the number is not known for every architecture
+        count = parameters(facts).all if facts else 0
+    description = ModelDescription(
+        name=inputs.name,
+        version=inputs.version,
+        family=facts.model_type if facts else "",
+        licenses=(license_,) if license_ else (),
+        format=format_.suffix.removeprefix("."),
+        parameters=count,
+        precision=facts.stated_dtype if facts else "",
+        quantization=format_.name if format_.bits_per_weight < _PLAIN_BITS else "",
+        sees_images=bool(facts and facts.sees_images),
+    )
+    annotations = {ARTIFACT: split.tree.digest, **inputs.labels, **result_labels(results)}
+    return model_pack(split.tree, description, annotations, split.contents)
 
 
 def _settings(config: ServingConfig | None) -> tuple[Layer, ...]:
