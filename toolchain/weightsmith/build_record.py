@@ -246,6 +246,24 @@ class BuildRecord(JsonObject):
     next: tuple[str, ...] = ()
     """Suggested next commands."""
 
+    @property
+    def title(self) -> str:
+        """Name, version and target."""
+        return f"{self.name} {self.version} {self.target}".strip()
+
+    @property
+    def tasks(self) -> tuple[AnsweredTask, ...]:
+        """Every task that was asked, the first one too."""
+        first = AnsweredTask(
+            name=self.task.name,
+            task=self.task,
+            scores=self.scores,
+            verdicts=self.verdicts,
+            items=self.items,
+            sameness=self.sameness,
+        )
+        return (first, *self.more_tasks) if self.scores else self.more_tasks
+
 
 def read_build(folder: Path) -> BuildRecord:
     """Read a folder's build.json; raises OSError, and ValueError for a damaged one."""

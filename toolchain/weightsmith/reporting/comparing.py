@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
+from weightsmith.build_record import ArtifactRecord, BuildRecord, ImageRecord, MergeRecord
 from weightsmith.reporting import answers
 
 _NOTHING = "-"
 
 
-def shared_items(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
+Items: TypeAlias = Sequence[Mapping[str, Any]]
+
+
+def shared_items(first: Items, second: Items) -> list[dict[str, Any]]:
     """Return the questions that both images were asked, with both answers as `A` and `B`."""
-    asked = {item["prompt"]: item for item in a["items"] if "image" in item}
+    asked = {item["prompt"]: item for item in first if "image" in item}
     found = []
-    for item in b["items"]:
+    for item in second:
         other = asked.get(item["prompt"])
         if other is None or "image" not in item:
             continue
@@ -31,7 +35,7 @@ def shared_items(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, A
     return found
 
 
-def answer_rows(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def answer_rows(items: Items) -> list[dict[str, Any]]:
     """Return the rows of the shared questions, with the answers of A and B."""
     named = {"adapter": "A", "image": "B"}
     rows = answers.rows(items)
@@ -41,33 +45,33 @@ def answer_rows(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def fact_rows(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
+def fact_rows(a: BuildRecord, b: BuildRecord) -> list[dict[str, Any]]:
     """Return the table of what the two builds are: name, both values, and whether they differ."""
+    both = (a, b)
     rows = [
-        _row("target", a["target"], b["target"]),
-        _row("version", a["version"], b["version"]),
-        _row("built", *(_minute(side["created"]) for side in (a, b)), note=False),
-        _row("base", *(side["base"]["digest"] for side in (a, b)), code=True),
-        _row("adapters", *(_adapters(side) for side in (a, b)), code=True),
-        _row("merged", *(_of(side, "merge", "digest") for side in (a, b)), code=True),
-        _row("weights", *(_of(side, "artifact", "digest") for side in (a, b)), code=True),
-        _row("image", *(_of(side, "image", "digest") for side in (a, b)), code=True),
-        _row("format", *(_of(side, "artifact", "format") for side in (a, b))),
+        _row("target", a.target, b.target),
+        _row("version", a.version, b.version),
+        _row("built", *(_minute(one.created) for one in both), note=False),
+        _row("base", a.base.digest, b.base.digest, code=True),
+        _row("adapters", *(_adapters(one) for one in both), code=True),
+        _row("merged", *(_digest(one.merge) for one in both), code=True),
+        _row("weights", *(_digest(one.artifact) for one in both), code=True),
+        _row("image", *(_digest(one.image) for one in both), code=True),
+        _row("format", *(one.artifact.format if one.artifact else _NOTHING for one in both)),
     ]
-    sizes = [(side["artifact"] or {}).get("size") for side in (a, b)]
+    sizes = [one.artifact.size if one.artifact else None for one in both]
     rows.append(_numbers("size of the weights", sizes, "bytes"))
-    bits = [(side["artifact"] or {}).get("bits_per_weight") for side in (a, b)]
+    bits = [one.artifact.bits_per_weight if one.artifact else None for one in both]
     rows.append(_numbers("bits per weight", bits, "number"))
-    scores = [side["scores"].get("image", {}).get("score") for side in (a, b)]
+    scores = [one.scores["image"].score if "image" in one.scores else None for one in both]
     rows.append(_numbers("score of the image", scores, "share"))
-    both = [{x["digest"]: x["size"] for x in (side["image"] or {"layers": []})["layers"]}
-            for side in (a, b)]  # fmt: skip
-    shared = sum(size for digest, size in both[0].items() if digest in both[1])
-    total = [sum(layers.values()) or None for layers in both]
+    layers = [{x.digest: x.size for x in one.image.layers} if one.image else {} for one in both]
+    shared = sum(size for digest, size in layers[0].items() if digest in layers[1])
+    total = [sum(sizes.values()) or None for sizes in layers]
     rows.append(_numbers("size of the image", total, "bytes"))
     rows.append(_numbers("of it in layers that both have", [shared, shared], "bytes", note=False))
     for key, name in (("max_num_seqs", "requests at once"), ("max_model_len", "tokens a request")):
-        rows.append(_row(name, *(str((s["plan"] or {}).get(key, _NOTHING)) for s in (a, b))))
+        rows.append(_row(name, *(str((one.plan or {}).get(key, _NOTHING)) for one in both)))
     return rows
 
 
@@ -87,8 +91,8 @@ def _numbers(name: str, values: Sequence[Any], kind: str, *, note: bool = True) 
     return {"name": name, "values": list(values), "code": False, "note": text, "kind": kind}
 
 
-def _of(side: Mapping[str, Any], part: str, key: str) -> str:
-    return str((side[part] or {}).get(key) or _NOTHING)
+def _digest(part: MergeRecord | ArtifactRecord | ImageRecord | None) -> str:
+    return (part.digest if part else "") or _NOTHING
 
 
 def _minute(created: str) -> str:
@@ -96,5 +100,5 @@ def _minute(created: str) -> str:
     return created[:16].replace("T", " ")
 
 
-def _adapters(side: Mapping[str, Any]) -> str:
-    return ", ".join(adapter["digest"][7:19] for adapter in side["adapters"]) or _NOTHING
+def _adapters(build: BuildRecord) -> str:
+    return ", ".join(adapter.digest[7:19] for adapter in build.adapters) or _NOTHING

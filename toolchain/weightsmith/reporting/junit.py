@@ -8,31 +8,25 @@ https://github.com/jenkinsci/xunit-plugin (junit-10.xsd).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 from xml.etree import ElementTree as ET
 
-from weightsmith.build_record import BuildRecord
+from weightsmith.build_record import AnsweredTask, BuildRecord
 from weightsmith.reporting.answers import rows
-from weightsmith.reporting.views import tasks
 
 _NOT_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """What XML 1.0 has no place for, in section 2.2."""
 
 
-def junit(record: BuildRecord) -> str:
+def junit(build: BuildRecord) -> str:
     """Return the XML: one suite of gates and checks, and one of questions per task.
 
     A question that the image lost is a failure where the build was stopped, and skipped with the
     answers where the loss was within what the recipe allows.
     """
-    build = record.to_json()
-    name = _clean(f"{build['name']} {build['version']} {build['target']}".strip())
-    root = ET.Element("testsuites", name=name)
+    root = ET.Element("testsuites", name=_clean(build.title))
     _gates(root, build)
-    found = tasks(build)
-    stopped = any(not v["passed"] and v["binding"] for task in found for v in task["verdicts"])
-    for task in found:
+    stopped = any(not v.passed and v.binding for task in build.tasks for v in task.verdicts)
+    for task in build.tasks:
         _questions(root, task, stopped=stopped)
     for suite in root:
         kinds = [child.tag for case in suite for child in case]
@@ -44,28 +38,27 @@ def junit(record: BuildRecord) -> str:
     return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def _gates(root: ET.Element, build: Mapping[str, Any]) -> None:
-    suite = ET.SubElement(root, "testsuite", name="checks", timestamp=_clean(build["created"][:19]))
-    for task in tasks(build):
-        for verdict in task["verdicts"]:
-            if not verdict["binding"]:
+def _gates(root: ET.Element, build: BuildRecord) -> None:
+    suite = ET.SubElement(root, "testsuite", name="checks", timestamp=_clean(build.created[:19]))
+    for task in build.tasks:
+        for verdict in task.verdicts:
+            if not verdict.binding:
                 continue
-            who = f"{verdict['subject']} against {verdict['against'] or 'min_score'}"
-            case = _case(suite, "gate", f"{task['name']}: {who}" if task["name"] else who)
-            if not verdict["passed"]:
-                _child(case, "failure", verdict["reason"], "")
-    if build["refused"] and not suite.findall("testcase/failure"):
-        _child(_case(suite, "gate", "published"), "failure", build["refused"], "")
-    for check in build["checks"]:
-        case = _case(suite, "image", check["name"])
-        case.set("time", f"{check['seconds']:.3f}")
-        ET.SubElement(case, "system-out").text = _clean(check["seen"])
+            who = f"{verdict.subject} against {verdict.against or 'min_score'}"
+            case = _case(suite, "gate", f"{task.name}: {who}" if task.name else who)
+            if not verdict.passed:
+                _child(case, "failure", verdict.reason, "")
+    if build.refused and not suite.findall("testcase/failure"):
+        _child(_case(suite, "gate", "published"), "failure", build.refused, "")
+    for check in build.checks:
+        case = _case(suite, "image", check.name)
+        case.set("time", f"{check.seconds:.3f}")
+        ET.SubElement(case, "system-out").text = _clean(check.seen)
 
 
-def _questions(root: ET.Element, task: Mapping[str, Any], *, stopped: bool) -> None:
-    name = f"questions {task['name']}".strip()
-    suite = ET.SubElement(root, "testsuite", name=_clean(name))
-    for row in rows(task["items"]):
+def _questions(root: ET.Element, task: AnsweredTask, *, stopped: bool) -> None:
+    suite = ET.SubElement(root, "testsuite", name=_clean(f"questions {task.name}".strip()))
+    for row in rows(task.items):
         case = _case(suite, "question", f"{row['number']}. {row['prompt']}"[:200])
         if row["lost"]:
             text = "\n".join(

@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from weightsmith.build_record import AnsweredTask, BuildRecord, ImageRecord
 from weightsmith.reporting.answers import PATHS
+from weightsmith.validating.result import Validation
 
 _LABELS = {
     "base": "base",
@@ -16,17 +18,17 @@ _LABELS = {
 }
 
 
-def verdict(build: Mapping[str, Any]) -> dict[str, Any]:
+def verdict(build: BuildRecord) -> dict[str, Any]:
     """Return `state` (passed, failed, untested), a `headline`, and the reasons behind it."""
-    binding = [v for task in tasks(build) for v in task["verdicts"] if v["binding"]]
-    failed = [v["reason"] for v in binding if not v["passed"]] + _earlier_failures(build)
-    failed = failed or [text for text in (build["refused"],) if text]
+    binding = [v for task in build.tasks for v in task.verdicts if v.binding]
+    failed = [v.reason for v in binding if not v.passed] + _earlier_failures(build)
+    failed = failed or [text for text in (build.refused,) if text]
     if failed:
         return {"state": "failed", "headline": "Stopped: not published", "reasons": failed}
-    last = [v["reason"] for v in binding if v["subject"] == "image"]
-    if build["unproven"]:
+    last = [v.reason for v in binding if v.subject == "image"]
+    if build.unproven:
         headline = "Published, but not proven" if last else "Built, not proven"
-        return {"state": "untested", "headline": headline, "reasons": [*build["unproven"], *last]}
+        return {"state": "untested", "headline": headline, "reasons": [*build.unproven, *last]}
     if last:
         headline = "Passed: the image is the fine-tuned model"
         return {"state": "passed", "headline": headline, "reasons": last}
@@ -34,59 +36,50 @@ def verdict(build: Mapping[str, Any]) -> dict[str, Any]:
     return {"state": "untested", "headline": "Built, not proven", "reasons": [reason]}
 
 
-def sameness(task: Mapping[str, Any]) -> list[dict[str, Any]]:
+def sameness(task: AnsweredTask) -> list[dict[str, Any]]:
     """Return each subject's sameness, with the smallest and largest known margin in nats."""
     rows = []
-    for who, same in task["sameness"].items():
-        known = [d["margin"] for d in same["differences"] if d["margin"] is not None]
+    for who, same in task.sameness.items():
+        known = [one.margin for one in same.differences if one.margin is not None]
         margins = (min(known), max(known)) if known else None
-        rows.append({"label": _LABELS[who], **same, "margins": margins})
+        rows.append({"label": _LABELS[who], **same.to_json(), "margins": margins})
     return rows
 
 
-def _earlier_failures(build: Mapping[str, Any]) -> list[str]:
+def _earlier_failures(build: BuildRecord) -> list[str]:
     """Return why validation or the quality of the weights stopped the build."""
-    validation, quality = build["validation"] or {}, build["quality"] or {}
     reasons = []
-    if validation.get("passed") is False:
-        errors = [f for f in validation["findings"] if _severity(f) == "error"]
+    if build.validation and not build.validation.passed:
+        errors = [found.message for found in build.validation.errors]
         first = errors[0] if errors else "it is not what base and adapters are"
-        message = first["message"] if isinstance(first, Mapping) else str(first)
         more = f" (and {len(errors) - 1} more findings)" if len(errors) > 1 else ""
-        reasons.append(f"the merged checkpoint failed its validation: {message}{more}")
-    if quality.get("exceeded") and not (build["image"] or {}).get("reference"):
-        reasons.append(f"quantizing lost too much: {'; '.join(quality['exceeded'])}")
+        reasons.append(f"the merged checkpoint failed its validation: {first}{more}")
+    if build.quality and build.quality.exceeded and not _is_published(build):
+        reasons.append(f"quantizing lost too much: {'; '.join(build.quality.exceeded)}")
     return reasons
 
 
-def _severity(finding: Any) -> str:
-    return str(finding.get("severity", "error")) if isinstance(finding, Mapping) else "error"
+def _is_published(build: BuildRecord) -> bool:
+    return bool(build.image and build.image.reference)
 
 
-def tasks(build: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return every task with `name`, `task`, `scores`, `verdicts` and `items`; [] without any."""
-    first = {key: build[key] for key in ("task", "scores", "verdicts", "items", "sameness")}
-    found = [{"name": build["task"]["name"], **first}] if build["scores"] else []
-    return found + list(build["more_tasks"])
-
-
-def score_rows(task: Mapping[str, Any]) -> list[dict[str, Any]]:
+def score_rows(task: AnsweredTask) -> list[dict[str, Any]]:
     """Return each subject's score and interval, in percent of the axis from 0 to 1."""
     rows = []
     for path in PATHS:
-        if path not in task["scores"]:
+        if path not in task.scores:
             continue
-        facts = task["scores"][path]
-        low, high = facts.get("interval") or (facts["score"], facts["score"])
+        facts = task.scores[path]
+        low, high = facts.interval or (facts.score, facts.score)
         rows.append(
             {
                 "path": path,
                 "label": _LABELS[path],
-                "score": facts["score"],
-                "n": facts["n"],
-                "right": round(facts["score"] * facts["n"]),
+                "score": facts.score,
+                "n": facts.n,
+                "right": round(facts.score * facts.n),
                 "interval": (low, high),
-                "at": _percent(facts["score"]),
+                "at": _percent(facts.score),
                 "from": _percent(low),
                 "wide": _percent(high - low),
             }
@@ -94,32 +87,31 @@ def score_rows(task: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def floor(task: Mapping[str, Any]) -> float | None:
+def floor(task: AnsweredTask) -> float | None:
     """Return the score below which the image fails, in percent of the axis; None without one."""
-    reference = task["scores"].get("adapter", task["scores"].get("base"))
-    if reference is None or "image" not in task["scores"]:
+    reference = task.scores.get("adapter", task.scores.get("base"))
+    if reference is None or "image" not in task.scores:
         return None
-    return _percent(max(0.0, reference["score"] - task["task"]["max_drop"]))
+    return _percent(max(0.0, reference.score - task.task.max_drop))
 
 
-def flow(build: Mapping[str, Any]) -> list[list[dict[str, str]]]:
+def flow(build: BuildRecord) -> list[list[dict[str, str]]]:
     """Return what was built from what: columns of boxes, from the sources to the image."""
-    sources = [_box("base", build["base"]["source"], build["base"]["digest"])]
-    for number, adapter in enumerate(build["adapters"], start=1):
-        many = f" {number}" if len(build["adapters"]) > 1 else ""
-        kind = f"adapter{many} {adapter.get('version') or ''}".strip()
-        weight = adapter.get("weight", 1)
-        times = f" × {weight:g}" if weight != 1 else ""  # noqa: RUF001
-        sources.append(_box(kind, f"{adapter['source']}{times}", adapter["digest"]))
+    sources = [_box("base", build.base.source, build.base.digest)]
+    for number, adapter in enumerate(build.adapters, start=1):
+        many = f" {number}" if len(build.adapters) > 1 else ""
+        kind = f"adapter{many} {adapter.version}".strip()
+        times = f" × {adapter.weight:g}" if adapter.weight != 1 else ""  # noqa: RUF001
+        sources.append(_box(kind, f"{adapter.source}{times}", adapter.digest))
     columns = [sources]
-    merge, artifact, image = build["merge"], build["artifact"], build["image"]
-    if merge and build["adapters"]:
-        counted = ", ".join(f"{n} {kind}" for kind, n in merge["tensors"].items() if n)
-        columns.append([_box("merged", f"{merge['method']}: {counted}", merge.get("digest", ""))])
+    merge, artifact, image = build.merge, build.artifact, build.image
+    if merge and build.adapters:
+        counted = ", ".join(f"{n} {kind}" for kind, n in merge.tensors.items() if n)
+        columns.append([_box("merged", f"{merge.method}: {counted}", merge.digest)])
     if artifact:
-        columns.append([_box(artifact["format"], artifact["file"], artifact["digest"])])
+        columns.append([_box(artifact.format, artifact.file, artifact.digest)])
     if image:
-        columns.append([_box("image", image["reference"] or "not published", image["digest"])])
+        columns.append([_box("image", image.reference or "not published", image.digest)])
     return columns
 
 
@@ -142,16 +134,16 @@ def memory(plan: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     return _shares(parts.items(), all_of_it)
 
 
-def layers(image: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+def layers(image: ImageRecord | None) -> list[dict[str, Any]]:
     """Return the image's layers, bottom first, in bytes and in percent of the whole."""
     if not image:
         return []
-    rows = image["layers"]
+    rows = image.layers
     shares = _shares(
-        ((row["file"] or "base image", row["size"]) for row in rows),
-        sum(row["size"] for row in rows) or 1,
+        ((row.file or "base image", row.size) for row in rows),
+        sum(row.size for row in rows) or 1,
     )
-    return [{**share, "digest": row["digest"]} for share, row in zip(shares, rows, strict=True)]
+    return [{**share, "digest": row.digest} for share, row in zip(shares, rows, strict=True)]
 
 
 def _shares(parts: Any, whole: int) -> list[dict[str, Any]]:
@@ -161,27 +153,27 @@ def _shares(parts: Any, whole: int) -> list[dict[str, Any]]:
     ]
 
 
-def stages(build: Mapping[str, Any]) -> list[dict[str, Any]]:
+def stages(build: BuildRecord) -> list[dict[str, Any]]:
     """Return each stage with its seconds, in percent of the longest."""
-    longest = max((facts["seconds"] for facts in build["stages"].values()), default=0) or 1
+    longest = max((stage.seconds for stage in build.stages.values()), default=0) or 1
     return [
-        {"name": name, **facts, "percent": round(100 * facts["seconds"] / longest, 2)}
-        for name, facts in build["stages"].items()
+        {"name": name, **stage.to_json(), "percent": round(100 * stage.seconds / longest, 2)}
+        for name, stage in build.stages.items()
     ]
 
 
-def differences(validation: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+def differences(validation: Validation | None) -> list[dict[str, Any]]:
     """Return how far each layer is off, on a logarithmic axis of eight decades.
 
     `percent` and `explained` (by rounding) are of the largest value; 0 for an exact zero.
     """
-    rows = (validation or {}).get("layers") or []
-    largest = max((max(row["difference"], row["rounding"]) for row in rows), default=0.0)
+    rows = validation.comparison.layers if validation and validation.comparison else ()
+    largest = max((max(row.difference, row.rounding) for row in rows), default=0.0)
     return [
         {
-            **row,
-            "percent": _decades(row["difference"], largest),
-            "explained": _decades(row["rounding"], largest),
+            **row.to_json(),
+            "percent": _decades(row.difference, largest),
+            "explained": _decades(row.rounding, largest),
         }
         for row in rows
     ]
@@ -193,21 +185,21 @@ def _decades(value: float, largest: float) -> float:
     return round(100 * max(0.02, 1 + math.log10(abs(value) / largest) / 8), 2)
 
 
-def targets(builds: Sequence[Mapping[str, Any]], own: str) -> list[dict[str, Any]]:
+def targets(builds: Sequence[BuildRecord], own: str) -> list[dict[str, Any]]:
     """Return size and quality of each target, in percent of axes from 0 to the largest size."""
-    points = [
+    points: list[dict[str, Any]] = [
         {
-            "target": build["target"],
-            "short": build["target"].partition("-")[2] or build["target"],
-            "own": build["target"] == own,
-            "bytes": build["artifact"]["size"],
-            "bits": build["artifact"]["bits_per_weight"],
-            "score": build["scores"]["image"]["score"],
-            "interval": build["scores"]["image"].get("interval"),
-            "refused": not (build.get("image") or {}).get("reference"),
+            "target": build.target,
+            "short": build.target.partition("-")[2] or build.target,
+            "own": build.target == own,
+            "bytes": build.artifact.size,
+            "bits": build.artifact.bits_per_weight,
+            "score": build.scores["image"].score,
+            "interval": build.scores["image"].interval,
+            "refused": not _is_published(build),
         }
         for build in builds
-        if build.get("artifact") and "image" in (build.get("scores") or {})
+        if build.artifact and "image" in build.scores
     ]
     largest = max((point["bytes"] for point in points), default=1)
     for point in points:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from jinja2 import (
     Environment,
@@ -24,7 +24,7 @@ from jinja2 import (
 )
 from markupsafe import Markup
 
-from weightsmith.build_record import BuildRecord, read_build
+from weightsmith.build_record import AnsweredTask, BuildRecord, read_build
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.evaluating.gate import DropLimit, judge_drop
 from weightsmith.files import write_whole
@@ -94,7 +94,7 @@ def write_report(build: BuildRecord, folder: Path) -> Written:
 
 def write_comparison(first: Path, second: Path, folder: Path) -> Written:
     """Write compare.html and compare.md of two builds' folders; raises what `read_json` raises."""
-    view = comparison_view(*(_side(place) for place in (first, second)))
+    view = comparison_view(_side(first), _side(second))
     _write({name: render_view(view, f"{name}.j2") for name in ("compare.html", "compare.md")},
            folder)  # fmt: skip
     return Written(html=folder / "compare.html", markdown=folder / "compare.md")
@@ -102,33 +102,27 @@ def write_comparison(first: Path, second: Path, folder: Path) -> Written:
 
 def build_view(build: BuildRecord, targets: Sequence[BuildRecord], bench: Json) -> dict[str, Any]:
     """Return what the templates show of a build; `targets` are all targets of the version."""
-    facts = build.to_json()
-    try:
-        return {
-            **facts,
-            "verdict": views.verdict(facts),
-            # The verdict already shows these.
-            "warnings": [w for w in facts["warnings"] if not w.startswith(_IN_VERDICT)],
-            "tasks": [_task_view(task) for task in views.tasks(facts)],
-            "flow": views.flow(facts),
-            "differences": views.differences(facts["validation"]),
-            "memory": views.memory(facts["plan"]),
-            "layers": views.layers(facts["image"]),
-            "stages": views.stages(facts),
-            "targets": views.targets([each.to_json() for each in targets], build.target),
-            "bench": {**bench, "rows": views.bench_rows(bench)} if bench else None,
-            "title": f"{facts['name']} {facts['version']} {facts['target']}".strip(),
-        }
-    except KeyError as error:
-        raise UsageError(
-            f"the build's facts have no {error}", hint="build.json has no such key: build it again"
-        ) from None
-
-
-def _task_view(task: Mapping[str, Any]) -> dict[str, Any]:
-    rows = answers.rows(task["items"])
     return {
-        **task,
+        **build.to_json(),
+        "verdict": views.verdict(build),
+        # The verdict already shows these.
+        "warnings": [w for w in build.warnings if not w.startswith(_IN_VERDICT)],
+        "tasks": [_task_view(task) for task in build.tasks],
+        "flow": views.flow(build),
+        "differences": views.differences(build.validation),
+        "memory": views.memory(build.plan),
+        "layers": views.layers(build.image),
+        "stages": views.stages(build),
+        "targets": views.targets(targets, build.target),
+        "bench": {**bench, "rows": views.bench_rows(bench)} if bench else None,
+        "title": build.title,
+    }
+
+
+def _task_view(task: AnsweredTask) -> dict[str, Any]:
+    rows = answers.rows(task.items)
+    return {
+        **task.to_json(),
         "rows": views.score_rows(task),
         "same": views.sameness(task),
         "floor": views.floor(task),
@@ -137,14 +131,19 @@ def _task_view(task: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def comparison_view(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the comparison shows of two views of builds."""
-    items = comparing.shared_items(first, second)
+_Side: TypeAlias = tuple[BuildRecord, dict[str, Any]]
+"""A build and its view."""
+
+
+def comparison_view(first: _Side, second: _Side) -> dict[str, Any]:
+    """Return what the comparison shows of two builds."""
+    a, b = first[0], second[0]
+    items = comparing.shared_items(a.items, b.items)
     rows = comparing.answer_rows(items)
     return {
-        "sides": [{**first, "letter": "A"}, {**second, "letter": "B"}],
+        "sides": [{**first[1], "letter": "A"}, {**second[1], "letter": "B"}],
         "verdict": _compared(items),
-        "facts": [_shown(row) for row in comparing.fact_rows(first, second)],
+        "facts": [_shown(row) for row in comparing.fact_rows(a, b)],
         "answers": rows,
         "counts": answers.counts(rows),
     }
@@ -211,11 +210,12 @@ def read_json(path: Path) -> Any:
     return found
 
 
-def _side(place: Path) -> dict[str, Any]:
+def _side(place: Path) -> _Side:
     folder = place.parent if place.name == _BUILD else place
     bench = read_json(folder / _BENCH) if (folder / _BENCH).is_file() else None
     with read_as_facts(folder / _BUILD):
-        return build_view(BuildRecord.from_json(read_json(folder / _BUILD)), (), bench)
+        build = BuildRecord.from_json(read_json(folder / _BUILD))
+        return build, build_view(build, (), bench)
 
 
 def _siblings(folder: Path, build: BuildRecord) -> list[BuildRecord]:
